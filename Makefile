@@ -1,0 +1,59 @@
+# `make serve` and `make test` do everything on a fresh machine; the rest is for working here.
+.DEFAULT_GOAL := help
+.PHONY: help serve test unit check lint format install system clean
+
+VENV   ?= .venv
+PYTHON ?= python3
+ARGS   ?=
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+help:     ## this list
+	@sed -nE 's/^([a-z]+): .*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+
+serve: $(VENV)/.installed  ## install, fetch the default model, serve it at http://127.0.0.1:8000
+	$(BIN)/quire serve $(ARGS)
+
+test: $(VENV)/.tested system check  ## install, then every check: lint, types, all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+unit: $(VENV)/.tested  ## the fast tests alone
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+check: lint  ## everything but the tests
+	$(BIN)/python -m mypy
+
+lint: $(VENV)/.tested  ## ruff
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+
+format: $(VENV)/.tested  ## rewrite the code in the house style
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
+
+install: $(VENV)/.installed  ## the virtual environment alone
+
+system:   ## what the tests need from the system: a Redis server
+	@command -v redis-server >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq redis-server >/dev/null; \
+	  else \
+	    echo "missing: redis-server (Debian: apt-get install redis-server; macOS: brew install redis)"; \
+	    echo "without it the tests of the durable queue cannot run"; exit 1; \
+	  fi; }
+
+clean:    ## remove what was built here; fetched models stay in ~/.cache/quire
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis results
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Quire needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --editable .
+	touch $@
+
+$(VENV)/.tested: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --editable '.[test,loadtest]'
+	touch $@ $(VENV)/.installed

@@ -1,0 +1,140 @@
+"""Batch: the one input of a step. StepOutput: the one output. Nothing else passes between them.
+
+Shape legend, used as suffixes of names everywhere in `model`:
+
+    T  tokens computed in this step, all sequences end to end        B  blocks in a block table
+    S  sequences in this step                                        V  vocabulary
+    R  rows that sample a token                                      C  hidden size
+    Q  rows whose given next token is scored (prompt log probs)      H  query heads, K  KV heads
+    P  penalty entries, E  bias entries (ragged, as COO lists)       D  head dimension
+    N  log probability alternatives                                  F  MLP width
+
+All fields are NumPy arrays on the host: a C++ runner takes their pointers, the torch runner views
+them without a copy, a GPU runner uploads them or, where it keeps state on the device, reads only
+`seats_S` and what changed. A sequence keeps its seat from its first step to its last.
+
+    sequence s computes rows  query_starts_S1[s] <= t < query_starts_S1[s + 1]
+    its token at position p has its K and V at  block_table_SB[s, p // block_size], p % block_size
+    row t attends to positions 0 .. positions_T[t] of its own sequence
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int32]
+Seeds = npt.NDArray[np.uint64]
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingBatch:
+    """One column per sampling parameter, one row per token to choose.
+
+    Random numbers are a function of (seed, choice, index) alone, so nothing is carried from step to
+    step. Penalties and biases are ragged: entry e changes logit `*_ids[e]` of row `*_rows[e]`.
+    """
+
+    seeds_R: Seeds
+    choices_R: Ints
+    indices_R: Ints  # which token of the answer this will be, from 0
+    temperatures_R: Floats  # 0: greedy
+    top_ks_R: Ints  # the vocabulary's size where nothing is cut
+    top_ps_R: Floats
+    min_ps_R: Floats
+    presence_R: Floats
+    frequency_R: Floats
+    repetition_R: Floats
+    penalty_rows_P: Ints  # only rows with a penalty have entries, one per distinct token
+    penalty_ids_P: Ints
+    penalty_counts_P: Ints  # times the token stands in the answer so far; 0: in the prompt only
+    bias_rows_E: Ints
+    bias_ids_E: Ints
+    bias_values_E: Floats  # -inf forbids the token
+    wants_logprobs_R: Bools
+    num_top: int  # N: the most alternatives that any row asks for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one step computes."""
+
+    tokens_T: Ints
+    positions_T: Ints
+    query_starts_S1: Ints  # [S + 1], from 0 to T
+    context_lens_S: Ints  # tokens of the sequence whose KV is stored when the step is done
+    block_table_SB: (
+        Ints  # rows padded with 0 beyond what the sequence owns; the padding is not read
+    )
+    seats_S: Ints  # a stable small index, for runners that keep state on a device
+    sample_rows_R: Ints  # rows of T whose logits choose a token
+    sampling: SamplingBatch
+    score_rows_Q: Ints  # rows of T whose logits score a token that is already given
+    score_ids_Q: Ints
+    score_num_top: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.tokens_T)
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return len(self.context_lens_S)
+
+    @property
+    def is_decode(self) -> bool:
+        """One token a sequence: the shape that runners keep a fast path for."""
+        return self.num_tokens == self.num_sequences
+
+    def check(self, *, block_size: int, num_blocks: int, vocab_size: int) -> None:
+        """Raises ValueError where the fields contradict one another. Tests call it always."""
+        starts, contexts = self.query_starts_S1, self.context_lens_S
+        lengths = np.diff(starts)
+        if starts[0] != 0 or starts[-1] != self.num_tokens or (lengths < 1).any():
+            raise ValueError("query_starts must rise from 0 to the number of tokens")
+        if len(starts) != self.num_sequences + 1 or len(self.seats_S) != self.num_sequences:
+            raise ValueError("one query start, one context length and one seat a sequence")
+        if len(np.unique(self.seats_S)) != self.num_sequences:
+            raise ValueError("two sequences on one seat")
+        last = self.positions_T[starts[1:] - 1]
+        if not np.array_equal(last + 1, contexts):
+            raise ValueError("a context ends with the last token of its sequence")
+        firsts = np.repeat(contexts - lengths, lengths)
+        offsets = np.arange(self.num_tokens) - np.repeat(starts[:-1], lengths)
+        if not np.array_equal(self.positions_T, firsts + offsets):
+            raise ValueError("positions of a sequence must rise one by one")
+        if ((self.tokens_T < 0) | (self.tokens_T >= vocab_size)).any():
+            raise ValueError("token id outside the vocabulary")
+        needed = -(-contexts // block_size)
+        if (needed > self.block_table_SB.shape[1]).any():
+            raise ValueError("a block table is shorter than its context")
+        used = np.arange(self.block_table_SB.shape[1]) < needed[:, None]
+        blocks = self.block_table_SB[used]
+        if ((blocks < 0) | (blocks >= num_blocks)).any():
+            raise ValueError("block number outside the pool")
+        for rows in (self.sample_rows_R, self.score_rows_Q):
+            if ((rows < 0) | (rows >= self.num_tokens)).any():
+                raise ValueError("output row outside the step")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What one step gives back. Log probabilities are natural, of the unmodified logits.
+
+    Arrays that nobody asked for have no rows or no columns. Rows that did not ask for log
+    probabilities hold values that mean nothing.
+    """
+
+    tokens_R: Ints
+    logprobs_R: Floats  # of the chosen token; empty where no row wants them
+    top_ids_RN: Ints  # likeliest first
+    top_logprobs_RN: Floats
+    score_logprobs_Q: Floats
+    score_top_ids_QN: Ints
+    score_top_logprobs_QN: Floats

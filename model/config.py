@@ -1,0 +1,103 @@
+"""ModelConfig: every architecture flag, with its default. What the network is, not how it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Norm(StrEnum):
+    """RMS: Zhang & Sennrich, arXiv 1910.07467. LAYER: Ba et al., arXiv 1607.06450."""
+
+    RMS = "rms"
+    LAYER = "layer"
+
+
+class Position(StrEnum):
+    """ROTARY: Su et al., arXiv 2104.09864. LEARNED: one vector a position, as in GPT-2."""
+
+    ROTARY = "rotary"
+    LEARNED = "learned"
+
+
+class Activation(StrEnum):
+    """The MLP's nonlinearity."""
+
+    SILU = "silu"
+    GELU_TANH = "gelu_tanh"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """Llama 3's frequency scaling: slow frequencies are divided by `factor`, fast ones kept."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Sizes and flags of one decoder. Raises ValueError for sizes that cannot be a network.
+
+    The defaults are Llama's: RMSNorm, rotary positions, a gated SiLU MLP, no biases.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_model_len: int
+    norm: Norm = Norm.RMS
+    norm_eps: float = 1e-5
+    position: Position = Position.ROTARY
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    rope_free_layers: frozenset[int] = frozenset()  # layers without rotary positions (SmolLM3)
+    activation: Activation = Activation.SILU
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm on each query and key head (Qwen3)
+    tied_head: bool = False
+    sliding_window: int | None = None  # tokens a query sees, itself included; None: all
+    full_attention_layers: frozenset[int] = frozenset()  # layers the window does not apply to
+
+    def __post_init__(self) -> None:
+        sizes = {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.intermediate_size,
+            "max_model_len": self.max_model_len,
+        }
+        for name, size in sizes.items():
+            if not 1 <= size <= 2**31 - 1:
+                raise ValueError(f"{name} must be between 1 and 2**31 - 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError("num_heads must be a multiple of num_kv_heads")
+        if self.position is Position.ROTARY and self.head_dim % 2:
+            raise ValueError("rotary positions need an even head_dim")
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads side by side."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads (or value heads) side by side."""
+        return self.num_kv_heads * self.head_dim
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer, or None where it sees everything."""
+        return None if layer in self.full_attention_layers else self.sliding_window

@@ -1,0 +1,158 @@
+"""Every error that a client can be told of, with its HTTP status and OpenAI `type` and `code`.
+
+    QuireError                       500 server_error
+    ├── BadRequest                   400 invalid_request_error
+    │   ├── Unauthorized             401
+    │   ├── NotFound                 404
+    │   ├── MethodNotAllowed         405
+    │   ├── RequestTimeout           408
+    │   ├── Conflict                 409
+    │   ├── Gone                     410
+    │   ├── TooLarge                 413
+    │   └── UnsupportedMedia         415
+    ├── RateLimited                  429 rate_limit_error
+    ├── Unavailable                  503 service_unavailable_error
+    ├── DeadlineExceeded             504 server_error
+    ├── GenerationFailed             500 server_error     (the engine gave up on a request)
+    └── StreamDivergence             409 server_error     (a refilled journal differs)
+
+A message states the limit that was broken and never repeats the input. The engine and the queues
+raise these too, but only `service/api` turns them into JSON. Start-up faults are `StartupError`:
+they are shown to the operator, never to a client.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class QuireError(Exception):
+    """Base of all errors with an HTTP answer.
+
+    `param` is the dotted path of the field at fault; `retry_after` is in seconds; `retryable`
+    False becomes the header `x-should-retry: false`.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str] = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+        retryable: bool = True,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.default_code
+        self.param = param
+        self.retry_after = retry_after
+        self.retryable = retryable
+
+
+class BadRequest(QuireError):
+    """The request cannot be served as it is."""
+
+    status = 400
+    type = "invalid_request_error"
+    default_code = "invalid_value"
+
+
+class Unauthorized(BadRequest):
+    """No valid key."""
+
+    status = 401
+    default_code = "invalid_api_key"
+
+
+class NotFound(BadRequest):
+    """No such route, model or stream."""
+
+    status = 404
+    default_code = "not_found"
+
+
+class MethodNotAllowed(BadRequest):
+    """The route exists, the method does not."""
+
+    status = 405
+    default_code = "method_not_allowed"
+
+
+class RequestTimeout(BadRequest):
+    """The body did not arrive in time."""
+
+    status = 408
+    default_code = "request_timeout"
+
+
+class Conflict(BadRequest):
+    """An idempotency key came again with another body."""
+
+    status = 409
+    default_code = "idempotency_key_conflict"
+
+
+class Gone(BadRequest):
+    """A stream's resume window is over."""
+
+    status = 410
+    default_code = "stream_expired"
+
+
+class TooLarge(BadRequest):
+    """The body is over the limit."""
+
+    status = 413
+    default_code = "request_too_large"
+
+
+class UnsupportedMedia(BadRequest):
+    """The body is not plain JSON."""
+
+    status = 415
+    default_code = "unsupported_media_type"
+
+
+class RateLimited(QuireError):
+    """The caller is over its own limit."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+
+class Unavailable(QuireError):
+    """The service cannot take the request now: queue full, Redis away, no engine, draining."""
+
+    status = 503
+    type = "service_unavailable_error"
+    default_code = "server_is_overloaded"
+
+
+class DeadlineExceeded(QuireError):
+    """The request's time was over before its answer was complete."""
+
+    status = 504
+    default_code = "deadline_exceeded"
+
+
+class GenerationFailed(QuireError):
+    """The engine ended the request with an error; `code` is what the journal says."""
+
+    default_code = "generation_failed"
+
+
+class StreamDivergence(QuireError):
+    """The journal no longer continues what the client was sent."""
+
+    status = 409
+    default_code = "stream_divergence"
+
+
+class StartupError(Exception):
+    """A configuration that cannot be served; its message is one line for the operator."""

@@ -1,0 +1,76 @@
+"""Logs: one line an event, as text for people or JSON for machines. Never a prompt or a secret."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any, Literal
+
+from service.api.observer import CallReport
+
+_STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; what was given as `extra` becomes fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Renders the record; values that JSON does not know become strings."""
+        fields: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        fields |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str, ensure_ascii=True)
+
+
+class TextFormatter(logging.Formatter):
+    """Time, level, message and the `extra` fields as name=value. Control characters are escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Renders the record as one line, and a traceback after it where there is one."""
+        extra = " ".join(
+            f"{key}={value}" for key, value in vars(record).items() if key not in _STANDARD
+        )
+        line = f"{record.getMessage()} {extra}".rstrip()
+        line = line.encode("unicode_escape").decode("ascii") if not line.isprintable() else line
+        text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} "
+        text += f"{record.levelname.lower():7} {line}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def log_call(report: CallReport) -> None:
+    """The request log: one line when a generating call is over."""
+    first = report.to_first_token
+    logging.getLogger("quire.requests").info(
+        "request",
+        extra={
+            "id": report.id,
+            "tenant": report.tenant,
+            "endpoint": report.endpoint,
+            "outcome": report.outcome,
+            "streamed": report.streamed,
+            "prompt_tokens": report.prompt_tokens,
+            "completion_tokens": report.completion_tokens,
+            "first_token_s": None if first is None else round(first, 4),
+            "duration_s": round(report.duration, 4),
+        },
+    )
+
+
+def set_up_logging(level: str, form: Literal["text", "json"]) -> None:
+    """Sends all logs to standard error in one form; uvicorn's own lines too."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for name in ("httpx", "huggingface_hub", "filelock", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)

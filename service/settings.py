@@ -1,0 +1,215 @@
+"""Settings: every knob of Quire, in one table. The only reader of the environment.
+
+A setting comes from, first found wins: a command line flag (`--max-batch-tokens`), the environment
+(`QUIRE_MAX_BATCH_TOKENS`), a TOML file (`--config` or `QUIRE_CONFIG`), its default. Unknown names
+and bad values are refused, wherever they stand. The README lists what this file defines, and a
+test compares the two.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from service.errors import StartupError
+
+PREFIX = "QUIRE_"
+CONFIG_VARIABLE = "QUIRE_CONFIG"  # the file's own place cannot stand in the file
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+
+
+class Group(StrEnum):
+    """Headings of `--help` and of the README's table."""
+
+    MODEL = "Model"
+    ENGINE = "Engine"
+    QUEUE = "Queue"
+    HTTP = "HTTP"
+    LOGS = "Logs"
+
+
+def parse_bytes(value: object) -> object:
+    """`512MiB`, `2g`, `1_000_000` -> bytes; anything else is left for pydantic to refuse."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([0-9][0-9_]*)\s*([kmg]i?|)b?", value.strip().lower())
+    return int(match[1]) * _UNITS[match[2]] if match else value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+def _setting(group: Group, default: Any, help_text: str, **limits: Any) -> Any:  # noqa: ANN401
+    return Field(default, description=help_text, json_schema_extra={"group": group.value}, **limits)
+
+
+class Settings(BaseModel):
+    """All settings, validated. Frozen: nothing changes them while the server runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    # Model
+    model: str = _setting(
+        Group.MODEL,
+        "smollm2-135m-instruct",
+        "Path of a GGUF file or a safetensors folder, a Hugging Face id, or the default's name.",
+    )
+    model_name: str | None = _setting(
+        Group.MODEL, None, "The name clients ask for; by default the file's or the repository's."
+    )
+    cache_dir: Path = _setting(
+        Group.MODEL, Path("~/.cache/quire"), "Where fetched models are kept."
+    )
+    max_model_len: int | None = _setting(
+        Group.MODEL, None, "Most tokens of prompt and answer; by default the model's own.", ge=8
+    )
+
+    # Engine
+    runner: Literal["auto", "torch"] = _setting(
+        Group.ENGINE, "auto", "What executes the steps; auto takes the fastest there is."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = _setting(
+        Group.ENGINE, "auto", "Arithmetic of the network; auto is bfloat16 where the CPU has it."
+    )
+    device: str = _setting(Group.ENGINE, "auto", "Torch device: cpu, cuda, cuda:1; auto.")
+    threads: int | None = _setting(
+        Group.ENGINE, None, "Threads of the engine; by default one a core.", ge=1, le=1024
+    )
+    kv_memory: Bytes = _setting(
+        Group.ENGINE, 512 * 1024**2, "Memory of the KV cache: bytes, or 512MiB, 2g.", ge=1
+    )
+    block_size: int = _setting(Group.ENGINE, 16, "Tokens a KV block.", ge=1, le=1024)
+    max_batch_tokens: int = _setting(
+        Group.ENGINE, 512, "Most tokens one step computes; the chunk of a long prompt.", ge=1
+    )
+    max_sequences: int = _setting(
+        Group.ENGINE, 64, "Most sequences one step computes.", ge=1, le=4096
+    )
+
+    # Queue
+    queue: str = _setting(
+        Group.QUEUE, "memory://", "Where requests and journals live: memory:// or redis://host/0."
+    )
+    max_queued_requests: int = _setting(
+        Group.QUEUE, 1024, "Requests that may wait; more are refused with 503.", ge=1
+    )
+    max_queued_tokens: int = _setting(
+        Group.QUEUE, 1_000_000, "Tokens that may wait: prompts and a share of max_tokens.", ge=1
+    )
+    max_per_tenant: int = _setting(
+        Group.QUEUE, 1024, "Requests a tenant may have waiting or running; then 429.", ge=1
+    )
+    lease: float = _setting(
+        Group.QUEUE, 3.0, "Seconds after which a silent engine's requests are taken over.", gt=0
+    )
+    resume_window: float = _setting(
+        Group.QUEUE, 600.0, "Seconds that an ended answer can still be read.", gt=0
+    )
+
+    # HTTP
+    host: str = _setting(Group.HTTP, "127.0.0.1", "Address to listen on.")
+    port: int = _setting(Group.HTTP, 8000, "Port of the API; 0 takes a free one.", ge=0, le=65535)
+    admin_port: int = _setting(
+        Group.HTTP, 8001, "Port of metrics and health, same address; 0: a free one.", ge=0, le=65535
+    )
+    allow_anonymous: bool = _setting(
+        Group.HTTP,
+        default=False,
+        help_text="Serve without keys on an address that others can reach.",
+    )
+    max_body: Bytes = _setting(Group.HTTP, 4 * 1024**2, "Largest request body, in bytes.", ge=1024)
+    keep_alive: float = _setting(
+        Group.HTTP, 15.0, "Seconds of silence after which a stream gets a comment.", gt=0
+    )
+    disconnect_grace: float = _setting(
+        Group.HTTP, 30.0, "Seconds a resumable stream's request outlives its reader.", ge=0
+    )
+
+    # Logs
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        Group.LOGS, "info", "Least severity that is logged."
+    )
+    log_format: Literal["text", "json"] = _setting(
+        Group.LOGS, "text", "Text for people, json for machines: one object a line."
+    )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this host can reach the server."""
+        return self.host in {"localhost", "::1"} or self.host.startswith("127.")
+
+
+class SettingRow(NamedTuple):
+    """One row of the README's table."""
+
+    group: str
+    name: str
+    flag: str
+    variable: str
+    default: str
+    help: str
+
+
+def load_settings(
+    flags: Mapping[str, Any], *, file: Path | None = None, environ: Mapping[str, str] | None = None
+) -> Settings:
+    """Joins flags (only those given), environment and file. Raises StartupError with one line."""
+    variables = os.environ if environ is None else environ
+    names = {PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    unknown = sorted(key for key in variables if key.startswith(PREFIX) and key not in names)
+    if unknown:
+        raise StartupError(f"unknown setting in the environment: {unknown[0]}")
+    if file is None and variables.get(CONFIG_VARIABLE):
+        file = Path(variables[CONFIG_VARIABLE])
+    from_environment = {
+        name: variables[PREFIX + name.upper()]
+        for name in Settings.model_fields
+        if variables.get(PREFIX + name.upper())
+    }
+    from_file = _read_file(file) if file else {}
+    try:
+        return Settings(**{**from_file, **from_environment, **flags})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise StartupError(f"setting {name}: {first['msg'].lower()}") from None
+
+
+def setting_rows() -> list[SettingRow]:
+    """Every setting, in the order of this file."""
+    return [_row(name, info) for name, info in Settings.model_fields.items()]
+
+
+def _row(name: str, info: FieldInfo) -> SettingRow:
+    extra = info.json_schema_extra
+    group = extra["group"] if isinstance(extra, dict) else ""
+    return SettingRow(
+        group=str(group),
+        name=name,
+        flag="--" + name.replace("_", "-"),
+        variable=PREFIX + name.upper(),
+        default="" if info.default is None else str(info.default),
+        help=info.description or "",
+    )
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StartupError(f"configuration file: {error.strerror or 'cannot be read'}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StartupError(f"configuration file: {error}") from None
+    unknown = sorted(set(values) - set(Settings.model_fields))
+    if unknown:
+        raise StartupError(f"unknown setting in the configuration file: {unknown[0]}")
+    return values
