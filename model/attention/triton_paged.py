@@ -1,0 +1,87 @@
+"""Paged attention by the Triton kernels, as a backend like any other.
+
+It uploads a step's block tables and lengths and lets `model.kernels.attention` do the work. The
+cuda runner calls the kernels itself, because it keeps tables and lengths on the device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from model.batch import Batch
+from model.kernels.attention import Partials, WorkList, paged_attention
+
+_PROGRAMS_ON_CPU = 2  # the interpreter runs one after another
+
+
+def attention_programs(device: torch.device) -> int:
+    """Programs that work through the items: two fit on a multiprocessor."""
+    if device.type != "cuda":
+        return _PROGRAMS_ON_CPU
+    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class TritonPagedAttention:
+    """Lists the items of a step once for each window that the layers have."""
+
+    def __init__(self) -> None:
+        self._batch: Batch | None = None
+        self._block_size = 0
+        self._programs = 0
+        self._starts_S1 = self._contexts_S = self._table_SB = self._seats_S = torch.zeros(0)
+        self._prepared: dict[int | None, tuple[WorkList, Partials]] = {}
+
+    def prepare(self, batch: Batch, *, block_size: int, device: torch.device) -> None:
+        self._batch = batch
+        self._block_size = block_size
+        self._programs = attention_programs(device)
+        self._starts_S1 = torch.tensor(batch.query_starts_S1, device=device)
+        self._contexts_S = torch.tensor(batch.context_lens_S, device=device)
+        self._table_SB = torch.tensor(batch.block_table_SB, device=device)
+        self._seats_S = torch.arange(batch.num_sequences, dtype=torch.int32, device=device)
+        self._prepared = {}
+
+    def attend(
+        self,
+        queries_THD: torch.Tensor,
+        keys_XKD: torch.Tensor,
+        values_XKD: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        if self._batch is None:
+            raise ValueError("prepare comes before attend")
+        H, D = queries_THD.shape[1:]
+        if window not in self._prepared:
+            self._prepared[window] = self._list(self._batch, H // keys_XKD.shape[1], (H, D), window)
+        work, partials = self._prepared[window]
+        return paged_attention(
+            queries_THD.contiguous(),
+            keys_XKD,
+            values_XKD,
+            self._table_SB,
+            work=work,
+            partials=partials,
+            block_size=self._block_size,
+            scale=scale,
+            window=window,
+            programs=self._programs,
+            merges=work.num_tiles(np.diff(self._batch.query_starts_S1).tolist()),
+        )
+
+    def _list(
+        self, batch: Batch, group: int, heads: tuple[int, int], window: int | None
+    ) -> tuple[WorkList, Partials]:
+        device = self._table_SB.device
+        work = WorkList(
+            max_rows=batch.num_tokens,
+            max_sequences=batch.num_sequences,
+            max_context=int(batch.context_lens_S.max()),
+            group=group,
+            device=device,
+        )
+        work.fill(self._starts_S1, self._contexts_S, self._seats_S, window=window)
+        num_heads, head_dim = heads
+        return work, Partials(work, num_heads=num_heads, head_dim=head_dim, device=device)

@@ -1,0 +1,96 @@
+"""Model families: how a checkpoint's config and tensor names become ours. One file a family.
+
+Canonical tensor names, as checkpoints are renamed to (parts) and as the network holds them (fused):
+
+    embed.weight [V, C]                               position.weight [M, C]  (learned positions)
+    blocks.{i}.attention_norm.weight [C] (.bias)      blocks.{i}.mlp_norm.weight [C] (.bias)
+    blocks.{i}.attention.{q,k,v}.weight (.bias)   ->  blocks.{i}.attention.qkv.weight [(H+2K)D, C]
+    blocks.{i}.attention.{q_norm,k_norm}.weight [D]
+    blocks.{i}.attention.out.weight [C, HD] (.bias)
+    blocks.{i}.mlp.{gate,up}.weight (.bias)       ->  blocks.{i}.mlp.gate_up.weight [2F, C]  (gated)
+    blocks.{i}.mlp.up.weight [F, C] (.bias)           blocks.{i}.mlp.down.weight [C, F] (.bias)
+    norm.weight [C] (.bias)                           head.weight [V, C]      (absent when tied)
+
+Rows of a fused tensor stand in the order of the parts' names in braces. Matrices are [out, in].
+Rotary pairs are (d, d + D/2), as Hugging Face has them; a loader that finds them interleaved
+(GGUF files of Llama and Mistral) permutes the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """The lines that differ between families.
+
+    `names` maps a checkpoint's name to a canonical one (`{i}` stands for the layer), to a tuple of
+    canonical parts where the checkpoint has them fused along the output dimension (sizes from the
+    config), or to None where a tensor is known and not needed. `transposed` names those stored
+    [in, out].
+    """
+
+    name: str
+    model_types: tuple[str, ...]  # `model_type` in config.json; `general.architecture` in GGUF
+    configure: Callable[[Mapping[str, Any]], ModelConfig]  # config.json -> ModelConfig
+    names: Mapping[str, str | tuple[str, ...] | None]
+    transposed: frozenset[str] = field(default_factory=frozenset)
+
+
+def _gpt2() -> Family:
+    from model.families.gpt2 import FAMILY
+
+    return FAMILY
+
+
+def _llama() -> Family:
+    from model.families.llama import FAMILY
+
+    return FAMILY
+
+
+def _mistral() -> Family:
+    from model.families.mistral import FAMILY
+
+    return FAMILY
+
+
+def _qwen2() -> Family:
+    from model.families.qwen2 import FAMILY
+
+    return FAMILY
+
+
+def _qwen3() -> Family:
+    from model.families.qwen3 import FAMILY
+
+    return FAMILY
+
+
+def _smollm3() -> Family:
+    from model.families.smollm3 import FAMILY
+
+    return FAMILY
+
+
+FAMILIES: dict[str, Callable[[], Family]] = {
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "smollm3": _smollm3,
+}
+"""`model_type` -> family."""
+
+
+def family_of(model_type: str) -> Family:
+    """Raises KeyError, whose first argument is a sentence that names the supported ones."""
+    if model_type not in FAMILIES:
+        raise KeyError(f"model_type must be one of {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]()

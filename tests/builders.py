@@ -1,0 +1,139 @@
+"""A tiny random model and batches for it, with defaults: for every test that wants the real engine.
+
+Nothing here replaces what is tested: the weights are random, all else is the real thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.batch import Batch, SamplingBatch
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+
+def tiny_model_config(**overrides: Any) -> ModelConfig:
+    """Two small Llama blocks; any field can be set."""
+    fields: dict[str, Any] = {
+        "family": "llama",
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "max_model_len": 512,
+        **overrides,
+    }
+    return ModelConfig(**fields)
+
+
+def tiny_weights(config: ModelConfig, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random float32 weights under canonical names, fused; equal for equal seeds.
+
+    Large enough that the next token depends on the whole context.
+    """
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name in sorted(shapes):
+        shape = shapes[name]
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) == 2:
+            embedding = name in {"embed.weight", "position.weight"}
+            weights[name] = noise if embedding else noise * 2 / shape[1] ** 0.5
+        else:
+            weights[name] = noise * 0.1 + (1 if "norm.weight" in name else 0)
+    return weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one sequence computes in a step: `count` tokens up to and with position `end - 1`."""
+
+    tokens: Sequence[int]  # of the whole sequence so far
+    blocks: Sequence[int]
+    count: int = 1
+    sample: bool = True
+    scores: dict[int, int] = field(default_factory=dict)  # offset in the piece -> its next token
+    seat: int | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)  # columns that are not the default
+
+
+def make_batch(
+    pieces: Sequence[Piece], *, vocab_size: int = 97, num_top: int = 0, score_num_top: int = 0
+) -> Batch:
+    """The batch of a step, greedy where a piece's `sampling` says nothing else."""
+    width = max(len(piece.blocks) for piece in pieces)
+    starts = np.cumsum([0] + [piece.count for piece in pieces])
+    sampled = [piece for piece in pieces if piece.sample]
+    scored = [
+        (int(starts[index]) + offset, token)
+        for index, piece in enumerate(pieces)
+        for offset, token in piece.scores.items()
+    ]
+    return Batch(
+        tokens_T=_ints([t for piece in pieces for t in piece.tokens[-piece.count :]]),
+        positions_T=_ints(
+            [
+                position
+                for piece in pieces
+                for position in range(len(piece.tokens) - piece.count, len(piece.tokens))
+            ]
+        ),
+        query_starts_S1=_ints(starts),
+        context_lens_S=_ints([len(piece.tokens) for piece in pieces]),
+        block_table_SB=_ints(
+            [[*piece.blocks, *[0] * (width - len(piece.blocks))] for piece in pieces]
+        ),
+        seats_S=_ints([i if piece.seat is None else piece.seat for i, piece in enumerate(pieces)]),
+        sample_rows_R=_ints([int(starts[i + 1]) - 1 for i, p in enumerate(pieces) if p.sample]),
+        sampling=make_sampling([p.sampling for p in sampled], vocab_size=vocab_size, top=num_top),
+        score_rows_Q=_ints([row for row, _ in scored]),
+        score_ids_Q=_ints([token for _, token in scored]),
+        score_num_top=score_num_top,
+    )
+
+
+def make_sampling(
+    rows: Sequence[dict[str, Any]], *, vocab_size: int = 97, top: int = 0
+) -> SamplingBatch:
+    """Columns named as in SamplingParams; without penalties and biases. Greedy by default."""
+
+    def column(name: str, default: float) -> list[Any]:
+        return [row.get(name, default) for row in rows]
+
+    def floats(name: str, default: float) -> Any:
+        return np.array(column(name, default), np.float32)
+
+    return SamplingBatch(
+        seeds_R=np.array(column("seed", 0), np.uint64),
+        choices_R=_ints(column("choice", 0)),
+        indices_R=_ints(column("index", 0)),
+        temperatures_R=floats("temperature", 0.0),
+        top_ks_R=_ints(column("top_k", vocab_size)),
+        top_ps_R=floats("top_p", 1.0),
+        min_ps_R=floats("min_p", 0.0),
+        presence_R=floats("presence_penalty", 0.0),
+        frequency_R=floats("frequency_penalty", 0.0),
+        repetition_R=floats("repetition_penalty", 1.0),
+        penalty_rows_P=_ints([]),
+        penalty_ids_P=_ints([]),
+        penalty_counts_P=_ints([]),
+        bias_rows_E=_ints([]),
+        bias_ids_E=_ints([]),
+        bias_values_E=np.zeros(0, np.float32),
+        wants_logprobs_R=np.array([row.get("logprobs", False) for row in rows], np.bool_),
+        num_top=top,
+    )
+
+
+def _ints(values: Any) -> Any:
+    return np.asarray(values, dtype=np.int32)
