@@ -1,0 +1,94 @@
+"""Answer: what goes back of one sequence. Tokens -> text, digest and the reason to end.
+
+It is a function of the request and of the answer's tokens alone, so a take-over rebuilds it by
+reading the journalled tokens again. It knows no blocks, no budget and no queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from service.engine.detokenize import Detokenizer
+from service.messages import (
+    End,
+    FinishReason,
+    GenerationRequest,
+    TokenLogprob,
+    Tokens,
+    rolling_digest,
+)
+
+
+def stop_ids(request: GenerationRequest, eos_ids: frozenset[int]) -> frozenset[int]:
+    """The tokens that end an answer. `ignore_eos` makes the model's own end ordinary text."""
+    return frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else eos_ids)
+
+
+class Answer:
+    """The answer to one request, token by token.
+
+    `reason` is set with the token that ends it. A token that ends an answer counts and has no text;
+    a stop string cuts the text and leaves the tokens that it began in.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        *,
+        token_bytes: Sequence[bytes],
+        eos_ids: frozenset[int],
+        tokens: tuple[int, ...] = (),
+    ) -> None:
+        self.count = 0
+        self.reason: FinishReason | None = None
+        self.stopped_by: str | int | None = None
+        # By position; the first token of a prompt has none. Told with the first record, once.
+        self.prompt_logprobs: list[TokenLogprob | None] = []
+        if request.prompt_logprobs is not None and not tokens:
+            self.prompt_logprobs = [None] * len(request.prompt_ids)
+        self._max_tokens = request.max_tokens
+        self._stop_ids = stop_ids(request, eos_ids)
+        self._detokenizer = Detokenizer(token_bytes, request.stop)
+        self._digest = 0
+        for token in tokens:  # what became certain of their text is journalled with them
+            self._read(token)
+
+    def take(self, token: int, logprob: TokenLogprob | None = None) -> Tokens:
+        """Reads the next token; returns the record of it. Not called after the end."""
+        start = self.count
+        text = self._read(token)
+        prompt_logprobs = tuple(self.prompt_logprobs)
+        self.prompt_logprobs = []
+        return Tokens(
+            start=start,
+            ids=(token,),
+            text=text,
+            digest=self._digest,
+            logprobs=() if logprob is None else (logprob,),
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def end(self, reason: FinishReason, *, cached_tokens: int = 0) -> End:
+        """The terminal record."""
+        return End(
+            count=self.count,
+            reason=reason,
+            cached_tokens=cached_tokens,
+            stopped_by=self.stopped_by,
+        )
+
+    def _read(self, token: int) -> str:
+        self.count += 1
+        self._digest = rolling_digest((token,), previous=self._digest)
+        if token in self._stop_ids:
+            self.stopped_by = token
+            self.reason = FinishReason.STOP
+            return self._detokenizer.finish()
+        text = self._detokenizer.push(token)
+        if self._detokenizer.stopped_by is None and self.count < self._max_tokens:
+            return text
+        text += self._detokenizer.finish()
+        # The last bytes may complete a stop string that ends in U+FFFD, so this is asked after.
+        self.stopped_by = self._detokenizer.stopped_by
+        self.reason = FinishReason.LENGTH if self.stopped_by is None else FinishReason.STOP
+        return text

@@ -1,0 +1,152 @@
+"""BlockAllocator: who holds which KV block. Ints and digests; the tensors are `model.kvcache`'s.
+
+A block is `block_size` consecutive token slots. Its life, as an interval of states:
+
+        take                    publish                     release (last table)
+    BLANK ----> HELD, private ----------> HELD, findable -----------------------> CACHED
+      ^           |                            ^                                 |      |
+      |           | release                    +------------ take (prefix hit) --+      |
+      +-----------+                                                                     |
+      +----------------------- evicted, the least recently released first --------------+
+
+and the table of a sequence, whose last block is always its own:
+
+    tokens  0 ............. num_computed .... num_tokens
+    blocks  [ full, findable ][ full ][ partly filled ]
+              shared by digest  private until published
+
+A digest names all tokens up to the end of its block, the tenant and the numeric class: it is a
+chain of BLAKE2b-256, so that not even a made-up collision serves the KV of other tokens.
+
+Invariants (`check_integrity`): blank, cached and held blocks are disjoint and together all; the
+reference count of a block is the number of tables that hold it; a digest names one block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+_DIGEST_BYTES = 32
+
+
+def chain_root(*salts: str) -> bytes:
+    """Where a chain of digests begins; different salts never share a block."""
+    root = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for salt in salts:
+        encoded = salt.encode("utf-8", "surrogatepass")
+        root.update(len(encoded).to_bytes(8, "little"))
+        root.update(encoded)
+    return root.digest()
+
+
+def chain_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The digest of a full block whose predecessor (or root) has the digest `parent`."""
+    return hashlib.blake2b(
+        parent + array("q", tokens).tobytes(), digest_size=_DIGEST_BYTES
+    ).digest()
+
+
+class BlockAllocator:
+    """Hands out blocks, shares full ones by digest, takes them back. Not thread-safe."""
+
+    def __init__(self, num_blocks: int, *, block_size: int) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError("num_blocks and block_size must be at least 1")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._references = [0] * num_blocks
+        self._blank = list(range(num_blocks - 1, -1, -1))  # a stack: block 0 is taken first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently released first
+        self._digests: dict[int, bytes] = {}  # findable block -> digest
+        self._found: dict[bytes, int] = {}  # and back
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be taken: blank and cached ones."""
+        return len(self._blank) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Free blocks with content that a prefix hit may find."""
+        return len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that some table holds."""
+        return self.num_blocks - self.num_free
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold that many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def find(self, digests: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest prefix of `digests` that is stored. They are not taken yet."""
+        blocks: list[int] = []
+        for digest in digests:
+            block = self._found.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def take(self, num_new: int, *, shared: Sequence[int] = ()) -> list[int] | None:
+        """A table of the `shared` blocks (from `find`) and `num_new` blank ones.
+
+        None, and nothing changed, where there are not enough.
+        """
+        revived = sum(1 for block in shared if not self._references[block])
+        if num_new > self.num_free - revived:
+            return None
+        for block in shared:
+            self._cached.pop(block, None)
+            self._references[block] += 1
+        return [*shared, *(self._take_blank() for _ in range(num_new))]
+
+    def publish(self, block: int, digest: bytes) -> None:
+        """Lets a held, full and computed block be found. The first block of a digest stays it."""
+        if digest not in self._found and block not in self._digests:
+            self._found[digest] = block
+            self._digests[block] = digest
+
+    def release(self, table: Sequence[int]) -> None:
+        """Gives a whole table back, its tail first: prefixes, which many share, live longest."""
+        for block in reversed(table):
+            self._references[block] -= 1
+            if self._references[block]:
+                continue
+            if block in self._digests:
+                self._cached[block] = None
+            else:
+                self._blank.append(block)
+
+    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
+        """Raises RuntimeError where an invariant is broken; `tables` are all tables in use."""
+        counts = [0] * self.num_blocks
+        for table in tables:
+            for block in table:
+                counts[block] += 1
+        held = {block for block in range(self.num_blocks) if counts[block]}
+        blank, cached = set(self._blank), set(self._cached)
+        if counts != self._references:
+            raise RuntimeError("reference counts differ from the tables")
+        if len(self._blank) != len(blank) or blank & cached or held & (blank | cached):
+            raise RuntimeError("a block is in two states")
+        if len(blank) + len(cached) + len(held) != self.num_blocks:
+            raise RuntimeError("a block is lost")
+        if self._found != {digest: block for block, digest in self._digests.items()}:
+            raise RuntimeError("digests and blocks do not name one another")
+        if blank & self._digests.keys() or cached - self._digests.keys():
+            raise RuntimeError("blank blocks have no digest, cached blocks have one")
+
+    def _take_blank(self) -> int:
+        """A block for new content; the caller saw that there is one."""
+        if self._blank:
+            block = self._blank.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            del self._found[self._digests.pop(block)]
+        self._references[block] = 1
+        return block

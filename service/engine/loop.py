@@ -1,0 +1,316 @@
+"""EngineLoop: the engine's thread. inbox -> schedule -> pack -> run -> update -> outbox.
+
+It owns the scheduler and the answers and calls the runner, all from one thread. Other threads hand
+work in and take it back through the inbox; what comes out goes to `deliver`, once a step. It knows
+no queue, no lease and no journal.
+
+                 any thread              |  the engine's thread
+    add, abort ------------> inbox ------+-> step() --> deliver(events of the step)
+                                         |      |
+                             (condition: sleeps while there is nothing to do)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from service.engine.answer import Answer
+from service.engine.blocks import BlockAllocator
+from service.engine.observer import Observer, StepReport
+from service.engine.pack import Packer, unpack
+from service.engine.plan import EngineConfig, Plan
+from service.engine.scheduler import Scheduler
+from service.errors import BadRequest
+from service.messages import End, Event, FinishReason, GenerationRequest
+
+if TYPE_CHECKING:
+    from model.runners import Runner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """A request to answer, and what earlier engines had already journalled of its answer."""
+
+    request: GenerationRequest
+    tokens: tuple[int, ...] = ()
+    remaining_ms: int | None = None  # until its deadline
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Figures:
+    """What of a step's report is known only while it is computed."""
+
+    run_duration: float
+    num_sampled: int
+    prompt_tokens: int
+    recomputed_tokens: int
+
+
+class EngineLoop:
+    """Answers requests with one runner.
+
+    `deliver` is called from the engine's thread and must not block: while it runs, `add` and
+    `abort` of other threads wait, so that no event comes out after `abort` returned. `on_failure`
+    is called once, from the engine's thread, when the runner or `deliver` raised; the engine does
+    nothing any more after that.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        config: EngineConfig,
+        token_bytes: Sequence[bytes],
+        eos_ids: frozenset[int],
+        deliver: Callable[[Sequence[Event]], None],
+        observer: Observer,
+        clock: Callable[[], float] = time.monotonic,
+        on_failure: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.steps = 0
+        self.failure: BaseException | None = None
+        self.last_progress = clock()
+        self._runner = runner
+        self._config = config
+        self._token_bytes = token_bytes
+        self._eos_ids = eos_ids
+        self._deliver = deliver
+        self._observer = observer
+        self._clock = clock
+        self._on_failure = on_failure
+        self._allocator = BlockAllocator(runner.num_blocks, block_size=runner.block_size)
+        self._scheduler = Scheduler(
+            config,
+            self._allocator,
+            max_model_len=runner.config.max_model_len,
+            numeric_class=runner.numeric_class,
+        )
+        self._packer = Packer(
+            config,
+            block_size=runner.block_size,
+            max_model_len=self._scheduler.max_model_len,
+            vocab_size=runner.config.vocab_size,
+            eos_ids=eos_ids,
+        )
+        self._answers: dict[str, Answer] = {}
+        # Reentrant, so that `deliver` may call `abort`.
+        self._changed = threading.Condition(threading.RLock())
+        self._inbox: deque[tuple[float, Work | _Abort]] = deque()  # with the time it came in
+        self._blocked = False  # the last plan left somebody waiting
+        self._room = config.max_sequences
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    @property
+    def room(self) -> int:
+        """Requests that it would begin to answer now, by seats and, as a guess, by blocks."""
+        with self._changed:
+            handed_in = sum(isinstance(command, Work) for _, command in self._inbox)
+            return max(0, self._room - handed_in)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        with self._changed:
+            return bool(self._inbox or self._scheduler.num_sequences)
+
+    def start(self) -> None:
+        """Lets the engine run in its own thread until `stop` or a failure."""
+        self._thread.start()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Ends the thread after the step it is in; what is not finished stays so."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def add(self, work: Work) -> None:
+        """Hands a request in. One of the same id that is here already is dropped for it."""
+        self._put(work)
+
+    def abort(self, request_id: str) -> None:
+        """Takes a request back: no event of it comes out any more. Unknown ids are ignored."""
+        self._put(_Abort(request_id))
+
+    def step(self) -> bool:
+        """Does one step; False where there was nothing to do.
+
+        For tests and offline use; while the thread runs only the thread calls it.
+        """
+        began = self._clock()
+        events = self._read_inbox()
+        plan = self._scheduler.schedule(began)
+        self._blocked = self._scheduler.num_waiting > 0
+        for sequence in plan.expired:
+            events.append(self._end(sequence.id, FinishReason.DEADLINE, sequence.num_cached))
+        if plan.tokens:
+            figures = self._compute(plan, events)
+            self.steps += 1
+            self._report(plan, figures, began)
+        self._room = self._guess_room()
+        self._emit(events)
+        self.last_progress = self._clock()
+        return bool(plan.tokens or events)
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError where bookkeeping contradicts itself. For tests and idle moments."""
+        self._scheduler.check_integrity()
+        if self._scheduler.num_sequences != len(self._answers):
+            raise RuntimeError("one answer a sequence")
+
+    def _put(self, command: Work | _Abort) -> None:
+        with self._changed:
+            self._inbox.append((self._clock(), command))
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        try:
+            while self._wait():
+                self.step()
+        except BaseException as failure:  # noqa: BLE001
+            # Broad because a thread has nobody above it: whatever a runner or a driver raises, the
+            # process must hear of it, or it would live on and hold leases that nobody works on.
+            self.failure = failure
+            if self._on_failure is not None:
+                self._on_failure(failure)
+
+    def _wait(self) -> bool:
+        """Sleeps until there is something to do; False where it is to stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self.busy)
+            self.last_progress = self._clock()
+            return not self._stopping
+
+    def _read_inbox(self) -> list[Event]:
+        with self._changed:
+            commands = list(self._inbox)
+            self._inbox.clear()
+            events: list[Event] = []
+            for received, command in commands:
+                if isinstance(command, _Abort):
+                    self._drop(command.request_id)
+                else:
+                    self._drop(command.request.id)
+                    events += self._accept(command, received)
+            self._room = self._guess_room()
+            return events
+
+    def _drop(self, request_id: str) -> None:
+        self._scheduler.abort(request_id)
+        self._answers.pop(request_id, None)
+
+    def _accept(self, work: Work, received: float) -> list[Event]:
+        """Lets a request wait, or gives its end where there is nothing left to compute."""
+        request = work.request
+        try:
+            self._check(work)
+            answer = Answer(
+                request, token_bytes=self._token_bytes, eos_ids=self._eos_ids, tokens=work.tokens
+            )
+            if answer.reason is not None:  # an engine died between the last token and the end
+                return [Event(request.id, answer.end(answer.reason))]
+            deadline = None if work.remaining_ms is None else received + work.remaining_ms / 1000
+            self._scheduler.add(request, tokens=work.tokens, deadline=deadline)
+        except BadRequest as refusal:
+            end = End(count=len(work.tokens), reason=FinishReason.ERROR, error=refusal.code)
+            return [Event(request.id, end)]
+        self._answers[request.id] = answer
+        return []
+
+    def _check(self, work: Work) -> None:
+        """Refuses what would break the runner; the API lets none of it through."""
+        request, vocab_size = work.request, self._runner.config.vocab_size
+        biased = [token for token, _ in request.sampling.logit_bias]
+        for ids in (request.prompt_ids, work.tokens, request.stop_token_ids, biased):
+            if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+                raise BadRequest(
+                    f"token ids must be between 0 and {vocab_size - 1}", code="invalid_token_id"
+                )
+        if not 0 <= request.sampling.seed < 2**64 or "" in request.stop:
+            raise BadRequest("seed must be between 0 and 2**64 - 1, stop not empty")
+
+    def _compute(self, plan: Plan, events: list[Event]) -> _Figures:
+        """Runs a plan; appends what its sequences got to `events`."""
+        batch = self._packer.pack(plan)
+        run_began = self._clock()
+        output = self._runner.run(batch)
+        run_duration = self._clock() - run_began
+        outcome = unpack(plan, output)
+        figures = _Figures(
+            run_duration=run_duration,
+            num_sampled=len(outcome.tokens),
+            prompt_tokens=plan.prompt_tokens,
+            recomputed_tokens=plan.recomputed_tokens,
+        )
+        for request_id, scores in outcome.prompt_logprobs.items():
+            for position, score in scores:
+                self._answers[request_id].prompt_logprobs[position] = score
+        grown = self._scheduler.update(plan, outcome.tokens)
+        for sequence, token, logprob in zip(grown, outcome.tokens, outcome.logprobs, strict=True):
+            answer = self._answers[sequence.id]
+            events.append(Event(sequence.id, answer.take(token, logprob)))
+            if answer.reason is not None:
+                self._scheduler.finish(sequence)
+                events.append(self._end(sequence.id, answer.reason, sequence.num_cached))
+        return figures
+
+    def _end(self, request_id: str, reason: FinishReason, cached_tokens: int) -> Event:
+        return Event(
+            request_id, self._answers.pop(request_id).end(reason, cached_tokens=cached_tokens)
+        )
+
+    def _emit(self, events: list[Event]) -> None:
+        """Delivers all events but those of requests that were aborted or replaced meanwhile."""
+        with self._changed:
+            stale = {
+                command.request_id if isinstance(command, _Abort) else command.request.id
+                for _, command in self._inbox
+            }
+            fresh = [event for event in events if event.request_id not in stale]
+            if fresh:
+                self._deliver(fresh)
+
+    def _report(self, plan: Plan, figures: _Figures, began: float) -> None:
+        allocator = self._allocator
+        self._observer.stepped(
+            StepReport(
+                duration=self._clock() - began,
+                run_duration=figures.run_duration,
+                num_tokens=plan.num_tokens,
+                num_sequences=len(plan.tokens),
+                num_sampled=figures.num_sampled,
+                running=len(self._scheduler.running),
+                waiting=self._scheduler.num_waiting,
+                blocks_used=allocator.num_used,
+                blocks_cached=allocator.num_cached,
+                blocks_free=allocator.num_free,
+                preemptions=plan.preemptions,
+                recomputed_tokens=figures.recomputed_tokens,
+                prefix_hit_tokens=plan.prefix_hit_tokens,
+                prompt_tokens=figures.prompt_tokens,
+            )
+        )
+
+    def _guess_room(self) -> int:
+        """Free seats, less where the blocks would not last for requests like those that run."""
+        scheduler = self._scheduler
+        seats = self._config.max_sequences - scheduler.num_sequences
+        if self._blocked:
+            return 0
+        if not scheduler.running:
+            return seats
+        total = sum(sequence.request.max_total_tokens for sequence in scheduler.running)
+        blocks_each = self._allocator.blocks_for(-(-total // len(scheduler.running)))
+        return min(seats, self._allocator.num_free // blocks_each - scheduler.num_waiting)

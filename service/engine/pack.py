@@ -1,0 +1,324 @@
+"""Packer: Plan -> Batch, and StepOutput -> what each sequence got.
+
+The only file that knows both sequences and tensors. It decides nothing. What does not change while
+a sequence holds its seat stands in columns indexed by seat and is written once; a step gathers the
+rows it needs, so that a decode step costs little Python per sequence. Shape legend: `model.batch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+
+from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, StepOutput
+from service.engine.answer import stop_ids
+from service.engine.plan import EngineConfig, Plan
+from service.engine.sequence import Sequence
+from service.messages import SamplingParams, TokenLogprob
+
+_NO_INTS: Ints = np.empty(0, np.int32)
+_NO_FLOATS: Floats = np.empty(0, np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a step yielded, in the order of the plan."""
+
+    tokens: list[int]  # one for each sequence of `plan.sampling`
+    logprobs: list[TokenLogprob | None]
+    prompt_logprobs: dict[str, list[tuple[int, TokenLogprob]]]  # request id -> (position, score)
+
+
+class _PenaltyCounts:
+    """How often each token stands in an answer: two growing arrays, brought up to date by reading.
+
+    Tokens of the prompt count 0; they are listed only where a repetition penalty asks for them.
+    """
+
+    def __init__(self, prompt: Iterable[int]) -> None:
+        self._index = {token: index for index, token in enumerate(dict.fromkeys(prompt))}
+        self._ids = np.fromiter(self._index, np.int32, len(self._index))
+        self._counts = np.zeros(len(self._index), np.int32)
+        self._num_read = 0
+
+    def read(self, sequence: Sequence) -> tuple[Ints, Ints]:
+        """Distinct ids and counts over the whole answer so far."""
+        for token in sequence.tokens[sequence.num_prompt + self._num_read :]:
+            index = self._index.setdefault(token, len(self._index))
+            if index >= len(self._ids):
+                self._grow()
+            self._ids[index] = token
+            self._counts[index] += 1
+        self._num_read = sequence.num_output
+        return self._ids[: len(self._index)], self._counts[: len(self._index)]
+
+    def _grow(self) -> None:
+        room = max(16, len(self._ids))
+        self._ids = np.concatenate([self._ids, np.zeros(room, np.int32)])
+        self._counts = np.concatenate([self._counts, np.zeros(room, np.int32)])
+
+
+@dataclass(slots=True, kw_only=True)
+class _Seat:
+    """What was written for the sequence on a seat. A preempted one comes back as a new sitting."""
+
+    sitting: tuple[int, int]  # arrival, preemptions
+    num_blocks: int = 0
+    min_tokens: int = 0
+    penalties: _PenaltyCounts | None = None
+    bias_ids: Ints = field(default_factory=_NO_INTS.copy)
+    bias_values: Floats = field(default_factory=_NO_FLOATS.copy)
+    early_ids: Ints = field(default_factory=_NO_INTS.copy)  # the same, until min_tokens
+    early_values: Floats = field(default_factory=_NO_FLOATS.copy)
+
+    def bias(self, num_output: int) -> tuple[Ints, Floats]:
+        """Biases of the answer's token number `num_output`."""
+        if num_output < self.min_tokens:
+            return self.early_ids, self.early_values
+        return self.bias_ids, self.bias_values
+
+
+class Packer:
+    """Builds the batches of one engine."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        block_size: int,
+        max_model_len: int,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+    ) -> None:
+        num = config.max_sequences
+        self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._eos_ids = eos_ids
+        self._seats: list[_Seat | None] = [None] * num
+        self._table = np.zeros((num, -(-max_model_len // block_size)), np.int32)
+        self._seeds = np.zeros(num, np.uint64)
+        self._choices = np.zeros(num, np.int32)
+        self._top_ks = np.zeros(num, np.int32)
+        # temperature, top_p, min_p, presence, frequency, repetition: a row each, for one gather
+        self._floats = np.zeros((6, num), np.float32)
+        self._num_tops = np.zeros(num, np.int32)  # 0 too where no log probabilities are wanted
+        self._wants_logprobs = np.zeros(num, np.bool_)
+
+    def pack(self, plan: Plan) -> Batch:
+        """The batch of a plan that is not empty; sequences in the plan's order."""
+        sequences = list(plan.tokens)
+        for sequence in sequences:
+            self._sit(sequence)
+        seats_S = np.array([sequence.seat for sequence in sequences], np.int32)
+        lengths_S = np.fromiter(plan.tokens.values(), np.int32, len(sequences))
+        computed_S = np.array([sequence.num_computed for sequence in sequences], np.int32)
+        starts_S1 = np.zeros(len(sequences) + 1, np.int32)
+        np.cumsum(lengths_S, out=starts_S1[1:])
+        contexts_S = computed_S + lengths_S
+        totals_S = np.array([sequence.num_tokens for sequence in sequences], np.int32)
+        samples_S = contexts_S == totals_S
+        width = -(-int(contexts_S.max()) // self._block_size)
+        score_rows_Q, score_ids_Q, score_num_top = _scores(plan, starts_S1)
+        return Batch(
+            tokens_T=_tokens(plan),
+            positions_T=_positions(starts_S1, lengths_S, computed_S),
+            query_starts_S1=starts_S1,
+            context_lens_S=contexts_S,
+            block_table_SB=self._table[seats_S, :width],
+            seats_S=seats_S,
+            sample_rows_R=starts_S1[1:][samples_S] - 1,
+            sampling=self._sampling(
+                [sequences[index] for index in np.flatnonzero(samples_S)], seats_S[samples_S]
+            ),
+            score_rows_Q=score_rows_Q,
+            score_ids_Q=score_ids_Q,
+            score_num_top=score_num_top,
+        )
+
+    def _sit(self, sequence: Sequence) -> None:
+        """Writes what is new of a sequence: all of it at first, later its new blocks."""
+        index = _seat_of(sequence)
+        sitting = (sequence.arrival, sequence.preemptions)
+        seat = self._seats[index]
+        if seat is None or seat.sitting != sitting:
+            seat = self._seats[index] = self._new_seat(sequence, sitting)
+            self._table[index] = 0
+            self._write_columns(index, sequence.request.sampling)
+        if seat.num_blocks != len(sequence.blocks):
+            fresh = sequence.blocks[seat.num_blocks :]
+            self._table[index, seat.num_blocks : len(sequence.blocks)] = fresh
+            seat.num_blocks = len(sequence.blocks)
+
+    def _new_seat(self, sequence: Sequence, sitting: tuple[int, int]) -> _Seat:
+        request = sequence.request
+        params = request.sampling
+        seat = _Seat(sitting=sitting)
+        if params.repetition_penalty != 1.0:
+            seat.penalties = _PenaltyCounts(request.prompt_ids)
+        elif params.presence_penalty or params.frequency_penalty:
+            seat.penalties = _PenaltyCounts(())
+        bias = dict(params.logit_bias)
+        seat.bias_ids, seat.bias_values = _bias_columns(bias)
+        seat.min_tokens = request.min_tokens
+        if request.min_tokens:
+            forbidden = dict.fromkeys(stop_ids(request, self._eos_ids), -np.inf)
+            seat.early_ids, seat.early_values = _bias_columns(bias | forbidden)
+        return seat
+
+    def _write_columns(self, seat: int, params: SamplingParams) -> None:
+        self._seeds[seat] = params.seed
+        self._choices[seat] = params.choice
+        self._top_ks[seat] = min(params.top_k or self._vocab_size, self._vocab_size)
+        self._floats[:, seat] = (
+            params.temperature,
+            params.top_p,
+            params.min_p,
+            params.presence_penalty,
+            params.frequency_penalty,
+            params.repetition_penalty,
+        )
+        self._num_tops[seat] = params.top_logprobs or 0
+        self._wants_logprobs[seat] = params.top_logprobs is not None
+
+    def _sampling(self, sequences: list[Sequence], seats_R: Ints) -> SamplingBatch:
+        floats = self._floats[:, seats_R]
+        wants_logprobs_R: Bools = self._wants_logprobs[seats_R]
+        penalty_rows, penalty_ids, penalty_counts = self._penalties(sequences)
+        bias_rows, bias_ids, bias_values = self._biases(sequences)
+        return SamplingBatch(
+            seeds_R=self._seeds[seats_R],
+            choices_R=self._choices[seats_R],
+            indices_R=np.array([sequence.num_output for sequence in sequences], np.int32),
+            temperatures_R=floats[0],
+            top_ks_R=self._top_ks[seats_R],
+            top_ps_R=floats[1],
+            min_ps_R=floats[2],
+            presence_R=floats[3],
+            frequency_R=floats[4],
+            repetition_R=floats[5],
+            penalty_rows_P=penalty_rows,
+            penalty_ids_P=penalty_ids,
+            penalty_counts_P=penalty_counts,
+            bias_rows_E=bias_rows,
+            bias_ids_E=bias_ids,
+            bias_values_E=bias_values,
+            wants_logprobs_R=wants_logprobs_R,
+            num_top=int(self._num_tops[seats_R].max(initial=0)),
+        )
+
+    def _penalties(self, sequences: list[Sequence]) -> tuple[Ints, Ints, Ints]:
+        rows: list[int] = []
+        ids: list[Ints] = []
+        counts: list[Ints] = []
+        for row, sequence in enumerate(sequences):
+            seat = self._seats[_seat_of(sequence)]
+            if seat is not None and seat.penalties is not None:
+                row_ids, row_counts = seat.penalties.read(sequence)
+                rows.append(row)
+                ids.append(row_ids)
+                counts.append(row_counts)
+        if not rows:
+            return _NO_INTS, _NO_INTS, _NO_INTS
+        lengths = [len(row_ids) for row_ids in ids]
+        repeated = np.repeat(np.array(rows, np.int32), lengths)
+        return repeated, np.concatenate(ids), np.concatenate(counts)
+
+    def _biases(self, sequences: list[Sequence]) -> tuple[Ints, Ints, Floats]:
+        rows: list[int] = []
+        ids: list[Ints] = []
+        values: list[Floats] = []
+        for row, sequence in enumerate(sequences):
+            seat = self._seats[_seat_of(sequence)]
+            if seat is None:
+                continue
+            row_ids, row_values = seat.bias(sequence.num_output)
+            if len(row_ids):
+                rows.append(row)
+                ids.append(row_ids)
+                values.append(row_values)
+        if not rows:
+            return _NO_INTS, _NO_INTS, _NO_FLOATS
+        lengths = [len(row_ids) for row_ids in ids]
+        repeated = np.repeat(np.array(rows, np.int32), lengths)
+        return repeated, np.concatenate(ids), np.concatenate(values)
+
+
+def unpack(plan: Plan, output: StepOutput) -> Outcome:
+    """What each sequence of the plan got. Called before the scheduler's `update`."""
+    tokens: list[int] = output.tokens_R.tolist()
+    sampling = plan.sampling
+    logprobs: list[TokenLogprob | None] = [None] * len(sampling)
+    for row, sequence in enumerate(sampling):
+        num_top = sequence.request.sampling.top_logprobs
+        if num_top is not None:
+            logprobs[row] = _logprob(
+                output.logprobs_R[row],
+                output.top_ids_RN[row, :num_top],
+                output.top_logprobs_RN[row, :num_top],
+            )
+    return Outcome(tokens=tokens, logprobs=logprobs, prompt_logprobs=_unpack_scores(plan, output))
+
+
+def _unpack_scores(plan: Plan, output: StepOutput) -> dict[str, list[tuple[int, TokenLogprob]]]:
+    scores: dict[str, list[tuple[int, TokenLogprob]]] = {}
+    row = 0
+    for sequence, num in plan.tokens.items():
+        num_top = sequence.request.prompt_logprobs or 0
+        for position in sequence.scored(num):
+            score = _logprob(
+                output.score_logprobs_Q[row],
+                output.score_top_ids_QN[row, :num_top],
+                output.score_top_logprobs_QN[row, :num_top],
+            )
+            scores.setdefault(sequence.id, []).append((position, score))
+            row += 1
+    return scores
+
+
+def _logprob(logprob: np.float32, top_ids_N: Ints, top_logprobs_N: Floats) -> TokenLogprob:
+    return TokenLogprob(
+        float(logprob), tuple(zip(top_ids_N.tolist(), top_logprobs_N.tolist(), strict=True))
+    )
+
+
+def _seat_of(sequence: Sequence) -> int:
+    if sequence.seat is None:
+        raise ValueError("a sequence in a plan has a seat")
+    return sequence.seat
+
+
+def _tokens(plan: Plan) -> Ints:
+    slices = (
+        sequence.tokens[sequence.num_computed : sequence.num_computed + num]
+        for sequence, num in plan.tokens.items()
+    )
+    return np.fromiter(chain.from_iterable(slices), np.int32, plan.num_tokens)
+
+
+def _positions(starts_S1: Ints, lengths_S: Ints, computed_S: Ints) -> Ints:
+    """Row t of sequence s stands at computed_S[s] + t - starts_S1[s]."""
+    rows_T = np.arange(starts_S1[-1], dtype=np.int32)
+    return rows_T + np.repeat(computed_S - starts_S1[:-1], lengths_S)
+
+
+def _scores(plan: Plan, starts_S1: Ints) -> tuple[Ints, Ints, int]:
+    rows: list[int] = []
+    ids: list[int] = []
+    num_top = 0
+    for start, (sequence, num) in zip(starts_S1[:-1].tolist(), plan.tokens.items(), strict=True):
+        scored = sequence.scored(num)
+        if scored:
+            # The row that scores a position is the one before it.
+            rows.extend(position - 1 - sequence.num_computed + start for position in scored)
+            ids.extend(sequence.tokens[scored.start : scored.stop])
+            num_top = max(num_top, sequence.request.prompt_logprobs or 0)
+    return np.array(rows, np.int32), np.array(ids, np.int32), num_top
+
+
+def _bias_columns(bias: dict[int, float]) -> tuple[Ints, Floats]:
+    ids = np.fromiter(bias, np.int32, len(bias))
+    values = np.fromiter(bias.values(), np.float32, len(bias))
+    return ids, values

@@ -1,0 +1,113 @@
+"""Sequence: a request inside the engine, as the scheduler sees it.
+
+It holds token ids and counters only. What a token means (text, stop strings) is `answer`'s concern,
+which blocks are free is `blocks`', and no tensor comes near it.
+
+    tokens            | prompt ....................... | answer ............ |
+    position          0                         num_prompt            num_tokens
+    KV                | stored ........... | to compute (pending) ....... |
+                      0               num_computed                  num_tokens
+
+There is no prefill phase and no decode phase. A step computes some of what is pending; one that
+computes all of it yields the next token, and then one token is pending again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from service.messages import GenerationRequest
+
+
+class SequenceStatus(StrEnum):
+    """Where a sequence is.
+
+    WAITING --admitted--> RUNNING --finished or aborted--> FINISHED
+       ^                     |                                ^
+       +-----preempted-------+         WAITING ---aborted-----+
+    """
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """One request being answered. Only the scheduler changes it.
+
+    `tokens` starts as the prompt and what earlier engines had already answered. Two sequences are
+    equal only if they are the same object.
+    """
+
+    request: GenerationRequest
+    tokens: list[int]
+    arrival: int  # rises with each sequence added: who came first
+    deadline: float | None = None  # on the engine's monotonic clock, seconds
+    status: SequenceStatus = SequenceStatus.WAITING
+    seat: int | None = None  # while it runs
+    blocks: list[int] = field(default_factory=list)  # its block table
+    digests: list[bytes] = field(default_factory=list)  # one per full block hashed so far
+    num_computed: int = 0  # tokens whose KV is stored
+    num_published: int = 0  # leading blocks that others may find by their digests
+    num_cached: int = 0  # prompt tokens found in the prefix cache when first admitted
+    high_water: int = 0  # the most tokens that were ever computed
+    preemptions: int = 0
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.id
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is."""
+        return self.request.tenant
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.tokens)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens whose KV is not stored yet; at least one while the sequence lives."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that the answer may still grow by."""
+        return self.request.max_tokens - self.num_output
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log probabilities of the prompt's tokens are still to be told.
+
+        They go out with the answer's first token. Until then every token of the prompt is computed
+        and none taken from the prefix cache, which keeps KV but no logits.
+        """
+        return self.request.prompt_logprobs is not None and self.num_output == 0
+
+    def samples(self, num: int) -> bool:
+        """Whether a step of `num` tokens yields the next token of the answer."""
+        return self.num_computed + num == len(self.tokens)
+
+    def scored(self, num: int) -> range:
+        """Positions of the prompt's tokens that a step of `num` tokens scores.
+
+        The logits at a position score the token after it; the first token has no score.
+        """
+        if not self.scores_prompt:
+            return range(0)
+        return range(self.num_computed + 1, min(self.num_computed + num + 1, self.num_prompt))

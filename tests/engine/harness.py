@@ -1,0 +1,226 @@
+"""Builders and a rig for the engine's tests: a real EngineLoop over the oracle, checked always."""
+
+from __future__ import annotations
+
+import codecs
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from model.batch import Batch
+from service.engine.loop import EngineLoop, Work
+from service.engine.observer import StepReport
+from service.engine.plan import EngineConfig
+from service.messages import (
+    End,
+    Event,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    TokenLogprob,
+    Tokens,
+    rolling_digest,
+)
+from tests.fakes import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, OracleRunner, oracle_answer
+
+CONFIG = EngineConfig(max_batch_tokens=16, max_sequences=6, max_prompt_chunk=8)
+
+
+def make_request(
+    name: str = "r",
+    *,
+    prompt: Iterable[int] = (1, 2, 3),
+    max_tokens: int = 8,
+    sampling: dict[str, Any] | None = None,
+    **fields: Any,
+) -> GenerationRequest:
+    """A request with defaults; `sampling` are fields of its SamplingParams."""
+    return GenerationRequest(
+        id=name,
+        prompt_ids=tuple(prompt),
+        max_tokens=max_tokens,
+        sampling=SamplingParams(**{"seed": 7, **(sampling or {})}),
+        **fields,
+    )
+
+
+def random_request(draw: random.Random, name: str) -> GenerationRequest:
+    """Any parameters; prompts often begin alike, so that prefixes are shared."""
+    shared = [draw.randrange(2)] * draw.choice([0, 4, 8, 12])
+    prompt = [*shared, *(draw.randrange(90) for _ in range(draw.randint(1, 9)))]
+    sampling: dict[str, Any] = {"seed": draw.randrange(2**64), "choice": draw.randrange(3)}
+    if draw.random() < 0.3:
+        sampling |= {"temperature": 0.0, "top_k": draw.randint(1, 9), "top_p": 0.5, "min_p": 0.1}
+    if draw.random() < 0.3:
+        sampling |= {draw.choice(["presence_penalty", "frequency_penalty"]): 0.5}
+    if draw.random() < 0.2:
+        sampling |= {"repetition_penalty": 1.5}
+    if draw.random() < 0.2:
+        sampling |= {"logit_bias": ((draw.randrange(90), 2.0), (96, -1.0))}
+    if draw.random() < 0.3:
+        sampling |= {"top_logprobs": draw.randrange(3)}
+    return make_request(
+        name,
+        prompt=prompt,
+        max_tokens=draw.randint(1, 24),
+        sampling=sampling,
+        min_tokens=draw.choice([0, 0, 5]),
+        stop=tuple(
+            draw.sample(["a", "bc", "éa", "cd", "\ufffd", "ab", "fgh"], draw.choice([0, 2]))
+        ),
+        stop_token_ids=tuple(draw.sample(range(96), draw.choice([0, 0, 4]))),
+        ignore_eos=draw.random() < 0.3,
+        prompt_logprobs=draw.choice([None, None, None, 0, 2]),
+        tenant=draw.choice(["a", "b", "c"]),
+        priority=draw.randrange(3),
+    )
+
+
+@dataclass
+class Transcript:
+    """What came out for one request, records put together."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    end: End | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
+    def read(self, record: Tokens | End) -> None:
+        """Appends a record; fails where it does not continue what came before."""
+        assert self.end is None, "nothing comes after the end"
+        if isinstance(record, End):
+            assert record.count == len(self.ids)
+            self.end = record
+            return
+        assert record.start == len(self.ids)
+        assert record.ids
+        self.ids += record.ids
+        self.text += record.text
+        self.logprobs += record.logprobs
+        assert not (record.prompt_logprobs and record.start)
+        self.prompt_logprobs += record.prompt_logprobs
+        assert record.digest == rolling_digest(self.ids)
+
+    @property
+    def result(self) -> tuple[list[int], str, FinishReason | None, str | int | None]:
+        """What must be equal between all ways to run a request."""
+        reason, stopped_by = (self.end.reason, self.end.stopped_by) if self.end else (None, None)
+        return self.ids, self.text, reason, stopped_by
+
+
+def expected(request: GenerationRequest) -> tuple[list[int], str, FinishReason, str | int | None]:
+    """The same from the request alone, the slow way: all text decoded anew for each token."""
+    ids = oracle_answer(request)
+    ending = set(request.stop_token_ids) | (set() if request.ignore_eos else EOS_IDS)
+    for num in range(1, len(ids) + 1):
+        ended = ids[num - 1] in ending
+        last = ended or num == request.max_tokens
+        raw = b"".join(TOKEN_BYTES[token] for token in ids[: num - ended])
+        text = codecs.utf_8_decode(raw, "replace", last)[0]
+        cut = first_stop(text, request.stop)
+        if ended:
+            return ids[:num], cut[0] if cut else text, FinishReason.STOP, ids[num - 1]
+        if cut:
+            return ids[:num], cut[0], FinishReason.STOP, cut[1]
+    return ids, text, FinishReason.LENGTH, None
+
+
+def first_stop(text: str, stops: Sequence[str]) -> tuple[str, str] | None:
+    """The text before the first stop to be complete (the longest of those), and that stop."""
+    found = [
+        (text.index(stop) + len(stop), text.index(stop), stop) for stop in stops if stop in text
+    ]
+    if not found:
+        return None
+    _, start, stop = min(found)
+    return text[:start], stop
+
+
+class Rig:
+    """An engine over the oracle, stepped by hand. Integrity and limits are checked at each step."""
+
+    def __init__(
+        self,
+        config: EngineConfig = CONFIG,
+        *,
+        clock: Callable[[], float] = lambda: 0.0,
+        **runner: Any,
+    ) -> None:
+        self.config = config
+        self.transcripts: dict[str, Transcript] = {}
+        self.reports: list[StepReport] = []
+        self.batches: list[Batch] = []
+        self.runner = OracleRunner(on_run=self._ran, **runner)
+        self.loop = EngineLoop(
+            self.runner,
+            config=config,
+            token_bytes=TOKEN_BYTES,
+            eos_ids=EOS_IDS,
+            deliver=self._delivered,
+            observer=self,
+            clock=clock,
+        )
+
+    def stepped(self, report: StepReport) -> None:
+        self.reports.append(report)
+
+    def add(self, request: GenerationRequest, **fields: Any) -> None:
+        """Hands work in; a transcript with the known tokens begins."""
+        tokens = fields.get("tokens", ())
+        self.transcripts[request.id] = Transcript(ids=list(tokens))
+        self.loop.add(Work(request=request, **fields))
+
+    def step(self) -> bool:
+        """One step, and a look at the books."""
+        worked = self.loop.step()
+        self.loop.check_integrity()
+        return worked
+
+    def run(self, *requests: GenerationRequest) -> dict[str, Transcript]:
+        """Adds requests and steps until nothing is left to do."""
+        for request in requests:
+            self.add(request)
+        for _ in range(5000):
+            if not self.step():
+                break
+        else:
+            raise AssertionError("the engine does not come to an end")
+        self.check_idle()
+        return self.transcripts
+
+    def check_idle(self) -> None:
+        """Nothing is left: every block is free or cached."""
+        assert not self.loop.busy
+        assert self.loop._allocator.num_used == 0
+        assert self.loop.room == self.config.max_sequences
+
+    def ended(self, name: str) -> bool:
+        """Whether the request has its end."""
+        return self.transcripts[name].end is not None
+
+    def total(self, name: str) -> int:
+        """A figure of the step reports, summed."""
+        return sum(getattr(report, name) for report in self.reports)
+
+    def _ran(self, batch: Batch) -> None:
+        self.batches.append(batch)
+        assert batch.num_tokens <= self.config.max_batch_tokens
+        assert batch.num_sequences <= self.config.max_sequences
+        assert batch.seats_S.max() < self.config.max_sequences
+
+    def _delivered(self, events: Sequence[Event]) -> None:
+        for event in events:
+            self.transcripts[event.request_id].read(event.record)
+
+
+def renamed(request: GenerationRequest, name: str) -> GenerationRequest:
+    """The same request under another id."""
+    return replace(request, id=name)
+
+
+__all__ = [
+    "CONFIG", "EOS_IDS", "TOKEN_BYTES", "VOCAB_SIZE", "Rig", "Transcript", "expected",
+    "first_stop", "make_request", "random_request", "renamed",
+]  # fmt: skip
