@@ -1,0 +1,390 @@
+"""Worker: between the queue and the engine. Claims, hands in, journals, renews, gives back.
+
+It runs in an event loop; the engine computes in a thread of its own, so a long step delays neither
+a renewal nor a write. It knows neither HTTP nor tensors.
+
+    claim loop   queue.claim -> Held -> engine.add     only what the engine has room for
+    write loop   engine events -> queue.write          one round trip for all that came meanwhile
+    renew loop   queue.renew each third of a lease     what is lost is aborted
+    stop loop    queue.stops -> engine.abort           a hint that saves up to a third of a lease
+
+A request that was in an engine when it died is a *suspect*. Suspects are claimed in halves: one
+half must make progress before the next is taken, so that a request that kills engines at once
+takes only half of the others with it. One that saw two deaths runs alone. See `select_claims`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from service.engine.loop import EngineLoop, Work
+from service.errors import Unavailable
+from service.messages import End, Event, FinishReason, Tokens
+from service.queues import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
+
+log = logging.getLogger("quire.worker")
+
+CLAIM_WAIT = 1.0  # seconds; also how long a drain can take to be noticed by the claim loop
+CONDEMNED_ATTEMPT = 3  # the last attempt that the default limits allow: two engines died before
+PROBATION = 2.0  # seconds after which a suspect counts as harmless even without a token
+STORAGE_PATIENCE = 5.0  # seconds that a write is tried again while the store refuses it
+
+
+class EngineFailure(Exception):
+    """The runner broke. The process must end: nothing that it computes can be trusted."""
+
+
+class WorkerObserver(Protocol):
+    """What the worker tells whoever counts. Called in the event loop."""
+
+    def claimed(self, claim: Claim) -> None:
+        """A request came from the queue; it has tokens where an engine had begun it."""
+        ...
+
+    def ended(self, end: End, seconds: float) -> None:
+        """A request's end is in the journal, `seconds` after its claim."""
+        ...
+
+    def fenced(self) -> None:
+        """The queue refused a write: the lease was another's."""
+        ...
+
+    def lease_lost(self, count: int) -> None:
+        """Requests left for another engine, for want of a renewal."""
+        ...
+
+    def wasted(self, tokens: int, cause: str) -> None:
+        """Tokens computed for nothing or again; cause is one of a fixed few."""
+        ...
+
+    def wrote(self, seconds: float) -> None:
+        """One round trip to the journal."""
+        ...
+
+
+@dataclass(slots=True)
+class Held:
+    """A claimed request. The records are kept to its end, to answer a GAP."""
+
+    claim: Claim
+    since: float
+    records: list[Tokens] = field(default_factory=list)
+    written: int = 0  # tokens that are surely in the journal
+
+    @property
+    def lease(self) -> Lease:
+        """Under which its records are written."""
+        return self.claim.lease
+
+
+class Worker:
+    """Serves one queue with one engine until `drain` or a broken runner.
+
+    `run` raises EngineFailure when the engine breaks. `drain` gives every lease back at once, so
+    that other engines go on with the requests where their journals end.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        engine: EngineLoop,
+        *,
+        info: Callable[[], EngineInfo],
+        observer: WorkerObserver,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._queue = queue
+        self._engine = engine
+        self._info = info
+        self._observer = observer
+        self._clock = clock
+        self._held: dict[str, Held] = {}
+        self._events: deque[Event] = deque()
+        self._events_came = asyncio.Event()
+        self._room_changed = asyncio.Event()
+        self._on_probation: set[str] = set()
+        self._probation_ends = 0.0
+        self._quarantine = False  # a condemned request waits for this engine to be empty, or runs
+        self._draining = asyncio.Event()
+        self._failed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._renewed = clock()
+
+    # --- called from the engine thread ----------------------------------------------------
+    def deliver(self, events: Sequence[Event]) -> None:
+        """Takes the events of one step. Any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._take, events)
+
+    def fail(self) -> None:
+        """Says that the runner broke. Any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._failed.set)
+
+    def _take(self, events: Sequence[Event]) -> None:
+        self._events.extend(events)
+        self._events_came.set()
+
+    # --- life cycle -----------------------------------------------------------------------
+    @property
+    def running(self) -> int:
+        """Requests held now."""
+        return len(self._held)
+
+    async def run(self) -> None:
+        """Works until `drain` is called; then everything is given back and it returns."""
+        self._loop = asyncio.get_running_loop()
+        self._engine.start()
+        tasks = [
+            asyncio.create_task(loop(), name=f"worker-{loop.__name__}")
+            for loop in (self._claim_loop, self._write_loop, self._renew_loop, self._stop_loop)
+        ]
+        signals = [asyncio.create_task(event.wait()) for event in (self._draining, self._failed)]
+        try:
+            await asyncio.wait([*tasks, *signals], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _cancel([*tasks, *signals])
+            await self._give_back()
+        for task in tasks:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+        if self._failed.is_set():
+            raise EngineFailure("the runner broke") from self._engine.failure
+
+    def drain(self) -> None:
+        """Begins the end: no more claims, the running step is finished, leases are released."""
+        self._draining.set()
+
+    async def _give_back(self) -> None:
+        """Journals what is computed, then releases what is not finished."""
+        await asyncio.to_thread(self._engine.stop, 3.0)
+        await asyncio.sleep(0)  # events that the last step delivered are taken now
+        with contextlib.suppress(Unavailable):
+            if not self._failed.is_set():
+                await self._write_pending()
+            await self._queue.release([held.lease for held in self._held.values()])
+        self._held.clear()
+
+    # --- claiming -------------------------------------------------------------------------
+    async def _claim_loop(self) -> None:
+        backoff, heard = _Backoff(), self._clock() - CLAIM_WAIT
+        while True:
+            room = 0 if self._claiming_waits() else self._engine.room
+            if room <= 0:
+                self._room_changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._room_changed.wait(), 0.05)
+                if self._clock() - heard < CLAIM_WAIT:
+                    continue
+            try:
+                # Without room it claims nothing and only says that this engine lives.
+                wait = CLAIM_WAIT if room > 0 else 0.0
+                claims = await self._queue.claim(self._info(), limit=max(0, room), wait=wait)
+            except Unavailable:
+                await backoff.sleep()
+                continue
+            backoff.reset()
+            heard = self._clock()
+            await self._admit(claims)
+
+    def _claiming_waits(self) -> bool:
+        """Whether suspects must prove themselves, or a condemned one is still here."""
+        self._quarantine = self._quarantine and bool(self._held)
+        if self._on_probation and self._clock() > self._probation_ends:
+            self._on_probation.clear()
+        return self._quarantine or bool(self._on_probation)
+
+    async def _admit(self, claims: Sequence[Claim]) -> None:
+        """Hands claims to the engine; what may not run now is given back without blame."""
+        if not claims:
+            return
+        self._quarantine = any(claim.attempt >= CONDEMNED_ATTEMPT for claim in claims)
+        kept, returned = select_claims(claims, busy=bool(self._held))
+        if returned:
+            await self._queue.release([claim.lease for claim in returned])
+        suspects = [claim for claim in kept if claim.attempt > 1]
+        if suspects:
+            self._on_probation.update(claim.request.id for claim in suspects)
+            self._probation_ends = self._clock() + PROBATION
+        for claim in kept:
+            self._observer.claimed(claim)
+            self._held[claim.request.id] = Held(claim, self._clock(), written=len(claim.tokens))
+            self._engine.add(
+                Work(request=claim.request, tokens=claim.tokens, remaining_ms=claim.remaining_ms)
+            )
+
+    # --- journalling ----------------------------------------------------------------------
+    async def _write_loop(self) -> None:
+        while True:
+            await self._events_came.wait()
+            self._events_came.clear()
+            await self._write_pending()
+
+    async def _write_pending(self) -> None:
+        """Journals all events that have come; a later step's join where the store is slow."""
+        while self._events:
+            writes = []
+            while self._events:
+                event = self._events.popleft()
+                held = self._held.get(event.request_id)
+                if held is not None:  # else: fenced or stopped since it was computed
+                    if isinstance(event.record, Tokens):
+                        held.records.append(event.record)
+                    writes.append(Write(held.lease, event.record))
+            if writes:
+                await self._write(writes)
+
+    async def _write(self, writes: list[Write]) -> None:
+        backoff, began = _Backoff(), self._clock()
+        while True:
+            start = self._clock()
+            try:
+                replies = await self._queue.write(writes)
+            except Unavailable as error:
+                if error.code == "storage_full" and start - began > STORAGE_PATIENCE:
+                    await self._give_up(writes)
+                    return
+                await backoff.sleep()
+                writes = [write for write in writes if write.lease.request_id in self._held]
+                if not writes:
+                    return
+                continue
+            self._observer.wrote(self._clock() - start)
+            break
+        resend: list[Write] = []
+        for write, reply in zip(writes, replies, strict=True):
+            resend += await self._settle(write, reply)
+        if resend:
+            await self._write(resend)
+
+    async def _settle(self, write: Write, reply: WriteReply) -> list[Write]:
+        """Acts on one reply; returns the writes that close a GAP, in order."""
+        request_id = write.lease.request_id
+        held = self._held.get(request_id)
+        if held is None or held.lease != write.lease:
+            return []
+        if reply.status is WriteStatus.FENCED:
+            self._observer.fenced()
+            self._drop(request_id, cause="fenced")
+            return []
+        if reply.status is WriteStatus.GAP:
+            missing = [record for record in held.records if record.end > reply.count]
+            if not missing or missing[0].start != reply.count:
+                # The store lost tokens of an earlier engine too. Whoever claims the request again
+                # computes them again from what the journal still holds, and exactly so.
+                self._drop(request_id, cause="journal_lost")
+                await self._queue.release([write.lease])
+                return []
+            records: list[Tokens | End] = list(missing)
+            if isinstance(write.record, End):
+                records.append(write.record)
+            return [Write(held.lease, record) for record in records]
+        self._on_probation.discard(request_id)
+        held.written = reply.count
+        if isinstance(write.record, End):
+            del self._held[request_id]
+            self._room_changed.set()
+            self._observer.ended(write.record, self._clock() - held.since)
+        return []
+
+    async def _give_up(self, writes: Iterable[Write]) -> None:
+        """Ends requests whose tokens the store has no room for; an end needs next to none."""
+        ends = []
+        for request_id in {write.lease.request_id for write in writes}:
+            held = self._held.get(request_id)
+            if held is not None:
+                end = End(count=held.written, reason=FinishReason.ERROR, error="storage_full")
+                ends.append(Write(held.lease, end))
+                self._drop(request_id, cause="storage_full")
+        with contextlib.suppress(Unavailable):  # else the lease runs out, and another engine tries
+            await self._queue.write(ends)
+
+    # --- leases ---------------------------------------------------------------------------
+    async def _renew_loop(self) -> None:
+        lease = self._queue.limits.lease
+        self._renewed = self._clock()
+        while True:
+            await asyncio.sleep(lease / 3)
+            sent = self._clock()
+            try:
+                async with asyncio.timeout(lease / 3):
+                    lost = await self._queue.renew([held.lease for held in self._held.values()])
+            except (Unavailable, TimeoutError):
+                if self._clock() - self._renewed > lease:
+                    self._abandon()
+                continue
+            self._renewed = sent
+            for request_id in lost:
+                if request_id in self._held:
+                    self._observer.lease_lost(1)
+                    self._drop(request_id, cause="lease_lost")
+
+    def _abandon(self) -> None:
+        """Stops computing what may be another engine's by now: it could not be journalled."""
+        if self._held:
+            self._observer.lease_lost(len(self._held))
+        for request_id in list(self._held):
+            self._drop(request_id, cause="lease_lost")
+
+    async def _stop_loop(self) -> None:
+        backoff = _Backoff()
+        while True:
+            try:
+                async for request_id in self._queue.stops():
+                    self._drop(request_id, cause="cancelled")
+            except Unavailable:
+                await backoff.sleep()
+
+    def _drop(self, request_id: str, *, cause: str) -> None:
+        held = self._held.pop(request_id, None)
+        if held is None:
+            return
+        self._engine.abort(request_id)
+        self._on_probation.discard(request_id)
+        self._room_changed.set()
+        self._observer.wasted(sum(len(record.ids) for record in held.records), cause)
+
+
+def select_claims(claims: Sequence[Claim], *, busy: bool) -> tuple[list[Claim], list[Claim]]:
+    """Which claims to run now, and which to give back: (kept, returned).
+
+    Attempt 1: nobody died on it. Attempt 2, a suspect: half of them at a time. Attempt 3 and more,
+    condemned: alone, in an engine that holds nothing else.
+    """
+    condemned = [claim for claim in claims if claim.attempt >= CONDEMNED_ATTEMPT]
+    if condemned:
+        kept = [] if busy else condemned[:1]
+        return kept, [claim for claim in claims if claim not in kept]
+    suspects = [claim for claim in claims if claim.attempt > 1]
+    returned = suspects[-(-len(suspects) // 2) :]
+    return [claim for claim in claims if claim not in returned], returned
+
+
+class _Backoff:
+    """Waits a little longer each time, up to a second."""
+
+    def __init__(self) -> None:
+        self._delay = 0.05
+
+    def reset(self) -> None:
+        self._delay = 0.05
+
+    async def sleep(self) -> None:
+        await asyncio.sleep(self._delay)
+        self._delay = min(1.0, self._delay * 2)
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[object]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+__all__ = ["EngineFailure", "Worker", "WorkerObserver", "select_claims"]

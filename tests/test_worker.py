@@ -1,0 +1,436 @@
+"""The worker between a real queue and a real engine: whatever happens to an engine, the journal
+holds exactly the answer that the request determines, and one end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from model.batch import Batch
+from service.engine.loop import EngineLoop
+from service.engine.observer import NullObserver
+from service.engine.plan import EngineConfig
+from service.errors import Unavailable
+from service.messages import (
+    End,
+    Event,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    Submission,
+    Tokens,
+)
+from service.queues import Claim, EngineInfo, Lease, QueueLimits, Write, WriteReply, WriteStatus
+from service.queues.memory import MemoryQueue
+from service.worker import EngineFailure, Worker, select_claims
+from tests.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
+
+LEASE = 0.3
+POISON = 90
+
+
+class Ledger:
+    """A WorkerObserver that counts."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def claimed(self, claim: Claim) -> None:
+        self.counts["take_over" if claim.tokens else "claim"] += 1
+
+    def ended(self, end: End, seconds: float) -> None:
+        self.counts[f"end_{end.reason}"] += 1
+
+    def fenced(self) -> None:
+        self.counts["fenced"] += 1
+
+    def lease_lost(self, count: int) -> None:
+        self.counts["lease_lost"] += count
+
+    def wasted(self, tokens: int, cause: str) -> None:
+        self.counts[f"wasted_{cause}"] += tokens
+
+    def wrote(self, seconds: float) -> None:
+        self.counts["writes"] += 1
+
+
+class Station:
+    """One engine with its worker, on a queue that it shares with others."""
+
+    def __init__(
+        self,
+        queue: MemoryQueue,
+        name: str,
+        *,
+        on_run: Callable[[Batch], None] | None = None,
+        max_sequences: int = 8,
+    ) -> None:
+        self.ledger = Ledger()
+        self.engine = EngineLoop(
+            OracleRunner(num_blocks=128, on_run=on_run),
+            config=EngineConfig(max_batch_tokens=32, max_sequences=max_sequences),
+            token_bytes=TOKEN_BYTES,
+            eos_ids=EOS_IDS,
+            deliver=self._deliver,
+            observer=NullObserver(),
+            on_failure=lambda _failure: self.worker.fail(),
+        )
+        self.worker = Worker(
+            queue,
+            self.engine,
+            info=lambda: EngineInfo(id=name, numeric_class="oracle", version="0"),
+            observer=self.ledger,
+        )
+        self.task: asyncio.Task[None] | None = None
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        self.worker.deliver(events)
+
+    def start(self) -> Station:
+        self.task = asyncio.create_task(self.worker.run())
+        return self
+
+    async def drain(self) -> None:
+        self.worker.drain()
+        assert self.task is not None
+        await self.task
+
+    async def kill(self) -> None:
+        """What SIGKILL leaves behind: leases that nobody renews and nobody gave back."""
+        self.worker._held.clear()
+        self.engine.stop()
+        assert self.task is not None
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+def make_queue(*, lease: float = LEASE) -> MemoryQueue:
+    return MemoryQueue(QueueLimits(lease=lease))
+
+
+def make_request(name: str, *, first: int = 1, max_tokens: int = 12) -> GenerationRequest:
+    return GenerationRequest(
+        id=f"{name}.0",
+        prompt_ids=(first, *(byte % 60 for byte in name.encode()[:8])),
+        sampling=SamplingParams(seed=sum(name.encode()), temperature=0.8),
+        max_tokens=max_tokens,
+        ignore_eos=True,
+    )
+
+
+async def submit(queue: MemoryQueue, *requests: GenerationRequest) -> None:
+    for request in requests:
+        name = request.id.split(".")[0]
+        await queue.submit(Submission(id=name, tenant=request.tenant, requests=(request,)))
+
+
+async def answer(queue: MemoryQueue, request: GenerationRequest) -> tuple[list[int], End]:
+    """The whole journal, checked: no hole, no overlap, one end."""
+    ids: list[int] = []
+    async with asyncio.timeout(20):
+        async for record in queue.follow(request.id):
+            if isinstance(record, End):
+                assert record.count == len(ids)
+                assert [r for r in await queue.read(request.id) if isinstance(r, End)] == [record]
+                return ids, record
+            assert record.start == len(ids)
+            ids += record.ids
+    raise AssertionError("no end")
+
+
+@asynccontextmanager
+async def station(queue: MemoryQueue, name: str = "a", **options: object) -> AsyncIterator[Station]:
+    made = Station(queue, name, **options).start()  # type: ignore[arg-type]  # options of Station
+    try:
+        yield made
+    finally:
+        if made.task is not None and not made.task.done():
+            await made.drain()
+
+
+def slowly(seconds: float) -> Callable[[Batch], None]:
+    """Steps that take a while, so that something can happen between two."""
+    import time
+
+    return lambda _batch: time.sleep(seconds)
+
+
+async def test_journals_exactly_the_answers() -> None:
+    queue = make_queue()
+    requests = [make_request(f"r{index}") for index in range(20)]
+    async with station(queue) as one:
+        await submit(queue, *requests)
+        for request in requests:
+            ids, end = await answer(queue, request)
+            assert ids == oracle_answer(request)
+            assert end.reason is FinishReason.LENGTH
+        assert one.worker.running == 0
+        one.engine.check_integrity()
+    depth = await queue.depth()
+    assert (depth.queued_requests, depth.running_requests, depth.queued_tokens) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_killed_engines_change_no_token(seed: int) -> None:
+    """Engines die at random moments; the next ones go on at the token where the journal ends."""
+    draw = random.Random(seed)
+    queue = make_queue(lease=0.1)
+    requests = [make_request(f"k{seed}x{index}", max_tokens=40) for index in range(3)]
+    await submit(queue, *requests)
+    for life in range(2):
+        engine = Station(queue, f"e{life}", on_run=slowly(0.002)).start()
+        await asyncio.sleep(draw.uniform(0.01, 0.06))
+        await engine.kill()
+    async with station(queue, "last") as last:
+        for request in requests:
+            ids, _ = await answer(queue, request)
+            assert ids == oracle_answer(request)
+        assert last.ledger.counts["take_over"] + last.ledger.counts["claim"] >= 1
+
+
+async def test_a_drained_engine_hands_over_at_once_and_without_blame() -> None:
+    queue = make_queue(lease=30)
+    request = make_request("roll", max_tokens=50)
+    await submit(queue, request)
+    first = Station(queue, "first", on_run=slowly(0.005)).start()
+    while not await queue.read(request.id):
+        await asyncio.sleep(0.005)
+    await first.drain()
+    assert not any(isinstance(record, End) for record in await queue.read(request.id))
+    async with station(queue, "second") as second:
+        ids, _ = await answer(queue, request)  # long before the lease would have been over
+        assert second.ledger.counts["take_over"] == 1
+    assert ids == oracle_answer(request)
+
+
+async def test_a_stopped_request_leaves_the_engine_and_gets_one_end() -> None:
+    queue = make_queue()
+    request, other = make_request("stopped", max_tokens=55), make_request("other", max_tokens=30)
+    async with station(queue, on_run=slowly(0.002)) as one:
+        await submit(queue, request, other)
+        while not await queue.read(request.id):
+            await asyncio.sleep(0.002)
+        await queue.stop([request.id], FinishReason.CANCELLED)
+        ids, end = await answer(queue, request)
+        assert end.reason is FinishReason.CANCELLED
+        assert ids == oracle_answer(request)[: len(ids)]
+        assert len(ids) < 55
+        assert (await answer(queue, other))[0] == oracle_answer(other)
+        assert one.ledger.counts["wasted_cancelled"] >= 1
+        assert not one.engine.busy
+        one.engine.check_integrity()
+
+
+async def test_a_broken_runner_ends_the_worker_and_gives_everything_back() -> None:
+    def breaks(_batch: Batch) -> None:
+        raise RuntimeError("device lost")
+
+    queue = make_queue(lease=30)
+    request = make_request("broken")
+    await submit(queue, request)
+    failing = Station(queue, "bad", on_run=breaks).start()
+    assert failing.task is not None
+    with pytest.raises(EngineFailure):
+        await failing.task
+    async with station(queue, "good"):
+        assert (await answer(queue, request))[0] == oracle_answer(request)
+
+
+async def test_poison_is_failed_and_the_innocent_finish() -> None:
+    """One request kills whatever runs it. At most three engines die, and only it is failed."""
+
+    def die_of_poison(batch: Batch) -> None:
+        if POISON in batch.tokens_T[batch.positions_T == 0]:
+            raise RuntimeError("poison")
+
+    queue = make_queue(lease=0.05)
+    poison = make_request("poison", first=POISON)
+    innocents = [make_request(f"i{index}", max_tokens=6) for index in range(31)]
+    await submit(queue, *innocents[:15], poison, *innocents[15:])
+    deaths = 0
+    while True:
+        engine = Station(queue, f"e{deaths}", on_run=die_of_poison, max_sequences=32)
+        # A real crash releases nothing.
+        engine.worker._give_back = no_farewell  # type: ignore[method-assign]
+        engine.start()
+        assert engine.task is not None
+        while not engine.task.done() and await unfinished(queue):
+            await asyncio.sleep(0.005)
+        if not engine.task.done():
+            await engine.kill()
+            break
+        with pytest.raises(EngineFailure):
+            engine.task.result()
+        deaths += 1
+    answers = [await answer(queue, request) for request in [*innocents, poison]]
+    assert deaths == 3
+    assert [ids for ids, _ in answers[:-1]] == [oracle_answer(request) for request in innocents]
+    assert (answers[-1][1].reason, answers[-1][1].error) == (
+        FinishReason.ERROR,
+        "engine_crash_loop",
+    )
+
+
+async def unfinished(queue: MemoryQueue) -> int:
+    depth = await queue.depth()
+    return depth.queued_requests + depth.running_requests
+
+
+async def no_farewell() -> None:
+    """The process is gone."""
+
+
+class FlakyQueue(MemoryQueue):
+    """A queue whose store is away now and then, and whose replies get lost."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(QueueLimits(lease=5))
+        self._draw = random.Random(seed)
+        self._deck: list[str] = []
+        self.faults: Counter[str] = Counter()
+
+    async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
+        """Fails before or after the records are stored."""
+        if not self._deck:
+            self._deck = ["before", "after", "none", "none"]
+            self._draw.shuffle(self._deck)
+        fault = self._deck.pop()
+        self.faults[fault] += 1
+        if fault == "before":
+            raise Unavailable("gone")
+        replies = await super().write(writes)
+        if fault == "after":
+            raise Unavailable("reply lost")
+        return replies
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_lost_replies_repeat_nothing(seed: int) -> None:
+    queue = FlakyQueue(seed)
+    requests = [make_request(f"f{seed}{index}", max_tokens=40) for index in range(4)]
+    async with station(queue, on_run=slowly(0.005)):
+        await submit(queue, *requests)
+        for request in requests:
+            assert (await answer(queue, request))[0] == oracle_answer(request)
+    assert queue.faults["before"]
+    assert queue.faults["after"]
+
+
+class ForgetfulQueue(MemoryQueue):
+    """A store that loses the tail of a journal once, as one that was failed over does."""
+
+    def __init__(self, keep: int) -> None:
+        super().__init__(QueueLimits(lease=5))
+        self.keep = keep
+        self.gaps = 0
+        self._lost = False
+
+    async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
+        """Drops all but `keep` tokens when there are some more."""
+        entry = self._entries[writes[0].lease.request_id]
+        if not self._lost and entry.count >= self.keep + 3:
+            self._lost = True
+            while entry.count > self.keep:
+                entry.journal.pop()
+                entry.ends.pop()
+        replies = await super().write(writes)
+        self.gaps += sum(reply.status is WriteStatus.GAP for reply in replies)
+        return replies
+
+
+@pytest.mark.parametrize("keep", [0, 1, 5])
+async def test_a_lost_tail_is_sent_again(keep: int) -> None:
+    queue = ForgetfulQueue(keep)
+    request = make_request("tail", max_tokens=30)
+    async with station(queue, on_run=slowly(0.001)):
+        await submit(queue, request)
+        while await unfinished(queue):
+            await asyncio.sleep(0.01)
+    records = await queue.read(request.id)
+    ids = [token for record in records if isinstance(record, Tokens) for token in record.ids]
+    assert queue.gaps >= 1
+    assert ids == oracle_answer(request)
+
+
+class FullQueue(MemoryQueue):
+    """A store with no room for tokens; ends fit."""
+
+    async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
+        """Refuses whatever holds tokens."""
+        if any(isinstance(write.record, Tokens) for write in writes):
+            raise Unavailable("no room", code="storage_full")
+        return await super().write(writes)
+
+
+async def test_a_full_store_ends_requests_instead_of_holding_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.worker.STORAGE_PATIENCE", 0.2)
+    queue = FullQueue(QueueLimits(lease=5))
+    request = make_request("full")
+    async with station(queue) as one:
+        await submit(queue, request)
+        ids, end = await answer(queue, request)
+        assert (ids, end.reason, end.error) == ([], FinishReason.ERROR, "storage_full")
+        assert one.worker.running == 0
+
+
+async def test_an_engine_that_cannot_renew_stops_computing() -> None:
+    class Deaf(MemoryQueue):
+        deaf = False
+
+        async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
+            """Does not answer."""
+            if self.deaf:
+                raise Unavailable("gone")
+            return await super().renew(leases)
+
+    queue = Deaf(QueueLimits(lease=0.2))
+    request = make_request("deaf", max_tokens=20)
+    async with station(queue, on_run=slowly(0.05)) as one:
+        await submit(queue, request)
+        while not await queue.read(request.id):
+            await asyncio.sleep(0.005)
+        queue.deaf = True
+        async with asyncio.timeout(5):
+            while not one.ledger.counts["lease_lost"]:
+                await asyncio.sleep(0.01)
+        queue.deaf = False
+        assert (await answer(queue, request))[0] == oracle_answer(request)
+
+
+def make_claim(name: str, attempt: int) -> Claim:
+    request = make_request(name)
+    return Claim(lease=Lease(request.id, 1, "o"), request=request, attempt=attempt)
+
+
+def test_suspects_are_taken_in_halves() -> None:
+    fresh, suspects = make_claim("f", 1), [make_claim(f"s{i}", 2) for i in range(5)]
+    kept, returned = select_claims([fresh, *suspects], busy=True)
+    assert kept == [fresh, *suspects[:3]]
+    assert returned == suspects[3:]
+
+
+@pytest.mark.parametrize(("busy", "kept_names"), [(False, ["c1.0"]), (True, [])])
+def test_a_condemned_request_runs_alone(busy: bool, kept_names: list[str]) -> None:
+    claims = [make_claim("f", 1), make_claim("c1", 3), make_claim("s", 2), make_claim("c2", 3)]
+    kept, returned = select_claims(claims, busy=busy)
+    assert [claim.request.id for claim in kept] == kept_names
+    assert {claim.request.id for claim in [*kept, *returned]} == {"f.0", "c1.0", "s.0", "c2.0"}
+
+
+def test_every_suspect_is_taken_in_the_end() -> None:
+    """Halves of what is left: no suspect is returned for ever."""
+    left = [make_claim(f"s{i}", 2) for i in range(9)]
+    rounds = 0
+    while left:
+        kept, left = select_claims(left, busy=False)
+        assert kept
+        rounds += 1
+    assert rounds <= 5
