@@ -1,0 +1,261 @@
+"""Queues: between API and engine, and the journal of every answer. A Protocol and a URL table.
+
+              submit                claim(epoch+1, owner)           finish
+    (none) ---------> QUEUED ---------------------> RUNNING ---------------> DONE
+                        |                           |  | append*, renew*
+          stop/deadline |        lease over/release |  +--+
+                        v        -> claimed again (epoch+1; a crash counts, a release does not)
+       CANCELLED / DEADLINE <------ stop/deadline (epoch+1 fences the engine)
+                                   attempts > limit -------> ERROR (engine_crash_loop)
+
+Terminal states absorb; each terminal edge writes exactly one `End`. The journal of a request is
+`Tokens` records without holes or overlaps, then one `End`. A token that a client may see is in the
+journal first. Who may append is decided by epoch *and* owner; times are the queue's own clock.
+Every method may be called again after a lost reply and then answers the same or says so (DUP).
+
+Implementations: `memory` (embedded, one process) and `redis`; `tests/queues/contract.py` runs over
+both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from service.errors import StartupError
+from service.messages import End, FinishReason, GenerationRequest, Record, Submission, Tokens
+from service.queues.observer import NullQueueObserver, QueueObserver
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueLimits:
+    """What the whole cluster admits, and how long things live. Times in seconds."""
+
+    max_requests: int = 1024  # queued, not yet running
+    max_tokens: int = 1_000_000  # cost of the queued
+    max_per_tenant: int = 1024  # queued and running
+    lease: float = 3.0
+    max_attempts: int = 3  # claims of a request that may end in the engine's death
+    live_ttl: float = 3600.0  # how long a request without a deadline waits for an engine
+    resume_window: float = 600.0
+    idempotency_ttl: float = 86_400.0
+
+
+class SubmitStatus(StrEnum):
+    """OK: admitted. EXISTS: this id or key was admitted before, follow that one. CONFLICT: the key
+    came with another body. FULL, TENANT: over a limit, nothing was stored.
+    """
+
+    OK = "ok"
+    EXISTS = "exists"
+    CONFLICT = "conflict"
+    FULL = "full"
+    TENANT = "tenant"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitReply:
+    """`submission_id` is the one to follow: with EXISTS the earlier one's."""
+
+    status: SubmitStatus
+    submission_id: str
+    queued_requests: int = 0
+    queued_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSubmission:
+    """What any replica may look up to follow an answer again."""
+
+    id: str
+    tenant: str
+    manifest: str
+    num_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to append to one request, until it runs out or another claims it."""
+
+    request_id: str
+    epoch: int
+    owner: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A request handed to an engine, with what earlier engines had already journalled."""
+
+    lease: Lease
+    request: GenerationRequest
+    tokens: tuple[int, ...] = ()
+    attempt: int = 1  # 1: nobody died on it yet
+    remaining_ms: int | None = None  # until its deadline
+
+
+class WriteStatus(StrEnum):
+    """OK: written. DUP: it stood there already. GAP: tokens from `count` on are missing, send them
+    first. FENCED: the lease is another's or the request has ended.
+    """
+
+    OK = "ok"
+    DUP = "dup"
+    GAP = "gap"
+    FENCED = "fenced"
+
+
+@dataclass(frozen=True, slots=True)
+class WriteReply:
+    """`count` is the number of tokens in the journal after the call."""
+
+    status: WriteStatus
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One record to journal; `Tokens` or, as the last, `End`."""
+
+    lease: Lease
+    record: Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine tells of itself. Informative: ownership is decided by leases alone."""
+
+    id: str  # a new one for each process
+    numeric_class: str
+    version: str
+    running: int = 0
+    max_model_len: int = 0  # 0: not said
+    tokens_per_second: float = 0.0  # lately
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueDepth:
+    """What waits and what runs, over the whole cluster."""
+
+    queued_requests: int
+    queued_tokens: int
+    running_requests: int
+
+
+class Queue(Protocol):
+    """Every method may raise `Unavailable` where the queue's store cannot be reached."""
+
+    limits: QueueLimits
+
+    async def open(self) -> None:
+        """Called once at the start: raises StartupError where the store cannot keep the promises,
+        `Unavailable` where it does not answer.
+        """
+        ...
+
+    # --- the API's side -------------------------------------------------------------------
+    async def submit(self, submission: Submission) -> SubmitReply:
+        """Admits all requests of a submission or none; idempotent by id and by key."""
+        ...
+
+    async def lookup(self, submission_id: str) -> StoredSubmission | None:
+        """The submission, or None where there is none or its resume window is over."""
+        ...
+
+    async def read(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
+        """The records now in the journal that reach beyond the first `after` tokens, in order.
+
+        The first one may begin before them. Raises NotFound for an unknown request and
+        StreamDivergence where the answer has ended with fewer tokens than that.
+        """
+        ...
+
+    def follow(self, request_id: str, *, after: int = 0) -> AsyncIterator[Record]:
+        """Those records and all that come, to the `End`; each once. Raises as `read` does."""
+        ...
+
+    async def stop(self, request_ids: Sequence[str], reason: FinishReason) -> None:
+        """Ends requests that have not ended: CANCELLED, or DEADLINE for those really past it."""
+        ...
+
+    async def sweep(self) -> int:
+        """Ends what is past its deadline; any replica calls it each second. Returns how many."""
+        ...
+
+    async def depth(self) -> QueueDepth:
+        """What waits and runs now."""
+        ...
+
+    async def engines(self) -> Sequence[EngineInfo]:
+        """Engines heard of within the last ten seconds."""
+        ...
+
+    async def check(self) -> None:
+        """Returns where the queue works, raises `Unavailable` where it does not."""
+        ...
+
+    # --- the engine's side ----------------------------------------------------------------
+    async def claim(self, engine: EngineInfo, *, limit: int, wait: float) -> Sequence[Claim]:
+        """Takes up to `limit` requests, those whose leases ran out included; waits up to `wait`
+        seconds for a first one. Higher priorities first. Also says that the engine lives: with
+        `limit` 0 it does nothing else.
+        """
+        ...
+
+    async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
+        """Journals the records of one engine step in one round trip, in order; a reply for each."""
+        ...
+
+    async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
+        """Extends leases; returns the ids of the requests that are no longer the caller's."""
+        ...
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        """Gives requests back at once and without blame: another engine goes on with them."""
+        ...
+
+    def stops(self) -> AsyncIterator[str]:
+        """Ids of running requests as they are stopped: a hint; `write`, `renew` are the truth."""
+        ...
+
+    async def close(self) -> None:
+        """Lets connections go; the journal stays where it is."""
+        ...
+
+
+QueueFactory = Callable[[str, QueueLimits, QueueObserver], Queue]
+
+
+def _memory(_url: str, limits: QueueLimits, observer: QueueObserver) -> Queue:
+    from service.queues.memory import MemoryQueue
+
+    return MemoryQueue(limits, observer=observer)
+
+
+def _redis(url: str, limits: QueueLimits, observer: QueueObserver) -> Queue:
+    from service.queues.redis import RedisQueue
+
+    return RedisQueue(limits, url=url, observer=observer)
+
+
+QUEUES: dict[str, QueueFactory] = {
+    "memory": _memory, "redis": _redis, "rediss": _redis, "unix": _redis,
+}  # fmt: skip
+"""URL scheme -> factory."""
+
+
+def open_queue(url: str, limits: QueueLimits, *, observer: QueueObserver | None = None) -> Queue:
+    """The queue that a URL names. Raises StartupError for a scheme that is not known."""
+    scheme = urlsplit(url).scheme
+    if scheme not in QUEUES:
+        raise StartupError(f"queue: unknown scheme; known are {', '.join(sorted(QUEUES))}")
+    return QUEUES[scheme](url, limits, NullQueueObserver() if observer is None else observer)
+
+
+__all__ = [
+    "QUEUES", "Claim", "End", "EngineInfo", "Lease", "Queue", "QueueDepth", "QueueLimits", "Record",
+    "StoredSubmission", "SubmitReply", "SubmitStatus", "Tokens", "Write", "WriteReply",
+    "WriteStatus", "open_queue",
+]  # fmt: skip

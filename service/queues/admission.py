@@ -1,0 +1,13 @@
+"""What a request costs at admission: one formula for all queues, so a limit means one thing."""
+
+from __future__ import annotations
+
+from service.messages import GenerationRequest
+
+ANSWER_SHARE = 4
+"""One in so many of `max_tokens` counts: most answers end long before their limit."""
+
+
+def admission_cost(request: GenerationRequest) -> int:
+    """Tokens that a queued request counts for against `QueueLimits.max_tokens`."""
+    return len(request.prompt_ids) + request.max_tokens // ANSWER_SHARE

@@ -1,0 +1,58 @@
+"""Entry and Group: what the queue in memory keeps of a request and of a submission. No rules."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from service.messages import End, GenerationRequest, Tokens
+from service.queues import Lease, StoredSubmission
+
+
+@dataclass(slots=True)
+class Entry:
+    """One request. `epoch` grows with each claim and stop; `owner` is empty while nobody runs it.
+
+    queued: not `started`, no `end` · running: `started`, no `end` · ended: `end`
+    """
+
+    request: GenerationRequest
+    submission_id: str
+    submitted: float
+    started: bool = False
+    end: End | None = None
+    epoch: int = 0
+    owner: str = ""
+    lease_until: float = 0.0
+    deaths: int = 0
+    numeric_class: str = ""
+    journal: list[Tokens] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)  # journal[i].end, ascending
+    followers: set[asyncio.Event] = field(default_factory=set)
+
+    @property
+    def count(self) -> int:
+        """Tokens journalled."""
+        return self.ends[-1] if self.ends else 0
+
+    @property
+    def deadline(self) -> float | None:
+        timeout_ms = self.request.timeout_ms
+        return None if timeout_ms is None else self.submitted + timeout_ms / 1000
+
+    def holds(self, lease: Lease) -> bool:
+        """Whether the lease's is the last claim of this request."""
+        return self.epoch == lease.epoch and self.owner == lease.owner
+
+    def wake(self) -> None:
+        for follower in self.followers:
+            follower.set()
+
+
+@dataclass(slots=True)
+class Group:
+    """A submission, kept until `resume_window` after the last of its requests ended."""
+
+    stored: StoredSubmission
+    unfinished: int
+    entries: list[Entry]

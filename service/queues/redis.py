@@ -1,0 +1,275 @@
+"""RedisQueue: the state machine in a Redis that API replicas and engines share, for any number.
+
+Every edge of the machine is one Lua script, so it happens wholly or not at all and by the server's
+clock; each may run twice. This file turns the contract's types into the scripts' arguments and
+back; `redis_claims` takes work, `redis_journal` reads answers, `redis_wire` talks to the server,
+`redis_keys` lists the keys. Needs Redis >= 7 or Valkey, one server and not a cluster of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from service.messages import End, FinishReason, Record, Submission
+from service.queues import (
+    Claim,
+    EngineInfo,
+    Lease,
+    QueueDepth,
+    QueueLimits,
+    StoredSubmission,
+    SubmitReply,
+    SubmitStatus,
+    Write,
+    WriteReply,
+    WriteStatus,
+)
+from service.queues.admission import admission_cost
+from service.queues.observer import NullQueueObserver, QueueEvent, QueueObserver
+from service.queues.redis_claims import DEADLINE, Claimer
+from service.queues.redis_codec import encode_end, encode_tokens
+from service.queues.redis_journal import JournalReader
+from service.queues.redis_keys import ShardKeys, idempotency_name, milliseconds, shard_of
+from service.queues.redis_scripts import load_scripts
+from service.queues.redis_server import check_server
+from service.queues.redis_wakeups import Wakeups
+from service.queues.redis_wire import Command, RedisUrl, Wire
+
+logger = logging.getLogger(__name__)
+
+ENGINE_SILENCE = 10.0
+"""Seconds after which an engine that was not heard of is no longer listed."""
+FORGET_ENGINE = 600.0
+"""Seconds after which an engine that holds nothing is forgotten."""
+SWEPT_AT_ONCE = 256
+"""Requests that one run of the sweeping script looks at: it keeps the server waiting."""
+
+_COUNTED = {
+    WriteStatus.DUP: QueueEvent.DUP,
+    WriteStatus.GAP: QueueEvent.GAP,
+    WriteStatus.FENCED: QueueEvent.FENCED,
+}
+
+
+class RedisQueue:
+    """The contract is `service.queues.Queue`.
+
+    `url` may say `allow_volatile=1` (a Redis without an append-only file is good enough) and
+    `shards=<n>`: ids name their shard, each has its part of the limits, and what has one
+    idempotency key must name one shard. Connects when first used.
+    """
+
+    def __init__(
+        self, limits: QueueLimits, *, url: str, observer: QueueObserver | None = None
+    ) -> None:
+        self.limits = limits
+        self._observer = NullQueueObserver() if observer is None else observer
+        self._url = RedisUrl(url)
+        self._shards = tuple(ShardKeys(shard) for shard in range(self._url.shards))
+        self._wire = Wire(self._url, scripts=load_scripts(), restored=self._restored)
+        self._wakeups = Wakeups(self._wire.connection)
+        self._reader = JournalReader(self._wire, self._wakeups, dropped=self._drop)
+        self._claimer = Claimer(
+            self._wire,
+            self._wakeups,
+            limits=limits,
+            shards=self._shards,
+            observer=self._observer,
+            dropped=self._drop,
+            write=self.write,
+        )
+
+    async def open(self) -> None:
+        (info,) = await self._wire.run([("INFO",)])
+        check_server(info, allow_volatile=self._url.allow_volatile)
+
+    # --- the API's side -------------------------------------------------------------------
+    async def submit(self, submission: Submission) -> SubmitReply:
+        limits, keys = self.limits, self._keys(submission.id)
+        name = ""
+        if submission.idempotency_key is not None:
+            name = idempotency_name(submission.tenant, submission.idempotency_key)
+        arguments: list[str | int] = [submission.id, submission.tenant, submission.manifest]
+        # The nonce is this call's: sent twice, it is known from another call with the same id.
+        arguments += [secrets.token_hex(6), name, submission.fingerprint]
+        arguments += [milliseconds(limits.idempotency_ttl)]
+        for limit in (limits.max_requests, limits.max_tokens, limits.max_per_tenant):
+            arguments.append(max(1, limit // len(self._shards)))
+        arguments += [milliseconds(limits.live_ttl)]
+        for request in submission.requests:
+            arguments += [request.id, admission_cost(request), request.timeout_ms or 0]
+            arguments += [request.priority, request.to_json()]
+        status, followed, queued, tokens = await self._script("submit", keys, *arguments)
+        return SubmitReply(
+            status=SubmitStatus(status.decode()),
+            submission_id=followed.decode(),
+            queued_requests=queued,
+            queued_tokens=tokens,
+        )
+
+    async def lookup(self, submission_id: str) -> StoredSubmission | None:
+        key = self._keys(submission_id).submission(submission_id)
+        (fields,) = await self._wire.run([("HMGET", key, "ten", "man", "num")])
+        if None in fields:
+            return None
+        tenant, manifest, num_requests = fields
+        return StoredSubmission(
+            id=submission_id,
+            tenant=tenant.decode(),
+            manifest=manifest.decode(),
+            num_requests=int(num_requests),
+        )
+
+    async def read(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
+        return await self._reader.read(self._keys(request_id), request_id, after=after)
+
+    def follow(self, request_id: str, *, after: int = 0) -> AsyncIterator[Record]:
+        return self._reader.follow(self._keys(request_id), request_id, after=after)
+
+    async def stop(self, request_ids: Sequence[str], reason: FinishReason) -> None:
+        limits = self.limits
+        only_overdue = int(reason is FinishReason.DEADLINE)
+        payload = encode_end(End(count=0, reason=reason))
+        times = (milliseconds(limits.resume_window), milliseconds(limits.live_ttl))
+        await self._wire.run(
+            [
+                self._wire.script("stop", keys.admission, only_overdue, payload, *times, *ids)
+                for keys, ids in self._by_shard(request_ids)
+            ]
+        )
+
+    async def sweep(self) -> int:
+        limits = self.limits
+        times = (milliseconds(limits.resume_window), milliseconds(limits.live_ttl))
+        total = 0
+        for keys in self._shards:
+            looked_at = SWEPT_AT_ONCE
+            while looked_at == SWEPT_AT_ONCE:
+                looked_at, ended = await self._script(
+                    "sweep", keys, DEADLINE, *times, milliseconds(FORGET_ENGINE), SWEPT_AT_ONCE
+                )
+                total += ended
+        return total
+
+    async def depth(self) -> QueueDepth:
+        replies = await self._wire.run(
+            [("HMGET", keys.admission, "q", "tok", "run") for keys in self._shards]
+        )
+        queued, tokens, running = (
+            sum(int(column or 0) for column in columns) for columns in zip(*replies, strict=True)
+        )
+        return QueueDepth(queued_requests=queued, queued_tokens=tokens, running_requests=running)
+
+    async def engines(self) -> Sequence[EngineInfo]:
+        now, *tables = await self._wire.run(
+            [("TIME",), *(("HGETALL", keys.engines) for keys in self._shards)]
+        )
+        oldest = (now[0] - ENGINE_SILENCE) * 1000 + now[1] / 1000
+        found: dict[str, EngineInfo] = {}
+        for told in (value for table in tables for value in table.values()):
+            seen, _, text = told.partition(b" ")
+            try:
+                if int(seen) >= oldest:
+                    info = EngineInfo(**json.loads(text))
+                    found[info.id] = info
+            except (ValueError, TypeError):
+                self._drop("what an engine tells of itself")
+        return list(found.values())
+
+    async def check(self) -> None:
+        await self._wire.run([("PING",)])
+
+    # --- the engine's side ----------------------------------------------------------------
+    async def claim(self, engine: EngineInfo, *, limit: int, wait: float) -> Sequence[Claim]:
+        return await self._claimer.claim(engine, limit=limit, wait=wait)
+
+    async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
+        """Raises Unavailable with the code `storage_full` where tokens were refused for want of
+        memory: what was written of `writes` answers DUP next time.
+        """
+        replies = await self._wire.run([self._write_command(write) for write in writes])
+        found = [WriteReply(WriteStatus(status.decode()), count) for status, count in replies]
+        for reply in found:
+            if reply.status in _COUNTED:
+                self._observer.happened(_COUNTED[reply.status])
+        return found
+
+    def _write_command(self, write: Write) -> Command:
+        lease, record = write.lease, write.record
+        keys = self._keys(lease.request_id)
+        owned = (lease.request_id, lease.epoch, lease.owner)
+        if isinstance(record, End):
+            window = milliseconds(self.limits.resume_window)
+            return self._wire.script(
+                "finish", keys.admission, *owned, record.count, encode_end(record), window
+            )
+        return self._wire.script(
+            "append", keys.admission, *owned, record.start, len(record.ids), encode_tokens(record)
+        )
+
+    async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
+        replies = await self._wire.run(self._lease_commands("renew", leases))
+        return [request_id.decode() for lost in replies for request_id in lost]
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        await self._wire.run(self._lease_commands("release", leases))
+
+    def _lease_commands(self, script: str, leases: Sequence[Lease]) -> list[Command]:
+        """One command a shard; after the lease's length come (request, epoch, owner) of each."""
+        arguments: dict[ShardKeys, list[str | int]] = {}
+        for lease in leases:
+            of_shard = arguments.setdefault(
+                self._keys(lease.request_id), [milliseconds(self.limits.lease)]
+            )
+            of_shard += [lease.request_id, lease.epoch, lease.owner]
+        return [
+            self._wire.script(script, keys.admission, *of_shard)
+            for keys, of_shard in arguments.items()
+        ]
+
+    async def stops(self) -> AsyncIterator[str]:
+        hints: asyncio.Queue[bytes] = asyncio.Queue()
+        wake = hints.put_nowait
+        for keys in self._shards:
+            self._wakeups.watch(keys.stops, wake)
+        try:
+            while True:
+                message = await hints.get()
+                if message:  # empty: the subscription stands, or was away
+                    yield message.decode()
+        finally:
+            for keys in self._shards:
+                self._wakeups.unwatch(keys.stops, wake)
+
+    async def close(self) -> None:
+        self._wire.refuse()
+        self._reader.close()
+        await self._wakeups.close()
+        await self._wire.close()
+
+    # --- both sides -----------------------------------------------------------------------
+    def _keys(self, identifier: str) -> ShardKeys:
+        return self._shards[shard_of(identifier, shards=len(self._shards))]
+
+    def _by_shard(self, request_ids: Sequence[str]) -> list[tuple[ShardKeys, list[str]]]:
+        found: dict[ShardKeys, list[str]] = {}
+        for request_id in request_ids:
+            found.setdefault(self._keys(request_id), []).append(request_id)
+        return list(found.items())
+
+    async def _script(self, name: str, keys: ShardKeys, *arguments: str | bytes | int) -> list[Any]:
+        (reply,) = await self._wire.run([self._wire.script(name, keys.admission, *arguments)])
+        return list(reply)
+
+    def _drop(self, what: str, count: int = 1) -> None:
+        self._observer.happened(QueueEvent.DROPPED, count)
+        logger.warning("dropped %d malformed: %s", count, what)
+
+    def _restored(self) -> None:
+        self._observer.happened(QueueEvent.OUTAGE)
+        logger.warning("redis answers again")

@@ -1,0 +1,143 @@
+"""How journal records lie in Redis: a few bytes a token, because one record holds few tokens.
+
+A stream entry's id says how many tokens the answer has with it (`<n>-0`, the end `<n>-1`); its one
+field is `k` for tokens and `e` for the end.
+
+    k:  flags (1 byte) · number of ids · ids · digest (4 bytes) · length of text · text · JSON
+        numbers as LEB128 varints, text in UTF-8; JSON only where log probabilities were asked for
+    e:  JSON object: r reason, c cached tokens, s stopped by, x error; what is default is left out
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from service.messages import End, FinishReason, Record, TokenLogprob, Tokens
+
+TOKENS_FIELD = b"k"
+END_FIELD = b"e"
+_HAS_LOGPROBS = 1
+
+
+class Malformed(ValueError):
+    """An entry that this format does not know."""
+
+
+def encode_tokens(record: Tokens) -> bytes:
+    """The value of field `k`. `record.start` is not in it: the entry's id tells."""
+    text = record.text.encode("utf-8", "replace")
+    with_json = bool(record.logprobs or record.prompt_logprobs)
+    out = bytearray([_HAS_LOGPROBS if with_json else 0])
+    _put(out, len(record.ids))
+    for token in record.ids:
+        _put(out, token)
+    out += struct.pack("<I", record.digest)
+    _put(out, len(text))
+    out += text
+    if with_json:
+        columns = {
+            "l": [_pack(logprob) for logprob in record.logprobs],
+            "p": [_pack(logprob) for logprob in record.prompt_logprobs],
+        }
+        out += json.dumps(columns, separators=(",", ":")).encode()
+    return bytes(out)
+
+
+def encode_end(record: End) -> bytes:
+    """The value of field `e`. `record.count` is not in it."""
+    fields: dict[str, Any] = {"r": record.reason.value}
+    if record.cached_tokens:
+        fields["c"] = record.cached_tokens
+    if record.stopped_by is not None:
+        fields["s"] = record.stopped_by
+    if record.error is not None:
+        fields["x"] = record.error
+    return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def decode_entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Record:
+    """A stream entry as a record. Raises Malformed."""
+    try:
+        count = int(entry_id.split(b"-")[0])
+        if TOKENS_FIELD in fields:
+            return _decode_tokens(fields[TOKENS_FIELD], count=count)
+        end: dict[str, Any] = json.loads(fields[END_FIELD])
+        return End(
+            count=count,
+            reason=FinishReason(end["r"]),
+            cached_tokens=end.get("c", 0),
+            stopped_by=end.get("s"),
+            error=end.get("x"),
+        )
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
+        raise Malformed(f"journal entry of {len(fields)} fields: {type(error).__name__}") from error
+
+
+def decode_ids(value: bytes) -> tuple[int, ...]:
+    """Only the token ids of a field `k`. Raises Malformed."""
+    try:
+        return _take_ids(value)[0]
+    except IndexError as error:
+        raise Malformed("journal entry is cut off") from error
+
+
+def _decode_tokens(value: bytes, *, count: int) -> Tokens:
+    ids, at = _take_ids(value)
+    (digest,) = struct.unpack_from("<I", value, at)
+    length, at = _take(value, at + 4)
+    if at + length > len(value) or len(ids) > count or not ids:
+        raise Malformed("journal entry with wrong lengths")
+    text = value[at : at + length].decode()
+    columns: dict[str, Any] = json.loads(value[at + length :]) if value[0] & _HAS_LOGPROBS else {}
+    return Tokens(
+        start=count - len(ids),
+        ids=ids,
+        text=text,
+        digest=digest,
+        logprobs=tuple(_unpack(packed) for packed in columns.get("l", ())),
+        prompt_logprobs=tuple(
+            None if packed is None else _unpack(packed) for packed in columns.get("p", ())
+        ),
+    )
+
+
+def _pack(logprob: TokenLogprob | None) -> list[Any] | None:
+    """[log probability, id, log probability, id, log probability, ...]"""
+    if logprob is None:
+        return None
+    return [logprob.logprob, *(value for pair in logprob.top for value in pair)]
+
+
+def _unpack(packed: list[Any]) -> TokenLogprob:
+    return TokenLogprob(packed[0], tuple(zip(packed[1::2], packed[2::2], strict=True)))
+
+
+def _put(out: bytearray, number: int) -> None:
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+
+
+def _take(value: bytes, at: int) -> tuple[int, int]:
+    """A varint and where the next thing begins."""
+    number = shift = 0
+    while True:
+        byte = value[at]
+        at += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, at
+        shift += 7
+
+
+def _take_ids(value: bytes) -> tuple[tuple[int, ...], int]:
+    length, at = _take(value, 1)
+    ids: list[int] = []
+    for _ in range(length):
+        token, at = _take(value, at)
+        ids.append(token)
+    return tuple(ids), at

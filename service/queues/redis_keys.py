@@ -1,0 +1,77 @@
+"""The names of the Redis queue's keys and channels. The scripts make the same names in Lua.
+
+    quire:1:{s0}:adm          hash     counters: q, tok, run, t:<tenant>
+    quire:1:{s0}:q0 .. q2     stream   one a priority, group `engines`, field rid
+    quire:1:{s0}:r:<request>  hash     the state of a request
+    quire:1:{s0}:t:<request>  stream   its journal; also the channel that tells of news in it
+    quire:1:{s0}:s:<sub>      hash     the submission: tenant, manifest, number of requests
+    quire:1:{s0}:idem:<hash>  hash     idempotency key -> submission, fingerprint
+    quire:1:{s0}:dl           zset     request by the time to look at its deadline, ms
+    quire:1:{s0}:engines      hash     engine -> "<last seen, ms> <JSON>"
+    quire:1:{s0}:work, stops  channel  something to claim; a running request was stopped
+
+The 1 is the version of this layout: processes of another one do not see these keys. The braces are
+the cluster's hash tag: all keys of a shard lie in one slot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+LAYOUT = 1
+
+_SHARD = re.compile(r"s(\d{1,4})-")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardKeys:
+    """The names in one shard."""
+
+    shard: int
+
+    @property
+    def prefix(self) -> str:
+        return f"quire:{LAYOUT}:{{s{self.shard}}}:"
+
+    @property
+    def admission(self) -> str:
+        return self.prefix + "adm"
+
+    @property
+    def engines(self) -> str:
+        return self.prefix + "engines"
+
+    @property
+    def work(self) -> str:
+        return self.prefix + "work"
+
+    @property
+    def stops(self) -> str:
+        return self.prefix + "stops"
+
+    def request(self, request_id: str) -> str:
+        return f"{self.prefix}r:{request_id}"
+
+    def journal(self, request_id: str) -> str:
+        return f"{self.prefix}t:{request_id}"
+
+    def submission(self, submission_id: str) -> str:
+        return f"{self.prefix}s:{submission_id}"
+
+
+def shard_of(identifier: str, *, shards: int) -> int:
+    """The shard that an id of a submission or request names (`s<shard>-...`); 0 where none."""
+    match = _SHARD.match(identifier)
+    return int(match[1]) % shards if match else 0
+
+
+def idempotency_name(tenant: str, key: str) -> str:
+    """Of fixed length, and different for ("a:b", "c") and ("a", "b:c")."""
+    return hashlib.sha256(f"{len(tenant)}:{tenant}:{key}".encode()).hexdigest()[:40]
+
+
+def milliseconds(seconds: float) -> int:
+    """Times as the scripts have them."""
+    return round(seconds * 1000)

@@ -1,0 +1,96 @@
+-- What all scripts share; the loader puts it before each of them.
+-- Every script is given one key, the shard's admission hash. Its name carries the shard's tag, the
+-- names of all other keys are made from it, and so all of them lie in one slot of a cluster.
+local ADMISSION = KEYS[1]
+local PREFIX = string.sub(ADMISSION, 1, -4) -- without 'adm'
+local DEADLINES = PREFIX .. 'dl'
+local WORK = PREFIX .. 'work'
+local STOPS = PREFIX .. 'stops'
+local GROUP = 'engines'
+
+local function request_key(rid) return PREFIX .. 'r:' .. rid end
+local function journal_key(rid) return PREFIX .. 't:' .. rid end
+local function submission_key(sid) return PREFIX .. 's:' .. sid end
+local function queue_key(priority) return PREFIX .. 'q' .. priority end
+local function num(value) return tonumber(value or 0) or 0 end
+
+local function now_ms()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+-- The request as a table, or nil where there is none (or something else under its name).
+local function load(rid)
+  local v = redis.pcall('HMGET', request_key(rid), 'st', 'ep', 'own', 'n', 'ld', 'att', 'cls', 'dl',
+    'ct', 'ten', 'cost', 'eid', 'pr', 'sub')
+  if v.err or not v[1] or not v[14] then return nil end
+  return { rid = rid, st = v[1], ep = v[2], own = v[3], n = num(v[4]), ld = num(v[5]),
+    att = num(v[6]), cls = v[7], dl = num(v[8]), ct = num(v[9]), ten = v[10], cost = num(v[11]),
+    eid = v[12], pr = v[13], sub = v[14] }
+end
+
+-- A command of the consumer group; makes the group where it is gone, from the stream's beginning:
+-- what is delivered a second time is recognised by the request's own state.
+local function grouped(priority, ...)
+  local reply = redis.pcall(...)
+  if type(reply) == 'table' and reply.err and string.find(reply.err, 'NOGROUP', 1, true) then
+    redis.call('XGROUP', 'CREATE', queue_key(priority), GROUP, '0', 'MKSTREAM')
+    reply = redis.call(...)
+  end
+  return reply
+end
+
+-- When a request is over its time: at its deadline or, without one, when no engine has held it for
+-- `live_ttl` milliseconds.
+local function last_moment(r, live_ttl)
+  if r.dl > 0 then return r.dl end
+  return (r.st == 'queued' and r.ct or r.ld) + live_ttl
+end
+
+local function count_down(field, by)
+  if redis.call('HINCRBY', ADMISSION, field, -by) == 0 then redis.call('HDEL', ADMISSION, field) end
+end
+
+local function leave_queue(r)
+  count_down('q', 1)
+  count_down('tok', r.cost)
+end
+
+-- Writes the one terminal record. An undelivered entry stays in its stream, for the engine that
+-- comes upon it; a delivered one goes now.
+local function end_request(r, payload, window)
+  if r.st == 'queued' then
+    leave_queue(r)
+  else
+    count_down('run', 1)
+    redis.call('XACK', queue_key(r.pr), GROUP, r.eid)
+    redis.call('XDEL', queue_key(r.pr), r.eid)
+  end
+  count_down('t:' .. r.ten, 1)
+  redis.call('XADD', journal_key(r.rid), r.n .. '-1', 'e', payload)
+  redis.call('HSET', request_key(r.rid), 'st', 'ended', 'fin', payload)
+  redis.call('HDEL', request_key(r.rid), 'body')
+  redis.call('ZREM', DEADLINES, r.rid)
+  redis.call('PUBLISH', journal_key(r.rid), r.n .. '-1')
+  local sub = submission_key(r.sub)
+  if redis.call('HINCRBY', sub, 'left', -1) > 0 then return end
+  -- The last one: from now on the resume window runs for all of the submission.
+  for i = 0, num(redis.call('HGET', sub, 'num')) - 1 do
+    redis.call('PEXPIRE', request_key(r.sub .. '.' .. i), window)
+    redis.call('PEXPIRE', journal_key(r.sub .. '.' .. i), window)
+  end
+  redis.call('PEXPIRE', sub, window)
+end
+
+-- Ends a request over the head of its engine: the epoch fences that one off.
+local function stop_request(r, payload, window)
+  redis.call('HINCRBY', request_key(r.rid), 'ep', 1)
+  redis.call('HSET', request_key(r.rid), 'own', '')
+  if r.st == 'running' and r.own ~= '' then redis.call('PUBLISH', STOPS, r.rid) end
+  end_request(r, payload, window)
+end
+
+-- Sets how long an entry has been idle, so that XAUTOCLAIM finds it when the lease is over.
+local function set_idle(r, consumer, idle)
+  grouped(r.pr, 'XCLAIM', queue_key(r.pr), GROUP, consumer, 0, r.eid, 'IDLE', idle, 'JUSTID')
+end

@@ -1,0 +1,31 @@
+#!lua flags=allow-oom
+-- Ends what is over its time and forgets engines that are long gone.
+-- ARGV: payload, resume window, live ttl, silence after which an engine is forgotten (ms), at most.
+-- Replies {looked at, ended}.
+local now, live_ttl, ended = now_ms(), num(ARGV[3]), 0
+local due = redis.call('ZRANGEBYSCORE', DEADLINES, '-inf', now, 'LIMIT', 0, ARGV[5])
+for _, rid in ipairs(due) do
+  local r = load(rid)
+  if not r or r.st == 'ended' then
+    redis.call('ZREM', DEADLINES, rid)
+  elseif now >= last_moment(r, live_ttl) then
+    stop_request(r, ARGV[1], ARGV[2])
+    ended = ended + 1
+  else
+    redis.call('ZADD', DEADLINES, last_moment(r, live_ttl), rid)
+  end
+end
+local engines = redis.call('HGETALL', PREFIX .. 'engines')
+for i = 1, #engines, 2 do
+  if now - num(string.match(engines[i + 1], '^%d+')) > num(ARGV[4]) then
+    local pending = 0
+    for priority = 0, 2 do -- deleting a consumer would lose what is pending under its name
+      local queue = queue_key(priority)
+      local count = #grouped(priority, 'XPENDING', queue, GROUP, '-', '+', 1, engines[i])
+      if count == 0 then redis.call('XGROUP', 'DELCONSUMER', queue, GROUP, engines[i]) end
+      pending = pending + count
+    end
+    if pending == 0 then redis.call('HDEL', PREFIX .. 'engines', engines[i]) end
+  end
+end
+return { #due, ended }

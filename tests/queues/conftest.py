@@ -1,0 +1,60 @@
+"""Fixtures of the queue tests: a Redis for the session, and builders of queues over it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from service.queues import QueueLimits
+from service.queues.redis import RedisQueue
+from tests.queues.builders import Counts
+from tests.queues.redis_process import RedisServer
+
+
+@pytest.fixture(scope="session")
+def redis_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def redis_server(redis_session: RedisServer) -> RedisServer:
+    """The session's Redis, empty."""
+    redis_session.ask("FLUSHALL")
+    return redis_session
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis that the test may harm."""
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def counts() -> Counts:
+    """What the queues of the test told their observer."""
+    return Counts()
+
+
+RedisQueues = Callable[..., RedisQueue]
+
+
+@pytest.fixture
+async def redis_queues(counts: Counts) -> AsyncIterator[RedisQueues]:
+    """Makes queues (replicas, if several) over a URL; closes them after the test."""
+    made: list[RedisQueue] = []
+
+    def make(url: str, limits: QueueLimits) -> RedisQueue:
+        made.append(RedisQueue(limits, url=url, observer=counts))
+        return made[-1]
+
+    yield make
+    for queue in made:
+        await queue.close()

@@ -1,0 +1,481 @@
+"""The queue contract: the same laws over every implementation.
+
+A test class inherits `QueueContract` and gives two fixtures: `queue`, a new empty queue with
+`LIMITS`, and `passes`, which lets so many seconds go by on the queue's clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+
+import pytest
+
+from service.errors import NotFound, StreamDivergence
+from service.messages import FinishReason, Record, TokenLogprob, Tokens
+from service.queues import (
+    Lease,
+    Queue,
+    QueueDepth,
+    QueueLimits,
+    SubmitStatus,
+    Write,
+    WriteReply,
+    WriteStatus,
+)
+from tests.queues.builders import (
+    answer_of,
+    append,
+    claim_one,
+    finish,
+    ids_of,
+    make_engine,
+    make_submission,
+    make_tokens,
+    stop_at,
+)
+
+LIMITS = QueueLimits(
+    max_requests=6,
+    max_tokens=100,
+    max_per_tenant=4,
+    lease=0.3,
+    max_attempts=3,
+    resume_window=0.4,
+    live_ttl=60.0,
+)
+OVER = LIMITS.lease + 0.05
+"""Seconds after which a lease that was not renewed is over."""
+
+Passes = Callable[[float], Awaitable[None]]
+NOTHING = QueueDepth(queued_requests=0, queued_tokens=0, running_requests=0)
+
+
+class QueueContract:
+    """Every law holds for every queue."""
+
+    # --- admission ------------------------------------------------------------------------
+    async def test_a_submission_is_stored_and_counted(self, queue: Queue) -> None:
+        submission = make_submission(2)
+        reply = await queue.submit(submission)
+        assert (reply.status, reply.submission_id) == (SubmitStatus.OK, submission.id)
+        cost = 2 * (3 + 16 // 4)
+        assert (reply.queued_requests, reply.queued_tokens) == (2, cost)
+        stored = await queue.lookup(submission.id)
+        assert stored is not None
+        assert (stored.tenant, stored.num_requests) == ("public", 2)
+        assert stored.manifest == submission.manifest
+        depth = QueueDepth(queued_requests=2, queued_tokens=cost, running_requests=0)
+        assert await queue.depth() == depth
+        assert await queue.lookup("s0-unknown") is None
+
+    async def test_submitting_again_is_admitted_once(self, queue: Queue) -> None:
+        submission = make_submission(key="k")
+        await queue.submit(submission)
+        for again in (submission, make_submission(key="k")):
+            reply = await queue.submit(again)
+            assert (reply.status, reply.submission_id) == (SubmitStatus.EXISTS, submission.id)
+        other_body = await queue.submit(make_submission(key="k", fingerprint="other"))
+        assert other_body.status is SubmitStatus.CONFLICT
+        other_tenant = await queue.submit(make_submission(key="k", tenant="other"))
+        assert other_tenant.status is SubmitStatus.OK
+        assert (await queue.depth()).queued_requests == 2
+
+    async def test_parallel_submissions_with_one_key_make_one(self, queue: Queue) -> None:
+        replies = await asyncio.gather(*(queue.submit(make_submission(key="k")) for _ in range(8)))
+        assert sorted(reply.status for reply in replies) == ["exists"] * 7 + ["ok"]
+        assert len({reply.submission_id for reply in replies}) == 1
+
+    async def test_limits_refuse_whole_submissions(self, queue: Queue) -> None:
+        """Requests, tokens and the tenant's share: what does not fit wholly is not there at all."""
+        assert (await queue.submit(make_submission(5))).status is SubmitStatus.TENANT
+        for tenant, count in (("a", 4), ("b", 1)):
+            await queue.submit(make_submission(count, tenant=tenant))
+        full = make_submission(2, tenant="c", key="k")
+        assert (await queue.submit(full)).status is SubmitStatus.FULL
+        assert await queue.lookup(full.id) is None
+        too_long = make_submission(tenant="c", prompt_ids=(1,) * 70)
+        assert (await queue.submit(too_long)).status is SubmitStatus.FULL
+        assert (await queue.depth()).queued_requests == 5
+        assert (await queue.submit(make_submission(tenant="a"))).status is SubmitStatus.TENANT
+        # A refusal leaves no trace of the key either.
+        one = await queue.submit(make_submission(1, tenant="c", key="k", fingerprint="new"))
+        assert one.status is SubmitStatus.OK
+
+    async def test_running_requests_count_for_the_tenant_only(self, queue: Queue) -> None:
+        await queue.submit(make_submission(4))
+        claims = await queue.claim(make_engine(), limit=4, wait=0)
+        expected = QueueDepth(queued_requests=0, queued_tokens=0, running_requests=4)
+        assert await queue.depth() == expected
+        assert (await queue.submit(make_submission())).status is SubmitStatus.TENANT
+        await finish(queue, claims[0], length=1)
+        assert (await queue.submit(make_submission())).status is SubmitStatus.OK
+
+    # --- claims ---------------------------------------------------------------------------
+    async def test_higher_priorities_and_older_ones_come_first(self, queue: Queue) -> None:
+        order = {}
+        for priority in (2, 1, 0, 1):
+            submission = make_submission(priority=priority)
+            order[submission.requests[0].id] = priority
+            await queue.submit(submission)
+        first = await queue.claim(make_engine(), limit=3, wait=0)
+        rest = await queue.claim(make_engine(), limit=3, wait=0)
+        got = [claim.request.id for claim in (*first, *rest)]
+        assert got == sorted(order, key=lambda rid: order[rid])
+        assert len(first) == 3
+
+    async def test_a_claim_carries_the_whole_request(self, queue: Queue) -> None:
+        submission = make_submission(stop=("é\n",), stop_token_ids=(5,), timeout_ms=60_000)
+        await queue.submit(submission)
+        claim = await claim_one(queue)
+        assert claim.request == submission.requests[0]
+        assert (claim.tokens, claim.attempt) == ((), 1)
+        assert claim.remaining_ms is not None
+        assert 50_000 < claim.remaining_ms <= 60_000
+        assert not await queue.claim(make_engine(), limit=1, wait=0)
+
+    async def test_a_waiting_claim_is_woken(self, queue: Queue) -> None:
+        waiting = asyncio.create_task(claim_one(queue, wait=20))
+        await asyncio.sleep(0.05)
+        submission = make_submission()
+        await queue.submit(submission)
+        async with asyncio.timeout(2):
+            assert (await waiting).request.id == submission.requests[0].id
+
+    async def test_a_claim_can_be_cancelled(self, queue: Queue) -> None:
+        waiting = asyncio.create_task(claim_one(queue, wait=20))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await queue.submit(make_submission())
+        await claim_one(queue)
+
+    async def test_two_engines_never_get_one_request(self, queue: Queue) -> None:
+        await queue.submit(make_submission(4))
+        found = await asyncio.gather(
+            *(queue.claim(make_engine(f"e{i}"), limit=2, wait=0) for i in range(3))
+        )
+        ids = [claim.request.id for claims in found for claim in claims]
+        assert len(ids) == len(set(ids)) == 4
+
+    async def test_no_limit_means_a_sign_of_life_only(self, queue: Queue) -> None:
+        await queue.submit(make_submission())
+        engine = make_engine("alive", max_model_len=3, running=2)
+        assert not await queue.claim(engine, limit=0, wait=0)
+        assert list(await queue.engines()) == [engine]
+
+    # --- writing --------------------------------------------------------------------------
+    async def test_replies_to_writes(self, queue: Queue) -> None:
+        await queue.submit(make_submission())
+        claim = await claim_one(queue)
+        lease = claim.lease
+        first, second = make_tokens([1, 2]), make_tokens([3], start=2, before=[1, 2])
+        assert await append(queue, lease, first) == WriteReply(WriteStatus.OK, 2)
+        assert await append(queue, lease, first) == WriteReply(WriteStatus.DUP, 2)
+        hole = make_tokens([9], start=5)
+        assert await append(queue, lease, hole) == WriteReply(WriteStatus.GAP, 2)
+        overlap = make_tokens([2, 3], start=1, before=[1])
+        assert await append(queue, lease, overlap) == WriteReply(WriteStatus.GAP, 2)
+        assert await append(queue, lease, stop_at(3)) == WriteReply(WriteStatus.GAP, 2)
+        replies = await queue.write([Write(lease, second), Write(lease, stop_at(3))])
+        assert list(replies) == [WriteReply(WriteStatus.OK, 3)] * 2
+        again = await queue.write([Write(lease, second), Write(lease, stop_at(3))])
+        assert list(again) == [WriteReply(WriteStatus.DUP, 3)] * 2
+        late = make_tokens([4], start=3, before=[1, 2, 3])
+        assert await append(queue, lease, late) == WriteReply(WriteStatus.FENCED, 3)
+        other_end = stop_at(3, FinishReason.LENGTH)
+        assert (await append(queue, lease, other_end)).status is WriteStatus.FENCED
+        expected = [first, second, stop_at(3)]
+        assert list(await queue.read(claim.request.id)) == expected
+
+    async def test_records_come_back_as_they_were(self, queue: Queue) -> None:
+        """Text beyond ASCII, log probabilities to the last bit, a stop string: all of it."""
+        logprob = TokenLogprob(-0.123456789012345, ((70_000, -0.1), (0, -17.5)))
+        record = Tokens(
+            start=0,
+            ids=(70_000, 0),
+            text="né\n🙂",
+            digest=0xFFFF_FFFF,
+            logprobs=(logprob, TokenLogprob(float("-inf"))),
+            prompt_logprobs=(None, logprob),
+        )
+        ends = [
+            stop_at(2),
+            type(stop_at(2))(count=2, reason=FinishReason.STOP, cached_tokens=9, stopped_by="é"),
+            type(stop_at(2))(count=2, reason=FinishReason.STOP, stopped_by=11),
+            type(stop_at(2))(count=2, reason=FinishReason.ERROR, error="storage_full"),
+        ]
+        for end in ends:
+            submission = make_submission()
+            await queue.submit(submission)
+            lease = (await claim_one(queue)).lease
+            await queue.write([Write(lease, record), Write(lease, end)])
+            assert list(await queue.read(submission.requests[0].id)) == [record, end]
+
+    async def test_stale_and_foreign_leases_are_fenced(self, queue: Queue) -> None:
+        await queue.submit(make_submission())
+        lease = (await claim_one(queue)).lease
+        rid = lease.request_id
+        stale = Lease(rid, lease.epoch - 1, lease.owner)
+        foreign = Lease(rid, lease.epoch, "other:nonce")
+        unknown = Lease("s0-unknown.0", 1, lease.owner)
+        for wrong in (stale, foreign, unknown):
+            for record in (make_tokens([1]), stop_at(0)):
+                assert await append(queue, wrong, record) == WriteReply(WriteStatus.FENCED, 0)
+        assert list(await queue.renew([stale, foreign, unknown, lease])) == [
+            rid,
+            rid,
+            unknown.request_id,
+        ]
+        await queue.release([stale, foreign, unknown])
+        assert await append(queue, lease, make_tokens([1])) == WriteReply(WriteStatus.OK, 1)
+        assert await queue.write([]) == []
+        assert list(await queue.renew([])) == []
+
+    # --- leases ---------------------------------------------------------------------------
+    async def test_an_orphan_is_claimed_again_with_its_tokens(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        submission = make_submission()
+        rid = submission.requests[0].id
+        await queue.submit(submission)
+        dead = await claim_one(queue, make_engine("dead"))
+        await append(queue, dead.lease, answer_of(rid, 0, 2))
+        await append(queue, dead.lease, answer_of(rid, 2, 3))
+        other = make_engine("other")
+        assert not await queue.claim(other, limit=1, wait=0)
+        await passes(OVER)
+        taken = await claim_one(queue, other, wait=2)
+        assert list(taken.tokens) == ids_of([answer_of(rid, 0, 3)])
+        assert (taken.attempt, taken.lease.epoch) == (2, dead.lease.epoch + 1)
+        assert (await append(queue, dead.lease, answer_of(rid, 3, 4))).status is WriteStatus.FENCED
+        assert list(await queue.renew([dead.lease])) == [rid]
+        await finish(queue, taken, length=5)
+        assert list(ids_of(await queue.read(rid))) == ids_of([answer_of(rid, 0, 5)])
+        assert await queue.depth() == NOTHING
+
+    async def test_an_orphan_with_all_its_tokens_only_has_to_end(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        await queue.submit(make_submission())
+        dead = await claim_one(queue)
+        await append(queue, dead.lease, answer_of(dead.request.id, 0, 3))
+        await passes(OVER)
+        await finish(queue, await claim_one(queue, wait=2), length=3)
+        assert await queue.depth() == NOTHING
+
+    async def test_renewed_leases_do_not_end(self, queue: Queue, passes: Passes) -> None:
+        await queue.submit(make_submission())
+        claim = await claim_one(queue, make_engine("owner"))
+        for _ in range(6):
+            await passes(LIMITS.lease / 3)
+            assert list(await queue.renew([claim.lease])) == []
+            assert not await queue.claim(make_engine("other"), limit=1, wait=0)
+        await finish(queue, claim, length=1)
+
+    async def test_an_owner_who_is_late_goes_on_while_nobody_took_over(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        await queue.submit(make_submission())
+        claim = await claim_one(queue)
+        await passes(OVER)
+        assert (await append(queue, claim.lease, make_tokens([1]))).status is WriteStatus.OK
+        assert list(await queue.renew([claim.lease])) == []
+        assert not await queue.claim(make_engine("other"), limit=1, wait=0)
+
+    async def test_a_released_request_goes_on_at_once_and_without_blame(self, queue: Queue) -> None:
+        await queue.submit(make_submission())
+        claim = await claim_one(queue, make_engine("e0"))
+        await append(queue, claim.lease, answer_of(claim.request.id, 0, 1))
+        for turn in range(1, LIMITS.max_attempts + 3):
+            waiting = asyncio.create_task(claim_one(queue, make_engine(f"e{turn}"), wait=5))
+            await asyncio.sleep(0.02)
+            await queue.release([claim.lease])
+            released = claim
+            async with asyncio.timeout(LIMITS.lease):
+                claim = await waiting
+            assert (len(claim.tokens), claim.attempt) == (1, 1)
+            assert (await append(queue, released.lease, stop_at(1))).status is WriteStatus.FENCED
+        await finish(queue, claim, length=2)
+
+    async def test_a_request_that_kills_engines_is_given_up(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        submission = make_submission()
+        rid = submission.requests[0].id
+        await queue.submit(submission)
+        for attempt in range(1, LIMITS.max_attempts + 1):
+            claim = await claim_one(queue, make_engine(f"e{attempt}"), wait=2)
+            assert claim.attempt == attempt
+            await passes(OVER)
+        assert not await queue.claim(make_engine("last"), limit=1, wait=0.15)
+        (end,) = await queue.read(rid)
+        assert (end.reason, end.error) == (FinishReason.ERROR, "engine_crash_loop")  # type: ignore[union-attr]  # an End: the only record
+        assert (await append(queue, claim.lease, make_tokens([1]))).status is WriteStatus.FENCED
+        assert await queue.depth() == NOTHING
+
+    async def test_a_begun_answer_stays_in_its_numeric_class(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        begun, fresh = make_submission(), make_submission()
+        await queue.submit(begun)
+        await queue.submit(fresh)
+        other = make_engine("other", numeric_class="class-b")
+        claims = await queue.claim(make_engine("dead"), limit=2, wait=0)
+        await append(queue, claims[0].lease, answer_of(claims[0].request.id, 0, 1))
+        await passes(OVER)
+        taken = await queue.claim(other, limit=2, wait=1)
+        assert [claim.request.id for claim in taken] == [fresh.requests[0].id]
+        assert not await queue.claim(other, limit=2, wait=0.02)
+        same = await claim_one(queue, make_engine("same"), wait=2)
+        assert (same.request.id, len(same.tokens)) == (begun.requests[0].id, 1)
+
+    # --- ends -----------------------------------------------------------------------------
+    async def test_stop_ends_in_every_state_and_once(self, queue: Queue, passes: Passes) -> None:
+        ids = {}
+        for state in ("ended", "running", "orphan", "released", "queued"):
+            submission = make_submission(tenant=state)
+            ids[state] = submission.requests[0].id
+            await queue.submit(submission)
+        ended, running, orphan, released = await queue.claim(make_engine(), limit=4, wait=0)
+        await finish(queue, ended, length=1)
+        await queue.release([released.lease])
+        await passes(OVER)
+        await queue.renew([running.lease])
+        await append(queue, running.lease, answer_of(running.request.id, 0, 2))
+        for _ in range(2):
+            await queue.stop([*ids.values(), "s0-unknown.0"], FinishReason.CANCELLED)
+        counts = dict.fromkeys(ids, 0) | {"ended": 1, "running": 2}
+        for state, rid in ids.items():
+            end = (await queue.read(rid))[-1]
+            reason = FinishReason.STOP if state == "ended" else FinishReason.CANCELLED
+            assert end == stop_at(counts[state], reason), state
+            assert sum(not isinstance(record, Tokens) for record in await queue.read(rid)) == 1
+        for claim in (running, orphan, released):
+            for record in (answer_of(claim.request.id, 2, 3), stop_at(2), stop_at(0)):
+                assert (await append(queue, claim.lease, record)).status is WriteStatus.FENCED
+        assert await queue.depth() == NOTHING
+        assert not await queue.claim(make_engine(), limit=4, wait=0.02)
+        await queue.stop([], FinishReason.CANCELLED)
+
+    async def test_deadlines_end_what_waits_and_what_runs(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        late, running = make_submission(timeout_ms=100), make_submission(timeout_ms=100)
+        patient = make_submission(timeout_ms=60_000)
+        endless = make_submission()
+        await queue.submit(running)
+        claim = await claim_one(queue)
+        for submission in (late, patient, endless):
+            await queue.submit(submission)
+        everything = [s.requests[0].id for s in (late, running, patient, endless)]
+        assert await queue.sweep() == 0
+        await queue.stop(everything, FinishReason.DEADLINE)
+        assert (await queue.depth()).queued_requests == 3
+        await passes(0.15)
+        assert await queue.sweep() == 2
+        assert await queue.sweep() == 0
+        for submission in (late, running):
+            end = (await queue.read(submission.requests[0].id))[-1]
+            assert end == stop_at(0, FinishReason.DEADLINE)
+        assert (await append(queue, claim.lease, make_tokens([1]))).status is WriteStatus.FENCED
+        assert (await queue.depth()).queued_requests == 2
+
+    async def test_an_engine_gets_nothing_past_its_deadline(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        late = make_submission(timeout_ms=50)
+        await queue.submit(late)
+        await passes(0.1)
+        assert not await queue.claim(make_engine(), limit=1, wait=0)
+        assert (await queue.read(late.requests[0].id))[-1] == stop_at(0, FinishReason.DEADLINE)
+        assert await queue.depth() == NOTHING
+
+    async def test_engines_are_told_of_stops(self, queue: Queue) -> None:
+        submission = make_submission()
+        await queue.submit(submission)
+        rid = (await claim_one(queue)).request.id
+        async with aclosing(queue.stops()) as hints, asyncio.timeout(5):  # type: ignore[type-var]  # an async generator, as all of them
+            hint = asyncio.ensure_future(anext(hints))
+            await asyncio.sleep(0.1)
+            await queue.stop([rid], FinishReason.CANCELLED)
+            assert await hint == rid
+
+    # --- reading --------------------------------------------------------------------------
+    async def test_reading_after_so_many_tokens(self, queue: Queue) -> None:
+        submission = make_submission()
+        rid = submission.requests[0].id
+        await queue.submit(submission)
+        assert list(await queue.read(rid)) == []
+        lease = (await claim_one(queue)).lease
+        records: list[Record] = [answer_of(rid, a, b) for a, b in ((0, 1), (1, 3), (3, 4))]
+        records.append(stop_at(4))
+        await queue.write([Write(lease, record) for record in records])
+        for after, first in ((0, 0), (1, 1), (2, 1), (3, 2), (4, 3)):
+            assert list(await queue.read(rid, after=after)) == records[first:]
+            followed = [record async for record in queue.follow(rid, after=after)]
+            assert followed == records[first:]
+        with pytest.raises(StreamDivergence):
+            await queue.read(rid, after=5)
+        with pytest.raises(StreamDivergence):
+            await anext(aiter(queue.follow(rid, after=5)))
+
+    async def test_unknown_requests_are_not_found(self, queue: Queue) -> None:
+        with pytest.raises(NotFound):
+            await queue.read("s0-unknown.0")
+        with pytest.raises(NotFound):
+            await anext(aiter(queue.follow("s0-unknown.0")))
+
+    async def test_followers_see_each_record_once_while_it_is_written(self, queue: Queue) -> None:
+        submission = make_submission()
+        rid = submission.requests[0].id
+        await queue.submit(submission)
+
+        async def collect(after: int, delay: float) -> list[Record]:
+            await asyncio.sleep(delay)
+            return [record async for record in queue.follow(rid, after=after)]
+
+        delays = (0.0, 0.0, 0.02, 0.05)
+        async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+            readers = [tasks.create_task(collect(3 * i, delay)) for i, delay in enumerate(delays)]
+            claim = await claim_one(queue)
+            for i in range(40):
+                await append(queue, claim.lease, answer_of(rid, i, i + 1))
+                await asyncio.sleep(0.002 * (i % 2))
+            await append(queue, claim.lease, stop_at(40))
+        expected = [*(answer_of(rid, i, i + 1) for i in range(40)), stop_at(40)]
+        for i, reader in enumerate(readers):
+            assert reader.result() == expected[3 * i :]
+
+    async def test_a_follow_can_be_left(self, queue: Queue) -> None:
+        submission = make_submission()
+        await queue.submit(submission)
+        waiting = asyncio.ensure_future(anext(aiter(queue.follow(submission.requests[0].id))))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    async def test_answers_are_kept_for_the_resume_window(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        """It begins when the last request of a submission has ended, and for all of them."""
+        submission = make_submission(2)
+        first, last = (request.id for request in submission.requests)
+        await queue.submit(submission)
+        claims = await queue.claim(make_engine(), limit=2, wait=0)
+        await finish(queue, claims[0], length=2)
+        await queue.renew([claims[1].lease])
+        await passes(LIMITS.resume_window + 0.1)
+        assert len(await queue.read(first)) == 2
+        await finish(queue, claims[1], length=1)
+        assert len(await queue.read(last)) == 2
+        await passes(LIMITS.resume_window + 0.1)
+        assert await queue.lookup(submission.id) is None
+        for rid in (first, last):
+            with pytest.raises(NotFound):
+                await queue.read(rid)
+        assert await queue.depth() == NOTHING
+        await queue.check()

@@ -1,0 +1,287 @@
+"""The queue in Redis: the contract over a real server, and what only it has."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from service.errors import StartupError, Unavailable
+from service.messages import FinishReason, TokenLogprob, Tokens
+from service.queues import Claim, QueueLimits, Write, open_queue
+from service.queues.observer import QueueEvent
+from service.queues.redis import RedisQueue
+from service.queues.redis_codec import Malformed, decode_entry, encode_tokens
+from service.queues.redis_server import check_server
+from tests.queues.builders import (
+    Counts,
+    answer_of,
+    append,
+    claim_one,
+    finish,
+    make_engine,
+    make_submission,
+    make_tokens,
+    stop_at,
+)
+from tests.queues.contract import LIMITS, NOTHING, OVER, Passes, QueueContract
+from tests.queues.redis_process import RedisServer
+
+Queues = Callable[[str, QueueLimits], RedisQueue]
+
+
+@pytest.fixture
+def queue(redis_server: RedisServer, redis_queues: Queues) -> RedisQueue:
+    return redis_queues(redis_server.url, LIMITS)
+
+
+@pytest.fixture
+def passes() -> Passes:
+    return asyncio.sleep
+
+
+class TestRedisQueue(QueueContract):
+    """All of the contract."""
+
+
+async def test_shards_are_one_queue(redis_server: RedisServer, redis_queues: Queues) -> None:
+    """Ids of three shards and their keys under three hash tags: every method reaches all."""
+    limits = replace(LIMITS, max_requests=6, max_per_tenant=6)
+    queue = redis_queues(f"{redis_server.url}?shards=3", limits)
+    submissions = [make_submission(identifier=f"s{i % 3}-{i:032x}") for i in range(6)]
+    for submission in submissions:
+        assert (await queue.submit(submission)).status == "ok"
+        assert await queue.lookup(submission.id)
+    assert redis_server.ask("HGET", "quire:1:{s2}:adm", "q") == "$1"
+    claims = await queue.claim(make_engine(), limit=5, wait=0)
+    depth = await queue.depth()
+    assert (depth.queued_requests, depth.running_requests) == (1, 5)
+    assert list(await queue.renew([claim.lease for claim in claims])) == []
+    await queue.release([claim.lease for claim in claims])
+    full = make_submission(identifier=f"s1-{9:032x}", tenant="other")
+    assert (await queue.submit(full)).status == "ok"  # what runs is not queued: there is room
+    again: list[Claim] = []
+    async with asyncio.timeout(5):
+        while len(again) < 7:
+            again += await queue.claim(make_engine("other"), limit=9, wait=1)
+    assert len({claim.request.id for claim in again}) == 7
+    for claim in again[:3]:
+        await finish(queue, claim, length=2)
+    await queue.stop([claim.request.id for claim in again], FinishReason.CANCELLED)
+    ends = [(await queue.read(claim.request.id))[-1] for claim in again]
+    assert [end.reason for end in ends] == ["stop"] * 3 + ["cancelled"] * 4  # type: ignore[union-attr]  # the last is an End
+    assert await queue.depth() == NOTHING
+    assert await queue.sweep() == 0
+    assert await queue.engines() == [make_engine(), make_engine("other")]
+
+
+async def test_a_token_takes_at_most_100_bytes(
+    redis_server: RedisServer, redis_queues: Queues
+) -> None:
+    """One token a record, as a streamed answer is written; MEMORY USAGE is Redis's own count."""
+    queue = redis_queues(redis_server.url, replace(LIMITS, max_tokens=10_000))
+    for length in (128, 512, 2000):
+        await queue.submit(make_submission(max_tokens=length))
+        claim = await claim_one(queue)
+        rid = claim.request.id
+        records = [answer_of(rid, i, i + 1) for i in range(length)]
+        await queue.write([Write(claim.lease, record) for record in records])
+        key = f"quire:1:{{s0}}:t:{rid}"
+        used = int(redis_server.ask("MEMORY", "USAGE", key, "SAMPLES", 0).lstrip(":"))
+        assert 10 < used / length <= 100, length
+        await append(queue, claim.lease, stop_at(length))
+
+
+async def test_nothing_is_left_in_redis_after_the_resume_window(
+    redis_server: RedisServer, redis_queues: Queues
+) -> None:
+    queue = redis_queues(redis_server.url, LIMITS)
+    for _ in range(3):
+        await queue.submit(make_submission(2))
+        for claim in await queue.claim(make_engine(), limit=2, wait=0):
+            await finish(queue, claim, length=2)
+    kept = 4  # the queues' streams with their groups, and the engines heard of
+    async with asyncio.timeout(5):
+        while (
+            int(redis_server.ask("DBSIZE").lstrip(":")) > kept
+        ):  # it expires keys in the background
+            await asyncio.sleep(0.05)
+    for priority in range(3):
+        assert redis_server.ask("XLEN", f"quire:1:{{s0}}:q{priority}") == ":0"
+    assert redis_server.ask("EXISTS", "quire:1:{s0}:adm") == ":0"
+
+
+async def test_a_claim_whose_reply_was_lost_is_handed_out_again(
+    redis_server: RedisServer, redis_queues: Queues
+) -> None:
+    """The call is cancelled after it was sent: the script has run and nobody has the answer."""
+    queue = redis_queues(redis_server.url, LIMITS)
+    await queue.claim(make_engine(), limit=1, wait=0)  # connected
+    await queue.submit(make_submission(2))
+    cancelled = 0
+    while (await queue.depth()).queued_requests:
+        claiming = asyncio.ensure_future(queue.claim(make_engine(), limit=2, wait=0))
+        for _ in range(3 + cancelled):
+            await asyncio.sleep(0)
+        if claiming.done():
+            break
+        claiming.cancel()
+        cancelled += 1
+        await asyncio.sleep(0.02)
+    again = await queue.claim(make_engine(), limit=2, wait=0)
+    found = [*again, *(await claiming if not claiming.cancelled() else ())]
+    assert cancelled
+    assert len(found) == 2
+    assert {claim.attempt for claim in found} == {1}
+    assert {claim.lease.epoch for claim in found} == {1}
+    for claim in found:
+        await finish(queue, claim, length=1)
+
+
+async def test_two_replicas_share_everything(
+    redis_server: RedisServer, redis_queues: Queues
+) -> None:
+    api, engine = (redis_queues(redis_server.url, LIMITS) for _ in range(2))
+    submission = make_submission()
+    waiting = asyncio.create_task(claim_one(engine, wait=10))
+    await asyncio.sleep(0.05)
+    await api.submit(submission)
+    claim = await waiting
+    following = asyncio.ensure_future(anext(aiter(api.follow(submission.requests[0].id))))
+    await asyncio.sleep(0.05)
+    await append(engine, claim.lease, make_tokens([1]))
+    async with asyncio.timeout(0.5):  # woken: shorter than the time to look again
+        assert await following == make_tokens([1])
+    assert await api.engines() == [make_engine()]
+
+
+async def test_garbage_is_dropped_and_counted(
+    redis_server: RedisServer, redis_queues: Queues, counts: Counts
+) -> None:
+    queue = redis_queues(redis_server.url, LIMITS)
+    prefix = "quire:1:{s0}:"
+    good, bad, odd = (make_submission() for _ in range(3))
+    for submission in (bad, good, odd):
+        await queue.submit(submission)
+    redis_server.ask("XADD", prefix + "q0", "*", "what", "ever")
+    redis_server.ask("XADD", prefix + "q0", "*", "rid", "s0-nobody.0")
+    redis_server.ask("XADD", prefix + "q1", "*", "rid", good.requests[0].id)
+    redis_server.ask("SET", prefix + "r:s0-string.0", "not a hash")
+    redis_server.ask("XADD", prefix + "q2", "*", "rid", "s0-string.0")
+    redis_server.ask("HSET", prefix + f"r:{bad.requests[0].id}", "body", "{")
+    redis_server.ask("HSET", prefix + "engines", "x", "no time")
+    claims = await queue.claim(make_engine(), limit=8, wait=0)
+    assert [claim.request.id for claim in claims] == [good.requests[0].id, odd.requests[0].id]
+    (end,) = await queue.read(bad.requests[0].id)
+    assert end.error == "malformed_request"  # type: ignore[union-attr]  # an End: the only record
+    assert counts[QueueEvent.DROPPED] == 5
+    rid = good.requests[0].id
+    redis_server.ask("XADD", prefix + f"t:{rid}", "0-7", "k", "garbage")
+    await finish(queue, claims[0], length=1)
+    assert list(await queue.read(rid)) == [answer_of(rid, 0, 1), stop_at(1)]
+    assert counts[QueueEvent.DROPPED] == 6
+    assert await queue.engines() == [make_engine()]
+    assert counts[QueueEvent.DROPPED] == 7
+
+
+async def test_replies_are_counted(
+    redis_server: RedisServer, redis_queues: Queues, counts: Counts
+) -> None:
+    queue = redis_queues(redis_server.url, LIMITS)
+    await queue.submit(make_submission())
+    claim = await claim_one(queue)
+    for record in (make_tokens([1]), make_tokens([1]), make_tokens([1], start=5)):
+        await append(queue, claim.lease, record)
+    await asyncio.sleep(OVER)
+    await claim_one(queue, make_engine("other"), wait=2)
+    await append(queue, claim.lease, make_tokens([1], start=1))
+    expected = {QueueEvent.DUP, QueueEvent.GAP, QueueEvent.FENCED, QueueEvent.RECLAIMED}
+    assert counts == dict.fromkeys(expected, 1)
+
+
+async def test_closing_ends_those_who_wait(redis_server: RedisServer, redis_queues: Queues) -> None:
+    queue = redis_queues(redis_server.url, LIMITS)
+    submission = make_submission()
+    await queue.submit(submission)
+    await claim_one(queue)
+    claiming = asyncio.create_task(claim_one(queue, wait=60))
+    following = asyncio.ensure_future(anext(aiter(queue.follow(submission.requests[0].id))))
+    await asyncio.sleep(0.05)
+    await queue.close()
+    for waiting in (claiming, following):
+        with pytest.raises(Unavailable):
+            await waiting
+    with pytest.raises(Unavailable):
+        await queue.check()
+
+
+# --- the parts ------------------------------------------------------------------------------
+async def test_the_server_of_the_tests_may_be_used(
+    redis_server: RedisServer, redis_queues: Queues
+) -> None:
+    await redis_queues(redis_server.url, LIMITS).open()
+
+
+GOOD = {"redis_version": "7.0.15", "maxmemory": 0, "maxmemory_policy": "x", "aof_enabled": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"redis_version": "6.2.14"}, "Redis >= 7"),
+        ({"maxmemory": 1000, "maxmemory_policy": "allkeys-lru"}, "noeviction"),
+        ({"aof_enabled": 0}, "appendonly"),
+    ],
+)
+def test_a_server_that_breaks_promises_is_refused(change: dict[str, object], message: str) -> None:
+    check_server(GOOD, allow_volatile=False)
+    with pytest.raises(StartupError, match=message):
+        check_server(GOOD | change, allow_volatile=False)
+
+
+def test_a_volatile_server_may_be_allowed() -> None:
+    check_server(GOOD | {"aof_enabled": 0}, allow_volatile=True)
+
+
+@pytest.mark.parametrize(
+    "query", ["shards=0", "shards=x", "allow_volatile=yes", "no_such_option=1", "db=x"]
+)
+def test_a_wrong_url_is_refused_without_showing_it(query: str) -> None:
+    url = f"redis://user:hunter2@host:6379/0?{query}"
+    with pytest.raises(StartupError) as caught:
+        open_queue(url, LIMITS)
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__cause__ is None or "hunter2" not in str(caught.value.__cause__)
+
+
+async def test_an_absent_server_is_unavailable_at_once_and_unnamed(
+    redis_queues: Queues, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    queue = redis_queues("redis://user:hunter2@127.0.0.1:1/0", LIMITS)
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    with pytest.raises(Unavailable) as caught:
+        await queue.submit(make_submission())
+    assert loop.time() - begun < 1
+    assert caught.value.code == "backend_unavailable"
+    assert caught.value.retry_after
+    following = asyncio.ensure_future(anext(aiter(queue.follow("s0-x.0"))))
+    await asyncio.sleep(0.2)
+    assert not following.done()  # a follower waits for Redis to come back
+    following.cancel()
+    assert "hunter2" not in caplog.text + str(caught.value)
+
+
+def test_no_cut_record_is_taken_for_a_whole_one() -> None:
+    whole = encode_tokens(
+        Tokens(start=2, ids=(1, 300), text="né", digest=9, logprobs=(TokenLogprob(-1.0),) * 2)
+    )
+    for length in range(len(whole)):
+        with pytest.raises(Malformed):
+            decode_entry(b"4-0", {b"k": whole[:length]})
+    for fields in ({}, {b"e": b"{}"}, {b"e": b"[]"}, {b"e": b'{"r":"none"}'}, {b"k": b""}):
+        with pytest.raises(Malformed):
+            decode_entry(b"4-0", fields)
