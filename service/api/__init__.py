@@ -1,0 +1,29 @@
+"""The HTTP API: OpenAI's endpoints, resumable streams, probes. JSON and SSE stay in here.
+
+    body, fields, schemas      bytes -> JSON -> wire types                     [400, 413, 415]
+    prompts, sampling          wire types -> token ids, sampling parameters    [400]
+    admission                  -> Submission -> queue                          [409, 429, 503]
+    answer, relay, pieces      journal -> what is shown of each choice
+    events, sse | whole        -> server-sent events, or their sum as one JSON body
+
+It talks to the queue's Protocol alone: no engine, no tensors, no metrics library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from fastapi import APIRouter
+
+from service.api import chat, completions, health, models, streams, tokens
+
+ROUTERS: Mapping[str, APIRouter] = MappingProxyType({
+    "completions": completions.router,
+    "chat": chat.router,
+    "streams": streams.router,
+    "models": models.router,
+    "tokens": tokens.router,
+    "health": health.router,
+})  # fmt: skip
+"""Group of endpoints -> its routes, all on the public port."""

@@ -1,0 +1,179 @@
+"""Admission: from a checked body to a stored submission. Every 4xx is decided before or here.
+
+`plan_call` is pure: body, prompts and headers in, `Submission` out. `admit` hands it to the queue
+and turns the queue's refusals into errors.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from service.api.call import Call
+from service.api.context import ApiContext
+from service.api.manifest import Endpoint, Manifest, PromptNote
+from service.api.prompts import PromptTokens
+from service.api.sampling import (
+    asked_logprobs,
+    choice_counts,
+    sampling_params,
+    stop_rules,
+    token_limit,
+)
+from service.api.schemas import ChatBody, CompletionBody, GenerationBody
+from service.errors import BadRequest, Conflict, Gone, NotFound, RateLimited, Unavailable
+from service.messages import GenerationRequest, Submission, child_ids
+from service.queues import SubmitReply, SubmitStatus
+
+
+def check_open(body: GenerationBody, context: ApiContext) -> None:
+    """Cheap reasons to refuse a call, before anything is tokenised."""
+    if context.probes.draining():
+        raise Unavailable("this replica is shutting down", code="shutting_down", retry_after=1)
+    check_model(body.model, context)
+    if not context.probes.served():
+        raise Unavailable("no engine is there to answer", code="backend_unavailable")
+    if body.stream_options is not None and not body.stream:
+        raise BadRequest("stream_options needs stream to be true", param="stream_options")
+
+
+def check_model(name: str | None, context: ApiContext) -> None:
+    """Raises NotFound for a model that is not served here."""
+    if name not in {None, context.card.id}:
+        raise NotFound(
+            "this model is not served here; /v1/models lists those that are",
+            code="model_not_found",
+            param="model",
+        )
+
+
+def plan_call(
+    body: CompletionBody | ChatBody,
+    prompts: list[PromptTokens],
+    context: ApiContext,
+    *,
+    call: Call,
+) -> Submission:
+    """All that a call asks for. Raises BadRequest."""
+    manifest = _manifest(body, prompts, context, call=call)
+    # best_of needs log probabilities to choose by, asked for or not.
+    ranked = manifest.width > manifest.keep and manifest.logprobs is None
+    sampling = sampling_params(body, context, top_logprobs=0 if ranked else manifest.logprobs)
+    stop = stop_rules(body, context)
+    requests = [
+        GenerationRequest(
+            id=call.id,
+            prompt_ids=prompt.ids,
+            sampling=sampling,
+            max_tokens=token_limit(body, len(prompt.ids), context),
+            min_tokens=body.min_tokens or 0,
+            stop=stop.strings,
+            stop_token_ids=stop.token_ids,
+            ignore_eos=body.ignore_eos or False,
+            prompt_logprobs=manifest.logprobs if manifest.echo else None,
+            tenant=call.tenant.name,
+            priority=1 if body.priority is None else body.priority,
+            timeout_ms=call.timeout_ms,
+        )
+        for prompt in prompts
+    ]
+    return Submission(
+        id=call.id,
+        tenant=call.tenant.name,
+        requests=_choices(requests, manifest.width, call.id),
+        manifest=manifest.to_json(),
+        idempotency_key=call.idempotency_key,
+        fingerprint=call.fingerprint,
+    )
+
+
+def _choices(
+    requests: list[GenerationRequest], width: int, call_id: str
+) -> tuple[GenerationRequest, ...]:
+    """Each prompt's request, once for each of its choices, under the children's ids."""
+    ids = iter(child_ids(call_id, len(requests) * width))
+    return tuple(
+        replace(request, id=next(ids), sampling=replace(request.sampling, choice=choice))
+        for request in requests
+        for choice in range(width)
+    )
+
+
+def _manifest(
+    body: CompletionBody | ChatBody,
+    prompts: list[PromptTokens],
+    context: ApiContext,
+    *,
+    call: Call,
+) -> Manifest:
+    width, keep = choice_counts(body, len(prompts), context.limits)
+    echo = isinstance(body, CompletionBody) and body.echo is True
+    repeated = echo or body.return_token_ids is True
+    if repeated and sum(len(prompt.ids) for prompt in prompts) > context.limits.max_echo_tokens:
+        raise BadRequest(
+            f"prompts of at most {context.limits.max_echo_tokens} tokens can be given back",
+            param="echo" if echo else "return_token_ids",
+        )
+    options = body.stream_options
+    return Manifest(
+        endpoint=Endpoint.CHAT if isinstance(body, ChatBody) else Endpoint.COMPLETIONS,
+        model=context.card.id,
+        fingerprint=context.card.numeric_class,
+        created=int(time.time()),
+        prompts=tuple(
+            PromptNote(
+                num_tokens=len(prompt.ids),
+                text=_shown(prompt, context) if echo else None,
+                ids=prompt.ids if repeated else (),
+            )
+            for prompt in prompts
+        ),
+        width=width,
+        keep=keep,
+        stream=body.stream or False,
+        logprobs=asked_logprobs(body, context.limits),
+        echo=echo,
+        return_token_ids=body.return_token_ids or False,
+        include_usage=options is not None and options.include_usage is True,
+        continuous_usage=options is not None and options.continuous_usage_stats is True,
+        grace=_grace(body, call, context),
+    )
+
+
+def _shown(prompt: PromptTokens, context: ApiContext) -> str:
+    return context.tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text
+
+
+def _grace(body: GenerationBody, call: Call, context: ApiContext) -> float | None:
+    if body.on_disconnect == "continue":
+        return None
+    resumable = call.event_ids and body.stream and body.on_disconnect is None
+    return context.limits.grace if resumable else 0.0
+
+
+async def admit(submission: Submission, context: ApiContext) -> tuple[str, Manifest]:
+    """The id and the manifest of the submission to follow: this one, or the earlier one with the
+    same idempotency key. Raises Unavailable, RateLimited, Conflict or Gone.
+    """
+    reply = await context.queue.submit(submission)
+    if reply.status is SubmitStatus.OK:
+        context.observer.call_accepted(len(submission.requests))
+    elif reply.status is not SubmitStatus.EXISTS:
+        context.observer.call_refused(reply.status.value)
+        raise _refusal(reply, context)
+    if reply.submission_id == submission.id:
+        return submission.id, Manifest.from_json(submission.manifest)
+    earlier = await context.queue.lookup(reply.submission_id)
+    if earlier is None:
+        raise Gone("the answer to this Idempotency-Key is no longer kept", retryable=False)
+    return earlier.id, Manifest.from_json(earlier.manifest)
+
+
+def _refusal(reply: SubmitReply, context: ApiContext) -> Conflict | RateLimited | Unavailable:
+    if reply.status is SubmitStatus.CONFLICT:
+        return Conflict("this Idempotency-Key came before with another body", retryable=False)
+    speed = context.probes.tokens_per_second()
+    wait = reply.queued_tokens / speed if speed > 0 else 1.0
+    if reply.status is SubmitStatus.TENANT:
+        return RateLimited("you have too many requests in flight", retry_after=wait)
+    return Unavailable("the queue is full", retry_after=wait)

@@ -1,0 +1,133 @@
+"""Answer: an admitted call as its readers see it: one for streams, bodies and resumed streams."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from time import monotonic
+
+from service.api.context import ApiContext
+from service.api.manifest import Manifest
+from service.api.observer import CallReport
+from service.api.pieces import ChoiceReader, Shown
+from service.api.relay import follow_choice, merge, only
+from service.errors import DeadlineExceeded, GenerationFailed, QuireError
+from service.messages import End, FinishReason, Record, Tokens, child_ids
+
+FATAL = frozenset({"engine_crash_loop"})  # ends of ERROR that come again on a retry
+
+
+class Answer:
+    """One reader's way through an answer, from the first record to every choice's end."""
+
+    def __init__(
+        self, call_id: str, manifest: Manifest, context: ApiContext, *, tenant: str, arrived: float
+    ) -> None:
+        self.id = call_id
+        self.manifest = manifest
+        self.context = context
+        self.request_ids: Sequence[str] = child_ids(call_id, manifest.num_choices)
+        self.readers = [
+            ChoiceReader(manifest, choice, context.tokenizer)
+            for choice in range(manifest.num_choices)
+        ]
+        self._tenant = tenant
+        self._arrived = arrived
+        self._first_token: float | None = None
+        self._failed = False
+
+    @property
+    def position(self) -> str:
+        """The event id: every choice's position, in order."""
+        return ",".join(reader.position for reader in self.readers)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens shown so far, over all choices."""
+        return sum(reader.count for reader in self.readers)
+
+    @property
+    def ended(self) -> bool:
+        """Whether every choice has had its end."""
+        return all(reader.end is not None for reader in self.readers)
+
+    async def shown(self) -> AsyncGenerator[tuple[int, Shown], None]:
+        """(choice, what it adds) until all choices have ended.
+
+        Raises GenerationFailed, DeadlineExceeded, StreamDivergence or Unavailable.
+        """
+        queue, limits = self.context.queue, self.context.limits
+        sources = [
+            follow_choice(queue, request_id, reader, limits=limits)
+            for request_id, reader in zip(self.request_ids, self.readers, strict=True)
+        ]
+        merged = only(sources[0]) if len(sources) == 1 else merge(sources)
+        async with aclosing(merged):
+            async for choice, record in merged:
+                for shown in self._read(choice, record):
+                    yield choice, shown
+
+    def skip(self, choice: int, records: Sequence[Tokens]) -> None:
+        """Reads tokens that the client was shown before."""
+        for record in records:
+            deque(self._read(choice, record), maxlen=0)
+
+    def _read(self, choice: int, record: Record) -> Iterator[Shown]:
+        if isinstance(record, End):
+            self._check_end(record)
+        elif self._first_token is None:
+            self._first_token = monotonic()
+        return self.readers[choice].read(record)
+
+    def _check_end(self, end: End) -> None:
+        if end.reason is FinishReason.ERROR:
+            self._failed = True
+            code = end.error or "generation_failed"
+            raise GenerationFailed(
+                "the engine could not finish this answer", code=code, retryable=code not in FATAL
+            )
+        if end.reason is FinishReason.DEADLINE and self.completion_tokens == 0:
+            raise DeadlineExceeded("the deadline passed before the first token")
+
+    @contextmanager
+    def attended(self) -> Iterator[None]:
+        """While somebody reads: when the last reader is gone too early, the answer is abandoned."""
+        attendance = self.context.attendance
+        attendance.enter(self.id)
+        moved = False
+        try:
+            yield
+        except asyncio.CancelledError:
+            moved = True  # this replica goes away, not the reader, who may go on at another
+            raise
+        finally:
+            last = attendance.leave(self.id)
+            if self._failed:  # the choices that did not fail are of no use
+                attendance.abandon(self.id, self.request_ids, grace=0)
+            elif last and not moved and not self.ended:
+                attendance.abandon(self.id, self.request_ids, grace=self.manifest.grace)
+
+    def report(self, *, streamed: bool, error: QuireError | None = None) -> None:
+        """Tells the observer how the call ended."""
+        reasons = sorted({reader.end.reason.value for reader in self.readers if reader.end})
+        outcome = "+".join(reasons) if self.ended else "left"
+        if error is not None:
+            outcome = error.code
+            if error.code == "journal_lost":
+                self.context.observer.call_lost(len(self.readers))
+        first = self._first_token
+        self.context.observer.call_ended(
+            CallReport(
+                id=self.id,
+                tenant=self._tenant,
+                endpoint=self.manifest.endpoint.value,
+                outcome=outcome,
+                streamed=streamed,
+                prompt_tokens=self.manifest.prompt_tokens,
+                completion_tokens=self.completion_tokens,
+                to_first_token=None if first is None else first - self._arrived,
+                duration=monotonic() - self._arrived,
+            )
+        )

@@ -1,0 +1,126 @@
+"""Bodies: bytes to JSON, strictly. What a field may hold is decided in `schemas`, not here.
+
+`JsonRoute` reads and parses the body before FastAPI sees it, so that every fault has our status and
+code. Plain JSON in UTF-8 only: no byte order mark, no duplicate keys, no deep nesting. NaN and
+lone surrogates pass, to be refused by the field that holds them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from service.api.context import get_context
+from service.api.limits import ApiLimits
+from service.errors import BadRequest, RequestTimeout, TooLarge, UnsupportedMedia
+
+_CONTENT_TYPE = re.compile(r"application/json\s*(;\s*charset=\"?utf-8\"?\s*)?", re.IGNORECASE)
+
+
+class DuplicateKeyError(ValueError):
+    """An object names one key twice."""
+
+
+def parse_json(data: bytes, *, max_depth: int) -> dict[str, Any]:
+    """The object that `data` holds. Raises BadRequest."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+    except DuplicateKeyError:
+        raise BadRequest("an object names a key twice", code="duplicate_key") from None
+    except (ValueError, RecursionError):
+        raise BadRequest("the body is not valid JSON in UTF-8", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise BadRequest("the body must be a JSON object", code="invalid_type")
+    # Fewer brackets than the cap cannot be nested deeper than it: the usual case costs two scans.
+    if data.count(b"[") + data.count(b"{") > max_depth and _depth_exceeds(value, max_depth):
+        raise BadRequest(f"JSON may be nested at most {max_depth} deep", code="invalid_json")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise DuplicateKeyError
+    return value
+
+
+def _depth_exceeds(value: object, limit: int) -> bool:
+    level: list[Any] = [value]
+    for _ in range(limit):
+        children: list[Any] = []
+        for node in level:
+            inner = node.values() if isinstance(node, dict) else node
+            children.extend(child for child in inner if isinstance(child, dict | list))
+        if not children:
+            return False
+        level = children
+    return True
+
+
+async def read_body(request: Request, limits: ApiLimits) -> bytes:
+    """All bytes of a body of at most `max_body_bytes`; a longer one is not read to its end."""
+    if not _CONTENT_TYPE.fullmatch(request.headers.get("content-type", "")):
+        raise UnsupportedMedia("the Content-Type must be application/json")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMedia("the body must not be compressed")
+    too_large = TooLarge(f"the body may have at most {limits.max_body_bytes} bytes")
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdecimal() or int(declared[:20]) > limits.max_body_bytes:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(limits.body_timeout):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limits.max_body_bytes:
+                    raise too_large
+                chunks.append(chunk)
+    except TimeoutError:
+        raise RequestTimeout(f"the body must arrive in {limits.body_timeout:g} seconds") from None
+    return b"".join(chunks)
+
+
+class JsonRequest(Request):
+    """A request whose body is read and parsed already."""
+
+    raw: bytes
+    parsed: dict[str, Any]
+
+    async def body(self) -> bytes:
+        """The bytes as they came."""
+        return self.raw
+
+    async def json(self) -> dict[str, Any]:
+        """The parsed object."""
+        return self.parsed
+
+
+class JsonRoute(APIRoute):
+    """A route whose handler gets a strictly parsed body."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, given a `JsonRequest`."""
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+
+        async def read_then_handle(request: Request) -> Response:
+            limits = get_context(request).limits
+            whole = JsonRequest(request.scope, request.receive)
+            whole.raw = await read_body(request, limits)
+            if len(whole.raw) > limits.inline_body_bytes:
+                whole.parsed = await asyncio.to_thread(
+                    parse_json, whole.raw, max_depth=limits.max_json_depth
+                )
+            else:
+                whole.parsed = parse_json(whole.raw, max_depth=limits.max_json_depth)
+            return await handle(whole)
+
+        return read_then_handle

@@ -1,0 +1,35 @@
+"""Connections: work that ends when the client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.types import Receive
+
+T = TypeVar("T")
+
+
+async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
+    """The result of `work`, or None where the client left first, and then `work` is cancelled."""
+    working = asyncio.create_task(work)
+    await first_of(working, asyncio.create_task(_gone(receive)))
+    return None if working.cancelled() else working.result()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def first_of(*tasks: asyncio.Task[Any]) -> None:
+    """Waits for the first task to end, ends the others, and raises what the first raised."""
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()

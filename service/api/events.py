@@ -1,0 +1,111 @@
+"""Events: what one record adds to an answer, as the bytes of a server-sent event.
+
+One event a token is the hot path: everything that does not change is rendered once, and an event is
+a few joined byte strings.
+"""
+
+from __future__ import annotations
+
+import orjson
+
+from service.api.answer import Answer
+from service.api.logprobs import chat_logprobs, completion_logprobs
+from service.api.manifest import Endpoint
+from service.api.pieces import Opening, Piece, Scored, Shown
+from service.api.refusals import error_body
+from service.api.usage import usage
+from service.errors import QuireError
+from service.messages import End
+
+DONE = b"data: [DONE]\n\n"
+# One newline: a blank line would end an event without data, which openai-python cannot parse.
+KEEP_ALIVE = b": ping\n"
+
+
+def error_event(error: QuireError) -> bytes:
+    """An error in mid-stream; nothing comes after it."""
+    return b"data: " + error_body(error) + b"\n\n"
+
+
+class EventWriter:
+    """Renders one answer's events; with ids, each token event carries the position after it."""
+
+    def __init__(self, answer: Answer, *, event_ids: bool) -> None:
+        manifest = answer.manifest
+        self._answer = answer
+        self._event_ids = event_ids
+        self._chat = manifest.endpoint is Endpoint.CHAT
+        head = orjson.dumps({
+            "id": answer_id(answer),
+            "object": "chat.completion.chunk" if self._chat else "text_completion",
+            "created": manifest.created,
+            "model": manifest.model,
+            "system_fingerprint": manifest.fingerprint,
+        })  # fmt: skip
+        self._head = b"data: " + head[:-1] + b',"choices":['
+        inner = b',"delta":{"content":' if self._chat else b',"text":'
+        self._starts = [
+            self._head + b'{"index":%d' % choice + inner for choice in range(manifest.num_choices)
+        ]
+        self._after_text = b"}" if self._chat else b""
+
+    def event(self, choice: int, shown: Shown) -> bytes:
+        """One event: `shown` as a chunk of the answer."""
+        if isinstance(shown, Piece):
+            event_id = b"id: %s\n" % self._answer.position.encode() if self._event_ids else b""
+            ids = b""
+            if self._answer.manifest.return_token_ids:
+                ids = b',"token_ids":' + orjson.dumps(shown.ids)
+            text = orjson.dumps(shown.text) + self._after_text
+            return event_id + self._chunk(choice, text, shown.scored, rest=ids)
+        if isinstance(shown, Opening):
+            return self._opening(choice, shown)
+        return self._ending(choice, shown)
+
+    def closing(self) -> bytes:
+        """After all choices: the token counts where asked for, and the end of the stream."""
+        if not self._answer.manifest.include_usage:
+            return DONE
+        counts = orjson.dumps(usage(self._answer.manifest, self._answer.readers))
+        return self._head + b'],"usage":' + counts + b"}\n\n" + DONE
+
+    def _opening(self, choice: int, opening: Opening) -> bytes:
+        text = orjson.dumps(opening.text)
+        if self._chat:
+            text += b',"role":"assistant"}'
+        ids = b""
+        if self._answer.manifest.return_token_ids:
+            ids = b',"prompt_token_ids":' + orjson.dumps(opening.prompt_ids)
+        return self._chunk(choice, text, opening.scored, rest=ids)
+
+    def _ending(self, choice: int, end: End) -> bytes:
+        reason = orjson.dumps(end.reason.value)
+        rest = b',"stop_reason":' + orjson.dumps(end.stopped_by)
+        if self._chat:
+            start = self._head + b'{"index":%d,"delta":{},"logprobs":null' % choice
+        else:
+            start = self._starts[choice] + b'"","logprobs":null'
+        return start + b',"finish_reason":' + reason + rest + b"}]" + self._counts()
+
+    def _chunk(self, choice: int, text: bytes, scored: tuple[Scored, ...], *, rest: bytes) -> bytes:
+        logprobs = b"null"
+        if scored:
+            shape = chat_logprobs if self._chat else completion_logprobs
+            logprobs = orjson.dumps(shape(scored, self._answer.context.tokenizer))
+        return b"".join((
+            self._starts[choice], text, b',"logprobs":', logprobs, b',"finish_reason":null', rest,
+            b"}]", self._counts(),
+        ))  # fmt: skip
+
+    def _counts(self) -> bytes:
+        manifest = self._answer.manifest
+        if manifest.continuous_usage:
+            counts = usage(manifest, self._answer.readers)
+            return b',"usage":' + orjson.dumps(counts) + b"}\n\n"
+        return b',"usage":null}\n\n' if manifest.include_usage else b"}\n\n"
+
+
+def answer_id(answer: Answer) -> str:
+    """The `id` field, with OpenAI's prefix for the endpoint."""
+    prefix = "chatcmpl" if answer.manifest.endpoint is Endpoint.CHAT else "cmpl"
+    return f"{prefix}-{answer.id}"

@@ -1,0 +1,42 @@
+"""ApiLimits: every cap that the HTTP API sets on one call, with its default. It reads nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiLimits:
+    """Caps on one call. Times are in seconds. What is over a cap is refused, never cut short."""
+
+    # --- the body -------------------------------------------------------------------------
+    max_body_bytes: int = 4 * 2**20
+    max_json_depth: int = 64
+    body_timeout: float = 30.0  # from the first read of a body to its last byte
+    inline_body_bytes: int = 65_536  # longer bodies are parsed in a thread
+
+    # --- what a body may ask for ----------------------------------------------------------
+    max_choices: int = 16  # n, best_of
+    max_prompts: int = 64
+    max_work_units: int = 64  # prompts times choices
+    max_stop_strings: int = 16
+    max_stop_chars: int = 256
+    max_stop_token_ids: int = 256
+    max_logprobs: int = 5  # completions
+    max_top_logprobs: int = 20  # chat
+    max_echo_tokens: int = 8192  # echo or prompt log probabilities, over all prompts
+    max_timeout_ms: int = 86_400_000
+    max_key_chars: int = 255  # Idempotency-Key
+    template_kwargs: frozenset[str] = frozenset({"enable_thinking"})
+    inline_text_chars: int = 8192  # longer prompts are tokenised in a thread
+
+    # --- streams --------------------------------------------------------------------------
+    keep_alive: float = 15.0  # silence after which a comment is sent
+    stall_timeout: float = 60.0  # a reader that takes nothing for so long is dropped
+    grace: float = 30.0  # a resumable stream that nobody reads is kept so long
+    backend_patience: float = 30.0  # an open stream waits so long for an absent queue
+    backend_retry: float = 0.25
+    resume_window: float = 600.0  # as the queue's: after it an id is "expired", not "unknown"
+    max_event_id_chars: int = 4096
+    probe_timeout: float = 1.0  # the readiness probe's patience with the queue
+    sweep_interval: float = 1.0  # between two searches for requests past their deadline

@@ -1,0 +1,76 @@
+"""Manifest: all that a replica needs besides the journal to render an answer again.
+
+It is stored with the submission and comes back from `Queue.lookup`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+import orjson
+
+
+class Endpoint(StrEnum):
+    """Whose shape the answer has."""
+
+    COMPLETIONS = "completions"
+    CHAT = "chat"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptNote:
+    """One prompt. `text` and `ids` are kept only where the answer repeats them."""
+
+    num_tokens: int
+    text: str | None = None
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """How an answer is shown. Request i is choice `i % width` of prompt `i // width`."""
+
+    endpoint: Endpoint
+    model: str
+    fingerprint: str  # the numeric class
+    created: int  # Unix seconds
+    prompts: tuple[PromptNote, ...]
+    width: int = 1  # choices generated for each prompt: best_of, or n
+    keep: int = 1  # choices shown of each prompt: n
+    stream: bool = False
+    logprobs: int | None = None  # as asked: None, or how many of the likeliest
+    echo: bool = False
+    return_token_ids: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    grace: float | None = 0.0  # None: never; seconds without readers before it is cancelled
+
+    @property
+    def num_choices(self) -> int:
+        """Requests in the submission."""
+        return len(self.prompts) * self.width
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Each prompt counted once."""
+        return sum(prompt.num_tokens for prompt in self.prompts)
+
+    def prompt(self, choice: int) -> PromptNote:
+        """The prompt of request `choice`."""
+        return self.prompts[choice // self.width]
+
+    def to_json(self) -> str:
+        """Compact JSON; `from_json` gives back an equal object."""
+        return orjson.dumps(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Raises ValueError, TypeError or KeyError for what `to_json` did not write."""
+        fields: dict[str, Any] = orjson.loads(text)
+        prompts = tuple(
+            PromptNote(num_tokens=note["num_tokens"], text=note["text"], ids=tuple(note["ids"]))
+            for note in fields.pop("prompts")
+        )
+        return cls(endpoint=Endpoint(fields.pop("endpoint")), prompts=prompts, **fields)

@@ -1,0 +1,143 @@
+"""Prompts: what the body says to token ids, off the event loop where it is long.
+
+Text is tokenised as text: what looks like a special token in it is not one. Only the chat template
+writes special tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+from model.chat_template import ChatTemplateError
+from service.api.context import ApiContext
+from service.api.limits import ApiLimits
+from service.api.schemas import ChatBody, CompletionBody, Message, TokenizeBody
+from service.errors import BadRequest
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptTokens:
+    """A prompt as the model reads it; `text` where it came as text."""
+
+    ids: tuple[int, ...]
+    text: str | None = None
+
+
+async def completion_prompts(body: CompletionBody, context: ApiContext) -> list[PromptTokens]:
+    """The prompts of a completion call, one or many."""
+    prompts: list[Any]
+    if isinstance(body.prompt, str) or isinstance(body.prompt[0], int):
+        prompts = [body.prompt]
+    else:
+        prompts = body.prompt
+    if len(prompts) > context.limits.max_prompts:
+        raise BadRequest(
+            f"prompt may hold at most {context.limits.max_prompts} prompts",
+            code="array_above_max_length",
+            param="prompt",
+        )
+    add_bos = body.add_special_tokens is not False
+    return [await _one_prompt(prompt, context, add_bos=add_bos) for prompt in prompts]
+
+
+async def _one_prompt(
+    prompt: str | list[int], context: ApiContext, *, add_bos: bool
+) -> PromptTokens:
+    if isinstance(prompt, str):
+        return PromptTokens(ids=await encode(prompt, context, add_bos=add_bos), text=prompt)
+    if len(prompt) < context.card.max_model_len:  # longer ones are refused for that
+        check_token_ids(prompt, context, param="prompt")
+    return PromptTokens(ids=tuple(prompt))
+
+
+async def encode(text: str, context: ApiContext, *, add_bos: bool) -> tuple[int, ...]:
+    """Token ids of a text."""
+    encoder = context.tokenizer.encode
+    ids = await aside(context.limits, len(text), encoder, text, add_bos=add_bos)
+    return tuple(ids)
+
+
+async def chat_prompt(body: ChatBody | TokenizeBody, context: ApiContext) -> PromptTokens:
+    """The prompt that the model's chat template makes of the messages."""
+    assert body.messages is not None  # noqa: S101  # the callers' case
+    if context.tokenizer.chat_template is None:
+        raise BadRequest(
+            "this model has no chat template; use /v1/completions",
+            code="chat_not_supported",
+            param="messages",
+        )
+    messages = [_plain(message) for message in body.messages]
+    going_on = body.continue_final_message is True
+    opening = body.add_generation_prompt if body.add_generation_prompt is not None else not going_on
+    if going_on and opening:
+        raise BadRequest(
+            "continue_final_message and add_generation_prompt exclude each other",
+            param="continue_final_message",
+        )
+    try:
+        ids = await aside(
+            context.limits,
+            sum(len(message["content"]) for message in messages),
+            context.tokenizer.apply_chat_template,
+            messages,
+            add_generation_prompt=opening,
+            continue_final_message=going_on,
+            **_template_options(body.chat_template_kwargs, context.limits),
+        )
+    except ChatTemplateError:
+        raise BadRequest(
+            "the model's chat template refuses these messages",
+            code="chat_template_error",
+            param="messages",
+        ) from None
+    return PromptTokens(ids=tuple(ids))
+
+
+def _plain(message: Message) -> dict[str, str]:
+    fields = {"role": message.role, "content": message.content}
+    return fields if message.name is None else fields | {"name": message.name}
+
+
+def _template_options(options: dict[str, Any] | None, limits: ApiLimits) -> dict[str, Any]:
+    """Raises BadRequest for an option that is not on the list; values are flags."""
+    chosen = options or {}
+    for name, value in chosen.items():
+        if name not in limits.template_kwargs:
+            allowed = ", ".join(sorted(limits.template_kwargs))
+            raise BadRequest(
+                f"chat_template_kwargs may hold: {allowed}",
+                code="unsupported_parameter",
+                param="chat_template_kwargs",
+            )
+        if not isinstance(value, bool):
+            raise BadRequest(
+                "the values of chat_template_kwargs must be true or false",
+                code="invalid_type",
+                param="chat_template_kwargs",
+            )
+    return chosen
+
+
+def check_token_ids(ids: Sequence[int], context: ApiContext, *, param: str) -> None:
+    """Raises BadRequest for an id that is not in the vocabulary."""
+    if ids and not (min(ids) >= 0 and max(ids) < context.card.vocab_size):
+        raise BadRequest(
+            f"token ids must be from 0 to {context.card.vocab_size - 1}",
+            code="invalid_token_id",
+            param=param,
+        )
+
+
+async def aside(
+    limits: ApiLimits, length: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """Calls it here where the text is short, in a thread where it could hold up the event loop."""
+    if length <= limits.inline_text_chars:
+        return function(*args, **kwargs)
+    return await asyncio.to_thread(function, *args, **kwargs)

@@ -1,0 +1,42 @@
+"""The last part of a generating call: its answer, streamed or whole."""
+
+from __future__ import annotations
+
+from fastapi import Request, Response
+
+from service.api.admission import admit
+from service.api.answer import Answer
+from service.api.call import Call
+from service.api.connection import unless_gone
+from service.api.context import ApiContext
+from service.api.sse import EventStream
+from service.api.whole import collect
+from service.errors import QuireError
+from service.messages import Submission
+
+
+async def answer_call(
+    submission: Submission, context: ApiContext, *, call: Call, request: Request
+) -> Response:
+    """Submits and answers. Raises what `admit` raises, before anything was sent."""
+    call_id, manifest = await admit(submission, context)
+    request.state.request_id = call_id  # what the client resumes by, if it is an earlier call's
+    answer = Answer(call_id, manifest, context, tenant=call.tenant.name, arrived=call.arrived)
+    if manifest.stream:
+        return EventStream(answer, event_ids=call.event_ids)
+    return await _whole(answer, request)
+
+
+async def _whole(answer: Answer, request: Request) -> Response:
+    failure: QuireError | None = None
+    try:
+        with answer.attended():
+            body = await unless_gone(collect(answer), request.receive)
+    except QuireError as error:
+        failure = error
+        raise
+    finally:
+        answer.report(streamed=False, error=failure)
+    if body is None:
+        return Response(status_code=499)  # nobody is there to read it
+    return Response(body, media_type="application/json")

@@ -1,0 +1,307 @@
+"""The wire types: one pydantic model an endpoint, every field with its meaning.
+
+Strict: no string is taken for a number, nothing unknown passes. `null` means "not given". What
+other servers know and this one does not is in `UNSUPPORTED`: refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from service.api.fields import (
+    Content,
+    LogitBias,
+    MinP,
+    ModelName,
+    Penalty,
+    Prompt,
+    RepetitionPenalty,
+    Seed,
+    StopStrings,
+    Temperature,
+    Text,
+    TokenIds,
+    TopP,
+)
+from service.errors import BadRequest
+
+MAX_MESSAGES = 1024
+MAX_PRIORITY = 2
+
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "parallel_tool_calls": (),
+    "functions": ([],),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "structural_tag": (),
+    "grammar": (),
+    "json_schema": (),
+    "audio": (),
+    "images": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "moderation": (),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "chat_template": (),
+    "documents": (),
+    "mm_processor_kwargs": (),
+    "cache_salt": (),
+    "prompt_logprobs": (),
+    "prompt_embeds": (),
+    "use_beam_search": (False,),
+    "length_penalty": (),
+    "early_stopping": (),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "logits_processors": (),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "kv_transfer_params": (),
+    "vllm_xargs": (),
+    "lora_request": (),
+    "typical_p": (),
+    "mirostat": (0,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "return_tokens_as_token_ids": (False,),
+})  # fmt: skip
+"""Field -> the values that ask for nothing and so may pass."""
+
+
+class Wire(BaseModel):
+    """What all bodies have in common: strict, and closed to unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
+        if not isinstance(value, dict):
+            return value
+        foreign = UNSUPPORTED.keys() & value.keys() - cls.model_fields.keys()
+        for name in sorted(foreign):
+            asked = value[name]
+            harmless = any(type(asked) is type(v) and asked == v for v in UNSUPPORTED[name])
+            if asked is not None and not harmless:
+                message = f"{name} is not supported by this server"
+                raise BadRequest(message, code="unsupported_parameter", param=name)
+        return {key: item for key, item in value.items() if key not in foreign}
+
+
+class StreamOptions(Wire):
+    """What a stream carries besides the answer."""
+
+    include_usage: bool | None = Field(
+        None, description="End the stream with a chunk that holds the token counts."
+    )
+    continuous_usage_stats: bool | None = Field(
+        None, description="Put the token counts so far into every chunk."
+    )
+
+
+class GenerationBody(Wire):
+    """The fields that completions and chat completions share."""
+
+    model: ModelName = Field(description="The id of the model, as /v1/models lists it.")
+    n: int | None = Field(None, ge=1, description="Choices for each prompt. Default 1.")
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="The most tokens to generate. Default: 16 for completions, the rest of the "
+        "context for chat.",
+    )
+    min_tokens: int | None = Field(
+        None, ge=0, description="Tokens before which no end or stop token is sampled. Default 0."
+    )
+    temperature: Temperature = Field(
+        None, description="0 is greedy; 1 samples from the model's own distribution. Default 1."
+    )
+    top_k: int | None = Field(
+        None, ge=-1, description="Sample from the k likeliest tokens only; 0 or -1: from all."
+    )
+    top_p: TopP = Field(
+        None, description="Sample from the likeliest tokens that hold this much probability."
+    )
+    min_p: MinP = Field(
+        None, description="Drop tokens less likely than this part of the likeliest. Default 0."
+    )
+    presence_penalty: Penalty = Field(
+        None, description="Taken once from the logit of each token in the answer so far."
+    )
+    frequency_penalty: Penalty = Field(
+        None, description="Taken from a token's logit for each time it is in the answer so far."
+    )
+    repetition_penalty: RepetitionPenalty = Field(
+        None, description="Divides the logits of tokens seen in prompt or answer. Default 1."
+    )
+    logit_bias: LogitBias = Field(
+        None, description="Token id -> number from -100 to 100 that is added to its logit."
+    )
+    seed: Seed = Field(
+        None, description="The same seed gives the same answer. Without it one is drawn."
+    )
+    stop: StopStrings = Field(
+        None, description="Strings that end the answer; they are not part of it."
+    )
+    stop_token_ids: TokenIds | None = Field(
+        None, description="Token ids that end the answer, besides the model's own."
+    )
+    ignore_eos: bool | None = Field(
+        None, description="Go on after the model's own end tokens. Default false."
+    )
+    stream: bool | None = Field(
+        None, description="Answer with server-sent events, a chunk as soon as there is text."
+    )
+    stream_options: StreamOptions | None = Field(
+        None, description="What the stream carries besides the answer; needs stream."
+    )
+    priority: int | None = Field(
+        None, ge=0, le=MAX_PRIORITY, description="0 goes before 1 before 2. Default 1."
+    )
+    return_token_ids: bool | None = Field(
+        None, description="Also give the token ids of prompt and answer."
+    )
+    on_disconnect: Literal["cancel", "continue"] | None = Field(
+        None,
+        description="What becomes of the answer when the connection is lost. Default: cancel, "
+        "at once, or after a grace where X-Quire-Event-Ids makes the stream resumable.",
+    )
+    user: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
+    metadata: dict[str, str] | None = Field(
+        None, description="Accepted for compatibility; has no effect."
+    )
+    safety_identifier: Text | None = Field(
+        None, description="Accepted for compatibility; has no effect."
+    )
+    prompt_cache_key: Text | None = Field(
+        None, description="Accepted for compatibility; prefixes are cached without it."
+    )
+
+
+class CompletionBody(GenerationBody):
+    """The body of POST /v1/completions."""
+
+    prompt: Prompt = Field(
+        description="Text, token ids, or a list of texts or of lists of token ids."
+    )
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        description="Generate so many choices and answer with the n of the highest mean log "
+        "probability. Not with stream.",
+    )
+    echo: bool | None = Field(None, description="Begin the answer with the prompt.")
+    logprobs: int | None = Field(
+        None, ge=0, description="Give log probabilities, also of so many likeliest tokens."
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Begin a text prompt with the model's begin token. Default true."
+    )
+
+
+class Message(Wire):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="Who speaks."
+    )
+    content: Content = Field(description="The text, or a list of text parts.")
+    name: Text | None = Field(None, description="A name for the speaker, for the chat template.")
+
+
+class ChatBody(GenerationBody):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(
+        min_length=1, max_length=MAX_MESSAGES, description="The chat so far."
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="The newer name of max_tokens; both must agree."
+    )
+    logprobs: bool | None = Field(None, description="Give the log probability of each token.")
+    top_logprobs: int | None = Field(
+        None, ge=0, description="Also those of so many likeliest tokens; needs logprobs."
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="Open the assistant's turn after the messages. Default true."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Go on with the last message instead of answering it."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Options of the model's chat template; a fixed list is allowed."
+    )
+
+
+class TokenizeBody(Wire):
+    """The body of POST /tokenize: a prompt or messages."""
+
+    model: ModelName | None = Field(
+        None, description="The id of the model; the only one if absent."
+    )
+    prompt: Text | None = Field(None, description="The text to tokenise.")
+    messages: list[Message] | None = Field(
+        None, min_length=1, max_length=MAX_MESSAGES, description="A chat, instead of a prompt."
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Begin a prompt with the model's begin token. Default true."
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="Open the assistant's turn after the messages. Default true."
+    )
+    continue_final_message: bool | None = Field(None, description="Leave the last message open.")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Options of the model's chat template; a fixed list is allowed."
+    )
+    return_token_strs: bool | None = Field(None, description="Also give each token's text.")
+
+
+class DetokenizeBody(Wire):
+    """The body of POST /detokenize."""
+
+    model: ModelName | None = Field(
+        None, description="The id of the model; the only one if absent."
+    )
+    tokens: TokenIds = Field(description="The token ids to make text of.")
+
+
+class ErrorFields(BaseModel):
+    """What is wrong."""
+
+    message: str = Field(description="For people: the limit that was broken.")
+    type: str = Field(description="The kind of error, as OpenAI names it.")
+    param: str | None = Field(description="The dotted path of the field at fault.")
+    code: str = Field(description="For programs: which error it is.")
+
+
+class ErrorBody(BaseModel):
+    """Every answer with a status of 400 or more."""
+
+    error: ErrorFields = Field(description="What is wrong.")
+
+
+ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer: one JSON object, or with stream its chunks as events.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}

@@ -1,0 +1,90 @@
+"""Server-sent events over ASGI: an answer's events, keep-alive comments, and readers that go away.
+
+    relay:  journal -> event -> send       one event in flight: `send` waits until the socket drains
+    watch:  receive -> gone                also between tokens; and it sends the keep-alive
+
+Whichever ends first ends the other. An error after the headers is an event of its own, then the
+body ends without `[DONE]`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from time import monotonic
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from service.api.answer import Answer
+from service.api.connection import first_of
+from service.api.events import KEEP_ALIVE, EventWriter, error_event
+from service.errors import QuireError
+
+HEADERS = {
+    "cache-control": "no-store",
+    "x-accel-buffering": "no",
+    "content-type": "text/event-stream; charset=utf-8",
+}
+
+
+class EventStream(Response):
+    """The streamed answer. Its headers go out at once: the call was admitted before."""
+
+    def __init__(self, answer: Answer, *, event_ids: bool) -> None:
+        super().__init__(headers=HEADERS)
+        del self.headers["content-length"]
+        self._answer = answer
+        self._writer = EventWriter(answer, event_ids=event_ids)
+        self._sending_since: float | None = None
+        self._last_sent = monotonic()
+        self._error: QuireError | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events until the answer ends or the reader is gone."""
+        del scope
+        with self._answer.attended():
+            try:
+                await send(
+                    {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                )
+                relay = asyncio.create_task(self._relay(send))
+                watch = asyncio.create_task(self._watch(receive, send))
+                await first_of(relay, watch)
+            finally:
+                self._answer.report(streamed=True, error=self._error)
+
+    async def _relay(self, send: Send) -> None:
+        try:
+            async with aclosing(self._answer.shown()) as pieces:
+                async for choice, shown in pieces:
+                    await self._send(send, self._writer.event(choice, shown))
+            last = self._writer.closing()
+        except QuireError as error:
+            self._error = error
+            last = error_event(error)
+        await self._send(send, last, more=False)
+
+    async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
+        self._sending_since = monotonic()
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+        self._sending_since = None
+        self._last_sent = monotonic()
+
+    async def _watch(self, receive: Receive, send: Send) -> None:
+        """Returns when the reader is gone, or has taken nothing for too long."""
+        limits = self._answer.context.limits
+        while True:
+            try:
+                async with asyncio.timeout(min(limits.keep_alive, limits.stall_timeout) / 2):
+                    while (await receive())["type"] != "http.disconnect":
+                        pass
+                    return
+            except TimeoutError:
+                now = monotonic()
+            if self._sending_since is not None:
+                if now - self._sending_since > limits.stall_timeout:
+                    return
+            elif now - self._last_sent >= limits.keep_alive / 2:
+                self._last_sent = now
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})

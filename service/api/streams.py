@@ -1,0 +1,121 @@
+"""GET and DELETE /v1/streams/{id}: read an answer again or on, from any replica, or cancel it.
+
+Event id: `<tokens so far>.<6 hex digits of their digest>`, and with several choices one such part
+for each, in order, joined by commas. Replaying the journal up to that point puts the reader and
+what it renders into the state they had: the bytes that follow are those that followed before.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import orjson
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+
+from service.api.answer import Answer
+from service.api.auth import Tenant
+from service.api.context import ApiContext, Caller, Context
+from service.api.ids import call_age
+from service.api.manifest import Manifest
+from service.api.schemas import ANSWER
+from service.api.sse import EventStream
+from service.errors import BadRequest, Gone, NotFound, StreamDivergence
+from service.messages import FinishReason, Tokens, child_ids
+from service.queues import StoredSubmission
+
+router = APIRouter()
+
+_POSITION = re.compile(r"(0|[1-9][0-9]{0,8})\.([0-9a-f]{6})")
+
+CallId = Annotated[str, Path(description="The x-request-id of the call to read.")]
+After = Annotated[
+    str | None,
+    Query(description="The id of the last event that was seen; Last-Event-ID goes first."),
+]
+LastEventId = Annotated[
+    str | None,
+    Header(description="The id of the last event that was seen. Default: from the start."),
+]
+
+
+@router.get(
+    "/v1/streams/{call_id}",
+    response_model=None,
+    responses=ANSWER,
+    summary="Resume a stream",
+    description="The events of a call, during its generation and for a while after it, from the "
+    "start or after a given event. They carry ids.",
+)
+async def read_stream(  # each is a part of the request
+    call_id: CallId,
+    request: Request,
+    context: Context,
+    tenant: Caller,
+    *,
+    after: After = None,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """Find it, go to where the client was, follow."""
+    stored = await _find(call_id, context, tenant)
+    manifest = Manifest.from_json(stored.manifest)
+    if manifest.width > manifest.keep:
+        raise BadRequest("best_of cannot be streamed", code="unsupported_parameter")
+    answer = Answer(stored.id, manifest, context, tenant=tenant.name, arrived=request.state.arrived)
+    request.state.request_id = stored.id
+    await _go_to(answer, last_event_id or after, context)
+    return EventStream(answer, event_ids=True)
+
+
+@router.delete(
+    "/v1/streams/{call_id}",
+    response_model=None,
+    summary="Cancel a call",
+    description="Ends what has not ended of a call, with the finish reason `cancelled`.",
+)
+async def cancel_stream(call_id: CallId, context: Context, tenant: Caller) -> Response:
+    """Find it, stop it."""
+    stored = await _find(call_id, context, tenant)
+    await context.queue.stop(child_ids(stored.id, stored.num_requests), FinishReason.CANCELLED)
+    body = orjson.dumps({"id": stored.id, "object": "stream", "cancelled": True})
+    return Response(body, media_type="application/json")
+
+
+async def _find(call_id: str, context: ApiContext, tenant: Tenant) -> StoredSubmission:
+    """Raises NotFound, with one text for unknown, malformed and other tenants' ids, or Gone."""
+    age = call_age(call_id)
+    stored = None if age is None else await context.queue.lookup(call_id)
+    if stored is not None and stored.tenant == tenant.name:
+        return stored
+    if age is not None and age > context.limits.resume_window:
+        raise Gone("this stream is no longer kept, or never was", retryable=False)
+    raise NotFound("there is no such stream", code="stream_not_found")
+
+
+async def _go_to(answer: Answer, event_id: str | None, context: ApiContext) -> None:
+    """Reads the journal up to an event. Raises BadRequest or StreamDivergence."""
+    if not event_id:
+        return
+    if len(event_id) > context.limits.max_event_id_chars:
+        raise _bad_event_id()
+    positions = [_POSITION.fullmatch(part) for part in event_id.split(",")]
+    if len(positions) != len(answer.readers):
+        raise _bad_event_id()
+    for choice, position in enumerate(positions):
+        if position is None:
+            raise _bad_event_id()
+        count = int(position[1])
+        reader = answer.readers[choice]
+        if count:
+            records = await context.queue.read(answer.request_ids[choice])
+            answer.skip(choice, [r for r in records if isinstance(r, Tokens) and r.end <= count])
+        if reader.count != count:
+            raise _bad_event_id()
+        if reader.position != position[0]:
+            raise StreamDivergence("the journal differs from what was sent", param="last-event-id")
+
+
+def _bad_event_id() -> BadRequest:
+    return BadRequest(
+        "the event id is not one of this stream", code="invalid_event_id", param="last-event-id"
+    )

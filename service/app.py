@@ -1,0 +1,119 @@
+"""The two ASGI applications: the API on the public port, metrics and probes on the admin port.
+
+They are given all that they work with and make nothing themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+
+from fastapi import APIRouter, FastAPI, Response
+
+from model.tokenizer import Tokenizer
+from service.api import ROUTERS, refusals
+from service.api.attendance import Attendance
+from service.api.auth import Authenticator, open_to_all
+from service.api.boundary import Boundary
+from service.api.context import ApiContext, Probes
+from service.api.limits import ApiLimits
+from service.api.observer import ApiObserver, NullObserver
+from service.api.schemas import ErrorBody
+from service.errors import Unavailable
+from service.messages import ModelCard
+from service.queues import Queue
+
+
+def build_app(
+    queue: Queue,
+    tokenizer: Tokenizer,
+    read_card: Callable[[], ModelCard],
+    *,
+    probes: Probes,
+    limits: ApiLimits,
+    observer: ApiObserver,
+    version: str,
+    authenticate: Authenticator = open_to_all,
+    docs: bool = False,
+) -> FastAPI:
+    """The API. `docs` adds /docs and /openapi.json. Its lifespan sweeps the queue for deadlines."""
+    context = ApiContext(
+        queue=queue,
+        tokenizer=tokenizer,
+        read_card=read_card,
+        limits=limits,
+        observer=observer,
+        probes=probes,
+        attendance=Attendance(queue.stop),
+        version=version,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        sweeper = asyncio.create_task(sweep_forever(queue, interval=limits.sweep_interval))
+        try:
+            yield
+        finally:
+            sweeper.cancel()
+            await asyncio.gather(sweeper, return_exceptions=True)
+            context.attendance.close()
+
+    app = _shell("Quire", version=version, lifespan=lifespan, docs=docs)
+    app.state.context = context
+    app.add_middleware(Boundary, authenticate=authenticate, observer=observer)
+    for group, router in ROUTERS.items():
+        app.include_router(router, tags=[group])
+    return app
+
+
+def build_admin_app(public: FastAPI, *, render_metrics: Callable[[], bytes]) -> FastAPI:
+    """Metrics and the probes of `public`. For a port that only the operator can reach."""
+    context = public.state.context
+    app = _shell("Quire admin", version=context.version)
+    app.state.context = context
+    app.add_middleware(Boundary, authenticate=open_to_all, observer=NullObserver())
+    metrics = APIRouter()
+
+    @metrics.get(
+        "/metrics",
+        summary="Metrics",
+        description="All series, in Prometheus' text format.",
+        response_model=None,
+    )
+    async def read_metrics() -> Response:
+        return Response(render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    app.include_router(metrics, tags=["metrics"])
+    app.include_router(ROUTERS["health"], tags=["health"])
+    return app
+
+
+async def sweep_forever(queue: Queue, *, interval: float) -> None:
+    """Ends what is past its deadline, wherever it was submitted; pauses while the queue is away."""
+    while True:
+        with suppress(Unavailable):
+            await queue.sweep()
+        await asyncio.sleep(interval)
+
+
+def _shell(
+    title: str,
+    *,
+    version: str,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+    docs: bool = False,
+) -> FastAPI:
+    """An application without routes that answers every fault in our shape."""
+    app = FastAPI(
+        title=title,
+        version=version,
+        lifespan=lifespan,
+        openapi_url="/openapi.json" if docs else None,
+        docs_url="/docs" if docs else None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses={"4XX": {"model": ErrorBody, "description": "The request was refused."}},
+    )
+    refusals.install(app)
+    return app

@@ -1,0 +1,203 @@
+"""Over real sockets: readers that leave, that come back, that read slowly, that send too much."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 200, "seed": 3}
+
+
+async def until(condition: Callable[[], bool], *, seconds: float = 5.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def address(url: str) -> tuple[str, int]:
+    parsed = httpx.URL(url)
+    assert parsed.port
+    return parsed.host, parsed.port
+
+
+async def open_call(
+    url: str, body: dict[str, Any], **headers: str
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Sends a request on a connection of its own."""
+    reader, writer = await asyncio.open_connection(*address(url), limit=2**16)
+    data = json.dumps(body).encode()
+    lines = [
+        "POST /v1/completions HTTP/1.1",
+        "Host: test",
+        "Content-Type: application/json",
+        f"Content-Length: {len(data)}",
+        *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items()),
+    ]
+    writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
+    await writer.drain()
+    return reader, writer
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("pause", [0.005, 30.0])
+async def test_a_reader_that_leaves_ends_the_work(
+    service: Any, listen: Any, *, stream: bool, pause: float
+) -> None:
+    """Also between tokens: with the long pause none is sent after the client has left."""
+    service.engine.pause = pause
+    async with listen(service.app) as url:
+        _reader, writer = await open_call(url, B | {"stream": stream, "n": 2})
+        await until(lambda: len(service.engine.seen) == 2)
+        await asyncio.sleep(0.02)
+        writer.close()
+        await until(lambda: not service.queue._running)
+        for request in service.engine.seen:
+            (*_, end) = await service.queue.read(request.id)
+            assert end.reason == "cancelled"
+        assert [report.outcome for report in service.observer.reports] == ["left"]
+
+
+async def test_continue_goes_on_without_a_reader(service: Any, listen: Any) -> None:
+    async with listen(service.app) as url:
+        service.engine.pause = 0.001
+        body = B | {"stream": True, "on_disconnect": "continue", "max_tokens": 50}
+        _reader, writer = await open_call(url, body)
+        await until(lambda: len(service.engine.seen) == 1)
+        writer.close()
+        await until(lambda: bool(service.observer.reports))
+        request = service.engine.seen[0]
+        await until(lambda: not service.queue._running)
+        (*_, end) = await service.queue.read(request.id)
+        assert (end.reason, end.count) == ("length", 50)
+
+
+async def test_a_resumable_stream_waits_for_its_reader(
+    start_service: Any, small_limits: Any, listen: Any
+) -> None:
+    async with (
+        start_service(limits=small_limits(grace=0.15)) as service,
+        listen(service.app) as url,
+        httpx.AsyncClient(base_url=url) as client,
+    ):
+        service.engine.pause = 0.01
+        ids = {"x_quire_event_ids": "1"}
+        _reader, writer = await open_call(url, B | {"stream": True, "max_tokens": 60}, **ids)
+        await until(lambda: len(service.engine.seen) == 1)
+        call_id = service.engine.seen[0].id.removesuffix(".0")
+        writer.close()
+        await until(lambda: len(service.observer.reports) == 1)
+        # Longer than the grace, with a reader: it must not end before its time.
+        resumed = await client.get(f"/v1/streams/{call_id}")
+        assert b'"finish_reason":"length"' in resumed.content
+        _reader, writer = await open_call(url, B | {"stream": True}, **ids)
+        await until(lambda: len(service.engine.seen) == 2)
+        writer.close()
+        await until(lambda: len(service.observer.reports) == 3)
+        assert service.queue._running, "the grace has begun"
+        await until(lambda: not service.queue._running)
+        (*_, end) = await service.queue.read(service.engine.seen[1].id)
+        assert end.reason == "cancelled"
+        assert not service.app.state.context.attendance._timers
+        assert not service.app.state.context.attendance._readers
+
+
+async def test_silence_is_kept_alive_with_a_comment_of_one_line(
+    start_service: Any, small_limits: Any, listen: Any
+) -> None:
+    async with (
+        start_service(limits=small_limits(keep_alive=0.05)) as service,
+        listen(service.app) as url,
+        httpx.AsyncClient(base_url=url) as client,
+    ):
+        service.engine.pause = 0.12
+        reply = await client.post("/v1/completions", json=B | {"stream": True, "max_tokens": 2})
+        assert reply.content.count(b": ping\n") >= 3
+        assert b": ping\n\n" not in reply.content
+        assert reply.content.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.slow
+async def test_a_slow_reader_costs_no_memory_and_is_dropped(
+    start_service: Any, small_limits: Any, listen: Any
+) -> None:
+    """The journal is read as far as the sockets' buffers hold, not to its end."""
+    limits = small_limits(stall_timeout=0.4, max_choices=64)
+    async with (
+        start_service(limits=limits, max_model_len=200_000) as service,
+        listen(service.app) as url,
+    ):
+        service.engine.script = lambda request: [5] * request.max_tokens
+        body = B | {"stream": True, "max_tokens": 100_000, "on_disconnect": "continue"}
+        reader, writer = await open_call(url, body)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        await until(lambda: bool(service.observer.reports), seconds=30)
+        (report,) = service.observer.reports
+        assert report.outcome == "left"
+        assert 0 < report.completion_tokens < 60_000
+        writer.close()
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length"])
+async def test_a_body_without_end_is_cut_off(
+    start_service: Any, small_limits: Any, listen: Any, framing: str
+) -> None:
+    async with (
+        start_service(limits=small_limits(max_body_bytes=10_000)) as service,
+        listen(service.app) as url,
+    ):
+        reader, writer = await asyncio.open_connection(*address(url))
+        header = {"chunked": "Transfer-Encoding: chunked", "length": "Content-Length: 100000000"}
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            + header[framing].encode()
+            + b"\r\n\r\n"
+        )
+        if framing == "chunked":
+            for _ in range(11):
+                writer.write(b"3e8\r\n" + b" " * 1000 + b"\r\n")
+        reply = await asyncio.wait_for(reader.read(), 5)  # to the end: the server closes
+        assert reply.startswith(b"HTTP/1.1 413")
+        assert b"request_too_large" in reply
+        writer.close()
+
+
+async def test_a_body_that_drips_is_refused(
+    start_service: Any, small_limits: Any, listen: Any
+) -> None:
+    async with (
+        start_service(limits=small_limits(body_timeout=0.1)) as service,
+        listen(service.app) as url,
+    ):
+        reader, writer = await asyncio.open_connection(*address(url))
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 100\r\n\r\n{"
+        )
+        assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 408")
+        writer.close()
+
+
+async def test_long_prompts_do_not_hold_up_the_others(service: Any, listen: Any) -> None:
+    """While a megabyte is tokenised, the event loop goes round as ever."""
+    worst = 0.0
+
+    async def watch() -> None:
+        nonlocal worst
+        loop = asyncio.get_running_loop()
+        while True:
+            before = loop.time()
+            await asyncio.sleep(0.001)
+            worst = max(worst, loop.time() - before)
+
+    watcher = asyncio.create_task(watch())
+    began = asyncio.get_running_loop().time()
+    reply = await service.post("/v1/completions", B | {"prompt": "a" * 1_000_000})
+    took = asyncio.get_running_loop().time() - began
+    watcher.cancel()
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+    assert worst < max(0.05, took / 2)
