@@ -1,1 +1,1 @@
-"""Quire's service half: requests, queues, scheduling, HTTP. `model` knows tensors; this does not."""
+"""Quire's service half: requests, queues, scheduling, HTTP. It knows no tensors; `model` does."""

@@ -72,5 +72,5 @@ def set_up_logging(level: str, form: Literal["text", "json"]) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for name in ("httpx", "huggingface_hub", "filelock", "asyncio"):
+    for name in ("httpx", "huggingface_hub", "filelock", "asyncio", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -134,6 +134,10 @@ class Settings(BaseModel):
         Group.HTTP, 30.0, "Seconds a resumable stream's request outlives its reader.", ge=0
     )
 
+    drain_timeout: float = _setting(
+        Group.HTTP, 30.0, "Seconds that running answers get to end after SIGTERM.", ge=0
+    )
+
     # Logs
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         Group.LOGS, "info", "Least severity that is logged."
@@ -146,6 +150,15 @@ class Settings(BaseModel):
     def is_loopback(self) -> bool:
         """Whether only this host can reach the server."""
         return self.host in {"localhost", "::1"} or self.host.startswith("127.")
+
+
+def let_threads_sleep() -> None:
+    """Makes OpenMP's idle threads sleep, unless the operator decided; before torch is imported.
+
+    Spinning ones hold a core while they wait for each other. On two cores with an API, a queue and
+    clients beside the engine that stalls a step for whole scheduler quanta.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class SettingRow(NamedTuple):

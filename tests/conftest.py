@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +18,17 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from model.checkpoint.fetch import default_cache, resolve
+
+ROOT = Path(__file__).parent.parent
+if not torch.cuda.is_available():
+    # Kernels then run in Triton's interpreter, which it decides when it is first imported, by
+    # whatever test comes first. Child processes inherit it and, without a GPU, use no kernel.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -201,3 +215,42 @@ def build_tiny_model(splitter: pre_tokenizers.PreTokenizer) -> TinyModel:
         }
     weights = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     return TinyModel(tokenizer=tokenizer, weights=weights)
+
+
+@pytest.fixture(scope="session")
+def server_url(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real server with the default model, as `make serve` starts it, on free ports."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    ports = [free_port(), free_port()]
+    command = [sys.executable, "-m", "service", "serve", "--model-name", "smollm2-135m-instruct"]
+    command += ["--port", str(ports[0]), "--admin-port", str(ports[1])]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--model", str(default_model)], cwd=ROOT, stdout=output, stderr=output
+        )
+    url = f"http://127.0.0.1:{ports[0]}"
+    try:
+        wait_until_ready(url, process, log=log)
+        yield url
+    finally:
+        process.terminate()
+        assert process.wait(timeout=30) == 0, log.read_text()
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], *, log: Path) -> None:
+    """Waits for the readiness probe; fails at once where the process ended."""
+    ends = time.monotonic() + 90
+    while time.monotonic() < ends:
+        assert process.poll() is None, log.read_text()
+        with contextlib.suppress(OSError):
+            if urllib.request.urlopen(f"{url}/health/ready", timeout=5).status == 200:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"not ready in time:\n{log.read_text()}")

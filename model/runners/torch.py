@@ -1,0 +1,185 @@
+"""TorchRunner: the network in plain torch, on any device. The reference of the other runners.
+
+In bfloat16 on a CPU its linear layers are packed for oneDNN. Kernels of torch choose the order of
+their sums by the shape of the step, so it promises equal answers within rounding, not bit by bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model.attention import ATTENTION
+from model.batch import Batch, SamplingBatch, StepOutput
+from model.config import ModelConfig
+from model.kvcache import KVCache, blocks_within
+from model.layers import PackedLinear, load_weights, pack_linears
+from model.runners import RunnerOptions, Weights
+from model.sampler import ScoredRows, sample, score
+from model.transformer import Transformer
+
+SCORED_AT_ONCE = 64  # rows whose logits over the whole vocabulary are in memory together
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class TorchRunner:
+    """Owns the network and the KV pool. Raises ValueError for options it cannot serve."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, *, options: RunnerOptions, digest: str
+    ) -> None:
+        device = choose_device(options.device)
+        dtype = choose_dtype(options.dtype, device)
+        if options.num_threads is not None:
+            torch.set_num_threads(options.num_threads)
+        self.config = config
+        self.block_size = options.block_size
+        self.num_blocks = options.num_blocks or blocks_within(
+            options.kv_memory, config, block_size=options.block_size, dtype=dtype
+        )
+        kind = f"torch-{device.type}-{_SHORT[dtype]}"
+        self.numeric_class = f"{kind}-{torch.__version__}-{digest[:12]}"
+        self.exact = False
+        self._options = options
+        self._network = _network(config, weights, dtype=dtype, device=device)
+        self._attention = ATTENTION["torch_paged"]()
+        self._cache = KVCache(
+            config,
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            dtype=dtype,
+            device=device,
+        )
+
+    def run(self, batch: Batch) -> StepOutput:
+        """Computes the step and stores its K and V."""
+        with torch.inference_mode():
+            hidden_TC = self._network.step(batch, self._cache, self._attention)
+            sampled = sample(self._logits(hidden_TC, batch.sample_rows_R), batch.sampling)
+            scored = self._score(hidden_TC, batch)
+        return StepOutput(
+            tokens_R=sampled.tokens_R.int().cpu().numpy(),
+            logprobs_R=sampled.logprobs_R.cpu().numpy(),
+            top_ids_RN=sampled.top_ids_RN.int().cpu().numpy(),
+            top_logprobs_RN=sampled.top_logprobs_RN.cpu().numpy(),
+            score_logprobs_Q=torch.cat([s.logprobs_Q for s in scored]).cpu().numpy(),
+            score_top_ids_QN=torch.cat([s.top_ids_QN for s in scored]).int().cpu().numpy(),
+            score_top_logprobs_QN=torch.cat([s.top_logprobs_QN for s in scored]).cpu().numpy(),
+        )
+
+    def warm_up(self) -> None:
+        """Runs one decoded token and the largest chunk, over blocks that nobody owns yet."""
+        room = min(self.num_blocks * self.block_size, self.config.max_model_len)
+        for length in {1, min(room, self._options.max_batch_tokens)}:
+            self.run(_prompt(length, block_size=self.block_size))
+
+    def close(self) -> None:
+        """Gives the weights and the pool back; the runner must not run again."""
+        del self._network, self._cache
+
+    def _logits(self, hidden_TC: torch.Tensor, rows: npt.NDArray[np.int32]) -> torch.Tensor:
+        """Logits of some rows, [len(rows), V]; no work where there are none."""
+        if not rows.size:
+            return hidden_TC.new_empty((0, self.config.vocab_size))
+        picked = torch.tensor(rows, device=hidden_TC.device)
+        return self._network.logits(hidden_TC[picked])
+
+    def _score(self, hidden_TC: torch.Tensor, batch: Batch) -> list[ScoredRows]:
+        """Log probabilities of given tokens, piece by piece; at least one piece, maybe empty."""
+        pieces = []
+        for start in range(0, max(1, len(batch.score_rows_Q)), SCORED_AT_ONCE):
+            part = slice(start, start + SCORED_AT_ONCE)
+            logits_QV = self._logits(hidden_TC, batch.score_rows_Q[part])
+            ids_Q = torch.tensor(batch.score_ids_Q[part], device=logits_QV.device)
+            pieces.append(score(logits_QV, ids_Q, num_top=batch.score_num_top))
+        return pieces
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is a GPU where torch finds one. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"device {name} is not available") from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes in it. Raises ValueError for unknown names."""
+    if name == "auto":
+        fast = device.type != "cpu" or _cpu_multiplies_bfloat16()
+        return torch.bfloat16 if fast else torch.float32
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be auto or one of {', '.join(_DTYPES)} for the torch runner")
+    return _DTYPES[name]
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it; without them bfloat16 is slower than float32.
+
+    Linux on x86 tells; elsewhere the answer is no.
+    """
+    facts = Path("/proc/cpuinfo")
+    flags = set(facts.read_text().split()) if facts.exists() else set()
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+def _network(
+    config: ModelConfig, weights: Weights, *, dtype: torch.dtype, device: torch.device
+) -> Transformer:
+    """The network with its weights, ready to run."""
+    with torch.device("meta"):  # shapes without memory
+        network = Transformer(config)
+    load_weights(network, weights, dtype=dtype, device=device)
+    network.requires_grad_(requires_grad=False)
+    if device.type == "cpu" and dtype is torch.bfloat16 and PackedLinear.available():
+        pack_linears(network)
+        if network.head is None:  # the embedding itself stays plain, because it is read by rows
+            network.head = PackedLinear(network.embed.weight, None)
+    return network
+
+
+def _prompt(length: int, *, block_size: int) -> Batch:
+    """One sequence that starts at block 0, sampled greedily at its end."""
+    empty, one = np.zeros(0, np.int32), np.zeros(1, np.float32)
+    zero = np.zeros(1, np.int32)
+    blocks = -(-length // block_size)
+    return Batch(
+        tokens_T=np.zeros(length, np.int32),
+        positions_T=np.arange(length, dtype=np.int32),
+        query_starts_S1=np.array([0, length], np.int32),
+        context_lens_S=np.array([length], np.int32),
+        block_table_SB=np.arange(blocks, dtype=np.int32)[None],
+        seats_S=zero,
+        sample_rows_R=np.array([length - 1], np.int32),
+        sampling=SamplingBatch(
+            seeds_R=np.zeros(1, np.uint64),
+            choices_R=zero,
+            indices_R=zero,
+            temperatures_R=one,
+            top_ks_R=np.ones(1, np.int32),
+            top_ps_R=np.ones(1, np.float32),
+            min_ps_R=one,
+            presence_R=one,
+            frequency_R=one,
+            repetition_R=np.ones(1, np.float32),
+            penalty_rows_P=empty,
+            penalty_ids_P=empty,
+            penalty_counts_P=empty,
+            bias_rows_E=empty,
+            bias_ids_E=empty,
+            bias_values_E=np.zeros(0, np.float32),
+            wants_logprobs_R=np.zeros(1, np.bool_),
+            num_top=0,
+        ),
+        score_rows_Q=empty,
+        score_ids_Q=empty,
+    )

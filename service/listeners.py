@@ -1,0 +1,68 @@
+"""Listeners: sockets bound before anything slow begins, and uvicorn without its signal handlers."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.errors import StartupError
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises StartupError where the port is taken or the address is not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, UnicodeError) as error:
+        bound.close()
+        reason = error.strerror if isinstance(error, OSError) else "not an address"
+        raise StartupError(f"cannot listen on {host}:{port}: {(reason or 'no').lower()}") from None
+    return bound
+
+
+def address(bound: socket.socket) -> str:
+    """http://host:port of a bound socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Listener(uvicorn.Server):
+    """One application on one socket, in a loop that it shares with others.
+
+    Signals are the role's business: it stops all its listeners in its own order.
+    """
+
+    def __init__(self, app: FastAPI, bound: socket.socket, *, grace: float = 1.0) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=round(grace),
+            )
+        )
+        self._bound = bound
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Captures none."""
+        yield
+
+    async def listen(self) -> None:
+        """Serves until `stop`."""
+        await self.serve(sockets=[self._bound])
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Takes no new connections; open calls get `grace` seconds to end, or none."""
+        self.should_exit = True
+        self.force_exit = at_once

@@ -1,0 +1,304 @@
+"""Roles: what each command is made of. With `__main__`, the only place that names concrete classes.
+
+    serve     API, queue and engine in one process; with a Redis queue it is one of many
+    api       an API replica: no torch in memory
+    engine    an engine replica: no public port
+
+Each is one event loop; an engine's network runs in a thread beside it. A role ends on SIGTERM or
+SIGINT, and at once, with exit code 1, where its engine breaks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import version as distribution_version
+from pathlib import Path
+from uuid import uuid4
+
+import uvloop
+from fastapi import FastAPI
+from rich.console import Console
+
+from model.tokenizer import Tokenizer
+from service.api.context import Probes
+from service.api.limits import ApiLimits
+from service.app import build_admin_app, build_app
+from service.cluster import Cluster
+from service.engine.loop import EngineLoop
+from service.engine.plan import EngineConfig
+from service.errors import StartupError, Unavailable
+from service.listeners import Listener, address, bind
+from service.logs import log_call, set_up_logging
+from service.messages import Event, ModelCard
+from service.metrics import Metrics
+from service.queues import EngineInfo, Queue, QueueLimits, open_queue
+from service.settings import Settings
+from service.startup import Loaded, fetch_model, load_card, load_engine, load_tokenizer
+from service.worker import EngineFailure, Worker
+
+log = logging.getLogger("quire")
+
+VERSION = distribution_version("quire-llm")
+STALLED_AFTER = 60.0  # seconds without a step, with work to do, after which `live` says no
+
+Role = Callable[[Settings, Console], Coroutine[None, None, None]]
+
+
+def run_role(role: Role, settings: Settings, *, console: Console) -> None:
+    """Runs a role to its end. Raises StartupError for what cannot be served."""
+    set_up_logging(settings.log_level, settings.log_format)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            runner.run(role(settings, console))
+        except EngineFailure as failure:
+            log.critical("the engine broke; exiting", exc_info=failure.__cause__)
+            sys.exit(1)
+
+
+async def serve(settings: Settings, console: Console) -> None:
+    """Everything in one process."""
+    refuse_exposure(settings)
+    public, admin = bind(settings.host, settings.port), bind(settings.host, settings.admin_port)
+    path = await asyncio.to_thread(fetch_model, settings, console=console)
+    loaded = await asyncio.to_thread(load_engine, settings, path)
+    metrics = Metrics(on_call=log_call)
+    queue = await opened_queue(settings, metrics)
+    engine = EngineSide(settings, loaded, queue, metrics)
+    api = ApiSide(settings, loaded.card, queue, metrics, tokenizer=loaded.tokenizer, engine=engine)
+    rows = engine_rows(loaded, path) | api_rows(settings, address(public), address(admin))
+    grace = settings.drain_timeout
+    listeners = [Listener(api.app, public, grace=grace), Listener(api.admin_app, admin)]
+    ready = partial(banner, console, settings, rows)
+    await live(queue, listeners, api=api, engine=engine, ready=ready)
+    loaded.runner.close()
+
+
+async def serve_api(settings: Settings, console: Console) -> None:
+    """An API replica over a shared queue."""
+    refuse_exposure(settings)
+    refuse_private_queue(settings)
+    public, admin = bind(settings.host, settings.port), bind(settings.host, settings.admin_port)
+    path = await asyncio.to_thread(fetch_model, settings, console=console)
+    tokenizer = await asyncio.to_thread(load_tokenizer, path)
+    metrics = Metrics(on_call=log_call)
+    queue = await opened_queue(settings, metrics)
+    api = ApiSide(settings, load_card(settings, path), queue, metrics, tokenizer=tokenizer)
+    rows = api_rows(settings, address(public), address(admin))
+    grace = settings.drain_timeout
+    listeners = [Listener(api.app, public, grace=grace), Listener(api.admin_app, admin)]
+    await live(queue, listeners, api=api, ready=partial(banner, console, settings, rows))
+
+
+async def serve_engine(settings: Settings, console: Console) -> None:
+    """An engine replica over a shared queue. Its admin port has metrics and probes."""
+    refuse_private_queue(settings)
+    admin = bind(settings.host, settings.admin_port)
+    path = await asyncio.to_thread(fetch_model, settings, console=console)
+    loaded = await asyncio.to_thread(load_engine, settings, path)
+    metrics = Metrics()
+    queue = await opened_queue(settings, metrics)
+    engine = EngineSide(settings, loaded, queue, metrics)
+    # The admin application needs an API's context for its probes; this one has no public port.
+    api = ApiSide(settings, loaded.card, queue, metrics, tokenizer=loaded.tokenizer, engine=engine)
+    rows = engine_rows(loaded, path) | {"metrics": f"{address(admin)}/metrics"}
+    listeners = [Listener(api.admin_app, admin)]
+    await live(queue, listeners, engine=engine, ready=partial(banner, console, settings, rows))
+    loaded.runner.close()
+
+
+def refuse_exposure(settings: Settings) -> None:
+    """Raises StartupError where everybody on the network could use an unprotected server."""
+    if not settings.is_loopback and not settings.allow_anonymous:
+        raise StartupError(
+            f"host {settings.host} can be reached by others and no keys are configured;"
+            " say --allow-anonymous if that is meant"
+        )
+
+
+def refuse_private_queue(settings: Settings) -> None:
+    """Raises StartupError where a replica's queue would be its own."""
+    if settings.queue.startswith("memory:"):
+        raise StartupError("api and engine replicas meet in a shared queue: --queue redis://...")
+
+
+async def opened_queue(settings: Settings, metrics: Metrics) -> Queue:
+    """The queue, reached and checked. Raises StartupError."""
+    queue = open_queue(
+        settings.queue,
+        QueueLimits(
+            max_requests=settings.max_queued_requests,
+            max_tokens=settings.max_queued_tokens,
+            max_per_tenant=settings.max_per_tenant,
+            lease=settings.lease,
+            resume_window=settings.resume_window,
+        ),
+        observer=metrics,
+    )
+    await queue.open()
+    return queue
+
+
+class EngineSide:
+    """The engine and its worker."""
+
+    def __init__(self, settings: Settings, loaded: Loaded, queue: Queue, metrics: Metrics) -> None:
+        self.id = uuid4().hex
+        self._card = loaded.card
+        self._metrics = metrics
+        self.loop = EngineLoop(
+            loaded.runner,
+            config=EngineConfig(
+                max_batch_tokens=settings.max_batch_tokens,
+                max_sequences=settings.max_sequences,
+                max_model_len=loaded.card.max_model_len,
+            ),
+            token_bytes=loaded.tokenizer.token_bytes,
+            eos_ids=loaded.tokenizer.eos_ids,
+            deliver=self._deliver,
+            observer=metrics,
+            on_failure=lambda _failure: self.worker.fail(),
+        )
+        self.worker = Worker(queue, self.loop, info=self._info, observer=metrics)
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        self.worker.deliver(events)
+
+    def _info(self) -> EngineInfo:
+        return EngineInfo(
+            id=self.id,
+            numeric_class=self._card.numeric_class,
+            version=VERSION,
+            running=self.worker.running,
+            max_model_len=self._card.max_model_len,
+            tokens_per_second=self._metrics.tokens_per_second(),
+        )
+
+    def is_live(self) -> bool:
+        """It makes progress, or there is nothing to do. Saturated is not dead."""
+        if self.loop.failure is not None:
+            return False
+        return not self.loop.busy or time.monotonic() - self.loop.last_progress < STALLED_AFTER
+
+
+class ApiSide:
+    """The HTTP applications and what they know of the cluster."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        card: ModelCard,
+        queue: Queue,
+        metrics: Metrics,
+        *,
+        tokenizer: Tokenizer,
+        engine: EngineSide | None = None,
+    ) -> None:
+        self.draining = False
+        self.queue = queue
+        self.cluster = Cluster(queue, card, on_depth=metrics.set_depth)
+        self.app = build_app(
+            queue,
+            tokenizer,
+            lambda: self.cluster.card,
+            probes=Probes(
+                started=lambda: True,
+                live=engine.is_live if engine else lambda: True,
+                draining=lambda: self.draining,
+                served=lambda: self.cluster.has_engines,
+                tokens_per_second=self.cluster.tokens_per_second,
+            ),
+            limits=api_limits(settings),
+            observer=metrics,
+            version=VERSION,
+        )
+        self.admin_app: FastAPI = build_admin_app(self.app, render_metrics=metrics.render)
+
+
+def api_limits(settings: Settings) -> ApiLimits:
+    """The API's caps, as far as they are settings."""
+    return ApiLimits(
+        max_body_bytes=settings.max_body,
+        keep_alive=settings.keep_alive,
+        grace=settings.disconnect_grace,
+        resume_window=settings.resume_window,
+    )
+
+
+async def live(
+    queue: Queue,
+    listeners: Sequence[Listener],
+    *,
+    ready: Callable[[], None],
+    api: ApiSide | None = None,
+    engine: EngineSide | None = None,
+) -> None:
+    """Serves until a signal or a broken engine, then ends in order.
+
+    New calls are refused, open ones end (no longer than the listeners' grace); only then the engine
+    gives back what is left. Raises EngineFailure.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    serving = [asyncio.create_task(listener.listen()) for listener in listeners]
+    watching = [asyncio.create_task(api.cluster.watch())] if api else []
+    working = [asyncio.create_task(engine.worker.run())] if engine else []
+    stopping = asyncio.create_task(stop.wait())
+    # What is alive now stays alive: the collector need not walk it again and again.
+    gc.collect()
+    gc.freeze()
+    ready()
+    await asyncio.wait([stopping, *working, *serving], return_when=asyncio.FIRST_COMPLETED)
+    broken = any(task.done() for task in working)
+    if api:
+        api.draining = True
+    if engine and not api:
+        engine.worker.drain()
+    for listener in listeners:
+        listener.stop(at_once=broken)
+    await asyncio.gather(*serving, return_exceptions=True)
+    if engine:
+        engine.worker.drain()
+    for task in (*watching, stopping):
+        task.cancel()
+    await asyncio.gather(*watching, stopping, return_exceptions=True)
+    try:
+        await asyncio.gather(*working)
+    finally:
+        with suppress(Unavailable):
+            await queue.close()
+
+
+def engine_rows(loaded: Loaded, path: Path) -> dict[str, str]:
+    """The banner's lines about the model and the engine."""
+    runner, card = loaded.runner, loaded.card
+    return {
+        "model": f"{card.id} ({path.name}), up to {card.max_model_len} tokens",
+        "numeric class": card.numeric_class + ("" if runner.exact else " (within rounding)"),
+        "KV cache": f"{runner.num_blocks} blocks of {runner.block_size} tokens",
+        "loaded in": f"{loaded.seconds:.1f} s",
+    }
+
+
+def api_rows(settings: Settings, api: str, admin: str) -> dict[str, str]:
+    """The banner's lines about the queue and the addresses. A queue's URL may hold a password."""
+    queue = settings.queue.split("://", 1)[0]
+    return {"queue": queue, "metrics": f"{admin}/metrics", "API": f"{api}/v1"}
+
+
+def banner(console: Console, settings: Settings, rows: dict[str, str]) -> None:
+    """Says what is served, to a person or as one line of JSON."""
+    if settings.log_format == "json":
+        log.info("ready", extra={key.replace(" ", "_"): value for key, value in rows.items()})
+        return
+    console.print(f"[bold]Quire {VERSION}[/bold]")
+    for name, value in rows.items():
+        console.print(f"  [dim]{name:14}[/dim]{value}", highlight=False, soft_wrap=True)

@@ -1,0 +1,149 @@
+"""Startup: from settings to a tokenizer, a runner and a model card. Loads; serves nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from model.checkpoint import CheckpointError, configure, open_checkpoint
+from model.checkpoint.fetch import FetchError, resolve
+from model.config import ModelConfig
+from model.tokenizer import Tokenizer
+from service.errors import StartupError
+from service.messages import ModelCard
+from service.settings import Settings, let_threads_sleep
+
+if TYPE_CHECKING:
+    from model.runners import Runner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What an engine process has in memory when it is ready."""
+
+    runner: Runner
+    tokenizer: Tokenizer
+    card: ModelCard
+    seconds: float
+
+
+@contextmanager
+def _said_in_one_line() -> Iterator[None]:
+    """Turns what can be wrong with a model into the operator's one line."""
+    try:
+        yield
+    except (CheckpointError, FetchError) as error:
+        raise StartupError(f"model: {error}") from None
+
+
+def fetch_model(settings: Settings, *, console: Console) -> Path:
+    """The model's file or folder, fetched where it is not there yet, with a progress bar."""
+    bar = Progress(
+        "[progress.description]{task.description}",
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    cache = settings.cache_dir.expanduser() / "models"
+    with _said_in_one_line(), bar:
+        task = bar.add_task(f"fetching {settings.model}", total=None, visible=False)
+
+        def report(done: int, total: int | None) -> None:
+            bar.update(task, completed=done, total=total, visible=True)
+
+        return resolve(settings.model, cache=cache, progress=report)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a fetched model."""
+    with _said_in_one_line():
+        return Tokenizer.from_checkpoint(open_checkpoint(path).tokenizer)
+
+
+def load_engine(settings: Settings, path: Path) -> Loaded:
+    """Loads weights and tokenizer, packs, warms up. Seconds of work: not for the event loop."""
+    let_threads_sleep()
+    from model.checkpoint import load_model
+    from model.runners import RUNNERS, RunnerOptions
+    from model.runners.torch import choose_device, choose_dtype
+
+    began = time.monotonic()
+    options = RunnerOptions(
+        dtype=settings.dtype,
+        device=settings.device,
+        block_size=settings.block_size,
+        kv_memory=settings.kv_memory,
+        num_threads=settings.threads,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_sequences=settings.max_sequences,
+    )
+    name = "torch" if settings.runner == "auto" else settings.runner
+    try:
+        with _said_in_one_line():
+            # In the runner's own dtype from the start: a second copy would double the memory.
+            dtype = choose_dtype(options.dtype, choose_device(options.device))
+            model = load_model(path, dtype=dtype)
+            tokenizer = load_tokenizer(path)
+        runner = RUNNERS[name](model.config, model.weights, options, model.digest)
+    except ValueError as error:
+        raise StartupError(f"runner {name}: {error}") from None
+    del model
+    _return_free_memory()
+    runner.warm_up()
+    card = replace(
+        card_of(settings, path, runner.config, pool=runner.num_blocks * runner.block_size),
+        numeric_class=runner.numeric_class,
+    )
+    return Loaded(runner=runner, tokenizer=tokenizer, card=card, seconds=time.monotonic() - began)
+
+
+def _return_free_memory() -> None:
+    """Gives back what the C library keeps of the loaded weights' memory: hundreds of megabytes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others do not
+    if trim is not None:
+        trim(0)
+
+
+def load_card(settings: Settings, path: Path) -> ModelCard:
+    """What a replica without a runner knows of the model; engines tell it the rest."""
+    with _said_in_one_line():
+        _, config = configure(open_checkpoint(path))
+    return card_of(settings, path, config)
+
+
+def card_of(
+    settings: Settings, path: Path, config: ModelConfig, *, pool: int | None = None
+) -> ModelCard:
+    """The card of a model; `pool` is the number of tokens that the KV cache holds."""
+    lengths = (config.max_model_len, settings.max_model_len, pool)
+    return ModelCard(
+        id=settings.model_name or name_of(settings.model, path),
+        max_model_len=min(length for length in lengths if length is not None),
+        vocab_size=config.vocab_size,
+        numeric_class="unknown",
+        created=int(path.stat().st_mtime),
+    )
+
+
+def name_of(model: str, path: Path) -> str:
+    """What clients call a model by default: a repository's id, else the file's name."""
+    if not model or Path(model).expanduser().exists():
+        return path.stem if path.is_file() else path.name
+    return model

@@ -1,0 +1,204 @@
+"""The load test's client against a real HTTP server that answers as told."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import orjson
+import pytest
+
+from loadtest.client import Outcome, SseDecoder, Target, complete, drive, percentile, summarise
+from loadtest.compare import Result, ratios
+from loadtest.workloads import make_prompts
+
+
+def event(text: str = "", **fields: object) -> bytes:
+    choice = {"index": 0, "text": text, "finish_reason": fields.pop("finish_reason", None)}
+    return b"data: " + orjson.dumps({"choices": [choice], **fields}) + b"\n\n"
+
+
+def whole(num_tokens: int) -> list[bytes]:
+    usage = {"prompt_tokens": 3, "completion_tokens": num_tokens}
+    tokens = [event("a") for _ in range(num_tokens)]
+    return [*tokens, event(finish_reason="length", usage=usage), b"data: [DONE]\n\n"]
+
+
+@asynccontextmanager
+async def serving(
+    parts: list[bytes],
+    *,
+    status: int = 200,
+    chunked: bool = True,
+    ends: bool = True,
+    pause: float = 0.0,
+) -> AsyncIterator[tuple[Target, list[dict[str, object]]]]:
+    """A server that answers every request with these parts; the target, and the bodies it got.
+
+    `ends` False leaves out the mark that ends a chunked body.
+    """
+    bodies: list[dict[str, object]] = []
+    handlers: set[asyncio.Task[None] | None] = set()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handlers.add(asyncio.current_task())
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        length = int(head.split("content-length: ")[1].split("\r\n")[0])
+        bodies.append(orjson.loads(await reader.readexactly(length)))
+        encoding = b"Transfer-Encoding: chunked\r\n" if chunked else b"Connection: close\r\n"
+        try:
+            writer.write(b"HTTP/1.1 %d X\r\n%b\r\n" % (status, encoding))
+            for part in parts:
+                await asyncio.sleep(pause)
+                writer.write(b"%x\r\n%b\r\n" % (len(part), part) if chunked else part)
+            if chunked and ends:
+                writer.write(b"0\r\n\r\n")
+        finally:
+            writer.close()
+            await writer.wait_closed()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield Target(port=server.sockets[0].getsockname()[1], fields={"ignore_eos": True}), bodies
+        tasks = [task for task in handlers if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_events_are_the_same_however_the_bytes_are_cut(seed: int) -> None:
+    rng = random.Random(seed)
+    stream = b'data: {"a":1}\r\n\r\n: ping\ndata:x\ndata: y\n\nevent: z\nid: 4\n\ndata: [DONE]\n\n'
+    cuts = sorted(rng.choices(range(len(stream) + 1), k=rng.randrange(12)))
+    decoder, events = SseDecoder(), []
+    for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        events += decoder.feed(stream[start:end])
+    assert events == [b'{"a":1}', b"x\ny", b"[DONE]"]
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_a_whole_stream_is_counted_and_timed(*, chunked: bool) -> None:
+    async with serving(whole(5), chunked=chunked, pause=0.01) as (target, bodies):
+        before = time.perf_counter()
+        outcome = await complete(target, "one two", max_tokens=5)
+        passed = time.perf_counter() - before
+    assert outcome.error is None
+    assert (outcome.prompt_tokens, outcome.completion_tokens, len(outcome.gaps)) == (3, 5, 4)
+    assert 0.005 < outcome.time_to_first < passed
+    assert sum(outcome.gaps) == pytest.approx(4 * outcome.time_per_token)
+    assert bodies == [
+        {"prompt": "one two", "max_tokens": 5, "stream": True, "temperature": 0, "ignore_eos": True}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parts", "ends", "reason"),
+    [
+        (whole(4), True, "4 tokens instead of 5"),
+        (whole(5)[:3], False, "IncompleteReadError"),
+        (whole(5)[:3], True, "without a finish reason"),
+        (whole(5)[:-1], True, "without [DONE]"),
+        ([event("a"), b'data: {"error": {"message": "broken"}}\n\n'], True, "broken"),
+        ([b"data: {nonsense\n\n"], True, "JSONDecodeError"),
+        (whole(5)[5:], True, "no text"),
+    ],
+)
+async def test_what_is_not_whole_is_a_failure(
+    parts: list[bytes], *, ends: bool, reason: str
+) -> None:
+    async with serving(parts, ends=ends) as (target, _):
+        outcome = await complete(target, "p", max_tokens=5)
+    assert outcome.error is not None
+    assert reason in outcome.error
+
+
+async def test_a_server_known_to_send_no_done_is_not_blamed_for_it() -> None:
+    async with serving(whole(5)[:-1]) as (target, _):
+        outcome = await complete(replace(target, sends_done=False), "p", max_tokens=5)
+    assert outcome.error is None
+
+
+async def test_a_refusal_and_a_closed_port_are_failures() -> None:
+    async with serving([b'{"error": "full"}'], status=503, chunked=False) as (target, _):
+        refused = await complete(target, "p", max_tokens=5)
+    closed = await complete(target, "p", max_tokens=5)
+    assert refused.error is not None
+    assert refused.error.startswith("HTTP 503")
+    assert closed.error is not None
+    assert closed.error.startswith("ConnectionRefusedError")
+
+
+async def test_a_stream_that_hangs_is_given_up() -> None:
+    async with serving(whole(5), pause=5.0) as (target, _):
+        outcome = await complete(target, "p", max_tokens=5, give_up_after=0.05)
+    assert outcome.error == "no end within 0.05 s"
+
+
+async def test_drive_sends_every_prompt_once() -> None:
+    prompts = make_prompts("seed", count=11, num_tokens=4)
+    async with serving(whole(2), pause=0.001) as (target, bodies):
+        outcomes, wall = await drive(target, prompts, clients=3, max_tokens=2)
+    assert sorted(str(body["prompt"]) for body in bodies) == sorted(prompts)
+    summary = summarise(outcomes, wall=wall)
+    assert (summary.requests, summary.failures, summary.completion_tokens) == (11, 0, 22)
+    assert summary.tokens_per_second == pytest.approx(22 / wall)
+
+
+def make_outcome(*arrivals: float, error: str | None = None) -> Outcome:
+    return Outcome(
+        sent=0.0,
+        arrivals=arrivals,
+        completion_tokens=len(arrivals),
+        prompt_tokens=2,
+        error=error,
+    )
+
+
+def test_failures_count_but_give_no_figures() -> None:
+    outcomes = [make_outcome(1, 2, 4), make_outcome(3, 4, 5), make_outcome(0.1, error="short")]
+    summary = summarise(outcomes, wall=2.0)
+    assert (summary.requests, summary.failures, summary.errors) == (3, 1, ("short",))
+    assert (summary.tokens_per_second, summary.time_to_first_p50) == (3.0, 2.0)
+    assert (summary.time_per_token_p50, summary.gap_p50) == (1.25, 1.0)
+    assert summary.gap_p99 == pytest.approx(1.97)
+
+
+def test_nothing_whole_gives_nan_and_no_speed() -> None:
+    summary = summarise([make_outcome(error="refused")], wall=1.0)
+    assert summary.tokens_per_second == 0
+    assert math.isnan(summary.time_to_first_p50)
+
+
+def test_percentiles_interpolate() -> None:
+    assert [percentile([4, 1, 3, 2], p) for p in (0, 50, 100)] == [1, 2.5, 4]
+    assert percentile([7], 99) == 7
+
+
+def test_ratios_pair_the_repeats_and_skip_the_missing() -> None:
+    def result(server: str, repeat: int, tokens: int) -> Result:
+        outcomes = [make_outcome(*range(tokens))] if tokens else []
+        return Result(
+            server=server, clients=1, repeat=repeat, summary=summarise(outcomes, wall=1.0),
+            server_cpu=0, client_cpu=0, rss_peak=0, start_seconds=0, load_before=0,
+        )  # fmt: skip
+
+    results = [
+        result("a", 0, 6), result("b", 0, 3), result("a", 1, 8), result("b", 1, 2),
+        result("a", 2, 5), result("a", 3, 5), result("b", 3, 0),
+    ]  # fmt: skip
+    assert ratios(results, "a", "b", 1) == [2.0, 4.0]
+    assert ratios(results, "a", "b", 8) == []
+
+
+def test_prompts_are_seeded_and_share_no_beginning() -> None:
+    prompts = make_prompts("s", count=20, num_tokens=64)
+    assert prompts == make_prompts("s", count=20, num_tokens=64)
+    assert {len(prompt.split()) for prompt in prompts} == {64}
+    assert len({prompt[:20] for prompt in prompts}) == 20
+    assert not set(prompts) & set(make_prompts("t", count=20, num_tokens=64))

@@ -1,0 +1,179 @@
+"""The import rules, walked. A module that imports what its layer may not know fails here.
+
+`ALLOWED` is the architecture: longest matching prefix wins. Imports under `TYPE_CHECKING` and
+inside functions count too: a rule that a lazy import could break would be none.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = ("model", "service")
+
+# module prefix -> prefixes it may import, the standard library and itself aside
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "model": ("torch", "numpy", "model"),
+    "model.checkpoint": (
+        "torch", "numpy", "model", "gguf", "safetensors", "tokenizers", "huggingface_hub",
+        "filelock",
+    ),
+    "model.kernels": ("torch", "triton", "numpy", "model"),
+    "model.config": ("model",),
+    "model.batch": ("numpy", "model"),
+    "model.tokenizer": ("model.checkpoint", "model.chat_template", "tokenizers"),
+    "model.chat_template": ("jinja2",),
+    "service": (),
+    "service.messages": (),
+    "service.errors": (),
+    "service.settings": ("pydantic", "service.errors"),
+    "service.logs": ("service.api.observer",),
+    "service.metrics": (
+        "prometheus_client", "service.messages", "service.queues", "service.engine.observer",
+        "service.api.observer",
+    ),
+    "service.engine": ("service.messages", "service.errors", "service.engine"),
+    "service.engine.pack": ("numpy", "model", "service.messages", "service.engine"),
+    "service.engine.loop": (
+        "model.batch", "model.runners", "service.messages", "service.errors", "service.engine",
+    ),
+    "service.queues": ("service.messages", "service.errors", "service.queues"),
+    "service.queues.redis": ("redis", "service.messages", "service.errors", "service.queues"),
+    "service.worker": ("service.engine", "service.queues", "service.messages", "service.errors"),
+    "service.api": (
+        "fastapi", "starlette", "pydantic", "orjson", "model.tokenizer", "model.chat_template",
+        "service.messages", "service.errors", "service.queues", "service.api",
+    ),
+    "service.app": (
+        "fastapi", "starlette", "model.tokenizer", "service.messages", "service.errors",
+        "service.queues", "service.api", "service.metrics",
+    ),
+    "service.chat": ("httpx", "rich", "service.errors"),
+    "service.cluster": ("service.messages", "service.errors", "service.queues"),
+    "service.listeners": ("uvicorn", "fastapi", "service.errors"),
+    "service.startup": ("rich", "model", "service.messages", "service.errors", "service.settings"),
+    "service.roles": ("",),
+    "service.__main__": ("",),
+}  # fmt: skip
+FORBIDDEN_EVERYWHERE = ("pickle", "pydantic_settings")
+
+TORCH_FREE = (
+    "service.messages", "service.errors", "service.settings", "service.metrics", "service.worker",
+    "service.engine.sequence", "service.engine.blocks", "service.engine.scheduler",
+    "service.engine.detokenize", "service.queues.memory", "service.queues.redis", "service.api",
+    "service.app", "service.chat", "service.cluster", "service.roles", "service.startup",
+    "service.__main__", "model.checkpoint.fetch", "model.checkpoint.gguf",
+    "model.checkpoint.safetensors", "model.families.llama", "model.config", "model.batch",
+    "model.tokenizer",
+)  # fmt: skip
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module of the two packages, as (dotted name, file)."""
+    for layer in LAYERS:
+        for path in sorted((ROOT / layer).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever the statement stands."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(not prefix or name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def rule(module: str) -> tuple[str, ...]:
+    """The allowance of the longest prefix; `service.queues.redis` covers `redis_keys` beside it."""
+    matching = [p for p in ALLOWED if module == p or module.startswith((p + ".", p + "_"))]
+    assert matching, f"{module} has no rule: add it to ALLOWED"
+    return ALLOWED[max(matching, key=len)]
+
+
+def breaches(module: str, path: Path) -> list[str]:
+    """What a module imports and may not."""
+    allowed = (*rule(module), module)
+    found = []
+    for name in imports(path):
+        top = name.split(".")[0]
+        if within(name, FORBIDDEN_EVERYWHERE):
+            found.append(name)
+        elif top in sys.stdlib_module_names:
+            continue
+        elif not within(name, allowed) and not any(p.startswith(name + ".") for p in allowed):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize(("module", "path"), list(modules()), ids=str)
+def test_imports_only_what_its_layer_may_know(module: str, path: Path) -> None:
+    assert breaches(module, path) == []
+
+
+def test_the_walk_sees_a_breach(tmp_path: Path) -> None:
+    culprit = tmp_path / "scheduler.py"
+    culprit.write_text("def f():\n    import torch\n    from service.api import sse\n")
+    assert breaches("service.engine.scheduler", culprit) == [
+        "torch",
+        "service.api",
+        "service.api.sse",
+    ]
+
+
+def test_is_torch_free() -> None:
+    """One process imports them one after another and names the first that brings torch along."""
+    code = (
+        "import sys, importlib\n"
+        f"for name in {TORCH_FREE!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    if 'torch' in sys.modules: sys.exit(name)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_only_settings_reads_the_environment() -> None:
+    readers = {
+        module
+        for module, path in modules()
+        if any(word in path.read_text(encoding="utf-8") for word in ("os.environ", "os.getenv"))
+    }
+    assert readers == {"service.settings"}
+
+
+def test_broad_excepts_are_at_most_two() -> None:
+    found = [
+        f"{module}:{node.lineno}"
+        for module, path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"})
+    ]
+    assert len(found) <= 2, found
+
+
+def test_no_module_has_outgrown_its_page() -> None:
+    """Split by meaning what grows past this; a cap is only ever lowered."""
+    cap = 420
+    sizes = {
+        module: sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines())
+        for module, path in modules()
+    }
+    assert {module: size for module, size in sizes.items() if size > cap} == {}

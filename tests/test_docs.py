@@ -1,0 +1,126 @@
+"""The README is held to the code: every setting, endpoint and metric has a row, no row is stale,
+and the commands it shows are run against a real server.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fastapi.routing import APIRoute
+
+from service.api import ROUTERS
+from service.metrics import Metrics
+from service.settings import setting_rows
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading, its head and rule left out."""
+    section = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def first_cells(heading: str) -> list[str]:
+    return [row[0].strip("`") for row in rows(heading)]
+
+
+def test_every_setting_has_its_row_and_default() -> None:
+    expected = {row.flag: f"`{row.default}`" if row.default else "" for row in setting_rows()}
+    stated = {row[0].strip("`"): row[1] for row in rows("Settings")}
+    assert stated == expected
+
+
+def test_every_metric_has_its_row() -> None:
+    assert first_cells("Metrics") == sorted(metric_names())
+
+
+def metric_names() -> set[str]:
+    """As Prometheus sees them: counters end in `_total`."""
+    names = set()
+    for family in Metrics().registry.collect():
+        names.add(family.name + ("_total" if family.type == "counter" else ""))
+    return names
+
+
+def test_every_endpoint_has_its_row() -> None:
+    routes = [route for router in ROUTERS.values() for route in router.routes]
+    endpoints = {
+        f"{method} {route.path}"
+        for route in routes
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
+    }
+    assert set(first_cells("Endpoints")) == endpoints | {"GET /metrics"}
+
+
+def test_every_word_of_the_glossary_is_used() -> None:
+    words = first_cells("Glossary")
+    assert len(words) >= 12
+    sources = " ".join(
+        path.read_text(encoding="utf-8").lower()
+        for layer in ("model", "service")
+        for path in (ROOT / layer).rglob("*.py")
+    )
+    assert [word for word in words if word.lower() not in sources] == []
+
+
+def test_every_file_that_the_readme_names_exists() -> None:
+    named = set(re.findall(r"`((?:model|service|tests|loadtest|deploy)/[\w./-]+)`", README))
+    assert named
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
+
+
+def test_every_make_target_that_the_readme_names_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", README, re.MULTILINE)) <= targets
+
+
+def test_command_line_examples_are_accepted() -> None:
+    """Each `quire ...` line of the README names commands and flags that exist."""
+    commands = re.findall(r"^quire (\w+)(.*)$", README, re.MULTILINE)
+    assert commands
+    for command, rest in commands:
+        help_text = subprocess.run(
+            [sys.executable, "-m", "service", command, "--help"],
+            cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "200"},
+        ).stdout  # fmt: skip
+        for flag in (word for word in shlex.split(rest, comments=True) if word.startswith("--")):
+            assert flag.split("=")[0] in help_text, (command, flag)
+
+
+@pytest.mark.slow
+def test_curl_examples_answer(server_url: str) -> None:
+    """Every curl command of the README, run against the default model: each must succeed."""
+    blocks = re.findall(r"```sh\n(curl .*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        script = block.replace("http://127.0.0.1:8000", server_url)
+        run = subprocess.run(
+            ["bash", "-euc", script], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert run.returncode == 0, run.stderr
+        assert '"error"' not in run.stdout, run.stdout
+        assert '"choices"' in run.stdout or '"data"' in run.stdout, run.stdout
+
+
+@pytest.mark.slow
+def test_python_examples_run(server_url: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        script = tmp_path / "example.py"
+        script.write_text(block.replace("http://127.0.0.1:8000", server_url))
+        run = subprocess.run(
+            [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.strip()
