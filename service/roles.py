@@ -280,12 +280,13 @@ async def live(
 def engine_rows(loaded: Loaded, path: Path) -> dict[str, str]:
     """The banner's lines about the model and the engine."""
     runner, card = loaded.runner, loaded.card
-    return {
+    rows = {
         "model": f"{card.id} ({path.name}), up to {card.max_model_len} tokens",
         "numeric class": card.numeric_class + ("" if runner.exact else " (within rounding)"),
         "KV cache": f"{runner.num_blocks} blocks of {runner.block_size} tokens",
         "loaded in": f"{loaded.seconds:.1f} s",
     }
+    return rows | ({"passed over": loaded.passed_over} if loaded.passed_over else {})
 
 
 def api_rows(settings: Settings, api: str, admin: str) -> dict[str, str]:

@@ -74,11 +74,14 @@ class Settings(BaseModel):
     )
 
     # Engine
-    runner: Literal["auto", "torch"] = _setting(
+    runner: Literal["auto", "native", "torch", "cuda"] = _setting(
         Group.ENGINE, "auto", "What executes the steps; auto takes the fastest there is."
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = _setting(
-        Group.ENGINE, "auto", "Arithmetic of the network; auto is bfloat16 where the CPU has it."
+    dtype: Literal["auto", "int8", "bfloat16", "float32"] = _setting(
+        Group.ENGINE, "auto", "Arithmetic of the network; auto is what the runner does fastest."
+    )
+    kv_dtype: Literal["auto", "bfloat16", "int8", "float8"] = _setting(
+        Group.ENGINE, "auto", "Storage of keys and values, where the runner has a choice."
     )
     device: str = _setting(Group.ENGINE, "auto", "Torch device: cpu, cuda, cuda:1; auto.")
     threads: int | None = _setting(

@@ -39,6 +39,7 @@ class Loaded:
     tokenizer: Tokenizer
     card: ModelCard
     seconds: float
+    passed_over: str  # why a faster runner does not serve; empty where none was
 
 
 @contextmanager
@@ -81,12 +82,14 @@ def load_engine(settings: Settings, path: Path) -> Loaded:
     """Loads weights and tokenizer, packs, warms up. Seconds of work: not for the event loop."""
     let_threads_sleep()
     from model.checkpoint import load_model
+    from model.native import NativeUnavailable
     from model.runners import RUNNERS, RunnerOptions
-    from model.runners.torch import choose_device, choose_dtype
+    from model.runners.choose import choose_runner
 
     began = time.monotonic()
     options = RunnerOptions(
         dtype=settings.dtype,
+        kv_dtype=settings.kv_dtype,
         device=settings.device,
         block_size=settings.block_size,
         kv_memory=settings.kv_memory,
@@ -94,16 +97,16 @@ def load_engine(settings: Settings, path: Path) -> Loaded:
         max_batch_tokens=settings.max_batch_tokens,
         max_sequences=settings.max_sequences,
     )
-    name = "torch" if settings.runner == "auto" else settings.runner
     try:
         with _said_in_one_line():
+            _, config = configure(open_checkpoint(path))
+            choice = choose_runner(settings.runner, config, options)
             # In the runner's own dtype from the start: a second copy would double the memory.
-            dtype = choose_dtype(options.dtype, choose_device(options.device))
-            model = load_model(path, dtype=dtype)
+            model = load_model(path, dtype=choice.dtype)
             tokenizer = load_tokenizer(path)
-        runner = RUNNERS[name](model.config, model.weights, options, model.digest)
-    except ValueError as error:
-        raise StartupError(f"runner {name}: {error}") from None
+        runner = RUNNERS[choice.name](config, model.weights, options, model.digest)
+    except (ValueError, NativeUnavailable, ImportError) as error:
+        raise StartupError(f"runner {settings.runner}: {error}") from None
     del model
     _return_free_memory()
     runner.warm_up()
@@ -111,7 +114,13 @@ def load_engine(settings: Settings, path: Path) -> Loaded:
         card_of(settings, path, runner.config, pool=runner.num_blocks * runner.block_size),
         numeric_class=runner.numeric_class,
     )
-    return Loaded(runner=runner, tokenizer=tokenizer, card=card, seconds=time.monotonic() - began)
+    return Loaded(
+        runner=runner,
+        tokenizer=tokenizer,
+        card=card,
+        seconds=time.monotonic() - began,
+        passed_over=choice.passed_over,
+    )
 
 
 def _return_free_memory() -> None:

@@ -25,6 +25,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "filelock",
     ),
     "model.kernels": ("torch", "triton", "numpy", "model"),
+    "model.runners.cuda": ("torch", "triton", "numpy", "model"),
     "model.config": ("model",),
     "model.batch": ("numpy", "model"),
     "model.tokenizer": ("model.checkpoint", "model.chat_template", "tokenizers"),
