@@ -94,7 +94,8 @@ class Submission:
     """What one HTTP call asks for. Its requests are admitted all together or not at all.
 
     Request i has the id `<id>.<i>`. `manifest` is the API's own note (endpoint, options) that any
-    replica needs to render the answer again; the queue keeps it and never reads it.
+    replica needs to render the answer again; the queue keeps it and never reads it. `grace` is how
+    many seconds it goes on unattended before the queue cancels it; None: to its end.
     """
 
     id: str
@@ -103,6 +104,7 @@ class Submission:
     manifest: str = "{}"
     idempotency_key: str | None = None
     fingerprint: str = ""  # SHA-256 of the canonical body; compared when a key comes again
+    grace: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,11 +188,13 @@ class Metrics:
 
     # --- service.engine.observer.Observer -------------------------------------------------
     def stepped(self, report: StepReport) -> None:
-        """Counts one engine step."""
-        self.steps.inc()
-        self.step_time.observe(report.duration)
-        self.step_overhead.observe(max(0.0, report.duration - report.run_duration))
-        self.step_tokens.observe(report.num_tokens)
+        """Counts one engine step, and what is held after it."""
+        if report.num_tokens:
+            self.steps.inc()
+            self.step_time.observe(report.duration)
+            self.step_overhead.observe(max(0.0, report.duration - report.run_duration))
+            self.step_tokens.observe(report.num_tokens)
+            self._sampled.append((self._clock(), report.num_sampled))
         self.running.set(report.running)
         self.waiting.set(report.waiting)
         self.blocks.labels("used").set(report.blocks_used)
@@ -200,7 +202,6 @@ class Metrics:
         self.blocks.labels("free").set(report.blocks_free)
         self.prompt_tokens.inc(report.prompt_tokens)
         self.generated_tokens.inc(report.num_sampled)
-        self._sampled.append((self._clock(), report.num_sampled))
         self.prefix_hits.inc(report.prefix_hit_tokens)
         self.preemptions.inc(report.preemptions)
         if report.recomputed_tokens:

@@ -63,13 +63,18 @@ def fetch_model(settings: Settings, *, console: Console) -> Path:
         transient=True,
     )
     cache = settings.cache_dir.expanduser() / "models"
-    with _said_in_one_line(), bar:
-        task = bar.add_task(f"fetching {settings.model}", total=None, visible=False)
+    task = bar.add_task(f"fetching {settings.model}", total=None)
 
-        def report(done: int, total: int | None) -> None:
-            bar.update(task, completed=done, total=total, visible=True)
+    def report(done: int, total: int | None) -> None:
+        bar.start()  # only now: where nothing is fetched there is nothing to see
+        bar.update(task, completed=done, total=total)
 
-        return resolve(settings.model, cache=cache, progress=report)
+    try:
+        with _said_in_one_line():
+            return resolve(settings.model, cache=cache, progress=report)
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

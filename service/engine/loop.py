@@ -56,6 +56,9 @@ class _Figures:
     recomputed_tokens: int
 
 
+_NOTHING_COMPUTED = _Figures(run_duration=0.0, num_sampled=0, prompt_tokens=0, recomputed_tokens=0)
+
+
 class EngineLoop:
     """Answers requests with one runner.
 
@@ -155,10 +158,12 @@ class EngineLoop:
         self._blocked = self._scheduler.num_waiting > 0
         for sequence in plan.expired:
             events.append(self._end(sequence.id, FinishReason.DEADLINE, sequence.num_cached))
+        figures = _NOTHING_COMPUTED
         if plan.tokens:
             figures = self._compute(plan, events)
             self.steps += 1
-            self._report(plan, figures, began)
+        # An empty step is told too: a cancel may have left nothing to do, and blocks to count.
+        self._report(plan, figures, began)
         self._room = self._guess_room()
         self._emit(events)
         self.last_progress = self._clock()

@@ -12,7 +12,7 @@ class StepReport:
 
     duration: float  # schedule to events, all of it
     run_duration: float  # inside the runner
-    num_tokens: int
+    num_tokens: int  # 0: nothing was computed, but what runs, waits or is held may have changed
     num_sequences: int
     num_sampled: int
     running: int

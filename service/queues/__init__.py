@@ -180,8 +180,21 @@ class Queue(Protocol):
         """Ends requests that have not ended: CANCELLED, or DEADLINE for those really past it."""
         ...
 
+    async def attend(self, submission_ids: Sequence[str]) -> None:
+        """Says that somebody reads them or comes back for them; unknown and ended ones are no
+        fault. One call for all that a replica serves, well within their grace.
+        """
+        ...
+
+    async def forget(self, submission_id: str) -> None:
+        """Cancels what has not ended; from now on nobody can look the submission up."""
+        ...
+
     async def sweep(self) -> int:
-        """Ends what is past its deadline; any replica calls it each second. Returns how many."""
+        """Ends what is past its deadline, and what nobody attended for its grace; any replica calls
+        it each second. Returns how many. Time without sweeps, when the store or all replicas were
+        away, is not held against anybody: then each grace begins anew.
+        """
         ...
 
     async def depth(self) -> QueueDepth:

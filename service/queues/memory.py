@@ -34,6 +34,8 @@ from service.queues.memory_entry import Entry, Group
 from service.queues.observer import NullQueueObserver, QueueEvent, QueueObserver
 
 PRIORITIES = 3
+SWEEP_PAUSE = 5.0
+"""Seconds between two sweeps beyond which nobody could attend either: graces begin anew."""
 ENGINE_SILENCE = 10.0
 """Seconds after which an engine that was not heard of is no longer listed."""
 
@@ -65,6 +67,7 @@ class MemoryQueue:
         self._tenants: Counter[str] = Counter()
         self._keys: dict[tuple[str, str], tuple[str, str, float]] = {}  # -> id, fingerprint, until
         self._fading: deque[tuple[float, str]] = deque()  # (forget at, submission), in that order
+        self._last_sweep = self._swept_since = clock()
         self._engines: dict[str, tuple[float, EngineInfo]] = {}
         self._claimers: set[asyncio.Event] = set()
         self._stop_hints: set[asyncio.Queue[str]] = set()
@@ -92,7 +95,9 @@ class MemoryQueue:
             manifest=submission.manifest,
             num_requests=len(requests),
         )
-        self._groups[submission.id] = Group(stored, len(requests), entries)
+        self._groups[submission.id] = Group(
+            stored, len(requests), entries, grace=submission.grace, attended=now
+        )
         for entry in entries:
             self._entries[entry.request.id] = entry
             self._waiting[entry.request.priority][entry.request.id] = entry
@@ -181,13 +186,44 @@ class MemoryQueue:
             if reason is not FinishReason.DEADLINE or self._overdue(entry):
                 self._stop(entry, reason)
 
+    async def attend(self, submission_ids: Sequence[str]) -> None:
+        now = self._clock()
+        for submission_id in submission_ids:
+            group = self._groups.get(submission_id)
+            if group is not None:
+                group.attended = now
+
+    async def forget(self, submission_id: str) -> None:
+        group = self._groups.get(submission_id)
+        if group is None:
+            return
+        await self.stop([entry.request.id for entry in group.entries], FinishReason.CANCELLED)
+        self._drop(submission_id)
+
     async def sweep(self) -> int:
         self._forget()
-        live = [*self._live()]
-        overdue = [entry for entry in live if self._overdue(entry)]
-        for entry in overdue:
-            self._stop(entry, FinishReason.DEADLINE)
-        return len(overdue)
+        self._note_sweep()
+        ended = 0
+        for entry in [*self._live()]:
+            if self._overdue(entry):
+                self._stop(entry, FinishReason.DEADLINE)
+            elif self._deserted(self._groups[entry.submission_id]):
+                self._stop(entry, FinishReason.CANCELLED)
+            else:
+                continue
+            ended += 1
+        return ended
+
+    def _note_sweep(self) -> None:
+        now = self._clock()
+        if now - self._last_sweep > SWEEP_PAUSE:
+            self._swept_since = now
+        self._last_sweep = now
+
+    def _deserted(self, group: Group) -> bool:
+        if group.grace is None:
+            return False
+        return self._clock() >= max(group.attended, self._swept_since) + group.grace
 
     def _live(self) -> Iterator[Entry]:
         yield from self._running.values()
@@ -405,14 +441,17 @@ class MemoryQueue:
     def _forget(self) -> None:
         now = self._clock()
         while self._fading and self._fading[0][0] <= now:
-            group = self._groups.pop(self._fading.popleft()[1])
-            for entry in group.entries:
-                del self._entries[entry.request.id]
+            self._drop(self._fading.popleft()[1])
         while self._keys:
             oldest = next(iter(self._keys))
             if self._keys[oldest][2] > now:
                 break
             del self._keys[oldest]
+
+    def _drop(self, submission_id: str) -> None:
+        group = self._groups.pop(submission_id, None)
+        for entry in group.entries if group else ():
+            del self._entries[entry.request.id]
 
     def _wake_claimers(self) -> None:
         for news in self._claimers:

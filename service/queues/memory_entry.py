@@ -56,3 +56,5 @@ class Group:
     stored: StoredSubmission
     unfinished: int
     entries: list[Entry]
+    grace: float | None
+    attended: float

@@ -48,7 +48,12 @@ FORGET_ENGINE = 600.0
 """Seconds after which an engine that holds nothing is forgotten."""
 SWEPT_AT_ONCE = 256
 """Requests that one run of the sweeping script looks at: it keeps the server waiting."""
+SWEEP_PAUSE = 5.0
+"""Seconds between two sweeps beyond which nobody could attend either: graces begin anew."""
+LINGER = 10.0
+"""Seconds for which those who are reading a forgotten answer can read on."""
 
+CANCELLED = encode_end(End(count=0, reason=FinishReason.CANCELLED))
 _COUNTED = {
     WriteStatus.DUP: QueueEvent.DUP,
     WriteStatus.GAP: QueueEvent.GAP,
@@ -100,7 +105,8 @@ class RedisQueue:
         arguments += [milliseconds(limits.idempotency_ttl)]
         for limit in (limits.max_requests, limits.max_tokens, limits.max_per_tenant):
             arguments.append(max(1, limit // len(self._shards)))
-        arguments += [milliseconds(limits.live_ttl)]
+        grace = submission.grace
+        arguments += [milliseconds(limits.live_ttl), "" if grace is None else milliseconds(grace)]
         for request in submission.requests:
             arguments += [request.id, admission_cost(request), request.timeout_ms or 0]
             arguments += [request.priority, request.to_json()]
@@ -143,6 +149,18 @@ class RedisQueue:
             ]
         )
 
+    async def attend(self, submission_ids: Sequence[str]) -> None:
+        await self._wire.run(
+            [
+                self._wire.script("attend", keys.admission, *ids)
+                for keys, ids in self._by_shard(submission_ids)
+            ]
+        )
+
+    async def forget(self, submission_id: str) -> None:
+        keys = self._keys(submission_id)
+        await self._script("forget", keys, submission_id, CANCELLED, milliseconds(LINGER))
+
     async def sweep(self) -> int:
         limits = self.limits
         times = (milliseconds(limits.resume_window), milliseconds(limits.live_ttl))
@@ -151,7 +169,10 @@ class RedisQueue:
             looked_at = SWEPT_AT_ONCE
             while looked_at == SWEPT_AT_ONCE:
                 looked_at, ended = await self._script(
-                    "sweep", keys, DEADLINE, *times, milliseconds(FORGET_ENGINE), SWEPT_AT_ONCE
+                    "sweep",
+                    keys,
+                    *(DEADLINE, *times, milliseconds(FORGET_ENGINE), SWEPT_AT_ONCE),
+                    *(CANCELLED, milliseconds(SWEEP_PAUSE)),
                 )
                 total += ended
         return total
@@ -256,10 +277,10 @@ class RedisQueue:
     def _keys(self, identifier: str) -> ShardKeys:
         return self._shards[shard_of(identifier, shards=len(self._shards))]
 
-    def _by_shard(self, request_ids: Sequence[str]) -> list[tuple[ShardKeys, list[str]]]:
+    def _by_shard(self, identifiers: Sequence[str]) -> list[tuple[ShardKeys, list[str]]]:
         found: dict[ShardKeys, list[str]] = {}
-        for request_id in request_ids:
-            found.setdefault(self._keys(request_id), []).append(request_id)
+        for identifier in identifiers:
+            found.setdefault(self._keys(identifier), []).append(identifier)
         return list(found.items())
 
     async def _script(self, name: str, keys: ShardKeys, *arguments: str | bytes | int) -> list[Any]:

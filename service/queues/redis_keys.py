@@ -4,9 +4,11 @@
     quire:1:{s0}:q0 .. q2     stream   one a priority, group `engines`, field rid
     quire:1:{s0}:r:<request>  hash     the state of a request
     quire:1:{s0}:t:<request>  stream   its journal; also the channel that tells of news in it
-    quire:1:{s0}:s:<sub>      hash     the submission: tenant, manifest, number of requests
+    quire:1:{s0}:s:<sub>      hash     the submission: tenant, manifest, number of requests, grace
     quire:1:{s0}:idem:<hash>  hash     idempotency key -> submission, fingerprint
     quire:1:{s0}:dl           zset     request by the time to look at its deadline, ms
+    quire:1:{s0}:left         zset     submission by the time at which it counts as deserted, ms
+    quire:1:{s0}:swept        string   since when there were sweeps without a pause, ms
     quire:1:{s0}:engines      hash     engine -> "<last seen, ms> <JSON>"
     quire:1:{s0}:work, stops  channel  something to claim; a running request was stopped
 

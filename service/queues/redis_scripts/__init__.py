@@ -10,7 +10,18 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-NAMES = ("submit", "claim", "append", "finish", "renew", "release", "stop", "sweep")
+NAMES = (
+    "submit",
+    "claim",
+    "append",
+    "finish",
+    "renew",
+    "release",
+    "stop",
+    "sweep",
+    "attend",
+    "forget",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@
 local ADMISSION = KEYS[1]
 local PREFIX = string.sub(ADMISSION, 1, -4) -- without 'adm'
 local DEADLINES = PREFIX .. 'dl'
+local DESERTED = PREFIX .. 'left'
 local WORK = PREFIX .. 'work'
 local STOPS = PREFIX .. 'stops'
 local GROUP = 'engines'
@@ -80,6 +81,7 @@ local function end_request(r, payload, window)
     redis.call('PEXPIRE', journal_key(r.sub .. '.' .. i), window)
   end
   redis.call('PEXPIRE', sub, window)
+  redis.call('ZREM', DESERTED, r.sub)
 end
 
 -- Ends a request over the head of its engine: the epoch fences that one off.
@@ -88,6 +90,19 @@ local function stop_request(r, payload, window)
   redis.call('HSET', request_key(r.rid), 'own', '')
   if r.st == 'running' and r.own ~= '' then redis.call('PUBLISH', STOPS, r.rid) end
   end_request(r, payload, window)
+end
+
+-- Cancels what has not ended of a submission. Replies how many.
+local function stop_submission(sid, payload, window)
+  local stopped = 0
+  for i = 0, num(redis.call('HGET', submission_key(sid), 'num')) - 1 do
+    local r = load(sid .. '.' .. i)
+    if r and r.st ~= 'ended' then
+      stop_request(r, payload, window)
+      stopped = stopped + 1
+    end
+  end
+  return stopped
 end
 
 -- Sets how long an entry has been idle, so that XAUTOCLAIM finds it when the lease is over.

@@ -1,11 +1,11 @@
 #!lua
 -- Admits all requests of a submission or none. Not allowed when memory is full.
 -- ARGV: submission, tenant, manifest, nonce, idempotency name ('' for none), fingerprint,
---   idempotency ttl, max requests, max tokens, max per tenant, live ttl (times in ms),
+--   idempotency ttl, max requests, max tokens, max per tenant, live ttl, grace (times in ms; '' for no grace),
 --   then for each request: id, cost, timeout ms (0 for none), priority, body.
 -- Replies {status, submission to follow, queued requests, queued tokens}.
 local sid, tenant, nonce, name, fingerprint = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6]
-local FIRST, FIELDS = 12, 5
+local FIRST, FIELDS = 13, 5
 local queued = num(redis.call('HGET', ADMISSION, 'q'))
 local tokens = num(redis.call('HGET', ADMISSION, 'tok'))
 local function reply(status, id) return { status, id or sid, queued, tokens } end
@@ -39,7 +39,8 @@ for i = FIRST, #ARGV, FIELDS do
   redis.call('ZADD', DEADLINES, deadline > 0 and deadline or now + num(ARGV[11]), rid)
 end
 redis.call('HSET', submission_key(sid), 'ten', tenant, 'man', ARGV[3], 'num', num_requests,
-  'left', num_requests, 'by', nonce)
+  'left', num_requests, 'by', nonce, 'gr', ARGV[12])
+if ARGV[12] ~= '' then redis.call('ZADD', DESERTED, now + num(ARGV[12]), sid) end
 redis.call('HINCRBY', ADMISSION, 't:' .. tenant, num_requests)
 queued = redis.call('HINCRBY', ADMISSION, 'q', num_requests)
 tokens = redis.call('HINCRBY', ADMISSION, 'tok', cost)

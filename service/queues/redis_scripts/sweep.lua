@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
--- Ends what is over its time and forgets engines that are long gone.
--- ARGV: payload, resume window, live ttl, silence after which an engine is forgotten (ms), at most.
+-- Ends what is over its time and what is deserted, and forgets engines that are long gone.
+-- ARGV: payload, resume window, live ttl, silence after which an engine is forgotten (ms), at most,
+--   payload for what is deserted, pause between sweeps beyond which nobody could attend (ms).
 -- Replies {looked at, ended}.
 local now, live_ttl, ended = now_ms(), num(ARGV[3]), 0
 local due = redis.call('ZRANGEBYSCORE', DEADLINES, '-inf', now, 'LIMIT', 0, ARGV[5])
@@ -13,6 +14,20 @@ for _, rid in ipairs(due) do
     ended = ended + 1
   else
     redis.call('ZADD', DEADLINES, last_moment(r, live_ttl), rid)
+  end
+end
+-- Since when there were sweeps without a pause: nobody is deserted before a grace from then.
+local since = num(redis.call('GET', PREFIX .. 'swept'))
+if since == 0 then since = now end
+redis.call('SET', PREFIX .. 'swept', since, 'PX', ARGV[7])
+local left = redis.call('ZRANGEBYSCORE', DESERTED, '-inf', now, 'LIMIT', 0, ARGV[5])
+for _, sid in ipairs(left) do
+  local earliest = since + num(redis.call('HGET', submission_key(sid), 'gr'))
+  if earliest > now then
+    redis.call('ZADD', DESERTED, earliest, sid)
+  else
+    ended = ended + stop_submission(sid, ARGV[6], ARGV[2])
+    redis.call('ZREM', DESERTED, sid)
   end
 end
 local engines = redis.call('HGETALL', PREFIX .. 'engines')
@@ -28,4 +43,4 @@ for i = 1, #engines, 2 do
     if pending == 0 then redis.call('HDEL', PREFIX .. 'engines', engines[i]) end
   end
 end
-return { #due, ended }
+return { math.max(#due, #left), ended }

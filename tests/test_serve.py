@@ -1,0 +1,218 @@
+"""`quire serve` as a process: real model, real sockets, the real OpenAI client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+
+pytestmark = pytest.mark.slow
+
+MODEL = "smollm2-135m-instruct"
+
+
+def quire(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "service", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def admin_url(server_url: str) -> str:
+    """The admin port's address, as the server's own command line has it."""
+    port = server_url.rsplit(":", 1)[1]
+    for status in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = status.read_bytes().decode().split("\0")
+            if "--admin-port" in words and port in words:
+                return f"http://127.0.0.1:{words[words.index('--admin-port') + 1]}"
+    raise AssertionError("no such process")
+
+
+def exposition(admin: str) -> str:
+    return httpx.get(f"{admin}/metrics").text
+
+
+def metric(admin: str, name: str) -> float:
+    """The sum of a series over its labels."""
+    text = exposition(admin)
+    found = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+    assert found, name
+    return sum(map(float, found))
+
+
+def used_blocks(admin: str) -> float:
+    return metric(admin, 'quire_kv_blocks{state="used"}')
+
+
+def test_the_openai_client_streams_what_it_collects(server_url: str) -> None:
+    client = openai.OpenAI(base_url=f"{server_url}/v1", api_key="none")
+    messages = [{"role": "user", "content": "Name three colours."}]
+    whole = client.chat.completions.create(
+        model=MODEL,
+        messages=messages,  # type: ignore[arg-type]  # plain dictionaries, as people write them
+        temperature=0.8,
+        seed=5,
+        max_tokens=40,
+    )
+    pieces = client.chat.completions.create(
+        model=MODEL,
+        messages=messages,  # type: ignore[arg-type]
+        temperature=0.8,
+        seed=5,
+        max_tokens=40,
+        stream=True,
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in pieces if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens <= 40
+
+
+def test_the_model_knows_the_capital_of_france(server_url: str) -> None:
+    client = openai.OpenAI(base_url=f"{server_url}/v1", api_key="none")
+    answer = client.completions.create(
+        model=MODEL, prompt="The capital of France is", temperature=0, max_tokens=2
+    )
+    assert "Paris" in answer.choices[0].text
+
+
+async def test_32_clients_are_batched_and_get_what_they_would_get_alone(server_url: str) -> None:
+    async with httpx.AsyncClient(base_url=server_url, timeout=120) as client:
+
+        async def ask(index: int) -> str:
+            body = {"model": MODEL, "prompt": f"{index} plus one is", "max_tokens": 24}
+            answer = await client.post("/v1/completions", json=body | {"seed": index})
+            assert answer.status_code == 200, answer.text
+            return str(answer.json()["choices"][0]["text"])
+
+        steps = metric(admin_url(server_url), "quire_steps_total")
+        together = await asyncio.gather(*(ask(index) for index in range(32)))
+        taken = metric(admin_url(server_url), "quire_steps_total") - steps
+        assert taken < 32 * 24 / 4  # one after another they would take 32 * 24
+        card = (await client.get("/v1/models")).json()["data"][0]
+        if "native" in card["numeric_class"]:  # exact: the same answer to the bit
+            alone = [await ask(index) for index in (0, 7, 31)]
+            assert alone == [together[index] for index in (0, 7, 31)]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_frees_its_blocks(server_url: str, stream: bool) -> None:
+    admin = admin_url(server_url)
+    body = {"model": MODEL, "prompt": "Count: 1 2 3", "max_tokens": 4000, "ignore_eos": True}
+    finished = 'quire_requests_finished_total{reason="length"}'
+    async with httpx.AsyncClient(base_url=server_url, timeout=60) as client:
+        before = exposition(admin).count(finished)
+        with contextlib.suppress(httpx.ReadTimeout):
+            async with client.stream(
+                "POST", "/v1/completions", json=body | {"stream": stream}, timeout=3
+            ) as answer:
+                async for line in answer.aiter_lines():
+                    if line.startswith("data:"):
+                        break
+    deadline = time.monotonic() + 5
+    while used_blocks(admin) and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    assert used_blocks(admin) == 0
+    assert metric(admin, "quire_sequences_running") == 0
+    assert exposition(admin).count(finished) == before
+
+
+def test_health_and_metrics_are_where_they_belong(server_url: str) -> None:
+    for probe in ("startup", "live", "ready"):
+        assert httpx.get(f"{server_url}/health/{probe}").status_code == 200
+        assert httpx.get(f"{admin_url(server_url)}/health/{probe}").status_code == 200
+    assert httpx.get(f"{server_url}/metrics").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--no-such-flag"], "No such option"),
+        (["--port", "99999"], "port"),
+        (["--model", "/nowhere/at-all.gguf"], "model"),
+        (["--queue", "mysql://x"], "unknown scheme"),
+        (["--host", "0.0.0.0"], "keys"),
+        (["--config", "/nowhere/quire.toml"], "configuration file"),
+    ],
+)
+def test_a_wrong_configuration_is_one_clear_line(arguments: list[str], said: str) -> None:
+    run = quire("serve", *arguments)
+    assert run.returncode == 2
+    assert said in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_taken_port_is_said_before_anything_is_loaded() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        began = time.monotonic()
+        run = quire("serve", "--port", str(taken.getsockname()[1]))
+    assert run.returncode == 2
+    assert "cannot listen on 127.0.0.1" in run.stderr
+    assert time.monotonic() - began < 30
+
+
+def test_replicas_need_a_shared_queue() -> None:
+    for role in ("api", "engine"):
+        run = quire(role)
+        assert run.returncode == 2
+        assert "--queue redis://" in run.stderr
+
+
+def test_pull_says_where_the_model_is(default_model: Path) -> None:
+    run = quire("pull")
+    assert run.returncode == 0
+    assert Path(run.stdout.strip()) == default_model
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"quire \d+\.\d+\.\d+\n", quire("version").stdout)
+
+
+def test_sigterm_lets_running_answers_end(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """New calls are refused, the open stream ends with [DONE], the process exits with 0."""
+    folder = tiny_model.write_folder(tmp_path / "tiny")
+    ports, log = [free_port(), free_port()], tmp_path / "log"
+    command = [sys.executable, "-m", "service", "serve", "--model", str(folder)]
+    command += ["--port", str(ports[0]), "--admin-port", str(ports[1]), "--log-format", "json"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+    url = f"http://127.0.0.1:{ports[0]}"
+    try:
+        wait_until_ready(url, process, log=log)
+        body = {"model": "tiny", "prompt": "the quick", "max_tokens": 100, "ignore_eos": True}
+        lines = []
+        with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}) as answer:
+            for line in answer.iter_lines():
+                lines.append(line)
+                if len(lines) == 3:
+                    process.send_signal(signal.SIGTERM)
+        assert "data: [DONE]" in lines
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in log.read_text()
+    entries = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    assert log.read_text().startswith("{")
+    assert [entry["message"] for entry in entries].count("request") == 1
+    assert any(entry["message"] == "ready" for entry in entries)
