@@ -6,6 +6,8 @@ VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
 BIN    := $(VENV)/bin
+# Without a compiler the server still serves, more slowly, and says so when it starts.
+BUILD_NATIVE := $(BIN)/python -m model.native.build || echo "the torch runner will serve instead"
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 help:     ## this list
@@ -52,8 +54,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --editable .
+	@$(BUILD_NATIVE)
 	touch $@
 
 $(VENV)/.tested: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --editable '.[test,loadtest]'
+	@$(BUILD_NATIVE)
 	touch $@ $(VENV)/.installed

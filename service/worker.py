@@ -150,8 +150,12 @@ class Worker:
         try:
             await asyncio.wait([*tasks, *signals], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await _cancel([*tasks, *signals])
+            claiming, *others = tasks
+            await _cancel([*others, *signals])
             await self._give_back()
+            # A claim under way is waited for: cut off, its requests would wait for their leases.
+            await asyncio.wait([claiming], timeout=CLAIM_WAIT if self._draining.is_set() else 0)
+            await _cancel([claiming])
         for task in tasks:
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
@@ -175,7 +179,7 @@ class Worker:
     # --- claiming -------------------------------------------------------------------------
     async def _claim_loop(self) -> None:
         backoff, heard = _Backoff(), self._clock() - CLAIM_WAIT
-        while True:
+        while not self._draining.is_set():
             room = 0 if self._claiming_waits() else self._engine.room
             if room <= 0:
                 self._room_changed.clear()
@@ -203,9 +207,10 @@ class Worker:
 
     async def _admit(self, claims: Sequence[Claim]) -> None:
         """Hands claims to the engine; what may not run now is given back without blame."""
-        if not claims:
+        if self._draining.is_set():
+            await self._queue.release([claim.lease for claim in claims])
             return
-        self._quarantine = any(claim.attempt >= CONDEMNED_ATTEMPT for claim in claims)
+        self._quarantine |= any(claim.attempt >= CONDEMNED_ATTEMPT for claim in claims)
         kept, returned = select_claims(claims, busy=bool(self._held))
         if returned:
             await self._queue.release([claim.lease for claim in returned])

@@ -1,0 +1,129 @@
+"""Builds the native library: found ready beside the package, found in the cache, or compiled there.
+
+A library's file name holds a hash of its sources and flags, so a stale one is never loaded, and one
+that is being written is never seen: it is compiled elsewhere and renamed. Two processes may build
+at once; both make the same file. `python -m model.native.build` builds beside the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.native import NativeUnavailable
+
+_SOURCES = Path(__file__).parent / "src"
+_BESIDE = Path(__file__).parent / "lib"
+_COMPILERS = ("g++", "clang++", "c++")
+
+# No -ffast-math, and no product and sum fused but where the sources say so: the bits of a result
+# must not depend on the compiler. Sources that are not a variant run on any machine.
+_FLAGS = (
+    "-std=c++17", "-O3", "-g1", "-fPIC", "-pthread", "-fvisibility=hidden",
+    "-ffp-contract=off", "-fno-strict-aliasing",
+)  # fmt: skip
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+_VARIANTS: dict[str, tuple[str, ...]] = {
+    "variant_avx2": _AVX2,
+    "variant_avxvnni": (*_AVX2, "-mavxvnni"),
+    "variant_avx512": _AVX512,
+    "variant_amx": (*_AVX512, "-mamx-tile", "-mamx-int8"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """What to compile: ordinary by default; tests add emulated tiles or sanitizers."""
+
+    defines: tuple[str, ...] = ()
+    extra_flags: tuple[str, ...] = ()
+
+    @property
+    def file_name(self) -> str:
+        """Names the library by everything it is made from."""
+        digest = hashlib.sha256()
+        for path in sorted(_SOURCES.iterdir()):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        digest.update(repr((self, _FLAGS, sorted(_VARIANTS.items()), platform.machine())).encode())
+        return f"libquire-{digest.hexdigest()[:16]}.so"
+
+
+def default_cache() -> Path:
+    """Where libraries are kept that were compiled at first use."""
+    return Path.home() / ".cache" / "quire" / "native"
+
+
+def find_or_build(build: Build | None = None, *, cache: Path | None = None) -> Path:
+    """The library's path. Raises NativeUnavailable with the reason where there can be none."""
+    build = build or Build()
+    cache = cache or default_cache()
+    name = build.file_name
+    for folder in (_BESIDE, cache):
+        if (folder / name).is_file():
+            return folder / name
+    return compile_into(cache, build)
+
+
+def compile_into(folder: Path, build: Build) -> Path:
+    """Compiles and puts the library into a folder. Raises NativeUnavailable."""
+    if sys.platform != "linux":
+        raise NativeUnavailable(f"the native step needs Linux, and this is {sys.platform}")
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise NativeUnavailable("no C++ compiler found; install g++ or clang++")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
+            built = _compile(compiler, build, Path(scratch))
+            return built.replace(folder / build.file_name)
+    except OSError as error:
+        raise NativeUnavailable(f"cannot build in {folder}: {error.strerror}") from error
+
+
+def _compile(compiler: str, build: Build, scratch: Path) -> Path:
+    """One object a source, as many at once as there are processors, then the library."""
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    sources = [p for p in sorted(_SOURCES.glob("*.cpp")) if is_x86 or p.stem not in _VARIANTS]
+    flags = (*_FLAGS, *build.extra_flags, *(f"-D{name}" for name in build.defines))
+
+    def compile_one(source: Path) -> Path:
+        target = scratch / f"{source.stem}.o"
+        variant = _VARIANTS.get(source.stem, ())
+        _call([compiler, *flags, *variant, "-c", str(source), "-o", str(target)])
+        return target
+
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = scratch / "libquire.so"
+    _call([compiler, *flags, "-shared", *map(str, objects), "-o", str(library)])
+    return library
+
+
+def _call(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (no shell)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line]
+        first = lines[0] if lines else f"exit status {done.returncode}"
+        raise NativeUnavailable(f"{Path(command[0]).name} failed: {first}")
+
+
+def main() -> None:
+    """Builds beside the package, unless that was done; says where, or in one line why not."""
+    made = _BESIDE / Build().file_name
+    try:
+        sys.stdout.write(f"{made if made.is_file() else compile_into(_BESIDE, Build())}\n")
+    except NativeUnavailable as reason:
+        sys.exit(f"native library: {reason}")
+
+
+if __name__ == "__main__":
+    main()

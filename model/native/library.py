@@ -1,0 +1,260 @@
+"""The native library's C interface, typed. Structures mirror src/quire.h field by field.
+
+Calls let go of the interpreter lock. Arrays passed in must be contiguous and of the type that is
+said; the library checks what a step says about blocks, tokens and positions, not lengths.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model.batch import Floats, Ints
+from model.native import NativeUnavailable
+from model.native.build import find_or_build
+
+_ERROR_BYTES = 256
+EVERYTHING = 2**31 - 1  # a window that hides nothing
+
+
+class LinearKind(IntEnum):
+    """Which product of a layer a matrix belongs to; HEAD has no layer."""
+
+    QKV = 0
+    OUT = 1
+    GATE_UP = 2
+    DOWN = 3
+    HEAD = 4
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("vocab", "hidden", "layers", "heads", "kv_heads")),
+        *((name, ctypes.c_int32) for name in ("dim", "width", "block_size", "num_blocks")),
+        *((name, ctypes.c_int32) for name in ("max_rows", "max_positions", "hadamard")),
+        *((name, ctypes.c_int32) for name in ("qkv_bias", "qk_norm", "wide_cache")),
+        *((name, ctypes.c_int32) for name in ("threads", "compute_threads", "compute_rows")),
+        ("norm_eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("windows", "has_rotary", "cosines", "sines")),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("rows", "sequences", "table_width", "outputs")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "query_starts")),
+        *((name, ctypes.c_void_p) for name in ("block_table", "output_rows", "logits", "best")),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Everything the library must know of a network and of how it is to be run."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    dim: int
+    width: int
+    block_size: int
+    num_blocks: int
+    max_rows: int
+    hadamard: int
+    qkv_bias: bool
+    qk_norm: bool
+    wide_cache: bool
+    threads: int
+    compute_threads: int
+    compute_rows: int
+    norm_eps: float
+    windows: Sequence[int]  # one a layer
+    has_rotary: Sequence[bool]
+    cosines: Floats  # [positions, D / 2]
+    sines: Floats
+
+
+class NativeLibrary:
+    """A loaded library. Raises NativeUnavailable where the file cannot be loaded."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        try:
+            self.calls = ctypes.CDLL(str(path or find_or_build()))
+        except OSError as error:
+            raise NativeUnavailable(f"the native library cannot be loaded: {error}") from error
+        _declare(self.calls)
+
+    @property
+    def variants(self) -> list[str]:
+        """Variants this machine can run, best first."""
+        text = ctypes.create_string_buffer(_ERROR_BYTES)
+        self.calls.quire_variants(text, _ERROR_BYTES)
+        return text.value.decode().split()
+
+    def block_bytes(self, shape: Shape) -> int:
+        """KV memory of one block, all layers."""
+        return int(self.calls.quire_block_bytes(ctypes.byref(_mirror(shape)[0])))
+
+    def product(
+        self, weight_NK: Floats, x_MK: Floats, *, variant: str, bias_N: Floats | None = None
+    ) -> Floats:
+        """Computes x W^T + bias in 8 bits, as the layers do: for tests."""
+        y_MN = np.empty((len(x_MK), len(weight_NK)), np.float32)
+        bias = None if bias_N is None else bias_N.ctypes.data
+        outputs, inputs = weight_NK.shape
+        failed = self.calls.quire_product(
+            variant.encode(), weight_NK.ctypes.data, bias, outputs, inputs, x_MK.ctypes.data,
+            len(x_MK), y_MN.ctypes.data,
+        )  # fmt: skip
+        if failed:
+            raise NativeUnavailable(f"this machine cannot run the variant {variant}")
+        return y_MN
+
+
+class NativeModel:
+    """One network inside the library: weights, KV pool, threads. Closed once, by its owner."""
+
+    def __init__(self, library: NativeLibrary, shape: Shape, *, variant: str = "") -> None:
+        self.shape = shape
+        self._calls = library.calls
+        mirrored, _kept = _mirror(shape)
+        error = ctypes.create_string_buffer(_ERROR_BYTES)
+        self._handle: int | None = self._calls.quire_create(
+            ctypes.byref(mirrored), variant.encode(), error, _ERROR_BYTES
+        )
+        if not self._handle:
+            raise NativeUnavailable(f"{variant or 'native'}: {error.value.decode()}")
+
+    @property
+    def variant(self) -> str:
+        """The variant that was chosen."""
+        name: bytes = self._calls.quire_variant(self._handle)
+        return name.decode()
+
+    def rotate(
+        self, matrix: Floats, *, axis: int, power: int, odd: int = 1,
+        signs: Floats | None = None, mix: Floats | None = None,
+    ) -> None:  # fmt: skip
+        """In place, blocks of power * odd along an axis of a matrix; see quantize.Rotation."""
+        rows, columns = matrix.shape
+        self._calls.quire_rotate(
+            self._handle, matrix.ctypes.data, rows, columns, axis, power, odd,
+            None if signs is None else signs.ctypes.data,
+            None if mix is None else mix.ctypes.data,
+        )  # fmt: skip
+
+    def load_linear(
+        self, kind: LinearKind, weight_NK: Floats, *, layer: int = 0, bias_N: Floats | None = None
+    ) -> None:
+        """Quantises and packs a matrix [out, in]."""
+        bias = None if bias_N is None else bias_N.ctypes.data
+        self._calls.quire_load_linear(self._handle, layer, kind, weight_NK.ctypes.data, bias)
+
+    def load_embedding(self, first: int, rows_NC: Floats) -> None:
+        """Stores some rows of the embedding, from `first` on."""
+        self._calls.quire_load_embedding(self._handle, first, len(rows_NC), rows_NC.ctypes.data)
+
+    def load_head_norms(self, layer: int, query_D: Floats, key_D: Floats) -> None:
+        """Stores the weights of the norms of queries and keys."""
+        self._calls.quire_load_head_norms(
+            self._handle, layer, query_D.ctypes.data, key_D.ctypes.data
+        )
+
+    def step(
+        self, *, tokens_T: Ints, positions_T: Ints, query_starts_S1: Ints, block_table_SB: Ints,
+        output_rows_R: Ints, logits: Sequence[Floats | None],
+    ) -> Ints:  # fmt: skip
+        """Runs the layers over T rows, the head over R of them; returns the likeliest tokens.
+
+        `logits` has an entry a row of R: where its V logits go, or None. T = 0 runs the head alone,
+        over rows of the step before. Raises ValueError for a step that does not fit the model.
+        """
+        best_R = np.empty(len(output_rows_R), np.int32)
+        arrays = (tokens_T, positions_T, query_starts_S1, block_table_SB, output_rows_R)
+        places = np.array([0 if row is None else row.ctypes.data for row in logits], np.uintp)
+        pointed: list[npt.NDArray[Any]] = [np.ascontiguousarray(a, np.int32) for a in arrays]
+        pointed += [places, best_R]
+        step = _Step(
+            len(tokens_T), len(query_starts_S1) - 1, block_table_SB.shape[1], len(output_rows_R),
+            *(array.ctypes.data for array in pointed),
+        )  # fmt: skip
+        error = ctypes.create_string_buffer(_ERROR_BYTES)
+        if self._calls.quire_step(self._handle, ctypes.byref(step), error, _ERROR_BYTES):
+            raise ValueError(error.value.decode())
+        return best_R
+
+    def close(self) -> None:
+        """Ends the threads and gives the memory back. May be called again."""
+        if self._handle:
+            self._calls.quire_destroy(self._handle)
+        self._handle = None
+
+
+def usable_cpus() -> int:
+    """Processors this process may use: its affinity, and a container's quota."""
+    cpus = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        allowed, period = quota.read_text(encoding="ascii").split()
+        if allowed != "max":
+            cpus = min(cpus, max(1, -(-int(allowed) // int(period))))
+    return cpus
+
+
+def usable_cores() -> int:
+    """Physical cores among them: two threads of a core share its multipliers."""
+    siblings = set()
+    for cpu in os.sched_getaffinity(0):
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text(encoding="ascii") if path.is_file() else str(cpu))
+    return min(len(siblings), usable_cpus())
+
+
+def _mirror(shape: Shape) -> tuple[_Shape, list[npt.NDArray[Any]]]:
+    """The C structure, and the arrays it points to, which must outlive its use."""
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "windows": np.array(shape.windows, np.int32),
+        "has_rotary": np.array(shape.has_rotary, np.uint8),
+        "cosines": np.ascontiguousarray(shape.cosines, np.float32),
+        "sines": np.ascontiguousarray(shape.sines, np.float32),
+    }
+    mirrored = _Shape(max_positions=len(shape.cosines))
+    for name, *_ in _Shape._fields_:
+        if name in arrays:
+            setattr(mirrored, name, arrays[name].ctypes.data)
+        elif name != "max_positions":
+            setattr(mirrored, name, getattr(shape, name))
+    return mirrored, list(arrays.values())
+
+
+def _declare(calls: ctypes.CDLL) -> None:
+    """Types of arguments and results; ctypes would take every pointer for an int."""
+    pointer, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
+    i32, i64 = ctypes.c_int32, ctypes.c_int64
+    signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "quire_variants": (None, (text, size)),
+        "quire_block_bytes": (size, (pointer,)),
+        "quire_create": (pointer, (pointer, text, text, size)),
+        "quire_destroy": (None, (pointer,)),
+        "quire_variant": (text, (pointer,)),
+        "quire_rotate": (None, (pointer, pointer, i64, i64, i32, i32, i32, pointer, pointer)),
+        "quire_load_linear": (None, (pointer, i32, i32, pointer, pointer)),
+        "quire_load_embedding": (None, (pointer, i32, i32, pointer)),
+        "quire_load_head_norms": (None, (pointer, i32, pointer, pointer)),
+        "quire_step": (i32, (pointer, pointer, text, size)),
+        "quire_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),
+        "quire_probe_memory": (ctypes.c_double, (i32, i64, i32)),
+        "quire_probe_products": (ctypes.c_double, (text, i32, i32, i32)),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(calls, name)
+        function.restype, function.argtypes = result, arguments

@@ -1,0 +1,183 @@
+"""Canonical weights -> the 8-bit weights of the native step.
+
+Plain 8-bit activations cost this kind of model several percent of perplexity, because a few
+channels are much larger than the rest. As in QuaRot (Ashkboos et al., arXiv 2404.00456), orthogonal
+matrices that spread them are folded into the weights; in exact arithmetic they change nothing:
+
+    R  turns the residual stream: embedding and head inputs, inputs of qkv and gate_up, outputs of
+       out and down. The weights of the norms are folded into the next product first, because a
+       turned vector can be normalised, but not scaled channel by channel.
+    H  turns each V head, in the V rows of qkv and the inputs of out.
+    H' turns blocks of the input of down; the step itself applies it before the product.
+
+    R = (mix (x) Hadamard) diag(signs): see Rotation. The head is then another matrix than the
+    embedding, even where the checkpoint ties them.
+
+The arithmetic is the library's, in an order of its own, so that every machine makes equal weights.
+Random numbers come from Python's generator with a fixed seed: a rotation is part of the kernel
+version, which the numeric class names.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from model.batch import Floats
+from model.config import ModelConfig
+from model.layers import scaled
+from model.native.library import LinearKind, NativeModel
+from model.runners import Weights
+
+_SEED = 20240400456
+_LARGEST_BLOCK = 512  # of the transform at run time
+_EMBEDDING_ROWS = 4096  # turned at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """y = (mix (x) H) diag(signs) x for vectors of power * odd; element o * power + p is (o, p)."""
+
+    power: int  # H: the normalised Hadamard matrix of this size
+    odd: int
+    signs: Floats  # [power * odd], of 1 and -1
+    mix: Floats  # [odd, odd], orthogonal
+
+
+def power_of_two_in(size: int) -> int:
+    """The largest power of two that divides it."""
+    return size & -size
+
+
+def residual_rotation(size: int) -> Rotation:
+    """The rotation of a residual stream of this width; the same on every machine."""
+    power = power_of_two_in(size)
+    odd = size // power
+    draw = random.Random(_SEED)
+    signs = np.array([draw.choice((-1.0, 1.0)) for _ in range(size)], np.float32)
+    mix = np.array(_orthogonal(odd, draw), np.float32)
+    return Rotation(power=power, odd=odd, signs=signs, mix=mix)
+
+
+def hadamard_block(width: int) -> int:
+    """Block of the transform before the product down of an MLP of this width."""
+    return min(power_of_two_in(width), _LARGEST_BLOCK)
+
+
+def load(model: NativeModel, config: ModelConfig, weights: Weights) -> None:
+    """Folds, turns, quantises and packs everything; `weights` themselves are left as they are."""
+    _Loading(model, config, weights).run()
+
+
+def rotary_tables(config: ModelConfig, positions: int) -> tuple[Floats, Floats]:
+    """Cosines and sines, [positions, D / 2]; in double precision, equal on every machine."""
+    size = config.head_dim
+    frequencies = torch.tensor(
+        [config.rope_theta ** (-i / size) for i in range(0, size, 2)], dtype=torch.float64
+    )
+    if config.rope_scaling:
+        frequencies = scaled(frequencies, config.rope_scaling)
+    # The angle itself is rounded to float32, as it was when the model was trained.
+    places = np.arange(positions, dtype=np.float32)[:, None]
+    angles = (places * frequencies.float().numpy()).astype(np.float64)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+class _Loading:
+    """One model's way into the library."""
+
+    def __init__(self, model: NativeModel, config: ModelConfig, weights: Weights) -> None:
+        self._model, self._config, self._weights = model, config, weights
+        self._residual = residual_rotation(config.hidden_size)
+
+    def run(self) -> None:
+        starts = range(0, self._config.vocab_size, _EMBEDDING_ROWS)
+        with ThreadPoolExecutor(max_workers=self._model.shape.threads) as pool:
+            done = [pool.submit(self._head)]
+            done += [pool.submit(self._layer, i) for i in range(self._config.num_layers)]
+            done += [pool.submit(self._embedding, start) for start in starts]
+            for future in done:
+                future.result()
+
+    def _embedding(self, start: int) -> None:
+        rows = self._take("embed.weight", rows=slice(start, start + _EMBEDDING_ROWS))
+        self._turn(rows, axis=1)
+        self._model.load_embedding(start, rows)
+
+    def _head(self) -> None:
+        name = "embed.weight" if self._config.tied_head else "head.weight"
+        matrix = self._take(name)
+        matrix *= self._take("norm.weight")
+        self._turn(matrix, axis=1)
+        self._model.load_linear(LinearKind.HEAD, matrix)
+
+    def _layer(self, layer: int) -> None:
+        prefix = f"blocks.{layer}."
+        self._qkv(layer, prefix)
+        self._out(layer, prefix)
+        gate_up = self._take(prefix + "mlp.gate_up.weight")
+        gate_up *= self._take(prefix + "mlp_norm.weight")
+        self._turn(gate_up, axis=1)
+        self._model.load_linear(LinearKind.GATE_UP, gate_up, layer=layer)
+        down = self._take(prefix + "mlp.down.weight")
+        self._turn(down, axis=0)
+        self._model.rotate(down, axis=1, power=hadamard_block(self._config.intermediate_size))
+        self._model.load_linear(LinearKind.DOWN, down, layer=layer)
+
+    def _qkv(self, layer: int, prefix: str) -> None:
+        config, bias = self._config, None
+        matrix = self._take(prefix + "attention.qkv.weight")
+        matrix *= self._take(prefix + "attention_norm.weight")
+        self._turn(matrix, axis=1)
+        values = slice(config.query_size + config.kv_size, None)
+        if self._turns_values:
+            self._model.rotate(matrix[values], axis=0, power=config.head_dim)
+        if config.qkv_bias:
+            bias = self._take(prefix + "attention.qkv.bias")
+            if self._turns_values:
+                self._model.rotate(bias[values, None], axis=0, power=config.head_dim)
+        self._model.load_linear(LinearKind.QKV, matrix, layer=layer, bias_N=bias)
+        if config.qk_norm:
+            names = (prefix + "attention.q_norm.weight", prefix + "attention.k_norm.weight")
+            self._model.load_head_norms(layer, *map(self._take, names))
+
+    def _out(self, layer: int, prefix: str) -> None:
+        matrix = self._take(prefix + "attention.out.weight")
+        self._turn(matrix, axis=0)
+        if self._turns_values:
+            self._model.rotate(matrix, axis=1, power=self._config.head_dim)
+        self._model.load_linear(LinearKind.OUT, matrix, layer=layer)
+
+    @property
+    def _turns_values(self) -> bool:
+        return power_of_two_in(self._config.head_dim) == self._config.head_dim
+
+    def _turn(self, matrix: Floats, *, axis: int) -> None:
+        """Turns the axis that is the residual stream."""
+        r = self._residual
+        mix = r.mix if r.odd > 1 else None
+        self._model.rotate(matrix, axis=axis, power=r.power, odd=r.odd, signs=r.signs, mix=mix)
+
+    def _take(self, name: str, *, rows: slice = slice(None)) -> Floats:
+        """A copy in float32 that may be written to."""
+        copy = self._weights[name][rows].to(torch.float32, copy=True).contiguous()
+        array: Floats = copy.numpy()
+        return array
+
+
+def _orthogonal(size: int, draw: random.Random) -> list[list[float]]:
+    """A random orthogonal matrix: reflections of the unit matrix, in plain double arithmetic."""
+    matrix = [[float(row == column) for column in range(size)] for row in range(size)]
+    for _ in range(size if size > 1 else 0):
+        normal = [draw.uniform(-1.0, 1.0) for _ in range(size)]
+        length = math.sqrt(math.fsum(x * x for x in normal))
+        unit = [x / length for x in normal]
+        for row in matrix:
+            along = 2.0 * math.fsum(x * y for x, y in zip(row, unit, strict=True))
+            row[:] = [x - along * y for x, y in zip(row, unit, strict=True)]
+    return matrix

@@ -1,0 +1,132 @@
+// The C interface: checks what comes in, and turns exceptions into messages.
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <vector>
+
+#include "cpu.h"
+#include "model.h"
+
+namespace {
+
+void say(char* error, size_t size, const char* text) { std::snprintf(error, size, "%s", text); }
+
+// What a step may not be, beyond what Batch.check says.
+const char* misfit(const QuireModel& model, const QuireStep& step) {
+  const QuireShape& shape = model.shape;
+  if (step.rows < 0 || step.rows > shape.max_rows) return "more rows than the runner was built for";
+  if (step.outputs < 0 || step.outputs > shape.max_rows) return "more outputs than the runner was built for";
+  for (int32_t t = 0; t < step.rows; t++) {
+    if (step.tokens[t] < 0 || step.tokens[t] >= shape.vocab) return "token id outside the vocabulary";
+    if (step.positions[t] < 0 || step.positions[t] >= shape.max_positions) return "position beyond the rotary table";
+  }
+  for (int32_t s = 0; s < step.sequences; s++) {
+    const int32_t last = step.positions[step.query_starts[s + 1] - 1];
+    if (last / shape.block_size >= step.table_width) return "a block table is shorter than its context";
+    for (int32_t b = 0; b <= last / shape.block_size; b++) {
+      const int32_t block = step.block_table[static_cast<size_t>(s) * step.table_width + b];
+      if (block < 0 || block >= shape.num_blocks) return "block number outside the pool";
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+void quire_variants(char* names, size_t size) {
+  const Kernels* list[quire::kMaxVariants];
+  const int count = quire::available_variants(list);
+  size_t at = 0;
+  if (size) names[0] = 0;
+  for (int i = 0; i < count && at < size; i++) at += std::snprintf(names + at, size - at, i ? " %s" : "%s", list[i]->name);
+}
+
+size_t quire_block_bytes(const QuireShape* shape) {
+  return quire::region_bytes(*shape) * shape->kv_heads * shape->layers;
+}
+
+QuireModel* quire_create(const QuireShape* shape, const char* variant, char* error, size_t size) {
+  const Kernels* kernels = quire::find_variant(variant);
+  if (!kernels) {
+    say(error, size, "this machine cannot run the variant");
+    return nullptr;
+  }
+  try {
+    return new QuireModel(*shape, *kernels);
+  } catch (const std::exception& problem) {
+    say(error, size, problem.what());
+    return nullptr;
+  }
+}
+
+void quire_destroy(QuireModel* model) { delete model; }
+
+const char* quire_variant(const QuireModel* model) { return model->kernels.name; }
+
+void quire_rotate(const QuireModel* model, float* w, int64_t rows, int64_t cols, int32_t axis, int32_t power,
+                  int32_t odd, const float* signs, const float* mix) {
+  model->kernels.rotate(w, rows, cols, axis, power, odd, signs, mix);
+}
+
+void quire_load_linear(QuireModel* model, int32_t layer, int32_t which, const float* w, const float* bias) {
+  model->kernels.pack(w, bias, which == QUIRE_GATE_UP, &model->linear(layer, which));
+}
+
+void quire_load_embedding(QuireModel* model, int32_t first, int32_t count, const float* w) {
+  const size_t stride = model->scratch.residual_stride;
+  for (int32_t row = 0; row < count; row++)
+    for (int32_t c = 0; c < model->shape.hidden; c++) {
+      uint32_t bits;
+      std::memcpy(&bits, w + static_cast<size_t>(row) * model->shape.hidden + c, 4);
+      bits += 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+      model->embedding[static_cast<size_t>(first + row) * stride + c] = static_cast<uint16_t>(bits >> 16);
+    }
+}
+
+void quire_load_head_norms(QuireModel* model, int32_t layer, const float* query, const float* key) {
+  quire::Layer& l = model->layers[static_cast<size_t>(layer)];
+  std::memcpy(l.query_norm, query, model->shape.dim * sizeof(float));
+  std::memcpy(l.key_norm, key, model->shape.dim * sizeof(float));
+}
+
+int32_t quire_step(QuireModel* model, const QuireStep* step, char* error, size_t size) {
+  if (const char* problem = misfit(*model, *step)) {
+    say(error, size, problem);
+    return 1;
+  }
+  try {
+    model->run(*step);
+    return 0;
+  } catch (const std::exception& problem) {
+    say(error, size, problem.what());
+    return 1;
+  }
+}
+
+int32_t quire_product(const char* variant, const float* w, const float* bias, int32_t outputs, int32_t inputs,
+                      const float* x, int32_t rows, float* y) {
+  const Kernels* kernels = quire::find_variant(variant);
+  if (!kernels) return 1;
+  const int padded = quire::round_up(inputs, K_STEP), columns = quire::round_up(outputs, PANEL);
+  quire::Memory memory;
+  Linear linear = {outputs, inputs, padded, columns / PANEL,
+                   memory.take<int8_t>(static_cast<size_t>(padded) * columns),
+                   memory.take<float>(columns), memory.take<int32_t>(columns),
+                   bias ? memory.take<float>(columns) : nullptr};
+  kernels->pack(w, bias, false, &linear);
+  const size_t stride = static_cast<size_t>(padded);
+  const Codes codes = {memory.take<uint8_t>((rows + TILE_ROWS_MAX) * stride), stride, memory.take<float>(rows)};
+  float* padded_x = memory.take<float>(stride);
+  float* wide = memory.take<float>(static_cast<size_t>(rows) * columns);
+  for (int32_t row = 0; row < rows; row++) {
+    std::memcpy(padded_x, x + static_cast<size_t>(row) * inputs, inputs * sizeof(float));
+    kernels->to_codes(padded_x, padded, 1.0f, codes.rows + row * stride, codes.scales + row);
+  }
+  const Product product = {&linear, codes, rows, Epilogue::STORE, wide, static_cast<size_t>(columns), nullptr};
+  kernels->thread_begin();
+  kernels->multiply(&product, 0, linear.panels, nullptr);
+  kernels->thread_end();
+  for (int32_t row = 0; row < rows; row++)
+    std::memcpy(y + static_cast<size_t>(row) * outputs, wide + static_cast<size_t>(row) * columns, outputs * sizeof(float));
+  return 0;
+}

@@ -1,0 +1,122 @@
+// Products of 8-bit activations with packed 8-bit weights. `multiply_tile` of the variant gives exact
+// 32-bit sums, so their order is free; what follows them here is float, element by element.
+
+static int rows_of_tile(int rows_left, int tiles_left) {
+#if defined(QUIRE_TILES_FILL)
+  (void)tiles_left;  // AMX works in halves of 16 rows: full tiles first
+  return rows_left < TILE_ROWS ? rows_left : TILE_ROWS;
+#else
+  return (rows_left + tiles_left - 1) / tiles_left;
+#endif
+}
+
+// What half a panel needs to turn sums into numbers.
+struct Columns {
+  Lanes scales, bias;
+  const int32_t* corrections;
+
+  QUIRE_INLINE Columns(const Linear& w, int column)
+      : scales(load(w.scales + column)),
+        bias(w.bias ? load(w.bias + column) : splat(0.0f)),
+        corrections(w.corrections + column) {}
+
+  QUIRE_INLINE Lanes finish(const int32_t* acc, float row_scale, bool biased) const {
+    const Lanes y = from_difference(acc, corrections) * (splat(row_scale) * scales);
+    return biased ? y + bias : y;
+  }
+};
+
+QUIRE_INLINE Lanes silu(Lanes x) { return x / (splat(1.0f) + exponential(splat(0.0f) - x)); }
+
+static void take_best(const Linear& w, Lanes a, Lanes b, int column, Best* best) {
+  const Lanes least = splat(-__builtin_inff());
+  const int left = w.outputs - column;  // beyond it there is padding
+  if (left < PANEL) {
+    a = between(0, left < LANES ? left : LANES, a, least);
+    b = between(0, left < LANES ? 0 : left - LANES, b, least);
+  }
+  const float top = largest(larger(a, b));
+  if (!(top > best->value)) return;
+  float all[PANEL];
+  store(all, a);
+  store(all + LANES, b);
+  for (int i = 0; i < PANEL; i++)
+    if (all[i] == top) {
+      best->value = top;
+      best->id = column + i;
+      return;
+    }
+}
+
+static void keep_logits(const Linear& w, Lanes a, Lanes b, int column, float* logits) {
+  if (w.outputs - column >= PANEL) {
+    store(logits + column, a);
+    store(logits + column + LANES, b);
+    return;
+  }
+  float all[PANEL];
+  store(all, a);
+  store(all + LANES, b);
+  memcpy(logits + column, all, (size_t)(w.outputs - column) * sizeof(float));
+}
+
+template <Epilogue EPILOGUE>
+static void finish_rows(const Product& p, int panel, int first, int count, const int32_t* acc, Best* best) {
+  const Linear& w = *p.weight;
+  const int column = panel * PANEL;
+  const Columns left(w, column), right(w, column + LANES);
+  const bool biased = w.bias != nullptr;
+  for (int row = first; row < first + count; row++, acc += PANEL) {
+    const Lanes a = left.finish(acc, p.codes.scales[row], biased);
+    const Lanes b = right.finish(acc + LANES, p.codes.scales[row], biased);
+    float* out = p.out + (size_t)row * p.out_stride;
+    if constexpr (EPILOGUE == Epilogue::STORE) {
+      store(out + column, a);
+      store(out + column + LANES, b);
+    } else if constexpr (EPILOGUE == Epilogue::ADD) {
+      store(out + column, load(out + column) + a);
+      store(out + column + LANES, load(out + column + LANES) + b);
+    } else if constexpr (EPILOGUE == Epilogue::GATED) {
+      store(out + panel * LANES, silu(a) * b);
+    } else {
+      if (p.logits[row]) keep_logits(w, a, b, column, p.logits[row]);
+      take_best(w, a, b, column, best + row);
+    }
+  }
+}
+
+static void finish(const Product& p, int panel, int first, int count, const int32_t* acc, Best* best) {
+  switch (p.epilogue) {
+    case Epilogue::STORE: return finish_rows<Epilogue::STORE>(p, panel, first, count, acc, best);
+    case Epilogue::ADD: return finish_rows<Epilogue::ADD>(p, panel, first, count, acc, best);
+    case Epilogue::GATED: return finish_rows<Epilogue::GATED>(p, panel, first, count, acc, best);
+    case Epilogue::HEAD: return finish_rows<Epilogue::HEAD>(p, panel, first, count, acc, best);
+  }
+}
+
+// One tile: a little ahead in the same stream. Several: while the first waits for memory the others
+// would leave it idle, so each of them fetches its share of the next panel.
+QUIRE_INLINE Ahead ahead_of(const int8_t* panel, size_t panel_bytes, int tile, int tiles) {
+  constexpr size_t line_bytes = PANEL * 4, near_bytes = 4096;
+  if (tiles == 1) return {panel + near_bytes, line_bytes};
+  const size_t share = (size_t)tile * panel_bytes / tiles;
+  return {panel + panel_bytes + share, line_bytes / tiles};
+}
+
+static void multiply(const Product* product, int first, int end, Best* best) {
+  const Product& p = *product;
+  const Linear& w = *p.weight;
+  alignas(64) int32_t acc[TILE_ROWS_MAX * PANEL];
+  for (int panel = first; panel < end; panel++) {
+    const size_t bytes = (size_t)w.inputs_padded * PANEL;
+    const int8_t* packed = w.packed + panel * bytes;
+    const int tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (int row = 0, tile = 0; row < p.rows; tile++) {
+      const int count = rows_of_tile(p.rows - row, tiles - tile);
+      multiply_tile(p.codes.rows + (size_t)row * p.codes.stride, p.codes.stride, count, packed, w.inputs_padded,
+                    ahead_of(packed, bytes, tile, tiles), acc);
+      finish(p, panel, row, count, acc, best);
+      row += count;
+    }
+  }
+}

@@ -1,0 +1,157 @@
+// Kernels: what one instruction-set variant offers to the step, as a table of functions.
+//
+// The same sources (rows.inl, gemm.inl, attention.inl, load.inl) are compiled once a variant; the
+// variants differ in how wide `Lanes` are and in the one integer routine `multiply_tile`. Results are
+// equal bit by bit: integer sums are exact, and float arithmetic is that of lanes.h.
+//
+// Legend, as in model/batch.py:  T rows of a step, C hidden size, H query heads, K KV heads, D head
+// dimension, F width of the MLP, V vocabulary. Row strides are given where rows are padded.
+//
+// This header is seen by translation units with different instruction sets: plain data only.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+constexpr int PANEL = 32;          // output columns that are packed together
+constexpr int K_STEP = 64;         // inner dimensions are padded to this: one AMX tile row
+constexpr int TILE_ROWS_MAX = 32;  // rows of activations that a tile routine takes at most
+constexpr int GROUP = 16;          // keys that are stored together: one per lane
+constexpr int SPLIT = 256;         // positions of one partial attention; at multiples of itself
+constexpr int QUERIES = 4;         // queries that walk over the keys together
+
+// y[M, N] = x[M, K] W[N, K]^T with 8-bit W, one scale an output column.
+struct Linear {
+  int outputs;           // N
+  int inputs;            // K
+  int inputs_padded;     // K, to a multiple of K_STEP; the padding weighs 0
+  int panels;            // N / PANEL, rounded up; the padding weighs 0
+  int8_t* packed;        // [panels][inputs_padded / 4][PANEL][4]
+  float* scales;         // [panels * PANEL]
+  int32_t* corrections;  // [panels * PANEL]: 128 * the sum of a column's weights, see Codes
+  float* bias;           // [panels * PANEL], or null
+};
+
+// Activations in 8 bits: code = 128 + round(x / scale), in 1..255, so that the instructions that
+// multiply unsigned by signed bytes can be used. sum(code * w) - corrections = sum(round(x / scale) * w).
+// Behind the last row there must be TILE_ROWS_MAX more rows that may be read.
+struct Codes {
+  uint8_t* rows;
+  size_t stride;  // a multiple of K_STEP
+  float* scales;  // one a row
+};
+
+enum class Epilogue {
+  STORE,  // out[m, n] = y
+  ADD,    // out[m, n] += y: the residual stream
+  GATED,  // columns of a panel are 16 gates and their 16 ups: out[m, 16] = silu(gate) * up
+  HEAD,   // logits of the rows that want them, and the largest one of each row
+};
+
+struct Product {
+  const Linear* weight;
+  Codes codes;
+  int rows;  // M
+  Epilogue epilogue;
+  float* out;
+  size_t out_stride;
+  float* const* logits;  // HEAD: [M], null for a row that wants none
+};
+
+// The likeliest token of a row among some panels. The lowest id among equals; 0 where all are NaN.
+struct Best {
+  float value;
+  int32_t id;
+};
+
+// Weights to fetch while a tile is computed: at each line of 4 inputs, 128 bytes from `start`, which
+// then moves by `step`. Only a hint: it may point behind the weights.
+struct Ahead {
+  const int8_t* start;
+  size_t step;
+};
+
+struct HeadShape {
+  int heads, kv_heads, dim;  // H, K, D
+  int block_size;            // tokens a block, a multiple of GROUP
+  float eps;                 // of the norms of queries and keys
+  bool wide_cache;           // K and V in bfloat16; else 8 bits with a scale per token and head
+};
+
+// The KV pool as one layer sees it: region of block b and head h at base + b * block_bytes + h *
+// region_bytes. A region holds one block of one KV head:
+//   keys    [block_size / GROUP][D][GROUP]     transposed, so that 16 scores are 16 lanes
+//   values  [block_size][D]
+//   8 bits: scales of keys [block_size], scales of values [block_size], as floats
+struct Pool {
+  uint8_t* base;
+  size_t region_bytes, block_bytes;
+};
+
+// One row's rotary position and storage.
+struct Rotary {
+  const HeadShape* shape;
+  const float* cosines;  // [D / 2] of this position, null in a layer without positions
+  const float* sines;
+  const float* query_norm;  // [D], or null
+  const float* key_norm;
+  float query_scale;
+  bool spread;  // a Hadamard transform of queries and keys, before keys are rounded to 8 bits
+};
+
+// Some rows of one sequence, one KV head, some splits.
+struct AttentionItem {
+  const HeadShape* shape;
+  Pool pool;
+  const int32_t* blocks;  // the block table of the sequence
+  int head;               // KV head
+  int first_row, rows;    // of T; consecutive positions
+  int first_position;
+  int window;             // positions that a query sees, itself included; INT32_MAX: all
+  const float* queries;   // [T, stride], rotated and scaled
+  size_t query_stride;
+  float* out;             // [T, stride]
+  size_t out_stride;
+};
+
+// A partial result of one query: largest score, sum of weights, weighted values. sum = 0: no keys.
+// In memory: [largest, sum, values[D]].
+
+struct Kernels {
+  const char* name;
+  int tile_rows;  // rows that multiply_tile likes to get
+
+  void (*thread_begin)(void);  // before and after a thread computes (AMX tiles)
+  void (*thread_end)(void);
+
+  // rows.inl
+  void (*embed)(const uint16_t* row, int size, float* out);
+  void (*norm_to_codes)(const float* x, int size, float eps, uint8_t* codes, float* scale);
+  void (*to_codes)(const float* x, int size, float factor, uint8_t* codes, float* scale);
+  void (*hadamard)(float* x, int size, int block);
+  void (*rotate_and_store)(const Rotary* rotary, float* qkv, uint8_t* const* regions, int offset);
+
+  // gemm.inl: panels first..end - 1, all rows; `best` [M] is for HEAD
+  void (*multiply)(const Product* product, int first, int end, Best* best);
+
+  // attention.inl
+  void (*attend_rows)(const AttentionItem* item);
+  void (*attend_split)(const AttentionItem* item, int split, float* partials);
+  void (*merge_splits)(const float* partials, int splits, size_t stride, int dim, float* out);
+
+  // load.inl
+  void (*rotate)(float* w, int64_t rows, int64_t cols, int axis, int power, int odd,
+                 const float* signs, const float* mix);
+  void (*pack)(const float* w, const float* bias, bool gated, Linear* linear);
+
+  // The integer routine alone, for tests and for the roof probe. acc is [rows][PANEL].
+  void (*multiply_tile)(const uint8_t* codes, size_t stride, int rows, const int8_t* panel,
+                        int inputs_padded, Ahead ahead, int32_t* acc);
+};
+
+const Kernels* portable_kernels();
+#if defined(__x86_64__)
+const Kernels* avx2_kernels();
+const Kernels* avxvnni_kernels();
+const Kernels* avx512_kernels();
+const Kernels* amx_kernels();
+#endif

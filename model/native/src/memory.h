@@ -1,0 +1,55 @@
+// Memory: what lives as long as the model. Zeroed, aligned to cache lines, in huge pages where the
+// system has them: a step reads all weights once, and with 4 KiB pages it would wait for the TLB.
+#pragma once
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+#include <vector>
+
+namespace quire {
+
+class Memory {
+ public:
+  Memory() = default;
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() {
+    for (const Mapping& m : mappings_) munmap(m.start, m.bytes);
+  }
+
+  // Throws std::bad_alloc. Pages are real only once they are touched.
+  template <typename T> T* take(size_t count) {
+    const size_t bytes = (count * sizeof(T) + kLine - 1) / kLine * kLine;
+    if (bytes > left_) map(bytes > kChunk ? bytes : kChunk);
+    T* result = reinterpret_cast<T*>(next_);
+    next_ += bytes;
+    left_ -= bytes;
+    return result;
+  }
+
+ private:
+  struct Mapping {
+    void* start;
+    size_t bytes;
+  };
+  static constexpr size_t kLine = 64, kHuge = size_t{2} << 20, kChunk = size_t{64} << 20;
+
+  void map(size_t bytes) {
+    const size_t whole = (bytes + kHuge - 1) / kHuge * kHuge + kHuge;  // room to align the start
+    void* start = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (start == MAP_FAILED) throw std::bad_alloc();
+    mappings_.push_back({start, whole});
+    const uintptr_t aligned = (reinterpret_cast<uintptr_t>(start) + kHuge - 1) / kHuge * kHuge;
+    next_ = reinterpret_cast<uint8_t*>(aligned);
+    left_ = whole - kHuge;
+    madvise(next_, left_, MADV_HUGEPAGE);  // a wish: without it all is right, and slower
+  }
+
+  std::vector<Mapping> mappings_;
+  uint8_t* next_ = nullptr;
+  size_t left_ = 0;
+};
+
+}  // namespace quire

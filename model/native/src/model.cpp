@@ -1,0 +1,153 @@
+// Building a model: sizes, memory, and how attention is cut into units of work.
+#include "model.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace quire {
+namespace {
+
+constexpr int kRowsOfTile = 16;
+constexpr int kQueriesOfTile = 64;  // ITEM_QUERIES of attention.inl
+constexpr int kUnitsPerThread = 4;  // fewer than this, and attention is cut along the context too
+
+// Rows whose distance is a multiple of 512 bytes would fall into few sets of the first cache.
+size_t code_stride(int inputs_padded) {
+  return static_cast<size_t>(inputs_padded % 512 == 0 ? inputs_padded + K_STEP : inputs_padded);
+}
+
+}  // namespace
+
+size_t region_bytes(const QuireShape& shape) {
+  const size_t cells = static_cast<size_t>(shape.block_size) * shape.dim * 2;
+  return shape.wide_cache ? cells * 2 : cells + static_cast<size_t>(shape.block_size) * 2 * sizeof(float);
+}
+
+Linear Model::make_linear(int outputs, int inputs, bool bias) {
+  Linear linear{};
+  linear.outputs = outputs;
+  linear.inputs = inputs;
+  linear.inputs_padded = round_up(inputs, K_STEP);
+  linear.panels = round_up(outputs, PANEL) / PANEL;
+  const size_t columns = static_cast<size_t>(linear.panels) * PANEL;
+  linear.packed = memory.take<int8_t>(columns * linear.inputs_padded);
+  linear.scales = memory.take<float>(columns);
+  linear.corrections = memory.take<int32_t>(columns);
+  linear.bias = bias ? memory.take<float>(columns) : nullptr;
+  return linear;
+}
+
+Model::Model(const QuireShape& given, const Kernels& chosen) : shape(given), kernels(chosen) {
+  const int width = shape.heads * shape.dim, kv_width = shape.kv_heads * shape.dim;
+  heads = {shape.heads, shape.kv_heads, shape.dim, shape.block_size, shape.norm_eps, shape.wide_cache != 0};
+  for (int i = 0; i < shape.layers; i++) {
+    Layer layer{};
+    layer.qkv = make_linear(width + 2 * kv_width, shape.hidden, shape.qkv_bias != 0);
+    layer.out = make_linear(shape.hidden, width, false);
+    layer.gate_up = make_linear(2 * shape.width, shape.hidden, false);
+    layer.down = make_linear(shape.hidden, shape.width, false);
+    if (shape.qk_norm) {
+      layer.query_norm = memory.take<float>(shape.dim);
+      layer.key_norm = memory.take<float>(shape.dim);
+    }
+    layer.window = shape.windows[i];
+    layer.has_rotary = shape.has_rotary[i] != 0;
+    layers.push_back(layer);
+  }
+  head = make_linear(shape.vocab, shape.hidden, false);
+  // All layers of a block lie together, so that the system's zeroing of fresh memory is spread over
+  // the blocks as they come into use, and does not strike all layers of the first step.
+  const size_t region = region_bytes(shape), layer_bytes = region * shape.kv_heads;
+  uint8_t* pool = memory.take<uint8_t>(layer_bytes * shape.layers * shape.num_blocks);
+  for (size_t i = 0; i < layers.size(); i++)
+    layers[i].pool = {pool + i * layer_bytes, region, layer_bytes * shape.layers};
+  const size_t angles = static_cast<size_t>(shape.max_positions) * (shape.dim / 2);
+  cosines = memory.take<float>(angles);
+  sines = memory.take<float>(angles);
+  std::memcpy(cosines, shape.cosines, angles * sizeof(float));
+  std::memcpy(sines, shape.sines, angles * sizeof(float));
+  shape.windows = nullptr;
+  shape.has_rotary = nullptr;
+  shape.cosines = shape.sines = nullptr;
+  make_scratch();
+  const int threads = std::max(shape.threads, shape.compute_threads);
+  team = std::make_unique<Team<Task>>(threads, 11 * shape.layers + 8);
+}
+
+void Model::make_scratch() {
+  const int inputs = round_up(shape.hidden, K_STEP), width = round_up(shape.heads * shape.dim, K_STEP);
+  const int gated = round_up(shape.width, K_STEP);
+  const int qkv = round_up((shape.heads + 2 * shape.kv_heads) * shape.dim, PANEL);
+  const size_t rows = static_cast<size_t>(shape.max_rows);
+  const size_t widest = code_stride(std::max({inputs, width, gated}));
+  scratch.residual_stride = inputs;
+  scratch.qkv_stride = qkv;
+  scratch.attention_stride = width;
+  scratch.gated_stride = gated;
+  scratch.residual = memory.take<float>(rows * inputs);
+  scratch.qkv = memory.take<float>(rows * qkv);
+  scratch.attention = memory.take<float>(rows * width);
+  scratch.gated = memory.take<float>(rows * gated);
+  scratch.codes = memory.take<uint8_t>((rows + TILE_ROWS_MAX) * (widest + K_STEP));
+  scratch.scales = memory.take<float>(rows + TILE_ROWS_MAX);
+  scratch.best = memory.take<Best>(rows * kHeadChunks);
+  embedding = memory.take<uint16_t>(static_cast<size_t>(shape.vocab) * inputs);
+}
+
+Linear& Model::linear(int layer, int which) {
+  if (which == QUIRE_HEAD) return head;
+  Layer& l = layers[static_cast<size_t>(layer)];
+  switch (which) {
+    case QUIRE_QKV: return l.qkv;
+    case QUIRE_OUT: return l.out;
+    case QUIRE_GATE_UP: return l.gate_up;
+    default: return l.down;
+  }
+}
+
+Cut cut_attention(const QuireShape& shape, const QuireStep& step, int threads) {
+  Cut cut;
+  const int shared = shape.heads / shape.kv_heads;
+  const int rows_of_tile = std::clamp(kQueriesOfTile / shared, 1, kRowsOfTile);
+  cut.tile_of_row.resize(static_cast<size_t>(step.rows));
+  size_t partials = 0;
+  int most_splits = 1;
+  for (int s = 0; s < step.sequences; s++)
+    for (int row = step.query_starts[s]; row < step.query_starts[s + 1]; row += rows_of_tile) {
+      const int rows = std::min(rows_of_tile, step.query_starts[s + 1] - row);
+      const int splits = (step.positions[row] + rows - 1) / SPLIT + 1;
+      for (int i = 0; i < rows; i++) cut.tile_of_row[static_cast<size_t>(row + i)] = static_cast<int>(cut.tiles.size());
+      cut.tiles.push_back({s, row, rows, step.positions[row], partials, splits});
+      partials += static_cast<size_t>(shape.kv_heads) * splits * rows * shared * (2 + shape.dim);
+      most_splits = std::max(most_splits, splits);
+    }
+  const int tiles = static_cast<int>(cut.tiles.size());
+  cut.split = most_splits > 1 && threads > 1 && tiles * shape.kv_heads < kUnitsPerThread * threads;
+  // The longest first would be best for balance; late tiles of a prompt are the longest.
+  for (int t = tiles - 1; t >= 0; t--)
+    for (int h = 0; h < shape.kv_heads; h++) {
+      if (!cut.split) cut.units.push_back({t, h, -1});
+      else
+        for (int split = 0; split < cut.tiles[static_cast<size_t>(t)].splits; split++) cut.units.push_back({t, h, split});
+    }
+  return cut;
+}
+
+void Model::run(const QuireStep& step) {
+  const int rows = std::max(step.rows, step.outputs);
+  const int threads = rows >= shape.compute_rows ? shape.compute_threads : shape.threads;
+  Task task;
+  task.model = this;
+  task.step = step;
+  task.cut = cut_attention(shape, step, threads);
+  if (task.cut.split) {
+    const Tile& last = task.cut.tiles.back();
+    const int shared = shape.heads / shape.kv_heads;
+    const size_t size = static_cast<size_t>(shape.kv_heads) * last.splits * last.rows * shared * (2 + shape.dim);
+    partials.resize(std::max(partials.size(), last.partials + size));
+    task.partials = partials.data();
+  }
+  team->run(task, threads);
+}
+
+}  // namespace quire

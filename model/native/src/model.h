@@ -1,0 +1,98 @@
+// Model: packed weights, the KV pool and the scratch arena of one network.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "quire.h"
+#include "team.h"
+
+namespace quire {
+
+inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+struct Layer {
+  Linear qkv, out, gate_up, down;
+  float* query_norm = nullptr;  // [D] or null
+  float* key_norm = nullptr;
+  Pool pool;
+  int window;
+  bool has_rotary;
+};
+
+// Buffers of a step. T = max_rows; strides are padded sizes, and the padding stays zero.
+struct Scratch {
+  float* residual;   // [T, residual_stride]
+  float* qkv;        // [T, qkv_stride]
+  float* attention;  // [T, attention_stride]
+  float* gated;      // [T, gated_stride]
+  size_t residual_stride, qkv_stride, attention_stride, gated_stride;
+  uint8_t* codes;  // [T + TILE_ROWS_MAX, the widest]
+  float* scales;   // [T + TILE_ROWS_MAX]
+  Best* best;      // [chunks of the head, T]
+};
+
+// Rows of one sequence that attend together; what one AttentionItem is for a head.
+struct Tile {
+  int sequence, first_row, rows, first_position;
+  size_t partials;  // where its partial results begin, with splits
+  int splits;
+};
+
+struct Unit {
+  int tile, head, split;  // split < 0: all of them, merged at once
+};
+
+// How the attention of a step is cut. The cut never changes a result.
+struct Cut {
+  std::vector<Tile> tiles;
+  std::vector<int> tile_of_row;
+  std::vector<Unit> units;
+  bool split = false;
+};
+
+struct Model;
+
+// The program of one step; see Team.
+struct Task {
+  const Model* model = nullptr;
+  QuireStep step{};
+  Cut cut;
+  float* partials = nullptr;
+  void operator()(Walker& walker) const;
+};
+
+struct Model {
+  Model(const QuireShape& given, const Kernels& chosen);
+
+  QuireShape shape;  // its pointers are null after construction
+  const Kernels& kernels;
+  Memory memory;
+  std::vector<Layer> layers;
+  Linear head;
+  uint16_t* embedding;  // [V, residual_stride] bfloat16
+  float* cosines;       // [max_positions, D / 2]
+  float* sines;
+  HeadShape heads;
+  Scratch scratch;
+  std::vector<float> partials;
+  std::unique_ptr<Team<Task>> team;  // last: threads use all of the above
+
+  Linear& linear(int layer, int which);
+  void run(const QuireStep& step);
+
+ private:
+  Linear make_linear(int outputs, int inputs, bool bias);
+  void make_scratch();
+};
+
+size_t region_bytes(const QuireShape& shape);
+Cut cut_attention(const QuireShape& shape, const QuireStep& step, int threads);
+constexpr int kHeadChunks = 64;  // of the head, at most
+
+}  // namespace quire
+
+struct QuireModel : quire::Model {
+  using quire::Model::Model;
+};

@@ -1,0 +1,173 @@
+// Rows: everything that is done to one row at a time, in one fixed order of lanes.
+// Sizes of rows are padded to a multiple of K_STEP with zeros, which change no sum and no maximum.
+
+static void embed(const uint16_t* row, int size, float* out) {
+  for (int i = 0; i < size; i += LANES) store(out + i, from_bf16(row + i));
+}
+
+// 0 where all of x is finite, else NaN: a row that went wrong must not look sound after rounding.
+QUIRE_INLINE float finite_or_nan(Lanes poison) { return sum(poison); }
+
+static void write_codes(const float* x, int size, float largest_magnitude, uint8_t* codes) {
+  const Lanes factor = splat(largest_magnitude > 0.0f ? 127.0f / largest_magnitude : 0.0f);
+  for (int i = 0; i < size; i += LANES) store_biased(codes + i, nearest(load(x + i) * factor));
+}
+
+static void write_zero_codes(int size, uint8_t* codes) {
+  for (int i = 0; i < size; i++) codes[i] = 128;
+}
+
+// codes * scale is x * factor, rounded to 8 bits.
+static void to_codes(const float* x, int size, float factor, uint8_t* codes, float* scale) {
+  Lanes top = splat(0.0f), poison = splat(0.0f);
+  for (int i = 0; i < size; i += LANES) {
+    const Lanes v = load(x + i);
+    top = larger(magnitude(v), top);
+    poison = fma(v, splat(0.0f), poison);
+  }
+  const float most = largest(top), bad = finite_or_nan(poison);
+  *scale = most * (factor / 127.0f) + bad;
+  // A magnitude below this has no finite reciprocal worth having: such a row is zero.
+  if (bad != bad || most < 1e-30f) {
+    write_zero_codes(size, codes);
+    return;
+  }
+  write_codes(x, size, most, codes);
+}
+
+// RMSNorm without its weight (folded into the next product): x / sqrt(mean(x^2) + eps).
+// Codes do not depend on the norm, which scales the whole row; only the row's scale does.
+static void norm_to_codes(const float* x, int size, float eps, uint8_t* codes, float* scale) {
+  Lanes squares = splat(0.0f);
+  for (int i = 0; i < size; i += LANES) {
+    const Lanes v = load(x + i);
+    squares = fma(v, v, squares);
+  }
+  const int padded = (size + K_STEP - 1) / K_STEP * K_STEP;
+  const float mean = sum(squares) / (float)size;
+  to_codes(x, padded, 1.0f / __builtin_sqrtf(mean + eps), codes, scale);
+}
+
+// One butterfly stage inside the lanes: (a, b) -> (a + b, a - b) for lanes that differ in BIT.
+template <int BIT> QUIRE_INLINE Lanes butterfly(Lanes a) { return exchange<BIT>(a) + turn_signs<BIT>(a); }
+
+// Hadamard transform of one block of SIZE * LANES floats, not normalised.
+template <int SIZE> static void hadamard_block(float* x) {
+  Lanes v[SIZE];
+  for (int i = 0; i < SIZE; i++) {
+    Lanes a = load(x + i * LANES);
+    a = butterfly<1>(a);
+    a = butterfly<2>(a);
+    a = butterfly<4>(a);
+    v[i] = butterfly<8>(a);
+  }
+  for (int distance = 1; distance < SIZE; distance *= 2)
+    for (int i = 0; i < SIZE; i++)
+      if (!(i & distance)) {
+        const Lanes a = v[i], b = v[i + distance];
+        v[i] = a + b;
+        v[i + distance] = a - b;
+      }
+  for (int i = 0; i < SIZE; i++) store(x + i * LANES, v[i]);
+}
+
+static void hadamard_small(float* x, int block) {
+  for (int distance = 1; distance < block; distance *= 2)
+    for (int i = 0; i < block; i++)
+      if (!(i & distance)) {
+        const float a = x[i], b = x[i + distance];
+        x[i] = a + b;
+        x[i + distance] = a - b;
+      }
+}
+
+// Every block of a row; block is a power of two up to 512. Not normalised.
+static void hadamard(float* x, int size, int block) {
+  for (int i = 0; i < size; i += block) {
+    switch (block) {
+      case 512: hadamard_block<32>(x + i); break;
+      case 256: hadamard_block<16>(x + i); break;
+      case 128: hadamard_block<8>(x + i); break;
+      case 64: hadamard_block<4>(x + i); break;
+      default: hadamard_small(x + i, block);
+    }
+  }
+}
+
+static void norm_head(float* x, int dim, const float* weight, float eps) {
+  Lanes squares = splat(0.0f);
+  for (int d = 0; d < dim; d += LANES) {
+    const Lanes v = load(x + d);
+    squares = fma(v, v, squares);
+  }
+  const Lanes factor = splat(1.0f / __builtin_sqrtf(sum(squares) / (float)dim + eps));
+  for (int d = 0; d < dim; d += LANES) store(x + d, load(x + d) * factor * load(weight + d));
+}
+
+// Pairs (d, d + D / 2), turned by the angle of this position.
+static void rotate_head(float* x, int dim, const float* cosines, const float* sines, float scale) {
+  const int half = dim / 2;
+  for (int d = 0; d < half; d++) {
+    const float a = x[d], b = x[d + half];
+    x[d] = (a * cosines[d] - b * sines[d]) * scale;
+    x[d + half] = (b * cosines[d] + a * sines[d]) * scale;
+  }
+}
+
+static void scale_head(float* x, int dim, float scale) {
+  for (int d = 0; d < dim; d++) x[d] *= scale;
+}
+
+static float largest_magnitude(const float* x, int dim) {
+  float most = 0.0f;
+  for (int d = 0; d < dim; d++) most = __builtin_fabsf(x[d]) > most ? __builtin_fabsf(x[d]) : most;
+  return most;
+}
+
+static void store_wide(const HeadShape& shape, uint8_t* region, int offset, const float* k, const float* v) {
+  uint16_t* keys = (uint16_t*)region + (size_t)(offset / GROUP) * shape.dim * GROUP + offset % GROUP;
+  uint16_t* values = (uint16_t*)region + (size_t)shape.block_size * shape.dim + (size_t)offset * shape.dim;
+  for (int d = 0; d < shape.dim; d++) keys[d * GROUP] = to_bf16(k[d]);
+  for (int d = 0; d < shape.dim; d++) values[d] = to_bf16(v[d]);
+}
+
+static void store_narrow(const HeadShape& shape, uint8_t* region, int offset, const float* k, const float* v) {
+  const size_t cells = (size_t)shape.block_size * shape.dim;
+  int8_t* keys = (int8_t*)region + (size_t)(offset / GROUP) * shape.dim * GROUP + offset % GROUP;
+  int8_t* values = (int8_t*)region + cells + (size_t)offset * shape.dim;
+  float* scales = (float*)(region + 2 * cells);
+  const float key_most = largest_magnitude(k, shape.dim), value_most = largest_magnitude(v, shape.dim);
+  const float key_factor = key_most > 1e-30f ? 127.0f / key_most : 0.0f;
+  const float value_factor = value_most > 1e-30f ? 127.0f / value_most : 0.0f;
+  for (int d = 0; d < shape.dim; d++) keys[d * GROUP] = (int8_t)__builtin_rintf(k[d] * key_factor);
+  for (int d = 0; d < shape.dim; d++) values[d] = (int8_t)__builtin_rintf(v[d] * value_factor);
+  scales[offset] = key_most / 127.0f;
+  scales[shape.block_size + offset] = value_most / 127.0f;
+}
+
+// One row of [H queries | K keys | K values]: queries are turned in place, keys and values stored.
+// regions: [K], where this row's block of each KV head lives; offset: the row's place in the block.
+static void rotate_and_store(const Rotary* rotary, float* qkv, uint8_t* const* regions, int offset) {
+  const HeadShape& shape = *rotary->shape;
+  const int dim = shape.dim;
+  float* keys = qkv + (size_t)shape.heads * dim;
+  const float* values = keys + (size_t)shape.kv_heads * dim;
+  for (int h = 0; h < shape.heads + shape.kv_heads; h++) {
+    const bool is_query = h < shape.heads;
+    float* x = qkv + (size_t)h * dim;
+    const float* norm = is_query ? rotary->query_norm : rotary->key_norm;
+    const float scale = is_query ? rotary->query_scale : 1.0f;
+    if (norm) norm_head(x, dim, norm, shape.eps);
+    if (rotary->cosines) rotate_head(x, dim, rotary->cosines, rotary->sines, scale);
+    else scale_head(x, dim, scale);
+    // Both turned alike, their products stay (times D, which is in query_scale), and no channel of the
+    // keys is so large that 8 bits leave nothing for the others.
+    if (rotary->spread) hadamard(x, dim, dim);
+  }
+  for (int h = 0; h < shape.kv_heads; h++) {
+    const float* k = keys + (size_t)h * dim;
+    const float* v = values + (size_t)h * dim;
+    if (shape.wide_cache) store_wide(shape, regions[h], offset, k, v);
+    else store_narrow(shape, regions[h], offset, k, v);
+  }
+}

@@ -1,0 +1,236 @@
+// The step, top to bottom: what model/transformer.py does, in phases over chunks of work.
+// A phase reads only what earlier phases wrote.
+#include <algorithm>
+
+#include "model.h"
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace quire {
+namespace {
+
+// A thread's floating-point state while it computes: to nearest, subnormals kept, whatever the
+// process has set; and AMX tiles where the variant has them.
+class ThreadState {
+ public:
+  explicit ThreadState(const Kernels& kernels) : kernels_(kernels) {
+#if defined(__x86_64__)
+    saved_ = _mm_getcsr();
+    _mm_setcsr(0x1f80);
+#endif
+    kernels_.thread_begin();
+  }
+  ~ThreadState() {
+    kernels_.thread_end();
+#if defined(__x86_64__)
+    _mm_setcsr(saved_);
+#endif
+  }
+
+ private:
+  const Kernels& kernels_;
+  unsigned saved_ = 0;
+};
+
+struct Range {
+  int first, end;
+};
+
+class Program {
+ public:
+  Program(const Task& task, Walker& walker)
+      : task_(task), m_(*task.model), step_(task.step), s_(m_.scratch), walker_(walker) {}
+
+  void run() {
+    if (step_.rows > 0) {
+      embed();
+      for (const Layer& layer : m_.layers) {
+        attention(layer);
+        mlp(layer);
+      }
+    }
+    if (step_.outputs > 0) head();
+  }
+
+ private:
+  void embed() {
+    each_row(step_.rows, [&](int row) {
+      const uint16_t* vector = m_.embedding + static_cast<size_t>(step_.tokens[row]) * s_.residual_stride;
+      m_.kernels.embed(vector, static_cast<int>(s_.residual_stride), residual(row));
+    });
+  }
+
+  // x += out(attend(qkv(norm(x))))
+  void attention(const Layer& layer) {
+    norm_rows(layer.qkv);
+    multiply(layer.qkv, step_.rows, Epilogue::STORE, s_.qkv, s_.qkv_stride);
+    each_row(step_.rows, [&](int row) { rotate_and_store(layer, row); });
+    walker_.phase(static_cast<int>(task_.cut.units.size()), [&](int u) { attend(layer, task_.cut.units[u]); });
+    const Codes codes = codes_for(layer.out);
+    each_row(step_.rows, [&](int row) {
+      float* x = s_.attention + row * s_.attention_stride;
+      if (task_.cut.split) merge(row, x);
+      m_.kernels.to_codes(x, layer.out.inputs_padded, 1.0f, codes.rows + row * codes.stride, codes.scales + row);
+    });
+    multiply(layer.out, step_.rows, Epilogue::ADD, s_.residual, s_.residual_stride);
+  }
+
+  // x += down(hadamard(silu(gate) * up)); the weights of down are rotated against the transform
+  void mlp(const Layer& layer) {
+    norm_rows(layer.gate_up);
+    multiply(layer.gate_up, step_.rows, Epilogue::GATED, s_.gated, s_.gated_stride);
+    const Codes codes = codes_for(layer.down);
+    const float normal = 1.0f / __builtin_sqrtf(static_cast<float>(m_.shape.hadamard));
+    each_row(step_.rows, [&](int row) {
+      float* x = s_.gated + row * s_.gated_stride;
+      m_.kernels.hadamard(x, m_.shape.width, m_.shape.hadamard);
+      m_.kernels.to_codes(x, layer.down.inputs_padded, normal, codes.rows + row * codes.stride, codes.scales + row);
+    });
+    multiply(layer.down, step_.rows, Epilogue::ADD, s_.residual, s_.residual_stride);
+  }
+
+  void head() {
+    const Codes codes = codes_for(m_.head);
+    each_row(step_.outputs, [&](int i) { norm_row(step_.output_rows[i], codes, i); });
+    Product product = product_of(m_.head, step_.outputs, Epilogue::HEAD, nullptr, 0);
+    product.logits = step_.logits;
+    const int group = std::max(panels_of_chunk(m_.head), (m_.head.panels + kHeadChunks - 1) / kHeadChunks);
+    const int chunks = (m_.head.panels + group - 1) / group;
+    walker_.phase(chunks, [&](int c) {
+      Best* best = s_.best + static_cast<size_t>(c) * m_.shape.max_rows;
+      for (int i = 0; i < step_.outputs; i++) best[i] = {-__builtin_inff(), 0};
+      m_.kernels.multiply(&product, c * group, std::min((c + 1) * group, m_.head.panels), best);
+    });
+    walker_.phase(1, [&](int) {
+      for (int i = 0; i < step_.outputs; i++) step_.best[i] = best_of(chunks, i);
+    });
+  }
+
+  // Chunks in order of ids, so that the lowest of equal tokens wins.
+  int best_of(int chunks, int row) const {
+    Best best = s_.best[row];
+    for (int c = 1; c < chunks; c++) {
+      const Best& other = s_.best[static_cast<size_t>(c) * m_.shape.max_rows + row];
+      if (other.value > best.value) best = other;
+    }
+    return best.id;
+  }
+
+  float* residual(int row) const { return s_.residual + static_cast<size_t>(row) * s_.residual_stride; }
+
+  Codes codes_for(const Linear& linear) const {
+    const int padded = linear.inputs_padded;
+    return {s_.codes, static_cast<size_t>(padded % 512 == 0 ? padded + K_STEP : padded), s_.scales};
+  }
+
+  void norm_row(int row, const Codes& codes, int to) const {
+    m_.kernels.norm_to_codes(residual(row), m_.shape.hidden, m_.shape.norm_eps, codes.rows + to * codes.stride,
+                             codes.scales + to);
+  }
+
+  void norm_rows(const Linear& next) {
+    const Codes codes = codes_for(next);
+    each_row(step_.rows, [&](int row) { norm_row(row, codes, row); });
+  }
+
+  Product product_of(const Linear& weight, int rows, Epilogue epilogue, float* out, size_t stride) const {
+    return {&weight, codes_for(weight), rows, epilogue, out, stride, nullptr};
+  }
+
+  void multiply(const Linear& weight, int rows, Epilogue epilogue, float* out, size_t stride) {
+    const Product product = product_of(weight, rows, epilogue, out, stride);
+    const int group = panels_of_chunk(weight);
+    walker_.phase((weight.panels + group - 1) / group, [&](int c) {
+      m_.kernels.multiply(&product, c * group, std::min((c + 1) * group, weight.panels), nullptr);
+    });
+  }
+
+  // Enough chunks to share them out evenly, few enough that taking one costs nothing.
+  int panels_of_chunk(const Linear& weight) const {
+    const int threads = walker_.threads();
+    return threads == 1 ? weight.panels : std::max(1, weight.panels / (threads * 4));
+  }
+
+  template <typename Work> void each_row(int rows, Work work) {
+    const int threads = walker_.threads();
+    const int group = threads == 1 ? rows : std::max(1, rows / (threads * 4));
+    walker_.phase((rows + group - 1) / group, [&](int c) {
+      for (int row = c * group; row < std::min((c + 1) * group, rows); row++) work(row);
+    });
+  }
+
+  const int32_t* blocks_of(const Tile& tile) const {
+    return step_.block_table + static_cast<size_t>(tile.sequence) * step_.table_width;
+  }
+
+  void rotate_and_store(const Layer& layer, int row) const {
+    const Tile& tile = task_.cut.tiles[task_.cut.tile_of_row[row]];
+    const int position = step_.positions[row], half = m_.shape.dim / 2;
+    const size_t block = blocks_of(tile)[position / m_.shape.block_size];
+    uint8_t* regions[kMaxHeads];
+    for (int h = 0; h < m_.shape.kv_heads; h++)
+      regions[h] = layer.pool.base + block * layer.pool.block_bytes + h * layer.pool.region_bytes;
+    const size_t angles = static_cast<size_t>(position) * half;
+    const Rotary rotary = {&m_.heads,
+                           layer.has_rotary ? m_.cosines + angles : nullptr,
+                           layer.has_rotary ? m_.sines + angles : nullptr,
+                           layer.query_norm,
+                           layer.key_norm,
+                           query_scale(),
+                           spreads()};
+    float* qkv = s_.qkv + static_cast<size_t>(row) * s_.qkv_stride;
+    m_.kernels.rotate_and_store(&rotary, qkv, regions, position % m_.shape.block_size);
+  }
+
+  bool spreads() const { return !m_.shape.wide_cache && (m_.shape.dim & (m_.shape.dim - 1)) == 0; }
+
+  // The transform is not normalised: it multiplies the product of a query and a key by D.
+  float query_scale() const {
+    const float dim = static_cast<float>(m_.shape.dim);
+    return 1.0f / __builtin_sqrtf(dim) / (spreads() ? dim : 1.0f);
+  }
+
+  void attend(const Layer& layer, const Unit& unit) const {
+    const Tile& tile = task_.cut.tiles[unit.tile];
+    const AttentionItem item = {&m_.heads,           layer.pool,   blocks_of(tile), unit.head,    tile.first_row,
+                                tile.rows,           tile.first_position,           layer.window, s_.qkv,
+                                s_.qkv_stride,       s_.attention, s_.attention_stride};
+    if (unit.split < 0) m_.kernels.attend_rows(&item);
+    else m_.kernels.attend_split(&item, unit.split, partials_of(tile, unit.head) + unit.split * split_stride(tile));
+  }
+
+  int shared() const { return m_.shape.heads / m_.shape.kv_heads; }
+  size_t result_size() const { return static_cast<size_t>(2 + m_.shape.dim); }
+  size_t split_stride(const Tile& tile) const { return static_cast<size_t>(tile.rows) * shared() * result_size(); }
+  float* partials_of(const Tile& tile, int head) const {
+    return task_.partials + tile.partials + static_cast<size_t>(head) * tile.splits * split_stride(tile);
+  }
+
+  void merge(int row, float* out) const {
+    const Tile& tile = task_.cut.tiles[task_.cut.tile_of_row[row]];
+    for (int h = 0; h < m_.shape.heads; h++) {
+      const int query = (row - tile.first_row) * shared() + h % shared();
+      const float* first = partials_of(tile, h / shared()) + query * result_size();
+      m_.kernels.merge_splits(first, tile.splits, split_stride(tile), m_.shape.dim, out + h * m_.shape.dim);
+    }
+  }
+
+  static constexpr int kMaxHeads = 256;
+
+  const Task& task_;
+  const Model& m_;
+  const QuireStep& step_;
+  const Scratch& s_;
+  Walker& walker_;
+};
+
+}  // namespace
+
+void Task::operator()(Walker& walker) const {
+  const ThreadState state(model->kernels);
+  Program(*this, walker).run();
+}
+
+}  // namespace quire

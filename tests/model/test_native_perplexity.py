@@ -1,0 +1,66 @@
+"""What 8 bits cost the default model, on a fixed text, and its answers bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loadtest.perplexity import TEXT, perplexity, runners, scoring_batch
+from model.batch import Ints
+from model.checkpoint import LoadedModel, load_model
+from model.native.library import NativeLibrary
+from model.runners import RunnerOptions
+from model.runners.native import NativeRunner
+from model.tokenizer import Tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+WINDOW = 512
+
+
+@pytest.fixture(scope="module")
+def model(default_model: Path) -> LoadedModel:
+    return load_model(default_model)
+
+
+@pytest.fixture(scope="module")
+def windows(default_model: Path) -> list[Ints]:
+    text = TEXT.read_text(encoding="utf-8")
+    ids = np.array(Tokenizer.from_checkpoint(default_model).encode(text), np.int32)
+    assert len(ids) > 10_000
+    count = len(ids) // WINDOW
+    return np.split(ids[: count * WINDOW], count)
+
+
+@pytest.mark.usefixtures("native_library")
+def test_perplexity_stays_within_one_percent(model: LoadedModel, windows: list[Ints]) -> None:
+    found = {}
+    for name, build in runners(model, WINDOW):
+        if name == "torch bfloat16":
+            continue
+        runner = build()
+        found[name] = perplexity(runner, windows)
+        runner.close()
+    exact = found.pop("torch float32")
+    assert len(found) == 2
+    for name, value in found.items():
+        assert abs(value / exact - 1) < 0.01, (name, value, exact)
+
+
+def test_the_real_shapes_give_equal_bits(
+    model: LoadedModel, windows: list[Ints], native_library: NativeLibrary
+) -> None:
+    """Every variant but the slow portable one, with one thread and with two."""
+    batch = scoring_batch(windows[0][:300], block_size=16)
+    found = []
+    for variant in native_library.variants[:-1]:
+        for threads in (1, 2):
+            runner = NativeRunner(
+                model.config, model.weights, digest=model.digest, variant=variant,
+                options=RunnerOptions(num_blocks=32, num_threads=threads), library=native_library,
+            )  # fmt: skip
+            found.append(runner.run(batch).score_logprobs_Q)
+            runner.close()
+    assert all(np.array_equal(one, found[0]) for one in found)
