@@ -31,7 +31,8 @@ from service.queues import Claim, EngineInfo, Lease, Queue, Write, WriteReply, W
 
 log = logging.getLogger("quire.worker")
 
-CLAIM_WAIT = 1.0  # seconds; also how long a drain can take to be noticed by the claim loop
+CLAIM_WAIT = 0.25  # seconds; a drain waits for the claim under way
+HEARTBEAT = 1.0  # seconds between two signs of life of an engine without room
 CONDEMNED_ATTEMPT = 3  # the last attempt that the default limits allow: two engines died before
 PROBATION = 2.0  # seconds after which a suspect counts as harmless even without a token
 STORAGE_PATIENCE = 5.0  # seconds that a write is tried again while the store refuses it
@@ -151,10 +152,11 @@ class Worker:
             await asyncio.wait([*tasks, *signals], return_when=asyncio.FIRST_COMPLETED)
         finally:
             claiming, *others = tasks
-            await _cancel([*others, *signals])
+            await _cancel(others if self._draining.is_set() else tasks)
+            await _cancel(signals)
             await self._give_back()
             # A claim under way is waited for: cut off, its requests would wait for their leases.
-            await asyncio.wait([claiming], timeout=CLAIM_WAIT if self._draining.is_set() else 0)
+            await asyncio.wait([claiming], timeout=4 * CLAIM_WAIT)
             await _cancel([claiming])
         for task in tasks:
             if not task.cancelled() and (error := task.exception()) is not None:
@@ -178,14 +180,14 @@ class Worker:
 
     # --- claiming -------------------------------------------------------------------------
     async def _claim_loop(self) -> None:
-        backoff, heard = _Backoff(), self._clock() - CLAIM_WAIT
+        backoff, heard = _Backoff(), self._clock() - HEARTBEAT
         while not self._draining.is_set():
             room = 0 if self._claiming_waits() else self._engine.room
             if room <= 0:
                 self._room_changed.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._room_changed.wait(), 0.05)
-                if self._clock() - heard < CLAIM_WAIT:
+                if self._clock() - heard < HEARTBEAT:
                     continue
             try:
                 # Without room it claims nothing and only says that this engine lives.
