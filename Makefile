@@ -1,6 +1,6 @@
 # `make serve` and `make test` do everything on a fresh machine; the rest is for working here.
 .DEFAULT_GOAL := help
-.PHONY: help serve test unit check lint format install system clean
+.PHONY: help serve test unit kernels check lint format install system clean
 
 VENV   ?= .venv
 PYTHON ?= python3
@@ -17,10 +17,13 @@ serve: $(VENV)/.installed  ## install, fetch the default model, serve it at http
 	$(BIN)/quire serve $(ARGS)
 
 test: $(VENV)/.tested system check  ## install, then every check: lint, types, all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not kernels" $(ARGS)
 
 unit: $(VENV)/.tested  ## the fast tests alone
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not kernels" $(ARGS)
+
+kernels: $(VENV)/.tested  ## the GPU kernels at length, in the interpreter where there is no GPU
+	$(BIN)/python -m pytest -m kernels $(ARGS)
 
 check: lint  ## everything but the tests
 	$(BIN)/python -m mypy

@@ -57,7 +57,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "service.chat": ("httpx", "rich", "service.errors"),
     "service.cluster": ("service.messages", "service.errors", "service.queues"),
-    "service.listeners": ("uvicorn", "fastapi", "service.errors"),
+    "service.listeners": ("uvicorn", "fastapi", "service.errors", "service.api.connection"),
     "service.startup": ("rich", "model", "service.messages", "service.errors", "service.settings"),
     "service.roles": ("",),
     "service.__main__": ("",),

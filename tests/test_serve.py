@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionChunk
 
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
 
@@ -80,7 +81,10 @@ def test_the_openai_client_streams_what_it_collects(server_url: str) -> None:
         max_tokens=40,
         stream=True,
     )
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in pieces if chunk.choices)
+    text = ""
+    for chunk in pieces:
+        assert isinstance(chunk, ChatCompletionChunk)
+        text += chunk.choices[0].delta.content or "" if chunk.choices else ""
     assert text == whole.choices[0].message.content
     assert whole.usage is not None
     assert whole.usage.completion_tokens <= 40

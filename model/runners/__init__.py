@@ -106,6 +106,10 @@ def _native(config: ModelConfig, weights: Weights, options: RunnerOptions, diges
 
 
 def _cuda(config: ModelConfig, weights: Weights, options: RunnerOptions, digest: str) -> Runner:
+    from model.runners.torch import choose_device
+
+    if choose_device(options.device).type != "cuda":
+        raise ValueError("the cuda runner needs an NVIDIA GPU; there is none here")
     from model.runners.cuda import CudaRunner
 
     return CudaRunner(config, weights, options=options, digest=digest)

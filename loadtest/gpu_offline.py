@@ -1,0 +1,202 @@
+"""Offline generation straight on a runner: fixed lengths, no end token, one step ahead of the host.
+
+The scheduling is the simplest that fills the chip: chunks of prompts within the budget beside the
+decodes, every sequence admitted at once. What the service's engine adds to that is measured by
+putting the same workload through it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from model.batch import Batch, SamplingBatch
+from model.runners import OverlappedRunner, StepHandle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Prompt and answer lengths, one pair a sequence."""
+
+    name: str
+    lengths: tuple[tuple[int, int], ...]
+    temperature: float = 0.6
+
+    @property
+    def tokens_in(self) -> int:
+        return sum(prompt for prompt, _ in self.lengths)
+
+    @property
+    def tokens_out(self) -> int:
+        return sum(answer for _, answer in self.lengths)
+
+
+def w1(*, sequences: int = 256, least: int = 100, most: int = 1024) -> Workload:
+    """nano-vllm's benchmark: lengths drawn from seed 0, prompts' first, as it draws them."""
+    generator = random.Random(0)
+    prompts = []
+    for _ in range(sequences):
+        length = generator.randint(least, most)
+        for _ in range(length):  # it draws the prompt's tokens too
+            generator.randint(0, 10000)
+        prompts.append(length)
+    answers = [generator.randint(least, most) for _ in range(sequences)]
+    return Workload(name="W1", lengths=tuple(zip(prompts, answers, strict=True)))
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """What a run took, and what it had to read."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+    kv_tokens: int = 0  # contexts read, summed over steps
+    host_seconds: list[float] = field(default_factory=list)  # of each decode step's launch
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sequence:
+    seat: int
+    blocks: range
+    prompt: int
+    total: int  # positions to compute: the last answered token is not
+    computed: int = 0
+    sampled: int = 0
+
+
+class Offline:
+    """Runs workloads on one runner; the pool must hold them all."""
+
+    def __init__(self, runner: OverlappedRunner, *, budget: int) -> None:
+        self._runner = runner
+        self._budget = budget
+
+    def run(
+        self,
+        workload: Workload,
+        *,
+        start_at: int = 0,
+        around: Callable[[Callable[[], StepHandle]], StepHandle] | None = None,
+    ) -> Outcome:
+        """Generates it all. `start_at` takes so many positions of each prompt as computed."""
+        waiting = self._seat(workload, start_at)
+        outcome = Outcome()
+        flying: deque[StepHandle] = deque()
+        began = time.perf_counter()
+        while going := [s for s in waiting if s.computed < s.total]:
+            plan = self._plan(going)
+            batch, unread = self._batch(plan, workload.temperature)
+            launched = time.perf_counter()
+
+            def launch(batch: Batch = batch, unread: np.ndarray = unread) -> StepHandle:
+                return self._runner.launch(batch, unread_T=unread)
+
+            flying.append(launch() if around is None else around(launch))
+            if batch.is_decode:
+                outcome.host_seconds.append(time.perf_counter() - launched)
+            for sequence, count in plan:
+                sequence.computed += count
+                sequence.sampled += sequence.computed >= sequence.prompt
+                outcome.kv_tokens += sequence.computed
+            outcome.steps += 1
+            if len(flying) == 2:
+                outcome.tokens += len(self._runner.collect(flying.popleft()).tokens_R)
+        while flying:
+            outcome.tokens += len(self._runner.collect(flying.popleft()).tokens_R)
+        outcome.seconds = time.perf_counter() - began
+        return outcome
+
+    def _seat(self, workload: Workload, start_at: int) -> list[_Sequence]:
+        sequences: list[_Sequence] = []
+        at = 0
+        for seat, (prompt, answer) in enumerate(workload.lengths):
+            total = prompt + answer - 1
+            blocks = -(-total // self._runner.block_size)
+            sequences.append(
+                _Sequence(
+                    seat=seat,
+                    blocks=range(at, at + blocks),
+                    prompt=prompt,
+                    total=total,
+                    computed=min(start_at, prompt - 1),
+                )
+            )
+            at += blocks
+        if at > self._runner.num_blocks:
+            raise ValueError(
+                f"the workload needs {at} blocks, the pool has {self._runner.num_blocks}"
+            )
+        return sequences
+
+    def _plan(self, going: Sequence[_Sequence]) -> list[tuple[_Sequence, int]]:
+        plan = [(s, 1) for s in going if s.computed >= s.prompt]
+        left = self._budget - len(plan)
+        for sequence in going:
+            count = min(sequence.prompt - sequence.computed, left)
+            if count > 0:
+                plan.append((sequence, count))
+                left -= count
+        return plan
+
+    def _batch(
+        self, plan: Sequence[tuple[_Sequence, int]], temperature: float
+    ) -> tuple[Batch, np.ndarray]:
+        sequences = [sequence for sequence, _ in plan]
+        counts = np.array([count for _, count in plan], np.int32)
+        computed = np.array([s.computed for s in sequences], np.int32)
+        starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        contexts = computed + counts
+        width = -(-int(contexts.max()) // self._runner.block_size)
+        table = np.zeros((len(plan), width), np.int32)
+        for row, sequence in enumerate(sequences):
+            own = sequence.blocks[:width]
+            table[row, : len(own)] = own
+        samples = np.array([s.computed + n >= s.prompt for s, n in plan])
+        positions = np.arange(starts[-1], dtype=np.int32) + np.repeat(
+            computed - starts[:-1], counts
+        )
+        unread = np.repeat(computed >= [s.prompt for s in sequences], counts)
+        batch = Batch(
+            tokens_T=(positions * 7919 % self._runner.config.vocab_size).astype(np.int32),
+            positions_T=positions,
+            query_starts_S1=starts,
+            context_lens_S=contexts,
+            block_table_SB=table,
+            seats_S=np.array([s.seat for s in sequences], np.int32),
+            sample_rows_R=starts[1:][samples] - 1,
+            sampling=self._columns([s for s, n in plan if s.computed + n >= s.prompt], temperature),
+            score_rows_Q=np.zeros(0, np.int32),
+            score_ids_Q=np.zeros(0, np.int32),
+        )
+        return batch, unread
+
+    def _columns(self, sequences: Sequence[_Sequence], temperature: float) -> SamplingBatch:
+        rows = len(sequences)
+        ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.float32)
+        none = np.zeros(0, np.int32)
+        return SamplingBatch(
+            seeds_R=np.array([s.seat for s in sequences], np.uint64),
+            choices_R=np.zeros(rows, np.int32),
+            indices_R=np.array([s.sampled for s in sequences], np.int32),
+            temperatures_R=ones * np.float32(temperature),
+            top_ks_R=np.full(rows, self._runner.config.vocab_size, np.int32),
+            top_ps_R=ones,
+            min_ps_R=zeros,
+            presence_R=zeros,
+            frequency_R=zeros,
+            repetition_R=ones,
+            penalty_rows_P=none,
+            penalty_ids_P=none,
+            penalty_counts_P=none,
+            bias_rows_E=none,
+            bias_ids_E=none,
+            bias_values_E=np.zeros(0, np.float32),
+            wants_logprobs_R=np.zeros(rows, np.bool_),
+            num_top=0,
+        )

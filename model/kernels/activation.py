@@ -1,0 +1,49 @@
+"""SiLU(gate) · up, of the two halves of one product. Legend: T rows, F width of the MLP."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional
+
+from model.kernels.matmul import Product, load_sum
+
+_BLOCK = 1024
+
+
+def silu_mul(gate_up: Product, *, dtype: torch.dtype) -> torch.Tensor:
+    """[T, 2F] -> [T, F] in `dtype`, which is also what both halves are rounded to first."""
+    T, double_width = gate_up.values.shape[-2:]
+    width = double_width // 2
+    y = torch.empty((T, width), dtype=dtype, device=gate_up.values.device)
+    if T:
+        _silu_mul[(T, triton.cdiv(width, _BLOCK))](
+            gate_up.values,
+            y,
+            gate_up.part_stride,
+            F=width,
+            BLOCK=_BLOCK,
+            PARTS=gate_up.num_parts,
+            enable_fp_fusion=False,
+        )
+    return y
+
+
+def silu_mul_twin(gate_up: Product, *, dtype: torch.dtype) -> torch.Tensor:
+    """The same in torch."""
+    gate_TF, up_TF = gate_up.whole(dtype).chunk(2, dim=-1)
+    return functional.silu(gate_TF) * up_TF
+
+
+@triton.jit
+def _silu_mul(x_ptr, y_ptr, part_stride, F: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < F
+    dtype = y_ptr.dtype.element_ty
+    offsets = row * 2 * F + columns
+    gate = load_sum(x_ptr, offsets, mask, part_stride, PARTS).to(dtype).to(tl.float32)
+    up = load_sum(x_ptr, offsets + F, mask, part_stride, PARTS).to(dtype).to(tl.float32)
+    active = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(y_ptr + row * F + columns, (active * up).to(dtype), mask=mask)

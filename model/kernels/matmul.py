@@ -1,0 +1,232 @@
+"""Products with weight matrices: y = x · wᵀ + bias, the sum over K in one order whatever M is.
+
+    K is cut into parts, as many as the shape [N, K] of the weight asks for and never M:
+
+        |-- part 0 --|-- part 1 --|-- part 2 --|     a part: one chain of matrix instructions
+        bias + p0    (.. + p1)    (.. + p2)          parts: added in order, rounded once
+
+Few rows: a program a part, so that every multiprocessor streams weights; the parts go to memory
+in float32 and whoever reads the product adds them up (`load_sum`). Many rows: one program adds all
+parts. Both give the same bits. The weight is the instruction's first operand and the rows of x its
+second: a small M then asks for a narrow instruction of the same kind, not for another kind.
+
+Legend: M rows, N outputs, K inputs, P parts.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional
+
+_PART_AT_LEAST = 256  # inputs a part; below, the parts' own traffic outweighs the weights'
+_PROGRAMS = 264  # two for each multiprocessor of the chips this was sized for; changes no rule of M
+_MOST_PARTS = 16
+_SHARED = 200 * 1024  # bytes of shared memory that a program may take
+INPUTS = 128  # K of one tile, the same in every tiling; a part is a whole number of tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product, whole as [M, N], or in parts to be added in order: [P, M, N] in float32."""
+
+    values: torch.Tensor
+    num_parts: int = 1
+
+    @property
+    def part_stride(self) -> int:
+        """Elements from one part to the next."""
+        return self.values.stride(0) if self.num_parts > 1 else 0
+
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """The sum of the parts, [M, N]; for tests and twins."""
+        if self.num_parts == 1:
+            return self.values
+        total = self.values[0]
+        for part in self.values[1:]:
+            total = total + part
+        return total.to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a product is laid out on the chip. It decides speed and no bit."""
+
+    rows: int
+    outputs: int
+    warps: int
+    stages: int
+
+    def stages_of(self, dtype: torch.dtype) -> int:
+        """Stages that fit into a multiprocessor's shared memory; fewer for float32."""
+        return max(
+            1, min(self.stages, _SHARED // ((self.rows + self.outputs) * INPUTS * dtype.itemsize))
+        )
+
+
+_TILINGS = (  # for at most so many rows; outputs are a multiple of 64: one warp group's instruction
+    (16, Tiling(16, 64, 4, 5)),
+    (32, Tiling(32, 64, 4, 4)),
+    (64, Tiling(64, 64, 4, 4)),
+    (128, Tiling(128, 64, 4, 3)),
+)
+_MANY_ROWS = Tiling(128, 128, 8, 3)
+
+
+def tiling_for(num_rows: int) -> Tiling:
+    """The tiling of a product of `num_rows` rows."""
+    return next((tiling for most, tiling in _TILINGS if num_rows <= most), _MANY_ROWS)
+
+
+@functools.cache
+def part_size(num_outputs: int, num_inputs: int) -> int:
+    """Inputs of a part, a function of the weight's shape alone."""
+    wanted = triton.cdiv(_PROGRAMS, triton.cdiv(num_outputs, 64))
+    parts = max(1, min(wanted, num_inputs // _PART_AT_LEAST, _MOST_PARTS))
+    return int(triton.cdiv(triton.cdiv(num_inputs, parts), INPUTS) * INPUTS)
+
+
+def multiply(
+    x_MK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None = None,
+    *,
+    out_MN: torch.Tensor | None = None,
+    tiling: Tiling | None = None,
+) -> Product:
+    """Computes x · wᵀ + bias: in parts where rows are few, whole into `out_MN` if given."""
+    M, K = x_MK.shape
+    N = weight_NK.shape[0]
+    tiling = tiling or tiling_for(M)
+    part = part_size(N, K)
+    num_parts = triton.cdiv(K, part)
+    tiles = triton.cdiv(M, tiling.rows) * triton.cdiv(N, tiling.outputs)
+    apart = out_MN is None and num_parts > 1 and tiles * 2 <= _PROGRAMS
+    if out_MN is not None:
+        y = out_MN
+    elif apart:
+        y = torch.empty((num_parts, M, N), dtype=torch.float32, device=x_MK.device)
+    else:
+        y = torch.empty((M, N), dtype=x_MK.dtype, device=x_MK.device)
+    if M == 0:
+        return Product(y, num_parts if apart else 1)
+    _product[(tiles, num_parts if apart else 1)](
+        x_MK,
+        weight_NK,
+        bias_N if bias_N is not None else weight_NK,
+        y,
+        M,
+        x_MK.stride(0),
+        N=N,
+        K=K,
+        PART=part,
+        PARTS_HERE=1 if apart else num_parts,
+        HAS_BIAS=bias_N is not None,
+        ROWS=tiling.rows,
+        OUTPUTS=tiling.outputs,
+        INPUTS=INPUTS,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages_of(x_MK.dtype),
+        enable_fp_fusion=False,
+    )
+    return Product(y, num_parts if apart else 1)
+
+
+def multiply_twin(
+    x_MK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None = None,
+    *,
+    out_MN: torch.Tensor | None = None,
+    tiling: Tiling | None = None,  # noqa: ARG001 - the signature of `multiply`
+) -> Product:
+    """The same out of torch's own product, in float32 inside."""
+    bias = None if bias_N is None else bias_N.float()
+    y = functional.linear(x_MK.float(), weight_NK.float(), bias)
+    return Product(y.to(x_MK.dtype) if out_MN is None else out_MN.copy_(y))
+
+
+def multiply_by_library(
+    x_MK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None = None,
+    *,
+    out_MN: torch.Tensor | None = None,
+    tiling: Tiling | None = None,  # noqa: ARG001 - the signature of `multiply`
+) -> Product:
+    """The same by torch's product (cuBLAS), whose order of sums depends on M: not exact.
+
+    What exactness costs is measured against this.
+    """
+    y = functional.linear(x_MK, weight_NK, bias_N)
+    return Product(y if out_MN is None else out_MN.copy_(y))
+
+
+@triton.jit
+def load_sum(ptr, offsets, mask, part_stride, PARTS: tl.constexpr):
+    """Elements of a product: its parts added in order, in float32."""
+    total = tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(ptr + part * part_stride + offsets, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["M"])
+def _product(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    x_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS_HERE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """One [OUTPUTS, ROWS] tile of yᵀ, over one part of K or over all."""
+    # Tiles of eight row tiles side by side share their weights in the L2 cache.
+    GROUP: tl.constexpr = 8
+    num_row_tiles = tl.cdiv(M, ROWS)
+    num_output_tiles: tl.constexpr = (N + OUTPUTS - 1) // OUTPUTS
+    tile = tl.program_id(0)
+    first_row_tile = tile // (GROUP * num_output_tiles) * GROUP
+    group_rows = tl.minimum(num_row_tiles - first_row_tile, GROUP)
+    within = tile % (GROUP * num_output_tiles)
+    rows = (first_row_tile + within % group_rows) * ROWS + tl.arange(0, ROWS)
+    outputs = within // group_rows * OUTPUTS + tl.arange(0, OUTPUTS)
+    row_mask = rows < M
+    output_mask = outputs < N
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
+    w_rows = w_ptr + outputs.to(tl.int64)[:, None] * K
+
+    first_part = tl.program_id(1)
+    total = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + outputs, mask=output_mask, other=0.0).to(tl.float32)
+        total += tl.where(first_part == 0, bias, 0.0)[:, None]
+    for part in range(PARTS_HERE):
+        start = (first_part + part) * PART
+        chain = tl.zeros((OUTPUTS, ROWS), tl.float32)
+        for offset in range(0, PART, INPUTS):
+            inputs = start + offset + tl.arange(0, INPUTS)[None, :]
+            if K % INPUTS == 0 and PART * ((K + PART - 1) // PART) == K:
+                w = tl.load(w_rows + inputs, mask=output_mask[:, None], other=0.0)
+                x = tl.load(x_rows + inputs, mask=row_mask[:, None], other=0.0)
+            else:
+                inside = inputs < K
+                w = tl.load(w_rows + inputs, mask=output_mask[:, None] & inside, other=0.0)
+                x = tl.load(x_rows + inputs, mask=row_mask[:, None] & inside, other=0.0)
+            chain = tl.dot(w, tl.trans(x), chain, input_precision="ieee")
+        total += chain
+    y_rows = y_ptr + first_part.to(tl.int64) * M * N + rows.to(tl.int64)[:, None] * N
+    mask = row_mask[:, None] & output_mask[None, :]
+    tl.store(y_rows + outputs[None, :], tl.trans(total).to(y_ptr.dtype.element_ty), mask=mask)

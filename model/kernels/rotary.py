@@ -1,0 +1,186 @@
+"""After the QKV product: norm of each query and key head, rotary positions, K and V to the pool.
+
+Legend: T rows, H query heads, K key heads, D head dimension, X slots of the pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional
+
+from model.config import ModelConfig
+from model.kernels.matmul import Product, load_sum
+from model.layers import inverse_frequencies
+
+_HEADS = 8  # heads a program
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """How the columns of a QKV product divide into heads, and what is done to each."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    q_norm_D: torch.Tensor | None = None
+    k_norm_D: torch.Tensor | None = None
+    eps: float = 0.0
+    rotary: bool = True
+
+
+def rotary_table(config: ModelConfig, device: torch.device) -> torch.Tensor:
+    """Cosines, then sines, of every position's angles: [2, positions, D / 2] in float32."""
+    positions = torch.arange(config.max_model_len, device=device).float()
+    angles = positions[:, None] * inverse_frequencies(config, device)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def place_heads(
+    qkv: Product,
+    heads: Heads,
+    *,
+    table: torch.Tensor,
+    positions_T: torch.Tensor,
+    slots_T: torch.Tensor,
+    keys_XKD: torch.Tensor,
+    values_XKD: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Queries [T, H, D] in `dtype`; K and V are in their slots of the pool when it is done."""
+    T = qkv.values.shape[-2]
+    H, K, D = heads.num_heads, heads.num_kv_heads, heads.head_dim
+    q_THD = torch.empty((T, H, D), dtype=dtype, device=qkv.values.device)
+    if T == 0:
+        return q_THD
+    normed = heads.q_norm_D is not None
+    _place_heads[(T, triton.cdiv(H + 2 * K, _HEADS))](
+        qkv.values,
+        q_THD,
+        keys_XKD,
+        values_XKD,
+        heads.q_norm_D if normed else table,
+        heads.k_norm_D if normed else table,
+        table,
+        positions_T,
+        slots_T,
+        qkv.part_stride,
+        table.shape[1],
+        heads.eps,
+        H=H,
+        K=K,
+        HALF=D // 2,
+        BLOCK=triton.next_power_of_2(D // 2),
+        HEADS=_HEADS,
+        PARTS=qkv.num_parts,
+        NORMED=normed,
+        ROTARY=heads.rotary,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return q_THD
+
+
+def place_heads_twin(
+    qkv: Product,
+    heads: Heads,
+    *,
+    table: torch.Tensor,
+    positions_T: torch.Tensor,
+    slots_T: torch.Tensor,
+    keys_XKD: torch.Tensor,
+    values_XKD: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The same in torch."""
+    H, K, D = heads.num_heads, heads.num_kv_heads, heads.head_dim
+    q, k, v = qkv.whole(dtype).unflatten(-1, (H + 2 * K, D)).split((H, K, K), dim=-2)
+    if heads.q_norm_D is not None and heads.k_norm_D is not None:
+        q = functional.rms_norm(q, (D,), heads.q_norm_D, heads.eps)
+        k = functional.rms_norm(k, (D,), heads.k_norm_D, heads.eps)
+    if heads.rotary:
+        cos, sin = (half[positions_T.long()].unsqueeze(1) for half in table)
+        q, k = (_rotate_twin(x, cos, sin) for x in (q, k))
+    keys_XKD[slots_T.long()] = k.to(keys_XKD.dtype)
+    values_XKD[slots_T.long()] = v.to(values_XKD.dtype)
+    queries: torch.Tensor = q.contiguous()
+    return queries
+
+
+def _rotate_twin(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = torch.chunk(x.float(), 2, dim=-1)
+    turned: torch.Tensor = torch.cat(
+        (first * cos - second * sin, second * cos + first * sin), dim=-1
+    )
+    return turned.type_as(x)
+
+
+@triton.jit(do_not_specialize=["num_positions"])
+def _place_heads(
+    qkv_ptr,
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    table_ptr,
+    positions_ptr,
+    slots_ptr,
+    part_stride,
+    num_positions,
+    eps,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORMED: tl.constexpr,
+    ROTARY: tl.constexpr,
+):
+    """Some heads of one row, as two halves: pair d of a rotation is (d, d + D / 2)."""
+    D: tl.constexpr = 2 * HALF
+    row = tl.program_id(0).to(tl.int64)
+    heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    half = tl.arange(0, BLOCK)[None, :]
+    inside = half < HALF
+    mask = inside & (heads < H + 2 * K)
+    dtype = q_ptr.dtype.element_ty
+    offsets = row * (H + 2 * K) * D + heads * D + half
+    first = load_sum(qkv_ptr, offsets, mask, part_stride, PARTS).to(dtype)
+    second = load_sum(qkv_ptr, offsets + HALF, mask, part_stride, PARTS).to(dtype)
+    a = first.to(tl.float32)
+    b = second.to(tl.float32)
+    if NORMED:
+        norm_a = tl.load(k_norm_ptr + half, mask=inside, other=0.0).to(tl.float32)
+        norm_b = tl.load(k_norm_ptr + HALF + half, mask=inside, other=0.0).to(tl.float32)
+        query_a = tl.load(q_norm_ptr + half, mask=inside, other=0.0).to(tl.float32)
+        query_b = tl.load(q_norm_ptr + HALF + half, mask=inside, other=0.0).to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(a * a + b * b, axis=1) / D + eps)[:, None]
+        a = (a * scale * tl.where(heads < H, query_a, norm_a)).to(dtype).to(tl.float32)
+        b = (b * scale * tl.where(heads < H, query_b, norm_b)).to(dtype).to(tl.float32)
+    if ROTARY:
+        position = tl.load(positions_ptr + row).to(tl.int64)
+        angles = table_ptr + position * HALF + half
+        cos = tl.load(angles, mask=inside, other=0.0)
+        sin = tl.load(angles + num_positions.to(tl.int64) * HALF, mask=inside, other=0.0)
+        turned = a * cos - b * sin
+        b = b * cos + a * sin
+        a = turned
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    query = q_ptr + (row * H + heads) * D + half
+    is_query = inside & (heads < H)
+    tl.store(query, a.to(dtype), mask=is_query)
+    tl.store(query + HALF, b.to(dtype), mask=is_query)
+    stored = keys_ptr.dtype.element_ty
+    key = keys_ptr + (slot * K + heads - H) * D + half
+    is_key = inside & (heads >= H) & (heads < H + K)
+    tl.store(key, a.to(stored), mask=is_key)
+    tl.store(key + HALF, b.to(stored), mask=is_key)
+    value = values_ptr + (slot * K + heads - H - K) * D + half
+    is_value = mask & (heads >= H + K)
+    tl.store(value, first.to(stored), mask=is_value)
+    tl.store(value + HALF, second.to(stored), mask=is_value)

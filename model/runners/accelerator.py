@@ -1,0 +1,155 @@
+"""Accelerator: what the cuda runner asks of the machine, behind one seam.
+
+    pinned memory     so that copies run beside the computation
+    reading back      device -> host, done when its `wait` returns
+    recording         a sequence of launches, replayed by one: CUDA graphs
+    memory            what is free, and the most that was in use
+
+`HostAccelerator` is the same on a CPU: recorded work is called directly, and what is read back
+arrives in `wait` and not before, so that code that reads too early reads nonsense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+UNREAD = -(2**31)  # what a host buffer holds until its reading has arrived
+
+
+class Reading(Protocol):
+    """A copy to the host that is under way."""
+
+    def wait(self) -> torch.Tensor:
+        """The values, once they are there."""
+        ...
+
+
+class Accelerator(Protocol):
+    """One device. Everything is launched from one thread, in order."""
+
+    device: torch.device
+
+    def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """A host buffer that copies may use while the host does something else."""
+        ...
+
+    def read_back(self, source: torch.Tensor, buffer: torch.Tensor) -> Reading:
+        """Starts to copy `source` to the front of a flat buffer; the result has its shape."""
+        ...
+
+    def fence(self) -> Callable[[], None]:
+        """Marks this point of the work; calling the result waits until it is reached."""
+        ...
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work` as something to replay. It runs once or more while it is recorded."""
+        ...
+
+    def free_memory(self) -> int | None:
+        """Bytes; None where nothing is measured."""
+        ...
+
+    def peak_of(self, work: Callable[[], None]) -> int:
+        """Bytes that `work` needs beside what is there already."""
+        ...
+
+
+class CudaAccelerator:
+    """An NVIDIA GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool: Any = None  # graphs share their memory: one runs at a time
+
+    def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, pin_memory=True)
+
+    def read_back(self, source: torch.Tensor, buffer: torch.Tensor) -> Reading:
+        target = buffer[: source.numel()].view(source.shape)
+        target.copy_(source, non_blocking=True)
+        return _CudaReading(target)
+
+    def fence(self) -> Callable[[], None]:
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):  # compiles and loads kernels, which a capture must not
+            work()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        self._pool = graph.pool()
+        return graph.replay
+
+    def free_memory(self) -> int | None:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def peak_of(self, work: Callable[[], None]) -> int:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        work()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+
+class _CudaReading:
+    def __init__(self, target: torch.Tensor) -> None:
+        self._target = target
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def wait(self) -> torch.Tensor:
+        self._event.synchronize()
+        return self._target
+
+
+class HostAccelerator:
+    """A CPU in the place of a GPU, with the kernels in Triton's interpreter."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype)
+
+    def read_back(self, source: torch.Tensor, buffer: torch.Tensor) -> Reading:
+        target = buffer[: source.numel()].view(source.shape)
+        target.fill_(UNREAD if target.dtype == torch.int32 else torch.nan)
+        return _HostReading(source.clone(), target)
+
+    def fence(self) -> Callable[[], None]:
+        return _nothing
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+    def free_memory(self) -> int | None:
+        return None
+
+    def peak_of(self, work: Callable[[], None]) -> int:
+        work()
+        return 0
+
+
+class _HostReading:
+    def __init__(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        self._source = source
+        self._target = target
+
+    def wait(self) -> torch.Tensor:
+        return self._target.copy_(self._source)
+
+
+def _nothing() -> None:
+    """The host is never ahead of itself."""

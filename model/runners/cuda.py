@@ -1,0 +1,420 @@
+"""CudaRunner: steps on a GPU by the Triton kernels, decode steps as recorded graphs.
+
+All state of running sequences is on the device (`model.kernels.inputs`); the host sends what
+changes. A step goes one of two ways, with the same kernels and the same bits:
+
+    decode   a token a sequence, nothing scored   recorded: inputs, network | choice, write-back
+    mixed    chunks of prompts among them         launched kernel by kernel
+
+Between network and choice the logits may be adjusted (penalties, biases) or read (log
+probabilities), also in a decode step. Tokens come back through a ring, so the next step can be
+launched before they are read: `launch` and `collect`.
+
+Memory is planned at the start: weights, buffers for the largest step, what that step was measured
+to need, a margin; the rest may be KV pool. No step that `RunnerOptions` allows needs more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import triton
+
+from model.attention.triton_paged import attention_programs
+from model.batch import Batch, Bools, Ints, StepOutput
+from model.config import ModelConfig
+from model.kernels.attention import SPLIT, STEP, Partials, WorkList
+from model.kernels.choice import choose
+from model.kernels.inputs import Column, advance, change, decode_rows, mixed_rows
+from model.kernels.matmul import multiply
+from model.kvcache import KVCache, bytes_per_block
+from model.runners import RunnerOptions, StepHandle, Weights
+from model.runners.accelerator import Accelerator, CudaAccelerator, HostAccelerator, Reading
+from model.runners.cuda_network import FusedNetwork, Multiply, Reduce, StepInputs
+from model.runners.device_memory import blocks_that_fit, check_weights_fit
+from model.runners.exactness import Trial, trial_for, try_exactness
+from model.runners.ladder import Ladder, rungs
+from model.runners.logit_rows import Extras, Scores, adjust, read_extras, score_rows
+from model.runners.ring import Ring, Upload
+from model.runners.seats import Seats
+from model.runners.torch import choose_device
+
+KERNELS = 1  # rises whenever the kernels' bits change
+IN_FLIGHT = 2
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _InFlight:
+    handle: StepHandle
+    seats_R: Ints
+    tokens: Reading
+    extras: Extras
+    scores: Scores
+
+
+class CudaRunner:
+    """Owns the weights, the KV pool and the state of the seats.
+
+    Raises ValueError for networks and options it cannot serve and where memory does not suffice.
+    With device `cpu` the kernels run in Triton's interpreter: for tests. `product` is how weight
+    matrices are multiplied; any but the default gives up exactness. `reduce` sums over ranks.
+
+    It calls itself exact only after it has tried: `proof` says on what. None tries nothing.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        options: RunnerOptions,
+        digest: str,
+        product: Multiply = multiply,
+        reduce: Reduce | None = None,
+        proof: Trial | Literal["by options"] | None = "by options",
+    ) -> None:
+        device = choose_device(options.device)
+        self._accelerator: Accelerator = (
+            CudaAccelerator(device) if device.type == "cuda" else HostAccelerator()
+        )
+        self._dtype = _choose_dtype(options.dtype)
+        self._kv_dtype = _choose_kv_dtype(options.kv_dtype, self._dtype)
+        self.config = config
+        self.block_size = options.block_size
+        self._options = options
+        needed = sum(weights[name].numel() for name in weights) * self._dtype.itemsize
+        check_weights_fit(needed, self._accelerator.free_memory())
+        self._network = FusedNetwork(
+            config, weights, dtype=self._dtype, device=device, product=product, reduce=reduce
+        )
+        self._make_buffers(device)
+        self.num_blocks = options.num_blocks or self._measure_blocks()
+        self._make_pool(self.num_blocks)
+        self._flying: deque[_InFlight] = deque()
+        self._steps = 0
+        self.exact = product is multiply and reduce is None and proof is not None
+        self.numeric_class = self._name_class(device, digest)
+        if self.exact:
+            self.exact = self._proves(proof)
+            self.numeric_class = self._name_class(device, digest)
+
+    def run(self, batch: Batch) -> StepOutput:
+        """Computes the step and stores its K and V."""
+        return self.collect(self.launch(batch))
+
+    def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
+        """Starts a step; see `OverlappedRunner`."""
+        self._check_launch(batch, unread_T)
+        with torch.inference_mode():
+            sequences_R = (
+                np.searchsorted(batch.query_starts_S1, batch.sample_rows_R, side="right") - 1
+            )
+            seats_R = batch.seats_S[sequences_R]
+            decode = (
+                batch.is_decode
+                and len(seats_R) == batch.num_sequences
+                and not batch.score_ids_Q.size
+            )
+            places, values = self._seats.changes(batch, seats_R, unread_T=unread_T, decode=decode)
+            handle = StepHandle(self._steps)
+            if decode:
+                flying = self._decode(batch, handle, (places, values))
+            else:
+                flying = self._mixed(batch, handle, (places, values), seats_R, unread_T)
+        self._seats.sampled(seats_R, step=handle.number, decode=decode)
+        self._flying.append(flying)
+        self._steps += 1
+        return handle
+
+    def collect(self, handle: StepHandle) -> StepOutput:
+        """Waits for the oldest step under way."""
+        if not self._flying or self._flying[0].handle != handle:
+            raise ValueError("steps are collected in the order they were launched")
+        flying = self._flying.popleft()
+        with torch.inference_mode():
+            tokens_R = flying.tokens.wait().numpy().copy()
+            extras, scores = flying.extras.wait(), flying.scores.wait()
+        self._seats.read(flying.seats_R, tokens_R, step=handle.number)
+        return StepOutput(
+            tokens_R=tokens_R,
+            logprobs_R=extras.logprobs,
+            top_ids_RN=extras.top_ids,
+            top_logprobs_RN=extras.top_logprobs,
+            score_logprobs_Q=scores.logprobs,
+            score_top_ids_QN=scores.top_ids,
+            score_top_logprobs_QN=scores.top_logprobs,
+        )
+
+    def warm_up(self) -> None:
+        """Compiles the kernels for every size and records the ladder."""
+        with torch.inference_mode():
+            for num_tokens in (1, 17, 33, 65, 129, self._options.max_batch_tokens):
+                self._dry_step(min(num_tokens, self._options.max_batch_tokens))
+            for size in reversed(
+                self._networks.sizes
+            ):  # the largest first: others share its memory
+                self._record(size)
+
+    def close(self) -> None:
+        """Gives the device's memory back; the runner must not run again."""
+        self._flying.clear()
+        del self._network, self._cache, self._networks, self._choices, self._logits_RV
+
+    def _make_buffers(self, device: torch.device) -> None:
+        """Everything that is there once, sized for the largest step."""
+        config, options = self.config, self._options
+        table_width = -(-config.max_model_len // self.block_size)
+        sequences = options.max_sequences
+        self._seats = Seats(sequences, table_width=table_width)
+        self._state = torch.from_numpy(self._seats.mirror.copy()).to(device)
+        most_changes = sequences * (Column.TABLE + table_width)
+        self._upload = Upload(
+            self._accelerator,
+            capacity=4 * options.max_batch_tokens + 5 * sequences + 1 + 2 * most_changes,
+            slots=2 * IN_FLIGHT,
+        )
+        self._ring = Ring(self._accelerator, width=sequences, slots=2 * IN_FLIGHT)
+        self._work = {
+            window: WorkList(
+                max_rows=options.max_batch_tokens,
+                max_sequences=sequences,
+                max_context=config.max_model_len,
+                group=config.num_heads // config.num_kv_heads,
+                device=device,
+            )
+            for window in self._network.windows
+        }
+        self._partials = Partials(
+            next(iter(self._work.values())),
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            device=device,
+        )
+        self._programs = attention_programs(device)
+        self._rows = torch.arange(sequences + 1, dtype=torch.int32, device=device)
+        self._logits_RV = torch.empty(
+            (sequences, config.vocab_size), dtype=torch.float32, device=device
+        )
+        self._tokens_R = torch.zeros(sequences, dtype=torch.int32, device=device)
+        sizes = rungs(sequences)
+        self._networks = Ladder(self._accelerator, sizes, self._decode_network)
+        self._choices = Ladder(self._accelerator, sizes, self._decode_choice)
+
+    def _measure_blocks(self) -> int:
+        """Blocks of the pool, from what the largest step leaves."""
+        self._make_pool(0)
+        largest = self._options.max_batch_tokens
+        with torch.inference_mode():
+            self._dry_step(largest)  # compiles, and lets libraries take what they keep
+            work = self._accelerator.peak_of(lambda: self._dry_step(largest))
+        return blocks_that_fit(
+            free=self._accelerator.free_memory(),
+            work=work,
+            block_bytes=bytes_per_block(self.config, self.block_size, dtype=self._kv_dtype),
+            wanted=self._options.kv_memory,
+            share=self._options.memory_share,
+        )
+
+    def _make_pool(self, num_blocks: int) -> None:
+        """The pool, with one block more for rows that are nobody's."""
+        self._cache = KVCache(
+            self.config,
+            block_size=self.block_size,
+            num_blocks=num_blocks + 1,
+            dtype=self._kv_dtype,
+            device=self._accelerator.device,
+        )
+        nobodys = slice(num_blocks * self.block_size, None)
+        self._cache.pool[:, :, nobodys] = 0  # so that rows that only fill up stay finite
+        self._seats.give_nobody(num_blocks)
+        self._state.copy_(torch.from_numpy(self._seats.mirror))
+
+    def _proves(self, proof: Trial | Literal["by options"] | None) -> bool:
+        """Whether an answer's bits depended on nothing that was tried."""
+        if not isinstance(proof, Trial):
+            proof = trial_for(
+                self._options, num_blocks=self.num_blocks, max_model_len=self.config.max_model_len
+            )
+        return all(try_exactness(self, proof).values())
+
+    def _name_class(self, device: torch.device, digest: str) -> str:
+        chip = "interpreter"
+        if device.type == "cuda":
+            chip = "sm{}{}".format(*torch.cuda.get_device_capability(device))
+        kinds = f"{_SHORT[self._dtype]}-kv{8 * self._kv_dtype.itemsize}"
+        kernels = f"{KERNELS}.{SPLIT}.{STEP}-triton{triton.__version__}"
+        kind = "triton" if self.exact else "triton-inexact"
+        return f"{kind}-{chip}-{kinds}-{kernels}-{digest[:12]}"
+
+    def _check_launch(self, batch: Batch, unread_T: Bools | None) -> None:
+        if len(self._flying) == IN_FLIGHT:
+            raise ValueError(f"at most {IN_FLIGHT} steps are under way")
+        if batch.num_tokens > self._options.max_batch_tokens:
+            raise ValueError(f"a step has at most {self._options.max_batch_tokens} tokens")
+        if batch.num_sequences > self._options.max_sequences:
+            raise ValueError(f"a step has at most {self._options.max_sequences} sequences")
+        if unread_T is not None and unread_T.any():
+            penalised = batch.sample_rows_R[batch.sampling.penalty_rows_P]
+            if unread_T[penalised].any() or unread_T[batch.score_rows_Q].any():
+                raise ValueError("a row whose token is unread can have no penalties or scores")
+
+    def _decode(self, batch: Batch, handle: StepHandle, changes: tuple[Ints, Ints]) -> _InFlight:
+        count = batch.num_sequences
+        size = self._networks.size_for(count)
+        if not self._networks.has(size):
+            self._record(size)
+        filler = np.full(size - count, self._seats.nobody, np.int32)
+        sent = self._upload.send([batch.seats_S, filler, *changes])
+        change(self._state, sent[2], sent[3])
+        self._networks.run(size)
+        logits_RV = self._logits_RV[:count]
+        raw_RV = adjust(logits_RV, batch.sampling)
+        self._choices.run(size)
+        tokens_R = self._tokens_R[:count]
+        return _InFlight(
+            handle=handle,
+            seats_R=batch.seats_S,
+            tokens=self._ring.post(tokens_R),
+            extras=read_extras(raw_RV, tokens_R, batch.sampling, self._accelerator),
+            scores=Scores.none(),
+        )
+
+    def _mixed(
+        self,
+        batch: Batch,
+        handle: StepHandle,
+        changes: tuple[Ints, Ints],
+        seats_R: Ints,
+        unread_T: Bools | None,
+    ) -> _InFlight:
+        lengths_S = np.diff(batch.query_starts_S1)
+        unread = np.zeros(batch.num_tokens, np.int32) if unread_T is None else unread_T
+        places, values, *step = self._upload.send(
+            [
+                *changes,
+                np.repeat(batch.seats_S, lengths_S),
+                batch.tokens_T,
+                batch.positions_T,
+                unread.astype(np.int32),
+                batch.query_starts_S1,
+                batch.context_lens_S,
+                batch.seats_S,
+                batch.sample_rows_R,
+                seats_R,
+            ]
+        )
+        seats_T, tokens_T, positions_T, unread_rows_T, starts_S1, contexts_S, seats_S = step[:7]
+        rows_R, seats_on_device_R = step[7:]
+        change(self._state, places, values)
+        tokens_T, slots_T = mixed_rows(
+            self._state, seats_T, tokens_T, positions_T, unread_rows_T, block_size=self.block_size
+        )
+        merges = next(iter(self._work.values())).num_tiles(lengths_S.tolist())
+        self._fill(starts_S1, contexts_S, seats_S)
+        inputs = self._inputs(tokens_T, positions_T, slots_T, merges=merges)
+        hidden = self._network.hidden(inputs, self._cache.pool, block_size=self.block_size)
+        logits_RV = self._logits_RV[: len(seats_R)]
+        self._network.logits(hidden, rows_R, out_RV=logits_RV)
+        raw_RV = adjust(logits_RV, batch.sampling)
+        tokens_R = choose(logits_RV, self._state, seats_on_device_R)
+        advance(self._state, seats_on_device_R, tokens_R, stored=0)
+        return _InFlight(
+            handle=handle,
+            seats_R=seats_R,
+            tokens=self._ring.post(tokens_R),
+            extras=read_extras(raw_RV, tokens_R, batch.sampling, self._accelerator),
+            scores=score_rows(self._network, hidden, batch, self._accelerator),
+        )
+
+    def _record(self, size: int) -> None:
+        """Records a rung, on rows that are nobody's."""
+        self._upload.send([np.full(size, self._seats.nobody, np.int32)])
+        self._networks.record(size)
+        self._choices.record(size)
+
+    def _decode_network(self, size: int) -> None:
+        """Recorded: from seats to logits."""
+        seats_S = self._upload.target[:size]
+        tokens, positions, slots, contexts = decode_rows(
+            self._state, seats_S, block_size=self.block_size
+        )
+        self._fill(self._rows[: size + 1], contexts, seats_S)
+        inputs = self._inputs(tokens, positions, slots, merges=size)
+        hidden = self._network.hidden(inputs, self._cache.pool, block_size=self.block_size)
+        self._network.logits(hidden, None, out_RV=self._logits_RV[:size])
+
+    def _decode_choice(self, size: int) -> None:
+        """Recorded: from logits to tokens, left in their seats and in a place to be read from."""
+        seats_R = self._upload.target[:size]
+        tokens_R = choose(self._logits_RV[:size], self._state, seats_R)
+        advance(self._state, seats_R, tokens_R, stored=1)
+        self._tokens_R[:size].copy_(tokens_R)
+
+    def _fill(
+        self, starts_S1: torch.Tensor, contexts_S: torch.Tensor, seats_S: torch.Tensor
+    ) -> None:
+        for window, work in self._work.items():
+            work.fill(starts_S1, contexts_S, seats_S, window=window)
+
+    def _inputs(
+        self,
+        tokens_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        slots_T: torch.Tensor,
+        *,
+        merges: int,
+    ) -> StepInputs:
+        return StepInputs(
+            tokens_T=tokens_T,
+            positions_T=positions_T,
+            slots_T=slots_T,
+            table_SB=self._state[:, Column.TABLE :],
+            work=self._work,
+            partials=self._partials,
+            programs=self._programs,
+            merges=merges,
+        )
+
+    def _dry_step(self, num_tokens: int) -> None:
+        """A mixed step of nobody's tokens: to compile, to warm up, to measure."""
+        length = min(num_tokens, self.config.max_model_len)
+        count = min(self._options.max_sequences, num_tokens)
+        device = self._accelerator.device
+        lengths = np.full(count, num_tokens // count)
+        lengths[: num_tokens % count] += 1
+        lengths = np.minimum(lengths, length)
+        starts = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))).int().to(device)
+        total = int(lengths.sum())
+        zeros = torch.zeros(total, dtype=torch.int32, device=device)
+        seats_S = torch.full((count,), self._seats.nobody, dtype=torch.int32, device=device)
+        self._fill(starts, starts[1:] - starts[:-1], seats_S)
+        merges = next(iter(self._work.values())).num_tiles(lengths.tolist())
+        tokens, slots = mixed_rows(
+            self._state, seats_S[:1].repeat(total), zeros, zeros, zeros, block_size=self.block_size
+        )
+        inputs = self._inputs(tokens, zeros, slots, merges=merges)
+        hidden = self._network.hidden(inputs, self._cache.pool, block_size=self.block_size)
+        self._network.logits(hidden, starts[1:] - 1, out_RV=self._logits_RV[:count])
+        choose(self._logits_RV[:count], self._state, seats_S)
+
+
+def _choose_dtype(name: str) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be auto or one of {', '.join(_DTYPES)} for the cuda runner")
+    return _DTYPES[name]
+
+
+def _choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    kinds = {"auto": dtype, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
+    if name not in kinds:
+        raise ValueError(f"kv_dtype must be one of {', '.join(kinds)} for the cuda runner")
+    return kinds[name]

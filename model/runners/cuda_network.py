@@ -1,0 +1,204 @@
+"""The network on the Triton kernels: the same sums as `model.transformer`, fused, over paged KV.
+
+    residual ── norm ── QKV ── heads placed ── attention ── out ─┐ delta
+       └─ + ──────── norm ── gate-up ── SiLU · mul ── down ──────┤ delta
+       └─ + ──────── (next layer)
+
+A sublayer hands on its product unfinished (`Product`, maybe in parts); the next norm adds it to the
+residual stream. It holds weights and tables and nothing that changes. Legend: `model.batch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from model.config import Activation, ModelConfig, Norm, Position
+from model.kernels.activation import silu_mul
+from model.kernels.attention import Partials, WorkList, paged_attention
+from model.kernels.matmul import Product, multiply
+from model.kernels.norm import add_rms_norm
+from model.kernels.rotary import Heads, place_heads, rotary_table
+
+Multiply = Callable[..., Product]
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+"""Sums a product over the ranks that each hold a share of its inputs; returns the sum."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """Tensors of a step, all on the device."""
+
+    tokens_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    table_SB: torch.Tensor  # by seat
+    work: Mapping[int | None, WorkList]  # filled, one for each window that layers have
+    partials: Partials
+    programs: int
+    merges: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    heads: Heads
+    window: int | None
+    attention_norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    out: torch.Tensor
+    out_bias: torch.Tensor | None
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+
+
+def check_supported(config: ModelConfig) -> None:
+    """Raises ValueError for networks that these kernels do not compute."""
+    supported = (
+        config.norm is Norm.RMS
+        and config.position is Position.ROTARY
+        and config.activation is Activation.SILU
+        and config.gated_mlp
+        and config.num_heads // config.num_kv_heads <= 64
+    )
+    if not supported:
+        raise ValueError(
+            "the cuda runner computes networks with RMSNorm, rotary positions, a gated SiLU MLP "
+            f"and at most 64 query heads a key head; for {config.family} use the torch runner"
+        )
+
+
+class FusedNetwork:
+    """Weights on a device, and the way of a step through them."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        product: Multiply = multiply,
+        reduce: Reduce | None = None,
+    ) -> None:
+        check_supported(config)
+        self.config = config
+        self.dtype = dtype
+        self._multiply = product
+        self._reduce = reduce
+        loaded = {
+            name: weights[name].to(device=device, dtype=dtype).contiguous() for name in weights
+        }
+        self._embed = loaded["embed.weight"]
+        self._norm = loaded["norm.weight"]
+        self._head = self._embed if config.tied_head else loaded["head.weight"]
+        self._table = rotary_table(config, device)
+        self._layers = [_layer(config, loaded, index) for index in range(config.num_layers)]
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The windows that its layers have."""
+        return {layer.window for layer in self._layers}
+
+    def hidden(
+        self, inputs: StepInputs, pool: torch.Tensor, *, block_size: int
+    ) -> tuple[torch.Tensor, Product]:
+        """The residual stream [T, C] and what the last layer still adds to it.
+
+        Stores the K and V of the step in `pool` [layers, 2, X, K, D].
+        """
+        residual_TC = functional.embedding(inputs.tokens_T, self._embed)
+        delta: Product | None = None
+        for layer, (keys_XKD, values_XKD) in zip(self._layers, pool, strict=True):
+            x_TC = self._add_norm(residual_TC, delta, layer.attention_norm)
+            q_THD = place_heads(
+                self._multiply(x_TC, layer.qkv, layer.qkv_bias),
+                layer.heads,
+                table=self._table,
+                positions_T=inputs.positions_T,
+                slots_T=inputs.slots_T,
+                keys_XKD=keys_XKD,
+                values_XKD=values_XKD,
+                dtype=self.dtype,
+            )
+            mixed_THD = paged_attention(
+                q_THD,
+                keys_XKD,
+                values_XKD,
+                inputs.table_SB,
+                work=inputs.work[layer.window],
+                partials=inputs.partials,
+                block_size=block_size,
+                scale=self.config.head_dim**-0.5,
+                window=layer.window,
+                programs=inputs.programs,
+                merges=inputs.merges,
+            )
+            delta = self._narrow(mixed_THD.flatten(1), layer.out, layer.out_bias)
+            x_TC = self._add_norm(residual_TC, delta, layer.mlp_norm)
+            gate_up = self._multiply(x_TC, layer.gate_up, layer.gate_up_bias)
+            x_TF = silu_mul(gate_up, dtype=self.dtype)
+            delta = self._narrow(x_TF, layer.down, layer.down_bias)
+        if delta is None:
+            raise ValueError("a network has at least one layer")
+        return residual_TC, delta
+
+    def logits(
+        self,
+        hidden: tuple[torch.Tensor, Product],
+        rows_R: torch.Tensor | None,
+        *,
+        out_RV: torch.Tensor,
+    ) -> None:
+        """Fills `out_RV`, float32, with the logits of some rows (None: of all)."""
+        residual_TC, delta = hidden
+        x_RC = add_rms_norm(residual_TC, delta, self._norm, eps=self.config.norm_eps, rows_R=rows_R)
+        self._multiply(x_RC, self._head, out_MN=out_RV)
+
+    def _add_norm(
+        self, residual_TC: torch.Tensor, delta: Product | None, weight_C: torch.Tensor
+    ) -> torch.Tensor:
+        return add_rms_norm(residual_TC, delta, weight_C, eps=self.config.norm_eps)
+
+    def _narrow(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """A sublayer's last product; with several ranks, each has a share of its inputs."""
+        if self._reduce is None:
+            return self._multiply(x, weight, bias)
+        y = torch.empty((len(x), len(weight)), dtype=self.dtype, device=x.device)
+        return Product(self._reduce(self._multiply(x, weight, bias, out_MN=y).values))
+
+
+def _layer(config: ModelConfig, loaded: Mapping[str, torch.Tensor], index: int) -> _Layer:
+    prefix = f"blocks.{index}."
+
+    def maybe(name: str) -> torch.Tensor | None:
+        return loaded.get(prefix + name)
+
+    return _Layer(
+        heads=Heads(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            q_norm_D=maybe("attention.q_norm.weight"),
+            k_norm_D=maybe("attention.k_norm.weight"),
+            eps=config.norm_eps,
+            rotary=index not in config.rope_free_layers,
+        ),
+        window=config.window(index),
+        attention_norm=loaded[prefix + "attention_norm.weight"],
+        qkv=loaded[prefix + "attention.qkv.weight"],
+        qkv_bias=maybe("attention.qkv.bias"),
+        out=loaded[prefix + "attention.out.weight"],
+        out_bias=maybe("attention.out.bias"),
+        mlp_norm=loaded[prefix + "mlp_norm.weight"],
+        gate_up=loaded[prefix + "mlp.gate_up.weight"],
+        gate_up_bias=maybe("mlp.gate_up.bias"),
+        down=loaded[prefix + "mlp.down.weight"],
+        down_bias=maybe("mlp.down.bias"),
+    )

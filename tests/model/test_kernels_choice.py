@@ -1,0 +1,63 @@
+"""Tokens chosen by the kernels are those that the sampler chooses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from model.kernels.choice import choose, choose_twin
+from model.kernels.inputs import Column
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def random_state(rng: np.random.Generator, rows: int, vocab_size: int) -> torch.Tensor:
+    """A seat a row, with columns drawn so that every way and every mixture of cuts comes up."""
+    state = np.zeros((rows + 1, Column.TABLE + 1), np.int32)
+    floats = state.view(np.float32)
+    for seat in range(rows):
+        way = rng.integers(5)
+        state[seat, Column.INDEX] = rng.integers(0, 10_000)
+        state[seat, Column.SEED_LOW : Column.CHOICE] = rng.integers(-(2**31), 2**31, 2)
+        state[seat, Column.CHOICE] = rng.integers(0, 4)
+        state[seat, Column.TOP_K] = rng.integers(1, 30) if way in {2, 4} else vocab_size
+        floats[seat, Column.TEMPERATURE] = 0 if way == 0 else rng.choice([0.2, 0.7, 1.0, 3.0])
+        floats[seat, Column.TOP_P] = rng.choice([0.0, 0.4, 0.95]) if way in {3, 4} else 1.0
+        floats[seat, Column.MIN_P] = rng.choice([0.0, 0.0, 0.1])
+    return torch.from_numpy(state).to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "seed", [1, *(pytest.param(seed, marks=pytest.mark.kernels) for seed in (0, *range(2, 30)))]
+)
+def test_chooses_what_the_sampler_chooses(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    rows, vocab_size = 5, int(rng.choice([5, 97, 300]))
+    state = random_state(rng, rows, vocab_size)
+    logits = torch.randn(rows, vocab_size) * 3
+    if seed % 2:
+        logits = logits.round()  # many equals
+    logits[0, : vocab_size // 2] = -torch.inf
+    seats = torch.tensor(rng.permutation(rows), dtype=torch.int32, device=DEVICE)
+    logits = logits.to(DEVICE)
+    given = choose(logits, state, seats, chunk=64)
+    assert given.tolist() == choose_twin(logits, state, seats).tolist()
+
+
+def test_random_numbers_follow_from_seed_choice_and_index() -> None:
+    """Over a flat distribution the token is the number itself: each column of its key counts."""
+    state = torch.zeros((6, Column.TABLE + 1), dtype=torch.int32)
+    state.view(torch.float32)[:, [Column.TEMPERATURE, Column.TOP_P]] = 1.0
+    state[:, Column.TOP_K] = 4096
+    for seat, column in enumerate(
+        (Column.INDEX, Column.SEED_LOW, Column.SEED_HIGH, Column.CHOICE), 1
+    ):
+        state[seat, column] = -1 if column in {Column.SEED_LOW, Column.SEED_HIGH} else 1
+    state = state.to(DEVICE)
+    seats = torch.arange(5, dtype=torch.int32, device=DEVICE)
+    logits = torch.zeros(5, 4096, device=DEVICE)
+    tokens = choose(logits, state, seats).tolist()
+    assert len(set(tokens)) == 5
+    assert tokens == choose_twin(logits, state, seats).tolist()

@@ -1,0 +1,82 @@
+"""The kernels compile for a Hopper GPU, where there is none: to its matrix instructions, unspilled.
+
+A process of its own, because in this one Triton interprets. A tile of every product, and attention
+for each head size, must use the warp group's instruction with one and the same shape but for the
+number of columns: what exactness over batch sizes rests on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = r"""
+import json, re, warnings
+warnings.simplefilter("ignore")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from model.kernels import attention, matmul
+
+def compiled(kernel, types, constants, **options):
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name.endswith("_stride")
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assembly = done.asm["ptx"]
+    shapes = re.findall(r"wgmma.mma_async\S*?(m\d+n\d+k\d+)", assembly)
+    return {
+        "instructions": sorted(set(shapes)),
+        "others": len(re.findall(r"[^_]mma.sync", assembly)),
+        "shared": done.metadata.shared,
+    }
+
+found = {}
+pointers = {name: "*bf16" for name in ("x_ptr", "w_ptr", "bias_ptr")}
+for rows in (1, 32, 64, 128, 256):
+    for apart in (False, True):
+        tiling = matmul.tiling_for(rows)
+        found[f"product of {rows} apart {apart}"] = compiled(
+            matmul._product,
+            {**pointers, "y_ptr": "*fp32" if apart else "*bf16", "M": "i32", "x_stride": "i32"},
+            dict(N=4096, K=1024, PART=256, PARTS_HERE=1 if apart else 4, HAS_BIAS=False,
+                 ROWS=tiling.rows, OUTPUTS=tiling.outputs, INPUTS=matmul.INPUTS),
+            num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=False,
+        )
+types = {name: "*i32" for name in ("table_ptr", "tiles_ptr", "items_ptr", "counts_ptr")}
+types |= {"q_ptr": "*bf16", "out_ptr": "*bf16", "mixed_ptr": "*fp32", "sums_ptr": "*fp32"}
+types |= {"table_stride": "i32", "scale": "fp32", "window": "i32"}
+for dim in (64, 96, 128):
+    for stored in ("*bf16", "*fp8e4nv"):
+        found[f"attention {dim} {stored}"] = compiled(
+            attention._attend, {**types, "keys_ptr": stored, "values_ptr": stored},
+            dict(BLOCK_SIZE=64, SPLIT=attention.SPLIT, STEP=attention.STEP, ROWS=attention.ROWS,
+                 WINDOWED=True, H=16, K=8, D=dim, BLOCK_D=triton.next_power_of_2(dim)),
+            num_warps=4, num_stages=3, enable_fp_fusion=False,
+        )
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.kernels
+def test_kernels_compile_to_the_warp_groups_instruction() -> None:
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        check=False, capture_output=True, text=True, env=variables,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    for name, facts in json.loads(run.stdout).items():
+        assert facts["instructions"], name
+        assert all(shape.startswith("m64n") for shape in facts["instructions"]), name
+        assert all(shape.endswith("k16") for shape in facts["instructions"]), name
+        assert not facts["others"], name
+        assert facts["shared"] <= 227 * 1024, name
