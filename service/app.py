@@ -37,7 +37,7 @@ def build_app(
     authenticate: Authenticator = open_to_all,
     docs: bool = False,
 ) -> FastAPI:
-    """The API. `docs` adds /docs and /openapi.json. Its lifespan sweeps the queue for deadlines."""
+    """The API. `docs` adds /docs and /openapi.json. Its lifespan sweeps the queue and attends what is read."""
     context = ApiContext(
         queue=queue,
         tokenizer=tokenizer,
@@ -45,19 +45,22 @@ def build_app(
         limits=limits,
         observer=observer,
         probes=probes,
-        attendance=Attendance(queue.stop),
+        attendance=Attendance(queue),
         version=version,
     )
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        sweeper = asyncio.create_task(sweep_forever(queue, interval=limits.sweep_interval))
+        chores = [
+            asyncio.create_task(sweep_forever(queue, interval=limits.sweep_interval)),
+            asyncio.create_task(context.attendance.run(limits.attend_interval)),
+        ]
         try:
             yield
         finally:
-            sweeper.cancel()
-            await asyncio.gather(sweeper, return_exceptions=True)
-            context.attendance.close()
+            for chore in chores:
+                chore.cancel()
+            await asyncio.gather(*chores, return_exceptions=True)
 
     app = _shell("Quire", version=version, lifespan=lifespan, docs=docs)
     app.state.context = context
@@ -90,7 +93,7 @@ def build_admin_app(public: FastAPI, *, render_metrics: Callable[[], bytes]) -> 
 
 
 async def sweep_forever(queue: Queue, *, interval: float) -> None:
-    """Ends what is past its deadline, wherever it was submitted; pauses while the queue is away."""
+    """Ends what is overdue or deserted, wherever it was submitted; waits for an absent queue."""
     while True:
         with suppress(Unavailable):
             await queue.sweep()

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.api.connection import DROP
 from service.errors import StartupError
 
 
@@ -32,6 +34,18 @@ def address(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class DroppingProtocol(HttpToolsProtocol):
+    """HTTP/1.1 as uvicorn speaks it, and a way for the application to drop a connection.
+
+    ASGI has none, and to close one waits for a reader who takes nothing.
+    """
+
+    def on_message_begin(self) -> None:
+        """Puts `DROP` into the state of the request that begins."""
+        super().on_message_begin()
+        self.scope["state"][DROP] = self.transport.abort
+
+
 class Listener(uvicorn.Server):
     """One application on one socket, in a loop that it shares with others.
 
@@ -42,7 +56,7 @@ class Listener(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=DroppingProtocol,
                 ws="none",
                 log_config=None,
                 access_log=False,

@@ -134,7 +134,7 @@ class Settings(BaseModel):
         Group.HTTP, 15.0, "Seconds of silence after which a stream gets a comment.", gt=0
     )
     disconnect_grace: float = _setting(
-        Group.HTTP, 30.0, "Seconds a resumable stream's request outlives its reader.", ge=0
+        Group.HTTP, 30.0, "Seconds that an answer which can be read again goes on without a reader.", ge=0
     )
 
     drain_timeout: float = _setting(

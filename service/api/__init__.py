@@ -5,6 +5,7 @@
     admission                  -> Submission -> queue                          [409, 429, 503]
     answer, relay, pieces      journal -> what is shown of each choice
     events, sse | whole        -> server-sent events, or their sum as one JSON body
+    attendance, resume         readers that leave, that come back, here or at another replica
 
 It talks to the queue's Protocol alone: no engine, no tensors, no metrics library.
 """
@@ -16,14 +17,17 @@ from types import MappingProxyType
 
 from fastapi import APIRouter
 
-from service.api import chat, completions, health, models, streams, tokens
+from service.api import chat, completions, health, models, page, responses, status, streams, tokens
 
 ROUTERS: Mapping[str, APIRouter] = MappingProxyType({
     "completions": completions.router,
     "chat": chat.router,
+    "responses": responses.router,
     "streams": streams.router,
     "models": models.router,
     "tokens": tokens.router,
     "health": health.router,
+    "status": status.router,
+    "page": page.router,
 })  # fmt: skip
 """Group of endpoints -> its routes, all on the public port."""

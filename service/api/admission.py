@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 from service.api.call import Call
 from service.api.context import ApiContext
+from service.api.limits import ApiLimits
 from service.api.manifest import Endpoint, Manifest, PromptNote
 from service.api.prompts import PromptTokens
 from service.api.sampling import (
@@ -53,9 +55,13 @@ def plan_call(
     context: ApiContext,
     *,
     call: Call,
+    given_back: dict[str, Any] | None = None,
 ) -> Submission:
-    """All that a call asks for. Raises BadRequest."""
-    manifest = _manifest(body, prompts, context, call=call)
+    """All that a call asks for; `given_back` where it asks for a response. Raises BadRequest."""
+    manifest = _manifest(body, prompts, context)
+    if given_back is not None:
+        manifest = replace(manifest, endpoint=Endpoint.RESPONSES, given_back=given_back)
+    manifest = replace(manifest, grace=_grace(body, manifest, call=call, limits=context.limits))
     # best_of needs log probabilities to choose by, asked for or not.
     ranked = manifest.width > manifest.keep and manifest.logprobs is None
     sampling = sampling_params(body, context, top_logprobs=0 if ranked else manifest.logprobs)
@@ -84,6 +90,8 @@ def plan_call(
         manifest=manifest.to_json(),
         idempotency_key=call.idempotency_key,
         fingerprint=call.fingerprint,
+        # A caller's own leaving is seen where it was served; the queue sees that nobody serves it.
+        grace=None if manifest.grace is None else manifest.grace or context.limits.replica_grace,
     )
 
 
@@ -100,11 +108,7 @@ def _choices(
 
 
 def _manifest(
-    body: CompletionBody | ChatBody,
-    prompts: list[PromptTokens],
-    context: ApiContext,
-    *,
-    call: Call,
+    body: CompletionBody | ChatBody, prompts: list[PromptTokens], context: ApiContext
 ) -> Manifest:
     width, keep = choice_counts(body, len(prompts), context.limits)
     echo = isinstance(body, CompletionBody) and body.echo is True
@@ -136,7 +140,6 @@ def _manifest(
         return_token_ids=body.return_token_ids or False,
         include_usage=options is not None and options.include_usage is True,
         continuous_usage=options is not None and options.continuous_usage_stats is True,
-        grace=_grace(body, call, context),
     )
 
 
@@ -144,11 +147,15 @@ def _shown(prompt: PromptTokens, context: ApiContext) -> str:
     return context.tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text
 
 
-def _grace(body: GenerationBody, call: Call, context: ApiContext) -> float | None:
-    if body.on_disconnect == "continue":
-        return None
-    resumable = call.event_ids and body.stream and body.on_disconnect is None
-    return context.limits.grace if resumable else 0.0
+def _grace(
+    body: GenerationBody, manifest: Manifest, *, call: Call, limits: ApiLimits
+) -> float | None:
+    """A caller may come back who has event ids, a response's numbers or an idempotency key."""
+    if body.on_disconnect is not None:
+        return None if body.on_disconnect == "continue" else 0.0
+    response = manifest.endpoint is Endpoint.RESPONSES and manifest.stored
+    resumable = body.stream and (call.event_ids or response)
+    return limits.grace if resumable or call.idempotency_key is not None else 0.0
 
 
 async def admit(submission: Submission, context: ApiContext) -> tuple[str, Manifest]:
@@ -164,6 +171,7 @@ async def admit(submission: Submission, context: ApiContext) -> tuple[str, Manif
     if reply.submission_id == submission.id:
         return submission.id, Manifest.from_json(submission.manifest)
     earlier = await context.queue.lookup(reply.submission_id)
+    await context.queue.attend([reply.submission_id])
     if earlier is None:
         raise Gone("the answer to this Idempotency-Key is no longer kept", retryable=False)
     return earlier.id, Manifest.from_json(earlier.manifest)

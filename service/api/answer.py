@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from time import monotonic
 
 from service.api.context import ApiContext
-from service.api.manifest import Manifest
+from service.api.manifest import Endpoint, Manifest
 from service.api.observer import CallReport
 from service.api.pieces import ChoiceReader, Shown
 from service.api.relay import follow_choice, merge, only
 from service.errors import DeadlineExceeded, GenerationFailed, QuireError
-from service.messages import End, FinishReason, Record, Tokens, child_ids
+from service.messages import End, FinishReason, Record, child_ids
 
 FATAL = frozenset({"engine_crash_loop"})  # ends of ERROR that come again on a retry
+
+
+def failure_of(end: End) -> QuireError | None:
+    """What an end tells of as an error: there is no answer, or it is not to be had."""
+    if end.reason is FinishReason.ERROR:
+        code = end.error or "generation_failed"
+        message = "the engine could not finish this answer"
+        return GenerationFailed(message, code=code, retryable=code not in FATAL)
+    if end.reason is FinishReason.DEADLINE and end.count == 0:
+        return DeadlineExceeded("the deadline passed before the first token")
+    return None
 
 
 class Answer:
     """One reader's way through an answer, from the first record to every choice's end."""
 
     def __init__(
-        self, call_id: str, manifest: Manifest, context: ApiContext, *, tenant: str, arrived: float
+        self,
+        call_id: str,
+        manifest: Manifest,
+        context: ApiContext,
+        *,
+        tenant: str,
+        arrived: float,
+        resumed: bool = False,
     ) -> None:
         self.id = call_id
         self.manifest = manifest
@@ -34,6 +51,7 @@ class Answer:
             for choice in range(manifest.num_choices)
         ]
         self._tenant = tenant
+        self._resumed = resumed  # its reader is not the one who asked for it
         self._arrived = arrived
         self._first_token: float | None = None
         self._failed = False
@@ -56,7 +74,8 @@ class Answer:
     async def shown(self) -> AsyncGenerator[tuple[int, Shown], None]:
         """(choice, what it adds) until all choices have ended.
 
-        Raises GenerationFailed, DeadlineExceeded, StreamDivergence or Unavailable.
+        Raises GenerationFailed, DeadlineExceeded, StreamDivergence or Unavailable; of a response,
+        whose state tells of the first two, only where the journal vanished.
         """
         queue, limits = self.context.queue, self.context.limits
         sources = [
@@ -66,15 +85,11 @@ class Answer:
         merged = only(sources[0]) if len(sources) == 1 else merge(sources)
         async with aclosing(merged):
             async for choice, record in merged:
-                for shown in self._read(choice, record):
+                for shown in self.read(choice, record):
                     yield choice, shown
 
-    def skip(self, choice: int, records: Sequence[Tokens]) -> None:
-        """Reads tokens that the client was shown before."""
-        for record in records:
-            deque(self._read(choice, record), maxlen=0)
-
-    def _read(self, choice: int, record: Record) -> Iterator[Shown]:
+    def read(self, choice: int, record: Record) -> Iterator[Shown]:
+        """What the next record of a choice adds. Raises as `shown` does."""
         if isinstance(record, End):
             self._check_end(record)
         elif self._first_token is None:
@@ -82,18 +97,20 @@ class Answer:
         return self.readers[choice].read(record)
 
     def _check_end(self, end: End) -> None:
+        error = failure_of(end)
+        if error is None or self.manifest.endpoint is Endpoint.RESPONSES:  # it has a state for that
+            return
         if end.reason is FinishReason.ERROR:
             self._failed = True
-            code = end.error or "generation_failed"
-            raise GenerationFailed(
-                "the engine could not finish this answer", code=code, retryable=code not in FATAL
-            )
-        if end.reason is FinishReason.DEADLINE and self.completion_tokens == 0:
-            raise DeadlineExceeded("the deadline passed before the first token")
+            raise error
+        if self.completion_tokens == 0:
+            raise error
 
     @contextmanager
     def attended(self) -> Iterator[None]:
-        """While somebody reads: when the last reader is gone too early, the answer is abandoned."""
+        """While somebody reads. Where the last reader leaves too early and has no grace to come
+        back in, the answer is cancelled; in all other cases that is the queue's to decide.
+        """
         attendance = self.context.attendance
         attendance.enter(self.id)
         moved = False
@@ -104,10 +121,10 @@ class Answer:
             raise
         finally:
             last = attendance.leave(self.id)
-            if self._failed:  # the choices that did not fail are of no use
-                attendance.abandon(self.id, self.request_ids, grace=0)
-            elif last and not moved and not self.ended:
-                attendance.abandon(self.id, self.request_ids, grace=self.manifest.grace)
+            done = self.ended or moved or self._resumed
+            gone = last and not done and self.manifest.grace == 0
+            if gone or self._failed:  # after a failure the other choices are of no use
+                attendance.cancel(self.request_ids)
 
     def report(self, *, streamed: bool, error: QuireError | None = None) -> None:
         """Tells the observer how the call ended."""

@@ -10,15 +10,19 @@ from starlette.types import Receive
 
 T = TypeVar("T")
 
+DROP = "drop_connection"
+"""Key in `scope["state"]` of a function that ends the connection, with what is unsent."""
+
 
 async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
     """The result of `work`, or None where the client left first, and then `work` is cancelled."""
     working = asyncio.create_task(work)
-    await first_of(working, asyncio.create_task(_gone(receive)))
+    await first_of(working, asyncio.create_task(gone(receive)))
     return None if working.cancelled() else working.result()
 
 
-async def _gone(receive: Receive) -> None:
+async def gone(receive: Receive) -> None:
+    """Returns when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

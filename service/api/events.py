@@ -1,10 +1,12 @@
-"""Events: what one record adds to an answer, as the bytes of a server-sent event.
+"""Events: what one record adds to a completion or a chat, as the bytes of a server-sent event.
 
 One event a token is the hot path: everything that does not change is rendered once, and an event is
 a few joined byte strings.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import orjson
 
@@ -22,9 +24,28 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": ping\n"
 
 
-def error_event(error: QuireError) -> bytes:
-    """An error in mid-stream; nothing comes after it."""
-    return b"data: " + error_body(error) + b"\n\n"
+class Writer(Protocol):
+    """Turns what is shown of an answer into events; knows what it has written so far."""
+
+    def opening(self) -> bytes:
+        """What can be said before the journal says anything."""
+        ...
+
+    def skip(self, shown: Shown) -> None:
+        """Takes note of what the reader was sent before."""
+        ...
+
+    def event(self, choice: int, shown: Shown) -> bytes:
+        """What `shown` adds."""
+        ...
+
+    def closing(self) -> bytes:
+        """After all choices."""
+        ...
+
+    def failure(self, error: QuireError) -> bytes:
+        """An error in mid-stream; nothing comes after it."""
+        ...
 
 
 class EventWriter:
@@ -48,6 +69,17 @@ class EventWriter:
             self._head + b'{"index":%d' % choice + inner for choice in range(manifest.num_choices)
         ]
         self._after_text = b"}" if self._chat else b""
+
+    def opening(self) -> bytes:
+        """Nothing."""
+        return b""
+
+    def skip(self, shown: Shown) -> None:
+        """Nothing to note: all that an event depends on is the answer's position."""
+
+    def failure(self, error: QuireError) -> bytes:
+        """The error, as it would have been a body."""
+        return b"data: " + error_body(error) + b"\n\n"
 
     def event(self, choice: int, shown: Shown) -> bytes:
         """One event: `shown` as a chunk of the answer."""

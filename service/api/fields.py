@@ -9,10 +9,20 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, PlainValidator, StringConstraints, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    WithJsonSchema,
+)
 
 _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 MAX_LOGIT_BIAS = 1024
+MAX_ITEMS = 1024  # of a list that is looked at item by item; token ids aside
+MAX_METADATA = 16
+MAX_TOKEN_IDS = 2**18
 MIN_TEMPERATURE = 1e-5  # below it a division by the temperature may overflow: taken as greedy
 
 
@@ -44,8 +54,25 @@ def _text(value: object) -> str:
     return value
 
 
-def _token_ids(value: object) -> list[int]:
-    if not isinstance(value, list) or not all(type(item) is int for item in value):
+def _short(value: list[Any]) -> list[Any]:
+    """Comes before the items are looked at: a refusal must not take longer than an answer."""
+    if len(value) > MAX_ITEMS:
+        raise FieldFault("array_above_max_length", f"may have at most {MAX_ITEMS} items")
+    return value
+
+
+def _ids(value: object) -> list[int]:
+    return _token_ids(value)
+
+
+def _stop_ids(value: object) -> list[int] | None:
+    return None if value is None else _token_ids(_short(value) if type(value) is list else value)
+
+
+def _token_ids(value: object, *, too_long: str = "array_above_max_length") -> list[int]:
+    if isinstance(value, list) and len(value) > MAX_TOKEN_IDS:
+        raise FieldFault(too_long, f"may have at most {MAX_TOKEN_IDS} token ids")
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
         raise FieldFault("invalid_type", "must be a list of token ids, all of them integers")
     return value
 
@@ -61,9 +88,9 @@ def _prompt(value: object) -> str | list[str] | list[int] | list[list[int]]:
     if not prompts:
         raise FieldFault("empty_prompt", "must not be empty")
     if type(prompts[0]) is int:
-        return _token_ids(prompts)
+        return _token_ids(prompts, too_long="context_length_exceeded")
     kind = list if isinstance(prompts[0], list) else str
-    for prompt in prompts:
+    for prompt in _short(prompts):
         if not isinstance(prompt, kind):
             raise FieldFault("invalid_type", "must hold strings only, or lists of token ids only")
         if not prompt:
@@ -71,7 +98,7 @@ def _prompt(value: object) -> str | list[str] | list[int] | list[list[int]]:
         if isinstance(prompt, str):
             _text(prompt)
         else:
-            _token_ids(prompt)
+            _token_ids(prompt, too_long="context_length_exceeded")
     return value
 
 
@@ -81,7 +108,7 @@ def _stop(value: object) -> list[str] | None:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list):
         raise FieldFault("invalid_type", "must be a string or a list of strings")
-    if "" in strings:
+    if "" in _short(strings):
         raise FieldFault("empty_string", "must not hold an empty string")
     return [_text(string) for string in strings]
 
@@ -110,7 +137,18 @@ def _no_tiny_temperature(value: float | None) -> float | None:
 
 
 def _content(value: object) -> str:
-    """The text of a message: a string, or text parts, which are joined."""
+    """The text of a chat's message."""
+    return _joined(value, kinds=frozenset({"text"}), beside=frozenset())
+
+
+def _response_content(value: object) -> str:
+    """The text of a response's input; an earlier output may come back as it was."""
+    kinds = frozenset({"input_text", "output_text", "text"})
+    return _joined(value, kinds=kinds, beside=frozenset({"annotations", "logprobs"}))
+
+
+def _joined(value: object, *, kinds: frozenset[str], beside: frozenset[str]) -> str:
+    """A string, or text parts, which are joined; what lies `beside` their text is passed over."""
     if isinstance(value, str):
         return _text(value)
     if not isinstance(value, list):
@@ -118,22 +156,29 @@ def _content(value: object) -> str:
     if not value:
         raise FieldFault("empty_array", "must hold at least one part")
     texts = []
-    for part in value:
+    for part in _short(value):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise FieldFault("invalid_type", 'each part must be an object with a string "type"')
-        if part["type"] != "text":
-            raise FieldFault("unsupported_content", "only parts of the type text are supported")
-        if set(part) != {"type", "text"}:
+        if part["type"] not in kinds:
+            names = ", ".join(sorted(kinds))
+            raise FieldFault("unsupported_content", f"only parts of the type {names} are supported")
+        if set(part) - beside != {"type", "text"}:
             raise FieldFault("unknown_parameter", 'a text part has the keys "type" and "text"')
         texts.append(_text(part["text"]))
     return "".join(texts)
+
+
+def _few(value: object) -> object:
+    if isinstance(value, dict) and len(value) > MAX_METADATA:  # before they are looked at
+        raise FieldFault("object_above_max_length", f"may have at most {MAX_METADATA} entries")
+    return value
 
 
 _TEXT_PARTS = {
     "type": "array",
     "items": {
         "type": "object",
-        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+        "properties": {"type": {"type": "string"}, "text": {"type": "string"}},
         "required": ["type", "text"],
         "additionalProperties": False,
     },
@@ -155,6 +200,19 @@ Content = Annotated[
     PlainValidator(_content),
     WithJsonSchema({"anyOf": [{"type": "string"}, _TEXT_PARTS]}),
 ]
+ResponseContent = Annotated[
+    str,
+    PlainValidator(_response_content),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _TEXT_PARTS]}),
+]
+Metadata = Annotated[
+    dict[
+        Annotated[str, StringConstraints(max_length=64)],
+        Annotated[str, StringConstraints(max_length=512)],
+    ]
+    | None,
+    BeforeValidator(_few),
+]
 StopStrings = Annotated[
     list[str] | None,
     PlainValidator(_stop),
@@ -172,7 +230,10 @@ LogitBias = Annotated[
         }
     ),
 ]
-TokenIds = Annotated[list[int], PlainValidator(_token_ids), WithJsonSchema(_IDS)]
+StopIds = Annotated[
+    list[int] | None, PlainValidator(_stop_ids), WithJsonSchema({"anyOf": [_IDS, {"type": "null"}]})
+]
+TokenIds = Annotated[list[int], PlainValidator(_ids), WithJsonSchema(_IDS)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Temperature = Annotated[
     Annotated[Finite, Field(ge=0, le=2)] | None, AfterValidator(_no_tiny_temperature)

@@ -33,10 +33,17 @@ class ApiLimits:
     # --- streams --------------------------------------------------------------------------
     keep_alive: float = 15.0  # silence after which a comment is sent
     stall_timeout: float = 60.0  # a reader that takes nothing for so long is dropped
-    grace: float = 30.0  # a resumable stream that nobody reads is kept so long
+    grace: float = 30.0  # an answer that its reader may come back for is kept so long
+    replica_grace: float = 30.0  # any other, where the replica that serves its reader is gone
     backend_patience: float = 30.0  # an open stream waits so long for an absent queue
     backend_retry: float = 0.25
     resume_window: float = 600.0  # as the queue's: after it an id is "expired", not "unknown"
+    resume_patience: float = 2.0  # waits so long for a journal to come to where its reader was
     max_event_id_chars: int = 4096
     probe_timeout: float = 1.0  # the readiness probe's patience with the queue
     sweep_interval: float = 1.0  # between two searches for requests past their deadline
+
+    @property
+    def attend_interval(self) -> float:
+        """Seconds between two times of telling the queue who is read here."""
+        return min(grace for grace in (self.grace, self.replica_grace) if grace > 0) / 3

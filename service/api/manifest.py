@@ -5,7 +5,7 @@ It is stored with the submission and comes back from `Queue.lookup`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ class Endpoint(StrEnum):
 
     COMPLETIONS = "completions"
     CHAT = "chat"
+    RESPONSES = "responses"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,12 @@ class Manifest:
     include_usage: bool = False
     continuous_usage: bool = False
     grace: float | None = 0.0  # None: never; seconds without readers before it is cancelled
+    given_back: dict[str, Any] = field(default_factory=dict)  # of a response: fields it repeats
+
+    @property
+    def stored(self) -> bool:
+        """Whether others than the caller may read the answer. Only responses can say no."""
+        return self.given_back.get("store") is not False
 
     @property
     def num_choices(self) -> int:

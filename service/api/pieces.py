@@ -31,7 +31,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """Comes before a choice's first token: the role of a chat, the echoed prompt, its ids."""
+    """Before a choice's first token: a chat's role, a response's item, an echoed prompt, ids."""
 
     text: str
     prompt_ids: tuple[int, ...]
@@ -97,7 +97,8 @@ class ChoiceReader:
                 scored = self._score(self._prompt.ids, record.prompt_logprobs)
             if self._offsets is not None:
                 self._offsets.restart(len(self._prompt.text or ""))
-        if manifest.endpoint is Endpoint.CHAT or manifest.echo or manifest.return_token_ids:
+        opens = manifest.endpoint is not Endpoint.COMPLETIONS
+        if opens or manifest.echo or manifest.return_token_ids:
             text = self._prompt.text if manifest.echo else None
             yield Opening(text or "", self._prompt.ids, scored)
 

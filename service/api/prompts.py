@@ -70,7 +70,7 @@ async def chat_prompt(body: ChatBody | TokenizeBody, context: ApiContext) -> Pro
         raise BadRequest(
             "this model has no chat template; use /v1/completions",
             code="chat_not_supported",
-            param="messages",
+            param=body.prompt_field,
         )
     messages = [_plain(message) for message in body.messages]
     going_on = body.continue_final_message is True
@@ -94,7 +94,7 @@ async def chat_prompt(body: ChatBody | TokenizeBody, context: ApiContext) -> Pro
         raise BadRequest(
             "the model's chat template refuses these messages",
             code="chat_template_error",
-            param="messages",
+            param=body.prompt_field,
         ) from None
     return PromptTokens(ids=tuple(ids))
 

@@ -10,7 +10,8 @@ from service.api.call import Call
 from service.api.connection import unless_gone
 from service.api.context import ApiContext
 from service.api.sse import EventStream
-from service.api.whole import collect
+from service.api.whole import body_now, whole_body
+from service.api.writers import writer_of
 from service.errors import QuireError
 from service.messages import Submission
 
@@ -22,8 +23,10 @@ async def answer_call(
     call_id, manifest = await admit(submission, context)
     request.state.request_id = call_id  # what the client resumes by, if it is an earlier call's
     answer = Answer(call_id, manifest, context, tenant=call.tenant.name, arrived=call.arrived)
+    if manifest.given_back.get("background") and not manifest.stream:
+        return Response(await body_now(answer), media_type="application/json")
     if manifest.stream:
-        return EventStream(answer, event_ids=call.event_ids)
+        return EventStream(answer, writer_of(answer, event_ids=call.event_ids))
     return await _whole(answer, request)
 
 
@@ -31,7 +34,7 @@ async def _whole(answer: Answer, request: Request) -> Response:
     failure: QuireError | None = None
     try:
         with answer.attended():
-            body = await unless_gone(collect(answer), request.receive)
+            body = await unless_gone(whole_body(answer), request.receive)
     except QuireError as error:
         failure = error
         raise

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from service.api.context import ApiContext
 from service.api.limits import ApiLimits
 from service.api.prompts import check_token_ids
-from service.api.schemas import ChatBody, CompletionBody, GenerationBody
+from service.api.schemas import ChatBody, CompletionBody, SamplingBody
 from service.errors import BadRequest
 from service.messages import SamplingParams
 
@@ -35,7 +35,7 @@ def asked_logprobs(body: CompletionBody | ChatBody, limits: ApiLimits) -> int | 
 
 
 def sampling_params(
-    body: GenerationBody, context: ApiContext, *, top_logprobs: int | None
+    body: SamplingBody, context: ApiContext, *, top_logprobs: int | None
 ) -> SamplingParams:
     """How tokens are chosen; a seed is drawn where none was given."""
     bias = body.logit_bias or ()
@@ -58,7 +58,7 @@ def _given(value: float | None, default: float) -> float:
     return default if value is None else float(value)
 
 
-def stop_rules(body: GenerationBody, context: ApiContext) -> StopRules:
+def stop_rules(body: SamplingBody, context: ApiContext) -> StopRules:
     """The stop strings and token ids, each within its limits."""
     limits = context.limits
     strings = body.stop or []
@@ -124,7 +124,7 @@ def token_limit(body: CompletionBody | ChatBody, prompt_length: int, context: Ap
         raise BadRequest(
             f"the prompt must leave room for a token: the model holds {longest} tokens",
             code="context_length_exceeded",
-            param="messages" if isinstance(body, ChatBody) else "prompt",
+            param=body.prompt_field,
         )
     param, asked = "max_tokens", body.max_tokens
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
@@ -132,7 +132,7 @@ def token_limit(body: CompletionBody | ChatBody, prompt_length: int, context: Ap
             raise BadRequest(
                 "max_tokens and max_completion_tokens must agree", param="max_completion_tokens"
             )
-        param, asked = "max_completion_tokens", body.max_completion_tokens
+        param, asked = body.limit_field, body.max_completion_tokens
     if asked is None:
         # 16 is OpenAI's default for completions, and for chat it is all there is.
         asked = room if isinstance(body, ChatBody) else min(16, room)

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from service.api.fields import (
     Content,
     LogitBias,
+    Metadata,
     MinP,
     ModelName,
     Penalty,
     Prompt,
     RepetitionPenalty,
     Seed,
+    StopIds,
     StopStrings,
     Temperature,
     Text,
@@ -31,6 +33,7 @@ from service.errors import BadRequest
 
 MAX_MESSAGES = 1024
 MAX_PRIORITY = 2
+MAX_KEYS = 256
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "suffix": ("",),
@@ -91,16 +94,20 @@ class Wire(BaseModel):
     """What all bodies have in common: strict, and closed to unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_by_name(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
         if not isinstance(value, dict):
             return value
-        foreign = UNSUPPORTED.keys() & value.keys() - cls.model_fields.keys()
+        if len(value) > MAX_KEYS:  # before each of them becomes an error of its own
+            message = f"an object of the body may have at most {MAX_KEYS} fields"
+            raise BadRequest(message, code="object_above_max_length")
+        foreign = cls.unsupported.keys() & value.keys() - cls.model_fields.keys()
         for name in sorted(foreign):
             asked = value[name]
-            harmless = any(type(asked) is type(v) and asked == v for v in UNSUPPORTED[name])
+            harmless = any(type(asked) is type(v) and asked == v for v in cls.unsupported[name])
             if asked is not None and not harmless:
                 message = f"{name} is not supported by this server"
                 raise BadRequest(message, code="unsupported_parameter", param=name)
@@ -118,17 +125,10 @@ class StreamOptions(Wire):
     )
 
 
-class GenerationBody(Wire):
-    """The fields that completions and chat completions share."""
+class SamplingBody(Wire):
+    """The fields that all generating endpoints share."""
 
     model: ModelName = Field(description="The id of the model, as /v1/models lists it.")
-    n: int | None = Field(None, ge=1, description="Choices for each prompt. Default 1.")
-    max_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="The most tokens to generate. Default: 16 for completions, the rest of the "
-        "context for chat.",
-    )
     min_tokens: int | None = Field(
         None, ge=0, description="Tokens before which no end or stop token is sampled. Default 0."
     )
@@ -162,7 +162,7 @@ class GenerationBody(Wire):
     stop: StopStrings = Field(
         None, description="Strings that end the answer; they are not part of it."
     )
-    stop_token_ids: TokenIds | None = Field(
+    stop_token_ids: StopIds = Field(
         None, description="Token ids that end the answer, besides the model's own."
     )
     ignore_eos: bool | None = Field(
@@ -171,14 +171,8 @@ class GenerationBody(Wire):
     stream: bool | None = Field(
         None, description="Answer with server-sent events, a chunk as soon as there is text."
     )
-    stream_options: StreamOptions | None = Field(
-        None, description="What the stream carries besides the answer; needs stream."
-    )
     priority: int | None = Field(
         None, ge=0, le=MAX_PRIORITY, description="0 goes before 1 before 2. Default 1."
-    )
-    return_token_ids: bool | None = Field(
-        None, description="Also give the token ids of prompt and answer."
     )
     on_disconnect: Literal["cancel", "continue"] | None = Field(
         None,
@@ -186,8 +180,8 @@ class GenerationBody(Wire):
         "at once, or after a grace where X-Quire-Event-Ids makes the stream resumable.",
     )
     user: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
-    metadata: dict[str, str] | None = Field(
-        None, description="Accepted for compatibility; has no effect."
+    metadata: Metadata = Field(
+        None, description="Up to 16 short texts by name. Only a response gives them back."
     )
     safety_identifier: Text | None = Field(
         None, description="Accepted for compatibility; has no effect."
@@ -197,8 +191,28 @@ class GenerationBody(Wire):
     )
 
 
+class GenerationBody(SamplingBody):
+    """The fields that completions and chat completions share."""
+
+    n: int | None = Field(None, ge=1, description="Choices for each prompt. Default 1.")
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="The most tokens to generate. Default: 16 for completions, the rest of the "
+        "context for chat.",
+    )
+    stream_options: StreamOptions | None = Field(
+        None, description="What the stream carries besides the answer; needs stream."
+    )
+    return_token_ids: bool | None = Field(
+        None, description="Also give the token ids of prompt and answer."
+    )
+
+
 class CompletionBody(GenerationBody):
     """The body of POST /v1/completions."""
+
+    prompt_field: ClassVar[str] = "prompt"
 
     prompt: Prompt = Field(
         description="Text, token ids, or a list of texts or of lists of token ids."
@@ -231,6 +245,9 @@ class Message(Wire):
 class ChatBody(GenerationBody):
     """The body of POST /v1/chat/completions."""
 
+    prompt_field: ClassVar[str] = "messages"
+    limit_field: ClassVar[str] = "max_completion_tokens"
+
     messages: list[Message] = Field(
         min_length=1, max_length=MAX_MESSAGES, description="The chat so far."
     )
@@ -254,6 +271,8 @@ class ChatBody(GenerationBody):
 
 class TokenizeBody(Wire):
     """The body of POST /tokenize: a prompt or messages."""
+
+    prompt_field: ClassVar[str] = "messages"
 
     model: ModelName | None = Field(
         None, description="The id of the model; the only one if absent."

@@ -17,8 +17,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.answer import Answer
-from service.api.connection import first_of
-from service.api.events import KEEP_ALIVE, EventWriter, error_event
+from service.api.connection import DROP, first_of, gone
+from service.api.events import KEEP_ALIVE, Writer
 from service.errors import QuireError
 
 HEADERS = {
@@ -31,18 +31,18 @@ HEADERS = {
 class EventStream(Response):
     """The streamed answer. Its headers go out at once: the call was admitted before."""
 
-    def __init__(self, answer: Answer, *, event_ids: bool) -> None:
+    def __init__(self, answer: Answer, writer: Writer) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._answer = answer
-        self._writer = EventWriter(answer, event_ids=event_ids)
+        self._writer = writer
         self._sending_since: float | None = None
         self._last_sent = monotonic()
+        self._stalled = False
         self._error: QuireError | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events until the answer ends or the reader is gone."""
-        del scope
         with self._answer.attended():
             try:
                 await send(
@@ -51,18 +51,25 @@ class EventStream(Response):
                 relay = asyncio.create_task(self._relay(send))
                 watch = asyncio.create_task(self._watch(receive, send))
                 await first_of(relay, watch)
+                drop = scope["state"].get(DROP)
+                if self._stalled and drop is not None:
+                    drop()
+                    await gone(receive)
             finally:
                 self._answer.report(streamed=True, error=self._error)
 
     async def _relay(self, send: Send) -> None:
+        writer = self._writer
         try:
+            if opening := writer.opening():
+                await self._send(send, opening)
             async with aclosing(self._answer.shown()) as pieces:
                 async for choice, shown in pieces:
-                    await self._send(send, self._writer.event(choice, shown))
-            last = self._writer.closing()
+                    await self._send(send, writer.event(choice, shown))
+            last = writer.closing()
         except QuireError as error:
             self._error = error
-            last = error_event(error)
+            last = writer.failure(error)
         await self._send(send, last, more=False)
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
@@ -77,13 +84,13 @@ class EventStream(Response):
         while True:
             try:
                 async with asyncio.timeout(min(limits.keep_alive, limits.stall_timeout) / 2):
-                    while (await receive())["type"] != "http.disconnect":
-                        pass
+                    await gone(receive)
                     return
             except TimeoutError:
                 now = monotonic()
             if self._sending_since is not None:
                 if now - self._sending_since > limits.stall_timeout:
+                    self._stalled = True
                     return
             elif now - self._last_sent >= limits.keep_alive / 2:
                 self._last_sent = now

@@ -14,15 +14,16 @@ import orjson
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 
 from service.api.answer import Answer
-from service.api.auth import Tenant
-from service.api.context import ApiContext, Caller, Context
-from service.api.ids import call_age
+from service.api.context import Caller, Context
+from service.api.events import Writer
+from service.api.lookup import find_call
 from service.api.manifest import Manifest
+from service.api.resume import diverged, go_to
 from service.api.schemas import ANSWER
 from service.api.sse import EventStream
-from service.errors import BadRequest, Gone, NotFound, StreamDivergence
-from service.messages import FinishReason, Tokens, child_ids
-from service.queues import StoredSubmission
+from service.api.writers import writer_of
+from service.errors import BadRequest, NotFound
+from service.messages import FinishReason, child_ids
 
 router = APIRouter()
 
@@ -57,14 +58,25 @@ async def read_stream(  # each is a part of the request
     last_event_id: LastEventId = None,
 ) -> Response:
     """Find it, go to where the client was, follow."""
-    stored = await _find(call_id, context, tenant)
+    stored = await find_call(call_id, context, tenant)
     manifest = Manifest.from_json(stored.manifest)
     if manifest.width > manifest.keep:
         raise BadRequest("best_of cannot be streamed", code="unsupported_parameter")
-    answer = Answer(stored.id, manifest, context, tenant=tenant.name, arrived=request.state.arrived)
+    if not manifest.stored:
+        raise NotFound("there is no such stream", code="stream_not_found")
+    await context.queue.attend([stored.id])
+    answer = Answer(
+        stored.id,
+        manifest,
+        context,
+        tenant=tenant.name,
+        arrived=request.state.arrived,
+        resumed=True,
+    )
     request.state.request_id = stored.id
-    await _go_to(answer, last_event_id or after, context)
-    return EventStream(answer, event_ids=True)
+    writer = writer_of(answer, event_ids=True)
+    await _go_to(answer, writer, last_event_id or after)
+    return EventStream(answer, writer)
 
 
 @router.delete(
@@ -75,28 +87,17 @@ async def read_stream(  # each is a part of the request
 )
 async def cancel_stream(call_id: CallId, context: Context, tenant: Caller) -> Response:
     """Find it, stop it."""
-    stored = await _find(call_id, context, tenant)
+    stored = await find_call(call_id, context, tenant)
     await context.queue.stop(child_ids(stored.id, stored.num_requests), FinishReason.CANCELLED)
     body = orjson.dumps({"id": stored.id, "object": "stream", "cancelled": True})
     return Response(body, media_type="application/json")
 
 
-async def _find(call_id: str, context: ApiContext, tenant: Tenant) -> StoredSubmission:
-    """Raises NotFound, with one text for unknown, malformed and other tenants' ids, or Gone."""
-    age = call_age(call_id)
-    stored = None if age is None else await context.queue.lookup(call_id)
-    if stored is not None and stored.tenant == tenant.name:
-        return stored
-    if age is not None and age > context.limits.resume_window:
-        raise Gone("this stream is no longer kept, or never was", retryable=False)
-    raise NotFound("there is no such stream", code="stream_not_found")
-
-
-async def _go_to(answer: Answer, event_id: str | None, context: ApiContext) -> None:
+async def _go_to(answer: Answer, writer: Writer, event_id: str | None) -> None:
     """Reads the journal up to an event. Raises BadRequest or StreamDivergence."""
     if not event_id:
         return
-    if len(event_id) > context.limits.max_event_id_chars:
+    if len(event_id) > answer.context.limits.max_event_id_chars:
         raise _bad_event_id()
     positions = [_POSITION.fullmatch(part) for part in event_id.split(",")]
     if len(positions) != len(answer.readers):
@@ -104,15 +105,9 @@ async def _go_to(answer: Answer, event_id: str | None, context: ApiContext) -> N
     for choice, position in enumerate(positions):
         if position is None:
             raise _bad_event_id()
-        count = int(position[1])
-        reader = answer.readers[choice]
-        if count:
-            records = await context.queue.read(answer.request_ids[choice])
-            answer.skip(choice, [r for r in records if isinstance(r, Tokens) and r.end <= count])
-        if reader.count != count:
-            raise _bad_event_id()
-        if reader.position != position[0]:
-            raise StreamDivergence("the journal differs from what was sent", param="last-event-id")
+        await go_to(answer, writer, choice=choice, count=int(position[1]), param="last-event-id")
+        if answer.readers[choice].position != position[0]:
+            raise diverged("last-event-id")
 
 
 def _bad_event_id() -> BadRequest:

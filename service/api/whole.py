@@ -1,46 +1,50 @@
-"""Whole: an answer without streaming is its stream, collected into one JSON body."""
+"""Whole: an answer as one JSON body: its stream collected, to its end or as far as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from service.api.answer import Answer
+from service.api.answer import Answer, failure_of
+from service.api.collected import Collected
 from service.api.events import answer_id
 from service.api.logprobs import chat_logprobs, completion_logprobs
 from service.api.manifest import Endpoint
-from service.api.pieces import Opening, Piece, Scored
+from service.api.response_object import response_object, status_of
 from service.api.usage import usage
-from service.messages import End
 
 
-@dataclass(slots=True)
-class Collected:
-    """One choice, summed up."""
-
-    texts: list[str] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    prompt_ids: tuple[int, ...] = ()
-    scored: list[Scored] = field(default_factory=list)
-    score: float = 0.0  # sum of the answer's log probabilities
-    end: End | None = None
-
-    @property
-    def mean_logprob(self) -> float:
-        """What `best_of` chooses by."""
-        return self.score / max(1, len(self.ids))
-
-
-async def collect(answer: Answer) -> bytes:
-    """The JSON body. Raises as `Answer.shown` does."""
+async def whole_body(answer: Answer) -> bytes:
+    """The JSON body. Raises as `Answer.shown` does, and for a response what its end tells of."""
     choices = [Collected() for _ in answer.readers]
     async with aclosing(answer.shown()) as shown_pieces:
         async for choice, shown in shown_pieces:
-            _add(choices[choice], shown)
+            choices[choice].add(shown)
+    if answer.manifest.endpoint is Endpoint.RESPONSES:
+        return _response(answer, choices[0])
+    return _choices(answer, choices)
+
+
+async def body_now(answer: Answer) -> bytes:
+    """A response's JSON body as far as it has come."""
+    collected = Collected()
+    for record in await answer.context.queue.read(answer.request_ids[0]):
+        for shown in answer.read(0, record):
+            collected.add(shown)
+    return orjson.dumps(response_object(answer, collected, status=status_of(collected)))
+
+
+def _response(answer: Answer, collected: Collected) -> bytes:
+    failure = None if collected.end is None else failure_of(collected.end)
+    if failure is not None:
+        raise failure
+    return orjson.dumps(response_object(answer, collected, status=status_of(collected)))
+
+
+def _choices(answer: Answer, choices: Sequence[Collected]) -> bytes:
     manifest = answer.manifest
     kept = [
         best
@@ -59,19 +63,6 @@ async def collect(answer: Answer) -> bytes:
     })  # fmt: skip
 
 
-def _add(choice: Collected, shown: Opening | Piece | End) -> None:
-    if isinstance(shown, End):
-        choice.end = shown
-        return
-    choice.texts.append(shown.text)
-    choice.scored.extend(shown.scored)
-    if isinstance(shown, Opening):
-        choice.prompt_ids = shown.prompt_ids
-    else:
-        choice.ids.extend(shown.ids)
-        choice.score += sum(item.logprob.logprob for item in shown.scored if item.logprob)
-
-
 def _best(choices: Sequence[Collected], keep: int) -> list[Collected]:
     """The `keep` likeliest in falling order; all of them stay in theirs."""
     if keep == len(choices):
@@ -82,11 +73,14 @@ def _best(choices: Sequence[Collected], keep: int) -> list[Collected]:
 def _choice(answer: Answer, index: int, choice: Collected) -> dict[str, Any]:
     manifest, tokenizer = answer.manifest, answer.context.tokenizer
     chat = manifest.endpoint is Endpoint.CHAT
-    text = "".join(choice.texts)
     logprobs = None
     if manifest.logprobs is not None:
         logprobs = (chat_logprobs if chat else completion_logprobs)(choice.scored, tokenizer)
-    shown = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    shown = (
+        {"message": {"role": "assistant", "content": choice.text}}
+        if chat
+        else {"text": choice.text}
+    )
     fields: dict[str, Any] = {
         "index": index,
         **shown,

@@ -131,6 +131,10 @@ class EngineInfo:
     numeric_class: str
     version: str
     running: int = 0
+    waiting: int = 0  # taken from the queue, not in the batch yet
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    blocks_free: int = 0
     max_model_len: int = 0  # 0: not said
     tokens_per_second: float = 0.0  # lately
 

@@ -34,6 +34,8 @@ from service.queues.memory_entry import Entry, Group
 from service.queues.observer import NullQueueObserver, QueueEvent, QueueObserver
 
 PRIORITIES = 3
+TURN = 256
+"""Records after which a follower lets others have the event loop."""
 SWEEP_PAUSE = 5.0
 """Seconds between two sweeps beyond which nobody could attend either: graces begin anew."""
 ENGINE_SILENCE = 10.0
@@ -162,6 +164,8 @@ class MemoryQueue:
                     if entry.ends[index] > after:
                         yield entry.journal[index]
                     index += 1
+                    if index % TURN == 0:
+                        await asyncio.sleep(0)
                 if entry.end is not None:
                     yield _reached(entry.end, after=after)
                     return

@@ -159,7 +159,8 @@ class RedisQueue:
 
     async def forget(self, submission_id: str) -> None:
         keys = self._keys(submission_id)
-        await self._script("forget", keys, submission_id, CANCELLED, milliseconds(LINGER))
+        arguments = (submission_id, CANCELLED, milliseconds(LINGER))
+        await self._wire.run([self._wire.script("forget", keys.admission, *arguments)])
 
     async def sweep(self) -> int:
         limits = self.limits

@@ -18,7 +18,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
@@ -29,6 +28,7 @@ from service.api.context import Probes
 from service.api.limits import ApiLimits
 from service.api.observer import CallReport, NullObserver
 from service.app import build_app
+from service.listeners import Listener, address, bind
 from service.messages import (
     End,
     FinishReason,
@@ -283,23 +283,23 @@ async def service(start_service: StartService) -> AsyncIterator[Service]:
 
 
 @asynccontextmanager
-async def _listen(app: FastAPI) -> AsyncIterator[str]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        task = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
-            await asyncio.sleep(0.005)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            await task
+async def _listen(app: FastAPI, *, send_buffer: int | None = None) -> AsyncIterator[str]:
+    bound = bind("127.0.0.1", 0)
+    if send_buffer is not None:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    server = Listener(app, bound)
+    task = asyncio.create_task(server.listen())
+    while not server.started:
+        await asyncio.sleep(0.005)
+    try:
+        yield address(bound)
+    finally:
+        server.stop()
+        await task
 
 
 @pytest.fixture
-def listen() -> Callable[[FastAPI], Any]:
+def listen() -> Callable[..., Any]:
     """`async with listen(app) as url`: a real server on a free port."""
     return _listen
 

@@ -5,9 +5,10 @@ A row is (what is sent, status, param, code). Rows whose strings could be echoed
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import pytest
@@ -368,7 +369,7 @@ async def test_routes_and_methods(service: Any) -> None:
         assert reply.headers["allow"] == "POST"
     for path in (
         "/nope", "/v1//completions", "/V1/completions", "/v1/completions/", "/metrics", "/docs",
-        "/openapi.json", "/debug", "/redoc", "/v1/responses", "/v1", "/x/%2e%2e/v1/completions",
+        "/openapi.json", "/debug", "/redoc", "/v1", "/x/%2e%2e/v1/completions",
     ):  # fmt: skip
         reply = await service.client.post(path, json=B)
         check_error(reply, 404, None, "unknown_url")
@@ -405,14 +406,55 @@ async def test_null_means_not_given_and_what_asks_for_nothing_passes(service: An
         assert (await service.post("/v1/completions", B | more)).json()["choices"] == reference
 
 
-async def test_refusals_are_quick(service: Any) -> None:
-    """In a run together: none of the large bodies takes much longer than the JSON parser does."""
-    for body in (
-        b"[" * 100_000,
-        encoded(B | {"prompt": ["a"] * 100_000}),
-        encoded(C | {"messages": C["messages"] * 50_000}),
-    ):
-        began = perf_counter()
-        reply = await service.client.post("/v1/completions", content=body, headers=JSON)
+LARGE: dict[str, tuple[str, Any, str | None]] = {
+    "brackets": ("completions", b"[" * 100_000, None),
+    "lists": ("completions", B | {"stop": [[]] * 600_000}, None),
+    "keys": ("completions", B | {f"k{i}": 1 for i in range(100_000)}, None),
+    "token ids": ("completions", B | {"prompt": [1] * 10**6}, "prompt"),
+    "prompts": ("completions", B | {"prompt": ["a"] * 100_000}, "prompt"),
+    "stops": ("completions", B | {"stop": ["a"] * 100_000}, "stop"),
+    "stop ids": ("completions", B | {"stop_token_ids": [1] * 10**6}, "stop_token_ids"),
+    "biases": ("completions", B | {"logit_bias": {str(i): 1 for i in range(10**5)}}, "logit_bias"),
+    "metadata": ("completions", B | {"metadata": {str(i): "" for i in range(10**5)}}, "metadata"),
+    "messages": ("chat/completions", C | {"messages": C["messages"] * 50_000}, "messages"),
+    "bad messages": ("chat/completions", C | {"messages": [{}] * 100_000}, "messages"),
+    "parts": (
+        "responses",
+        {"model": "m", "input": [{"role": "user", "content": [{"type": "text"}] * 100_000}]},
+        "input[0].content",
+    ),
+}  # fmt: skip
+
+
+QUICK = {"lists", "stops", "stop ids", "messages"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in LARGE]
+)
+async def test_refusing_a_large_body_holds_up_nobody(service: Any, name: str) -> None:
+    """The event loop goes round all the while. In processor time: the machine has other work."""
+    endpoint, body, param = LARGE[name]
+    content = encoded(body)
+    worst = 0.0
+
+    async def watch() -> None:
+        nonlocal worst
+        while True:
+            before = process_time()
+            await asyncio.sleep(0.001)
+            worst = max(worst, process_time() - before)
+
+    lags = []
+    for _ in range(3):
+        worst = 0.0
+        watching = asyncio.create_task(watch())
+        reply = await service.client.post(f"/v1/{endpoint}", content=content, headers=JSON)
+        await asyncio.sleep(0.002)
+        watching.cancel()
         assert reply.status_code == 400
-        assert perf_counter() - began < 1.0
+        assert (reply.json()["error"]["param"] or "").startswith(param or "")
+        lags.append(worst)
+        if worst < 0.05:
+            break
+    assert min(lags) < 0.05

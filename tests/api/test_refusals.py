@@ -80,7 +80,7 @@ class AbsentQueue(MemoryQueue):
 async def test_an_absent_queue(start_service: Any, small_limits: Any) -> None:
     queue = AbsentQueue(QueueLimits())
     async with start_service(
-        queue=queue, limits=small_limits(backend_retry=0.01, backend_patience=0.1)
+        queue=queue, limits=small_limits(backend_retry=0.01, backend_patience=0.25)
     ) as service:
         reference = (await service.post("/v1/completions", B)).json()["choices"]
         queue.away = True
@@ -92,7 +92,7 @@ async def test_an_absent_queue(start_service: Any, small_limits: Any) -> None:
         assert (await service.client.get("/health")).json()["queue"] == "unreachable"
         queue.away = False
         service.engine.pause = 0.01
-        for absence, status in ((0.03, 200), (0.5, 503)):
+        for absence, status in ((0.03, 200), (0.6, 503)):
             call = asyncio.create_task(service.post("/v1/completions", B))
             await asyncio.sleep(0.02)
             queue.away = True

@@ -38,6 +38,7 @@ def make_submission(
     tenant: str = "public",
     key: str | None = None,
     fingerprint: str = "body",
+    grace: float | None = None,
     **fields: Any,
 ) -> Submission:
     """`fields` are those of its requests."""
@@ -56,6 +57,7 @@ def make_submission(
         manifest='{"endpoint":"completions"}',
         idempotency_key=key,
         fingerprint=fingerprint,
+        grace=grace,
     )
 
 

@@ -393,6 +393,65 @@ class QueueContract:
         assert (await queue.read(late.requests[0].id))[-1] == stop_at(0, FinishReason.DEADLINE)
         assert await queue.depth() == NOTHING
 
+    async def test_what_nobody_attends_is_cancelled_after_its_grace(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        """Whatever state it is in; and neither what is attended nor what needs nobody."""
+        left = make_submission(2, tenant="left", grace=0.2)
+        attended = make_submission(tenant="attended", grace=0.2)
+        alone = make_submission(tenant="alone")
+        await queue.submit(left)
+        claim = await claim_one(queue)
+        await append(queue, claim.lease, answer_of(claim.request.id, 0, 1))
+        for submission in (attended, alone):
+            await queue.submit(submission)
+        assert await queue.sweep() == 0
+        for _ in range(3):
+            await passes(0.1)
+            await queue.attend([attended.id, alone.id, "s0-unknown"])
+        assert await queue.sweep() == 2
+        ends = [(await queue.read(request.id))[-1] for request in left.requests]
+        assert ends == [stop_at(count, FinishReason.CANCELLED) for count in (1, 0)]
+        late = await append(queue, claim.lease, answer_of(claim.request.id, 1, 2))
+        assert late.status is WriteStatus.FENCED
+        await queue.attend([left.id, attended.id])
+        assert (await queue.depth()).queued_requests == 2
+        await passes(0.25)
+        assert await queue.sweep() == 1
+        await passes(0.25)
+        assert await queue.sweep() == 0
+        (waiting,) = await queue.claim(make_engine("late"), limit=4, wait=0)
+        assert waiting.request.id == alone.requests[0].id
+
+    async def test_what_has_ended_is_not_deserted(self, queue: Queue, passes: Passes) -> None:
+        submission = make_submission(grace=0.1)
+        await queue.submit(submission)
+        await queue.sweep()
+        await finish(queue, await claim_one(queue), length=2)
+        await passes(0.15)
+        assert await queue.sweep() == 0
+        assert (await queue.read(submission.requests[0].id))[-1] == stop_at(2)
+
+    async def test_what_is_forgotten_is_cancelled_and_not_found(self, queue: Queue) -> None:
+        """Those who read it get its end all the same."""
+        running, ended = make_submission(2, key="k"), make_submission(grace=9.0)
+        await queue.submit(ended)
+        await finish(queue, await claim_one(queue), length=2)
+        await queue.submit(running)
+        rid = running.requests[1].id
+        reading = asyncio.ensure_future(anext(aiter(queue.follow(rid))))
+        await asyncio.sleep(0.05)
+        for submission in (running, ended, make_submission()):
+            for _ in range(2):
+                await queue.forget(submission.id)
+            assert await queue.lookup(submission.id) is None
+        async with asyncio.timeout(5):
+            assert await reading == stop_at(0, FinishReason.CANCELLED)
+        assert not await queue.claim(make_engine(), limit=4, wait=0)
+        assert await queue.depth() == NOTHING
+        reply = await queue.submit(make_submission(key="k"))
+        assert (reply.status, reply.submission_id) == (SubmitStatus.EXISTS, running.id)
+
     async def test_engines_are_told_of_stops(self, queue: Queue) -> None:
         submission = make_submission()
         await queue.submit(submission)

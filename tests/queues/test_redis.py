@@ -62,11 +62,12 @@ async def test_shards_are_one_queue(redis_server: RedisServer, redis_queues: Que
     await queue.release([claim.lease for claim in claims])
     full = make_submission(identifier=f"s1-{9:032x}", tenant="other")
     assert (await queue.submit(full)).status == "ok"  # what runs is not queued: there is room
-    again: list[Claim] = []
+    held: dict[str, Claim] = {}  # on a slow machine a lease may end meanwhile: the last one counts
     async with asyncio.timeout(5):
-        while len(again) < 7:
-            again += await queue.claim(make_engine("other"), limit=9, wait=1)
-    assert len({claim.request.id for claim in again}) == 7
+        while len(held) < 7:
+            claims = await queue.claim(make_engine("other"), limit=9, wait=1)
+            held |= {claim.request.id: claim for claim in claims}
+    again = list(held.values())
     for claim in again[:3]:
         await finish(queue, claim, length=2)
     await queue.stop([claim.request.id for claim in again], FinishReason.CANCELLED)
@@ -74,7 +75,7 @@ async def test_shards_are_one_queue(redis_server: RedisServer, redis_queues: Que
     assert [end.reason for end in ends] == ["stop"] * 3 + ["cancelled"] * 4  # type: ignore[union-attr]  # the last is an End
     assert await queue.depth() == NOTHING
     assert await queue.sweep() == 0
-    assert await queue.engines() == [make_engine(), make_engine("other")]
+    assert {engine.id for engine in await queue.engines()} == {make_engine().id, "other"}
 
 
 async def test_a_token_takes_at_most_100_bytes(
@@ -111,6 +112,25 @@ async def test_nothing_is_left_in_redis_after_the_resume_window(
     for priority in range(3):
         assert redis_server.ask("XLEN", f"quire:1:{{s0}}:q{priority}") == ":0"
     assert redis_server.ask("EXISTS", "quire:1:{s0}:adm") == ":0"
+
+
+async def test_time_without_sweeps_deserts_nobody(
+    redis_server: RedisServer, redis_queues: Queues
+) -> None:
+    """While Redis was away no replica could attend: what runs out in that time begins anew."""
+    queue = redis_queues(redis_server.url, LIMITS)
+    await queue.sweep()
+    submission = make_submission(grace=0.15)
+    await queue.submit(submission)
+    await asyncio.sleep(0.2)
+    redis_server.ask("DEL", "quire:1:{s0}:swept")  # it goes by itself where nobody sweeps
+    assert await queue.sweep() == 0
+    await asyncio.sleep(0.1)
+    assert await queue.sweep() == 0
+    await asyncio.sleep(0.1)
+    assert await queue.sweep() == 1
+    assert redis_server.ask("EXISTS", "quire:1:{s0}:left") == ":0"
+    assert redis_server.ask("PTTL", "quire:1:{s0}:swept") != ":-1"
 
 
 async def test_a_claim_whose_reply_was_lost_is_handed_out_again(
