@@ -1,10 +1,11 @@
 # `make serve` and `make test` do everything on a fresh machine; the rest is for working here.
 .DEFAULT_GOAL := help
-.PHONY: help serve test unit kernels check lint format install system clean
+.PHONY: help serve test unit kernels faults compare check lint format install system clean
 
 VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
+N      ?= 100
 BIN    := $(VENV)/bin
 # Without a compiler the server still serves, more slowly, and says so when it starts.
 BUILD_NATIVE := $(BIN)/python -m model.native.build || echo "the torch runner will serve instead"
@@ -31,6 +32,12 @@ check: lint  ## everything but the tests
 lint: $(VENV)/.tested  ## ruff
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
+
+faults: $(VENV)/.tested system  ## kill engines N times (N=3000) and check every answer
+	$(BIN)/python -m tests.faults.kills --kills $(N)
+
+compare: $(VENV)/.tested system  ## Quire beside its peers on this machine: tables and a chart in results/
+	$(BIN)/python -m loadtest.compare $(ARGS)
 
 format: $(VENV)/.tested  ## rewrite the code in the house style
 	$(BIN)/python -m ruff format .

@@ -39,6 +39,7 @@ class Outcome:
     completion_tokens: int
     prompt_tokens: int
     error: str | None  # None: whole and of the length asked for
+    gave_up: bool = False  # the client did not wait for the end; then `error` says so
 
     @property
     def time_to_first(self) -> float:
@@ -104,7 +105,7 @@ class _Stream:
 
     arrivals: list[float] = field(default_factory=list)
     usage: Mapping[str, int] | None = None
-    finished: bool = False
+    finish_reason: str | None = None
     done: bool = False
 
     def read(self, data: bytes, *, now: float) -> None:
@@ -118,23 +119,24 @@ class _Stream:
         for choice in event.get("choices", ()):
             if choice.get("text"):
                 self.arrivals.append(now)
-            self.finished = self.finished or choice.get("finish_reason") is not None
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
-    @property
-    def completion_tokens(self) -> int:
-        """As the server counts; one an event where it does not."""
-        return self.usage["completion_tokens"] if self.usage else len(self.arrivals)
+    def completion_tokens(self, *, max_tokens: int) -> int:
+        """As the server counts; where it does not, all of an answer that ended by its length."""
+        if self.usage:
+            return self.usage["completion_tokens"]
+        return max_tokens if self.finish_reason == "length" else len(self.arrivals)
 
     def fault(self, *, max_tokens: int, sends_done: bool) -> str | None:
         """Why this is no whole answer, or None."""
-        if not self.finished:
+        if self.finish_reason is None:
             return "the stream ended without a finish reason"
         if sends_done and not self.done:
             return "the stream ended without [DONE]"
         if not self.arrivals:
             return "no text"
-        if self.completion_tokens != max_tokens:
-            return f"{self.completion_tokens} tokens instead of {max_tokens}"
+        if (tokens := self.completion_tokens(max_tokens=max_tokens)) != max_tokens:
+            return f"{tokens} tokens instead of {max_tokens}"
         return None
 
 
@@ -143,7 +145,7 @@ async def complete(
 ) -> Outcome:
     """One streamed completion, from connecting to its last byte."""
     body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "temperature": 0}
-    stream, error = _Stream(), None
+    stream, error, gave_up = _Stream(), None, False
     sent = time.perf_counter()
     try:
         async with asyncio.timeout(give_up_after):
@@ -152,35 +154,67 @@ async def complete(
                     stream.read(data, now=time.perf_counter())
         error = stream.fault(max_tokens=max_tokens, sends_done=target.sends_done)
     except TimeoutError:
-        error = f"no end within {give_up_after:g} s"
+        error, gave_up = f"no end within {give_up_after:.3g} s", True
     except (OSError, EOFError, ValueError, _BrokenAnswer) as broken:
         error = f"{type(broken).__name__}: {broken}".removeprefix("_BrokenAnswer: ")
     return Outcome(
         sent=sent,
         arrivals=tuple(stream.arrivals),
-        completion_tokens=stream.completion_tokens,
+        completion_tokens=stream.completion_tokens(max_tokens=max_tokens),
         prompt_tokens=stream.usage["prompt_tokens"] if stream.usage else 0,
         error=error,
+        gave_up=gave_up,
     )
 
 
 async def drive(
-    target: Target, prompts: Sequence[str], *, clients: int, max_tokens: int
+    target: Target,
+    prompts: Sequence[str],
+    *,
+    clients: int,
+    max_tokens: int,
+    give_up_after: float = 600.0,
 ) -> tuple[list[Outcome], float]:
     """All prompts by `clients` clients, each at once after its last; the outcomes and the time."""
     waiting = iter(prompts)
     outcomes: list[Outcome] = []
 
     async def client() -> None:
-        outcomes.extend(
-            [await complete(target, prompt, max_tokens=max_tokens) for prompt in waiting]
-        )
+        for prompt in waiting:
+            answer = complete(target, prompt, max_tokens=max_tokens, give_up_after=give_up_after)
+            outcomes.append(await answer)
 
     started = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for _ in range(clients):
             group.create_task(client())
     return outcomes, time.perf_counter() - started
+
+
+async def arrive(
+    target: Target,
+    prompts: Sequence[str],
+    *,
+    times: Sequence[float],
+    max_tokens: int,
+    patience: float,
+) -> tuple[list[Outcome], float]:
+    """Each prompt at its time (seconds from now), whatever became of those before.
+
+    All that is not done `patience` after the last time is given up then: the load ends at once.
+    """
+    started = time.perf_counter()
+    end = times[-1] + patience
+
+    async def client(prompt: str, at: float) -> Outcome:
+        await asyncio.sleep(at - (time.perf_counter() - started))
+        left = end - (time.perf_counter() - started)
+        return await complete(target, prompt, max_tokens=max_tokens, give_up_after=left)
+
+    async with asyncio.TaskGroup() as group:
+        clients = zip(prompts, times, strict=True)
+        tasks = [group.create_task(client(prompt, at)) for prompt, at in clients]
+    return [task.result() for task in tasks], time.perf_counter() - started
 
 
 def summarise(outcomes: Sequence[Outcome], *, wall: float) -> Summary:

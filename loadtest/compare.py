@@ -1,256 +1,255 @@
-"""Compares servers side by side on one machine: `python -m loadtest.compare --model FILE.gguf`.
+"""Compares servers side by side on one machine: `python -m loadtest.compare`, or `make compare`.
 
-Each repeat starts every server in turn (A B C, then C B A, ...), warms it up and drives it with the
-same client and the same seeded prompts. Printed are medians over the repeats, and the median of the
-ratios of a repeat, which is what counts on a machine whose speed changes. Everything measured goes
-to a JSON file as well.
+Each repeat probes the roof and starts every server in turn (A B C, then C B A, ...), warms it up
+and drives it with the same client and the same seeded prompts. What counts on a machine whose speed
+changes is the median of the ratios of a repeat. A server that cannot run is a row with the reason.
+Written are compare.json (all that was measured), compare.md (the tables) and compare.svg.
+
+On two cores it takes under a quarter of an hour: no repeat is begun that would not end within
+`--minutes`. Other work on the machine spoils it; the load average stands in the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
-import os
-import platform
-import statistics
+import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-from loadtest.client import Summary, complete, drive, summarise
-from loadtest.servers import SERVERS, Plan, Running, Server, ServerFailed, running
-from loadtest.workloads import make_prompts
+from loadtest.chart import draw
+from loadtest.document import Document, read, write
+from loadtest.machine import this_machine
+from loadtest.measure import Kind, Session, Sizes, TooSlow, better_threads
+from loadtest.peers import SERVERS
+from loadtest.report import markdown, tables, warnings
+from loadtest.roof import NoRoof, count_weights, probe
+from loadtest.servers import Plan, Server, ServerFailed, convert
 
-_PACKAGES = ("quire-llm", "torch", "transformers", "xllamacpp")
-_BUSY_CLIENT = 0.5  # of a core; above that the client may be what is measured
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """One server, one number of clients, one repeat."""
-
-    server: str
-    clients: int
-    repeat: int
-    summary: Summary
-    server_cpu: float  # seconds
-    client_cpu: float
-    rss_peak: int  # bytes, since the server started
-    start_seconds: float
-    load_before: float  # the machine's, of the last minute: whether it had other work
-
-
-async def _sampling_rss(server: Running) -> None:
-    while True:
-        server.sample_rss()
-        await asyncio.sleep(0.5)
+_CHART = Path(__file__).parent / "chart.svg"  # the one that the README shows
+_QUICK = Sizes(
+    least=1, tokens_out=32, prefill_requests=1, rates=(2, 8), window=3.0, patience=20.0,
+    tokens_out_arrivals=16,
+)  # fmt: skip
+_NOT_QUICK = (
+    "llama.cpp-q4_1", "llama.cpp-q8_0", "llama-cpp-python", "openvino-q8_0", "transformers", "vllm",
+)  # fmt: skip
 
 
-async def measure(
-    server: Running, prompts: Sequence[str], *, clients: int, max_tokens: int
-) -> tuple[Summary, float, float]:
-    """Drives a warm server; the summary, its CPU seconds and the client's."""
-    sampling = asyncio.create_task(_sampling_rss(server))
-    before, own_before = server.cpu_seconds(), time.process_time()
-    outcomes, wall = await drive(server.target, prompts, clients=clients, max_tokens=max_tokens)
-    own, cpu = time.process_time() - own_before, server.cpu_seconds() - before
-    sampling.cancel()
-    return summarise(outcomes, wall=wall), cpu, own
+@dataclass(slots=True, kw_only=True)
+class Comparison:
+    """Runs servers in turn and gathers what comes of them in a document."""
 
+    plan: Plan
+    progress: Progress
+    document: Document
+    candidates: Sequence[int] = ()  # numbers of threads to try where it matters
 
-def run_server(
-    server: Server, plan: Plan, options: argparse.Namespace, *, repeat: int
-) -> list[Result]:
-    """One start of one server, with every number of clients. Raises ServerFailed."""
-    results = []
-    load_before = os.getloadavg()[0]
-    with running(server, plan) as started:
-        (warm_up,) = make_prompts("warm-up", count=1, num_tokens=options.tokens_in)
-        asyncio.run(complete(started.target, warm_up, max_tokens=8))
-        started.look_at_tree()
-        for clients in options.clients:
-            prompts = make_prompts(
-                f"{options.seed}/{repeat}/{clients}",
-                count=clients * options.requests,
-                num_tokens=options.tokens_in,
+    def run(self, *, repeats: int, minutes: float) -> None:
+        """Everything. At least one repeat is begun, and no other that would end too late."""
+        began = time.monotonic()
+        names = self._prepare_all()
+        for number in range(repeats):
+            before = time.monotonic()
+            names = self._repeat(number, names, title=f"repeat {number + 1} of {repeats}")
+            arrivals = sum(
+                row.summary.wall
+                for row in self.document.results
+                if (row.repeat, row.kind) == (number, Kind.ARRIVALS)
             )
-            summary, cpu, own = asyncio.run(
-                measure(started, prompts, clients=clients, max_tokens=options.tokens_out)
-            )
-            results.append(
-                Result(
-                    server=server.name,
-                    clients=clients,
-                    repeat=repeat,
-                    summary=summary,
-                    server_cpu=cpu,
-                    client_cpu=own,
-                    rss_peak=started.rss_peak,
-                    start_seconds=started.start_seconds,
-                    load_before=load_before,
-                )
-            )
-    return results
+            now = time.monotonic()
+            if now - began + (now - before - arrivals) > 60 * minutes:
+                break
 
+    def _prepare_all(self) -> list[str]:
+        """Leaves out what cannot run, converts weights, tries numbers of threads."""
+        task = self.progress.add_task("prepare", total=len(self.document.servers))
+        for name in self.document.servers:
+            self.progress.update(task, description=f"prepare · {name}")
+            if name not in self.document.left_out and (reason := self._prepare(SERVERS[name])):
+                self.document.left_out[name] = reason
+            self.progress.advance(task)
+        self.progress.remove_task(task)
+        return [name for name in self.document.servers if name not in self.document.left_out]
 
-def compare(
-    plan: Plan, options: argparse.Namespace, console: Console
-) -> tuple[list[Result], dict[str, str]]:
-    """All repeats of all servers; and the servers left out, with the reason."""
-    skipped = {name: why for name in options.servers if (why := SERVERS[name].missing)}
-    results: list[Result] = []
-    for repeat in range(options.repeats):
-        order = options.servers if repeat % 2 == 0 else options.servers[::-1]
-        for name in order:
-            if name in skipped:
-                continue
-            console.print(f"repeat {repeat + 1} of {options.repeats}: {name}", style="dim")
-            try:
-                results += run_server(SERVERS[name], plan, options, repeat=repeat)
-            except ServerFailed as failure:
-                skipped[name] = str(failure)
-    return results, skipped
-
-
-def ratios(results: Sequence[Result], base: str, name: str, clients: int) -> list[float]:
-    """Tokens per second of `base` over those of `name`, for each repeat in which both had any."""
-    speeds = {
-        (result.server, result.repeat): result.summary.tokens_per_second
-        for result in results
-        if result.clients == clients
-    }
-    pairs = [
-        (speed, speeds[name, repeat])
-        for (server, repeat), speed in speeds.items()
-        if server == base and (name, repeat) in speeds
-    ]
-    return [speed / other for speed, other in pairs if speed > 0 and other > 0]
-
-
-def make_table(results: Sequence[Result], *, base: str) -> Table:
-    """Medians over the repeats, one row a server and number of clients."""
-    table = Table(title="Medians over the repeats; times in ms, RSS in MB")
-    table.add_column("clients", justify="right")
-    table.add_column("server", no_wrap=True)
-    columns = ("tok/s", f"{base} is", "TTFT p50", "per token", "gap p50", "gap p99", "failures")
-    for column in (*columns, "server CPU s", "RSS peak", "client core"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for clients in sorted({result.clients for result in results}):
-        for name in dict.fromkeys(result.server for result in results):
-            rows = [row for row in results if (row.server, row.clients) == (name, clients)]
-            if rows:
-                table.add_row(
-                    str(clients), name, *_cells(rows, ratios(results, base, name, clients))
-                )
-        table.add_section()
-    return table
-
-
-def _cells(rows: Sequence[Result], against: Sequence[float]) -> list[str]:
-    """One row's figures; `against` are the base's ratios to it."""
-
-    def median(values: Sequence[float]) -> float:
-        return statistics.median(values)
-
-    summaries = [row.summary for row in rows]
-    failed, asked = sum(s.failures for s in summaries), sum(s.requests for s in summaries)
-    return [
-        f"{median([s.tokens_per_second for s in summaries]):.1f}",
-        f"{median(against):.2f} x" if against else "",
-        f"{1e3 * median([s.time_to_first_p50 for s in summaries]):.0f}",
-        f"{1e3 * median([s.time_per_token_p50 for s in summaries]):.1f}",
-        f"{1e3 * median([s.gap_p50 for s in summaries]):.1f}",
-        f"{1e3 * median([s.gap_p99 for s in summaries]):.1f}",
-        f"{failed}/{asked}",
-        f"{median([row.server_cpu for row in rows]):.1f}",
-        f"{median([row.rss_peak for row in rows]) / 1e6:.0f}",
-        f"{median([row.client_cpu / row.summary.wall for row in rows]):.2f}",
-    ]
-
-
-def write_json(
-    path: Path, results: Sequence[Result], skipped: dict[str, str], options: argparse.Namespace
-) -> None:
-    """All that was measured, and on what."""
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
-    }
-    document = {
-        "machine": machine,
-        "options": {name: str(value) for name, value in vars(options).items()},
-        "skipped": skipped,
-        "results": [asdict(result) for result in results],
-    }
-    path.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
+    def _prepare(self, server: Server) -> str | None:
+        """Why it cannot be compared, or None."""
+        if server.missing:
+            return server.missing
+        try:
+            convert(server, self.plan)
+            if server.tries_threads and len(self.candidates) > 1:
+                best = better_threads(server, self.plan, candidates=self.candidates)
+                self.document.threads[server.name] = best
+        except (ServerFailed, TooSlow, OSError) as failure:
+            return str(failure)
         return None
 
+    def _repeat(self, number: int, names: Sequence[str], *, title: str) -> list[str]:
+        """Every server once; those that are worth another repeat, in the same order."""
+        task = self.progress.add_task(title, total=len(names))
+        self._probe_roof()
+        again = set()
+        for name in names if number % 2 == 0 else names[::-1]:
+            label = f"{title} · {name}"
+            threads = self.document.threads.get(name, self.plan.threads)
+            plan = replace(self.plan, threads=threads)
+            session = Session(SERVERS[name], plan, self.document.sizes, repeat=number)
+            if self._is_to_go_on(session, label=label, task=task):
+                again.add(name)
+            self.document.results.extend(session.results)
+            self.progress.advance(task)
+        self.progress.remove_task(task)
+        return [name for name in names if name in again]
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    def _is_to_go_on(self, session: Session, *, label: str, task: TaskID) -> bool:
+        """Runs it; whether it could do everything and is to do it again."""
+
+        def notify(load: str) -> None:
+            self.progress.update(task, description=f"{label} · {load}")
+
+        try:
+            with_arrivals = session.repeat == 0 and not session.server.once
+            session.run(with_arrivals=with_arrivals, notify=notify)
+        except (ServerFailed, TooSlow, OSError) as failure:
+            reason = f"{failure} (in repeat {session.repeat + 1})"
+            self.document.left_out[session.server.name] = reason
+            return False
+        return not session.server.once
+
+    def _probe_roof(self) -> None:
+        """Adds a roof, or the reason why there is none."""
+        document = self.document
+        rows = sorted({1, 8, 32, *document.sizes.clients})
+        try:
+            document.roofs.append(probe(threads=sorted({1, document.machine.cpus}), rows=rows))
+        except NoRoof as reason:
+            document.left_out["roof"] = str(reason)
+
+
+def _default_model() -> Path:
+    """The file that `quire serve` serves, fetched where it is not there yet."""
+    from model.checkpoint.fetch import default_cache, resolve
+
+    return resolve("", cache=default_cache())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; an unknown server's name ends it."""
+    cpus = this_machine().cpus
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
-    parser.add_argument("--model", type=Path, required=True, help="GGUF file that all serve")
-    parser.add_argument("--servers", type=lambda text: text.split(","), default=list(SERVERS))
-    parser.add_argument("--clients", type=_numbers, default=[1, 8, 32])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=2, help="of each client, one after another")
-    parser.add_argument("--tokens-in", type=int, default=128)
-    parser.add_argument("--tokens-out", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seed", default="0")
-    parser.add_argument("--quire-flags", type=str.split, default=[], help="as one argument")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    add = parser.add_argument
+    add("--model", type=Path, help="GGUF file that all serve; the default model otherwise")
+    add("--servers", type=lambda text: text.split(","), default=list(SERVERS))
+    add("--quick", action="store_true", help="one small repeat: a look, under 4 minutes")
+    add("--clients", type=_numbers)
+    add("--tokens-in", type=int)
+    add("--tokens-out", type=int)
+    add("--rates", type=_numbers, help="requests a second of the Poisson arrivals, rising")
+    add("--seed")
+    add("--repeats", type=int)
+    add("--minutes", type=float, default=14.5, help="no repeat that would end after these")
+    add("--threads", type=_numbers, default=tuple(sorted({max(1, cpus // 2), cpus})),
+        help="of llama.cpp; the best of these is kept")  # fmt: skip
+    add("--quire-flags", type=str.split, default=[], help="as one argument")
+    add("--results", type=Path, default=Path("results"))
+    add("--render", type=Path, metavar="JSON", help="measure nothing: tables and chart of a file")
+    add("--readme", action="store_true", help=f"also write {_CHART.name} and print the Markdown")
     options = parser.parse_args(arguments)
     if unknown := set(options.servers) - set(SERVERS):
         parser.error(f"no such server: {', '.join(sorted(unknown))} (known: {', '.join(SERVERS)})")
     return options
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the comparison; 1 where a request of the first server failed or nothing ran."""
-    options = parse(arguments)
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    options.results.mkdir(parents=True, exist_ok=True)
+def sizes_of(options: argparse.Namespace) -> Sizes:
+    """The preset, and what the command line says otherwise."""
+    sizes = _QUICK if options.quick else Sizes()
+    names = ("clients", "tokens_in", "tokens_out", "rates", "seed")
+    said = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return replace(sizes, **said)
+
+
+def measure(options: argparse.Namespace, *, console: Console) -> Document:
+    """Runs the comparison; what there is so far is kept where it is interrupted."""
+    model, sizes = (options.model or _default_model()).resolve(), sizes_of(options)
+    document = Document(
+        date=time.strftime("%Y-%m-%d", time.gmtime()),
+        machine=this_machine(),
+        model=model.name,
+        weights=count_weights(model),
+        sizes=sizes,
+        servers=options.servers,
+    )
+    if options.quick:
+        slow = [name for name in _NOT_QUICK if name in options.servers]
+        document.left_out |= dict.fromkeys(slow, "not with --quick")
     plan = Plan(
-        model=options.model.resolve(),
-        threads=options.threads,
-        clients=max(options.clients),
-        # A word may be more than one token, and a server may add one of its own.
-        context=2 * options.tokens_in + options.tokens_out,
-        folder=options.results,
+        model=model,
+        threads=max(options.threads),
+        clients=max(sizes.clients),
+        context=sizes.context,
+        folder=options.results.resolve(),
         quire_flags=options.quire_flags,
     )
-    results, skipped = compare(plan, options, console)
-    console.print(make_table(results, base=options.servers[0]))
-    for name, why in skipped.items():
-        console.print(f"{name}: left out, {why}")
-    for error in sorted({f"{row.server}: {e}" for row in results for e in row.summary.errors}):
-        console.print(error, style="red", markup=False)
-    if any(row.client_cpu > _BUSY_CLIENT * row.summary.wall for row in results):
-        console.print("The client took over half a core: it may have been the limit.", style="red")
-    path = options.results / time.strftime("compare-%Y%m%d-%H%M%S.json", time.gmtime())
-    write_json(path, results, skipped, options)
-    console.print(f"written: {path}")
-    first = [row for row in results if row.server == options.servers[0]]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        comparison = Comparison(
+            plan=plan,
+            progress=progress,
+            document=document,
+            candidates=() if options.quick else options.threads,
+        )
+        try:
+            comparison.run(
+                repeats=options.repeats or (1 if options.quick else 3), minutes=options.minutes
+            )
+        except KeyboardInterrupt:
+            console.print("interrupted: what was measured until now is shown", style="red")
+    return document
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compares and reports; 1 where a request of the first server failed or nothing ran."""
+    options = parse(arguments)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    options.results.mkdir(parents=True, exist_ok=True)
+    if options.render:
+        document = read(options.render)
+    else:
+        document = measure(options, console=console)
+        write(document, options.results / "compare.json")
+    if not document.results:
+        console.print("nothing could be measured:", document.left_out)
+        return 1
+    for table in tables(document):
+        console.print(table.to_rich())
+    for line in warnings(document):
+        console.print(line, style="red", markup=False, highlight=False)
+    report, chart = options.results / "compare.md", options.results / "compare.svg"
+    report.write_text(markdown(document), encoding="utf-8")
+    chart.write_text(draw(document), encoding="utf-8")
+    console.print(f"written: {report}, {chart} and, of the measurements, compare.json")
+    if options.readme:
+        shutil.copyfile(chart, _CHART)
+        print(markdown(document))
+    judged = (Kind.DECODE, Kind.PREFILL)
+    first = [row for row in document.results if row.server == document.base and row.kind in judged]
     return 0 if first and not any(row.summary.failures for row in first) else 1
 
 

@@ -1,12 +1,14 @@
-"""Servers to compare: how each is started, when it is ready, what it costs, how it is ended.
+"""A server under comparison: how it is started, when it is ready, what it costs, how it is ended.
 
 Each runs on a free port of 127.0.0.1 in a process of its own, and is ended by its process id. Its
-output goes to a log file. A peer that is not installed is left out, with the reason.
+output goes to a log file. Which servers there are says `peers`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from loadtest.client import Target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What every server is started for."""
+    """What a server is started for."""
 
     model: Path  # GGUF
     threads: int
@@ -40,22 +42,36 @@ class Server:
     """One way to serve the model."""
 
     name: str
-    needs: str  # the module without which it cannot start
     command: Callable[[Plan, int], list[str]]  # of the plan and the port
+    modules: Sequence[str] = ()  # of Python, without which it cannot start
+    programs: Sequence[str] = ()  # on the path
     health: str = "/health"
     fields: Callable[[Plan], Mapping[str, object]] = lambda _: {}  # of a request's body
+    variables: Mapping[str, str] = field(default_factory=dict)  # of its environment
     sends_done: bool = True
-    prepare: Callable[[Plan], None] | None = None
+    conversion: Callable[[Plan], list[str]] | None = None  # a command to be run before the first
+    tries_threads: bool = False  # whether its speed hangs on a number of threads that we choose
+    once: bool = (
+        False  # in the first repeat alone and without arrivals: not the fastest of its kind
+    )
+    start_timeout: float = 120.0  # seconds
 
     @property
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
-        found = importlib.util.find_spec(self.needs) is not None
-        return None if found else f"{self.needs} is not installed"
+        gone = [name for name in self.modules if importlib.util.find_spec(name) is None]
+        gone += [name for name in self.programs if find_program(name) is None]
+        return f"{' and '.join(gone)} not installed" if gone else None
+
+
+def find_program(name: str) -> str | None:
+    """Beside this Python, or on the path."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.is_file() else shutil.which(name)
 
 
 class ServerFailed(Exception):
-    """The server did not come up; the message says where its log is."""
+    """The server did not come up, or did not stay up; the message says where its log is."""
 
 
 @dataclass(slots=True)
@@ -70,32 +86,59 @@ class Running:
 
     def look_at_tree(self) -> None:
         """Finds the processes; once they are warm there come no more."""
-        self._tree = [self.process, *self.process.children(recursive=True)]
+        with _alive():
+            self._tree = [self.process, *self.process.children(recursive=True)]
 
     def sample_rss(self) -> None:
         """Pages that processes share count once for each."""
-        self.rss_peak = max(self.rss_peak, sum(part.memory_info().rss for part in self._tree))
+        with _alive():
+            now = sum(part.memory_info().rss for part in self._tree)
+        self.rss_peak = max(self.rss_peak, now)
 
     def cpu_seconds(self) -> float:
         """User and system time so far."""
-        times = [part.cpu_times() for part in self._tree]
+        with _alive():
+            times = [part.cpu_times() for part in self._tree]
         return sum(part.user + part.system for part in times)
 
 
 @contextmanager
-def running(server: Server, plan: Plan, *, timeout: float = 240.0) -> Iterator[Running]:
+def _alive() -> Iterator[None]:
+    try:
+        yield
+    except psutil.Error as error:
+        raise ServerFailed(f"ended unasked: {error}, see its log") from error
+
+
+def convert(server: Server, plan: Plan) -> None:
+    """Makes the weights that the server reads, where it needs its own. Raises ServerFailed."""
+    if server.conversion is None:
+        return
+    log = plan.folder / f"{server.name}.log"
+    with log.open("ab") as output:
+        done = subprocess.run(
+            server.conversion(plan), stdout=output, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        raise ServerFailed(f"its weights cannot be made from {plan.model.name}, see {log}")
+
+
+@contextmanager
+def running(server: Server, plan: Plan) -> Iterator[Running]:
     """Starts the server, waits until it is healthy, and ends it. Raises ServerFailed."""
-    if server.prepare is not None:
-        server.prepare(plan)
     port = free_port()
     log = plan.folder / f"{server.name}.log"
     started = time.monotonic()
     with log.open("ab") as output:
         process = subprocess.Popen(
-            server.command(plan, port), stdout=output, stderr=subprocess.STDOUT
+            server.command(plan, port),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | dict(server.variables),
         )
     try:
-        _wait_until_healthy(f"http://127.0.0.1:{port}{server.health}", process, timeout, log)
+        url = f"http://127.0.0.1:{port}{server.health}"
+        wait_until_healthy(url, process, timeout=server.start_timeout, log=log)
         target = Target(port=port, fields=server.fields(plan), sends_done=server.sends_done)
         yield Running(
             target=target,
@@ -113,13 +156,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_healthy(
-    url: str, process: subprocess.Popen[bytes], timeout: float, log: Path
+def wait_until_healthy(
+    url: str, process: subprocess.Popen[bytes], *, timeout: float, log: Path
 ) -> None:
+    """Until the URL answers with 200. Raises ServerFailed."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ServerFailed(f"exit code {process.returncode}, see {log}")
+            raise ServerFailed(f"ended with {process.returncode} before it was ready, see {log}")
         try:
             with urlopen(url, timeout=5) as answer:  # noqa: S310 - http on the loopback
                 if answer.status == 200:
@@ -127,7 +171,7 @@ def _wait_until_healthy(
         except (URLError, TimeoutError, ConnectionError):
             pass
         time.sleep(0.05)
-    raise ServerFailed(f"not healthy within {timeout:g} s, see {log}")
+    raise ServerFailed(f"not ready within {timeout:g} s, see {log}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -145,71 +189,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     for child in children:
         if child.is_running():
             child.kill()
-
-
-def _quire(plan: Plan, port: int) -> list[str]:
-    base = [sys.executable, "-m", "service", "serve", "--model", str(plan.model)]
-    base += ["--model-name", _NAME]
-    where = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", "0"]
-    return [*base, *where, "--threads", str(plan.threads), *plan.quire_flags]
-
-
-def _llama_cpp(plan: Plan, port: int) -> list[str]:
-    base = [sys.executable, "-m", "loadtest.llama_server", "--model", str(plan.model)]
-    sizes = ["--parallel", str(plan.clients), "--context", str(plan.context)]
-    return [*base, "--port", str(port), "--threads", str(plan.threads), *sizes]
-
-
-def _folder(plan: Plan) -> Path:
-    return plan.folder.resolve() / f"transformers-{plan.model.stem}"
-
-
-def _prepare_transformers(plan: Plan) -> None:
-    command = [sys.executable, "-m", "loadtest.transformers_folder"]
-    with (plan.folder / "transformers.log").open("ab") as output:
-        subprocess.run(
-            [*command, str(plan.model), str(_folder(plan))],
-            check=True,
-            stderr=output,
-            stdout=output,
-        )
-
-
-def _transformers(plan: Plan, port: int) -> list[str]:
-    program = str(Path(sys.executable).parent / "transformers")
-    where = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    return [program, "serve", str(_folder(plan)), *where, "--continuous-batching"]
-
-
-_NAME = "compared"  # Quire wants a request to name its model; llama.cpp ignores the name
-_WHOLE = {"model": _NAME, "ignore_eos": True, "stream_options": {"include_usage": True}}
-
-SERVERS: Mapping[str, Server] = {
-    server.name: server
-    for server in (
-        Server(
-            name="quire",
-            needs="service",
-            command=_quire,
-            health="/health/ready",
-            fields=lambda _: _WHOLE,
-        ),
-        Server(
-            name="llama.cpp",
-            needs="xllamacpp",
-            command=_llama_cpp,
-            fields=lambda _: _WHOLE,
-        ),
-        Server(
-            name="transformers",
-            needs="transformers",
-            command=_transformers,
-            fields=lambda plan: {
-                "model": str(_folder(plan)),
-                "generation_config": '{"do_sample": false}',
-            },
-            sends_done=False,
-            prepare=_prepare_transformers,
-        ),
-    )
-}

@@ -1,8 +1,8 @@
-"""Workloads: seeded prompts, the same for every server that is compared.
+"""Workloads: seeded prompts and arrivals, the same for every server that is compared.
 
 The prompts are text, because not every server takes token ids. Their words are common enough that
-byte-level BPE vocabularies have them whole, so a prompt of n words has close to n tokens; what a
-server counted stands in the results beside it.
+byte-level BPE vocabularies have them whole: a prompt of n words has n tokens of the default model.
+What a server counted stands in the results beside it.
 """
 
 from __future__ import annotations
@@ -34,3 +34,13 @@ def make_prompt(seed: str, *, num_tokens: int) -> str:
 def make_prompts(seed: str, *, count: int, num_tokens: int) -> list[str]:
     """Prompts that share no beginning, so that no prefix cache helps."""
     return [make_prompt(f"{seed}/{index}", num_tokens=num_tokens) for index in range(count)]
+
+
+def poisson_arrivals(seed: str, *, rate: float, window: float) -> tuple[float, ...]:
+    """Times within `window` seconds at which requests come: a Poisson process of a known count.
+
+    The count is the one to be expected, and at least 1: in a short window, chance would make of
+    one rate another. Given the count, the times are independent and uniform.
+    """
+    rng = random.Random(f"{seed}/{rate:g}")
+    return tuple(sorted(rng.uniform(0, window) for _ in range(max(1, round(rate * window)))))

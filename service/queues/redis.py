@@ -13,6 +13,7 @@ import json
 import logging
 import secrets
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 from service.messages import End, FinishReason, Record, Submission
@@ -59,6 +60,7 @@ _COUNTED = {
     WriteStatus.GAP: QueueEvent.GAP,
     WriteStatus.FENCED: QueueEvent.FENCED,
 }
+_SAID = {field.name for field in fields(EngineInfo)}
 
 
 class RedisQueue:
@@ -197,7 +199,9 @@ class RedisQueue:
             seen, _, text = told.partition(b" ")
             try:
                 if int(seen) >= oldest:
-                    info = EngineInfo(**json.loads(text))
+                    said = json.loads(text)
+                    # An engine of a newer version may say more than this one knows.
+                    info = EngineInfo(**{name: said[name] for name in said if name in _SAID})
                     found[info.id] = info
             except (ValueError, TypeError):
                 self._drop("what an engine tells of itself")

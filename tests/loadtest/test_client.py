@@ -13,8 +13,16 @@ from dataclasses import replace
 import orjson
 import pytest
 
-from loadtest.client import Outcome, SseDecoder, Target, complete, drive, percentile, summarise
-from loadtest.compare import Result, ratios
+from loadtest.client import (
+    Outcome,
+    SseDecoder,
+    Target,
+    arrive,
+    complete,
+    drive,
+    percentile,
+    summarise,
+)
 from loadtest.workloads import make_prompts
 
 
@@ -137,7 +145,36 @@ async def test_a_refusal_and_a_closed_port_are_failures() -> None:
 async def test_a_stream_that_hangs_is_given_up() -> None:
     async with serving(whole(5), pause=5.0) as (target, _):
         outcome = await complete(target, "p", max_tokens=5, give_up_after=0.05)
-    assert outcome.error == "no end within 0.05 s"
+    assert (outcome.error, outcome.gave_up) == ("no end within 0.05 s", True)
+
+
+async def test_where_the_server_counts_no_tokens_an_answer_that_ended_by_length_has_all() -> None:
+    """Two tokens may come in one event, and some have no text of their own."""
+    parts = [event("ab"), event("c"), event(finish_reason="length"), b"data: [DONE]\n\n"]
+    async with serving(parts) as (target, _):
+        outcome = await complete(target, "p", max_tokens=5)
+    stopped = [event("ab"), event(finish_reason="stop"), b"data: [DONE]\n\n"]
+    async with serving(stopped) as (target, _):
+        short = await complete(target, "p", max_tokens=5)
+    assert (outcome.error, outcome.completion_tokens) == (None, 5)
+    assert short.error == "1 tokens instead of 5"
+
+
+async def test_arrivals_do_not_wait_for_one_another_and_end_together() -> None:
+    times = (0.0, 0.02, 0.03, 0.1)
+    prompts = make_prompts("a", count=4, num_tokens=3)
+    async with serving(whole(2), pause=0.02) as (target, bodies):  # 0.08 s an answer
+        outcomes, wall = await arrive(target, prompts, times=times, max_tokens=2, patience=5.0)
+    sent = [outcome.sent - outcomes[0].sent for outcome in outcomes]
+    assert [outcome.error for outcome in outcomes] == [None] * 4
+    assert sorted(str(body["prompt"]) for body in bodies) == sorted(prompts)
+    assert all(at >= time - 0.01 for at, time in zip(sent, times, strict=True))
+    assert outcomes[2].sent < outcomes[0].arrivals[-1] + 0.02
+    assert wall < 4
+    async with serving(whole(2), pause=5.0) as (target, _):
+        late, wall = await arrive(target, prompts, times=times, max_tokens=2, patience=0.1)
+    assert all(outcome.gave_up for outcome in late)
+    assert 0.15 < wall < 2
 
 
 async def test_drive_sends_every_prompt_once() -> None:
@@ -178,22 +215,6 @@ def test_nothing_whole_gives_nan_and_no_speed() -> None:
 def test_percentiles_interpolate() -> None:
     assert [percentile([4, 1, 3, 2], p) for p in (0, 50, 100)] == [1, 2.5, 4]
     assert percentile([7], 99) == 7
-
-
-def test_ratios_pair_the_repeats_and_skip_the_missing() -> None:
-    def result(server: str, repeat: int, tokens: int) -> Result:
-        outcomes = [make_outcome(*range(tokens))] if tokens else []
-        return Result(
-            server=server, clients=1, repeat=repeat, summary=summarise(outcomes, wall=1.0),
-            server_cpu=0, client_cpu=0, rss_peak=0, start_seconds=0, load_before=0,
-        )  # fmt: skip
-
-    results = [
-        result("a", 0, 6), result("b", 0, 3), result("a", 1, 8), result("b", 1, 2),
-        result("a", 2, 5), result("a", 3, 5), result("b", 3, 0),
-    ]  # fmt: skip
-    assert ratios(results, "a", "b", 1) == [2.0, 4.0]
-    assert ratios(results, "a", "b", 8) == []
 
 
 def test_prompts_are_seeded_and_share_no_beginning() -> None:

@@ -1,0 +1,48 @@
+"""A server of one process for tests: `toy_server.py PORT PACE EXITS_AFTER`, stdlib alone.
+
+Every token takes PACE seconds; after EXITS_AFTER answers the process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+
+def event(**fields: Any) -> bytes:
+    return b"data: " + json.dumps(fields).encode() + b"\n\n"
+
+
+def choice(text: str, finish_reason: str | None = None) -> dict[str, object]:
+    return {"index": 0, "text": text, "finish_reason": finish_reason}
+
+
+async def main(port: int, pace: float, exits_after: int) -> None:
+    answered = 0
+    ended = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal answered
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        if "content-length: " in head:
+            length = int(head.split("content-length: ")[1].split("\r\n")[0])
+            body = json.loads(await reader.readexactly(length))
+            for _ in range(body["max_tokens"]):
+                await asyncio.sleep(pace)
+                writer.write(event(choices=[choice("a ")]))
+            tokens = {"prompt_tokens": 4, "completion_tokens": body["max_tokens"]}
+            writer.write(event(choices=[choice("", "length")], usage=tokens) + b"data: [DONE]\n\n")
+            answered += 1
+        writer.close()
+        if answered == exits_after:
+            ended.set()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", port):
+        await ended.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])))
