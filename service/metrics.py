@@ -47,6 +47,7 @@ class Metrics:
         self._on_call = on_call
         self._clock = clock
         self._sampled: deque[tuple[float, int]] = deque(maxlen=2048)  # of the latest steps
+        self.latest: StepReport | None = None
         self.registry = CollectorRegistry()
         self._requests()
         self._engine()
@@ -97,6 +98,10 @@ class Metrics:
         self.blocks = self._gauge("quire_kv_blocks", "KV blocks by state.", "state")
         self.prompt_tokens = self._counter("quire_prompt_tokens", "Prompt tokens computed.")
         self.generated_tokens = self._counter("quire_generated_tokens", "Tokens sampled.")
+        self.draft_tokens = self._counter("quire_draft_tokens", "Tokens drafted by look-up.")
+        self.accepted_drafts = self._counter(
+            "quire_accepted_draft_tokens", "Drafts that the sampler chose too."
+        )
         self.prefix_hits = self._counter(
             "quire_prefix_hit_tokens", "Prompt tokens found in the prefix cache."
         )
@@ -189,6 +194,7 @@ class Metrics:
     # --- service.engine.observer.Observer -------------------------------------------------
     def stepped(self, report: StepReport) -> None:
         """Counts one engine step, and what is held after it."""
+        self.latest = report
         if report.num_tokens:
             self.steps.inc()
             self.step_time.observe(report.duration)
@@ -202,6 +208,8 @@ class Metrics:
         self.blocks.labels("free").set(report.blocks_free)
         self.prompt_tokens.inc(report.prompt_tokens)
         self.generated_tokens.inc(report.num_sampled)
+        self.draft_tokens.inc(report.num_drafts)
+        self.accepted_drafts.inc(report.num_accepted)
         self.prefix_hits.inc(report.prefix_hit_tokens)
         self.preemptions.inc(report.preemptions)
         if report.recomputed_tokens:

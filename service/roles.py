@@ -152,6 +152,7 @@ class EngineSide:
     def __init__(self, settings: Settings, loaded: Loaded, queue: Queue, metrics: Metrics) -> None:
         self.id = uuid4().hex
         self._card = loaded.card
+        self._num_blocks = loaded.runner.num_blocks
         self._metrics = metrics
         self.loop = EngineLoop(
             loaded.runner,
@@ -159,6 +160,8 @@ class EngineSide:
                 max_batch_tokens=settings.max_batch_tokens,
                 max_sequences=settings.max_sequences,
                 max_model_len=loaded.card.max_model_len,
+                target_gap=settings.target_gap,
+                speculate=settings.speculate,
             ),
             token_bytes=loaded.tokenizer.token_bytes,
             eos_ids=loaded.tokenizer.eos_ids,
@@ -172,11 +175,16 @@ class EngineSide:
         self.worker.deliver(events)
 
     def _info(self) -> EngineInfo:
+        latest = self._metrics.latest
         return EngineInfo(
             id=self.id,
             numeric_class=self._card.numeric_class,
             version=VERSION,
             running=self.worker.running,
+            waiting=latest.waiting if latest else 0,
+            blocks_used=latest.blocks_used if latest else 0,
+            blocks_cached=latest.blocks_cached if latest else 0,
+            blocks_free=latest.blocks_free if latest else self._num_blocks,
             max_model_len=self._card.max_model_len,
             tokens_per_second=self._metrics.tokens_per_second(),
         )

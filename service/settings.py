@@ -98,6 +98,15 @@ class Settings(BaseModel):
         Group.ENGINE, 64, "Most sequences one step computes.", ge=1, le=4096
     )
 
+    target_gap: float = _setting(
+        Group.ENGINE, 0.06, "Seconds between tokens of a stream that a long prompt may cost.", gt=0
+    )
+    speculate: bool = _setting(
+        Group.ENGINE,
+        default=True,
+        help_text="Draft tokens from the text itself; exact runners only, never another answer.",
+    )
+
     # Queue
     queue: str = _setting(
         Group.QUEUE, "memory://", "Where requests and journals live: memory:// or redis://host/0."

@@ -117,6 +117,7 @@ class Worker:
         self._failed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._renewed = clock()
+        self._abandoned: list[Lease] = []  # not renewed in time, to be released
 
     # --- called from the engine thread ----------------------------------------------------
     def deliver(self, events: Sequence[Event]) -> None:
@@ -320,13 +321,19 @@ class Worker:
         while True:
             await asyncio.sleep(lease / 3)
             sent = self._clock()
+            # An attempt gets all that is left of the lease: a store may be slow, and a connection
+            # cut off by a time-out costs a new one, which is slower.
+            left = self._renewed + lease - sent
             try:
-                async with asyncio.timeout(lease / 3):
+                async with asyncio.timeout(max(lease / 3, left)):
                     lost = await self._queue.renew([held.lease for held in self._held.values()])
+                    if self._abandoned:
+                        await self._queue.release(self._abandoned)
             except (Unavailable, TimeoutError):
-                if self._clock() - self._renewed > lease:
+                if self._clock() - self._renewed >= lease:
                     self._abandon()
                 continue
+            self._abandoned.clear()
             self._renewed = sent
             for request_id in lost:
                 if request_id in self._held:
@@ -334,9 +341,13 @@ class Worker:
                     self._drop(request_id, cause="lease_lost")
 
     def _abandon(self) -> None:
-        """Stops computing what may be another engine's by now: it could not be journalled."""
+        """Stops computing what may be another engine's by now: it could not be journalled.
+
+        What is not another's when the store is back is released then: nobody died on it.
+        """
         if self._held:
             self._observer.lease_lost(len(self._held))
+        self._abandoned += [held.lease for held in self._held.values()]
         for request_id in list(self._held):
             self._drop(request_id, cause="lease_lost")
 

@@ -405,6 +405,50 @@ async def test_an_engine_that_cannot_renew_stops_computing() -> None:
         assert (await answer(queue, request))[0] == oracle_answer(request)
 
 
+class Away(MemoryQueue):
+    """A store that goes away, and when it is back hears owners before it hands anything out."""
+
+    away = False
+    unheard = False
+    attempts: tuple[int, ...] = ()
+
+    async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
+        """Does not answer while away."""
+        if self.away:
+            raise Unavailable("gone")
+        return await super().renew(leases)
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        """After it claims are answered again."""
+        await super().release(leases)
+        self.unheard = False
+
+    async def claim(self, engine: EngineInfo, *, limit: int, wait: float) -> Sequence[Claim]:
+        """Notes the attempts."""
+        if self.unheard:
+            raise Unavailable("gone")
+        claims = await super().claim(engine, limit=limit, wait=wait)
+        self.attempts += tuple(claim.attempt for claim in claims)
+        return claims
+
+
+async def test_an_outage_longer_than_a_lease_blames_nobody() -> None:
+    """Else three of them would end every answer that lives through them."""
+    queue = Away(QueueLimits(lease=0.6))
+    request = make_request("away", max_tokens=30)
+    async with station(queue, on_run=slowly(0.05)) as one:
+        await submit(queue, request)
+        while not await queue.read(request.id):
+            await asyncio.sleep(0.005)
+        queue.away = queue.unheard = True
+        async with asyncio.timeout(5):
+            while not one.ledger.counts["lease_lost"]:
+                await asyncio.sleep(0.01)
+        queue.away = False
+        assert (await answer(queue, request))[0] == oracle_answer(request)
+    assert queue.attempts == (1, 1)
+
+
 def make_claim(name: str, attempt: int) -> Claim:
     request = make_request(name)
     return Claim(lease=Lease(request.id, 1, "o"), request=request, attempt=attempt)

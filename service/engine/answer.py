@@ -25,7 +25,7 @@ def stop_ids(request: GenerationRequest, eos_ids: frozenset[int]) -> frozenset[i
 
 
 class Answer:
-    """The answer to one request, token by token.
+    """The answer to one request, as its tokens come.
 
     `reason` is set with the token that ends it. A token that ends an answer counts and has no text;
     a stop string cuts the text and leaves the tokens that it began in.
@@ -53,18 +53,26 @@ class Answer:
         for token in tokens:  # what became certain of their text is journalled with them
             self._read(token)
 
-    def take(self, token: int, logprob: TokenLogprob | None = None) -> Tokens:
-        """Reads the next token; returns the record of it. Not called after the end."""
+    def take(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> Tokens:
+        """Reads the next tokens up to one that ends the answer; returns the record of those read.
+
+        There is at least one. Not called after the end.
+        """
         start = self.count
-        text = self._read(token)
+        text = self._read(tokens[0])
+        for token in tokens[1:]:
+            if self.reason is not None:
+                break
+            text += self._read(token)
+        num = self.count - start
         prompt_logprobs = tuple(self.prompt_logprobs)
         self.prompt_logprobs = []
         return Tokens(
             start=start,
-            ids=(token,),
+            ids=tuple(tokens[:num]),
             text=text,
             digest=self._digest,
-            logprobs=() if logprob is None else (logprob,),
+            logprobs=tuple(logprobs[:num]),
             prompt_logprobs=prompt_logprobs,
         )
 

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING
 
 from service.engine.answer import Answer
 from service.engine.blocks import BlockAllocator
+from service.engine.cost import CostModel
 from service.engine.observer import Observer, StepReport
 from service.engine.pack import Packer, unpack
 from service.engine.plan import EngineConfig, Plan
 from service.engine.scheduler import Scheduler
+from service.engine.speculate import Speculator, may_speculate
 from service.errors import BadRequest
 from service.messages import End, Event, FinishReason, GenerationRequest
 
@@ -52,11 +54,20 @@ class _Figures:
 
     run_duration: float
     num_sampled: int
+    num_drafts: int
+    num_accepted: int
     prompt_tokens: int
     recomputed_tokens: int
 
 
-_NOTHING_COMPUTED = _Figures(run_duration=0.0, num_sampled=0, prompt_tokens=0, recomputed_tokens=0)
+_NOTHING_COMPUTED = _Figures(
+    run_duration=0.0,
+    num_sampled=0,
+    num_drafts=0,
+    num_accepted=0,
+    prompt_tokens=0,
+    recomputed_tokens=0,
+)
 
 
 class EngineLoop:
@@ -65,7 +76,7 @@ class EngineLoop:
     `deliver` is called from the engine's thread and must not block: while it runs, `add` and
     `abort` of other threads wait, so that no event comes out after `abort` returned. `on_failure`
     is called once, from the engine's thread, when the runner or `deliver` raised; the engine does
-    nothing any more after that.
+    nothing any more after that. `cost` is what is known of the runner's speed; it learns on.
     """
 
     def __init__(
@@ -78,6 +89,7 @@ class EngineLoop:
         deliver: Callable[[Sequence[Event]], None],
         observer: Observer,
         clock: Callable[[], float] = time.monotonic,
+        cost: CostModel | None = None,
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.steps = 0
@@ -92,10 +104,13 @@ class EngineLoop:
         self._clock = clock
         self._on_failure = on_failure
         self._allocator = BlockAllocator(runner.num_blocks, block_size=runner.block_size)
+        self._cost = CostModel() if cost is None else cost
         self._scheduler = Scheduler(
             config,
             self._allocator,
             max_model_len=runner.config.max_model_len,
+            cost=self._cost,
+            speculator=Speculator(config, self._cost) if may_speculate(config, runner) else None,
             numeric_class=runner.numeric_class,
         )
         self._packer = Packer(
@@ -161,6 +176,7 @@ class EngineLoop:
         figures = _NOTHING_COMPUTED
         if plan.tokens:
             figures = self._compute(plan, events)
+            self._cost.observe(plan.work, self._clock() - began)
             self.steps += 1
         # An empty step is told too: a cancel may have left nothing to do, and blocks to count.
         self._report(plan, figures, began)
@@ -253,19 +269,27 @@ class EngineLoop:
         output = self._runner.run(batch)
         run_duration = self._clock() - run_began
         outcome = unpack(plan, output)
-        figures = _Figures(
-            run_duration=run_duration,
-            num_sampled=len(outcome.tokens),
-            prompt_tokens=plan.prompt_tokens,
-            recomputed_tokens=plan.recomputed_tokens,
-        )
         for request_id, scores in outcome.prompt_logprobs.items():
             for position, score in scores:
                 self._answers[request_id].prompt_logprobs[position] = score
-        grown = self._scheduler.update(plan, outcome.tokens)
-        for sequence, token, logprob in zip(grown, outcome.tokens, outcome.logprobs, strict=True):
-            answer = self._answers[sequence.id]
-            events.append(Event(sequence.id, answer.take(token, logprob)))
+        sampling = plan.sampling
+        answers = [self._answers[sequence.id] for sequence in sampling]
+        records = [
+            answer.take(run, logprobs)
+            for answer, run, logprobs in zip(answers, outcome.runs, outcome.logprobs, strict=True)
+        ]
+        num_sampled = sum(len(record.ids) for record in records)
+        figures = _Figures(
+            run_duration=run_duration,
+            num_sampled=num_sampled,
+            num_drafts=plan.num_drafts,
+            num_accepted=num_sampled - len(records),
+            prompt_tokens=plan.prompt_tokens,
+            recomputed_tokens=plan.recomputed_tokens,
+        )
+        self._scheduler.update(plan, [record.ids for record in records])
+        for sequence, answer, record in zip(sampling, answers, records, strict=True):
+            events.append(Event(sequence.id, record))
             if answer.reason is not None:
                 self._scheduler.finish(sequence)
                 events.append(self._end(sequence.id, answer.reason, sequence.num_cached))
@@ -296,6 +320,8 @@ class EngineLoop:
                 num_tokens=plan.num_tokens,
                 num_sequences=len(plan.tokens),
                 num_sampled=figures.num_sampled,
+                num_drafts=figures.num_drafts,
+                num_accepted=figures.num_accepted,
                 running=len(self._scheduler.running),
                 waiting=self._scheduler.num_waiting,
                 blocks_used=allocator.num_used,

@@ -14,7 +14,9 @@ class StepReport:
     run_duration: float  # inside the runner
     num_tokens: int  # 0: nothing was computed, but what runs, waits or is held may have changed
     num_sequences: int
-    num_sampled: int
+    num_sampled: int  # tokens that the answers grew by
+    num_drafts: int  # tokens guessed and computed in advance; see `speculate`
+    num_accepted: int  # of these, those that came true
     running: int
     waiting: int
     blocks_used: int  # referenced by a sequence

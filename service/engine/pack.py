@@ -7,16 +7,18 @@ rows it needs, so that a decode step costs little Python per sequence. Shape leg
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 
 from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, StepOutput
 from service.engine.answer import stop_ids
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence
+from service.engine.speculate import accepted
 from service.messages import SamplingParams, TokenLogprob
 
 _NO_INTS: Ints = np.empty(0, np.int32)
@@ -27,8 +29,8 @@ _NO_FLOATS: Floats = np.empty(0, np.float32)
 class Outcome:
     """What a step yielded, in the order of the plan."""
 
-    tokens: list[int]  # one for each sequence of `plan.sampling`
-    logprobs: list[TokenLogprob | None]
+    runs: list[list[int]]  # the tokens of each of `plan.sampling`: drafts that came true, and one
+    logprobs: list[list[TokenLogprob]]  # of each run; empty where not asked for
     prompt_logprobs: dict[str, list[tuple[int, TokenLogprob]]]  # request id -> (position, score)
 
 
@@ -44,8 +46,22 @@ class _PenaltyCounts:
         self._counts = np.zeros(len(self._index), np.int32)
         self._num_read = 0
 
-    def read(self, sequence: Sequence) -> tuple[Ints, Ints]:
-        """Distinct ids and counts over the whole answer so far."""
+    def rows(self, sequence: Sequence, drafts: list[int]) -> list[tuple[Ints, Ints]]:
+        """Distinct ids and counts: over the whole answer so far, then with each of the drafts."""
+        ids, counts = self._read(sequence)
+        rows = [(ids, counts)]
+        for draft in drafts:
+            place = np.flatnonzero(ids == draft)
+            if place.size:
+                counts = counts.copy()
+                counts[place[0]] += 1
+            else:
+                ids = np.append(ids, np.int32(draft))
+                counts = np.append(counts, np.int32(1))
+            rows.append((ids, counts))
+        return rows
+
+    def _read(self, sequence: Sequence) -> tuple[Ints, Ints]:
         for token in sequence.tokens[sequence.num_prompt + self._num_read :]:
             index = self._index.setdefault(token, len(self._index))
             if index >= len(self._ids):
@@ -73,6 +89,11 @@ class _Seat:
     bias_values: Floats = field(default_factory=_NO_FLOATS.copy)
     early_ids: Ints = field(default_factory=_NO_INTS.copy)  # the same, until min_tokens
     early_values: Floats = field(default_factory=_NO_FLOATS.copy)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether any logit of its rows is changed."""
+        return bool(self.penalties or len(self.bias_ids) or len(self.early_ids))
 
     def bias(self, num_output: int) -> tuple[Ints, Floats]:
         """Biases of the answer's token number `num_output`."""
@@ -119,7 +140,10 @@ class Packer:
         np.cumsum(lengths_S, out=starts_S1[1:])
         contexts_S = computed_S + lengths_S
         totals_S = np.array([sequence.num_tokens for sequence in sequences], np.int32)
-        samples_S = contexts_S == totals_S
+        samples_S = np.maximum(contexts_S - totals_S + 1, 0)
+        owners_R = np.repeat(np.arange(len(sequences)), samples_S)
+        # Of the rows of one sequence that sample, the first samples what follows its last token.
+        drafted_R = np.arange(len(owners_R)) - (np.cumsum(samples_S) - samples_S)[owners_R]
         width = -(-int(contexts_S.max()) // self._block_size)
         score_rows_Q, score_ids_Q, score_num_top = _scores(plan, starts_S1)
         return Batch(
@@ -129,10 +153,8 @@ class Packer:
             context_lens_S=contexts_S,
             block_table_SB=self._table[seats_S, :width],
             seats_S=seats_S,
-            sample_rows_R=starts_S1[1:][samples_S] - 1,
-            sampling=self._sampling(
-                [sequences[index] for index in np.flatnonzero(samples_S)], seats_S[samples_S]
-            ),
+            sample_rows_R=((starts_S1[1:] - samples_S)[owners_R] + drafted_R).astype(np.int32),
+            sampling=self._sampling(plan, seats_S[owners_R], drafted_R),
             score_rows_Q=score_rows_Q,
             score_ids_Q=score_ids_Q,
             score_num_top=score_num_top,
@@ -183,15 +205,21 @@ class Packer:
         self._num_tops[seat] = params.top_logprobs or 0
         self._wants_logprobs[seat] = params.top_logprobs is not None
 
-    def _sampling(self, sequences: list[Sequence], seats_R: Ints) -> SamplingBatch:
+    def _sampling(
+        self, plan: Plan, seats_R: Ints, drafted_R: npt.NDArray[np.intp]
+    ) -> SamplingBatch:
+        """The columns of all rows that sample; `drafted_R`: drafts before it, of its sequence."""
+        sampling = plan.sampling
+        num_rows = [1 + len(plan.drafts.get(sequence, ())) for sequence in sampling]
+        outputs_R = np.repeat([sequence.num_output for sequence in sampling], num_rows)
         floats = self._floats[:, seats_R]
         wants_logprobs_R: Bools = self._wants_logprobs[seats_R]
-        penalty_rows, penalty_ids, penalty_counts = self._penalties(sequences)
-        bias_rows, bias_ids, bias_values = self._biases(sequences)
+        penalty_rows, penalty_ids, penalty_counts = self._penalties(plan, sampling)
+        bias_rows, bias_ids, bias_values = self._biases(plan, sampling)
         return SamplingBatch(
             seeds_R=self._seeds[seats_R],
             choices_R=self._choices[seats_R],
-            indices_R=np.array([sequence.num_output for sequence in sequences], np.int32),
+            indices_R=(outputs_R + drafted_R).astype(np.int32),
             temperatures_R=floats[0],
             top_ks_R=self._top_ks[seats_R],
             top_ps_R=floats[1],
@@ -209,15 +237,27 @@ class Packer:
             num_top=int(self._num_tops[seats_R].max(initial=0)),
         )
 
-    def _penalties(self, sequences: list[Sequence]) -> tuple[Ints, Ints, Ints]:
+    def _adjusted(
+        self, plan: Plan, sampling: list[Sequence]
+    ) -> Iterator[tuple[int, Sequence, _Seat, list[int]]]:
+        """(first row, sequence, seat, drafts) of those whose logits are changed."""
+        row = 0
+        for sequence in sampling:
+            seat = self._seats[_seat_of(sequence)]
+            drafts = plan.drafts.get(sequence, [])
+            if seat is not None and seat.adjusts:
+                yield row, sequence, seat, drafts
+            row += 1 + len(drafts)
+
+    def _penalties(self, plan: Plan, sampling: list[Sequence]) -> tuple[Ints, Ints, Ints]:
         rows: list[int] = []
         ids: list[Ints] = []
         counts: list[Ints] = []
-        for row, sequence in enumerate(sequences):
-            seat = self._seats[_seat_of(sequence)]
-            if seat is not None and seat.penalties is not None:
-                row_ids, row_counts = seat.penalties.read(sequence)
-                rows.append(row)
+        for first, sequence, seat, drafts in self._adjusted(plan, sampling):
+            if seat.penalties is None:
+                continue
+            for row, (row_ids, row_counts) in enumerate(seat.penalties.rows(sequence, drafts)):
+                rows.append(first + row)
                 ids.append(row_ids)
                 counts.append(row_counts)
         if not rows:
@@ -226,19 +266,17 @@ class Packer:
         repeated = np.repeat(np.array(rows, np.int32), lengths)
         return repeated, np.concatenate(ids), np.concatenate(counts)
 
-    def _biases(self, sequences: list[Sequence]) -> tuple[Ints, Ints, Floats]:
+    def _biases(self, plan: Plan, sampling: list[Sequence]) -> tuple[Ints, Ints, Floats]:
         rows: list[int] = []
         ids: list[Ints] = []
         values: list[Floats] = []
-        for row, sequence in enumerate(sequences):
-            seat = self._seats[_seat_of(sequence)]
-            if seat is None:
-                continue
-            row_ids, row_values = seat.bias(sequence.num_output)
-            if len(row_ids):
-                rows.append(row)
-                ids.append(row_ids)
-                values.append(row_values)
+        for first, sequence, seat, drafts in self._adjusted(plan, sampling):
+            for row in range(1 + len(drafts)):
+                row_ids, row_values = seat.bias(sequence.num_output + row)
+                if len(row_ids):
+                    rows.append(first + row)
+                    ids.append(row_ids)
+                    values.append(row_values)
         if not rows:
             return _NO_INTS, _NO_INTS, _NO_FLOATS
         lengths = [len(row_ids) for row_ids in ids]
@@ -248,18 +286,28 @@ class Packer:
 
 def unpack(plan: Plan, output: StepOutput) -> Outcome:
     """What each sequence of the plan got. Called before the scheduler's `update`."""
-    tokens: list[int] = output.tokens_R.tolist()
-    sampling = plan.sampling
-    logprobs: list[TokenLogprob | None] = [None] * len(sampling)
-    for row, sequence in enumerate(sampling):
+    sampled: list[int] = output.tokens_R.tolist()
+    runs: list[list[int]] = []
+    logprobs: list[list[TokenLogprob]] = []
+    row = 0
+    for sequence in plan.sampling:
+        drafts = plan.drafts.get(sequence, [])
+        num = accepted(drafts, sampled[row : row + len(drafts)])
+        runs.append(sampled[row : row + num])
         num_top = sequence.request.sampling.top_logprobs
-        if num_top is not None:
-            logprobs[row] = _logprob(
-                output.logprobs_R[row],
-                output.top_ids_RN[row, :num_top],
-                output.top_logprobs_RN[row, :num_top],
-            )
-    return Outcome(tokens=tokens, logprobs=logprobs, prompt_logprobs=_unpack_scores(plan, output))
+        rows = range(0) if num_top is None else range(row, row + num)
+        logprobs.append(
+            [
+                _logprob(
+                    output.logprobs_R[index],
+                    output.top_ids_RN[index, :num_top],
+                    output.top_logprobs_RN[index, :num_top],
+                )
+                for index in rows
+            ]
+        )
+        row += 1 + len(drafts)
+    return Outcome(runs=runs, logprobs=logprobs, prompt_logprobs=_unpack_scores(plan, output))
 
 
 def _unpack_scores(plan: Plan, output: StepOutput) -> dict[str, list[tuple[int, TokenLogprob]]]:
@@ -291,10 +339,11 @@ def _seat_of(sequence: Sequence) -> int:
 
 
 def _tokens(plan: Plan) -> Ints:
-    slices = (
-        sequence.tokens[sequence.num_computed : sequence.num_computed + num]
-        for sequence, num in plan.tokens.items()
-    )
+    slices: list[Iterable[int]] = []
+    for sequence, num in plan.tokens.items():
+        slices.append(sequence.tokens[sequence.num_computed : sequence.num_computed + num])
+        if sequence in plan.drafts:
+            slices.append(plan.drafts[sequence])
     return np.fromiter(chain.from_iterable(slices), np.int32, plan.num_tokens)
 
 

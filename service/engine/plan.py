@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from service.engine.cost import StepWork
 from service.engine.sequence import Sequence
 
 
@@ -13,24 +14,38 @@ class EngineConfig:
 
     max_batch_tokens: int = 512  # the budget of a step
     max_sequences: int = 64  # seats
-    max_prompt_chunk: int = 256  # most tokens of one sequence in a step
+    max_prompt_chunk: int | None = None  # most tokens of one sequence in a step; None: the budget
+    target_gap: float = 0.06  # seconds: how long a step with prompts may hold up those who decode
     max_model_len: int | None = None  # tokens of prompt and answer; None: what the model can
     patience: int = 8  # see `order`
     prefix_cache: bool = True
+    speculate: bool = True  # where the runner allows it: see `speculate.may_speculate`
+    max_drafts: int = 15  # of one sequence in a step
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_sequences <= self.max_batch_tokens:
             raise ValueError("max_sequences must be between 1 and max_batch_tokens")
-        if self.max_prompt_chunk < 1 or self.patience < 0:
+        if self.prompt_chunk < 1 or self.patience < 0:
             raise ValueError("max_prompt_chunk must be at least 1 and patience at least 0")
+        if self.target_gap <= 0 or self.max_drafts < 1:
+            raise ValueError("target_gap must be positive and max_drafts at least 1")
+
+    @property
+    def prompt_chunk(self) -> int:
+        """The most tokens of one sequence in a step."""
+        return self.max_batch_tokens if self.max_prompt_chunk is None else self.max_prompt_chunk
 
 
 @dataclass(slots=True, kw_only=True)
 class Plan:
-    """What the next step computes: `tokens[sequence]` of its pending ones, in this order."""
+    """What the next step computes: `tokens[sequence]` of its pending ones, in this order.
+
+    Where a sequence has drafts they are the last ones of its tokens, behind all that are pending.
+    """
 
     tokens: dict[Sequence, int] = field(default_factory=dict)
-    num_tokens: int = 0
+    drafts: dict[Sequence, list[int]] = field(default_factory=dict)
+    work: StepWork = field(default_factory=StepWork)
     expired: list[Sequence] = field(default_factory=list)  # past their deadline, already removed
     preemptions: int = 0
     prefix_hit_tokens: int = 0  # prompt tokens found cached by those admitted
@@ -38,11 +53,28 @@ class Plan:
     def add(self, sequence: Sequence, num: int) -> None:
         """Gives a sequence `num` tokens of the step."""
         self.tokens[sequence] = num
-        self.num_tokens += num
+        computed = sequence.num_computed
+        self.work = self.work.plus(num, computed=computed, sampled=sequence.samples(num))
+
+    def draft(self, sequence: Sequence, drafts: list[int]) -> None:
+        """Lets the step compute drafts behind the last token of a sequence that is in it."""
+        self.tokens[sequence] += len(drafts)
+        self.drafts[sequence] = drafts
+        self.work = self.work.drafted(len(drafts), context=sequence.num_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the step."""
+        return self.work.tokens
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts among them."""
+        return sum(map(len, self.drafts.values()))
 
     @property
     def sampling(self) -> list[Sequence]:
-        """The sequences that get a token, in the order of the batch. Before `update` only."""
+        """The sequences that get tokens, in the order of the batch. Before `update` only."""
         return [sequence for sequence, num in self.tokens.items() if sequence.samples(num)]
 
     @property

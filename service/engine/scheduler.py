@@ -3,31 +3,43 @@
 It decides in ints. It knows no tensors (`pack`), no text and no reason to stop but the deadline
 (`answer`): whoever drives it says when a sequence is finished.
 
-    schedule(now)           expire -> reserve -> decodes -> running prompts -> admissions -> Plan
-    update(plan, sampled)   counts what was computed, lets full blocks be found, appends the tokens
+    schedule(now)        expire, reserve, decodes, running prompts, admissions, drafts -> Plan
+    update(plan, runs)   counts what was computed, lets full blocks be found, appends the tokens
 
 Memory. At admission a sequence takes the blocks of all its tokens and of a first block of output.
 When a running one needs a block and none is free, the youngest of the lowest priority is preempted:
 it gives its blocks back, keeps its tokens and computes them again later. Once preempted, a sequence
 counts as of the highest class in this choice, so that only those who came before it can displace
 it again; the first in this order is never displaced, hence there is always one that goes on.
+
+Time. While some decode, prompts come in chunks that keep the step within the target gap, by the
+cost model. A step of decodes only may carry drafts: in slots that the sequence has anyway, or in
+blocks of which every running sequence could have one more. They displace nobody, and a block taken
+for drafts stays with the sequence, which fills it next. The KV of a draft that did not come true is
+overwritten: it was never counted as computed.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from collections.abc import Sequence as Run
 
 from service.engine.blocks import BlockAllocator, chain_digest, chain_root
+from service.engine.cost import CostModel
 from service.engine.order import WaitingOrder
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence, SequenceStatus
+from service.engine.speculate import Speculator
 from service.errors import BadRequest
 from service.messages import GenerationRequest
 
+UNMEASURED_CHUNK = 128  # tokens of prompts beside decodes, before a step's cost is known
+LEAST_CHUNK = 16  # a prompt goes on, even where the decodes alone exceed the gap
+
 
 class Scheduler:
-    """All sequences of an engine. Used from one thread."""
+    """All sequences of an engine. Used from one thread. Without a speculator: no drafts."""
 
     def __init__(
         self,
@@ -35,12 +47,16 @@ class Scheduler:
         allocator: BlockAllocator,
         *,
         max_model_len: int,
+        cost: CostModel,
+        speculator: Speculator | None = None,
         numeric_class: str = "",
     ) -> None:
         self.max_model_len = min(max_model_len, config.max_model_len or max_model_len)
         self.running: list[Sequence] = []  # in order of admission
         self._config = config
         self._allocator = allocator
+        self._cost = cost
+        self._speculator = speculator
         self._numeric_class = numeric_class
         self._sequences: dict[str, Sequence] = {}
         self._order = WaitingOrder(patience=config.patience)
@@ -95,6 +111,8 @@ class Scheduler:
         if sequence.status is SequenceStatus.RUNNING:
             self._unseat(sequence)
         self._order.leave(sequence)
+        if self._speculator is not None:
+            self._speculator.forget(sequence)
         sequence.status = SequenceStatus.FINISHED
 
     def schedule(self, now: float) -> Plan:
@@ -104,29 +122,33 @@ class Scheduler:
         for sequence in self.running:
             if sequence.num_pending == 1:
                 plan.add(sequence, 1)
+        num_decodes = plan.num_tokens
         for sequence in self.running:
             if sequence.num_pending > 1:
-                self._plan_chunk(plan, sequence)
-        self._admit(plan)
+                self._plan_chunk(plan, sequence, num_decodes)
+        self._admit(plan, num_decodes)
+        if self._speculator is not None and 0 < plan.work.sampled == plan.num_tokens:
+            self._add_drafts(plan, self._speculator)
         return plan
 
-    def update(self, plan: Plan, sampled: Iterable[int]) -> list[Sequence]:
-        """Notes that the plan was computed; `sampled` is one token for each of `plan.sampling`.
+    def update(self, plan: Plan, runs: Iterable[Run[int]]) -> None:
+        """Notes that the plan was computed; `runs` has the new tokens of each of `plan.sampling`.
 
-        Returns the sequences that grew by one token.
+        They are one, or as many drafts as came true and one; fewer only where the answer ends.
         """
-        tokens = iter(sampled)
-        grown: list[Sequence] = []
+        answered = iter(runs)
         for sequence, num in plan.tokens.items():
-            samples = sequence.samples(num)
+            new: Run[int] = next(answered) if sequence.samples(num) else ()
+            num_drafts = len(plan.drafts.get(sequence, ()))
             sequence.num_computed += num
+            if num_drafts:
+                sequence.num_computed -= num_drafts + 1 - len(new)
+                self._learn(sequence, num_drafts, len(new) - 1)
+            sequence.tokens.extend(new)
             sequence.high_water = max(sequence.high_water, sequence.num_computed)
             self._publish(sequence)
-            if samples:
-                sequence.tokens.append(next(tokens))
-                self._order.charge(sequence.tenant, 1)
-                grown.append(sequence)
-        return grown
+            if new:
+                self._order.charge(sequence.tenant, len(new))
 
     def check_integrity(self) -> None:
         """Raises RuntimeError where bookkeeping contradicts itself. For tests and idle moments."""
@@ -176,13 +198,42 @@ class Scheduler:
                 self._preempt(max(self.running, key=_rank))
                 plan.preemptions += 1
 
-    def _plan_chunk(self, plan: Plan, sequence: Sequence) -> None:
+    def _plan_chunk(self, plan: Plan, sequence: Sequence, num_decodes: int) -> None:
         left = self._config.max_batch_tokens - plan.num_tokens
-        num = min(sequence.num_pending, self._config.max_prompt_chunk, left)
+        num = min(sequence.num_pending, self._config.prompt_chunk, left)
+        if num_decodes:
+            num = self._within_gap(plan, sequence, num, plan.num_tokens - num_decodes)
         if num:
             plan.add(sequence, num)
 
-    def _admit(self, plan: Plan) -> None:
+    def _within_gap(self, plan: Plan, sequence: Sequence, most: int, prompt_tokens: int) -> int:
+        """How much of `most` does not hold up those who decode, beside prompts in the plan."""
+        num = self._cost.chunk(
+            plan.work, computed=sequence.num_computed, most=most, limit=self._config.target_gap
+        )
+        if num is None:
+            return min(most, max(0, UNMEASURED_CHUNK - prompt_tokens))
+        return num if prompt_tokens else max(num, min(most, LEAST_CHUNK))
+
+    def _add_drafts(self, plan: Plan, speculator: Speculator) -> None:
+        for sequence, drafts in speculator.propose(plan).items():
+            room = self._draft_room(sequence, len(drafts))
+            if room:
+                plan.draft(sequence, drafts[:room])
+
+    def _draft_room(self, sequence: Sequence, num: int) -> int:
+        """Slots for that many drafts, or for fewer where blocks are short."""
+        size = self._allocator.block_size
+        missing = self._allocator.blocks_for(sequence.num_tokens + num) - len(sequence.blocks)
+        if missing > 0 and self._allocator.num_free >= missing + len(self.running):
+            sequence.blocks += self._allocator.take(missing) or []
+        return min(num, len(sequence.blocks) * size - sequence.num_tokens)
+
+    def _learn(self, sequence: Sequence, num: int, hits: int) -> None:
+        if self._speculator is not None:
+            self._speculator.learn(sequence, num=num, hits=hits)
+
+    def _admit(self, plan: Plan, num_decodes: int) -> None:
         """Seats those who are next until one does not fit: it is waited for, not overtaken."""
         while self._seats and plan.num_tokens < self._config.max_batch_tokens:
             sequence = self._order.peek()
@@ -197,7 +248,9 @@ class Scheduler:
             if not sequence.preemptions:
                 sequence.num_cached = hit
                 self._order.charge(sequence.tenant, sequence.num_pending)
-            self._plan_chunk(plan, sequence)
+            self._plan_chunk(plan, sequence, num_decodes)
+            if sequence not in plan.tokens:
+                return  # the time of this step is used up
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         """The table of a sequence to admit, as far as possible from the prefix cache.

@@ -9,7 +9,8 @@ which blocks are free is `blocks`', and no tensor comes near it.
                       0               num_computed                  num_tokens
 
 There is no prefill phase and no decode phase. A step computes some of what is pending; one that
-computes all of it yields the next token, and then one token is pending again.
+computes all of it yields the next token, and then one token is pending again. Behind the last one a
+step may compute drafts (see `speculate`): they stand in the plan, and here once they came true.
 """
 
 from __future__ import annotations
@@ -99,9 +100,9 @@ class Sequence:
         """
         return self.request.prompt_logprobs is not None and self.num_output == 0
 
-    def samples(self, num: int) -> bool:
-        """Whether a step of `num` tokens yields the next token of the answer."""
-        return self.num_computed + num == len(self.tokens)
+    def samples(self, num: int) -> int:
+        """Rows of a step of `num` tokens that choose a token: the last of its own, its drafts'."""
+        return max(0, self.num_computed + num + 1 - len(self.tokens))
 
     def scored(self, num: int) -> range:
         """Positions of the prompt's tokens that a step of `num` tokens scores.

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model.batch import Batch
+from service.engine.cost import CostModel, StepWork
 from service.engine.loop import EngineLoop, Work
 from service.engine.observer import StepReport
-from service.engine.plan import EngineConfig
+from service.engine.plan import EngineConfig, Plan
+from service.engine.sequence import Sequence as EngineSequence
+from service.engine.speculate import Speculator
 from service.messages import (
     End,
     Event,
@@ -138,6 +141,55 @@ def first_stop(text: str, stops: Sequence[str]) -> tuple[str, str] | None:
     return text[:start], stop
 
 
+def costs(seconds: Callable[[int], float]) -> CostModel:
+    """A cost model that has seen steps of many sizes; `seconds` by tokens."""
+    cost = CostModel()
+    for tokens in [1, 2, 3, 5, 8, 12, 16, 24, 32, 64, 128, 256] * 4:
+        for chunk, decodes in ((tokens, 0), (0, tokens)):
+            work = StepWork(tokens, chunk**2 + 50 * decodes, chunk + 50 * decodes, decodes)
+            cost.observe(work, seconds(tokens))
+    return cost
+
+
+class Reckless(Speculator):
+    """Drafts without regard to time or chances: any number, some right where `truth` is known."""
+
+    def __init__(
+        self,
+        draw: random.Random,
+        *,
+        max_rows: int,
+        truth: Callable[[GenerationRequest], Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__(EngineConfig(), CostModel())
+        self.draw = draw
+        self.max_rows = max_rows
+        self.truth = truth
+        self.right = 0.8  # of the drafts as long as the truth is known
+
+    def propose(self, plan: Plan) -> dict[EngineSequence, list[int]]:
+        """Up to the budget, and never beyond max_tokens."""
+        drafts = {}
+        left = self.max_rows - plan.num_tokens
+        for sequence in plan.tokens:
+            num = self.draw.randint(0, max(0, min(7, left, sequence.num_remaining - 1)))
+            if num:
+                left -= num
+                drafts[sequence] = self._drafts(sequence, num)
+        return drafts
+
+    def learn(self, sequence: EngineSequence, *, num: int, hits: int) -> None:
+        assert 0 <= hits <= num
+
+    def _drafts(self, sequence: EngineSequence, num: int) -> list[int]:
+        truth = () if self.truth is None else self.truth(sequence.request)
+        known = list(truth[sequence.num_output : sequence.num_output + num])
+        known += [self.draw.randrange(6) for _ in range(num - len(known))]
+        return [
+            token if self.draw.random() < self.right else self.draw.randrange(97) for token in known
+        ]
+
+
 class Rig:
     """An engine over the oracle, stepped by hand. Integrity and limits are checked at each step."""
 
@@ -145,14 +197,20 @@ class Rig:
         self,
         config: EngineConfig = CONFIG,
         *,
-        clock: Callable[[], float] = lambda: 0.0,
+        clock: Callable[[], float] | None = None,
+        takes: Callable[[int], float] = lambda _rows: 0.0,
+        cost: CostModel | None = None,
+        reckless: random.Random | None = None,
+        kind: type[OracleRunner] = OracleRunner,
         **runner: Any,
     ) -> None:
         self.config = config
+        self.now = 0.0  # a step adds what it takes, by its rows
+        self.takes = takes
         self.transcripts: dict[str, Transcript] = {}
         self.reports: list[StepReport] = []
         self.batches: list[Batch] = []
-        self.runner = OracleRunner(on_run=self._ran, **runner)
+        self.runner = kind(on_run=self._ran, **runner)
         self.loop = EngineLoop(
             self.runner,
             config=config,
@@ -160,8 +218,17 @@ class Rig:
             eos_ids=EOS_IDS,
             deliver=self._delivered,
             observer=self,
-            clock=clock,
+            clock=clock or (lambda: self.now),
+            cost=cost,
         )
+        self.reckless = None
+        if reckless is not None:
+            self.reckless = Reckless(
+                reckless,
+                max_rows=config.max_batch_tokens,
+                truth=oracle_answer,
+            )
+            self.loop._scheduler._speculator = self.reckless
 
     def stepped(self, report: StepReport) -> None:
         self.reports.append(report)
@@ -190,6 +257,14 @@ class Rig:
         self.check_idle()
         return self.transcripts
 
+    def until(self, done: Callable[[], bool]) -> None:
+        """Steps until something is so."""
+        for _ in range(5000):
+            if done():
+                return
+            self.step()
+        raise AssertionError("it never becomes so")
+
     def check_idle(self) -> None:
         """Nothing is left: every block is free or cached."""
         assert not self.loop.busy
@@ -206,6 +281,7 @@ class Rig:
 
     def _ran(self, batch: Batch) -> None:
         self.batches.append(batch)
+        self.now += self.takes(batch.num_tokens)
         assert batch.num_tokens <= self.config.max_batch_tokens
         assert batch.num_sequences <= self.config.max_sequences
         assert batch.seats_S.max() < self.config.max_sequences
@@ -221,6 +297,6 @@ def renamed(request: GenerationRequest, name: str) -> GenerationRequest:
 
 
 __all__ = [
-    "CONFIG", "EOS_IDS", "TOKEN_BYTES", "VOCAB_SIZE", "Rig", "Transcript", "expected",
-    "first_stop", "make_request", "random_request", "renamed",
+    "CONFIG", "EOS_IDS", "TOKEN_BYTES", "VOCAB_SIZE", "Reckless", "Rig", "Transcript", "costs",
+    "expected", "first_stop", "make_request", "random_request", "renamed",
 ]  # fmt: skip

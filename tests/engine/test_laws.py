@@ -31,13 +31,19 @@ def random_config(draw: random.Random) -> EngineConfig:
 
 
 def test_whatever_happens_around_it_a_request_gets_its_answer() -> None:
-    """Random requests, limits, pools, arrivals, aborts and take-overs; the sums at the end show
-    that preemption, recomputation, cache hits and chunks were really among them.
+    """Random requests, limits, pools, arrivals, aborts, take-overs and, in half of the runs, drafts
+    right and wrong; the sums at the end show that preemption, recomputation, cache hits, chunks and
+    drafts of both kinds were really among them.
     """
-    preemptions = recomputed = hits = chunks = 0
+    preemptions = recomputed = hits = chunks = accepted = rejected = 0
     for seed in range(50):
         draw = random.Random(seed)
-        rig = Rig(random_config(draw), num_blocks=draw.randint(11, 16), block_size=4)
+        rig = Rig(
+            random_config(draw),
+            num_blocks=draw.randint(11, 16),
+            block_size=4,
+            reckless=random.Random(seed) if seed % 2 else None,
+        )
         requests = [random_request(draw, f"r{index}") for index in range(draw.randint(1, 10))]
         waiting, aborted = list(requests), set()
         while waiting or rig.loop.busy:
@@ -59,7 +65,10 @@ def test_whatever_happens_around_it_a_request_gets_its_answer() -> None:
         recomputed += rig.total("recomputed_tokens")
         hits += rig.total("prefix_hit_tokens")
         chunks += sum(not batch.is_decode for batch in rig.batches)
+        accepted += rig.total("num_accepted")
+        rejected += rig.total("num_drafts") - rig.total("num_accepted")
     assert min(preemptions, recomputed, hits, chunks) >= 10
+    assert min(accepted, rejected) >= 150
 
 
 def oracle_known(request: GenerationRequest, draw: random.Random) -> tuple[int, ...]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from model.batch import Batch, SamplingBatch
 from service.engine.blocks import BlockAllocator
+from service.engine.cost import CostModel
 from service.engine.pack import Packer
 from service.engine.plan import EngineConfig, Plan
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence
 from service.messages import GenerationRequest
-from tests.engine.harness import make_request, random_request
+from tests.engine.harness import Reckless, make_request, random_request
 
 BLOCK_SIZE, NUM_BLOCKS, MODEL_LEN, VOCAB_SIZE = 4, 13, 64, 97
 EOS_IDS = frozenset({96})
@@ -23,12 +25,18 @@ EOS_IDS = frozenset({96})
 class Bench:
     """A scheduler and a packer; each step yields the plan and its batch."""
 
-    def __init__(self, *, max_sequences: int = 4) -> None:
+    def __init__(self, *, max_sequences: int = 4, drafts: random.Random | None = None) -> None:
         self.config = EngineConfig(
             max_sequences=max_sequences, max_batch_tokens=12, max_prompt_chunk=6
         )
         self.allocator = BlockAllocator(NUM_BLOCKS, block_size=BLOCK_SIZE)
-        self.scheduler = Scheduler(self.config, self.allocator, max_model_len=MODEL_LEN)
+        self.scheduler = Scheduler(
+            self.config,
+            self.allocator,
+            max_model_len=MODEL_LEN,
+            cost=CostModel(),
+            speculator=None if drafts is None else Reckless(drafts, max_rows=12),
+        )
         self.packer = Packer(
             self.config,
             block_size=BLOCK_SIZE,
@@ -46,8 +54,11 @@ class Bench:
         return plan, batch
 
     def update(self, plan: Plan, draw: random.Random) -> None:
-        tokens = [draw.randrange(6) for _ in plan.sampling]
-        for sequence in self.scheduler.update(plan, tokens):
+        grown = plan.sampling
+        drafts = [plan.drafts.get(sequence, []) for sequence in grown]
+        runs = [[*d[: draw.randint(0, len(d))], draw.randrange(6)] for d in drafts]
+        self.scheduler.update(plan, runs)
+        for sequence in grown:
             if not sequence.num_remaining:
                 self.scheduler.finish(sequence)
 
@@ -78,14 +89,18 @@ def check_layout(plan: Plan, batch: Batch) -> None:
     for row, (sequence, num) in enumerate(plan.tokens.items()):
         first, last = sequence.num_computed, sequence.num_computed + num
         assert batch.query_starts_S1[row : row + 2].tolist() == [start, start + num]
-        assert batch.tokens_T[start : start + num].tolist() == sequence.tokens[first:last]
+        tokens = sequence.tokens + plan.drafts.get(sequence, [])
+        assert batch.tokens_T[start : start + num].tolist() == tokens[first:last]
         assert batch.positions_T[start : start + num].tolist() == list(range(first, last))
         assert batch.context_lens_S[row] == last
         assert batch.seats_S[row] == sequence.seat
         table = batch.block_table_SB[row].tolist()
         assert table == (sequence.blocks + [0] * len(table))[: len(table)]
-        if last == sequence.num_tokens:
-            samples.append(start + num - 1)
+        samples += [
+            start + position - first
+            for position in range(first, last)
+            if position >= sequence.num_tokens - 1
+        ]
         scores += [
             (start + position - first, sequence.tokens[position + 1])
             for position in range(first, last)
@@ -94,6 +109,16 @@ def check_layout(plan: Plan, batch: Batch) -> None:
         start += num
     assert batch.sample_rows_R.tolist() == samples
     assert list(zip(batch.score_rows_Q, batch.score_ids_Q, strict=True)) == scores
+
+
+def rows_of(plan: Plan) -> list[Sequence]:
+    """For each row that samples its sequence as it would be, had the drafts before it come true."""
+    return [
+        replace(sequence, tokens=sequence.tokens + drafts[:num])
+        for sequence in plan.sampling
+        for drafts in [plan.drafts.get(sequence, [])]
+        for num in range(len(drafts) + 1)
+    ]
 
 
 def check_sampling(sequences: list[Sequence], sampling: SamplingBatch) -> None:
@@ -139,10 +164,10 @@ def check_sampling(sequences: list[Sequence], sampling: SamplingBatch) -> None:
 
 
 def test_every_field_is_what_the_plan_says() -> None:
-    decodes = preemptions = 0
-    for seed in range(12):
+    decodes = preemptions = drafts = 0
+    for seed in range(16):
         draw = random.Random(seed)
-        bench = Bench()
+        bench = Bench(drafts=draw if seed % 2 else None)
         waiting = [random_request(draw, f"r{index}") for index in range(10)]
         while waiting or bench.scheduler.num_sequences:
             arrivals = [waiting.pop() for _ in range(min(len(waiting), draw.randrange(3)))]
@@ -150,11 +175,12 @@ def test_every_field_is_what_the_plan_says() -> None:
                 continue
             plan, batch = bench.pack(*arrivals)
             check_layout(plan, batch)
-            check_sampling(plan.sampling, batch.sampling)
+            check_sampling(rows_of(plan), batch.sampling)
             decodes += batch.is_decode
+            drafts += plan.num_drafts
             preemptions += plan.preemptions
             bench.update(plan, draw)
-    assert min(decodes, preemptions) > 10
+    assert min(decodes, preemptions, drafts) > 10
 
 
 def test_dtypes_are_the_contract() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from service.engine.blocks import BlockAllocator
+from service.engine.cost import CostModel
 from service.engine.order import WaitingOrder
 from service.engine.plan import EngineConfig, Plan
 from service.engine.scheduler import Scheduler
@@ -32,7 +33,9 @@ class Simulator:
     ) -> None:
         self.config = config
         self.allocator = BlockAllocator(num_blocks, block_size=BLOCK_SIZE)
-        self.scheduler = Scheduler(config, self.allocator, max_model_len=max_model_len)
+        self.scheduler = Scheduler(
+            config, self.allocator, max_model_len=max_model_len, cost=CostModel()
+        )
         self.stored: dict[Sequence, int] = {}
         self.answers: dict[str, list[int]] = {}
         self.admitted: list[str] = []
@@ -51,7 +54,8 @@ class Simulator:
         self.admitted += [sequence.id for sequence in admitted]
         for sequence in admitted:
             self.stored[sequence] = sequence.num_computed
-        grown = self.scheduler.update(plan, [oracle(s.id, s.num_output) for s in plan.sampling])
+        grown = plan.sampling
+        self.scheduler.update(plan, [[oracle(s.id, s.num_output)] for s in grown])
         for sequence, num in plan.tokens.items():
             self.stored[sequence] += num
             assert self.stored[sequence] == sequence.num_computed
@@ -75,7 +79,7 @@ class Simulator:
         assert sum(plan.tokens.values()) == plan.num_tokens <= self.config.max_batch_tokens
         assert len(plan.tokens) <= self.config.max_sequences
         for sequence, num in plan.tokens.items():
-            assert 1 <= num <= min(sequence.num_pending, self.config.max_prompt_chunk)
+            assert 1 <= num <= min(sequence.num_pending, self.config.prompt_chunk)
             assert sequence.num_computed + num <= len(sequence.blocks) * BLOCK_SIZE
         decoding = [s for s in self.scheduler.running if s.num_pending == 1]
         assert all(sequence in plan.tokens for sequence in decoding), "no decode waits for a prompt"
@@ -265,6 +269,8 @@ def test_contradictory_limits_are_refused() -> None:
         {"max_sequences": 0},
         {"max_prompt_chunk": 0},
         {"patience": -1},
+        {"target_gap": 0.0},
+        {"max_drafts": 0},
     ):
         with pytest.raises(ValueError, match="must be"):
             config(**fields)

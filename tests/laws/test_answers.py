@@ -1,7 +1,7 @@
 """The laws of an answer, over the real engine and the real network with tiny random weights.
 
 An answer is a function of its request alone: not of what else is in the batch, not of how its
-prompt was cut, not of what was cached, preempted, or served first. Tokens must be equal, log probabilities
+prompt was cut, not of what was cached, preempted or served first. Tokens must be equal, log probs
 within 1e-4: the torch runner rounds differently for different shapes.
 """
 
@@ -16,6 +16,7 @@ import pytest
 from model.config import ModelConfig
 from model.runners import RunnerOptions
 from model.runners.torch import TorchRunner
+from service.engine.cost import CostModel, StepWork
 from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver, StepReport
 from service.engine.plan import EngineConfig
@@ -32,14 +33,19 @@ class Answers(NullObserver):
 
     config: EngineConfig
     blocks: int = 256
+    exact: bool = False  # what the runner is made to claim; only then are drafts allowed
     records: dict[str, list[Tokens]] = field(default_factory=dict)
     ends: dict[str, End] = field(default_factory=dict)
     preemptions: int = 0
     prefix_hits: int = 0
+    drafts: int = 0
+    accepted: int = 0
 
     def stepped(self, report: StepReport) -> None:
         self.preemptions += report.preemptions
         self.prefix_hits += report.prefix_hit_tokens
+        self.drafts += report.num_drafts
+        self.accepted += report.num_accepted
 
     def take(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -59,8 +65,10 @@ class Answers(NullObserver):
             options=RunnerOptions(dtype="float32", block_size=4, num_blocks=self.blocks),
             digest="tiny",
         )
+        runner.exact = self.exact
         loop = EngineLoop(
             runner,
+            cost=FreeRows() if self.exact else None,
             config=self.config,
             token_bytes=BYTES,
             eos_ids=frozenset({96}),
@@ -85,6 +93,17 @@ class Answers(NullObserver):
 
     def logprobs(self, name: str) -> list[float]:
         return [entry.logprob for record in self.records[name] for entry in record.logprobs]
+
+
+class FreeRows(CostModel):
+    """Rows cost next to nothing, whatever a clock says: as many drafts as there are."""
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """Learns nothing."""
+
+    def seconds(self, work: StepWork) -> float:
+        """All but the same for any step."""
+        return 0.01 + work.tokens * 1e-6
 
 
 def model_config() -> ModelConfig:
@@ -215,3 +234,36 @@ def test_a_take_over_continues_the_undisturbed_answer(taken: int) -> None:
         assert resumed.ids(request.id) == expected.ids(request.id)[taken:]
         assert resumed.records[request.id][0].start == taken
         assert resumed.records[request.id][-1].digest == expected.records[request.id][-1].digest
+
+
+def self_repeating(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+    """With three words only a network of random weights soon goes round in circles, and leaves
+    them again: drafts come true and fail.
+    """
+    return [
+        replace(
+            request,
+            prompt_ids=request.prompt_ids[:12] * 2,
+            max_tokens=40,
+            ignore_eos=True,
+            sampling=replace(
+                request.sampling,
+                temperature=0.2 * (n % 3),
+                repetition_penalty=1.0,
+                frequency_penalty=0.05 * (n % 2),
+                logit_bias=tuple((token, 100.0) for token in (3, 5, 7)),
+            ),
+        )
+        for n, request in enumerate(requests)
+    ]
+
+
+@pytest.mark.parametrize("seed", [60, 61])
+def test_drafts_change_no_answer(seed: int) -> None:
+    requests = self_repeating(make_requests(seed))
+    drafted = Answers(ROOMY, blocks=80, exact=True).run(
+        [[Work(request=request)] for request in requests]
+    )
+    assert drafted.accepted >= 30
+    assert drafted.drafts >= drafted.accepted + 30
+    assert_same(drafted, alone(requests), requests)

@@ -1,0 +1,219 @@
+"""CostModel: it learns what a step costs, keeps its head in noise, and chooses chunks by it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from service.engine.cost import CostModel, StepWork
+from service.engine.plan import EngineConfig
+from service.messages import GenerationRequest
+from tests.engine.harness import Rig, costs, expected, make_request
+
+CONFIG = EngineConfig(max_batch_tokens=512, max_sequences=32, prefix_cache=False)
+
+
+def truth(work: StepWork) -> float:
+    """A machine like a small one: seconds."""
+    return (
+        0.007
+        + 1.6e-4 * work.tokens
+        + 2e-8 * work.products
+        + 3e-7 * work.contexts
+        + 4e-5 * work.sampled
+    )
+
+
+def random_work(draw: random.Random) -> StepWork:
+    """Some decodes and, now and then, a chunk."""
+    work = StepWork()
+    for _ in range(draw.choice([1, 2, 4, 8, 16, 32])):
+        work = work.plus(1, computed=draw.randrange(1, 3000), sampled=1)
+    if draw.random() < 0.3:
+        work = work.plus(draw.randint(16, 400), computed=draw.randrange(2000), sampled=0)
+    return work
+
+
+def test_the_sums_of_a_step() -> None:
+    work = StepWork().plus(3, computed=5, sampled=0).plus(1, computed=9, sampled=1)
+    assert work == StepWork(tokens=4, products=3 * 8 + 10, contexts=18, sampled=1)
+    drafted = StepWork().plus(1, computed=9, sampled=1).drafted(4, context=10)
+    assert drafted == StepWork().plus(5, computed=9, sampled=5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_learns_the_line_through_noise_and_stalls(seed: int) -> None:
+    """One step in thirty stalls to up to sixty times its time, the very first one among them."""
+    draw = random.Random(seed)
+    cost = CostModel()
+    cost.observe(StepWork(tokens=40, products=1600, contexts=40, sampled=1), 0.5)
+    for _ in range(600):
+        work = random_work(draw)
+        stall = draw.uniform(2, 60) if draw.random() < 1 / 30 else 1.0
+        cost.observe(work, truth(work) * draw.uniform(0.97, 1.05) * stall)
+    errors = []
+    for _ in range(200):
+        work = random_work(draw)
+        guess = cost.seconds(work)
+        assert guess is not None
+        errors.append(abs(guess / truth(work) - 1))
+    assert sorted(errors)[100] < 0.08
+    assert sorted(errors)[190] < 0.25
+
+
+def test_where_a_fast_path_ends_no_straight_line_follows() -> None:
+    def takes_twice(rows: int) -> float:
+        return 0.007 if rows <= 2 else 0.014
+
+    cost = costs(takes_twice)
+    for rows in (1, 2, 4, 8, 16, 64):
+        guess = cost.seconds(StepWork(rows, 50 * rows, 50 * rows, rows))
+        assert guess == pytest.approx(takes_twice(rows), rel=0.2)
+
+
+def test_a_stall_counts_for_little_and_a_first_one_is_forgotten() -> None:
+    decode = StepWork(tokens=4, products=400, contexts=400, sampled=4)
+    prompt = StepWork(tokens=200, products=40_000, contexts=200, sampled=1)
+    cost = CostModel()
+    for work in (prompt, prompt, prompt, decode, decode):
+        cost.observe(work, 0.8)  # the machine was busy loading
+    for _ in range(3):
+        cost.observe(prompt, truth(prompt))
+        cost.observe(decode, truth(decode))
+    for work in (prompt, decode):
+        assert cost.seconds(work) == pytest.approx(truth(work), rel=0.1)
+        cost.observe(work, 60 * truth(work))
+        assert cost.seconds(work) == pytest.approx(truth(work), rel=0.25)
+
+
+def test_it_follows_a_machine_that_became_slower_or_faster() -> None:
+    draw = random.Random(0)
+    cost = CostModel()
+    for factor in (1.0, 3.0, 0.5):
+        for _ in range(400):
+            work = random_work(draw)
+            cost.observe(work, truth(work) * factor)
+        work = StepWork().plus(200, computed=100, sampled=0).plus(1, computed=300, sampled=1)
+        assert cost.seconds(work) == pytest.approx(truth(work) * factor, rel=0.15)
+
+
+def test_an_hour_of_decoding_does_not_wash_out_what_prompts_cost() -> None:
+    draw = random.Random(0)
+    cost = CostModel()
+    for _ in range(300):
+        work = random_work(draw)
+        cost.observe(work, truth(work))
+    for index in range(3000):
+        work = StepWork().plus(1, computed=index, sampled=1)
+        cost.observe(work, truth(work) * draw.uniform(0.95, 1.1))
+    prompt = StepWork().plus(300, computed=0, sampled=1)
+    assert cost.seconds(prompt) == pytest.approx(truth(prompt), rel=0.15)
+
+
+def test_it_says_nothing_before_it_saw_two_sizes() -> None:
+    cost = CostModel()
+    assert cost.seconds(StepWork(tokens=1)) is None
+    cost.observe(StepWork(tokens=1, contexts=9, sampled=1), 0.01)
+    cost.observe(StepWork(tokens=1, contexts=9, sampled=1), 0.0)
+    assert cost.seconds(StepWork(tokens=1)) is None
+    assert cost.chunk(StepWork(), computed=0, most=9, limit=1.0) is None
+    cost.observe(StepWork(tokens=100, contexts=100, sampled=1), 0.03)
+    assert cost.seconds(StepWork(tokens=100, contexts=100, sampled=1)) is not None
+
+
+def test_a_chunk_is_the_largest_that_keeps_within_the_limit() -> None:
+    cost = costs(lambda rows: 0.007 + 1.6e-4 * rows)
+    decodes = StepWork(tokens=4, contexts=400, sampled=4)
+    for limit in (0.02, 0.03, 0.06):
+        num = cost.chunk(decodes, computed=100, most=500, limit=limit)
+        assert num is not None
+        now, one_more = (
+            cost.seconds(decodes.plus(n, computed=100, sampled=0)) for n in (num, num + 1)
+        )
+        assert now is not None
+        assert one_more is not None
+        assert now <= limit < one_more
+    assert cost.chunk(decodes, computed=100, most=7, limit=0.06) == 7
+    assert cost.chunk(decodes, computed=100, most=500, limit=0.001) == 0
+
+
+# --- in the engine ----------------------------------------------------------------------------
+def takes(rows: int) -> float:
+    return 0.007 + 1.6e-4 * rows
+
+
+def long_prompt(name: str = "long", length: int = 2000) -> GenerationRequest:
+    return make_request(name, prompt=[n % 90 for n in range(length)], max_tokens=4)
+
+
+def make_rig(config: EngineConfig = CONFIG) -> Rig:
+    return Rig(config, takes=takes, num_blocks=2000, max_model_len=4096)
+
+
+def test_a_long_prompt_alone_uses_the_whole_budget() -> None:
+    rig = make_rig()
+    rig.run(long_prompt())
+    assert [batch.num_tokens for batch in rig.batches[:4]] == [512, 512, 512, 464]
+
+
+def test_who_decodes_waits_no_longer_than_the_target_gap_while_a_long_prompt_comes_in() -> None:
+    rig = make_rig()
+    decoding = make_request("decoding", prompt=[1] * 40, max_tokens=200, ignore_eos=True)
+    rig.add(decoding)
+    for _ in range(10):
+        rig.step()
+    rig.add(long_prompt())
+    gaps = []
+    while not rig.ended("long"):
+        before = rig.now
+        rig.step()
+        gaps.append(rig.now - before)
+    mixed = [batch.num_tokens for batch in rig.batches[10:] if batch.num_tokens > 2]
+    assert max(gaps) < 0.06 * 1.15
+    assert len(mixed) <= 2000 / 250, "and the time is used"
+    ids = rig.transcripts["decoding"].ids
+    assert ids == expected(decoding)[0][: len(ids)]
+
+
+def test_a_prompt_goes_on_where_the_decodes_alone_take_too_long() -> None:
+    rig = make_rig(replace(CONFIG, target_gap=0.001))
+    rig.add(make_request("decoding", prompt=[1] * 40, max_tokens=300, ignore_eos=True))
+    for _ in range(10):
+        rig.step()
+    rig.add(long_prompt(length=100))
+    rig.add(long_prompt("other", length=100))
+    rig.step()
+    assert rig.batches[-1].num_tokens == 17, "one of the two, and a little of it"
+    rig.run()
+
+
+def test_before_anything_is_known_a_chunk_is_modest() -> None:
+    rig = Rig(CONFIG, num_blocks=2000, max_model_len=4096)  # a clock that stands still
+    rig.add(make_request("decoding", max_tokens=60, ignore_eos=True))
+    rig.step()
+    rig.add(long_prompt())
+    rig.add(long_prompt("other"))
+    rig.step()
+    assert rig.batches[-1].num_tokens == 1 + 128
+
+
+def test_a_stall_does_not_shrink_the_chunks() -> None:
+    """The machine stands still for a second in a step of each kind."""
+    rig = make_rig()
+    rig.add(make_request("decoding", prompt=[1] * 40, max_tokens=400, ignore_eos=True))
+    sizes = []
+    for number in range(8):
+        rig.until(lambda: rig.loop._scheduler.num_sequences == 1)
+        rig.add(long_prompt(f"p{number}", length=900))
+        rig.step()
+        sizes.append(rig.batches[-1].num_tokens)
+        if number in {3, 5}:
+            rig.takes = lambda _rows: 1.0
+        rig.step()  # a chunk
+        rig.until(lambda: rig.loop._scheduler.num_sequences == 1)
+        rig.step()  # a decode
+        rig.takes = takes
+    assert sizes[2] > 250
+    assert min(sizes[3:]) > 0.8 * sizes[2]
