@@ -45,13 +45,17 @@ format: $(VENV)/.tested  ## rewrite the code in the house style
 
 install: $(VENV)/.installed  ## the virtual environment alone
 
-system:   ## what the tests need from the system: a Redis server
-	@command -v redis-server >/dev/null || { \
+system:   ## what the tests need from the system: a Redis server and a Chromium
+	@missing=""; \
+	for program in redis-server chromium; do \
+	  command -v $$program >/dev/null || missing="$$missing $$program"; \
+	done; \
+	[ -z "$$missing" ] || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && apt-get install -y -qq redis-server >/dev/null; \
+	    apt-get update -qq && apt-get install -y -qq $$missing >/dev/null; \
 	  else \
-	    echo "missing: redis-server (Debian: apt-get install redis-server; macOS: brew install redis)"; \
-	    echo "without it the tests of the durable queue cannot run"; exit 1; \
+	    echo "missing:$$missing (Debian: sudo apt-get install$$missing)"; \
+	    echo "without them the tests of the durable queue and of the page cannot run"; exit 1; \
 	  fi; }
 
 clean:    ## remove what was built here; fetched models stay in ~/.cache/quire

@@ -36,8 +36,12 @@ def build_app(
     version: str,
     authenticate: Authenticator = open_to_all,
     docs: bool = False,
+    page: bool = True,
 ) -> FastAPI:
-    """The API. `docs` adds /docs and /openapi.json. Its lifespan sweeps the queue and attends what is read."""
+    """The API. `docs` adds /docs and /openapi.json, `page` the web page.
+
+    Its lifespan sweeps the queue and attends what is read here.
+    """
     context = ApiContext(
         queue=queue,
         tokenizer=tokenizer,
@@ -66,7 +70,8 @@ def build_app(
     app.state.context = context
     app.add_middleware(Boundary, authenticate=authenticate, observer=observer)
     for group, router in ROUTERS.items():
-        app.include_router(router, tags=[group])
+        if page or group != "page":
+            app.include_router(router, tags=[group])
     return app
 
 

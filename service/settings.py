@@ -143,11 +143,15 @@ class Settings(BaseModel):
         Group.HTTP, 15.0, "Seconds of silence after which a stream gets a comment.", gt=0
     )
     disconnect_grace: float = _setting(
-        Group.HTTP, 30.0, "Seconds that an answer which can be read again goes on without a reader.", ge=0
+        Group.HTTP, 30.0, "Seconds that a resumable answer goes on without a reader.", ge=0
     )
 
     drain_timeout: float = _setting(
         Group.HTTP, 30.0, "Seconds that running answers get to end after SIGTERM.", ge=0
+    )
+
+    page: bool = _setting(
+        Group.HTTP, default=True, help_text="Serve the web page to chat with the model at /."
     )
 
     # Logs

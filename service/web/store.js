@@ -1,0 +1,55 @@
+// What outlives the page: the conversation, its settings and the colours, in this browser alone.
+// A browser may refuse to keep anything; the page then works, and forgets.
+
+const CHAT = "quire.chat.1";
+const SETTINGS = "quire.settings.1";
+const THEME = "quire.theme";
+const KEY = "quire.key";
+
+export function loadChat() {
+  const chat = parsed(load("local", CHAT));
+  return Array.isArray(chat?.messages) ? chat.messages : [];
+}
+
+/** Where there is no room, probabilities of old answers go first. */
+export function saveChat(messages) {
+  let kept = messages;
+  for (let dropped = 0; dropped <= messages.length; dropped += 1) {
+    if (save("local", CHAT, JSON.stringify({ messages: kept }))) return;
+    kept = messages.map((message, at) => (at <= dropped ? { ...message, tokens: [] } : message));
+  }
+}
+
+export const loadSettings = () => parsed(load("local", SETTINGS)) ?? {};
+export const saveSettings = (settings) => save("local", SETTINGS, JSON.stringify(settings));
+export const saveTheme = (name) => save("local", THEME, name);
+
+/** Keys are kept for as long as the tab is open. */
+export const loadKey = () => load("session", KEY) ?? "";
+export const saveKey = (key) => save("session", KEY, key);
+
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;  // not ours, or of another version
+  }
+}
+
+function load(area, name) {
+  try {
+    return window[`${area}Storage`].getItem(name);
+  } catch {
+    return null;
+  }
+}
+
+/** Whether there was room. */
+function save(area, name, value) {
+  try {
+    window[`${area}Storage`].setItem(name, value);
+    return true;
+  } catch {
+    return false;
+  }
+}

@@ -1,0 +1,141 @@
+// The list of messages: questions, answers with what can be done with them, and their figures.
+
+import { TokenTip } from "./tip.js";
+import { element, Prose, TokenStrip } from "./view.js";
+
+const NEAR = 80;  // px from the bottom within which new text keeps being shown
+const ENDS = {
+  length: "token limit", cancelled: "stopped", deadline: "out of time", error: "failed",
+};
+
+export class Transcript {
+  #scroll = document.getElementById("scroll");
+  #list = document.getElementById("messages");
+  #rows = [];
+  #actions;
+
+  /** `actions`: again(), reconnect(), keepSeed(seed). */
+  constructor(actions) {
+    this.#actions = actions;
+    this.tip = new TokenTip(this.#scroll, (target) => {
+      const item = target.closest("#messages > li");
+      return this.#rows[[...this.#list.children].indexOf(item)]?.record.tokens;
+    });
+    this.#list.addEventListener("click", (event) => {
+      if (event.target.matches(".copy")) copy(event.target);
+    });
+  }
+
+  addIdea(text, ask) {
+    const button = element("button", { type: "button" }, text);
+    button.addEventListener("click", ask);
+    document.getElementById("ideas").append(element("li", {}, button));
+  }
+
+  drawAll(messages) {
+    this.tip.hide();
+    const old = new Map(this.#rows.map((row) => [row.record, row]));
+    this.#rows = messages.map((message) => old.get(message) ?? this.#row(message));
+    this.#list.replaceChildren(...this.#rows.map((row) => row.item));
+    this.#rows.forEach((row, index) => {
+      if (row.prose) drawRow(row, { last: index === messages.length - 1 });
+    });
+    this.#scroll.scrollTop = this.#scroll.scrollHeight;
+  }
+
+  /** Draws what was added to the answer that is being followed. */
+  drawAnswer(answer) {
+    const row = this.#rows.find((each) => each.record === answer.record);
+    if (!row) return;
+    const { scrollHeight, scrollTop, clientHeight } = this.#scroll;
+    const follows = scrollHeight - scrollTop - clientHeight < NEAR;
+    drawRow(row, { last: true });
+    if (follows) this.#scroll.scrollTop = this.#scroll.scrollHeight;
+  }
+
+  #row(record) {
+    const who = element("h3", { class: "hidden" }, record.role === "user" ? "You" : "Answer");
+    const item = element("li", { class: record.role }, who);
+    if (record.role === "user") {
+      item.append(element("p", { class: "question" }, record.text));
+      return { record, item };
+    }
+    const hint = "The answer; left and right arrow keys walk through its tokens";
+    const answer = element("div", { class: "answer", tabindex: "0", role: "group", "aria-label": hint });
+    const row = { record, item, answer, view: null, tokens: false };
+    row.note = element("p", { class: "error", role: "alert", hidden: "" });
+    row.figures = element("span", { class: "figures" });
+    row.buttons = this.#buttons(row);
+    item.append(answer, row.note, element("div", { class: "foot" }, row.figures, ...row.buttons.all));
+    row.prose = true;
+    return row;
+  }
+
+  #buttons(row) {
+    const make = (label, act) => {
+      const button = element("button", { type: "button", class: "quiet" }, label);
+      button.addEventListener("click", act);
+      return button;
+    };
+    const tokens = make("Tokens", () => {
+      row.tokens = !row.tokens;
+      row.view = null;
+      tokens.setAttribute("aria-pressed", String(row.tokens));
+      this.tip.hide();
+      drawRow(row, { last: row.item === this.#list.lastChild });
+    });
+    tokens.setAttribute("aria-pressed", "false");
+    tokens.title = "Show each token, shaded by how unlikely it was";
+    const copyAll = make("Copy", () => copyText(row.record.text, copyAll));
+    const seed = make("", () => this.#actions.keepSeed(row.record.seed));
+    seed.title = "Keep this seed: the same question gets the same answer";
+    const again = make("Again", () => this.#actions.again());
+    again.title = "Ask for another answer, with another seed";
+    const reconnect = make("Reconnect", () => this.#actions.reconnect());
+    return { tokens, seed, again, reconnect, all: [seed, tokens, copyAll, again, reconnect] };
+  }
+}
+
+function drawRow(row, { last }) {
+  const { record, answer, buttons } = row;
+  const running = record.state === "running";
+  if (!row.view) {
+    answer.replaceChildren();
+    row.view = row.tokens ? new TokenStrip(answer) : new Prose(answer);
+    answer.classList.toggle("strip", row.tokens);
+  }
+  row.view.draw(record.text, record.tokens);
+  row.item.classList.toggle("running", running);
+  row.item.setAttribute("aria-busy", String(running));
+  row.note.hidden = !record.error && record.state !== "cut";
+  row.note.textContent = record.error ?? (row.note.hidden ? "" : "The server cannot be reached.");
+  row.figures.textContent = figures(record);
+  buttons.seed.textContent = `seed ${record.seed}`;
+  buttons.tokens.hidden = !record.tokens.length;
+  buttons.again.hidden = !last || running;
+  buttons.reconnect.hidden = !last || record.state !== "cut";
+}
+
+/** "48.1 tokens/s · first after 0.12 s · 96 tokens · resumed" */
+function figures({ state, tokens, first, last, sent, reason, resumed, usage }) {
+  const count = usage?.completion_tokens ?? tokens.length;
+  const parts = [];
+  if (count > 1 && last > first) parts.push(`${((1000 * (count - 1)) / (last - first)).toFixed(1)} tokens/s`);
+  if (first) parts.push(`first after ${((first - sent) / 1000).toFixed(2)} s`);
+  if (count) parts.push(`${count} tokens`);
+  if (state !== "running" && ENDS[reason]) parts.push(ENDS[reason]);
+  if (resumed) parts.push("resumed");
+  return parts.join(" · ");
+}
+
+function copy(button) {
+  copyText(button.closest(".code").querySelector("code").textContent, button);
+}
+
+/** The clipboard is for secure origins alone. */
+async function copyText(text, button) {
+  const label = button.textContent;
+  const done = await navigator.clipboard?.writeText(text).then(() => true, () => false);
+  button.textContent = done ? "Copied" : "Not allowed";
+  setTimeout(() => (button.textContent = label), 1500);
+}

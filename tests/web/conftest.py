@@ -1,0 +1,139 @@
+"""A real Chromium before a real server, and what every test of the page holds it to."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import pytest_asyncio
+from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
+
+ARGUMENTS = (
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-quic",
+    "--no-first-run", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+CHAT = "JSON.parse(localStorage.getItem('quire.chat.1')).messages"
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser's path. Without one the page cannot be tested, and that is a failure."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.fail("missing: chromium (Debian: apt-get install chromium)", pytrace=False)
+    return path
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def browser(chromium: str) -> AsyncIterator[Browser]:
+    """One browser a session; each test has contexts of its own."""
+    expect.set_options(timeout=20_000)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield browser
+        await browser.close()
+
+
+@dataclass
+class Visit:
+    """A person's tab at the page, and what went wrong in it."""
+
+    page: Page
+    context: BrowserContext
+    origin: str
+    errors: list[str] = field(default_factory=list)
+    strangers: list[str] = field(default_factory=list)
+    network_may_fail: bool = False  # the browser reports a lost connection as an error
+
+    def watch(self) -> None:
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self._note)
+        self.page.on("request", lambda request: self._check(request.url))
+
+    def _note(self, message: Any) -> None:
+        if self.network_may_fail and "net::ERR" in message.text:
+            return
+        if message.type in {"error", "warning"}:
+            self.errors.append(message.text)
+
+    def _check(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme in {"http", "https", "ws", "wss"} and not url.startswith(self.origin + "/"):
+            self.strangers.append(url)
+
+    async def set(self, **values: object) -> None:
+        """Fills fields of the settings by their ids."""
+        for name, value in values.items():
+            await self.page.fill(f"#{name}", str(value))
+
+    async def ask(self, question: str) -> None:
+        await self.page.fill("#question", question)
+        await self.page.press("#question", "Enter")
+
+    async def shown(self, characters: int) -> None:
+        """Waits until so much of the last answer is shown."""
+        await self.page.wait_for_function(
+            "n => [...document.querySelectorAll('.answer')].at(-1)?.textContent.length >= n",
+            arg=characters,
+        )
+
+    async def ended(self) -> None:
+        await expect(self.page.locator("li.assistant").last).not_to_have_class(
+            "assistant running", timeout=60_000
+        )
+
+    async def record(self) -> dict[str, Any]:
+        """The last message as the page keeps it."""
+        return cast("dict[str, Any]", await self.page.evaluate(f"{CHAT}.at(-1)"))
+
+
+Open = Callable[..., Awaitable[Visit]]
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def visit(browser: Browser, server_url: str) -> AsyncIterator[Open]:
+    """`await visit()` or `await visit(url, viewport=..., color_scheme=...)`. Afterwards nothing may
+    have been wrong in any of them, and nothing asked of anybody else.
+    """
+    visits: list[Visit] = []
+
+    async def open_page(url: str = server_url, **options: Any) -> Visit:
+        context = await browser.new_context(**options)
+        page = await context.new_page()
+        opened = Visit(page, context, url)
+        visits.append(opened)
+        opened.watch()
+        await page.goto(f"{url}/")
+        await expect(page.locator("#engine-state")).to_have_text("ready")
+        return opened
+
+    yield open_page
+    for opened in visits:
+        await opened.context.close()
+    assert [opened.errors for opened in visits] == [[] for _ in visits]
+    assert [opened.strangers for opened in visits] == [[] for _ in visits]
+
+
+Undisturbed = Callable[..., Awaitable[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def undisturbed() -> Undisturbed:
+    """The choice that any client gets to a question, in one piece."""
+
+    async def ask(url: str, question: str, **fields: Any) -> dict[str, Any]:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+            model = (await client.get("/v1/models")).json()["data"][0]["id"]
+            messages = [{"role": "user", "content": question}]
+            body = {"model": model, "messages": messages, "temperature": 0.7, "top_p": 0.95}
+            answer = await client.post("/v1/chat/completions", json=body | fields)
+        assert answer.status_code == 200, answer.text
+        choice: dict[str, Any] = answer.json()["choices"][0]
+        return choice
+
+    return ask
