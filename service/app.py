@@ -6,7 +6,7 @@ They are given all that they work with and make nothing themselves.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 from fastapi import APIRouter, FastAPI, Response
@@ -35,10 +35,9 @@ def build_app(
     observer: ApiObserver,
     version: str,
     authenticate: Authenticator = open_to_all,
-    docs: bool = False,
-    page: bool = True,
+    extras: Collection[str] = ("page",),
 ) -> FastAPI:
-    """The API. `docs` adds /docs and /openapi.json, `page` the web page.
+    """The API. `extras` may name `docs`, /docs and /openapi.json, and `page`, the web page.
 
     Its lifespan sweeps the queue and attends what is read here.
     """
@@ -66,11 +65,11 @@ def build_app(
                 chore.cancel()
             await asyncio.gather(*chores, return_exceptions=True)
 
-    app = _shell("Quire", version=version, lifespan=lifespan, docs=docs)
+    app = _shell("Quire", version=version, lifespan=lifespan, docs="docs" in extras)
     app.state.context = context
     app.add_middleware(Boundary, authenticate=authenticate, observer=observer)
     for group, router in ROUTERS.items():
-        if page or group != "page":
+        if group != "page" or "page" in extras:
             app.include_router(router, tags=[group])
     return app
 

@@ -226,7 +226,7 @@ class ApiSide:
             limits=api_limits(settings),
             observer=metrics,
             version=VERSION,
-            page=settings.page,
+            extras=("page",) if settings.page else (),
         )
         self.admin_app: FastAPI = build_admin_app(self.app, render_metrics=metrics.render)
 

@@ -261,7 +261,7 @@ def start_service(tokenizer: Tokenizer) -> StartService:
             limits=limits or ApiLimits(),
             observer=observer,
             version="0.0.1",
-            docs=docs,
+            extras=("docs", "page") if docs else ("page",),
             authenticate=authenticate,
         )
         task = asyncio.create_task(engine.run()) if running else None
