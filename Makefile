@@ -45,17 +45,17 @@ format: $(VENV)/.tested  ## rewrite the code in the house style
 
 install: $(VENV)/.installed  ## the virtual environment alone
 
-system:   ## what the tests need from the system: a Redis server and a Chromium
+system:   ## what the tests need from the system: Redis, Chromium, promtool
 	@missing=""; \
-	for program in redis-server chromium; do \
-	  command -v $$program >/dev/null || missing="$$missing $$program"; \
+	for need in redis-server:redis-server chromium:chromium promtool:prometheus; do \
+	  command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; \
 	done; \
 	[ -z "$$missing" ] || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && apt-get install -y -qq $$missing >/dev/null; \
 	  else \
 	    echo "missing:$$missing (Debian: sudo apt-get install$$missing)"; \
-	    echo "without them the tests of the durable queue and of the page cannot run"; exit 1; \
+	    echo "without them the tests of the queue, the page and the alerts cannot run"; exit 1; \
 	  fi; }
 
 clean:    ## remove what was built here; fetched models stay in ~/.cache/quire

@@ -91,8 +91,12 @@ def test_command_line_examples_are_accepted() -> None:
     for command, rest in commands:
         help_text = subprocess.run(
             [sys.executable, "-m", "service", command, "--help"],
-            cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "200"},
-        ).stdout  # fmt: skip
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "COLUMNS": "200"},
+        ).stdout
         for flag in (word for word in shlex.split(rest, comments=True) if word.startswith("--")):
             assert flag.split("=")[0] in help_text, (command, flag)
 

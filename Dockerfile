@@ -1,0 +1,116 @@
+# Targets: `cpu` (the default) and `cuda`.
+#
+#   docker build --target cpu  -t quire:cpu  .
+#   docker build --target cuda -t quire:cuda .
+#   docker build --build-arg MODEL= ...        no model inside: mount one, or let `quire pull` fetch it
+#
+# builder      the project's wheel, native library inside; the only stage with a C++ compiler
+# packages-*   a virtual environment each, from that one wheel
+# model        the weights that are baked in
+# runtime      user, environment, probe; cpu and cuda add the packages and the model
+#
+# What is replaced from outside is a build argument; a stage sees those that it names again.
+
+ARG BASE_IMAGE=docker.io/library/python:3.12-slim-bookworm
+ARG TORCH_VERSION=2.13.0
+ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+ARG MODEL=smollm2-135m-instruct
+
+# --- builder ------------------------------------------------------------------------------------
+FROM ${BASE_IMAGE} AS builder
+# Versions are the base image's distribution's: pinning them here would pin that too.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends g++ \
+ && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY model ./model
+COPY service ./service
+# One library for all x86-64 machines: it looks at the processor when it is loaded.
+RUN python3 -m model.native.build \
+ && python3 -m venv /opt/build \
+ && /opt/build/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+# --- packages -----------------------------------------------------------------------------------
+FROM ${BASE_IMAGE} AS packages
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python3 -m venv /opt/quire
+COPY --from=builder /wheels /wheels
+
+FROM packages AS packages-cpu
+ARG TORCH_VERSION
+ARG TORCH_CPU_INDEX
+# PyPI's torch for Linux brings CUDA's libraries, gigabytes that a CPU machine has no use for. What
+# is removed serves those who compile against torch or test it.
+RUN /opt/quire/bin/pip install --index-url "${TORCH_CPU_INDEX}" "torch==${TORCH_VERSION}" \
+ && /opt/quire/bin/pip install /wheels/*.whl \
+ && find /opt/quire/lib/python3*/site-packages/torch -maxdepth 1 \
+      \( -name include -o -name test \) -exec rm -rf {} + \
+ && find /opt/quire/lib/python3*/site-packages/torch/bin -type f \
+      ! -name torch_shm_manager -delete
+
+FROM packages AS packages-cuda
+ARG TORCH_VERSION
+RUN /opt/quire/bin/pip install "torch==${TORCH_VERSION}" \
+ && /opt/quire/bin/pip install /wheels/*.whl \
+ && find /opt/quire/lib/python3*/site-packages/torch -maxdepth 1 \
+      \( -name include -o -name test \) -exec rm -rf {} +
+
+# --- model --------------------------------------------------------------------------------------
+FROM packages-cpu AS model
+ARG MODEL
+RUN mkdir -p /var/lib/quire \
+ && if [ -n "${MODEL}" ]; then \
+      /opt/quire/bin/quire pull --model "${MODEL}" --cache-dir /var/lib/quire; \
+    fi
+
+# --- runtime ------------------------------------------------------------------------------------
+FROM ${BASE_IMAGE} AS runtime
+ARG MODEL
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Quire" \
+      org.opencontainers.image.description="An LLM server whose answers survive anything" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+RUN groupadd --gid 10001 quire \
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin quire
+# The root may be read-only: the only things written are caches below HOME, and a model that is
+# fetched, below QUIRE_CACHE_DIR.
+ENV PATH=/opt/quire/bin:$PATH \
+    HOME=/tmp \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    QUIRE_MODEL=${MODEL} \
+    QUIRE_CACHE_DIR=/var/lib/quire \
+    QUIRE_HOST=0.0.0.0 \
+    QUIRE_LOG_FORMAT=json
+EXPOSE 8000 8001
+STOPSIGNAL SIGTERM
+# Asks whether the process makes progress, not whether it is loaded: a full server is healthy.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+  CMD ["python3", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:%s/health/live' % os.environ.get('QUIRE_ADMIN_PORT', '8001'), timeout=4)"]
+ENTRYPOINT ["quire"]
+CMD ["serve"]
+
+FROM runtime AS cuda
+# Triton makes its link to the driver with the C compiler it finds when the first kernel is launched,
+# so this target, unlike `cpu`, has one.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/*
+# What the container runtime of NVIDIA asks for, to bring the driver's libraries in.
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=packages-cuda /opt/quire /opt/quire
+COPY --from=model --chown=10001:10001 /var/lib/quire /var/lib/quire
+USER 10001:10001
+
+# The last one is what is built where no target is named.
+FROM runtime AS cpu
+COPY --from=packages-cpu /opt/quire /opt/quire
+COPY --from=model --chown=10001:10001 /var/lib/quire /var/lib/quire
+USER 10001:10001

@@ -1,0 +1,66 @@
+"""The network policies let through what must talk, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from tests.deploy.manifests import OVERLAYS, Object, get, render
+from tests.deploy.network import Peer, allowed, pod, stranger
+
+API, ADMIN, REDIS, NAMES = 8000, 8001, 6379, 53
+OURS = {
+    ("api", "redis", REDIS),
+    ("engine", "redis", REDIS),
+    ("api", "names", NAMES),
+    ("engine", "names", NAMES),
+}
+FROM_ELSEWHERE = {
+    # Every pod of the cluster is a client.
+    ("client", "api", API),
+    ("monitoring", "api", API),
+    ("names", "api", API),
+    ("monitoring", "api", ADMIN),
+    ("monitoring", "engine", ADMIN),
+}
+
+Flow = tuple[str, str, int]
+
+
+def peers_of(objects: Sequence[Object]) -> dict[str, Peer]:
+    return {
+        "api": pod(objects, "Deployment", "quire-api"),
+        "engine": pod(objects, "Deployment", "quire-engine"),
+        "redis": pod(objects, "StatefulSet", "quire-redis"),
+        "client": stranger("default"),
+        "monitoring": stranger("monitoring"),
+        "names": stranger("kube-system"),
+    }
+
+
+def flows(objects: Sequence[Object]) -> set[Flow]:
+    """What gets through, of all that has one of our pods at an end."""
+    peers = peers_of(objects)
+    return {
+        (source, target, port)
+        for source in peers
+        for target in peers
+        for port in (API, ADMIN, REDIS, NAMES)
+        if source != target
+        and (peers[source].ours or peers[target].ours)
+        and allowed(objects, peers[source], peers[target], port)
+    }
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_must_talk_can_and_nothing_else(overlay: str) -> None:
+    assert flows(render(overlay)) == OURS | FROM_ELSEWHERE
+
+
+@pytest.mark.parametrize("name", ["nothing", "names", "api", "engine", "redis", "metrics"])
+def test_each_policy_matters(name: str) -> None:
+    objects = render("cpu")
+    before = flows(objects)
+    objects.remove(get(objects, "NetworkPolicy", name))
+    assert flows(objects) != before
