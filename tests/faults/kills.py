@@ -1,0 +1,178 @@
+"""Kills engines at random moments, N times, while streams run, and checks every answer.
+
+    python -m tests.faults.kills --kills 3000 --lease 3
+
+prints what failed, and the distribution of the time from a kill to the next token of the streams
+that it hit, against what is promised: lease + 1.5 s. Zero failures in N kills bound the rate of
+failure at 3 / N, with 95 % confidence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import pre_tokenizers
+
+from tests.conftest import build_tiny_model
+from tests.faults.checker import check_rest, check_transcript
+from tests.faults.client import Transcript
+from tests.faults.cluster import Cluster, Scale, expected_tokens, write_model_of_oracle
+from tests.faults.processes import Forge, Replica, wait_all_ready
+from tests.faults.streams import Streams
+
+ENGINES = 4
+STREAMS = 8  # in flight at a time
+SEATS = 3  # of an engine, so that each has a part of them
+KILLS_A_ROUND = 4
+PROMISED_MARGIN = 1.5  # seconds over the lease
+AT_ONCE = 20  # rounds after which Redis is emptied
+
+
+@dataclass
+class Tally:
+    """What was done and what came of it."""
+
+    kills: int = 0
+    hit: int = 0  # streams whose engine was killed
+    answers: int = 0
+    waits: list[float] = field(default_factory=list)  # from a kill to a hit stream's next token
+    failures: list[str] = field(default_factory=list)
+    deaths: Counter[str] = field(default_factory=Counter)  # answers by engines that died on them
+
+    def line(self, lease: float) -> str:
+        """All of it, for people."""
+        return (
+            f"{self.kills} kills hit {self.hit} of {self.answers} streams;"
+            f" failures: {len(self.failures)};"
+            f" take-over p50 {quantile(self.waits, 0.5):.2f} s,"
+            f" p99 {quantile(self.waits, 0.99):.2f} s, longest {max(self.waits, default=0):.2f} s;"
+            f" promised {lease + PROMISED_MARGIN:.2f} s,"
+            f" over it: {sum(w > lease + PROMISED_MARGIN for w in self.waits)};"
+            f" answers by deaths: {dict(sorted(self.deaths.items()))}"
+        )
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least this share of them do not exceed."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
+
+
+async def run_kills(cluster: Cluster, draw: random.Random, *, kills: int) -> Tally:
+    """Rounds of a few streams; in each one engine after another is killed and replaced."""
+    tally = Tally()
+    rounds = 0
+    while tally.kills < kills:
+        if rounds % AT_ONCE == 0:
+            cluster.begin()
+        rounds += 1
+        bodies = [cluster.body(draw, max_tokens=draw.randint(60, 120)) for _ in range(STREAMS)]
+        streams = Streams(cluster.client, bodies)
+        await streams.begun(1)
+        for _ in range(min(KILLS_A_ROUND, kills - tally.kills)):
+            await asyncio.sleep(draw.random() * 0.4)
+            kill_one(cluster, draw, streams, tally)
+        await asyncio.to_thread(wait_all_ready, cluster.engines)
+        await streams.ended()
+        await _check(cluster, streams.transcripts, tally)
+    return tally
+
+
+def kill_one(cluster: Cluster, draw: random.Random, streams: Streams, tally: Tally) -> None:
+    """Kills an engine that holds something, replaces it at once, and notes whom it hit.
+
+    One that holds a request on which an engine died is spared most of the times, and always after
+    two deaths: the third would be the end of that request, rightly so.
+    """
+    spared_from = draw.choice((1, 1, 1, 1, 2))
+    held: dict[Replica, list[Transcript]] = {}
+    condemned: set[Replica] = set()
+    for each in streams.transcripts:
+        owner = None if each.ended else cluster.owner_of(each.call_id or "")
+        if owner is not None:
+            held.setdefault(owner, []).append(each)
+            if int(cluster.state_of_request(each.call_id or "", "att")) >= spared_from:
+                condemned.add(owner)
+    victims = [engine for engine in cluster.engines if engine in held.keys() - condemned]
+    if not victims:
+        return
+    victim = draw.choice(victims)
+    victim.kill()
+    killed = time.monotonic()
+    hit = [(each, cluster.journalled(each.call_id or "")) for each in held[victim]]
+    cluster.replace(victim)
+    tally.kills += 1
+    tally.hit += len(hit)
+    streams.on_end(lambda: tally.waits.extend(_waits(cluster, hit, since=killed)))
+
+
+def _waits(cluster: Cluster, hit: Sequence[tuple[Transcript, int]], *, since: float) -> list[float]:
+    """To the first token that the killed engine had not journalled; it may have been the last.
+
+    Of streams that lost one engine: what lost two is a suspect and waits to be run alone.
+    """
+    return [
+        each.came_at(count) - since
+        for each, count in hit
+        if count < each.body["max_tokens"]
+        and cluster.state_of_request(each.call_id or "", "att") == "1"
+    ]
+
+
+async def _check(cluster: Cluster, transcripts: Sequence[Transcript], tally: Tally) -> None:
+    """P1, P2, P3 of each and P5 of all; a failure is noted and the run goes on."""
+    for each in transcripts:
+        tally.answers += 1
+        tally.deaths[cluster.state_of_request(each.call_id or "", "att")] += 1
+        try:
+            assert each.finish_reason == "length", f"ended by {each.finish_reason} {each.error}"
+            await check_transcript(cluster, each, expected=expected_tokens, same_bytes=True)
+        except AssertionError as failure:
+            tally.failures.append(f"{each.call_id}: {failure!r}")
+    try:
+        await check_rest(cluster)
+    except AssertionError as failure:
+        tally.failures.append(repr(failure))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Kill engines and check every answer.")
+    parser.add_argument("--kills", type=int, default=3000)
+    parser.add_argument("--lease", type=float, default=3.0, help="seconds")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="quire-kills-") as name:
+        folder = Path(name)
+        tiny = build_tiny_model(pre_tokenizers.Digits(individual_digits=True))
+        model = write_model_of_oracle(tiny, folder / "model")
+        forge = Forge(folder)
+        cluster = Cluster(
+            folder,
+            model,
+            forge=forge,
+            scale=Scale(lease=options.lease),
+            num_engines=ENGINES,
+            seats=SEATS,
+        )
+        try:
+            cluster.start()
+            draw = random.Random(options.seed)
+            tally = asyncio.run(run_kills(cluster, draw, kills=options.kills))
+        finally:
+            cluster.close()
+            forge.close()
+    sys.stdout.write("\n".join([*tally.failures, tally.line(options.lease), ""]))
+    return 1 if tally.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,168 @@
+"""Engine replicas over the oracle: the real role, worker and loop; only the network is replaced.
+
+Run as a program it is a forge: all is imported once, then each line on stdin (JSON: `arguments` of
+an engine, `log` for its output) forks one engine, a process of its own, and its id is answered.
+When an engine ends, its exit status is written to `<log>.exit`. When stdin closes, all are killed.
+
+What shall go wrong inside an engine lies as files in the folder `hooks`: `<name>.json` with
+{"tokens": [...], "action": ..., "keep": bool}. It happens in the step that computes these tokens
+one after another. Without `keep` it happens once, in whichever engine takes the file away first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from model.batch import Batch
+from service.listeners import Listener, address, bind
+from service.messages import ModelCard
+from service.metrics import Metrics
+from service.roles import ApiSide, EngineSide, banner, live, opened_queue, run_role
+from service.settings import Settings
+from service.startup import Loaded, load_tokenizer
+from tests.fakes import OracleRunner
+
+
+class OutOfMemory(RuntimeError):
+    """What a device's allocator raises."""
+
+
+class Hooks:
+    """Given to the runner; called with each batch before it is computed."""
+
+    def __init__(self, folder: Path, *, pace: float) -> None:
+        self._folder = folder
+        self._pace = pace
+
+    def __call__(self, batch: Batch) -> None:
+        time.sleep(self._pace)
+        for path in self._folder.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                self._try(path, batch.tokens_T.tolist())
+
+    def _try(self, path: Path, tokens: Sequence[int]) -> None:
+        hook = json.loads(path.read_text())
+        wanted: list[int] = hook["tokens"]
+        starts = range(len(tokens) - len(wanted) + 1)
+        if not any(tokens[start : start + len(wanted)] == wanted for start in starts):
+            return
+        if not hook["keep"]:
+            path.unlink()  # raises for all but the first
+        with path.with_suffix(".happened").open("a") as proof:
+            proof.write(f"{os.getpid()}\n")
+        match hook["action"]:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "exit":
+                os._exit(3)
+            case "raise":
+                raise ValueError("a fault in the network's code")
+            case "out_of_memory":
+                raise OutOfMemory("CUDA error: out of memory")
+            case _:
+                time.sleep(float(hook["action"]))
+
+
+async def serve_oracle(
+    settings: Settings, console: Console, *, hooks: Path, pace: float, blocks: int, name: str
+) -> None:
+    """As `roles.serve_engine`, with the oracle for a runner. `name` is its numeric class."""
+    admin = bind(settings.host, settings.admin_port)
+    limit = settings.max_model_len or 4096
+    runner = OracleRunner(
+        block_size=settings.block_size,
+        num_blocks=blocks,
+        max_model_len=limit,
+        on_run=Hooks(hooks, pace=pace),
+    )
+    runner.numeric_class = name
+    card = ModelCard(
+        id="oracle",
+        max_model_len=min(limit, settings.block_size * blocks),
+        vocab_size=runner.config.vocab_size,
+        numeric_class=name,
+        created=0,
+    )
+    tokenizer = load_tokenizer(Path(settings.model))
+    loaded = Loaded(runner=runner, tokenizer=tokenizer, card=card, seconds=0.0, passed_over="")
+    metrics = Metrics()
+    queue = await opened_queue(settings, metrics)
+    engine = EngineSide(settings, loaded, queue, metrics)
+    api = ApiSide(settings, card, queue, metrics, tokenizer=tokenizer, engine=engine)
+    rows = {"engine": engine.id, "metrics": f"{address(admin)}/metrics"}
+    listeners = [Listener(api.admin_app, admin)]
+    await live(queue, listeners, engine=engine, ready=partial(banner, console, settings, rows))
+
+
+def be_engine(arguments: dict[str, Any]) -> None:
+    """One engine, to its end."""
+    settings = Settings(log_format="json", admin_port=0, block_size=4, **arguments["settings"])
+    role = partial(
+        serve_oracle,
+        hooks=Path(arguments["hooks"]),
+        pace=arguments["pace"],
+        blocks=arguments["blocks"],
+        name=arguments["numeric_class"],
+    )
+    run_role(role, settings, console=Console(stderr=True))
+
+
+def forge(orders: TextIO) -> dict[str, Any] | None:
+    """Forks an engine for each line until there are no more; in the engine, returns its order."""
+    engines: dict[int, Path] = {}
+    with selectors.DefaultSelector() as selector:
+        selector.register(orders, selectors.EVENT_READ)
+        while True:
+            if selector.select(timeout=0.02):
+                line = orders.readline()
+                if not line:
+                    break
+                order: dict[str, Any] = json.loads(line)
+                pid = os.fork()
+                if not pid:
+                    return order
+                engines[pid] = Path(order["log"])
+                sys.stdout.write(f"{pid}\n")
+                sys.stdout.flush()
+            note_ends(engines)
+    for pid in engines:
+        os.kill(pid, signal.SIGKILL)
+    return None
+
+
+def note_ends(engines: dict[int, Path]) -> None:
+    """Writes down how engines ended, for those who are not their parents."""
+    while engines:
+        ended, status = os.waitpid(-1, os.WNOHANG)
+        if not ended:
+            return
+        ending = engines.pop(ended).with_suffix(".exit")
+        ending.with_suffix(".tmp").write_text(str(os.waitstatus_to_exitcode(status)))
+        ending.with_suffix(".tmp").rename(ending)
+
+
+def redirect_output(log: Path) -> None:
+    """Standard output and errors go to a file."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+
+
+if __name__ == "__main__":
+    # The libraries are loaded: a fork is an engine in milliseconds.
+    mine = forge(sys.stdin)
+    if mine is not None:
+        redirect_output(Path(mine["log"]))
+        be_engine(mine["arguments"])

@@ -1,0 +1,205 @@
+"""Replicas as operating system processes: started, signalled and observed by their ids.
+
+An API replica and an engine with a real model are the commands that an operator would run. Engines
+over the oracle are forked from `oracle_engine`, because a test kills a hundred of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+ROOT = Path(__file__).parent.parent.parent
+START_LIMIT = 60.0  # seconds; the machine may be busy
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def wait_until(condition: Callable[[], object], what: str, *, seconds: float = 20.0) -> None:
+    """Polls; fails with `what` where it does not come true."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, f"did not happen in {seconds} s: {what}"
+        time.sleep(0.01)
+
+
+def state_of(pid: int) -> str:
+    """The letter of /proc: T stopped, R and S alive; empty where the process is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    letter = text.rpartition(")")[2].split()[0]
+    return "" if letter in {"Z", "X"} else letter
+
+
+class Replica:
+    """One process. `log` holds its output, one JSON object a line."""
+
+    def __init__(self, pid: int, log: Path, *, exit_code: Callable[[], int | None]) -> None:
+        self.pid = pid
+        self.log = log
+        self._exit_code = exit_code
+        self._ready: dict[str, Any] | None = None
+
+    def ready(self) -> dict[str, Any] | None:
+        """What it said of itself when it was ready; None until then."""
+        if self._ready is None:
+            for line in self.log.read_text().splitlines() if self.log.exists() else ():
+                with contextlib.suppress(json.JSONDecodeError):
+                    said = json.loads(line)
+                    if said.get("message") == "ready":
+                        self._ready = said
+        return self._ready
+
+    def wait_until_ready(self) -> None:
+        def ready_or_dead() -> bool:
+            return self.ready() is not None or not self.state
+
+        wait_until(ready_or_dead, f"{self.log.name} is ready", seconds=START_LIMIT)
+        assert self.state, f"it ended at its start:\n{self.log.read_text()}"
+        wait_until(self._listens, f"{self.log.name} listens")
+
+    def _listens(self) -> bool:
+        """On all its ports."""
+        places = [self.address(of) for of in ("API", "metrics") if of in (self.ready() or {})]
+        try:
+            for place in places:
+                socket.create_connection(place, timeout=5).close()
+        except OSError:
+            return False
+        return True
+
+    @property
+    def state(self) -> str:
+        state = state_of(self.pid)
+        if not state:
+            self._exit_code()  # reaps it, where it is this process's child
+        return state
+
+    @property
+    def is_up(self) -> bool:
+        """Runs, and is not stopped."""
+        return self.state not in {"", "T"}
+
+    def address(self, of: str) -> tuple[str, int]:
+        """Host and port of `API` or `metrics`."""
+        said = self.ready()
+        assert said is not None
+        parts = urlsplit(said[of])
+        assert parts.hostname is not None
+        assert parts.port is not None
+        return parts.hostname, parts.port
+
+    def kill(self) -> None:
+        """SIGKILL, and the proof that the process is gone."""
+        os.kill(self.pid, signal.SIGKILL)
+        wait_until(lambda: not self.state, f"process {self.pid} is gone")
+
+    def close(self) -> None:
+        """However it is now, it is gone after."""
+        if self.state:
+            self.kill()
+        self.exit_code()
+
+    def pause(self) -> None:
+        """SIGSTOP, and the proof that it stands still."""
+        os.kill(self.pid, signal.SIGSTOP)
+        wait_until(lambda: self.state == "T", f"process {self.pid} is stopped")
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+        wait_until(lambda: self.state != "T", f"process {self.pid} goes on")
+
+    def terminate(self) -> None:
+        """SIGTERM; `exit_code` tells how it ended."""
+        os.kill(self.pid, signal.SIGTERM)
+
+    def exit_code(self, *, seconds: float = 20.0) -> int:
+        """Waits for its end."""
+        wait_until(lambda: self._exit_code() is not None, f"{self.log.name} ends", seconds=seconds)
+        code = self._exit_code()
+        assert code is not None
+        return code
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample by its name and labels, as the exposition writes them."""
+        host, port = self.address("metrics")
+        with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as reply:
+            lines = reply.read().decode().splitlines()
+        samples = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in samples}
+
+    def metric(self, name: str) -> float:
+        """One sample, or the sum over the labels of its name; 0 where there is none."""
+        found = self.metrics()
+        return sum(v for k, v in found.items() if k == name or k.startswith(name + "{"))
+
+
+def run_command(command: str, log: Path, *arguments: str) -> Replica:
+    """`quire <command> <arguments>` with its output in `log`."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", command, "--log-format", "json", *arguments],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+        )
+    return Replica(process.pid, log, exit_code=process.poll)
+
+
+class Forge:
+    """The program `oracle_engine`, which has everything imported and forks engines."""
+
+    def __init__(self, folder: Path) -> None:
+        self._errors = (folder / "forge.log").open("wb")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.oracle_engine"],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def engine(self, log: Path, arguments: dict[str, Any]) -> Replica:
+        """A new engine; not ready yet."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        order = json.dumps({"log": str(log), "arguments": arguments})
+        self._process.stdin.write(order + "\n")
+        self._process.stdin.flush()
+        pid = int(self._process.stdout.readline())
+        ending = log.with_suffix(".exit")
+
+        def exit_code() -> int | None:
+            text = ending.read_text() if ending.exists() else ""
+            return int(text) if text else None
+
+        return Replica(pid, log, exit_code=exit_code)
+
+    def close(self) -> None:
+        """Ends it, and with it all engines."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process.wait(timeout=20)
+        self._errors.close()
+
+
+def wait_all_ready(replicas: Sequence[Replica]) -> None:
+    for replica in replicas:
+        replica.wait_until_ready()

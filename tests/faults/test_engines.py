@@ -1,0 +1,285 @@
+"""Engines that die, freeze, raise and leave: the answers go on, exactly.
+
+The numbers are those of the fault table; `README.md` lists which test proves which row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+
+from tests.faults.checker import check_all
+from tests.faults.client import Transcript
+from tests.faults.cluster import Cluster
+from tests.faults.processes import Replica
+from tests.faults.proxy import FaultProxy
+from tests.faults.streams import Streams, until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+GENEROUS = 3.0  # times a promised limit, on a machine that does other things too
+
+
+async def owner(cluster: Cluster, call_id: str) -> Replica:
+    """The engine that holds a request; waits until one does."""
+    await until(lambda: cluster.owner_of(call_id), "somebody holds the request")
+    found = cluster.owner_of(call_id)
+    assert found is not None
+    return found
+
+
+def longest_wait(streams: Streams, held: list[int], *, counts: list[int], since: float) -> float:
+    """From a fault to the first token that was not journalled then, over the streams it hit."""
+    return max(streams.transcripts[i].came_at(counts[i]) - since for i in held)
+
+
+def longest_gap(transcript: Transcript) -> float:
+    """Between two tokens."""
+    times = [event.at for event in transcript.events if event.tokens]
+    return max(later - earlier for earlier, later in pairwise(times))
+
+
+def held_by(cluster: Cluster, engine: Replica, streams: Streams) -> list[int]:
+    """Which of the streams an engine holds."""
+    return [i for i, each in enumerate(streams.call_ids) if cluster.owner_of(each) is engine]
+
+
+async def test_row_1_a_killed_engine_is_taken_over(cluster: Cluster, draw: random.Random) -> None:
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=80) for _ in range(8)])
+    calls = await streams.begun()
+    victim = await owner(cluster, calls[0])
+    taken = held_by(cluster, victim, streams)
+    victim.kill()
+    killed = time.monotonic()
+    counts = [cluster.journalled(each) for each in calls]
+    await streams.ended()
+    assert all(cluster.state_of_request(calls[i], "att") == "1" for i in taken)
+    assert await check_all(cluster, streams.transcripts) == {"length": 8}
+    wait = longest_wait(streams, taken, counts=counts, since=killed)
+    assert wait < GENEROUS * (cluster.scale.lease + 1.5)
+
+
+async def test_row_2_killed_in_prefill(cluster: Cluster, draw: random.Random) -> None:
+    hook = cluster.arm("kill")
+    bodies = [cluster.body(draw), cluster.body(draw, hook=hook), cluster.body(draw)]
+    streams = Streams(cluster.client, bodies)
+    await streams.ended()
+    (dead,) = cluster.happened(hook)
+    assert [engine.state for engine in cluster.engines if engine.pid == dead] == [""]
+    assert cluster.state_of_request(streams.call_ids[1], "att") == "1"
+    assert await check_all(cluster, streams.transcripts) == {"length": 3}
+
+
+async def test_row_3_killed_between_claim_and_work(
+    own_cluster: Callable[..., Cluster], draw: random.Random
+) -> None:
+    """The claim was made, its reply never reached the engine."""
+    cluster = await asyncio.to_thread(own_cluster, num_engines=0)
+    async with FaultProxy(cluster.redis.port) as proxy:
+        engine = cluster.start_engine(queue=f"redis://127.0.0.1:{proxy.port}/0")
+        await asyncio.to_thread(engine.wait_until_ready)
+        await asyncio.to_thread(cluster.wait_until_known, 1)
+        engine.pause()  # so that its next claim is the one whose reply is lost
+        streams = Streams(cluster.client, [cluster.body(draw)])
+        await until(lambda: cluster.ask("HGET", cluster.key("adm"), "q") == "1", "it is queued")
+        proxy.swallow_replies = True
+        engine.resume()
+        await until(lambda: cluster.ask("HGET", cluster.key("adm"), "run") == "1", "a claim")
+        assert proxy.swallowed
+        engine.kill()
+        await asyncio.to_thread(cluster.start_engine().wait_until_ready)
+        await streams.ended()
+        assert cluster.state_of_request(streams.call_ids[0], "att") == "1"
+        assert cluster.state_of_request(streams.call_ids[0], "ep") == "2"
+        assert await check_all(cluster, streams.transcripts) == {"length": 1}
+
+
+async def test_row_6_all_engines_killed(cluster: Cluster, draw: random.Random) -> None:
+    """What waits is kept, what has a deadline ends with it."""
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=60) for _ in range(4)])
+    late = Streams(
+        cluster.client,
+        [cluster.body(draw, max_tokens=200) for _ in range(2)],
+        x_request_timeout_ms="2500",
+    )
+    await streams.begun()
+    await late.begun()
+    for engine in cluster.engines:
+        engine.kill()
+    await late.ended()
+    assert all(each.finish_reason == "deadline" for each in late.transcripts)
+    assert streams.num_ended == 0
+    cluster.engines.clear()
+    await asyncio.to_thread(cluster.start_engine().wait_until_ready)
+    transcripts = await streams.ended() + late.transcripts
+    assert await check_all(cluster, transcripts) == {"length": 4, "deadline": 2}
+
+
+@pytest.mark.parametrize("deaths", [2, 3])
+async def test_row_7_the_taker_over_is_killed_too(
+    cluster: Cluster, draw: random.Random, deaths: int
+) -> None:
+    """Two engines may die on a request; the third death ends it."""
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=120)])
+    (call,) = await streams.begun()
+    for death in range(1, deaths + 1):
+        seen = len(streams.transcripts[0].tokens)
+        victim = await owner(cluster, call)
+        victim.kill()
+        await asyncio.to_thread(cluster.replace(victim).wait_until_ready)
+        if death < deaths:
+            await until(
+                lambda: len(streams.transcripts[0].tokens) > seen + 2,  # noqa: B023
+                "it goes on",
+            )
+    (transcript,) = await streams.ended()
+    assert cluster.state_of_request(call, "att") == str(deaths)
+    reasons = await check_all(cluster, [transcript])
+    if deaths < 3:
+        assert reasons == {"length": 1}
+    else:
+        assert reasons == {"error": 1}
+        assert transcript.error == "engine_crash_loop"
+
+
+async def test_row_8_a_zombie_wakes_up(cluster: Cluster, draw: random.Random) -> None:
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=120) for _ in range(6)])
+    calls = await streams.begun()
+    zombie = await owner(cluster, calls[0])
+    held = held_by(cluster, zombie, streams)
+    zombie.pause()
+    paused = time.monotonic()
+    counts = [cluster.journalled(each) for each in calls]
+    await until(
+        lambda: all(cluster.state_of_request(calls[i], "ep") == "2" for i in held),
+        "the others took over",
+    )
+    zombie.resume()
+    stale = ("quire_fenced_writes_total", "quire_lost_leases_total")
+    await until(lambda: sum(map(zombie.metric, stale)) > 0, "the zombie was refused")
+    await streams.ended()
+    assert await check_all(cluster, streams.transcripts) == {"length": 6}
+    wait = longest_wait(streams, held, counts=counts, since=paused)
+    assert wait < GENEROUS * (cluster.scale.lease + 1.5)
+
+
+async def test_row_9_an_engine_is_cut_off(
+    own_cluster: Callable[..., Cluster], draw: random.Random
+) -> None:
+    """It stops sampling once its lease is over, and serves again when it is back."""
+    cluster = await asyncio.to_thread(own_cluster, num_engines=0)
+    async with FaultProxy(cluster.redis.port) as proxy:
+        cut_off = cluster.start_engine(queue=f"redis://127.0.0.1:{proxy.port}/0")
+        await asyncio.to_thread(cut_off.wait_until_ready)
+        streams = Streams(cluster.client, [cluster.body(draw, max_tokens=600) for _ in range(4)])
+        await streams.begun()
+        proxy.black_hole = True
+        await asyncio.sleep(3 * cluster.scale.lease)
+        assert proxy.swallowed
+        sampled = cut_off.metric("quire_generated_tokens_total")
+        await asyncio.sleep(0.5)
+        assert cut_off.metric("quire_generated_tokens_total") == sampled, "it computes for nothing"
+        assert cut_off.metric("quire_lost_leases_total") == 4
+        other = cluster.start_engine()
+        await asyncio.to_thread(other.wait_until_ready)
+        await until(lambda: other.metric("quire_take_overs_total") == 4, "taken over")
+        proxy.black_hole = False
+        proxy.cut()
+        await streams.ended()
+        events = 'quire_queue_events_total{event="outage"}'
+        await until(lambda: cut_off.metric(events) >= 1, "it is back")
+        other.terminate()
+        assert await asyncio.to_thread(other.exit_code) == 0
+        after = Streams(cluster.client, [cluster.body(draw)])
+        await after.ended()  # by the one that was cut off
+        transcripts = streams.transcripts + after.transcripts
+        assert await check_all(cluster, transcripts) == {"length": 5}
+
+
+@pytest.mark.parametrize("action", ["raise", "out_of_memory"])
+async def test_rows_10_and_11_a_step_raises(
+    cluster: Cluster, draw: random.Random, action: str
+) -> None:
+    """A runner that raised is broken: the process ends at once, others take over."""
+    hook = cluster.arm(action)
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=60) for _ in range(4)])
+    await streams.begun()
+    bad = Streams(cluster.client, [cluster.body(draw, hook=hook)])
+    await until(lambda: cluster.happened(hook), "the fault")
+    (pid,) = cluster.happened(hook)
+    (broken,) = (engine for engine in cluster.engines if engine.pid == pid)
+    began = time.monotonic()
+    assert await asyncio.to_thread(broken.exit_code) == 1
+    assert time.monotonic() - began < GENEROUS * 1.0
+    transcripts = await streams.ended() + await bad.ended()
+    assert await check_all(cluster, transcripts) == {"length": 5}
+
+
+async def test_row_12_poison_and_the_innocent(cluster: Cluster, draw: random.Random) -> None:
+    hook = cluster.arm("exit", keep=True)
+    async with cluster.kept_alive() as ended:
+        streams = Streams(cluster.client, [cluster.body(draw, max_tokens=60) for _ in range(31)])
+        await asyncio.sleep(0.2)
+        poison = Streams(cluster.client, [cluster.body(draw, hook=hook)])
+        (poisoned,) = await poison.ended()
+        await streams.ended()
+    assert poisoned.error == "engine_crash_loop"
+    assert len(cluster.happened(hook)) == len(ended)
+    assert 1 <= len(ended) <= 3
+    reasons = await check_all(cluster, [poisoned, *streams.transcripts])
+    assert reasons == {"length": 31, "error": 1}
+
+
+async def test_row_13_another_numeric_class_does_not_go_on(
+    own_cluster: Callable[..., Cluster], draw: random.Random
+) -> None:
+    cluster = await asyncio.to_thread(own_cluster, num_engines=1)
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=80)])
+    (call,) = await streams.begun()
+    cluster.engines.pop().kill()
+    other = cluster.start_engine(numeric_class="another")
+    await asyncio.to_thread(other.wait_until_ready)
+    await asyncio.sleep(3 * cluster.scale.lease)
+    assert cluster.state_of_request(call, "ep") == "1"
+    assert streams.num_ended == 0
+    await asyncio.to_thread(cluster.start_engine().wait_until_ready)
+    await streams.ended()
+    assert other.metric("quire_generated_tokens_total") == 0
+    assert await check_all(cluster, streams.transcripts) == {"length": 1}
+
+
+async def test_row_16_an_engine_is_asked_to_leave(cluster: Cluster, draw: random.Random) -> None:
+    """SIGTERM: the others go on at once, nobody is blamed, nothing fails."""
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=120) for _ in range(8)])
+    calls = await streams.begun()
+    leaving = await owner(cluster, calls[0])
+    held = held_by(cluster, leaving, streams)
+    leaving.terminate()
+    told = time.monotonic()
+    assert await asyncio.to_thread(leaving.exit_code) == 0
+    assert time.monotonic() - told < GENEROUS * 5
+    await streams.ended()
+    assert all(cluster.state_of_request(call, "att") == "0" for call in calls)
+    assert all(cluster.state_of_request(calls[i], "ep") == "2" for i in held)
+    assert not any(each.refusals for each in streams.transcripts)
+    assert await check_all(cluster, streams.transcripts) == {"length": 8}
+    assert all(cluster.scale.lease > longest_gap(streams.transcripts[i]) for i in held)
+
+
+async def test_row_33_the_kv_pool_is_too_small(
+    own_cluster: Callable[..., Cluster], draw: random.Random
+) -> None:
+    """All are answered all the same: sequences give their blocks up and compute them again."""
+    cluster = await asyncio.to_thread(own_cluster, num_engines=0)
+    engine = cluster.start_engine(blocks=40, pace=0.001)
+    await asyncio.to_thread(engine.wait_until_ready)
+    bodies = [cluster.body(draw, max_tokens=draw.randint(20, 100)) for _ in range(24)]
+    streams = Streams(cluster.client, bodies)
+    await streams.ended()
+    assert engine.metric("quire_preemptions_total") > 0
+    assert await check_all(cluster, streams.transcripts) == {"length": 24}

@@ -1,0 +1,77 @@
+"""A real model, its real engines killed: the answers are those of an undisturbed run, bit by bit.
+
+float32, the reference runner, one thread: one numeric class. Greedy and at temperature 0.8.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import TinyModel
+from tests.faults.checker import check_all
+from tests.faults.cluster import Cluster, Scale
+from tests.faults.processes import Forge
+from tests.faults.streams import Streams
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+KILLS = 3
+
+
+def make_bodies(cluster: Cluster, draw: random.Random) -> list[dict[str, Any]]:
+    """Text prompts, with what makes an answer depend on all of its tokens."""
+    return [
+        {
+            "model": cluster.model.name,
+            "prompt": draw.choice(["the quick brown", "1234 def f(x):", "你好 é"]) * 3 + f" {i}",
+            "max_tokens": 90,
+            "temperature": temperature,
+            "seed": draw.randrange(2**31),
+            "presence_penalty": draw.choice([0.0, 0.5]),
+            "repetition_penalty": draw.choice([1.0, 1.2]),
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+        }
+        for i, temperature in enumerate((0.0, 0.8) * 4)
+    ]
+
+
+async def test_rows_1_and_16_with_a_real_model(
+    tiny_model: TinyModel, forge: Forge, tmp_path: Path, draw: random.Random
+) -> None:
+    model = tiny_model.write_folder(tmp_path / "tiny")
+    cluster = Cluster(
+        tmp_path / "cluster", model, forge=forge, scale=Scale(), num_engines=0, num_apis=1
+    )
+    try:
+        await asyncio.to_thread(cluster.start)
+        for engine in [cluster.start_real_engine() for _ in range(2)]:
+            await asyncio.to_thread(engine.wait_until_ready)
+        bodies = make_bodies(cluster, draw)
+        undisturbed = await Streams(cluster.client, bodies).ended()
+        reference = {each.body["seed"]: each.tokens for each in undisturbed}
+        assert all(len(tokens) == 90 for tokens in reference.values())
+        assert len({tuple(tokens) for tokens in reference.values()}) == len(bodies)
+        transcripts = list(undisturbed)
+        for kill in range(KILLS):
+            streams = Streams(cluster.client, bodies)
+            calls = await streams.begun(2 + 10 * kill)
+            victim = max(cluster.engines, key=lambda e: e.metric("quire_sequences_running"))
+            cluster.engines.remove(victim)
+            victim.kill()
+            replacement = cluster.start_real_engine()
+            transcripts += await streams.ended()
+            assert any(cluster.state_of_request(call, "att") == "1" for call in calls)
+            await asyncio.to_thread(replacement.wait_until_ready)
+        reasons = await check_all(
+            cluster, transcripts, expected=lambda body: reference[body["seed"]]
+        )
+        assert reasons == {"length": len(bodies) * (KILLS + 1)}
+    finally:
+        cluster.close()

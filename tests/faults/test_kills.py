@@ -1,0 +1,34 @@
+"""Row 1, many times: see `kills`. `--kills N` makes more of them, and the limit longer."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from tests.faults.cluster import Cluster
+from tests.faults.kills import ENGINES, SEATS, run_kills
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
+
+SECONDS_A_KILL = 6.0  # that one may take on a busy machine before the run counts as hung
+
+
+async def test_row_1_a_hundred_times(
+    own_cluster: Callable[..., Cluster],
+    draw: random.Random,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kills = int(request.config.getoption("--kills", default=100))
+    cluster = await asyncio.to_thread(own_cluster, num_engines=ENGINES, num_apis=2, seats=SEATS)
+    async with asyncio.timeout(60 + SECONDS_A_KILL * kills):
+        tally = await run_kills(cluster, draw, kills=kills)
+    with capsys.disabled():
+        sys.stdout.write(f"\n{tally.line(cluster.scale.lease)}\n")
+    assert not tally.failures
+    assert tally.kills == kills
+    assert tally.hit >= kills

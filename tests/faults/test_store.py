@@ -1,0 +1,298 @@
+"""What can happen to Redis, under a cluster that serves: answers go on, or end and say why."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.checker import check_all, check_rest
+from tests.faults.client import Transcript, call
+from tests.faults.cluster import AOF, Cluster, expected_tokens
+from tests.faults.processes import run_command
+from tests.faults.proxy import FaultProxy
+from tests.faults.streams import Streams, until
+from tests.queues.redis_process import RedisServer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+GENEROUS = 3.0  # times a promised limit, on a machine that does other things too
+Clusters = Callable[..., Cluster]
+
+
+def bodies(cluster: Cluster, draw: random.Random, *, number: int, tokens: int) -> list[Any]:
+    return [cluster.body(draw, max_tokens=tokens) for _ in range(number)]
+
+
+def run_id(cluster: Cluster) -> str:
+    info: dict[str, str] = cluster.ask("INFO", "server")
+    return info["run_id"]
+
+
+async def post(cluster: Cluster, body: dict[str, Any]) -> tuple[int, dict[str, str], float]:
+    """Status, headers and the time that it took."""
+    began = time.monotonic()
+    address = cluster.client.next_address()
+    async with call(address, "POST", "/v1/completions", body=body) as reply:
+        return reply.status, reply.headers, time.monotonic() - began
+
+
+def are_prefixes(transcripts: list[Transcript]) -> bool:
+    """P1 and P2 where the journal itself was lost."""
+    return all(
+        each.tokens == expected_tokens(each.body)[: len(each.tokens)] for each in transcripts
+    )
+
+
+async def test_row_23_redis_is_killed_and_restarted(cluster: Cluster, draw: random.Random) -> None:
+    """For less than a lease and for more: live engines keep what they hold."""
+    streams = Streams(cluster.client, bodies(cluster, draw, number=6, tokens=250))
+    calls = await streams.begun()
+    for down in (0.2, 1.5 * cluster.scale.lease):
+        before = run_id(cluster)
+        cluster.redis.kill()
+        await asyncio.sleep(down)
+        await asyncio.to_thread(cluster.redis.start)
+        back = time.monotonic()
+        assert run_id(cluster) != before
+        open_ones = [each for each in streams.transcripts if not each.ended]
+        seen = [len(each.tokens) for each in open_ones]
+        await until(
+            lambda: all(
+                len(each.tokens) > count
+                for each, count in zip(open_ones, seen, strict=True)  # noqa: B023
+            ),
+            "all go on",
+        )
+        assert time.monotonic() - back < GENEROUS * 5
+    await streams.ended()
+    assert all(cluster.state_of_request(each, "att") == "0" for each in calls)
+    assert await check_all(cluster, streams.transcripts) == {"length": 6}
+
+
+async def test_row_24_redis_loses_its_last_writes(
+    own_cluster: Clusters, draw: random.Random
+) -> None:
+    """Power loss: what clients have seen already is cut off the append-only file."""
+    cluster = await asyncio.to_thread(own_cluster)
+    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=150))
+    await streams.begun(20)
+    cluster.redis.kill()
+    (newest,) = (cluster.redis.directory / "appendonlydir").glob("*.incr.aof")
+    with newest.open("r+b") as tail:
+        tail.truncate(newest.stat().st_size - 6000)
+    await asyncio.to_thread(cluster.redis.start)
+    counts = [int(cluster.state_of_request(each, "n") or 0) for each in streams.call_ids]
+    await streams.ended()
+    gaps = sum(engine.metric('quire_queue_events_total{event="gap"}') for engine in cluster.engines)
+    assert gaps > 0, counts
+    for each in streams.transcripts:
+        assert each.finish_reason == "length" or each.error == "stream_divergence"
+    await check_all(cluster, streams.transcripts, same_bytes=False)
+
+
+async def test_row_25_failover_to_a_replica_that_lags(
+    own_cluster: Clusters, draw: random.Random
+) -> None:
+    """It knows the requests but not who claimed them, nor a token: epochs come a second time, and
+    the old claims are known by their nonces. The same tokens are made again.
+    """
+    cluster = await asyncio.to_thread(own_cluster, num_engines=0, num_apis=0)
+    cluster.ask("CONFIG", "SET", "repl-diskless-sync-delay", "0")
+    old = cluster.redis
+    async with FaultProxy(old.port) as front, FaultProxy(old.port) as link:
+        replica = RedisServer(
+            cluster.folder / "replica",
+            options=(*AOF, "--replicaof", "127.0.0.1", str(link.port)),
+        )
+        await asyncio.to_thread(replica.start)
+        try:
+            url = f"redis://127.0.0.1:{front.port}/0"
+            replicas = [cluster.start_engine(queue=url) for _ in range(2)]
+            replicas.append(cluster.start_api(queue=url))
+            for each in replicas:
+                await asyncio.to_thread(each.wait_until_ready)
+            await asyncio.to_thread(cluster.wait_until_known, 2)
+            for engine in cluster.engines:
+                engine.pause()
+            streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=150))
+            await until(lambda: replica.ask("XLEN", cluster.key("q1")) == ":4", "replicated")
+            link.black_hole = True
+            for engine in cluster.engines:
+                engine.resume()
+            calls = await streams.begun(10)
+            assert all(cluster.state_of_request(each, "ep") == "1" for each in calls)
+            old.kill()
+            replica.ask("REPLICAOF", "NO", "ONE")
+            cluster.redis = replica
+            assert all(cluster.state_of_request(each, "ep") == "0" for each in calls)
+            front._target_port = replica.port
+            front.cut()
+            await streams.ended()
+            for transcript in streams.transcripts:
+                assert transcript.finish_reason == "length"
+            refused = ('quire_queue_events_total{event="fenced"}', "quire_lost_leases_total")
+            assert sum(engine.metric(name) for engine in cluster.engines for name in refused)
+            await check_all(cluster, streams.transcripts, same_bytes=False)
+        finally:
+            cluster.redis = old
+            replica.close()
+
+
+async def test_row_26_redis_is_away_for_long(cluster: Cluster, draw: random.Random) -> None:
+    """New calls are refused soon, liveness stays green, open streams are kept alive and go on."""
+    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=100))
+    await streams.begun()
+    before = run_id(cluster)
+    cluster.redis.kill()
+    for _ in range(3):
+        status, headers, took = await post(cluster, cluster.body(draw))
+        assert status == 503
+        assert float(headers["retry-after"]) >= 1
+        assert took < 10
+        for path, expected in (("/health/live", 200), ("/health/ready", 503)):
+            async with call(cluster.client.next_address(), "GET", path) as reply:
+                assert reply.status == expected
+        await asyncio.sleep(1)
+    assert streams.num_ended == 0
+    assert all(each.connections == 1 for each in streams.transcripts)
+    await asyncio.to_thread(cluster.redis.start)
+    assert run_id(cluster) != before
+    await streams.ended()
+    assert all(each.connections == 1 for each in streams.transcripts), "a stream was broken off"
+    assert await check_all(cluster, streams.transcripts) == {"length": 4}
+
+
+async def test_row_27_redis_is_slow(own_cluster: Clusters, draw: random.Random) -> None:
+    """A tenth of a lease for each reply: slower, and nobody is fenced off."""
+    cluster = await asyncio.to_thread(own_cluster, num_engines=0, num_apis=0, lease=2.0)
+    async with FaultProxy(cluster.redis.port) as proxy:
+        url = f"redis://127.0.0.1:{proxy.port}/0"
+        replicas = [cluster.start_engine(queue=url) for _ in range(2)] + [
+            cluster.start_api(queue=url)
+        ]
+        for each in replicas:
+            await asyncio.to_thread(each.wait_until_ready)
+        proxy.delay = 0.2
+        streams = Streams(cluster.client, bodies(cluster, draw, number=6, tokens=100))
+        await streams.ended()
+        proxy.delay = 0.0
+        for engine in cluster.engines:
+            assert engine.metric("quire_lost_leases_total") == 0
+            assert engine.metric("quire_fenced_writes_total") == 0
+            assert engine.metric("quire_take_overs_total") == 0
+        assert max(engine.metric("quire_journal_write_seconds_sum") for engine in cluster.engines)
+        assert await check_all(cluster, streams.transcripts) == {"length": 6}
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+async def test_row_28_redis_is_full(
+    own_cluster: Clusters, draw: random.Random, *, lasting: bool
+) -> None:
+    cluster = await asyncio.to_thread(own_cluster)
+    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=120))
+    await streams.begun()
+    cluster.ask("CONFIG", "SET", "maxmemory", "1mb")
+    assert cluster.redis.ask("SET", "x", "y").startswith("-OOM")
+    status, headers, _ = await post(cluster, cluster.body(draw))
+    assert status == 503
+    assert "retry-after" in headers
+    if lasting:
+        await streams.ended()
+        assert {each.error for each in streams.transcripts} == {"storage_full"}
+    cluster.ask("CONFIG", "SET", "maxmemory", "0")
+    after = Streams(cluster.client, bodies(cluster, draw, number=2, tokens=20))
+    transcripts = await streams.ended() + await after.ended()
+    ends = {"error": 4, "length": 2} if lasting else {"length": 6}
+    assert await check_all(cluster, transcripts) == ends
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ((), "appendonly"),
+        ((*AOF, "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"), "noeviction"),
+    ],
+)
+@pytest.mark.parametrize("command", ["api", "engine"])
+async def test_row_29_a_redis_that_cannot_keep_the_promise(
+    tmp_path: Path, folder_of_model: Path, *, command: str, options: tuple[str, ...], word: str
+) -> None:
+    server = RedisServer(tmp_path / "redis", options=options)
+    await asyncio.to_thread(server.start)
+    try:
+        ports = ["--admin-port", "0", *(("--port", "0") if command == "api" else ())]
+        places = ["--queue", server.url, "--model", str(folder_of_model)]
+        replica = run_command(command, tmp_path / "log", *places, *ports)
+        assert await asyncio.to_thread(replica.exit_code, seconds=60) == 2
+        said = replica.log.read_text().strip()
+        assert word in said
+        assert "Traceback" not in said
+    finally:
+        server.close()
+
+
+async def test_row_30_scripts_and_groups_vanish(cluster: Cluster, draw: random.Random) -> None:
+    streams = Streams(cluster.client, bodies(cluster, draw, number=6, tokens=120))
+    calls = await streams.begun()
+    cluster.ask("SCRIPT", "FLUSH")
+    assert cluster.ask("XGROUP", "DESTROY", cluster.key("q1"), "engines") == 1
+    more = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=30))
+    transcripts = await streams.ended() + await more.ended()
+    assert all(cluster.state_of_request(each, "ep") == "1" for each in calls)
+    assert await check_all(cluster, transcripts) == {"length": 10}
+
+
+async def test_row_30_everything_vanishes(own_cluster: Clusters, draw: random.Random) -> None:
+    """After FLUSHALL open streams end with an error, soon; then all works as before."""
+    cluster = await asyncio.to_thread(own_cluster)
+    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=2000))
+    await streams.begun()
+    cluster.ask("FLUSHALL")
+    flushed = time.monotonic()
+    await streams.ended()
+    assert time.monotonic() - flushed < GENEROUS * 5
+    assert {each.error for each in streams.transcripts} == {"journal_lost"}
+    assert are_prefixes(streams.transcripts)
+    assert cluster.apis[0].metric("quire_requests_lost_total") == 4
+    await check_rest(cluster)
+    after = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=20))
+    assert all(each.finish_reason == "length" for each in await after.ended())
+    assert are_prefixes(after.transcripts)
+    await check_rest(cluster)
+
+
+async def test_row_31_pubsub_connections_are_killed(cluster: Cluster, draw: random.Random) -> None:
+    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=150))
+    await streams.begun()
+    killed = 0
+    while not streams.num_ended:
+        killed += cluster.ask("CLIENT", "KILL", "TYPE", "pubsub")
+        await asyncio.sleep(0.2)
+    assert killed >= 4
+    await streams.ended()
+    assert await check_all(cluster, streams.transcripts) == {"length": 4}
+
+
+async def test_row_39_garbage_in_the_queue(cluster: Cluster, draw: random.Random) -> None:
+    """Engines drop it, count it and live."""
+    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=80))
+    await streams.begun()
+    queue = cluster.key("q1")
+    cluster.ask("XADD", queue, "*", "nonsense", "1")
+    cluster.ask("XADD", queue, "*", "rid", "s0-nobody.0")
+    cluster.ask("SET", cluster.key("r:s0-text.0"), "no hash")
+    cluster.ask("XADD", queue, "*", "rid", "s0-text.0")
+    cluster.ask("HSET", cluster.key("engines"), "e", "garbage")
+    name = 'quire_queue_events_total{event="dropped"}'
+    before = len(cluster.engines)
+    await until(lambda: sum(e.metric(name) for e in cluster.engines) >= 3, "they are dropped")
+    cluster.ask("DEL", cluster.key("r:s0-text.0"))
+    await streams.ended()
+    assert sum(engine.is_up for engine in cluster.engines) == before
+    assert await check_all(cluster, streams.transcripts) == {"length": 4}
