@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
@@ -66,11 +67,17 @@ class Listener(uvicorn.Server):
             )
         )
         self._bound = bound
+        self.answering = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Captures none."""
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Opens the port and says so."""
+        await super().startup(sockets=sockets)
+        self.answering.set()
 
     async def listen(self) -> None:
         """Serves until `stop`."""

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from service.api.observer import CallReport
 from service.engine.observer import StepReport
-from service.messages import End
+from service.messages import End, FinishReason
 from service.queues import Claim, QueueDepth
 from service.queues.observer import QueueEvent
 
@@ -30,6 +30,15 @@ PER_TOKEN_BUCKETS = (
 STEP_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 RATE_WINDOW = 10.0  # seconds
+WASTE = (
+    "preemption",
+    "take_over",
+    "cancelled",
+    "fenced",
+    "lease_lost",
+    "journal_lost",
+    "storage_full",
+)
 
 
 class Metrics:
@@ -52,6 +61,18 @@ class Metrics:
         self._requests()
         self._engine()
         self._journal()
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """Creates the series of all label values: a rate misses what first appears as 1."""
+        for reason in FinishReason:
+            self.finished.labels(reason.value)
+        for refusal in ("full", "tenant", "conflict"):
+            self.refused.labels(refusal)
+        for event in QueueEvent:
+            self.queue_events.labels(event.value)
+        for cause in WASTE:
+            self.wasted_tokens.labels(cause)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)

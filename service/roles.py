@@ -264,7 +264,7 @@ async def live(
     # What is alive now stays alive: the collector need not walk it again and again.
     gc.collect()
     gc.freeze()
-    ready()
+    announcing = asyncio.create_task(announce(listeners, ready))
     await asyncio.wait([stopping, *working, *serving], return_when=asyncio.FIRST_COMPLETED)
     broken = any(task.done() for task in working)
     if api:
@@ -276,14 +276,21 @@ async def live(
     await asyncio.gather(*serving, return_exceptions=True)
     if engine:
         engine.worker.drain()
-    for task in (*watching, stopping):
+    for task in (*watching, announcing, stopping):
         task.cancel()
-    await asyncio.gather(*watching, stopping, return_exceptions=True)
+    await asyncio.gather(*watching, announcing, stopping, return_exceptions=True)
     try:
         await asyncio.gather(*working)
     finally:
         with suppress(Unavailable):
             await queue.close()
+
+
+async def announce(listeners: Sequence[Listener], ready: Callable[[], None]) -> None:
+    """Says that it is ready when every port answers."""
+    for listener in listeners:
+        await listener.answering.wait()
+    ready()
 
 
 def engine_rows(loaded: Loaded, path: Path) -> dict[str, str]:

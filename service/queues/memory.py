@@ -283,7 +283,7 @@ class MemoryQueue:
                 self._stop(entry, FinishReason.DEADLINE)
             elif entry.count and entry.numeric_class != engine.numeric_class:
                 continue
-            elif self._gave_up(entry):
+            elif self._gave_up(entry, engine):
                 error = End(count=entry.count, reason=FinishReason.ERROR, error="engine_crash_loop")
                 self._end(entry, error)
             else:
@@ -300,9 +300,12 @@ class MemoryQueue:
             found += waiting.values()
         return found
 
-    def _gave_up(self, entry: Entry) -> bool:
-        """Counts the death of the engine that still owns a request whose lease is over."""
-        if not entry.owner:
+    def _gave_up(self, entry: Entry, engine: EngineInfo) -> bool:
+        """Counts the death of the engine that still owns a request whose lease is over.
+
+        One that takes its own request back was late, not dead.
+        """
+        if not entry.owner or entry.owner.startswith(f"{engine.id}:"):
             return False
         entry.deaths += 1
         entry.owner = ""  # counted once

@@ -266,6 +266,18 @@ class QueueContract:
         await finish(queue, await claim_one(queue, wait=2), length=3)
         assert await queue.depth() == NOTHING
 
+    async def test_an_engine_that_was_late_is_not_taken_for_dead(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        """Another that takes the request counts a death; the same one taking it back does not."""
+        await queue.submit(make_submission())
+        await claim_one(queue, make_engine("late"))
+        await passes(OVER)
+        again = await claim_one(queue, make_engine("late"), wait=2)
+        assert (again.attempt, again.lease.epoch) == (1, 2)
+        await passes(OVER)
+        assert (await claim_one(queue, make_engine("other"), wait=2)).attempt == 2
+
     async def test_renewed_leases_do_not_end(self, queue: Queue, passes: Passes) -> None:
         await queue.submit(make_submission())
         claim = await claim_one(queue, make_engine("owner"))

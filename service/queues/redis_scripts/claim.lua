@@ -40,7 +40,8 @@ local function take(priority, eid, fields)
   if r.st == 'running' then
     if r.own ~= '' and r.ld > now then return set_idle(r, consumer, math.max(0, lease - r.ld + now)) end
     if r.n > 0 and r.cls ~= class then return set_idle(r, consumer, lease + 1) end
-    if r.own ~= '' then
+    -- An engine that takes its own request back was late, not dead.
+    if r.own ~= '' and string.sub(r.own, 1, #consumer + 1) ~= consumer .. ':' then
       r.att = redis.call('HINCRBY', request_key(r.rid), 'att', 1)
       if r.att >= max_attempts then return stop_request(r, ARGV[12], window) end
     end
