@@ -1,6 +1,6 @@
 # `make serve` and `make test` do everything on a fresh machine; the rest is for working here.
 .DEFAULT_GOAL := help
-.PHONY: help serve test unit kernels faults compare check lint format install system clean
+.PHONY: help serve test unit longer faults compare check lint format install system clean
 
 VENV   ?= .venv
 PYTHON ?= python3
@@ -18,13 +18,13 @@ serve: $(VENV)/.installed  ## install, fetch the default model, serve it at http
 	$(BIN)/quire serve $(ARGS)
 
 test: $(VENV)/.tested system check  ## install, then every check: lint, types, all tests
-	$(BIN)/python -m pytest -m "not kernels" $(ARGS)
+	$(BIN)/python -m pytest -m "not kernels and not faults" $(ARGS)
 
 unit: $(VENV)/.tested  ## the fast tests alone
-	$(BIN)/python -m pytest -m "not slow and not kernels" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not kernels and not faults" $(ARGS)
 
-kernels: $(VENV)/.tested  ## the GPU kernels at length, in the interpreter where there is no GPU
-	$(BIN)/python -m pytest -m kernels $(ARGS)
+longer: $(VENV)/.tested system  ## what CI adds: fault tests in real processes, GPU kernels at length
+	$(BIN)/python -m pytest -m "kernels or faults" $(ARGS)
 
 check: lint  ## everything but the tests
 	$(BIN)/python -m mypy
@@ -34,7 +34,7 @@ lint: $(VENV)/.tested  ## ruff
 	$(BIN)/python -m ruff check .
 
 faults: $(VENV)/.tested system  ## kill engines N times (N=3000) and check every answer
-	$(BIN)/python -m tests.faults.kills --kills $(N)
+	$(BIN)/python -m tests.faults.kills --kills $(N) --lease 3
 
 compare: $(VENV)/.tested system  ## Quire beside its peers on this machine: tables and a chart in results/
 	$(BIN)/python -m loadtest.compare $(ARGS)

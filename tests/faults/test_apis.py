@@ -16,7 +16,7 @@ from tests.faults.cluster import Cluster
 from tests.faults.processes import Replica, wait_all_ready
 from tests.faults.streams import Load, Streams, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
 
 def api_at(cluster: Cluster, address: Address) -> Replica:

@@ -20,7 +20,7 @@ from tests.faults.processes import Replica
 from tests.faults.proxy import FaultProxy
 from tests.faults.streams import Streams, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
 GENEROUS = 3.0  # times a promised limit, on a machine that does other things too
 

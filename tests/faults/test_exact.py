@@ -18,7 +18,7 @@ from tests.faults.cluster import Cluster, Scale
 from tests.faults.processes import Forge
 from tests.faults.streams import Streams
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
 
 KILLS = 3
 

@@ -12,7 +12,7 @@ import pytest
 from tests.faults.cluster import Cluster
 from tests.faults.kills import ENGINES, SEATS, run_kills
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(0)]
 
 SECONDS_A_KILL = 6.0  # that one may take on a busy machine before the run counts as hung
 

@@ -19,7 +19,7 @@ from tests.faults.proxy import FaultProxy
 from tests.faults.streams import Streams, until
 from tests.queues.redis_process import RedisServer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
 GENEROUS = 3.0  # times a promised limit, on a machine that does other things too
 Clusters = Callable[..., Cluster]
