@@ -13,7 +13,8 @@ from service.api.observer import CallReport
 from service.api.pieces import ChoiceReader, Shown
 from service.api.relay import follow_choice, merge, only
 from service.errors import DeadlineExceeded, GenerationFailed, QuireError
-from service.messages import End, FinishReason, Record, child_ids
+from service.messages import End, FinishReason, Record, Submission, child_ids
+from service.queues import SubmitStatus
 
 FATAL = frozenset({"engine_crash_loop"})  # ends of ERROR that come again on a retry
 
@@ -41,6 +42,7 @@ class Answer:
         tenant: str,
         arrived: float,
         resumed: bool = False,
+        submission: Submission | None = None,
     ) -> None:
         self.id = call_id
         self.manifest = manifest
@@ -53,6 +55,8 @@ class Answer:
         self._tenant = tenant
         self._resumed = resumed  # its reader is not the one who asked for it
         self._arrived = arrived
+        self._submission = submission  # what its own reader asked for, to be asked for again
+        self._restoring: asyncio.Task[bool] | None = None
         self._first_token: float | None = None
         self._failed = False
 
@@ -79,7 +83,7 @@ class Answer:
         """
         queue, limits = self.context.queue, self.context.limits
         sources = [
-            follow_choice(queue, request_id, reader, limits=limits)
+            follow_choice(queue, request_id, reader, limits=limits, restore=self._restore)
             for request_id, reader in zip(self.request_ids, self.readers, strict=True)
         ]
         merged = only(sources[0]) if len(sources) == 1 else merge(sources)
@@ -87,6 +91,22 @@ class Answer:
             async for choice, record in merged:
                 for shown in self.read(choice, record):
                     yield choice, shown
+
+    async def _restore(self) -> bool:
+        """Submits again, under the same ids, what a store lost before anything of it was shown.
+
+        A store that is cut off from its power loses its last moment, and with it what it had
+        accepted then. All choices share one attempt.
+        """
+        if self._restoring is None:
+            self._restoring = asyncio.create_task(self._submit_again())
+        return await asyncio.shield(self._restoring)
+
+    async def _submit_again(self) -> bool:
+        if self._submission is None or self.completion_tokens:
+            return False
+        reply = await self.context.queue.submit(self._submission)
+        return reply.status in {SubmitStatus.OK, SubmitStatus.EXISTS}
 
     def read(self, choice: int, record: Record) -> Iterator[Shown]:
         """What the next record of a choice adds. Raises as `shown` does."""

@@ -7,7 +7,7 @@ depend on slow readers. While the queue's store is away it waits, then goes on f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from time import monotonic
 
@@ -21,13 +21,20 @@ Source = AsyncGenerator[Record, None]
 
 
 async def follow_choice(
-    queue: Queue, request_id: str, reader: ChoiceReader, *, limits: ApiLimits
+    queue: Queue,
+    request_id: str,
+    reader: ChoiceReader,
+    *,
+    limits: ApiLimits,
+    restore: Callable[[], Awaitable[bool]],
 ) -> Source:
     """The records after those that `reader` has read, to the `End`.
 
+    `restore` is asked once where the store lost the request; it says whether it is there again.
     Raises GenerationFailed where the journal vanished, Unavailable where the store stays away.
     """
     give_up: float | None = None
+    restored = False
     while True:
         try:
             async for record in queue.follow(request_id, after=reader.count):
@@ -44,7 +51,9 @@ async def follow_choice(
                 raise
             await asyncio.sleep(limits.backend_retry)
         except NotFound:
-            break
+            if restored or not await restore():
+                break
+            restored = True
         else:
             break
     raise GenerationFailed("the journal of this answer is gone", code="journal_lost")

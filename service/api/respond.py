@@ -22,7 +22,14 @@ async def answer_call(
     """Submits and answers. Raises what `admit` raises, before anything was sent."""
     call_id, manifest = await admit(submission, context)
     request.state.request_id = call_id  # what the client resumes by, if it is an earlier call's
-    answer = Answer(call_id, manifest, context, tenant=call.tenant.name, arrived=call.arrived)
+    answer = Answer(
+        call_id,
+        manifest,
+        context,
+        tenant=call.tenant.name,
+        arrived=call.arrived,
+        submission=submission if call_id == submission.id else None,
+    )
     if manifest.given_back.get("background") and not manifest.stream:
         return Response(await body_now(answer), media_type="application/json")
     if manifest.stream:

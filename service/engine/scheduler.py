@@ -62,6 +62,7 @@ class Scheduler:
         self._order = WaitingOrder(patience=config.patience)
         self._seats = list(range(config.max_sequences - 1, -1, -1))  # a stack: seat 0 first
         self._arrivals = itertools.count()
+        self._gap = config.target_gap  # seconds that the step in planning may take
 
     @property
     def num_waiting(self) -> int:
@@ -123,6 +124,7 @@ class Scheduler:
             if sequence.num_pending == 1:
                 plan.add(sequence, 1)
         num_decodes = plan.num_tokens
+        self._gap = self._allowed_gap(plan)
         for sequence in self.running:
             if sequence.num_pending > 1:
                 self._plan_chunk(plan, sequence, num_decodes)
@@ -206,10 +208,19 @@ class Scheduler:
         if num:
             plan.add(sequence, num)
 
+    def _allowed_gap(self, plan: Plan) -> float:
+        """How long the step may take: as long as is wished for, or twice what its decodes take.
+
+        Where these alone come near the target, prompts would else trickle in, and with them the
+        throughput that more sequences bring.
+        """
+        alone = self._cost.seconds(plan.work) if plan.num_tokens else None
+        return max(self._config.target_gap, 2 * (alone or 0.0))
+
     def _within_gap(self, plan: Plan, sequence: Sequence, most: int, prompt_tokens: int) -> int:
         """How much of `most` does not hold up those who decode, beside prompts in the plan."""
         num = self._cost.chunk(
-            plan.work, computed=sequence.num_computed, most=most, limit=self._config.target_gap
+            plan.work, computed=sequence.num_computed, most=most, limit=self._gap
         )
         if num is None:
             return min(most, max(0, UNMEASURED_CHUNK - prompt_tokens))

@@ -1,0 +1,96 @@
+"""Row 18, the silent part: a client vanishes without a word. Nothing tells the server, no FIN and
+no RST; only what it sent stays unconfirmed. The client lives in a network namespace of its own, on
+a cable that the test cuts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.listeners import SILENCE
+from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
+
+READER = (
+    "import json, sys, urllib.request\n"
+    "body = {'model': 'tiny', 'prompt': 'the quick', 'max_tokens': 100, 'ignore_eos': True}\n"
+    "ask = urllib.request.Request(sys.argv[1], json.dumps(body | {'stream': True}).encode(),\n"
+    "    {'Content-Type': 'application/json'})\n"
+    "for line in urllib.request.urlopen(ask):\n"
+    "    print(line.decode().strip(), flush=True)\n"
+)
+
+
+def run(*words: str) -> None:
+    subprocess.run(words, check=True, capture_output=True)
+
+
+@pytest.fixture
+def cable() -> Iterator[tuple[str, str]]:
+    """(namespace, address of this end): a cable to a host of the test's own."""
+    if os.geteuid() != 0:
+        pytest.skip("a network namespace needs root")
+    name = f"quire{os.getpid() % 10000}"
+    run("ip", "netns", "add", name)
+    try:
+        run("ip", "link", "add", f"{name}a", "type", "veth", "peer", "name", f"{name}b")
+        run("ip", "link", "set", f"{name}b", "netns", name)
+        run("ip", "addr", "add", "10.117.0.1/30", "dev", f"{name}a")
+        run("ip", "link", "set", f"{name}a", "up")
+        run("ip", "-n", name, "addr", "add", "10.117.0.2/30", "dev", f"{name}b")
+        run("ip", "-n", name, "link", "set", f"{name}b", "up")
+        yield name, "10.117.0.1"
+    finally:
+        run("ip", "netns", "delete", name)
+
+
+def metrics(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
+        return str(answer.read().decode())
+
+
+def test_row_18_black_hole(cable: tuple[str, str], tiny_model: TinyModel, tmp_path: Path) -> None:
+    """The request leaves the batch when its reader's silence has lasted long enough."""
+    namespace, host = cable
+    folder, log = tiny_model.write_folder(tmp_path / "tiny"), tmp_path / "log"
+    port, admin_port = free_port(), free_port()
+    command = [sys.executable, "-m", "tests.faults.slow_serve", "--host", host]
+    command += ["--allow-anonymous", "--port", str(port), "--admin-port", str(admin_port)]
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [*command, "--model", str(folder)], cwd=ROOT, stdout=output, stderr=output
+        )
+    admin = f"http://{host}:{admin_port}"
+    try:
+        wait_until_ready(f"http://{host}:{port}", server, log=log)
+        client = subprocess.Popen(
+            ["ip", "netns", "exec", namespace, sys.executable, "-c", READER]
+            + [f"http://{host}:{port}/v1/completions"],
+            stdout=subprocess.PIPE,
+        )
+        assert client.stdout is not None
+        while not client.stdout.readline().startswith(b"data:"):
+            pass
+        run("ip", "-n", namespace, "link", "set", f"{namespace}b", "down")
+        cut = time.monotonic()
+        assert re.search(r"quire_sequences_running 1\.0", metrics(admin))  # it still runs
+        while "quire_sequences_running 0.0" not in metrics(admin):
+            assert time.monotonic() - cut < SILENCE + 30, "nobody noticed"
+            time.sleep(0.5)
+        assert 'quire_wasted_tokens_total{cause="cancelled"} 0.0' not in metrics(admin)
+        assert client.poll() is None  # it never said goodbye
+        client.kill()
+        client.communicate()
+    finally:
+        server.terminate()
+        server.wait(timeout=40)
