@@ -14,7 +14,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service.api.connection import DROP
 from service.errors import StartupError
 
-
 SILENCE = 45  # seconds that a peer may leave what was sent unanswered
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 import time
 
+import model.runners
 from model.batch import Batch, StepOutput
+from model.config import ModelConfig
+from model.runners import Runner, RunnerOptions, Weights
 from model.runners.torch import TorchRunner
 from service.__main__ import main
 
@@ -21,9 +24,11 @@ class SlowRunner(TorchRunner):
         return super().run(batch)
 
 
-if __name__ == "__main__":
-    import model.runners.torch
+def _slow(config: ModelConfig, weights: Weights, options: RunnerOptions, digest: str) -> Runner:
+    return SlowRunner(config, weights, options=options, digest=digest)
 
-    model.runners.torch.TorchRunner = SlowRunner  # type: ignore[misc]  # found by name, when loaded
+
+if __name__ == "__main__":
+    model.runners.RUNNERS["torch"] = _slow
     sys.argv[1:] = ["serve", "--runner", "torch", "--dtype", "float32", *sys.argv[1:]]
     main()

@@ -73,10 +73,9 @@ def test_row_18_black_hole(cable: tuple[str, str], tiny_model: TinyModel, tmp_pa
     admin = f"http://{host}:{admin_port}"
     try:
         wait_until_ready(f"http://{host}:{port}", server, log=log)
+        reader = ["ip", "netns", "exec", namespace, sys.executable, "-c", READER]
         client = subprocess.Popen(
-            ["ip", "netns", "exec", namespace, sys.executable, "-c", READER]
-            + [f"http://{host}:{port}/v1/completions"],
-            stdout=subprocess.PIPE,
+            [*reader, f"http://{host}:{port}/v1/completions"], stdout=subprocess.PIPE
         )
         assert client.stdout is not None
         while not client.stdout.readline().startswith(b"data:"):
