@@ -136,6 +136,14 @@ _SERVERS = (
         health="/health/ready",
         fields=lambda _: _WHOLE,
     ),
+    # These answers repeat themselves, which drafts thrive on. Without drafts a token costs a step.
+    Server(
+        name="quire-plain",
+        modules=("service",),
+        command=_quire("--no-speculate"),
+        health="/health/ready",
+        fields=lambda _: _WHOLE,
+    ),
     Server(
         name="quire-torch",
         modules=("service",),
