@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
-from service.errors import NotFound, StreamDivergence, Unavailable
+from service.errors import NotFound, Unavailable
 from service.messages import End, FinishReason, Record, Submission, Tokens
 from service.queues import (
     Claim,
@@ -30,7 +30,7 @@ from service.queues import (
     WriteStatus,
 )
 from service.queues.admission import admission_cost
-from service.queues.memory_entry import Entry, Group
+from service.queues.memory_entry import Entry, Group, reached
 from service.queues.observer import NullQueueObserver, QueueEvent, QueueObserver
 
 PRIORITIES = 3
@@ -149,7 +149,7 @@ class MemoryQueue:
         entry = self._known(request_id)
         records: list[Record] = list(entry.journal[bisect_right(entry.ends, after) :])
         if entry.end is not None:
-            records.append(_reached(entry.end, after=after))
+            records.append(reached(entry.end, after=after))
         return records
 
     async def follow(self, request_id: str, *, after: int = 0) -> AsyncIterator[Record]:
@@ -167,7 +167,7 @@ class MemoryQueue:
                     if index % TURN == 0:
                         await asyncio.sleep(0)
                 if entry.end is not None:
-                    yield _reached(entry.end, after=after)
+                    yield reached(entry.end, after=after)
                     return
                 if self._closed:
                     raise Unavailable("the queue was closed", code="backend_unavailable")
@@ -463,10 +463,3 @@ class MemoryQueue:
     def _wake_claimers(self) -> None:
         for news in self._claimers:
             news.set()
-
-
-def _reached(end: End, *, after: int) -> End:
-    """The end of an answer, where the answer is as long as its reader was sent already."""
-    if end.count < after:
-        raise StreamDivergence("the journal ends before what was sent already")
-    return end

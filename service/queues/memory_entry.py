@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from service.errors import StreamDivergence
 from service.messages import End, GenerationRequest, Tokens
 from service.queues import Lease, StoredSubmission
 
@@ -58,3 +59,10 @@ class Group:
     entries: list[Entry]
     grace: float | None
     attended: float
+
+
+def reached(end: End, *, after: int) -> End:
+    """The end of an answer, where the answer is as long as its reader was sent already."""
+    if end.count < after:
+        raise StreamDivergence("the journal ends before what was sent already")
+    return end
