@@ -112,7 +112,7 @@ async def test_a_reload_in_mid_answer_loses_nothing(
 ) -> None:
     """The text of an answer that lived through two reloads is that of one left alone."""
     tab = await visit()
-    await tab.set(seed=11, max_tokens=300)
+    await tab.set(seed=11, max_tokens=800)
     await tab.ask(STORY)
     for characters in (40, 200):
         await tab.shown(characters)
@@ -120,15 +120,15 @@ async def test_a_reload_in_mid_answer_loses_nothing(
     await tab.ended()
     record = await tab.record()
     assert record["resumed"] == 2
-    expected = await undisturbed(server_url, STORY, seed=11, max_tokens=300)
+    expected = await undisturbed(server_url, STORY, seed=11, max_tokens=800)
     assert record["text"] == expected["message"]["content"]
-    assert len(record["tokens"]) == 300
+    assert len(record["tokens"]) == 800
     await expect(tab.page.locator(".figures")).to_contain_text("resumed")
 
 
 async def test_another_tab_follows_the_same_answer(visit: Any) -> None:
     tab = await visit()
-    await tab.set(max_tokens=300)
+    await tab.set(max_tokens=2000)
     await tab.ask(STORY)
     await tab.shown(40)
     other = await tab.context.new_page()
@@ -145,7 +145,7 @@ async def test_a_lost_connection_is_shown_and_made_good(
     async with FaultProxy(urlsplit(server_url).port or 0) as proxy:
         tab = await visit(f"http://127.0.0.1:{proxy.port}")
         tab.network_may_fail = True
-        await tab.set(seed=13, max_tokens=300)
+        await tab.set(seed=13, max_tokens=800)
         await tab.ask(STORY)
         for characters in (40, 200):
             await tab.shown(characters)
@@ -164,7 +164,7 @@ async def test_a_lost_connection_is_shown_and_made_good(
         record = await tab.record()
         await tab.context.close()
     assert record["resumed"] >= 2
-    expected = await undisturbed(server_url, STORY, seed=13, max_tokens=300)
+    expected = await undisturbed(server_url, STORY, seed=13, max_tokens=800)
     assert record["text"] == expected["message"]["content"]
 
 
