@@ -7,6 +7,7 @@ Shape legend, used as suffixes of names everywhere in `model`:
     R  rows that sample a token                                      C  hidden size
     Q  rows whose given next token is scored (prompt log probs)      H  query heads, K  KV heads
     P  penalty entries, E  bias entries (ragged, as COO lists)       D  head dimension
+    M  rows limited by a mask, W  words of 32 bits a mask
     N  log probability alternatives                                  F  MLP width
 
 All fields are NumPy arrays on the host: a C++ runner takes their pointers, the torch runner views
@@ -20,7 +21,7 @@ them without a copy, a GPU runner uploads them or, where it keeps state on the d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ Ints = npt.NDArray[np.int32]
 Seeds = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
+Words = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,10 @@ class SamplingBatch:
     bias_values_E: Floats  # -inf forbids the token
     wants_logprobs_R: Bools
     num_top: int  # N: the most alternatives that any row asks for
+    # Rows whose choice a grammar limits: token i may be chosen where bit i % 32 of word i // 32 is
+    # set. Applied before bias and penalties; each mask allows at least one token.
+    mask_rows_M: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
+    masks_MW: Words = field(default_factory=lambda: np.zeros((0, 0), np.uint32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,6 +65,7 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     prompt_logprobs: int | None = None  # None: no; k: each prompt token's and the top k
+    grammar: str | None = None  # what the answer must match, in the notation of `model.grammar`
     tenant: str = "public"
     priority: int = 1  # 0 before 1 before 2
     timeout_ms: int | None = None  # from submission; the queue's clock decides, no host's

@@ -50,7 +50,7 @@ def held_by(cluster: Cluster, engine: Replica, streams: Streams) -> list[int]:
 
 
 async def test_row_1_a_killed_engine_is_taken_over(cluster: Cluster, draw: random.Random) -> None:
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=80) for _ in range(8)])
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300) for _ in range(8)])
     calls = await streams.begun()
     victim = await owner(cluster, calls[0])
     taken = held_by(cluster, victim, streams)
@@ -101,10 +101,10 @@ async def test_row_3_killed_between_claim_and_work(
 
 async def test_row_6_all_engines_killed(cluster: Cluster, draw: random.Random) -> None:
     """What waits is kept, what has a deadline ends with it."""
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=60) for _ in range(4)])
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300) for _ in range(4)])
     late = Streams(
         cluster.client,
-        [cluster.body(draw, max_tokens=200) for _ in range(2)],
+        [cluster.body(draw, max_tokens=600) for _ in range(2)],
         x_request_timeout_ms="2500",
     )
     await streams.begun()
@@ -125,7 +125,7 @@ async def test_row_7_the_taker_over_is_killed_too(
     cluster: Cluster, draw: random.Random, deaths: int
 ) -> None:
     """Two engines may die on a request; the third death ends it."""
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=120)])
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300)])
     (call,) = await streams.begun()
     for death in range(1, deaths + 1):
         seen = len(streams.transcripts[0].tokens)
@@ -148,7 +148,7 @@ async def test_row_7_the_taker_over_is_killed_too(
 
 
 async def test_row_8_a_zombie_wakes_up(cluster: Cluster, draw: random.Random) -> None:
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=120) for _ in range(6)])
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300) for _ in range(6)])
     calls = await streams.begun()
     zombie = await owner(cluster, calls[0])
     held = held_by(cluster, zombie, streams)
@@ -239,7 +239,7 @@ async def test_row_13_another_numeric_class_does_not_go_on(
     own_cluster: Callable[..., Cluster], draw: random.Random
 ) -> None:
     cluster = await asyncio.to_thread(own_cluster, num_engines=1)
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=80)])
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300)])
     (call,) = await streams.begun()
     cluster.engines.pop().kill()
     other = cluster.start_engine(numeric_class="another")
@@ -255,7 +255,7 @@ async def test_row_13_another_numeric_class_does_not_go_on(
 
 async def test_row_16_an_engine_is_asked_to_leave(cluster: Cluster, draw: random.Random) -> None:
     """SIGTERM: the others go on at once, nobody is blamed, nothing fails."""
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=120) for _ in range(8)])
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=400) for _ in range(8)])
     calls = await streams.begun()
     leaving = await owner(cluster, calls[0])
     held = held_by(cluster, leaving, streams)
