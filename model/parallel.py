@@ -31,7 +31,7 @@ from model.batch import Batch, Bools, SamplingBatch, StepOutput
 from model.config import ModelConfig
 from model.runners import OverlappedRunner, StepHandle
 
-_DTYPES = (np.int32, np.uint64, np.float32, np.bool_, np.int64)
+_DTYPES = (np.int32, np.uint64, np.float32, np.bool_, np.int64, np.uint32)
 _ROWS = ("attention.qkv", "mlp.gate_up", "mlp.up")
 _COLUMNS = ("attention.out", "mlp.down")
 

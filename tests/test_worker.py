@@ -310,6 +310,7 @@ class FlakyQueue(MemoryQueue):
         return replies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 async def test_lost_replies_repeat_nothing(seed: int) -> None:
     queue = FlakyQueue(seed)
@@ -344,6 +345,7 @@ class ForgetfulQueue(MemoryQueue):
         return replies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 1, 5])
 async def test_a_lost_tail_is_sent_again(keep: int) -> None:
     queue = ForgetfulQueue(keep)
@@ -368,6 +370,7 @@ class FullQueue(MemoryQueue):
         return await super().write(writes)
 
 
+@pytest.mark.slow
 async def test_a_full_store_ends_requests_instead_of_holding_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -381,6 +384,7 @@ async def test_a_full_store_ends_requests_instead_of_holding_them(
         assert one.worker.running == 0
 
 
+@pytest.mark.slow
 async def test_an_engine_that_cannot_renew_stops_computing() -> None:
     class Deaf(MemoryQueue):
         deaf = False
@@ -432,6 +436,7 @@ class Away(MemoryQueue):
         return claims
 
 
+@pytest.mark.slow
 async def test_an_outage_longer_than_a_lease_blames_nobody() -> None:
     """Else three of them would end every answer that lives through them."""
     queue = Away(QueueLimits(lease=0.6))

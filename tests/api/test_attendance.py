@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
+from loadtest.rig.redis_process import RedisServer
 from service.api.attendance import Attendance
 from service.errors import Unavailable
 from service.messages import End
 from service.queues import QueueLimits
 from service.queues.memory import MemoryQueue
 from service.queues.redis import RedisQueue
-from tests.queues.redis_process import RedisServer
+
+pytestmark = pytest.mark.slow
 
 GRACE = 0.25
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 60, "seed": 3, "stream": True}

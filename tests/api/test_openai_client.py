@@ -9,6 +9,8 @@ from typing import Any
 import openai
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 async def client(service: Any, listen: Any) -> AsyncIterator[openai.AsyncOpenAI]:

@@ -8,6 +8,8 @@ from typing import Any
 import openai
 import pytest
 
+pytestmark = pytest.mark.slow
+
 OPTIONS: Any = {
     "model": "tiny-model", "input": "hello", "max_output_tokens": 12,
     "extra_body": {"seed": 5}, "metadata": {"a": "b"}, "instructions": "be kind",

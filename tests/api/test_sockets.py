@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+pytestmark = pytest.mark.slow
+
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 200, "seed": 3}
 
 

@@ -20,9 +20,12 @@ ALERTS = [
     for group in yaml.safe_load((FOLDER / "rules.yaml").read_text())["groups"]
     for rule in group["rules"]
 ]
-pytestmark = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)"
+    ),
+]
 
 
 def promtool(*arguments: str, given: bytes | None = None) -> subprocess.CompletedProcess[bytes]:

@@ -203,7 +203,7 @@ def test_dtypes_are_the_contract() -> None:
                             "seeds": np.uint64, "wants": np.bool_, "temperatures": np.float32,
                             "top_ps": np.float32, "min_ps": np.float32, "presence": np.float32,
                             "frequency": np.float32, "repetition": np.float32,
-                            "bias_values": np.float32,
+                            "bias_values": np.float32, "masks": np.uint32,
                         }.items()
                         if name.startswith(key)
                     ),

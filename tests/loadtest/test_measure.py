@@ -25,6 +25,8 @@ from loadtest.servers import Plan, Server, ServerFailed, convert, running
 from loadtest.workloads import make_prompts, poisson_arrivals
 from model.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 TOY = Path(__file__).parent / "toy_server.py"
 SIZES = Sizes(
     clients=(1, 3), least=2, tokens_in=4, tokens_out=5, prefill_tokens=8, prefill_requests=2,

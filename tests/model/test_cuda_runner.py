@@ -24,6 +24,8 @@ from model.runners.seats import Seats
 from model.runners.torch import TorchRunner
 from tests.builders import Piece, make_batch, tiny_model_config, tiny_weights
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

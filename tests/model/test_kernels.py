@@ -39,6 +39,8 @@ from model.kernels.rotary import Heads, place_heads, place_heads_twin, rotary_ta
 from model.layers import rotate, rotation
 from tests.builders import tiny_model_config
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 

@@ -11,6 +11,8 @@ from model.batch import Batch
 from model.kernels.attention import ROWS, Partials, WorkList, paged_attention
 from tests.builders import Piece, make_batch
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 

@@ -9,6 +9,8 @@ import torch
 from model.kernels.choice import choose, choose_twin
 from model.kernels.inputs import Column
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

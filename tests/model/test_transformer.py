@@ -40,6 +40,11 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "rope_free": {"rope_free_layers": frozenset({0})},
     "gpt2": GPT2,
 }
+# Triton's interpreter is slow.
+BACKENDS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith("triton") else [])
+    for name in ATTENTION
+]
 
 
 def network(config: ModelConfig, *, seed: int = 0) -> Transformer:
@@ -48,7 +53,7 @@ def network(config: ModelConfig, *, seed: int = 0) -> Transformer:
     return model.requires_grad_(requires_grad=False)
 
 
-@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_stepwise_equals_whole(flavour: str, backend: str) -> None:
     """Texts cut into random chunks and run through the cache give the logits of whole texts."""

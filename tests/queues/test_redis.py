@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from loadtest.rig.redis_process import RedisServer
 from service.errors import StartupError, Unavailable
 from service.messages import FinishReason, TokenLogprob, Tokens
 from service.queues import Claim, QueueLimits, Write, open_queue
@@ -27,7 +28,8 @@ from tests.queues.builders import (
     stop_at,
 )
 from tests.queues.contract import LIMITS, NOTHING, OVER, Passes, QueueContract
-from tests.queues.redis_process import RedisServer
+
+pytestmark = pytest.mark.slow
 
 Queues = Callable[[str, QueueLimits], RedisQueue]
 
