@@ -12,7 +12,7 @@ BUILD_NATIVE := $(BIN)/python -m model.native.build || echo "the torch runner wi
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 help:     ## this list
-	@sed -nE 's/^([a-z]+): .*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -nE 's/^([a-z-]+): .*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
 
 serve: $(VENV)/.installed  ## install, fetch the default model, serve it at http://127.0.0.1:8000
 	$(BIN)/quire serve $(ARGS)
@@ -21,7 +21,7 @@ test: $(VENV)/.tested system check  ## install, then every check: lint, types, a
 	$(BIN)/python -m pytest -m "not kernels and not faults" $(ARGS)
 
 unit: $(VENV)/.tested  ## the fast tests alone
-	$(BIN)/python -m pytest -m "not slow and not kernels and not faults" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not kernels and not faults" $(ARGS)
 
 longer: $(VENV)/.tested system  ## what CI adds: fault tests in real processes, GPU kernels at length
 	$(BIN)/python -m pytest -m "kernels or faults" $(ARGS)
