@@ -21,7 +21,7 @@ test: $(VENV)/.tested system check  ## install, then every check: lint, types, a
 	$(BIN)/python -m pytest -m "not kernels and not faults" $(ARGS)
 
 unit: $(VENV)/.tested  ## the fast tests alone
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not kernels and not faults" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not kernels and not faults" $(ARGS)
 
 longer: $(VENV)/.tested system  ## what CI adds: fault tests in real processes, GPU kernels at length
 	$(BIN)/python -m pytest -m "kernels or faults" $(ARGS)

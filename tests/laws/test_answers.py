@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,11 @@ from tests.builders import tiny_model_config, tiny_weights
 
 BYTES = tuple(bytes([byte]) for byte in range(97))
 TOLERANCE = 1e-4
+
+
+def slowly(*values: int) -> list[Any]:
+    """Further values of a parameter, for the whole suite alone."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @dataclass
@@ -166,14 +172,14 @@ def assert_same(found: Answers, expected: Answers, requests: Sequence[Generation
         assert ours.reason in {FinishReason.STOP, FinishReason.LENGTH}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *slowly(1, 2)])
 def test_a_batch_equals_singles(seed: int) -> None:
     requests = make_requests(seed)
     batch = Answers(ROOMY).run([[Work(request=request) for request in requests]])
     assert_same(batch, alone(requests), requests)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7])
+@pytest.mark.parametrize("chunk", [3, *slowly(1, 7)])
 def test_a_chunked_prompt_equals_a_whole_one(chunk: int) -> None:
     requests = make_requests(10 + chunk)
     config = EngineConfig(max_batch_tokens=16, max_sequences=16, max_prompt_chunk=chunk)
@@ -202,7 +208,7 @@ def test_a_prefix_hit_never_crosses_tenants() -> None:
     assert answers.ids("other") == answers.ids(request.id)
 
 
-@pytest.mark.parametrize("seed", [30, 31])
+@pytest.mark.parametrize("seed", [30, *slowly(31)])
 def test_a_preempted_answer_equals_an_undisturbed_one(seed: int) -> None:
     requests = [replace(r, max_tokens=24, ignore_eos=True, stop=()) for r in make_requests(seed)]
     tight = Answers(ROOMY, blocks=26).run([[Work(request=request) for request in requests]])
@@ -210,7 +216,7 @@ def test_a_preempted_answer_equals_an_undisturbed_one(seed: int) -> None:
     assert_same(tight, alone(requests), requests)
 
 
-@pytest.mark.parametrize("seed", [40, 41])
+@pytest.mark.parametrize("seed", [40, *slowly(41)])
 def test_order_and_priority_change_no_answer(seed: int) -> None:
     requests = make_requests(seed)
     draw = random.Random(seed)
@@ -221,7 +227,7 @@ def test_order_and_priority_change_no_answer(seed: int) -> None:
     assert_same(answers, alone(requests), requests)
 
 
-@pytest.mark.parametrize("taken", [1, 4, 9])
+@pytest.mark.parametrize("taken", [4, *slowly(1, 9)])
 def test_a_take_over_continues_the_undisturbed_answer(taken: int) -> None:
     requests = [replace(r, max_tokens=16, ignore_eos=True, stop=()) for r in make_requests(50)]
     expected = alone(requests)
@@ -258,7 +264,7 @@ def self_repeating(requests: Sequence[GenerationRequest]) -> list[GenerationRequ
     ]
 
 
-@pytest.mark.parametrize("seed", [60, 61])
+@pytest.mark.parametrize("seed", [60, *slowly(61)])
 def test_drafts_change_no_answer(seed: int) -> None:
     requests = self_repeating(make_requests(seed))
     drafted = Answers(ROOMY, blocks=80, exact=True).run(
