@@ -59,8 +59,8 @@ class SamplingBatch:
     bias_values_E: Floats  # -inf forbids the token
     wants_logprobs_R: Bools
     num_top: int  # N: the most alternatives that any row asks for
-    # Rows whose choice a grammar limits: token i may be chosen where bit i % 32 of word i // 32 is
-    # set. Applied before bias and penalties; each mask allows at least one token.
+    # Rows, rising, whose choice a grammar limits: token i may be chosen where bit i % 32 of word
+    # i // 32 is set. Applied before bias and penalties; each mask allows at least one token.
     mask_rows_M: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
     masks_MW: Words = field(default_factory=lambda: np.zeros((0, 0), np.uint32))
 
@@ -127,6 +127,29 @@ class Batch:
         for rows in (self.sample_rows_R, self.score_rows_Q):
             if ((rows < 0) | (rows >= self.num_tokens)).any():
                 raise ValueError("output row outside the step")
+        _check_masks(self.sampling, vocab_size)
+
+
+def _check_masks(sampling: SamplingBatch, vocab_size: int) -> None:
+    """Raises ValueError where a mask belongs to no row or leaves it no token."""
+    rows_M, masks_MW = sampling.mask_rows_M, sampling.masks_MW
+    if len(masks_MW) != len(rows_M) or (np.diff(rows_M) < 1).any():
+        raise ValueError("a mask belongs to one row, and their rows rise")
+    if not len(rows_M):
+        return
+    if ((rows_M < 0) | (rows_M >= len(sampling.seeds_R))).any():
+        raise ValueError("a mask belongs to a row that samples")
+    if masks_MW.shape[1] != -(-vocab_size // 32):
+        raise ValueError("a mask has a bit for each token")
+    if not unpack_masks(masks_MW, vocab_size).any(axis=1).all():
+        raise ValueError("a mask allows at least one token")
+
+
+def unpack_masks(masks_MW: Words, vocab_size: int) -> Bools:
+    """Whether each token may be chosen: [M, V]."""
+    little = np.ascontiguousarray(masks_MW, dtype="<u4").view(np.uint8)
+    bits_MV = np.unpackbits(little, axis=1, bitorder="little", count=vocab_size)
+    return bits_MV.view(np.bool_)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

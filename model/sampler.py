@@ -2,7 +2,8 @@
 
 Order of operations, as in vLLM (which differs from Hugging Face in taking min-p first):
 
-    1  logit bias                                                          adjusted logits
+    0  tokens that a mask forbids go: nothing below brings them back       adjusted logits
+    1  logit bias
     2  repetition penalty (Keskar et al., arXiv 1909.05858), over prompt and answer
     3  frequency and presence penalty (as OpenAI documents them), over the answer
     4  temperature; 0 is greedy: the likeliest token, the lowest id among equals; nothing below
@@ -11,8 +12,8 @@ Order of operations, as in vLLM (which differs from Hugging Face in taking min-p
     7  top-p: of these, the shortest likeliest-first run with at least top_p of their mass stays
     8  inverse CDF of one uniform number per row; in order of ids, or likeliest first after 6 or 7
 
-A row for which bias forbids every token takes the likeliest token of the unmodified logits. Log
-probabilities are always those of the unmodified logits.
+A row for which bias forbids every token takes the likeliest token of the unmodified logits, of
+those that its mask allows. Log probabilities are always those of the unmodified logits.
 
 A row gives the same bits alone, in any batch and with any number of threads. Probabilities are
 therefore summed as integers: a token weighs floor(2**40 * exp((logit - largest) / temperature)),
@@ -29,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.batch import Ints, SamplingBatch
+from model.batch import Ints, SamplingBatch, unpack_masks
 from model.philox import uniforms
 
 _ONE = 2.0**40  # weight of the likeliest token; sums stay below 2**63 up to 2**23 tokens
@@ -60,11 +61,12 @@ class ScoredRows:
 def sample(logits_RV: torch.Tensor, sampling: SamplingBatch) -> SampledRows:
     """Chooses one token a row. The logits are left as they are."""
     logits_RV = logits_RV.float()
-    adjusted_RV = _adjust(logits_RV, sampling)
+    allowed_RV = mask_out(logits_RV, sampling)
+    adjusted_RV = _adjust(allowed_RV, sampling)
     tokens_R = _choose(adjusted_RV, sampling)
     if sampling.bias_rows_E.size:
         usable_R = adjusted_RV.amax(-1).isfinite()
-        tokens_R = torch.where(usable_R, tokens_R, logits_RV.argmax(-1))
+        tokens_R = torch.where(usable_R, tokens_R, allowed_RV.argmax(-1))
     wanted = np.flatnonzero(sampling.wants_logprobs_R)
     if not wanted.size:
         none = logits_RV.new_empty(0)
@@ -95,6 +97,19 @@ def score(logits_QV: torch.Tensor, ids_Q: torch.Tensor | Ints, *, num_top: int) 
     return ScoredRows(
         logprobs_Q=logprobs_QM[:, 0], top_ids_QN=top_ids_QN, top_logprobs_QN=logprobs_QM[:, 1:]
     )
+
+
+def mask_out(logits_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
+    """Minus infinity for what masks forbid; the logits themselves where nobody has a mask."""
+    if not sampling.mask_rows_M.size:
+        return logits_RV
+    device, vocab_size = logits_RV.device, logits_RV.shape[-1]
+    forbidden_MV = torch.from_numpy(unpack_masks(~sampling.masks_MW, vocab_size)).to(device)
+    rows_M = sampling.mask_rows_M.astype(np.intp)
+    masked_MV = _take(logits_RV, rows_M).masked_fill(forbidden_MV, -torch.inf)
+    if len(rows_M) == len(logits_RV):
+        return masked_MV
+    return logits_RV.index_copy(0, _index(rows_M, device), masked_MV)
 
 
 def _adjust(logits_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
@@ -224,7 +239,9 @@ def _weights(
     scaled_RV = logits_RV - largest_R1
     if temperatures_R1 is not None:
         scaled_RV /= temperatures_R1
-    return scaled_RV.exp_().mul_(_ONE).long()
+    # Below -28 a token weighs nothing. What `exp` makes of -inf and of numbers that its result is
+    # denormal for is that, too, but takes it ten times as long.
+    return scaled_RV.clamp_(min=-80.0).exp_().mul_(_ONE).long()
 
 
 def _draw(

@@ -59,6 +59,11 @@ class Tokenizer:
         """Whether an id stands for no text of its own."""
         return not self.token_bytes[token_id]
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token of this name, if the model has one."""
+        special = self._vocabulary.specials.get(text)
+        return None if special is None else special.id
+
     def token_text(self, token_id: int) -> str:
         """What to show for one token: its text or, for a special token, its name."""
         return self._special_ids.get(token_id) or self.decode([token_id])

@@ -60,8 +60,8 @@ class OverlappedRunner(Runner, Protocol):
 
         `unread_T` marks rows whose token the host has not read yet: the newest one that the
         sequence on that seat sampled, in a step already launched. What stands in `tokens_T` there
-        is ignored. Raises ValueError where such a row has penalties or is scored: those are
-        functions of the unread token.
+        is ignored. Raises ValueError where such a row has penalties, a mask or is scored: those
+        are functions of the unread token.
         """
         ...
 

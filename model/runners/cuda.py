@@ -6,7 +6,7 @@ changes. A step goes one of two ways, with the same kernels and the same bits:
     decode   a token a sequence, nothing scored   recorded: inputs, network | choice, write-back
     mixed    chunks of prompts among them         launched kernel by kernel
 
-Between network and choice the logits may be adjusted (penalties, biases) or read (log
+Between network and choice the logits may be adjusted (masks, penalties, biases) or read (log
 probabilities), also in a decode step. Tokens come back through a ring, so the next step can be
 launched before they are read: `launch` and `collect`.
 
@@ -261,9 +261,10 @@ class CudaRunner:
         if batch.num_sequences > self._options.max_sequences:
             raise ValueError(f"a step has at most {self._options.max_sequences} sequences")
         if unread_T is not None and unread_T.any():
-            penalised = batch.sample_rows_R[batch.sampling.penalty_rows_P]
-            if unread_T[penalised].any() or unread_T[batch.score_rows_Q].any():
-                raise ValueError("a row whose token is unread can have no penalties or scores")
+            sampling = batch.sampling
+            rows = np.concatenate([sampling.penalty_rows_P, sampling.mask_rows_M])
+            if unread_T[batch.sample_rows_R[rows]].any() or unread_T[batch.score_rows_Q].any():
+                raise ValueError("a row whose token is unread has no penalties, masks or scores")
 
     def _decode(self, batch: Batch, handle: StepHandle, changes: tuple[Ints, Ints]) -> _InFlight:
         count = batch.num_sequences

@@ -1,4 +1,4 @@
-"""What a step does with logits beside choosing tokens: penalties and biases before, log
+"""What a step does with logits beside choosing tokens: masks, penalties and biases before, log
 probabilities after. Launched and not waited for, like the rest of a step.
 
     adjust        changes the rows in place, as `model.sampler` orders it; gives back the unmodified
@@ -77,16 +77,20 @@ class Extras:
 
 
 def adjust(logits_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
-    """Applies biases and penalties in place; returns the unmodified logits.
+    """Applies masks, biases and penalties in place; returns the unmodified logits.
 
     That is a copy only where something changes. A row whose bias forbids everything is left with
-    its likeliest token alone.
+    the likeliest token alone that its mask allows.
     """
     biased, penalised = bool(sampling.bias_rows_E.size), bool(sampling.penalty_rows_P.size)
-    if not biased and not penalised:
+    masked = bool(sampling.mask_rows_M.size)
+    if not biased and not penalised and not masked:
         return logits_RV
     device = logits_RV.device
     raw_RV = logits_RV.clone()
+    if masked:
+        _mask_out(logits_RV, sampling)
+    likeliest_R1 = logits_RV.argmax(-1, keepdim=True)
     if biased:
         at = (_long(sampling.bias_rows_E, device), _long(sampling.bias_ids_E, device))
         values_E = torch.tensor(sampling.bias_values_E, device=device)
@@ -102,11 +106,20 @@ def adjust(logits_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
         logits_RV[at] = new_P - taken_P
     if biased:
         unusable_R1 = ~logits_RV.amax(-1, keepdim=True).isfinite()
-        alone_RV = torch.full_like(raw_RV, -torch.inf).scatter_(
-            -1, raw_RV.argmax(-1, keepdim=True), 0.0
-        )
+        alone_RV = torch.full_like(raw_RV, -torch.inf).scatter_(-1, likeliest_R1, 0.0)
         logits_RV.copy_(torch.where(unusable_R1, alone_RV, logits_RV))
     return raw_RV
+
+
+def _mask_out(logits_RV: torch.Tensor, sampling: SamplingBatch) -> None:
+    """Minus infinity for what masks forbid, in place. The bits are spread out on the device."""
+    device, vocab_size = logits_RV.device, logits_RV.shape[-1]
+    little = np.ascontiguousarray(sampling.masks_MW, dtype="<u4").view(np.uint8)
+    bytes_MB1 = torch.tensor(little, device=device).unsqueeze(-1)
+    places = torch.arange(8, dtype=torch.uint8, device=device)
+    bits_MV = ((bytes_MB1 >> places) & 1).flatten(1)[:, :vocab_size].bool()
+    rows_M = _long(sampling.mask_rows_M, device)
+    logits_RV[rows_M] = logits_RV[rows_M].masked_fill(~bits_MV, -torch.inf)
 
 
 def read_extras(

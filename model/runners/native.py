@@ -254,11 +254,12 @@ def _needs_logits(sampling: SamplingBatch) -> npt.NDArray[np.bool_]:
     needs_R: npt.NDArray[np.bool_] = (sampling.temperatures_R != 0) | sampling.wants_logprobs_R
     needs_R[sampling.penalty_rows_P] = True
     needs_R[sampling.bias_rows_E] = True
+    needs_R[sampling.mask_rows_M] = True
     return needs_R
 
 
 def _some(sampling: SamplingBatch, rows: npt.NDArray[np.intp]) -> SamplingBatch:
-    """The sampling of some rows, which hold all entries of penalties and biases."""
+    """The sampling of some rows, which hold all penalties, biases and masks."""
     places = np.zeros(len(sampling.seeds_R), np.int32)
     places[rows] = np.arange(len(rows), dtype=np.int32)
     columns = (
@@ -270,6 +271,7 @@ def _some(sampling: SamplingBatch, rows: npt.NDArray[np.intp]) -> SamplingBatch:
         **{name: getattr(sampling, name)[rows] for name in columns},
         penalty_rows_P=places[sampling.penalty_rows_P],
         bias_rows_E=places[sampling.bias_rows_E],
+        mask_rows_M=places[sampling.mask_rows_M],
     )
 
 

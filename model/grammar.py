@@ -1,0 +1,281 @@
+"""Grammars: what an answer must match, and which tokens may come next. Torch-free.
+
+A grammar travels as one string, its *notation*: a kind, a colon and a text. Make one with
+
+    json_schema_grammar(schema)   JSON that the schema allows; whitespace within it is bounded
+    json_object_grammar()         any JSON object
+    regex_grammar(pattern)        text that a regular expression (Rust's syntax) matches as a whole
+    choice_grammar(texts)         one of some texts
+    gbnf_grammar(text)            llama.cpp's dialect of BNF, from its rule `root`
+    lark_grammar(text)            llguidance's dialect of Lark, from its rule `start`; `%json {...}`
+                                  within it stands for JSON of that schema: `json_text(schema)`
+
+They check next to nothing: whether a notation is a grammar is found out by compiling it, with
+`Grammars` here or, from the API, in a process apart (`service.api.grammars.check_grammar`).
+
+    Grammars   compiles notations over one vocabulary and keeps the latest
+    Matcher    where one answer stands in its grammar
+
+The only module that knows llguidance. Its automaton reads bytes, so an answer may cut its text into
+tokens as the model likes; no token is ever forced but by being the only one. That also bounds the
+work of a step: a run of a million forced bytes would else be laid out at once. Fuel and sizes are
+bounded by `_LIMITS`; what exceeds them ends in GrammarError. It does not choose tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import llguidance
+from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+
+if TYPE_CHECKING:
+    from model.batch import Words
+
+# Between two tokens of JSON: nothing, a blank, or a line's end and the next line's indentation. A
+# model that has nothing to say would else go on with blanks for ever.
+_WHITESPACE = r"( |\n[ \t]{0,40})?"
+_OPTIONS = {"whitespace_pattern": _WHITESPACE}
+_OPTIONS_KEY = "x-guidance"
+_HEAD = '%llguidance {"no_forcing": true}\n'
+# Fuel is llguidance's measure of work: a mask that needs more of it ends in an error.
+_LIMITS = llguidance.LLParserLimits(
+    max_items_in_row=4000,
+    step_lexer_fuel=200_000,
+    step_max_items=20_000,
+    max_lexer_states=30_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+
+
+class GrammarError(ValueError):
+    """No grammar, one that is too large, or an answer that does not match it."""
+
+
+# --- notations
+
+
+def json_schema_grammar(schema: Mapping[str, Any]) -> str:
+    """JSON that a JSON schema allows."""
+    return f"json:{json.dumps(schema, separators=(',', ':'))}"
+
+
+def json_object_grammar() -> str:
+    """Any JSON object."""
+    return json_schema_grammar({"type": "object"})
+
+
+def regex_grammar(pattern: str) -> str:
+    """Text that the pattern matches from its first character to its last."""
+    return f"regex:{pattern}"
+
+
+def choice_grammar(texts: Sequence[str]) -> str:
+    """One of the texts."""
+    return f"choice:{json.dumps(list(texts), separators=(',', ':'))}"
+
+
+def lark_grammar(text: str) -> str:
+    """What the rule `start` of a grammar in llguidance's dialect of Lark derives."""
+    return f"lark:{text}"
+
+
+def json_text(schema: Mapping[str, Any]) -> str:
+    """What stands behind `%json` in a Lark grammar, for JSON that the schema allows."""
+    return json.dumps({**schema, _OPTIONS_KEY: _OPTIONS}, separators=(",", ":"))
+
+
+def gbnf_grammar(text: str) -> str:
+    """The same in llama.cpp's notation, from its rule `root`."""
+    return f"gbnf:{text}"
+
+
+def _as_lark(notation: str) -> str:
+    """Every kind as Lark, because only there forcing can be switched off."""
+    kind, _, text = notation.partition(":")
+    try:
+        match kind:
+            case "json" if isinstance(schema := json.loads(text), dict):
+                return f"{_HEAD}start: %json {json_text(schema)}"
+            case "regex" if text:
+                return f"{_HEAD}start: /{llguidance.regex_to_lark(text, '')}/"
+            case "choice" if words := [_quoted(word) for word in json.loads(text)]:
+                return f"{_HEAD}start: CHOICE\nCHOICE: {' | '.join(words)}"
+            case "gbnf":
+                return _HEAD + gbnf_to_lark(text).removeprefix("%llguidance {}")
+            case "lark" if "%llguidance" not in text:
+                return _HEAD + text
+    except (ValueError, TypeError, IndexError, RecursionError, GbnfToLarkError):
+        pass
+    raise GrammarError("not the notation of a grammar")
+
+
+def _quoted(word: str) -> str:
+    """A string of Lark; characters that are no ASCII stand for themselves in it."""
+    return json.dumps(word, ensure_ascii=False)
+
+
+# --- compiled
+
+
+class _Tokens:
+    """The vocabulary, in the shape that llguidance reads."""
+
+    bos_token_id = None
+
+    def __init__(self, token_bytes: Sequence[bytes], eos_ids: Sequence[int]) -> None:
+        # Without a name of its own each special token would be taken for every other one.
+        self.tokens = [text or b"\xff[%d]" % id_ for id_, text in enumerate(token_bytes)]
+        self.eos_token_id = eos_ids[0]
+        self.special_token_ids = [id_ for id_, text in enumerate(token_bytes) if not text]
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """Only asked for what is forced; nothing is."""
+        raise NotImplementedError
+
+
+class Grammars:
+    """Compiles notations over one vocabulary, keeps the latest and what is wrong with them.
+
+    `token_bytes` are those of the network's `vocab_size` ids. An answer may end, with any of
+    `eos_ids`, exactly where its grammar is fulfilled. May be used by several threads at once.
+    """
+
+    def __init__(
+        self,
+        token_bytes: Sequence[bytes],
+        *,
+        eos_ids: frozenset[int],
+        vocab_size: int,
+        kept: int = 64,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.token_bytes = token_bytes[:vocab_size]
+        self.eos_ids = frozenset(id_ for id_ in eos_ids if id_ < vocab_size)
+        self._num_kept = kept
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._kept: OrderedDict[str, llguidance.LLMatcher | GrammarError] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def prepare(self, notation: str) -> None:
+        """Does the work that `matcher` would else do: milliseconds to seconds. Any thread."""
+        self._find(notation)
+
+    def matcher(self, notation: str) -> Matcher:
+        """The beginning of an answer.
+
+        Raises GrammarError for what is no grammar, or one that no answer can match.
+        """
+        compiled = self._find(notation)
+        if isinstance(compiled, GrammarError):
+            raise GrammarError(*compiled.args)
+        return Matcher(compiled)
+
+    def _find(self, notation: str) -> llguidance.LLMatcher | GrammarError:
+        with self._lock:
+            if notation in self._kept:
+                self._kept.move_to_end(notation)
+                return self._kept[notation]
+            if self._tokenizer is None:
+                self._tokenizer = self._make_tokenizer()
+        compiled = self._build(notation, self._tokenizer)
+        with self._lock:
+            self._kept[notation] = compiled
+            while len(self._kept) > self._num_kept:
+                self._kept.popitem(last=False)
+        return compiled
+
+    def _make_tokenizer(self) -> llguidance.LLTokenizer:
+        if not self.eos_ids:
+            raise GrammarError("the model has no token to end an answer with")
+        eos_ids = sorted(self.eos_ids)
+        tokens = llguidance.TokenizerWrapper(_Tokens(self.token_bytes, eos_ids))
+        return llguidance.LLTokenizer(tokens, n_vocab=self.vocab_size, eos_token=eos_ids)
+
+    def _build(
+        self, notation: str, tokenizer: llguidance.LLTokenizer
+    ) -> llguidance.LLMatcher | GrammarError:
+        try:
+            compiled = llguidance.LLMatcher(
+                tokenizer, _as_lark(notation), log_level=0, limits=_LIMITS
+            )
+        except GrammarError as error:
+            return error
+        if compiled.is_error():
+            return GrammarError(compiled.get_error())
+        first = compiled.deep_copy()
+        first.compute_bitmask()
+        if first.is_error():
+            return GrammarError(first.get_error())
+        return compiled
+
+
+class Matcher:
+    """Where one answer stands in its grammar. Used by one thread at a time.
+
+    Its state is a function of the tokens read, so reading them again gives it back. After a
+    GrammarError it is good for nothing but `before`.
+    """
+
+    def __init__(self, compiled: llguidance.LLMatcher) -> None:
+        self._compiled = compiled
+        self._state = compiled.deep_copy()
+        self._tokens: list[int] = []
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can follow: the answer is complete."""
+        return self._state.is_stopped()
+
+    @property
+    def fulfilled(self) -> bool:
+        """Whether the answer may end here."""
+        return self._state.is_accepting()
+
+    def read(self, token: int) -> None:
+        """The answer goes on with a token. Raises GrammarError where it may not or cannot."""
+        if not self._state.consume_token(token):
+            raise GrammarError(self._state.get_error())
+        self._tokens.append(token)
+
+    def unread(self, num: int) -> None:
+        """Takes back the last `num` tokens."""
+        if num:
+            self._state.rollback(num)
+            del self._tokens[-num:]
+
+    def fill(self, mask_W: Words) -> None:
+        """Writes which tokens may come next, bit by bit; one at least.
+
+        Raises GrammarError where that is too much work or, by the grammar's fault, none may.
+        """
+        self._state.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
+        self._check(is_empty=not mask_W.any())
+
+    def bits(self) -> int:
+        """The same as one number: bit i is token i."""
+        bits = int.from_bytes(self._state.compute_bitmask(), "little")
+        self._check(is_empty=not bits)
+        return bits
+
+    def _check(self, *, is_empty: bool) -> None:
+        if self._state.is_error():
+            raise GrammarError(self._state.get_error())
+        if is_empty:
+            raise GrammarError("no token can come next")
+
+    def num_allowed(self, tokens: Sequence[int]) -> int:
+        """How many of the tokens the answer may go on with, one after another."""
+        return self._state.validate_tokens(list(tokens))
+
+    def before(self, num: int) -> Matcher:
+        """A new one that has read the same tokens but the last `num`."""
+        matcher = Matcher(self._compiled)
+        for token in self._tokens[: len(self._tokens) - num]:
+            matcher.read(token)
+        return matcher

@@ -1,0 +1,94 @@
+"""A process that tries grammars: `python -m model.grammar_trial`. Torch-free.
+
+What people write may be a bomb: a hundred characters whose automaton takes minutes and gigabytes,
+or thousands of rules that overflow a stack in a library. So a grammar is compiled and walked here
+first. Where it takes too much the process dies, and that is an answer, too. Time is the
+processor's: on a busy machine a good grammar takes longer and is none the worse.
+
+Lines of JSON: the vocabulary comes first, then each line is a notation, and its reply is null or
+what is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import resource
+import signal
+import sys
+import time
+from typing import Any, TextIO
+
+from model.grammar import GrammarError, Grammars
+
+MEMORY = 1 << 30  # bytes of address space; an empty process takes a tenth
+TIME = 0.4  # seconds of processor time for one grammar
+SLOWEST_STEP = 0.1  # seconds of one mask: an engine would keep all others waiting for it
+_WALKS, _STEPS = 3, 16
+
+
+def vocabulary_line(grammars: Grammars) -> bytes:
+    """The first line for the process."""
+    fields = {
+        "tokens": [text.decode("latin-1") for text in grammars.token_bytes],
+        "eos_ids": sorted(grammars.eos_ids),
+    }
+    return json.dumps(fields).encode() + b"\n"
+
+
+def try_grammar(grammars: Grammars, notation: str) -> str | None:
+    """What is wrong with a grammar, if anything; it is walked a little at random."""
+    try:
+        for seed in range(_WALKS):
+            _walk(grammars, notation, random.Random(seed))
+    except GrammarError as error:
+        return str(error)
+    return None
+
+
+def _walk(grammars: Grammars, notation: str, draw: random.Random) -> None:
+    matcher = grammars.matcher(notation)
+    for _ in range(_STEPS):
+        began = time.thread_time()
+        bits = matcher.bits()
+        if time.thread_time() - began > SLOWEST_STEP:
+            raise GrammarError("a step takes too long")
+        place = draw.randrange(bits.bit_length())
+        above = bits >> place  # from there on the first that is allowed
+        token = place + (above & -above).bit_length() - 1
+        if token in grammars.eos_ids:
+            return
+        matcher.read(token)
+        if matcher.ended:
+            return
+
+
+def serve(lines: TextIO, replies: TextIO) -> None:
+    """Answers line by line until there are no more."""
+    fields: dict[str, Any] = json.loads(lines.readline())
+    tokens = [text.encode("latin-1") for text in fields["tokens"]]
+    grammars = Grammars(
+        tokens, eos_ids=frozenset(fields["eos_ids"]), vocab_size=len(tokens), kept=1
+    )
+    grammars.prepare("json:{}")
+    replies.write("null\n")
+    replies.flush()
+    for line in lines:
+        signal.setitimer(signal.ITIMER_PROF, TIME)  # nobody handles its signal, which is the end
+        reply = try_grammar(grammars, json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+def main() -> None:
+    """Bounds its own memory, then serves."""
+    with contextlib.suppress(ValueError, OSError):  # where the system cannot, time is the bound
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it is meant to be able to crash
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    serve(sys.stdin, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

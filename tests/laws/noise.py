@@ -1,0 +1,65 @@
+"""NoiseRunner: logits that are seeded noise of a token and its place, through the real sampler.
+
+Exact and cheap, and it hesitates: tables of noise like no token much better than another. Texts in
+quotes come to their end because what ends things is a little likelier.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from model.batch import Batch, StepOutput
+from model.sampler import sample
+from tests.builders import tiny_model_config
+
+ENDINGS = (b'"', b'"}', b'", "', b"}", b"]", b"")
+WORDS = (
+    b'{"', b'":', b'": ', b'", "', b'"}', b'"]', b"},", b"\n  ", b"true", b"false", b"null",
+    b"name", b"ag", b"age", b"kind", b"tag", b"tags", b"fix", b"fixed", b"value", b"next",
+    "é".encode(), b"12", b"100", b"the ",
+)  # fmt: skip
+TOKEN_BYTES = (*(bytes([byte]) for byte in range(256)), *WORDS, b"", b"")
+VOCAB_SIZE = len(TOKEN_BYTES)
+EOS_IDS = frozenset({VOCAB_SIZE - 1})
+
+
+class NoiseRunner:
+    """Without a network; what a step computes is a function of its tokens and positions."""
+
+    def __init__(self, *, num_blocks: int = 1024, max_model_len: int = 2048) -> None:
+        self.config = tiny_model_config(vocab_size=VOCAB_SIZE, max_model_len=max_model_len)
+        self.block_size = 4
+        self.num_blocks = num_blocks
+        self.numeric_class = "noise"
+        self.exact = True
+        generator = torch.Generator().manual_seed(3)
+        self._by_token = torch.randn((VOCAB_SIZE, VOCAB_SIZE), generator=generator)
+        self._by_place = torch.randn((64, VOCAB_SIZE), generator=generator)
+        for token, text in enumerate(TOKEN_BYTES):
+            self._by_token[:, token] += 2.5 if text in ENDINGS else 0.0
+
+    def run(self, batch: Batch) -> StepOutput:
+        """Samples the rows that sample."""
+        batch.check(block_size=self.block_size, num_blocks=self.num_blocks, vocab_size=VOCAB_SIZE)
+        rows = batch.sample_rows_R
+        tokens_R = torch.from_numpy(batch.tokens_T[rows]).long()
+        places_R = torch.from_numpy(batch.positions_T[rows] % 64).long()
+        logits_RV = self._by_token[tokens_R] + self._by_place[places_R]
+        sampled = sample(logits_RV, batch.sampling)
+        none = np.zeros(0, np.float32)
+        return StepOutput(
+            tokens_R=sampled.tokens_R.int().numpy(),
+            logprobs_R=sampled.logprobs_R.numpy(),
+            top_ids_RN=sampled.top_ids_RN.int().numpy(),
+            top_logprobs_RN=sampled.top_logprobs_RN.numpy(),
+            score_logprobs_Q=none,
+            score_top_ids_QN=np.zeros((0, 0), np.int32),
+            score_top_logprobs_QN=np.zeros((0, 0), np.float32),
+        )
+
+    def warm_up(self) -> None:
+        """Nothing to prepare."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
