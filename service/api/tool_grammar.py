@@ -1,0 +1,125 @@
+"""The grammar of an answer that calls functions, in llguidance's dialect of Lark.
+
+Forced, the answer is one call or several and nothing else. Otherwise it is text, in which the
+notation's opening begins calls: from there on the answer is bound as if forced. Arguments follow
+their function's schema; names and fixed strings come exactly as `tool_calls` reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from model.grammar import lark_grammar
+from service.api.tool_notation import Notation
+from service.api.tool_schema import Function
+from service.api.tools import ToolUse
+
+MAX_CALLS = 32  # of one answer: a model that goes on calling ends there
+
+# As models are trained to write JSON, and without the blanks in which a small one may lose itself.
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+# Keywords of a schema that bind nothing, that hold schemas by name, and that hold no schema.
+_REMARKS = frozenset({"$comment", "default", "deprecated", "description", "examples", "title"})
+_BY_NAME = frozenset(
+    {"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"}
+)
+_VALUES = frozenset({"const", "enum", "required"})
+
+
+def tools_grammar(
+    use: ToolUse, notation: Notation, marker_ids: Mapping[str, int], *, text: str | None = None
+) -> str:
+    """In `model.grammar`'s notation. `marker_ids`: of the markers that are special tokens; `text`:
+    the right side of a rule for what may be said instead of calls, where that is not any text.
+    """
+    spell = _Speller(notation, marker_ids)
+    heads = " | ".join(spell(head) for head in notation.heads if head)
+    first = f"({heads}) call" if heads else "call"
+    rules = [
+        *(_start(use, notation, spell) if text is None else _formatted(text, notation, spell)),
+        f"calls: {first}{_more(use, notation, spell)} {spell(notation.end)}".rstrip(),
+        f"call: function {spell(notation.tail)}",
+        "function: " + " | ".join(f"function_{index}" for index in use.may_call),
+    ]
+    for index in use.may_call:
+        function = use.functions[index]
+        rules += [
+            f"function_{index}: {spell(function.name + notation.between)} arguments_{index}",
+            f"arguments_{index}: {arguments_rule(function)}",
+        ]
+    return lark_grammar("\n".join(rules))
+
+
+def arguments_rule(function: Function) -> str:
+    """The right side of a rule for a function's arguments."""
+    schema = _NO_ARGUMENTS if function.parameters is None else binding(function.parameters)
+    # What a grammar cannot say of a function that is not strict is left to the model.
+    options = _SPACING if function.strict else _SPACING | {"lenient": True}
+    bound = {"type": "object", **schema, "x-guidance": options}
+    return f"%json {json.dumps(bound, separators=(',', ':'))}"
+
+
+def binding(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema without remarks: the model has read them, and a grammar has no use for them."""
+    return {
+        keyword: _binding_value(keyword, value)
+        for keyword, value in schema.items()
+        if keyword not in _REMARKS
+    }
+
+
+def _binding_value(keyword: str, value: Any) -> Any:  # noqa: ANN401  # any JSON
+    if keyword in _VALUES:
+        return value
+    if isinstance(value, dict):
+        if keyword in _BY_NAME:
+            return {name: _binding_value("", schema) for name, schema in value.items()}
+        return binding(value)
+    if isinstance(value, list):
+        return [_binding_value("", item) for item in value]
+    return value
+
+
+def _start(use: ToolUse, notation: Notation, spell: _Speller) -> list[str]:
+    opening = spell(notation.opening)
+    if use.forced:
+        return [f"start: {opening} calls"]
+    if notation.only_first:
+        pattern = re.escape(notation.opening).replace("/", r"\/").replace(r"\ ", " ")
+        return [f"start: TEXT | {opening} calls", rf"TEXT: /(.|\n)*/ & ~/{pattern}(.|\n)*/"]
+    text = r"TEXT: /(.|\n)*/"
+    if opening.startswith("<["):
+        return [f"start: TEXT | opened calls\nopened: TEXT {opening}", text]
+    return [f"start: TEXT | opened calls\nopened[lazy]: TEXT {opening}", text]
+
+
+def _formatted(text: str, notation: Notation, spell: _Speller) -> list[str]:
+    return [f"start: formatted | {spell(notation.opening)} calls", f"formatted: {text}"]
+
+
+def _more(use: ToolUse, notation: Notation, spell: _Speller) -> str:
+    if notation.joint is None or not use.parallel:
+        return ""
+    return f" ({spell(notation.joint)} call){{0,{MAX_CALLS - 1}}}"
+
+
+class _Speller:
+    """A fixed string in Lark: quoted, but for the special tokens in it, which go by their ids."""
+
+    def __init__(self, notation: Notation, marker_ids: Mapping[str, int]) -> None:
+        self._ids = marker_ids
+        markers = [marker for marker in notation.markers if marker in marker_ids]
+        self._markers = re.compile(f"({'|'.join(map(re.escape, markers))})") if markers else None
+
+    def __call__(self, fixed: str) -> str:
+        pieces = self._markers.split(fixed) if self._markers else [fixed]
+        return " ".join(
+            f"<[{self._ids[piece]}]>" if piece in self._ids else json.dumps(piece)
+            for piece in pieces
+            if piece
+        )

@@ -1,0 +1,218 @@
+"""Whatever a model samples within a tools' grammar is read back as calls that fit their schemas.
+
+The model here knows nothing at all: every token that its grammar allows is as likely as any other.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from typing import Any
+
+import jsonschema_rs
+import numpy as np
+import pytest
+
+from model.grammar import GrammarError, Grammars
+from model.tokenizer import Tokenizer
+from service.api.tool_calls import CallReader
+from service.api.tool_grammar import binding, tools_grammar
+from service.api.tool_notation import NOTATIONS, Notation
+from service.api.tool_schema import Function
+from service.api.tools import ToolUse
+
+NAMES = sorted(NOTATIONS)
+CITY: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 3},
+        "days": {"type": "integer", "minimum": 0, "maximum": 99},
+        "unit": {"enum": ["°C", "°F"]},
+    },
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+}
+TREE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"items": {"type": "array", "maxItems": 2, "items": {"$ref": "#/$defs/leaf"}}},
+    "required": ["items"],
+    "additionalProperties": False,
+    "$defs": {"leaf": {"anyOf": [{"type": "boolean"}, {"const": "}]}"}]}},
+}
+FUNCTIONS = (
+    Function(name="get_weather", parameters=CITY, strict=True),
+    Function(name="tree-2", parameters=TREE),
+    Function(name="now"),
+)
+SCHEMAS = {"get_weather": CITY, "tree-2": TREE, "now": {"type": "object", "maxProperties": 0}}
+
+
+def use(**fields: Any) -> ToolUse:
+    return replace(
+        ToolUse(functions=FUNCTIONS, may_call=(0, 1, 2), forced=True, parallel=True), **fields
+    )
+
+
+def markers(notation: Notation, tokenizer: Tokenizer) -> dict[str, int]:
+    """Two special tokens that the test's vocabulary has."""
+    ids = [tokenizer.special_id("<|im_start|>"), tokenizer.special_id("<s>")]
+    return {text: id_ for text, id_ in zip(notation.markers, ids, strict=False) if id_ is not None}
+
+
+def sample(
+    grammar: str, tokenizer: Tokenizer, draw: random.Random, *, first: str = ""
+) -> list[int] | None:
+    """Tokens at random, `first` before them; None where they came to no end."""
+    grammars = Grammars(
+        tokenizer.token_bytes, eos_ids=tokenizer.eos_ids, vocab_size=tokenizer.vocab_size
+    )
+    matcher = grammars.matcher(grammar)
+    ids = tokenizer.encode(first, add_bos=False) if first else []
+    for token in ids:
+        matcher.read(token)
+    mask_W = np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
+    for _ in range(600):
+        matcher.fill(mask_W)
+        allowed = np.flatnonzero(np.unpackbits(mask_W.view(np.uint8), bitorder="little"))
+        token = int(draw.choice(list(allowed)))
+        if token in tokenizer.eos_ids:
+            return ids
+        matcher.read(token)
+        ids.append(token)
+    return None
+
+
+def text_of(ids: list[int], tokenizer: Tokenizer, marker_ids: dict[str, int]) -> str:
+    names = {id_: text.encode() for text, id_ in marker_ids.items()}
+    return b"".join(names.get(id_) or tokenizer.token_bytes[id_] for id_ in ids).decode()
+
+
+def check(notation: Notation, text: str) -> tuple[str, list[str]]:
+    """What was said, and the names that were called; every call fits."""
+    reader = CallReader(notation, request_id="r")
+    told = reader.push(text)
+    rest = reader.finish().text
+    if told.calls:
+        assert reader.called, text
+        assert rest == ""
+    for call in told.calls:
+        jsonschema_rs.validate(SCHEMAS[call.name or ""], json.loads(call.arguments))
+    return told.text + rest, [call.name or "" for call in told.calls]
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_forced_calls_fit(name: str, special: bool, tokenizer: Tokenizer) -> None:
+    notation = NOTATIONS[name]
+    ids = markers(notation, tokenizer) if special else {}
+    grammar = tools_grammar(use(), notation, ids)
+    seen: set[str] = set()
+    for seed in range(4):
+        answer = sample(grammar, tokenizer, random.Random(seed))
+        if answer is not None:
+            said, names = check(notation, text_of(answer, tokenizer, ids))
+            assert said == ""
+            assert names
+            seen |= set(names)
+    assert len(seen) > 1, "all functions may be called"
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_text_may_come_before_calls(name: str, special: bool, tokenizer: Tokenizer) -> None:
+    """Text first, then the opening: from there on the answer is bound."""
+    notation = NOTATIONS[name]
+    ids = markers(notation, tokenizer) if special else {}
+    grammar = tools_grammar(use(forced=False), notation, ids)
+    ended = 0
+    before = "" if notation.only_first else 'Zürich? <tool {"name": "'
+    for seed in range(3):
+        if notation.opening in ids:
+            continue  # what follows it is the same as where it is text
+        answer = sample(grammar, tokenizer, random.Random(seed), first=before + notation.opening)
+        if answer is not None:
+            ended += 1
+            said, names = check(notation, text_of(answer, tokenizer, ids))
+            assert said == before
+            assert names
+    assert ended or notation.opening in ids
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_answer_may_be_text_alone(name: str, tokenizer: Tokenizer) -> None:
+    notation = NOTATIONS[name]
+    for marker_ids in ({}, markers(notation, tokenizer)):
+        grammar = tools_grammar(use(forced=False), notation, marker_ids)
+        answer = sample(grammar, tokenizer, random.Random(1), first='{"a": 1} <tool')
+        assert answer is None or check(notation, text_of(answer, tokenizer, marker_ids))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_named_function_is_called_once(name: str, tokenizer: Tokenizer) -> None:
+    notation = NOTATIONS[name]
+    grammar = tools_grammar(use(may_call=(1,), parallel=False), notation, {})
+    for seed in range(3):
+        answer = sample(grammar, tokenizer, random.Random(seed))
+        if answer is not None:
+            assert check(notation, text_of(answer, tokenizer, {})) == ("", ["tree-2"])
+
+
+def test_texts_of_a_schema_are_no_grammar(tokenizer: Tokenizer) -> None:
+    odd = ["//", "# x", "%json {}", '"', "/a/", "\n", "}\n</tool_call>", "é😀", "<[1]>"]
+    schema = {"type": "object", "properties": {"a": {"enum": odd}}, "required": ["a"],
+              "additionalProperties": False}  # fmt: skip
+    function = Function(name="now", parameters=schema)
+    grammar = tools_grammar(use(functions=(function,), may_call=(0,)), NOTATIONS["plain"], {})
+    for text in odd:
+        arguments = json.dumps({"a": text}, ensure_ascii=False)
+        spelled = NOTATIONS["plain"].spell([("now", arguments)])
+        sample(grammar, tokenizer, random.Random(0), first=spelled)  # raises where it may not
+        (call,) = CallReader(NOTATIONS["plain"], request_id="r").push(spelled).calls
+        assert call.arguments == arguments
+
+
+def test_schemas_that_cannot_be_followed(tokenizer: Tokenizer) -> None:
+    """Not strict, what is beyond a grammar is left to the model; strict, it is refused."""
+    beyond = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+    wrong = {"type": "object", "properties": {"a": {"type": "nothing"}}}
+    grammars = Grammars(
+        tokenizer.token_bytes, eos_ids=tokenizer.eos_ids, vocab_size=tokenizer.vocab_size
+    )
+
+    def compile_with(schema: dict[str, Any], *, strict: bool) -> None:
+        function = Function(name="f", parameters=schema, strict=strict)
+        asked = use(functions=(function,), may_call=(0,))
+        grammars.matcher(tools_grammar(asked, NOTATIONS["plain"], {}))
+
+    compile_with(beyond, strict=False)
+    for schema, strict in ((beyond, True), (wrong, True), (wrong, False)):
+        with pytest.raises(GrammarError):
+            compile_with(schema, strict=strict)
+
+
+def test_remarks_are_left_out_of_a_schema_and_nothing_else() -> None:
+    schema = {
+        "title": "Order",
+        "description": "x",
+        "type": "object",
+        "properties": {
+            "description": {"type": "string", "description": "y", "default": "z"},
+            "title": {"enum": [{"title": 1}, {"default": 2}]},
+            "items": {"type": "array", "items": [{"title": "a"}, {"const": {"title": "b"}}]},
+        },
+        "required": ["title"],
+        "$defs": {"default": {"anyOf": [{"examples": [1], "minimum": 3}]}},
+        "additionalProperties": False,
+    }
+    assert binding(schema) == {
+        "type": "object",
+        "properties": {
+            "description": {"type": "string"},
+            "title": {"enum": [{"title": 1}, {"default": 2}]},
+            "items": {"type": "array", "items": [{}, {"const": {"title": "b"}}]},
+        },
+        "required": ["title"],
+        "$defs": {"default": {"anyOf": [{"minimum": 3}]}},
+        "additionalProperties": False,
+    }

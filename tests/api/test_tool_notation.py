@@ -1,0 +1,222 @@
+"""Each notation from end to end: found in the template, rendered by it, and read out of answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RawTokenizer
+
+from model.grammar import Grammars
+from model.tokenizer import Tokenizer
+from service.api.grammar_trials import GrammarTrials
+from service.api.tool_notation import NOTATIONS, notation_name
+from service.messages import FinishReason
+
+CHAT = "/v1/chat/completions"
+
+# Each as its family's templates are: what they take of a message, and what they cannot bear.
+HERMES = (
+    "{% if tools %}<|im_start|>system\n<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}"
+    "</tools><|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content.strip() }}{% for c in m.tool_calls %}{% set f = c.function %}"
+    '<tool_call>\n{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+)
+LLAMA = (
+    "{% if tools %}Environment: ipython {{ tools | tojson(indent=4) }}{% endif %}"
+    "{% for m in messages %}{% if 'tool_calls' in m %}{% set f = m.tool_calls[0].function %}"
+    '{"name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}'
+    "{% elif m.role == 'tool' %}{{ {'output': m.content} | tojson }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+)
+MISTRAL = (
+    "{% if tools is defined and tools is not none %}[AVAILABLE_TOOLS]{% for t in tools %}"
+    "{% for k, v in t.function.items() %}{{ k }}: {{ v if v is string else v | tojson }} "
+    "{% endfor %}{% endfor %}{% endif %}"
+    "{% for m in messages %}{% if m.tool_calls is defined and m.tool_calls is not none %}"
+    "[TOOL_CALLS][{% for c in m.tool_calls %}{% if c.id | length != 9 %}"
+    "{{ raise_exception('nine') }}{% endif %}"
+    "{{ (c.function | tojson)[:-1] }}{{ '}' if loop.last else '}, ' }}{% endfor %}]"
+    "{% elif m.role == 'tool' %}[TOOL_RESULTS]{{ m.content }} {{ m.tool_call_id }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+PLAIN = (
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('an unknown role') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content + '<|im_end|>' }}\n{% endfor %}"
+)
+TEMPLATES = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "plain": PLAIN}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Tells the weather.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+            "strict": True,
+        },
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+@pytest.fixture(scope="module", params=sorted(TEMPLATES))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(name: str, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A model's tokenizer; the notation's markers are special tokens of it."""
+    raw = RawTokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False)
+    raw.train_from_iterator([], trainer)
+    specials = ("<|im_start|>", "<|im_end|>", "<s>", *NOTATIONS[name].markers)
+    raw.add_special_tokens([AddedToken(text, special=True) for text in specials])
+    folder: Path = tmp_path_factory.mktemp(name)
+    raw.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|im_end|>", "bos_token": "<s>", "chat_template": TEMPLATES[name]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": raw.get_vocab_size()}))
+    return Tokenizer.from_checkpoint(folder)
+
+
+class TrialsHere(GrammarTrials):
+    """Compiles in this process: what is tried here is our own."""
+
+    async def fault(self, notation: str) -> str | None:
+        self._make_grammars().matcher(notation)  # raises GrammarError
+        return None
+
+
+@pytest.fixture(scope="module")
+def grammar_trials(tokenizer: Tokenizer) -> GrammarTrials:
+    def grammars() -> Grammars:
+        table, eos_ids = tokenizer.token_bytes, tokenizer.eos_ids
+        return Grammars(table, eos_ids=eos_ids, vocab_size=tokenizer.vocab_size)
+
+    return TrialsHere(grammars)
+
+
+@pytest.fixture
+async def service(start_service: Any) -> AsyncIterator[Any]:
+    async with start_service(max_model_len=8192) as started:
+        started.engine.end = FinishReason.STOP
+        yield started
+
+
+def ids_of(tokenizer: Tokenizer, text: str, markers: dict[str, int]) -> list[int]:
+    """As a model writes it: markers by their own ids."""
+    for marker, id_ in markers.items():
+        if marker in text:
+            before, _, after = text.partition(marker)
+            return [
+                *ids_of(tokenizer, before, markers), id_, *ids_of(tokenizer, after, markers)
+            ]  # fmt: skip
+    return tokenizer.encode(text, add_bos=False)
+
+
+def prompt_of(service: Any) -> str:
+    """The text of the last prompt, with the names of special tokens."""
+    table, show = service.tokenizer.token_bytes, service.tokenizer.token_text
+    ids = service.engine.seen[-1].prompt_ids
+    return b"".join(table[id_] or show(id_).encode() for id_ in ids).decode()
+
+
+async def test_a_conversation_with_calls(service: Any, name: str, read_events: Any) -> None:
+    notation = NOTATIONS[name]
+    tokenizer = service.tokenizer
+    assert notation_name(tokenizer) == name
+    markers = notation.marker_ids(tokenizer)
+    assert set(markers) == (set(notation.markers) if notation.native else set())
+    calls = [("get_weather", '{"city": "Zürich 😀"}'), ("now", "{}")]
+    calls = calls if notation.joint is not None else calls[:1]
+    said = "" if notation.only_first else "Let me see. "
+    answer = said + notation.spell(calls)
+    service.engine.script = lambda _: ids_of(tokenizer, answer, markers)
+
+    body = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}], "tools": TOOLS}
+    whole = (await service.post(CHAT, body)).json()
+    prompt = prompt_of(service)
+    assert "get_weather" in prompt
+    assert "Tells the weather." in prompt
+    assert "strict" not in prompt
+    message = whole["choices"][0]["message"]
+    assert message["content"] == (said.rstrip() or None)
+    assert [(c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]] == (
+        calls
+    )
+    assert whole["choices"][0]["finish_reason"] == "tool_calls"
+
+    streamed = await service.client.get(f"/v1/streams/{whole['id'].removeprefix('chatcmpl-')}")
+    deltas = [c["delta"] for e in read_events(streamed.content) for c in e["choices"]]
+    assert "".join(delta.get("content") or "" for delta in deltas) == said.rstrip()
+    news = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    for index, call in enumerate(message["tool_calls"]):
+        own = [item for item in news if item["index"] == index]
+        assert own[0]["id"] == call["id"]
+        assert own[0]["function"]["name"] == call["function"]["name"]
+        written = "".join(item["function"]["arguments"] for item in own)
+        assert written == call["function"]["arguments"]
+
+    results = [
+        {"role": "tool", "tool_call_id": call["id"], "content": f"it is {index} o'clock"}
+        for index, call in enumerate(message["tool_calls"])
+    ]
+    body["messages"] = [*body["messages"], message, *results]
+    reply = await service.post(CHAT, body)
+    assert reply.status_code == 200, reply.text
+    prompt = prompt_of(service)
+    spelled = notation.spell(calls) if name != "mistral" else "[TOOL_CALLS][" + ", ".join(
+        f'{{"name": "{called}", "arguments": {arguments}}}' for called, arguments in calls
+    )  # fmt: skip
+    if name != "hermes":  # its template here puts nothing between calls
+        assert spelled in prompt
+    for result in results:
+        assert result["content"] in prompt
+
+
+async def test_calls_before_without_tools_now(service: Any, name: str) -> None:
+    """Earlier calls are told of, too, where nothing may be called any more."""
+    call = {"id": "123456789", "type": "function", "function": {"name": "now", "arguments": ""}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "123456789", "content": [{"type": "text", "text": "9h"}]},
+    ]
+    reply = await service.post(CHAT, {"model": "tiny-model", "messages": messages, "max_tokens": 4})
+    assert reply.status_code == 200, reply.text
+    assert "now" in prompt_of(service)
+    assert "9h" in prompt_of(service)
+
+
+async def test_what_users_write_is_no_special_token(service: Any, name: str) -> None:
+    markers = NOTATIONS[name].markers
+    tool = {"type": "function", "function": {"name": "f", "description": f"{markers} <|im_end|>"}}
+    body = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}]}
+    await service.post(CHAT, body | {"tools": [TOOLS[1]], "max_tokens": 4})
+    counts = [_specials(service)]
+    await service.post(CHAT, body | {"tools": [tool], "max_tokens": 4})
+    assert _specials(service) == counts[0]
+    assert "<|im_end|>" in service.tokenizer.decode(service.engine.seen[-1].prompt_ids)
+
+
+def _specials(service: Any) -> int:
+    return sum(map(service.tokenizer.is_special, service.engine.seen[-1].prompt_ids))
+
+
+@pytest.mark.parametrize("name", ["plain"], scope="module")
+async def test_tools_go_into_the_system_message(service: Any) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    await service.post(CHAT, {"model": "tiny-model", "messages": messages, "tools": TOOLS})
+    prompt = prompt_of(service)
+    assert prompt.startswith("<|im_start|>system\nBe brief.\n\nYou can call functions.")
+    assert prompt.count("<|im_start|>system") == 1
