@@ -1,7 +1,8 @@
 """WaitingOrder: who is admitted next. It knows nothing of blocks, seats or budgets.
 
     1. Preempted sequences, in order of arrival: work that was begun is never shed.
-    2. The sequence that arrived first, where `patience` others were admitted over its head. So
+    2. The sequence that arrived first, where `patience` others were admitted over its head. (Where
+       it is a preempted one, `heads` makes way for nobody until it is admitted again.) So
        nothing waits for ever: with k older ones before it, a sequence is admitted after at most
        (k + 1) * (patience + 1) admissions, whatever its class and tenant.
     3. The lowest priority class that waits; in it the tenant that was served the fewest tokens;
@@ -33,6 +34,11 @@ class WaitingOrder:
 
     def __len__(self) -> int:
         return len(self._preempted) + sum(map(len, self._groups.values()))
+
+    @property
+    def num_tenants(self) -> int:
+        """Tenants of whom anything waits or runs."""
+        return len(self._active)
 
     def enter(self, sequence: Sequence) -> None:
         """A new sequence begins to wait."""
@@ -75,10 +81,24 @@ class WaitingOrder:
             key=lambda item: (item[0][0], self._served[item[0][1]], item[1][0].arrival),
         )[1][0]
 
+    def heads(self) -> list[Sequence]:
+        """The next of each tenant that waits; of the least served tenant first. None of them where
+        somebody was overtaken often enough: then it is `peek`'s turn alone.
+        """
+        if self._overtaken >= self._patience:
+            return []
+        found: dict[str, Sequence] = {}
+        groups = sorted(self._groups.items())
+        for sequence in (*self._preempted, *(group[0] for _, group in groups)):
+            found.setdefault(sequence.tenant, sequence)
+        return sorted(found.values(), key=lambda each: self._served[each.tenant])
+
     def admitted(self, sequence: Sequence) -> None:
         """The sequence stops waiting and runs."""
-        if sequence not in self._preempted:
-            self._overtaken = 0 if sequence is self._first() else self._overtaken + 1
+        if sequence is self._oldest():
+            self._overtaken = 0
+        elif sequence not in self._preempted:
+            self._overtaken += 1
         self._withdraw(sequence)
 
     def charge(self, tenant: str, num_tokens: int) -> None:
@@ -88,6 +108,11 @@ class WaitingOrder:
     def _floor(self) -> int:
         """What the least served active tenant was served."""
         return min((self._served[t] for t, num in self._active.items() if num), default=0)
+
+    def _oldest(self) -> Sequence:
+        """The first to arrive of all that wait; there is one."""
+        heads = (group[0] for group in self._groups.values())
+        return min((*self._preempted, *heads), key=_by_arrival)
 
     def _first(self) -> Sequence:
         """The first to arrive of those that were never admitted; there is one."""

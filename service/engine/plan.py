@@ -31,6 +31,13 @@ class EngineConfig:
             raise ValueError("target_gap must be positive and max_drafts at least 1")
 
     @property
+    def max_newcomers(self) -> int:
+        """The most sequences that may come to a full engine to take others' seats: half of those,
+        the share of a second tenant.
+        """
+        return self.max_sequences // 2
+
+    @property
     def prompt_chunk(self) -> int:
         """The most tokens of one sequence in a step."""
         return self.max_batch_tokens if self.max_prompt_chunk is None else self.max_prompt_chunk
@@ -47,7 +54,7 @@ class Plan:
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
     work: StepWork = field(default_factory=StepWork)
     expired: list[Sequence] = field(default_factory=list)  # past their deadline, already removed
-    preemptions: int = 0
+    preempted: list[Sequence] = field(default_factory=list)  # by this step; one may come twice
     prefix_hit_tokens: int = 0  # prompt tokens found cached by those admitted
 
     def add(self, sequence: Sequence, num: int) -> None:

@@ -3,14 +3,16 @@
 It decides in ints. It knows no tensors (`pack`), no text and no reason to stop but the deadline
 (`answer`): whoever drives it says when a sequence is finished.
 
-    schedule(now)        expire, reserve, decodes, running prompts, admissions, drafts -> Plan
+    schedule(now)        expire, reserve, make way, decodes, prompts, admissions, drafts -> Plan
     update(plan, runs)   counts what was computed, lets full blocks be found, appends the tokens
 
 Memory. At admission a sequence takes the blocks of all its tokens and of a first block of output.
-When a running one needs a block and none is free, the youngest of the lowest priority is preempted:
+When a running one needs a block and none is free, the youngest of the lowest priority (among those
+of tenants over their share, where there are such: see `shares`) is preempted:
 it gives its blocks back, keeps its tokens and computes them again later. Once preempted, a sequence
 counts as of the highest class in this choice, so that only those who came before it can displace
-it again; the first in this order is never displaced, hence there is always one that goes on.
+it again; the first in this order is never displaced, hence there is always one that goes on. So it
+is where sequences are preempted to make way for another tenant's.
 
 Time. While some decode, prompts come in chunks that keep the step within the target gap, by the
 cost model. A step of decodes only may carry drafts: in slots that the sequence has anyway, or in
@@ -27,9 +29,11 @@ from collections.abc import Sequence as Run
 
 from service.engine.blocks import BlockAllocator, chain_digest, chain_root
 from service.engine.cost import CostModel
+from service.engine.guide import Guide
 from service.engine.order import WaitingOrder
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence, SequenceStatus
+from service.engine.shares import Shares, rank, split_evenly
 from service.engine.speculate import Speculator
 from service.errors import BadRequest
 from service.messages import GenerationRequest
@@ -80,6 +84,7 @@ class Scheduler:
         *,
         tokens: tuple[int, ...] = (),
         deadline: float | None = None,
+        guide: Guide | None = None,
     ) -> Sequence:
         """Lets a request wait; `tokens` of its answer are already known.
 
@@ -94,6 +99,7 @@ class Scheduler:
             tokens=[*request.prompt_ids, *tokens],
             arrival=next(self._arrivals),
             deadline=deadline,
+            guide=guide,
         )
         self._sequences[request.id] = sequence
         self._order.enter(sequence)
@@ -120,14 +126,13 @@ class Scheduler:
         """Plans a step. It is never empty while there are sequences."""
         plan = Plan(expired=self._expire(now))
         self._reserve(plan)
+        self._make_way(plan)
         for sequence in self.running:
             if sequence.num_pending == 1:
                 plan.add(sequence, 1)
         num_decodes = plan.num_tokens
         self._gap = self._allowed_gap(plan)
-        for sequence in self.running:
-            if sequence.num_pending > 1:
-                self._plan_chunk(plan, sequence, num_decodes)
+        self._plan_prompts(plan, num_decodes)
         self._admit(plan, num_decodes)
         if self._speculator is not None and 0 < plan.work.sampled == plan.num_tokens:
             self._add_drafts(plan, self._speculator)
@@ -190,19 +195,57 @@ class Scheduler:
         """Gives each running sequence the blocks of its tokens, preempting where none is left."""
         blocks_for = self._allocator.blocks_for
         short = [s for s in self.running if blocks_for(s.num_tokens) > len(s.blocks)]
-        for sequence in sorted(short, key=_rank):
+        for sequence in sorted(short, key=rank):
             while sequence.status is SequenceStatus.RUNNING:
                 num_new = blocks_for(sequence.num_tokens) - len(sequence.blocks)
                 fresh = self._allocator.take(num_new)
                 if fresh is not None:
                     sequence.blocks += fresh
                     break
-                self._preempt(max(self.running, key=_rank))
-                plan.preemptions += 1
+                self._preempt(plan, self._shares().victim() or max(self.running, key=rank))
 
-    def _plan_chunk(self, plan: Plan, sequence: Sequence, num_decodes: int) -> None:
+    def _shares(self) -> Shares:
+        return Shares(
+            self.running,
+            num_tenants=self._order.num_tenants,
+            num_seats=self._config.max_sequences,
+            num_blocks=self._allocator.num_blocks,
+        )
+
+    def _make_way(self, plan: Plan) -> None:
+        """Seats who waits, while below its tenant's share, if need be in the places of others."""
+        going_on = self._order.num_tenants > 1
+        while going_on:
+            shares, going_on = self._shares(), False
+            for sequence in self._order.heads():
+                num_blocks = self._allocator.blocks_for(self._slots_to_begin(sequence))
+                if shares.covers(sequence, num_blocks=num_blocks):
+                    going_on |= self._seat_before_others(plan, sequence)
+                    shares = self._shares()
+
+    def _seat_before_others(self, plan: Plan, sequence: Sequence) -> bool:
+        while not (self._seats and self._take_blocks(sequence)):
+            victim = self._shares().victim(priority=sequence.request.priority)
+            if victim is None:
+                return False
+            self._preempt(plan, victim)
+        self._seat(plan, sequence)
+        return True
+
+    def _plan_prompts(self, plan: Plan, num_decodes: int) -> None:
+        prompts = [sequence for sequence in self.running if sequence.num_pending > 1]
+        left = self._config.max_batch_tokens - plan.num_tokens
+        if num_decodes and len({sequence.tenant for sequence in prompts}) > 1:
+            left = self._within_gap(plan, prompts[0], left, 0)  # what there is to share
+        for sequence, most in split_evenly(prompts, num_tokens=left):
+            self._plan_chunk(plan, sequence, num_decodes, most=most)
+
+    def _plan_chunk(
+        self, plan: Plan, sequence: Sequence, num_decodes: int, *, most: int | None = None
+    ) -> None:
         left = self._config.max_batch_tokens - plan.num_tokens
         num = min(sequence.num_pending, self._config.prompt_chunk, left)
+        num = num if most is None else min(num, most)
         if num_decodes:
             num = self._within_gap(plan, sequence, num, plan.num_tokens - num_decodes)
         if num:
@@ -229,8 +272,9 @@ class Scheduler:
     def _add_drafts(self, plan: Plan, speculator: Speculator) -> None:
         for sequence, drafts in speculator.propose(plan).items():
             room = self._draft_room(sequence, len(drafts))
-            if room:
-                plan.draft(sequence, drafts[:room])
+            kept = drafts[:room] if sequence.guide is None else sequence.guide.admit(drafts[:room])
+            if kept:
+                plan.draft(sequence, kept)
 
     def _draft_room(self, sequence: Sequence, num: int) -> int:
         """Slots for that many drafts, or for fewer where blocks are short."""
@@ -250,18 +294,26 @@ class Scheduler:
             sequence = self._order.peek()
             if sequence is None or not self._take_blocks(sequence):
                 return
-            self._order.admitted(sequence)
-            sequence.status = SequenceStatus.RUNNING
-            sequence.seat = self._seats.pop()
-            self.running.append(sequence)
-            hit = min(sequence.num_computed, sequence.num_prompt)
-            plan.prefix_hit_tokens += hit
-            if not sequence.preemptions:
-                sequence.num_cached = hit
-                self._order.charge(sequence.tenant, sequence.num_pending)
+            self._seat(plan, sequence)
             self._plan_chunk(plan, sequence, num_decodes)
             if sequence not in plan.tokens:
                 return  # the time of this step is used up
+
+    def _seat(self, plan: Plan, sequence: Sequence) -> None:
+        """The sequence, which has its blocks, runs from now on."""
+        self._order.admitted(sequence)
+        sequence.status = SequenceStatus.RUNNING
+        sequence.seat = self._seats.pop()
+        self.running.append(sequence)
+        hit = min(sequence.num_computed, sequence.num_prompt)
+        plan.prefix_hit_tokens += hit
+        if not sequence.preemptions:
+            sequence.num_cached = hit
+            self._order.charge(sequence.tenant, sequence.num_pending)
+
+    def _slots_to_begin(self, sequence: Sequence) -> int:
+        """Its tokens and a first block of output, as far as it can come to need them."""
+        return min(sequence.num_tokens + self._allocator.block_size, _slots(sequence.request))
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         """The table of a sequence to admit, as far as possible from the prefix cache.
@@ -271,8 +323,7 @@ class Scheduler:
         size = self._allocator.block_size
         num_findable = 0 if sequence.scores_prompt else (sequence.num_tokens - 1) // size
         shared = self._allocator.find(self._digests(sequence, num_findable))
-        slots = min(sequence.num_tokens + size, _slots(sequence.request))
-        num_new = self._allocator.blocks_for(slots) - len(shared)
+        num_new = self._allocator.blocks_for(self._slots_to_begin(sequence)) - len(shared)
         table = self._allocator.take(num_new, shared=shared)
         if table is None:
             return False
@@ -300,7 +351,8 @@ class Scheduler:
             self._allocator.publish(sequence.blocks[index], digests[index])
         sequence.num_published = num_full
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, plan: Plan, sequence: Sequence) -> None:
+        plan.preempted.append(sequence)
         self._unseat(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.num_computed = 0
@@ -314,11 +366,6 @@ class Scheduler:
         sequence.seat = None
         self._allocator.release(sequence.blocks)
         sequence.blocks = []
-
-
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    """The greatest is preempted first. It does not change while a sequence runs."""
-    return (0 if sequence.preemptions else sequence.request.priority, sequence.arrival)
 
 
 def _slots(request: GenerationRequest) -> int:

@@ -20,13 +20,14 @@ both.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 from urllib.parse import urlsplit
 
 from service.errors import StartupError
 from service.messages import End, FinishReason, GenerationRequest, Record, Submission, Tokens
+from service.queues.meters import Usage
 from service.queues.observer import NullQueueObserver, QueueObserver
 
 
@@ -46,7 +47,8 @@ class QueueLimits:
 
 class SubmitStatus(StrEnum):
     """OK: admitted. EXISTS: this id or key was admitted before, follow that one. CONFLICT: the key
-    came with another body. FULL, TENANT: over a limit, nothing was stored.
+    came with another body. FULL, TENANT, RATE: over a limit, nothing was stored or counted: of the
+    cluster; in flight of the tenant or the key; of the key, a minute.
     """
 
     OK = "ok"
@@ -54,6 +56,7 @@ class SubmitStatus(StrEnum):
     CONFLICT = "conflict"
     FULL = "full"
     TENANT = "tenant"
+    RATE = "rate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +67,7 @@ class SubmitReply:
     submission_id: str
     queued_requests: int = 0
     queued_tokens: int = 0
+    usage: Usage = field(default_factory=Usage)  # of the submission's allowance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +98,7 @@ class Claim:
     tokens: tuple[int, ...] = ()
     attempt: int = 1  # 1: nobody died on it yet
     remaining_ms: int | None = None  # until its deadline
+    waited_ms: int | None = None  # from its submission; None where it was claimed before
 
 
 class WriteStatus(StrEnum):
@@ -146,6 +151,8 @@ class QueueDepth:
     queued_requests: int
     queued_tokens: int
     running_requests: int
+    # How long the first of the waiting ones waits; None: nobody does. It grows by itself.
+    oldest_seconds: float | None = field(default=None, compare=False)
 
 
 class Queue(Protocol):
@@ -214,10 +221,14 @@ class Queue(Protocol):
         ...
 
     # --- the engine's side ----------------------------------------------------------------
-    async def claim(self, engine: EngineInfo, *, limit: int, wait: float) -> Sequence[Claim]:
+    async def claim(
+        self, engine: EngineInfo, *, limit: int, wait: float, newcomers: int = 0
+    ) -> Sequence[Claim]:
         """Takes up to `limit` requests, those whose leases ran out included; waits up to `wait`
-        seconds for a first one. Higher priorities first. Also says that the engine lives: with
-        `limit` 0 it does nothing else.
+        seconds for a first one. Higher priorities first, and in one class tenants in turns, by
+        tokens. Up to `newcomers` more are taken of those whose turn it is and of whose tenant less
+        runs than of others on average: an engine that is full makes way for them. Also says that
+        the engine lives: with `limit` 0 and no newcomers it does nothing else.
         """
         ...
 
@@ -273,6 +284,6 @@ def open_queue(url: str, limits: QueueLimits, *, observer: QueueObserver | None 
 
 __all__ = [
     "QUEUES", "Claim", "End", "EngineInfo", "Lease", "Queue", "QueueDepth", "QueueLimits", "Record",
-    "StoredSubmission", "SubmitReply", "SubmitStatus", "Tokens", "Write", "WriteReply",
-    "WriteStatus", "open_queue",
+    "StoredSubmission", "SubmitReply", "SubmitStatus", "Tokens", "Usage", "Write",
+    "WriteReply", "WriteStatus", "open_queue",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import asyncio
 import secrets
 import time
 from bisect import bisect_right
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from service.errors import NotFound, Unavailable
@@ -29,9 +29,10 @@ from service.queues import (
     WriteReply,
     WriteStatus,
 )
-from service.queues.admission import admission_cost
-from service.queues.memory_entry import Entry, Group, reached
-from service.queues.observer import NullQueueObserver, QueueEvent, QueueObserver
+from service.queues.admission import admission_cost, answer_share
+from service.queues.memory_entry import Entry, Group, next_lease_end, oldest_age, reached
+from service.queues.memory_ledger import Ledger
+from service.queues.observer import STOPPED, NullQueueObserver, QueueEvent, QueueObserver
 
 PRIORITIES = 3
 TURN = 256
@@ -66,7 +67,7 @@ class MemoryQueue:
         self._waiting: tuple[dict[str, Entry], ...] = tuple({} for _ in range(PRIORITIES))
         self._running: dict[str, Entry] = {}
         self._queued_tokens = 0
-        self._tenants: Counter[str] = Counter()
+        self._ledger = Ledger(limits, clock=clock)
         self._keys: dict[tuple[str, str], tuple[str, str, float]] = {}  # -> id, fingerprint, until
         self._fading: deque[tuple[float, str]] = deque()  # (forget at, submission), in that order
         self._last_sweep = self._swept_since = clock()
@@ -86,31 +87,26 @@ class MemoryQueue:
             return found
         requests = submission.requests
         cost = sum(map(admission_cost, requests))
-        status = self._refusal(submission.tenant, num_requests=len(requests), cost=cost)
+        status = self._refusal(submission, cost=cost)
         if status is not None:
-            return self._reply(status, submission.id)
+            return self._reply(status, submission, cost=cost)
         now = self._clock()
-        entries = [Entry(request, submission.id, now) for request in requests]
-        stored = StoredSubmission(
-            id=submission.id,
-            tenant=submission.tenant,
-            manifest=submission.manifest,
-            num_requests=len(requests),
-        )
-        self._groups[submission.id] = Group(
-            stored, len(requests), entries, grace=submission.grace, attended=now
-        )
+        turns = self._ledger.enter(submission, tokens=cost)
+        entries = [
+            Entry(request, submission.id, now, turn)
+            for request, turn in zip(requests, turns, strict=True)
+        ]
+        self._groups[submission.id] = Group.of(submission, entries, now=now)
         for entry in entries:
             self._entries[entry.request.id] = entry
             self._waiting[entry.request.priority][entry.request.id] = entry
         self._queued_tokens += cost
-        self._tenants[submission.tenant] += len(requests)
         if submission.idempotency_key is not None:
             until = now + self.limits.idempotency_ttl
             key = (submission.tenant, submission.idempotency_key)
             self._keys[key] = (submission.id, submission.fingerprint, until)
         self._wake_claimers()
-        return self._reply(SubmitStatus.OK, submission.id)
+        return self._reply(SubmitStatus.OK, submission)
 
     def _admitted_before(self, submission: Submission) -> SubmitReply | None:
         if submission.idempotency_key is not None:
@@ -118,26 +114,28 @@ class MemoryQueue:
             if known is not None and known[2] > self._clock():
                 same = known[1] == submission.fingerprint
                 status = SubmitStatus.EXISTS if same else SubmitStatus.CONFLICT
-                return self._reply(status, known[0])
+                return self._reply(status, submission, follow=known[0])
         if submission.id in self._groups:
-            return self._reply(SubmitStatus.EXISTS, submission.id)
+            return self._reply(SubmitStatus.EXISTS, submission)
         return None
 
-    def _refusal(self, tenant: str, *, num_requests: int, cost: int) -> SubmitStatus | None:
-        limits = self.limits
-        if self._tenants[tenant] + num_requests > limits.max_per_tenant:
-            return SubmitStatus.TENANT
-        queued = sum(map(len, self._waiting))
-        if queued + num_requests > limits.max_requests:
-            return SubmitStatus.FULL
-        return SubmitStatus.FULL if self._queued_tokens + cost > limits.max_tokens else None
+    def _refusal(self, submission: Submission, *, cost: int) -> SubmitStatus | None:
+        status = self._ledger.refusal(submission, tokens=cost)
+        queued = sum(map(len, self._waiting)) + len(submission.requests)
+        over = queued > self.limits.max_requests
+        if over or self._queued_tokens + cost > self.limits.max_tokens:
+            return status or SubmitStatus.FULL
+        return status
 
-    def _reply(self, status: SubmitStatus, submission_id: str) -> SubmitReply:
+    def _reply(
+        self, status: SubmitStatus, submission: Submission, *, follow: str = "", cost: int = 0
+    ) -> SubmitReply:
         return SubmitReply(
             status=status,
-            submission_id=submission_id,
+            submission_id=follow or submission.id,
             queued_requests=sum(map(len, self._waiting)),
             queued_tokens=self._queued_tokens,
+            usage=self._ledger.usage(submission.allowance, tokens=cost),
         )
 
     async def lookup(self, submission_id: str) -> StoredSubmission | None:
@@ -206,6 +204,7 @@ class MemoryQueue:
 
     async def sweep(self) -> int:
         self._forget()
+        self._ledger.forget()
         self._note_sweep()
         ended = 0
         for entry in [*self._live()]:
@@ -239,6 +238,7 @@ class MemoryQueue:
             queued_requests=sum(map(len, self._waiting)),
             queued_tokens=self._queued_tokens,
             running_requests=len(self._running),
+            oldest_seconds=oldest_age(self._waiting, now=self._clock()),
         )
 
     async def engines(self) -> Sequence[EngineInfo]:
@@ -251,7 +251,9 @@ class MemoryQueue:
             raise Unavailable("the queue was closed", code="backend_unavailable")
 
     # --- the engine's side ----------------------------------------------------------------
-    async def claim(self, engine: EngineInfo, *, limit: int, wait: float) -> Sequence[Claim]:
+    async def claim(
+        self, engine: EngineInfo, *, limit: int, wait: float, newcomers: int = 0
+    ) -> Sequence[Claim]:
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
         news = asyncio.Event()
@@ -260,25 +262,28 @@ class MemoryQueue:
             while True:
                 await self.check()
                 self._engines[engine.id] = (self._clock(), engine)
-                claims = self._take(engine, limit)
+                claims = self._take(engine, limit, most=limit + newcomers)
                 left = until - loop.time()
                 if claims or left <= 0:
                     return claims
                 news.clear()
+                over = next_lease_end(self._running.values(), now=self._clock(), default=left)
                 try:
-                    async with asyncio.timeout(min(left, self._next_lease_end())):
+                    async with asyncio.timeout(min(left, over)):
                         await news.wait()
                 except TimeoutError:
                     continue
         finally:
             self._claimers.discard(news)
 
-    def _take(self, engine: EngineInfo, limit: int) -> list[Claim]:
+    def _take(self, engine: EngineInfo, limit: int, *, most: int) -> list[Claim]:
         owner = f"{engine.id}:{secrets.token_hex(6)}"
         claims: list[Claim] = []
         for entry in self._candidates():
-            if len(claims) >= limit:
+            if len(claims) >= most:
                 break
+            if len(claims) >= limit and not self._ledger.is_below_share(entry.request.tenant):
+                continue
             if self._overdue(entry):
                 self._stop(entry, FinishReason.DEADLINE)
             elif entry.count and entry.numeric_class != engine.numeric_class:
@@ -286,18 +291,19 @@ class MemoryQueue:
             elif self._gave_up(entry, engine):
                 error = End(count=entry.count, reason=FinishReason.ERROR, error="engine_crash_loop")
                 self._end(entry, error)
+                self._observer.happened(QueueEvent.CRASHED)
             else:
                 claims.append(self._start(entry, engine, owner=owner))
         return claims
 
     def _candidates(self) -> list[Entry]:
-        """Those to be claimed: by priority, then those that ran already, then by age."""
+        """Those to be claimed: by priority, then those that ran already, then by their turn."""
         now = self._clock()
         orphans = [e for e in self._running.values() if not e.owner or e.lease_until <= now]
         found: list[Entry] = []
         for priority, waiting in enumerate(self._waiting):
             found += [entry for entry in orphans if entry.request.priority == priority]
-            found += waiting.values()
+            found += sorted(waiting.values(), key=lambda entry: entry.turn)
         return found
 
     def _gave_up(self, entry: Entry, engine: EngineInfo) -> bool:
@@ -312,7 +318,7 @@ class MemoryQueue:
         return entry.deaths >= self.limits.max_attempts
 
     def _start(self, entry: Entry, engine: EngineInfo, *, owner: str) -> Claim:
-        request = entry.request
+        request, waited_ms = entry.request, None
         if entry.started:
             self._observer.happened(QueueEvent.RECLAIMED)
         else:
@@ -320,7 +326,10 @@ class MemoryQueue:
             self._running[request.id] = entry
             self._queued_tokens -= admission_cost(request)
             entry.started = True
+            self._ledger.begin(request.tenant, turn=entry.turn)
         now = self._clock()
+        if not entry.epoch:
+            waited_ms = round((now - entry.submitted) * 1000)
         entry.epoch += 1
         entry.owner = owner
         entry.numeric_class = engine.numeric_class
@@ -332,13 +341,8 @@ class MemoryQueue:
             tokens=tuple(token for record in entry.journal for token in record.ids),
             attempt=entry.deaths + 1,
             remaining_ms=None if deadline is None else max(0, round((deadline - now) * 1000)),
+            waited_ms=waited_ms,
         )
-
-    def _next_lease_end(self) -> float:
-        """Seconds until another running request may be claimed again."""
-        now = self._clock()
-        left = (entry.lease_until - now for entry in self._running.values())
-        return min((seconds for seconds in left if seconds > 0), default=self.limits.lease)
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         replies = [self._write(write.lease, write.record) for write in writes]
@@ -426,6 +430,7 @@ class MemoryQueue:
         entry.epoch += 1
         entry.owner = ""
         self._end(entry, End(count=entry.count, reason=reason))
+        self._observer.happened(STOPPED[reason])
 
     def _end(self, entry: Entry, end: End) -> None:
         request = entry.request
@@ -436,10 +441,8 @@ class MemoryQueue:
             self._queued_tokens -= admission_cost(request)
         entry.end = end
         group = self._groups[entry.submission_id]
-        tenant = group.stored.tenant
-        self._tenants[tenant] -= 1
-        if not self._tenants[tenant]:
-            del self._tenants[tenant]
+        beyond = entry.count - answer_share(request)
+        self._ledger.leave(group.stored.tenant, group.allowance, tokens=beyond, ran=entry.started)
         group.unfinished -= 1
         if not group.unfinished:
             self._fading.append((self._clock() + self.limits.resume_window, entry.submission_id))

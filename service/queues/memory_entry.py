@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from service.errors import StreamDivergence
-from service.messages import End, GenerationRequest, Tokens
+from service.messages import Allowance, End, GenerationRequest, Submission, Tokens
 from service.queues import Lease, StoredSubmission
 
 
@@ -20,6 +22,7 @@ class Entry:
     request: GenerationRequest
     submission_id: str
     submitted: float
+    turn: float
     started: bool = False
     end: End | None = None
     epoch: int = 0
@@ -56,9 +59,34 @@ class Group:
 
     stored: StoredSubmission
     unfinished: int
-    entries: list[Entry]
+    entries: Sequence[Entry]
     grace: float | None
     attended: float
+    allowance: Allowance | None
+
+    @classmethod
+    def of(cls, submission: Submission, entries: Sequence[Entry], *, now: float) -> Self:
+        """What is kept of a submission that is admitted."""
+        stored = StoredSubmission(
+            id=submission.id,
+            tenant=submission.tenant,
+            manifest=submission.manifest,
+            num_requests=len(entries),
+        )
+        grace, allowance = submission.grace, submission.allowance
+        return cls(stored, len(entries), entries, grace, attended=now, allowance=allowance)
+
+
+def oldest_age(waiting: Iterable[Mapping[str, Entry]], *, now: float) -> float | None:
+    """Seconds that the first of the waiting ones has waited; each of the maps is in their order."""
+    first = (next(iter(entries.values())) for entries in waiting if entries)
+    return max((now - entry.submitted for entry in first), default=None)
+
+
+def next_lease_end(running: Iterable[Entry], *, now: float, default: float) -> float:
+    """Seconds until another running request may be claimed again."""
+    left = (entry.lease_until - now for entry in running)
+    return min((seconds for seconds in left if seconds > 0), default=default)
 
 
 def reached(end: End, *, after: int) -> End:

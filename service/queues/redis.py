@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import fields
 from typing import Any
 
-from service.messages import End, FinishReason, Record, Submission
+from service.messages import Allowance, End, FinishReason, Record, Submission
 from service.queues import (
     Claim,
     EngineInfo,
@@ -30,8 +30,9 @@ from service.queues import (
     WriteReply,
     WriteStatus,
 )
-from service.queues.admission import admission_cost
-from service.queues.observer import NullQueueObserver, QueueEvent, QueueObserver
+from service.queues.admission import admission_cost, answer_share
+from service.queues.meters import make_usage
+from service.queues.observer import STOPPED, NullQueueObserver, QueueEvent, QueueObserver
 from service.queues.redis_claims import DEADLINE, Claimer
 from service.queues.redis_codec import encode_end, encode_tokens
 from service.queues.redis_journal import JournalReader
@@ -109,16 +110,31 @@ class RedisQueue:
             arguments.append(max(1, limit // len(self._shards)))
         grace = submission.grace
         arguments += [milliseconds(limits.live_ttl), "" if grace is None else milliseconds(grace)]
+        arguments += self._allowed(submission.allowance)
         for request in submission.requests:
             arguments += [request.id, admission_cost(request), request.timeout_ms or 0]
-            arguments += [request.priority, request.to_json()]
-        status, followed, queued, tokens = await self._script("submit", keys, *arguments)
+            arguments += [request.priority, request.to_json(), answer_share(request)]
+        status, followed, queued, tokens, *used = await self._script("submit", keys, *arguments)
+        wait, by_requests, by_tokens = (float(ms) / 1000 for ms in used)
         return SubmitReply(
             status=SubmitStatus(status.decode()),
             submission_id=followed.decode(),
             queued_requests=queued,
             queued_tokens=tokens,
+            usage=make_usage(
+                submission.allowance, requests=by_requests, tokens=by_tokens, wait=wait
+            ),
         )
+
+    def _allowed(self, allowance: Allowance | None) -> list[str | int]:
+        """A key's name and limits in one shard; 0 is no limit."""
+        if allowance is None:
+            return ["", 0, 0, 0]
+        most = (
+            allowance.requests_per_minute, allowance.tokens_per_minute, allowance.max_in_flight,
+        )  # fmt: skip
+        shards = len(self._shards)
+        return [allowance.key, *(0 if n is None else max(1, n // shards) for n in most)]
 
     async def lookup(self, submission_id: str) -> StoredSubmission | None:
         key = self._keys(submission_id).submission(submission_id)
@@ -144,12 +160,13 @@ class RedisQueue:
         only_overdue = int(reason is FinishReason.DEADLINE)
         payload = encode_end(End(count=0, reason=reason))
         times = (milliseconds(limits.resume_window), milliseconds(limits.live_ttl))
-        await self._wire.run(
+        stopped = await self._wire.run(
             [
                 self._wire.script("stop", keys.admission, only_overdue, payload, *times, *ids)
                 for keys, ids in self._by_shard(request_ids)
             ]
         )
+        self._note(STOPPED[reason], sum(stopped))
 
     async def attend(self, submission_ids: Sequence[str]) -> None:
         await self._wire.run(
@@ -162,7 +179,8 @@ class RedisQueue:
     async def forget(self, submission_id: str) -> None:
         keys = self._keys(submission_id)
         arguments = (submission_id, CANCELLED, milliseconds(LINGER))
-        await self._wire.run([self._wire.script("forget", keys.admission, *arguments)])
+        (stopped,) = await self._wire.run([self._wire.script("forget", keys.admission, *arguments)])
+        self._note(QueueEvent.CANCELLED, stopped)
 
     async def sweep(self) -> int:
         limits = self.limits
@@ -171,23 +189,33 @@ class RedisQueue:
         for keys in self._shards:
             looked_at = SWEPT_AT_ONCE
             while looked_at == SWEPT_AT_ONCE:
-                looked_at, ended = await self._script(
+                looked_at, overdue, deserted = await self._script(
                     "sweep",
                     keys,
                     *(DEADLINE, *times, milliseconds(FORGET_ENGINE), SWEPT_AT_ONCE),
                     *(CANCELLED, milliseconds(SWEEP_PAUSE)),
                 )
-                total += ended
+                self._note(QueueEvent.EXPIRED, overdue)
+                self._note(QueueEvent.CANCELLED, deserted)
+                total += overdue + deserted
         return total
 
     async def depth(self) -> QueueDepth:
-        replies = await self._wire.run(
-            [("HMGET", keys.admission, "q", "tok", "run") for keys in self._shards]
-        )
+        commands: list[Command] = []
+        for keys in self._shards:
+            commands.append(("HMGET", keys.admission, "q", "tok", "run"))
+            commands.append(self._wire.script("oldest", keys.admission))
+        replies = await self._wire.run(commands)
         queued, tokens, running = (
-            sum(int(column or 0) for column in columns) for columns in zip(*replies, strict=True)
+            sum(int(n or 0) for n in column) for column in zip(*replies[::2], strict=True)
         )
-        return QueueDepth(queued_requests=queued, queued_tokens=tokens, running_requests=running)
+        ages = [int(age) / 1000 for age in replies[1::2] if age != b""]
+        return QueueDepth(
+            queued_requests=queued,
+            queued_tokens=tokens,
+            running_requests=running,
+            oldest_seconds=max(ages, default=None),
+        )
 
     async def engines(self) -> Sequence[EngineInfo]:
         now, *tables = await self._wire.run(
@@ -211,8 +239,10 @@ class RedisQueue:
         await self._wire.run([("PING",)])
 
     # --- the engine's side ----------------------------------------------------------------
-    async def claim(self, engine: EngineInfo, *, limit: int, wait: float) -> Sequence[Claim]:
-        return await self._claimer.claim(engine, limit=limit, wait=wait)
+    async def claim(
+        self, engine: EngineInfo, *, limit: int, wait: float, newcomers: int = 0
+    ) -> Sequence[Claim]:
+        return await self._claimer.claim(engine, limit=limit, wait=wait, newcomers=newcomers)
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         """Raises Unavailable with the code `storage_full` where tokens were refused for want of
@@ -291,6 +321,10 @@ class RedisQueue:
     async def _script(self, name: str, keys: ShardKeys, *arguments: str | bytes | int) -> list[Any]:
         (reply,) = await self._wire.run([self._wire.script(name, keys.admission, *arguments)])
         return list(reply)
+
+    def _note(self, event: QueueEvent, count: int) -> None:
+        if count:
+            self._observer.happened(event, count)
 
     def _drop(self, what: str, count: int = 1) -> None:
         self._observer.happened(QueueEvent.DROPPED, count)

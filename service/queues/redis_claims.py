@@ -56,7 +56,9 @@ class Claimer:
         self._next_orphans = 0.0  # loop time
         self._hold_until: float | None = None  # loop time; None before the first claim
 
-    async def claim(self, engine: EngineInfo, *, limit: int, wait: float) -> Sequence[Claim]:
+    async def claim(
+        self, engine: EngineInfo, *, limit: int, wait: float, newcomers: int = 0
+    ) -> Sequence[Claim]:
         """See `Queue.claim`."""
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
@@ -67,7 +69,7 @@ class Claimer:
         try:
             while True:
                 news.clear()
-                claims = await self._claim_now(engine, limit=limit)
+                claims = await self._claim_now(engine, limit=limit, newcomers=newcomers)
                 left = until - loop.time()
                 if claims or left <= 0:
                     return claims
@@ -81,14 +83,20 @@ class Claimer:
         for news in self._waiting:
             news.set()
 
-    async def _claim_now(self, engine: EngineInfo, *, limit: int) -> list[Claim]:
+    async def _claim_now(self, engine: EngineInfo, *, limit: int, newcomers: int) -> list[Claim]:
         orphans = await self._may_take_orphans()
         claims: list[Claim] = []
         for keys in self._shards:
-            owner, reply = await self._ask(keys, engine, limit=limit - len(claims), orphans=orphans)
-            found, reclaimed, dropped = reply
-            if reclaimed:
-                self._observer.happened(QueueEvent.RECLAIMED, reclaimed)
+            room = (max(0, limit - len(claims)), limit + newcomers - len(claims))
+            owner, reply = await self._ask(keys, engine, room=room, orphans=orphans)
+            found, reclaimed, dropped, overdue, crashed = reply
+            for event, count in (
+                (QueueEvent.RECLAIMED, reclaimed),
+                (QueueEvent.EXPIRED, overdue),
+                (QueueEvent.CRASHED, crashed),
+            ):
+                if count:
+                    self._observer.happened(event, count)
             if dropped:
                 self._dropped("entry of a queue", dropped)
             for fields in found:
@@ -115,14 +123,14 @@ class Claimer:
         return True
 
     async def _ask(
-        self, keys: ShardKeys, engine: EngineInfo, *, limit: int, orphans: bool
+        self, keys: ShardKeys, engine: EngineInfo, *, room: tuple[int, int], orphans: bool
     ) -> tuple[str, list[Any]]:
         """The owner of what was claimed, and the script's reply."""
         place = (engine.id, keys.shard)
         unanswered = self._unanswered.pop(place, None)
         owner = unanswered or f"{engine.id}:{secrets.token_hex(6)}"
         command = self._command(
-            keys, engine, owner, limit=limit, orphans=orphans, replay=unanswered is not None
+            keys, engine, owner, room=room, orphans=orphans, replay=unanswered is not None
         )
         answered = False
         try:
@@ -139,10 +147,11 @@ class Claimer:
         engine: EngineInfo,
         owner: str,
         *,
-        limit: int,
+        room: tuple[int, int],
         orphans: bool,
         replay: bool,
     ) -> Command:
+        """`room` is for anybody, and with newcomers."""
         limits = self._limits
         told = json.dumps(asdict(engine), separators=(",", ":"))
         numbers = (milliseconds(limits.lease), limits.max_attempts, int(orphans), int(replay))
@@ -150,15 +159,15 @@ class Claimer:
         return self._wire.script(
             "claim",
             keys.admission,
-            *(engine.id, owner, engine.numeric_class, limit),
+            *(engine.id, owner, engine.numeric_class, room[0]),
             *numbers,
             *times,
-            *(DEADLINE, CRASH_LOOP, told),
+            *(DEADLINE, CRASH_LOOP, told, room[1]),
         )
 
     async def _claim_of(self, fields: list[Any], *, owner: str) -> Claim | None:
         """What the script handed out; None for what is no request and was ended for that."""
-        request_id, epoch, deaths, remaining, body, *values = fields
+        request_id, epoch, deaths, remaining, waited, body, *values = fields
         lease = Lease(request_id.decode(), epoch, owner)
         ids: list[int] = []
         try:
@@ -169,6 +178,7 @@ class Claimer:
             self._dropped("stored request", 1)
             end = End(count=len(ids), reason=FinishReason.ERROR, error="malformed_request")
             await self._write([Write(lease, end)])
+            self._observer.happened(QueueEvent.MALFORMED)
             return None
         return Claim(
             lease=lease,
@@ -176,4 +186,5 @@ class Claimer:
             tokens=tuple(ids),
             attempt=deaths + 1,
             remaining_ms=None if remaining == b"" else remaining,
+            waited_ms=None if waited == b"" else waited,
         )

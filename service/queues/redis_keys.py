@@ -1,16 +1,21 @@
 """The names of the Redis queue's keys and channels. The scripts make the same names in Lua.
 
-    quire:1:{s0}:adm          hash     counters: q, tok, run, t:<tenant>
-    quire:1:{s0}:q0 .. q2     stream   one a priority, group `engines`, field rid
-    quire:1:{s0}:r:<request>  hash     the state of a request
-    quire:1:{s0}:t:<request>  stream   its journal; also the channel that tells of news in it
-    quire:1:{s0}:s:<sub>      hash     the submission: tenant, manifest, number of requests, grace
-    quire:1:{s0}:idem:<hash>  hash     idempotency key -> submission, fingerprint
-    quire:1:{s0}:dl           zset     request by the time to look at its deadline, ms
-    quire:1:{s0}:left         zset     submission by the time at which it counts as deserted, ms
-    quire:1:{s0}:swept        string   since when there were sweeps without a pause, ms
-    quire:1:{s0}:engines      hash     engine -> "<last seen, ms> <JSON>"
-    quire:1:{s0}:work, stops  channel  something to claim; a running request was stopped
+    quire:2:{s0}:adm          hash     counters: q, tok, run; tens: tenants in flight;
+                                       t:<tenant>, k:<key>: in flight; r:<tenant>: running;
+                                       f:<tenant>: end of its last turn; now: the latest turn
+    quire:2:{s0}:w0 .. w2     zset     one a priority: waiting request by its turn, tokens
+    quire:2:{s0}:since        zset     waiting request by the time of its submission, ms
+    quire:2:{s0}:q0 .. q2     stream   one a priority: what runs; group `engines`, field rid
+    quire:2:{s0}:r:<request>  hash     the state of a request
+    quire:2:{s0}:t:<request>  stream   its journal; also the channel that tells of news in it
+    quire:2:{s0}:s:<sub>      hash     the submission: tenant, manifest, number of requests, grace
+    quire:2:{s0}:idem:<hash>  hash     idempotency key -> submission, fingerprint
+    quire:2:{s0}:k:<key>:<unit>  string  when its requests or tokens of a minute are all back, ms
+    quire:2:{s0}:dl           zset     request by the time to look at its deadline, ms
+    quire:2:{s0}:left         zset     submission by the time at which it counts as deserted, ms
+    quire:2:{s0}:swept        string   since when there were sweeps without a pause, ms
+    quire:2:{s0}:engines      hash     engine -> "<last seen, ms> <JSON>"
+    quire:2:{s0}:work, stops  channel  something to claim; a running request was stopped
 
 The 1 is the version of this layout: processes of another one do not see these keys. The braces are
 the cluster's hash tag: all keys of a shard lie in one slot.
@@ -22,7 +27,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-LAYOUT = 1
+LAYOUT = 2
 
 _SHARD = re.compile(r"s(\d{1,4})-")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -77,18 +78,16 @@ class Wakeups:
             await asyncio.sleep(next(delays))
 
     async def _write(self, connection: Connection) -> None:
-        """Brings the subscriptions in line with the watchers; pings when there is nothing to do.
+        """Brings the subscriptions in line with the watchers; pings when there is nothing to say.
 
-        Where it fails, the connection is broken or soon silent, and `_read` fails too.
+        Watchers that come and go may leave nothing to say for long. Where it fails, the connection
+        is broken or soon silent, and `_read` fails too.
         """
         self._subscribed = set()
         self._changed.set()
+        said = time.monotonic()
         while True:
-            try:
-                async with asyncio.timeout(PING_EVERY):
-                    await self._changed.wait()
-            except TimeoutError:
-                await connection.send_command("PING")
+            await woken_within(said + PING_EVERY - time.monotonic(), self._changed)
             self._changed.clear()
             wanted = set(self._watchers)
             new, old = wanted - self._subscribed, self._subscribed - wanted
@@ -97,6 +96,11 @@ class Wakeups:
                 await connection.send_command("SUBSCRIBE", *new)
             if old:
                 await connection.send_command("UNSUBSCRIBE", *old)
+            if new or old:
+                said = time.monotonic()
+            elif time.monotonic() - said >= PING_EVERY:
+                await connection.send_command("PING")
+                said = time.monotonic()
 
     async def _read(self, connection: Connection) -> None:
         while True:

@@ -145,7 +145,15 @@ class Wire:
         pipeline = self._client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
-        replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        task = asyncio.current_task()
+        before = task.cancelling() if task else 0
+        try:
+            replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        finally:
+            # The library's `asyncio.wait_for` may forget a cancellation that comes in the moment of
+            # success, and whoever cancelled would wait for ever.
+            if task and task.cancelling() > before:
+                raise asyncio.CancelledError
         return replies
 
     def _answered(self) -> None:

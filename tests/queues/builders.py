@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from service.messages import (
+    Allowance,
     End,
     FinishReason,
     GenerationRequest,
@@ -39,6 +40,7 @@ def make_submission(
     key: str | None = None,
     fingerprint: str = "body",
     grace: float | None = None,
+    allowance: Allowance | None = None,
     **fields: Any,
 ) -> Submission:
     """`fields` are those of its requests."""
@@ -58,6 +60,7 @@ def make_submission(
         idempotency_key=key,
         fingerprint=fingerprint,
         grace=grace,
+        allowance=allowance,
     )
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.rig.redis_process import RedisServer
 from service.queues import QueueLimits
 from service.queues.redis import RedisQueue
 from tests.queues.builders import Counts
-from tests.queues.redis_process import RedisServer
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,21 @@ from contextlib import aclosing
 import pytest
 
 from service.errors import NotFound, StreamDivergence
-from service.messages import FinishReason, Record, TokenLogprob, Tokens
+from service.messages import (
+    Allowance,
+    FinishReason,
+    Record,
+    Submission,
+    TokenLogprob,
+    Tokens,
+)
 from service.queues import (
     Lease,
     Queue,
     QueueDepth,
     QueueLimits,
     SubmitStatus,
+    Usage,
     Write,
     WriteReply,
     WriteStatus,
@@ -112,6 +120,89 @@ class QueueContract:
         await finish(queue, claims[0], length=1)
         assert (await queue.submit(make_submission())).status is SubmitStatus.OK
 
+    # --- what a key may use ---------------------------------------------------------------
+    async def test_requests_a_minute(self, queue: Queue) -> None:
+        """A minute's limit may come at once; then one each share of a minute."""
+        allowance = Allowance(key="a", requests_per_minute=2)
+        for remaining in (1, 0):
+            reply = await queue.submit(make_submission(allowance=allowance, key=f"k{remaining}"))
+            assert (reply.status, reply.usage.tokens) == (SubmitStatus.OK, None)
+            meter = reply.usage.requests
+            assert meter is not None
+            assert (meter.limit, meter.remaining) == (2, remaining)
+            assert 30 * (2 - remaining) - 5 < meter.reset <= 30 * (2 - remaining)
+        refused = make_submission(allowance=allowance, key="k")
+        reply = await queue.submit(refused)
+        assert reply.status is SubmitStatus.RATE
+        assert 25 < reply.usage.wait <= 30
+        assert await queue.lookup(refused.id) is None
+        attached = await queue.submit(make_submission(allowance=allowance, key="k0"))
+        assert attached.status is SubmitStatus.EXISTS, "to follow an answer costs nothing"
+        other = Allowance(key="b", requests_per_minute=1)
+        assert (await queue.submit(make_submission(allowance=other))).status is SubmitStatus.OK
+        unlimited = make_submission(allowance=Allowance(key="c"))
+        assert (await queue.submit(unlimited)).usage == Usage()
+
+    async def test_a_minute_comes_back_bit_by_bit(self, queue: Queue, passes: Passes) -> None:
+        allowance = Allowance(key="a", tokens_per_minute=90)
+        large = make_submission(allowance=allowance, prompt_ids=(1,) * 85)
+        small = make_submission(allowance=allowance, prompt_ids=(1,), max_tokens=4)
+        assert (await queue.submit(large)).status is SubmitStatus.OK
+        reply = await queue.submit(small)
+        assert reply.status is SubmitStatus.RATE
+        assert 0 < reply.usage.wait <= 60 / 90
+        await passes(reply.usage.wait + 0.01)
+        assert (await queue.submit(small)).status is SubmitStatus.OK
+        too_large = make_submission(allowance=allowance, prompt_ids=(1,) * 91)
+        assert (await queue.submit(too_large)).status is SubmitStatus.RATE
+
+    async def test_what_is_refused_is_not_counted(self, queue: Queue) -> None:
+        allowance = Allowance(key="a", requests_per_minute=9, tokens_per_minute=600)
+        too_many = make_submission(5, allowance=allowance)
+        assert (await queue.submit(too_many)).status is SubmitStatus.TENANT
+        too_long = make_submission(allowance=allowance, prompt_ids=(1,) * 101)
+        assert (await queue.submit(too_long)).status is SubmitStatus.FULL
+        usage = (await queue.submit(make_submission(2, allowance=allowance))).usage
+        assert usage.requests is not None
+        assert usage.tokens is not None
+        assert (usage.requests.remaining, usage.tokens.remaining) == (8, 600 - 2 * (3 + 16 // 4))
+
+    async def test_tokens_are_settled_when_an_answer_ends(self, queue: Queue) -> None:
+        """Admission counts a share of max_tokens; in the end it is what was generated."""
+        allowance = Allowance(key="a", tokens_per_minute=60)
+
+        async def left(submission: Submission) -> int:
+            again = await queue.submit(submission)
+            assert again.usage.tokens is not None
+            return again.usage.tokens.remaining
+
+        short, long = (make_submission(allowance=allowance) for _ in range(2))
+        await queue.submit(short)
+        await queue.submit(long)
+        assert 60 - 2 * 7 <= await left(short) <= 60 - 2 * 7 + 2
+        await queue.stop([short.requests[0].id], FinishReason.CANCELLED)
+        assert 60 - 7 - 3 <= await left(short) <= 60 - 7 - 3 + 2
+        await finish(queue, await claim_one(queue), length=40)
+        assert 60 - 43 - 3 <= await left(long) <= 60 - 43 - 3 + 2
+        await queue.submit(make_submission(allowance=allowance))
+        await finish(queue, await claim_one(queue), length=100)
+        reply = await queue.submit(make_submission(allowance=allowance))
+        assert reply.status is SubmitStatus.RATE
+        assert 80 < reply.usage.wait < 100, "a debt is paid, too"
+
+    async def test_requests_in_flight_of_a_key(self, queue: Queue) -> None:
+        """A key's own limit, within its tenant's."""
+        few, more = Allowance(key="a", max_in_flight=2), Allowance(key="b", max_in_flight=9)
+        running = make_submission(2, allowance=few)
+        assert (await queue.submit(running)).status is SubmitStatus.OK
+        await queue.claim(make_engine(), limit=2, wait=0)
+        assert (await queue.submit(make_submission(allowance=few))).status is SubmitStatus.TENANT
+        assert (await queue.submit(make_submission(2, allowance=more))).status is SubmitStatus.OK
+        assert (await queue.submit(make_submission(allowance=more))).status is SubmitStatus.TENANT
+        await queue.stop([running.requests[0].id], FinishReason.CANCELLED)
+        assert (await queue.submit(make_submission(2, allowance=few))).status is SubmitStatus.TENANT
+        assert (await queue.submit(make_submission(allowance=few))).status is SubmitStatus.OK
+
     # --- claims ---------------------------------------------------------------------------
     async def test_higher_priorities_and_older_ones_come_first(self, queue: Queue) -> None:
         order = {}
@@ -124,6 +215,44 @@ class QueueContract:
         got = [claim.request.id for claim in (*first, *rest)]
         assert got == sorted(order, key=lambda rid: order[rid])
         assert len(first) == 3
+
+    async def test_tenants_take_turns(self, queue: Queue) -> None:
+        """By tokens, however many of one wait already; and age decides within a tenant."""
+        names = {}
+        for tenant, costs in (("a", (5, 5, 5, 5)), ("b", (10, 10))):
+            for index, cost in enumerate(costs):
+                submission = make_submission(
+                    tenant=tenant, prompt_ids=(1,) * (cost - 1), max_tokens=4
+                )
+                names[submission.requests[0].id] = f"{tenant}{index}"
+                await queue.submit(submission)
+        taken = await queue.claim(make_engine(), limit=6, wait=0)
+        assert "".join(names[claim.request.id] for claim in taken) in {
+            "a0b0a1a2b1a3", "a0b0a1b1a2a3",
+        }  # fmt: skip
+        late = make_submission(tenant="b", prompt_ids=(1,))
+        await queue.submit(make_submission(tenant="c", prompt_ids=(1,)))
+        await queue.submit(late)
+        await queue.stop([claim.request.id for claim in taken], FinishReason.CANCELLED)
+        rested = make_submission(tenant="a", prompt_ids=(1,))
+        await queue.submit(rested)
+        order = [claim.request.id for claim in await queue.claim(make_engine(), limit=3, wait=0)]
+        assert order.index(rested.requests[0].id) < order.index(late.requests[0].id)
+
+    async def test_a_full_engine_takes_newcomers(self, queue: Queue) -> None:
+        """Of tenants of whom less runs than of others: nobody's flood shuts them out."""
+        for _ in range(4):
+            await queue.submit(make_submission(tenant="flood", prompt_ids=(1,)))
+        assert len(await queue.claim(make_engine(), limit=3, wait=0)) == 3
+        assert not await queue.claim(make_engine(), limit=0, newcomers=2, wait=0)
+        quiet = make_submission(3, tenant="quiet", prompt_ids=(1,))
+        await queue.submit(quiet)
+        assert not await queue.claim(make_engine(), limit=0, wait=0)
+        first = await queue.claim(make_engine(), limit=0, newcomers=1, wait=0)
+        second = await queue.claim(make_engine(), limit=0, newcomers=5, wait=0)
+        taken = [claim.request for claim in (*first, *second)]
+        assert taken == list(quiet.requests[:2]), "two of five, and no more, are below the average"
+        assert len(await queue.claim(make_engine(), limit=9, newcomers=2, wait=0)) == 2
 
     async def test_a_claim_carries_the_whole_request(self, queue: Queue) -> None:
         submission = make_submission(stop=("é\n",), stop_token_ids=(5,), timeout_ms=60_000)

@@ -62,7 +62,7 @@ async def test_everything_ended_is_forgotten(clock: Clock) -> None:
     await queue.sweep()
     kept = (queue._groups, queue._entries, queue._keys, queue._fading, queue._running)
     assert not any(kept)
-    assert not queue._tenants
+    assert not len(queue._ledger)
 
 
 async def test_an_idempotency_key_runs_out(clock: Clock) -> None:

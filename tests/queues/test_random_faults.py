@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from service.messages import End, FinishReason
+from loadtest.rig.redis_process import RedisServer
+from service.messages import Allowance, End, FinishReason
 from service.queues import Claim, Lease, Queue, QueueDepth, QueueLimits, Write, WriteStatus
 from service.queues.memory import MemoryQueue
 from service.queues.redis import RedisQueue
@@ -29,8 +30,8 @@ from tests.queues.builders import (
     oracle,
     stop_at,
 )
-from tests.queues.redis_process import RedisServer
 
+KEY = Allowance(key="k", requests_per_minute=10**6, tokens_per_minute=10**8, max_in_flight=400)
 LIMITS = QueueLimits(
     max_requests=400, max_tokens=10**6, max_per_tenant=400, lease=0.03, max_attempts=6
 )
@@ -61,6 +62,7 @@ class Walk:
         submission = make_submission(
             self.rng.choice((1, 1, 2)),
             tenant=self.rng.choice("ab"),
+            allowance=self.rng.choice((None, KEY)),
             priority=self.rng.randrange(3),
             timeout_ms=timeout_ms,
         )
@@ -205,7 +207,9 @@ async def test_random_faults_in_memory(seed: int) -> None:
     walk = Walk(queue, random.Random(seed))
     await walk.run(2000, passes=passes)
     await walk.verify()
-    assert not queue._tenants
+    await passes(60)
+    await queue.sweep()
+    assert not len(queue._ledger)
 
 
 @pytest.mark.slow
@@ -218,8 +222,10 @@ async def test_random_faults_in_redis(
     await walk.run(2000, passes=asyncio.sleep)
     await walk.verify()
     assert not await queue.claim(make_engine(), limit=100, wait=0)  # drops what was cancelled
-    prefix = "quire:1:{s0}:"
+    prefix = "quire:2:{s0}:"
+    assert redis_server.ask("ZCARD", prefix + "since") == ":0"
     for priority in range(3):
+        assert redis_server.ask("ZCARD", f"{prefix}w{priority}") == ":0"
         assert redis_server.ask("XLEN", f"{prefix}q{priority}") == ":0"
         assert redis_server.ask("XPENDING", f"{prefix}q{priority}", "engines", "-", "+", 9) == "*0"
     assert redis_server.ask("ZCARD", prefix + "dl") == ":0"

@@ -10,7 +10,7 @@ import pytest
 
 from loadtest.rig.redis_process import RedisServer
 from service.errors import StartupError, Unavailable
-from service.messages import FinishReason, TokenLogprob, Tokens
+from service.messages import Allowance, FinishReason, TokenLogprob, Tokens
 from service.queues import Claim, QueueLimits, Write, open_queue
 from service.queues.observer import QueueEvent
 from service.queues.redis import RedisQueue
@@ -56,7 +56,7 @@ async def test_shards_are_one_queue(redis_server: RedisServer, redis_queues: Que
     for submission in submissions:
         assert (await queue.submit(submission)).status == "ok"
         assert await queue.lookup(submission.id)
-    assert redis_server.ask("HGET", "quire:1:{s2}:adm", "q") == "$1"
+    assert redis_server.ask("HGET", "quire:2:{s2}:adm", "q") == "$1"
     claims = await queue.claim(make_engine(), limit=5, wait=0)
     depth = await queue.depth()
     assert (depth.queued_requests, depth.running_requests) == (1, 5)
@@ -91,10 +91,28 @@ async def test_a_token_takes_at_most_100_bytes(
         rid = claim.request.id
         records = [answer_of(rid, i, i + 1) for i in range(length)]
         await queue.write([Write(claim.lease, record) for record in records])
-        key = f"quire:1:{{s0}}:t:{rid}"
+        key = f"quire:2:{{s0}}:t:{rid}"
         used = int(redis_server.ask("MEMORY", "USAGE", key, "SAMPLES", 0).lstrip(":"))
         assert 10 < used / length <= 100, length
         await append(queue, claim.lease, stop_at(length))
+
+
+async def test_a_key_s_limits_are_the_cluster_s(
+    redis_server: RedisServer, redis_queues: Queues
+) -> None:
+    """Replicas share its minute; and a meter is gone when its time is over."""
+    replicas = [redis_queues(redis_server.url, LIMITS) for _ in range(2)]
+    allowance = Allowance(key="a", requests_per_minute=3, tokens_per_minute=6000)
+    submissions = [make_submission(allowance=allowance) for _ in range(4)]
+    replies = [await replicas[i % 2].submit(each) for i, each in enumerate(submissions)]
+    assert [reply.status for reply in replies] == ["ok", "ok", "ok", "rate"]
+    await replicas[0].stop([each.requests[0].id for each in submissions], FinishReason.CANCELLED)
+    left = int(redis_server.ask("PTTL", "quire:2:{s0}:k:a:requests").lstrip(":"))
+    assert 50_000 < left <= 60_000
+    async with asyncio.timeout(5):
+        while redis_server.ask("EXISTS", "quire:2:{s0}:k:a:tokens") == ":1":
+            await asyncio.sleep(0.02)
+    assert redis_server.ask("EXISTS", "quire:2:{s0}:adm") == ":0"
 
 
 async def test_nothing_is_left_in_redis_after_the_resume_window(
@@ -112,8 +130,8 @@ async def test_nothing_is_left_in_redis_after_the_resume_window(
         ):  # it expires keys in the background
             await asyncio.sleep(0.05)
     for priority in range(3):
-        assert redis_server.ask("XLEN", f"quire:1:{{s0}}:q{priority}") == ":0"
-    assert redis_server.ask("EXISTS", "quire:1:{s0}:adm") == ":0"
+        assert redis_server.ask("XLEN", f"quire:2:{{s0}}:q{priority}") == ":0"
+    assert redis_server.ask("EXISTS", "quire:2:{s0}:adm") == ":0"
 
 
 async def test_time_without_sweeps_deserts_nobody(
@@ -125,14 +143,14 @@ async def test_time_without_sweeps_deserts_nobody(
     submission = make_submission(grace=0.15)
     await queue.submit(submission)
     await asyncio.sleep(0.2)
-    redis_server.ask("DEL", "quire:1:{s0}:swept")  # it goes by itself where nobody sweeps
+    redis_server.ask("DEL", "quire:2:{s0}:swept")  # it goes by itself where nobody sweeps
     assert await queue.sweep() == 0
     await asyncio.sleep(0.1)
     assert await queue.sweep() == 0
     await asyncio.sleep(0.1)
     assert await queue.sweep() == 1
-    assert redis_server.ask("EXISTS", "quire:1:{s0}:left") == ":0"
-    assert redis_server.ask("PTTL", "quire:1:{s0}:swept") != ":-1"
+    assert redis_server.ask("EXISTS", "quire:2:{s0}:left") == ":0"
+    assert redis_server.ask("PTTL", "quire:2:{s0}:swept") != ":-1"
 
 
 async def test_a_claim_whose_reply_was_lost_is_handed_out_again(
@@ -183,7 +201,7 @@ async def test_garbage_is_dropped_and_counted(
     redis_server: RedisServer, redis_queues: Queues, counts: Counts
 ) -> None:
     queue = redis_queues(redis_server.url, LIMITS)
-    prefix = "quire:1:{s0}:"
+    prefix = "quire:2:{s0}:"
     good, bad, odd = (make_submission() for _ in range(3))
     for submission in (bad, good, odd):
         await queue.submit(submission)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.rig.redis_process import RedisServer
 from service.errors import NotFound, StartupError, Unavailable
 from service.messages import End, FinishReason, Record
 from service.queues import QueueLimits, Write, WriteReply, WriteStatus
@@ -26,12 +27,11 @@ from tests.queues.builders import (
     stop_at,
 )
 from tests.queues.contract import LIMITS, NOTHING, OVER
-from tests.queues.redis_process import RedisServer
 
 pytestmark = pytest.mark.slow
 
 Queues = Callable[[str, QueueLimits], RedisQueue]
-PREFIX = "quire:1:{s0}:"
+PREFIX = "quire:2:{s0}:"
 LONG = replace(LIMITS, lease=1.0, resume_window=60.0)
 
 

@@ -21,6 +21,7 @@ NAMES = (
     "sweep",
     "attend",
     "forget",
+    "oldest",
 )
 
 

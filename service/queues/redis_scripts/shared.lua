@@ -4,6 +4,7 @@
 local ADMISSION = KEYS[1]
 local PREFIX = string.sub(ADMISSION, 1, -4) -- without 'adm'
 local DEADLINES = PREFIX .. 'dl'
+local SINCE = PREFIX .. 'since'
 local DESERTED = PREFIX .. 'left'
 local WORK = PREFIX .. 'work'
 local STOPS = PREFIX .. 'stops'
@@ -13,6 +14,7 @@ local function request_key(rid) return PREFIX .. 'r:' .. rid end
 local function journal_key(rid) return PREFIX .. 't:' .. rid end
 local function submission_key(sid) return PREFIX .. 's:' .. sid end
 local function queue_key(priority) return PREFIX .. 'q' .. priority end
+local function turns_key(priority) return PREFIX .. 'w' .. priority end
 local function num(value) return tonumber(value or 0) or 0 end
 
 local function now_ms()
@@ -49,25 +51,55 @@ local function last_moment(r, live_ttl)
 end
 
 local function count_down(field, by)
-  if redis.call('HINCRBY', ADMISSION, field, -by) == 0 then redis.call('HDEL', ADMISSION, field) end
+  local left = redis.call('HINCRBY', ADMISSION, field, -by)
+  if left == 0 then redis.call('HDEL', ADMISSION, field) end
+  return left
 end
 
 local function leave_queue(r)
+  redis.call('ZREM', SINCE, r.rid)
   count_down('q', 1)
   count_down('tok', r.cost)
 end
 
--- Writes the one terminal record. An undelivered entry stays in its stream, for the engine that
--- comes upon it; a delivered one goes now.
+-- A key's meter is one number, the time (ms) at which all that was used is given back at a limit's
+-- steady rate: see meters.py. It goes by itself when that time is over.
+local MINUTE = 60000
+local function meter_key(key, unit) return PREFIX .. 'k:' .. key .. ':' .. unit end
+local function fraction(ms) return string.format('%.3f', ms) end -- a reply cuts numbers off
+local function used_ms(meter) return math.max(0, num(redis.call('GET', meter)) - now_ms()) end
+local function use(meter, limit, amount)
+  if limit == 0 then return end
+  local now, used = now_ms(), used_ms(meter) + amount * MINUTE / limit
+  if used <= 0 then redis.call('DEL', meter)
+  else redis.call('SET', meter, fraction(now + used), 'PX', math.ceil(used)) end
+end
+
+-- Counts an ended request down for its key, and what it took beyond what admission counted.
+local function settle(r)
+  local v = redis.call('HMGET', request_key(r.rid), 'key', 'tpm', 'share')
+  if not v[1] then return end
+  count_down('k:' .. v[1], 1)
+  use(meter_key(v[1], 'tokens'), num(v[2]), r.n - num(v[3]))
+end
+
+-- Writes the one terminal record. What waits has its place among the turns, what runs has an entry in
+-- the stream: `eid` is the one or the other.
 local function end_request(r, payload, window)
   if r.st == 'queued' then
+    redis.call('ZREM', turns_key(r.pr), r.eid)
     leave_queue(r)
   else
     count_down('run', 1)
+    count_down('r:' .. r.ten, 1)
     redis.call('XACK', queue_key(r.pr), GROUP, r.eid)
     redis.call('XDEL', queue_key(r.pr), r.eid)
   end
-  count_down('t:' .. r.ten, 1)
+  if count_down('t:' .. r.ten, 1) == 0 then
+    redis.call('HDEL', ADMISSION, 'f:' .. r.ten)
+    if count_down('tens', 1) == 0 then redis.call('HDEL', ADMISSION, 'now') end
+  end
+  settle(r)
   redis.call('XADD', journal_key(r.rid), r.n .. '-1', 'e', payload)
   redis.call('HSET', request_key(r.rid), 'st', 'ended', 'fin', payload)
   redis.call('HDEL', request_key(r.rid), 'body')

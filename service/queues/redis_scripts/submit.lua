@@ -2,13 +2,20 @@
 -- Admits all requests of a submission or none. Not allowed when memory is full.
 -- ARGV: submission, tenant, manifest, nonce, idempotency name ('' for none), fingerprint,
 --   idempotency ttl, max requests, max tokens, max per tenant, live ttl, grace (times in ms; '' for no grace),
---   then for each request: id, cost, timeout ms (0 for none), priority, body.
--- Replies {status, submission to follow, queued requests, queued tokens}.
+--   key ('' for none), its requests a minute, tokens a minute, max in flight (0 for no limit),
+--   then for each request: id, cost, timeout ms (0 for none), priority, body, the answer's share of the cost.
+-- Replies {status, submission to follow, queued requests, queued tokens, and of the key's minute:
+--   ms to wait, ms used by requests, ms used by tokens, these as text}.
 local sid, tenant, nonce, name, fingerprint = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6]
-local FIRST, FIELDS = 13, 5
+local key, per_minute, tokens_per_minute, in_flight = ARGV[13], num(ARGV[14]), num(ARGV[15]), num(ARGV[16])
+local requests_meter, tokens_meter = meter_key(key, 'requests'), meter_key(key, 'tokens')
+local FIRST, FIELDS = 17, 6
 local queued = num(redis.call('HGET', ADMISSION, 'q'))
 local tokens = num(redis.call('HGET', ADMISSION, 'tok'))
-local function reply(status, id) return { status, id or sid, queued, tokens } end
+local function reply(status, id, wait)
+  return { status, id or sid, queued, tokens, fraction(wait or 0),
+    fraction(used_ms(requests_meter)), fraction(used_ms(tokens_meter)) }
+end
 
 -- The same call once more, after a lost reply.
 local known = redis.call('HGET', submission_key(sid), 'by')
@@ -26,22 +33,46 @@ for i = FIRST, #ARGV, FIELDS do cost = cost + ARGV[i + 1] end
 if num(redis.call('HGET', ADMISSION, 't:' .. tenant)) + num_requests > num(ARGV[10]) then
   return reply('tenant')
 end
+if in_flight > 0 and num(redis.call('HGET', ADMISSION, 'k:' .. key)) + num_requests > in_flight then
+  return reply('tenant')
+end
+local function wait_ms(meter, limit, amount)
+  return limit == 0 and 0 or used_ms(meter) + amount * MINUTE / limit - MINUTE
+end
+local wait = math.max(wait_ms(requests_meter, per_minute, 1), wait_ms(tokens_meter, tokens_per_minute, cost))
+if wait > 0.001 then return reply('rate', nil, wait) end
 if queued + num_requests > num(ARGV[8]) or tokens + cost > num(ARGV[9]) then return reply('full') end
 
-local now = now_ms()
+local now, time = now_ms(), redis.call('TIME')
+local arrived = string.format('%d%06d', time[1], time[2])
 for i = FIRST, #ARGV, FIELDS do
   local rid, timeout, priority = ARGV[i], num(ARGV[i + 2]), ARGV[i + 3]
   local deadline = timeout > 0 and now + timeout or 0
-  local eid = redis.call('XADD', queue_key(priority), '*', 'rid', rid)
+  -- Its turn, in tokens: where the tenant's last one ends, or now. See memory_ledger.py.
+  local turn = math.max(num(redis.call('HGET', ADMISSION, 'now')), num(redis.call('HGET', ADMISSION, 'f:' .. tenant)))
+  redis.call('HSET', ADMISSION, 'f:' .. tenant, string.format('%.0f', turn + ARGV[i + 1]))
+  local eid = arrived .. ' ' .. rid -- of equal turns the older goes first
+  redis.call('ZADD', turns_key(priority), turn, eid)
+  redis.call('ZADD', SINCE, now, rid)
   redis.call('HSET', request_key(rid), 'st', 'queued', 'ep', 0, 'own', '', 'n', 0, 'att', 0,
     'ten', tenant, 'cost', ARGV[i + 1], 'dl', deadline, 'ct', now, 'eid', eid, 'pr', priority,
     'sub', sid, 'body', ARGV[i + 4])
+  if key ~= '' then
+    redis.call('HSET', request_key(rid), 'key', key, 'tpm', tokens_per_minute, 'share', ARGV[i + 5])
+  end
   redis.call('ZADD', DEADLINES, deadline > 0 and deadline or now + num(ARGV[11]), rid)
 end
 redis.call('HSET', submission_key(sid), 'ten', tenant, 'man', ARGV[3], 'num', num_requests,
   'left', num_requests, 'by', nonce, 'gr', ARGV[12])
 if ARGV[12] ~= '' then redis.call('ZADD', DESERTED, now + num(ARGV[12]), sid) end
-redis.call('HINCRBY', ADMISSION, 't:' .. tenant, num_requests)
+if redis.call('HINCRBY', ADMISSION, 't:' .. tenant, num_requests) == num_requests then
+  redis.call('HINCRBY', ADMISSION, 'tens', 1)
+end
+if key ~= '' then
+  redis.call('HINCRBY', ADMISSION, 'k:' .. key, num_requests)
+  use(requests_meter, per_minute, 1)
+  use(tokens_meter, tokens_per_minute, cost)
+end
 queued = redis.call('HINCRBY', ADMISSION, 'q', num_requests)
 tokens = redis.call('HINCRBY', ADMISSION, 'tok', cost)
 if name ~= '' then

@@ -2,8 +2,8 @@
 -- Ends what is over its time and what is deserted, and forgets engines that are long gone.
 -- ARGV: payload, resume window, live ttl, silence after which an engine is forgotten (ms), at most,
 --   payload for what is deserted, pause between sweeps beyond which nobody could attend (ms).
--- Replies {looked at, ended}.
-local now, live_ttl, ended = now_ms(), num(ARGV[3]), 0
+-- Replies {looked at, ended at their time, ended for being deserted}.
+local now, live_ttl, overdue, deserted = now_ms(), num(ARGV[3]), 0, 0
 local due = redis.call('ZRANGEBYSCORE', DEADLINES, '-inf', now, 'LIMIT', 0, ARGV[5])
 for _, rid in ipairs(due) do
   local r = load(rid)
@@ -11,7 +11,7 @@ for _, rid in ipairs(due) do
     redis.call('ZREM', DEADLINES, rid)
   elseif now >= last_moment(r, live_ttl) then
     stop_request(r, ARGV[1], ARGV[2])
-    ended = ended + 1
+    overdue = overdue + 1
   else
     redis.call('ZADD', DEADLINES, last_moment(r, live_ttl), rid)
   end
@@ -26,7 +26,7 @@ for _, sid in ipairs(left) do
   if earliest > now then
     redis.call('ZADD', DESERTED, earliest, sid)
   else
-    ended = ended + stop_submission(sid, ARGV[6], ARGV[2])
+    deserted = deserted + stop_submission(sid, ARGV[6], ARGV[2])
     redis.call('ZREM', DESERTED, sid)
   end
 end
@@ -43,4 +43,4 @@ for i = 1, #engines, 2 do
     if pending == 0 then redis.call('HDEL', PREFIX .. 'engines', engines[i]) end
   end
 end
-return { math.max(#due, #left), ended }
+return { math.max(#due, #left), overdue, deserted }
