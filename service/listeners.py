@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
+from functools import partial
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.api.connection import DROP
 from service.errors import StartupError
+from service.http_guard import GuardedProtocol, HttpLimits
 
 SILENCE = 45  # seconds that a peer may leave what was sent unanswered
 
@@ -20,7 +22,8 @@ SILENCE = 45  # seconds that a peer may leave what was sent unanswered
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket. Raises StartupError where the port is taken or the address is not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small writes at once (TCP_NODELAY) only where the protocol is named.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     _notice_silence(bound)
     try:
@@ -52,8 +55,8 @@ def address(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class DroppingProtocol(HttpToolsProtocol):
-    """HTTP/1.1 as uvicorn speaks it, and a way for the application to drop a connection.
+class DroppingProtocol(GuardedProtocol):
+    """Guarded HTTP/1.1, and a way for the application to drop a connection.
 
     ASGI has none, and to close one waits for a reader who takes nothing.
     """
@@ -70,11 +73,19 @@ class Listener(uvicorn.Server):
     Signals are the role's business: it stops all its listeners in its own order.
     """
 
-    def __init__(self, app: FastAPI, bound: socket.socket, *, grace: float = 1.0) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        bound: socket.socket,
+        *,
+        grace: float = 1.0,
+        limits: HttpLimits | None = None,
+    ) -> None:
+        protocol = partial(DroppingProtocol, limits=limits or HttpLimits())
         super().__init__(
             uvicorn.Config(
                 app,
-                http=DroppingProtocol,
+                http=cast("type[asyncio.Protocol]", protocol),  # is called, no more
                 ws="none",
                 log_config=None,
                 access_log=False,

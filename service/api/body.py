@@ -14,7 +14,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 
 from service.api.context import get_context
 from service.api.limits import ApiLimits
@@ -25,6 +27,8 @@ _CONTENT_TYPE = re.compile(r"application/json\s*(;\s*charset=\"?utf-8\"?\s*)?", 
 MAX_BRACKETS = 2**17
 """Also those within texts. Each may cost a list, and so many lists hold up the event loop."""
 MANY_VALUES = 2**15
+MAX_MEMBERS = 2**17
+"""Of one object. To make a dictionary of more holds up the event loop, from any thread."""
 
 
 class DuplicateKeyError(ValueError):
@@ -40,7 +44,8 @@ def parse_json(data: bytes, *, max_depth: int) -> dict[str, Any]:
     # The parser keeps all other threads waiting, but not while it is in a function of ours.
     read_int = _integer if data.count(b",") > MANY_VALUES else None
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_int=read_int)
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_object, parse_int=read_int, parse_float=_number)
     except DuplicateKeyError:
         raise BadRequest("an object names a key twice", code="duplicate_key") from None
     except (ValueError, RecursionError):
@@ -57,7 +62,16 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
+def _number(digits: str) -> float:
+    """What is an integer by its value is one, however it is written: 2.0, 1e3."""
+    value = float(digits)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_MEMBERS:
+        message = f"an object may have at most {MAX_MEMBERS} members"
+        raise BadRequest(message, code="object_above_max_length")
     value = dict(pairs)
     if len(value) != len(pairs):
         raise DuplicateKeyError
@@ -102,17 +116,17 @@ async def read_body(request: Request, limits: ApiLimits) -> bytes:
 
 
 class JsonRequest(Request):
-    """A request whose body is read and parsed already."""
+    """A request whose body is read and parsed already; a long one is validated, too."""
 
     raw: bytes
-    parsed: dict[str, Any]
+    parsed: dict[str, Any] | BaseModel
 
     async def body(self) -> bytes:
         """The bytes as they came."""
         return self.raw
 
-    async def json(self) -> dict[str, Any]:
-        """The parsed object."""
+    async def json(self) -> dict[str, Any] | BaseModel:
+        """The parsed object, or the model made of it, which FastAPI takes as it is."""
         return self.parsed
 
 
@@ -122,17 +136,24 @@ class JsonRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, given a `JsonRequest`."""
         handle = super().get_route_handler()
-        if self.body_field is None:
+        field = self.body_field
+        if field is None:
             return handle
+
+        def parse_and_check(data: bytes, limits: ApiLimits) -> BaseModel:
+            parsed = parse_json(data, max_depth=limits.max_json_depth)
+            model, errors = field.validate(parsed, {}, loc=("body",))
+            if errors:
+                raise RequestValidationError(errors)
+            assert isinstance(model, BaseModel)  # noqa: S101  # all our bodies are
+            return model
 
         async def read_then_handle(request: Request) -> Response:
             limits = get_context(request).limits
             whole = JsonRequest(request.scope, request.receive)
             whole.raw = await read_body(request, limits)
             if len(whole.raw) > limits.inline_body_bytes:
-                whole.parsed = await asyncio.to_thread(
-                    parse_json, whole.raw, max_depth=limits.max_json_depth
-                )
+                whole.parsed = await asyncio.to_thread(parse_and_check, whole.raw, limits)
             else:
                 whole.parsed = parse_json(whole.raw, max_depth=limits.max_json_depth)
             return await handle(whole)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from service.api.auth import Tenant
 from service.api.body import JsonRequest
@@ -28,6 +27,7 @@ class Call:
     idempotency_key: str | None = None
     fingerprint: str = ""  # of path and body, where there is a key to compare it by
     event_ids: bool = False  # the stream carries ids, and can be resumed by them
+    trace: str | None = None  # its own `traceparent`; None: it is not traced
 
 
 def read_call(request: JsonRequest, tenant: Tenant, limits: ApiLimits) -> Call:
@@ -39,14 +39,21 @@ def read_call(request: JsonRequest, tenant: Tenant, limits: ApiLimits) -> Call:
         arrived=request.state.arrived,
         timeout_ms=_timeout(request.headers.get("x-request-timeout-ms"), limits),
         idempotency_key=key,
-        fingerprint="" if key is None else _fingerprint(request.scope["path"], request.parsed),
+        fingerprint="" if key is None else _fingerprint(request, limits),
         event_ids=_flag(request.headers.get("x-quire-event-ids")),
+        trace=request.state.trace,
     )
 
 
-def _fingerprint(path: str, body: dict[str, Any]) -> str:
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(f"{path}\n{canonical}".encode()).hexdigest()
+def _fingerprint(request: JsonRequest, limits: ApiLimits) -> str:
+    """Of path and body. The order of keys and white space do not count, but in a long body they do:
+    to write it again would hold up the event loop.
+    """
+    content = request.raw
+    if len(content) <= limits.inline_body_bytes:
+        canonical = json.dumps(request.parsed, sort_keys=True, separators=(",", ":"))
+        content = canonical.encode()
+    return hashlib.sha256(request.scope["path"].encode() + b"\n" + content).hexdigest()
 
 
 def _timeout(value: str | None, limits: ApiLimits) -> int | None:

@@ -16,13 +16,16 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from service.api.fields import FieldFault
+from service.api.message_errors import is_message_path, message_error_body
 from service.errors import (
     BadRequest,
     MethodNotAllowed,
     NotFound,
     QuireError,
+    RequestTimeout,
     TooLarge,
     Unauthorized,
 )
@@ -64,17 +67,19 @@ def error_headers(error: QuireError) -> dict[str, str]:
         headers["retry-after-ms"] = str(math.ceil(seconds * 1000))
     if not error.retryable:
         headers["x-should-retry"] = "false"
-    if isinstance(error, TooLarge) or error.code == "shutting_down":
+    if isinstance(error, TooLarge | RequestTimeout) or error.code == "shutting_down":
         headers["connection"] = "close"
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     return headers
 
 
-def error_response(error: QuireError, headers: dict[str, str] | None = None) -> Response:
-    """The whole HTTP answer of an error."""
+def error_response(
+    error: QuireError, headers: dict[str, str] | None = None, *, path: str = ""
+) -> Response:
+    """The whole HTTP answer of an error, in the shape of the path's clients."""
     return Response(
-        error_body(error),
+        message_error_body(error) if is_message_path(path) else error_body(error),
         status_code=error.status,
         headers=error_headers(error) | (headers or {}),
         media_type="application/json",
@@ -112,6 +117,8 @@ def _dotted(location: Sequence[str | int]) -> str | None:
     for part in location[1:]:
         if isinstance(part, int):
             path += f"[{part}]"
+        elif part.startswith("("):
+            continue  # the name of a union's member, which is no part of the path
         elif _NAME.fullmatch(part):
             path += f".{part}" if path else part
         else:
@@ -122,17 +129,20 @@ def _dotted(location: Sequence[str | int]) -> str | None:
 def install(app: FastAPI) -> None:
     """Makes `app` answer all errors in our shape."""
 
-    async def ours(_request: Request, error: Exception) -> Response:
+    async def ours(request: Request, error: Exception) -> Response:
         assert isinstance(error, QuireError)  # noqa: S101  # registered for it
-        return error_response(error)
+        return error_response(error, path=request.scope["path"])
 
-    async def invalid(_request: Request, error: Exception) -> Response:
+    async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101  # registered for it
-        return error_response(from_validation(error.errors()))
+        return error_response(from_validation(error.errors()), path=request.scope["path"])
 
-    async def http(_request: Request, error: Exception) -> Response:
+    async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101  # registered for it
-        return error_response(_from_http(error), dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_allowed(request))
+        return error_response(_from_http(error), headers, path=request.scope["path"])
 
     async def left(_request: Request, _error: Exception) -> Response:
         return Response(status_code=499)  # nobody is there to read it
@@ -140,13 +150,26 @@ def install(app: FastAPI) -> None:
     async def unexpected(request: Request, _error: Exception) -> Response:
         # Starlette answers with this from outside of the boundary, and then raises: uvicorn logs.
         failure = QuireError("the server failed to answer this request")
-        return error_response(failure, {"x-request-id": request.state.request_id})
+        headers = {"x-request-id": request.state.request_id}
+        return error_response(failure, headers, path=request.scope["path"])
 
     app.add_exception_handler(QuireError, ours)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(ClientDisconnect, left)
     app.add_exception_handler(Exception, unexpected)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods that some route knows at this address; the router tells of the first route's."""
+    return [
+        method
+        for method in ("DELETE", "GET", "POST")
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.routes
+        )
+    ]
 
 
 def _from_http(error: HTTPException) -> QuireError:

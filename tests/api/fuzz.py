@@ -1,0 +1,160 @@
+"""What the OpenAPI document promises, tried at random: `python -m tests.api.fuzz [options]`.
+
+Serves the API with its document, a real tokenizer and a scripted engine, and lets Schemathesis
+loose on it with all its checks. Options are Schemathesis' own, such as `--max-examples 1000` or
+`--include-path /tokenize`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import schemathesis
+from tokenizers import pre_tokenizers
+
+from model.tokenizer import Tokenizer
+from service.api.context import Probes
+from service.api.limits import ApiLimits
+from service.api.observer import NullObserver
+from service.app import build_app
+from service.listeners import Listener, address, bind
+from service.messages import ModelCard
+from service.queues import QueueLimits
+from service.queues.memory import MemoryQueue
+from tests.api.conftest import ScriptedEngine, random_answer
+from tests.conftest import build_tiny_model
+
+MODEL = "tiny-model"
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+[checks.negative_data_rejection]
+# Too much of anything is a refusal, too.
+expected-statuses = ["400", "401", "403", "404", "405", "406", "408", "409", "413", "414", "415",
+                     "422", "428", "429", "431", "5xx"]
+[checks.positive_data_acceptance]
+# `refusals_of_valid_bodies_have_their_reason` looks at these.
+expected-statuses = ["2xx", "400", "401", "403", "404", "409", "410", "429", "5xx"]
+"""
+REASONS = re.compile(
+    r"together may be|needs|exactly one|agree|exclude each other|not be (more|less) than|goes with"
+    r"|times choices|cannot be|room for a token|must be a JSON schema|two tools have one name"
+    r"|chat_template_kwargs|no answer can match|text of a JSON object|tool_use for the assistant"
+)
+"""What joins fields, or needs the model, and so is in no schema."""
+
+
+@schemathesis.check
+def refusals_of_valid_bodies_have_their_reason(
+    _context: schemathesis.CheckContext,
+    response: schemathesis.Response,
+    case: schemathesis.Case[Any],
+) -> None:
+    """What the document allows is refused for nothing but what no document can say."""
+    valid = case.meta is not None and case.meta.generation.mode.is_positive
+    if valid and response.status_code == 400:
+        message = response.json()["error"]["message"]
+        assert REASONS.search(message), message
+
+
+@schemathesis.hook
+def filter_case(_context: schemathesis.HookContext, case: schemathesis.Case[Any]) -> bool:
+    """Leaves out what is no fault of a server's: a header that it does not know."""
+    return "x-schemathesis-unknown-property" not in (case.headers or {})
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address of a server in a thread of its own."""
+    splitter = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer = Tokenizer.from_checkpoint(build_tiny_model(splitter).write_folder(folder))
+    bound = bind("127.0.0.1", 0)
+    ends = threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(_serve(bound, tokenizer, ends)))
+    thread.start()
+    try:
+        yield address(bound)
+    finally:
+        ends.set()
+        thread.join()
+
+
+async def _serve(bound: socket.socket, tokenizer: Tokenizer, ends: threading.Event) -> None:
+    queue = MemoryQueue(QueueLimits())
+    card = ModelCard(
+        id=MODEL,
+        max_model_len=256,
+        vocab_size=tokenizer.vocab_size,
+        numeric_class="scripted",
+        created=1_700_000_000,
+    )
+    app = build_app(
+        queue,
+        tokenizer,
+        lambda: card,
+        probes=Probes(
+            started=lambda: True,
+            live=lambda: True,
+            draining=lambda: False,
+            served=lambda: True,
+            tokens_per_second=lambda: 100.0,
+        ),
+        limits=ApiLimits(),
+        observer=NullObserver(),
+        version="0.0.1",
+        extras=("docs", "page"),
+    )
+    listener = Listener(app, bound)
+    engine = ScriptedEngine(queue, tokenizer, random_answer(tokenizer.vocab_size))
+    tasks = [asyncio.create_task(listener.listen()), asyncio.create_task(engine.run())]
+    while not ends.is_set():
+        await asyncio.sleep(0.05)
+    listener.stop()
+    await tasks[0]
+    tasks[1].cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def run_checks(
+    url: str, options: Sequence[str], *, folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """One run with all checks; its exit status is 0 where none failed. It works in `folder`."""
+    (folder / "schemathesis.toml").write_text(CONFIG)
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"]
+    command += ["--checks", "all", "--output-sanitize", "false", *options]
+    environment = {
+        **os.environ,
+        "COLUMNS": "120",
+        "PYTHONPATH": str(ROOT),
+        "SCHEMATHESIS_HOOKS": "tests.api.fuzz",
+    }
+    return subprocess.run(
+        command,
+        check=False,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as name, serving(Path(name)) as url:
+        run = run_checks(url, sys.argv[1:], folder=Path(name))
+    sys.stdout.write(run.stdout + run.stderr)
+    return run.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

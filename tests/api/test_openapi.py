@@ -1,0 +1,240 @@
+"""The OpenAPI document, walked: everything is described, bounded and shown, and it is true."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema_rs
+import pytest
+
+from model.tokenizer import Tokenizer
+from service.api.context import Probes
+from service.api.document import operations
+from service.api.document_errors import STATUSES
+from service.api.limits import ApiLimits
+from service.api.observer import NullObserver
+from service.app import build_app
+from service.errors import QuireError
+from service.messages import ModelCard
+from service.queues import QueueLimits
+from service.queues.memory import MemoryQueue
+from tests.api.bad_input_rows import CHAT, COMPLETIONS, RESPONSES, B, C, R
+
+Json = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def document(tokenizer: Tokenizer) -> Json:
+    """It is made once: that takes a moment."""
+    card = ModelCard(
+        id="tiny-model", max_model_len=256, vocab_size=303, numeric_class="c", created=1
+    )
+    probes = Probes(
+        started=lambda: True,
+        live=lambda: True,
+        draining=lambda: False,
+        served=lambda: True,
+        tokens_per_second=lambda: 0.0,
+    )
+    app = build_app(
+        MemoryQueue(QueueLimits()),
+        tokenizer,
+        lambda: card,
+        probes=probes,
+        limits=ApiLimits(),
+        observer=NullObserver(),
+        version="0.0.1",
+        extras=("docs", "page"),
+    )
+    return dict(json.loads(json.dumps(app.openapi())))
+
+
+def bodies(document: Json) -> Iterator[tuple[str, Json]]:
+    """(name, schema) of each body."""
+    for path, method, operation in operations(document):
+        if "requestBody" in operation:
+            content = operation["requestBody"]["content"]
+            assert list(content) == ["application/json"], (path, method)
+            name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            yield name, document["components"]["schemas"][name]
+
+
+def fields(document: Json, schema: Json, path: str = "") -> Iterator[tuple[str, Json, Json]]:
+    """(path, node, field) of each node of each field; what is referred to is part of it."""
+    waiting: list[tuple[str, Json, Json]] = [
+        (f"{path}.{name}", field, field) for name, field in schema.get("properties", {}).items()
+    ]
+    seen = set()
+    while waiting:
+        where, node, field = waiting.pop()
+        yield where, node, field
+        reference = node.get("$ref", "").rpartition("/")[2]
+        if reference and reference not in seen:
+            seen.add(reference)
+            yield from fields(document, document["components"]["schemas"][reference], where)
+        for word in ("anyOf", "oneOf", "allOf"):
+            waiting += [(where, inner, field) for inner in node.get(word, [])]
+        for word in ("items", "additionalProperties"):
+            if isinstance(node.get(word), dict):
+                waiting.append((f"{where}[]", node[word], field))
+        if "properties" in node:
+            waiting += [(f"{where}.{k}", v, field) for k, v in node["properties"].items()]
+
+
+def is_bounded(node: Json) -> bool:
+    words = node.keys()
+    match node.get("type"):
+        case "string":
+            return bool(words & {"enum", "const", "maxLength", "pattern"})
+        case "integer" | "number":
+            return bool(words & {"minimum", "exclusiveMinimum"}) and bool(
+                words & {"maximum", "exclusiveMaximum"}
+            )
+        case "array":
+            return "maxItems" in words
+        case "object":
+            return node.get("additionalProperties") is False or "maxProperties" in words
+    return True
+
+
+def test_every_field_is_described_and_bounded(document: Json) -> None:
+    assert len(dict(bodies(document))) >= 6
+    undescribed, unbounded = set(), set()
+    for name, schema in bodies(document):
+        assert schema.get("description"), name
+        assert schema["additionalProperties"] is False
+        for path, node, field in fields(document, schema, name):
+            if not (field.get("description") or "$ref" in field):
+                undescribed.add(path)
+            # What stands beside it in the field bounds a part without a bound of its own.
+            if not is_bounded(node) and "maxProperties" not in field:
+                unbounded.add(path)
+    assert (undescribed, unbounded) == (set(), set())
+
+
+@pytest.mark.slow
+async def test_limits_are_those_that_are_configured(start_service: Any, small_limits: Any) -> None:
+    limits = small_limits(max_choices=3, max_stop_chars=7, max_prompts=5)
+    async with start_service(docs=True, limits=limits, max_model_len=99) as service:
+        document = (await service.client.get("/openapi.json")).json()
+        assert (await service.client.get("/openapi.json")).json() == document
+    body = document["components"]["schemas"]["CompletionBody"]["properties"]
+    assert body["n"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 3}
+    assert body["max_tokens"]["anyOf"][0]["maximum"] == 99
+    assert body["stop"]["anyOf"][0]["maxLength"] == 7
+    assert body["prompt"]["anyOf"][1]["maxItems"] == 5
+    assert body["prompt"]["anyOf"][2]["items"]["maximum"] == 302
+    seed = body["seed"]["anyOf"][0]
+    assert (seed["minimum"], seed["maximum"]) == (-(2**63), 2**64 - 1)
+
+
+@pytest.mark.slow
+async def test_every_example_is_answered(start_service: Any) -> None:
+    async with start_service(docs=True) as service:
+        document = (await service.client.get("/openapi.json")).json()
+        for path, method, operation in operations(document):
+            if "requestBody" not in operation:
+                continue
+            schema = operation["requestBody"]["content"]["application/json"]["schema"]
+            name = schema["$ref"].rpartition("/")[2]
+            examples = document["components"]["schemas"][name]["examples"]
+            assert examples, name
+            for example in examples:
+                jsonschema_rs.validate({**schema, "components": document["components"]}, example)
+                reply = await service.post(path, example)
+                absent = "attention_not_available"  # the one that needs a network
+                assert reply.status_code == 200 or absent in reply.text, (method, path, reply.text)
+
+
+def test_every_status_and_header_is_described(document: Json) -> None:
+    for path, method, operation in operations(document):
+        where = (method, path)
+        assert operation["description"], where
+        assert operation["summary"], where
+        answers = operation["responses"]
+        assert "200" in answers
+        assert "500" in answers
+        assert "422" not in answers, "FastAPI's own error shape never appears"
+        assert not [status for status in answers if not status.isdecimal()]
+        for answer in answers.values():
+            assert answer["description"]
+            assert "x-request-id" in answer["headers"]
+            for header in answer["headers"].values():
+                assert header["description"]
+                assert header["schema"]
+        for parameter in operation.get("parameters", []):
+            assert parameter["description"], (where, parameter["name"])
+
+
+def test_every_answer_has_its_shape(document: Json) -> None:
+    for path, method, operation in operations(document):
+        for status, answer in operation["responses"].items():
+            content = answer.get("content", {})
+            assert content or status == "304", (method, path, status)
+            assert all(kind["schema"] for kind in content.values()), (method, path, status)
+
+
+@pytest.mark.slow
+async def test_answers_have_the_shapes_that_are_promised(service: Any, document: Json) -> None:
+    asked: list[tuple[str, Json]] = [
+        (COMPLETIONS, B),
+        (COMPLETIONS, B | {"logprobs": 2, "echo": True, "n": 2}),
+        (CHAT, C | {"logprobs": True, "top_logprobs": 2, "return_token_ids": True}),
+        (CHAT, C | {"prompt_logprobs": 1}),
+        (RESPONSES, R),
+        (RESPONSES, R | {"background": True}),
+        ("/v1/messages", {"model": B["model"], "max_tokens": 3, "messages": C["messages"]}),
+        ("/v1/messages/count_tokens", {"model": B["model"], "messages": C["messages"]}),
+        ("/tokenize", {"prompt": "hi", "return_token_strs": True}),
+        ("/detokenize", {"tokens": [1, 2]}),
+    ]
+    for path, body in asked:
+        reply = await service.post(path, body)
+        _check_shape(document, "post", path, reply)
+    for path in ("/v1/models", "/version", "/health", "/health/live", "/status"):
+        _check_shape(document, "get", path, await service.client.get(path))
+    reply = await service.client.get("/v1/models/tiny-model")
+    _check_shape(document, "get", "/v1/models/{model}", reply)
+
+
+def _check_shape(document: Json, method: str, path: str, reply: Any) -> None:
+    assert reply.status_code == 200, reply.text
+    answer = document["paths"][path][method]["responses"]["200"]
+    schema = answer["content"]["application/json"]["schema"]
+    jsonschema_rs.validate({**schema, "components": document["components"]}, reply.json())
+
+
+def test_every_error_has_its_status() -> None:
+    """An error class that is added is in the document."""
+    found, waiting = set(), [QuireError]
+    while waiting:
+        error = waiting.pop()
+        found.add(error.status)
+        waiting += error.__subclasses__()
+    # 405 is the answer to a method that the document does not list.
+    assert found - {405} <= STATUSES.keys()
+
+
+async def test_the_document_is_for_those_who_ask_for_it(service: Any) -> None:
+    for path in ("/openapi.json", "/docs", "/redoc"):
+        assert (await service.client.get(path)).status_code == 404
+
+
+def test_the_document_is_an_openapi_document(document: Json) -> None:
+    assert document["openapi"].startswith("3.1")
+    assert set(document["components"]["securitySchemes"]) == {"bearer", "x-api-key"}
+    for name, schema in document["components"]["schemas"].items():
+        jsonschema_rs.meta.validate(schema)
+        assert schema.get("description"), name
+    text = json.dumps(document)
+    for reference in set(text.split('"$ref": "#/components/schemas/')[1:]):
+        assert reference.split('"')[0] in document["components"]["schemas"]
+    assert ApiLimits().max_timeout_ms == _header(document, "x-request-timeout-ms")["maximum"]
+
+
+def _header(document: Json, name: str) -> Json:
+    parameters = document["paths"]["/v1/completions"]["post"]["parameters"]
+    (found,) = (p["schema"] for p in parameters if p["name"] == name)
+    return dict(found)
