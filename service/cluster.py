@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
+from typing import Protocol
 
 from service.errors import Unavailable
 from service.messages import ModelCard
@@ -18,6 +18,22 @@ from service.queues import Queue, QueueDepth
 
 REFRESH_EVERY = 1.0
 ENGINES_GONE_AFTER = 5.0  # seconds without any engine before new requests are refused
+
+
+class ClusterObserver(Protocol):
+    """What the cluster tells whoever counts. Called in the event loop."""
+
+    def queue_read(self, depth: QueueDepth, engines: int) -> None:
+        """What waits and runs, and how many engines were heard of."""
+        ...
+
+    def queue_away(self) -> None:
+        """The queue could not be read: nothing is known of it."""
+        ...
+
+    def serves(self, card: ModelCard) -> None:
+        """What is served here; again where that changed."""
+        ...
 
 
 class Cluster:
@@ -28,15 +44,16 @@ class Cluster:
         queue: Queue,
         card: ModelCard,
         *,
-        on_depth: Callable[[QueueDepth], None],
+        observer: ClusterObserver,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.card = card
         self._queue = queue
-        self._on_depth = on_depth
+        self._observer = observer
         self._clock = clock
         self._tokens_per_second = 0.0
         self._last_engine = clock()
+        observer.serves(card)
 
     @property
     def has_engines(self) -> bool:
@@ -55,16 +72,21 @@ class Cluster:
             self._tokens_per_second = sum(engine.tokens_per_second for engine in engines)
             newest = engines[-1]
             lengths = [engine.max_model_len for engine in engines if engine.max_model_len]
-            self.card = replace(
+            known = replace(
                 self.card,
                 numeric_class=newest.numeric_class,
                 max_model_len=min([self.card.max_model_len, *lengths]),
             )
-        self._on_depth(await self._queue.depth())
+            if known != self.card:
+                self.card = known
+                self._observer.serves(known)
+        self._observer.queue_read(await self._queue.depth(), len(engines))
 
     async def watch(self) -> None:
         """Refreshes for ever; what cannot be read now is read later."""
         while True:
-            with suppress(Unavailable):
+            try:
                 await self.refresh()
+            except Unavailable:
+                self._observer.queue_away()
             await asyncio.sleep(REFRESH_EVERY)

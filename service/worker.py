@@ -35,6 +35,7 @@ CLAIM_WAIT = 0.25  # seconds; a drain waits for the claim under way
 HEARTBEAT = 1.0  # seconds between two signs of life of an engine without room
 CONDEMNED_ATTEMPT = 3  # the last attempt that the default limits allow: two engines died before
 PROBATION = 2.0  # seconds after which a suspect counts as harmless even without a token
+GIVE_BACK_WITHIN = 3.0  # seconds; a store that is away then learns of it by the leases' ends
 STORAGE_PATIENCE = 5.0  # seconds that a write is tried again while the store refuses it
 
 
@@ -49,8 +50,19 @@ class WorkerObserver(Protocol):
         """A request came from the queue; it has tokens where an engine had begun it."""
         ...
 
+    def first_token(self, request_id: str) -> None:
+        """The first token that this engine made of an answer is in the journal."""
+        ...
+
     def ended(self, end: End, seconds: float) -> None:
         """A request's end is in the journal, `seconds` after its claim."""
+        ...
+
+    def let_go(self, claim: Claim, outcome: str, *, written: int, end: End | None = None) -> None:
+        """The engine is done with what it claimed: it ended, or was given up. Once a claim.
+
+        `outcome` is the end's reason or the cause; the journal has `written` tokens.
+        """
         ...
 
     def fenced(self) -> None:
@@ -78,6 +90,7 @@ class Held:
     since: float
     records: list[Tokens] = field(default_factory=list)
     written: int = 0  # tokens that are surely in the journal
+    ending: bool = False  # its end is on its way; the reply to it says what became of it
 
     @property
     def lease(self) -> Lease:
@@ -109,7 +122,9 @@ class Worker:
         self._held: dict[str, Held] = {}
         self._events: deque[Event] = deque()
         self._events_came = asyncio.Event()
+        self._writing = asyncio.Lock()
         self._room_changed = asyncio.Event()
+        self._compiling: set[asyncio.Task[None]] = set()  # claims whose grammar is not ready yet
         self._on_probation: set[str] = set()
         self._probation_ends = 0.0
         self._quarantine = False  # a condemned request waits for this engine to be empty, or runs
@@ -152,13 +167,15 @@ class Worker:
         try:
             await asyncio.wait([*tasks, *signals], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            claiming, *others = tasks
+            claiming, writing, *others = tasks
             await _cancel(others if self._draining.is_set() else tasks)
             await _cancel(signals)
-            await self._give_back()
-            # A claim under way is waited for: cut off, its requests would wait for their leases.
+            # A claim under way is waited for: cut off, its requests would wait for their leases;
+            # later, it could take back what is given back here.
             await asyncio.wait([claiming], timeout=4 * CLAIM_WAIT)
             await _cancel([claiming])
+            await self._give_back()
+            await _cancel([writing])
         for task in tasks:
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
@@ -171,29 +188,36 @@ class Worker:
 
     async def _give_back(self) -> None:
         """Journals what is computed, then releases what is not finished."""
+        await _cancel(list(self._compiling))
         await asyncio.to_thread(self._engine.stop, 3.0)
         await asyncio.sleep(0)  # events that the last step delivered are taken now
-        with contextlib.suppress(Unavailable):
-            if not self._failed.is_set():
-                await self._write_pending()
-            await self._queue.release([held.lease for held in self._held.values()])
+        with contextlib.suppress(Unavailable, TimeoutError):
+            async with asyncio.timeout(GIVE_BACK_WITHIN):
+                if not self._failed.is_set():
+                    await self._write_pending()
+                await self._queue.release([held.lease for held in self._held.values()])
+        for held in self._held.values():
+            self._observer.let_go(held.claim, "released", written=held.written)
         self._held.clear()
 
     # --- claiming -------------------------------------------------------------------------
     async def _claim_loop(self) -> None:
         backoff, heard = _Backoff(), self._clock() - HEARTBEAT
         while not self._draining.is_set():
-            room = 0 if self._claiming_waits() else self._engine.room
+            room = 0 if self._claiming_waits() else self._engine.room - len(self._compiling)
+            newcomers = 0 if self._claiming_waits() else self._engine.newcomers
             if room <= 0:
                 self._room_changed.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._room_changed.wait(), 0.05)
-                if self._clock() - heard < HEARTBEAT:
+                if not newcomers and self._clock() - heard < HEARTBEAT:
                     continue
             try:
-                # Without room it claims nothing and only says that this engine lives.
+                # Without room it claims newcomers at most, and says that this engine lives.
                 wait = CLAIM_WAIT if room > 0 else 0.0
-                claims = await self._queue.claim(self._info(), limit=max(0, room), wait=wait)
+                claims = await self._queue.claim(
+                    self._info(), limit=max(0, room), newcomers=newcomers, wait=wait
+                )
             except Unavailable:
                 await backoff.sleep()
                 continue
@@ -211,7 +235,8 @@ class Worker:
     async def _admit(self, claims: Sequence[Claim]) -> None:
         """Hands claims to the engine; what may not run now is given back without blame."""
         if self._draining.is_set():
-            await self._queue.release([claim.lease for claim in claims])
+            with contextlib.suppress(Unavailable):  # else their leases run out
+                await self._queue.release([claim.lease for claim in claims])
             return
         self._quarantine |= any(claim.attempt >= CONDEMNED_ATTEMPT for claim in claims)
         kept, returned = select_claims(claims, busy=bool(self._held))
@@ -222,11 +247,28 @@ class Worker:
             self._on_probation.update(claim.request.id for claim in suspects)
             self._probation_ends = self._clock() + PROBATION
         for claim in kept:
+            late = self._held.get(claim.request.id)
+            if late is not None:  # this engine's own, whose lease ran out
+                self._observer.let_go(late.claim, "lease_lost", written=late.written)
             self._observer.claimed(claim)
             self._held[claim.request.id] = Held(claim, self._clock(), written=len(claim.tokens))
-            self._engine.add(
-                Work(request=claim.request, tokens=claim.tokens, remaining_ms=claim.remaining_ms)
-            )
+            if claim.request.grammar is None:
+                self._hand_in(claim)
+            else:
+                task = asyncio.create_task(self._compile_then_hand_in(claim))
+                self._compiling.add(task)
+                task.add_done_callback(self._compiling.discard)
+
+    async def _compile_then_hand_in(self, claim: Claim) -> None:
+        await asyncio.to_thread(self._engine.prepare, claim.request)
+        held = self._held.get(claim.request.id)
+        if held is not None and held.claim is claim:  # else: lost or stopped meanwhile
+            self._hand_in(claim)
+
+    def _hand_in(self, claim: Claim) -> None:
+        self._engine.add(
+            Work(request=claim.request, tokens=claim.tokens, remaining_ms=claim.remaining_ms)
+        )
 
     # --- journalling ----------------------------------------------------------------------
     async def _write_loop(self) -> None:
@@ -236,18 +278,23 @@ class Worker:
             await self._write_pending()
 
     async def _write_pending(self) -> None:
-        """Journals all events that have come; a later step's join where the store is slow."""
-        while self._events:
-            writes = []
+        """Journals all events that have come; a later step's join where the store is slow.
+
+        One call at a time: what is on its way is settled before anything is given back.
+        """
+        async with self._writing:
             while self._events:
-                event = self._events.popleft()
-                held = self._held.get(event.request_id)
-                if held is not None:  # else: fenced or stopped since it was computed
-                    if isinstance(event.record, Tokens):
-                        held.records.append(event.record)
-                    writes.append(Write(held.lease, event.record))
-            if writes:
-                await self._write(writes)
+                writes = []
+                while self._events:
+                    event = self._events.popleft()
+                    held = self._held.get(event.request_id)
+                    if held is not None:  # else: fenced or stopped since it was computed
+                        if isinstance(event.record, Tokens):
+                            held.records.append(event.record)
+                        held.ending = isinstance(event.record, End)
+                        writes.append(Write(held.lease, event.record))
+                if writes:
+                    await self._write(writes)
 
     async def _write(self, writes: list[Write]) -> None:
         backoff, began = _Backoff(), self._clock()
@@ -295,24 +342,33 @@ class Worker:
                 records.append(write.record)
             return [Write(held.lease, record) for record in records]
         self._on_probation.discard(request_id)
+        if held.written == len(held.claim.tokens) < reply.count:
+            self._observer.first_token(request_id)
         held.written = reply.count
         if isinstance(write.record, End):
             del self._held[request_id]
             self._room_changed.set()
-            self._observer.ended(write.record, self._clock() - held.since)
+            self._note_end(held, write.record)
         return []
+
+    def _note_end(self, held: Held, end: End) -> None:
+        self._observer.ended(end, self._clock() - held.since)
+        self._observer.let_go(held.claim, end.reason.value, written=end.count, end=end)
 
     async def _give_up(self, writes: Iterable[Write]) -> None:
         """Ends requests whose tokens the store has no room for; an end needs next to none."""
-        ends = []
+        ends: list[tuple[Held, End]] = []
         for request_id in {write.lease.request_id for write in writes}:
             held = self._held.get(request_id)
             if held is not None:
                 end = End(count=held.written, reason=FinishReason.ERROR, error="storage_full")
-                ends.append(Write(held.lease, end))
+                ends.append((held, end))
                 self._drop(request_id, cause="storage_full")
         with contextlib.suppress(Unavailable):  # else the lease runs out, and another engine tries
-            await self._queue.write(ends)
+            replies = await self._queue.write([Write(held.lease, end) for held, end in ends])
+            for (held, end), reply in zip(ends, replies, strict=True):
+                if reply.status in {WriteStatus.OK, WriteStatus.DUP}:
+                    self._observer.ended(end, self._clock() - held.since)
 
     # --- leases ---------------------------------------------------------------------------
     async def _renew_loop(self) -> None:
@@ -336,7 +392,8 @@ class Worker:
             self._abandoned.clear()
             self._renewed = sent
             for request_id in lost:
-                if request_id in self._held:
+                held = self._held.get(request_id)
+                if held is not None and not held.ending:  # what ended meanwhile has no lease either
                     self._observer.lease_lost(1)
                     self._drop(request_id, cause="lease_lost")
 
@@ -368,6 +425,7 @@ class Worker:
         self._on_probation.discard(request_id)
         self._room_changed.set()
         self._observer.wasted(sum(len(record.ids) for record in held.records), cause)
+        self._observer.let_go(held.claim, cause, written=held.written)
 
 
 def select_claims(claims: Sequence[Claim], *, busy: bool) -> tuple[list[Claim], list[Claim]]:

@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -44,8 +45,14 @@ class Ledger:
     def claimed(self, claim: Claim) -> None:
         self.counts["take_over" if claim.tokens else "claim"] += 1
 
+    def first_token(self, request_id: str) -> None:
+        self.counts["first_token"] += 1
+
     def ended(self, end: End, seconds: float) -> None:
         self.counts[f"end_{end.reason}"] += 1
+
+    def let_go(self, claim: Claim, outcome: str, *, written: int, end: End | None = None) -> None:
+        self.counts["let_go"] += 1
 
     def fenced(self) -> None:
         self.counts["fenced"] += 1
@@ -194,11 +201,24 @@ async def test_killed_engines_change_no_token(seed: int) -> None:
         assert last.ledger.counts["take_over"] + last.ledger.counts["claim"] >= 1
 
 
+class WatchedQueue(MemoryQueue):
+    """Keeps what was claimed of it."""
+
+    def __init__(self, limits: QueueLimits) -> None:
+        super().__init__(limits)
+        self.claims: list[Claim] = []
+
+    async def claim(self, *arguments: Any, **options: Any) -> Sequence[Claim]:
+        claims = await super().claim(*arguments, **options)
+        self.claims += claims
+        return claims
+
+
 async def test_a_drained_engine_hands_over_at_once_and_without_blame() -> None:
-    queue = make_queue(lease=30)
+    queue = WatchedQueue(QueueLimits(lease=30))
     request = make_request("roll", max_tokens=50)
     await submit(queue, request)
-    first = Station(queue, "first", on_run=slowly(0.005)).start()
+    first = Station(queue, "first", on_run=slowly(0.02)).start()
     while not await queue.read(request.id):
         await asyncio.sleep(0.005)
     await first.drain()
@@ -207,6 +227,7 @@ async def test_a_drained_engine_hands_over_at_once_and_without_blame() -> None:
         ids, _ = await answer(queue, request)  # long before the lease would have been over
         assert second.ledger.counts["take_over"] == 1
     assert ids == oracle_answer(request)
+    assert [claim.lease.epoch for claim in queue.claims] == [1, 2], "it took back what it gave back"
 
 
 async def test_a_stopped_request_leaves_the_engine_and_gets_one_end() -> None:
@@ -427,11 +448,11 @@ class Away(MemoryQueue):
         await super().release(leases)
         self.unheard = False
 
-    async def claim(self, engine: EngineInfo, *, limit: int, wait: float) -> Sequence[Claim]:
+    async def claim(self, *arguments: Any, **options: Any) -> Sequence[Claim]:
         """Notes the attempts."""
         if self.unheard:
             raise Unavailable("gone")
-        claims = await super().claim(engine, limit=limit, wait=wait)
+        claims = await super().claim(*arguments, **options)
         self.attempts += tuple(claim.attempt for claim in claims)
         return claims
 

@@ -1,4 +1,4 @@
-"""What the API tells whoever counts or logs. It knows no metrics library and no log format."""
+"""What the API tells whoever counts, logs or traces. It knows no library for any of it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,31 @@ class CallReport:
     duration: float  # from arrival to the last byte
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpCall:
+    """One HTTP call that is traced, after its last byte. Traces as the header `traceparent`."""
+
+    trace: str  # the call's own
+    parent: str | None  # its caller's
+    id: str
+    method: str
+    route: str | None  # the path's template; None where no route fits
+    status: int  # 0: nobody was answered
+    duration: float  # seconds
+
+
 class ApiObserver(Protocol):
     """Called on the event loop; must not block and must not raise."""
+
+    def call_began(self, traceparent: str | None) -> str | None:
+        """An HTTP call has come, with its caller's trace if it has one. Returns the call's own,
+        which its requests carry on; None: it is not traced.
+        """
+        ...
+
+    def call_over(self, call: HttpCall) -> None:
+        """A traced HTTP call is over."""
+        ...
 
     def call_answered(self, status: int) -> None:
         """An HTTP answer has begun."""
@@ -33,7 +56,11 @@ class ApiObserver(Protocol):
         ...
 
     def call_refused(self, reason: str) -> None:
-        """The queue did not admit a call: `full`, `tenant`, `conflict`."""
+        """The queue did not admit a call: `full`, `tenant`, `rate`, `conflict`."""
+        ...
+
+    def call_unserved(self) -> None:
+        """A call was refused because no engine was there."""
         ...
 
     def call_lost(self, requests: int) -> None:
@@ -48,6 +75,13 @@ class ApiObserver(Protocol):
 class NullObserver:
     """Counts nothing."""
 
+    def call_began(self, traceparent: str | None) -> str | None:  # noqa: ARG002
+        """Traces nothing."""
+        return None
+
+    def call_over(self, call: HttpCall) -> None:
+        """Drops it."""
+
     def call_answered(self, status: int) -> None:
         """Drops it."""
 
@@ -55,6 +89,9 @@ class NullObserver:
         """Drops it."""
 
     def call_refused(self, reason: str) -> None:
+        """Drops it."""
+
+    def call_unserved(self) -> None:
         """Drops it."""
 
     def call_lost(self, requests: int) -> None:

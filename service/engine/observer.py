@@ -22,10 +22,15 @@ class StepReport:
     blocks_used: int  # referenced by a sequence
     blocks_cached: int  # free, with content that a prefix hit may find
     blocks_free: int
-    preemptions: int  # in this step
+    preempted: tuple[str, ...]  # by this step: ids of requests; one may come twice
     recomputed_tokens: int  # computed a second time in this step, after a preemption
     prefix_hit_tokens: int  # prompt tokens found cached in this step's admissions
     prompt_tokens: int  # prompt tokens computed in this step
+
+    @property
+    def preemptions(self) -> int:
+        """How many there were."""
+        return len(self.preempted)
 
 
 class Observer(Protocol):

@@ -276,6 +276,22 @@ def check_redis_memory(objects: Sequence[Object]) -> None:
     assert int(options["maxmemory"][:-2]) * 2 <= int(bound[:-2])
 
 
+def check_scaling(objects: Sequence[Object]) -> None:
+    """Engines that may all be gone are called by work that is accepted without them, and come."""
+    api = get(objects, "Deployment", "quire-api")
+    patient = settings_of(objects, containers(api, with_init=False)[0]).accept_without_engines
+    scalers = of_kind(objects, "ScaledObject")
+    assert patient <= bool(scalers), "calls wait for engines that nobody starts"
+    for scaler in scalers:
+        spec = scaler["spec"]
+        assert patient or spec["minReplicaCount"] > 0, f"{label(scaler)}: nothing wakes an engine"
+        assert spec["minReplicaCount"] < spec["maxReplicaCount"], label(scaler)
+        assert spec["fallback"]["replicas"] >= max(1, spec["minReplicaCount"]), label(scaler)
+        for trigger in spec["triggers"]:
+            # KEDA starts the first one as soon as the figure exceeds this.
+            assert float(trigger["metadata"]["activationThreshold"]) == 0, label(scaler)
+
+
 CHECKS = (
     check_selectors,
     check_targets,
@@ -287,4 +303,5 @@ CHECKS = (
     check_hardening,
     check_life_cycle,
     check_redis_memory,
+    check_scaling,
 )

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.rig.redis_process import RedisServer
 from tests.deploy.manifests import DEPLOY
-from tests.queues.redis_process import RedisServer
 
 PASSWORD = "0123456789abcdef"
 

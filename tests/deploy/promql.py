@@ -56,11 +56,11 @@ def grouped_by(query: str) -> set[str]:
 def known_series() -> dict[str, set[str]]:
     """Every sample's name, as Prometheus sees it, and its labels."""
     known: dict[str, set[str]] = {}
-    for metric in vars(Metrics()).values():
-        if not isinstance(metric, MetricWrapperBase):
-            continue
-        labels = set(metric._labelnames)
-        (family,) = metric.describe()
+    metrics = Metrics()
+    wrapped = [each for each in vars(metrics).values() if isinstance(each, MetricWrapperBase)]
+    families = {next(iter(each.describe())).name: set(each._labelnames) for each in wrapped}
+    for family in metrics.registry.collect():
+        labels = families.get(family.name, set(getattr(family, "_labelnames", ())))
         if family.type == "counter":
             known[f"{family.name}_total"] = labels
         elif family.type == "histogram":

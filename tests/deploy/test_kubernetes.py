@@ -215,6 +215,20 @@ BROKEN: dict[str, tuple[Check, Callable[[list[Object]], object]]] = {
         checks.check_life_cycle,
         lambda o: settings(o).update(QUIRE_DRAIN_TIMEOUT="60"),
     ),
+    "nothing wakes the first engine": (
+        checks.check_scaling,
+        lambda o: settings(o).update(QUIRE_ACCEPT_WITHOUT_ENGINES="false"),
+    ),
+    "one request is too few": (
+        checks.check_scaling,
+        lambda o: get(o, "ScaledObject", "quire-engine")["spec"]["triggers"][0]["metadata"].update(
+            activationThreshold="5"
+        ),
+    ),
+    "calls wait for engines that nobody starts": (
+        checks.check_scaling,
+        lambda o: o.remove(get(o, "ScaledObject", "quire-engine")),
+    ),
     "budget forbids every drain": (
         checks.check_life_cycle,
         lambda o: get(o, "PodDisruptionBudget", "quire-api")["spec"].update(maxUnavailable=0),
@@ -268,3 +282,10 @@ def test_autoscaling_counts_what_engines_hold() -> None:
     query = trigger["metadata"]["query"]
     assert "quire_queue_requests" in query
     assert "quire_queue_running" in query
+
+
+def test_autoscaling_begins_at_none() -> None:
+    objects = render("autoscale")
+    assert get(objects, "ScaledObject", "quire-engine")["spec"]["minReplicaCount"] == 0
+    assert settings(objects)["QUIRE_ACCEPT_WITHOUT_ENGINES"] == "true"
+    assert "QUIRE_ACCEPT_WITHOUT_ENGINES" not in settings(render("cpu"))

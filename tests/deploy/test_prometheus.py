@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from service.engine.observer import StepReport
-from service.messages import End, FinishReason
+from service.messages import End, FinishReason, ModelCard
 from service.metrics import Metrics
+from service.queues import QueueDepth
 from tests.deploy.manifests import DEPLOY
 
 FOLDER = DEPLOY / "prometheus"
@@ -67,8 +69,12 @@ def fed_metrics() -> Metrics:
     metrics.call_refused("full")
     metrics.ended(End(count=1, reason=FinishReason.STOP), 0.5)
     metrics.wasted(3, "cancelled")
-    names = dict.fromkeys(StepReport.__dataclass_fields__, 1)
-    metrics.stepped(StepReport(**names))
+    metrics.serves(
+        ModelCard(id="tiny", max_model_len=8, vocab_size=8, numeric_class="class-1", created=0)
+    )
+    metrics.queue_read(QueueDepth(queued_requests=1, queued_tokens=9, running_requests=2), 3)
+    fields: dict[str, Any] = dict.fromkeys(StepReport.__dataclass_fields__, 1)
+    metrics.stepped(StepReport(**fields | {"preempted": ("r.0",)}))
     return metrics
 
 

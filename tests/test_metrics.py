@@ -1,0 +1,455 @@
+"""The figures add up, are never stale, and are the same under any name."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from loadtest.rig.redis_process import RedisServer
+from service.api.observer import CallReport
+from service.cluster import Cluster
+from service.engine.loop import EngineLoop
+from service.engine.observer import StepReport
+from service.engine.plan import EngineConfig
+from service.errors import Unavailable
+from service.messages import End, FinishReason, ModelCard
+from service.metrics import Metrics
+from service.metrics_queue import STALE_AFTER
+from service.queues import (
+    Claim,
+    EngineInfo,
+    Lease,
+    Queue,
+    QueueDepth,
+    QueueLimits,
+    SubmitStatus,
+    Write,
+    WriteReply,
+)
+from service.queues.memory import MemoryQueue
+from service.queues.redis import RedisQueue
+from service.worker import Worker
+from tests.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner
+from tests.queues.builders import claim_one, finish, make_engine, make_submission, stop_at
+
+CARD = ModelCard(id="tiny", max_model_len=64, vocab_size=97, numeric_class="guess", created=0)
+LIMITS = QueueLimits(max_requests=40, max_per_tenant=40, lease=2.0, max_attempts=2, live_ttl=50.0)
+NEVER_COMPUTED: dict[str, Any] = dict.fromkeys(StepReport.__dataclass_fields__, 0)
+
+
+def samples(metrics: Metrics) -> dict[str, float]:
+    """Every sample as Prometheus reads it: name, or name{label="value",...}, to value."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            labels = ",".join(f'{key}="{value}"' for key, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def total(*processes: Metrics, name: str) -> float:
+    """The sum over all processes and labels."""
+    return sum(
+        value
+        for metrics in processes
+        for key, value in samples(metrics).items()
+        if key.split("{")[0] == name
+    )
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# --- conservation -------------------------------------------------------------------------------
+class Walk:
+    """Random calls of a queue, told to a Metrics as an API and its engines would tell them."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.clock = Clock()
+        self.metrics = Metrics(clock=self.clock)
+        self.queue = MemoryQueue(LIMITS, clock=self.clock, observer=self.metrics)
+        self.claims: list[Claim] = []
+        self.known: list[str] = []
+
+    async def submit(self) -> None:
+        submission = make_submission(
+            self.draw.randint(1, 3),
+            grace=self.draw.choice([None, 0.5]),
+            timeout_ms=self.draw.choice([None, 700]),
+        )
+        if (await self.queue.submit(submission)).status is SubmitStatus.OK:
+            self.metrics.call_accepted(len(submission.requests))
+            self.known.append(submission.id)
+
+    async def claim(self) -> None:
+        engine = make_engine(self.draw.choice("ab"))
+        self.claims += await self.queue.claim(engine, limit=self.draw.randint(0, 3), wait=0)
+
+    async def finish(self) -> None:
+        """As the worker: what was fenced is not its own to count."""
+        if self.claims:
+            claim = self.claims.pop(self.draw.randrange(len(self.claims)))
+            end = stop_at(0, self.draw.choice([FinishReason.STOP, FinishReason.ERROR]))
+            (reply,) = await self.queue.write([Write(claim.lease, end)])
+            if reply.status.value == "ok":
+                self.metrics.ended(end, 0.1)
+
+    async def stop(self) -> None:
+        if self.known:
+            reason = self.draw.choice([FinishReason.CANCELLED, FinishReason.DEADLINE])
+            await self.queue.stop([f"{self.draw.choice(self.known)}.0"], reason)
+
+    async def forget(self) -> None:
+        if self.known:
+            await self.queue.forget(self.draw.choice(self.known))
+
+    async def sweep(self) -> None:
+        self.clock.now += self.draw.choice([0.1, 0.6, 3.0])
+        await self.queue.sweep()
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_what_was_accepted_has_ended_or_is_in_flight(seed: int) -> None:
+    """After every call, whoever wrote the end: an engine, a client's leaving, a sweep, a claim."""
+    walk = Walk(seed)
+    calls = (walk.submit, walk.submit, walk.claim, walk.finish, walk.stop, walk.forget, walk.sweep)
+    for _ in range(150):
+        await walk.draw.choice(calls)()
+        depth = await walk.queue.depth()
+        accepted = walk.metrics.accepted._value.get()
+        ended = sum(walk.metrics.finished.labels(r.value)._value.get() for r in FinishReason)
+        assert accepted == ended + depth.queued_requests + depth.running_requests
+    found = samples(walk.metrics)
+    for reason in ("stop", "error", "cancelled", "deadline"):
+        assert found[f'quire_requests_finished_total{{reason="{reason}"}}'] > 0, reason
+
+
+@pytest.fixture
+async def replicas(tmp_path: Path) -> AsyncIterator[Callable[..., tuple[RedisQueue, Metrics]]]:
+    """Makes the queue of one process of several over one Redis, and its figures."""
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    made: list[RedisQueue] = []
+
+    def make(limits: QueueLimits) -> tuple[RedisQueue, Metrics]:
+        metrics = Metrics()
+        made.append(RedisQueue(limits, url=server.url, observer=metrics))
+        return made[-1], metrics
+
+    yield make
+    for queue in made:
+        await queue.close()
+    server.close()
+
+
+@asynccontextmanager
+async def working(queue: Queue, metrics: Metrics, name: str) -> AsyncIterator[Worker]:
+    """An engine over the oracle until the block ends; then it is drained."""
+
+    def deliver(events: Any) -> None:
+        worker.deliver(events)
+
+    engine = EngineLoop(
+        OracleRunner(num_blocks=128),
+        config=EngineConfig(max_batch_tokens=32, max_sequences=4),
+        token_bytes=TOKEN_BYTES,
+        eos_ids=EOS_IDS,
+        deliver=deliver,
+        observer=metrics,
+    )
+    info = EngineInfo(id=name, numeric_class="oracle", version="0")
+    worker = Worker(queue, engine, info=lambda: info, observer=metrics)
+    task = asyncio.create_task(worker.run())
+    try:
+        yield worker
+    finally:
+        worker.drain()
+        await task
+
+
+@pytest.mark.slow
+async def test_so_it_is_over_several_processes_and_a_redis(replicas: Any) -> None:
+    """Two APIs, three engines one after another, cancels, deadlines, deserted ones, a poison."""
+    limits = QueueLimits(lease=1.5, max_attempts=1)
+    parts = [replicas(limits) for _ in range(5)]
+    (api, told), (other, other_told) = parts[:2]
+    draw = random.Random(7)
+    submissions = []
+    for index in range(40):
+        submission = make_submission(
+            2,
+            prompt_ids=(index % 60, 1, 2),
+            timeout_ms=1 if index % 10 == 3 else None,
+            grace=0.2 if index % 10 == 4 else None,
+        )
+        queue, metrics = draw.choice([(api, told), (other, other_told)])
+        assert (await queue.submit(submission)).status is SubmitStatus.OK
+        metrics.call_accepted(2)
+        submissions.append(submission)
+    poisoned = await claim_one(api, make_engine("dies"))
+    await api.stop([f"{submissions[7].id}.0", f"{submissions[7].id}.1"], FinishReason.CANCELLED)
+    await other.forget(submissions[8].id)
+    for _ in range(3):
+        await asyncio.sleep(0.25)
+        await other.sweep()
+    everything = [metrics for _, metrics in parts]
+    depth = await api.depth()
+    for index in (2, 3, 4):
+        queue, metrics = parts[index]
+        async with working(queue, metrics, f"e{index}"):
+            await asyncio.sleep(0.3)
+    async with working(queue, metrics, "last"), asyncio.timeout(20):
+        while (depth := await api.depth()).queued_requests + depth.running_requests:
+            await asyncio.sleep(0.02)
+    ended = {
+        reason.value: sum(
+            samples(each)[f'quire_requests_finished_total{{reason="{reason.value}"}}']
+            for each in everything
+        )
+        for reason in FinishReason
+    }
+    assert total(*everything, name="quire_requests_accepted_total") == 80 == sum(ended.values())
+    assert (ended["deadline"], ended["error"]) == (8, 1), poisoned.request.id
+    assert ended["cancelled"] == 12
+    waited = total(*everything, name="quire_queue_wait_seconds_count")
+    assert 30 < waited <= 80 - 8 - 12 - 1, "once those that an engine began, not the poison"
+
+
+class SlowToReply(MemoryQueue):
+    """What ends is in the journal at once; whoever wrote it hears of that when `replies` is set."""
+
+    def __init__(self, limits: QueueLimits) -> None:
+        super().__init__(limits)
+        self.replies, self.ended, self.renewals = asyncio.Event(), asyncio.Event(), 0
+
+    async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
+        found = await super().write(writes)
+        if any(isinstance(write.record, End) for write in writes):
+            self.ended.set()
+            await self.replies.wait()
+        return found
+
+    async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
+        self.renewals += 1
+        return await super().renew(leases)
+
+
+@pytest.mark.parametrize("meanwhile", ["renewed", "drained"])
+async def test_an_end_is_counted_whatever_comes_before_its_reply(meanwhile: str) -> None:
+    """A renewal said that the ended request's lease was lost, a drain cut the write off: the end
+    was nobody's, and a lost lease was told. The reply waits here until that has really happened.
+    """
+    queue, metrics = SlowToReply(QueueLimits(lease=0.06)), Metrics()
+    async with working(queue, metrics, "e") as worker, asyncio.timeout(10):
+        await queue.submit(make_submission())
+        await queue.ended.wait()
+        before = queue.renewals
+        if meanwhile == "drained":
+            worker.drain()
+            await asyncio.sleep(0.05)
+        while meanwhile == "renewed" and queue.renewals < before + 2:
+            await asyncio.sleep(0.002)
+        queue.replies.set()
+    assert total(metrics, name="quire_requests_finished_total") == 1
+    assert total(metrics, name="quire_lost_leases_total") == 0
+
+
+# --- waiting ------------------------------------------------------------------------------------
+async def test_a_request_tells_its_wait_at_its_first_claim_alone() -> None:
+    clock = Clock()
+    queue = MemoryQueue(LIMITS, clock=clock)
+    assert (await queue.depth()).oldest_seconds is None
+    await queue.submit(make_submission(priority=2))
+    clock.now += 1.5
+    await queue.submit(make_submission(priority=0))
+    clock.now += 0.5
+    assert (await queue.depth()).oldest_seconds == 2.0
+    first, second = await queue.claim(make_engine(), limit=2, wait=0)
+    assert (first.waited_ms, second.waited_ms) == (500, 2000)
+    assert (await queue.depth()).oldest_seconds is None
+    await queue.release([second.lease])
+    assert (await claim_one(queue)).waited_ms is None
+
+
+@pytest.mark.slow
+async def test_redis_tells_the_same_waits(replicas: Any) -> None:
+    queue, _ = replicas(LIMITS)
+    assert (await queue.depth()).oldest_seconds is None
+    gone = make_submission(priority=1)
+    await queue.submit(gone)
+    await asyncio.sleep(0.3)
+    await queue.submit(make_submission(priority=1))
+    await queue.submit(make_submission(priority=2))
+    oldest = (await queue.depth()).oldest_seconds
+    assert 0.3 <= oldest < 3
+    await queue.stop([f"{gone.id}.0"], FinishReason.CANCELLED)  # and stays in its stream
+    assert (await queue.depth()).oldest_seconds < oldest
+    await asyncio.sleep(0.2)
+    first, second = await queue.claim(make_engine(), limit=2, wait=0)
+    assert 200 <= first.waited_ms < 3000
+    assert 200 <= second.waited_ms < 3000
+    assert (await queue.depth()).oldest_seconds is None
+    await queue.release([first.lease])
+    async with asyncio.timeout(5):
+        again = await claim_one(queue, wait=4)
+    assert again.waited_ms is None
+    await finish(queue, again, length=0)
+
+
+# --- never stale ----------------------------------------------------------------------------------
+OF_THE_QUEUE = (
+    "quire_queue_requests", "quire_queue_tokens", "quire_queue_running",
+    "quire_queue_oldest_seconds", "quire_engines",
+)  # fmt: skip
+
+
+class SilentQueue(MemoryQueue):
+    """One whose store may be away."""
+
+    away = False
+
+    async def engines(self) -> Any:
+        if self.away:
+            raise Unavailable("away")
+        return await super().engines()
+
+
+async def test_what_is_not_known_is_absent() -> None:
+    clock = Clock()
+    metrics = Metrics(clock=clock)
+    queue = SilentQueue(LIMITS, clock=clock)
+    cluster = Cluster(queue, CARD, observer=metrics, clock=clock)
+    assert not {"quire_queue_reachable", *OF_THE_QUEUE} & set(samples(metrics))
+    await queue.submit(make_submission(2))
+    await queue.claim(make_engine("e", numeric_class="real"), limit=1, wait=0)
+    clock.now += 3
+    await cluster.refresh()
+    found = samples(metrics)
+    assert [found[name] for name in OF_THE_QUEUE] == [1, 7, 1, 3, 1]
+    assert found["quire_queue_reachable"] == 1
+    queue.away = True
+    watching = asyncio.create_task(cluster.watch())
+    await asyncio.sleep(0)
+    assert not set(OF_THE_QUEUE) & set(samples(metrics))
+    assert samples(metrics)["quire_queue_reachable"] == 0
+    watching.cancel()
+    with suppress(asyncio.CancelledError):
+        await watching
+    queue.away = False
+    await cluster.refresh()
+    assert samples(metrics)["quire_queue_reachable"] == 1
+    clock.now += STALE_AFTER + 1  # a call that hangs raises nothing
+    assert not set(OF_THE_QUEUE) & set(samples(metrics))
+    assert samples(metrics)["quire_queue_reachable"] == 0
+
+
+async def test_a_process_says_what_it_is() -> None:
+    metrics = Metrics(role="api", version="1.2.3")
+    queue = MemoryQueue(LIMITS)
+    cluster = Cluster(queue, CARD, observer=metrics)
+    info = 'quire_info{{model="tiny",numeric_class="{}",role="api",version="1.2.3"}}'
+    assert samples(metrics)[info.format("guess")] == 1
+    await queue.claim(make_engine(numeric_class="real"), limit=0, wait=0)
+    await cluster.refresh()
+    found = samples(metrics)
+    assert found[info.format("real")] == 1
+    assert info.format("guess") not in found
+    assert found["process_resident_memory_bytes"] > 1e6
+    assert found["process_cpu_seconds_total"] > 0
+    assert found["python_gc_collections_total" + '{generation="0"}'] >= 0
+
+
+# --- names that others chose ----------------------------------------------------------------------
+def bounds(metrics: Metrics, name: str) -> list[float]:
+    return [
+        float(key.split('"')[1])
+        for key in samples(metrics)
+        if key.startswith(name + "_bucket") and "+Inf" not in key
+    ]
+
+
+def test_histograms_have_the_conventions_boundaries() -> None:
+    """OpenTelemetry, semantic conventions for generative AI model servers."""
+    metrics = Metrics()
+    assert bounds(metrics, "gen_ai_server_request_duration_seconds") == [
+        0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
+    ]  # fmt: skip
+    assert bounds(metrics, "gen_ai_server_time_to_first_token_seconds") == [
+        0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    ]  # fmt: skip
+    assert bounds(metrics, "gen_ai_server_time_per_output_token_seconds") == [
+        0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
+    ]  # fmt: skip
+
+
+def fed(*, vllm_names: bool, role: str = "serve") -> Metrics:
+    metrics = Metrics(vllm_names=vllm_names, role=role)
+    metrics.serves(CARD)
+    seen = {"prompt_tokens": 30, "num_sampled": 5, "num_tokens": 35, "prefix_hit_tokens": 10}
+    seen |= {"running": 3, "waiting": 2, "blocks_used": 30, "blocks_cached": 50, "blocks_free": 20}
+    metrics.stepped(StepReport(**NEVER_COMPUTED | seen | {"preempted": ("a.0", "b.0")}))
+    for reason in (FinishReason.STOP, FinishReason.CANCELLED, FinishReason.DEADLINE):
+        metrics.ended(End(count=4, reason=reason), 0.25)
+    report: dict[str, Any] = {"id": "a", "tenant": "t", "endpoint": "chat", "outcome": "stop"}
+    metrics.call_ended(
+        CallReport(
+            **report, streamed=True, prompt_tokens=4, completion_tokens=5, to_first_token=0.03,
+            duration=0.43,
+        )
+    )  # fmt: skip
+    metrics.queue_read(QueueDepth(queued_requests=7, queued_tokens=0, running_requests=0), 1)
+    return metrics
+
+
+def test_vllms_dashboards_find_the_same_figures() -> None:
+    found = samples(fed(vllm_names=True))
+    theirs = {key: value for key, value in found.items() if key.startswith("vllm:")}
+    assert all('model_name="tiny"' in key for key in theirs)
+    expected = {
+        "vllm:num_requests_running": 3,
+        "vllm:num_requests_waiting": 2 + 7,
+        "vllm:kv_cache_usage_perc": 0.3,
+        "vllm:prompt_tokens_total": 40,
+        "vllm:generation_tokens_total": 5,
+        "vllm:prefix_cache_queries_total": 40,
+        "vllm:prefix_cache_hits_total": 10,
+        "vllm:num_preemptions_total": 2,
+        "vllm:time_to_first_token_seconds_count": 1,
+        "vllm:time_to_first_token_seconds_sum": 0.03,
+        "vllm:e2e_request_latency_seconds_sum": 0.43,
+        "vllm:request_time_per_output_token_seconds_sum": pytest.approx(0.1),
+        "vllm:request_queue_time_seconds_count": 0,
+        "vllm:request_inference_time_seconds_count": 3,
+        "vllm:iteration_tokens_total_sum": 35,
+    }
+    for name, value in expected.items():
+        assert theirs[f'{name}{{model_name="tiny"}}'] == value, name
+    success = 'vllm:request_success_total{{finished_reason="{}",model_name="tiny"}}'
+    ends = {reason: theirs[success.format(reason)] for reason in ("stop", "abort", "length")}
+    assert ends == {"stop": 1, "abort": 2, "length": 0}
+    for key, value in found.items():  # bucket by bucket
+        if key.startswith("gen_ai_server_time_to_first_token_seconds_bucket"):
+            bound = key.split('"')[1]
+            name = "vllm:time_to_first_token_seconds_bucket"
+            assert theirs[f'{name}{{le="{bound}",model_name="tiny"}}'] == value
+
+
+def test_without_the_flag_there_are_none_and_a_shared_queue_is_nobodys() -> None:
+    assert not any(key.startswith("vllm:") for key in samples(fed(vllm_names=False)))
+    engine = samples(fed(vllm_names=True, role="engine"))
+    assert engine['vllm:num_requests_waiting{model_name="tiny"}'] == 2

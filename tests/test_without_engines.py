@@ -1,0 +1,106 @@
+"""What an API replica does with calls while it has heard of no engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from model.tokenizer import Tokenizer
+from service.cluster import ENGINES_GONE_AFTER
+from service.messages import ModelCard
+from service.metrics import Metrics
+from service.queues import QueueLimits
+from service.queues.memory import MemoryQueue
+from service.roles import ApiSide
+from service.settings import Settings
+from service.startup import load_tokenizer
+from tests.conftest import TinyModel
+from tests.queues.builders import claim_one, finish, make_engine
+
+CARD = ModelCard(id="tiny", max_model_len=64, vocab_size=512, numeric_class="guess", created=0)
+BODY = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 4, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(tiny_model.write_folder(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@dataclass
+class Replica:
+    client: httpx.AsyncClient
+    queue: MemoryQueue
+    metrics: Metrics
+    side: ApiSide
+
+    @property
+    def unserved(self) -> float:
+        return float(self.metrics.unserved._value.get())
+
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture
+def replica(tokenizer: Tokenizer) -> Start:
+    """`async with replica(**settings)`: one that heard of an engine longer ago than is patient."""
+
+    @asynccontextmanager
+    async def start(**settings: Any) -> AsyncIterator[Replica]:
+        queue, metrics = MemoryQueue(QueueLimits(max_requests=2)), Metrics(role="api")
+        side = ApiSide(Settings(**settings), CARD, queue, metrics, tokenizer=tokenizer)
+        side.cluster._last_engine -= ENGINES_GONE_AFTER
+        transport = httpx.ASGITransport(app=side.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield Replica(client, queue, metrics, side)
+
+    return start
+
+
+async def test_without_the_setting_they_are_refused_and_counted(replica: Start) -> None:
+    async with replica() as one:
+        for count in (1, 2):
+            reply = await one.client.post("/v1/completions", json=BODY)
+            assert reply.status_code == 503
+            assert reply.json()["error"]["code"] == "backend_unavailable"
+            assert int(reply.headers["retry-after"]) >= 1
+            assert one.unserved == count
+        assert (await one.queue.depth()).queued_requests == 0
+        assert (await one.client.get("/health/ready")).status_code == 200
+        await one.queue.claim(make_engine(), limit=0, wait=0)
+        await one.side.cluster.refresh()
+        call = asyncio.create_task(one.client.post("/v1/completions", json=BODY))
+        await finish(one.queue, await claim_one(one.queue, wait=5), length=4)
+        assert (await call).status_code == 200
+        assert one.unserved == 2
+
+
+async def test_with_the_setting_they_wait_within_the_queues_limits(replica: Start) -> None:
+    async with replica(accept_without_engines=True) as one:
+        calls = [asyncio.create_task(one.client.post("/v1/completions", json=BODY)) for _ in "ab"]
+        async with asyncio.timeout(5):
+            while (await one.queue.depth()).queued_requests < 2:
+                await asyncio.sleep(0.001)
+        third = await one.client.post("/v1/completions", json=BODY)
+        assert (third.status_code, third.json()["error"]["message"]) == (503, "the queue is full")
+        assert (await one.client.get("/health/ready")).status_code == 200
+        assert not any(call.done() for call in calls)
+        for _ in calls:
+            await finish(one.queue, await claim_one(one.queue), length=4)
+        for reply in await asyncio.gather(*calls):
+            assert reply.text.endswith("data: [DONE]\n\n")
+        assert one.unserved == 0
+
+
+@pytest.mark.parametrize(("settings", "told"), [({}, 0), ({"accept_without_engines": True}, 1)])
+async def test_the_alert_for_missing_engines_is_told(
+    replica: Start, settings: dict[str, Any], told: int
+) -> None:
+    async with replica(**settings) as one:
+        assert f"quire_accepts_without_engines {told}.0" in one.metrics.render().decode()
