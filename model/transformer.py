@@ -206,7 +206,14 @@ def causal_attention(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """softmax(q · kᵀ · scale + mask) · v over whole texts: self-attention as it is written down.
+    """softmax(q · kᵀ · scale + mask) · v over whole texts: self-attention as it is written down."""
+    return mixed(causal_weights(q_THD, k_TKD, scale=scale, window=window), v_TKD)
+
+
+def causal_weights(
+    q_THD: torch.Tensor, k_TKD: torch.Tensor, *, scale: float, window: int | None
+) -> torch.Tensor:
+    """How much each token attends to each, [..., K, H / K, T, T] in float32; a row's sum is 1.
 
     Letters of the sums: t asks, s answers, k is a key head, g a query head of its group.
     """
@@ -217,6 +224,10 @@ def causal_attention(
     # Causal mask: a token sees itself and what came before, within the window if there is one.
     ago = torch.arange(T, device=q_THD.device)[:, None] - torch.arange(T, device=q_THD.device)
     hidden = ago < 0 if window is None else (ago < 0) | (ago >= window)
-    weights = scores.float().masked_fill(hidden, -torch.inf).softmax(dim=-1).to(v_TKD.dtype)
-    # Each token takes home the mean of the values, weighted by its attention.
+    return scores.float().masked_fill(hidden, -torch.inf).softmax(dim=-1)
+
+
+def mixed(weights: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+    """What each token takes home, [..., T, H, D]: the mean of the values, weighted by attention."""
+    weights = weights.to(v_TKD.dtype)
     return torch.einsum("...kgts,...skd->...tkgd", weights, v_TKD).flatten(-3, -2)

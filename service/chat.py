@@ -151,7 +151,8 @@ def _lines(console: Console) -> Iterator[str]:
     """What the person types, without blank lines, until the input ends."""
     while True:
         try:
-            line = console.input("[bold]> [/bold]").strip()
+            # Not through the console: what draws a line again as it is edited must know the prompt.
+            line = input("> ").strip()
         except EOFError:
             console.print()
             return
@@ -193,14 +194,14 @@ def _take_turn(
     conversation.turns.append({"role": "user", "content": line})
     answer, fault = Answer(time.monotonic()), None
     try:
-        with Live(console=console, transient=True, auto_refresh=False) as live:
-            drawn = 0.0
-            with closing(_events(client, conversation.body())) as events:
-                for event in events:
-                    answer.add(event, now=time.monotonic())
-                    if answer.last - drawn > 1 / 15:  # seconds: often enough for the eye
-                        live.update(Tail(answer.text), refresh=True)
-                        drawn = answer.last
+        with (
+            # It draws by the clock, so what came last is shown also while nothing follows.
+            Live(console=console, transient=True, refresh_per_second=15) as live,
+            closing(_events(client, conversation.body())) as events,
+        ):
+            for event in events:
+                answer.add(event, now=time.monotonic())
+                live.update(Tail(answer.text))
     except KeyboardInterrupt:
         fault = "stopped"
     except AnswerFailed as failed:

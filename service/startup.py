@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from rich.progress import (
 from model.checkpoint import CheckpointError, configure, open_checkpoint
 from model.checkpoint.fetch import FetchError, resolve
 from model.config import ModelConfig
+from model.memory import return_free_memory
 from model.tokenizer import Tokenizer
 from service.errors import StartupError
 from service.messages import ModelCard
@@ -113,7 +113,7 @@ def load_engine(settings: Settings, path: Path) -> Loaded:
     except (ValueError, NativeUnavailable, ImportError) as error:
         raise StartupError(f"runner {settings.runner}: {error}") from None
     del model
-    _return_free_memory()
+    return_free_memory()
     runner.warm_up()
     card = replace(
         card_of(settings, path, runner.config, pool=runner.num_blocks * runner.block_size),
@@ -126,13 +126,6 @@ def load_engine(settings: Settings, path: Path) -> Loaded:
         seconds=time.monotonic() - began,
         passed_over=choice.passed_over,
     )
-
-
-def _return_free_memory() -> None:
-    """Gives back what the C library keeps of the loaded weights' memory: hundreds of megabytes."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others do not
-    if trim is not None:
-        trim(0)
 
 
 def load_card(settings: Settings, path: Path) -> ModelCard:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 import os
+import pty
+import re
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import orjson
 import pytest
@@ -39,7 +44,7 @@ class FakeServer:
     """Answers the nth request with the nth script; a script's callables are called on the way."""
 
     url: str = ""
-    scripts: list[Sequence[bytes | Callable[[], None]]] = field(default_factory=list)
+    scripts: list[Sequence[bytes | Callable[[], object]]] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     bodies: list[dict[str, object]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -284,3 +289,113 @@ def test_speed_counts_the_tokens_after_the_first() -> None:
 def test_importing_the_chat_imports_no_torch() -> None:
     code = "import sys, service.chat; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Terminal:
+    """A real `quire chat` in a terminal of its own; `seen` is all that was written there."""
+
+    START = (  # the terminal becomes its own, so that Ctrl-C reaches it
+        "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        "from service.__main__ import main; main()"
+    )
+
+    def __init__(self, *options: str) -> None:
+        self._screen, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 80))
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self.START, "chat", *options],
+            cwd=Path(__file__).parent.parent,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+        )
+        os.close(theirs)
+        self.seen = ""
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        try:
+            while some := os.read(self._screen, 4096):
+                self.seen += some.decode(errors="replace")
+        except OSError:
+            return  # the other end is closed
+
+    def type(self, keys: str) -> None:
+        os.write(self._screen, keys.encode())
+
+    def wait_for(self, pattern: str, *, after: int = 0) -> int:
+        """Waits until it was written beyond `after`; returns where it ends."""
+        ends = time.monotonic() + 30
+        while not (found := re.compile(pattern).search(self.seen, after)):
+            assert time.monotonic() < ends, self.seen[after:]
+            assert self._process.poll() is None, self.seen
+            time.sleep(0.01)
+        return found.end()
+
+    def ended(self) -> int:
+        """Waits for its end; returns its exit code."""
+        return self._process.wait(30)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        os.close(self._screen)
+
+
+@pytest.mark.slow
+def test_a_conversation_in_a_real_terminal(server: FakeServer) -> None:
+    """Markdown while it streams, tokens/s, lines called back and edited, Ctrl-C, history."""
+    go_on, over = threading.Event(), threading.Event()
+    first: list[bytes | Callable[[], object]] = [
+        event("## Col"),
+        event("ours\n\nSome **bo"),
+        event("ld** te"),
+        lambda: go_on.wait(30),
+    ]
+    server.scripts = [
+        [*first, *answer("xt.")],
+        [event("Half a"), lambda: over.wait(30), event(" never")],
+        answer("Whole."),
+    ]
+    terminal = Terminal("--url", server.url, "--system", "Be brief.")
+    try:
+        at = terminal.wait_for("> $")
+        terminal.type("hello\r")
+        drawn = terminal.wait_for(r"Colours(?s:.*)Some \x1b\[1mbold\x1b\[0m te", after=at)
+        assert "tokens/s" not in terminal.seen, "drawn before the answer ended"
+        go_on.set()
+        at = terminal.wait_for(r"\d tokens/s", after=drawn)
+        assert "##" not in terminal.seen
+        at = terminal.wait_for("> $", after=at)
+
+        terminal.type("\x1b[A")  # up: the last line again
+        at = terminal.wait_for("hello$", after=at)
+        terminal.type("\x01oh ")  # to its beginning, and a word before it
+        terminal.type("\r")
+        at = terminal.wait_for("Half a", after=at)
+        terminal.type("\x03")
+        at = terminal.wait_for("stopped(?s:.*)> $", after=at)
+        over.set()
+
+        terminal.type("more\r")
+        at = terminal.wait_for("Whole(?s:.*)7 tokens(?s:.*)> $", after=at)
+        terminal.type("/exit\r")
+        assert terminal.ended() == 0
+    finally:
+        go_on.set()
+        over.set()
+        terminal.close()
+    assert "never" not in terminal.seen
+    assert "\roh" not in terminal.seen, "an edited line keeps its prompt"
+    assert server.bodies[-1]["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "## Colours\n\nSome **bold** text."},
+        {"role": "user", "content": "oh hello"},
+        {"role": "assistant", "content": "Half a"},
+        {"role": "user", "content": "more"},
+    ]

@@ -31,8 +31,12 @@ def assemble(
     *,
     checkpoint: Checkpoint,
     dtype: torch.dtype | None = None,
+    prefix: str = "",
 ) -> dict[str, torch.Tensor]:
-    """Reads the network's tensors. dtype None: as stored. Raises CheckpointError."""
+    """Reads the network's tensors, those whose names begin with `prefix`; all are checked.
+
+    dtype None: as stored. Raises CheckpointError.
+    """
     if config.num_layers > len(checkpoint.names()):
         raise CheckpointError("more layers than tensors")
     layout = checkpoint.layout(family)
@@ -45,6 +49,8 @@ def assemble(
     found: dict[str, torch.Tensor] = {}
     weights: dict[str, torch.Tensor] = {}
     for name, parts in sources.items():
+        if not any(target_of[part].startswith(prefix) for part in parts):
+            continue
         tensor = checkpoint.load(name, dtype=dtype)
         if _is_transposed(layout, name):
             tensor = tensor.T.contiguous()

@@ -20,7 +20,7 @@ const RETRIED = new Set([429, 502, 503, 504]);
 export function newRecord(body) {
   return {
     role: "assistant", state: "running", key: randomKey(), body, seed: body.seed, call: null,
-    position: null, text: "", tokens: [], reason: null, error: null, usage: null,
+    position: null, prompt: null, text: "", tokens: [], reason: null, error: null, usage: null,
     sent: Date.now(), first: null, last: null, resumed: 0,
   };
 }
@@ -171,6 +171,7 @@ export class Answer {
     }
     const { record } = this;
     if (chunk.usage) record.usage = chunk.usage;
+    record.prompt ??= chunk.prompt_token_ids ?? null;
     const [choice] = chunk.choices;
     if (choice) {
       const text = choice.delta.content ?? "";
@@ -179,11 +180,12 @@ export class Answer {
         record.first ??= Date.now();
         record.last = Date.now();
       }
-      record.tokens.push(...place(record.text.length, text, scored));
+      record.tokens.push(...place(record.text.length, text, scored, choice.token_ids));
       record.text += text;
       record.position = id ?? record.position;
       record.reason = choice.finish_reason ?? record.reason;
     }
+    record.model = chunk.model;
     this.#changed(this);
   }
 

@@ -25,7 +25,7 @@ class Page {
     this.speaker = new Speaker($("said"));
     this.transcript = new Transcript({
       again: () => this.#again(), reconnect: () => this.#follow(this.#messages.at(-1)),
-      keepSeed: (seed) => this.settings.setSeed(seed),
+      keepSeed: (seed) => this.settings.setSeed(seed), headers: () => this.settings.headers(),
     });
     this.live = new LiveView({
       headers: () => this.settings.headers(), told: (status) => this.#told(status),
@@ -174,6 +174,7 @@ class Page {
     $("model").textContent = status.model;
     $("version").textContent = `Quire ${status.version} · ${status.numeric_class}`;
     this.settings.setContext(status.max_model_len);
+    document.body.dataset.attention = status.max_attention_tokens ?? "";
   }
 }
 

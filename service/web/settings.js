@@ -39,7 +39,7 @@ export class SettingsForm {
       messages: [...opening, ...said.map(({ role, text }) => ({ role, content: text }))],
       temperature: Number(temperature.value), top_p: Number(topP.value), seed: asked,
       stream: true, stream_options: { include_usage: true },
-      logprobs: true, top_logprobs: ALTERNATIVES,
+      logprobs: true, top_logprobs: ALTERNATIVES, return_token_ids: true,
     };
     const limit = this.#limit();
     if (limit) body.max_tokens = limit;

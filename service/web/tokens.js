@@ -2,8 +2,8 @@
 //
 // A token may show nothing (an end, or bytes of a character that later ones complete): start == end.
 
-/** The tokens that one event adds, placed in `text`, which begins at `offset`. */
-export function place(offset, text, scored) {
+/** The tokens that one event adds, placed in `text`, which begins at `offset`; `ids` are theirs. */
+export function place(offset, text, scored, ids = []) {
   let at = 0;
   return scored.map((entry, index) => {
     const last = index === scored.length - 1;
@@ -12,6 +12,7 @@ export function place(offset, text, scored) {
     const token = {
       start: offset + at,
       end: offset + end,
+      id: ids[index],
       token: entry.token,
       bytes: fits ? undefined : entry.bytes,
       logprob: entry.logprob,
@@ -39,8 +40,11 @@ export function visible(text) {
   return text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "∅";
 }
 
-export function percent(logprob) {
-  const value = Math.exp(logprob) * 100;
+export const percent = (logprob) => share(Math.exp(logprob));
+
+/** A part of 1, for people. */
+export function share(part) {
+  const value = part * 100;
   if (value >= 99.95) return "100 %";
   if (value >= 0.1) return `${value.toFixed(1)} %`;
   return "< 0.1 %";

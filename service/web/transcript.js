@@ -1,5 +1,6 @@
 // The list of messages: questions, answers with what can be done with them, and their figures.
 
+import { AttentionView } from "./attention.js";
 import { TokenTip } from "./tip.js";
 import { element, Prose, TokenStrip } from "./view.js";
 
@@ -14,7 +15,7 @@ export class Transcript {
   #rows = [];
   #actions;
 
-  /** `actions`: again(), reconnect(), keepSeed(seed). */
+  /** `actions`: again(), reconnect(), keepSeed(seed), headers(). */
   constructor(actions) {
     this.#actions = actions;
     this.tip = new TokenTip(this.#scroll, (target) => {
@@ -62,7 +63,7 @@ export class Transcript {
     }
     const hint = "The answer; left and right arrow keys walk through its tokens";
     const answer = element("div", { class: "answer", tabindex: "0", role: "group", "aria-label": hint });
-    const row = { record, item, answer, view: null, tokens: false };
+    const row = { record, item, answer, view: null, tokens: false, attention: null };
     row.note = element("p", { class: "error", role: "alert", hidden: "" });
     row.figures = element("span", { class: "figures" });
     row.buttons = this.#buttons(row);
@@ -86,13 +87,31 @@ export class Transcript {
     });
     tokens.setAttribute("aria-pressed", "false");
     tokens.title = "Show each token, shaded by how unlikely it was";
+    const attention = make("Attention", () => this.#toggleAttention(row));
+    attention.classList.add("look");
+    attention.setAttribute("aria-expanded", "false");
+    attention.title = "Show which earlier tokens each token attends to";
     const copyAll = make("Copy", () => copyText(row.record.text, copyAll));
     const seed = make("", () => this.#actions.keepSeed(row.record.seed));
     seed.title = "Keep this seed: the same question gets the same answer";
     const again = make("Again", () => this.#actions.again());
     again.title = "Ask for another answer, with another seed";
     const reconnect = make("Reconnect", () => this.#actions.reconnect());
-    return { tokens, seed, again, reconnect, all: [seed, tokens, copyAll, again, reconnect] };
+    const all = [seed, tokens, attention, copyAll, again, reconnect];
+    return { tokens, attention, seed, again, reconnect, all };
+  }
+
+  #toggleAttention(row) {
+    const open = !row.attention;
+    row.buttons.attention.setAttribute("aria-expanded", String(open));
+    if (open) {
+      row.attention = new AttentionView(row.record, { headers: this.#actions.headers });
+      row.item.append(row.attention.element);
+      row.attention.element.scrollIntoView({ block: "nearest" });
+    } else {
+      row.attention.close();
+      row.attention = null;
+    }
   }
 }
 
@@ -112,6 +131,7 @@ function drawRow(row, { last }) {
   row.figures.textContent = figures(record);
   buttons.seed.textContent = `seed ${record.seed}`;
   buttons.tokens.hidden = !record.tokens.length;
+  buttons.attention.hidden = !record.tokens.length || !record.prompt;
   buttons.again.hidden = !last || running;
   buttons.reconnect.hidden = !last || record.state !== "cut";
 }

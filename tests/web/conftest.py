@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import pytest_asyncio
+from axe_playwright_python.base import AXE_FILE_PATH
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
 ARGUMENTS = (
@@ -84,7 +85,7 @@ class Visit:
 
     async def ended(self) -> None:
         await expect(self.page.locator("li.assistant").last).not_to_have_class(
-            "assistant running", timeout=60_000
+            "assistant running", timeout=90_000
         )
 
     async def record(self) -> dict[str, Any]:
@@ -137,3 +138,43 @@ def undisturbed() -> Undisturbed:
         return choice
 
     return ask
+
+
+Faults = Callable[[Page], Awaitable[list[str]]]
+
+
+@pytest.fixture(scope="session")
+def overflow() -> Faults:
+    """`await overflow(page)`: what is wider than the window."""
+    return _overflow
+
+
+async def _overflow(page: Page) -> list[str]:
+    """What sticks out of the window or is scrolled sideways, code blocks' own scrolling aside."""
+    found: list[str] = await page.evaluate(
+        """() => [...document.querySelectorAll('body, body *')]
+          .filter((e) => e.checkVisibility() && !e.closest('pre, .hidden, .skip'))
+          .filter((e) => e.getBoundingClientRect().right > innerWidth + 0.5 || e.scrollLeft > 0)
+          .map((e) => e.tagName + '#' + e.id + '.' + e.className)"""
+    )
+    scrolled = await page.evaluate("document.documentElement.scrollWidth > innerWidth")
+    return found + (["the page"] if scrolled else [])
+
+
+@pytest.fixture(scope="session")
+def findings() -> Faults:
+    """`await findings(page)`: what axe-core holds to be serious."""
+    return _findings
+
+
+async def _findings(page: Page) -> list[str]:
+    """axe's violations that keep people out, with where they are."""
+    await page.evaluate(AXE_FILE_PATH.read_text(encoding="utf-8"))
+    result = await page.evaluate("axe.run()")
+    assert len(result["passes"]) > 10
+    return [
+        f"{violation['id']}: {node['target']} {node['failureSummary']}"
+        for violation in result["violations"]
+        if violation["impact"] in {"serious", "critical"}
+        for node in violation["nodes"]
+    ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from axe_playwright_python.base import AXE_FILE_PATH
 from playwright.async_api import Page, expect
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
@@ -56,8 +55,9 @@ async def test_everything_can_be_done_from_the_keyboard(visit: Any) -> None:
     assert (await tab.record())["reason"] == "cancelled"
     reached, unseen = await walk(tab.page)
     assert reached >= {
-        "new-chat", "theme", "scroll", "answer", "seed 1", "Tokens", "Copy", "Again", "question",
-        "send", "system", "temperature", "top_p", "max_tokens", "seed", "Defaults",
+        "new-chat", "theme", "scroll", "answer", "seed 1", "Tokens", "Attention", "Copy",
+        "Again", "question", "send", "system", "temperature", "top_p", "max_tokens", "seed",
+        "Defaults",
     }  # fmt: skip
     assert unseen == [], "where the focus is can be seen"
     await tab.page.focus("#new-chat")
@@ -94,7 +94,7 @@ async def walk(page: Page) -> tuple[set[str], list[str]]:
     return set(reached), unseen
 
 
-async def test_nothing_is_wider_than_a_phone(visit: Any) -> None:
+async def test_nothing_is_wider_than_a_phone(visit: Any, overflow: Any) -> None:
     tab = await visit(viewport=PHONE, has_touch=True, is_mobile=True)
     await tab.page.locator("#panel-switch").tap()
     await expect(tab.page.locator("#max_tokens")).to_be_visible()
@@ -114,21 +114,11 @@ async def test_nothing_is_wider_than_a_phone(visit: Any) -> None:
     await expect(tab.page.locator("#tip")).to_be_hidden()
 
 
-async def overflow(page: Page) -> list[str]:
-    """What sticks out of the window or is scrolled sideways, code blocks' own scrolling aside."""
-    found: list[str] = await page.evaluate(
-        """() => [...document.querySelectorAll('body, body *')]
-          .filter((e) => e.checkVisibility() && !e.closest('pre, .hidden, .skip'))
-          .filter((e) => e.getBoundingClientRect().right > innerWidth + 0.5 || e.scrollLeft > 0)
-          .map((e) => e.tagName + '#' + e.id + '.' + e.className)"""
-    )
-    scrolled = await page.evaluate("document.documentElement.scrollWidth > innerWidth")
-    return found + (["the page"] if scrolled else [])
-
-
 @pytest.mark.parametrize("colours", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
-async def test_axe_finds_nothing_serious(visit: Any, colours: str, viewport: Any) -> None:
+async def test_axe_finds_nothing_serious(
+    visit: Any, findings: Any, colours: str, viewport: Any
+) -> None:
     tab = await visit(viewport=viewport, color_scheme=colours, reduced_motion="reduce")
     assert await findings(tab.page) == []
     if viewport is PHONE:
@@ -143,16 +133,3 @@ async def test_axe_finds_nothing_serious(visit: Any, colours: str, viewport: Any
     assert await findings(tab.page) == []
     await tab.page.get_by_role("button", name="Tokens", exact=True).click()
     assert await findings(tab.page) == []
-
-
-async def findings(page: Page) -> list[str]:
-    """axe's violations that keep people out, with where they are."""
-    await page.evaluate(AXE_FILE_PATH.read_text(encoding="utf-8"))
-    result = await page.evaluate("axe.run()")
-    assert len(result["passes"]) > 10
-    return [
-        f"{violation['id']}: {node['target']} {node['failureSummary']}"
-        for violation in result["violations"]
-        if violation["impact"] in {"serious", "critical"}
-        for node in violation["nodes"]
-    ]

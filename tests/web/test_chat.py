@@ -126,6 +126,20 @@ async def test_a_reload_in_mid_answer_loses_nothing(
     await expect(tab.page.locator(".figures")).to_contain_text("resumed")
 
 
+async def test_resuming_is_shown(visit: Any) -> None:
+    tab = await visit()
+    await tab.set(max_tokens=4000)
+    await tab.ask(STORY)
+    await tab.shown(30)
+    await tab.page.reload()
+    link = tab.page.locator("#link")
+    await expect(link).to_have_text("Resumed. Nothing was lost.")
+    await tab.page.get_by_role("button", name="Stop").click()
+    await tab.ended()
+    await expect(link).to_have_text("")
+    await expect(tab.page.locator(".figures")).to_contain_text("resumed")
+
+
 async def test_another_tab_follows_the_same_answer(visit: Any) -> None:
     tab = await visit()
     await tab.set(max_tokens=2000)

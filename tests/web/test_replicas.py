@@ -14,8 +14,8 @@ import httpx
 import pytest
 from playwright.async_api import expect
 
+from loadtest.rig.redis_process import RedisServer
 from tests.conftest import ROOT, free_port, wait_until_ready
-from tests.queues.redis_process import RedisServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
@@ -95,7 +95,7 @@ async def test_an_answer_outlives_its_engine_and_its_api(
     tab = await visit(replicas.url)
     tab.network_may_fail = True
     await expect(tab.page.locator("#engines")).to_have_text("2")
-    await tab.set(seed=19, max_tokens=250)
+    await tab.set(seed=19, max_tokens=600)
     await tab.ask(QUESTION)
     await tab.shown(60)
     replicas.kill_the_engine_at_work()
@@ -106,7 +106,7 @@ async def test_an_answer_outlives_its_engine_and_its_api(
     replicas.start_api()
     await tab.ended()
     record = await tab.record()
-    expected = await undisturbed(replicas.url, QUESTION, seed=19, max_tokens=250)
+    expected = await undisturbed(replicas.url, QUESTION, seed=19, max_tokens=600)
     assert record["resumed"] == 1, "the engine's death needed no new connection"
     assert record["text"] == expected["message"]["content"]
     await tab.context.close()

@@ -1,0 +1,170 @@
+// What a token attends to: the conversation up to an answer's end, token by token. One is chosen, by
+// pointer, touch or arrow keys; those before it are coloured by its weights, and the heaviest are
+// listed, which is also what a screen reader is told.
+//
+//   chosen layer and head --POST /v1/attention--> rows[token][earlier token]     null: mean of all
+
+import { share, visible } from "./tokens.js";
+import { element } from "./view.js";
+
+const LISTED = 5;
+const TRIES = 20;  // one map is read at a time, whoever asks
+const STEPS = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -Infinity, End: Infinity };
+
+let made = 0;
+
+export class AttentionView {
+  #record;
+  #headers;
+  #texts = [];
+  #tokens = [];  // their elements
+  #rows = null;
+  #chosen = 0;
+  #stale = false;
+  #reading = false;
+  #closed = false;
+
+  constructor(record, { headers }) {
+    this.#record = record;
+    this.#headers = headers;
+    this.#chosen = record.prompt.length + Math.max(0, record.tokens.findLastIndex(({ start, end }) => end > start));
+    made += 1;
+    this.id = `attention-${made}`;
+    this.layer = choice(`${this.id}-layer`, "Layer");
+    this.head = choice(`${this.id}-head`, "Head");
+    this.note = element("p", { class: "heat-note", role: "status" });
+    this.list = element("div", { class: "attended", "aria-live": "polite", "aria-atomic": "true" });
+    this.heat = element("div", {
+      class: "heat", role: "listbox", tabindex: "0", hidden: "", "aria-orientation": "horizontal",
+      "aria-label": "Tokens of the conversation; choose one to see what it attends to",
+    });
+    const bar = element("div", { class: "heat-bar" }, ...this.layer.parts, ...this.head.parts);
+    this.element = element("section", { class: "attention", id: this.id, "aria-label": "Attention" },
+      bar, this.note, this.list, this.heat);
+    for (const { select } of [this.layer, this.head]) select.addEventListener("change", () => this.#read());
+    this.heat.addEventListener("click", (event) => {
+      const index = this.#tokens.indexOf(event.target.closest("[role=option]"));
+      if (index >= 0) this.#choose(index);
+    });
+    this.heat.addEventListener("keydown", (event) => this.#walk(event));
+    this.#read();
+  }
+
+  /** Lets a reply that is on its way go. */
+  close() {
+    this.#closed = true;
+    this.element.remove();
+  }
+
+  /** One call at a time: a choice made meanwhile is asked for next, and only the last one drawn. */
+  async #read() {
+    this.#stale = true;
+    if (this.#reading) return;
+    const { prompt, tokens, model } = this.#record;
+    const asked = [...prompt, ...tokens.map(({ id }) => id)];
+    const most = Number(document.body.dataset.attention);
+    if (asked.length > most) {
+      this.note.textContent = `Attention is shown for up to ${most} tokens; here are ${asked.length}.`;
+      return;
+    }
+    this.#reading = true;
+    this.note.textContent = "Reading the network …";
+    this.element.setAttribute("aria-busy", "true");
+    let reply = {};
+    while (this.#stale && !this.#closed) {
+      this.#stale = false;
+      const body = { model, tokens: asked, layer: this.layer.index, head: this.head.index, return_token_strs: true };
+      reply = await ask(body, this.#headers(), () => this.#closed);
+    }
+    this.#reading = false;
+    this.element.setAttribute("aria-busy", "false");
+    this.note.textContent = reply.fault ?? "";
+    if (reply.map) this.#draw(reply.map);
+  }
+
+  #draw(map) {
+    this.layer.offer(map.num_layers);
+    this.head.offer(map.num_heads);
+    this.#rows = map.rows.map(({ weights }) => weights);
+    const first = !this.#tokens.length;
+    if (first) {
+      this.#texts = map.token_strs;
+      this.#tokens = map.token_strs.map((text, index) => {
+        const id = `${this.id}-${index}`;
+        return element("span", { role: "option", id }, text.replaceAll("\n", "⏎\n") || "∅");
+      });
+      this.heat.append(...this.#tokens);
+      this.heat.hidden = false;
+    }
+    this.#choose(this.#chosen);
+    if (first) this.element.scrollIntoView({ block: "nearest" });
+  }
+
+  #walk(event) {
+    const step = STEPS[event.key];
+    if (!step || !this.#rows || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    this.#choose(Math.min(this.#tokens.length - 1, Math.max(0, this.#chosen + step)));
+    this.#tokens[this.#chosen].scrollIntoView({ block: "nearest" });
+  }
+
+  #choose(index) {
+    this.#chosen = index;
+    const weights = this.#rows[index];
+    // The first token is where heads look that look for nothing: it would outshine all others.
+    const top = Math.max(...weights.slice(1), 0.001);
+    this.#tokens.forEach((token, at) => {
+      const weight = weights[at] ?? 0;
+      token.style.setProperty("--heat", Math.min(1, Math.sqrt(weight / top)).toFixed(3));
+      token.setAttribute("aria-selected", String(at === index));
+      token.title = at > index ? "" : share(weight);
+    });
+    this.heat.setAttribute("aria-activedescendant", this.#tokens[index].id);
+    const heaviest = weights.map((weight, at) => ({ weight, at })).sort((a, b) => b.weight - a.weight);
+    this.list.replaceChildren(
+      element("p", {}, element("code", {}, visible(this.#texts[index])), " attends to"),
+      element("ol", {}, ...heaviest.slice(0, LISTED).map(({ weight, at }) => this.#entry(weight, at, index))),
+    );
+  }
+
+  #entry(weight, at, chosen) {
+    const bar = element("span", { class: "bar" });
+    bar.style.setProperty("--share", weight);
+    const ago = at === chosen ? "itself" : at === 0 ? "the first" : `${chosen - at} before`;
+    return element("li", {}, bar, element("code", {}, visible(this.#texts[at])), element("small", {}, ago),
+      element("span", {}, share(weight)));
+  }
+}
+
+/** A menu: the mean of all, or one of as many as there are. */
+function choice(id, name) {
+  const select = element("select", { id }, element("option", { value: "" }, "all, mean"));
+  return {
+    select,
+    parts: [element("label", { for: id }, name), select],
+    get index() {
+      return select.value === "" ? null : Number(select.value);
+    },
+    offer(count) {
+      for (let index = select.length - 1; index < count; index += 1) {
+        select.append(element("option", { value: index }, String(index)));
+      }
+    },
+  };
+}
+
+/** {map} or {fault}: comes again while the server reads for somebody else. */
+async function ask(body, headers, givenUp) {
+  const call = { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  for (let tries = 1; ; tries += 1) {
+    try {
+      const response = await fetch("/v1/attention", call);
+      const reply = await response.json();
+      if (response.ok) return { map: reply };
+      if (response.status !== 503 || tries === TRIES || givenUp()) return { fault: reply.error.message };
+      await new Promise((resolve) => setTimeout(resolve, 1000 * Number(response.headers.get("retry-after") ?? 1)));
+    } catch {
+      return { fault: "The server cannot be reached." };
+    }
+  }
+}

@@ -1,0 +1,167 @@
+"""POST /v1/attention over a real reader and tiny weights: what it gives, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.attention_maps import AttentionMaps
+from model.checkpoint import open_checkpoint
+from service.api.attention_desk import AttentionDesk, AttentionReader
+from service.roles import attention_reader
+from service.settings import Settings
+
+PATH = "/v1/attention"
+MESSAGES = [{"role": "user", "content": "hello world"}, {"role": "assistant", "content": "fine"}]
+
+
+@pytest.fixture(scope="session")
+def maps(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> AttentionMaps:
+    folder: Path = tmp_path_factory.mktemp("attention")
+    return AttentionMaps(open_checkpoint(tiny_model.write_folder(folder)))
+
+
+@pytest.fixture
+def let_read(service: Any) -> Callable[[AttentionReader], None]:
+    """Gives the replica something to read attention with."""
+
+    def let(reader: AttentionReader) -> None:
+        desk = AttentionDesk(reader)
+        service.app.state.context = replace(service.app.state.context, attention=desk)
+
+    return let
+
+
+async def test_rows_are_those_of_the_network(service: Any, maps: Any, let_read: Any) -> None:
+    """A prompt, its ids and messages are the same text; each row is the reader's, rounded."""
+    let_read(maps)
+    tokens = service.tokenizer.encode("hello world, how are you?")
+    for fields in ({}, {"layer": 1}, {"head": 3}, {"layer": 0, "head": 2}):
+        expected = maps.read(tokens, **{"layer": None, "head": None, **fields})
+        for text in ({"tokens": tokens}, {"prompt": "hello world, how are you?"}):
+            reply = await service.post(PATH, {"model": "tiny-model", **text, **fields})
+            assert reply.status_code == 200, reply.text
+            given = reply.json()
+            assert given["tokens"] == tokens
+            assert (given["num_layers"], given["num_heads"]) == (2, 4)
+            assert {name: given[name] for name in fields} == fields
+            assert [row["position"] for row in given["rows"]] == list(range(len(tokens)))
+            for row, weights in zip(given["rows"], expected, strict=True):
+                assert row["weights"] == pytest.approx(weights, abs=5.1e-5)
+    chat = {"messages": MESSAGES, "add_generation_prompt": False, "return_token_strs": True}
+    given = (await service.post(PATH, chat)).json()
+    tokens = service.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=False)
+    assert given["tokens"] == tokens
+    assert given["token_strs"] == [service.tokenizer.token_text(token) for token in tokens]
+
+
+async def test_only_the_rows_that_are_asked_for(service: Any, maps: Any, let_read: Any) -> None:
+    let_read(maps)
+    whole = (await service.post(PATH, {"tokens": [5, 9, 11, 40]})).json()["rows"]
+    reply = (await service.post(PATH, {"tokens": [5, 9, 11, 40], "positions": [3, 1, 3]})).json()
+    assert reply["rows"] == [whole[1], whole[3]]
+
+
+async def test_a_replica_without_a_network_says_so(service: Any) -> None:
+    reply = await service.post(PATH, {"prompt": "hello"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "attention_not_available")
+    assert reply.headers["x-should-retry"] == "false"
+    assert (await service.client.get("/status")).json()["max_attention_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "code"),
+    [
+        ({}, 400, "prompt", "missing_required_parameter"),
+        ({"prompt": "a", "tokens": [1]}, 400, "prompt", "missing_required_parameter"),
+        ({"prompt": "a", "messages": MESSAGES}, 400, "prompt", "missing_required_parameter"),
+        ({"model": "other", "prompt": "a"}, 404, "model", "model_not_found"),
+        ({"prompt": ""}, 400, "prompt", "empty_prompt"),
+        ({"tokens": []}, 400, "tokens", "empty_prompt"),
+        ({"tokens": [1] * 257}, 400, "tokens", "context_length_exceeded"),  # the model's own limit
+        ({"prompt": "a b " * 200}, 400, "prompt", "context_length_exceeded"),
+        ({"tokens": [10**6]}, 400, "tokens", "invalid_token_id"),
+        ({"tokens": [-1]}, 400, "tokens", "invalid_token_id"),
+        ({"tokens": "1"}, 400, "tokens", "invalid_type"),
+        ({"tokens": [1], "layer": 2}, 400, "layer", "invalid_value"),
+        ({"tokens": [1], "layer": -1}, 400, "layer", "integer_below_min_value"),
+        ({"tokens": [1], "layer": "mean"}, 400, "layer", "invalid_type"),
+        ({"tokens": [1], "head": 4}, 400, "head", "invalid_value"),
+        ({"tokens": [1], "head": 10**30}, 400, "head", "invalid_value"),
+        ({"tokens": [1], "positions": []}, 400, "positions", "invalid_value"),
+        ({"tokens": [1], "positions": [1]}, 400, "positions", "invalid_value"),
+        ({"tokens": [1], "positions": [-1]}, 400, "positions", "invalid_value"),
+        ({"tokens": [1], "rows": [0]}, 400, "rows", "unknown_parameter"),
+    ],
+)
+async def test_what_is_wrong_is_named(
+    service: Any, maps: Any, let_read: Any, body: Any, status: int, param: str, code: str
+) -> None:
+    let_read(maps)
+    reply = await service.post(PATH, body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"], error["code"]) == (status, param, code), error
+
+
+async def test_the_length_is_limited_beside_the_models(
+    start_service: Any, maps: Any, small_limits: Any
+) -> None:
+    async with start_service(limits=small_limits(max_attention_tokens=3)) as service:
+        context = service.app.state.context
+        service.app.state.context = replace(context, attention=AttentionDesk(maps))
+        assert (await service.client.get("/status")).json()["max_attention_tokens"] == 3
+        assert (await service.post(PATH, {"tokens": [1, 2, 3]})).status_code == 200
+        refused = (await service.post(PATH, {"tokens": [1, 2, 3, 4]})).json()["error"]
+        assert refused["message"] == "attention is shown for 1 to 3 tokens"
+
+
+def test_it_can_be_turned_off(tiny_model: Any, tmp_path: Path) -> None:
+    path = tiny_model.write_folder(tmp_path)
+    reader = attention_reader(Settings(), path)
+    assert reader is not None
+    assert (reader.num_layers, reader.num_heads) == (2, 4)
+    assert attention_reader(Settings(attention=False), path) is None
+
+
+class HeldReader:
+    """Reads when it is let."""
+
+    num_layers = num_heads = 1
+
+    def __init__(self) -> None:
+        self.begun, self.let, self.calls = threading.Event(), threading.Event(), 0
+
+    def read(
+        self, tokens: Sequence[int], *, layer: int | None, head: int | None
+    ) -> Sequence[Sequence[float]]:
+        self.calls += 1
+        self.begun.set()
+        assert self.let.wait(10)
+        return [[1.0] * (position + 1) for position in range(len(tokens))]
+
+
+async def test_one_is_read_at_a_time_and_nobody_waits(service: Any, let_read: Any) -> None:
+    """Also where the first caller has left: its thread goes on, and is not doubled."""
+    reader = HeldReader()
+    let_read(reader)
+    first = asyncio.create_task(service.post(PATH, {"tokens": [1, 2]}))
+    await asyncio.to_thread(reader.begun.wait, 10)
+    for leave in (False, True):
+        if leave:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+        busy = await service.post(PATH, {"tokens": [1]})
+        assert (busy.status_code, busy.headers["retry-after"]) == (503, "1")
+        assert (await service.client.get("/health/live")).status_code == 200, "others are served"
+    assert reader.calls == 1
+    reader.let.set()
+    while (reply := await service.post(PATH, {"tokens": [1, 2]})).status_code == 503:
+        await asyncio.sleep(0.001)
+    assert [row["weights"] for row in reply.json()["rows"]] == [[1.0], [1.0, 1.0]]
+    assert reader.calls == 2
