@@ -1,4 +1,6 @@
-"""Log probabilities in OpenAI's two shapes: parallel lists for completions, objects for chat."""
+"""Log probabilities in OpenAI's two shapes, parallel lists for completions and objects for chat,
+and a prompt's in vLLM's.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +45,34 @@ def chat_logprobs(scored: Sequence[Scored], tokenizer: Tokenizer) -> dict[str, A
             top = [_chat_entry(token, value, tokenizer) for token, value in item.logprob.top]
             content.append(entry | {"top_logprobs": top})
     return {"content": content, "refusal": None}
+
+
+def prompt_logprobs(
+    ids: Sequence[int], logprobs: Sequence[TokenLogprob | None], tokenizer: Tokenizer
+) -> list[dict[str, Any] | None] | None:
+    """For each token of a prompt its own entry and those of the likeliest, by token id; null for
+    the first one, which nothing comes before. None where the answer ended before they were known.
+    """
+    if not logprobs:
+        return None
+    return [
+        None if logprob is None else _by_id(token, logprob, tokenizer)
+        for token, logprob in zip(ids, logprobs, strict=True)
+    ]
+
+
+def _by_id(token: int, logprob: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The token itself first. Its rank is known where it is among the likeliest, else null."""
+    scores = {token: logprob.logprob} | dict(logprob.top)
+    ranks = {other: rank for rank, (other, _) in enumerate(logprob.top, start=1)}
+    return {
+        str(other): {
+            "logprob": _finite(value),
+            "rank": ranks.get(other),
+            "decoded_token": tokenizer.token_text(other),
+        }
+        for other, value in scores.items()
+    }
 
 
 def _chat_entry(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,0 +1,97 @@
+"""The events of a streamed message, as Anthropic's clients put one together.
+
+    message_start · ( content_block_start · content_block_delta* · content_block_stop )* ·
+    message_delta · message_stop
+
+A `ping` follows the first block's start, as it does there, and carries the event id of a token that
+shows nothing yet. What a reader was sent before is skipped, not sent again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from service.api.answer import Answer
+from service.api.message_errors import message_error_body
+from service.api.message_object import (
+    Blocks,
+    Change,
+    message_object,
+    message_usage,
+    stop_fields,
+)
+from service.api.pieces import Ending, Opening, Piece, Shown
+from service.errors import QuireError
+
+_PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+
+
+class MessageWriter:
+    """Renders one message's events; with ids, the last event of a token has its position."""
+
+    def __init__(self, answer: Answer, *, event_ids: bool) -> None:
+        self._answer = answer
+        self._event_ids = event_ids
+        self._blocks = Blocks()
+        self._begun = False
+
+    def opening(self) -> bytes:
+        """The message, empty: its prompt is counted already."""
+        if self._begun:
+            return b""
+        return _event("message_start", message=message_object(self._answer, self._blocks, None))
+
+    def skip(self, shown: Shown) -> None:
+        """The reader has this, and so what comes before it."""
+        self._begun = True
+        if not isinstance(shown, Opening):
+            self._blocks.add(shown)
+
+    def event(self, _choice: int, shown: Shown) -> bytes:
+        """What a record changes, in events."""
+        if isinstance(shown, Opening):
+            return b""
+        events = self._changed(shown)
+        if isinstance(shown, Ending):
+            return b"".join(events) + self._ended(shown)
+        if not self._event_ids:
+            return b"".join(events)
+        *others, last = events or [_PING]
+        return b"%sid: %s\n%s" % (b"".join(others), self._answer.position.encode(), last)
+
+    def _changed(self, shown: Piece | Ending) -> list[bytes]:
+        events: list[bytes] = []
+        for change in self._blocks.add(shown):
+            if change.opens:
+                events += _opened(change)
+            if change.delta is not None:
+                events.append(_event("content_block_delta", index=change.index, delta=change.delta))
+        return events
+
+    def closing(self) -> bytes:
+        """The end of the stream."""
+        return _event("message_stop")
+
+    def failure(self, error: QuireError) -> bytes:
+        """The error, as it would have been a body."""
+        return b"event: error\ndata: " + message_error_body(error) + b"\n\n"
+
+    def _ended(self, ending: Ending) -> bytes:
+        last = self._blocks.last
+        stop = b"" if last is None else _event("content_block_stop", index=last)
+        counts = message_usage(self._answer)
+        return stop + _event("message_delta", delta=stop_fields(ending), usage=counts)
+
+
+def _opened(change: Change) -> list[bytes]:
+    index = change.index
+    start = _event("content_block_start", index=index, content_block=change.block.opened())
+    if index == 0:
+        return [start, _PING]
+    return [_event("content_block_stop", index=index - 1), start]
+
+
+def _event(kind: str, **fields: Any) -> bytes:  # noqa: ANN401  # any JSON
+    return b"event: %s\ndata: %s\n\n" % (kind.encode(), orjson.dumps({"type": kind, **fields}))

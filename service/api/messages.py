@@ -1,0 +1,57 @@
+"""POST /v1/messages, and how many tokens one would begin with: for Anthropic's clients."""
+
+from __future__ import annotations
+
+import orjson
+from fastapi import APIRouter, Response
+
+from service.api.admission import check_model, check_open, plan_call
+from service.api.body import JsonRequest, JsonRoute
+from service.api.call import read_call
+from service.api.chat_grammar import chat_grammar
+from service.api.context import Caller, Context
+from service.api.message_schema import CountBody, MessageBody, as_chat, as_prompt
+from service.api.prompts import chat_prompt
+from service.api.respond import answer_call
+from service.api.schemas import ANSWER
+from service.api.tools import tool_use
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post(
+    "/v1/messages",
+    response_model=None,
+    responses=ANSWER,
+    summary="Create a message",
+    description="Answers a chat in the shape of Anthropic's API, its errors too. With `stream` the "
+    "answer comes as server-sent events; its `x-request-id` is what it can be resumed or cancelled "
+    "by.",
+)
+async def create_message(
+    body: MessageBody, request: JsonRequest, context: Context, tenant: Caller
+) -> Response:
+    """Parse, tokenise, plan, answer: as a chat."""
+    chat = as_chat(body)
+    check_open(chat, context)
+    call = read_call(request, tenant, context.limits)
+    tools = tool_use(chat)
+    prompt = await chat_prompt(chat, context, tools=tools)
+    grammar = await chat_grammar(chat, context, tools=tools)
+    submission = plan_call(chat, [prompt], context, call=call, tools=tools, grammar=grammar)
+    return await answer_call(submission, context, call=call, request=request)
+
+
+@router.post(
+    "/v1/messages/count_tokens",
+    response_model=None,
+    summary="Count a message's tokens",
+    description="How many tokens the prompt of such a message has.",
+)
+async def count_tokens(body: CountBody, context: Context) -> Response:
+    """Tokenise, count."""
+    check_model(body.model, context)
+    chat = as_prompt(body)
+    prompt = await chat_prompt(chat, context, tools=tool_use(chat))
+    count = orjson.dumps({"input_tokens": len(prompt.ids)})
+    return Response(count, media_type="application/json")

@@ -1,0 +1,73 @@
+"""The table of clients: which could do what, as the tests that ran have shown it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ABILITIES = ("streams", "tools", "structured", "aborts", "errors")
+NODE_MODULES = Path(__file__).parent / "node" / "node_modules"
+
+# client -> (package, whether of npm)
+PACKAGES = {
+    "openai (Python)": ("openai", False),
+    "openai (Node)": ("openai", True),
+    "anthropic": ("anthropic", False),
+    "Vercel AI SDK": ("ai", True),
+    "langchain-openai": ("langchain-openai", False),
+    "litellm": ("litellm", False),
+    "llm": ("llm", False),
+    "llama-index": ("llama-index-llms-openai-like", False),
+}
+
+
+class Table:
+    """Outcomes by client and ability."""
+
+    def __init__(self) -> None:
+        self._outcomes: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+        self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+
+    def add(self, client: str, abilities: Sequence[str], report: Any) -> None:
+        """One test's outcome."""
+        outcome = "xfailed" if hasattr(report, "wasxfail") else report.outcome
+        self._counts[client][outcome] += 1
+        for ability in abilities:
+            self._outcomes[client, ability].append(outcome)
+
+    def render(self) -> str:
+        """In Markdown. An ability counts where all of its tests passed, and there were some."""
+        lines = [
+            "| client | version | " + " | ".join(ABILITIES) + " | tests |",
+            "|---|---|" + "---|" * (len(ABILITIES) + 1),
+        ]
+        for client in PACKAGES:
+            if client in self._counts:
+                cells = [client, _version(client)]
+                cells += [_cell(self._outcomes[client, ability]) for ability in ABILITIES]
+                cells.append(_tests(self._counts[client]))
+                lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def _cell(outcomes: Sequence[str]) -> str:
+    if not outcomes:
+        return "-"
+    return "yes" if set(outcomes) == {"passed"} else "no"
+
+
+def _tests(counts: Counter[str]) -> str:
+    words = {"xfailed": "expected to fail"}
+    return ", ".join(f"{number} {words.get(name, name)}" for name, number in sorted(counts.items()))
+
+
+def _version(client: str) -> str:
+    package, of_npm = PACKAGES[client]
+    if of_npm:
+        read = json.loads((NODE_MODULES / package / "package.json").read_text())
+        return str(read["version"])
+    return version(package)
