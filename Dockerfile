@@ -44,7 +44,7 @@ ARG TORCH_CPU_INDEX
 # PyPI's torch for Linux brings CUDA's libraries, gigabytes that a CPU machine has no use for. What
 # is removed serves those who compile against torch or test it.
 RUN /opt/quire/bin/pip install --index-url "${TORCH_CPU_INDEX}" "torch==${TORCH_VERSION}" \
- && /opt/quire/bin/pip install /wheels/*.whl \
+ && /opt/quire/bin/pip install "$(echo /wheels/*.whl)[otel]" \
  && find /opt/quire/lib/python3*/site-packages/torch -maxdepth 1 \
       \( -name include -o -name test \) -exec rm -rf {} + \
  && find /opt/quire/lib/python3*/site-packages/torch/bin -type f \
@@ -53,7 +53,7 @@ RUN /opt/quire/bin/pip install --index-url "${TORCH_CPU_INDEX}" "torch==${TORCH_
 FROM packages AS packages-cuda
 ARG TORCH_VERSION
 RUN /opt/quire/bin/pip install "torch==${TORCH_VERSION}" \
- && /opt/quire/bin/pip install /wheels/*.whl \
+ && /opt/quire/bin/pip install "$(echo /wheels/*.whl)[otel]" \
  && find /opt/quire/lib/python3*/site-packages/torch -maxdepth 1 \
       \( -name include -o -name test \) -exec rm -rf {} +
 

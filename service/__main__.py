@@ -1,4 +1,4 @@
-"""The command line: `quire serve | api | engine | pull | chat | version`.
+"""The command line: `quire serve | api | engine | pull | chat | key | version`.
 
 Flags are made from `service.settings`, one a setting, under its headings. What the roles are
 composed of stands in `service/roles.py`; nothing heavy is imported before a role is chosen.
@@ -82,7 +82,7 @@ def serve_all(settings: Settings) -> None:
 
 
 @app.command(name="api")
-@with_settings(Group.MODEL, Group.QUEUE, Group.HTTP, Group.LOGS)
+@with_settings(Group.MODEL, Group.QUEUE, Group.HTTP, Group.LOGS, Group.TELEMETRY)
 def api_replica(settings: Settings) -> None:
     """An API replica: HTTP over a shared queue; engines elsewhere do the work."""
     from service.roles import run_role, serve_api
@@ -131,6 +131,40 @@ def chat(
         temperature=temperature,
         console=Console(),
     )
+
+
+@app.command(name="key")
+def make_key(
+    name: Annotated[str, typer.Argument(help="The key's name, used once in the file.")],
+    tenant: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Whose prefix cache, streams and share it has; by default the name's."),
+    ] = None,
+    requests_per_minute: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
+    tokens_per_minute: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
+    max_in_flight: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Requests, waiting and running."),
+    ] = None,
+    highest_priority: Annotated[
+        int, typer.Option(min=0, max=2, help="0 goes before 1 before 2.")
+    ] = 1,
+) -> None:
+    """Make an API key: `quire key alice >> keys.toml` keeps its digest, and shows it this once."""
+    from service.keys import new_entry, new_secret
+
+    secret = new_secret()
+    entry = new_entry(
+        secret,
+        name=name,
+        tenant=tenant,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        max_in_flight=max_in_flight,
+        highest_priority=highest_priority,
+    )
+    print(entry, end="")  # noqa: T201 - the answer of the command, for the file
+    print(f"the key of {name}, shown this once: {secret}", file=sys.stderr)  # noqa: T201
 
 
 @app.command()

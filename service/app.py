@@ -11,12 +11,15 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 
 from fastapi import APIRouter, FastAPI, Response
 
+from model.grammar import Grammars
 from model.tokenizer import Tokenizer
-from service.api import ROUTERS, refusals
+from service.api import ROUTERS, document, refusals
 from service.api.attendance import Attendance
+from service.api.attention_desk import AttentionDesk, AttentionReader
 from service.api.auth import Authenticator, open_to_all
 from service.api.boundary import Boundary
 from service.api.context import ApiContext, Probes
+from service.api.grammar_trials import GrammarTrials
 from service.api.limits import ApiLimits
 from service.api.observer import ApiObserver, NullObserver
 from service.api.schemas import ErrorBody
@@ -25,7 +28,7 @@ from service.messages import ModelCard
 from service.queues import Queue
 
 
-def build_app(
+def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
     queue: Queue,
     tokenizer: Tokenizer,
     read_card: Callable[[], ModelCard],
@@ -35,12 +38,20 @@ def build_app(
     observer: ApiObserver,
     version: str,
     authenticate: Authenticator = open_to_all,
+    attention: AttentionReader | None = None,
+    trials: GrammarTrials | None = None,
     extras: Collection[str] = ("page",),
 ) -> FastAPI:
     """The API. `extras` may name `docs`, /docs and /openapi.json, and `page`, the web page.
 
     Its lifespan sweeps the queue and attends what is read here.
     """
+
+    def vocabulary() -> Grammars:
+        return Grammars(
+            tokenizer.token_bytes, eos_ids=tokenizer.eos_ids, vocab_size=read_card().vocab_size
+        )
+
     context = ApiContext(
         queue=queue,
         tokenizer=tokenizer,
@@ -49,6 +60,8 @@ def build_app(
         observer=observer,
         probes=probes,
         attendance=Attendance(queue),
+        grammars=GrammarTrials(vocabulary) if trials is None else trials,
+        attention=None if attention is None else AttentionDesk(attention),
         version=version,
     )
 
@@ -61,6 +74,7 @@ def build_app(
         try:
             yield
         finally:
+            await asyncio.to_thread(context.grammars.close)
             for chore in chores:
                 chore.cancel()
             await asyncio.gather(*chores, return_exceptions=True)
@@ -71,6 +85,7 @@ def build_app(
     for group, router in ROUTERS.items():
         if group != "page" or "page" in extras:
             app.include_router(router, tags=[group])
+    document.install(app, context)
     return app
 
 

@@ -3,13 +3,16 @@
     QuireError                       500 server_error
     ├── BadRequest                   400 invalid_request_error
     │   ├── Unauthorized             401
+    │   ├── Forbidden                403
     │   ├── NotFound                 404
     │   ├── MethodNotAllowed         405
     │   ├── RequestTimeout           408
     │   ├── Conflict                 409
     │   ├── Gone                     410
     │   ├── TooLarge                 413
-    │   └── UnsupportedMedia         415
+    │   ├── UrlTooLong               414
+    │   ├── UnsupportedMedia         415
+    │   └── HeadersTooLarge          431
     ├── RateLimited                  429 rate_limit_error
     ├── Unavailable                  503 service_unavailable_error
     ├── DeadlineExceeded             504 server_error
@@ -69,6 +72,13 @@ class Unauthorized(BadRequest):
     default_code = "invalid_api_key"
 
 
+class Forbidden(BadRequest):
+    """The key is valid, and has no right to this."""
+
+    status = 403
+    default_code = "permission_denied"
+
+
 class NotFound(BadRequest):
     """No such route, model or stream."""
 
@@ -111,11 +121,25 @@ class TooLarge(BadRequest):
     default_code = "request_too_large"
 
 
+class UrlTooLong(BadRequest):
+    """The URL is over the limit."""
+
+    status = 414
+    default_code = "url_too_long"
+
+
 class UnsupportedMedia(BadRequest):
     """The body is not plain JSON."""
 
     status = 415
     default_code = "unsupported_media_type"
+
+
+class HeadersTooLarge(BadRequest):
+    """The headers are over a limit, by their number or their size."""
+
+    status = 431
+    default_code = "headers_too_large"
 
 
 class RateLimited(QuireError):

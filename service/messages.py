@@ -5,6 +5,7 @@ Everything here is immutable, made of the standard library alone and goes to JSO
 Validation is not done here: whatever reaches these types was already checked in `service/api`.
 
     GenerationRequest   one choice of one prompt: all that an answer is a function of
+    Allowance           how much the key of a call may ask for
     Submission          what one HTTP call asks for: its requests, accepted or refused together
     Tokens, End         the journal's two kinds of record; `End` comes once, last
     Event               a record on its way from the engine to the journal
@@ -69,6 +70,7 @@ class GenerationRequest:
     tenant: str = "public"
     priority: int = 1  # 0 before 1 before 2
     timeout_ms: int | None = None  # from submission; the queue's clock decides, no host's
+    trace: str | None = None  # the call's `traceparent`; None: it is not traced
 
     @property
     def max_total_tokens(self) -> int:
@@ -91,6 +93,16 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Allowance:
+    """How much one key may ask for over the whole cluster; None: no limit of its own."""
+
+    key: str  # the key's name, never its secret
+    requests_per_minute: int | None = None  # submissions
+    tokens_per_minute: int | None = None  # as admission counts them, settled when answers end
+    max_in_flight: int | None = None  # requests, waiting and running
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """What one HTTP call asks for. Its requests are admitted all together or not at all.
 
@@ -106,6 +118,7 @@ class Submission:
     idempotency_key: str | None = None
     fingerprint: str = ""  # SHA-256 of the canonical body; compared when a key comes again
     grace: float | None = None
+    allowance: Allowance | None = None  # None: nobody's in particular
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,11 @@ import uvloop
 from fastapi import FastAPI
 from rich.console import Console
 
+from model.checkpoint import open_checkpoint
+from model.grammar import Grammars
 from model.tokenizer import Tokenizer
+from service.api.attention_desk import AttentionReader
+from service.api.auth import only_with_key, open_to_all
 from service.api.context import Probes
 from service.api.limits import ApiLimits
 from service.app import build_admin_app, build_app
@@ -35,6 +39,7 @@ from service.cluster import Cluster
 from service.engine.loop import EngineLoop
 from service.engine.plan import EngineConfig
 from service.errors import StartupError, Unavailable
+from service.keys import KeyRing
 from service.listeners import Listener, address, bind
 from service.logs import log_call, set_up_logging
 from service.messages import Event, ModelCard
@@ -42,6 +47,7 @@ from service.metrics import Metrics
 from service.queues import EngineInfo, Queue, QueueLimits, open_queue
 from service.settings import Settings
 from service.startup import Loaded, fetch_model, load_card, load_engine, load_tokenizer
+from service.tracing import EngineObserver, TracedCalls, TracedWork, Tracer
 from service.worker import EngineFailure, Worker
 
 log = logging.getLogger("quire")
@@ -66,35 +72,49 @@ def run_role(role: Role, settings: Settings, *, console: Console) -> None:
 async def serve(settings: Settings, console: Console) -> None:
     """Everything in one process."""
     refuse_exposure(settings)
+    metrics, tracer = make_metrics(settings, "serve"), open_tracer(settings, "serve")
+    keys = open_keys(settings, metrics)
     public, admin = bind(settings.host, settings.port), bind(settings.host, settings.admin_port)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     loaded = await asyncio.to_thread(load_engine, settings, path)
-    metrics = Metrics(on_call=log_call)
     queue = await opened_queue(settings, metrics)
-    engine = EngineSide(settings, loaded, queue, metrics)
-    api = ApiSide(settings, loaded.card, queue, metrics, tokenizer=loaded.tokenizer, engine=engine)
+    engine = EngineSide(settings, loaded, queue, metrics, tracer=tracer)
+    api = ApiSide(
+        settings,
+        loaded.card,
+        queue,
+        metrics,
+        tokenizer=loaded.tokenizer,
+        engine=engine,
+        attention=attention_reader(settings, path),
+        keys=keys,
+        tracer=tracer,
+    )
     rows = engine_rows(loaded, path) | api_rows(settings, address(public), address(admin))
     grace = settings.drain_timeout
     listeners = [Listener(api.app, public, grace=grace), Listener(api.admin_app, admin)]
     ready = partial(banner, console, settings, rows)
-    await live(queue, listeners, api=api, engine=engine, ready=ready)
+    await live(queue, listeners, api=api, engine=engine, tracer=tracer, ready=ready)
     loaded.runner.close()
 
 
 async def serve_api(settings: Settings, console: Console) -> None:
     """An API replica over a shared queue."""
     refuse_exposure(settings)
+    metrics, tracer = make_metrics(settings, "api"), open_tracer(settings, "api")
+    keys = open_keys(settings, metrics)
     refuse_private_queue(settings)
     public, admin = bind(settings.host, settings.port), bind(settings.host, settings.admin_port)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     tokenizer = await asyncio.to_thread(load_tokenizer, path)
-    metrics = Metrics(on_call=log_call)
     queue = await opened_queue(settings, metrics)
-    api = ApiSide(settings, load_card(settings, path), queue, metrics, tokenizer=tokenizer)
+    card = load_card(settings, path)
+    api = ApiSide(settings, card, queue, metrics, tokenizer=tokenizer, keys=keys)
     rows = api_rows(settings, address(public), address(admin))
     grace = settings.drain_timeout
     listeners = [Listener(api.app, public, grace=grace), Listener(api.admin_app, admin)]
-    await live(queue, listeners, api=api, ready=partial(banner, console, settings, rows))
+    ready = partial(banner, console, settings, rows)
+    await live(queue, listeners, api=api, tracer=tracer, ready=ready)
 
 
 async def serve_engine(settings: Settings, console: Console) -> None:
@@ -103,24 +123,55 @@ async def serve_engine(settings: Settings, console: Console) -> None:
     admin = bind(settings.host, settings.admin_port)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     loaded = await asyncio.to_thread(load_engine, settings, path)
-    metrics = Metrics()
+    metrics, tracer = make_metrics(settings, "engine"), open_tracer(settings, "engine")
     queue = await opened_queue(settings, metrics)
-    engine = EngineSide(settings, loaded, queue, metrics)
+    engine = EngineSide(settings, loaded, queue, metrics, tracer=tracer)
     # The admin application needs an API's context for its probes; this one has no public port.
     api = ApiSide(settings, loaded.card, queue, metrics, tokenizer=loaded.tokenizer, engine=engine)
     rows = engine_rows(loaded, path) | {"metrics": f"{address(admin)}/metrics"}
     listeners = [Listener(api.admin_app, admin)]
-    await live(queue, listeners, engine=engine, ready=partial(banner, console, settings, rows))
+    ready = partial(banner, console, settings, rows)
+    await live(queue, listeners, engine=engine, cluster=api.cluster, tracer=tracer, ready=ready)
     loaded.runner.close()
 
 
 def refuse_exposure(settings: Settings) -> None:
     """Raises StartupError where everybody on the network could use an unprotected server."""
-    if not settings.is_loopback and not settings.allow_anonymous:
+    protected = settings.keys_file is not None or settings.allow_anonymous
+    if not settings.is_loopback and not protected:
         raise StartupError(
             f"host {settings.host} can be reached by others and no keys are configured;"
-            " say --allow-anonymous if that is meant"
+            " give a --keys-file, or say --allow-anonymous if that is meant"
         )
+
+
+def make_metrics(settings: Settings, role: str) -> Metrics:
+    """The series of a process. Each call is logged, too."""
+    return Metrics(
+        role=role,
+        version=VERSION,
+        vllm_names=settings.vllm_metrics,
+        on_call=log_call,
+    )
+
+
+def open_tracer(settings: Settings, role: str) -> Tracer | None:
+    """Where traces go; None: nowhere, and nothing of them is loaded. Raises StartupError."""
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from service.tracing_otlp import open_otlp
+    except ImportError:
+        raise StartupError("otlp_endpoint needs OpenTelemetry: quire-llm[otel]") from None
+    names = {"service.name": f"quire-{role}", "service.version": VERSION}
+    return open_otlp(settings.otlp_endpoint, resource=names)
+
+
+def open_keys(settings: Settings, metrics: Metrics) -> KeyRing | None:
+    """The keys, where there are any: then nobody is served without one. Raises StartupError."""
+    if settings.keys_file is None:
+        return None
+    return KeyRing(settings.keys_file.expanduser(), on_reload=metrics.keys_reloaded)
 
 
 def refuse_private_queue(settings: Settings) -> None:
@@ -149,8 +200,19 @@ async def opened_queue(settings: Settings, metrics: Metrics) -> Queue:
 class EngineSide:
     """The engine and its worker."""
 
-    def __init__(self, settings: Settings, loaded: Loaded, queue: Queue, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        loaded: Loaded,
+        queue: Queue,
+        metrics: Metrics,
+        *,
+        tracer: Tracer | None = None,
+    ) -> None:
         self.id = uuid4().hex
+        observer: EngineObserver = metrics
+        if tracer is not None:
+            observer = TracedWork(metrics, tracer, model=loaded.card.id, engine=self.id)
         self._card = loaded.card
         self._num_blocks = loaded.runner.num_blocks
         self._metrics = metrics
@@ -166,10 +228,15 @@ class EngineSide:
             token_bytes=loaded.tokenizer.token_bytes,
             eos_ids=loaded.tokenizer.eos_ids,
             deliver=self._deliver,
-            observer=metrics,
+            observer=observer,
             on_failure=lambda _failure: self.worker.fail(),
+            grammars=Grammars(
+                loaded.tokenizer.token_bytes,
+                eos_ids=loaded.tokenizer.eos_ids,
+                vocab_size=loaded.card.vocab_size,
+            ),
         )
-        self.worker = Worker(queue, self.loop, info=self._info, observer=metrics)
+        self.worker = Worker(queue, self.loop, info=self._info, observer=observer)
 
     def _deliver(self, events: Sequence[Event]) -> None:
         self.worker.deliver(events)
@@ -208,10 +275,15 @@ class ApiSide:
         *,
         tokenizer: Tokenizer,
         engine: EngineSide | None = None,
+        attention: AttentionReader | None = None,
+        keys: KeyRing | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.draining = False
         self.queue = queue
-        self.cluster = Cluster(queue, card, on_depth=metrics.set_depth)
+        self.keys = keys
+        self.cluster = Cluster(queue, card, observer=metrics)
+        metrics.accepts_without_engines.set(settings.accept_without_engines)
         self.app = build_app(
             queue,
             tokenizer,
@@ -220,15 +292,26 @@ class ApiSide:
                 started=lambda: True,
                 live=engine.is_live if engine else lambda: True,
                 draining=lambda: self.draining,
-                served=lambda: self.cluster.has_engines,
+                served=lambda: settings.accept_without_engines or self.cluster.has_engines,
                 tokens_per_second=self.cluster.tokens_per_second,
             ),
             limits=api_limits(settings),
-            observer=metrics,
+            observer=metrics if tracer is None else TracedCalls(metrics, tracer),
             version=VERSION,
+            attention=attention,
+            authenticate=only_with_key(keys.find) if keys else open_to_all,
             extras=("page",) if settings.page else (),
         )
         self.admin_app: FastAPI = build_admin_app(self.app, render_metrics=metrics.render)
+
+
+def attention_reader(settings: Settings, path: Path) -> AttentionReader | None:
+    """What shows attention, where that is turned on. It reads weights only when it is asked."""
+    if not settings.attention:
+        return None
+    from model.attention_maps import AttentionMaps
+
+    return AttentionMaps(open_checkpoint(path))
 
 
 def api_limits(settings: Settings) -> ApiLimits:
@@ -248,6 +331,8 @@ async def live(
     ready: Callable[[], None],
     api: ApiSide | None = None,
     engine: EngineSide | None = None,
+    cluster: Cluster | None = None,
+    tracer: Tracer | None = None,
 ) -> None:
     """Serves until a signal or a broken engine, then ends in order.
 
@@ -258,7 +343,10 @@ async def live(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     serving = [asyncio.create_task(listener.listen()) for listener in listeners]
-    watching = [asyncio.create_task(api.cluster.watch())] if api else []
+    cluster = api.cluster if api else cluster
+    watching = [asyncio.create_task(cluster.watch())] if cluster else []
+    if api and api.keys:
+        watching.append(asyncio.create_task(api.keys.watch()))
     working = [asyncio.create_task(engine.worker.run())] if engine else []
     stopping = asyncio.create_task(stop.wait())
     # What is alive now stays alive: the collector need not walk it again and again.
@@ -284,6 +372,8 @@ async def live(
     finally:
         with suppress(Unavailable):
             await queue.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
 
 async def announce(listeners: Sequence[Listener], ready: Callable[[], None]) -> None:

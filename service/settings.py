@@ -35,6 +35,7 @@ class Group(StrEnum):
     QUEUE = "Queue"
     HTTP = "HTTP"
     LOGS = "Logs"
+    TELEMETRY = "Telemetry"
 
 
 def parse_bytes(value: object) -> object:
@@ -126,6 +127,11 @@ class Settings(BaseModel):
     resume_window: float = _setting(
         Group.QUEUE, 600.0, "Seconds that an ended answer can still be read.", gt=0
     )
+    accept_without_engines: bool = _setting(
+        Group.QUEUE,
+        default=False,
+        help_text="Take calls while no engine is there: they wait for one to be started.",
+    )
 
     # HTTP
     host: str = _setting(Group.HTTP, "127.0.0.1", "Address to listen on.")
@@ -137,6 +143,9 @@ class Settings(BaseModel):
         Group.HTTP,
         default=False,
         help_text="Serve without keys on an address that others can reach.",
+    )
+    keys_file: Path | None = _setting(
+        Group.HTTP, None, "A TOML file of API keys, read again when it changes; see `quire key`."
     )
     max_body: Bytes = _setting(Group.HTTP, 4 * 1024**2, "Largest request body, in bytes.", ge=1024)
     keep_alive: float = _setting(
@@ -154,12 +163,31 @@ class Settings(BaseModel):
         Group.HTTP, default=True, help_text="Serve the web page to chat with the model at /."
     )
 
+    attention: bool = _setting(
+        Group.HTTP,
+        default=True,
+        help_text="Serve POST /v1/attention where the network is in the process: quire serve.",
+    )
+
     # Logs
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         Group.LOGS, "info", "Least severity that is logged."
     )
     log_format: Literal["text", "json"] = _setting(
         Group.LOGS, "text", "Text for people, json for machines: one object a line."
+    )
+
+    # Telemetry
+    vllm_metrics: bool = _setting(
+        Group.TELEMETRY,
+        default=False,
+        help_text="Tell the metrics that vLLM has under its names, too.",
+    )
+    otlp_endpoint: str | None = _setting(
+        Group.TELEMETRY,
+        None,
+        "Where traces go, such as http://127.0.0.1:4318. Needs quire-llm[otel].",
+        pattern=r"^https?://\S+$",
     )
 
     @property

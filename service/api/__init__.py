@@ -2,10 +2,14 @@
 
     body, fields, schemas      bytes -> JSON -> wire types                     [400, 413, 415]
     prompts, sampling          wire types -> token ids, sampling parameters    [400]
+    tools, tool_prompt         functions, put to the model                     [400]
+    chat_grammar               what the answer must match                      [400, 503]
     admission                  -> Submission -> queue                          [409, 429, 503]
-    answer, relay, pieces      journal -> what is shown of each choice
+    answer, relay, pieces      journal -> what is shown of each choice; tool_calls: its calls
     events, sse | whole        -> server-sent events, or their sum as one JSON body
     attendance, resume         readers that leave, that come back, here or at another replica
+    document                   all of this for machines: /openapi.json, held to what is served
+    attention                  beside all that: what the network looks at, one map at a time
 
 It talks to the queue's Protocol alone: no engine, no tensors, no metrics library.
 """
@@ -17,15 +21,29 @@ from types import MappingProxyType
 
 from fastapi import APIRouter
 
-from service.api import chat, completions, health, models, page, responses, status, streams, tokens
+from service.api import (
+    attention,
+    chat,
+    completions,
+    health,
+    messages,
+    models,
+    page,
+    responses,
+    status,
+    streams,
+    tokens,
+)
 
 ROUTERS: Mapping[str, APIRouter] = MappingProxyType({
     "completions": completions.router,
     "chat": chat.router,
     "responses": responses.router,
+    "messages": messages.router,
     "streams": streams.router,
     "models": models.router,
     "tokens": tokens.router,
+    "attention": attention.router,
     "health": health.router,
     "status": status.router,
     "page": page.router,

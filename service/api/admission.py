@@ -17,15 +17,29 @@ from service.api.manifest import Endpoint, Manifest, PromptNote
 from service.api.prompts import PromptTokens
 from service.api.sampling import (
     asked_logprobs,
+    asked_prompt_logprobs,
     choice_counts,
     sampling_params,
     stop_rules,
     token_limit,
 )
 from service.api.schemas import ChatBody, CompletionBody, GenerationBody
-from service.errors import BadRequest, Conflict, Gone, NotFound, RateLimited, Unavailable
+from service.api.tool_notation import notation_name
+from service.api.tools import ToolUse
+from service.errors import (
+    BadRequest,
+    Conflict,
+    Forbidden,
+    Gone,
+    NotFound,
+    RateLimited,
+    Unavailable,
+)
 from service.messages import GenerationRequest, Submission, child_ids
 from service.queues import SubmitReply, SubmitStatus
+from service.queues.admission import admission_cost
+
+DEFAULT_PRIORITY = 1
 
 
 def check_open(body: GenerationBody, context: ApiContext) -> None:
@@ -34,6 +48,7 @@ def check_open(body: GenerationBody, context: ApiContext) -> None:
         raise Unavailable("this replica is shutting down", code="shutting_down", retry_after=1)
     check_model(body.model, context)
     if not context.probes.served():
+        context.observer.call_unserved()
         raise Unavailable("no engine is there to answer", code="backend_unavailable")
     if body.stream_options is not None and not body.stream:
         raise BadRequest("stream_options needs stream to be true", param="stream_options")
@@ -56,9 +71,13 @@ def plan_call(
     *,
     call: Call,
     given_back: dict[str, Any] | None = None,
+    tools: ToolUse | None = None,
+    grammar: str | None = None,
 ) -> Submission:
     """All that a call asks for; `given_back` where it asks for a response. Raises BadRequest."""
     manifest = _manifest(body, prompts, context)
+    if tools is not None:
+        manifest = replace(manifest, notation=notation_name(context.tokenizer))
     if given_back is not None:
         manifest = replace(manifest, endpoint=Endpoint.RESPONSES, given_back=given_back)
     manifest = replace(manifest, grace=_grace(body, manifest, call=call, limits=context.limits))
@@ -76,10 +95,12 @@ def plan_call(
             stop=stop.strings,
             stop_token_ids=stop.token_ids,
             ignore_eos=body.ignore_eos or False,
-            prompt_logprobs=manifest.logprobs if manifest.echo else None,
+            prompt_logprobs=_prompt_logprobs(manifest),
+            grammar=grammar,
             tenant=call.tenant.name,
-            priority=1 if body.priority is None else body.priority,
+            priority=_priority(body, call),
             timeout_ms=call.timeout_ms,
+            trace=call.trace,
         )
         for prompt in prompts
     ]
@@ -90,9 +111,20 @@ def plan_call(
         manifest=manifest.to_json(),
         idempotency_key=call.idempotency_key,
         fingerprint=call.fingerprint,
+        allowance=call.tenant.allowance,
         # A caller's own leaving is seen where it was served; the queue sees that nobody serves it.
         grace=None if manifest.grace is None else manifest.grace or context.limits.replica_grace,
     )
+
+
+def _priority(body: GenerationBody, call: Call) -> int:
+    """Raises Forbidden where the key may not ask for as much."""
+    highest = call.tenant.highest_priority
+    if body.priority is None:
+        return max(DEFAULT_PRIORITY, highest)
+    if body.priority < highest:
+        raise Forbidden(f"with this key the highest priority is {highest}", param="priority")
+    return body.priority
 
 
 def _choices(
@@ -112,15 +144,20 @@ def _manifest(
 ) -> Manifest:
     width, keep = choice_counts(body, len(prompts), context.limits)
     echo = isinstance(body, CompletionBody) and body.echo is True
-    repeated = echo or body.return_token_ids is True
+    asked = {
+        "echo": echo,
+        "return_token_ids": body.return_token_ids is True,
+        "prompt_logprobs": body.prompt_logprobs is not None,
+    }
+    repeated = any(asked.values())
     if repeated and sum(len(prompt.ids) for prompt in prompts) > context.limits.max_echo_tokens:
         raise BadRequest(
             f"prompts of at most {context.limits.max_echo_tokens} tokens can be given back",
-            param="echo" if echo else "return_token_ids",
+            param=next(name for name, wanted in asked.items() if wanted),
         )
     options = body.stream_options
     return Manifest(
-        endpoint=Endpoint.CHAT if isinstance(body, ChatBody) else Endpoint.COMPLETIONS,
+        endpoint=body.endpoint,
         model=context.card.id,
         fingerprint=context.card.numeric_class,
         created=int(time.time()),
@@ -136,11 +173,18 @@ def _manifest(
         keep=keep,
         stream=body.stream or False,
         logprobs=asked_logprobs(body, context.limits),
+        prompt_logprobs=asked_prompt_logprobs(body, context.limits),
         echo=echo,
         return_token_ids=body.return_token_ids or False,
         include_usage=options is not None and options.include_usage is True,
         continuous_usage=options is not None and options.continuous_usage_stats is True,
     )
+
+
+def _prompt_logprobs(manifest: Manifest) -> int | None:
+    """As many as the greedier needs of an echo and of what is told beside the answer."""
+    uses = (manifest.logprobs if manifest.echo else None, manifest.prompt_logprobs)
+    return max((use for use in uses if use is not None), default=None)
 
 
 def _shown(prompt: PromptTokens, context: ApiContext) -> str:
@@ -158,16 +202,17 @@ def _grace(
     return limits.grace if resumable or call.idempotency_key is not None else 0.0
 
 
-async def admit(submission: Submission, context: ApiContext) -> tuple[str, Manifest]:
+async def admit(
+    submission: Submission, reply: SubmitReply, context: ApiContext
+) -> tuple[str, Manifest]:
     """The id and the manifest of the submission to follow: this one, or the earlier one with the
-    same idempotency key. Raises Unavailable, RateLimited, Conflict or Gone.
+    same idempotency key. `reply` is the queue's. Raises Unavailable, RateLimited, Conflict or Gone.
     """
-    reply = await context.queue.submit(submission)
     if reply.status is SubmitStatus.OK:
         context.observer.call_accepted(len(submission.requests))
     elif reply.status is not SubmitStatus.EXISTS:
         context.observer.call_refused(reply.status.value)
-        raise _refusal(reply, context)
+        raise _refusal(submission, reply, context)
     if reply.submission_id == submission.id:
         return submission.id, Manifest.from_json(submission.manifest)
     earlier = await context.queue.lookup(reply.submission_id)
@@ -177,11 +222,30 @@ async def admit(submission: Submission, context: ApiContext) -> tuple[str, Manif
     return earlier.id, Manifest.from_json(earlier.manifest)
 
 
-def _refusal(reply: SubmitReply, context: ApiContext) -> Conflict | RateLimited | Unavailable:
+def _refusal(
+    submission: Submission, reply: SubmitReply, context: ApiContext
+) -> Conflict | RateLimited | Unavailable:
     if reply.status is SubmitStatus.CONFLICT:
         return Conflict("this Idempotency-Key came before with another body", retryable=False)
+    if reply.status is SubmitStatus.RATE:
+        return _over_rate(submission, reply)
     speed = context.probes.tokens_per_second()
     wait = reply.queued_tokens / speed if speed > 0 else 1.0
     if reply.status is SubmitStatus.TENANT:
         return RateLimited("you have too many requests in flight", retry_after=wait)
     return Unavailable("the queue is full", retry_after=wait)
+
+
+def _over_rate(submission: Submission, reply: SubmitReply) -> RateLimited:
+    usage, cost = reply.usage, sum(map(admission_cost, submission.requests))
+    if usage.tokens is not None and cost > usage.tokens.limit:
+        return RateLimited(
+            f"the request counts {cost} tokens, and this key has {usage.tokens.limit} a minute",
+            retryable=False,
+        )
+    limits = [
+        f"{meter.limit} {unit} a minute"
+        for unit, meter in (("requests", usage.requests), ("tokens", usage.tokens))
+        if meter is not None
+    ]
+    return RateLimited(f"this key has {' and '.join(limits)}", retry_after=usage.wait)

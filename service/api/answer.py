@@ -49,8 +49,8 @@ class Answer:
         self.context = context
         self.request_ids: Sequence[str] = child_ids(call_id, manifest.num_choices)
         self.readers = [
-            ChoiceReader(manifest, choice, context.tokenizer)
-            for choice in range(manifest.num_choices)
+            ChoiceReader(manifest, choice, context.tokenizer, request_id=request_id)
+            for choice, request_id in enumerate(self.request_ids)
         ]
         self._tenant = tenant
         self._resumed = resumed  # its reader is not the one who asked for it

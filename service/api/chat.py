@@ -7,10 +7,12 @@ from fastapi import APIRouter, Response
 from service.api.admission import check_open, plan_call
 from service.api.body import JsonRequest, JsonRoute
 from service.api.call import read_call
+from service.api.chat_grammar import chat_grammar
 from service.api.context import Caller, Context
 from service.api.prompts import chat_prompt
 from service.api.respond import answer_call
 from service.api.schemas import ANSWER, ChatBody
+from service.api.tools import tool_use
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -30,6 +32,8 @@ async def create_chat_completion(
     """Parse, tokenise, plan, answer."""
     check_open(body, context)
     call = read_call(request, tenant, context.limits)
-    prompt = await chat_prompt(body, context)
-    submission = plan_call(body, [prompt], context, call=call)
+    tools = tool_use(body)
+    prompt = await chat_prompt(body, context, tools=tools)
+    grammar = await chat_grammar(body, context, tools=tools)
+    submission = plan_call(body, [prompt], context, call=call, tools=tools, grammar=grammar)
     return await answer_call(submission, context, call=call, request=request)

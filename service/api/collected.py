@@ -4,25 +4,58 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from service.api.pieces import Opening, Scored, Shown
-from service.messages import End
+from service.api.pieces import Ending, Opening, Scored, Shown
+from service.messages import End, TokenLogprob
+
+
+@dataclass(slots=True)
+class Said:
+    """Text between calls; an answer without tools has nothing else."""
+
+    texts: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.texts)
+
+
+@dataclass(slots=True)
+class Call:
+    """One tool call."""
+
+    id: str
+    name: str
+    texts: list[str] = field(default_factory=list)
+
+    @property
+    def arguments(self) -> str:
+        """Its arguments so far."""
+        return "".join(self.texts)
 
 
 @dataclass(slots=True)
 class Collected:
     """All that was shown so far; with its `end`, the whole answer."""
 
-    texts: list[str] = field(default_factory=list)
+    runs: list[Said | Call] = field(default_factory=list)  # in order
     ids: list[int] = field(default_factory=list)
     prompt_ids: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     scored: list[Scored] = field(default_factory=list)
     score: float = 0.0  # sum of the answer's log probabilities
     end: End | None = None
+    finish_reason: str | None = None
 
     @property
     def text(self) -> str:
         """The answer's text, an echoed prompt before it."""
-        return "".join(self.texts)
+        return "".join(run.text for run in self.runs if isinstance(run, Said))
+
+    @property
+    def calls(self) -> list[Call]:
+        """The answer's tool calls."""
+        return [run for run in self.runs if isinstance(run, Call)]
 
     @property
     def mean_logprob(self) -> float:
@@ -31,13 +64,27 @@ class Collected:
 
     def add(self, shown: Shown) -> None:
         """The next thing shown."""
-        if isinstance(shown, End):
-            self.end = shown
+        if isinstance(shown, Ending):
+            self._say(shown.text)
+            self.end, self.finish_reason = shown.end, shown.finish_reason
             return
-        self.texts.append(shown.text)
         self.scored.extend(shown.scored)
         if isinstance(shown, Opening):
             self.prompt_ids = shown.prompt_ids
+            self.prompt_logprobs = shown.prompt_logprobs
+            self._say(shown.text)
         else:
             self.ids.extend(shown.ids)
             self.score += sum(item.logprob.logprob for item in shown.scored if item.logprob)
+            for delta in shown.going_on:
+                self.calls[delta.index].texts.append(delta.arguments)
+            self._say(shown.text)
+            for delta in shown.opened:
+                self.runs.append(Call(delta.id or "", delta.name or "", [delta.arguments]))
+
+    def _say(self, text: str) -> None:
+        if not text:
+            return
+        if not self.runs or not isinstance(last := self.runs[-1], Said):
+            self.runs.append(last := Said())
+        last.texts.append(text)

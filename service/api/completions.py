@@ -8,6 +8,7 @@ from service.api.admission import check_open, plan_call
 from service.api.body import JsonRequest, JsonRoute
 from service.api.call import read_call
 from service.api.context import Caller, Context
+from service.api.grammars import asked_grammar
 from service.api.prompts import completion_prompts
 from service.api.respond import answer_call
 from service.api.schemas import ANSWER, CompletionBody
@@ -30,5 +31,6 @@ async def create_completion(
     check_open(body, context)
     call = read_call(request, tenant, context.limits)
     prompts = await completion_prompts(body, context)
-    submission = plan_call(body, prompts, context, call=call)
+    grammar = await asked_grammar(body, context)
+    submission = plan_call(body, prompts, context, call=call, grammar=grammar)
     return await answer_call(submission, context, call=call, request=request)

@@ -10,7 +10,9 @@ from fastapi import Depends, Request
 
 from model.tokenizer import Tokenizer
 from service.api.attendance import Attendance
+from service.api.attention_desk import AttentionDesk
 from service.api.auth import Tenant
+from service.api.grammar_trials import GrammarTrials
 from service.api.limits import ApiLimits
 from service.api.observer import ApiObserver
 from service.messages import ModelCard
@@ -39,6 +41,8 @@ class ApiContext:
     observer: ApiObserver
     probes: Probes
     attendance: Attendance
+    grammars: GrammarTrials
+    attention: AttentionDesk | None  # None where no network is in the process
     version: str
 
     @property

@@ -6,18 +6,20 @@ a few joined byte strings.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import orjson
 
 from service.api.answer import Answer
-from service.api.logprobs import chat_logprobs, completion_logprobs
+from service.api.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from service.api.manifest import Endpoint
-from service.api.pieces import Opening, Piece, Scored, Shown
+from service.api.pieces import Ending, Opening, Piece, Scored, Shown
 from service.api.refusals import error_body
+from service.api.tool_calls import CallDelta
 from service.api.usage import usage
 from service.errors import QuireError
-from service.messages import End
+from service.messages import TokenLogprob
 
 DONE = b"data: [DONE]\n\n"
 # One newline: a blank line would end an event without data, which openai-python cannot parse.
@@ -56,6 +58,7 @@ class EventWriter:
         self._answer = answer
         self._event_ids = event_ids
         self._chat = manifest.endpoint is Endpoint.CHAT
+        self._tools = manifest.notation is not None
         head = orjson.dumps({
             "id": answer_id(answer),
             "object": "chat.completion.chunk" if self._chat else "text_completion",
@@ -88,7 +91,10 @@ class EventWriter:
             ids = b""
             if self._answer.manifest.return_token_ids:
                 ids = b',"token_ids":' + orjson.dumps(shown.ids)
-            text = orjson.dumps(shown.text) + self._after_text
+            text = self._text(shown.text)
+            if shown.calls:
+                text += b',"tool_calls":' + orjson.dumps([call_chunk(c) for c in shown.calls])
+            text += self._after_text
             return event_id + self._chunk(choice, text, shown.scored, rest=ids)
         if isinstance(shown, Opening):
             return self._opening(choice, shown)
@@ -102,31 +108,48 @@ class EventWriter:
         return self._head + b'],"usage":' + counts + b"}\n\n" + DONE
 
     def _opening(self, choice: int, opening: Opening) -> bytes:
-        text = orjson.dumps(opening.text)
-        if self._chat:
-            text += b',"role":"assistant"}'
-        ids = b""
-        if self._answer.manifest.return_token_ids:
-            ids = b',"prompt_token_ids":' + orjson.dumps(opening.prompt_ids)
-        return self._chunk(choice, text, opening.scored, rest=ids)
+        text = self._text(opening.text)
+        about = prompt_fields(self._answer, opening.prompt_ids, opening.prompt_logprobs)
+        fields = b"," + orjson.dumps(about)[1:-1] if about else b""
+        if not self._chat:
+            return self._chunk(choice, text, opening.scored, rest=fields)
+        text += b',"role":"assistant"}'
+        # A chat has one prompt: it is told of once, beside the choices.
+        beside = fields if choice == 0 else b""
+        return self._chunk(choice, text, opening.scored, rest=b"", beside=beside)
 
-    def _ending(self, choice: int, end: End) -> bytes:
-        reason = orjson.dumps(end.reason.value)
-        rest = b',"stop_reason":' + orjson.dumps(end.stopped_by)
-        if self._chat:
+    def _ending(self, choice: int, ending: Ending) -> bytes:
+        reason = orjson.dumps(ending.finish_reason)
+        rest = b',"stop_reason":' + orjson.dumps(ending.end.stopped_by)
+        if ending.text:  # in the same event as the end: one that came back would get it again
+            start = self._starts[choice] + orjson.dumps(ending.text) + b'},"logprobs":null'
+        elif self._chat:
             start = self._head + b'{"index":%d,"delta":{},"logprobs":null' % choice
         else:
             start = self._starts[choice] + b'"","logprobs":null'
         return start + b',"finish_reason":' + reason + rest + b"}]" + self._counts()
 
-    def _chunk(self, choice: int, text: bytes, scored: tuple[Scored, ...], *, rest: bytes) -> bytes:
+    def _text(self, text: str) -> bytes:
+        """Where there are tools, no content is null, as it is in the whole answer."""
+        return b"null" if self._tools and not text else orjson.dumps(text)
+
+    def _chunk(
+        self,
+        choice: int,
+        text: bytes,
+        scored: tuple[Scored, ...],
+        *,
+        rest: bytes,
+        beside: bytes = b"",
+    ) -> bytes:
+        """`rest` are more fields of the choice, `beside` of the chunk."""
         logprobs = b"null"
         if scored:
             shape = chat_logprobs if self._chat else completion_logprobs
             logprobs = orjson.dumps(shape(scored, self._answer.context.tokenizer))
         return b"".join((
             self._starts[choice], text, b',"logprobs":', logprobs, b',"finish_reason":null', rest,
-            b"}]", self._counts(),
+            b"}]", beside, self._counts(),
         ))  # fmt: skip
 
     def _counts(self) -> bytes:
@@ -135,6 +158,27 @@ class EventWriter:
             counts = usage(manifest, self._answer.readers)
             return b',"usage":' + orjson.dumps(counts) + b"}\n\n"
         return b',"usage":null}\n\n' if manifest.include_usage else b"}\n\n"
+
+
+def call_chunk(delta: CallDelta) -> dict[str, Any]:
+    """What is new of a tool call, in OpenAI's shape."""
+    function = {"arguments": delta.arguments}
+    if delta.id is None:
+        return {"index": delta.index, "function": function}
+    function = {"name": delta.name or ""} | function
+    return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
+
+
+def prompt_fields(
+    answer: Answer, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]
+) -> dict[str, Any]:
+    """What is told of a prompt besides the answer: vLLM's fields, where they were asked for."""
+    fields: dict[str, Any] = {}
+    if answer.manifest.return_token_ids:
+        fields["prompt_token_ids"] = ids
+    if answer.manifest.prompt_logprobs is not None:
+        fields["prompt_logprobs"] = prompt_logprobs(ids, logprobs, answer.context.tokenizer)
+    return fields
 
 
 def answer_id(answer: Answer) -> str:

@@ -174,17 +174,29 @@ def _few(value: object) -> object:
     return value
 
 
-_TEXT_PARTS = {
-    "type": "array",
-    "items": {
+def _text_parts(*kinds: str) -> dict[str, Any]:
+    part = {
         "type": "object",
-        "properties": {"type": {"type": "string"}, "text": {"type": "string"}},
+        "properties": {"type": {"enum": list(kinds)}, "text": {"type": "string"}},
         "required": ["type", "text"],
         "additionalProperties": False,
-    },
+    }
+    return {"type": "array", "minItems": 1, "maxItems": MAX_ITEMS, "items": part}
+
+
+_NULL = {"type": "null"}
+_NOT_EMPTY = {"type": "string", "minLength": 1}
+_TOKEN_ID = {"type": "integer", "minimum": 0}
+_IDS = {"type": "array", "items": _TOKEN_ID, "maxItems": MAX_TOKEN_IDS}
+_PROMPT_IDS = _IDS | {"minItems": 1}
+_FEW_IDS = {"type": "array", "items": _TOKEN_ID, "maxItems": MAX_ITEMS}
+_FEW = {"type": "array", "maxItems": MAX_ITEMS}
+_BIASES = {
+    "type": "object",
+    "propertyNames": {"pattern": f"^({_TOKEN_KEY.pattern})$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "maxProperties": MAX_LOGIT_BIAS,
 }
-_IDS = {"type": "array", "items": {"type": "integer"}}
-_STRINGS = {"type": "array", "items": {"type": "string"}}
 
 Text = Annotated[str, PlainValidator(_text), WithJsonSchema({"type": "string"})]
 ModelName = Annotated[str, StringConstraints(min_length=1)]
@@ -192,18 +204,27 @@ Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
     PlainValidator(_prompt),
     WithJsonSchema(
-        {"anyOf": [{"type": "string"}, _STRINGS, _IDS, {"type": "array", "items": _IDS}]}
+        {
+            "anyOf": [
+                _NOT_EMPTY,
+                _FEW | {"items": _NOT_EMPTY, "minItems": 1},
+                _PROMPT_IDS,
+                _FEW | {"items": _PROMPT_IDS, "minItems": 1},
+            ]
+        }
     ),
 ]
 Content = Annotated[
     str,
     PlainValidator(_content),
-    WithJsonSchema({"anyOf": [{"type": "string"}, _TEXT_PARTS]}),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _text_parts("text")]}),
 ]
 ResponseContent = Annotated[
     str,
     PlainValidator(_response_content),
-    WithJsonSchema({"anyOf": [{"type": "string"}, _TEXT_PARTS]}),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, _text_parts("input_text", "output_text", "text")]}
+    ),
 ]
 Metadata = Annotated[
     dict[
@@ -212,31 +233,28 @@ Metadata = Annotated[
     ]
     | None,
     BeforeValidator(_few),
+    Field(json_schema_extra={"maxProperties": MAX_METADATA}),
 ]
 StopStrings = Annotated[
     list[str] | None,
     PlainValidator(_stop),
-    WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS, {"type": "null"}]}),
+    WithJsonSchema({"anyOf": [_NOT_EMPTY, _FEW | {"items": _NOT_EMPTY}, _NULL]}),
 ]
 LogitBias = Annotated[
     tuple[tuple[int, float], ...] | None,
     PlainValidator(_logit_bias),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "object", "additionalProperties": {"type": "number"}},
-                {"type": "null"},
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [_BIASES, _NULL]}),
 ]
 StopIds = Annotated[
-    list[int] | None, PlainValidator(_stop_ids), WithJsonSchema({"anyOf": [_IDS, {"type": "null"}]})
+    list[int] | None, PlainValidator(_stop_ids), WithJsonSchema({"anyOf": [_FEW_IDS, _NULL]})
 ]
 TokenIds = Annotated[list[int], PlainValidator(_ids), WithJsonSchema(_IDS)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Temperature = Annotated[
     Annotated[Finite, Field(ge=0, le=2)] | None, AfterValidator(_no_tiny_temperature)
+]
+UnitTemperature = Annotated[
+    Annotated[Finite, Field(ge=0, le=1)] | None, AfterValidator(_no_tiny_temperature)
 ]
 Penalty = Annotated[Finite, Field(ge=-2, le=2)] | None
 TopP = Annotated[Finite, Field(gt=0, le=1)] | None

@@ -12,7 +12,7 @@ class ApiLimits:
     # --- the body -------------------------------------------------------------------------
     max_body_bytes: int = 4 * 2**20
     max_json_depth: int = 64
-    body_timeout: float = 30.0  # from the first read of a body to its last byte
+    body_timeout: float = 20.0  # from the first read of a body to its last byte
     inline_body_bytes: int = 65_536  # longer bodies are parsed in a thread
 
     # --- what a body may ask for ----------------------------------------------------------
@@ -25,6 +25,7 @@ class ApiLimits:
     max_logprobs: int = 5  # completions
     max_top_logprobs: int = 20  # chat
     max_echo_tokens: int = 8192  # echo or prompt log probabilities, over all prompts
+    max_attention_tokens: int = 512  # a map has half the square of them, and is a second of work
     max_timeout_ms: int = 86_400_000
     max_key_chars: int = 255  # Idempotency-Key
     template_kwargs: frozenset[str] = frozenset({"enable_thinking"})

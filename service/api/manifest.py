@@ -18,6 +18,7 @@ class Endpoint(StrEnum):
     COMPLETIONS = "completions"
     CHAT = "chat"
     RESPONSES = "responses"
+    MESSAGES = "messages"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +43,12 @@ class Manifest:
     keep: int = 1  # choices shown of each prompt: n
     stream: bool = False
     logprobs: int | None = None  # as asked: None, or how many of the likeliest
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens
     echo: bool = False
     return_token_ids: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
+    notation: str | None = None  # how the model writes tool calls; None: it has no tools
     grace: float | None = 0.0  # None: never; seconds without readers before it is cancelled
     given_back: dict[str, Any] = field(default_factory=dict)  # of a response: fields it repeats
 
@@ -53,6 +56,11 @@ class Manifest:
     def stored(self) -> bool:
         """Whether others than the caller may read the answer. Only responses can say no."""
         return self.given_back.get("store") is not False
+
+    @property
+    def gives_prompt(self) -> bool:
+        """Whether the prompt's tokens come back beside the answer."""
+        return self.return_token_ids or self.prompt_logprobs is not None
 
     @property
     def num_choices(self) -> int:

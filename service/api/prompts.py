@@ -11,10 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from model.chat_template import ChatTemplateError
+from model.chat_template import ChatTemplateError, strings_of
 from service.api.context import ApiContext
 from service.api.limits import ApiLimits
-from service.api.schemas import ChatBody, CompletionBody, Message, TokenizeBody
+from service.api.schemas import ChatBody, CompletionBody, TokenizeBody
+from service.api.tool_notation import NOTATIONS, notation_name
+from service.api.tool_prompt import with_tools
+from service.api.tools import ToolUse
 from service.errors import BadRequest
 
 P = ParamSpec("P")
@@ -63,8 +66,10 @@ async def encode(text: str, context: ApiContext, *, add_bos: bool) -> tuple[int,
     return tuple(ids)
 
 
-async def chat_prompt(body: ChatBody | TokenizeBody, context: ApiContext) -> PromptTokens:
-    """The prompt that the model's chat template makes of the messages."""
+async def chat_prompt(
+    body: ChatBody | TokenizeBody, context: ApiContext, *, tools: ToolUse | None = None
+) -> PromptTokens:
+    """The prompt that the model's chat template makes of the messages, and of the tools if any."""
     assert body.messages is not None  # noqa: S101  # the callers' case
     if context.tokenizer.chat_template is None:
         raise BadRequest(
@@ -72,7 +77,9 @@ async def chat_prompt(body: ChatBody | TokenizeBody, context: ApiContext) -> Pro
             code="chat_not_supported",
             param=body.prompt_field,
         )
-    messages = [_plain(message) for message in body.messages]
+    notation = NOTATIONS[notation_name(context.tokenizer)]
+    functions = () if tools is None else tools.functions
+    messages, variables = with_tools(body.messages, functions, notation)
     going_on = body.continue_final_message is True
     opening = body.add_generation_prompt if body.add_generation_prompt is not None else not going_on
     if going_on and opening:
@@ -83,11 +90,12 @@ async def chat_prompt(body: ChatBody | TokenizeBody, context: ApiContext) -> Pro
     try:
         ids = await aside(
             context.limits,
-            sum(len(message["content"]) for message in messages),
+            sum(map(len, strings_of([messages, variables]))),
             context.tokenizer.apply_chat_template,
             messages,
             add_generation_prompt=opening,
             continue_final_message=going_on,
+            **variables,
             **_template_options(body.chat_template_kwargs, context.limits),
         )
     except ChatTemplateError:
@@ -97,11 +105,6 @@ async def chat_prompt(body: ChatBody | TokenizeBody, context: ApiContext) -> Pro
             param=body.prompt_field,
         ) from None
     return PromptTokens(ids=tuple(ids))
-
-
-def _plain(message: Message) -> dict[str, str]:
-    fields = {"role": message.role, "content": message.content}
-    return fields if message.name is None else fields | {"name": message.name}
 
 
 def _template_options(options: dict[str, Any] | None, limits: ApiLimits) -> dict[str, Any]:

@@ -20,7 +20,9 @@ async def answer_call(
     submission: Submission, context: ApiContext, *, call: Call, request: Request
 ) -> Response:
     """Submits and answers. Raises what `admit` raises, before anything was sent."""
-    call_id, manifest = await admit(submission, context)
+    reply = await context.queue.submit(submission)
+    request.state.usage = reply.usage
+    call_id, manifest = await admit(submission, reply, context)
     request.state.request_id = call_id  # what the client resumes by, if it is an earlier call's
     answer = Answer(
         call_id,

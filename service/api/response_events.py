@@ -17,7 +17,7 @@ import orjson
 
 from service.api.answer import Answer
 from service.api.collected import Collected
-from service.api.pieces import Opening, Piece, Shown
+from service.api.pieces import Ending, Opening, Piece, Shown
 from service.api.response_object import (
     Status,
     item_status,
@@ -29,7 +29,6 @@ from service.api.response_object import (
     text_part,
 )
 from service.errors import QuireError
-from service.messages import End
 
 BEFORE_TOKENS = 3  # the number of the last event before them
 AFTER_TOKENS = 4  # events after them
@@ -38,16 +37,26 @@ AFTER_TOKENS = 4  # events after them
 class ResponseWriter:
     """Renders one response's events, without those up to number `seen`."""
 
-    def __init__(self, answer: Answer, *, event_ids: bool, seen: int = -1) -> None:
+    def __init__(self, answer: Answer, *, event_ids: bool, seen: int | None = None) -> None:
         self._answer = answer
         self._event_ids = event_ids
-        self._seen = seen
+        self._seen = -1 if seen is None else seen
         self._collected = Collected()
         place = {"item_id": f"msg_{answer.id}", "output_index": 0, "content_index": 0}
         self._place = place
         self._delta = b"event: response.output_text.delta\ndata: " + orjson.dumps(
             {"type": "response.output_text.delta", **place}
         ).removesuffix(b"}")
+
+    @staticmethod
+    def tokens_at(number: int) -> int:
+        """How many tokens a reader has who has the event of this number."""
+        return max(0, number - BEFORE_TOKENS)
+
+    @staticmethod
+    def last_number(count: int) -> int:
+        """Of the last event of an answer of so many tokens."""
+        return BEFORE_TOKENS + count + AFTER_TOKENS
 
     def opening(self) -> bytes:
         """Before the journal has anything."""
@@ -98,8 +107,9 @@ class ResponseWriter:
             orjson.dumps(piece.text), b',"logprobs":', scored, b"}\n\n",
         ))  # fmt: skip
 
-    def _ended(self, end: End) -> bytes:
+    def _ended(self, ending: Ending) -> bytes:
         answer, collected, place = self._answer, self._collected, self._place
+        end = ending.end
         first = BEFORE_TOKENS + end.count + 1
         status = status_of(collected)
         part = text_part(answer, collected)

@@ -10,6 +10,7 @@ from service.api.answer import Answer, failure_of
 from service.api.collected import Collected
 from service.api.logprobs import chat_logprobs
 from service.api.pieces import Scored
+from service.api.response_items import output_items
 from service.api.usage import usage
 from service.messages import FinishReason
 
@@ -51,7 +52,9 @@ def response_object(answer: Answer, collected: Collected, *, status: Status) -> 
     error = None if failure is None else {"code": failure.code, "message": failure.message}
     reason = _INCOMPLETE.get(end.reason) if end and status is Status.INCOMPLETE else None
     output = []
-    if collected.ids or status in {Status.COMPLETED, Status.INCOMPLETE}:
+    if manifest.notation is not None:
+        output = output_items(answer, collected.runs, status=item_status(status))
+    elif collected.ids or status in {Status.COMPLETED, Status.INCOMPLETE}:
         output = [message_item(answer, collected, status=item_status(status))]
     return manifest.given_back | {
         "id": PREFIX + answer.id,
@@ -75,7 +78,7 @@ def item_status(status: Status) -> Status:
 
 
 def message_item(answer: Answer, collected: Collected, *, status: Status) -> dict[str, Any]:
-    """The one item of the output."""
+    """The one item of the output, where there are no tools."""
     return opened_item(answer) | {"status": status, "content": [text_part(answer, collected)]}
 
 

@@ -16,15 +16,18 @@ from service.api.answer import Answer
 from service.api.auth import Tenant
 from service.api.body import JsonRequest, JsonRoute
 from service.api.call import read_call
+from service.api.chat_grammar import chat_grammar
 from service.api.context import ApiContext, Caller, Context
 from service.api.lookup import find_response
 from service.api.prompts import chat_prompt
 from service.api.respond import answer_call
-from service.api.response_events import AFTER_TOKENS, BEFORE_TOKENS, ResponseWriter
+from service.api.response_events import ResponseWriter
+from service.api.response_item_events import ResponseItemWriter
 from service.api.response_schema import ResponseBody, as_chat, given_back
 from service.api.resume import go_to
 from service.api.schemas import ANSWER
 from service.api.sse import EventStream
+from service.api.tools import tool_use
 from service.api.whole import body_now
 from service.errors import BadRequest
 from service.messages import End, FinishReason
@@ -51,8 +54,18 @@ async def create_response(
     chat = as_chat(body)
     check_open(chat, context)
     call = read_call(request, tenant, context.limits)
-    prompt = await chat_prompt(chat, context)
-    submission = plan_call(chat, [prompt], context, call=call, given_back=given_back(body))
+    tools = tool_use(chat)
+    prompt = await chat_prompt(chat, context, tools=tools)
+    grammar = await chat_grammar(chat, context, tools=tools)
+    submission = plan_call(
+        chat,
+        [prompt],
+        context,
+        call=call,
+        given_back=given_back(body),
+        tools=tools,
+        grammar=grammar,
+    )
     return await answer_call(submission, context, call=call, request=request)
 
 
@@ -83,14 +96,13 @@ async def retrieve_response(  # each is a part of the request
             raise BadRequest("starting_after needs stream to be true", param="starting_after")
         return Response(await body_now(answer), media_type="application/json")
     await context.queue.attend([answer.id])
-    writer = ResponseWriter(answer, event_ids=False, seen=_number(starting_after))
+    has_tools = answer.manifest.notation is not None
+    writer = (ResponseItemWriter if has_tools else ResponseWriter)(
+        answer, event_ids=False, seen=starting_after
+    )
     if starting_after is not None:
         await _go_to(answer, writer, number=starting_after)
     return EventStream(answer, writer)
-
-
-def _number(starting_after: int | None) -> int:
-    return -1 if starting_after is None else starting_after
 
 
 @router.post(
@@ -137,12 +149,14 @@ async def _find(response_id: str, request: Request, context: ApiContext, tenant:
     )
 
 
-async def _go_to(answer: Answer, writer: ResponseWriter, *, number: int) -> None:
+async def _go_to(
+    answer: Answer, writer: ResponseWriter | ResponseItemWriter, *, number: int
+) -> None:
     """Back to the event of that number. Raises BadRequest or StreamDivergence."""
-    count = max(0, number - BEFORE_TOKENS)
+    count = writer.tokens_at(number)
     records = await answer.context.queue.read(answer.request_ids[0])
     if records and isinstance(last := records[-1], End):  # the events after it have numbers, too
-        if number > BEFORE_TOKENS + last.count + AFTER_TOKENS:
+        if number > writer.last_number(last.count):
             raise BadRequest(
                 "starting_after must be the number of an event", param="starting_after"
             )

@@ -34,6 +34,13 @@ def asked_logprobs(body: CompletionBody | ChatBody, limits: ApiLimits) -> int | 
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
+def asked_prompt_logprobs(body: CompletionBody | ChatBody, limits: ApiLimits) -> int | None:
+    """None, or how many of the likeliest tokens to tell beside each of the prompt's."""
+    if (body.prompt_logprobs or 0) > limits.max_top_logprobs:
+        raise _above("prompt_logprobs", limits.max_top_logprobs)
+    return body.prompt_logprobs
+
+
 def sampling_params(
     body: SamplingBody, context: ApiContext, *, top_logprobs: int | None
 ) -> SamplingParams:
@@ -64,12 +71,12 @@ def stop_rules(body: SamplingBody, context: ApiContext) -> StopRules:
     strings = body.stop or []
     token_ids = body.stop_token_ids or []
     if len(strings) > limits.max_stop_strings:
-        raise _too_many("stop", limits.max_stop_strings)
+        raise _too_many(body.stop_field, limits.max_stop_strings)
     if any(len(string) > limits.max_stop_chars for string in strings):
         raise BadRequest(
             f"a stop string may have at most {limits.max_stop_chars} characters",
             code="string_above_max_length",
-            param="stop",
+            param=body.stop_field,
         )
     if len(token_ids) > limits.max_stop_token_ids:
         raise _too_many("stop_token_ids", limits.max_stop_token_ids)

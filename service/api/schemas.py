@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
 from service.api.fields import (
     Content,
+    FieldFault,
     LogitBias,
     Metadata,
     MinP,
@@ -29,11 +30,15 @@ from service.api.fields import (
     TokenIds,
     TopP,
 )
+from service.api.grammar_schema import ResponseFormat, StructuredOutputs
+from service.api.manifest import Endpoint
+from service.api.tool_schema import CalledTools, ChatToolChoice, Tools
+from service.api.wire import Closed
 from service.errors import BadRequest
 
 MAX_MESSAGES = 1024
 MAX_PRIORITY = 2
-MAX_KEYS = 256
+MAX_TOP_K = 2**31 - 1
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "suffix": ("",),
@@ -42,8 +47,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "parallel_tool_calls": (),
     "functions": ([],),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -90,10 +93,9 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
 """Field -> the values that ask for nothing and so may pass."""
 
 
-class Wire(BaseModel):
-    """What all bodies have in common: strict, and closed to unknown fields."""
+class Wire(Closed):
+    """What all bodies have in common: they know by name what they do not support."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
 
     @model_validator(mode="before")
@@ -101,9 +103,6 @@ class Wire(BaseModel):
     def _refuse_by_name(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
         if not isinstance(value, dict):
             return value
-        if len(value) > MAX_KEYS:  # before each of them becomes an error of its own
-            message = f"an object of the body may have at most {MAX_KEYS} fields"
-            raise BadRequest(message, code="object_above_max_length")
         foreign = cls.unsupported.keys() & value.keys() - cls.model_fields.keys()
         for name in sorted(foreign):
             asked = value[name]
@@ -117,6 +116,10 @@ class Wire(BaseModel):
 class StreamOptions(Wire):
     """What a stream carries besides the answer."""
 
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+        {"include_obfuscation": (False,)}
+    )
+
     include_usage: bool | None = Field(
         None, description="End the stream with a chunk that holds the token counts."
     )
@@ -128,6 +131,8 @@ class StreamOptions(Wire):
 class SamplingBody(Wire):
     """The fields that all generating endpoints share."""
 
+    stop_field: ClassVar[str] = "stop"
+
     model: ModelName = Field(description="The id of the model, as /v1/models lists it.")
     min_tokens: int | None = Field(
         None, ge=0, description="Tokens before which no end or stop token is sampled. Default 0."
@@ -136,7 +141,10 @@ class SamplingBody(Wire):
         None, description="0 is greedy; 1 samples from the model's own distribution. Default 1."
     )
     top_k: int | None = Field(
-        None, ge=-1, description="Sample from the k likeliest tokens only; 0 or -1: from all."
+        None,
+        ge=-1,
+        le=MAX_TOP_K,
+        description="Sample from the k likeliest tokens only; 0 or -1: from all.",
     )
     top_p: TopP = Field(
         None, description="Sample from the likeliest tokens that hold this much probability."
@@ -194,6 +202,8 @@ class SamplingBody(Wire):
 class GenerationBody(SamplingBody):
     """The fields that completions and chat completions share."""
 
+    format_field: ClassVar[str] = "response_format"
+
     n: int | None = Field(None, ge=1, description="Choices for each prompt. Default 1.")
     max_tokens: int | None = Field(
         None,
@@ -207,11 +217,24 @@ class GenerationBody(SamplingBody):
     return_token_ids: bool | None = Field(
         None, description="Also give the token ids of prompt and answer."
     )
+    response_format: ResponseFormat | None = Field(
+        None, description="What the answer must be: text, a JSON object, or JSON of a schema."
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="What the answer must match: a schema, a regex, a choice, a grammar."
+    )
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        description="Also give the log probabilities of the prompt's tokens, each with those of so "
+        "many likeliest ones.",
+    )
 
 
 class CompletionBody(GenerationBody):
     """The body of POST /v1/completions."""
 
+    endpoint: ClassVar[Endpoint] = Endpoint.COMPLETIONS
     prompt_field: ClassVar[str] = "prompt"
 
     prompt: Prompt = Field(
@@ -235,24 +258,70 @@ class CompletionBody(GenerationBody):
 class Message(Wire):
     """One message of a chat."""
 
+    # OpenAI's client puts these into a message that it got, empty, and gives it back so.
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+        {**UNSUPPORTED, "refusal": (), "annotations": ([],)}
+    )
+
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="Who speaks."
     )
-    content: Content = Field(description="The text, or a list of text parts.")
+    content: Content = Field(
+        description="The text, or a list of text parts. Null only beside tool_calls."
+    )
     name: Text | None = Field(None, description="A name for the speaker, for the chat template.")
+    tool_calls: CalledTools = Field(None, description="What the assistant called, if it did.")
+    tool_call_id: Text | None = Field(
+        None, validate_default=True, description="Of a tool's message: the call that it answers."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_need_no_content(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
+        if isinstance(value, dict) and value.get("role") == "assistant" and value.get("tool_calls"):
+            return value | {"content": ""} if value.get("content") is None else value
+        return value
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _only_the_assistant_calls(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
+        if value is not None and info.data.get("role", "assistant") != "assistant":
+            raise FieldFault("invalid_value", "goes with the role assistant only")
+        return value
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _only_a_tool_answers(cls, value: str | None, info: ValidationInfo) -> str | None:
+        role = info.data.get("role")
+        if role == "tool" and value is None:
+            raise FieldFault("missing_required_parameter", "goes with the role tool")
+        if role != "tool" and value is not None:
+            raise FieldFault("invalid_value", "goes with the role tool only")
+        return value
 
 
 class ChatBody(GenerationBody):
     """The body of POST /v1/chat/completions."""
 
+    endpoint: ClassVar[Endpoint] = Endpoint.CHAT
     prompt_field: ClassVar[str] = "messages"
     limit_field: ClassVar[str] = "max_completion_tokens"
+    function_field: ClassVar[str] = "tools[{}].function"
+    parameters_field: ClassVar[str] = "tools[{}].function.parameters"
 
     messages: list[Message] = Field(
         min_length=1, max_length=MAX_MESSAGES, description="The chat so far."
     )
     max_completion_tokens: int | None = Field(
         None, ge=1, description="The newer name of max_tokens; both must agree."
+    )
+    tools: Tools = Field(None, description="Functions that the model may call.")
+    tool_choice: ChatToolChoice = Field(
+        None,
+        description="none, auto, required, or the one function to call. Default: auto with tools.",
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="Whether one answer may hold several calls. Default true."
     )
     logprobs: bool | None = Field(None, description="Give the log probability of each token.")
     top_logprobs: int | None = Field(
@@ -281,6 +350,7 @@ class TokenizeBody(Wire):
     messages: list[Message] | None = Field(
         None, min_length=1, max_length=MAX_MESSAGES, description="A chat, instead of a prompt."
     )
+    tools: Tools = Field(None, description="Functions that the model is told of in the chat.")
     add_special_tokens: bool | None = Field(
         None, description="Begin a prompt with the model's begin token. Default true."
     )

@@ -31,6 +31,7 @@ async def show_status(context: Context) -> Response:
         "max_model_len": card.max_model_len,
         "numeric_class": card.numeric_class,
         "version": context.version,
+        "max_attention_tokens": context.limits.max_attention_tokens if context.attention else None,
         "draining": context.probes.draining(),
         "queue": None,
         "engines": [],

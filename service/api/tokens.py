@@ -13,6 +13,7 @@ from service.api.body import JsonRoute
 from service.api.context import Context
 from service.api.prompts import aside, chat_prompt, check_token_ids, encode
 from service.api.schemas import DetokenizeBody, TokenizeBody
+from service.api.tools import told_of
 from service.errors import BadRequest
 
 router = APIRouter(route_class=JsonRoute)
@@ -34,7 +35,7 @@ async def tokenize(body: TokenizeBody, context: Context) -> Response:
             param="prompt",
         )
     if body.prompt is None:
-        ids = (await chat_prompt(body, context)).ids
+        ids = (await chat_prompt(body, context, tools=told_of(body.tools))).ids
     else:
         add_bos = body.add_special_tokens is not False
         ids = await encode(body.prompt, context, add_bos=add_bos)

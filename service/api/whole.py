@@ -10,15 +10,19 @@ import orjson
 
 from service.api.answer import Answer, failure_of
 from service.api.collected import Collected
-from service.api.events import answer_id
+from service.api.events import answer_id, prompt_fields
 from service.api.logprobs import chat_logprobs, completion_logprobs
 from service.api.manifest import Endpoint
+from service.api.message_object import Blocks, message_object
+from service.api.pieces import Ending, Opening
 from service.api.response_object import response_object, status_of
 from service.api.usage import usage
 
 
 async def whole_body(answer: Answer) -> bytes:
     """The JSON body. Raises as `Answer.shown` does, and for a response what its end tells of."""
+    if answer.manifest.endpoint is Endpoint.MESSAGES:
+        return await _blocks_body(answer)
     choices = [Collected() for _ in answer.readers]
     async with aclosing(answer.shown()) as shown_pieces:
         async for choice, shown in shown_pieces:
@@ -35,6 +39,17 @@ async def body_now(answer: Answer) -> bytes:
         for shown in answer.read(0, record):
             collected.add(shown)
     return orjson.dumps(response_object(answer, collected, status=status_of(collected)))
+
+
+async def _blocks_body(answer: Answer) -> bytes:
+    blocks, ending = Blocks(), None
+    async with aclosing(answer.shown()) as shown_pieces:
+        async for _, shown in shown_pieces:
+            if not isinstance(shown, Opening):
+                blocks.add(shown)
+            if isinstance(shown, Ending):
+                ending = shown
+    return orjson.dumps(message_object(answer, blocks, ending))
 
 
 def _response(answer: Answer, collected: Collected) -> bytes:
@@ -60,6 +75,8 @@ def _choices(answer: Answer, choices: Sequence[Collected]) -> bytes:
         "system_fingerprint": manifest.fingerprint,
         "choices": [_choice(answer, index, choice) for index, choice in enumerate(kept)],
         "usage": usage(manifest, answer.readers),
+        # A chat has one prompt, which is told of beside the choices.
+        **(_about_prompt(answer, kept[0]) if chat else {}),
     })  # fmt: skip
 
 
@@ -76,18 +93,34 @@ def _choice(answer: Answer, index: int, choice: Collected) -> dict[str, Any]:
     logprobs = None
     if manifest.logprobs is not None:
         logprobs = (chat_logprobs if chat else completion_logprobs)(choice.scored, tokenizer)
-    shown = (
-        {"message": {"role": "assistant", "content": choice.text}}
-        if chat
-        else {"text": choice.text}
-    )
+    shown = {"message": _message(answer, choice)} if chat else {"text": choice.text}
     fields: dict[str, Any] = {
         "index": index,
         **shown,
         "logprobs": logprobs,
-        "finish_reason": choice.end and choice.end.reason.value,
+        "finish_reason": choice.finish_reason,
         "stop_reason": choice.end and choice.end.stopped_by,
     }
     if manifest.return_token_ids:
-        fields |= {"token_ids": choice.ids, "prompt_token_ids": choice.prompt_ids}
-    return fields
+        fields["token_ids"] = choice.ids
+    return fields if chat else fields | _about_prompt(answer, choice)
+
+
+def _message(answer: Answer, choice: Collected) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+    if answer.manifest.notation is not None and not choice.text:
+        message["content"] = None
+    if choice.calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in choice.calls
+        ]
+    return message
+
+
+def _about_prompt(answer: Answer, choice: Collected) -> dict[str, Any]:
+    return prompt_fields(answer, choice.prompt_ids, choice.prompt_logprobs)

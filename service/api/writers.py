@@ -5,11 +5,17 @@ from __future__ import annotations
 from service.api.answer import Answer
 from service.api.events import EventWriter, Writer
 from service.api.manifest import Endpoint
+from service.api.message_events import MessageWriter
 from service.api.response_events import ResponseWriter
+from service.api.response_item_events import ResponseItemWriter
 
 
 def writer_of(answer: Answer, *, event_ids: bool) -> Writer:
     """The writer for an answer's endpoint, at the answer's beginning."""
     if answer.manifest.endpoint is Endpoint.RESPONSES:
-        return ResponseWriter(answer, event_ids=event_ids)
+        has_tools = answer.manifest.notation is not None
+        writer = ResponseItemWriter if has_tools else ResponseWriter
+        return writer(answer, event_ids=event_ids)
+    if answer.manifest.endpoint is Endpoint.MESSAGES:
+        return MessageWriter(answer, event_ids=event_ids)
     return EventWriter(answer, event_ids=event_ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from service.engine.detokenize import Detokenizer
+from service.engine.guide import Guide
 from service.messages import (
     End,
     FinishReason,
@@ -28,7 +29,8 @@ class Answer:
     """The answer to one request, as its tokens come.
 
     `reason` is set with the token that ends it. A token that ends an answer counts and has no text;
-    a stop string cuts the text and leaves the tokens that it began in.
+    a stop string cuts the text and leaves the tokens that it began in. An answer that has fulfilled
+    its grammar, so that only an end could follow, stops without one.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Answer:
         token_bytes: Sequence[bytes],
         eos_ids: frozenset[int],
         tokens: tuple[int, ...] = (),
+        guide: Guide | None = None,
     ) -> None:
         self.count = 0
         self.reason: FinishReason | None = None
@@ -49,9 +52,11 @@ class Answer:
         self._max_tokens = request.max_tokens
         self._stop_ids = stop_ids(request, eos_ids)
         self._detokenizer = Detokenizer(token_bytes, request.stop)
+        self._guide = guide
         self._digest = 0
         for token in tokens:  # what became certain of their text is journalled with them
             self._read(token)
+        self._look_ahead()
 
     def take(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> Tokens:
         """Reads the next tokens up to one that ends the answer; returns the record of those read.
@@ -64,6 +69,7 @@ class Answer:
             if self.reason is not None:
                 break
             text += self._read(token)
+        text += self._look_ahead()
         num = self.count - start
         prompt_logprobs = tuple(self.prompt_logprobs)
         self.prompt_logprobs = []
@@ -83,6 +89,7 @@ class Answer:
             reason=reason,
             cached_tokens=cached_tokens,
             stopped_by=self.stopped_by,
+            error="grammar_failed" if reason is FinishReason.ERROR else None,
         )
 
     def _read(self, token: int) -> str:
@@ -93,10 +100,29 @@ class Answer:
             self.reason = FinishReason.STOP
             return self._detokenizer.finish()
         text = self._detokenizer.push(token)
-        if self._detokenizer.stopped_by is None and self.count < self._max_tokens:
+        reason = self._reason_after(token)
+        if reason is None:
             return text
         text += self._detokenizer.finish()
         # The last bytes may complete a stop string that ends in U+FFFD, so this is asked after.
         self.stopped_by = self._detokenizer.stopped_by
-        self.reason = FinishReason.LENGTH if self.stopped_by is None else FinishReason.STOP
+        self.reason = reason if self.stopped_by is None else FinishReason.STOP
         return text
+
+    def _reason_after(self, token: int) -> FinishReason | None:
+        """Why the answer ends with a token that has text, where it does."""
+        if self._detokenizer.stopped_by is not None:
+            return FinishReason.STOP
+        guide = self._guide
+        if guide is not None:
+            guide.read(token)
+            if guide.ended:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if self.count >= self._max_tokens else None
+
+    def _look_ahead(self) -> str:
+        """Ends an answer whose grammar lets nothing follow; returns the text that remains."""
+        if self.reason is not None or self._guide is None or self._guide.look():
+            return ""
+        self.reason = FinishReason.ERROR
+        return self._detokenizer.finish()

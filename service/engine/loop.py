@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from service.engine.answer import Answer
 from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
+from service.engine.guide import Guide
 from service.engine.observer import Observer, StepReport
 from service.engine.pack import Packer, unpack
 from service.engine.plan import EngineConfig, Plan
@@ -31,6 +32,7 @@ from service.errors import BadRequest
 from service.messages import End, Event, FinishReason, GenerationRequest
 
 if TYPE_CHECKING:
+    from model.grammar import Grammars
     from model.runners import Runner
 
 
@@ -77,9 +79,10 @@ class EngineLoop:
     `abort` of other threads wait, so that no event comes out after `abort` returned. `on_failure`
     is called once, from the engine's thread, when the runner or `deliver` raised; the engine does
     nothing any more after that. `cost` is what is known of the runner's speed; it learns on.
+    Without `grammars` requests with a grammar are refused.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # it makes little itself: most is given
         self,
         runner: Runner,
         *,
@@ -91,6 +94,7 @@ class EngineLoop:
         clock: Callable[[], float] = time.monotonic,
         cost: CostModel | None = None,
         on_failure: Callable[[BaseException], None] | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.steps = 0
         self.failure: BaseException | None = None
@@ -103,6 +107,7 @@ class EngineLoop:
         self._observer = observer
         self._clock = clock
         self._on_failure = on_failure
+        self._grammars = grammars
         self._allocator = BlockAllocator(runner.num_blocks, block_size=runner.block_size)
         self._cost = CostModel() if cost is None else cost
         self._scheduler = Scheduler(
@@ -126,6 +131,7 @@ class EngineLoop:
         self._inbox: deque[tuple[float, Work | _Abort]] = deque()  # with the time it came in
         self._blocked = False  # the last plan left somebody waiting
         self._room = config.max_sequences
+        self._num_waiting = 0
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
@@ -135,6 +141,15 @@ class EngineLoop:
         with self._changed:
             handed_in = sum(isinstance(command, Work) for _, command in self._inbox)
             return max(0, self._room - handed_in)
+
+    @property
+    def newcomers(self) -> int:
+        """Requests beyond its room that it takes of tenants below their share: the scheduler makes
+        way for them, and they need not wait in the queue for the end of somebody's answer.
+        """
+        with self._changed:
+            handed_in = sum(isinstance(command, Work) for _, command in self._inbox)
+            return max(0, self._config.max_newcomers - self._num_waiting - handed_in)
 
     @property
     def busy(self) -> bool:
@@ -153,6 +168,14 @@ class EngineLoop:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout)
+
+    def prepare(self, request: GenerationRequest) -> None:
+        """Compiles the request's grammar before it is handed in: no step has to wait for it.
+
+        Any thread; it may take seconds. What is wrong with a grammar is told by the answer's end.
+        """
+        if self._grammars is not None and request.grammar is not None:
+            self._grammars.prepare(request.grammar)
 
     def add(self, work: Work) -> None:
         """Hands a request in. One of the same id that is here already is dropped for it."""
@@ -237,13 +260,18 @@ class EngineLoop:
         request = work.request
         try:
             self._check(work)
+            guide = self._guide(request)
             answer = Answer(
-                request, token_bytes=self._token_bytes, eos_ids=self._eos_ids, tokens=work.tokens
+                request,
+                token_bytes=self._token_bytes,
+                eos_ids=self._eos_ids,
+                tokens=work.tokens,
+                guide=guide,
             )
             if answer.reason is not None:  # an engine died between the last token and the end
                 return [Event(request.id, answer.end(answer.reason))]
             deadline = None if work.remaining_ms is None else received + work.remaining_ms / 1000
-            self._scheduler.add(request, tokens=work.tokens, deadline=deadline)
+            self._scheduler.add(request, tokens=work.tokens, deadline=deadline, guide=guide)
         except BadRequest as refusal:
             end = End(count=len(work.tokens), reason=FinishReason.ERROR, error=refusal.code)
             return [Event(request.id, end)]
@@ -261,6 +289,18 @@ class EngineLoop:
                 )
         if not 0 <= request.sampling.seed < 2**64 or "" in request.stop:
             raise BadRequest("seed must be between 0 and 2**64 - 1, stop not empty")
+
+    def _guide(self, request: GenerationRequest) -> Guide | None:
+        if request.grammar is None:
+            return None
+        if self._grammars is None:
+            raise BadRequest("this engine knows no grammars", code="grammar_failed")
+        try:
+            matcher = self._grammars.matcher(request.grammar)
+        except ValueError:  # the API lets no such grammar through
+            raise BadRequest("the grammar cannot be compiled", code="grammar_failed") from None
+        vocab_size = self._runner.config.vocab_size
+        return Guide(matcher, token_bytes=self._token_bytes, vocab_size=vocab_size)
 
     def _compute(self, plan: Plan, events: list[Event]) -> _Figures:
         """Runs a plan; appends what its sequences got to `events`."""
@@ -327,7 +367,7 @@ class EngineLoop:
                 blocks_used=allocator.num_used,
                 blocks_cached=allocator.num_cached,
                 blocks_free=allocator.num_free,
-                preemptions=plan.preemptions,
+                preempted=tuple(sequence.id for sequence in plan.preempted),
                 recomputed_tokens=figures.recomputed_tokens,
                 prefix_hit_tokens=plan.prefix_hit_tokens,
                 prompt_tokens=figures.prompt_tokens,
@@ -337,6 +377,7 @@ class EngineLoop:
     def _guess_room(self) -> int:
         """Free seats, less where the blocks would not last for requests like those that run."""
         scheduler = self._scheduler
+        self._num_waiting = scheduler.num_waiting
         seats = self._config.max_sequences - scheduler.num_sequences
         if self._blocked:
             return 0

@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, StepOutput
+from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, StepOutput, Words
 from service.engine.answer import stop_ids
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence
@@ -23,6 +23,7 @@ from service.messages import SamplingParams, TokenLogprob
 
 _NO_INTS: Ints = np.empty(0, np.int32)
 _NO_FLOATS: Floats = np.empty(0, np.float32)
+_NO_WORDS: Words = np.empty((0, 0), np.uint32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +217,7 @@ class Packer:
         wants_logprobs_R: Bools = self._wants_logprobs[seats_R]
         penalty_rows, penalty_ids, penalty_counts = self._penalties(plan, sampling)
         bias_rows, bias_ids, bias_values = self._biases(plan, sampling)
+        mask_rows, masks = _masks(plan, sampling)
         return SamplingBatch(
             seeds_R=self._seeds[seats_R],
             choices_R=self._choices[seats_R],
@@ -235,6 +237,8 @@ class Packer:
             bias_values_E=bias_values,
             wants_logprobs_R=wants_logprobs_R,
             num_top=int(self._num_tops[seats_R].max(initial=0)),
+            mask_rows_M=mask_rows,
+            masks_MW=masks,
         )
 
     def _adjusted(
@@ -365,6 +369,22 @@ def _scores(plan: Plan, starts_S1: Ints) -> tuple[Ints, Ints, int]:
             ids.extend(sequence.tokens[scored.start : scored.stop])
             num_top = max(num_top, sequence.request.prompt_logprobs or 0)
     return np.array(rows, np.int32), np.array(ids, np.int32), num_top
+
+
+def _masks(plan: Plan, sampling: list[Sequence]) -> tuple[Ints, Words]:
+    """The rows that a grammar limits, and which tokens it allows there."""
+    rows: list[int] = []
+    masks: list[Words] = []
+    row = 0
+    for sequence in sampling:
+        num = 1 + len(plan.drafts.get(sequence, ()))
+        if sequence.guide is not None:
+            rows.extend(range(row, row + num))
+            masks.append(sequence.guide.masks(num))
+        row += num
+    if not rows:
+        return _NO_INTS, _NO_WORDS
+    return np.array(rows, np.int32), np.concatenate(masks)
 
 
 def _bias_columns(bias: dict[int, float]) -> tuple[Ints, Floats]:

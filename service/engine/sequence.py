@@ -1,7 +1,8 @@
 """Sequence: a request inside the engine, as the scheduler sees it.
 
-It holds token ids and counters only. What a token means (text, stop strings) is `answer`'s concern,
-which blocks are free is `blocks`', and no tensor comes near it.
+It holds token ids and counters only, and lends out the guide of its grammar. What a token means
+(text, stop strings) is `answer`'s concern, which blocks are free is `blocks`', and no tensor comes
+near it.
 
     tokens            | prompt ....................... | answer ............ |
     position          0                         num_prompt            num_tokens
@@ -18,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from service.engine.guide import Guide
 from service.messages import GenerationRequest
 
 
@@ -46,6 +48,7 @@ class Sequence:
     tokens: list[int]
     arrival: int  # rises with each sequence added: who came first
     deadline: float | None = None  # on the engine's monotonic clock, seconds
+    guide: Guide | None = None  # of its grammar; the answer reads it on
     status: SequenceStatus = SequenceStatus.WAITING
     seat: int | None = None  # while it runs
     blocks: list[int] = field(default_factory=list)  # its block table

@@ -11,6 +11,9 @@ behind the last token, and each of its rows samples what ordinary decoding would
 Rows with exact arithmetic do not depend on the number of rows, so the answer is bit by bit that of
 decoding token by token. `may_speculate` is the rule for who may.
 
+With a grammar, what it forbids is not guessed; and where it says what must come next (a key of an
+object, the rest of a constant), the longest tokens that spell it are the drafts.
+
 Whether it pays is a matter of time: rows are nearly free while a step waits for memory, and cost
 their full price once it waits for multipliers. `Speculator` weighs the tokens it may expect, by how
 often drafts of a match that long came true in this sequence, against the cost model's durations.
@@ -30,7 +33,9 @@ from service.engine.sequence import Sequence
 _LONGEST = 8  # tokens compared backwards
 _CANDIDATES = 4  # earlier places looked at, the latest first
 _GRADE_OF = (0, 0, 0, 1, 2, 2, 2, 2, 3)  # length of a match -> grade
-_PRIOR = (0.25, 0.4, 0.6, 0.8)  # by grade: the chance that a draft comes true
+_SPELLED = 4  # the grade of what a grammar leaves no choice but how to spell
+_PRIOR = (0.25, 0.4, 0.6, 0.8, 0.8)  # by grade: the chance that a draft comes true
+_MOST_SPELLED = 8  # drafts of that grade in a step: each costs a mask before it is known to pay
 _PRIOR_TRIALS = 2.0
 _MEMORY = 0.75  # what the record of a grade keeps at each try
 _MERCY = 0.985  # and at each time that it was not tried: it gets another chance
@@ -143,14 +148,13 @@ class _Candidate:
 
     sequence: Sequence
     track: _Track
-    place: int
+    drafts: list[int]
     grade: int
     chance: float
-    most: int
 
     def num_drafts(self, floor: float) -> int:
         """How many come true with a chance of at least `floor`, one after another."""
-        return min(self.most, int(log(floor) / log(self.chance)))
+        return min(len(self.drafts), int(log(floor) / log(self.chance)))
 
     def gain(self, num: int) -> float:
         """Tokens to expect of that many drafts: chance + chance ** 2 + ..."""
@@ -179,7 +183,7 @@ class Speculator:
             if num:
                 sequence = candidate.sequence
                 candidate.track.grade = candidate.grade
-                drafts[sequence] = _continuation(sequence.tokens, candidate.place, num)
+                drafts[sequence] = candidate.drafts[:num]
             else:
                 candidate.track.pass_over(candidate.grade)
         return drafts
@@ -199,11 +203,19 @@ class Speculator:
         track = self._tracks.get(sequence)
         if track is None:
             track = self._tracks[sequence] = _Track()
+        guide = sequence.guide
+        if guide is not None and (spelled := guide.forced(min(most, _MOST_SPELLED))):
+            return _Candidate(sequence, track, spelled, _SPELLED, track.chance(_SPELLED))
         place, length = track.lookup.find(sequence.tokens)
         if not length:
             return None
+        drafts = _continuation(sequence.tokens, place, most)
+        if guide is not None:
+            drafts = drafts[: guide.num_allowed(drafts)]
+        if not drafts:
+            return None
         grade = _GRADE_OF[length]
-        return _Candidate(sequence, track, place, grade, track.chance(grade), most)
+        return _Candidate(sequence, track, drafts, grade, track.chance(grade))
 
     def _weigh(self, work: StepWork, candidates: list[_Candidate], seconds: float) -> list[int]:
         """How many drafts of each promise the most tokens a second; 0 where none promise more."""

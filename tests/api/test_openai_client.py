@@ -98,7 +98,7 @@ async def test_errors_are_its_exceptions(service: Any, client: openai.AsyncOpenA
         await create(model="tiny-model", messages=MESSAGES, temperature=3)
     assert bad.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as refused:
-        await create(model="tiny-model", messages=MESSAGES, tools=[{"type": "function"}])
+        await create(model="tiny-model", messages=MESSAGES, functions=[{"name": "f"}])
     assert refused.value.code == "unsupported_parameter"
     service.state["draining"] = True
     with pytest.raises(openai.InternalServerError) as away:

@@ -8,6 +8,8 @@ from typing import Any
 import openai
 import pytest
 
+from service.messages import FinishReason
+
 pytestmark = pytest.mark.slow
 
 OPTIONS: Any = {
@@ -76,7 +78,7 @@ async def test_its_stream_manager_follows_a_response(service: Any, listen: Any) 
         listen(service.app) as url,
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
-        service.engine.end = "stop"
+        service.engine.end = FinishReason.STOP
         async with client.responses.stream(**OPTIONS) as stream:
             async for _ in stream:
                 pass
@@ -93,7 +95,7 @@ async def test_errors_are_its_exceptions(service: Any, listen: Any) -> None:
     ):
         with pytest.raises(openai.BadRequestError) as refused:
             await client.responses.create(**OPTIONS, tools=[{"type": "web_search"}])
-        assert (refused.value.param, refused.value.code) == ("tools", "unsupported_parameter")
+        assert (refused.value.param, refused.value.code) == ("tools[0].type", "invalid_value")
         service.engine.bad_digest_at = 2
         with pytest.raises(openai.APIError) as diverged:
             async for _ in await client.responses.create(**OPTIONS, stream=True):
