@@ -1,24 +1,30 @@
 # `make serve` and `make test` do everything on a fresh machine; the rest is for working here.
 .DEFAULT_GOAL := help
-.PHONY: help serve test unit longer faults compare check lint format install system clean
+.PHONY: help serve test test-clients unit longer faults fuzz loadtest soak compare check lint format install system clean
 
 VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
 N      ?= 100
+MINUTES ?= 10
 BIN    := $(VENV)/bin
+CLIENTS ?= .venv-clients
 # Without a compiler the server still serves, more slowly, and says so when it starts.
 BUILD_NATIVE := $(BIN)/python -m model.native.build || echo "the torch runner will serve instead"
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 help:     ## this list
-	@sed -nE 's/^([a-z-]+): .*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -nE 's/^([a-z-]+): .*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 serve: $(VENV)/.installed  ## install, fetch the default model, serve it at http://127.0.0.1:8000
 	$(BIN)/quire serve $(ARGS)
 
 test: $(VENV)/.tested system check  ## install, then every check: lint, types, all tests
 	$(BIN)/python -m pytest -m "not kernels and not faults" $(ARGS)
+
+test-clients: $(VENV)/.installed $(CLIENTS)/.installed  ## other people's clients, by their own packages
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini \
+	  --rootdir tests/clients --confcutdir tests/clients tests/clients --quire $(BIN)/quire $(ARGS)
 
 unit: $(VENV)/.tested  ## the fast tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not kernels and not faults" $(ARGS)
@@ -35,6 +41,15 @@ lint: $(VENV)/.tested  ## ruff
 
 faults: $(VENV)/.tested system  ## kill engines N times (N=3000) and check every answer
 	$(BIN)/python -m tests.faults.kills --kills $(N) --lease 3
+
+loadtest: $(VENV)/.tested  ## Locust's streaming users against HOST, or a server of its own
+	$(BIN)/python -m loadtest.load $(ARGS)
+
+soak: $(VENV)/.tested system  ## random faults for MINUTES under load; nothing may be lost or leak
+	$(BIN)/python -m loadtest.soak --minutes $(MINUTES) $(ARGS)
+
+fuzz: $(VENV)/.tested  ## Schemathesis on the API (ARGS="--max-examples 1000"): is its document true?
+	$(BIN)/python -m tests.api.fuzz $(ARGS)
 
 compare: $(VENV)/.tested system  ## Quire beside its peers on this machine: tables and a chart in results/
 	$(BIN)/python -m loadtest.compare $(ARGS)
@@ -59,7 +74,7 @@ system:   ## what the tests need from the system: Redis, Chromium, promtool
 	  fi; }
 
 clean:    ## remove what was built here; fetched models stay in ~/.cache/quire
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis results
+	rm -rf $(VENV) $(CLIENTS) tests/clients/node/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis results
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -75,3 +90,16 @@ $(VENV)/.tested: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --editable '.[test,loadtest]'
 	@$(BUILD_NATIVE)
 	touch $@ $(VENV)/.installed
+
+# Apart from ours: what other people's packages need must not decide what the server needs.
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/node/package-lock.json
+	@command -v npm >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get install -y -qq nodejs npm >/dev/null; \
+	} || { echo "missing: Node.js 20 or newer, with npm"; exit 1; }
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check --quiet install --no-compile \
+	  --requirement tests/clients/requirements.txt \
+	  || { echo "missing: packages of tests/clients/requirements.txt, from PyPI"; exit 1; }
+	npm ci --prefix tests/clients/node --no-audit --no-fund --silent \
+	  || { echo "missing: packages of tests/clients/node/package.json, from the npm registry"; exit 1; }
+	touch $@

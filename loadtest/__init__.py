@@ -1,1 +1,1 @@
-"""Load tests: what a user of the HTTP API sees. Imports nothing of the server's own code."""
+"""Load tests: what a user of the HTTP API sees. Only `rig` looks into the journal as well."""

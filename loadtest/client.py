@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,16 @@ class Target:
     host: str = "127.0.0.1"
     path: str = "/v1/completions"
     fields: Mapping[str, object] = field(default_factory=dict)  # of the body, beside the usual
+    key: str = ""  # an API key
     sends_done: bool = True  # whether a whole stream ends with `data: [DONE]`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """An answer with another status than 200."""
+
+    status: int
+    retry_after: str | None  # seconds, as the header says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +49,8 @@ class Outcome:
     prompt_tokens: int
     error: str | None  # None: whole and of the length asked for
     gave_up: bool = False  # the client did not wait for the end; then `error` says so
+    refusal: Refusal | None = None
+    ended: float = math.nan
 
     @property
     def time_to_first(self) -> float:
@@ -95,12 +106,20 @@ class SseDecoder:
         return events
 
 
-class _BrokenAnswer(Exception):
+class BrokenAnswer(Exception):
     """The answer cannot be one of a whole request; the message says why."""
 
 
+class Refused(BrokenAnswer):
+    """The server did not take the request."""
+
+    def __init__(self, message: str, refusal: Refusal) -> None:
+        super().__init__(message)
+        self.refusal = refusal
+
+
 @dataclass(slots=True)
-class _Stream:
+class Stream:
     """What was read of one answer so far."""
 
     arrivals: list[float] = field(default_factory=list)
@@ -114,10 +133,10 @@ class _Stream:
             return
         event: dict[str, Any] = orjson.loads(data)
         if "error" in event:
-            raise _BrokenAnswer(f"error event: {str(event['error'])[:200]}")
+            raise BrokenAnswer(f"error event: {str(event['error'])[:200]}")
         self.usage = event.get("usage") or self.usage
         for choice in event.get("choices", ()):
-            if choice.get("text"):
+            if choice.get("text") or choice.get("delta", {}).get("content"):
                 self.arrivals.append(now)
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
@@ -145,7 +164,7 @@ async def complete(
 ) -> Outcome:
     """One streamed completion, from connecting to its last byte."""
     body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "temperature": 0}
-    stream, error, gave_up = _Stream(), None, False
+    stream, error, gave_up, refusal = Stream(), None, False, None
     sent = time.perf_counter()
     try:
         async with asyncio.timeout(give_up_after):
@@ -155,8 +174,10 @@ async def complete(
         error = stream.fault(max_tokens=max_tokens, sends_done=target.sends_done)
     except TimeoutError:
         error, gave_up = f"no end within {give_up_after:.3g} s", True
-    except (OSError, EOFError, ValueError, _BrokenAnswer) as broken:
-        error = f"{type(broken).__name__}: {broken}".removeprefix("_BrokenAnswer: ")
+    except BrokenAnswer as broken:
+        error, refusal = str(broken), broken.refusal if isinstance(broken, Refused) else None
+    except (OSError, EOFError, ValueError) as broken:
+        error = f"{type(broken).__name__}: {broken}"
     return Outcome(
         sent=sent,
         arrivals=tuple(stream.arrivals),
@@ -164,12 +185,14 @@ async def complete(
         prompt_tokens=stream.usage["prompt_tokens"] if stream.usage else 0,
         error=error,
         gave_up=gave_up,
+        refusal=refusal,
+        ended=time.perf_counter(),
     )
 
 
 async def drive(
     target: Target,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     *,
     clients: int,
     max_tokens: int,
@@ -249,11 +272,12 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 async def _post(target: Target, body: bytes) -> AsyncGenerator[bytes, None]:
-    """Sends the body and yields the data of each event. Raises _BrokenAnswer unless status 200."""
+    """Sends the body and yields the data of each event. Raises Refused unless status 200."""
     reader, writer = await asyncio.open_connection(target.host, target.port)
     try:
+        who = f"Authorization: Bearer {target.key}\r\n" if target.key else ""
         head = (
-            f"POST {target.path} HTTP/1.1\r\nHost: {target.host}:{target.port}\r\n"
+            f"POST {target.path} HTTP/1.1\r\nHost: {target.host}:{target.port}\r\n{who}"
             "Content-Type: application/json\r\nAccept: text/event-stream\r\n"
             f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
         )
@@ -261,7 +285,9 @@ async def _post(target: Target, body: bytes) -> AsyncGenerator[bytes, None]:
         status, headers = await _read_head(reader)
         if status != 200:
             detail = await reader.read(500)
-            raise _BrokenAnswer(f"HTTP {status}: {detail.decode(errors='replace')[:200]}")
+            refusal = Refusal(status=status, retry_after=headers.get("retry-after"))
+            message = f"HTTP {status}: {detail.decode(errors='replace')[:200]}"
+            raise Refused(message, refusal)
         decoder = SseDecoder()
         async with aclosing(_read_body(reader, headers)) as parts:
             async for data in parts:

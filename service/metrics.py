@@ -70,7 +70,8 @@ class Metrics(Series):
     def tokens_per_second(self) -> float:
         """Tokens sampled lately, each second; 0 where nothing was."""
         now = self._clock()
-        recent = [(at, count) for at, count in self._sampled if now - at <= RATE_WINDOW]
+        # A copy is made in one go; the engine's thread appends meanwhile.
+        recent = [(at, count) for at, count in self._sampled.copy() if now - at <= RATE_WINDOW]
         if len(recent) < 2:
             return 0.0
         return sum(count for _, count in recent) / max(now - recent[0][0], 0.001)

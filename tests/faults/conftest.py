@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.rig.cluster import Cluster, Scale
+from loadtest.rig.processes import Forge
 from tests.conftest import TinyModel
-from tests.faults.cluster import Cluster, Scale, write_model_of_oracle
-from tests.faults.processes import Forge
+from tests.faults.oracle_model import write_model_of_oracle
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

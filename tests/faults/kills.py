@@ -22,12 +22,13 @@ from pathlib import Path
 
 from tokenizers import pre_tokenizers
 
+from loadtest.rig.checker import check_rest, check_transcript
+from loadtest.rig.client import Transcript
+from loadtest.rig.cluster import Cluster, Scale
+from loadtest.rig.processes import Forge, Replica, wait_all_ready
+from loadtest.rig.streams import Streams
 from tests.conftest import build_tiny_model
-from tests.faults.checker import check_rest, check_transcript
-from tests.faults.client import Transcript
-from tests.faults.cluster import Cluster, Scale, expected_tokens, write_model_of_oracle
-from tests.faults.processes import Forge, Replica, wait_all_ready
-from tests.faults.streams import Streams
+from tests.faults.oracle_model import write_model_of_oracle
 
 ENGINES = 4
 STREAMS = 8  # in flight at a time
@@ -134,7 +135,7 @@ async def _check(cluster: Cluster, transcripts: Sequence[Transcript], tally: Tal
         tally.deaths[cluster.state_of_request(each.call_id or "", "att")] += 1
         try:
             assert each.finish_reason == "length", f"ended by {each.finish_reason} {each.error}"
-            await check_transcript(cluster, each, expected=expected_tokens, same_bytes=True)
+            await check_transcript(cluster, each, expected=cluster.expected, same_bytes=True)
         except AssertionError as failure:
             tally.failures.append(f"{each.call_id}: {failure!r}")
     try:

@@ -2,6 +2,7 @@
 
 Run as a program it is a forge: all is imported once, then each line on stdin (JSON: `arguments` of
 an engine, `log` for its output) forks one engine, a process of its own, and its id is answered.
+A line with `expected`, a completion's body, is answered with the tokens that the oracle gives it.
 When an engine ends, its exit status is written to `<log>.exit`. When stdin closes, all are killed.
 
 What shall go wrong inside an engine lies as files in the folder `hooks`: `<name>.json` with
@@ -27,12 +28,12 @@ from rich.console import Console
 
 from model.batch import Batch
 from service.listeners import Listener, address, bind
-from service.messages import ModelCard
+from service.messages import GenerationRequest, ModelCard, SamplingParams
 from service.metrics import Metrics
 from service.roles import ApiSide, EngineSide, banner, live, opened_queue, run_role
 from service.settings import Settings
 from service.startup import Loaded, load_tokenizer
-from tests.fakes import OracleRunner
+from tests.fakes import OracleRunner, oracle_answer
 
 
 class OutOfMemory(RuntimeError):
@@ -130,16 +131,36 @@ def forge(orders: TextIO) -> dict[str, Any] | None:
                 if not line:
                     break
                 order: dict[str, Any] = json.loads(line)
+                if "expected" in order:
+                    answer(expected_tokens(order["expected"]))
+                    continue
                 pid = os.fork()
                 if not pid:
                     return order
                 engines[pid] = Path(order["log"])
-                sys.stdout.write(f"{pid}\n")
-                sys.stdout.flush()
+                answer(pid)
             note_ends(engines)
     for pid in engines:
         os.kill(pid, signal.SIGKILL)
     return None
+
+
+def answer(value: object) -> None:
+    """One line to whoever gave the order."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def expected_tokens(body: dict[str, Any]) -> list[int]:
+    """What the oracle answers to a body, from the body alone."""
+    request = GenerationRequest(
+        id="",
+        prompt_ids=tuple(body["prompt"]),
+        sampling=SamplingParams(seed=body["seed"], temperature=body["temperature"]),
+        max_tokens=body["max_tokens"],
+        ignore_eos=True,
+    )
+    return oracle_answer(request)
 
 
 def note_ends(engines: dict[int, Path]) -> None:

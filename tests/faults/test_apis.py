@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from loadtest.rig.checker import check_all, check_rest, read_journal
+from loadtest.rig.client import Address, Transcript, call, events
+from loadtest.rig.cluster import Cluster
+from loadtest.rig.processes import Replica, wait_all_ready
+from loadtest.rig.streams import Load, Streams, until
 from service.messages import FinishReason
-from tests.faults.checker import check_all, check_rest, read_journal
-from tests.faults.client import Address, Transcript, call, events
-from tests.faults.cluster import Cluster
-from tests.faults.processes import Replica, wait_all_ready
-from tests.faults.streams import Load, Streams, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
@@ -58,7 +58,7 @@ async def test_row_15_a_replica_is_asked_to_leave_under_load(
     leaving, _ = cluster.apis
     async with Load(cluster.client, lambda: cluster.body(draw, max_tokens=50), width=8) as load:
         await until(lambda: sum(each.ended for each in load.transcripts) >= 8, "load")
-        await _leave(cluster, leaving)
+        await cluster.retire_api(leaving)
         await asyncio.sleep(0.5)
     assert not any(each.refusals for each in load.transcripts)
     assert all(each.connections == 1 for each in load.transcripts)
@@ -229,23 +229,13 @@ async def test_row_17_everything_is_replaced_under_load(
                 engine.terminate()
                 assert await asyncio.to_thread(engine.exit_code) == 0
             for api in apis:
-                await _leave(cluster, api)
+                await cluster.retire_api(api)
             gone += [*engines, *apis]
     assert [each.exit_code() for each in gone] == [0] * 12
     assert not any(each.refusals for each in load.transcripts)
     reasons = await check_all(cluster, load.transcripts)
     assert reasons == {"length": len(load.transcripts)}
     assert not any(int(cluster.state_of_request(each, "att")) for each in call_ids(load))
-
-
-async def _leave(cluster: Cluster, api: Replica) -> None:
-    """As an orchestrator does it: out of the balancer, a moment, SIGTERM."""
-    cluster.excluded.add(api.pid)
-    await asyncio.sleep(0.3)
-    cluster.remove_api(api)
-    api.terminate()
-    assert await asyncio.to_thread(api.exit_code) == 0
-    cluster.apis.remove(api)
 
 
 def call_ids(load: Load) -> list[str]:

@@ -13,12 +13,12 @@ from itertools import pairwise
 
 import pytest
 
-from tests.faults.checker import check_all
-from tests.faults.client import Transcript
-from tests.faults.cluster import Cluster
-from tests.faults.processes import Replica
+from loadtest.rig.checker import check_all
+from loadtest.rig.client import Transcript
+from loadtest.rig.cluster import Cluster
+from loadtest.rig.processes import Replica
+from loadtest.rig.streams import Streams, until
 from tests.faults.proxy import FaultProxy
-from tests.faults.streams import Streams, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
+from loadtest.rig.checker import check_all
+from loadtest.rig.cluster import Cluster, Scale
+from loadtest.rig.streams import Streams
 from tests.conftest import TinyModel
-from tests.faults.checker import check_all
-from tests.faults.cluster import Cluster, Scale
-from tests.faults.processes import Forge
-from tests.faults.streams import Streams
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
 
@@ -43,16 +42,16 @@ def make_bodies(cluster: Cluster, draw: random.Random) -> list[dict[str, Any]]:
 
 
 async def test_rows_1_and_16_with_a_real_model(
-    tiny_model: TinyModel, forge: Forge, tmp_path: Path, draw: random.Random
+    tiny_model: TinyModel, tmp_path: Path, draw: random.Random
 ) -> None:
     model = tiny_model.write_folder(tmp_path / "tiny")
+    flags = {"runner": "torch", "dtype": "float32", "threads": 1}
+    flags |= {"kv-memory": "8MiB", "max-batch-tokens": 64}
     cluster = Cluster(
-        tmp_path / "cluster", model, forge=forge, scale=Scale(), num_engines=0, num_apis=1
+        tmp_path / "cluster", model, forge=None, scale=Scale(), num_apis=1, engine_flags=flags
     )
     try:
         await asyncio.to_thread(cluster.start)
-        for engine in [cluster.start_real_engine() for _ in range(2)]:
-            await asyncio.to_thread(engine.wait_until_ready)
         bodies = make_bodies(cluster, draw)
         undisturbed = await Streams(cluster.client, bodies).ended()
         reference = {each.body["seed"]: each.tokens for each in undisturbed}
@@ -63,9 +62,8 @@ async def test_rows_1_and_16_with_a_real_model(
             streams = Streams(cluster.client, bodies)
             calls = await streams.begun(2 + 10 * kill)
             victim = max(cluster.engines, key=lambda e: e.metric("quire_sequences_running"))
-            cluster.engines.remove(victim)
             victim.kill()
-            replacement = cluster.start_real_engine()
+            replacement = cluster.replace(victim)
             transcripts += await streams.ended()
             assert any(cluster.state_of_request(call, "att") == "1" for call in calls)
             await asyncio.to_thread(replacement.wait_until_ready)

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from tests.faults.checker import check_all, check_rest
-from tests.faults.client import Transcript, call
-from tests.faults.cluster import AOF, Cluster, expected_tokens
-from tests.faults.processes import run_command
+from loadtest.rig.checker import check_all, check_rest
+from loadtest.rig.client import Transcript, call
+from loadtest.rig.cluster import AOF, Cluster
+from loadtest.rig.processes import run_command
+from loadtest.rig.redis_process import RedisServer
+from loadtest.rig.streams import Streams, until
 from tests.faults.proxy import FaultProxy
-from tests.faults.streams import Streams, until
-from tests.queues.redis_process import RedisServer
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
@@ -42,10 +42,10 @@ async def post(cluster: Cluster, body: dict[str, Any]) -> tuple[int, dict[str, s
         return reply.status, reply.headers, time.monotonic() - began
 
 
-def are_prefixes(transcripts: list[Transcript]) -> bool:
+def are_prefixes(cluster: Cluster, transcripts: list[Transcript]) -> bool:
     """P1 and P2 where the journal itself was lost."""
     return all(
-        each.tokens == expected_tokens(each.body)[: len(each.tokens)] for each in transcripts
+        each.tokens == cluster.expected(each.body)[: len(each.tokens)] for each in transcripts
     )
 
 
@@ -121,7 +121,7 @@ async def test_row_25_failover_to_a_replica_that_lags(
             for engine in cluster.engines:
                 engine.pause()
             streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=150))
-            await until(lambda: replica.ask("XLEN", cluster.key("q1")) == ":4", "replicated")
+            await until(lambda: replica.ask("ZCARD", cluster.key("w1")) == ":4", "replicated")
             link.black_hole = True
             for engine in cluster.engines:
                 engine.resume()
@@ -258,12 +258,12 @@ async def test_row_30_everything_vanishes(own_cluster: Clusters, draw: random.Ra
     await streams.ended()
     assert time.monotonic() - flushed < GENEROUS * 5
     assert {each.error for each in streams.transcripts} == {"journal_lost"}
-    assert are_prefixes(streams.transcripts)
+    assert are_prefixes(cluster, streams.transcripts)
     assert cluster.apis[0].metric("quire_requests_lost_total") == 4
     await check_rest(cluster)
     after = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=20))
     assert all(each.finish_reason == "length" for each in await after.ended())
-    assert are_prefixes(after.transcripts)
+    assert are_prefixes(cluster, after.transcripts)
     await check_rest(cluster)
 
 

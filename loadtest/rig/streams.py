@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from tests.faults.client import Client, Transcript
-from tests.faults.processes import wait_until
+from loadtest.rig.client import Client, Transcript
+from loadtest.rig.processes import wait_until
 
 
 class Streams:

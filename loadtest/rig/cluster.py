@@ -1,7 +1,7 @@
 """Cluster: a Redis, engines and API replicas as processes, and what a test does to them.
 
 Tests harm it; `heal` makes it whole again. The oracle's answers are known from the requests alone,
-so a test needs no second run to compare with.
+so a test needs no second run to compare with. Without an oracle engines are the real command.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ import asyncio
 import itertools
 import json
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from redis import Redis
 
-from service.messages import GenerationRequest, SamplingParams
+from loadtest.rig.client import Address, Client
+from loadtest.rig.processes import Forge, Replica, run_command, wait_all_ready, wait_until
+from loadtest.rig.redis_process import RedisServer
 from service.queues import QueueLimits
 from service.queues.redis import RedisQueue
-from tests.conftest import TinyModel
-from tests.fakes import oracle_answer
-from tests.faults.client import Address, Client
-from tests.faults.processes import Forge, Replica, run_command, wait_all_ready, wait_until
-from tests.queues.redis_process import RedisServer
+from service.queues.redis_keys import ShardKeys
 
 AOF = ("--appendonly", "yes", "--appendfsync", "everysec", "--auto-aof-rewrite-percentage", "0")
+LEAVING = 0.3  # seconds between a balancer's turn away from a replica and SIGTERM
 TRIGGER = (90, 91, 92)  # before the hook's own number, the prompt of a request that trips a hook
 
 
@@ -40,6 +40,7 @@ class Scale:
     grace: float = 1.5  # that an unread stream goes on
     drain: float = 10.0
     keep_alive: float = 0.5
+    window: float = 600.0  # that an ended answer can be read
 
 
 class Cluster:
@@ -50,11 +51,12 @@ class Cluster:
         folder: Path,
         model: Path,
         *,
-        forge: Forge,
+        forge: Forge | None,
         scale: Scale,
         num_engines: int = 2,
         num_apis: int = 2,
         seats: int = 16,
+        engine_flags: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         self.folder = folder
         self.model = model
@@ -67,6 +69,7 @@ class Cluster:
         self.client = Client(self.addresses)
         self._forge = forge
         self._seats = seats  # sequences an engine runs at a time
+        self._engine_flags = engine_flags  # of real engines
         self._started: list[Replica] = []
         self._sizes = (num_engines, num_apis)
         self._names = itertools.count()
@@ -126,12 +129,14 @@ class Cluster:
         options = {
             "queue": queue or self.redis.url,
             "model": self.model,
+            "model-name": self.model.name,
             "port": 0,
             "admin-port": 0,
             "lease": scale.lease,
             "keep-alive": scale.keep_alive,
             "disconnect-grace": scale.grace,
             "drain-timeout": scale.drain,
+            "resume-window": scale.window,
         }
         api = run_command("api", self._log("api"), *_flags(options))
         self.apis.append(api)
@@ -146,12 +151,15 @@ class Cluster:
         blocks: int = 2048,
         numeric_class: str = "oracle",
     ) -> Replica:
-        """A new engine over the oracle; not ready yet."""
+        """A new engine; not ready yet. All but `queue` is for engines over the oracle."""
+        if self._forge is None:
+            return self._start_real_engine(queue or self.redis.url)
         arguments = {
             "settings": {
                 "queue": queue or self.redis.url,
                 "model": str(self.model),
                 "lease": self.scale.lease,
+                "resume_window": self.scale.window,
                 "max_sequences": self._seats,
             },
             "hooks": str(self.hooks),
@@ -164,18 +172,20 @@ class Cluster:
         self._started.append(engine)
         return engine
 
-    def start_real_engine(self) -> Replica:
-        """`quire engine` with the model itself, in float32; not ready yet."""
+    def expected(self, body: dict[str, Any]) -> Sequence[int]:
+        """The oracle's answer to a body."""
+        assert self._forge is not None, "a real model's answers are known from an undisturbed run"
+        return self._forge.expected(body)
+
+    def _start_real_engine(self, queue: str) -> Replica:
         options = {
-            "queue": self.redis.url,
+            "queue": queue,
             "model": self.model,
-            "runner": "torch",
-            "dtype": "float32",
-            "threads": 1,
             "admin-port": 0,
             "lease": self.scale.lease,
-            "kv-memory": "8MiB",
-            "max-batch-tokens": 64,
+            "resume-window": self.scale.window,
+            "max-sequences": self._seats,
+            **self._engine_flags,
         }
         engine = run_command("engine", self._log("engine"), *_flags(options))
         self.engines.append(engine)
@@ -197,6 +207,27 @@ class Cluster:
         """Notes what it has accepted, before it is ended."""
         accepted = api.metric("quire_requests_accepted_total")
         self._accepted_by_gone += accepted - self._accepted_before.get(api.pid, 0.0)
+
+    async def retire_api(self, api: Replica) -> None:
+        """As an orchestrator does it: out of the balancer, a moment, SIGTERM."""
+        self.excluded.add(api.pid)
+        await asyncio.sleep(LEAVING)
+        await asyncio.to_thread(self.remove_api, api)
+        api.terminate()
+        assert await asyncio.to_thread(api.exit_code) == 0, "an API replica left with an error"
+        self.apis.remove(api)
+
+    async def roll(self, replica: Replica) -> None:
+        """A new one is ready before the old one is asked to leave."""
+        if replica in self.apis:
+            new = self.start_api()
+            await asyncio.to_thread(new.wait_until_ready)
+            await self.retire_api(replica)
+            return
+        new = self.replace(replica)
+        await asyncio.to_thread(new.wait_until_ready)
+        replica.terminate()
+        assert await asyncio.to_thread(replica.exit_code) == 0, "an engine left with an error"
 
     def accepted(self) -> float:
         """Requests that API replicas say they accepted since `begin`."""
@@ -224,6 +255,8 @@ class Cluster:
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
+        # The newest may still be starting: who is asked for its figures must be able to answer.
+        await asyncio.to_thread(wait_all_ready, self.engines)
 
     # --- what a balancer and a test know ----------------------------------------------------
     def addresses(self) -> Sequence[Address]:
@@ -258,7 +291,7 @@ class Cluster:
             return client.execute_command(*words)
 
     def key(self, name: str) -> str:
-        return "quire:1:{s0}:" + name
+        return ShardKeys(0).prefix + name
 
     def state_of_request(self, call_id: str, field: str) -> str:
         """A field of a request's hash: `att` deaths, `ep` claims, `n` tokens, `own`, `st`."""
@@ -316,26 +349,6 @@ class Cluster:
         with suppress(FileNotFoundError):
             return [int(line) for line in (self.hooks / f"{hook}.happened").read_text().split()]
         return []
-
-
-def write_model_of_oracle(tiny: TinyModel, folder: Path) -> Path:
-    """Tokenizer and card of a tiny model, with a context as long as the oracle's."""
-    tiny.write_folder(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
-    return folder
-
-
-def expected_tokens(body: dict[str, Any]) -> list[int]:
-    """What the oracle answers to a body, from the body alone."""
-    request = GenerationRequest(
-        id="",
-        prompt_ids=tuple(body["prompt"]),
-        sampling=SamplingParams(seed=body["seed"], temperature=body["temperature"]),
-        max_tokens=body["max_tokens"],
-        ignore_eos=True,
-    )
-    return oracle_answer(request)
 
 
 def _trimmed(replicas: Sequence[Replica], number: int) -> list[Replica]:

@@ -1,7 +1,8 @@
 """Replicas as operating system processes: started, signalled and observed by their ids.
 
 An API replica and an engine with a real model are the commands that an operator would run. Engines
-over the oracle are forked from `oracle_engine`, because a test kills a hundred of them.
+over the oracle are forked from a program that the rig knows by its name, because a test kills a
+hundred of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+ORACLE = "tests.faults.oracle_engine"
 ROOT = Path(__file__).parent.parent.parent
 START_LIMIT = 60.0  # seconds; the machine may be busy
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -161,12 +164,12 @@ def run_command(command: str, log: Path, *arguments: str) -> Replica:
 
 
 class Forge:
-    """The program `oracle_engine`, which has everything imported and forks engines."""
+    """The program `ORACLE`, which has everything imported, forks engines and knows all answers."""
 
     def __init__(self, folder: Path) -> None:
         self._errors = (folder / "forge.log").open("wb")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.oracle_engine"],
+            [sys.executable, "-m", ORACLE],
             cwd=ROOT,
             env=ENVIRONMENT,
             stdin=subprocess.PIPE,
@@ -174,15 +177,24 @@ class Forge:
             stderr=self._errors,
             text=True,
         )
+        self._one_at_a_time = threading.Lock()
+
+    def _ask(self, order: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._one_at_a_time:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
+
+    def expected(self, body: dict[str, Any]) -> list[int]:
+        """What the oracle answers to a completion's body, from the body alone."""
+        tokens: list[int] = self._ask({"expected": body})
+        return tokens
 
     def engine(self, log: Path, arguments: dict[str, Any]) -> Replica:
         """A new engine; not ready yet."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        order = json.dumps({"log": str(log), "arguments": arguments})
-        self._process.stdin.write(order + "\n")
-        self._process.stdin.flush()
-        pid = int(self._process.stdout.readline())
+        pid: int = self._ask({"log": str(log), "arguments": arguments})
         ending = log.with_suffix(".exit")
 
         def exit_code() -> int | None:

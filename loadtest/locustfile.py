@@ -1,0 +1,172 @@
+"""Streaming users for Locust. Rows: `stream` is a whole answer, `first token` and `gap` its parts.
+
+    python -m locust -f loadtest/locustfile.py --headless --host http://127.0.0.1:8000 \
+        --shape spike --workload mixed --users 32 --run-time 60s --csv results/load --html ...
+
+A stream that is refused, breaks, carries an error, ends without its last event or with fewer tokens
+than asked for is a failure. With several `--keys` each user is one tenant and has rows of its own.
+`python -m loadtest.load` calls this with a server of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
+from urllib.parse import urlsplit
+
+import gevent
+import orjson
+from locust import LoadTestShape, User, events, task
+from locust.argument_parser import LocustArgumentParser
+from locust.env import Environment
+from locust.stats import CSV_STATS_INTERVAL_SEC
+
+from loadtest.client import BrokenAnswer, SseDecoder, Stream
+from loadtest.shapes import Shape, users_at
+from loadtest.traffic import BURST, CALLS, Call, Workload, next_turn
+
+AFTER_A_FAILURE = 0.5  # seconds that a user waits, so that a dead server is not asked in a loop
+
+
+@events.init_command_line_parser.add_listener
+def add_options(parser: LocustArgumentParser) -> None:
+    """What this file understands beside Locust's own options."""
+    parser.add_argument("--shape", choices=list(Shape), default=Shape.STEADY)
+    parser.add_argument("--workload", choices=list(Workload), default=Workload.CHAT)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--think", type=float, default=0.0, help="mean seconds between answers")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds without a byte")
+    parser.add_argument(
+        "--keys", default="", env_var="LOADTEST_KEYS", is_secret=True, help="API keys, by commas"
+    )
+
+
+class ChosenShape(LoadTestShape):
+    """The shape that `--shape` names, with `--users` and `--run-time`."""
+
+    use_common_options = True
+
+    def tick(self) -> tuple[int, float] | None:
+        """The users there should be now, and how many may start a second."""
+        assert self.runner is not None  # noqa: S101 - Locust sets it before the first call
+        options = self.runner.environment.parsed_options
+        assert options is not None  # noqa: S101 - so it is with a command line
+        seconds = float(options.run_time)
+        most = int(options.num_users or 1)
+        users = users_at(Shape(options.shape), self.get_run_time(), most=most, seconds=seconds)
+        return None if users is None else (users, float(most))
+
+
+@events.test_stop.add_listener
+def let_csv_catch_up(environment: Environment) -> None:  # noqa: ARG001 - Locust's signature
+    """The files are written once a second, and not at the end."""
+    time.sleep(CSV_STATS_INTERVAL_SEC + 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """`name` goes into the rows; empty where there is one tenant only."""
+
+    key: str
+    name: str
+
+
+class StreamingUser(User):
+    """Asks, reads to the end, thinks, asks again."""
+
+    _numbers = itertools.count()
+
+    def on_start(self) -> None:
+        """Becomes one of the tenants, in turn."""
+        options = self.environment.parsed_options
+        assert options is not None  # noqa: S101 - so it is with a command line
+        self.options = options
+        self.draw = random.Random()
+        keys = [key for key in options.keys.split(",") if key]
+        number = next(self._numbers) % max(1, len(keys))
+        self.tenant = Tenant(
+            key=keys[number] if keys else "",
+            name=f" tenant {number + 1}" if len(keys) > 1 else "",
+        )
+
+    def wait_time(self) -> float:
+        """Seconds; exponential, as of people who do not know of each other."""
+        mean = float(self.options.think)
+        return self.draw.expovariate(1 / mean) if mean else 0.0
+
+    @task
+    def turn(self) -> None:
+        """One call, or a burst of them."""
+        workload = next_turn(Workload(self.options.workload), self.draw)
+        calls = [
+            CALLS[workload](self.draw, int(self.options.tokens))
+            for _ in range(BURST if workload is Workload.BURST else 1)
+        ]
+        name = workload.value + self.tenant.name
+        whole = [gevent.spawn(self._complete, call, name) for call in calls]
+        try:
+            gevent.joinall(whole, raise_error=True)
+        finally:
+            gevent.killall(whole)
+        if not all(each.value for each in whole):
+            time.sleep(AFTER_A_FAILURE)
+
+    def _complete(self, call: Call, name: str) -> bool:
+        """One call to its end, and its rows. False where it failed."""
+        stream, fault = Stream(), None
+        sent = time.perf_counter()
+        size = 0
+        try:
+            for data in self._events(call):
+                size += len(data)
+                stream.read(data, now=time.perf_counter())
+            fault = stream.fault(max_tokens=call.tokens, sends_done=True)
+        except BrokenAnswer as error:
+            fault = str(error)
+        except (OSError, HTTPException, ValueError) as error:
+            fault = f"{type(error).__name__}: {error}"
+        ended = time.perf_counter()
+        if stream.arrivals:
+            self._row("first token", name, stream.arrivals[0] - sent)
+        for before, after in itertools.pairwise(stream.arrivals):
+            self._row("gap", name, after - before)
+        self._row("stream", name, ended - sent, size=size, fault=fault)
+        return fault is None
+
+    def _events(self, call: Call) -> Iterator[bytes]:
+        """The data of each event, on a connection of its own. Raises BrokenAnswer."""
+        parts = urlsplit(self.environment.host or "")
+        connection = HTTPConnection(
+            parts.hostname or "127.0.0.1", parts.port, timeout=float(self.options.patience)
+        )
+        headers = {"Content-Type": "application/json", "Connection": "close"}
+        if self.tenant.key:
+            headers["Authorization"] = f"Bearer {self.tenant.key}"
+        try:
+            body = orjson.dumps(call.body(self.options.model))
+            connection.request("POST", call.path, body=body, headers=headers)
+            reply = connection.getresponse()
+            if reply.status != 200:
+                raise BrokenAnswer(f"HTTP {reply.status}: {reply.read(200)!r}")
+            decoder = SseDecoder()
+            while data := reply.read1(65536):
+                yield from decoder.feed(data)
+        finally:
+            connection.close()
+
+    def _row(
+        self, kind: str, name: str, seconds: float, *, size: int = 0, fault: str | None = None
+    ) -> None:
+        self.environment.events.request.fire(
+            request_type=kind,
+            name=name,
+            response_time=1e3 * seconds,
+            response_length=size,
+            exception=None if fault is None else BrokenAnswer(fault),
+            context={},
+        )

@@ -1,0 +1,75 @@
+"""A real redis-server of the tests' own: on a free port of the loopback, ended by its pid."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+AOF = ("--appendonly", "yes", "--appendfsync", "always")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class RedisServer:
+    """`options` are redis-server's own; the directory survives `kill` and `start`."""
+
+    def __init__(self, directory: Path, *, options: tuple[str, ...] = AOF) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        place = ("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory))
+        self._process = subprocess.Popen(
+            ["redis-server", *place, "--save", "", *self.options],
+            stdout=subprocess.DEVNULL,
+        )
+        for _ in range(400):
+            with contextlib.suppress(OSError):
+                if self.ask("PING") == "+PONG":
+                    return
+            time.sleep(0.025)
+        raise RuntimeError("redis-server did not start")
+
+    def ask(self, *words: str | int) -> str:
+        """The first line of the reply to one command, over a connection of its own."""
+        parts = [str(word).encode() for word in words]
+        frame = b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(p), p) for p in parts)
+        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+            connection.sendall(frame)
+            with connection.makefile("rb") as reply:
+                return reply.readline().decode().strip()
+
+    def kill(self) -> None:
+        """SIGKILL, as of a crash."""
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._process = None

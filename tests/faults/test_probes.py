@@ -1,0 +1,131 @@
+"""Probes of real processes: saturated, hung, frozen, without Redis, on their way out.
+
+The rule is that liveness tells of progress alone, and readiness of whether calls can be taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from loadtest.rig import client as rig_client
+from loadtest.rig.checker import check_all
+from loadtest.rig.client import Broken, call
+from loadtest.rig.cluster import Cluster
+from loadtest.rig.processes import Replica
+from loadtest.rig.streams import Streams
+from service.roles import STALLED_AFTER
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
+
+PROBES = ("startup", "live", "ready")
+UNANSWERED = 0
+
+
+async def probe(replica: Replica, name: str) -> int:
+    """The status of a probe on the admin port; UNANSWERED within two seconds."""
+    try:
+        async with (
+            asyncio.timeout(2),
+            call(replica.address("metrics"), "GET", f"/health/{name}") as reply,
+        ):
+            return reply.status
+    except (Broken, TimeoutError):
+        return UNANSWERED
+
+
+async def probes(replicas: Sequence[Replica]) -> list[list[int]]:
+    """Of each: startup, live, ready."""
+    return [[await probe(each, name) for name in PROBES] for each in replicas]
+
+
+async def become(replica: Replica, name: str, status: int, *, seconds: float = 20) -> None:
+    async with asyncio.timeout(seconds):
+        while await probe(replica, name) != status:
+            await asyncio.sleep(0.1)
+
+
+async def test_saturated_is_not_dead(
+    own_cluster: Callable[..., Cluster], draw: random.Random
+) -> None:
+    """Twenty times more requests than seats: all probes stay green, and all are answered."""
+    cluster = await asyncio.to_thread(own_cluster, num_engines=1, num_apis=1, seats=2)
+    cluster.begin()
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=30) for _ in range(40)])
+    (engine,), looks = cluster.engines, 0
+    while streams.num_ended < 40:
+        assert await probes([*cluster.apis, engine]) == [[200] * 3] * 2
+        looks += engine.metric("quire_sequences_running") == 2
+    assert looks >= 3, "it was saturated when it was looked at"
+    await streams.ended()
+    assert await check_all(cluster, streams.transcripts) == {"length": 40}
+
+
+async def test_an_engine_that_hangs_says_so(
+    cluster: Cluster, draw: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that does not end: liveness goes red, and only this engine's; killed, others go on."""
+    monkeypatch.setattr(rig_client, "PATIENCE", 3 * STALLED_AFTER)
+    hook = cluster.arm(10 * STALLED_AFTER)
+    streams = Streams(cluster.client, [cluster.body(draw, hook=hook)])
+    async with asyncio.timeout(20):
+        while not cluster.happened(hook):
+            await asyncio.sleep(0.05)
+    (pid,) = cluster.happened(hook)
+    (hung,) = (each for each in cluster.engines if each.pid == pid)
+    assert await probes(cluster.engines) == [[200] * 3] * 2, "it may yet end"
+    await become(hung, "live", 503, seconds=2 * STALLED_AFTER)
+    others = [each for each in (*cluster.engines, *cluster.apis) if each is not hung]
+    assert await probes(others) == [[200] * 3] * 3
+    hung.kill()
+    await streams.ended()
+    assert await check_all(cluster, streams.transcripts) == {"length": 1}
+
+
+async def test_a_frozen_engine_answers_nothing_and_harms_nobody(
+    cluster: Cluster, draw: random.Random
+) -> None:
+    frozen, other = cluster.engines
+    frozen.pause()
+    assert await probe(frozen, "live") == UNANSWERED
+    assert await probes([*cluster.apis, other]) == [[200] * 3] * 3
+    streams = Streams(cluster.client, [cluster.body(draw) for _ in range(4)])
+    await streams.ended()
+    frozen.resume()
+    await become(frozen, "ready", 200)
+    assert await check_all(cluster, streams.transcripts) == {"length": 4}
+
+
+async def test_without_redis_all_live_and_none_is_ready(cluster: Cluster) -> None:
+    everybody = [*cluster.engines, *cluster.apis]
+    cluster.redis.kill()
+    for each in everybody:
+        await become(each, "ready", 503)
+    assert await probes(everybody) == [[200, 200, 503]] * 4
+    await asyncio.to_thread(cluster.redis.start)
+    for each in everybody:
+        await become(each, "ready", 200)
+    assert await probes(everybody) == [[200] * 3] * 4
+
+
+@pytest.mark.parametrize("kind", ["api", "engine"])
+async def test_who_leaves_is_not_ready_and_ends_in_time(
+    cluster: Cluster, draw: random.Random, kind: str
+) -> None:
+    """SIGTERM under load: off at once, exit 0, and every answer is whole."""
+    leaving = (cluster.apis if kind == "api" else cluster.engines)[0]
+    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=100) for _ in range(8)])
+    await streams.begun()
+    cluster.excluded.add(leaving.pid)
+    if kind == "api":
+        cluster.remove_api(leaving)
+    leaving.terminate()
+    async with asyncio.timeout(5):
+        while await probe(leaving, "ready") == 200:
+            await asyncio.sleep(0.02)
+    assert await asyncio.to_thread(leaving.exit_code) == 0
+    await streams.ended()
+    assert await check_all(cluster, streams.transcripts) == {"length": 8}

@@ -1,0 +1,148 @@
+"""What a soak takes for a violation: a client's wrong answer, a vanished request, a leak."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.rig import clients
+from loadtest.rig.client import Client, SseEvent, Transcript
+from loadtest.rig.clients import Clients
+from loadtest.rig.cluster import Cluster, Scale
+from loadtest.rig.ledger import IN_FLIGHT, Ledger
+from loadtest.rig.vitals import Vitals, leaks
+
+ANSWER = (5, 6, 7)
+BODY = {"max_tokens": len(ANSWER)}
+
+
+def event(data: dict[str, Any] | str) -> SseEvent:
+    text = data if isinstance(data, str) else json.dumps(data)
+    return SseEvent(f"data: {text}\n\n".encode(), None, text, time.monotonic())
+
+
+def token(value: int, reason: str | None = None) -> SseEvent:
+    return event({"choices": [{"text": "", "token_ids": [value], "finish_reason": reason}]})
+
+
+DONE = event("[DONE]")
+WHOLE = [token(5), token(6), token(7, "length"), DONE]
+
+
+class Scripted(Client):
+    """Gives each transcript the same events."""
+
+    def __init__(self, events: Sequence[SseEvent]) -> None:
+        super().__init__(list)
+        self._script = events
+
+    async def stream(
+        self, body: dict[str, Any], *, into: Transcript | None = None, **headers: str
+    ) -> Transcript:
+        transcript = into or Transcript(body)
+        transcript.call_id = "an id"
+        transcript.events += self._script
+        return transcript
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "RETRY", 0.0)
+
+
+async def violations(events: Sequence[SseEvent], way: str) -> list[str]:
+    """Of a client that goes one way, once."""
+    over = asyncio.Event()
+
+    def make_body() -> dict[str, Any]:
+        over.set()
+        return dict(BODY)
+
+    draw = random.Random(0)
+    asking = Clients(Scripted(events), make_body, lambda _: ANSWER, draw=draw, ways={way})
+    await asking.keep_asking(over)
+    assert asking.answers == {way: 1}
+    return asking.violations
+
+
+async def test_a_whole_answer_is_none() -> None:
+    assert await violations(WHOLE, "read to the end") == []
+
+
+@pytest.mark.parametrize(
+    ("events", "why"),
+    [
+        ([token(5), token(9), token(7, "length"), DONE], "another token"),
+        ([token(5), token(7, "length"), DONE], "another token"),
+        ([token(5), token(6, "length"), DONE], "2 tokens of 3"),
+        ([*WHOLE[:3], token(8), DONE], "another token"),
+        ([token(5), token(6, "cancelled"), DONE], "ended by cancelled"),
+        ([token(5), event({"error": {"code": "engine_crash_loop"}})], "an error"),
+        ([token(5), token(6)], "no end"),
+        ([*WHOLE, DONE], "P3"),
+        ([token(5), token(6, "length"), token(7, "length"), DONE], "P3"),
+    ],
+)
+async def test_every_other_answer_is_one(events: list[SseEvent], why: str) -> None:
+    (violation,) = await violations(events, "read to the end")
+    assert why in violation
+
+
+async def test_a_deadline_is_none_for_who_asked_for_it() -> None:
+    late = [token(5), token(6, "deadline"), DONE]
+    never = [event({"error": {"code": "deadline_exceeded"}})]
+    assert await violations(late, "had a deadline") == []
+    assert await violations(never, "had a deadline") == []
+    assert await violations(late, "read to the end")
+    assert await violations(never, "read to the end")
+
+
+@pytest.mark.slow
+def test_a_request_that_vanishes_without_an_end_is_one(tmp_path: Path) -> None:
+    """One that ended may go: Redis keeps it for the resume window only."""
+    cluster = Cluster(tmp_path, tmp_path, forge=None, scale=Scale())
+    cluster.redis.start()
+    try:
+        ledger = Ledger(cluster)
+        for name in ("a", "b", "c"):
+            cluster.ask("HSET", cluster.key(f"r:{name}"), "st", "running", "att", "2")
+        assert ledger.look()
+        assert ledger.tally() == {IN_FLIGHT: 3}
+        assert ledger.most_deaths == 2
+        end = '{"reason":"length"}'
+        cluster.ask("HSET", cluster.key("r:a"), "st", "ended", "fin", end)
+        cluster.ask("DEL", cluster.key("r:b"))
+        assert ledger.look()
+        cluster.ask("DEL", cluster.key("r:a"))
+        assert ledger.look()
+        assert ledger.vanished == {"b"}
+        assert ledger.fates == {"a": "length", "b": IN_FLIGHT, "c": IN_FLIGHT}
+    finally:
+        cluster.redis.close()
+    assert not ledger.look(), "nobody answers"
+
+
+def test_growth_beyond_its_allowance_is_a_leak() -> None:
+    before = Vitals(
+        part="engine", figures={"RSS, MiB": 100, "descriptors": 10, "KV blocks used": 0}
+    )
+
+    def grown(name: str, value: float) -> list[str]:
+        return leaks(before, Vitals(part="engine", figures={**before.figures, name: value}))
+
+    for name, allowed, too_much in (
+        ("RSS, MiB", 113, 114),
+        ("descriptors", 13, 14),
+        ("KV blocks used", 0, 1),
+    ):
+        assert grown(name, allowed) == []
+        assert grown(name, 0) == []
+        (leak,) = grown(name, too_much)
+        assert leak.startswith(f"engine: {name} grew")
