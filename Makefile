@@ -87,7 +87,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.tested: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install --editable '.[test,loadtest]'
+	$(PIP) install --editable '.[test,loadtest,otel]'
 	@$(BUILD_NATIVE)
 	touch $@ $(VENV)/.installed
 
