@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from loadtest.perplexity import no_sampling
 from model.batch import Batch, SamplingBatch
 from model.checkpoint import load_model
 from model.config import ModelConfig
@@ -58,7 +57,7 @@ class Work:
             block_table_SB=table.reshape(self.sequences, width),
             seats_S=np.arange(self.sequences, dtype=np.int32),
             sample_rows_R=starts[1:] - 1,
-            sampling=greedy(self.sequences),
+            sampling=SamplingBatch.plain(self.sequences, vocab_size=1),
             score_rows_Q=np.zeros(0, np.int32),
             score_ids_Q=np.zeros(0, np.int32),
         )
@@ -77,23 +76,6 @@ class Roof:
         read = layers + head + work.sequences * work.context * kv_bytes
         products = layers * work.rows + head * work.sequences
         return max(read / self.bytes_a_second, products / self.products_a_second)
-
-
-def greedy(rows: int) -> SamplingBatch:
-    """Sampling of rows that take the likeliest token."""
-    sampling = no_sampling()
-    ragged = ("penalty", "bias")
-    columns = {
-        name: np.zeros(rows, getattr(sampling, name).dtype)
-        for name in SamplingBatch.__dataclass_fields__
-        if name != "num_top" and not name.startswith(ragged)
-    }
-    entries = {
-        name: getattr(sampling, name)
-        for name in SamplingBatch.__dataclass_fields__
-        if name.startswith(ragged)
-    }
-    return SamplingBatch(**columns, **entries, num_top=0)
 
 
 def weights_of(config: ModelConfig) -> tuple[int, int]:

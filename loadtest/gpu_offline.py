@@ -177,26 +177,10 @@ class Offline:
         return batch, unread
 
     def _columns(self, sequences: Sequence[_Sequence], temperature: float) -> SamplingBatch:
-        rows = len(sequences)
-        ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.float32)
-        none = np.zeros(0, np.int32)
-        return SamplingBatch(
+        return SamplingBatch.plain(
+            len(sequences),
+            vocab_size=self._runner.config.vocab_size,
+            temperature=temperature,
             seeds_R=np.array([s.seat for s in sequences], np.uint64),
-            choices_R=np.zeros(rows, np.int32),
             indices_R=np.array([s.sampled for s in sequences], np.int32),
-            temperatures_R=ones * np.float32(temperature),
-            top_ks_R=np.full(rows, self._runner.config.vocab_size, np.int32),
-            top_ps_R=ones,
-            min_ps_R=zeros,
-            presence_R=zeros,
-            frequency_R=zeros,
-            repetition_R=ones,
-            penalty_rows_P=none,
-            penalty_ids_P=none,
-            penalty_counts_P=none,
-            bias_rows_E=none,
-            bias_ids_E=none,
-            bias_values_E=np.zeros(0, np.float32),
-            wants_logprobs_R=np.zeros(rows, np.bool_),
-            num_top=0,
         )

@@ -9,11 +9,9 @@ from those before it. A window is one step, so keys and values are read as they 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,17 +25,6 @@ from model.tokenizer import Tokenizer
 TEXT = Path(__file__).parent.parent / "tests" / "data" / "perplexity.txt"
 
 
-def no_sampling() -> SamplingBatch:
-    """The sampling of a step that chooses no token."""
-    kinds = {"Seeds": np.uint64, "Ints": np.int32, "Floats": np.float32, "Bools": np.bool_}
-    empty: dict[str, Any] = {
-        field.name: np.zeros(0, kinds[str(field.type)])
-        for field in dataclasses.fields(SamplingBatch)
-        if field.name != "num_top"
-    }
-    return SamplingBatch(**empty, num_top=0)
-
-
 def scoring_batch(tokens_T: Ints, *, block_size: int) -> Batch:
     """One sequence, every token of which is scored but the first."""
     count, zero = len(tokens_T), np.zeros(1, np.int32)
@@ -49,7 +36,7 @@ def scoring_batch(tokens_T: Ints, *, block_size: int) -> Batch:
         block_table_SB=np.arange(-(-count // block_size), dtype=np.int32)[None],
         seats_S=zero,
         sample_rows_R=zero[:0],
-        sampling=no_sampling(),
+        sampling=SamplingBatch.plain(0, vocab_size=1),
         score_rows_Q=np.arange(count - 1, dtype=np.int32),
         score_ids_Q=tokens_T[1:],
     )

@@ -64,6 +64,41 @@ class SamplingBatch:
     mask_rows_M: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
     masks_MW: Words = field(default_factory=lambda: np.zeros((0, 0), np.uint32))
 
+    @classmethod
+    def plain(
+        cls,
+        rows: int,
+        *,
+        vocab_size: int,
+        temperature: float = 0.0,
+        seeds_R: Seeds | None = None,
+        indices_R: Ints | None = None,
+        num_top: int | None = None,
+    ) -> SamplingBatch:
+        """Rows without cuts, penalties, biases or masks. `num_top` None: no log probabilities."""
+        ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.float32)
+        none = np.zeros(0, np.int32)
+        return cls(
+            seeds_R=np.zeros(rows, np.uint64) if seeds_R is None else seeds_R,
+            choices_R=np.zeros(rows, np.int32),
+            indices_R=np.zeros(rows, np.int32) if indices_R is None else indices_R,
+            temperatures_R=ones * np.float32(temperature),
+            top_ks_R=np.full(rows, vocab_size, np.int32),
+            top_ps_R=ones,
+            min_ps_R=zeros,
+            presence_R=zeros,
+            frequency_R=zeros,
+            repetition_R=ones,
+            penalty_rows_P=none,
+            penalty_ids_P=none,
+            penalty_counts_P=none,
+            bias_rows_E=none,
+            bias_ids_E=none,
+            bias_values_E=np.zeros(0, np.float32),
+            wants_logprobs_R=np.full(rows, num_top is not None),
+            num_top=num_top or 0,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:

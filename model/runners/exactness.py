@@ -175,27 +175,12 @@ def _batch(texts: list[_Text], lengths: list[int], trial: Trial, *, vocab_size: 
 
 
 def _columns(texts: list[_Text], trial: Trial, vocab_size: int) -> SamplingBatch:
-    rows = len(texts)
-    ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.float32)
-    none = np.zeros(0, np.int32)
-    return SamplingBatch(
+    return SamplingBatch.plain(
+        len(texts),
+        vocab_size=vocab_size,
+        temperature=trial.temperature,
         seeds_R=np.array([text.tokens[0] for text in texts], np.uint64),
-        choices_R=np.zeros(rows, np.int32),
         indices_R=_ints([text.answered for text in texts]),
-        temperatures_R=ones * np.float32(trial.temperature),
-        top_ks_R=np.full(rows, vocab_size, np.int32),
-        top_ps_R=ones,
-        min_ps_R=zeros,
-        presence_R=zeros,
-        frequency_R=zeros,
-        repetition_R=ones,
-        penalty_rows_P=none,
-        penalty_ids_P=none,
-        penalty_counts_P=none,
-        bias_rows_E=none,
-        bias_ids_E=none,
-        bias_values_E=np.zeros(0, np.float32),
-        wants_logprobs_R=np.ones(rows, np.bool_),
         num_top=_NUM_TOP,
     )
 

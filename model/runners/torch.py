@@ -76,7 +76,7 @@ class TorchRunner:
         """Runs one decoded token and the largest chunk, over blocks that nobody owns yet."""
         room = min(self.num_blocks * self.block_size, self.config.max_model_len)
         for length in {1, min(room, self._options.max_batch_tokens)}:
-            self.run(_prompt(length, block_size=self.block_size))
+            self.run(_prompt(length, self.config.vocab_size, block_size=self.block_size))
 
     def close(self) -> None:
         """Gives the weights and the pool back; the runner must not run again."""
@@ -147,10 +147,9 @@ def _network(
     return network
 
 
-def _prompt(length: int, *, block_size: int) -> Batch:
+def _prompt(length: int, vocab_size: int, *, block_size: int) -> Batch:
     """One sequence that starts at block 0, sampled greedily at its end."""
-    empty, one = np.zeros(0, np.int32), np.zeros(1, np.float32)
-    zero = np.zeros(1, np.int32)
+    empty, zero = np.zeros(0, np.int32), np.zeros(1, np.int32)
     blocks = -(-length // block_size)
     return Batch(
         tokens_T=np.zeros(length, np.int32),
@@ -160,26 +159,7 @@ def _prompt(length: int, *, block_size: int) -> Batch:
         block_table_SB=np.arange(blocks, dtype=np.int32)[None],
         seats_S=zero,
         sample_rows_R=np.array([length - 1], np.int32),
-        sampling=SamplingBatch(
-            seeds_R=np.zeros(1, np.uint64),
-            choices_R=zero,
-            indices_R=zero,
-            temperatures_R=one,
-            top_ks_R=np.ones(1, np.int32),
-            top_ps_R=np.ones(1, np.float32),
-            min_ps_R=one,
-            presence_R=one,
-            frequency_R=one,
-            repetition_R=np.ones(1, np.float32),
-            penalty_rows_P=empty,
-            penalty_ids_P=empty,
-            penalty_counts_P=empty,
-            bias_rows_E=empty,
-            bias_ids_E=empty,
-            bias_values_E=np.zeros(0, np.float32),
-            wants_logprobs_R=np.zeros(1, np.bool_),
-            num_top=0,
-        ),
+        sampling=SamplingBatch.plain(1, vocab_size=vocab_size),
         score_rows_Q=empty,
         score_ids_Q=empty,
     )
