@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -44,6 +45,20 @@ CORPUS = [
     "      spaces   and\t\ttabs  \n  \n",
 ] * 20
 SIZES = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "width": 96}
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Modules of which no test will run are not even imported: what they need takes seconds to."""
+    wanted: str = config.getoption("markexpr")
+    paths = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    unwanted = [_marks(path) & set(re.findall(r"not (\w+)", wanted)) for path in paths]
+    return True if unwanted and all(unwanted) else None
+
+
+def _marks(path: Path) -> set[str]:
+    """Those of a whole module."""
+    given = re.search(r"^pytestmark = (\[.*?\]|.*?)$", path.read_text(), re.DOTALL | re.MULTILINE)
+    return set(re.findall(r"pytest\.mark\.(\w+)", given[1])) if given else set()
 
 
 @pytest.fixture(scope="session")

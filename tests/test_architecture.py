@@ -154,6 +154,7 @@ def test_the_walk_sees_a_breach(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_is_torch_free() -> None:
     """One process imports them one after another and names the first that brings torch along."""
     code = (

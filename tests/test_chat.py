@@ -286,6 +286,7 @@ def test_speed_counts_the_tokens_after_the_first() -> None:
     assert received.figures() == "9 tokens · 2.0 tokens/s · first after 1.00 s"
 
 
+@pytest.mark.slow
 def test_importing_the_chat_imports_no_torch() -> None:
     code = "import sys, service.chat; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

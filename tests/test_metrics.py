@@ -249,6 +249,7 @@ class SlowToReply(MemoryQueue):
         return await super().renew(leases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("meanwhile", ["renewed", "drained"])
 async def test_an_end_is_counted_whatever_comes_before_its_reply(meanwhile: str) -> None:
     """A renewal said that the ended request's lease was lost, a drain cut the write off: the end

@@ -166,7 +166,6 @@ async def test_a_broken_grammar_ends_its_request() -> None:
         assert (await answer(queue, good))[0] == "yes"
 
 
-@pytest.mark.slow
 async def test_an_answer_goes_through_many_engines() -> None:
     """Each is drained after a few tokens; together they write what one would have written."""
     grammars = quick_grammars()

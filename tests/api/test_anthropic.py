@@ -6,10 +6,8 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
-import openai
 import pytest
 
 from service.api.message_blocks import Turn, chat_messages
@@ -28,6 +26,9 @@ from service.errors import (
     Unavailable,
 )
 from service.messages import FinishReason
+
+if TYPE_CHECKING:
+    import anthropic
 
 B: dict[str, Any] = {
     "model": "tiny-model",
@@ -457,6 +458,8 @@ def test_every_error_has_a_type_of_its(error: QuireError, kind: str) -> None:
 
 @pytest.fixture
 async def client(service: Any, listen: Any) -> AsyncIterator[anthropic.AsyncAnthropic]:
+    import anthropic
+
     async with (
         listen(service.app) as url,
         anthropic.AsyncAnthropic(base_url=url, api_key="none", max_retries=0) as client,
@@ -508,6 +511,8 @@ async def test_the_client_sums_up_calls(service: Any, client: anthropic.AsyncAnt
 
 @pytest.mark.slow
 async def test_errors_are_its_exceptions(service: Any, client: anthropic.AsyncAnthropic) -> None:
+    import anthropic
+
     with pytest.raises(anthropic.BadRequestError) as bad:
         await client.messages.create(**OPTIONS | {"max_tokens": 0})
     assert bad.value.body == {
@@ -546,6 +551,8 @@ async def test_an_abort_cancels(service: Any, client: anthropic.AsyncAnthropic) 
 
 @pytest.mark.slow
 async def test_the_synchronous_client(service: Any, listen: Any) -> None:
+    import anthropic
+
     def talk(url: str) -> tuple[str, str]:
         with anthropic.Anthropic(base_url=url, api_key="none") as client:
             whole: Any = client.messages.create(**OPTIONS)
@@ -561,6 +568,8 @@ async def test_the_synchronous_client(service: Any, listen: Any) -> None:
 async def test_the_comment_that_keeps_alive_is_understood(
     start_service: Any, small_limits: Any, listen: Any
 ) -> None:
+    import anthropic
+
     async with (
         start_service(limits=small_limits(keep_alive=0.02)) as service,
         listen(service.app) as url,
@@ -574,6 +583,9 @@ async def test_the_comment_that_keeps_alive_is_understood(
 
 @pytest.mark.slow
 def test_the_model_answers_as_in_a_chat(server_url: str) -> None:
+    import anthropic
+    import openai
+
     turns: Any = [{"role": "user", "content": "Name three colours."}]
     with anthropic.Anthropic(base_url=server_url, api_key="none") as client:
         message: Any = client.messages.create(

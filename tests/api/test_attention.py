@@ -38,6 +38,7 @@ def let_read(service: Any) -> Callable[[AttentionReader], None]:
     return let
 
 
+@pytest.mark.slow
 async def test_rows_are_those_of_the_network(service: Any, maps: Any, let_read: Any) -> None:
     """A prompt, its ids and messages are the same text; each row is the reader's, rounded."""
     let_read(maps)

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from typer.testing import CliRunner
 
@@ -340,6 +339,8 @@ def test_a_secret_is_too_long_to_be_tried_out() -> None:
 
 @pytest.mark.slow
 async def test_openai_s_client_understands_refusals(start_keyed: Any, listen: Any) -> None:
+    import openai
+
     async with start_keyed(requests_per_minute=1) as service, listen(service.app) as url:
         stranger = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="sk-nobody", max_retries=0)
         with pytest.raises(openai.AuthenticationError):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import openai
 import pytest
 
 from service.api.logprobs import LOWEST, prompt_logprobs
@@ -181,6 +180,8 @@ def test_a_token_that_is_not_among_the_likeliest_has_no_rank(service: Any) -> No
 @pytest.mark.slow
 async def test_the_openai_client_reads_them(service: Any, listen: Any) -> None:
     """What OpenAI's types do not know, its client keeps in `model_extra`."""
+    import openai
+
     extra = {"prompt_logprobs": 1, "return_token_ids": True}
     options: Any = {"model": "tiny-model", "max_tokens": 4, "seed": 1, "extra_body": extra}
     usage_too: Any = {
@@ -230,6 +231,8 @@ async def test_the_openai_client_reads_them(service: Any, listen: Any) -> None:
 @pytest.mark.slow
 def test_the_model_scores_a_prompt_as_it_scored_the_answer(server_url: str) -> None:
     """What it wrote, given back as a prompt: the same probabilities, whoever chose the tokens."""
+    import openai
+
     with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none") as client:
         model = client.models.list().data[0].id
         written = client.completions.create(

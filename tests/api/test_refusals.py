@@ -77,6 +77,7 @@ class AbsentQueue(MemoryQueue):
             yield record
 
 
+@pytest.mark.slow
 async def test_an_absent_queue(start_service: Any, small_limits: Any) -> None:
     queue = AbsentQueue(QueueLimits())
     async with start_service(

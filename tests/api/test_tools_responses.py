@@ -9,7 +9,6 @@ import random
 from collections.abc import AsyncIterator
 from typing import Any
 
-import openai
 import pytest
 
 from service.api.tool_notation import NOTATIONS
@@ -181,6 +180,8 @@ async def test_items_become_the_messages_of_a_chat(service: Any) -> None:
 
 @pytest.mark.slow
 async def test_openais_client_puts_it_together(service: Any, listen: Any) -> None:
+    import openai
+
     saying(service, "Well. " + PLAIN.spell([("now", "{}"), ("get_weather", '{"city": "Rome"}')]))
     options: Any = {k: v for k, v in B.items() if k != "seed"}
     async with (

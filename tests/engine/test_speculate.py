@@ -120,6 +120,7 @@ def doubled(request: GenerationRequest, *, max_tokens: int) -> GenerationRequest
     return replace(request, prompt_ids=prompt, max_tokens=max_tokens, ignore_eos=True)
 
 
+@pytest.mark.slow
 def test_with_equals_without() -> None:
     """All parameters, shared prefixes and a pool so small that some are preempted. Each request
     without speculation and alone says what the answer is.

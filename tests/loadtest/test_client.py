@@ -160,6 +160,7 @@ async def test_where_the_server_counts_no_tokens_an_answer_that_ended_by_length_
     assert short.error == "1 tokens instead of 5"
 
 
+@pytest.mark.slow
 async def test_arrivals_do_not_wait_for_one_another_and_end_together() -> None:
     times = (0.0, 0.02, 0.03, 0.1)
     prompts = make_prompts("a", count=4, num_tokens=3)

@@ -132,6 +132,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(failed.value)
 
 
+@pytest.mark.slow
 def test_two_processes_download_once(tmp_path: Path) -> None:
     """Real processes, started together; each says on its own whether it had to download."""
     write_wheel(tmp_path)
