@@ -25,7 +25,7 @@ from model.memory import return_free_memory
 from model.tokenizer import Tokenizer
 from service.errors import StartupError
 from service.messages import ModelCard
-from service.settings import Settings, let_threads_sleep
+from service.settings import Settings, bound_spinning
 
 if TYPE_CHECKING:
     from model.runners import Runner
@@ -85,7 +85,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def load_engine(settings: Settings, path: Path) -> Loaded:
     """Loads weights and tokenizer, packs, warms up. Seconds of work: not for the event loop."""
-    let_threads_sleep()
+    bound_spinning()
     from model.checkpoint import load_model
     from model.native import NativeUnavailable
     from model.runners import RUNNERS, RunnerOptions
