@@ -175,6 +175,7 @@ class Screen(io.StringIO):
         return super().write(text)
 
 
+@pytest.mark.slow  # a signal to the whole process
 def test_ctrl_c_ends_the_answer_and_keeps_the_session(server: FakeServer, talk: Talk) -> None:
     screen, over = Screen(), threading.Event()
 

@@ -62,6 +62,7 @@ async def test_rows_are_those_of_the_network(service: Any, maps: Any, let_read: 
     assert given["token_strs"] == [service.tokenizer.token_text(token) for token in tokens]
 
 
+@pytest.mark.slow
 async def test_only_the_rows_that_are_asked_for(service: Any, maps: Any, let_read: Any) -> None:
     let_read(maps)
     whole = (await service.post(PATH, {"tokens": [5, 9, 11, 40]})).json()["rows"]

@@ -188,6 +188,7 @@ def test_preempted_is_not_preempted() -> None:
     assert [transcripts[r.id].result for r in requests] == [expected(r) for r in requests]
 
 
+@pytest.mark.slow
 def test_a_take_over_at_any_token_continues_the_answer() -> None:
     for seed in range(12):
         request = random_request(random.Random(seed), "r")

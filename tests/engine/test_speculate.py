@@ -305,6 +305,7 @@ def duration(
     return rig.now
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("takes", [flat, steep, jump])
 @pytest.mark.parametrize(
     ("kind", "clients"), [(OracleRunner, 1), (Babbler, 1), (Babbler, 8), (Parrot, 1)]

@@ -62,6 +62,7 @@ def test_every_row_is_shared_out_over_the_past(maps: AttentionMaps) -> None:
         assert [sum(row) for row in rows] == pytest.approx([1.0] * len(TEXT), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mean_is_the_mean_of_its_parts(maps: AttentionMaps) -> None:
     layers, heads = range(maps.num_layers), range(maps.num_heads)
     parts = torch.stack([

@@ -134,7 +134,16 @@ def test_a_token_is_seen_exactly_where_it_should_be(
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("name", ["llama", "wide heads", "qwen3", "mistral", "long window"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("wide heads", "qwen3", "mistral", "long window")
+        ),
+    ],
+)
 def test_chunks_blocks_and_threads_change_no_bit(
     name: str, kv_dtype: str, native_config: Callable[..., ModelConfig], native: Build
 ) -> None:
