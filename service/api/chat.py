@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from service.api.admission import check_open, plan_call
 from service.api.body import JsonRequest, JsonRoute
-from service.api.call import read_call
-from service.api.chat_grammar import chat_grammar
 from service.api.context import Caller, Context
-from service.api.prompts import chat_prompt
-from service.api.respond import answer_call
+from service.api.respond import answer_chat
 from service.api.schemas import ANSWER, ChatBody
-from service.api.tools import tool_use
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -29,11 +24,5 @@ router = APIRouter(route_class=JsonRoute)
 async def create_chat_completion(
     body: ChatBody, request: JsonRequest, context: Context, tenant: Caller
 ) -> Response:
-    """Parse, tokenise, plan, answer."""
-    check_open(body, context)
-    call = read_call(request, tenant, context.limits)
-    tools = tool_use(body)
-    prompt = await chat_prompt(body, context, tools=tools)
-    grammar = await chat_grammar(body, context, tools=tools)
-    submission = plan_call(body, [prompt], context, call=call, tools=tools, grammar=grammar)
-    return await answer_call(submission, context, call=call, request=request)
+    """A chat as it is."""
+    return await answer_chat(body, request, context, tenant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from service.api.pieces import Ending, Opening, Scored, Shown
@@ -34,11 +35,14 @@ class Call:
         return "".join(self.texts)
 
 
+Run = Said | Call
+
+
 @dataclass(slots=True)
 class Collected:
     """All that was shown so far; with its `end`, the whole answer."""
 
-    runs: list[Said | Call] = field(default_factory=list)  # in order
+    runs: list[Run] = field(default_factory=list)  # in order
     ids: list[int] = field(default_factory=list)
     prompt_ids: tuple[int, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
@@ -88,3 +92,33 @@ class Collected:
         if not self.runs or not isinstance(last := self.runs[-1], Said):
             self.runs.append(last := Said())
         last.texts.append(text)
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What is new of one run: it may open, and it may grow."""
+
+    index: int
+    run: Run
+    opens: bool
+    text: str
+
+
+class Follower:
+    """Tells what is new of an answer's runs, each thing once, in order."""
+
+    def __init__(self) -> None:
+        self.open: int | None = None  # the run that may still grow
+        self._told = 0  # pieces of it
+
+    def news(self, runs: Sequence[Run]) -> Iterator[News]:
+        """All that was not told yet."""
+        for index in range(self.open or 0, len(runs)):
+            opens = index != self.open
+            if opens:
+                self.open, self._told = index, 0
+            texts = runs[index].texts
+            text = "".join(texts[self._told :])
+            self._told = len(texts)
+            if opens or text:
+                yield News(index, runs[index], opens, text)

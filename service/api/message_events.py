@@ -14,15 +14,16 @@ from typing import Any
 import orjson
 
 from service.api.answer import Answer
+from service.api.collected import Collected, Follower, News
 from service.api.message_errors import message_error_body
 from service.api.message_object import (
-    Blocks,
-    Change,
+    block_delta,
     message_object,
     message_usage,
+    opened_block,
     stop_fields,
 )
-from service.api.pieces import Ending, Opening, Piece, Shown
+from service.api.pieces import Ending, Opening, Shown
 from service.errors import QuireError
 
 _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
@@ -34,20 +35,21 @@ class MessageWriter:
     def __init__(self, answer: Answer, *, event_ids: bool) -> None:
         self._answer = answer
         self._event_ids = event_ids
-        self._blocks = Blocks()
+        self._collected = Collected()
+        self._blocks = Follower()
         self._begun = False
 
     def opening(self) -> bytes:
         """The message, empty: its prompt is counted already."""
         if self._begun:
             return b""
-        return _event("message_start", message=message_object(self._answer, self._blocks, None))
+        return _event("message_start", message=message_object(self._answer, self._collected))
 
     def skip(self, shown: Shown) -> None:
         """The reader has this, and so what comes before it."""
         self._begun = True
         if not isinstance(shown, Opening):
-            self._blocks.add(shown)
+            self._changed(shown)
 
     def event(self, _choice: int, shown: Shown) -> bytes:
         """What a record changes, in events."""
@@ -55,19 +57,21 @@ class MessageWriter:
             return b""
         events = self._changed(shown)
         if isinstance(shown, Ending):
-            return b"".join(events) + self._ended(shown)
+            return b"".join(events) + self._ended()
         if not self._event_ids:
             return b"".join(events)
         *others, last = events or [_PING]
         return b"%sid: %s\n%s" % (b"".join(others), self._answer.position.encode(), last)
 
-    def _changed(self, shown: Piece | Ending) -> list[bytes]:
+    def _changed(self, shown: Shown) -> list[bytes]:
+        self._collected.add(shown)
         events: list[bytes] = []
-        for change in self._blocks.add(shown):
-            if change.opens:
-                events += _opened(change)
-            if change.delta is not None:
-                events.append(_event("content_block_delta", index=change.index, delta=change.delta))
+        for news in self._blocks.news(self._collected.runs):
+            if news.opens:
+                events += _opened(news)
+            if news.text:
+                delta = block_delta(news.run, news.text)
+                events.append(_event("content_block_delta", index=news.index, delta=delta))
         return events
 
     def closing(self) -> bytes:
@@ -78,16 +82,16 @@ class MessageWriter:
         """The error, as it would have been a body."""
         return b"event: error\ndata: " + message_error_body(error) + b"\n\n"
 
-    def _ended(self, ending: Ending) -> bytes:
-        last = self._blocks.last
+    def _ended(self) -> bytes:
+        last = self._blocks.open
         stop = b"" if last is None else _event("content_block_stop", index=last)
         counts = message_usage(self._answer)
-        return stop + _event("message_delta", delta=stop_fields(ending), usage=counts)
+        return stop + _event("message_delta", delta=stop_fields(self._collected), usage=counts)
 
 
-def _opened(change: Change) -> list[bytes]:
-    index = change.index
-    start = _event("content_block_start", index=index, content_block=change.block.opened())
+def _opened(news: News) -> list[bytes]:
+    index = news.index
+    start = _event("content_block_start", index=index, content_block=opened_block(news.run))
     if index == 0:
         return [start, _PING]
     return [_event("content_block_stop", index=index - 1), start]

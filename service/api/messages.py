@@ -5,14 +5,12 @@ from __future__ import annotations
 import orjson
 from fastapi import APIRouter, Response
 
-from service.api.admission import check_model, check_open, plan_call
+from service.api.admission import check_model
 from service.api.body import JsonRequest, JsonRoute
-from service.api.call import read_call
-from service.api.chat_grammar import chat_grammar
 from service.api.context import Caller, Context
 from service.api.message_schema import CountBody, MessageBody, as_chat, as_prompt
 from service.api.prompts import chat_prompt
-from service.api.respond import answer_call
+from service.api.respond import answer_chat
 from service.api.schemas import ANSWER
 from service.api.tools import tool_use
 
@@ -31,15 +29,8 @@ router = APIRouter(route_class=JsonRoute)
 async def create_message(
     body: MessageBody, request: JsonRequest, context: Context, tenant: Caller
 ) -> Response:
-    """Parse, tokenise, plan, answer: as a chat."""
-    chat = as_chat(body)
-    check_open(chat, context)
-    call = read_call(request, tenant, context.limits)
-    tools = tool_use(chat)
-    prompt = await chat_prompt(chat, context, tools=tools)
-    grammar = await chat_grammar(chat, context, tools=tools)
-    submission = plan_call(chat, [prompt], context, call=call, tools=tools, grammar=grammar)
-    return await answer_call(submission, context, call=call, request=request)
+    """As a chat."""
+    return await answer_chat(as_chat(body), request, context, tenant)
 
 
 @router.post(

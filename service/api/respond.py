@@ -1,19 +1,53 @@
-"""The last part of a generating call: its answer, streamed or whole."""
+"""A generating call's way: a chat, whatever shape it came in, and any call's answer."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import Request, Response
 
-from service.api.admission import admit
+from service.api.admission import admit, check_open, plan_call
 from service.api.answer import Answer
-from service.api.call import Call
+from service.api.auth import Tenant
+from service.api.body import JsonRequest
+from service.api.call import Call, read_call
+from service.api.chat_grammar import chat_grammar
 from service.api.connection import unless_gone
 from service.api.context import ApiContext
+from service.api.prompts import chat_prompt
+from service.api.schemas import ChatBody
 from service.api.sse import EventStream
+from service.api.tools import tool_use
 from service.api.whole import body_now, whole_body
 from service.api.writers import writer_of
 from service.errors import QuireError
 from service.messages import Submission
+
+
+async def answer_chat(
+    chat: ChatBody,
+    request: JsonRequest,
+    context: ApiContext,
+    tenant: Tenant,
+    *,
+    given_back: dict[str, Any] | None = None,
+) -> Response:
+    """Checks, tokenises, plans, answers. `given_back` where it asks for a response."""
+    check_open(chat, context)
+    call = read_call(request, tenant, context.limits)
+    tools = tool_use(chat)
+    prompt = await chat_prompt(chat, context, tools=tools)
+    grammar = await chat_grammar(chat, context, tools=tools)
+    submission = plan_call(
+        chat,
+        [prompt],
+        context,
+        call=call,
+        given_back=given_back,
+        tools=tools,
+        grammar=grammar,
+    )
+    return await answer_call(submission, context, call=call, request=request)
 
 
 async def answer_call(

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from service.api.answer import Answer
-from service.api.collected import Call, Collected
+from service.api.collected import Call, Collected, Follower
 from service.api.pieces import Ending, Opening, Shown
 from service.api.response_items import opened_item, text_part, whole_item
 from service.api.response_object import Status, item_status, response_object, status_of
@@ -41,8 +41,7 @@ class ResponseItemWriter:
         self._seen = -1 if seen is None else seen
         self._missed = b""  # the other part
         self._collected = Collected()
-        self._open: int | None = None  # the item that grows
-        self._told = 0  # pieces of it that were told
+        self._items = Follower()
 
     @staticmethod
     def tokens_at(number: int) -> int:
@@ -75,7 +74,7 @@ class ResponseItemWriter:
         self._collected.add(shown)
         if isinstance(shown, Ending):
             status = status_of(self._collected)
-            events = [*self._changes(), *self._done(item_status(status))]
+            events = [*self._changes(), *self._done(self._items.open, item_status(status))]
             events.append(self._state(status.value, status, self._collected))
             return self._render(events, first=self._number() + STRIDE)
         events = self._changes()
@@ -104,18 +103,15 @@ class ResponseItemWriter:
     def _changes(self) -> list[Event]:
         """What is new of the open item, and of those that open after it."""
         events: list[Event] = []
-        runs = self._collected.runs
-        for index in range(self._open or 0, len(runs)):
-            if index != self._open:
-                events += [*self._done("completed"), *self._opened(index)]
-            new = "".join(runs[index].texts[self._told :])
-            self._told = len(runs[index].texts)
-            if new:
-                events.append(self._delta(index, new))
+        for news in self._items.news(self._collected.runs):
+            if news.opens:
+                before = news.index - 1 if news.index else None
+                events += [*self._done(before, "completed"), *self._opened(news.index)]
+            if news.text:
+                events.append(self._delta(news.index, news.text))
         return events
 
     def _opened(self, index: int) -> list[Event]:
-        self._open, self._told = index, 0
         run = self._collected.runs[index]
         item = opened_item(self._answer, index, run)
         added = ("response.output_item.added", {"output_index": index, "item": item})
@@ -131,9 +127,8 @@ class ResponseItemWriter:
         fields = {**place, "content_index": 0, "delta": new, "logprobs": []}
         return "response.output_text.delta", fields
 
-    def _done(self, status: str) -> list[Event]:
-        """The open item, closed."""
-        index = self._open
+    def _done(self, index: int | None, status: str) -> list[Event]:
+        """An item, closed; None: there is none."""
         if index is None:
             return []
         run, place = self._collected.runs[index], self._place(index)

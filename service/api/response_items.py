@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from service.api.answer import Answer
-from service.api.collected import Call, Said
-
-Run = Said | Call
+from service.api.collected import Call, Run, Said
 
 
 def opened_item(answer: Answer, index: int, run: Run) -> dict[str, Any]:

@@ -11,24 +11,20 @@ from typing import Annotated
 import orjson
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from service.api.admission import check_open, plan_call
 from service.api.answer import Answer
 from service.api.auth import Tenant
 from service.api.body import JsonRequest, JsonRoute
-from service.api.call import read_call
-from service.api.chat_grammar import chat_grammar
 from service.api.context import ApiContext, Caller, Context
 from service.api.lookup import find_response
-from service.api.prompts import chat_prompt
-from service.api.respond import answer_call
+from service.api.respond import answer_chat
 from service.api.response_events import ResponseWriter
 from service.api.response_item_events import ResponseItemWriter
 from service.api.response_schema import ResponseBody, as_chat, given_back
 from service.api.resume import go_to
 from service.api.schemas import ANSWER
 from service.api.sse import EventStream
-from service.api.tools import tool_use
 from service.api.whole import body_now
+from service.api.writers import response_writer
 from service.errors import BadRequest
 from service.messages import End, FinishReason
 
@@ -50,23 +46,8 @@ ResponseId = Annotated[str, Path(description="The id of a response.")]
 async def create_response(
     body: ResponseBody, request: JsonRequest, context: Context, tenant: Caller
 ) -> Response:
-    """Parse, tokenise, plan, answer: as a chat."""
-    chat = as_chat(body)
-    check_open(chat, context)
-    call = read_call(request, tenant, context.limits)
-    tools = tool_use(chat)
-    prompt = await chat_prompt(chat, context, tools=tools)
-    grammar = await chat_grammar(chat, context, tools=tools)
-    submission = plan_call(
-        chat,
-        [prompt],
-        context,
-        call=call,
-        given_back=given_back(body),
-        tools=tools,
-        grammar=grammar,
-    )
-    return await answer_call(submission, context, call=call, request=request)
+    """As a chat."""
+    return await answer_chat(as_chat(body), request, context, tenant, given_back=given_back(body))
 
 
 @router.get(
@@ -96,10 +77,7 @@ async def retrieve_response(  # each is a part of the request
             raise BadRequest("starting_after needs stream to be true", param="starting_after")
         return Response(await body_now(answer), media_type="application/json")
     await context.queue.attend([answer.id])
-    has_tools = answer.manifest.notation is not None
-    writer = (ResponseItemWriter if has_tools else ResponseWriter)(
-        answer, event_ids=False, seen=starting_after
-    )
+    writer = response_writer(answer, event_ids=False, seen=starting_after)
     if starting_after is not None:
         await _go_to(answer, writer, number=starting_after)
     return EventStream(answer, writer)

@@ -13,22 +13,21 @@ from service.api.collected import Collected
 from service.api.events import answer_id, prompt_fields
 from service.api.logprobs import chat_logprobs, completion_logprobs
 from service.api.manifest import Endpoint
-from service.api.message_object import Blocks, message_object
-from service.api.pieces import Ending, Opening
+from service.api.message_object import message_object
 from service.api.response_object import response_object, status_of
 from service.api.usage import usage
 
 
 async def whole_body(answer: Answer) -> bytes:
     """The JSON body. Raises as `Answer.shown` does, and for a response what its end tells of."""
-    if answer.manifest.endpoint is Endpoint.MESSAGES:
-        return await _blocks_body(answer)
     choices = [Collected() for _ in answer.readers]
     async with aclosing(answer.shown()) as shown_pieces:
         async for choice, shown in shown_pieces:
             choices[choice].add(shown)
     if answer.manifest.endpoint is Endpoint.RESPONSES:
         return _response(answer, choices[0])
+    if answer.manifest.endpoint is Endpoint.MESSAGES:
+        return orjson.dumps(message_object(answer, choices[0]))
     return _choices(answer, choices)
 
 
@@ -39,17 +38,6 @@ async def body_now(answer: Answer) -> bytes:
         for shown in answer.read(0, record):
             collected.add(shown)
     return orjson.dumps(response_object(answer, collected, status=status_of(collected)))
-
-
-async def _blocks_body(answer: Answer) -> bytes:
-    blocks, ending = Blocks(), None
-    async with aclosing(answer.shown()) as shown_pieces:
-        async for _, shown in shown_pieces:
-            if not isinstance(shown, Opening):
-                blocks.add(shown)
-            if isinstance(shown, Ending):
-                ending = shown
-    return orjson.dumps(message_object(answer, blocks, ending))
 
 
 def _response(answer: Answer, collected: Collected) -> bytes:

@@ -13,9 +13,16 @@ from service.api.response_item_events import ResponseItemWriter
 def writer_of(answer: Answer, *, event_ids: bool) -> Writer:
     """The writer for an answer's endpoint, at the answer's beginning."""
     if answer.manifest.endpoint is Endpoint.RESPONSES:
-        has_tools = answer.manifest.notation is not None
-        writer = ResponseItemWriter if has_tools else ResponseWriter
-        return writer(answer, event_ids=event_ids)
+        return response_writer(answer, event_ids=event_ids)
     if answer.manifest.endpoint is Endpoint.MESSAGES:
         return MessageWriter(answer, event_ids=event_ids)
     return EventWriter(answer, event_ids=event_ids)
+
+
+def response_writer(
+    answer: Answer, *, event_ids: bool, seen: int | None = None
+) -> ResponseWriter | ResponseItemWriter:
+    """The writer for a response; `seen` is the number of the last event that its reader has."""
+    has_tools = answer.manifest.notation is not None
+    writer = ResponseItemWriter if has_tools else ResponseWriter
+    return writer(answer, event_ids=event_ids, seen=seen)
