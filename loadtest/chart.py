@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from xml.sax.saxutils import escape
 
 from loadtest.document import Document
 from loadtest.measure import Kind
 from loadtest.report import decode_view, goodput, median, prefill_view
+from loadtest.svg import write_text
 
 _WIDTH, _MARGIN, _LABELS, _FIGURES, _GAP = 920, 24, 118, 58, 36
 _BAR, _PITCH, _TITLE = 15, 21, 30
 _COLUMN = (_WIDTH - 2 * _MARGIN - _GAP) / 2
 _OURS, _PEER, _INK, _PALE = "#0f766e", "#94a3b8", "#0f172a", "#475569"
 _OURS_NAMES = "quire"  # every server of ours begins with it
+_text = partial(write_text, fill=_INK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,13 +136,3 @@ def _figure(value: float) -> str:
     if math.isnan(value):
         return "failed"
     return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
-
-
-def _text(
-    text: str, *, x: float, y: float, fill: str = _INK, size: int = 12, weight: int = 400,
-    anchor: str = "start",
-) -> str:  # fmt: skip
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}" font-size="{size}" font-weight="{weight}"'
-        f' text-anchor="{anchor}">{escape(text)}</text>'
-    )

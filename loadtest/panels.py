@@ -10,14 +10,17 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-from xml.sax.saxutils import escape
+
+from loadtest.svg import write_text
 
 WIDTH = 1360
 _COLUMNS, _UNIT, _GAP, _TOP = 24, 21.0, 8.0, 46.0
 _GROUND, _CARD, _EDGE, _INK, _PALE = "#f4f5f7", "#ffffff", "#e2e5ea", "#1f2933", "#6b7785"
 _COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#64748b")
 _LEGENDS = 6  # of a panel; what does not fit into its width is not drawn either
+_text = partial(write_text, fill=_INK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,13 +189,3 @@ def _legend(lines: Sequence[Line], *, x: float, y: float, width: float) -> list[
         parts.append(_text(line.legend, x=at + 14, y=y, fill=_PALE, size=10))
         at += room
     return parts
-
-
-def _text(
-    text: str, *, x: float, y: float, fill: str = _INK, size: int = 12, weight: int = 400,
-    anchor: str = "start",
-) -> str:  # fmt: skip
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}" font-size="{size}" font-weight="{weight}"'
-        f' text-anchor="{anchor}">{escape(text)}</text>'
-    )

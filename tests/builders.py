@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from model.batch import Batch, SamplingBatch
@@ -52,6 +53,11 @@ def tiny_weights(config: ModelConfig, *, seed: int = 0) -> dict[str, torch.Tenso
         else:
             weights[name] = noise * 0.1 + (1 if "norm.weight" in name else 0)
     return weights
+
+
+def slowly(*values: object) -> list[Any]:
+    """Further values of a parameter, for the whole suite alone."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from model.batch import Batch, SamplingBatch, StepOutput
 from model.config import ModelConfig
+from service.api.context import Probes
 from service.messages import GenerationRequest, TokenLogprob
 
 VOCAB_SIZE = 97
@@ -28,6 +29,15 @@ TOKEN_BYTES: tuple[bytes, ...] = tuple(
     + [b"<eos>"]
 )
 assert len(TOKEN_BYTES) == VOCAB_SIZE
+
+ALL_WELL = Probes(
+    started=lambda: True,
+    live=lambda: True,
+    draining=lambda: False,
+    served=lambda: True,
+    tokens_per_second=lambda: 100.0,
+)
+"""What a process that is well says of itself."""
 
 
 def _draw(*parts: object) -> int:

@@ -24,7 +24,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from loadtest.rig.processes import run_command
 from model.batch import Batch
 from model.tokenizer import Tokenizer
-from service.api.context import Probes
 from service.api.limits import ApiLimits
 from service.app import build_app
 from service.engine.loop import EngineLoop
@@ -41,7 +40,7 @@ from service.tracing import TraceContext, TracedCalls, TracedWork
 from service.tracing_otlp import OtlpTracer
 from service.worker import Worker
 from tests.conftest import ROOT, TinyModel
-from tests.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
+from tests.fakes import ALL_WELL, EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
 
 CALLER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 PROMPT = [11, 12, 13, 14]
@@ -200,13 +199,7 @@ def client(traces: Traces, tokenizer: Tokenizer) -> tuple[httpx.AsyncClient, Mem
         queue,
         tokenizer,
         lambda: card,
-        probes=Probes(
-            started=lambda: True,
-            live=lambda: True,
-            draining=lambda: False,
-            served=lambda: True,
-            tokens_per_second=lambda: 100.0,
-        ),
+        probes=ALL_WELL,
         limits=ApiLimits(),
         observer=TracedCalls(Metrics(), traces.tracer),
         version="0",

@@ -30,6 +30,7 @@ from service.messages import (
 from service.queues import Claim, EngineInfo, Lease, QueueLimits, Write, WriteReply, WriteStatus
 from service.queues.memory import MemoryQueue
 from service.worker import EngineFailure, Worker, select_claims
+from tests.builders import slowly
 from tests.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
 
 LEASE = 0.3
@@ -161,7 +162,7 @@ async def station(queue: MemoryQueue, name: str = "a", **options: object) -> Asy
             await made.drain()
 
 
-def slowly(seconds: float) -> Callable[[Batch], None]:
+def taking(seconds: float) -> Callable[[Batch], None]:
     """Steps that take a while, so that something can happen between two."""
     import time
 
@@ -183,9 +184,7 @@ async def test_journals_exactly_the_answers() -> None:
     assert (depth.queued_requests, depth.running_requests, depth.queued_tokens) == (0, 0, 0)
 
 
-@pytest.mark.parametrize(
-    "seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2, 3, 4, 5))]
-)
+@pytest.mark.parametrize("seed", [1, *slowly(0, 2, 3, 4, 5)])
 async def test_killed_engines_change_no_token(seed: int) -> None:
     """Engines die at random moments; the next ones go on at the token where the journal ends."""
     draw = random.Random(seed)
@@ -193,7 +192,7 @@ async def test_killed_engines_change_no_token(seed: int) -> None:
     requests = [make_request(f"k{seed}x{index}", max_tokens=40) for index in range(3)]
     await submit(queue, *requests)
     for life in range(2):
-        engine = Station(queue, f"e{life}", on_run=slowly(0.002)).start()
+        engine = Station(queue, f"e{life}", on_run=taking(0.002)).start()
         await asyncio.sleep(draw.uniform(0.01, 0.06))
         await engine.kill()
     async with station(queue, "last") as last:
@@ -220,7 +219,7 @@ async def test_a_drained_engine_hands_over_at_once_and_without_blame() -> None:
     queue = WatchedQueue(QueueLimits(lease=30))
     request = make_request("roll", max_tokens=50)
     await submit(queue, request)
-    first = Station(queue, "first", on_run=slowly(0.02)).start()
+    first = Station(queue, "first", on_run=taking(0.02)).start()
     while not await queue.read(request.id):
         await asyncio.sleep(0.005)
     await first.drain()
@@ -235,7 +234,7 @@ async def test_a_drained_engine_hands_over_at_once_and_without_blame() -> None:
 async def test_a_stopped_request_leaves_the_engine_and_gets_one_end() -> None:
     queue = make_queue()
     request, other = make_request("stopped", max_tokens=55), make_request("other", max_tokens=30)
-    async with station(queue, on_run=slowly(0.002)) as one:
+    async with station(queue, on_run=taking(0.002)) as one:
         await submit(queue, request, other)
         while not await queue.read(request.id):
             await asyncio.sleep(0.002)
@@ -338,7 +337,7 @@ class FlakyQueue(MemoryQueue):
 async def test_lost_replies_repeat_nothing(seed: int) -> None:
     queue = FlakyQueue(seed)
     requests = [make_request(f"f{seed}{index}", max_tokens=40) for index in range(4)]
-    async with station(queue, on_run=slowly(0.005)):
+    async with station(queue, on_run=taking(0.005)):
         await submit(queue, *requests)
         for request in requests:
             assert (await answer(queue, request))[0] == oracle_answer(request)
@@ -373,7 +372,7 @@ class ForgetfulQueue(MemoryQueue):
 async def test_a_lost_tail_is_sent_again(keep: int) -> None:
     queue = ForgetfulQueue(keep)
     request = make_request("tail", max_tokens=30)
-    async with station(queue, on_run=slowly(0.001)):
+    async with station(queue, on_run=taking(0.001)):
         await submit(queue, request)
         while await unfinished(queue):
             await asyncio.sleep(0.01)
@@ -420,7 +419,7 @@ async def test_an_engine_that_cannot_renew_stops_computing() -> None:
 
     queue = Deaf(QueueLimits(lease=0.2))
     request = make_request("deaf", max_tokens=20)
-    async with station(queue, on_run=slowly(0.05)) as one:
+    async with station(queue, on_run=taking(0.05)) as one:
         await submit(queue, request)
         while not await queue.read(request.id):
             await asyncio.sleep(0.005)
@@ -464,7 +463,7 @@ async def test_an_outage_longer_than_a_lease_blames_nobody() -> None:
     """Else three of them would end every answer that lives through them."""
     queue = Away(QueueLimits(lease=0.6))
     request = make_request("away", max_tokens=30)
-    async with station(queue, on_run=slowly(0.05)) as one:
+    async with station(queue, on_run=taking(0.05)) as one:
         await submit(queue, request)
         while not await queue.read(request.id):
             await asyncio.sleep(0.005)

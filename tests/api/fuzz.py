@@ -24,7 +24,6 @@ import schemathesis
 from tokenizers import pre_tokenizers
 
 from model.tokenizer import Tokenizer
-from service.api.context import Probes
 from service.api.limits import ApiLimits
 from service.api.observer import NullObserver
 from service.app import build_app
@@ -34,6 +33,7 @@ from service.queues import QueueLimits
 from service.queues.memory import MemoryQueue
 from tests.api.conftest import ScriptedEngine, random_answer
 from tests.conftest import build_tiny_model
+from tests.fakes import ALL_WELL
 
 MODEL = "tiny-model"
 ROOT = Path(__file__).parents[2]
@@ -102,13 +102,7 @@ async def _serve(bound: socket.socket, tokenizer: Tokenizer, ends: threading.Eve
         queue,
         tokenizer,
         lambda: card,
-        probes=Probes(
-            started=lambda: True,
-            live=lambda: True,
-            draining=lambda: False,
-            served=lambda: True,
-            tokens_per_second=lambda: 100.0,
-        ),
+        probes=ALL_WELL,
         limits=ApiLimits(),
         observer=NullObserver(),
         version="0.0.1",

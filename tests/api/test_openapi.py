@@ -10,7 +10,6 @@ import jsonschema_rs
 import pytest
 
 from model.tokenizer import Tokenizer
-from service.api.context import Probes
 from service.api.document import operations
 from service.api.document_errors import STATUSES
 from service.api.limits import ApiLimits
@@ -21,6 +20,7 @@ from service.messages import ModelCard
 from service.queues import QueueLimits
 from service.queues.memory import MemoryQueue
 from tests.api.bad_input_rows import CHAT, COMPLETIONS, RESPONSES, B, C, R
+from tests.fakes import ALL_WELL
 
 Json = dict[str, Any]
 
@@ -31,18 +31,11 @@ def document(tokenizer: Tokenizer) -> Json:
     card = ModelCard(
         id="tiny-model", max_model_len=256, vocab_size=303, numeric_class="c", created=1
     )
-    probes = Probes(
-        started=lambda: True,
-        live=lambda: True,
-        draining=lambda: False,
-        served=lambda: True,
-        tokens_per_second=lambda: 0.0,
-    )
     app = build_app(
         MemoryQueue(QueueLimits()),
         tokenizer,
         lambda: card,
-        probes=probes,
+        probes=ALL_WELL,
         limits=ApiLimits(),
         observer=NullObserver(),
         version="0.0.1",

@@ -13,6 +13,7 @@ import pytest
 from service.api.manifest import Manifest
 from service.api.tool_notation import NOTATIONS
 from service.messages import FinishReason
+from tests.builders import slowly
 
 CHAT = "/v1/chat/completions"
 PLAIN = NOTATIONS["plain"]
@@ -35,11 +36,6 @@ BODY: dict[str, Any] = {
     "tools": [WEATHER, NOW],
     "seed": 1,
 }
-
-
-def slowly(*values: int) -> list[Any]:
-    """Further values of a parameter, for the whole suite alone."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @pytest.fixture

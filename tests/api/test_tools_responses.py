@@ -13,6 +13,7 @@ import pytest
 
 from service.api.tool_notation import NOTATIONS
 from service.messages import FinishReason
+from tests.builders import slowly
 
 URL = "/v1/responses"
 PLAIN = NOTATIONS["plain"]
@@ -22,11 +23,6 @@ TOOLS: list[dict[str, Any]] = [
     {"type": "function", "name": "now"},
 ]  # fmt: skip
 B: dict[str, Any] = {"model": "tiny-model", "input": "hello", "tools": TOOLS, "seed": 3}
-
-
-def slowly(*values: int) -> list[Any]:
-    """Further values of a parameter, for the whole suite alone."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @pytest.fixture

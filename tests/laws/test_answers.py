@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import pytest
 
@@ -22,15 +21,10 @@ from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver, StepReport
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, FinishReason, GenerationRequest, SamplingParams, Tokens
-from tests.builders import tiny_model_config, tiny_weights
+from tests.builders import slowly, tiny_model_config, tiny_weights
 
 BYTES = tuple(bytes([byte]) for byte in range(97))
 TOLERANCE = 1e-4
-
-
-def slowly(*values: int) -> list[Any]:
-    """Further values of a parameter, for the whole suite alone."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from model.runners import RunnerOptions
 from model.runners.native import NativeRunner, unsupported
 from model.runners.torch import TorchRunner
 from model.sampler import sample
-from tests.builders import Piece, make_batch, make_sampling, tiny_weights
+from tests.builders import Piece, make_batch, make_sampling, slowly, tiny_weights
 
 Build = Callable[..., NativeRunner]
 
@@ -135,14 +135,7 @@ def test_a_token_is_seen_exactly_where_it_should_be(
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize(
-    "name",
-    [
-        "llama",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("wide heads", "qwen3", "mistral", "long window")
-        ),
-    ],
+    "name", ["llama", *slowly("wide heads", "qwen3", "mistral", "long window")]
 )
 def test_chunks_blocks_and_threads_change_no_bit(
     name: str, kv_dtype: str, native_config: Callable[..., ModelConfig], native: Build
