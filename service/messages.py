@@ -52,6 +52,13 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     top_logprobs: int | None = None  # None: no log probabilities; k: the chosen one's and the top k
 
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens that came before count against a token."""
+        return bool(
+            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:

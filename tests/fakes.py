@@ -9,12 +9,16 @@ a request must be, from the request alone.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from model.batch import Batch, SamplingBatch, StepOutput
+from model.batch import Batch, Bools, SamplingBatch, StepOutput
 from model.config import ModelConfig
+from model.runners import StepHandle
 from service.api.context import Probes
 from service.messages import GenerationRequest, TokenLogprob
 
@@ -161,6 +165,53 @@ class OracleRunner:
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+class OverlappedOracle(OracleRunner):
+    """The same with steps that overlap: it reads unread tokens by seat, and insists on the rules.
+
+    `most_ahead` is how many steps were ever under way at once.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
+        self.most_ahead = 0
+        self._sampled: dict[int, int] = {}  # seat -> its newest token
+        self._under_way: deque[tuple[StepHandle, StepOutput]] = deque()
+        self._steps = 0
+
+    def run(self, batch: Batch) -> StepOutput:
+        """A step with no other beside it."""
+        assert not self._under_way
+        return self.collect(self.launch(batch))
+
+    def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
+        """Computes a step and keeps what came out."""
+        assert len(self._under_way) < 2
+        seats_T = np.repeat(batch.seats_S, np.diff(batch.query_starts_S1))
+        tokens_T = batch.tokens_T.copy()
+        if unread_T is not None:
+            sampling = batch.sampling
+            told = {*sampling.penalty_rows_P.tolist(), *sampling.mask_rows_M.tolist()}
+            assert not unread_T[batch.sample_rows_R[sorted(told)]].any()
+            assert not unread_T[batch.score_rows_Q].any()
+            assert self._under_way, "somebody has read every token"
+            for row in np.flatnonzero(unread_T):
+                tokens_T[row] = self._sampled[int(seats_T[row])]
+        output = super().run(replace(batch, tokens_T=tokens_T))
+        sampled = zip(seats_T[batch.sample_rows_R].tolist(), output.tokens_R.tolist(), strict=True)
+        self._sampled.update(sampled)
+        handle = StepHandle(self._steps)
+        self._steps += 1
+        self._under_way.append((handle, output))
+        self.most_ahead = max(self.most_ahead, len(self._under_way))
+        return handle
+
+    def collect(self, handle: StepHandle) -> StepOutput:
+        """Shows what came out."""
+        oldest, output = self._under_way.popleft()
+        assert oldest == handle, "in the order they were launched"
+        return output
 
 
 def _settings(sampling: SamplingBatch, row: int) -> tuple[float, ...]:

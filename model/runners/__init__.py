@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from model.batch import Batch, Bools, StepOutput
 from model.config import ModelConfig
@@ -70,6 +70,11 @@ class OverlappedRunner(Runner, Protocol):
         ...
 
 
+def overlapped(runner: Runner) -> OverlappedRunner | None:
+    """The runner, where its steps can be launched ahead."""
+    return cast("OverlappedRunner", runner) if hasattr(runner, "launch") else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerOptions:
     """What a runner is built with."""
@@ -80,7 +85,7 @@ class RunnerOptions:
     block_size: int = 16
     num_blocks: int | None = None  # None: as many as kv_memory holds
     kv_memory: int = 512 * 1024**2  # bytes for the KV pool
-    memory_share: float | None = None  # cuda: of what weights and steps leave free, for the pool
+    memory_share: float | None = None  # cuda: instead, of what weights and steps leave free
     num_threads: int | None = None  # None: what the machine has
     max_batch_tokens: int = 512  # the largest T of any step
     max_sequences: int = 64  # the largest S; seats are below it

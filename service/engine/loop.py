@@ -1,8 +1,9 @@
-"""EngineLoop: the engine's thread. inbox -> schedule -> pack -> run -> update -> outbox.
+"""EngineLoop: the engine's thread. inbox -> schedule -> launch -> collect -> update -> outbox.
 
 It owns the scheduler and the answers and calls the runner, all from one thread. Other threads hand
 work in and take it back through the inbox; what comes out goes to `deliver`, once a step. It knows
-no queue, no lease and no journal.
+no queue, no lease and no journal. Where the runner's steps overlap, a step is launched before the
+one before it is collected (`pipeline`).
 
                  any thread              |  the engine's thread
     add, abort ------------> inbox ------+-> step() --> deliver(events of the step)
@@ -24,7 +25,8 @@ from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
 from service.engine.guide import Guide
 from service.engine.observer import Observer, StepReport
-from service.engine.pack import Packer, unpack
+from service.engine.pack import Packer
+from service.engine.pipeline import Computed, Pipeline
 from service.engine.plan import EngineConfig, Plan
 from service.engine.scheduler import Scheduler
 from service.engine.speculate import Speculator, may_speculate
@@ -52,24 +54,12 @@ class _Abort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Figures:
-    """What of a step's report is known only while it is computed."""
+    """What of a step's report is known only when it was computed."""
 
-    run_duration: float
-    num_sampled: int
-    num_drafts: int
-    num_accepted: int
-    prompt_tokens: int
-    recomputed_tokens: int
-
-
-_NOTHING_COMPUTED = _Figures(
-    run_duration=0.0,
-    num_sampled=0,
-    num_drafts=0,
-    num_accepted=0,
-    prompt_tokens=0,
-    recomputed_tokens=0,
-)
+    duration: float = 0.0
+    run_duration: float = 0.0
+    num_sampled: int = 0
+    num_accepted: int = 0
 
 
 class EngineLoop:
@@ -118,13 +108,15 @@ class EngineLoop:
             speculator=Speculator(config, self._cost) if may_speculate(config, runner) else None,
             numeric_class=runner.numeric_class,
         )
-        self._packer = Packer(
+        packer = Packer(
             config,
             block_size=runner.block_size,
             max_model_len=self._scheduler.max_model_len,
             vocab_size=runner.config.vocab_size,
             eos_ids=eos_ids,
         )
+        self._pipeline = Pipeline(runner, packer, clock=clock)
+        self._since: float | None = None  # from when on the next step's time counts; None: it idles
         self._answers: dict[str, Answer] = {}
         # Reentrant, so that `deliver` may call `abort`.
         self._changed = threading.Condition(threading.RLock())
@@ -155,14 +147,14 @@ class EngineLoop:
     def busy(self) -> bool:
         """Whether there is anything to do."""
         with self._changed:
-            return bool(self._inbox or self._scheduler.num_sequences)
+            return bool(self._inbox or self._scheduler.num_sequences or self._pipeline)
 
     def start(self) -> None:
         """Lets the engine run in its own thread until `stop` or a failure."""
         self._thread.start()
 
     def stop(self, timeout: float | None = None) -> None:
-        """Ends the thread after the step it is in; what is not finished stays so."""
+        """Ends the thread after the steps under way; what is not finished stays so."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -191,18 +183,24 @@ class EngineLoop:
         For tests and offline use; while the thread runs only the thread calls it.
         """
         began = self._clock()
+        if self._since is None:
+            self._since = began
         events = self._read_inbox()
+        if self._pipeline.must_be_read:
+            self._collect(events)
         plan = self._scheduler.schedule(began)
         self._blocked = self._scheduler.num_waiting > 0
         for sequence in plan.expired:
             events.append(self._end(sequence.id, FinishReason.DEADLINE, sequence.num_cached))
-        figures = _NOTHING_COMPUTED
         if plan.tokens:
-            figures = self._compute(plan, events)
-            self._cost.observe(plan.work, self._clock() - began)
-            self.steps += 1
-        # An empty step is told too: a cancel may have left nothing to do, and blocks to count.
-        self._report(plan, figures, began)
+            self._pipeline.launch(plan)
+            self._scheduler.launched(plan)
+            self._collect(events, leave=self._pipeline.most_ahead)
+        else:
+            self._collect(events)
+            # An empty step is told too: a cancel may have left nothing to do, and blocks to count.
+            self._report(plan, _Figures())
+            self._since = None
         self._room = self._guess_room()
         self._emit(events)
         self.last_progress = self._clock()
@@ -223,6 +221,9 @@ class EngineLoop:
         try:
             while self._wait():
                 self.step()
+            events: list[Event] = []
+            self._collect(events)
+            self._emit(events)
         except BaseException as failure:  # noqa: BLE001
             # Broad because a thread has nobody above it: whatever a runner or a driver raises, the
             # process must hear of it, or it would live on and hold leases that nobody works on.
@@ -302,38 +303,50 @@ class EngineLoop:
         vocab_size = self._runner.config.vocab_size
         return Guide(matcher, token_bytes=self._token_bytes, vocab_size=vocab_size)
 
-    def _compute(self, plan: Plan, events: list[Event]) -> _Figures:
-        """Runs a plan; appends what its sequences got to `events`."""
-        batch = self._packer.pack(plan)
-        run_began = self._clock()
-        output = self._runner.run(batch)
-        run_duration = self._clock() - run_began
-        outcome = unpack(plan, output)
-        for request_id, scores in outcome.prompt_logprobs.items():
-            for position, score in scores:
-                self._answers[request_id].prompt_logprobs[position] = score
-        sampling = plan.sampling
-        answers = [self._answers[sequence.id] for sequence in sampling]
-        records = [
-            answer.take(run, logprobs)
-            for answer, run, logprobs in zip(answers, outcome.runs, outcome.logprobs, strict=True)
-        ]
-        num_sampled = sum(len(record.ids) for record in records)
-        figures = _Figures(
-            run_duration=run_duration,
-            num_sampled=num_sampled,
-            num_drafts=plan.num_drafts,
-            num_accepted=num_sampled - len(records),
-            prompt_tokens=plan.prompt_tokens,
-            recomputed_tokens=plan.recomputed_tokens,
-        )
-        self._scheduler.update(plan, [record.ids for record in records])
-        for sequence, answer, record in zip(sampling, answers, records, strict=True):
-            events.append(Event(sequence.id, record))
-            if answer.reason is not None:
+    def _collect(self, events: list[Event], *, leave: int = 0) -> None:
+        """Reads steps until `leave` are under way; appends what sequences got to `events`."""
+        while len(self._pipeline) > leave:
+            step = self._pipeline.collect()
+            num_sampled, num_accepted = self._take(step, events)
+            now = self._clock()
+            duration = 0.0 if self._since is None else now - self._since
+            self._since = now
+            self._cost.observe(step.plan.work, duration)
+            self.steps += 1
+            figures = _Figures(
+                duration=duration,
+                run_duration=step.run_duration,
+                num_sampled=num_sampled,
+                num_accepted=num_accepted,
+            )
+            self._report(step.plan, figures)
+
+    def _take(self, step: Computed, events: list[Event]) -> tuple[int, int]:
+        """(tokens sampled, drafts among them) of what a step brought to sequences still here."""
+        plan, outcome = step.plan, step.outcome
+        for sequence, scores in outcome.prompt_logprobs.items():
+            if sequence.is_alive:
+                told = self._answers[sequence.id].prompt_logprobs
+                for position, score in scores:
+                    told[position] = score
+        runs: list[tuple[int, ...]] = []
+        num_accepted = 0
+        for sequence, run, logprobs in zip(
+            plan.sampling, outcome.runs, outcome.logprobs, strict=True
+        ):
+            ids: tuple[int, ...] = ()
+            if sequence.is_alive:
+                record = self._answers[sequence.id].take(run, logprobs)
+                events.append(Event(sequence.id, record))
+                ids = record.ids
+                num_accepted += len(ids) - 1
+            runs.append(ids)
+        self._scheduler.update(plan, runs)
+        for sequence in plan.sampling:
+            if sequence.is_alive and (reason := self._answers[sequence.id].reason) is not None:
                 self._scheduler.finish(sequence)
-                events.append(self._end(sequence.id, answer.reason, sequence.num_cached))
-        return figures
+                events.append(self._end(sequence.id, reason, sequence.num_cached))
+        return sum(map(len, runs)), num_accepted
 
     def _end(self, request_id: str, reason: FinishReason, cached_tokens: int) -> Event:
         return Event(
@@ -351,16 +364,16 @@ class EngineLoop:
             if fresh:
                 self._deliver(fresh)
 
-    def _report(self, plan: Plan, figures: _Figures, began: float) -> None:
+    def _report(self, plan: Plan, figures: _Figures) -> None:
         allocator = self._allocator
         self._observer.stepped(
             StepReport(
-                duration=self._clock() - began,
+                duration=figures.duration,
                 run_duration=figures.run_duration,
                 num_tokens=plan.num_tokens,
                 num_sequences=len(plan.tokens),
                 num_sampled=figures.num_sampled,
-                num_drafts=figures.num_drafts,
+                num_drafts=plan.num_drafts,
                 num_accepted=figures.num_accepted,
                 running=len(self._scheduler.running),
                 waiting=self._scheduler.num_waiting,
@@ -368,9 +381,9 @@ class EngineLoop:
                 blocks_cached=allocator.num_cached,
                 blocks_free=allocator.num_free,
                 preempted=tuple(sequence.id for sequence in plan.preempted),
-                recomputed_tokens=figures.recomputed_tokens,
+                recomputed_tokens=plan.recomputed_tokens,
                 prefix_hit_tokens=plan.prefix_hit_tokens,
-                prompt_tokens=figures.prompt_tokens,
+                prompt_tokens=plan.prompt_tokens,
             )
         )
 

@@ -10,7 +10,7 @@ from typing import Protocol
 class StepReport:
     """One engine step. Times in seconds, counts at its end."""
 
-    duration: float  # schedule to events, all of it
+    duration: float  # since the step before it, or since there was something to do
     run_duration: float  # inside the runner
     num_tokens: int  # 0: nothing was computed, but what runs, waits or is held may have changed
     num_sequences: int

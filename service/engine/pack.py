@@ -24,6 +24,7 @@ from service.messages import SamplingParams, TokenLogprob
 _NO_INTS: Ints = np.empty(0, np.int32)
 _NO_FLOATS: Floats = np.empty(0, np.float32)
 _NO_WORDS: Words = np.empty((0, 0), np.uint32)
+_UNREAD = (0,)  # stands for a token that only the runner knows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,7 @@ class Outcome:
 
     runs: list[list[int]]  # the tokens of each of `plan.sampling`: drafts that came true, and one
     logprobs: list[list[TokenLogprob]]  # of each run; empty where not asked for
-    prompt_logprobs: dict[str, list[tuple[int, TokenLogprob]]]  # request id -> (position, score)
+    prompt_logprobs: dict[Sequence, list[tuple[int, TokenLogprob]]]  # -> (position, score)
 
 
 class _PenaltyCounts:
@@ -288,8 +289,22 @@ class Packer:
         return repeated, np.concatenate(ids), np.concatenate(values)
 
 
+def unread_rows(plan: Plan) -> Bools | None:
+    """Rows of the step whose token an earlier step, still under way, will yield; None: no row.
+
+    Called when the plan is packed, before it is launched.
+    """
+    unread_S = np.array([sequence.num_unread > 0 for sequence in plan.tokens], np.bool_)
+    if not unread_S.any():
+        return None
+    ends_S = np.cumsum(np.fromiter(plan.tokens.values(), np.int64, len(plan.tokens)))
+    unread_T = np.zeros(plan.num_tokens, np.bool_)
+    unread_T[ends_S[unread_S] - 1] = True
+    return unread_T
+
+
 def unpack(plan: Plan, output: StepOutput) -> Outcome:
-    """What each sequence of the plan got. Called before the scheduler's `update`."""
+    """What each sequence of the plan got."""
     sampled: list[int] = output.tokens_R.tolist()
     runs: list[list[int]] = []
     logprobs: list[list[TokenLogprob]] = []
@@ -314,18 +329,20 @@ def unpack(plan: Plan, output: StepOutput) -> Outcome:
     return Outcome(runs=runs, logprobs=logprobs, prompt_logprobs=_unpack_scores(plan, output))
 
 
-def _unpack_scores(plan: Plan, output: StepOutput) -> dict[str, list[tuple[int, TokenLogprob]]]:
-    scores: dict[str, list[tuple[int, TokenLogprob]]] = {}
+def _unpack_scores(
+    plan: Plan, output: StepOutput
+) -> dict[Sequence, list[tuple[int, TokenLogprob]]]:
+    scores: dict[Sequence, list[tuple[int, TokenLogprob]]] = {}
     row = 0
-    for sequence, num in plan.tokens.items():
+    for sequence, positions in plan.scored.items():
         num_top = sequence.request.prompt_logprobs or 0
-        for position in sequence.scored(num):
+        for position in positions:
             score = _logprob(
                 output.score_logprobs_Q[row],
                 output.score_top_ids_QN[row, :num_top],
                 output.score_top_logprobs_QN[row, :num_top],
             )
-            scores.setdefault(sequence.id, []).append((position, score))
+            scores.setdefault(sequence, []).append((position, score))
             row += 1
     return scores
 
@@ -348,6 +365,8 @@ def _tokens(plan: Plan) -> Ints:
         slices.append(sequence.tokens[sequence.num_computed : sequence.num_computed + num])
         if sequence in plan.drafts:
             slices.append(plan.drafts[sequence])
+        elif sequence.num_unread:
+            slices.append(_UNREAD)
     return np.fromiter(chain.from_iterable(slices), np.int32, plan.num_tokens)
 
 
@@ -361,9 +380,8 @@ def _scores(plan: Plan, starts_S1: Ints) -> tuple[Ints, Ints, int]:
     rows: list[int] = []
     ids: list[int] = []
     num_top = 0
-    for start, (sequence, num) in zip(starts_S1[:-1].tolist(), plan.tokens.items(), strict=True):
-        scored = sequence.scored(num)
-        if scored:
+    for start, sequence in zip(starts_S1[:-1].tolist(), plan.tokens, strict=True):
+        if scored := plan.scored.get(sequence):
             # The row that scores a position is the one before it.
             rows.extend(position - 1 - sequence.num_computed + start for position in scored)
             ids.extend(sequence.tokens[scored.start : scored.stop])

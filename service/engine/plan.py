@@ -48,10 +48,16 @@ class Plan:
     """What the next step computes: `tokens[sequence]` of its pending ones, in this order.
 
     Where a sequence has drafts they are the last ones of its tokens, behind all that are pending.
+    What it says of sequences is as they were when it was made; they may be further on when the step
+    has been computed.
     """
 
     tokens: dict[Sequence, int] = field(default_factory=dict)
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
+    sampling: list[Sequence] = field(default_factory=list)  # those that get tokens, in this order
+    scored: dict[Sequence, range] = field(default_factory=dict)  # positions of prompts to score
+    prompt_tokens: int = 0  # tokens of prompts in this step
+    recomputed_tokens: int = 0  # tokens that were computed before, then lost by a preemption
     work: StepWork = field(default_factory=StepWork)
     expired: list[Sequence] = field(default_factory=list)  # past their deadline, already removed
     preempted: list[Sequence] = field(default_factory=list)  # by this step; one may come twice
@@ -59,9 +65,15 @@ class Plan:
 
     def add(self, sequence: Sequence, num: int) -> None:
         """Gives a sequence `num` tokens of the step."""
+        computed, sampled = sequence.num_computed, sequence.samples(num)
         self.tokens[sequence] = num
-        computed = sequence.num_computed
-        self.work = self.work.plus(num, computed=computed, sampled=sequence.samples(num))
+        self.work = self.work.plus(num, computed=computed, sampled=sampled)
+        self.prompt_tokens += min(num, max(0, sequence.num_prompt - computed))
+        self.recomputed_tokens += min(num, max(0, sequence.high_water - computed))
+        if sampled:
+            self.sampling.append(sequence)
+        if scored := sequence.scored(num):
+            self.scored[sequence] = scored
 
     def draft(self, sequence: Sequence, drafts: list[int]) -> None:
         """Lets the step compute drafts behind the last token of a sequence that is in it."""
@@ -78,24 +90,3 @@ class Plan:
     def num_drafts(self) -> int:
         """Drafts among them."""
         return sum(map(len, self.drafts.values()))
-
-    @property
-    def sampling(self) -> list[Sequence]:
-        """The sequences that get tokens, in the order of the batch. Before `update` only."""
-        return [sequence for sequence, num in self.tokens.items() if sequence.samples(num)]
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of prompts in this step. Before `update` only."""
-        return sum(
-            min(num, max(0, sequence.num_prompt - sequence.num_computed))
-            for sequence, num in self.tokens.items()
-        )
-
-    @property
-    def recomputed_tokens(self) -> int:
-        """Tokens that were computed before, then lost by a preemption. Before `update` only."""
-        return sum(
-            min(num, max(0, sequence.high_water - sequence.num_computed))
-            for sequence, num in self.tokens.items()
-        )

@@ -4,7 +4,11 @@ It decides in ints. It knows no tensors (`pack`), no text and no reason to stop 
 (`answer`): whoever drives it says when a sequence is finished.
 
     schedule(now)        expire, reserve, make way, decodes, prompts, admissions, drafts -> Plan
-    update(plan, runs)   counts what was computed, lets full blocks be found, appends the tokens
+    launched(plan)       counts what the step computes; the next one can be planned from here on
+    update(plan, runs)   appends the tokens, lets full blocks be found
+
+A runner computes steps in the order they are launched. So a block may be found, freed or taken by
+another while a step that writes it is under way: whoever uses it next does so in a later step.
 
 Memory. At admission a sequence takes the blocks of all its tokens and of a first block of output.
 When a running one needs a block and none is free, the youngest of the lowest priority (among those
@@ -123,12 +127,12 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
 
     def schedule(self, now: float) -> Plan:
-        """Plans a step. It is never empty while there are sequences."""
+        """Plans a step. It is never empty while there are sequences with no token unread."""
         plan = Plan(expired=self._expire(now))
         self._reserve(plan)
         self._make_way(plan)
         for sequence in self.running:
-            if sequence.num_pending == 1:
+            if sequence.num_pending == 1 and sequence.num_remaining:
                 plan.add(sequence, 1)
         num_decodes = plan.num_tokens
         self._gap = self._allowed_gap(plan)
@@ -138,24 +142,31 @@ class Scheduler:
             self._add_drafts(plan, self._speculator)
         return plan
 
+    def launched(self, plan: Plan) -> None:
+        """Notes that the plan is under way. Nothing is known of its drafts yet."""
+        for sequence, num in plan.tokens.items():
+            _advance(sequence, num - len(plan.drafts.get(sequence, ())))
+        for sequence in plan.sampling:
+            sequence.num_unread += 1
+
     def update(self, plan: Plan, runs: Iterable[Run[int]]) -> None:
         """Notes that the plan was computed; `runs` has the new tokens of each of `plan.sampling`.
 
         They are one, or as many drafts as came true and one; fewer only where the answer ends.
+        Sequences that were removed meanwhile get nothing.
         """
-        answered = iter(runs)
-        for sequence, num in plan.tokens.items():
-            new: Run[int] = next(answered) if sequence.samples(num) else ()
-            num_drafts = len(plan.drafts.get(sequence, ()))
-            sequence.num_computed += num
-            if num_drafts:
-                sequence.num_computed -= num_drafts + 1 - len(new)
-                self._learn(sequence, num_drafts, len(new) - 1)
+        for sequence, new in zip(plan.sampling, runs, strict=True):
+            sequence.num_unread -= 1
+            if not sequence.is_alive:
+                continue
             sequence.tokens.extend(new)
-            sequence.high_water = max(sequence.high_water, sequence.num_computed)
-            self._publish(sequence)
-            if new:
-                self._order.charge(sequence.tenant, len(new))
+            if sequence in plan.drafts:
+                _advance(sequence, len(new) - 1)
+                self._learn(sequence, len(plan.drafts[sequence]), len(new) - 1)
+            self._order.charge(sequence.tenant, len(new))
+        for sequence in plan.tokens:
+            if sequence.status is SequenceStatus.RUNNING:
+                self._publish(sequence)
 
     def check_integrity(self) -> None:
         """Raises RuntimeError where bookkeeping contradicts itself. For tests and idle moments."""
@@ -194,7 +205,9 @@ class Scheduler:
     def _reserve(self, plan: Plan) -> None:
         """Gives each running sequence the blocks of its tokens, preempting where none is left."""
         blocks_for = self._allocator.blocks_for
-        short = [s for s in self.running if blocks_for(s.num_tokens) > len(s.blocks)]
+        short = [
+            s for s in self.running if s.num_remaining and blocks_for(s.num_tokens) > len(s.blocks)
+        ]
         for sequence in sorted(short, key=rank):
             while sequence.status is SequenceStatus.RUNNING:
                 num_new = blocks_for(sequence.num_tokens) - len(sequence.blocks)
@@ -219,7 +232,7 @@ class Scheduler:
             shares, going_on = self._shares(), False
             for sequence in self._order.heads():
                 num_blocks = self._allocator.blocks_for(self._slots_to_begin(sequence))
-                if shares.covers(sequence, num_blocks=num_blocks):
+                if not sequence.num_unread and shares.covers(sequence, num_blocks=num_blocks):
                     going_on |= self._seat_before_others(plan, sequence)
                     shares = self._shares()
 
@@ -289,10 +302,13 @@ class Scheduler:
             self._speculator.learn(sequence, num=num, hits=hits)
 
     def _admit(self, plan: Plan, num_decodes: int) -> None:
-        """Seats those who are next until one does not fit: it is waited for, not overtaken."""
+        """Seats those who are next until one does not fit: it is waited for, not overtaken.
+
+        So is one that was preempted with a token unread, which nobody could compute again.
+        """
         while self._seats and plan.num_tokens < self._config.max_batch_tokens:
             sequence = self._order.peek()
-            if sequence is None or not self._take_blocks(sequence):
+            if sequence is None or sequence.num_unread or not self._take_blocks(sequence):
                 return
             self._seat(plan, sequence)
             self._plan_chunk(plan, sequence, num_decodes)
@@ -366,6 +382,11 @@ class Scheduler:
         sequence.seat = None
         self._allocator.release(sequence.blocks)
         sequence.blocks = []
+
+
+def _advance(sequence: Sequence, num: int) -> None:
+    sequence.num_computed += num
+    sequence.high_water = max(sequence.high_water, sequence.num_computed)
 
 
 def _slots(request: GenerationRequest) -> int:

@@ -12,6 +12,9 @@ near it.
 There is no prefill phase and no decode phase. A step computes some of what is pending; one that
 computes all of it yields the next token, and then one token is pending again. Behind the last one a
 step may compute drafts (see `speculate`): they stand in the plan, and here once they came true.
+
+Once a step is under way it counts as computed, and the token it will yield as one of the sequence,
+though nobody has read it yet (`num_unread`): so the step after it can be planned meanwhile.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ class Sequence:
     seat: int | None = None  # while it runs
     blocks: list[int] = field(default_factory=list)  # its block table
     digests: list[bytes] = field(default_factory=list)  # one per full block hashed so far
-    num_computed: int = 0  # tokens whose KV is stored
+    num_unread: int = 0  # tokens behind `tokens` that steps under way will yield
+    num_computed: int = 0  # tokens whose KV is stored, or will be by steps under way
     num_published: int = 0  # leading blocks that others may find by their digests
     num_cached: int = 0  # prompt tokens found in the prefix cache when first admitted
     high_water: int = 0  # the most tokens that were ever computed
@@ -70,9 +74,14 @@ class Sequence:
         return self.request.tenant
 
     @property
+    def is_alive(self) -> bool:
+        """Whether it may still get tokens."""
+        return self.status is not SequenceStatus.FINISHED
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and answer."""
-        return len(self.tokens)
+        """Tokens of prompt and answer, read or not."""
+        return len(self.tokens) + self.num_unread
 
     @property
     def num_prompt(self) -> int:
@@ -82,17 +91,25 @@ class Sequence:
     @property
     def num_output(self) -> int:
         """Tokens of the answer so far."""
-        return len(self.tokens) - len(self.request.prompt_ids)
+        return self.num_tokens - len(self.request.prompt_ids)
 
     @property
     def num_pending(self) -> int:
         """Tokens whose KV is not stored yet; at least one while the sequence lives."""
-        return len(self.tokens) - self.num_computed
+        return self.num_tokens - self.num_computed
 
     @property
     def num_remaining(self) -> int:
         """Tokens that the answer may still grow by."""
         return self.request.max_tokens - self.num_output
+
+    @property
+    def chooses_by_tokens(self) -> bool:
+        """Whether its next token can be chosen only where the one before it has been read:
+        penalties count it, a grammar goes on from it.
+        """
+        params = self.request.sampling
+        return self.guide is not None or params.penalises
 
     @property
     def scores_prompt(self) -> bool:
@@ -105,7 +122,7 @@ class Sequence:
 
     def samples(self, num: int) -> int:
         """Rows of a step of `num` tokens that choose a token: the last of its own, its drafts'."""
-        return max(0, self.num_computed + num + 1 - len(self.tokens))
+        return max(0, self.num_computed + num + 1 - self.num_tokens)
 
     def scored(self, num: int) -> range:
         """Positions of the prompt's tokens that a step of `num` tokens scores.

@@ -193,6 +193,8 @@ class Reckless(Speculator):
 class Rig:
     """An engine over the oracle, stepped by hand. Integrity and limits are checked at each step."""
 
+    kind: type[OracleRunner] = OracleRunner
+
     def __init__(
         self,
         config: EngineConfig = CONFIG,
@@ -201,7 +203,7 @@ class Rig:
         takes: Callable[[int], float] = lambda _rows: 0.0,
         cost: CostModel | None = None,
         reckless: random.Random | None = None,
-        kind: type[OracleRunner] = OracleRunner,
+        kind: type[OracleRunner] | None = None,
         **runner: Any,
     ) -> None:
         self.config = config
@@ -210,7 +212,7 @@ class Rig:
         self.transcripts: dict[str, Transcript] = {}
         self.reports: list[StepReport] = []
         self.batches: list[Batch] = []
-        self.runner = kind(on_run=self._ran, **runner)
+        self.runner = (kind or self.kind)(on_run=self._ran, **runner)
         self.loop = EngineLoop(
             self.runner,
             config=config,

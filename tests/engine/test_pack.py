@@ -57,6 +57,7 @@ class Bench:
         grown = plan.sampling
         drafts = [plan.drafts.get(sequence, []) for sequence in grown]
         runs = [[*d[: draw.randint(0, len(d))], draw.randrange(6)] for d in drafts]
+        self.scheduler.launched(plan)
         self.scheduler.update(plan, runs)
         for sequence in grown:
             if not sequence.num_remaining:

@@ -55,7 +55,9 @@ class Simulator:
         for sequence in admitted:
             self.stored[sequence] = sequence.num_computed
         grown = plan.sampling
-        self.scheduler.update(plan, [[oracle(s.id, s.num_output)] for s in grown])
+        tokens = [[oracle(s.id, s.num_output)] for s in grown]
+        self.scheduler.launched(plan)
+        self.scheduler.update(plan, tokens)
         for sequence, num in plan.tokens.items():
             self.stored[sequence] += num
             assert self.stored[sequence] == sequence.num_computed

@@ -1,0 +1,94 @@
+"""Pipeline: steps on their way through the runner. A plan in, its outcome out, in the same order.
+
+    runner computes at once     launch(N) .... collect(N)   launch(N + 1) .... collect(N + 1)
+    runner overlaps             launch(N + 1)   collect(N)   launch(N + 2)   collect(N + 1)
+
+With a runner that overlaps, a device computes step N + 1 while the host reads step N, tells its
+tokens and plans step N + 2. The price: where step N turns out to be a sequence's last, what step
+N + 1 computed of it is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from model.batch import StepOutput
+from model.runners import Runner, StepHandle, overlapped
+from service.engine.pack import Outcome, Packer, unpack, unread_rows
+from service.engine.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computed:
+    """A step that was read. `run_duration`: seconds in the runner, launching and waiting."""
+
+    plan: Plan
+    outcome: Outcome
+    run_duration: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Flight:
+    plan: Plan
+    result: StepOutput | StepHandle
+    launch_duration: float
+
+
+class Pipeline:
+    """The steps of one engine that were launched and not read."""
+
+    def __init__(self, runner: Runner, packer: Packer, *, clock: Callable[[], float]) -> None:
+        self._runner = runner
+        self._overlapped = overlapped(runner)
+        self._packer = packer
+        self._clock = clock
+        self._flights: deque[_Flight] = deque()
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    @property
+    def most_ahead(self) -> int:
+        """Steps that may be under way while the next one is planned."""
+        return 0 if self._overlapped is None else 1
+
+    @property
+    def must_be_read(self) -> bool:
+        """Whether the next step needs a token that is under way."""
+        return any(
+            sequence.chooses_by_tokens
+            for flight in self._flights
+            for sequence in flight.plan.sampling
+        )
+
+    def launch(self, plan: Plan) -> None:
+        """Packs and launches a step. Called before the scheduler's `launched`."""
+        batch = self._packer.pack(plan)
+        began = self._clock()
+        result: StepOutput | StepHandle
+        if self._overlapped is None:
+            result = self._runner.run(batch)
+        else:
+            result = self._overlapped.launch(batch, unread_T=unread_rows(plan))
+        duration = self._clock() - began
+        self._flights.append(_Flight(plan=plan, result=result, launch_duration=duration))
+
+    def collect(self) -> Computed:
+        """Waits for the oldest step."""
+        flight = self._flights.popleft()
+        began = self._clock()
+        output = flight.result
+        if isinstance(output, StepHandle):
+            output = self._wait(output)
+        return Computed(
+            plan=flight.plan,
+            outcome=unpack(flight.plan, output),
+            run_duration=flight.launch_duration + self._clock() - began,
+        )
+
+    def _wait(self, handle: StepHandle) -> StepOutput:
+        if self._overlapped is None:
+            raise RuntimeError("a runner that does not overlap gave a handle")
+        return self._overlapped.collect(handle)
