@@ -52,13 +52,18 @@ class Cluster:
         self._observer = observer
         self._clock = clock
         self._tokens_per_second = 0.0
-        self._last_engine = clock()
+        self._gone_since: float | None = None  # None: one was there when last looked, if ever
         observer.serves(card)
 
     @property
     def has_engines(self) -> bool:
-        """Whether an engine was heard of lately. A restart is shorter than what `lately` is."""
-        return self._clock() - self._last_engine < ENGINES_GONE_AFTER
+        """Whether there may be an engine. A restart of the only one is shorter than the patience.
+
+        That none was there must have been seen: a replica that was held up itself, or could not
+        reach the queue, knows nothing of it.
+        """
+        gone = self._gone_since
+        return gone is None or self._clock() - gone < ENGINES_GONE_AFTER
 
     def tokens_per_second(self) -> float:
         """Of all engines together; 0 where nothing was generated lately."""
@@ -68,7 +73,7 @@ class Cluster:
         """Reads the engines and the queue's depth once. Raises Unavailable."""
         engines = await self._queue.engines()
         if engines:
-            self._last_engine = self._clock()
+            self._gone_since = None
             self._tokens_per_second = sum(engine.tokens_per_second for engine in engines)
             newest = engines[-1]
             lengths = [engine.max_model_len for engine in engines if engine.max_model_len]
@@ -80,6 +85,8 @@ class Cluster:
             if known != self.card:
                 self.card = known
                 self._observer.serves(known)
+        elif self._gone_since is None:
+            self._gone_since = self._clock()
         self._observer.queue_read(await self._queue.depth(), len(engines))
 
     async def watch(self) -> None:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from model.tokenizer import Tokenizer
-from service.cluster import ENGINES_GONE_AFTER
+from service.cluster import ENGINES_GONE_AFTER, Cluster
 from service.messages import ModelCard
 from service.metrics import Metrics
 from service.queues import QueueLimits
@@ -55,7 +55,9 @@ def replica(tokenizer: Tokenizer) -> Start:
     async def start(**settings: Any) -> AsyncIterator[Replica]:
         queue, metrics = MemoryQueue(QueueLimits(max_requests=2)), Metrics(role="api")
         side = ApiSide(Settings(**settings), CARD, queue, metrics, tokenizer=tokenizer)
-        side.cluster._last_engine -= ENGINES_GONE_AFTER
+        await side.cluster.refresh()
+        assert side.cluster._gone_since is not None
+        side.cluster._gone_since -= ENGINES_GONE_AFTER
         transport = httpx.ASGITransport(app=side.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             yield Replica(client, queue, metrics, side)
@@ -79,6 +81,26 @@ async def test_without_the_setting_they_are_refused_and_counted(replica: Start) 
         await finish(one.queue, await claim_one(one.queue, wait=5), length=4)
         assert (await call).status_code == 200
         assert one.unserved == 2
+
+
+async def test_only_what_was_seen_counts_as_gone() -> None:
+    """A replica that was held up for a minute has not seen that the engines were away."""
+    now = 0.0
+    queue = MemoryQueue(QueueLimits(), clock=lambda: now)
+    cluster = Cluster(queue, CARD, observer=Metrics(role="api"), clock=lambda: now)
+    now += 60
+    assert cluster.has_engines, "nobody has looked yet"
+    await queue.claim(make_engine(), limit=0, wait=0)
+    await cluster.refresh()
+    now += 60
+    assert cluster.has_engines, "it was there when last looked"
+    await cluster.refresh()
+    assert cluster.has_engines
+    now += ENGINES_GONE_AFTER
+    assert not cluster.has_engines
+    await queue.claim(make_engine(), limit=0, wait=0)
+    await cluster.refresh()
+    assert cluster.has_engines
 
 
 async def test_with_the_setting_they_wait_within_the_queues_limits(replica: Start) -> None:
