@@ -6,6 +6,7 @@ const KEPT = 60;
 export class LiveView {
   #speeds = [];
   #timer = 0;
+  #silence = "unreachable";  // what it means that there is no status
   #headers;
   #told;
 
@@ -31,8 +32,10 @@ export class LiveView {
     try {
       const signal = AbortSignal.timeout(5000);
       const response = await fetch("/status", { headers: this.#headers(), signal, cache: "no-store" });
+      this.#silence = response.status === 401 ? "key needed" : "unreachable";
       return response.ok ? await response.json() : null;
     } catch {
+      this.#silence = "unreachable";
       return null;
     }
   }
@@ -40,7 +43,7 @@ export class LiveView {
   #draw(status) {
     const engines = status?.engines ?? [];
     const sum = (field) => engines.reduce((total, engine) => total + engine[field], 0);
-    const state = stateOf(status);
+    const state = status ? stateOf(status) : this.#silence;
     const badge = document.getElementById("engine-state");
     badge.textContent = state;
     badge.classList.toggle("good", state === "ready");
@@ -53,7 +56,7 @@ export class LiveView {
       waiting: status ? sum("waiting") : "–",
       queued: status?.queue?.queued_requests ?? "–",
       engines: status ? engines.length : "–",
-      pulse: status ? `${speed.toFixed(0)} tokens/s` : "unreachable",
+      pulse: status ? `${speed.toFixed(0)} tokens/s` : this.#silence,
     };
     for (const [id, value] of Object.entries(figures)) document.getElementById(id).textContent = value;
     this.#drawHistory();
@@ -75,7 +78,6 @@ export class LiveView {
 }
 
 function stateOf(status) {
-  if (!status) return "unreachable";
   if (status.draining) return "shutting down";
   if (!status.queue) return "queue away";
   return status.engines.length ? "ready" : "no engine";

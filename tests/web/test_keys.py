@@ -44,6 +44,7 @@ async def test_the_page_asks_for_a_key_and_works_with_it(browser: Any, keyed_url
     await page.goto(f"{keyed_url}/")
     field = page.locator("#key")
     await expect(field).to_be_hidden()
+    await expect(page.locator("#engine-state")).to_have_text("key needed")
     await page.fill("#max_tokens", "12")
     await page.fill("#question", "Name three colours.")
     await page.press("#question", "Enter")
