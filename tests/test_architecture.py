@@ -46,9 +46,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.engine.guide": ("numpy", "model.batch", "model.grammar", "service.engine"),
     "service.engine.pack": ("numpy", "model", "service.messages", "service.engine"),
     "service.engine.loop": (
-        "model.batch", "model.grammar", "model.runners", "service.messages", "service.errors",
-        "service.engine",
+        "model.grammar", "model.runners", "service.messages", "service.errors", "service.engine",
     ),
+    "service.engine.pipeline": ("model.batch", "model.runners", "service.engine"),
     "service.queues": ("service.messages", "service.errors", "service.queues"),
     "service.queues.redis": ("redis", "service.messages", "service.errors", "service.queues"),
     "service.worker": ("service.engine", "service.queues", "service.messages", "service.errors"),

@@ -4,7 +4,7 @@ The arithmetic is the sampler's. A token weighs floor(2**40 · exp((logit - larg
 an integer, so sums are exact in any order; one uniform number of Philox, keyed by (seed, choice,
 index), picks a share of the sum. Rows go three ways, each row by its own columns:
 
-    greedy          the likeliest token, the lowest id among equals
+    greedy          the likeliest token, the lowest id among equals: `Tops` has it already
     plain           inverse CDF in order of ids: sums of chunks, then inside one chunk
     top-k, top-p    inverse CDF likeliest first, without a sort: where a running sum reaches a
                     target is found bit by bit of the logit (`_descend`), a pass a bit
@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from model.batch import SamplingBatch
+from model.kernels.head import Tops, find_tops, merge_tops
 from model.kernels.inputs import Column
 from model.sampler import sample
 
@@ -31,44 +32,42 @@ _CUT_BLOCK = 8192
 
 
 def choose(
-    logits_RV: torch.Tensor, state: torch.Tensor, seats_R: torch.Tensor, *, chunk: int = _CHUNK
+    logits_RV: torch.Tensor,
+    state: torch.Tensor,
+    seats_R: torch.Tensor,
+    *,
+    tops: Tops | None = None,
+    chunk: int = _CHUNK,
 ) -> torch.Tensor:
-    """One token a row, [R] int32. `logits_RV` is float32 and contiguous."""
+    """One token a row, [R] int32. `logits_RV` is float32 and contiguous.
+
+    `tops` are those of these logits, of any stretches; without them they are found first.
+    """
     R, V = logits_RV.shape
     device = logits_RV.device
     tokens_R = torch.empty(R, dtype=torch.int32, device=device)
     if R == 0:
         return tokens_R
+    tops = tops or find_tops(logits_RV)
+    if tops.values_RN.shape[1] > 1:
+        tops = merge_tops(tops, vocab_size=V)
+    top_R1, id_R1 = tops.values_RN, tops.ids_RN
     num_chunks = triton.cdiv(V, chunk)
-    tops = torch.empty((R, num_chunks), dtype=torch.float32, device=device)
-    ids = torch.empty((R, num_chunks), dtype=torch.int32, device=device)
     sums = torch.empty((R, num_chunks), dtype=torch.int64, device=device)
     stride = state.stride(0)
-    lanes = triton.next_power_of_2(num_chunks)
-    _tops[(R, num_chunks)](
-        logits_RV, tops, ids, V, N=num_chunks, CHUNK=chunk, enable_fp_fusion=False
-    )
     _sums[(R, num_chunks)](
-        logits_RV,
-        state,
-        seats_R,
-        tops,
-        sums,
-        V,
-        stride,
-        N=num_chunks,
-        CHUNK=chunk,
-        LANES=lanes,
-        enable_fp_fusion=False,
-    )
+        logits_RV, state, seats_R, top_R1, sums, V, stride,
+        N=num_chunks, CHUNK=chunk, enable_fp_fusion=False,
+    )  # fmt: skip
     _pick[(R,)](
-        logits_RV, state, seats_R, tops, ids, sums, tokens_R, V, stride,
-        N=num_chunks, CHUNK=chunk, LANES=lanes, enable_fp_fusion=False,
+        logits_RV, state, seats_R, top_R1, id_R1, sums, tokens_R, V, stride,
+        N=num_chunks, CHUNK=chunk, LANES=triton.next_power_of_2(num_chunks),
+        enable_fp_fusion=False,
     )  # fmt: skip
     block = min(_CUT_BLOCK, triton.next_power_of_2(V))
     _pick_likeliest[(R,)](
-        logits_RV, state, seats_R, tops, tokens_R, V, stride,
-        N=num_chunks, LANES=lanes, BLOCK=block, num_warps=8, enable_fp_fusion=False,
+        logits_RV, state, seats_R, top_R1, tokens_R, V, stride,
+        BLOCK=block, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return tokens_R
 
@@ -78,7 +77,8 @@ def choose_twin(
     state: torch.Tensor,
     seats_R: torch.Tensor,
     *,
-    chunk: int = _CHUNK,  # noqa: ARG001 - the signature of `choose`
+    tops: Tops | None = None,  # noqa: ARG001 - the signature of `choose`
+    chunk: int = _CHUNK,  # noqa: ARG001
 ) -> torch.Tensor:
     """The same by the sampler itself, on the host."""
     own = state[seats_R.long()].cpu().numpy()
@@ -106,13 +106,6 @@ def choose_twin(
         num_top=0,
     )
     return sample(logits_RV.cpu(), columns).tokens_R.int().to(logits_RV.device)
-
-
-@triton.jit
-def _row_top(tops_ptr, row, N: tl.constexpr, LANES: tl.constexpr):
-    lanes = tl.arange(0, LANES)
-    tops = tl.load(tops_ptr + row * N + lanes, mask=lanes < N, other=float("-inf"))
-    return tl.max(tops, axis=0)
 
 
 @triton.jit
@@ -162,29 +155,16 @@ def _point(mass, own):
 
 
 @triton.jit
-def _tops(logits_ptr, tops_ptr, ids_ptr, V, N: tl.constexpr, CHUNK: tl.constexpr):
-    """The largest logit of a chunk and the lowest id that has it."""
-    row = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
-    ids = chunk * CHUNK + tl.arange(0, CHUNK)
-    logits = tl.load(logits_ptr + row * V + ids, mask=ids < V, other=float("-inf"))
-    top = tl.max(logits, axis=0)
-    tl.store(tops_ptr + row * N + chunk, top)
-    tl.store(ids_ptr + row * N + chunk, tl.min(tl.where(logits == top, ids, V), axis=0))
-
-
-@triton.jit
 def _sums(
     logits_ptr,
     state_ptr,
     seats_ptr,
-    tops_ptr,
+    top_ptr,
     sums_ptr,
     V,
     stride,
     N: tl.constexpr,
     CHUNK: tl.constexpr,
-    LANES: tl.constexpr,
 ):
     """Weight of each chunk, for rows that are not greedy."""
     row = tl.program_id(0).to(tl.int64)
@@ -195,7 +175,7 @@ def _sums(
         return
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     logits = tl.load(logits_ptr + row * V + ids, mask=ids < V, other=float("-inf"))
-    weights = _weigh(logits, _row_top(tops_ptr, row, N, LANES), temperature, _least(own))
+    weights = _weigh(logits, tl.load(top_ptr + row), temperature, _least(own))
     tl.store(sums_ptr + row * N + chunk, tl.sum(weights, axis=0))
 
 
@@ -204,8 +184,8 @@ def _pick(
     logits_ptr,
     state_ptr,
     seats_ptr,
-    tops_ptr,
-    ids_ptr,
+    top_ptr,
+    id_ptr,
     sums_ptr,
     tokens_ptr,
     V,
@@ -218,14 +198,10 @@ def _pick(
     row = tl.program_id(0).to(tl.int64)
     own = state_ptr + tl.load(seats_ptr + row) * stride
     temperature = tl.load(own + 6).to(tl.float32, bitcast=True)
-    largest = _row_top(tops_ptr, row, N, LANES)
-    lanes = tl.arange(0, LANES)
     if temperature == 0.0:
-        tops = tl.load(tops_ptr + row * N + lanes, mask=lanes < N, other=float("-inf"))
-        ids = tl.load(ids_ptr + row * N + lanes, mask=lanes < N, other=V)
-        best = tl.min(tl.where((tops == largest) & (lanes < N), ids, V), axis=0)
-        tl.store(tokens_ptr + row, tl.minimum(best, V - 1))
+        tl.store(tokens_ptr + row, tl.load(id_ptr + row))
         return
+    lanes = tl.arange(0, LANES)
     sums = tl.load(sums_ptr + row * N + lanes, mask=lanes < N, other=0)
     running = tl.cumsum(sums, axis=0)
     point = _point(tl.sum(sums, axis=0), own)
@@ -233,7 +209,7 @@ def _pick(
     before = tl.sum(tl.where(lanes == chunk, running - sums, 0), axis=0)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     logits = tl.load(logits_ptr + row * V + ids, mask=ids < V, other=float("-inf"))
-    weights = _weigh(logits, largest, temperature, _least(own))
+    weights = _weigh(logits, tl.load(top_ptr + row), temperature, _least(own))
     place = tl.sum((tl.cumsum(weights, axis=0) <= point - before).to(tl.int32), axis=0)
     tl.store(tokens_ptr + row, tl.minimum(chunk * CHUNK + place, V - 1))
 
@@ -311,12 +287,10 @@ def _pick_likeliest(
     logits_ptr,
     state_ptr,
     seats_ptr,
-    tops_ptr,
+    top_ptr,
     tokens_ptr,
     V,
     stride,
-    N: tl.constexpr,
-    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Rows with top-k or top-p: both cuts give a mass, a share of it is drawn, the token found."""
@@ -330,7 +304,7 @@ def _pick_likeliest(
     if (top_k >= V) & (top_p >= 1.0):
         return
     row_ptr = logits_ptr + row * V
-    largest = _row_top(tops_ptr, row, N, LANES)
+    largest = tl.load(top_ptr + row)
     least = _least(own)
     mass = tl.full((), 0, tl.int64)
     if top_k < V:

@@ -175,12 +175,28 @@ def load_sum(ptr, offsets, mask, part_stride, PARTS: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["M"])
-def _product(
+@triton.jit
+def place_tile(M, N: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Which tile of rows and which of outputs this program computes."""
+    # Tiles of eight row tiles side by side share their weights in the L2 cache.
+    GROUP: tl.constexpr = 8
+    num_row_tiles = tl.cdiv(M, ROWS)
+    num_output_tiles: tl.constexpr = (N + OUTPUTS - 1) // OUTPUTS
+    tile = tl.program_id(0)
+    first_row_tile = tile // (GROUP * num_output_tiles) * GROUP
+    group_rows = tl.minimum(num_row_tiles - first_row_tile, GROUP)
+    within = tile % (GROUP * num_output_tiles)
+    return first_row_tile + within % group_rows, within // group_rows
+
+
+@triton.jit
+def sum_tile(
     x_ptr,
     w_ptr,
     bias_ptr,
-    y_ptr,
+    rows,
+    outputs,
+    first_part,
     M,
     x_stride,
     N: tl.constexpr,
@@ -192,23 +208,11 @@ def _product(
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """One [OUTPUTS, ROWS] tile of yᵀ, over one part of K or over all."""
-    # Tiles of eight row tiles side by side share their weights in the L2 cache.
-    GROUP: tl.constexpr = 8
-    num_row_tiles = tl.cdiv(M, ROWS)
-    num_output_tiles: tl.constexpr = (N + OUTPUTS - 1) // OUTPUTS
-    tile = tl.program_id(0)
-    first_row_tile = tile // (GROUP * num_output_tiles) * GROUP
-    group_rows = tl.minimum(num_row_tiles - first_row_tile, GROUP)
-    within = tile % (GROUP * num_output_tiles)
-    rows = (first_row_tile + within % group_rows) * ROWS + tl.arange(0, ROWS)
-    outputs = within // group_rows * OUTPUTS + tl.arange(0, OUTPUTS)
+    """A tile of yᵀ, [OUTPUTS, ROWS] in float32. The only place where an order of sums is chosen."""
     row_mask = rows < M
     output_mask = outputs < N
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
     w_rows = w_ptr + outputs.to(tl.int64)[:, None] * K
-
-    first_part = tl.program_id(1)
     total = tl.zeros((OUTPUTS, ROWS), tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + outputs, mask=output_mask, other=0.0).to(tl.float32)
@@ -227,6 +231,35 @@ def _product(
                 x = tl.load(x_rows + inputs, mask=row_mask[:, None] & inside, other=0.0)
             chain = tl.dot(w, tl.trans(x), chain, input_precision="ieee")
         total += chain
+    return total
+
+
+@triton.jit(do_not_specialize=["M"])
+def _product(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    x_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS_HERE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """One tile of y, over one part of K or over all."""
+    row_tile, output_tile = place_tile(M, N, ROWS, OUTPUTS)
+    rows = row_tile * ROWS + tl.arange(0, ROWS)
+    outputs = output_tile * OUTPUTS + tl.arange(0, OUTPUTS)
+    first_part = tl.program_id(1)
+    total = sum_tile(
+        x_ptr, w_ptr, bias_ptr, rows, outputs, first_part, M, x_stride,
+        N, K, PART, PARTS_HERE, HAS_BIAS, ROWS, OUTPUTS, INPUTS,
+    )  # fmt: skip
     y_rows = y_ptr + first_part.to(tl.int64) * M * N + rows.to(tl.int64)[:, None] * N
-    mask = row_mask[:, None] & output_mask[None, :]
+    mask = (rows < M)[:, None] & (outputs < N)[None, :]
     tl.store(y_rows + outputs[None, :], tl.trans(total).to(y_ptr.dtype.element_ty), mask=mask)

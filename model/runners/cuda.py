@@ -1,13 +1,15 @@
 """CudaRunner: steps on a GPU by the Triton kernels, decode steps as recorded graphs.
 
 All state of running sequences is on the device (`model.kernels.inputs`); the host sends what
-changes. A step goes one of two ways, with the same kernels and the same bits:
+changes. A step goes one of three ways, with the same kernels and the same bits:
 
-    decode   a token a sequence, nothing scored   recorded: inputs, network | choice, write-back
-    mixed    chunks of prompts among them         launched kernel by kernel
+    likeliest   a decode step of greedy rows    recorded: inputs, network, head, write-back
+    decode      a token a sequence, none scored recorded: inputs, network, head | choice, write-back
+    mixed       chunks of prompts among them    launched kernel by kernel
 
-Between network and choice the logits may be adjusted (masks, penalties, biases) or read (log
-probabilities), also in a decode step. Tokens come back through a ring, so the next step can be
+Before the choice the logits may be adjusted (masks, penalties, biases) or read (log probabilities),
+also in a decode step. Where nobody does either and all rows are greedy, the head's product gives
+the tokens and no logits are stored. Tokens come back through a ring, so the next step can be
 launched before they are read: `launch` and `collect`.
 
 Memory is planned at the start: weights, buffers for the largest step, what that step was measured
@@ -17,6 +19,7 @@ to need, a margin; the rest may be KV pool. No step that `RunnerOptions` allows 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,24 +27,33 @@ import numpy as np
 import torch
 import triton
 
-from model.attention.triton_paged import attention_programs
-from model.batch import Batch, Bools, Ints, StepOutput
+from model.batch import Batch, Bools, Ints, SamplingBatch, StepOutput
 from model.config import ModelConfig
-from model.kernels.attention import SPLIT, STEP, Partials, WorkList
+from model.kernels.attention import SPLIT, STEP
 from model.kernels.choice import choose
-from model.kernels.inputs import Column, advance, change, decode_rows, mixed_rows
+from model.kernels.head import find_tops, merge_tops
+from model.kernels.inputs import Column, advance, change, mixed_rows
 from model.kernels.matmul import multiply
 from model.kvcache import KVCache, bytes_per_block
 from model.runners import RunnerOptions, StepHandle, Weights
 from model.runners.accelerator import Accelerator, CudaAccelerator, HostAccelerator, Reading
-from model.runners.cuda_network import FusedNetwork, Multiply, Reduce, StepInputs
+from model.runners.cuda_network import FusedNetwork, Multiply, Reduce
+from model.runners.decode_ladders import DecodeLadders
 from model.runners.device_memory import blocks_that_fit, check_weights_fit
 from model.runners.exactness import Trial, trial_for, try_exactness
-from model.runners.ladder import Ladder, rungs
-from model.runners.logit_rows import Extras, Scores, adjust, read_extras, score_rows
+from model.runners.ladder import Ladder
+from model.runners.logit_rows import (
+    Extras,
+    Scores,
+    adjust,
+    read_extras,
+    score_rows,
+    wants_likeliest_alone,
+)
 from model.runners.ring import Ring, Upload
 from model.runners.seats import Seats
 from model.runners.torch import choose_device
+from model.runners.workspace import Workspace
 
 KERNELS = 1  # rises whenever the kernels' bits change
 IN_FLIGHT = 2
@@ -97,6 +109,14 @@ class CudaRunner:
         self._make_buffers(device)
         self.num_blocks = options.num_blocks or self._measure_blocks()
         self._make_pool(self.num_blocks)
+        self._ladders = DecodeLadders(
+            self._accelerator,
+            self._network,
+            self._space,
+            seats_S=self._upload.target,
+            pool=self._cache.pool,
+            block_size=self.block_size,
+        )
         self._flying: deque[_InFlight] = deque()
         self._steps = 0
         self.exact = product is multiply and reduce is None and proof is not None
@@ -153,19 +173,17 @@ class CudaRunner:
         )
 
     def warm_up(self) -> None:
-        """Compiles the kernels for every size and records the ladder."""
+        """Compiles the kernels for every size and records the ladders."""
         with torch.inference_mode():
             for num_tokens in (1, 17, 33, 65, 129, self._options.max_batch_tokens):
                 self._dry_step(min(num_tokens, self._options.max_batch_tokens))
-            for size in reversed(
-                self._networks.sizes
-            ):  # the largest first: others share its memory
-                self._record(size)
+            for size in reversed(self._ladders.sizes):  # the largest first: others share its memory
+                self._record(size, self._ladders.all())
 
     def close(self) -> None:
         """Gives the device's memory back; the runner must not run again."""
         self._flying.clear()
-        del self._network, self._cache, self._networks, self._choices, self._logits_RV
+        del self._network, self._cache, self._space, self._ladders
 
     def _make_buffers(self, device: torch.device) -> None:
         """Everything that is there once, sized for the largest step."""
@@ -181,31 +199,7 @@ class CudaRunner:
             slots=2 * IN_FLIGHT,
         )
         self._ring = Ring(self._accelerator, width=sequences, slots=2 * IN_FLIGHT)
-        self._work = {
-            window: WorkList(
-                max_rows=options.max_batch_tokens,
-                max_sequences=sequences,
-                max_context=config.max_model_len,
-                group=config.num_heads // config.num_kv_heads,
-                device=device,
-            )
-            for window in self._network.windows
-        }
-        self._partials = Partials(
-            next(iter(self._work.values())),
-            num_heads=config.num_heads,
-            head_dim=config.head_dim,
-            device=device,
-        )
-        self._programs = attention_programs(device)
-        self._rows = torch.arange(sequences + 1, dtype=torch.int32, device=device)
-        self._logits_RV = torch.empty(
-            (sequences, config.vocab_size), dtype=torch.float32, device=device
-        )
-        self._tokens_R = torch.zeros(sequences, dtype=torch.int32, device=device)
-        sizes = rungs(sequences)
-        self._networks = Ladder(self._accelerator, sizes, self._decode_network)
-        self._choices = Ladder(self._accelerator, sizes, self._decode_choice)
+        self._space = Workspace(config, options, windows=self._network.windows, state=self._state)
 
     def _measure_blocks(self) -> int:
         """Blocks of the pool, from what the largest step leaves."""
@@ -268,22 +262,25 @@ class CudaRunner:
 
     def _decode(self, batch: Batch, handle: StepHandle, changes: tuple[Ints, Ints]) -> _InFlight:
         count = batch.num_sequences
-        size = self._networks.size_for(count)
-        if not self._networks.has(size):
-            self._record(size)
+        likeliest_alone = self._takes_likeliest(batch.sampling)
+        network, *choice = self._ladders.of(likeliest_alone=likeliest_alone)
+        size = network.size_for(count)
+        self._record(size, [network, *choice])
         filler = np.full(size - count, self._seats.nobody, np.int32)
         sent = self._upload.send([batch.seats_S, filler, *changes])
         change(self._state, sent[2], sent[3])
-        self._networks.run(size)
-        logits_RV = self._logits_RV[:count]
-        raw_RV = adjust(logits_RV, batch.sampling)
-        self._choices.run(size)
-        tokens_R = self._tokens_R[:count]
+        network.run(size)
+        if likeliest_alone:
+            tokens_R, extras = self._space.tops.ids_RN[:count, 0], Extras.none()
+        else:
+            raw_RV, tokens_R = self._adjust(batch.sampling), self._space.tokens_R[:count]
+            choice[0].run(size)
+            extras = read_extras(raw_RV, tokens_R, batch.sampling, self._accelerator)
         return _InFlight(
             handle=handle,
             seats_R=batch.seats_S,
             tokens=self._ring.post(tokens_R),
-            extras=read_extras(raw_RV, tokens_R, batch.sampling, self._accelerator),
+            extras=extras,
             scores=Scores.none(),
         )
 
@@ -317,71 +314,49 @@ class CudaRunner:
         tokens_T, slots_T = mixed_rows(
             self._state, seats_T, tokens_T, positions_T, unread_rows_T, block_size=self.block_size
         )
-        merges = next(iter(self._work.values())).num_tiles(lengths_S.tolist())
-        self._fill(starts_S1, contexts_S, seats_S)
-        inputs = self._inputs(tokens_T, positions_T, slots_T, merges=merges)
+        merges = self._space.num_merges(lengths_S.tolist())
+        self._space.fill(starts_S1, contexts_S, seats_S)
+        inputs = self._space.inputs(tokens_T, positions_T, slots_T, merges=merges)
         hidden = self._network.hidden(inputs, self._cache.pool, block_size=self.block_size)
-        logits_RV = self._logits_RV[: len(seats_R)]
-        self._network.logits(hidden, rows_R, out_RV=logits_RV)
-        raw_RV = adjust(logits_RV, batch.sampling)
-        tokens_R = choose(logits_RV, self._state, seats_on_device_R)
+        logits_RV, tops = self._space.logits_RV[: len(seats_R)], self._space.tops.of(len(seats_R))
+        if self._takes_likeliest(batch.sampling):
+            self._network.tops(hidden, rows_R, out=tops, logits_RV=None)
+            tokens_R, extras = tops.ids_RN[:, 0], Extras.none()
+        else:
+            self._network.tops(hidden, rows_R, out=tops, logits_RV=logits_RV)
+            raw_RV = self._adjust(batch.sampling)
+            tokens_R = choose(logits_RV, self._state, seats_on_device_R, tops=tops)
+            extras = read_extras(raw_RV, tokens_R, batch.sampling, self._accelerator)
         advance(self._state, seats_on_device_R, tokens_R, stored=0)
         return _InFlight(
             handle=handle,
             seats_R=seats_R,
             tokens=self._ring.post(tokens_R),
-            extras=read_extras(raw_RV, tokens_R, batch.sampling, self._accelerator),
+            extras=extras,
             scores=score_rows(self._network, hidden, batch, self._accelerator),
         )
 
-    def _record(self, size: int) -> None:
-        """Records a rung, on rows that are nobody's."""
-        self._upload.send([np.full(size, self._seats.nobody, np.int32)])
-        self._networks.record(size)
-        self._choices.record(size)
+    def _takes_likeliest(self, sampling: SamplingBatch) -> bool:
+        """Whether the head's tops are the tokens, and no logits are stored."""
+        return self._network.fuses_head and wants_likeliest_alone(sampling)
 
-    def _decode_network(self, size: int) -> None:
-        """Recorded: from seats to logits."""
-        seats_S = self._upload.target[:size]
-        tokens, positions, slots, contexts = decode_rows(
-            self._state, seats_S, block_size=self.block_size
-        )
-        self._fill(self._rows[: size + 1], contexts, seats_S)
-        inputs = self._inputs(tokens, positions, slots, merges=size)
-        hidden = self._network.hidden(inputs, self._cache.pool, block_size=self.block_size)
-        self._network.logits(hidden, None, out_RV=self._logits_RV[:size])
+    def _adjust(self, sampling: SamplingBatch) -> torch.Tensor:
+        """Adjusts the stored logits, and their tops with them; returns the unmodified logits."""
+        count = len(sampling.seeds_R)
+        logits_RV = self._space.logits_RV[:count]
+        raw_RV = adjust(logits_RV, sampling)
+        if raw_RV is not logits_RV:
+            tops = self._space.tops.of(count)
+            merge_tops(find_tops(logits_RV), vocab_size=self.config.vocab_size, out=tops)
+        return raw_RV
 
-    def _decode_choice(self, size: int) -> None:
-        """Recorded: from logits to tokens, left in their seats and in a place to be read from."""
-        seats_R = self._upload.target[:size]
-        tokens_R = choose(self._logits_RV[:size], self._state, seats_R)
-        advance(self._state, seats_R, tokens_R, stored=1)
-        self._tokens_R[:size].copy_(tokens_R)
-
-    def _fill(
-        self, starts_S1: torch.Tensor, contexts_S: torch.Tensor, seats_S: torch.Tensor
-    ) -> None:
-        for window, work in self._work.items():
-            work.fill(starts_S1, contexts_S, seats_S, window=window)
-
-    def _inputs(
-        self,
-        tokens_T: torch.Tensor,
-        positions_T: torch.Tensor,
-        slots_T: torch.Tensor,
-        *,
-        merges: int,
-    ) -> StepInputs:
-        return StepInputs(
-            tokens_T=tokens_T,
-            positions_T=positions_T,
-            slots_T=slots_T,
-            table_SB=self._state[:, Column.TABLE :],
-            work=self._work,
-            partials=self._partials,
-            programs=self._programs,
-            merges=merges,
-        )
+    def _record(self, size: int, ladders: Sequence[Ladder]) -> None:
+        """Records what of a rung is not, on rows that are nobody's."""
+        missing = [ladder for ladder in ladders if not ladder.has(size)]
+        if missing:
+            self._upload.send([np.full(size, self._seats.nobody, np.int32)])
+        for ladder in missing:
+            ladder.record(size)
 
     def _dry_step(self, num_tokens: int) -> None:
         """A mixed step of nobody's tokens: to compile, to warm up, to measure."""
@@ -395,15 +370,19 @@ class CudaRunner:
         total = int(lengths.sum())
         zeros = torch.zeros(total, dtype=torch.int32, device=device)
         seats_S = torch.full((count,), self._seats.nobody, dtype=torch.int32, device=device)
-        self._fill(starts, starts[1:] - starts[:-1], seats_S)
-        merges = next(iter(self._work.values())).num_tiles(lengths.tolist())
+        self._space.fill(starts, starts[1:] - starts[:-1], seats_S)
+        merges = self._space.num_merges(lengths.tolist())
         tokens, slots = mixed_rows(
             self._state, seats_S[:1].repeat(total), zeros, zeros, zeros, block_size=self.block_size
         )
-        inputs = self._inputs(tokens, zeros, slots, merges=merges)
+        inputs = self._space.inputs(tokens, zeros, slots, merges=merges)
         hidden = self._network.hidden(inputs, self._cache.pool, block_size=self.block_size)
-        self._network.logits(hidden, starts[1:] - 1, out_RV=self._logits_RV[:count])
-        choose(self._logits_RV[:count], self._state, seats_S)
+        tops, logits_RV = self._space.tops.of(count), self._space.logits_RV[:count]
+        rows_R = starts[1:] - 1
+        self._network.tops(hidden, rows_R, out=tops, logits_RV=logits_RV)
+        choose(logits_RV, self._state, seats_S, tops=tops)
+        if self._network.fuses_head:
+            self._network.tops(hidden, rows_R, out=tops, logits_RV=None)
 
 
 def _choose_dtype(name: str) -> torch.dtype:

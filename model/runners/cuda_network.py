@@ -19,6 +19,7 @@ from torch.nn import functional
 from model.config import Activation, ModelConfig, Norm, Position
 from model.kernels.activation import silu_mul
 from model.kernels.attention import Partials, WorkList, paged_attention
+from model.kernels.head import Tops, find_tops, head, merge_tops
 from model.kernels.matmul import Product, multiply
 from model.kernels.norm import add_rms_norm
 from model.kernels.rotary import Heads, place_heads, rotary_table
@@ -102,6 +103,11 @@ class FusedNetwork:
         self._layers = [_layer(config, loaded, index) for index in range(config.num_layers)]
 
     @property
+    def fuses_head(self) -> bool:
+        """Whether tops can be had without logits: with our own product alone."""
+        return self._multiply is multiply
+
+    @property
     def windows(self) -> set[int | None]:
         """The windows that its layers have."""
         return {layer.window for layer in self._layers}
@@ -157,9 +163,35 @@ class FusedNetwork:
         out_RV: torch.Tensor,
     ) -> None:
         """Fills `out_RV`, float32, with the logits of some rows (None: of all)."""
+        self._multiply(self._last(hidden, rows_R), self._head, out_MN=out_RV)
+
+    def tops(
+        self,
+        hidden: tuple[torch.Tensor, Product],
+        rows_R: torch.Tensor | None,
+        *,
+        out: Tops,
+        logits_RV: torch.Tensor | None,
+    ) -> None:
+        """Fills `out` with the tops of whole rows; `logits_RV`, if given, as `logits` does.
+
+        Raises ValueError for tops without logits where the head is not fused.
+        """
+        if self.fuses_head:
+            found = head(self._last(hidden, rows_R), self._head, logits_RV=logits_RV)
+        elif logits_RV is None:
+            raise ValueError("a product of another make gives tops only with the logits")
+        else:
+            self.logits(hidden, rows_R, out_RV=logits_RV)
+            found = find_tops(logits_RV)
+        merge_tops(found, vocab_size=self.config.vocab_size, out=out)
+
+    def _last(
+        self, hidden: tuple[torch.Tensor, Product], rows_R: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the head multiplies: the stream's end, normalised, [R, C]."""
         residual_TC, delta = hidden
-        x_RC = add_rms_norm(residual_TC, delta, self._norm, eps=self.config.norm_eps, rows_R=rows_R)
-        self._multiply(x_RC, self._head, out_MN=out_RV)
+        return add_rms_norm(residual_TC, delta, self._norm, eps=self.config.norm_eps, rows_R=rows_R)
 
     def _add_norm(
         self, residual_TC: torch.Tensor, delta: Product | None, weight_C: torch.Tensor

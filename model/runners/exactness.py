@@ -5,19 +5,22 @@
     chunks of N      the prompt in pieces of N tokens
     prefix hit       the prompt's full blocks found computed already
     recomputed       preempted in the middle: prompt and answer so far computed again as a prompt
+    likeliest        greedy and with nothing read of the logits, which a runner may then not have
+    likeliest, N     the same beside N others
 
-What is compared are tokens and the log probabilities of the chosen and of the eight likeliest. It
+What is compared are tokens and the log probabilities of the chosen and of the eight likeliest; of
+the last two ways tokens alone, with those of a greedy answer whose log probabilities are read. It
 uses the runner's blocks from number 0 on, so nobody else may hold any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from model.batch import Batch, SamplingBatch
+from model.batch import Batch, SamplingBatch, StepOutput
 from model.runners import Runner, RunnerOptions
 
 _NUM_TOP = 8
@@ -34,6 +37,7 @@ class Trial:
     beside: tuple[int, ...] = (1, 16)
     chunks: tuple[int, ...] = (1, 7)
     temperature: float = 0.7
+    num_top: int | None = _NUM_TOP  # None: log probabilities are not asked for
 
 
 def trial_for(options: RunnerOptions, *, num_blocks: int, max_model_len: int) -> Trial:
@@ -68,18 +72,23 @@ class _Text:
 def try_exactness(runner: Runner, trial: Trial) -> Mapping[str, bool]:
     """Each way through the runner, and whether it gave the bits of `alone`."""
     prompt = _prompt(runner, trial.prompt, seed=0)
-    most = trial.prompt + trial.answer
     expected = _alone(runner, prompt, trial)
     found = {_ALONE: _alone(runner, prompt, trial) == expected}
     for count in trial.beside:
-        others = [_prompt(runner, 1 + 7 * n % trial.prompt, seed=n + 1) for n in range(count)]
-        texts = [*_seat(runner, others, most), *_seat(runner, [prompt], most, first=count)]
+        texts = _seat_beside(runner, prompt, trial, count=count)
         found[f"beside {count}"] = _generate(runner, texts, trial, chunk=trial.prompt) == expected
     for size in trial.chunks:
-        texts = _seat(runner, [prompt], most)
+        texts = _seat(runner, [prompt], trial.prompt + trial.answer)
         found[f"chunks of {size}"] = _generate(runner, texts, trial, chunk=size) == expected
     found["prefix hit"] = _prefix_hit(runner, prompt, trial) == expected
     found["recomputed"] = _recomputed(runner, prompt, trial) == expected
+    greedy = replace(trial, temperature=0.0)
+    likeliest = _answer(runner, prompt, greedy, count=0)
+    greedy = replace(greedy, num_top=None)
+    found["likeliest"] = _answer(runner, prompt, greedy, count=0) == likeliest
+    for count in trial.beside:
+        answer = _answer(runner, prompt, greedy, count=count)
+        found[f"likeliest, {count}"] = answer == likeliest
     return found
 
 
@@ -106,6 +115,13 @@ def _recomputed(runner: Runner, prompt: list[int], trial: Trial) -> list[bytes]:
     return _generate(runner, [text], trial, chunk=most)
 
 
+def _answer(runner: Runner, prompt: list[int], trial: Trial, *, count: int) -> list[int]:
+    """The tokens of an answer beside `count` others."""
+    texts = _seat_beside(runner, prompt, trial, count=count)
+    _generate(runner, texts, trial, chunk=trial.prompt)
+    return texts[-1].tokens[trial.prompt :]
+
+
 def _generate(
     runner: Runner, texts: list[_Text], trial: Trial, *, chunk: int, count: int | None = None
 ) -> list[bytes]:
@@ -122,12 +138,14 @@ def _generate(
             row = next(rows)
             text.tokens.append(int(output.tokens_R[row]))
             text.answered += 1
-            text.bits.append(
-                output.tokens_R[row].tobytes()
-                + output.logprobs_R[row].tobytes()
-                + output.top_logprobs_RN[row].tobytes()
-            )
+            text.bits.append(_bits(output, row))
     return watched.bits
+
+
+def _bits(output: StepOutput, row: int) -> bytes:
+    """A row's, without log probabilities where nobody asked for any."""
+    columns = (output.tokens_R, output.logprobs_R, output.top_logprobs_RN)
+    return b"".join(column[row].tobytes() for column in columns if len(column))
 
 
 def _prompt(runner: Runner, length: int, *, seed: int) -> list[int]:
@@ -146,6 +164,13 @@ def _seat(
         _Text(tokens=list(prompt), seat=seat, blocks=range(seat * each, (seat + 1) * each))
         for seat, prompt in enumerate(prompts, first)
     ]
+
+
+def _seat_beside(runner: Runner, prompt: list[int], trial: Trial, *, count: int) -> list[_Text]:
+    """The prompt behind `count` others of other lengths."""
+    others = [_prompt(runner, 1 + 7 * n % trial.prompt, seed=n + 1) for n in range(count)]
+    most = trial.prompt + trial.answer
+    return [*_seat(runner, others, most), *_seat(runner, [prompt], most, first=count)]
 
 
 def _batch(texts: list[_Text], lengths: list[int], trial: Trial, *, vocab_size: int) -> Batch:
@@ -181,7 +206,7 @@ def _columns(texts: list[_Text], trial: Trial, vocab_size: int) -> SamplingBatch
         temperature=trial.temperature,
         seeds_R=np.array([text.tokens[0] for text in texts], np.uint64),
         indices_R=_ints([text.answered for text in texts]),
-        num_top=_NUM_TOP,
+        num_top=trial.num_top,
     )
 
 

@@ -4,6 +4,8 @@ probabilities after. Launched and not waited for, like the rest of a step.
     adjust        changes the rows in place, as `model.sampler` orders it; gives back the unmodified
     read_extras   log probabilities of the chosen tokens
     score_rows    log probabilities of given tokens of a prompt, some rows at a time
+
+Where a step does none of this and draws nothing, it needs no logits (`wants_likeliest_alone`).
 """
 
 from __future__ import annotations
@@ -64,6 +66,11 @@ class Extras:
     rows: npt.NDArray[np.intp]  # who asked
     num_rows: int
 
+    @classmethod
+    def none(cls) -> Extras:
+        """Nobody asked."""
+        return cls(scores=Scores.none(), rows=np.zeros(0, np.intp), num_rows=0)
+
     def wait(self) -> Logprobs:
         """Spread over all rows; the others hold 0. Nothing where nobody asked."""
         found = self.scores.wait()
@@ -74,6 +81,13 @@ class Extras:
             top_ids=_spread(found.top_ids, self.rows, self.num_rows),
             top_logprobs=_spread(found.top_logprobs, self.rows, self.num_rows),
         )
+
+
+def wants_likeliest_alone(sampling: SamplingBatch) -> bool:
+    """Whether all rows are greedy and nothing changes or reads their logits."""
+    changed = sampling.bias_rows_E.size or sampling.penalty_rows_P.size or sampling.mask_rows_M.size
+    read = sampling.wants_logprobs_R.any()
+    return not changed and not read and not sampling.temperatures_R.any()
 
 
 def adjust(logits_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
@@ -127,11 +141,11 @@ def read_extras(
 ) -> Extras:
     """Log probabilities of the chosen tokens of the rows that want them."""
     rows = np.flatnonzero(sampling.wants_logprobs_R)
-    scores = Scores.none()
-    if rows.size:
-        picked = _long(rows, raw_RV.device)
-        scored = score(raw_RV[picked], tokens_R[picked].long(), num_top=sampling.num_top)
-        scores = Scores(readings=(_read(scored, accelerator),), num_top=sampling.num_top)
+    if not rows.size:
+        return Extras.none()
+    picked = _long(rows, raw_RV.device)
+    scored = score(raw_RV[picked], tokens_R[picked].long(), num_top=sampling.num_top)
+    scores = Scores(readings=(_read(scored, accelerator),), num_top=sampling.num_top)
     return Extras(scores=scores, rows=rows, num_rows=len(tokens_R))
 
 

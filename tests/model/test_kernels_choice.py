@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model.kernels.choice import choose, choose_twin
+from model.kernels.head import head, merge_tops
 from model.kernels.inputs import Column
 
 pytestmark = pytest.mark.slow
@@ -46,6 +47,34 @@ def test_chooses_what_the_sampler_chooses(seed: int) -> None:
     logits = logits.to(DEVICE)
     given = choose(logits, state, seats, chunk=64)
     assert given.tolist() == choose_twin(logits, state, seats).tolist()
+
+
+@pytest.mark.parametrize(
+    "seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.kernels) for seed in range(3, 20))]
+)
+def test_chooses_the_same_from_the_tops_of_the_head(seed: int) -> None:
+    """Greedy, drawn and mixed rows, from one to past a tile of rows, with equals in other tiles."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    rows, vocab_size = int(rng.choice([1, 5, 18])), int(rng.choice([5, 64, 97, 300]))
+    x, weight = torch.randn(rows, 24), torch.randn(vocab_size, 24)
+    if seed % 2:
+        x, weight = x.round(), weight.round()
+        weight[vocab_size - vocab_size // 2 :] = weight[: vocab_size // 2].clone()
+    x, weight = x.to(DEVICE), weight.to(DEVICE)
+    state = random_state(rng, rows, vocab_size)
+    if seed % 3 == 0:
+        state[:, Column.TEMPERATURE] = 0
+    seats = torch.tensor(rng.permutation(rows), dtype=torch.int32, device=DEVICE)
+    logits = torch.empty((rows, vocab_size), device=DEVICE)
+    tops = head(x, weight, logits_RV=logits)
+    expected = choose_twin(logits, state, seats).tolist()
+    assert choose(logits, state, seats, tops=tops, chunk=64).tolist() == expected
+    likeliest = merge_tops(tops, vocab_size=vocab_size).ids_RN[:, 0].tolist()
+    assert likeliest == logits.argmax(-1).tolist()
+    for row, seat in enumerate(seats.tolist()):
+        if state[seat, Column.TEMPERATURE] == 0:
+            assert likeliest[row] == expected[row]
 
 
 def test_random_numbers_follow_from_seed_choice_and_index() -> None:
