@@ -29,6 +29,7 @@ import uvloop
 from loadtest.engine_overhead import InstantRunner
 from model.batch import Batch, StepOutput
 from model.checkpoint.fetch import default_cache, resolve
+from model.runners import RunnerOptions
 from service.listeners import Listener, address, bind
 from service.messages import ModelCard
 from service.metrics import Metrics
@@ -56,7 +57,8 @@ class Server:
     """The service in this process, on free ports."""
 
     def __init__(self, *, pace: float, streams: int) -> None:
-        self.settings = Settings(port=0, admin_port=0, max_sequences=max(64, streams))
+        self.settings = Settings(port=0, admin_port=0)
+        self._options = RunnerOptions(max_sequences=max(64, streams))
         self.public = bind("127.0.0.1", 0)
         self._runner = PacedRunner(pace=pace, num_blocks=streams * 128)
         self.is_ready = asyncio.Event()
@@ -74,7 +76,12 @@ class Server:
         )
         tokenizer = load_tokenizer(resolve("", cache=default_cache()))
         loaded = Loaded(
-            runner=self._runner, tokenizer=tokenizer, card=card, seconds=0.0, passed_over=""
+            runner=self._runner,
+            tokenizer=tokenizer,
+            card=card,
+            seconds=0.0,
+            passed_over="",
+            options=self._options,
         )
         engine = EngineSide(self.settings, loaded, queue, metrics)
         api = ApiSide(self.settings, card, queue, metrics, tokenizer=tokenizer, engine=engine)

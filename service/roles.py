@@ -219,8 +219,8 @@ class EngineSide:
         self.loop = EngineLoop(
             loaded.runner,
             config=EngineConfig(
-                max_batch_tokens=settings.max_batch_tokens,
-                max_sequences=settings.max_sequences,
+                max_batch_tokens=loaded.options.max_batch_tokens,
+                max_sequences=loaded.options.max_sequences,
                 max_model_len=loaded.card.max_model_len,
                 target_gap=settings.target_gap,
                 speculate=settings.speculate,
@@ -237,6 +237,13 @@ class EngineSide:
             ),
         )
         self.worker = Worker(queue, self.loop, info=self._info, observer=observer)
+        if loaded.followers is not None:
+            loaded.followers.when_lost(self._lose_rank)
+
+    def _lose_rank(self, reason: str) -> None:
+        """Any thread. The engine is broken, also while it has nothing to do."""
+        log.critical(reason)
+        self.worker.fail()
 
     def _deliver(self, events: Sequence[Event]) -> None:
         self.worker.deliver(events)
@@ -385,11 +392,12 @@ async def announce(listeners: Sequence[Listener], ready: Callable[[], None]) -> 
 
 def engine_rows(loaded: Loaded, path: Path) -> dict[str, str]:
     """The banner's lines about the model and the engine."""
-    runner, card = loaded.runner, loaded.card
+    runner, card, options = loaded.runner, loaded.card, loaded.options
     rows = {
         "model": f"{card.id} ({path.name}), up to {card.max_model_len} tokens",
         "numeric class": card.numeric_class + ("" if runner.exact else " (within rounding)"),
         "KV cache": f"{runner.num_blocks} blocks of {runner.block_size} tokens",
+        "a step": f"up to {options.max_batch_tokens} tokens, {options.max_sequences} sequences",
         "loaded in": f"{loaded.seconds:.1f} s",
     }
     return rows | ({"passed over": loaded.passed_over} if loaded.passed_over else {})

@@ -88,15 +88,36 @@ class Settings(BaseModel):
     threads: int | None = _setting(
         Group.ENGINE, None, "Threads of the engine; by default one a core.", ge=1, le=1024
     )
-    kv_memory: Bytes = _setting(
-        Group.ENGINE, 512 * 1024**2, "Memory of the KV cache: bytes, or 512MiB, 2g.", ge=1
+    tensor_parallel: int = _setting(
+        Group.ENGINE, 1, "Processes that share the network, a GPU each.", ge=1, le=64
+    )
+    kv_memory: Bytes | None = _setting(
+        Group.ENGINE,
+        None,
+        "Memory of the KV cache, in each process: bytes, or 512MiB, 2g; by default 512MiB, on a "
+        "GPU by memory_share.",
+        ge=1,
+    )
+    memory_share: float = _setting(
+        Group.ENGINE,
+        0.9,
+        "Share of a GPU's memory, of what weights and steps leave free, for the KV cache.",
+        gt=0,
+        le=1,
     )
     block_size: int = _setting(Group.ENGINE, 16, "Tokens a KV block.", ge=1, le=1024)
-    max_batch_tokens: int = _setting(
-        Group.ENGINE, 512, "Most tokens one step computes; the chunk of a long prompt.", ge=1
+    max_batch_tokens: int | None = _setting(
+        Group.ENGINE,
+        None,
+        "Most tokens one step computes, the chunk of a long prompt; by default 512, on a GPU 2048.",
+        ge=1,
     )
-    max_sequences: int = _setting(
-        Group.ENGINE, 64, "Most sequences one step computes.", ge=1, le=4096
+    max_sequences: int | None = _setting(
+        Group.ENGINE,
+        None,
+        "Most sequences one step computes; by default 64, on a GPU 256.",
+        ge=1,
+        le=4096,
     )
 
     target_gap: float = _setting(
@@ -206,6 +227,14 @@ def bound_spinning() -> None:
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ.update(OMP_WAIT_POLICY="ACTIVE", GOMP_SPINCOUNT="10000")
+
+
+def keep_ranks_to_themselves() -> None:
+    """Makes the libraries of tensor parallelism meet on the loopback interface, unless the operator
+    decided: by themselves they take one that others can reach, or fail for the host's name.
+    """
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo")
 
 
 class SettingRow(NamedTuple):

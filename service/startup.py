@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,13 +22,16 @@ from model.checkpoint import CheckpointError, configure, open_checkpoint
 from model.checkpoint.fetch import FetchError, resolve
 from model.config import ModelConfig
 from model.memory import return_free_memory
+from model.runners import RunnerOptions
 from model.tokenizer import Tokenizer
 from service.errors import StartupError
 from service.messages import ModelCard
-from service.settings import Settings, bound_spinning
+from service.settings import Settings, bound_spinning, keep_ranks_to_themselves
 
 if TYPE_CHECKING:
+    from model.parallel.ranks import FollowerProcesses
     from model.runners import Runner
+    from model.runners.choose import Choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,8 @@ class Loaded:
     card: ModelCard
     seconds: float
     passed_over: str  # why a faster runner does not serve; empty where none was
+    options: RunnerOptions = field(default_factory=RunnerOptions)  # with the sizes that were chosen
+    followers: FollowerProcesses | None = None  # the ranks that share the network, if any
 
 
 @contextmanager
@@ -84,37 +89,46 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def load_engine(settings: Settings, path: Path) -> Loaded:
-    """Loads weights and tokenizer, packs, warms up. Seconds of work: not for the event loop."""
+    """Loads weights and tokenizer, packs, warms up. Seconds of work: not for the event loop.
+
+    With tensor parallelism it starts the other ranks' processes. Raises StartupError.
+    """
     bound_spinning()
-    from model.checkpoint import load_model
-    from model.native import NativeUnavailable
-    from model.runners import RUNNERS, RunnerOptions
-    from model.runners.choose import choose_runner
+    keep_ranks_to_themselves()
+    from model.parallel.runner import RankLost
 
     began = time.monotonic()
-    options = RunnerOptions(
-        dtype=settings.dtype,
-        kv_dtype=settings.kv_dtype,
-        device=settings.device,
-        block_size=settings.block_size,
-        kv_memory=settings.kv_memory,
-        num_threads=settings.threads,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_sequences=settings.max_sequences,
-    )
+    try:
+        loaded = _load(settings, path)
+        return_free_memory()
+        loaded.runner.warm_up()
+    except RankLost as lost:
+        raise StartupError(f"tensor parallelism: {lost}") from None
+    return replace(loaded, seconds=time.monotonic() - began)
+
+
+def _load(settings: Settings, path: Path) -> Loaded:
+    """All but the warm-up. Raises StartupError for what cannot be served here."""
+    from model.native import NativeUnavailable
+    from model.runners.choose import choose_runner, choose_sizes
+
+    num_ranks, wanted = settings.tensor_parallel, _options(settings)
     try:
         with _said_in_one_line():
             _, config = configure(open_checkpoint(path))
-            choice = choose_runner(settings.runner, config, options)
-            # In the runner's own dtype from the start: a second copy would double the memory.
-            model = load_model(path, dtype=choice.dtype)
+            choice = choose_runner(settings.runner, config, wanted, num_ranks=num_ranks)
+            options = choose_sizes(
+                wanted,
+                runner=choice.name,
+                kv_memory=settings.kv_memory,
+                memory_share=settings.memory_share,
+                max_batch_tokens=settings.max_batch_tokens,
+                max_sequences=settings.max_sequences,
+            )
             tokenizer = load_tokenizer(path)
-        runner = RUNNERS[choice.name](config, model.weights, options, model.digest)
+            runner, followers = _build(path, config, choice, options, num_ranks=num_ranks)
     except (ValueError, NativeUnavailable, ImportError) as error:
         raise StartupError(f"runner {settings.runner}: {error}") from None
-    del model
-    return_free_memory()
-    runner.warm_up()
     card = replace(
         card_of(settings, path, runner.config, pool=runner.num_blocks * runner.block_size),
         numeric_class=runner.numeric_class,
@@ -123,9 +137,40 @@ def load_engine(settings: Settings, path: Path) -> Loaded:
         runner=runner,
         tokenizer=tokenizer,
         card=card,
-        seconds=time.monotonic() - began,
+        seconds=0.0,
         passed_over=choice.passed_over,
+        options=options,
+        followers=followers,
     )
+
+
+def _options(settings: Settings) -> RunnerOptions:
+    """What of a runner's options is the operator's alone; sizes are chosen for the runner."""
+    return RunnerOptions(
+        dtype=settings.dtype,
+        kv_dtype=settings.kv_dtype,
+        device=settings.device,
+        block_size=settings.block_size,
+        num_threads=settings.threads,
+    )
+
+
+def _build(
+    path: Path, config: ModelConfig, choice: Choice, options: RunnerOptions, *, num_ranks: int
+) -> tuple[Runner, FollowerProcesses | None]:
+    """The runner over the model's weights and, where it shares them, the other ranks."""
+    from model.checkpoint import load_model
+    from model.parallel.ranks import check_ranks, start_parallel
+    from model.runners import RUNNERS
+
+    if num_ranks > 1:
+        check_ranks(num_ranks, runner=choice.name, config=config, options=options)
+        return start_parallel(
+            path, runner=choice.name, dtype=choice.dtype, options=options, num_ranks=num_ranks
+        )
+    # In the runner's own dtype from the start: a second copy would double the memory.
+    model = load_model(path, dtype=choice.dtype)
+    return RUNNERS[choice.name](config, model.weights, options, model.digest), None
 
 
 def load_card(settings: Settings, path: Path) -> ModelCard:

@@ -6,7 +6,7 @@ before anything large is allocated. Importing this package does not import torch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -122,8 +122,13 @@ def configure(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
         raise CheckpointError(f"the configuration is no {family.name}: {error}") from None
 
 
-def load_model(path: Path, *, dtype: torch.dtype | None = None) -> LoadedModel:
-    """Reads a whole model. Raises CheckpointError for anything that is not one."""
+def load_model(
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    keep: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+) -> LoadedModel:
+    """Reads a whole model, or what `keep` keeps of it. Raises CheckpointError for what is none."""
     from concurrent.futures import ThreadPoolExecutor
 
     from model.checkpoint.assemble import assemble
@@ -132,5 +137,5 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None) -> LoadedModel:
     family, config = configure(checkpoint)
     with ThreadPoolExecutor(max_workers=1) as hasher:  # hashing lets go of the interpreter lock
         digest = hasher.submit(lambda: checkpoint.digest)
-        weights = assemble(family, config, checkpoint=checkpoint, dtype=dtype)
+        weights = assemble(family, config, checkpoint=checkpoint, dtype=dtype, keep=keep)
         return LoadedModel(config=config, weights=weights, digest=digest.result())

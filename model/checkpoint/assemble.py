@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,10 +32,12 @@ def assemble(
     checkpoint: Checkpoint,
     dtype: torch.dtype | None = None,
     prefix: str = "",
+    keep: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Reads the network's tensors, those whose names begin with `prefix`; all are checked.
 
-    dtype None: as stored. Raises CheckpointError.
+    dtype None: as stored. `keep` gives what is kept of each, as soon as it is there: a share needs
+    no memory for the whole. Raises CheckpointError.
     """
     if config.num_layers > len(checkpoint.names()):
         raise CheckpointError("more layers than tensors")
@@ -59,7 +61,8 @@ def assemble(
         for target in {target_of[part] for part in parts}:
             if all(part in found for part in fused[target]):
                 pieces = [found.pop(part) for part in fused[target]]
-                weights[target] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                weights[target] = whole if keep is None else keep(target, whole)
     return weights
 
 

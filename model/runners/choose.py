@@ -1,4 +1,4 @@
-"""Chooses the runner where none was named: the fastest that this machine, model and dtype allow.
+"""Chooses what was not said: the fastest runner that machine, model and dtype allow, and its sizes.
 
 It also says why a faster one was passed over: an operator who waits for 2,000 tokens a second and
 gets 400 must not have to guess.
@@ -6,7 +6,7 @@ gets 400 must not have to guess.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,7 +24,9 @@ class Choice:
     passed_over: str = ""
 
 
-def choose_runner(name: str, config: ModelConfig, options: RunnerOptions) -> Choice:
+def choose_runner(
+    name: str, config: ModelConfig, options: RunnerOptions, *, num_ranks: int = 1
+) -> Choice:
     """The runner to build. `auto` never raises; a name is taken at its word."""
     if name == "native":
         return Choice(name="native", dtype=None)
@@ -35,10 +37,44 @@ def choose_runner(name: str, config: ModelConfig, options: RunnerOptions) -> Cho
         return Choice(name="torch", dtype=fallback)
     if choose_device(options.device).type != "cpu":
         return Choice(name="cuda", dtype=torch.bfloat16)
-    reason = _native_reason(config)
+    reason = _native_reason(config) if num_ranks == 1 else "it does no tensor parallelism"
     if reason is None:
         return Choice(name="native", dtype=None)
     return Choice(name="torch", dtype=fallback, passed_over=f"native: {reason}")
+
+
+def choose_sizes(
+    options: RunnerOptions,
+    *,
+    runner: str,
+    kv_memory: int | None,
+    memory_share: float,
+    max_batch_tokens: int | None,
+    max_sequences: int | None,
+) -> RunnerOptions:
+    """The options with sizes: the operator's, and where None was given those that fit the runner.
+
+    A GPU is a machine of its own: the pool takes its share of the memory, steps are large. A CPU is
+    the home of others. Raises ValueError for sizes that contradict one another.
+    """
+    on_gpu = runner == "cuda"
+    tokens, sequences = (2048, 256) if on_gpu else (512, 64)
+    if max_batch_tokens is None:
+        max_batch_tokens = max(tokens, max_sequences or 0)
+    if max_sequences is None:
+        max_sequences = min(sequences, max_batch_tokens)
+    if max_sequences > max_batch_tokens:
+        raise ValueError(
+            f"max_sequences is {max_sequences} and must not be above max_batch_tokens, "
+            f"{max_batch_tokens}: a step has a token of each"
+        )
+    return replace(
+        options,
+        kv_memory=options.kv_memory if kv_memory is None else kv_memory,
+        memory_share=memory_share if on_gpu and kv_memory is None else None,
+        max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences,
+    )
 
 
 def _native_reason(config: ModelConfig) -> str | None:

@@ -11,7 +11,7 @@ def check_weights_fit(needed: int, free: int | None) -> None:
     if free is not None and needed + MARGIN > free:
         raise ValueError(
             f"the weights need {needed / GIB:.1f} GiB and the device has {free / GIB:.1f} GiB "
-            "free: take a smaller model or dtype, or spread it with tensor parallelism"
+            "free: take a smaller model or dtype, or share it among GPUs with tensor_parallel"
         )
 
 

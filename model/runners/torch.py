@@ -6,6 +6,7 @@ their sums by the shape of the step, so it promises equal answers within roundin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from model.batch import Batch, SamplingBatch, StepOutput
 from model.config import ModelConfig
 from model.kvcache import KVCache, blocks_within
 from model.layers import PackedLinear, load_weights, pack_linears
+from model.parallel.shares import sum_sublayers
 from model.runners import RunnerOptions, Weights
 from model.sampler import ScoredRows, sample, score
 from model.transformer import Transformer
@@ -28,10 +30,19 @@ _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class TorchRunner:
-    """Owns the network and the KV pool. Raises ValueError for options it cannot serve."""
+    """Owns the network and the KV pool. Raises ValueError for options it cannot serve.
+
+    With `reduce`, which sums over ranks, it is one of those that share a network.
+    """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, *, options: RunnerOptions, digest: str
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        options: RunnerOptions,
+        digest: str,
+        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
@@ -47,6 +58,8 @@ class TorchRunner:
         self.exact = False
         self._options = options
         self._network = _network(config, weights, dtype=dtype, device=device)
+        if reduce is not None:
+            sum_sublayers(self._network, reduce)
         self._attention = ATTENTION["torch_paged"]()
         self._cache = KVCache(
             config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import yaml
 
 from model.config import ModelConfig
 from model.kvcache import bytes_per_block
+from model.runners import RunnerOptions
+from model.runners.choose import choose_sizes
 from service.settings import setting_rows
 from tests.deploy.manifests import DEPLOY, ROOT, get, render
 from tests.deploy.promql import known_series
@@ -35,9 +38,22 @@ def test_every_setting_it_names_is_one() -> None:
 def test_the_defaults_it_states_are_those() -> None:
     defaults = {row.variable: row.default for row in setting_rows()}
     stated = dict(re.findall(r"^\| `(QUIRE_\w+)` \| ([\d.,]+)(?: s)? \|", GUIDE, re.MULTILINE))
-    assert len(stated) >= 6
+    assert len(stated) >= 5
     for name, value in stated.items():
         assert float(defaults[name]) == float(value.replace(",", "")), name
+
+
+@pytest.mark.parametrize("name", ["max_batch_tokens", "max_sequences"])
+def test_the_sizes_it_states_are_those_that_are_chosen(name: str) -> None:
+    """They depend on the runner, and the setting's help says so as well."""
+    wanted: dict[str, Any] = {"kv_memory": None, "max_batch_tokens": None, "max_sequences": None}
+    cpu, gpu = (
+        getattr(choose_sizes(RunnerOptions(), runner=runner, memory_share=0.9, **wanted), name)
+        for runner in ("native", "cuda")
+    )
+    assert f"| `QUIRE_{name.upper()}` | {cpu}; GPU {gpu} |" in GUIDE
+    help_text = next(row.help for row in setting_rows() if row.name == name)
+    assert help_text.endswith(f"by default {cpu}, on a GPU {gpu}.")
 
 
 def test_every_series_it_names_is_one() -> None:

@@ -27,6 +27,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from model.batch import Batch
+from model.runners import RunnerOptions
 from service.listeners import Listener, address, bind
 from service.messages import GenerationRequest, ModelCard, SamplingParams
 from service.metrics import Metrics
@@ -97,7 +98,14 @@ async def serve_oracle(
         created=0,
     )
     tokenizer = load_tokenizer(Path(settings.model))
-    loaded = Loaded(runner=runner, tokenizer=tokenizer, card=card, seconds=0.0, passed_over="")
+    loaded = Loaded(
+        runner=runner,
+        tokenizer=tokenizer,
+        card=card,
+        seconds=0.0,
+        passed_over="",
+        options=RunnerOptions(max_sequences=settings.max_sequences or 64),
+    )
     metrics = Metrics()
     queue = await opened_queue(settings, metrics)
     engine = EngineSide(settings, loaded, queue, metrics)

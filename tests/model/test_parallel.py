@@ -6,6 +6,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -15,17 +16,9 @@ import torch
 
 from model.batch import Batch
 from model.config import ModelConfig, Norm, Position
-from model.parallel import (
-    ParallelRunner,
-    connect,
-    decode,
-    encode,
-    follow,
-    share_config,
-    share_weights,
-    sum_over,
-    sum_sublayers,
-)
+from model.parallel.runner import follow, lead
+from model.parallel.shares import connect, share_config, share_weights, sum_over, sum_sublayers
+from model.parallel.wire import decode, encode
 from model.runners import RunnerOptions
 from model.transformer import Transformer
 from tests.builders import Piece, make_batch, tiny_model_config, tiny_weights
@@ -100,23 +93,34 @@ def test_a_batch_travels_whole(unread: np.ndarray[Any, Any] | None) -> None:
     assert (mask is None) == (unread is None)
 
 
+class Other:
+    """The other rank, at the end of a pipe."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.tell = self.dismiss = connection.send_bytes
+
+    def check(self, *, patience: float = 0.0) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def rank_of(
-    rank: int, port: int, work: Callable[..., Any], results: Queue[Any], *, num_ranks: int = 2
+    rank: int, port: int, work: Callable[..., Any], results: Queue[Any], connection: Connection
 ) -> None:
     """A process's whole life."""
     torch.set_num_threads(1)
     try:
-        group = connect(
-            rank=rank, num_ranks=num_ranks, port=port, device=torch.device("cpu"), timeout=60
-        )
-        results.put((rank, work(rank, group)))
+        group = connect(rank=rank, num_ranks=2, port=port, device=torch.device("cpu"), timeout=60)
+        results.put((rank, work(rank, group, connection)))
     except Exception:  # noqa: BLE001 - whatever it was, the test shall show it
         results.put((rank, traceback.format_exc()))
     finally:
         torch.distributed.destroy_process_group()
 
 
-def logits_of_rank(rank: int, group: torch.distributed.ProcessGroup) -> list[Any]:
+def logits_of_rank(rank: int, group: torch.distributed.ProcessGroup, _: Connection) -> list[Any]:
     config = tiny_model_config(**KINDS["biased"])
     shared = share_weights(config, tiny_weights(config), rank=rank, num_ranks=2)
     network = network_of(share_config(config, num_ranks=2), shared)
@@ -142,13 +146,16 @@ def runner_of(config: ModelConfig, rank: int, reduce: Any, *, num_ranks: int) ->
     )  # fmt: skip
 
 
-def tokens_of_rank(rank: int, group: torch.distributed.ProcessGroup) -> list[int]:
+def tokens_of_rank(
+    rank: int, group: torch.distributed.ProcessGroup, connection: Connection
+) -> list[int]:
     config = tiny_model_config(max_model_len=64)
     local = runner_of(config, rank, sum_over(group), num_ranks=2)
     if rank:
-        follow(local, group)
+        follow(local, group, hear=connection.recv_bytes)
         return []
-    runner = ParallelRunner(local, group, config=config)
+    runner = lead(local, group, config=config, followers=Other(connection))
+    assert hasattr(runner, "launch")
     tokens: list[int] = runner.run(batch_of(10)).tokens_R.tolist()
     runner.close()
     assert "tp2" in runner.numeric_class
@@ -161,7 +168,8 @@ def two_ranks(work: Callable[..., Any]) -> dict[int, Any]:
     context = get_context("spawn")
     results: Queue[Any] = context.Queue()
     processes = [
-        context.Process(target=rank_of, args=(rank, port, work, results)) for rank in range(2)
+        context.Process(target=rank_of, args=(rank, port, work, results, connection))
+        for rank, connection in enumerate(context.Pipe())
     ]
     for process in processes:
         process.start()

@@ -1,0 +1,150 @@
+"""Tensor parallelism: N processes, each with a share of every layer, compute as one.
+
+    rank r holds    heads     H / N query heads and K / N key heads: rows of QKV, columns of out
+                    width     F / N of the MLP: rows of gate and up, columns of down
+                    whole     embedding, norms, head
+
+A sublayer's last product gives each rank a summand; `reduce` adds them up (Shoeybi et al., arXiv
+1909.08053). All ranks then have the same logits and choose the same tokens. The order in which
+ranks are summed is the library's, so answers equal those of one process within rounding and not
+bit by bit.
+
+Here is what a rank computes and how ranks meet. Who leads them through the steps is in `runner`,
+who starts the processes in `ranks`.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from model.config import ModelConfig
+
+HOST = "127.0.0.1"  # where ranks meet: nobody on the network has a part in it
+
+_ROWS = ("attention.qkv", "mlp.gate_up", "mlp.up")
+_COLUMNS = ("attention.out", "mlp.down")
+
+
+def connect(
+    *,
+    rank: int,
+    num_ranks: int,
+    port: int,
+    device: torch.device,
+    timeout: float = 600.0,
+    listener: socket.socket | None = None,
+) -> dist.ProcessGroup:
+    """Meets the other ranks of this host; returns when all are there.
+
+    Rank 0 is met at `port`, on which its `listener` may listen already. `timeout`, in seconds, is
+    how long ranks wait for one another, here and in each sum; between steps nobody waits for sums.
+    """
+    patience = timedelta(seconds=timeout)
+    listening = None
+    if rank == 0:
+        listening = (listener or socket.create_server((HOST, port))).detach()
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # public, and missing in its types
+        HOST,
+        port,
+        num_ranks,
+        is_master=rank == 0,
+        timeout=patience,
+        wait_for_workers=False,
+        master_listen_fd=listening,
+    )
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=num_ranks,
+        timeout=patience,
+    )
+    group = dist.group.WORLD
+    if group is None:
+        raise ValueError("the process group was not made")
+    return group
+
+
+def share_config(config: ModelConfig, *, num_ranks: int) -> ModelConfig:
+    """The network that one rank computes. Raises ValueError where it does not divide."""
+    for name in ("num_heads", "num_kv_heads", "intermediate_size"):
+        size = getattr(config, name)
+        if size % num_ranks:
+            raise ValueError(f"tensor parallelism over {num_ranks} must divide {name} {size}")
+    return replace(
+        config,
+        num_heads=config.num_heads // num_ranks,
+        num_kv_heads=config.num_kv_heads // num_ranks,
+        intermediate_size=config.intermediate_size // num_ranks,
+    )
+
+
+def share_weights(
+    config: ModelConfig, weights: Mapping[str, torch.Tensor], *, rank: int, num_ranks: int
+) -> dict[str, torch.Tensor]:
+    """A rank's share, under the same names. `config` is the whole network's."""
+    share_config(config, num_ranks=num_ranks)
+    return {
+        name: share_tensor(name, weights[name], config=config, rank=rank, num_ranks=num_ranks)
+        for name in weights
+    }
+
+
+def share_tensor(
+    name: str, tensor: torch.Tensor, *, config: ModelConfig, rank: int, num_ranks: int
+) -> torch.Tensor:
+    """A rank's share of one tensor; what is cut off keeps no memory.
+
+    The bias of a sublayer's last product is rank 0's alone, because summands are added up.
+    """
+    parts = {
+        "attention.qkv": [config.query_size, config.kv_size, config.kv_size],
+        "mlp.gate_up": [config.intermediate_size, config.intermediate_size],
+        "mlp.up": [config.intermediate_size],
+    }
+    module = name.split(".", 2)[-1].rsplit(".", 1)[0] if name.startswith("blocks.") else ""
+    if module in _ROWS:
+        pieces = torch.split(tensor, parts[module])
+        return torch.cat([piece.chunk(num_ranks)[rank] for piece in pieces])
+    if module in _COLUMNS and name.endswith("weight"):
+        return tensor.chunk(num_ranks, dim=1)[rank].contiguous()
+    if module in _COLUMNS and rank > 0:
+        return torch.zeros_like(tensor)
+    return tensor
+
+
+def sum_over(group: dist.ProcessGroup) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Adds a tensor up over all ranks, in place."""
+
+    def reduce(summand: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(summand, group=group)
+        return summand
+
+    return reduce
+
+
+class _Summed(nn.Module):
+    """A layer whose outputs are added up over the ranks."""
+
+    def __init__(self, layer: nn.Module, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.reduce = reduce
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.reduce(self.layer(x))
+
+
+def sum_sublayers(network: nn.Module, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Makes a `Transformer` over a share of the weights compute with the other ranks."""
+    for path, module in list(network.named_modules()):
+        if path.endswith(_COLUMNS):
+            parent, _, name = path.rpartition(".")
+            setattr(network.get_submodule(parent), name, _Summed(module, reduce))

@@ -1,0 +1,51 @@
+"""Sizes that nobody gave fit the runner, and the operator's word is taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from model.runners import RunnerOptions
+from model.runners.choose import choose_runner, choose_sizes
+from tests.builders import tiny_model_config
+
+MIB = 1024**2
+
+
+def sizes(runner: str, **given: Any) -> tuple[int, float | None, int, int]:
+    wanted: dict[str, Any] = {"kv_memory": None, "max_batch_tokens": None, "max_sequences": None}
+    wanted |= {"memory_share": 0.8, **given}
+    options = choose_sizes(RunnerOptions(), runner=runner, **wanted)
+    return (
+        options.kv_memory,
+        options.memory_share,
+        options.max_batch_tokens,
+        options.max_sequences,
+    )
+
+
+def test_a_gpu_is_filled_and_a_cpu_is_shared() -> None:
+    assert sizes("native") == sizes("torch") == (512 * MIB, None, 512, 64)
+    assert sizes("cuda")[1:] == (0.8, 2048, 256)
+
+
+def test_what_is_given_wins() -> None:
+    given = {"kv_memory": 5 * MIB, "max_batch_tokens": 33, "max_sequences": 22}
+    for runner in ("native", "cuda"):
+        assert sizes(runner, **given) == (5 * MIB, None, 33, 22)
+
+
+@pytest.mark.parametrize("runner", ["torch", "cuda"])
+def test_one_size_gives_way_to_the_other(runner: str) -> None:
+    assert sizes(runner, max_sequences=3000)[2:] == (3000, 3000)
+    assert sizes(runner, max_batch_tokens=7)[2:] == (7, 7)
+    with pytest.raises(ValueError, match="max_sequences is 8"):
+        sizes(runner, max_batch_tokens=7, max_sequences=8)
+
+
+def test_a_shared_network_is_not_for_the_native_runner() -> None:
+    options = RunnerOptions(device="cpu")
+    choice = choose_runner("auto", tiny_model_config(), options, num_ranks=2)
+    assert choice.name == "torch"
+    assert "tensor parallelism" in choice.passed_over
