@@ -2,7 +2,9 @@
 
 A library's file name holds a hash of its sources and flags, so a stale one is never loaded, and one
 that is being written is never seen: it is compiled elsewhere and renamed. Two processes may build
-at once; both make the same file. `python -m model.native.build` builds beside the package.
+at once; both make the same file. Each build removes the libraries that were not asked for longest;
+a process that runs one goes on, because a file lives as long as it is mapped.
+`python -m model.native.build` builds beside the package.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +27,8 @@ from model.native import NativeUnavailable
 _SOURCES = Path(__file__).parent / "src"
 _BESIDE = Path(__file__).parent / "lib"
 _COMPILERS = ("g++", "clang++", "c++")
+_KEPT = 8  # libraries in a folder: one or two versions of the sources, with the builds of the tests
+_ABANDONED = 3600.0  # seconds after which nobody builds any more
 
 # No -ffast-math, and no product and sum fused but where the sources say so: the bits of a result
 # must not depend on the compiler. Sources that are not a variant run on any machine.
@@ -67,9 +73,12 @@ def find_or_build(build: Build | None = None, *, cache: Path | None = None) -> P
     build = build or Build()
     cache = cache or default_cache()
     name = build.file_name
-    for folder in (_BESIDE, cache):
-        if (folder / name).is_file():
-            return folder / name
+    if (_BESIDE / name).is_file():
+        return _BESIDE / name
+    if (cache / name).is_file():
+        with suppress(OSError):  # of another user
+            (cache / name).touch()  # by this it is among the last to be removed
+        return cache / name
     return compile_into(cache, build)
 
 
@@ -84,9 +93,29 @@ def compile_into(folder: Path, build: Build) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
             built = _compile(compiler, build, Path(scratch))
-            return built.replace(folder / build.file_name)
+            made = built.replace(folder / build.file_name)
     except OSError as error:
         raise NativeUnavailable(f"cannot build in {folder}: {error.strerror}") from error
+    _remove_stale(folder)
+    return made
+
+
+def _remove_stale(folder: Path) -> None:
+    """All libraries but the last that were built or asked for, and builds that were broken off.
+
+    Another process may do the same, so that anything may be gone already.
+    """
+    with suppress(OSError):
+        libraries = sorted(folder.glob("libquire-*.so"), key=_last_touched, reverse=True)
+        for library in libraries[_KEPT:]:
+            library.unlink(missing_ok=True)
+        for scratch in folder.glob("building-*"):
+            if _last_touched(scratch) < time.time() - _ABANDONED:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _last_touched(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _compile(compiler: str, build: Build, scratch: Path) -> Path:

@@ -10,13 +10,17 @@ tile of a multiplier is full, a fast path ends) stays as a factor of the regime.
 
 Other work on the machine makes steps longer, never shorter. Relative to its own duration, a step
 that stalled sixtyfold pulls at the fit with a sixtieth of the strength of an ordinary one, so that
-outliers need no rule of their own, not even where they come first. What is decided with these
-figures (chunks, drafts) never changes an answer.
+outliers need no rule of their own, not even where they come first.
+
+The line goes through the middle: half of the steps take longer. Who wants to stay *under* a limit
+plans with the `reserve`, which follows from how far steps with prompts exceeded what was expected
+of them. What is decided with these figures (chunks, drafts) never changes an answer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import NamedTuple
 
 _MEMORY = 0.9  # what a regime keeps of its past at each of its steps: about ten of them count
@@ -26,6 +30,15 @@ _RIDGE = (1e-6, 1e-5, 1e-3, 1e-3, 1e-5)
 _SHRINK = 2.0  # steps that a regime's factor 1 is worth
 _UNITS = (1.0, 1 / 64, 1 / 65536, 1 / 8192, 1 / 16)  # bring the features to about 1
 _FEATURES = len(_UNITS)
+
+_RECORD = 0.98  # what the record of excesses keeps at each step: about fifty of them count
+_FIRST_EXCESS = 0.04  # taken for it before there is one
+_REACH = 3.5  # in root mean squares of the excess; where more than the rarest go beyond, it grows
+_REACHES = (2.5, 5.0)
+_RARE = 0.01  # of the steps may take longer than planned
+_HASTE = 0.3  # by which the reach grows with each that does
+_MOST_RESERVE = 1.4  # where noise is greater, smaller chunks would cost more than they spare
+_STALL = 2.0  # a step that took more times what was expected: no chunk would have avoided it
 
 _Vector = tuple[float, ...]
 
@@ -88,6 +101,13 @@ class CostModel:
         self._regimes: dict[int, _Regime] = {}
         self._weights: _Vector = ()
         self._unfitted = 0
+        self._square_excess = _FIRST_EXCESS**2  # mean, of steps that decode and carry a prompt
+        self._reach = _REACH
+
+    @property
+    def reserve(self) -> float:
+        """How many times its expected duration hardly any step with a chunk exceeds; at least 1."""
+        return min(_MOST_RESERVE, 1 + self._reach * sqrt(self._square_excess))
 
     @property
     def ready(self) -> bool:
@@ -98,6 +118,8 @@ class CostModel:
         """Learns from a step. Durations that a coarse clock shows as 0 teach nothing."""
         if seconds <= 0:
             return
+        if self.ready and 0 < work.sampled < work.tokens:
+            self._compare(seconds / self._expected(work))
         regime = self._regimes.setdefault(_kind(work), _Regime())
         regime.read(tuple([feature / seconds for feature in _features(work)]))
         self._unfitted += 1
@@ -123,6 +145,15 @@ class CostModel:
             else:
                 high = middle - 1
         return low
+
+    def _compare(self, ratio: float) -> None:
+        """Records by how much a step exceeded what was expected; one that did not counts as 0."""
+        if ratio < _STALL:
+            low, high = _REACHES
+            self._reach += _HASTE * ((ratio > self.reserve) - _RARE)
+            self._reach = min(high, max(low, self._reach))
+            square = max(0.0, ratio - 1) ** 2
+            self._square_excess = _RECORD * self._square_excess + (1 - _RECORD) * square
 
     def _expected(self, work: StepWork) -> float:
         regime = self._regimes.get(_kind(work))

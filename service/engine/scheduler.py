@@ -70,7 +70,7 @@ class Scheduler:
         self._order = WaitingOrder(patience=config.patience)
         self._seats = list(range(config.max_sequences - 1, -1, -1))  # a stack: seat 0 first
         self._arrivals = itertools.count()
-        self._gap = config.target_gap  # seconds that the step in planning may take
+        self._gap = config.target_gap  # seconds that the step in planning is to take
 
     @property
     def num_waiting(self) -> int:
@@ -265,13 +265,15 @@ class Scheduler:
             plan.add(sequence, num)
 
     def _allowed_gap(self, plan: Plan) -> float:
-        """How long the step may take: as long as is wished for, or twice what its decodes take.
+        """How long the step is to be expected to take: as long as is wished for, or twice what its
+        decodes take, less a reserve for what takes longer than expected.
 
-        Where these alone come near the target, prompts would else trickle in, and with them the
-        throughput that more sequences bring.
+        Where the decodes alone come near the target, prompts would else trickle in, and with them
+        the throughput that more sequences bring. So the reserve leaves prompts half of their time.
         """
-        alone = self._cost.seconds(plan.work) if plan.num_tokens else None
-        return max(self._config.target_gap, 2 * (alone or 0.0))
+        alone = (self._cost.seconds(plan.work) if plan.num_tokens else None) or 0.0
+        wished = max(self._config.target_gap, 2 * alone)
+        return max(wished / self._cost.reserve, (wished + alone) / 2)
 
     def _within_gap(self, plan: Plan, sequence: Sequence, most: int, prompt_tokens: int) -> int:
         """How much of `most` does not hold up those who decode, beside prompts in the plan."""

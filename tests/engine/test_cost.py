@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from model.batch import Batch
 from service.engine.cost import CostModel, StepWork
 from service.engine.plan import EngineConfig
 from service.messages import GenerationRequest
+from tests.builders import slowly
 from tests.engine.harness import Rig, costs, expected, make_request
 
 CONFIG = EngineConfig(max_batch_tokens=512, max_sequences=32, prefix_cache=False)
@@ -139,6 +143,42 @@ def test_a_chunk_is_the_largest_that_keeps_within_the_limit() -> None:
     assert cost.chunk(decodes, computed=100, most=500, limit=0.001) == 0
 
 
+def test_the_reserve_is_what_hardly_any_step_exceeds() -> None:
+    """Whatever the noise looks like; and it goes when the noise goes."""
+    noises: list[Callable[[random.Random], float]] = [
+        lambda draw: draw.gauss(1, 0.03),
+        lambda draw: draw.gauss(1, 0.1),
+        lambda draw: draw.uniform(0.8, 1.2),
+        lambda draw: 0.95 + draw.expovariate(1 / 0.05),
+    ]
+    for number, noise in enumerate(noises):
+        draw, cost = random.Random(number), CostModel()
+        beyond: list[bool] = []
+        for index in range(4000):
+            work = random_work(draw)
+            seconds, guess = truth(work) * noise(draw), cost.seconds(work)
+            if index > 500 and guess is not None and work.sampled < work.tokens:
+                beyond.append(seconds > cost.reserve * guess)
+            cost.observe(work, seconds)
+        assert sum(beyond) / len(beyond) < 0.02, number
+        noisy = cost.reserve
+        for _ in range(1000):
+            work = random_work(draw)
+            cost.observe(work, truth(work))
+        assert cost.reserve < 1 + (noisy - 1) / 2
+
+
+def test_neither_stalls_nor_wild_noise_leave_no_room_for_chunks() -> None:
+    draw = random.Random(0)
+    stalling, wild = CostModel(), CostModel()
+    for _ in range(2000):
+        work = random_work(draw)
+        stalling.observe(work, truth(work) * (60 if draw.random() < 1 / 30 else 1))
+        wild.observe(work, truth(work) * draw.uniform(0.3, 3))
+    assert stalling.reserve < 1.2
+    assert wild.reserve == pytest.approx(1.4)
+
+
 # --- in the engine ----------------------------------------------------------------------------
 def takes(rows: int) -> float:
     return 0.007 + 1.6e-4 * rows
@@ -175,6 +215,86 @@ def test_who_decodes_waits_no_longer_than_the_target_gap_while_a_long_prompt_com
     assert len(mixed) <= 2000 / 250, "and the time is used"
     ids = rig.transcripts["decoding"].ids
     assert ids == expected(decoding)[0][: len(ids)]
+
+
+class NoisyRig(Rig):
+    """Its steps take what `slow_truth` says, give or take a tenth."""
+
+    def __init__(self, draw: random.Random) -> None:
+        config = EngineConfig(max_sequences=16, prefix_cache=False)
+        super().__init__(config, num_blocks=1400, max_model_len=4096)
+        self.draw = draw
+
+    def _ran(self, batch: Batch) -> None:
+        super()._ran(batch)
+        work = StepWork()
+        for length, num in zip(batch.context_lens_S, np.diff(batch.query_starts_S1), strict=True):
+            work = work.plus(int(num), computed=int(length - num), sampled=0)
+        self.now += slow_truth(work) * self.draw.gauss(1, 0.1)
+
+
+def slow_truth(work: StepWork) -> float:
+    """A single slow core: far into a prompt its attention dominates."""
+    return 0.005 + 4.5e-4 * work.tokens + 3.5e-7 * work.products
+
+
+@pytest.mark.parametrize("seed", [0, *slowly(1, 2, 3)])
+def test_in_noise_one_gap_in_a_hundred_exceeds_the_target_and_the_prompt_hardly_waits(
+    seed: int,
+) -> None:
+    """Chunks chosen for the very target exceed it in every second step."""
+    rig = NoisyRig(random.Random(seed))
+    target, length = rig.config.target_gap, 2500
+    for index in range(4):
+        rig.add(make_request(f"d{index}", prompt=[index] * 20, max_tokens=1200, ignore_eos=True))
+    for _ in range(20):
+        rig.step()
+    gaps: list[float] = []
+    durations = []
+    for number in range(9):
+        rig.add(long_prompt(f"p{number}", length=length))
+        began = rig.now
+        while not rig.transcripts[f"p{number}"].ids:
+            before = rig.now
+            rig.step()
+            gaps.append(rig.now - before)
+        durations.append(rig.now - began)
+    learnt = gaps[50:]
+    assert len(learnt) > 250
+    assert sum(gap > target for gap in learnt) <= 0.015 * len(learnt)
+    assert max(durations[2:]) < 1.15 * best_duration(length, target)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_the_reserve_leaves_a_prompt_half_of_its_time(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However unsure the durations are, and however little time the decodes leave."""
+    chunks = []
+    for reserve in (1.0, 100.0):
+        monkeypatch.setattr(CostModel, "reserve", reserve)
+        cost = costs(lambda rows: 0.001 * rows)
+        rig = Rig(CONFIG, cost=cost, num_blocks=2000, max_model_len=512)
+        for index in range(rows):
+            rig.add(make_request(f"d{index}", prompt=[index], max_tokens=9, ignore_eos=True))
+        rig.step()
+        rig.add(make_request("long", prompt=[1] * 180))
+        rig.step()
+        chunks.append(rig.batches[-1].num_tokens - rows)
+    assert 0.45 * chunks[0] < chunks[1] < 0.55 * chunks[0]
+
+
+def best_duration(length: int, target: float) -> float:
+    """Seconds of a prompt beside four decodes whose every step takes exactly the target."""
+    decodes = StepWork()
+    for _ in range(4):
+        decodes = decodes.plus(1, computed=400, sampled=0)
+    done = steps = 0
+    while done < length:
+        sizes = range(1, 500)
+        fit = [n for n in sizes if slow_truth(decodes.plus(n, computed=done, sampled=0)) <= target]
+        done, steps = done + max(fit), steps + 1
+    return steps * target
 
 
 def test_a_prompt_goes_on_where_the_decodes_alone_take_too_long() -> None:

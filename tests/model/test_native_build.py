@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import shutil
@@ -19,8 +20,9 @@ from model.native import build as building
 from model.native.build import Build, compile_into, default_cache, find_or_build
 from model.native.library import NativeLibrary
 from model.runners import RunnerOptions
+from model.runners.choose import choose_runner
 from model.runners.native import NativeRunner
-from tests.builders import Piece, make_batch, tiny_weights
+from tests.builders import Piece, make_batch, tiny_model_config, tiny_weights
 
 ROOT = Path(__file__).parent.parent.parent
 SANITIZERS = {
@@ -51,6 +53,17 @@ def test_without_a_compiler_the_reason_is_said(
         find_or_build(cache=tmp_path / "cache")
 
 
+def test_without_a_compiler_the_torch_runner_serves_and_the_reason_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(building, "_BESIDE", tmp_path)
+    choice = choose_runner("auto", tiny_model_config(head_dim=16), RunnerOptions(device="cpu"))
+    assert choice.name == "torch"
+    assert choice.passed_over.startswith("native: no C++ compiler")
+
+
 def test_what_the_compiler_says_is_passed_on(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
@@ -69,6 +82,40 @@ def test_a_library_that_is_there_is_not_built_again(
     assert find_or_build(cache=tmp_path / "none") == there
     with pytest.raises(NativeUnavailable, match="cannot be loaded"):
         NativeLibrary(there)
+
+
+def test_what_was_not_asked_for_longest_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a compiler that only writes its output. A removed library that is mapped goes on."""
+    compiler = tmp_path / "bin" / "g++"
+    compiler.parent.mkdir()
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\n: > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(compiler.parent))
+    monkeypatch.setattr(building, "_BESIDE", tmp_path)
+    cache = tmp_path / "cache"
+    builds = [Build(defines=(f"N{number}",)) for number in range(building._KEPT + 3)]
+    for number, build in enumerate(builds[:-1]):
+        path = find_or_build(build, cache=cache)
+        os.utime(path, (number, number))  # in 1970, one second after another
+    for name in ("notes.txt", "building-broken-off", "building-now"):
+        (cache / name).mkdir()
+    os.utime(cache / "building-broken-off", (0, 0))
+    left = {path.name for path in cache.glob("*.so")}
+    assert left == {build.file_name for build in builds[2:-1]}
+    with (cache / builds[3].file_name).open("rb+") as file:
+        file.write(b"code")
+        file.flush()
+        os.utime(file.fileno(), (3, 3))
+        mapped = mmap.mmap(file.fileno(), 0)
+    find_or_build(builds[2], cache=cache)  # found, and so it stays longer than the next
+    find_or_build(builds[-1], cache=cache)
+    left = {path.name for path in cache.iterdir()}
+    kept = [builds[2], *builds[4:]]
+    assert left == {*(build.file_name for build in kept), "notes.txt", "building-now"}
+    assert mapped[:] == b"code"
+    mapped.close()
 
 
 @pytest.mark.slow
@@ -141,6 +188,7 @@ import sys
 from pathlib import Path
 from model.native.library import NativeLibrary
 from model.runners import RunnerOptions
+from model.runners.choose import choose_runner
 from model.runners.native import NativeRunner
 from tests.builders import Piece, make_batch, tiny_model_config, tiny_weights
 

@@ -12,11 +12,14 @@ import torch
 
 from model.batch import Floats
 from model.config import ModelConfig, Norm, RopeScaling
+from model.families import family_of
 from model.runners import RunnerOptions
-from model.runners.native import NativeRunner, unsupported
+from model.runners.choose import choose_runner
+from model.runners.exactness import Trial, try_exactness
+from model.runners.native import COMPUTE_ROWS, NativeRunner, unsupported
 from model.runners.torch import TorchRunner
 from model.sampler import sample
-from tests.builders import Piece, make_batch, make_sampling, slowly, tiny_weights
+from tests.builders import Piece, make_batch, make_sampling, slowly, tiny_model_config, tiny_weights
 
 Build = Callable[..., NativeRunner]
 
@@ -153,6 +156,41 @@ def test_chunks_blocks_and_threads_change_no_bit(
         assert np.array_equal(scores(threaded, text, blocks(LONG, seed=2), chunk), whole), chunk
     wide = native(config, weights, kv_dtype=kv_dtype, block_size=64)
     assert np.array_equal(scores(wide, text, blocks(LONG, size=64, pool=40), 64), whole)
+
+
+@pytest.mark.parametrize("threads", [2, *slowly(1)])
+def test_every_way_through_every_variant_gives_the_same_bits(
+    threads: int,
+    native_config: Callable[..., ModelConfig],
+    native: Build,
+    native_variants: list[str],
+) -> None:
+    """Tokens and log probabilities, sampled: alone, in a batch, chunked, cached and recomputed."""
+    config = native_config(max_model_len=512)
+    weights = tiny_weights(config)
+    trial = Trial(prompt=260, answer=4, beside=(2, 32), chunks=(1, 7, 64))
+    for variant in native_variants:
+        runner = native(
+            config, weights, variant=variant, num_threads=threads, num_blocks=33 * 17,
+            max_batch_tokens=33 * 260,
+        )  # fmt: skip
+        found = try_exactness(runner, trial)
+        assert len(found) == 11
+        assert all(found.values()), (variant, found)
+
+
+def test_the_number_of_threads_of_a_step_changes_no_bit(
+    native_config: Callable[..., ModelConfig], native: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three threads for a few rows and one for many, as where two processors share a core."""
+    config = native_config()
+    weights = tiny_weights(config)
+    expected = scores(native(config, weights, num_threads=2), tokens(LONG), blocks(LONG), 64)
+    monkeypatch.setattr("model.runners.native.usable_cores", lambda: 1)
+    runner = native(config, weights, num_threads=3)
+    for chunk in (COMPUTE_ROWS - 1, COMPUTE_ROWS, COMPUTE_ROWS + 1, LONG):
+        found = scores(runner, tokens(LONG), blocks(LONG), chunk)
+        assert np.array_equal(found, expected), chunk
 
 
 def test_variants_agree_in_every_bit(
@@ -305,6 +343,21 @@ def test_a_step_that_does_not_fit_is_refused(
         runner.run(make_batch([Piece(tokens=tokens(3), blocks=[160], count=3)]))
     with pytest.raises(ValueError, match="outside the vocabulary"):
         runner.run(make_batch([Piece(tokens=[97], blocks=[0])]))
+
+
+def test_families_that_fit_the_step_are_served_and_others_fall_back_with_the_reason() -> None:
+    sizes = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97,
+        "num_key_value_heads": 2, "intermediate_size": 128, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5, "hidden_act": "silu", "head_dim": 16, "sliding_window": None,
+    }  # fmt: skip
+    for name in ("llama", "mistral", "qwen2", "qwen3"):
+        family = family_of(name)
+        assert unsupported(family.configure({"model_type": name, **sizes})) is None, name
+    other = tiny_model_config(norm=Norm.LAYER)
+    choice = choose_runner("auto", other, RunnerOptions(device="cpu"))
+    assert choice.name == "torch"
+    assert "RMSNorm" in choice.passed_over
 
 
 def test_what_is_not_served_is_said(
