@@ -20,14 +20,21 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from loadtest.client import Outcome, Target, complete
-from loadtest.gpu_models import RandomWeights, Shape, hugging_face_config
-from loadtest.gpu_offline import Workload
+from loadtest.gpu.models import RandomWeights, Shape, hugging_face_config
+from loadtest.gpu.offline import Workload
 from loadtest.servers import Plan, Server, running
 
 _NAME = "measured"
 
 
-def over_http(shape: Shape, workload: Workload, folder: Path, *, flags: Sequence[str]) -> float:
+def over_http(
+    shape: Shape,
+    workload: Workload,
+    folder: Path,
+    *,
+    flags: Sequence[str],
+    start_timeout: float = 300.0,
+) -> float:
     """Seconds of the workload with all clients at once. Raises RuntimeError for failed requests."""
     write_checkpoint(shape, folder / "model")
     server = Server(
@@ -36,7 +43,7 @@ def over_http(shape: Shape, workload: Workload, folder: Path, *, flags: Sequence
             *(sys.executable, "-m", "service", "serve", "--model", str(plan.model)),
             *("--model-name", _NAME, "--port", str(port), "--admin-port", "0", *plan.quire_flags),
         ],
-        start_timeout=300,
+        start_timeout=start_timeout,
         fields=lambda _: {
             "model": _NAME,
             "ignore_eos": True,
