@@ -1,4 +1,5 @@
-"""Cluster: what this replica knows of the engines that serve its queue. Refreshed each second.
+"""Cluster: what this replica knows of the engines that serve its queue. Refreshed each second,
+and more often while there is none: the first one to come is wanted at once.
 
 An API replica has no model of its own in memory: how long a prompt may be, what the numeric class
 is, how fast tokens come, it knows from what the engines tell of themselves.
@@ -17,6 +18,7 @@ from service.messages import ModelCard
 from service.queues import Queue, QueueDepth
 
 REFRESH_EVERY = 1.0
+REFRESH_EVERY_WITHOUT = 0.1  # seconds, while no engine is there
 ENGINES_GONE_AFTER = 5.0  # seconds without any engine before new requests are refused
 
 
@@ -96,4 +98,5 @@ class Cluster:
                 await self.refresh()
             except Unavailable:
                 self._observer.queue_away()
-            await asyncio.sleep(REFRESH_EVERY)
+            gone = self._gone_since is not None
+            await asyncio.sleep(REFRESH_EVERY_WITHOUT if gone else REFRESH_EVERY)

@@ -82,6 +82,7 @@ class Cluster:
         self.hooks.mkdir(parents=True, exist_ok=True)
         self.redis.start()
         self.heal()
+        self.wait_until_known(len(self.engines))
 
     def close(self) -> None:
         for replica in self._started:
@@ -115,10 +116,11 @@ class Cluster:
         self.wait_until_known(len(self.engines))
 
     def wait_until_known(self, engines: int) -> None:
-        """Waits until engines have told of themselves."""
+        """Waits until engines have told of themselves, and every API replica has heard of them."""
 
         def known() -> bool:
-            return int(self.ask("HLEN", self.key("engines"))) >= engines
+            told = int(self.ask("HLEN", self.key("engines"))) >= engines
+            return told and all(api.metric("quire_engines") >= engines for api in self.apis)
 
         wait_until(known, "the engines tell of themselves")
 
