@@ -29,7 +29,7 @@ test-clients: $(VENV)/.installed $(CLIENTS)/.installed  ## other people's client
 unit: $(VENV)/.tested  ## the fast tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not kernels and not faults" $(ARGS)
 
-longer: $(VENV)/.tested system  ## what CI adds: fault tests in real processes, GPU kernels at length
+longer: $(VENV)/.tested system  ## what CI adds: fault tests in real processes, kernels at length
 	$(BIN)/python -m pytest -m "kernels or faults" $(ARGS)
 
 check: lint  ## everything but the tests

@@ -222,6 +222,7 @@ print("finished")
 
 
 @pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.timeout(600)
 def test_sanitizers_find_nothing(sanitizer: str, tmp_path: Path) -> None:
