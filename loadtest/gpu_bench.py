@@ -47,20 +47,19 @@ class Piece:
     variables: Mapping[str, str] = field(default_factory=dict)  # of its environment
 
 
+# Without a workspace the library cannot add up in pieces; read when it is first called. A server
+# sets these itself.
+_WHOLE_SUMS = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
+
 PIECES: dict[str, Piece] = {
     "ceilings": Piece(least=10, most=40),
-    "exact": Piece(least=30, most=210),
+    "exact": Piece(least=30, most=210, variables=_WHOLE_SUMS),
     "kernels": Piece(least=15, most=90),
-    "steps": Piece(least=20, most=90),
-    "w1": Piece(least=20, most=90),
+    "steps": Piece(least=20, most=90, variables=_WHOLE_SUMS),
+    "w1": Piece(least=20, most=90, variables=_WHOLE_SUMS),
     "http": Piece(least=45, most=120),
     "transformers": Piece(least=45, most=120),
-    # Without a workspace the library cannot add up in pieces; read when it is first called.
-    "products": Piece(
-        least=15,
-        most=60,
-        variables={"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"},
-    ),
+    "products": Piece(least=15, most=60, variables=_WHOLE_SUMS),
     "cost": Piece(least=30, most=90),
 }
 

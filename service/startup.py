@@ -26,7 +26,7 @@ from model.runners import RunnerOptions
 from model.tokenizer import Tokenizer
 from service.errors import StartupError
 from service.messages import ModelCard
-from service.settings import Settings, bound_spinning, keep_ranks_to_themselves
+from service.settings import Settings, bound_spinning, keep_ranks_to_themselves, keep_sums_whole
 
 if TYPE_CHECKING:
     from model.parallel.ranks import FollowerProcesses
@@ -125,6 +125,8 @@ def _load(settings: Settings, path: Path) -> Loaded:
                 max_batch_tokens=settings.max_batch_tokens,
                 max_sequences=settings.max_sequences,
             )
+            if choice.name == "cuda":
+                options = replace(options, library_products=keep_sums_whole())
             tokenizer = load_tokenizer(path)
             runner, followers = _build(path, config, choice, options, num_ranks=num_ranks)
     except (ValueError, NativeUnavailable, ImportError) as error:

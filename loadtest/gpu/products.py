@@ -10,12 +10,16 @@ with many more:
 
 Where a shape has one order, the library may multiply it in an exact runner; where it has one order
 from some size on, no step below that size may. Our own product is put to the same test.
+
+Steps that fill a budget are tried as an exact runner tries them at its start: which of the
+library's products have the bits of ours, and are they worth it?
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -23,6 +27,7 @@ from torch.nn import functional
 
 from loadtest.gpu.bench import Bench, Row
 from loadtest.gpu.kernels import product_seconds, products_of, random_weights
+from loadtest.gpu.models import Shape
 
 _PERIOD = 8  # different rows
 
@@ -108,6 +113,8 @@ def measure(bench: Bench) -> None:
     """For every weight of both models, by every way to multiply."""
     ways = _ways(bench)
     for shape in bench.models:
+        if bench.device.type == "cuda":
+            _full_steps(bench, shape)
         for name, outputs, inputs in products_of(shape):
             weights = random_weights(bench, outputs, inputs)
             for way in ways:
@@ -154,13 +161,44 @@ def _ways(bench: Bench) -> dict[str, _Way]:
 
 def _choose(way: _Way) -> None:
     """Sets what torch calls, and forbids sums in pieces where that can be said (cuBLASLt)."""
-    if way.library is None:
-        return
-    torch.backends.cuda.preferred_blas_library(way.library)
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (
-        False,
-        way.library != "cublaslt",
-    )
+    from model.runners.library_products import CublasLt
+
+    if way.library == "cublaslt":
+        CublasLt()
+    elif way.library is not None:
+        torch.backends.cuda.preferred_blas_library(way.library)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, True)
+
+
+def _full_steps(bench: Bench, shape: Shape) -> None:
+    """The library in the place of our product, in steps that fill a budget."""
+    from model.kernels.matmul import multiply, part_size
+    from model.runners.library_products import CublasLt, ProvenProducts
+
+    library = CublasLt()
+    for name, outputs, inputs in products_of(shape):
+        if name == "head":
+            continue
+        weights = random_weights(bench, outputs, inputs)
+        for rows in (2048, 8192):
+            bench.check_time()
+            proven = ProvenProducts([(weights[0], None)], rows=rows, library=library)
+            x = torch.randn(rows, inputs, device=bench.device, dtype=bench.dtype)
+            row: Row = {
+                "model": shape.name,
+                "weight": name,
+                "rows": rows,
+                "parts": -(-inputs // part_size(outputs, inputs)),
+                "kept": bool(proven.shapes),
+                "ours us": 1e6 * product_seconds(bench, multiply, x, weights),
+            }
+            by_library = partial(library.multiply, bias_N=None)
+            try:
+                row["our bits"] = proven.has_our_bits(weights[0], None)
+                row["library us"] = 1e6 * product_seconds(bench, by_library, x, weights)
+            except RuntimeError as refused:
+                row |= {"our bits": str(refused).splitlines()[0], "library us": None}
+            bench.add("products: full steps", row)
 
 
 def _sizes(bench: Bench, weight: str) -> list[int]:

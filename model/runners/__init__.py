@@ -89,6 +89,7 @@ class RunnerOptions:
     num_threads: int | None = None  # None: what the machine has
     max_batch_tokens: int = 512  # the largest T of any step
     max_sequences: int = 64  # the largest S; seats are below it
+    library_products: bool = False  # cuda: where it has our bits; the process keeps sums whole
 
 
 Weights = Mapping[str, "torch.Tensor"]

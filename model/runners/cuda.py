@@ -42,6 +42,7 @@ from model.runners.decode_ladders import DecodeLadders
 from model.runners.device_memory import blocks_that_fit, check_weights_fit
 from model.runners.exactness import Trial, trial_for, try_exactness
 from model.runners.ladder import Ladder
+from model.runners.library_products import CublasLt, Library, ProductShape, ProvenProducts
 from model.runners.logit_rows import (
     Extras,
     Scores,
@@ -79,6 +80,8 @@ class CudaRunner:
     matrices are multiplied; any but the default gives up exactness. `reduce` sums over ranks.
 
     It calls itself exact only after it has tried: `proof` says on what. None tries nothing.
+    `library` (None: the GPU's) multiplies `library_shapes`, where the options allow it, in steps of
+    the largest size: what was proven to have the bits of our own product.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class CudaRunner:
         product: Multiply = multiply,
         reduce: Reduce | None = None,
         proof: Trial | Literal["by options"] | None = "by options",
+        library: Library | None = None,
     ) -> None:
         device = choose_device(options.device)
         self._accelerator: Accelerator = (
@@ -106,6 +110,9 @@ class CudaRunner:
         self._network = FusedNetwork(
             config, weights, dtype=self._dtype, device=device, product=product, reduce=reduce
         )
+        self.library_shapes: frozenset[ProductShape] = frozenset()
+        if product is multiply:
+            self._try_library(library)
         self._make_buffers(device)
         self.num_blocks = options.num_blocks or self._measure_blocks()
         self._make_pool(self.num_blocks)
@@ -123,6 +130,10 @@ class CudaRunner:
         self.numeric_class = self._name_class(device, digest)
         if self.exact:
             self.exact = self._proves(proof)
+            if not self.exact and self.library_shapes:  # whose fault it was the next proof will say
+                self.library_shapes = frozenset()
+                self._network.multiply_layers_by(multiply)
+                self.exact = self._proves(proof)
             self.numeric_class = self._name_class(device, digest)
 
     def run(self, batch: Batch) -> StepOutput:
@@ -175,8 +186,9 @@ class CudaRunner:
     def warm_up(self) -> None:
         """Compiles the kernels for every size and records the ladders."""
         with torch.inference_mode():
-            for num_tokens in (1, 17, 33, 65, 129, self._options.max_batch_tokens):
-                self._dry_step(min(num_tokens, self._options.max_batch_tokens))
+            most = self._options.max_batch_tokens
+            for num_tokens in (1, 17, 33, 65, 129, max(1, most - 1), most):
+                self._dry_step(min(num_tokens, most))
             for size in reversed(self._ladders.sizes):  # the largest first: others share its memory
                 self._record(size, self._ladders.all())
 
@@ -184,6 +196,26 @@ class CudaRunner:
         """Gives the device's memory back; the runner must not run again."""
         self._flying.clear()
         del self._network, self._cache, self._space, self._ladders
+
+    def _try_library(self, library: Library | None) -> None:
+        """Lets the library multiply what it is proven for.
+
+        Full steps alone: of so many rows are only steps with prompts, and those are not recorded.
+        """
+        options, device = self._options, self._accelerator.device
+        if not options.library_products or options.max_batch_tokens <= options.max_sequences:
+            return
+        if library is None:
+            if device.type != "cuda":
+                return
+            library = CublasLt()
+        with torch.inference_mode():
+            proven = ProvenProducts(
+                self._network.layer_products, rows=options.max_batch_tokens, library=library
+            )
+        self.library_shapes = proven.shapes
+        if proven.shapes:
+            self._network.multiply_layers_by(proven)
 
     def _make_buffers(self, device: torch.device) -> None:
         """Everything that is there once, sized for the largest step."""
@@ -208,6 +240,9 @@ class CudaRunner:
         with torch.inference_mode():
             self._dry_step(largest)  # compiles, and lets libraries take what they keep
             work = self._accelerator.peak_of(lambda: self._dry_step(largest))
+            if self.library_shapes:  # a row less, and all products are ours
+                ours = self._accelerator.peak_of(lambda: self._dry_step(largest - 1))
+                work = max(work, ours)
         return blocks_that_fit(
             free=self._accelerator.free_memory(),
             work=work,

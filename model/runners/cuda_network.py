@@ -91,7 +91,8 @@ class FusedNetwork:
         check_supported(config)
         self.config = config
         self.dtype = dtype
-        self._multiply = product
+        self._product = product
+        self._multiply = product  # in the layers
         self._reduce = reduce
         loaded = {
             name: weights[name].to(device=device, dtype=dtype).contiguous() for name in weights
@@ -105,7 +106,21 @@ class FusedNetwork:
     @property
     def fuses_head(self) -> bool:
         """Whether tops can be had without logits: with our own product alone."""
-        return self._multiply is multiply
+        return self._product is multiply
+
+    @property
+    def layer_products(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Weight and bias of its layers' products, but for those that ranks sum."""
+        pairs = []
+        for layer in self._layers:
+            pairs += [(layer.qkv, layer.qkv_bias), (layer.gate_up, layer.gate_up_bias)]
+            if self._reduce is None:
+                pairs += [(layer.out, layer.out_bias), (layer.down, layer.down_bias)]
+        return pairs
+
+    def multiply_layers_by(self, product: Multiply) -> None:
+        """Takes another product of the same bits for the layers; the head's stays."""
+        self._multiply = product
 
     @property
     def windows(self) -> set[int | None]:
@@ -163,7 +178,7 @@ class FusedNetwork:
         out_RV: torch.Tensor,
     ) -> None:
         """Fills `out_RV`, float32, with the logits of some rows (None: of all)."""
-        self._multiply(self._last(hidden, rows_R), self._head, out_MN=out_RV)
+        self._product(self._last(hidden, rows_R), self._head, out_MN=out_RV)
 
     def tops(
         self,

@@ -2,6 +2,7 @@
 
     alone            the prompt in one piece, then token by token: what the others are compared with
     beside N         the same in steps that hold N other sequences
+    full step        the same in a step that fills the runner's budget to the last row
     chunks of N      the prompt in pieces of N tokens
     prefix hit       the prompt's full blocks found computed already
     recomputed       preempted in the middle: prompt and answer so far computed again as a prompt
@@ -37,6 +38,7 @@ class Trial:
     beside: tuple[int, ...] = (1, 16)
     chunks: tuple[int, ...] = (1, 7)
     temperature: float = 0.7
+    full: int | None = None  # rows of a full step; None: no such way
     num_top: int | None = _NUM_TOP  # None: log probabilities are not asked for
 
 
@@ -46,12 +48,15 @@ def trial_for(options: RunnerOptions, *, num_blocks: int, max_model_len: int) ->
     most = min(max_model_len, options.max_batch_tokens, num_blocks * options.block_size // 2)
     prompt = max(1, min(_OVER_A_SPLIT, most - answer))
     each = -(-(prompt + answer) // options.block_size)
-    room = min(options.max_sequences, options.max_batch_tokens // prompt, num_blocks // each) - 1
+    most_texts = min(options.max_sequences, num_blocks // each)
+    room = min(most_texts, options.max_batch_tokens // prompt) - 1
+    full = options.max_batch_tokens
     return Trial(
         prompt=prompt,
         answer=answer,
         beside=tuple(count for count in (1, 2, 7, 15) if count <= room),
         chunks=tuple(size for size in (1, 17, 64, 130) if size < prompt),
+        full=full if -(-full // prompt) <= most_texts else None,
     )
 
 
@@ -77,6 +82,9 @@ def try_exactness(runner: Runner, trial: Trial) -> Mapping[str, bool]:
     for count in trial.beside:
         texts = _seat_beside(runner, prompt, trial, count=count)
         found[f"beside {count}"] = _generate(runner, texts, trial, chunk=trial.prompt) == expected
+    if trial.full is not None:
+        texts = _seat_filling(runner, prompt, trial, rows=trial.full)
+        found["full step"] = _generate(runner, texts, trial, chunk=trial.prompt) == expected
     for size in trial.chunks:
         texts = _seat(runner, [prompt], trial.prompt + trial.answer)
         found[f"chunks of {size}"] = _generate(runner, texts, trial, chunk=size) == expected
@@ -169,6 +177,15 @@ def _seat(
 def _seat_beside(runner: Runner, prompt: list[int], trial: Trial, *, count: int) -> list[_Text]:
     """The prompt behind `count` others of other lengths."""
     others = [_prompt(runner, 1 + 7 * n % trial.prompt, seed=n + 1) for n in range(count)]
+    most = trial.prompt + trial.answer
+    return [*_seat(runner, others, most), *_seat(runner, [prompt], most, first=count)]
+
+
+def _seat_filling(runner: Runner, prompt: list[int], trial: Trial, *, rows: int) -> list[_Text]:
+    """The prompt behind others that are no longer: together they have `rows` tokens."""
+    count = -(-(rows - trial.prompt) // trial.prompt)
+    lengths = [(rows - trial.prompt + n) // count for n in range(count)]
+    others = [_prompt(runner, length, seed=n + 1) for n, length in enumerate(lengths)]
     most = trial.prompt + trial.answer
     return [*_seat(runner, others, most), *_seat(runner, [prompt], most, first=count)]
 
