@@ -24,7 +24,9 @@ import torch
 from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+import model.tokenizer
 from model.checkpoint.fetch import default_cache, resolve
+from service.startup import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 if not torch.cuda.is_available():
@@ -191,6 +193,14 @@ def _gguf_name(name: str) -> str:
 def tiny_model() -> TinyModel:
     """One tiny model a session; nothing changes it."""
     return build_tiny_model(pre_tokenizers.Digits(individual_digits=True))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(
+    tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
+) -> model.tokenizer.Tokenizer:
+    """Its tokenizer, read from its files as any model's is."""
+    return load_tokenizer(tiny_model.write_folder(tmp_path_factory.mktemp("model") / "tiny"))
 
 
 @pytest.fixture(scope="session")

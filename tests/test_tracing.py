@@ -35,7 +35,6 @@ from service.queues import EngineInfo, Lease, Queue, QueueLimits
 from service.queues.memory import MemoryQueue
 from service.roles import open_tracer
 from service.settings import Settings
-from service.startup import load_tokenizer
 from service.tracing import TraceContext, TracedCalls, TracedWork
 from service.tracing_otlp import OtlpTracer
 from service.worker import Worker
@@ -185,19 +184,14 @@ def test_a_header_is_read_as_it_is_written() -> None:
 
 
 # --- one process ----------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(tiny_model.write_folder(tmp_path_factory.mktemp("model") / "tiny"))
-
-
 @pytest.fixture
-def client(traces: Traces, tokenizer: Tokenizer) -> tuple[httpx.AsyncClient, MemoryQueue]:
+def client(traces: Traces, tiny_tokenizer: Tokenizer) -> tuple[httpx.AsyncClient, MemoryQueue]:
     """The API, traced, over a queue."""
     queue = MemoryQueue(QueueLimits(max_tokens=100))
     card = ModelCard(id="m", max_model_len=64, vocab_size=97, numeric_class="oracle", created=0)
     app = build_app(
         queue,
-        tokenizer,
+        tiny_tokenizer,
         lambda: card,
         probes=ALL_WELL,
         limits=ApiLimits(),

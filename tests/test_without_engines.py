@@ -19,17 +19,10 @@ from service.queues import QueueLimits
 from service.queues.memory import MemoryQueue
 from service.roles import ApiSide
 from service.settings import Settings
-from service.startup import load_tokenizer
-from tests.conftest import TinyModel
 from tests.queues.builders import claim_one, finish, make_engine
 
 CARD = ModelCard(id="tiny", max_model_len=64, vocab_size=512, numeric_class="guess", created=0)
 BODY = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 4, "stream": True}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(tiny_model.write_folder(tmp_path_factory.mktemp("model") / "tiny"))
 
 
 @dataclass
@@ -48,13 +41,13 @@ Start = Callable[..., Any]
 
 
 @pytest.fixture
-def replica(tokenizer: Tokenizer) -> Start:
+def replica(tiny_tokenizer: Tokenizer) -> Start:
     """`async with replica(**settings)`: one that heard of an engine longer ago than is patient."""
 
     @asynccontextmanager
     async def start(**settings: Any) -> AsyncIterator[Replica]:
         queue, metrics = MemoryQueue(QueueLimits(max_requests=2)), Metrics(role="api")
-        side = ApiSide(Settings(**settings), CARD, queue, metrics, tokenizer=tokenizer)
+        side = ApiSide(Settings(**settings), CARD, queue, metrics, tokenizer=tiny_tokenizer)
         await side.cluster.refresh()
         assert side.cluster._gone_since is not None
         side.cluster._gone_since -= ENGINES_GONE_AFTER
