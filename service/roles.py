@@ -180,6 +180,16 @@ def refuse_private_queue(settings: Settings) -> None:
         raise StartupError("api and engine replicas meet in a shared queue: --queue redis://...")
 
 
+def sweep_pause(settings: Settings) -> float:
+    """Seconds without a sweep after which graces begin anew.
+
+    A third of a grace: readers are attended as often, so nobody's grace runs out within a shorter
+    absence of the queue.
+    """
+    most, grace = QueueLimits().sweep_pause, settings.disconnect_grace
+    return min(most, max(0.2, grace / 3)) if grace else most
+
+
 async def opened_queue(settings: Settings, metrics: Metrics) -> Queue:
     """The queue, reached and checked. Raises StartupError."""
     queue = open_queue(
@@ -190,6 +200,7 @@ async def opened_queue(settings: Settings, metrics: Metrics) -> Queue:
             max_per_tenant=settings.max_per_tenant,
             lease=settings.lease,
             resume_window=settings.resume_window,
+            sweep_pause=sweep_pause(settings),
         ),
         observer=metrics,
     )
@@ -328,6 +339,7 @@ def api_limits(settings: Settings) -> ApiLimits:
         keep_alive=settings.keep_alive,
         grace=settings.disconnect_grace,
         resume_window=settings.resume_window,
+        sweep_interval=min(1.0, sweep_pause(settings) / 2),
     )
 
 

@@ -17,7 +17,7 @@ from service.queues import Queue
 
 log = logging.getLogger(__name__)
 
-RETRY = 1.0
+RETRY = 0.25
 """Seconds after which an absent queue is told again."""
 
 

@@ -43,6 +43,7 @@ class QueueLimits:
     live_ttl: float = 3600.0  # how long a request without a deadline waits for an engine
     resume_window: float = 600.0
     idempotency_ttl: float = 86_400.0
+    sweep_pause: float = 5.0  # nobody swept or attended for so long: graces begin anew
 
 
 class SubmitStatus(StrEnum):

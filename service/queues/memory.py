@@ -37,8 +37,6 @@ from service.queues.observer import STOPPED, NullQueueObserver, QueueEvent, Queu
 PRIORITIES = 3
 TURN = 256
 """Records after which a follower lets others have the event loop."""
-SWEEP_PAUSE = 5.0
-"""Seconds between two sweeps beyond which nobody could attend either: graces begin anew."""
 ENGINE_SILENCE = 10.0
 """Seconds after which an engine that was not heard of is no longer listed."""
 
@@ -219,7 +217,7 @@ class MemoryQueue:
 
     def _note_sweep(self) -> None:
         now = self._clock()
-        if now - self._last_sweep > SWEEP_PAUSE:
+        if now - self._last_sweep > self.limits.sweep_pause:
             self._swept_since = now
         self._last_sweep = now
 

@@ -50,8 +50,6 @@ FORGET_ENGINE = 600.0
 """Seconds after which an engine that holds nothing is forgotten."""
 SWEPT_AT_ONCE = 256
 """Requests that one run of the sweeping script looks at: it keeps the server waiting."""
-SWEEP_PAUSE = 5.0
-"""Seconds between two sweeps beyond which nobody could attend either: graces begin anew."""
 LINGER = 10.0
 """Seconds for which those who are reading a forgotten answer can read on."""
 
@@ -193,7 +191,7 @@ class RedisQueue:
                     "sweep",
                     keys,
                     *(DEADLINE, *times, milliseconds(FORGET_ENGINE), SWEPT_AT_ONCE),
-                    *(CANCELLED, milliseconds(SWEEP_PAUSE)),
+                    *(CANCELLED, milliseconds(limits.sweep_pause)),
                 )
                 self._note(QueueEvent.EXPIRED, overdue)
                 self._note(QueueEvent.CANCELLED, deserted)

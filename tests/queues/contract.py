@@ -52,6 +52,7 @@ LIMITS = QueueLimits(
     max_attempts=3,
     resume_window=0.4,
     live_ttl=60.0,
+    sweep_pause=1.0,
 )
 OVER = LIMITS.lease + 0.05
 """Seconds after which a lease that was not renewed is over."""
@@ -563,6 +564,20 @@ class QueueContract:
         assert await queue.sweep() == 0
         (waiting,) = await queue.claim(make_engine("late"), limit=4, wait=0)
         assert waiting.request.id == alone.requests[0].id
+
+    async def test_nobody_is_deserted_by_an_absence(self, queue: Queue, passes: Passes) -> None:
+        """For longer than a grace nobody could attend, and nobody swept: graces begin anew."""
+        submission = make_submission(grace=0.5)
+        await queue.submit(submission)
+        await queue.sweep()
+        await passes(LIMITS.sweep_pause + 0.1)
+        assert await queue.sweep() == 0
+        await passes(0.2)
+        await queue.attend([submission.id])
+        await passes(0.4)
+        assert await queue.sweep() == 0, "it was attended again in time"
+        await passes(0.4)
+        assert await queue.sweep() == 1
 
     async def test_what_has_ended_is_not_deserted(self, queue: Queue, passes: Passes) -> None:
         submission = make_submission(grace=0.1)
