@@ -83,17 +83,6 @@ async def test_without_a_deadline_a_request_waits_for_an_engine_so_long(clock: C
     assert (await queue.read(submission.requests[1].id))[-1].reason is FinishReason.DEADLINE  # type: ignore[union-attr]  # an End: the only record
 
 
-async def test_time_without_sweeps_deserts_nobody(clock: Clock) -> None:
-    queue = MemoryQueue(LIMITS, clock=clock)
-    await queue.submit(make_submission(grace=3.0))
-    await clock.pass_by(30.0)
-    assert await queue.sweep() == 0
-    await clock.pass_by(2.9)
-    assert await queue.sweep() == 0
-    await clock.pass_by(0.2)
-    assert await queue.sweep() == 1
-
-
 async def test_an_orphan_is_taken_by_an_engine_that_waits_already() -> None:
     """By the real clock: the wait ends with the lease, not with its own time."""
     queue = MemoryQueue(replace(LIMITS, lease=0.1))
