@@ -30,7 +30,8 @@ unit: $(VENV)/.tested  ## the fast tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not kernels and not faults" $(ARGS)
 
 longer: $(VENV)/.tested system  ## what CI adds: fault tests in real processes, kernels at length
-	$(BIN)/python -m pytest -m "kernels or faults" $(ARGS)
+	$(BIN)/python -m pytest -m faults $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "kernels and not faults" $(ARGS)
 
 check: lint  ## everything but the tests
 	$(BIN)/python -m mypy
