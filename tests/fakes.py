@@ -167,10 +167,10 @@ class OracleRunner:
         """Nothing to give back."""
 
 
-class OverlappedOracle(OracleRunner):
-    """The same with steps that overlap: it reads unread tokens by seat, and insists on the rules.
+class Overlapping:
+    """Before a runner that blocks: its steps overlap, with the unread tokens read by seat.
 
-    `most_ahead` is how many steps were ever under way at once.
+    It insists on the rules. `most_ahead` is how many steps were ever under way at once.
     """
 
     def __init__(self, **fields: Any) -> None:
@@ -198,7 +198,8 @@ class OverlappedOracle(OracleRunner):
             assert self._under_way, "somebody has read every token"
             for row in np.flatnonzero(unread_T):
                 tokens_T[row] = self._sampled[int(seats_T[row])]
-        output = super().run(replace(batch, tokens_T=tokens_T))
+        compute = super().run  # type: ignore[misc]  # of the runner that it stands before
+        output: StepOutput = compute(replace(batch, tokens_T=tokens_T))
         sampled = zip(seats_T[batch.sample_rows_R].tolist(), output.tokens_R.tolist(), strict=True)
         self._sampled.update(sampled)
         handle = StepHandle(self._steps)
@@ -212,6 +213,10 @@ class OverlappedOracle(OracleRunner):
         oldest, output = self._under_way.popleft()
         assert oldest == handle, "in the order they were launched"
         return output
+
+
+class OverlappedOracle(Overlapping, OracleRunner):
+    """The oracle, one step ahead."""
 
 
 def _settings(sampling: SamplingBatch, row: int) -> tuple[float, ...]:

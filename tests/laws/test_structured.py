@@ -26,6 +26,7 @@ from service.engine.observer import NullObserver, StepReport
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, FinishReason, GenerationRequest, SamplingParams
 from tests.builders import tiny_model_config, tiny_weights
+from tests.fakes import Overlapping
 from tests.laws.noise import ENDINGS, EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner
 from tests.laws.random_schemas import random_schema
 
@@ -42,6 +43,10 @@ class FreeRows(CostModel):
     def seconds(self, work: StepWork) -> float:
         """All but the same for any step."""
         return 0.01 + work.tokens * 1e-6
+
+
+class OverlappedNoise(Overlapping, NoiseRunner):
+    """Noise, one step ahead."""
 
 
 @dataclass
@@ -189,6 +194,20 @@ def test_neither_company_nor_drafts_nor_chunks_change_an_answer(
         FinishReason.STOP,
         FinishReason.LENGTH,
     }
+
+
+def test_steps_launched_ahead_change_no_answer(grammars: Grammars) -> None:
+    """A mask is a function of the token before: it is read first, and others wait with it."""
+    requests = [
+        request("mask", json_schema_grammar(OBJECT), max_tokens=20),
+        replace(request("none", None, max_tokens=90), ignore_eos=True),
+        request("late", choice_grammar(["fixed", "free"]), temperature=0.0),
+    ]
+    runner = OverlappedNoise()
+    engine = Engine(grammars, runner=runner).run(*requests)
+    expected = alone(grammars, requests)
+    assert runner.most_ahead == 2
+    assert [engine.result(r.id) for r in requests] == [expected.result(r.id) for r in requests]
 
 
 def test_drafts_change_no_answer(grammars: Grammars) -> None:
