@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version as distribution_version
 from pathlib import Path
@@ -180,16 +181,6 @@ def refuse_private_queue(settings: Settings) -> None:
         raise StartupError("api and engine replicas meet in a shared queue: --queue redis://...")
 
 
-def sweep_pause(settings: Settings) -> float:
-    """Seconds without a sweep after which graces begin anew.
-
-    A third of a grace: readers are attended as often, so nobody's grace runs out within a shorter
-    absence of the queue.
-    """
-    most, grace = QueueLimits().sweep_pause, settings.disconnect_grace
-    return min(most, max(0.2, grace / 3)) if grace else most
-
-
 async def opened_queue(settings: Settings, metrics: Metrics) -> Queue:
     """The queue, reached and checked. Raises StartupError."""
     queue = open_queue(
@@ -200,7 +191,7 @@ async def opened_queue(settings: Settings, metrics: Metrics) -> Queue:
             max_per_tenant=settings.max_per_tenant,
             lease=settings.lease,
             resume_window=settings.resume_window,
-            sweep_pause=sweep_pause(settings),
+            sweep_pause=api_limits(settings).sweep_pause,
         ),
         observer=metrics,
     )
@@ -334,13 +325,13 @@ def attention_reader(settings: Settings, path: Path) -> AttentionReader | None:
 
 def api_limits(settings: Settings) -> ApiLimits:
     """The API's caps, as far as they are settings."""
-    return ApiLimits(
+    limits = ApiLimits(
         max_body_bytes=settings.max_body,
         keep_alive=settings.keep_alive,
         grace=settings.disconnect_grace,
         resume_window=settings.resume_window,
-        sweep_interval=min(1.0, sweep_pause(settings) / 2),
     )
+    return replace(limits, sweep_interval=min(limits.sweep_interval, limits.sweep_pause / 2))
 
 
 async def live(

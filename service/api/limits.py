@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from service.queues import QueueLimits
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiLimits:
@@ -48,3 +50,12 @@ class ApiLimits:
     def attend_interval(self) -> float:
         """Seconds between two times of telling the queue who is read here."""
         return min(grace for grace in (self.grace, self.replica_grace) if grace > 0) / 3
+
+    @property
+    def sweep_pause(self) -> float:
+        """Seconds without a sweep after which graces begin anew.
+
+        Readers are attended as often, so nobody's grace runs out within a shorter absence of the
+        queue.
+        """
+        return min(QueueLimits().sweep_pause, max(0.2, self.attend_interval))

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from model.runners import overlapped
 from service.engine.answer import Answer
 from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
@@ -100,12 +101,15 @@ class EngineLoop:
         self._grammars = grammars
         self._allocator = BlockAllocator(runner.num_blocks, block_size=runner.block_size)
         self._cost = CostModel() if cost is None else cost
+        drafts = may_speculate(
+            config, exact=runner.exact, overlapped=overlapped(runner) is not None
+        )
         self._scheduler = Scheduler(
             config,
             self._allocator,
             max_model_len=runner.config.max_model_len,
             cost=self._cost,
-            speculator=Speculator(config, self._cost) if may_speculate(config, runner) else None,
+            speculator=Speculator(config, self._cost) if drafts else None,
             numeric_class=runner.numeric_class,
         )
         packer = Packer(

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from model.batch import StepOutput
-from model.runners import Runner, StepHandle, overlapped
+from model.batch import Batch, Bools, StepOutput
+from model.runners import Runner, overlapped
 from service.engine.pack import Outcome, Packer, unpack, unread_rows
 from service.engine.plan import Plan
 
@@ -32,7 +33,7 @@ class Computed:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Flight:
     plan: Plan
-    result: StepOutput | StepHandle
+    read: Callable[[], StepOutput]  # waits for it
     launch_duration: float
 
 
@@ -65,30 +66,26 @@ class Pipeline:
 
     def launch(self, plan: Plan) -> None:
         """Packs and launches a step. Called before the scheduler's `launched`."""
-        batch = self._packer.pack(plan)
+        batch, unread_T = self._packer.pack(plan), unread_rows(plan)
         began = self._clock()
-        result: StepOutput | StepHandle
-        if self._overlapped is None:
-            result = self._runner.run(batch)
-        else:
-            result = self._overlapped.launch(batch, unread_T=unread_rows(plan))
+        read = self._launch(batch, unread_T)
         duration = self._clock() - began
-        self._flights.append(_Flight(plan=plan, result=result, launch_duration=duration))
+        self._flights.append(_Flight(plan=plan, read=read, launch_duration=duration))
+
+    def _launch(self, batch: Batch, unread_T: Bools | None) -> Callable[[], StepOutput]:
+        """Gives what waits for the step."""
+        if self._overlapped is None:
+            output = self._runner.run(batch)
+            return lambda: output
+        return partial(self._overlapped.collect, self._overlapped.launch(batch, unread_T=unread_T))
 
     def collect(self) -> Computed:
         """Waits for the oldest step."""
         flight = self._flights.popleft()
         began = self._clock()
-        output = flight.result
-        if isinstance(output, StepHandle):
-            output = self._wait(output)
+        output = flight.read()
         return Computed(
             plan=flight.plan,
             outcome=unpack(flight.plan, output),
             run_duration=flight.launch_duration + self._clock() - began,
         )
-
-    def _wait(self, handle: StepHandle) -> StepOutput:
-        if self._overlapped is None:
-            raise RuntimeError("a runner that does not overlap gave a handle")
-        return self._overlapped.collect(handle)

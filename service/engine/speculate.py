@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from math import log
-from typing import Protocol
 
 from service.engine.cost import CostModel, StepWork
 from service.engine.plan import EngineConfig, Plan
@@ -44,17 +43,13 @@ _FLOORS = (0.03, 0.1, 0.3, 0.6, 0.85)  # a draft must be this likely to be compu
 _MARGIN = 1.03  # what it must promise to be tried
 
 
-class _Exactness(Protocol):
-    exact: bool
+def may_speculate(config: EngineConfig, *, exact: bool, overlapped: bool) -> bool:
+    """Whether drafts cannot change an answer of a runner.
 
-
-def may_speculate(config: EngineConfig, runner: _Exactness) -> bool:
-    """Whether drafts cannot change an answer of this runner.
-
-    They change the shape of steps, so a runner that rounds by shape must not see them. One whose
-    steps overlap (`launch`) samples once a sequence, from state that it keeps by seat.
+    They change the shape of steps, so one that rounds by shape must not see them. One whose steps
+    overlap samples once a sequence, from state that it keeps by seat.
     """
-    return config.speculate and runner.exact and not hasattr(runner, "launch")
+    return config.speculate and exact and not overlapped
 
 
 def accepted(drafts: Tokens[int], sampled: Tokens[int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -23,7 +23,7 @@ from tests.engine.harness import (
     random_request,
     renamed,
 )
-from tests.fakes import OracleRunner
+from tests.fakes import OracleRunner, OverlappedOracle
 
 CONFIG = EngineConfig(max_batch_tokens=64, max_sequences=6, target_gap=10.0)
 PLAIN = replace(CONFIG, speculate=False)
@@ -247,18 +247,12 @@ def test_a_step_of_nothing_is_not_weighed() -> None:
 
 # --- who may ----------------------------------------------------------------------------------
 def test_only_where_rows_do_not_depend_on_their_number() -> None:
-    @dataclass
-    class Claims:
-        exact: bool
-
-    @dataclass
-    class Overlaps(Claims):
-        def launch(self) -> None: ...
-
-    assert may_speculate(CONFIG, Claims(exact=True))
-    assert not may_speculate(CONFIG, Claims(exact=False))
-    assert not may_speculate(PLAIN, Claims(exact=True))
-    assert not may_speculate(CONFIG, Overlaps(exact=True))
+    assert may_speculate(CONFIG, exact=True, overlapped=False)
+    assert not may_speculate(CONFIG, exact=False, overlapped=False)
+    assert not may_speculate(PLAIN, exact=True, overlapped=False)
+    assert not may_speculate(CONFIG, exact=True, overlapped=True)
+    for kind, some in ((OracleRunner, True), (OverlappedOracle, False)):
+        assert (Rig(CONFIG, kind=kind).loop._scheduler._speculator is not None) is some
 
 
 def test_a_runner_that_rounds_by_shape_gets_no_drafts() -> None:
