@@ -33,6 +33,7 @@ from typing import Any
 
 from loadtest.gpu.piece import CUT_OFF
 from loadtest.machine import this_machine
+from service.settings import WHOLE_SUMS
 
 _MINUTES = 8.5
 _GRACE = 10.0  # seconds that a piece has to start, and, asked to end, to end
@@ -47,19 +48,17 @@ class Piece:
     variables: Mapping[str, str] = field(default_factory=dict)  # of its environment
 
 
-# Without a workspace the library cannot add up in pieces; read when it is first called. A server
-# sets these itself.
-_WHOLE_SUMS = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
-
+# With `WHOLE_SUMS`, which a server sets itself, the library cannot add up in pieces; it reads them
+# when it is first called.
 PIECES: dict[str, Piece] = {
     "ceilings": Piece(least=10, most=40),
-    "exact": Piece(least=30, most=210, variables=_WHOLE_SUMS),
+    "exact": Piece(least=30, most=210, variables=WHOLE_SUMS),
     "kernels": Piece(least=15, most=90),
-    "steps": Piece(least=20, most=90, variables=_WHOLE_SUMS),
-    "w1": Piece(least=20, most=90, variables=_WHOLE_SUMS),
+    "steps": Piece(least=20, most=90, variables=WHOLE_SUMS),
+    "w1": Piece(least=20, most=90, variables=WHOLE_SUMS),
     "http": Piece(least=45, most=120),
     "transformers": Piece(least=45, most=120),
-    "products": Piece(least=15, most=60, variables=_WHOLE_SUMS),
+    "products": Piece(least=15, most=60, variables=WHOLE_SUMS),
     "cost": Piece(least=30, most=90),
 }
 

@@ -237,12 +237,14 @@ def keep_ranks_to_themselves() -> None:
         os.environ.setdefault(name, "lo")
 
 
+WHOLE_SUMS: Mapping[str, str] = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
+
+
 def keep_sums_whole() -> bool:
     """Leaves the GPU's library no workspace to cut sums into pieces with, unless the operator
     decided; before it multiplies. Returns whether it is so: what it multiplies may then be exact.
     """
-    wanted = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
-    return all(os.environ.setdefault(name, value) == value for name, value in wanted.items())
+    return all(os.environ.setdefault(name, value) == value for name, value in WHOLE_SUMS.items())
 
 
 class SettingRow(NamedTuple):

@@ -5,6 +5,10 @@ Nothing here replaces what is tested: the weights are random, all else is the re
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +20,25 @@ import torch
 from model.batch import Batch, SamplingBatch
 from model.config import ModelConfig
 from model.transformer import Transformer
+
+# Where kernels run in tests, and in which narrow type: interpreted, products in bf16 are wrong.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal noise on that device; the same for equal seeds of torch."""
+    return torch.randn(shape).to(device=DEVICE, dtype=dtype)
+
+
+def found_compiling(program: str) -> Any:
+    """What a program finds in a process where Triton compiles instead of interpreting."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, env=variables
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
 
 
 def tiny_model_config(**overrides: Any) -> ModelConfig:

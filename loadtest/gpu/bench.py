@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import torch
 
 from loadtest.gpu.models import LLAMA31_8B, QWEN3_600M, TINY, RandomWeights, Shape
 from model.runners import RunnerOptions
+from model.runners.accelerator import CudaAccelerator, median_seconds
 
 if TYPE_CHECKING:
     from model.runners.cuda import CudaRunner
@@ -85,35 +85,23 @@ class Bench:
 
     def seconds(self, work: Callable[[], object], *, repeats: int = 20) -> float:
         """Median time of one call, on the device."""
+        if self.device.type == "cuda":
+            return median_seconds(work, repeats=repeats)
         work()
-        if self.device.type == "cpu":
-            began = time.perf_counter()
-            work()
-            return time.perf_counter() - began
-        times = []
-        for _ in range(repeats):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
-            times.append(float(begin.elapsed_time(end)) / 1000)
-        return statistics.median(times)
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
 
     def replayed(self, work: Callable[[], object]) -> float:
         """Time of one call among several recorded ones: without gaps of the host."""
         if self.device.type == "cpu":
             return self.seconds(work)
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):  # compiles and loads kernels, which a capture must not
-            work()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+
+        def several() -> None:
             for _ in range(_RECORDED):
                 work()
-        return self.seconds(graph.replay) / _RECORDED
+
+        return self.seconds(CudaAccelerator(self.device).record(several)) / _RECORDED
 
     def copy_rate(self) -> float:
         """Bytes/s, read and written, of a large copy: what kernels are held against."""

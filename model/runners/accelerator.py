@@ -4,6 +4,7 @@
     reading back      device -> host, done when its `wait` returns
     recording         a sequence of launches, replayed by one: CUDA graphs
     memory            what is free, and the most that was in use
+    time              that work takes on the device
 
 `HostAccelerator` is the same on a CPU: recorded work is called directly, and what is read back
 arrives in `wait` and not before, so that code that reads too early reads nonsense.
@@ -11,6 +12,7 @@ arrives in `wait` and not before, so that code that reads too early reads nonsen
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -101,6 +103,20 @@ class CudaAccelerator:
         work()
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def median_seconds(work: Callable[[], object], *, repeats: int) -> float:
+    """The median time of `work` by the GPU's own clock, after a call that loads what it needs."""
+    work()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(float(begin.elapsed_time(end)) / 1000)
+    return statistics.median(times)
 
 
 class _CudaReading:

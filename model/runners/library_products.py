@@ -17,7 +17,6 @@ to the sum of those before, in float32, as our product does. Legend: `model.kern
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +24,7 @@ import torch
 from torch.nn import functional
 
 from model.kernels.matmul import Product, multiply, part_size
+from model.runners.accelerator import median_seconds
 
 _SEEDS = 3
 _FASTER = 0.95  # of our time; above, it is noise, or spent by who reads the sum in float32
@@ -74,17 +74,7 @@ class CublasLt:
         return multiply_by_parts(x_MK, weight_NK, bias_N)
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """The median of some calls, after one that loads what it needs."""
-        work()
-        times = []
-        for _ in range(_REPEATS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
-            times.append(float(begin.elapsed_time(end)) / 1000)
-        return statistics.median(times)
+        return median_seconds(work, repeats=_REPEATS)
 
 
 def multiply_by_parts(

@@ -22,11 +22,9 @@ from model.runners.ladder import Ladder, rungs
 from model.runners.ring import Ring, Upload
 from model.runners.seats import Seats
 from model.runners.torch import TorchRunner
-from tests.builders import Piece, make_batch, tiny_model_config, tiny_weights
+from tests.builders import DEVICE, Piece, make_batch, tiny_model_config, tiny_weights
 
 pytestmark = pytest.mark.slow
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def small_config(**overrides: Any) -> ModelConfig:
@@ -44,7 +42,7 @@ def small_config(**overrides: Any) -> ModelConfig:
 def options(**overrides: Any) -> RunnerOptions:
     fields = {
         "dtype": "float32",
-        "device": DEVICE,
+        "device": DEVICE.type,
         "block_size": 4,
         "num_blocks": 32,
         "max_sequences": 8,

@@ -37,16 +37,9 @@ from model.kernels.matmul import (
 from model.kernels.norm import add_rms_norm, add_rms_norm_twin
 from model.kernels.rotary import Heads, place_heads, place_heads_twin, rotary_table
 from model.layers import rotate, rotation
-from tests.builders import tiny_model_config
+from tests.builders import DEVICE, HALF, noise, tiny_model_config
 
 pytestmark = pytest.mark.slow
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape).to(device=DEVICE, dtype=dtype)
 
 
 def ints(values: object) -> torch.Tensor:

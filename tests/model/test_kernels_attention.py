@@ -9,12 +9,9 @@ import torch
 from model.attention import ATTENTION
 from model.batch import Batch
 from model.kernels.attention import ROWS, Partials, WorkList, paged_attention
-from tests.builders import Piece, make_batch
+from tests.builders import DEVICE, HALF, Piece, make_batch
 
 pytestmark = pytest.mark.slow
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 
 
 def scattered(lengths: list[tuple[int, int]], block_size: int, rng: np.random.Generator) -> Batch:

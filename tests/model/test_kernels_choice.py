@@ -9,10 +9,9 @@ import torch
 from model.kernels.choice import choose, choose_twin
 from model.kernels.head import head, merge_tops
 from model.kernels.inputs import Column
+from tests.builders import DEVICE
 
 pytestmark = pytest.mark.slow
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def random_state(rng: np.random.Generator, rows: int, vocab_size: int) -> torch.Tensor:

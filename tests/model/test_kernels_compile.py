@@ -7,12 +7,9 @@ but for the number of columns: what exactness over batch sizes rests on.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.builders import found_compiling
 
 PROGRAM = r"""
 import json, os, re, subprocess, tempfile, warnings
@@ -106,13 +103,7 @@ print(json.dumps(found))
 
 @pytest.mark.kernels
 def test_kernels_compile_to_the_warp_groups_instruction() -> None:
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        check=False, capture_output=True, text=True, env=variables,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    for name, facts in json.loads(run.stdout).items():
+    for name, facts in found_compiling(PROGRAM).items():
         assert bool(facts["instructions"]) != name.startswith("choice"), name
         assert all(shape.startswith("m64n") for shape in facts["instructions"]), name
         assert all(shape.endswith("k16") for shape in facts["instructions"]), name

@@ -20,12 +20,10 @@ from model.batch import Batch
 from model.kernels.activation import silu_mul, silu_mul_twin
 from model.kernels.matmul import Product, multiply
 from model.kernels.norm import add_rms_norm, add_rms_norm_twin
-from tests.builders import Piece, make_batch
+from tests.builders import DEVICE, HALF, Piece, make_batch, noise
 
 pytestmark = pytest.mark.slow
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 DTYPES = [torch.float32, HALF]
 SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.kernels) for seed in range(2, 40))]
 
@@ -43,10 +41,6 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-
-
-def noise(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape).to(device=DEVICE, dtype=dtype)
 
 
 def assert_close(given: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

@@ -19,16 +19,11 @@ from model.kernels.head import (
 )
 from model.kernels.inputs import Column
 from model.kernels.matmul import Tiling, multiply, multiply_twin, tiling_for
+from tests.builders import DEVICE, HALF, noise
 
 pytestmark = pytest.mark.slow
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 SHAPES = [(1, 5, 24), (5, 64, 256), (17, 130, 700), (33, 97, 300), (130, 257, 40)]
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape).to(device=DEVICE, dtype=dtype)
 
 
 def whole_numbers(*shape: int) -> torch.Tensor:

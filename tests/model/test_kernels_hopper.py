@@ -7,12 +7,9 @@ A process of its own, because in this one Triton interprets.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.builders import found_compiling
 
 PROGRAM = r"""
 import json, warnings
@@ -75,13 +72,7 @@ print(json.dumps({name: [len(k["hashes"]), k["shared"]] for name, k in found.ite
 @pytest.mark.kernels
 @pytest.mark.timeout(400)  # some ninety compilations, where they are not in Triton's cache
 def test_every_launch_of_a_runner_compiles() -> None:
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        check=False, capture_output=True, text=True, env=variables,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = json.loads(run.stdout)
+    found = found_compiling(PROGRAM)
     assert {"_attend", "_merge", "_list_items", "_product", "_place_heads", "_pick"} <= found.keys()
     for name, (variants, shared) in found.items():
         assert variants > 0, name

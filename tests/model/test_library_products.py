@@ -21,11 +21,10 @@ from model.runners.cuda import CudaRunner
 from model.runners.exactness import Trial, trial_for, try_exactness
 from model.runners.library_products import ProductShape, ProvenProducts, multiply_by_parts
 from service.settings import keep_sums_whole
-from tests.builders import Piece, make_batch, tiny_model_config, tiny_weights
+from tests.builders import DEVICE, Piece, make_batch, tiny_model_config, tiny_weights
 
 pytestmark = pytest.mark.slow
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = 11
 CONFIG = tiny_model_config(
     num_layers=1, hidden_size=16, num_heads=2, num_kv_heads=1, intermediate_size=24,
@@ -97,7 +96,7 @@ class Refuses(StandIn):
 def options(**overrides: Any) -> RunnerOptions:
     fields = {
         "dtype": "float32",
-        "device": DEVICE,
+        "device": DEVICE.type,
         "block_size": 4,
         "num_blocks": 32,
         "max_sequences": 8,

@@ -16,10 +16,9 @@ from model.runners import Runner, RunnerOptions
 from model.runners.cuda import CudaRunner
 from model.runners.torch import TorchRunner
 from model.sampler import sample
-from tests.builders import Piece, make_batch, make_sampling, tiny_model_config, tiny_weights
+from tests.builders import DEVICE, Piece, make_batch, make_sampling, tiny_model_config, tiny_weights
 
 V = 97
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without a GPU: Triton's interpreter
 INF = float("inf")
 COLUMNS: list[dict[str, Any]] = [
     {}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 2.0, "top_p": 0.6},
@@ -144,7 +143,7 @@ def torch_runner(config: ModelConfig) -> Runner:
 
 def cuda_runner(config: ModelConfig) -> CudaRunner:
     options = RunnerOptions(
-        dtype="float32", device=DEVICE, block_size=16, num_blocks=8, max_sequences=8,
+        dtype="float32", device=DEVICE.type, block_size=16, num_blocks=8, max_sequences=8,
         max_batch_tokens=32,
     )  # fmt: skip
     return CudaRunner(config, tiny_weights(config), options=options, digest="0" * 64, proof=None)
