@@ -6,9 +6,13 @@ no queue, no lease and no journal. Where the runner's steps overlap, a step is l
 one before it is collected (`pipeline`).
 
                  any thread              |  the engine's thread
-    add, abort ------------> inbox ------+-> step() --> deliver(events of the step)
-                                         |      |
+    add, abort ------------> inbox ------+-> plan, pack --> runner --> outbox
+                                         |              |                 |
+                                         |           deliver(events) <----+  of the step before
                              (condition: sleeps while there is nothing to do)
+
+What came of a step is delivered when the next one is packed, just before the runner computes it:
+those that are woken by it want the interpreter, and then the engine does not.
 """
 
 from __future__ import annotations
@@ -120,6 +124,7 @@ class EngineLoop:
             eos_ids=eos_ids,
         )
         self._pipeline = Pipeline(runner, packer, clock=clock)
+        self._outbox: list[Event] = []  # what came of steps and was not delivered yet
         self._since: float | None = None  # from when on the next step's time counts; None: it idles
         self._answers: dict[str, Answer] = {}
         # Reentrant, so that `deliver` may call `abort`.
@@ -182,33 +187,39 @@ class EngineLoop:
         self._put(_Abort(request_id))
 
     def step(self) -> bool:
-        """Does one step; False where there was nothing to do.
+        """Does one step and delivers what came of it; False where there was nothing to do.
 
-        For tests and offline use; while the thread runs only the thread calls it.
+        For tests and offline use, where the thread does not run.
         """
+        plan = self._advance()
+        progressed = bool(plan.tokens or self._outbox)
+        self._flush()
+        return progressed
+
+    def _advance(self) -> Plan:
+        """Does one step. What came of it is in the outbox."""
         began = self._clock()
         if self._since is None:
             self._since = began
-        events = self._read_inbox()
+        self._read_inbox()
         if self._pipeline.must_be_read:
-            self._collect(events)
+            self._collect()
         plan = self._scheduler.schedule(began)
         self._blocked = self._scheduler.num_waiting > 0
         for sequence in plan.expired:
-            events.append(self._end(sequence.id, FinishReason.DEADLINE, sequence.num_cached))
+            self._tell_end(sequence.id, FinishReason.DEADLINE, sequence.num_cached)
         if plan.tokens:
-            self._pipeline.launch(plan)
+            self._pipeline.launch(plan, meanwhile=self._flush)
             self._scheduler.launched(plan)
-            self._collect(events, leave=self._pipeline.most_ahead)
+            self._collect(leave=self._pipeline.most_ahead)
         else:
-            self._collect(events)
+            self._collect()
             # An empty step is told too: a cancel may have left nothing to do, and blocks to count.
             self._report(plan, _Figures())
             self._since = None
         self._room = self._guess_room()
-        self._emit(events)
         self.last_progress = self._clock()
-        return bool(plan.tokens or events)
+        return plan
 
     def check_integrity(self) -> None:
         """Raises RuntimeError where bookkeeping contradicts itself. For tests and idle moments."""
@@ -224,10 +235,11 @@ class EngineLoop:
     def _work(self) -> None:
         try:
             while self._wait():
-                self.step()
-            events: list[Event] = []
-            self._collect(events)
-            self._emit(events)
+                plan = self._advance()
+                if not (plan.tokens and self.busy):  # else the next step delivers it, and at once
+                    self._flush()
+            self._collect()
+            self._flush()
         except BaseException as failure:  # noqa: BLE001
             # Broad because a thread has nobody above it: whatever a runner or a driver raises, the
             # process must hear of it, or it would live on and hold leases that nobody works on.
@@ -242,26 +254,25 @@ class EngineLoop:
             self.last_progress = self._clock()
             return not self._stopping
 
-    def _read_inbox(self) -> list[Event]:
+    def _read_inbox(self) -> None:
         with self._changed:
             commands = list(self._inbox)
             self._inbox.clear()
-            events: list[Event] = []
             for received, command in commands:
                 if isinstance(command, _Abort):
                     self._drop(command.request_id)
                 else:
                     self._drop(command.request.id)
-                    events += self._accept(command, received)
+                    self._accept(command, received)
             self._room = self._guess_room()
-            return events
 
     def _drop(self, request_id: str) -> None:
         self._scheduler.abort(request_id)
         self._answers.pop(request_id, None)
+        self._outbox = [event for event in self._outbox if event.request_id != request_id]
 
-    def _accept(self, work: Work, received: float) -> list[Event]:
-        """Lets a request wait, or gives its end where there is nothing left to compute."""
+    def _accept(self, work: Work, received: float) -> None:
+        """Lets a request wait, or tells its end where there is nothing left to compute."""
         request = work.request
         try:
             self._check(work)
@@ -274,14 +285,15 @@ class EngineLoop:
                 guide=guide,
             )
             if answer.reason is not None:  # an engine died between the last token and the end
-                return [Event(request.id, answer.end(answer.reason))]
+                self._outbox.append(Event(request.id, answer.end(answer.reason)))
+                return
             deadline = None if work.remaining_ms is None else received + work.remaining_ms / 1000
             self._scheduler.add(request, tokens=work.tokens, deadline=deadline, guide=guide)
         except BadRequest as refusal:
             end = End(count=len(work.tokens), reason=FinishReason.ERROR, error=refusal.code)
-            return [Event(request.id, end)]
+            self._outbox.append(Event(request.id, end))
+            return
         self._answers[request.id] = answer
-        return []
 
     def _check(self, work: Work) -> None:
         """Refuses what would break the runner; the API lets none of it through."""
@@ -307,11 +319,11 @@ class EngineLoop:
         vocab_size = self._runner.config.vocab_size
         return Guide(matcher, token_bytes=self._token_bytes, vocab_size=vocab_size)
 
-    def _collect(self, events: list[Event], *, leave: int = 0) -> None:
-        """Reads steps until `leave` are under way; appends what sequences got to `events`."""
+    def _collect(self, *, leave: int = 0) -> None:
+        """Reads steps until `leave` are under way; what sequences got goes to the outbox."""
         while len(self._pipeline) > leave:
             step = self._pipeline.collect()
-            num_sampled, num_accepted = self._take(step, events)
+            num_sampled, num_accepted = self._take(step)
             now = self._clock()
             duration = 0.0 if self._since is None else now - self._since
             self._since = now
@@ -325,7 +337,7 @@ class EngineLoop:
             )
             self._report(step.plan, figures)
 
-    def _take(self, step: Computed, events: list[Event]) -> tuple[int, int]:
+    def _take(self, step: Computed) -> tuple[int, int]:
         """(tokens sampled, drafts among them) of what a step brought to sequences still here."""
         plan, outcome = step.plan, step.outcome
         for sequence, scores in outcome.prompt_logprobs.items():
@@ -341,7 +353,7 @@ class EngineLoop:
             ids: tuple[int, ...] = ()
             if sequence.is_alive:
                 record = self._answers[sequence.id].take(run, logprobs)
-                events.append(Event(sequence.id, record))
+                self._outbox.append(Event(sequence.id, record))
                 ids = record.ids
                 num_accepted += len(ids) - 1
             runs.append(ids)
@@ -349,17 +361,17 @@ class EngineLoop:
         for sequence in plan.sampling:
             if sequence.is_alive and (reason := self._answers[sequence.id].reason) is not None:
                 self._scheduler.finish(sequence)
-                events.append(self._end(sequence.id, reason, sequence.num_cached))
+                self._tell_end(sequence.id, reason, sequence.num_cached)
         return sum(map(len, runs)), num_accepted
 
-    def _end(self, request_id: str, reason: FinishReason, cached_tokens: int) -> Event:
-        return Event(
-            request_id, self._answers.pop(request_id).end(reason, cached_tokens=cached_tokens)
-        )
+    def _tell_end(self, request_id: str, reason: FinishReason, cached_tokens: int) -> None:
+        end = self._answers.pop(request_id).end(reason, cached_tokens=cached_tokens)
+        self._outbox.append(Event(request_id, end))
 
-    def _emit(self, events: list[Event]) -> None:
+    def _flush(self) -> None:
         """Delivers all events but those of requests that were aborted or replaced meanwhile."""
         with self._changed:
+            events, self._outbox = self._outbox, []
             stale = {
                 command.request_id if isinstance(command, _Abort) else command.request.id
                 for _, command in self._inbox

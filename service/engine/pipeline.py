@@ -64,12 +64,20 @@ class Pipeline:
             for sequence in flight.plan.sampling
         )
 
-    def launch(self, plan: Plan) -> None:
-        """Packs and launches a step. Called before the scheduler's `launched`."""
+    def launch(self, plan: Plan, *, meanwhile: Callable[[], None]) -> None:
+        """Packs and launches a step. Called before the scheduler's `launched`.
+
+        `meanwhile` is called when nothing is left to do but the runner's part: before the call of
+        one that computes at once, after launching with one that overlaps.
+        """
         batch, unread_T = self._packer.pack(plan), unread_rows(plan)
+        if self._overlapped is None:
+            meanwhile()
         began = self._clock()
         read = self._launch(batch, unread_T)
         duration = self._clock() - began
+        if self._overlapped is not None:
+            meanwhile()
         self._flights.append(_Flight(plan=plan, read=read, launch_duration=duration))
 
     def _launch(self, batch: Batch, unread_T: Bools | None) -> Callable[[], StepOutput]:

@@ -12,7 +12,7 @@ import pytest
 
 from model.batch import Batch
 from service.engine.loop import EngineLoop, Work
-from service.engine.observer import NullObserver
+from service.engine.observer import NullObserver, StepReport
 from service.messages import End, Event, GenerationRequest
 from tests.engine.harness import CONFIG, Transcript, expected, make_request, random_request
 from tests.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, OverlappedOracle
@@ -38,6 +38,19 @@ class Outbox:
                 return transcript
             event = self.events.get(timeout=WAIT)
             self.transcripts.setdefault(event.request_id, Transcript()).read(event.record)
+
+
+class AbortAfter:
+    """Aborts the request "r" when the given number of steps were read."""
+
+    def __init__(self, steps: int) -> None:
+        self.loop: EngineLoop | None = None
+        self._left = steps
+
+    def stepped(self, report: StepReport) -> None:
+        self._left -= 1
+        if self._left == 0 and self.loop is not None:
+            self.loop.abort("r")
 
 
 Build = Callable[..., tuple[EngineLoop, Outbox]]
@@ -177,6 +190,46 @@ def test_nothing_comes_out_after_abort_returned(build: Build) -> None:
         threading.Event().wait(0.0005)
         assert delivered.count(name) == seen
     assert len(delivered) > 20, "some were answered in part"
+
+
+def test_no_record_is_held_back_across_an_abort(build: Build) -> None:
+    """Aborted when a step was read and its records were not delivered yet: they never are."""
+    observer = AbortAfter(3)
+    loop, outbox = build(observer=observer)
+    observer.loop = loop
+    loop.add(Work(request=make_request(max_tokens=30, ignore_eos=True)))
+    loop.add(Work(request=make_request("other")))
+    loop.start()
+    assert outbox.until_end("other").result == expected(make_request("other"))
+    while loop.busy:
+        threading.Event().wait(0.001)
+    assert len(outbox.transcripts["r"].ids) < 3
+
+
+def test_a_token_is_delivered_before_the_next_step_is_computed() -> None:
+    """Whoever waits for it works while the runner does, not after it."""
+    delivered: list[Event] = []
+    seen: list[int] = []
+    ended = threading.Event()
+
+    def deliver(events: Sequence[Event]) -> None:
+        delivered.extend(events)
+        if any(isinstance(event.record, End) for event in events):
+            ended.set()
+
+    loop = EngineLoop(
+        OracleRunner(on_run=lambda _: seen.append(len(delivered))),
+        config=CONFIG,
+        token_bytes=TOKEN_BYTES,
+        eos_ids=EOS_IDS,
+        deliver=deliver,
+        observer=NullObserver(),
+    )
+    loop.start()
+    loop.add(Work(request=make_request(max_tokens=10, ignore_eos=True)))
+    assert ended.wait(WAIT)
+    loop.stop(WAIT)
+    assert seen == list(range(len(seen)))
 
 
 def test_an_engine_that_never_started_stops(build: Build) -> None:
