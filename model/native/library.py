@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -127,12 +127,12 @@ class NativeModel:
         self.shape = shape
         self._calls = library.calls
         mirrored, _kept = _mirror(shape)
-        error = ctypes.create_string_buffer(_ERROR_BYTES)
+        self._error = ctypes.create_string_buffer(_ERROR_BYTES)
         self._handle: int | None = self._calls.quire_create(
-            ctypes.byref(mirrored), variant.encode(), error, _ERROR_BYTES
+            ctypes.byref(mirrored), variant.encode(), self._error, _ERROR_BYTES
         )
         if not self._handle:
-            raise NativeUnavailable(f"{variant or 'native'}: {error.value.decode()}")
+            raise NativeUnavailable(f"{variant or 'native'}: {self._error.value.decode()}")
 
     @property
     def variant(self) -> str:
@@ -171,25 +171,26 @@ class NativeModel:
 
     def step(
         self, *, tokens_T: Ints, positions_T: Ints, query_starts_S1: Ints, block_table_SB: Ints,
-        output_rows_R: Ints, logits: Sequence[Floats | None],
+        output_rows_R: Ints, logits: Mapping[int, Floats],
     ) -> Ints:  # fmt: skip
         """Runs the layers over T rows, the head over R of them; returns the likeliest tokens.
 
-        `logits` has an entry a row of R: where its V logits go, or None. T = 0 runs the head alone,
-        over rows of the step before. Raises ValueError for a step that does not fit the model.
+        `logits`: for rows of R, where their V logits go. T = 0 runs the head alone, over rows of
+        the step before. Raises ValueError for a step that does not fit the model.
         """
         best_R = np.empty(len(output_rows_R), np.int32)
         arrays = (tokens_T, positions_T, query_starts_S1, block_table_SB, output_rows_R)
-        places = np.array([0 if row is None else row.ctypes.data for row in logits], np.uintp)
+        places = np.zeros(len(output_rows_R), np.uintp)
+        for row, logits_V in logits.items():
+            places[row] = logits_V.ctypes.data
         pointed: list[npt.NDArray[Any]] = [np.ascontiguousarray(a, np.int32) for a in arrays]
         pointed += [places, best_R]
         step = _Step(
             len(tokens_T), len(query_starts_S1) - 1, block_table_SB.shape[1], len(output_rows_R),
             *(array.ctypes.data for array in pointed),
         )  # fmt: skip
-        error = ctypes.create_string_buffer(_ERROR_BYTES)
-        if self._calls.quire_step(self._handle, ctypes.byref(step), error, _ERROR_BYTES):
-            raise ValueError(error.value.decode())
+        if self._calls.quire_step(self._handle, ctypes.byref(step), self._error, _ERROR_BYTES):
+            raise ValueError(self._error.value.decode())
         return best_R
 
     def close(self) -> None:

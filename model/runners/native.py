@@ -7,8 +7,8 @@ served; `unsupported` says why. Sampling with anything but the likeliest token i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from model.native.library import (
 )
 from model.native.quantize import hadamard_block, load, rotary_tables
 from model.runners import RunnerOptions, Weights
-from model.sampler import SampledRows, ScoredRows, sample, score
+from model.sampler import ScoredRows, sample, score
 
 KERNEL_VERSION = 1  # rises whenever the bits of a result change
 SCORED_AT_ONCE = 64  # rows whose logits over the whole vocabulary are in memory together
@@ -72,11 +72,9 @@ class NativeRunner:
 
     def run(self, batch: Batch) -> StepOutput:
         """Computes the step and stores its K and V."""
-        rows = np.flatnonzero(_needs_logits(batch.sampling))
+        rows = _rows_with_logits(batch.sampling)
         logits_LV = self._room(len(rows))
-        places: list[Floats | None] = [None] * len(batch.sample_rows_R)
-        for place, row in enumerate(rows):
-            places[row] = logits_LV[place]
+        places: dict[int, Floats] = dict(zip(rows.tolist(), logits_LV, strict=True))
         tokens_R = self._model.step(
             tokens_T=batch.tokens_T,
             positions_T=batch.positions_T,
@@ -85,16 +83,16 @@ class NativeRunner:
             output_rows_R=batch.sample_rows_R,
             logits=places,
         )
-        sampled = _Sampled.of(tokens_R, rows, logits_LV, batch.sampling)
+        sampled = _choose(tokens_R, rows, logits_LV, batch.sampling)
         scored = self._score(batch)
         return StepOutput(
             tokens_R=tokens_R,
-            logprobs_R=sampled.logprobs_R,
-            top_ids_RN=sampled.top_ids_RN,
-            top_logprobs_RN=sampled.top_logprobs_RN,
-            score_logprobs_Q=torch.cat([s.logprobs_Q for s in scored]).numpy(),
-            score_top_ids_QN=torch.cat([s.top_ids_QN for s in scored]).int().numpy(),
-            score_top_logprobs_QN=torch.cat([s.top_logprobs_QN for s in scored]).numpy(),
+            logprobs_R=sampled.logprobs,
+            top_ids_RN=sampled.top_ids,
+            top_logprobs_RN=sampled.top_logprobs,
+            score_logprobs_Q=scored.logprobs,
+            score_top_ids_QN=scored.top_ids,
+            score_top_logprobs_QN=scored.top_logprobs,
         )
 
     def warm_up(self) -> None:
@@ -107,7 +105,7 @@ class NativeRunner:
                 query_starts_S1=np.array([0, length], np.int32),
                 block_table_SB=np.arange(self.num_blocks, dtype=np.int32)[None],
                 output_rows_R=np.array([length - 1], np.int32),
-                logits=[None],
+                logits={},
             )
 
     def close(self) -> None:
@@ -120,30 +118,34 @@ class NativeRunner:
             self._logits = np.empty((rows, self.config.vocab_size), np.float32)
         return self._logits[:rows]
 
-    def _score(self, batch: Batch) -> list[ScoredRows]:
-        """Log probabilities of given tokens, piece by piece; at least one piece, maybe empty."""
-        pieces = []
-        for start in range(0, max(1, len(batch.score_rows_Q)), SCORED_AT_ONCE):
+    def _score(self, batch: Batch) -> _Logprobs:
+        """Log probabilities of given tokens, piece by piece."""
+        pieces: list[ScoredRows] = []
+        for start in range(0, len(batch.score_rows_Q), SCORED_AT_ONCE):
             part = slice(start, start + SCORED_AT_ONCE)
-            rows_Q = batch.score_rows_Q[part]
-            logits_QV = self._head(rows_Q)
+            logits_QV = self._head(batch.score_rows_Q[part])
             ids_Q = torch.from_numpy(batch.score_ids_Q[part])
             pieces.append(score(logits_QV, ids_Q, num_top=batch.score_num_top))
-        return pieces
+        if not pieces:  # most steps: no operation of torch for nothing
+            return _NO_LOGPROBS
+        return _Logprobs(
+            torch.cat([piece.logprobs_Q for piece in pieces]).numpy(),
+            torch.cat([piece.top_ids_QN for piece in pieces]).int().numpy(),
+            torch.cat([piece.top_logprobs_QN for piece in pieces]).numpy(),
+        )
 
     def _head(self, rows_Q: Ints) -> torch.Tensor:
         """Logits of some rows of the step that was just run."""
         logits_QV = self._room(len(rows_Q))
-        if len(rows_Q):
-            nothing = np.zeros(0, np.int32)
-            self._model.step(
-                tokens_T=nothing,
-                positions_T=nothing,
-                query_starts_S1=np.zeros(1, np.int32),
-                block_table_SB=np.zeros((0, 0), np.int32),
-                output_rows_R=rows_Q,
-                logits=list(logits_QV),
-            )
+        nothing = np.zeros(0, np.int32)
+        self._model.step(
+            tokens_T=nothing,
+            positions_T=nothing,
+            query_starts_S1=np.zeros(1, np.int32),
+            block_table_SB=np.zeros((0, 0), np.int32),
+            output_rows_R=rows_Q,
+            logits=dict(enumerate(logits_QV)),
+        )
         return torch.from_numpy(logits_QV)
 
 
@@ -218,44 +220,43 @@ def _shape(config: ModelConfig, options: RunnerOptions, library: NativeLibrary) 
     return replace(shape, num_blocks=num_blocks, cosines=cosines, sines=sines)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sampled:
-    """Log probabilities of the chosen tokens; no rows where no row wants them."""
+class _Logprobs(NamedTuple):
+    """Of a given or chosen token a row, and of the likeliest ones; no rows where none are asked."""
 
-    logprobs_R: Floats
-    top_ids_RN: Ints
-    top_logprobs_RN: Floats
-
-    @staticmethod
-    def of(
-        tokens_R: Ints, rows: npt.NDArray[np.intp], logits_LV: Floats, sampling: SamplingBatch
-    ) -> _Sampled:
-        """Lets the sampler choose the tokens of `rows`, and writes them into `tokens_R`."""
-        part: SampledRows | None = None
-        if rows.size:
-            part = sample(torch.from_numpy(logits_LV), _some(sampling, rows))
-            tokens_R[rows] = part.tokens_R.numpy()
-        if part is None or not part.logprobs_R.numel():
-            none = np.zeros((0, 0), np.float32)
-            return _Sampled(
-                logprobs_R=np.zeros(0, np.float32),
-                top_ids_RN=np.zeros((0, 0), np.int32),
-                top_logprobs_RN=none,
-            )
-        return _Sampled(
-            logprobs_R=_spread(part.logprobs_R.numpy(), rows, len(tokens_R)),
-            top_ids_RN=_spread(part.top_ids_RN.int().numpy(), rows, len(tokens_R)),
-            top_logprobs_RN=_spread(part.top_logprobs_RN.numpy(), rows, len(tokens_R)),
-        )
+    logprobs: Floats
+    top_ids: Ints
+    top_logprobs: Floats
 
 
-def _needs_logits(sampling: SamplingBatch) -> npt.NDArray[np.bool_]:
+_NO_LOGPROBS = _Logprobs(
+    np.zeros(0, np.float32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32)
+)
+
+
+def _choose(
+    tokens_R: Ints, rows: npt.NDArray[np.intp], logits_LV: Floats, sampling: SamplingBatch
+) -> _Logprobs:
+    """Lets the sampler choose the tokens of `rows`, and writes them into `tokens_R`."""
+    if not rows.size:
+        return _NO_LOGPROBS
+    part = sample(torch.from_numpy(logits_LV), _some(sampling, rows))
+    tokens_R[rows] = part.tokens_R.numpy()
+    if not part.logprobs_R.numel():
+        return _NO_LOGPROBS
+    return _Logprobs(
+        _spread(part.logprobs_R.numpy(), rows, len(tokens_R)),
+        _spread(part.top_ids_RN.int().numpy(), rows, len(tokens_R)),
+        _spread(part.top_logprobs_RN.numpy(), rows, len(tokens_R)),
+    )
+
+
+def _rows_with_logits(sampling: SamplingBatch) -> npt.NDArray[np.intp]:
     """Rows that want more than the likeliest token."""
     needs_R: npt.NDArray[np.bool_] = (sampling.temperatures_R != 0) | sampling.wants_logprobs_R
-    needs_R[sampling.penalty_rows_P] = True
-    needs_R[sampling.bias_rows_E] = True
-    needs_R[sampling.mask_rows_M] = True
-    return needs_R
+    for rows in (sampling.penalty_rows_P, sampling.bias_rows_E, sampling.mask_rows_M):
+        if rows.size:
+            needs_R[rows] = True
+    return needs_R.nonzero()[0]
 
 
 def _some(sampling: SamplingBatch, rows: npt.NDArray[np.intp]) -> SamplingBatch:
