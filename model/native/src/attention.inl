@@ -243,7 +243,6 @@ static void write_out(const float* total, int dim, float* out) {
   for (int d = 0; d < dim; d += LANES) store(out + d, load(total + 2 + d) * factor);
 }
 
-constexpr int DIM_MAX = 256;
 constexpr int ITEM_QUERIES = 64;  // rows of an item times queries a KV head
 
 // All splits of an item, merged.

@@ -96,11 +96,13 @@ static void finish(const Product& p, int panel, int first, int count, const int3
 
 // One tile: a little ahead in the same stream. Several: while the first waits for memory the others
 // would leave it idle, so each of them fetches its share of the next panel.
-QUIRE_INLINE Ahead ahead_of(const int8_t* panel, size_t panel_bytes, int tile, int tiles) {
+QUIRE_INLINE Ahead ahead_of(const Product& p, const int8_t* packed, int panel, int tile, int tiles) {
   constexpr size_t line_bytes = PANEL * 4, near_bytes = 4096;
-  if (tiles == 1) return {panel + near_bytes, line_bytes};
+  if (tiles == 1) return {packed + near_bytes, line_bytes, nullptr, 0};  // no time for anything else
+  const size_t panel_bytes = (size_t)p.weight->inputs_padded * PANEL;
   const size_t share = (size_t)tile * panel_bytes / tiles;
-  return {panel + panel_bytes + share, line_bytes / tiles};
+  const int segment = p.first_segment + (panel * tiles + tile) * segments_of(*p.weight);
+  return {packed + panel_bytes + share, line_bytes / tiles, p.reads, segment};
 }
 
 static void multiply(const Product* product, int first, int end, Best* best) {
@@ -114,7 +116,7 @@ static void multiply(const Product* product, int first, int end, Best* best) {
     for (int row = 0, tile = 0; row < p.rows; tile++) {
       const int count = rows_of_tile(p.rows - row, tiles - tile);
       multiply_tile(p.codes.rows + (size_t)row * p.codes.stride, p.codes.stride, count, packed, w.inputs_padded,
-                    ahead_of(packed, bytes, tile, tiles), acc);
+                    ahead_of(p, packed, panel, tile, tiles), acc);
       finish(p, panel, row, count, acc, best);
       row += count;
     }

@@ -16,8 +16,11 @@ constexpr int PANEL = 32;          // output columns that are packed together
 constexpr int K_STEP = 64;         // inner dimensions are padded to this: one AMX tile row
 constexpr int TILE_ROWS_MAX = 32;  // rows of activations that a tile routine takes at most
 constexpr int GROUP = 16;          // keys that are stored together: one per lane
+constexpr int DIM_MAX = 256;       // of a head
 constexpr int SPLIT = 256;         // positions of one partial attention; at multiples of itself
 constexpr int QUERIES = 4;         // queries that walk over the keys together
+constexpr int SEGMENT = 32;        // lines of 4 inputs; while they are multiplied, as many cache lines
+                                   // of keys or values can be fetched: see Reads
 
 // y[M, N] = x[M, K] W[N, K]^T with 8-bit W, one scale an output column.
 struct Linear {
@@ -47,6 +50,11 @@ enum class Epilogue {
   HEAD,   // logits of the rows that want them, and the largest one of each row
 };
 
+// Segments of one tile of rows with one panel.
+static inline int segments_of(const Linear& weight) { return (weight.inputs_padded / 4 + SEGMENT - 1) / SEGMENT; }
+
+struct Reads;
+
 struct Product {
   const Linear* weight;
   Codes codes;
@@ -55,6 +63,8 @@ struct Product {
   float* out;
   size_t out_stride;
   float* const* logits;  // HEAD: [M], null for a row that wants none
+  const Reads* reads;    // what to fetch meanwhile, or null
+  int first_segment;     // of its own, among the segments of all products that share `reads`
 };
 
 // The likeliest token of a row among some panels. The lowest id among equals; 0 where all are NaN.
@@ -68,6 +78,8 @@ struct Best {
 struct Ahead {
   const int8_t* start;
   size_t step;
+  const Reads* reads;  // or null
+  int segment;         // the first one of this tile
 };
 
 struct HeadShape {
@@ -85,6 +97,14 @@ struct HeadShape {
 struct Pool {
   uint8_t* base;
   size_t region_bytes, block_bytes;
+};
+
+// What the attention of a layer will read: fetched while products of many rows keep the multipliers
+// busy and leave the memory idle.
+struct Reads {
+  const uint8_t* base;     // of its pool
+  const size_t* regions;   // where they begin, in the order in which attention comes to them
+  int count;
 };
 
 // One row's rotary position and storage.

@@ -250,8 +250,8 @@ QUIRE_INLINE Lanes exponential(Lanes x) {
 QUIRE_INLINE uint16_t to_bf16(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40u);
-  return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+  return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
 QUIRE_INLINE float of_bf16(uint16_t x) {

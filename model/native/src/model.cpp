@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kRowsOfTile = 16;
 constexpr int kQueriesOfTile = 64;  // ITEM_QUERIES of attention.inl
+constexpr int kRowsToFetchReads = 24;  // fewer wait for weights: the memory has no time for more
 constexpr int kUnitsPerThread = 4;  // fewer than this, and attention is cut along the context too
 
 // Rows whose distance is a multiple of 512 bytes would fall into few sets of the first cache.
@@ -105,6 +106,20 @@ Linear& Model::linear(int layer, int which) {
   }
 }
 
+// Every region that attention reads, by offsets from a layer's pool. Where sequences share a block it
+// stands here more than once, and costs little: it is in a cache then.
+static std::vector<size_t> find_reads(const QuireShape& shape, const QuireStep& step) {
+  std::vector<size_t> reads;
+  const size_t region = region_bytes(shape), block_bytes = region * shape.kv_heads * shape.layers;
+  for (int s = step.sequences - 1; s >= 0; s--) {
+    const int32_t* table = step.block_table + static_cast<size_t>(s) * step.table_width;
+    const int blocks = step.positions[step.query_starts[s + 1] - 1] / shape.block_size + 1;
+    for (int b = 0; b < blocks; b++)
+      for (int h = 0; h < shape.kv_heads; h++) reads.push_back(static_cast<size_t>(table[b]) * block_bytes + h * region);
+  }
+  return reads;
+}
+
 Cut cut_attention(const QuireShape& shape, const QuireStep& step, int threads) {
   Cut cut;
   const int shared = shape.heads / shape.kv_heads;
@@ -130,6 +145,7 @@ Cut cut_attention(const QuireShape& shape, const QuireStep& step, int threads) {
       else
         for (int split = 0; split < cut.tiles[static_cast<size_t>(t)].splits; split++) cut.units.push_back({t, h, split});
     }
+  if (step.rows >= kRowsToFetchReads) cut.reads = find_reads(shape, step);
   return cut;
 }
 

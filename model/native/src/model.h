@@ -49,6 +49,7 @@ struct Cut {
   std::vector<Tile> tiles;
   std::vector<int> tile_of_row;
   std::vector<Unit> units;
+  std::vector<size_t> reads;  // regions, as `units` come to them; none where fetching them is no use
   bool split = false;
 };
 

@@ -62,7 +62,7 @@ double quire_probe_products(const char* variant, int32_t threads, int32_t rows, 
       alignas(64) int32_t sums[TILE_ROWS_MAX * PANEL];
       kernels->thread_begin();
       for (int i = 0; i < rounds; i++) {
-        kernels->multiply_tile(codes.data(), inputs, rows, panel.data(), inputs, {panel.data(), 0}, sums);
+        kernels->multiply_tile(codes.data(), inputs, rows, panel.data(), inputs, {panel.data(), 0, nullptr, 0}, sums);
         __asm__ volatile("" : : "r"(sums) : "memory");
       }
       kernels->thread_end();

@@ -19,13 +19,19 @@ static void write_zero_codes(int size, uint8_t* codes) {
 
 // codes * scale is x * factor, rounded to 8 bits.
 static void to_codes(const float* x, int size, float factor, uint8_t* codes, float* scale) {
-  Lanes top = splat(0.0f), poison = splat(0.0f);
-  for (int i = 0; i < size; i += LANES) {
-    const Lanes v = load(x + i);
-    top = larger(magnitude(v), top);
-    poison = fma(v, splat(0.0f), poison);
-  }
-  const float most = largest(top), bad = finite_or_nan(poison);
+  // Neither result depends on the order, so four chains of operations may run side by side.
+  constexpr int CHAINS = K_STEP / LANES;
+  Lanes top[CHAINS], poison[CHAINS];
+  for (int c = 0; c < CHAINS; c++) top[c] = poison[c] = splat(0.0f);
+  for (int i = 0; i < size; i += K_STEP)
+    QUIRE_UNROLL
+    for (int c = 0; c < CHAINS; c++) {
+      const Lanes v = load(x + i + c * LANES);
+      top[c] = larger(magnitude(v), top[c]);
+      poison[c] = fma(v, splat(0.0f), poison[c]);
+    }
+  const float most = largest(larger(larger(top[0], top[1]), larger(top[2], top[3])));
+  const float bad = finite_or_nan((poison[0] + poison[1]) + (poison[2] + poison[3]));
   *scale = most * (factor / 127.0f) + bad;
   // A magnitude below this has no finite reciprocal worth having: such a row is zero.
   if (bad != bad || most < 1e-30f) {
@@ -51,24 +57,33 @@ static void norm_to_codes(const float* x, int size, float eps, uint8_t* codes, f
 // One butterfly stage inside the lanes: (a, b) -> (a + b, a - b) for lanes that differ in BIT.
 template <int BIT> QUIRE_INLINE Lanes butterfly(Lanes a) { return exchange<BIT>(a) + turn_signs<BIT>(a); }
 
-// Hadamard transform of one block of SIZE * LANES floats, not normalised.
-template <int SIZE> static void hadamard_block(float* x) {
-  Lanes v[SIZE];
-  for (int i = 0; i < SIZE; i++) {
-    Lanes a = load(x + i * LANES);
-    a = butterfly<1>(a);
-    a = butterfly<2>(a);
-    a = butterfly<4>(a);
-    v[i] = butterfly<8>(a);
+// The stages between COUNT vectors, APART vectors from one another. Few enough for the registers.
+template <int COUNT, int APART, bool INSIDE> QUIRE_INLINE void hadamard_stages(float* x) {
+  Lanes v[COUNT];
+  QUIRE_UNROLL
+  for (int i = 0; i < COUNT; i++) {
+    v[i] = load(x + i * APART * LANES);
+    if constexpr (INSIDE) v[i] = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(v[i]))));
   }
-  for (int distance = 1; distance < SIZE; distance *= 2)
-    for (int i = 0; i < SIZE; i++)
+  QUIRE_UNROLL
+  for (int distance = 1; distance < COUNT; distance *= 2)
+    QUIRE_UNROLL
+    for (int i = 0; i < COUNT; i++)
       if (!(i & distance)) {
         const Lanes a = v[i], b = v[i + distance];
         v[i] = a + b;
         v[i + distance] = a - b;
       }
-  for (int i = 0; i < SIZE; i++) store(x + i * LANES, v[i]);
+  QUIRE_UNROLL
+  for (int i = 0; i < COUNT; i++) store(x + i * APART * LANES, v[i]);
+}
+
+// Hadamard transform of one block of SIZE * LANES floats, not normalised.
+template <int SIZE> static void hadamard_block(float* x) {
+  constexpr int NEAR = SIZE < 8 ? SIZE : 8;
+  for (int i = 0; i < SIZE; i += NEAR) hadamard_stages<NEAR, 1, true>(x + i * LANES);
+  if constexpr (SIZE > NEAR)
+    for (int i = 0; i < NEAR; i++) hadamard_stages<SIZE / NEAR, NEAR, false>(x + i * LANES);
 }
 
 static void hadamard_small(float* x, int block) {
@@ -107,7 +122,13 @@ static void norm_head(float* x, int dim, const float* weight, float eps) {
 // Pairs (d, d + D / 2), turned by the angle of this position.
 static void rotate_head(float* x, int dim, const float* cosines, const float* sines, float scale) {
   const int half = dim / 2;
-  for (int d = 0; d < half; d++) {
+  int d = 0;
+  for (; d + LANES <= half; d += LANES) {
+    const Lanes a = load(x + d), b = load(x + d + half), c = load(cosines + d), s = load(sines + d);
+    store(x + d, (a * c - b * s) * splat(scale));
+    store(x + d + half, (b * c + a * s) * splat(scale));
+  }
+  for (; d < half; d++) {
     const float a = x[d], b = x[d + half];
     x[d] = (a * cosines[d] - b * sines[d]) * scale;
     x[d + half] = (b * cosines[d] + a * sines[d]) * scale;
@@ -127,7 +148,9 @@ static float largest_magnitude(const float* x, int dim) {
 static void store_wide(const HeadShape& shape, uint8_t* region, int offset, const float* k, const float* v) {
   uint16_t* keys = (uint16_t*)region + (size_t)(offset / GROUP) * shape.dim * GROUP + offset % GROUP;
   uint16_t* values = (uint16_t*)region + (size_t)shape.block_size * shape.dim + (size_t)offset * shape.dim;
-  for (int d = 0; d < shape.dim; d++) keys[d * GROUP] = to_bf16(k[d]);
+  uint16_t rounded[DIM_MAX];
+  for (int d = 0; d < shape.dim; d++) rounded[d] = to_bf16(k[d]);
+  for (int d = 0; d < shape.dim; d++) keys[d * GROUP] = rounded[d];
   for (int d = 0; d < shape.dim; d++) values[d] = to_bf16(v[d]);
 }
 

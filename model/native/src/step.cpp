@@ -34,8 +34,27 @@ class ThreadState {
   unsigned saved_ = 0;
 };
 
-struct Range {
-  int first, end;
+// How the panels of a product are cut into chunks: first one for each thread that is nearly its share,
+// then ever smaller ones, so that the threads end together. A thread streams through a chunk faster
+// than through as many small ones, whose beginnings nobody has fetched.
+class Chunks {
+ public:
+  Chunks(int panels, int threads, int least) {
+    for (int end = 0; end < panels; count_++) {
+      const int left = panels - end;
+      const int some = threads == 1 || count_ + 1 == kMost ? left : std::max(least, left * 15 / (threads * 16));
+      end_[count_] = end = std::min(panels, end + some);
+    }
+  }
+
+  int count() const { return count_; }
+  int first(int chunk) const { return chunk ? end_[chunk - 1] : 0; }
+  int end(int chunk) const { return end_[chunk]; }
+
+ private:
+  static constexpr int kMost = kHeadChunks;
+  int end_[kMost] = {};
+  int count_ = 0;
 };
 
 class Program {
@@ -46,9 +65,9 @@ class Program {
   void run() {
     if (step_.rows > 0) {
       embed();
-      for (const Layer& layer : m_.layers) {
-        attention(layer);
-        mlp(layer);
+      for (size_t i = 0; i < m_.layers.size(); i++) {
+        attention(m_.layers[i], i + 1);
+        mlp(m_.layers[i]);
       }
     }
     if (step_.outputs > 0) head();
@@ -63,11 +82,13 @@ class Program {
   }
 
   // x += out(attend(qkv(norm(x))))
-  void attention(const Layer& layer) {
+  // From its last product on the reads of the next layer are fetched.
+  void attention(const Layer& layer, size_t next) {
     norm_rows(layer.qkv);
     multiply(layer.qkv, step_.rows, Epilogue::STORE, s_.qkv, s_.qkv_stride);
     each_row(step_.rows, [&](int row) { rotate_and_store(layer, row); });
     walker_.phase(static_cast<int>(task_.cut.units.size()), [&](int u) { attend(layer, task_.cut.units[u]); });
+    fetch_reads(next);
     const Codes codes = codes_for(layer.out);
     each_row(step_.rows, [&](int row) {
       float* x = s_.attention + row * s_.attention_stride;
@@ -96,15 +117,14 @@ class Program {
     each_row(step_.outputs, [&](int i) { norm_row(step_.output_rows[i], codes, i); });
     Product product = product_of(m_.head, step_.outputs, Epilogue::HEAD, nullptr, 0);
     product.logits = step_.logits;
-    const int group = std::max(panels_of_chunk(m_.head), (m_.head.panels + kHeadChunks - 1) / kHeadChunks);
-    const int chunks = (m_.head.panels + group - 1) / group;
-    walker_.phase(chunks, [&](int c) {
+    const Chunks chunks = chunks_of(m_.head, step_.outputs);
+    walker_.phase(chunks.count(), [&](int c) {
       Best* best = s_.best + static_cast<size_t>(c) * m_.shape.max_rows;
       for (int i = 0; i < step_.outputs; i++) best[i] = {-__builtin_inff(), 0};
-      m_.kernels.multiply(&product, c * group, std::min((c + 1) * group, m_.head.panels), best);
+      m_.kernels.multiply(&product, chunks.first(c), chunks.end(c), best);
     });
     walker_.phase(1, [&](int) {
-      for (int i = 0; i < step_.outputs; i++) step_.best[i] = best_of(chunks, i);
+      for (int i = 0; i < step_.outputs; i++) step_.best[i] = best_of(chunks.count(), i);
     });
   }
 
@@ -136,26 +156,31 @@ class Program {
   }
 
   Product product_of(const Linear& weight, int rows, Epilogue epilogue, float* out, size_t stride) const {
-    return {&weight, codes_for(weight), rows, epilogue, out, stride, nullptr};
+    return {&weight, codes_for(weight), rows, epilogue, out, stride, nullptr, reads_.count ? &reads_ : nullptr, segment_};
   }
 
   void multiply(const Linear& weight, int rows, Epilogue epilogue, float* out, size_t stride) {
     const Product product = product_of(weight, rows, epilogue, out, stride);
-    const int group = panels_of_chunk(weight);
-    walker_.phase((weight.panels + group - 1) / group, [&](int c) {
-      m_.kernels.multiply(&product, c * group, std::min((c + 1) * group, weight.panels), nullptr);
+    segment_ += weight.panels * ((rows + m_.kernels.tile_rows - 1) / m_.kernels.tile_rows) * segments_of(weight);
+    const Chunks chunks = chunks_of(weight, rows);
+    walker_.phase(chunks.count(), [&](int c) {
+      m_.kernels.multiply(&product, chunks.first(c), chunks.end(c), nullptr);
     });
   }
 
-  // Enough chunks to share them out evenly, few enough that taking one costs nothing.
-  int panels_of_chunk(const Linear& weight) const {
-    const int threads = walker_.threads();
-    return threads == 1 ? weight.panels : std::max(1, weight.panels / (threads * 4));
+  // The least chunk takes about two microseconds, since taking it costs a tenth of one. Where rows are
+  // few a panel costs the time to read it: as much as its products with kFewRows.
+  Chunks chunks_of(const Linear& weight, int rows) const {
+    constexpr int64_t kFewRows = 20, kLeastProducts = 700000;
+    const int64_t panel = static_cast<int64_t>(weight.inputs_padded) * PANEL * std::max<int64_t>(rows, kFewRows);
+    return Chunks(weight.panels, walker_.threads(), static_cast<int>(std::max<int64_t>(1, kLeastProducts / panel)));
   }
+
+  // Rows are cheap, and a thread that takes some waits for the cache lines that another one wrote.
 
   template <typename Work> void each_row(int rows, Work work) {
     const int threads = walker_.threads();
-    const int group = threads == 1 ? rows : std::max(1, rows / (threads * 4));
+    const int group = threads == 1 ? rows : std::max(1, rows / (threads * 2));
     walker_.phase((rows + group - 1) / group, [&](int c) {
       for (int row = c * group; row < std::min((c + 1) * group, rows); row++) work(row);
     });
@@ -217,6 +242,13 @@ class Program {
     }
   }
 
+  void fetch_reads(size_t layer) {
+    reads_ = {};
+    segment_ = 0;
+    if (layer == m_.layers.size() || m_.layers[layer].window != INT32_MAX) return;
+    reads_ = {m_.layers[layer].pool.base, task_.cut.reads.data(), static_cast<int>(task_.cut.reads.size())};
+  }
+
   static constexpr int kMaxHeads = 256;
 
   const Task& task_;
@@ -224,6 +256,8 @@ class Program {
   const QuireStep& step_;
   const Scratch& s_;
   Walker& walker_;
+  Reads reads_ = {};  // of the next layer
+  int segment_ = 0;   // of the products since they are being fetched
 };
 
 }  // namespace

@@ -4,7 +4,16 @@
 
 constexpr int TILE_ROWS = 12;
 
-template <int ROWS, int LINES>
+// What to fetch during a segment, or null: first the beginnings of all regions, which are their keys,
+// then what follows those. Every other segment is left to the weights.
+static const uint8_t* piece_of(const Reads& reads, int segment) {
+  const int piece = segment / 2;
+  if (segment % 2 || piece >= 2 * reads.count) return nullptr;
+  if (piece < reads.count) return reads.base + reads.regions[piece];
+  return reads.base + reads.regions[piece - reads.count] + SEGMENT * 64;
+}
+
+template <int ROWS, int LINES, bool FETCHES>
 static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded,
                           Ahead ahead, int32_t* acc) {
   __m512i left[LINES][ROWS], right[LINES][ROWS];
@@ -12,22 +21,37 @@ static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* pan
   for (int line = 0; line < LINES; line++)
     QUIRE_UNROLL
     for (int r = 0; r < ROWS; r++) left[line][r] = right[line][r] = _mm512_setzero_si512();
-  for (int k = 0; k < inputs_padded; k += 4 * LINES)
-    QUIRE_UNROLL
-    for (int line = 0; line < LINES; line++, panel += PANEL * 4) {
-      _mm_prefetch((const char*)ahead.start, _MM_HINT_T0);
-      _mm_prefetch((const char*)ahead.start + 64, _MM_HINT_T0);
-      ahead.start += ahead.step;
-      const __m512i w_left = _mm512_loadu_si512(panel), w_right = _mm512_loadu_si512(panel + 64);
+  // Rows by threes: an address is then one of few pointers plus 0, 1 or 2 strides, and all of them
+  // fit the registers.
+  const uint8_t* thirds[(ROWS + 2) / 3];
+  QUIRE_UNROLL
+  for (int r = 0; r < ROWS; r += 3) thirds[r / 3] = codes + r * stride;
+  for (int k = 0; k < inputs_padded;) {
+    const int stop = k + 4 * SEGMENT < inputs_padded ? k + 4 * SEGMENT : inputs_padded;
+    const uint8_t* piece = FETCHES ? piece_of(*ahead.reads, ahead.segment++) : nullptr;
+    if (!piece) piece = (const uint8_t*)panel;  // is there already, and costs less than a branch
+    for (; k < stop; k += 4 * LINES) {
       QUIRE_UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        int32_t four;
-        memcpy(&four, codes + r * stride + k + line * 4, 4);
-        const __m512i x = _mm512_set1_epi32(four);
-        left[line][r] = _mm512_dpbusd_epi32(left[line][r], x, w_left);
-        right[line][r] = _mm512_dpbusd_epi32(right[line][r], x, w_right);
+      for (int line = 0; line < LINES; line++, panel += PANEL * 4) {
+        _mm_prefetch((const char*)ahead.start, _MM_HINT_T0);
+        // With a share of the next panel a tile needs no more than a cache line in each line.
+        _mm_prefetch(FETCHES ? (const char*)piece : (const char*)ahead.start + 64, _MM_HINT_T0);
+        ahead.start += ahead.step;
+        piece += 64;
+        const __m512i w_left = _mm512_loadu_si512(panel), w_right = _mm512_loadu_si512(panel + 64);
+        QUIRE_UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          int32_t four;
+          memcpy(&four, thirds[r / 3] + r % 3 * stride + line * 4, 4);
+          const __m512i x = _mm512_set1_epi32(four);
+          left[line][r] = _mm512_dpbusd_epi32(left[line][r], x, w_left);
+          right[line][r] = _mm512_dpbusd_epi32(right[line][r], x, w_right);
+        }
       }
+      QUIRE_UNROLL
+      for (int r = 0; r < ROWS; r += 3) thirds[r / 3] += 4 * LINES;
     }
+  }
   QUIRE_UNROLL
   for (int r = 0; r < ROWS; r++) {
     QUIRE_UNROLL
@@ -40,20 +64,27 @@ static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* pan
   }
 }
 
+template <int ROWS, int LINES>
+static void multiply_some(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded,
+                          Ahead ahead, int32_t* acc) {
+  if (ahead.reads) multiply_rows<ROWS, LINES, true>(codes, stride, panel, inputs_padded, ahead, acc);
+  else multiply_rows<ROWS, LINES, false>(codes, stride, panel, inputs_padded, ahead, acc);
+}
+
 static void multiply_tile(const uint8_t* codes, size_t stride, int rows, const int8_t* panel, int inputs_padded,
                           Ahead ahead, int32_t* acc) {
   switch (rows) {
-    case 1: return multiply_rows<1, 4>(codes, stride, panel, inputs_padded, ahead, acc);
-    case 2: return multiply_rows<2, 4>(codes, stride, panel, inputs_padded, ahead, acc);
-    case 3: return multiply_rows<3, 2>(codes, stride, panel, inputs_padded, ahead, acc);
-    case 4: return multiply_rows<4, 2>(codes, stride, panel, inputs_padded, ahead, acc);
-    case 5: return multiply_rows<5, 1>(codes, stride, panel, inputs_padded, ahead, acc);
-    case 6: return multiply_rows<6, 1>(codes, stride, panel, inputs_padded, ahead, acc);
-    case 7: return multiply_rows<7, 1>(codes, stride, panel, inputs_padded, ahead, acc);
-    case 8: return multiply_rows<8, 1>(codes, stride, panel, inputs_padded, ahead, acc);
-    case 9: return multiply_rows<9, 1>(codes, stride, panel, inputs_padded, ahead, acc);
-    case 10: return multiply_rows<10, 1>(codes, stride, panel, inputs_padded, ahead, acc);
-    case 11: return multiply_rows<11, 1>(codes, stride, panel, inputs_padded, ahead, acc);
-    default: return multiply_rows<12, 1>(codes, stride, panel, inputs_padded, ahead, acc);
+    case 1: return multiply_some<1, 4>(codes, stride, panel, inputs_padded, ahead, acc);
+    case 2: return multiply_some<2, 4>(codes, stride, panel, inputs_padded, ahead, acc);
+    case 3: return multiply_some<3, 2>(codes, stride, panel, inputs_padded, ahead, acc);
+    case 4: return multiply_some<4, 2>(codes, stride, panel, inputs_padded, ahead, acc);
+    case 5: return multiply_some<5, 1>(codes, stride, panel, inputs_padded, ahead, acc);
+    case 6: return multiply_some<6, 1>(codes, stride, panel, inputs_padded, ahead, acc);
+    case 7: return multiply_some<7, 1>(codes, stride, panel, inputs_padded, ahead, acc);
+    case 8: return multiply_some<8, 1>(codes, stride, panel, inputs_padded, ahead, acc);
+    case 9: return multiply_some<9, 1>(codes, stride, panel, inputs_padded, ahead, acc);
+    case 10: return multiply_some<10, 1>(codes, stride, panel, inputs_padded, ahead, acc);
+    case 11: return multiply_some<11, 1>(codes, stride, panel, inputs_padded, ahead, acc);
+    default: return multiply_some<12, 1>(codes, stride, panel, inputs_padded, ahead, acc);
   }
 }
