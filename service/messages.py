@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Self
 
+_PACK_ID = struct.Struct("<I").pack
+
 
 class FinishReason(StrEnum):
     """Why an answer ended. (`tool_calls` is the API's reading of a `stop`.)"""
@@ -195,7 +197,7 @@ def rolling_digest(ids: Iterable[int], *, previous: int = 0) -> int:
     """CRC-32 over token ids, chained: of a + b it is `rolling_digest(b, previous=that of a)`."""
     digest = previous
     for token in ids:
-        digest = zlib.crc32(struct.pack("<I", token), digest)
+        digest = zlib.crc32(_PACK_ID(token), digest)
     return digest
 
 

@@ -412,6 +412,6 @@ class EngineLoop:
             return 0
         if not scheduler.running:
             return seats
-        total = sum(sequence.request.max_total_tokens for sequence in scheduler.running)
+        total = sum(sequence.max_total_tokens for sequence in scheduler.running)
         blocks_each = self._allocator.blocks_for(-(-total // len(scheduler.running)))
         return min(seats, self._allocator.num_free // blocks_each - scheduler.num_waiting)

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, StepOutput, Words
+from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, Seeds, StepOutput, Words
 from service.engine.answer import stop_ids
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence
@@ -24,7 +24,7 @@ from service.messages import SamplingParams, TokenLogprob
 _NO_INTS: Ints = np.empty(0, np.int32)
 _NO_FLOATS: Floats = np.empty(0, np.float32)
 _NO_WORDS: Words = np.empty((0, 0), np.uint32)
-_UNREAD = (0,)  # stands for a token that only the runner knows
+_UNREAD = 0  # stands for a token that only the runner knows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,17 +91,34 @@ class _Seat:
     bias_values: Floats = field(default_factory=_NO_FLOATS.copy)
     early_ids: Ints = field(default_factory=_NO_INTS.copy)  # the same, until min_tokens
     early_values: Floats = field(default_factory=_NO_FLOATS.copy)
-
-    @property
-    def adjusts(self) -> bool:
-        """Whether any logit of its rows is changed."""
-        return bool(self.penalties or len(self.bias_ids) or len(self.early_ids))
+    adjusts: bool = False  # whether any logit of its rows is changed
 
     def bias(self, num_output: int) -> tuple[Ints, Floats]:
         """Biases of the answer's token number `num_output`."""
         if num_output < self.min_tokens:
             return self.early_ids, self.early_values
         return self.bias_ids, self.bias_values
+
+
+class _Adjusted(NamedTuple):
+    """A sequence whose logits are changed before a token is chosen."""
+
+    first_row: int
+    sequence: Sequence
+    seat: _Seat
+    drafts: list[int]
+
+
+class _Columns(NamedTuple):
+    """What rows that sample were written of their seats."""
+
+    seats_R: Ints
+    seeds_R: Seeds
+    choices_R: Ints
+    top_ks_R: Ints
+    floats_R: Floats  # [6, R]: see Packer
+    wants_logprobs_R: Bools
+    num_top: int
 
 
 class Packer:
@@ -129,12 +146,17 @@ class Packer:
         self._floats = np.zeros((6, num), np.float32)
         self._num_tops = np.zeros(num, np.int32)  # 0 too where no log probabilities are wanted
         self._wants_logprobs = np.zeros(num, np.bool_)
+        self._counting = np.arange(num + 1, dtype=np.int32)
+        # What the last step of decodes gathered, and for which seats: most often those of the next.
+        self._gathered: tuple[list[int], _Columns] | None = None
 
     def pack(self, plan: Plan) -> Batch:
         """The batch of a plan that is not empty; sequences in the plan's order."""
         sequences = list(plan.tokens)
         for sequence in sequences:
             self._sit(sequence)
+        if plan.num_tokens == len(sequences) == len(plan.sampling):
+            return self._pack_decodes(plan, sequences)
         seats_S = np.array([sequence.seat for sequence in sequences], np.int32)
         lengths_S = np.fromiter(plan.tokens.values(), np.int32, len(sequences))
         computed_S = np.array([sequence.num_computed for sequence in sequences], np.int32)
@@ -146,6 +168,8 @@ class Packer:
         owners_R = np.repeat(np.arange(len(sequences)), samples_S)
         # Of the rows of one sequence that sample, the first samples what follows its last token.
         drafted_R = np.arange(len(owners_R)) - (np.cumsum(samples_S) - samples_S)[owners_R]
+        num_rows = [1 + len(plan.drafts.get(sequence, ())) for sequence in plan.sampling]
+        outputs_R = np.repeat([sequence.num_output for sequence in plan.sampling], num_rows)
         width = -(-int(contexts_S.max()) // self._block_size)
         score_rows_Q, score_ids_Q, score_num_top = _scores(plan, starts_S1)
         return Batch(
@@ -156,7 +180,42 @@ class Packer:
             block_table_SB=self._table[seats_S, :width],
             seats_S=seats_S,
             sample_rows_R=((starts_S1[1:] - samples_S)[owners_R] + drafted_R).astype(np.int32),
-            sampling=self._sampling(plan, seats_S[owners_R], drafted_R),
+            sampling=self._sampling(
+                plan,
+                self._gather(seats_S[owners_R]),
+                (outputs_R + drafted_R).astype(np.int32),
+            ),
+            score_rows_Q=score_rows_Q,
+            score_ids_Q=score_ids_Q,
+            score_num_top=score_num_top,
+        )
+
+    def _pack_decodes(self, plan: Plan, sequences: list[Sequence]) -> Batch:
+        """The same for one token of each sequence, its last: the steps that cost the most Python,
+        between which the least changes.
+        """
+        seats = [_seat_of(sequence) for sequence in sequences]
+        lengths = [sequence.num_tokens for sequence in sequences]
+        if self._gathered is None or self._gathered[0] != seats:
+            self._gathered = seats, self._gather(np.array(seats, np.int32))
+        _, columns = self._gathered
+        count, contexts_S = len(sequences), np.array(lengths, np.int32)
+        width = -(-max(lengths) // self._block_size)
+        outputs_R = np.array([sequence.num_output for sequence in sequences], np.int32)
+        score_rows_Q, score_ids_Q, score_num_top = _NO_INTS, _NO_INTS, 0
+        if plan.scored:
+            score_rows_Q, score_ids_Q, score_num_top = _scores(plan, self._counting)
+        return Batch(
+            tokens_T=np.array(
+                [_UNREAD if s.num_unread else s.tokens[-1] for s in sequences], np.int32
+            ),
+            positions_T=contexts_S - 1,
+            query_starts_S1=self._counting[: count + 1],
+            context_lens_S=contexts_S,
+            block_table_SB=self._table[columns.seats_R, :width],
+            seats_S=columns.seats_R,
+            sample_rows_R=self._counting[:count],
+            sampling=self._sampling(plan, columns, outputs_R),
             score_rows_Q=score_rows_Q,
             score_ids_Q=score_ids_Q,
             score_num_top=score_num_top,
@@ -190,6 +249,7 @@ class Packer:
         if request.min_tokens:
             forbidden = dict.fromkeys(stop_ids(request, self._eos_ids), -np.inf)
             seat.early_ids, seat.early_values = _bias_columns(bias | forbidden)
+        seat.adjusts = bool(seat.penalties or len(seat.bias_ids) or len(seat.early_ids))
         return seat
 
     def _write_columns(self, seat: int, params: SamplingParams) -> None:
@@ -206,87 +266,58 @@ class Packer:
         )
         self._num_tops[seat] = params.top_logprobs or 0
         self._wants_logprobs[seat] = params.top_logprobs is not None
+        self._gathered = None
 
-    def _sampling(
-        self, plan: Plan, seats_R: Ints, drafted_R: npt.NDArray[np.intp]
-    ) -> SamplingBatch:
-        """The columns of all rows that sample; `drafted_R`: drafts before it, of its sequence."""
-        sampling = plan.sampling
-        num_rows = [1 + len(plan.drafts.get(sequence, ())) for sequence in sampling]
-        outputs_R = np.repeat([sequence.num_output for sequence in sampling], num_rows)
-        floats = self._floats[:, seats_R]
-        wants_logprobs_R: Bools = self._wants_logprobs[seats_R]
-        penalty_rows, penalty_ids, penalty_counts = self._penalties(plan, sampling)
-        bias_rows, bias_ids, bias_values = self._biases(plan, sampling)
-        mask_rows, masks = _masks(plan, sampling)
+    def _gather(self, seats_R: Ints) -> _Columns:
+        return _Columns(
+            seats_R,
+            self._seeds[seats_R],
+            self._choices[seats_R],
+            self._top_ks[seats_R],
+            self._floats[:, seats_R],
+            self._wants_logprobs[seats_R],
+            int(self._num_tops[seats_R].max(initial=0)),
+        )
+
+    def _sampling(self, plan: Plan, columns: _Columns, indices_R: Ints) -> SamplingBatch:
+        """All that the choice of each row's token depends on."""
+        adjusted = list(self._adjusted(plan))
+        penalty_rows, penalty_ids, penalty_counts = _penalties(adjusted)
+        bias_rows, bias_ids, bias_values = _biases(adjusted)
+        mask_rows, masks = _masks(plan)
+        temperatures_R, top_ps_R, min_ps_R, presence_R, frequency_R, repetition_R = columns.floats_R
         return SamplingBatch(
-            seeds_R=self._seeds[seats_R],
-            choices_R=self._choices[seats_R],
-            indices_R=(outputs_R + drafted_R).astype(np.int32),
-            temperatures_R=floats[0],
-            top_ks_R=self._top_ks[seats_R],
-            top_ps_R=floats[1],
-            min_ps_R=floats[2],
-            presence_R=floats[3],
-            frequency_R=floats[4],
-            repetition_R=floats[5],
+            seeds_R=columns.seeds_R,
+            choices_R=columns.choices_R,
+            indices_R=indices_R,
+            temperatures_R=temperatures_R,
+            top_ks_R=columns.top_ks_R,
+            top_ps_R=top_ps_R,
+            min_ps_R=min_ps_R,
+            presence_R=presence_R,
+            frequency_R=frequency_R,
+            repetition_R=repetition_R,
             penalty_rows_P=penalty_rows,
             penalty_ids_P=penalty_ids,
             penalty_counts_P=penalty_counts,
             bias_rows_E=bias_rows,
             bias_ids_E=bias_ids,
             bias_values_E=bias_values,
-            wants_logprobs_R=wants_logprobs_R,
-            num_top=int(self._num_tops[seats_R].max(initial=0)),
+            wants_logprobs_R=columns.wants_logprobs_R,
+            num_top=columns.num_top,
             mask_rows_M=mask_rows,
             masks_MW=masks,
         )
 
-    def _adjusted(
-        self, plan: Plan, sampling: list[Sequence]
-    ) -> Iterator[tuple[int, Sequence, _Seat, list[int]]]:
-        """(first row, sequence, seat, drafts) of those whose logits are changed."""
+    def _adjusted(self, plan: Plan) -> Iterator[_Adjusted]:
+        """Those whose logits are changed."""
         row = 0
-        for sequence in sampling:
+        for sequence in plan.sampling:
             seat = self._seats[_seat_of(sequence)]
             drafts = plan.drafts.get(sequence, [])
             if seat is not None and seat.adjusts:
-                yield row, sequence, seat, drafts
+                yield _Adjusted(row, sequence, seat, drafts)
             row += 1 + len(drafts)
-
-    def _penalties(self, plan: Plan, sampling: list[Sequence]) -> tuple[Ints, Ints, Ints]:
-        rows: list[int] = []
-        ids: list[Ints] = []
-        counts: list[Ints] = []
-        for first, sequence, seat, drafts in self._adjusted(plan, sampling):
-            if seat.penalties is None:
-                continue
-            for row, (row_ids, row_counts) in enumerate(seat.penalties.rows(sequence, drafts)):
-                rows.append(first + row)
-                ids.append(row_ids)
-                counts.append(row_counts)
-        if not rows:
-            return _NO_INTS, _NO_INTS, _NO_INTS
-        lengths = [len(row_ids) for row_ids in ids]
-        repeated = np.repeat(np.array(rows, np.int32), lengths)
-        return repeated, np.concatenate(ids), np.concatenate(counts)
-
-    def _biases(self, plan: Plan, sampling: list[Sequence]) -> tuple[Ints, Ints, Floats]:
-        rows: list[int] = []
-        ids: list[Ints] = []
-        values: list[Floats] = []
-        for first, sequence, seat, drafts in self._adjusted(plan, sampling):
-            for row in range(1 + len(drafts)):
-                row_ids, row_values = seat.bias(sequence.num_output + row)
-                if len(row_ids):
-                    rows.append(first + row)
-                    ids.append(row_ids)
-                    values.append(row_values)
-        if not rows:
-            return _NO_INTS, _NO_INTS, _NO_FLOATS
-        lengths = [len(row_ids) for row_ids in ids]
-        repeated = np.repeat(np.array(rows, np.int32), lengths)
-        return repeated, np.concatenate(ids), np.concatenate(values)
 
 
 def unread_rows(plan: Plan) -> Bools | None:
@@ -294,9 +325,10 @@ def unread_rows(plan: Plan) -> Bools | None:
 
     Called when the plan is packed, before it is launched.
     """
-    unread_S = np.array([sequence.num_unread > 0 for sequence in plan.tokens], np.bool_)
-    if not unread_S.any():
+    unread = [sequence.num_unread > 0 for sequence in plan.tokens]
+    if not any(unread):
         return None
+    unread_S = np.array(unread, np.bool_)
     ends_S = np.cumsum(np.fromiter(plan.tokens.values(), np.int64, len(plan.tokens)))
     unread_T = np.zeros(plan.num_tokens, np.bool_)
     unread_T[ends_S[unread_S] - 1] = True
@@ -366,7 +398,7 @@ def _tokens(plan: Plan) -> Ints:
         if sequence in plan.drafts:
             slices.append(plan.drafts[sequence])
         elif sequence.num_unread:
-            slices.append(_UNREAD)
+            slices.append((_UNREAD,))
     return np.fromiter(chain.from_iterable(slices), np.int32, plan.num_tokens)
 
 
@@ -389,12 +421,48 @@ def _scores(plan: Plan, starts_S1: Ints) -> tuple[Ints, Ints, int]:
     return np.array(rows, np.int32), np.array(ids, np.int32), num_top
 
 
-def _masks(plan: Plan, sampling: list[Sequence]) -> tuple[Ints, Words]:
+def _penalties(adjusted: list[_Adjusted]) -> tuple[Ints, Ints, Ints]:
+    rows: list[int] = []
+    ids: list[Ints] = []
+    counts: list[Ints] = []
+    for first, sequence, seat, drafts in adjusted:
+        if seat.penalties is None:
+            continue
+        for row, (row_ids, row_counts) in enumerate(seat.penalties.rows(sequence, drafts)):
+            rows.append(first + row)
+            ids.append(row_ids)
+            counts.append(row_counts)
+    if not rows:
+        return _NO_INTS, _NO_INTS, _NO_INTS
+    lengths = [len(row_ids) for row_ids in ids]
+    repeated = np.repeat(np.array(rows, np.int32), lengths)
+    return repeated, np.concatenate(ids), np.concatenate(counts)
+
+
+def _biases(adjusted: list[_Adjusted]) -> tuple[Ints, Ints, Floats]:
+    rows: list[int] = []
+    ids: list[Ints] = []
+    values: list[Floats] = []
+    for first, sequence, seat, drafts in adjusted:
+        for row in range(1 + len(drafts)):
+            row_ids, row_values = seat.bias(sequence.num_output + row)
+            if len(row_ids):
+                rows.append(first + row)
+                ids.append(row_ids)
+                values.append(row_values)
+    if not rows:
+        return _NO_INTS, _NO_INTS, _NO_FLOATS
+    lengths = [len(row_ids) for row_ids in ids]
+    repeated = np.repeat(np.array(rows, np.int32), lengths)
+    return repeated, np.concatenate(ids), np.concatenate(values)
+
+
+def _masks(plan: Plan) -> tuple[Ints, Words]:
     """The rows that a grammar limits, and which tokens it allows there."""
     rows: list[int] = []
     masks: list[Words] = []
     row = 0
-    for sequence in sampling:
+    for sequence in plan.sampling:
         num = 1 + len(plan.drafts.get(sequence, ()))
         if sequence.guide is not None:
             rows.extend(range(row, row + num))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from service.engine.cost import StepWork
@@ -74,6 +75,20 @@ class Plan:
             self.sampling.append(sequence)
         if scored := sequence.scored(num):
             self.scored[sequence] = scored
+
+    def add_decodes(self, sequences: Iterable[Sequence]) -> None:
+        """Gives each its one pending token: as `add` does, with less Python for each of many."""
+        num = contexts = 0
+        for sequence in sequences:
+            if sequence.num_output == 0 or sequence.high_water > sequence.num_computed:
+                self.add(sequence, 1)
+                continue
+            self.tokens[sequence] = 1
+            self.sampling.append(sequence)
+            num += 1
+            contexts += sequence.num_computed + 1
+        tokens, products, attended, sampled = self.work
+        self.work = StepWork(tokens + num, products + contexts, attended + contexts, sampled + num)
 
     def draft(self, sequence: Sequence, drafts: list[int]) -> None:
         """Lets the step compute drafts behind the last token of a sequence that is in it."""

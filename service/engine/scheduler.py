@@ -131,9 +131,7 @@ class Scheduler:
         plan = Plan(expired=self._expire(now))
         self._reserve(plan)
         self._make_way(plan)
-        for sequence in self.running:
-            if sequence.num_pending == 1 and sequence.num_remaining:
-                plan.add(sequence, 1)
+        plan.add_decodes([s for s in self.running if s.num_pending == 1 and s.num_remaining])
         num_decodes = plan.num_tokens
         self._gap = self._allowed_gap(plan)
         self._plan_prompts(plan, num_decodes)
@@ -144,8 +142,9 @@ class Scheduler:
 
     def launched(self, plan: Plan) -> None:
         """Notes that the plan is under way. Nothing is known of its drafts yet."""
+        drafts = plan.drafts
         for sequence, num in plan.tokens.items():
-            _advance(sequence, num - len(plan.drafts.get(sequence, ())))
+            _advance(sequence, num - len(drafts[sequence]) if sequence in drafts else num)
         for sequence in plan.sampling:
             sequence.num_unread += 1
 
@@ -204,10 +203,8 @@ class Scheduler:
 
     def _reserve(self, plan: Plan) -> None:
         """Gives each running sequence the blocks of its tokens, preempting where none is left."""
-        blocks_for = self._allocator.blocks_for
-        short = [
-            s for s in self.running if s.num_remaining and blocks_for(s.num_tokens) > len(s.blocks)
-        ]
+        blocks_for, size = self._allocator.blocks_for, self._allocator.block_size
+        short = [s for s in self.running if s.num_tokens > size * len(s.blocks) and s.num_remaining]
         for sequence in sorted(short, key=rank):
             while sequence.status is SequenceStatus.RUNNING:
                 num_new = blocks_for(sequence.num_tokens) - len(sequence.blocks)
@@ -387,8 +384,8 @@ class Scheduler:
 
 
 def _advance(sequence: Sequence, num: int) -> None:
-    sequence.num_computed += num
-    sequence.high_water = max(sequence.high_water, sequence.num_computed)
+    computed = sequence.num_computed = sequence.num_computed + num
+    sequence.high_water = max(sequence.high_water, computed)
 
 
 def _slots(request: GenerationRequest) -> int:

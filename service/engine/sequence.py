@@ -62,16 +62,16 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the prefix cache when first admitted
     high_water: int = 0  # the most tokens that were ever computed
     preemptions: int = 0
+    # Of the request. Every step asks each sequence for some of them.
+    id: str = field(init=False)
+    tenant: str = field(init=False)
+    num_prompt: int = field(init=False)  # tokens of the prompt
+    max_total_tokens: int = field(init=False)  # of prompt and answer
 
-    @property
-    def id(self) -> str:
-        """The request's id."""
-        return self.request.id
-
-    @property
-    def tenant(self) -> str:
-        """Whose request it is."""
-        return self.request.tenant
+    def __post_init__(self) -> None:
+        self.id, self.tenant = self.request.id, self.request.tenant
+        self.num_prompt = len(self.request.prompt_ids)
+        self.max_total_tokens = self.request.max_total_tokens
 
     @property
     def is_alive(self) -> bool:
@@ -84,24 +84,19 @@ class Sequence:
         return len(self.tokens) + self.num_unread
 
     @property
-    def num_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_ids)
-
-    @property
     def num_output(self) -> int:
         """Tokens of the answer so far."""
-        return self.num_tokens - len(self.request.prompt_ids)
+        return len(self.tokens) + self.num_unread - self.num_prompt
 
     @property
     def num_pending(self) -> int:
         """Tokens whose KV is not stored yet; at least one while the sequence lives."""
-        return self.num_tokens - self.num_computed
+        return len(self.tokens) + self.num_unread - self.num_computed
 
     @property
     def num_remaining(self) -> int:
         """Tokens that the answer may still grow by."""
-        return self.request.max_tokens - self.num_output
+        return self.max_total_tokens - len(self.tokens) - self.num_unread
 
     @property
     def chooses_by_tokens(self) -> bool:
