@@ -156,7 +156,11 @@ class EngineLoop:
     def busy(self) -> bool:
         """Whether there is anything to do."""
         with self._changed:
-            return bool(self._inbox or self._scheduler.num_sequences or self._pipeline)
+            return bool(self._inbox) or self._has_work
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._scheduler.num_sequences or self._pipeline)
 
     def start(self) -> None:
         """Lets the engine run in its own thread until `stop` or a failure."""
@@ -216,6 +220,7 @@ class EngineLoop:
             self._collect()
             # An empty step is told too: a cancel may have left nothing to do, and blocks to count.
             self._report(plan, _Figures())
+        if not (plan.tokens and self._has_work):
             self._since = None
         self._room = self._guess_room()
         self.last_progress = self._clock()
