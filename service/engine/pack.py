@@ -157,33 +157,38 @@ class Packer:
             self._sit(sequence)
         if plan.num_tokens == len(sequences) == len(plan.sampling):
             return self._pack_decodes(plan, sequences)
-        seats_S = np.array([sequence.seat for sequence in sequences], np.int32)
-        lengths_S = np.fromiter(plan.tokens.values(), np.int32, len(sequences))
-        computed_S = np.array([sequence.num_computed for sequence in sequences], np.int32)
-        starts_S1 = np.zeros(len(sequences) + 1, np.int32)
-        np.cumsum(lengths_S, out=starts_S1[1:])
-        contexts_S = computed_S + lengths_S
-        totals_S = np.array([sequence.num_tokens for sequence in sequences], np.int32)
-        samples_S = np.maximum(contexts_S - totals_S + 1, 0)
-        owners_R = np.repeat(np.arange(len(sequences)), samples_S)
-        # Of the rows of one sequence that sample, the first samples what follows its last token.
-        drafted_R = np.arange(len(owners_R)) - (np.cumsum(samples_S) - samples_S)[owners_R]
-        num_rows = [1 + len(plan.drafts.get(sequence, ())) for sequence in plan.sampling]
-        outputs_R = np.repeat([sequence.num_output for sequence in plan.sampling], num_rows)
-        width = -(-int(contexts_S.max()) // self._block_size)
-        score_rows_Q, score_ids_Q, score_num_top = _scores(plan, starts_S1)
+        # Lists, because most steps are small: each operation of NumPy costs as much as many rows.
+        starts, contexts, seats = [0], [], []
+        positions: list[range] = []
+        sample_rows: list[int] = []
+        sample_seats: list[int] = []
+        outputs: list[int] = []
+        for sequence, num in plan.tokens.items():
+            seat, computed = _seat_of(sequence), sequence.num_computed
+            end = starts[-1] + num
+            starts.append(end)
+            contexts.append(computed + num)
+            seats.append(seat)
+            positions.append(range(computed, computed + num))
+            if samples := sequence.samples(num):
+                # The first samples what follows the last token, each one after it another draft.
+                sample_rows.extend(range(end - samples, end))
+                sample_seats.extend([seat] * samples)
+                outputs.extend(range(sequence.num_output, sequence.num_output + samples))
+        seats_S, width = np.array(seats, np.int32), -(-max(contexts) // self._block_size)
+        score_rows_Q, score_ids_Q, score_num_top = _scores(plan, starts)
         return Batch(
             tokens_T=_tokens(plan),
-            positions_T=_positions(starts_S1, lengths_S, computed_S),
-            query_starts_S1=starts_S1,
-            context_lens_S=contexts_S,
+            positions_T=np.fromiter(chain.from_iterable(positions), np.int32, plan.num_tokens),
+            query_starts_S1=np.array(starts, np.int32),
+            context_lens_S=np.array(contexts, np.int32),
             block_table_SB=self._table[seats_S, :width],
             seats_S=seats_S,
-            sample_rows_R=((starts_S1[1:] - samples_S)[owners_R] + drafted_R).astype(np.int32),
+            sample_rows_R=np.array(sample_rows, np.int32),
             sampling=self._sampling(
                 plan,
-                self._gather(seats_S[owners_R]),
-                (outputs_R + drafted_R).astype(np.int32),
+                self._gather(np.array(sample_seats, np.int32)),
+                np.array(outputs, np.int32),
             ),
             score_rows_Q=score_rows_Q,
             score_ids_Q=score_ids_Q,
@@ -202,9 +207,7 @@ class Packer:
         count, contexts_S = len(sequences), np.array(lengths, np.int32)
         width = -(-max(lengths) // self._block_size)
         outputs_R = np.array([sequence.num_output for sequence in sequences], np.int32)
-        score_rows_Q, score_ids_Q, score_num_top = _NO_INTS, _NO_INTS, 0
-        if plan.scored:
-            score_rows_Q, score_ids_Q, score_num_top = _scores(plan, self._counting)
+        score_rows_Q, score_ids_Q, score_num_top = _scores(plan, range(count))
         return Batch(
             tokens_T=np.array(
                 [_UNREAD if s.num_unread else s.tokens[-1] for s in sequences], np.int32
@@ -402,17 +405,14 @@ def _tokens(plan: Plan) -> Ints:
     return np.fromiter(chain.from_iterable(slices), np.int32, plan.num_tokens)
 
 
-def _positions(starts_S1: Ints, lengths_S: Ints, computed_S: Ints) -> Ints:
-    """Row t of sequence s stands at computed_S[s] + t - starts_S1[s]."""
-    rows_T = np.arange(starts_S1[-1], dtype=np.int32)
-    return rows_T + np.repeat(computed_S - starts_S1[:-1], lengths_S)
-
-
-def _scores(plan: Plan, starts_S1: Ints) -> tuple[Ints, Ints, int]:
+def _scores(plan: Plan, starts: Iterable[int]) -> tuple[Ints, Ints, int]:
+    """Rows whose next token is given and scored, those tokens, and how many alternatives."""
+    if not plan.scored:
+        return _NO_INTS, _NO_INTS, 0
     rows: list[int] = []
     ids: list[int] = []
     num_top = 0
-    for start, sequence in zip(starts_S1[:-1].tolist(), plan.tokens, strict=True):
+    for start, sequence in zip(starts, plan.tokens, strict=False):  # the last start is the end
         if scored := plan.scored.get(sequence):
             # The row that scores a position is the one before it.
             rows.extend(position - 1 - sequence.num_computed + start for position in scored)
