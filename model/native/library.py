@@ -49,7 +49,10 @@ class _Shape(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("rows", "sequences", "table_width", "outputs")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("rows", "sequences", "table_width", "outputs", "keeps_rows")
+        ),
         *((name, ctypes.c_void_p) for name in ("tokens", "positions", "query_starts")),
         *((name, ctypes.c_void_p) for name in ("block_table", "output_rows", "logits", "best")),
     )
@@ -171,12 +174,13 @@ class NativeModel:
 
     def step(
         self, *, tokens_T: Ints, positions_T: Ints, query_starts_S1: Ints, block_table_SB: Ints,
-        output_rows_R: Ints, logits: Mapping[int, Floats],
+        output_rows_R: Ints, logits: Mapping[int, Floats], keeps_rows: bool = False,
     ) -> Ints:  # fmt: skip
         """Runs the layers over T rows, the head over R of them; returns the likeliest tokens.
 
         `logits`: for rows of R, where their V logits go. T = 0 runs the head alone, over rows of
-        the step before. Raises ValueError for a step that does not fit the model.
+        the step before: of those that went through the head, or of any where it `keeps_rows`.
+        Raises ValueError for a step that does not fit the model.
         """
         best_R = np.empty(len(output_rows_R), np.int32)
         arrays = (tokens_T, positions_T, query_starts_S1, block_table_SB, output_rows_R)
@@ -187,7 +191,7 @@ class NativeModel:
         pointed += [places, best_R]
         step = _Step(
             len(tokens_T), len(query_starts_S1) - 1, block_table_SB.shape[1], len(output_rows_R),
-            *(array.ctypes.data for array in pointed),
+            keeps_rows, *(array.ctypes.data for array in pointed),
         )  # fmt: skip
         if self._calls.quire_step(self._handle, ctypes.byref(step), self._error, _ERROR_BYTES):
             raise ValueError(self._error.value.decode())

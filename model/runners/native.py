@@ -82,6 +82,7 @@ class NativeRunner:
             block_table_SB=batch.block_table_SB,
             output_rows_R=batch.sample_rows_R,
             logits=places,
+            keeps_rows=len(batch.score_rows_Q) > 0,
         )
         sampled = _choose(tokens_R, rows, logits_LV, batch.sampling)
         scored = self._score(batch)

@@ -273,6 +273,46 @@ def test_greedy_rows_get_what_the_sampler_would_choose(
         assert chosen.logprobs_R[0] == chosen.top_logprobs_RN[0, 0]
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_the_last_layer_leaves_out_is_not_missed(
+    native_config: Callable[..., ModelConfig], native: Build, threads: int
+) -> None:
+    """It computes rows that choose a token, and all of them where any is scored: the same bits."""
+    config = native_config()
+    lean, whole = (
+        native(config, tiny_weights(config), num_threads=threads, num_blocks=160) for _ in "ab"
+    )
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        pieces = []
+        for index in range(int(rng.integers(1, 6))):
+            count = int(rng.choice([1, 2, 20, 70]))
+            text = tokens(count + int(rng.integers(0, 90)), seed=seed + index)
+            own = [10 * index + block for block in range(10)]
+            if before := len(text) - count:  # a chunk that chooses nothing
+                chunk = Piece(tokens=text[:before], blocks=own, count=before, sample=False)
+                lean.run(make_batch([chunk]))
+                whole.run(make_batch([replace(chunk, scores={0: 5})]))
+            sampling: dict[str, Any] = {"logprobs": True} if rng.random() < 0.5 else {}
+            pieces.append(
+                Piece(
+                    tokens=text,
+                    blocks=own,
+                    count=count,
+                    sampling=sampling,
+                    sample=bool(rng.random() < 0.8),
+                )
+            )
+        left = lean.run(make_batch(pieces, num_top=3))
+        scored = [replace(pieces[0], scores={0: 5}), *pieces[1:]]
+        right = whole.run(make_batch(scored, num_top=3))
+        assert np.array_equal(left.tokens_R, right.tokens_R)
+        wanted = make_batch(pieces).sampling.wants_logprobs_R
+        if wanted.any():
+            assert np.array_equal(left.logprobs_R[wanted], right.logprobs_R[wanted])
+            assert np.array_equal(left.top_logprobs_RN[wanted], right.top_logprobs_RN[wanted])
+
+
 def test_rows_that_are_sampled_do_not_depend_on_greedy_ones(
     native_config: Callable[..., ModelConfig], native: Build
 ) -> None:

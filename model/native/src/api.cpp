@@ -122,7 +122,7 @@ int32_t quire_product(const char* variant, const float* w, const float* bias, in
     std::memcpy(padded_x, x + static_cast<size_t>(row) * inputs, inputs * sizeof(float));
     kernels->to_codes(padded_x, padded, 1.0f, codes.rows + row * stride, codes.scales + row);
   }
-  const Product product = {&linear, codes, rows, Epilogue::STORE, wide, static_cast<size_t>(columns), nullptr};
+  const Product product = {&linear, codes, rows, Epilogue::STORE, wide, static_cast<size_t>(columns)};
   kernels->thread_begin();
   kernels->multiply(&product, 0, linear.panels, nullptr);
   kernels->thread_end();

@@ -99,6 +99,11 @@ template <typename Cell, int COUNT> static void score(Walk& walk) {
   int position = walk.begin;
   for (; position + (GROUPS_TOGETHER - 1) * GROUP < walk.end; position += GROUPS_TOGETHER * GROUP)
     score_groups<Cell, COUNT, GROUPS_TOGETHER>(walk, position);
+  if constexpr (GROUPS_TOGETHER == 4) switch ((walk.end - position + GROUP - 1) / GROUP) {
+    case 3: return score_groups<Cell, COUNT, 3>(walk, position);
+    case 2: return score_groups<Cell, COUNT, 2>(walk, position);
+    default: break;
+  }
   for (; position < walk.end; position += GROUP) score_groups<Cell, COUNT, 1>(walk, position);
 }
 

@@ -69,7 +69,8 @@ static void finish_rows(const Product& p, int panel, int first, int count, const
   for (int row = first; row < first + count; row++, acc += PANEL) {
     const Lanes a = left.finish(acc, p.codes.scales[row], biased);
     const Lanes b = right.finish(acc + LANES, p.codes.scales[row], biased);
-    float* out = p.out + (size_t)row * p.out_stride;
+    const int to = EPILOGUE == Epilogue::ADD && p.out_rows ? p.out_rows[row] : row;
+    float* out = p.out + (size_t)to * p.out_stride;
     if constexpr (EPILOGUE == Epilogue::STORE) {
       store(out + column, a);
       store(out + column + LANES, b);

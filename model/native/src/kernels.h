@@ -62,6 +62,7 @@ struct Product {
   Epilogue epilogue;
   float* out;
   size_t out_stride;
+  const int32_t* out_rows;  // ADD: [M] rows of `out`, or null: 0..M - 1
   float* const* logits;  // HEAD: [M], null for a row that wants none
   const Reads* reads;    // what to fetch meanwhile, or null
   int first_segment;     // of its own, among the segments of all products that share `reads`

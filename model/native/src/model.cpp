@@ -2,6 +2,7 @@
 #include "model.h"
 
 #include <algorithm>
+#include <functional>
 #include <cstring>
 
 namespace quire {
@@ -120,7 +121,7 @@ static std::vector<size_t> find_reads(const QuireShape& shape, const QuireStep& 
   return reads;
 }
 
-Cut cut_attention(const QuireShape& shape, const QuireStep& step, int threads) {
+Cut cut_step(const QuireShape& shape, const QuireStep& step, int threads) {
   Cut cut;
   const int shared = shape.heads / shape.kv_heads;
   const int rows_of_tile = std::clamp(kQueriesOfTile / shared, 1, kRowsOfTile);
@@ -145,6 +146,9 @@ Cut cut_attention(const QuireShape& shape, const QuireStep& step, int threads) {
       else
         for (int split = 0; split < cut.tiles[static_cast<size_t>(t)].splits; split++) cut.units.push_back({t, h, split});
     }
+  const int32_t* end = step.output_rows + step.outputs;
+  const bool rises = std::adjacent_find(step.output_rows, end, std::greater_equal<int32_t>()) == end;
+  cut.only_outputs = !step.keeps_rows && rises && step.outputs < step.rows;
   if (step.rows >= kRowsToFetchReads) cut.reads = find_reads(shape, step);
   return cut;
 }
@@ -155,7 +159,7 @@ void Model::run(const QuireStep& step) {
   Task task;
   task.model = this;
   task.step = step;
-  task.cut = cut_attention(shape, step, threads);
+  task.cut = cut_step(shape, step, threads);
   if (task.cut.split) {
     const Tile& last = task.cut.tiles.back();
     const int shared = shape.heads / shape.kv_heads;

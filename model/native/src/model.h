@@ -44,13 +44,15 @@ struct Unit {
   int tile, head, split;  // split < 0: all of them, merged at once
 };
 
-// How the attention of a step is cut. The cut never changes a result.
+// How the work of a step is cut. The cut never changes a result. It is part of the task, because a late
+// thread reads it, when the arrays of the step may be gone.
 struct Cut {
   std::vector<Tile> tiles;
   std::vector<int> tile_of_row;
   std::vector<Unit> units;
   std::vector<size_t> reads;  // regions, as `units` come to them; none where fetching them is no use
   bool split = false;
+  bool only_outputs = false;  // whether nobody will ask for other rows of the last layer
 };
 
 struct Model;
@@ -89,7 +91,7 @@ struct Model {
 };
 
 size_t region_bytes(const QuireShape& shape);
-Cut cut_attention(const QuireShape& shape, const QuireStep& step, int threads);
+Cut cut_step(const QuireShape& shape, const QuireStep& step, int threads);
 constexpr int kHeadChunks = 64;  // of the head, at most
 
 }  // namespace quire

@@ -29,6 +29,8 @@ struct QuireStep {
   int32_t sequences;    // S
   int32_t table_width;  // B
   int32_t outputs;      // R: rows that go through the head
+  int32_t keeps_rows;   // 1: a step of the head alone will ask for other rows than these; else the
+                        // last layer computes no more of the others than their keys and values
   const int32_t* tokens;        // [T]
   const int32_t* positions;     // [T]
   const int32_t* query_starts;  // [S + 1]

@@ -57,6 +57,19 @@ class Chunks {
   int count_ = 0;
 };
 
+// Rows of a step, in rising order: all of them, or those that `index` names.
+struct Rows {
+  int count;
+  const int32_t* index;
+
+  int operator[](int i) const { return index ? index[i] : i; }
+  bool have(int first, int end) const {
+    if (!index) return true;
+    const int32_t* found = std::lower_bound(index, index + count, first);
+    return found < index + count && *found < end;
+  }
+};
+
 class Program {
  public:
   Program(const Task& task, Walker& walker)
@@ -66,8 +79,9 @@ class Program {
     if (step_.rows > 0) {
       embed();
       for (size_t i = 0; i < m_.layers.size(); i++) {
-        attention(m_.layers[i], i + 1);
-        mlp(m_.layers[i]);
+        const Rows rows = i + 1 < m_.layers.size() ? Rows{step_.rows, nullptr} : last_rows();
+        attention(m_.layers[i], rows, i + 1);
+        mlp(m_.layers[i], rows);
       }
     }
     if (step_.outputs > 0) head();
@@ -81,35 +95,44 @@ class Program {
     });
   }
 
-  // x += out(attend(qkv(norm(x))))
+  // Those of the last layer that anybody will ask for.
+  Rows last_rows() const {
+    if (task_.cut.only_outputs) return {step_.outputs, step_.output_rows};
+    return {step_.rows, nullptr};
+  }
+
+  // x += out(attend(qkv(norm(x)))) for some rows; keys and values of all.
   // From its last product on the reads of the next layer are fetched.
-  void attention(const Layer& layer, size_t next) {
-    norm_rows(layer.qkv);
+  void attention(const Layer& layer, const Rows& rows, size_t next) {
+    norm_rows(layer.qkv, {step_.rows, nullptr});
     multiply(layer.qkv, step_.rows, Epilogue::STORE, s_.qkv, s_.qkv_stride);
     each_row(step_.rows, [&](int row) { rotate_and_store(layer, row); });
-    walker_.phase(static_cast<int>(task_.cut.units.size()), [&](int u) { attend(layer, task_.cut.units[u]); });
+    walker_.phase(static_cast<int>(task_.cut.units.size()), [&](int u) {
+      const Tile& tile = task_.cut.tiles[task_.cut.units[u].tile];
+      if (rows.have(tile.first_row, tile.first_row + tile.rows)) attend(layer, task_.cut.units[u]);
+    });
     fetch_reads(next);
     const Codes codes = codes_for(layer.out);
-    each_row(step_.rows, [&](int row) {
-      float* x = s_.attention + row * s_.attention_stride;
-      if (task_.cut.split) merge(row, x);
-      m_.kernels.to_codes(x, layer.out.inputs_padded, 1.0f, codes.rows + row * codes.stride, codes.scales + row);
+    each_row(rows.count, [&](int i) {
+      float* x = s_.attention + rows[i] * s_.attention_stride;
+      if (task_.cut.split) merge(rows[i], x);
+      m_.kernels.to_codes(x, layer.out.inputs_padded, 1.0f, codes.rows + i * codes.stride, codes.scales + i);
     });
-    multiply(layer.out, step_.rows, Epilogue::ADD, s_.residual, s_.residual_stride);
+    add_product(layer.out, rows);
   }
 
   // x += down(hadamard(silu(gate) * up)); the weights of down are rotated against the transform
-  void mlp(const Layer& layer) {
-    norm_rows(layer.gate_up);
-    multiply(layer.gate_up, step_.rows, Epilogue::GATED, s_.gated, s_.gated_stride);
+  void mlp(const Layer& layer, const Rows& rows) {
+    norm_rows(layer.gate_up, rows);
+    multiply(layer.gate_up, rows.count, Epilogue::GATED, s_.gated, s_.gated_stride);
     const Codes codes = codes_for(layer.down);
     const float normal = 1.0f / __builtin_sqrtf(static_cast<float>(m_.shape.hadamard));
-    each_row(step_.rows, [&](int row) {
-      float* x = s_.gated + row * s_.gated_stride;
+    each_row(rows.count, [&](int i) {
+      float* x = s_.gated + i * s_.gated_stride;
       m_.kernels.hadamard(x, m_.shape.width, m_.shape.hadamard);
-      m_.kernels.to_codes(x, layer.down.inputs_padded, normal, codes.rows + row * codes.stride, codes.scales + row);
+      m_.kernels.to_codes(x, layer.down.inputs_padded, normal, codes.rows + i * codes.stride, codes.scales + i);
     });
-    multiply(layer.down, step_.rows, Epilogue::ADD, s_.residual, s_.residual_stride);
+    add_product(layer.down, rows);
   }
 
   void head() {
@@ -150,17 +173,31 @@ class Program {
                              codes.scales + to);
   }
 
-  void norm_rows(const Linear& next) {
+  void norm_rows(const Linear& next, const Rows& rows) {
     const Codes codes = codes_for(next);
-    each_row(step_.rows, [&](int row) { norm_row(row, codes, row); });
+    each_row(rows.count, [&](int i) { norm_row(rows[i], codes, i); });
   }
 
   Product product_of(const Linear& weight, int rows, Epilogue epilogue, float* out, size_t stride) const {
-    return {&weight, codes_for(weight), rows, epilogue, out, stride, nullptr, reads_.count ? &reads_ : nullptr, segment_};
+    return {&weight, codes_for(weight), rows, epilogue, out, stride, nullptr, nullptr,
+            reads_.count ? &reads_ : nullptr, segment_};
   }
 
   void multiply(const Linear& weight, int rows, Epilogue epilogue, float* out, size_t stride) {
-    const Product product = product_of(weight, rows, epilogue, out, stride);
+    run_product(product_of(weight, rows, epilogue, out, stride));
+  }
+
+  // To the residual stream of some rows.
+  void add_product(const Linear& weight, const Rows& rows) {
+    Product product = product_of(weight, rows.count, Epilogue::ADD, s_.residual, s_.residual_stride);
+    product.out_rows = rows.index;
+    run_product(product);
+  }
+
+  void run_product(const Product& product) {
+    const Linear& weight = *product.weight;
+    const int rows = product.rows;
+    if (!rows) return;  // a chunk of a prompt that chooses no token ends with its keys and values
     segment_ += weight.panels * ((rows + m_.kernels.tile_rows - 1) / m_.kernels.tile_rows) * segments_of(weight);
     const Chunks chunks = chunks_of(weight, rows);
     walker_.phase(chunks.count(), [&](int c) {
@@ -180,7 +217,7 @@ class Program {
 
   template <typename Work> void each_row(int rows, Work work) {
     const int threads = walker_.threads();
-    const int group = threads == 1 ? rows : std::max(1, rows / (threads * 2));
+    const int group = std::max(1, threads == 1 ? rows : rows / (threads * 2));
     walker_.phase((rows + group - 1) / group, [&](int c) {
       for (int row = c * group; row < std::min((c + 1) * group, rows); row++) work(row);
     });
