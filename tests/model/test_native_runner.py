@@ -444,13 +444,25 @@ def test_memory_decides_the_number_of_blocks(
 def test_many_small_steps_from_many_runners(
     native_config: Callable[..., ModelConfig], native: Build
 ) -> None:
-    """Teams begin and end, and late threads meet the next step: nothing hangs or differs."""
+    """Teams begin and end, and late threads meet the next step, of another shape, when the arrays
+    of their own are gone: nothing hangs or differs.
+    """
     config = native_config()
     weights = tiny_weights(config)
-    batch = make_batch([Piece(tokens=[1], blocks=[0], scores={0: 5})])
-    expected = native(config, weights, num_threads=1).run(batch).score_logprobs_Q
+    scored = Piece(tokens=[1], blocks=[0], scores={0: 5})
+    prompt = Piece(tokens=tokens(40), blocks=[1, 2, 3], count=40)
+    chunk = replace(prompt, blocks=[4, 5, 6], sample=False)
+    decode = Piece(tokens=[2], blocks=[7])
+    shapes = ([scored], [prompt], [chunk], [prompt, decode, chunk], [prompt, scored, chunk])
+    alone = native(config, weights, num_threads=1)
+    expected = [alone.run(make_batch(pieces)) for pieces in shapes]
     for threads in (2, 3, 4):
         runner = native(config, weights, num_threads=threads)
-        for _ in range(200):
-            assert np.array_equal(runner.run(batch).score_logprobs_Q, expected)
+        for step in range(500):
+            batch = make_batch(shapes[step % len(shapes)])
+            output, right = runner.run(batch), expected[step % len(shapes)]
+            assert np.array_equal(output.tokens_R, right.tokens_R)
+            assert np.array_equal(output.score_logprobs_Q, right.score_logprobs_Q)
+            for gone in (batch.sample_rows_R, batch.positions_T, batch.query_starts_S1):
+                gone[::-1] = np.arange(len(gone))
         runner.close()
