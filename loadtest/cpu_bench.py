@@ -125,7 +125,7 @@ def main() -> None:
     calls, threads, rows = library.calls, arguments.threads, 32
     roof = Roof(
         bytes_a_second=calls.quire_probe_memory(threads, _PROBED_BYTES, 5),
-        products_a_second=calls.quire_probe_products(runner.variant.encode(), threads, rows, 5),
+        products_a_second=calls.quire_probe_products(runner.variant.encode(), threads, rows, 100),
     )
     print(f"memory {roof.bytes_a_second / 1e9:.1f} GB/s", end=", ")
     print(f"{roof.products_a_second / 1e9:.0f} G products/s\n")
