@@ -45,6 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.engine": ("service.messages", "service.errors", "service.engine"),
     "service.engine.guide": ("numpy", "model.batch", "model.grammar", "service.engine"),
     "service.engine.pack": ("numpy", "model", "service.messages", "service.engine"),
+    "service.engine.unpack": ("numpy", "model.batch", "service.messages", "service.engine"),
     "service.engine.loop": (
         "model.grammar", "model.runners", "service.messages", "service.errors", "service.engine",
     ),

@@ -28,7 +28,7 @@ from model.native.quantize import hadamard_block, load, rotary_tables
 from model.runners import RunnerOptions, Weights
 from model.sampler import ScoredRows, sample, score
 
-KERNEL_VERSION = 1  # rises whenever the bits of a result change
+KERNEL_VERSION = 1  # rises whenever the bits of a result change: a test holds it to that
 SCORED_AT_ONCE = 64  # rows whose logits over the whole vocabulary are in memory together
 MOST_THREADS = 16  # more of them wait for one another longer than they compute
 COMPUTE_ROWS = 32  # from here on a step waits for multipliers, not for memory

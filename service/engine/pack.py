@@ -1,6 +1,6 @@
-"""Packer: Plan -> Batch, and StepOutput -> what each sequence got.
+"""Packer: Plan -> Batch. `unpack` is the way back.
 
-The only file that knows both sequences and tensors. It decides nothing. What does not change while
+These two files know both sequences and tensors. They decide nothing. What does not change while
 a sequence holds its seat stands in columns indexed by seat and is written once; a step gathers the
 rows it needs, so that a decode step costs little Python per sequence. Shape legend: `model.batch`.
 """
@@ -14,26 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, Seeds, StepOutput, Words
+from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, Seeds, Words
 from service.engine.answer import stop_ids
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence
-from service.engine.speculate import accepted
-from service.messages import SamplingParams, TokenLogprob
+from service.messages import SamplingParams
 
 _NO_INTS: Ints = np.empty(0, np.int32)
 _NO_FLOATS: Floats = np.empty(0, np.float32)
 _NO_WORDS: Words = np.empty((0, 0), np.uint32)
 _UNREAD = 0  # stands for a token that only the runner knows
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a step yielded, in the order of the plan."""
-
-    runs: list[list[int]]  # the tokens of each of `plan.sampling`: drafts that came true, and one
-    logprobs: list[list[TokenLogprob]]  # of each run; empty where not asked for
-    prompt_logprobs: dict[Sequence, list[tuple[int, TokenLogprob]]]  # -> (position, score)
 
 
 class _PenaltyCounts:
@@ -336,56 +326,6 @@ def unread_rows(plan: Plan) -> Bools | None:
     unread_T = np.zeros(plan.num_tokens, np.bool_)
     unread_T[ends_S[unread_S] - 1] = True
     return unread_T
-
-
-def unpack(plan: Plan, output: StepOutput) -> Outcome:
-    """What each sequence of the plan got."""
-    sampled: list[int] = output.tokens_R.tolist()
-    runs: list[list[int]] = []
-    logprobs: list[list[TokenLogprob]] = []
-    row = 0
-    for sequence in plan.sampling:
-        drafts = plan.drafts.get(sequence, [])
-        num = accepted(drafts, sampled[row : row + len(drafts)])
-        runs.append(sampled[row : row + num])
-        num_top = sequence.request.sampling.top_logprobs
-        rows = range(0) if num_top is None else range(row, row + num)
-        logprobs.append(
-            [
-                _logprob(
-                    output.logprobs_R[index],
-                    output.top_ids_RN[index, :num_top],
-                    output.top_logprobs_RN[index, :num_top],
-                )
-                for index in rows
-            ]
-        )
-        row += 1 + len(drafts)
-    return Outcome(runs=runs, logprobs=logprobs, prompt_logprobs=_unpack_scores(plan, output))
-
-
-def _unpack_scores(
-    plan: Plan, output: StepOutput
-) -> dict[Sequence, list[tuple[int, TokenLogprob]]]:
-    scores: dict[Sequence, list[tuple[int, TokenLogprob]]] = {}
-    row = 0
-    for sequence, positions in plan.scored.items():
-        num_top = sequence.request.prompt_logprobs or 0
-        for position in positions:
-            score = _logprob(
-                output.score_logprobs_Q[row],
-                output.score_top_ids_QN[row, :num_top],
-                output.score_top_logprobs_QN[row, :num_top],
-            )
-            scores.setdefault(sequence, []).append((position, score))
-            row += 1
-    return scores
-
-
-def _logprob(logprob: np.float32, top_ids_N: Ints, top_logprobs_N: Floats) -> TokenLogprob:
-    return TokenLogprob(
-        float(logprob), tuple(zip(top_ids_N.tolist(), top_logprobs_N.tolist(), strict=True))
-    )
 
 
 def _seat_of(sequence: Sequence) -> int:

@@ -17,8 +17,9 @@ from functools import partial
 
 from model.batch import Batch, Bools, StepOutput
 from model.runners import Runner, overlapped
-from service.engine.pack import Outcome, Packer, unpack, unread_rows
+from service.engine.pack import Packer, unread_rows
 from service.engine.plan import Plan
+from service.engine.unpack import Outcome, unpack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -163,9 +163,11 @@ class Scheduler:
                 _advance(sequence, len(new) - 1)
                 self._learn(sequence, len(plan.drafts[sequence]), len(new) - 1)
             self._order.charge(sequence.tenant, len(new))
+        size = self._allocator.block_size
         for sequence in plan.tokens:
-            if sequence.status is SequenceStatus.RUNNING:
-                self._publish(sequence)
+            num_full = sequence.num_computed // size
+            if num_full != sequence.num_published and sequence.status is SequenceStatus.RUNNING:
+                self._publish(sequence, num_full)
 
     def check_integrity(self) -> None:
         """Raises RuntimeError where bookkeeping contradicts itself. For tests and idle moments."""
@@ -357,10 +359,7 @@ class Scheduler:
             digests.append(chain_digest(parent, sequence.tokens[index * size : (index + 1) * size]))
         return digests[:num_blocks]
 
-    def _publish(self, sequence: Sequence) -> None:
-        num_full = sequence.num_computed // self._allocator.block_size
-        if num_full == sequence.num_published:
-            return
+    def _publish(self, sequence: Sequence, num_full: int) -> None:
         digests = self._digests(sequence, num_full)
         for index in range(sequence.num_published, len(digests)):
             self._allocator.publish(sequence.blocks[index], digests[index])

@@ -1,0 +1,90 @@
+"""unpack: StepOutput -> what each sequence of the plan got. Shape legend: `model.batch`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Run
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.batch import Floats, Ints, StepOutput
+from service.engine.plan import Plan
+from service.engine.sequence import Sequence
+from service.engine.speculate import accepted
+from service.messages import TokenLogprob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a step yielded, in the order of the plan."""
+
+    runs: list[list[int]]  # the tokens of each of `plan.sampling`: drafts that came true, and one
+    logprobs: list[Run[TokenLogprob]]  # of each run; empty where not asked for
+    prompt_logprobs: dict[Sequence, list[tuple[int, TokenLogprob]]]  # -> (position, score)
+
+
+def unpack(plan: Plan, output: StepOutput) -> Outcome:
+    """What each sequence of the plan got."""
+    sampled: list[int] = output.tokens_R.tolist()
+    runs = [[token] for token in sampled] if not plan.drafts else _unpack_runs(plan, sampled)
+    logprobs: list[Run[TokenLogprob]] = [()] * len(runs)
+    if output.logprobs_R.size:
+        logprobs = _unpack_logprobs(plan, runs, output)
+    return Outcome(runs=runs, logprobs=logprobs, prompt_logprobs=_unpack_scores(plan, output))
+
+
+def _unpack_runs(plan: Plan, sampled: list[int]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    row = 0
+    for sequence in plan.sampling:
+        drafts = plan.drafts.get(sequence, [])
+        num = accepted(drafts, sampled[row : row + len(drafts)])
+        runs.append(sampled[row : row + num])
+        row += 1 + len(drafts)
+    return runs
+
+
+def _unpack_logprobs(
+    plan: Plan, runs: list[list[int]], output: StepOutput
+) -> list[Run[TokenLogprob]]:
+    logprobs: list[Run[TokenLogprob]] = []
+    row = 0
+    for sequence, run in zip(plan.sampling, runs, strict=True):
+        num_top = sequence.request.sampling.top_logprobs
+        rows = range(0) if num_top is None else range(row, row + len(run))
+        logprobs.append(
+            [
+                _logprob(
+                    output.logprobs_R[index],
+                    output.top_ids_RN[index, :num_top],
+                    output.top_logprobs_RN[index, :num_top],
+                )
+                for index in rows
+            ]
+        )
+        row += 1 + len(plan.drafts.get(sequence, ()))
+    return logprobs
+
+
+def _unpack_scores(
+    plan: Plan, output: StepOutput
+) -> dict[Sequence, list[tuple[int, TokenLogprob]]]:
+    scores: dict[Sequence, list[tuple[int, TokenLogprob]]] = {}
+    row = 0
+    for sequence, positions in plan.scored.items():
+        num_top = sequence.request.prompt_logprobs or 0
+        for position in positions:
+            score = _logprob(
+                output.score_logprobs_Q[row],
+                output.score_top_ids_QN[row, :num_top],
+                output.score_top_logprobs_QN[row, :num_top],
+            )
+            scores.setdefault(sequence, []).append((position, score))
+            row += 1
+    return scores
+
+
+def _logprob(logprob: np.float32, top_ids_N: Ints, top_logprobs_N: Floats) -> TokenLogprob:
+    return TokenLogprob(
+        float(logprob), tuple(zip(top_ids_N.tolist(), top_logprobs_N.tolist(), strict=True))
+    )

@@ -1,0 +1,66 @@
+"""The bits of the native step belong to its kernel version, which names the class of answers.
+
+Where this fails, results changed: raise KERNEL_VERSION, so that an engine of the new build does not
+go on with an answer that one of the old began, and add the new digests here. All variants of
+instructions, and all machines, give the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.runners.native import KERNEL_VERSION, NativeRunner
+from model.transformer import Transformer
+
+GOLDEN = {
+    1: {"bfloat16": "f737ef793ad35a71", "int8": "3f5f4736193b70f7"},
+}
+TOKENS = 300  # more than one split of the attention
+
+
+def made_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Weights by integers alone: a library's random numbers differ between its versions."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+    weights = {}
+    for seed, name in enumerate(sorted(shapes)):
+        mixed = np.arange(1, prod(shapes[name]) + 1, dtype=np.uint64) * np.uint64(2654435761 + seed)
+        mixed = (mixed ^ (mixed >> np.uint64(15))) * np.uint64(2246822519)
+        parts = (mixed >> np.uint64(24)).astype(np.uint8).astype(np.float32) / 128 - 1
+        value = 1 + parts / 16 if "norm.weight" in name else parts / 4
+        weights[name] = torch.from_numpy(value.reshape(shapes[name]).astype(np.float32))
+    return weights
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_bits_change_only_with_the_kernel_version(
+    native_config: Callable[..., ModelConfig],
+    native: Callable[..., NativeRunner],
+    native_variants: list[str],
+    kv_dtype: str,
+) -> None:
+    config = native_config(qk_norm=True)
+    weights = made_weights(config)
+    ids = (np.arange(TOKENS, dtype=np.int32) * 37 + 11) % config.vocab_size
+    for variant in native_variants:
+        runner = native(config, weights, variant=variant, kv_dtype=kv_dtype)
+        logits_RV = np.empty((TOKENS, config.vocab_size), np.float32)
+        runner._model.step(
+            tokens_T=ids,
+            positions_T=np.arange(TOKENS, dtype=np.int32),
+            query_starts_S1=np.array([0, TOKENS], np.int32),
+            block_table_SB=np.arange(-(-TOKENS // runner.block_size), dtype=np.int32)[None],
+            output_rows_R=np.arange(TOKENS, dtype=np.int32),
+            logits=dict(enumerate(logits_RV)),
+        )
+        assert np.isfinite(logits_RV).all()
+        assert len(np.unique(logits_RV.argmax(axis=1))) > 10, "the network says something"
+        digest = hashlib.sha256(logits_RV.tobytes()).hexdigest()[:16]
+        assert digest == GOLDEN[KERNEL_VERSION][kv_dtype]
