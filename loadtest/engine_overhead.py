@@ -1,11 +1,14 @@
 """What the engine's own Python costs between two steps of the network.
 
-    python -m loadtest.engine_overhead [--sequences 1,8,32,64] [--steps 300]
+    python -m loadtest.engine_overhead [--sequences 1,8,32,64] [--steps 300] [--model FILE]
 
-The runner answers at once, so all that is measured is schedule, pack, update, detokenise, deliver.
-One row a kind of request, one column a number of sequences, in microseconds a step: the median, and
-with it what one token of text costs. They are CPU time, which other work on the machine leaves
-nearly as it is.
+What is measured is schedule, pack, update, detokenise, deliver: CPU time of the engine's thread
+outside the runner, which other work on the machine leaves nearly as it is. One row a kind of
+request, one column a number of sequences, in microseconds a step: the median, and with it what one
+token of text costs.
+
+The runner answers at once, so the processor's caches hold nothing but Python. With `--model` the
+native runner computes a real network, and each step begins with cold caches, as in a server.
 """
 
 from __future__ import annotations
@@ -14,12 +17,18 @@ import argparse
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from model.batch import Batch, StepOutput
+from model.checkpoint import load_model
 from model.config import ModelConfig
+from model.runners import Runner, RunnerOptions
+from model.runners.native import NativeRunner
 from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig
@@ -29,6 +38,7 @@ _VOCAB_SIZE = 49152
 _TOKEN_BYTES = [f" w{token % 997}".encode() for token in range(_VOCAB_SIZE)]
 _PROMPT = 400
 _GREEDY = SamplingParams(seed=1, temperature=0.0)
+_KV_MEMORY = 2**30
 
 KINDS: dict[str, GenerationRequest] = {
     name: GenerationRequest(
@@ -89,11 +99,43 @@ class InstantRunner:
         """Nothing to give back."""
 
 
-def measure(kind: str, *, sequences: int, steps: int) -> tuple[float, float]:
+class Timed:
+    """A runner, and the CPU seconds that its calls took of the calling thread."""
+
+    def __init__(self, runner: Runner, clock: Callable[[], float]) -> None:
+        self.seconds = 0.0
+        self.clock = clock
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # whatever the runner has
+        return getattr(self._runner, name)
+
+    def run(self, batch: Batch) -> StepOutput:
+        """As the runner."""
+        began = time.thread_time()
+        try:
+            return self._runner.run(batch)
+        finally:
+            self.seconds += time.thread_time() - began
+
+
+def instant(kind: str, sequences: int) -> Timed:
+    """A runner for a kind of request that costs nothing."""
+    period = 50 if kind == "copies" else _VOCAB_SIZE
+    runner = InstantRunner(period=period, num_blocks=sequences * 300)
+    return Timed(runner, runner.clock)
+
+
+def native(model: Path) -> Timed:
+    """The native runner of a model."""
+    loaded = load_model(model)
+    options = RunnerOptions(kv_memory=_KV_MEMORY)
+    runner = NativeRunner(loaded.config, loaded.weights, options=options, digest=loaded.digest)
+    return Timed(runner, time.monotonic)
+
+
+def measure(kind: str, runner: Timed, *, sequences: int, steps: int) -> tuple[float, float]:
     """Median microseconds of a step, and of a token."""
-    runner = InstantRunner(
-        period=50 if kind == "copies" else _VOCAB_SIZE, num_blocks=sequences * 300
-    )
     events: list[Event] = []
     loop = EngineLoop(
         runner,
@@ -112,9 +154,9 @@ def measure(kind: str, *, sequences: int, steps: int) -> tuple[float, float]:
     times, tokens = [], 0
     for _ in range(steps):
         events.clear()
-        began = time.thread_time()
+        began, inside = time.thread_time(), runner.seconds
         loop.step()
-        times.append(time.thread_time() - began)
+        times.append(time.thread_time() - began - (runner.seconds - inside))
         tokens += sum(len(getattr(event.record, "ids", ())) for event in events)
     return statistics.median(times) * 1e6, sum(times) / max(1, tokens) * 1e6
 
@@ -124,13 +166,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--sequences", default="1,8,32,64")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--model", type=Path)
     options = parser.parse_args()
     counts = [int(count) for count in options.sequences.split(",")]
     gc.collect()
     gc.freeze()
     print("microseconds a step (a token)".ljust(32) + "".join(f"{n:>16}" for n in counts))
+    real = native(options.model) if options.model else None
     for kind in KINDS:
-        cells = [measure(kind, sequences=n, steps=min(options.steps, 220)) for n in counts]
+        if real is not None and kind == "copies":
+            continue  # a real network copies as it likes
+        cells = [
+            measure(kind, real or instant(kind, n), sequences=n, steps=min(options.steps, 220))
+            for n in counts
+        ]
         print(kind.ljust(32) + "".join(f"{step:>9.0f} ({token:4.1f})" for step, token in cells))
 
 
