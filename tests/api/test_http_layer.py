@@ -158,7 +158,8 @@ async def drip(place: tuple[str, int], first: bytes, then: bytes, pause: float) 
     return received
 
 
-SLOW = HttpLimits(head_timeout=0.15, linger=0.1)
+# Who goes on sending beyond the linger is reset, and may lose the answer: time to stop reading it.
+SLOW = HttpLimits(head_timeout=0.15, linger=0.5)
 BODY = request("Content-Length: 100000")
 
 
