@@ -1,6 +1,7 @@
 """What the engine's own Python costs between two steps of the network.
 
     python -m loadtest.engine_overhead [--sequences 1,8,32,64] [--steps 300] [--model FILE]
+        [--no-speculate]
 
 What is measured is schedule, pack, update, detokenise, deliver: CPU time of the engine's thread
 outside the runner, which other work on the machine leaves nearly as it is. One row a kind of
@@ -134,12 +135,16 @@ def native(model: Path) -> Timed:
     return Timed(runner, time.monotonic)
 
 
-def measure(kind: str, runner: Timed, *, sequences: int, steps: int) -> tuple[float, float]:
+def measure(
+    kind: str, runner: Timed, *, sequences: int, steps: int, speculate: bool
+) -> tuple[float, float]:
     """Median microseconds of a step, and of a token."""
     events: list[Event] = []
     loop = EngineLoop(
         runner,
-        config=EngineConfig(max_sequences=sequences, max_batch_tokens=max(512, sequences)),
+        config=EngineConfig(
+            max_sequences=sequences, max_batch_tokens=max(512, sequences), speculate=speculate
+        ),
         token_bytes=_TOKEN_BYTES,
         eos_ids=frozenset({0}),
         deliver=events.extend,
@@ -167,6 +172,7 @@ def main() -> None:
     parser.add_argument("--sequences", default="1,8,32,64")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--no-speculate", action="store_true")
     options = parser.parse_args()
     counts = [int(count) for count in options.sequences.split(",")]
     gc.collect()
@@ -177,7 +183,13 @@ def main() -> None:
         if real is not None and kind == "copies":
             continue  # a real network copies as it likes
         cells = [
-            measure(kind, real or instant(kind, n), sequences=n, steps=min(options.steps, 220))
+            measure(
+                kind,
+                real or instant(kind, n),
+                sequences=n,
+                steps=min(options.steps, 220),
+                speculate=not options.no_speculate,
+            )
             for n in counts
         ]
         print(kind.ljust(32) + "".join(f"{step:>9.0f} ({token:4.1f})" for step, token in cells))
