@@ -229,7 +229,8 @@ def test_a_token_is_delivered_before_the_next_step_is_computed() -> None:
     loop.add(Work(request=make_request(max_tokens=10, ignore_eos=True)))
     assert ended.wait(WAIT)
     loop.stop(WAIT)
-    assert seen == list(range(len(seen)))
+    assert len(seen) == 10
+    assert seen == list(range(10))
 
 
 def test_an_engine_that_never_started_stops(build: Build) -> None:

@@ -83,6 +83,10 @@ class Visit:
             arg=characters,
         )
 
+    async def begun(self) -> None:
+        """Waits until the page has saved by which call the last answer comes."""
+        await self.page.wait_for_function(f"() => {CHAT}.at(-1).call")
+
     async def ended(self) -> None:
         await expect(self.page.locator("li.assistant").last).not_to_have_class(
             "assistant running", timeout=90_000
