@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Self
@@ -82,23 +82,38 @@ class GenerationRequest:
     trace: str | None = None  # the call's `traceparent`; None: it is not traced
 
     @property
+    def features(self) -> tuple[str, ...]:
+        """What an engine must support to answer this: names out of `FEATURES`, sorted."""
+        return tuple(name for name, needed in FEATURES.items() if needed(self))
+
+    @property
     def max_total_tokens(self) -> int:
         """The most tokens this request can come to hold in the KV cache."""
         return len(self.prompt_ids) + self.max_tokens
 
     def to_json(self) -> str:
         """Compact JSON; `from_json` gives back an equal object."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        fields = asdict(self) | {"features": self.features}
+        return json.dumps(fields, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """Raises ValueError, TypeError or KeyError where `text` is not what `to_json` wrote."""
         fields: dict[str, Any] = json.loads(text)
+        fields.pop("features", None)  # they follow from the other fields
         sampling: dict[str, Any] = fields.pop("sampling")
         bias = tuple((int(token), float(value)) for token, value in sampling.pop("logit_bias"))
         for name in ("prompt_ids", "stop", "stop_token_ids"):
             fields[name] = tuple(fields[name])
         return cls(sampling=SamplingParams(**sampling, logit_bias=bias), **fields)
+
+
+FEATURES: Mapping[str, Callable[[GenerationRequest], bool]] = {
+    "grammar": lambda request: request.grammar is not None,
+}
+"""Name -> whether a request depends on it. A new field that changes answers needs a new name here:
+engines of an older version, which ignore the field, then leave such requests to others.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,6 @@ import gc
 import logging
 import signal
 import sys
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -43,7 +42,7 @@ from service.errors import StartupError, Unavailable
 from service.keys import KeyRing
 from service.listeners import Listener, address, bind
 from service.logs import log_call, set_up_logging
-from service.messages import Event, ModelCard
+from service.messages import FEATURES, Event, ModelCard
 from service.metrics import Metrics
 from service.queues import EngineInfo, Queue, QueueLimits, open_queue
 from service.settings import Settings
@@ -54,7 +53,6 @@ from service.worker import EngineFailure, Worker
 log = logging.getLogger("quire")
 
 VERSION = distribution_version("quire-llm")
-STALLED_AFTER = 60.0  # seconds without a step, with work to do, after which `live` says no
 
 Role = Callable[[Settings, Console], Coroutine[None, None, None]]
 
@@ -237,6 +235,7 @@ class EngineSide:
                 eos_ids=loaded.tokenizer.eos_ids,
                 vocab_size=loaded.card.vocab_size,
             ),
+            settle=self._settle,
         )
         self.worker = Worker(queue, self.loop, info=self._info, observer=observer)
         if loaded.followers is not None:
@@ -249,6 +248,9 @@ class EngineSide:
 
     def _deliver(self, events: Sequence[Event]) -> None:
         self.worker.deliver(events)
+
+    def _settle(self) -> None:
+        self.worker.settle()
 
     def _info(self) -> EngineInfo:
         latest = self._metrics.latest
@@ -263,13 +265,12 @@ class EngineSide:
             blocks_free=latest.blocks_free if latest else self._num_blocks,
             max_model_len=self._card.max_model_len,
             tokens_per_second=self._metrics.tokens_per_second(),
+            features=tuple(FEATURES),
         )
 
     def is_live(self) -> bool:
-        """It makes progress, or there is nothing to do. Saturated is not dead."""
-        if self.loop.failure is not None:
-            return False
-        return not self.loop.busy or time.monotonic() - self.loop.last_progress < STALLED_AFTER
+        """Whether it makes progress or has nothing to do. Saturated is not dead."""
+        return not self.worker.is_stalled
 
 
 class ApiSide:

@@ -1,16 +1,21 @@
-"""Worker: between the queue and the engine. Claims, hands in, journals, renews, gives back.
+"""Worker: between the queue and the engine. Claims, hands in, journals, renews, releases.
 
 It runs in an event loop; the engine computes in a thread of its own, so a long step delays neither
-a renewal nor a write. It knows neither HTTP nor tensors.
+a renewal nor a write. A step that does not end at all does: the worker then neither renews nor
+claims, so that other engines take its requests over. It knows neither HTTP nor tensors.
 
     claim loop   queue.claim -> Held -> engine.add     only what the engine has room for
     write loop   engine events -> queue.write          one round trip for all that came meanwhile
     renew loop   queue.renew each third of a lease     what is lost is aborted
     stop loop    queue.stops -> engine.abort           a hint that saves up to a third of a lease
 
-A request that was in an engine when it died is a *suspect*. Suspects are claimed in halves: one
-half must make progress before the next is taken, so that a request that kills engines at once
-takes only half of the others with it. One that saw two deaths runs alone. See `select_claims`.
+Every call of the queue may raise `Unavailable`. Claims, writes, renewals and the stop hints are
+repeated until they succeed or the lease is over; a release is repeated with the next renewal.
+
+The queue decides which requests run isolated, because engines died on them (`service.queues`). The
+worker keeps what it needs for that: while a request is isolated, each of its tokens is journalled
+before the next step computes, so that the journal shows where an engine died; while it has its last
+attempt, nothing else is claimed.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -32,11 +38,10 @@ from service.queues import Claim, EngineInfo, Lease, Queue, Write, WriteReply, W
 log = logging.getLogger("quire.worker")
 
 CLAIM_WAIT = 0.25  # seconds; a drain waits for the claim under way
-HEARTBEAT = 1.0  # seconds between two signs of life of an engine without room
-CONDEMNED_ATTEMPT = 3  # the last attempt that the default limits allow: two engines died before
-PROBATION = 2.0  # seconds after which a suspect counts as harmless even without a token
-GIVE_BACK_WITHIN = 3.0  # seconds; a store that is away then learns of it by the leases' ends
-STORAGE_PATIENCE = 5.0  # seconds that a write is tried again while the store refuses it
+HEARTBEAT = 1.0  # seconds at most between two heartbeats; a third of a lease if that is less
+GIVE_BACK_WITHIN = 3.0  # seconds; if the store is away for longer, the leases run out
+STORAGE_PATIENCE = 5.0  # seconds for which a write is retried while the store refuses it
+SETTLE_WITHIN = 1.0  # seconds that a step waits for the journal while requests are isolated
 
 
 class EngineFailure(Exception):
@@ -89,13 +94,19 @@ class Held:
     claim: Claim
     since: float
     records: list[Tokens] = field(default_factory=list)
-    written: int = 0  # tokens that are surely in the journal
-    ending: bool = False  # its end is on its way; the reply to it says what became of it
+    written: int = 0  # tokens that are known to be in the journal
+    ending: bool = False  # its end is on its way; the reply decides what became of it
 
     @property
     def lease(self) -> Lease:
         """Under which its records are written."""
         return self.claim.lease
+
+    @property
+    def is_isolated(self) -> bool:
+        """Whether it is not yet past the position at which engines died."""
+        until = self.claim.isolated_until
+        return until is not None and self.written <= until
 
 
 class Worker:
@@ -125,28 +136,41 @@ class Worker:
         self._writing = asyncio.Lock()
         self._room_changed = asyncio.Event()
         self._compiling: set[asyncio.Task[None]] = set()  # claims whose grammar is not ready yet
-        self._on_probation: set[str] = set()
-        self._probation_ends = 0.0
-        self._quarantine = False  # a condemned request waits for this engine to be empty, or runs
+        self._isolated: set[str] = set()
+        self._delivered = self._taken = self._journalled = 0  # steps whose events got so far
+        self._progress = threading.Condition()  # of `_journalled`
         self._draining = asyncio.Event()
         self._failed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._renewed = clock()
-        self._abandoned: list[Lease] = []  # not renewed in time, to be released
+        self._unreleased: list[Lease] = []  # to be released when the store answers
 
     # --- called from the engine thread ----------------------------------------------------
     def deliver(self, events: Sequence[Event]) -> None:
-        """Takes the events of one step. Any thread."""
+        """Takes the events of one step. The engine's thread."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._take, events)
+            self._delivered += 1
+            self._loop.call_soon_threadsafe(self._take, events, self._delivered)
+
+    def settle(self) -> None:
+        """Waits, if requests are isolated, until what was delivered is in the journal. The engine's
+        thread, before it computes a step.
+        """
+        if self._isolated:
+            with self._progress:
+                self._progress.wait_for(
+                    lambda: self._journalled >= self._delivered or not self._isolated,
+                    SETTLE_WITHIN,
+                )
 
     def fail(self) -> None:
-        """Says that the runner broke. Any thread."""
+        """Reports that the runner broke. Any thread."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._failed.set)
 
-    def _take(self, events: Sequence[Event]) -> None:
+    def _take(self, events: Sequence[Event], number: int) -> None:
         self._events.extend(events)
+        self._taken = number
         self._events_came.set()
 
     # --- life cycle -----------------------------------------------------------------------
@@ -195,7 +219,9 @@ class Worker:
             async with asyncio.timeout(GIVE_BACK_WITHIN):
                 if not self._failed.is_set():
                     await self._write_pending()
-                await self._queue.release([held.lease for held in self._held.values()])
+                leases = [held.lease for held in self._held.values()]
+                await self._queue.release(self._unreleased)
+                await self._queue.release(leases, died=self._failed.is_set())
         for held in self._held.values():
             self._observer.let_go(held.claim, "released", written=held.written)
         self._held.clear()
@@ -203,17 +229,19 @@ class Worker:
     # --- claiming -------------------------------------------------------------------------
     async def _claim_loop(self) -> None:
         backoff, heard = _Backoff(), self._clock() - HEARTBEAT
+        heartbeat = min(HEARTBEAT, self._queue.limits.lease / 3)
         while not self._draining.is_set():
-            room = 0 if self._claiming_waits() else self._engine.room - len(self._compiling)
-            newcomers = 0 if self._claiming_waits() else self._engine.newcomers
-            if room <= 0:
+            waits = self._claiming_waits()
+            room = 0 if waits else self._engine.room - len(self._compiling)
+            newcomers = 0 if waits else self._engine.newcomers
+            if room <= 0 or self.is_stalled:
                 self._room_changed.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._room_changed.wait(), 0.05)
-                if not newcomers and self._clock() - heard < HEARTBEAT:
+                if self.is_stalled or (not newcomers and self._clock() - heard < heartbeat):
                     continue
             try:
-                # Without room it claims newcomers at most, and says that this engine lives.
+                # Without room it claims newcomers at most, and reports that this engine lives.
                 wait = CLAIM_WAIT if room > 0 else 0.0
                 claims = await self._queue.claim(
                     self._info(), limit=max(0, room), newcomers=newcomers, wait=wait
@@ -225,33 +253,32 @@ class Worker:
             heard = self._clock()
             await self._admit(claims)
 
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the engine's thread takes far longer for a step than its steps take."""
+        return self._engine.is_stalled(at_least=self._queue.limits.lease)
+
     def _claiming_waits(self) -> bool:
-        """Whether suspects must prove themselves, or a condemned one is still here."""
-        self._quarantine = self._quarantine and bool(self._held)
-        if self._on_probation and self._clock() > self._probation_ends:
-            self._on_probation.clear()
-        return self._quarantine or bool(self._on_probation)
+        """Whether a request has its last attempt here: nothing unproven may run beside it."""
+        last = self._queue.limits.max_attempts
+        return any(self._held[each].claim.attempt >= last for each in self._isolated)
 
     async def _admit(self, claims: Sequence[Claim]) -> None:
-        """Hands claims to the engine; what may not run now is given back without blame."""
+        """Hands claims to the engine."""
         if self._draining.is_set():
-            with contextlib.suppress(Unavailable):  # else their leases run out
-                await self._queue.release([claim.lease for claim in claims])
+            await self._release([claim.lease for claim in claims])
             return
-        self._quarantine |= any(claim.attempt >= CONDEMNED_ATTEMPT for claim in claims)
-        kept, returned = select_claims(claims, busy=bool(self._held))
-        if returned:
-            await self._queue.release([claim.lease for claim in returned])
-        suspects = [claim for claim in kept if claim.attempt > 1]
-        if suspects:
-            self._on_probation.update(claim.request.id for claim in suspects)
-            self._probation_ends = self._clock() + PROBATION
-        for claim in kept:
+        for claim in claims:
             late = self._held.get(claim.request.id)
             if late is not None:  # this engine's own, whose lease ran out
                 self._observer.let_go(late.claim, "lease_lost", written=late.written)
             self._observer.claimed(claim)
-            self._held[claim.request.id] = Held(claim, self._clock(), written=len(claim.tokens))
+            held = Held(claim, self._clock(), written=len(claim.tokens))
+            self._held[claim.request.id] = held
+            if held.is_isolated:
+                self._isolated.add(claim.request.id)
+            else:
+                self._isolated.discard(claim.request.id)
             if claim.request.grammar is None:
                 self._hand_in(claim)
             else:
@@ -295,6 +322,9 @@ class Worker:
                         writes.append(Write(held.lease, event.record))
                 if writes:
                     await self._write(writes)
+            with self._progress:
+                self._journalled = self._taken
+                self._progress.notify_all()
 
     async def _write(self, writes: list[Write]) -> None:
         backoff, began = _Backoff(), self._clock()
@@ -332,21 +362,23 @@ class Worker:
         if reply.status is WriteStatus.GAP:
             missing = [record for record in held.records if record.end > reply.count]
             if not missing or missing[0].start != reply.count:
-                # The store lost tokens of an earlier engine too. Whoever claims the request again
-                # computes them again from what the journal still holds, and exactly so.
+                # The store lost tokens of an earlier engine too. The next engine computes them
+                # again from what the journal still holds, and gets the same.
                 self._drop(request_id, cause="journal_lost")
-                await self._queue.release([write.lease])
+                await self._release([write.lease])
                 return []
             records: list[Tokens | End] = list(missing)
             if isinstance(write.record, End):
                 records.append(write.record)
             return [Write(held.lease, record) for record in records]
-        self._on_probation.discard(request_id)
         if held.written == len(held.claim.tokens) < reply.count:
             self._observer.first_token(request_id)
         held.written = reply.count
+        if not held.is_isolated:
+            self._isolated.discard(request_id)
         if isinstance(write.record, End):
             del self._held[request_id]
+            self._isolated.discard(request_id)
             self._room_changed.set()
             self._note_end(held, write.record)
         return []
@@ -376,6 +408,8 @@ class Worker:
         self._renewed = self._clock()
         while True:
             await asyncio.sleep(lease / 3)
+            if self.is_stalled:
+                continue
             sent = self._clock()
             # An attempt gets all that is left of the lease: a store may be slow, and a connection
             # cut off by a time-out costs a new one, which is slower.
@@ -383,28 +417,37 @@ class Worker:
             try:
                 async with asyncio.timeout(max(lease / 3, left)):
                     lost = await self._queue.renew([held.lease for held in self._held.values()])
-                    if self._abandoned:
-                        await self._queue.release(self._abandoned)
             except (Unavailable, TimeoutError):
                 if self._clock() - self._renewed >= lease:
                     self._abandon()
                 continue
-            self._abandoned.clear()
             self._renewed = sent
             for request_id in lost:
                 held = self._held.get(request_id)
                 if held is not None and not held.ending:  # what ended meanwhile has no lease either
                     self._observer.lease_lost(1)
                     self._drop(request_id, cause="lease_lost")
+            await self._release([])
+
+    async def _release(self, leases: Sequence[Lease]) -> None:
+        """Gives these leases back and those that could not be given back before."""
+        self._unreleased += leases
+        sent = list(self._unreleased)
+        if not sent:
+            return
+        with contextlib.suppress(Unavailable, TimeoutError):
+            async with asyncio.timeout(self._queue.limits.lease):
+                await self._queue.release(sent)
+                self._unreleased = [each for each in self._unreleased if each not in sent]
 
     def _abandon(self) -> None:
         """Stops computing what may be another engine's by now: it could not be journalled.
 
-        What is not another's when the store is back is released then: nobody died on it.
+        What is not another's when the store is back is released then, without blame.
         """
         if self._held:
             self._observer.lease_lost(len(self._held))
-        self._abandoned += [held.lease for held in self._held.values()]
+        self._unreleased += [held.lease for held in self._held.values()]
         for request_id in list(self._held):
             self._drop(request_id, cause="lease_lost")
 
@@ -422,25 +465,10 @@ class Worker:
         if held is None:
             return
         self._engine.abort(request_id)
-        self._on_probation.discard(request_id)
+        self._isolated.discard(request_id)
         self._room_changed.set()
         self._observer.wasted(sum(len(record.ids) for record in held.records), cause)
         self._observer.let_go(held.claim, cause, written=held.written)
-
-
-def select_claims(claims: Sequence[Claim], *, busy: bool) -> tuple[list[Claim], list[Claim]]:
-    """Which claims to run now, and which to give back: (kept, returned).
-
-    Attempt 1: nobody died on it. Attempt 2, a suspect: half of them at a time. Attempt 3 and more,
-    condemned: alone, in an engine that holds nothing else.
-    """
-    condemned = [claim for claim in claims if claim.attempt >= CONDEMNED_ATTEMPT]
-    if condemned:
-        kept = [] if busy else condemned[:1]
-        return kept, [claim for claim in claims if claim not in kept]
-    suspects = [claim for claim in claims if claim.attempt > 1]
-    returned = suspects[-(-len(suspects) // 2) :]
-    return [claim for claim in claims if claim not in returned], returned
 
 
 class _Backoff:
@@ -463,4 +491,4 @@ async def _cancel(tasks: Sequence[asyncio.Task[object]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-__all__ = ["EngineFailure", "Worker", "WorkerObserver", "select_claims"]
+__all__ = ["EngineFailure", "Worker", "WorkerObserver"]

@@ -29,7 +29,7 @@ from service.messages import (
 )
 from service.queues import Claim, EngineInfo, Lease, QueueLimits, Write, WriteReply, WriteStatus
 from service.queues.memory import MemoryQueue
-from service.worker import EngineFailure, Worker, select_claims
+from service.worker import EngineFailure, Worker
 from tests.builders import slowly
 from tests.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
 
@@ -444,9 +444,9 @@ class Away(MemoryQueue):
             raise Unavailable("gone")
         return await super().renew(leases)
 
-    async def release(self, leases: Sequence[Lease]) -> None:
+    async def release(self, leases: Sequence[Lease], *, died: bool = False) -> None:
         """After it claims are answered again."""
-        await super().release(leases)
+        await super().release(leases, died=died)
         self.unheard = False
 
     async def claim(self, *arguments: Any, **options: Any) -> Sequence[Claim]:
@@ -474,34 +474,3 @@ async def test_an_outage_longer_than_a_lease_blames_nobody() -> None:
         queue.away = False
         assert (await answer(queue, request))[0] == oracle_answer(request)
     assert queue.attempts == (1, 1)
-
-
-def make_claim(name: str, attempt: int) -> Claim:
-    request = make_request(name)
-    return Claim(lease=Lease(request.id, 1, "o"), request=request, attempt=attempt)
-
-
-def test_suspects_are_taken_in_halves() -> None:
-    fresh, suspects = make_claim("f", 1), [make_claim(f"s{i}", 2) for i in range(5)]
-    kept, returned = select_claims([fresh, *suspects], busy=True)
-    assert kept == [fresh, *suspects[:3]]
-    assert returned == suspects[3:]
-
-
-@pytest.mark.parametrize(("busy", "kept_names"), [(False, ["c1.0"]), (True, [])])
-def test_a_condemned_request_runs_alone(busy: bool, kept_names: list[str]) -> None:
-    claims = [make_claim("f", 1), make_claim("c1", 3), make_claim("s", 2), make_claim("c2", 3)]
-    kept, returned = select_claims(claims, busy=busy)
-    assert [claim.request.id for claim in kept] == kept_names
-    assert {claim.request.id for claim in [*kept, *returned]} == {"f.0", "c1.0", "s.0", "c2.0"}
-
-
-def test_every_suspect_is_taken_in_the_end() -> None:
-    """Halves of what is left: no suspect is returned for ever."""
-    left = [make_claim(f"s{i}", 2) for i in range(9)]
-    rounds = 0
-    while left:
-        kept, left = select_claims(left, busy=False)
-        assert kept
-        rounds += 1
-    assert rounds <= 5

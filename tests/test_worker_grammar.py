@@ -81,7 +81,7 @@ async def worker(
         observer=NullObserver(),
         grammars=grammars,
     )
-    info = EngineInfo(id=str(id(engine)), numeric_class="noise", version="0")
+    info = EngineInfo(id=str(id(engine)), numeric_class="noise", version="0", features=("grammar",))
     made.append(Worker(queue, engine, info=lambda: info, observer=Ledger()))
     task = asyncio.create_task(made[0].run())
     yield made[0]

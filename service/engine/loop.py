@@ -43,6 +43,13 @@ if TYPE_CHECKING:
     from model.runners import Runner
 
 
+STALL_FACTOR = 10.0
+STALL_MAX = 20.0
+"""Seconds after which a step counts as stalled, however long steps take."""
+STALL_DECAY = 0.99
+"""By which the slowest step is forgotten, per step."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """A request to answer, and what earlier engines had already journalled of its answer."""
@@ -74,7 +81,8 @@ class EngineLoop:
     `abort` of other threads wait, so that no event comes out after `abort` returned. `on_failure`
     is called once, from the engine's thread, when the runner or `deliver` raised; the engine does
     nothing any more after that. `cost` is what is known of the runner's speed; it learns on.
-    Without `grammars` requests with a grammar are refused.
+    Without `grammars` requests with a grammar are refused. `settle` is called before each step
+    computes, after the events before it were delivered; it may block, and then the step waits.
     """
 
     def __init__(  # noqa: PLR0913  # it makes little itself: most is given
@@ -90,6 +98,7 @@ class EngineLoop:
         cost: CostModel | None = None,
         on_failure: Callable[[BaseException], None] | None = None,
         grammars: Grammars | None = None,
+        settle: Callable[[], None] | None = None,
     ) -> None:
         self.steps = 0
         self.failure: BaseException | None = None
@@ -103,6 +112,8 @@ class EngineLoop:
         self._clock = clock
         self._on_failure = on_failure
         self._grammars = grammars
+        self._settle = settle
+        self._slowest_step = 0.0  # seconds, of the recent ones
         self._allocator = BlockAllocator(runner.num_blocks, block_size=runner.block_size)
         self._cost = CostModel() if cost is None else cost
         drafts = may_speculate(
@@ -134,6 +145,7 @@ class EngineLoop:
         self._room = config.max_sequences
         self._num_waiting = 0
         self._stopping = False
+        self._busy = False  # the thread does not wait for work
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     @property
@@ -161,6 +173,17 @@ class EngineLoop:
     @property
     def _has_work(self) -> bool:
         return bool(self._scheduler.num_sequences or self._pipeline)
+
+    def is_stalled(self, *, at_least: float) -> bool:
+        """Whether the thread has had work and finished no step for much longer than steps take.
+
+        The bound is `STALL_FACTOR` of the slowest recent step, between `at_least` and `STALL_MAX`
+        seconds. Any thread; takes no lock, which the thread may hold.
+        """
+        if self.failure is not None:
+            return True
+        bound = max(at_least, min(STALL_MAX, STALL_FACTOR * self._slowest_step))
+        return self._busy and self._clock() - self.last_progress > bound
 
     def start(self) -> None:
         """Lets the engine run in its own thread until `stop` or a failure."""
@@ -213,7 +236,7 @@ class EngineLoop:
         for sequence in plan.expired:
             self._tell_end(sequence.id, FinishReason.DEADLINE, sequence.num_cached)
         if plan.tokens:
-            self._pipeline.launch(plan, meanwhile=self._flush)
+            self._pipeline.launch(plan, meanwhile=self._deliver_before_step)
             self._scheduler.launched(plan)
             self._collect(leave=self._pipeline.most_ahead)
         else:
@@ -255,9 +278,11 @@ class EngineLoop:
     def _wait(self) -> bool:
         """Sleeps until there is something to do; False where it is to stop."""
         with self._changed:
+            self._busy = False
             self._changed.wait_for(lambda: self._stopping or self.busy)
             self.last_progress = self._clock()
-            return not self._stopping
+            self._busy = not self._stopping
+            return self._busy
 
     def _read_inbox(self) -> None:
         with self._changed:
@@ -332,6 +357,7 @@ class EngineLoop:
             now = self._clock()
             duration = 0.0 if self._since is None else now - self._since
             self._since = now
+            self._slowest_step = max(duration, STALL_DECAY * self._slowest_step)
             self._cost.observe(step.plan.work, duration)
             self.steps += 1
             figures = _Figures(
@@ -384,6 +410,11 @@ class EngineLoop:
             fresh = [event for event in events if event.request_id not in stale]
             if fresh:
                 self._deliver(fresh)
+
+    def _deliver_before_step(self) -> None:
+        self._flush()
+        if self._settle is not None:
+            self._settle()
 
     def _report(self, plan: Plan, figures: _Figures) -> None:
         allocator = self._allocator

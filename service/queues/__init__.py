@@ -6,12 +6,21 @@
           stop/deadline |        lease over/release |  +--+
                         v        -> claimed again (epoch+1; a crash counts, a release does not)
        CANCELLED / DEADLINE <------ stop/deadline (epoch+1 fences the engine)
-                                   attempts > limit -------> ERROR (engine_crash_loop)
+                                   max_attempts deaths ----> ERROR (engine_crash_loop)
 
 Terminal states absorb; each terminal edge writes exactly one `End`. The journal of a request is
 `Tokens` records without holes or overlaps, then one `End`. A token that a client may see is in the
 journal first. Who may append is decided by epoch *and* owner; times are the queue's own clock.
 Every method may be called again after a lost reply and then answers the same or says so (DUP).
+
+Blame. An answer is a pure function of its request, so a request that kills an engine kills the next
+one at the same position. A death counts against a request if the engine that ran it was silent for
+a lease, and no longer if that engine is heard of again. A request with a death is a *suspect*: it
+is isolated, which one engine of the cluster does at a time, with half of the suspects that wait or,
+for its last attempt, with one. `CLEARED_AFTER` tokens past the position of the death it is cleared
+and as good as any other. A request is failed if its last attempt brings no token more than the one
+before; other requests of an engine that dies while it isolates suspects are not blamed. Requests
+that nobody died on never wait for any of this.
 
 Implementations: `memory` (embedded, one process) and `redis`; `tests/queues/contract.py` runs over
 both.
@@ -30,6 +39,15 @@ from service.messages import End, FinishReason, GenerationRequest, Record, Submi
 from service.queues.meters import Usage
 from service.queues.observer import NullQueueObserver, QueueObserver
 
+CLEARED_AFTER = 8
+"""Tokens past the position of an engine's death after which a request is cleared of it."""
+VERDICT = 4
+"""Leases of silence after which an engine counts as dead for good, and a request can be failed."""
+PROBATION = 2.0
+"""Seconds after which the engine that isolates suspects may add others, if none is condemned."""
+BLAME_KEPT = 600.0
+"""Seconds for which the death of an engine can be taken back."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueLimits:
@@ -39,7 +57,7 @@ class QueueLimits:
     max_tokens: int = 1_000_000  # cost of the queued
     max_per_tenant: int = 1024  # queued and running
     lease: float = 3.0
-    max_attempts: int = 3  # claims of a request that may end in the engine's death
+    max_attempts: int = 3  # engine deaths at one position of an answer that end it
     live_ttl: float = 3600.0  # how long a request without a deadline waits for an engine
     resume_window: float = 600.0
     idempotency_ttl: float = 86_400.0
@@ -97,7 +115,8 @@ class Claim:
     lease: Lease
     request: GenerationRequest
     tokens: tuple[int, ...] = ()
-    attempt: int = 1  # 1: nobody died on it yet
+    attempt: int = 1  # engine deaths near its position + 1; `max_attempts` is the last one
+    isolated_until: int | None = None  # tokens up to which it is isolated; None: it is not
     remaining_ms: int | None = None  # until its deadline
     waited_ms: int | None = None  # from its submission; None where it was claimed before
 
@@ -131,7 +150,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What an engine tells of itself. Informative: ownership is decided by leases alone."""
+    """What an engine reports of itself. Ownership is decided by leases alone."""
 
     id: str  # a new one for each process
     numeric_class: str
@@ -143,6 +162,7 @@ class EngineInfo:
     blocks_free: int = 0
     max_model_len: int = 0  # 0: not said
     tokens_per_second: float = 0.0  # lately
+    features: tuple[str, ...] = ()  # it claims only requests whose features are among them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,10 +246,11 @@ class Queue(Protocol):
         self, engine: EngineInfo, *, limit: int, wait: float, newcomers: int = 0
     ) -> Sequence[Claim]:
         """Takes up to `limit` requests, those whose leases ran out included; waits up to `wait`
-        seconds for a first one. Higher priorities first, and in one class tenants in turns, by
-        tokens. Up to `newcomers` more are taken of those whose turn it is and of whose tenant less
-        runs than of others on average: an engine that is full makes way for them. Also says that
-        the engine lives: with `limit` 0 and no newcomers it does nothing else.
+        seconds for a first one. Only requests whose features the engine has. Higher priorities
+        first, and in one class tenants in turns, by tokens. Up to `newcomers` more are taken of
+        those whose turn it is and of whose tenant less runs than of others on average: an engine
+        that is full makes way for them. A sign of life, too: with `limit` 0 and no newcomers it
+        does nothing else.
         """
         ...
 
@@ -238,11 +259,15 @@ class Queue(Protocol):
         ...
 
     async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
-        """Extends leases; returns the ids of the requests that are no longer the caller's."""
+        """Extends the leases of one engine, which is thereby heard of; returns the ids of the
+        requests that are no longer its own.
+        """
         ...
 
-    async def release(self, leases: Sequence[Lease]) -> None:
-        """Gives requests back at once and without blame: another engine goes on with them."""
+    async def release(self, leases: Sequence[Lease], *, died: bool = False) -> None:
+        """Gives requests back at once: another engine goes on with them. Without blame, unless the
+        engine `died`.
+        """
         ...
 
     def stops(self) -> AsyncIterator[str]:
@@ -284,7 +309,8 @@ def open_queue(url: str, limits: QueueLimits, *, observer: QueueObserver | None 
 
 
 __all__ = [
-    "QUEUES", "Claim", "End", "EngineInfo", "Lease", "Queue", "QueueDepth", "QueueLimits", "Record",
+    "BLAME_KEPT", "CLEARED_AFTER", "PROBATION", "QUEUES", "VERDICT", "Claim", "End",
+    "EngineInfo", "Lease", "Queue", "QueueDepth", "QueueLimits", "Record",
     "StoredSubmission", "SubmitReply", "SubmitStatus", "Tokens", "Usage", "Write",
     "WriteReply", "WriteStatus", "open_queue",
 ]  # fmt: skip

@@ -13,10 +13,12 @@ import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 
 from service.errors import NotFound, Unavailable
 from service.messages import End, FinishReason, Record, Submission, Tokens
 from service.queues import (
+    BLAME_KEPT,
     Claim,
     EngineInfo,
     Lease,
@@ -30,6 +32,7 @@ from service.queues import (
     WriteStatus,
 )
 from service.queues.admission import admission_cost, answer_share
+from service.queues.memory_blame import Blame
 from service.queues.memory_entry import Entry, Group, next_lease_end, oldest_age, reached
 from service.queues.memory_ledger import Ledger
 from service.queues.observer import STOPPED, NullQueueObserver, QueueEvent, QueueObserver
@@ -39,6 +42,8 @@ TURN = 256
 """Records after which a follower lets others have the event loop."""
 ENGINE_SILENCE = 10.0
 """Seconds after which an engine that was not heard of is no longer listed."""
+
+CRASH_LOOP = "engine_crash_loop"
 
 _COUNTED = {
     WriteStatus.DUP: QueueEvent.DUP,
@@ -70,6 +75,7 @@ class MemoryQueue:
         self._fading: deque[tuple[float, str]] = deque()  # (forget at, submission), in that order
         self._last_sweep = self._swept_since = clock()
         self._engines: dict[str, tuple[float, EngineInfo]] = {}
+        self._blame = Blame(limits, clock=clock, engines=self._engines, freed=self._wake_claimers)
         self._claimers: set[asyncio.Event] = set()
         self._stop_hints: set[asyncio.Queue[str]] = set()
         self._closed = False
@@ -203,6 +209,7 @@ class MemoryQueue:
     async def sweep(self) -> int:
         self._forget()
         self._ledger.forget()
+        self._blame.forget(BLAME_KEPT)
         self._note_sweep()
         ended = 0
         for entry in [*self._live()]:
@@ -241,7 +248,8 @@ class MemoryQueue:
 
     async def engines(self) -> Sequence[EngineInfo]:
         oldest = self._clock() - ENGINE_SILENCE
-        self._engines = {k: seen for k, seen in self._engines.items() if seen[0] >= oldest}
+        for engine in [k for k, seen in self._engines.items() if seen[0] < oldest]:
+            del self._engines[engine]
         return [info for _, info in self._engines.values()]
 
     async def check(self) -> None:
@@ -260,6 +268,7 @@ class MemoryQueue:
             while True:
                 await self.check()
                 self._engines[engine.id] = (self._clock(), engine)
+                self._blame.heard(engine.id)
                 claims = self._take(engine, limit, most=limit + newcomers)
                 left = until - loop.time()
                 if claims or left <= 0:
@@ -277,43 +286,52 @@ class MemoryQueue:
     def _take(self, engine: EngineInfo, limit: int, *, most: int) -> list[Claim]:
         owner = f"{engine.id}:{secrets.token_hex(6)}"
         claims: list[Claim] = []
-        for entry in self._candidates():
+        orphans = self._orphans(engine) if limit > 0 else []
+        for entry in self._blame.next_group(engine, partial(_may_run, engine), limit=limit):
+            self._blame.isolate(entry, engine)
+            claims.append(self._start(entry, engine, owner=owner))
+        for entry in self._candidates(orphans):
             if len(claims) >= most:
                 break
             if len(claims) >= limit and not self._ledger.is_below_share(entry.request.tenant):
                 continue
             if self._overdue(entry):
                 self._stop(entry, FinishReason.DEADLINE)
-            elif entry.count and entry.numeric_class != engine.numeric_class:
-                continue
-            elif self._gave_up(entry, engine):
-                error = End(count=entry.count, reason=FinishReason.ERROR, error="engine_crash_loop")
-                self._end(entry, error)
-                self._observer.happened(QueueEvent.CRASHED)
-            else:
+            elif _may_run(engine, entry):
                 claims.append(self._start(entry, engine, owner=owner))
         return claims
 
-    def _candidates(self) -> list[Entry]:
+    def _orphans(self, engine: EngineInfo) -> list[Entry]:
+        """Those that ran already and need no isolation. Finds out why their leases are over."""
+        found: list[Entry] = []
+        for entry in [*self._running.values()]:
+            if entry.owner and entry.lease_until > self._clock():
+                continue
+            settled: bool | None = True
+            if entry.owner and not self._overdue(entry) and _may_run(engine, entry):
+                settled = self._blame.settle(entry, engine)
+                if settled is False:
+                    self._fail(entry)
+                elif settled and entry.blamers:
+                    self._blame.leave(entry)
+                    entry.owner = ""
+            if settled and not entry.blamers:
+                found.append(entry)
+        return found
+
+    def _fail(self, entry: Entry) -> None:
+        entry.epoch += 1
+        entry.owner = ""
+        self._end(entry, End(count=entry.count, reason=FinishReason.ERROR, error=CRASH_LOOP))
+        self._observer.happened(QueueEvent.CRASHED)
+
+    def _candidates(self, orphans: Sequence[Entry]) -> list[Entry]:
         """Those to be claimed: by priority, then those that ran already, then by their turn."""
-        now = self._clock()
-        orphans = [e for e in self._running.values() if not e.owner or e.lease_until <= now]
         found: list[Entry] = []
         for priority, waiting in enumerate(self._waiting):
             found += [entry for entry in orphans if entry.request.priority == priority]
             found += sorted(waiting.values(), key=lambda entry: entry.turn)
         return found
-
-    def _gave_up(self, entry: Entry, engine: EngineInfo) -> bool:
-        """Counts the death of the engine that still owns a request whose lease is over.
-
-        One that takes its own request back was late, not dead.
-        """
-        if not entry.owner or entry.owner.startswith(f"{engine.id}:"):
-            return False
-        entry.deaths += 1
-        entry.owner = ""  # counted once
-        return entry.deaths >= self.limits.max_attempts
 
     def _start(self, entry: Entry, engine: EngineInfo, *, owner: str) -> Claim:
         request, waited_ms = entry.request, None
@@ -337,7 +355,8 @@ class MemoryQueue:
             lease=Lease(request.id, entry.epoch, owner),
             request=request,
             tokens=tuple(token for record in entry.journal for token in record.ids),
-            attempt=entry.deaths + 1,
+            attempt=len(entry.blamers) + 1,
+            isolated_until=entry.cleared_after if entry.isolated_by else None,
             remaining_ms=None if deadline is None else max(0, round((deadline - now) * 1000)),
             waited_ms=waited_ms,
         )
@@ -368,6 +387,7 @@ class MemoryQueue:
             return WriteStatus.GAP
         entry.journal.append(record)
         entry.ends.append(record.end)
+        self._blame.progressed(entry)
         entry.wake()
         return WriteStatus.OK
 
@@ -382,6 +402,9 @@ class MemoryQueue:
     async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
         until = self._clock() + self.limits.lease
         lost: list[str] = []
+        for engine in {lease.owner.rpartition(":")[0] for lease in leases} & self._engines.keys():
+            self._engines[engine] = (self._clock(), self._engines[engine][1])
+            self._blame.heard(engine)
         for lease in leases:
             entry = self._running.get(lease.request_id)
             if entry is not None and entry.holds(lease):
@@ -390,10 +413,15 @@ class MemoryQueue:
                 lost.append(lease.request_id)
         return lost
 
-    async def release(self, leases: Sequence[Lease]) -> None:
+    async def release(self, leases: Sequence[Lease], *, died: bool = False) -> None:
         for lease in leases:
             entry = self._running.get(lease.request_id)
-            if entry is not None and entry.holds(lease):
+            if entry is None or not entry.holds(lease):
+                continue
+            if died and self._blame.died(entry):
+                self._fail(entry)
+            else:
+                self._blame.leave(entry)
                 entry.owner = ""
         self._wake_claimers()
 
@@ -438,6 +466,7 @@ class MemoryQueue:
             del self._waiting[request.priority][request.id]
             self._queued_tokens -= admission_cost(request)
         entry.end = end
+        self._blame.ended(entry)
         group = self._groups[entry.submission_id]
         beyond = entry.count - answer_share(request)
         self._ledger.leave(group.stored.tenant, group.allowance, tokens=beyond, ran=entry.started)
@@ -464,3 +493,9 @@ class MemoryQueue:
     def _wake_claimers(self) -> None:
         for news in self._claimers:
             news.set()
+
+
+def _may_run(engine: EngineInfo, entry: Entry) -> bool:
+    """A begun answer stays in its numeric class; features must be supported."""
+    same_class = not entry.count or entry.numeric_class == engine.numeric_class
+    return same_class and set(entry.request.features) <= set(engine.features)

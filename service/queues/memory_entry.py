@@ -9,7 +9,7 @@ from typing import Self
 
 from service.errors import StreamDivergence
 from service.messages import Allowance, End, GenerationRequest, Submission, Tokens
-from service.queues import Lease, StoredSubmission
+from service.queues import CLEARED_AFTER, Lease, StoredSubmission
 
 
 @dataclass(slots=True)
@@ -28,7 +28,9 @@ class Entry:
     epoch: int = 0
     owner: str = ""
     lease_until: float = 0.0
-    deaths: int = 0
+    blamers: list[str] = field(default_factory=list)  # engines that died on it near `died_at`
+    died_at: int | None = None  # tokens journalled when the last of them died
+    isolated_by: str = ""  # the engine that isolates it
     numeric_class: str = ""
     journal: list[Tokens] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)  # journal[i].end, ascending
@@ -38,6 +40,16 @@ class Entry:
     def count(self) -> int:
         """Tokens journalled."""
         return self.ends[-1] if self.ends else 0
+
+    @property
+    def engine(self) -> str:
+        """The id of the engine that runs it; empty if none does."""
+        return self.owner.rpartition(":")[0]
+
+    @property
+    def cleared_after(self) -> int:
+        """Tokens past which the deaths of `blamers` do not count any more."""
+        return (self.died_at or 0) + CLEARED_AFTER
 
     @property
     def deadline(self) -> float | None:

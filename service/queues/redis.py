@@ -18,6 +18,7 @@ from typing import Any
 
 from service.messages import Allowance, End, FinishReason, Record, Submission
 from service.queues import (
+    BLAME_KEPT,
     Claim,
     EngineInfo,
     Lease,
@@ -33,7 +34,7 @@ from service.queues import (
 from service.queues.admission import admission_cost, answer_share
 from service.queues.meters import make_usage
 from service.queues.observer import STOPPED, NullQueueObserver, QueueEvent, QueueObserver
-from service.queues.redis_claims import DEADLINE, Claimer
+from service.queues.redis_claims import CRASH_LOOP, DEADLINE, Claimer
 from service.queues.redis_codec import encode_end, encode_tokens
 from service.queues.redis_journal import JournalReader
 from service.queues.redis_keys import ShardKeys, idempotency_name, milliseconds, shard_of
@@ -112,6 +113,7 @@ class RedisQueue:
         for request in submission.requests:
             arguments += [request.id, admission_cost(request), request.timeout_ms or 0]
             arguments += [request.priority, request.to_json(), answer_share(request)]
+            arguments.append(" ".join(request.features))
         status, followed, queued, tokens, *used = await self._script("submit", keys, *arguments)
         wait, by_requests, by_tokens = (float(ms) / 1000 for ms in used)
         return SubmitReply(
@@ -227,7 +229,9 @@ class RedisQueue:
                 if int(seen) >= oldest:
                     said = json.loads(text)
                     # An engine of a newer version may say more than this one knows.
-                    info = EngineInfo(**{name: said[name] for name in said if name in _SAID})
+                    known = {name: said[name] for name in said if name in _SAID}
+                    known["features"] = tuple(known.get("features", ()))
+                    info = EngineInfo(**known)
                     found[info.id] = info
             except (ValueError, TypeError):
                 self._drop("what an engine tells of itself")
@@ -270,15 +274,21 @@ class RedisQueue:
         replies = await self._wire.run(self._lease_commands("renew", leases))
         return [request_id.decode() for lost in replies for request_id in lost]
 
-    async def release(self, leases: Sequence[Lease]) -> None:
-        await self._wire.run(self._lease_commands("release", leases))
+    async def release(self, leases: Sequence[Lease], *, died: bool = False) -> None:
+        limits = self.limits
+        times = (milliseconds(limits.resume_window), milliseconds(BLAME_KEPT))
+        options = (int(died), limits.max_attempts, CRASH_LOOP, *times)
+        replies = await self._wire.run(self._lease_commands("release", leases, *options))
+        self._note(QueueEvent.CRASHED, sum(crashed for _, crashed in replies))
 
-    def _lease_commands(self, script: str, leases: Sequence[Lease]) -> list[Command]:
-        """One command a shard; after the lease's length come (request, epoch, owner) of each."""
-        arguments: dict[ShardKeys, list[str | int]] = {}
+    def _lease_commands(
+        self, script: str, leases: Sequence[Lease], *options: str | bytes | int
+    ) -> list[Command]:
+        """One command per shard: the lease's length, options, (request, epoch, owner) of each."""
+        arguments: dict[ShardKeys, list[str | bytes | int]] = {}
         for lease in leases:
             of_shard = arguments.setdefault(
-                self._keys(lease.request_id), [milliseconds(self.limits.lease)]
+                self._keys(lease.request_id), [milliseconds(self.limits.lease), *options]
             )
             of_shard += [lease.request_id, lease.epoch, lease.owner]
         return [

@@ -10,11 +10,13 @@ import asyncio
 import json
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from service.errors import Unavailable
 from service.messages import End, FinishReason, GenerationRequest
-from service.queues import Claim, EngineInfo, Lease, QueueLimits, Write, WriteReply
+from service.queues import BLAME_KEPT, Claim, EngineInfo, Lease, QueueLimits, Write, WriteReply
 from service.queues.observer import QueueEvent, QueueObserver
 from service.queues.redis_codec import decode_ids, encode_end
 from service.queues.redis_keys import ShardKeys, milliseconds
@@ -163,11 +165,12 @@ class Claimer:
             *numbers,
             *times,
             *(DEADLINE, CRASH_LOOP, told, room[1]),
+            *(" ".join(engine.features), milliseconds(BLAME_KEPT)),
         )
 
     async def _claim_of(self, fields: list[Any], *, owner: str) -> Claim | None:
         """What the script handed out; None for what is no request and was ended for that."""
-        request_id, epoch, deaths, remaining, waited, body, *values = fields
+        request_id, epoch, deaths, remaining, waited, body, isolated_until, *values = fields
         lease = Lease(request_id.decode(), epoch, owner)
         ids: list[int] = []
         try:
@@ -177,8 +180,9 @@ class Claimer:
         except (ValueError, TypeError, KeyError, AttributeError):
             self._dropped("stored request", 1)
             end = End(count=len(ids), reason=FinishReason.ERROR, error="malformed_request")
-            await self._write([Write(lease, end)])
-            self._observer.happened(QueueEvent.MALFORMED)
+            with suppress(Unavailable):  # the lease runs out then, and the next claim ends it
+                await self._write([Write(lease, end)])
+                self._observer.happened(QueueEvent.MALFORMED)
             return None
         return Claim(
             lease=lease,
@@ -187,4 +191,5 @@ class Claimer:
             attempt=deaths + 1,
             remaining_ms=None if remaining == b"" else remaining,
             waited_ms=None if waited == b"" else waited,
+            isolated_until=None if isolated_until == b"" else isolated_until,
         )

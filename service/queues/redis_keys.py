@@ -3,7 +3,9 @@
     quire:2:{s0}:adm          hash     counters: q, tok, run; tens: tenants in flight;
                                        t:<tenant>, k:<key>: in flight; r:<tenant>: running;
                                        f:<tenant>: end of its last turn; now: the latest turn
-    quire:2:{s0}:w0 .. w2     zset     one a priority: waiting request by its turn, tokens
+    quire:2:{s0}:w0 .. w2     zset     one per priority: waiting request by its turn, tokens
+    quire:2:{s0}:w0:<f> ..    zset     the same for requests that need the features <f> of an engine
+    quire:2:{s0}:lines        set      the <f> for which there may be such a line
     quire:2:{s0}:since        zset     waiting request by the time of its submission, ms
     quire:2:{s0}:q0 .. q2     stream   one a priority: what runs; group `engines`, field rid
     quire:2:{s0}:r:<request>  hash     the state of a request
@@ -15,9 +17,13 @@
     quire:2:{s0}:left         zset     submission by the time at which it counts as deserted, ms
     quire:2:{s0}:swept        string   since when there were sweeps without a pause, ms
     quire:2:{s0}:engines      hash     engine -> "<last seen, ms> <JSON>"
+    quire:2:{s0}:suspects     zset     request that waits for its isolation, by the time, ms
+    quire:2:{s0}:lane         hash     isolated request -> the engine that runs it
+    quire:2:{s0}:isolates:<e>  string  when engine <e> last began to isolate requests, ms
+    quire:2:{s0}:blamed:<e>   set      requests that the death of engine <e> counts against
     quire:2:{s0}:work, stops  channel  something to claim; a running request was stopped
 
-The 1 is the version of this layout: processes of another one do not see these keys. The braces are
+The 2 is the version of this layout: processes of another one do not see these keys. The braces are
 the cluster's hash tag: all keys of a shard lie in one slot.
 """
 

@@ -110,7 +110,9 @@ class ScriptedEngine:
     seen: list[GenerationRequest] = field(default_factory=list)
     fenced: list[str] = field(default_factory=list)
     info: EngineInfo = field(
-        default_factory=lambda: EngineInfo(id="e1", numeric_class="class-1", version="1")
+        default_factory=lambda: EngineInfo(
+            id="e1", numeric_class="class-1", version="1", features=("grammar",)
+        )
     )
 
     async def run(self) -> None:

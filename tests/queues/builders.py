@@ -73,7 +73,8 @@ def make_tokens(ids: Iterable[int], *, start: int = 0, before: Iterable[int] = (
 
 
 def make_engine(name: str = "e", *, numeric_class: str = "class-a", **fields: Any) -> EngineInfo:
-    return EngineInfo(id=name, numeric_class=numeric_class, version="1", **fields)
+    values: dict[str, Any] = {"version": "1", "features": ("grammar",)} | fields
+    return EngineInfo(id=name, numeric_class=numeric_class, **values)
 
 
 def oracle(request_id: str, index: int) -> int:

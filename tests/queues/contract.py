@@ -7,8 +7,9 @@ A test class inherits `QueueContract` and gives two fixtures: `queue`, a new emp
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -22,6 +23,9 @@ from service.messages import (
     Tokens,
 )
 from service.queues import (
+    CLEARED_AFTER,
+    VERDICT,
+    Claim,
     Lease,
     Queue,
     QueueDepth,
@@ -452,10 +456,169 @@ class QueueContract:
             claim = await claim_one(queue, make_engine(f"e{attempt}"), wait=2)
             assert claim.attempt == attempt
             await passes(OVER)
-        assert not await queue.claim(make_engine("last"), limit=1, wait=0.15)
+        assert not await queue.claim(make_engine("last"), limit=1, wait=0)
+        assert not await queue.read(rid), "the last engine may only be frozen"
+        await passes(VERDICT * LIMITS.lease)
+        assert not await queue.claim(make_engine("last"), limit=1, wait=0.3)
         (end,) = await queue.read(rid)
         assert (end.reason, end.error) == (FinishReason.ERROR, "engine_crash_loop")  # type: ignore[union-attr]  # an End: the only record
         assert (await append(queue, claim.lease, make_tokens([1]))).status is WriteStatus.FENCED
+        assert await queue.depth() == NOTHING
+
+    async def test_an_engine_gets_only_requests_whose_features_it_has(self, queue: Queue) -> None:
+        """And what it leaves to others delays nothing else, in the order of the turns."""
+        needy = make_submission(2, grammar="x", tenant="needy")
+        plain = make_submission(2, tenant="plain")
+        for submission in (needy, plain):
+            await queue.submit(submission)
+        assert needy.requests[0].features == ("grammar",)
+        old = make_engine("old", features=())
+        taken = await queue.claim(old, limit=4, wait=0)
+        assert {claim.request.id for claim in taken} == {each.id for each in plain.requests}
+        await queue.stop([needy.requests[1].id], FinishReason.CANCELLED)
+        new = make_engine("new", features=("grammar", "later"))
+        claim = await claim_one(queue, new)
+        assert claim.request == needy.requests[0]
+        await queue.release([claim.lease])
+        assert not await queue.claim(old, limit=4, wait=0)
+        await finish(queue, await claim_one(queue, new, wait=2), length=1)
+
+    # --- blame ----------------------------------------------------------------------------
+    async def test_progress_past_a_death_clears_a_request(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        """However many engines die, it is never failed."""
+        submission = make_submission(max_tokens=200)
+        rid = submission.requests[0].id
+        await queue.submit(submission)
+        count = 0
+        claim = await claim_one(queue, make_engine("e0"))
+        for death in range(1, 2 * LIMITS.max_attempts + 1):
+            await append(queue, claim.lease, answer_of(rid, count, count + CLEARED_AFTER + 1))
+            count += CLEARED_AFTER + 1
+            await passes(OVER)
+            claim = await claim_one(queue, make_engine(f"e{death}"), wait=2)
+            assert (claim.attempt, claim.isolated_until) == (2, count + CLEARED_AFTER)
+            assert len(claim.tokens) == count
+        await finish(queue, claim, length=count + 1)
+        assert await queue.depth() == NOTHING
+
+    async def test_any_progress_saves_the_last_attempt(self, queue: Queue, passes: Passes) -> None:
+        """Too little to be cleared, and one token more than before each time."""
+        submission = make_submission()
+        rid = submission.requests[0].id
+        await queue.submit(submission)
+        claim = await claim_one(queue, make_engine("e0"))
+        for death in range(1, 3 * LIMITS.max_attempts):
+            await append(queue, claim.lease, answer_of(rid, death - 1, death))
+            await passes(OVER)
+            claim = await claim_one(queue, make_engine(f"e{death}"), wait=2)
+            assert claim.attempt == min(death + 1, LIMITS.max_attempts)
+        await passes((VERDICT + 1) * LIMITS.lease)
+        assert not await queue.claim(make_engine("last"), limit=1, wait=0.1)
+        assert (await queue.read(rid))[-1].error == "engine_crash_loop"  # type: ignore[union-attr]
+
+    async def test_suspects_are_isolated_in_one_engine_half_of_them_at_a_time(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        """And nothing else waits for them."""
+        held = make_submission(4, max_tokens=50)
+        await queue.submit(held)
+        assert len(await queue.claim(make_engine("dead"), limit=4, wait=0)) == 4
+        await passes(OVER)
+        fresh = make_submission(2, tenant="fresh")
+        await queue.submit(fresh)
+        one, other = make_engine("one"), make_engine("other")
+        first = await queue.claim(one, limit=3, wait=2)
+        assert [claim.isolated_until for claim in first] == [CLEARED_AFTER, CLEARED_AFTER, None]
+        assert [claim.attempt for claim in first] == [2, 2, 1]
+        elsewhere = await queue.claim(other, limit=9, wait=0)
+        assert [claim.request.tenant for claim in elsewhere] == ["fresh"]
+        for claim in first[:2]:
+            await append(queue, claim.lease, answer_of(claim.request.id, 0, CLEARED_AFTER))
+        assert not await queue.claim(other, limit=9, wait=0), "not past the position yet"
+        await finish(queue, replace(first[0], tokens=(0,) * CLEARED_AFTER), length=CLEARED_AFTER)
+        await append(
+            queue, first[1].lease, answer_of(first[1].request.id, CLEARED_AFTER, CLEARED_AFTER + 1)
+        )
+        (third,) = await queue.claim(other, limit=9, wait=0)
+        assert third.isolated_until == CLEARED_AFTER
+        await queue.release([third.lease])
+        (again,) = await queue.claim(one, limit=9, wait=0)
+        assert again.attempt == 2, "a release counts no death, and clears of none"
+        await queue.stop([again.request.id], FinishReason.CANCELLED)
+        assert len(await queue.claim(other, limit=9, wait=0)) == 1
+
+    async def test_a_last_attempt_is_made_alone_and_others_are_not_blamed(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        pair, bystander = make_submission(2), make_submission(tenant="b")
+        await queue.submit(pair)
+        assert len(await queue.claim(make_engine("e0"), limit=2, wait=0)) == 2
+        for death in range(1, LIMITS.max_attempts - 1):
+            for half in range(2):  # one after the other, and both engines die
+                await passes(OVER)
+                engine = make_engine(f"e{death}-{half}")
+                assert (await claim_one(queue, engine, wait=2)).attempt == death + 1
+        await passes(OVER)
+        await queue.submit(bystander)
+        third = make_engine("third")
+        claims = await queue.claim(third, limit=9, wait=2)
+        alone = [claim for claim in claims if claim.isolated_until]
+        assert [claim.attempt for claim in alone] == [LIMITS.max_attempts]
+        others = [claim.request.id for claim in claims if not claim.isolated_until]
+        assert others == [bystander.requests[0].id]
+        assert not await queue.claim(make_engine("more"), limit=9, wait=0)
+        await passes((VERDICT + 1) * LIMITS.lease)
+        left = await queue.claim(make_engine("fourth"), limit=9, wait=2)
+        assert {(claim.request.tenant, claim.attempt) for claim in left} == {
+            ("public", LIMITS.max_attempts), ("b", 1),
+        }  # fmt: skip
+        (end,) = await queue.read(alone[0].request.id)
+        assert end.error == "engine_crash_loop"  # type: ignore[union-attr]
+
+    async def test_an_engine_that_is_late_but_heard_of_did_not_die(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        await queue.submit(make_submission())
+        await claim_one(queue, make_engine("e0"))
+        for turn in range(1, LIMITS.max_attempts + 2):
+            await passes(OVER)
+            claims: Sequence[Claim] = ()
+            while not claims:
+                await queue.claim(make_engine(f"e{turn - 1}"), limit=0, wait=0)  # a sign of life
+                claims = await queue.claim(make_engine(f"e{turn}"), limit=1, wait=0)
+            (claim,) = claims
+            assert (claim.attempt, claim.isolated_until) == (1, None)
+
+    async def test_a_death_is_taken_back_if_the_engine_is_heard_again(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        both, frozen = make_submission(3), make_engine("frozen")
+        await queue.submit(both)
+        claims = await queue.claim(frozen, limit=3, wait=0)
+        await passes(OVER)
+        (first, second) = await queue.claim(make_engine("other"), limit=3, wait=2)
+        assert (first.attempt, first.isolated_until) == (2, CLEARED_AFTER)
+        assert set(await queue.renew([each.lease for each in claims])) >= {first.request.id}
+        await queue.claim(frozen, limit=0, wait=0)
+        third = await claim_one(queue, make_engine("third"), wait=2)
+        assert (third.attempt, third.isolated_until) == (1, None)
+        for claim in (first, second):
+            await queue.release([claim.lease])
+        for claim in await queue.claim(make_engine("fourth"), limit=3, wait=2):
+            assert (claim.attempt, claim.isolated_until) == (1, None)
+
+    async def test_an_engine_may_report_its_own_death(self, queue: Queue) -> None:
+        """Nobody has to wait for a lease; and it counts."""
+        submission = make_submission()
+        await queue.submit(submission)
+        for attempt in range(1, LIMITS.max_attempts + 1):
+            claim = await claim_one(queue, make_engine(f"e{attempt}"), wait=2)
+            assert claim.attempt == attempt
+            await queue.release([claim.lease], died=True)
+        (end,) = await queue.read(submission.requests[0].id)
+        assert (end.reason, end.error) == (FinishReason.ERROR, "engine_crash_loop")  # type: ignore[union-attr]
         assert await queue.depth() == NOTHING
 
     async def test_a_begun_answer_stays_in_its_numeric_class(
@@ -471,6 +634,7 @@ class QueueContract:
         taken = await queue.claim(other, limit=2, wait=1)
         assert [claim.request.id for claim in taken] == [fresh.requests[0].id]
         assert not await queue.claim(other, limit=2, wait=0.02)
+        await finish(queue, taken[0], length=1)
         same = await claim_one(queue, make_engine("same"), wait=2)
         assert (same.request.id, len(same.tokens)) == (begun.requests[0].id, 1)
 

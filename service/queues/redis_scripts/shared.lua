@@ -8,13 +8,16 @@ local SINCE = PREFIX .. 'since'
 local DESERTED = PREFIX .. 'left'
 local WORK = PREFIX .. 'work'
 local STOPS = PREFIX .. 'stops'
+local LINES = PREFIX .. 'lines'
+local LANE = PREFIX .. 'lane'
+local SUSPECTS = PREFIX .. 'suspects'
 local GROUP = 'engines'
 
 local function request_key(rid) return PREFIX .. 'r:' .. rid end
 local function journal_key(rid) return PREFIX .. 't:' .. rid end
 local function submission_key(sid) return PREFIX .. 's:' .. sid end
 local function queue_key(priority) return PREFIX .. 'q' .. priority end
-local function turns_key(priority) return PREFIX .. 'w' .. priority end
+local function turns_key(priority, line) return PREFIX .. 'w' .. priority .. (line == '' and '' or ':' .. line) end
 local function num(value) return tonumber(value or 0) or 0 end
 
 local function now_ms()
@@ -25,11 +28,12 @@ end
 -- The request as a table, or nil where there is none (or something else under its name).
 local function load(rid)
   local v = redis.pcall('HMGET', request_key(rid), 'st', 'ep', 'own', 'n', 'ld', 'att', 'cls', 'dl',
-    'ct', 'ten', 'cost', 'eid', 'pr', 'sub')
+    'ct', 'ten', 'cost', 'eid', 'pr', 'sub', 'by', 'dp', 'iso', 'ft')
   if v.err or not v[1] or not v[14] then return nil end
   return { rid = rid, st = v[1], ep = v[2], own = v[3], n = num(v[4]), ld = num(v[5]),
     att = num(v[6]), cls = v[7], dl = num(v[8]), ct = num(v[9]), ten = v[10], cost = num(v[11]),
-    eid = v[12], pr = v[13], sub = v[14] }
+    eid = v[12], pr = v[13], sub = v[14], by = v[15] or '', dp = tonumber(v[16] or -1),
+    iso = v[17] == '1', ft = v[18] or '' }
 end
 
 -- A command of the consumer group; makes the group where it is gone, from the stream's beginning:
@@ -54,6 +58,16 @@ local function count_down(field, by)
   local left = redis.call('HINCRBY', ADMISSION, field, -by)
   if left == 0 then redis.call('HDEL', ADMISSION, field) end
   return left
+end
+
+-- A line holds the waiting requests of one priority that need the same features of an engine.
+local function leave_line(r)
+  redis.call('ZREM', turns_key(r.pr, r.ft), r.eid)
+  if r.ft == '' then return end
+  for priority = 0, 2 do
+    if redis.call('EXISTS', turns_key(priority, r.ft)) == 1 then return end
+  end
+  redis.call('SREM', LINES, r.ft)
 end
 
 local function leave_queue(r)
@@ -83,11 +97,124 @@ local function settle(r)
   use(meter_key(v[1], 'tokens'), num(v[2]), r.n - num(v[3]))
 end
 
+-- Sets how long an entry has been idle, so that XAUTOCLAIM finds it when the lease is over.
+local function set_idle(r, consumer, idle)
+  grouped(r.pr, 'XCLAIM', queue_key(r.pr), GROUP, consumer, 0, r.eid, 'IDLE', idle, 'JUSTID')
+end
+
+-- Blame. An answer is a pure function of its request, so a request that kills an engine kills the next
+-- one at the same position. `by` names the engines that died while they ran a request at `dp` tokens
+-- (`att` is their number). A request with such deaths is a suspect: it runs isolated, as one of few,
+-- until it is MARGIN tokens past `dp`, and is then cleared. LANE maps isolated requests to their engine,
+-- of which there is one at a time; SUSPECTS are those that wait for it, by the time of the death.
+local MARGIN = 8
+local function engine_of(r) return string.match(r.own, '^(.*):') or '' end
+local function isolates_key(engine) return PREFIX .. 'isolates:' .. engine end
+local function blamed_key(engine) return PREFIX .. 'blamed:' .. engine end
+
+local function names_in(text)
+  local names = {}
+  for name in string.gmatch(text, '%S+') do names[#names + 1] = name end
+  return names
+end
+
+local function set_blame(r, names)
+  r.by, r.att = table.concat(names, ' '), #names
+  redis.call('HSET', request_key(r.rid), 'by', r.by, 'att', r.att)
+end
+
+-- What an engine isolates stays on record while it may be dead: its other requests are not to blame.
+local function forget_isolation(engine)
+  for _, other in ipairs(redis.call('HVALS', LANE)) do
+    if other == engine then return end
+  end
+  redis.call('DEL', isolates_key(engine))
+end
+
+local function leave_lane(r, died)
+  if not r.iso then return end
+  r.iso = false
+  local engine = redis.call('HGET', LANE, r.rid)
+  redis.call('HDEL', LANE, r.rid)
+  redis.call('HDEL', request_key(r.rid), 'iso')
+  if redis.call('EXISTS', LANE) == 0 then redis.call('PUBLISH', WORK, 'lane') end
+  if engine and not died then forget_isolation(engine) end
+end
+
+local function is_bystander(r)
+  return not r.iso and redis.call('EXISTS', isolates_key(engine_of(r))) == 1
+end
+
+-- What the death of its engine makes of a request: whom to blame it for and whether it is failed,
+-- which it is after its last attempt if not one token more came of that than of the attempt before.
+local function judge(r, max_attempts)
+  local near = r.dp >= 0 and r.n <= r.dp + MARGIN
+  local names = near and names_in(r.by) or {}
+  names[#names + 1] = engine_of(r)
+  return names, #names >= max_attempts and not (near and r.n > r.dp)
+end
+
+-- Counts the death of the engine that ran a request. Replies whether the request has to be failed.
+local function count_death(r, max_attempts, keep)
+  if is_bystander(r) then return false end
+  local names, failed = judge(r, max_attempts)
+  while not failed and #names >= max_attempts and #names > 1 do table.remove(names, 1) end
+  local engine = engine_of(r)
+  set_blame(r, names)
+  redis.call('HSET', request_key(r.rid), 'dp', r.n)
+  redis.call('HINCRBY', request_key(r.rid), 'deaths', 1)
+  redis.call('SADD', blamed_key(engine), r.rid)
+  redis.call('PEXPIRE', blamed_key(engine), keep)
+  leave_lane(r, true)
+  return failed
+end
+
+-- Leaves a running request for the next engine: a suspect for the one that may isolate it.
+local function leave_to_others(r, consumer, lease)
+  leave_lane(r)
+  redis.call('HSET', request_key(r.rid), 'own', '', 'ld', now_ms())
+  if r.att > 0 then redis.call('ZADD', SUSPECTS, 'NX', now_ms(), r.rid) end
+  set_idle(r, consumer, r.att > 0 and 0 or lease + 1)
+end
+
+-- An engine gave a sign of life: if its death was counted, that was an error.
+local function take_blame_back(engine, lease)
+  for _, rid in ipairs(redis.call('SMEMBERS', blamed_key(engine))) do
+    local r = load(rid)
+    local others, blamed = {}, false
+    for _, name in ipairs(names_in(r and r.by or '')) do
+      if name == engine then blamed = true else others[#others + 1] = name end
+    end
+    if blamed and r.st == 'running' then
+      set_blame(r, others)
+      redis.call('HINCRBY', request_key(rid), 'deaths', -1)
+      if r.att == 0 then
+        leave_lane(r)
+        if redis.call('ZREM', SUSPECTS, rid) == 1 then set_idle(r, engine, lease + 1) end
+      end
+    end
+  end
+  redis.call('DEL', blamed_key(engine))
+  forget_isolation(engine)
+end
+
+-- Notes a sign of life and, if given, what the engine reports of itself.
+local function note_alive(engine, report)
+  local key = PREFIX .. 'engines'
+  report = report or string.match(redis.call('HGET', key, engine) or '', '^%d+ (.*)$')
+  if report then redis.call('HSET', key, engine, now_ms() .. ' ' .. report) end
+  return redis.call('EXISTS', blamed_key(engine)) == 1
+end
+
+local function silence_of(engine)
+  return now_ms() - num(string.match(redis.call('HGET', PREFIX .. 'engines', engine) or '', '^%d+'))
+end
+
 -- Writes the one terminal record. What waits has its place among the turns, what runs has an entry in
 -- the stream: `eid` is the one or the other.
 local function end_request(r, payload, window)
   if r.st == 'queued' then
-    redis.call('ZREM', turns_key(r.pr), r.eid)
+    leave_line(r)
     leave_queue(r)
   else
     count_down('run', 1)
@@ -98,6 +225,10 @@ local function end_request(r, payload, window)
   if count_down('t:' .. r.ten, 1) == 0 then
     redis.call('HDEL', ADMISSION, 'f:' .. r.ten)
     if count_down('tens', 1) == 0 then redis.call('HDEL', ADMISSION, 'now') end
+  end
+  if r.att > 0 or r.iso then
+    redis.call('ZREM', SUSPECTS, r.rid)
+    leave_lane(r)
   end
   settle(r)
   redis.call('XADD', journal_key(r.rid), r.n .. '-1', 'e', payload)
@@ -135,9 +266,4 @@ local function stop_submission(sid, payload, window)
     end
   end
   return stopped
-end
-
--- Sets how long an entry has been idle, so that XAUTOCLAIM finds it when the lease is over.
-local function set_idle(r, consumer, idle)
-  grouped(r.pr, 'XCLAIM', queue_key(r.pr), GROUP, consumer, 0, r.eid, 'IDLE', idle, 'JUSTID')
 end

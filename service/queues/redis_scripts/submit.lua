@@ -3,13 +3,14 @@
 -- ARGV: submission, tenant, manifest, nonce, idempotency name ('' for none), fingerprint,
 --   idempotency ttl, max requests, max tokens, max per tenant, live ttl, grace (times in ms; '' for no grace),
 --   key ('' for none), its requests a minute, tokens a minute, max in flight (0 for no limit),
---   then for each request: id, cost, timeout ms (0 for none), priority, body, the answer's share of the cost.
+--   then for each request: id, cost, timeout ms (0 for none), priority, body, the answer's share of the cost,
+--   the features that it needs of an engine ('' for none).
 -- Replies {status, submission to follow, queued requests, queued tokens, and of the key's minute:
 --   ms to wait, ms used by requests, ms used by tokens, these as text}.
 local sid, tenant, nonce, name, fingerprint = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6]
 local key, per_minute, tokens_per_minute, in_flight = ARGV[13], num(ARGV[14]), num(ARGV[15]), num(ARGV[16])
 local requests_meter, tokens_meter = meter_key(key, 'requests'), meter_key(key, 'tokens')
-local FIRST, FIELDS = 17, 6
+local FIRST, FIELDS = 17, 7
 local queued = num(redis.call('HGET', ADMISSION, 'q'))
 local tokens = num(redis.call('HGET', ADMISSION, 'tok'))
 local function reply(status, id, wait)
@@ -52,11 +53,13 @@ for i = FIRST, #ARGV, FIELDS do
   local turn = math.max(num(redis.call('HGET', ADMISSION, 'now')), num(redis.call('HGET', ADMISSION, 'f:' .. tenant)))
   redis.call('HSET', ADMISSION, 'f:' .. tenant, string.format('%.0f', turn + ARGV[i + 1]))
   local eid = arrived .. ' ' .. rid -- of equal turns the older goes first
-  redis.call('ZADD', turns_key(priority), turn, eid)
+  local line = ARGV[i + 6]
+  redis.call('ZADD', turns_key(priority, line), turn, eid)
+  if line ~= '' then redis.call('SADD', LINES, line) end
   redis.call('ZADD', SINCE, now, rid)
   redis.call('HSET', request_key(rid), 'st', 'queued', 'ep', 0, 'own', '', 'n', 0, 'att', 0,
     'ten', tenant, 'cost', ARGV[i + 1], 'dl', deadline, 'ct', now, 'eid', eid, 'pr', priority,
-    'sub', sid, 'body', ARGV[i + 4])
+    'sub', sid, 'body', ARGV[i + 4], 'ft', line)
   if key ~= '' then
     redis.call('HSET', request_key(rid), 'key', key, 'tpm', tokens_per_minute, 'share', ARGV[i + 5])
   end
