@@ -118,7 +118,7 @@ async def run_soak(
     """Warm-up, a look, faults, rest, another look. The cluster is started and empty."""
     clients = Clients(cluster.client, make_body, expected, draw=draw)
     ledger = Ledger(cluster)
-    report = Report(clients=clients, ledger=ledger, faults=Faults(cluster, ledger, draw))
+    report = Report(clients=clients, ledger=ledger, faults=Faults(cluster, draw))
     seconds = 60 * minutes
     warm_up = min(60.0, WARM_UP * seconds)
     async with _watched(report):

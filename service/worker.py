@@ -1,8 +1,8 @@
 """Worker: between the queue and the engine. Claims, hands in, journals, renews, releases.
 
 It runs in an event loop; the engine computes in a thread of its own, so a long step delays neither
-a renewal nor a write. A step that does not end at all does: the worker then neither renews nor
-claims, so that other engines take its requests over. It knows neither HTTP nor tensors.
+a renewal nor a write. If a step does not end at all, the worker neither claims nor renews and gives
+the requests up, so that other engines take them over. It knows neither HTTP nor tensors.
 
     claim loop   queue.claim -> Held -> engine.add     only what the engine has room for
     write loop   engine events -> queue.write          one round trip for all that came meanwhile
@@ -41,6 +41,7 @@ CLAIM_WAIT = 0.25  # seconds; a drain waits for the claim under way
 HEARTBEAT = 1.0  # seconds at most between two heartbeats; a third of a lease if that is less
 GIVE_BACK_WITHIN = 3.0  # seconds; if the store is away for longer, the leases run out
 STORAGE_PATIENCE = 5.0  # seconds for which a write is retried while the store refuses it
+LOOKS_AT_STALL = 2  # a third of a lease apart; a process that was frozen as a whole sees one
 SETTLE_WITHIN = 1.0  # seconds that a step waits for the journal while requests are isolated
 
 
@@ -144,6 +145,7 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._renewed = clock()
         self._unreleased: list[Lease] = []  # to be released when the store answers
+        self._given_up: set[str] = set()  # requests that a stalled engine still has
 
     # --- called from the engine thread ----------------------------------------------------
     def deliver(self, events: Sequence[Event]) -> None:
@@ -406,10 +408,15 @@ class Worker:
     async def _renew_loop(self) -> None:
         lease = self._queue.limits.lease
         self._renewed = self._clock()
+        stalled = 0
         while True:
             await asyncio.sleep(lease / 3)
-            if self.is_stalled:
+            stalled = stalled + 1 if self.is_stalled else 0
+            if stalled:
+                if stalled >= LOOKS_AT_STALL:
+                    await self._give_up_stalled()
                 continue
+            self._forget_given_up()
             sent = self._clock()
             # An attempt gets all that is left of the lease: a store may be slow, and a connection
             # cut off by a time-out costs a new one, which is slower.
@@ -428,6 +435,33 @@ class Worker:
                     self._observer.lease_lost(1)
                     self._drop(request_id, cause="lease_lost")
             await self._release([])
+
+    async def _give_up_stalled(self) -> None:
+        """Leaves everything to other engines, as if this one had died: a request may be the cause.
+
+        If a step ends after all, the queue hears of this engine again and takes the blame back.
+        """
+        leases = [held.lease for held in self._held.values()]
+        if not leases:
+            return
+        try:
+            await self._queue.release(leases, died=True)
+        except Unavailable:
+            return
+        log.error("the engine makes no progress; gave up %d requests", len(leases))
+        self._observer.lease_lost(len(leases))
+        for request_id in [lease.request_id for lease in leases]:
+            held = self._held.pop(request_id, None)
+            if held is not None:
+                self._observer.let_go(held.claim, "stalled", written=held.written)
+        self._given_up.update(lease.request_id for lease in leases)
+        self._isolated.intersection_update(self._held)
+
+    def _forget_given_up(self) -> None:
+        """Takes from the engine, which has recovered, what it was working on."""
+        for request_id in self._given_up - self._held.keys():
+            self._engine.abort(request_id)
+        self._given_up.clear()
 
     async def _release(self, leases: Sequence[Lease]) -> None:
         """Gives these leases back and those that could not be given back before."""

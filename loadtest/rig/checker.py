@@ -117,6 +117,9 @@ def what_is_left(cluster: Cluster) -> dict[str, Any]:
     left: dict[str, Any] = {
         "counters": cluster.ask("HGETALL", cluster.key("adm")),
         "deadlines": cluster.ask("ZRANGE", cluster.key("dl"), 0, -1),
+        "suspects": cluster.ask("ZRANGE", cluster.key("suspects"), 0, -1),
+        "isolated": cluster.ask("HGETALL", cluster.key("lane")),
+        "lines": cluster.ask("SMEMBERS", cluster.key("lines")),
     }
     for priority in range(3):
         stream = cluster.key(f"q{priority}")

@@ -202,14 +202,19 @@ class Client:
         self._turn = 0
 
     async def stream(
-        self, body: dict[str, Any], *, into: Transcript | None = None, **headers: str
+        self,
+        body: dict[str, Any],
+        *,
+        into: Transcript | None = None,
+        patience: float = PATIENCE,
+        **headers: str,
     ) -> Transcript:
         """Follows one request to its end, by whatever replicas there are."""
         transcript = into or Transcript(body)
         key = {"idempotency-key": f"key-{id(transcript)}-{time.time_ns()}"}
         fields = {"x-quire-event-ids": "1", **key}
         fields |= {name.replace("_", "-"): value for name, value in headers.items()}
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(patience):
             while not transcript.ended:
                 try:
                     await self._connect(transcript, fields)

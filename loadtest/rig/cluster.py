@@ -296,9 +296,13 @@ class Cluster:
         return ShardKeys(0).prefix + name
 
     def state_of_request(self, call_id: str, field: str) -> str:
-        """A field of a request's hash: `att` deaths, `ep` claims, `n` tokens, `own`, `st`."""
+        """A field of a request's hash: `ep` claims, `n` tokens, `own`, `st`."""
         reply = self.ask("HGET", self.key(f"r:{call_id}.0"), field)
         return "" if reply is None else str(reply)
+
+    def deaths(self, call_id: str) -> int:
+        """Engines that died while they ran a request, near its position or long before."""
+        return int(self.state_of_request(call_id, "deaths") or 0)
 
     def journalled(self, call_id: str) -> int:
         """Tokens of a request that Redis has."""
@@ -337,10 +341,14 @@ class Cluster:
             "return_token_ids": True,
         }
 
-    def arm(self, action: str | float, *, keep: bool = False) -> int:
-        """Makes an engine act when it computes the prompt of a body with this hook's number."""
+    def arm(
+        self, action: str | float, *, keep: bool = False, at: tuple[int, int] | None = None
+    ) -> int:
+        """Makes an engine act when it computes the prompt of a body with this hook's number or,
+        with `at`, the token of that index of the answer to a body with that seed.
+        """
         number = next(self._hook_numbers) % 90
-        hook = {"tokens": [*TRIGGER, number], "action": action, "keep": keep}
+        hook = {"tokens": [*TRIGGER, number], "at": at, "action": action, "keep": keep}
         path = self.hooks / f"{number}.json"
         path.with_suffix(".tmp").write_text(json.dumps(hook))
         path.with_suffix(".tmp").rename(path)

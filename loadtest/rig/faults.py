@@ -1,8 +1,7 @@
 """What a soak does to a cluster: one fault after another, drawn at random.
 
 The first API replica and the first engine are spared what would end them: they are the elders,
-whose memory is compared at the end. Everything else may be killed at any time. No engine is harmed
-while there is a request on which two died, because the third death is, rightly, its end.
+whose memory is compared at the end. Everything else may be killed at any time.
 """
 
 from __future__ import annotations
@@ -13,24 +12,21 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from loadtest.rig.cluster import Cluster
-from loadtest.rig.ledger import Ledger
 from loadtest.rig.processes import Replica
 
 LAST_WORDS = 4000  # characters of the log of what ended by itself
-DEADLY = 2  # deaths on a request; one more ends it
 
 
 class Faults:
     """`done` counts what happened, by name. `api` and `engine` are the elders."""
 
-    def __init__(self, cluster: Cluster, ledger: Ledger, draw: random.Random) -> None:
+    def __init__(self, cluster: Cluster, draw: random.Random) -> None:
         self.done: Counter[str] = Counter()
         self.api = cluster.apis[0]
         self.engine = cluster.engines[0]
         self._cluster = cluster
-        self._ledger = ledger
         self._draw = draw
-        self._faults: dict[str, tuple[float, Callable[[], Awaitable[bool]]]] = {
+        self._faults: dict[str, tuple[float, Callable[[], Awaitable[None]]]] = {
             "engine killed": (5, self._kill_engine),
             "engine replaced": (2, self._roll_engine),
             "engine stopped for a while": (3, self._stop_engine),
@@ -49,8 +45,8 @@ class Faults:
         names = list(self._faults)
         weights = [self._faults[name][0] for name in names]
         (name,) = self._draw.choices(names, weights=weights)
-        if await self._faults[name][1]():
-            self.done[name] += 1
+        await self._faults[name][1]()
+        self.done[name] += 1
 
     async def _replace_fallen(self) -> None:
         """What nobody ended has to run."""
@@ -60,52 +56,42 @@ class Faults:
         said = [f"{each.log.name}: {each.log.read_text()[-LAST_WORDS:]}" for each in fallen]
         assert not fallen, f"ended by themselves: {' '.join(said)}"
 
-    async def _kill_engine(self) -> bool:
-        victim = await self._engine_to_harm(spared=self.engine)
-        if victim is None:
-            return False
+    async def _kill_engine(self) -> None:
+        victim = self._draw.choice(
+            [each for each in self._cluster.engines if each is not self.engine]
+        )
         await asyncio.to_thread(victim.kill)
         await asyncio.to_thread(self._cluster.replace(victim).wait_until_ready)
-        return True
 
-    async def _roll_engine(self) -> bool:
+    async def _roll_engine(self) -> None:
         victims = [each for each in self._cluster.engines if each is not self.engine]
         await self._cluster.roll(self._draw.choice(victims))
-        return True
 
-    async def _stop_engine(self) -> bool:
-        victim = await self._engine_to_harm(spared=None)
-        if victim is None:
-            return False
+    async def _stop_engine(self) -> None:
+        victim = self._draw.choice(self._cluster.engines)
         await self._stop(victim, self._draw.uniform(0.2, 2.5) * self._cluster.scale.lease)
-        return True
 
-    async def _kill_api(self) -> bool:
+    async def _kill_api(self) -> None:
         victim = self._api_to_end()
         await asyncio.to_thread(self._cluster.remove_api, victim)
         await asyncio.to_thread(victim.kill)
         await asyncio.to_thread(self._cluster.replace(victim).wait_until_ready)
-        return True
 
-    async def _roll_api(self) -> bool:
+    async def _roll_api(self) -> None:
         await self._cluster.roll(self._api_to_end())
-        return True
 
-    async def _stop_api(self) -> bool:
+    async def _stop_api(self) -> None:
         await self._stop(self._draw.choice(self._cluster.apis), self._draw.uniform(0.2, 2))
-        return True
 
-    async def _pause_redis(self) -> bool:
+    async def _pause_redis(self) -> None:
         milliseconds = self._draw.randint(200, 1500)
         await asyncio.to_thread(self._cluster.ask, "CLIENT", "PAUSE", milliseconds, "ALL")
         await asyncio.sleep(milliseconds / 1000)
-        return True
 
-    async def _stop_redis(self) -> bool:
+    async def _stop_redis(self) -> None:
         pid = self._cluster.redis.pid
         redis = Replica(pid, self._cluster.folder / "redis.log", exit_code=lambda: None)
         await self._stop(redis, self._draw.uniform(0.2, 1.5) * self._cluster.scale.lease)
-        return True
 
     async def _stop(self, replica: Replica, seconds: float) -> None:
         await asyncio.to_thread(replica.pause)
@@ -116,9 +102,3 @@ class Faults:
 
     def _api_to_end(self) -> Replica:
         return self._draw.choice([each for each in self._cluster.apis if each is not self.api])
-
-    async def _engine_to_harm(self, *, spared: Replica | None) -> Replica | None:
-        """None where somebody might not outlive it."""
-        if not await asyncio.to_thread(self._ledger.look) or self._ledger.most_deaths >= DEADLY:
-            return None
-        return self._draw.choice([each for each in self._cluster.engines if each is not spared])

@@ -17,39 +17,33 @@ IN_FLIGHT = "in flight"
 
 
 class Ledger:
-    """`fates`: request id -> the reason of its end, or IN_FLIGHT. `most_deaths`: of engines, on one
-    of those in flight.
-    """
+    """`fates`: request id -> the reason of its end, or IN_FLIGHT."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.fates: dict[str, str] = {}
         self.vanished: set[str] = set()
-        self.most_deaths = 0
         self._prefix = cluster.key("r:")
         self._port = cluster.redis.port
 
     def look(self) -> bool:
         """Brings it up to date. False where Redis did not answer: then nothing is known."""
         found: dict[str, str] = {}
-        deaths = [0]
         try:
             with Redis(port=self._port, decode_responses=True, socket_timeout=10) as redis:
                 keys = list(redis.scan_iter(match=f"{self._prefix}*", count=1000))
                 with redis.pipeline(transaction=False) as pipeline:
                     for key in keys:
-                        pipeline.hmget(key, "st", "fin", "att")
-                    for key, (state, ending, died) in zip(keys, pipeline.execute(), strict=True):
+                        pipeline.hmget(key, "st", "fin")
+                    for key, (state, ending) in zip(keys, pipeline.execute(), strict=True):
                         if state is None:
                             continue  # it has gone since the scan
                         fate = ending.split('"')[3] if state == "ended" else IN_FLIGHT
                         found[key.removeprefix(self._prefix)] = fate
-                        deaths += [int(died or 0)] if fate == IN_FLIGHT else []
         except RedisError:
             return False
         open_before = {each for each, fate in self.fates.items() if fate == IN_FLIGHT}
         self.vanished |= open_before - found.keys()
         self.fates |= found
-        self.most_deaths = max(deaths)
         return True
 
     def tally(self) -> Counter[str]:

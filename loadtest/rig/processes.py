@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -134,6 +135,15 @@ class Replica:
         code = self._exit_code()
         assert code is not None
         return code
+
+    def is_live(self) -> bool:
+        """What its liveness probe answers."""
+        host, port = self.address("metrics")
+        try:
+            with urllib.request.urlopen(f"http://{host}:{port}/health/live", timeout=10) as reply:
+                return bool(reply.status == 200)
+        except urllib.error.HTTPError:
+            return False
 
     def metrics(self) -> dict[str, float]:
         """Every sample by its name and labels, as the exposition writes them."""

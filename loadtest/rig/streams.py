@@ -7,18 +7,25 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from loadtest.rig.client import Client, Transcript
+from loadtest.rig.client import PATIENCE, Client, Transcript
 from loadtest.rig.processes import wait_until
 
 
 class Streams:
     """Begins to follow a request for each body, at once."""
 
-    def __init__(self, client: Client, bodies: Sequence[dict[str, Any]], **headers: str) -> None:
+    def __init__(
+        self,
+        client: Client,
+        bodies: Sequence[dict[str, Any]],
+        *,
+        patience: float = PATIENCE,
+        **headers: str,
+    ) -> None:
         self.transcripts = [Transcript(body) for body in bodies]
         self._afterwards: list[Callable[[], None]] = []
         self._tasks = [
-            asyncio.create_task(client.stream(each.body, into=each, **headers))
+            asyncio.create_task(client.stream(each.body, into=each, patience=patience, **headers))
             for each in self.transcripts
         ]
 

@@ -47,7 +47,7 @@ class Tally:
     answers: int = 0
     waits: list[float] = field(default_factory=list)  # from a kill to a hit stream's next token
     failures: list[str] = field(default_factory=list)
-    deaths: Counter[str] = field(default_factory=Counter)  # answers by engines that died on them
+    deaths: Counter[int] = field(default_factory=Counter)  # answers by engines that died on them
 
     def line(self, lease: float) -> str:
         """All of it, for people."""
@@ -88,21 +88,13 @@ async def run_kills(cluster: Cluster, draw: random.Random, *, kills: int) -> Tal
 
 
 def kill_one(cluster: Cluster, draw: random.Random, streams: Streams, tally: Tally) -> None:
-    """Kills an engine that holds something, replaces it at once, and notes whom it hit.
-
-    One that holds a request on which an engine died is spared most of the times, and always after
-    two deaths: the third would be the end of that request, rightly so.
-    """
-    spared_from = draw.choice((1, 1, 1, 1, 2))
+    """Kills an engine that holds something, replaces it at once, and notes which streams it hit."""
     held: dict[Replica, list[Transcript]] = {}
-    condemned: set[Replica] = set()
     for each in streams.transcripts:
         owner = None if each.ended else cluster.owner_of(each.call_id or "")
         if owner is not None:
             held.setdefault(owner, []).append(each)
-            if int(cluster.state_of_request(each.call_id or "", "att")) >= spared_from:
-                condemned.add(owner)
-    victims = [engine for engine in cluster.engines if engine in held.keys() - condemned]
+    victims = [engine for engine in cluster.engines if engine in held]
     if not victims:
         return
     victim = draw.choice(victims)
@@ -112,27 +104,19 @@ def kill_one(cluster: Cluster, draw: random.Random, streams: Streams, tally: Tal
     cluster.replace(victim)
     tally.kills += 1
     tally.hit += len(hit)
-    streams.on_end(lambda: tally.waits.extend(_waits(cluster, hit, since=killed)))
+    streams.on_end(lambda: tally.waits.extend(_waits(hit, since=killed)))
 
 
-def _waits(cluster: Cluster, hit: Sequence[tuple[Transcript, int]], *, since: float) -> list[float]:
-    """To the first token that the killed engine had not journalled; it may have been the last.
-
-    Of streams that lost one engine: what lost two is a suspect and waits to be run alone.
-    """
-    return [
-        each.came_at(count) - since
-        for each, count in hit
-        if count < each.body["max_tokens"]
-        and cluster.state_of_request(each.call_id or "", "att") == "1"
-    ]
+def _waits(hit: Sequence[tuple[Transcript, int]], *, since: float) -> list[float]:
+    """To the first token that the killed engine had not journalled; it may have been the last."""
+    return [each.came_at(count) - since for each, count in hit if count < each.body["max_tokens"]]
 
 
 async def _check(cluster: Cluster, transcripts: Sequence[Transcript], tally: Tally) -> None:
     """P1, P2, P3 of each and P5 of all; a failure is noted and the run goes on."""
     for each in transcripts:
         tally.answers += 1
-        tally.deaths[cluster.state_of_request(each.call_id or "", "att")] += 1
+        tally.deaths[cluster.deaths(each.call_id or "")] += 1
         try:
             assert each.finish_reason == "length", f"ended by {each.finish_reason} {each.error}"
             await check_transcript(cluster, each, expected=cluster.expected, same_bytes=True)

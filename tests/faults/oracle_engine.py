@@ -5,9 +5,11 @@ an engine, `log` for its output) forks one engine, a process of its own, and its
 A line with `expected`, a completion's body, is answered with the tokens that the oracle gives it.
 When an engine ends, its exit status is written to `<log>.exit`. When stdin closes, all are killed.
 
-What shall go wrong inside an engine lies as files in the folder `hooks`: `<name>.json` with
-{"tokens": [...], "action": ..., "keep": bool}. It happens in the step that computes these tokens
-one after another. Without `keep` it happens once, in whichever engine takes the file away first.
+Faults inside an engine are files in the folder `hooks`: `<name>.json` with {"tokens": [...],
+"at": [seed, index] or null, "action": ..., "keep": bool}. It happens in the step that computes
+these tokens one after another or, with `at`, in the one that samples token `index` of the answer to
+the request with that seed. Without `keep` it happens once, in the engine that deletes the file
+first.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import selectors
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -52,13 +53,11 @@ class Hooks:
         time.sleep(self._pace)
         for path in self._folder.glob("*.json"):
             with contextlib.suppress(FileNotFoundError):
-                self._try(path, batch.tokens_T.tolist())
+                self._try(path, batch)
 
-    def _try(self, path: Path, tokens: Sequence[int]) -> None:
+    def _try(self, path: Path, batch: Batch) -> None:
         hook = json.loads(path.read_text())
-        wanted: list[int] = hook["tokens"]
-        starts = range(len(tokens) - len(wanted) + 1)
-        if not any(tokens[start : start + len(wanted)] == wanted for start in starts):
+        if not _computes(batch, hook):
             return
         if not hook["keep"]:
             path.unlink()  # raises for all but the first
@@ -75,6 +74,16 @@ class Hooks:
                 raise OutOfMemory("CUDA error: out of memory")
             case _:
                 time.sleep(float(hook["action"]))
+
+
+def _computes(batch: Batch, hook: dict[str, Any]) -> bool:
+    """Whether a step is the one in which a fault is to happen."""
+    if hook["at"] is not None:
+        rows = zip(batch.sampling.seeds_R.tolist(), batch.sampling.indices_R.tolist(), strict=True)
+        return tuple(hook["at"]) in rows
+    tokens, wanted = batch.tokens_T.tolist(), hook["tokens"]
+    starts = range(len(tokens) - len(wanted) + 1)
+    return any(tokens[start : start + len(wanted)] == wanted for start in starts)
 
 
 async def serve_oracle(

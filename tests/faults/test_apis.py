@@ -235,7 +235,7 @@ async def test_row_17_everything_is_replaced_under_load(
     assert not any(each.refusals for each in load.transcripts)
     reasons = await check_all(cluster, load.transcripts)
     assert reasons == {"length": len(load.transcripts)}
-    assert not any(int(cluster.state_of_request(each, "att")) for each in call_ids(load))
+    assert not any(cluster.deaths(each) for each in call_ids(load))
 
 
 def call_ids(load: Load) -> list[str]:

@@ -58,7 +58,7 @@ async def test_row_1_a_killed_engine_is_taken_over(cluster: Cluster, draw: rando
     killed = time.monotonic()
     counts = [cluster.journalled(each) for each in calls]
     await streams.ended()
-    assert all(cluster.state_of_request(calls[i], "att") == "1" for i in taken)
+    assert all(cluster.deaths(calls[i]) == 1 for i in taken)
     assert await check_all(cluster, streams.transcripts) == {"length": 8}
     wait = longest_wait(streams, taken, counts=counts, since=killed)
     assert wait < GENEROUS * (cluster.scale.lease + 1.5)
@@ -71,7 +71,7 @@ async def test_row_2_killed_in_prefill(cluster: Cluster, draw: random.Random) ->
     await streams.ended()
     (dead,) = cluster.happened(hook)
     assert [engine.state for engine in cluster.engines if engine.pid == dead] == [""]
-    assert cluster.state_of_request(streams.call_ids[1], "att") == "1"
+    assert cluster.deaths(streams.call_ids[1]) == 1
     assert await check_all(cluster, streams.transcripts) == {"length": 3}
 
 
@@ -94,7 +94,7 @@ async def test_row_3_killed_between_claim_and_work(
         engine.kill()
         await asyncio.to_thread(cluster.start_engine().wait_until_ready)
         await streams.ended()
-        assert cluster.state_of_request(streams.call_ids[0], "att") == "1"
+        assert cluster.deaths(streams.call_ids[0]) == 1
         assert cluster.state_of_request(streams.call_ids[0], "ep") == "2"
         assert await check_all(cluster, streams.transcripts) == {"length": 1}
 
@@ -120,31 +120,24 @@ async def test_row_6_all_engines_killed(cluster: Cluster, draw: random.Random) -
     assert await check_all(cluster, transcripts) == {"length": 4, "deadline": 2}
 
 
-@pytest.mark.parametrize("deaths", [2, 3])
-async def test_row_7_the_taker_over_is_killed_too(
-    cluster: Cluster, draw: random.Random, deaths: int
+async def test_row_7_the_engine_that_took_over_is_killed_too(
+    cluster: Cluster, draw: random.Random
 ) -> None:
-    """Two engines may die on a request; the third death ends it."""
+    """And the next ones: an answer that makes progress survives any number of deaths."""
     streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300)])
     (call,) = await streams.begun()
-    for death in range(1, deaths + 1):
+    for _ in range(5):
         seen = len(streams.transcripts[0].tokens)
         victim = await owner(cluster, call)
         victim.kill()
         await asyncio.to_thread(cluster.replace(victim).wait_until_ready)
-        if death < deaths:
-            await until(
-                lambda: len(streams.transcripts[0].tokens) > seen + 2,  # noqa: B023
-                "it goes on",
-            )
+        await until(
+            lambda: len(streams.transcripts[0].tokens) > seen + 2,  # noqa: B023
+            "it goes on",
+        )
     (transcript,) = await streams.ended()
-    assert cluster.state_of_request(call, "att") == str(deaths)
-    reasons = await check_all(cluster, [transcript])
-    if deaths < 3:
-        assert reasons == {"length": 1}
-    else:
-        assert reasons == {"error": 1}
-        assert transcript.error == "engine_crash_loop"
+    assert cluster.deaths(call) == 5
+    assert await check_all(cluster, [transcript]) == {"length": 1}
 
 
 async def test_row_8_a_zombie_wakes_up(cluster: Cluster, draw: random.Random) -> None:
@@ -264,7 +257,7 @@ async def test_row_16_an_engine_is_asked_to_leave(cluster: Cluster, draw: random
     assert await asyncio.to_thread(leaving.exit_code) == 0
     assert time.monotonic() - told < GENEROUS * 5
     await streams.ended()
-    assert all(cluster.state_of_request(call, "att") == "0" for call in calls)
+    assert all(cluster.deaths(call) == 0 for call in calls)
     assert all(cluster.state_of_request(calls[i], "ep") == "2" for i in held)
     assert not any(each.refusals for each in streams.transcripts)
     assert await check_all(cluster, streams.transcripts) == {"length": 8}

@@ -65,7 +65,7 @@ async def test_rows_1_and_16_with_a_real_model(
             victim.kill()
             replacement = cluster.replace(victim)
             transcripts += await streams.ended()
-            assert any(cluster.state_of_request(call, "att") == "1" for call in calls)
+            assert any(cluster.deaths(call) == 1 for call in calls)
             await asyncio.to_thread(replacement.wait_until_ready)
         reasons = await check_all(
             cluster, transcripts, expected=lambda body: reference[body["seed"]]

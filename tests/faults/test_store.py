@@ -71,7 +71,7 @@ async def test_row_23_redis_is_killed_and_restarted(cluster: Cluster, draw: rand
         )
         assert time.monotonic() - back < GENEROUS * 5
     await streams.ended()
-    assert all(cluster.state_of_request(each, "att") == "0" for each in calls)
+    assert all(cluster.deaths(each) == 0 for each in calls)
     assert await check_all(cluster, streams.transcripts) == {"length": 6}
 
 
