@@ -18,9 +18,10 @@ one at the same position. A death counts against a request if the engine that ra
 a lease, and no longer if that engine is heard of again. A request with a death is a *suspect*: it
 is isolated, which one engine of the cluster does at a time, with half of the suspects that wait or,
 for its last attempt, with one. `CLEARED_AFTER` tokens past the position of the death it is cleared
-and as good as any other. A request is failed if its last attempt brings no token more than the one
-before; other requests of an engine that dies while it isolates suspects are not blamed. Requests
-that nobody died on never wait for any of this.
+and as good as any other; more suspects may join when the first are `PASSED_AFTER` past it. A
+request is failed if its last attempt brings no token more than the one before. Other requests of an
+engine that dies while it isolates suspects are not blamed, and requests that no engine died on
+never wait for any of this.
 
 Implementations: `memory` (embedded, one process) and `redis`; `tests/queues/contract.py` runs over
 both.
@@ -41,10 +42,14 @@ from service.queues.observer import NullQueueObserver, QueueObserver
 
 CLEARED_AFTER = 8
 """Tokens past the position of an engine's death after which a request is cleared of it."""
+PASSED_AFTER = 2
+"""Tokens past that position after which a request has most likely not caused the death: the journal
+of an engine that dies may lack the tokens of two steps.
+"""
 VERDICT = 4
 """Leases of silence after which an engine counts as dead for good, and a request can be failed."""
 PROBATION = 2.0
-"""Seconds after which the engine that isolates suspects may add others, if none is condemned."""
+"""Seconds after which others may join even before that: a long prompt takes its time."""
 BLAME_KEPT = 600.0
 """Seconds for which the death of an engine can be taken back."""
 
@@ -309,7 +314,7 @@ def open_queue(url: str, limits: QueueLimits, *, observer: QueueObserver | None 
 
 
 __all__ = [
-    "BLAME_KEPT", "CLEARED_AFTER", "PROBATION", "QUEUES", "VERDICT", "Claim", "End",
+    "BLAME_KEPT", "CLEARED_AFTER", "PASSED_AFTER", "PROBATION", "QUEUES", "VERDICT", "Claim", "End",
     "EngineInfo", "Lease", "Queue", "QueueDepth", "QueueLimits", "Record",
     "StoredSubmission", "SubmitReply", "SubmitStatus", "Tokens", "Usage", "Write",
     "WriteReply", "WriteStatus", "open_queue",

@@ -14,7 +14,7 @@ from service.queues.memory_entry import Entry
 
 class Blame:
     """`engines`: id -> (last sign of life, report). Times are the queue's own clock's, in seconds.
-    `freed` is called when suspects wait and nothing is isolated any more.
+    `freed` is called when suspects that wait may be isolated.
     """
 
     def __init__(
@@ -76,10 +76,14 @@ class Blame:
         self._suspects.pop(entry.request.id, None)
 
     def progressed(self, entry: Entry) -> None:
-        """Clears a request that is past the position at which engines died."""
-        if entry.isolated_by and entry.count > entry.cleared_after:
+        """Clears a request that is far enough past the position at which engines died."""
+        if not entry.isolated_by:
+            return
+        if entry.count > entry.cleared_after:
             self._leave_lane(entry)
             entry.blamers.clear()
+        elif self._suspects and entry.has_passed:
+            self._freed()
 
     def heard(self, engine: str) -> None:
         """Takes back what the death of an engine counted against, if one was counted."""
@@ -106,7 +110,8 @@ class Blame:
         """The suspects to isolate in this engine now, at most `limit`; none while another does."""
         held = [entry for entry in self._lane.values() if self._is_held(entry)]
         condemned = any(self._has_last_attempt(entry) for entry in held)
-        young = self._clock() - self._isolates.get(engine.id, 0.0) < PROBATION
+        young = not all(entry.has_passed for entry in held)
+        young &= self._clock() - self._isolates.get(engine.id, 0.0) < PROBATION
         if held and (condemned or young or any(entry.engine != engine.id for entry in held)):
             return ()
         suspects = [entry for entry in self._suspects.values() if runnable(entry)]

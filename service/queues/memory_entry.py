@@ -9,7 +9,7 @@ from typing import Self
 
 from service.errors import StreamDivergence
 from service.messages import Allowance, End, GenerationRequest, Submission, Tokens
-from service.queues import CLEARED_AFTER, Lease, StoredSubmission
+from service.queues import CLEARED_AFTER, PASSED_AFTER, Lease, StoredSubmission
 
 
 @dataclass(slots=True)
@@ -50,6 +50,11 @@ class Entry:
     def cleared_after(self) -> int:
         """Tokens past which the deaths of `blamers` do not count any more."""
         return (self.died_at or 0) + CLEARED_AFTER
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether it is past the position at which the last engine died."""
+        return self.count > (self.died_at or 0) + PASSED_AFTER
 
     @property
     def deadline(self) -> float | None:

@@ -56,21 +56,18 @@ async def test_innocent_answers_survive_twenty_deaths(
     streams = Streams(cluster.client, bodies, patience=300.0)
     await streams.begun()
     kills = 0
-    waits: list[float] = []
     while kills < 20:
         held = await asyncio.to_thread(held_by, cluster, streams)
         assert streams.num_ended == 0, "too early to have ended"
         if held:
             victim = draw.choice(list(held))
-            later = await asyncio.to_thread(kill, cluster, victim, held[victim])
-            streams.on_end(lambda later=later: waits.extend(later()))  # type: ignore[misc]
+            await asyncio.to_thread(victim.kill)
             await asyncio.to_thread(cluster.replace, victim)
             kills += 1
         await asyncio.sleep(5)
     await streams.ended()
     assert sum(cluster.deaths(call) for call in streams.call_ids) >= 20
     assert await check_all(cluster, streams.transcripts) == {"length": 12}
-    assert max(waits) < GENEROUS * (cluster.scale.lease + 1.5)
 
 
 @pytest.mark.parametrize("apart", [0.0, 0.5, 2.0, 8.0])

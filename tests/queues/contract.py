@@ -54,7 +54,7 @@ LIMITS = QueueLimits(
     max_per_tenant=4,
     lease=0.3,
     max_attempts=3,
-    resume_window=0.4,
+    resume_window=1.0,
     live_ttl=60.0,
     sweep_pause=1.0,
 )
@@ -534,9 +534,12 @@ class QueueContract:
         assert [claim.attempt for claim in first] == [2, 2, 1]
         elsewhere = await queue.claim(other, limit=9, wait=0)
         assert [claim.request.tenant for claim in elsewhere] == ["fresh"]
-        for claim in first[:2]:
-            await append(queue, claim.lease, answer_of(claim.request.id, 0, CLEARED_AFTER))
-        assert not await queue.claim(other, limit=9, wait=0), "not past the position yet"
+        await append(queue, first[0].lease, answer_of(first[0].request.id, 0, CLEARED_AFTER))
+        assert not await queue.claim(one, limit=9, wait=0), "the other has not passed the position"
+        await append(queue, first[1].lease, answer_of(first[1].request.id, 0, CLEARED_AFTER))
+        assert not await queue.claim(other, limit=9, wait=0), "none is cleared yet"
+        (joined,) = await queue.claim(one, limit=9, wait=0)
+        await queue.stop([joined.request.id], FinishReason.CANCELLED)
         await finish(queue, replace(first[0], tokens=(0,) * CLEARED_AFTER), length=CLEARED_AFTER)
         await append(
             queue, first[1].lease, answer_of(first[1].request.id, CLEARED_AFTER, CLEARED_AFTER + 1)
@@ -546,8 +549,6 @@ class QueueContract:
         await queue.release([third.lease])
         (again,) = await queue.claim(one, limit=9, wait=0)
         assert again.attempt == 2, "a release counts no death, and clears of none"
-        await queue.stop([again.request.id], FinishReason.CANCELLED)
-        assert len(await queue.claim(other, limit=9, wait=0)) == 1
 
     async def test_a_last_attempt_is_made_alone_and_others_are_not_blamed(
         self, queue: Queue, passes: Passes

@@ -13,9 +13,14 @@ local journal, id = journal_key(ARGV[1]), stop .. '-0'
 redis.call('XADD', journal, id, 'k', ARGV[6])
 redis.call('HSET', request, 'n', stop)
 redis.call('PUBLISH', journal, id)
-if v[5] == '1' and stop > num(v[6]) + MARGIN then -- past the position at which engines died: cleared
-  local r = { rid = ARGV[1], iso = true }
-  leave_lane(r)
-  set_blame(r, {})
+if v[5] == '1' then -- isolated, because engines died at the position v[6]
+  local past = stop - num(v[6])
+  if past > MARGIN then
+    local r = { rid = ARGV[1], iso = true }
+    leave_lane(r)
+    set_blame(r, {})
+  elseif past > PASSED and start - num(v[6]) <= PASSED then
+    redis.call('PUBLISH', WORK, 'lane')
+  end
 end
 return { 'ok', stop }

@@ -102,10 +102,10 @@ local function take(priority, eid, fields)
   give(r)
 end
 
--- What is isolated now: the number of requests, whether another engine runs them, and whether one of
--- them has its last attempt.
+-- What is isolated now: the number of requests, whether another engine runs them, whether one of them
+-- has its last attempt, and whether one is not yet past the position of the death.
 local function isolated()
-  local count, elsewhere, last = 0, false, false
+  local count, elsewhere, last, young = 0, false, false, false
   local members = redis.call('HGETALL', LANE)
   for i = 1, #members, 2 do
     local r = load(members[i])
@@ -115,9 +115,10 @@ local function isolated()
       count = count + 1
       elsewhere = elsewhere or members[i + 1] ~= consumer
       last = last or r.att + 1 >= max_attempts
+      young = young or r.n <= r.dp + PASSED
     end
   end
-  return count, elsewhere, last
+  return count, elsewhere, last, young
 end
 
 local function waiting_suspects()
@@ -136,17 +137,17 @@ local function waiting_suspects()
   return found
 end
 
--- Milliseconds after which the engine that isolates may take the next group, though the first one has
--- not got so far: a long prompt takes its time and is no sign of a fault.
+-- Milliseconds after which the engine that isolates may take the next group even if the first one has
+-- not got so far: a long prompt takes its time.
 local PROBATION = 2000
 
 -- Takes the next suspects, if no other engine isolates any: half of those that wait, so that a request
 -- that kills engines takes only half of the others with it; for its last attempt each comes alone.
 local function isolate()
   if #claims >= limit or redis.call('EXISTS', SUSPECTS) == 0 then return end
-  local count, elsewhere, last = isolated()
-  local since = num(redis.call('GET', isolates_key(consumer)))
-  if count > 0 and (elsewhere or last or now - since < PROBATION) then return end
+  local count, elsewhere, last, young = isolated()
+  young = young and now - num(redis.call('GET', isolates_key(consumer))) < PROBATION
+  if count > 0 and (elsewhere or last or young) then return end
   local group, suspects = {}, waiting_suspects()
   if #suspects == 0 then return end
   if suspects[1].att + 1 >= max_attempts then

@@ -105,9 +105,9 @@ end
 -- Blame. An answer is a pure function of its request, so a request that kills an engine kills the next
 -- one at the same position. `by` names the engines that died while they ran a request at `dp` tokens
 -- (`att` is their number). A request with such deaths is a suspect: it runs isolated, as one of few,
--- until it is MARGIN tokens past `dp`, and is then cleared. LANE maps isolated requests to their engine,
+-- until it is MARGIN tokens past `dp`, and is then cleared; others join when it is PASSED tokens past it. LANE maps isolated requests to their engine,
 -- of which there is one at a time; SUSPECTS are those that wait for it, by the time of the death.
-local MARGIN = 8
+local MARGIN, PASSED = 8, 2
 local function engine_of(r) return string.match(r.own, '^(.*):') or '' end
 local function isolates_key(engine) return PREFIX .. 'isolates:' .. engine end
 local function blamed_key(engine) return PREFIX .. 'blamed:' .. engine end
