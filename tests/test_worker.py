@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -27,7 +28,16 @@ from service.messages import (
     Submission,
     Tokens,
 )
-from service.queues import Claim, EngineInfo, Lease, QueueLimits, Write, WriteReply, WriteStatus
+from service.queues import (
+    CLEARED_AFTER,
+    Claim,
+    EngineInfo,
+    Lease,
+    QueueLimits,
+    Write,
+    WriteReply,
+    WriteStatus,
+)
 from service.queues.memory import MemoryQueue
 from service.worker import EngineFailure, Worker
 from tests.builders import slowly
@@ -35,6 +45,7 @@ from tests.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
 
 LEASE = 0.3
 POISON = 90
+WAIT = 30.0  # seconds for what has to happen
 
 
 class Ledger:
@@ -88,6 +99,7 @@ class Station:
             deliver=self._deliver,
             observer=NullObserver(),
             on_failure=lambda _failure: self.worker.fail(),
+            settle=self._settle,
         )
         self.worker = Worker(
             queue,
@@ -99,6 +111,9 @@ class Station:
 
     def _deliver(self, events: Sequence[Event]) -> None:
         self.worker.deliver(events)
+
+    def _settle(self) -> None:
+        self.worker.settle()
 
     def start(self) -> Station:
         self.task = asyncio.create_task(self.worker.run())
@@ -474,3 +489,86 @@ async def test_an_outage_longer_than_a_lease_blames_nobody() -> None:
         queue.away = False
         assert (await answer(queue, request))[0] == oracle_answer(request)
     assert queue.attempts == (1, 1)
+
+
+async def blamed(queue: MemoryQueue, request: GenerationRequest, *, deaths: int) -> None:
+    """Engines die on a request before its first token."""
+    await submit(queue, request)
+    for death in range(deaths):
+        info = EngineInfo(id=f"dead{death}", numeric_class="oracle", version="0")
+        (claim,) = await queue.claim(info, limit=1, wait=1)
+        await queue.release([claim.lease], died=True)
+
+
+class SlowQueue(MemoryQueue):
+    """Each write takes longer than a step."""
+
+    async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
+        await asyncio.sleep(0.02)
+        return await super().write(writes)
+
+
+async def test_an_isolated_request_s_tokens_are_journalled_before_the_next_step() -> None:
+    """Else the position at which an engine dies would be known only roughly."""
+    queue = SlowQueue(QueueLimits(lease=5))
+    request = make_request("isolated", max_tokens=20)
+    await blamed(queue, request, deaths=1)
+    lags: list[tuple[int, int]] = []
+
+    def note(batch: Batch) -> None:
+        (index,) = batch.sampling.indices_R.tolist()
+        lags.append((index, index - queue._entries[request.id].count))
+
+    async with station(queue, on_run=note):
+        assert (await answer(queue, request))[0] == oracle_answer(request)
+    assert [lag for index, lag in lags if index <= CLEARED_AFTER] == [0] * (CLEARED_AFTER + 1)
+    assert max(lag for _, lag in lags) > 0, "later steps do not wait"
+
+
+async def test_nothing_new_runs_beside_a_last_attempt_until_it_is_cleared() -> None:
+    queue = WatchedQueue(QueueLimits(lease=5))
+    request, other = make_request("last", max_tokens=40), make_request("other")
+    await blamed(queue, request, deaths=2)
+    queue.claims.clear()
+    begun: list[int] = []
+    async with station(queue, on_run=taking(0.005)):
+        while not queue.claims:
+            await asyncio.sleep(0.001)
+        await submit(queue, other)
+        while len(queue.claims) < 2:
+            await asyncio.sleep(0.001)
+        begun.append(queue._entries[request.id].count)
+        assert (await answer(queue, other))[0] == oracle_answer(other)
+        assert (await answer(queue, request))[0] == oracle_answer(request)
+    assert queue.claims[0].attempt == queue.limits.max_attempts
+    assert CLEARED_AFTER < begun[0] < 40
+
+
+async def test_a_stalled_engine_gives_its_requests_up_and_may_come_back() -> None:
+    """Its event loop lives on. When the step ends after all, nobody is blamed any more."""
+    queue = WatchedQueue(QueueLimits(lease=0.3))
+    request = make_request("stall", max_tokens=30)
+    stuck, go_on = threading.Event(), threading.Event()
+
+    def hang(_batch: Batch) -> None:
+        if queue._entries[request.id].count >= 3 and not stuck.is_set():
+            stuck.set()
+            go_on.wait(WAIT)
+
+    await submit(queue, request)
+    async with station(queue, "stalled", on_run=hang) as stalled:
+        await asyncio.to_thread(stuck.wait, WAIT)
+        async with station(queue, "other", on_run=taking(0.002)) as other:
+            assert (await answer(queue, request))[0] == oracle_answer(request)
+            assert stalled.worker.is_stalled
+            assert stalled.worker.running == 0
+            assert other.ledger.counts["take_over"] == 1
+        assert queue.claims[-1].attempt == 2
+        go_on.set()
+        after = make_request("after")
+        await submit(queue, after)
+        assert (await answer(queue, after))[0] == oracle_answer(after)
+        assert not stalled.worker.is_stalled
+        while stalled.engine.busy:
+            await asyncio.sleep(0.005)
+        stalled.engine.check_integrity()

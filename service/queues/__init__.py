@@ -14,13 +14,13 @@ journal first. Who may append is decided by epoch *and* owner; times are the que
 Every method may be called again after a lost reply and then answers the same or says so (DUP).
 
 Blame. An answer is a pure function of its request, so a request that kills an engine kills the next
-one at the same position. A death counts against a request if the engine that ran it was silent for
-a lease, and no longer if that engine is heard of again. A request with a death is a *suspect*: it
-is isolated, which one engine of the cluster does at a time, with half of the suspects that wait or,
-for its last attempt, with one. `CLEARED_AFTER` tokens past the position of the death it is cleared
-and as good as any other; more suspects may join when the first are `PASSED_AFTER` past it. A
-request is failed if its last attempt brings no token more than the one before. Other requests of an
-engine that dies while it isolates suspects are not blamed, and requests that no engine died on
+one at the same position. A death counts against a request if the engine that ran it has been silent
+for a lease, and no longer if that engine is heard of again. A request with a death is a *suspect*:
+it is isolated, which one engine of the cluster does at a time, with half of the suspects that wait
+or, for its last attempt, with one. `CLEARED_AFTER` tokens past the position of the death it is
+cleared and as good as any other; more suspects may join when the first are `PASSED_AFTER` past it.
+A request is failed if its last attempt brings no token more than the one before. Other requests of
+an engine that dies while it isolates suspects are not blamed, and requests that no engine died on
 never wait for any of this.
 
 Implementations: `memory` (embedded, one process) and `redis`; `tests/queues/contract.py` runs over

@@ -44,20 +44,17 @@ class Blame:
         go on. False: it has to be failed. None: that is not certain yet.
         """
         owner = entry.engine
-        if not owner or owner == engine.id or self._silence(owner) < self._limits.lease:
+        silence = self._silence(owner)
+        heard_since = self._clock() - silence > entry.lease_until
+        if not owner or owner == engine.id or heard_since:
             return True  # released; or late, not dead
-        if self._is_bystander(entry):
-            return True
-        if not self._is_condemned(entry):
-            self._count(entry)
-            return True
-        if self._silence(owner) < VERDICT * self._limits.lease:
+        final = self._is_condemned(entry) and not self._is_bystander(entry)
+        if silence < self._limits.lease * (VERDICT if final else 1):
             return None
-        self._count(entry)
-        return False
+        return not self.died(entry)
 
     def died(self, entry: Entry) -> bool:
-        """Counts the death of an engine that reports it itself; whether the request is failed."""
+        """Counts the death of the engine that runs a request; whether the request is failed."""
         if self._is_bystander(entry):
             return False
         condemned = self._is_condemned(entry)

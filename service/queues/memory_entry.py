@@ -11,6 +11,9 @@ from service.errors import StreamDivergence
 from service.messages import Allowance, End, GenerationRequest, Submission, Tokens
 from service.queues import CLEARED_AFTER, PASSED_AFTER, Lease, StoredSubmission
 
+LOOK_AGAIN = 0.05
+"""Seconds between two looks at a request whose lease is over, and which cannot be claimed yet."""
+
 
 @dataclass(slots=True)
 class Entry:
@@ -101,9 +104,9 @@ def oldest_age(waiting: Iterable[Mapping[str, Entry]], *, now: float) -> float |
 
 
 def next_lease_end(running: Iterable[Entry], *, now: float, default: float) -> float:
-    """Seconds until another running request may be claimed again."""
-    left = (entry.lease_until - now for entry in running)
-    return min((seconds for seconds in left if seconds > 0), default=default)
+    """Seconds until another running request may be claimed again; `LOOK_AGAIN` at least."""
+    left = (max(entry.lease_until - now, LOOK_AGAIN) for entry in running)
+    return min(left, default=default)
 
 
 def reached(end: End, *, after: int) -> End:

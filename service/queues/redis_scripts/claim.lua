@@ -57,7 +57,11 @@ local function settle_orphan(r)
   local engine = engine_of(r)
   if r.own == '' or engine == consumer then return true end -- released; or late itself, not dead
   local silence = silence_of(engine)
-  if silence < lease then return true end -- late, not dead
+  if now - silence > r.ld then return true end -- heard of since: late, not dead
+  if silence < lease then
+    set_idle(r, consumer, silence) -- look again when it is over
+    return false
+  end
   local _, failed = judge(r, max_attempts)
   if failed and not is_bystander(r) and silence < VERDICT * lease then
     set_idle(r, consumer, math.max(0, silence - (VERDICT - 1) * lease))
