@@ -38,7 +38,8 @@ class RedisServer:
         assert self._process is not None
         return self._process.pid
 
-    def start(self) -> None:
+    def start(self, *, answers: str = "+PONG") -> None:
+        """Returns when a PING gets the reply `answers`."""
         self.directory.mkdir(parents=True, exist_ok=True)
         place = ("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory))
         self._process = subprocess.Popen(
@@ -47,7 +48,7 @@ class RedisServer:
         )
         for _ in range(400):
             with contextlib.suppress(OSError):
-                if self.ask("PING") == "+PONG":
+                if self.ask("PING").startswith(answers):
                     return
             time.sleep(0.025)
         raise RuntimeError("redis-server did not start")
@@ -69,7 +70,6 @@ class RedisServer:
         self._process = None
 
     def close(self) -> None:
+        """Not by SIGTERM: a server waits for replicas then, or for its first append-only file."""
         if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
-            self._process = None
+            self.kill()

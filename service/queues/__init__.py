@@ -162,8 +162,8 @@ class Queue(Protocol):
     limits: QueueLimits
 
     async def open(self) -> None:
-        """Called once at the start: raises StartupError where the store cannot keep the promises,
-        `Unavailable` where it does not answer.
+        """Called once at the start. Raises StartupError if the store cannot be reached or written
+        to, or cannot keep the promises.
         """
         ...
 
@@ -218,7 +218,9 @@ class Queue(Protocol):
         ...
 
     async def check(self) -> None:
-        """Returns where the queue works, raises `Unavailable` where it does not."""
+        """Returns if the queue takes writes, raises `Unavailable` if it does not. A queue that is
+        full takes writes.
+        """
         ...
 
     # --- the engine's side ----------------------------------------------------------------

@@ -91,7 +91,7 @@ class RedisQueue:
         )
 
     async def open(self) -> None:
-        (info,) = await self._wire.run([("INFO",)])
+        info, _ = await self._wire.run_first([("INFO",), self._probe()])
         check_server(info, allow_volatile=self._url.allow_volatile)
 
     # --- the API's side -------------------------------------------------------------------
@@ -234,7 +234,14 @@ class RedisQueue:
         return list(found.values())
 
     async def check(self) -> None:
-        await self._wire.run([("PING",)])
+        """A full memory passes: work is refused then (`storage_full`), but answers end."""
+        await self._wire.run([self._probe()])
+
+    def _probe(self) -> Command:
+        """A write that changes nothing. A server refuses it if it is a replica or cannot persist,
+        and allows it if its memory is full.
+        """
+        return ("DEL", self._shards[0].probe)
 
     # --- the engine's side ----------------------------------------------------------------
     async def claim(
@@ -331,3 +338,4 @@ class RedisQueue:
     def _restored(self) -> None:
         self._observer.happened(QueueEvent.OUTAGE)
         logger.warning("redis answers again")
+        self._wakeups.reconnect()

@@ -15,6 +15,7 @@
     quire:2:{s0}:left         zset     submission by the time at which it counts as deserted, ms
     quire:2:{s0}:swept        string   since when there were sweeps without a pause, ms
     quire:2:{s0}:engines      hash     engine -> "<last seen, ms> <JSON>"
+    quire:2:{s0}:probe        none     never set; deleting it tests whether the server takes writes
     quire:2:{s0}:work, stops  channel  something to claim; a running request was stopped
 
 The 1 is the version of this layout: processes of another one do not see these keys. The braces are
@@ -53,6 +54,10 @@ class ShardKeys:
     @property
     def work(self) -> str:
         return self.prefix + "work"
+
+    @property
+    def probe(self) -> str:
+        return self.prefix + "probe"
 
     @property
     def stops(self) -> str:
