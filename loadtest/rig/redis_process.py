@@ -21,12 +21,17 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """`options` are redis-server's own; the directory survives `kill` and `start`."""
+    """`options` are redis-server's own; the directory survives `kill` and `start`. It has started
+    when a PING gets `first_reply`.
+    """
 
-    def __init__(self, directory: Path, *, options: tuple[str, ...] = AOF) -> None:
+    def __init__(
+        self, directory: Path, *, options: tuple[str, ...] = AOF, first_reply: str = "+PONG"
+    ) -> None:
         self.directory = directory
         self.port = free_port()
         self.options = options
+        self.first_reply = first_reply
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -38,8 +43,7 @@ class RedisServer:
         assert self._process is not None
         return self._process.pid
 
-    def start(self, *, answers: str = "+PONG") -> None:
-        """Returns when a PING gets the reply `answers`."""
+    def start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         place = ("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory))
         self._process = subprocess.Popen(
@@ -48,7 +52,7 @@ class RedisServer:
         )
         for _ in range(400):
             with contextlib.suppress(OSError):
-                if self.ask("PING").startswith(answers):
+                if self.ask("PING").startswith(self.first_reply):
                     return
             time.sleep(0.025)
         raise RuntimeError("redis-server did not start")

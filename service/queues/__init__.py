@@ -22,9 +22,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, Self
 from urllib.parse import urlsplit
 
+from service.decoding import decode
 from service.errors import StartupError
 from service.messages import End, FinishReason, GenerationRequest, Record, Submission, Tokens
 from service.queues.meters import Usage
@@ -143,6 +144,13 @@ class EngineInfo:
     blocks_free: int = 0
     max_model_len: int = 0  # 0: not said
     tokens_per_second: float = 0.0  # lately
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Also from what another version wrote: see `service.decoding`. Raises ValueError or
+        TypeError if it is malformed.
+        """
+        return decode(cls, text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,9 @@ back; `redis_claims` takes work, `redis_journal` reads answers, `redis_wire` tal
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import fields
 from typing import Any
 
 from service.messages import Allowance, End, FinishReason, Record, Submission
@@ -59,7 +57,6 @@ _COUNTED = {
     WriteStatus.GAP: QueueEvent.GAP,
     WriteStatus.FENCED: QueueEvent.FENCED,
 }
-_SAID = {field.name for field in fields(EngineInfo)}
 
 
 class RedisQueue:
@@ -225,9 +222,7 @@ class RedisQueue:
             seen, _, text = told.partition(b" ")
             try:
                 if int(seen) >= oldest:
-                    said = json.loads(text)
-                    # An engine of a newer version may say more than this one knows.
-                    info = EngineInfo(**{name: said[name] for name in said if name in _SAID})
+                    info = EngineInfo.from_json(text)
                     found[info.id] = info
             except (ValueError, TypeError):
                 self._drop("what an engine tells of itself")

@@ -97,7 +97,7 @@ async def _connect_to_primary(connection: Connection) -> None:
     first reply to a write says what it is.
     """
     await connection.on_connect()
-    await connection.send_command("HELLO")  # type: ignore[no-untyped-call]
+    await connection.send_command("HELLO")
     try:
         reply: Any = await connection.read_response()
     except ResponseError:

@@ -257,13 +257,13 @@ async def test_row_29_a_redis_that_cannot_be_used(
     tls = free_port()
     password = ("--requirepass", "hunter2")
     replica_of = ("--replicaof", "127.0.0.1", "1")
-    server = RedisServer(
-        tmp_path / "redis", options=(*AOF, *password, *tls_options(certificate, port=tls))
-    )
-    replica = RedisServer(tmp_path / "replica", options=(*AOF, *password, *replica_of))
+    options = (*AOF, *password, *tls_options(certificate, port=tls))
+    server = RedisServer(tmp_path / "redis", options=options, first_reply="-NOAUTH")
+    options = (*AOF, *password, *replica_of)
+    replica = RedisServer(tmp_path / "replica", options=options, first_reply="-NOAUTH")
     try:
         for each in (server, replica):
-            await asyncio.to_thread(each.start, answers="-NOAUTH")
+            await asyncio.to_thread(each.start)
         url = place.format(plain=server.port, tls=tls, replica=replica.port)
         ports = ["--admin-port", "0", *(("--port", "0") if command == "api" else ())]
         places = ["--queue", url, "--model", str(folder_of_model)]

@@ -114,10 +114,8 @@ def in_step(replica: RedisServer, primary: RedisServer) -> bool:
     """Whether the replica has all that the primary has."""
     with Redis(port=primary.port) as one, Redis(port=replica.port) as other:
         behind, ahead = other.info("replication"), one.info("replication")
-    return (
-        behind.get("master_link_status") == "up"
-        and behind["slave_repl_offset"] == ahead["master_repl_offset"]
-    )
+    has = behind["slave_repl_offset"] if behind.get("master_link_status") == "up" else None
+    return bool(has == ahead["master_repl_offset"])
 
 
 def rewrites(server: RedisServer) -> bool:
@@ -219,10 +217,10 @@ async def test_a_server_that_loads_its_data_is_waited_for(
     await until(lambda: base.exists() and not rewrites(primary))
     primary.kill()
     slow = (*AOF, "--key-load-delay", "20000", "--loading-process-events-interval-bytes", "1024")
-    loading = RedisServer(primary.directory, options=slow)
+    loading = RedisServer(primary.directory, options=slow, first_reply="-LOADING")
     loading.port = primary.port
     try:
-        await asyncio.to_thread(loading.start, answers="-LOADING")
+        await asyncio.to_thread(loading.start)
         with pytest.raises(StartupError, match="still loading"):
             await redis_queues(primary.url, LONG).open()
         with pytest.raises(Unavailable):

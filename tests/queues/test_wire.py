@@ -196,7 +196,7 @@ async def test_a_server_that_takes_no_writes_is_left(refusal: str) -> None:
         await asyncio.gather(*reads)
         assert (server.accepted, len(server.open)) == (3, 3)
         write = [("GET", "key"), ("DEL", "key"), ("GET", "key")]
-        replies = await asyncio.gather(*(wire.run(write) for _ in range(3)))  # type: ignore[arg-type]  # a list of commands
+        replies = await asyncio.gather(*(wire.run(write) for _ in range(3)))
         assert replies == [[b"OK", 1, b"OK"]] * 3
         assert 4 <= server.accepted <= 6
         async with asyncio.timeout(5):
