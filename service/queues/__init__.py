@@ -286,8 +286,13 @@ QUEUES: dict[str, QueueFactory] = {
 
 
 def open_queue(url: str, limits: QueueLimits, *, observer: QueueObserver | None = None) -> Queue:
-    """The queue that a URL names. Raises StartupError for a scheme that is not known."""
-    scheme = urlsplit(url).scheme
+    """The queue that a URL names. Raises StartupError if the URL is malformed or its scheme is
+    unknown.
+    """
+    try:
+        scheme = urlsplit(url).scheme
+    except ValueError:
+        raise StartupError("queue: the URL is malformed") from None
     if scheme not in QUEUES:
         raise StartupError(f"queue: unknown scheme; known are {', '.join(sorted(QUEUES))}")
     return QUEUES[scheme](url, limits, NullQueueObserver() if observer is None else observer)

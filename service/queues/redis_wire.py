@@ -66,7 +66,11 @@ class RedisUrl:
         if not 1 <= self.shards <= 1024:
             raise StartupError("queue: the URL's `shards` is from 1 to 1024")
         if parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path):
-            raise StartupError("queue: the path of the Redis URL is the number of a database")
+            raise StartupError(
+                "queue: the path of the Redis URL is the number of a database; special characters"
+                " in a password are percent-encoded"
+            )
+        self._keepalive = {} if parts.scheme == "unix" else {"socket_keepalive": True}
         self.plain = urlunsplit(parts._replace(query=urlencode(query)))
 
     def pool(self) -> BlockingConnectionPool:
@@ -78,7 +82,7 @@ class RedisUrl:
                 timeout=REPLY_TIMEOUT,
                 socket_connect_timeout=CONNECT_TIMEOUT,
                 socket_timeout=REPLY_TIMEOUT,
-                socket_keepalive=True,
+                **self._keepalive,
                 retry=Retry(NoBackoff(), 0),
                 protocol=2,
                 redis_connect_func=_connect_to_primary,

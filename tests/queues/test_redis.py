@@ -362,6 +362,14 @@ def test_a_wrong_url_is_refused_without_showing_it(query: str) -> None:
     assert caught.value.__cause__ is None or "hunter2" not in str(caught.value.__cause__)
 
 
+@pytest.mark.parametrize("url", ["redis://u:hunter2@[::1/0", "redis://u:hun/ter2@host/0"])
+def test_a_malformed_url_is_refused_without_showing_it(url: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        open_queue(url, LIMITS)
+    assert "hun" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
 async def test_an_absent_server_is_unavailable_at_once_and_unnamed(
     redis_queues: Queues, caplog: pytest.LogCaptureFixture
 ) -> None:

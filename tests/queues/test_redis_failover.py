@@ -301,6 +301,22 @@ async def test_a_user_without_permissions_is_refused_at_the_start(
     assert_no_secret(text, own_redis)
 
 
+async def test_a_unix_socket_may_be_used(tmp_path: Path, redis_queues: Queues) -> None:
+    socket = tmp_path / "socket"
+    server = RedisServer(tmp_path / "redis", options=(*AOF, "--unixsocket", str(socket)))
+    server.start()
+    try:
+        queue = redis_queues(f"unix://{socket}?db=1", LONG)
+        await queue.open()
+        await queue.submit(make_submission())
+        await finish(queue, await claim_one(queue), length=2)
+    finally:
+        server.close()
+    text = await refusal_of(redis_queues(f"unix://{tmp_path}/none", LONG))
+    assert "cannot be opened" in text
+    assert str(tmp_path) not in text
+
+
 async def test_an_absent_server_is_refused_at_the_start(redis_queues: Queues) -> None:
     port = free_port()
     text = await refusal_of(redis_queues(f"redis://:{PASSWORD}@127.0.0.1:{port}/0", LONG))
