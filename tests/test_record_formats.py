@@ -252,7 +252,7 @@ def test_unknown_parts_of_an_end_are_ignored(name: str, text: str) -> None:
     ],
 )
 def test_an_end_that_cannot_be_read_is_an_error(text: str, error: str) -> None:
-    """It was dropped as malformed, and readers of the answer waited for its end for ever."""
+    """It was dropped as malformed, and readers of the answer waited for its end without limit."""
     assert end_of(text) == End(count=9, reason=FinishReason.ERROR, error=error)
 
 

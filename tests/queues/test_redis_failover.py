@@ -137,7 +137,7 @@ async def test_a_demoted_primary_is_left_for_the_new_one(
     redis_queues: Queues,
     counts: Counts,
 ) -> None:
-    """All connections to the old primary stay open and answer READONLY, for ever: every call was
+    """All connections to the old primary stay open and answer READONLY. Every call was
     refused until they were closed from outside. Here nothing closes them but the queue.
     """
     queue = redis_queues(name.url, LONG)

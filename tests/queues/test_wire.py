@@ -186,7 +186,7 @@ REFUSALS = (
 
 @pytest.mark.parametrize("refusal", REFUSALS)
 async def test_a_server_that_takes_no_writes_is_left(refusal: str) -> None:
-    """Its connections were kept, and it answered the same for ever. The refusal is not the first
+    """Its connections were kept, and each call got the same refusal. The refusal is not the first
     reply of the pipeline, and other connections are idle or in use meanwhile.
     """
     restored: list[bool] = []
