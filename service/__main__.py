@@ -178,7 +178,9 @@ def main() -> None:
     try:
         app()
     except StartupError as error:
-        Console(stderr=True).print(f"quire: {error}", style="red", markup=False, highlight=False)
+        console = Console(stderr=True)
+        # Not wrapped: it stays one line in a log, too.
+        console.print(f"quire: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

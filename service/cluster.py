@@ -30,7 +30,7 @@ class ClusterObserver(Protocol):
         ...
 
     def queue_away(self) -> None:
-        """The queue could not be read: nothing is known of it."""
+        """The queue could not be read or written to: nothing is known of it."""
         ...
 
     def serves(self, card: ModelCard) -> None:
@@ -72,7 +72,10 @@ class Cluster:
         return self._tokens_per_second
 
     async def refresh(self) -> None:
-        """Reads the engines and the queue's depth once. Raises Unavailable."""
+        """Reads the engines and the queue's depth once. Raises Unavailable, also if the queue can
+        be read but takes no writes.
+        """
+        await self._queue.check()
         engines = await self._queue.engines()
         if engines:
             self._gone_since = None

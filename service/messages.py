@@ -19,7 +19,9 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Self
+from typing import Self
+
+from service.decoding import decode
 
 _PACK_ID = struct.Struct("<I").pack
 
@@ -93,19 +95,14 @@ class GenerationRequest:
 
     def to_json(self) -> str:
         """Compact JSON; `from_json` gives back an equal object."""
-        fields = asdict(self) | {"features": self.features}
-        return json.dumps(fields, separators=(",", ":"))
+        return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Raises ValueError, TypeError or KeyError where `text` is not what `to_json` wrote."""
-        fields: dict[str, Any] = json.loads(text)
-        fields.pop("features", None)  # they follow from the other fields
-        sampling: dict[str, Any] = fields.pop("sampling")
-        bias = tuple((int(token), float(value)) for token, value in sampling.pop("logit_bias"))
-        for name in ("prompt_ids", "stop", "stop_token_ids"):
-            fields[name] = tuple(fields[name])
-        return cls(sampling=SamplingParams(**sampling, logit_bias=bias), **fields)
+        """Also from what another version wrote: see `service.decoding`. Raises ValueError or
+        TypeError if it is malformed.
+        """
+        return decode(cls, text)
 
 
 FEATURES: Mapping[str, Callable[[GenerationRequest], bool]] = {

@@ -37,7 +37,7 @@ class QueueGauges(Collector):
         self._depth, self._engines, self._read_at = depth, engines, self._clock()
 
     def away(self) -> None:
-        """It was not."""
+        """It was not, or it takes no writes."""
         self._depth, self._read_at = None, self._clock()
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
@@ -56,7 +56,7 @@ class QueueGauges(Collector):
             ("quire_queue_running", "Requests held by any engine.", running),
             ("quire_queue_oldest_seconds", "Age of the request that waits longest.", oldest),
             ("quire_engines", "Engines heard of within ten seconds.", engines),
-            ("quire_queue_reachable", "1 where the queue could be read just now.", reachable),
+            ("quire_queue_reachable", "1 if the queue takes reads and writes, else 0.", reachable),
         ]
         for name, text, value in rows:
             family = GaugeMetricFamily(name, text)

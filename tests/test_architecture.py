@@ -33,7 +33,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model.tokenizer": ("model.checkpoint", "model.chat_template", "tokenizers"),
     "model.chat_template": ("jinja2",),
     "service": (),
-    "service.messages": (),
+    "service.messages": ("service.decoding",),
+    "service.decoding": (),
     "service.errors": (),
     "service.settings": ("pydantic", "service.errors"),
     "service.logs": ("service.api.observer",),
@@ -50,13 +51,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "model.grammar", "model.runners", "service.messages", "service.errors", "service.engine",
     ),
     "service.engine.pipeline": ("model.batch", "model.runners", "service.engine"),
-    "service.queues": ("service.messages", "service.errors", "service.queues"),
-    "service.queues.redis": ("redis", "service.messages", "service.errors", "service.queues"),
+    "service.queues": (
+        "service.decoding", "service.messages", "service.errors", "service.queues",
+    ),
+    "service.queues.redis": (
+        "redis", "service.decoding", "service.messages", "service.errors", "service.queues",
+    ),
     "service.worker": ("service.engine", "service.queues", "service.messages", "service.errors"),
     "service.api": (
         "fastapi", "starlette", "pydantic", "orjson", "model.tokenizer", "model.chat_template",
         "model.grammar", "model.grammar_trial",
-        "service.messages", "service.errors", "service.queues", "service.api", "service.keys",
+        "service.decoding", "service.messages", "service.errors", "service.queues", "service.api",
+        "service.keys",
     ),
     "service.app": (
         "fastapi", "starlette", "model.grammar", "model.tokenizer", "service.messages",

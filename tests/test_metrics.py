@@ -323,11 +323,16 @@ class SilentQueue(MemoryQueue):
     """One whose store may be away."""
 
     away = False
+    takes_writes = True
 
     async def engines(self) -> Any:
         if self.away:
             raise Unavailable("away")
         return await super().engines()
+
+    async def check(self) -> None:
+        if not self.takes_writes:
+            raise Unavailable("read-only")
 
 
 async def test_what_is_not_known_is_absent() -> None:
@@ -354,6 +359,17 @@ async def test_what_is_not_known_is_absent() -> None:
     queue.away = False
     await cluster.refresh()
     assert samples(metrics)["quire_queue_reachable"] == 1
+    queue.takes_writes = False  # as a demoted primary: it can be read
+    with pytest.raises(Unavailable):
+        await cluster.refresh()
+    watching = asyncio.create_task(cluster.watch())
+    await asyncio.sleep(0)
+    assert samples(metrics)["quire_queue_reachable"] == 0
+    watching.cancel()
+    with suppress(asyncio.CancelledError):
+        await watching
+    queue.takes_writes = True
+    await cluster.refresh()
     clock.now += STALE_AFTER + 1  # a call that hangs raises nothing
     assert not set(OF_THE_QUEUE) & set(samples(metrics))
     assert samples(metrics)["quire_queue_reachable"] == 0

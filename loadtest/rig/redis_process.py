@@ -21,12 +21,17 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """`options` are redis-server's own; the directory survives `kill` and `start`."""
+    """`options` are redis-server's own; the directory survives `kill` and `start`. It has started
+    when a PING gets `first_reply`.
+    """
 
-    def __init__(self, directory: Path, *, options: tuple[str, ...] = AOF) -> None:
+    def __init__(
+        self, directory: Path, *, options: tuple[str, ...] = AOF, first_reply: str = "+PONG"
+    ) -> None:
         self.directory = directory
         self.port = free_port()
         self.options = options
+        self.first_reply = first_reply
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -47,7 +52,7 @@ class RedisServer:
         )
         for _ in range(400):
             with contextlib.suppress(OSError):
-                if self.ask("PING") == "+PONG":
+                if self.ask("PING").startswith(self.first_reply):
                     return
             time.sleep(0.025)
         raise RuntimeError("redis-server did not start")
@@ -69,7 +74,6 @@ class RedisServer:
         self._process = None
 
     def close(self) -> None:
+        """Not by SIGTERM: a server waits for replicas then, or for its first append-only file."""
         if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
-            self._process = None
+            self.kill()

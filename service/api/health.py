@@ -46,7 +46,8 @@ async def live(context: Context) -> Response:
 @router.get(
     "/health/ready",
     summary="Does it take calls?",
-    description="200 while it is started, not draining, and the queue can be reached.",
+    description="200 while it is started, not draining, and the queue takes writes. A full queue "
+    "does.",
     response_model=None,
 )
 async def ready(context: Context) -> Response:
@@ -62,8 +63,8 @@ async def ready(context: Context) -> Response:
 @router.get(
     "/health",
     summary="All of it",
-    description="200 while alive; says whether the queue can be reached, and how many engines were "
-    "heard of.",
+    description="200 while alive; reports whether the queue takes writes, and how many engines "
+    "there are.",
     response_model=None,
 )
 async def health(context: Context) -> Response:

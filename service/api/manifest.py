@@ -11,6 +11,9 @@ from typing import Any, Self
 
 import orjson
 
+from service.decoding import from_object
+from service.errors import Unavailable
+
 
 class Endpoint(StrEnum):
     """Whose shape the answer has."""
@@ -82,10 +85,14 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Raises ValueError, TypeError or KeyError for what `to_json` did not write."""
-        fields: dict[str, Any] = orjson.loads(text)
-        prompts = tuple(
-            PromptNote(num_tokens=note["num_tokens"], text=note["text"], ids=tuple(note["ids"]))
-            for note in fields.pop("prompts")
-        )
-        return cls(endpoint=Endpoint(fields.pop("endpoint")), prompts=prompts, **fields)
+        """Also from what another version wrote: see `service.decoding`. Raises Unavailable if this
+        version cannot render the answer, such as that of a new endpoint: another replica may.
+        """
+        try:
+            return from_object(cls, orjson.loads(text))
+        except (ValueError, TypeError) as error:
+            raise Unavailable(
+                "this answer is of another version of the server; try again",
+                code="version_mismatch",
+                retry_after=2.0,
+            ) from error

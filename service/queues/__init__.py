@@ -32,9 +32,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, Self
 from urllib.parse import urlsplit
 
+from service.decoding import decode
 from service.errors import StartupError
 from service.messages import End, FinishReason, GenerationRequest, Record, Submission, Tokens
 from service.queues.meters import Usage
@@ -169,6 +170,13 @@ class EngineInfo:
     tokens_per_second: float = 0.0  # lately
     features: tuple[str, ...] = ()  # it claims only requests whose features are among them
 
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Also from what another version wrote: see `service.decoding`. Raises ValueError or
+        TypeError if it is malformed.
+        """
+        return decode(cls, text)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueDepth:
@@ -187,8 +195,8 @@ class Queue(Protocol):
     limits: QueueLimits
 
     async def open(self) -> None:
-        """Called once at the start: raises StartupError where the store cannot keep the promises,
-        `Unavailable` where it does not answer.
+        """Called once at the start. Raises StartupError if the store cannot be reached or written
+        to, or cannot keep the promises.
         """
         ...
 
@@ -243,7 +251,9 @@ class Queue(Protocol):
         ...
 
     async def check(self) -> None:
-        """Returns where the queue works, raises `Unavailable` where it does not."""
+        """Returns if the queue takes writes, raises `Unavailable` if it does not. A queue that is
+        full takes writes.
+        """
         ...
 
     # --- the engine's side ----------------------------------------------------------------
@@ -306,8 +316,13 @@ QUEUES: dict[str, QueueFactory] = {
 
 
 def open_queue(url: str, limits: QueueLimits, *, observer: QueueObserver | None = None) -> Queue:
-    """The queue that a URL names. Raises StartupError for a scheme that is not known."""
-    scheme = urlsplit(url).scheme
+    """The queue that a URL names. Raises StartupError if the URL is malformed or its scheme is
+    unknown.
+    """
+    try:
+        scheme = urlsplit(url).scheme
+    except ValueError:
+        raise StartupError("queue: the URL is malformed") from None
     if scheme not in QUEUES:
         raise StartupError(f"queue: unknown scheme; known are {', '.join(sorted(QUEUES))}")
     return QUEUES[scheme](url, limits, NullQueueObserver() if observer is None else observer)

@@ -9,11 +9,9 @@ back; `redis_claims` takes work, `redis_journal` reads answers, `redis_wire` tal
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import fields
 from typing import Any
 
 from service.messages import Allowance, End, FinishReason, Record, Submission
@@ -60,7 +58,6 @@ _COUNTED = {
     WriteStatus.GAP: QueueEvent.GAP,
     WriteStatus.FENCED: QueueEvent.FENCED,
 }
-_SAID = {field.name for field in fields(EngineInfo)}
 
 
 class RedisQueue:
@@ -92,7 +89,7 @@ class RedisQueue:
         )
 
     async def open(self) -> None:
-        (info,) = await self._wire.run([("INFO",)])
+        info, _ = await self._wire.run_first([("INFO",), self._probe()])
         check_server(info, allow_volatile=self._url.allow_volatile)
 
     # --- the API's side -------------------------------------------------------------------
@@ -227,18 +224,21 @@ class RedisQueue:
             seen, _, text = told.partition(b" ")
             try:
                 if int(seen) >= oldest:
-                    said = json.loads(text)
-                    # An engine of a newer version may say more than this one knows.
-                    known = {name: said[name] for name in said if name in _SAID}
-                    known["features"] = tuple(known.get("features", ()))
-                    info = EngineInfo(**known)
+                    info = EngineInfo.from_json(text)
                     found[info.id] = info
             except (ValueError, TypeError):
                 self._drop("what an engine tells of itself")
         return list(found.values())
 
     async def check(self) -> None:
-        await self._wire.run([("PING",)])
+        """A full memory passes: work is refused then (`storage_full`), but answers end."""
+        await self._wire.run([self._probe()])
+
+    def _probe(self) -> Command:
+        """A write that changes nothing. A server refuses it if it is a replica or cannot persist,
+        and allows it if its memory is full.
+        """
+        return ("DEL", self._shards[0].probe)
 
     # --- the engine's side ----------------------------------------------------------------
     async def claim(
@@ -341,3 +341,4 @@ class RedisQueue:
     def _restored(self) -> None:
         self._observer.happened(QueueEvent.OUTAGE)
         logger.warning("redis answers again")
+        self._wakeups.reconnect()

@@ -1,11 +1,15 @@
-"""How journal records lie in Redis: a few bytes a token, because one record holds few tokens.
+"""How journal records are stored in Redis: a few bytes per token, as one record has few tokens.
 
 A stream entry's id says how many tokens the answer has with it (`<n>-0`, the end `<n>-1`); its one
 field is `k` for tokens and `e` for the end.
 
     k:  flags (1 byte) · number of ids · ids · digest (4 bytes) · length of text · text · JSON
-        numbers as LEB128 varints, text in UTF-8; JSON only where log probabilities were asked for
-    e:  JSON object: r reason, c cached tokens, s stopped by, x error; what is default is left out
+        numbers as LEB128 varints, text in UTF-8; JSON only if log probabilities were requested
+    e:  JSON object: r reason, c cached tokens, s stopped by, x error; defaults are left out
+
+Another version may have written an entry. Ignored are unknown fields beside `k` and `e`, unknown
+keys in the JSON, unknown flags, and bytes after the JSON, which such a flag may announce. An entry
+with `e` always decodes as an end: with an unknown reason, or malformed, as an error.
 """
 
 from __future__ import annotations
@@ -13,17 +17,31 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from service.decoding import decode
 from service.messages import End, FinishReason, Record, TokenLogprob, Tokens
 
 TOKENS_FIELD = b"k"
 END_FIELD = b"e"
+UNKNOWN_REASON = "unknown_finish_reason"
+"""Error code of an end that this version cannot read."""
+
 _HAS_LOGPROBS = 1
+_JSON = json.JSONDecoder()
 
 
 class Malformed(ValueError):
     """An entry that this format does not know."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StoredEnd:
+    r: str
+    c: int = 0
+    s: str | int | None = None
+    x: str | None = None
 
 
 def encode_tokens(record: Tokens) -> bytes:
@@ -64,14 +82,7 @@ def decode_entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Record:
         count = int(entry_id.split(b"-")[0])
         if TOKENS_FIELD in fields:
             return _decode_tokens(fields[TOKENS_FIELD], count=count)
-        end: dict[str, Any] = json.loads(fields[END_FIELD])
-        return End(
-            count=count,
-            reason=FinishReason(end["r"]),
-            cached_tokens=end.get("c", 0),
-            stopped_by=end.get("s"),
-            error=end.get("x"),
-        )
+        return _decode_end(fields[END_FIELD], count=count)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
         raise Malformed(f"journal entry of {len(fields)} fields: {type(error).__name__}") from error
 
@@ -84,6 +95,22 @@ def decode_ids(value: bytes) -> tuple[int, ...]:
         raise Malformed("journal entry is cut off") from error
 
 
+def _decode_end(value: bytes, *, count: int) -> End:
+    """Never raises: nothing comes after an end, and a reader must not wait for it."""
+    try:
+        end = decode(_StoredEnd, value)
+    except (ValueError, TypeError):
+        return End(count=count, reason=FinishReason.ERROR, error=UNKNOWN_REASON)
+    known = end.r in set(FinishReason)
+    return End(
+        count=count,
+        reason=FinishReason(end.r) if known else FinishReason.ERROR,
+        cached_tokens=end.c,
+        stopped_by=end.s,
+        error=end.x if known else end.x or UNKNOWN_REASON,
+    )
+
+
 def _decode_tokens(value: bytes, *, count: int) -> Tokens:
     ids, at = _take_ids(value)
     (digest,) = struct.unpack_from("<I", value, at)
@@ -91,7 +118,9 @@ def _decode_tokens(value: bytes, *, count: int) -> Tokens:
     if at + length > len(value) or len(ids) > count or not ids:
         raise Malformed("journal entry with wrong lengths")
     text = value[at : at + length].decode()
-    columns: dict[str, Any] = json.loads(value[at + length :]) if value[0] & _HAS_LOGPROBS else {}
+    columns: dict[str, Any] = {}
+    if value[0] & _HAS_LOGPROBS:
+        columns, _ = _JSON.raw_decode(value[at + length :].decode(errors="replace"))
     return Tokens(
         start=count - len(ids),
         ids=ids,
@@ -112,6 +141,8 @@ def _pack(logprob: TokenLogprob | None) -> list[Any] | None:
 
 
 def _unpack(packed: list[Any]) -> TokenLogprob:
+    if not {type(number) for number in packed} <= {int, float}:
+        raise TypeError("numbers expected")
     return TokenLogprob(packed[0], tuple(zip(packed[1::2], packed[2::2], strict=True)))
 
 

@@ -21,6 +21,7 @@
     quire:2:{s0}:lane         hash     isolated request -> the engine that runs it
     quire:2:{s0}:isolates:<e>  string  when engine <e> last began to isolate requests, ms
     quire:2:{s0}:blamed:<e>   set      requests that the death of engine <e> counts against
+    quire:2:{s0}:probe        none     never set; deleting it tests whether the server takes writes
     quire:2:{s0}:work, stops  channel  something to claim; a running request was stopped
 
 The 2 is the version of this layout: processes of another one do not see these keys. The braces are
@@ -59,6 +60,10 @@ class ShardKeys:
     @property
     def work(self) -> str:
         return self.prefix + "work"
+
+    @property
+    def probe(self) -> str:
+        return self.prefix + "probe"
 
     @property
     def stops(self) -> str:

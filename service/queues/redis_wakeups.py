@@ -35,6 +35,7 @@ class Wakeups:
         self._watchers: dict[bytes, set[Wake]] = {}
         self._subscribed: set[bytes] = set()
         self._changed = asyncio.Event()
+        self._outdated = False
         self._task: asyncio.Task[None] | None = None
 
     def watch(self, channel: str, wake: Wake) -> None:
@@ -52,6 +53,13 @@ class Wakeups:
                 del self._watchers[channel.encode()]
                 self._changed.set()
 
+    def reconnect(self) -> None:
+        """Makes the connection anew: the server that it leads to may no longer be the primary, or
+        the network may have lost it without a word.
+        """
+        self._outdated = True
+        self._changed.set()
+
     async def close(self) -> None:
         task, self._task = self._task, None
         if task is not None:
@@ -64,6 +72,7 @@ class Wakeups:
             connection = self._connect()
             writer: asyncio.Task[None] | None = None
             try:
+                self._outdated = False
                 await connection.connect()  # type: ignore[no-untyped-call]
                 delays = backoff(longest=1.0)
                 writer = asyncio.create_task(self._write(connection))
@@ -89,6 +98,9 @@ class Wakeups:
         while True:
             await woken_within(said + PING_EVERY - time.monotonic(), self._changed)
             self._changed.clear()
+            if self._outdated:
+                await connection.disconnect(nowait=True)  # and then `_read` fails
+                return
             wanted = set(self._watchers)
             new, old = wanted - self._subscribed, self._subscribed - wanted
             self._subscribed = wanted

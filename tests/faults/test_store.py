@@ -15,8 +15,9 @@ from loadtest.rig.checker import check_all, check_rest
 from loadtest.rig.client import Transcript, call
 from loadtest.rig.cluster import AOF, Cluster
 from loadtest.rig.processes import run_command
-from loadtest.rig.redis_process import RedisServer
+from loadtest.rig.redis_process import RedisServer, free_port
 from loadtest.rig.streams import Streams, until
+from tests.certificates import make_certificate, tls_options
 from tests.faults.proxy import FaultProxy
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
@@ -235,6 +236,97 @@ async def test_row_29_a_redis_that_cannot_keep_the_promise(
         assert "Traceback" not in said
     finally:
         server.close()
+
+
+@pytest.mark.parametrize("command", ["api", "engine"])
+@pytest.mark.parametrize(
+    ("place", "word"),
+    [
+        ("redis://:wrong@127.0.0.1:{plain}/0", "credentials"),
+        ("redis://:hunter2@127.0.0.1:{plain}/99", "database"),
+        ("rediss://:hunter2@127.0.0.1:{tls}/0", "not signed by a known authority"),
+        ("redis://:hunter2@127.0.0.1:{replica}/0", "read-only replica"),
+        ("redis://:hunter2@127.0.0.1:1/0", "no server accepts connections"),
+    ],
+)
+async def test_row_29_a_redis_that_cannot_be_used(
+    tmp_path: Path, folder_of_model: Path, *, command: str, place: str, word: str
+) -> None:
+    """One line, without a traceback, a password or an address."""
+    certificate = make_certificate(tmp_path, "redis", address="127.0.0.1")
+    tls = free_port()
+    password = ("--requirepass", "hunter2")
+    replica_of = ("--replicaof", "127.0.0.1", "1")
+    options = (*AOF, *password, *tls_options(certificate, port=tls))
+    server = RedisServer(tmp_path / "redis", options=options, first_reply="-NOAUTH")
+    options = (*AOF, *password, *replica_of)
+    replica = RedisServer(tmp_path / "replica", options=options, first_reply="-NOAUTH")
+    try:
+        for each in (server, replica):
+            await asyncio.to_thread(each.start)
+        url = place.format(plain=server.port, tls=tls, replica=replica.port)
+        ports = ["--admin-port", "0", *(("--port", "0") if command == "api" else ())]
+        places = ["--queue", url, "--model", str(folder_of_model)]
+        process = run_command(command, tmp_path / "log", *places, *ports)
+        assert await asyncio.to_thread(process.exit_code, seconds=60) == 2
+        said = process.log.read_text().strip()
+        (line,) = said.splitlines()
+        assert line.startswith("quire: queue: ")
+        assert word in line
+        for unwanted in ("Traceback", "hunter2", "wrong", "127.0.0.1", str(server.port), str(tls)):
+            assert unwanted not in said
+    finally:
+        for each in (server, replica):
+            each.close()
+
+
+async def test_row_25_failover_that_keeps_connections_open(
+    own_cluster: Clusters, draw: random.Random
+) -> None:
+    """The old primary follows the new one and answers READONLY, over connections that stay open.
+    Replicas are not ready until the name leads to the new primary; then all answers go on.
+    """
+    cluster = await asyncio.to_thread(own_cluster, num_engines=0, num_apis=0)
+    cluster.ask("CONFIG", "SET", "repl-diskless-sync-delay", "0")
+    old = cluster.redis
+    new = RedisServer(cluster.folder / "new", options=AOF)
+    await asyncio.to_thread(new.start)
+    new.ask("REPLICAOF", "127.0.0.1", old.port)
+    async with FaultProxy(old.port) as front:
+        try:
+            url = f"redis://127.0.0.1:{front.port}/0"
+            replicas = [cluster.start_engine(queue=url) for _ in range(2)]
+            replicas.append(cluster.start_api(queue=url))
+            for each in replicas:
+                await asyncio.to_thread(each.wait_until_ready)
+            await asyncio.to_thread(cluster.wait_until_known, 2)
+            streams = Streams(cluster.client, bodies(cluster, draw, number=6, tokens=300))
+            await streams.begun(10)
+            link = cluster.key("engines")
+            await until(lambda: new.ask("HLEN", link) == ":2", "replicated")
+            new.ask("REPLICAOF", "NO", "ONE")
+            old.ask("REPLICAOF", "127.0.0.1", new.port)
+            cluster.redis = new
+            await becomes(cluster, ready=503, reachable=0)
+            front._target_port = new.port
+            await becomes(cluster, ready=200, reachable=1)
+            await streams.ended()
+            assert await check_all(cluster, streams.transcripts) == {"length": 6}
+        finally:
+            cluster.redis = old
+            new.close()
+
+
+async def becomes(cluster: Cluster, *, ready: int, reachable: int) -> None:
+    """Waits for what the API replica's probe and its metric say of the queue."""
+    async with asyncio.timeout(20):
+        while True:
+            async with call(cluster.client.next_address(), "GET", "/health/ready") as reply:
+                status = reply.status
+            metrics = await asyncio.to_thread(cluster.apis[0].metrics)
+            if (status, metrics["quire_queue_reachable"]) == (ready, reachable):
+                return
+            await asyncio.sleep(0.05)
 
 
 async def test_row_30_scripts_and_groups_vanish(cluster: Cluster, draw: random.Random) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 from loadtest.rig.redis_process import RedisServer
+from service.errors import Unavailable
 from service.queues import redis_wakeups
 from service.queues.redis_wakeups import Wakeups
 from service.queues.redis_wire import RedisUrl, Wire
@@ -113,6 +115,141 @@ async def test_a_subscription_outlives_watchers_that_come_and_go(
             wakeups.unwatch("work", nobody)
             await asyncio.sleep(0.01)
         assert woken == 1, "the subscription was made again"
+    finally:
+        await wakeups.close()
+        await wire.close()
+        redis.close()
+
+
+# --- servers that take no writes ----------------------------------------------------------------
+class ScriptedServer:
+    """Speaks as much RESP2 as the wire needs. Connection i answers writes with the error
+    `refusals[i]`; later connections are served.
+    """
+
+    def __init__(self, refusals: Sequence[str], *, role: str = "master") -> None:
+        self._refusals = list(refusals)
+        self._role = role
+        self.open: set[asyncio.StreamWriter] = set()
+        self.accepted = 0
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for writer in tuple(self.open):
+            writer.transport.abort()
+        await self._server.wait_closed()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        refusal = self._refusals[self.accepted] if self.accepted < len(self._refusals) else None
+        self.accepted += 1
+        self.open.add(writer)
+        with suppress(OSError, asyncio.IncompleteReadError):
+            while words := await self._command(reader):
+                writer.write(self._reply(words, refusal))
+        self.open.discard(writer)
+        writer.close()
+
+    async def _command(self, reader: asyncio.StreamReader) -> list[bytes]:
+        words = []
+        for _ in range(int((await reader.readline())[1:] or 0)):
+            length = int((await reader.readline())[1:])
+            words.append((await reader.readexactly(length + 2))[:-2])
+        return words
+
+    def _reply(self, words: list[bytes], refusal: str | None) -> bytes:
+        if words[0] == b"HELLO":
+            return b"*2\r\n$4\r\nrole\r\n$%d\r\n%s\r\n" % (len(self._role), self._role.encode())
+        if words[0] in {b"DEL", b"EVALSHA"}:
+            return b":1\r\n" if refusal is None else f"-{refusal}\r\n".encode()
+        return b"+OK\r\n"
+
+
+REFUSALS = (
+    "READONLY You can't write against a read only replica.",
+    "LOADING Redis is loading the dataset in memory",
+    "MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+    "CLUSTERDOWN The cluster is down",
+    "NOREPLICAS Not enough good replicas to write.",
+    "READONLY You can't write against a read only replica. script: 0a9f, on @user_script:1.",
+    "ERR Error running script (call to f_0a9f): @user_script:1: -READONLY You can't write",
+    "ERR user_script:3: CLUSTERDOWN Hash slot not served script: 0a9f, on @user_script:3.",
+)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+async def test_a_server_that_takes_no_writes_is_left(refusal: str) -> None:
+    """Its connections were kept, and each call got the same refusal. The refusal is not the first
+    reply of the pipeline, and other connections are idle or in use meanwhile.
+    """
+    restored: list[bool] = []
+    async with ScriptedServer([refusal] * 3) as server:
+        wire = Wire(RedisUrl(server.url), scripts={}, restored=lambda: restored.append(True))
+        reads = [wire.run([("GET", "key")]) for _ in range(3)]
+        await asyncio.gather(*reads)
+        assert (server.accepted, len(server.open)) == (3, 3)
+        write = [("GET", "key"), ("DEL", "key"), ("GET", "key")]
+        replies = await asyncio.gather(*(wire.run(write) for _ in range(3)))
+        assert replies == [[b"OK", 1, b"OK"]] * 3
+        assert 4 <= server.accepted <= 6
+        async with asyncio.timeout(5):
+            while len(server.open) > server.accepted - 3:
+                await asyncio.sleep(0.01)
+        assert restored == [True]
+        await wire.close()
+
+
+async def test_a_replica_is_not_read_either() -> None:
+    async with ScriptedServer([], role="replica") as server:
+        wire = Wire(RedisUrl(server.url), scripts={}, restored=lambda: None)
+        with pytest.raises(Unavailable):
+            await wire.run([("GET", "key")])
+        assert wire.away
+        async with asyncio.timeout(5):
+            while server.open:
+                await asyncio.sleep(0.01)
+        await wire.close()
+
+
+async def test_only_a_write_ends_an_outage_that_a_refused_write_began() -> None:
+    """Reads that succeed between refused writes were counted as outages that ended, each."""
+    restored: list[bool] = []
+    async with ScriptedServer([REFUSALS[4]] * 7) as server:
+        wire = Wire(RedisUrl(server.url), scripts={}, restored=lambda: restored.append(True))
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                await wire.run([("DEL", "key")])
+            await wire.run([("GET", "key")])
+            assert wire.away
+        assert not restored
+        await wire.run([("DEL", "key")])
+        assert (wire.away, restored) == (False, [True])
+        await wire.close()
+
+
+@pytest.mark.slow
+async def test_a_subscription_is_made_anew_on_request(tmp_path: Path) -> None:
+    redis = RedisServer(tmp_path, options=())
+    redis.start()
+    wire = Wire(RedisUrl(redis.url), scripts={}, restored=lambda: None)
+    wakeups = Wakeups(wire.connection)
+    woken: asyncio.Queue[bytes] = asyncio.Queue()
+    try:
+        async with asyncio.timeout(10):
+            wakeups.watch("news", woken.put_nowait)
+            for message in (b"one", b"two"):
+                assert await woken.get() == b""  # subscribed
+                assert redis.ask("PUBLISH", "news", message.decode()) == ":1"
+                assert await woken.get() == message
+                wakeups.reconnect()
+                assert await woken.get() == b""  # something may have been missed
     finally:
         await wakeups.close()
         await wire.close()

@@ -32,6 +32,11 @@ class Script:
     text: str
     sha: str
 
+    @property
+    def writes(self) -> bool:
+        """Whether a server that takes no writes refuses it."""
+        return "no-writes" not in self.text.partition("\n")[0]
+
 
 def load_scripts() -> dict[str, Script]:
     """Name -> script."""
