@@ -26,7 +26,7 @@ def from_folder(folder: Path) -> Vocabulary:
     settings = _optional_json(folder / "tokenizer_config.json")
     generation = _optional_json(folder / "generation_config.json")
     model = _optional_json(folder / "config.json")
-    body = _with_stated_ids(_with_special_ends(body))
+    body = _without_special_merges(_with_stated_ids(_with_special_ends(body)))
     first = _built(body)
     known = first.get_vocab(with_added_tokens=True)
     rows = _id_or_zero(model.get("vocab_size"))
@@ -91,6 +91,20 @@ def _with_stated_ids(body: dict[str, Any]) -> dict[str, Any]:
     if wrong:
         raise CheckpointError(f"tokenizer.json: the added token {wrong[0][:80]!r} has no free id")
     return body
+
+
+def _without_special_merges(body: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer without merges into special tokens, which would let a text spell them."""
+    model = body["model"]
+    merges, vocab = model.get("merges") or (), model.get("vocab")
+    special = {token["content"] for token in body.get("added_tokens") or () if token["special"]}
+    if not merges or not isinstance(vocab, dict) or special.isdisjoint(vocab):
+        return body
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    kept = [
+        merge for merge, pair in zip(merges, pairs, strict=True) if "".join(pair) not in special
+    ]
+    return {**body, "model": {**model, "merges": kept}}
 
 
 def _misplaced(body: Mapping[str, Any]) -> list[str]:

@@ -259,6 +259,22 @@ def test_folders_keep_stated_ids(tiny_model: TinyModel, tmp_path: Path) -> None:
         Tokenizer.from_checkpoint(folder)
 
 
+def test_merges_of_a_folder_spell_no_special_token(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Converters of SentencePiece models write merges into every piece, control tokens too."""
+    folder = tiny_model.write_folder(tmp_path / "folder")
+    body = json.loads((folder / "tokenizer.json").read_text())
+    body["added_tokens"].append({**body["added_tokens"][0], "id": 511, "content": "the"})
+    body["model"]["vocab"] = {
+        token: id_ for token, id_ in body["model"]["vocab"].items() if id_ != 511
+    } | {"the": 511}
+    body["model"]["merges"].insert(0, ["t", "h"])
+    body["model"]["merges"].insert(1, ["th", "e"])
+    (folder / "tokenizer.json").write_text(json.dumps(body))
+    tokenizer = Tokenizer.from_checkpoint(folder)
+    assert tokenizer.special_id("the") == 511
+    assert 511 not in tokenizer.encode("the")
+
+
 # --- SentencePiece
 
 
