@@ -131,12 +131,14 @@ class TinyModel:
         storage: str = "F32",
         extra: Mapping[str, np.ndarray[Any, Any]] | None = None,
         vocabulary: Callable[[gguf.GGUFWriter], None] | None = None,
+        split: int = 0,
     ) -> Path:
         """The same model as llama.cpp's converter writes it: rotary rows interleaved.
 
-        `vocabulary` writes the tokenizer's metadata; by default, those of the model's own.
+        `vocabulary` writes the tokenizer's metadata; by default, those of the model's own. With
+        `split`, files of so many tensors each are written beside `path`, and none there.
         """
-        writer = gguf.GGUFWriter(str(path), "llama")
+        writer = gguf.GGUFWriter(str(path), "llama", split_max_tensors=split)
         writer.add_block_count(SIZES["layers"])
         writer.add_context_length(128)
         writer.add_embedding_length(SIZES["hidden"])
