@@ -132,11 +132,13 @@ class TinyModel:
         extra: Mapping[str, np.ndarray[Any, Any]] | None = None,
         vocabulary: Callable[[gguf.GGUFWriter], None] | None = None,
         split: int = 0,
+        metadata: Mapping[str, gguf.GGUFValue] | None = None,
     ) -> Path:
         """The same model as llama.cpp's converter writes it: rotary rows interleaved.
 
         `vocabulary` writes the tokenizer's metadata; by default, those of the model's own. With
         `split`, files of so many tensors each are written beside `path`, and none there.
+        `metadata` replaces or adds entries.
         """
         writer = gguf.GGUFWriter(str(path), "llama", split_max_tensors=split)
         writer.add_block_count(SIZES["layers"])
@@ -152,6 +154,7 @@ class TinyModel:
             self._add_vocabulary(writer, pre)
         else:
             vocabulary(writer)
+        writer.kv_data[0].update(metadata or {})
         kind = gguf.GGMLQuantizationType[storage]
         for name, values in self.weights.items():
             stored = _interleaved(name, values)

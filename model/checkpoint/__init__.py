@@ -124,7 +124,9 @@ def configure(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
     except KeyError as error:
         raise CheckpointError(f"the configuration lacks {error}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"the configuration is no {family.name}: {error}") from None
+        raise CheckpointError(
+            f"the configuration is not valid for {family.name}: {error}"
+        ) from None
 
 
 def load_model(

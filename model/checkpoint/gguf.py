@@ -42,7 +42,13 @@ class GgufCheckpoint:
         entry = self._header.tensors.get("rope_freqs.weight")
         if entry is not None and len(entry.shape) == 1 and entry.storage.name == "F32":
             factors = self.load("rope_freqs.weight").tolist()
-            config["rope_scaling"] = rope_scaling(factors, theta=config.get("rope_theta", 1e4))
+            scaling = rope_scaling(factors, theta=config.get("rope_theta", 1e4))
+            if scaling and config.get("rope_scaling"):
+                raise CheckpointError(
+                    f"{self._header.file_name}: rope_freqs.weight and a linear scaling exclude"
+                    " each other"
+                )
+            config["rope_scaling"] = scaling or config.get("rope_scaling")
         elif entry is not None:
             raise CheckpointError(f"{self._header.file_name}: rope_freqs.weight is malformed")
         return config
