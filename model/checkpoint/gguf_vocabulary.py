@@ -39,7 +39,7 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-_SPLITS: Mapping[str, tuple[str, ...]] = {
+PRE_TOKENIZERS: Mapping[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
     "smollm": (r"\p{N}", _GPT2),
     "llama-bpe": (_LLAMA3,),
@@ -93,10 +93,10 @@ def from_gguf(header: GgufHeader) -> Vocabulary:
 
 def _byte_level_vocabulary(header: GgufHeader, tokens: _Tokens) -> Vocabulary:
     pre = header.text("tokenizer.ggml.pre") or ""
-    if pre not in _SPLITS:
+    if pre not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"{header.file_name}: the pre-tokenizer {pre!r:.80} is not supported;"
-            f" known are {', '.join(sorted(_SPLITS))}"
+            f" known are {', '.join(sorted(PRE_TOKENIZERS))}"
         )
     size = _size(header, tokens)
     splitter = _byte_level_splitter(header, pre, tokens, size=size)
@@ -230,7 +230,7 @@ def _byte_level_splitter(header: GgufHeader, pre: str, tokens: _Tokens, *, size:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            *(pre_tokenizers.Split(Regex(split), "isolated") for split in _SPLITS[pre]),
+            *(pre_tokenizers.Split(Regex(split), "isolated") for split in PRE_TOKENIZERS[pre]),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
