@@ -28,6 +28,7 @@ def from_folder(folder: Path) -> Vocabulary:
     model = _optional_json(folder / "config.json")
     body = _without_special_merges(_with_stated_ids(_with_special_ends(body)))
     first = _built(body)
+    rest = _without_leading_blank(body)
     known = first.get_vocab(with_added_tokens=True)
     rows = _id_or_zero(model.get("vocab_size"))
     size = max(rows, max(known.values(), default=-1) + 1)
@@ -49,7 +50,7 @@ def from_folder(folder: Path) -> Vocabulary:
     literal = {token.content: id_ for id_, token in added.items() if not token.special}
     return Vocabulary(
         first=first,
-        rest=_built(_without_leading_blank(body)),
+        rest=first if rest == body else _built(rest),
         size=size,
         token_bytes=byte_table(plain, literal, size=size, decode=_decoding(body)),
         specials=specials,

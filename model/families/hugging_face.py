@@ -91,10 +91,11 @@ def whole(config: Config, field: str, *, most: int = MAX_SIZE) -> int:
 
 def real(config: Config, field: str, *, default: float | None = None) -> float:
     """A finite number above 0. Without a `default` the file must have it."""
-    value = config.get(field)
+    value: Any = config.get(field)
     if value is None and default is not None:
         return default
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
         raise ValueError(f"{field} must be a finite number above 0")
     return float(value)
 

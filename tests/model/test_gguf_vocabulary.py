@@ -375,8 +375,8 @@ def test_equals_a_sentencepiece_folder(trained: Trained, tmp_path: Path) -> None
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     body = json.loads(AutoTokenizer.from_pretrained(tmp_path).backend_tokenizer.to_str())
-    blanks = [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
-    prefix = [{"type": "Prepend", "prepend": "\u2581"}] if trained.prefix else []
+    blanks: list[Any] = [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
+    prefix: list[Any] = [{"type": "Prepend", "prepend": "\u2581"}] if trained.prefix else []
     body |= {
         "pre_tokenizer": None,
         "normalizer": {"type": "Sequence", "normalizers": prefix + blanks},

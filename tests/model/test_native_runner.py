@@ -424,7 +424,7 @@ def test_every_index_of_a_step_is_checked(
     }
 
     def step(fields: dict[str, list[Any]]) -> Any:
-        arrays = {name: np.array(value, np.int32) for name, value in fields.items()}
+        arrays: dict[str, Any] = {name: np.array(value, np.int32) for name, value in fields.items()}
         return runner._model.step(**arrays, logits={})
 
     nothing: dict[str, list[Any]] = {
