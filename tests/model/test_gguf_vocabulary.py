@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,9 +240,9 @@ def test_types_may_stand_in_any_order(tmp_path: Path) -> None:
 
 def test_folders_keep_stated_ids(tiny_model: TinyModel, tmp_path: Path) -> None:
     """The library would number them in order, without the gap."""
-    folder = tiny_model.write_folder(tmp_path / "folder")
-    body = json.loads((folder / "tokenizer.json").read_text())
     size = tiny_model.vocab_size
+    folder = tiny_model.with_rows(size + 14).write_folder(tmp_path / "folder")
+    body = json.loads((folder / "tokenizer.json").read_text())
     for offset, (text, special) in enumerate(
         [("<a>", True), ("<b>", False), ("<|eot_id|>", False)]
     ):
@@ -252,6 +253,7 @@ def test_folders_keep_stated_ids(tiny_model: TinyModel, tmp_path: Path) -> None:
     assert tokenizer.special_id("<a>") == size + 7
     assert tokenizer.encode("<b>") == [size + 10]
     assert tokenizer.special_id("<|eot_id|>") == size + 13
+    assert size + 13 in tokenizer.eos_ids  # by its name alone, as in a GGUF file
     assert tokenizer.vocab_size == size + 14
     body["added_tokens"][-1]["content"] = "<b>"
     (folder / "tokenizer.json").write_text(json.dumps(body))
@@ -358,12 +360,20 @@ def test_equals_sentencepiece(trained: Trained, tmp_path: Path) -> None:
 def test_equals_llama_cpps_sentencepiece(trained: Trained, tmp_path: Path) -> None:
     def write(writer: gguf.GGUFWriter) -> None:
         add_vocabulary(writer, trained.tokens, **trained.settings())
+        writer.add_chat_template(
+            "<s>[INST]{{ messages[0].content }}[/INST]</s>[INST] {{ messages[0].content }}<think>"
+        )
 
     model = with_added_tokens(QWEN2, controls=(), literals=()).with_rows(len(trained.tokens))
     path = model.write_gguf(tmp_path / "tiny.gguf", vocabulary=write)
     ours, theirs = Tokenizer.from_checkpoint(path), LlamaCpp(path)
     for text in spelled(odd_texts(300, seed=5), ["[INST]", "<think>", "</think>", "<s>"]):
         assert ours.encode(text, add_bos=False) == theirs.encode(text), ascii(text)
+    for text in odd_texts(100, seed=6):  # a chat: special tokens, and text behind them
+        prompt = ours.apply_chat_template([{"role": "user", "content": text}])
+        shown = f"<s>[INST]{text}[/INST]</s>[INST] {text}<think>"
+        if not {"<s>", "</s>"} & set(re.findall("</?s>", text)):
+            assert prompt == theirs.encode(shown, parse_special=True), ascii(text)
 
 
 @pytest.mark.slow

@@ -76,8 +76,8 @@ class LlamaCpp:
         parameters.cpuparams.n_threads = 1
         self._server = xllamacpp.Server(parameters)
 
-    def encode(self, text: str) -> list[int]:
-        body = {"content": text, "add_special": False, "parse_special": False}
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        body = {"content": text, "add_special": False, "parse_special": parse_special}
         request = urllib.request.Request(
             f"{self._server.listening_address}/tokenize",
             json.dumps(body).encode(),
