@@ -1,4 +1,4 @@
-"""Engines over models whose embedding and vocabulary differ in size, loaded as any model is."""
+"""Engines over odd files: split models, and embeddings that differ in size from the vocabulary."""
 
 from __future__ import annotations
 
@@ -89,3 +89,18 @@ def test_ends_of_an_answer_without_a_row(
     assert ids[:3] == [1, 1, 1]
     assert end.error is None
     loaded.runner.close()
+
+
+def test_a_split_model_is_served_under_its_own_name(tiny_model: TinyModel, tmp_path: Path) -> None:
+    whole = load(tiny_model.write_gguf(tmp_path / "tiny.gguf"), "torch")
+    (tmp_path / "split").mkdir()
+    tiny_model.write_gguf(tmp_path / "split" / "tiny.gguf", split=6)
+    split = load(tmp_path / "split" / "tiny-00003-of-00004.gguf", "torch")
+    assert split.card.id == whole.card.id == "tiny"
+    request = GenerationRequest(
+        id="r",
+        prompt_ids=(5, 6, 7),
+        max_tokens=5,
+        sampling=SamplingParams(seed=0, temperature=0.0),
+    )
+    assert answer(split, request) == answer(whole, request)
