@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
-import sentencepiece
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from model.checkpoint import CheckpointError
 from model.tokenizer import Tokenizer
-from tests.conftest import CORPUS, ROOT, TinyModel, build_tiny_model
-from tests.model.tokenizer_oracles import LlamaCpp, odd_texts
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+from tests.conftest import TinyModel, build_tiny_model
+from tests.model.tokenizer_oracles import LlamaCpp, odd_texts, spelled
+from tests.model.vocabulary_files import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    vocabulary_file,
+)
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -113,13 +117,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return pair_of(model, folder, pre=request.param, whole_words=is_tekken)
 
 
-def spelled(texts: Sequence[str], added: Sequence[str]) -> Iterator[str]:
-    """The texts, and each around one of the added tokens."""
-    for index, text in enumerate(texts):
-        yield text
-        yield text + added[index % len(added)] + text
-
-
 def test_every_added_token_has_one_id(pair: Pair) -> None:
     """User-defined tokens once got the next free ids: <tool_call> was <|im_start|>."""
     first = pair.folder.special_id(CONTROLS[0])
@@ -174,39 +171,6 @@ def test_tekken_equals_llama_cpps_within_ascii(tmp_path: Path) -> None:
 
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-def add_vocabulary(
-    writer: gguf.GGUFWriter,
-    tokens: Sequence[tuple[str, int]],
-    *,
-    kind: str = "gpt2",
-    pre: str = "qwen2",
-    scores: Sequence[float] | None = None,
-    merges: Sequence[str] = (),
-    **settings: int | bool,
-) -> None:
-    writer.add_tokenizer_model(kind)
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list([text for text, _ in tokens])
-    writer.add_token_types([type_ for _, type_ in tokens])
-    if scores is not None:
-        writer.add_token_scores(list(scores))
-    if merges:
-        writer.add_token_merges(list(merges))
-    for name, value in settings.items():
-        add = writer.add_bool if isinstance(value, bool) else writer.add_uint32
-        add(f"tokenizer.ggml.{name}", value)
-
-
-def vocabulary_file(path: Path, tokens: Sequence[tuple[str, int]], **settings: Any) -> Path:
-    """A GGUF file with a vocabulary and no tensors."""
-    writer = gguf.GGUFWriter(str(path), "llama")
-    add_vocabulary(writer, tokens, **settings)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
 
 
 def test_types_may_stand_in_any_order(tmp_path: Path) -> None:
@@ -275,151 +239,6 @@ def test_merges_of_a_folder_spell_no_special_token(tiny_model: TinyModel, tmp_pa
     tokenizer = Tokenizer.from_checkpoint(folder)
     assert tokenizer.special_id("the") == 511
     assert 511 not in tokenizer.encode("the")
-
-
-# --- SentencePiece
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """A SentencePiece model, and its vocabulary as llama.cpp's converter takes it out."""
-
-    reference: Any
-    prefix: bool
-    tokens: list[tuple[str, int]]
-    scores: list[float]
-
-    proto: bytes
-
-    def settings(self) -> dict[str, Any]:
-        """Metadata, as for `vocabulary_file`."""
-        return {"kind": "llama", "scores": self.scores, "add_space_prefix": self.prefix}
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["prefix", "no prefix"])
-def trained(request: pytest.FixtureRequest) -> Trained:
-    """Trained as Llama 2's is: bytes for rare characters, text taken as it is."""
-    stored = io.BytesIO()
-    lines = (ROOT / "tests/data/perplexity.txt").read_text().splitlines()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*lines, *"".join(CORPUS).splitlines()]),
-        model_writer=stored,
-        model_type="bpe",
-        vocab_size=2000,
-        byte_fallback=True,
-        character_coverage=0.9995,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=request.param,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        control_symbols=["[INST]"],
-        user_defined_symbols=["<think>", "</think>"],
-        num_threads=1,
-        minloglevel=2,
-    )
-    reference = sentencepiece.SentencePieceProcessor(model_proto=stored.getvalue())
-    tokens = [(reference.IdToPiece(id_), NORMAL) for id_ in range(reference.vocab_size())]
-    for id_, (text, _) in enumerate(tokens):
-        if reference.IsUnknown(id_):
-            tokens[id_] = (text, UNKNOWN)
-        elif reference.IsControl(id_):
-            tokens[id_] = (text, CONTROL)
-        elif reference.IsByte(id_):
-            tokens[id_] = (text, BYTE)
-        elif text in ("<think>", "</think>"):
-            tokens[id_] = (text, USER_DEFINED)
-    scores = [reference.GetScore(id_) for id_ in range(len(tokens))]
-    return Trained(
-        proto=stored.getvalue(),
-        reference=reference,
-        prefix=request.param,
-        tokens=tokens,
-        scores=scores,
-    )
-
-
-def test_equals_sentencepiece(trained: Trained, tmp_path: Path) -> None:
-    path = vocabulary_file(tmp_path / "x.gguf", trained.tokens, **trained.settings())
-    tokenizer = Tokenizer.from_checkpoint(path)
-    # llama.cpp puts a space behind an added token as well, which SentencePiece does not.
-    added = ["[INST]", "<s>"] if trained.prefix else ["[INST]", "<think>", "</think>", "<s>"]
-    texts = list(spelled(odd_texts(300), added))
-    assert len(texts) >= 500
-    for text in texts:
-        assert tokenizer.encode(text, add_bos=False) == trained.reference.encode(text), ascii(text)
-    for id_, (text, type_) in enumerate(trained.tokens):
-        expected = "" if type_ in (UNKNOWN, CONTROL) else text.replace("\u2581", " ")
-        if type_ != BYTE:
-            assert tokenizer.decode([id_]) == expected
-    assert tokenizer.encode("") == [tokenizer.bos_id] == [1]
-    assert tokenizer.eos_ids == {2}
-
-
-@pytest.mark.slow
-def test_equals_llama_cpps_sentencepiece(trained: Trained, tmp_path: Path) -> None:
-    def write(writer: gguf.GGUFWriter) -> None:
-        add_vocabulary(writer, trained.tokens, **trained.settings())
-        writer.add_chat_template(
-            "<s>[INST]{{ messages[0].content }}[/INST]</s>[INST] {{ messages[0].content }}<think>"
-        )
-
-    model = with_added_tokens(QWEN2, controls=(), literals=()).with_rows(len(trained.tokens))
-    path = model.write_gguf(tmp_path / "tiny.gguf", vocabulary=write)
-    ours, theirs = Tokenizer.from_checkpoint(path), LlamaCpp(path)
-    for text in spelled(odd_texts(300, seed=5), ["[INST]", "<think>", "</think>", "<s>"]):
-        assert ours.encode(text, add_bos=False) == theirs.encode(text), ascii(text)
-    for text in odd_texts(100, seed=6):  # a chat: special tokens, and text behind them
-        prompt = ours.apply_chat_template([{"role": "user", "content": text}])
-        shown = f"<s>[INST]{text}[/INST]</s>[INST] {text}<think>"
-        if not {"<s>", "</s>"} & set(re.findall("</?s>", text)):
-            assert prompt == theirs.encode(shown, parse_special=True), ascii(text)
-
-
-@pytest.mark.slow
-def test_equals_a_sentencepiece_folder(trained: Trained, tmp_path: Path) -> None:
-    """tokenizer.json by transformers, normalised as in the published folders of Llama 2."""
-    from transformers import AutoTokenizer
-
-    (tmp_path / "tokenizer.model").write_bytes(trained.proto)
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    body = json.loads(AutoTokenizer.from_pretrained(tmp_path).backend_tokenizer.to_str())
-    blanks: list[Any] = [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
-    prefix: list[Any] = [{"type": "Prepend", "prepend": "\u2581"}] if trained.prefix else []
-    body |= {
-        "pre_tokenizer": None,
-        "normalizer": {"type": "Sequence", "normalizers": prefix + blanks},
-        "added_tokens": [
-            {
-                **body["added_tokens"][0],
-                "id": id_,
-                "content": text,
-                "special": type_ != USER_DEFINED,
-            }
-            for id_, (text, type_) in enumerate(trained.tokens)
-            if type_ in (UNKNOWN, CONTROL, USER_DEFINED)
-        ],
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(body))
-    folder = Tokenizer.from_checkpoint(tmp_path)
-    path = vocabulary_file(tmp_path / "x.gguf", trained.tokens, **trained.settings())
-    ours = Tokenizer.from_checkpoint(path)
-    assert ours.token_bytes == folder.token_bytes
-    assert ours.special_id("[INST]") == folder.special_id("[INST]") is not None
-    for text in spelled(odd_texts(300, seed=6), ["[INST]", "<think>", "</think>", "<s>"]):
-        ids = ours.encode(text, add_bos=False)
-        assert ids == folder.encode(text, add_bos=False), ascii(text)
-
-
-def test_unknown_characters_without_byte_tokens(tmp_path: Path) -> None:
-    """They become the unknown token, as in SentencePiece; without one they are left out."""
-    tokens = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("a", NORMAL), ("aa", NORMAL)]
-    scores = [0.0, 0.0, -2.0, -1.0]
-    path = vocabulary_file(
-        tmp_path / "x.gguf", tokens, kind="llama", scores=scores, add_space_prefix=False
-    )
-    assert Tokenizer.from_checkpoint(path).encode("aaxya", add_bos=False) == [3, 0, 2]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 PIECES = [
@@ -61,6 +62,13 @@ def odd_texts(count: int, seed: int = 0) -> list[str]:
         for _ in range(count)
     ]
     return PIECES + joined + wild
+
+
+def spelled(texts: Sequence[str], added: Sequence[str]) -> Iterator[str]:
+    """The texts, and each around one of the added tokens."""
+    for index, text in enumerate(texts):
+        yield text
+        yield text + added[index % len(added)] + text
 
 
 class LlamaCpp:
