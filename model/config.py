@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
+
+MAX_SIZE = 2**31 - 1  # of any dimension
+MAX_LAYERS = 4096  # real models have hundreds
+MAX_POSITIONS = 2**24  # rotary angles are computed in float32, which counts no further
+ROPE_THETA = (1.0, 1e15)  # real models end at about 1e8
 
 
 class Norm(StrEnum):
@@ -36,6 +42,28 @@ class RopeScaling:
     high_freq_factor: float
     original_max_position: int
 
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+        if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
+            raise ValueError("low_freq_factor must be above 0 and below high_freq_factor")
+        if not 1 <= self.original_max_position <= MAX_POSITIONS:
+            raise ValueError(f"original_max_position must be from 1 to {MAX_POSITIONS}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearScaling:
+    """Position interpolation: every frequency is divided by `factor`. arXiv 2306.15595."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+
+
+def _check_factor(factor: float) -> None:
+    if not 1 <= factor <= 1e6:
+        raise ValueError("the factor of rotary scaling must be from 1 to 1e6")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
@@ -57,7 +85,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     position: Position = Position.ROTARY
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | LinearScaling | None = None
     rope_free_layers: frozenset[int] = frozenset()  # layers without rotary positions (SmolLM3)
     activation: Activation = Activation.SILU
     gated_mlp: bool = True
@@ -80,9 +108,16 @@ class ModelConfig:
             "intermediate_size": self.intermediate_size,
             "max_model_len": self.max_model_len,
         }
+        most = {"num_layers": MAX_LAYERS, "max_model_len": MAX_POSITIONS}
         for name, size in sizes.items():
-            if not 1 <= size <= 2**31 - 1:
-                raise ValueError(f"{name} must be between 1 and 2**31 - 1")
+            if not 1 <= size <= most.get(name, MAX_SIZE):
+                raise ValueError(f"{name} must be from 1 to {most.get(name, MAX_SIZE)}")
+        if not 0 < self.norm_eps <= 1:
+            raise ValueError("norm_eps must be above 0 and at most 1")
+        if not ROPE_THETA[0] <= self.rope_theta <= ROPE_THETA[1]:
+            raise ValueError(f"rope_theta must be from {ROPE_THETA[0]:g} to {ROPE_THETA[1]:g}")
+        if self.sliding_window is not None and not 1 <= self.sliding_window <= MAX_SIZE:
+            raise ValueError(f"sliding_window must be from 1 to {MAX_SIZE}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError("num_heads must be a multiple of num_kv_heads")
         if self.position is Position.ROTARY and self.head_dim % 2:

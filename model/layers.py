@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from model.config import Activation, ModelConfig, Norm, RopeScaling
+from model.config import Activation, LinearScaling, ModelConfig, Norm, RopeScaling
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosine and signed sine of each position's angles, [T, 1, D] in float32: for all heads at once."""
@@ -51,12 +51,15 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> torch.Tens
     return scaled(frequencies, config.rope_scaling) if config.rope_scaling else frequencies
 
 
-def scaled(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Llama 3's stretch to longer texts.
+def scaled(frequencies: torch.Tensor, scaling: RopeScaling | LinearScaling) -> torch.Tensor:
+    """The frequencies of a model that was stretched to longer texts.
 
-    Pairs that turn often within the original length keep their frequency, those that turn seldom
-    are slowed down by `factor`, and those between are blended.
+    Linear scaling slows every pair down by `factor`. In Llama 3's, pairs that turn often within the
+    original length keep their frequency, those that turn seldom are slowed down, and those between
+    are blended.
     """
+    if isinstance(scaling, LinearScaling):
+        return frequencies / scaling.factor
     turns = scaling.original_max_position * frequencies / (2 * math.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
     kept = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)

@@ -20,6 +20,7 @@ from rich.progress import (
 
 from model.checkpoint import CheckpointError, configure, open_checkpoint
 from model.checkpoint.fetch import FetchError, resolve
+from model.checkpoint.gguf_parts import name_without_part
 from model.config import ModelConfig
 from model.memory import return_free_memory
 from model.runners import RunnerOptions
@@ -199,5 +200,5 @@ def card_of(
 def name_of(model: str, path: Path) -> str:
     """What clients call a model by default: a repository's id, else the file's name."""
     if not model or Path(model).expanduser().exists():
-        return path.stem if path.is_file() else path.name
+        return name_without_part(path.stem) if path.is_file() else path.name
     return model

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,20 @@ class TinyModel:
     def vocab_size(self) -> int:
         return self.tokenizer.get_vocab_size()
 
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding, which may be more than the vocabulary has tokens."""
+        return len(self.weights["model.embed_tokens.weight"])
+
+    def with_rows(self, rows: int) -> TinyModel:
+        """The same model with an embedding of another size."""
+        embedding = np.random.default_rng(1).standard_normal((rows, SIZES["hidden"]), np.float32)
+        return replace(self, weights={**self.weights, "model.embed_tokens.weight": embedding})
+
     def config(self) -> dict[str, Any]:
         return {
             "model_type": "llama",
-            "vocab_size": self.vocab_size,
+            "vocab_size": self.rows,
             "hidden_size": SIZES["hidden"],
             "num_hidden_layers": SIZES["layers"],
             "num_attention_heads": SIZES["heads"],
@@ -120,9 +130,17 @@ class TinyModel:
         pre: str = "smollm",
         storage: str = "F32",
         extra: Mapping[str, np.ndarray[Any, Any]] | None = None,
+        vocabulary: Callable[[gguf.GGUFWriter], None] | None = None,
+        split: int = 0,
+        metadata: Mapping[str, gguf.GGUFValue] | None = None,
     ) -> Path:
-        """The same model as llama.cpp's converter writes it: rotary rows interleaved."""
-        writer = gguf.GGUFWriter(str(path), "llama")
+        """The same model as llama.cpp's converter writes it: rotary rows interleaved.
+
+        `vocabulary` writes the tokenizer's metadata; by default, those of the model's own. With
+        `split`, files of so many tensors each are written beside `path`, and none there.
+        `metadata` replaces or adds entries.
+        """
+        writer = gguf.GGUFWriter(str(path), "llama", split_max_tensors=split)
         writer.add_block_count(SIZES["layers"])
         writer.add_context_length(128)
         writer.add_embedding_length(SIZES["hidden"])
@@ -132,17 +150,11 @@ class TinyModel:
         writer.add_rope_dimension_count(SIZES["head_dim"])
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_rope_freq_base(10000.0)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre)
-        body = json.loads(self.tokenizer.to_str())
-        tokens = sorted(body["model"]["vocab"], key=body["model"]["vocab"].__getitem__)
-        writer.add_token_list(tokens)
-        writer.add_token_types([3 if token in SPECIALS else 1 for token in tokens])
-        writer.add_token_merges([" ".join(merge) for merge in body["model"]["merges"]])
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_add_bos_token(value=False)
-        writer.add_chat_template(TEMPLATE)
+        if vocabulary is None:
+            self._add_vocabulary(writer, pre)
+        else:
+            vocabulary(writer)
+        writer.kv_data[0].update(metadata or {})
         kind = gguf.GGMLQuantizationType[storage]
         for name, values in self.weights.items():
             stored = _interleaved(name, values)
@@ -159,6 +171,19 @@ class TinyModel:
         writer.write_tensors_to_file()
         writer.close()
         return path
+
+    def _add_vocabulary(self, writer: gguf.GGUFWriter, pre: str) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        body = json.loads(self.tokenizer.to_str())
+        tokens = sorted(body["model"]["vocab"], key=body["model"]["vocab"].__getitem__)
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if token in SPECIALS else 1 for token in tokens])
+        writer.add_token_merges([" ".join(merge) for merge in body["model"]["merges"]])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_add_bos_token(value=False)
+        writer.add_chat_template(TEMPLATE)
 
 
 def _interleaved(name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -209,7 +234,9 @@ def tiny_model_split_by() -> Callable[[str], TinyModel]:
     return lambda pattern: build_tiny_model(pre_tokenizers.Split(Regex(pattern), "isolated"))
 
 
-def build_tiny_model(splitter: pre_tokenizers.PreTokenizer) -> TinyModel:
+def build_tiny_model(
+    splitter: pre_tokenizers.PreTokenizer, *, specials: Sequence[str] = SPECIALS
+) -> TinyModel:
     use_regex = isinstance(splitter, pre_tokenizers.Digits)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -217,7 +244,7 @@ def build_tiny_model(splitter: pre_tokenizers.PreTokenizer) -> TinyModel:
     )
     trainer = trainers.BpeTrainer(
         vocab_size=512,
-        special_tokens=list(SPECIALS),
+        special_tokens=list(specials),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

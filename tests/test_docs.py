@@ -14,6 +14,9 @@ import pytest
 from fastapi.routing import APIRoute
 from typer.testing import CliRunner
 
+from model.checkpoint.gguf_header import STORAGE
+from model.checkpoint.gguf_vocabulary import PRE_TOKENIZERS
+from model.families import FAMILIES
 from service.__main__ import app
 from service.api import ROUTERS
 from service.metrics import Metrics
@@ -38,6 +41,17 @@ def test_every_setting_has_its_row_and_default() -> None:
     expected = {row.flag: f"`{row.default}`" if row.default else "" for row in setting_rows()}
     stated = {row[0].strip("`"): row[1] for row in rows("Settings")}
     assert stated == expected
+
+
+def test_models_that_are_promised_are_those_that_load() -> None:
+    stated = dict(re.findall(r"^\| ([\w ]+) \| (.*) \|$", README, re.MULTILINE))
+    types = stated["GGUF tensor types"].split(", ")
+    assert sorted(types) == sorted(storage.name for storage in STORAGE.values())
+    _, splits = stated["GGUF vocabularies"].split("pre-tokenizers ")
+    assert splits.split(", ") == sorted(PRE_TOKENIZERS)
+    aliases = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt-2"}
+    assert {name.replace("-", "") for name in aliases} == set(FAMILIES)
+    assert all(name in stated["families"].lower() for name in aliases)
 
 
 def test_every_metric_has_its_row() -> None:

@@ -88,22 +88,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` is or, where it is a folder without safetensors, holds."""
+    """The GGUF file that `path` is or, if it is a folder without safetensors, contains.
+
+    Of a model that is split into several files, the first one.
+    """
+    from model.checkpoint.gguf_parts import first_part
+
     try:
         if path.is_dir():
-            files = sorted(path.glob("*.gguf"))
+            files = {first_part(file) for file in path.glob("*.gguf")}
             if not files or any(path.glob("*.safetensors")):
                 return None
             if len(files) > 1:
-                raise CheckpointError(f"{path.name}: {len(files)} GGUF files; name one of them")
-            return files[0]
+                raise CheckpointError(f"{path.name}: {len(files)} GGUF models; name one of them")
+            return files.pop()
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
         raise CheckpointError(f"{path.name}: {error.strerror or 'cannot be read'}") from None
     if magic[:2] == b"PK" or magic[:1] == b"\x80":
         raise CheckpointError(f"{path.name}: zip and pickle files run code when read; refused")
-    return path if magic == b"GGUF" else None
+    return first_part(path) if magic == b"GGUF" else None
 
 
 def configure(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
@@ -119,7 +124,9 @@ def configure(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
     except KeyError as error:
         raise CheckpointError(f"the configuration lacks {error}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"the configuration is no {family.name}: {error}") from None
+        raise CheckpointError(
+            f"the configuration is not valid for {family.name}: {error}"
+        ) from None
 
 
 def load_model(

@@ -22,6 +22,8 @@ from typing import IO, BinaryIO
 
 from filelock import FileLock
 
+from model.checkpoint.gguf_parts import part_names
+
 Progress = Callable[[int, int | None], None]
 """(bytes so far, bytes in all or None where that is not known)."""
 
@@ -249,7 +251,8 @@ def _from_hub(repository: str, file: str | None, *, cache: Path) -> Path:
             if {kept_file.suffix for kept_file in kept.iterdir()} & {".safetensors", ".gguf"}:
                 return kept
             file = _only_gguf(HfApi().list_repo_files(repository), repository)
-        return Path(hf_hub_download(repository, file, cache_dir=folder))
+        parts = [hf_hub_download(repository, part, cache_dir=folder) for part in part_names(file)]
+        return Path(parts[0])
     except LocalEntryNotFoundError:
         raise FetchError(f"cannot fetch {repository}: Hugging Face cannot be reached") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -258,11 +261,11 @@ def _from_hub(repository: str, file: str | None, *, cache: Path) -> Path:
 
 
 def _only_gguf(files: list[str], repository: str) -> str:
-    """The GGUF file to take where a repository has no safetensors. Raises FetchError."""
-    ggufs = [name for name in files if name.endswith(".gguf")]
+    """The GGUF file to take if a repository has no safetensors: of a split model, the first."""
+    ggufs = {part_names(name)[0] for name in files if name.endswith(".gguf")}
     if len(ggufs) != 1:
         raise FetchError(
-            f"{repository} has no safetensors and {len(ggufs)} GGUF files;"
+            f"{repository} has no safetensors and {len(ggufs)} GGUF models;"
             f" name one as {repository}/FILE.gguf"
         )
-    return ggufs[0]
+    return ggufs.pop()

@@ -1,4 +1,4 @@
-"""GGUF files as checkpoints: tensors are read from the mapped file and dequantised one by one.
+"""GGUF files as checkpoints: tensors are read from mapped files and dequantised one by one.
 
 The head is walked and bounds-checked in `gguf_header`; nothing here trusts a number that was not.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from model.checkpoint import CheckpointError, Layout
 from model.checkpoint.dequantize import dequantize
 from model.checkpoint.gguf_config import INTERLEAVED, NAMES, rope_scaling, translate
-from model.checkpoint.gguf_header import map_file, parse_header
+from model.checkpoint.gguf_parts import merged, open_parts
 
 if TYPE_CHECKING:
     import torch
@@ -27,12 +27,13 @@ _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class GgufCheckpoint:
-    """One GGUF file."""
+    """One GGUF file, or one model that is split into several."""
 
     def __init__(self, path: Path) -> None:
         self.tokenizer = path
-        self._data = map_file(path)
-        self._header = parse_header(self._data, file_name=path.name)
+        self._parts = open_parts(path)
+        self._header = merged(self._parts)
+        self._data = {name: part.data for part in self._parts for name in part.header.tensors}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -41,15 +42,24 @@ class GgufCheckpoint:
         entry = self._header.tensors.get("rope_freqs.weight")
         if entry is not None and len(entry.shape) == 1 and entry.storage.name == "F32":
             factors = self.load("rope_freqs.weight").tolist()
-            config["rope_scaling"] = rope_scaling(factors, theta=config.get("rope_theta", 1e4))
+            scaling = rope_scaling(factors, theta=config.get("rope_theta", 1e4))
+            if scaling and config.get("rope_scaling"):
+                raise CheckpointError(
+                    f"{self._header.file_name}: rope_freqs.weight and a linear scaling exclude"
+                    " each other"
+                )
+            config["rope_scaling"] = scaling or config.get("rope_scaling")
         elif entry is not None:
             raise CheckpointError(f"{self._header.file_name}: rope_freqs.weight is malformed")
         return config
 
     @cached_property
     def digest(self) -> str:
-        """The file's SHA-256."""
-        return hashlib.sha256(self._data).hexdigest()
+        """The file's SHA-256; of several files, that over their SHA-256 in order."""
+        digests = [hashlib.sha256(part.data) for part in self._parts]
+        if len(digests) == 1:
+            return digests[0].hexdigest()
+        return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
     def layout(self, family: Family) -> Layout:  # noqa: ARG002  (the same for all of them)
         """GGUF's own names; matrices are always [out, in]."""
@@ -66,7 +76,7 @@ class GgufCheckpoint:
         import torch
 
         entry = self._header.tensors[name]
-        stored = np.frombuffer(self._data, np.uint8, count=entry.size, offset=entry.start)
+        stored = np.frombuffer(self._data[name], np.uint8, count=entry.size, offset=entry.start)
         plain = _PLAIN.get(entry.storage.name)
         if plain is None:
             values = dequantize(stored.reshape(-1, entry.storage.size), entry.storage.name)

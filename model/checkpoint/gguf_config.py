@@ -12,6 +12,7 @@ from typing import Any
 
 from model.checkpoint import CheckpointError
 from model.checkpoint.gguf_header import GgufHeader
+from model.config import ROPE_THETA
 
 # Rotary pairs stand side by side in the rows of Q and K, and have to be taken apart.
 INTERLEAVED = frozenset({"llama", "smollm3"})
@@ -82,11 +83,9 @@ def translate(header: GgufHeader) -> dict[str, Any]:
     architecture = header.text("general.architecture")
     if architecture is None:
         raise CheckpointError(f"{header.file_name}: general.architecture is missing")
-    for refused in ("expert_count", "rope.scaling.attn_factor"):
-        if header.number(f"{architecture}.{refused}"):
+    for refused, neutral in (("expert_count", 0), ("rope.scaling.attn_factor", 1)):
+        if header.number(f"{architecture}.{refused}") not in (None, 0, neutral):
             raise CheckpointError(f"{header.file_name}: {refused} is not supported")
-    if (header.text(f"{architecture}.rope.scaling.type") or "none") != "none":
-        raise CheckpointError(f"{header.file_name}: this rope scaling is not supported")
     keys = _GPT2_KEYS if architecture == "gpt2" else _LLAMA_KEYS
     config: dict[str, Any] = {"model_type": architecture}
     for theirs, ours in keys.items():
@@ -115,6 +114,7 @@ def _llama_like(header: GgufHeader, architecture: str) -> dict[str, Any]:
     )
     if header.integer(f"{architecture}.rope.dimension_count") not in (None, config.get("head_dim")):
         raise CheckpointError(f"{header.file_name}: partial rotary positions are not supported")
+    config["rope_scaling"] = _linear_scaling(header, architecture)
     config["hidden_act"] = "silu"
     config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
     config["mlp_bias"] = "blk.0.ffn_down.bias" in header.tensors
@@ -128,15 +128,33 @@ def _llama_like(header: GgufHeader, architecture: str) -> dict[str, Any]:
     return config
 
 
+def _linear_scaling(header: GgufHeader, architecture: str) -> dict[str, Any] | None:
+    """The scaling that the metadata states. As in llama.cpp, a factor without a type is linear."""
+    kind = header.text(f"{architecture}.rope.scaling.type") or "linear"
+    if kind not in ("none", "linear"):
+        raise CheckpointError(
+            f"{header.file_name}: rope.scaling.type {kind[:80]!r} is not supported;"
+            " none and linear are"
+        )
+    names = ("rope.scaling.factor", "rope.scale_linear")  # the older name is read second
+    factors = [header.number(f"{architecture}.{name}") for name in names]
+    factor = next((factor for factor in factors if factor), 1.0)
+    return None if kind == "none" or factor == 1 else {"rope_type": "linear", "factor": factor}
+
+
 def _present(**entries: float | None) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if value is not None}
 
 
 def rope_scaling(factors: Sequence[float], *, theta: float) -> dict[str, Any] | None:
-    """The scaling whose frequency divisors are `factors`; None where nothing is scaled.
+    """The scaling whose frequency divisors are `factors`; None if nothing is scaled.
 
-    Raises CheckpointError where the factors are not those of Llama 3's formula.
+    Raises CheckpointError if the factors are not those of Llama 3's formula.
     """
+    if not ROPE_THETA[0] <= theta <= ROPE_THETA[1]:
+        raise CheckpointError(f"rope.freq_base must be from {ROPE_THETA[0]:g} to {ROPE_THETA[1]:g}")
+    if not all(0 < factor < math.inf for factor in factors):
+        raise CheckpointError("the values of rope_freqs.weight must be finite and above 0")
     factor = max(factors)
     if factor == min(factors) == 1.0:
         return None

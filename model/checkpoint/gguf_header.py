@@ -69,6 +69,15 @@ STORAGE = {
     12: Storage(name="Q4_K", values=256, size=144),
     13: Storage(name="Q5_K", values=256, size=176),
     14: Storage(name="Q6_K", values=256, size=210),
+    16: Storage(name="IQ2_XXS", values=256, size=66),
+    17: Storage(name="IQ2_XS", values=256, size=74),
+    18: Storage(name="IQ3_XXS", values=256, size=98),
+    19: Storage(name="IQ1_S", values=256, size=50),
+    20: Storage(name="IQ4_NL", values=32, size=18),
+    21: Storage(name="IQ3_S", values=256, size=110),
+    22: Storage(name="IQ2_S", values=256, size=82),
+    23: Storage(name="IQ4_XS", values=256, size=136),
+    29: Storage(name="IQ1_M", values=256, size=56),
     30: Storage(name="BF16", values=1, size=2),
 }
 
@@ -124,6 +133,13 @@ class GgufHeader:
         """A list of integers, empty where absent."""
         value = self.metadata.get(key, [])
         if isinstance(value, list) and all(type(item) is int for item in value):
+            return value
+        return self._refuse(key)
+
+    def numbers(self, key: str) -> list[float]:
+        """A list of numbers, empty where absent. They may be infinite or not a number."""
+        value = self.metadata.get(key, [])
+        if isinstance(value, list) and all(type(item) in (int, float) for item in value):
             return value
         return self._refuse(key)
 
@@ -278,14 +294,24 @@ def _tensor_table(cursor: _Cursor, count: int, *, alignment: int) -> dict[str, T
         if not 1 <= rank <= MAX_RANK:
             raise CheckpointError(f"a tensor's rank is not between 1 and {MAX_RANK}")
         sizes = tuple(cursor.u64() for _ in range(rank))
-        storage = STORAGE.get(cursor.u32())
+        kind = cursor.u32()
+        storage = STORAGE.get(kind)
         if storage is None:
-            raise CheckpointError("a tensor has a type that is not supported")
+            raise CheckpointError(
+                f"{name!r} has the tensor type {kind}{_known_as(kind)}, which is not supported"
+            )
         rows[name] = sizes[::-1], storage, cursor.u64()
     base = -(-cursor.at // alignment) * alignment
     entries = {name: _entry(*row, base=base, end=cursor.end) for name, row in rows.items()}
     _refuse_overlaps(entries)
     return entries
+
+
+def _known_as(kind: int) -> str:
+    """The name of a tensor type that is not in STORAGE, in parentheses, if llama.cpp has one."""
+    from gguf import GGMLQuantizationType
+
+    return next((f" ({known.name})" for known in GGMLQuantizationType if known == kind), "")
 
 
 def _entry(

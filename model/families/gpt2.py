@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from model.config import Activation, ModelConfig, Norm, Position
 from model.families import Family
-from model.families.hugging_face import Config, refuse, whole
+from model.families.hugging_face import Config, flag, real, refuse, whole
 
 _NAMES: dict[str, str | tuple[str, ...] | None] = {
     "wte.weight": "embed.weight",
@@ -56,14 +56,14 @@ def configure(config: Config) -> ModelConfig:
         intermediate_size=wide,
         max_model_len=whole(config, "n_positions"),
         norm=Norm.LAYER,
-        norm_eps=float(config.get("layer_norm_epsilon", 1e-5)),
+        norm_eps=real(config, "layer_norm_epsilon", default=1e-5),
         position=Position.LEARNED,
         activation=Activation.GELU_TANH,
         gated_mlp=False,
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
-        tied_head=bool(config.get("tie_word_embeddings", True)),
+        tied_head=flag(config, "tie_word_embeddings", default=True),
     )
 
 

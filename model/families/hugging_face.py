@@ -7,11 +7,12 @@ change nothing about the network are not read. Both spellings of rotary settings
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from model.config import ModelConfig, RopeScaling
+from model.config import MAX_LAYERS, MAX_SIZE, LinearScaling, ModelConfig, RopeScaling
 
 Config = Mapping[str, Any]
 
@@ -67,25 +68,49 @@ def llama_like(
         family=family,
         vocab_size=whole(config, "vocab_size"),
         hidden_size=hidden,
-        num_layers=whole(config, "num_hidden_layers"),
+        num_layers=len(layer_numbers(config)),
         num_heads=heads,
         num_kv_heads=heads if silent else whole(config, "num_key_value_heads"),
         head_dim=head_dim,
         intermediate_size=whole(config, "intermediate_size"),
         max_model_len=whole(config, "max_position_embeddings"),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=real(config, "rms_norm_eps", default=1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        tied_head=bool(config.get("tie_word_embeddings", tied)),
+        tied_head=flag(config, "tie_word_embeddings", default=tied),
     )
 
 
-def whole(config: Config, field: str) -> int:
-    """A number that the file must have."""
+def whole(config: Config, field: str, *, most: int = MAX_SIZE) -> int:
+    """A number that the file must have, from 1 to `most`."""
     value = config.get(field)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{field} must be a whole number")  # noqa: TRY004 - a value of the file
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{field} must be a whole number from 1 to {most}")
     return value
+
+
+def real(config: Config, field: str, *, default: float | None = None) -> float:
+    """A finite number above 0. Without a `default` the file must have it."""
+    value: Any = config.get(field)
+    if value is None and default is not None:
+        return default
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(f"{field} must be a finite number above 0")
+    return float(value)
+
+
+def flag(config: Config, field: str, *, default: bool = False) -> bool:
+    """True or false, `default` if the file is silent."""
+    value = config.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{field} must be true or false")
+    return default if value is None else value
+
+
+def layer_numbers(config: Config) -> range:
+    """The numbers of all layers."""
+    return range(whole(config, "num_hidden_layers", most=MAX_LAYERS))
 
 
 def refuse(config: Config, **accepted: tuple[object, ...]) -> None:
@@ -95,45 +120,79 @@ def refuse(config: Config, **accepted: tuple[object, ...]) -> None:
             raise ValueError(f"{field} = {config[field]!r} is not supported")
 
 
-def rotary(config: Config, *, theta: float) -> tuple[float, RopeScaling | None]:
+def rotary(config: Config, *, theta: float) -> tuple[float, RopeScaling | LinearScaling | None]:
     """Base and scaling of the rotary frequencies, from either spelling."""
-    refuse(config, partial_rotary_factor=(None, 1, 1.0))
-    field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    settings = config.get(field) or {}
-    if any(isinstance(value, Mapping) for value in settings.values()):
-        raise ValueError(f"{field} of each kind of layer are not supported")
-    kind = settings.get("rope_type", settings.get("type", "default"))
-    refuse(settings, partial_rotary_factor=(None, 1, 1.0))
-    base = float(settings.get("rope_theta") or config.get("rope_theta") or theta)
-    if kind == "default":
-        return base, None
-    if kind != "llama3":
-        raise ValueError(f"{field}: rope type {kind!r} is not supported")
+    field, settings = _rotary_settings(config)
+    for place in (config, settings):
+        refuse(place, partial_rotary_factor=(None, 1, 1.0))
+    base = real(settings, "rope_theta", default=real(config, "rope_theta", default=theta))
     try:
-        return base, RopeScaling(
-            factor=float(settings["factor"]),
-            low_freq_factor=float(settings["low_freq_factor"]),
-            high_freq_factor=float(settings["high_freq_factor"]),
-            original_max_position=int(settings["original_max_position_embeddings"]),
-        )
-    except KeyError as error:
-        raise ValueError(f"{field} lacks {error}") from error
+        return base, _rotary_scaling(settings)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
+def _rotary_settings(config: Config) -> tuple[str, Config]:
+    """The field that has the settings, and these. Both fields may be there if they agree."""
+    found: dict[str, Config] = {}
+    for field in ("rope_parameters", "rope_scaling"):
+        settings = config.get(field)
+        if settings is not None and not isinstance(settings, Mapping):
+            raise ValueError(f"{field} must be an object")
+        if any(isinstance(value, Mapping) for value in (settings or {}).values()):
+            raise ValueError(f"{field} of each kind of layer are not supported")
+        if settings:
+            found[field] = settings
+    meanings = [
+        {name: value for name, value in settings.items() if name not in ("rope_theta", "type")}
+        | {"rope_type": _rotary_kind(settings)}
+        for settings in found.values()
+    ]
+    if meanings[1:] and meanings[0] != meanings[1]:
+        raise ValueError("rope_parameters and rope_scaling differ; one of them must go")
+    return next(iter(found.items()), ("rope_parameters", {}))
+
+
+def _rotary_kind(settings: Config) -> object:
+    return settings.get("rope_type", settings.get("type", "default"))
+
+
+def _rotary_scaling(settings: Config) -> RopeScaling | LinearScaling | None:
+    kind = _rotary_kind(settings)
+    if kind == "default":
+        if settings.get("factor") not in (None, 1):
+            raise ValueError("there is a factor and no rope_type")
+        return None
+    if kind == "linear":
+        return LinearScaling(factor=real(settings, "factor"))
+    if kind != "llama3":
+        raise ValueError(f"rope_type {kind!r} is not supported; linear and llama3 are")
+    return RopeScaling(
+        factor=real(settings, "factor"),
+        low_freq_factor=real(settings, "low_freq_factor"),
+        high_freq_factor=real(settings, "high_freq_factor"),
+        original_max_position=whole(settings, "original_max_position_embeddings"),
+    )
 
 
 def full_attention_layers(config: Config, sliding: frozenset[int]) -> frozenset[int]:
     """Layers without the window: as `layer_types` lists them, or all but the `sliding` ones."""
-    layers = range(whole(config, "num_hidden_layers"))
+    layers = layer_numbers(config)
     types = config.get("layer_types")
     if types is None:
         return frozenset(layers) - sliding
-    if len(types) != len(layers) or set(types) - {"full_attention", "sliding_attention"}:
-        raise ValueError("layer_types must say full_attention or sliding_attention for each layer")
+    if (
+        not isinstance(types, list)
+        or len(types) != len(layers)
+        or set(types) - {"full_attention", "sliding_attention"}
+    ):
+        raise ValueError("layer_types must list full_attention or sliding_attention per layer")
     return frozenset(layer for layer in layers if types[layer] == "full_attention")
 
 
 def windowed(model: ModelConfig, config: Config, *, sliding: frozenset[int]) -> ModelConfig:
     """With the window of the families that switch it on by `use_sliding_window`."""
-    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
+    if not flag(config, "use_sliding_window") or config.get("sliding_window") is None:
         return model
     return replace(
         model,

@@ -12,18 +12,19 @@ from model.families.hugging_face import (
     OUT_BIAS_NAMES,
     QKV_BIAS_NAMES,
     Config,
+    flag,
     llama_like,
 )
 
 
 def configure(config: Config) -> ModelConfig:
     """Raises ValueError for what the network does not have."""
-    attention_bias = bool(config.get("attention_bias"))
+    attention_bias = flag(config, "attention_bias")
     return replace(
         llama_like(config, family="llama"),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
-        mlp_bias=bool(config.get("mlp_bias")),
+        mlp_bias=flag(config, "mlp_bias"),
     )
 
 

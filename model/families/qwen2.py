@@ -10,9 +10,9 @@ from model.families.hugging_face import (
     LLAMA_NAMES,
     QKV_BIAS_NAMES,
     Config,
+    layer_numbers,
     llama_like,
     refuse,
-    whole,
     windowed,
 )
 
@@ -27,7 +27,9 @@ def configure(config: Config) -> ModelConfig:
 def upper_layers(config: Config) -> frozenset[int]:
     """Layers from `max_window_layers` on, which are those that a window applies to."""
     first = config.get("max_window_layers", 28)
-    return frozenset(range(first, whole(config, "num_hidden_layers")))
+    if type(first) is not int or first < 0:
+        raise ValueError("max_window_layers must be a whole number, not negative")
+    return frozenset(layer for layer in layer_numbers(config) if layer >= first)
 
 
 FAMILY = Family(

@@ -11,6 +11,7 @@ from model.families.hugging_face import (
     OUT_BIAS_NAMES,
     QKV_BIAS_NAMES,
     Config,
+    flag,
     llama_like,
     refuse,
     windowed,
@@ -21,7 +22,7 @@ from model.families.qwen2 import upper_layers
 def configure(config: Config) -> ModelConfig:
     """Raises ValueError for what the network does not have."""
     refuse(config, mlp_bias=(None, False))
-    attention_bias = bool(config.get("attention_bias"))
+    attention_bias = flag(config, "attention_bias")
     model = replace(
         llama_like({"head_dim": 128, **config}, family="qwen3"),
         qk_norm=True,

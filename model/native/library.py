@@ -1,7 +1,7 @@
 """The native library's C interface, typed. Structures mirror src/quire.h field by field.
 
-Calls let go of the interpreter lock. Arrays passed in must be contiguous and of the type that is
-said; the library checks what a step says about blocks, tokens and positions, not lengths.
+Calls release the interpreter lock. Arrays passed in must be contiguous and of the stated type; the
+library checks every index in a step, but not the lengths of arrays.
 """
 
 from __future__ import annotations

@@ -27,20 +27,27 @@ class Choice:
 def choose_runner(
     name: str, config: ModelConfig, options: RunnerOptions, *, num_ranks: int = 1
 ) -> Choice:
-    """The runner to build. `auto` never raises; a name is taken at its word."""
-    if name == "native":
-        return Choice(name="native", dtype=None)
-    if name == "cuda":
-        return Choice(name="cuda", dtype=torch.bfloat16)
-    fallback = choose_dtype(options.dtype, choose_device(options.device))
+    """The runner to build: the named one, or for `auto` the fastest that can run the model.
+
+    Raises ValueError if the device is not available or the dtype is unknown.
+    """
+    dtypes = {"native": None, "cuda": torch.bfloat16}
+    if name in dtypes:
+        return Choice(name=name, dtype=dtypes[name])
+    device = choose_device(options.device)
+    fallback = choose_dtype(options.dtype, device)
     if name == "torch" or options.dtype in {"float32", "bfloat16"}:
         return Choice(name="torch", dtype=fallback)
-    if choose_device(options.device).type != "cpu":
-        return Choice(name="cuda", dtype=torch.bfloat16)
-    reason = _native_reason(config) if num_ranks == 1 else "it does no tensor parallelism"
+    faster = "native" if device.type == "cpu" else "cuda"
+    if faster == "cuda":
+        reason = _cuda_reason(config, device)
+    elif num_ranks == 1:
+        reason = _native_reason(config)
+    else:
+        reason = "it does no tensor parallelism"
     if reason is None:
-        return Choice(name="native", dtype=None)
-    return Choice(name="torch", dtype=fallback, passed_over=f"native: {reason}")
+        return Choice(name=faster, dtype=dtypes[faster])
+    return Choice(name="torch", dtype=fallback, passed_over=f"{faster}: {reason}")
 
 
 def choose_sizes(
@@ -75,6 +82,17 @@ def choose_sizes(
         max_batch_tokens=max_batch_tokens,
         max_sequences=max_sequences,
     )
+
+
+def _cuda_reason(config: ModelConfig, device: torch.device) -> str | None:
+    """Why the cuda runner cannot run a model here."""
+    if device.type != "cuda":
+        return f"it needs an NVIDIA GPU, and the device is {device.type}"
+    try:
+        from model.runners.cuda_network import unsupported
+    except ImportError as error:
+        return f"the package {error.name} is not installed"
+    return unsupported(config)
 
 
 def _native_reason(config: ModelConfig) -> str | None:

@@ -59,20 +59,17 @@ class _Layer:
     down_bias: torch.Tensor | None
 
 
-def check_supported(config: ModelConfig) -> None:
-    """Raises ValueError for networks that these kernels do not compute."""
-    supported = (
-        config.norm is Norm.RMS
-        and config.position is Position.ROTARY
-        and config.activation is Activation.SILU
-        and config.gated_mlp
-        and config.num_heads // config.num_kv_heads <= 64
-    )
-    if not supported:
-        raise ValueError(
-            "the cuda runner computes networks with RMSNorm, rotary positions, a gated SiLU MLP "
-            f"and at most 64 query heads a key head; for {config.family} use the torch runner"
-        )
+def unsupported(config: ModelConfig) -> str | None:
+    """Why these kernels cannot compute a network, or None if they can."""
+    reasons = {
+        "norms other than RMSNorm": config.norm is not Norm.RMS,
+        "learned positions": config.position is not Position.ROTARY,
+        "activations other than SiLU": config.activation is not Activation.SILU,
+        "MLPs without a gate": not config.gated_mlp,
+        "more than 64 query heads per KV head": config.num_heads // config.num_kv_heads > 64,
+    }
+    found = [what for what, holds in reasons.items() if holds]
+    return f"the cuda runner does not support {found[0]}" if found else None
 
 
 class FusedNetwork:
@@ -88,7 +85,9 @@ class FusedNetwork:
         product: Multiply = multiply,
         reduce: Reduce | None = None,
     ) -> None:
-        check_supported(config)
+        reason = unsupported(config)
+        if reason:
+            raise ValueError(f"{reason}; for {config.family} use the torch runner")
         self.config = config
         self.dtype = dtype
         self._product = product

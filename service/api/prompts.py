@@ -53,7 +53,9 @@ async def _one_prompt(
     prompt: str | list[int], context: ApiContext, *, add_bos: bool
 ) -> PromptTokens:
     if isinstance(prompt, str):
-        return PromptTokens(ids=await encode(prompt, context, add_bos=add_bos), text=prompt)
+        ids = await encode(prompt, context, add_bos=add_bos)
+        check_token_ids(ids, context, param="prompt")  # a vocabulary may exceed the embedding
+        return PromptTokens(ids=ids, text=prompt)
     if len(prompt) < context.card.max_model_len:  # longer ones are refused for that
         check_token_ids(prompt, context, param="prompt")
     return PromptTokens(ids=tuple(prompt))
@@ -104,6 +106,7 @@ async def chat_prompt(
             code="chat_template_error",
             param=body.prompt_field,
         ) from None
+    check_token_ids(ids, context, param=body.prompt_field)
     return PromptTokens(ids=tuple(ids))
 
 
@@ -128,7 +131,7 @@ def _template_options(options: dict[str, Any] | None, limits: ApiLimits) -> dict
 
 
 def check_token_ids(ids: Sequence[int], context: ApiContext, *, param: str) -> None:
-    """Raises BadRequest for an id that is not in the vocabulary."""
+    """Raises BadRequest for an id that the network has no embedding for."""
     if ids and not (min(ids) >= 0 and max(ids) < context.card.vocab_size):
         raise BadRequest(
             f"token ids must be from 0 to {context.card.vocab_size - 1}",

@@ -242,6 +242,7 @@ def start_service(tokenizer: Tokenizer, grammar_trials: GrammarTrials) -> StartS
         queue: MemoryQueue | None = None,
         running: bool = True,
         max_model_len: int = MAX_MODEL_LEN,
+        vocab_size: int = tokenizer.vocab_size,
         docs: bool = False,
         authenticate: Authenticator = open_to_all,
     ) -> AsyncIterator[Service]:
@@ -258,7 +259,7 @@ def start_service(tokenizer: Tokenizer, grammar_trials: GrammarTrials) -> StartS
         card = ModelCard(
             id=MODEL,
             max_model_len=max_model_len,
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=vocab_size,
             numeric_class="class-1",
             created=1_700_000_000,
         )

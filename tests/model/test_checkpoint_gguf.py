@@ -67,6 +67,37 @@ def test_reads_stored_types(
     assert torch.equal(tensor, expected.to(dtype or stored))
 
 
+@pytest.mark.parametrize("storage", QUANTISED, ids=lambda storage: storage.name)
+def test_reads_every_quantised_type(tmp_path: Path, storage: Storage) -> None:
+    kind = gguf.GGMLQuantizationType[storage.name]
+    rng = np.random.default_rng(storage.size)
+    blocks = rng.integers(0, 256, (3, 512 // storage.values * storage.size), np.uint8)
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with np.errstate(all="ignore"):  # random scales may be infinite
+        loaded = open_checkpoint(tmp_path / "x.gguf").load("blk.0.ffn_up.weight")
+        expected = gguf.quants.dequantize(blocks, kind)
+    assert loaded.shape == (3, 512)
+    np.testing.assert_array_equal(loaded.numpy(), expected)
+
+
+def test_names_the_tensor_type_that_is_missing(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    blocks = np.zeros((2, 17), np.uint8)
+    kind = gguf.GGMLQuantizationType.MXFP4
+    writer.add_tensor("blk.0.ffn_up.weight", blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"'blk.0.ffn_up.weight' .* type 39 \(MXFP4\)"):
+        open_checkpoint(tmp_path / "x.gguf")
+
+
 def test_digest_is_of_every_byte(tiny_model: Any, tmp_path: Path) -> None:
     path = tiny_model.write_gguf(tmp_path / "tiny.gguf")
     whole = path.read_bytes()

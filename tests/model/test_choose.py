@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
+import torch
 
-from model.runners import RunnerOptions
+from model.config import Activation, Norm, Position
+from model.runners import RunnerOptions, choose
 from model.runners.choose import choose_runner, choose_sizes
+from model.runners.cuda_network import FusedNetwork
 from tests.builders import tiny_model_config
 
 MIB = 1024**2
@@ -42,6 +46,45 @@ def test_one_size_gives_way_to_the_other(runner: str) -> None:
     assert sizes(runner, max_batch_tokens=7)[2:] == (7, 7)
     with pytest.raises(ValueError, match="max_sequences is 8"):
         sizes(runner, max_batch_tokens=7, max_sequences=8)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU, as far as the choice is concerned."""
+    monkeypatch.setattr(choose, "choose_device", lambda _name: torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_a_model_that_the_gpu_runner_does_not_support_falls_back() -> None:
+    """GPT-2 on a GPU ended the start with an error from deep inside the runner."""
+    assert choose_runner("auto", tiny_model_config(), RunnerOptions()).name == "cuda"
+    gpt2 = tiny_model_config(
+        norm=Norm.LAYER, position=Position.LEARNED, gated_mlp=False, activation=Activation.GELU_TANH
+    )
+    choice = choose_runner("auto", gpt2, RunnerOptions())
+    assert choice.name == "torch"
+    assert choice.passed_over == "cuda: the cuda runner does not support norms other than RMSNorm"
+    assert choose_runner("cuda", gpt2, RunnerOptions()).name == "cuda"  # a name is obeyed
+    with pytest.raises(ValueError, match="RMSNorm; for llama use the torch runner"):
+        FusedNetwork(gpt2, {}, dtype=torch.bfloat16, device=torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_without_triton_the_torch_runner_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in [name for name in sys.modules if name.startswith(("model.kernels", "model.runn"))]:
+        if "choose" not in name:
+            monkeypatch.delitem(sys.modules, name)
+    choice = choose_runner("auto", tiny_model_config(), RunnerOptions())
+    assert choice.name == "torch"
+    assert choice.passed_over == "cuda: the package triton is not installed"
+
+
+def test_other_accelerators_use_the_torch_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "choose_device", lambda _name: torch.device("mps"))
+    choice = choose_runner("auto", tiny_model_config(), RunnerOptions())
+    assert choice.name == "torch"
+    assert "mps" in choice.passed_over
 
 
 def test_a_shared_network_is_not_for_the_native_runner() -> None:

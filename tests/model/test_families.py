@@ -42,11 +42,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-head-dim": ("llama", {"head_dim": 16}),
     "smollm2": ("llama", {"tie_word_embeddings": True, "rope_theta": 100_000.0}),
     "llama3": ("llama", {"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 256}),
+    "llama-linear": ("llama", {"rope_parameters": {**LINEAR_ROPE, "rope_theta": 500.0}}),
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {"sliding_window": 7}),
     "mistral-unlimited": ("mistral", {"sliding_window": None}),
@@ -167,8 +169,9 @@ def test_both_spellings_of_rotary_settings() -> None:
     older = {**old, "rope_scaling": {**scaling, "type": scaling["rope_type"]}}
     del older["rope_scaling"]["rope_type"]
     new = {**SIZES, "rope_parameters": LLAMA3_ROPE}
-    configs = [family_of("llama").configure(fields) for fields in (old, older, new)]
-    assert configs[0] == configs[1] == configs[2]
+    both = {**new, "rope_scaling": older["rope_scaling"]}
+    configs = [family_of("llama").configure(fields) for fields in (old, older, new, both)]
+    assert configs[0] == configs[1] == configs[2] == configs[3]
     assert configs[0].rope_theta == 500.0
     assert configs[0].rope_scaling == RopeScaling(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=32
@@ -193,7 +196,15 @@ def test_a_silent_file_means_the_familys_own_defaults() -> None:
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"hidden_act": "gelu"}, "hidden_act"),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling"),
-    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling: factor"),
+    ("llama", {"rope_scaling": {"factor": 2.0}}, "rope_scaling: there is a factor and no rope_ty"),
+    ("llama", {"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope_scaling"),
+    ("llama", {"rope_scaling": "linear"}, "rope_scaling must be an object"),
+    (
+        "llama",
+        {"rope_parameters": LLAMA3_ROPE, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        "rope_parameters and rope_scaling differ",
+    ),
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope_parameters"),
     ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_param"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

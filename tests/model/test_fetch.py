@@ -10,6 +10,7 @@ import textwrap
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from model.checkpoint.fetch import (
@@ -178,6 +179,31 @@ def test_unknown_names_are_one_line(tmp_path: Path, model: str) -> None:
     with pytest.raises(FetchError, match="model not found") as failed:
         resolve(model, cache=tmp_path)
     assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize("model", ["owner/name", "owner/name/q4/m-00002-of-00002.gguf"])
+def test_every_file_of_a_split_model_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """Hugging Face cannot be reached here, so its client is replaced by one with two files."""
+    files = ["README.md", "q4/m-00001-of-00002.gguf", "q4/m-00002-of-00002.gguf"]
+
+    def download(_repository: str, file: str, *, cache_dir: Path) -> str:
+        path = cache_dir / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"GGUF")
+        return str(path)
+
+    def snapshot(_repository: str, *, cache_dir: Path, **_: object) -> str:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        return str(cache_dir)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_: files)
+    first = resolve(model, cache=tmp_path)
+    assert first == tmp_path / "huggingface" / files[1]
+    assert (tmp_path / "huggingface" / files[2]).exists()
 
 
 def test_default_cache_is_in_the_home_folder() -> None:

@@ -385,6 +385,64 @@ def test_a_step_that_does_not_fit_is_refused(
         runner.run(make_batch([Piece(tokens=[97], blocks=[0])]))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_rows_R": [2, 5]}, "output row outside the step"),
+        ({"output_rows_R": [-1]}, "output row outside the step"),
+        ({"output_rows_R": [2**31 - 1]}, "output row outside the step"),
+        ({"output_rows_R": [0] * 9}, "more outputs"),
+        ({"query_starts_S1": [0, 3, 6]}, "query_starts"),
+        ({"query_starts_S1": [0, 3, 4]}, "query_starts"),
+        ({"query_starts_S1": [1, 3, 5]}, "query_starts"),
+        ({"query_starts_S1": [0, 2**31 - 1, 5]}, "query_starts"),
+        ({"query_starts_S1": [0, -(2**31), 5]}, "query_starts"),
+        ({"query_starts_S1": [0, 0, 5]}, "query_starts"),
+        ({"query_starts_S1": [0, 5, 5]}, "query_starts"),
+        ({"query_starts_S1": [0, 1, 2, 3, 4, 5, 5]}, "at most a sequence per row"),
+        ({"positions_T": [9, 0, 1, 0, 1]}, "rise one by one"),
+        ({"positions_T": [0, 1, 2, 16, 17]}, "shorter than its context"),
+        ({"positions_T": [0, 1, 2, -1, 0]}, "rotary table"),
+        ({"tokens_T": [1, 2, 3, 4, -1]}, "outside the vocabulary"),
+        ({"block_table_SB": [[1], [-1]]}, "outside the pool"),
+    ],
+)
+def test_every_index_of_a_step_is_checked(
+    native_config: Callable[..., ModelConfig],
+    native: Build,
+    changes: dict[str, list[Any]],
+    message: str,
+) -> None:
+    """The library alone, without `Batch.check`: it must not read or write outside its memory."""
+    runner = native(native_config(), tiny_weights(native_config()), max_batch_tokens=8)
+    fitting: dict[str, list[Any]] = {
+        "tokens_T": [1, 2, 3, 4, 5],
+        "positions_T": [0, 1, 2, 0, 1],
+        "query_starts_S1": [0, 3, 5],
+        "block_table_SB": [[1], [2]],
+        "output_rows_R": [2, 4],
+    }
+
+    def step(fields: dict[str, list[Any]]) -> Any:
+        arrays: dict[str, Any] = {name: np.array(value, np.int32) for name, value in fields.items()}
+        return runner._model.step(**arrays, logits={})
+
+    nothing: dict[str, list[Any]] = {
+        "tokens_T": [],
+        "positions_T": [],
+        "query_starts_S1": [0],
+        "block_table_SB": [[]],
+    }
+    with pytest.raises(ValueError, match="output row outside the step"):
+        step({**nothing, "output_rows_R": [0]})  # there is no step before
+    expected = step(fitting).tolist()
+    with pytest.raises(ValueError, match=message):
+        step({**fitting, **changes})
+    assert step({**nothing, "output_rows_R": [2, 4]}).tolist() == expected
+    with pytest.raises(ValueError, match="output row outside the step"):
+        step({**nothing, "output_rows_R": [5]})
+
+
 def test_families_that_fit_the_step_are_served_and_others_fall_back_with_the_reason() -> None:
     sizes = {
         "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97,

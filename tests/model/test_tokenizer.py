@@ -6,7 +6,6 @@ import json
 import random
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,49 +14,8 @@ import pytest
 
 from model.checkpoint import CheckpointError
 from model.tokenizer import Tokenizer
+from tests.model.tokenizer_oracles import LlamaCpp, odd_texts
 
-PIECES = [
-    *("\x20", "  ", "     ", "\t", "\n", "\n\n", "\r\n", "\r", "\x00", "\x01", "\x1b[31m", "\x7f"),
-    *("\u0085", "\u00a0", "\u2003", "\u3000", "\u200b", "\u200d", "\ufeff", "\u202e", "\ufffd"),
-    *("0", "1", "12", "123456", "٣", "½", "²", "Ⅷ", "3.14", "1,000", "a", "the", "Hello", "WORLD"),
-    *("'s", "'S", "'ll", "'LL", "'", '"', "don't", "é", "e\u0301", "\u0301", "\u0300\u0301", "ß"),
-    *(
-        "Ω",
-        "привет",
-        "你好",
-        "漢字",
-        "こんにちは",
-        "한국어",
-        "مرحبا",
-        "שלום",
-        "हिन्दी",
-        "ไทย",
-        "ǅ",
-        "ﬁ",
-    ),
-    *(
-        "😀",
-        "👩‍👩‍👧",
-        "🇫🇷",
-        "👍🏽",
-        "def f(x):\n    return x",
-        "{}",
-        "()",
-        "<|im_end|>",
-        "<|im_start|>",
-    ),
-    *("<|endoftext|>", "<repo_name>", "<|", "|>", "<s>", "\\", "//", "#", "--", "...", "!?", "_"),
-    *(
-        "$",
-        "€",
-        "\U0010ffff",
-        "\ue000",
-        "\U0001d518",
-        "    if x:\n\t\treturn",
-        "a\n \n  b",
-        "\n   1",
-    ),
-]
 SPLITS = {
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -66,18 +24,6 @@ SPLITS = {
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 PRES = [*SPLITS, "smollm", "smaug-bpe"]
-
-
-def odd_texts(count: int, seed: int = 0) -> list[str]:
-    """The pieces alone, joined at random, and random code points."""
-    rng = random.Random(seed)
-    joined = ["".join(rng.choices(PIECES, k=rng.randint(2, 14))) for _ in range(count)]
-    planes = [(0x20, 0x7F), (0x80, 0xD800), (0xE000, 0x110000)]
-    wild = [
-        "".join(chr(rng.randrange(*rng.choice(planes))) for _ in range(rng.randint(1, 12)))
-        for _ in range(count)
-    ]
-    return PIECES + joined + wild
 
 
 @pytest.fixture(scope="session")
@@ -96,8 +42,7 @@ def test_both_formats_are_one_tokenizer(tiny: Tokenizer, tiny_json: Tokenizer) -
     assert tiny.vocab_size == tiny_json.vocab_size
     assert tiny.token_bytes == tiny_json.token_bytes
     assert tiny.bos_id == tiny_json.bos_id == 1
-    assert tiny_json.eos_ids == {2}
-    assert tiny.eos_ids == {0, 2}  # by their well-known names, where metadata has room for one
+    assert tiny.eos_ids == tiny_json.eos_ids == {0, 2}  # by name, whatever the metadata lists
     for text in odd_texts(200):
         assert tiny.encode(text) == tiny_json.encode(text), ascii(text)
 
@@ -280,31 +225,6 @@ def test_needs_no_torch(tiny_model: Any, tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
-
-
-class LlamaCpp:
-    """llama.cpp's own tokenizer, over its server."""
-
-    def __init__(self, path: Path) -> None:
-        import xllamacpp
-
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(path)
-        parameters.n_ctx = 64
-        parameters.warmup = parameters.fit_params = False
-        parameters.cpuparams.n_threads = 1
-        self._server = xllamacpp.Server(parameters)
-
-    def encode(self, text: str) -> list[int]:
-        body = {"content": text, "add_special": False, "parse_special": False}
-        request = urllib.request.Request(
-            f"{self._server.listening_address}/tokenize",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            ids: list[int] = json.load(answer)["tokens"]
-            return ids
 
 
 @pytest.mark.slow

@@ -11,23 +11,41 @@ namespace {
 
 void say(char* error, size_t size, const char* text) { std::snprintf(error, size, "%s", text); }
 
-// What a step may not be, beyond what Batch.check says.
+// Why a sequence of a step does not fit, or null. Its rows lie inside the step.
+const char* sequence_misfit(const QuireShape& shape, const QuireStep& step, int32_t s) {
+  const int32_t first = step.query_starts[s], last = step.query_starts[s + 1] - 1;
+  for (int32_t t = first; t < last; t++)
+    if (step.positions[t + 1] != step.positions[t] + 1) return "positions of a sequence must rise one by one";
+  const int32_t blocks = step.positions[last] / shape.block_size + 1;
+  if (blocks > step.table_width) return "a block table is shorter than its context";
+  for (int32_t b = 0; b < blocks; b++) {
+    const int32_t block = step.block_table[static_cast<size_t>(s) * step.table_width + b];
+    if (block < 0 || block >= shape.num_blocks) return "block number outside the pool";
+  }
+  return nullptr;
+}
+
+// Why a step does not fit the model, or null: every number that becomes an index is checked.
 const char* misfit(const QuireModel& model, const QuireStep& step) {
   const QuireShape& shape = model.shape;
   if (step.rows < 0 || step.rows > shape.max_rows) return "more rows than the runner was built for";
   if (step.outputs < 0 || step.outputs > shape.max_rows) return "more outputs than the runner was built for";
+  if (step.sequences < 0 || step.sequences > step.rows || step.table_width < 0)
+    return "a step has at most a sequence per row";
+  if (step.query_starts[0] != 0 || step.query_starts[step.sequences] != step.rows)
+    return "query_starts must rise from 0 to the number of rows";
+  for (int32_t s = 0; s < step.sequences; s++)
+    if (step.query_starts[s + 1] <= step.query_starts[s] || step.query_starts[s + 1] > step.rows)
+      return "query_starts must rise from 0 to the number of rows";
   for (int32_t t = 0; t < step.rows; t++) {
     if (step.tokens[t] < 0 || step.tokens[t] >= shape.vocab) return "token id outside the vocabulary";
     if (step.positions[t] < 0 || step.positions[t] >= shape.max_positions) return "position beyond the rotary table";
   }
-  for (int32_t s = 0; s < step.sequences; s++) {
-    const int32_t last = step.positions[step.query_starts[s + 1] - 1];
-    if (last / shape.block_size >= step.table_width) return "a block table is shorter than its context";
-    for (int32_t b = 0; b <= last / shape.block_size; b++) {
-      const int32_t block = step.block_table[static_cast<size_t>(s) * step.table_width + b];
-      if (block < 0 || block >= shape.num_blocks) return "block number outside the pool";
-    }
-  }
+  for (int32_t s = 0; s < step.sequences; s++)
+    if (const char* problem = sequence_misfit(shape, step, s)) return problem;
+  const int32_t computed = step.rows ? step.rows : model.computed_rows;
+  for (int32_t i = 0; i < step.outputs; i++)
+    if (step.output_rows[i] < 0 || step.output_rows[i] >= computed) return "output row outside the step";
   return nullptr;
 }
 
@@ -95,6 +113,7 @@ int32_t quire_step(QuireModel* model, const QuireStep* step, char* error, size_t
     return 1;
   }
   try {
+    if (step->rows) model->computed_rows = step->rows;
     model->run(*step);
     return 0;
   } catch (const std::exception& problem) {

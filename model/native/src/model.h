@@ -80,6 +80,7 @@ struct Model {
   HeadShape heads;
   Scratch scratch;
   std::vector<float> partials;
+  int32_t computed_rows = 0;  // T of the newest step with layers: rows that the head may read
   std::unique_ptr<Team<Task>> team;  // last: threads use all of the above
 
   Linear& linear(int layer, int which);
