@@ -1,8 +1,8 @@
 """Chat templates: messages -> the model's prompt text, with what users wrote kept apart.
 
-A template is code from a checkpoint, so it runs in jinja2's immutable sandbox under limits. A
-user's text is data: where it spells one of the model's special tokens, `Disguise` keeps it from
-being read as one. Knows no token ids.
+A template is code from a checkpoint, so it runs in jinja2's immutable sandbox. A user's text is
+data: if it spells one of the model's special tokens, `Disguise` keeps it from being read as one.
+Works on text only, without token ids.
 """
 
 from __future__ import annotations
@@ -35,8 +35,16 @@ class ChatTemplateError(ValueError):
     """A template that is missing, refused, or that fails on these messages."""
 
 
+class ChatTemplateLimitError(ChatTemplateError):
+    """A template that exceeds a limit on these messages; the text names the limit."""
+
+
 class ChatTemplate:
-    """One compiled template. Compiled on first use, safe to share between threads afterwards."""
+    """One compiled template. Compiled on first use, safe to share between threads afterwards.
+
+    Renders in the caller's process: the sandbox restricts what a template may call, but not how
+    much time and memory it takes. `template_renderer` adds those limits.
+    """
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -44,7 +52,9 @@ class ChatTemplate:
     @cached_property
     def _template(self) -> Template:
         if len(self._source) > MAX_TEMPLATE:
-            raise ChatTemplateError(f"the chat template is longer than {MAX_TEMPLATE} characters")
+            raise ChatTemplateLimitError(
+                f"the chat template is longer than {MAX_TEMPLATE} characters"
+            )
         try:
             return _environment().from_string(self._source)
         except (TemplateError, RecursionError, ValueError) as error:
@@ -250,7 +260,7 @@ def _bounded_output(pieces: Iterator[str]) -> Iterator[str]:
     for piece in pieces:
         size += len(piece)
         if size > MAX_OUTPUT:
-            raise ChatTemplateError(f"the prompt is longer than {MAX_OUTPUT} characters")
+            raise ChatTemplateLimitError(f"the prompt is longer than {MAX_OUTPUT} characters")
         yield piece
 
 
@@ -262,7 +272,7 @@ def _bounded_range() -> Callable[..., range]:
         numbers = range(*arguments)
         left -= len(numbers)
         if left < 0:
-            raise ChatTemplateError(f"the chat template counts further than {MAX_RANGE}")
+            raise ChatTemplateLimitError(f"the chat template counts further than {MAX_RANGE}")
         return numbers
 
     return bounded

@@ -21,6 +21,7 @@ from model.chat_template import (
     with_plain_content,
 )
 from model.checkpoint.vocabulary import Vocabulary, read_vocabulary
+from model.template_renderer import Template, open_template
 
 
 class Tokenizer:
@@ -68,6 +69,11 @@ class Tokenizer:
         """What to show for one token: its text or, for a special token, its name."""
         return self._special_ids.get(token_id) or self.decode([token_id])
 
+    @property
+    def renders_in_process(self) -> bool:
+        """Whether the chat template is rendered without waiting for another process."""
+        return isinstance(self._template, ChatTemplate)
+
     def apply_chat_template(
         self,
         messages: Messages,
@@ -76,7 +82,7 @@ class Tokenizer:
         continue_final_message: bool = False,
         **variables: object,
     ) -> list[int]:
-        """The prompt of a conversation. Raises ChatTemplateError.
+        """The prompt of a conversation. Raises ChatTemplateError or TemplateUnavailableError.
 
         Content is a string or a list of text parts. `continue_final_message` leaves the last
         message open for the model to go on with, and then no generation prompt is added.
@@ -130,8 +136,8 @@ class Tokenizer:
         return ids
 
     @cached_property
-    def _template(self) -> ChatTemplate | None:
-        return None if self.chat_template is None else ChatTemplate(self.chat_template)
+    def _template(self) -> Template | None:
+        return None if self.chat_template is None else open_template(self.chat_template)
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str] | None:

@@ -30,8 +30,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model.batch": ("numpy", "model"),
     "model.grammar": ("llguidance", "model.batch"),
     "model.grammar_trial": ("model.grammar",),
-    "model.tokenizer": ("model.checkpoint", "model.chat_template", "tokenizers"),
+    "model.tokenizer": (
+        "model.checkpoint", "model.chat_template", "model.template_renderer", "tokenizers",
+    ),
     "model.chat_template": ("jinja2",),
+    "model.template_process": ("model.chat_template",),
+    "model.template_renderer": ("model.chat_template", "model.template_process"),
     "service": (),
     "service.messages": (),
     "service.errors": (),
@@ -91,6 +95,7 @@ TORCH_FREE = (
     "service.__main__", "model.checkpoint.fetch", "model.checkpoint.gguf",
     "model.checkpoint.safetensors", "model.families.llama", "model.config", "model.batch",
     "model.grammar", "model.grammar_trial", "model.tokenizer",
+    "model.template_process",
 )  # fmt: skip
 
 
