@@ -6,7 +6,6 @@ come from the model's own chat template, and from `add_bos` where the model asks
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import Any
 from model.chat_template import (
     ChatTemplate,
     ChatTemplateError,
-    Disguise,
     Messages,
-    strings_of,
     with_plain_content,
 )
 from model.checkpoint.vocabulary import Vocabulary, read_vocabulary
+from model.disguise import Disguise, SpecialTexts, strings_of
 from model.template_renderer import Template, open_template
 
 
@@ -91,7 +89,7 @@ class Tokenizer:
             raise ChatTemplateError("the model has no chat template")
         plain = with_plain_content(messages)
         strings = strings_of([plain, variables, self.chat_template])
-        disguise = Disguise(self._vocabulary.specials, strings)
+        disguise = Disguise(self._special_texts, strings)
         plain = disguise.put_on(plain)
         if continue_final_message:
             _leave_open(plain, disguise)
@@ -121,7 +119,8 @@ class Tokenizer:
 
     def _template_ids(self, rendered: str, disguise: Disguise) -> list[int]:
         """The ids of a template's output: its special tokens as such, all else as text."""
-        pieces = self._special_pattern.split(rendered) if self._special_pattern else [rendered]
+        pattern = self._special_texts.pattern
+        pieces = pattern.split(rendered) if pattern else [rendered]
         ids: list[int] = []
         for index, piece in enumerate(pieces):
             if index % 2:
@@ -140,9 +139,8 @@ class Tokenizer:
         return None if self.chat_template is None else open_template(self.chat_template)
 
     @cached_property
-    def _special_pattern(self) -> re.Pattern[str] | None:
-        texts = sorted(self._vocabulary.specials, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, texts))})") if texts else None
+    def _special_texts(self) -> SpecialTexts:
+        return SpecialTexts(self._vocabulary.specials)
 
 
 def _leave_open(messages: list[dict[str, Any]], disguise: Disguise) -> None:

@@ -31,9 +31,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model.grammar": ("llguidance", "model.batch"),
     "model.grammar_trial": ("model.grammar",),
     "model.tokenizer": (
-        "model.checkpoint", "model.chat_template", "model.template_renderer", "tokenizers",
+        "model.checkpoint", "model.chat_template", "model.disguise", "model.template_renderer",
+        "tokenizers",
     ),
     "model.chat_template": ("jinja2",),
+    "model.disguise": ("model.chat_template",),
     "model.template_process": ("model.chat_template",),
     "model.template_renderer": ("model.chat_template", "model.template_process"),
     "service": (),
@@ -59,7 +61,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.worker": ("service.engine", "service.queues", "service.messages", "service.errors"),
     "service.api": (
         "fastapi", "starlette", "pydantic", "orjson", "model.tokenizer", "model.chat_template",
-        "model.grammar", "model.grammar_trial",
+        "model.disguise", "model.template_renderer", "model.grammar", "model.grammar_trial",
         "service.messages", "service.errors", "service.queues", "service.api", "service.keys",
     ),
     "service.app": (

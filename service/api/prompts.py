@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from model.chat_template import ChatTemplateError, ChatTemplateLimitError, strings_of
+from model.chat_template import ChatTemplateError, ChatTemplateLimitError
+from model.disguise import strings_of
 from model.template_renderer import TemplateUnavailableError
 from service.api.context import ApiContext
 from service.api.limits import ApiLimits
