@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from model.chat_roles import InstructionRoles
 from model.chat_template import (
     ChatTemplate,
     ChatTemplateError,
@@ -82,28 +83,32 @@ class Tokenizer:
     ) -> list[int]:
         """The prompt of a conversation. Raises ChatTemplateError or TemplateUnavailableError.
 
-        Content is a string or a list of text parts. `continue_final_message` leaves the last
-        message open for the model to go on with, and then no generation prompt is added.
+        Content is a string or a list of text parts. Instructions (system and developer messages)
+        go where the template renders them, see `chat_roles`. `continue_final_message` leaves the
+        last message open for the model to go on with, and then no generation prompt is added.
         """
         if self._template is None:
             raise ChatTemplateError("the model has no chat template")
-        plain = with_plain_content(messages)
+        plain = self._instruction_roles.fit(with_plain_content(messages))
         strings = strings_of([plain, variables, self.chat_template])
         disguise = Disguise(self._special_texts, strings)
         plain = disguise.put_on(plain)
         if continue_final_message:
             _leave_open(plain, disguise)
-        rendered = self._template.render(
-            {
-                **self._vocabulary.names,
-                **disguise.put_on(variables),
-                "messages": plain,
-                "add_generation_prompt": add_generation_prompt and not continue_final_message,
-            }
+        rendered = self._rendered(
+            plain,
+            **disguise.put_on(variables),
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
         )
         if continue_final_message:
             rendered = _up_to_the_end(rendered, disguise)
         return self._template_ids(rendered, disguise)
+
+    def _rendered(self, messages: Messages, **variables: object) -> str:
+        if self._template is None:
+            raise ChatTemplateError("the model has no chat template")
+        fields = {"messages": messages, "add_generation_prompt": True}
+        return self._template.render({**self._vocabulary.names, **fields, **variables})
 
     def _text_ids(self, text: str, *, is_first: bool) -> list[int]:
         if not text:
@@ -137,6 +142,10 @@ class Tokenizer:
     @cached_property
     def _template(self) -> Template | None:
         return None if self.chat_template is None else open_template(self.chat_template)
+
+    @cached_property
+    def _instruction_roles(self) -> InstructionRoles:
+        return InstructionRoles(self._rendered)
 
     @cached_property
     def _special_texts(self) -> SpecialTexts:
