@@ -292,9 +292,12 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
      "messages[1].tool_calls[0].function.arguments", "invalid_json"),
     (said("tool"), "messages[0].tool_call_id", "missing_required_parameter"),
     (said("user", tool_call_id="c"), "messages[0].tool_call_id", "invalid_value"),
-    (said("user", tool_calls=[]), "messages[0].tool_calls", "array_below_min_length"),
-    (said("assistant", content=None), "messages[0].content", "invalid_type"),
-    ({"messages": [{"role": "assistant"}]}, "messages[0].content", "missing_required_parameter"),
+    (said("user", tool_calls=[]), "messages[0].tool_calls", "invalid_value"),
+    (said("user", reasoning_content="x"), "messages[0].reasoning_content", "invalid_value"),
+    (said("assistant", reasoning_content=5), "messages[0].reasoning_content", "invalid_type"),
+    (said("user", content=[{"type": "text", "text": "x", "cache_control": 5}]),
+     "messages[0].content", "invalid_type"),
+    (said("system", content=None), "messages[0].content", "invalid_type"),
 ]  # fmt: skip
 
 
