@@ -56,12 +56,15 @@ class ChatTemplate:
         except (TemplateError, RecursionError, ValueError) as error:
             raise ChatTemplateError(f"the chat template is malformed: {error}") from None
 
-    def render(self, variables: Mapping[str, Any]) -> str:
-        """The text of a conversation. Raises ChatTemplateError."""
+    def render(self, variables: Mapping[str, Any], *, max_output: int = MAX_OUTPUT) -> str:
+        """The text of a conversation, of at most `max_output` characters.
+
+        Raises ChatTemplateError.
+        """
         template = self._template
         try:
             pieces = template.generate({**variables, "range": _bounded_range()})
-            return "".join(_bounded_output(pieces))
+            return "".join(_bounded_output(pieces, max_output))
         except ChatTemplateError:
             raise
         except (
@@ -173,12 +176,14 @@ def _strftime_now(layout: str) -> str:
     return datetime.now().astimezone().strftime(layout)
 
 
-def _bounded_output(pieces: Iterator[str]) -> Iterator[str]:
+def _bounded_output(pieces: Iterator[str], max_output: int) -> Iterator[str]:
     size = 0
     for piece in pieces:
         size += len(piece)
-        if size > MAX_OUTPUT:
-            raise ChatTemplateLimitError(f"the prompt is longer than {MAX_OUTPUT} characters")
+        if size > max_output:
+            raise ChatTemplateLimitError(
+                f"the chat template writes more than {max_output} characters for these messages"
+            )
         yield piece
 
 

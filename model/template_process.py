@@ -23,9 +23,17 @@ import sys
 import time
 from enum import Enum
 
-from model.chat_template import ChatTemplate, ChatTemplateError, ChatTemplateLimitError
+from model.chat_template import (
+    MAX_OUTPUT,
+    ChatTemplate,
+    ChatTemplateError,
+    ChatTemplateLimitError,
+)
 
 EXIT_MEMORY = 3  # exit status: the address space was exhausted
+# Characters of output: what the template adds, and room for JSON that it indents. The parent
+# tokenises the output, so a short request must not become a long prompt.
+MIN_OUTPUT, OUTPUT_PER_BYTE = 256 * 1024, 16
 _LENGTH = struct.Struct(">Q")
 _CHUNK = 1 << 20  # bytes per receive
 
@@ -103,8 +111,10 @@ def serve(connection: socket.socket, *, cpu_seconds: float) -> None:
 
 
 def _rendered(template: ChatTemplate, frame: bytes) -> bytes:
+    max_output = min(MAX_OUTPUT, MIN_OUTPUT + OUTPUT_PER_BYTE * len(frame))
     try:
-        return Reply.TEXT + encode_text(template.render(json.loads(decode_text(frame))))
+        text = template.render(json.loads(decode_text(frame)), max_output=max_output)
+        return Reply.TEXT + encode_text(text)
     except ChatTemplateLimitError as error:
         return Reply.LIMIT + encode_text(str(error))
     except ChatTemplateError as error:

@@ -179,10 +179,10 @@ class _Child:
         arguments = [str(limits.memory), str(limits.cpu_seconds)]
         try:
             with theirs:
-                self.process = subprocess.Popen(  # noqa: S603  # our own module
+                self.process: subprocess.Popen[bytes] = subprocess.Popen(  # noqa: S603  # our own
                     [sys.executable, "-m", child_module.__name__, *arguments],
                     cwd=_ROOT,
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                 )

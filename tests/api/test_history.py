@@ -174,8 +174,10 @@ async def test_reasoning_before_a_call_stays_with_it(service: Any) -> None:
 async def test_only_the_assistant_may_say_nothing_or_reason(
     service: Any, path: str, body: dict[str, Any], param: str
 ) -> None:
-    limit = {"max_tokens": 4} if path == MESSAGES else {}
-    reply = await service.post(path, {"model": "tiny-model"} | limit | body)
+    shared: dict[str, Any] = {"model": "tiny-model"}
+    if path == MESSAGES:
+        shared["max_tokens"] = 4
+    reply = await service.post(path, shared | body)
     assert reply.status_code == 400
     assert param in reply.text
 

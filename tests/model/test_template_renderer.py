@@ -5,6 +5,7 @@ The attacks run under small limits, so that each takes a fraction of a second.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -119,6 +120,27 @@ def test_isolated_equals_in_process(isolated: Callable[..., IsolatedTemplate]) -
     template = isolated(source)
     for _ in range(3):
         assert template.render(variables) == ChatTemplate(source).render(variables)
+
+
+def test_a_short_request_does_not_become_a_long_prompt(
+    isolated: Callable[..., IsolatedTemplate],
+) -> None:
+    """The server would have to tokenise it."""
+    template = isolated("{% for i in range(9999) %}{{ messages[0].content }}{% endfor %}")
+    with pytest.raises(ChatTemplateLimitError, match=r"writes more than 2[67]\d{4}"):
+        template.render(said("y" * 100))
+    assert template.render(said("y")) == "y" * 9999
+
+
+def test_indented_json_may_be_much_longer_than_the_request(
+    isolated: Callable[..., IsolatedTemplate],
+) -> None:
+    schema: Any = {"enum": list(range(40_000))}
+    for _ in range(5):
+        schema = {"properties": {"a": schema}}
+    variables = {"tools": [schema]}
+    template = isolated("{{ tools | tojson(indent=4) }}", cpu_seconds=10.0)
+    assert template.render(variables) == json.dumps([schema], indent=4)
 
 
 @pytest.mark.parametrize(
