@@ -43,7 +43,7 @@ from model.template_process import (
 )
 
 TRUSTED = frozenset({
-    # SmolLM2-135M-Instruct, SmolLM2-360M-Instruct, SmolLM2-1.7B-Instruct
+    # SmolLM2-135M-Instruct
     "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",
 })  # fmt: skip
 """SHA-256 of templates that take time and memory linear in their input."""
@@ -75,12 +75,15 @@ def is_trusted(source: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderLimits:
-    """Limits on rendering one untrusted template. Times are in seconds."""
+    """Limits on rendering one untrusted template. Times are in seconds.
+
+    All processes together fit beside an API replica within 1 GiB.
+    """
 
     cpu_seconds: float = 2.0  # per rendering; a long chat takes some 0.01
-    memory: int = 512 * 1024**2  # bytes of address space per process; an idle one has 32 MiB
+    memory: int = 256 * 1024**2  # bytes of address space per process; 4 MB of chat take 100 MiB
     wall_seconds: float = 20.0  # per rendering, for a process that gets no CPU
-    processes: int = 4  # at most, started on demand
+    processes: int = 2  # at most, started on demand
     wait: float = 10.0  # for a free process
 
 

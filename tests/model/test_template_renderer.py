@@ -132,6 +132,17 @@ def test_a_short_request_does_not_become_a_long_prompt(
     assert template.render(said("y")) == "y" * 9999
 
 
+def test_the_longest_chat_fits_the_limits() -> None:
+    """4 MiB, four bytes for each character; the template copies it several times."""
+    source = (
+        "{% for m in messages %}{{ '<' + m.role + '>' + (m.content | trim) + ';' }}{% endfor %}"
+    )
+    template = IsolatedTemplate(source)
+    content = "a" * (4 * MIB - 1) + "😀"
+    assert template.render(said(content)) == f"<user>{content};"
+    template.close()
+
+
 def test_indented_json_may_be_much_longer_than_the_request(
     isolated: Callable[..., IsolatedTemplate],
 ) -> None:
