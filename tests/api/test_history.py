@@ -114,7 +114,7 @@ async def test_an_answer_of_nothing_goes_round(service: Any) -> None:
     service.engine.script = lambda _: service.tokenizer.encode('<tool_call>\n{"na', add_bos=False)
     user = {"role": "user", "content": "hi"}
     function = {"name": "now", "parameters": {"type": "object"}}
-    body = {"model": "tiny-model", "messages": [user]}
+    body: dict[str, Any] = {"model": "tiny-model", "messages": [user]}
     tools = {"tools": [{"type": "function", "function": function}]}
     message = (await service.post(CHAT, body | tools)).json()["choices"][0]["message"]
     assert message == {"role": "assistant", "content": None}

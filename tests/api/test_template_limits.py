@@ -12,6 +12,8 @@ import pytest
 
 from model.template_renderer import IsolatedTemplate, RenderLimits
 
+pytestmark = pytest.mark.slow
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ENDLESS = (
     "{% set s = messages[0].content %}{% if s | length > 9 %}{% for a in s %}{% for b in s %}"

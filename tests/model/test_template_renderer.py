@@ -28,6 +28,8 @@ from model.template_renderer import (
     open_template,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 MIB = 1024**2
 SMALL = RenderLimits(cpu_seconds=0.3, memory=128 * MIB)
@@ -82,13 +84,7 @@ def said(content: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}]}
 
 
-QUICK = {"+", "loops"}  # one for each limit; the others take as long again
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ATTACKS],
-)
+@pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_ends_at_a_limit_and_the_next_rendering_works(
     name: str, isolated: Callable[..., IsolatedTemplate]
 ) -> None:
@@ -278,7 +274,6 @@ def test_trust_is_by_digest() -> None:
     assert not is_trusted("\ud800")
 
 
-@pytest.mark.slow
 def test_the_default_model_renders_in_process(default_model: Path) -> None:
     from model.tokenizer import Tokenizer
 
@@ -299,7 +294,6 @@ threading.Event().wait()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("state", ["idle", "busy"])
 def test_a_process_dies_with_its_parent(state: str) -> None:
     """The parent is killed without a chance to clean up."""
