@@ -19,7 +19,7 @@ from model.chat_template import ChatTemplateError
 Json = Any  # strings, numbers, lists and mappings of them
 
 # Private use in the basic plane, planes 4 to 13 (unassigned), 15 and 16 (private use).
-_PRIVATE = tuple(chain(range(0xE000, 0xF900), range(0xF0000, 0x10FFFE), range(0x40000, 0xE0000)))
+_PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0x10FFFE), range(0x40000, 0xE0000))
 _MAX_NESTING = 8  # groups in a pattern: the compiler recurses
 
 
@@ -65,7 +65,7 @@ class Disguise:
     def __init__(self, specials: SpecialTexts, strings: Iterable[str]) -> None:
         self._specials = specials
         used = specials.characters.union(*strings)
-        unused = (chr(code) for code in _PRIVATE if chr(code) not in used)
+        unused = (chr(code) for code in chain(*_PRIVATE) if chr(code) not in used)
         try:
             self.end = next(unused)  # marks the end of a message
             self._stand_ins = {first: next(unused) for first in specials.firsts}
