@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from model.chat_roles import InstructionRoles
 from model.chat_template import (
     ChatTemplate,
     ChatTemplateError,
@@ -20,6 +19,7 @@ from model.chat_template import (
 )
 from model.checkpoint.vocabulary import Vocabulary, read_vocabulary
 from model.disguise import Disguise, SpecialTexts, strings_of
+from model.template_fit import TemplateFit
 from model.template_renderer import Template, open_template
 
 
@@ -84,19 +84,19 @@ class Tokenizer:
         """The prompt of a conversation. Raises ChatTemplateError or TemplateUnavailableError.
 
         Content is a string or a list of text parts. Instructions (system and developer messages)
-        go where the template renders them, see `chat_roles`. `continue_final_message` leaves the
+        go where the template renders them, see `template_fit`. `continue_final_message` leaves the
         last message open for the model to go on with, and then no generation prompt is added.
         """
         if self._template is None:
             raise ChatTemplateError("the model has no chat template")
-        plain = self._instruction_roles.fit(with_plain_content(messages))
+        plain = with_plain_content(messages)
         strings = strings_of([plain, variables, self.chat_template])
         disguise = Disguise(self._special_texts, strings)
         plain = disguise.put_on(plain)
         if continue_final_message:
             _leave_open(plain, disguise)
         rendered = self._rendered(
-            plain,
+            self._fit.fit(plain),
             **disguise.put_on(variables),
             add_generation_prompt=add_generation_prompt and not continue_final_message,
         )
@@ -144,8 +144,8 @@ class Tokenizer:
         return None if self.chat_template is None else open_template(self.chat_template)
 
     @cached_property
-    def _instruction_roles(self) -> InstructionRoles:
-        return InstructionRoles(self._rendered)
+    def _fit(self) -> TemplateFit:
+        return TemplateFit(self._rendered)
 
     @cached_property
     def _special_texts(self) -> SpecialTexts:

@@ -31,11 +31,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model.grammar": ("llguidance", "model.batch"),
     "model.grammar_trial": ("model.grammar",),
     "model.tokenizer": (
-        "model.checkpoint", "model.chat_roles", "model.chat_template", "model.disguise",
+        "model.checkpoint", "model.template_fit", "model.chat_template", "model.disguise",
         "model.template_renderer", "tokenizers",
     ),
     "model.chat_template": ("jinja2",),
-    "model.chat_roles": ("model.chat_template",),
+    "model.template_fit": ("model.chat_template",),
     "model.disguise": ("model.chat_template",),
     "model.template_process": ("model.chat_template",),
     "model.template_renderer": ("model.chat_template", "model.template_process"),

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from model.chat_roles import InstructionRoles
 from model.chat_template import ChatTemplate
+from model.template_fit import TemplateFit
 from model.tokenizer import Tokenizer
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
@@ -29,8 +29,7 @@ async def service(
 ) -> AsyncIterator[Any]:
     """One whose model has this module's template."""
     monkeypatch.setitem(vars(tokenizer), "_template", ChatTemplate(TEMPLATE))
-    roles = InstructionRoles(tokenizer._rendered)
-    monkeypatch.setitem(vars(tokenizer), "_instruction_roles", roles)
+    monkeypatch.setitem(vars(tokenizer), "_fit", TemplateFit(tokenizer._rendered))
     async with start_service(max_model_len=4096) as started:
         yield started
 

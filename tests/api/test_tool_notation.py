@@ -201,7 +201,7 @@ async def test_a_conversation_with_calls(service: Any, name: str, read_events: A
 
 
 @pytest.mark.parametrize("name", ["mistral-v11"], scope="module")
-async def test_ids_of_the_model_are_told_and_rendered(
+async def test_ids_of_the_model_are_returned_and_rendered(
     service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the model wrote, and the prompt of the next turn, are the same text."""

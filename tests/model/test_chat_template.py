@@ -92,6 +92,17 @@ def test_a_trimmed_final_message_stays_trimmed(tiny: Tokenizer) -> None:
     assert tokenizer.decode(ids) == "so far"
 
 
+def test_an_empty_final_message_is_continued_without_a_space(tiny: Tokenizer) -> None:
+    """Also if the template refuses empty messages, which otherwise get a space."""
+    refusing = "{% if not m.content %}{{ raise_exception('empty') }}{% endif %}{{ m.content }}"
+    tokenizer = _with_template(tiny, "{% for m in messages %}" + refusing + ";{% endfor %}")
+    empty = {"role": "assistant", "content": ""}
+    messages = [{"role": "user", "content": "q"}, empty]
+    ids = tokenizer.apply_chat_template(messages, continue_final_message=True)
+    assert tokenizer.decode(ids) == "q;"
+    assert tokenizer.decode(tokenizer.apply_chat_template(messages)) == "q; ;"
+
+
 def test_nothing_to_continue_is_an_error(tiny: Tokenizer) -> None:
     for messages in ([], [{"role": "assistant", "content": None}]):
         with pytest.raises(ChatTemplateError, match="no final message"):

@@ -1,4 +1,4 @@
-"""Untrusted templates: every attack on time or memory ends with the limit's name, harming nobody.
+"""Untrusted templates: every attack on time or memory ends with the limit's name.
 
 The attacks run under small limits, so that each takes a fraction of a second.
 """

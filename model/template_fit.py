@@ -1,11 +1,13 @@
-"""Fits instruction messages (system, developer) to a chat template, so that none vanishes.
+"""Fits messages to what a chat template renders, so that no instruction vanishes.
 
 Templates ignore roles that they do not know, and many render a system message only if it is the
-first one. `InstructionRoles` renders short probes to find out what a template does with them:
+first one. `TemplateFit` renders short probes to find out what a template does with instructions
+(messages of the roles system and developer), and with an answer that was empty:
 
     the template does not know `developer`           the role becomes `system`
     it drops or refuses later instruction messages   all become one, the first message
     it drops or refuses the first one, too           its text begins the first user message
+    it refuses an empty assistant message            a space becomes its text
 
 A template echoes an unknown role if it renders `developer` as it renders a role that does not
 exist; that does not count as knowing it.
@@ -26,18 +28,24 @@ _UNKNOWN = "nonesuch"  # a role of no template
 _FIRST, _SECOND, _THIRD = "instruction one", "instruction two", "instruction three"
 
 
-class InstructionRoles:
-    """What one template does with instruction messages. Probes each property at most once."""
+class TemplateFit:
+    """What one template does with messages. Probes each property at most once."""
 
     def __init__(self, render: Render) -> None:
         self._render = render
         self._known: dict[tuple[str, ...], bool] = {}
 
     def fit(self, messages: list[Message]) -> list[Message]:
-        """The messages with all instructions where the template renders them.
+        """The messages as the template renders them.
 
         Raises ChatTemplateLimitError if a probe exceeds a limit.
         """
+        if any(map(_is_empty, messages)) and not self._empty:
+            messages = [_with_space(message) for message in messages]
+        return self._with_instructions(messages)
+
+    def _with_instructions(self, messages: list[Message]) -> list[Message]:
+        """All instructions where the template renders them."""
         if not any(map(_instructs, messages)):
             return messages
         if any(message.get("role") == "developer" for message in messages) and not self._developer:
@@ -54,6 +62,10 @@ class InstructionRoles:
     @property
     def _developer(self) -> bool:
         return self._once("developer", probe=self._probe_developer)
+
+    @property
+    def _empty(self) -> bool:
+        return self._once("empty", probe=self._probe_empty)
 
     def _keeps_first(self, role: str) -> bool:
         return self._once("first", role, probe=lambda: self._probe_first(role))
@@ -72,6 +84,10 @@ class InstructionRoles:
         if rendered is None or _FIRST not in rendered:
             return False
         return other is None or _without_role(rendered) != _without_role(other)
+
+    def _probe_empty(self) -> bool:
+        turns = [_said("user", "question"), _said("assistant", ""), _said("user", "question")]
+        return self._rendered(*turns) is not None
 
     def _probe_first(self, role: str) -> bool:
         rendered = self._rendered(_said(role, _FIRST), _said("user", "question"))
@@ -104,6 +120,16 @@ def _said(role: str, content: str) -> Message:
 
 def _instructs(message: Message) -> bool:
     return message.get("role") in _INSTRUCTIONS
+
+
+def _is_empty(message: Message) -> bool:
+    if message.get("role") != "assistant" or message.get("tool_calls"):
+        return False
+    return not message.get("content")
+
+
+def _with_space(message: Message) -> Message:
+    return message | {"content": " "} if _is_empty(message) else message
 
 
 def _as_system(message: Message) -> Message:

@@ -1,4 +1,4 @@
-"""Instructions reach the model, whatever its template knows of roles.
+"""Instructions and empty answers reach the model, whatever its template knows of them.
 
 The templates treat roles as published ones do.
 """
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from model.chat_roles import InstructionRoles
 from model.chat_template import ChatTemplate, ChatTemplateError, ChatTemplateLimitError
+from model.template_fit import TemplateFit
 
 ECHO = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 # Drops roles that it does not know: Qwen 2.5, Qwen 3.
@@ -62,7 +62,7 @@ def rendered(template: str, text: str) -> str:
     def render(messages: list[dict[str, Any]]) -> str:
         return source.render({"messages": messages})
 
-    return render(InstructionRoles(render).fit(chat(text))).replace("\n", " ").strip()
+    return render(TemplateFit(render).fit(chat(text))).replace("\n", " ").strip()
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,29 @@ def test_no_instruction_vanishes(template: str, messages: str, expected: str) ->
     assert rendered(template, messages) == expected
 
 
+# Refuses an empty answer: Mistral from tokenizer version 13 on.
+NOT_EMPTY = (
+    "{% for m in messages %}{% if m.role == 'assistant' and not m.tool_calls"
+    " and m.content | length == 0 %}{{ raise_exception('empty') }}{% endif %}{% endfor %}" + TURNS
+)
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_an_empty_answer_is_taken(content: str | None) -> None:
+    source = ChatTemplate(NOT_EMPTY)
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        return source.render({"messages": messages})
+
+    empty = {"role": "assistant", "content": content}
+    calling = empty | {"tool_calls": [{"id": "c"}]}
+    fitted = TemplateFit(render).fit([*chat("u.A"), empty, *chat("u.B"), calling])
+    assert [message["content"] for message in fitted] == ["A", " ", "B", content]
+    assert render(fitted[:3]) == "<user>A\n<assistant> \n<user>B\n"
+    untouched = TemplateFit(lambda _: "").fit([*chat("u.A"), empty])
+    assert untouched[1] is empty
+
+
 def test_probes_run_once_and_only_if_needed() -> None:
     seen: list[list[dict[str, Any]]] = []
 
@@ -100,7 +123,7 @@ def test_probes_run_once_and_only_if_needed() -> None:
         seen.append(messages)
         return ChatTemplate(ECHO).render({"messages": messages})
 
-    roles = InstructionRoles(render)
+    roles = TemplateFit(render)
     roles.fit(chat("u.A a.B u.C"))
     assert seen == []
     roles.fit(chat("s.A d.B u.C"))
@@ -119,7 +142,7 @@ def test_a_probe_that_meets_a_limit_decides_nothing() -> None:
             raise ChatTemplateLimitError("slow")
         return ChatTemplate(KNOWS).render({"messages": messages})
 
-    roles = InstructionRoles(render)
+    roles = TemplateFit(render)
     with pytest.raises(ChatTemplateError, match="slow"):
         roles.fit(chat("d.A u.B"))
     failing = False
