@@ -6,7 +6,6 @@ come from the model's own chat template, and from `add_bos` where the model asks
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import Any
 from model.chat_template import (
     ChatTemplate,
     ChatTemplateError,
-    Disguise,
     Messages,
-    strings_of,
     with_plain_content,
 )
 from model.checkpoint.vocabulary import Vocabulary, read_vocabulary
+from model.disguise import Disguise, SpecialTexts, strings_of
+from model.template_fit import TemplateFit
+from model.template_renderer import Template, open_template
 
 
 class Tokenizer:
@@ -68,6 +68,11 @@ class Tokenizer:
         """What to show for one token: its text or, for a special token, its name."""
         return self._special_ids.get(token_id) or self.decode([token_id])
 
+    @property
+    def renders_in_process(self) -> bool:
+        """Whether the chat template is rendered without waiting for another process."""
+        return isinstance(self._template, ChatTemplate)
+
     def apply_chat_template(
         self,
         messages: Messages,
@@ -76,30 +81,34 @@ class Tokenizer:
         continue_final_message: bool = False,
         **variables: object,
     ) -> list[int]:
-        """The prompt of a conversation. Raises ChatTemplateError.
+        """The prompt of a conversation. Raises ChatTemplateError or TemplateUnavailableError.
 
-        Content is a string or a list of text parts. `continue_final_message` leaves the last
-        message open for the model to go on with, and then no generation prompt is added.
+        Content is a string or a list of text parts. Instructions (system and developer messages)
+        go where the template renders them, see `template_fit`. `continue_final_message` leaves the
+        last message open for the model to go on with, and then no generation prompt is added.
         """
         if self._template is None:
             raise ChatTemplateError("the model has no chat template")
         plain = with_plain_content(messages)
         strings = strings_of([plain, variables, self.chat_template])
-        disguise = Disguise(self._vocabulary.specials, strings)
+        disguise = Disguise(self._special_texts, strings)
         plain = disguise.put_on(plain)
         if continue_final_message:
             _leave_open(plain, disguise)
-        rendered = self._template.render(
-            {
-                **self._vocabulary.names,
-                **disguise.put_on(variables),
-                "messages": plain,
-                "add_generation_prompt": add_generation_prompt and not continue_final_message,
-            }
+        rendered = self._rendered(
+            self._fit.fit(plain),
+            **disguise.put_on(variables),
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
         )
         if continue_final_message:
             rendered = _up_to_the_end(rendered, disguise)
         return self._template_ids(rendered, disguise)
+
+    def _rendered(self, messages: Messages, **variables: object) -> str:
+        if self._template is None:
+            raise ChatTemplateError("the model has no chat template")
+        fields = {"messages": messages, "add_generation_prompt": True}
+        return self._template.render({**self._vocabulary.names, **fields, **variables})
 
     def _text_ids(self, text: str, *, is_first: bool) -> list[int]:
         if not text:
@@ -115,7 +124,8 @@ class Tokenizer:
 
     def _template_ids(self, rendered: str, disguise: Disguise) -> list[int]:
         """The ids of a template's output: its special tokens as such, all else as text."""
-        pieces = self._special_pattern.split(rendered) if self._special_pattern else [rendered]
+        pattern = self._special_texts.pattern
+        pieces = pattern.split(rendered) if pattern else [rendered]
         ids: list[int] = []
         for index, piece in enumerate(pieces):
             if index % 2:
@@ -130,13 +140,16 @@ class Tokenizer:
         return ids
 
     @cached_property
-    def _template(self) -> ChatTemplate | None:
-        return None if self.chat_template is None else ChatTemplate(self.chat_template)
+    def _template(self) -> Template | None:
+        return None if self.chat_template is None else open_template(self.chat_template)
 
     @cached_property
-    def _special_pattern(self) -> re.Pattern[str] | None:
-        texts = sorted(self._vocabulary.specials, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, texts))})") if texts else None
+    def _fit(self) -> TemplateFit:
+        return TemplateFit(self._rendered)
+
+    @cached_property
+    def _special_texts(self) -> SpecialTexts:
+        return SpecialTexts(self._vocabulary.specials)
 
 
 def _leave_open(messages: list[dict[str, Any]], disguise: Disguise) -> None:

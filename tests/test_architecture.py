@@ -30,8 +30,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model.batch": ("numpy", "model"),
     "model.grammar": ("llguidance", "model.batch"),
     "model.grammar_trial": ("model.grammar",),
-    "model.tokenizer": ("model.checkpoint", "model.chat_template", "tokenizers"),
+    "model.tokenizer": (
+        "model.checkpoint", "model.template_fit", "model.chat_template", "model.disguise",
+        "model.template_renderer", "tokenizers",
+    ),
     "model.chat_template": ("jinja2",),
+    "model.template_fit": ("model.chat_template",),
+    "model.disguise": ("model.chat_template",),
+    "model.template_process": ("model.chat_template",),
+    "model.template_renderer": ("model.chat_template", "model.template_process"),
     "service": (),
     "service.messages": ("service.decoding",),
     "service.decoding": (),
@@ -60,7 +67,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.worker": ("service.engine", "service.queues", "service.messages", "service.errors"),
     "service.api": (
         "fastapi", "starlette", "pydantic", "orjson", "model.tokenizer", "model.chat_template",
-        "model.grammar", "model.grammar_trial",
+        "model.disguise", "model.template_renderer", "model.grammar", "model.grammar_trial",
         "service.decoding", "service.messages", "service.errors", "service.queues", "service.api",
         "service.keys",
     ),
@@ -97,6 +104,7 @@ TORCH_FREE = (
     "service.__main__", "model.checkpoint.fetch", "model.checkpoint.gguf",
     "model.checkpoint.safetensors", "model.families.llama", "model.config", "model.batch",
     "model.grammar", "model.grammar_trial", "model.tokenizer",
+    "model.template_process",
 )  # fmt: skip
 
 

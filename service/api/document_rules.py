@@ -47,13 +47,23 @@ def _one_of(*names: str) -> Json:
 
 _STREAMED = _needs("stream_options", "stream")
 
+_NOT_THE_ASSISTANTS: Json = {
+    "allOf": [
+        _present("content"),
+        {"properties": {"content": {"not": {"const": []}}}},
+        _absent("tool_calls", "reasoning_content"),
+    ]
+}
+
 RULES: Mapping[str, Json] = MappingProxyType({
     "Message": {
         "allOf": [
             _when("role", "tool", _present("tool_call_id"), _absent("tool_call_id")),
-            _when("role", "assistant", {}, _absent("tool_calls")),
+            _when("role", "assistant", {}, _NOT_THE_ASSISTANTS),
         ]
     },
+    "InputMessage": _when("role", "assistant", {}, _NOT_THE_ASSISTANTS),
+    "Turn": _when("role", "assistant", {}, _present("content")),
     "MessageToolChoice": _when("type", "tool", _present("name"), _absent("name")),
     "ResponseFormat": _when(
         "type", "json_schema", _present("json_schema"), _absent("json_schema")

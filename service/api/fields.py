@@ -137,7 +137,7 @@ def _no_tiny_temperature(value: float | None) -> float | None:
 
 
 def _content(value: object) -> str:
-    """The text of a chat's message."""
+    """The text of a chat message."""
     return _joined(value, kinds=frozenset({"text"}), beside=frozenset())
 
 
@@ -148,7 +148,7 @@ def _response_content(value: object) -> str:
 
 
 def _joined(value: object, *, kinds: frozenset[str], beside: frozenset[str]) -> str:
-    """A string, or text parts, which are joined; what lies `beside` their text is passed over."""
+    """A string, or text parts, which are joined. Keys `beside` their text are ignored."""
     if isinstance(value, str):
         return _text(value)
     if not isinstance(value, list):
@@ -162,8 +162,10 @@ def _joined(value: object, *, kinds: frozenset[str], beside: frozenset[str]) -> 
         if part["type"] not in kinds:
             names = ", ".join(sorted(kinds))
             raise FieldFault("unsupported_content", f"only parts of the type {names} are supported")
-        if set(part) - beside != {"type", "text"}:
+        if set(part) - beside - {"cache_control"} != {"type", "text"}:
             raise FieldFault("unknown_parameter", 'a text part has the keys "type" and "text"')
+        if not isinstance(part.get("cache_control"), dict | None):
+            raise FieldFault("invalid_type", "cache_control must be an object")
         texts.append(_text(part["text"]))
     return "".join(texts)
 
@@ -177,7 +179,11 @@ def _few(value: object) -> object:
 def _text_parts(*kinds: str) -> dict[str, Any]:
     part = {
         "type": "object",
-        "properties": {"type": {"enum": list(kinds)}, "text": {"type": "string"}},
+        "properties": {
+            "type": {"enum": list(kinds)},
+            "text": {"type": "string"},
+            "cache_control": {"type": ["object", "null"]},  # prefixes are cached without it
+        },
         "required": ["type", "text"],
         "additionalProperties": False,
     }

@@ -1,8 +1,9 @@
 """The blocks that a message's content is made of, and its tools: wire types, and as a chat's.
 
-    text                    both      text
-    tool_use                assistant a call of a tool
-    tool_result             user      what a call gave: a chat's message of its own
+    text                          both      text
+    thinking, redacted_thinking   assistant its reasoning, of which a chat has the first kind
+    tool_use                      assistant a call of a tool
+    tool_result                   user      what a call gave: a chat's message of its own
 
 A chat's message has one text, so the texts between two results are joined.
 """
@@ -14,10 +15,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from service.api.fields import FieldFault, Text
-from service.api.schemas import Message, Wire
+from service.api.schemas import Message, Wire, content_is_optional, with_assistant_content
 from service.api.tool_schema import (
     CalledFunction,
     CalledTool,
@@ -32,6 +40,7 @@ from service.api.tool_schema import (
 
 MAX_BLOCKS = 1024  # of one message
 DIRECT = {"type": "direct"}
+_TURN_KINDS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
 
 
 def _blocks(value: object, *, kinds: tuple[str, ...]) -> object:
@@ -53,7 +62,7 @@ def _text_blocks(value: object) -> object:
 
 
 def _turn_blocks(value: object) -> object:
-    return _blocks(value, kinds=("text", "tool_use", "tool_result"))
+    return _blocks(value, kinds=_TURN_KINDS)
 
 
 class Block(Wire):
@@ -96,6 +105,21 @@ class ToolUseBlock(Block):
         return value
 
 
+class ThinkingBlock(Block):
+    """The assistant's reasoning."""
+
+    type: Literal["thinking"] = Field(description="What kind of block it is.")
+    thinking: Text = Field(description="The reasoning, for the chat template.")
+    signature: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
+
+
+class RedactedThinkingBlock(Block):
+    """Reasoning that only its own server can read; it has no effect."""
+
+    type: Literal["redacted_thinking"] = Field(description="What kind of block it is.")
+    data: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
+
+
 class ToolResultBlock(Block):
     """What a call gave."""
 
@@ -108,25 +132,38 @@ class ToolResultBlock(Block):
 
 
 Role = Literal["user", "assistant", "tool"]
-TurnBlock = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
-_FOREIGN = {"user": ToolUseBlock, "assistant": ToolResultBlock}
+TurnBlock = Annotated[
+    TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock,
+    Field(discriminator="type"),
+]
+_FOREIGN: Mapping[str, tuple[type[Block], ...]] = {
+    "user": (ToolUseBlock, ThinkingBlock, RedactedThinkingBlock),
+    "assistant": (ToolResultBlock,),
+}
 
 
 class Turn(Wire):
     """One message of the chat so far."""
 
+    model_config = ConfigDict(json_schema_extra=content_is_optional)
+
     role: Literal["user", "assistant"] = Field(description="Who speaks.")
     content: Annotated[
         list[TurnBlock],
         BeforeValidator(_turn_blocks, json_schema_input_type=str | list[TurnBlock]),
-    ] = Field(description="The text, or a list of blocks.")
+    ] = Field(description="The text, or a list of blocks. The assistant's may be null.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_assistant(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
+        return with_assistant_content(value)
 
     @field_validator("content")
     @classmethod
     def _each_has_its_own(cls, value: list[TurnBlock], info: ValidationInfo) -> list[TurnBlock]:
-        foreign = _FOREIGN.get(info.data.get("role", ""))
-        if foreign is not None and any(isinstance(block, foreign) for block in value):
-            message = "holds tool_use for the assistant and tool_result for the user only"
+        foreign = _FOREIGN.get(info.data.get("role", ""), ())
+        if any(isinstance(block, foreign) for block in value):
+            message = "holds tool_use and thinking for the assistant, tool_result for the user only"
             raise FieldFault("invalid_value", message)
         return value
 
@@ -204,7 +241,9 @@ def chat_messages(turn: Turn) -> list[Message]:
     if turn.role == "assistant":
         texts = [block for block in turn.content if isinstance(block, TextBlock)]
         calls = [_called(block) for block in turn.content if isinstance(block, ToolUseBlock)]
-        return [_message("assistant", joined(texts), tool_calls=calls or None)]
+        thoughts = [block.thinking for block in turn.content if isinstance(block, ThinkingBlock)]
+        fields = {"tool_calls": calls or None, "reasoning_content": "".join(thoughts) or None}
+        return [_message("assistant", joined(texts), **fields)]
     return list(_user_messages(turn)) or [_message("user", "")]
 
 

@@ -11,14 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from model.chat_template import ChatTemplateError, strings_of
+from model.chat_template import ChatTemplateError, ChatTemplateLimitError
+from model.disguise import strings_of
+from model.template_renderer import TemplateUnavailableError
 from service.api.context import ApiContext
 from service.api.limits import ApiLimits
 from service.api.schemas import ChatBody, CompletionBody, TokenizeBody
 from service.api.tool_notation import NOTATIONS, notation_name
 from service.api.tool_prompt import with_tools
 from service.api.tools import ToolUse
-from service.errors import BadRequest
+from service.errors import BadRequest, Unavailable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -89,10 +91,13 @@ async def chat_prompt(
             "continue_final_message and add_generation_prompt exclude each other",
             param="continue_final_message",
         )
+    length = sum(map(len, strings_of([messages, variables])))
+    if not context.tokenizer.renders_in_process:  # waits for a process: never on the event loop
+        length = max(length, context.limits.inline_text_chars + 1)
     try:
         ids = await aside(
             context.limits,
-            sum(map(len, strings_of([messages, variables]))),
+            length,
             context.tokenizer.apply_chat_template,
             messages,
             add_generation_prompt=opening,
@@ -100,6 +105,10 @@ async def chat_prompt(
             **variables,
             **_template_options(body.chat_template_kwargs, context.limits),
         )
+    except ChatTemplateLimitError as error:
+        raise BadRequest(str(error), code="chat_template_limit", param=body.prompt_field) from None
+    except TemplateUnavailableError as error:
+        raise Unavailable(str(error)) from None
     except ChatTemplateError:
         raise BadRequest(
             "the model's chat template refuses these messages",

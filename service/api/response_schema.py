@@ -11,9 +11,18 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from service.api.fields import ResponseContent, Text
+from service.api.fields import FieldFault, ResponseContent, Text
 from service.api.grammar_schema import TextFormat, TextOptions
 from service.api.response_tools import (
     InputCall,
@@ -30,6 +39,8 @@ from service.api.schemas import (
     Message,
     SamplingBody,
     Wire,
+    content_is_optional,
+    with_assistant_content,
 )
 from service.api.tool_schema import CalledFunction, CalledTool, Mode
 from service.errors import BadRequest
@@ -41,22 +52,76 @@ _SHARED = SamplingBody.model_fields.keys()
 
 
 class InputMessage(Wire):
-    """One item of the input: a message, also one that an earlier response put out."""
+    """One item of the input: a message, also one of an earlier response's output."""
+
+    model_config = ConfigDict(json_schema_extra=content_is_optional)
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+        {**UNSUPPORTED, "tool_calls": ([],)}
+    )
 
     type: Literal["message"] | None = Field(None, description="What kind of item it is.")
     role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
-    content: ResponseContent = Field(description="The text, or a list of text parts.")
+    content: ResponseContent = Field(
+        description="The text, or a list of text parts. The assistant's may be null or empty."
+    )
+    reasoning_content: Text | None = Field(
+        None, description="The assistant's reasoning before the text, for the chat template."
+    )
     id: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
     status: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
     phase: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_assistant(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
+        return with_assistant_content(value)
+
+    @field_validator("reasoning_content")
+    @classmethod
+    def _only_the_assistant_has(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
+        if value is not None and info.data.get("role", "assistant") != "assistant":
+            raise FieldFault("invalid_value", "goes with the role assistant only")
+        return value
+
+
+class ReasoningPart(Wire):
+    """A part of a reasoning item."""
+
+    type: Literal["reasoning_text", "summary_text"] = Field(description="What kind of part it is.")
+    text: Text = Field(description="The text.")
+
+
+_Parts = Annotated[list[ReasoningPart] | None, Field(max_length=MAX_MESSAGES)]
+
+
+class InputReasoning(Wire):
+    """An item of the input: the assistant's reasoning before its next message or call."""
+
+    type: Literal["reasoning"] = Field(description="What kind of item it is.")
+    summary: _Parts = Field(None, description="Used if there is no content.")
+    content: _Parts = Field(None, description="The reasoning, for the chat template.")
+    encrypted_content: Text | None = Field(
+        None, description="Accepted for compatibility; has no effect."
+    )
+    id: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
+    status: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
+
+    @property
+    def text(self) -> str | None:
+        """The reasoning; None if it has no text."""
+        return "".join(part.text for part in self.content or self.summary or ()) or None
+
 
 Item = Annotated[
     Annotated[InputMessage, Tag("(message)")]
+    | Annotated[InputReasoning, Tag("(reasoning)")]
     | Annotated[InputCall, Tag("(function_call)")]
     | Annotated[InputResult, Tag("(function_call_output)")],
     Discriminator(kind_of_item),
 ]
+
+
+_Item = InputMessage | InputReasoning | InputCall | InputResult
 
 
 def _items(value: object) -> object:
@@ -177,27 +242,51 @@ def _forced(body: ResponseBody) -> bool:
     return body.tool_choice is not None and body.tool_choice.mode is Mode.REQUIRED
 
 
-def chat_messages(items: Sequence[InputMessage | InputCall | InputResult]) -> list[Message]:
+def chat_messages(items: Sequence[_Item]) -> list[Message]:
     """The messages of a chat. Calls, and what was said just before them, are one message."""
     messages: list[Message] = []
+    reasoning: str | None = None  # of the next item, if that is the assistant's
     for item in items:
-        if isinstance(item, InputMessage):
-            messages.append(Message(role=item.role, content=item.content))
-        elif isinstance(item, InputResult):
-            messages.append(
-                Message.model_construct(role="tool", content=item.output, tool_call_id=item.call_id)
-            )
+        if isinstance(item, InputReasoning):
+            reasoning = item.text
+            continue
+        if isinstance(item, InputCall):
+            said = _said_before(messages)
+            messages.append(_with_call(said, item, reasoning))
         else:
-            said, calls = "", []
-            if messages and messages[-1].role == "assistant":
-                before = messages.pop()
-                said, calls = before.content, before.tool_calls or []
-            function = CalledFunction.model_construct(name=item.name, arguments=item.arguments)
-            call = CalledTool.model_construct(id=item.call_id, type="function", function=function)
-            messages.append(
-                Message.model_construct(role="assistant", content=said, tool_calls=[*calls, call])
-            )
+            messages.append(_as_message(item, reasoning))
+        reasoning = None
     return messages
+
+
+def _as_message(item: InputMessage | InputResult, reasoning: str | None) -> Message:
+    if isinstance(item, InputResult):
+        return Message.model_construct(role="tool", content=item.output, tool_call_id=item.call_id)
+    if item.role != "assistant":
+        reasoning = None
+    return Message.model_construct(
+        role=item.role,
+        content=item.content,
+        reasoning_content=item.reasoning_content or reasoning,
+    )
+
+
+def _said_before(messages: list[Message]) -> Message:
+    """Takes the assistant message that a call belongs to off the list, or makes an empty one."""
+    if messages and messages[-1].role == "assistant":
+        return messages.pop()
+    return Message.model_construct(role="assistant", content="")
+
+
+def _with_call(said: Message, item: InputCall, reasoning: str | None) -> Message:
+    function = CalledFunction.model_construct(name=item.name, arguments=item.arguments)
+    call = CalledTool.model_construct(id=item.call_id, type="function", function=function)
+    return Message.model_construct(
+        role="assistant",
+        content=said.content,
+        reasoning_content=said.reasoning_content or reasoning,
+        tool_calls=[*(said.tool_calls or ()), call],
+    )
 
 
 def _text_format(body: ResponseBody) -> TextFormat | None:

@@ -71,10 +71,13 @@ class InputResult(Closed):
     status: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
 
 
+_KINDS = ("function_call", "function_call_output", "reasoning")
+
+
 def kind_of_item(item: object) -> str:
-    """Which of the types an item is to be read as."""
+    """The tag of the type that an item is read as."""
     kind = item.get("type") if isinstance(item, dict) else None
-    return f"({kind})" if kind in ("function_call", "function_call_output") else "(message)"
+    return f"({kind})" if kind in _KINDS else "(message)"
 
 
 def told_choice(choice: ToolChoice | None) -> Any:  # noqa: ANN401  # a string or an object

@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from service.api.fields import (
     Content,
@@ -255,9 +262,25 @@ class CompletionBody(GenerationBody):
     )
 
 
-class Message(Wire):
-    """One message of a chat."""
+def content_is_optional(schema: dict[str, Any]) -> None:
+    """Adjusts the schema of a message: the assistant's content may be null, empty or missing."""
+    schema["required"].remove("content")
+    content = schema["properties"]["content"]
+    kinds = [kind | {"minItems": 0} if "minItems" in kind else kind for kind in content["anyOf"]]
+    schema["properties"]["content"] = content | {"anyOf": [*kinds, {"type": "null"}]}
 
+
+def with_assistant_content(message: Any) -> Any:  # noqa: ANN401  # any JSON
+    """The message; if it is the assistant's and has no content, the empty text is its content."""
+    if isinstance(message, dict) and message.get("role") == "assistant":
+        return message if message.get("content") not in (None, []) else message | {"content": ""}
+    return message
+
+
+class Message(Wire):
+    """One message of a chat. Takes an assistant message as this server and others give it."""
+
+    model_config = ConfigDict(json_schema_extra=content_is_optional)
     # OpenAI's client puts these into a message that it got, empty, and gives it back so.
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
         {**UNSUPPORTED, "refusal": (), "annotations": ([],)}
@@ -267,7 +290,10 @@ class Message(Wire):
         description="Who speaks."
     )
     content: Content = Field(
-        description="The text, or a list of text parts. Null only beside tool_calls."
+        description="The text, or a list of text parts. The assistant's may be null or empty."
+    )
+    reasoning_content: Text | None = Field(
+        None, description="The assistant's reasoning before the text, for the chat template."
     )
     name: Text | None = Field(None, description="A name for the speaker, for the chat template.")
     tool_calls: CalledTools = Field(None, description="What the assistant called, if it did.")
@@ -277,17 +303,15 @@ class Message(Wire):
 
     @model_validator(mode="before")
     @classmethod
-    def _calls_need_no_content(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
-        if isinstance(value, dict) and value.get("role") == "assistant" and value.get("tool_calls"):
-            return value | {"content": ""} if value.get("content") is None else value
-        return value
+    def _complete_assistant(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
+        return with_assistant_content(value)
 
-    @field_validator("tool_calls")
+    @field_validator("tool_calls", "reasoning_content")
     @classmethod
-    def _only_the_assistant_calls(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
+    def _only_the_assistant_has(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
         if value is not None and info.data.get("role", "assistant") != "assistant":
             raise FieldFault("invalid_value", "goes with the role assistant only")
-        return value
+        return None if value == [] else value  # an empty list of calls, as clients send it back
 
     @field_validator("tool_call_id")
     @classmethod

@@ -58,6 +58,8 @@ class CallReader:
         self._held = ""  # read, but not decided
         self._begun = ""  # of a call whose name is not certain yet: all since its opening
         self._name = ""
+        self._id = ""  # as the model wrote it, if it did
+        self._ids: set[str] = set()  # of the calls so far
         self._arguments = _ObjectScan()
         self._text: list[str] = []
         self._calls: dict[int, CallDelta] = {}
@@ -115,12 +117,28 @@ class CallReader:
         return self._read_one_of(self._notation.heads, self._read_name)
 
     def _read_name(self) -> bool:
-        end = self._held.find('"')
+        end = self._held.find(self._notation.between[0])
         if end < 0:
             return self._is_text() if len(self._held) > MAX_NAME else False
-        self._name = self._held[:end]
+        self._name, self._id = self._held[:end], ""
         self._begun += self._name
         self._held = self._held[end:]
+        self._step = self._read_between if self._notation.id_mark is None else self._read_id
+        return True
+
+    def _read_id(self) -> bool:
+        mark, held = self._notation.id_mark or "", self._held
+        if not held.startswith(mark):
+            if mark.startswith(held):
+                return False
+            self._step = self._read_between
+            return True
+        end = held.find(self._notation.between[0], len(mark))
+        if end < 0:
+            return self._is_text() if len(held) > len(mark) + MAX_NAME else False
+        self._id = held[len(mark) : end]
+        self._begun += held[:end]
+        self._held = held[end:]
         self._step = self._read_between
         return True
 
@@ -129,13 +147,21 @@ class CallReader:
 
     def _open(self) -> None:
         index = self._num_calls
-        id_ = call_id(self._notation, self._request_id, index)
+        id_ = self._next_id(index)
+        self._ids.add(id_)
         self._calls[index] = CallDelta(index, "", id_, self._name)
         self._num_calls += 1
         self._begun = ""
         self._held = "{" + self._held
         self._arguments = _ObjectScan()
         self._in_arguments = True
+
+    def _next_id(self, index: int) -> str:
+        """The id that the model wrote, so that its history repeats it; else, or again, our own."""
+        own = len(self._id) == self._notation.id_length and self._id.isascii()
+        if own and self._id.isalnum() and self._id not in self._ids:
+            return self._id
+        return call_id(self._notation, self._request_id, index)
 
     def _read_arguments(self) -> bool:
         size = self._arguments.read(self._held)

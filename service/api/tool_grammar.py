@@ -46,13 +46,23 @@ def tools_grammar(
         f"call: function {spell(notation.tail)}",
         "function: " + " | ".join(f"function_{index}" for index in use.may_call),
     ]
+    if notation.id_mark is not None:
+        pattern = f"/[a-zA-Z0-9]{{{notation.id_length}}}/"
+        rules += [f"id: {spell(notation.id_mark)} ID", f"ID: {pattern}"]
     for index in use.may_call:
         function = use.functions[index]
         rules += [
-            f"function_{index}: {spell(function.name + notation.between)} arguments_{index}",
+            f"function_{index}: {_named(function.name, notation, spell)} arguments_{index}",
             f"arguments_{index}: {arguments_rule(function)}",
         ]
     return lark_grammar("\n".join(rules))
+
+
+def _named(name: str, notation: Notation, spell: _Speller) -> str:
+    """From a call's name to its arguments."""
+    if notation.id_mark is None:
+        return spell(name + notation.between)
+    return f"{spell(name)} id? {spell(notation.between)}"
 
 
 def arguments_rule(function: Function) -> str:

@@ -2,10 +2,11 @@
 
     text before [opening][head]NAME[between]{...}[tail] [joint]NAME[between]{...}[tail] ... [end]
 
-All of it but the names and the `{...}`, the arguments as a JSON object, are fixed strings: a
+Everything but the names and the `{...}`, the arguments as a JSON object, is a fixed string: a
 grammar makes the model write exactly these (`tool_grammar`), so `tool_calls` reads exactly these. A
-string that is one of the model's special tokens has no text in the journal; it stands there by its
-id.
+string that is one of the model's special tokens has no text in the journal, which holds its id.
+`between` begins with a character that no name contains. If a notation has an `id_mark`, the model
+may write a call's id, too: NAME[id_mark]ID[between]{...}.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ class Notation:
     native: bool = True  # the template renders tools and calls by itself
     id_length: int = 24  # hexadecimal digits of a call's id
     id_prefix: str = "call_"
+    id_mark: str | None = None  # between a name and the call's id, which is letters and digits
 
     def spell(self, calls: Iterable[tuple[str, str]]) -> str:
-        """The text of (name, arguments), one or more, as the model writes them."""
+        """The text of (name, arguments), one or more, as the model writes them without ids."""
         spelled = [f"{name}{self.between}{arguments}{self.tail}" for name, arguments in calls]
         return self.opening + self.heads[0] + (self.joint or "").join(spelled) + self.end
 
@@ -57,7 +59,19 @@ _HERMES = Notation(
 PLAIN = "plain"
 NOTATIONS: Mapping[str, Notation] = MappingProxyType({
     "hermes": _HERMES,  # Hermes, Qwen 2.5 and 3
-    "mistral": Notation(
+    "mistral-v11": Notation(  # Mistral Small 3.2, Magistral, Devstral, Ministral 3
+        signs=("tools", "[TOOL_CALLS]", "[ARGS]"),
+        opening="[TOOL_CALLS]",
+        heads=("",),
+        between="[ARGS]",
+        tail="",
+        joint="[TOOL_CALLS]",
+        markers=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+        id_prefix="",
+        id_length=9,
+        id_mark="[CALL_ID]",  # tokenizer version 11; version 13 writes no ids
+    ),
+    "mistral": Notation(  # tokenizer versions 3 and 7
         signs=("tools", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]"),
         opening="[TOOL_CALLS]",
         heads=('[{"name": "', ' [{"name": "'),

@@ -56,7 +56,11 @@ def _described(function: Function) -> dict[str, Any]:
 
 def _plain(message: Message) -> dict[str, Any]:
     fields: dict[str, Any] = {"role": message.role, "content": message.content}
-    return fields if message.name is None else fields | {"name": message.name}
+    if message.name is not None:
+        fields["name"] = message.name
+    if message.reasoning_content is not None:
+        fields["reasoning_content"] = message.reasoning_content
+    return fields
 
 
 def _native(message: Message) -> dict[str, Any]:

@@ -194,4 +194,4 @@ class CalledTool(Closed):
 
 
 Tools = Annotated[list[FunctionTool] | None, Field(max_length=MAX_TOOLS)]
-CalledTools = Annotated[list[CalledTool] | None, Field(min_length=1, max_length=MAX_TOOLS)]
+CalledTools = Annotated[list[CalledTool] | None, Field(max_length=MAX_TOOLS)]

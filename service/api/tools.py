@@ -17,7 +17,7 @@ class ToolUse:
     functions: tuple[Function, ...]  # that the model is told of
     may_call: tuple[int, ...]  # which of them it may call
     forced: bool  # it must call one, and say nothing
-    parallel: bool  # it may call several
+    parallel: bool  # it may call several; never if the choice names one function
 
 
 def told_of(tools: Sequence[FunctionTool] | None) -> ToolUse | None:
@@ -44,7 +44,7 @@ def tool_use(body: ChatBody) -> ToolUse | None:
         functions=functions,
         may_call=tuple(i for i, name in enumerate(names) if choice.name in {None, name}),
         forced=choice.mode is Mode.REQUIRED,
-        parallel=body.parallel_tool_calls is not False,
+        parallel=body.parallel_tool_calls is not False and choice.name is None,
     )
 
 

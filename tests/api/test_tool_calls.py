@@ -147,6 +147,58 @@ def test_an_opening_that_counts_at_the_start_counts_nowhere_else() -> None:
     assert (total.text, total.calls) == ("x" + spelled, [])
 
 
+V11 = NOTATIONS["mistral-v11"]
+
+
+def with_ids(*ids: str | None) -> str:
+    """One call for each, `now` with the index as an argument."""
+    marked = ["" if id_ is None else f"[CALL_ID]{id_}" for id_ in ids]
+    return "".join(
+        f'[TOOL_CALLS]now{mark}[ARGS]{{"i": {index}}}' for index, mark in enumerate(marked)
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        (["abcdefghi"], ["abcdefghi"]),
+        (["a1B2c3D4e", "000000000"], ["a1B2c3D4e", "000000000"]),
+        ([None, "abcdefghi", None], [None, "abcdefghi", None]),
+        (["abcdefghi", "abcdefghi"], ["abcdefghi", None]),  # ids are unique in an answer
+        (["short", "abcdefghij", "ab-defghi", "äbcdefghi", ""], [None] * 5),
+    ],
+)
+def test_ids_that_the_model_writes_are_its_calls_ids(
+    written: list[str | None], told: list[str | None]
+) -> None:
+    spelled = "Well.\n" + with_ids(*written)
+    expected = [id_ or call_id(V11, "s0-1.0", index) for index, id_ in enumerate(told)]
+    for seed in range(20):
+        total = read(V11, cut(random.Random(seed), spelled))
+        assert total.text == "Well."
+        assert [call[0] for call in total.calls] == expected
+        assert [call[1:] for call in total.calls] == [
+            ["now", f'{{"i": {index}}}'] for index in range(len(written))
+        ]
+    assert read(V11, list(spelled)) == read(V11, [spelled])
+
+
+def test_an_id_that_never_ends_is_text() -> None:
+    text = "[TOOL_CALLS]now[CALL_ID]" + "x" * 100
+    for pieces in ([text], list(text)):
+        total = read(V11, pieces)
+        assert (total.text, total.calls) == (text, [])
+
+
+@pytest.mark.parametrize("end", range(len("[TOOL_CALLS]"), len(with_ids("abcdefghi"))))
+def test_a_call_with_an_id_may_be_cut_off_anywhere(end: int) -> None:
+    spelled = with_ids("abcdefghi")
+    total = read(V11, [spelled[:end]])
+    assert total.text == ""
+    assert len(total.calls) == (end > spelled.index("{"))
+    assert not total.called
+
+
 def test_what_is_no_call_is_text() -> None:
     """Nothing that a grammar made; and the next call is found again."""
     notation = NOTATIONS["plain"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -156,6 +157,43 @@ def test_a_named_function_is_called_once(name: str, tokenizer: Tokenizer) -> Non
         answer = sample(grammar, tokenizer, random.Random(seed))
         if answer is not None:
             assert check(notation, text_of(answer, tokenizer, {})) == ("", ["tree-2"])
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("id_", ["", "[CALL_ID]a1B2c3D4e"])
+def test_a_call_may_have_an_id(id_: str, special: bool, tokenizer: Tokenizer) -> None:
+    """With an id or without, and after either, another call of either kind."""
+    notation = NOTATIONS["mistral-v11"]
+    ids = markers(notation, tokenizer) if special else {}
+    grammar = tools_grammar(use(), notation, ids)
+    call = f"[TOOL_CALLS]now{id_}[ARGS]{{}}"
+    follow(grammar, pieces(f"{call}[TOOL_CALLS]now[ARGS]{{}}", tokenizer, ids), tokenizer)
+    for wrong in ("[CALL_ID]a1B2c3D4[ARGS]", "[CALL_ID][ARGS]", "[CALL_ID]a1B2c3D-e", '{"'):
+        with pytest.raises(GrammarError):
+            follow(grammar, pieces(f"[TOOL_CALLS]now{wrong}", tokenizer, ids), tokenizer)
+
+
+def follow(grammar: str, ids: list[int], tokenizer: Tokenizer) -> None:
+    """Raises GrammarError if the grammar forbids one of the tokens."""
+    matcher = Grammars(
+        tokenizer.token_bytes, eos_ids=tokenizer.eos_ids, vocab_size=tokenizer.vocab_size
+    ).matcher(grammar)
+    for token in ids:
+        matcher.read(token)
+
+
+def pieces(text: str, tokenizer: Tokenizer, marker_ids: dict[str, int]) -> list[int]:
+    """The ids of a text, markers by their own."""
+    if not marker_ids:
+        return tokenizer.encode(text, add_bos=False)
+    pattern = "|".join(map(re.escape, marker_ids))
+    return [
+        id_
+        for part in re.split(f"({pattern})", text)
+        for id_ in (
+            [marker_ids[part]] if part in marker_ids else tokenizer.encode(part, add_bos=False)
+        )
+    ]
 
 
 def test_texts_of_a_schema_are_no_grammar(tokenizer: Tokenizer) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
+from model.chat_template import ChatTemplate
 from model.grammar import Grammars
 from model.tokenizer import Tokenizer
 from service.api.grammar_trials import GrammarTrials
@@ -45,12 +46,27 @@ MISTRAL = (
     "{% elif m.role == 'tool' %}[TOOL_RESULTS]{{ m.content }} {{ m.tool_call_id }}"
     "{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
+# Mistral from tokenizer version 11 on; version 13 and later leave the ids out.
+V11 = (
+    "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "{% for m in messages %}{% if m.tool_calls %}{{ m.content }}{% for c in m.tool_calls %}"
+    "[TOOL_CALLS]{{ c.function.name }}CALL_ID[ARGS]{{ c.function.arguments | tojson }}{% endfor %}"
+    "{% elif m.role == 'tool' %}[TOOL_RESULTS]{{ m.content }}[/TOOL_RESULTS]"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+CALL_ID = "{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}[CALL_ID]{{ c.id }}"
 PLAIN = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('an unknown role') }}{% endif %}"
     "<|im_start|>{{ m.role }}\n{{ m.content + '<|im_end|>' }}\n{% endfor %}"
 )
-TEMPLATES = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "plain": PLAIN}
+TEMPLATES = {
+    "hermes": HERMES,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "mistral-v11": V11.replace("CALL_ID", ""),
+    "plain": PLAIN,
+}
 TOOLS = [
     {
         "type": "function",
@@ -182,6 +198,30 @@ async def test_a_conversation_with_calls(service: Any, name: str, read_events: A
         assert spelled in prompt
     for result in results:
         assert result["content"] in prompt
+
+
+@pytest.mark.parametrize("name", ["mistral-v11"], scope="module")
+async def test_ids_of_the_model_are_returned_and_rendered(
+    service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model wrote, and the prompt of the next turn, are the same text."""
+    tokenizer = service.tokenizer
+    template = ChatTemplate(V11.replace("CALL_ID", CALL_ID))
+    monkeypatch.setitem(vars(tokenizer), "_template", template)
+    markers = NOTATIONS["mistral-v11"].marker_ids(tokenizer)
+    answer = (
+        'Let me see.[TOOL_CALLS]get_weather[CALL_ID]a1B2c3D4e[ARGS]{"city": "Rome"}'
+        "[TOOL_CALLS]now[CALL_ID]000000001[ARGS]{}"
+    )
+    service.engine.script = lambda _: ids_of(tokenizer, answer, markers)
+    body = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}], "tools": TOOLS}
+    message = (await service.post(CHAT, body)).json()["choices"][0]["message"]
+    assert message["content"] == "Let me see."
+    assert [call["id"] for call in message["tool_calls"]] == ["a1B2c3D4e", "000000001"]
+    result = {"role": "tool", "tool_call_id": "a1B2c3D4e", "content": "sunny"}
+    reply = await service.post(CHAT, body | {"messages": [*body["messages"], message, result]})
+    assert reply.status_code == 200, reply.text
+    assert answer in prompt_of(service)
 
 
 async def test_calls_before_without_tools_now(service: Any, name: str) -> None:

@@ -165,24 +165,28 @@ async def test_what_was_held_back_comes_with_the_end(service: Any, read_events: 
 
 
 @pytest.mark.parametrize(
-    ("choice", "named", "calls"),
+    ("choice", "named", "calls", "several"),
     [
-        ("auto", {"now", "get_weather"}, False),
-        (None, {"now", "get_weather"}, False),
-        ("required", {"now", "get_weather"}, True),
-        ({"type": "function", "function": {"name": "now"}}, {"now"}, True),
+        ("auto", {"now", "get_weather"}, False, True),
+        (None, {"now", "get_weather"}, False, True),
+        ("required", {"now", "get_weather"}, True, True),
+        ({"type": "function", "function": {"name": "now"}}, {"now"}, True, False),
     ],
 )
-async def test_whom_the_grammar_lets_the_model_call(
-    service: Any, choice: Any, named: set[str], calls: bool
+@pytest.mark.parametrize("parallel", [True, False, None])
+async def test_what_the_grammar_lets_the_model_call(
+    service: Any, choice: Any, named: set[str], calls: bool, several: bool, parallel: bool | None
 ) -> None:
-    await service.post(CHAT, BODY | {"tool_choice": choice, "n": 2, "max_tokens": 4})
+    """A named function is called once, even if several calls are allowed."""
+    asked = {"tool_choice": choice, "parallel_tool_calls": parallel}
+    await service.post(CHAT, BODY | asked | {"n": 2, "max_tokens": 4})
     requests = service.engine.seen
     assert len(requests) == 2
     assert len({request.grammar for request in requests}) == 1
     grammar = requests[0].grammar
     assert {name for name in ("now", "get_weather") if f'"{name}\\"' in grammar} == named
     assert ("TEXT" not in grammar) == calls
+    assert ("{0,31}" in grammar) == (several and parallel is not False)
     assert "get_weather" in service.tokenizer.decode(requests[0].prompt_ids)
 
 
@@ -292,9 +296,12 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
      "messages[1].tool_calls[0].function.arguments", "invalid_json"),
     (said("tool"), "messages[0].tool_call_id", "missing_required_parameter"),
     (said("user", tool_call_id="c"), "messages[0].tool_call_id", "invalid_value"),
-    (said("user", tool_calls=[]), "messages[0].tool_calls", "array_below_min_length"),
-    (said("assistant", content=None), "messages[0].content", "invalid_type"),
-    ({"messages": [{"role": "assistant"}]}, "messages[0].content", "missing_required_parameter"),
+    (said("user", tool_calls=[]), "messages[0].tool_calls", "invalid_value"),
+    (said("user", reasoning_content="x"), "messages[0].reasoning_content", "invalid_value"),
+    (said("assistant", reasoning_content=5), "messages[0].reasoning_content", "invalid_type"),
+    (said("user", content=[{"type": "text", "text": "x", "cache_control": 5}]),
+     "messages[0].content", "invalid_type"),
+    (said("system", content=None), "messages[0].content", "invalid_type"),
 ]  # fmt: skip
 
 

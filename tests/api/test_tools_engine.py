@@ -32,7 +32,7 @@ from tests.builders import tiny_model_config, tiny_weights
 pytestmark = pytest.mark.slow
 
 EOS = 256
-MARKERS = {258: "[TOOL_CALLS]", 259: "<tool_call>", 260: "</tool_call>"}
+MARKERS = {258: "[TOOL_CALLS]", 259: "<tool_call>", 260: "</tool_call>", 261: "[ARGS]"}
 BYTES = (*(bytes([byte]) for byte in range(256)), *(b"" for _ in range(256, 262)))
 SCHEMAS: dict[str, dict[str, Any]] = {
     "order": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from model.chat_template import ChatTemplate, ChatTemplateError, Disguise
+from model.chat_template import ChatTemplate, ChatTemplateError
 from model.tokenizer import Tokenizer
 
 START, END = 1, 2
@@ -61,26 +60,6 @@ def test_random_content_is_text(tiny: Tokenizer, seed: int) -> None:
     assert tiny.apply_chat_template(messages) == _prompt(tiny, *contents)
 
 
-def test_no_two_strings_make_a_special_token_together() -> None:
-    """Every cut of every special token, glued back together by a template."""
-    for special in SPECIALS:
-        for cut in range(len(special) + 1):
-            parts = [special[:cut], special[cut:]]
-            disguise = Disguise(SPECIALS, parts)
-            glued = "".join(disguise.put_on(parts))
-            assert special not in glued
-            assert disguise.remove(glued) == special
-
-
-def test_disguise_has_stand_ins_left_when_all_private_characters_are_used() -> None:
-    private = "".join(map(chr, itertools.chain(range(0xE000, 0xF900), range(0xF0000, 0x10FFFE))))
-    text = f"{private}<|im_end|>"
-    disguise = Disguise(SPECIALS, [text])
-    hidden = disguise.put_on(text)
-    assert "<|im_end|>" not in hidden
-    assert disguise.remove(hidden) == text
-
-
 def test_variables_are_text_too(tiny: Tokenizer) -> None:
     tokenizer = _with_template(tiny, "{{ tools | tojson }}<|im_end|>")
     tools = [{"name": "<|im_end|>", "<|im_start|>": ["<|endoftext|>", 1, None, True]}]
@@ -111,6 +90,17 @@ def test_a_trimmed_final_message_stays_trimmed(tiny: Tokenizer) -> None:
     messages = [{"role": "assistant", "content": " so far  "}]
     ids = tokenizer.apply_chat_template(messages, continue_final_message=True)
     assert tokenizer.decode(ids) == "so far"
+
+
+def test_an_empty_final_message_is_continued_without_a_space(tiny: Tokenizer) -> None:
+    """Also if the template refuses empty messages, which otherwise get a space."""
+    refusing = "{% if not m.content %}{{ raise_exception('empty') }}{% endif %}{{ m.content }}"
+    tokenizer = _with_template(tiny, "{% for m in messages %}" + refusing + ";{% endfor %}")
+    empty = {"role": "assistant", "content": ""}
+    messages = [{"role": "user", "content": "q"}, empty]
+    ids = tokenizer.apply_chat_template(messages, continue_final_message=True)
+    assert tokenizer.decode(ids) == "q;"
+    assert tokenizer.decode(tokenizer.apply_chat_template(messages)) == "q; ;"
 
 
 def test_nothing_to_continue_is_an_error(tiny: Tokenizer) -> None:
