@@ -1,4 +1,4 @@
-"""Listeners: sockets bound before anything slow begins, and uvicorn without its signal handlers."""
+"""Listeners: one application on one socket each, and uvicorn without its signal handlers."""
 
 from __future__ import annotations
 
@@ -13,46 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.api.connection import DROP
-from service.errors import StartupError
 from service.http_guard import GuardedProtocol, HttpLimits
-
-SILENCE = 45  # seconds that a peer may leave what was sent unanswered
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises StartupError where the port is taken or the address is not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends small writes at once (TCP_NODELAY) only where the protocol is named.
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    _notice_silence(bound)
-    try:
-        bound.bind((host, port))
-    except (OSError, UnicodeError) as error:
-        bound.close()
-        reason = error.strerror if isinstance(error, OSError) else "not an address"
-        raise StartupError(f"cannot listen on {host}:{port}: {(reason or 'no').lower()}") from None
-    return bound
-
-
-def _notice_silence(bound: socket.socket) -> None:
-    """Ends connections whose other side vanished without a word: no FIN, no RST, no answer.
-
-    Connections inherit this. Data that nobody confirms counts, and so do probes where there is no
-    data; without it the kernel would send again for a quarter of an hour.
-    """
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    options = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_USER_TIMEOUT": SILENCE * 1000}
-    for name, value in options.items():
-        option = getattr(socket, name, None)  # macOS lacks some
-        if option is not None:
-            bound.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def address(bound: socket.socket) -> str:
-    """http://host:port of a bound socket."""
-    host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class DroppingProtocol(GuardedProtocol):

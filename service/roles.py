@@ -41,10 +41,11 @@ from service.engine.loop import EngineLoop
 from service.engine.plan import EngineConfig
 from service.errors import StartupError, Unavailable
 from service.keys import KeyRing
-from service.listeners import Listener, address, bind
+from service.listeners import Listener
 from service.logs import log_call, set_up_logging
 from service.messages import Event, ModelCard
 from service.metrics import Metrics
+from service.ports import address, bind_admin, bind_public
 from service.queues import EngineInfo, Queue, QueueLimits, open_queue
 from service.settings import Settings
 from service.startup import Loaded, fetch_model, load_card, load_engine, load_tokenizer
@@ -75,7 +76,7 @@ async def serve(settings: Settings, console: Console) -> None:
     refuse_exposure(settings)
     metrics, tracer = make_metrics(settings, "serve"), open_tracer(settings, "serve")
     keys = open_keys(settings, metrics)
-    public, admin = bind(settings.host, settings.port), bind(settings.host, settings.admin_port)
+    public, admin = bind_public(settings), bind_admin(settings)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     loaded = await asyncio.to_thread(load_engine, settings, path)
     queue = await opened_queue(settings, metrics)
@@ -105,7 +106,7 @@ async def serve_api(settings: Settings, console: Console) -> None:
     metrics, tracer = make_metrics(settings, "api"), open_tracer(settings, "api")
     keys = open_keys(settings, metrics)
     refuse_private_queue(settings)
-    public, admin = bind(settings.host, settings.port), bind(settings.host, settings.admin_port)
+    public, admin = bind_public(settings), bind_admin(settings)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     tokenizer = await asyncio.to_thread(load_tokenizer, path)
     queue = await opened_queue(settings, metrics)
@@ -121,7 +122,7 @@ async def serve_api(settings: Settings, console: Console) -> None:
 async def serve_engine(settings: Settings, console: Console) -> None:
     """An engine replica over a shared queue. Its admin port has metrics and probes."""
     refuse_private_queue(settings)
-    admin = bind(settings.host, settings.admin_port)
+    admin = bind_admin(settings)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     loaded = await asyncio.to_thread(load_engine, settings, path)
     metrics, tracer = make_metrics(settings, "engine"), open_tracer(settings, "engine")
@@ -129,7 +130,7 @@ async def serve_engine(settings: Settings, console: Console) -> None:
     engine = EngineSide(settings, loaded, queue, metrics, tracer=tracer)
     # The admin application needs an API's context for its probes; this one has no public port.
     api = ApiSide(settings, loaded.card, queue, metrics, tokenizer=loaded.tokenizer, engine=engine)
-    rows = engine_rows(loaded, path) | {"metrics": f"{address(admin)}/metrics"}
+    rows = engine_rows(loaded, path) | admin_rows(settings, address(admin))
     listeners = [Listener(api.admin_app, admin)]
     ready = partial(banner, console, settings, rows)
     await live(queue, listeners, engine=engine, cluster=api.cluster, tracer=tracer, ready=ready)
@@ -409,7 +410,16 @@ def engine_rows(loaded: Loaded, path: Path) -> dict[str, str]:
 def api_rows(settings: Settings, api: str, admin: str) -> dict[str, str]:
     """The banner's lines about the queue and the addresses. A queue's URL may hold a password."""
     queue = settings.queue.split("://", 1)[0]
-    return {"queue": queue, "metrics": f"{admin}/metrics", "API": f"{api}/v1"}
+    return {"queue": queue} | admin_rows(settings, admin) | {"API": f"{api}/v1"}
+
+
+def admin_rows(settings: Settings, admin: str) -> dict[str, str]:
+    """The banner's lines about the admin port, which may not be the default one."""
+    moved = "admin_port" not in settings.model_fields_set and not admin.endswith(
+        f":{settings.admin_port}"
+    )
+    note = {"admin port": f"{settings.admin_port} is taken; see metrics"} if moved else {}
+    return {"metrics": f"{admin}/metrics"} | note
 
 
 def banner(console: Console, settings: Settings, rows: dict[str, str]) -> None:

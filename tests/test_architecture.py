@@ -73,8 +73,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.http_guard": (
         "uvicorn", "httptools", "service.errors", "service.api.ids", "service.api.refusals",
     ),
+    "service.ports": ("service.errors", "service.settings"),
     "service.listeners": (
-        "uvicorn", "fastapi", "service.errors", "service.api.connection", "service.http_guard",
+        "uvicorn", "fastapi", "service.api.connection", "service.http_guard",
     ),
     "service.startup": ("rich", "model", "service.messages", "service.errors", "service.settings"),
     "service.roles": ("",),

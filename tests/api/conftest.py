@@ -30,7 +30,7 @@ from service.api.grammar_trials import GrammarTrials
 from service.api.limits import ApiLimits
 from service.api.observer import CallReport, NullObserver
 from service.app import build_app
-from service.listeners import Listener, address, bind
+from service.listeners import Listener
 from service.messages import (
     End,
     FinishReason,
@@ -41,6 +41,7 @@ from service.messages import (
     Tokens,
     rolling_digest,
 )
+from service.ports import address, bind
 from service.queues import Claim, EngineInfo, QueueLimits, Write, WriteStatus
 from service.queues.memory import MemoryQueue
 
