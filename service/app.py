@@ -79,11 +79,11 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
                 chore.cancel()
             await asyncio.gather(*chores, return_exceptions=True)
 
-    app = _shell("Quire", version=version, lifespan=lifespan, docs="docs" in extras)
+    app = _shell("Quire", version=version, lifespan=lifespan)
     app.state.context = context
     app.add_middleware(Boundary, authenticate=authenticate, observer=observer)
     for group, router in ROUTERS.items():
-        if group != "page" or "page" in extras:
+        if group not in {"docs", "page"} or group in extras:
             app.include_router(router, tags=[group])
     document.install(app, context)
     return app
@@ -124,16 +124,13 @@ def _shell(
     *,
     version: str,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
-    docs: bool = False,
 ) -> FastAPI:
     """An application without routes that answers every fault in our shape."""
     app = FastAPI(
         title=title,
         version=version,
         lifespan=lifespan,
-        openapi_url="/openapi.json" if docs else None,
-        docs_url="/docs" if docs else None,
-        redoc_url=None,
+        openapi_url=None,
         redirect_slashes=False,
         responses={"4XX": {"model": ErrorBody, "description": "The request was refused."}},
     )

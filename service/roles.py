@@ -310,9 +310,15 @@ class ApiSide:
             version=VERSION,
             attention=attention,
             authenticate=only_with_key(keys.find) if keys else open_to_all,
-            extras=("page",) if settings.page else (),
+            extras=extras_of(settings),
         )
         self.admin_app: FastAPI = build_admin_app(self.app, render_metrics=metrics.render)
+
+
+def extras_of(settings: Settings) -> set[str]:
+    """The optional routes. The document is for servers that need no key."""
+    wanted = {"page": settings.page, "docs": settings.keys_file is None}
+    return {name for name, serve in wanted.items() if serve}
 
 
 def attention_reader(settings: Settings, path: Path) -> AttentionReader | None:

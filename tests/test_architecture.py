@@ -72,8 +72,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.cluster": ("service.messages", "service.errors", "service.queues"),
     "service.http_guard": (
         "uvicorn", "httptools", "service.errors", "service.api.ids", "service.api.refusals",
+        "service.half_closed",
     ),
     "service.ports": ("service.errors", "service.settings"),
+    "service.half_closed": (),
     "service.listeners": (
         "uvicorn", "fastapi", "service.api.connection", "service.http_guard",
     ),

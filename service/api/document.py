@@ -16,6 +16,7 @@ from fastapi.openapi.utils import get_openapi
 
 from service.api.auth import OPEN_PATHS
 from service.api.context import ApiContext
+from service.api.docs import DocumentCache
 from service.api.document_answers import ANSWERS, SHAPES
 from service.api.document_errors import error_answers
 from service.api.document_rules import RULES
@@ -54,6 +55,7 @@ def install(app: FastAPI, context: ApiContext) -> None:
         return made[card]
 
     app.openapi = document  # type: ignore[method-assign]  # as FastAPI means it to be done
+    app.state.document = DocumentCache(document)
 
 
 def complete(document: Json, *, limits: ApiLimits, card: ModelCard) -> Json:
