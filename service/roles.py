@@ -34,6 +34,7 @@ from model.tokenizer import Tokenizer
 from service.api.attention_desk import AttentionReader
 from service.api.auth import only_with_key, open_to_all
 from service.api.context import Probes
+from service.api.hosts import AllowedHosts, HostCheck, any_host
 from service.api.limits import ApiLimits
 from service.app import build_admin_app, build_app
 from service.cluster import Cluster
@@ -311,14 +312,30 @@ class ApiSide:
             attention=attention,
             authenticate=only_with_key(keys.find) if keys else open_to_all,
             extras=extras_of(settings),
+            check_host=any_host if keys else keyless_hosts(settings),
+            cors_origins=settings.cors_origins,
         )
-        self.admin_app: FastAPI = build_admin_app(self.app, render_metrics=metrics.render)
+        self.admin_app: FastAPI = build_admin_app(
+            self.app, render_metrics=metrics.render, check_host=keyless_hosts(settings)
+        )
 
 
 def extras_of(settings: Settings) -> set[str]:
     """The optional routes. The document is for servers that need no key."""
     wanted = {"page": settings.page, "docs": settings.keys_file is None}
     return {name for name, serve in wanted.items() if serve}
+
+
+def keyless_hosts(settings: Settings) -> HostCheck:
+    """Which hosts a port without keys accepts: an address that others can reach has names that
+    only the operator knows.
+    """
+    names = settings.allowed_hosts
+    if "*" in names or not (names or settings.is_loopback):
+        return any_host
+    return AllowedHosts(
+        names=names, any_address=not settings.is_loopback, origins=settings.cors_origins
+    )
 
 
 def attention_reader(settings: Settings, path: Path) -> AttentionReader | None:

@@ -11,12 +11,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.auth import Authenticator
 from service.api.connection import HEAD_ONLY
+from service.api.hosts import HostCheck, any_host
 from service.api.ids import new_call_id
 from service.api.message_errors import MESSAGE_ID, is_message_path
 from service.api.observer import ApiObserver, HttpCall
 from service.api.rates import rate_headers
 from service.api.refusals import error_response
-from service.errors import Unauthorized
+from service.errors import Forbidden, Unauthorized
 
 _ID_HEADER = b"x-request-id"
 
@@ -27,8 +28,16 @@ class Boundary:
     A handler that used a key's minute up puts `usage` there.
     """
 
-    def __init__(self, app: ASGIApp, *, authenticate: Authenticator, observer: ApiObserver) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        authenticate: Authenticator,
+        observer: ApiObserver,
+        check_host: HostCheck = any_host,
+    ) -> None:
         self._app = app
+        self._check_host = check_host
         self._authenticate = authenticate
         self._observer = observer
 
@@ -64,8 +73,9 @@ class Boundary:
             await send(message)
 
         try:
+            self._check_host(scope)
             state["tenant"] = self._authenticate(scope)
-        except Unauthorized as error:
+        except (Forbidden, Unauthorized) as error:
             await error_response(error, path=path)(scope, receive, send_with_id)
             return
         try:

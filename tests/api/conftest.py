@@ -27,6 +27,7 @@ from model.tokenizer import Tokenizer
 from service.api.auth import Authenticator, open_to_all
 from service.api.context import Probes
 from service.api.grammar_trials import GrammarTrials
+from service.api.hosts import HostCheck, any_host
 from service.api.limits import ApiLimits
 from service.api.observer import CallReport, NullObserver
 from service.app import build_app
@@ -243,6 +244,8 @@ def start_service(tokenizer: Tokenizer, grammar_trials: GrammarTrials) -> StartS
         max_model_len: int = MAX_MODEL_LEN,
         docs: bool = False,
         authenticate: Authenticator = open_to_all,
+        check_host: HostCheck = any_host,
+        cors_origins: Sequence[str] = (),
     ) -> AsyncIterator[Service]:
         queue = queue or MemoryQueue(queue_limits or QueueLimits())
         engine = ScriptedEngine(queue, tokenizer, random_answer(tokenizer.vocab_size))
@@ -278,6 +281,8 @@ def start_service(tokenizer: Tokenizer, grammar_trials: GrammarTrials) -> StartS
             trials=grammar_trials,
             extras=("docs", "page") if docs else ("page",),
             authenticate=authenticate,
+            check_host=check_host,
+            cors_origins=cors_origins,
         )
         task = asyncio.create_task(engine.run()) if running else None
         transport = httpx.ASGITransport(app=app)
