@@ -6,26 +6,60 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
-from functools import partial
-from typing import cast
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from service.acceptor import Acceptor
 from service.api.connection import DROP
+from service.connections import ConnectionLimits, Connections, Slot
+from service.errors import StartupError
 from service.http_guard import GuardedProtocol, HttpLimits
 
 
-class DroppingProtocol(GuardedProtocol):
-    """Guarded HTTP/1.1, and a way for the application to drop a connection.
+class ServedProtocol(GuardedProtocol):
+    """Guarded HTTP/1.1 in one of the port's places, and a way for the application to end it.
 
-    ASGI has none, and to close one waits for a reader who takes nothing.
+    ASGI has no way to drop a connection, and to close one waits for a reader who takes nothing.
     """
+
+    def __init__(self, *args: Any, slot: Slot, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, **kwargs)
+        self._slot = slot
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Waits for a request, or refuses any if there is no place."""
+        self._slot.abort = transport.abort
+        super().connection_made(transport)
+        if self._slot.refusal is not None:
+            self._refuse(self._slot.refusal)
+        else:
+            self._slot.idle()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Gives the place to others."""
+        self._slot.release()
+        super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         """Puts `DROP` into the state of the request that begins."""
         super().on_message_begin()
         self.scope["state"][DROP] = self.transport.abort
+        if self._open == 0:
+            self._slot.idle()
+
+    def on_message_complete(self) -> None:
+        """The request is whole: unless it was refused before, its answer is being made."""
+        super().on_message_complete()
+        if self._open:
+            self._slot.busy()
+
+    def on_response_complete(self) -> None:
+        """The connection waits for the next request, if no pipelined one is there."""
+        super().on_response_complete()
+        if self._open == 0:
+            self._slot.idle()
 
 
 class Listener(uvicorn.Server):
@@ -41,12 +75,12 @@ class Listener(uvicorn.Server):
         *,
         grace: float = 1.0,
         limits: HttpLimits | None = None,
+        connections: Connections | None = None,
     ) -> None:
-        protocol = partial(DroppingProtocol, limits=limits or HttpLimits())
         super().__init__(
             uvicorn.Config(
                 app,
-                http=cast("type[asyncio.Protocol]", protocol),  # is called, no more
+                http=ServedProtocol,
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -56,6 +90,10 @@ class Listener(uvicorn.Server):
             )
         )
         self._bound = bound
+        self._limits = limits or HttpLimits()
+        if connections is None:
+            connections = Connections(ConnectionLimits())
+        self._acceptor = Acceptor(bound, connections)
         self.answering = asyncio.Event()
 
     @contextlib.contextmanager
@@ -63,10 +101,30 @@ class Listener(uvicorn.Server):
         """Captures none."""
         yield
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Opens the port and says so."""
-        await super().startup(sockets=sockets)
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002
+        """Starts the application, then opens the port. Raises StartupError if it is taken."""
+        await super().startup(sockets=[])
+        try:
+            self._acceptor.start(self._make_protocol)
+        except OSError as error:
+            host, port = self._bound.getsockname()[:2]
+            reason = (error.strerror or "no").lower()
+            raise StartupError(f"cannot listen on {host}:{port}: {reason}") from None
         self.answering.set()
+
+    def _make_protocol(self, slot: Slot) -> asyncio.Protocol:
+        return ServedProtocol(
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            limits=self._limits,
+            slot=slot,
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Closes the port, then waits for open answers."""
+        self._acceptor.stop()
+        await super().shutdown(sockets=sockets)
 
     async def listen(self) -> None:
         """Serves until `stop`."""

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version as distribution_version
 from pathlib import Path
@@ -38,6 +38,8 @@ from service.api.hosts import AllowedHosts, HostCheck, any_host
 from service.api.limits import ApiLimits
 from service.app import build_admin_app, build_app
 from service.cluster import Cluster
+from service.connections import Connections
+from service.descriptors import plan_connections, raise_descriptor_limit
 from service.engine.loop import EngineLoop
 from service.engine.plan import EngineConfig
 from service.errors import StartupError, Unavailable
@@ -77,6 +79,7 @@ async def serve(settings: Settings, console: Console) -> None:
     refuse_exposure(settings)
     metrics, tracer = make_metrics(settings, "serve"), open_tracer(settings, "serve")
     keys = open_keys(settings, metrics)
+    places = plan_places(settings, metrics)
     public, admin = bind_public(settings), bind_admin(settings)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     loaded = await asyncio.to_thread(load_engine, settings, path)
@@ -95,7 +98,10 @@ async def serve(settings: Settings, console: Console) -> None:
     )
     rows = engine_rows(loaded, path) | api_rows(settings, address(public), address(admin))
     grace = settings.drain_timeout
-    listeners = [Listener(api.app, public, grace=grace), Listener(api.admin_app, admin)]
+    listeners = [
+        Listener(api.app, public, grace=grace, connections=places.api),
+        Listener(api.admin_app, admin, connections=places.admin),
+    ]
     ready = partial(banner, console, settings, rows)
     await live(queue, listeners, api=api, engine=engine, tracer=tracer, ready=ready)
     loaded.runner.close()
@@ -107,6 +113,7 @@ async def serve_api(settings: Settings, console: Console) -> None:
     metrics, tracer = make_metrics(settings, "api"), open_tracer(settings, "api")
     keys = open_keys(settings, metrics)
     refuse_private_queue(settings)
+    places = plan_places(settings, metrics)
     public, admin = bind_public(settings), bind_admin(settings)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     tokenizer = await asyncio.to_thread(load_tokenizer, path)
@@ -115,7 +122,10 @@ async def serve_api(settings: Settings, console: Console) -> None:
     api = ApiSide(settings, card, queue, metrics, tokenizer=tokenizer, keys=keys)
     rows = api_rows(settings, address(public), address(admin))
     grace = settings.drain_timeout
-    listeners = [Listener(api.app, public, grace=grace), Listener(api.admin_app, admin)]
+    listeners = [
+        Listener(api.app, public, grace=grace, connections=places.api),
+        Listener(api.admin_app, admin, connections=places.admin),
+    ]
     ready = partial(banner, console, settings, rows)
     await live(queue, listeners, api=api, tracer=tracer, ready=ready)
 
@@ -132,10 +142,28 @@ async def serve_engine(settings: Settings, console: Console) -> None:
     # The admin application needs an API's context for its probes; this one has no public port.
     api = ApiSide(settings, loaded.card, queue, metrics, tokenizer=loaded.tokenizer, engine=engine)
     rows = engine_rows(loaded, path) | admin_rows(settings, address(admin))
-    listeners = [Listener(api.admin_app, admin)]
+    places = plan_places(settings, metrics)
+    listeners = [Listener(api.admin_app, admin, connections=places.admin)]
     ready = partial(banner, console, settings, rows)
     await live(queue, listeners, engine=engine, cluster=api.cluster, tracer=tracer, ready=ready)
     loaded.runner.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The connections that each port may have."""
+
+    api: Connections
+    admin: Connections
+
+
+def plan_places(settings: Settings, metrics: Metrics) -> Places:
+    """Raises the limit of open files and divides them. Raises StartupError if they are too few."""
+    plan = plan_connections(settings, descriptors=raise_descriptor_limit())
+    return Places(
+        api=Connections(plan.api, port="api", observer=metrics),
+        admin=Connections(plan.admin, port="admin", observer=metrics),
+    )
 
 
 def refuse_exposure(settings: Settings) -> None:

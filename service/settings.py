@@ -206,6 +206,20 @@ class Settings(BaseModel):
         (),
         "Origins whose web pages may call the API: https://app.example, ...; * allows all.",
     )
+    max_connections: int | None = _setting(
+        Group.HTTP,
+        None,
+        "Open connections of the API; by default 8192, or fewer if the system's limit of open "
+        "files (ulimit -n) is lower.",
+        ge=1,
+    )
+    max_connections_per_address: int | None = _setting(
+        Group.HTTP,
+        None,
+        "Open connections of one client address; by default 3/4 of max_connections. Behind a "
+        "proxy all have its address.",
+        ge=1,
+    )
     max_body: Bytes = _setting(Group.HTTP, 4 * 1024**2, "Largest request body, in bytes.", ge=1024)
     keep_alive: float = _setting(
         Group.HTTP, 15.0, "Seconds of silence after which a stream gets a comment.", gt=0
