@@ -66,12 +66,27 @@ Role = Callable[[Settings, Console], Coroutine[None, None, None]]
 def run_role(role: Role, settings: Settings, *, console: Console) -> None:
     """Runs a role to its end. Raises StartupError for what cannot be served."""
     set_up_logging(settings.log_level, settings.log_format)
+    end_at_once_on_signals(console)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             runner.run(role(settings, console))
         except EngineFailure as failure:
             log.critical("the engine broke; exiting", exc_info=failure.__cause__)
             sys.exit(1)
+
+
+def end_at_once_on_signals(console: Console) -> None:
+    """Until the role serves, a signal ends the process: no thread that loads or fetches is waited
+    for.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        console.show_cursor()  # which a progress bar hides
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
 
 
 async def serve(settings: Settings, console: Console) -> None:

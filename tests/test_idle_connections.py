@@ -49,11 +49,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, model: Path, *arguments: str) -> Iterator[Server]:
+def serving(
+    folder: Path, model: Path, *arguments: str, descriptors: int = DESCRIPTORS
+) -> Iterator[Server]:
     server = Server(api=free_port(), admin=free_port(), log=folder / "log")
     command = [sys.executable, "-m", "service", *arguments, "--model", str(model)]
     command += ["--port", str(server.api), "--admin-port", str(server.admin)]
-    limited = ["sh", "-c", f'ulimit -n {DESCRIPTORS} && exec "$@"', "sh", *command]
+    limited = ["sh", "-c", f'ulimit -n {descriptors} && exec "$@"', "sh", *command]
     with server.log.open("wb") as output:
         process = subprocess.Popen(limited, cwd=ROOT, stdout=output, stderr=output)
     try:
@@ -142,6 +144,23 @@ def test_redis_keeps_its_descriptors(tiny_model: TinyModel, tmp_path: Path) -> N
             check_probes(server)
     finally:
         redis.close()
+
+
+def test_descriptors_above_1023_work(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """select() takes none of them. The grammar validator's pipes get such numbers here."""
+    model = tiny_model.write_folder(tmp_path / "tiny")
+    with (
+        serving(tmp_path, model, "serve", descriptors=2 * IDLE) as server,
+        idle_connections(server.api),
+    ):
+        assert server.metric("process_open_fds") > DESCRIPTORS
+        body = {
+            "model": "tiny", "prompt": "the quick", "max_tokens": 4,
+            "structured_outputs": {"regex": "[a-z ]+"},
+        }  # fmt: skip
+        url = f"http://127.0.0.1:{server.api}/v1/completions"
+        answer = httpx.post(url, json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
 
 
 def test_a_setting_that_the_system_has_no_descriptors_for_is_refused(tmp_path: Path) -> None:
