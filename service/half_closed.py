@@ -12,7 +12,8 @@ import socket
 from collections.abc import Callable
 
 CHECK_INTERVAL = 0.05  # seconds between two looks for a reset
-PROBE_INTERVAL = 5.0  # seconds between two probes: the client may also leave later
+FIRST_INTERVAL = 0.25  # seconds to the second probe, for a proxy that passes the first one on
+PROBE_INTERVAL = 5.0  # seconds between two probes in the end: the client may also leave later
 
 
 class HalfClosed:
@@ -34,6 +35,7 @@ class HalfClosed:
         self._probe = probe
         self._loop = loop
         self._next_probe = loop.time()
+        self._interval = FIRST_INTERVAL
         self._timer = loop.call_soon(self._check)
 
     def stop(self) -> None:
@@ -47,6 +49,8 @@ class HalfClosed:
             self._transport.abort()
             return
         if self._loop.time() >= self._next_probe and not self._transport.get_write_buffer_size():
-            self._next_probe = self._loop.time() + PROBE_INTERVAL
+            self._interval = min(self._interval, PROBE_INTERVAL)
+            self._next_probe = self._loop.time() + self._interval
+            self._interval *= 2
             self._transport.write(self._probe())
         self._timer = self._loop.call_later(CHECK_INTERVAL, self._check)

@@ -414,7 +414,7 @@ async def live(
     """Serves until a signal or a broken engine, then ends in order.
 
     New calls are refused, open ones end (no longer than the listeners' grace); only then the engine
-    gives back what is left. Raises EngineFailure.
+    gives back what is left. Raises EngineFailure, and StartupError if a port is taken after all.
     """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -445,7 +445,7 @@ async def live(
         task.cancel()
     await asyncio.gather(*watching, announcing, stopping, return_exceptions=True)
     try:
-        await asyncio.gather(*working)
+        await asyncio.gather(*working, *serving)  # they have ended: raises what they raised
     finally:
         with suppress(Unavailable):
             await queue.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import socket
@@ -10,12 +11,16 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from rich.console import Console
 
 from service import ports
 from service.errors import StartupError
+from service.listeners import Listener
 from service.ports import bind, bind_admin, bind_public
-from service.roles import admin_rows, banner
+from service.queues import QueueLimits
+from service.queues.memory import MemoryQueue
+from service.roles import admin_rows, banner, live
 from service.settings import Settings
 from tests.conftest import free_port
 
@@ -97,3 +102,19 @@ def test_an_address_of_another_machine_is_not_a_taken_port() -> None:
     with pytest.raises(StartupError, match=r"cannot listen on 192\.0\.2\.1:") as raised:
         bind_public(Settings(host="192.0.2.1", port=0))
     assert "--port" not in str(raised.value)
+
+
+async def test_a_port_that_another_program_took_meanwhile_is_an_error() -> None:
+    """It may listen on a port that is bound here and not listened on yet, and holds no lock."""
+    queue = MemoryQueue(QueueLimits())
+    with closing(bind("127.0.0.1", 0)) as bound, socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(bound.getsockname())
+        other.listen()
+        listener = Listener(FastAPI(), bound)
+        try:
+            with pytest.raises(StartupError, match="address already in use"):
+                await live(queue, [listener], ready=lambda: None)
+        finally:
+            gc.unfreeze()
+    assert not listener.answering.is_set()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from loadtest.rig.relay import Connection, Relay
 from service import half_closed
 from tests.api.bad_input_rows import COMPLETIONS, B
 from tests.api.raw_http_rows import Answer, answers, plain, request
@@ -117,3 +118,27 @@ async def test_a_client_that_leaves_later_ends_the_work(
     (seen,) = service.engine.seen
     (*_, end) = await service.queue.read(seen.id)
     assert end.reason == "cancelled"
+
+
+class Passing(Relay):
+    """A proxy that passes on what it gets, and the end of each direction by itself."""
+
+    def __init__(self, place: tuple[str, int]) -> None:
+        super().__init__()
+        self._place = place
+
+    async def connect(self) -> Connection:
+        return await asyncio.open_connection(*self._place)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_behind_a_proxy_that_leaves_ends_the_work(
+    service: Any, *, stream: bool
+) -> None:
+    """The proxy takes the first probe, and notices with the second that its client is gone."""
+    service.engine.pause = 30.0
+    async with serving(service.app) as place, Passing(place) as proxy:
+        with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as connection:
+            connection.sendall(completion(stream=stream, max_tokens=200))
+            await until(lambda: len(service.engine.seen) == 1)
+        await until(lambda: not service.queue._running)
