@@ -17,7 +17,7 @@ help:     ## this list
 	@sed -nE 's/^([a-z-]+): .*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 serve: $(VENV)/.installed  ## install, fetch the default model, serve it at http://127.0.0.1:8000
-	$(BIN)/quire serve $(ARGS)
+	exec $(BIN)/quire serve $(ARGS)
 
 test: $(VENV)/.tested system check  ## install, then every check: lint, types, all tests
 	$(BIN)/python -m pytest -m "not kernels and not faults" $(ARGS)

@@ -30,9 +30,10 @@ from loadtest.engine_overhead import InstantRunner
 from model.batch import Batch, StepOutput
 from model.checkpoint.fetch import default_cache, resolve
 from model.runners import RunnerOptions
-from service.listeners import Listener, address, bind
+from service.listeners import Listener
 from service.messages import ModelCard
 from service.metrics import Metrics
+from service.ports import address, bind
 from service.roles import ApiSide, EngineSide, live, opened_queue
 from service.settings import Settings
 from service.startup import Loaded, load_tokenizer

@@ -6,7 +6,7 @@ They are given all that they work with and make nothing themselves.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 from fastapi import APIRouter, FastAPI, Response
@@ -19,7 +19,9 @@ from service.api.attention_desk import AttentionDesk, AttentionReader
 from service.api.auth import Authenticator, open_to_all
 from service.api.boundary import Boundary
 from service.api.context import ApiContext, Probes
+from service.api.cors import allow_origins
 from service.api.grammar_trials import GrammarTrials
+from service.api.hosts import HostCheck, any_host
 from service.api.limits import ApiLimits
 from service.api.observer import ApiObserver, NullObserver
 from service.api.schemas import ErrorBody
@@ -41,6 +43,8 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
     attention: AttentionReader | None = None,
     trials: GrammarTrials | None = None,
     extras: Collection[str] = ("page",),
+    check_host: HostCheck = any_host,
+    cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The API. `extras` may name `docs`, /docs and /openapi.json, and `page`, the web page.
 
@@ -79,22 +83,30 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
                 chore.cancel()
             await asyncio.gather(*chores, return_exceptions=True)
 
-    app = _shell("Quire", version=version, lifespan=lifespan, docs="docs" in extras)
+    app = _shell("Quire", version=version, lifespan=lifespan)
     app.state.context = context
-    app.add_middleware(Boundary, authenticate=authenticate, observer=observer)
+    app.add_middleware(
+        Boundary, authenticate=authenticate, observer=observer, check_host=check_host
+    )
+    if cors_origins:
+        allow_origins(app, cors_origins)
     for group, router in ROUTERS.items():
-        if group != "page" or "page" in extras:
+        if group not in {"docs", "page"} or group in extras:
             app.include_router(router, tags=[group])
     document.install(app, context)
     return app
 
 
-def build_admin_app(public: FastAPI, *, render_metrics: Callable[[], bytes]) -> FastAPI:
+def build_admin_app(
+    public: FastAPI, *, render_metrics: Callable[[], bytes], check_host: HostCheck = any_host
+) -> FastAPI:
     """Metrics and the probes of `public`. For a port that only the operator can reach."""
     context = public.state.context
     app = _shell("Quire admin", version=context.version)
     app.state.context = context
-    app.add_middleware(Boundary, authenticate=open_to_all, observer=NullObserver())
+    app.add_middleware(
+        Boundary, authenticate=open_to_all, observer=NullObserver(), check_host=check_host
+    )
     metrics = APIRouter()
 
     @metrics.get(
@@ -124,16 +136,13 @@ def _shell(
     *,
     version: str,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
-    docs: bool = False,
 ) -> FastAPI:
     """An application without routes that answers every fault in our shape."""
     app = FastAPI(
         title=title,
         version=version,
         lifespan=lifespan,
-        openapi_url="/openapi.json" if docs else None,
-        docs_url="/docs" if docs else None,
-        redoc_url=None,
+        openapi_url=None,
         redirect_slashes=False,
         responses={"4XX": {"model": ErrorBody, "description": "The request was refused."}},
     )

@@ -36,6 +36,7 @@ from service.errors import (
     RequestTimeout,
     UrlTooLong,
 )
+from service.half_closed import HalfClosed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unsaid: QuireError | None = None  # follows the open answers
         self._deaf = False  # what comes is thrown away
         self._last_answer = False  # the open answer says that none follows
+        self._probe = b""  # bytes that a client skips at this point of the open answer
+        self._half_closed: HalfClosed | None = None  # the client sends no more, and may read
         self._wait: Wait | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -86,9 +89,19 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._wait_for(Wait.HEAD)
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keeps the connection while answers are open: the client may still read them."""
+        if self._open == 0 or self._in_body:  # nothing was asked, or not all of it arrived
+            return False
+        self._deaf = True
+        self._half_closed = HalfClosed(self.transport, probe=lambda: self._probe, loop=self.loop)
+        return True
+
     def connection_lost(self, exc: Exception | None) -> None:
         """There is nothing to wait for."""
         self._wait_for(None)
+        if self._half_closed is not None:
+            self._half_closed.stop()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -206,16 +219,20 @@ class GuardedProtocol(HttpToolsProtocol):
         async def call(
             scope: ServerScope, receive: ASGIReceiveCallable, send: ASGISendCallable
         ) -> None:
+            old = cycle.scope["http_version"] == "1.0"
             by_end = False  # the end of the connection is the end of the answer
+            self._probe = b"" if old else _CONTINUE
 
             async def send_delimited(message: ASGISendEvent) -> None:
                 nonlocal by_end
                 if message["type"] == "http.response.start":
-                    names = {name.lower() for name, _ in message["headers"]}
-                    by_end = cycle.scope["http_version"] == "1.0" and b"content-length" not in names
+                    headers = {name.lower(): value for name, value in message["headers"]}
+                    by_end = old and b"content-length" not in headers
                     if by_end:
                         cycle.chunked_encoding = False
                     await send(message)
+                    events = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+                    self._probe = (_COMMENT if by_end else _COMMENT_CHUNK) if events else b""
                     if not cycle.keep_alive:  # the header says so; `_finish` closes, not the cycle
                         self._last_answer = cycle.keep_alive = True
                     return
@@ -266,6 +283,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._deaf = True
         if self._unsaid is not None:
             self.transport.write(_response(self._unsaid))
+        if self._half_closed is not None:
+            self.transport.close()
+            return
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()
@@ -304,6 +324,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
 
 
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_COMMENT = b": probe\n"
+_COMMENT_CHUNK = b"%x\r\n%b\r\n" % (len(_COMMENT), _COMMENT)
+
+
 def _response(fault: QuireError) -> bytes:
     """A whole HTTP answer, the last one of its connection."""
     body = error_body(fault)
@@ -314,7 +339,7 @@ def _response(fault: QuireError) -> bytes:
         "x-request-id": new_call_id(),
     }
     if isinstance(fault, MethodNotAllowed):
-        headers["allow"] = "GET, POST, DELETE"
+        headers["allow"] = "GET, HEAD, POST, DELETE"
     lines = [f"HTTP/1.1 {fault.status} {HTTPStatus(fault.status).phrase}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

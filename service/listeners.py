@@ -1,4 +1,4 @@
-"""Listeners: sockets bound before anything slow begins, and uvicorn without its signal handlers."""
+"""Listeners: one application on one socket each, and uvicorn without its signal handlers."""
 
 from __future__ import annotations
 
@@ -6,65 +6,60 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
-from functools import partial
-from typing import cast
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from service.acceptor import Acceptor
 from service.api.connection import DROP
+from service.connections import ConnectionLimits, Connections, Slot
 from service.errors import StartupError
 from service.http_guard import GuardedProtocol, HttpLimits
 
-SILENCE = 45  # seconds that a peer may leave what was sent unanswered
 
+class ServedProtocol(GuardedProtocol):
+    """Guarded HTTP/1.1 in one of the port's places, and a way for the application to end it.
 
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises StartupError where the port is taken or the address is not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends small writes at once (TCP_NODELAY) only where the protocol is named.
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    _notice_silence(bound)
-    try:
-        bound.bind((host, port))
-    except (OSError, UnicodeError) as error:
-        bound.close()
-        reason = error.strerror if isinstance(error, OSError) else "not an address"
-        raise StartupError(f"cannot listen on {host}:{port}: {(reason or 'no').lower()}") from None
-    return bound
-
-
-def _notice_silence(bound: socket.socket) -> None:
-    """Ends connections whose other side vanished without a word: no FIN, no RST, no answer.
-
-    Connections inherit this. Data that nobody confirms counts, and so do probes where there is no
-    data; without it the kernel would send again for a quarter of an hour.
+    ASGI has no way to drop a connection, and to close one waits for a reader who takes nothing.
     """
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    options = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_USER_TIMEOUT": SILENCE * 1000}
-    for name, value in options.items():
-        option = getattr(socket, name, None)  # macOS lacks some
-        if option is not None:
-            bound.setsockopt(socket.IPPROTO_TCP, option, value)
 
+    def __init__(self, *args: Any, slot: Slot, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, **kwargs)
+        self._slot = slot
 
-def address(bound: socket.socket) -> str:
-    """http://host:port of a bound socket."""
-    host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Waits for a request, or refuses any if there is no place."""
+        self._slot.abort = transport.abort
+        super().connection_made(transport)
+        if self._slot.refusal is not None:
+            self._refuse(self._slot.refusal)
+        else:
+            self._slot.idle()
 
-
-class DroppingProtocol(GuardedProtocol):
-    """Guarded HTTP/1.1, and a way for the application to drop a connection.
-
-    ASGI has none, and to close one waits for a reader who takes nothing.
-    """
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Gives the place to others."""
+        self._slot.release()
+        super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         """Puts `DROP` into the state of the request that begins."""
         super().on_message_begin()
         self.scope["state"][DROP] = self.transport.abort
+        if self._open == 0:
+            self._slot.idle()
+
+    def on_message_complete(self) -> None:
+        """The request is whole: unless it was refused before, its answer is being made."""
+        super().on_message_complete()
+        if self._open:
+            self._slot.busy()
+
+    def on_response_complete(self) -> None:
+        """The connection waits for the next request, if no pipelined one is there."""
+        super().on_response_complete()
+        if self._open == 0:
+            self._slot.idle()
 
 
 class Listener(uvicorn.Server):
@@ -80,12 +75,12 @@ class Listener(uvicorn.Server):
         *,
         grace: float = 1.0,
         limits: HttpLimits | None = None,
+        connections: Connections | None = None,
     ) -> None:
-        protocol = partial(DroppingProtocol, limits=limits or HttpLimits())
         super().__init__(
             uvicorn.Config(
                 app,
-                http=cast("type[asyncio.Protocol]", protocol),  # is called, no more
+                http=ServedProtocol,
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -95,6 +90,10 @@ class Listener(uvicorn.Server):
             )
         )
         self._bound = bound
+        self._limits = limits or HttpLimits()
+        if connections is None:
+            connections = Connections(ConnectionLimits())
+        self._acceptor = Acceptor(bound, connections)
         self.answering = asyncio.Event()
 
     @contextlib.contextmanager
@@ -102,10 +101,30 @@ class Listener(uvicorn.Server):
         """Captures none."""
         yield
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Opens the port and says so."""
-        await super().startup(sockets=sockets)
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002
+        """Starts the application, then opens the port. Raises StartupError if it is taken."""
+        await super().startup(sockets=[])
+        try:
+            self._acceptor.start(self._make_protocol)
+        except OSError as error:
+            host, port = self._bound.getsockname()[:2]
+            reason = (error.strerror or "no").lower()
+            raise StartupError(f"cannot listen on {host}:{port}: {reason}") from None
         self.answering.set()
+
+    def _make_protocol(self, slot: Slot) -> asyncio.Protocol:
+        return ServedProtocol(
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            limits=self._limits,
+            slot=slot,
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Closes the port, then waits for open answers."""
+        self._acceptor.stop()
+        await super().shutdown(sockets=sockets)
 
     async def listen(self) -> None:
         """Serves until `stop`."""

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from prometheus_client import generate_latest
 
 from service.api.observer import CallReport, HttpCall
+from service.connections import Outcome
 from service.engine.observer import StepReport
 from service.messages import End, ModelCard
 from service.metrics_queue import QueueGauges
@@ -95,6 +96,15 @@ class Metrics(Series):
     def keys_reloaded(self, good: bool) -> None:  # noqa: FBT001 - what KeyRing calls
         """Counts a change of the keys file."""
         self.key_reloads.labels("ok" if good else "refused").inc()
+
+    # --- service.connections.ConnectionObserver -------------------------------------------
+    def connections_open(self, port: str, count: int) -> None:
+        """Remembers how many connections a port has."""
+        self.http_connections.labels(port).set(count)
+
+    def connection_limited(self, port: str, outcome: Outcome) -> None:
+        """Counts a connection that was closed or refused."""
+        self.http_connections_limited.labels(port, outcome.value).inc()
 
     # --- service.api.observer.ApiObserver -------------------------------------------------
     def call_began(self, traceparent: str | None) -> str | None:  # noqa: ARG002

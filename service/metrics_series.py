@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -16,6 +18,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from service.connections import Outcome
 from service.messages import FinishReason
 from service.queues.observer import QueueEvent
 
@@ -35,6 +38,7 @@ WAIT_BUCKETS = (
 )  # fmt: skip
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 KEY_RELOADS = ("ok", "refused")
+PORTS = ("api", "admin")
 WASTE = (
     "preemption",
     "take_over",
@@ -65,6 +69,9 @@ class Series:
             self.refused.labels(refusal)
         for event in QueueEvent:
             self.queue_events.labels(event.value)
+        for port, outcome in product(PORTS, Outcome):
+            self.http_connections.labels(port)
+            self.http_connections_limited.labels(port, outcome.value)
         for result in KEY_RELOADS:
             self.key_reloads.labels(result)
         for cause in WASTE:
@@ -80,6 +87,15 @@ class Series:
         return Histogram(name, text, buckets=buckets, registry=self.registry)
 
     def _requests(self) -> None:
+        self.http_connections = self._gauge(
+            "quire_http_connections", "Open connections by port.", "port"
+        )
+        self.http_connections_limited = self._counter(
+            "quire_http_connections_limited",
+            "Connections closed while idle, or refused, because of a limit on connections.",
+            "port",
+            "outcome",
+        )
         self.http_responses = self._counter(
             "quire_http_responses", "HTTP answers by status code.", "status"
         )

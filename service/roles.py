@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version as distribution_version
 from pathlib import Path
@@ -33,17 +33,21 @@ from model.tokenizer import Tokenizer
 from service.api.attention_desk import AttentionReader
 from service.api.auth import only_with_key, open_to_all
 from service.api.context import Probes
+from service.api.hosts import AllowedHosts, HostCheck, any_host
 from service.api.limits import ApiLimits
 from service.app import build_admin_app, build_app
 from service.cluster import Cluster
+from service.connections import Connections
+from service.descriptors import plan_connections, raise_descriptor_limit
 from service.engine.loop import EngineLoop
 from service.engine.plan import EngineConfig
 from service.errors import StartupError, Unavailable
 from service.keys import KeyRing
-from service.listeners import Listener, address, bind
+from service.listeners import Listener
 from service.logs import log_call, set_up_logging
 from service.messages import FEATURES, Event, ModelCard
 from service.metrics import Metrics
+from service.ports import address, bind_admin, bind_public
 from service.queues import EngineInfo, Queue, QueueLimits, open_queue
 from service.settings import Settings
 from service.startup import Loaded, fetch_model, load_card, load_engine, load_tokenizer
@@ -60,6 +64,7 @@ Role = Callable[[Settings, Console], Coroutine[None, None, None]]
 def run_role(role: Role, settings: Settings, *, console: Console) -> None:
     """Runs a role to its end. Raises StartupError for what cannot be served."""
     set_up_logging(settings.log_level, settings.log_format)
+    end_at_once_on_signals(console)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             runner.run(role(settings, console))
@@ -68,12 +73,27 @@ def run_role(role: Role, settings: Settings, *, console: Console) -> None:
             sys.exit(1)
 
 
+def end_at_once_on_signals(console: Console) -> None:
+    """Until the role serves, a signal ends the process: no thread that loads or fetches is waited
+    for.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        console.show_cursor()  # which a progress bar hides
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+
+
 async def serve(settings: Settings, console: Console) -> None:
     """Everything in one process."""
     refuse_exposure(settings)
     metrics, tracer = make_metrics(settings, "serve"), open_tracer(settings, "serve")
     keys = open_keys(settings, metrics)
-    public, admin = bind(settings.host, settings.port), bind(settings.host, settings.admin_port)
+    places = plan_places(settings, metrics)
+    public, admin = bind_public(settings), bind_admin(settings)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     loaded = await asyncio.to_thread(load_engine, settings, path)
     queue = await opened_queue(settings, metrics)
@@ -91,7 +111,10 @@ async def serve(settings: Settings, console: Console) -> None:
     )
     rows = engine_rows(loaded, path) | api_rows(settings, address(public), address(admin))
     grace = settings.drain_timeout
-    listeners = [Listener(api.app, public, grace=grace), Listener(api.admin_app, admin)]
+    listeners = [
+        Listener(api.app, public, grace=grace, connections=places.api),
+        Listener(api.admin_app, admin, connections=places.admin),
+    ]
     ready = partial(banner, console, settings, rows)
     await live(queue, listeners, api=api, engine=engine, tracer=tracer, ready=ready)
     loaded.runner.close()
@@ -103,7 +126,8 @@ async def serve_api(settings: Settings, console: Console) -> None:
     metrics, tracer = make_metrics(settings, "api"), open_tracer(settings, "api")
     keys = open_keys(settings, metrics)
     refuse_private_queue(settings)
-    public, admin = bind(settings.host, settings.port), bind(settings.host, settings.admin_port)
+    places = plan_places(settings, metrics)
+    public, admin = bind_public(settings), bind_admin(settings)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     tokenizer = await asyncio.to_thread(load_tokenizer, path)
     queue = await opened_queue(settings, metrics)
@@ -111,7 +135,10 @@ async def serve_api(settings: Settings, console: Console) -> None:
     api = ApiSide(settings, card, queue, metrics, tokenizer=tokenizer, keys=keys)
     rows = api_rows(settings, address(public), address(admin))
     grace = settings.drain_timeout
-    listeners = [Listener(api.app, public, grace=grace), Listener(api.admin_app, admin)]
+    listeners = [
+        Listener(api.app, public, grace=grace, connections=places.api),
+        Listener(api.admin_app, admin, connections=places.admin),
+    ]
     ready = partial(banner, console, settings, rows)
     await live(queue, listeners, api=api, tracer=tracer, ready=ready)
 
@@ -119,7 +146,7 @@ async def serve_api(settings: Settings, console: Console) -> None:
 async def serve_engine(settings: Settings, console: Console) -> None:
     """An engine replica over a shared queue. Its admin port has metrics and probes."""
     refuse_private_queue(settings)
-    admin = bind(settings.host, settings.admin_port)
+    admin = bind_admin(settings)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     loaded = await asyncio.to_thread(load_engine, settings, path)
     metrics, tracer = make_metrics(settings, "engine"), open_tracer(settings, "engine")
@@ -127,11 +154,29 @@ async def serve_engine(settings: Settings, console: Console) -> None:
     engine = EngineSide(settings, loaded, queue, metrics, tracer=tracer)
     # The admin application needs an API's context for its probes; this one has no public port.
     api = ApiSide(settings, loaded.card, queue, metrics, tokenizer=loaded.tokenizer, engine=engine)
-    rows = engine_rows(loaded, path) | {"metrics": f"{address(admin)}/metrics"}
-    listeners = [Listener(api.admin_app, admin)]
+    rows = engine_rows(loaded, path) | admin_rows(settings, address(admin))
+    places = plan_places(settings, metrics)
+    listeners = [Listener(api.admin_app, admin, connections=places.admin)]
     ready = partial(banner, console, settings, rows)
     await live(queue, listeners, engine=engine, cluster=api.cluster, tracer=tracer, ready=ready)
     loaded.runner.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The connections that each port may have."""
+
+    api: Connections
+    admin: Connections
+
+
+def plan_places(settings: Settings, metrics: Metrics) -> Places:
+    """Raises the limit of open files and divides them. Raises StartupError if they are too few."""
+    plan = plan_connections(settings, descriptors=raise_descriptor_limit())
+    return Places(
+        api=Connections(plan.api, port="api", observer=metrics),
+        admin=Connections(plan.admin, port="admin", observer=metrics),
+    )
 
 
 def refuse_exposure(settings: Settings) -> None:
@@ -310,9 +355,31 @@ class ApiSide:
             version=VERSION,
             attention=attention,
             authenticate=only_with_key(keys.find) if keys else open_to_all,
-            extras=("page",) if settings.page else (),
+            extras=extras_of(settings),
+            check_host=any_host if keys else keyless_hosts(settings),
+            cors_origins=settings.cors_origins,
         )
-        self.admin_app: FastAPI = build_admin_app(self.app, render_metrics=metrics.render)
+        self.admin_app: FastAPI = build_admin_app(
+            self.app, render_metrics=metrics.render, check_host=keyless_hosts(settings)
+        )
+
+
+def extras_of(settings: Settings) -> set[str]:
+    """The optional routes. The document is for servers that need no key."""
+    wanted = {"page": settings.page, "docs": settings.keys_file is None}
+    return {name for name, serve in wanted.items() if serve}
+
+
+def keyless_hosts(settings: Settings) -> HostCheck:
+    """Which hosts a port without keys accepts: an address that others can reach has names that
+    only the operator knows.
+    """
+    names = settings.allowed_hosts
+    if "*" in names or not (names or settings.is_loopback):
+        return any_host
+    return AllowedHosts(
+        names=names, any_address=not settings.is_loopback, origins=settings.cors_origins
+    )
 
 
 def attention_reader(settings: Settings, path: Path) -> AttentionReader | None:
@@ -348,7 +415,7 @@ async def live(
     """Serves until a signal or a broken engine, then ends in order.
 
     New calls are refused, open ones end (no longer than the listeners' grace); only then the engine
-    gives back what is left. Raises EngineFailure.
+    gives back what is left. Raises EngineFailure, and StartupError if a port is taken after all.
     """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -379,7 +446,7 @@ async def live(
         task.cancel()
     await asyncio.gather(*watching, announcing, stopping, return_exceptions=True)
     try:
-        await asyncio.gather(*working)
+        await asyncio.gather(*working, *serving)  # they have ended: raises what they raised
     finally:
         with suppress(Unavailable):
             await queue.close()
@@ -410,7 +477,16 @@ def engine_rows(loaded: Loaded, path: Path) -> dict[str, str]:
 def api_rows(settings: Settings, api: str, admin: str) -> dict[str, str]:
     """The banner's lines about the queue and the addresses. A queue's URL may hold a password."""
     queue = settings.queue.split("://", 1)[0]
-    return {"queue": queue, "metrics": f"{admin}/metrics", "API": f"{api}/v1"}
+    return {"queue": queue} | admin_rows(settings, admin) | {"API": f"{api}/v1"}
+
+
+def admin_rows(settings: Settings, admin: str) -> dict[str, str]:
+    """The banner's lines about the admin port, which may not be the default one."""
+    moved = "admin_port" not in settings.model_fields_set and not admin.endswith(
+        f":{settings.admin_port}"
+    )
+    note = {"admin port": f"{settings.admin_port} is taken; see metrics"} if moved else {}
+    return {"metrics": f"{admin}/metrics"} | note
 
 
 def banner(console: Console, settings: Settings, rows: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from service.errors import StartupError
@@ -47,6 +47,33 @@ def parse_bytes(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+def split_list(value: object) -> object:
+    """`a, b` -> `("a", "b")`; a TOML list is left as it is."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _check_host(value: str) -> str:
+    if not re.fullmatch(r"\*|[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", value):
+        raise ValueError("must be host names or addresses without scheme and port, or *")
+    return value.lower()
+
+
+def _check_origin(value: str) -> str:
+    if not re.fullmatch(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+", value):
+        raise ValueError("must be origins such as https://app.example, without a path, or *")
+    return value.lower()
+
+
+Hosts = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_host)], ...], BeforeValidator(split_list)
+]
+Origins = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(split_list)
+]
 
 
 def _setting(group: Group, default: Any, help_text: str, **limits: Any) -> Any:  # noqa: ANN401
@@ -167,6 +194,31 @@ class Settings(BaseModel):
     )
     keys_file: Path | None = _setting(
         Group.HTTP, None, "A TOML file of API keys, read again when it changes; see `quire key`."
+    )
+    allowed_hosts: Hosts = _setting(
+        Group.HTTP,
+        (),
+        "Host names that clients may use if no keys are needed, beside loopback ones: a, b; * "
+        "allows all. By default checked on a loopback host only.",
+    )
+    cors_origins: Origins = _setting(
+        Group.HTTP,
+        (),
+        "Origins whose web pages may call the API: https://app.example, ...; * allows all.",
+    )
+    max_connections: int | None = _setting(
+        Group.HTTP,
+        None,
+        "Open connections of the API; by default 8192, or fewer if the system's limit of open "
+        "files (ulimit -n) is lower.",
+        ge=1,
+    )
+    max_connections_per_address: int | None = _setting(
+        Group.HTTP,
+        None,
+        "Open connections of one client address; by default 3/4 of max_connections. Behind a "
+        "proxy all have its address.",
+        ge=1,
     )
     max_body: Bytes = _setting(Group.HTTP, 4 * 1024**2, "Largest request body, in bytes.", ge=1024)
     keep_alive: float = _setting(
@@ -296,7 +348,7 @@ def _row(name: str, info: FieldInfo) -> SettingRow:
         name=name,
         flag="--" + name.replace("_", "-"),
         variable=PREFIX + name.upper(),
-        default="" if info.default is None else str(info.default),
+        default="" if info.default in (None, ()) else str(info.default),
         help=info.description or "",
     )
 

@@ -47,7 +47,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.logs": ("service.api.observer",),
     "service.metrics": (
         "prometheus_client", "service.messages", "service.queues", "service.engine.observer",
-        "service.api.observer", "service.metrics_queue", "service.metrics_series",
+        "service.api.observer", "service.connections", "service.metrics_queue",
+        "service.metrics_series",
         "service.metrics_vllm",
     ),
     "service.engine": ("service.messages", "service.errors", "service.engine"),
@@ -85,9 +86,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.cluster": ("service.messages", "service.errors", "service.queues"),
     "service.http_guard": (
         "uvicorn", "httptools", "service.errors", "service.api.ids", "service.api.refusals",
+        "service.half_closed",
     ),
+    "service.ports": ("service.errors", "service.settings"),
+    "service.half_closed": (),
+    "service.connections": ("service.errors",),
+    "service.descriptors": ("service.connections", "service.errors", "service.settings"),
+    "service.acceptor": ("service.connections",),
     "service.listeners": (
         "uvicorn", "fastapi", "service.errors", "service.api.connection", "service.http_guard",
+        "service.acceptor", "service.connections",
     ),
     "service.startup": ("rich", "model", "service.messages", "service.errors", "service.settings"),
     "service.roles": ("",),

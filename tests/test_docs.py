@@ -4,12 +4,17 @@ and the commands it shows are run against a real server.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 from fastapi.routing import APIRoute
 from typer.testing import CliRunner
@@ -21,6 +26,7 @@ from service.__main__ import app
 from service.api import ROUTERS
 from service.metrics import Metrics
 from service.settings import setting_rows
+from tests.conftest import TinyModel, free_port, wait_until_ready
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -137,3 +143,73 @@ def test_python_examples_run(server_url: str, tmp_path: Path) -> None:
         )
         assert run.returncode == 0, run.stderr
         assert run.stdout.strip()
+
+
+@pytest.mark.slow
+def test_the_commands_for_redis_run_together(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """The block as it is written, one process for each line, on one machine.
+
+    Ports of Redis and of the API are free ones and the model is a tiny one: the machine may have
+    other servers. The admin ports are the default one and its successor, or the next free ones.
+    """
+    section = README.split("\n## Answers that survive\n", 1)[1]
+    block = re.search(r"```\n(redis-server .*?)```", section, re.DOTALL)
+    assert block
+    redis, *replicas = block[1].splitlines()
+    assert [line.split()[:2] for line in replicas] == [["quire", "engine"], ["quire", "api"]]
+    redis_port, api_port = free_port(), free_port()
+    environment = {name: os.environ[name] for name in ("PATH", "HOME")} | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "QUIRE_MODEL": str(tiny_model.write_folder(tmp_path / "tiny")),
+        "QUIRE_PORT": str(api_port),
+        "QUIRE_LOG_FORMAT": "json",
+    }
+    logs = [tmp_path / "redis.log", tmp_path / "engine.log", tmp_path / "api.log"]
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for command, log in zip([f"{redis} --port 6379", *replicas], logs, strict=True):
+            words = shlex.split(command.replace("6379", str(redis_port)))
+            with log.open("wb") as output:
+                started.append(
+                    subprocess.Popen(
+                        words, cwd=tmp_path, env=environment, stdout=output, stderr=output
+                    )
+                )
+            wait_for_redis(redis_port, started[0], log=logs[0])
+        url = f"http://127.0.0.1:{api_port}"
+        wait_until_ready(url, started[2], log=logs[2])
+        admins = [
+            metrics_url(process, log) for process, log in zip(started[1:], logs[1:], strict=True)
+        ]
+        assert len(set(admins)) == 2
+        for admin, role in zip(admins, ("engine", "api"), strict=True):
+            assert f'role="{role}"' in httpx.get(admin).text
+        body = {"model": "tiny", "prompt": "the quick", "max_tokens": 4, "ignore_eos": True}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert answer.json()["usage"]["completion_tokens"] == 4, answer.text
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def wait_for_redis(port: int, process: subprocess.Popen[bytes], *, log: Path) -> None:
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends:
+        assert process.poll() is None, log.read_text()
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+            return
+        time.sleep(0.05)
+    raise AssertionError(log.read_text())
+
+
+def metrics_url(process: subprocess.Popen[bytes], log: Path) -> str:
+    """The address that the banner names, which is the last thing that a start does."""
+    ends = time.monotonic() + 90
+    while time.monotonic() < ends:
+        found = re.search(r'"metrics": "([^"]+)"', log.read_text())
+        if found:
+            return found[1]
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())

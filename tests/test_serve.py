@@ -146,6 +146,16 @@ def test_health_and_metrics_are_where_they_belong(server_url: str) -> None:
     assert httpx.get(f"{server_url}/metrics").status_code == 404
 
 
+def test_without_keys_the_document_and_its_page_are_served(server_url: str) -> None:
+    document = httpx.get(f"{server_url}/openapi.json", timeout=60)
+    assert document.json()["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]
+    page = httpx.get(f"{server_url}/docs")
+    assert page.status_code == 200
+    assert "/openapi.json" in page.text
+    head = httpx.head(f"{server_url}/openapi.json")
+    assert (head.status_code, head.content) == (200, b"")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

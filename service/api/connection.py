@@ -13,6 +13,9 @@ T = TypeVar("T")
 DROP = "drop_connection"
 """Key in `scope["state"]` of a function that ends the connection, with what is unsent."""
 
+HEAD_ONLY = "head_only"
+"""Key in `scope["state"]`, true for a HEAD request: routes see a GET, and no body is sent."""
+
 
 async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
     """The result of `work`, or None where the client left first, and then `work` is cancelled."""

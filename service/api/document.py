@@ -16,6 +16,7 @@ from fastapi.openapi.utils import get_openapi
 
 from service.api.auth import OPEN_PATHS
 from service.api.context import ApiContext
+from service.api.docs import DocumentCache
 from service.api.document_answers import ANSWERS, SHAPES
 from service.api.document_errors import error_answers
 from service.api.document_rules import RULES
@@ -54,6 +55,7 @@ def install(app: FastAPI, context: ApiContext) -> None:
         return made[card]
 
     app.openapi = document  # type: ignore[method-assign]  # as FastAPI means it to be done
+    app.state.document = DocumentCache(document)
 
 
 def complete(document: Json, *, limits: ApiLimits, card: ModelCard) -> Json:
@@ -126,11 +128,11 @@ def _is_open(path: str) -> bool:
 
 def _statuses(path: str, *, has_body: bool, generates: bool) -> set[int]:
     """The errors that an endpoint may answer with."""
-    found = {414, 431, 500} if _is_open(path) else {401, 414, 431, 500}
+    found = {403, 414, 431, 500} if _is_open(path) else {401, 403, 414, 431, 500}
     if has_body:
         found |= {400, 404, 408, 413, 415}
     if generates:
-        found |= {403, 409, 410, 429, 503, 504}
+        found |= {409, 410, 429, 503, 504}
     if "{" in path:
         found |= {404}
     if path.startswith(("/v1/streams/", "/v1/responses/")):

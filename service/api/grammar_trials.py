@@ -117,10 +117,11 @@ class GrammarTrials:
         process.stdin.write(line)
         process.stdin.flush()
         ends = time.monotonic() + PATIENCE
+        poll = select.poll()  # select() takes no descriptor above 1,023
+        poll.register(process.stdout, select.POLLIN)
         reply = b""
         while not reply.endswith(b"\n"):
-            ready, _, _ = select.select([process.stdout], [], [], max(0.0, ends - time.monotonic()))
-            if not ready:
+            if not poll.poll(max(0.0, ends - time.monotonic()) * 1000):
                 raise TimeoutError
             piece = os.read(process.stdout.fileno(), 65_536)
             if not piece:

@@ -162,7 +162,7 @@ def install(app: FastAPI) -> None:
 
 def _allowed(request: Request) -> list[str]:
     """The methods that some route knows at this address; the router tells of the first route's."""
-    return [
+    found = [
         method
         for method in ("DELETE", "GET", "POST")
         if any(
@@ -170,6 +170,7 @@ def _allowed(request: Request) -> list[str]:
             for route in request.app.routes
         )
     ]
+    return [*found, "HEAD"] if "GET" in found else found
 
 
 def _from_http(error: HTTPException) -> QuireError:

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.answer import Answer
-from service.api.connection import DROP, first_of, gone
+from service.api.connection import DROP, HEAD_ONLY, first_of, gone
 from service.api.events import KEEP_ALIVE, Writer
 from service.errors import QuireError
 
@@ -43,6 +43,9 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events until the answer ends or the reader is gone."""
+        if scope["state"].get(HEAD_ONLY):
+            await super().__call__(scope, receive, send)  # the headers and an empty body
+            return
         with self._answer.attended():
             try:
                 await send(

@@ -27,10 +27,11 @@ from model.tokenizer import Tokenizer
 from service.api.auth import Authenticator, open_to_all
 from service.api.context import Probes
 from service.api.grammar_trials import GrammarTrials
+from service.api.hosts import HostCheck, any_host
 from service.api.limits import ApiLimits
 from service.api.observer import CallReport, NullObserver
 from service.app import build_app
-from service.listeners import Listener, address, bind
+from service.listeners import Listener
 from service.messages import (
     End,
     FinishReason,
@@ -41,6 +42,7 @@ from service.messages import (
     Tokens,
     rolling_digest,
 )
+from service.ports import address, bind
 from service.queues import Claim, EngineInfo, QueueLimits, Write, WriteStatus
 from service.queues.memory import MemoryQueue
 
@@ -245,6 +247,8 @@ def start_service(tokenizer: Tokenizer, grammar_trials: GrammarTrials) -> StartS
         vocab_size: int = tokenizer.vocab_size,
         docs: bool = False,
         authenticate: Authenticator = open_to_all,
+        check_host: HostCheck = any_host,
+        cors_origins: Sequence[str] = (),
     ) -> AsyncIterator[Service]:
         queue = queue or MemoryQueue(queue_limits or QueueLimits())
         engine = ScriptedEngine(queue, tokenizer, random_answer(tokenizer.vocab_size))
@@ -280,6 +284,8 @@ def start_service(tokenizer: Tokenizer, grammar_trials: GrammarTrials) -> StartS
             trials=grammar_trials,
             extras=("docs", "page") if docs else ("page",),
             authenticate=authenticate,
+            check_host=check_host,
+            cors_origins=cors_origins,
         )
         task = asyncio.create_task(engine.run()) if running else None
         transport = httpx.ASGITransport(app=app)

@@ -27,8 +27,9 @@ from model.tokenizer import Tokenizer
 from service.api.limits import ApiLimits
 from service.api.observer import NullObserver
 from service.app import build_app
-from service.listeners import Listener, address, bind
+from service.listeners import Listener
 from service.messages import ModelCard
+from service.ports import address, bind
 from service.queues import QueueLimits
 from service.queues.memory import MemoryQueue
 from tests.api.conftest import ScriptedEngine, random_answer

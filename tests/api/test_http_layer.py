@@ -15,7 +15,8 @@ import pytest
 from fastapi import FastAPI
 
 from service.http_guard import HttpLimits
-from service.listeners import Listener, address, bind
+from service.listeners import Listener
+from service.ports import address, bind
 from tests.api import raw_http_rows as table
 from tests.api.bad_input_rows import B
 from tests.api.raw_http_rows import (

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
 import pytest
 
 from model.tokenizer import Tokenizer
+from service.api.docs import DocumentCache
 from service.api.document import operations
 from service.api.document_errors import STATUSES
 from service.api.limits import ApiLimits
@@ -19,22 +25,23 @@ from service.errors import QuireError
 from service.messages import ModelCard
 from service.queues import QueueLimits
 from service.queues.memory import MemoryQueue
+from service.roles import extras_of
+from service.settings import Settings
 from tests.api.bad_input_rows import CHAT, COMPLETIONS, RESPONSES, B, C, R
 from tests.fakes import ALL_WELL
 
 Json = dict[str, Any]
 
+CARD = ModelCard(id="tiny-model", max_model_len=256, vocab_size=303, numeric_class="c", created=1)
+
 
 @pytest.fixture(scope="module")
 def document(tokenizer: Tokenizer) -> Json:
     """It is made once: that takes a moment."""
-    card = ModelCard(
-        id="tiny-model", max_model_len=256, vocab_size=303, numeric_class="c", created=1
-    )
     app = build_app(
         MemoryQueue(QueueLimits()),
         tokenizer,
-        lambda: card,
+        lambda: CARD,
         probes=ALL_WELL,
         limits=ApiLimits(),
         observer=NullObserver(),
@@ -210,9 +217,35 @@ def test_every_error_has_its_status() -> None:
     assert found - {405} <= STATUSES.keys()
 
 
-async def test_the_document_is_for_those_who_ask_for_it(service: Any) -> None:
+async def test_the_document_is_left_out_unless_it_is_configured(service: Any) -> None:
     for path in ("/openapi.json", "/docs", "/redoc"):
         assert (await service.client.get(path)).status_code == 404
+
+
+def test_the_document_is_served_if_there_are_no_keys() -> None:
+    assert extras_of(Settings()) == {"docs", "page"}
+    assert extras_of(Settings(page=False)) == {"docs"}
+    assert extras_of(Settings(keys_file=Path("keys.toml"))) == {"page"}
+
+
+async def test_the_document_is_made_once_and_off_the_event_loop() -> None:
+    """It takes tenths of a second, which streams of other clients would wait for."""
+    made: list[int] = []
+
+    def make() -> Json:
+        made.append(threading.get_ident())
+        time.sleep(0.05)
+        return {"number": len(made)}
+
+    cache = DocumentCache(make)
+    left = asyncio.create_task(cache.body(CARD))
+    await asyncio.sleep(0.01)
+    left.cancel()  # a client that leaves makes nobody else begin again
+    bodies = await asyncio.gather(*(cache.body(CARD) for _ in range(8)))
+    assert set(bodies) == {b'{"number":1}'}
+    assert await cache.body(replace(CARD, max_model_len=9)) == b'{"number":2}'
+    assert len(made) == 2
+    assert threading.get_ident() not in made
 
 
 def test_the_document_is_an_openapi_document(document: Json) -> None:

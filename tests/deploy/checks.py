@@ -15,6 +15,8 @@ from fastapi.routing import APIRoute
 
 from service.__main__ import app as command_line
 from service.api import ROUTERS
+from service.errors import Forbidden
+from service.roles import keyless_hosts
 from service.settings import Settings, load_settings
 from tests.deploy.manifests import (
     WORKLOADS,
@@ -173,6 +175,17 @@ def check_probes(objects: Sequence[Object]) -> None:
                 assert ask["path"] in paths, f"{label(workload)}: {ask['path']}"
                 word = {"startup": "startup", "liveness": "live", "readiness": "ready"}[kind]
                 assert ask["path"] == f"/health/{word}", f"{label(workload)}: {kind} probe"
+                allowed = accepts(settings_of(objects, container), "10.1.2.3:8001")
+                assert allowed, f"{label(workload)}: probes name the pod by its address"
+
+
+def accepts(settings: Settings, host: str) -> bool:
+    """Whether the admin port serves requests for this host."""
+    try:
+        keyless_hosts(settings)({"headers": [(b"host", host.encode())]})
+    except Forbidden:
+        return False
+    return True
 
 
 def check_environment(objects: Sequence[Object]) -> None:

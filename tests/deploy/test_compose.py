@@ -15,6 +15,9 @@ from fastapi.routing import APIRoute
 
 from service.__main__ import app as command_line
 from service.api import ROUTERS
+from service.api.hosts import AllowedHosts
+from service.errors import Forbidden
+from service.roles import keyless_hosts
 from service.settings import Settings, load_settings
 from tests.deploy.manifests import DEPLOY, ROOT
 
@@ -155,6 +158,17 @@ def test_our_services_start_and_find_the_queue(name: str) -> None:
         assert settings.allow_anonymous, "it would refuse to start"
         grace = int(service["stop_grace_period"].removesuffix("s"))
         assert grace > settings.drain_timeout + 5
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_ports_accept_the_names_that_are_used_and_no_others(name: str) -> None:
+    """The ports are published on the loopback without keys: a browser there can be rebound."""
+    check = keyless_hosts(settings_of(name))
+    assert isinstance(check, AllowedHosts)
+    for host in (*OURS, "127.0.0.1", "localhost", "172.18.0.5"):  # Prometheus scrapes addresses
+        check({"headers": [(b"host", f"{host}:8001".encode())]})
+    with pytest.raises(Forbidden):
+        check({"headers": [(b"host", b"evil.example:8000")]})
 
 
 @pytest.mark.parametrize("name", OURS)

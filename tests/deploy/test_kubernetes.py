@@ -164,6 +164,10 @@ BROKEN: dict[str, tuple[Check, Callable[[list[Object]], object]]] = {
         checks.check_probes,
         lambda o: container(api(o))["livenessProbe"]["httpGet"].update(path="/health/ready"),
     ),
+    "probes are refused for their host": (
+        checks.check_probes,
+        lambda o: settings(o).update(QUIRE_HOST="127.0.0.1"),
+    ),
     "probe is missing": (
         checks.check_probes,
         lambda o: container(engine(o)).pop("startupProbe"),

@@ -29,9 +29,10 @@ from rich.console import Console
 
 from model.batch import Batch
 from model.runners import RunnerOptions
-from service.listeners import Listener, address, bind
+from service.listeners import Listener
 from service.messages import GenerationRequest, ModelCard, SamplingParams
 from service.metrics import Metrics
+from service.ports import address, bind
 from service.roles import ApiSide, EngineSide, banner, live, opened_queue, run_role
 from service.settings import Settings
 from service.startup import Loaded, load_tokenizer
