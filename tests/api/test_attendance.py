@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,18 +17,13 @@ from service.messages import End
 from service.queues import QueueLimits
 from service.queues.memory import MemoryQueue
 from service.queues.redis import RedisQueue
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
 GRACE = 0.25
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 60, "seed": 3, "stream": True}
 IDS = {"x-quire-event-ids": "1"}
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 class Pair(NamedTuple):

@@ -39,6 +39,7 @@ from tests.api.raw_http_rows import (
     request,
 )
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.waiting import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -138,7 +139,7 @@ async def _dripped(place: tuple[str, int], first: bytes, then: bytes) -> bytes:
         if (await asyncio.wait([said], timeout=5))[0]:
             break
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             return await said
     finally:
         writer.close()
@@ -350,13 +351,13 @@ async def test_callers_that_leave_at_random(server: Server, seed: int) -> None:
             writer.close()
 
     await asyncio.gather(*(call() for _ in range(250)))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while (gauges := server.gauges())["quire_queue_running"] or gauges["quire_queue_requests"]:
             await asyncio.sleep(0.2)
         while server.gauges()["quire_sequences_running"]:
             await asyncio.sleep(0.2)
     server.check_unharmed()
-    async with asyncio.timeout(30):  # the reference answer's own blocks are given back, too
+    async with asyncio.timeout(PATIENCE):  # the reference answer's own blocks are given back, too
         while server.gauges()['quire_kv_blocks{state="used"}']:
             await asyncio.sleep(0.2)
 

@@ -29,6 +29,7 @@ from tests.api.raw_http_rows import (
     plain,
     request,
 )
+from tests.waiting import PATIENCE
 
 ROWS = list(table.raw_rows())
 HEAD = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
@@ -119,7 +120,7 @@ async def test_100_is_sent_before_the_body_is(service: Any) -> None:
     async with serving(service.app) as place:
         reader, writer = await asyncio.open_connection(*place)
         writer.write(request(LENGTH, LAST, "Expect: 100-continue"))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
             writer.write(GOOD)
             assert (await reader.read()).startswith(b"HTTP/1.1 200")
@@ -152,7 +153,7 @@ async def drip(place: tuple[str, int], first: bytes, then: bytes, pause: float) 
             break
         writer.write(bytes([byte]))
         await asyncio.sleep(pause)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         received = await said
     writer.close()
     return received

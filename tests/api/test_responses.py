@@ -12,6 +12,7 @@ from starlette.types import Scope
 
 from service.api.auth import Tenant
 from service.messages import FinishReason
+from tests.waiting import PATIENCE
 
 B: dict[str, Any] = {"model": "tiny-model", "input": "hello", "max_output_tokens": 8, "seed": 3}
 URL = "/v1/responses"
@@ -71,7 +72,7 @@ def summed(events: list[dict[str, Any]]) -> tuple[str, list[Any]]:
 
 async def settled(service: Any, response_id: str) -> dict[str, Any]:
     """The response once it is final."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while True:
             reply = await service.client.get(f"{URL}/{response_id}")
             assert reply.status_code == 200

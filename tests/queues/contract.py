@@ -43,6 +43,7 @@ from tests.queues.builders import (
     make_tokens,
     stop_at,
 )
+from tests.waiting import PATIENCE
 
 LIMITS = QueueLimits(
     max_requests=6,
@@ -270,7 +271,7 @@ class QueueContract:
         await asyncio.sleep(0.05)
         submission = make_submission()
         await queue.submit(submission)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE):
             assert (await waiting).request.id == submission.requests[0].id
 
     async def test_a_claim_can_be_cancelled(self, queue: Queue) -> None:
@@ -601,7 +602,7 @@ class QueueContract:
             for _ in range(2):
                 await queue.forget(submission.id)
             assert await queue.lookup(submission.id) is None
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             assert await reading == stop_at(0, FinishReason.CANCELLED)
         assert not await queue.claim(make_engine(), limit=4, wait=0)
         assert await queue.depth() == NOTHING
@@ -612,7 +613,7 @@ class QueueContract:
         submission = make_submission()
         await queue.submit(submission)
         rid = (await claim_one(queue)).request.id
-        async with aclosing(queue.stops()) as hints, asyncio.timeout(5):  # type: ignore[type-var]  # an async generator, as all of them
+        async with aclosing(queue.stops()) as hints, asyncio.timeout(PATIENCE):  # type: ignore[type-var]  # an async generator, as all of them
             hint = asyncio.ensure_future(anext(hints))
             await asyncio.sleep(0.1)
             await queue.stop([rid], FinishReason.CANCELLED)
@@ -653,7 +654,7 @@ class QueueContract:
             return [record async for record in queue.follow(rid, after=after)]
 
         delays = (0.0, 0.0, 0.02, 0.05)
-        async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as tasks:
             readers = [tasks.create_task(collect(3 * i, delay)) for i, delay in enumerate(delays)]
             claim = await claim_one(queue)
             for i in range(40):

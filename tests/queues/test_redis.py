@@ -28,6 +28,7 @@ from tests.queues.builders import (
     stop_at,
 )
 from tests.queues.contract import LIMITS, NOTHING, OVER, Passes, QueueContract
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +66,7 @@ async def test_shards_are_one_queue(redis_server: RedisServer, redis_queues: Que
     full = make_submission(identifier=f"s1-{9:032x}", tenant="other")
     assert (await queue.submit(full)).status == "ok"  # what runs is not queued: there is room
     held: dict[str, Claim] = {}  # on a slow machine a lease may end meanwhile: the last one counts
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while len(held) < 7:
             claims = await queue.claim(make_engine("other"), limit=9, wait=1)
             held |= {claim.request.id: claim for claim in claims}
@@ -109,7 +110,7 @@ async def test_a_key_s_limits_are_the_cluster_s(
     await replicas[0].stop([each.requests[0].id for each in submissions], FinishReason.CANCELLED)
     left = int(redis_server.ask("PTTL", "quire:2:{s0}:k:a:requests").lstrip(":"))
     assert 50_000 < left <= 60_000
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while redis_server.ask("EXISTS", "quire:2:{s0}:k:a:tokens") == ":1":
             await asyncio.sleep(0.02)
     assert redis_server.ask("EXISTS", "quire:2:{s0}:adm") == ":0"
@@ -124,7 +125,7 @@ async def test_nothing_is_left_in_redis_after_the_resume_window(
         for claim in await queue.claim(make_engine(), limit=2, wait=0):
             await finish(queue, claim, length=2)
     kept = 4  # the queues' streams with their groups, and the engines heard of
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while (
             int(redis_server.ask("DBSIZE").lstrip(":")) > kept
         ):  # it expires keys in the background

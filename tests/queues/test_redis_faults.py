@@ -27,6 +27,7 @@ from tests.queues.builders import (
     stop_at,
 )
 from tests.queues.contract import LIMITS, NOTHING, OVER
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +72,7 @@ async def test_after_flushall_followers_fail_and_work_goes_on(
     await append(queue, claim.lease, answer_of(claim.request.id, 0, 1))
     await asyncio.sleep(0.1)
     own_redis.ask("FLUSHALL")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         with pytest.raises(NotFound):
             await following
     fenced = await append(queue, claim.lease, answer_of(claim.request.id, 1, 2))
@@ -184,7 +185,7 @@ async def test_a_restart_of_redis_costs_nobody_its_lease(
     assert list(await owner.renew([claim.lease])) == []
     await asyncio.sleep(LONG.lease / 3)
     await finish(owner, replace(claim, tokens=(0,)), length=3)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         got = await following
     assert got == [answer_of(rid, 0, 1), answer_of(rid, 1, 3), stop_at(3)]
     await idling
@@ -215,7 +216,7 @@ async def test_a_lost_tail_is_a_gap_and_is_sent_again(
     assert gap == WriteReply(WriteStatus.GAP, 1)
     assert (await append(queue, claim.lease, answer_of(rid, 1, 5))).status is WriteStatus.OK
     await append(queue, claim.lease, stop_at(5))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         got = await following
     expected = [*(answer_of(rid, i, i + 1) for i in range(4)), answer_of(rid, 1, 5), stop_at(5)]
     assert got == expected  # the record that straddles what was sent comes whole

@@ -13,6 +13,7 @@ from loadtest.rig.redis_process import RedisServer
 from service.queues import redis_wakeups
 from service.queues.redis_wakeups import Wakeups
 from service.queues.redis_wire import RedisUrl, Wire
+from tests.waiting import PATIENCE
 
 
 class ForgetfulPipeline:
@@ -44,7 +45,7 @@ async def test_a_cancellation_is_never_forgotten(
     task = asyncio.create_task(wire.run([("PING",)]))
     await asyncio.sleep(0)
     task.cancel()
-    await asyncio.wait([task], timeout=5)
+    await asyncio.wait([task], timeout=PATIENCE)
     assert task.cancelled()
     await wire.close()
 
