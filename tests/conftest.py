@@ -27,6 +27,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 import model.tokenizer
 from model.checkpoint.fetch import default_cache, resolve
 from service.startup import load_tokenizer
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 if not torch.cuda.is_available():
@@ -268,7 +269,7 @@ def server_url(default_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         yield url
     finally:
         process.terminate()
-        assert process.wait(timeout=30) == 0, log.read_text()
+        assert process.wait(timeout=PATIENCE) == 0, log.read_text()
 
 
 def free_port() -> int:
@@ -280,11 +281,11 @@ def free_port() -> int:
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], *, log: Path) -> None:
     """Waits for the readiness probe; fails at once where the process ended."""
-    ends = time.monotonic() + 90
+    ends = time.monotonic() + 2 * PATIENCE
     while time.monotonic() < ends:
         assert process.poll() is None, log.read_text()
         with contextlib.suppress(OSError):
-            if urllib.request.urlopen(f"{url}/health/ready", timeout=5).status == 200:
+            if urllib.request.urlopen(f"{url}/health/ready", timeout=PATIENCE).status == 200:
                 return
         time.sleep(0.1)
     raise AssertionError(f"not ready in time:\n{log.read_text()}")

@@ -17,11 +17,11 @@ from service.messages import End
 from service.queues import QueueLimits
 from service.queues.memory import MemoryQueue
 from service.queues.redis import RedisQueue
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.slow
 
-GRACE = 0.25
+GRACE = 0.8
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 60, "seed": 3, "stream": True}
 IDS = {"x-quire-event-ids": "1"}
 
@@ -43,7 +43,7 @@ async def pair(start_service: Any, small_limits: Any, listen: Any) -> AsyncItera
         listen(alive.app) as url,
         httpx.AsyncClient(base_url=url) as client,
     ):
-        dead.engine.pause = 0.011
+        dead.engine.pause = 0.033
         yield Pair(dead, alive, client)
 
 
@@ -141,7 +141,7 @@ async def test_replicas_over_redis(
     server = RedisServer(tmp_path)
     server.start()
     queues = [RedisQueue(QueueLimits(), url=server.url) for _ in range(2)]
-    limits = small_limits(grace=0.5, replica_grace=0.5, sweep_interval=0.05)
+    limits = small_limits(grace=GRACE, replica_grace=GRACE, sweep_interval=0.05)
     async with (
         start_service(limits=limits, queue=queues[0]) as dead,
         start_service(limits=limits, queue=queues[1], running=False) as alive,
@@ -155,7 +155,7 @@ async def test_replicas_over_redis(
         call = asyncio.create_task(dead.client.post("/v1/responses", json=body | {"stream": True}))
         await until(lambda: len(dead.engine.seen) == 2)
         path = f"/v1/responses/resp_{dead.engine.seen[1].id.removesuffix('.0')}"
-        first = await client.get(path, params={"stream": "true"}, timeout=20)
+        first = await client.get(path, params={"stream": "true"}, timeout=PATIENCE)
         assert first.content == (await call).content
         left = await dead.client.post("/v1/completions", json=B)
         assert b'"finish_reason":"cancelled"' in left.content

@@ -76,7 +76,9 @@ async def test_every_row(service: Any, step: int | None) -> None:
         for row in ROWS:
             received: list[Answer] = []
             try:
-                received = await asyncio.to_thread(exchange, place, row.sent, timeout=5, step=step)
+                received = await asyncio.to_thread(
+                    exchange, place, row.sent, timeout=PATIENCE, step=step
+                )
                 check(row, received)
             except (AssertionError, OSError, KeyError, IndexError, ValueError) as error:
                 statuses = [(answer.status, answer.body[:150]) for answer in received]
@@ -133,7 +135,7 @@ async def test_a_refused_upload_can_still_be_read_about(service: Any) -> None:
     body = b" " * (20 * 2**20)
 
     def upload(place: tuple[str, int]) -> bytes:
-        with socket.create_connection(place, timeout=10) as connection:
+        with socket.create_connection(place, timeout=PATIENCE) as connection:
             connection.sendall(request(f"Content-Length: {len(body)}", content=body))
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(2**16), b""))
@@ -188,8 +190,8 @@ async def test_bytes_that_drip(
         start_service(limits=small_limits(body_timeout=0.15)) as service,
         serving(service.app, SLOW) as place,
     ):
-        async with asyncio.timeout(3):
-            received = answers(await drip(place, first, then, pause=0.01))
+        async with asyncio.timeout(PATIENCE):  # all of these bytes would take longer
+            received = answers(await drip(place, first, then * 100, pause=0.01))
     if status is None:
         assert received == []
     else:
@@ -202,11 +204,11 @@ async def test_bytes_that_drip(
 @pytest.mark.slow
 async def test_slow_but_in_time_is_served(service: Any) -> None:
     """Each request on a connection has its own time: together they take longer."""
-    async with serving(service.app, HttpLimits(head_timeout=1.0)) as place:
+    async with serving(service.app, HttpLimits(head_timeout=2.0)) as place:
         began = time.monotonic()
-        received = answers(await drip(place, b"", plain() * 5 + plain(LAST), pause=0.005))
-        assert [answer.status for answer in received] == [200] * 6
-        assert time.monotonic() - began > 1.2
+        received = answers(await drip(place, b"", plain() * 9 + plain(LAST), pause=0.005))
+        assert [answer.status for answer in received] == [200] * 10
+        assert time.monotonic() - began > 2.0
 
 
 @pytest.mark.slow

@@ -82,11 +82,11 @@ async def test_a_resumable_stream_waits_for_its_reader(
     start_service: Any, small_limits: Any, listen: Any
 ) -> None:
     async with (
-        start_service(limits=small_limits(grace=0.15, sweep_interval=0.03)) as service,
+        start_service(limits=small_limits(grace=0.8, sweep_interval=0.03)) as service,
         listen(service.app) as url,
         httpx.AsyncClient(base_url=url) as client,
     ):
-        service.engine.pause = 0.006
+        service.engine.pause = 0.03
         ids = {"x_quire_event_ids": "1"}
         _reader, writer = await open_call(url, B | {"stream": True, "max_tokens": 60}, **ids)
         await until(lambda: len(service.engine.seen) == 1)
@@ -115,7 +115,7 @@ async def test_silence_is_kept_alive_with_a_comment_of_one_line(
         listen(service.app) as url,
         httpx.AsyncClient(base_url=url) as client,
     ):
-        service.engine.pause = 0.12
+        service.engine.pause = 0.5
         reply = await client.post("/v1/completions", json=B | {"stream": True, "max_tokens": 2})
         assert reply.content.count(b": ping\n") >= 3
         assert b": ping\n\n" not in reply.content

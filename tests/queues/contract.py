@@ -49,9 +49,9 @@ LIMITS = QueueLimits(
     max_requests=6,
     max_tokens=100,
     max_per_tenant=4,
-    lease=0.3,
+    lease=0.8,
     max_attempts=3,
-    resume_window=0.4,
+    resume_window=1.0,
     live_ttl=60.0,
     sweep_pause=1.0,
 )
@@ -267,7 +267,7 @@ class QueueContract:
         assert not await queue.claim(make_engine(), limit=1, wait=0)
 
     async def test_a_waiting_claim_is_woken(self, queue: Queue) -> None:
-        waiting = asyncio.create_task(claim_one(queue, wait=20))
+        waiting = asyncio.create_task(claim_one(queue, wait=2 * PATIENCE))
         await asyncio.sleep(0.05)
         submission = make_submission()
         await queue.submit(submission)
@@ -275,7 +275,7 @@ class QueueContract:
             assert (await waiting).request.id == submission.requests[0].id
 
     async def test_a_claim_can_be_cancelled(self, queue: Queue) -> None:
-        waiting = asyncio.create_task(claim_one(queue, wait=20))
+        waiting = asyncio.create_task(claim_one(queue, wait=2 * PATIENCE))
         await asyncio.sleep(0.05)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -378,7 +378,7 @@ class QueueContract:
         other = make_engine("other")
         assert not await queue.claim(other, limit=1, wait=0)
         await passes(OVER)
-        taken = await claim_one(queue, other, wait=2)
+        taken = await claim_one(queue, other, wait=PATIENCE)
         assert list(taken.tokens) == ids_of([answer_of(rid, 0, 3)])
         assert (taken.attempt, taken.lease.epoch) == (2, dead.lease.epoch + 1)
         assert (await append(queue, dead.lease, answer_of(rid, 3, 4))).status is WriteStatus.FENCED
@@ -394,7 +394,7 @@ class QueueContract:
         dead = await claim_one(queue)
         await append(queue, dead.lease, answer_of(dead.request.id, 0, 3))
         await passes(OVER)
-        await finish(queue, await claim_one(queue, wait=2), length=3)
+        await finish(queue, await claim_one(queue, wait=PATIENCE), length=3)
         assert await queue.depth() == NOTHING
 
     async def test_an_engine_that_was_late_is_not_taken_for_dead(
@@ -404,10 +404,10 @@ class QueueContract:
         await queue.submit(make_submission())
         await claim_one(queue, make_engine("late"))
         await passes(OVER)
-        again = await claim_one(queue, make_engine("late"), wait=2)
+        again = await claim_one(queue, make_engine("late"), wait=PATIENCE)
         assert (again.attempt, again.lease.epoch) == (1, 2)
         await passes(OVER)
-        assert (await claim_one(queue, make_engine("other"), wait=2)).attempt == 2
+        assert (await claim_one(queue, make_engine("other"), wait=PATIENCE)).attempt == 2
 
     async def test_renewed_leases_do_not_end(self, queue: Queue, passes: Passes) -> None:
         await queue.submit(make_submission())
@@ -433,11 +433,13 @@ class QueueContract:
         claim = await claim_one(queue, make_engine("e0"))
         await append(queue, claim.lease, answer_of(claim.request.id, 0, 1))
         for turn in range(1, LIMITS.max_attempts + 3):
-            waiting = asyncio.create_task(claim_one(queue, make_engine(f"e{turn}"), wait=5))
+            waiting = asyncio.create_task(
+                claim_one(queue, make_engine(f"e{turn}"), wait=2 * PATIENCE)
+            )
             await asyncio.sleep(0.02)
             await queue.release([claim.lease])
             released = claim
-            async with asyncio.timeout(LIMITS.lease):
+            async with asyncio.timeout(PATIENCE):
                 claim = await waiting
             assert (len(claim.tokens), claim.attempt) == (1, 1)
             assert (await append(queue, released.lease, stop_at(1))).status is WriteStatus.FENCED
@@ -450,7 +452,7 @@ class QueueContract:
         rid = submission.requests[0].id
         await queue.submit(submission)
         for attempt in range(1, LIMITS.max_attempts + 1):
-            claim = await claim_one(queue, make_engine(f"e{attempt}"), wait=2)
+            claim = await claim_one(queue, make_engine(f"e{attempt}"), wait=PATIENCE)
             assert claim.attempt == attempt
             await passes(OVER)
         assert not await queue.claim(make_engine("last"), limit=1, wait=0.15)
@@ -472,7 +474,7 @@ class QueueContract:
         taken = await queue.claim(other, limit=2, wait=1)
         assert [claim.request.id for claim in taken] == [fresh.requests[0].id]
         assert not await queue.claim(other, limit=2, wait=0.02)
-        same = await claim_one(queue, make_engine("same"), wait=2)
+        same = await claim_one(queue, make_engine("same"), wait=PATIENCE)
         assert (same.request.id, len(same.tokens)) == (begun.requests[0].id, 1)
 
     # --- ends -----------------------------------------------------------------------------

@@ -90,7 +90,7 @@ async def test_an_orphan_is_taken_by_an_engine_that_waits_already() -> None:
     await queue.submit(make_submission())
     await claim_one(queue, make_engine("dead"))
     async with asyncio.timeout(PATIENCE):
-        assert (await claim_one(queue, make_engine("other"), wait=60)).attempt == 2
+        assert (await claim_one(queue, make_engine("other"), wait=2 * PATIENCE)).attempt == 2
 
 
 async def test_closing_ends_those_who_wait() -> None:

@@ -141,14 +141,14 @@ async def test_time_without_sweeps_deserts_nobody(
     """While Redis was away no replica could attend: what runs out in that time begins anew."""
     queue = redis_queues(redis_server.url, LIMITS)
     await queue.sweep()
-    submission = make_submission(grace=0.15)
+    submission = make_submission(grace=0.6)
     await queue.submit(submission)
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.7)
     redis_server.ask("DEL", "quire:2:{s0}:swept")  # it goes by itself where nobody sweeps
     assert await queue.sweep() == 0
     await asyncio.sleep(0.1)
     assert await queue.sweep() == 0
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.6)
     assert await queue.sweep() == 1
     assert redis_server.ask("EXISTS", "quire:2:{s0}:left") == ":0"
     assert redis_server.ask("PTTL", "quire:2:{s0}:swept") != ":-1"
@@ -182,18 +182,19 @@ async def test_a_claim_whose_reply_was_lost_is_handed_out_again(
 
 
 async def test_two_replicas_share_everything(
-    redis_server: RedisServer, redis_queues: Queues
+    redis_server: RedisServer, redis_queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("service.queues.redis_journal.LOOK_AGAIN", 2 * PATIENCE)
     api, engine = (redis_queues(redis_server.url, LIMITS) for _ in range(2))
     submission = make_submission()
-    waiting = asyncio.create_task(claim_one(engine, wait=10))
+    waiting = asyncio.create_task(claim_one(engine, wait=2 * PATIENCE))
     await asyncio.sleep(0.05)
     await api.submit(submission)
     claim = await waiting
     following = asyncio.ensure_future(anext(aiter(api.follow(submission.requests[0].id))))
     await asyncio.sleep(0.05)
     await append(engine, claim.lease, make_tokens([1]))
-    async with asyncio.timeout(0.5):  # woken: shorter than the time to look again
+    async with asyncio.timeout(PATIENCE):  # woken: shorter than the time to look again
         assert await following == make_tokens([1])
     assert await api.engines() == [make_engine()]
 
@@ -236,7 +237,7 @@ async def test_replies_are_counted(
     for record in (make_tokens([1]), make_tokens([1]), make_tokens([1], start=5)):
         await append(queue, claim.lease, record)
     await asyncio.sleep(OVER)
-    await claim_one(queue, make_engine("other"), wait=2)
+    await claim_one(queue, make_engine("other"), wait=PATIENCE)
     await append(queue, claim.lease, make_tokens([1], start=1))
     expected = {QueueEvent.DUP, QueueEvent.GAP, QueueEvent.FENCED, QueueEvent.RECLAIMED}
     assert counts == dict.fromkeys(expected, 1)
@@ -306,7 +307,7 @@ async def test_an_absent_server_is_unavailable_at_once_and_unnamed(
     begun = loop.time()
     with pytest.raises(Unavailable) as caught:
         await queue.submit(make_submission())
-    assert loop.time() - begun < 1
+    assert loop.time() - begun < PATIENCE
     assert caught.value.code == "backend_unavailable"
     assert caught.value.retry_after
     following = asyncio.ensure_future(anext(aiter(queue.follow("s0-x.0"))))

@@ -28,18 +28,18 @@ async def opened(tab: Any, *, tokens: int = 24) -> None:
     await tab.ask(QUESTION)
     await tab.ended()
     await tab.page.get_by_role("button", name="Attention").click()
-    await expect(tab.page.locator(".heat")).to_be_visible(timeout=60_000)
+    await expect(tab.page.locator(".heat")).to_be_visible()
 
 
 async def read(page: Page) -> None:
     """Waits until the map that was asked for last is drawn."""
-    await expect(page.locator(".attention")).to_have_attribute("aria-busy", "false", timeout=60_000)
+    await expect(page.locator(".attention")).to_have_attribute("aria-busy", "false")
 
 
 async def asked(url: str, record: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """The map as any client gets it."""
     tokens = [*record["prompt"], *(token["id"] for token in record["tokens"])]
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         while (
             reply := await client.post("/v1/attention", json={"tokens": tokens, **fields})
         ).status_code == 503:  # it reads for somebody else
