@@ -49,7 +49,7 @@ def admin_url(server_url: str) -> str:
 
 
 def exposition(admin: str) -> str:
-    return httpx.get(f"{admin}/metrics").text
+    return httpx.get(f"{admin}/metrics", timeout=PATIENCE).text
 
 
 def metric(admin: str, name: str) -> float:
@@ -209,7 +209,9 @@ def test_sigterm_lets_running_answers_end(tiny_model: TinyModel, tmp_path: Path)
         wait_until_ready(url, process, log=log)
         body = {"model": "tiny", "prompt": "the quick", "max_tokens": 100, "ignore_eos": True}
         lines = []
-        with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}) as answer:
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=PATIENCE
+        ) as answer:
             for line in answer.iter_lines():
                 lines.append(line)
                 if len(lines) == 3:

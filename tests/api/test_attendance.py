@@ -41,7 +41,7 @@ async def pair(start_service: Any, small_limits: Any, listen: Any) -> AsyncItera
         start_service(limits=limits) as dead,
         start_service(limits=limits, queue=dead.queue, running=False) as alive,
         listen(alive.app) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
     ):
         dead.engine.pause = 0.033
         yield Pair(dead, alive, client)
@@ -103,7 +103,10 @@ async def test_background_and_continue_need_nobody(pair: Pair) -> None:
 
 async def test_leaving_one_replica_does_not_end_it_at_another(pair: Pair, listen: Any) -> None:
     """The reader who went on elsewhere is not cut off when the first connection is found dead."""
-    async with listen(pair.dead.app) as url, httpx.AsyncClient(base_url=url) as first:
+    async with (
+        listen(pair.dead.app) as url,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as first,
+    ):
         async with first.stream("POST", "/v1/completions", json=B, headers=IDS) as reply:
             call_id = reply.headers["x-request-id"]
             resumed = asyncio.create_task(pair.client.get(f"/v1/streams/{call_id}"))
@@ -146,7 +149,7 @@ async def test_replicas_over_redis(
         start_service(limits=limits, queue=queues[0]) as dead,
         start_service(limits=limits, queue=queues[1], running=False) as alive,
         listen(alive.app) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
     ):
         dead.engine.pause = 0.03
         pair = Pair(dead, alive, client)

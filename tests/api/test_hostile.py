@@ -79,7 +79,7 @@ class Server:
         assert self.answer() == self.reference
 
     def gauges(self) -> dict[str, float]:
-        text = httpx.get(f"http://127.0.0.1:{self.admin_port}/metrics").text
+        text = httpx.get(f"http://127.0.0.1:{self.admin_port}/metrics", timeout=PATIENCE).text
         lines = re.findall(r"^(\w+\S*) (\S+)$", text, re.MULTILINE)
         return {name: float(value) for name, value in lines}
 

@@ -161,8 +161,8 @@ async def drip(place: tuple[str, int], first: bytes, then: bytes, pause: float) 
     return received
 
 
-# Who goes on sending beyond the linger is reset, and may lose the answer: time to stop reading it.
-SLOW = HttpLimits(head_timeout=0.15, linger=0.5)
+# A client that sends beyond the linger is reset and may lose the answer: it has a long time.
+SLOW = HttpLimits(head_timeout=0.15, linger=PATIENCE)
 BODY = request("Content-Length: 100000")
 
 

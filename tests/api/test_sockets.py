@@ -84,7 +84,7 @@ async def test_a_resumable_stream_waits_for_its_reader(
     async with (
         start_service(limits=small_limits(grace=0.8, sweep_interval=0.03)) as service,
         listen(service.app) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
     ):
         service.engine.pause = 0.03
         ids = {"x_quire_event_ids": "1"}
@@ -113,7 +113,7 @@ async def test_silence_is_kept_alive_with_a_comment_of_one_line(
     async with (
         start_service(limits=small_limits(keep_alive=0.05)) as service,
         listen(service.app) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
     ):
         service.engine.pause = 0.5
         reply = await client.post("/v1/completions", json=B | {"stream": True, "max_tokens": 2})

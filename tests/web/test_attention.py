@@ -11,6 +11,8 @@ import httpx
 import pytest
 from playwright.async_api import Page, Route, expect
 
+from tests.waiting import PATIENCE
+
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
 QUESTION = "Anna has a red bicycle and Tom has a blue car. What does Tom have?"
@@ -101,7 +103,7 @@ async def test_the_answers_tokens_are_those_that_were_sampled(
         server_url, QUESTION, seed=5, max_tokens=40, return_token_ids=True, logprobs=True
     )
     assert [token["id"] for token in record["tokens"]] == alone["token_ids"]
-    async with httpx.AsyncClient(base_url=server_url) as client:
+    async with httpx.AsyncClient(base_url=server_url, timeout=PATIENCE) as client:
         reply = await client.post(
             "/tokenize", json={"messages": [{"role": "user", "content": QUESTION}]}
         )

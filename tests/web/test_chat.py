@@ -14,6 +14,7 @@ import pytest
 from playwright.async_api import Request, expect
 
 from tests.faults.proxy import FaultProxy
+from tests.waiting import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
@@ -33,7 +34,7 @@ def posted(tab: Any) -> list[Request]:
 
 
 async def status(url: str) -> dict[str, Any]:
-    async with httpx.AsyncClient(base_url=url) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
         answer: dict[str, Any] = (await client.get("/status")).json()
     return answer
 
