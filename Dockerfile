@@ -11,7 +11,7 @@
 #
 # What is replaced from outside is a build argument; a stage sees those that it names again.
 
-ARG BASE_IMAGE=docker.io/library/python:3.12-slim-bookworm
+ARG BASE_IMAGE=docker.io/library/python:3.12.14-slim-bookworm@sha256:782412e85d0f0984994c290652577d4018aff08145c85b262bb63dc0c7522254
 ARG TORCH_VERSION=2.13.0
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 ARG MODEL=smollm2-135m-instruct
@@ -37,6 +37,7 @@ FROM ${BASE_IMAGE} AS packages
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv /opt/quire
 COPY --from=builder /wheels /wheels
+COPY deploy/constraints.txt /wheels/
 
 FROM packages AS packages-cpu
 ARG TORCH_VERSION
@@ -44,7 +45,7 @@ ARG TORCH_CPU_INDEX
 # PyPI's torch for Linux brings CUDA's libraries, gigabytes that a CPU machine has no use for. What
 # is removed serves those who compile against torch or test it.
 RUN /opt/quire/bin/pip install --index-url "${TORCH_CPU_INDEX}" "torch==${TORCH_VERSION}" \
- && /opt/quire/bin/pip install "$(echo /wheels/*.whl)[otel]" \
+ && /opt/quire/bin/pip install --constraint /wheels/constraints.txt "$(echo /wheels/*.whl)[otel]" \
  && find /opt/quire/lib/python3*/site-packages/torch -maxdepth 1 \
       \( -name include -o -name test \) -exec rm -rf {} + \
  && find /opt/quire/lib/python3*/site-packages/torch/bin -type f \
@@ -52,8 +53,8 @@ RUN /opt/quire/bin/pip install --index-url "${TORCH_CPU_INDEX}" "torch==${TORCH_
 
 FROM packages AS packages-cuda
 ARG TORCH_VERSION
-RUN /opt/quire/bin/pip install "torch==${TORCH_VERSION}" \
- && /opt/quire/bin/pip install "$(echo /wheels/*.whl)[otel]" \
+RUN /opt/quire/bin/pip install --constraint /wheels/constraints.txt "torch==${TORCH_VERSION}" \
+ && /opt/quire/bin/pip install --constraint /wheels/constraints.txt "$(echo /wheels/*.whl)[otel]" \
  && find /opt/quire/lib/python3*/site-packages/torch -maxdepth 1 \
       \( -name include -o -name test \) -exec rm -rf {} +
 

@@ -1,6 +1,6 @@
 # `make serve` and `make test` do everything on a fresh machine; the rest is for working here.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients unit longer faults fuzz loadtest soak compare check lint format install system clean
+.PHONY: help serve test test-clients unit longer faults fuzz loadtest soak compare check lint format install constraints system clean
 
 VENV   ?= .venv
 PYTHON ?= python3
@@ -11,7 +11,14 @@ BIN    := $(VENV)/bin
 CLIENTS ?= .venv-clients
 # Without a compiler the server still serves, more slowly, and says so when it starts.
 BUILD_NATIVE := $(BIN)/python -m model.native.build || echo "the torch runner will serve instead"
+# The versions that are tested together; `CONSTRAINTS=` takes the newest that pyproject.toml allows.
+CONSTRAINTS ?= deploy/constraints.txt
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+NO_INSTALL = { echo "pip failed; if a version has no wheel here, try: make $(MAKECMDGOALS) CONSTRAINTS="; exit 1; }
+# Tests run in one process per core, at most eight: each starts servers and loads models of its own.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 
 help:     ## this list
 	@sed -nE 's/^([a-z-]+): .*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -19,19 +26,19 @@ help:     ## this list
 serve: $(VENV)/.installed  ## install, fetch the default model, serve it at http://127.0.0.1:8000
 	exec $(BIN)/quire serve $(ARGS)
 
-test: $(VENV)/.tested system check  ## install, then every check: lint, types, all tests
-	$(BIN)/python -m pytest -m "not kernels and not faults" $(ARGS)
+test: $(VENV)/.tested system lint  ## install, then every check: lint, types, all tests
+	$(PYTEST) $(PARALLEL) -m "not longer and not kernels and not faults" $(ARGS)
 
 test-clients: $(VENV)/.installed $(CLIENTS)/.installed  ## other people's clients, by their own packages
 	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini \
 	  --rootdir tests/clients --confcutdir tests/clients tests/clients --quire $(BIN)/quire $(ARGS)
 
 unit: $(VENV)/.tested  ## the fast tests alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not kernels and not faults" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not slow and not longer and not kernels and not faults" $(ARGS)
 
-longer: $(VENV)/.tested system  ## what CI adds: fault tests in real processes, kernels at length
+longer: $(VENV)/.tested system  ## what CI adds: faults in real processes, laws and kernels at length
 	$(BIN)/python -m pytest -m faults $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "kernels and not faults" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "(kernels or longer) and not faults" $(ARGS)
 
 check: lint  ## everything but the tests
 	$(BIN)/python -m mypy
@@ -61,6 +68,13 @@ format: $(VENV)/.tested  ## rewrite the code in the house style
 
 install: $(VENV)/.installed  ## the virtual environment alone
 
+constraints:  ## deploy/constraints.txt anew: the newest versions that pyproject.toml allows
+	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
+	build/constraints/bin/python -m pip install --quiet '.[test,loadtest,otel,gpu]'
+	{ grep '^#' deploy/constraints.txt; \
+	  build/constraints/bin/python -m pip freeze --exclude quire-llm | sed 's/+cpu$$//'; } > build/constraints.txt
+	mv build/constraints.txt deploy/constraints.txt
+
 system:   ## what the tests need from the system: Redis, Chromium, promtool
 	@missing=""; \
 	for need in redis-server:redis-server chromium:chromium promtool:prometheus; do \
@@ -82,13 +96,13 @@ $(VENV)/bin/python:
 	  || { echo "Quire needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install --editable .
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(INSTALL) --editable . || $(NO_INSTALL)
 	@$(BUILD_NATIVE)
 	touch $@
 
-$(VENV)/.tested: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install --editable '.[test,loadtest,otel]'
+$(VENV)/.tested: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(INSTALL) --editable '.[test,loadtest,otel]' || $(NO_INSTALL)
 	@$(BUILD_NATIVE)
 	touch $@ $(VENV)/.installed
 

@@ -83,6 +83,12 @@ def slowly(*values: object) -> list[Any]:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+def at_length(*values: object) -> list[Any]:
+    """Further values of a parameter, or of several in tuples, for `make longer` alone."""
+    cases = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*case, marks=pytest.mark.longer) for case in cases]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Piece:
     """What one sequence computes in a step: `count` tokens up to and with position `end - 1`."""

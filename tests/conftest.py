@@ -27,6 +27,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 import model.tokenizer
 from model.checkpoint.fetch import default_cache, resolve
 from service.startup import load_tokenizer
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 if not torch.cuda.is_available():
@@ -59,6 +60,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     paths = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
     unwanted = [_marks(path) & set(re.findall(r"not (\w+)", wanted)) for path in paths]
     return True if unwanted and all(unwanted) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test begins first: at the end it would keep one core busy and the others idle."""
+    items.sort(key=lambda item: item.name != "test_mypy_finds_nothing")
 
 
 def _marks(path: Path) -> set[str]:
@@ -290,7 +296,7 @@ def server_url(default_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         yield url
     finally:
         process.terminate()
-        assert process.wait(timeout=30) == 0, log.read_text()
+        assert process.wait(timeout=PATIENCE) == 0, log.read_text()
 
 
 def free_port() -> int:
@@ -302,11 +308,11 @@ def free_port() -> int:
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], *, log: Path) -> None:
     """Waits for the readiness probe; fails at once where the process ended."""
-    ends = time.monotonic() + 90
+    ends = time.monotonic() + 2 * PATIENCE
     while time.monotonic() < ends:
         assert process.poll() is None, log.read_text()
         with contextlib.suppress(OSError):
-            if urllib.request.urlopen(f"{url}/health/ready", timeout=5).status == 200:
+            if urllib.request.urlopen(f"{url}/health/ready", timeout=PATIENCE).status == 200:
                 return
         time.sleep(0.1)
     raise AssertionError(f"not ready in time:\n{log.read_text()}")

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from service.chat import Answer, Tail, chat, printable
 from service.errors import StartupError
+from tests.waiting import PATIENCE
 
 
 def event(content: str | None = None, **fields: object) -> bytes:
@@ -330,7 +331,7 @@ class Terminal:
 
     def wait_for(self, pattern: str, *, after: int = 0) -> int:
         """Waits until it was written beyond `after`; returns where it ends."""
-        ends = time.monotonic() + 30
+        ends = time.monotonic() + PATIENCE
         while not (found := re.compile(pattern).search(self.seen, after)):
             assert time.monotonic() < ends, self.seen[after:]
             assert self._process.poll() is None, self.seen
@@ -339,7 +340,7 @@ class Terminal:
 
     def ended(self) -> int:
         """Waits for its end; returns its exit code."""
-        return self._process.wait(30)
+        return self._process.wait(PATIENCE)
 
     def close(self) -> None:
         self._process.kill()

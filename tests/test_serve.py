@@ -19,6 +19,7 @@ import pytest
 from openai.types.chat import ChatCompletionChunk
 
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +49,7 @@ def admin_url(server_url: str) -> str:
 
 
 def exposition(admin: str) -> str:
-    return httpx.get(f"{admin}/metrics").text
+    return httpx.get(f"{admin}/metrics", timeout=PATIENCE).text
 
 
 def metric(admin: str, name: str) -> float:
@@ -126,12 +127,15 @@ async def test_a_client_that_goes_away_frees_its_blocks(server_url: str, stream:
         before = exposition(admin).count(finished)
         with contextlib.suppress(httpx.ReadTimeout):
             async with client.stream(
-                "POST", "/v1/completions", json=body | {"stream": stream}, timeout=3
+                "POST",
+                "/v1/completions",
+                json=body | {"stream": stream},
+                timeout=httpx.Timeout(PATIENCE, read=3),
             ) as answer:
                 async for line in answer.aiter_lines():
                     if line.startswith("data:"):
                         break
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while used_blocks(admin) and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
     assert used_blocks(admin) == 0
@@ -182,7 +186,7 @@ def test_a_taken_port_is_said_before_anything_is_loaded() -> None:
         run = quire("serve", "--port", str(taken.getsockname()[1]))
     assert run.returncode == 2
     assert "cannot listen on 127.0.0.1" in run.stderr
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < PATIENCE
 
 
 def test_replicas_need_a_shared_queue() -> None:
@@ -215,13 +219,15 @@ def test_sigterm_lets_running_answers_end(tiny_model: TinyModel, tmp_path: Path)
         wait_until_ready(url, process, log=log)
         body = {"model": "tiny", "prompt": "the quick", "max_tokens": 100, "ignore_eos": True}
         lines = []
-        with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}) as answer:
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=PATIENCE
+        ) as answer:
             for line in answer.iter_lines():
                 lines.append(line)
                 if len(lines) == 3:
                     process.send_signal(signal.SIGTERM)
         assert "data: [DONE]" in lines
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     finally:
         process.kill()
         process.wait()

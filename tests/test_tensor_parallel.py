@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.faults
 
@@ -96,8 +96,8 @@ def test_two_ranks_answer_as_one_and_end_in_order(serve: Serve) -> None:
     followers[0].send_signal(signal.SIGTERM)
     followers[0].send_signal(signal.SIGINT)
     assert "data: [DONE]" in stream
-    assert shared.process.wait(timeout=30) == 0, shared.log.read_text()
-    assert gone(followers, within=1)
+    assert shared.process.wait(timeout=PATIENCE) == 0, shared.log.read_text()
+    assert gone(followers, within=PATIENCE)
     assert "Traceback" not in shared.log.read_text()
 
 
@@ -109,11 +109,9 @@ def test_a_lost_follower_ends_the_engine(serve: Serve, busy: bool) -> None:
         stream = server.stream()
         for _ in range(3):
             next(stream)
-    began = time.monotonic()
     followers[-1].kill()
-    assert server.process.wait(timeout=20) == 1, server.log.read_text()
-    assert time.monotonic() - began < 10
-    assert gone(followers, within=5)
+    assert server.process.wait(timeout=PATIENCE) == 1, server.log.read_text()
+    assert gone(followers, within=PATIENCE)
     assert "ended with status -9" in server.log.read_text()
 
 

@@ -40,6 +40,7 @@ from service.tracing_otlp import OtlpTracer
 from service.worker import Worker
 from tests.conftest import ROOT, TinyModel
 from tests.fakes import ALL_WELL, EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
+from tests.waiting import PATIENCE, until
 
 CALLER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 PROMPT = [11, 12, 13, 14]
@@ -124,17 +125,11 @@ def make_request(*, trace: str | None, max_tokens: int = 12, name: str = "call")
 async def ended(queue: Queue, submission: Submission) -> list[int]:
     """The answer's tokens, at its end."""
     ids: list[int] = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         async for record in queue.follow(submission.requests[0].id):
             if not isinstance(record, End):
                 ids += record.ids
     return ids
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 def parent_of(span: ReadableSpan) -> str:

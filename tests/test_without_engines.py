@@ -20,6 +20,7 @@ from service.queues.memory import MemoryQueue
 from service.roles import ApiSide
 from service.settings import Settings
 from tests.queues.builders import claim_one, finish, make_engine
+from tests.waiting import PATIENCE
 
 CARD = ModelCard(id="tiny", max_model_len=64, vocab_size=512, numeric_class="guess", created=0)
 BODY = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 4, "stream": True}
@@ -99,7 +100,7 @@ async def test_only_what_was_seen_counts_as_gone() -> None:
 async def test_with_the_setting_they_wait_within_the_queues_limits(replica: Start) -> None:
     async with replica(accept_without_engines=True) as one:
         calls = [asyncio.create_task(one.client.post("/v1/completions", json=BODY)) for _ in "ab"]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while (await one.queue.depth()).queued_requests < 2:
                 await asyncio.sleep(0.001)
         third = await one.client.post("/v1/completions", json=BODY)

@@ -42,6 +42,7 @@ from service.queues.memory import MemoryQueue
 from service.worker import EngineFailure, Worker
 from tests.builders import slowly
 from tests.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
+from tests.waiting import PATIENCE
 
 LEASE = 0.3
 POISON = 90
@@ -156,7 +157,7 @@ async def submit(queue: MemoryQueue, *requests: GenerationRequest) -> None:
 async def answer(queue: MemoryQueue, request: GenerationRequest) -> tuple[list[int], End]:
     """The whole journal, checked: no hole, no overlap, one end."""
     ids: list[int] = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         async for record in queue.follow(request.id):
             if isinstance(record, End):
                 assert record.count == len(ids)
@@ -439,7 +440,7 @@ async def test_an_engine_that_cannot_renew_stops_computing() -> None:
         while not await queue.read(request.id):
             await asyncio.sleep(0.005)
         queue.deaf = True
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while not one.ledger.counts["lease_lost"]:
                 await asyncio.sleep(0.01)
         queue.deaf = False
@@ -483,7 +484,7 @@ async def test_an_outage_longer_than_a_lease_blames_nobody() -> None:
         while not await queue.read(request.id):
             await asyncio.sleep(0.005)
         queue.away = queue.unheard = True
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while not one.ledger.counts["lease_lost"]:
                 await asyncio.sleep(0.01)
         queue.away = False

@@ -29,6 +29,7 @@ from service.queues.memory import MemoryQueue
 from service.worker import Worker
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner
 from tests.test_worker import Ledger
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +52,7 @@ class SlowGrammars(Grammars):
     def prepare(self, notation: str) -> None:
         assert threading.current_thread() is not threading.main_thread()
         self.began.set()
-        assert self.let.wait(10)
+        assert self.let.wait(PATIENCE)
         super().prepare(notation)
 
 
@@ -107,7 +108,7 @@ async def submit(queue: MemoryQueue, request: GenerationRequest) -> None:
 
 async def answer(queue: MemoryQueue, request: GenerationRequest) -> tuple[str, End]:
     text = ""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         async for record in queue.follow(request.id):
             if isinstance(record, End):
                 return text, record
@@ -120,7 +121,7 @@ async def test_others_go_on_while_a_grammar_is_compiled() -> None:
     slow, quick = make_request("slow", choice_grammar(["done"])), make_request("quick", None)
     async with worker(queue, grammars):
         await submit(queue, slow)
-        await asyncio.to_thread(grammars.began.wait, 5)
+        await asyncio.to_thread(grammars.began.wait, PATIENCE)
         await submit(queue, quick)
         assert (await answer(queue, quick))[1].reason in {FinishReason.LENGTH, FinishReason.STOP}
         assert await queue.read(slow.id) == []
@@ -133,9 +134,9 @@ async def test_what_is_stopped_while_it_is_compiled_is_never_computed() -> None:
     request = make_request("slow", choice_grammar(["done"]))
     async with worker(queue, grammars) as one:
         await submit(queue, request)
-        await asyncio.to_thread(grammars.began.wait, 5)
+        await asyncio.to_thread(grammars.began.wait, PATIENCE)
         await queue.stop([request.id], FinishReason.CANCELLED)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while one.running:
                 await asyncio.sleep(0.01)
         grammars.let.set()
@@ -149,7 +150,7 @@ async def test_a_drain_gives_back_what_is_being_compiled() -> None:
     request = make_request("slow", choice_grammar(["done"]))
     async with worker(queue, grammars):
         await submit(queue, request)
-        await asyncio.to_thread(grammars.began.wait, 5)
+        await asyncio.to_thread(grammars.began.wait, PATIENCE)
     assert await queue.read(request.id) == []
     async with worker(queue, quick_grammars()):  # long before the lease would have run out
         assert (await answer(queue, request))[0] == "done"

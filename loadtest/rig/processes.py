@@ -25,11 +25,11 @@ from urllib.parse import urlsplit
 
 ORACLE = "tests.faults.oracle_engine"
 ROOT = Path(__file__).parent.parent.parent
-START_LIMIT = 60.0  # seconds; the machine may be busy
+START_LIMIT = 120.0  # seconds; the machine may be busy
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def wait_until(condition: Callable[[], object], what: str, *, seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], object], what: str, *, seconds: float = 60.0) -> None:
     """Polls; fails with `what` where it does not come true."""
     ends = time.monotonic() + seconds
     while not condition():

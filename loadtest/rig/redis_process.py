@@ -50,7 +50,7 @@ class RedisServer:
             ["redis-server", *place, "--save", "", *self.options],
             stdout=subprocess.DEVNULL,
         )
-        for _ in range(400):
+        for _ in range(2400):
             with contextlib.suppress(OSError):
                 if self.ask("PING").startswith(self.first_reply):
                     return
@@ -61,7 +61,7 @@ class RedisServer:
         """The first line of the reply to one command, over a connection of its own."""
         parts = [str(word).encode() for word in words]
         frame = b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(p), p) for p in parts)
-        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
             connection.sendall(frame)
             with connection.makefile("rb") as reply:
                 return reply.readline().decode().strip()

@@ -105,6 +105,6 @@ class Load:
             await self._client.stream(transcript.body, into=transcript)
 
 
-async def until(condition: Callable[[], object], what: str, *, seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], object], what: str, *, seconds: float = 60.0) -> None:
     """Polls without holding up the clients."""
     await asyncio.to_thread(wait_until, condition, what, seconds=seconds)

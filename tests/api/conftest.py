@@ -45,6 +45,7 @@ from service.messages import (
 from service.ports import address, bind
 from service.queues import Claim, EngineInfo, QueueLimits, Write, WriteStatus
 from service.queues.memory import MemoryQueue
+from tests.waiting import PATIENCE
 
 MODEL = "tiny-model"
 MAX_MODEL_LEN = 256
@@ -250,7 +251,8 @@ def start_service(tokenizer: Tokenizer, grammar_trials: GrammarTrials) -> StartS
         check_host: HostCheck = any_host,
         cors_origins: Sequence[str] = (),
     ) -> AsyncIterator[Service]:
-        queue = queue or MemoryQueue(queue_limits or QueueLimits())
+        # The scripted engine renews no leases.
+        queue = queue or MemoryQueue(queue_limits or QueueLimits(lease=10 * PATIENCE))
         engine = ScriptedEngine(queue, tokenizer, random_answer(tokenizer.vocab_size))
         observer = RecordingObserver()
         state: dict[str, Any] = {
@@ -289,7 +291,9 @@ def start_service(tokenizer: Tokenizer, grammar_trials: GrammarTrials) -> StartS
         )
         task = asyncio.create_task(engine.run()) if running else None
         transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://test", timeout=PATIENCE
+        ) as client:
             yield Service(app, client, queue, engine, observer, tokenizer, state)
         if task is not None:
             task.cancel()

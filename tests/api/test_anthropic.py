@@ -26,6 +26,7 @@ from service.errors import (
     Unavailable,
 )
 from service.messages import FinishReason
+from tests.waiting import PATIENCE
 
 if TYPE_CHECKING:
     import anthropic
@@ -544,7 +545,7 @@ async def test_an_abort_cancels(service: Any, client: anthropic.AsyncAnthropic) 
     async with client.messages.stream(**OPTIONS | {"max_tokens": 200}) as stream:
         async for _ in stream.text_stream:
             break
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while not service.engine.fenced:
             await asyncio.sleep(0.005)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,18 +17,13 @@ from service.messages import End
 from service.queues import QueueLimits
 from service.queues.memory import MemoryQueue
 from service.queues.redis import RedisQueue
+from tests.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.slow
 
-GRACE = 0.25
+GRACE = 0.8
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 60, "seed": 3, "stream": True}
 IDS = {"x-quire-event-ids": "1"}
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 class Pair(NamedTuple):
@@ -46,9 +41,9 @@ async def pair(start_service: Any, small_limits: Any, listen: Any) -> AsyncItera
         start_service(limits=limits) as dead,
         start_service(limits=limits, queue=dead.queue, running=False) as alive,
         listen(alive.app) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
     ):
-        dead.engine.pause = 0.011
+        dead.engine.pause = 0.033
         yield Pair(dead, alive, client)
 
 
@@ -108,7 +103,10 @@ async def test_background_and_continue_need_nobody(pair: Pair) -> None:
 
 async def test_leaving_one_replica_does_not_end_it_at_another(pair: Pair, listen: Any) -> None:
     """The reader who went on elsewhere is not cut off when the first connection is found dead."""
-    async with listen(pair.dead.app) as url, httpx.AsyncClient(base_url=url) as first:
+    async with (
+        listen(pair.dead.app) as url,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as first,
+    ):
         async with first.stream("POST", "/v1/completions", json=B, headers=IDS) as reply:
             call_id = reply.headers["x-request-id"]
             resumed = asyncio.create_task(pair.client.get(f"/v1/streams/{call_id}"))
@@ -146,12 +144,12 @@ async def test_replicas_over_redis(
     server = RedisServer(tmp_path)
     server.start()
     queues = [RedisQueue(QueueLimits(), url=server.url) for _ in range(2)]
-    limits = small_limits(grace=0.5, replica_grace=0.5, sweep_interval=0.05)
+    limits = small_limits(grace=GRACE, replica_grace=GRACE, sweep_interval=0.05)
     async with (
         start_service(limits=limits, queue=queues[0]) as dead,
         start_service(limits=limits, queue=queues[1], running=False) as alive,
         listen(alive.app) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
     ):
         dead.engine.pause = 0.03
         pair = Pair(dead, alive, client)
@@ -160,7 +158,7 @@ async def test_replicas_over_redis(
         call = asyncio.create_task(dead.client.post("/v1/responses", json=body | {"stream": True}))
         await until(lambda: len(dead.engine.seen) == 2)
         path = f"/v1/responses/resp_{dead.engine.seen[1].id.removesuffix('.0')}"
-        first = await client.get(path, params={"stream": "true"}, timeout=20)
+        first = await client.get(path, params={"stream": "true"}, timeout=PATIENCE)
         assert first.content == (await call).content
         left = await dead.client.post("/v1/completions", json=B)
         assert b'"finish_reason":"cancelled"' in left.content

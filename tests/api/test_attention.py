@@ -16,6 +16,7 @@ from model.checkpoint import open_checkpoint
 from service.api.attention_desk import AttentionDesk, AttentionReader
 from service.roles import attention_reader
 from service.settings import Settings
+from tests.waiting import PATIENCE
 
 PATH = "/v1/attention"
 MESSAGES = [{"role": "user", "content": "hello world"}, {"role": "assistant", "content": "fine"}]
@@ -144,7 +145,7 @@ class HeldReader:
     ) -> Sequence[Sequence[float]]:
         self.calls += 1
         self.begun.set()
-        assert self.let.wait(10)
+        assert self.let.wait(PATIENCE)
         return [[1.0] * (position + 1) for position in range(len(tokens))]
 
 
@@ -153,7 +154,7 @@ async def test_one_is_read_at_a_time_and_nobody_waits(service: Any, let_read: An
     reader = HeldReader()
     let_read(reader)
     first = asyncio.create_task(service.post(PATH, {"tokens": [1, 2]}))
-    await asyncio.to_thread(reader.begun.wait, 10)
+    await asyncio.to_thread(reader.begun.wait, PATIENCE)
     for leave in (False, True):
         if leave:
             first.cancel()

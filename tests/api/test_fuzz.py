@@ -124,7 +124,7 @@ async def test_no_body_gets_more_than_a_refusal(service: Any, mutant: tuple[str,
     await check(service, *mutant)
 
 
-@pytest.mark.slow
+@pytest.mark.longer
 @settings(max_examples=500, deadline=None, suppress_health_check=FIXTURE)
 @given(mutant=mutants())
 async def test_no_body_gets_more_than_a_refusal_at_length(

@@ -30,6 +30,7 @@ from tests.api.raw_http_rows import (
     plain,
     request,
 )
+from tests.waiting import PATIENCE
 
 ROWS = list(table.raw_rows())
 HEAD = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
@@ -76,7 +77,9 @@ async def test_every_row(service: Any, step: int | None) -> None:
         for row in ROWS:
             received: list[Answer] = []
             try:
-                received = await asyncio.to_thread(exchange, place, row.sent, timeout=5, step=step)
+                received = await asyncio.to_thread(
+                    exchange, place, row.sent, timeout=PATIENCE, step=step
+                )
                 check(row, received)
             except (AssertionError, OSError, KeyError, IndexError, ValueError) as error:
                 statuses = [(answer.status, answer.body[:150]) for answer in received]
@@ -120,7 +123,7 @@ async def test_100_is_sent_before_the_body_is(service: Any) -> None:
     async with serving(service.app) as place:
         reader, writer = await asyncio.open_connection(*place)
         writer.write(request(LENGTH, LAST, "Expect: 100-continue"))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
             writer.write(GOOD)
             assert (await reader.read()).startswith(b"HTTP/1.1 200")
@@ -133,7 +136,7 @@ async def test_a_refused_upload_can_still_be_read_about(service: Any) -> None:
     body = b" " * (20 * 2**20)
 
     def upload(place: tuple[str, int]) -> bytes:
-        with socket.create_connection(place, timeout=10) as connection:
+        with socket.create_connection(place, timeout=PATIENCE) as connection:
             connection.sendall(request(f"Content-Length: {len(body)}", content=body))
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(2**16), b""))
@@ -153,14 +156,14 @@ async def drip(place: tuple[str, int], first: bytes, then: bytes, pause: float) 
             break
         writer.write(bytes([byte]))
         await asyncio.sleep(pause)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         received = await said
     writer.close()
     return received
 
 
-# Who goes on sending beyond the linger is reset, and may lose the answer: time to stop reading it.
-SLOW = HttpLimits(head_timeout=0.15, linger=0.5)
+# A client that sends beyond the linger is reset and may lose the answer: it has a long time.
+SLOW = HttpLimits(head_timeout=0.15, linger=PATIENCE)
 BODY = request("Content-Length: 100000")
 
 
@@ -188,8 +191,8 @@ async def test_bytes_that_drip(
         start_service(limits=small_limits(body_timeout=0.15)) as service,
         serving(service.app, SLOW) as place,
     ):
-        async with asyncio.timeout(3):
-            received = answers(await drip(place, first, then, pause=0.01))
+        async with asyncio.timeout(PATIENCE):  # all of these bytes would take longer
+            received = answers(await drip(place, first, then * 100, pause=0.01))
     if status is None:
         assert received == []
     else:
@@ -202,11 +205,11 @@ async def test_bytes_that_drip(
 @pytest.mark.slow
 async def test_slow_but_in_time_is_served(service: Any) -> None:
     """Each request on a connection has its own time: together they take longer."""
-    async with serving(service.app, HttpLimits(head_timeout=1.0)) as place:
+    async with serving(service.app, HttpLimits(head_timeout=2.0)) as place:
         began = time.monotonic()
-        received = answers(await drip(place, b"", plain() * 5 + plain(LAST), pause=0.005))
-        assert [answer.status for answer in received] == [200] * 6
-        assert time.monotonic() - began > 1.2
+        received = answers(await drip(place, b"", plain() * 9 + plain(LAST), pause=0.005))
+        assert [answer.status for answer in received] == [200] * 10
+        assert time.monotonic() - began > 2.0
 
 
 @pytest.mark.slow

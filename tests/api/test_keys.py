@@ -18,6 +18,7 @@ from service.errors import StartupError
 from service.keys import KeyRing, digest_of, new_entry, new_secret, read_keys
 from service.roles import refuse_exposure
 from service.settings import load_settings
+from tests.waiting import PATIENCE
 
 ALICE, BOB, CAROL = "qk-" + "a" * 43, "qk-" + "b" * 43, "qk-" + "c" * 43
 B: dict[str, Any] = {"model": "tiny-model", "prompt": "hello", "max_tokens": 8, "seed": 3}
@@ -259,7 +260,7 @@ async def test_the_file_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ring = KeyRing(path, on_reload=told)
     watching = asyncio.create_task(ring.watch())
     write_keys(path, {BOB: {"name": "bob"}})
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await changed.wait()
     watching.cancel()
     assert ring.find(ALICE) is None

@@ -12,6 +12,7 @@ from service.errors import Unavailable
 from service.messages import FinishReason, Tokens
 from service.queues import QueueLimits
 from service.queues.memory import MemoryQueue
+from tests.waiting import PATIENCE, until
 
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 8, "seed": 3}
 
@@ -29,8 +30,9 @@ async def test_a_full_queue_says_when_to_come_again(start_service: Any) -> None:
     async with start_service(queue_limits=limits, running=False) as service:
         service.state["speed"] = 10.0
         waiting = [asyncio.create_task(service.post("/v1/completions", B)) for _ in range(2)]
-        await asyncio.sleep(0.01)
-        queued = (await service.queue.depth()).queued_tokens
+        while (depth := await service.queue.depth()).queued_requests < 2:
+            await asyncio.sleep(0.002)
+        queued = depth.queued_tokens
         reply = await service.post("/v1/completions", B | {"stream": True})
         check(reply, 503, "service_unavailable_error", "server_is_overloaded")
         wait_ms = int(reply.headers["retry-after-ms"])
@@ -81,7 +83,7 @@ class AbsentQueue(MemoryQueue):
 async def test_an_absent_queue(start_service: Any, small_limits: Any) -> None:
     queue = AbsentQueue(QueueLimits())
     async with start_service(
-        queue=queue, limits=small_limits(backend_retry=0.01, backend_patience=0.25)
+        queue=queue, limits=small_limits(backend_retry=0.01, backend_patience=1.5)
     ) as service:
         reference = (await service.post("/v1/completions", B)).json()["choices"]
         queue.away = True
@@ -92,12 +94,13 @@ async def test_an_absent_queue(start_service: Any, small_limits: Any) -> None:
         assert (await service.client.get("/health/ready")).status_code == 503
         assert (await service.client.get("/health")).json()["queue"] == "unreachable"
         queue.away = False
-        service.engine.pause = 0.01
-        for absence, status in ((0.03, 200), (0.6, 503)):
+        service.engine.pause = 0.05
+        for status in (200, 503):
+            seen = len(service.engine.seen)
             call = asyncio.create_task(service.post("/v1/completions", B))
-            await asyncio.sleep(0.02)
+            await until(lambda seen=seen: len(service.engine.seen) > seen)  # type: ignore[misc]
             queue.away = True
-            await asyncio.sleep(absence)
+            await asyncio.wait([call], timeout=0.1 if status == 200 else PATIENCE)
             queue.away = False
             reply = await call
             assert reply.status_code == status
@@ -186,8 +189,7 @@ async def test_one_failed_choice_ends_the_others(service: Any) -> None:
     service.engine.records = failing
     reply = await service.post("/v1/completions", B | {"n": 3, "max_tokens": 200})
     check(reply, 500, "server_error", "generation_failed")
-    await asyncio.sleep(0.05)
-    assert len(service.engine.fenced) == 2
+    await until(lambda: len(service.engine.fenced) == 2)
     assert (await service.queue.depth()).running_requests == 0
 
 

@@ -12,6 +12,7 @@ from starlette.types import Scope
 
 from service.api.auth import Tenant
 from service.messages import FinishReason
+from tests.waiting import PATIENCE, until
 
 B: dict[str, Any] = {"model": "tiny-model", "input": "hello", "max_output_tokens": 8, "seed": 3}
 URL = "/v1/responses"
@@ -71,7 +72,7 @@ def summed(events: list[dict[str, Any]]) -> tuple[str, list[Any]]:
 
 async def settled(service: Any, response_id: str) -> dict[str, Any]:
     """The response once it is final."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while True:
             reply = await service.client.get(f"{URL}/{response_id}")
             assert reply.status_code == 200
@@ -146,7 +147,7 @@ async def test_readers_join_while_it_is_made(start_service: Any, read_events: An
         start_service() as service,
         start_service(queue=service.queue, running=False) as other,
     ):
-        service.engine.pause = 0.004
+        service.engine.pause = 0.03
         body = B | {"stream": True, "max_output_tokens": 60}
         call = asyncio.create_task(service.post(URL, body))
         while not service.engine.seen:
@@ -203,7 +204,7 @@ async def test_cancelling(service: Any, read_events: Any) -> None:
     assert (last["type"], last["response"]) == ("response.cancelled", cancelled)
     assert (cancelled["status"], cancelled["output"][0]["status"]) == ("cancelled", "incomplete")
     assert (await service.client.post(f"{path}/cancel")).json() == cancelled
-    await asyncio.sleep(0.03)
+    await until(lambda: bool(service.engine.fenced))
     assert service.engine.fenced == [service.engine.seen[0].id]
 
 

@@ -6,21 +6,16 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.waiting import PATIENCE, until
+
 pytestmark = pytest.mark.slow
 
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 200, "seed": 3}
-
-
-async def until(condition: Callable[[], bool], *, seconds: float = 5.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 def address(url: str) -> tuple[str, int]:
@@ -87,11 +82,11 @@ async def test_a_resumable_stream_waits_for_its_reader(
     start_service: Any, small_limits: Any, listen: Any
 ) -> None:
     async with (
-        start_service(limits=small_limits(grace=0.15, sweep_interval=0.03)) as service,
+        start_service(limits=small_limits(grace=0.8, sweep_interval=0.03)) as service,
         listen(service.app) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
     ):
-        service.engine.pause = 0.006
+        service.engine.pause = 0.03
         ids = {"x_quire_event_ids": "1"}
         _reader, writer = await open_call(url, B | {"stream": True, "max_tokens": 60}, **ids)
         await until(lambda: len(service.engine.seen) == 1)
@@ -118,9 +113,9 @@ async def test_silence_is_kept_alive_with_a_comment_of_one_line(
     async with (
         start_service(limits=small_limits(keep_alive=0.05)) as service,
         listen(service.app) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
     ):
-        service.engine.pause = 0.12
+        service.engine.pause = 0.5
         reply = await client.post("/v1/completions", json=B | {"stream": True, "max_tokens": 2})
         assert reply.content.count(b": ping\n") >= 3
         assert b": ping\n\n" not in reply.content
@@ -142,14 +137,14 @@ async def test_a_stalled_reader_costs_no_memory_and_is_dropped(
         body = B | {"stream": True, "max_tokens": 8000, "on_disconnect": "continue"}
         reader, writer = await open_call(url, body)
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
-        await until(lambda: bool(service.observer.reports), seconds=30)
+        await until(lambda: bool(service.observer.reports))
         (report,) = service.observer.reports
         assert report.outcome == "left"
         assert 0 < report.completion_tokens < 6000
         assert not writer.transport.is_closing(), "the reader did not leave"
         rest = bytearray()
         with contextlib.suppress(ConnectionResetError):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE):
                 while part := await reader.read(2**16):
                     rest += part
         assert rest
@@ -176,7 +171,7 @@ async def test_a_body_without_end_is_cut_off(
         if framing == "chunked":
             for _ in range(11):
                 writer.write(b"3e8\r\n" + b" " * 1000 + b"\r\n")
-        reply = await asyncio.wait_for(reader.read(), 5)  # to the end: the server closes
+        reply = await asyncio.wait_for(reader.read(), PATIENCE)  # to the end: the server closes
         assert reply.startswith(b"HTTP/1.1 413")
         assert b"request_too_large" in reply
         writer.close()
@@ -194,7 +189,7 @@ async def test_a_body_that_drips_is_refused(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Content-Length: 100\r\n\r\n{"
         )
-        assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 408")
+        assert (await asyncio.wait_for(reader.readline(), PATIENCE)).startswith(b"HTTP/1.1 408")
         writer.close()
 
 

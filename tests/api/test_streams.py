@@ -11,6 +11,7 @@ from service.api.auth import Tenant
 from service.api.ids import call_age, new_call_id
 from service.messages import Tokens
 from service.queues import QueueLimits
+from tests.waiting import until
 
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 8, "seed": 3}
 
@@ -118,7 +119,7 @@ async def test_cancel_ends_the_stream_honestly(service: Any, read_events: Any) -
         assert last["choices"][0]["finish_reason"] == "cancelled"
         if stream:
             assert reply.content.endswith(b"data: [DONE]\n\n")
-    await asyncio.sleep(0.05)
+    await until(lambda: len(service.engine.fenced) == len(service.engine.seen))
     assert sorted(service.engine.fenced) == sorted(r.id for r in service.engine.seen)
 
 

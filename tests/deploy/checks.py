@@ -38,6 +38,7 @@ from tests.deploy.manifests import (
 
 MADE_BY_THE_OPERATOR = {("Secret", "quire-redis")}
 SCALERS = ("HorizontalPodAutoscaler", "ScaledObject")
+PINNED = re.compile(r"@sha256:[0-9a-f]{64}$")
 
 
 def settings_of(objects: Sequence[Object], container: Object) -> Settings:
@@ -245,9 +246,10 @@ def check_hardening(objects: Sequence[Object]) -> None:
         assert own["capabilities"] == {"drop": ["ALL"]}, name
         assert "memory" in container["resources"]["limits"], name
         assert {"cpu", "memory"} <= set(container["resources"]["requests"]), name
-        _, _, tag = container["image"].rpartition(":")
-        assert tag not in {container["image"], "latest"}, f"{name}: {container['image']}"
+        image = container["image"]
+        assert runs_quire(container) or PINNED.search(image), f"{name}: {image} has no digest"
         if runs_quire(container):
+            assert re.fullmatch(r"quire:(cpu|cuda)", image), f"{name}: {image}"
             assert security["runAsUser"] == 10001, name
             mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
             assert "/tmp" in mounts, f"{name}: HOME lies on a root that cannot be written to"

@@ -49,7 +49,7 @@ class DeployedRedis(RedisServer):
         command = ["redis-server", str(self.configuration()), *self.options]
         command += ["--port", str(self.port), "--bind", "127.0.0.1"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        for _ in range(400):
+        for _ in range(2400):
             with contextlib.suppress(OSError):
                 if self.ask("PING").startswith("-NOAUTH"):
                     return

@@ -107,7 +107,9 @@ def test_a_service_is_watched_bounded_and_hardened(name: str) -> None:
     assert service["cap_drop"] == ["ALL"]
     assert "no-new-privileges:true" in service["security_opt"]
     assert service["restart"] == "unless-stopped"
-    assert re.search(r":[\w.-]*\d|quire:(cpu|cuda)$", service["image"]), "a fixed version"
+    ours = r"quire:(cpu|cuda)"
+    theirs = r"docker\.io/[\w/-]+@sha256:[0-9a-f]{64}"
+    assert re.fullmatch(f"{ours}|{theirs}", service["image"]), "pinned by its digest"
     for port in service.get("ports", []):
         assert port.startswith("127.0.0.1:"), f"{port} is open to the network"
 

@@ -79,9 +79,10 @@ def test_what_is_copied_exists_and_reaches_the_builder() -> None:
     dropped = [rule for rule in rules if rule and rule[0] not in "#!" and rule != "*"]
     assert "*" in rules, "everything that is not named stays here: keys, caches, .git"
     copied = set()
-    for rest in of("builder", "COPY"):
+    for rest in (rest for stage in stages() for rest in of(stage, "COPY")):
         *sources, _ = rest.split()
-        copied |= {source.removeprefix("./") for source in sources}
+        if not rest.startswith("--from="):
+            copied |= {source.removeprefix("./") for source in sources}
     assert copied == kept
     for source in copied:
         assert (ROOT / source).exists(), source
@@ -96,6 +97,15 @@ def test_what_stages_copy_from_each_other_is_made_there() -> None:
                 origin, source, _ = match.groups()
                 made = " ".join(rest for word, rest in stages()[origin] if word == "RUN")
                 assert source in made, f"{name}: {origin} makes no {source}"
+
+
+def test_the_base_image_is_pinned() -> None:
+    """By digest; its version stands beside it for the reader. All stages come from it."""
+    text = DOCKERFILE.read_text()
+    pinned = r"^ARG BASE_IMAGE=docker\.io/library/python:3\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64}$"
+    assert re.search(pinned, text, re.MULTILINE)
+    parents = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
+    assert {parent for parent in parents if parent not in stages()} == {"${BASE_IMAGE}"}
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])

@@ -207,9 +207,9 @@ BROKEN: dict[str, tuple[Check, Callable[[list[Object]], object]]] = {
         checks.check_hardening,
         lambda o: container(api(o))["securityContext"].update(readOnlyRootFilesystem=False),
     ),
-    "image without a tag": (
+    "image without a digest": (
         checks.check_hardening,
-        lambda o: container(get(o, "StatefulSet", "quire-redis")).update(image="redis"),
+        lambda o: container(get(o, "StatefulSet", "quire-redis")).update(image="redis:7.4.11"),
     ),
     "memory without a bound": (
         checks.check_hardening,

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from loadtest import compare
+from loadtest import compare, measure
 from loadtest.client import Outcome
 from loadtest.compare import Comparison, parse, sizes_of
 from loadtest.document import Document
@@ -24,6 +24,7 @@ from loadtest.roof import NoRoof, Roof
 from loadtest.servers import Plan, Server, ServerFailed, convert, running
 from loadtest.workloads import make_prompts, poisson_arrivals
 from model.tokenizer import Tokenizer
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +88,14 @@ def test_an_answer_is_good_where_it_is_whole_and_both_times_are_met() -> None:
     assert not is_good(make_outcome(0.1, 0.11, error="short"))
 
 
+@pytest.fixture
+def leisure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every whole answer is in time, however busy the machine is."""
+    monkeypatch.setattr(measure, "FIRST_TOKEN_WITHIN", PATIENCE)
+    monkeypatch.setattr(measure, "A_TOKEN_WITHIN", PATIENCE)
+
+
+@pytest.mark.usefixtures("leisure")
 def test_a_session_measures_every_load_and_leaves_no_process(plan: Plan) -> None:
     before = set(psutil.Process().children())
     heard: list[str] = []
@@ -159,7 +168,7 @@ def test_the_better_number_of_threads_is_found(plan: Plan) -> None:
     assert better_threads(server, plan, candidates=(1, 3)) == 1
 
 
-@pytest.mark.usefixtures("no_probe")
+@pytest.mark.usefixtures("no_probe", "leisure")
 def test_a_comparison_keeps_the_others_where_one_fails(
     plan: Plan, make_document: Callable[..., Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,12 +1,15 @@
 """A server of one process for tests: `toy_server.py PORT PACE EXITS_AFTER`, stdlib alone.
 
-Every token takes PACE seconds; after EXITS_AFTER answers the process ends.
+Every token takes PACE seconds; after EXITS_AFTER answers the process ends. With `--killed` it kills
+itself after the first token. It prints its port: PORT 0 means a free one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 from typing import Any
 
@@ -19,7 +22,7 @@ def choice(text: str, finish_reason: str | None = None) -> dict[str, object]:
     return {"index": 0, "text": text, "finish_reason": finish_reason}
 
 
-async def main(port: int, pace: float, exits_after: int) -> None:
+async def main(port: int, pace: float, exits_after: int, *, killed: bool) -> None:
     answered = 0
     ended = asyncio.Event()
 
@@ -33,6 +36,9 @@ async def main(port: int, pace: float, exits_after: int) -> None:
             for _ in range(body["max_tokens"]):
                 await asyncio.sleep(pace)
                 writer.write(event(choices=[choice("a ")]))
+                if killed:
+                    await writer.drain()
+                    os.kill(os.getpid(), signal.SIGKILL)
             tokens = {"prompt_tokens": 4, "completion_tokens": body["max_tokens"]}
             writer.write(event(choices=[choice("", "length")], usage=tokens) + b"data: [DONE]\n\n")
             answered += 1
@@ -40,9 +46,13 @@ async def main(port: int, pace: float, exits_after: int) -> None:
         if answered == exits_after:
             ended.set()
 
-    async with await asyncio.start_server(answer, "127.0.0.1", port):
+    async with await asyncio.start_server(answer, "127.0.0.1", port) as server:
+        sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
+        sys.stdout.flush()
         await ended.wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])))
+    asyncio.run(
+        main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), killed="--killed" in sys.argv)
+    )

@@ -187,16 +187,21 @@ CONVERSATIONS: list[list[dict[str, str]]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def theirs(default_model: Path) -> Any:
+    """The default model's tokenizer as transformers reads it, which takes seconds."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(default_model.parent, gguf_file=default_model.name)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers and what it imports
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_default_model_equals_transformers(
-    default_model: Path, messages: list[dict[str, str]]
+    default_model: Path, theirs: Any, messages: list[dict[str, str]]
 ) -> None:
-    from transformers import AutoTokenizer
-
     ours = Tokenizer.from_checkpoint(default_model)
-    theirs = AutoTokenizer.from_pretrained(default_model.parent, gguf_file=default_model.name)
     for flag in (True, False):
         expected = theirs.apply_chat_template(
             messages, add_generation_prompt=flag, return_dict=False

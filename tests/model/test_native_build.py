@@ -144,7 +144,7 @@ def emulating_library(native_library: NativeLibrary) -> NativeLibrary:
     return library
 
 
-@pytest.mark.slow
+@pytest.mark.longer
 def test_the_amx_variant_gives_the_same_products(emulating_library: NativeLibrary) -> None:
     """Every number of rows up to three tiles: full, half and ragged ones."""
     rng = np.random.default_rng(0)
@@ -156,7 +156,7 @@ def test_the_amx_variant_gives_the_same_products(emulating_library: NativeLibrar
         assert np.array_equal(emulating_library.product(weight, x, variant="amx"), twin), rows
 
 
-@pytest.mark.slow
+@pytest.mark.longer
 def test_the_amx_variant_gives_the_same_steps(
     emulating_library: NativeLibrary, native_config: Callable[..., ModelConfig]
 ) -> None:

@@ -14,6 +14,7 @@ from model.native.library import NativeLibrary
 from model.runners import RunnerOptions
 from model.runners.native import NativeRunner
 from model.tokenizer import Tokenizer
+from tests.builders import at_length
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -35,18 +36,22 @@ def windows(default_model: Path) -> list[Ints]:
 
 
 @pytest.mark.usefixtures("native_library")
-def test_perplexity_stays_within_one_percent(model: LoadedModel, windows: list[Ints]) -> None:
+@pytest.mark.parametrize(("count", "within"), [(2, 0.02), *at_length((None, 0.01))])
+def test_perplexity_stays_the_same(
+    model: LoadedModel, windows: list[Ints], count: int | None, within: float
+) -> None:
+    """Of the whole text within one percent, of its first two windows within two."""
     found = {}
     for name, build in runners(model, WINDOW):
         if name == "torch bfloat16":
             continue
         runner = build()
-        found[name] = perplexity(runner, windows)
+        found[name] = perplexity(runner, windows[:count])
         runner.close()
     exact = found.pop("torch float32")
     assert len(found) == 2
     for name, value in found.items():
-        assert abs(value / exact - 1) < 0.01, (name, value, exact)
+        assert abs(value / exact - 1) < within, (name, value, exact)
 
 
 def test_the_real_shapes_give_equal_bits(

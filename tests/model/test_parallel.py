@@ -22,6 +22,7 @@ from model.parallel.wire import decode, encode
 from model.runners import RunnerOptions
 from model.transformer import Transformer
 from tests.builders import Piece, make_batch, tiny_model_config, tiny_weights
+from tests.waiting import PATIENCE
 
 BIASES: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 KINDS: dict[str, dict[str, Any]] = {
@@ -112,7 +113,9 @@ def rank_of(
     """A process's whole life."""
     torch.set_num_threads(1)
     try:
-        group = connect(rank=rank, num_ranks=2, port=port, device=torch.device("cpu"), timeout=60)
+        group = connect(
+            rank=rank, num_ranks=2, port=port, device=torch.device("cpu"), timeout=PATIENCE
+        )
         results.put((rank, work(rank, group, connection)))
     except Exception:  # noqa: BLE001 - whatever it was, the test shall show it
         results.put((rank, traceback.format_exc()))
@@ -173,7 +176,7 @@ def two_ranks(work: Callable[..., Any]) -> dict[int, Any]:
     ]
     for process in processes:
         process.start()
-    found = dict(results.get(timeout=100) for _ in processes)
+    found = dict(results.get(timeout=4 * PATIENCE) for _ in processes)
     for process in processes:
         process.join()
     return found

@@ -47,12 +47,13 @@ from tests.queues.builders import (
     make_tokens,
     stop_at,
 )
+from tests.waiting import PATIENCE
 
 LIMITS = QueueLimits(
     max_requests=6,
     max_tokens=100,
     max_per_tenant=4,
-    lease=0.3,
+    lease=0.8,
     max_attempts=3,
     resume_window=1.0,
     live_ttl=60.0,
@@ -270,15 +271,15 @@ class QueueContract:
         assert not await queue.claim(make_engine(), limit=1, wait=0)
 
     async def test_a_waiting_claim_is_woken(self, queue: Queue) -> None:
-        waiting = asyncio.create_task(claim_one(queue, wait=20))
+        waiting = asyncio.create_task(claim_one(queue, wait=2 * PATIENCE))
         await asyncio.sleep(0.05)
         submission = make_submission()
         await queue.submit(submission)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE):
             assert (await waiting).request.id == submission.requests[0].id
 
     async def test_a_claim_can_be_cancelled(self, queue: Queue) -> None:
-        waiting = asyncio.create_task(claim_one(queue, wait=20))
+        waiting = asyncio.create_task(claim_one(queue, wait=2 * PATIENCE))
         await asyncio.sleep(0.05)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -381,7 +382,7 @@ class QueueContract:
         other = make_engine("other")
         assert not await queue.claim(other, limit=1, wait=0)
         await passes(OVER)
-        taken = await claim_one(queue, other, wait=2)
+        taken = await claim_one(queue, other, wait=PATIENCE)
         assert list(taken.tokens) == ids_of([answer_of(rid, 0, 3)])
         assert (taken.attempt, taken.lease.epoch) == (2, dead.lease.epoch + 1)
         assert (await append(queue, dead.lease, answer_of(rid, 3, 4))).status is WriteStatus.FENCED
@@ -397,7 +398,7 @@ class QueueContract:
         dead = await claim_one(queue)
         await append(queue, dead.lease, answer_of(dead.request.id, 0, 3))
         await passes(OVER)
-        await finish(queue, await claim_one(queue, wait=2), length=3)
+        await finish(queue, await claim_one(queue, wait=PATIENCE), length=3)
         assert await queue.depth() == NOTHING
 
     async def test_an_engine_that_was_late_is_not_taken_for_dead(
@@ -407,10 +408,10 @@ class QueueContract:
         await queue.submit(make_submission())
         await claim_one(queue, make_engine("late"))
         await passes(OVER)
-        again = await claim_one(queue, make_engine("late"), wait=2)
+        again = await claim_one(queue, make_engine("late"), wait=PATIENCE)
         assert (again.attempt, again.lease.epoch) == (1, 2)
         await passes(OVER)
-        assert (await claim_one(queue, make_engine("other"), wait=2)).attempt == 2
+        assert (await claim_one(queue, make_engine("other"), wait=PATIENCE)).attempt == 2
 
     async def test_renewed_leases_do_not_end(self, queue: Queue, passes: Passes) -> None:
         await queue.submit(make_submission())
@@ -436,11 +437,13 @@ class QueueContract:
         claim = await claim_one(queue, make_engine("e0"))
         await append(queue, claim.lease, answer_of(claim.request.id, 0, 1))
         for turn in range(1, LIMITS.max_attempts + 3):
-            waiting = asyncio.create_task(claim_one(queue, make_engine(f"e{turn}"), wait=5))
+            waiting = asyncio.create_task(
+                claim_one(queue, make_engine(f"e{turn}"), wait=2 * PATIENCE)
+            )
             await asyncio.sleep(0.02)
             await queue.release([claim.lease])
             released = claim
-            async with asyncio.timeout(LIMITS.lease):
+            async with asyncio.timeout(PATIENCE):
                 claim = await waiting
             assert (len(claim.tokens), claim.attempt) == (1, 1)
             assert (await append(queue, released.lease, stop_at(1))).status is WriteStatus.FENCED
@@ -453,7 +456,7 @@ class QueueContract:
         rid = submission.requests[0].id
         await queue.submit(submission)
         for attempt in range(1, LIMITS.max_attempts + 1):
-            claim = await claim_one(queue, make_engine(f"e{attempt}"), wait=2)
+            claim = await claim_one(queue, make_engine(f"e{attempt}"), wait=PATIENCE)
             assert claim.attempt == attempt
             await passes(OVER)
         assert not await queue.claim(make_engine("last"), limit=1, wait=0)
@@ -635,8 +638,12 @@ class QueueContract:
         taken = await queue.claim(other, limit=2, wait=1)
         assert [claim.request.id for claim in taken] == [fresh.requests[0].id]
         assert not await queue.claim(other, limit=2, wait=0.02)
+<<<<<<< HEAD
         await finish(queue, taken[0], length=1)
         same = await claim_one(queue, make_engine("same"), wait=2)
+=======
+        same = await claim_one(queue, make_engine("same"), wait=PATIENCE)
+>>>>>>> suite
         assert (same.request.id, len(same.tokens)) == (begun.requests[0].id, 1)
 
     # --- ends -----------------------------------------------------------------------------
@@ -766,7 +773,7 @@ class QueueContract:
             for _ in range(2):
                 await queue.forget(submission.id)
             assert await queue.lookup(submission.id) is None
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             assert await reading == stop_at(0, FinishReason.CANCELLED)
         assert not await queue.claim(make_engine(), limit=4, wait=0)
         assert await queue.depth() == NOTHING
@@ -777,7 +784,7 @@ class QueueContract:
         submission = make_submission()
         await queue.submit(submission)
         rid = (await claim_one(queue)).request.id
-        async with aclosing(queue.stops()) as hints, asyncio.timeout(5):  # type: ignore[type-var]  # an async generator, as all of them
+        async with aclosing(queue.stops()) as hints, asyncio.timeout(PATIENCE):  # type: ignore[type-var]  # an async generator, as all of them
             hint = asyncio.ensure_future(anext(hints))
             await asyncio.sleep(0.1)
             await queue.stop([rid], FinishReason.CANCELLED)
@@ -818,7 +825,7 @@ class QueueContract:
             return [record async for record in queue.follow(rid, after=after)]
 
         delays = (0.0, 0.0, 0.02, 0.05)
-        async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as tasks:
             readers = [tasks.create_task(collect(3 * i, delay)) for i, delay in enumerate(delays)]
             claim = await claim_one(queue)
             for i in range(40):

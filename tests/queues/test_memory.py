@@ -13,6 +13,7 @@ from service.queues import QueueLimits, open_queue
 from service.queues.memory import MemoryQueue
 from tests.queues.builders import claim_one, finish, make_engine, make_submission
 from tests.queues.contract import LIMITS, Passes, QueueContract
+from tests.waiting import PATIENCE
 
 
 class Clock:
@@ -88,8 +89,8 @@ async def test_an_orphan_is_taken_by_an_engine_that_waits_already() -> None:
     queue = MemoryQueue(replace(LIMITS, lease=0.1))
     await queue.submit(make_submission())
     await claim_one(queue, make_engine("dead"))
-    async with asyncio.timeout(5):
-        assert (await claim_one(queue, make_engine("other"), wait=60)).attempt == 2
+    async with asyncio.timeout(PATIENCE):
+        assert (await claim_one(queue, make_engine("other"), wait=2 * PATIENCE)).attempt == 2
 
 
 async def test_closing_ends_those_who_wait() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from service.errors import Unavailable
 from service.queues import redis_wakeups
 from service.queues.redis_wakeups import Wakeups
 from service.queues.redis_wire import RedisUrl, Wire
+from tests.waiting import PATIENCE
 
 
 class ForgetfulPipeline:
@@ -46,7 +48,7 @@ async def test_a_cancellation_is_never_forgotten(
     task = asyncio.create_task(wire.run([("PING",)]))
     await asyncio.sleep(0)
     task.cancel()
-    await asyncio.wait([task], timeout=5)
+    await asyncio.wait([task], timeout=PATIENCE)
     assert task.cancelled()
     await wire.close()
 
@@ -95,7 +97,7 @@ async def test_a_subscription_outlives_watchers_that_come_and_go(
     """An idle engine watches for work and stops to, four times a second: nothing was sent, no ping
     either, and the connection counted as dead each six seconds. Every new one wakes the watchers.
     """
-    monkeypatch.setattr(redis_wakeups, "PING_EVERY", 0.1)
+    monkeypatch.setattr(redis_wakeups, "PING_EVERY", 1.0)
     redis, woken = RedisServer(tmp_path, options=()), 0
     redis.start()
     wire = Wire(RedisUrl(redis.url), scripts={}, restored=lambda: None)
@@ -110,7 +112,8 @@ async def test_a_subscription_outlives_watchers_that_come_and_go(
 
     try:
         wakeups.watch("stops", wake)
-        for _ in range(100):
+        ends = time.monotonic() + 3 * redis_wakeups.PING_EVERY
+        while time.monotonic() < ends:
             wakeups.watch("work", nobody)
             wakeups.unwatch("work", nobody)
             await asyncio.sleep(0.01)

@@ -14,6 +14,8 @@ import pytest_asyncio
 from axe_playwright_python.base import AXE_FILE_PATH
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
+from tests.waiting import PATIENCE
+
 ARGUMENTS = (
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-quic",
     "--no-first-run", "--disable-component-update", "--disable-sync",
@@ -33,7 +35,7 @@ def chromium() -> str:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def browser(chromium: str) -> AsyncIterator[Browser]:
     """One browser a session; each test has contexts of its own."""
-    expect.set_options(timeout=20_000)
+    expect.set_options(timeout=1e3 * PATIENCE)
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         yield browser
@@ -89,7 +91,7 @@ class Visit:
 
     async def ended(self) -> None:
         await expect(self.page.locator("li.assistant").last).not_to_have_class(
-            "assistant running", timeout=90_000
+            "assistant running", timeout=3e3 * PATIENCE
         )
 
     async def record(self) -> dict[str, Any]:
@@ -109,6 +111,7 @@ async def visit(browser: Browser, server_url: str) -> AsyncIterator[Open]:
 
     async def open_page(url: str = server_url, **options: Any) -> Visit:
         context = await browser.new_context(**options)
+        context.set_default_timeout(1e3 * PATIENCE)
         page = await context.new_page()
         opened = Visit(page, context, url)
         visits.append(opened)

@@ -11,6 +11,8 @@ import httpx
 import pytest
 from playwright.async_api import Page, Route, expect
 
+from tests.waiting import PATIENCE
+
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
 QUESTION = "Anna has a red bicycle and Tom has a blue car. What does Tom have?"
@@ -28,18 +30,18 @@ async def opened(tab: Any, *, tokens: int = 24) -> None:
     await tab.ask(QUESTION)
     await tab.ended()
     await tab.page.get_by_role("button", name="Attention").click()
-    await expect(tab.page.locator(".heat")).to_be_visible(timeout=60_000)
+    await expect(tab.page.locator(".heat")).to_be_visible()
 
 
 async def read(page: Page) -> None:
     """Waits until the map that was asked for last is drawn."""
-    await expect(page.locator(".attention")).to_have_attribute("aria-busy", "false", timeout=60_000)
+    await expect(page.locator(".attention")).to_have_attribute("aria-busy", "false")
 
 
 async def asked(url: str, record: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """The map as any client gets it."""
     tokens = [*record["prompt"], *(token["id"] for token in record["tokens"])]
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         while (
             reply := await client.post("/v1/attention", json={"tokens": tokens, **fields})
         ).status_code == 503:  # it reads for somebody else
@@ -101,7 +103,7 @@ async def test_the_answers_tokens_are_those_that_were_sampled(
         server_url, QUESTION, seed=5, max_tokens=40, return_token_ids=True, logprobs=True
     )
     assert [token["id"] for token in record["tokens"]] == alone["token_ids"]
-    async with httpx.AsyncClient(base_url=server_url) as client:
+    async with httpx.AsyncClient(base_url=server_url, timeout=PATIENCE) as client:
         reply = await client.post(
             "/tokenize", json={"messages": [{"role": "user", "content": QUESTION}]}
         )

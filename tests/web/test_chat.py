@@ -14,6 +14,7 @@ import pytest
 from playwright.async_api import Request, expect
 
 from tests.faults.proxy import FaultProxy
+from tests.waiting import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
@@ -33,7 +34,7 @@ def posted(tab: Any) -> list[Request]:
 
 
 async def status(url: str) -> dict[str, Any]:
-    async with httpx.AsyncClient(base_url=url) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
         answer: dict[str, Any] = (await client.get("/status")).json()
     return answer
 
@@ -149,13 +150,14 @@ async def test_resuming_is_shown(visit: Any) -> None:
 
 async def test_another_tab_follows_the_same_answer(visit: Any) -> None:
     tab = await visit()
-    await tab.set(max_tokens=2000)
+    await tab.set(max_tokens=4000)
     await tab.ask(STORY)
     await tab.shown(40)
     await tab.begun()  # a tab that opens before follows by the idempotency key, and resumes nothing
     other = await tab.context.new_page()
     await other.goto(f"{tab.origin}/")
-    await expect(other.locator(".figures")).to_contain_text("resumed", timeout=60_000)
+    await expect(other.locator(".figures")).to_contain_text("resumed")
+    await tab.page.get_by_role("button", name="Stop").click()
     await tab.ended()
     await expect(other.locator("li.assistant")).to_have_class("assistant")
     assert await other.inner_text(".answer") == await tab.page.inner_text(".answer")
@@ -179,9 +181,7 @@ async def test_a_lost_connection_is_shown_and_made_good(
             assert await tab.page.inner_text(".answer") == stands
             proxy.black_hole = False
             proxy.cut()
-            await tab.page.wait_for_function(
-                "() => document.body.dataset.link !== 'reconnecting'", timeout=20_000
-            )
+            await tab.page.wait_for_function("() => document.body.dataset.link !== 'reconnecting'")
         await tab.ended()
         record = await tab.record()
         await tab.context.close()

@@ -13,6 +13,7 @@ from playwright.async_api import expect
 
 from service.keys import new_entry, new_secret
 from tests.conftest import ROOT, free_port, wait_until_ready
+from tests.waiting import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
@@ -34,7 +35,7 @@ def keyed_url(default_model: Path, tmp_path: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        assert process.wait(timeout=30) == 0, log.read_text()
+        assert process.wait(timeout=PATIENCE) == 0, log.read_text()
     assert SECRET not in log.read_text()
 
 

@@ -16,6 +16,7 @@ from playwright.async_api import expect
 
 from loadtest.rig.redis_process import RedisServer
 from tests.conftest import ROOT, free_port, wait_until_ready
+from tests.waiting import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
@@ -51,7 +52,7 @@ class Replicas:
 
     def kill_the_engine_at_work(self) -> None:
         for port, process in self.engines.items():
-            metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+            metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE).text
             if "quire_sequences_running 1.0" in metrics:
                 process.kill()
                 process.wait()

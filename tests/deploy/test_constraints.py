@@ -1,0 +1,64 @@
+"""deploy/constraints.txt has a version of each dependency, and every install uses it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from tests.deploy.manifests import DEPLOY, ROOT
+
+LINES = [
+    line
+    for line in (DEPLOY / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+PINS = {
+    canonicalize_name(name): Version(version)
+    for name, version in (line.split("==") for line in LINES)
+}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = [
+    Requirement(line)
+    for lines in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for line in lines
+]
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_a_dependency_has_a_version_within_its_range(requirement: Requirement) -> None:
+    version = PINS.get(canonicalize_name(requirement.name))
+    assert version is not None, "run `make constraints`, or add the version that was tested"
+    assert requirement.specifier.contains(version)
+
+
+def test_lines_are_plain_versions_named_once() -> None:
+    """Local versions such as `+cpu` would decide which build of torch is installed."""
+    assert len(PINS) == len(LINES)
+    assert [line for line in LINES if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+
+
+def test_docker_make_and_ci_use_them() -> None:
+    """CI runs `make`. Torch's CPU index has no other packages, so its version is an argument."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert f"ARG TORCH_VERSION={PINS[canonicalize_name('torch')]}\n" in dockerfile
+    installs = re.findall(r"/opt/quire/bin/pip install (.*?) \\\n", dockerfile)
+    free = [line for line in installs if "--constraint /wheels/constraints.txt" not in line]
+    assert free == ['--index-url "${TORCH_CPU_INDEX}" "torch==${TORCH_VERSION}"']
+    assert len(installs) == 4
+    makefile = (ROOT / "Makefile").read_text()
+    assert "CONSTRAINTS ?= deploy/constraints.txt\n" in makefile
+    assert len(re.findall(r"^\t\$\(INSTALL\) --editable", makefile, re.MULTILINE)) == 2
+    assert "$(PIP) install --editable" not in makefile
+
+
+def test_actions_of_ci_are_pinned_by_commit() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yaml").read_text())["jobs"]
+    used = [step["uses"] for job in jobs.values() for step in job["steps"] if "uses" in step]
+    assert used
+    assert [action for action in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action)] == []

@@ -1,0 +1,18 @@
+"""Waiting for conditions. The limits only end a test that would never pass: they are long enough
+for a machine on which every process gets a tenth of a core.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+PATIENCE = 60.0
+"""Seconds that a test waits for one condition; the time limit of a whole test is longer."""
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Polls the condition while the event loop goes on; raises TimeoutError after PATIENCE."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await asyncio.sleep(0.002)
