@@ -11,29 +11,35 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from model.checkpoint.gguf_header import STORAGE
+
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 CHUNK = 4096  # blocks at a time: what they become stays in the CPU's cache
 
+_VALUES = {storage.name: storage.values for storage in STORAGE.values()}  # per block
+
 
 def dequantize(blocks: Bytes, storage: str) -> Floats:
-    """Turns blocks [n, bytes a block] of the named type into float32 [n, values a block]."""
-    fast = _FAST.get(storage)
-    if fast is None:
-        return _by_gguf(blocks, storage)
-    out = np.empty((len(blocks), 32), np.float32)
+    """Turns blocks [n, bytes per block] of the named type into float32 [n, values per block]."""
+    write = _FAST.get(storage) or _by_gguf(storage)
+    out = np.empty((len(blocks), _VALUES[storage]), np.float32)
     for start in range(0, len(blocks), CHUNK):
-        fast(blocks[start : start + CHUNK], out[start : start + CHUNK])
+        write(blocks[start : start + CHUNK], out[start : start + CHUNK])
     return out
 
 
-def _by_gguf(blocks: Bytes, storage: str) -> Floats:
+def _by_gguf(storage: str) -> Callable[[Bytes, Floats], None]:
+    """Its own, which takes rows of blocks: one long row is up to five times as fast as many."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize as gguf_dequantize
 
-    values: Floats = gguf_dequantize(blocks, GGMLQuantizationType[storage])
-    return values
+    def write(blocks: Bytes, out: Floats) -> None:
+        values = gguf_dequantize(blocks.reshape(1, -1), GGMLQuantizationType[storage])
+        out[:] = values.reshape(out.shape)
+
+    return write
 
 
 def _half(blocks: Bytes, start: int) -> Floats:

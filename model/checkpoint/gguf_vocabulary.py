@@ -32,7 +32,7 @@ _LLAMA3 = (
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Mistral's own pattern. llama.cpp tells only ASCII's upper case from its lower case.
+# Mistral's own pattern. llama.cpp separates upper from lower case in ASCII only.
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
@@ -50,7 +50,9 @@ PRE_TOKENIZERS: Mapping[str, tuple[str, ...]] = {
     "deepseek-r1-qwen": (_QWEN2,),
     "tekken": (_TEKKEN,),
 }
-_WHOLE_WORDS = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})  # a known word: no merges
+_WHOLE_WORDS = frozenset(
+    {"llama-bpe", "llama3", "llama-v3", "tekken"}
+)  # known words need no merges
 _MAX_PIECE = 256  # characters of a SentencePiece token; its trainer's default limit is 16
 
 

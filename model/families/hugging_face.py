@@ -148,8 +148,9 @@ def _rotary_settings(config: Config) -> tuple[str, Config]:
         | {"rope_type": _rotary_kind(settings)}
         for settings in found.values()
     ]
-    if meanings[1:] and meanings[0] != meanings[1]:
-        raise ValueError("rope_parameters and rope_scaling differ; one of them must go")
+    thetas = {settings["rope_theta"] for settings in found.values() if "rope_theta" in settings}
+    if meanings[1:] and (meanings[0] != meanings[1] or len(thetas) > 1):
+        raise ValueError("rope_parameters and rope_scaling differ; remove one of them")
     return next(iter(found.items()), ("rope_parameters", {}))
 
 

@@ -205,6 +205,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"rope_parameters": LLAMA3_ROPE, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
         "rope_parameters and rope_scaling differ",
     ),
+    (
+        "llama",
+        {"rope_parameters": LLAMA3_ROPE, "rope_scaling": {**LLAMA3_ROPE, "rope_theta": 1000.0}},
+        "rope_parameters and rope_scaling differ",
+    ),
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope_parameters"),
     ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_param"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
