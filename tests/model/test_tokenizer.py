@@ -14,11 +14,8 @@ import pytest
 
 from model.checkpoint import CheckpointError
 from model.tokenizer import Tokenizer
-<<<<<<< HEAD
-from tests.model.tokenizer_oracles import LlamaCpp, odd_texts
-=======
 from tests.builders import at_length
->>>>>>> suite
+from tests.model.tokenizer_oracles import LlamaCpp, odd_texts
 
 SPLITS = {
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",

@@ -484,7 +484,7 @@ class QueueContract:
         assert claim.request == needy.requests[0]
         await queue.release([claim.lease])
         assert not await queue.claim(old, limit=4, wait=0)
-        await finish(queue, await claim_one(queue, new, wait=2), length=1)
+        await finish(queue, await claim_one(queue, new, wait=PATIENCE), length=1)
 
     # --- blame ----------------------------------------------------------------------------
     async def test_progress_past_a_death_clears_a_request(
@@ -500,7 +500,7 @@ class QueueContract:
             await append(queue, claim.lease, answer_of(rid, count, count + CLEARED_AFTER + 1))
             count += CLEARED_AFTER + 1
             await passes(OVER)
-            claim = await claim_one(queue, make_engine(f"e{death}"), wait=2)
+            claim = await claim_one(queue, make_engine(f"e{death}"), wait=PATIENCE)
             assert (claim.attempt, claim.isolated_until) == (2, count + CLEARED_AFTER)
             assert len(claim.tokens) == count
         await finish(queue, claim, length=count + 1)
@@ -515,7 +515,7 @@ class QueueContract:
         for death in range(1, 3 * LIMITS.max_attempts):
             await append(queue, claim.lease, answer_of(rid, death - 1, death))
             await passes(OVER)
-            claim = await claim_one(queue, make_engine(f"e{death}"), wait=2)
+            claim = await claim_one(queue, make_engine(f"e{death}"), wait=PATIENCE)
             assert claim.attempt == min(death + 1, LIMITS.max_attempts)
         await passes((VERDICT + 1) * LIMITS.lease)
         assert not await queue.claim(make_engine("last"), limit=1, wait=0.1)
@@ -532,7 +532,7 @@ class QueueContract:
         fresh = make_submission(2, tenant="fresh")
         await queue.submit(fresh)
         one, other = make_engine("one"), make_engine("other")
-        first = await queue.claim(one, limit=3, wait=2)
+        first = await queue.claim(one, limit=3, wait=PATIENCE)
         assert [claim.isolated_until for claim in first] == [CLEARED_AFTER, CLEARED_AFTER, None]
         assert [claim.attempt for claim in first] == [2, 2, 1]
         elsewhere = await queue.claim(other, limit=9, wait=0)
@@ -563,18 +563,18 @@ class QueueContract:
             for half in range(2):  # one after the other, and both engines die
                 await passes(OVER)
                 engine = make_engine(f"e{death}-{half}")
-                assert (await claim_one(queue, engine, wait=2)).attempt == death + 1
+                assert (await claim_one(queue, engine, wait=PATIENCE)).attempt == death + 1
         await passes(OVER)
         await queue.submit(bystander)
         third = make_engine("third")
-        claims = await queue.claim(third, limit=9, wait=2)
+        claims = await queue.claim(third, limit=9, wait=PATIENCE)
         alone = [claim for claim in claims if claim.isolated_until]
         assert [claim.attempt for claim in alone] == [LIMITS.max_attempts]
         others = [claim.request.id for claim in claims if not claim.isolated_until]
         assert others == [bystander.requests[0].id]
         assert not await queue.claim(make_engine("more"), limit=9, wait=0)
         await passes((VERDICT + 1) * LIMITS.lease)
-        left = await queue.claim(make_engine("fourth"), limit=9, wait=2)
+        left = await queue.claim(make_engine("fourth"), limit=9, wait=PATIENCE)
         assert {(claim.request.tenant, claim.attempt) for claim in left} == {
             ("public", LIMITS.max_attempts), ("b", 1),
         }  # fmt: skip
@@ -602,15 +602,15 @@ class QueueContract:
         await queue.submit(both)
         claims = await queue.claim(frozen, limit=3, wait=0)
         await passes(OVER)
-        (first, second) = await queue.claim(make_engine("other"), limit=3, wait=2)
+        (first, second) = await queue.claim(make_engine("other"), limit=3, wait=PATIENCE)
         assert (first.attempt, first.isolated_until) == (2, CLEARED_AFTER)
         assert set(await queue.renew([each.lease for each in claims])) >= {first.request.id}
         await queue.claim(frozen, limit=0, wait=0)
-        third = await claim_one(queue, make_engine("third"), wait=2)
+        third = await claim_one(queue, make_engine("third"), wait=PATIENCE)
         assert (third.attempt, third.isolated_until) == (1, None)
         for claim in (first, second):
             await queue.release([claim.lease])
-        for claim in await queue.claim(make_engine("fourth"), limit=3, wait=2):
+        for claim in await queue.claim(make_engine("fourth"), limit=3, wait=PATIENCE):
             assert (claim.attempt, claim.isolated_until) == (1, None)
 
     async def test_an_engine_may_report_its_own_death(self, queue: Queue) -> None:
@@ -618,7 +618,7 @@ class QueueContract:
         submission = make_submission()
         await queue.submit(submission)
         for attempt in range(1, LIMITS.max_attempts + 1):
-            claim = await claim_one(queue, make_engine(f"e{attempt}"), wait=2)
+            claim = await claim_one(queue, make_engine(f"e{attempt}"), wait=PATIENCE)
             assert claim.attempt == attempt
             await queue.release([claim.lease], died=True)
         (end,) = await queue.read(submission.requests[0].id)
@@ -638,12 +638,8 @@ class QueueContract:
         taken = await queue.claim(other, limit=2, wait=1)
         assert [claim.request.id for claim in taken] == [fresh.requests[0].id]
         assert not await queue.claim(other, limit=2, wait=0.02)
-<<<<<<< HEAD
         await finish(queue, taken[0], length=1)
-        same = await claim_one(queue, make_engine("same"), wait=2)
-=======
         same = await claim_one(queue, make_engine("same"), wait=PATIENCE)
->>>>>>> suite
         assert (same.request.id, len(same.tokens)) == (begun.requests[0].id, 1)
 
     # --- ends -----------------------------------------------------------------------------

@@ -30,11 +30,8 @@ from tests.queues.builders import (
     stop_at,
 )
 from tests.queues.contract import LIMITS, NOTHING, OVER, Passes, QueueContract
-<<<<<<< HEAD
 from tests.test_record_formats import END, ENGINE, MANIFEST, REQUEST, SCORED, TOKENS, golden
-=======
 from tests.waiting import PATIENCE
->>>>>>> suite
 
 pytestmark = pytest.mark.slow
 
