@@ -28,7 +28,7 @@ from service.api.observer import ApiObserver, HttpCall
 from service.engine.observer import Observer, StepReport
 from service.messages import End, FinishReason
 from service.queues import Claim
-from service.worker import WorkerObserver
+from service.worker_observer import WorkerObserver
 
 Value = str | int | float | bool | tuple[str, ...]
 

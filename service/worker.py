@@ -28,12 +28,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from service.engine.loop import EngineLoop, Work
 from service.errors import Unavailable
 from service.messages import End, Event, FinishReason, Tokens
 from service.queues import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
+from service.worker_observer import WorkerObserver
 
 log = logging.getLogger("quire.worker")
 
@@ -47,45 +47,6 @@ SETTLE_WITHIN = 1.0  # seconds that a step waits for the journal while requests 
 
 class EngineFailure(Exception):
     """The runner broke. The process must end: nothing that it computes can be trusted."""
-
-
-class WorkerObserver(Protocol):
-    """What the worker tells whoever counts. Called in the event loop."""
-
-    def claimed(self, claim: Claim) -> None:
-        """A request came from the queue; it has tokens where an engine had begun it."""
-        ...
-
-    def first_token(self, request_id: str) -> None:
-        """The first token that this engine made of an answer is in the journal."""
-        ...
-
-    def ended(self, end: End, seconds: float) -> None:
-        """A request's end is in the journal, `seconds` after its claim."""
-        ...
-
-    def let_go(self, claim: Claim, outcome: str, *, written: int, end: End | None = None) -> None:
-        """The engine is done with what it claimed: it ended, or was given up. Once a claim.
-
-        `outcome` is the end's reason or the cause; the journal has `written` tokens.
-        """
-        ...
-
-    def fenced(self) -> None:
-        """The queue refused a write: the lease was another's."""
-        ...
-
-    def lease_lost(self, count: int) -> None:
-        """Requests left for another engine, for want of a renewal."""
-        ...
-
-    def wasted(self, tokens: int, cause: str) -> None:
-        """Tokens computed for nothing or again; cause is one of a fixed few."""
-        ...
-
-    def wrote(self, seconds: float) -> None:
-        """One round trip to the journal."""
-        ...
 
 
 @dataclass(slots=True)
@@ -525,4 +486,4 @@ async def _cancel(tasks: Sequence[asyncio.Task[object]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-__all__ = ["EngineFailure", "Worker", "WorkerObserver"]
+__all__ = ["EngineFailure", "Worker"]

@@ -65,7 +65,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.queues.redis": (
         "redis", "service.decoding", "service.messages", "service.errors", "service.queues",
     ),
-    "service.worker": ("service.engine", "service.queues", "service.messages", "service.errors"),
+    "service.worker": (
+        "service.engine", "service.queues", "service.messages", "service.errors",
+        "service.worker_observer",
+    ),
+    "service.worker_observer": ("service.queues", "service.messages"),
     "service.api": (
         "fastapi", "starlette", "pydantic", "orjson", "model.tokenizer", "model.chat_template",
         "model.disguise", "model.template_renderer", "model.grammar", "model.grammar_trial",
@@ -80,7 +84,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.keys": ("pydantic", "service.errors"),
     "service.tracing": (
         "service.api.observer", "service.engine.observer", "service.messages", "service.queues",
-        "service.worker",
+        "service.worker_observer",
     ),
     "service.tracing_otlp": ("opentelemetry", "service.tracing"),
     "service.cluster": ("service.messages", "service.errors", "service.queues"),
