@@ -231,20 +231,71 @@ async def test_a_change_of_the_file_is_taken_over(
         write_keys(real, {BOB: {"name": "bob"}, CAROL: {"name": "carol"}})
         ring.look()
         assert (await let_in(), told) == ({"bob", "carol"}, [True])
-        for bad in ("", "[[keys]]\nname = 'x'\n", "[[keys", f'[[keys]]\nsha256 = "{ALICE}"\n'):
+        for bad in ("[[keys]]\nname = 'x'\n", "[[keys", f'[[keys]]\nsha256 = "{ALICE}"\n'):
             real.write_text(bad)
             ring.look()
             ring.look()
-        real.unlink()
-        ring.look()
-        ring.look()
-        assert (await let_in(), told) == ({"bob", "carol"}, [True] + [False] * 5)
+        assert (await let_in(), told) == ({"bob", "carol"}, [True] + [False] * 3)
         assert ALICE not in caplog.text
         other = write_keys(tmp_path / "b.toml", {ALICE: {"name": "alice"}})
         (tmp_path / "new").symlink_to(other)
         (tmp_path / "new").rename(link)  # as Kubernetes changes a mounted Secret
         ring.look()
         assert (await let_in(), told[-1]) == ({"alice"}, True)
+
+
+@pytest.mark.parametrize("content", ["", "# none\n", "keys = []\n", None])
+async def test_an_empty_or_deleted_file_revokes_every_key(
+    make_ring: Any, start_keyed: Any, caplog: pytest.LogCaptureFixture, content: str | None
+) -> None:
+    """A file without keys kept the deleted keys in force: no key could be revoked as the last one.
+
+    It revokes, and does not open: a call without a key is refused before and after.
+    """
+    ring = make_ring()
+    told: list[bool] = []
+    ring._on_reload = told.append
+    path: Path = ring._path
+    before = path.read_text()
+    async with start_keyed(ring) as service:
+        assert (await service.client.get("/v1/models", headers=bearer(ALICE))).is_success
+        if content is None:
+            path.unlink()
+        else:
+            path.write_text(content)
+        for _ in range(2):
+            ring.look()
+        for headers in (bearer(ALICE), bearer(CAROL), {}):
+            reply = await service.client.get("/v1/models", headers=headers)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert caplog.messages.count("keys file is empty or deleted: all keys are revoked") == 1
+        path.write_text(before)
+        ring.look()
+        assert (await service.client.get("/v1/models", headers=bearer(ALICE))).is_success
+        assert told == [True, True]
+
+
+async def test_a_file_that_cannot_be_read_changes_nothing_and_is_tried_again(
+    make_ring: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file is unchanged when it can be read again, so its state does not show that."""
+    ring = make_ring()
+    told: list[bool] = []
+    ring._on_reload = told.append
+    write_keys(ring._path, {BOB: {"name": "bob"}})
+
+    def fail(_path: Path, **_options: str) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        for _ in range(3):
+            ring.look()
+        assert ring.find(ALICE) is not None
+    ring.look()
+    assert ring.find(ALICE) is None
+    assert ring.find(BOB) is not None
+    assert told == [False, True], "reported once"
 
 
 async def test_the_file_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
