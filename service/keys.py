@@ -14,9 +14,9 @@ and a plain SHA-256 does what a slow, salted hash does for passwords, without it
 It is found by the digest of what was sent, in a table: how long that takes tells at most about a
 digest that the caller can compute anyway, and nothing about the secrets of others.
 
-While the server runs, a file that is empty or deleted revokes every key: all calls are refused until
-the file has keys again. A file that cannot be read or is not valid changes nothing: the last valid
-keys stay in force, because a typing error must not lock every client out.
+While the server runs, a file that is empty or deleted revokes every key: all calls are refused
+until the file has keys again. A file that cannot be read or is not valid changes nothing: the last
+valid keys stay in force, because a typing error must not lock every client out.
 
 It knows no HTTP: `service.api.auth` reads the headers.
 """
@@ -141,31 +141,35 @@ class KeyRing:
         return self._keys.get(digest_of(secret))
 
     def look(self) -> None:
-        """Reads the file again if it changed. An invalid one is not read again until it changes; one
-        that cannot be read is tried again each time. Running calls go on, whatever happens to their
-        key.
+        """Reads the file again if it changed. An invalid one is not read again until it changes,
+        one that cannot be read is tried again each time. Running calls go on, whatever happens to
+        their key.
         """
         state = _state(self._path)
         if state == self._seen:
             return
         self._seen = state
+        good, unreadable = True, ""
         try:
             self._keys = self._read_again()
         except StartupError as error:
+            good = False
             if isinstance(error, UnreadableError):
                 self._seen = None  # its state may stay the same when it can be read again
-                if str(error) == self._unreadable:
-                    return
-                self._unreadable = str(error)
-            log.warning("the keys stay as they were: %s", error)
-            self._on_reload(False)
-            return
-        self._unreadable = ""
+                unreadable = str(error)
+            if not unreadable or unreadable != self._unreadable:
+                log.warning("the keys stay as they were: %s", error)
+                self._on_reload(good)
+        self._unreadable = unreadable
+        if good:
+            self._log_change()
+            self._on_reload(good)
+
+    def _log_change(self) -> None:
         if self._keys:
             log.info("keys file read again: %d keys", len(self._keys))
         else:
             log.warning("keys file is empty or deleted: all keys are revoked")
-        self._on_reload(True)
 
     def _read_again(self) -> Mapping[str, Key]:
         try:

@@ -255,7 +255,7 @@ async def test_an_empty_or_deleted_file_revokes_every_key(
     ring = make_ring()
     told: list[bool] = []
     ring._on_reload = told.append
-    path: Path = ring._path
+    path = ring._path
     before = path.read_text()
     async with start_keyed(ring) as service:
         assert (await service.client.get("/v1/models", headers=bearer(ALICE))).is_success
