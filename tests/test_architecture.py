@@ -30,7 +30,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model.batch": ("numpy", "model"),
     "model.grammar": ("llguidance", "model.batch"),
     "model.grammar_trial": ("model.grammar",),
-    "model.tokenizer": ("model.checkpoint", "model.chat_template", "tokenizers"),
+    "model.tokenizer": (
+        "model.checkpoint", "model.chat_template", "model.tokenizer_span", "tokenizers",
+    ),
     "model.chat_template": ("jinja2",),
     "service": (),
     "service.messages": (),
