@@ -22,6 +22,7 @@ from service.api.context import ApiContext, Probes
 from service.api.grammar_trials import GrammarTrials
 from service.api.limits import ApiLimits
 from service.api.observer import ApiObserver, NullObserver
+from service.api.pools import WorkPools
 from service.api.schemas import ErrorBody
 from service.errors import Unavailable
 from service.messages import ModelCard
@@ -59,9 +60,10 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
         limits=limits,
         observer=observer,
         probes=probes,
+        pools=WorkPools.of(limits),
         attendance=Attendance(queue),
         grammars=GrammarTrials(vocabulary) if trials is None else trials,
-        attention=None if attention is None else AttentionDesk(attention),
+        attention=None if attention is None else AttentionDesk(attention, limits),
         version=version,
     )
 
@@ -78,6 +80,9 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
             for chore in chores:
                 chore.cancel()
             await asyncio.gather(*chores, return_exceptions=True)
+            context.pools.close()
+            if context.attention is not None:
+                context.attention.close()
 
     app = _shell("Quire", version=version, lifespan=lifespan, docs="docs" in extras)
     app.state.context = context

@@ -15,6 +15,7 @@ from service.api.auth import Tenant
 from service.api.grammar_trials import GrammarTrials
 from service.api.limits import ApiLimits
 from service.api.observer import ApiObserver
+from service.api.pools import WorkPools
 from service.messages import ModelCard
 from service.queues import Queue
 
@@ -40,6 +41,7 @@ class ApiContext:
     limits: ApiLimits
     observer: ApiObserver
     probes: Probes
+    pools: WorkPools
     attendance: Attendance
     grammars: GrammarTrials
     attention: AttentionDesk | None  # None where no network is in the process

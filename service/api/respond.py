@@ -36,7 +36,7 @@ async def answer_chat(
     check_open(chat, context)
     call = read_call(request, tenant, context.limits)
     tools = tool_use(chat)
-    prompt = await chat_prompt(chat, context, tools=tools)
+    prompt = await chat_prompt(chat, context, tenant=tenant.name, tools=tools)
     grammar = await chat_grammar(chat, context, tools=tools)
     submission = plan_call(
         chat,
