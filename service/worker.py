@@ -22,10 +22,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from service.engine.loop import EngineLoop, Work
 from service.errors import Unavailable
+from service.fair_pool import FairPool
 from service.messages import End, Event, FinishReason, Tokens
 from service.queues import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
 
@@ -36,6 +38,7 @@ HEARTBEAT = 1.0  # seconds between two signs of life of an engine without room
 CONDEMNED_ATTEMPT = 3  # the last attempt that the default limits allow: two engines died before
 PROBATION = 2.0  # seconds after which a suspect counts as harmless even without a token
 GIVE_BACK_WITHIN = 3.0  # seconds; a store that is away then learns of it by the leases' ends
+PREPARING_THREADS = 2  # for grammars, tenants in turns
 STORAGE_PATIENCE = 5.0  # seconds that a write is tried again while the store refuses it
 
 
@@ -124,6 +127,7 @@ class Worker:
         self._events_came = asyncio.Event()
         self._writing = asyncio.Lock()
         self._room_changed = asyncio.Event()
+        self._preparing = FairPool("grammar preparation", threads=PREPARING_THREADS)
         self._compiling: set[asyncio.Task[None]] = set()  # claims whose grammar is not ready yet
         self._on_probation: set[str] = set()
         self._probation_ends = 0.0
@@ -189,6 +193,7 @@ class Worker:
     async def _give_back(self) -> None:
         """Journals what is computed, then releases what is not finished."""
         await _cancel(list(self._compiling))
+        self._preparing.close()
         await asyncio.to_thread(self._engine.stop, 3.0)
         await asyncio.sleep(0)  # events that the last step delivered are taken now
         with contextlib.suppress(Unavailable, TimeoutError):
@@ -260,7 +265,8 @@ class Worker:
                 task.add_done_callback(self._compiling.discard)
 
     async def _compile_then_hand_in(self, claim: Claim) -> None:
-        await asyncio.to_thread(self._engine.prepare, claim.request)
+        prepare = partial(self._engine.prepare, claim.request)
+        await self._preparing.run(claim.request.tenant, prepare)
         held = self._held.get(claim.request.id)
         if held is not None and held.claim is claim:  # else: lost or stopped meanwhile
             self._hand_in(claim)
