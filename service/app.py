@@ -21,6 +21,7 @@ from service.api.boundary import Boundary
 from service.api.context import ApiContext, Probes
 from service.api.grammar_trials import GrammarTrials
 from service.api.limits import ApiLimits
+from service.api.live_state import LiveState
 from service.api.observer import ApiObserver, NullObserver
 from service.api.pools import WorkPools
 from service.api.schemas import ErrorBody
@@ -61,6 +62,7 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
         observer=observer,
         probes=probes,
         pools=WorkPools.of(limits),
+        live=LiveState(queue),
         attendance=Attendance(queue),
         grammars=GrammarTrials(vocabulary) if trials is None else trials,
         attention=None if attention is None else AttentionDesk(attention, limits),
@@ -86,7 +88,7 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
 
     app = _shell("Quire", version=version, lifespan=lifespan, docs="docs" in extras)
     app.state.context = context
-    app.add_middleware(Boundary, authenticate=authenticate, observer=observer)
+    app.add_middleware(Boundary, authenticate=authenticate, observer=observer, charge=queue.charge)
     for group, router in ROUTERS.items():
         if group != "page" or "page" in extras:
             app.include_router(router, tags=[group])

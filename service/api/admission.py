@@ -15,6 +15,7 @@ from service.api.context import ApiContext
 from service.api.limits import ApiLimits
 from service.api.manifest import Endpoint, Manifest, PromptNote
 from service.api.prompts import PromptTokens
+from service.api.rates import over_rate
 from service.api.sampling import (
     asked_logprobs,
     asked_prompt_logprobs,
@@ -243,9 +244,4 @@ def _over_rate(submission: Submission, reply: SubmitReply) -> RateLimited:
             f"the request counts {cost} tokens, and this key has {usage.tokens.limit} a minute",
             retryable=False,
         )
-    limits = [
-        f"{meter.limit} {unit} a minute"
-        for unit, meter in (("requests", usage.requests), ("tokens", usage.tokens))
-        if meter is not None
-    ]
-    return RateLimited(f"this key has {' and '.join(limits)}", retry_after=usage.wait)
+    return over_rate(usage)

@@ -14,6 +14,7 @@ from service.api.attention_desk import AttentionDesk
 from service.api.auth import Tenant
 from service.api.grammar_trials import GrammarTrials
 from service.api.limits import ApiLimits
+from service.api.live_state import LiveState
 from service.api.observer import ApiObserver
 from service.api.pools import WorkPools
 from service.messages import ModelCard
@@ -42,6 +43,7 @@ class ApiContext:
     observer: ApiObserver
     probes: Probes
     pools: WorkPools
+    live: LiveState
     attendance: Attendance
     grammars: GrammarTrials
     attention: AttentionDesk | None  # None where no network is in the process

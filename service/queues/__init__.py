@@ -26,7 +26,15 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from service.errors import StartupError
-from service.messages import End, FinishReason, GenerationRequest, Record, Submission, Tokens
+from service.messages import (
+    Allowance,
+    End,
+    FinishReason,
+    GenerationRequest,
+    Record,
+    Submission,
+    Tokens,
+)
 from service.queues.meters import Usage
 from service.queues.observer import NullQueueObserver, QueueObserver
 
@@ -68,7 +76,7 @@ class SubmitReply:
     submission_id: str
     queued_requests: int = 0
     queued_tokens: int = 0
-    usage: Usage = field(default_factory=Usage)  # of the submission's allowance
+    usage: Usage = field(default_factory=Usage)  # of the allowance's tokens a minute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +176,12 @@ class Queue(Protocol):
         ...
 
     # --- the API's side -------------------------------------------------------------------
+    async def charge(self, allowance: Allowance) -> Usage:
+        """Counts one call against the requests a minute of a key. If they are used up, nothing is
+        counted, and `wait` is how many seconds to wait.
+        """
+        ...
+
     async def submit(self, submission: Submission) -> SubmitReply:
         """Admits all requests of a submission or none; idempotent by id and by key."""
         ...

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from service.errors import NotFound, Unavailable
-from service.messages import End, FinishReason, Record, Submission, Tokens
+from service.messages import Allowance, End, FinishReason, Record, Submission, Tokens
 from service.queues import (
     Claim,
     EngineInfo,
@@ -25,6 +25,7 @@ from service.queues import (
     StoredSubmission,
     SubmitReply,
     SubmitStatus,
+    Usage,
     Write,
     WriteReply,
     WriteStatus,
@@ -78,6 +79,10 @@ class MemoryQueue:
         """Nothing to check: the store is this object."""
 
     # --- the API's side -------------------------------------------------------------------
+    async def charge(self, allowance: Allowance) -> Usage:
+        await self.check()
+        return self._ledger.charge(allowance)
+
     async def submit(self, submission: Submission) -> SubmitReply:
         self._forget()
         found = self._admitted_before(submission)

@@ -102,10 +102,12 @@ async def test_a_key_s_limits_are_the_cluster_s(
 ) -> None:
     """Replicas share its minute; and a meter is gone when its time is over."""
     replicas = [redis_queues(redis_server.url, LIMITS) for _ in range(2)]
-    allowance = Allowance(key="a", requests_per_minute=3, tokens_per_minute=6000)
+    allowance = Allowance(key="a", requests_per_minute=3, tokens_per_minute=6000, max_in_flight=3)
+    waits = [(await replicas[i % 2].charge(allowance)).wait for i in range(4)]
+    assert [wait > 0 for wait in waits] == [False, False, False, True]
     submissions = [make_submission(allowance=allowance) for _ in range(4)]
     replies = [await replicas[i % 2].submit(each) for i, each in enumerate(submissions)]
-    assert [reply.status for reply in replies] == ["ok", "ok", "ok", "rate"]
+    assert [reply.status for reply in replies] == ["ok", "ok", "ok", "tenant"]
     await replicas[0].stop([each.requests[0].id for each in submissions], FinishReason.CANCELLED)
     left = int(redis_server.ask("PTTL", "quire:2:{s0}:k:a:requests").lstrip(":"))
     assert 50_000 < left <= 60_000

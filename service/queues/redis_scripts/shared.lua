@@ -68,6 +68,12 @@ local MINUTE = 60000
 local function meter_key(key, unit) return PREFIX .. 'k:' .. key .. ':' .. unit end
 local function fraction(ms) return string.format('%.3f', ms) end -- a reply cuts numbers off
 local function used_ms(meter) return math.max(0, num(redis.call('GET', meter)) - now_ms()) end
+-- How long an amount has to wait, 0 for not at all: fractions of a minute do not come out even.
+local function wait_ms(meter, limit, amount)
+  if limit == 0 then return 0 end
+  local over = used_ms(meter) + amount * MINUTE / limit - MINUTE
+  return over > 0.001 and over or 0
+end
 local function use(meter, limit, amount)
   if limit == 0 then return end
   local now, used = now_ms(), used_ms(meter) + amount * MINUTE / limit

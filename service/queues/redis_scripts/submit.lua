@@ -2,19 +2,18 @@
 -- Admits all requests of a submission or none. Not allowed when memory is full.
 -- ARGV: submission, tenant, manifest, nonce, idempotency name ('' for none), fingerprint,
 --   idempotency ttl, max requests, max tokens, max per tenant, live ttl, grace (times in ms; '' for no grace),
---   key ('' for none), its requests a minute, tokens a minute, max in flight (0 for no limit),
+--   key ('' for none), its tokens a minute, max in flight (0 for no limit),
 --   then for each request: id, cost, timeout ms (0 for none), priority, body, the answer's share of the cost.
--- Replies {status, submission to follow, queued requests, queued tokens, and of the key's minute:
---   ms to wait, ms used by requests, ms used by tokens, these as text}.
+-- Replies {status, submission to follow, queued requests, queued tokens, and of the key's tokens:
+--   ms to wait, ms used, these as text}.
 local sid, tenant, nonce, name, fingerprint = ARGV[1], ARGV[2], ARGV[4], ARGV[5], ARGV[6]
-local key, per_minute, tokens_per_minute, in_flight = ARGV[13], num(ARGV[14]), num(ARGV[15]), num(ARGV[16])
-local requests_meter, tokens_meter = meter_key(key, 'requests'), meter_key(key, 'tokens')
-local FIRST, FIELDS = 17, 6
+local key, tokens_per_minute, in_flight = ARGV[13], num(ARGV[14]), num(ARGV[15])
+local tokens_meter = meter_key(key, 'tokens')
+local FIRST, FIELDS = 16, 6
 local queued = num(redis.call('HGET', ADMISSION, 'q'))
 local tokens = num(redis.call('HGET', ADMISSION, 'tok'))
 local function reply(status, id, wait)
-  return { status, id or sid, queued, tokens, fraction(wait or 0),
-    fraction(used_ms(requests_meter)), fraction(used_ms(tokens_meter)) }
+  return { status, id or sid, queued, tokens, fraction(wait or 0), fraction(used_ms(tokens_meter)) }
 end
 
 -- The same call once more, after a lost reply.
@@ -36,11 +35,8 @@ end
 if in_flight > 0 and num(redis.call('HGET', ADMISSION, 'k:' .. key)) + num_requests > in_flight then
   return reply('tenant')
 end
-local function wait_ms(meter, limit, amount)
-  return limit == 0 and 0 or used_ms(meter) + amount * MINUTE / limit - MINUTE
-end
-local wait = math.max(wait_ms(requests_meter, per_minute, 1), wait_ms(tokens_meter, tokens_per_minute, cost))
-if wait > 0.001 then return reply('rate', nil, wait) end
+local wait = wait_ms(tokens_meter, tokens_per_minute, cost)
+if wait > 0 then return reply('rate', nil, wait) end
 if queued + num_requests > num(ARGV[8]) or tokens + cost > num(ARGV[9]) then return reply('full') end
 
 local now, time = now_ms(), redis.call('TIME')
@@ -70,7 +66,6 @@ if redis.call('HINCRBY', ADMISSION, 't:' .. tenant, num_requests) == num_request
 end
 if key ~= '' then
   redis.call('HINCRBY', ADMISSION, 'k:' .. key, num_requests)
-  use(requests_meter, per_minute, 1)
   use(tokens_meter, tokens_per_minute, cost)
 end
 queued = redis.call('HINCRBY', ADMISSION, 'q', num_requests)
