@@ -46,6 +46,8 @@ class QueueLimits:
     max_requests: int = 1024  # queued, not yet running
     max_tokens: int = 1_000_000  # cost of the queued
     max_per_tenant: int = 1024  # queued and running
+    max_bytes: int = 512 * 2**20  # of submissions, until they are gone
+    max_tenant_bytes: int = 256 * 2**20
     lease: float = 3.0
     max_attempts: int = 3  # claims of a request that may end in the engine's death
     live_ttl: float = 3600.0  # how long a request without a deadline waits for an engine
@@ -56,8 +58,9 @@ class QueueLimits:
 
 class SubmitStatus(StrEnum):
     """OK: admitted. EXISTS: this id or key was admitted before, follow that one. CONFLICT: the key
-    came with another body. FULL, TENANT, RATE: over a limit, nothing was stored or counted: of the
-    cluster; in flight of the tenant or the key; of the key, a minute.
+    came with another body. The others: over a limit, nothing was stored or counted. FULL: what
+    waits. TENANT: in flight of the tenant or the key. RATE: of the key, a minute. STORAGE and
+    TENANT_STORAGE: bytes stored in all, and of the tenant.
     """
 
     OK = "ok"
@@ -66,6 +69,8 @@ class SubmitStatus(StrEnum):
     FULL = "full"
     TENANT = "tenant"
     RATE = "rate"
+    STORAGE = "storage"
+    TENANT_STORAGE = "tenant_storage"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +167,7 @@ class QueueDepth:
     running_requests: int
     # How long the first of the waiting ones waits; None: nobody does. It grows by itself.
     oldest_seconds: float | None = field(default=None, compare=False)
+    stored_bytes: int = field(default=0, compare=False)  # of submissions that are not gone
 
 
 class Queue(Protocol):

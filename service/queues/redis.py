@@ -30,7 +30,13 @@ from service.queues import (
     WriteReply,
     WriteStatus,
 )
-from service.queues.admission import admission_cost, answer_share
+from service.queues.admission import (
+    admission_cost,
+    answer_share,
+    idempotency_bytes,
+    kept_bytes,
+    request_bytes,
+)
 from service.queues.meters import Meter, Usage
 from service.queues.observer import STOPPED, NullQueueObserver, QueueEvent, QueueObserver
 from service.queues.redis_claims import DEADLINE, Claimer
@@ -118,9 +124,13 @@ class RedisQueue:
         grace = submission.grace
         arguments += [milliseconds(limits.live_ttl), "" if grace is None else milliseconds(grace)]
         arguments += self._allowed(submission.allowance)
+        for limit in (limits.max_bytes, limits.max_tenant_bytes):
+            arguments.append(max(1, limit // len(self._shards)))
+        arguments += [kept_bytes(submission), idempotency_bytes(submission)]
         for request in submission.requests:
             arguments += [request.id, admission_cost(request), request.timeout_ms or 0]
             arguments += [request.priority, request.to_json(), answer_share(request)]
+            arguments += [request_bytes(request)]
         status, followed, queued, tokens, *times = await self._script("submit", keys, *arguments)
         wait, used = (float(ms) / 1000 for ms in times)
         return SubmitReply(
@@ -214,16 +224,18 @@ class RedisQueue:
         for keys in self._shards:
             commands.append(("HMGET", keys.admission, "q", "tok", "run"))
             commands.append(self._wire.script("oldest", keys.admission))
+            commands.append(("HGET", keys.stored, "all"))
         replies = await self._wire.run(commands)
         queued, tokens, running = (
-            sum(int(n or 0) for n in column) for column in zip(*replies[::2], strict=True)
+            sum(int(n or 0) for n in column) for column in zip(*replies[::3], strict=True)
         )
-        ages = [int(age) / 1000 for age in replies[1::2] if age != b""]
+        ages = [int(age) / 1000 for age in replies[1::3] if age != b""]
         return QueueDepth(
             queued_requests=queued,
             queued_tokens=tokens,
             running_requests=running,
             oldest_seconds=max(ages, default=None),
+            stored_bytes=sum(int(n or 0) for n in replies[2::3]),
         )
 
     async def engines(self) -> Sequence[EngineInfo]:

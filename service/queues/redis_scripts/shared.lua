@@ -6,6 +6,8 @@ local PREFIX = string.sub(ADMISSION, 1, -4) -- without 'adm'
 local DEADLINES = PREFIX .. 'dl'
 local SINCE = PREFIX .. 'since'
 local DESERTED = PREFIX .. 'left'
+local STORED = PREFIX .. 'stored'
+local GONE = PREFIX .. 'gone'
 local WORK = PREFIX .. 'work'
 local STOPS = PREFIX .. 'stops'
 local GROUP = 'engines'
@@ -62,6 +64,22 @@ local function leave_queue(r)
   count_down('tok', r.cost)
 end
 
+-- Bytes that are stored of a tenant's submissions; `by` may be negative. See memory_shelf.py.
+local function count_bytes(tenant, by)
+  for _, field in ipairs({ 'all', 't:' .. tenant }) do
+    if redis.call('HINCRBY', STORED, field, by) == 0 then redis.call('HDEL', STORED, field) end
+  end
+end
+-- Bytes that are counted until a time: `sweep` counts them down then. Replies whether they are new.
+local function count_until(time, bytes, tenant, what)
+  return redis.call('ZADD', GONE, time, bytes .. ' ' .. tenant .. ' ' .. what) == 1
+end
+-- A submission's own bytes, counted for `window` from now.
+local function fade(sid, window)
+  local v = redis.call('HMGET', submission_key(sid), 'ten', 'sz')
+  if v[2] then count_until(now_ms() + window, v[2], v[1], sid) end
+end
+
 -- A key's meter is one number, the time (ms) at which all that was used is given back at a limit's
 -- steady rate: see meters.py. It goes by itself when that time is over.
 local MINUTE = 60000
@@ -106,6 +124,7 @@ local function end_request(r, payload, window)
     if count_down('tens', 1) == 0 then redis.call('HDEL', ADMISSION, 'now') end
   end
   settle(r)
+  count_bytes(r.ten, -num(redis.call('HGET', request_key(r.rid), 'sz')))
   redis.call('XADD', journal_key(r.rid), r.n .. '-1', 'e', payload)
   redis.call('HSET', request_key(r.rid), 'st', 'ended', 'fin', payload)
   redis.call('HDEL', request_key(r.rid), 'body')
@@ -119,6 +138,7 @@ local function end_request(r, payload, window)
     redis.call('PEXPIRE', journal_key(r.sub .. '.' .. i), window)
   end
   redis.call('PEXPIRE', sub, window)
+  fade(r.sub, window)
   redis.call('ZREM', DESERTED, r.sub)
 end
 
