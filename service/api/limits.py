@@ -37,6 +37,7 @@ class ApiLimits:
     max_attention_tokens: int = 512  # a map has half the square of them, and is a second of work
     max_timeout_ms: int = 86_400_000
     max_key_chars: int = 255  # Idempotency-Key
+    max_echoed_bytes: int = 2**20  # of a field that a response repeats
     template_kwargs: frozenset[str] = frozenset({"enable_thinking"})
     inline_text_chars: int = 8192  # longer prompts are tokenised in a thread
 

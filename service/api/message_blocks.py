@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from service.api.fields import FieldFault, Text
+from service.api.fields import FieldFault, Label, Text
 from service.api.schemas import Message, Wire
 from service.api.tool_schema import (
     CalledFunction,
@@ -85,7 +85,7 @@ class ToolUseBlock(Block):
     """A call that the assistant made."""
 
     type: Literal["tool_use"] = Field(description="What kind of block it is.")
-    id: Text = Field(description="What the result names it by.")
+    id: Label = Field(description="What the result names it by.")
     name: FunctionName = Field(description="The tool.")
     input: dict[str, Any] = Field(description="The arguments.")
 
@@ -100,7 +100,7 @@ class ToolResultBlock(Block):
     """What a call gave."""
 
     type: Literal["tool_result"] = Field(description="What kind of block it is.")
-    tool_use_id: Text = Field(description="The call.")
+    tool_use_id: Label = Field(description="The call.")
     content: TextBlocks = Field([], description="The result: a text, or blocks of text.")
     is_error: bool | None = Field(
         None, description="Whether the call failed. The model reads the content alone."

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
+import orjson
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from service.api.fields import ResponseContent, Text
+from service.api.fields import Label, ResponseContent, Text
 from service.api.grammar_schema import TextFormat, TextOptions
 from service.api.response_tools import (
     InputCall,
@@ -46,9 +47,9 @@ class InputMessage(Wire):
     type: Literal["message"] | None = Field(None, description="What kind of item it is.")
     role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
     content: ResponseContent = Field(description="The text, or a list of text parts.")
-    id: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
-    status: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
-    phase: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
+    id: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
+    status: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
+    phase: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
 
 
 Item = Annotated[
@@ -204,8 +205,22 @@ def _text_format(body: ResponseBody) -> TextFormat | None:
     return None if body.text is None else body.text.format
 
 
-def given_back(body: ResponseBody) -> dict[str, Any]:
-    """The fields of the body that the response repeats."""
+def given_back(body: ResponseBody, *, max_bytes: int) -> dict[str, Any]:
+    """The fields of the body that the response repeats, which are stored. Raises BadRequest for one
+    that has more bytes as JSON.
+    """
+    echoed = _echoed(body)
+    for name, value in echoed.items():
+        if len(orjson.dumps(value)) > max_bytes:
+            raise BadRequest(
+                f"{name} may have at most {max_bytes} bytes as JSON",
+                code="string_above_max_length",
+                param=name,
+            )
+    return echoed
+
+
+def _echoed(body: ResponseBody) -> dict[str, Any]:
     asked = _text_format(body)
     return {
         "background": body.background or False,
