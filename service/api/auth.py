@@ -90,7 +90,8 @@ def never_refused(scope: Scope) -> bool:
     """Whether a call is let in when the key's minute is used up: it ends work, and costs as little
     as its refusal.
     """
-    return scope["method"] == "DELETE" or scope["path"].endswith("/cancel")
+    path: str = scope["path"]
+    return scope["method"] == "DELETE" or path.endswith("/cancel")
 
 
 def _secret(scope: Scope) -> str:
