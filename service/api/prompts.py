@@ -24,6 +24,9 @@ from service.fair_pool import FairPool
 
 T = TypeVar("T")
 
+TEXT_COST = 32
+"""Characters that take as long to tokenise as one more text takes to render."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTokens:
@@ -128,7 +131,7 @@ async def chat_prompt(
         **variables,
         **_template_options(body.chat_template_kwargs, context.limits),
     )
-    length = sum(map(len, texts))
+    length = sum(map(len, texts)) + TEXT_COST * len(texts)
     try:
         ids = await aside(context.pools.templates, tenant, render, length, context.limits)
     except ChatTemplateError:

@@ -28,6 +28,10 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
         "/v1/chat/completions",
         {"model": MODEL, "messages": [{"role": "user", "content": LONG}], "max_tokens": 1},
     ),
+    "many messages": (
+        "/v1/chat/completions",
+        {"model": MODEL, "messages": [{"role": "user", "content": "x"}] * 500, "max_tokens": 1},
+    ),
     "responses": ("/v1/responses", {"model": MODEL, "input": LONG, "max_output_tokens": 16}),
     "messages": (
         "/v1/messages",
