@@ -197,6 +197,33 @@ def test_broad_excepts_are_at_most_two() -> None:
     assert len(found) <= 2, found
 
 
+SHARED_THREADS = {
+    "service.app": "to end",
+    "service.roles": "to load the model, and to end",
+    "service.worker": "to end",
+}
+
+
+def test_what_clients_cause_has_threads_of_its_own() -> None:
+    """The default executor is one line for all: what clients can fill it with keeps all else
+    waiting. Each kind of work has a `FairPool`, or a thread.
+    """
+    found = {
+        module
+        for module, path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and uses_shared_threads(node)
+    }
+    assert found <= SHARED_THREADS.keys()
+
+
+def uses_shared_threads(call: ast.Call) -> bool:
+    name = ast.unparse(call.func).split(".")[-1]
+    if name == "run_in_executor":
+        return ast.unparse(call.args[0]) == "None"
+    return name in {"to_thread", "run_in_threadpool"}
+
+
 def test_no_module_has_outgrown_its_page() -> None:
     """Split by meaning what grows past this; a cap is only ever lowered."""
     cap = 420

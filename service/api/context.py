@@ -69,5 +69,14 @@ def get_tenant(request: Request) -> Tenant:
     return tenant
 
 
-Context = Annotated[ApiContext, Depends(get_context)]
-Caller = Annotated[Tenant, Depends(get_tenant)]
+# FastAPI calls a dependency that is no coroutine in a thread of a pool that all calls share.
+async def _provide_context(request: Request) -> ApiContext:
+    return get_context(request)
+
+
+async def _provide_tenant(request: Request) -> Tenant:
+    return get_tenant(request)
+
+
+Context = Annotated[ApiContext, Depends(_provide_context)]
+Caller = Annotated[Tenant, Depends(_provide_tenant)]

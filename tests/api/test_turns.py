@@ -6,15 +6,18 @@ A tokenizer that waits stands for one that is slow, so turns are counted and not
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.routing import APIRoute
 from starlette.types import Scope
 
 from model.tokenizer import Tokenizer
+from service.api import ROUTERS
 from service.api.auth import Tenant, only_with_key
 from service.keys import KeyRing, new_entry
 
@@ -142,6 +145,17 @@ async def test_what_waits_of_a_tenant_is_bounded(start_service: Any, small_limit
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         held.let.release(100)
         assert {reply.status_code for reply in await asyncio.gather(*calls)} == {200}
+
+
+def test_no_call_needs_a_shared_thread() -> None:
+    """Handlers and dependencies that are no coroutines would be called in FastAPI's own pool."""
+    routes = [route for router in ROUTERS.values() for route in router.routes]
+    dependants = [route.dependant for route in routes if isinstance(route, APIRoute)]
+    assert len(dependants) > 10
+    while dependants:
+        dependant = dependants.pop()
+        assert inspect.iscoroutinefunction(dependant.call), dependant.call
+        dependants += dependant.dependencies
 
 
 async def test_a_deleted_key_stops_working_while_the_pools_are_full(
