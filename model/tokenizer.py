@@ -21,6 +21,7 @@ from model.checkpoint.vocabulary import Vocabulary, read_vocabulary
 from model.disguise import Disguise, SpecialTexts, strings_of
 from model.template_fit import TemplateFit
 from model.template_renderer import Template, open_template
+from model.tokenizer_span import Span, find_span
 
 
 class Tokenizer:
@@ -54,6 +55,12 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens have none, incomplete UTF-8 becomes U+FFFD."""
         return b"".join([self.token_bytes[id_] for id_ in ids]).decode("utf-8", "replace")
+
+    def fewest_tokens(self, texts: Iterable[str]) -> int:
+        """A lower bound of the tokens that texts have together, without tokenising; 0 if this kind
+        of tokenizer has no such bound.
+        """
+        return 0 if self._span is None else self._span.fewest_tokens(texts)
 
     def is_special(self, token_id: int) -> bool:
         """Whether an id stands for no text of its own."""
@@ -138,6 +145,10 @@ class Tokenizer:
                 text = text.rstrip()
             ids += self._text_ids(disguise.remove(text), is_first=index == 0)
         return ids
+
+    @cached_property
+    def _span(self) -> Span | None:
+        return find_span(self._vocabulary.first, self.token_bytes)
 
     @cached_property
     def _template(self) -> Template | None:

@@ -23,7 +23,9 @@ from service.api.cors import allow_origins
 from service.api.grammar_trials import GrammarTrials
 from service.api.hosts import HostCheck, any_host
 from service.api.limits import ApiLimits
+from service.api.live_state import LiveState
 from service.api.observer import ApiObserver, NullObserver
+from service.api.pools import WorkPools
 from service.api.schemas import ErrorBody
 from service.errors import Unavailable
 from service.messages import ModelCard
@@ -63,9 +65,11 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
         limits=limits,
         observer=observer,
         probes=probes,
+        pools=WorkPools.of(limits),
+        live=LiveState(queue),
         attendance=Attendance(queue),
         grammars=GrammarTrials(vocabulary) if trials is None else trials,
-        attention=None if attention is None else AttentionDesk(attention),
+        attention=None if attention is None else AttentionDesk(attention, limits),
         version=version,
     )
 
@@ -82,11 +86,18 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
             for chore in chores:
                 chore.cancel()
             await asyncio.gather(*chores, return_exceptions=True)
+            context.pools.close()
+            if context.attention is not None:
+                context.attention.close()
 
     app = _shell("Quire", version=version, lifespan=lifespan)
     app.state.context = context
     app.add_middleware(
-        Boundary, authenticate=authenticate, observer=observer, check_host=check_host
+        Boundary,
+        authenticate=authenticate,
+        observer=observer,
+        check_host=check_host,
+        charge=queue.charge,
     )
     if cors_origins:
         allow_origins(app, cors_origins)

@@ -14,6 +14,10 @@ and a plain SHA-256 does what a slow, salted hash does for passwords, without it
 It is found by the digest of what was sent, in a table: how long that takes tells at most about a
 digest that the caller can compute anyway, and nothing about the secrets of others.
 
+While the server runs, a file that is empty or deleted revokes every key: all calls are refused
+until the file has keys again. A file that cannot be read or is not valid changes nothing: the last
+valid keys stay in force, because a typing error must not lock every client out.
+
 It knows no HTTP: `service.api.auth` reads the headers.
 """
 
@@ -25,6 +29,7 @@ import logging
 import secrets
 import tomllib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -59,7 +64,7 @@ class Key(BaseModel):
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    keys: list[Key] = Field(min_length=1)
+    keys: list[Key] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _no_two_alike(self) -> Self:
@@ -94,54 +99,98 @@ def new_entry(secret: str, **fields: str | int | None) -> str:
 
 
 def read_keys(path: Path) -> Mapping[str, Key]:
-    """Digest -> key. Raises StartupError, with one line that shows nothing of the file."""
+    """Digest -> key; empty if the file is. Raises StartupError, with one line that shows nothing of
+    the file.
+    """
     try:
-        file = _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise StartupError(f"keys file: {error.strerror or 'cannot be read'}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        raise UnreadableError(f"keys file: {error.strerror or 'cannot be read'}") from error
+    except UnicodeDecodeError:
+        raise StartupError("keys file: it is not TOML") from None
+    try:
+        file = _File.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError:
         raise StartupError("keys file: it is not TOML") from None
     except ValidationError as error:
         raise StartupError(f"keys file: {_first(error)}") from None
     return {key.sha256: key for key in file.keys}
 
 
+class UnreadableError(StartupError):
+    """The file could not be read, for the OSError that is its cause."""
+
+
 class KeyRing:
-    """The keys of a file, as it was when last it was good. `on_reload` is told if a change was."""
+    """The keys of a file, as of its last valid content. `on_reload` gets whether a change was
+    taken over.
+    """
 
     def __init__(self, path: Path, *, on_reload: Callable[[bool], None]) -> None:
-        """Raises StartupError where there is no good file to begin with."""
+        """Raises StartupError if there is no valid file, or one without keys, to begin with."""
         self._path = path
         self._on_reload = on_reload
         self._seen = _state(path)
+        self._unreadable = ""  # the last reason, reported once
         self._keys = read_keys(path)
+        if not self._keys:
+            raise StartupError("keys file: it has no keys; `quire key` makes one")
 
     def find(self, secret: str) -> Key | None:
         """The key whose secret it is."""
         return self._keys.get(digest_of(secret))
 
     def look(self) -> None:
-        """Reads the file again where it changed; a bad one changes nothing, and is read no more
-        until it changes again. What is running goes on, whatever happens to its key.
+        """Reads the file again if it changed. An invalid one is not read again until it changes,
+        one that cannot be read is tried again each time. Running calls go on, whatever happens to
+        their key.
         """
         state = _state(self._path)
         if state == self._seen:
             return
         self._seen = state
+        good, unreadable = True, ""
         try:
-            self._keys = read_keys(self._path)
-            good = True
-            log.info("keys file read again: %d keys", len(self._keys))
+            self._keys = self._read_again()
         except StartupError as error:
             good = False
-            log.warning("the keys stay as they were: %s", error)
-        self._on_reload(good)
+            if isinstance(error, UnreadableError):
+                self._seen = None  # its state may stay the same when it can be read again
+                unreadable = str(error)
+            if not unreadable or unreadable != self._unreadable:
+                log.warning("the keys stay as they were: %s", error)
+                self._on_reload(good)
+        self._unreadable = unreadable
+        if good:
+            self._log_change()
+            self._on_reload(good)
+
+    def _log_change(self) -> None:
+        if self._keys:
+            log.info("keys file read again: %d keys", len(self._keys))
+        else:
+            log.warning("keys file is empty or deleted: all keys are revoked")
+
+    def _read_again(self) -> Mapping[str, Key]:
+        try:
+            return read_keys(self._path)
+        except UnreadableError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return {}
+            raise
 
     async def watch(self) -> None:
-        """Looks for ever, in a thread: a network's file system may be slow."""
-        while True:
-            await asyncio.sleep(LOOK_EVERY)
-            await asyncio.to_thread(self.look)
+        """Looks for ever, in a thread of its own: a network file system may be slow, and nothing
+        that clients cause may delay a revocation.
+        """
+        loop = asyncio.get_running_loop()
+        thread = ThreadPoolExecutor(1, thread_name_prefix="keys")
+        try:
+            while True:
+                await asyncio.sleep(LOOK_EVERY)
+                await loop.run_in_executor(thread, self.look)
+        finally:
+            thread.shutdown(wait=False)
 
 
 def _first(error: ValidationError) -> str:
@@ -152,10 +201,12 @@ def _first(error: ValidationError) -> str:
     return f"{place}: {message}" if place else message
 
 
-def _state(path: Path) -> tuple[int, int, int] | None:
-    """What changes with the file, or with what a link leads to; None where there is none."""
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What changes with the file, or with the target of a link; None if it cannot be looked at."""
     try:
         status = path.stat()
+    except FileNotFoundError:
+        return ()
     except OSError:
         return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size

@@ -118,7 +118,7 @@ class Allowance:
     """How much one key may ask for over the whole cluster; None: no limit of its own."""
 
     key: str  # the key's name, never its secret
-    requests_per_minute: int | None = None  # submissions
+    requests_per_minute: int | None = None  # calls, refused ones too
     tokens_per_minute: int | None = None  # as admission counts them, settled when answers end
     max_in_flight: int | None = None  # requests, waiting and running
 

@@ -43,11 +43,11 @@ class QueueGauges(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """For Prometheus."""
         depth = self.depth
-        requests = tokens = running = engines = oldest = reachable = None
+        requests = tokens = running = engines = oldest = stored = reachable = None
         if depth is not None:
             requests, tokens = depth.queued_requests, depth.queued_tokens
             running, engines = depth.running_requests, self._engines
-            oldest = depth.oldest_seconds or 0.0
+            oldest, stored = depth.oldest_seconds or 0.0, depth.stored_bytes
         if self._read_at is not None:
             reachable = int(depth is not None)
         rows: list[tuple[str, str, float | None]] = [
@@ -55,6 +55,7 @@ class QueueGauges(Collector):
             ("quire_queue_tokens", "Cost in tokens of the waiting requests.", tokens),
             ("quire_queue_running", "Requests held by any engine.", running),
             ("quire_queue_oldest_seconds", "Age of the request that waits longest.", oldest),
+            ("quire_queue_stored_bytes", "Stored bytes of requests and their records.", stored),
             ("quire_engines", "Engines heard of within ten seconds.", engines),
             ("quire_queue_reachable", "1 if the queue takes reads and writes, else 0.", reachable),
         ]

@@ -20,6 +20,7 @@ from prometheus_client import (
 
 from service.connections import Outcome
 from service.messages import FinishReason
+from service.queues import SubmitStatus
 from service.queues.observer import QueueEvent
 
 # The boundaries that OpenTelemetry's conventions for generative AI servers give.
@@ -65,8 +66,9 @@ class Series:
         """Creates the series of all label values: a rate misses what first appears as 1."""
         for reason in FinishReason:
             self.finished.labels(reason.value)
-        for refusal in ("full", "tenant", "rate", "conflict"):
-            self.refused.labels(refusal)
+        for status in SubmitStatus:
+            if status not in {SubmitStatus.OK, SubmitStatus.EXISTS}:
+                self.refused.labels(status.value)
         for event in QueueEvent:
             self.queue_events.labels(event.value)
         for port, outcome in product(PORTS, Outcome):

@@ -232,6 +232,8 @@ async def opened_queue(settings: Settings, metrics: Metrics) -> Queue:
             max_requests=settings.max_queued_requests,
             max_tokens=settings.max_queued_tokens,
             max_per_tenant=settings.max_per_tenant,
+            max_bytes=settings.max_stored_bytes,
+            max_tenant_bytes=settings.max_tenant_stored_bytes,
             lease=settings.lease,
             resume_window=settings.resume_window,
             sweep_pause=api_limits(settings).sweep_pause,

@@ -169,6 +169,15 @@ class Settings(BaseModel):
     max_per_tenant: int = _setting(
         Group.QUEUE, 1024, "Requests a tenant may have waiting or running; then 429.", ge=1
     )
+    max_stored_bytes: Bytes = _setting(
+        Group.QUEUE,
+        512 * 1024**2,
+        "Stored bytes of requests and their records; more are refused with 503.",
+        ge=1024,
+    )
+    max_tenant_stored_bytes: Bytes = _setting(
+        Group.QUEUE, 256 * 1024**2, "The same, of one tenant; then 429.", ge=1024
+    )
     lease: float = _setting(
         Group.QUEUE, 3.0, "Seconds after which a silent engine's requests are taken over.", gt=0
     )

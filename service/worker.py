@@ -28,9 +28,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from service.engine.loop import EngineLoop, Work
 from service.errors import Unavailable
+from service.fair_pool import FairPool
 from service.messages import End, Event, FinishReason, Tokens
 from service.queues import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
 from service.worker_observer import WorkerObserver
@@ -40,6 +42,7 @@ log = logging.getLogger("quire.worker")
 CLAIM_WAIT = 0.25  # seconds; a drain waits for the claim under way
 HEARTBEAT = 1.0  # seconds at most between two heartbeats; a third of a lease if that is less
 GIVE_BACK_WITHIN = 3.0  # seconds; if the store is away for longer, the leases run out
+PREPARING_THREADS = 2  # for grammars, tenants in turns
 STORAGE_PATIENCE = 5.0  # seconds for which a write is retried while the store refuses it
 LOOKS_AT_STALL = 2  # a third of a lease apart; a process that was frozen as a whole sees one
 SETTLE_WITHIN = 1.0  # seconds that a step waits for the journal while requests are isolated
@@ -97,6 +100,7 @@ class Worker:
         self._events_came = asyncio.Event()
         self._writing = asyncio.Lock()
         self._room_changed = asyncio.Event()
+        self._preparing = FairPool("grammar preparation", threads=PREPARING_THREADS)
         self._compiling: set[asyncio.Task[None]] = set()  # claims whose grammar is not ready yet
         self._isolated: set[str] = set()
         self._delivered = self._taken = self._journalled = 0  # steps whose events got so far
@@ -176,6 +180,7 @@ class Worker:
     async def _give_back(self) -> None:
         """Journals what is computed, then releases what is not finished."""
         await _cancel(list(self._compiling))
+        self._preparing.close()
         await asyncio.to_thread(self._engine.stop, 3.0)
         await asyncio.sleep(0)  # events that the last step delivered are taken now
         with contextlib.suppress(Unavailable, TimeoutError):
@@ -250,7 +255,8 @@ class Worker:
                 task.add_done_callback(self._compiling.discard)
 
     async def _compile_then_hand_in(self, claim: Claim) -> None:
-        await asyncio.to_thread(self._engine.prepare, claim.request)
+        prepare = partial(self._engine.prepare, claim.request)
+        await self._preparing.run(claim.request.tenant, prepare)
         held = self._held.get(claim.request.id)
         if held is not None and held.claim is claim:  # else: lost or stopped meanwhile
             self._hand_in(claim)

@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model.grammar_trial": ("model.grammar",),
     "model.tokenizer": (
         "model.checkpoint", "model.template_fit", "model.chat_template", "model.disguise",
-        "model.template_renderer", "tokenizers",
+        "model.template_renderer", "model.tokenizer_span", "tokenizers",
     ),
     "model.chat_template": ("jinja2",),
     "model.template_fit": ("model.chat_template",),
@@ -43,6 +43,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.messages": ("service.decoding",),
     "service.decoding": (),
     "service.errors": (),
+    "service.fair_pool": ("service.errors",),
     "service.settings": ("pydantic", "service.errors"),
     "service.logs": ("service.api.observer",),
     "service.metrics": (
@@ -66,19 +67,20 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "redis", "service.decoding", "service.messages", "service.errors", "service.queues",
     ),
     "service.worker": (
-        "service.engine", "service.queues", "service.messages", "service.errors",
-        "service.worker_observer",
+        "service.engine", "service.fair_pool", "service.queues", "service.messages",
+        "service.errors", "service.worker_observer",
     ),
     "service.worker_observer": ("service.queues", "service.messages"),
     "service.api": (
         "fastapi", "starlette", "pydantic", "orjson", "model.tokenizer", "model.chat_template",
         "model.disguise", "model.template_renderer", "model.grammar", "model.grammar_trial",
-        "service.decoding", "service.messages", "service.errors", "service.queues", "service.api",
+        "service.decoding", "service.messages", "service.errors", "service.fair_pool",
+        "service.queues", "service.api",
         "service.keys",
     ),
     "service.app": (
         "fastapi", "starlette", "model.grammar", "model.tokenizer", "service.messages",
-        "service.errors", "service.queues", "service.api", "service.metrics",
+        "service.errors", "service.fair_pool", "service.queues", "service.api", "service.metrics",
     ),
     "service.chat": ("httpx", "rich", "service.errors"),
     "service.keys": ("pydantic", "service.errors"),
@@ -214,6 +216,33 @@ def test_broad_excepts_are_at_most_two() -> None:
         and (node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"})
     ]
     assert len(found) <= 2, found
+
+
+SHARED_THREADS = {
+    "service.app": "to end",
+    "service.roles": "to load the model, and to end",
+    "service.worker": "to end",
+}
+
+
+def test_what_clients_cause_has_threads_of_its_own() -> None:
+    """The default executor is one line for all: what clients can fill it with keeps all else
+    waiting. Each kind of work has a `FairPool`, or a thread.
+    """
+    found = {
+        module
+        for module, path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and uses_shared_threads(node)
+    }
+    assert found <= SHARED_THREADS.keys()
+
+
+def uses_shared_threads(call: ast.Call) -> bool:
+    name = ast.unparse(call.func).split(".")[-1]
+    if name == "run_in_executor":
+        return ast.unparse(call.args[0]) == "None"
+    return name in {"to_thread", "run_in_threadpool"}
 
 
 def test_no_module_has_outgrown_its_page() -> None:

@@ -7,7 +7,9 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -26,7 +28,7 @@ from service.messages import (
 )
 from service.queues import EngineInfo, QueueLimits
 from service.queues.memory import MemoryQueue
-from service.worker import Worker
+from service.worker import PREPARING_THREADS, Worker
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner
 from tests.test_worker import Ledger
 from tests.waiting import PATIENCE
@@ -53,6 +55,20 @@ class SlowGrammars(Grammars):
         assert threading.current_thread() is not threading.main_thread()
         self.began.set()
         assert self.let.wait(PATIENCE)
+        super().prepare(notation)
+
+
+class CountedGrammars(Grammars):
+    """Prepares as many as it is let."""
+
+    def __init__(self) -> None:
+        super().__init__(TOKEN_BYTES, eos_ids=EOS_IDS, vocab_size=VOCAB_SIZE)
+        self.let = threading.Semaphore(0)
+        self.began = 0
+
+    def prepare(self, notation: str) -> None:
+        self.began += 1
+        assert self.let.acquire(timeout=30)
         super().prepare(notation)
 
 
@@ -127,6 +143,29 @@ async def test_others_go_on_while_a_grammar_is_compiled() -> None:
         assert await queue.read(slow.id) == []
         grammars.let.set()
         assert await answer(queue, slow) == ("done", End(count=4, reason=FinishReason.STOP))
+
+
+async def test_grammars_are_prepared_in_turns_of_tenants() -> None:
+    """Those of one tenant delayed another's, and so did any other work in the shared threads."""
+    queue, grammars = MemoryQueue(QueueLimits()), CountedGrammars()
+    shared, busy = ThreadPoolExecutor(1), threading.Event()
+    asyncio.get_running_loop().set_default_executor(shared)
+    occupied = shared.submit(busy.wait, 60)
+    flood = [make_request(f"flood{i}", choice_grammar([f"a{i}"])) for i in range(7)]
+    quiet = replace(make_request("quiet", choice_grammar(["done"])), tenant="quiet")
+    async with worker(queue, grammars):
+        for request in (*flood, quiet):
+            await submit(queue, request)
+        async with asyncio.timeout(20):
+            while grammars.began < PREPARING_THREADS:
+                await asyncio.sleep(0.001)
+        grammars.let.release(PREPARING_THREADS + 1)
+        assert (await answer(queue, quiet))[0] == "done"
+        grammars.let.release(100)
+        for index, request in enumerate(flood):
+            assert (await answer(queue, request))[0] == f"a{index}"
+        busy.set()
+    assert occupied.result()
 
 
 async def test_what_is_stopped_while_it_is_compiled_is_never_computed() -> None:

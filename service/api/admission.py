@@ -15,6 +15,7 @@ from service.api.context import ApiContext
 from service.api.limits import ApiLimits
 from service.api.manifest import Endpoint, Manifest, PromptNote
 from service.api.prompts import PromptTokens
+from service.api.rates import over_rate
 from service.api.sampling import (
     asked_logprobs,
     asked_prompt_logprobs,
@@ -36,8 +37,8 @@ from service.errors import (
     Unavailable,
 )
 from service.messages import GenerationRequest, Submission, child_ids
-from service.queues import SubmitReply, SubmitStatus
-from service.queues.admission import admission_cost
+from service.queues import QueueLimits, SubmitReply, SubmitStatus
+from service.queues.admission import admission_cost, stored_bytes
 
 DEFAULT_PRIORITY = 1
 
@@ -229,11 +230,28 @@ def _refusal(
         return Conflict("this Idempotency-Key came before with another body", retryable=False)
     if reply.status is SubmitStatus.RATE:
         return _over_rate(submission, reply)
+    if reply.status in {SubmitStatus.STORAGE, SubmitStatus.TENANT_STORAGE}:
+        return _over_storage(submission, reply.status, context.queue.limits)
     speed = context.probes.tokens_per_second()
     wait = reply.queued_tokens / speed if speed > 0 else 1.0
     if reply.status is SubmitStatus.TENANT:
         return RateLimited("you have too many requests in flight", retry_after=wait)
     return Unavailable("the queue is full", retry_after=wait)
+
+
+def _over_storage(
+    submission: Submission, status: SubmitStatus, limits: QueueLimits
+) -> RateLimited | Unavailable:
+    """Room comes with the end of a request or of a resume window, whichever is first."""
+    wait = limits.resume_window
+    if status is SubmitStatus.STORAGE:
+        message = f"stored requests may have at most {limits.max_bytes} bytes in all"
+        return Unavailable(message, code="storage_full", retry_after=wait)
+    most, size = limits.max_tenant_bytes, stored_bytes(submission)
+    if size > most:
+        message = f"the request takes {size} bytes to store, and you may have at most {most}"
+        return RateLimited(message, retryable=False)
+    return RateLimited(f"your stored requests may have at most {most} bytes", retry_after=wait)
 
 
 def _over_rate(submission: Submission, reply: SubmitReply) -> RateLimited:
@@ -243,9 +261,4 @@ def _over_rate(submission: Submission, reply: SubmitReply) -> RateLimited:
             f"the request counts {cost} tokens, and this key has {usage.tokens.limit} a minute",
             retryable=False,
         )
-    limits = [
-        f"{meter.limit} {unit} a minute"
-        for unit, meter in (("requests", usage.requests), ("tokens", usage.tokens))
-        if meter is not None
-    ]
-    return RateLimited(f"this key has {' and '.join(limits)}", retry_after=usage.wait)
+    return over_rate(usage)

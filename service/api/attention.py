@@ -14,7 +14,7 @@ from fastapi import APIRouter, Response
 from service.api.admission import check_model
 from service.api.attention_schema import AttentionBody
 from service.api.body import JsonRoute
-from service.api.context import ApiContext, Context
+from service.api.context import ApiContext, Caller, Context
 from service.api.prompts import chat_prompt, check_token_ids, encode
 from service.errors import BadRequest, NotFound
 
@@ -29,7 +29,7 @@ router = APIRouter(route_class=JsonRoute)
     "or of token ids attends to itself and each earlier one: the softmax of a layer's head, or the "
     "mean over layers and heads. Served where a network is in the process (`quire serve`).",
 )
-async def show_attention(body: AttentionBody, context: Context) -> Response:
+async def show_attention(body: AttentionBody, context: Context, tenant: Caller) -> Response:
     """Exactly one of prompt, messages and tokens."""
     check_model(body.model, context)
     desk = context.attention
@@ -41,9 +41,9 @@ async def show_attention(body: AttentionBody, context: Context) -> Response:
         )
     _check_part(body.layer, "layer", desk.reader.num_layers)
     _check_part(body.head, "head", desk.reader.num_heads)
-    tokens = await _tokens(body, context)
+    tokens = await _tokens(body, context, tenant=tenant.name)
     positions = _positions(body, len(tokens))
-    rows = await desk.read(tokens, positions, layer=body.layer, head=body.head)
+    rows = await desk.read(tokens, positions, tenant=tenant.name, layer=body.layer, head=body.head)
     texts = [context.tokenizer.token_text(token) for token in tokens]
     fields = {
         "object": "attention",
@@ -67,7 +67,7 @@ def _check_part(index: int | None, name: str, count: int) -> None:
         raise BadRequest(f"{name} must be from 0 to {count - 1}", param=name)
 
 
-async def _tokens(body: AttentionBody, context: ApiContext) -> list[int]:
+async def _tokens(body: AttentionBody, context: ApiContext, *, tenant: str) -> list[int]:
     """The text to look at. Raises BadRequest where there is none, or too much."""
     given = {"prompt": body.prompt, "messages": body.messages, "tokens": body.tokens}
     if sum(value is not None for value in given.values()) != 1:
@@ -79,11 +79,12 @@ async def _tokens(body: AttentionBody, context: ApiContext) -> list[int]:
     name = next(name for name, value in given.items() if value is not None)
     tokens: Sequence[int]
     if body.prompt is not None:
-        tokens = await encode(body.prompt, context, add_bos=body.add_special_tokens is not False)
+        add_bos = body.add_special_tokens is not False
+        tokens = await encode(body.prompt, context, tenant=tenant, add_bos=add_bos)
     elif body.tokens is not None:
         tokens = body.tokens
     else:
-        tokens = (await chat_prompt(body, context)).ids
+        tokens = (await chat_prompt(body, context, tenant=tenant)).ids
     most = context.limits.max_attention_tokens
     if not 1 <= len(tokens) <= min(most, context.card.max_model_len):
         raise BadRequest(

@@ -1,22 +1,23 @@
-"""AttentionDesk: one call at a time to whatever reads attention off a network.
+"""AttentionDesk: one call at a time to the reader of a network's attention, tenants in turns.
 
-Reading is seconds of computing that the engine has to share the machine with, so there is no queue
-for it: who comes while another is served is asked to come again.
+Reading is seconds of computing that the engine has to share the machine with, so there is one
+thread for it, and few calls may wait.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
-from service.errors import Unavailable
+from service.api.limits import ApiLimits
+from service.fair_pool import FairPool
 
 DIGITS = 4  # of a weight: over 512 tokens an even share is 0.002
 
 
 class AttentionReader(Protocol):
-    """What knows the network. `read` blocks and may be called from any thread."""
+    """The network's side. `read` blocks and may be called from any thread."""
 
     num_layers: int
     num_heads: int
@@ -31,28 +32,34 @@ class AttentionReader(Protocol):
 class AttentionDesk:
     """Lets one call at a time to the reader."""
 
-    def __init__(self, reader: AttentionReader) -> None:
+    def __init__(self, reader: AttentionReader, limits: ApiLimits) -> None:
         self.reader = reader
-        self._reading: asyncio.Task[list[list[float]]] | None = None
+        self._pool = FairPool(
+            "attention",
+            threads=1,
+            max_weight=limits.max_waiting_maps,
+            max_tenant_weight=limits.max_tenant_waiting_maps,
+        )
 
     async def read(
         self,
         tokens: Sequence[int],
         positions: Sequence[int],
         *,
+        tenant: str,
         layer: int | None,
         head: int | None,
     ) -> list[list[float]]:
-        """The rounded rows of some positions. Raises Unavailable while it reads for another.
-
-        A caller that leaves frees nothing: the thread cannot be stopped.
+        """The rounded rows of some positions. Raises RateLimited or Unavailable if too many calls
+        wait. A caller that leaves while its rows are read frees nothing: the thread cannot be
+        stopped.
         """
-        if self._reading is not None and not self._reading.done():
-            raise Unavailable("attention is being read for another call", retry_after=1)
-        self._reading = asyncio.create_task(
-            asyncio.to_thread(self._rows, tokens, positions, layer=layer, head=head)
-        )
-        return await asyncio.shield(self._reading)
+        work = partial(self._rows, tokens, positions, layer=layer, head=head)
+        return await self._pool.run(tenant, work)
+
+    def close(self) -> None:
+        """Cancels the calls that wait."""
+        self._pool.close()
 
     def _rows(
         self,

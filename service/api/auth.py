@@ -10,7 +10,7 @@ route that is added is closed until it is listed, and nobody learns without a ke
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from starlette.types import Scope
@@ -18,6 +18,7 @@ from starlette.types import Scope
 from service.errors import Unauthorized
 from service.keys import Key
 from service.messages import Allowance
+from service.queues import Usage
 
 OPEN_PATHS = frozenset(
     {"/", "/health", "/health/live", "/health/ready", "/health/startup"},
@@ -25,6 +26,11 @@ OPEN_PATHS = frozenset(
 """The page and the probes: they tell nobody's words."""
 OPEN_FILES = re.compile(r"/web/[a-z]+\.[a-z]+")
 """The page's parts, which anybody can read in the repository."""
+
+UNCOUNTED_PATHS = frozenset({"/status"})
+"""Not counted against a key's requests a minute: the page asks each second, and one reading serves
+all who ask.
+"""
 
 _SECRET = re.compile(rb"[!-~]{1,255}")
 _BEARER = re.compile(rb"(?i:bearer) +([!-~]{1,255}) *")
@@ -40,6 +46,8 @@ class Tenant:
 
 
 Authenticator = Callable[[Scope], Tenant]
+Charge = Callable[[Allowance], Awaitable[Usage]]
+"""`Queue.charge`."""
 
 PUBLIC = Tenant(name="public")
 
@@ -71,6 +79,19 @@ def only_with_key(find: Callable[[str], Key | None]) -> Authenticator:
         )
 
     return authenticate
+
+
+def is_counted(path: str) -> bool:
+    """Whether calls to a path count against a key's requests a minute."""
+    return path not in UNCOUNTED_PATHS
+
+
+def never_refused(scope: Scope) -> bool:
+    """Whether a call is let in when the key's minute is used up: it ends work, and costs as little
+    as its refusal.
+    """
+    path: str = scope["path"]
+    return scope["method"] == "DELETE" or path.endswith("/cancel")
 
 
 def _secret(scope: Scope) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from fastapi import Request, Response
@@ -18,7 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from service.api.context import get_context
+from service.api.context import get_context, get_tenant
 from service.api.limits import ApiLimits
 from service.errors import BadRequest, RequestTimeout, TooLarge, UnsupportedMedia
 
@@ -153,7 +154,9 @@ class JsonRoute(APIRoute):
             whole = JsonRequest(request.scope, request.receive)
             whole.raw = await read_body(request, limits)
             if len(whole.raw) > limits.inline_body_bytes:
-                whole.parsed = await asyncio.to_thread(parse_and_check, whole.raw, limits)
+                parse = partial(parse_and_check, whole.raw, limits)
+                bodies, tenant = get_context(request).pools.bodies, get_tenant(request)
+                whole.parsed = await bodies.run(tenant.name, parse, weight=len(whole.raw))
             else:
                 whole.parsed = parse_json(whole.raw, max_depth=limits.max_json_depth)
             return await handle(whole)

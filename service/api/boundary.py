@@ -9,23 +9,22 @@ from time import monotonic
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.auth import Authenticator
+from service.api.auth import Authenticator, Charge, Tenant, is_counted, never_refused
 from service.api.connection import HEAD_ONLY
 from service.api.hosts import HostCheck, any_host
 from service.api.ids import new_call_id
 from service.api.message_errors import MESSAGE_ID, is_message_path
 from service.api.observer import ApiObserver, HttpCall
-from service.api.rates import rate_headers
+from service.api.rates import over_rate, rate_headers
 from service.api.refusals import error_response
-from service.errors import Forbidden, Unauthorized
+from service.errors import QuireError
 
 _ID_HEADER = b"x-request-id"
 
 
 class Boundary:
-    """ASGI middleware: `scope["state"]` gets `request_id`, `tenant`, `arrived` and `trace`.
-
-    A handler that used a key's minute up puts `usage` there.
+    """ASGI middleware: `scope["state"]` gets `request_id`, `tenant`, `arrived`, `trace` and, for a
+    key with limits, `usage`. `charge` counts a call for its key.
     """
 
     def __init__(
@@ -35,11 +34,13 @@ class Boundary:
         authenticate: Authenticator,
         observer: ApiObserver,
         check_host: HostCheck = any_host,
+        charge: Charge | None = None,
     ) -> None:
         self._app = app
         self._check_host = check_host
         self._authenticate = authenticate
         self._observer = observer
+        self._charge = charge
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one scope. A WebSocket, which no route speaks, goes no further."""
@@ -74,8 +75,9 @@ class Boundary:
 
         try:
             self._check_host(scope)
-            state["tenant"] = self._authenticate(scope)
-        except (Forbidden, Unauthorized) as error:
+            state["tenant"] = tenant = self._authenticate(scope)
+            await self._count(scope, tenant)
+        except QuireError as error:
             await error_response(error, path=path)(scope, receive, send_with_id)
             return
         try:
@@ -83,6 +85,18 @@ class Boundary:
         finally:
             if state["trace"] is not None:
                 self._observer.call_over(_traced(scope, method, caller=caller, status=status))
+
+    async def _count(self, scope: Scope, tenant: Tenant) -> None:
+        """Counts a call, whatever becomes of it. Raises RateLimited or Unavailable."""
+        allowance = tenant.allowance
+        if self._charge is None or allowance is None or allowance.requests_per_minute is None:
+            return
+        if not is_counted(scope["path"]):
+            return
+        scope["state"]["usage"] = usage = await self._charge(allowance)
+        if usage.wait and not never_refused(scope):
+            self._observer.call_refused("rate")
+            raise over_rate(usage)
 
 
 def _traceparent(scope: Scope) -> str | None:

@@ -30,7 +30,7 @@ async def create_completion(
     """Parse, tokenise, plan, answer."""
     check_open(body, context)
     call = read_call(request, tenant, context.limits)
-    prompts = await completion_prompts(body, context)
+    prompts = await completion_prompts(body, context, tenant=tenant.name)
     grammar = await asked_grammar(body, context)
     submission = plan_call(body, prompts, context, call=call, grammar=grammar)
     return await answer_call(submission, context, call=call, request=request)

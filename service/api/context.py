@@ -14,7 +14,9 @@ from service.api.attention_desk import AttentionDesk
 from service.api.auth import Tenant
 from service.api.grammar_trials import GrammarTrials
 from service.api.limits import ApiLimits
+from service.api.live_state import LiveState
 from service.api.observer import ApiObserver
+from service.api.pools import WorkPools
 from service.messages import ModelCard
 from service.queues import Queue
 
@@ -40,6 +42,8 @@ class ApiContext:
     limits: ApiLimits
     observer: ApiObserver
     probes: Probes
+    pools: WorkPools
+    live: LiveState
     attendance: Attendance
     grammars: GrammarTrials
     attention: AttentionDesk | None  # None where no network is in the process
@@ -65,5 +69,14 @@ def get_tenant(request: Request) -> Tenant:
     return tenant
 
 
-Context = Annotated[ApiContext, Depends(get_context)]
-Caller = Annotated[Tenant, Depends(get_tenant)]
+# FastAPI calls a dependency that is no coroutine in a thread of a pool that all calls share.
+async def _provide_context(request: Request) -> ApiContext:
+    return get_context(request)
+
+
+async def _provide_tenant(request: Request) -> Tenant:
+    return get_tenant(request)
+
+
+Context = Annotated[ApiContext, Depends(_provide_context)]
+Caller = Annotated[Tenant, Depends(_provide_tenant)]

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from service.api.auth import OPEN_PATHS
+from service.api.auth import OPEN_PATHS, is_counted
 from service.api.context import ApiContext
 from service.api.docs import DocumentCache
 from service.api.document_answers import ANSWERS, SHAPES
@@ -129,15 +129,17 @@ def _is_open(path: str) -> bool:
 def _statuses(path: str, *, has_body: bool, generates: bool) -> set[int]:
     """The errors that an endpoint may answer with."""
     found = {403, 414, 431, 500} if _is_open(path) else {401, 403, 414, 431, 500}
+    if not _is_open(path) and is_counted(path):
+        found |= {429, 503}
     if has_body:
         found |= {400, 404, 408, 413, 415}
     if generates:
-        found |= {409, 410, 429, 503, 504}
+        found |= {409, 410, 504}
     if "{" in path:
         found |= {404}
     if path.startswith(("/v1/streams/", "/v1/responses/")):
-        found |= {400, 409, 410, 503}
-    if path.startswith("/health") or path == "/v1/attention":
+        found |= {400, 409, 410}
+    if path.startswith("/health"):
         found |= {503}
     return found
 

@@ -22,6 +22,7 @@ _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 MAX_LOGIT_BIAS = 1024
 MAX_ITEMS = 1024  # of a list that is looked at item by item; token ids aside
 MAX_METADATA = 16
+MAX_LABEL = 512  # characters of a text that is neither prompt nor grammar, as OpenAI has it
 MAX_TOKEN_IDS = 2**18
 MIN_TEMPERATURE = 1e-5  # below it a division by the temperature may overflow: taken as greedy
 
@@ -52,6 +53,13 @@ def _text(value: object) -> str:
     if not is_text(value):
         raise FieldFault("invalid_unicode", "must not hold a lone surrogate")
     return value
+
+
+def _label(value: object) -> str:
+    text = _text(value)
+    if len(text) > MAX_LABEL:
+        raise FieldFault("string_above_max_length", f"may have at most {MAX_LABEL} characters")
+    return text
 
 
 def _short(value: list[Any]) -> list[Any]:
@@ -205,6 +213,9 @@ _BIASES = {
 }
 
 Text = Annotated[str, PlainValidator(_text), WithJsonSchema({"type": "string"})]
+Label = Annotated[
+    str, PlainValidator(_label), WithJsonSchema({"type": "string", "maxLength": MAX_LABEL})
+]
 ModelName = Annotated[str, StringConstraints(min_length=1)]
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from service.api.fields import FieldFault, Text
+from service.api.fields import FieldFault, Label, Text
+from service.api.tool_schema import check_json
 from service.api.wire import Closed
 
 MAX_CHOICES = 1024
@@ -19,12 +20,17 @@ def _texts(value: object) -> object:
     return value
 
 
+def _json(value: dict[str, Any]) -> dict[str, Any]:
+    check_json(value)
+    return value
+
+
 class JsonSchema(Closed):
     """A JSON schema, and a name for it."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
-    name: Text | None = Field(None, description="A name for the schema; has no effect.")
+    name: Label | None = Field(None, description="A name for the schema; has no effect.")
     description: Text | None = Field(None, description="What it is for; has no effect.")
     schema_: dict[str, Any] = Field(alias="schema", description="The schema of the answer.")
     strict: bool | None = Field(
@@ -49,9 +55,9 @@ class TextFormat(Closed):
     type: Literal["text", "json_object", "json_schema"] = Field(
         description="Any text, a JSON object, or JSON of a schema."
     )
-    name: Text | None = Field(None, description="A name for the schema; has no effect.")
+    name: Label | None = Field(None, description="A name for the schema; has no effect.")
     description: Text | None = Field(None, description="What it is for; has no effect.")
-    schema_: dict[str, Any] | None = Field(
+    schema_: Annotated[dict[str, Any], AfterValidator(_json)] | None = Field(
         None, alias="schema", description="The schema of the answer; goes with json_schema."
     )
     strict: bool | None = Field(

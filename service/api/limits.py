@@ -17,6 +17,13 @@ class ApiLimits:
     body_timeout: float = 20.0  # from the first read of a body to its last byte
     inline_body_bytes: int = 65_536  # longer bodies are parsed in a thread
 
+    # --- work that waits for a thread, in each pool ------------------------------------------
+    text_threads: int = 2
+    max_waiting_bytes: int = 128 * 2**20
+    max_tenant_waiting_bytes: int = 32 * 2**20
+    max_waiting_maps: int = 32  # attention
+    max_tenant_waiting_maps: int = 4
+
     # --- what a body may ask for ----------------------------------------------------------
     max_choices: int = 16  # n, best_of
     max_prompts: int = 64
@@ -30,6 +37,7 @@ class ApiLimits:
     max_attention_tokens: int = 512  # a map has half the square of them, and is a second of work
     max_timeout_ms: int = 86_400_000
     max_key_chars: int = 255  # Idempotency-Key
+    max_echoed_bytes: int = 2**20  # of a field that a response repeats
     template_kwargs: frozenset[str] = frozenset({"enable_thinking"})
     inline_text_chars: int = 8192  # longer prompts are tokenised in a thread
 

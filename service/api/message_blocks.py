@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from service.api.fields import FieldFault, Text
+from service.api.fields import FieldFault, Label, Text
 from service.api.schemas import Message, Wire, content_is_optional, with_assistant_content
 from service.api.tool_schema import (
     CalledFunction,
@@ -94,7 +94,7 @@ class ToolUseBlock(Block):
     """A call that the assistant made."""
 
     type: Literal["tool_use"] = Field(description="What kind of block it is.")
-    id: Text = Field(description="What the result names it by.")
+    id: Label = Field(description="What the result names it by.")
     name: FunctionName = Field(description="The tool.")
     input: dict[str, Any] = Field(description="The arguments.")
 
@@ -124,7 +124,7 @@ class ToolResultBlock(Block):
     """What a call gave."""
 
     type: Literal["tool_result"] = Field(description="What kind of block it is.")
-    tool_use_id: Text = Field(description="The call.")
+    tool_use_id: Label = Field(description="The call.")
     content: TextBlocks = Field([], description="The result: a text, or blocks of text.")
     is_error: bool | None = Field(
         None, description="Whether the call failed. The model reads the content alone."

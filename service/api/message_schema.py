@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from service.api.fields import ModelName, Seed, StopStrings, Text, TopP, UnitTemperature
+from service.api.fields import Label, ModelName, Seed, StopStrings, TopP, UnitTemperature
 from service.api.grammar_schema import JsonSchema, ResponseFormat
 from service.api.manifest import Endpoint
 from service.api.message_blocks import (
@@ -42,7 +42,7 @@ _SHARED_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 class MessageMetadata(Wire):
     """What a caller says of a call."""
 
-    user_id: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
+    user_id: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
 
 
 class OutputFormat(Wire):

@@ -39,10 +39,10 @@ async def create_message(
     summary="Count a message's tokens",
     description="How many tokens the prompt of such a message has.",
 )
-async def count_tokens(body: CountBody, context: Context) -> Response:
+async def count_tokens(body: CountBody, context: Context, tenant: Caller) -> Response:
     """Tokenise, count."""
     check_model(body.model, context)
     chat = as_prompt(body)
-    prompt = await chat_prompt(chat, context, tools=tool_use(chat))
+    prompt = await chat_prompt(chat, context, tenant=tenant.name, tools=tool_use(chat))
     count = orjson.dumps({"input_tokens": len(prompt.ids)})
     return Response(count, media_type="application/json")

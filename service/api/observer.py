@@ -56,7 +56,7 @@ class ApiObserver(Protocol):
         ...
 
     def call_refused(self, reason: str) -> None:
-        """The queue did not admit a call: `full`, `tenant`, `rate`, `conflict`."""
+        """The queue did not admit a call; the reason is a `SubmitStatus`."""
         ...
 
     def call_unserved(self) -> None:

@@ -1,4 +1,5 @@
-"""Prompts: what the body says to token ids, off the event loop where it is long.
+"""Prompts: what a body asks for to token ids. Long texts are tokenised in a pool of threads, in
+turns with other tenants; texts that cannot fit the model's context are refused by their size.
 
 Text is tokenised as text: what looks like a special token in it is not one. Only the chat template
 writes special tokens.
@@ -6,10 +7,10 @@ writes special tokens.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from model.chat_template import ChatTemplateError, ChatTemplateLimitError
 from model.disguise import strings_of
@@ -21,9 +22,12 @@ from service.api.tool_notation import NOTATIONS, notation_name
 from service.api.tool_prompt import with_tools
 from service.api.tools import ToolUse
 from service.errors import BadRequest, Unavailable
+from service.fair_pool import FairPool
 
-P = ParamSpec("P")
 T = TypeVar("T")
+
+TEXT_COST = 32
+"""Characters that take as long to tokenise as one more text takes to render."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +38,9 @@ class PromptTokens:
     text: str | None = None
 
 
-async def completion_prompts(body: CompletionBody, context: ApiContext) -> list[PromptTokens]:
+async def completion_prompts(
+    body: CompletionBody, context: ApiContext, *, tenant: str
+) -> list[PromptTokens]:
     """The prompts of a completion call, one or many."""
     prompts: list[Any]
     if isinstance(body.prompt, str) or isinstance(body.prompt[0], int):
@@ -47,31 +53,59 @@ async def completion_prompts(body: CompletionBody, context: ApiContext) -> list[
             code="array_above_max_length",
             param="prompt",
         )
+    for prompt in prompts:  # before any of them is tokenised
+        _check_prompt(prompt, context)
     add_bos = body.add_special_tokens is not False
-    return [await _one_prompt(prompt, context, add_bos=add_bos) for prompt in prompts]
+    total = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    return [
+        PromptTokens(
+            ids=await _text_ids(prompt, context, tenant=tenant, add_bos=add_bos, total=total),
+            text=prompt,
+        )
+        if isinstance(prompt, str)
+        else PromptTokens(ids=tuple(prompt))
+        for prompt in prompts
+    ]
 
 
-async def _one_prompt(
-    prompt: str | list[int], context: ApiContext, *, add_bos: bool
-) -> PromptTokens:
+def _check_prompt(prompt: str | list[int], context: ApiContext) -> None:
     if isinstance(prompt, str):
-        ids = await encode(prompt, context, add_bos=add_bos)
-        check_token_ids(ids, context, param="prompt")  # a vocabulary may exceed the embedding
-        return PromptTokens(ids=ids, text=prompt)
-    if len(prompt) < context.card.max_model_len:  # longer ones are refused for that
+        check_size([prompt], context, param="prompt")
+    elif len(prompt) < context.card.max_model_len:  # longer ones are refused for that
         check_token_ids(prompt, context, param="prompt")
-    return PromptTokens(ids=tuple(prompt))
 
 
-async def encode(text: str, context: ApiContext, *, add_bos: bool) -> tuple[int, ...]:
-    """Token ids of a text."""
-    encoder = context.tokenizer.encode
-    ids = await aside(context.limits, len(text), encoder, text, add_bos=add_bos)
+async def encode(
+    text: str, context: ApiContext, *, tenant: str, add_bos: bool, param: str = "prompt"
+) -> tuple[int, ...]:
+    """Token ids of a text. Raises BadRequest if it cannot fit the model's context."""
+    check_size([text], context, param=param)
+    return await _text_ids(text, context, tenant=tenant, add_bos=add_bos, total=len(text))
+
+
+async def _text_ids(
+    text: str, context: ApiContext, *, tenant: str, add_bos: bool, total: int
+) -> tuple[int, ...]:
+    """`total` is the length of all texts of the call."""
+    work = partial(context.tokenizer.encode, text, add_bos=add_bos)
+    ids = await aside(context.pools.tokens, tenant, work, total, context.limits)
+    check_token_ids(ids, context, param="prompt")  # a vocabulary may exceed the embedding
     return tuple(ids)
 
 
+def check_size(texts: Iterable[str], context: ApiContext, *, param: str) -> None:
+    """Raises BadRequest for texts whose size alone is more than the model's context."""
+    longest = context.card.max_model_len
+    if context.tokenizer.fewest_tokens(texts) > longest:
+        raise BadRequest(
+            f"{param} must leave room for a token: the model holds {longest} tokens",
+            code="context_length_exceeded",
+            param=param,
+        )
+
+
 async def chat_prompt(
-    body: ChatBody | TokenizeBody, context: ApiContext, *, tools: ToolUse | None = None
+    body: ChatBody | TokenizeBody, context: ApiContext, *, tenant: str, tools: ToolUse | None = None
 ) -> PromptTokens:
     """The prompt that the model's chat template makes of the messages, and of the tools if any."""
     assert body.messages is not None  # noqa: S101  # the callers' case
@@ -91,20 +125,21 @@ async def chat_prompt(
             "continue_final_message and add_generation_prompt exclude each other",
             param="continue_final_message",
         )
-    length = sum(map(len, strings_of([messages, variables])))
+    texts = list(strings_of([messages, variables]))
+    check_size(texts, context, param=body.prompt_field)
+    render = partial(
+        context.tokenizer.apply_chat_template,
+        messages,
+        add_generation_prompt=opening,
+        continue_final_message=going_on,
+        **variables,
+        **_template_options(body.chat_template_kwargs, context.limits),
+    )
+    length = sum(map(len, texts)) + TEXT_COST * len(texts)
     if not context.tokenizer.renders_in_process:  # waits for a process: never on the event loop
         length = max(length, context.limits.inline_text_chars + 1)
     try:
-        ids = await aside(
-            context.limits,
-            length,
-            context.tokenizer.apply_chat_template,
-            messages,
-            add_generation_prompt=opening,
-            continue_final_message=going_on,
-            **variables,
-            **_template_options(body.chat_template_kwargs, context.limits),
-        )
+        ids = await aside(context.pools.templates, tenant, render, length, context.limits)
     except ChatTemplateLimitError as error:
         raise BadRequest(str(error), code="chat_template_limit", param=body.prompt_field) from None
     except TemplateUnavailableError as error:
@@ -150,9 +185,11 @@ def check_token_ids(ids: Sequence[int], context: ApiContext, *, param: str) -> N
 
 
 async def aside(
-    limits: ApiLimits, length: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    pool: FairPool, tenant: str, work: Callable[[], T], length: int, limits: ApiLimits
 ) -> T:
-    """Calls it here where the text is short, in a thread where it could hold up the event loop."""
+    """The result of `work` on a text of this length: here if it is short, else in a thread, because
+    it would hold up the event loop.
+    """
     if length <= limits.inline_text_chars:
-        return function(*args, **kwargs)
-    return await asyncio.to_thread(function, *args, **kwargs)
+        return work()
+    return await pool.run(tenant, work, weight=length)

@@ -1,9 +1,13 @@
-"""Rates: where a key stands in its minute, in the headers that OpenAI's clients look for."""
+"""Rates: where a key stands in its minute, in the headers that OpenAI's clients look for, and the
+refusal of what is over it.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+from service.errors import RateLimited
 from service.queues import Usage
 from service.queues.meters import Meter
 
@@ -13,6 +17,21 @@ def rate_headers(usage: Usage | None) -> list[tuple[bytes, bytes]]:
     if usage is None:
         return []
     return [*_of_meter("requests", usage.requests), *_of_meter("tokens", usage.tokens)]
+
+
+def over_rate(usage: Usage) -> RateLimited:
+    """The refusal of a call or a submission that has to wait."""
+    limits = [
+        f"{meter.limit} {unit} a minute"
+        for unit, meter in (("requests", usage.requests), ("tokens", usage.tokens))
+        if meter is not None
+    ]
+    return RateLimited(f"this key has {' and '.join(limits)}", retry_after=usage.wait)
+
+
+def with_tokens(charged: Usage | None, submitted: Usage) -> Usage:
+    """Where a key stands after its submission: requests are counted before it, tokens by it."""
+    return submitted if charged is None else replace(charged, tokens=submitted.tokens)
 
 
 def _of_meter(unit: str, meter: Meter | None) -> list[tuple[bytes, bytes]]:

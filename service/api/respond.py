@@ -15,6 +15,7 @@ from service.api.chat_grammar import chat_grammar
 from service.api.connection import unless_gone
 from service.api.context import ApiContext
 from service.api.prompts import chat_prompt
+from service.api.rates import with_tokens
 from service.api.schemas import ChatBody
 from service.api.sse import EventStream
 from service.api.tools import tool_use
@@ -36,7 +37,7 @@ async def answer_chat(
     check_open(chat, context)
     call = read_call(request, tenant, context.limits)
     tools = tool_use(chat)
-    prompt = await chat_prompt(chat, context, tools=tools)
+    prompt = await chat_prompt(chat, context, tenant=tenant.name, tools=tools)
     grammar = await chat_grammar(chat, context, tools=tools)
     submission = plan_call(
         chat,
@@ -55,7 +56,7 @@ async def answer_call(
 ) -> Response:
     """Submits and answers. Raises what `admit` raises, before anything was sent."""
     reply = await context.queue.submit(submission)
-    request.state.usage = reply.usage
+    request.state.usage = with_tokens(getattr(request.state, "usage", None), reply.usage)
     call_id, manifest = await admit(submission, reply, context)
     request.state.request_id = call_id  # what the client resumes by, if it is an earlier call's
     answer = Answer(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
+import orjson
 from pydantic import (
     BeforeValidator,
     ConfigDict,
@@ -22,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from service.api.fields import FieldFault, ResponseContent, Text
+from service.api.fields import FieldFault, Label, ResponseContent, Text
 from service.api.grammar_schema import TextFormat, TextOptions
 from service.api.response_tools import (
     InputCall,
@@ -67,9 +68,9 @@ class InputMessage(Wire):
     reasoning_content: Text | None = Field(
         None, description="The assistant's reasoning before the text, for the chat template."
     )
-    id: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
-    status: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
-    phase: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
+    id: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
+    status: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
+    phase: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
 
     @model_validator(mode="before")
     @classmethod
@@ -293,8 +294,22 @@ def _text_format(body: ResponseBody) -> TextFormat | None:
     return None if body.text is None else body.text.format
 
 
-def given_back(body: ResponseBody) -> dict[str, Any]:
-    """The fields of the body that the response repeats."""
+def given_back(body: ResponseBody, *, max_bytes: int) -> dict[str, Any]:
+    """The fields of the body that the response repeats, which are stored. Raises BadRequest for one
+    that has more bytes as JSON.
+    """
+    echoed = _echoed(body)
+    for name, value in echoed.items():
+        if len(orjson.dumps(value)) > max_bytes:
+            raise BadRequest(
+                f"{name} may have at most {max_bytes} bytes as JSON",
+                code="string_above_max_length",
+                param=name,
+            )
+    return echoed
+
+
+def _echoed(body: ResponseBody) -> dict[str, Any]:
     asked = _text_format(body)
     return {
         "background": body.background or False,

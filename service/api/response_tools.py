@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 
-from service.api.fields import ResponseContent, Text
+from service.api.fields import Label, ResponseContent, Text
 from service.api.tool_schema import (
     MAX_TOOLS,
     Arguments,
@@ -54,21 +54,21 @@ class InputCall(Closed):
     """An item of the input: a call that an earlier response put out."""
 
     type: Literal["function_call"] = Field(description="What kind of item it is.")
-    call_id: Text = Field(description="What the item with the result names it by.")
+    call_id: Label = Field(description="What the item with the result names it by.")
     name: FunctionName = Field(description="The function.")
     arguments: Arguments = Field(description="The text of a JSON object.")
-    id: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
-    status: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
+    id: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
+    status: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
 
 
 class InputResult(Closed):
     """An item of the input: what a call gave."""
 
     type: Literal["function_call_output"] = Field(description="What kind of item it is.")
-    call_id: Text = Field(description="The call that it answers.")
+    call_id: Label = Field(description="The call that it answers.")
     output: ResponseContent = Field(description="The text, or a list of text parts.")
-    id: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
-    status: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
+    id: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
+    status: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
 
 
 _KINDS = ("function_call", "function_call_output", "reasoning")

@@ -47,7 +47,8 @@ async def create_response(
     body: ResponseBody, request: JsonRequest, context: Context, tenant: Caller
 ) -> Response:
     """As a chat."""
-    return await answer_chat(as_chat(body), request, context, tenant, given_back=given_back(body))
+    echoed = given_back(body, max_bytes=context.limits.max_echoed_bytes)
+    return await answer_chat(as_chat(body), request, context, tenant, given_back=echoed)
 
 
 @router.get(

@@ -22,6 +22,7 @@ from pydantic import (
 from service.api.fields import (
     Content,
     FieldFault,
+    Label,
     LogitBias,
     Metadata,
     MinP,
@@ -194,14 +195,14 @@ class SamplingBody(Wire):
         description="What becomes of the answer when the connection is lost. Default: cancel, "
         "at once, or after a grace where X-Quire-Event-Ids makes the stream resumable.",
     )
-    user: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
+    user: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
     metadata: Metadata = Field(
         None, description="Up to 16 short texts by name. Only a response gives them back."
     )
-    safety_identifier: Text | None = Field(
+    safety_identifier: Label | None = Field(
         None, description="Accepted for compatibility; has no effect."
     )
-    prompt_cache_key: Text | None = Field(
+    prompt_cache_key: Label | None = Field(
         None, description="Accepted for compatibility; prefixes are cached without it."
     )
 
@@ -295,9 +296,9 @@ class Message(Wire):
     reasoning_content: Text | None = Field(
         None, description="The assistant's reasoning before the text, for the chat template."
     )
-    name: Text | None = Field(None, description="A name for the speaker, for the chat template.")
+    name: Label | None = Field(None, description="A name for the speaker, for the chat template.")
     tool_calls: CalledTools = Field(None, description="What the assistant called, if it did.")
-    tool_call_id: Text | None = Field(
+    tool_call_id: Label | None = Field(
         None, validate_default=True, description="Of a tool's message: the call that it answers."
     )
 

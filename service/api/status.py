@@ -11,7 +11,6 @@ import orjson
 from fastapi import APIRouter, Response
 
 from service.api.context import Context
-from service.errors import Unavailable
 
 router = APIRouter()
 
@@ -36,10 +35,9 @@ async def show_status(context: Context) -> Response:
         "queue": None,
         "engines": [],
     }
-    try:
-        status["queue"] = asdict(await context.queue.depth())
-        status["engines"] = [asdict(engine) for engine in await context.queue.engines()]
-    except Unavailable:
-        status["queue"] = None
+    state = await context.live.read()
+    if state is not None:
+        depth, engines = state
+        status |= {"queue": asdict(depth), "engines": [asdict(engine) for engine in engines]}
     headers = {"cache-control": "no-store"}
     return Response(orjson.dumps(status), media_type="application/json", headers=headers)

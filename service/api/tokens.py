@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import orjson
 from fastapi import APIRouter, Response
@@ -10,7 +11,7 @@ from fastapi import APIRouter, Response
 from model.tokenizer import Tokenizer
 from service.api.admission import check_model
 from service.api.body import JsonRoute
-from service.api.context import Context
+from service.api.context import Caller, Context
 from service.api.prompts import aside, chat_prompt, check_token_ids, encode
 from service.api.schemas import DetokenizeBody, TokenizeBody
 from service.api.tools import told_of
@@ -25,7 +26,7 @@ router = APIRouter(route_class=JsonRoute)
     summary="Text to token ids",
     description="The token ids of a prompt, or of messages through the model's chat template.",
 )
-async def tokenize(body: TokenizeBody, context: Context) -> Response:
+async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Response:
     """Exactly one of prompt and messages."""
     check_model(body.model, context)
     if (body.prompt is None) == (body.messages is None):
@@ -35,13 +36,15 @@ async def tokenize(body: TokenizeBody, context: Context) -> Response:
             param="prompt",
         )
     if body.prompt is None:
-        ids = (await chat_prompt(body, context, tools=told_of(body.tools))).ids
+        tools = told_of(body.tools)
+        ids = (await chat_prompt(body, context, tenant=tenant.name, tools=tools)).ids
     else:
         add_bos = body.add_special_tokens is not False
-        ids = await encode(body.prompt, context, add_bos=add_bos)
+        ids = await encode(body.prompt, context, tenant=tenant.name, add_bos=add_bos)
     texts = None
     if body.return_token_strs:
-        texts = await aside(context.limits, len(ids), _texts, ids, context.tokenizer)
+        work = partial(_texts, ids, context.tokenizer)
+        texts = await aside(context.pools.tokens, tenant.name, work, len(ids), context.limits)
     fields = {
         "count": len(ids),
         "max_model_len": context.card.max_model_len,
@@ -61,10 +64,10 @@ def _texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     summary="Token ids to text",
     description="The text of token ids.",
 )
-async def detokenize(body: DetokenizeBody, context: Context) -> Response:
+async def detokenize(body: DetokenizeBody, context: Context, tenant: Caller) -> Response:
     """The text; bytes that are no UTF-8 become U+FFFD."""
     check_model(body.model, context)
     check_token_ids(body.tokens, context, param="tokens")
-    decode = context.tokenizer.decode
-    text = await aside(context.limits, len(body.tokens), decode, body.tokens)
+    work, length = partial(context.tokenizer.decode, body.tokens), len(body.tokens)
+    text = await aside(context.pools.tokens, tenant.name, work, length, context.limits)
     return Response(orjson.dumps({"prompt": text}), media_type="application/json")

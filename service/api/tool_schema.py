@@ -22,7 +22,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from service.api.fields import FieldFault, Text, is_text
+from service.api.fields import FieldFault, Label, Text, is_text
 from service.api.wire import Closed
 
 MAX_TOOLS = 128
@@ -185,7 +185,7 @@ class CalledFunction(Closed):
 class CalledTool(Closed):
     """A call in an earlier message of the assistant."""
 
-    id: Text = Field(description="What the message with the result names it by.")
+    id: Label = Field(description="What the message with the result names it by.")
     type: Literal["function"] | None = Field(None, description="Which kind of tool was called.")
     function: CalledFunction = Field(description="The call.")
     index: int | None = Field(

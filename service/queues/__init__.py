@@ -37,7 +37,15 @@ from urllib.parse import urlsplit
 
 from service.decoding import decode
 from service.errors import StartupError
-from service.messages import End, FinishReason, GenerationRequest, Record, Submission, Tokens
+from service.messages import (
+    Allowance,
+    End,
+    FinishReason,
+    GenerationRequest,
+    Record,
+    Submission,
+    Tokens,
+)
 from service.queues.meters import Usage
 from service.queues.observer import NullQueueObserver, QueueObserver
 
@@ -62,6 +70,8 @@ class QueueLimits:
     max_requests: int = 1024  # queued, not yet running
     max_tokens: int = 1_000_000  # cost of the queued
     max_per_tenant: int = 1024  # queued and running
+    max_bytes: int = 512 * 2**20  # of submissions, until they are gone
+    max_tenant_bytes: int = 256 * 2**20
     lease: float = 3.0
     max_attempts: int = 3  # engine deaths at one position of an answer that end it
     live_ttl: float = 3600.0  # how long a request without a deadline waits for an engine
@@ -72,8 +82,9 @@ class QueueLimits:
 
 class SubmitStatus(StrEnum):
     """OK: admitted. EXISTS: this id or key was admitted before, follow that one. CONFLICT: the key
-    came with another body. FULL, TENANT, RATE: over a limit, nothing was stored or counted: of the
-    cluster; in flight of the tenant or the key; of the key, a minute.
+    came with another body. The others: over a limit, nothing was stored or counted. FULL: what
+    waits. TENANT: in flight of the tenant or the key. RATE: of the key, a minute. STORAGE and
+    TENANT_STORAGE: bytes stored in all, and of the tenant.
     """
 
     OK = "ok"
@@ -82,6 +93,8 @@ class SubmitStatus(StrEnum):
     FULL = "full"
     TENANT = "tenant"
     RATE = "rate"
+    STORAGE = "storage"
+    TENANT_STORAGE = "tenant_storage"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +105,7 @@ class SubmitReply:
     submission_id: str
     queued_requests: int = 0
     queued_tokens: int = 0
-    usage: Usage = field(default_factory=Usage)  # of the submission's allowance
+    usage: Usage = field(default_factory=Usage)  # of the allowance's tokens a minute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +200,7 @@ class QueueDepth:
     running_requests: int
     # How long the first of the waiting ones waits; None: nobody does. It grows by itself.
     oldest_seconds: float | None = field(default=None, compare=False)
+    stored_bytes: int = field(default=0, compare=False)  # of submissions that are not gone
 
 
 class Queue(Protocol):
@@ -201,6 +215,12 @@ class Queue(Protocol):
         ...
 
     # --- the API's side -------------------------------------------------------------------
+    async def charge(self, allowance: Allowance) -> Usage:
+        """Counts one call against the requests a minute of a key. If they are used up, nothing is
+        counted, and `wait` is how many seconds to wait.
+        """
+        ...
+
     async def submit(self, submission: Submission) -> SubmitReply:
         """Admits all requests of a submission or none; idempotent by id and by key."""
         ...

@@ -1,11 +1,17 @@
-"""What a request costs at admission: one formula for all queues, so a limit means one thing."""
+"""What a submission costs at admission: one formula for all queues, so a limit means one thing."""
 
 from __future__ import annotations
 
-from service.messages import GenerationRequest
+from dataclasses import replace
+
+from service.messages import GenerationRequest, Submission
 
 ANSWER_SHARE = 4
 """One in so many of `max_tokens` counts: most answers end long before their limit."""
+ID_BYTES = 8
+"""Of a token id and a comma, in JSON."""
+RECORD_BYTES = 512
+"""Of the state of a submission or a request besides its texts, and of an idempotency record."""
 
 
 def answer_share(request: GenerationRequest) -> int:
@@ -18,3 +24,24 @@ def admission_cost(request: GenerationRequest) -> int:
     ended, against its key's tokens a minute.
     """
     return len(request.prompt_ids) + answer_share(request)
+
+
+def request_bytes(request: GenerationRequest) -> int:
+    """Bytes of a request's body, which is stored until the request has ended."""
+    return len(replace(request, prompt_ids=()).to_json()) + ID_BYTES * len(request.prompt_ids)
+
+
+def kept_bytes(submission: Submission) -> int:
+    """Bytes that are stored of a submission besides its bodies, until it is gone."""
+    return len(submission.manifest.encode()) + RECORD_BYTES * (1 + len(submission.requests))
+
+
+def idempotency_bytes(submission: Submission) -> int:
+    """Bytes of the record of its idempotency key, which has a time of its own."""
+    return 0 if submission.idempotency_key is None else RECORD_BYTES
+
+
+def stored_bytes(submission: Submission) -> int:
+    """All of them, as they are counted against `QueueLimits.max_bytes` at admission."""
+    bodies = sum(map(request_bytes, submission.requests))
+    return bodies + kept_bytes(submission) + idempotency_bytes(submission)

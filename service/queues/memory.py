@@ -11,12 +11,11 @@ import asyncio
 import secrets
 import time
 from bisect import bisect_right
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 
 from service.errors import NotFound, Unavailable
-from service.messages import End, FinishReason, Record, Submission, Tokens
+from service.messages import Allowance, End, FinishReason, Record, Submission, Tokens
 from service.queues import (
     BLAME_KEPT,
     Claim,
@@ -27,6 +26,7 @@ from service.queues import (
     StoredSubmission,
     SubmitReply,
     SubmitStatus,
+    Usage,
     Write,
     WriteReply,
     WriteStatus,
@@ -35,6 +35,7 @@ from service.queues.admission import admission_cost, answer_share
 from service.queues.memory_blame import Blame
 from service.queues.memory_entry import Entry, Group, next_lease_end, oldest_age, reached
 from service.queues.memory_ledger import Ledger
+from service.queues.memory_shelf import Shelf
 from service.queues.observer import STOPPED, NullQueueObserver, QueueEvent, QueueObserver
 
 PRIORITIES = 3
@@ -65,14 +66,12 @@ class MemoryQueue:
         self.limits = limits
         self._clock = clock
         self._observer = NullQueueObserver() if observer is None else observer
-        self._entries: dict[str, Entry] = {}
-        self._groups: dict[str, Group] = {}
+        self._shelf = Shelf(limits, clock=clock)
+        self._entries, self._groups = self._shelf.entries, self._shelf.groups
         self._waiting: tuple[dict[str, Entry], ...] = tuple({} for _ in range(PRIORITIES))
         self._running: dict[str, Entry] = {}
         self._queued_tokens = 0
         self._ledger = Ledger(limits, clock=clock)
-        self._keys: dict[tuple[str, str], tuple[str, str, float]] = {}  # -> id, fingerprint, until
-        self._fading: deque[tuple[float, str]] = deque()  # (forget at, submission), in that order
         self._last_sweep = self._swept_since = clock()
         self._engines: dict[str, tuple[float, EngineInfo]] = {}
         self._blame = Blame(limits, clock=clock, engines=self._engines, freed=self._wake_claimers)
@@ -84,8 +83,12 @@ class MemoryQueue:
         """Nothing to check: the store is this object."""
 
     # --- the API's side -------------------------------------------------------------------
+    async def charge(self, allowance: Allowance) -> Usage:
+        await self.check()
+        return self._ledger.charge(allowance)
+
     async def submit(self, submission: Submission) -> SubmitReply:
-        self._forget()
+        self._shelf.forget()
         found = self._admitted_before(submission)
         if found is not None:
             return found
@@ -100,36 +103,34 @@ class MemoryQueue:
             Entry(request, submission.id, now, turn)
             for request, turn in zip(requests, turns, strict=True)
         ]
-        self._groups[submission.id] = Group.of(submission, entries, now=now)
+        self._shelf.put(submission, entries, now=now)
         for entry in entries:
-            self._entries[entry.request.id] = entry
             self._waiting[entry.request.priority][entry.request.id] = entry
         self._queued_tokens += cost
-        if submission.idempotency_key is not None:
-            until = now + self.limits.idempotency_ttl
-            key = (submission.tenant, submission.idempotency_key)
-            self._keys[key] = (submission.id, submission.fingerprint, until)
         self._wake_claimers()
         return self._reply(SubmitStatus.OK, submission)
 
     def _admitted_before(self, submission: Submission) -> SubmitReply | None:
-        if submission.idempotency_key is not None:
-            known = self._keys.get((submission.tenant, submission.idempotency_key))
-            if known is not None and known[2] > self._clock():
-                same = known[1] == submission.fingerprint
-                status = SubmitStatus.EXISTS if same else SubmitStatus.CONFLICT
-                return self._reply(status, submission, follow=known[0])
+        earlier = self._shelf.earlier(submission)
+        if earlier is not None:
+            same = earlier[1] == submission.fingerprint
+            status = SubmitStatus.EXISTS if same else SubmitStatus.CONFLICT
+            return self._reply(status, submission, follow=earlier[0])
         if submission.id in self._groups:
             return self._reply(SubmitStatus.EXISTS, submission)
         return None
 
     def _refusal(self, submission: Submission, *, cost: int) -> SubmitStatus | None:
-        status = self._ledger.refusal(submission, tokens=cost)
+        """Whatever is the tenant's own fault comes first."""
+        own = self._ledger.refusal(submission, tokens=cost)
+        storage = self._shelf.refusal(submission)
+        if own is not None or storage is SubmitStatus.TENANT_STORAGE:
+            return own or storage
         queued = sum(map(len, self._waiting)) + len(submission.requests)
         over = queued > self.limits.max_requests
         if over or self._queued_tokens + cost > self.limits.max_tokens:
-            return status or SubmitStatus.FULL
-        return status
+            return SubmitStatus.FULL
+        return storage
 
     def _reply(
         self, status: SubmitStatus, submission: Submission, *, follow: str = "", cost: int = 0
@@ -143,7 +144,7 @@ class MemoryQueue:
         )
 
     async def lookup(self, submission_id: str) -> StoredSubmission | None:
-        self._forget()
+        self._shelf.forget()
         group = self._groups.get(submission_id)
         return None if group is None else group.stored
 
@@ -178,7 +179,7 @@ class MemoryQueue:
             entry.followers.discard(news)
 
     def _known(self, request_id: str) -> Entry:
-        self._forget()
+        self._shelf.forget()
         entry = self._entries.get(request_id)
         if entry is None:
             raise NotFound("no such request, or its resume window is over")
@@ -204,10 +205,10 @@ class MemoryQueue:
         if group is None:
             return
         await self.stop([entry.request.id for entry in group.entries], FinishReason.CANCELLED)
-        self._drop(submission_id)
+        self._shelf.drop(submission_id)
 
     async def sweep(self) -> int:
-        self._forget()
+        self._shelf.forget()
         self._ledger.forget()
         self._blame.forget(BLAME_KEPT)
         self._note_sweep()
@@ -243,6 +244,7 @@ class MemoryQueue:
             queued_requests=sum(map(len, self._waiting)),
             queued_tokens=self._queued_tokens,
             running_requests=len(self._running),
+            stored_bytes=self._shelf.stored_bytes,
             oldest_seconds=oldest_age(self._waiting, now=self._clock()),
         )
 
@@ -470,25 +472,8 @@ class MemoryQueue:
         group = self._groups[entry.submission_id]
         beyond = entry.count - answer_share(request)
         self._ledger.leave(group.stored.tenant, group.allowance, tokens=beyond, ran=entry.started)
-        group.unfinished -= 1
-        if not group.unfinished:
-            self._fading.append((self._clock() + self.limits.resume_window, entry.submission_id))
+        self._shelf.ended(entry)
         entry.wake()
-
-    def _forget(self) -> None:
-        now = self._clock()
-        while self._fading and self._fading[0][0] <= now:
-            self._drop(self._fading.popleft()[1])
-        while self._keys:
-            oldest = next(iter(self._keys))
-            if self._keys[oldest][2] > now:
-                break
-            del self._keys[oldest]
-
-    def _drop(self, submission_id: str) -> None:
-        group = self._groups.pop(submission_id, None)
-        for entry in group.entries if group else ():
-            del self._entries[entry.request.id]
 
     def _wake_claimers(self) -> None:
         for news in self._claimers:

@@ -75,7 +75,9 @@ class Entry:
 
 @dataclass(slots=True)
 class Group:
-    """A submission, kept until `resume_window` after the last of its requests ended."""
+    """A submission, kept until `resume_window` after the last of its requests ended. `kept_bytes`
+    are counted for it until then.
+    """
 
     stored: StoredSubmission
     unfinished: int
@@ -83,9 +85,12 @@ class Group:
     grace: float | None
     attended: float
     allowance: Allowance | None
+    kept_bytes: int
 
     @classmethod
-    def of(cls, submission: Submission, entries: Sequence[Entry], *, now: float) -> Self:
+    def of(
+        cls, submission: Submission, entries: Sequence[Entry], *, now: float, kept_bytes: int
+    ) -> Self:
         """What is kept of a submission that is admitted."""
         stored = StoredSubmission(
             id=submission.id,
@@ -93,8 +98,15 @@ class Group:
             manifest=submission.manifest,
             num_requests=len(entries),
         )
-        grace, allowance = submission.grace, submission.allowance
-        return cls(stored, len(entries), entries, grace, attended=now, allowance=allowance)
+        return cls(
+            stored,
+            len(entries),
+            entries,
+            submission.grace,
+            attended=now,
+            allowance=submission.allowance,
+            kept_bytes=kept_bytes,
+        )
 
 
 def oldest_age(waiting: Iterable[Mapping[str, Entry]], *, now: float) -> float | None:

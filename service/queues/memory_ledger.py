@@ -14,7 +14,7 @@ from collections.abc import Callable
 from service.messages import Allowance, GenerationRequest, Submission
 from service.queues import QueueLimits, SubmitStatus
 from service.queues.admission import admission_cost
-from service.queues.meters import MINUTE, Usage, make_usage
+from service.queues.meters import MINUTE, Meter, Usage
 
 PATIENCE = 1e-6
 """Seconds: sums of fractions of a minute do not come out even."""
@@ -51,20 +51,23 @@ class Ledger:
             return SubmitStatus.TENANT
         return SubmitStatus.RATE if self.usage(allowance, tokens=tokens).wait else None
 
-    def usage(self, allowance: Allowance | None, *, tokens: int = 0) -> Usage:
-        """Where a key stands; `wait` is for a submission of so many tokens."""
-        if allowance is None:
+    def charge(self, allowance: Allowance) -> Usage:
+        """See `Queue.charge`."""
+        key, limit = allowance.key, allowance.requests_per_minute
+        if limit is None:
             return Usage()
-        waits = (
-            self._wait(allowance.key, "requests", limit=allowance.requests_per_minute, amount=1),
-            self._wait(allowance.key, "tokens", limit=allowance.tokens_per_minute, amount=tokens),
-        )
-        return make_usage(
-            allowance,
-            requests=self._used(allowance.key, "requests"),
-            tokens=self._used(allowance.key, "tokens"),
-            wait=max(waits),
-        )
+        wait = self._wait(key, "requests", limit=limit, amount=1)
+        if not wait:
+            self._add(key, "requests", limit=limit, amount=1)
+        return Usage(requests=Meter(limit=limit, used=self._used(key, "requests")), wait=wait)
+
+    def usage(self, allowance: Allowance | None, *, tokens: int = 0) -> Usage:
+        """The tokens of a key's minute; `wait` is for a submission of so many."""
+        if allowance is None or allowance.tokens_per_minute is None:
+            return Usage()
+        key, limit = allowance.key, allowance.tokens_per_minute
+        wait = self._wait(key, "tokens", limit=limit, amount=tokens)
+        return Usage(tokens=Meter(limit=limit, used=self._used(key, "tokens")), wait=wait)
 
     def enter(self, submission: Submission, *, tokens: int) -> list[float]:
         """Counts what was admitted. Its requests' turns: of those that wait the least is next."""
@@ -72,7 +75,6 @@ class Ledger:
         self._in_flight["tenant", submission.tenant] += num_requests
         if allowance is not None:
             self._in_flight["key", allowance.key] += num_requests
-            self._add(allowance.key, "requests", limit=allowance.requests_per_minute, amount=1)
             self._add(allowance.key, "tokens", limit=allowance.tokens_per_minute, amount=tokens)
         return [self._turn(submission.tenant, request) for request in submission.requests]
 
@@ -120,9 +122,7 @@ class Ledger:
     def _used(self, key: str, unit: str) -> float:
         return max(0.0, self._free_at.get((key, unit), 0.0) - self._clock())
 
-    def _wait(self, key: str, unit: str, *, limit: int | None, amount: int) -> float:
-        if limit is None:
-            return 0.0
+    def _wait(self, key: str, unit: str, *, limit: int, amount: int) -> float:
         over = self._used(key, unit) + amount * MINUTE / limit - MINUTE
         return over if over > PATIENCE else 0.0
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service.messages import Allowance
-
 MINUTE = 60.0
 
 
@@ -36,7 +34,8 @@ class Meter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Where a key stands after a submission; None where it has no such limit.
+    """Where a key stands: `requests` after a call, `tokens` after a submission; None if it has no
+    such limit.
 
     `wait` is how many seconds a refused one must wait. One over a minute's limit never fits.
     """
@@ -44,20 +43,3 @@ class Usage:
     requests: Meter | None = None
     tokens: Meter | None = None
     wait: float = 0.0
-
-
-def make_usage(
-    allowance: Allowance | None, *, requests: float, tokens: float, wait: float = 0.0
-) -> Usage:
-    """The usage of a key of whose minute so many seconds are used by requests and by tokens."""
-    if allowance is None:
-        return Usage()
-
-    def meter(limit: int | None, used: float) -> Meter | None:
-        return None if limit is None else Meter(limit=limit, used=used)
-
-    return Usage(
-        requests=meter(allowance.requests_per_minute, requests),
-        tokens=meter(allowance.tokens_per_minute, tokens),
-        wait=wait,
-    )

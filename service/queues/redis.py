@@ -29,8 +29,14 @@ from service.queues import (
     WriteReply,
     WriteStatus,
 )
-from service.queues.admission import admission_cost, answer_share
-from service.queues.meters import make_usage
+from service.queues.admission import (
+    admission_cost,
+    answer_share,
+    idempotency_bytes,
+    kept_bytes,
+    request_bytes,
+)
+from service.queues.meters import Meter, Usage
 from service.queues.observer import STOPPED, NullQueueObserver, QueueEvent, QueueObserver
 from service.queues.redis_claims import CRASH_LOOP, DEADLINE, Claimer
 from service.queues.redis_codec import encode_end, encode_tokens
@@ -93,6 +99,15 @@ class RedisQueue:
         check_server(info, allow_volatile=self._url.allow_volatile)
 
     # --- the API's side -------------------------------------------------------------------
+    async def charge(self, allowance: Allowance) -> Usage:
+        limit = allowance.requests_per_minute
+        if limit is None:
+            return Usage()
+        # One shard counts all calls of all keys: most of them belong to no shard.
+        reply = await self._script("charge", self._shards[0], allowance.key, limit)
+        wait, used = (float(ms) / 1000 for ms in reply)
+        return Usage(requests=Meter(limit=limit, used=used), wait=wait)
+
     async def submit(self, submission: Submission) -> SubmitReply:
         limits, keys = self.limits, self._keys(submission.id)
         name = ""
@@ -107,29 +122,34 @@ class RedisQueue:
         grace = submission.grace
         arguments += [milliseconds(limits.live_ttl), "" if grace is None else milliseconds(grace)]
         arguments += self._allowed(submission.allowance)
+        for limit in (limits.max_bytes, limits.max_tenant_bytes):
+            arguments.append(max(1, limit // len(self._shards)))
+        arguments += [kept_bytes(submission), idempotency_bytes(submission)]
         for request in submission.requests:
             arguments += [request.id, admission_cost(request), request.timeout_ms or 0]
             arguments += [request.priority, request.to_json(), answer_share(request)]
-            arguments.append(" ".join(request.features))
-        status, followed, queued, tokens, *used = await self._script("submit", keys, *arguments)
-        wait, by_requests, by_tokens = (float(ms) / 1000 for ms in used)
+            arguments += [request_bytes(request), " ".join(request.features)]
+        status, followed, queued, tokens, *times = await self._script("submit", keys, *arguments)
+        wait, used = (float(ms) / 1000 for ms in times)
         return SubmitReply(
             status=SubmitStatus(status.decode()),
             submission_id=followed.decode(),
             queued_requests=queued,
             queued_tokens=tokens,
-            usage=make_usage(
-                submission.allowance, requests=by_requests, tokens=by_tokens, wait=wait
-            ),
+            usage=self._usage(submission.allowance, used=used, wait=wait),
         )
+
+    @staticmethod
+    def _usage(allowance: Allowance | None, *, used: float, wait: float) -> Usage:
+        if allowance is None or allowance.tokens_per_minute is None:
+            return Usage()
+        return Usage(tokens=Meter(limit=allowance.tokens_per_minute, used=used), wait=wait)
 
     def _allowed(self, allowance: Allowance | None) -> list[str | int]:
         """A key's name and limits in one shard; 0 is no limit."""
         if allowance is None:
-            return ["", 0, 0, 0]
-        most = (
-            allowance.requests_per_minute, allowance.tokens_per_minute, allowance.max_in_flight,
-        )  # fmt: skip
+            return ["", 0, 0]
+        most = (allowance.tokens_per_minute, allowance.max_in_flight)
         shards = len(self._shards)
         return [allowance.key, *(0 if n is None else max(1, n // shards) for n in most)]
 
@@ -202,16 +222,18 @@ class RedisQueue:
         for keys in self._shards:
             commands.append(("HMGET", keys.admission, "q", "tok", "run"))
             commands.append(self._wire.script("oldest", keys.admission))
+            commands.append(("HGET", keys.stored, "all"))
         replies = await self._wire.run(commands)
         queued, tokens, running = (
-            sum(int(n or 0) for n in column) for column in zip(*replies[::2], strict=True)
+            sum(int(n or 0) for n in column) for column in zip(*replies[::3], strict=True)
         )
-        ages = [int(age) / 1000 for age in replies[1::2] if age != b""]
+        ages = [int(age) / 1000 for age in replies[1::3] if age != b""]
         return QueueDepth(
             queued_requests=queued,
             queued_tokens=tokens,
             running_requests=running,
             oldest_seconds=max(ages, default=None),
+            stored_bytes=sum(int(n or 0) for n in replies[2::3]),
         )
 
     async def engines(self) -> Sequence[EngineInfo]:

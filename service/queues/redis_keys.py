@@ -6,6 +6,9 @@
     quire:2:{s0}:w0 .. w2     zset     one per priority: waiting request by its turn, tokens
     quire:2:{s0}:w0:<f> ..    zset     the same for requests that need the features <f> of an engine
     quire:2:{s0}:lines        set      the <f> for which there may be such a line
+    quire:2:{s0}:stored       hash     bytes of submissions: all, t:<tenant>
+    quire:2:{s0}:gone         zset     "<bytes> <tenant> <submission or idempotency hash>" by the
+                                       time at which it is gone, ms
     quire:2:{s0}:since        zset     waiting request by the time of its submission, ms
     quire:2:{s0}:q0 .. q2     stream   one a priority: what runs; group `engines`, field rid
     quire:2:{s0}:r:<request>  hash     the state of a request
@@ -52,6 +55,14 @@ class ShardKeys:
     @property
     def admission(self) -> str:
         return self.prefix + "adm"
+
+    @property
+    def stored(self) -> str:
+        return self.prefix + "stored"
+
+    @property
+    def gone(self) -> str:
+        return self.prefix + "gone"
 
     @property
     def engines(self) -> str:

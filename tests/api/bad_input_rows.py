@@ -23,6 +23,8 @@ C: dict[str, Any] = {
     "seed": 7,
 }
 R = {"model": MODEL, "input": "hi", "max_output_tokens": 4, "seed": 7}
+LONG = CANARY.ljust(513)
+LABELS = ("user", "safety_identifier", "prompt_cache_key")
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 OLD_ID = "s0-0185c0e3d00070008000000000000000"  # of a call of January 2023
 NEW_ID = "s0-ffffffffffff70008000000000000000"  # of a call to come
@@ -55,6 +57,7 @@ KINDS: Mapping[int, str] = {
     84: "no queue, no engine", 85: "a deadline that passes in the queue", 86: "a poisoned request",
     87: "a replica that ends", 88: "what is not on this port", 89: "another origin",
     90: "old, pipelined and other HTTP", 92: "callers that leave at random",
+    93: "a text that is stored, and long",
 }  # fmt: skip
 
 TESTED_IN: Mapping[int, str] = {
@@ -288,6 +291,11 @@ SHAPES: list[Fault] = [
     (61, B | {"user": 5}, "user", "invalid_type"),
     (61, B | {"user": "\ud800"}, "user", "invalid_unicode"),
     (61, B | {"metadata": {"a": 1}}, "metadata.a", "invalid_type"),
+    *((93, B | {name: LONG}, name, "string_above_max_length") for name in LABELS),
+    (93, B | {"metadata": {str(k): "" for k in range(17)}}, "metadata",
+     "object_above_max_length"),
+    (93, B | {"metadata": {"a" * 65: ""}}, "metadata", "string_above_max_length"),
+    (93, B | {"metadata": {"a": LONG}}, "metadata.a", "string_above_max_length"),
     *((61, B | {name: value}, name, "unsupported_parameter") for name, value in [
         ("suffix", CANARY), ("audio", {"voice": "x"}), ("images", ["x"]), ("modalities", ["audio"]),
         ("prediction", {}), ("store", True), ("store", 0), ("use_beam_search", True),
@@ -349,6 +357,10 @@ CHATS: list[Fault] = [
     (21, C | {"continue_final_message": True, "add_generation_prompt": True},
      "continue_final_message", "invalid_value"),
     (21, C | {"prompt": "x"}, "prompt", "unknown_parameter"),
+    *((93, C | {name: LONG}, name, "string_above_max_length") for name in LABELS),
+    (93, said(role="user", content="x", name=LONG), "messages[0].name", "string_above_max_length"),
+    (93, said(role="tool", content="x", tool_call_id=LONG), "messages[0].tool_call_id",
+     "string_above_max_length"),
     (42, C | {"best_of": 2}, "best_of", "unknown_parameter"),
 ]  # fmt: skip
 
@@ -360,6 +372,14 @@ RESPONDED: list[Fault] = [
         {"type": "input_image", "image_url": "http://169.254.169.254/" + CANARY}]}]},
      "input[0].content", "unsupported_content"),
     (37, R | {"max_output_tokens": 10**9}, "max_output_tokens", "context_length_exceeded"),
+    *((93, R | {name: LONG}, name, "string_above_max_length") for name in LABELS),
+    (93, R | {"input": [{"role": "user", "content": "x", "id": LONG}]}, "input[0].id",
+     "string_above_max_length"),
+    (93, R | {"metadata": {"a": LONG}}, "metadata.a", "string_above_max_length"),
+    (93, R | {"text": {"format": {"type": "text", "name": LONG}}}, "text.format.name",
+     "string_above_max_length"),
+    (33, R | {"text": {"format": {"type": "text", "schema": {"a": "\ud800"}}}},
+     "text.format.schema", "invalid_unicode"),
     (61, R | {"conversation": CANARY}, "conversation", "unsupported_parameter"),
     (61, R | {"background": True, "store": False}, "background", "invalid_value"),
 ]  # fmt: skip

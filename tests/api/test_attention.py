@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import Scope
 
 from model.attention_maps import AttentionMaps
 from model.checkpoint import open_checkpoint
 from service.api.attention_desk import AttentionDesk, AttentionReader
+from service.api.auth import Tenant
+from service.api.limits import ApiLimits
 from service.roles import attention_reader
 from service.settings import Settings
-from tests.waiting import PATIENCE
 
 PATH = "/v1/attention"
 MESSAGES = [{"role": "user", "content": "hello world"}, {"role": "assistant", "content": "fine"}]
@@ -33,7 +35,7 @@ def let_read(service: Any) -> Callable[[AttentionReader], None]:
     """Gives the replica something to read attention with."""
 
     def let(reader: AttentionReader) -> None:
-        desk = AttentionDesk(reader)
+        desk = AttentionDesk(reader, ApiLimits())
         service.app.state.context = replace(service.app.state.context, attention=desk)
 
     return let
@@ -117,7 +119,7 @@ async def test_the_length_is_limited_beside_the_models(
 ) -> None:
     async with start_service(limits=small_limits(max_attention_tokens=3)) as service:
         context = service.app.state.context
-        service.app.state.context = replace(context, attention=AttentionDesk(maps))
+        service.app.state.context = replace(context, attention=AttentionDesk(maps, context.limits))
         assert (await service.client.get("/status")).json()["max_attention_tokens"] == 3
         assert (await service.post(PATH, {"tokens": [1, 2, 3]})).status_code == 200
         refused = (await service.post(PATH, {"tokens": [1, 2, 3, 4]})).json()["error"]
@@ -133,38 +135,57 @@ def test_it_can_be_turned_off(tiny_model: Any, tmp_path: Path) -> None:
 
 
 class HeldReader:
-    """Reads when it is let."""
+    """Reads when it is let; records what it was given."""
 
     num_layers = num_heads = 1
 
     def __init__(self) -> None:
-        self.begun, self.let, self.calls = threading.Event(), threading.Event(), 0
+        self.calls: list[list[int]] = []
+        self.let = threading.Semaphore(0)
 
     def read(
         self, tokens: Sequence[int], *, layer: int | None, head: int | None
     ) -> Sequence[Sequence[float]]:
-        self.calls += 1
-        self.begun.set()
-        assert self.let.wait(PATIENCE)
+        self.calls.append([*tokens])
+        assert self.let.acquire(timeout=30)
         return [[1.0] * (position + 1) for position in range(len(tokens))]
 
 
-async def test_one_is_read_at_a_time_and_nobody_waits(service: Any, let_read: Any) -> None:
-    """Also where the first caller has left: its thread goes on, and is not doubled."""
+def by_header(scope: Scope) -> Tenant:
+    """The tenant that a test names."""
+    return Tenant(name=dict(scope["headers"]).get(b"x-tenant", b"public").decode())
+
+
+async def test_one_is_read_at_a_time_and_tenants_take_turns(start_service: Any) -> None:
+    """A second call was refused; now it waits, and the flood of one tenant delays another by no
+    more than what is being read.
+    """
     reader = HeldReader()
-    let_read(reader)
-    first = asyncio.create_task(service.post(PATH, {"tokens": [1, 2]}))
-    await asyncio.to_thread(reader.begun.wait, PATIENCE)
-    for leave in (False, True):
-        if leave:
-            first.cancel()
-            await asyncio.gather(first, return_exceptions=True)
-        busy = await service.post(PATH, {"tokens": [1]})
-        assert (busy.status_code, busy.headers["retry-after"]) == (503, "1")
+    async with start_service(authenticate=by_header) as service:
+        context = service.app.state.context
+        limits = replace(context.limits, max_tenant_waiting_maps=4)
+        desk = AttentionDesk(reader, limits)
+        service.app.state.context = replace(context, attention=desk)
+
+        def show(tenant: str, token: int) -> asyncio.Task[Any]:
+            return asyncio.create_task(service.post(PATH, {"tokens": [token]}, x_tenant=tenant))
+
+        flood = [show("flood", 1) for _ in range(5)]
+        async with asyncio.timeout(30):
+            while len(reader.calls) < 1 or desk._pool.waiting < 4:
+                await asyncio.sleep(0.001)
+        refused = await show("flood", 1)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert refused.json()["error"]["message"].endswith("calls are waiting for attention")
+        quiet = show("quiet", 2)
+        async with asyncio.timeout(30):
+            while desk._pool.waiting < 5:
+                await asyncio.sleep(0.001)
         assert (await service.client.get("/health/live")).status_code == 200, "others are served"
-    assert reader.calls == 1
-    reader.let.set()
-    while (reply := await service.post(PATH, {"tokens": [1, 2]})).status_code == 503:
-        await asyncio.sleep(0.001)
-    assert [row["weights"] for row in reply.json()["rows"]] == [[1.0], [1.0, 1.0]]
-    assert reader.calls == 2
+        reader.let.release(2)
+        reply = await quiet
+        assert reply.json()["rows"] == [{"position": 0, "weights": [1.0]}]
+        assert reader.calls[:2] == [[1], [2]]
+        reader.let.release(20)
+        assert {reply.status_code for reply in await asyncio.gather(*flood)} == {200}
+        desk.close()

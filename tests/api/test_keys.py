@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -126,18 +127,93 @@ async def test_requests_a_minute_and_what_headers_say(start_keyed: Any) -> None:
         reply = await service.post("/v1/chat/completions", chat(), **bearer(ALICE))
         assert reply.status_code == 429
         assert reply.json()["error"] == {
-            "message": "this key has 2 requests a minute and 6000 tokens a minute",
+            "message": "this key has 2 requests a minute",
             "type": "rate_limit_error", "param": None, "code": "rate_limit_exceeded",
         }  # fmt: skip
         assert 29_000 < int(reply.headers["retry-after-ms"]) <= 30_000
         assert reply.headers["retry-after"] == "30"
         assert reply.headers["x-ratelimit-remaining-requests"] == "0"
         assert service.observer.refusals == ["rate"]
-        # What does not generate costs nothing, and others' keys have their own minute.
-        assert (await service.client.get("/v1/models", headers=bearer(ALICE))).status_code == 200
+        # Others' keys have their own minute.
         reply = await service.post("/v1/completions", B, **bearer(BOB))
         assert reply.status_code == 200
         assert not [name for name in reply.headers if name.startswith("x-ratelimit")]
+
+
+COUNTED: dict[str, tuple[str, str, Any]] = {
+    "tokenize": ("POST", "/tokenize", {"prompt": "hello"}),
+    "detokenize": ("POST", "/detokenize", {"tokens": [1]}),
+    "attention": ("POST", "/v1/attention", {"tokens": [1]}),
+    "count_tokens": (
+        "POST", "/v1/messages/count_tokens",
+        {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}]},
+    ),
+    "models": ("GET", "/v1/models", None),
+    "a stream": ("GET", "/v1/streams/nonsense", None),
+    "a response": ("GET", "/v1/responses/nonsense", None),
+    "an invalid body": ("POST", "/v1/completions", {"model": "tiny-model", "prompt": 7}),
+    "no JSON": ("POST", "/v1/completions", ...),
+    "another model": ("POST", "/v1/completions", B | {"model": "other"}),
+    "a bad grammar": (
+        "POST", "/v1/completions", B | {"structured_outputs": {"regex": "(?=a)"}},
+    ),
+    "no route": ("GET", "/v1/nothing", None),
+    "another method": ("PUT", "/v1/completions", B),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path", "body"), COUNTED.values(), ids=COUNTED)
+async def test_every_call_of_a_key_counts(
+    start_keyed: Any, method: str, path: str, body: Any
+) -> None:
+    """Only submissions were counted: refused calls and everything beside them had no limit."""
+    async with start_keyed(requests_per_minute=2) as service:
+        content = b"{" if body is ... else json.dumps(body)
+        headers = bearer(ALICE) | {"content-type": "application/json"}
+
+        async def call() -> Any:
+            return await service.client.request(method, path, content=content, headers=headers)
+
+        for left in ("1", "0"):
+            reply = await call()
+            assert reply.status_code != 429
+            assert reply.headers["x-ratelimit-remaining-requests"] == left
+        refused = await call()
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "30")
+        assert "this key has 2 requests a minute" in refused.text
+        assert refused.headers["x-request-id"]
+        assert service.observer.refusals == ["rate"]
+
+
+async def test_what_ends_work_is_counted_and_never_refused(start_keyed: Any) -> None:
+    """And neither are calls without a right to be counted: the probes, and the page's status."""
+    async with start_keyed(requests_per_minute=2) as service:
+        service.engine.pause = 0.05
+        body = B | {"background": True, "input": "x"}
+        del body["prompt"], body["max_tokens"]
+        running = await service.post("/v1/responses", body, **bearer(ALICE))
+        assert running.status_code == 200
+        address = f"/v1/responses/{running.json()['id']}"
+        cancelled = await service.post(f"{address}/cancel", {}, **bearer(ALICE))
+        assert cancelled.status_code == 200
+        assert cancelled.headers["x-ratelimit-remaining-requests"] == "0"
+        for path in (f"/v1/streams/{running.headers['x-request-id']}", address):
+            reply = await service.client.delete(path, headers=bearer(ALICE))
+            assert reply.status_code == 200, reply.text
+        assert (await service.client.get("/v1/models", headers=bearer(ALICE))).status_code == 429
+        for path in ("/status", "/health", "/"):
+            for _ in range(3):
+                reply = await service.client.get(path, headers=bearer(ALICE))
+                assert reply.status_code == 200
+
+
+async def test_a_call_cannot_be_counted_while_the_queue_is_away(start_keyed: Any) -> None:
+    async with start_keyed(requests_per_minute=2) as service:
+        await service.queue.close()
+        reply = await service.post("/tokenize", {"prompt": "x"}, **bearer(ALICE))
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+        assert reply.json()["error"]["code"] == "backend_unavailable"
+        assert (await service.client.get("/v1/models", headers=bearer(BOB))).status_code == 200
 
 
 def chat() -> dict[str, Any]:
@@ -232,20 +308,71 @@ async def test_a_change_of_the_file_is_taken_over(
         write_keys(real, {BOB: {"name": "bob"}, CAROL: {"name": "carol"}})
         ring.look()
         assert (await let_in(), told) == ({"bob", "carol"}, [True])
-        for bad in ("", "[[keys]]\nname = 'x'\n", "[[keys", f'[[keys]]\nsha256 = "{ALICE}"\n'):
+        for bad in ("[[keys]]\nname = 'x'\n", "[[keys", f'[[keys]]\nsha256 = "{ALICE}"\n'):
             real.write_text(bad)
             ring.look()
             ring.look()
-        real.unlink()
-        ring.look()
-        ring.look()
-        assert (await let_in(), told) == ({"bob", "carol"}, [True] + [False] * 5)
+        assert (await let_in(), told) == ({"bob", "carol"}, [True] + [False] * 3)
         assert ALICE not in caplog.text
         other = write_keys(tmp_path / "b.toml", {ALICE: {"name": "alice"}})
         (tmp_path / "new").symlink_to(other)
         (tmp_path / "new").rename(link)  # as Kubernetes changes a mounted Secret
         ring.look()
         assert (await let_in(), told[-1]) == ({"alice"}, True)
+
+
+@pytest.mark.parametrize("content", ["", "# none\n", "keys = []\n", None])
+async def test_an_empty_or_deleted_file_revokes_every_key(
+    make_ring: Any, start_keyed: Any, caplog: pytest.LogCaptureFixture, content: str | None
+) -> None:
+    """A file without keys kept the deleted keys in force: no key could be revoked as the last one.
+
+    It revokes, and does not open: a call without a key is refused before and after.
+    """
+    ring = make_ring()
+    told: list[bool] = []
+    ring._on_reload = told.append
+    path = ring._path
+    before = path.read_text()
+    async with start_keyed(ring) as service:
+        assert (await service.client.get("/v1/models", headers=bearer(ALICE))).is_success
+        if content is None:
+            path.unlink()
+        else:
+            path.write_text(content)
+        for _ in range(2):
+            ring.look()
+        for headers in (bearer(ALICE), bearer(CAROL), {}):
+            reply = await service.client.get("/v1/models", headers=headers)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert caplog.messages.count("keys file is empty or deleted: all keys are revoked") == 1
+        path.write_text(before)
+        ring.look()
+        assert (await service.client.get("/v1/models", headers=bearer(ALICE))).is_success
+        assert told == [True, True]
+
+
+async def test_a_file_that_cannot_be_read_changes_nothing_and_is_tried_again(
+    make_ring: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file is unchanged when it can be read again, so its state does not show that."""
+    ring = make_ring()
+    told: list[bool] = []
+    ring._on_reload = told.append
+    write_keys(ring._path, {BOB: {"name": "bob"}})
+
+    def fail(_path: Path, **_options: str) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        for _ in range(3):
+            ring.look()
+        assert ring.find(ALICE) is not None
+    ring.look()
+    assert ring.find(ALICE) is None
+    assert ring.find(BOB) is not None
+    assert told == [False, True], "reported once"
 
 
 async def test_the_file_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,15 +469,15 @@ def test_a_secret_is_too_long_to_be_tried_out() -> None:
 async def test_openai_s_client_understands_refusals(start_keyed: Any, listen: Any) -> None:
     import openai
 
-    async with start_keyed(requests_per_minute=1) as service, listen(service.app) as url:
+    async with start_keyed(requests_per_minute=2) as service, listen(service.app) as url:
         stranger = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="sk-nobody", max_retries=0)
         with pytest.raises(openai.AuthenticationError):
             await stranger.completions.create(**B)
         client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=ALICE, max_retries=0)
         assert (await client.completions.create(**B)).choices
-        with pytest.raises(openai.RateLimitError):
-            await client.completions.create(**B)
         with pytest.raises(openai.PermissionDeniedError):
             await client.completions.create(**B, extra_body={"priority": 0})
+        with pytest.raises(openai.RateLimitError):
+            await client.completions.create(**B)
         for each in (stranger, client):
             await each.close()

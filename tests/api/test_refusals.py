@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from starlette.types import Scope
 
+from service.api.auth import Tenant
 from service.errors import Unavailable
 from service.messages import FinishReason, Tokens
 from service.queues import QueueLimits
@@ -56,6 +58,33 @@ async def test_a_tenant_over_its_limit(start_service: Any) -> None:
         check(reply, 429, "rate_limit_error", "rate_limit_exceeded")
         assert int(reply.headers["retry-after"]) >= 1
         assert (await service.post("/v1/completions", B | {"n": 2})).status_code == 200
+
+
+async def test_stored_bytes_are_bounded(start_service: Any) -> None:
+    """92 answers that were kept, each with a field of 3.9 MB, filled the store for all tenants."""
+    small = QueueLimits(max_tenant_bytes=4000, max_bytes=5600, resume_window=20.0)
+    async with start_service(queue_limits=small, authenticate=by_header) as service:
+        for tenant, statuses in (("a", [200, 200, 429]), ("b", [200, 503])):
+            replies = [await service.post("/v1/completions", B, x_tenant=tenant) for _ in statuses]
+            assert [reply.status_code for reply in replies] == statuses
+            assert replies[-1].headers["retry-after"] == "20"
+            message = replies[-1].json()["error"]["message"]
+            expected = (
+                "your stored requests may have at most 4000 bytes"
+                if tenant == "a"
+                else "stored requests may have at most 5600 bytes in all"
+            )
+            assert message == expected
+        check(replies[-1], 503, "service_unavailable_error", "storage_full")
+        assert service.observer.refusals == ["tenant_storage", "storage"]
+        reply = await service.post("/v1/completions", B | {"n": 4}, x_tenant="c")
+        check(reply, 429, "rate_limit_error", "rate_limit_exceeded")
+        assert reply.headers["x-should-retry"] == "false", "it never fits"
+
+
+def by_header(scope: Scope) -> Tenant:
+    """The tenant that a test names."""
+    return Tenant(name=dict(scope["headers"]).get(b"x-tenant", b"public").decode())
 
 
 class AbsentQueue(MemoryQueue):

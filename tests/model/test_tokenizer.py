@@ -70,6 +70,15 @@ def test_round_trip_and_bytes(tiny: Tokenizer) -> None:
         assert b"".join(tiny.token_bytes[id_] for id_ in ids) == text.encode()
 
 
+def test_no_text_has_fewer_tokens_than_the_bound(tiny: Tokenizer, tiny_json: Tokenizer) -> None:
+    draw = random.Random(3)
+    for _ in range(200):
+        text = "".join(draw.choices(odd_texts(50), k=draw.randint(1, 8)))
+        for tokenizer in (tiny, tiny_json):
+            fewest = tokenizer.fewest_tokens([text])
+            assert 0 < fewest <= len(tokenizer.encode(text, add_bos=False))
+
+
 def test_special_tokens_in_text_are_text(tiny: Tokenizer, tiny_json: Tokenizer) -> None:
     for tokenizer in (tiny, tiny_json):
         for text in ("<|im_end|>", "a<|im_start|>b", "<|endoftext|><|im_end|>"):

@@ -22,7 +22,10 @@ from service.messages import (
     rolling_digest,
 )
 from service.queues import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
+from service.queues.admission import idempotency_bytes, kept_bytes, request_bytes
+from service.queues.memory import MemoryQueue
 from service.queues.observer import QueueEvent
+from service.queues.redis import RedisQueue
 
 
 class Counts(Counter[QueueEvent]):
@@ -41,6 +44,7 @@ def make_submission(
     fingerprint: str = "body",
     grace: float | None = None,
     allowance: Allowance | None = None,
+    manifest: str = '{"endpoint":"completions"}',
     **fields: Any,
 ) -> Submission:
     """`fields` are those of its requests."""
@@ -56,7 +60,7 @@ def make_submission(
         id=identifier,
         tenant=tenant,
         requests=requests,
-        manifest='{"endpoint":"completions"}',
+        manifest=manifest,
         idempotency_key=key,
         fingerprint=fingerprint,
         grace=grace,
@@ -96,6 +100,65 @@ def ids_of(records: Sequence[Record]) -> list[int]:
 
 def stop_at(count: int, reason: FinishReason = FinishReason.STOP) -> End:
     return End(count=count, reason=reason)
+
+
+async def count_stored(
+    queue: Queue, submissions: Iterable[Submission]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Tenant -> bytes: as the queue counts them, and counted again from what it really holds of
+    these submissions, the only ones that it was given.
+    """
+    if isinstance(queue, MemoryQueue):
+        return dict(queue._shelf._bytes), _recount_memory(queue, submissions)
+    assert isinstance(queue, RedisQueue)
+    counted: Counter[str] = Counter()
+    again: Counter[str] = Counter()
+    for keys in queue._shards:
+        fields, gone = await queue._wire.run(
+            [("HGETALL", keys.stored), ("ZRANGE", keys.gone, 0, -1)]
+        )
+        sizes = {name.decode(): int(size) for name, size in fields.items()}
+        assert sizes.pop("all", 0) == sum(sizes.values())
+        counted.update({name.removeprefix("t:"): size for name, size in sizes.items()})
+        for member in gone:
+            size, tenant, _ = member.decode().split(" ")
+            again[tenant] += int(size)
+    for submission in submissions:
+        again[submission.tenant] += await _live_bytes(queue, submission)
+    return dict(counted), {tenant: size for tenant, size in again.items() if size}
+
+
+def _recount_memory(queue: MemoryQueue, submissions: Iterable[Submission]) -> dict[str, int]:
+    again: Counter[str] = Counter()
+    for submission in submissions:
+        if submission.id in queue._groups:
+            again[submission.tenant] += kept_bytes(submission)
+        for request in submission.requests:
+            entry = queue._entries.get(request.id)
+            if entry is not None and entry.end is None:
+                again[submission.tenant] += request_bytes(request)
+        known = queue._shelf._keys.get((submission.tenant, submission.idempotency_key or ""))
+        if known is not None and known[0] == submission.id:
+            again[submission.tenant] += idempotency_bytes(submission)
+    return {tenant: size for tenant, size in again.items() if size}
+
+
+async def _live_bytes(queue: RedisQueue, submission: Submission) -> int:
+    """Of bodies that are there, and of the rest while a request has not ended."""
+    keys = queue._keys(submission.id)
+    (left,), *bodies = await queue._wire.run(
+        [
+            ("HMGET", keys.submission(submission.id), "left"),
+            *(("HMGET", keys.request(r.id), "st", "body") for r in submission.requests),
+        ]
+    )
+    size = kept_bytes(submission) if int(left or 0) else 0
+    for request, (state, body) in zip(submission.requests, bodies, strict=True):
+        assert (state in {b"queued", b"running"}) == (body is not None)
+        if body is not None:
+            assert len(body) <= request_bytes(request)
+            size += request_bytes(request)
+    return size
 
 
 async def append(queue: Queue, lease: Lease, record: Record) -> WriteReply:

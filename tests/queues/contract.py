@@ -36,10 +36,12 @@ from service.queues import (
     WriteReply,
     WriteStatus,
 )
+from service.queues.admission import idempotency_bytes, kept_bytes, request_bytes, stored_bytes
 from tests.queues.builders import (
     answer_of,
     append,
     claim_one,
+    count_stored,
     finish,
     ids_of,
     make_engine,
@@ -58,7 +60,11 @@ LIMITS = QueueLimits(
     resume_window=1.0,
     live_ttl=60.0,
     sweep_pause=1.0,
+    max_bytes=70_000,
+    max_tenant_bytes=30_000,
+    idempotency_ttl=1.2,
 )
+LARGE = "x" * 20_000
 OVER = LIMITS.lease + 0.05
 """Seconds after which a lease that was not renewed is over."""
 
@@ -129,25 +135,33 @@ class QueueContract:
     # --- what a key may use ---------------------------------------------------------------
     async def test_requests_a_minute(self, queue: Queue) -> None:
         """A minute's limit may come at once; then one each share of a minute."""
-        allowance = Allowance(key="a", requests_per_minute=2)
-        for remaining in (1, 0):
-            reply = await queue.submit(make_submission(allowance=allowance, key=f"k{remaining}"))
-            assert (reply.status, reply.usage.tokens) == (SubmitStatus.OK, None)
-            meter = reply.usage.requests
-            assert meter is not None
-            assert (meter.limit, meter.remaining) == (2, remaining)
-            assert 30 * (2 - remaining) - 5 < meter.reset <= 30 * (2 - remaining)
-        refused = make_submission(allowance=allowance, key="k")
-        reply = await queue.submit(refused)
-        assert reply.status is SubmitStatus.RATE
-        assert 25 < reply.usage.wait <= 30
-        assert await queue.lookup(refused.id) is None
-        attached = await queue.submit(make_submission(allowance=allowance, key="k0"))
-        assert attached.status is SubmitStatus.EXISTS, "to follow an answer costs nothing"
-        other = Allowance(key="b", requests_per_minute=1)
-        assert (await queue.submit(make_submission(allowance=other))).status is SubmitStatus.OK
+        allowance = Allowance(key="a", requests_per_minute=2, tokens_per_minute=100)
+        for remaining, refused in ((1, False), (0, False), (0, True), (0, True)):
+            usage = await queue.charge(allowance)
+            assert usage.requests is not None
+            assert usage.tokens is None
+            assert (usage.requests.limit, usage.requests.remaining) == (2, remaining)
+            assert 30 * (2 - remaining) - 5 < usage.requests.reset <= 30 * (2 - remaining)
+            if refused:
+                assert 25 < usage.wait <= 30, "what is refused is not counted"
+            else:
+                assert usage.wait == 0
+        submitted = await queue.submit(make_submission(allowance=allowance))
+        assert submitted.status is SubmitStatus.OK, "a submission is no second call"
+        assert (await queue.charge(Allowance(key="b", requests_per_minute=1))).wait == 0
+        assert await queue.charge(Allowance(key="c")) == Usage()
         unlimited = make_submission(allowance=Allowance(key="c"))
         assert (await queue.submit(unlimited)).usage == Usage()
+
+    async def test_calls_come_back_one_by_one(self, queue: Queue, passes: Passes) -> None:
+        allowance = Allowance(key="a", requests_per_minute=60)
+        calls = 0
+        while not (wait := (await queue.charge(allowance)).wait):
+            calls += 1
+        assert 60 <= calls < 100, "some may have come back meanwhile"
+        assert wait <= 1
+        await passes(wait + 0.01)
+        assert (await queue.charge(allowance)).wait == 0
 
     async def test_a_minute_comes_back_bit_by_bit(self, queue: Queue, passes: Passes) -> None:
         allowance = Allowance(key="a", tokens_per_minute=90)
@@ -163,15 +177,14 @@ class QueueContract:
         assert (await queue.submit(too_large)).status is SubmitStatus.RATE
 
     async def test_what_is_refused_is_not_counted(self, queue: Queue) -> None:
-        allowance = Allowance(key="a", requests_per_minute=9, tokens_per_minute=600)
+        allowance = Allowance(key="a", tokens_per_minute=600)
         too_many = make_submission(5, allowance=allowance)
         assert (await queue.submit(too_many)).status is SubmitStatus.TENANT
         too_long = make_submission(allowance=allowance, prompt_ids=(1,) * 101)
         assert (await queue.submit(too_long)).status is SubmitStatus.FULL
         usage = (await queue.submit(make_submission(2, allowance=allowance))).usage
-        assert usage.requests is not None
         assert usage.tokens is not None
-        assert (usage.requests.remaining, usage.tokens.remaining) == (8, 600 - 2 * (3 + 16 // 4))
+        assert usage.tokens.remaining == 600 - 2 * (3 + 16 // 4)
 
     async def test_tokens_are_settled_when_an_answer_ends(self, queue: Queue) -> None:
         """Admission counts a share of max_tokens; in the end it is what was generated."""
@@ -208,6 +221,102 @@ class QueueContract:
         await queue.stop([running.requests[0].id], FinishReason.CANCELLED)
         assert (await queue.submit(make_submission(2, allowance=few))).status is SubmitStatus.TENANT
         assert (await queue.submit(make_submission(allowance=few))).status is SubmitStatus.OK
+
+    # --- what is stored -------------------------------------------------------------------
+    async def test_stored_bytes_are_bounded_for_each_tenant_and_in_all(self, queue: Queue) -> None:
+        """In the manifest or in a body; and what is refused is neither stored nor counted."""
+        kept = [make_submission(tenant=name, manifest=LARGE) for name in "abc"]
+        for submission in kept:
+            assert (await queue.submit(submission)).status is SubmitStatus.OK
+        depth = await queue.depth()
+        assert depth.stored_bytes == sum(map(stored_bytes, kept)) > 3 * len(LARGE)
+        for fields in ({"manifest": LARGE}, {"grammar": LARGE}, {"stop": (LARGE,)}):
+            refused = make_submission(tenant="a", key="k", **fields)
+            assert (await queue.submit(refused)).status is SubmitStatus.TENANT_STORAGE
+            assert await queue.lookup(refused.id) is None
+        many = make_submission(4, tenant="d", grammar=LARGE)
+        assert (await queue.submit(many)).status is SubmitStatus.TENANT_STORAGE
+        ids = make_submission(tenant="d", prompt_ids=(1,) * 2000, max_tokens=1)
+        assert (await queue.submit(ids)).status is SubmitStatus.FULL
+        last = make_submission(tenant="d", manifest=LARGE)
+        assert (await queue.submit(last)).status is SubmitStatus.STORAGE
+        assert (await queue.depth()).stored_bytes == depth.stored_bytes
+        small = make_submission(tenant="d", key="k")
+        assert (await queue.submit(small)).status is SubmitStatus.OK
+        counted, again = await count_stored(queue, [*kept, refused, many, ids, last, small])
+        assert counted == again == {s.tenant: stored_bytes(s) for s in (*kept, small)}
+
+    async def test_bytes_are_counted_until_they_are_gone(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        """A body to its request's end, the rest to the end of the resume window."""
+        submission = make_submission(2, tenant="a", grammar="x" * 9000, key="k", manifest=LARGE[:9])
+        body = request_bytes(submission.requests[0])
+        assert 9000 < body < 9500
+        await queue.submit(submission)
+        sizes = [(await queue.depth()).stored_bytes]
+        for claim in await queue.claim(make_engine(), limit=2, wait=0):
+            await finish(queue, claim, length=2)
+            sizes.append((await queue.depth()).stored_bytes)
+        assert sizes == [stored_bytes(submission) - ended * body for ended in range(3)]
+        await queue.sweep()
+        size = (await queue.depth()).stored_bytes
+        if await queue.lookup(submission.id) is not None:  # else this machine is slow
+            assert size >= kept_bytes(submission), "it can still be read"
+        await passes(LIMITS.resume_window + 0.05)
+        await queue.sweep()
+        assert (await queue.depth()).stored_bytes == idempotency_bytes(submission)
+        assert await queue.lookup(submission.id) is None
+        await passes(LIMITS.idempotency_ttl)
+        await queue.sweep()
+        assert (await queue.depth()).stored_bytes == 0
+        assert await count_stored(queue, [submission]) == ({}, {})
+
+    async def test_an_idempotency_key_that_comes_again_is_counted_once(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        """Also if its record is over and nothing was swept since."""
+        first, second = (make_submission(key="k", fingerprint=name) for name in "ab")
+        await queue.submit(first)
+        await finish(queue, await claim_one(queue), length=1)
+        await passes(LIMITS.idempotency_ttl + 0.05)
+        assert (await queue.submit(second)).status is SubmitStatus.OK
+        counted, again = await count_stored(queue, [first, second])
+        assert counted == again
+        await queue.stop([second.requests[0].id], FinishReason.CANCELLED)
+        await passes(LIMITS.idempotency_ttl + 0.05)
+        await queue.sweep()
+        assert await count_stored(queue, [first, second]) == ({}, {})
+
+    async def test_every_way_to_end_gives_the_bytes_back(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        stopped, deserted, forgotten, late = (
+            make_submission(tenant=name, manifest=LARGE[:999], **fields)
+            for name, fields in (
+                ("a", {}), ("b", {"grace": 0.1}), ("c", {}), ("d", {"timeout_ms": 100}),
+            )
+        )  # fmt: skip
+        everything = [stopped, deserted, forgotten, late]
+        for submission in everything:
+            await queue.submit(submission)
+            await queue.submit(submission)  # the reply was lost
+        counted, again = await count_stored(queue, everything)
+        assert counted == again == {s.tenant: stored_bytes(s) for s in everything}
+        ended = await queue.sweep()
+        for _ in range(2):
+            await queue.stop([stopped.requests[0].id], FinishReason.CANCELLED)
+            await queue.forget(forgotten.id)
+        await passes(0.15)
+        assert ended + await queue.sweep() == 2
+        counted, again = await count_stored(queue, everything)
+        assert counted == again
+        assert all(counted.get(name, 0) <= kept_bytes(stopped) for name in "abcd")
+        await passes(LIMITS.resume_window + 0.05)
+        await queue.sweep()
+        counted, again = await count_stored(queue, everything)
+        assert counted == again
+        assert counted.keys() <= {"c"}, "its readers have a moment to read on"
 
     # --- claims ---------------------------------------------------------------------------
     async def test_higher_priorities_and_older_ones_come_first(self, queue: Queue) -> None:

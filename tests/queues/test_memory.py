@@ -58,11 +58,11 @@ async def test_everything_ended_is_forgotten(clock: Clock) -> None:
         await clock.pass_by(0.1)
     assert len(queue._groups) <= LIMITS.resume_window / 0.1 + 1
     assert len(queue._entries) == 2 * len(queue._groups)
-    assert len(queue._keys) <= 2.0 / 0.1 + 1
+    assert len(queue._shelf._keys) <= 2.0 / 0.1 + 1
     await clock.pass_by(3)
     await queue.sweep()
-    kept = (queue._groups, queue._entries, queue._keys, queue._fading, queue._running)
-    assert not any(kept)
+    assert not queue._running
+    assert not len(queue._shelf)
     assert not len(queue._ledger)
 
 

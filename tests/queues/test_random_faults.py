@@ -17,13 +17,14 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from loadtest.rig.redis_process import RedisServer
-from service.messages import Allowance, End, FinishReason
+from service.messages import Allowance, End, FinishReason, Submission
 from service.queues import Claim, Lease, Queue, QueueDepth, QueueLimits, Write, WriteStatus
 from service.queues.memory import MemoryQueue
 from service.queues.redis import RedisQueue
 from tests.builders import at_length
 from tests.queues.builders import (
     answer_of,
+    count_stored,
     ids_of,
     make_engine,
     make_submission,
@@ -57,6 +58,8 @@ class Walk:
     lengths: dict[str, int] = field(default_factory=dict)
     epochs: dict[str, int] = field(default_factory=dict)  # of the last claim
     happened: Counter[str] = field(default_factory=Counter)
+    submissions: list[Submission] = field(default_factory=list)
+    forgotten: set[str] = field(default_factory=set)
 
     async def submit(self, engine: dict[str, Held]) -> None:
         timeout_ms = self.rng.choice([60_000] * 9 + [20])
@@ -66,8 +69,14 @@ class Walk:
             allowance=self.rng.choice((None, KEY)),
             priority=self.rng.randrange(3),
             timeout_ms=timeout_ms,
+            grace=self.rng.choice((None, None, None, 0.05)),
+            key=self.rng.choice((None, None, f"k{self.rng.randrange(20)}")),
+            fingerprint=str(self.rng.random()),
         )
+        self.submissions.append(submission)
         reply = await self.queue.submit(submission)
+        if submission.idempotency_key is not None and reply.status == "conflict":
+            return
         assert reply.status == "ok"
         again = await self.queue.submit(submission)  # the reply was lost
         assert again.status == "exists"
@@ -158,11 +167,24 @@ class Walk:
             if isinstance(record, End) or reply.status is WriteStatus.FENCED:
                 engine.pop(rid, None)
 
+    async def forget(self, engine: dict[str, Held]) -> None:
+        if not self.submissions:
+            return
+        submission = self.rng.choice(self.submissions)
+        await self.queue.forget(submission.id)
+        self.forgotten |= {request.id for request in submission.requests}
+        self.happened["forgotten"] += 1
+
+    async def recount(self) -> None:
+        """At any time the queue's counters are what can be counted again."""
+        counted, again = await count_stored(self.queue, self.submissions)
+        assert counted == again
+
     async def run(self, operations: int, *, passes: Callable[[float], Awaitable[None]]) -> None:
         walk = (
             (self.submit, 8), (self.claim, 16), (self.kill, 2), (self.pause, 2),
             (self.wake_zombie, 4), (self.cancel, 3), (self.sweep, 3), (self.renew, 8),
-            (self.release, 2), (self.step, 40),
+            (self.release, 2), (self.step, 40), (self.forget, 1),
         )  # fmt: skip
         calm = tuple(pair for pair in walk if pair[0] not in {self.submit, self.kill, self.pause})
         for done in range(20 * operations):
@@ -171,6 +193,8 @@ class Walk:
             acts, weights = zip(*(walk if done < operations else calm), strict=True)
             (act,) = self.rng.choices(acts, weights)
             await act(self.rng.choice(self.engines))
+            if self.rng.random() < 0.02:
+                await self.recount()
             if self.rng.random() < 0.05:
                 await passes(LIMITS.lease * self.rng.choice((0.3, 1.2)))
         raise AssertionError("no progress")
@@ -182,6 +206,8 @@ class Walk:
     async def verify(self) -> None:
         """No token lost, repeated or wrong, one end each, and nothing counted any more."""
         for rid, length in self.lengths.items():
+            if rid in self.forgotten:
+                continue
             *records, end = await self.queue.read(rid)
             ids = ids_of(records)
             assert not any(isinstance(record, End) for record in records)
@@ -190,6 +216,7 @@ class Walk:
             assert end.count == len(ids)
             assert end.reason is not FinishReason.STOP or end.count == length
             self.happened[f"ended: {end.reason}"] += 1
+        await self.recount()
         nothing = QueueDepth(queued_requests=0, queued_tokens=0, running_requests=0)
         assert await self.queue.depth() == nothing
         expected = ("kill", "pause", "stale write", "claim after a death", "dup", "ended: stop")
@@ -208,9 +235,10 @@ async def test_random_faults_in_memory(seed: int) -> None:
     walk = Walk(queue, random.Random(seed))
     await walk.run(2000, passes=passes)
     await walk.verify()
-    await passes(60)
+    await passes(max(LIMITS.resume_window, LIMITS.idempotency_ttl) + 60)
     await queue.sweep()
     assert not len(queue._ledger)
+    assert not len(queue._shelf)
 
 
 @pytest.mark.slow

@@ -106,10 +106,12 @@ async def test_a_key_s_limits_are_the_cluster_s(
 ) -> None:
     """Replicas share its minute; and a meter is gone when its time is over."""
     replicas = [redis_queues(redis_server.url, LIMITS) for _ in range(2)]
-    allowance = Allowance(key="a", requests_per_minute=3, tokens_per_minute=6000)
+    allowance = Allowance(key="a", requests_per_minute=3, tokens_per_minute=6000, max_in_flight=3)
+    waits = [(await replicas[i % 2].charge(allowance)).wait for i in range(4)]
+    assert [wait > 0 for wait in waits] == [False, False, False, True]
     submissions = [make_submission(allowance=allowance) for _ in range(4)]
     replies = [await replicas[i % 2].submit(each) for i, each in enumerate(submissions)]
-    assert [reply.status for reply in replies] == ["ok", "ok", "ok", "rate"]
+    assert [reply.status for reply in replies] == ["ok", "ok", "ok", "tenant"]
     await replicas[0].stop([each.requests[0].id for each in submissions], FinishReason.CANCELLED)
     left = int(redis_server.ask("PTTL", "quire:2:{s0}:k:a:requests").lstrip(":"))
     assert 50_000 < left <= 60_000
@@ -127,6 +129,11 @@ async def test_nothing_is_left_in_redis_after_the_resume_window(
         await queue.submit(make_submission(2))
         for claim in await queue.claim(make_engine(), limit=2, wait=0):
             await finish(queue, claim, length=2)
+    await asyncio.sleep(LIMITS.resume_window)
+    async with asyncio.timeout(5):
+        while (await queue.depth()).stored_bytes:
+            await queue.sweep()
+    redis_server.ask("DEL", "quire:2:{s0}:swept")
     kept = 4  # the queues' streams with their groups, and the engines heard of
     async with asyncio.timeout(PATIENCE):
         while (

@@ -21,6 +21,7 @@ from tests.queues.builders import (
     answer_of,
     append,
     claim_one,
+    count_stored,
     finish,
     make_engine,
     make_submission,
@@ -151,6 +152,35 @@ async def test_a_full_redis_refuses_work_but_lets_answers_end(
     assert list(await queue.read(rid)) == [answer_of(rid, 0, 1), full]
     own_redis.ask("CONFIG", "SET", "maxmemory", "0")
     assert (await queue.submit(make_submission())).status == "ok"
+
+
+async def test_stored_bytes_survive_a_crash_of_redis_and_of_replicas(
+    own_redis: RedisServer, redis_queues: Queues
+) -> None:
+    """One replica admits, another one sweeps, and the counters equal what is there, also after a
+    restart: nothing stays counted that is gone, and nothing is there that is not counted.
+    """
+    limits = replace(LIMITS, idempotency_ttl=2.0, resume_window=2.0)
+    first, second = (redis_queues(own_redis.url, limits) for _ in range(2))
+    submissions = [make_submission(2, tenant=name, key="k", grace=0.01) for name in "ab"]
+    for submission in submissions:
+        assert (await first.submit(submission)).status == "ok"
+    for claim in await second.claim(make_engine(), limit=2, wait=0):
+        await finish(second, claim, length=3)
+    counted, again = await count_stored(second, submissions)
+    assert counted == again
+    assert counted.keys() == {"a", "b"}
+    await asyncio.sleep(1.2)  # the append-only file is written to the disk each second
+    own_redis.kill()
+    own_redis.start()
+    after, again = await count_stored(second, submissions)
+    assert after == again == counted
+    async with asyncio.timeout(30):
+        while (await second.depth()).stored_bytes:
+            await second.sweep()
+            counted, again = await count_stored(second, submissions)
+            assert counted == again
+    assert own_redis.ask("EXISTS", "quire:2:{s0}:stored", "quire:2:{s0}:gone") == ":0"
 
 
 async def test_a_restart_of_redis_costs_nobody_its_lease(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NAMES = (
+    "charge",
     "submit",
     "claim",
     "append",

@@ -9,6 +9,7 @@ for i = 0, num(redis.call('HGET', sub, 'num')) - 1 do
   redis.call('PEXPIRE', request_key(ARGV[1] .. '.' .. i), ARGV[3])
   redis.call('PEXPIRE', journal_key(ARGV[1] .. '.' .. i), ARGV[3])
 end
+fade(ARGV[1], ARGV[3])
 redis.call('DEL', sub)
 redis.call('ZREM', DESERTED, ARGV[1])
 return stopped

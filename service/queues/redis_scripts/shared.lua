@@ -6,6 +6,8 @@ local PREFIX = string.sub(ADMISSION, 1, -4) -- without 'adm'
 local DEADLINES = PREFIX .. 'dl'
 local SINCE = PREFIX .. 'since'
 local DESERTED = PREFIX .. 'left'
+local STORED = PREFIX .. 'stored'
+local GONE = PREFIX .. 'gone'
 local WORK = PREFIX .. 'work'
 local STOPS = PREFIX .. 'stops'
 local LINES = PREFIX .. 'lines'
@@ -76,12 +78,34 @@ local function leave_queue(r)
   count_down('tok', r.cost)
 end
 
+-- Bytes that are stored of a tenant's submissions; `by` may be negative. See memory_shelf.py.
+local function count_bytes(tenant, by)
+  for _, field in ipairs({ 'all', 't:' .. tenant }) do
+    if redis.call('HINCRBY', STORED, field, by) == 0 then redis.call('HDEL', STORED, field) end
+  end
+end
+-- Bytes that are counted until a time: `sweep` counts them down then. Replies whether they are new.
+local function count_until(time, bytes, tenant, what)
+  return redis.call('ZADD', GONE, time, bytes .. ' ' .. tenant .. ' ' .. what) == 1
+end
+-- A submission's own bytes, counted for `window` from now.
+local function fade(sid, window)
+  local v = redis.call('HMGET', submission_key(sid), 'ten', 'sz')
+  if v[2] then count_until(now_ms() + window, v[2], v[1], sid) end
+end
+
 -- A key's meter is one number, the time (ms) at which all that was used is given back at a limit's
 -- steady rate: see meters.py. It goes by itself when that time is over.
 local MINUTE = 60000
 local function meter_key(key, unit) return PREFIX .. 'k:' .. key .. ':' .. unit end
 local function fraction(ms) return string.format('%.3f', ms) end -- a reply cuts numbers off
 local function used_ms(meter) return math.max(0, num(redis.call('GET', meter)) - now_ms()) end
+-- How long an amount has to wait, 0 for not at all: fractions of a minute do not come out even.
+local function wait_ms(meter, limit, amount)
+  if limit == 0 then return 0 end
+  local over = used_ms(meter) + amount * MINUTE / limit - MINUTE
+  return over > 0.001 and over or 0
+end
 local function use(meter, limit, amount)
   if limit == 0 then return end
   local now, used = now_ms(), used_ms(meter) + amount * MINUTE / limit
@@ -231,6 +255,7 @@ local function end_request(r, payload, window)
     leave_lane(r)
   end
   settle(r)
+  count_bytes(r.ten, -num(redis.call('HGET', request_key(r.rid), 'sz')))
   redis.call('XADD', journal_key(r.rid), r.n .. '-1', 'e', payload)
   redis.call('HSET', request_key(r.rid), 'st', 'ended', 'fin', payload)
   redis.call('HDEL', request_key(r.rid), 'body')
@@ -244,6 +269,7 @@ local function end_request(r, payload, window)
     redis.call('PEXPIRE', journal_key(r.sub .. '.' .. i), window)
   end
   redis.call('PEXPIRE', sub, window)
+  fade(r.sub, window)
   redis.call('ZREM', DESERTED, r.sub)
 end
 

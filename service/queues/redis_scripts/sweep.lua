@@ -1,5 +1,6 @@
 #!lua flags=allow-oom
--- Ends what is over its time and what is deserted, and forgets engines that are long gone.
+-- Ends what is over its time and what is deserted, counts down the bytes of what is gone, and forgets
+-- engines that are long gone.
 -- ARGV: payload, resume window, live ttl, silence after which an engine is forgotten (ms), at most,
 --   payload for what is deserted, pause between sweeps beyond which nobody could attend (ms).
 -- Replies {looked at, ended at their time, ended for being deserted}.
@@ -30,6 +31,12 @@ for _, sid in ipairs(left) do
     redis.call('ZREM', DESERTED, sid)
   end
 end
+local gone = redis.call('ZRANGEBYSCORE', GONE, '-inf', now, 'LIMIT', 0, ARGV[5])
+for _, member in ipairs(gone) do
+  local bytes, tenant = string.match(member, '^(%d+) (%S+) ')
+  if bytes then count_bytes(tenant, -bytes) end
+  redis.call('ZREM', GONE, member)
+end
 local engines = redis.call('HGETALL', PREFIX .. 'engines')
 for i = 1, #engines, 2 do
   if now - num(string.match(engines[i + 1], '^%d+')) > num(ARGV[4]) then
@@ -43,4 +50,4 @@ for i = 1, #engines, 2 do
     if pending == 0 then redis.call('HDEL', PREFIX .. 'engines', engines[i]) end
   end
 end
-return { math.max(#due, #left), overdue, deserted }
+return { math.max(#due, #left, #gone), overdue, deserted }

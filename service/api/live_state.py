@@ -1,0 +1,35 @@
+"""LiveState: queue depth and engines, read from the queue a few times a second however many ask."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from time import monotonic
+
+from service.errors import Unavailable
+from service.queues import EngineInfo, Queue, QueueDepth
+
+MAX_AGE = 0.2
+"""Seconds for which one reading serves all who ask."""
+
+
+class LiveState:
+    """What runs and waits now, or a moment ago."""
+
+    def __init__(self, queue: Queue, *, clock: Callable[[], float] = monotonic) -> None:
+        self._queue = queue
+        self._clock = clock
+        self._reading = asyncio.Lock()
+        self._read_at: float | None = None
+        self._latest: tuple[QueueDepth, Sequence[EngineInfo]] | None = None
+
+    async def read(self) -> tuple[QueueDepth, Sequence[EngineInfo]] | None:
+        """Depth and engines; None if the queue cannot be reached."""
+        async with self._reading:
+            if self._read_at is None or self._clock() - self._read_at >= MAX_AGE:
+                try:
+                    self._latest = await self._queue.depth(), await self._queue.engines()
+                except Unavailable:
+                    self._latest = None
+                self._read_at = self._clock()
+        return self._latest

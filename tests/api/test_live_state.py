@@ -1,0 +1,48 @@
+"""The live state: one reading serves all who ask within a moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from service.api.live_state import MAX_AGE, LiveState
+from service.errors import Unavailable
+from service.queues import EngineInfo, QueueDepth, QueueLimits
+from service.queues.memory import MemoryQueue
+from tests.queues.builders import make_submission
+
+
+class CountedQueue(MemoryQueue):
+    """Counts readings; fails them while it is away."""
+
+    readings = 0
+    away = False
+
+    async def depth(self) -> QueueDepth:
+        self.readings += 1
+        await asyncio.sleep(0)
+        if self.away:
+            raise Unavailable("away")
+        return await super().depth()
+
+    async def engines(self) -> Sequence[EngineInfo]:
+        return await super().engines()
+
+
+async def test_many_calls_cost_one_reading() -> None:
+    """So calls to the status need no limit: what they cost the queue does not depend on them."""
+    now = 0.0
+    queue = CountedQueue(QueueLimits())
+    live = LiveState(queue, clock=lambda: now)
+    states = await asyncio.gather(*(live.read() for _ in range(50)))
+    assert queue.readings == 1
+    assert all(state == states[0] for state in states)
+    await queue.submit(make_submission())
+    now += MAX_AGE
+    state = await live.read()
+    assert state is not None
+    assert state[0].queued_requests == 1
+    queue.away = True
+    now += MAX_AGE
+    assert await asyncio.gather(*(live.read() for _ in range(50))) == [None] * 50
+    assert queue.readings == 3
