@@ -58,8 +58,8 @@ async def test_shards_are_one_queue(redis_server: RedisServer, redis_queues: Que
         assert (await queue.submit(submission)).status == "ok"
         assert await queue.lookup(submission.id)
     assert redis_server.ask("HGET", "quire:2:{s2}:adm", "q") == "$1"
-    counted, again = await count_stored(queue, submissions)
-    assert counted == again == {"public": (await queue.depth()).stored_bytes}
+    counted, recounted = await count_stored(queue, submissions)
+    assert counted == recounted == {"public": (await queue.depth()).stored_bytes}
     allowance = Allowance(key="a", requests_per_minute=2)
     waits = [(await queue.charge(allowance)).wait for _ in range(3)]
     assert [wait > 0 for wait in waits] == [False, False, True], "a limit is not divided"
