@@ -65,11 +65,11 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
         limits=limits,
         observer=observer,
         probes=probes,
-        pools=WorkPools.of(limits),
+        pools=WorkPools.of(limits, observer),
         live=LiveState(queue),
         attendance=Attendance(queue),
         grammars=GrammarTrials(vocabulary) if trials is None else trials,
-        attention=None if attention is None else AttentionDesk(attention, limits),
+        attention=None if attention is None else AttentionDesk(attention, limits, observer),
         version=version,
     )
 

@@ -18,6 +18,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from service.api.observer import BUSY
 from service.connections import Outcome
 from service.messages import FinishReason
 from service.queues import SubmitStatus
@@ -66,9 +67,12 @@ class Series:
         """Creates the series of all label values: a rate misses what first appears as 1."""
         for reason in FinishReason:
             self.finished.labels(reason.value)
-        for status in SubmitStatus:
-            if status not in {SubmitStatus.OK, SubmitStatus.EXISTS}:
-                self.refused.labels(status.value)
+        refusals = {status.value for status in SubmitStatus} - {
+            SubmitStatus.OK,
+            SubmitStatus.EXISTS,
+        }
+        for refusal in refusals | {BUSY}:
+            self.refused.labels(refusal)
         for event in QueueEvent:
             self.queue_events.labels(event.value)
         for port, outcome in product(PORTS, Outcome):
@@ -103,7 +107,7 @@ class Series:
         )
         self.accepted = self._counter("quire_requests_accepted", "Requests admitted to the queue.")
         self.refused = self._counter(
-            "quire_requests_refused", "Requests refused at admission, by reason.", "reason"
+            "quire_requests_refused", "Calls refused by a limit, by reason.", "reason"
         )
         self.unserved = self._counter(
             "quire_calls_unserved", "Calls refused because no engine was there."

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Protocol
 
 from service.api.limits import ApiLimits
+from service.api.observer import BUSY, ApiObserver
 from service.fair_pool import FairPool
 
 DIGITS = 4  # of a weight: over 512 tokens an even share is 0.002
@@ -32,13 +33,14 @@ class AttentionReader(Protocol):
 class AttentionDesk:
     """Lets one call at a time to the reader."""
 
-    def __init__(self, reader: AttentionReader, limits: ApiLimits) -> None:
+    def __init__(self, reader: AttentionReader, limits: ApiLimits, observer: ApiObserver) -> None:
         self.reader = reader
         self._pool = FairPool(
             "attention",
             threads=1,
             max_weight=limits.max_waiting_maps,
             max_tenant_weight=limits.max_tenant_waiting_maps,
+            refused=partial(observer.call_refused, BUSY),
         )
 
     async def read(

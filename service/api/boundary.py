@@ -17,7 +17,7 @@ from service.api.message_errors import MESSAGE_ID, is_message_path
 from service.api.observer import ApiObserver, HttpCall
 from service.api.rates import over_rate, rate_headers
 from service.api.refusals import error_response
-from service.errors import QuireError
+from service.errors import Forbidden, QuireError, Unauthorized, Unavailable
 
 _ID_HEADER = b"x-request-id"
 
@@ -75,28 +75,33 @@ class Boundary:
 
         try:
             self._check_host(scope)
-            state["tenant"] = tenant = self._authenticate(scope)
-            await self._count(scope, tenant)
-        except QuireError as error:
+            state["tenant"] = self._authenticate(scope)
+        except (Forbidden, Unauthorized) as error:
             await error_response(error, path=path)(scope, receive, send_with_id)
             return
         try:
-            await self._app(scope, receive, send_with_id)
+            refusal = await self._count(scope, state["tenant"])
+            app = self._app if refusal is None else error_response(refusal, path=path)
+            await app(scope, receive, send_with_id)
         finally:
             if state["trace"] is not None:
                 self._observer.call_over(_traced(scope, method, caller=caller, status=status))
 
-    async def _count(self, scope: Scope, tenant: Tenant) -> None:
-        """Counts a call, whatever becomes of it. Raises RateLimited or Unavailable."""
+    async def _count(self, scope: Scope, tenant: Tenant) -> QuireError | None:
+        """Counts a call, whatever becomes of it. Returns why it is refused, if it is."""
         allowance = tenant.allowance
         if self._charge is None or allowance is None or allowance.requests_per_minute is None:
-            return
+            return None
         if not is_counted(scope["path"]):
-            return
-        scope["state"]["usage"] = usage = await self._charge(allowance)
-        if usage.wait and not never_refused(scope):
-            self._observer.call_refused("rate")
-            raise over_rate(usage)
+            return None
+        try:
+            scope["state"]["usage"] = usage = await self._charge(allowance)
+        except Unavailable as error:
+            return error
+        if not usage.wait or never_refused(scope):
+            return None
+        self._observer.call_refused("rate")
+        return over_rate(usage)
 
 
 def _traceparent(scope: Scope) -> str | None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+BUSY = "busy"
+"""Why a call is refused for which too many wait: to be parsed, tokenised or shown attention."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallReport:
@@ -56,7 +59,7 @@ class ApiObserver(Protocol):
         ...
 
     def call_refused(self, reason: str) -> None:
-        """The queue did not admit a call; the reason is a `SubmitStatus`."""
+        """A limit refused a call; the reason is a `SubmitStatus` of the queue, or BUSY."""
         ...
 
     def call_unserved(self) -> None:

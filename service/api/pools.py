@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from service.api.limits import ApiLimits
+from service.api.observer import BUSY, ApiObserver
 from service.fair_pool import FairPool
 
 
@@ -18,7 +20,7 @@ class WorkPools:
     tokens: FairPool  # text to token ids and back
 
     @classmethod
-    def of(cls, limits: ApiLimits) -> Self:
+    def of(cls, limits: ApiLimits, observer: ApiObserver) -> Self:
         """Pools that start a thread when they first need one."""
 
         def pool(work: str, threads: int) -> FairPool:
@@ -27,6 +29,7 @@ class WorkPools:
                 threads=threads,
                 max_weight=limits.max_waiting_bytes,
                 max_tenant_weight=limits.max_tenant_waiting_bytes,
+                refused=partial(observer.call_refused, BUSY),
             )
 
         return cls(

@@ -104,8 +104,8 @@ class InputReasoning(Wire):
     encrypted_content: Text | None = Field(
         None, description="Accepted for compatibility; has no effect."
     )
-    id: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
-    status: Text | None = Field(None, description="Accepted for compatibility; has no effect.")
+    id: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
+    status: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
 
     @property
     def text(self) -> str | None:

@@ -17,6 +17,7 @@ from model.checkpoint import open_checkpoint
 from service.api.attention_desk import AttentionDesk, AttentionReader
 from service.api.auth import Tenant
 from service.api.limits import ApiLimits
+from service.api.observer import NullObserver
 from service.roles import attention_reader
 from service.settings import Settings
 
@@ -35,7 +36,7 @@ def let_read(service: Any) -> Callable[[AttentionReader], None]:
     """Gives the replica something to read attention with."""
 
     def let(reader: AttentionReader) -> None:
-        desk = AttentionDesk(reader, ApiLimits())
+        desk = AttentionDesk(reader, ApiLimits(), NullObserver())
         service.app.state.context = replace(service.app.state.context, attention=desk)
 
     return let
@@ -119,7 +120,9 @@ async def test_the_length_is_limited_beside_the_models(
 ) -> None:
     async with start_service(limits=small_limits(max_attention_tokens=3)) as service:
         context = service.app.state.context
-        service.app.state.context = replace(context, attention=AttentionDesk(maps, context.limits))
+        service.app.state.context = replace(
+            context, attention=AttentionDesk(maps, context.limits, NullObserver())
+        )
         assert (await service.client.get("/status")).json()["max_attention_tokens"] == 3
         assert (await service.post(PATH, {"tokens": [1, 2, 3]})).status_code == 200
         refused = (await service.post(PATH, {"tokens": [1, 2, 3, 4]})).json()["error"]
@@ -164,7 +167,7 @@ async def test_one_is_read_at_a_time_and_tenants_take_turns(start_service: Any) 
     async with start_service(authenticate=by_header) as service:
         context = service.app.state.context
         limits = replace(context.limits, max_tenant_waiting_maps=4)
-        desk = AttentionDesk(reader, limits)
+        desk = AttentionDesk(reader, limits, service.observer)
         service.app.state.context = replace(context, attention=desk)
 
         def show(tenant: str, token: int) -> asyncio.Task[Any]:
@@ -177,6 +180,7 @@ async def test_one_is_read_at_a_time_and_tenants_take_turns(start_service: Any) 
         refused = await show("flood", 1)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert refused.json()["error"]["message"].endswith("calls are waiting for attention")
+        assert service.observer.refusals == ["busy"]
         quiet = show("quiet", 2)
         async with asyncio.timeout(30):
             while desk._pool.waiting < 5:

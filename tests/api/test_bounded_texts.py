@@ -18,11 +18,14 @@ BODIES = (
 )  # fmt: skip
 OF_THE_PROMPT = {
     "prompt", "content", "text", "input", "instructions", "system", "description", "arguments",
-    "output",
+    "output", "reasoning_content", "thinking",
 }  # fmt: skip
 OF_THE_GRAMMAR = {"regex", "choice", "grammar", "json"}
 OTHERS = {
     "model": "compared with the one name that is served",
+    "encrypted_content": "dropped",
+    "signature": "dropped",
+    "data": "dropped",
     "stop": "by the configured limits",
     "stop_sequences": "by the configured limits",
 }

@@ -62,7 +62,7 @@ async def test_a_tenant_over_its_limit(start_service: Any) -> None:
 
 async def test_stored_bytes_are_bounded(start_service: Any) -> None:
     """92 answers that were kept, each with a field of 3.9 MB, filled the store for all tenants."""
-    small = QueueLimits(max_tenant_bytes=4000, max_bytes=5600, resume_window=20.0)
+    small = QueueLimits(max_tenant_bytes=4600, max_bytes=6000, resume_window=20.0)
     async with start_service(queue_limits=small, authenticate=by_header) as service:
         for tenant, statuses in (("a", [200, 200, 429]), ("b", [200, 503])):
             replies = [await service.post("/v1/completions", B, x_tenant=tenant) for _ in statuses]
@@ -70,9 +70,9 @@ async def test_stored_bytes_are_bounded(start_service: Any) -> None:
             assert replies[-1].headers["retry-after"] == "20"
             message = replies[-1].json()["error"]["message"]
             expected = (
-                "your stored requests may have at most 4000 bytes"
+                "your stored requests may have at most 4600 bytes"
                 if tenant == "a"
-                else "stored requests may have at most 5600 bytes in all"
+                else "stored requests may have at most 6000 bytes in all"
             )
             assert message == expected
         check(replies[-1], 503, "service_unavailable_error", "storage_full")

@@ -143,6 +143,7 @@ async def test_what_waits_of_a_tenant_is_bounded(start_service: Any, small_limit
         await until(lambda: waiting(service) == 3)
         refused = await call("c")
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert service.observer.refusals == ["busy", "busy"]
         held.let.release(100)
         assert {reply.status_code for reply in await asyncio.gather(*calls)} == {200}
 

@@ -23,6 +23,7 @@ from tests.queues.builders import (
     answer_of,
     append,
     claim_one,
+    count_stored,
     finish,
     make_engine,
     make_submission,
@@ -61,6 +62,11 @@ async def test_shards_are_one_queue(redis_server: RedisServer, redis_queues: Que
         assert (await queue.submit(submission)).status == "ok"
         assert await queue.lookup(submission.id)
     assert redis_server.ask("HGET", "quire:2:{s2}:adm", "q") == "$1"
+    counted, recounted = await count_stored(queue, submissions)
+    assert counted == recounted == {"public": (await queue.depth()).stored_bytes}
+    allowance = Allowance(key="a", requests_per_minute=2)
+    waits = [(await queue.charge(allowance)).wait for _ in range(3)]
+    assert [wait > 0 for wait in waits] == [False, False, True], "a limit is not divided"
     claims = await queue.claim(make_engine(), limit=5, wait=0)
     depth = await queue.depth()
     assert (depth.queued_requests, depth.running_requests) == (1, 5)
