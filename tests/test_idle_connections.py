@@ -124,7 +124,7 @@ def test_both_ports_and_other_addresses_are_served(tiny_model: TinyModel, tmp_pa
 
 
 def test_redis_keeps_its_descriptors(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """Also where Redis comes back while the idle connections are there: it is connected anew."""
+    """Also if Redis restarts while the idle connections are open, and is connected to again."""
     model = tiny_model.write_folder(tmp_path / "tiny")
     redis = RedisServer(tmp_path / "redis")
     redis.start()
