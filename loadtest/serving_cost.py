@@ -115,7 +115,7 @@ def ask(port: int, streams: int, tokens: int) -> subprocess.Popen[bytes]:
         f"    reader, writer = await asyncio.open_connection('127.0.0.1', {port})\n"
         "    body = json.dumps({'model': 'instant', 'prompt': [index + 1, 2, 3], 'stream': True,\n"
         f"        'max_tokens': {tokens}, 'ignore_eos': True, 'temperature': 0}}).encode()\n"
-        "    writer.write(b'POST /v1/completions HTTP/1.1\\r\\nhost: x\\r\\n'\n"
+        "    writer.write(b'POST /v1/completions HTTP/1.1\\r\\nhost: localhost\\r\\n'\n"
         "        b'content-type: application/json\\r\\ncontent-length: %d\\r\\n'\n"
         "        b'connection: close\\r\\n\\r\\n' % len(body) + body)\n"
         "    said = await reader.read()\n"

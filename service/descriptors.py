@@ -11,7 +11,7 @@ import contextlib
 import resource
 from dataclasses import dataclass
 
-from service.connections import ConnectionLimits
+from service.connections import ConnectionLimits, ConnectionObserver, Connections
 from service.errors import StartupError
 from service.settings import Settings
 
@@ -57,4 +57,21 @@ def plan_connections(settings: Settings, *, descriptors: int) -> ConnectionPlan:
     return ConnectionPlan(
         api=ConnectionLimits(total=total, per_address=per_address, refused=refused),
         admin=ConnectionLimits(total=admin, per_address=admin, refused=refused),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The connections that each port may have."""
+
+    api: Connections
+    admin: Connections
+
+
+def open_places(settings: Settings, *, observer: ConnectionObserver) -> Places:
+    """Raises the limit of open files and divides them. Raises StartupError if they are too few."""
+    plan = plan_connections(settings, descriptors=raise_descriptor_limit())
+    return Places(
+        api=Connections(plan.api, port="api", observer=observer),
+        admin=Connections(plan.admin, port="admin", observer=observer),
     )

@@ -21,7 +21,7 @@ from service.http_guard import GuardedProtocol, HttpLimits
 class ServedProtocol(GuardedProtocol):
     """Guarded HTTP/1.1 in one of the port's places, and a way for the application to end it.
 
-    ASGI has no way to drop a connection, and to close one waits for a reader who takes nothing.
+    ASGI cannot drop a connection, and closing one waits for a client that reads nothing.
     """
 
     def __init__(self, *args: Any, slot: Slot, **kwargs: Any) -> None:  # noqa: ANN401

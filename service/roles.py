@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version as distribution_version
 from pathlib import Path
@@ -33,15 +33,15 @@ from model.tokenizer import Tokenizer
 from service.api.attention_desk import AttentionReader
 from service.api.auth import only_with_key, open_to_all
 from service.api.context import Probes
-from service.api.hosts import AllowedHosts, HostCheck, any_host
+from service.api.hosts import any_host
 from service.api.limits import ApiLimits
 from service.app import build_admin_app, build_app
 from service.cluster import Cluster
-from service.connections import Connections
-from service.descriptors import plan_connections, raise_descriptor_limit
+from service.descriptors import open_places
 from service.engine.loop import EngineLoop
 from service.engine.plan import EngineConfig
 from service.errors import StartupError, Unavailable
+from service.exposure import extras_of, keyless_hosts, refuse_exposure
 from service.keys import KeyRing
 from service.listeners import Listener
 from service.logs import log_call, set_up_logging
@@ -92,7 +92,7 @@ async def serve(settings: Settings, console: Console) -> None:
     refuse_exposure(settings)
     metrics, tracer = make_metrics(settings, "serve"), open_tracer(settings, "serve")
     keys = open_keys(settings, metrics)
-    places = plan_places(settings, metrics)
+    places = open_places(settings, observer=metrics)
     public, admin = bind_public(settings), bind_admin(settings)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     loaded = await asyncio.to_thread(load_engine, settings, path)
@@ -126,7 +126,7 @@ async def serve_api(settings: Settings, console: Console) -> None:
     metrics, tracer = make_metrics(settings, "api"), open_tracer(settings, "api")
     keys = open_keys(settings, metrics)
     refuse_private_queue(settings)
-    places = plan_places(settings, metrics)
+    places = open_places(settings, observer=metrics)
     public, admin = bind_public(settings), bind_admin(settings)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     tokenizer = await asyncio.to_thread(load_tokenizer, path)
@@ -155,38 +155,11 @@ async def serve_engine(settings: Settings, console: Console) -> None:
     # The admin application needs an API's context for its probes; this one has no public port.
     api = ApiSide(settings, loaded.card, queue, metrics, tokenizer=loaded.tokenizer, engine=engine)
     rows = engine_rows(loaded, path) | admin_rows(settings, address(admin))
-    places = plan_places(settings, metrics)
+    places = open_places(settings, observer=metrics)
     listeners = [Listener(api.admin_app, admin, connections=places.admin)]
     ready = partial(banner, console, settings, rows)
     await live(queue, listeners, engine=engine, cluster=api.cluster, tracer=tracer, ready=ready)
     loaded.runner.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """The connections that each port may have."""
-
-    api: Connections
-    admin: Connections
-
-
-def plan_places(settings: Settings, metrics: Metrics) -> Places:
-    """Raises the limit of open files and divides them. Raises StartupError if they are too few."""
-    plan = plan_connections(settings, descriptors=raise_descriptor_limit())
-    return Places(
-        api=Connections(plan.api, port="api", observer=metrics),
-        admin=Connections(plan.admin, port="admin", observer=metrics),
-    )
-
-
-def refuse_exposure(settings: Settings) -> None:
-    """Raises StartupError where everybody on the network could use an unprotected server."""
-    protected = settings.keys_file is not None or settings.allow_anonymous
-    if not settings.is_loopback and not protected:
-        raise StartupError(
-            f"host {settings.host} can be reached by others and no keys are configured;"
-            " give a --keys-file, or say --allow-anonymous if that is meant"
-        )
 
 
 def make_metrics(settings: Settings, role: str) -> Metrics:
@@ -364,24 +337,6 @@ class ApiSide:
         self.admin_app: FastAPI = build_admin_app(
             self.app, render_metrics=metrics.render, check_host=keyless_hosts(settings)
         )
-
-
-def extras_of(settings: Settings) -> set[str]:
-    """The optional routes. The document is for servers that need no key."""
-    wanted = {"page": settings.page, "docs": settings.keys_file is None}
-    return {name for name, serve in wanted.items() if serve}
-
-
-def keyless_hosts(settings: Settings) -> HostCheck:
-    """Which hosts a port without keys accepts: an address that others can reach has names that
-    only the operator knows.
-    """
-    names = settings.allowed_hosts
-    if "*" in names or not (names or settings.is_loopback):
-        return any_host
-    return AllowedHosts(
-        names=names, any_address=not settings.is_loopback, origins=settings.cors_origins
-    )
 
 
 def attention_reader(settings: Settings, path: Path) -> AttentionReader | None:

@@ -194,7 +194,12 @@ class Settings(BaseModel):
     host: str = _setting(Group.HTTP, "127.0.0.1", "Address to listen on.")
     port: int = _setting(Group.HTTP, 8000, "Port of the API; 0 takes a free one.", ge=0, le=65535)
     admin_port: int = _setting(
-        Group.HTTP, 8001, "Port of metrics and health, same address; 0: a free one.", ge=0, le=65535
+        Group.HTTP,
+        8001,
+        "Port of metrics and health, same address; 0: a free one. If it is not set and the default "
+        "is taken, the next free one.",
+        ge=0,
+        le=65535,
     )
     allow_anonymous: bool = _setting(
         Group.HTTP,

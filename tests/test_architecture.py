@@ -98,6 +98,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.half_closed": (),
     "service.connections": ("service.errors",),
     "service.descriptors": ("service.connections", "service.errors", "service.settings"),
+    "service.exposure": ("service.api.hosts", "service.errors", "service.settings"),
     "service.acceptor": ("service.connections",),
     "service.listeners": (
         "uvicorn", "fastapi", "service.errors", "service.api.connection", "service.http_guard",

@@ -1,4 +1,4 @@
-"""Connections: who gives way when a port is full, and how descriptors are divided."""
+"""Connections: which one gives way when a port is full, and how descriptors are divided."""
 
 from __future__ import annotations
 

@@ -25,14 +25,13 @@ from service.settings import Settings
 from tests.conftest import free_port
 
 
-@contextmanager
-def defaults(monkeypatch: pytest.MonkeyPatch, port: int) -> Iterator[type[Settings]]:
+def settings_with_default(port: int) -> Settings:
     """Settings whose default admin port is `port`, so that no test needs the real one."""
 
     class Local(Settings):
         admin_port: int = port
 
-    yield Local
+    return Local()
 
 
 @contextmanager
@@ -44,32 +43,30 @@ def taken(port: int) -> Iterator[None]:
         yield
 
 
-def test_the_default_admin_port_gives_way_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_default_admin_port_gives_way_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     default = free_port()
-    with defaults(monkeypatch, default) as local, taken(default):
-        settings = local()
-        with closing(bind_admin(settings)) as bound:
-            port = bound.getsockname()[1]
-            assert default < port <= default + ports.PORTS_TRIED
-            (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
-            assert f"admin port {default} is taken" in record.getMessage()
-            assert str(port) in record.getMessage()
-            out = io.StringIO()
-            rows = admin_rows(settings, ports.address(bound))
-            banner(Console(file=out, width=80), settings, rows)
-            assert f"http://127.0.0.1:{port}/metrics" in out.getvalue()
-            assert f"{default} is taken" in out.getvalue()
+    settings = settings_with_default(default)
+    with taken(default), closing(bind_admin(settings)) as bound:
+        port = bound.getsockname()[1]
+        assert default < port <= default + ports.PORTS_TRIED
+        (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+        assert f"admin port {default} is taken" in record.getMessage()
+        assert str(port) in record.getMessage()
+        out = io.StringIO()
+        rows = admin_rows(settings, ports.address(bound))
+        banner(Console(file=out, width=80), settings, rows)
+        assert f"http://127.0.0.1:{port}/metrics" in out.getvalue()
+        assert f"{default} is taken" in out.getvalue()
 
 
-def test_a_free_default_port_is_used_without_a_word(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_free_default_port_is_used_and_nothing_is_logged(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     default = free_port()
-    with defaults(monkeypatch, default) as local, closing(bind_admin(local())) as bound:
+    settings = settings_with_default(default)
+    with closing(bind_admin(settings)) as bound:
         assert bound.getsockname()[1] == default
-        rows = admin_rows(local(), ports.address(bound))
+        rows = admin_rows(settings, ports.address(bound))
         assert rows == {"metrics": f"http://127.0.0.1:{default}/metrics"}
     assert caplog.records == []
 

@@ -143,6 +143,24 @@ async def test_a_client_that_goes_away_frees_its_blocks(server_url: str, stream:
     assert exposition(admin).count(finished) == before
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_closes_its_sending_side_gets_its_answer(
+    server_url: str, stream: bool
+) -> None:
+    """As `nc -N` does: the request and the end of the client's side arrive together."""
+    body = {"model": MODEL, "prompt": "Count: 1 2 3", "max_tokens": 30, "ignore_eos": True}
+    content = json.dumps(body | {"stream": stream}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    port = int(server_url.rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        connection.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: connection.recv(2**16), b""))
+    assert b"HTTP/1.1 200 OK" in received
+    assert (b"data: [DONE]" in received) is stream
+    assert b'"finish_reason":"length"' in received
+
+
 def test_health_and_metrics_are_where_they_belong(server_url: str) -> None:
     for probe in ("startup", "live", "ready"):
         assert httpx.get(f"{server_url}/health/{probe}").status_code == 200

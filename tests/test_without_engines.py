@@ -53,7 +53,7 @@ def replica(tiny_tokenizer: Tokenizer) -> Start:
         assert side.cluster._gone_since is not None
         side.cluster._gone_since -= ENGINES_GONE_AFTER
         transport = httpx.ASGITransport(app=side.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield Replica(client, queue, metrics, side)
 
     return start

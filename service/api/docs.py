@@ -1,7 +1,7 @@
 """GET /openapi.json and /docs: the API's document for machines, and a page that shows it.
 
-Only where no keys are needed: a browser that opens a page sends no key. To make the document takes
-tenths of a second, so it is made in a thread, once per model card, and kept as bytes.
+Served only if no keys are needed: a browser that opens a page sends no key. Making the document
+takes tenths of a second, so it is made in a thread, once per model card, and kept as bytes.
 """
 
 from __future__ import annotations

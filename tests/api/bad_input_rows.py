@@ -409,7 +409,7 @@ NOWHERE = (
     "/nope", "/v1//completions", "/V1/completions", "/v1/completions/", "/v1", "//v1/completions",
     "/x/%2e%2e/v1/completions", "/v1/completions%00", "/v1/completions;a=b",
 )  # fmt: skip
-NOT_HERE = ("/metrics", "/docs", "/openapi.json", "/redoc", "/debug", "/debug/vars", "/.env")
+NOT_HERE = ("/metrics", "/redoc", "/debug", "/debug/vars", "/.env")
 
 
 def rows(*, vocab_size: int) -> Iterator[Row]:

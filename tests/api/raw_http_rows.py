@@ -43,7 +43,7 @@ class Answer:
 def request(
     *lines: str | bytes,
     start: str = f"POST {COMPLETIONS} HTTP/1.1",
-    host: str = "Host: test",
+    host: str = "Host: localhost",
     content: bytes = b"",
 ) -> bytes:
     """A request with these header lines."""

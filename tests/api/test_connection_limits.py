@@ -1,4 +1,4 @@
-"""Limits on connections over sockets: who is refused, with what, and who is not disturbed."""
+"""Limits on connections over sockets: what is refused, with what answer, and what goes on."""
 
 from __future__ import annotations
 

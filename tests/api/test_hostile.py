@@ -93,6 +93,7 @@ def server(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> I
     command = [sys.executable, "-m", "service", "serve", "--model", str(model)]
     command += ["--model-name", table.MODEL, "--port", str(ports[0]), "--log-format", "json"]
     command += ["--admin-port", str(ports[1]), "--max-queued-tokens", str(MAX_QUEUED_TOKENS)]
+    command += ["--allowed-hosts", "elsewhere.example"]  # the origin of some rows
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
     url = f"http://127.0.0.1:{ports[0]}"

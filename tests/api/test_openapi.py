@@ -22,10 +22,10 @@ from service.api.limits import ApiLimits
 from service.api.observer import NullObserver
 from service.app import build_app
 from service.errors import QuireError
+from service.exposure import extras_of
 from service.messages import ModelCard
 from service.queues import QueueLimits
 from service.queues.memory import MemoryQueue
-from service.roles import extras_of
 from service.settings import Settings
 from tests.api.bad_input_rows import CHAT, COMPLETIONS, RESPONSES, B, C, R
 from tests.fakes import ALL_WELL

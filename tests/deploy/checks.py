@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from service.__main__ import app as command_line
 from service.api import ROUTERS
 from service.errors import Forbidden
-from service.roles import keyless_hosts
+from service.exposure import keyless_hosts
 from service.settings import Settings, load_settings
 from tests.deploy.manifests import (
     WORKLOADS,

@@ -17,7 +17,7 @@ from service.__main__ import app as command_line
 from service.api import ROUTERS
 from service.api.hosts import AllowedHosts
 from service.errors import Forbidden
-from service.roles import keyless_hosts
+from service.exposure import keyless_hosts
 from service.settings import Settings, load_settings
 from tests.deploy.manifests import DEPLOY, ROOT
 
