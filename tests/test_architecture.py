@@ -35,6 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service": (),
     "service.messages": (),
     "service.errors": (),
+    "service.fair_pool": ("service.errors",),
     "service.settings": ("pydantic", "service.errors"),
     "service.logs": ("service.api.observer",),
     "service.metrics": (
@@ -52,15 +53,19 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.engine.pipeline": ("model.batch", "model.runners", "service.engine"),
     "service.queues": ("service.messages", "service.errors", "service.queues"),
     "service.queues.redis": ("redis", "service.messages", "service.errors", "service.queues"),
-    "service.worker": ("service.engine", "service.queues", "service.messages", "service.errors"),
+    "service.worker": (
+        "service.engine", "service.fair_pool", "service.queues", "service.messages",
+        "service.errors",
+    ),
     "service.api": (
         "fastapi", "starlette", "pydantic", "orjson", "model.tokenizer", "model.chat_template",
         "model.grammar", "model.grammar_trial",
-        "service.messages", "service.errors", "service.queues", "service.api", "service.keys",
+        "service.messages", "service.errors", "service.fair_pool", "service.queues", "service.api",
+        "service.keys",
     ),
     "service.app": (
         "fastapi", "starlette", "model.grammar", "model.tokenizer", "service.messages",
-        "service.errors", "service.queues", "service.api", "service.metrics",
+        "service.errors", "service.fair_pool", "service.queues", "service.api", "service.metrics",
     ),
     "service.chat": ("httpx", "rich", "service.errors"),
     "service.keys": ("pydantic", "service.errors"),
