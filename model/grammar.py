@@ -89,9 +89,13 @@ def lark_grammar(text: str) -> str:
     return f"lark:{text}"
 
 
-def json_text(schema: Mapping[str, Any]) -> str:
-    """What stands behind `%json` in a Lark grammar, for JSON that the schema allows."""
-    return json.dumps({**schema, _OPTIONS_KEY: _OPTIONS}, separators=(",", ":"))
+def json_text(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
+    """The operand of `%json` in a Lark grammar, for JSON that the schema allows.
+
+    `lenient` ignores keywords and formats that are not supported.
+    """
+    options = {**_OPTIONS, "lenient": True} if lenient else _OPTIONS
+    return json.dumps({**schema, _OPTIONS_KEY: options}, separators=(",", ":"))
 
 
 def gbnf_grammar(text: str) -> str:

@@ -1,7 +1,11 @@
 """Grammars of a call: from the fields of a body to a notation that is known to compile.
 
-    asked_grammar   response_format or structured_outputs -> notation              [400]
-    check_grammar   any notation, tried under limits (see `grammar_trials`)        [400, 503]
+    asked_grammar   response_format or structured_outputs -> notation      [400, 429, 503]
+    format_rule     response_format -> a rule for JSON                     [400, 429, 503]
+    check_grammar   any notation, tried under limits (see `grammar_trials`)
+
+A schema that is not `strict` binds as far as a grammar can express it; a strict one that cannot be
+expressed is refused, by the name of the property.
 
 A grammar says where the answer ends, so fields that say otherwise are refused beside it. Stop
 strings and stop tokens are not: they cut the answer, as the token limit does.
@@ -10,6 +14,9 @@ strings and stop tokens are not: they cut the answer, as the token limit does.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from model.grammar import (
@@ -17,30 +24,86 @@ from model.grammar import (
     gbnf_grammar,
     json_object_grammar,
     json_schema_grammar,
+    json_text,
     lark_grammar,
     regex_grammar,
 )
 from service.api.context import ApiContext
-from service.api.grammar_schema import ResponseFormat, StructuredOutputs
+from service.api.grammar_schema import StructuredOutputs
+from service.api.grammar_trials import OVER_LIMITS
+from service.api.json_schema import Trial, first_fault, fitting, uncounted
 from service.api.schemas import GenerationBody
 from service.errors import BadRequest
 
 
-async def asked_grammar(body: GenerationBody, context: ApiContext) -> str | None:
-    """The grammar that a body asks for, checked. Raises BadRequest or Unavailable."""
+async def asked_grammar(body: GenerationBody, context: ApiContext, *, tenant: str) -> str | None:
+    """The grammar that a body asks for, checked. Raises BadRequest, RateLimited or Unavailable."""
     if body.response_format is not None and body.structured_outputs is not None:
         raise BadRequest(
             "response_format and structured_outputs exclude each other", param="structured_outputs"
         )
-    param, notation = body.format_field, None
-    if body.response_format is not None:
-        notation = _format_grammar(body.response_format, param)
-    elif body.structured_outputs is not None:
-        param, notation = _output_grammar(body.structured_outputs)
-    if notation is not None:
+    trial = partial(context.grammars.fault, tenant=tenant)
+    if body.structured_outputs is not None:
         check_alone(body)
-        await check_grammar(notation, context, param=param)
-    return notation
+        return await _checked_output(body.structured_outputs, trial)
+    rule = await format_rule(body, trial)
+    return None if rule is None else rule.notation
+
+
+@dataclass(frozen=True, slots=True)
+class JsonRule:
+    """JSON of a schema; `lenient` ignores what a grammar cannot express."""
+
+    schema: Mapping[str, Any]
+    lenient: bool = False
+
+    @property
+    def text(self) -> str:
+        """The right side of a rule in Lark."""
+        schema = uncounted(self.schema) if self.lenient else self.schema
+        return f"%json {json_text(schema, lenient=self.lenient)}"
+
+    @property
+    def notation(self) -> str:
+        """The grammar of an answer that is nothing else."""
+        if self.lenient:
+            return lark_grammar(f"start: {self.text}")
+        return json_schema_grammar(self.schema)
+
+
+async def format_rule(body: GenerationBody, trial: Trial) -> JsonRule | None:
+    """What the field of the format asks for, checked; None: any text.
+
+    Raises BadRequest, RateLimited or Unavailable.
+    """
+    asked, param = body.response_format, body.format_field
+    if asked is None:
+        return None
+    if asked.json_schema is not None and asked.type != "json_schema":
+        raise BadRequest(f"a schema in {param} needs the type json_schema", param=param)
+    if asked.type == "text":
+        return None
+    check_alone(body)
+    if asked.type == "json_object":
+        return JsonRule({"type": "object"})
+    if asked.json_schema is None:
+        raise BadRequest(f"{param} needs a schema", code="missing_required_parameter", param=param)
+    rule = JsonRule(asked.json_schema.schema_)
+    verdict = await trial(rule.notation)
+    if verdict is None:
+        return rule
+    if asked.json_schema.strict:
+        raise await schema_error(rule.schema, trial, verdict, param=param, path=body.schema_field)
+    schema = None
+    if verdict not in OVER_LIMITS:
+        schema = await fitting(rule.schema, trial, grammar_of=_lenient)
+    if schema is None:
+        raise invalid_grammar(param, verdict)
+    return JsonRule(schema, lenient=True)
+
+
+def _lenient(schema: Mapping[str, Any]) -> str:
+    return JsonRule(schema, lenient=True).notation
 
 
 def check_alone(body: GenerationBody) -> None:
@@ -52,21 +115,40 @@ def check_alone(body: GenerationBody) -> None:
             )
 
 
-async def check_grammar(notation: str, context: ApiContext, *, param: str) -> None:
+async def check_grammar(notation: str, trial: Trial, *, param: str) -> None:
     """Raises BadRequest, with `param`, for what does not compile within the limits."""
-    fault = await context.grammars.fault(notation)
-    if fault is not None:
-        raise BadRequest(f"{param} {fault}", code="invalid_grammar", param=param)
+    verdict = await trial(notation)
+    if verdict is not None:
+        raise invalid_grammar(param, verdict)
 
 
-def _format_grammar(asked: ResponseFormat, param: str) -> str | None:
-    if asked.type != "json_schema":
-        if asked.json_schema is not None:
-            raise BadRequest(f"a schema in {param} needs the type json_schema", param=param)
-        return json_object_grammar() if asked.type == "json_object" else None
-    if asked.json_schema is None:
-        raise BadRequest(f"{param} needs a schema", code="missing_required_parameter", param=param)
-    return json_schema_grammar(asked.json_schema.schema_)
+async def schema_error(
+    schema: Mapping[str, Any], trial: Trial, verdict: str, *, param: str, path: str
+) -> BadRequest:
+    """The error for a schema at `path` that must be followed strictly and cannot be. It names the
+    property, if one is found.
+    """
+    found = None if verdict in OVER_LIMITS else await first_fault(schema, trial)
+    if found is None:
+        return invalid_grammar(param, verdict)
+    inner, reason = found
+    message = f"{path}.{inner}: {reason}; without strict it does not bind"
+    return BadRequest(message, code="invalid_grammar", param=f"{path}.{inner}")
+
+
+def invalid_grammar(param: str, verdict: str) -> BadRequest:
+    """The error for a field whose grammar has this verdict."""
+    return BadRequest(f"{param} {verdict}", code="invalid_grammar", param=param)
+
+
+async def _checked_output(asked: StructuredOutputs, trial: Trial) -> str:
+    param, notation = _output_grammar(asked)
+    verdict = await trial(notation)
+    if verdict is not None and asked.json_ is not None:
+        raise await schema_error(_schema(asked.json_), trial, verdict, param=param, path=param)
+    if verdict is not None:
+        raise invalid_grammar(param, verdict)
+    return notation
 
 
 def _output_grammar(asked: StructuredOutputs) -> tuple[str, str]:
