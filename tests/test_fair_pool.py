@@ -7,6 +7,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -161,7 +162,7 @@ async def test_nothing_is_lost_or_counted_in_the_end(seed: int) -> None:
     pool = FairPool("work", threads=2, max_weight=10**6)
     calls = []
     for index in range(200):
-        work = pool.run(draw.choice("abc"), lambda index=index: index, weight=draw.randint(1, 9))
+        work = pool.run(draw.choice("abc"), partial(int, index), weight=draw.randint(1, 9))
         calls.append(asyncio.create_task(work))
         if draw.random() < 0.3:
             draw.choice(calls).cancel()

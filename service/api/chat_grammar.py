@@ -7,9 +7,9 @@ from functools import partial
 
 from model.grammar import lark_grammar
 from service.api.context import ApiContext
-from service.api.grammar_trials import OVER_LIMITS
 from service.api.grammars import (
     asked_grammar,
+    bounded,
     check_alone,
     check_grammar,
     format_rule,
@@ -45,12 +45,26 @@ async def chat_grammar(
     rule = await format_rule(body, trial)
     text = None if rule is None else rule.text
     marker_ids = notation.marker_ids(context.tokenizer)
+    tools = _bounded_tools(body, tools)
     grammar = tools_grammar(tools, notation, marker_ids, text=text)
     if await trial(grammar) is not None:
         fitted = await _fitting_tools(body, tools, trial)
         grammar = tools_grammar(fitted, notation, marker_ids, text=text)
         await check_grammar(grammar, trial, param="tools")
     return grammar
+
+
+def _bounded_tools(body: ChatBody, tools: ToolUse) -> ToolUse:
+    """Tools with parameters within the limits of a grammar. Raises BadRequest for a strict one
+    with others.
+    """
+    functions = list(tools.functions)
+    for index in tools.may_call:
+        function, path = functions[index], body.parameters_field.format(index)
+        if function.parameters is not None:
+            parameters = bounded(function.parameters, strict=function.strict, path=path)
+            functions[index] = function.model_copy(update={"parameters": parameters})
+    return replace(tools, functions=tuple(functions))
 
 
 async def _fitting_tools(body: ChatBody, tools: ToolUse, trial: Trial) -> ToolUse:
@@ -76,9 +90,7 @@ async def _fitting_function(function: Function, trial: Trial, *, param: str) -> 
         return function
     if function.strict:
         raise await schema_error(function.parameters, trial, verdict, param=param, path=param)
-    parameters = None
-    if verdict not in OVER_LIMITS:
-        parameters = await fitting(function.parameters, trial, grammar_of=grammar_of)
+    parameters = await fitting(function.parameters, trial, verdict=verdict, grammar_of=grammar_of)
     if parameters is None:
         raise invalid_grammar(param, verdict)
     return function.model_copy(update={"parameters": parameters})

@@ -14,7 +14,6 @@ strings and stop tokens are not: they cut the answer, as the token limit does.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +30,15 @@ from model.grammar import (
 from service.api.context import ApiContext
 from service.api.grammar_schema import StructuredOutputs
 from service.api.grammar_trials import OVER_LIMITS
-from service.api.json_schema import Trial, first_fault, fitting, uncounted
+from service.api.json_schema import (
+    Schema,
+    Trial,
+    first_fault,
+    first_wide,
+    fitting,
+    narrowed,
+    uncounted,
+)
 from service.api.schemas import GenerationBody
 from service.errors import BadRequest
 
@@ -54,7 +61,7 @@ async def asked_grammar(body: GenerationBody, context: ApiContext, *, tenant: st
 class JsonRule:
     """JSON of a schema; `lenient` ignores what a grammar cannot express."""
 
-    schema: Mapping[str, Any]
+    schema: Schema
     lenient: bool = False
 
     @property
@@ -88,21 +95,22 @@ async def format_rule(body: GenerationBody, trial: Trial) -> JsonRule | None:
         return JsonRule({"type": "object"})
     if asked.json_schema is None:
         raise BadRequest(f"{param} needs a schema", code="missing_required_parameter", param=param)
-    rule = JsonRule(asked.json_schema.schema_)
+    schema = bounded(
+        asked.json_schema.schema_, strict=asked.json_schema.strict, path=body.schema_field
+    )
+    rule = JsonRule(schema)
     verdict = await trial(rule.notation)
     if verdict is None:
         return rule
     if asked.json_schema.strict:
         raise await schema_error(rule.schema, trial, verdict, param=param, path=body.schema_field)
-    schema = None
-    if verdict not in OVER_LIMITS:
-        schema = await fitting(rule.schema, trial, grammar_of=_lenient)
-    if schema is None:
+    fitted = await fitting(rule.schema, trial, verdict=verdict, grammar_of=_lenient)
+    if fitted is None:
         raise invalid_grammar(param, verdict)
-    return JsonRule(schema, lenient=True)
+    return JsonRule(fitted, lenient=True)
 
 
-def _lenient(schema: Mapping[str, Any]) -> str:
+def _lenient(schema: Schema) -> str:
     return JsonRule(schema, lenient=True).notation
 
 
@@ -122,8 +130,17 @@ async def check_grammar(notation: str, trial: Trial, *, param: str) -> None:
         raise invalid_grammar(param, verdict)
 
 
+def bounded(schema: Schema, *, strict: bool | None, path: str) -> Schema:
+    """The schema at `path` within the limits of a grammar. Raises BadRequest if it is strict and
+    beyond them.
+    """
+    if strict and (found := first_wide(schema)) is not None:
+        raise _property_error(path, *found)
+    return narrowed(schema)
+
+
 async def schema_error(
-    schema: Mapping[str, Any], trial: Trial, verdict: str, *, param: str, path: str
+    schema: Schema, trial: Trial, verdict: str, *, param: str, path: str
 ) -> BadRequest:
     """The error for a schema at `path` that must be followed strictly and cannot be. It names the
     property, if one is found.
@@ -131,8 +148,11 @@ async def schema_error(
     found = None if verdict in OVER_LIMITS else await first_fault(schema, trial)
     if found is None:
         return invalid_grammar(param, verdict)
-    inner, reason = found
-    message = f"{path}.{inner}: {reason}; without strict it does not bind"
+    return _property_error(path, *found)
+
+
+def _property_error(path: str, inner: str, reason: str) -> BadRequest:
+    message = f"{path}.{inner}: {reason} in a strict schema"
     return BadRequest(message, code="invalid_grammar", param=f"{path}.{inner}")
 
 
@@ -143,6 +163,8 @@ def invalid_grammar(param: str, verdict: str) -> BadRequest:
 
 async def _checked_output(asked: StructuredOutputs, trial: Trial) -> str:
     param, notation = _output_grammar(asked)
+    if asked.json_ is not None:
+        bounded(_schema(asked.json_), strict=True, path=param)
     verdict = await trial(notation)
     if verdict is not None and asked.json_ is not None:
         raise await schema_error(_schema(asked.json_), trial, verdict, param=param, path=param)

@@ -1,13 +1,16 @@
 """JSON schemas as grammars: what binds an answer, and what of it a grammar can express.
 
-    binding      without remarks
-    uncounted    without limits that a lenient grammar gets wrong
-    fitting      for a schema that is not strict: as much of it as a grammar can express
-    first_fault  for one that is strict: the property that it cannot express, and why
+    binding       without remarks
+    narrowed      without optional properties that are too many for the limits of a grammar
+    uncounted     without limits that a lenient grammar gets wrong
+    fitting       with patterns that a grammar can express
+    first_wide    the property that is too wide, and why
+    first_fault   the property that a grammar cannot express, and why
 
-A grammar has no look-around in regular expressions, so a pattern loses its look-around or, if that
-does not help, goes; other keywords and formats are ignored by a lenient grammar. What is left out
-only allows more. Whether a part can be expressed is decided by a trial of that part alone.
+A schema that is not strict is relaxed: a pattern loses its look-around or, if that does not help,
+goes; other keywords and formats that are not supported are ignored by a lenient grammar. What is
+left out only allows more. A strict schema is refused by the name of the property. Whether a part
+can be expressed is decided by a trial of that part alone.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ from functools import partial
 from typing import Any
 
 from model.grammar import json_schema_grammar
-from service.api.grammar_trials import UNSUPPORTED_KEYWORDS
+from service.api.grammar_trials import OVER_LIMITS, UNSUPPORTED_KEYWORDS
 
 MAX_TRIALS = 64  # of parts of one schema
 MAX_PATH_CHARS = 100
+MAX_OPTIONAL = 100  # properties of one object
 
 # A notation -> what is wrong with it, as the end of a sentence; None: nothing.
 Trial = Callable[[str], Awaitable[str | None]]
@@ -54,18 +58,33 @@ def uncounted(schema: Schema) -> dict[str, Any]:
 
 
 def _uncounted(node: dict[str, Any]) -> dict[str, Any]:
-    properties, required = node.get("properties"), node.get("required", [])
-    if not (isinstance(properties, dict) and isinstance(required, list)):
-        return node
-    if all(name in required for name in properties):
+    if not _num_optional(node):
         return node
     return {k: v for k, v in node.items() if k not in {"minProperties", "maxProperties"}}
 
 
+def narrowed(schema: Schema) -> dict[str, Any]:
+    """The schema without the optional properties of an object that has more than MAX_OPTIONAL."""
+    return _rebuilt(schema, _narrowed)
+
+
+def first_wide(schema: Schema) -> tuple[str, str] | None:
+    """(dotted path, reason) of the first object that `narrowed` would change."""
+    for path, node in _nodes(schema, ()):
+        if _num_optional(node) > MAX_OPTIONAL:
+            reason = f"an object may have at most {MAX_OPTIONAL} optional properties"
+            return _dotted((*path, "properties")), reason
+    return None
+
+
 async def fitting(
-    schema: Schema, trial: Trial, *, grammar_of: Callable[[Schema], str]
+    schema: Schema, trial: Trial, *, verdict: str, grammar_of: Callable[[Schema], str]
 ) -> Schema | None:
-    """The schema with its patterns relaxed so that `grammar_of` it passes; None if that fails."""
+    """The schema with its patterns relaxed so that `grammar_of` it passes a trial; None if that
+    fails. `verdict` is that of the schema as it is.
+    """
+    if verdict in OVER_LIMITS:
+        return None
     replacements = await _replacements(schema, trial)
     for table in (replacements, dict.fromkeys(replacements)):
         relaxed = _rebuilt(schema, partial(_replaced, table=table))
@@ -150,6 +169,23 @@ def _replaced(node: dict[str, Any], table: Replacements) -> dict[str, Any]:
         result.pop("additionalProperties", None)
         result.pop("unevaluatedProperties", None)
     return result
+
+
+def _narrowed(node: dict[str, Any]) -> dict[str, Any]:
+    """One schema; of very many optional properties it allows the names with any values."""
+    if _num_optional(node) <= MAX_OPTIONAL:
+        return node
+    left_out = {"additionalProperties", "unevaluatedProperties", "patternProperties"}
+    required = node.get("required", [])
+    kept = {name: value for name, value in node["properties"].items() if name in required}
+    return {k: v for k, v in node.items() if k not in left_out} | {"properties": kept}
+
+
+def _num_optional(node: Schema) -> int:
+    properties, required = node.get("properties"), node.get("required", [])
+    if not (isinstance(properties, dict) and isinstance(required, list)):
+        return 0  # no schema
+    return sum(name not in required for name in properties)
 
 
 def _rebuilt(schema: Schema, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from model.grammar import GrammarError, Grammars, json_schema_grammar
 from service.api.grammars import JsonRule
-from service.api.json_schema import first_fault, fitting, without_assertions
+from service.api.json_schema import MAX_OPTIONAL, first_fault, fitting, without_assertions
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE
 
 CHAT = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -141,7 +141,7 @@ async def test_a_strict_schema_is_refused_by_the_name_of_the_property(
 
 async def test_other_endpoints_name_the_property_too(service: Any) -> None:
     form = {"type": "json_schema", "name": "x", "schema": CONTACT, "strict": True}
-    body = {"model": "tiny-model", "input": "hi", "text": {"format": form}}
+    body: dict[str, Any] = {"model": "tiny-model", "input": "hi", "text": {"format": form}}
     reply = await service.post("/v1/responses", body)
     assert reply.json()["error"]["param"] == "text.format.schema.properties.to.items.pattern"
     form["strict"] = False
@@ -201,9 +201,55 @@ async def test_each_part_is_named_or_left_out(
     found = await first_fault(schema, trial)
     assert found is not None
     assert found[0] == path
-    relaxed = await fitting(schema, trial, grammar_of=lenient)
+    relaxed = await fitting(schema, trial, verdict="", grammar_of=lenient)
     assert relaxed is not None
     assert accepts(grammars, lenient(relaxed), json.dumps(value))
+
+
+NAMES = {f"p{i}": {"type": "integer"} for i in range(300)}
+WIDE = {"type": "object", "properties": NAMES, "required": ["p7"], "additionalProperties": False}
+
+
+async def test_of_too_many_optional_properties_only_the_required_ones_bind(
+    service: Any, grammars: Grammars
+) -> None:
+    """A trial may pass and the answer fail where they come, far behind its beginning."""
+    schema = {"type": "object", "properties": {"deep": WIDE}, "required": ["deep"]}
+    asked = {"type": "json_schema", "json_schema": {"schema": schema}}
+    assert (await call(service, response_format=asked)).status_code == 200
+    grammar = service.engine.seen[-1].grammar
+    assert accepts(grammars, grammar, '{"deep": {"p7": 1, "p3": 2, "p200": 3}}')
+    assert not accepts(grammars, grammar, '{"deep": {"p7": "x"}}')
+    assert not accepts(grammars, grammar, '{"deep": {"p3": 1}}')
+    reply = await call(service, tools=[tool(schema)], tool_choice="required")
+    assert reply.status_code == 400, "a prompt of 300 properties is too long for the model"
+    assert reply.json()["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize("num", [MAX_OPTIONAL, MAX_OPTIONAL + 1])
+async def test_a_strict_object_has_a_limit_of_optional_properties(
+    service: Any, grammars: Grammars, num: int
+) -> None:
+    """Within the limit, answers can use all of them."""
+    names = {"first": {"type": "null"}, **dict(list(NAMES.items())[:num])}
+    schema = {"type": "object", "properties": names, "required": ["first"]}
+    for fields, path in (
+        ({"response_format": {"type": "json_schema",
+                              "json_schema": {"schema": schema, "strict": True}}},
+         "response_format.json_schema.schema.properties"),
+        ({"structured_outputs": {"json": schema}}, "structured_outputs.json.properties"),
+    ):  # fmt: skip
+        reply = await call(service, **fields)
+        if num == MAX_OPTIONAL:
+            assert reply.status_code == 200, reply.text
+            grammar = service.engine.seen[-1].grammar
+            assert accepts(
+                grammars, grammar, '{"first": null, "p0": 1, "p50": 1, "p99": 1, "x": 1}'
+            )
+        else:
+            error = reply.json()["error"]
+            assert (reply.status_code, error["param"]) == (400, path)
+            assert f"at most {MAX_OPTIONAL} optional properties" in error["message"]
 
 
 async def test_the_number_of_trials_is_bounded(grammars: Grammars) -> None:
@@ -214,7 +260,7 @@ async def test_the_number_of_trials_is_bounded(grammars: Grammars) -> None:
         return None if len(notation) < 50_000 and "(?" not in notation else "is not valid"
 
     schema = {"properties": {f"p{i}": {"pattern": f"(?!{i})[(?]"} for i in range(500)}}
-    assert await fitting(schema, trial, grammar_of=json_schema_grammar)
+    assert await fitting(schema, trial, verdict="", grammar_of=json_schema_grammar)
     assert await first_fault(schema, trial)
     assert len(asked) < 2 * 64 + 5
 

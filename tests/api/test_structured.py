@@ -178,7 +178,7 @@ BOMBS: dict[str, dict[str, Any]] = {
     "ands": {"json": {"type": "string", "allOf": [{"pattern": f".*{i}"} for i in range(2000)]}},
     "optional": {"regex": "(.*a)?" * 10_000},
     "dots": {"grammar": "start: A\nA: " + " & ".join(f"/.*{i}.*/" for i in range(3000))},
-    "rows": {"json": {"type": "object", "properties": {f"p{i}": {} for i in range(1500)}}},
+    "rows": {"json": {"anyOf": [{"properties": {"a": {"const": i}}} for i in range(1500)]}},
 }
 
 
