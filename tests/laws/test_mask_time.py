@@ -10,7 +10,7 @@ import pytest
 
 from model.batch import Words
 from model.grammar import Grammars, Matcher, json_schema_grammar, lark_grammar, regex_grammar
-from service.engine.guide import ANSWER_LIMIT, MASK_LIMIT, STEP_TIME, TOKEN_LIMIT, MaskTime
+from service.engine.guide import ANSWER_LIMIT, MASK_LIMIT, TOKEN_LIMIT, MaskTime
 from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig
@@ -180,7 +180,7 @@ def test_no_sequence_waits_for_the_masks_of_others() -> None:
         before = grammars.now
         engine.step()
         steps += 1
-        assert grammars.now - before <= STEP_TIME + 0.03
+        assert grammars.now - before <= 0.05
         assert {"good", "plain"} - engine.ends.keys() <= engine.grown
     assert steps <= 83
     assert {name: engine.texts[name] for name in quiet.texts} == quiet.texts
@@ -231,7 +231,7 @@ def test_drafts_stop_when_the_time_of_the_step_is_used_up() -> None:
     for _ in range(3):
         before = grammars.now
         engine.step()
-        assert grammars.now - before <= STEP_TIME + 0.03
+        assert grammars.now - before <= 0.05
     del grammars.costs[forced]
     engine.run()
     assert set(engine.texts.values()) == {"a" * 30}
@@ -279,7 +279,7 @@ def test_a_failover_reads_a_long_answer_in_several_steps() -> None:
         before = grammars.now
         engine.step()
         assert "plain" in engine.grown
-        assert grammars.now - before <= STEP_TIME + 0.009
+        assert grammars.now - before <= 0.03
     assert engine.ends["hostile"] == End(count=102, reason=FinishReason.LENGTH)
 
 
