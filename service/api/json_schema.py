@@ -25,7 +25,7 @@ from service.api.grammar_trials import OVER_LIMITS, UNSUPPORTED_KEYWORDS
 
 MAX_TRIALS = 64  # of parts of one schema
 MAX_PATH_CHARS = 100
-MAX_OPTIONAL = 100  # properties of one object
+MAX_OPTIONAL = 150  # properties of one object
 
 # A notation -> what is wrong with it, as the end of a sentence; None: nothing.
 Trial = Callable[[str], Awaitable[str | None]]

@@ -27,7 +27,7 @@ import numpy as np
 from model.batch import Words
 from model.grammar import GrammarError, Matcher
 
-# CPU seconds. A usual mask takes 0.0001, one at the limits of `model.grammar` 0.01.
+# CPU seconds. A usual mask takes 0.0001, one at the limits of `model.grammar` 0.025.
 MASK_LIMIT = 0.5  # one mask, or the reading of one token
 ANSWER_LIMIT = 4.0  # all masks of an answer, plus TOKEN_LIMIT per token
 TOKEN_LIMIT = 0.01

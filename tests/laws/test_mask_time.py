@@ -19,7 +19,7 @@ from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner
 from tests.laws.test_structured import FreeRows
 
 ALWAYS_A = ((ord("a"), 100.0),)
-MANY = 260  # rules that wait for a rule, and rules that complete it: each pair is work
+MANY = 500  # rules that wait for a rule, and rules that complete it: each pair is work
 # Each passes the grammar validator. With rows of 4,000 items a mask of the first takes 0.4 s after
 # 400 tokens, and one of the last (of 1,200 rules) 0.01 ms at one token and 1.5 s at the next.
 HOSTILE = {
@@ -148,7 +148,7 @@ def test_a_grammar_whose_masks_grow_fails_at_the_same_token(grammars: Grammars, 
     drafted.run()
     end = alone.ends["hostile"]
     assert (end.reason, end.error) == (FinishReason.ERROR, "grammar_failed")
-    assert 0 < end.count < 120
+    assert 0 < end.count < 150
     assert drafted.ends["hostile"].count == end.count
     for known in range(0, end.count + 1, 30):
         resumed.add(replace(hostile, id=f"hostile {known}"), tokens=(ord("a"),) * known)
