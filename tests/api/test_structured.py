@@ -19,6 +19,7 @@ from model.grammar import (
     regex_grammar,
 )
 from service.api.grammar_trials import MAX_CHARS
+from service.messages import FinishReason
 
 CHAT = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 TEXT = {"model": "tiny-model", "prompt": "hi", "max_tokens": 4}
@@ -165,6 +166,14 @@ async def test_a_refused_grammar_is_not_repeated_to_the_client(service: Any) -> 
         reply = await service.post("/v1/chat/completions", body)
         assert reply.status_code == 400
         assert "hunter2" not in reply.text
+
+
+async def test_an_answer_whose_grammar_fails_says_so(service: Any) -> None:
+    service.engine.end, service.engine.error = FinishReason.ERROR, "grammar_failed"
+    reply = await service.post("/v1/completions", TEXT | {"structured_outputs": {"regex": "a*"}})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"]) == (500, "grammar_failed")
+    assert "grammar" in error["message"]
 
 
 # Each takes minutes, gigabytes or the whole stack of a process that compiles it.
