@@ -14,7 +14,7 @@ They check next to nothing: whether a notation is a grammar is found out by comp
 `Grammars` here or, from the API, in a process apart (`service.api.grammars.check_grammar`).
 
     Grammars   compiles notations over one vocabulary and keeps the latest
-    Matcher    where one answer stands in its grammar
+    Matcher    the state of one answer in its grammar
 
 The only module that knows llguidance. Its automaton reads bytes, so an answer may cut its text into
 tokens as the model likes; no token is ever forced but by being the only one. That also bounds the
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from model.batch import Words
 
 # Between two tokens of JSON: nothing, a blank, or a line's end and the next line's indentation. A
-# model that has nothing to say would else go on with blanks for ever.
+# model that has no more content would otherwise go on with blanks.
 _WHITESPACE = r"( |\n[ \t]{0,40})?"
 _OPTIONS = {"whitespace_pattern": _WHITESPACE}
 _OPTIONS_KEY = "x-guidance"
@@ -151,7 +151,7 @@ class Grammars:
     """Compiles notations over one vocabulary, keeps the latest and what is wrong with them.
 
     `token_bytes` are those of the network's `vocab_size` ids. An answer may end, with any of
-    `eos_ids`, exactly where its grammar is fulfilled. May be used by several threads at once.
+    `eos_ids`, only when its grammar is fulfilled. May be used by several threads at once.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ async def chat_grammar(
     if formatted and (tools.forced or notation.only_first):
         message = f"{body.format_field} leaves no room for calls that must be made"
         if notation.only_first:
-            message = f"this model cannot have tools beside {body.format_field}"
+            message = f"this model cannot combine tools with {body.format_field}"
         raise BadRequest(message, param=body.format_field)
     trial = partial(context.grammars.fault, tenant=tenant)
     rule = await format_rule(body, trial)

@@ -158,7 +158,7 @@ class GrammarTrials:
             raise Unavailable("grammars cannot be checked now") from None
 
     def _ask(self, line: bytes) -> str | None:
-        """The reply to a line. Raises OSError or ValueError where there is none."""
+        """The reply to a line. Raises OSError or ValueError if there is none."""
         process = self._process
         assert process is not None  # noqa: S101  # the callers' case
         assert process.stdin is not None  # noqa: S101
@@ -209,7 +209,7 @@ class _Verdicts:
 
 
 def _without_input(message: str) -> str:
-    """What of the compiler's message may be told: it quotes the grammar, and refusals do not."""
+    """A verdict from the compiler's message, which quotes the grammar; verdicts do not."""
     found = _NOT_SUPPORTED.search(message)
     named = set(re.findall(r"\w+", found[0])) & UNSUPPORTED_KEYWORDS if found else set()
     if named:

@@ -7,7 +7,7 @@
 A schema that is not `strict` binds as far as a grammar can express it; a strict one that cannot be
 expressed is refused, by the name of the property.
 
-A grammar says where the answer ends, so fields that say otherwise are refused beside it. Stop
+A grammar determines the end of an answer, so fields that contradict it are refused. Stop
 strings and stop tokens are not: they cut the answer, as the token limit does.
 """
 
@@ -119,7 +119,7 @@ def check_alone(body: GenerationBody) -> None:
     for name in ("min_tokens", "ignore_eos"):
         if getattr(body, name):
             raise BadRequest(
-                f"{name} contradicts a grammar, which says where the answer ends", param=name
+                f"{name} contradicts a grammar, which determines the end of the answer", param=name
             )
 
 
@@ -209,7 +209,7 @@ def _schema(value: dict[str, Any] | str) -> dict[str, Any]:
 
 def _unanchored(pattern: str) -> str:
     """The pattern itself. Raises BadRequest for anchors: there is nothing to search in."""
-    depth = 0  # of character classes, where they are ordinary characters
+    depth = 0  # of character classes; in them anchors are ordinary characters
     escaped = False
     for char in pattern:
         if escaped or char == "\\":

@@ -246,7 +246,7 @@ def _parts(node: Schema) -> Iterator[tuple[str, Schema]]:
 
 
 def _reason(keyword: str, node: Schema, fault: str) -> str | None:
-    """What to say of a part that failed; None if another part of it may be the cause."""
+    """Why a part failed; None if another part of it may be the cause."""
     if keyword in {"pattern", "patternProperties"}:
         patterns = list(_patterns(node))
         if any(without_assertions(pattern) != pattern for pattern in patterns):

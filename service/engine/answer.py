@@ -46,7 +46,7 @@ class Answer:
         self.count = 0
         self.reason: FinishReason | None = None
         self.stopped_by: str | int | None = None
-        # By position; the first token of a prompt has none. Told with the first record, once.
+        # By position; the first token of a prompt has none. Part of the first record alone.
         self.prompt_logprobs: list[TokenLogprob | None] = []
         if request.prompt_logprobs is not None and not tokens:
             self.prompt_logprobs = [None] * len(request.prompt_ids)
@@ -122,7 +122,7 @@ class Answer:
         return text
 
     def _reason_after(self, token: int) -> FinishReason | None:
-        """Why the answer ends with a token that has text, where it does."""
+        """Why the answer ends with a token that has text; None: it goes on."""
         if self._detokenizer.stopped_by is not None:
             return FinishReason.STOP
         if self.guide is not None:

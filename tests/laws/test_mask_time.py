@@ -40,7 +40,7 @@ HOSTILE = {
 
 
 class CostlyMatcher(Matcher):
-    """Advances a clock by what its masks are said to take."""
+    """Advances a clock by the given cost of each mask."""
 
     def __init__(self, matcher: Matcher, spend: Callable[[], None]) -> None:
         super().__init__(matcher._state)
