@@ -38,9 +38,7 @@ class _Job:
 
 
 class FairPool:
-    """Safe to use from several event loops. `work` names it in errors, such as "tokenising";
-    `refused` is called for each job that is not taken.
-    """
+    """Safe to use from several event loops; `work` names it in errors, such as "tokenising"."""
 
     def __init__(
         self,
@@ -49,12 +47,10 @@ class FairPool:
         threads: int,
         max_weight: int = UNBOUNDED,  # waiting in all
         max_tenant_weight: int = UNBOUNDED,
-        refused: Callable[[], None] = lambda: None,
     ) -> None:
         self._work = work
         self._max_weight = max_weight
         self._max_tenant_weight = max_tenant_weight
-        self._refused = refused
         self._num_threads = threads
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=work.replace(" ", "-"))
         self._lock = Lock()
@@ -96,10 +92,8 @@ class FairPool:
         with self._lock:
             own, total = self._waiting[job.tenant], self._waiting.total()
             if own and own + job.weight > self._max_tenant_weight:
-                self._refused()
                 raise RateLimited(f"too many of your calls are waiting for {self._work}")
             if total and total + job.weight > self._max_weight:
-                self._refused()
                 raise Unavailable(f"too many calls are waiting for {self._work}")
             self._lines.setdefault(job.tenant, deque()).append(job)
             self._waiting[job.tenant] += job.weight
