@@ -14,12 +14,13 @@ They check next to nothing: whether a notation is a grammar is found out by comp
 `Grammars` here or, from the API, in a process apart (`service.api.grammars.check_grammar`).
 
     Grammars   compiles notations over one vocabulary and keeps the latest
-    Matcher    where one answer stands in its grammar
+    Matcher    the state of one answer in its grammar
 
 The only module that knows llguidance. Its automaton reads bytes, so an answer may cut its text into
 tokens as the model likes; no token is ever forced but by being the only one. That also bounds the
-work of a step: a run of a million forced bytes would else be laid out at once. Fuel and sizes are
-bounded by `_LIMITS`; what exceeds them ends in GrammarError. It does not choose tokens.
+work of a step: a run of a million forced bytes would else be laid out at once. `_LIMITS` bound the
+work of one mask to milliseconds; the time of a whole answer is bounded by the engine's guide. It
+does not choose tokens.
 """
 
 from __future__ import annotations
@@ -37,16 +38,19 @@ if TYPE_CHECKING:
     from model.batch import Words
 
 # Between two tokens of JSON: nothing, a blank, or a line's end and the next line's indentation. A
-# model that has nothing to say would else go on with blanks for ever.
+# model that has no more content would otherwise go on with blanks.
 _WHITESPACE = r"( |\n[ \t]{0,40})?"
 _OPTIONS = {"whitespace_pattern": _WHITESPACE}
 _OPTIONS_KEY = "x-guidance"
 _HEAD = '%llguidance {"no_forcing": true}\n'
-# Fuel is llguidance's measure of work: a mask that needs more of it ends in an error.
+# What exceeds these ends in GrammarError, at the same token on every machine. llguidance compares a
+# new item with all others in its row, so a mask costs up to step_max_items * max_items_in_row ** 2
+# comparisons: at most 25 ms were measured with these, 2 s with rows of 4,000. JSON needs 4 items in
+# a row and 56 in a step for each optional property that may come next: 150 of them fit.
 _LIMITS = llguidance.LLParserLimits(
-    max_items_in_row=4000,
-    step_lexer_fuel=200_000,
-    step_max_items=20_000,
+    max_items_in_row=700,
+    step_max_items=10_000,
+    step_lexer_fuel=50_000,  # 14,000 are about a millisecond
     max_lexer_states=30_000,
     max_grammar_size=200_000,
     verbose_errors=False,
@@ -85,9 +89,13 @@ def lark_grammar(text: str) -> str:
     return f"lark:{text}"
 
 
-def json_text(schema: Mapping[str, Any]) -> str:
-    """What stands behind `%json` in a Lark grammar, for JSON that the schema allows."""
-    return json.dumps({**schema, _OPTIONS_KEY: _OPTIONS}, separators=(",", ":"))
+def json_text(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
+    """The operand of `%json` in a Lark grammar, for JSON that the schema allows.
+
+    `lenient` ignores keywords and formats that are not supported.
+    """
+    options = {**_OPTIONS, "lenient": True} if lenient else _OPTIONS
+    return json.dumps({**schema, _OPTIONS_KEY: options}, separators=(",", ":"))
 
 
 def gbnf_grammar(text: str) -> str:
@@ -143,7 +151,7 @@ class Grammars:
     """Compiles notations over one vocabulary, keeps the latest and what is wrong with them.
 
     `token_bytes` are those of the network's `vocab_size` ids. An answer may end, with any of
-    `eos_ids`, exactly where its grammar is fulfilled. May be used by several threads at once.
+    `eos_ids`, only when its grammar is fulfilled. May be used by several threads at once.
     """
 
     def __init__(
@@ -216,21 +224,22 @@ class Grammars:
 
 
 class Matcher:
-    """Where one answer stands in its grammar. Used by one thread at a time.
+    """The state of one answer in its grammar. Used by one thread at a time.
 
-    Its state is a function of the tokens read, so reading them again gives it back. After a
-    GrammarError it is good for nothing but `before`.
+    It is a function of the tokens read. After a GrammarError it is of no further use.
     """
 
-    def __init__(self, compiled: llguidance.LLMatcher) -> None:
-        self._compiled = compiled
-        self._state = compiled.deep_copy()
-        self._tokens: list[int] = []
+    def __init__(self, state: llguidance.LLMatcher) -> None:
+        self._state = state.deep_copy()
+
+    def copy(self) -> Matcher:
+        """An independent matcher in the same state. Takes microseconds."""
+        return Matcher(self._state)
 
     @property
     def ended(self) -> bool:
         """Whether nothing can follow: the answer is complete."""
-        return self._state.is_stopped()
+        return self._state.is_stopped() and not self._state.is_error()
 
     @property
     def fulfilled(self) -> bool:
@@ -238,21 +247,14 @@ class Matcher:
         return self._state.is_accepting()
 
     def read(self, token: int) -> None:
-        """The answer goes on with a token. Raises GrammarError where it may not or cannot."""
+        """Appends a token to the answer. Raises GrammarError if it may not or cannot follow."""
         if not self._state.consume_token(token):
             raise GrammarError(self._state.get_error())
-        self._tokens.append(token)
-
-    def unread(self, num: int) -> None:
-        """Takes back the last `num` tokens."""
-        if num:
-            self._state.rollback(num)
-            del self._tokens[-num:]
 
     def fill(self, mask_W: Words) -> None:
-        """Writes which tokens may come next, bit by bit; one at least.
+        """Writes which tokens may come next, bit by bit; at least one.
 
-        Raises GrammarError where that is too much work or, by the grammar's fault, none may.
+        Raises GrammarError if that takes too much work or, due to the grammar, none may.
         """
         self._state.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
         self._check(is_empty=not mask_W.any())
@@ -270,12 +272,5 @@ class Matcher:
             raise GrammarError("no token can come next")
 
     def num_allowed(self, tokens: Sequence[int]) -> int:
-        """How many of the tokens the answer may go on with, one after another."""
+        """How many of the tokens may follow, one after another."""
         return self._state.validate_tokens(list(tokens))
-
-    def before(self, num: int) -> Matcher:
-        """A new one that has read the same tokens but the last `num`."""
-        matcher = Matcher(self._compiled)
-        for token in self._tokens[: len(self._tokens) - num]:
-            matcher.read(token)
-        return matcher

@@ -3,7 +3,7 @@
     body, fields, schemas      bytes -> JSON -> wire types                     [400, 413, 415]
     prompts, sampling          wire types -> token ids, sampling parameters    [400]
     tools, tool_prompt         functions, put to the model                     [400]
-    chat_grammar               what the answer must match                      [400, 503]
+    chat_grammar               what the answer must match                 [400, 429, 503]
     admission                  -> Submission -> queue                          [409, 429, 503]
     answer, relay, pieces      journal -> what is shown of each choice; tool_calls: its calls
     events, sse | whole        -> server-sent events, or their sum as one JSON body

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from time import monotonic
+from types import MappingProxyType
 
 from service.api.context import ApiContext
 from service.api.manifest import Endpoint, Manifest
@@ -16,14 +17,19 @@ from service.errors import DeadlineExceeded, GenerationFailed, QuireError
 from service.messages import End, FinishReason, Record, Submission, child_ids
 from service.queues import SubmitStatus
 
-FATAL = frozenset({"engine_crash_loop"})  # ends of ERROR that come again on a retry
+# Ends of ERROR that come again on a retry.
+FATAL = frozenset({"engine_crash_loop", "grammar_failed"})
+FAILURES = MappingProxyType({
+    "grammar_failed": "the grammar of this answer allows no token here, or takes too much work: "
+    "make it less ambiguous",
+})  # fmt: skip
 
 
 def failure_of(end: End) -> QuireError | None:
     """What an end tells of as an error: there is no answer, or it is not to be had."""
     if end.reason is FinishReason.ERROR:
         code = end.error or "generation_failed"
-        message = "the engine could not finish this answer"
+        message = FAILURES.get(code, "the engine could not finish this answer")
         return GenerationFailed(message, code=code, retryable=code not in FATAL)
     if end.reason is FinishReason.DEADLINE and end.count == 0:
         return DeadlineExceeded("the deadline passed before the first token")

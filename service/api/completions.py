@@ -31,6 +31,6 @@ async def create_completion(
     check_open(body, context)
     call = read_call(request, tenant, context.limits)
     prompts = await completion_prompts(body, context, tenant=tenant.name)
-    grammar = await asked_grammar(body, context)
+    grammar = await asked_grammar(body, context, tenant=tenant.name)
     submission = plan_call(body, prompts, context, call=call, grammar=grammar)
     return await answer_call(submission, context, call=call, request=request)

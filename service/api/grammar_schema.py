@@ -34,7 +34,9 @@ class JsonSchema(Closed):
     description: Text | None = Field(None, description="What it is for; has no effect.")
     schema_: dict[str, Any] = Field(alias="schema", description="The schema of the answer.")
     strict: bool | None = Field(
-        None, description="The schema is always kept to; accepted for compatibility."
+        None,
+        description="Refuse a schema that cannot be followed to the letter. Default false: what it "
+        "says beyond that is left to the model.",
     )
 
 
@@ -61,14 +63,16 @@ class TextFormat(Closed):
         None, alias="schema", description="The schema of the answer; goes with json_schema."
     )
     strict: bool | None = Field(
-        None, description="The schema is always kept to; accepted for compatibility."
+        None,
+        description="Refuse a schema that cannot be followed to the letter. Default false: what it "
+        "says beyond that is left to the model.",
     )
 
     def as_response_format(self) -> ResponseFormat:
         """In a chat's words."""
         schema = None
         if self.schema_ is not None:
-            schema = JsonSchema.model_construct(schema_=self.schema_)
+            schema = JsonSchema.model_construct(schema_=self.schema_, strict=self.strict)
         return ResponseFormat.model_construct(type=self.type, json_schema=schema)
 
 

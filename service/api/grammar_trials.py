@@ -1,40 +1,54 @@
-"""GrammarTrials: whether a grammar compiles, found out in a process apart, under limits.
+"""GrammarTrials: whether a grammar compiles, found out in a child process under limits.
 
-A bad grammar costs a refusal and never an engine: the process is ended where it takes too long or
-too much memory, its crash is an answer, and the next grammar gets a new one. It begins with the
-first call that has a grammar and has no part in answering. One grammar is tried at a time, and the
-latest outcomes are kept.
+A bad grammar costs a refusal and never an engine: the process is killed if it takes too long or
+too much memory, its crash is a verdict, and the next grammar gets a new process. It starts with the
+first call that has a grammar and has no part in answering.
+
+    fault -> verdict of an equal grammar, if kept
+          -> the tenant's line -> its turn -> the process -> verdict, kept
+
+One grammar is tried at a time, tenants in turns, so a tenant waits for the trial that runs and
+never for all that another tenant has waiting. A verdict depends on the grammar alone, so all
+tenants share it. Calls come here after they were counted against their key's requests per minute.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import re
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import model.grammar_trial
 from model.grammar import Grammars
 from service.errors import Unavailable
+from service.fair_pool import FairPool
 
 MAX_CHARS = 65_536
 PATIENCE = 20.0  # seconds that a busy machine may take for what is bounded in processor time
-MAX_WAITING = 32  # grammars before their trial
-_KEPT = 256  # outcomes
+MAX_TENANT_WAITING = 64  # different grammars of one tenant before their trial
+MAX_WAITING = 1024  # of all tenants
+MAX_VERDICTS = 4096  # kept
 _ROOT = Path(model.grammar_trial.__file__).parent.parent
 _INVALID = "is not valid, or no answer can match it"
+_TOO_LONG = f"may have at most {MAX_CHARS} characters"
 _COMPLEX = "is too complex: it takes more time or memory than a grammar may"
+OVER_LIMITS = frozenset({_TOO_LONG, _COMPLEX})  # verdicts on the size of a grammar
 _COMPLEX_SIGNS = ("too ", "limit", "max is", "a step takes", "panic")
-# What the compiler may be quoted with: names that are nobody's input.
-_KEYWORDS = frozenset({
+# Keywords that the compiler supports in part or not at all, the only words of its messages that a
+# verdict quotes: no input.
+UNSUPPORTED_KEYWORDS = frozenset({
     "oneOf", "not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains",
     "propertyNames", "multipleOf", "dependentRequired", "dependentSchemas", "unevaluatedItems",
     "unevaluatedProperties", "minProperties", "maxProperties", "patternProperties", "format",
@@ -44,40 +58,75 @@ _NOT_SUPPORTED = re.compile(
 )
 
 
+@dataclass(slots=True)
+class _Place:
+    """A place in a tenant's line."""
+
+    trial: asyncio.Future[str]
+    num_calls: int = 0
+
+
 class GrammarTrials:
     """Tries grammars over one vocabulary. Begins nothing before it is asked."""
 
     def __init__(self, make_grammars: Callable[[], Grammars]) -> None:
         self._make_grammars = make_grammars
         self._process: subprocess.Popen[bytes] | None = None
-        self._outcomes: OrderedDict[str, str | None] = OrderedDict()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-trials")
-        self._waiting = 0
+        self._lock = threading.Lock()  # of the process
+        self._verdicts = _Verdicts()
+        self._places: dict[tuple[str, bytes], _Place] = {}  # by tenant and digest
+        self._pool = FairPool(
+            "grammar checks",
+            threads=1,
+            max_weight=MAX_WAITING,
+            max_tenant_weight=MAX_TENANT_WAITING,
+        )
 
-    async def fault(self, notation: str) -> str | None:
-        """What is wrong with a grammar, as the end of a sentence; None where it can be used.
+    async def fault(self, notation: str, *, tenant: str) -> str | None:
+        """What is wrong with a grammar, as the end of a sentence; None if it can be used.
 
-        Raises Unavailable where too many wait, or no process can be had.
+        Raises RateLimited if the tenant has too many waiting, Unavailable if all tenants have, or
+        if the process cannot be started.
         """
         if len(notation) > MAX_CHARS:
-            return f"may have at most {MAX_CHARS} characters"
-        if notation not in self._outcomes:
-            if self._waiting >= MAX_WAITING:
-                raise Unavailable("too many grammars wait to be checked")
-            self._waiting += 1
-            loop = asyncio.get_running_loop()
-            try:
-                outcome = await loop.run_in_executor(self._thread, self._try, notation)
-            finally:
-                self._waiting -= 1
-            self._outcomes[notation] = outcome
-            if len(self._outcomes) > _KEPT:
-                self._outcomes.popitem(last=False)
-        return self._outcomes[notation]
+            return _TOO_LONG
+        digest = hashlib.sha256(notation.encode()).digest()
+        verdict = self._verdicts.get(digest)
+        if verdict is None:
+            verdict = await self._verdict(digest, notation, tenant=tenant)
+        return verdict or None
 
     def close(self) -> None:
-        """Ends the process. Another one begins if it is asked again."""
-        self._thread.submit(self._end).result()
+        """Ends the process. Another one starts with the next grammar."""
+        with self._lock:
+            self._end()
+
+    async def _verdict(self, digest: bytes, notation: str, *, tenant: str) -> str:
+        """Calls of a tenant with equal grammars share a place in its line until the last one is
+        given up.
+        """
+        key = (tenant, digest)
+        place = self._places.get(key)
+        if place is None:
+            trial = self._pool.run(tenant, partial(self._judge, digest, notation))
+            place = self._places[key] = _Place(asyncio.ensure_future(trial))
+        place.num_calls += 1
+        try:
+            return await asyncio.shield(place.trial)
+        finally:
+            place.num_calls -= 1
+            if not place.num_calls:
+                del self._places[key]
+                place.trial.cancel()  # has no effect on one that is done
+
+    def _judge(self, digest: bytes, notation: str) -> str:
+        """The verdict, from a thread. An equal grammar may have been tried in the meantime."""
+        with self._lock:
+            verdict = self._verdicts.get(digest)
+            if verdict is None:
+                verdict = self._try(notation) or ""
+                self._verdicts.put(digest, verdict)
+        return verdict
 
     def _try(self, notation: str) -> str | None:
         if self._process is None or self._process.poll() is not None:
@@ -109,7 +158,7 @@ class GrammarTrials:
             raise Unavailable("grammars cannot be checked now") from None
 
     def _ask(self, line: bytes) -> str | None:
-        """The reply to a line. Raises OSError or ValueError where there is none."""
+        """The reply to a line. Raises OSError or ValueError if there is none."""
         process = self._process
         assert process is not None  # noqa: S101  # the callers' case
         assert process.stdin is not None  # noqa: S101
@@ -138,10 +187,32 @@ class GrammarTrials:
         self._process = None
 
 
+class _Verdicts:
+    """The latest verdicts by digest, empty for a grammar that can be used. Any thread."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[bytes, str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, digest: bytes) -> str | None:
+        """None if the grammar was not tried, or too long ago."""
+        with self._lock:
+            if digest in self._kept:
+                self._kept.move_to_end(digest)
+            return self._kept.get(digest)
+
+    def put(self, digest: bytes, verdict: str) -> None:
+        """Forgets the one that was not asked for the longest, if there are too many."""
+        with self._lock:
+            self._kept[digest] = verdict
+            if len(self._kept) > MAX_VERDICTS:
+                self._kept.popitem(last=False)
+
+
 def _without_input(message: str) -> str:
-    """What of the compiler's message may be told: it quotes the grammar, and refusals do not."""
+    """A verdict from the compiler's message, which quotes the grammar; verdicts do not."""
     found = _NOT_SUPPORTED.search(message)
-    named = set(re.findall(r"\w+", found[0])) & _KEYWORDS if found else set()
+    named = set(re.findall(r"\w+", found[0])) & UNSUPPORTED_KEYWORDS if found else set()
     if named:
         return f"uses what is not supported here: {', '.join(sorted(named))}"
     if any(sign in message for sign in _COMPLEX_SIGNS):

@@ -56,7 +56,7 @@ class OutputFormat(Wire):
 
     def as_response_format(self) -> ResponseFormat:
         """In a chat's words."""
-        schema = JsonSchema.model_construct(schema_=self.schema_)
+        schema = JsonSchema.model_construct(schema_=self.schema_, strict=True)
         return ResponseFormat.model_construct(type=self.type, json_schema=schema)
 
 
@@ -143,6 +143,7 @@ class MessageChat(ChatBody):
     function_field: ClassVar[str] = "tools[{}]"
     parameters_field: ClassVar[str] = "tools[{}].input_schema"
     format_field: ClassVar[str] = "output_config.format"
+    schema_field: ClassVar[str] = "output_config.format.schema"
 
 
 def as_chat(body: MessageBody) -> MessageChat:

@@ -38,7 +38,7 @@ async def answer_chat(
     call = read_call(request, tenant, context.limits)
     tools = tool_use(chat)
     prompt = await chat_prompt(chat, context, tenant=tenant.name, tools=tools)
-    grammar = await chat_grammar(chat, context, tools=tools)
+    grammar = await chat_grammar(chat, context, tenant=tenant.name, tools=tools)
     submission = plan_call(
         chat,
         [prompt],

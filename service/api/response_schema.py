@@ -203,6 +203,7 @@ class ResponseChat(ChatBody):
     prompt_field: ClassVar[str] = "input"
     limit_field: ClassVar[str] = "max_output_tokens"
     format_field: ClassVar[str] = "text.format"
+    schema_field: ClassVar[str] = "text.format.schema"
     function_field: ClassVar[str] = "tools[{}]"
     parameters_field: ClassVar[str] = "tools[{}].parameters"
 

@@ -211,6 +211,7 @@ class GenerationBody(SamplingBody):
     """The fields that completions and chat completions share."""
 
     format_field: ClassVar[str] = "response_format"
+    schema_field: ClassVar[str] = "response_format.json_schema.schema"
 
     n: int | None = Field(None, ge=1, description="Choices for each prompt. Default 1.")
     max_tokens: int | None = Field(

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.grammar import lark_grammar
+from service.api.json_schema import binding, uncounted
 from service.api.tool_notation import Notation
 from service.api.tool_schema import Function
 from service.api.tools import ToolUse
@@ -22,13 +23,6 @@ MAX_CALLS = 32  # of one answer: a model that goes on calling ends there
 # As models are trained to write JSON, and without the blanks in which a small one may lose itself.
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-
-# Keywords of a schema that bind nothing, that hold schemas by name, and that hold no schema.
-_REMARKS = frozenset({"$comment", "default", "deprecated", "description", "examples", "title"})
-_BY_NAME = frozenset(
-    {"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"}
-)
-_VALUES = frozenset({"const", "enum", "required"})
 
 
 def tools_grammar(
@@ -68,31 +62,11 @@ def _named(name: str, notation: Notation, spell: _Speller) -> str:
 def arguments_rule(function: Function) -> str:
     """The right side of a rule for a function's arguments."""
     schema = _NO_ARGUMENTS if function.parameters is None else binding(function.parameters)
-    # What a grammar cannot say of a function that is not strict is left to the model.
-    options = _SPACING if function.strict else _SPACING | {"lenient": True}
+    options: dict[str, Any] = _SPACING
+    if not function.strict:  # what a grammar cannot express is left to the model
+        schema, options = uncounted(schema), _SPACING | {"lenient": True}
     bound = {"type": "object", **schema, "x-guidance": options}
     return f"%json {json.dumps(bound, separators=(',', ':'))}"
-
-
-def binding(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema without remarks: the model has read them, and a grammar has no use for them."""
-    return {
-        keyword: _binding_value(keyword, value)
-        for keyword, value in schema.items()
-        if keyword not in _REMARKS
-    }
-
-
-def _binding_value(keyword: str, value: Any) -> Any:  # noqa: ANN401  # any JSON
-    if keyword in _VALUES:
-        return value
-    if isinstance(value, dict):
-        if keyword in _BY_NAME:
-            return {name: _binding_value("", schema) for name, schema in value.items()}
-        return binding(value)
-    if isinstance(value, list):
-        return [_binding_value("", item) for item in value]
-    return value
 
 
 def _start(use: ToolUse, notation: Notation, spell: _Speller) -> list[str]:

@@ -30,7 +30,8 @@ class Answer:
 
     `reason` is set with the token that ends it. A token that ends an answer counts and has no text;
     a stop string cuts the text and leaves the tokens that it began in. An answer that has fulfilled
-    its grammar, so that only an end could follow, stops without one.
+    its grammar, so that only an end could follow, stops without one. `guide` is given `tokens` by
+    the caller; `verdict` is the reason that follows from them.
     """
 
     def __init__(
@@ -45,18 +46,18 @@ class Answer:
         self.count = 0
         self.reason: FinishReason | None = None
         self.stopped_by: str | int | None = None
-        # By position; the first token of a prompt has none. Told with the first record, once.
+        # By position; the first token of a prompt has none. Part of the first record alone.
         self.prompt_logprobs: list[TokenLogprob | None] = []
         if request.prompt_logprobs is not None and not tokens:
             self.prompt_logprobs = [None] * len(request.prompt_ids)
         self._max_tokens = request.max_tokens
         self._stop_ids = stop_ids(request, eos_ids)
         self._detokenizer = Detokenizer(token_bytes, request.stop)
-        self._guide = guide
+        self.guide: Guide | None = None
         self._digest = 0
         for token in tokens:  # what became certain of their text is journalled with them
             self._read(token)
-        self._look_ahead()
+        self.guide = guide
 
     def take(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> Tokens:
         """Reads the next tokens up to one that ends the answer; returns the record of those read.
@@ -69,7 +70,6 @@ class Answer:
             if self.reason is not None:
                 break
             text += self._read(token)
-        text += self._look_ahead()
         num = self.count - start
         prompt_logprobs = tuple(self.prompt_logprobs)
         self.prompt_logprobs = []
@@ -81,6 +81,18 @@ class Answer:
             logprobs=tuple(logprobs[:num]),
             prompt_logprobs=prompt_logprobs,
         )
+
+    @property
+    def verdict(self) -> FinishReason | None:
+        """Why the answer ends here, by its tokens and its grammar; None: it may go on."""
+        guide = self.guide
+        if guide is None:
+            return self.reason
+        if guide.ended:
+            return FinishReason.STOP
+        if guide.failed and self.reason is None:
+            return FinishReason.ERROR
+        return None if guide.is_behind else self.reason
 
     def end(self, reason: FinishReason, *, cached_tokens: int = 0) -> End:
         """The terminal record."""
@@ -110,19 +122,11 @@ class Answer:
         return text
 
     def _reason_after(self, token: int) -> FinishReason | None:
-        """Why the answer ends with a token that has text, where it does."""
+        """Why the answer ends with a token that has text; None: it goes on."""
         if self._detokenizer.stopped_by is not None:
             return FinishReason.STOP
-        guide = self._guide
-        if guide is not None:
-            guide.read(token)
-            if guide.ended:
+        if self.guide is not None:
+            self.guide.read(token)
+            if self.guide.ended:
                 return FinishReason.STOP
         return FinishReason.LENGTH if self.count >= self._max_tokens else None
-
-    def _look_ahead(self) -> str:
-        """Ends an answer whose grammar lets nothing follow; returns the text that remains."""
-        if self.reason is not None or self._guide is None or self._guide.look():
-            return ""
-        self.reason = FinishReason.ERROR
-        return self._detokenizer.finish()

@@ -1,116 +1,195 @@
-"""Guide: what a grammar lets an answer go on with, token by token and draft by draft.
-
-The mask of the next token is there when a step's tokens have been read and `look` was called:
-whether the answer can go on is found out then, and not when the next step is under way. Masks
-behind drafts are computed when a step takes the drafts on. What the grammar forbids is never
-drafted, so every row that samples has a mask that allows a token.
+"""Guide: which tokens a grammar allows next in one answer, and how much CPU time that may take.
 
     read            token | token | token
-    masks_MW[0]                           the next one
-    masks_MW[i]                           the one behind i drafts
+    masks_MW[0]                           the next token
+    masks_MW[i]                           the token after i drafts
 
-It is a function of the request and the answer's tokens, so a take-over reads them again.
+A sequence is decoded only while its guide is `ready`: the mask of its next token is computed. The
+engine computes missing masks before each step, in the order and within the time of `MaskTime`; a
+sequence whose mask has to wait skips the step, and no other sequence waits for it. Masks after
+drafts are computed on copies of the matcher when a step accepts the drafts.
+
+An answer's masks are a function of the request and of the answer's tokens, so another engine that
+reads the tokens again gets the same ones. The size of a mask's computation is limited by
+`model.grammar`; the time limits here are far above what those limits allow on any usable machine.
+They are in CPU time of the engine's thread: a busy machine does not use them up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
 from model.batch import Words
 from model.grammar import GrammarError, Matcher
 
-_FEW = 32  # words of a mask: more of them than these are not looked at for what must come next
+# CPU seconds. A usual mask takes 0.0001, one at the limits of `model.grammar` 0.025.
+MASK_LIMIT = 0.5  # one mask, or the reading of one token
+ANSWER_LIMIT = 4.0  # all masks of an answer, plus TOKEN_LIMIT per token
+TOKEN_LIMIT = 0.01
+STEP_TIME = 0.02  # of a step, for the masks of all sequences; the last one may exceed it
+_QUICK = 0.002  # an answer whose last mask took longer gets no drafts
+
+_FEW = 32  # words of a mask: if more are set, no token is considered to be forced
 _WORD = 32
 
 
-class Guide:
-    """The grammar of one answer, at its present end. `ended` is final, and so is a failure."""
+class MaskTime:
+    """Shares the CPU time for masks among the guides of one engine, step by step."""
 
-    def __init__(self, matcher: Matcher, *, token_bytes: Sequence[bytes], vocab_size: int) -> None:
-        self._failed = False
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
+        self.clock = clock
+        self.left = 0.0  # seconds of this step
+        self.costs: dict[str, float] = {}  # tenant -> what its latest mask took
+
+    def look(self, guides: Iterable[Guide]) -> None:
+        """Begins a step: computes missing masks, cheap ones first, at least one of them.
+
+        A new answer is expected to cost what the tenant's latest mask did. A guide that has to wait
+        moves up in the order with each step.
+        """
+        self.left = STEP_TIME
+        for guide in sorted(guides, key=self._urgency):
+            if self.left > 0:
+                guide.look()
+            else:
+                guide.num_waits += 1
+
+    def _urgency(self, guide: Guide) -> float:
+        cost = self.costs.get(guide.tenant, 0.0) if guide.cost is None else guide.cost
+        return cost / (1 + guide.num_waits)
+
+
+class Guide:
+    """The grammar of one answer. `ended` and `failed` are final.
+
+    `tokens` are those that the answer already has; `look` reads them.
+    """
+
+    def __init__(
+        self,
+        matcher: Matcher,
+        *,
+        token_bytes: Sequence[bytes],
+        vocab_size: int,
+        mask_time: MaskTime,
+        tenant: str = "",
+        tokens: Iterable[int] = (),
+    ) -> None:
+        self.ready = False  # whether the mask of the next token is computed
+        self.failed = False
+        self.tenant = tenant
+        self.cost: float | None = None  # CPU seconds of the latest mask
+        self.num_waits = 0  # steps since the mask was first needed
         self._matcher = matcher
         self._token_bytes = token_bytes
+        self._time = mask_time
+        self._unread = deque(tokens)
+        self._limit = ANSWER_LIMIT  # CPU seconds left to the answer
         self._masks_MW: Words = np.zeros((1, -(-vocab_size // _WORD)), np.uint32)
 
     @property
     def ended(self) -> bool:
         """Whether nothing can follow: the answer is complete."""
-        return not self._failed and self._matcher.ended
+        return not self.failed and not self._unread and self._matcher.ended
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether tokens of the answer are still to be read."""
+        return bool(self._unread) and not self.failed
 
     def read(self, token: int) -> None:
-        """The answer goes on with a token that has text."""
-        if self._failed:
-            return
-        try:
-            self._matcher.read(token)
-        except GrammarError:
-            self._failed = True
+        """Appends a token that has text to the answer."""
+        self.ready = False
+        if not self.failed:
+            self._unread.append(token)
+            self._read_next()
 
-    def look(self) -> bool:
-        """Computes the mask of the next token; False where the answer cannot go on."""
-        if not self._failed:
-            try:
+    def look(self) -> None:
+        """Computes the mask of the next token, unless the answer has ended or cannot go on.
+
+        Reading many tokens is continued in the next step if this step's time is used up.
+        """
+        while self._unread and not self.failed:
+            if self._time.left <= 0:
+                return
+            self._read_next()
+        if self.failed or self._matcher.ended:
+            return
+        before = self._time.left
+        try:
+            with self._timed():
                 self._matcher.fill(self._masks_MW[0])
-            except GrammarError:
-                self._failed = True
-        return not self._failed
+        except GrammarError:
+            self.failed = True
+        self.cost = self._time.costs[self.tenant] = before - self._time.left
+        self.ready = not self.failed
+        self.num_waits = 0
 
     def masks(self, num: int) -> Words:
-        """The masks of the next token and of those behind the drafts that were admitted last."""
+        """The masks of the next token and of those after the drafts that were admitted last."""
         return self._masks_MW[:num]
 
     def num_allowed(self, tokens: Sequence[int]) -> int:
-        """How many of the tokens may come, one after another. Cheap."""
-        return self._matcher.num_allowed(tokens)
+        """How many of the tokens may follow, one after another."""
+        if not self._may_draft:
+            return 0
+        with self._timed():
+            return self._matcher.copy().num_allowed(tokens)  # too much work there fails the copy
 
     def admit(self, drafts: Sequence[int]) -> list[int]:
         """The drafts up to the first that is forbidden or the last of the answer.
 
-        Their masks are there then: `masks(1 + len(drafts))`.
+        Computes their masks: `masks(1 + len(drafts))`. Stops if the step's time is used up.
         """
         self._make_room(1 + len(drafts))
-        num = read = 0
-        try:
+        matcher, num = self._matcher.copy(), 0
+        with suppress(GrammarError):  # the answer itself may never get there
             for draft in drafts:
-                if not _allows(self._masks_MW[num], draft):
+                if not (self._may_draft and _allows(self._masks_MW[num], draft)):
                     break
-                self._matcher.read(draft)
-                read += 1
-                if self._matcher.ended:
+                if not self._follow(matcher, draft, self._masks_MW[num + 1]):
                     break
-                self._matcher.fill(self._masks_MW[num + 1])
                 num += 1
-            self._matcher.unread(read)
-        except GrammarError:  # too much work there; it may still not come to that
-            self._matcher = self._matcher.before(read)
         return list(drafts[:num])
 
     def forced(self, most: int) -> list[int]:
-        """Tokens that spell what must come next, as long ones as there are; at most `most`.
+        """Tokens that spell what must come next, as long ones as possible; at most `most`.
 
         A guess: the answer may spell it with shorter ones.
         """
-        mask_W = self._masks_MW[0].copy()
+        matcher, mask_W = self._matcher.copy(), self._masks_MW[0].copy()
         found: list[int] = []
-        try:
-            while len(found) < most:
+        with suppress(GrammarError):
+            while len(found) < most and self._may_draft:
                 token = self._longest(mask_W)
                 if token is None:
                     break
-                self._matcher.read(token)
                 found.append(token)
-                if self._matcher.ended:
+                if not self._follow(matcher, token, mask_W):
                     break
-                self._matcher.fill(mask_W)
-            self._matcher.unread(len(found))
-        except GrammarError:
-            self._matcher = self._matcher.before(len(found))
         return found
 
+    @property
+    def _may_draft(self) -> bool:
+        quick = self.cost is not None and self.cost <= _QUICK
+        return quick and self._time.left > 0 and not self.failed
+
+    def _follow(self, matcher: Matcher, draft: int, mask_W: Words) -> bool:
+        """Computes the mask after a draft; False if the draft completes the answer."""
+        with self._timed():
+            matcher.read(draft)
+            if matcher.ended:
+                return False
+            matcher.fill(mask_W)
+        return True
+
     def _longest(self, mask_W: Words) -> int | None:
-        """The longest of the allowed tokens, where all others are beginnings of it."""
+        """The longest of the allowed tokens, if all others are beginnings of it."""
         words = np.flatnonzero(mask_W)
         if len(words) > _FEW:
             return None
@@ -123,6 +202,26 @@ class Guide:
         if all(text and longest.startswith(text) for text in texts):  # the end has no text
             return tokens[texts.index(longest)]
         return None
+
+    def _read_next(self) -> None:
+        self._limit += TOKEN_LIMIT
+        try:
+            with self._timed():
+                self._matcher.read(self._unread.popleft())
+        except GrammarError:
+            self.failed = True
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Counts the time of one mask or token; over a limit the answer cannot go on."""
+        began = self._time.clock()
+        try:
+            yield
+        finally:
+            seconds = self._time.clock() - began
+            self._time.left -= seconds
+            self._limit -= seconds
+            self.failed |= seconds > MASK_LIMIT or self._limit < 0
 
     def _make_room(self, num: int) -> None:
         if num > len(self._masks_MW):

@@ -28,7 +28,7 @@ from model.runners import overlapped
 from service.engine.answer import Answer
 from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
-from service.engine.guide import Guide
+from service.engine.guide import Guide, MaskTime
 from service.engine.observer import Observer, StepReport
 from service.engine.pack import Packer
 from service.engine.pipeline import Computed, Pipeline
@@ -138,6 +138,7 @@ class EngineLoop:
         self._outbox: list[Event] = []  # what came of steps and was not delivered yet
         self._since: float | None = None  # from when on the next step's time counts; None: it idles
         self._answers: dict[str, Answer] = {}
+        self._mask_time = MaskTime()
         # Reentrant, so that `deliver` may call `abort`.
         self._changed = threading.Condition(threading.RLock())
         self._inbox: deque[tuple[float, Work | _Abort]] = deque()  # with the time it came in
@@ -219,7 +220,7 @@ class EngineLoop:
         For tests and offline use, where the thread does not run.
         """
         plan = self._advance()
-        progressed = bool(plan.tokens or self._outbox)
+        progressed = bool(plan.tokens or self._outbox or self._without_mask())
         self._flush()
         return progressed
 
@@ -231,6 +232,7 @@ class EngineLoop:
         self._read_inbox()
         if self._pipeline.must_be_read:
             self._collect()
+        self._look_ahead()
         plan = self._scheduler.schedule(began)
         self._blocked = self._scheduler.num_waiting > 0
         for sequence in plan.expired:
@@ -306,7 +308,7 @@ class EngineLoop:
         request = work.request
         try:
             self._check(work)
-            guide = self._guide(request)
+            guide = self._guide(work)
             answer = Answer(
                 request,
                 token_bytes=self._token_bytes,
@@ -314,7 +316,9 @@ class EngineLoop:
                 tokens=work.tokens,
                 guide=guide,
             )
-            if answer.reason is not None:  # an engine died between the last token and the end
+            # An engine died between the last token and the end. If the token limit is reached, the
+            # guide has yet to read whether the grammar ends there, too.
+            if answer.reason is not None and not (guide and answer.reason is FinishReason.LENGTH):
                 self._outbox.append(Event(request.id, answer.end(answer.reason)))
                 return
             deadline = None if work.remaining_ms is None else received + work.remaining_ms / 1000
@@ -337,7 +341,8 @@ class EngineLoop:
         if not 0 <= request.sampling.seed < 2**64 or "" in request.stop:
             raise BadRequest("seed must be between 0 and 2**64 - 1, stop not empty")
 
-    def _guide(self, request: GenerationRequest) -> Guide | None:
+    def _guide(self, work: Work) -> Guide | None:
+        request = work.request
         if request.grammar is None:
             return None
         if self._grammars is None:
@@ -347,7 +352,31 @@ class EngineLoop:
         except ValueError:  # the API lets no such grammar through
             raise BadRequest("the grammar cannot be compiled", code="grammar_failed") from None
         vocab_size = self._runner.config.vocab_size
-        return Guide(matcher, token_bytes=self._token_bytes, vocab_size=vocab_size)
+        return Guide(
+            matcher,
+            token_bytes=self._token_bytes,
+            vocab_size=vocab_size,
+            mask_time=self._mask_time,
+            tenant=request.tenant,
+            tokens=work.tokens,
+        )
+
+    def _without_mask(self) -> dict[str, Answer]:
+        """Answers whose next token has no mask yet."""
+        return {
+            request_id: answer
+            for request_id, answer in self._answers.items()
+            if answer.guide is not None and not answer.guide.ready
+        }
+
+    def _look_ahead(self) -> None:
+        """Computes masks within a step's time; ends the answers that cannot go on."""
+        answers = self._without_mask()
+        self._mask_time.look(answer.guide for answer in answers.values() if answer.guide)
+        for request_id, answer in answers.items():
+            reason = answer.verdict
+            if reason is not None and (sequence := self._scheduler.abort(request_id)):
+                self._tell_end(request_id, reason, sequence.num_cached)
 
     def _collect(self, *, leave: int = 0) -> None:
         """Reads steps until `leave` are under way; what sequences got goes to the outbox."""

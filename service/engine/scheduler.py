@@ -127,11 +127,12 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
 
     def schedule(self, now: float) -> Plan:
-        """Plans a step. It is never empty while there are sequences with no token unread."""
+        """Plans a step. It is empty only if each sequence has a token unread or lacks a mask."""
         plan = Plan(expired=self._expire(now))
         self._reserve(plan)
         self._make_way(plan)
-        plan.add_decodes([s for s in self.running if s.num_pending == 1 and s.num_remaining])
+        decodes = [s for s in self.running if s.num_pending == 1 and s.num_remaining]
+        plan.add_decodes([sequence for sequence in decodes if sequence.may_sample])
         num_decodes = plan.num_tokens
         self._gap = self._allowed_gap(plan)
         self._plan_prompts(plan, num_decodes)
@@ -256,7 +257,8 @@ class Scheduler:
         self, plan: Plan, sequence: Sequence, num_decodes: int, *, most: int | None = None
     ) -> None:
         left = self._config.max_batch_tokens - plan.num_tokens
-        num = min(sequence.num_pending, self._config.prompt_chunk, left)
+        pending = sequence.num_pending - (0 if sequence.may_sample else 1)
+        num = min(pending, self._config.prompt_chunk, left)
         num = num if most is None else min(num, most)
         if num_decodes:
             num = self._within_gap(plan, sequence, num, plan.num_tokens - num_decodes)
@@ -313,7 +315,7 @@ class Scheduler:
                 return
             self._seat(plan, sequence)
             self._plan_chunk(plan, sequence, num_decodes)
-            if sequence not in plan.tokens:
+            if sequence not in plan.tokens and sequence.may_sample:
                 return  # the time of this step is used up
 
     def _seat(self, plan: Plan, sequence: Sequence) -> None:

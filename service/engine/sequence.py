@@ -99,6 +99,11 @@ class Sequence:
         return self.max_total_tokens - len(self.tokens) - self.num_unread
 
     @property
+    def may_sample(self) -> bool:
+        """Whether a step may yield its next token: the mask of its grammar is computed."""
+        return self.guide is None or self.guide.ready
+
+    @property
     def chooses_by_tokens(self) -> bool:
         """Whether its next token can be chosen only where the one before it has been read:
         penalties count it, a grammar goes on from it.

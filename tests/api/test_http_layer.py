@@ -165,7 +165,7 @@ async def drip(place: tuple[str, int], first: bytes, then: bytes, pause: float) 
             break
         writer.write(bytes([byte]))
         await asyncio.sleep(pause)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await collecting
     writer.close()
     return bytes(received)

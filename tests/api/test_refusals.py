@@ -186,7 +186,8 @@ async def test_a_deadline_in_mid_answer_gives_what_there_is(service: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("error", "retry"), [("engine_crash_loop", "false"), ("storage_full", None)]
+    ("error", "retry"),
+    [("engine_crash_loop", "false"), ("grammar_failed", "false"), ("storage_full", None)],
 )
 async def test_an_error_of_the_engine(
     service: Any, read_events: Any, error: str, retry: str | None

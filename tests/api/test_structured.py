@@ -18,7 +18,8 @@ from model.grammar import (
     lark_grammar,
     regex_grammar,
 )
-from service.api.grammar_trials import MAX_CHARS, MAX_WAITING
+from service.api.grammar_trials import MAX_CHARS
+from service.messages import FinishReason
 
 CHAT = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 TEXT = {"model": "tiny-model", "prompt": "hi", "max_tokens": 4}
@@ -53,13 +54,20 @@ async def test_a_field_becomes_a_grammar(service: Any, fields: Any, notation: st
 
 
 # What is refused, by the field that is to blame.
+IN_SCHEMA = "response_format.json_schema.schema"
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("response_format", {"response_format": schema_format({"type": "stsring"})}),
-    ("response_format", {"response_format": schema_format({"type": "string", "pattern": "(?=a)"})}),
-    ("response_format", {"response_format": schema_format({"type": "string", "pattern": "["})}),
+    (f"{IN_SCHEMA}.pattern",
+     {"response_format": schema_format({"type": "string", "pattern": "(?=a)"}, strict=True)}),
+    (f"{IN_SCHEMA}.pattern",
+     {"response_format": schema_format({"type": "string", "pattern": "["}, strict=True)}),
+    (f"{IN_SCHEMA}.not",
+     {"response_format": schema_format({"not": {"type": "string"}}, strict=True)}),
+    ("structured_outputs.json.properties.a.items[1].format",
+     {"structured_outputs": {"json": {"properties": {"a": {
+         "items": [{}, {"type": "string", "format": "x"}]}}}}}),
     ("response_format", {"response_format": schema_format({"$ref": "http://127.0.0.1/x"})}),
     ("response_format", {"response_format": schema_format({"enum": []})}),
-    ("response_format", {"response_format": schema_format({"not": {"type": "string"}})}),
     ("response_format", {"response_format": schema_format({"$ref": "#"})}),
     ("response_format", {"response_format": schema_format({"enum": ["a" * MAX_CHARS]})}),
     ("response_format", {"response_format": {"type": "json_schema"}}),
@@ -137,7 +145,7 @@ async def test_a_response_has_a_format_too(service: Any) -> None:
 )
 async def test_what_is_not_supported_is_named(service: Any, schema: Any, named: str) -> None:
     reply = await service.post(
-        "/v1/chat/completions", CHAT | {"response_format": schema_format(schema)}
+        "/v1/chat/completions", CHAT | {"response_format": schema_format(schema, strict=True)}
     )
     message = reply.json()["error"]["message"]
     assert named in message
@@ -149,24 +157,23 @@ async def test_a_refused_grammar_is_not_repeated_to_the_client(service: Any) -> 
         {"type": "hunter2"},
         {"type": "string", "pattern": "(hunter2"},
         {"$ref": "#/hunter2"},
+        {"properties": {"the hunter2": {"pattern": "(?=hunter2)"}}},
+        {"patternProperties": {"(?=hunter2)": {"type": "string"}}},
+        {"type": "string", "format": "hunter2"},
     ]
     for schema in secrets:
-        reply = await service.post(
-            "/v1/chat/completions", CHAT | {"response_format": schema_format(schema)}
-        )
+        body = CHAT | {"response_format": schema_format(schema, strict=True)}
+        reply = await service.post("/v1/chat/completions", body)
         assert reply.status_code == 400
         assert "hunter2" not in reply.text
 
 
-async def test_too_many_that_wait_are_refused_for_now(service: Any) -> None:
-    trials = service.app.state.context.grammars
-    trials._waiting += MAX_WAITING
-    try:
-        body = TEXT | {"structured_outputs": {"regex": "[0-9]not tried yet"}}
-        assert (await service.post("/v1/completions", body)).status_code == 503
-    finally:
-        trials._waiting -= MAX_WAITING
-    assert (await service.post("/v1/completions", body)).status_code == 200
+async def test_an_answer_whose_grammar_fails_says_so(service: Any) -> None:
+    service.engine.end, service.engine.error = FinishReason.ERROR, "grammar_failed"
+    reply = await service.post("/v1/completions", TEXT | {"structured_outputs": {"regex": "a*"}})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"]) == (500, "grammar_failed")
+    assert "grammar" in error["message"]
 
 
 # Each takes minutes, gigabytes or the whole stack of a process that compiles it.
@@ -180,7 +187,7 @@ BOMBS: dict[str, dict[str, Any]] = {
     "ands": {"json": {"type": "string", "allOf": [{"pattern": f".*{i}"} for i in range(2000)]}},
     "optional": {"regex": "(.*a)?" * 10_000},
     "dots": {"grammar": "start: A\nA: " + " & ".join(f"/.*{i}.*/" for i in range(3000))},
-    "rows": {"json": {"type": "object", "properties": {f"p{i}": {} for i in range(1500)}}},
+    "rows": {"json": {"anyOf": [{"properties": {"a": {"const": i}}} for i in range(1500)]}},
 }
 
 

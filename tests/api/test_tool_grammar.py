@@ -17,8 +17,9 @@ import pytest
 
 from model.grammar import GrammarError, Grammars
 from model.tokenizer import Tokenizer
+from service.api.json_schema import binding
 from service.api.tool_calls import CallReader
-from service.api.tool_grammar import binding, tools_grammar
+from service.api.tool_grammar import tools_grammar
 from service.api.tool_notation import NOTATIONS, Notation
 from service.api.tool_schema import Function
 from service.api.tools import ToolUse

@@ -108,7 +108,7 @@ def tokenizer(name: str, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 class TrialsHere(GrammarTrials):
     """Compiles in this process: what is tried here is our own."""
 
-    async def fault(self, notation: str) -> str | None:
+    async def fault(self, notation: str, *, tenant: str) -> str | None:
         self._make_grammars().matcher(notation)  # raises GrammarError
         return None
 

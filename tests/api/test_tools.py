@@ -279,7 +279,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (function(parameters={"properties": {"a": {"type": "nothing"}}}),
      "tools[1].function.parameters", "invalid_grammar"),
     (function(parameters={"properties": {"a": {"not": {}}}}, strict=True),
-     "tools[1].function.parameters", "invalid_grammar"),
+     "tools[1].function.parameters.properties.a.not", "invalid_grammar"),
     ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
     ({"function_call": "auto"}, "function_call", "unsupported_parameter"),
     (called(id=5), "messages[1].tool_calls[0].id", "invalid_type"),

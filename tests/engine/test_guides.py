@@ -10,13 +10,14 @@ from model.batch import unpack_masks
 from model.grammar import (
     GrammarError,
     Grammars,
+    Matcher,
     choice_grammar,
     json_schema_grammar,
     lark_grammar,
     regex_grammar,
 )
 from service.engine.answer import Answer
-from service.engine.guide import Guide
+from service.engine.guide import Guide, MaskTime
 from service.messages import FinishReason
 from tests.engine.harness import make_request
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE
@@ -30,10 +31,23 @@ def grammars() -> Grammars:
 
 
 def guide_of(grammars: Grammars, notation: str, text: bytes = b"") -> Guide:
-    guide = Guide(grammars.matcher(notation), token_bytes=TOKEN_BYTES, vocab_size=VOCAB_SIZE)
-    for byte in text:
-        guide.read(byte)
-    guide.look()
+    return look(make_guide(grammars.matcher(notation), tokens=text))
+
+
+def make_guide(
+    matcher: Matcher, *, tokens: bytes = b"", mask_time: MaskTime | None = None
+) -> Guide:
+    return Guide(
+        matcher,
+        token_bytes=TOKEN_BYTES,
+        vocab_size=VOCAB_SIZE,
+        mask_time=mask_time or MaskTime(lambda: 0.0),
+        tokens=tokens,
+    )
+
+
+def look(guide: Guide) -> Guide:
+    guide._time.look([guide])
     return guide
 
 
@@ -73,17 +87,15 @@ def test_masks_behind_drafts_are_those_of_reading_them(grammars: Grammars) -> No
         guide = guide_of(grammars, notation)
         for _ in range(12):
             drafts: list[int] = []
-            reading = Guide(
-                guide._matcher.before(0), token_bytes=TOKEN_BYTES, vocab_size=VOCAB_SIZE
-            )
-            assert reading.look()
+            reading = make_guide(guide._matcher.copy())
+            assert look(reading).ready
             expected = [allowed(reading)]
             for _ in range(draw.randint(0, 6)):
                 token = draw.choice(expected[-1])
                 reading.read(token)
                 if token == END or reading.ended:
                     break
-                assert reading.look()
+                assert look(reading).ready
                 drafts.append(token)
                 expected.append(allowed(reading))
             assert guide.admit([*drafts, *ids(b"\xff")]) == drafts
@@ -94,7 +106,7 @@ def test_masks_behind_drafts_are_those_of_reading_them(grammars: Grammars) -> No
             guide.read(token)
             if guide.ended:
                 break
-            assert guide.look()
+            assert look(guide).ready
 
 
 def test_what_must_come_is_spelled_in_long_tokens(grammars: Grammars) -> None:
@@ -123,7 +135,7 @@ def test_a_failure_behind_a_draft_costs_the_draft_alone(grammars: Grammars) -> N
     guide = guide_of(grammars, lark_grammar('start: "a" "b" x | "a" "c"\nx: x "d"'))
     assert guide.admit(list(b"ab")) == list(b"a")
     guide.read(ord("a"))
-    assert guide.look()
+    assert look(guide).ready
     assert sorted(allowed(guide)) == list(b"bc")
     assert guide.forced(8) == []
     guide.read(ord("c"))
@@ -135,7 +147,8 @@ def test_an_answer_in_a_dead_end_fails(grammars: Grammars) -> None:
     request = make_request(max_tokens=9)
     answer = Answer(request, token_bytes=TOKEN_BYTES, eos_ids=EOS_IDS, guide=guide)
     record = answer.take(list(b"b"))
-    assert (record.text, answer.reason) == ("b", FinishReason.ERROR)
+    look(guide)
+    assert (record.text, answer.verdict) == ("b", FinishReason.ERROR)
     assert answer.end(FinishReason.ERROR).error == "grammar_failed"
 
 
@@ -143,7 +156,7 @@ def test_one_that_fails_at_its_beginning_fails_its_answer(grammars: Grammars) ->
     matcher = grammars.matcher(choice_grammar(["a"]))
     with pytest.raises(GrammarError):
         matcher.read(ord("x"))
-    guide = Guide(matcher, token_bytes=TOKEN_BYTES, vocab_size=VOCAB_SIZE)
-    assert not guide.look()
+    guide = look(make_guide(matcher))
+    assert not guide.ready
     answer = Answer(make_request(), token_bytes=TOKEN_BYTES, eos_ids=EOS_IDS, guide=guide)
-    assert answer.reason is FinishReason.ERROR
+    assert answer.verdict is FinishReason.ERROR
