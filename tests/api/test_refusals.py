@@ -29,7 +29,9 @@ async def test_a_full_queue_says_when_to_come_again(start_service: Any) -> None:
     async with start_service(queue_limits=limits, running=False) as service:
         service.state["speed"] = 10.0
         waiting = [asyncio.create_task(service.post("/v1/completions", B)) for _ in range(2)]
-        await asyncio.sleep(0.01)
+        async with asyncio.timeout(20):
+            while (await service.queue.depth()).queued_requests < 2:
+                await asyncio.sleep(0.005)
         queued = (await service.queue.depth()).queued_tokens
         reply = await service.post("/v1/completions", B | {"stream": True})
         check(reply, 503, "service_unavailable_error", "server_is_overloaded")
