@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.api.bad_input_rows import CANARY, CHAT, COMPLETIONS, RESPONSES, B, C, R
-from tests.api.fuzz import run_checks, serving
 
 JSON = {"content-type": "application/json"}
 MESSAGES = "/v1/messages"
@@ -140,6 +139,8 @@ async def test_no_body_gets_more_than_a_refusal_at_length(
 @pytest.mark.timeout(300)
 def test_the_document_is_kept_to(tmp_path: Path) -> None:
     """Schemathesis with all its checks; `make fuzz` goes on for longer."""
+    from tests.api.fuzz import run_checks, serving  # seconds that the unit suite need not take
+
     with serving(tmp_path / "model") as url:
         options = ("--max-examples", "1", "--generation-deterministic")
         run = run_checks(url, options, folder=tmp_path)
