@@ -75,22 +75,29 @@ class Answer:
         """Whether every choice has had its end."""
         return all(reader.end is not None for reader in self.readers)
 
-    async def shown(self) -> AsyncGenerator[tuple[int, Shown], None]:
-        """(choice, what it adds) until all choices have ended.
+    async def shown(self) -> AsyncGenerator[Iterator[tuple[int, Shown]], None]:
+        """What the records add, as they come, until all choices have ended: iterators of (choice,
+        what it adds), each to be exhausted before the next is asked for.
 
-        Raises GenerationFailed, DeadlineExceeded, StreamDivergence or Unavailable; of a response,
-        whose state tells of the first two, only where the journal vanished.
+        Both raise GenerationFailed, DeadlineExceeded, StreamDivergence or Unavailable; for a
+        response, whose state shows the first two, only if the journal vanished.
         """
-        queue, limits = self.context.queue, self.context.limits
         sources = [
-            follow_choice(queue, request_id, reader, limits=limits, restore=self._restore)
+            follow_choice(
+                self.context.queue,
+                request_id,
+                reader,
+                limits=self.context.limits,
+                # The caller of a new request has nothing to catch up with.
+                replay=None if self._submission is not None else self.context.replay,
+                restore=self._restore,
+            )
             for request_id, reader in zip(self.request_ids, self.readers, strict=True)
         ]
         merged = only(sources[0]) if len(sources) == 1 else merge(sources)
         async with aclosing(merged):
-            async for choice, record in merged:
-                for shown in self.read(choice, record):
-                    yield choice, shown
+            async for choice, records in merged:
+                yield self.read_all(choice, records)
 
     async def _restore(self) -> bool:
         """Submits again, under the same ids, what a store lost before anything of it was shown.
@@ -107,6 +114,10 @@ class Answer:
             return False
         reply = await self.context.queue.submit(self._submission)
         return reply.status in {SubmitStatus.OK, SubmitStatus.EXISTS}
+
+    def read_all(self, choice: int, records: Sequence[Record]) -> Iterator[tuple[int, Shown]]:
+        """(choice, what it adds) for each of a choice's next records, read one by one."""
+        return ((choice, shown) for record in records for shown in self.read(choice, record))
 
     def read(self, choice: int, record: Record) -> Iterator[Shown]:
         """What the next record of a choice adds. Raises as `shown` does."""

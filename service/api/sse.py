@@ -10,6 +10,7 @@ body ends without `[DONE]`.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from contextlib import aclosing
 from time import monotonic
 
@@ -19,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from service.api.answer import Answer
 from service.api.connection import DROP, first_of, gone
 from service.api.events import KEEP_ALIVE, Writer
+from service.api.pieces import Shown
 from service.errors import QuireError
 
 HEADERS = {
@@ -63,14 +65,24 @@ class EventStream(Response):
         try:
             if opening := writer.opening():
                 await self._send(send, opening)
-            async with aclosing(self._answer.shown()) as pieces:
-                async for choice, shown in pieces:
-                    await self._send(send, writer.event(choice, shown))
+            async with aclosing(self._answer.shown()) as batches:
+                async for batch in batches:
+                    await self._send_batch(send, batch)
             last = writer.closing()
         except QuireError as error:
             self._error = error
             last = writer.failure(error)
         await self._send(send, last, more=False)
+
+    async def _send_batch(self, send: Send, batch: Iterator[tuple[int, Shown]]) -> None:
+        """What comes before an error is sent before it."""
+        events: list[bytes] = []
+        try:
+            for choice, shown in batch:
+                events.append(self._writer.event(choice, shown))
+        finally:
+            if events:
+                await self._send(send, b"".join(events))
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
         self._sending_since = monotonic()
