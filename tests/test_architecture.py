@@ -76,6 +76,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.listeners": (
         "uvicorn", "fastapi", "service.errors", "service.api.connection", "service.http_guard",
     ),
+    "service.drain": ("service.listeners",),
     "service.startup": ("rich", "model", "service.messages", "service.errors", "service.settings"),
     "service.roles": ("",),
     "service.__main__": ("",),

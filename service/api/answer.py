@@ -12,7 +12,7 @@ from service.api.manifest import Endpoint, Manifest
 from service.api.observer import CallReport
 from service.api.pieces import ChoiceReader, Shown
 from service.api.relay import follow_choice, merge, only
-from service.errors import DeadlineExceeded, GenerationFailed, QuireError
+from service.errors import DeadlineExceeded, GenerationFailed, QuireError, ShuttingDown
 from service.messages import End, FinishReason, Record, Submission, child_ids
 from service.queues import SubmitStatus
 
@@ -59,6 +59,7 @@ class Answer:
         self._restoring: asyncio.Task[bool] | None = None
         self._first_token: float | None = None
         self._failed = False
+        self._interrupted = False
 
     @property
     def position(self) -> str:
@@ -144,18 +145,28 @@ class Answer:
         """
         attendance = self.context.attendance
         attendance.enter(self.id)
-        moved = False
         try:
             yield
         except asyncio.CancelledError:
-            moved = True  # this replica goes away, not the reader, who may go on at another
+            self._interrupted = True
             raise
         finally:
             last = attendance.leave(self.id)
-            done = self.ended or moved or self._resumed
+            # An interrupted reader may read on at another replica.
+            done = self.ended or self._interrupted or self._resumed
             gone = last and not done and self.manifest.grace == 0
             if gone or self._failed:  # after a failure the other choices are of no use
                 attendance.cancel(self.request_ids)
+
+    def interrupt(self, *, streamed: bool) -> ShuttingDown:
+        """The error that ends this reader's connection, because the replica ends; not the answer,
+        if another process can go on with it.
+        """
+        self._interrupted = True
+        manifest = self.manifest
+        if not (self.context.queue.shared and manifest.stored and manifest.width == manifest.keep):
+            return ShuttingDown()
+        return ShuttingDown(request_id=self.id, last_event_id=self.position if streamed else None)
 
     def report(self, *, streamed: bool, error: QuireError | None = None) -> None:
         """Tells the observer how the call ended."""

@@ -5,6 +5,7 @@ send are not used.
 
 from __future__ import annotations
 
+import asyncio
 from time import monotonic
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,7 +16,7 @@ from service.api.message_errors import MESSAGE_ID, is_message_path
 from service.api.observer import ApiObserver, HttpCall
 from service.api.rates import rate_headers
 from service.api.refusals import error_response
-from service.errors import Unauthorized
+from service.errors import ShuttingDown, Unauthorized
 
 _ID_HEADER = b"x-request-id"
 
@@ -65,6 +66,10 @@ class Boundary:
             return
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the process ends, and cannot wait for this call
+            if status:
+                raise
+            await error_response(ShuttingDown(), path=path)(scope, receive, send_with_id)
         finally:
             if state["trace"] is not None:
                 self._observer.call_over(_traced(scope, caller=caller, status=status))

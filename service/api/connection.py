@@ -14,10 +14,14 @@ DROP = "drop_connection"
 """Key in `scope["state"]` of a function that ends the connection, with what is unsent."""
 
 
-async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
-    """The result of `work`, or None where the client left first, and then `work` is cancelled."""
+async def unless_gone(
+    work: Coroutine[Any, Any, T], receive: Receive, *, closing: asyncio.Event
+) -> T | None:
+    """The result of `work`; None if the client left first, or `closing` was set, and then `work` is
+    cancelled.
+    """
     working = asyncio.create_task(work)
-    await first_of(working, asyncio.create_task(gone(receive)))
+    await first_of(working, asyncio.create_task(gone(receive)), asyncio.create_task(closing.wait()))
     return None if working.cancelled() else working.result()
 
 

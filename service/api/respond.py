@@ -77,7 +77,10 @@ async def _whole(answer: Answer, request: Request) -> Response:
     failure: QuireError | None = None
     try:
         with answer.attended():
-            body = await unless_gone(whole_body(answer), request.receive)
+            closing = answer.context.closing
+            body = await unless_gone(whole_body(answer), request.receive, closing=closing)
+            if body is None and closing.is_set():
+                raise answer.interrupt(streamed=False)
     except QuireError as error:
         failure = error
         raise

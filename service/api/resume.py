@@ -84,11 +84,10 @@ async def _growth(answer: Answer, *, choice: int) -> None:
     grown for as long as a failover takes.
     """
     queue, reader = answer.context.queue, answer.readers[choice]
-    news = queue.follow(answer.request_ids[choice], after=reader.count)
     with suppress(TimeoutError):
-        async with asyncio.timeout(queue.limits.failover), aclosing(news):
-            await anext(news)
-            return
+        async with asyncio.timeout(queue.limits.failover):
+            async for _ in queue.follow(answer.request_ids[choice], after=reader.count):
+                return
     raise Unavailable(
         "the store lost the end of this answer's journal, and no engine has written it again yet",
         code="journal_behind",

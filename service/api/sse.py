@@ -3,8 +3,8 @@
     relay:  journal -> event -> send       one event in flight: `send` waits until the socket drains
     watch:  receive -> gone                also between tokens; and it sends the keep-alive
 
-Whichever ends first ends the other. An error after the headers is an event of its own, then the
-body ends without `[DONE]`.
+Whichever ends first ends the other; both end when the replica closes. An error after the headers is
+an event of its own, then the body ends without `[DONE]`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class EventStream(Response):
         self._last_sent = monotonic()
         self._stalled = False
         self._error: QuireError | None = None
+        self._unsent = b""  # was given to a `send` that did not return
+        self._ending = False  # the last event was rendered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events until the answer ends or the reader is gone."""
@@ -52,7 +54,10 @@ class EventStream(Response):
                 )
                 relay = asyncio.create_task(self._relay(send))
                 watch = asyncio.create_task(self._watch(receive, send))
-                await first_of(relay, watch)
+                closing = self._answer.context.closing
+                await first_of(relay, watch, asyncio.create_task(closing.wait()))
+                if closing.is_set():
+                    await self._interrupt(send)
                 drop = scope["state"].get(DROP)
                 if self._stalled and drop is not None:
                     drop()
@@ -72,6 +77,17 @@ class EventStream(Response):
         except QuireError as error:
             self._error = error
             last = writer.failure(error)
+        self._ending = True
+        await self._send(send, last, more=False)
+
+    async def _interrupt(self, send: Send) -> None:
+        """Ends a stream that has not ended: the replica ends. Nothing is left out or sent twice."""
+        if self._ending and not self._unsent:
+            return
+        last = self._unsent
+        if not self._ending:
+            self._error = self._answer.interrupt(streamed=True)
+            last += self._writer.failure(self._error)
         await self._send(send, last, more=False)
 
     async def _send_batch(self, send: Send, batch: Iterator[tuple[int, Shown]]) -> None:
@@ -86,7 +102,9 @@ class EventStream(Response):
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
         self._sending_since = monotonic()
+        self._unsent = body
         await send({"type": "http.response.body", "body": body, "more_body": more})
+        self._unsent = b""
         self._sending_since = None
         self._last_sent = monotonic()
 

@@ -15,6 +15,7 @@ from fastapi.routing import APIRoute
 
 from service.__main__ import app as command_line
 from service.api import ROUTERS
+from service.drain import FAREWELL
 from service.settings import Settings, load_settings
 from tests.deploy.manifests import DEPLOY, ROOT
 
@@ -154,7 +155,7 @@ def test_our_services_start_and_find_the_queue(name: str) -> None:
     if service["command"] == ["api"]:
         assert settings.allow_anonymous, "it would refuse to start"
         grace = int(service["stop_grace_period"].removesuffix("s"))
-        assert grace > settings.drain_timeout + 5
+        assert grace > settings.drain_timeout + 2 * FAREWELL + 5
 
 
 @pytest.mark.parametrize("name", OURS)
