@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 from service.listeners import Listener
 
@@ -52,18 +53,17 @@ async def drain(
     serving: asyncio.Task[None],
     *,
     seconds: float,
-    hurry: asyncio.Event,
+    hurry: Collection[asyncio.Task[Any]],
     close_answers: Callable[[], None],
 ) -> None:
     """Stops a listener that is `serving`: no new connections, and the open answers end.
 
-    After `seconds`, or when `hurry` is set, `close_answers` must end them.
+    After `seconds`, or when one of the tasks in `hurry` is done, `close_answers` must end them.
     """
     listener.stop()
-    hurrying = asyncio.create_task(hurry.wait())
-    log.info("shutting down: open answers get %g s; a second signal ends them at once", seconds)
-    await asyncio.wait([serving, hurrying], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    hurrying.cancel()
+    if not any(task.done() for task in hurry):
+        log.info("shutting down: open answers get %g s; a second signal ends them at once", seconds)
+    await asyncio.wait([serving, *hurry], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     if not serving.done():
         close_answers()
         await asyncio.wait([serving], timeout=FAREWELL)

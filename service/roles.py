@@ -313,7 +313,7 @@ class ApiSide:
         self.admin_app: FastAPI = build_admin_app(self.app, render_metrics=metrics.render)
 
     def close_answers(self) -> None:
-        """Ends the open answers, with an error that says so."""
+        """Ends the open answers with the error `shutting_down`."""
         self.app.state.context.closing.set()
 
 
@@ -361,6 +361,7 @@ async def live(
         watching.append(asyncio.create_task(api.keys.watch()))
     working = [asyncio.create_task(engine.worker.run())] if engine else []
     stopping = asyncio.create_task(signals.first.wait())
+    hurrying = asyncio.create_task(signals.second.wait())
     # What is alive now stays alive: the collector need not walk it again and again.
     gc.collect()
     gc.freeze()
@@ -372,20 +373,21 @@ async def live(
         await drain(
             listeners[0],
             serving[0],
-            seconds=0.0 if broken else signals.patience(api.drain_timeout),
-            hurry=signals.second,
+            seconds=signals.patience(api.drain_timeout),
+            hurry=[hurrying, *working],
             close_answers=api.close_answers,
         )
     elif engine:
         engine.worker.drain()
-    for listener in listeners:
+    for listener in listeners[1:] if api else listeners:
         listener.stop(at_once=broken)
     await asyncio.gather(*serving, return_exceptions=True)
     if engine:
         engine.worker.drain()
-    for task in (*watching, announcing, stopping):
+    others = (*watching, announcing, stopping, hurrying)
+    for task in others:
         task.cancel()
-    await asyncio.gather(*watching, announcing, stopping, return_exceptions=True)
+    await asyncio.gather(*others, return_exceptions=True)
     try:
         await asyncio.gather(*working)
     finally:

@@ -129,7 +129,7 @@ def test_a_second_signal_ends_it_at_once(serve: Serve) -> None:
     server.process.send_signal(signal.SIGINT)
     error = error_of(list(stream))
     assert error["code"] == "shutting_down"
-    assert "request_id" not in error, "nobody else has the answer"
+    assert "request_id" not in error, "no other process has the answer"
     server.ended(within=20)
     assert time.monotonic() - began < INTERRUPTED_DRAIN
 
@@ -192,7 +192,7 @@ def post(server: Server, path: str, *, stream: bool) -> httpx.Response:
 
 
 def error_of(lines: list[str]) -> dict[str, Any]:
-    """What the last event of a stream says, which is an error."""
+    """The error in the last event of a stream."""
     last = [line for line in lines if line.startswith("data: ")][-1]
     error: dict[str, Any] = json.loads(last.removeprefix("data: "))["error"]
     return error

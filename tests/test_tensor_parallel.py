@@ -111,6 +111,8 @@ def test_a_lost_follower_ends_the_engine(serve: Serve, busy: bool) -> None:
             next(stream)
     began = time.monotonic()
     followers[-1].kill()
+    if busy:
+        assert "shutting_down" in "".join(stream), "the stream ends with an error"
     assert server.process.wait(timeout=20) == 1, server.log.read_text()
     assert time.monotonic() - began < 10
     assert gone(followers, within=5)

@@ -20,7 +20,7 @@ FATAL = frozenset({"engine_crash_loop"})  # ends of ERROR that come again on a r
 
 
 def failure_of(end: End) -> QuireError | None:
-    """What an end tells of as an error: there is no answer, or it is not to be had."""
+    """The error of an answer that failed or did not begin in time; None for any other end."""
     if end.reason is FinishReason.ERROR:
         code = end.error or "generation_failed"
         message = "the engine could not finish this answer"
@@ -140,8 +140,8 @@ class Answer:
 
     @contextmanager
     def attended(self) -> Iterator[None]:
-        """While somebody reads. Where the last reader leaves too early and has no grace to come
-        back in, the answer is cancelled; in all other cases that is the queue's to decide.
+        """Counts this reader while the block runs. The answer is cancelled if its last reader here
+        leaves before the end and may not come back; in all other cases the queue decides.
         """
         attendance = self.context.attendance
         attendance.enter(self.id)
@@ -169,7 +169,7 @@ class Answer:
         return ShuttingDown(request_id=self.id, last_event_id=self.position if streamed else None)
 
     def report(self, *, streamed: bool, error: QuireError | None = None) -> None:
-        """Tells the observer how the call ended."""
+        """Reports to the observer how the call ended."""
         reasons = sorted({reader.end.reason.value for reader in self.readers if reader.end})
         outcome = "+".join(reasons) if self.ended else "left"
         if error is not None:

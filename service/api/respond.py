@@ -87,5 +87,5 @@ async def _whole(answer: Answer, request: Request) -> Response:
     finally:
         answer.report(streamed=False, error=failure)
     if body is None:
-        return Response(status_code=499)  # nobody is there to read it
+        return Response(status_code=499)  # the client has left
     return Response(body, media_type="application/json")

@@ -57,7 +57,7 @@ async def read_stream(  # each is a part of the request
     after: After = None,
     last_event_id: LastEventId = None,
 ) -> Response:
-    """Find it, go to where the client was, follow."""
+    """Looks the call up, reads up to the position of the client, and streams the rest."""
     stored = await find_call(call_id, context, tenant)
     manifest = Manifest.from_json(stored.manifest)
     if manifest.width > manifest.keep:

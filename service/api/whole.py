@@ -1,4 +1,4 @@
-"""Whole: an answer as one JSON body: its stream collected, to its end or as far as it is."""
+"""An answer as one JSON body: its stream collected, to its end or as far as it goes now."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from service.api.usage import usage
 
 
 async def whole_body(answer: Answer) -> bytes:
-    """The JSON body. Raises as `Answer.shown` does, and for a response what its end tells of."""
+    """The JSON body. Raises as `Answer.shown` does, and the failure of a response."""
     choices = [Collected() for _ in answer.readers]
     async with aclosing(answer.shown()) as batches:
         async for batch in batches:

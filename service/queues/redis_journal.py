@@ -1,7 +1,7 @@
 """JournalReader: reads and follows answers in Redis. Writes nothing.
 
-The journal's stream is the truth, pub/sub only says when to look: a follower that was not woken
-looks again after `LOOK_AGAIN`, and then also checks whether the request still exists.
+The journal's stream is authoritative, pub/sub only wakes followers: one that was not woken looks
+again after `LOOK_AGAIN`, and then also checks whether the request still exists.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Resuming where the store lost a part of the journal: exact continuation, a wait, or an error."""
+"""Resuming after the store lost a part of the journal: exact continuation, a wait, or an error."""
 
 from __future__ import annotations
 

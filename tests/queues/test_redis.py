@@ -221,7 +221,7 @@ async def test_readers_of_one_answer_share_its_pages(
     redis_server.ask("CONFIG", "RESETSTAT")
     assert await asyncio.gather(*(replay(i) for i in range(100))) == [600] * 100
     num_complete, first = 600 // PAGE_TOKENS, await num_calls(queue, "xrange")
-    assert first < num_complete + 100  # the last page grows: whoever comes later reads it again
+    assert first < num_complete + 100  # the last page is not complete: it is read again
     assert await asyncio.gather(*(replay(i) for i in range(100))) == [600] * 100
     assert await num_calls(queue, "xrange") < first + 100
     await queue.write([Write(lease, record) for record in records[600:]])
