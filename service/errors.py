@@ -15,6 +15,7 @@
     │   └── HeadersTooLarge          431
     ├── RateLimited                  429 rate_limit_error
     ├── Unavailable                  503 service_unavailable_error
+    │   └── ShuttingDown             503
     ├── DeadlineExceeded             504 server_error
     ├── GenerationFailed             500 server_error     (the engine gave up on a request)
     └── StreamDivergence             409 server_error     (a refilled journal differs)
@@ -55,6 +56,10 @@ class QuireError(Exception):
         self.param = param
         self.retry_after = retry_after
         self.retryable = retryable
+
+    def details(self) -> dict[str, str]:
+        """More fields of the error's JSON object."""
+        return {}
 
 
 class BadRequest(QuireError):
@@ -156,6 +161,32 @@ class Unavailable(QuireError):
     status = 503
     type = "service_unavailable_error"
     default_code = "server_is_overloaded"
+
+
+class ShuttingDown(Unavailable):
+    """The replica that serves a call ends before the answer does.
+
+    Another replica resumes it by `request_id`, after `last_event_id` if events were sent; without
+    them the answer ends with the process.
+    """
+
+    default_code = "shutting_down"
+
+    def __init__(self, *, request_id: str | None = None, last_event_id: str | None = None) -> None:
+        self.request_id = request_id
+        self.last_event_id = last_event_id
+        if request_id is None:
+            super().__init__("the server is shutting down; send the request again")
+            return
+        path = f"/v1/streams/{request_id}"
+        if last_event_id is not None:
+            path += f"?after={last_event_id}"
+        super().__init__(f"this replica is shutting down; another one has the rest: GET {path}")
+
+    def details(self) -> dict[str, str]:
+        """What the answer is resumed by."""
+        names = {"request_id": self.request_id, "last_event_id": self.last_event_id}
+        return {name: value for name, value in names.items() if value is not None}
 
 
 class DeadlineExceeded(QuireError):

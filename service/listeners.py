@@ -73,7 +73,7 @@ class Listener(uvicorn.Server):
         app: FastAPI,
         bound: socket.socket,
         *,
-        grace: float = 1.0,
+        grace: float | None = 1.0,
         limits: HttpLimits | None = None,
         connections: Connections | None = None,
     ) -> None:
@@ -86,7 +86,7 @@ class Listener(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=75,
-                timeout_graceful_shutdown=round(grace),
+                timeout_graceful_shutdown=None if grace is None else round(grace),
             )
         )
         self._bound = bound
@@ -129,6 +129,17 @@ class Listener(uvicorn.Server):
     async def listen(self) -> None:
         """Serves until `stop`."""
         await self.serve(sockets=[self._bound])
+
+    async def cut_off(self) -> None:
+        """Ends the open calls: drops the connections of those whose answers have begun, and cancels
+        the others, which are answered with an error.
+        """
+        for connection in tuple(self.server_state.connections):
+            if isinstance(connection, ServedProtocol) and connection.cycle.response_started:
+                connection.transport.abort()
+        await asyncio.sleep(0.1)  # their calls end, as if the clients had left
+        for call in tuple(self.server_state.tasks):
+            call.cancel()
 
     def stop(self, *, at_once: bool = False) -> None:
         """Takes no new connections; open calls get `grace` seconds to end, or none."""

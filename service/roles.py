@@ -5,7 +5,7 @@
     engine    an engine replica: no public port
 
 Each is one event loop; an engine's network runs in a thread beside it. A role ends on SIGTERM or
-SIGINT, and at once, with exit code 1, where its engine breaks.
+SIGINT, as `drain` describes, and at once, with exit code 1, if its engine breaks.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from service.api.limits import ApiLimits
 from service.app import build_admin_app, build_app
 from service.cluster import Cluster
 from service.descriptors import open_places
+from service.drain import StopSignals, drain
 from service.engine.loop import EngineLoop
 from service.engine.plan import EngineConfig
 from service.errors import StartupError, Unavailable
@@ -110,9 +111,8 @@ async def serve(settings: Settings, console: Console) -> None:
         tracer=tracer,
     )
     rows = engine_rows(loaded, path) | api_rows(settings, address(public), address(admin))
-    grace = settings.drain_timeout
     listeners = [
-        Listener(api.app, public, grace=grace, connections=places.api),
+        Listener(api.app, public, grace=None, connections=places.api),
         Listener(api.admin_app, admin, connections=places.admin),
     ]
     ready = partial(banner, console, settings, rows)
@@ -134,9 +134,8 @@ async def serve_api(settings: Settings, console: Console) -> None:
     card = load_card(settings, path)
     api = ApiSide(settings, card, queue, metrics, tokenizer=tokenizer, keys=keys)
     rows = api_rows(settings, address(public), address(admin))
-    grace = settings.drain_timeout
     listeners = [
-        Listener(api.app, public, grace=grace, connections=places.api),
+        Listener(api.app, public, grace=None, connections=places.api),
         Listener(api.admin_app, admin, connections=places.admin),
     ]
     ready = partial(banner, console, settings, rows)
@@ -310,6 +309,7 @@ class ApiSide:
         tracer: Tracer | None = None,
     ) -> None:
         self.draining = False
+        self.drain_timeout = settings.drain_timeout
         self.queue = queue
         self.keys = keys
         self.cluster = Cluster(queue, card, observer=metrics)
@@ -337,6 +337,10 @@ class ApiSide:
         self.admin_app: FastAPI = build_admin_app(
             self.app, render_metrics=metrics.render, check_host=keyless_hosts(settings)
         )
+
+    def close_answers(self) -> None:
+        """Ends the open answers with the error `shutting_down`."""
+        self.app.state.context.closing.set()
 
 
 def attention_reader(settings: Settings, path: Path) -> AttentionReader | None:
@@ -369,21 +373,22 @@ async def live(
     cluster: Cluster | None = None,
     tracer: Tracer | None = None,
 ) -> None:
-    """Serves until a signal or a broken engine, then ends in order.
+    """Serves until a signal or a broken engine, then ends in order. With `api`, the first of the
+    listeners is the public one.
 
-    New calls are refused, open ones end (no longer than the listeners' grace); only then the engine
-    gives back what is left. Raises EngineFailure, and StartupError if a port is taken after all.
+    New calls are refused and open ones end, while the admin port still answers; only then the
+    engine gives back what is left. Raises EngineFailure, and StartupError if a port is taken after
+    all.
     """
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    signals = StopSignals()
     serving = [asyncio.create_task(listener.listen()) for listener in listeners]
     cluster = api.cluster if api else cluster
     watching = [asyncio.create_task(cluster.watch())] if cluster else []
     if api and api.keys:
         watching.append(asyncio.create_task(api.keys.watch()))
     working = [asyncio.create_task(engine.worker.run())] if engine else []
-    stopping = asyncio.create_task(stop.wait())
+    stopping = asyncio.create_task(signals.first.wait())
+    hurrying = asyncio.create_task(signals.second.wait())
     # What is alive now stays alive: the collector need not walk it again and again.
     gc.collect()
     gc.freeze()
@@ -392,16 +397,24 @@ async def live(
     broken = any(task.done() for task in working)
     if api:
         api.draining = True
-    if engine and not api:
+        await drain(
+            listeners[0],
+            serving[0],
+            seconds=signals.patience(api.drain_timeout),
+            hurry=[hurrying, *working],
+            close_answers=api.close_answers,
+        )
+    elif engine:
         engine.worker.drain()
-    for listener in listeners:
+    for listener in listeners[1:] if api else listeners:
         listener.stop(at_once=broken)
     await asyncio.gather(*serving, return_exceptions=True)
     if engine:
         engine.worker.drain()
-    for task in (*watching, announcing, stopping):
+    others = (*watching, announcing, stopping, hurrying)
+    for task in others:
         task.cancel()
-    await asyncio.gather(*watching, announcing, stopping, return_exceptions=True)
+    await asyncio.gather(*others, return_exceptions=True)
     try:
         await asyncio.gather(*working, *serving)  # they have ended: raises what they raised
     finally:

@@ -243,7 +243,10 @@ class Settings(BaseModel):
     )
 
     drain_timeout: float = _setting(
-        Group.HTTP, 30.0, "Seconds that running answers get to end after SIGTERM.", ge=0
+        Group.HTTP,
+        600.0,
+        "Seconds that open answers get to end after SIGTERM; after Ctrl-C 10 at most.",
+        ge=0,
     )
 
     page: bool = _setting(

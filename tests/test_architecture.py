@@ -104,6 +104,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "uvicorn", "fastapi", "service.errors", "service.api.connection", "service.http_guard",
         "service.acceptor", "service.connections",
     ),
+    "service.drain": ("service.listeners",),
     "service.startup": ("rich", "model", "service.messages", "service.errors", "service.settings"),
     "service.roles": ("",),
     "service.__main__": ("",),

@@ -54,7 +54,7 @@ MANIFEST = Manifest(
     endpoint=Endpoint.CHAT, model="model", fingerprint="class-1", created=1_700_000_000,
     prompts=(PromptNote(num_tokens=3, text="né", ids=(1, 300, 70_000)),), width=3, keep=2,
     stream=True, logprobs=2, prompt_logprobs=1, echo=True, return_token_ids=True,
-    include_usage=True, continuous_usage=True, notation="hermes", grace=30.0,
+    include_usage=True, continuous_usage=True, stop=("é", "\n"), notation="hermes", grace=30.0,
     given_back={"user": "u", "metadata": {"a": "b"}},
 )  # fmt: skip
 ENGINE = EngineInfo(

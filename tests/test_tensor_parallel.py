@@ -110,6 +110,8 @@ def test_a_lost_follower_ends_the_engine(serve: Serve, busy: bool) -> None:
         for _ in range(3):
             next(stream)
     followers[-1].kill()
+    if busy:
+        assert "shutting_down" in "".join(stream), "the stream ends with an error"
     assert server.process.wait(timeout=PATIENCE) == 1, server.log.read_text()
     assert gone(followers, within=PATIENCE)
     assert "ended with status -9" in server.log.read_text()

@@ -245,6 +245,8 @@ class Client:
                 raise AssertionError(f"{reply.status}: {(await reply.body()).decode()}")
             transcript.call_id = reply.headers["x-request-id"]
             async for event in events(reply):
+                if event.error == "shutting_down":  # of the replica, not of the request
+                    raise Broken
                 transcript.events.append(event)
         if not transcript.ended:
             raise Broken

@@ -86,6 +86,7 @@ def plan_call(
     ranked = manifest.width > manifest.keep and manifest.logprobs is None
     sampling = sampling_params(body, context, top_logprobs=0 if ranked else manifest.logprobs)
     stop = stop_rules(body, context)
+    manifest = replace(manifest, stop=stop.strings)
     requests = [
         GenerationRequest(
             id=call.id,

@@ -13,7 +13,7 @@ from service.api.manifest import Endpoint, Manifest
 from service.api.observer import CallReport
 from service.api.pieces import ChoiceReader, Shown
 from service.api.relay import follow_choice, merge, only
-from service.errors import DeadlineExceeded, GenerationFailed, QuireError
+from service.errors import DeadlineExceeded, GenerationFailed, QuireError, ShuttingDown
 from service.messages import End, FinishReason, Record, Submission, child_ids
 from service.queues import SubmitStatus
 
@@ -26,7 +26,7 @@ FAILURES = MappingProxyType({
 
 
 def failure_of(end: End) -> QuireError | None:
-    """What an end tells of as an error: there is no answer, or it is not to be had."""
+    """The error of an answer that failed or did not begin in time; None for any other end."""
     if end.reason is FinishReason.ERROR:
         code = end.error or "generation_failed"
         message = FAILURES.get(code, "the engine could not finish this answer")
@@ -65,6 +65,7 @@ class Answer:
         self._restoring: asyncio.Task[bool] | None = None
         self._first_token: float | None = None
         self._failed = False
+        self._interrupted = False
 
     @property
     def position(self) -> str:
@@ -81,22 +82,29 @@ class Answer:
         """Whether every choice has had its end."""
         return all(reader.end is not None for reader in self.readers)
 
-    async def shown(self) -> AsyncGenerator[tuple[int, Shown], None]:
-        """(choice, what it adds) until all choices have ended.
+    async def shown(self) -> AsyncGenerator[Iterator[tuple[int, Shown]], None]:
+        """What the records add, as they come, until all choices have ended: iterators of (choice,
+        what it adds), each to be exhausted before the next is asked for.
 
-        Raises GenerationFailed, DeadlineExceeded, StreamDivergence or Unavailable; of a response,
-        whose state tells of the first two, only where the journal vanished.
+        Both raise GenerationFailed, DeadlineExceeded, StreamDivergence or Unavailable; for a
+        response, whose state shows the first two, only if the journal vanished.
         """
-        queue, limits = self.context.queue, self.context.limits
         sources = [
-            follow_choice(queue, request_id, reader, limits=limits, restore=self._restore)
+            follow_choice(
+                self.context.queue,
+                request_id,
+                reader,
+                limits=self.context.limits,
+                # The caller of a new request has nothing to catch up with.
+                replay=None if self._submission is not None else self.context.replay,
+                restore=self._restore,
+            )
             for request_id, reader in zip(self.request_ids, self.readers, strict=True)
         ]
         merged = only(sources[0]) if len(sources) == 1 else merge(sources)
         async with aclosing(merged):
-            async for choice, record in merged:
-                for shown in self.read(choice, record):
-                    yield choice, shown
+            async for choice, records in merged:
+                yield self.read_all(choice, records)
 
     async def _restore(self) -> bool:
         """Submits again, under the same ids, what a store lost before anything of it was shown.
@@ -113,6 +121,10 @@ class Answer:
             return False
         reply = await self.context.queue.submit(self._submission)
         return reply.status in {SubmitStatus.OK, SubmitStatus.EXISTS}
+
+    def read_all(self, choice: int, records: Sequence[Record]) -> Iterator[tuple[int, Shown]]:
+        """(choice, what it adds) for each of a choice's next records, read one by one."""
+        return ((choice, shown) for record in records for shown in self.read(choice, record))
 
     def read(self, choice: int, record: Record) -> Iterator[Shown]:
         """What the next record of a choice adds. Raises as `shown` does."""
@@ -134,26 +146,36 @@ class Answer:
 
     @contextmanager
     def attended(self) -> Iterator[None]:
-        """While somebody reads. Where the last reader leaves too early and has no grace to come
-        back in, the answer is cancelled; in all other cases that is the queue's to decide.
+        """Counts this reader while the block runs. The answer is cancelled if its last reader here
+        leaves before the end and may not come back; in all other cases the queue decides.
         """
         attendance = self.context.attendance
         attendance.enter(self.id)
-        moved = False
         try:
             yield
         except asyncio.CancelledError:
-            moved = True  # this replica goes away, not the reader, who may go on at another
+            self._interrupted = True
             raise
         finally:
             last = attendance.leave(self.id)
-            done = self.ended or moved or self._resumed
+            # An interrupted reader may read on at another replica.
+            done = self.ended or self._interrupted or self._resumed
             gone = last and not done and self.manifest.grace == 0
             if gone or self._failed:  # after a failure the other choices are of no use
                 attendance.cancel(self.request_ids)
 
+    def interrupt(self, *, streamed: bool) -> ShuttingDown:
+        """The error that ends this reader's connection, because the replica ends; not the answer,
+        if another process can go on with it.
+        """
+        self._interrupted = True
+        manifest = self.manifest
+        if not (self.context.queue.shared and manifest.stored and manifest.width == manifest.keep):
+            return ShuttingDown()
+        return ShuttingDown(request_id=self.id, last_event_id=self.position if streamed else None)
+
     def report(self, *, streamed: bool, error: QuireError | None = None) -> None:
-        """Tells the observer how the call ended."""
+        """Reports to the observer how the call ended."""
         reasons = sorted({reader.end.reason.value for reader in self.readers if reader.end})
         outcome = "+".join(reasons) if self.ended else "left"
         if error is not None:

@@ -5,6 +5,7 @@ send are not used. A HEAD request is served as the GET of its path; the server l
 
 from __future__ import annotations
 
+import asyncio
 from time import monotonic
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,7 +18,7 @@ from service.api.message_errors import MESSAGE_ID, is_message_path
 from service.api.observer import ApiObserver, HttpCall
 from service.api.rates import over_rate, rate_headers
 from service.api.refusals import error_response
-from service.errors import Forbidden, QuireError, Unauthorized, Unavailable
+from service.errors import Forbidden, QuireError, ShuttingDown, Unauthorized, Unavailable
 
 _ID_HEADER = b"x-request-id"
 
@@ -83,6 +84,11 @@ class Boundary:
             refusal = await self._count(scope, state["tenant"])
             app = self._app if refusal is None else error_response(refusal, path=path)
             await app(scope, receive, send_with_id)
+            await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the process ends, and cannot wait for this call
+            if status:
+                raise
+            await error_response(ShuttingDown(), path=path)(scope, receive, send_with_id)
         finally:
             if state["trace"] is not None:
                 self._observer.call_over(_traced(scope, method, caller=caller, status=status))

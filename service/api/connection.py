@@ -17,10 +17,14 @@ HEAD_ONLY = "head_only"
 """Key in `scope["state"]`, true for a HEAD request: routes see a GET, and no body is sent."""
 
 
-async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
-    """The result of `work`, or None where the client left first, and then `work` is cancelled."""
+async def unless_gone(
+    work: Coroutine[Any, Any, T], receive: Receive, *, closing: asyncio.Event
+) -> T | None:
+    """The result of `work`; None if the client left first, or `closing` was set, and then `work` is
+    cancelled.
+    """
     working = asyncio.create_task(work)
-    await first_of(working, asyncio.create_task(gone(receive)))
+    await first_of(working, asyncio.create_task(gone(receive)), asyncio.create_task(closing.wait()))
     return None if working.cancelled() else working.result()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -17,6 +18,7 @@ from service.api.limits import ApiLimits
 from service.api.live_state import LiveState
 from service.api.observer import ApiObserver
 from service.api.pools import WorkPools
+from service.api.replay import Replay
 from service.messages import ModelCard
 from service.queues import Queue
 
@@ -48,6 +50,8 @@ class ApiContext:
     grammars: GrammarTrials
     attention: AttentionDesk | None  # None where no network is in the process
     version: str
+    replay: Replay = field(default_factory=Replay)
+    closing: asyncio.Event = field(default_factory=asyncio.Event)  # open answers end now
 
     @property
     def card(self) -> ModelCard:

@@ -328,6 +328,9 @@ _MESSAGE_ERROR: Json = {
             "properties": {
                 "type": {"type": "string", "description": "The kind of error."},
                 "message": {"type": "string", "description": "For people."},
+                "code": {"type": "string", "description": "Only `shutting_down`."},
+                "request_id": {"type": "string", "description": "The call to read on elsewhere."},
+                "last_event_id": {"type": "string", "description": "The event to read on after."},
             },
         },
     },

@@ -49,7 +49,6 @@ class ApiLimits:
     backend_patience: float = 30.0  # an open stream waits so long for an absent queue
     backend_retry: float = 0.25
     resume_window: float = 600.0  # as the queue's: after it an id is "expired", not "unknown"
-    resume_patience: float = 2.0  # waits so long for a journal to come to where its reader was
     max_event_id_chars: int = 4096
     probe_timeout: float = 1.0  # the readiness probe's patience with the queue
     sweep_interval: float = 1.0  # between two searches for requests past their deadline

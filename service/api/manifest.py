@@ -51,6 +51,7 @@ class Manifest:
     return_token_ids: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
+    stop: tuple[str, ...] = ()  # the stop strings: text that may begin one is held back
     notation: str | None = None  # how the model writes tool calls; None: it has no tools
     grace: float | None = 0.0  # None: never; seconds without readers before it is cancelled
     given_back: dict[str, Any] = field(default_factory=dict)  # of a response: fields it repeats

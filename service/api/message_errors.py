@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from service.errors import BadRequest, QuireError
+from service.errors import BadRequest, QuireError, ShuttingDown
 
 PATH = "/v1/messages"
 MESSAGE_ID = b"request-id"
@@ -37,4 +37,6 @@ def message_error_body(error: QuireError) -> bytes:
     if error.param is not None and not message.startswith(error.param):
         message = f"{error.param}: {message}"
     fields = {"type": _TYPES.get(error.status, kind), "message": message}
+    if isinstance(error, ShuttingDown):
+        fields |= {"code": error.code, **error.details()}
     return json.dumps({"type": "error", "error": fields}).encode()

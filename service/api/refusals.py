@@ -54,6 +54,7 @@ def error_body(error: QuireError) -> bytes:
         "type": error.type,
         "param": error.param,
         "code": error.code,
+        **error.details(),
     }
     return json.dumps({"error": fields}).encode()
 

@@ -78,12 +78,15 @@ async def _whole(answer: Answer, request: Request) -> Response:
     failure: QuireError | None = None
     try:
         with answer.attended():
-            body = await unless_gone(whole_body(answer), request.receive)
+            closing = answer.context.closing
+            body = await unless_gone(whole_body(answer), request.receive, closing=closing)
+            if body is None and closing.is_set():
+                raise answer.interrupt(streamed=False)
     except QuireError as error:
         failure = error
         raise
     finally:
         answer.report(streamed=False, error=failure)
     if body is None:
-        return Response(status_code=499)  # nobody is there to read it
+        return Response(status_code=499)  # the client has left
     return Response(body, media_type="application/json")

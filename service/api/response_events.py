@@ -82,7 +82,9 @@ class ResponseWriter:
 
     def failure(self, error: QuireError) -> bytes:
         """The end of this stream, which is not the end of the response."""
-        fields = {"code": error.code, "message": error.message, "param": error.param}
+        fields: dict[str, str | None] = {
+            "code": error.code, "message": error.message, "param": error.param, **error.details(),
+        }  # fmt: skip
         number = BEFORE_TOKENS + self._answer.completion_tokens
         # OpenAI's clients raise for what has an `error`; without it they would take it for text.
         return self._event(max(number, self._seen), "error", error=fields, **fields)

@@ -87,7 +87,9 @@ class ResponseItemWriter:
 
     def failure(self, error: QuireError) -> bytes:
         """The end of this stream, which is not the end of the response."""
-        fields = {"code": error.code, "message": error.message, "param": error.param}
+        fields: dict[str, str | None] = {
+            "code": error.code, "message": error.message, "param": error.param, **error.details(),
+        }  # fmt: skip
         number = max(self._number() + STRIDE - 1, self._seen)
         # OpenAI's clients raise for what has an `error`; without it they would take it for text.
         return _event(("error", {"error": fields, **fields}), number)

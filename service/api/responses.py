@@ -26,7 +26,7 @@ from service.api.sse import EventStream
 from service.api.whole import body_now
 from service.api.writers import response_writer
 from service.errors import BadRequest
-from service.messages import End, FinishReason
+from service.messages import FinishReason
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -131,13 +131,9 @@ async def _find(response_id: str, request: Request, context: ApiContext, tenant:
 async def _go_to(
     answer: Answer, writer: ResponseWriter | ResponseItemWriter, *, number: int
 ) -> None:
-    """Back to the event of that number. Raises BadRequest or StreamDivergence."""
+    """Reads up to the event of that number. Raises BadRequest, StreamDivergence or Unavailable."""
     count = writer.tokens_at(number)
-    records = await answer.context.queue.read(answer.request_ids[0])
-    if records and isinstance(last := records[-1], End):  # the events after it have numbers, too
-        if number > writer.last_number(last.count):
-            raise BadRequest(
-                "starting_after must be the number of an event", param="starting_after"
-            )
-        count = min(count, last.count)
-    await go_to(answer, writer, choice=0, count=count, param="starting_after")
+    reached = await go_to(answer, writer, choice=0, count=count)
+    # The events after the last token have numbers, too.
+    if reached < count and number > writer.last_number(reached):
+        raise BadRequest("starting_after must be the number of an event", param="starting_after")

@@ -406,6 +406,11 @@ class ErrorFields(BaseModel):
     type: str = Field(description="The kind of error, as OpenAI names it.")
     param: str | None = Field(description="The dotted path of the field at fault.")
     code: str = Field(description="For programs: which error it is.")
+    request_id: str = Field(
+        "",
+        description="With `shutting_down`: the call to read on at another replica, if it can be.",
+    )
+    last_event_id: str = Field("", description="The event after which to read on.")
 
 
 class ErrorBody(BaseModel):

@@ -3,13 +3,14 @@
     relay:  journal -> event -> send       one event in flight: `send` waits until the socket drains
     watch:  receive -> gone                also between tokens; and it sends the keep-alive
 
-Whichever ends first ends the other. An error after the headers is an event of its own, then the
-body ends without `[DONE]`.
+Whichever ends first ends the other; both end when the replica closes. An error after the headers is
+an event of its own, then the body ends without `[DONE]`.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from contextlib import aclosing
 from time import monotonic
 
@@ -19,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from service.api.answer import Answer
 from service.api.connection import DROP, HEAD_ONLY, first_of, gone
 from service.api.events import KEEP_ALIVE, Writer
+from service.api.pieces import Shown
 from service.errors import QuireError
 
 HEADERS = {
@@ -40,6 +42,8 @@ class EventStream(Response):
         self._last_sent = monotonic()
         self._stalled = False
         self._error: QuireError | None = None
+        self._unsent = b""  # was given to a `send` that did not return
+        self._ending = False  # the last event was rendered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events until the answer ends or the reader is gone."""
@@ -53,7 +57,10 @@ class EventStream(Response):
                 )
                 relay = asyncio.create_task(self._relay(send))
                 watch = asyncio.create_task(self._watch(receive, send))
-                await first_of(relay, watch)
+                closing = self._answer.context.closing
+                await first_of(relay, watch, asyncio.create_task(closing.wait()))
+                if closing.is_set():
+                    await self._interrupt(send)
                 drop = scope["state"].get(DROP)
                 if self._stalled and drop is not None:
                     drop()
@@ -66,18 +73,41 @@ class EventStream(Response):
         try:
             if opening := writer.opening():
                 await self._send(send, opening)
-            async with aclosing(self._answer.shown()) as pieces:
-                async for choice, shown in pieces:
-                    await self._send(send, writer.event(choice, shown))
+            async with aclosing(self._answer.shown()) as batches:
+                async for batch in batches:
+                    await self._send_batch(send, batch)
             last = writer.closing()
         except QuireError as error:
             self._error = error
             last = writer.failure(error)
+        self._ending = True
         await self._send(send, last, more=False)
+
+    async def _interrupt(self, send: Send) -> None:
+        """Ends a stream that has not ended: the replica ends. Nothing is left out or sent twice."""
+        if self._ending and not self._unsent:
+            return
+        last = self._unsent
+        if not self._ending:
+            self._error = self._answer.interrupt(streamed=True)
+            last += self._writer.failure(self._error)
+        await self._send(send, last, more=False)
+
+    async def _send_batch(self, send: Send, batch: Iterator[tuple[int, Shown]]) -> None:
+        """What comes before an error is sent before it."""
+        events: list[bytes] = []
+        try:
+            for choice, shown in batch:
+                events.append(self._writer.event(choice, shown))
+        finally:
+            if events:
+                await self._send(send, b"".join(events))
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
         self._sending_since = monotonic()
+        self._unsent = body
         await send({"type": "http.response.body", "body": body, "more_body": more})
+        self._unsent = b""
         self._sending_since = None
         self._last_sent = monotonic()
 

@@ -57,7 +57,7 @@ async def read_stream(  # each is a part of the request
     after: After = None,
     last_event_id: LastEventId = None,
 ) -> Response:
-    """Find it, go to where the client was, follow."""
+    """Looks the call up, reads up to the position of the client, and streams the rest."""
     stored = await find_call(call_id, context, tenant)
     manifest = Manifest.from_json(stored.manifest)
     if manifest.width > manifest.keep:
@@ -94,7 +94,7 @@ async def cancel_stream(call_id: CallId, context: Context, tenant: Caller) -> Re
 
 
 async def _go_to(answer: Answer, writer: Writer, event_id: str | None) -> None:
-    """Reads the journal up to an event. Raises BadRequest or StreamDivergence."""
+    """Reads the journal up to an event. Raises BadRequest, StreamDivergence or Unavailable."""
     if not event_id:
         return
     if len(event_id) > answer.context.limits.max_event_id_chars:
@@ -105,7 +105,7 @@ async def _go_to(answer: Answer, writer: Writer, event_id: str | None) -> None:
     for choice, position in enumerate(positions):
         if position is None:
             raise _bad_event_id()
-        await go_to(answer, writer, choice=choice, count=int(position[1]), param="last-event-id")
+        await go_to(answer, writer, choice=choice, count=int(position[1]))
         if answer.readers[choice].position != position[0]:
             raise diverged("last-event-id")
 

@@ -1,4 +1,4 @@
-"""Whole: an answer as one JSON body: its stream collected, to its end or as far as it is."""
+"""An answer as one JSON body: its stream collected, to its end or as far as it goes now."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from service.api.usage import usage
 
 
 async def whole_body(answer: Answer) -> bytes:
-    """The JSON body. Raises as `Answer.shown` does, and for a response what its end tells of."""
+    """The JSON body. Raises as `Answer.shown` does, and the failure of a response."""
     choices = [Collected() for _ in answer.readers]
-    async with aclosing(answer.shown()) as shown_pieces:
-        async for choice, shown in shown_pieces:
-            choices[choice].add(shown)
+    async with aclosing(answer.shown()) as batches:
+        async for batch in batches:
+            for choice, shown in batch:
+                choices[choice].add(shown)
     if answer.manifest.endpoint is Endpoint.RESPONSES:
         return _response(answer, choices[0])
     if answer.manifest.endpoint is Endpoint.MESSAGES:
@@ -33,10 +34,12 @@ async def whole_body(answer: Answer) -> bytes:
 
 async def body_now(answer: Answer) -> bytes:
     """A response's JSON body as far as it has come."""
-    collected = Collected()
-    for record in await answer.context.queue.read(answer.request_ids[0]):
-        for shown in answer.read(0, record):
-            collected.add(shown)
+    collected, context = Collected(), answer.context
+    pages = context.replay.pages(context.queue, answer.request_ids[0], answer.readers[0])
+    async with aclosing(pages):
+        async for records in pages:
+            for _, shown in answer.read_all(0, records):
+                collected.add(shown)
     return orjson.dumps(response_object(answer, collected, status=status_of(collected)))
 
 

@@ -61,6 +61,8 @@ PROBATION = 2.0
 """Seconds after which others may join even before that: a long prompt takes its time."""
 BLAME_KEPT = 600.0
 """Seconds for which the death of an engine can be taken back."""
+PAGE_TOKENS = 128
+"""Tokens of an answer per page: what a reader of a finished answer renders at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,14 @@ class QueueLimits:
     resume_window: float = 600.0
     idempotency_ttl: float = 86_400.0
     sweep_pause: float = 5.0  # nobody swept or attended for so long: graces begin anew
+    takeover: float = 1.5  # from the end of a lease to the next token, made by another engine
+
+    @property
+    def failover(self) -> float:
+        """The longest silence of a running answer whose engine or store fails over: after either,
+        the lease is waited for, and then another engine claims and continues the request.
+        """
+        return self.lease + self.takeover
 
 
 class SubmitStatus(StrEnum):
@@ -207,6 +217,7 @@ class Queue(Protocol):
     """Every method may raise `Unavailable` where the queue's store cannot be reached."""
 
     limits: QueueLimits
+    shared: bool  # whether other processes can read the answers, also after this one ends
 
     async def open(self) -> None:
         """Called once at the start. Raises StartupError if the store cannot be reached or written
@@ -233,7 +244,14 @@ class Queue(Protocol):
         """The records now in the journal that reach beyond the first `after` tokens, in order.
 
         The first one may begin before them. Raises NotFound for an unknown request and
-        StreamDivergence where the answer has ended with fewer tokens than that.
+        StreamDivergence if the answer has ended with fewer tokens than that.
+        """
+        ...
+
+    async def read_page(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
+        """The first of the records that `read` returns: at most `PAGE_TOKENS` tokens, but at least
+        one record, or none if the journal has none. Readers of one answer share the work. A page
+        may have been read before the store lost data, and overlap with the records after it.
         """
         ...
 

@@ -18,6 +18,7 @@ from service.errors import NotFound, Unavailable
 from service.messages import Allowance, End, FinishReason, Record, Submission, Tokens
 from service.queues import (
     BLAME_KEPT,
+    PAGE_TOKENS,
     Claim,
     EngineInfo,
     Lease,
@@ -55,6 +56,8 @@ _COUNTED = {
 
 class MemoryQueue:
     """The contract is `service.queues.Queue`."""
+
+    shared = False
 
     def __init__(
         self,
@@ -149,11 +152,10 @@ class MemoryQueue:
         return None if group is None else group.stored
 
     async def read(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
-        entry = self._known(request_id)
-        records: list[Record] = list(entry.journal[bisect_right(entry.ends, after) :])
-        if entry.end is not None:
-            records.append(reached(entry.end, after=after))
-        return records
+        return self._known(request_id).beyond(after)
+
+    async def read_page(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
+        return self._known(request_id).beyond(after, most=PAGE_TOKENS)
 
     async def follow(self, request_id: str, *, after: int = 0) -> AsyncIterator[Record]:
         entry = self._known(request_id)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 from service.errors import StreamDivergence
-from service.messages import Allowance, End, GenerationRequest, Submission, Tokens
+from service.messages import Allowance, End, GenerationRequest, Record, Submission, Tokens
 from service.queues import CLEARED_AFTER, PASSED_AFTER, Lease, StoredSubmission
 
 LOOK_AGAIN = 0.05
@@ -63,6 +64,16 @@ class Entry:
     def deadline(self) -> float | None:
         timeout_ms = self.request.timeout_ms
         return None if timeout_ms is None else self.submitted + timeout_ms / 1000
+
+    def beyond(self, after: int, *, most: int | None = None) -> list[Record]:
+        """The records beyond `after` tokens; with `most`, the first of them, of so many tokens."""
+        first, until = bisect_right(self.ends, after), len(self.journal)
+        if most is not None:
+            until = max(first + 1, bisect_right(self.ends, after + most))
+        records: list[Record] = list(self.journal[first:until])
+        if self.end is not None and until >= len(self.journal):
+            records.append(reached(self.end, after=after))
+        return records
 
     def holds(self, lease: Lease) -> bool:
         """Whether the lease's is the last claim of this request."""

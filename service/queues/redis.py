@@ -74,6 +74,8 @@ class RedisQueue:
     idempotency key must name one shard. Connects when first used.
     """
 
+    shared = True
+
     def __init__(
         self, limits: QueueLimits, *, url: str, observer: QueueObserver | None = None
     ) -> None:
@@ -168,6 +170,9 @@ class RedisQueue:
 
     async def read(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
         return await self._reader.read(self._keys(request_id), request_id, after=after)
+
+    async def read_page(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
+        return await self._reader.read_page(self._keys(request_id), request_id, after=after)
 
     def follow(self, request_id: str, *, after: int = 0) -> AsyncIterator[Record]:
         return self._reader.follow(self._keys(request_id), request_id, after=after)

@@ -15,6 +15,7 @@ import { place } from "./tokens.js";
 const SILENCE = 35_000;  // ms without a byte; the server sends a comment at least every 15 s
 const PATIENCE = 120_000;  // ms of trying to reconnect
 const STOP_PATIENCE = 3_000;  // ms from a stop to the end that the server tells
+const LOST = new Set(["backend_unavailable", "shutting_down"]);
 const RETRIED = new Set([429, 502, 503, 504]);
 
 export function newRecord(body) {
@@ -165,8 +166,8 @@ export class Answer {
 
   #take(chunk, id) {
     if (chunk.error) {
-      // The journal is out of reach, not lost: as good as a lost connection.
-      if (chunk.error.code === "backend_unavailable") throw new Error(chunk.error.message);
+      // The journal is out of reach or this replica ends: as good as a lost connection.
+      if (LOST.has(chunk.error.code)) throw new Error(chunk.error.message);
       throw new Failed(chunk.error.message);
     }
     const { record } = this;

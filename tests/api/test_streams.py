@@ -9,7 +9,6 @@ from starlette.types import Scope
 
 from service.api.auth import Tenant
 from service.api.ids import call_age, new_call_id
-from service.messages import Tokens
 from service.queues import QueueLimits
 from tests.waiting import until
 
@@ -143,51 +142,3 @@ def test_call_ids_are_in_order_and_have_an_age() -> None:
     assert age is not None
     assert 0 <= age < 60
     assert call_age("s0-xyz") is None
-
-
-async def test_a_journal_that_was_cut_anew(service: Any) -> None:
-    """A store lost the journal's tail, and the engine wrote it again in one piece: what a reader
-    has of it may end inside of that piece, and then nobody knows which of its text was sent.
-    """
-    reply = await service.post("/v1/completions", B | {"stream": True}, x_quire_event_ids="1")
-    ids = [line[4:] for line in reply.text.split("\n") if line.startswith("id: ")]
-    entry = service.queue._entries[f"{reply.headers['x-request-id']}.0"]
-    first, *rest = entry.journal
-    merged = Tokens(
-        start=first.end,
-        ids=tuple(token for record in rest for token in record.ids),
-        text="".join(record.text for record in rest),
-        digest=rest[-1].digest,
-    )
-    entry.journal[:], entry.ends[:] = [first, merged], [first.end, merged.end]
-    path = f"/v1/streams/{reply.headers['x-request-id']}"
-    for event_id in ids:
-        resumed = await service.client.get(path, params={"after": event_id})
-        if event_id in {ids[0], ids[-1]}:
-            assert resumed.status_code == 200
-        else:
-            assert error_of(resumed) == (409, "stream_divergence")
-    start = await service.client.get(path)
-    assert start.status_code == 200
-
-
-async def test_a_reader_ahead_of_the_journal_waits_for_it(service: Any, small_limits: Any) -> None:
-    """The tail that the store lost is written again by the engine that lives: then it goes on."""
-    body = B | {"stream": True, "max_tokens": 40}
-    whole = await service.post("/v1/completions", body, x_quire_event_ids="1")
-    events = whole.content.split(b"\n\n")
-    late = next(event for event in events if event.startswith(b"id: 2"))
-    event_id = late.split(b"\n")[0][4:].decode()
-    service.engine.pause = 0.004
-    call = asyncio.create_task(service.post("/v1/completions", body))
-    while len(service.engine.seen) < 2:
-        await asyncio.sleep(0.001)
-    path = f"/v1/streams/{service.engine.seen[1].id.removesuffix('.0')}"
-    resumed = await service.client.get(path, params={"after": event_id})
-    assert texts(resumed.content) == texts(b"\n\n".join(events[events.index(late) + 1 :]))
-    await call
-
-
-def texts(content: bytes) -> list[bytes]:
-    """The choices of a stream's events: all of them but what differs between two calls."""
-    return [line.split(b'"choices":')[1] for line in content.split(b"\n") if b'"choices":' in line]

@@ -15,6 +15,7 @@ from fastapi.routing import APIRoute
 
 from service.__main__ import app as command_line
 from service.api import ROUTERS
+from service.drain import FAREWELL
 from service.errors import Forbidden
 from service.exposure import keyless_hosts
 from service.settings import Settings, load_settings
@@ -263,7 +264,8 @@ def check_life_cycle(objects: Sequence[Object]) -> None:
     assert command[0] == "sleep"
     drain = settings_of(objects, container).drain_timeout
     grace = pod_of(api)["terminationGracePeriodSeconds"]
-    assert grace >= int(command[1]) + drain + 5, f"{grace} s is too short"
+    end = drain + 2 * FAREWELL + 5
+    assert grace >= int(command[1]) + end, f"{grace} s is too short"
     assert int(command[1]) >= 3, "proxies hear of it only after the deletion began"
     assert api["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
     engine = get(objects, "Deployment", "quire-engine")

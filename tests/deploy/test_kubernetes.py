@@ -217,7 +217,7 @@ BROKEN: dict[str, tuple[Check, Callable[[list[Object]], object]]] = {
     ),
     "grace is shorter than the drain": (
         checks.check_life_cycle,
-        lambda o: settings(o).update(QUIRE_DRAIN_TIMEOUT="60"),
+        lambda o: settings(o).update(QUIRE_DRAIN_TIMEOUT="616"),
     ),
     "nothing wakes the first engine": (
         checks.check_scaling,

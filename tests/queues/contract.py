@@ -7,6 +7,7 @@ A test class inherits `QueueContract` and gives two fixtures: `queue`, a new emp
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pytest
 from service.errors import NotFound, StreamDivergence
 from service.messages import (
     Allowance,
+    End,
     FinishReason,
     Record,
     Submission,
@@ -24,6 +26,7 @@ from service.messages import (
 )
 from service.queues import (
     CLEARED_AFTER,
+    PAGE_TOKENS,
     VERDICT,
     Claim,
     Lease,
@@ -914,9 +917,49 @@ class QueueContract:
         with pytest.raises(StreamDivergence):
             await anext(aiter(queue.follow(rid, after=5)))
 
+    async def test_pages_are_together_what_is_read(self, queue: Queue) -> None:
+        """From any position, before and after the end, also with records longer than a page."""
+        submission = make_submission()
+        rid = submission.requests[0].id
+        await queue.submit(submission)
+        assert list(await queue.read_page(rid)) == []
+        lease = (await claim_one(queue)).lease
+        sizes = [*[1] * 40, PAGE_TOKENS - 40, 1, 2 * PAGE_TOKENS + 5, 3, 3]
+        ends = list(itertools.accumulate(sizes))
+        records: list[Record] = [
+            answer_of(rid, end - size, end) for end, size in zip(ends, sizes, strict=True)
+        ]
+        written = 0
+        for count in (10, 41, 43, len(sizes)):
+            await queue.write([Write(lease, record) for record in records[written:count]])
+            written = count
+            for after in (0, 5, ends[count - 1] - 1):
+                expected = list(await queue.read(rid, after=after))
+                assert await self.in_pages(queue, rid, after=after) == expected
+            assert list(await queue.read_page(rid, after=ends[count - 1])) == []
+        await append(queue, lease, stop_at(ends[-1]))
+        for after in (0, 39, PAGE_TOKENS, PAGE_TOKENS + 1, ends[-1] - 3, ends[-1]):
+            expected = list(await queue.read(rid, after=after))
+            assert await self.in_pages(queue, rid, after=after) == expected
+        with pytest.raises(StreamDivergence):
+            await queue.read_page(rid, after=ends[-1] + 1)
+
+    @staticmethod
+    async def in_pages(queue: Queue, request_id: str, *, after: int) -> list[Record]:
+        found: list[Record] = []
+        while page := await queue.read_page(request_id, after=after):
+            found += page
+            if isinstance(last := page[-1], End):
+                break
+            assert len(page) <= PAGE_TOKENS
+            after = last.end
+        return found
+
     async def test_unknown_requests_are_not_found(self, queue: Queue) -> None:
         with pytest.raises(NotFound):
             await queue.read("s0-unknown.0")
+        with pytest.raises(NotFound):
+            await queue.read_page("s0-unknown.0")
         with pytest.raises(NotFound):
             await anext(aiter(queue.follow("s0-unknown.0")))
 
@@ -962,6 +1005,7 @@ class QueueContract:
         await queue.renew([claims[1].lease])
         await passes(LIMITS.resume_window + 0.1)
         assert len(await queue.read(first)) == 2
+        assert len(await queue.read_page(first)) == 2
         await finish(queue, claims[1], length=1)
         assert len(await queue.read(last)) == 2
         await passes(LIMITS.resume_window + 0.1)
@@ -969,5 +1013,7 @@ class QueueContract:
         for rid in (first, last):
             with pytest.raises(NotFound):
                 await queue.read(rid)
+            with pytest.raises(NotFound):
+                await queue.read_page(rid)
         assert await queue.depth() == NOTHING
         await queue.check()

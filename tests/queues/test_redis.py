@@ -13,10 +13,12 @@ from redis import Redis
 from loadtest.rig.redis_process import RedisServer
 from service.errors import StartupError, Unavailable
 from service.messages import Allowance, End, FinishReason, Record, TokenLogprob, Tokens
-from service.queues import Claim, QueueLimits, Write, open_queue
+from service.queues import PAGE_TOKENS, Claim, QueueLimits, Write, open_queue
 from service.queues.observer import QueueEvent
 from service.queues.redis import RedisQueue
 from service.queues.redis_codec import Malformed, decode_entry, encode_tokens
+from service.queues.redis_keys import ShardKeys
+from service.queues.redis_pages import Page, Pages, State
 from service.queues.redis_server import check_server
 from tests.queues.builders import (
     Counts,
@@ -213,6 +215,68 @@ async def test_two_replicas_share_everything(
     async with asyncio.timeout(PATIENCE):  # woken: shorter than the time to look again
         assert await following == make_tokens([1])
     assert await api.engines() == [make_engine()]
+
+
+async def test_readers_of_one_answer_share_its_pages(
+    redis_server: RedisServer, redis_queues: Queues
+) -> None:
+    """A hundred readers from any position: each page is asked for and decoded once."""
+    queue = redis_queues(redis_server.url, LIMITS)
+    submission = make_submission()
+    rid = submission.requests[0].id
+    await queue.submit(submission)
+    lease = (await claim_one(queue)).lease
+    records = [answer_of(rid, i, i + 1) for i in range(1000)]
+    await queue.write([Write(lease, record) for record in records[:600]])
+
+    async def replay(start: int) -> int:
+        count = start
+        while page := await queue.read_page(rid, after=count):
+            assert [record.start for record in page] == list(range(count, count + len(page)))  # type: ignore[union-attr]  # no end among them
+            count += len(page)
+        return count
+
+    redis_server.ask("CONFIG", "RESETSTAT")
+    assert await asyncio.gather(*(replay(i) for i in range(100))) == [600] * 100
+    num_complete, first = 600 // PAGE_TOKENS, await num_calls(queue, "xrange")
+    assert first < num_complete + 100  # the last page is not complete: it is read again
+    assert await asyncio.gather(*(replay(i) for i in range(100))) == [600] * 100
+    assert await num_calls(queue, "xrange") < first + 100
+    await queue.write([Write(lease, record) for record in records[600:]])
+    await append(queue, lease, stop_at(1000))
+    redis_server.ask("CONFIG", "RESETSTAT")
+    ends = await asyncio.gather(*(queue.read_page(rid, after=i * 10) for i in range(101)))
+    assert ends[-1] == [stop_at(1000)]
+    assert await num_calls(queue, "xrange") == 1000 // PAGE_TOKENS + 1 - num_complete
+
+
+async def num_calls(queue: RedisQueue, command: str) -> int:
+    (info,) = await queue._wire.run([("INFO", "commandstats")])
+    return int(info.get(f"cmdstat_{command}", {"calls": 0})["calls"])
+
+
+async def test_pages_are_kept_within_their_bound() -> None:
+    """Those used last stay; a page that is larger than the bound is read each time."""
+    fetched: list[int] = []
+
+    async def fetch(_keys: ShardKeys, request_id: str, number: int) -> Page:
+        fetched.append(number)
+        size = 100 if request_id == "small" else 100_000
+        return Page(State(ended=True, count=1), (), stored_bytes=size)
+
+    size = Page(State(ended=True, count=1), (), stored_bytes=100).size
+    pages = Pages(fetch, kept_bytes=3 * size)
+    for number in (0, 1, 2):
+        await pages.read(ShardKeys(0), "small", number)
+    assert pages.kept("small", 0) is not None
+    await pages.read(ShardKeys(0), "small", 3)
+    assert [number for number in range(4) if pages.kept("small", number)] == [0, 2, 3]
+    for _ in range(2):
+        assert pages.kept("large", 0) is None
+        await pages.read(ShardKeys(0), "large", 0)
+    assert fetched == [0, 1, 2, 3, 0, 0]
+    await asyncio.gather(*(pages.read(ShardKeys(0), "small", 9) for _ in range(5)))
+    assert fetched[6:] == [9]
 
 
 async def test_garbage_is_dropped_and_counted(
