@@ -545,6 +545,10 @@ async def test_nothing_new_runs_beside_a_last_attempt_until_it_is_cleared() -> N
     assert CLEARED_AFTER < begun[0] < 40
 
 
+def is_stalled(engine: Station) -> bool:
+    return engine.worker.is_stalled
+
+
 async def test_a_stalled_engine_gives_its_requests_up_and_may_come_back() -> None:
     """Its event loop lives on. When the step ends after all, nobody is blamed any more."""
     queue = WatchedQueue(QueueLimits(lease=0.3))
@@ -561,7 +565,7 @@ async def test_a_stalled_engine_gives_its_requests_up_and_may_come_back() -> Non
         await asyncio.to_thread(stuck.wait, WAIT)
         async with station(queue, "other", on_run=taking(0.002)) as other:
             assert (await answer(queue, request))[0] == oracle_answer(request)
-            assert stalled.worker.is_stalled
+            assert is_stalled(stalled)
             assert stalled.worker.running == 0
             assert other.ledger.counts["take_over"] == 1
         assert queue.claims[-1].attempt == 2
@@ -569,7 +573,7 @@ async def test_a_stalled_engine_gives_its_requests_up_and_may_come_back() -> Non
         after = make_request("after")
         await submit(queue, after)
         assert (await answer(queue, after))[0] == oracle_answer(after)
-        assert not stalled.worker.is_stalled
+        assert not is_stalled(stalled)
         while stalled.engine.busy:
             await asyncio.sleep(0.005)
         stalled.engine.check_integrity()

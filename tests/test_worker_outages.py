@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -119,7 +120,7 @@ async def run(queue: FailingQueue, *, drain: bool, pace: float = 0.002) -> None:
     attendance.enter("o0")
     try:
         for request in (*requests, cancelled):
-            await retried(lambda request=request: submit(queue, request))
+            await retried(partial(submit, queue, request))
         await retried(lambda: queue.stop([cancelled.id], FinishReason.CANCELLED))
         if drain:
             await one.drain()

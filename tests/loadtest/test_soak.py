@@ -44,7 +44,12 @@ class Scripted(Client):
         self._script = events
 
     async def stream(
-        self, body: dict[str, Any], *, into: Transcript | None = None, **headers: str
+        self,
+        body: dict[str, Any],
+        *,
+        into: Transcript | None = None,
+        patience: float = 0.0,
+        **headers: str,
     ) -> Transcript:
         transcript = into or Transcript(body)
         transcript.call_id = "an id"
