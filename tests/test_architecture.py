@@ -44,7 +44,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.metrics_vllm",
     ),
     "service.engine": ("service.messages", "service.errors", "service.engine"),
-    "service.engine.guide": ("numpy", "model.batch", "model.grammar", "service.engine"),
+    "service.engine.guide": (
+        "numpy", "model.batch", "model.grammar", "service.messages", "service.errors",
+        "service.engine",
+    ),
     "service.engine.pack": ("numpy", "model", "service.messages", "service.engine"),
     "service.engine.unpack": ("numpy", "model.batch", "service.messages", "service.engine"),
     "service.engine.loop": (
