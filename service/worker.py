@@ -4,7 +4,7 @@ It runs in an event loop; the engine computes in a thread of its own, so a long 
 a renewal nor a write. If a step does not end at all, the worker neither claims nor renews and gives
 the requests up, so that other engines take them over. It knows neither HTTP nor tensors.
 
-    claim loop   queue.claim -> Held -> engine.add     only what the engine has room for
+    claim loop   queue.claim -> LeasedWork -> engine.add    only what the engine has room for
     write loop   engine events -> queue.write          one round trip for all that came meanwhile
     renew loop   queue.renew each third of a lease     what is lost is aborted
     stop loop    queue.stops -> engine.abort           a hint that saves up to a third of a lease
@@ -27,12 +27,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 from service.engine.loop import EngineLoop, Work
 from service.errors import Unavailable
 from service.fair_pool import FairPool
+from service.leased_work import LeasedWork
 from service.messages import End, Event, FinishReason, Tokens
 from service.queues import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
 from service.worker_observer import WorkerObserver
@@ -50,28 +50,6 @@ SETTLE_WITHIN = 1.0  # seconds that a step waits for the journal while requests 
 
 class EngineFailure(Exception):
     """The runner broke. The process must end: nothing that it computes can be trusted."""
-
-
-@dataclass(slots=True)
-class Held:
-    """A claimed request. The records are kept to its end, to answer a GAP."""
-
-    claim: Claim
-    since: float
-    records: list[Tokens] = field(default_factory=list)
-    written: int = 0  # tokens that are known to be in the journal
-    ending: bool = False  # its end is on its way; the reply decides what became of it
-
-    @property
-    def lease(self) -> Lease:
-        """Under which its records are written."""
-        return self.claim.lease
-
-    @property
-    def is_isolated(self) -> bool:
-        """Whether it is not yet past the position at which engines died."""
-        until = self.claim.isolated_until
-        return until is not None and self.written <= until
 
 
 class Worker:
@@ -95,7 +73,7 @@ class Worker:
         self._info = info
         self._observer = observer
         self._clock = clock
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, LeasedWork] = {}
         self._events: deque[Event] = deque()
         self._events_came = asyncio.Event()
         self._writing = asyncio.Lock()
@@ -241,7 +219,7 @@ class Worker:
             if late is not None:  # this engine's own, whose lease ran out
                 self._observer.let_go(late.claim, "lease_lost", written=late.written)
             self._observer.claimed(claim)
-            held = Held(claim, self._clock(), written=len(claim.tokens))
+            held = LeasedWork(claim, self._clock(), written=len(claim.tokens))
             self._held[claim.request.id] = held
             if held.is_isolated:
                 self._isolated.add(claim.request.id)
@@ -352,13 +330,13 @@ class Worker:
             self._note_end(held, write.record)
         return []
 
-    def _note_end(self, held: Held, end: End) -> None:
+    def _note_end(self, held: LeasedWork, end: End) -> None:
         self._observer.ended(end, self._clock() - held.since)
         self._observer.let_go(held.claim, end.reason.value, written=end.count, end=end)
 
     async def _give_up(self, writes: Iterable[Write]) -> None:
         """Ends requests whose tokens the store has no room for; an end needs next to none."""
-        ends: list[tuple[Held, End]] = []
+        ends: list[tuple[LeasedWork, End]] = []
         for request_id in {write.lease.request_id for write in writes}:
             held = self._held.get(request_id)
             if held is not None:

@@ -53,7 +53,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.metrics_vllm",
     ),
     "service.engine": ("service.messages", "service.errors", "service.engine"),
-    "service.engine.guide": ("numpy", "model.batch", "model.grammar", "service.engine"),
+    "service.engine.guide": (
+        "numpy", "model.batch", "model.grammar", "service.messages", "service.errors",
+        "service.engine",
+    ),
     "service.engine.pack": ("numpy", "model", "service.messages", "service.engine"),
     "service.engine.unpack": ("numpy", "model.batch", "service.messages", "service.engine"),
     "service.engine.loop": (
@@ -68,8 +71,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "service.worker": (
         "service.engine", "service.fair_pool", "service.queues", "service.messages",
-        "service.errors", "service.worker_observer",
+        "service.errors", "service.leased_work", "service.worker_observer",
     ),
+    "service.leased_work": ("service.queues", "service.messages"),
     "service.worker_observer": ("service.queues", "service.messages"),
     "service.api": (
         "fastapi", "starlette", "pydantic", "orjson", "model.tokenizer", "model.chat_template",

@@ -6,7 +6,7 @@ reading the journalled tokens again. It knows no blocks, no budget and no queue.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from service.engine.detokenize import Detokenizer
 from service.engine.guide import Guide
@@ -130,3 +130,12 @@ class Answer:
             if self.guide.ended:
                 return FinishReason.STOP
         return FinishReason.LENGTH if self.count >= self._max_tokens else None
+
+
+def without_mask(answers: Mapping[str, Answer]) -> dict[str, Answer]:
+    """Those whose next token has no mask yet."""
+    return {
+        request_id: answer
+        for request_id, answer in answers.items()
+        if answer.guide is not None and not answer.guide.ready
+    }

@@ -25,7 +25,9 @@ from contextlib import contextmanager, suppress
 import numpy as np
 
 from model.batch import Words
-from model.grammar import GrammarError, Matcher
+from model.grammar import GrammarError, Grammars, Matcher
+from service.errors import BadRequest
+from service.messages import GenerationRequest
 
 # CPU seconds. A usual mask takes 0.0001, one at the limits of `model.grammar` 0.025.
 MASK_LIMIT = 0.5  # one mask, or the reading of one token
@@ -228,6 +230,42 @@ class Guide:
             room = np.zeros((num, self._masks_MW.shape[1]), np.uint32)
             room[0] = self._masks_MW[0]
             self._masks_MW = room
+
+
+class Guides:
+    """Makes the guides of one engine. Without `grammars` requests with a grammar are refused."""
+
+    def __init__(
+        self, grammars: Grammars | None, *, token_bytes: Sequence[bytes], vocab_size: int
+    ) -> None:
+        self.mask_time = MaskTime()
+        self._grammars = grammars
+        self._token_bytes = token_bytes
+        self._vocab_size = vocab_size
+
+    def prepare(self, request: GenerationRequest) -> None:
+        """Compiles the grammar of a request. Any thread; it may take seconds."""
+        if self._grammars is not None and request.grammar is not None:
+            self._grammars.prepare(request.grammar)
+
+    def make(self, request: GenerationRequest, *, tokens: Iterable[int]) -> Guide | None:
+        """The guide of an answer that has `tokens`; None without a grammar. Raises BadRequest."""
+        if request.grammar is None:
+            return None
+        if self._grammars is None:
+            raise BadRequest("this engine has no grammars", code="grammar_failed")
+        try:
+            matcher = self._grammars.matcher(request.grammar)
+        except ValueError:  # the API lets no such grammar through
+            raise BadRequest("the grammar cannot be compiled", code="grammar_failed") from None
+        return Guide(
+            matcher,
+            token_bytes=self._token_bytes,
+            vocab_size=self._vocab_size,
+            mask_time=self.mask_time,
+            tenant=request.tenant,
+            tokens=tokens,
+        )
 
 
 def _allows(mask_W: Words, token: int) -> bool:

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from model.runners import overlapped
-from service.engine.answer import Answer
+from service.engine.answer import Answer, without_mask
 from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
-from service.engine.guide import Guide, MaskTime
+from service.engine.guide import Guides
 from service.engine.observer import Observer, StepReport
 from service.engine.pack import Packer
 from service.engine.pipeline import Computed, Pipeline
@@ -111,7 +111,6 @@ class EngineLoop:
         self._observer = observer
         self._clock = clock
         self._on_failure = on_failure
-        self._grammars = grammars
         self._settle = settle
         self._slowest_step = 0.0  # seconds, of the recent ones
         self._allocator = BlockAllocator(runner.num_blocks, block_size=runner.block_size)
@@ -138,7 +137,9 @@ class EngineLoop:
         self._outbox: list[Event] = []  # what came of steps and was not delivered yet
         self._since: float | None = None  # from when on the next step's time counts; None: it idles
         self._answers: dict[str, Answer] = {}
-        self._mask_time = MaskTime()
+        self._guides = Guides(
+            grammars, token_bytes=token_bytes, vocab_size=runner.config.vocab_size
+        )
         # Reentrant, so that `deliver` may call `abort`.
         self._changed = threading.Condition(threading.RLock())
         self._inbox: deque[tuple[float, Work | _Abort]] = deque()  # with the time it came in
@@ -203,8 +204,7 @@ class EngineLoop:
 
         Any thread; it may take seconds. What is wrong with a grammar is told by the answer's end.
         """
-        if self._grammars is not None and request.grammar is not None:
-            self._grammars.prepare(request.grammar)
+        self._guides.prepare(request)
 
     def add(self, work: Work) -> None:
         """Hands a request in. One of the same id that is here already is dropped for it."""
@@ -220,7 +220,7 @@ class EngineLoop:
         For tests and offline use, where the thread does not run.
         """
         plan = self._advance()
-        progressed = bool(plan.tokens or self._outbox or self._without_mask())
+        progressed = bool(plan.tokens or self._outbox or without_mask(self._answers))
         self._flush()
         return progressed
 
@@ -308,7 +308,7 @@ class EngineLoop:
         request = work.request
         try:
             self._check(work)
-            guide = self._guide(work)
+            guide = self._guides.make(request, tokens=work.tokens)
             answer = Answer(
                 request,
                 token_bytes=self._token_bytes,
@@ -341,38 +341,10 @@ class EngineLoop:
         if not 0 <= request.sampling.seed < 2**64 or "" in request.stop:
             raise BadRequest("seed must be between 0 and 2**64 - 1, stop not empty")
 
-    def _guide(self, work: Work) -> Guide | None:
-        request = work.request
-        if request.grammar is None:
-            return None
-        if self._grammars is None:
-            raise BadRequest("this engine knows no grammars", code="grammar_failed")
-        try:
-            matcher = self._grammars.matcher(request.grammar)
-        except ValueError:  # the API lets no such grammar through
-            raise BadRequest("the grammar cannot be compiled", code="grammar_failed") from None
-        vocab_size = self._runner.config.vocab_size
-        return Guide(
-            matcher,
-            token_bytes=self._token_bytes,
-            vocab_size=vocab_size,
-            mask_time=self._mask_time,
-            tenant=request.tenant,
-            tokens=work.tokens,
-        )
-
-    def _without_mask(self) -> dict[str, Answer]:
-        """Answers whose next token has no mask yet."""
-        return {
-            request_id: answer
-            for request_id, answer in self._answers.items()
-            if answer.guide is not None and not answer.guide.ready
-        }
-
     def _look_ahead(self) -> None:
         """Computes masks within a step's time; ends the answers that cannot go on."""
-        answers = self._without_mask()
-        self._mask_time.look(answer.guide for answer in answers.values() if answer.guide)
+        answers = without_mask(self._answers)
+        self._guides.mask_time.look(answer.guide for answer in answers.values() if answer.guide)
         for request_id, answer in answers.items():
             reason = answer.verdict
             if reason is not None and (sequence := self._scheduler.abort(request_id)):

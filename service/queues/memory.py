@@ -12,7 +12,6 @@ import secrets
 import time
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from functools import partial
 
 from service.errors import NotFound, Unavailable
 from service.messages import Allowance, End, FinishReason, Record, Submission, Tokens
@@ -291,7 +290,7 @@ class MemoryQueue:
         owner = f"{engine.id}:{secrets.token_hex(6)}"
         claims: list[Claim] = []
         orphans = self._orphans(engine) if limit > 0 else []
-        for entry in self._blame.next_group(engine, partial(_may_run, engine), limit=limit):
+        for entry in self._blame.next_group(engine, limit=limit):
             self._blame.isolate(entry, engine)
             claims.append(self._start(entry, engine, owner=owner))
         for entry in self._candidates(orphans):
@@ -301,7 +300,7 @@ class MemoryQueue:
                 continue
             if self._overdue(entry):
                 self._stop(entry, FinishReason.DEADLINE)
-            elif _may_run(engine, entry):
+            elif entry.may_run(engine):
                 claims.append(self._start(entry, engine, owner=owner))
         return claims
 
@@ -312,7 +311,7 @@ class MemoryQueue:
             if entry.owner and entry.lease_until > self._clock():
                 continue
             settled: bool | None = True
-            if entry.owner and not self._overdue(entry) and _may_run(engine, entry):
+            if entry.owner and not self._overdue(entry) and entry.may_run(engine):
                 settled = self._blame.settle(entry, engine)
                 if settled is False:
                     self._fail(entry)
@@ -354,16 +353,7 @@ class MemoryQueue:
         entry.owner = owner
         entry.numeric_class = engine.numeric_class
         entry.lease_until = now + self.limits.lease
-        deadline = entry.deadline
-        return Claim(
-            lease=Lease(request.id, entry.epoch, owner),
-            request=request,
-            tokens=tuple(token for record in entry.journal for token in record.ids),
-            attempt=len(entry.blamers) + 1,
-            isolated_until=entry.cleared_after if entry.isolated_by else None,
-            remaining_ms=None if deadline is None else max(0, round((deadline - now) * 1000)),
-            waited_ms=waited_ms,
-        )
+        return entry.claim(now=now, waited_ms=waited_ms)
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         replies = [self._write(write.lease, write.record) for write in writes]
@@ -383,17 +373,10 @@ class MemoryQueue:
         return WriteReply(self._append(entry, record), entry.count)
 
     def _append(self, entry: Entry, record: Tokens) -> WriteStatus:
-        if entry.count >= record.end:
-            return WriteStatus.DUP
-        if entry.end is not None:
-            return WriteStatus.FENCED
-        if entry.count != record.start:
-            return WriteStatus.GAP
-        entry.journal.append(record)
-        entry.ends.append(record.end)
-        self._blame.progressed(entry)
-        entry.wake()
-        return WriteStatus.OK
+        status = entry.append(record)
+        if status is WriteStatus.OK:
+            self._blame.progressed(entry)
+        return status
 
     def _finish(self, entry: Entry, record: End) -> WriteStatus:
         if entry.end is not None:
@@ -480,9 +463,3 @@ class MemoryQueue:
     def _wake_claimers(self) -> None:
         for news in self._claimers:
             news.set()
-
-
-def _may_run(engine: EngineInfo, entry: Entry) -> bool:
-    """A begun answer stays in its numeric class; features must be supported."""
-    same_class = not entry.count or entry.numeric_class == engine.numeric_class
-    return same_class and set(entry.request.features) <= set(engine.features)

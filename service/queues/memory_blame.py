@@ -101,9 +101,7 @@ class Blame:
         for engine in [name for name, since in self._isolates.items() if since < oldest]:
             del self._isolates[engine]
 
-    def next_group(
-        self, engine: EngineInfo, runnable: Callable[[Entry], bool], *, limit: int
-    ) -> Sequence[Entry]:
+    def next_group(self, engine: EngineInfo, *, limit: int) -> Sequence[Entry]:
         """The suspects to isolate in this engine now, at most `limit`; none while another does."""
         held = [entry for entry in self._lane.values() if self._is_held(entry)]
         condemned = any(self._has_last_attempt(entry) for entry in held)
@@ -111,7 +109,7 @@ class Blame:
         young &= self._clock() - self._isolates.get(engine.id, 0.0) < PROBATION
         if held and (condemned or young or any(entry.engine != engine.id for entry in held)):
             return ()
-        suspects = [entry for entry in self._suspects.values() if runnable(entry)]
+        suspects = [entry for entry in self._suspects.values() if entry.may_run(engine)]
         if not suspects or limit <= 0:
             return ()
         if self._has_last_attempt(suspects[0]):

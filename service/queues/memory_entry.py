@@ -1,4 +1,4 @@
-"""Entry and Group: what the queue in memory keeps of a request and of a submission. No rules."""
+"""Entry and Group: what the queue in memory keeps of a request and of a submission."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Self
 
 from service.errors import StreamDivergence
 from service.messages import Allowance, End, GenerationRequest, Record, Submission, Tokens
-from service.queues import CLEARED_AFTER, PASSED_AFTER, Lease, StoredSubmission
+from service.queues import (
+    CLEARED_AFTER,
+    PASSED_AFTER,
+    Claim,
+    EngineInfo,
+    Lease,
+    StoredSubmission,
+    WriteStatus,
+)
 
 LOOK_AGAIN = 0.05
 """Seconds between two looks at a request whose lease is over, and which cannot be claimed yet."""
@@ -64,6 +72,37 @@ class Entry:
     def deadline(self) -> float | None:
         timeout_ms = self.request.timeout_ms
         return None if timeout_ms is None else self.submitted + timeout_ms / 1000
+
+    def may_run(self, engine: EngineInfo) -> bool:
+        """Whether an engine may run it: a begun answer stays in its numeric class."""
+        same_class = not self.count or self.numeric_class == engine.numeric_class
+        return same_class and set(self.request.features) <= set(engine.features)
+
+    def claim(self, *, now: float, waited_ms: int | None) -> Claim:
+        """What the engine that owns it is told."""
+        deadline = self.deadline
+        return Claim(
+            lease=Lease(self.request.id, self.epoch, self.owner),
+            request=self.request,
+            tokens=tuple(token for record in self.journal for token in record.ids),
+            attempt=len(self.blamers) + 1,
+            isolated_until=self.cleared_after if self.isolated_by else None,
+            remaining_ms=None if deadline is None else max(0, round((deadline - now) * 1000)),
+            waited_ms=waited_ms,
+        )
+
+    def append(self, record: Tokens) -> WriteStatus:
+        """Journals tokens that continue what is there."""
+        if self.count >= record.end:
+            return WriteStatus.DUP
+        if self.end is not None:
+            return WriteStatus.FENCED
+        if self.count != record.start:
+            return WriteStatus.GAP
+        self.journal.append(record)
+        self.ends.append(record.end)
+        self.wake()
+        return WriteStatus.OK
 
     def beyond(self, after: int, *, most: int | None = None) -> list[Record]:
         """The records beyond `after` tokens; with `most`, the first of them, of so many tokens."""
