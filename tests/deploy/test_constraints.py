@@ -57,6 +57,14 @@ def test_docker_make_and_ci_use_them() -> None:
     assert "$(PIP) install --editable" not in makefile
 
 
+def test_every_deployment_runs_the_same_redis() -> None:
+    """compose.yaml and the base of the overlays name one digest."""
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["redis"]["image"]
+    base = yaml.safe_load((DEPLOY / "kubernetes" / "base" / "kustomization.yaml").read_text())
+    (redis,) = (image for image in base["images"] if image["name"] == "redis")
+    assert compose == f"{redis['newName']}@{redis['digest']}"
+
+
 def test_actions_of_ci_are_pinned_by_commit() -> None:
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yaml").read_text())["jobs"]
     used = [step["uses"] for job in jobs.values() for step in job["steps"] if "uses" in step]
