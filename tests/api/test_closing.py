@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from service.drain import drain
+from service.listeners import DroppingProtocol, Listener, bind
 from service.queues import QueueLimits
 from service.queues.memory import MemoryQueue
 
@@ -153,3 +156,48 @@ async def test_a_cancelled_call_without_an_answer_gets_json(service: Any) -> Non
     assert sent[0]["status"] == 503
     assert dict(sent[0]["headers"])[b"content-type"] == b"application/json"
     assert b"shutting_down" in sent[1]["body"]
+
+
+async def test_what_is_left_in_the_end_is_cut_off(
+    start_service: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A reader that takes nothing is dropped; a request that never comes whole gets JSON."""
+    monkeypatch.setattr("service.drain.FAREWELL", 0.3)
+    async with start_service(max_model_len=9000) as service:
+        bound = bind("127.0.0.1", 0)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        listener = Listener(service.app, bound, grace=None)
+        serving = asyncio.create_task(listener.listen())
+        await listener.answering.wait()
+        deaf, slow = [await connect(bound.getsockname()) for _ in range(2)]
+        body = b'{"model": "tiny-model", "prompt": "hi", "max_tokens": 8000, "stream": true}'
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        deaf[1].write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        slow[1].write(head + b"content-length: %d\r\n\r\n" % len(body) + body[:9])
+        connections = listener.server_state.connections
+        while not any(isinstance(c, DroppingProtocol) and c.flow.write_paused for c in connections):
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(20):
+            await drain(
+                listener,
+                serving,
+                seconds=0.0,
+                hurry=[],
+                close_answers=service.app.state.context.closing.set,
+            )
+            await serving
+            reply = await slow[0].read()
+        assert reply.startswith(b"HTTP/1.1 503 ")
+        assert b"shutting_down" in reply
+        assert "Traceback" not in caplog.text
+        for _, writer in (deaf, slow):
+            writer.close()
+
+
+async def connect(address: tuple[str, int]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A client that takes little at a time."""
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    made.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(made, address)
+    return await asyncio.open_connection(sock=made, limit=1024)
