@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from service.drain import drain
-from service.listeners import DroppingProtocol, Listener, bind
+from service.listeners import Listener, ServedProtocol
+from service.ports import bind
 from service.queues import QueueLimits
 from service.queues.memory import MemoryQueue
 
@@ -171,11 +172,11 @@ async def test_what_is_left_in_the_end_is_cut_off(
         await listener.answering.wait()
         deaf, slow = [await connect(bound.getsockname()) for _ in range(2)]
         body = b'{"model": "tiny-model", "prompt": "hi", "max_tokens": 8000, "stream": true}'
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         deaf[1].write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
         slow[1].write(head + b"content-length: %d\r\n\r\n" % len(body) + body[:9])
         connections = listener.server_state.connections
-        while not any(isinstance(c, DroppingProtocol) and c.flow.write_paused for c in connections):
+        while not any(isinstance(c, ServedProtocol) and c.flow.write_paused for c in connections):
             await asyncio.sleep(0.01)
         async with asyncio.timeout(20):
             await drain(
