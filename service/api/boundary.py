@@ -84,7 +84,6 @@ class Boundary:
             refusal = await self._count(scope, state["tenant"])
             app = self._app if refusal is None else error_response(refusal, path=path)
             await app(scope, receive, send_with_id)
-            await self._app(scope, receive, send_with_id)
         except asyncio.CancelledError:  # the process ends, and cannot wait for this call
             if status:
                 raise

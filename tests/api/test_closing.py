@@ -172,7 +172,10 @@ async def test_what_is_left_in_the_end_is_cut_off(
         await listener.answering.wait()
         deaf, slow = [await connect(bound.getsockname()) for _ in range(2)]
         body = b'{"model": "tiny-model", "prompt": "hi", "max_tokens": 8000, "stream": true}'
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+            b"content-type: application/json\r\n"
+        )
         deaf[1].write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
         slow[1].write(head + b"content-length: %d\r\n\r\n" % len(body) + body[:9])
         connections = listener.server_state.connections
