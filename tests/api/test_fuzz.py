@@ -136,7 +136,7 @@ async def test_no_body_gets_more_than_a_refusal_at_length(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1000)
 def test_the_document_is_kept_to(tmp_path: Path) -> None:
     """Schemathesis with all its checks; `make fuzz` goes on for longer."""
     from tests.api.fuzz import run_checks, serving  # seconds that the unit suite need not take

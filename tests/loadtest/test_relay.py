@@ -16,7 +16,7 @@ from tests.faults.proxy import FaultProxy
 @asynccontextmanager
 async def answering(pieces: int) -> AsyncIterator[int]:
     """A server's port: it reads to the end of the request, then answers slowly."""
-
+    gc.freeze()  # only what is made from now on is collected between pieces, which is quick
     handlers: list[asyncio.Task[None]] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -38,6 +38,7 @@ async def answering(pieces: int) -> AsyncIterator[int]:
         await asyncio.wait(handlers)
         for handler in handlers:
             assert handler.exception() is None or isinstance(handler.exception(), ConnectionError)
+    gc.unfreeze()
 
 
 async def test_a_client_that_has_said_everything_gets_the_whole_answer() -> None:

@@ -40,7 +40,7 @@ PROMPTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1000)
 def test_log_probabilities_equal_transformers(default_model: Path) -> None:
     """20 prompts, every position: within 0.01, through the paged path that serves."""
     transformers = pytest.importorskip("transformers")

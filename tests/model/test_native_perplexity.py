@@ -16,7 +16,7 @@ from model.runners.native import NativeRunner
 from model.tokenizer import Tokenizer
 from tests.builders import at_length
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 WINDOW = 512
 

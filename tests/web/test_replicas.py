@@ -89,7 +89,7 @@ def replicas(default_model: Path, tmp_path: Path) -> Iterator[Replicas]:
         redis.close()
 
 
-@pytest.mark.timeout(300)  # four processes load the model
+@pytest.mark.timeout(1000)  # four processes load the model
 async def test_an_answer_outlives_its_engine_and_its_api(
     visit: Any, replicas: Replicas, undisturbed: Any
 ) -> None:
