@@ -214,7 +214,12 @@ class QueueDepth:
 
 
 class Queue(Protocol):
-    """Every method may raise `Unavailable` where the queue's store cannot be reached."""
+    """Every method may raise `Unavailable` if the queue's store cannot be reached.
+
+    Handlers of the API let it propagate: it is their 503. `follow` and `stops` wait for the store
+    themselves. Background loops (sweeps, heartbeats of readers, the list of engines) and the worker
+    repeat the call; see `service.worker`.
+    """
 
     limits: QueueLimits
     shared: bool  # whether other processes can read the answers, also after this one ends

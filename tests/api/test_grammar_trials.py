@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from service.api import grammar_trials
 from service.api.auth import Tenant
 from service.api.grammar_trials import MAX_TENANT_WAITING, GrammarTrials
 from service.errors import RateLimited
+from service.messages import Allowance
 
 TEXT = {"model": "tiny-model", "prompt": "hi", "max_tokens": 4}
 
@@ -156,3 +158,20 @@ async def test_bad_regexes_of_one_tenant_keep_no_schema_out(start_service: Any) 
         assert {reply.status_code for reply in replies} == {400}
         again = await ask("flood", regex="(line 0")
         assert again.json()["error"]["code"] == "invalid_grammar"
+
+
+async def test_calls_over_the_rate_reach_no_trial(start_service: Any, held: HeldTrials) -> None:
+    """Requests per minute are counted before the trial."""
+    allowance = Allowance(key="k", requests_per_minute=1)
+    held.let.release(100)
+    async with start_service(
+        authenticate=lambda _scope: Tenant(name="t", allowance=allowance)
+    ) as service:
+        context = service.app.state.context
+        service.app.state.context = replace(context, grammars=held)
+        replies = [
+            await service.post("/v1/completions", TEXT | {"structured_outputs": {"regex": f"a{n}"}})
+            for n in range(5)
+        ]
+    assert [reply.status_code for reply in replies] == [200, 429, 429, 429, 429]
+    assert len(held.tried) == 1
