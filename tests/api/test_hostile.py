@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,9 @@ class Server:
         return {name: float(value) for name, value in lines}
 
 
-@pytest.fixture(scope="module")
-def server(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`quire serve`; two clients drip from the start, and a third says nothing."""
-    folder = tmp_path_factory.mktemp("hostile")
+@contextmanager
+def started(tiny_model: TinyModel, folder: Path) -> Iterator[Server]:
+    """`quire serve`. Its log may never hold a traceback or anything that a client sent."""
     log, ports = folder / "log", (free_port(), free_port())
     model = tiny_model.write_folder(folder / "model")
     command = [sys.executable, "-m", "service", "serve", "--model", str(model)]
@@ -109,15 +109,32 @@ def server(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> I
                 client=client,
             )
             server.reference = server.answer()
-            threads = [threading.Thread(target=_drip, args=(server, name)) for name in DRIPS]
-            for thread in threads:
-                thread.start()
             yield server
-            for thread in threads:
-                thread.join()
+        check_log(server)
     finally:
         process.kill()
         sys.stdout.write(f"{process.wait()} {log.read_text()[-5000:]}")  # shown with a failure
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two clients drip from the start, and a third sends nothing."""
+    with started(tiny_model, tmp_path_factory.mktemp("hostile")) as server:
+        threads = [threading.Thread(target=_drip, args=(server, name)) for name in DRIPS]
+        for thread in threads:
+            thread.start()
+        yield server
+        for thread in threads:
+            thread.join()
+
+
+def check_log(server: Server) -> None:
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    assert CANARY not in log
+    assert "<|im_end|>" not in log
+    levels = [json.loads(line)["level"] for line in log.splitlines()]
+    assert set(levels) == {"info"}
 
 
 DRIPS: dict[str, tuple[bytes, bytes]] = {
@@ -383,8 +400,16 @@ def test_bytes_that_drip(server: Server) -> None:
     server.check_unharmed()
 
 
-def test_a_server_that_ends(server: Server) -> None:
+@pytest.fixture
+def own_server(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Server]:
+    """Not the module's, which other tests may still need: processes share tests in any order."""
+    with started(tiny_model, tmp_path) as server:
+        yield server
+
+
+def test_a_server_that_ends(own_server: Server) -> None:
     """Until its port is closed it says 503 and that it ends; then exit code 0, and a clean log."""
+    server = own_server
     body = json.dumps(B | {"stream": True, "max_tokens": 120, "ignore_eos": True}).encode()
     refused = []
     with server.client.stream("POST", COMPLETIONS, content=body, headers=JSON) as stream:
@@ -401,9 +426,3 @@ def test_a_server_that_ends(server: Server) -> None:
         assert answer.headers["connection"] == "close"
         assert answer.headers["retry-after"] == "1"
     assert server.process.wait(timeout=PATIENCE) == 0
-    log = server.log.read_text()
-    assert "Traceback" not in log
-    assert CANARY not in log
-    assert "<|im_end|>" not in log
-    levels = [json.loads(line)["level"] for line in log.splitlines()]
-    assert set(levels) == {"info"}
