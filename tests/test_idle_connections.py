@@ -23,6 +23,7 @@ import pytest
 
 from loadtest.rig.redis_process import RedisServer
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -155,7 +156,10 @@ def test_descriptors_above_1023_work(tiny_model: TinyModel, tmp_path: Path) -> N
         serving(tmp_path, model, "serve", descriptors=2 * IDLE) as server,
         idle_connections(server.api),
     ):
-        assert server.metric("process_open_fds") > DESCRIPTORS
+        ends = time.monotonic() + PATIENCE
+        while server.metric("process_open_fds") <= DESCRIPTORS:  # until it has accepted them
+            assert time.monotonic() < ends, "connections are not accepted"
+            time.sleep(0.05)
         body = {
             "model": "tiny", "prompt": "the quick", "max_tokens": 4,
             "structured_outputs": {"regex": "[a-z ]+"},

@@ -20,7 +20,7 @@ ENDLESS = (
     "{% for c in s %}{% for d in s %}{% for e in s %}{% endfor %}{% endfor %}{% endfor %}"
     "{% endfor %}{% endfor %}{% endif %}{{ s }}"
 )
-ATTACK = "y" * 5000
+ATTACK = "y" * 200  # fits the context
 
 
 def chat(content: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import model.runners
 from model.config import Activation, Norm, Position
 from model.runners import RunnerOptions, choose
 from model.runners.choose import choose_runner, choose_sizes
@@ -72,6 +73,7 @@ def test_a_model_that_the_gpu_runner_does_not_support_falls_back() -> None:
 @pytest.mark.usefixtures("a_gpu")
 def test_without_triton_the_torch_runner_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(model, "runners", model.runners)  # an import sets it, and undo restores it
     for name in [name for name in sys.modules if name.startswith(("model.kernels", "model.runn"))]:
         if "choose" not in name:
             monkeypatch.delitem(sys.modules, name)
