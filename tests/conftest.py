@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 import model.tokenizer
+from loadtest.rig.redis_process import RedisServer
 from model.checkpoint.fetch import default_cache, resolve
 from service.startup import load_tokenizer
 from tests.waiting import PATIENCE
@@ -218,6 +219,15 @@ def _gguf_name(name: str) -> str:
     for theirs, ours in replaced.items():
         name = name.replace(theirs, ours)
     return name
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis that the test may harm."""
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -55,14 +55,6 @@ Serve = Callable[..., Server]
 
 
 @pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path / "redis")
-    server.start()
-    yield server
-    server.close()
-
-
-@pytest.fixture
 def serve(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Serve]:
     folder = tiny_model.write_folder(tmp_path / "tiny")
     started: list[Server] = []

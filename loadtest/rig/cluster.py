@@ -145,6 +145,12 @@ class Cluster:
         self._started.append(api)
         return api
 
+    def start_replicas(self, *, queue: str) -> None:
+        """Two engines and an API replica over another way to the queue, ready and known."""
+        replicas = [self.start_engine(queue=queue) for _ in range(2)]
+        wait_all_ready([*replicas, self.start_api(queue=queue)])
+        self.wait_until_known(2)
+
     def start_engine(
         self,
         *,

@@ -134,7 +134,12 @@ class Lease:
 
     request_id: str
     epoch: int
-    owner: str
+    owner: str  # "<engine>:<nonce>"
+
+    @property
+    def engine(self) -> str:
+        """The id of the engine that has it."""
+        return self.owner.rpartition(":")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -389,7 +389,7 @@ class MemoryQueue:
     async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
         until = self._clock() + self.limits.lease
         lost: list[str] = []
-        for engine in {lease.owner.rpartition(":")[0] for lease in leases} & self._engines.keys():
+        for engine in {lease.engine for lease in leases} & self._engines.keys():
             self._engines[engine] = (self._clock(), self._engines[engine][1])
             self._blame.heard(engine)
         for lease in leases:

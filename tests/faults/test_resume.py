@@ -78,7 +78,7 @@ async def test_row_25_readers_come_back_after_a_failover_to_a_replica_that_lags(
         await asyncio.to_thread(replica.start)
         try:
             url = f"redis://127.0.0.1:{front.port}/0"
-            await start_replicas(cluster, queue=url)
+            await asyncio.to_thread(cluster.start_replicas, queue=url)
             bodies = [cluster.body(draw, max_tokens=500) for _ in range(3)]
             readers = [Transcript(body) for body in bodies]
             reading = [asyncio.create_task(read(cluster, each)) for each in readers]
@@ -129,14 +129,6 @@ async def test_row_25_readers_come_back_after_a_failover_to_a_replica_that_lags(
         finally:
             cluster.redis = old
             replica.close()
-
-
-async def start_replicas(cluster: Cluster, *, queue: str) -> None:
-    replicas = [cluster.start_engine(queue=queue) for _ in range(2)]
-    replicas.append(cluster.start_api(queue=queue))
-    for each in replicas:
-        await asyncio.to_thread(each.wait_until_ready)
-    await asyncio.to_thread(cluster.wait_until_known, 2)
 
 
 async def read(cluster: Cluster, transcript: Transcript) -> None:

@@ -114,11 +114,7 @@ async def test_row_25_failover_to_a_replica_that_lags(
         await asyncio.to_thread(replica.start)
         try:
             url = f"redis://127.0.0.1:{front.port}/0"
-            replicas = [cluster.start_engine(queue=url) for _ in range(2)]
-            replicas.append(cluster.start_api(queue=url))
-            for each in replicas:
-                await asyncio.to_thread(each.wait_until_ready)
-            await asyncio.to_thread(cluster.wait_until_known, 2)
+            await asyncio.to_thread(cluster.start_replicas, queue=url)
             for engine in cluster.engines:
                 engine.pause()
             streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=150))
@@ -174,11 +170,7 @@ async def test_row_27_redis_is_slow(own_cluster: Clusters, draw: random.Random) 
     cluster = await asyncio.to_thread(own_cluster, num_engines=0, num_apis=0, lease=2.0)
     async with FaultProxy(cluster.redis.port) as proxy:
         url = f"redis://127.0.0.1:{proxy.port}/0"
-        replicas = [cluster.start_engine(queue=url) for _ in range(2)] + [
-            cluster.start_api(queue=url)
-        ]
-        for each in replicas:
-            await asyncio.to_thread(each.wait_until_ready)
+        await asyncio.to_thread(cluster.start_replicas, queue=url)
         proxy.delay = 0.2
         streams = Streams(cluster.client, bodies(cluster, draw, number=6, tokens=100))
         await streams.ended()
@@ -295,11 +287,7 @@ async def test_row_25_failover_that_keeps_connections_open(
     async with FaultProxy(old.port) as front:
         try:
             url = f"redis://127.0.0.1:{front.port}/0"
-            replicas = [cluster.start_engine(queue=url) for _ in range(2)]
-            replicas.append(cluster.start_api(queue=url))
-            for each in replicas:
-                await asyncio.to_thread(each.wait_until_ready)
-            await asyncio.to_thread(cluster.wait_until_known, 2)
+            await asyncio.to_thread(cluster.start_replicas, queue=url)
             streams = Streams(cluster.client, bodies(cluster, draw, number=6, tokens=300))
             await streams.begun(10)
             link = cluster.key("engines")
