@@ -70,13 +70,15 @@ def engine_vitals(part: str, metrics: Mapping[str, float]) -> Vitals:
 
 
 def redis_vitals(cluster: Cluster) -> Vitals:
-    """Idempotency keys stay for a day, and what they take is left out of the memory. Connections
-    are counted apart from other descriptors.
+    """Idempotency keys stay for a day, and what they take is left out of the memory. What the death
+    of an engine counts against stays for ten minutes: one key a death, no more. Connections are
+    counted apart from other descriptors.
     """
     process = process_vitals("redis", cluster.redis.pid).figures
     memory, clients = cluster.ask("INFO", "memory"), cluster.ask("INFO", "clients")
     keys = [str(key) for key in cluster.ask("KEYS", "*")]
     kept = [key for key in keys if key.startswith(cluster.key("idem:"))]
+    deaths = [key for key in keys if key.startswith(cluster.key("blamed:"))]
     taken = len(kept) * (int(cluster.ask("MEMORY", "USAGE", kept[0]) or 0) if kept else 0)
     return Vitals(
         part="redis",
@@ -84,8 +86,9 @@ def redis_vitals(cluster: Cluster) -> Vitals:
             **process,
             "descriptors": process["descriptors"] - float(clients["connected_clients"]),
             "memory, MiB": (float(memory["used_memory"]) - taken) / MIB,
-            "keys": float(len(keys) - len(kept)),
+            "keys": float(len(keys) - len(kept) - len(deaths)),
             "idempotency keys": float(len(kept)),
+            "deaths of engines": float(len(deaths)),
             "connections": float(clients["connected_clients"]),
         },
     )
