@@ -60,7 +60,7 @@ fuzz: $(VENV)/.tested  ## Schemathesis on the API (ARGS="--max-examples 1000"): 
 	$(BIN)/python -m tests.api.fuzz $(ARGS)
 
 compare: $(VENV)/.tested system  ## Quire beside its peers on this machine: tables and a chart in results/
-	$(BIN)/python -m loadtest.compare $(ARGS)
+	$(BIN)/python -m loadtest.bench.compare $(ARGS)
 
 format: $(VENV)/.tested  ## rewrite the code in the house style
 	$(BIN)/python -m ruff format .

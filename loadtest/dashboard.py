@@ -25,15 +25,15 @@ from typing import Any
 
 import yaml
 
+from loadtest.bench.servers import find_program, free_port
 from loadtest.load import ROOT, Load, locust_command
 from loadtest.panels import WIDTH, Time, draw
-from loadtest.rig.balancer import Balancer
-from loadtest.rig.cluster import Cluster, Scale
-from loadtest.rig.processes import Replica, wait_until
-from loadtest.servers import find_program, free_port
 from loadtest.shapes import Shape
 from loadtest.traffic import Workload
 from model.checkpoint.fetch import default_cache, resolve
+from tests.cluster.balancer import Balancer
+from tests.cluster.cluster import Cluster, Scale
+from tests.cluster.processes import Replica, wait_until
 
 DEPLOY = ROOT / "deploy"
 SCRAPE = 2  # seconds

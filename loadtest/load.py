@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-from loadtest.servers import Plan, Server, running
+from loadtest.bench.servers import Plan, Server, running
 from loadtest.shapes import Shape
 from loadtest.traffic import Workload
 

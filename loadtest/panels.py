@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from loadtest.svg import write_text
+from loadtest.bench.svg import write_text
 
 WIDTH = 1360
 _COLUMNS, _UNIT, _GAP, _TOP = 24, 21.0, 8.0, 46.0

@@ -25,15 +25,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loadtest.rig.checker import check_rest
-from loadtest.rig.client import Transcript
-from loadtest.rig.clients import Clients, Expected
-from loadtest.rig.cluster import Cluster, Scale
-from loadtest.rig.faults import Faults
-from loadtest.rig.ledger import IN_FLIGHT, Ledger
-from loadtest.rig.processes import Forge
-from loadtest.rig.vitals import Vitals, engine_vitals, leaks, process_vitals, redis_vitals
 from model.checkpoint.fetch import default_cache, resolve
+from tests.cluster.checker import check_rest
+from tests.cluster.client import Transcript
+from tests.cluster.clients import Clients, Expected
+from tests.cluster.cluster import Cluster, Scale
+from tests.cluster.faults import Faults
+from tests.cluster.ledger import IN_FLIGHT, Ledger
+from tests.cluster.processes import Forge
+from tests.cluster.vitals import Vitals, engine_vitals, leaks, process_vitals, redis_vitals
 
 APIS, ENGINES, SEATS = 2, 3, 6
 WIDTH = 12  # clients

@@ -11,7 +11,7 @@ A grammar travels as one string, its *notation*: a kind, a colon and a text. Mak
                                   within it stands for JSON of that schema: `json_text(schema)`
 
 They check next to nothing: whether a notation is a grammar is found out by compiling it, with
-`Grammars` here or, from the API, in a process apart (`service.api.grammars.check_grammar`).
+`Grammars` here or, from the API, in a child process (see `service.api.structured`).
 
     Grammars   compiles notations over one vocabulary and keeps the latest
     Matcher    the state of one answer in its grammar

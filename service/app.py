@@ -12,21 +12,23 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from fastapi import APIRouter, FastAPI, Response
 
 from model.grammar import Grammars
-from model.tokenizer import Tokenizer
-from service.api import ROUTERS, document, refusals
-from service.api.attendance import Attendance
-from service.api.attention_desk import AttentionDesk, AttentionReader
+from model.text.tokenizer import Tokenizer
+from service.api import ROUTERS
+from service.api import errors as refusals
 from service.api.auth import Authenticator, open_to_all
-from service.api.boundary import Boundary
 from service.api.context import ApiContext, Probes
 from service.api.cors import allow_origins
-from service.api.grammar_trials import GrammarTrials
+from service.api.generation.readers import Attendance
 from service.api.hosts import HostCheck, any_host
 from service.api.limits import ApiLimits
-from service.api.live_state import LiveState
+from service.api.middleware import Boundary
 from service.api.observer import ApiObserver, NullObserver
+from service.api.openai.schema import ErrorBody
 from service.api.pools import WorkPools
-from service.api.schemas import ErrorBody
+from service.api.structured.validator import GrammarTrials
+from service.api.system import document
+from service.api.system.attention_service import AttentionDesk, AttentionReader
+from service.api.system.live_state import LiveState
 from service.errors import Unavailable
 from service.messages import ModelCard
 from service.queues import Queue

@@ -29,31 +29,31 @@ from rich.console import Console
 
 from model.checkpoint import open_checkpoint
 from model.grammar import Grammars
-from model.tokenizer import Tokenizer
-from service.api.attention_desk import AttentionReader
+from model.text.tokenizer import Tokenizer
 from service.api.auth import only_with_key, open_to_all
 from service.api.context import Probes
 from service.api.hosts import any_host
 from service.api.limits import ApiLimits
+from service.api.system.attention_service import AttentionReader
 from service.app import build_admin_app, build_app
 from service.cluster import Cluster
-from service.descriptors import open_places
-from service.drain import StopSignals, drain
 from service.engine.loop import EngineLoop
 from service.engine.plan import EngineConfig
 from service.errors import StartupError, Unavailable
-from service.exposure import extras_of, keyless_hosts, refuse_exposure
+from service.http.descriptors import open_places
+from service.http.drain import StopSignals, drain
+from service.http.exposure import extras_of, keyless_hosts, refuse_exposure
+from service.http.listeners import Listener
+from service.http.ports import address, bind_admin, bind_public
 from service.keys import KeyRing
-from service.listeners import Listener
-from service.logs import log_call, set_up_logging
 from service.messages import FEATURES, Event, ModelCard
-from service.metrics import Metrics
-from service.ports import address, bind_admin, bind_public
+from service.observability.logs import log_call, set_up_logging
+from service.observability.metrics import Metrics
+from service.observability.tracing import EngineObserver, TracedCalls, TracedWork, Tracer
 from service.queues import EngineInfo, Queue, QueueLimits, open_queue
 from service.settings import Settings
 from service.startup import Loaded, fetch_model, load_card, load_engine, load_tokenizer
-from service.tracing import EngineObserver, TracedCalls, TracedWork, Tracer
-from service.worker import EngineFailure, Worker
+from service.worker.worker import EngineFailure, Worker
 
 log = logging.getLogger("quire")
 
@@ -176,7 +176,7 @@ def open_tracer(settings: Settings, role: str) -> Tracer | None:
     if settings.otlp_endpoint is None:
         return None
     try:
-        from service.tracing_otlp import open_otlp
+        from service.observability.otlp import open_otlp
     except ImportError:
         raise StartupError("otlp_endpoint needs OpenTelemetry: quire-llm[otel]") from None
     names = {"service.name": f"quire-{role}", "service.version": VERSION}

@@ -24,7 +24,7 @@ from model.checkpoint.gguf_parts import name_without_part
 from model.config import ModelConfig
 from model.memory import return_free_memory
 from model.runners import RunnerOptions
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from service.errors import StartupError
 from service.messages import ModelCard
 from service.settings import Settings, bound_spinning, keep_ranks_to_themselves, keep_sums_whole

@@ -24,10 +24,10 @@ import torch
 from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-import model.tokenizer
-from loadtest.rig.redis_process import RedisServer
+import model.text.tokenizer
 from model.checkpoint.fetch import default_cache, resolve
 from service.startup import load_tokenizer
+from tests.cluster.redis_process import RedisServer
 from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parent.parent
@@ -239,7 +239,7 @@ def tiny_model() -> TinyModel:
 @pytest.fixture(scope="session")
 def tiny_tokenizer(
     tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
-) -> model.tokenizer.Tokenizer:
+) -> model.text.tokenizer.Tokenizer:
     """Its tokenizer, read from its files as any model's is."""
     return load_tokenizer(tiny_model.write_folder(tmp_path_factory.mktemp("model") / "tiny"))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from service.messages import ModelCard
 from service.roles import banner, engine_rows
 from service.settings import Settings

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from service.connections import ConnectionLimits, Connections, Outcome, Slot, address_group
-from service.descriptors import RESERVE, plan_connections, raise_descriptor_limit
 from service.errors import StartupError
+from service.http.connections import ConnectionLimits, Connections, Outcome, Slot, address_group
+from service.http.descriptors import RESERVE, plan_connections, raise_descriptor_limit
 from service.settings import Settings
 
 

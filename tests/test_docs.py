@@ -24,7 +24,7 @@ from model.checkpoint.gguf_vocabulary import PRE_TOKENIZERS
 from model.families import FAMILIES
 from service.__main__ import app
 from service.api import ROUTERS
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import setting_rows
 from tests.conftest import TinyModel, free_port, wait_until_ready
 

@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from loadtest.rig.redis_process import RedisServer
-from service.drain import INTERRUPTED_DRAIN
+from service.http.drain import INTERRUPTED_DRAIN
+from tests.cluster.redis_process import RedisServer
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]

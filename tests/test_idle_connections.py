@@ -21,7 +21,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loadtest.rig.redis_process import RedisServer
+from tests.cluster.redis_process import RedisServer
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
 from tests.waiting import PATIENCE
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtest.rig.redis_process import RedisServer
 from service.api.observer import CallReport
 from service.cluster import Cluster
 from service.engine.loop import EngineLoop
@@ -20,8 +19,8 @@ from service.engine.observer import StepReport
 from service.engine.plan import EngineConfig
 from service.errors import Unavailable
 from service.messages import End, FinishReason, ModelCard
-from service.metrics import Metrics
-from service.metrics_queue import STALE_AFTER
+from service.observability.metrics import Metrics
+from service.observability.queue_gauges import STALE_AFTER
 from service.queues import (
     Claim,
     EngineInfo,
@@ -33,9 +32,10 @@ from service.queues import (
     Write,
     WriteReply,
 )
-from service.queues.memory import MemoryQueue
-from service.queues.redis import RedisQueue
-from service.worker import Worker
+from service.queues.memory.queue import MemoryQueue
+from service.queues.redis.queue import RedisQueue
+from service.worker.worker import Worker
+from tests.cluster.redis_process import RedisServer
 from tests.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner
 from tests.queues.builders import claim_one, finish, make_engine, make_submission, stop_at
 from tests.waiting import PATIENCE

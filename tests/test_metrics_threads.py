@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 
 pytestmark = pytest.mark.slow
 

@@ -14,12 +14,12 @@ import pytest
 from fastapi import FastAPI
 from rich.console import Console
 
-from service import ports
 from service.errors import StartupError
-from service.listeners import Listener
-from service.ports import bind, bind_admin, bind_public
+from service.http import ports
+from service.http.listeners import Listener
+from service.http.ports import bind, bind_admin, bind_public
 from service.queues import QueueLimits
-from service.queues.memory import MemoryQueue
+from service.queues.memory.queue import MemoryQueue
 from service.roles import admin_rows, banner, live
 from service.settings import Settings
 from tests.conftest import free_port

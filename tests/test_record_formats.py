@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from service.api.manifest import Endpoint, Manifest, PromptNote
+from service.api.generation.manifest import Endpoint, Manifest, PromptNote
 from service.errors import Unavailable
 from service.messages import (
     End,
@@ -27,7 +27,7 @@ from service.messages import (
     Tokens,
 )
 from service.queues import EngineInfo
-from service.queues.redis_codec import (
+from service.queues.redis.codec import (
     UNKNOWN_REASON,
     decode_entry,
     decode_ids,

@@ -20,7 +20,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from loadtest.rig.redis_process import RedisServer
+from tests.cluster.redis_process import RedisServer
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
 
 pytestmark = pytest.mark.slow

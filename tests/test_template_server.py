@@ -45,7 +45,7 @@ class Server:
 
     def renderers(self) -> list[psutil.Process]:
         children = self.process.children(recursive=True)
-        return [child for child in children if "model.template_process" in child.cmdline()]
+        return [child for child in children if "model.text.template_process" in child.cmdline()]
 
     def chat(self, content: str) -> httpx.Response:
         messages = [{"role": "user", "content": content}]

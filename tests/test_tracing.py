@@ -21,23 +21,23 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from loadtest.rig.processes import run_command
 from model.batch import Batch
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from service.api.limits import ApiLimits
 from service.app import build_app
 from service.engine.loop import EngineLoop
 from service.engine.plan import EngineConfig
 from service.errors import StartupError, Unavailable
 from service.messages import End, Event, GenerationRequest, ModelCard, SamplingParams, Submission
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
+from service.observability.otlp import OtlpTracer
+from service.observability.tracing import TraceContext, TracedCalls, TracedWork
 from service.queues import EngineInfo, Lease, Queue, QueueLimits
-from service.queues.memory import MemoryQueue
+from service.queues.memory.queue import MemoryQueue
 from service.roles import open_tracer
 from service.settings import Settings
-from service.tracing import TraceContext, TracedCalls, TracedWork
-from service.tracing_otlp import OtlpTracer
-from service.worker import Worker
+from service.worker.worker import Worker
+from tests.cluster.processes import run_command
 from tests.conftest import ROOT, TinyModel
 from tests.fakes import ALL_WELL, EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
 from tests.waiting import PATIENCE, until
@@ -70,7 +70,7 @@ def traces() -> Traces:
 
 @pytest.fixture(autouse=True)
 def engines_leave_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.worker.CLAIM_WAIT", 0.01)
+    monkeypatch.setattr("service.worker.worker.CLAIM_WAIT", 0.01)
 
 
 class Engine:
@@ -384,13 +384,13 @@ def test_a_trace_goes_through_json_with_its_request() -> None:
 # --- on and off -----------------------------------------------------------------------------------
 def test_off_is_nothing_and_on_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_tracer(Settings(), "api") is None
-    monkeypatch.setitem(sys.modules, "service.tracing_otlp", None)
+    monkeypatch.setitem(sys.modules, "service.observability.otlp", None)
     with pytest.raises(StartupError, match="quire-llm\\[otel\\]"):
         open_tracer(Settings(otlp_endpoint="http://127.0.0.1:4318"), "api")
 
 
 def test_a_collector_that_hangs_holds_up_nobodys_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.tracing_otlp.CLOSE_WITHIN", 0.01)
+    monkeypatch.setattr("service.observability.otlp.CLOSE_WITHIN", 0.01)
     answers = threading.Event()
     processor = SimpleSpanProcessor(InMemorySpanExporter())
     monkeypatch.setattr(processor, "shutdown", answers.wait)

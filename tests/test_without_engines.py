@@ -11,12 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from service.cluster import ENGINES_GONE_AFTER, Cluster
 from service.messages import ModelCard
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.queues import QueueLimits
-from service.queues.memory import MemoryQueue
+from service.queues.memory.queue import MemoryQueue
 from service.roles import ApiSide
 from service.settings import Settings
 from tests.queues.builders import claim_one, finish, make_engine

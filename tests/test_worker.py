@@ -38,8 +38,8 @@ from service.queues import (
     WriteReply,
     WriteStatus,
 )
-from service.queues.memory import MemoryQueue
-from service.worker import EngineFailure, Worker
+from service.queues.memory.queue import MemoryQueue
+from service.worker.worker import EngineFailure, Worker
 from tests.builders import slowly
 from tests.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
 from tests.waiting import PATIENCE
@@ -412,7 +412,7 @@ class FullQueue(MemoryQueue):
 async def test_a_full_store_ends_requests_instead_of_holding_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("service.worker.STORAGE_PATIENCE", 0.2)
+    monkeypatch.setattr("service.worker.worker.STORAGE_PATIENCE", 0.2)
     queue = FullQueue(QueueLimits(lease=5))
     request = make_request("full")
     async with station(queue) as one:

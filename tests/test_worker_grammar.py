@@ -27,8 +27,8 @@ from service.messages import (
     Submission,
 )
 from service.queues import EngineInfo, QueueLimits
-from service.queues.memory import MemoryQueue
-from service.worker import PREPARING_THREADS, Worker
+from service.queues.memory.queue import MemoryQueue
+from service.worker.worker import PREPARING_THREADS, Worker
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner
 from tests.test_worker import Ledger
 from tests.waiting import PATIENCE

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from service.api.attendance import Attendance
+from service.api.generation.readers import Attendance
 from service.app import sweep_forever
 from service.cluster import Cluster
 from service.errors import Unavailable
 from service.messages import End, FinishReason, GenerationRequest, ModelCard
 from service.queues import QueueLimits
-from service.queues.memory import MemoryQueue
+from service.queues.memory.queue import MemoryQueue
 from tests.fakes import oracle_answer
 from tests.test_worker import Station, make_request, submit, taking, unfinished
 

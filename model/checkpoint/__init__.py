@@ -40,7 +40,7 @@ class Checkpoint(Protocol):
 
     @property
     def tokenizer(self) -> Path:
-        """Where `model.tokenizer` reads the vocabulary: a GGUF file, or a folder."""
+        """Where `model.text.tokenizer` reads the vocabulary: a GGUF file, or a folder."""
         ...
 
     @property

@@ -1,7 +1,7 @@
 """Vocabularies: a model's tokens in one form, whatever file they come from.
 
 `folder_vocabulary` reads tokenizer.json, `gguf_vocabulary` GGUF files. Torch-free: a process that
-only handles text reads nothing but these. How text becomes tokens is `model.tokenizer`'s.
+only handles text reads nothing but these. How text becomes tokens is `model.text.tokenizer`'s.
 """
 
 from __future__ import annotations

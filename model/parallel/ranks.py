@@ -137,7 +137,7 @@ def build_share(
     reduce, share = sum_over(group), share_config(config, num_ranks=order.num_ranks)
     options = replace(order.options, device=str(device_of(order)))
     if order.runner == "cuda":
-        from model.runners.cuda import CudaRunner
+        from model.runners.cuda.runner import CudaRunner
 
         return CudaRunner(share, model.weights, options=options, digest=model.digest, reduce=reduce)
     from model.runners.torch import TorchRunner

@@ -116,7 +116,7 @@ def _cuda(config: ModelConfig, weights: Weights, options: RunnerOptions, digest:
 
     if choose_device(options.device).type != "cuda":
         raise ValueError("the cuda runner needs an NVIDIA GPU; there is none here")
-    from model.runners.cuda import CudaRunner
+    from model.runners.cuda.runner import CudaRunner
 
     return CudaRunner(config, weights, options=options, digest=digest)
 

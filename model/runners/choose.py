@@ -89,7 +89,7 @@ def _cuda_reason(config: ModelConfig, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it needs an NVIDIA GPU, and the device is {device.type}"
     try:
-        from model.runners.cuda_network import unsupported
+        from model.runners.cuda.network import unsupported
     except ImportError as error:
         return f"the package {error.name} is not installed"
     return unsupported(config)

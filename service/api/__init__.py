@@ -21,20 +21,12 @@ from types import MappingProxyType
 
 from fastapi import APIRouter
 
-from service.api import (
-    attention,
-    chat,
-    completions,
-    docs,
-    health,
-    messages,
-    models,
-    page,
-    responses,
-    status,
-    streams,
-    tokens,
-)
+from service.api.anthropic import routes as messages
+from service.api.generation import routes as streams
+from service.api.openai import chat, completions
+from service.api.responses import routes as responses
+from service.api.system import attention, docs, health, models, page, status
+from service.api.system import tokenize as tokens
 
 ROUTERS: Mapping[str, APIRouter] = MappingProxyType({
     "completions": completions.router,

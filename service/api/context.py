@@ -9,16 +9,16 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from model.tokenizer import Tokenizer
-from service.api.attendance import Attendance
-from service.api.attention_desk import AttentionDesk
+from model.text.tokenizer import Tokenizer
 from service.api.auth import Tenant
-from service.api.grammar_trials import GrammarTrials
+from service.api.generation.readers import Attendance
+from service.api.generation.replay import Replay
 from service.api.limits import ApiLimits
-from service.api.live_state import LiveState
 from service.api.observer import ApiObserver
 from service.api.pools import WorkPools
-from service.api.replay import Replay
+from service.api.structured.validator import GrammarTrials
+from service.api.system.attention_service import AttentionDesk
+from service.api.system.live_state import LiveState
 from service.messages import ModelCard
 from service.queues import Queue
 

@@ -223,7 +223,7 @@ class Queue(Protocol):
 
     Handlers of the API let it propagate: it is their 503. `follow` and `stops` wait for the store
     themselves. Background loops (sweeps, heartbeats of readers, the list of engines) and the worker
-    repeat the call; see `service.worker`.
+    repeat the call; see `service.worker.worker`.
     """
 
     limits: QueueLimits
@@ -346,13 +346,13 @@ QueueFactory = Callable[[str, QueueLimits, QueueObserver], Queue]
 
 
 def _memory(_url: str, limits: QueueLimits, observer: QueueObserver) -> Queue:
-    from service.queues.memory import MemoryQueue
+    from service.queues.memory.queue import MemoryQueue
 
     return MemoryQueue(limits, observer=observer)
 
 
 def _redis(url: str, limits: QueueLimits, observer: QueueObserver) -> Queue:
-    from service.queues.redis import RedisQueue
+    from service.queues.redis.queue import RedisQueue
 
     return RedisQueue(limits, url=url, observer=observer)
 

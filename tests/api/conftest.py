@@ -23,15 +23,16 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
 from model.grammar import Grammars
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from service.api.auth import Authenticator, open_to_all
 from service.api.context import Probes
-from service.api.grammar_trials import GrammarTrials
 from service.api.hosts import HostCheck, any_host
 from service.api.limits import ApiLimits
 from service.api.observer import CallReport, NullObserver
+from service.api.structured.validator import GrammarTrials
 from service.app import build_app
-from service.listeners import Listener
+from service.http.listeners import Listener
+from service.http.ports import address, bind
 from service.messages import (
     End,
     FinishReason,
@@ -42,9 +43,8 @@ from service.messages import (
     Tokens,
     rolling_digest,
 )
-from service.ports import address, bind
 from service.queues import Claim, EngineInfo, QueueLimits, Write, WriteStatus
-from service.queues.memory import MemoryQueue
+from service.queues.memory.queue import MemoryQueue
 from tests.waiting import PATIENCE
 
 MODEL = "tiny-model"

@@ -23,15 +23,15 @@ from typing import Any
 import schemathesis
 from tokenizers import pre_tokenizers
 
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from service.api.limits import ApiLimits
 from service.api.observer import NullObserver
 from service.app import build_app
-from service.listeners import Listener
+from service.http.listeners import Listener
+from service.http.ports import address, bind
 from service.messages import ModelCard
-from service.ports import address, bind
 from service.queues import QueueLimits
-from service.queues.memory import MemoryQueue
+from service.queues.memory.queue import MemoryQueue
 from tests.api.conftest import ScriptedEngine, random_answer
 from tests.conftest import build_tiny_model
 from tests.fakes import ALL_WELL

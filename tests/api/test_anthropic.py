@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from service.api.message_blocks import Turn, chat_messages
-from service.api.message_errors import message_error_body
-from service.api.tool_notation import NOTATIONS
+from service.api.anthropic.blocks import Turn, chat_messages
+from service.api.anthropic.errors import message_error_body
+from service.api.tools.formats import NOTATIONS
 from service.errors import (
     Conflict,
     DeadlineExceeded,

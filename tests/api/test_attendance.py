@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from loadtest.rig.redis_process import RedisServer
-from service.api.attendance import Attendance
+from service.api.generation.readers import Attendance
 from service.errors import Unavailable
 from service.messages import End
 from service.queues import QueueLimits
-from service.queues.memory import MemoryQueue
-from service.queues.redis import RedisQueue
+from service.queues.memory.queue import MemoryQueue
+from service.queues.redis.queue import RedisQueue
+from tests.cluster.redis_process import RedisServer
 from tests.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.slow

@@ -14,10 +14,10 @@ from starlette.types import Scope
 
 from model.attention_maps import AttentionMaps
 from model.checkpoint import open_checkpoint
-from service.api.attention_desk import AttentionDesk, AttentionReader
 from service.api.auth import Tenant
 from service.api.limits import ApiLimits
 from service.api.observer import NullObserver
+from service.api.system.attention_service import AttentionDesk, AttentionReader
 from service.roles import attention_reader
 from service.settings import Settings
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from model.chat_template import ChatTemplate
+from model.text.chat_template import ChatTemplate
 from tests.api import bad_input_rows as table
 from tests.api.bad_input_rows import CANARY, Row
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from service.api.attention_schema import AttentionBody
-from service.api.message_schema import CountBody, MessageBody
-from service.api.response_schema import ResponseBody
-from service.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from service.api.anthropic.schema import CountBody, MessageBody
+from service.api.openai.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from service.api.responses.schema import ResponseBody
+from service.api.system.attention_schema import AttentionBody
 
 BODIES = (
     CompletionBody, ChatBody, ResponseBody, MessageBody, CountBody, TokenizeBody, DetokenizeBody,

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from service import acceptor
-from service.connections import ConnectionLimits, Connections, Slot
-from service.listeners import Listener
-from service.ports import address, bind
+from service.http import acceptor
+from service.http.connections import ConnectionLimits, Connections, Slot
+from service.http.listeners import Listener
+from service.http.ports import address, bind
 from tests.api.bad_input_rows import COMPLETIONS, B
 from tests.api.raw_http_rows import Answer, answers, plain, request
 

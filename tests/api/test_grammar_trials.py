@@ -12,9 +12,9 @@ import pytest
 from starlette.types import Scope
 
 from model.grammar import Grammars
-from service.api import grammar_trials
 from service.api.auth import Tenant
-from service.api.grammar_trials import MAX_TENANT_WAITING, GrammarTrials
+from service.api.structured import validator as grammar_trials
+from service.api.structured.validator import MAX_TENANT_WAITING, GrammarTrials
 from service.errors import RateLimited
 from service.messages import Allowance
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from loadtest.rig.relay import Connection, Relay
-from service import half_closed
+from service.http import half_closed
 from tests.api.bad_input_rows import COMPLETIONS, B
 from tests.api.raw_http_rows import Answer, answers, plain, request
 from tests.api.test_http_layer import serving
+from tests.cluster.relay import Connection, Relay
 
 pytestmark = pytest.mark.slow
 

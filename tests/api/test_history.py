@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from model.chat_template import ChatTemplate
-from model.template_fit import TemplateFit
-from model.tokenizer import Tokenizer
+from model.text.chat_template import ChatTemplate
+from model.text.template_fit import TemplateFit
+from model.text.tokenizer import Tokenizer
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 CACHED = {"cache_control": {"type": "ephemeral"}}

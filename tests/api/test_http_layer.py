@@ -15,9 +15,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.http_guard import HttpLimits
-from service.listeners import Listener
-from service.ports import address, bind
+from service.http.guard import HttpLimits
+from service.http.listeners import Listener
+from service.http.ports import address, bind
 from tests.api import raw_http_rows as table
 from tests.api.bad_input_rows import B
 from tests.api.raw_http_rows import (

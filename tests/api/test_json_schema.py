@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 
 from model.grammar import GrammarError, Grammars, json_schema_grammar
-from service.api.grammars import JsonRule
-from service.api.json_schema import MAX_OPTIONAL, first_fault, fitting, without_assertions
+from service.api.structured.grammars import JsonRule
+from service.api.structured.json_schema import (
+    MAX_OPTIONAL,
+    first_fault,
+    fitting,
+    without_assertions,
+)
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE
 
 CHAT = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from service.api.live_state import MAX_AGE, LiveState
+from service.api.system.live_state import MAX_AGE, LiveState
 from service.errors import Unavailable
 from service.queues import EngineInfo, QueueDepth, QueueLimits
-from service.queues.memory import MemoryQueue
+from service.queues.memory.queue import MemoryQueue
 from tests.queues.builders import make_submission
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from service.messages import Submission
 from service.queues import QueueLimits, SubmitReply
-from service.queues.memory import MemoryQueue
+from service.queues.memory.queue import MemoryQueue
 
 StartService = Callable[..., Any]
 

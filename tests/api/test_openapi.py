@@ -14,18 +14,18 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
-from model.tokenizer import Tokenizer
-from service.api.docs import DocumentCache
-from service.api.document import operations
-from service.api.document_errors import STATUSES
+from model.text.tokenizer import Tokenizer
 from service.api.limits import ApiLimits
 from service.api.observer import NullObserver
+from service.api.system.docs import DocumentCache
+from service.api.system.document import operations
+from service.api.system.document_errors import STATUSES
 from service.app import build_app
 from service.errors import QuireError
-from service.exposure import extras_of
+from service.http.exposure import extras_of
 from service.messages import ModelCard
 from service.queues import QueueLimits
-from service.queues.memory import MemoryQueue
+from service.queues.memory.queue import MemoryQueue
 from service.settings import Settings
 from tests.api.bad_input_rows import CHAT, COMPLETIONS, RESPONSES, B, C, R
 from tests.fakes import ALL_WELL

@@ -10,7 +10,8 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.api import page, refusals
+from service.api import errors as refusals
+from service.api.system import page
 
 
 @pytest.fixture

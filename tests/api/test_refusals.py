@@ -13,7 +13,7 @@ from service.api.auth import Tenant
 from service.errors import Unavailable
 from service.messages import FinishReason, Tokens
 from service.queues import QueueLimits
-from service.queues.memory import MemoryQueue
+from service.queues.memory.queue import MemoryQueue
 from tests.waiting import PATIENCE, until
 
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 8, "seed": 3}

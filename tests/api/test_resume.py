@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from service.engine.answer import Answer as EngineAnswer
 from service.messages import (
     End,
@@ -22,7 +22,7 @@ from service.messages import (
     rolling_digest,
 )
 from service.queues import QueueLimits, Write
-from service.queues.memory import MemoryQueue
+from service.queues.memory.queue import MemoryQueue
 from tests.queues.builders import make_engine
 
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 40, "seed": 3, "stream": True}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 
 TEXT = {"model": "tiny-model", "prompt": "hello world", "max_tokens": 2}
 CHAT = {"model": "tiny-model", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}

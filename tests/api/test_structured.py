@@ -18,7 +18,7 @@ from model.grammar import (
     lark_grammar,
     regex_grammar,
 )
-from service.api.grammar_trials import MAX_CHARS
+from service.api.structured.validator import MAX_CHARS
 from service.messages import FinishReason
 
 CHAT = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}

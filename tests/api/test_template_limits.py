@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from model.template_renderer import IsolatedTemplate, RenderLimits
+from model.text.template_renderer import IsolatedTemplate, RenderLimits
 
 pytestmark = pytest.mark.slow
 

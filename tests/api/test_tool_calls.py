@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from service.api.tool_calls import CallReader, Told, call_id
-from service.api.tool_notation import NOTATIONS, Notation
+from service.api.tools.formats import NOTATIONS, Notation
+from service.api.tools.parser import CallReader, Told, call_id
 
 NAMES = sorted(NOTATIONS)
 

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from model.grammar import GrammarError, Grammars
-from model.tokenizer import Tokenizer
-from service.api.json_schema import binding
-from service.api.tool_calls import CallReader
-from service.api.tool_grammar import tools_grammar
-from service.api.tool_notation import NOTATIONS, Notation
-from service.api.tool_schema import Function
-from service.api.tools import ToolUse
+from model.text.tokenizer import Tokenizer
+from service.api.structured.json_schema import binding
+from service.api.tools.formats import NOTATIONS, Notation
+from service.api.tools.grammar import tools_grammar
+from service.api.tools.parser import CallReader
+from service.api.tools.plan import ToolUse
+from service.api.tools.schema import Function
 
 NAMES = sorted(NOTATIONS)
 CITY: dict[str, Any] = {

@@ -11,11 +11,11 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
-from model.chat_template import ChatTemplate
 from model.grammar import Grammars
-from model.tokenizer import Tokenizer
-from service.api.grammar_trials import GrammarTrials
-from service.api.tool_notation import NOTATIONS, notation_name
+from model.text.chat_template import ChatTemplate
+from model.text.tokenizer import Tokenizer
+from service.api.structured.validator import GrammarTrials
+from service.api.tools.formats import NOTATIONS, notation_name
 from service.messages import FinishReason
 
 CHAT = "/v1/chat/completions"

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from service.api.manifest import Manifest
-from service.api.tool_notation import NOTATIONS
+from service.api.generation.manifest import Manifest
+from service.api.tools.formats import NOTATIONS
 from service.messages import FinishReason
 from tests.builders import slowly
 

@@ -16,13 +16,13 @@ import pytest
 from model.grammar import Grammars
 from model.runners import RunnerOptions
 from model.runners.torch import TorchRunner
-from service.api.collected import Collected
-from service.api.manifest import Endpoint, Manifest, PromptNote
-from service.api.pieces import ChoiceReader
-from service.api.tool_grammar import tools_grammar
-from service.api.tool_notation import NOTATIONS
-from service.api.tool_schema import Function
-from service.api.tools import ToolUse
+from service.api.generation.accumulate import Collected
+from service.api.generation.deltas import ChoiceReader
+from service.api.generation.manifest import Endpoint, Manifest, PromptNote
+from service.api.tools.formats import NOTATIONS
+from service.api.tools.grammar import tools_grammar
+from service.api.tools.plan import ToolUse
+from service.api.tools.schema import Function
 from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig

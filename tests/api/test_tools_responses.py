@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from service.api.tool_notation import NOTATIONS
+from service.api.tools.formats import NOTATIONS
 from service.messages import FinishReason
 from tests.builders import slowly
 

@@ -16,7 +16,7 @@ import pytest
 from fastapi.routing import APIRoute
 from starlette.types import Scope
 
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from service.api import ROUTERS
 from service.api.auth import Tenant, only_with_key
 from service.keys import KeyRing, new_entry

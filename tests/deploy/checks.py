@@ -15,9 +15,9 @@ from fastapi.routing import APIRoute
 
 from service.__main__ import app as command_line
 from service.api import ROUTERS
-from service.drain import FAREWELL
 from service.errors import Forbidden
-from service.exposure import keyless_hosts
+from service.http.drain import FAREWELL
+from service.http.exposure import keyless_hosts
 from service.settings import Settings, load_settings
 from tests.deploy.manifests import (
     WORKLOADS,

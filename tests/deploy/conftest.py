@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.rig.redis_process import RedisServer
+from tests.cluster.redis_process import RedisServer
 from tests.deploy.manifests import DEPLOY
 
 PASSWORD = "0123456789abcdef"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from prometheus_client.metrics import MetricWrapperBase
 
 from service.messages import FinishReason
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.queues import SubmitStatus
 from service.queues.observer import QueueEvent
 

@@ -12,7 +12,7 @@ import yaml
 
 from service.engine.observer import StepReport
 from service.messages import End, FinishReason, ModelCard
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.queues import QueueDepth
 from tests.deploy.manifests import DEPLOY
 

@@ -15,7 +15,7 @@ import pytest
 from service.engine.plan import EngineConfig
 from service.messages import GenerationRequest, Submission, Tokens, rolling_digest
 from service.queues import EngineInfo, Lease, QueueLimits, Write
-from service.queues.memory import MemoryQueue
+from service.queues.memory.queue import MemoryQueue
 from tests.engine.harness import Rig, make_request
 
 CONFIG = EngineConfig(max_batch_tokens=32, max_sequences=8)

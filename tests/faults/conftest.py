@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.rig.cluster import Cluster, Scale
-from loadtest.rig.processes import Forge
+from tests.cluster.cluster import Cluster, Scale
+from tests.cluster.processes import Forge
 from tests.conftest import TinyModel
 from tests.faults.oracle_model import write_model_of_oracle
 

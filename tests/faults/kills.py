@@ -22,11 +22,11 @@ from pathlib import Path
 
 from tokenizers import pre_tokenizers
 
-from loadtest.rig.checker import check_rest, check_transcript
-from loadtest.rig.client import Transcript
-from loadtest.rig.cluster import Cluster, Scale
-from loadtest.rig.processes import Forge, Replica, wait_all_ready
-from loadtest.rig.streams import Streams
+from tests.cluster.checker import check_rest, check_transcript
+from tests.cluster.client import Transcript
+from tests.cluster.cluster import Cluster, Scale
+from tests.cluster.processes import Forge, Replica, wait_all_ready
+from tests.cluster.streams import Streams
 from tests.conftest import build_tiny_model
 from tests.faults.oracle_model import write_model_of_oracle
 

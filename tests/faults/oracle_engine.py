@@ -29,10 +29,10 @@ from rich.console import Console
 
 from model.batch import Batch
 from model.runners import RunnerOptions
-from service.listeners import Listener
+from service.http.listeners import Listener
+from service.http.ports import address, bind
 from service.messages import GenerationRequest, ModelCard, SamplingParams
-from service.metrics import Metrics
-from service.ports import address, bind
+from service.observability.metrics import Metrics
 from service.roles import ApiSide, EngineSide, banner, live, opened_queue, run_role
 from service.settings import Settings
 from service.startup import Loaded, load_tokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 
-from loadtest.rig.relay import Connection, Relay
+from tests.cluster.relay import Connection, Relay
 
 
 class FaultProxy(Relay):

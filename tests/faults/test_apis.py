@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from loadtest.rig.checker import check_all, check_rest, read_journal
-from loadtest.rig.client import Address, Transcript, call, events
-from loadtest.rig.cluster import Cluster
-from loadtest.rig.processes import Replica, wait_all_ready
-from loadtest.rig.streams import Load, Streams, until
 from service.messages import FinishReason
+from tests.cluster.checker import check_all, check_rest, read_journal
+from tests.cluster.client import Address, Transcript, call, events
+from tests.cluster.cluster import Cluster
+from tests.cluster.processes import Replica, wait_all_ready
+from tests.cluster.streams import Load, Streams, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from service.ports import SILENCE
+from service.http.ports import SILENCE
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]

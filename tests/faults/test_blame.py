@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from loadtest.rig.checker import check_all
-from loadtest.rig.client import Transcript
-from loadtest.rig.cluster import Cluster
-from loadtest.rig.processes import Replica, wait_all_ready
-from loadtest.rig.streams import Streams, until
+from tests.cluster.checker import check_all
+from tests.cluster.client import Transcript
+from tests.cluster.cluster import Cluster
+from tests.cluster.processes import Replica, wait_all_ready
+from tests.cluster.streams import Streams, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 

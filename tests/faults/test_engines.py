@@ -13,11 +13,11 @@ from itertools import pairwise
 
 import pytest
 
-from loadtest.rig.checker import check_all
-from loadtest.rig.client import Transcript
-from loadtest.rig.cluster import Cluster
-from loadtest.rig.processes import Replica
-from loadtest.rig.streams import Streams, until
+from tests.cluster.checker import check_all
+from tests.cluster.client import Transcript
+from tests.cluster.cluster import Cluster
+from tests.cluster.processes import Replica
+from tests.cluster.streams import Streams, until
 from tests.faults.proxy import FaultProxy
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from loadtest.rig.checker import check_all
-from loadtest.rig.cluster import Cluster, Scale
-from loadtest.rig.streams import Streams
+from tests.cluster.checker import check_all
+from tests.cluster.cluster import Cluster, Scale
+from tests.cluster.streams import Streams
 from tests.conftest import TinyModel
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from loadtest.rig.cluster import Cluster
+from tests.cluster.cluster import Cluster
 from tests.faults.kills import ENGINES, SEATS, run_kills
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(0)]

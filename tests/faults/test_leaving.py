@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from loadtest.rig.checker import check_rest
-from loadtest.rig.client import Address, call, events
-from loadtest.rig.cluster import Cluster
-from loadtest.rig.streams import until
+from tests.cluster.checker import check_rest
+from tests.cluster.client import Address, call, events
+from tests.cluster.cluster import Cluster
+from tests.cluster.streams import until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from loadtest.rig.checker import check_all
-from loadtest.rig.client import Broken, call
-from loadtest.rig.cluster import Cluster
-from loadtest.rig.processes import Replica
-from loadtest.rig.streams import Streams
 from service.engine.loop import STALL_MAX
+from tests.cluster.checker import check_all
+from tests.cluster.client import Broken, call
+from tests.cluster.cluster import Cluster
+from tests.cluster.processes import Replica
+from tests.cluster.streams import Streams
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from loadtest.rig.client import Transcript, call, events
-from loadtest.rig.cluster import AOF, Cluster
-from loadtest.rig.redis_process import RedisServer
-from loadtest.rig.streams import until
+from tests.cluster.client import Transcript, call, events
+from tests.cluster.cluster import AOF, Cluster
+from tests.cluster.redis_process import RedisServer
+from tests.cluster.streams import until
 from tests.faults.proxy import FaultProxy
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from loadtest.load import ROOT, Load, Row, locust_command, read_faults, read_rows
-from loadtest.rig.balancer import Balancer
-from loadtest.rig.checker import check_rest
-from loadtest.rig.cluster import Cluster, Scale
 from loadtest.traffic import Workload
+from tests.cluster.balancer import Balancer
+from tests.cluster.checker import check_rest
+from tests.cluster.cluster import Cluster, Scale
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from loadtest.rig.client import call
-from loadtest.rig.processes import Forge, Replica, run_command
-from loadtest.rig.redis_process import RedisServer
+from tests.cluster.client import call
+from tests.cluster.processes import Forge, Replica, run_command
+from tests.cluster.redis_process import RedisServer
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 

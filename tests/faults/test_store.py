@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from loadtest.rig.checker import check_all, check_rest
-from loadtest.rig.client import Transcript, call
-from loadtest.rig.cluster import AOF, Cluster
-from loadtest.rig.processes import run_command
-from loadtest.rig.redis_process import RedisServer, free_port
-from loadtest.rig.streams import Streams, until
 from tests.certificates import make_certificate, tls_options
+from tests.cluster.checker import check_all, check_rest
+from tests.cluster.client import Transcript, call
+from tests.cluster.cluster import AOF, Cluster
+from tests.cluster.processes import run_command
+from tests.cluster.redis_process import RedisServer, free_port
+from tests.cluster.streams import Streams, until
 from tests.faults.proxy import FaultProxy
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]

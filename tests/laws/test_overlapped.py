@@ -8,7 +8,7 @@ import pytest
 
 from model.batch import Batch, StepOutput
 from model.runners import RunnerOptions
-from model.runners.cuda import CudaRunner
+from model.runners.cuda.runner import CudaRunner
 from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig

@@ -10,11 +10,11 @@ import gguf
 import numpy as np
 import pytest
 
+from loadtest.bench.document import Document
+from loadtest.bench.machine import Machine
+from loadtest.bench.measure import Kind, Result, Sizes
+from loadtest.bench.roof import Roof, Weights
 from loadtest.client import Summary
-from loadtest.document import Document
-from loadtest.machine import Machine
-from loadtest.measure import Kind, Result, Sizes
-from loadtest.roof import Roof, Weights
 
 MakeResult = Callable[..., Result]
 MakeDocument = Callable[..., Document]

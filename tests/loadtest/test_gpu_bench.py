@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from loadtest import gpu_bench
-from loadtest.gpu.bench import Bench
-from loadtest.gpu.crowd import Crowd
-from loadtest.gpu.exactness import NotExact, matrix, measure
-from loadtest.gpu.models import LLAMA31_8B, QWEN3_600M, TINY, Shape
-from loadtest.gpu.offline import w1
-from loadtest.gpu.products import find_orders
-from loadtest.gpu_bench import PIECES, Piece
+from loadtest.bench import gpu_bench
+from loadtest.bench.gpu.bench import Bench
+from loadtest.bench.gpu.crowd import Crowd
+from loadtest.bench.gpu.exactness import NotExact, matrix, measure
+from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M, TINY, Shape
+from loadtest.bench.gpu.offline import w1
+from loadtest.bench.gpu.products import find_orders
+from loadtest.bench.gpu_bench import PIECES, Piece
 from model.batch import Batch, StepOutput
-from model.runners.exactness import Trial
+from model.runners.cuda.exactness import Trial
 
 TRIAL = Trial(prompt=9, answer=4, beside=(), chunks=(1, 4))
 
@@ -48,7 +48,7 @@ def test_it_runs_in_miniature(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         variables["TRITON_INTERPRET"] = "1"
     out = tmp_path / "found.json"
-    command = [sys.executable, "-m", "loadtest.gpu_bench", "--smoke", "--out", str(out)]
+    command = [sys.executable, "-m", "loadtest.bench.gpu_bench", "--smoke", "--out", str(out)]
     run = subprocess.run(command, check=False, capture_output=True, text=True, env=variables)
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(out.read_text())

@@ -13,17 +13,17 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from loadtest import compare, measure
+from loadtest.bench import compare, measure
+from loadtest.bench.compare import Comparison, parse, sizes_of
+from loadtest.bench.document import Document
+from loadtest.bench.machine import read_cpuinfo, this_machine
+from loadtest.bench.measure import Kind, Session, Sizes, TooSlow, better_threads, is_good
+from loadtest.bench.peers import SERVERS
+from loadtest.bench.roof import NoRoof, Roof
+from loadtest.bench.servers import Plan, Server, ServerFailed, convert, running
 from loadtest.client import Outcome
-from loadtest.compare import Comparison, parse, sizes_of
-from loadtest.document import Document
-from loadtest.machine import read_cpuinfo, this_machine
-from loadtest.measure import Kind, Session, Sizes, TooSlow, better_threads, is_good
-from loadtest.peers import SERVERS
-from loadtest.roof import NoRoof, Roof
-from loadtest.servers import Plan, Server, ServerFailed, convert, running
 from loadtest.workloads import make_prompts, poisson_arrivals
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -238,7 +238,7 @@ def test_the_machine_is_read_from_its_processor_s_own_words() -> None:
 
 def test_the_process_that_measures_imports_no_torch() -> None:
     """It would take memory and time from the servers."""
-    code = "import sys, loadtest.compare; sys.exit('torch' in sys.modules)"
+    code = "import sys, loadtest.bench.compare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from loadtest.rig.balancer import Balancer
+from tests.cluster.balancer import Balancer
 from tests.faults.proxy import FaultProxy
 
 

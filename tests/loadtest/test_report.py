@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from loadtest import compare
-from loadtest.chart import draw, panels_of
-from loadtest.document import Document, read, write
-from loadtest.measure import Kind, Result
-from loadtest.report import (
+from loadtest.bench import compare
+from loadtest.bench.chart import draw, panels_of
+from loadtest.bench.document import Document, read, write
+from loadtest.bench.measure import Kind, Result
+from loadtest.bench.report import (
     Table,
     decode_view,
     goodput,

@@ -8,8 +8,8 @@ import gguf
 import numpy as np
 import pytest
 
-from loadtest.requantise import main_type, path_of, requantise
-from loadtest.roof import Weights, count_weights
+from loadtest.bench.requantise import main_type, path_of, requantise
+from loadtest.bench.roof import Weights, count_weights
 
 
 @pytest.mark.parametrize(("kind", "error"), [("Q4_0", 0.12), ("Q8_0", 0.01)])

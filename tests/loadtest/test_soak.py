@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from loadtest.rig import clients
-from loadtest.rig.client import Client, SseEvent, Transcript
-from loadtest.rig.clients import Clients
-from loadtest.rig.cluster import Cluster, Scale
-from loadtest.rig.ledger import IN_FLIGHT, Ledger
-from loadtest.rig.vitals import Vitals, leaks
+from tests.cluster import clients
+from tests.cluster.client import Client, SseEvent, Transcript
+from tests.cluster.clients import Clients
+from tests.cluster.cluster import Cluster, Scale
+from tests.cluster.ledger import IN_FLIGHT, Ledger
+from tests.cluster.vitals import Vitals, leaks
 
 ANSWER = (5, 6, 7)
 BODY = {"max_tokens": len(ANSWER)}

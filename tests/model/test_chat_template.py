@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from model.chat_template import ChatTemplate, ChatTemplateError
-from model.tokenizer import Tokenizer
+from model.text.chat_template import ChatTemplate, ChatTemplateError
+from model.text.tokenizer import Tokenizer
 
 START, END = 1, 2
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]

@@ -12,7 +12,7 @@ import model.runners
 from model.config import Activation, Norm, Position
 from model.runners import RunnerOptions, choose
 from model.runners.choose import choose_runner, choose_sizes
-from model.runners.cuda_network import FusedNetwork
+from model.runners.cuda.network import FusedNetwork
 from tests.builders import tiny_model_config
 
 MIB = 1024**2

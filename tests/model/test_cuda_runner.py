@@ -14,13 +14,13 @@ from model.config import ModelConfig, Norm
 from model.kernels.inputs import Column
 from model.kernels.matmul import multiply_by_library
 from model.runners import RUNNERS, RunnerOptions
-from model.runners.accelerator import UNREAD, HostAccelerator
-from model.runners.cuda import CudaRunner
-from model.runners.device_memory import GIB, blocks_that_fit, check_weights_fit
-from model.runners.exactness import Trial, trial_for, try_exactness
-from model.runners.ladder import Ladder, rungs
-from model.runners.ring import Ring, Upload
-from model.runners.seats import Seats
+from model.runners.cuda.accelerator import UNREAD, HostAccelerator
+from model.runners.cuda.buckets import Ladder, rungs
+from model.runners.cuda.buffers import Ring, Upload
+from model.runners.cuda.device_memory import GIB, blocks_that_fit, check_weights_fit
+from model.runners.cuda.exactness import Trial, trial_for, try_exactness
+from model.runners.cuda.runner import CudaRunner
+from model.runners.cuda.slots import Seats
 from model.runners.torch import TorchRunner
 from tests.builders import DEVICE, Piece, make_batch, tiny_model_config, tiny_weights
 

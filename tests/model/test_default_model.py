@@ -12,7 +12,7 @@ import torch
 from model.checkpoint import load_model
 from model.runners import RunnerOptions
 from model.runners.torch import TorchRunner
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.builders import Piece, make_batch
 
 PROMPTS = [

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from model.disguise import Disguise, SpecialTexts, any_of, strings_of
+from model.text.disguise import Disguise, SpecialTexts, any_of, strings_of
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 MANY = [f"<|reserved_special_token_{index}|>" for index in range(250)] + [

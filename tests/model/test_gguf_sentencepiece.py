@@ -13,7 +13,7 @@ import gguf
 import pytest
 import sentencepiece
 
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.conftest import CORPUS, ROOT, TinyModel
 from tests.model.tokenizer_oracles import LlamaCpp, odd_texts, spelled
 from tests.model.vocabulary_files import (

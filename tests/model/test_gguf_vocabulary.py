@@ -13,7 +13,7 @@ import pytest
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from model.checkpoint import CheckpointError
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.conftest import TinyModel, build_tiny_model
 from tests.model.tokenizer_oracles import LlamaCpp, odd_texts, spelled
 from tests.model.vocabulary_files import (

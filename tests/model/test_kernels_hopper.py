@@ -44,10 +44,10 @@ def zeros_of(allocate):  # nothing is computed, and token 0 is a token
 
 torch.empty, torch.empty_like = zeros_of(torch.empty), zeros_of(torch.empty_like)
 
-from loadtest.gpu.models import LLAMA31_8B, QWEN3_600M
-from loadtest.gpu.offline import Offline, Workload
+from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M
+from loadtest.bench.gpu.offline import Offline, Workload
 from model.runners import RunnerOptions
-from model.runners.cuda import CudaRunner
+from model.runners.cuda.runner import CudaRunner
 from model.transformer import Transformer
 
 for config, kv_dtype in ((QWEN3_600M, "auto"), (replace(LLAMA31_8B, sliding_window=600), "float8")):

@@ -17,9 +17,9 @@ from model.kernels.activation import silu_mul
 from model.kernels.matmul import Product, multiply, multiply_by_library, multiply_twin, part_size
 from model.kernels.norm import add_rms_norm
 from model.runners import RunnerOptions
-from model.runners.cuda import CudaRunner
-from model.runners.exactness import Trial, trial_for, try_exactness
-from model.runners.library_products import ProductShape, ProvenProducts, multiply_by_parts
+from model.runners.cuda.cublas import ProductShape, ProvenProducts, multiply_by_parts
+from model.runners.cuda.exactness import Trial, trial_for, try_exactness
+from model.runners.cuda.runner import CudaRunner
 from service.settings import keep_sums_whole
 from tests.builders import DEVICE, Piece, make_batch, tiny_model_config, tiny_weights
 

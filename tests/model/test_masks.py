@@ -13,7 +13,7 @@ import torch
 from model.batch import Batch, SamplingBatch, Words, unpack_masks
 from model.config import ModelConfig
 from model.runners import Runner, RunnerOptions
-from model.runners.cuda import CudaRunner
+from model.runners.cuda.runner import CudaRunner
 from model.runners.torch import TorchRunner
 from model.sampler import sample
 from tests.builders import DEVICE, Piece, make_batch, make_sampling, tiny_model_config, tiny_weights

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtest.perplexity import TEXT, perplexity, runners, scoring_batch
+from loadtest.bench.perplexity import TEXT, perplexity, runners, scoring_batch
 from model.batch import Ints
 from model.checkpoint import LoadedModel, load_model
 from model.native.library import NativeLibrary
 from model.runners import RunnerOptions
 from model.runners.native import NativeRunner
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.builders import at_length
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]

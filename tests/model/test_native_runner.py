@@ -15,7 +15,7 @@ from model.config import ModelConfig, Norm, RopeScaling
 from model.families import family_of
 from model.runners import RunnerOptions
 from model.runners.choose import choose_runner
-from model.runners.exactness import Trial, try_exactness
+from model.runners.cuda.exactness import Trial, try_exactness
 from model.runners.native import COMPUTE_ROWS, NativeRunner, unsupported
 from model.runners.torch import TorchRunner
 from model.sampler import sample

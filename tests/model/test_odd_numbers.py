@@ -16,7 +16,7 @@ import torch
 from gguf import GGUFValue, GGUFValueType
 
 from model.checkpoint import CheckpointError, load_model
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from model.transformer import Transformer
 from tests.conftest import TinyModel
 

@@ -133,7 +133,7 @@ def logits_of_rank(rank: int, group: torch.distributed.ProcessGroup, _: Connecti
 
 
 def runner_of(config: ModelConfig, rank: int, reduce: Any, *, num_ranks: int) -> Any:
-    from model.runners.cuda import CudaRunner
+    from model.runners.cuda.runner import CudaRunner
 
     shared = share_weights(config, tiny_weights(config), rank=rank, num_ranks=num_ranks)
     return CudaRunner(

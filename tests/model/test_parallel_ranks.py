@@ -144,7 +144,7 @@ def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
 
 def alone_runner(name: str, model: Any) -> Any:
     if name == "cuda":
-        from model.runners.cuda import CudaRunner
+        from model.runners.cuda.runner import CudaRunner
 
         return CudaRunner(
             model.config, model.weights, options=OPTIONS, digest=model.digest, proof=None

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from model.chat_template import ChatTemplate, ChatTemplateError, ChatTemplateLimitError
-from model.template_fit import TemplateFit
+from model.text.chat_template import ChatTemplate, ChatTemplateError, ChatTemplateLimitError
+from model.text.template_fit import TemplateFit
 
 ECHO = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 # Drops roles that it does not know: Qwen 2.5, Qwen 3.

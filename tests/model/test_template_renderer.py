@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from model.chat_template import ChatTemplate, ChatTemplateError, ChatTemplateLimitError
-from model.template_renderer import (
+from model.text.chat_template import ChatTemplate, ChatTemplateError, ChatTemplateLimitError
+from model.text.template_renderer import (
     IsolatedTemplate,
     RenderLimits,
     TemplateUnavailableError,
@@ -207,7 +207,7 @@ def test_a_process_that_does_not_run_is_given_up(isolated: Callable[..., Isolate
 def test_a_reply_that_is_too_long_is_not_read(
     isolated: Callable[..., IsolatedTemplate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.template_renderer._MAX_REPLY", 100)
+    monkeypatch.setattr("model.text.template_renderer._MAX_REPLY", 100)
     with pytest.raises(ChatTemplateLimitError, match="crashed"):
         isolated("{{ messages[0].content }}").render(MESSAGES)
 
@@ -275,14 +275,14 @@ def test_trust_is_by_digest() -> None:
 
 
 def test_the_default_model_renders_in_process(default_model: Path) -> None:
-    from model.tokenizer import Tokenizer
+    from model.text.tokenizer import Tokenizer
 
     assert Tokenizer.from_checkpoint(default_model).renders_in_process
 
 
 PARENT = """
 import sys, threading
-from model.template_renderer import IsolatedTemplate, RenderLimits
+from model.text.template_renderer import IsolatedTemplate, RenderLimits
 source = "{% if messages %}{% for a in s %}{% for b in s %}{% for c in s %}{% for d in s %}"
 source += "{% endfor %}" * 4 + "{% endif %}x"
 template = IsolatedTemplate(source, limits=RenderLimits(cpu_seconds=1.0))

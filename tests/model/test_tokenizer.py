@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from model.checkpoint import CheckpointError
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.builders import at_length
 from tests.model.tokenizer_oracles import LlamaCpp, odd_texts
 
@@ -230,7 +230,7 @@ def test_mutated_vocabularies_load_or_are_refused(
 def test_needs_no_torch(tiny_model: Any, tmp_path: Path) -> None:
     path = tiny_model.write_gguf(tmp_path / "tiny.gguf")
     script = (
-        "import sys; from pathlib import Path; from model.tokenizer import Tokenizer;"
+        "import sys; from pathlib import Path; from model.text.tokenizer import Tokenizer;"
         f"Tokenizer.from_checkpoint(Path({str(path)!r})).encode('hi');"
         "assert 'torch' not in sys.modules"
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from model.tokenizer_span import Span, find_span
+from model.text.span import Span, find_span
 
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 PIECES = (

@@ -23,9 +23,9 @@ from service.messages import (
 )
 from service.queues import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
 from service.queues.admission import idempotency_bytes, kept_bytes, request_bytes
-from service.queues.memory import MemoryQueue
+from service.queues.memory.queue import MemoryQueue
 from service.queues.observer import QueueEvent
-from service.queues.redis import RedisQueue
+from service.queues.redis.queue import RedisQueue
 
 
 class Counts(Counter[QueueEvent]):

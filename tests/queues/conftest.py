@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
-from loadtest.rig.redis_process import RedisServer
 from service.queues import QueueLimits
-from service.queues.redis import RedisQueue
+from service.queues.redis.queue import RedisQueue
+from tests.cluster.redis_process import RedisServer
 from tests.queues.builders import Counts
 
 

@@ -10,7 +10,7 @@ import pytest
 from service.errors import StartupError, Unavailable
 from service.messages import FinishReason
 from service.queues import QueueLimits, open_queue
-from service.queues.memory import MemoryQueue
+from service.queues.memory.queue import MemoryQueue
 from tests.queues.builders import claim_one, finish, make_engine, make_submission
 from tests.queues.contract import LIMITS, Passes, QueueContract
 from tests.waiting import PATIENCE

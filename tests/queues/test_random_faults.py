@@ -16,12 +16,12 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from loadtest.rig.redis_process import RedisServer
 from service.messages import Allowance, End, FinishReason, Submission
 from service.queues import Claim, Lease, Queue, QueueDepth, QueueLimits, Write, WriteStatus
-from service.queues.memory import MemoryQueue
-from service.queues.redis import RedisQueue
+from service.queues.memory.queue import MemoryQueue
+from service.queues.redis.queue import RedisQueue
 from tests.builders import at_length
+from tests.cluster.redis_process import RedisServer
 from tests.queues.builders import (
     answer_of,
     count_stored,

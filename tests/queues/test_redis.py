@@ -10,16 +10,16 @@ from dataclasses import replace
 import pytest
 from redis import Redis
 
-from loadtest.rig.redis_process import RedisServer
 from service.errors import StartupError, Unavailable
 from service.messages import Allowance, End, FinishReason, Record, TokenLogprob, Tokens
 from service.queues import PAGE_TOKENS, Claim, QueueLimits, Write, open_queue
 from service.queues.observer import QueueEvent
-from service.queues.redis import RedisQueue
-from service.queues.redis_codec import Malformed, decode_entry, encode_tokens
-from service.queues.redis_keys import ShardKeys
-from service.queues.redis_pages import Page, Pages, State
-from service.queues.redis_server import check_server
+from service.queues.redis.codec import Malformed, decode_entry, encode_tokens
+from service.queues.redis.keys import ShardKeys
+from service.queues.redis.pages import Page, Pages, State
+from service.queues.redis.queue import RedisQueue
+from service.queues.redis.server import check_server
+from tests.cluster.redis_process import RedisServer
 from tests.queues.builders import (
     Counts,
     answer_of,
@@ -202,7 +202,7 @@ async def test_a_claim_whose_reply_was_lost_is_handed_out_again(
 async def test_two_replicas_share_everything(
     redis_server: RedisServer, redis_queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.queues.redis_journal.LOOK_AGAIN", 2 * PATIENCE)
+    monkeypatch.setattr("service.queues.redis.journal.LOOK_AGAIN", 2 * PATIENCE)
     api, engine = (redis_queues(redis_server.url, LIMITS) for _ in range(2))
     submission = make_submission()
     waiting = asyncio.create_task(claim_one(engine, wait=2 * PATIENCE))

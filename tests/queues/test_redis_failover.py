@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from loadtest.rig.redis_process import AOF, RedisServer, free_port
-from loadtest.rig.relay import Connection, Relay
 from service.errors import StartupError, Unavailable
 from service.messages import Record
 from service.queues import QueueLimits, SubmitStatus, WriteStatus
 from service.queues.observer import QueueEvent
-from service.queues.redis import RedisQueue
+from service.queues.redis.queue import RedisQueue
 from tests.certificates import make_certificate, tls_options
+from tests.cluster.redis_process import AOF, RedisServer, free_port
+from tests.cluster.relay import Connection, Relay
 from tests.queues.builders import (
     Counts,
     answer_of,

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.rig.redis_process import RedisServer
 from service.errors import NotFound, StartupError, Unavailable
 from service.messages import End, FinishReason, Record
 from service.queues import QueueLimits, Write, WriteReply, WriteStatus
 from service.queues.observer import QueueEvent
-from service.queues.redis import RedisQueue
+from service.queues.redis.queue import RedisQueue
+from tests.cluster.redis_process import RedisServer
 from tests.faults.proxy import FaultProxy
 from tests.queues.builders import (
     Counts,
@@ -301,7 +301,7 @@ async def test_a_slow_redis_fences_nobody(
 async def test_a_lost_reply_to_an_append_is_a_dup(
     own_redis: RedisServer, redis_queues: Queues, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.queues.redis_wire.REPLY_TIMEOUT", 0.3)
+    monkeypatch.setattr("service.queues.redis.connection.REPLY_TIMEOUT", 0.3)
     queue = redis_queues(f"redis://127.0.0.1:{proxy.port}/0", LONG)
     await queue.submit(make_submission())
     claim = await claim_one(queue)
@@ -333,7 +333,7 @@ async def test_a_claim_into_a_black_hole_is_replayed(
     own_redis: RedisServer, redis_queues: Queues, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The claim ran, its reply never came; the same engine gets the same lease, without blame."""
-    monkeypatch.setattr("service.queues.redis_wire.REPLY_TIMEOUT", 0.3)
+    monkeypatch.setattr("service.queues.redis.connection.REPLY_TIMEOUT", 0.3)
     queue = redis_queues(f"redis://127.0.0.1:{proxy.port}/0", LONG)
     await queue.claim(make_engine(), limit=1, wait=0)
     await queue.submit(make_submission(2))

@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import pytest
 
-from loadtest.rig.redis_process import RedisServer
 from service.errors import Unavailable
-from service.queues import redis_wakeups
-from service.queues.redis_wakeups import Wakeups
-from service.queues.redis_wire import RedisUrl, Wire
+from service.queues.redis import pubsub as redis_wakeups
+from service.queues.redis.connection import RedisUrl, Wire
+from service.queues.redis.pubsub import Wakeups
+from tests.cluster.redis_process import RedisServer
 from tests.waiting import PATIENCE
 
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from playwright.async_api import expect
 
-from loadtest.rig.redis_process import RedisServer
+from tests.cluster.redis_process import RedisServer
 from tests.conftest import ROOT, free_port, wait_until_ready
 from tests.waiting import PATIENCE
 

@@ -1,0 +1,1 @@
+"""Benchmarks: tables of figures, Quire beside its peers, each a script."""

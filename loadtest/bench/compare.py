@@ -1,0 +1,257 @@
+"""Compares servers in turns on one machine: `python -m loadtest.bench.compare` (`make compare`).
+
+Each repeat probes the roof and starts every server in turn (A B C, then C B A, ...), warms it up
+and drives it with the same client and the same seeded prompts. What counts on a machine whose speed
+changes is the median of the ratios of a repeat. A server that cannot run is a row with the reason.
+Written are compare.json (all that was measured), compare.md (the tables) and compare.svg.
+
+On two cores it takes under a quarter of an hour: no repeat is begun that would not end within
+`--minutes`. Other work on the machine spoils it; the load average stands in the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from loadtest.bench.chart import draw
+from loadtest.bench.document import Document, read, write
+from loadtest.bench.machine import this_machine
+from loadtest.bench.measure import Kind, Session, Sizes, TooSlow, better_threads
+from loadtest.bench.peers import SERVERS
+from loadtest.bench.report import markdown, tables, warnings
+from loadtest.bench.roof import NoRoof, count_weights, probe
+from loadtest.bench.servers import Plan, Server, ServerFailed, convert
+
+_CHART = Path(__file__).parent / "chart.svg"  # the one that the README shows
+_QUICK = Sizes(
+    least=1, tokens_out=32, prefill_requests=1, rates=(2, 8), window=3.0, patience=20.0,
+    tokens_out_arrivals=16,
+)  # fmt: skip
+_NOT_QUICK = (
+    "llama.cpp-q4_1", "llama.cpp-q8_0", "llama-cpp-python", "openvino-q8_0", "transformers", "vllm",
+)  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class Comparison:
+    """Runs servers in turn and gathers what comes of them in a document."""
+
+    plan: Plan
+    progress: Progress
+    document: Document
+    candidates: Sequence[int] = ()  # numbers of threads to try where it matters
+
+    def run(self, *, repeats: int, minutes: float) -> None:
+        """Everything. At least one repeat is begun, and no other that would end too late."""
+        began = time.monotonic()
+        names = self._prepare_all()
+        for number in range(repeats):
+            before = time.monotonic()
+            names = self._repeat(number, names, title=f"repeat {number + 1} of {repeats}")
+            arrivals = sum(
+                row.summary.wall
+                for row in self.document.results
+                if (row.repeat, row.kind) == (number, Kind.ARRIVALS)
+            )
+            now = time.monotonic()
+            if now - began + (now - before - arrivals) > 60 * minutes:
+                break
+
+    def _prepare_all(self) -> list[str]:
+        """Leaves out what cannot run, converts weights, tries numbers of threads."""
+        task = self.progress.add_task("prepare", total=len(self.document.servers))
+        for name in self.document.servers:
+            self.progress.update(task, description=f"prepare · {name}")
+            if name not in self.document.left_out and (reason := self._prepare(SERVERS[name])):
+                self.document.left_out[name] = reason
+            self.progress.advance(task)
+        self.progress.remove_task(task)
+        return [name for name in self.document.servers if name not in self.document.left_out]
+
+    def _prepare(self, server: Server) -> str | None:
+        """Why it cannot be compared, or None."""
+        if server.missing:
+            return server.missing
+        try:
+            convert(server, self.plan)
+            if server.tries_threads and len(self.candidates) > 1:
+                best = better_threads(server, self.plan, candidates=self.candidates)
+                self.document.threads[server.name] = best
+        except (ServerFailed, TooSlow, OSError) as failure:
+            return str(failure)
+        return None
+
+    def _repeat(self, number: int, names: Sequence[str], *, title: str) -> list[str]:
+        """Every server once; those that are worth another repeat, in the same order."""
+        task = self.progress.add_task(title, total=len(names))
+        self._probe_roof()
+        again = set()
+        for name in names if number % 2 == 0 else names[::-1]:
+            label = f"{title} · {name}"
+            threads = self.document.threads.get(name, self.plan.threads)
+            plan = replace(self.plan, threads=threads)
+            session = Session(SERVERS[name], plan, self.document.sizes, repeat=number)
+            if self._is_to_go_on(session, label=label, task=task):
+                again.add(name)
+            self.document.results.extend(session.results)
+            self.progress.advance(task)
+        self.progress.remove_task(task)
+        return [name for name in names if name in again]
+
+    def _is_to_go_on(self, session: Session, *, label: str, task: TaskID) -> bool:
+        """Runs it; whether it could do everything and is to do it again."""
+
+        def notify(load: str) -> None:
+            self.progress.update(task, description=f"{label} · {load}")
+
+        try:
+            with_arrivals = session.repeat == 0 and not session.server.once
+            session.run(with_arrivals=with_arrivals, notify=notify)
+        except (ServerFailed, TooSlow, OSError) as failure:
+            reason = f"{failure} (in repeat {session.repeat + 1})"
+            self.document.left_out[session.server.name] = reason
+            return False
+        return not session.server.once
+
+    def _probe_roof(self) -> None:
+        """Adds a roof, or the reason why there is none."""
+        document = self.document
+        rows = sorted({1, 8, 32, *document.sizes.clients})
+        try:
+            document.roofs.append(probe(threads=sorted({1, document.machine.cpus}), rows=rows))
+        except NoRoof as reason:
+            document.left_out["roof"] = str(reason)
+
+
+def _default_model() -> Path:
+    """The file that `quire serve` serves, fetched where it is not there yet."""
+    from model.checkpoint.fetch import default_cache, resolve
+
+    return resolve("", cache=default_cache())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; an unknown server's name ends it."""
+    cpus = this_machine().cpus
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--model", type=Path, help="GGUF file that all serve; the default model otherwise")
+    add("--servers", type=lambda text: text.split(","), default=list(SERVERS))
+    add("--quick", action="store_true", help="one small repeat: a look, under 4 minutes")
+    add("--clients", type=_numbers)
+    add("--tokens-in", type=int)
+    add("--tokens-out", type=int)
+    add("--rates", type=_numbers, help="requests a second of the Poisson arrivals, rising")
+    add("--seed")
+    add("--repeats", type=int)
+    add("--minutes", type=float, default=14.5, help="no repeat that would end after these")
+    add("--threads", type=_numbers, default=tuple(sorted({max(1, cpus // 2), cpus})),
+        help="of llama.cpp; the best of these is kept")  # fmt: skip
+    add("--quire-flags", type=str.split, default=[], help="as one argument")
+    add("--results", type=Path, default=Path("results"))
+    add("--render", type=Path, metavar="JSON", help="measure nothing: tables and chart of a file")
+    add("--readme", action="store_true", help=f"also write {_CHART.name} and print the Markdown")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.servers) - set(SERVERS):
+        parser.error(f"no such server: {', '.join(sorted(unknown))} (known: {', '.join(SERVERS)})")
+    return options
+
+
+def sizes_of(options: argparse.Namespace) -> Sizes:
+    """The preset, and what the command line says otherwise."""
+    sizes = _QUICK if options.quick else Sizes()
+    names = ("clients", "tokens_in", "tokens_out", "rates", "seed")
+    said = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return replace(sizes, **said)
+
+
+def measure(options: argparse.Namespace, *, console: Console) -> Document:
+    """Runs the comparison; what there is so far is kept where it is interrupted."""
+    model, sizes = (options.model or _default_model()).resolve(), sizes_of(options)
+    document = Document(
+        date=time.strftime("%Y-%m-%d", time.gmtime()),
+        machine=this_machine(),
+        model=model.name,
+        weights=count_weights(model),
+        sizes=sizes,
+        servers=options.servers,
+    )
+    if options.quick:
+        slow = [name for name in _NOT_QUICK if name in options.servers]
+        document.left_out |= dict.fromkeys(slow, "not with --quick")
+    plan = Plan(
+        model=model,
+        threads=max(options.threads),
+        clients=max(sizes.clients),
+        context=sizes.context,
+        folder=options.results.resolve(),
+        quire_flags=options.quire_flags,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        comparison = Comparison(
+            plan=plan,
+            progress=progress,
+            document=document,
+            candidates=() if options.quick else options.threads,
+        )
+        try:
+            comparison.run(
+                repeats=options.repeats or (1 if options.quick else 3), minutes=options.minutes
+            )
+        except KeyboardInterrupt:
+            console.print("interrupted: what was measured until now is shown", style="red")
+    return document
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compares and reports; 1 where a request of the first server failed or nothing ran."""
+    options = parse(arguments)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    options.results.mkdir(parents=True, exist_ok=True)
+    if options.render:
+        document = read(options.render)
+    else:
+        document = measure(options, console=console)
+        write(document, options.results / "compare.json")
+    if not document.results:
+        console.print("nothing could be measured:", document.left_out)
+        return 1
+    for table in tables(document):
+        console.print(table.to_rich())
+    for line in warnings(document):
+        console.print(line, style="red", markup=False, highlight=False)
+    report, chart = options.results / "compare.md", options.results / "compare.svg"
+    report.write_text(markdown(document), encoding="utf-8")
+    chart.write_text(draw(document), encoding="utf-8")
+    console.print(f"written: {report}, {chart} and, of the measurements, compare.json")
+    if options.readme:
+        shutil.copyfile(chart, _CHART)
+        print(markdown(document))
+    judged = (Kind.DECODE, Kind.PREFILL)
+    first = [row for row in document.results if row.server == document.base and row.kind in judged]
+    return 0 if first and not any(row.summary.failures for row in first) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,172 @@
+"""Bench: what every piece of the GPU benchmark is given, and where it leaves what it found.
+
+Times are the device's own (events), after a first call that compiles and loads. Each row is
+printed and written at once, so that a piece that is cut off leaves what it had.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M, TINY, RandomWeights, Shape
+from model.runners import RunnerOptions
+from model.runners.cuda.accelerator import CudaAccelerator, median_seconds
+
+if TYPE_CHECKING:
+    from model.runners.cuda.runner import CudaRunner
+
+_DATASHEET = {"H200": 4.8e12, "H100": 3.35e12}  # bytes/s; other chips are held against a copy
+_RECORDED = 8  # calls in one recording
+
+Row = dict[str, Any]
+
+
+class OutOfTime(Exception):
+    """The piece has used its time up; its rows so far are written."""
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """One piece's models, clock and tables."""
+
+    smoke: bool  # everything in miniature, also on a CPU
+    device: torch.device
+    out: Path
+    deadline: float  # of time.monotonic()
+    tables: dict[str, list[Row]] = field(default_factory=dict)
+
+    @property
+    def models(self) -> list[Shape]:
+        if self.smoke:
+            return [Shape("tiny", TINY)]
+        return [Shape("Qwen3-0.6B", QWEN3_600M), Shape("Llama-3.1-8B", LLAMA31_8B)]
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        return (2,) if self.smoke else (1, 8, 32, 128, 256)
+
+    @property
+    def budget(self) -> int:
+        """Tokens of a step."""
+        return 16 if self.smoke else 8192
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.smoke else torch.bfloat16
+
+    @property
+    def left(self) -> float:
+        """Seconds that the piece may still take."""
+        return self.deadline - time.monotonic()
+
+    def check_time(self) -> None:
+        """Between two measurements. Raises OutOfTime."""
+        if self.left <= 0:
+            raise OutOfTime
+
+    def add(self, table: str, row: Row) -> None:
+        """Keeps a row, prints it and writes everything found so far."""
+        rows = self.tables.setdefault(table, [])
+        rows.append(row)
+        if len(rows) == 1:
+            print(f"\n{table}\n" + "  ".join(f"{name:>{_width(name)}}" for name in row))
+        cells = (f"{_text(value):>{_width(name)}}" for name, value in row.items())
+        print("  ".join(cells), flush=True)
+        self.out.write_text(json.dumps(self.tables), encoding="utf-8")
+
+    def seconds(self, work: Callable[[], object], *, repeats: int = 20) -> float:
+        """Median time of one call, on the device."""
+        if self.device.type == "cuda":
+            return median_seconds(work, repeats=repeats)
+        work()
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    def replayed(self, work: Callable[[], object]) -> float:
+        """Time of one call among several recorded ones: without gaps of the host."""
+        if self.device.type == "cpu":
+            return self.seconds(work)
+
+        def several() -> None:
+            for _ in range(_RECORDED):
+                work()
+
+        return self.seconds(CudaAccelerator(self.device).record(several)) / _RECORDED
+
+    def copy_rate(self) -> float:
+        """Bytes/s, read and written, of a large copy: what kernels are held against."""
+        size = 2**16 if self.smoke else 2**31
+        source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * size / self.seconds(lambda: target.copy_(source))
+
+    def bandwidth(self) -> tuple[float, str]:
+        """Bytes/s that steps are held against, and where the figure is from."""
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+            for chip, rate in _DATASHEET.items():
+                if chip in name:
+                    return rate, f"data sheet, {chip}"
+        return self.copy_rate(), "copy"
+
+    def runner(
+        self, shape: Shape, *, library: bool = False, proven: bool = False, **options: int | str
+    ) -> CudaRunner:
+        """A runner over random weights.
+
+        `library`: with the library's products, which are not exact. `proven`: it tries itself, as
+        one that serves does.
+        """
+        from model.kernels.matmul import multiply, multiply_by_library
+        from model.runners.cuda.runner import CudaRunner
+
+        fields: Row = {
+            "dtype": "float32" if self.smoke else "bfloat16",
+            "device": self.device.type,
+            "block_size": 4 if self.smoke else 64,
+            "num_blocks": 64 if self.smoke else None,
+            "max_sequences": max(self.batches),
+            "max_batch_tokens": self.budget,
+            "memory_share": 0.9,
+            # As a server does, where the piece's environment lets it.
+            "library_products": "CUBLASLT_WORKSPACE_SIZE" in os.environ,
+            **options,
+        }
+        return CudaRunner(
+            shape.config,
+            RandomWeights(shape.config, self.device),
+            options=RunnerOptions(**fields),
+            digest="random",
+            product=multiply_by_library if library else multiply,
+            proof="by options" if proven else None,
+        )
+
+    def release(self, runner: CudaRunner) -> None:
+        """Gives a runner's memory back before the next one is built."""
+        runner.close()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+
+def _width(name: str) -> int:
+    return max(len(name), 14 if not name.isdigit() else 3)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "=" if value else "NO"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "-" if value is None else str(value)

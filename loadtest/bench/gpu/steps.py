@@ -1,0 +1,95 @@
+"""Decode steps of a warm runner, one ahead of the host, held against what they must read.
+
+of roof      the bytes of weights, keys and values a step reads, over the chip's bandwidth
+device us    the step's work alone, all of it queued before it begins
+host us      what the host takes to launch a step
+busy         the device's share: device us over the time of a step
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from loadtest.bench.gpu.bench import Bench
+from loadtest.bench.gpu.models import Shape
+from loadtest.bench.gpu.offline import Offline, Workload
+from model.runners import StepHandle
+
+_PAUSES = 3  # products that keep the device busy for some milliseconds
+_SIDE = 8192
+
+
+def measure(bench: Bench) -> None:
+    """Both models at each batch size, behind 512 tokens; rows sampled, and all of them greedy."""
+    bandwidth, _ = bench.bandwidth()
+    for shape in bench.models:
+        bench.check_time()
+        runner = bench.runner(shape)
+        offline = Offline(runner, budget=bench.budget)
+        for batch in bench.batches:
+            for temperature in (0.6, 0.0):
+                bench.check_time()
+                workload = Workload(
+                    name="sampled" if temperature else "likeliest",
+                    lengths=((8, 3) if bench.smoke else (512, 60),) * batch,
+                    temperature=temperature,
+                )
+                _row(bench, shape, offline, workload, bandwidth=bandwidth)
+        bench.release(runner)
+
+
+def _row(
+    bench: Bench, shape: Shape, offline: Offline, workload: Workload, *, bandwidth: float
+) -> None:
+    context, _ = workload.lengths[0]
+    offline.run(workload)  # fills the pool, compiles and records
+    outcome = offline.run(workload, start_at=context)
+    step = outcome.seconds / outcome.steps
+    device = _device_seconds(bench, offline, workload, start_at=context)
+    moved = shape.weight_bytes + outcome.kv_tokens / outcome.steps * shape.kv_bytes
+    bench.add(
+        "steps",
+        {
+            "model": shape.name,
+            "batch": len(workload.lengths),
+            "tokens": workload.name,
+            "ms": step * 1e3,
+            "tokens/s": outcome.tokens / outcome.seconds,
+            "of roof": moved / bandwidth / step,
+            "device us": None if device is None else device * 1e6,
+            "host us": statistics.median(outcome.host_seconds) * 1e6,
+            "busy": None if device is None else min(1.0, device / step),
+        },
+    )
+
+
+def _device_seconds(
+    bench: Bench, offline: Offline, workload: Workload, *, start_at: int
+) -> float | None:
+    """Median of a step's work on the device, without waits for the host; None on a CPU.
+
+    The device is given something else first, so that a step is launched whole before it begins.
+    """
+    if bench.device.type == "cpu":
+        return None
+    filler = torch.randn(_SIDE, _SIDE, device=bench.device, dtype=torch.bfloat16)
+    product = torch.empty_like(filler)
+    spans: list[tuple[Any, Any]] = []
+
+    def behind_a_pause(launch: Callable[[], StepHandle]) -> StepHandle:
+        for _ in range(_PAUSES):
+            torch.mm(filler, filler, out=product)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        handle = launch()
+        end.record()
+        spans.append((begin, end))
+        return handle
+
+    offline.run(workload, start_at=start_at, around=behind_a_pause)
+    torch.cuda.synchronize()
+    return statistics.median(float(begin.elapsed_time(end)) for begin, end in spans) / 1000

@@ -1,0 +1,183 @@
+"""W1, nano-vllm's workload: on the runner, through the service's engine, and over HTTP.
+
+runner    256 sequences at once, one step ahead of the host: what the network can do
+engine    the same through scheduler, packer and detokeniser: what the bookkeeping adds
+HTTP      the same through `quire serve`, 256 clients streaming
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from loadtest.bench.gpu.bench import Bench
+from loadtest.bench.gpu.models import TINY, Shape
+from loadtest.bench.gpu.offline import Offline, Workload, w1
+from loadtest.bench.servers import ServerFailed
+from model.batch import Batch, Bools, StepOutput
+from model.runners import OverlappedRunner, StepHandle
+
+TABLE = "W1"
+
+
+def workload_of(bench: Bench, *, short: bool = False) -> Workload:
+    """The workload, or one as wide and not as long, to warm up with."""
+    if bench.smoke:
+        return w1(sequences=2, least=3, most=6)
+    return w1(sequences=256, least=100, most=140) if short else w1()
+
+
+def add_row(
+    bench: Bench,
+    shape: Shape,
+    by: str,
+    *,
+    seconds: float,
+    tokens: int,
+    roof: float | None = None,
+    host_us: float | None = None,
+) -> None:
+    """`roof`: seconds at the chip's bandwidth. `host_us`: of a step, all that is not waiting."""
+    bench.add(
+        TABLE,
+        {
+            "model": shape.name,
+            "by": by,
+            "seconds": seconds,
+            "tokens/s": tokens / seconds,
+            "of roof": None if roof is None else roof / seconds,
+            "host us": host_us,
+        },
+    )
+
+
+def measure(bench: Bench) -> None:
+    """Both models on the runner and through the engine."""
+    bandwidth, _ = bench.bandwidth()
+    workload = workload_of(bench)
+    for shape in bench.models:
+        bench.check_time()
+        runner = bench.runner(shape)
+        runner.warm_up()
+        Offline(runner, budget=bench.budget).run(workload_of(bench, short=True))  # clocks up
+        clocked = _Clocked(runner)
+        outcome = Offline(clocked, budget=bench.budget).run(workload)
+        moved = outcome.steps * shape.weight_bytes + outcome.kv_tokens * shape.kv_bytes
+        roof = moved / bandwidth
+        host = (outcome.seconds - clocked.waited) / clocked.steps
+        add_row(
+            bench, shape, "runner",
+            seconds=outcome.seconds, tokens=outcome.tokens, roof=roof, host_us=host * 1e6,
+        )  # fmt: skip
+        bench.check_time()
+        clocked = _Clocked(runner)
+        seconds = _through_engine(clocked, workload, bench.budget)
+        host = (seconds - clocked.waited) / clocked.steps
+        add_row(
+            bench, shape, "engine",
+            seconds=seconds, tokens=workload.tokens_out, roof=roof, host_us=host * 1e6,
+        )  # fmt: skip
+        bench.release(runner)
+
+
+def measure_http(bench: Bench) -> None:
+    """The smaller model, all requests at once."""
+    from loadtest.bench.gpu.http import over_http
+
+    shape, workload = bench.models[0], workload_of(bench)
+    if bench.smoke:
+        shape = Shape("tiny", replace(TINY, vocab_size=300))
+    flags = ["--runner", "torch" if bench.device.type == "cpu" else "cuda"]
+    if not bench.smoke:
+        flags += ["--max-sequences", "256", "--max-batch-tokens", "8192", "--block-size", "64"]
+        flags += ["--kv-memory", "40GiB"]
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        with _log_told(folder / "quire.log"):
+            seconds = over_http(shape, workload, folder, flags=flags, start_timeout=bench.left - 15)
+    add_row(bench, shape, "HTTP", seconds=seconds, tokens=workload.tokens_out)
+
+
+class _Clocked:
+    """A runner, and the seconds that its caller waited for the device."""
+
+    def __init__(self, runner: OverlappedRunner) -> None:
+        self.config = runner.config
+        self.block_size = runner.block_size
+        self.num_blocks = runner.num_blocks
+        self.numeric_class = runner.numeric_class
+        self.exact = runner.exact
+        self.waited = 0.0
+        self.steps = 0
+        self._runner = runner
+
+    def run(self, batch: Batch) -> StepOutput:
+        return self.collect(self.launch(batch))
+
+    def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
+        self.steps += 1
+        return self._runner.launch(batch, unread_T=unread_T)
+
+    def collect(self, handle: StepHandle) -> StepOutput:
+        began = time.perf_counter()
+        output = self._runner.collect(handle)
+        self.waited += time.perf_counter() - began
+        return output
+
+    def warm_up(self) -> None:
+        self._runner.warm_up()
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+def _through_engine(runner: _Clocked, workload: Workload, budget: int) -> float:
+    """Seconds of it all."""
+    from service.engine.loop import EngineLoop, Work
+    from service.engine.observer import NullObserver
+    from service.engine.plan import EngineConfig
+    from service.messages import GenerationRequest, SamplingParams
+
+    vocab_size = runner.config.vocab_size
+    loop = EngineLoop(
+        runner,
+        config=EngineConfig(
+            max_batch_tokens=budget,
+            max_sequences=len(workload.lengths),
+            max_prompt_chunk=budget,
+            prefix_cache=False,
+        ),
+        token_bytes=[b"a"] * vocab_size,
+        eos_ids=frozenset(),
+        deliver=lambda _: None,
+        observer=NullObserver(),
+    )
+    for index, (prompt, answer) in enumerate(workload.lengths):
+        request = GenerationRequest(
+            id=str(index),
+            prompt_ids=tuple(n * 7919 % vocab_size for n in range(prompt)),
+            sampling=SamplingParams(seed=index, temperature=workload.temperature),
+            max_tokens=answer,
+            ignore_eos=True,
+        )
+        loop.add(Work(request=request))
+    began = time.perf_counter()
+    while loop.busy:
+        loop.step()
+    return time.perf_counter() - began
+
+
+@contextmanager
+def _log_told(path: Path) -> Iterator[None]:
+    """A server's log goes with its folder, so its end is printed where the server failed."""
+    try:
+        yield
+    except (ServerFailed, RuntimeError):
+        if path.is_file():
+            print(path.read_text(encoding="utf-8", errors="replace")[-3000:], file=sys.stderr)
+        raise

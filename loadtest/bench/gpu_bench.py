@@ -1,0 +1,164 @@
+"""Measures the GPU engine against the roof of the chip: `python -m loadtest.bench.gpu_bench`.
+
+    ceilings      bytes/s of a copy, operations/s of a matrix product: what the rest is held against
+    exact         bits of an answer by way and by batch size from 1 to 256
+    kernels       attention over batch and context, products of few rows, in GB/s and share of copy
+    steps         decode steps at several batch sizes: time, share of roof, host time, busy share
+    w1            nano-vllm's workload offline: on the runner, and through the service's engine
+    http          the same workload through `quire serve` and our client
+    transformers  its continuous batching on the same models and workload, in the same run
+    products      which of the library's products have one order of sums, and how fast they are
+    cost          decode steps by our products beside the library's
+
+`--only` takes a list of these. Each runs in a process of its own and has a share of the time; one
+that fails or is cut off is named at the end, and the next is begun. Tables are printed as they
+grow. The JSON file holds every piece's last run, so pieces may be run one by one. It ends with 0
+where every piece asked for was done. `--smoke` is the whole thing in miniature, on a CPU too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from loadtest.bench.gpu.piece import CUT_OFF
+from loadtest.bench.machine import this_machine
+from service.settings import WHOLE_SUMS
+
+_MINUTES = 8.5
+_GRACE = 10.0  # seconds that a piece has to start, and, asked to end, to end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A part of the measurement. Seconds are of an H200 whose kernels are not compiled yet."""
+
+    least: float  # with less left it is not begun
+    most: float  # after that it is cut off
+    variables: Mapping[str, str] = field(default_factory=dict)  # of its environment
+
+
+# With `WHOLE_SUMS`, which a server sets itself, the library cannot add up in pieces; it reads them
+# when it is first called.
+PIECES: dict[str, Piece] = {
+    "ceilings": Piece(least=10, most=40),
+    "exact": Piece(least=30, most=210, variables=WHOLE_SUMS),
+    "kernels": Piece(least=15, most=90),
+    "steps": Piece(least=20, most=90, variables=WHOLE_SUMS),
+    "w1": Piece(least=20, most=90, variables=WHOLE_SUMS),
+    "http": Piece(least=45, most=120),
+    "transformers": Piece(least=45, most=120),
+    "products": Piece(least=15, most=60, variables=WHOLE_SUMS),
+    "cost": Piece(least=30, most=90),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What came of a piece. `state`: done, failed, cut off or left out, and why."""
+
+    state: str
+    seconds: float = 0.0
+    tables: Mapping[str, Any] = field(default_factory=dict)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the pieces asked for, one after another."""
+    parser = argparse.ArgumentParser(
+        prog="gpu_bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default=",".join(PIECES), help="pieces, separated by commas")
+    parser.add_argument("--minutes", type=float, default=_MINUTES, help="for all of them")
+    parser.add_argument("--out", type=Path, default=Path("results/gpu_bench.json"))
+    parser.add_argument("--smoke", action="store_true", help="in miniature, also on a CPU")
+    given = parser.parse_args(arguments)
+    names = given.only.split(",")
+    if unknown := set(names) - PIECES.keys():
+        parser.error(f"no such piece: {', '.join(sorted(unknown))}; there are {', '.join(PIECES)}")
+    if not given.smoke and not _has_gpu():
+        print("no GPU here; --smoke runs in miniature", file=sys.stderr)
+        return 2
+    deadline = time.monotonic() + 60 * given.minutes
+    found = {}
+    for name in names:
+        left = deadline - time.monotonic() - 2 * _GRACE
+        if left < PIECES[name].least:
+            found[name] = Found(state=f"left out: {max(left, 0):.0f} s are left")
+        else:
+            found[name] = _run(name, seconds=min(left, PIECES[name].most), smoke=given.smoke)
+        _keep(given.out, name, found[name])
+        print(f"({name}: {found[name].state}, {found[name].seconds:.0f} s)", flush=True)
+    print("\npieces")
+    for name, piece in found.items():
+        print(f"{name:>14}  {piece.seconds:6.0f} s  {piece.state}")
+    return int(any(piece.state != "done" for piece in found.values()))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _run(name: str, *, seconds: float, smoke: bool) -> Found:
+    """A piece in its own process, ended where it does not end itself."""
+    began = time.monotonic()
+    with TemporaryDirectory() as folder:
+        out, errors = Path(folder) / "tables.json", Path(folder) / "errors.log"
+        command = [sys.executable, "-m", "loadtest.bench.gpu.piece", name]
+        command += ["--seconds", str(seconds), "--out", str(out), *(["--smoke"] if smoke else [])]
+        with errors.open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                stderr=log,
+                env=os.environ | PIECES[name].variables,
+                start_new_session=True,  # what it starts is ended with it
+            )
+        try:
+            status = process.wait(seconds + _GRACE)
+        except subprocess.TimeoutExpired:
+            status = CUT_OFF
+        finally:
+            _end(process)
+        tables = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+        state = "done"
+        if status == CUT_OFF:
+            state = f"cut off: {seconds:.0f} s are used up"
+        elif status:
+            said = errors.read_text(encoding="utf-8", errors="replace").strip()
+            print(said[-4000:], file=sys.stderr, flush=True)
+            state = f"failed: {said.splitlines()[-1] if said else f'ended with {status}'}"
+    return Found(state=state, seconds=time.monotonic() - began, tables=tables)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, and after a while SIGKILL to its whole session."""
+    process.terminate()
+    try:
+        process.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _keep(out: Path, name: str, found: Found) -> None:
+    """Puts a piece's run in the place of its last one."""
+    pieces = json.loads(out.read_text(encoding="utf-8")).get("pieces", {}) if out.is_file() else {}
+    pieces[name] = asdict(found) | {"ended": time.strftime("%Y-%m-%d %H:%M:%S")}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    kept = {"machine": asdict(this_machine()), "pieces": pieces}
+    out.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""What it costs to serve a token, beside the network that makes it.
+
+    python -m loadtest.bench.serving_cost [--streams 32] [--tokens 400] [--pace 0.005] [--profile]
+
+`quire serve` whole, with a runner that answers each step after `pace` seconds and computes nothing:
+schedule, pack, detokenise, journal, JSON, SSE and the sockets are all there is. The clients are a
+process of their own. Printed are microseconds of CPU a token by thread, and the share of one core
+that serving takes at a rate of tokens. `--profile` adds where the event loop's time goes.
+
+CPU time is not wall time, but on a busy machine it grows too: compare rows of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import cProfile
+import os
+import pstats
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import uvloop
+
+from loadtest.bench.engine_overhead import InstantRunner
+from model.batch import Batch, StepOutput
+from model.checkpoint.fetch import default_cache, resolve
+from model.runners import RunnerOptions
+from service.http.listeners import Listener
+from service.http.ports import address, bind
+from service.messages import ModelCard
+from service.observability.metrics import Metrics
+from service.roles import ApiSide, EngineSide, live, opened_queue
+from service.settings import Settings
+from service.startup import Loaded, load_tokenizer
+
+_RATES = (500, 1000, 2000)  # tokens a second
+
+
+class PacedRunner(InstantRunner):
+    """Answers after a while, during which it takes no CPU: as a device does."""
+
+    def __init__(self, *, pace: float, num_blocks: int) -> None:
+        super().__init__(period=40_000, num_blocks=num_blocks)
+        self._pace = pace
+
+    def run(self, batch: Batch) -> StepOutput:
+        """The next ids, later."""
+        time.sleep(self._pace)
+        return super().run(batch)
+
+
+class Server:
+    """The service in this process, on free ports."""
+
+    def __init__(self, *, pace: float, streams: int) -> None:
+        self.settings = Settings(port=0, admin_port=0)
+        self._options = RunnerOptions(max_sequences=max(64, streams))
+        self.public = bind("127.0.0.1", 0)
+        self._runner = PacedRunner(pace=pace, num_blocks=streams * 128)
+        self.is_ready = asyncio.Event()
+
+    async def serve(self, until: asyncio.Event) -> None:
+        """Serves until it is told to end."""
+        metrics = Metrics()
+        queue = await opened_queue(self.settings, metrics)
+        card = ModelCard(
+            id="instant",
+            max_model_len=2048,
+            vocab_size=self._runner.config.vocab_size,
+            numeric_class="instant",
+            created=0,
+        )
+        tokenizer = load_tokenizer(resolve("", cache=default_cache()))
+        loaded = Loaded(
+            runner=self._runner,
+            tokenizer=tokenizer,
+            card=card,
+            seconds=0.0,
+            passed_over="",
+            options=self._options,
+        )
+        engine = EngineSide(self.settings, loaded, queue, metrics)
+        api = ApiSide(self.settings, card, queue, metrics, tokenizer=tokenizer, engine=engine)
+        listeners = [Listener(api.app, self.public), Listener(api.admin_app, bind("127.0.0.1", 0))]
+        serving = asyncio.create_task(
+            live(queue, listeners, api=api, engine=engine, ready=self.is_ready.set)
+        )
+        await until.wait()
+        os.kill(os.getpid(), 15)  # as an operator ends it
+        await serving
+
+
+def thread_seconds() -> dict[str, float]:
+    """CPU seconds of this process's threads so far: the event loop, the engine, all others."""
+    seconds = {"event loop": 0.0, "engine": 0.0, "others": 0.0}
+    engine = next((t.native_id for t in threading.enumerate() if t.name == "engine"), None)
+    tick = os.sysconf("SC_CLK_TCK")
+    for task in Path("/proc/self/task").iterdir():
+        fields = (task / "stat").read_text().rsplit(")", 1)[1].split()
+        name = {os.getpid(): "event loop", engine: "engine"}.get(int(task.name), "others")
+        seconds[name] += (int(fields[11]) + int(fields[12])) / tick
+    return seconds
+
+
+def ask(port: int, streams: int, tokens: int) -> subprocess.Popen[bytes]:
+    """The clients: `streams` at once, each for `tokens` tokens."""
+    code = (
+        "import asyncio, json\n"
+        "async def one(index):\n"
+        f"    reader, writer = await asyncio.open_connection('127.0.0.1', {port})\n"
+        "    body = json.dumps({'model': 'instant', 'prompt': [index + 1, 2, 3], 'stream': True,\n"
+        f"        'max_tokens': {tokens}, 'ignore_eos': True, 'temperature': 0}}).encode()\n"
+        "    writer.write(b'POST /v1/completions HTTP/1.1\\r\\nhost: localhost\\r\\n'\n"
+        "        b'content-type: application/json\\r\\ncontent-length: %d\\r\\n'\n"
+        "        b'connection: close\\r\\n\\r\\n' % len(body) + body)\n"
+        "    said = await reader.read()\n"
+        "    assert b'[DONE]' in said, said[-300:]\n"
+        f"async def all(): await asyncio.gather(*(one(i) for i in range({streams})))\n"
+        "asyncio.run(all())\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+async def measure(
+    streams: int, tokens: int, *, pace: float, around: Callable[[], None]
+) -> dict[str, float]:
+    """Microseconds of CPU a token, by thread. `around` is called when load begins and ends."""
+    server, until = Server(pace=pace, streams=streams), asyncio.Event()
+    serving = asyncio.create_task(server.serve(until))
+    await server.is_ready.wait()
+    port = int(address(server.public).rsplit(":", 1)[1])
+    before = thread_seconds()
+    around()
+    clients = ask(port, streams, tokens)
+    status = await asyncio.to_thread(clients.wait)
+    around()
+    after = thread_seconds()
+    until.set()
+    await serving
+    if status:
+        raise SystemExit("the clients failed")
+    return {name: (after[name] - before[name]) / streams / tokens * 1e6 for name in after}
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--streams", default="1,8,32")
+    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--pace", type=float, default=0.005)
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    profiler = cProfile.Profile()
+    switched = False
+
+    def switch() -> None:
+        nonlocal switched
+        switched = not switched
+        if options.profile:
+            (profiler.enable if switched else profiler.disable)()
+
+    print("microseconds of CPU a token".ljust(30) + "event loop     engine     others        all")
+    for streams in map(int, options.streams.split(",")):
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            cost = runner.run(measure(streams, options.tokens, pace=options.pace, around=switch))
+        total = sum(cost.values())
+        cells = "".join(f"{value:>11.0f}" for value in (*cost.values(), total))
+        print(f"{streams} streams".ljust(29) + cells)
+        shares = ", ".join(f"{rate * total / 1e4:.0f} % at {rate} tok/s" for rate in _RATES)
+        print(f"  of one core: {shares}")
+    if options.profile:
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(35)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The cuda runner: decode steps as CUDA graphs over Triton kernels."""

@@ -1,0 +1,177 @@
+"""Text -> token ids and back, and chat messages -> token ids. Torch-free.
+
+A user's text stays text: where it spells a special token, ordinary tokens come out. Special tokens
+come from the model's own chat template, and from `add_bos` where the model asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint.vocabulary import Vocabulary, read_vocabulary
+from model.text.chat_template import (
+    ChatTemplate,
+    ChatTemplateError,
+    Messages,
+    with_plain_content,
+)
+from model.text.disguise import Disguise, SpecialTexts, strings_of
+from model.text.span import Span, find_span
+from model.text.template_fit import TemplateFit
+from model.text.template_renderer import Template, open_template
+
+
+class Tokenizer:
+    """A model's tokenizer. May be used by several threads at once."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._special_ids = {special.id: text for text, special in vocabulary.specials.items()}
+        self.vocab_size = vocabulary.size  # at least the rows of the model's embedding
+        self.bos_id = vocabulary.bos_id
+        self.eos_ids = vocabulary.eos_ids
+        self.chat_template = vocabulary.chat_template
+        self.token_bytes: Sequence[bytes] = vocabulary.token_bytes
+
+    @classmethod
+    def from_checkpoint(cls, path: Path) -> Tokenizer:
+        """Reads a GGUF file's vocabulary or a folder's tokenizer.json. Raises CheckpointError."""
+        return cls(read_vocabulary(path))
+
+    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """The ids of a text, in time linear in its length and without the interpreter lock.
+
+        `add_bos` puts the beginning-of-text token first where the model is made for it. Raises
+        UnicodeEncodeError for lone surrogates.
+        """
+        ids = self._text_ids(text, is_first=True)
+        if add_bos and self._vocabulary.add_bos and self.bos_id is not None:
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens have none, incomplete UTF-8 becomes U+FFFD."""
+        return b"".join([self.token_bytes[id_] for id_ in ids]).decode("utf-8", "replace")
+
+    def fewest_tokens(self, texts: Iterable[str]) -> int:
+        """A lower bound of the tokens that texts have together, without tokenising; 0 if this kind
+        of tokenizer has no such bound.
+        """
+        return 0 if self._span is None else self._span.fewest_tokens(texts)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether an id stands for no text of its own."""
+        return not self.token_bytes[token_id]
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token of this name, if the model has one."""
+        special = self._vocabulary.specials.get(text)
+        return None if special is None else special.id
+
+    def token_text(self, token_id: int) -> str:
+        """What to show for one token: its text or, for a special token, its name."""
+        return self._special_ids.get(token_id) or self.decode([token_id])
+
+    @property
+    def renders_in_process(self) -> bool:
+        """Whether the chat template is rendered without waiting for another process."""
+        return isinstance(self._template, ChatTemplate)
+
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: object,
+    ) -> list[int]:
+        """The prompt of a conversation. Raises ChatTemplateError or TemplateUnavailableError.
+
+        Content is a string or a list of text parts. Instructions (system and developer messages)
+        go where the template renders them, see `template_fit`. `continue_final_message` leaves the
+        last message open for the model to go on with, and then no generation prompt is added.
+        """
+        if self._template is None:
+            raise ChatTemplateError("the model has no chat template")
+        plain = with_plain_content(messages)
+        strings = strings_of([plain, variables, self.chat_template])
+        disguise = Disguise(self._special_texts, strings)
+        plain = disguise.put_on(plain)
+        if continue_final_message:
+            _leave_open(plain, disguise)
+        rendered = self._rendered(
+            self._fit.fit(plain),
+            **disguise.put_on(variables),
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+        )
+        if continue_final_message:
+            rendered = _up_to_the_end(rendered, disguise)
+        return self._template_ids(rendered, disguise)
+
+    def _rendered(self, messages: Messages, **variables: object) -> str:
+        if self._template is None:
+            raise ChatTemplateError("the model has no chat template")
+        fields = {"messages": messages, "add_generation_prompt": True}
+        return self._template.render({**self._vocabulary.names, **fields, **variables})
+
+    def _text_ids(self, text: str, *, is_first: bool) -> list[int]:
+        if not text:
+            return []
+        text.encode()  # raises for lone surrogates, where the library would speak of types
+        splitter = self._vocabulary.first if is_first else self._vocabulary.rest
+        # The batch call is the one that lets go of the interpreter lock.
+        (encoding,) = splitter.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        if ids and max(ids) >= self.vocab_size:  # bytes that the vocabulary lacks
+            return [id_ for id_ in ids if id_ < self.vocab_size]
+        return ids
+
+    def _template_ids(self, rendered: str, disguise: Disguise) -> list[int]:
+        """The ids of a template's output: its special tokens as such, all else as text."""
+        pattern = self._special_texts.pattern
+        pieces = pattern.split(rendered) if pattern else [rendered]
+        ids: list[int] = []
+        for index, piece in enumerate(pieces):
+            if index % 2:
+                ids.append(self._vocabulary.specials[piece].id)
+                continue
+            text = piece
+            if index and self._vocabulary.specials[pieces[index - 1]].rstrip:
+                text = text.lstrip()
+            if index + 1 < len(pieces) and self._vocabulary.specials[pieces[index + 1]].lstrip:
+                text = text.rstrip()
+            ids += self._text_ids(disguise.remove(text), is_first=index == 0)
+        return ids
+
+    @cached_property
+    def _span(self) -> Span | None:
+        return find_span(self._vocabulary.first, self.token_bytes)
+
+    @cached_property
+    def _template(self) -> Template | None:
+        return None if self.chat_template is None else open_template(self.chat_template)
+
+    @cached_property
+    def _fit(self) -> TemplateFit:
+        return TemplateFit(self._rendered)
+
+    @cached_property
+    def _special_texts(self) -> SpecialTexts:
+        return SpecialTexts(self._vocabulary.specials)
+
+
+def _leave_open(messages: list[dict[str, Any]], disguise: Disguise) -> None:
+    """Marks the end of the last message. The blank behind the mark tells whether it was trimmed."""
+    if not messages or not isinstance(messages[-1]["content"], str):
+        raise ChatTemplateError("there is no final message to continue")
+    messages[-1]["content"] += f"{disguise.end} "
+
+
+def _up_to_the_end(rendered: str, disguise: Disguise) -> str:
+    text, mark, behind = rendered.rpartition(disguise.end)
+    if not mark:
+        raise ChatTemplateError("the chat template leaves the final message out")
+    return text if behind.startswith(" ") else text.rstrip()

@@ -1,0 +1,1 @@
+"""Anthropic's messages: schema, routes, stream and body."""

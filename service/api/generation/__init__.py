@@ -1,0 +1,1 @@
+"""What all dialects share: the request, its admission, and reading the answer back."""

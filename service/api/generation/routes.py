@@ -1,0 +1,116 @@
+"""GET and DELETE /v1/streams/{id}: read an answer again or on, from any replica, or cancel it.
+
+Event id: `<tokens so far>.<6 hex digits of their digest>`, and with several choices one such part
+for each, in order, joined by commas. Replaying the journal up to that point puts the reader and
+what it renders into the state they had: the bytes that follow are those that followed before.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import orjson
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+
+from service.api.context import Caller, Context
+from service.api.generation.lookup import find_call
+from service.api.generation.manifest import Manifest
+from service.api.generation.reader import Answer
+from service.api.generation.resume import diverged, go_to
+from service.api.generation.sse import EventStream
+from service.api.generation.writers import writer_of
+from service.api.openai.schema import ANSWER
+from service.api.openai.stream import Writer
+from service.errors import BadRequest, NotFound
+from service.messages import FinishReason, child_ids
+
+router = APIRouter()
+
+_POSITION = re.compile(r"(0|[1-9][0-9]{0,8})\.([0-9a-f]{6})")
+
+CallId = Annotated[str, Path(description="The x-request-id of the call to read.")]
+After = Annotated[
+    str | None,
+    Query(description="The id of the last event that was seen; Last-Event-ID goes first."),
+]
+LastEventId = Annotated[
+    str | None,
+    Header(description="The id of the last event that was seen. Default: from the start."),
+]
+
+
+@router.get(
+    "/v1/streams/{call_id}",
+    response_model=None,
+    responses=ANSWER,
+    summary="Resume a stream",
+    description="The events of a call, during its generation and for a while after it, from the "
+    "start or after a given event. They carry ids.",
+)
+async def read_stream(  # each is a part of the request
+    call_id: CallId,
+    request: Request,
+    context: Context,
+    tenant: Caller,
+    *,
+    after: After = None,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """Looks the call up, reads up to the position of the client, and streams the rest."""
+    stored = await find_call(call_id, context, tenant)
+    manifest = Manifest.from_json(stored.manifest)
+    if manifest.width > manifest.keep:
+        raise BadRequest("best_of cannot be streamed", code="unsupported_parameter")
+    if not manifest.stored:
+        raise NotFound("there is no such stream", code="stream_not_found")
+    await context.queue.attend([stored.id])
+    answer = Answer(
+        stored.id,
+        manifest,
+        context,
+        tenant=tenant.name,
+        arrived=request.state.arrived,
+        resumed=True,
+    )
+    request.state.request_id = stored.id
+    writer = writer_of(answer, event_ids=True)
+    await _go_to(answer, writer, last_event_id or after)
+    return EventStream(answer, writer)
+
+
+@router.delete(
+    "/v1/streams/{call_id}",
+    response_model=None,
+    summary="Cancel a call",
+    description="Ends what has not ended of a call, with the finish reason `cancelled`.",
+)
+async def cancel_stream(call_id: CallId, context: Context, tenant: Caller) -> Response:
+    """Find it, stop it."""
+    stored = await find_call(call_id, context, tenant)
+    await context.queue.stop(child_ids(stored.id, stored.num_requests), FinishReason.CANCELLED)
+    body = orjson.dumps({"id": stored.id, "object": "stream", "cancelled": True})
+    return Response(body, media_type="application/json")
+
+
+async def _go_to(answer: Answer, writer: Writer, event_id: str | None) -> None:
+    """Reads the journal up to an event. Raises BadRequest, StreamDivergence or Unavailable."""
+    if not event_id:
+        return
+    if len(event_id) > answer.context.limits.max_event_id_chars:
+        raise _bad_event_id()
+    positions = [_POSITION.fullmatch(part) for part in event_id.split(",")]
+    if len(positions) != len(answer.readers):
+        raise _bad_event_id()
+    for choice, position in enumerate(positions):
+        if position is None:
+            raise _bad_event_id()
+        await go_to(answer, writer, choice=choice, count=int(position[1]))
+        if answer.readers[choice].position != position[0]:
+            raise diverged("last-event-id")
+
+
+def _bad_event_id() -> BadRequest:
+    return BadRequest(
+        "the event id is not one of this stream", code="invalid_event_id", param="last-event-id"
+    )

@@ -1,0 +1,28 @@
+"""Which writer renders whose events."""
+
+from __future__ import annotations
+
+from service.api.anthropic.stream import MessageWriter
+from service.api.generation.manifest import Endpoint
+from service.api.generation.reader import Answer
+from service.api.openai.stream import EventWriter, Writer
+from service.api.responses.item_events import ResponseItemWriter
+from service.api.responses.stream import ResponseWriter
+
+
+def writer_of(answer: Answer, *, event_ids: bool) -> Writer:
+    """The writer for an answer's endpoint, at the answer's beginning."""
+    if answer.manifest.endpoint is Endpoint.RESPONSES:
+        return response_writer(answer, event_ids=event_ids)
+    if answer.manifest.endpoint is Endpoint.MESSAGES:
+        return MessageWriter(answer, event_ids=event_ids)
+    return EventWriter(answer, event_ids=event_ids)
+
+
+def response_writer(
+    answer: Answer, *, event_ids: bool, seen: int | None = None
+) -> ResponseWriter | ResponseItemWriter:
+    """The writer for a response; `seen` is the number of the last event that its reader has."""
+    has_tools = answer.manifest.notation is not None
+    writer = ResponseItemWriter if has_tools else ResponseWriter
+    return writer(answer, event_ids=event_ids, seen=seen)

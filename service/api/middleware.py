@@ -1,0 +1,129 @@
+"""Boundary: the pure ASGI shell around the routes. It gives each request its id, its tenant and the
+time of its arrival, and puts the id, and where its key stands, on every answer. Ids that clients
+send are not used. A HEAD request is served as the GET of its path; the server leaves the body out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.anthropic.errors import MESSAGE_ID, is_message_path
+from service.api.auth import Authenticator, Charge, Tenant, is_counted, never_refused
+from service.api.connection import HEAD_ONLY
+from service.api.errors import error_response
+from service.api.hosts import HostCheck, any_host
+from service.api.ids import new_call_id
+from service.api.observer import ApiObserver, HttpCall
+from service.api.rates import over_rate, rate_headers
+from service.errors import Forbidden, QuireError, ShuttingDown, Unauthorized, Unavailable
+
+_ID_HEADER = b"x-request-id"
+
+
+class Boundary:
+    """ASGI middleware: `scope["state"]` gets `request_id`, `tenant`, `arrived`, `trace` and, for a
+    key with limits, `usage`. `charge` counts a call for its key.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        authenticate: Authenticator,
+        observer: ApiObserver,
+        check_host: HostCheck = any_host,
+        charge: Charge | None = None,
+    ) -> None:
+        self._app = app
+        self._check_host = check_host
+        self._authenticate = authenticate
+        self._observer = observer
+        self._charge = charge
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one scope. A WebSocket, which no route speaks, goes no further."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state, method = scope.setdefault("state", {}), scope["method"]
+        if method == "HEAD":
+            # A copy: the server looks at its own scope to leave the body out.
+            state[HEAD_ONLY] = True
+            scope = {**scope, "method": "GET"}
+        state["request_id"] = new_call_id()
+        state["arrived"] = monotonic()
+        caller = _traceparent(scope)
+        state["trace"] = self._observer.call_began(caller)
+        status = 0
+        path = scope["path"]
+        id_headers = [_ID_HEADER, MESSAGE_ID] if is_message_path(path) else [_ID_HEADER]
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self._observer.call_answered(status)
+                identity = [(name, state["request_id"].encode()) for name in id_headers]
+                rates = rate_headers(state.get("usage"))
+                message = {**message, "headers": [*message["headers"], *identity, *rates]}
+            await send(message)
+
+        try:
+            self._check_host(scope)
+            state["tenant"] = self._authenticate(scope)
+        except (Forbidden, Unauthorized) as error:
+            await error_response(error, path=path)(scope, receive, send_with_id)
+            return
+        try:
+            refusal = await self._count(scope, state["tenant"])
+            app = self._app if refusal is None else error_response(refusal, path=path)
+            await app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the process ends, and cannot wait for this call
+            if status:
+                raise
+            await error_response(ShuttingDown(), path=path)(scope, receive, send_with_id)
+        finally:
+            if state["trace"] is not None:
+                self._observer.call_over(_traced(scope, method, caller=caller, status=status))
+
+    async def _count(self, scope: Scope, tenant: Tenant) -> QuireError | None:
+        """Counts a call, whatever becomes of it. Returns why it is refused, if it is."""
+        allowance = tenant.allowance
+        if self._charge is None or allowance is None or allowance.requests_per_minute is None:
+            return None
+        if not is_counted(scope["path"]):
+            return None
+        try:
+            scope["state"]["usage"] = usage = await self._charge(allowance)
+        except Unavailable as error:
+            return error
+        if not usage.wait or never_refused(scope):
+            return None
+        self._observer.call_refused("rate")
+        return over_rate(usage)
+
+
+def _traceparent(scope: Scope) -> str | None:
+    for name, value in scope["headers"]:
+        if name == b"traceparent":
+            return str(value, "latin-1")
+    return None
+
+
+def _traced(scope: Scope, method: str, *, caller: str | None, status: int) -> HttpCall:
+    state, route = scope["state"], scope.get("route")
+    return HttpCall(
+        trace=state["trace"],
+        parent=caller,
+        id=state["request_id"],
+        method=method,
+        route=getattr(route, "path", None),
+        status=status,
+        duration=monotonic() - state["arrived"],
+    )

@@ -1,0 +1,87 @@
+"""Log probabilities in OpenAI's two shapes, parallel lists for completions and objects for chat,
+and a prompt's in vLLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from model.text.tokenizer import Tokenizer
+from service.api.generation.deltas import Scored
+from service.messages import TokenLogprob
+
+LOWEST = -9999.0  # stands for minus infinity, which JSON cannot write
+
+
+def completion_logprobs(scored: Sequence[Scored], tokenizer: Tokenizer) -> dict[str, Any]:
+    """`tokens`, `token_logprobs`, `top_logprobs`, `text_offset`: one item a token in each."""
+    text = tokenizer.token_text
+    return {
+        "tokens": [text(item.token) for item in scored],
+        "token_logprobs": [item.logprob and _finite(item.logprob.logprob) for item in scored],
+        "top_logprobs": [_by_text(item.token, item.logprob, tokenizer) for item in scored],
+        "text_offset": [item.offset for item in scored],
+    }
+
+
+def _by_text(
+    token: int, logprob: TokenLogprob | None, tokenizer: Tokenizer
+) -> dict[str, float] | None:
+    """The likeliest tokens by their text, and the chosen one where it is not among them."""
+    if logprob is None:
+        return None
+    # Two tokens may have one text: the likelier one, which comes first, keeps the place.
+    pairs = {tokenizer.token_text(other): _finite(value) for other, value in logprob.top[::-1]}
+    return {tokenizer.token_text(token): _finite(logprob.logprob)} | pairs
+
+
+def chat_logprobs(scored: Sequence[Scored], tokenizer: Tokenizer) -> dict[str, Any]:
+    """`content`: an object for each token."""
+    content = []
+    for item in scored:
+        if item.logprob is not None:  # answers have one for each token
+            entry = _chat_entry(item.token, item.logprob.logprob, tokenizer)
+            top = [_chat_entry(token, value, tokenizer) for token, value in item.logprob.top]
+            content.append(entry | {"top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def prompt_logprobs(
+    ids: Sequence[int], logprobs: Sequence[TokenLogprob | None], tokenizer: Tokenizer
+) -> list[dict[str, Any] | None] | None:
+    """For each token of a prompt its own entry and those of the likeliest, by token id; null for
+    the first one, which nothing comes before. None where the answer ended before they were known.
+    """
+    if not logprobs:
+        return None
+    return [
+        None if logprob is None else _by_id(token, logprob, tokenizer)
+        for token, logprob in zip(ids, logprobs, strict=True)
+    ]
+
+
+def _by_id(token: int, logprob: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The token itself first. Its rank is known where it is among the likeliest, else null."""
+    scores = {token: logprob.logprob} | dict(logprob.top)
+    ranks = {other: rank for rank, (other, _) in enumerate(logprob.top, start=1)}
+    return {
+        str(other): {
+            "logprob": _finite(value),
+            "rank": ranks.get(other),
+            "decoded_token": tokenizer.token_text(other),
+        }
+        for other, value in scores.items()
+    }
+
+
+def _chat_entry(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "token": tokenizer.token_text(token),
+        "logprob": _finite(logprob),
+        "bytes": list(tokenizer.token_bytes[token]),
+    }
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST)

@@ -1,0 +1,1 @@
+"""OpenAI's responses: schema, routes, stream and body."""

@@ -1,0 +1,1 @@
+"""Structured output: schemas, grammars and their validation under limits."""

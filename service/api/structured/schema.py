@@ -1,0 +1,108 @@
+"""The wire types of structured output: OpenAI's `response_format`, vLLM's `structured_outputs`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+
+from service.api.fields import FieldFault, Label, Text
+from service.api.tools.schema import check_json
+from service.api.wire import Closed
+
+MAX_CHOICES = 1024
+
+
+def _texts(value: object) -> object:
+    """Comes before the items are looked at: a refusal must not take longer than an answer."""
+    if isinstance(value, list) and len(value) > MAX_CHOICES:
+        raise FieldFault("array_above_max_length", f"may have at most {MAX_CHOICES} items")
+    return value
+
+
+def _json(value: dict[str, Any]) -> dict[str, Any]:
+    check_json(value)
+    return value
+
+
+class JsonSchema(Closed):
+    """A JSON schema, and a name for it."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    name: Label | None = Field(None, description="A name for the schema; has no effect.")
+    description: Text | None = Field(None, description="What it is for; has no effect.")
+    schema_: dict[str, Any] = Field(alias="schema", description="The schema of the answer.")
+    strict: bool | None = Field(
+        None,
+        description="Refuse a schema that cannot be followed to the letter. Default false: what it "
+        "says beyond that is left to the model.",
+    )
+
+
+class ResponseFormat(Closed):
+    """OpenAI's way to say what the answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="Any text, a JSON object, or JSON of a schema."
+    )
+    json_schema: JsonSchema | None = Field(None, description="Goes with the type json_schema.")
+
+
+class TextFormat(Closed):
+    """The same in a response's words."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="Any text, a JSON object, or JSON of a schema."
+    )
+    name: Label | None = Field(None, description="A name for the schema; has no effect.")
+    description: Text | None = Field(None, description="What it is for; has no effect.")
+    schema_: Annotated[dict[str, Any], AfterValidator(_json)] | None = Field(
+        None, alias="schema", description="The schema of the answer; goes with json_schema."
+    )
+    strict: bool | None = Field(
+        None,
+        description="Refuse a schema that cannot be followed to the letter. Default false: what it "
+        "says beyond that is left to the model.",
+    )
+
+    def as_response_format(self) -> ResponseFormat:
+        """In a chat's words."""
+        schema = None
+        if self.schema_ is not None:
+            schema = JsonSchema.model_construct(schema_=self.schema_, strict=self.strict)
+        return ResponseFormat.model_construct(type=self.type, json_schema=schema)
+
+
+class TextOptions(Closed):
+    """What a response's text must be."""
+
+    format: TextFormat | None = Field(
+        None, description="Text, a JSON object, or JSON of a schema. Default text."
+    )
+    verbosity: None = Field(None, description="Not supported.")
+
+
+class StructuredOutputs(Closed):
+    """vLLM's way: exactly one of these."""
+
+    json_: dict[str, Any] | str | None = Field(
+        None, alias="json", description="A JSON schema that the answer must match."
+    )
+    json_object: bool | None = Field(None, description="The answer must be a JSON object.")
+    regex: Text | None = Field(
+        None,
+        min_length=1,
+        description="A regular expression that must match the whole answer: without anchors, "
+        "look-around and back references.",
+    )
+    choice: Annotated[list[Text] | None, BeforeValidator(_texts)] = Field(
+        None, min_length=1, description="The answer must be one of these texts."
+    )
+    grammar: Text | None = Field(
+        None,
+        min_length=1,
+        description="A grammar of the answer, in Lark's notation or in llama.cpp's GBNF.",
+    )

@@ -1,0 +1,1 @@
+"""Endpoints about the server: health, models, tokenizer, page, status, attention, documents."""

@@ -1,0 +1,1 @@
+"""Tool calls: prompt, grammar, and the parser of what the model writes."""

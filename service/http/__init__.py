@@ -1,0 +1,1 @@
+"""The HTTP server below the routes: sockets, connection limits, request parsing, draining."""

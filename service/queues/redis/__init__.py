@@ -1,0 +1,1 @@
+"""The queue in Redis: any number of API replicas and engines."""

@@ -1,0 +1,316 @@
+"""Wire: commands to one Redis server in pipelines, with time-outs, retries and errors of our own.
+
+Every command sent here may run twice (a reply can be lost), so all of them must be idempotent; the
+scripts are. Nothing hangs: each attempt ends within the time-outs below. Knows no keys.
+
+The server is always a primary. A connection to a replica is refused, for reads too: what a replica
+has may be old. If the server stops taking writes (it was demoted, it loads its data, its cluster is
+down), all connections are dropped, and the next ones resolve the address again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from redis.asyncio import BlockingConnectionPool, Connection, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from service.errors import StartupError, Unavailable
+from service.queues.redis.errors import cause_of, refuses_writes, startup_error, unavailable
+from service.queues.redis.scripts import Script
+
+logger = logging.getLogger(__name__)
+
+Command = tuple[str | bytes | int, ...]
+
+CONNECT_TIMEOUT = 2.0
+REPLY_TIMEOUT = 4.0
+CONNECTIONS = 32
+ATTEMPTS = 3
+"""Of a command whose connection broke; a time-out is not tried again."""
+
+_OPTIONS = ("allow_volatile", "shards")
+"""Parameters of the URL that are ours; all others are the client library's."""
+
+
+class RedisUrl:
+    """A Redis URL taken apart. Its credentials are in no message."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        own = {name: query.pop(name) for name in _OPTIONS if name in query}
+        try:
+            self.shards = int(own.get("shards", "1"))
+            self.allow_volatile = {"0": False, "1": True}[own.get("allow_volatile", "0")]
+        except (ValueError, KeyError) as error:
+            raise StartupError(
+                "queue: the URL has shards=<number>, allow_volatile=0 or 1"
+            ) from error
+        if not 1 <= self.shards <= 1024:
+            raise StartupError("queue: the URL's `shards` is from 1 to 1024")
+        if parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path):
+            raise StartupError(
+                "queue: the path of the Redis URL is the number of a database; special characters"
+                " in a password are percent-encoded"
+            )
+        self._keepalive = {} if parts.scheme == "unix" else {"socket_keepalive": True}
+        self.plain = urlunsplit(parts._replace(query=urlencode(query)))
+
+    def pool(self) -> BlockingConnectionPool:
+        """Connections to it. Raises StartupError for what the library does not take."""
+        try:
+            pool = BlockingConnectionPool.from_url(
+                self.plain,
+                max_connections=CONNECTIONS,
+                timeout=REPLY_TIMEOUT,
+                socket_connect_timeout=CONNECT_TIMEOUT,
+                socket_timeout=REPLY_TIMEOUT,
+                **self._keepalive,
+                retry=Retry(NoBackoff(), 0),
+                protocol=2,
+                redis_connect_func=_connect_to_primary,
+            )
+            # Not connected yet: only its parameters are tried. (The library has no types here.)
+            pool.make_connection()  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError, RedisError) as error:
+            raise StartupError("queue: the Redis URL or one of its parameters is wrong") from error
+        return pool
+
+
+async def _connect_to_primary(connection: Connection) -> None:
+    """Called by the library for each new connection. Raises ReadOnlyError for a replica.
+
+    HELLO is what any Redis user may send. A server or proxy without it is not refused here: its
+    first reply to a write says what it is.
+    """
+    await connection.on_connect()
+    await connection.send_command("HELLO")
+    try:
+        reply: Any = await connection.read_response()
+    except ResponseError:
+        return
+    pairs = zip(reply[::2], reply[1::2], strict=False) if isinstance(reply, list) else ()
+    if (b"role", b"replica") in pairs:
+        raise ReadOnlyError("the server is a replica")
+
+
+def backoff(*, longest: float) -> Iterator[float]:
+    """Seconds to wait before the second, third, ... attempt: doubling, with jitter, no end."""
+    delay = 0.02
+    while True:
+        yield delay * random.uniform(0.5, 1.0)
+        delay = min(longest, delay * 2)
+
+
+class Wire:
+    """`away` while the last command found no server that takes writes; `restored_at` is when (loop
+    time) one answered again.
+    """
+
+    def __init__(
+        self, url: RedisUrl, *, scripts: Mapping[str, Script], restored: Callable[[], None]
+    ) -> None:
+        self._url = url
+        self._client = Redis(connection_pool=url.pool())
+        self._scripts = scripts
+        self._pending: list[tuple[Command, asyncio.Future[Any]]] = []
+        self._flush: asyncio.Task[None] | None = None
+        self.away = False
+        self._refused = False  # away because it refused a write
+        self.restored_at: float | None = None
+        self._restored = restored
+        self._closed = False
+
+    def connection(self) -> Connection:
+        """A connection of the caller's own, not connected yet and not of the pool."""
+        pool = self._client.connection_pool
+        connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
+        return connection
+
+    def script(self, name: str, key: str, *arguments: str | bytes | int) -> Command:
+        """The command that runs a script; each is given one key."""
+        return ("EVALSHA", self._scripts[name].sha, 1, key, *arguments)
+
+    async def run(self, commands: Sequence[Command], *, attempts: int = ATTEMPTS) -> list[Any]:
+        """The replies, in order, after one round trip. Raises Unavailable."""
+        try:
+            return await self._run(commands, attempts=attempts)
+        except (RedisError, OSError) as error:
+            if not self.away:
+                _report_refused(error)
+            raise unavailable(error) from None  # the cause may show the address
+
+    async def run_first(self, commands: Sequence[Command]) -> list[Any]:
+        """As `run`, at the start of a process. Raises StartupError, which names the reason, and
+        logs nothing.
+        """
+        try:
+            return await self._run(commands, attempts=ATTEMPTS, quiet=True)
+        except (RedisError, OSError) as error:
+            raise startup_error(error) from None
+
+    async def _run(
+        self, commands: Sequence[Command], *, attempts: int, quiet: bool = False
+    ) -> list[Any]:
+        """Raises Unavailable once closed, and the library's errors."""
+        if not commands:
+            return []
+        if self._closed:
+            raise Unavailable("the queue was closed", code="backend_unavailable")
+        delays = backoff(longest=0.2)
+        for attempt in range(1, attempts + 1):
+            client = self._client
+            try:
+                replies = await self._replies(commands)
+            except (RedisError, OSError) as error:
+                self._lost(error, quiet=quiet)
+                moved = refuses_writes(error)
+                if moved:
+                    await self._drop_connections(client)
+                again = moved or isinstance(error, RedisConnectionError | OSError | NoScriptError)
+                if not again or attempt == attempts or isinstance(error, AuthenticationError):
+                    raise
+                await asyncio.sleep(next(delays))
+            else:
+                self._answered(commands)
+                return _checked(replies)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _replies(self, commands: Sequence[Command]) -> list[Any]:
+        """Loads the scripts if the server lacks them. Raises if it takes no writes, or if it is not
+        the server any more into which they were loaded.
+        """
+        replies = await self._execute(commands)
+        if any(isinstance(reply, NoScriptError) for reply in replies):
+            await self._execute([("SCRIPT", "LOAD", s.text) for s in self._scripts.values()])
+            replies = await self._execute(commands)
+        for reply in replies:
+            if isinstance(reply, RedisError) and (
+                isinstance(reply, NoScriptError) or refuses_writes(reply)
+            ):
+                raise reply
+        return replies
+
+    async def _execute(self, commands: Sequence[Command]) -> list[Any]:
+        client = self._client
+        pipeline = client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        task = asyncio.current_task()
+        before = task.cancelling() if task else 0
+        try:
+            replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        finally:
+            if client is not self._client:  # dropped meanwhile, all but the connection in use here
+                await client.connection_pool.disconnect(inuse_connections=False)
+            # The library's `asyncio.wait_for` may forget a cancellation that comes in the moment of
+            # success, and whoever cancelled would wait for ever.
+            if task and task.cancelling() > before:
+                raise asyncio.CancelledError
+        return replies
+
+    async def _drop_connections(self, client: Redis) -> None:
+        """Those of `client`, so that the next command resolves the address again.
+
+        Does nothing if another command has done it. Connections in use are closed when their
+        commands end.
+        """
+        if client is self._client:
+            self._client = Redis(connection_pool=self._url.pool())
+            await client.connection_pool.disconnect(inuse_connections=False)
+
+    def _lost(self, error: Exception, *, quiet: bool) -> None:
+        self._refused |= refuses_writes(error)
+        began, self.away = not self.away, True
+        if began and not quiet:
+            logger.warning("redis is away: %s", cause_of(error))
+
+    def _answered(self, commands: Sequence[Command]) -> None:
+        """After refused writes only a write proves that the server is back: it answers reads."""
+        if self.away and (not self._refused or self._writes(commands)):
+            self.away = self._refused = False
+            self.restored_at = asyncio.get_running_loop().time()
+            self._restored()
+
+    def _writes(self, commands: Sequence[Command]) -> bool:
+        writing = {script.sha for script in self._scripts.values() if script.writes}
+        return any(command[0] == "DEL" or writing & {*command[1:2]} for command in commands)
+
+    async def read(self, *commands: Command) -> list[Any]:
+        """As `run`, but what many readers ask for at about the same time goes out together."""
+        loop = asyncio.get_running_loop()
+        futures = [loop.create_future() for _ in commands]
+        self._pending += zip(commands, futures, strict=True)
+        if self._flush is None or self._flush.done():
+            self._flush = loop.create_task(self._flush_pending())
+        return await asyncio.gather(*futures)
+
+    async def _flush_pending(self) -> None:
+        await asyncio.sleep(0)  # who is ready in this turn of the loop comes along
+        while self._pending:
+            batch, self._pending = self._pending, []
+            try:
+                replies = await self.run([command for command, _ in batch])
+            except Unavailable as error:
+                _fail(batch, error)
+                continue
+            except asyncio.CancelledError:
+                _fail(batch, unavailable(RedisConnectionError()))
+                raise
+            for (_, future), reply in zip(batch, replies, strict=True):
+                if not future.done():
+                    future.set_result(reply)
+
+    def refuse(self) -> None:
+        """From now on every call raises Unavailable."""
+        self._closed = True
+
+    async def close(self) -> None:
+        """Ends what is on its way and lets the connections go."""
+        if self._flush is not None and not self._flush.done():
+            self._flush.cancel()
+            await asyncio.wait([self._flush])
+        _fail(self._pending, unavailable(RedisConnectionError()))
+        await self._client.aclose()
+        await self._client.connection_pool.disconnect()
+
+
+def _fail(batch: Sequence[tuple[Command, asyncio.Future[Any]]], error: Unavailable) -> None:
+    for _, future in batch:
+        if not future.done():
+            future.set_exception(error)
+            future.exception()  # seen: a reader of several is told by one of them
+
+
+def _checked(replies: list[Any]) -> list[Any]:
+    """Raises the first error among the replies."""
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return replies
+
+
+def _report_refused(error: Exception) -> None:
+    """Logs an error that a server replied to a command."""
+    if isinstance(error, OutOfMemoryError):
+        return
+    # Such as a fault in a script: the text has no address and no credentials.
+    text = str(error) if type(error) is ResponseError else cause_of(error)
+    logger.warning("redis refused a command: %s", text)

@@ -1,0 +1,151 @@
+"""Wakeups: the one pub/sub connection of a process. A message says "look again", nothing more.
+
+Whoever watches must look once by itself after some time: messages get lost when the connection
+breaks. It is made again for as long as somebody watches, and then all watchers are woken. Watching
+and unwatching cost nothing but a set; one task brings the subscriptions in line with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from redis.asyncio import Connection
+from redis.exceptions import RedisError
+
+from service.queues.redis.connection import backoff
+
+logger = logging.getLogger(__name__)
+
+Wake = Callable[[bytes], None]
+"""Is given the message; empty where something may have been missed."""
+
+PING_EVERY = 3.0
+"""Seconds; a connection that is silent for twice as long is dead."""
+
+
+class Wakeups:
+    """Starts its task with the first `watch`; `close` ends it."""
+
+    def __init__(self, connect: Callable[[], Connection]) -> None:
+        self._connect = connect
+        self._watchers: dict[bytes, set[Wake]] = {}
+        self._subscribed: set[bytes] = set()
+        self._changed = asyncio.Event()
+        self._outdated = False
+        self._task: asyncio.Task[None] | None = None
+
+    def watch(self, channel: str, wake: Wake) -> None:
+        """Calls `wake` once the subscription stands and at each message. Must not block."""
+        self._watchers.setdefault(channel.encode(), set()).add(wake)
+        self._changed.set()
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._serve())
+
+    def unwatch(self, channel: str, wake: Wake) -> None:
+        watchers = self._watchers.get(channel.encode())
+        if watchers is not None:
+            watchers.discard(wake)
+            if not watchers:
+                del self._watchers[channel.encode()]
+                self._changed.set()
+
+    def reconnect(self) -> None:
+        """Makes the connection anew: the server that it leads to may no longer be the primary, or
+        the network may have lost it without a word.
+        """
+        self._outdated = True
+        self._changed.set()
+
+    async def close(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            await _end(task, patience=1.0)
+        self._wake_all()
+
+    async def _serve(self) -> None:
+        delays = backoff(longest=1.0)
+        while True:
+            connection = self._connect()
+            writer: asyncio.Task[None] | None = None
+            try:
+                self._outdated = False
+                await connection.connect()  # type: ignore[no-untyped-call]
+                delays = backoff(longest=1.0)
+                writer = asyncio.create_task(self._write(connection))
+                await self._read(connection)
+            except (RedisError, OSError, TimeoutError) as error:
+                logger.info("pub/sub connection lost: %s", type(error).__name__)
+            finally:
+                if writer is not None:
+                    await _end(writer, patience=0.1)
+                await connection.disconnect(nowait=True)
+            self._wake_all()
+            await asyncio.sleep(next(delays))
+
+    async def _write(self, connection: Connection) -> None:
+        """Brings the subscriptions in line with the watchers; pings when there is nothing to say.
+
+        Watchers that come and go may leave nothing to say for long. Where it fails, the connection
+        is broken or soon silent, and `_read` fails too.
+        """
+        self._subscribed = set()
+        self._changed.set()
+        said = time.monotonic()
+        while True:
+            await woken_within(said + PING_EVERY - time.monotonic(), self._changed)
+            self._changed.clear()
+            if self._outdated:
+                await connection.disconnect(nowait=True)  # and then `_read` fails
+                return
+            wanted = set(self._watchers)
+            new, old = wanted - self._subscribed, self._subscribed - wanted
+            self._subscribed = wanted
+            if new:
+                await connection.send_command("SUBSCRIBE", *new)
+            if old:
+                await connection.send_command("UNSUBSCRIBE", *old)
+            if new or old:
+                said = time.monotonic()
+            elif time.monotonic() - said >= PING_EVERY:
+                await connection.send_command("PING")
+                said = time.monotonic()
+
+    async def _read(self, connection: Connection) -> None:
+        while True:
+            reply: Any = await connection.read_response(timeout=2 * PING_EVERY)
+            if reply is None:
+                raise TimeoutError
+            if isinstance(reply, list) and reply[0] in {b"message", b"subscribe"}:
+                message = reply[2] if reply[0] == b"message" else b""
+                for wake in tuple(self._watchers.get(reply[1], ())):
+                    wake(message)
+
+    def _wake_all(self) -> None:
+        for watchers in tuple(self._watchers.values()):
+            for wake in tuple(watchers):
+                wake(b"")
+
+
+async def woken_within(seconds: float, event: asyncio.Event) -> bool:
+    """Whether the event is set before the time is over."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
+async def _end(task: asyncio.Task[None], *, patience: float) -> None:
+    """Cancels until it is done: `asyncio.wait_for` of Python 3.11, which the client library uses,
+    forgets a cancellation that comes in the moment of success.
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=patience)
+    if not task.cancelled():
+        task.exception()  # seen

@@ -1,0 +1,1 @@
+"""The worker: moves requests from the queue to the engine and tokens to the journal."""

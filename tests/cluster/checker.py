@@ -1,0 +1,161 @@
+"""Checker: the promises, over what clients got, what the journal holds and what the metrics say.
+
+P1  all a client got, over its connections, is the one token sequence that the journal has
+P2  that sequence is the one of an undisturbed run
+P3  one end, and nothing after it
+P5  at the end nothing is queued, pending, running or held in the KV pool
+conservation: accepted = finished + failed + cancelled + expired + in flight, and lost = 0
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from service.messages import End, Tokens
+from tests.cluster.client import Transcript
+from tests.cluster.cluster import Cluster
+
+SETTLE = 20.0  # seconds in which a cluster must have come to rest
+
+
+async def check_all(
+    cluster: Cluster,
+    transcripts: Sequence[Transcript],
+    *,
+    expected: Callable[[dict[str, Any]], Sequence[int]] | None = None,
+    same_bytes: bool = True,
+    counted: bool = True,
+) -> Counter[str]:
+    """Every check. Returns how many requests ended for which reason.
+
+    `expected` gives the tokens of an undisturbed run; without it they are the oracle's.
+    `same_bytes` False: the journal was cut and written again in other pieces, so that only tokens
+    and text can be compared. `counted` False: an API replica was killed, its counters with it.
+    """
+    for transcript in transcripts:
+        await check_transcript(
+            cluster, transcript, expected=expected or cluster.expected, same_bytes=same_bytes
+        )
+    await check_rest(cluster)
+    return check_conservation(cluster, transcripts, counted=counted)
+
+
+async def check_transcript(
+    cluster: Cluster,
+    transcript: Transcript,
+    *,
+    expected: Callable[[dict[str, Any]], Sequence[int]],
+    same_bytes: bool,
+) -> None:
+    """P1, P2 and P3 for one request."""
+    assert transcript.call_id is not None
+    tokens = transcript.tokens
+    answer = list(expected(transcript.body))
+    assert tokens == answer[: len(tokens)], "P2: another token"
+    journal, end = await read_journal(cluster, transcript.call_id)
+    assert tokens == journal[: len(tokens)], "P1: the client has what the journal has not"
+    if transcript.ended:
+        check_ending(transcript, end)
+    if transcript.finish_reason is not None:
+        assert tokens == journal, "P1: the end came before the last token"
+    if transcript.finish_reason == "length":
+        assert tokens == answer, "P1: tokens are missing"
+    replayed = await cluster.client.replay(transcript.call_id)
+    if same_bytes:
+        whole = b"".join(event.raw for event in replayed)
+        assert whole.startswith(transcript.raw), "P1: the bytes are no prefix of a later reading's"
+        assert not transcript.ended or whole == transcript.raw
+    text = "".join(event.text for event in replayed)
+    assert text.startswith(transcript.text), "P1: another text"
+
+
+def check_ending(transcript: Transcript, end: End) -> None:
+    """P3 on the wire: one finish reason and [DONE], or one error; nothing behind it."""
+    reasons = [event.finish_reason for event in transcript.events if event.finish_reason]
+    errors = [event.error for event in transcript.events if event.error]
+    done = [event.data for event in transcript.events].count("[DONE]")
+    if errors:
+        assert (reasons, len(errors), done) == ([], 1, 0), "P3"
+        assert errors == [end.error or errors[0]]
+        return
+    assert (len(reasons), done) == (1, 1), "P3"
+    assert reasons == [end.reason.value]
+
+
+async def read_journal(cluster: Cluster, call_id: str) -> tuple[list[int], End]:
+    """The tokens and the end of a request; P3: there is one, and nothing after it."""
+    entries = cluster.ask("XRANGE", cluster.key(f"t:{call_id}.0"), "-", "+")
+    ends = [entry_id for entry_id, _ in entries if entry_id.endswith("-1")]
+    assert len(ends) == 1, f"P3: {len(ends)} ends"
+    assert entries[-1][0] == ends[0], "P3: something comes after the end"
+    async with cluster.queue() as queue:
+        *records, end = await queue.read(f"{call_id}.0")
+    tokens: list[int] = []
+    for record in records:
+        assert isinstance(record, Tokens)
+        assert record.start == len(tokens), "the journal has a hole or an overlap"
+        tokens += record.ids
+    assert isinstance(end, End)
+    assert end.count == len(tokens)
+    return tokens, end
+
+
+async def check_rest(cluster: Cluster) -> None:
+    """P5: within a moment nothing is left of any request."""
+    ends = time.monotonic() + SETTLE
+    while left := await asyncio.to_thread(what_is_left, cluster):
+        assert time.monotonic() < ends, f"P5: left behind: {left}"
+        await asyncio.sleep(0.1)
+
+
+def what_is_left(cluster: Cluster) -> dict[str, Any]:
+    """What would not be there if nothing were going on."""
+    left: dict[str, Any] = {
+        "counters": cluster.ask("HGETALL", cluster.key("adm")),
+        "deadlines": cluster.ask("ZRANGE", cluster.key("dl"), 0, -1),
+        "suspects": cluster.ask("ZRANGE", cluster.key("suspects"), 0, -1),
+        "isolated": cluster.ask("HGETALL", cluster.key("lane")),
+        "lines": cluster.ask("SMEMBERS", cluster.key("lines")),
+    }
+    for priority in range(3):
+        stream = cluster.key(f"q{priority}")
+        if cluster.ask("EXISTS", stream):
+            for group in cluster.ask("XINFO", "GROUPS", stream):
+                left[f"pending {priority}"] = dict(
+                    zip(group[::2], group[1::2], strict=True) if isinstance(group, list) else group
+                )["pending"]
+    for engine in cluster.engines:
+        if engine.is_up:
+            samples = engine.metrics()
+            for name in (
+                'quire_kv_blocks{state="used"}',
+                "quire_sequences_running",
+                "quire_sequences_waiting",
+            ):
+                left[f"{engine.log.name} {name}"] = samples.get(name, 0.0)
+    return {name: value for name, value in left.items() if value}
+
+
+def check_conservation(
+    cluster: Cluster, transcripts: Sequence[Transcript], *, counted: bool
+) -> Counter[str]:
+    """Every accepted request has its one end in the journal, and none is lost."""
+    reasons: Counter[str] = Counter()
+    for key in cluster.ask("KEYS", cluster.key("r:*")):
+        state, ending = cluster.ask("HMGET", key, "st", "fin")
+        assert state == "ended", f"in flight: {key}"
+        reasons[ending.split('"')[3]] += 1
+    lost = sum(api.metric("quire_requests_lost_total") for api in cluster.apis if api.is_up)
+    assert lost == 0
+    accepted = cluster.accepted()
+    if counted:
+        assert accepted == sum(reasons.values()), f"{accepted} accepted, ended: {reasons}"
+    else:
+        assert accepted <= sum(reasons.values())
+    known = {transcript.call_id for transcript in transcripts if transcript.call_id}
+    assert len(known) <= sum(reasons.values())
+    return reasons

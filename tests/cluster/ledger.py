@@ -1,0 +1,51 @@
+"""Ledger: what became of every request that the queue admitted, however short Redis keeps it.
+
+It looks at the requests in Redis often enough to see each one's end before the resume window is
+over. A request that vanishes without an end was lost.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from tests.cluster.cluster import Cluster
+
+IN_FLIGHT = "in flight"
+
+
+class Ledger:
+    """`fates`: request id -> the reason of its end, or IN_FLIGHT."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.fates: dict[str, str] = {}
+        self.vanished: set[str] = set()
+        self._prefix = cluster.key("r:")
+        self._port = cluster.redis.port
+
+    def look(self) -> bool:
+        """Brings it up to date. False where Redis did not answer: then nothing is known."""
+        found: dict[str, str] = {}
+        try:
+            with Redis(port=self._port, decode_responses=True, socket_timeout=10) as redis:
+                keys = list(redis.scan_iter(match=f"{self._prefix}*", count=1000))
+                with redis.pipeline(transaction=False) as pipeline:
+                    for key in keys:
+                        pipeline.hmget(key, "st", "fin")
+                    for key, (state, ending) in zip(keys, pipeline.execute(), strict=True):
+                        if state is None:
+                            continue  # it has gone since the scan
+                        fate = ending.split('"')[3] if state == "ended" else IN_FLIGHT
+                        found[key.removeprefix(self._prefix)] = fate
+        except RedisError:
+            return False
+        open_before = {each for each, fate in self.fates.items() if fate == IN_FLIGHT}
+        self.vanished |= open_before - found.keys()
+        self.fates |= found
+        return True
+
+    def tally(self) -> Counter[str]:
+        """How many ended for which reason."""
+        return Counter(self.fates.values())

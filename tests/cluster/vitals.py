@@ -1,0 +1,103 @@
+"""Vitals: what a process or a Redis holds at a moment, so that two moments can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cluster.cluster import Cluster
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vitals:
+    """Of one part. `figures` are by name; what is larger later than it may be is a leak."""
+
+    part: str
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """How much more there may be at the end: a share and a number."""
+
+    share: float
+    number: float
+
+    def allows(self, start: float, end: float) -> bool:
+        """Whether it grew by no more than both together."""
+        return end <= start * (1 + self.share) + self.number
+
+
+ALLOWANCES: Mapping[str, Allowance] = {
+    "RSS, MiB": Allowance(0.05, 8),  # allocators keep some of what they had
+    "descriptors": Allowance(0, 3),
+    "threads": Allowance(0, 2),
+    "KV blocks used": Allowance(0, 0),
+    "sequences": Allowance(0, 0),
+    "memory, MiB": Allowance(0.05, 2),
+    "keys": Allowance(0, 2),
+    "connections": Allowance(0, 16),  # each process keeps as many as it once needed together
+}
+"""Figure -> its allowance; what is not here may be what it likes."""
+
+
+def process_vitals(part: str, pid: int) -> Vitals:
+    """Memory, descriptors and threads, as the kernel counts them."""
+    folder = Path(f"/proc/{pid}")
+    fields = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+    return Vitals(
+        part=part,
+        figures={
+            "RSS, MiB": int(fields["VmRSS"].split()[0]) / 1024,
+            "descriptors": float(len(list((folder / "fd").iterdir()))),
+            "threads": float(fields["Threads"]),
+        },
+    )
+
+
+def engine_vitals(part: str, metrics: Mapping[str, float]) -> Vitals:
+    """What an engine holds of sequences."""
+    blocks = {
+        f"KV blocks {state}": metrics.get(f'quire_kv_blocks{{state="{state}"}}', 0.0)
+        for state in ("used", "cached", "free")
+    }
+    names = ("quire_sequences_running", "quire_sequences_waiting")
+    held = sum(metrics.get(name, 0.0) for name in names)
+    return Vitals(part=part, figures={**blocks, "sequences": held})
+
+
+def redis_vitals(cluster: Cluster) -> Vitals:
+    """Idempotency keys stay for a day, and what they take is left out of the memory. What the death
+    of an engine counts against stays for ten minutes: one key a death, no more. Connections are
+    counted apart from other descriptors.
+    """
+    process = process_vitals("redis", cluster.redis.pid).figures
+    memory, clients = cluster.ask("INFO", "memory"), cluster.ask("INFO", "clients")
+    keys = [str(key) for key in cluster.ask("KEYS", "*")]
+    kept = [key for key in keys if key.startswith(cluster.key("idem:"))]
+    deaths = [key for key in keys if key.startswith(cluster.key("blamed:"))]
+    taken = len(kept) * (int(cluster.ask("MEMORY", "USAGE", kept[0]) or 0) if kept else 0)
+    return Vitals(
+        part="redis",
+        figures={
+            **process,
+            "descriptors": process["descriptors"] - float(clients["connected_clients"]),
+            "memory, MiB": (float(memory["used_memory"]) - taken) / MIB,
+            "keys": float(len(keys) - len(kept) - len(deaths)),
+            "idempotency keys": float(len(kept)),
+            "deaths of engines": float(len(deaths)),
+            "connections": float(clients["connected_clients"]),
+        },
+    )
+
+
+def leaks(start: Vitals, end: Vitals) -> list[str]:
+    """What grew by more than it may."""
+    return [
+        f"{end.part}: {name} grew from {start.figures[name]:.1f} to {value:.1f}"
+        for name, value in end.figures.items()
+        if name in ALLOWANCES and not ALLOWANCES[name].allows(start.figures[name], value)
+    ]
