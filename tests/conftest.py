@@ -28,7 +28,7 @@ import model.text.tokenizer
 from model.checkpoint.fetch import default_cache, resolve
 from service.startup import load_tokenizer
 from tests.cluster.redis_process import RedisServer
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 if not torch.cuda.is_available():

@@ -45,7 +45,7 @@ from service.messages import (
 )
 from service.queues import Claim, EngineInfo, QueueLimits, Write, WriteStatus
 from service.queues.memory.queue import MemoryQueue
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 MODEL = "tiny-model"
 MAX_MODEL_LEN = 256

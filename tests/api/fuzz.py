@@ -34,7 +34,7 @@ from service.queues import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from tests.api.conftest import ScriptedEngine, random_answer
 from tests.conftest import build_tiny_model
-from tests.fakes import ALL_WELL
+from tests.support.fakes import ALL_WELL
 
 MODEL = "tiny-model"
 ROOT = Path(__file__).parents[2]

@@ -26,7 +26,7 @@ from service.errors import (
     Unavailable,
 )
 from service.messages import FinishReason
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     import anthropic

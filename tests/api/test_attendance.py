@@ -17,7 +17,7 @@ from service.queues import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.redis_process import RedisServer
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.slow
 

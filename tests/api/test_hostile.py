@@ -40,7 +40,7 @@ from tests.api.raw_http_rows import (
     request,
 )
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 

@@ -31,7 +31,7 @@ from tests.api.raw_http_rows import (
     plain,
     request,
 )
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 ROWS = list(table.raw_rows())
 HEAD = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"

@@ -19,7 +19,7 @@ from service.errors import StartupError
 from service.http.exposure import refuse_exposure
 from service.keys import KeyRing, digest_of, new_entry, new_secret, read_keys
 from service.settings import load_settings
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 ALICE, BOB, CAROL = "qk-" + "a" * 43, "qk-" + "b" * 43, "qk-" + "c" * 43
 B: dict[str, Any] = {"model": "tiny-model", "prompt": "hello", "max_tokens": 8, "seed": 3}

@@ -28,7 +28,7 @@ from service.queues import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from service.settings import Settings
 from tests.api.bad_input_rows import CHAT, COMPLETIONS, RESPONSES, B, C, R
-from tests.fakes import ALL_WELL
+from tests.support.fakes import ALL_WELL
 
 Json = dict[str, Any]
 

@@ -14,7 +14,7 @@ from service.errors import Unavailable
 from service.messages import FinishReason, Tokens
 from service.queues import QueueLimits
 from service.queues.memory.queue import MemoryQueue
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 8, "seed": 3}
 

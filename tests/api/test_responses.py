@@ -13,7 +13,7 @@ from starlette.types import Scope
 
 from service.api.auth import Tenant
 from service.messages import FinishReason
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 B: dict[str, Any] = {"model": "tiny-model", "input": "hello", "max_output_tokens": 8, "seed": 3}
 URL = "/v1/responses"

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ import pytest
 from service.api.generation.manifest import Manifest
 from service.api.tools.formats import NOTATIONS
 from service.messages import FinishReason
-from tests.builders import slowly
+from tests.support.builders import slowly
 
 CHAT = "/v1/chat/completions"
 PLAIN = NOTATIONS["plain"]

@@ -27,7 +27,7 @@ from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig
 from service.messages import Event, FinishReason, GenerationRequest, SamplingParams
-from tests.builders import tiny_model_config, tiny_weights
+from tests.support.builders import tiny_model_config, tiny_weights
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ import pytest
 
 from service.api.tools.formats import NOTATIONS
 from service.messages import FinishReason
-from tests.builders import slowly
+from tests.support.builders import slowly
 
 URL = "/v1/responses"
 PLAIN = NOTATIONS["plain"]

@@ -25,7 +25,7 @@ from service.messages import (
     Tokens,
     rolling_digest,
 )
-from tests.fakes import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, OracleRunner, oracle_answer
+from tests.support.fakes import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, OracleRunner, oracle_answer
 
 CONFIG = EngineConfig(max_batch_tokens=16, max_sequences=6, max_prompt_chunk=8)
 

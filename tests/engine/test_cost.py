@@ -13,8 +13,8 @@ from model.batch import Batch
 from service.engine.cost import CostModel, StepWork
 from service.engine.plan import EngineConfig
 from service.messages import GenerationRequest
-from tests.builders import slowly
 from tests.engine.harness import Rig, costs, expected, make_request
+from tests.support.builders import slowly
 
 CONFIG = EngineConfig(max_batch_tokens=512, max_sequences=32, prefix_cache=False)
 

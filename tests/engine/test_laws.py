@@ -11,7 +11,7 @@ import pytest
 from service.engine.plan import EngineConfig
 from service.messages import FinishReason, GenerationRequest
 from tests.engine.harness import CONFIG, Rig, expected, make_request, random_request, renamed
-from tests.fakes import (
+from tests.support.fakes import (
     EOS_ID,
     VOCAB_SIZE,
     OracleRunner,

@@ -15,7 +15,7 @@ from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver, StepReport
 from service.messages import End, Event, GenerationRequest
 from tests.engine.harness import CONFIG, Transcript, expected, make_request, random_request
-from tests.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, OverlappedOracle
+from tests.support.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, OverlappedOracle
 
 WAIT = 10.0  # seconds; only a failure waits that long
 

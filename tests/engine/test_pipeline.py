@@ -12,7 +12,7 @@ from service.engine.pipeline import Pipeline
 from service.engine.plan import Plan
 from service.messages import GenerationRequest
 from tests.engine.harness import CONFIG, Rig, expected, make_request, random_request
-from tests.fakes import OracleRunner, OverlappedOracle
+from tests.support.fakes import OracleRunner, OverlappedOracle
 
 
 def overlapped_rig(**fields: Any) -> tuple[Rig, OverlappedOracle]:

@@ -23,7 +23,7 @@ from tests.engine.harness import (
     random_request,
     renamed,
 )
-from tests.fakes import OracleRunner, OverlappedOracle
+from tests.support.fakes import OracleRunner, OverlappedOracle
 
 CONFIG = EngineConfig(max_batch_tokens=64, max_sequences=6, target_gap=10.0)
 PLAIN = replace(CONFIG, speculate=False)

@@ -36,7 +36,7 @@ from service.observability.metrics import Metrics
 from service.roles import ApiSide, EngineSide, banner, live, opened_queue, run_role
 from service.settings import Settings
 from service.startup import Loaded, load_tokenizer
-from tests.fakes import OracleRunner, oracle_answer
+from tests.support.fakes import OracleRunner, oracle_answer
 
 
 class OutOfMemory(RuntimeError):

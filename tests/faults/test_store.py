@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from tests.certificates import make_certificate, tls_options
 from tests.cluster.checker import check_all, check_rest
 from tests.cluster.client import Transcript, call
 from tests.cluster.cluster import AOF, Cluster
@@ -19,6 +18,7 @@ from tests.cluster.processes import run_command
 from tests.cluster.redis_process import RedisServer, free_port
 from tests.cluster.streams import Streams, until
 from tests.faults.proxy import FaultProxy
+from tests.support.certificates import make_certificate, tls_options
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 

@@ -11,7 +11,7 @@ import torch
 
 from model.batch import Batch, StepOutput
 from model.sampler import sample
-from tests.builders import tiny_model_config
+from tests.support.builders import tiny_model_config
 
 ENDINGS = (b'"', b'"}', b'", "', b"}", b"]", b"")
 WORDS = (

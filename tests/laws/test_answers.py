@@ -21,7 +21,7 @@ from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver, StepReport
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, FinishReason, GenerationRequest, SamplingParams, Tokens
-from tests.builders import slowly, tiny_model_config, tiny_weights
+from tests.support.builders import slowly, tiny_model_config, tiny_weights
 
 BYTES = tuple(bytes([byte]) for byte in range(97))
 TOLERANCE = 1e-4

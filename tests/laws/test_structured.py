@@ -25,10 +25,10 @@ from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver, StepReport
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, FinishReason, GenerationRequest, SamplingParams
-from tests.builders import tiny_model_config, tiny_weights
-from tests.fakes import Overlapping
 from tests.laws.noise import ENDINGS, EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner
 from tests.laws.random_schemas import random_schema
+from tests.support.builders import tiny_model_config, tiny_weights
+from tests.support.fakes import Overlapping
 
 ROOMY = EngineConfig(max_batch_tokens=512, max_sequences=64, max_prompt_chunk=512)
 BIAS = tuple((token, 2.5) for token, text in enumerate(TOKEN_BYTES) if text in ENDINGS)

@@ -24,7 +24,7 @@ from loadtest.client import (
     summarise,
 )
 from loadtest.workloads import make_prompts
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 
 def event(text: str = "", **fields: object) -> bytes:

@@ -231,7 +231,7 @@ def test_a_crowd_lives_in_its_own_blocks() -> None:
 
 
 def _one_row() -> Batch:
-    from tests.builders import Piece as Sequence
-    from tests.builders import make_batch
+    from tests.support.builders import Piece as Sequence
+    from tests.support.builders import make_batch
 
     return make_batch([Sequence(tokens=[0, 0, 0, 7], blocks=[1], seat=0)])

@@ -24,7 +24,7 @@ from loadtest.bench.servers import Plan, Server, ServerFailed, convert, running
 from loadtest.client import Outcome
 from loadtest.workloads import make_prompts, poisson_arrivals
 from model.text.tokenizer import Tokenizer
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from model.native.library import EVERYTHING, NativeLibrary, Shape
 from model.runners import RunnerOptions
 from model.runners.native import NativeRunner
 from model.runners.torch import TorchRunner
-from tests.builders import tiny_model_config, tiny_weights
+from tests.support.builders import tiny_model_config, tiny_weights
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from model.attention import ATTENTION, Attention
 from model.attention.torch_paged import FEW_QUERIES
 from model.batch import Batch
 from model.transformer import causal_attention
-from tests.builders import Piece, make_batch
+from tests.support.builders import Piece, make_batch
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ import torch
 from model.attention_maps import AttentionMaps, Recorder
 from model.checkpoint import load_model, open_checkpoint
 from model.transformer import Transformer
-from tests.builders import tiny_model_config, tiny_weights
+from tests.support.builders import tiny_model_config, tiny_weights
 
 TEXT = np.random.default_rng(0).integers(3, 100, 40).tolist()
 SIZES: dict[str, Any] = {

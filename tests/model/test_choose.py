@@ -13,7 +13,7 @@ from model.config import Activation, Norm, Position
 from model.runners import RunnerOptions, choose
 from model.runners.choose import choose_runner, choose_sizes
 from model.runners.cuda.network import FusedNetwork
-from tests.builders import tiny_model_config
+from tests.support.builders import tiny_model_config
 
 MIB = 1024**2
 

@@ -22,7 +22,7 @@ from model.runners.cuda.exactness import Trial, trial_for, try_exactness
 from model.runners.cuda.runner import CudaRunner
 from model.runners.cuda.slots import Seats
 from model.runners.torch import TorchRunner
-from tests.builders import DEVICE, Piece, make_batch, tiny_model_config, tiny_weights
+from tests.support.builders import DEVICE, Piece, make_batch, tiny_model_config, tiny_weights
 
 pytestmark = pytest.mark.slow
 

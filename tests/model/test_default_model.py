@@ -13,7 +13,7 @@ from model.checkpoint import load_model
 from model.runners import RunnerOptions
 from model.runners.torch import TorchRunner
 from model.text.tokenizer import Tokenizer
-from tests.builders import Piece, make_batch
+from tests.support.builders import Piece, make_batch
 
 PROMPTS = [
     "The capital of France is",

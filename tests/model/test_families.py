@@ -16,7 +16,7 @@ from model.families import FAMILIES, family_of
 from model.runners import RunnerOptions
 from model.runners.torch import TorchRunner
 from model.transformer import Transformer
-from tests.builders import Piece, make_batch
+from tests.support.builders import Piece, make_batch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 131,

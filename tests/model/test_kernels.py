@@ -37,7 +37,7 @@ from model.kernels.matmul import (
 from model.kernels.norm import add_rms_norm, add_rms_norm_twin
 from model.kernels.rotary import Heads, place_heads, place_heads_twin, rotary_table
 from model.layers import rotate, rotation
-from tests.builders import DEVICE, HALF, noise, tiny_model_config
+from tests.support.builders import DEVICE, HALF, noise, tiny_model_config
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import torch
 from model.attention import ATTENTION
 from model.batch import Batch
 from model.kernels.attention import ROWS, Partials, WorkList, paged_attention
-from tests.builders import DEVICE, HALF, Piece, make_batch
+from tests.support.builders import DEVICE, HALF, Piece, make_batch
 
 pytestmark = pytest.mark.slow
 

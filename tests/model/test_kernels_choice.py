@@ -9,7 +9,7 @@ import torch
 from model.kernels.choice import choose, choose_twin
 from model.kernels.head import head, merge_tops
 from model.kernels.inputs import Column
-from tests.builders import DEVICE
+from tests.support.builders import DEVICE
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.builders import found_compiling
+from tests.support.builders import found_compiling
 
 PROGRAM = r"""
 import json, os, re, subprocess, tempfile, warnings

@@ -20,7 +20,7 @@ from model.batch import Batch
 from model.kernels.activation import silu_mul, silu_mul_twin
 from model.kernels.matmul import Product, multiply
 from model.kernels.norm import add_rms_norm, add_rms_norm_twin
-from tests.builders import DEVICE, HALF, Piece, make_batch, noise
+from tests.support.builders import DEVICE, HALF, Piece, make_batch, noise
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from model.kernels.head import (
 )
 from model.kernels.inputs import Column
 from model.kernels.matmul import Tiling, multiply, multiply_twin, tiling_for
-from tests.builders import DEVICE, HALF, noise
+from tests.support.builders import DEVICE, HALF, noise
 
 pytestmark = pytest.mark.slow
 

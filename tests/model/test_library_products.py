@@ -21,7 +21,7 @@ from model.runners.cuda.cublas import ProductShape, ProvenProducts, multiply_by_
 from model.runners.cuda.exactness import Trial, trial_for, try_exactness
 from model.runners.cuda.runner import CudaRunner
 from service.settings import keep_sums_whole
-from tests.builders import DEVICE, Piece, make_batch, tiny_model_config, tiny_weights
+from tests.support.builders import DEVICE, Piece, make_batch, tiny_model_config, tiny_weights
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,14 @@ from model.runners import Runner, RunnerOptions
 from model.runners.cuda.runner import CudaRunner
 from model.runners.torch import TorchRunner
 from model.sampler import sample
-from tests.builders import DEVICE, Piece, make_batch, make_sampling, tiny_model_config, tiny_weights
+from tests.support.builders import (
+    DEVICE,
+    Piece,
+    make_batch,
+    make_sampling,
+    tiny_model_config,
+    tiny_weights,
+)
 
 V = 97
 INF = float("inf")

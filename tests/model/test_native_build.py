@@ -22,7 +22,7 @@ from model.native.library import NativeLibrary
 from model.runners import RunnerOptions
 from model.runners.choose import choose_runner
 from model.runners.native import NativeRunner
-from tests.builders import Piece, make_batch, tiny_model_config, tiny_weights
+from tests.support.builders import Piece, make_batch, tiny_model_config, tiny_weights
 
 ROOT = Path(__file__).parent.parent.parent
 SANITIZERS = {
@@ -190,7 +190,7 @@ from model.native.library import NativeLibrary
 from model.runners import RunnerOptions
 from model.runners.choose import choose_runner
 from model.runners.native import NativeRunner
-from tests.builders import Piece, make_batch, tiny_model_config, tiny_weights
+from tests.support.builders import Piece, make_batch, tiny_model_config, tiny_weights
 
 library = NativeLibrary(Path(sys.argv[1]))
 config = tiny_model_config(

@@ -15,7 +15,7 @@ from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver, StepReport
 from service.engine.plan import EngineConfig
 from service.messages import Event, GenerationRequest, SamplingParams, TokenLogprob, Tokens
-from tests.builders import slowly, tiny_weights
+from tests.support.builders import slowly, tiny_weights
 
 BYTES = tuple(bytes([byte]) for byte in range(97))
 LENGTH = 40  # tokens of each answer

@@ -14,7 +14,7 @@ from model.native.library import NativeLibrary
 from model.runners import RunnerOptions
 from model.runners.native import NativeRunner
 from model.text.tokenizer import Tokenizer
-from tests.builders import at_length
+from tests.support.builders import at_length
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 

@@ -19,7 +19,14 @@ from model.runners.cuda.exactness import Trial, try_exactness
 from model.runners.native import COMPUTE_ROWS, NativeRunner, unsupported
 from model.runners.torch import TorchRunner
 from model.sampler import sample
-from tests.builders import Piece, make_batch, make_sampling, slowly, tiny_model_config, tiny_weights
+from tests.support.builders import (
+    Piece,
+    make_batch,
+    make_sampling,
+    slowly,
+    tiny_model_config,
+    tiny_weights,
+)
 
 Build = Callable[..., NativeRunner]
 

@@ -21,8 +21,8 @@ from model.parallel.shares import connect, share_config, share_weights, sum_over
 from model.parallel.wire import decode, encode
 from model.runners import RunnerOptions
 from model.transformer import Transformer
-from tests.builders import Piece, make_batch, tiny_model_config, tiny_weights
-from tests.waiting import PATIENCE
+from tests.support.builders import Piece, make_batch, tiny_model_config, tiny_weights
+from tests.support.waiting import PATIENCE
 
 BIASES: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 KINDS: dict[str, dict[str, Any]] = {

@@ -16,8 +16,8 @@ from model.parallel.ranks import FollowerProcesses, Order, check_ranks, start_pa
 from model.parallel.runner import RankLost
 from model.parallel.shares import share_tensor, share_weights
 from model.runners import RunnerOptions, overlapped
-from tests.builders import Piece, make_batch, tiny_model_config
 from tests.conftest import TinyModel
+from tests.support.builders import Piece, make_batch, tiny_model_config
 
 OPTIONS = RunnerOptions(
     dtype="float32", device="cpu", block_size=8, num_blocks=8, max_sequences=4, max_batch_tokens=32

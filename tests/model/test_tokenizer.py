@@ -14,8 +14,8 @@ import pytest
 
 from model.checkpoint import CheckpointError
 from model.text.tokenizer import Tokenizer
-from tests.builders import at_length
 from tests.model.tokenizer_oracles import LlamaCpp, odd_texts
+from tests.support.builders import at_length
 
 SPLITS = {
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",

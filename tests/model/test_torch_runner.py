@@ -17,7 +17,7 @@ from model.layers import PackedLinear
 from model.runners import RUNNERS, RunnerOptions
 from model.runners.torch import SCORED_AT_ONCE, TorchRunner, choose_dtype
 from model.transformer import Transformer
-from tests.builders import Piece, make_batch, tiny_model_config, tiny_weights
+from tests.support.builders import Piece, make_batch, tiny_model_config, tiny_weights
 
 Build = Callable[..., TorchRunner]
 

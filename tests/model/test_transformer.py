@@ -14,7 +14,7 @@ from model.config import Activation, ModelConfig, Norm, Position, RopeScaling
 from model.kvcache import KVCache, blocks_within, bytes_per_block
 from model.layers import rotate, rotation
 from model.transformer import Transformer
-from tests.builders import Piece, make_batch, tiny_model_config, tiny_weights
+from tests.support.builders import Piece, make_batch, tiny_model_config, tiny_weights
 
 GPT2: dict[str, Any] = {
     "norm": Norm.LAYER,

@@ -52,7 +52,7 @@ from tests.queues.builders import (
     make_tokens,
     stop_at,
 )
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 LIMITS = QueueLimits(
     max_requests=6,

@@ -13,7 +13,7 @@ from service.queues import QueueLimits, open_queue
 from service.queues.memory.queue import MemoryQueue
 from tests.queues.builders import claim_one, finish, make_engine, make_submission
 from tests.queues.contract import LIMITS, Passes, QueueContract
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 
 class Clock:

@@ -20,7 +20,6 @@ from service.messages import Allowance, End, FinishReason, Submission
 from service.queues import Claim, Lease, Queue, QueueDepth, QueueLimits, Write, WriteStatus
 from service.queues.memory.queue import MemoryQueue
 from service.queues.redis.queue import RedisQueue
-from tests.builders import at_length
 from tests.cluster.redis_process import RedisServer
 from tests.queues.builders import (
     answer_of,
@@ -32,6 +31,7 @@ from tests.queues.builders import (
     oracle,
     stop_at,
 )
+from tests.support.builders import at_length
 
 KEY = Allowance(key="k", requests_per_minute=10**6, tokens_per_minute=10**8, max_in_flight=400)
 LIMITS = QueueLimits(

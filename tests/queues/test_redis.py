@@ -33,8 +33,8 @@ from tests.queues.builders import (
     stop_at,
 )
 from tests.queues.contract import LIMITS, NOTHING, OVER, Passes, QueueContract
-from tests.test_record_formats import END, ENGINE, MANIFEST, REQUEST, SCORED, TOKENS, golden
-from tests.waiting import PATIENCE
+from tests.queues.test_record_formats import END, ENGINE, MANIFEST, REQUEST, SCORED, TOKENS, golden
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,6 @@ from service.messages import Record
 from service.queues import QueueLimits, SubmitStatus, WriteStatus
 from service.queues.observer import QueueEvent
 from service.queues.redis.queue import RedisQueue
-from tests.certificates import make_certificate, tls_options
 from tests.cluster.redis_process import AOF, RedisServer, free_port
 from tests.cluster.relay import Connection, Relay
 from tests.queues.builders import (
@@ -33,6 +32,7 @@ from tests.queues.builders import (
     stop_at,
 )
 from tests.queues.contract import LIMITS
+from tests.support.certificates import make_certificate, tls_options
 
 pytestmark = pytest.mark.slow
 

@@ -28,7 +28,7 @@ from tests.queues.builders import (
     stop_at,
 )
 from tests.queues.contract import LIMITS, NOTHING, OVER
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 

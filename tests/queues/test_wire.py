@@ -16,7 +16,7 @@ from service.queues.redis import pubsub as redis_wakeups
 from service.queues.redis.connection import RedisUrl, Wire
 from service.queues.redis.pubsub import Wakeups
 from tests.cluster.redis_process import RedisServer
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 
 class ForgetfulPipeline:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from playwright.async_api import Page, Route, expect
 
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 

@@ -14,7 +14,7 @@ import pytest
 from playwright.async_api import Request, expect
 
 from tests.faults.proxy import FaultProxy
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 

@@ -13,7 +13,7 @@ from playwright.async_api import expect
 
 from service.keys import new_entry, new_secret
 from tests.conftest import ROOT, free_port, wait_until_ready
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 

@@ -16,7 +16,7 @@ from playwright.async_api import expect
 
 from tests.cluster.redis_process import RedisServer
 from tests.conftest import ROOT, free_port, wait_until_ready
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 

@@ -16,8 +16,8 @@ from service.errors import Unavailable
 from service.messages import End, FinishReason, GenerationRequest, ModelCard
 from service.queues import QueueLimits
 from service.queues.memory.queue import MemoryQueue
-from tests.fakes import oracle_answer
-from tests.test_worker import Station, make_request, submit, taking, unfinished
+from tests.support.fakes import oracle_answer
+from tests.worker.test_worker import Station, make_request, submit, taking, unfinished
 
 METHODS = (
     "submit", "lookup", "read", "stop", "attend", "forget", "sweep", "depth", "engines", "check",

@@ -23,7 +23,7 @@ import pytest
 
 from tests.cluster.redis_process import RedisServer
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 

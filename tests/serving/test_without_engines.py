@@ -20,7 +20,7 @@ from service.queues.memory.queue import MemoryQueue
 from service.roles import ApiSide
 from service.settings import Settings
 from tests.queues.builders import claim_one, finish, make_engine
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 CARD = ModelCard(id="tiny", max_model_len=64, vocab_size=512, numeric_class="guess", created=0)
 BODY = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 4, "stream": True}

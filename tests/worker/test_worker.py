@@ -40,9 +40,9 @@ from service.queues import (
 )
 from service.queues.memory.queue import MemoryQueue
 from service.worker.worker import EngineFailure, Worker
-from tests.builders import slowly
-from tests.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
-from tests.waiting import PATIENCE
+from tests.support.builders import slowly
+from tests.support.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
+from tests.support.waiting import PATIENCE
 
 LEASE = 0.3
 POISON = 90

@@ -28,7 +28,7 @@ from service.observability.metrics import Metrics
 from service.settings import setting_rows
 from tests.conftest import TinyModel, free_port, wait_until_ready
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

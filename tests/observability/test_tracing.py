@@ -39,8 +39,8 @@ from service.settings import Settings
 from service.worker.worker import Worker
 from tests.cluster.processes import run_command
 from tests.conftest import ROOT, TinyModel
-from tests.fakes import ALL_WELL, EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
-from tests.waiting import PATIENCE, until
+from tests.support.fakes import ALL_WELL, EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
+from tests.support.waiting import PATIENCE, until
 
 CALLER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 PROMPT = [11, 12, 13, 14]

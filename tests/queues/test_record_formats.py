@@ -1,8 +1,8 @@
 """The formats of stored records, as a contract between versions.
 
-`tests/golden/records.json` has, for each kind of record, every format that was ever written, the
-newest last. All of them must be readable, also with fields that a later version may add. If a
-format changes on purpose, `python -m tests.test_record_formats` appends the new one.
+`tests/queues/golden/records.json` has, for each kind of record, every format that was ever
+written, the newest last. All of them must be readable, also with fields that a later version may
+add. If a format changes on purpose, `python -m tests.queues.test_record_formats` appends it.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def at(record: Any, path: tuple[Any, ...]) -> Any:
 def test_what_is_written_today_is_the_newest_golden_format(name: str) -> None:
     kind = KINDS[name]
     assert golden()[name][-1] == kind.encode(kind.sample), (
-        "the format of stored records has changed: python -m tests.test_record_formats appends it"
+        "the stored format has changed: python -m tests.queues.test_record_formats appends it"
     )
 
 

@@ -19,7 +19,7 @@ import pytest
 from openai.types.chat import ChatCompletionChunk
 
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 

@@ -30,8 +30,8 @@ from service.queues import EngineInfo, QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from service.worker.worker import PREPARING_THREADS, Worker
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner
-from tests.test_worker import Ledger
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
+from tests.worker.test_worker import Ledger
 
 pytestmark = pytest.mark.slow
 

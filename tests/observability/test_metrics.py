@@ -36,9 +36,9 @@ from service.queues.memory.queue import MemoryQueue
 from service.queues.redis.queue import RedisQueue
 from service.worker.worker import Worker
 from tests.cluster.redis_process import RedisServer
-from tests.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner
 from tests.queues.builders import claim_one, finish, make_engine, make_submission, stop_at
-from tests.waiting import PATIENCE
+from tests.support.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner
+from tests.support.waiting import PATIENCE
 
 CARD = ModelCard(id="tiny", max_model_len=64, vocab_size=97, numeric_class="guess", created=0)
 LIMITS = QueueLimits(max_requests=40, max_per_tenant=40, lease=2.0, max_attempts=2, live_ttl=50.0)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.faults
 

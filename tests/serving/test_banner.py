@@ -14,7 +14,7 @@ from service.messages import ModelCard
 from service.roles import banner, engine_rows
 from service.settings import Settings
 from service.startup import Loaded
-from tests.fakes import OracleRunner
+from tests.support.fakes import OracleRunner
 
 
 def said(tiny_tokenizer: Tokenizer, *, exact: bool = True, **fields: Any) -> str:

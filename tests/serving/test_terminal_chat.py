@@ -24,7 +24,7 @@ from rich.console import Console
 
 from service.chat import Answer, Tail, chat, printable
 from service.errors import StartupError
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 
 def event(content: str | None = None, **fields: object) -> bytes:
@@ -307,7 +307,7 @@ class Terminal:
         termios.tcsetwinsize(theirs, (24, 80))
         self._process = subprocess.Popen(
             [sys.executable, "-c", self.START, "chat", *options],
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
