@@ -11,7 +11,7 @@ Shape legend, used as suffixes of names everywhere in `model`:
     N  log probability alternatives                                  F  MLP width
 
 All fields are NumPy arrays on the host: a C++ runner takes their pointers, the torch runner views
-them without a copy, a GPU runner uploads them or, where it keeps state on the device, reads only
+them without a copy, a GPU runner uploads them or, if it keeps state on the device, reads only
 `seats_S` and what changed. A sequence keeps its seat from its first step to its last.
 
     sequence s computes rows  query_starts_S1[s] <= t < query_starts_S1[s + 1]
@@ -45,7 +45,7 @@ class SamplingBatch:
     choices_R: Ints
     indices_R: Ints  # which token of the answer this will be, from 0
     temperatures_R: Floats  # 0: greedy
-    top_ks_R: Ints  # the vocabulary's size where nothing is cut
+    top_ks_R: Ints  # the vocabulary's size: no cut
     top_ps_R: Floats
     min_ps_R: Floats
     presence_R: Floats
@@ -134,7 +134,7 @@ class Batch:
         return self.num_tokens == self.num_sequences
 
     def check(self, *, block_size: int, num_blocks: int, vocab_size: int) -> None:
-        """Raises ValueError where the fields contradict one another. Tests call it always."""
+        """Raises ValueError if the fields contradict one another. Tests always call it."""
         starts, contexts = self.query_starts_S1, self.context_lens_S
         lengths = np.diff(starts)
         if starts[0] != 0 or starts[-1] != self.num_tokens or (lengths < 1).any():
@@ -166,7 +166,7 @@ class Batch:
 
 
 def _check_masks(sampling: SamplingBatch, vocab_size: int) -> None:
-    """Raises ValueError where a mask belongs to no row or leaves it no token."""
+    """Raises ValueError if a mask belongs to no row or allows no token."""
     rows_M, masks_MW = sampling.mask_rows_M, sampling.masks_MW
     if len(masks_MW) != len(rows_M) or (np.diff(rows_M) < 1).any():
         raise ValueError("a mask belongs to one row, and their rows rise")
@@ -191,13 +191,13 @@ def unpack_masks(masks_MW: Words, vocab_size: int) -> Bools:
 class StepOutput:
     """What one step gives back. Log probabilities are natural, of the unmodified logits.
 
-    Arrays that nobody asked for have no rows or no columns. Rows that did not ask for log
-    probabilities hold values that mean nothing.
+    Arrays that were not requested have no rows or no columns. Rows that did not request log
+    probabilities hold undefined values.
     """
 
     tokens_R: Ints
-    logprobs_R: Floats  # of the chosen token; empty where no row wants them
-    top_ids_RN: Ints  # likeliest first
+    logprobs_R: Floats  # of the chosen token; empty if no row requests them
+    top_ids_RN: Ints  # most probable first
     top_logprobs_RN: Floats
     score_logprobs_Q: Floats
     score_top_ids_QN: Ints

@@ -134,5 +134,5 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of a layer, or None where it sees everything."""
+        """The sliding window of a layer, or None if it attends to everything."""
         return None if layer in self.full_attention_layers else self.sliding_window

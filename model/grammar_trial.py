@@ -2,7 +2,7 @@
 
 What people write may be a bomb: a hundred characters whose automaton takes minutes and gigabytes,
 or thousands of rules that overflow a stack in a library. So a grammar is compiled and walked here
-first. Where it takes too much the process dies, and that is an answer, too. Time is the
+first. If it takes too much, the process dies, and that is an answer, too. Time is the
 processor's: on a busy machine a good grammar takes longer and is none the worse.
 
 Lines of JSON: the vocabulary comes first, then each line is a notation, and its reply is null or
@@ -75,7 +75,7 @@ def serve(lines: TextIO, replies: TextIO) -> None:
     replies.write("null\n")
     replies.flush()
     for line in lines:
-        signal.setitimer(signal.ITIMER_PROF, TIME)  # nobody handles its signal, which is the end
+        signal.setitimer(signal.ITIMER_PROF, TIME)  # its signal has no handler and ends the process
         reply = try_grammar(grammars, json.loads(line))
         signal.setitimer(signal.ITIMER_PROF, 0.0)
         replies.write(json.dumps(reply) + "\n")
@@ -84,7 +84,7 @@ def serve(lines: TextIO, replies: TextIO) -> None:
 
 def main() -> None:
     """Bounds its own memory, then serves."""
-    with contextlib.suppress(ValueError, OSError):  # where the system cannot, time is the bound
+    with contextlib.suppress(ValueError, OSError):  # if the system cannot, time is the limit
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it is meant to be able to crash
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     serve(sys.stdin, sys.stdout)

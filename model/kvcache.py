@@ -22,7 +22,7 @@ def bytes_per_block(config: ModelConfig, block_size: int, *, dtype: torch.dtype)
 
 
 def blocks_within(memory: int, config: ModelConfig, *, block_size: int, dtype: torch.dtype) -> int:
-    """Blocks that fit into `memory` bytes. Raises ValueError where not even one does."""
+    """Blocks that fit into `memory` bytes. Raises ValueError if not even one fits."""
     size = bytes_per_block(config, block_size, dtype=dtype)
     if memory < size:
         raise ValueError(f"kv_memory must be at least {size} bytes, which is one block")
@@ -52,7 +52,7 @@ class KVCache:
         self._layers = [(layer[0], layer[1]) for layer in self.pool]
 
     def slots(self, batch: Batch) -> torch.Tensor:
-        """Where each token of the step goes, [T]."""
+        """The slot of each token of the step, [T]."""
         lengths = np.diff(batch.query_starts_S1)
         rows = np.repeat(np.arange(batch.num_sequences), lengths)
         blocks = batch.block_table_SB[rows, batch.positions_T // self.block_size]

@@ -134,7 +134,7 @@ def load_weights(
 ) -> None:
     """Gives a module built on the meta device its weights, converted one by one.
 
-    Raises RuntimeError where a name is missing or unexpected or a shape differs.
+    Raises RuntimeError if a name is missing or unexpected or a shape differs.
     """
     state = {name: weights[name].to(device=device, dtype=dtype) for name in weights}
     module.load_state_dict(state, strict=True, assign=True)

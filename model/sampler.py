@@ -1,23 +1,23 @@
-"""Sampler: logits and sampling columns in, one token a row out, with log probabilities if asked.
+"""Sampler: logits and sampling columns in, one token per row out, with log probabilities if requested.
 
 Order of operations, as in vLLM (which differs from Hugging Face in taking min-p first):
 
-    0  tokens that a mask forbids go: nothing below brings them back       adjusted logits
+    0  tokens that a mask forbids are removed for good                     adjusted logits
     1  logit bias
     2  repetition penalty (Keskar et al., arXiv 1909.05858), over prompt and answer
     3  frequency and presence penalty (as OpenAI documents them), over the answer
-    4  temperature; 0 is greedy: the likeliest token, the lowest id among equals; nothing below
-    5  min-p: tokens below min_p times the likeliest one's probability go
-    6  top-k: the k likeliest stay; among equals the lower id is the likelier
-    7  top-p: of these, the shortest likeliest-first run with at least top_p of their mass stays
-    8  inverse CDF of one uniform number per row; in order of ids, or likeliest first after 6 or 7
+    4  temperature; 0 is greedy: argmax, the lowest id among equals; nothing below applies
+    5  min-p: removes tokens below min_p times the largest probability
+    6  top-k: keeps the k most probable; among equals the lower id ranks first
+    7  top-p: of these, keeps the shortest descending run with at least top_p of their mass
+    8  inverse CDF of one uniform number per row; in order of ids, or by descending probability after 6 or 7
 
-A row for which bias forbids every token takes the likeliest token of the unmodified logits, of
-those that its mask allows. Log probabilities are always those of the unmodified logits.
+A row whose bias forbids every token takes the argmax of the unmodified logits among the tokens
+that its mask allows. Log probabilities are always those of the unmodified logits.
 
 A row gives the same bits alone, in any batch and with any number of threads. Probabilities are
 therefore summed as integers: a token weighs floor(2**40 * exp((logit - largest) / temperature)),
-and integer sums do not depend on their order. Tokens under 1e-12 of the likeliest weigh nothing.
+and integer sums do not depend on their order. Tokens below 1e-12 of the largest weight count as zero.
 
 It does not decide when an answer ends, and it keeps nothing between steps.
 """
@@ -33,7 +33,7 @@ import torch
 from model.batch import Ints, SamplingBatch, unpack_masks
 from model.philox import uniforms
 
-_ONE = 2.0**40  # weight of the likeliest token; sums stay below 2**63 up to 2**23 tokens
+_ONE = 2.0**40  # weight of the most probable token; sums stay below 2**63 up to 2**23 tokens
 _CANDIDATES = (128, 4096)  # tokens sorted in a first and a second attempt; after that, all
 
 _Rows = npt.NDArray[np.intp]
@@ -41,25 +41,25 @@ _Rows = npt.NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledRows:
-    """The chosen tokens. Log probabilities have no rows where no row wants them."""
+    """The chosen tokens. Log probabilities have no rows if no row requests them."""
 
     tokens_R: torch.Tensor  # int64
     logprobs_R: torch.Tensor  # float32
-    top_ids_RN: torch.Tensor  # int64, likeliest first
+    top_ids_RN: torch.Tensor  # int64, most probable first
     top_logprobs_RN: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRows:
-    """Log probabilities of given tokens and of the likeliest ones."""
+    """Log probabilities of given tokens and of the most probable ones."""
 
     logprobs_Q: torch.Tensor  # float32
-    top_ids_QN: torch.Tensor  # int64, likeliest first
+    top_ids_QN: torch.Tensor  # int64, most probable first
     top_logprobs_QN: torch.Tensor
 
 
 def sample(logits_RV: torch.Tensor, sampling: SamplingBatch) -> SampledRows:
-    """Chooses one token a row. The logits are left as they are."""
+    """Chooses one token per row. The logits are left as they are."""
     logits_RV = logits_RV.float()
     allowed_RV = mask_out(logits_RV, sampling)
     adjusted_RV = _adjust(allowed_RV, sampling)
@@ -84,14 +84,14 @@ def sample(logits_RV: torch.Tensor, sampling: SamplingBatch) -> SampledRows:
 
 
 def score(logits_QV: torch.Tensor, ids_Q: torch.Tensor | Ints, *, num_top: int) -> ScoredRows:
-    """Log probabilities of `ids_Q`, one a row, and of the `num_top` likeliest (at most V)."""
+    """Log probabilities of `ids_Q`, one per row, and of the `num_top` most probable (at most V)."""
     logits_QV = logits_QV.float()
     ids_Q = torch.as_tensor(ids_Q, device=logits_QV.device).long()
     num_top = min(num_top, logits_QV.shape[-1])
     largest_Q1 = logits_QV.amax(-1, keepdim=True)
     mass_Q = _weights(logits_QV, largest_Q1).sum(-1)
     log_sum_Q1 = (mass_Q.double() / _ONE).log().unsqueeze(-1)
-    top_ids_QN = _likeliest(logits_QV, num_top)
+    top_ids_QN = _largest(logits_QV, num_top)
     ids_QM = torch.cat((ids_Q.unsqueeze(-1), top_ids_QN), dim=-1)
     logprobs_QM = ((logits_QV.gather(-1, ids_QM) - largest_Q1).double() - log_sum_Q1).float()
     return ScoredRows(
@@ -100,7 +100,7 @@ def score(logits_QV: torch.Tensor, ids_Q: torch.Tensor | Ints, *, num_top: int) 
 
 
 def mask_out(logits_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
-    """Minus infinity for what masks forbid; the logits themselves where nobody has a mask."""
+    """Sets what masks forbid to minus infinity; returns the logits themselves if no row has a mask."""
     if not sampling.mask_rows_M.size:
         return logits_RV
     device, vocab_size = logits_RV.device, logits_RV.shape[-1]
@@ -113,7 +113,7 @@ def mask_out(logits_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
 
 
 def _adjust(logits_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
-    """Bias and penalties; the logits themselves where nobody has any."""
+    """Applies bias and penalties; returns the logits themselves if no row has any."""
     if not sampling.bias_rows_E.size and not sampling.penalty_rows_P.size:
         return logits_RV
     device = logits_RV.device
@@ -136,7 +136,7 @@ def _adjust(logits_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
 
 
 def _choose(adjusted_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
-    """Sends each row the shortest way: greedy, by ids, or likeliest first."""
+    """Chooses per row by the cheapest method: greedy, by id, or by descending probability."""
     vocab_size = adjusted_RV.shape[-1]
     greedy = sampling.temperatures_R == 0
     cut = ~greedy & ((sampling.top_ks_R < vocab_size) | (sampling.top_ps_R < 1))
@@ -144,7 +144,7 @@ def _choose(adjusted_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
         return adjusted_RV.argmax(-1)
     draws_R = uniforms(sampling.seeds_R, sampling.choices_R, sampling.indices_R)
     tokens_R = torch.empty(len(adjusted_RV), dtype=torch.int64, device=adjusted_RV.device)
-    for mask, choose in ((greedy, None), (cut, _choose_likeliest), (~greedy & ~cut, _choose_by_id)):
+    for mask, choose in ((greedy, None), (cut, _choose_by_rank), (~greedy & ~cut, _choose_by_id)):
         rows = np.flatnonzero(mask)
         if not rows.size:
             continue
@@ -163,12 +163,12 @@ def _choose_by_id(
     return _draw(sums_RV, sums_RV[:, -1:], draws[rows])
 
 
-def _choose_likeliest(
+def _choose_by_rank(
     logits_RV: torch.Tensor, sampling: SamplingBatch, rows: _Rows, draws: npt.NDArray[np.float64]
 ) -> torch.Tensor:
-    """Inverse CDF over what top-k and top-p leave, likeliest first.
+    """Inverse CDF over the tokens that top-k and top-p keep, most probable first.
 
-    Only the likeliest tokens are sorted, and more where a row turns out to need more. A GPU sorts
+    Only the most probable tokens are sorted, and more if a row turns out to need more. A GPU sorts
     all at once rather than wait for the answer to that question.
     """
     vocab_size, device = logits_RV.shape[-1], logits_RV.device
@@ -177,7 +177,7 @@ def _choose_likeliest(
     open_rows = np.arange(len(rows))
     sizes = [size for size in _CANDIDATES if size < vocab_size and device.type == "cpu"]
     for size in (*sizes, vocab_size):
-        ids_RC = _likeliest(_take(logits_RV, open_rows), size)
+        ids_RC = _largest(_take(logits_RV, open_rows), size)
         weights = _take(weights_RV, open_rows)
         top_ks, top_ps = sampling.top_ks_R[rows[open_rows]], sampling.top_ps_R[rows[open_rows]]
         sums_RC, mass_R1, settled_R = _nucleus(weights, ids_RC, top_ks, top_ps)
@@ -196,9 +196,9 @@ def _nucleus(
     top_ks: Ints,
     top_ps: npt.NDArray[np.float32],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Running sums of the candidates, the mass that both cuts leave, and whether that is final.
+    """Running sums of the candidates, the mass that both cuts keep, and whether that is final.
 
-    It is final where the candidates hold all that top-k leaves, or as much of it as top-p wants.
+    It is final if the candidates hold all that top-k keeps, or as much of it as top-p requires.
     """
     vocab_size, size = weights_RV.shape[-1], ids_RC.shape[-1]
     device = weights_RV.device
@@ -235,7 +235,7 @@ def _tempered(logits_RV: torch.Tensor, sampling: SamplingBatch, rows: _Rows) -> 
 def _weights(
     logits_RV: torch.Tensor, largest_R1: torch.Tensor, temperatures_R1: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Unnormalised probabilities as integers; the likeliest token weighs 2**40."""
+    """Unnormalised probabilities as integers; the most probable token weighs 2**40."""
     scaled_RV = logits_RV - largest_R1
     if temperatures_R1 is not None:
         scaled_RV /= temperatures_R1
@@ -255,7 +255,7 @@ def _draw(
     return places_R1.squeeze(-1).clamp_(max=sums_RC.shape[-1] - 1)
 
 
-def _likeliest(logits_RV: torch.Tensor, size: int) -> torch.Tensor:
+def _largest(logits_RV: torch.Tensor, size: int) -> torch.Tensor:
     """The ids of the `size` largest logits, largest first, the lower id first among equals.
 
     Sorted by a key that no two tokens of a row share, so that the result does not depend on how

@@ -206,7 +206,7 @@ def causal_attention(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """softmax(q · kᵀ · scale + mask) · v over whole texts: self-attention as it is written down."""
+    """softmax(q · kᵀ · scale + mask) · v over whole texts: self-attention as defined."""
     return mixed(causal_weights(q_THD, k_TKD, scale=scale, window=window), v_TKD)
 
 

@@ -35,7 +35,7 @@ class Checkpoint(Protocol):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What config.json says, or would say: `model_type` and the family's own keys."""
+        """The contents of config.json, or the equivalent: `model_type` and the family's own keys."""
         ...
 
     @property
@@ -47,7 +47,7 @@ class Checkpoint(Protocol):
     def digest(self) -> str:
         """SHA-256 over every byte of configuration and weights, in hexadecimal.
 
-        Of a GGUF file, the file's own. Costs about 0.5 s a gigabyte where the CPU hashes in
+        Of a GGUF file, the file's own. Costs about 0.5 s per gigabyte if the CPU hashes in
         hardware; it is computed on first use.
         """
         ...
@@ -79,7 +79,7 @@ class LoadedModel:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a GGUF file, a safetensors file beside its config.json, or a folder with either."""
+    """Opens a GGUF file, a safetensors file with a config.json in its folder, or a folder with either."""
     from model.checkpoint.gguf import GgufCheckpoint
     from model.checkpoint.safetensors import SafetensorsCheckpoint
 

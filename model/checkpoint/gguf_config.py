@@ -1,4 +1,4 @@
-"""What a GGUF file says of its network, in the words of config.json, and its tensors' names.
+"""A GGUF file's metadata as the fields of config.json, and the names of its tensors.
 
 One name map serves all architectures: llama.cpp has already made the names uniform. Does not know
 which families exist; a key that the file lacks is left to the family's default.
@@ -108,7 +108,7 @@ def _llama_like(header: GgufHeader, architecture: str) -> dict[str, Any]:
     config = _present(
         rms_norm_eps=header.number(f"{architecture}.attention.layer_norm_rms_epsilon"),
         rope_theta=header.number(f"{architecture}.rope.freq_base"),
-        # Only where key_length is absent; a partial rotation is told by the two being different.
+        # Only where key_length is absent; a partial rotation shows in the two being different.
         head_dim=header.integer(f"{architecture}.attention.key_length")
         or header.integer(f"{architecture}.rope.dimension_count"),
     )

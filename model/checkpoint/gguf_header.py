@@ -84,7 +84,7 @@ STORAGE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
-    """Where a tensor lies. `start` and `size` are bytes of the file, known to be inside it."""
+    """Location of a tensor in the file. `start` and `size` are bytes of the file, known to be inside it."""
 
     shape: tuple[int, ...]  # outermost first, as torch has it; the file has it the other way
     storage: Storage
@@ -94,14 +94,14 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufHeader:
-    """What a GGUF file says of itself."""
+    """Metadata and tensor table of a GGUF file."""
 
     file_name: str
     metadata: Mapping[str, Any]  # numbers, strings, and lists of either
     tensors: Mapping[str, TensorEntry]
 
     def integer(self, key: str) -> int | None:
-        """An integer entry, None where absent; CheckpointError where it is something else."""
+        """An integer entry, None if absent; CheckpointError if it has another type."""
         value = self.metadata.get(key)
         return value if value is None or type(value) is int else self._refuse(key)
 

@@ -53,7 +53,7 @@ def open_parts(path: Path) -> list[Part]:
     if len(names) != count:
         raise CheckpointError(
             f"{path.name}: it is one of {count} files and must be named"
-            f" NAME-00001-of-{count:05}.gguf, as must the others beside it"
+            f" NAME-00001-of-{count:05}.gguf, as must the other parts in the same folder"
         )
     missing = [name for name in names if not path.with_name(name).exists()]
     if missing:

@@ -1,7 +1,7 @@
 """safetensors folders as checkpoints: config.json, and one file or several with an index.
 
 The `safetensors` library validates each file's head (sizes, offsets, overlaps) before it gives out
-a tensor. An index may only name files that lie beside it.
+a tensor. An index may only name files in its own folder.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ class Family:
     """The lines that differ between families.
 
     `names` maps a checkpoint's name to a canonical one (`{i}` stands for the layer), to a tuple of
-    canonical parts where the checkpoint has them fused along the output dimension (sizes from the
-    config), or to None where a tensor is known and not needed. `transposed` names those stored
+    canonical parts if the checkpoint has them fused along the output dimension (sizes from the
+    config), or to None if a tensor is known but not needed. `transposed` names those stored
     [in, out].
     """
 

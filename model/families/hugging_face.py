@@ -54,7 +54,7 @@ def llama_like(
     theta: float = 10_000.0,
     tied: bool = False,
 ) -> ModelConfig:
-    """What all of Llama's kin write alike. `theta` and `tied` hold where the file is silent.
+    """What all of Llama's kin write alike. `theta` and `tied` apply if the file does not set them.
 
     Raises ValueError, naming the field, for one that is missing, malformed or not supported.
     """

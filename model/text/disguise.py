@@ -112,7 +112,7 @@ def any_of(texts: Collection[str], *, nesting: int = _MAX_NESTING) -> str:
 
 
 def _beginnings(texts: Collection[str]) -> re.Pattern[str]:
-    """Matches one character at each position where a text begins."""
+    """Matches one character at each position at which a text begins."""
     rests: dict[str, list[str]] = {}
     for text in texts:
         rests.setdefault(text[0], []).append(text[1:])

@@ -82,6 +82,6 @@ def _shrinking(step: dict[str, Any]) -> int | None:
 
 
 def _swallows_blanks(splitter: Tokenizer) -> bool:
-    """Whether an added token takes the blanks beside it away, however many."""
+    """Whether an added token absorbs adjacent blanks, however many."""
     added = splitter.get_added_tokens_decoder().values()
     return any(not token.special and (token.lstrip or token.rstrip) for token in added)

@@ -45,7 +45,7 @@ class TemplateFit:
         return self._with_instructions(messages)
 
     def _with_instructions(self, messages: list[Message]) -> list[Message]:
-        """All instructions where the template renders them."""
+        """All instructions at the positions that the template renders."""
         if not any(map(_instructs, messages)):
             return messages
         if any(message.get("role") == "developer" for message in messages) and not self._developer:

@@ -48,7 +48,7 @@ TRUSTED = frozenset({
 })  # fmt: skip
 """SHA-256 of templates that take time and memory linear in their input."""
 
-_ROOT = Path(child_module.__file__).parent.parent
+_ROOT = Path(child_module.__file__).parents[2]
 _MAX_REPLY = 4 * MAX_OUTPUT + 1  # bytes: a character takes at most 4 in UTF-8
 
 
@@ -77,7 +77,7 @@ def is_trusted(source: str) -> bool:
 class RenderLimits:
     """Limits on rendering one untrusted template. Times are in seconds.
 
-    All processes together fit beside an API replica within 1 GiB.
+    All processes and an API replica together fit into 1 GiB.
     """
 
     cpu_seconds: float = 2.0  # per rendering; a long chat takes some 0.01

@@ -1,7 +1,7 @@
 """Text -> token ids and back, and chat messages -> token ids. Torch-free.
 
-A user's text stays text: where it spells a special token, ordinary tokens come out. Special tokens
-come from the model's own chat template, and from `add_bos` where the model asks for it.
+A user's text stays text: if it spells a special token, it is encoded as ordinary tokens. Special
+tokens come from the model's own chat template, and from `add_bos` if the model asks for it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Tokenizer:
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """The ids of a text, in time linear in its length and without the interpreter lock.
 
-        `add_bos` puts the beginning-of-text token first where the model is made for it. Raises
+        `add_bos` puts the beginning-of-text token first if the model was trained with it. Raises
         UnicodeEncodeError for lone surrogates.
         """
         ids = self._text_ids(text, is_first=True)
@@ -91,7 +91,7 @@ class Tokenizer:
         """The prompt of a conversation. Raises ChatTemplateError or TemplateUnavailableError.
 
         Content is a string or a list of text parts. Instructions (system and developer messages)
-        go where the template renders them, see `template_fit`. `continue_final_message` leaves the
+        go to the positions that the template renders, see `template_fit`. `continue_final_message` leaves the
         last message open for the model to go on with, and then no generation prompt is added.
         """
         if self._template is None:
@@ -120,7 +120,7 @@ class Tokenizer:
     def _text_ids(self, text: str, *, is_first: bool) -> list[int]:
         if not text:
             return []
-        text.encode()  # raises for lone surrogates, where the library would speak of types
+        text.encode()  # raises for lone surrogates; the library's own error would be about types
         splitter = self._vocabulary.first if is_first else self._vocabulary.rest
         # The batch call is the one that lets go of the interpreter lock.
         (encoding,) = splitter.encode_batch_fast([text], add_special_tokens=False)
@@ -164,7 +164,7 @@ class Tokenizer:
 
 
 def _leave_open(messages: list[dict[str, Any]], disguise: Disguise) -> None:
-    """Marks the end of the last message. The blank behind the mark tells whether it was trimmed."""
+    """Marks the end of the last message. The blank behind the mark shows whether it was trimmed."""
     if not messages or not isinstance(messages[-1]["content"], str):
         raise ChatTemplateError("there is no final message to continue")
     messages[-1]["content"] += f"{disguise.end} "
