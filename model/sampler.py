@@ -1,4 +1,4 @@
-"""Sampler: logits and sampling columns in, one token per row out, with log probabilities if requested.
+"""Sampler: logits and sampling columns in, one token per row out, log probabilities if requested.
 
 Order of operations, as in vLLM (which differs from Hugging Face in taking min-p first):
 
@@ -10,14 +10,14 @@ Order of operations, as in vLLM (which differs from Hugging Face in taking min-p
     5  min-p: removes tokens below min_p times the largest probability
     6  top-k: keeps the k most probable; among equals the lower id ranks first
     7  top-p: of these, keeps the shortest descending run with at least top_p of their mass
-    8  inverse CDF of one uniform number per row; in order of ids, or by descending probability after 6 or 7
+    8  inverse CDF of one uniform number per row; by id, or by descending probability after 6 or 7
 
 A row whose bias forbids every token takes the argmax of the unmodified logits among the tokens
 that its mask allows. Log probabilities are always those of the unmodified logits.
 
 A row gives the same bits alone, in any batch and with any number of threads. Probabilities are
 therefore summed as integers: a token weighs floor(2**40 * exp((logit - largest) / temperature)),
-and integer sums do not depend on their order. Tokens below 1e-12 of the largest weight count as zero.
+and integer sums do not depend on their order. Tokens below 1e-12 of the largest count as zero.
 
 It does not decide when an answer ends, and it keeps nothing between steps.
 """
@@ -100,7 +100,7 @@ def score(logits_QV: torch.Tensor, ids_Q: torch.Tensor | Ints, *, num_top: int) 
 
 
 def mask_out(logits_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
-    """Sets what masks forbid to minus infinity; returns the logits themselves if no row has a mask."""
+    """Logits with minus infinity where a mask forbids; the same tensor if no row has a mask."""
     if not sampling.mask_rows_M.size:
         return logits_RV
     device, vocab_size = logits_RV.device, logits_RV.shape[-1]

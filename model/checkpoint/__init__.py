@@ -35,7 +35,7 @@ class Checkpoint(Protocol):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The contents of config.json, or the equivalent: `model_type` and the family's own keys."""
+        """config.json or its equivalent: `model_type` and the family's own keys."""
         ...
 
     @property
@@ -79,7 +79,7 @@ class LoadedModel:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a GGUF file, a safetensors file with a config.json in its folder, or a folder with either."""
+    """Opens a GGUF file, a safetensors file (config.json in its folder), or a folder of either."""
     from model.checkpoint.gguf import GgufCheckpoint
     from model.checkpoint.safetensors import SafetensorsCheckpoint
 

@@ -84,7 +84,7 @@ STORAGE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
-    """Location of a tensor in the file. `start` and `size` are bytes of the file, known to be inside it."""
+    """Location of a tensor: `start` and `size` in bytes, verified to lie within the file."""
 
     shape: tuple[int, ...]  # outermost first, as torch has it; the file has it the other way
     storage: Storage

@@ -91,8 +91,9 @@ class Tokenizer:
         """The prompt of a conversation. Raises ChatTemplateError or TemplateUnavailableError.
 
         Content is a string or a list of text parts. Instructions (system and developer messages)
-        go to the positions that the template renders, see `template_fit`. `continue_final_message` leaves the
-        last message open for the model to go on with, and then no generation prompt is added.
+        go to the positions that the template renders, see `template_fit`.
+        `continue_final_message` leaves the last message open for the model to continue; then no
+        generation prompt is added.
         """
         if self._template is None:
             raise ChatTemplateError("the model has no chat template")
