@@ -10,17 +10,16 @@ A grammar travels as one string, its *notation*: a kind, a colon and a text. Mak
     lark_grammar(text)            llguidance's dialect of Lark, from its rule `start`; `%json {...}`
                                   within it stands for JSON of that schema: `json_text(schema)`
 
-They check next to nothing: whether a notation is a grammar is found out by compiling it, with
-`Grammars` here or, from the API, in a child process (see `service.api.structured`).
+These functions check almost nothing: a notation is validated by compiling it, with `Grammars` here
+or, in the API, in a child process (see `model.grammar_validator`).
 
     Grammars   compiles notations over one vocabulary and keeps the latest
     Matcher    the state of one answer in its grammar
 
-The only module that knows llguidance. Its automaton reads bytes, so an answer may cut its text into
-tokens as the model likes; no token is ever forced but by being the only one. That also bounds the
-work of a step: a run of a million forced bytes would else be laid out at once. `_LIMITS` bound the
-work of one mask to milliseconds; the time of a whole answer is bounded by the engine's guide. It
-does not choose tokens.
+The only module that uses llguidance. Its automaton reads bytes, so any tokenisation of a match is
+allowed; a token is forced only if it is the only one allowed. That bounds the work of a step: a
+run of a million forced bytes would otherwise be expanded at once. `_LIMITS` bounds the work of one
+mask to milliseconds; the engine's guide bounds the time of a whole answer. It chooses no tokens.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ if TYPE_CHECKING:
     from model.batch import Words
 
 # Between two tokens of JSON: nothing, a blank, or a line's end and the next line's indentation. A
-# model that has no more content would otherwise go on with blanks.
+# model without more content would otherwise continue with blanks.
 _WHITESPACE = r"( |\n[ \t]{0,40})?"
 _OPTIONS = {"whitespace_pattern": _WHITESPACE}
 _OPTIONS_KEY = "x-guidance"
 _HEAD = '%llguidance {"no_forcing": true}\n'
-# What exceeds these ends in GrammarError, at the same token on every machine. llguidance compares a
+# Exceeding a limit raises GrammarError, at the same token on every machine. llguidance compares a
 # new item with all others in its row, so a mask costs up to step_max_items * max_items_in_row ** 2
 # comparisons: at most 25 ms were measured with these, 2 s with rows of 4,000. JSON needs 4 items in
 # a row and 56 in a step for each optional property that may come next: 150 of them fit.
@@ -58,7 +57,7 @@ _LIMITS = llguidance.LLParserLimits(
 
 
 class GrammarError(ValueError):
-    """No grammar, one that is too large, or an answer that does not match it."""
+    """An invalid or too large grammar, or an answer that does not match its grammar."""
 
 
 # --- notations
@@ -104,7 +103,7 @@ def gbnf_grammar(text: str) -> str:
 
 
 def _as_lark(notation: str) -> str:
-    """Every kind as Lark, because only there forcing can be switched off."""
+    """Converts every kind to Lark, the only one in which forcing can be switched off."""
     kind, _, text = notation.partition(":")
     try:
         match kind:
@@ -171,7 +170,7 @@ class Grammars:
         self._lock = threading.Lock()
 
     def prepare(self, notation: str) -> None:
-        """Does the work that `matcher` would else do: milliseconds to seconds. Any thread."""
+        """Compiles a grammar ahead of `matcher`: milliseconds to seconds. Any thread."""
         self._find(notation)
 
     def matcher(self, notation: str) -> Matcher:

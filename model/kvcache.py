@@ -30,7 +30,7 @@ def blocks_within(memory: int, config: ModelConfig, *, block_size: int, dtype: t
 
 
 class KVCache:
-    """The pool's tensors. Slots that were never stored hold anything, NaN included."""
+    """The pool's tensors. Slots that were never stored hold arbitrary values, NaN included."""
 
     def __init__(
         self,

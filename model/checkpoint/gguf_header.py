@@ -123,21 +123,21 @@ class GgufHeader:
         return value if value is None or isinstance(value, bool) else self._refuse(key)
 
     def strings(self, key: str) -> list[str]:
-        """A list of strings, empty where absent."""
+        """A list of strings, empty if absent."""
         value = self.metadata.get(key, [])
         if isinstance(value, list) and all(type(item) is str for item in value):
             return value
         return self._refuse(key)
 
     def integers(self, key: str) -> list[int]:
-        """A list of integers, empty where absent."""
+        """A list of integers, empty if absent."""
         value = self.metadata.get(key, [])
         if isinstance(value, list) and all(type(item) is int for item in value):
             return value
         return self._refuse(key)
 
     def numbers(self, key: str) -> list[float]:
-        """A list of numbers, empty where absent. They may be infinite or not a number."""
+        """A list of numbers, empty if absent. They may be infinite or not a number."""
         value = self.metadata.get(key, [])
         if isinstance(value, list) and all(type(item) in (int, float) for item in value):
             return value
@@ -184,7 +184,7 @@ def parse_header(data: mmap.mmap, *, file_name: str) -> GgufHeader:
 
 
 class _Cursor:
-    """A place in the file that refuses to move past its end."""
+    """A read position that raises CheckpointError at the end of the file."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data

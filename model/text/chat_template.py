@@ -99,7 +99,7 @@ def _part_text(part: object) -> str:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, without the operators and methods that make much out of little."""
+    """The sandbox, without operators and methods that multiply the size of their input."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
 

@@ -22,7 +22,7 @@ from model.grammar import (
     lark_grammar,
     regex_grammar,
 )
-from model.grammar_trial import try_grammar
+from model.grammar_validator import validate
 
 WORDS = (
     b'{"',
@@ -102,7 +102,7 @@ def test_a_notation_has_its_language(
 ) -> None:
     assert [text for text in inside if not accepts(grammars, notation, text)] == []
     assert [text for text in outside if accepts(grammars, notation, text)] == []
-    assert try_grammar(grammars, notation) is None
+    assert validate(grammars, notation) is None
 
 
 NO_GRAMMARS = [
@@ -124,7 +124,7 @@ def test_what_is_no_grammar_is_an_error(grammars: Grammars, notation: str) -> No
         with pytest.raises(GrammarError):
             grammars.matcher(notation)
     grammars.prepare(notation)
-    assert try_grammar(grammars, notation) is not None
+    assert validate(grammars, notation) is not None
 
 
 def test_a_grammar_needs_a_token_to_end_with() -> None:

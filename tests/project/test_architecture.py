@@ -29,7 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "model.text": ("model.checkpoint", "model.text", "tokenizers", "jinja2"),
     "model.grammar": ("llguidance", "model.batch"),
-    "model.grammar_trial": ("model.grammar",),
+    "model.grammar_validator": ("model.grammar",),
     "service": ("service.decoding", "service.errors", "service.messages"),
     "service.settings": ("pydantic", "service.errors"),
     "service.keys": ("pydantic", "service.errors"),
@@ -51,7 +51,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "service.api": (
         "fastapi", "starlette", "pydantic", "orjson", "model.text", "model.grammar",
-        "model.grammar_trial", "service.decoding", "service.messages", "service.errors",
+        "model.grammar_validator", "service.decoding", "service.messages", "service.errors",
         "service.fair_pool", "service.queues", "service.api", "service.keys",
     ),
     "service.http": (
@@ -80,8 +80,8 @@ TORCH_FREE = (
     "service.queues.memory.queue", "service.queues.redis.queue", "service.api", "service.app",
     "service.chat", "service.cluster", "service.roles", "service.startup", "service.__main__",
     "model.checkpoint.fetch", "model.checkpoint.gguf", "model.checkpoint.safetensors",
-    "model.families.llama", "model.config", "model.batch", "model.grammar", "model.grammar_trial",
-    "model.text.tokenizer", "model.text.template_process",
+    "model.families.llama", "model.config", "model.batch", "model.grammar",
+    "model.grammar_validator", "model.text.tokenizer", "model.text.template_process",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
 pytestmark = pytest.mark.slow
 
 VENV = Path(sys.executable).parent.parent
-VALIDATOR = "model.grammar_trial"
+VALIDATOR = "model.grammar_validator"
 
 
 @dataclass

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import model.grammar_trial
+import model.grammar_validator
 from model.grammar import Grammars
 from service.errors import Unavailable
 from service.fair_pool import FairPool
@@ -40,7 +40,7 @@ PATIENCE = 20.0  # seconds that a busy machine may take for what is bounded in p
 MAX_TENANT_WAITING = 64  # different grammars of one tenant before their trial
 MAX_WAITING = 1024  # of all tenants
 MAX_VERDICTS = 4096  # kept
-_ROOT = Path(model.grammar_trial.__file__).parent.parent
+_ROOT = Path(model.grammar_validator.__file__).parent.parent
 _INVALID = "is not valid, or no answer can match it"
 _TOO_LONG = f"may have at most {MAX_CHARS} characters"
 _COMPLEX = "is too complex: it takes more time or memory than a grammar may"
@@ -144,13 +144,13 @@ class GrammarTrials:
     def _begin(self) -> None:
         self._end()
         self._process = subprocess.Popen(  # noqa: S603  # our own module
-            [sys.executable, "-m", model.grammar_trial.__name__],
+            [sys.executable, "-m", model.grammar_validator.__name__],
             cwd=_ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        line = model.grammar_trial.vocabulary_line(self._make_grammars())
+        line = model.grammar_validator.vocabulary_line(self._make_grammars())
         try:
             self._ask(line)
         except (OSError, ValueError):

@@ -1,12 +1,12 @@
-"""A process that tries grammars: `python -m model.grammar_trial`. Torch-free.
+"""Validates grammars in a process of its own: `python -m model.grammar_validator`. Torch-free.
 
-What people write may be a bomb: a hundred characters whose automaton takes minutes and gigabytes,
-or thousands of rules that overflow a stack in a library. So a grammar is compiled and walked here
-first. If it takes too much, the process dies, and that is an answer, too. Time is the
-processor's: on a busy machine a good grammar takes longer and is none the worse.
+A client's grammar may be a bomb: a hundred characters whose automaton takes minutes and gigabytes,
+or thousands of rules that overflow a stack in a library. So a grammar is compiled and sampled here
+first. If it exceeds a limit, the process dies, which counts as a refusal. The time limit is CPU
+time: a busy machine does not change the result.
 
-Lines of JSON: the vocabulary comes first, then each line is a notation, and its reply is null or
-what is wrong.
+The protocol is lines of JSON: first the vocabulary, then one notation per line; each reply is null
+or an error message.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from model.grammar import GrammarError, Grammars
 
 MEMORY = 1 << 30  # bytes of address space; an empty process takes a tenth
 TIME = 0.4  # seconds of processor time for one grammar
-SLOWEST_STEP = 0.1  # seconds of one mask: an engine would keep all others waiting for it
+SLOWEST_STEP = 0.1  # seconds of one mask: in an engine all other sequences would wait
 _WALKS, _STEPS = 3, 16
 
 
 def vocabulary_line(grammars: Grammars) -> bytes:
-    """The first line for the process."""
+    """The first line that the process reads."""
     fields = {
         "tokens": [text.decode("latin-1") for text in grammars.token_bytes],
         "eos_ids": sorted(grammars.eos_ids),
@@ -37,8 +37,8 @@ def vocabulary_line(grammars: Grammars) -> bytes:
     return json.dumps(fields).encode() + b"\n"
 
 
-def try_grammar(grammars: Grammars, notation: str) -> str | None:
-    """What is wrong with a grammar, if anything; it is walked a little at random."""
+def validate(grammars: Grammars, notation: str) -> str | None:
+    """An error message, or None if the grammar compiles and random walks succeed."""
     try:
         for seed in range(_WALKS):
             _walk(grammars, notation, random.Random(seed))
@@ -55,7 +55,7 @@ def _walk(grammars: Grammars, notation: str, draw: random.Random) -> None:
         if time.thread_time() - began > SLOWEST_STEP:
             raise GrammarError("a step takes too long")
         place = draw.randrange(bits.bit_length())
-        above = bits >> place  # from there on the first that is allowed
+        above = bits >> place  # the first allowed token from there on
         token = place + (above & -above).bit_length() - 1
         if token in grammars.eos_ids:
             return
@@ -65,7 +65,7 @@ def _walk(grammars: Grammars, notation: str, draw: random.Random) -> None:
 
 
 def serve(lines: TextIO, replies: TextIO) -> None:
-    """Answers line by line until there are no more."""
+    """Replies to each line until the input ends."""
     fields: dict[str, Any] = json.loads(lines.readline())
     tokens = [text.encode("latin-1") for text in fields["tokens"]]
     grammars = Grammars(
@@ -76,16 +76,16 @@ def serve(lines: TextIO, replies: TextIO) -> None:
     replies.flush()
     for line in lines:
         signal.setitimer(signal.ITIMER_PROF, TIME)  # its signal has no handler and ends the process
-        reply = try_grammar(grammars, json.loads(line))
+        reply = validate(grammars, json.loads(line))
         signal.setitimer(signal.ITIMER_PROF, 0.0)
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
 
 def main() -> None:
-    """Bounds its own memory, then serves."""
+    """Limits its own memory, then serves."""
     with contextlib.suppress(ValueError, OSError):  # if the system cannot, time is the limit
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it is meant to be able to crash
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # crashing is expected
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     serve(sys.stdin, sys.stdout)
 
