@@ -1,6 +1,6 @@
 # `make serve` and `make test` do everything on a fresh machine; the rest is for working here.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients unit longer faults fuzz loadtest soak compare check lint format install constraints system clean
+.PHONY: help serve test test-clients unit longer faults fuzz loadtest soak compare check docs lint format install constraints system clean
 
 VENV   ?= .venv
 PYTHON ?= python3
@@ -61,6 +61,9 @@ fuzz: $(VENV)/.tested  ## Schemathesis on the API (ARGS="--max-examples 1000"): 
 
 compare: $(VENV)/.tested system  ## Quire beside its peers on this machine: tables and a chart in results/
 	$(BIN)/python -m loadtest.bench.compare $(ARGS)
+
+docs: $(VENV)/.tested  ## regenerate the reference tables in docs/
+	$(BIN)/python -m tests.project.reference
 
 format: $(VENV)/.tested  ## rewrite the code in the house style
 	$(BIN)/python -m ruff format .

@@ -1,5 +1,5 @@
-"""The README is held to the code: every setting, endpoint and metric has a row, no row is stale,
-and the commands it shows are run against a real server.
+"""The documentation is held to the code: generated tables are current, files and commands that it
+names exist, and its examples run against a real server.
 """
 
 from __future__ import annotations
@@ -16,37 +16,39 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fastapi.routing import APIRoute
 from typer.testing import CliRunner
 
 from model.checkpoint.gguf_header import STORAGE
 from model.checkpoint.gguf_vocabulary import PRE_TOKENIZERS
 from model.families import FAMILIES
 from service.__main__ import app
-from service.api import ROUTERS
-from service.observability.metrics import Metrics
-from service.settings import setting_rows
 from tests.conftest import TinyModel, free_port, wait_until_ready
+from tests.project.reference import TABLES, regenerated
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "tests" / "README.md",
+    ROOT / "deploy" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+DOCUMENTATION = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
-def rows(heading: str) -> list[list[str]]:
-    """The cells of the first table under a heading, its head and rule left out."""
-    section = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_generated_tables_are_current(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text == regenerated(text), "run `make docs`"
 
 
-def first_cells(heading: str) -> list[str]:
-    return [row[0].strip("`") for row in rows(heading)]
+def test_each_reference_has_a_page() -> None:
+    assert set(re.findall(r"<!-- generated: (\w+) -->", DOCUMENTATION)) == set(TABLES)
 
 
-def test_every_setting_has_its_row_and_default() -> None:
-    expected = {row.flag: f"`{row.default}`" if row.default else "" for row in setting_rows()}
-    stated = {row[0].strip("`"): row[1] for row in rows("Settings")}
-    assert stated == expected
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 180
 
 
 def test_models_that_are_promised_are_those_that_load() -> None:
@@ -60,31 +62,10 @@ def test_models_that_are_promised_are_those_that_load() -> None:
     assert all(name in stated["families"].lower() for name in aliases)
 
 
-def test_every_metric_has_its_row() -> None:
-    assert first_cells("Metrics") == sorted(metric_names())
-
-
-def metric_names() -> set[str]:
-    """As Prometheus sees them: counters end in `_total`."""
-    names = set()
-    for family in Metrics().registry.collect():
-        names.add(family.name + ("_total" if family.type == "counter" else ""))
-    return names
-
-
-def test_every_endpoint_has_its_row() -> None:
-    routes = [route for router in ROUTERS.values() for route in router.routes]
-    endpoints = {
-        f"{method} {route.path}"
-        for route in routes
-        if isinstance(route, APIRoute)
-        for method in route.methods or ()
-    }
-    assert set(first_cells("Endpoints")) == endpoints | {"GET /metrics"}
-
-
 def test_every_word_of_the_glossary_is_used() -> None:
-    words = first_cells("Glossary")
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = page.split("\n## Glossary\n", 1)[1].split("\n## ", 1)[0]
+    words = re.findall(r"^\| ([\w ]+) \|", section, re.MULTILINE)[1:]
     assert len(words) >= 12
     sources = " ".join(
         path.read_text(encoding="utf-8").lower()
@@ -94,20 +75,37 @@ def test_every_word_of_the_glossary_is_used() -> None:
     assert [word for word in words if word.lower() not in sources] == []
 
 
-def test_every_file_that_the_readme_names_exists() -> None:
-    named = set(re.findall(r"`((?:model|service|tests|loadtest|deploy)/[\w./-]+)`", README))
+def test_every_file_that_is_named_exists() -> None:
+    named = set(re.findall(r"`((?:model|service|tests|loadtest|deploy)/[\w./-]+)`", DOCUMENTATION))
     assert named
     assert sorted(name for name in named if not (ROOT / name).exists()) == []
 
 
-def test_every_make_target_that_the_readme_names_exists() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_every_make_target_that_is_named_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE)) <= targets
+    named = re.findall(r"(?:^|`)make ([a-z-]+)", DOCUMENTATION, re.MULTILINE)
+    assert set(named) <= targets
+
+
+def test_every_module_that_is_named_exists() -> None:
+    named = set(re.findall(r"python -m ((?:model|service|tests|loadtest)[\w.]*)", DOCUMENTATION))
+    assert named
+    files = [ROOT / name.replace(".", "/") for name in named]
+    missing = [
+        f for f in files if not (f.with_suffix(".py").exists() or (f / "__main__.py").exists())
+    ]
+    assert missing == []
 
 
 def test_command_line_examples_are_accepted() -> None:
-    """Each `quire ...` line of the README names commands and flags that exist."""
-    commands = re.findall(r"^quire (\w+)(.*)$", README, re.MULTILINE)
+    """Each `quire ...` line of the documentation names commands and flags that exist."""
+    commands = re.findall(r"^quire (\w+)(.*)$", DOCUMENTATION, re.MULTILINE)
     assert commands
     for command, rest in commands:
         shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
@@ -118,8 +116,8 @@ def test_command_line_examples_are_accepted() -> None:
 
 @pytest.mark.slow
 def test_curl_examples_answer(server_url: str) -> None:
-    """Every curl command of the README, run against the default model: each must succeed."""
-    blocks = re.findall(r"```sh\n(curl .*?)```", README, re.DOTALL)
+    """Every curl command of the documentation, run against the default model: each must succeed."""
+    blocks = re.findall(r"```sh\n(curl .*?)```", DOCUMENTATION, re.DOTALL)
     assert len(blocks) >= 2
     for block in blocks:
         script = block.replace("http://127.0.0.1:8000", server_url)
