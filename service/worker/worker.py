@@ -33,7 +33,7 @@ from service.engine.loop import EngineLoop, Work
 from service.errors import Unavailable
 from service.fair_pool import FairPool
 from service.messages import End, Event, FinishReason, Tokens
-from service.queues import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
+from service.queues.contract import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
 from service.worker.leased_work import LeasedWork
 from service.worker.observer import WorkerObserver
 

@@ -13,7 +13,7 @@ import pytest
 from service.api.generation.readers import Attendance
 from service.errors import Unavailable
 from service.messages import End
-from service.queues import QueueLimits
+from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.redis_process import RedisServer

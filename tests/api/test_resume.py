@@ -21,7 +21,7 @@ from service.messages import (
     Tokens,
     rolling_digest,
 )
-from service.queues import QueueLimits, Write
+from service.queues.contract import QueueLimits, Write
 from service.queues.memory.queue import MemoryQueue
 from tests.queues.builders import make_engine
 

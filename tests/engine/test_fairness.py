@@ -14,7 +14,7 @@ import pytest
 
 from service.engine.plan import EngineConfig
 from service.messages import GenerationRequest, Submission, Tokens, rolling_digest
-from service.queues import EngineInfo, Lease, QueueLimits, Write
+from service.queues.contract import EngineInfo, Lease, QueueLimits, Write
 from service.queues.memory.queue import MemoryQueue
 from tests.engine.harness import Rig, make_request
 

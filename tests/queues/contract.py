@@ -24,7 +24,14 @@ from service.messages import (
     TokenLogprob,
     Tokens,
 )
-from service.queues import (
+from service.queues.admission import (
+    Usage,
+    idempotency_bytes,
+    kept_bytes,
+    request_bytes,
+    stored_bytes,
+)
+from service.queues.contract import (
     CLEARED_AFTER,
     PAGE_TOKENS,
     VERDICT,
@@ -34,12 +41,10 @@ from service.queues import (
     QueueDepth,
     QueueLimits,
     SubmitStatus,
-    Usage,
     Write,
     WriteReply,
     WriteStatus,
 )
-from service.queues.admission import idempotency_bytes, kept_bytes, request_bytes, stored_bytes
 from tests.queues.builders import (
     answer_of,
     append,

@@ -14,7 +14,7 @@ from service.app import sweep_forever
 from service.cluster import Cluster
 from service.errors import Unavailable
 from service.messages import End, FinishReason, GenerationRequest, ModelCard
-from service.queues import QueueLimits
+from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from tests.support.fakes import oracle_answer
 from tests.worker.test_worker import Station, make_request, submit, taking, unfinished

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from service.errors import Unavailable
 from service.messages import FinishReason
-from service.queues import Queue
+from service.queues.contract import Queue
 
 log = logging.getLogger(__name__)
 

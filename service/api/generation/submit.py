@@ -37,8 +37,8 @@ from service.errors import (
     Unavailable,
 )
 from service.messages import GenerationRequest, Submission, child_ids
-from service.queues import QueueLimits, SubmitReply, SubmitStatus
 from service.queues.admission import admission_cost, stored_bytes
+from service.queues.contract import QueueLimits, SubmitReply, SubmitStatus
 
 DEFAULT_PRIORITY = 1
 

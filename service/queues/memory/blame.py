@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from service.queues import PROBATION, VERDICT, EngineInfo, QueueLimits
+from service.queues.contract import PROBATION, VERDICT, EngineInfo, QueueLimits
 from service.queues.memory.entry import Entry
 
 

@@ -15,7 +15,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from service.errors import NotFound, Unavailable
 from service.messages import Allowance, End, FinishReason, Record, Submission, Tokens
-from service.queues import (
+from service.queues.admission import Usage, admission_cost, answer_share
+from service.queues.contract import (
     BLAME_KEPT,
     PAGE_TOKENS,
     Claim,
@@ -26,12 +27,10 @@ from service.queues import (
     StoredSubmission,
     SubmitReply,
     SubmitStatus,
-    Usage,
     Write,
     WriteReply,
     WriteStatus,
 )
-from service.queues.admission import admission_cost, answer_share
 from service.queues.memory.blame import Blame
 from service.queues.memory.entry import Entry, Group, next_lease_end, oldest_age, reached
 from service.queues.memory.ledger import Ledger
@@ -54,7 +53,7 @@ _COUNTED = {
 
 
 class MemoryQueue:
-    """The contract is `service.queues.Queue`."""
+    """The contract is `service.queues.contract.Queue`."""
 
     shared = False
 

@@ -16,7 +16,15 @@ from typing import Any
 
 from service.errors import Unavailable
 from service.messages import End, FinishReason, GenerationRequest
-from service.queues import BLAME_KEPT, Claim, EngineInfo, Lease, QueueLimits, Write, WriteReply
+from service.queues.contract import (
+    BLAME_KEPT,
+    Claim,
+    EngineInfo,
+    Lease,
+    QueueLimits,
+    Write,
+    WriteReply,
+)
 from service.queues.observer import QueueEvent, QueueObserver
 from service.queues.redis.codec import decode_ids, encode_end
 from service.queues.redis.connection import Command, Wire

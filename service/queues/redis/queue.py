@@ -15,7 +15,16 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from service.messages import Allowance, End, FinishReason, Record, Submission
-from service.queues import (
+from service.queues.admission import (
+    Meter,
+    Usage,
+    admission_cost,
+    answer_share,
+    idempotency_bytes,
+    kept_bytes,
+    request_bytes,
+)
+from service.queues.contract import (
     BLAME_KEPT,
     Claim,
     EngineInfo,
@@ -29,14 +38,6 @@ from service.queues import (
     WriteReply,
     WriteStatus,
 )
-from service.queues.admission import (
-    admission_cost,
-    answer_share,
-    idempotency_bytes,
-    kept_bytes,
-    request_bytes,
-)
-from service.queues.meters import Meter, Usage
 from service.queues.observer import STOPPED, NullQueueObserver, QueueEvent, QueueObserver
 from service.queues.redis.claims import CRASH_LOOP, DEADLINE, Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
@@ -67,7 +68,7 @@ _COUNTED = {
 
 
 class RedisQueue:
-    """The contract is `service.queues.Queue`.
+    """The contract is `service.queues.contract.Queue`.
 
     `url` may say `allow_volatile=1` (a Redis without an append-only file is good enough) and
     `shards=<n>`: ids name their shard, each has its part of the limits, and what has one
