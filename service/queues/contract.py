@@ -50,9 +50,9 @@ PASSED_AFTER = 2
 """Tokens past that position after which a request has most likely not caused the death: the journal
 of an engine that dies may lack the tokens of two steps.
 """
-VERDICT = 4
+FINAL_SILENCE = 4
 """Leases of silence after which an engine counts as dead for good, and a request can be failed."""
-PROBATION = 2.0
+JOIN_AFTER = 2.0
 """Seconds after which others may join even before that: a long prompt takes its time."""
 BLAME_KEPT = 600.0
 """Seconds for which the death of an engine can be taken back."""
@@ -75,14 +75,16 @@ class QueueLimits:
     resume_window: float = 600.0
     idempotency_ttl: float = 86_400.0
     sweep_pause: float = 5.0  # nobody swept or attended for so long: graces begin anew
-    takeover: float = 1.5  # from the end of a lease to the next token, made by another engine
+    failover_margin: float = (
+        1.5  # from the end of a lease to the next token, made by another engine
+    )
 
     @property
     def failover(self) -> float:
         """The longest silence of a running answer whose engine or store fails over: after either,
         the lease is waited for, and then another engine claims and continues the request.
         """
-        return self.lease + self.takeover
+        return self.lease + self.failover_margin
 
 
 class SubmitStatus(StrEnum):
@@ -268,7 +270,7 @@ class Queue(Protocol):
         """Ends requests that have not ended: CANCELLED, or DEADLINE for those really past it."""
         ...
 
-    async def attend(self, submission_ids: Sequence[str]) -> None:
+    async def heartbeat(self, submission_ids: Sequence[str]) -> None:
         """Says that somebody reads them or comes back for them; unknown and ended ones are no
         fault. One call for all that a replica serves, well within their grace.
         """
@@ -301,13 +303,13 @@ class Queue(Protocol):
 
     # --- the engine's side ----------------------------------------------------------------
     async def claim(
-        self, engine: EngineInfo, *, limit: int, wait: float, newcomers: int = 0
+        self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
         """Takes up to `limit` requests, those whose leases ran out included; waits up to `wait`
         seconds for a first one. Only requests whose features the engine has. Higher priorities
-        first, and in one class tenants in turns, by tokens. Up to `newcomers` more are taken of
+        first, and in one class tenants in turns, by tokens. Up to `under_served` more are taken of
         those whose turn it is and of whose tenant less runs than of others on average: an engine
-        that is full makes way for them. A sign of life, too: with `limit` 0 and no newcomers it
+        that is full makes way for them. A sign of life, too: with `limit` 0 and no under_served it
         does nothing else.
         """
         ...

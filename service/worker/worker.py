@@ -190,7 +190,7 @@ class Worker:
                 # Without room it claims newcomers at most, and reports that this engine lives.
                 wait = CLAIM_WAIT if room > 0 else 0.0
                 claims = await self._queue.claim(
-                    self._info(), limit=max(0, room), newcomers=newcomers, wait=wait
+                    self._info(), limit=max(0, room), under_served=newcomers, wait=wait
                 )
             except Unavailable:
                 await backoff.sleep()

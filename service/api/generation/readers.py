@@ -52,7 +52,7 @@ class Attendance:
             pause = interval
             try:
                 if self._readers:
-                    await self._queue.attend(self.attended)
+                    await self._queue.heartbeat(self.attended)
             except Unavailable:
                 pause = min(interval, RETRY)
             await asyncio.sleep(pause)

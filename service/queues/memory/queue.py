@@ -193,7 +193,7 @@ class MemoryQueue:
             if reason is not FinishReason.DEADLINE or self._overdue(entry):
                 self._stop(entry, reason)
 
-    async def attend(self, submission_ids: Sequence[str]) -> None:
+    async def heartbeat(self, submission_ids: Sequence[str]) -> None:
         now = self._clock()
         for submission_id in submission_ids:
             group = self._groups.get(submission_id)
@@ -260,7 +260,7 @@ class MemoryQueue:
 
     # --- the engine's side ----------------------------------------------------------------
     async def claim(
-        self, engine: EngineInfo, *, limit: int, wait: float, newcomers: int = 0
+        self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
@@ -271,7 +271,7 @@ class MemoryQueue:
                 await self.check()
                 self._engines[engine.id] = (self._clock(), engine)
                 self._blame.heard(engine.id)
-                claims = self._take(engine, limit, most=limit + newcomers)
+                claims = self._take(engine, limit, most=limit + under_served)
                 left = until - loop.time()
                 if claims or left <= 0:
                     return claims

@@ -191,10 +191,10 @@ class RedisQueue:
         )
         self._note(STOPPED[reason], sum(stopped))
 
-    async def attend(self, submission_ids: Sequence[str]) -> None:
+    async def heartbeat(self, submission_ids: Sequence[str]) -> None:
         await self._wire.run(
             [
-                self._wire.script("attend", keys.admission, *ids)
+                self._wire.script("heartbeat", keys.admission, *ids)
                 for keys, ids in self._by_shard(submission_ids)
             ]
         )
@@ -270,9 +270,9 @@ class RedisQueue:
 
     # --- the engine's side ----------------------------------------------------------------
     async def claim(
-        self, engine: EngineInfo, *, limit: int, wait: float, newcomers: int = 0
+        self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
-        return await self._claimer.claim(engine, limit=limit, wait=wait, newcomers=newcomers)
+        return await self._claimer.claim(engine, limit=limit, wait=wait, under_served=under_served)
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         """Raises Unavailable with the code `storage_full` where tokens were refused for want of
