@@ -56,6 +56,10 @@ JOIN_AFTER = 2.0
 """Seconds after which others may join even before that: a long prompt takes its time."""
 BLAME_KEPT = 600.0
 """Seconds for which the death of an engine can be taken back."""
+CRASH_LOOP = "engine_crash_loop"
+"""Error code of a request that is failed for the deaths of its engines."""
+ENGINE_SILENCE = 10.0
+"""Seconds since its last heartbeat after which an engine is no longer listed."""
 PAGE_TOKENS = 128
 """Tokens of an answer per page: what a reader of a finished answer renders at a time."""
 

@@ -114,7 +114,7 @@ async def count_stored(
     counted: Counter[str] = Counter()
     again: Counter[str] = Counter()
     for keys in queue._shards:
-        fields, gone = await queue._wire.run(
+        fields, gone = await queue._client.run(
             [("HGETALL", keys.stored), ("ZRANGE", keys.gone, 0, -1)]
         )
         sizes = {name.decode(): int(size) for name, size in fields.items()}
@@ -146,7 +146,7 @@ def _recount_memory(queue: MemoryQueue, submissions: Iterable[Submission]) -> di
 async def _live_bytes(queue: RedisQueue, submission: Submission) -> int:
     """Of bodies that are there, and of the rest while a request has not ended."""
     keys = queue._keys(submission.id)
-    (left,), *bodies = await queue._wire.run(
+    (left,), *bodies = await queue._client.run(
         [
             ("HMGET", keys.submission(submission.id), "left"),
             *(("HMGET", keys.request(r.id), "st", "body") for r in submission.requests),

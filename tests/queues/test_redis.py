@@ -16,10 +16,10 @@ from service.queues import open_queue
 from service.queues.contract import PAGE_TOKENS, Claim, QueueLimits, Write
 from service.queues.observer import QueueEvent
 from service.queues.redis.codec import Malformed, decode_entry, encode_tokens
+from service.queues.redis.connection import check_server
+from service.queues.redis.journal import Page, PageCache, State
 from service.queues.redis.keys import ShardKeys
-from service.queues.redis.pages import Page, Pages, State
 from service.queues.redis.queue import RedisQueue
-from service.queues.redis.server import check_server
 from tests.cluster.redis_process import RedisServer
 from tests.queues.builders import (
     Counts,
@@ -252,7 +252,7 @@ async def test_readers_of_one_answer_share_its_pages(
 
 
 async def num_calls(queue: RedisQueue, command: str) -> int:
-    (info,) = await queue._wire.run([("INFO", "commandstats")])
+    (info,) = await queue._client.run([("INFO", "commandstats")])
     return int(info.get(f"cmdstat_{command}", {"calls": 0})["calls"])
 
 
@@ -266,14 +266,14 @@ async def test_pages_are_kept_within_their_bound() -> None:
         return Page(State(ended=True, count=1), (), stored_bytes=size)
 
     size = Page(State(ended=True, count=1), (), stored_bytes=100).size
-    pages = Pages(fetch, kept_bytes=3 * size)
+    pages = PageCache(fetch, max_bytes=3 * size)
     for number in (0, 1, 2):
         await pages.read(ShardKeys(0), "small", number)
-    assert pages.kept("small", 0) is not None
+    assert pages.get("small", 0) is not None
     await pages.read(ShardKeys(0), "small", 3)
-    assert [number for number in range(4) if pages.kept("small", number)] == [0, 2, 3]
+    assert [number for number in range(4) if pages.get("small", number)] == [0, 2, 3]
     for _ in range(2):
-        assert pages.kept("large", 0) is None
+        assert pages.get("large", 0) is None
         await pages.read(ShardKeys(0), "large", 0)
     assert fetched == [0, 1, 2, 3, 0, 0]
     await asyncio.gather(*(pages.read(ShardKeys(0), "small", 9) for _ in range(5)))

@@ -18,6 +18,8 @@ from service.messages import Allowance, End, FinishReason, Record, Submission, T
 from service.queues.admission import Usage, admission_cost, answer_share
 from service.queues.contract import (
     BLAME_KEPT,
+    CRASH_LOOP,
+    ENGINE_SILENCE,
     PAGE_TOKENS,
     Claim,
     EngineInfo,
@@ -35,21 +37,17 @@ from service.queues.memory.blame import Blame
 from service.queues.memory.entry import Entry, Group, next_lease_end, oldest_age, reached
 from service.queues.memory.ledger import Ledger
 from service.queues.memory.shelf import Shelf
-from service.queues.observer import STOPPED, NullQueueObserver, QueueEvent, QueueObserver
+from service.queues.observer import (
+    STOPPED,
+    NullQueueObserver,
+    QueueEvent,
+    QueueObserver,
+    report_replies,
+)
 
 PRIORITIES = 3
 TURN = 256
 """Records after which a follower lets others have the event loop."""
-ENGINE_SILENCE = 10.0
-"""Seconds after which an engine that was not heard of is no longer listed."""
-
-CRASH_LOOP = "engine_crash_loop"
-
-_COUNTED = {
-    WriteStatus.DUP: QueueEvent.DUP,
-    WriteStatus.GAP: QueueEvent.GAP,
-    WriteStatus.FENCED: QueueEvent.FENCED,
-}
 
 
 class MemoryQueue:
@@ -356,9 +354,7 @@ class MemoryQueue:
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         replies = [self._write(write.lease, write.record) for write in writes]
-        for reply in replies:
-            if reply.status in _COUNTED:
-                self._observer.happened(_COUNTED[reply.status])
+        report_replies(replies, self._observer)
         return replies
 
     def _write(self, lease: Lease, record: Record) -> WriteReply:

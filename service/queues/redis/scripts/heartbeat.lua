@@ -1,12 +1,12 @@
 #!lua flags=allow-oom
--- Puts off the time at which submissions count as deserted. ARGV: submissions.
--- Replies how many were put off.
-local now, attended = now_ms(), 0
-for _, sid in ipairs(ARGV) do
-  if redis.call('ZSCORE', DESERTED, sid) then
+-- Postpones the time at which submissions count as abandoned. args: items (submissions).
+-- Returns how many were postponed.
+local now, postponed = now_ms(), 0
+for _, sid in ipairs(args.items) do
+  if redis.call('ZSCORE', ABANDONED, sid) then
     local grace = num(redis.call('HGET', submission_key(sid), 'gr'))
-    redis.call('ZADD', DESERTED, now + grace, sid)
-    attended = attended + 1
+    redis.call('ZADD', ABANDONED, now + grace, sid)
+    postponed = postponed + 1
   end
 end
-return attended
+return postponed

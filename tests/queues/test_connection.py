@@ -13,7 +13,7 @@ import pytest
 
 from service.errors import Unavailable
 from service.queues.redis import pubsub as redis_wakeups
-from service.queues.redis.connection import RedisUrl, Wire
+from service.queues.redis.connection import RedisClient, RedisUrl
 from service.queues.redis.pubsub import Wakeups
 from tests.cluster.redis_process import RedisServer
 from tests.support.waiting import PATIENCE
@@ -43,8 +43,8 @@ async def test_a_cancellation_is_never_forgotten(
     """An engine that was asked to leave hung: its renewing loop went on with a reply, and the end
     waited for it. The pipeline swallows each cancellation, so this cannot pass by luck.
     """
-    wire = Wire(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
-    monkeypatch.setattr(wire._client, "pipeline", lambda **_: ForgetfulPipeline(fault))
+    wire = RedisClient(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
+    monkeypatch.setattr(wire._redis, "pipeline", lambda **_: ForgetfulPipeline(fault))
     task = asyncio.create_task(wire.run([("PING",)]))
     await asyncio.sleep(0)
     task.cancel()
@@ -54,8 +54,8 @@ async def test_a_cancellation_is_never_forgotten(
 
 
 async def test_a_time_out_around_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    wire = Wire(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
-    monkeypatch.setattr(wire._client, "pipeline", lambda **_: ForgetfulPipeline(None))
+    wire = RedisClient(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
+    monkeypatch.setattr(wire._redis, "pipeline", lambda **_: ForgetfulPipeline(None))
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
             await wire.run([("PING",)])
@@ -71,8 +71,8 @@ async def test_what_was_cancelled_may_clean_up(monkeypatch: pytest.MonkeyPatch) 
             await asyncio.sleep(0)
             return [b"a reply"]
 
-    wire = Wire(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
-    monkeypatch.setattr(wire._client, "pipeline", lambda **_: Pipeline(None))
+    wire = RedisClient(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
+    monkeypatch.setattr(wire._redis, "pipeline", lambda **_: Pipeline(None))
 
     async def work() -> list[Any]:
         try:
@@ -100,7 +100,7 @@ async def test_a_subscription_outlives_watchers_that_come_and_go(
     monkeypatch.setattr(redis_wakeups, "PING_EVERY", 1.0)
     redis, woken = RedisServer(tmp_path, options=()), 0
     redis.start()
-    wire = Wire(RedisUrl(redis.url), scripts={}, restored=lambda: None)
+    wire = RedisClient(RedisUrl(redis.url), scripts={}, restored=lambda: None)
     wakeups = Wakeups(wire.connection)
 
     def wake(_: bytes) -> None:
@@ -194,7 +194,7 @@ async def test_a_server_that_takes_no_writes_is_left(refusal: str) -> None:
     """
     restored: list[bool] = []
     async with ScriptedServer([refusal] * 3) as server:
-        wire = Wire(RedisUrl(server.url), scripts={}, restored=lambda: restored.append(True))
+        wire = RedisClient(RedisUrl(server.url), scripts={}, restored=lambda: restored.append(True))
         reads = [wire.run([("GET", "key")]) for _ in range(3)]
         await asyncio.gather(*reads)
         assert (server.accepted, len(server.open)) == (3, 3)
@@ -211,7 +211,7 @@ async def test_a_server_that_takes_no_writes_is_left(refusal: str) -> None:
 
 async def test_a_replica_is_not_read_either() -> None:
     async with ScriptedServer([], role="replica") as server:
-        wire = Wire(RedisUrl(server.url), scripts={}, restored=lambda: None)
+        wire = RedisClient(RedisUrl(server.url), scripts={}, restored=lambda: None)
         with pytest.raises(Unavailable):
             await wire.run([("GET", "key")])
         assert wire.away
@@ -225,7 +225,7 @@ async def test_only_a_write_ends_an_outage_that_a_refused_write_began() -> None:
     """Reads that succeed between refused writes were counted as outages that ended, each."""
     restored: list[bool] = []
     async with ScriptedServer([REFUSALS[4]] * 7) as server:
-        wire = Wire(RedisUrl(server.url), scripts={}, restored=lambda: restored.append(True))
+        wire = RedisClient(RedisUrl(server.url), scripts={}, restored=lambda: restored.append(True))
         for _ in range(2):
             with pytest.raises(Unavailable):
                 await wire.run([("DEL", "key")])
@@ -241,7 +241,7 @@ async def test_only_a_write_ends_an_outage_that_a_refused_write_began() -> None:
 async def test_a_subscription_is_made_anew_on_request(tmp_path: Path) -> None:
     redis = RedisServer(tmp_path, options=())
     redis.start()
-    wire = Wire(RedisUrl(redis.url), scripts={}, restored=lambda: None)
+    wire = RedisClient(RedisUrl(redis.url), scripts={}, restored=lambda: None)
     wakeups = Wakeups(wire.connection)
     woken: asyncio.Queue[bytes] = asyncio.Queue()
     try:
