@@ -12,10 +12,10 @@ the requests up, so that other engines take them over. It knows neither HTTP nor
 Every call of the queue may raise `Unavailable`. Claims, writes, renewals and the stop hints are
 repeated until they succeed or the lease is over; a release is repeated with the next renewal.
 
-The queue decides which requests run isolated, because engines died on them (`service.queues`). The
-worker keeps what it needs for that: while a request is isolated, each of its tokens is journalled
-before the next step computes, so that the journal shows where an engine died; while it has its last
-attempt, nothing else is claimed.
+The queue decides which requests run isolated, because engines died on them: see
+`service.queues.contract`. The worker keeps what it needs for that: while a request is isolated,
+each of its tokens is journalled before the next step computes, so that the journal shows where an
+engine died; while it has its last attempt, nothing else is claimed.
 """
 
 from __future__ import annotations

@@ -72,7 +72,6 @@ def replace_journal(queue: MemoryQueue, request_id: str, records: Sequence[Recor
     """As after the loss of all of it, when another engine has written it again."""
     entry = queue._entries[request_id]
     entry.journal[:] = [record for record in records if isinstance(record, Tokens)]
-    entry.ends[:] = [record.end for record in entry.journal]
     entry.end = next((record for record in records if isinstance(record, End)), None)
 
 
@@ -147,8 +146,7 @@ class Stuck(MemoryQueue):
 
     def set_back(self, request_id: str, *, count: int) -> None:
         entry = self._entries[request_id]
-        kept = [record for record in entry.journal if record.end <= count]
-        entry.journal[:], entry.ends[:] = kept, [record.end for record in kept]
+        entry.journal[:] = [record for record in entry.journal if record.end <= count]
 
 
 def reply_of(reply: Any) -> tuple[int, str]:

@@ -109,7 +109,7 @@ async def count_stored(
     these submissions, the only ones that it was given.
     """
     if isinstance(queue, MemoryQueue):
-        return dict(queue._shelf._bytes), _recount_memory(queue, submissions)
+        return dict(queue._submissions._bytes), _recount_memory(queue, submissions)
     assert isinstance(queue, RedisQueue)
     counted: Counter[str] = Counter()
     again: Counter[str] = Counter()
@@ -137,7 +137,7 @@ def _recount_memory(queue: MemoryQueue, submissions: Iterable[Submission]) -> di
             entry = queue._entries.get(request.id)
             if entry is not None and entry.end is None:
                 again[submission.tenant] += request_bytes(request)
-        known = queue._shelf._keys.get((submission.tenant, submission.idempotency_key or ""))
+        known = queue._submissions._keys.get((submission.tenant, submission.idempotency_key or ""))
         if known is not None and known[0] == submission.id:
             again[submission.tenant] += idempotency_bytes(submission)
     return {tenant: size for tenant, size in again.items() if size}

@@ -59,12 +59,12 @@ async def test_everything_ended_is_forgotten(clock: Clock) -> None:
         await clock.pass_by(0.1)
     assert len(queue._groups) <= LIMITS.resume_window / 0.1 + 1
     assert len(queue._entries) == 2 * len(queue._groups)
-    assert len(queue._shelf._keys) <= 2.0 / 0.1 + 1
+    assert len(queue._submissions._keys) <= 2.0 / 0.1 + 1
     await clock.pass_by(3)
     await queue.sweep()
     assert not queue._running
-    assert not len(queue._shelf)
-    assert not len(queue._ledger)
+    assert not len(queue._submissions)
+    assert not len(queue._machine.tenants)
 
 
 async def test_an_idempotency_key_runs_out(clock: Clock) -> None:

@@ -237,8 +237,8 @@ async def test_random_faults_in_memory(seed: int) -> None:
     await walk.verify()
     await passes(max(LIMITS.resume_window, LIMITS.idempotency_ttl) + 60)
     await queue.sweep()
-    assert not len(queue._ledger)
-    assert not len(queue._shelf)
+    assert not len(queue._machine.tenants)
+    assert not len(queue._submissions)
 
 
 @pytest.mark.slow
