@@ -10,9 +10,9 @@
 
 Terminal states are final; each transition to one writes exactly one `End`. The journal of a request
 is `Tokens` records without gaps or overlaps, then one `End`. Tokens are in the journal before a
-client can see them. Epoch *and* owner decide who may append: a *fenced* engine holds an outdated
-lease. Times are from the queue's own clock. Every method may be called again after a lost reply and
-then returns the same or a status that tells it (DUP, EXISTS).
+client can see them. Only the lease with the present epoch *and* owner may append; others are
+*fenced*. Times are from the queue's own clock. Every method may be called again after a lost reply,
+and then returns the same, or DUP or EXISTS.
 
 Blame. An answer is a pure function of its request, so a request that kills an engine kills the next
 one at the same position. A death counts against a request if the engine that ran it has sent no

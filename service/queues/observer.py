@@ -43,11 +43,6 @@ STOPPED: dict[FinishReason, QueueEvent] = {
     FinishReason.DEADLINE: QueueEvent.EXPIRED,
 }
 """The reasons for which a queue stops a request, and their events."""
-_OF_REPLIES: dict[WriteStatus, QueueEvent] = {
-    WriteStatus.DUP: QueueEvent.DUP,
-    WriteStatus.GAP: QueueEvent.GAP,
-    WriteStatus.FENCED: QueueEvent.FENCED,
-}
 
 
 class QueueObserver(Protocol):
@@ -68,5 +63,5 @@ class NullQueueObserver:
 def report_replies(replies: Iterable[WriteReply], observer: QueueObserver) -> None:
     """Reports the replies to writes that are not OK."""
     for reply in replies:
-        if reply.status in _OF_REPLIES:
-            observer.happened(_OF_REPLIES[reply.status])
+        if reply.status is not WriteStatus.OK:
+            observer.happened(QueueEvent(reply.status.value))

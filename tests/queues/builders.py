@@ -82,7 +82,7 @@ def make_engine(name: str = "e", *, numeric_class: str = "class-a", **fields: An
 
 
 def oracle(request_id: str, index: int) -> int:
-    """Token `index` of the only right answer to a request: one token tells loss, repetition and
+    """Token `index` of the only right answer to a request: one token shows loss, repetition and
     exchange.
     """
     return zlib.crc32(f"{request_id}:{index}".encode()) % 50_000

@@ -29,7 +29,7 @@ def redis_server(redis_session: RedisServer) -> RedisServer:
 
 @pytest.fixture
 def counts() -> Counts:
-    """What the queues of the test told their observer."""
+    """The events that the queues of the test reported."""
     return Counts()
 
 

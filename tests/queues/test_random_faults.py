@@ -145,7 +145,7 @@ class Walk:
             self.happened["release"] += 1
 
     async def step(self, engine: dict[str, Held]) -> None:
-        """An engine step: a few tokens for some, the end where there are no more."""
+        """An engine step: a few tokens for some, the end if there are no more."""
         chosen = [rid for rid in engine if self.rng.random() < 0.7]
         writes: list[Write] = []
         for rid in chosen:

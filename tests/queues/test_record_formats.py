@@ -86,7 +86,7 @@ def end_of(text: str) -> Record:
 
 @dataclass(frozen=True)
 class Kind:
-    """`encode` writes the sample as it is stored; tokens, which are binary, in hexadecimal."""
+    """`encode` returns the stored sample; tokens, which are binary, in hexadecimal."""
 
     sample: Any
     encode: Callable[[Any], str]

@@ -157,13 +157,13 @@ async def test_nothing_is_left_in_redis_after_the_resume_window(
 async def test_time_without_sweeps_deserts_nobody(
     redis_server: RedisServer, redis_queues: Queues
 ) -> None:
-    """While Redis was away no replica could attend: what runs out in that time begins anew."""
+    """While Redis was down there were no heartbeats: grace periods start again."""
     queue = redis_queues(redis_server.url, LIMITS)
     await queue.sweep()
     submission = make_submission(grace=0.6)
     await queue.submit(submission)
     await asyncio.sleep(0.7)
-    redis_server.ask("DEL", "quire:2:{s0}:swept")  # it goes by itself where nobody sweeps
+    redis_server.ask("DEL", "quire:2:{s0}:swept")  # it expires without a sweep
     assert await queue.sweep() == 0
     await asyncio.sleep(0.1)
     assert await queue.sweep() == 0
@@ -176,7 +176,7 @@ async def test_time_without_sweeps_deserts_nobody(
 async def test_a_claim_whose_reply_was_lost_is_handed_out_again(
     redis_server: RedisServer, redis_queues: Queues
 ) -> None:
-    """The call is cancelled after it was sent: the script has run and nobody has the answer."""
+    """The call is cancelled after it was sent: the script has run and its reply is lost."""
     queue = redis_queues(redis_server.url, LIMITS)
     await queue.claim(make_engine(), limit=1, wait=0)  # connected
     await queue.submit(make_submission(2))

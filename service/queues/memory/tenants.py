@@ -2,8 +2,8 @@
 
 The Redis queue keeps the same in `submit.lua`, `requests.lua` and `meters.lua`.
 
-Turns are start-time fair queueing (Goyal et al., SIGCOMM 1996): a request's turn is where its
-tenant's last one ends, in tokens, or the latest turn that was taken, if that is later. So waiting
+Turns are start-time fair queueing (Goyal et al., SIGCOMM 1996): a request's turn is the end of its
+tenant's last one, in tokens, or the latest turn that was taken, if that is later. So waiting
 tenants are served equal numbers of tokens, and a tenant that was idle is next.
 """
 
@@ -29,7 +29,7 @@ class Tenants:
         self._in_flight: Counter[tuple[str, str]] = Counter()  # ("tenant" or "key", name)
         self._running: Counter[str] = Counter()  # by tenant
         self._num_running = 0
-        self._ends: dict[str, float] = {}  # tenant in flight -> where its last turn ends
+        self._ends: dict[str, float] = {}  # tenant in flight -> end of its last turn
         self._latest_turn = 0.0  # of those taken
         self._zero_at: dict[tuple[str, str], float] = {}  # (key, unit) -> see `Meter`
 

@@ -2,7 +2,7 @@
 
 Redis has no way to share code between scripts, so each is assembled: its flags (the first line),
 the constants that Python and Lua share, its parts, and its body. A part costs time at each call, so
-a script gets only those that it needs: `append` runs once per request and engine step.
+`append`, which runs once per request and engine step, gets only those that it needs.
 """
 
 from __future__ import annotations
@@ -22,22 +22,13 @@ from service.queues.contract import (
 from service.queues.redis.codec import encode_end
 from service.queues.redis.keys import milliseconds
 
-_REQUESTS = ("meters", "lane", "requests")
-PARTS: dict[str, tuple[str, ...]] = {
-    "append": ("lane",),
-    "charge": ("meters",),
-    "claim": (*_REQUESTS, "blame"),
-    "finish": _REQUESTS,
-    "forget": _REQUESTS,
-    "heartbeat": _REQUESTS,
-    "oldest": _REQUESTS,
-    "release": (*_REQUESTS, "blame"),
-    "renew": (*_REQUESTS, "blame"),
-    "stop": _REQUESTS,
-    "submit": _REQUESTS,
-    "sweep": _REQUESTS,
-}
-"""Script -> its parts in their order, after `keys`."""
+NAMES = (
+    "append", "charge", "claim", "finish", "forget", "heartbeat", "oldest", "release", "renew",
+    "stop", "submit", "sweep",
+)  # fmt: skip
+PARTS = ("keys", "meters", "lane", "requests", "blame")
+LEAN = {"append": ("keys", "lane"), "charge": ("keys", "meters")}
+"""Scripts that are called most, with the parts that they need; all others get all parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +48,9 @@ def load_scripts() -> dict[str, Script]:
     """Name -> script."""
     directory = Path(__file__).parent
     scripts: dict[str, Script] = {}
-    for name, parts in PARTS.items():
+    for name in NAMES:
         flags, body = (directory / f"{name}.lua").read_text().split("\n", 1)
-        shared = [(directory / f"{part}.lua").read_text() for part in ("keys", *parts)]
+        shared = [(directory / f"{part}.lua").read_text() for part in LEAN.get(name, PARTS)]
         text = "\n".join([flags, _constants(), *shared, body])
         sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
         scripts[name] = Script(text, sha)
@@ -67,18 +58,13 @@ def load_scripts() -> dict[str, Script]:
 
 
 def _constants() -> str:
-    """Of the contract, in Lua; the records of the ends that scripts write are plain JSON."""
-    values: dict[str, int | str] = {
-        "CLEARED_AFTER": CLEARED_AFTER,
-        "PASSED_AFTER": PASSED_AFTER,
-        "FINAL_SILENCE": FINAL_SILENCE,
-        "JOIN_AFTER": milliseconds(JOIN_AFTER),
-    }
-    for name, reason, error in (
-        ("CANCELLED", FinishReason.CANCELLED, None),
-        ("DEADLINE", FinishReason.DEADLINE, None),
-        ("CRASH_LOOP", FinishReason.ERROR, CRASH_LOOP),
-    ):
-        record = encode_end(End(count=0, reason=reason, error=error)).decode()
-        values[name] = f"'{record}'"
-    return "".join(f"local {name} = {value}\n" for name, value in values.items())
+    """The contract's constants, and the records of the ends that scripts write, in Lua."""
+    numbers = (CLEARED_AFTER, PASSED_AFTER, FINAL_SILENCE, milliseconds(JOIN_AFTER))
+    cancelled = End(count=0, reason=FinishReason.CANCELLED)
+    deadline = End(count=0, reason=FinishReason.DEADLINE)
+    crash_loop = End(count=0, reason=FinishReason.ERROR, error=CRASH_LOOP)
+    records = ", ".join(f"'{encode_end(e).decode()}'" for e in (cancelled, deadline, crash_loop))
+    return (
+        f"local CLEARED_AFTER, PASSED_AFTER, FINAL_SILENCE, JOIN_AFTER = {str(numbers)[1:-1]}\n"
+        f"local CANCELLED, DEADLINE, CRASH_LOOP = {records}\n"
+    )

@@ -203,7 +203,7 @@ local function next_place(priority)
   return found, line_of, least
 end
 
--- Moves it into the stream, where it stays until its end. Returns whether there was one.
+-- Moves it into the stream, until its end. Returns whether there was one.
 local function bring(priority)
   local place, line, turn = next_place(priority)
   if not place then return false end

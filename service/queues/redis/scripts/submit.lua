@@ -48,7 +48,7 @@ local now, time = now_ms(), redis.call('TIME')
 local arrived = string.format('%d%06d', time[1], time[2])
 for i, request in ipairs(args.requests) do
   local rid, deadline = request.id, request.timeout and now + request.timeout or 0
-  -- Its turn, in tokens: where the tenant's last one ends, or now. See memory/tenants.py.
+  -- Its turn, in tokens: the end of its tenant's last one, or now. See memory/tenants.py.
   local turn = math.max(num(redis.call('HGET', ADMISSION, 'now')),
     num(redis.call('HGET', ADMISSION, 'f:' .. tenant)))
   redis.call('HSET', ADMISSION, 'f:' .. tenant, string.format('%.0f', turn + request.cost))
