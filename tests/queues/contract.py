@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.errors import NotFound, StreamDivergence
+from service.errors import NotFound, StreamDivergence, Unavailable
 from service.messages import (
     Allowance,
     End,
@@ -1022,3 +1022,17 @@ class QueueContract:
                 await queue.read_page(rid)
         assert await queue.depth() == NOTHING
         await queue.check()
+
+    async def test_closing_ends_open_calls(self, queue: Queue) -> None:
+        submission = make_submission()
+        await queue.submit(submission)
+        await claim_one(queue)
+        claiming = asyncio.create_task(claim_one(queue, wait=60))
+        following = asyncio.ensure_future(anext(aiter(queue.follow(submission.requests[0].id))))
+        await asyncio.sleep(0.05)
+        await queue.close()
+        for task in (claiming, following):
+            with pytest.raises(Unavailable):
+                await task
+        with pytest.raises(Unavailable):
+            await queue.check()

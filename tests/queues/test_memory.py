@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.errors import StartupError, Unavailable
+from service.errors import StartupError
 from service.messages import FinishReason
 from service.queues import open_queue
 from service.queues.contract import QueueLimits
@@ -92,25 +92,6 @@ async def test_an_orphan_is_taken_by_an_engine_that_waits_already() -> None:
     await claim_one(queue, make_engine("dead"))
     async with asyncio.timeout(PATIENCE):
         assert (await claim_one(queue, make_engine("other"), wait=2 * PATIENCE)).attempt == 2
-
-
-async def test_closing_ends_those_who_wait() -> None:
-    queue = open_queue("memory://", QueueLimits())
-    await queue.open()
-    submission = make_submission()
-    claiming = asyncio.create_task(claim_one(queue, wait=60))
-    await asyncio.sleep(0)
-    await queue.submit(submission)
-    await claiming
-    claiming = asyncio.create_task(claim_one(queue, wait=60))
-    following = asyncio.ensure_future(anext(aiter(queue.follow(submission.requests[0].id))))
-    await asyncio.sleep(0.01)
-    await queue.close()
-    for waiting in (claiming, following):
-        with pytest.raises(Unavailable):
-            await waiting
-    with pytest.raises(Unavailable):
-        await queue.check()
 
 
 def test_an_unknown_scheme_is_refused() -> None:

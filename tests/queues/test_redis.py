@@ -387,22 +387,6 @@ async def test_replies_are_counted(
     assert counts == dict.fromkeys(expected, 1)
 
 
-async def test_closing_ends_those_who_wait(redis_server: RedisServer, redis_queues: Queues) -> None:
-    queue = redis_queues(redis_server.url, LIMITS)
-    submission = make_submission()
-    await queue.submit(submission)
-    await claim_one(queue)
-    claiming = asyncio.create_task(claim_one(queue, wait=60))
-    following = asyncio.ensure_future(anext(aiter(queue.follow(submission.requests[0].id))))
-    await asyncio.sleep(0.05)
-    await queue.close()
-    for waiting in (claiming, following):
-        with pytest.raises(Unavailable):
-            await waiting
-    with pytest.raises(Unavailable):
-        await queue.check()
-
-
 # --- the parts ------------------------------------------------------------------------------
 async def test_the_server_of_the_tests_may_be_used(
     redis_server: RedisServer, redis_queues: Queues
