@@ -263,8 +263,8 @@ async def test_a_replica_is_refused_at_the_start(
         (f"alice:{PASSWORD}@{{}}/0", "credentials"),
         (":wrong@{}/0", "credentials"),
         ("{}/0", "credentials"),
-        (f":{PASSWORD}@{{}}/99", "no database of the number"),
-        (f":{PASSWORD}@{{}}/?db=99", "no database of the number"),
+        (f":{PASSWORD}@{{}}/99", "no database with the number"),
+        (f":{PASSWORD}@{{}}/?db=99", "no database with the number"),
         (f":{PASSWORD}@{{}}/one", "number of a database"),
     ],
 )

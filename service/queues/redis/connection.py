@@ -66,14 +66,14 @@ class RedisUrl:
             self.allow_volatile = {"0": False, "1": True}[own.get("allow_volatile", "0")]
         except (ValueError, KeyError) as error:
             raise StartupError(
-                "queue: the URL has shards=<number>, allow_volatile=0 or 1"
+                "queue: the URL's shards must be a number and its allow_volatile 0 or 1"
             ) from error
         if not 1 <= self.shards <= 1024:
-            raise StartupError("queue: the URL's `shards` is from 1 to 1024")
+            raise StartupError("queue: the URL's shards must be from 1 to 1024")
         if parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path):
             raise StartupError(
-                "queue: the path of the Redis URL is the number of a database; special characters"
-                " in a password are percent-encoded"
+                "queue: the path of the Redis URL must be the number of a database; special"
+                " characters in a password must be percent-encoded"
             )
         self._keepalive = {} if parts.scheme == "unix" else {"socket_keepalive": True}
         self.plain = urlunsplit(parts._replace(query=urlencode(query)))
@@ -95,7 +95,7 @@ class RedisUrl:
             # Not connected yet: only its parameters are checked. (The library has no types here.)
             pool.make_connection()  # type: ignore[no-untyped-call]
         except (ValueError, TypeError, RedisError) as error:
-            raise StartupError("queue: the Redis URL or one of its parameters is wrong") from error
+            raise StartupError("queue: the Redis URL or a parameter of it is invalid") from error
         return pool
 
 
@@ -123,7 +123,7 @@ def check_server(info: Mapping[str, Any], *, allow_volatile: bool) -> None:
     version = str(info["redis_version"])
     if int(version.partition(".")[0]) < MIN_VERSION:
         raise StartupError(
-            f"queue: Redis >= {MIN_VERSION} or Valkey is needed, this one is {version}"
+            f"queue: Redis >= {MIN_VERSION} or Valkey is required, this is {version}"
         )
     policy = str(info.get("maxmemory_policy", "noeviction"))
     if int(info.get("maxmemory", 0)) and policy != "noeviction":

@@ -134,7 +134,7 @@ def _meaning(error: BaseException) -> str | None:
     if not isinstance(error, ResponseError):
         return _CLOSED if "closed by server" in text else None
     if "DB index" in text or "SELECT is not allowed" in text:
-        return "it has no database of the number in the URL; use redis://host:port/0"
+        return "it has no database with the number in the URL; use redis://host:port/0"
     if text.startswith("MISCONF"):
         return "it refuses writes because it cannot save to its disk"
     return "it refused a command (" + (_code_of(text) or type(error).__name__) + ")"
