@@ -174,7 +174,7 @@ class RedisClient:
         """The command that runs a script on one key: `arguments` are its `args`, `values` further
         entries of ARGV. An argument that is None is left out: Lua has no null in tables.
         """
-        return ("EVALSHA", self._scripts[name].sha, 1, key, _json(given(**arguments)), *values)
+        return ("EVALSHA", self._scripts[name].sha, 1, key, _json(present(**arguments)), *values)
 
     async def run(self, commands: Sequence[Command], *, attempts: int = ATTEMPTS) -> list[Any]:
         """Returns the replies, in order, after one round trip. Raises Unavailable."""
@@ -318,7 +318,7 @@ class RedisClient:
         await self._redis.connection_pool.disconnect()
 
 
-def given(**fields: object) -> dict[str, object]:
+def present(**fields: object) -> dict[str, object]:
     """Those that are not None."""
     return {name: value for name, value in fields.items() if value is not None}
 

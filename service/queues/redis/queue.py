@@ -48,7 +48,7 @@ from service.queues.observer import (
 )
 from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
-from service.queues.redis.connection import Command, RedisClient, RedisUrl, check_server, given
+from service.queues.redis.connection import Command, RedisClient, RedisUrl, check_server, present
 from service.queues.redis.journal import JournalReader
 from service.queues.redis.keys import ShardKeys, idempotency_name, milliseconds, shard_of
 from service.queues.redis.pubsub import Wakeups
@@ -280,7 +280,12 @@ class RedisQueue:
         key, lease = self._keys(write.lease.request_id).admission, _leased(write.lease)
         if isinstance(record, End):
             return self._client.script(
-                "finish", key, encode_end(record), count=record.count, **lease, **self._rules
+                "finish",
+                key,
+                encode_end(record),
+                count=record.count,
+                window=self._rules["window"],
+                **lease,
             )
         count = len(record.ids)
         return self._client.script(
@@ -365,7 +370,7 @@ def _split(leases: Sequence[Lease]) -> tuple[list[str], list[dict[str, Any]]]:
 
 def _admitted(request: GenerationRequest) -> dict[str, Any]:
     """A request as `submit.lua` expects it."""
-    return given(
+    return present(
         id=request.id,
         cost=admission_cost(request),
         timeout=request.timeout_ms or None,
