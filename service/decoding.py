@@ -1,8 +1,8 @@
-"""Decoding of stored JSON into dataclasses, if another version may have written it.
+"""Decoding of stored JSON into dataclasses, which another version may have written.
 
-Checks the type of each value. Ignores unknown fields and gives missing ones their defaults, so a
-record may be read by an older and by a newer version. A field that an answer depends on must not
-be ignored: the request has to announce it, so that an engine without it does not take the request.
+Checks the type of each value. Ignores unknown fields and gives missing ones their defaults, so that
+older and newer versions can read a record. A field that an answer depends on must not be ignored:
+the request names it in its `features`, so that an engine without it does not claim the request.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _readers(kind: type[Any]) -> dict[str, _Reader]:
 
 
 def _reader(hint: Any) -> _Reader:  # noqa: ANN401 - a type or a generic alias
-    """For the types that stored dataclasses have. Raises TypeError for another one."""
+    """For the types in stored dataclasses. Raises TypeError for any other."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is None:
         return _plain_reader(hint)
@@ -57,7 +57,6 @@ def _reader(hint: Any) -> _Reader:  # noqa: ANN401 - a type or a generic alias
 
 
 def _plain_reader(hint: type[Any]) -> _Reader:
-    """For a type without arguments."""
     if hint is float:
         return _read_float
     if hint in {int, str, bool, NoneType}:
@@ -85,7 +84,7 @@ def _read_float(value: object) -> float:
 
 
 def _read_tuple(kind: object, reader: _Reader, value: object) -> tuple[Any, ...]:
-    """Of any length. A prompt may have 100,000 tokens: their types are checked at once."""
+    """Of any length. A prompt may have 100,000 tokens, so their types are checked together."""
     items: list[Any] = _read_list(value)
     if kind is int and set(map(type, items)) <= {int}:
         return tuple(items)
@@ -105,7 +104,7 @@ def _read_list(value: object) -> list[Any]:
 
 
 def _read_union(readers: Sequence[_Reader], value: object) -> object:
-    """As the first type that fits."""
+    """The first type that fits."""
     for reader in readers[:-1]:
         try:
             return reader(value)

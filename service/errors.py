@@ -1,4 +1,4 @@
-"""Every error that a client can be told of, with its HTTP status and OpenAI `type` and `code`.
+"""Every error that a client can receive, with its HTTP status and OpenAI `type` and `code`.
 
     QuireError                       500 server_error
     ├── BadRequest                   400 invalid_request_error
@@ -17,12 +17,12 @@
     ├── Unavailable                  503 service_unavailable_error
     │   └── ShuttingDown             503
     ├── DeadlineExceeded             504 server_error
-    ├── GenerationFailed             500 server_error     (the engine gave up on a request)
+    ├── GenerationFailed             500 server_error     (the engine failed the request)
     └── StreamDivergence             409 server_error     (a refilled journal differs)
 
-A message states the limit that was broken and never repeats the input. The engine and the queues
-raise these too, but only `service/api` turns them into JSON. Start-up faults are `StartupError`:
-they are shown to the operator, never to a client.
+A message states the limit that was exceeded and never repeats the input. The engine and the queues
+raise these too, but only `service/api` turns them into JSON. `StartupError` is for the operator,
+never for a client.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import ClassVar
 class QuireError(Exception):
     """Base of all errors with an HTTP answer.
 
-    `param` is the dotted path of the field at fault; `retry_after` is in seconds; `retryable`
+    `param` is the dotted path of the invalid field; `retry_after` is in seconds; `retryable`
     False becomes the header `x-should-retry: false`.
     """
 
@@ -63,7 +63,7 @@ class QuireError(Exception):
 
 
 class BadRequest(QuireError):
-    """The request cannot be served as it is."""
+    """The request is invalid."""
 
     status = 400
     type = "invalid_request_error"
@@ -78,7 +78,7 @@ class Unauthorized(BadRequest):
 
 
 class Forbidden(BadRequest):
-    """The key is valid, and has no right to this."""
+    """The key is valid, but not permitted to do this."""
 
     status = 403
     default_code = "permission_denied"
@@ -106,7 +106,7 @@ class RequestTimeout(BadRequest):
 
 
 class Conflict(BadRequest):
-    """An idempotency key came again with another body."""
+    """An idempotency key was used again with another body."""
 
     status = 409
     default_code = "idempotency_key_conflict"
@@ -141,7 +141,7 @@ class UnsupportedMedia(BadRequest):
 
 
 class HeadersTooLarge(BadRequest):
-    """The headers are over a limit, by their number or their size."""
+    """The headers are over the limit on their number or size."""
 
     status = 431
     default_code = "headers_too_large"
@@ -156,7 +156,7 @@ class RateLimited(QuireError):
 
 
 class Unavailable(QuireError):
-    """The service cannot take the request now: queue full, Redis away, no engine, draining."""
+    """The service cannot accept the request now: queue full, Redis down, no engine, draining."""
 
     status = 503
     type = "service_unavailable_error"
@@ -164,10 +164,10 @@ class Unavailable(QuireError):
 
 
 class ShuttingDown(Unavailable):
-    """The replica that serves a call ends before the answer does.
+    """The replica shuts down before the answer is complete.
 
-    Another replica resumes it by `request_id`, after `last_event_id` if events were sent; without
-    them the answer ends with the process.
+    Another replica can resume it by `request_id`, after `last_event_id` if events were sent;
+    without an id the answer ends with the process.
     """
 
     default_code = "shutting_down"
@@ -184,26 +184,26 @@ class ShuttingDown(Unavailable):
         super().__init__(f"this replica is shutting down; another one has the rest: GET {path}")
 
     def details(self) -> dict[str, str]:
-        """What the answer is resumed by."""
+        """The ids to resume the answer by."""
         names = {"request_id": self.request_id, "last_event_id": self.last_event_id}
         return {name: value for name, value in names.items() if value is not None}
 
 
 class DeadlineExceeded(QuireError):
-    """The request's time was over before its answer was complete."""
+    """The deadline passed before the answer was complete."""
 
     status = 504
     default_code = "deadline_exceeded"
 
 
 class GenerationFailed(QuireError):
-    """The engine ended the request with an error; `code` is what the journal says."""
+    """The engine ended the request with an error; `code` is from the journal."""
 
     default_code = "generation_failed"
 
 
 class StreamDivergence(QuireError):
-    """The journal no longer continues what the client was sent."""
+    """The journal no longer matches what the client was sent."""
 
     status = 409
     default_code = "stream_divergence"

@@ -1,12 +1,12 @@
 """The plain dataclasses that cross boundaries: API -> queue -> engine -> journal -> API.
 
 Everything here is immutable, made of the standard library alone and goes to JSON and back
-(`to_json`, `from_json`), because a request may be written by one process and answered by another.
-Validation is not done here: whatever reaches these types was already checked in `service/api`.
+(`to_json`, `from_json`), because one process may write a request and another one answer it.
+Nothing is validated here: `service/api` has done that before.
 
-    GenerationRequest   one choice of one prompt: all that an answer is a function of
-    Allowance           how much the key of a call may ask for
-    Submission          what one HTTP call asks for: its requests, accepted or refused together
+    GenerationRequest   one choice of one prompt: the whole input of an answer
+    Allowance           limits of a key
+    Submission          the requests of one HTTP call, admitted or refused together
     Tokens, End         the journal's two kinds of record; `End` comes once, last
     Event               a record on its way from the engine to the journal
 """
@@ -27,7 +27,7 @@ _PACK_ID = struct.Struct("<I").pack
 
 
 class FinishReason(StrEnum):
-    """Why an answer ended. (`tool_calls` is the API's reading of a `stop`.)"""
+    """Why an answer ended. (The API turns some `stop` into `tool_calls`.)"""
 
     STOP = "stop"
     LENGTH = "length"
@@ -40,7 +40,7 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How the next token is chosen.
 
-    `seed` is always set: where the client gave none, one was drawn at admission, so that a second
+    `seed` is always set: if the client gave none, one was drawn at admission, so that another
     engine draws the same random numbers. They are keyed by (seed, choice, index of the token).
     """
 
@@ -54,11 +54,13 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
-    top_logprobs: int | None = None  # None: no log probabilities; k: the chosen one's and the top k
+    top_logprobs: int | None = (
+        None  # None: no log probabilities; k: the sampled token's and the top k
+    )
 
     @property
     def penalises(self) -> bool:
-        """Whether tokens that came before count against a token."""
+        """Whether earlier tokens change the logits."""
         return bool(
             self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
         )
@@ -66,7 +68,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One choice of one prompt, complete: the answer is a pure function of this and the weights."""
+    """One choice of one prompt. The answer is a pure function of this and the weights."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -77,30 +79,30 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     prompt_logprobs: int | None = None  # None: no; k: each prompt token's and the top k
-    grammar: str | None = None  # what the answer must match, in the notation of `model.grammar`
+    grammar: str | None = None  # that the answer must match; syntax: `model.grammar`
     tenant: str = "public"
     priority: int = 1  # 0 before 1 before 2
-    timeout_ms: int | None = None  # from submission; the queue's clock decides, no host's
-    trace: str | None = None  # the call's `traceparent`; None: it is not traced
+    timeout_ms: int | None = None  # from submission, by the queue's clock
+    trace: str | None = None  # `traceparent` of the call; None: not traced
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What an engine must support to answer this: names out of `FEATURES`, sorted."""
+        """What an engine must support to answer this: names from `FEATURES`, sorted."""
         return tuple(name for name, needed in FEATURES.items() if needed(self))
 
     @property
     def max_total_tokens(self) -> int:
-        """The most tokens this request can come to hold in the KV cache."""
+        """Maximum number of tokens of this request in the KV cache."""
         return len(self.prompt_ids) + self.max_tokens
 
     def to_json(self) -> str:
-        """Compact JSON; `from_json` gives back an equal object."""
+        """Compact JSON; `from_json` returns an equal object."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Also from what another version wrote: see `service.decoding`. Raises ValueError or
-        TypeError if it is malformed.
+        """Also reads JSON of other versions: see `service.decoding`. Raises ValueError or TypeError
+        if it is malformed.
         """
         return decode(cls, text)
 
@@ -109,27 +111,28 @@ FEATURES: Mapping[str, Callable[[GenerationRequest], bool]] = {
     "grammar": lambda request: request.grammar is not None,
 }
 """Name -> whether a request depends on it. A new field that changes answers needs a new name here:
-engines of an older version, which ignore the field, then leave such requests to others.
+engines of an older version, which ignore the field, then do not claim such requests.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allowance:
-    """How much one key may ask for over the whole cluster; None: no limit of its own."""
+    """Limits of one key over the whole cluster; None: no limit of its own."""
 
     key: str  # the key's name, never its secret
-    requests_per_minute: int | None = None  # calls, refused ones too
-    tokens_per_minute: int | None = None  # as admission counts them, settled when answers end
-    max_in_flight: int | None = None  # requests, waiting and running
+    requests_per_minute: int | None = None  # calls, including refused ones
+    tokens_per_minute: int | None = None  # as admission counts them, corrected when answers end
+    max_in_flight: int | None = None  # requests, queued and running
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """What one HTTP call asks for. Its requests are admitted all together or not at all.
+    """The requests of one HTTP call. All of them are admitted, or none.
 
-    Request i has the id `<id>.<i>`. `manifest` is the API's own note (endpoint, options) that any
-    replica needs to render the answer again; the queue keeps it and never reads it. `grace` is how
-    many seconds it goes on unattended before the queue cancels it; None: to its end.
+    Request i has the id `<id>.<i>`. `manifest` is what any replica of the API needs to render the
+    answer again (endpoint, options); the queue stores it and never reads it. `grace` is the
+    reconnect grace period: seconds without a heartbeat of readers after which the queue cancels it;
+    None: never.
     """
 
     id: str
@@ -137,50 +140,50 @@ class Submission:
     requests: tuple[GenerationRequest, ...]
     manifest: str = "{}"
     idempotency_key: str | None = None
-    fingerprint: str = ""  # SHA-256 of the canonical body; compared when a key comes again
+    fingerprint: str = ""  # SHA-256 of the canonical body; compared if a key is used again
     grace: float | None = None
-    allowance: Allowance | None = None  # None: nobody's in particular
+    allowance: Allowance | None = None  # None: the key has no limits
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log probability (natural, of the unmodified distribution) of a token and of the likeliest."""
+    """Log probability (natural, of the unmodified distribution) of a token and of the top k."""
 
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()  # (token id, log probability), likeliest first
+    top: tuple[tuple[int, float], ...] = ()  # (token id, log probability), descending
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
     """Journal record: tokens `start .. start + len(ids) - 1` of the answer and the text they add.
 
-    `text` is what became certain with these tokens: bytes of an unfinished character and what may
-    begin a stop string are held back until a later record; the record with the last token holds
+    `text` is the text that these tokens complete: bytes of an incomplete character and a possible
+    prefix of a stop string are held back until a later record; the record with the last token has
     all that remains.
     """
 
     start: int
     ids: tuple[int, ...]
     text: str
-    digest: int  # rolling_digest of all ids up to and with these
-    logprobs: tuple[TokenLogprob, ...] = ()  # one per id where asked for
+    digest: int  # rolling_digest of all ids up to and including these
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per id if requested
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # first record only; [0] is None
 
     @property
     def end(self) -> int:
-        """Tokens of the answer after this record."""
+        """Tokens of the answer up to and including this record."""
         return self.start + len(self.ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """Journal record: the one terminal record of a request. Nothing comes after it."""
+    """Journal record: the one terminal record of a request, its last."""
 
-    count: int  # tokens of the answer in all
+    count: int  # tokens of the answer
     reason: FinishReason
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
-    stopped_by: str | int | None = None  # the stop string or the token id that ended it
-    error: str | None = None  # the code of an error, where reason is ERROR
+    stopped_by: str | int | None = None  # the stop string or token id that ended it
+    error: str | None = None  # error code, if reason is ERROR
 
 
 Record = Tokens | End
@@ -196,17 +199,17 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What a client may know of the model that answers."""
+    """Public facts about the model that is served."""
 
     id: str
     max_model_len: int
     vocab_size: int
-    numeric_class: str  # weights digest, kernel family, dtype, version: equal means equal bits
+    numeric_class: str  # weights digest, kernel family, dtype, version: if equal, equal bits
     created: int  # Unix seconds
 
 
 def rolling_digest(ids: Iterable[int], *, previous: int = 0) -> int:
-    """CRC-32 over token ids, chained: of a + b it is `rolling_digest(b, previous=that of a)`."""
+    """CRC-32 over token ids; of a + b it is `rolling_digest(b, previous=rolling_digest(a))`."""
     digest = previous
     for token in ids:
         digest = zlib.crc32(_PACK_ID(token), digest)

@@ -1,38 +1,42 @@
-"""What a submission costs at admission: one formula for all queues, so a limit means one thing."""
+"""Admission: what a submission costs, and rate meters. One formula for all queues, so that a limit
+means the same in each of them.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 from service.messages import GenerationRequest, Submission
 
+MINUTE = 60.0
 ANSWER_SHARE = 4
 """One in so many of `max_tokens` counts: most answers end long before their limit."""
 BODY_BYTES = 1024
-"""Of a body besides lists and texts."""
+"""Of a body without lists and texts."""
 ID_BYTES = 9
-"""Of a token id and what parts it from the next one, in JSON."""
+"""Of a token id and its separator in JSON."""
 BIAS_BYTES = 40
 """Of a token id and its bias."""
 RECORD_BYTES = 512
-"""Of the state of a submission or a request besides its texts, and of an idempotency record."""
+"""Of the state of a submission or a request without its texts, and of an idempotency record."""
 
 
 def answer_share(request: GenerationRequest) -> int:
-    """What of the cost is for the answer; an ended one is settled against it."""
+    """The part of the cost that is for the answer; corrected by its real length when it ends."""
     return request.max_tokens // ANSWER_SHARE
 
 
 def admission_cost(request: GenerationRequest) -> int:
-    """Tokens that a queued request counts for against `QueueLimits.max_tokens`, and, until it has
-    ended, against its key's tokens a minute.
+    """Tokens that a queued request counts against `QueueLimits.max_tokens` and, until it has ended,
+    against its key's tokens per minute.
     """
     return len(request.prompt_ids) + answer_share(request)
 
 
 def request_bytes(request: GenerationRequest) -> int:
-    """Bytes of a request's body, which is stored until the request has ended; no fewer than it has
-    as JSON, and found without writing that.
+    """Bytes of a request's body, which is stored until the request has ended: an upper bound of its
+    JSON, computed without writing that.
     """
     num_ids = len(request.prompt_ids) + len(request.stop_token_ids)
     bias = BIAS_BYTES * len(request.sampling.logit_bias)
@@ -41,16 +45,52 @@ def request_bytes(request: GenerationRequest) -> int:
 
 
 def kept_bytes(submission: Submission) -> int:
-    """Bytes that are stored of a submission besides its bodies, until it is gone."""
+    """Bytes of a submission without its bodies, which are stored until it is gone."""
     return len(submission.manifest.encode()) + RECORD_BYTES * (1 + len(submission.requests))
 
 
 def idempotency_bytes(submission: Submission) -> int:
-    """Bytes of the record of its idempotency key, which has a time of its own."""
+    """Bytes of the record of its idempotency key, which expires on its own."""
     return 0 if submission.idempotency_key is None else RECORD_BYTES
 
 
 def stored_bytes(submission: Submission) -> int:
-    """All of them, as they are counted against `QueueLimits.max_bytes` at admission."""
+    """All of them, as they count against `QueueLimits.max_bytes` at admission."""
     bodies = sum(map(request_bytes, submission.requests))
     return bodies + kept_bytes(submission) + idempotency_bytes(submission)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meter:
+    """One limit per minute of a key, metered by GCRA (the leaky bucket of ATM networks).
+
+    The queue stores one number: the time at which `used` is back to zero, at the steady rate of
+    `limit` units per minute; after that it stores nothing. `used` is in seconds at that rate; over
+    60 is debt. The whole limit may be used at once after a minute of rest.
+    """
+
+    limit: int
+    used: float
+
+    @property
+    def remaining(self) -> int:
+        """Units that may be used at once."""
+        # The tolerance, a millionth of a unit, is for rounding errors.
+        return max(0, int(self.limit * (1 - self.used / MINUTE) + 1e-6))
+
+    @property
+    def reset(self) -> float:
+        """Seconds until the whole limit is available again."""
+        return self.used
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """A key's meters: `requests` after a call, `tokens` after a submission; None without a limit.
+
+    `wait`: seconds that a refused call must wait. One over a minute's limit never fits.
+    """
+
+    requests: Meter | None = None
+    tokens: Meter | None = None
+    wait: float = 0.0

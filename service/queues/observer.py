@@ -1,20 +1,22 @@
-"""QueueObserver: what a queue tells whoever counts. It knows no metrics library."""
+"""QueueObserver: the events that a queue reports. It is independent of any metrics library."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Protocol
 
 from service.messages import FinishReason
+from service.queues.contract import WriteReply, WriteStatus
 
 
 class QueueEvent(StrEnum):
-    """FENCED, DUP, GAP: replies to writes. DROPPED: a malformed record that was thrown away.
-    RECLAIMED: a request taken over from another engine, dead or draining. OUTAGE: the store could
-    not be reached and now it can again.
+    """FENCED, DUP, GAP: replies to writes. DROPPED: a malformed record that was discarded.
+    RECLAIMED: a request claimed after another engine, dead or draining. OUTAGE: the store could not
+    be reached and now it can again.
 
-    CANCELLED, EXPIRED, CRASHED, MALFORMED: ends that the queue wrote itself, over the head of an
-    engine or without one. All other ends are written by a worker.
+    CANCELLED, EXPIRED, CRASHED, MALFORMED: ends that the queue wrote itself. All other ends are
+    written by a worker.
     """
 
     FENCED = "fenced"
@@ -35,12 +37,12 @@ REASON_OF_END: dict[QueueEvent, FinishReason] = {
     QueueEvent.CRASHED: FinishReason.ERROR,
     QueueEvent.MALFORMED: FinishReason.ERROR,
 }
-"""The events that are ends, and what the ends say."""
+"""The events that are ends, and their reasons."""
 STOPPED: dict[FinishReason, QueueEvent] = {
     FinishReason.CANCELLED: QueueEvent.CANCELLED,
     FinishReason.DEADLINE: QueueEvent.EXPIRED,
 }
-"""The reasons for which a queue stops a request, and the event that tells of it."""
+"""The reasons for which a queue stops a request, and their events."""
 
 
 class QueueObserver(Protocol):
@@ -52,7 +54,14 @@ class QueueObserver(Protocol):
 
 
 class NullQueueObserver:
-    """Counts nothing."""
+    """Ignores all events."""
 
     def happened(self, event: QueueEvent, count: int = 1) -> None:
-        """Drops the report."""
+        pass
+
+
+def report_replies(replies: Iterable[WriteReply], observer: QueueObserver) -> None:
+    """Reports the replies to writes that are not OK."""
+    for reply in replies:
+        if reply.status is not WriteStatus.OK:
+            observer.happened(QueueEvent(reply.status.value))

@@ -12,10 +12,10 @@ the requests up, so that other engines take them over. It knows neither HTTP nor
 Every call of the queue may raise `Unavailable`. Claims, writes, renewals and the stop hints are
 repeated until they succeed or the lease is over; a release is repeated with the next renewal.
 
-The queue decides which requests run isolated, because engines died on them (`service.queues`). The
-worker keeps what it needs for that: while a request is isolated, each of its tokens is journalled
-before the next step computes, so that the journal shows where an engine died; while it has its last
-attempt, nothing else is claimed.
+The queue decides which requests run isolated, because engines died on them: see
+`service.queues.contract`. The worker keeps what it needs for that: while a request is isolated,
+each of its tokens is journalled before the next step computes, so that the journal shows where an
+engine died; while it has its last attempt, nothing else is claimed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from service.engine.loop import EngineLoop, Work
 from service.errors import Unavailable
 from service.fair_pool import FairPool
 from service.messages import End, Event, FinishReason, Tokens
-from service.queues import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
+from service.queues.contract import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
 from service.worker.leased_work import LeasedWork
 from service.worker.observer import WorkerObserver
 
@@ -190,7 +190,7 @@ class Worker:
                 # Without room it claims newcomers at most, and reports that this engine lives.
                 wait = CLAIM_WAIT if room > 0 else 0.0
                 claims = await self._queue.claim(
-                    self._info(), limit=max(0, room), newcomers=newcomers, wait=wait
+                    self._info(), limit=max(0, room), under_served=newcomers, wait=wait
                 )
             except Unavailable:
                 await backoff.sleep()

@@ -21,7 +21,7 @@ from service.messages import (
     Tokens,
     rolling_digest,
 )
-from service.queues import QueueLimits, Write
+from service.queues.contract import QueueLimits, Write
 from service.queues.memory.queue import MemoryQueue
 from tests.queues.builders import make_engine
 
@@ -72,7 +72,6 @@ def replace_journal(queue: MemoryQueue, request_id: str, records: Sequence[Recor
     """As after the loss of all of it, when another engine has written it again."""
     entry = queue._entries[request_id]
     entry.journal[:] = [record for record in records if isinstance(record, Tokens)]
-    entry.ends[:] = [record.end for record in entry.journal]
     entry.end = next((record for record in records if isinstance(record, End)), None)
 
 
@@ -147,8 +146,7 @@ class Stuck(MemoryQueue):
 
     def set_back(self, request_id: str, *, count: int) -> None:
         entry = self._entries[request_id]
-        kept = [record for record in entry.journal if record.end <= count]
-        entry.journal[:], entry.ends[:] = kept, [record.end for record in kept]
+        entry.journal[:] = [record for record in entry.journal if record.end <= count]
 
 
 def reply_of(reply: Any) -> tuple[int, str]:
@@ -175,7 +173,7 @@ def event_id_of(ids: Sequence[int]) -> str:
 
 async def test_a_journal_that_stays_behind_is_no_divergence(start_service: Starts) -> None:
     """After the time of a failover: 503, and when to come again."""
-    queue = Stuck(QueueLimits(lease=0.2, takeover=0.1))
+    queue = Stuck(QueueLimits(lease=0.2, failover_margin=0.1))
     async with start_service(queue=queue) as service:
         call, request_id, ids = await begun(service, tokens=20)
         queue.set_back(request_id, count=10)
@@ -226,7 +224,7 @@ async def test_a_wait_lasts_as_long_as_the_journal_grows(
     start_service: Starts, tokenizer: Tokenizer
 ) -> None:
     """A failover bounds each silence, not the time that an engine takes to catch up."""
-    queue = MemoryQueue(QueueLimits(lease=0.4, takeover=0.1))
+    queue = MemoryQueue(QueueLimits(lease=0.4, failover_margin=0.1))
     ids = tokenizer.encode("hello world how are you, and so on", add_bos=False)
     async with start_service(queue=queue, running=False) as service:
         body = B | {"max_tokens": len(ids)}

@@ -21,8 +21,8 @@ from service.messages import (
     child_ids,
     rolling_digest,
 )
-from service.queues import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
 from service.queues.admission import idempotency_bytes, kept_bytes, request_bytes
+from service.queues.contract import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
 from service.queues.memory.queue import MemoryQueue
 from service.queues.observer import QueueEvent
 from service.queues.redis.queue import RedisQueue
@@ -82,7 +82,7 @@ def make_engine(name: str = "e", *, numeric_class: str = "class-a", **fields: An
 
 
 def oracle(request_id: str, index: int) -> int:
-    """Token `index` of the only right answer to a request: one token tells loss, repetition and
+    """Token `index` of the only right answer to a request: one token shows loss, repetition and
     exchange.
     """
     return zlib.crc32(f"{request_id}:{index}".encode()) % 50_000
@@ -109,12 +109,12 @@ async def count_stored(
     these submissions, the only ones that it was given.
     """
     if isinstance(queue, MemoryQueue):
-        return dict(queue._shelf._bytes), _recount_memory(queue, submissions)
+        return dict(queue._submissions._bytes), _recount_memory(queue, submissions)
     assert isinstance(queue, RedisQueue)
     counted: Counter[str] = Counter()
     again: Counter[str] = Counter()
     for keys in queue._shards:
-        fields, gone = await queue._wire.run(
+        fields, gone = await queue._client.run(
             [("HGETALL", keys.stored), ("ZRANGE", keys.gone, 0, -1)]
         )
         sizes = {name.decode(): int(size) for name, size in fields.items()}
@@ -137,7 +137,7 @@ def _recount_memory(queue: MemoryQueue, submissions: Iterable[Submission]) -> di
             entry = queue._entries.get(request.id)
             if entry is not None and entry.end is None:
                 again[submission.tenant] += request_bytes(request)
-        known = queue._shelf._keys.get((submission.tenant, submission.idempotency_key or ""))
+        known = queue._submissions._keys.get((submission.tenant, submission.idempotency_key or ""))
         if known is not None and known[0] == submission.id:
             again[submission.tenant] += idempotency_bytes(submission)
     return {tenant: size for tenant, size in again.items() if size}
@@ -146,7 +146,7 @@ def _recount_memory(queue: MemoryQueue, submissions: Iterable[Submission]) -> di
 async def _live_bytes(queue: RedisQueue, submission: Submission) -> int:
     """Of bodies that are there, and of the rest while a request has not ended."""
     keys = queue._keys(submission.id)
-    (left,), *bodies = await queue._wire.run(
+    (left,), *bodies = await queue._client.run(
         [
             ("HMGET", keys.submission(submission.id), "left"),
             *(("HMGET", keys.request(r.id), "st", "body") for r in submission.requests),

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.errors import NotFound, StreamDivergence
+from service.errors import NotFound, StreamDivergence, Unavailable
 from service.messages import (
     Allowance,
     End,
@@ -24,22 +24,27 @@ from service.messages import (
     TokenLogprob,
     Tokens,
 )
-from service.queues import (
+from service.queues.admission import (
+    Usage,
+    idempotency_bytes,
+    kept_bytes,
+    request_bytes,
+    stored_bytes,
+)
+from service.queues.contract import (
     CLEARED_AFTER,
+    FINAL_SILENCE,
     PAGE_TOKENS,
-    VERDICT,
     Claim,
     Lease,
     Queue,
     QueueDepth,
     QueueLimits,
     SubmitStatus,
-    Usage,
     Write,
     WriteReply,
     WriteStatus,
 )
-from service.queues.admission import idempotency_bytes, kept_bytes, request_bytes, stored_bytes
 from tests.queues.builders import (
     answer_of,
     append,
@@ -294,13 +299,13 @@ class QueueContract:
     async def test_every_way_to_end_gives_the_bytes_back(
         self, queue: Queue, passes: Passes
     ) -> None:
-        stopped, deserted, forgotten, late = (
+        stopped, abandoned, forgotten, late = (
             make_submission(tenant=name, manifest=LARGE[:999], **fields)
             for name, fields in (
                 ("a", {}), ("b", {"grace": 0.1}), ("c", {}), ("d", {"timeout_ms": 100}),
             )
         )  # fmt: skip
-        everything = [stopped, deserted, forgotten, late]
+        everything = [stopped, abandoned, forgotten, late]
         for submission in everything:
             await queue.submit(submission)
             await queue.submit(submission)  # the reply was lost
@@ -357,20 +362,20 @@ class QueueContract:
         order = [claim.request.id for claim in await queue.claim(make_engine(), limit=3, wait=0)]
         assert order.index(rested.requests[0].id) < order.index(late.requests[0].id)
 
-    async def test_a_full_engine_takes_newcomers(self, queue: Queue) -> None:
-        """Of tenants of whom less runs than of others: nobody's flood shuts them out."""
+    async def test_a_full_engine_takes_requests_of_under_served_tenants(self, queue: Queue) -> None:
+        """Of tenants that have fewer running requests than others: no flood shuts them out."""
         for _ in range(4):
             await queue.submit(make_submission(tenant="flood", prompt_ids=(1,)))
         assert len(await queue.claim(make_engine(), limit=3, wait=0)) == 3
-        assert not await queue.claim(make_engine(), limit=0, newcomers=2, wait=0)
+        assert not await queue.claim(make_engine(), limit=0, under_served=2, wait=0)
         quiet = make_submission(3, tenant="quiet", prompt_ids=(1,))
         await queue.submit(quiet)
         assert not await queue.claim(make_engine(), limit=0, wait=0)
-        first = await queue.claim(make_engine(), limit=0, newcomers=1, wait=0)
-        second = await queue.claim(make_engine(), limit=0, newcomers=5, wait=0)
+        first = await queue.claim(make_engine(), limit=0, under_served=1, wait=0)
+        second = await queue.claim(make_engine(), limit=0, under_served=5, wait=0)
         taken = [claim.request for claim in (*first, *second)]
         assert taken == list(quiet.requests[:2]), "two of five, and no more, are below the average"
-        assert len(await queue.claim(make_engine(), limit=9, newcomers=2, wait=0)) == 2
+        assert len(await queue.claim(make_engine(), limit=9, under_served=2, wait=0)) == 2
 
     async def test_a_claim_carries_the_whole_request(self, queue: Queue) -> None:
         submission = make_submission(stop=("é\n",), stop_token_ids=(5,), timeout_ms=60_000)
@@ -573,7 +578,7 @@ class QueueContract:
             await passes(OVER)
         assert not await queue.claim(make_engine("last"), limit=1, wait=0)
         assert not await queue.read(rid), "the last engine may only be frozen"
-        await passes(VERDICT * LIMITS.lease)
+        await passes(FINAL_SILENCE * LIMITS.lease)
         assert not await queue.claim(make_engine("last"), limit=1, wait=0.3)
         (end,) = await queue.read(rid)
         assert (end.reason, end.error) == (FinishReason.ERROR, "engine_crash_loop")  # type: ignore[union-attr]  # an End: the only record
@@ -629,7 +634,7 @@ class QueueContract:
             await passes(OVER)
             claim = await claim_one(queue, make_engine(f"e{death}"), wait=PATIENCE)
             assert claim.attempt == min(death + 1, LIMITS.max_attempts)
-        await passes((VERDICT + 1) * LIMITS.lease)
+        await passes((FINAL_SILENCE + 1) * LIMITS.lease)
         assert not await queue.claim(make_engine("last"), limit=1, wait=0.1)
         assert (await queue.read(rid))[-1].error == "engine_crash_loop"  # type: ignore[union-attr]
 
@@ -685,7 +690,7 @@ class QueueContract:
         others = [claim.request.id for claim in claims if not claim.isolated_until]
         assert others == [bystander.requests[0].id]
         assert not await queue.claim(make_engine("more"), limit=9, wait=0)
-        await passes((VERDICT + 1) * LIMITS.lease)
+        await passes((FINAL_SILENCE + 1) * LIMITS.lease)
         left = await queue.claim(make_engine("fourth"), limit=9, wait=PATIENCE)
         assert {(claim.request.tenant, claim.attempt) for claim in left} == {
             ("public", LIMITS.max_attempts), ("b", 1),
@@ -726,7 +731,7 @@ class QueueContract:
             assert (claim.attempt, claim.isolated_until) == (1, None)
 
     async def test_an_engine_may_report_its_own_death(self, queue: Queue) -> None:
-        """Nobody has to wait for a lease; and it counts."""
+        """No engine has to wait for a lease; and it counts."""
         submission = make_submission()
         await queue.submit(submission)
         for attempt in range(1, LIMITS.max_attempts + 1):
@@ -815,28 +820,28 @@ class QueueContract:
         assert (await queue.read(late.requests[0].id))[-1] == stop_at(0, FinishReason.DEADLINE)
         assert await queue.depth() == NOTHING
 
-    async def test_what_nobody_attends_is_cancelled_after_its_grace(
+    async def test_what_has_no_heartbeat_is_cancelled_after_its_grace(
         self, queue: Queue, passes: Passes
     ) -> None:
-        """Whatever state it is in; and neither what is attended nor what needs nobody."""
+        """Whatever state it is in; and neither what has heartbeats nor what needs none."""
         left = make_submission(2, tenant="left", grace=0.2)
-        attended = make_submission(tenant="attended", grace=0.2)
+        heard = make_submission(tenant="heard", grace=0.2)
         alone = make_submission(tenant="alone")
         await queue.submit(left)
         claim = await claim_one(queue)
         await append(queue, claim.lease, answer_of(claim.request.id, 0, 1))
-        for submission in (attended, alone):
+        for submission in (heard, alone):
             await queue.submit(submission)
         assert await queue.sweep() == 0
         for _ in range(3):
             await passes(0.1)
-            await queue.attend([attended.id, alone.id, "s0-unknown"])
+            await queue.heartbeat([heard.id, alone.id, "s0-unknown"])
         assert await queue.sweep() == 2
         ends = [(await queue.read(request.id))[-1] for request in left.requests]
         assert ends == [stop_at(count, FinishReason.CANCELLED) for count in (1, 0)]
         late = await append(queue, claim.lease, answer_of(claim.request.id, 1, 2))
         assert late.status is WriteStatus.FENCED
-        await queue.attend([left.id, attended.id])
+        await queue.heartbeat([left.id, heard.id])
         assert (await queue.depth()).queued_requests == 2
         await passes(0.25)
         assert await queue.sweep() == 1
@@ -845,21 +850,21 @@ class QueueContract:
         (waiting,) = await queue.claim(make_engine("late"), limit=4, wait=0)
         assert waiting.request.id == alone.requests[0].id
 
-    async def test_nobody_is_deserted_by_an_absence(self, queue: Queue, passes: Passes) -> None:
-        """For longer than a grace nobody could attend, and nobody swept: graces begin anew."""
+    async def test_nobody_is_abandoned_by_an_absence(self, queue: Queue, passes: Passes) -> None:
+        """After a time without heartbeats and sweeps, grace periods start again."""
         submission = make_submission(grace=0.5)
         await queue.submit(submission)
         await queue.sweep()
         await passes(LIMITS.sweep_pause + 0.1)
         assert await queue.sweep() == 0
         await passes(0.2)
-        await queue.attend([submission.id])
+        await queue.heartbeat([submission.id])
         await passes(0.4)
-        assert await queue.sweep() == 0, "it was attended again in time"
+        assert await queue.sweep() == 0, "it was heard again in time"
         await passes(0.4)
         assert await queue.sweep() == 1
 
-    async def test_what_has_ended_is_not_deserted(self, queue: Queue, passes: Passes) -> None:
+    async def test_what_has_ended_is_not_abandoned(self, queue: Queue, passes: Passes) -> None:
         submission = make_submission(grace=0.1)
         await queue.submit(submission)
         await queue.sweep()
@@ -869,7 +874,7 @@ class QueueContract:
         assert (await queue.read(submission.requests[0].id))[-1] == stop_at(2)
 
     async def test_what_is_forgotten_is_cancelled_and_not_found(self, queue: Queue) -> None:
-        """Those who read it get its end all the same."""
+        """Its present readers still get its end."""
         running, ended = make_submission(2, key="k"), make_submission(grace=9.0)
         await queue.submit(ended)
         await finish(queue, await claim_one(queue), length=2)
@@ -1017,3 +1022,17 @@ class QueueContract:
                 await queue.read_page(rid)
         assert await queue.depth() == NOTHING
         await queue.check()
+
+    async def test_closing_ends_open_calls(self, queue: Queue) -> None:
+        submission = make_submission()
+        await queue.submit(submission)
+        await claim_one(queue)
+        claiming = asyncio.create_task(claim_one(queue, wait=60))
+        following = asyncio.ensure_future(anext(aiter(queue.follow(submission.requests[0].id))))
+        await asyncio.sleep(0.05)
+        await queue.close()
+        for task in (claiming, following):
+            with pytest.raises(Unavailable):
+                await task
+        with pytest.raises(Unavailable):
+            await queue.check()

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from service.errors import StartupError, Unavailable
+from service.errors import StartupError
 from service.messages import FinishReason
-from service.queues import QueueLimits, open_queue
+from service.queues import open_queue
+from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from tests.queues.builders import claim_one, finish, make_engine, make_submission
 from tests.queues.contract import LIMITS, Passes, QueueContract
@@ -58,12 +59,12 @@ async def test_everything_ended_is_forgotten(clock: Clock) -> None:
         await clock.pass_by(0.1)
     assert len(queue._groups) <= LIMITS.resume_window / 0.1 + 1
     assert len(queue._entries) == 2 * len(queue._groups)
-    assert len(queue._shelf._keys) <= 2.0 / 0.1 + 1
+    assert len(queue._submissions._keys) <= 2.0 / 0.1 + 1
     await clock.pass_by(3)
     await queue.sweep()
     assert not queue._running
-    assert not len(queue._shelf)
-    assert not len(queue._ledger)
+    assert not len(queue._submissions)
+    assert not len(queue._machine.tenants)
 
 
 async def test_an_idempotency_key_runs_out(clock: Clock) -> None:
@@ -91,25 +92,6 @@ async def test_an_orphan_is_taken_by_an_engine_that_waits_already() -> None:
     await claim_one(queue, make_engine("dead"))
     async with asyncio.timeout(PATIENCE):
         assert (await claim_one(queue, make_engine("other"), wait=2 * PATIENCE)).attempt == 2
-
-
-async def test_closing_ends_those_who_wait() -> None:
-    queue = open_queue("memory://", QueueLimits())
-    await queue.open()
-    submission = make_submission()
-    claiming = asyncio.create_task(claim_one(queue, wait=60))
-    await asyncio.sleep(0)
-    await queue.submit(submission)
-    await claiming
-    claiming = asyncio.create_task(claim_one(queue, wait=60))
-    following = asyncio.ensure_future(anext(aiter(queue.follow(submission.requests[0].id))))
-    await asyncio.sleep(0.01)
-    await queue.close()
-    for waiting in (claiming, following):
-        with pytest.raises(Unavailable):
-            await waiting
-    with pytest.raises(Unavailable):
-        await queue.check()
 
 
 def test_an_unknown_scheme_is_refused() -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from service.messages import Allowance, End, FinishReason, Submission
-from service.queues import Claim, Lease, Queue, QueueDepth, QueueLimits, Write, WriteStatus
+from service.queues.contract import Claim, Lease, Queue, QueueDepth, QueueLimits, Write, WriteStatus
 from service.queues.memory.queue import MemoryQueue
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.redis_process import RedisServer
@@ -145,7 +145,7 @@ class Walk:
             self.happened["release"] += 1
 
     async def step(self, engine: dict[str, Held]) -> None:
-        """An engine step: a few tokens for some, the end where there are no more."""
+        """An engine step: a few tokens for some, the end if there are no more."""
         chosen = [rid for rid in engine if self.rng.random() < 0.7]
         writes: list[Write] = []
         for rid in chosen:
@@ -237,8 +237,8 @@ async def test_random_faults_in_memory(seed: int) -> None:
     await walk.verify()
     await passes(max(LIMITS.resume_window, LIMITS.idempotency_ttl) + 60)
     await queue.sweep()
-    assert not len(queue._ledger)
-    assert not len(queue._shelf)
+    assert not len(queue._machine.tenants)
+    assert not len(queue._submissions)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from service.messages import (
     TokenLogprob,
     Tokens,
 )
-from service.queues import EngineInfo
+from service.queues.contract import EngineInfo
 from service.queues.redis.codec import (
     UNKNOWN_REASON,
     decode_entry,
@@ -86,7 +86,7 @@ def end_of(text: str) -> Record:
 
 @dataclass(frozen=True)
 class Kind:
-    """`encode` writes the sample as it is stored; tokens, which are binary, in hexadecimal."""
+    """`encode` returns the stored sample; tokens, which are binary, in hexadecimal."""
 
     sample: Any
     encode: Callable[[Any], str]

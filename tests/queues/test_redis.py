@@ -12,13 +12,14 @@ from redis import Redis
 
 from service.errors import StartupError, Unavailable
 from service.messages import Allowance, End, FinishReason, Record, TokenLogprob, Tokens
-from service.queues import PAGE_TOKENS, Claim, QueueLimits, Write, open_queue
+from service.queues import open_queue
+from service.queues.contract import PAGE_TOKENS, Claim, QueueLimits, Write
 from service.queues.observer import QueueEvent
 from service.queues.redis.codec import Malformed, decode_entry, encode_tokens
+from service.queues.redis.connection import check_server
+from service.queues.redis.journal import Page, PageCache, State
 from service.queues.redis.keys import ShardKeys
-from service.queues.redis.pages import Page, Pages, State
 from service.queues.redis.queue import RedisQueue
-from service.queues.redis.server import check_server
 from tests.cluster.redis_process import RedisServer
 from tests.queues.builders import (
     Counts,
@@ -156,13 +157,13 @@ async def test_nothing_is_left_in_redis_after_the_resume_window(
 async def test_time_without_sweeps_deserts_nobody(
     redis_server: RedisServer, redis_queues: Queues
 ) -> None:
-    """While Redis was away no replica could attend: what runs out in that time begins anew."""
+    """While Redis was down there were no heartbeats: grace periods start again."""
     queue = redis_queues(redis_server.url, LIMITS)
     await queue.sweep()
     submission = make_submission(grace=0.6)
     await queue.submit(submission)
     await asyncio.sleep(0.7)
-    redis_server.ask("DEL", "quire:2:{s0}:swept")  # it goes by itself where nobody sweeps
+    redis_server.ask("DEL", "quire:2:{s0}:swept")  # it expires without a sweep
     assert await queue.sweep() == 0
     await asyncio.sleep(0.1)
     assert await queue.sweep() == 0
@@ -175,7 +176,7 @@ async def test_time_without_sweeps_deserts_nobody(
 async def test_a_claim_whose_reply_was_lost_is_handed_out_again(
     redis_server: RedisServer, redis_queues: Queues
 ) -> None:
-    """The call is cancelled after it was sent: the script has run and nobody has the answer."""
+    """The call is cancelled after it was sent: the script has run and its reply is lost."""
     queue = redis_queues(redis_server.url, LIMITS)
     await queue.claim(make_engine(), limit=1, wait=0)  # connected
     await queue.submit(make_submission(2))
@@ -251,7 +252,7 @@ async def test_readers_of_one_answer_share_its_pages(
 
 
 async def num_calls(queue: RedisQueue, command: str) -> int:
-    (info,) = await queue._wire.run([("INFO", "commandstats")])
+    (info,) = await queue._client.run([("INFO", "commandstats")])
     return int(info.get(f"cmdstat_{command}", {"calls": 0})["calls"])
 
 
@@ -265,14 +266,14 @@ async def test_pages_are_kept_within_their_bound() -> None:
         return Page(State(ended=True, count=1), (), stored_bytes=size)
 
     size = Page(State(ended=True, count=1), (), stored_bytes=100).size
-    pages = Pages(fetch, kept_bytes=3 * size)
+    pages = PageCache(fetch, max_bytes=3 * size)
     for number in (0, 1, 2):
         await pages.read(ShardKeys(0), "small", number)
-    assert pages.kept("small", 0) is not None
+    assert pages.get("small", 0) is not None
     await pages.read(ShardKeys(0), "small", 3)
-    assert [number for number in range(4) if pages.kept("small", number)] == [0, 2, 3]
+    assert [number for number in range(4) if pages.get("small", number)] == [0, 2, 3]
     for _ in range(2):
-        assert pages.kept("large", 0) is None
+        assert pages.get("large", 0) is None
         await pages.read(ShardKeys(0), "large", 0)
     assert fetched == [0, 1, 2, 3, 0, 0]
     await asyncio.gather(*(pages.read(ShardKeys(0), "small", 9) for _ in range(5)))
@@ -384,22 +385,6 @@ async def test_replies_are_counted(
     await append(queue, claim.lease, make_tokens([1], start=1))
     expected = {QueueEvent.DUP, QueueEvent.GAP, QueueEvent.FENCED, QueueEvent.RECLAIMED}
     assert counts == dict.fromkeys(expected, 1)
-
-
-async def test_closing_ends_those_who_wait(redis_server: RedisServer, redis_queues: Queues) -> None:
-    queue = redis_queues(redis_server.url, LIMITS)
-    submission = make_submission()
-    await queue.submit(submission)
-    await claim_one(queue)
-    claiming = asyncio.create_task(claim_one(queue, wait=60))
-    following = asyncio.ensure_future(anext(aiter(queue.follow(submission.requests[0].id))))
-    await asyncio.sleep(0.05)
-    await queue.close()
-    for waiting in (claiming, following):
-        with pytest.raises(Unavailable):
-            await waiting
-    with pytest.raises(Unavailable):
-        await queue.check()
 
 
 # --- the parts ------------------------------------------------------------------------------

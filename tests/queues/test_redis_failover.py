@@ -17,7 +17,7 @@ from redis import Redis
 
 from service.errors import StartupError, Unavailable
 from service.messages import Record
-from service.queues import QueueLimits, SubmitStatus, WriteStatus
+from service.queues.contract import QueueLimits, SubmitStatus, WriteStatus
 from service.queues.observer import QueueEvent
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.redis_process import AOF, RedisServer, free_port
@@ -263,8 +263,8 @@ async def test_a_replica_is_refused_at_the_start(
         (f"alice:{PASSWORD}@{{}}/0", "credentials"),
         (":wrong@{}/0", "credentials"),
         ("{}/0", "credentials"),
-        (f":{PASSWORD}@{{}}/99", "no database of the number"),
-        (f":{PASSWORD}@{{}}/?db=99", "no database of the number"),
+        (f":{PASSWORD}@{{}}/99", "no database with the number"),
+        (f":{PASSWORD}@{{}}/?db=99", "no database with the number"),
         (f":{PASSWORD}@{{}}/one", "number of a database"),
     ],
 )

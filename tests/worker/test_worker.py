@@ -28,7 +28,7 @@ from service.messages import (
     Submission,
     Tokens,
 )
-from service.queues import (
+from service.queues.contract import (
     CLEARED_AFTER,
     Claim,
     EngineInfo,
@@ -377,7 +377,6 @@ class ForgetfulQueue(MemoryQueue):
             self._lost = True
             while entry.count > self.keep:
                 entry.journal.pop()
-                entry.ends.pop()
         replies = await super().write(writes)
         self.gaps += sum(reply.status is WriteStatus.GAP for reply in replies)
         return replies

@@ -1,20 +1,20 @@
-"""Blame: which requests engine deaths count against, and which of them are isolated, in memory.
+"""Blame: the requests that engine deaths count against, and which of them are isolated, in memory.
 
-The Redis queue keeps the same in `shared.lua` and `claim.lua`; the rules are those of
-`service.queues`. It decides nothing about leases: the queue asks when one has run out.
+The rules are in `service.queues.contract`; the Redis queue implements them in `lane.lua`,
+`blame.lua` and `claim.lua`. Leases are the queue's: it asks here when one has run out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from service.queues import PROBATION, VERDICT, EngineInfo, QueueLimits
-from service.queues.memory.entry import Entry
+from service.queues.contract import FINAL_SILENCE, JOIN_AFTER, EngineInfo, QueueLimits
+from service.queues.memory.submissions import Entry
 
 
 class Blame:
-    """`engines`: id -> (last sign of life, report). Times are the queue's own clock's, in seconds.
-    `freed` is called when suspects that wait may be isolated.
+    """`engines`: id -> (last heartbeat, report). Times are from the queue's clock, in seconds.
+    Calls `freed` when suspects that wait may be isolated.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Blame:
         self._suspects: dict[str, Entry] = {}  # those that wait for isolation, oldest first
         self._lane: dict[str, Entry] = {}  # those that are isolated
         self._isolates: dict[str, float] = {}  # engine -> when it took its last group
-        # engine -> when its death was noted, and the requests that it counts against
+        # engine -> when its death was counted, and the requests that it counts against
         self._blamed: dict[str, tuple[float, dict[str, Entry]]] = {}
 
     def __len__(self) -> int:
@@ -41,34 +41,42 @@ class Blame:
 
     def settle(self, entry: Entry, engine: EngineInfo) -> bool | None:
         """Finds out, for an engine that looks for work, why a lease is over. True: the request can
-        go on. False: it has to be failed. None: that is not certain yet.
+        be continued. False: it has to be failed. None: that is not certain yet.
         """
         owner = entry.engine
         silence = self._silence(owner)
         heard_since = self._clock() - silence > entry.lease_until
         if not owner or owner == engine.id or heard_since:
             return True  # released; or late, not dead
-        final = self._is_condemned(entry) and not self._is_bystander(entry)
-        if silence < self._limits.lease * (VERDICT if final else 1):
+        final = self._fails_next(entry) and not self._is_bystander(entry)
+        if silence < self._limits.lease * (FINAL_SILENCE if final else 1):
             return None
         return not self.died(entry)
 
     def died(self, entry: Entry) -> bool:
-        """Counts the death of the engine that runs a request; whether the request is failed."""
+        """Counts the death of the engine that runs a request. Returns whether that fails it."""
         if self._is_bystander(entry):
             return False
-        condemned = self._is_condemned(entry)
-        self._count(entry)
-        return condemned
+        failed = self._fails_next(entry)
+        if entry.died_at is None or entry.count > entry.cleared_after:
+            entry.blamers.clear()
+        entry.blamers.append(entry.engine)
+        while not failed and 1 < len(entry.blamers) >= self._limits.max_attempts:
+            del entry.blamers[0]
+        entry.died_at = entry.count
+        _, requests = self._blamed.setdefault(entry.engine, (self._clock(), {}))
+        requests[entry.request.id] = entry
+        self._leave_lane(entry, died=True)
+        return failed
 
-    def leave(self, entry: Entry) -> None:
-        """Nobody runs the request any more, for now: a suspect waits for its isolation."""
+    def released(self, entry: Entry) -> None:
+        """The request is not leased now: a suspect waits for its isolation."""
         self._leave_lane(entry)
         if entry.blamers:
             self._suspects.setdefault(entry.request.id, entry)
 
-    def ended(self, entry: Entry) -> None:
-        """The request needs no engine any more."""
+    def discard(self, entry: Entry) -> None:
+        """The request has ended, or is no longer a suspect."""
         self._leave_lane(entry)
         self._suspects.pop(entry.request.id, None)
 
@@ -83,18 +91,18 @@ class Blame:
             self._freed()
 
     def heard(self, engine: str) -> None:
-        """Takes back what the death of an engine counted against, if one was counted."""
+        """A heartbeat: takes back the death of the engine if one was counted."""
         if engine not in self._blamed:
             return
         for entry in self._blamed.pop(engine)[1].values():
             if engine in entry.blamers:
                 entry.blamers.remove(engine)
             if not entry.blamers:
-                self.ended(entry)
+                self.discard(entry)
         self._forget_isolation(engine)
 
-    def forget(self, keep: float) -> None:
-        """Drops what is too old to be taken back."""
+    def expire(self, keep: float) -> None:
+        """Drops deaths that are too old to be taken back."""
         oldest = self._clock() - keep
         for engine in [name for name, (since, _) in self._blamed.items() if since < oldest]:
             del self._blamed[engine]
@@ -104,10 +112,10 @@ class Blame:
     def next_group(self, engine: EngineInfo, *, limit: int) -> Sequence[Entry]:
         """The suspects to isolate in this engine now, at most `limit`; none while another does."""
         held = [entry for entry in self._lane.values() if self._is_held(entry)]
-        condemned = any(self._has_last_attempt(entry) for entry in held)
+        probed = any(self._has_last_attempt(entry) for entry in held)
         young = not all(entry.has_passed for entry in held)
-        young &= self._clock() - self._isolates.get(engine.id, 0.0) < PROBATION
-        if held and (condemned or young or any(entry.engine != engine.id for entry in held)):
+        young &= self._clock() - self._isolates.get(engine.id, 0.0) < JOIN_AFTER
+        if held and (probed or young or any(entry.engine != engine.id for entry in held)):
             return ()
         suspects = [entry for entry in self._suspects.values() if entry.may_run(engine)]
         if not suspects or limit <= 0:
@@ -118,7 +126,7 @@ class Blame:
         return group[: min(limit, -(-len(group) // 2))]
 
     def isolate(self, entry: Entry, engine: EngineInfo) -> None:
-        """Notes that an engine has taken a suspect out of `next_group`."""
+        """Notes that an engine takes a suspect from `next_group`."""
         self._suspects.pop(entry.request.id, None)
         self._lane[entry.request.id] = entry
         self._isolates[engine.id] = self._clock()
@@ -137,23 +145,11 @@ class Blame:
     def _is_bystander(self, entry: Entry) -> bool:
         return not entry.isolated_by and entry.engine in self._isolates
 
-    def _is_condemned(self, entry: Entry) -> bool:
+    def _fails_next(self, entry: Entry) -> bool:
         """Whether one more death fails it."""
         near = entry.died_at is not None and entry.count <= entry.cleared_after
         deaths = len(entry.blamers) + 1 if near else 1
         return deaths >= self._limits.max_attempts and not (near and entry.count != entry.died_at)
-
-    def _count(self, entry: Entry) -> None:
-        condemned = self._is_condemned(entry)
-        if entry.died_at is None or entry.count > entry.cleared_after:
-            entry.blamers.clear()
-        entry.blamers.append(entry.engine)
-        while not condemned and 1 < len(entry.blamers) >= self._limits.max_attempts:
-            del entry.blamers[0]
-        entry.died_at = entry.count
-        _, requests = self._blamed.setdefault(entry.engine, (self._clock(), {}))
-        requests[entry.request.id] = entry
-        self._leave_lane(entry, died=True)
 
     def _leave_lane(self, entry: Entry, *, died: bool = False) -> None:
         engine, entry.isolated_by = entry.isolated_by, ""

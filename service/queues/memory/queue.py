@@ -1,22 +1,22 @@
-"""MemoryQueue: the whole state machine in one asyncio process, for the embedded default and tests.
+"""MemoryQueue: the queue in one asyncio process, for the embedded default and tests.
 
-It keeps what the Redis queue keeps, with the same replies, but not beyond the life of the process.
-All methods run on one event loop; no thread may call them. Reading costs what is new, not what is
-there: followers hold an index into the journal and are woken, they never poll.
+It behaves like the Redis queue, but keeps nothing beyond the life of the process. All methods run
+on one event loop; no thread may call them. The cost of reading depends on the new records only:
+followers hold an index into the journal and are woken, they never poll.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from service.errors import NotFound, Unavailable
-from service.messages import Allowance, End, FinishReason, Record, Submission, Tokens
-from service.queues import (
+from service.messages import Allowance, End, FinishReason, Record, Submission
+from service.queues.admission import Usage, admission_cost
+from service.queues.contract import (
     BLAME_KEPT,
+    ENGINE_SILENCE,
     PAGE_TOKENS,
     Claim,
     EngineInfo,
@@ -26,35 +26,22 @@ from service.queues import (
     StoredSubmission,
     SubmitReply,
     SubmitStatus,
-    Usage,
     Write,
     WriteReply,
     WriteStatus,
 )
-from service.queues.admission import admission_cost, answer_share
-from service.queues.memory.blame import Blame
-from service.queues.memory.entry import Entry, Group, next_lease_end, oldest_age, reached
-from service.queues.memory.ledger import Ledger
-from service.queues.memory.shelf import Shelf
-from service.queues.observer import STOPPED, NullQueueObserver, QueueEvent, QueueObserver
+from service.queues.memory.machine import Machine
+from service.queues.memory.submissions import Entry, Group, checked_end
+from service.queues.observer import NullQueueObserver, QueueObserver, report_replies
 
-PRIORITIES = 3
-TURN = 256
-"""Records after which a follower lets others have the event loop."""
-ENGINE_SILENCE = 10.0
-"""Seconds after which an engine that was not heard of is no longer listed."""
-
-CRASH_LOOP = "engine_crash_loop"
-
-_COUNTED = {
-    WriteStatus.DUP: QueueEvent.DUP,
-    WriteStatus.GAP: QueueEvent.GAP,
-    WriteStatus.FENCED: QueueEvent.FENCED,
-}
+BURST = 256
+"""Records after which a follower yields to the event loop."""
+LOOK_AGAIN = 0.05
+"""Seconds until a waiting claim looks again at a request whose lease is over."""
 
 
 class MemoryQueue:
-    """The contract is `service.queues.Queue`."""
+    """The contract is `service.queues.contract.Queue`."""
 
     shared = False
 
@@ -68,15 +55,17 @@ class MemoryQueue:
         self.limits = limits
         self._clock = clock
         self._observer = NullQueueObserver() if observer is None else observer
-        self._shelf = Shelf(limits, clock=clock)
-        self._entries, self._groups = self._shelf.entries, self._shelf.groups
-        self._waiting: tuple[dict[str, Entry], ...] = tuple({} for _ in range(PRIORITIES))
-        self._running: dict[str, Entry] = {}
-        self._queued_tokens = 0
-        self._ledger = Ledger(limits, clock=clock)
+        self._machine = Machine(
+            limits,
+            clock=clock,
+            observer=self._observer,
+            work_came=self._wake_claimers,
+            stopped=self._hint,
+        )
+        self._submissions = self._machine.submissions
+        self._entries, self._groups = self._submissions.entries, self._submissions.groups
+        self._running = self._machine.running
         self._last_sweep = self._swept_since = clock()
-        self._engines: dict[str, tuple[float, EngineInfo]] = {}
-        self._blame = Blame(limits, clock=clock, engines=self._engines, freed=self._wake_claimers)
         self._claimers: set[asyncio.Event] = set()
         self._stop_hints: set[asyncio.Queue[str]] = set()
         self._closed = False
@@ -87,52 +76,23 @@ class MemoryQueue:
     # --- the API's side -------------------------------------------------------------------
     async def charge(self, allowance: Allowance) -> Usage:
         await self.check()
-        return self._ledger.charge(allowance)
+        return self._machine.tenants.charge(allowance)
 
     async def submit(self, submission: Submission) -> SubmitReply:
-        self._shelf.forget()
-        found = self._admitted_before(submission)
-        if found is not None:
-            return found
-        requests = submission.requests
-        cost = sum(map(admission_cost, requests))
-        status = self._refusal(submission, cost=cost)
-        if status is not None:
-            return self._reply(status, submission, cost=cost)
-        now = self._clock()
-        turns = self._ledger.enter(submission, tokens=cost)
-        entries = [
-            Entry(request, submission.id, now, turn)
-            for request, turn in zip(requests, turns, strict=True)
-        ]
-        self._shelf.put(submission, entries, now=now)
-        for entry in entries:
-            self._waiting[entry.request.priority][entry.request.id] = entry
-        self._queued_tokens += cost
-        self._wake_claimers()
-        return self._reply(SubmitStatus.OK, submission)
-
-    def _admitted_before(self, submission: Submission) -> SubmitReply | None:
-        earlier = self._shelf.earlier(submission)
+        self._submissions.expire()
+        earlier = self._submissions.earlier(submission)
         if earlier is not None:
             same = earlier[1] == submission.fingerprint
             status = SubmitStatus.EXISTS if same else SubmitStatus.CONFLICT
             return self._reply(status, submission, follow=earlier[0])
         if submission.id in self._groups:
             return self._reply(SubmitStatus.EXISTS, submission)
-        return None
-
-    def _refusal(self, submission: Submission, *, cost: int) -> SubmitStatus | None:
-        """Whatever is the tenant's own fault comes first."""
-        own = self._ledger.refusal(submission, tokens=cost)
-        storage = self._shelf.refusal(submission)
-        if own is not None or storage is SubmitStatus.TENANT_STORAGE:
-            return own or storage
-        queued = sum(map(len, self._waiting)) + len(submission.requests)
-        over = queued > self.limits.max_requests
-        if over or self._queued_tokens + cost > self.limits.max_tokens:
-            return SubmitStatus.FULL
-        return storage
+        cost = sum(map(admission_cost, submission.requests))
+        refusal = self._machine.refusal(submission, cost=cost)
+        if refusal is not None:
+            return self._reply(refusal, submission, cost=cost)
+        self._machine.admit(submission, cost=cost)
+        return self._reply(SubmitStatus.OK, submission)
 
     def _reply(
         self, status: SubmitStatus, submission: Submission, *, follow: str = "", cost: int = 0
@@ -140,13 +100,13 @@ class MemoryQueue:
         return SubmitReply(
             status=status,
             submission_id=follow or submission.id,
-            queued_requests=sum(map(len, self._waiting)),
-            queued_tokens=self._queued_tokens,
-            usage=self._ledger.usage(submission.allowance, tokens=cost),
+            queued_requests=self._machine.num_waiting,
+            queued_tokens=self._machine.queued_tokens,
+            usage=self._machine.tenants.usage(submission.allowance, tokens=cost),
         )
 
     async def lookup(self, submission_id: str) -> StoredSubmission | None:
-        self._shelf.forget()
+        self._submissions.expire()
         group = self._groups.get(submission_id)
         return None if group is None else group.stored
 
@@ -161,17 +121,17 @@ class MemoryQueue:
         news = asyncio.Event()
         entry.followers.add(news)
         try:
-            index = bisect_right(entry.ends, after)
+            index = entry.index_after(after)
             while True:
                 news.clear()
                 while index < len(entry.journal):
-                    if entry.ends[index] > after:
+                    if entry.journal[index].end > after:  # the reader may be ahead of the journal
                         yield entry.journal[index]
                     index += 1
-                    if index % TURN == 0:
+                    if index % BURST == 0:
                         await asyncio.sleep(0)
                 if entry.end is not None:
-                    yield reached(entry.end, after=after)
+                    yield checked_end(entry.end, after=after)
                     return
                 if self._closed:
                     raise Unavailable("the queue was closed", code="backend_unavailable")
@@ -180,7 +140,7 @@ class MemoryQueue:
             entry.followers.discard(news)
 
     def _known(self, request_id: str) -> Entry:
-        self._shelf.forget()
+        self._submissions.expire()
         entry = self._entries.get(request_id)
         if entry is None:
             raise NotFound("no such request, or its resume window is over")
@@ -191,69 +151,62 @@ class MemoryQueue:
             entry = self._entries.get(request_id)
             if entry is None or entry.end is not None:
                 continue
-            if reason is not FinishReason.DEADLINE or self._overdue(entry):
-                self._stop(entry, reason)
+            if reason is not FinishReason.DEADLINE or self._machine.is_overdue(entry):
+                self._machine.stop(entry, reason)
 
-    async def attend(self, submission_ids: Sequence[str]) -> None:
+    async def heartbeat(self, submission_ids: Sequence[str]) -> None:
         now = self._clock()
         for submission_id in submission_ids:
             group = self._groups.get(submission_id)
             if group is not None:
-                group.attended = now
+                group.heartbeat = now
 
     async def forget(self, submission_id: str) -> None:
         group = self._groups.get(submission_id)
         if group is None:
             return
         await self.stop([entry.request.id for entry in group.entries], FinishReason.CANCELLED)
-        self._shelf.drop(submission_id)
+        self._submissions.drop(submission_id)
 
     async def sweep(self) -> int:
-        self._shelf.forget()
-        self._ledger.forget()
-        self._blame.forget(BLAME_KEPT)
-        self._note_sweep()
+        self._submissions.expire()
+        self._machine.tenants.expire()
+        self._machine.blame.expire(BLAME_KEPT)
+        now = self._clock()
+        if now - self._last_sweep > self.limits.sweep_pause:
+            self._swept_since = now
+        self._last_sweep = now
         ended = 0
-        for entry in [*self._live()]:
-            if self._overdue(entry):
-                self._stop(entry, FinishReason.DEADLINE)
-            elif self._deserted(self._groups[entry.submission_id]):
-                self._stop(entry, FinishReason.CANCELLED)
+        for entry in [*self._machine.live()]:
+            if self._machine.is_overdue(entry):
+                self._machine.stop(entry, FinishReason.DEADLINE)
+            elif self._is_abandoned(self._groups[entry.submission_id]):
+                self._machine.stop(entry, FinishReason.CANCELLED)
             else:
                 continue
             ended += 1
         return ended
 
-    def _note_sweep(self) -> None:
-        now = self._clock()
-        if now - self._last_sweep > self.limits.sweep_pause:
-            self._swept_since = now
-        self._last_sweep = now
-
-    def _deserted(self, group: Group) -> bool:
-        if group.grace is None:
+    def _is_abandoned(self, group: Group) -> bool:
+        grace = group.submission.grace
+        if grace is None:
             return False
-        return self._clock() >= max(group.attended, self._swept_since) + group.grace
-
-    def _live(self) -> Iterator[Entry]:
-        yield from self._running.values()
-        for waiting in self._waiting:
-            yield from waiting.values()
+        return self._clock() >= max(group.heartbeat, self._swept_since) + grace
 
     async def depth(self) -> QueueDepth:
         return QueueDepth(
-            queued_requests=sum(map(len, self._waiting)),
-            queued_tokens=self._queued_tokens,
+            queued_requests=self._machine.num_waiting,
+            queued_tokens=self._machine.queued_tokens,
             running_requests=len(self._running),
-            stored_bytes=self._shelf.stored_bytes,
-            oldest_seconds=oldest_age(self._waiting, now=self._clock()),
+            stored_bytes=self._submissions.stored_bytes,
+            oldest_seconds=self._machine.oldest_seconds(),
         )
 
     async def engines(self) -> Sequence[EngineInfo]:
-        oldest = self._clock() - ENGINE_SILENCE
-        for engine in [k for k, seen in self._engines.items() if seen[0] < oldest]:
-            del self._engines[engine]
-        return [info for _, info in self._engines.values()]
+        engines, oldest = self._machine.engines, self._clock() - ENGINE_SILENCE
+        for engine in [k for k, seen in engines.items() if seen[0] < oldest]:
+            del engines[engine]
+        return [info for _, info in engines.values()]
 
     async def check(self) -> None:
         if self._closed:
@@ -261,7 +214,7 @@ class MemoryQueue:
 
     # --- the engine's side ----------------------------------------------------------------
     async def claim(
-        self, engine: EngineInfo, *, limit: int, wait: float, newcomers: int = 0
+        self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
@@ -270,96 +223,29 @@ class MemoryQueue:
         try:
             while True:
                 await self.check()
-                self._engines[engine.id] = (self._clock(), engine)
-                self._blame.heard(engine.id)
-                claims = self._take(engine, limit, most=limit + newcomers)
+                self._machine.heartbeat(engine.id, engine)
+                claims = self._machine.claim(engine, limit=limit, most=limit + under_served)
                 left = until - loop.time()
                 if claims or left <= 0:
                     return claims
                 news.clear()
-                over = next_lease_end(self._running.values(), now=self._clock(), default=left)
                 try:
-                    async with asyncio.timeout(min(left, over)):
+                    async with asyncio.timeout(min(left, self._next_lease_end())):
                         await news.wait()
                 except TimeoutError:
                     continue
         finally:
             self._claimers.discard(news)
 
-    def _take(self, engine: EngineInfo, limit: int, *, most: int) -> list[Claim]:
-        owner = f"{engine.id}:{secrets.token_hex(6)}"
-        claims: list[Claim] = []
-        orphans = self._orphans(engine) if limit > 0 else []
-        for entry in self._blame.next_group(engine, limit=limit):
-            self._blame.isolate(entry, engine)
-            claims.append(self._start(entry, engine, owner=owner))
-        for entry in self._candidates(orphans):
-            if len(claims) >= most:
-                break
-            if len(claims) >= limit and not self._ledger.is_below_share(entry.request.tenant):
-                continue
-            if self._overdue(entry):
-                self._stop(entry, FinishReason.DEADLINE)
-            elif entry.may_run(engine):
-                claims.append(self._start(entry, engine, owner=owner))
-        return claims
-
-    def _orphans(self, engine: EngineInfo) -> list[Entry]:
-        """Those that ran already and need no isolation. Finds out why their leases are over."""
-        found: list[Entry] = []
-        for entry in [*self._running.values()]:
-            if entry.owner and entry.lease_until > self._clock():
-                continue
-            settled: bool | None = True
-            if entry.owner and not self._overdue(entry) and entry.may_run(engine):
-                settled = self._blame.settle(entry, engine)
-                if settled is False:
-                    self._fail(entry)
-                elif settled and entry.blamers:
-                    self._blame.leave(entry)
-                    entry.owner = ""
-            if settled and not entry.blamers:
-                found.append(entry)
-        return found
-
-    def _fail(self, entry: Entry) -> None:
-        entry.epoch += 1
-        entry.owner = ""
-        self._end(entry, End(count=entry.count, reason=FinishReason.ERROR, error=CRASH_LOOP))
-        self._observer.happened(QueueEvent.CRASHED)
-
-    def _candidates(self, orphans: Sequence[Entry]) -> list[Entry]:
-        """Those to be claimed: by priority, then those that ran already, then by their turn."""
-        found: list[Entry] = []
-        for priority, waiting in enumerate(self._waiting):
-            found += [entry for entry in orphans if entry.request.priority == priority]
-            found += sorted(waiting.values(), key=lambda entry: entry.turn)
-        return found
-
-    def _start(self, entry: Entry, engine: EngineInfo, *, owner: str) -> Claim:
-        request, waited_ms = entry.request, None
-        if entry.started:
-            self._observer.happened(QueueEvent.RECLAIMED)
-        else:
-            del self._waiting[request.priority][request.id]
-            self._running[request.id] = entry
-            self._queued_tokens -= admission_cost(request)
-            entry.started = True
-            self._ledger.begin(request.tenant, turn=entry.turn)
+    def _next_lease_end(self) -> float:
+        """Seconds until another running request may be claimed again."""
         now = self._clock()
-        if not entry.epoch:
-            waited_ms = round((now - entry.submitted) * 1000)
-        entry.epoch += 1
-        entry.owner = owner
-        entry.numeric_class = engine.numeric_class
-        entry.lease_until = now + self.limits.lease
-        return entry.claim(now=now, waited_ms=waited_ms)
+        left = (entry.lease_until - now for entry in self._running.values())
+        return max(LOOK_AGAIN, min(left, default=float("inf")))
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         replies = [self._write(write.lease, write.record) for write in writes]
-        for reply in replies:
-            if reply.status in _COUNTED:
-                self._observer.happened(_COUNTED[reply.status])
+        report_replies(replies, self._observer)
         return replies
 
     def _write(self, lease: Lease, record: Record) -> WriteReply:
@@ -369,47 +255,30 @@ class MemoryQueue:
         if not entry.holds(lease):
             return WriteReply(WriteStatus.FENCED, entry.count)
         if isinstance(record, End):
-            return WriteReply(self._finish(entry, record), entry.count)
-        return WriteReply(self._append(entry, record), entry.count)
-
-    def _append(self, entry: Entry, record: Tokens) -> WriteStatus:
+            return WriteReply(self._machine.finish(entry, record), entry.count)
         status = entry.append(record)
         if status is WriteStatus.OK:
-            self._blame.progressed(entry)
-        return status
-
-    def _finish(self, entry: Entry, record: End) -> WriteStatus:
-        if entry.end is not None:
-            return WriteStatus.DUP if entry.end == record else WriteStatus.FENCED
-        if entry.count != record.count:
-            return WriteStatus.GAP
-        self._end(entry, record)
-        return WriteStatus.OK
+            self._machine.blame.progressed(entry)
+        return WriteReply(status, entry.count)
 
     async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
         until = self._clock() + self.limits.lease
+        for engine in {lease.engine for lease in leases}:
+            self._machine.heartbeat(engine)
         lost: list[str] = []
-        for engine in {lease.engine for lease in leases} & self._engines.keys():
-            self._engines[engine] = (self._clock(), self._engines[engine][1])
-            self._blame.heard(engine)
         for lease in leases:
-            entry = self._running.get(lease.request_id)
-            if entry is not None and entry.holds(lease):
-                entry.lease_until = until
-            else:
+            entry = self._machine.leased(lease)
+            if entry is None:
                 lost.append(lease.request_id)
+            else:
+                entry.lease_until = until
         return lost
 
     async def release(self, leases: Sequence[Lease], *, died: bool = False) -> None:
         for lease in leases:
-            entry = self._running.get(lease.request_id)
-            if entry is None or not entry.holds(lease):
-                continue
-            if died and self._blame.died(entry):
-                self._fail(entry)
-            else:
-                self._blame.leave(entry)
-                entry.owner = ""
+            entry = self._machine.leased(lease)
+            if entry is not None:
+                self._machine.release(entry, died=died)
         self._wake_claimers()
 
     async def stops(self) -> AsyncIterator[str]:
@@ -427,38 +296,9 @@ class MemoryQueue:
         for entry in self._entries.values():
             entry.wake()
 
-    # --- the edges of the state machine ---------------------------------------------------
-    def _overdue(self, entry: Entry) -> bool:
-        """Past its deadline or, where it has none, left without an engine for `live_ttl`."""
-        deadline = entry.deadline
-        if deadline is None:
-            alone_since = entry.lease_until if entry.started else entry.submitted
-            deadline = alone_since + self.limits.live_ttl
-        return self._clock() >= deadline
-
-    def _stop(self, entry: Entry, reason: FinishReason) -> None:
-        if entry.owner:
-            for hints in self._stop_hints:
-                hints.put_nowait(entry.request.id)
-        entry.epoch += 1
-        entry.owner = ""
-        self._end(entry, End(count=entry.count, reason=reason))
-        self._observer.happened(STOPPED[reason])
-
-    def _end(self, entry: Entry, end: End) -> None:
-        request = entry.request
-        if entry.started:
-            del self._running[request.id]
-        else:
-            del self._waiting[request.priority][request.id]
-            self._queued_tokens -= admission_cost(request)
-        entry.end = end
-        self._blame.ended(entry)
-        group = self._groups[entry.submission_id]
-        beyond = entry.count - answer_share(request)
-        self._ledger.leave(group.stored.tenant, group.allowance, tokens=beyond, ran=entry.started)
-        self._shelf.ended(entry)
-        entry.wake()
+    def _hint(self, request_id: str) -> None:
+        for hints in self._stop_hints:
+            hints.put_nowait(request_id)
 
     def _wake_claimers(self) -> None:
         for news in self._claimers:

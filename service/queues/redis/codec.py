@@ -1,15 +1,15 @@
 """How journal records are stored in Redis: a few bytes per token, as one record has few tokens.
 
-A stream entry's id says how many tokens the answer has with it (`<n>-0`, the end `<n>-1`); its one
-field is `k` for tokens and `e` for the end.
+A stream entry's id is the number of tokens up to and including it (`<n>-0`, the end `<n>-1`); its
+one field is `k` for tokens and `e` for the end.
 
     k:  flags (1 byte) · number of ids · ids · digest (4 bytes) · length of text · text · JSON
         numbers as LEB128 varints, text in UTF-8; JSON only if log probabilities were requested
     e:  JSON object: r reason, c cached tokens, s stopped by, x error; defaults are left out
 
-Another version may have written an entry. Ignored are unknown fields beside `k` and `e`, unknown
-keys in the JSON, unknown flags, and bytes after the JSON, which such a flag may announce. An entry
-with `e` always decodes as an end: with an unknown reason, or malformed, as an error.
+Another version may have written an entry. The decoder ignores unknown fields, unknown keys in the
+JSON, unknown flags, and bytes after the JSON, which such a flag may announce. An entry with `e`
+always decodes as an end: as an error if the reason is unknown or the entry malformed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _JSON = json.JSONDecoder()
 
 
 class Malformed(ValueError):
-    """An entry that this format does not know."""
+    """An entry that is not in this format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class _StoredEnd:
 
 
 def encode_tokens(record: Tokens) -> bytes:
-    """The value of field `k`. `record.start` is not in it: the entry's id tells."""
+    """The value of field `k`. `record.start` is not in it: it follows from the entry's id."""
     text = record.text.encode("utf-8", "replace")
     with_json = bool(record.logprobs or record.prompt_logprobs)
     out = bytearray([_HAS_LOGPROBS if with_json else 0])
@@ -96,7 +96,7 @@ def decode_ids(value: bytes) -> tuple[int, ...]:
 
 
 def _decode_end(value: bytes, *, count: int) -> End:
-    """Never raises: nothing comes after an end, and a reader must not wait for it."""
+    """Never raises: nothing follows an end, and its readers must not wait forever."""
     try:
         end = decode(_StoredEnd, value)
     except (ValueError, TypeError):
@@ -154,7 +154,7 @@ def _put(out: bytearray, number: int) -> None:
 
 
 def _take(value: bytes, at: int) -> tuple[int, int]:
-    """A varint and where the next thing begins."""
+    """A varint and the offset after it."""
     number = shift = 0
     while True:
         byte = value[at]

@@ -1,16 +1,17 @@
-"""Wire: commands to one Redis server in pipelines, with time-outs, retries and errors of our own.
+"""RedisClient: sends commands to one Redis server in pipelines, with timeouts and retries.
 
 Every command sent here may run twice (a reply can be lost), so all of them must be idempotent; the
-scripts are. Nothing hangs: each attempt ends within the time-outs below. Knows no keys.
+scripts are. Nothing hangs: each attempt ends within the timeouts below.
 
-The server is always a primary. A connection to a replica is refused, for reads too: what a replica
-has may be old. If the server stops taking writes (it was demoted, it loads its data, its cluster is
-down), all connections are dropped, and the next ones resolve the address again.
+The server is always a primary. A connection to a replica is refused, for reads too, because its
+data may be stale. If the server stops accepting writes (it was demoted, it loads its data, its
+cluster is down), all connections are dropped, and the next ones resolve the address again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 import re
@@ -39,18 +40,22 @@ logger = logging.getLogger(__name__)
 
 Command = tuple[str | bytes | int, ...]
 
+_json = json.JSONEncoder(separators=(",", ":")).encode
+
 CONNECT_TIMEOUT = 2.0
 REPLY_TIMEOUT = 4.0
 CONNECTIONS = 32
+MIN_VERSION = 7
+"""Script flags, which allow ends to be written when memory is full, came with it."""
 ATTEMPTS = 3
-"""Of a command whose connection broke; a time-out is not tried again."""
+"""Of a command whose connection broke; a timeout is not retried."""
 
 _OPTIONS = ("allow_volatile", "shards")
-"""Parameters of the URL that are ours; all others are the client library's."""
+"""Parameters of the URL that are for this module; all others are for the client library."""
 
 
 class RedisUrl:
-    """A Redis URL taken apart. Its credentials are in no message."""
+    """A parsed Redis URL. No message contains its credentials."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -61,20 +66,20 @@ class RedisUrl:
             self.allow_volatile = {"0": False, "1": True}[own.get("allow_volatile", "0")]
         except (ValueError, KeyError) as error:
             raise StartupError(
-                "queue: the URL has shards=<number>, allow_volatile=0 or 1"
+                "queue: the URL's shards must be a number and its allow_volatile 0 or 1"
             ) from error
         if not 1 <= self.shards <= 1024:
-            raise StartupError("queue: the URL's `shards` is from 1 to 1024")
+            raise StartupError("queue: the URL's shards must be from 1 to 1024")
         if parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path):
             raise StartupError(
-                "queue: the path of the Redis URL is the number of a database; special characters"
-                " in a password are percent-encoded"
+                "queue: the path of the Redis URL must be the number of a database; special"
+                " characters in a password must be percent-encoded"
             )
         self._keepalive = {} if parts.scheme == "unix" else {"socket_keepalive": True}
         self.plain = urlunsplit(parts._replace(query=urlencode(query)))
 
     def pool(self) -> BlockingConnectionPool:
-        """Connections to it. Raises StartupError for what the library does not take."""
+        """Connections to it. Raises StartupError for parameters that the library rejects."""
         try:
             pool = BlockingConnectionPool.from_url(
                 self.plain,
@@ -87,18 +92,18 @@ class RedisUrl:
                 protocol=2,
                 redis_connect_func=_connect_to_primary,
             )
-            # Not connected yet: only its parameters are tried. (The library has no types here.)
+            # Not connected yet: only its parameters are checked. (The library has no types here.)
             pool.make_connection()  # type: ignore[no-untyped-call]
         except (ValueError, TypeError, RedisError) as error:
-            raise StartupError("queue: the Redis URL or one of its parameters is wrong") from error
+            raise StartupError("queue: the Redis URL or a parameter of it is invalid") from error
         return pool
 
 
 async def _connect_to_primary(connection: Connection) -> None:
     """Called by the library for each new connection. Raises ReadOnlyError for a replica.
 
-    HELLO is what any Redis user may send. A server or proxy without it is not refused here: its
-    first reply to a write says what it is.
+    Any Redis user may send HELLO. A server or proxy without it is not refused here: its first reply
+    to a write shows what it is.
     """
     await connection.on_connect()
     await connection.send_command("HELLO")
@@ -111,24 +116,45 @@ async def _connect_to_primary(connection: Connection) -> None:
         raise ReadOnlyError("the server is a replica")
 
 
+def check_server(info: Mapping[str, Any], *, allow_volatile: bool) -> None:
+    """Raises StartupError if the server (by its INFO) is too old, may evict keys, or loses data at
+    a restart.
+    """
+    version = str(info["redis_version"])
+    if int(version.partition(".")[0]) < MIN_VERSION:
+        raise StartupError(
+            f"queue: Redis >= {MIN_VERSION} or Valkey is required, this is {version}"
+        )
+    policy = str(info.get("maxmemory_policy", "noeviction"))
+    if int(info.get("maxmemory", 0)) and policy != "noeviction":
+        raise StartupError(
+            f"queue: Redis may evict answers; set maxmemory-policy noeviction, not {policy}"
+        )
+    if not int(info.get("aof_enabled", 0)) and not allow_volatile:
+        raise StartupError(
+            "queue: Redis keeps no append-only file and forgets answers at a restart; set"
+            " appendonly yes, or add allow_volatile=1 to the queue's URL"
+        )
+
+
 def backoff(*, longest: float) -> Iterator[float]:
-    """Seconds to wait before the second, third, ... attempt: doubling, with jitter, no end."""
+    """Yields the seconds to wait before the second, third, ... attempt: doubling, with jitter."""
     delay = 0.02
     while True:
         yield delay * random.uniform(0.5, 1.0)
         delay = min(longest, delay * 2)
 
 
-class Wire:
-    """`away` while the last command found no server that takes writes; `restored_at` is when (loop
-    time) one answered again.
+class RedisClient:
+    """`away`: the last command found no server that accepts writes; `restored_at`: when (loop time)
+    one replied again.
     """
 
     def __init__(
         self, url: RedisUrl, *, scripts: Mapping[str, Script], restored: Callable[[], None]
     ) -> None:
         self._url = url
-        self._client = Redis(connection_pool=url.pool())
+        self._redis = Redis(connection_pool=url.pool())
         self._scripts = scripts
         self._pending: list[tuple[Command, asyncio.Future[Any]]] = []
         self._flush: asyncio.Task[None] | None = None
@@ -139,17 +165,19 @@ class Wire:
         self._closed = False
 
     def connection(self) -> Connection:
-        """A connection of the caller's own, not connected yet and not of the pool."""
-        pool = self._client.connection_pool
+        """A connection for the caller alone, not connected yet and not in the pool."""
+        pool = self._redis.connection_pool
         connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
         return connection
 
-    def script(self, name: str, key: str, *arguments: str | bytes | int) -> Command:
-        """The command that runs a script; each is given one key."""
-        return ("EVALSHA", self._scripts[name].sha, 1, key, *arguments)
+    def script(self, name: str, key: str, /, *values: str | bytes, **arguments: object) -> Command:
+        """The command that runs a script on one key: `arguments` are its `args`, `values` further
+        entries of ARGV. An argument that is None is left out: Lua has no null in tables.
+        """
+        return ("EVALSHA", self._scripts[name].sha, 1, key, _json(present(**arguments)), *values)
 
     async def run(self, commands: Sequence[Command], *, attempts: int = ATTEMPTS) -> list[Any]:
-        """The replies, in order, after one round trip. Raises Unavailable."""
+        """Returns the replies, in order, after one round trip. Raises Unavailable."""
         try:
             return await self._run(commands, attempts=attempts)
         except (RedisError, OSError) as error:
@@ -158,9 +186,7 @@ class Wire:
             raise unavailable(error) from None  # the cause may show the address
 
     async def run_first(self, commands: Sequence[Command]) -> list[Any]:
-        """As `run`, at the start of a process. Raises StartupError, which names the reason, and
-        logs nothing.
-        """
+        """As `run`, when a process starts: raises StartupError with the reason, logs nothing."""
         try:
             return await self._run(commands, attempts=ATTEMPTS, quiet=True)
         except (RedisError, OSError) as error:
@@ -176,7 +202,7 @@ class Wire:
             raise Unavailable("the queue was closed", code="backend_unavailable")
         delays = backoff(longest=0.2)
         for attempt in range(1, attempts + 1):
-            client = self._client
+            client = self._redis
             try:
                 replies = await self._replies(commands)
             except (RedisError, OSError) as error:
@@ -194,8 +220,8 @@ class Wire:
         raise AssertionError("the last attempt returns or raises")
 
     async def _replies(self, commands: Sequence[Command]) -> list[Any]:
-        """Loads the scripts if the server lacks them. Raises if it takes no writes, or if it is not
-        the server any more into which they were loaded.
+        """Loads the scripts if the server lacks them. Raises if it accepts no writes, or if it is
+        no longer the server into which they were loaded.
         """
         replies = await self._execute(commands)
         if any(isinstance(reply, NoScriptError) for reply in replies):
@@ -209,7 +235,7 @@ class Wire:
         return replies
 
     async def _execute(self, commands: Sequence[Command]) -> list[Any]:
-        client = self._client
+        client = self._redis
         pipeline = client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
@@ -218,22 +244,22 @@ class Wire:
         try:
             replies: list[Any] = await pipeline.execute(raise_on_error=False)
         finally:
-            if client is not self._client:  # dropped meanwhile, all but the connection in use here
+            if client is not self._redis:  # dropped meanwhile, except the connection in use here
                 await client.connection_pool.disconnect(inuse_connections=False)
-            # The library's `asyncio.wait_for` may forget a cancellation that comes in the moment of
-            # success, and whoever cancelled would wait for ever.
+            # The library's `asyncio.wait_for` may lose a cancellation that arrives at the moment of
+            # success, and the caller that cancelled would never return.
             if task and task.cancelling() > before:
                 raise asyncio.CancelledError
         return replies
 
     async def _drop_connections(self, client: Redis) -> None:
-        """Those of `client`, so that the next command resolves the address again.
+        """Drops those of `client`, so that the next command resolves the address again.
 
         Does nothing if another command has done it. Connections in use are closed when their
         commands end.
         """
-        if client is self._client:
-            self._client = Redis(connection_pool=self._url.pool())
+        if client is self._redis:
+            self._redis = Redis(connection_pool=self._url.pool())
             await client.connection_pool.disconnect(inuse_connections=False)
 
     def _lost(self, error: Exception, *, quiet: bool) -> None:
@@ -243,7 +269,7 @@ class Wire:
             logger.warning("redis is away: %s", cause_of(error))
 
     def _answered(self, commands: Sequence[Command]) -> None:
-        """After refused writes only a write proves that the server is back: it answers reads."""
+        """After refused writes only a write proves that the server is back: it serves reads."""
         if self.away and (not self._refused or self._writes(commands)):
             self.away = self._refused = False
             self.restored_at = asyncio.get_running_loop().time()
@@ -254,7 +280,7 @@ class Wire:
         return any(command[0] == "DEL" or writing & {*command[1:2]} for command in commands)
 
     async def read(self, *commands: Command) -> list[Any]:
-        """As `run`, but what many readers ask for at about the same time goes out together."""
+        """As `run`, but commands of many readers at about the same time share a pipeline."""
         loop = asyncio.get_running_loop()
         futures = [loop.create_future() for _ in commands]
         self._pending += zip(commands, futures, strict=True)
@@ -263,7 +289,7 @@ class Wire:
         return await asyncio.gather(*futures)
 
     async def _flush_pending(self) -> None:
-        await asyncio.sleep(0)  # who is ready in this turn of the loop comes along
+        await asyncio.sleep(0)  # readers that are ready in this turn of the loop join
         while self._pending:
             batch, self._pending = self._pending, []
             try:
@@ -283,20 +309,25 @@ class Wire:
         self._closed = True
 
     async def close(self) -> None:
-        """Ends what is on its way and lets the connections go."""
+        """Cancels reads in progress and closes the connections."""
         if self._flush is not None and not self._flush.done():
             self._flush.cancel()
             await asyncio.wait([self._flush])
         _fail(self._pending, unavailable(RedisConnectionError()))
-        await self._client.aclose()
-        await self._client.connection_pool.disconnect()
+        await self._redis.aclose()
+        await self._redis.connection_pool.disconnect()
+
+
+def present(**fields: object) -> dict[str, object]:
+    """Those that are not None."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _fail(batch: Sequence[tuple[Command, asyncio.Future[Any]]], error: Unavailable) -> None:
     for _, future in batch:
         if not future.done():
             future.set_exception(error)
-            future.exception()  # seen: a reader of several is told by one of them
+            future.exception()  # retrieved: a reader of several futures raises only one
 
 
 def _checked(replies: list[Any]) -> list[Any]:
@@ -311,6 +342,6 @@ def _report_refused(error: Exception) -> None:
     """Logs an error that a server replied to a command."""
     if isinstance(error, OutOfMemoryError):
         return
-    # Such as a fault in a script: the text has no address and no credentials.
+    # For example an error in a script: the text has no address and no credentials.
     text = str(error) if type(error) is ResponseError else cause_of(error)
     logger.warning("redis refused a command: %s", text)

@@ -1,7 +1,7 @@
-"""Errors of Redis and of its client library: what each one means for a call and for the operator.
+"""Errors of Redis and of its client library: what each means for a call and for the operator.
 
-Texts of the library and of the server may contain addresses and credentials. Only texts of this
-module leave it, so neither reaches a log line or a message.
+Texts of the library and of the server may contain addresses and credentials. Log lines and messages
+contain only texts of this module.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from service.errors import StartupError, Unavailable
 _REPLICA = "the server is a read-only replica; the URL must lead to the primary"
 _LOADING = "the server is still loading its data; try again when it has finished"
 _CLUSTER = "the Redis Cluster is down"
+_CLOSED = "it closed the connection; a server with TLS needs a rediss:// URL"
 _NO_WRITES: dict[str, str] = {
     "READONLY": _REPLICA,
     "MASTERDOWN": _REPLICA,
@@ -36,35 +37,56 @@ _NO_WRITES: dict[str, str] = {
     "CLUSTERDOWN": _CLUSTER,
     "NOREPLICAS": "the server refuses writes: it has fewer replicas than min-replicas-to-write",
 }
-"""Error code of a server that takes no writes now -> meaning. After a failover the server that the
-URL leads to may be another one."""
+"""Error code of a server that accepts no writes now -> meaning. After a failover the URL may lead
+to another server."""
 
-_REPLIES: dict[type[BaseException], str] = {
-    AuthenticationError: (
-        "it refused the credentials; the URL needs the right redis://user:password@host"
+_MEANINGS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
+    (
+        AuthenticationError,
+        "it refused the credentials; the URL needs the right redis://user:password@host",
     ),
-    NoPermissionError: "its user lacks permissions; grant it +@all ~quire:* &quire:*",
-    InvalidResponse: "the server at the URL's address does not speak the Redis protocol",
+    (NoPermissionError, "its user lacks permissions; grant it +@all ~quire:* &quire:*"),
+    (InvalidResponse, "the server at the URL's address does not speak the Redis protocol"),
+    (
+        ssl.SSLError,
+        "the TLS handshake failed; rediss:// is for TLS, redis:// for a plain connection",
+    ),
+    (socket.gaierror, "the host name in the URL cannot be resolved"),
+    (ConnectionRefusedError, "no server accepts connections at the URL's address"),
+    ((FileNotFoundError, PermissionError), "a file or socket that the URL names cannot be opened"),
+    (
+        (RedisTimeoutError, TimeoutError),
+        "it does not answer in time; a server without TLS needs a redis:// URL",
+    ),
+    (ConnectionResetError, _CLOSED),
+)
+"""Class of an error of the library or the operating system -> meaning."""
+
+_CERTIFICATE: dict[int, str] = {
+    **dict.fromkeys(
+        (2, 18, 19, 20, 21),  # issuer not found, self-signed, chain not verifiable
+        "its certificate is not signed by a known authority; name that authority's file with"
+        " ssl_ca_certs=<path> in the URL",
+    ),
+    # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
+    **dict.fromkeys((62, 64), "its certificate is not valid for the host in the URL"),
+    10: "its certificate has expired",
 }
-"""Class of the library's error -> meaning."""
+"""OpenSSL's verify code -> meaning."""
 
 _CODES = re.compile(rf"\b({'|'.join(_NO_WRITES)})\b")
-
-_CERTIFICATE_EXPIRED = 10  # OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED
-_UNKNOWN_AUTHORITY = {2, 18, 19, 20, 21}  # issuer not found, self-signed, chain not verifiable
-_OTHER_HOST = {62, 64}  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
 
 
 def refuses_writes(reply: object) -> bool:
     """Whether the server cannot be written to now, so that another one may have taken its place.
 
-    Also if a script or a proxy repeats the server's error code within a text of its own.
+    Also if a script or a proxy quotes the server's error code in its own text.
     """
     return isinstance(reply, RedisError) and _no_writes(reply) is not None
 
 
 def _no_writes(error: BaseException) -> str | None:
-    """What the operator should read if `error` says that the server takes no writes."""
+    """The meaning of an error of a server that accepts no writes."""
     if isinstance(error, BusyLoadingError):
         return _LOADING
     if isinstance(error, ReadOnlyError):
@@ -85,7 +107,7 @@ def unavailable(error: BaseException) -> Unavailable:
 
 
 def startup_error(error: BaseException) -> StartupError:
-    """The operator's one line if Redis cannot be used at the start."""
+    """The operator's one line if Redis cannot be used at startup."""
     return StartupError(f"queue: Redis cannot be used: {reason_of(error)}")
 
 
@@ -98,20 +120,21 @@ def reason_of(error: BaseException) -> str:
     """Why Redis cannot be used and, after a semicolon, the fix. Contains no address."""
     found = _no_writes(error)
     for each in _chain(error):
-        found = found or _of_a_reply(each) or _of_tls(each) or _of_a_connection(each)
+        found = found or _meaning(each)
     return found or f"it does not answer ({type(error).__name__})"
 
 
-def _of_a_reply(error: BaseException) -> str | None:
-    """Meaning of an error that the server replied."""
-    for kind, meaning in _REPLIES.items():
-        if isinstance(error, kind):
+def _meaning(error: BaseException) -> str | None:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _CERTIFICATE.get(error.verify_code, "its certificate was refused")
+    for kinds, meaning in _MEANINGS:
+        if isinstance(error, kinds):
             return meaning
-    if not isinstance(error, ResponseError):
-        return None
     text = str(error)
+    if not isinstance(error, ResponseError):
+        return _CLOSED if "closed by server" in text else None
     if "DB index" in text or "SELECT is not allowed" in text:
-        return "it has no database of the number in the URL; use redis://host:port/0"
+        return "it has no database with the number in the URL; use redis://host:port/0"
     if text.startswith("MISCONF"):
         return "it refuses writes because it cannot save to its disk"
     return "it refused a command (" + (_code_of(text) or type(error).__name__) + ")"
@@ -121,38 +144,6 @@ def _code_of(text: str) -> str | None:
     """The error code that a reply begins with; never more of it."""
     code = re.match(r"[A-Z]{3,20}\b", text)
     return None if code is None else code[0]
-
-
-def _of_tls(error: BaseException) -> str | None:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        if error.verify_code in _UNKNOWN_AUTHORITY:
-            return (
-                "its certificate is not signed by a known authority; name that authority's file"
-                " with ssl_ca_certs=<path> in the URL"
-            )
-        if error.verify_code in _OTHER_HOST:
-            return "its certificate is not valid for the host in the URL"
-        if error.verify_code == _CERTIFICATE_EXPIRED:
-            return "its certificate has expired"
-        return "its certificate was refused"
-    if isinstance(error, ssl.SSLError):
-        return "the TLS handshake failed; rediss:// is for TLS, redis:// for a plain connection"
-    return None
-
-
-def _of_a_connection(error: BaseException) -> str | None:
-    """Meaning of an error of the operating system."""
-    if isinstance(error, socket.gaierror):
-        return "the host name in the URL cannot be resolved"
-    if isinstance(error, ConnectionRefusedError):
-        return "no server accepts connections at the URL's address"
-    if isinstance(error, FileNotFoundError | PermissionError):
-        return "a file or socket that the URL names cannot be opened"
-    if isinstance(error, RedisTimeoutError | TimeoutError):
-        return "it does not answer in time; a server without TLS needs a redis:// URL"
-    if isinstance(error, ConnectionResetError) or "closed by server" in str(error):
-        return "it closed the connection; a server with TLS needs a rediss:// URL"
-    return None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -1,40 +1,124 @@
 """JournalReader: reads and follows answers in Redis. Writes nothing.
 
-The journal's stream is authoritative, pub/sub only wakes followers: one that was not woken looks
+The journal's stream is authoritative; pub/sub only wakes followers. One that was not woken reads
 again after `LOOK_AGAIN`, and then also checks whether the request still exists.
+
+A page is a decoded part of a journal that is read from Redis once for many readers. Page k has the
+records that end at tokens `k * PAGE_TOKENS + 1 .. (k + 1) * PAGE_TOKENS`. `PageCache` keeps the
+pages to which nothing can be added, up to `CACHE_BYTES`; so memory depends neither on the number of
+readers nor on their speed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from service.errors import NotFound, StreamDivergence, Unavailable
 from service.messages import End, Record
-from service.queues import PAGE_TOKENS
+from service.queues.contract import PAGE_TOKENS
 from service.queues.redis.codec import Malformed, decode_entry
-from service.queues.redis.connection import Command, Wire, backoff
+from service.queues.redis.connection import Command, RedisClient, backoff
 from service.queues.redis.keys import ShardKeys
-from service.queues.redis.pages import Page, Pages, State
 from service.queues.redis.pubsub import Wakeups, woken_within
 
 LOOK_AGAIN = 0.7
 """Seconds after which a follower reads without having been woken."""
 BATCH = 512
-"""Records that `read` and `follow` ask for at a time."""
+"""Records that `read` and `follow` request at a time."""
+CACHE_BYTES = 32 * 2**20
+"""Bound on the memory of the cached pages: about 100,000 records without log probabilities."""
+RECORD_BYTES = 300  # of a decoded record
+GROWTH = 9  # bytes of memory per byte in Redis: numbers become objects
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Whether a request has ended, and the number of tokens in its journal."""
+
+    ended: bool
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page as it was read: `state` is not newer than the records."""
+
+    state: State
+    records: Sequence[Record]
+    stored_bytes: int
+
+    @property
+    def size(self) -> int:
+        """Estimated bytes of memory."""
+        return GROWTH * self.stored_bytes + RECORD_BYTES * (1 + len(self.records))
+
 
 Entry = tuple[bytes, dict[bytes, bytes]]
+Fetch = Callable[[ShardKeys, str, int], Awaitable[Page]]
+PageKey = tuple[str, int]
+
+
+class PageCache:
+    """Complete pages by request and number, least recently used first. `fetch` reads one."""
+
+    def __init__(self, fetch: Fetch, *, max_bytes: int = CACHE_BYTES) -> None:
+        self._fetch = fetch
+        self._max_bytes = max_bytes
+        self._pages: OrderedDict[PageKey, Page] = OrderedDict()
+        self._size = 0
+        self._fetching: dict[PageKey, asyncio.Task[Page]] = {}
+
+    def get(self, request_id: str, number: int) -> Page | None:
+        """The page, if it is cached."""
+        page = self._pages.get((request_id, number))
+        if page is not None:
+            self._pages.move_to_end((request_id, number))
+        return page
+
+    async def read(self, keys: ShardKeys, request_id: str, number: int) -> Page:
+        """Reads the page; concurrent callers share the reply."""
+        key = (request_id, number)
+        fetching = self._fetching.get(key)
+        if fetching is None:
+            fetching = asyncio.create_task(self._read(keys, key))
+            self._fetching[key] = fetching
+            fetching.add_done_callback(lambda task: self._fetched(key, task))
+        return await asyncio.shield(fetching)
+
+    async def _read(self, keys: ShardKeys, key: PageKey) -> Page:
+        page = await self._fetch(keys, *key)
+        if page.state.ended or page.state.count >= (key[1] + 1) * PAGE_TOKENS:
+            self._keep(key, page)
+        return page
+
+    def _fetched(self, key: PageKey, task: asyncio.Task[Page]) -> None:
+        del self._fetching[key]
+        if not task.cancelled():
+            task.exception()  # retrieved, also if all callers were cancelled
+
+    def _keep(self, key: PageKey, page: Page) -> None:
+        before = self._pages.pop(key, None)
+        self._size += page.size - (0 if before is None else before.size)
+        self._pages[key] = page
+        while self._size > self._max_bytes:
+            _, dropped = self._pages.popitem(last=False)
+            self._size -= dropped.size
 
 
 class JournalReader:
-    """`dropped` is called with a description of each entry that is not a record."""
+    """Calls `dropped` with a description of each entry that is not a record."""
 
-    def __init__(self, wire: Wire, wakeups: Wakeups, *, dropped: Callable[[str], None]) -> None:
-        self._wire = wire
+    def __init__(
+        self, client: RedisClient, wakeups: Wakeups, *, dropped: Callable[[str], None]
+    ) -> None:
+        self._client = client
         self._wakeups = wakeups
         self._dropped = dropped
-        self._pages = Pages(self._fetch_page)
+        self._cache = PageCache(self._fetch_page)
         self._closed = False
 
     def close(self) -> None:
@@ -42,7 +126,7 @@ class JournalReader:
         self._closed = True
 
     async def read(self, keys: ShardKeys, request_id: str, *, after: int) -> Sequence[Record]:
-        """The records beyond `after` tokens. Raises NotFound, StreamDivergence, Unavailable."""
+        """See `Queue.read`."""
         records: list[Record] = []
         full = True
         while full:
@@ -52,17 +136,16 @@ class JournalReader:
         return records
 
     async def read_page(self, keys: ShardKeys, request_id: str, *, after: int) -> Sequence[Record]:
-        """See `Queue.read_page`. Raises as `read` does."""
+        """See `Queue.read_page`."""
         number = after // PAGE_TOKENS
         while True:
-            page = self._pages.kept(request_id, number)
+            page = self._cache.get(request_id, number)
             if page is None:
-                page = await self._pages.read(keys, request_id, number)
+                page = await self._cache.read(keys, request_id, number)
                 state = page.state
             else:
-                state = _state_of((await self._wire.read(_state_command(keys, request_id)))[0])
-            if state.ended and state.count < after:
-                raise StreamDivergence("the journal ends before what was sent already")
+                state = _state_of((await self._client.read(_state_command(keys, request_id)))[0])
+            _check_length(state, after)
             records = [record for record in page.records if _is_beyond(record, after)]
             number += 1
             if records or number > state.count // PAGE_TOKENS:
@@ -70,10 +153,10 @@ class JournalReader:
 
     async def _fetch_page(self, keys: ShardKeys, request_id: str, number: int) -> Page:
         """One pipeline: a page that is complete by the state is complete when it is read."""
-        self._refuse_if_closed()
+        self._raise_if_closed()
         first = f"({number * PAGE_TOKENS}-0" if number else "-"
         last = f"{(number + 1) * PAGE_TOKENS}-0"
-        state, entries = await self._wire.read(
+        state, entries = await self._client.read(
             _state_command(keys, request_id), ("XRANGE", keys.journal(request_id), first, last)
         )
         return Page(
@@ -85,8 +168,8 @@ class JournalReader:
     async def follow(
         self, keys: ShardKeys, request_id: str, *, after: int
     ) -> AsyncIterator[Record]:
-        """Outlives an outage of Redis. Raises NotFound also if Redis lost the request, and
-        StreamDivergence if it has ended before what was already given out.
+        """Survives an outage of Redis. Raises NotFound also if Redis lost the request, and
+        StreamDivergence if it has ended before what was already yielded.
         """
         channel = keys.journal(request_id)
         news = asyncio.Event()
@@ -99,7 +182,7 @@ class JournalReader:
             woken = False
             while True:
                 news.clear()
-                batch, full = await self._batch_at_last(
+                batch, full = await self._retried_batch(
                     keys, request_id, after=after, with_state=not woken
                 )
                 for record in batch:
@@ -111,7 +194,7 @@ class JournalReader:
         finally:
             self._wakeups.unwatch(channel, wake)
 
-    async def _batch_at_last(
+    async def _retried_batch(
         self, keys: ShardKeys, request_id: str, *, after: int, with_state: bool
     ) -> tuple[Sequence[Record], bool]:
         delays = backoff(longest=1.0)
@@ -126,22 +209,20 @@ class JournalReader:
     async def _batch(
         self, keys: ShardKeys, request_id: str, *, after: int, with_state: bool
     ) -> tuple[Sequence[Record], bool]:
-        """Records beyond `after` tokens, and whether there are more at once."""
-        self._refuse_if_closed()
+        """Records beyond `after` tokens, and whether there are more now."""
+        self._raise_if_closed()
         commands: list[Command] = [
             ("XRANGE", keys.journal(request_id), f"({after}-0", "+", "COUNT", BATCH)
         ]
         if with_state:
             commands.append(_state_command(keys, request_id))
-        entries, *states = await self._wire.read(*commands)
+        entries, *states = await self._client.read(*commands)
         records = self._decoded(entries)
         if with_state and not records:
-            state = _state_of(states[0])
-            if state.ended and state.count < after:
-                raise StreamDivergence("the journal ends before what was sent already")
+            _check_length(_state_of(states[0]), after)
         return records, len(entries) == BATCH and bool(records)
 
-    def _refuse_if_closed(self) -> None:
+    def _raise_if_closed(self) -> None:
         if self._closed:
             raise Unavailable("the queue was closed", code="backend_unavailable")
 
@@ -166,10 +247,15 @@ def _state_of(reply: Any) -> State:  # noqa: ANN401  # a reply of the client lib
     return State(ended=status == b"ended", count=int(count or 0))
 
 
+def _check_length(state: State, after: int) -> None:
+    if state.ended and state.count < after:
+        raise StreamDivergence("the journal ends before what was sent already")
+
+
 def _is_beyond(record: Record, after: int) -> bool:
     return record.count >= after if isinstance(record, End) else record.end > after
 
 
 def _position(record: Record) -> int:
-    """Tokens of the answer with this record."""
+    """Tokens of the answer up to and including this record."""
     return record.count if isinstance(record, End) else record.end

@@ -1,8 +1,8 @@
-"""Wakeups: the one pub/sub connection of a process. A message says "look again", nothing more.
+"""Wakeups: the one pub/sub connection of a process. A message only means "look again".
 
-Whoever watches must look once by itself after some time: messages get lost when the connection
-breaks. It is made again for as long as somebody watches, and then all watchers are woken. Watching
-and unwatching cost nothing but a set; one task brings the subscriptions in line with it.
+Watchers must also look again after some time by themselves: messages are lost when the connection
+breaks. While there are watchers, it is reconnected, and then all of them are woken. Watching and
+unwatching only change a set; one task updates the subscriptions accordingly.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from service.queues.redis.connection import backoff
 logger = logging.getLogger(__name__)
 
 Wake = Callable[[bytes], None]
-"""Is given the message; empty where something may have been missed."""
+"""Called with the message; empty if messages may have been missed."""
 
 PING_EVERY = 3.0
-"""Seconds; a connection that is silent for twice as long is dead."""
+"""Seconds; a connection that is silent for twice as long is broken."""
 
 
 class Wakeups:
@@ -39,7 +39,7 @@ class Wakeups:
         self._task: asyncio.Task[None] | None = None
 
     def watch(self, channel: str, wake: Wake) -> None:
-        """Calls `wake` once the subscription stands and at each message. Must not block."""
+        """Calls `wake`, which must not block, when subscribed and at each message."""
         self._watchers.setdefault(channel.encode(), set()).add(wake)
         self._changed.set()
         if self._task is None:
@@ -54,8 +54,8 @@ class Wakeups:
                 self._changed.set()
 
     def reconnect(self) -> None:
-        """Makes the connection anew: the server that it leads to may no longer be the primary, or
-        the network may have lost it without a word.
+        """Reconnects: the server may no longer be the primary, or the network may have dropped the
+        connection silently.
         """
         self._outdated = True
         self._changed.set()
@@ -87,16 +87,16 @@ class Wakeups:
             await asyncio.sleep(next(delays))
 
     async def _write(self, connection: Connection) -> None:
-        """Brings the subscriptions in line with the watchers; pings when there is nothing to say.
+        """Subscribes the channels that have watchers, and pings if nothing else was sent.
 
-        Watchers that come and go may leave nothing to say for long. Where it fails, the connection
-        is broken or soon silent, and `_read` fails too.
+        Changes of the watchers may cancel out, so a ping is due by the time of the last command. If
+        this fails, the connection is broken or soon silent, and `_read` fails too.
         """
         self._subscribed = set()
         self._changed.set()
-        said = time.monotonic()
+        sent = time.monotonic()
         while True:
-            await woken_within(said + PING_EVERY - time.monotonic(), self._changed)
+            await woken_within(sent + PING_EVERY - time.monotonic(), self._changed)
             self._changed.clear()
             if self._outdated:
                 await connection.disconnect(nowait=True)  # and then `_read` fails
@@ -109,10 +109,10 @@ class Wakeups:
             if old:
                 await connection.send_command("UNSUBSCRIBE", *old)
             if new or old:
-                said = time.monotonic()
-            elif time.monotonic() - said >= PING_EVERY:
+                sent = time.monotonic()
+            elif time.monotonic() - sent >= PING_EVERY:
                 await connection.send_command("PING")
-                said = time.monotonic()
+                sent = time.monotonic()
 
     async def _read(self, connection: Connection) -> None:
         while True:
@@ -131,7 +131,7 @@ class Wakeups:
 
 
 async def woken_within(seconds: float, event: asyncio.Event) -> bool:
-    """Whether the event is set before the time is over."""
+    """Returns whether the event is set in that time."""
     try:
         async with asyncio.timeout(seconds):
             await event.wait()
@@ -142,10 +142,10 @@ async def woken_within(seconds: float, event: asyncio.Event) -> bool:
 
 async def _end(task: asyncio.Task[None], *, patience: float) -> None:
     """Cancels until it is done: `asyncio.wait_for` of Python 3.11, which the client library uses,
-    forgets a cancellation that comes in the moment of success.
+    loses a cancellation that arrives at the moment of success.
     """
     while not task.done():
         task.cancel()
         await asyncio.wait([task], timeout=patience)
     if not task.cancelled():
-        task.exception()  # seen
+        task.exception()  # retrieved

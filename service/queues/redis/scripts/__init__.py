@@ -1,7 +1,8 @@
 """The Lua scripts of the Redis queue, complete and with the names that EVALSHA knows them by.
 
-Redis has no way to share code between scripts, so `shared.lua` is put into each of them, after the
-first line, which holds the script's flags.
+Redis has no way to share code between scripts, so each is assembled: its flags (the first line),
+the constants that Python and Lua share, its parts, and its body. A part costs time at each call, so
+`append`, which runs once per request and engine step, gets only those that it needs.
 """
 
 from __future__ import annotations
@@ -10,25 +11,29 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-NAMES = (
-    "charge",
-    "submit",
-    "claim",
-    "append",
-    "finish",
-    "renew",
-    "release",
-    "stop",
-    "sweep",
-    "attend",
-    "forget",
-    "oldest",
+from service.messages import End, FinishReason
+from service.queues.contract import (
+    CLEARED_AFTER,
+    CRASH_LOOP,
+    FINAL_SILENCE,
+    JOIN_AFTER,
+    PASSED_AFTER,
 )
+from service.queues.redis.codec import encode_end
+from service.queues.redis.keys import milliseconds
+
+NAMES = (
+    "append", "charge", "claim", "finish", "forget", "heartbeat", "oldest", "release", "renew",
+    "stop", "submit", "sweep",
+)  # fmt: skip
+PARTS = ("keys", "meters", "lane", "requests", "blame")
+LEAN = {"append": ("keys", "lane"), "charge": ("keys", "meters")}
+"""Scripts that are called most, with the parts that they need; all others get all parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """`sha` is what SCRIPT LOAD answers for `text`."""
+    """`sha` is what SCRIPT LOAD returns for `text`."""
 
     text: str
     sha: str
@@ -42,11 +47,24 @@ class Script:
 def load_scripts() -> dict[str, Script]:
     """Name -> script."""
     directory = Path(__file__).parent
-    shared = (directory / "shared.lua").read_text()
     scripts: dict[str, Script] = {}
     for name in NAMES:
         flags, body = (directory / f"{name}.lua").read_text().split("\n", 1)
-        text = f"{flags}\n{shared}\n{body}"
+        shared = [(directory / f"{part}.lua").read_text() for part in LEAN.get(name, PARTS)]
+        text = "\n".join([flags, _constants(), *shared, body])
         sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
         scripts[name] = Script(text, sha)
     return scripts
+
+
+def _constants() -> str:
+    """The contract's constants, and the records of the ends that scripts write, in Lua."""
+    numbers = (CLEARED_AFTER, PASSED_AFTER, FINAL_SILENCE, milliseconds(JOIN_AFTER))
+    cancelled = End(count=0, reason=FinishReason.CANCELLED)
+    deadline = End(count=0, reason=FinishReason.DEADLINE)
+    crash_loop = End(count=0, reason=FinishReason.ERROR, error=CRASH_LOOP)
+    records = ", ".join(f"'{encode_end(e).decode()}'" for e in (cancelled, deadline, crash_loop))
+    return (
+        f"local CLEARED_AFTER, PASSED_AFTER, FINAL_SILENCE, JOIN_AFTER = {str(numbers)[1:-1]}\n"
+        f"local CANCELLED, DEADLINE, CRASH_LOOP = {records}\n"
+    )

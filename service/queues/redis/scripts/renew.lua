@@ -1,16 +1,15 @@
 #!lua flags=allow-oom
--- Extends the leases of one engine: a sign of life, too.
--- ARGV: lease ms, then for each: request, epoch, owner. Replies the lost requests.
-local until_ms, lost = now_ms() + ARGV[1], {}
-local engine = #ARGV > 1 and engine_of({ own = ARGV[4] }) or ''
-if note_alive(engine) then take_blame_back(engine, num(ARGV[1])) end
-for i = 2, #ARGV, 3 do
-  local r = load(ARGV[i])
-  if r and r.st == 'running' and r.ep == ARGV[i + 1] and r.own == ARGV[i + 2] then
-    redis.call('HSET', request_key(r.rid), 'ld', until_ms)
+-- Extends the leases of one engine; a heartbeat, too.
+-- args: items (leases: {request, epoch, owner}), lease. Returns the requests that are no longer its own.
+local lease_end, lost = now_ms() + args.lease, {}
+note_alive(engine_of({ own = args.items[1].owner }))
+for _, lease in ipairs(args.items) do
+  local r = leased(lease)
+  if r then
+    redis.call('HSET', request_key(r.rid), 'ld', lease_end)
     set_idle(r, engine_of(r), 0)
   else
-    lost[#lost + 1] = ARGV[i]
+    lost[#lost + 1] = lease.request
   end
 end
 return lost

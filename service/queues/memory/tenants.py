@@ -1,9 +1,10 @@
-"""Ledger: what tenants and keys have in flight, whose turn it is, and what keys have used of their
-minute, in memory. The Redis queue keeps the same in `submit.lua` and `shared.lua`.
+"""Tenants: requests in flight per tenant and key, turns of tenants, and rate meters of keys.
 
-Turns are start-time fair queueing (Goyal et al., SIGCOMM 1996): a request's turn is where its
-tenant's last one ends, in tokens, or now, which is the latest turn that was taken. So tenants that
-wait are served equal numbers of tokens, and who comes back from rest is next.
+The Redis queue keeps the same in `submit.lua`, `requests.lua` and `meters.lua`.
+
+Turns are start-time fair queueing (Goyal et al., SIGCOMM 1996): a request's turn is the end of its
+tenant's last one, in tokens, or the latest turn that was taken, if that is later. So waiting
+tenants are served equal numbers of tokens, and a tenant that was idle is next.
 """
 
 from __future__ import annotations
@@ -12,16 +13,15 @@ from collections import Counter
 from collections.abc import Callable
 
 from service.messages import Allowance, GenerationRequest, Submission
-from service.queues import QueueLimits, SubmitStatus
-from service.queues.admission import admission_cost
-from service.queues.meters import MINUTE, Meter, Usage
+from service.queues.admission import MINUTE, Meter, Usage, admission_cost
+from service.queues.contract import QueueLimits, SubmitStatus
 
-PATIENCE = 1e-6
-"""Seconds: sums of fractions of a minute do not come out even."""
+TOLERANCE = 1e-6
+"""Seconds, for rounding errors in sums of fractions of a minute."""
 
 
-class Ledger:
-    """The counters of one queue. Times are the queue's own clock's."""
+class Tenants:
+    """The counters of one queue. Times are from the queue's clock."""
 
     def __init__(self, limits: QueueLimits, *, clock: Callable[[], float]) -> None:
         self._limits = limits
@@ -29,20 +29,20 @@ class Ledger:
         self._in_flight: Counter[tuple[str, str]] = Counter()  # ("tenant" or "key", name)
         self._running: Counter[str] = Counter()  # by tenant
         self._num_running = 0
-        self._ends: dict[str, float] = {}  # tenant in flight -> where its last turn ends
-        self._now_served = 0.0  # the latest turn that was taken
-        self._free_at: dict[tuple[str, str], float] = {}  # (key, unit) -> see `meters`
+        self._ends: dict[str, float] = {}  # tenant in flight -> end of its last turn
+        self._latest_turn = 0.0  # of those taken
+        self._zero_at: dict[tuple[str, str], float] = {}  # (key, unit) -> see `Meter`
 
     def __len__(self) -> int:
         """Counters and meters in use."""
         counters = len(self._in_flight) + len(self._running) + len(self._ends)
-        return counters + len(self._free_at)
+        return counters + len(self._zero_at)
 
     def refusal(self, submission: Submission, *, tokens: int) -> SubmitStatus | None:
-        """TENANT or RATE, or None where the tenant and the key may have so much more."""
+        """TENANT or RATE, or None if the tenant and the key may submit it."""
         allowance, num_requests = submission.allowance, len(submission.requests)
-        tenants = self._in_flight["tenant", submission.tenant]
-        if tenants + num_requests > self._limits.max_per_tenant:
+        in_flight = self._in_flight["tenant", submission.tenant]
+        if in_flight + num_requests > self._limits.max_per_tenant:
             return SubmitStatus.TENANT
         if allowance is None:
             return None
@@ -62,7 +62,7 @@ class Ledger:
         return Usage(requests=Meter(limit=limit, used=self._used(key, "requests")), wait=wait)
 
     def usage(self, allowance: Allowance | None, *, tokens: int = 0) -> Usage:
-        """The tokens of a key's minute; `wait` is for a submission of so many."""
+        """The key's tokens per minute; `wait` is for a submission of `tokens`."""
         if allowance is None or allowance.tokens_per_minute is None:
             return Usage()
         key, limit = allowance.key, allowance.tokens_per_minute
@@ -70,7 +70,7 @@ class Ledger:
         return Usage(tokens=Meter(limit=limit, used=self._used(key, "tokens")), wait=wait)
 
     def enter(self, submission: Submission, *, tokens: int) -> list[float]:
-        """Counts what was admitted. Its requests' turns: of those that wait the least is next."""
+        """Counts what was admitted. Returns its requests' turns; the least one is next."""
         allowance, num_requests = submission.allowance, len(submission.requests)
         self._in_flight["tenant", submission.tenant] += num_requests
         if allowance is not None:
@@ -79,54 +79,54 @@ class Ledger:
         return [self._turn(submission.tenant, request) for request in submission.requests]
 
     def begin(self, tenant: str, *, turn: float) -> None:
-        """A request runs for the first time."""
+        """Counts a request that runs for the first time."""
         self._running[tenant] += 1
         self._num_running += 1
-        self._now_served = max(self._now_served, turn)
+        self._latest_turn = max(self._latest_turn, turn)
 
     def is_below_share(self, tenant: str) -> bool:
-        """Whether less of it runs than of the tenants in flight on average."""
+        """Whether it has fewer running requests than the tenants in flight on average."""
         return (self._running[tenant] + 1) * len(self._ends) <= self._num_running
 
-    def leave(self, tenant: str, allowance: Allowance | None, *, tokens: int, ran: bool) -> None:
-        """Counts down a request that ended; `tokens` is what it took beyond what was admitted,
-        below 0 what it left.
+    def leave(self, submission: Submission, *, tokens: int, ran: bool) -> None:
+        """Counts down a request that ended; `tokens`: used beyond those that admission counted,
+        negative if it used fewer.
         """
+        tenant, allowance = submission.tenant, submission.allowance
         self._running[tenant] -= ran
         self._num_running -= ran
-        self._count_down(("tenant", tenant))
+        self._count_down("tenant", tenant)
         if not self._in_flight["tenant", tenant]:
             del self._ends[tenant], self._running[tenant]
         if not self._ends:
-            self._now_served = 0.0
+            self._latest_turn = 0.0
         if allowance is not None:
-            self._count_down(("key", allowance.key))
+            self._count_down("key", allowance.key)
             self._add(allowance.key, "tokens", limit=allowance.tokens_per_minute, amount=tokens)
 
-    def forget(self) -> None:
-        """Drops the meters that say nothing any more."""
+    def expire(self) -> None:
+        """Drops the meters that are back to zero."""
         now = self._clock()
-        for meter in [meter for meter, at in self._free_at.items() if at <= now]:
-            del self._free_at[meter]
+        self._zero_at = {meter: at for meter, at in self._zero_at.items() if at > now}
 
     def _turn(self, tenant: str, request: GenerationRequest) -> float:
-        turn = max(self._now_served, self._ends.get(tenant, 0.0))
+        turn = max(self._latest_turn, self._ends.get(tenant, 0.0))
         self._ends[tenant] = turn + admission_cost(request)
         return turn
 
-    def _count_down(self, counter: tuple[str, str]) -> None:
-        self._in_flight[counter] -= 1
-        if not self._in_flight[counter]:
-            del self._in_flight[counter]
+    def _count_down(self, kind: str, name: str) -> None:
+        self._in_flight[kind, name] -= 1
+        if not self._in_flight[kind, name]:
+            del self._in_flight[kind, name]
 
     def _used(self, key: str, unit: str) -> float:
-        return max(0.0, self._free_at.get((key, unit), 0.0) - self._clock())
+        return max(0.0, self._zero_at.get((key, unit), 0.0) - self._clock())
 
     def _wait(self, key: str, unit: str, *, limit: int, amount: int) -> float:
         over = self._used(key, unit) + amount * MINUTE / limit - MINUTE
-        return over if over > PATIENCE else 0.0
+        return over if over > TOLERANCE else 0.0
 
     def _add(self, key: str, unit: str, *, limit: int | None, amount: int) -> None:
         if limit is not None:
             used = self._used(key, unit) + amount * MINUTE / limit
-            self._free_at[key, unit] = self._clock() + used
+            self._zero_at[key, unit] = self._clock() + used

@@ -13,7 +13,7 @@ import pytest
 
 from service.errors import Unavailable
 from service.queues.redis import pubsub as redis_wakeups
-from service.queues.redis.connection import RedisUrl, Wire
+from service.queues.redis.connection import RedisClient, RedisUrl
 from service.queues.redis.pubsub import Wakeups
 from tests.cluster.redis_process import RedisServer
 from tests.support.waiting import PATIENCE
@@ -43,24 +43,24 @@ async def test_a_cancellation_is_never_forgotten(
     """An engine that was asked to leave hung: its renewing loop went on with a reply, and the end
     waited for it. The pipeline swallows each cancellation, so this cannot pass by luck.
     """
-    wire = Wire(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
-    monkeypatch.setattr(wire._client, "pipeline", lambda **_: ForgetfulPipeline(fault))
-    task = asyncio.create_task(wire.run([("PING",)]))
+    client = RedisClient(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
+    monkeypatch.setattr(client._redis, "pipeline", lambda **_: ForgetfulPipeline(fault))
+    task = asyncio.create_task(client.run([("PING",)]))
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait([task], timeout=PATIENCE)
     assert task.cancelled()
-    await wire.close()
+    await client.close()
 
 
 async def test_a_time_out_around_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    wire = Wire(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
-    monkeypatch.setattr(wire._client, "pipeline", lambda **_: ForgetfulPipeline(None))
+    client = RedisClient(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
+    monkeypatch.setattr(client._redis, "pipeline", lambda **_: ForgetfulPipeline(None))
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
-            await wire.run([("PING",)])
+            await client.run([("PING",)])
     monkeypatch.undo()
-    await wire.close()
+    await client.close()
 
 
 async def test_what_was_cancelled_may_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,14 +71,14 @@ async def test_what_was_cancelled_may_clean_up(monkeypatch: pytest.MonkeyPatch) 
             await asyncio.sleep(0)
             return [b"a reply"]
 
-    wire = Wire(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
-    monkeypatch.setattr(wire._client, "pipeline", lambda **_: Pipeline(None))
+    client = RedisClient(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
+    monkeypatch.setattr(client._redis, "pipeline", lambda **_: Pipeline(None))
 
     async def work() -> list[Any]:
         try:
             await asyncio.sleep(10)
         finally:
-            replies = await wire.run([("PING",)])
+            replies = await client.run([("PING",)])
             assert replies == [b"a reply"]
         return replies
 
@@ -87,28 +87,28 @@ async def test_what_was_cancelled_may_clean_up(monkeypatch: pytest.MonkeyPatch) 
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await wire.close()
+    await client.close()
 
 
 @pytest.mark.slow
 async def test_a_subscription_outlives_watchers_that_come_and_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An idle engine watches for work and stops to, four times a second: nothing was sent, no ping
+    """An idle engine watches for work and stops to, four times per second: it sent nothing, no ping
     either, and the connection counted as dead each six seconds. Every new one wakes the watchers.
     """
     monkeypatch.setattr(redis_wakeups, "PING_EVERY", 1.0)
     redis, woken = RedisServer(tmp_path, options=()), 0
     redis.start()
-    wire = Wire(RedisUrl(redis.url), scripts={}, restored=lambda: None)
-    wakeups = Wakeups(wire.connection)
+    client = RedisClient(RedisUrl(redis.url), scripts={}, restored=lambda: None)
+    wakeups = Wakeups(client.connection)
 
     def wake(_: bytes) -> None:
         nonlocal woken
         woken += 1
 
     def nobody(_: bytes) -> None:
-        """Comes and goes before anything is said."""
+        """Comes and goes before anything is sent."""
 
     try:
         wakeups.watch("stops", wake)
@@ -120,13 +120,13 @@ async def test_a_subscription_outlives_watchers_that_come_and_go(
         assert woken == 1, "the subscription was made again"
     finally:
         await wakeups.close()
-        await wire.close()
+        await client.close()
         redis.close()
 
 
 # --- servers that take no writes ----------------------------------------------------------------
 class ScriptedServer:
-    """Speaks as much RESP2 as the wire needs. Connection i answers writes with the error
+    """Speaks as much RESP2 as the client needs. Connection i answers writes with the error
     `refusals[i]`; later connections are served.
     """
 
@@ -194,55 +194,59 @@ async def test_a_server_that_takes_no_writes_is_left(refusal: str) -> None:
     """
     restored: list[bool] = []
     async with ScriptedServer([refusal] * 3) as server:
-        wire = Wire(RedisUrl(server.url), scripts={}, restored=lambda: restored.append(True))
-        reads = [wire.run([("GET", "key")]) for _ in range(3)]
+        client = RedisClient(
+            RedisUrl(server.url), scripts={}, restored=lambda: restored.append(True)
+        )
+        reads = [client.run([("GET", "key")]) for _ in range(3)]
         await asyncio.gather(*reads)
         assert (server.accepted, len(server.open)) == (3, 3)
         write = [("GET", "key"), ("DEL", "key"), ("GET", "key")]
-        replies = await asyncio.gather(*(wire.run(write) for _ in range(3)))
+        replies = await asyncio.gather(*(client.run(write) for _ in range(3)))
         assert replies == [[b"OK", 1, b"OK"]] * 3
         assert 4 <= server.accepted <= 6
         async with asyncio.timeout(5):
             while len(server.open) > server.accepted - 3:
                 await asyncio.sleep(0.01)
         assert restored == [True]
-        await wire.close()
+        await client.close()
 
 
 async def test_a_replica_is_not_read_either() -> None:
     async with ScriptedServer([], role="replica") as server:
-        wire = Wire(RedisUrl(server.url), scripts={}, restored=lambda: None)
+        client = RedisClient(RedisUrl(server.url), scripts={}, restored=lambda: None)
         with pytest.raises(Unavailable):
-            await wire.run([("GET", "key")])
-        assert wire.away
+            await client.run([("GET", "key")])
+        assert client.away
         async with asyncio.timeout(5):
             while server.open:
                 await asyncio.sleep(0.01)
-        await wire.close()
+        await client.close()
 
 
 async def test_only_a_write_ends_an_outage_that_a_refused_write_began() -> None:
     """Reads that succeed between refused writes were counted as outages that ended, each."""
     restored: list[bool] = []
     async with ScriptedServer([REFUSALS[4]] * 7) as server:
-        wire = Wire(RedisUrl(server.url), scripts={}, restored=lambda: restored.append(True))
+        client = RedisClient(
+            RedisUrl(server.url), scripts={}, restored=lambda: restored.append(True)
+        )
         for _ in range(2):
             with pytest.raises(Unavailable):
-                await wire.run([("DEL", "key")])
-            await wire.run([("GET", "key")])
-            assert wire.away
+                await client.run([("DEL", "key")])
+            await client.run([("GET", "key")])
+            assert client.away
         assert not restored
-        await wire.run([("DEL", "key")])
-        assert (wire.away, restored) == (False, [True])
-        await wire.close()
+        await client.run([("DEL", "key")])
+        assert (client.away, restored) == (False, [True])
+        await client.close()
 
 
 @pytest.mark.slow
 async def test_a_subscription_is_made_anew_on_request(tmp_path: Path) -> None:
     redis = RedisServer(tmp_path, options=())
     redis.start()
-    wire = Wire(RedisUrl(redis.url), scripts={}, restored=lambda: None)
-    wakeups = Wakeups(wire.connection)
+    client = RedisClient(RedisUrl(redis.url), scripts={}, restored=lambda: None)
+    wakeups = Wakeups(client.connection)
     woken: asyncio.Queue[bytes] = asyncio.Queue()
     try:
         async with asyncio.timeout(10):
@@ -255,5 +259,5 @@ async def test_a_subscription_is_made_anew_on_request(tmp_path: Path) -> None:
                 assert await woken.get() == b""  # something may have been missed
     finally:
         await wakeups.close()
-        await wire.close()
+        await client.close()
         redis.close()
