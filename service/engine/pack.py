@@ -165,15 +165,15 @@ class Packer:
                 sample_rows.extend(range(end - samples, end))
                 sample_seats.extend([seat] * samples)
                 outputs.extend(range(sequence.num_output, sequence.num_output + samples))
-        seats_S, width = np.array(seats, np.int32), -(-max(contexts) // self._block_size)
+        batch_slots_S, width = np.array(seats, np.int32), -(-max(contexts) // self._block_size)
         score_rows_Q, score_ids_Q, score_num_top = _scores(plan, starts)
         return Batch(
             tokens_T=_tokens(plan),
             positions_T=np.fromiter(chain.from_iterable(positions), np.int32, plan.num_tokens),
             query_starts_S1=np.array(starts, np.int32),
             context_lens_S=np.array(contexts, np.int32),
-            block_table_SB=self._table[seats_S, :width],
-            seats_S=seats_S,
+            block_table_SB=self._table[batch_slots_S, :width],
+            batch_slots_S=batch_slots_S,
             sample_rows_R=np.array(sample_rows, np.int32),
             sampling=self._sampling(
                 plan,
@@ -206,7 +206,7 @@ class Packer:
             query_starts_S1=self._counting[: count + 1],
             context_lens_S=contexts_S,
             block_table_SB=self._table[columns.seats_R, :width],
-            seats_S=columns.seats_R,
+            batch_slots_S=columns.seats_R,
             sample_rows_R=self._counting[:count],
             sampling=self._sampling(plan, columns, outputs_R),
             score_rows_Q=score_rows_Q,
