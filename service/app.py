@@ -31,7 +31,7 @@ from service.api.system.attention_service import AttentionDesk, AttentionReader
 from service.api.system.live_state import LiveState
 from service.errors import Unavailable
 from service.messages import ModelCard
-from service.queues import Queue
+from service.queues.contract import Queue
 
 
 def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given

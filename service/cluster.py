@@ -15,7 +15,7 @@ from typing import Protocol
 
 from service.errors import Unavailable
 from service.messages import ModelCard
-from service.queues import Queue, QueueDepth
+from service.queues.contract import Queue, QueueDepth
 
 REFRESH_EVERY = 1.0
 REFRESH_EVERY_WITHOUT = 0.1  # seconds, while no engine is there

@@ -50,7 +50,8 @@ from service.messages import FEATURES, Event, ModelCard
 from service.observability.logs import log_call, set_up_logging
 from service.observability.metrics import Metrics
 from service.observability.tracing import EngineObserver, TracedCalls, TracedWork, Tracer
-from service.queues import EngineInfo, Queue, QueueLimits, open_queue
+from service.queues import open_queue
+from service.queues.contract import EngineInfo, Queue, QueueLimits
 from service.settings import Settings
 from service.startup import Loaded, fetch_model, load_card, load_engine, load_tokenizer
 from service.worker.worker import EngineFailure, Worker

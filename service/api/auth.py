@@ -18,7 +18,7 @@ from starlette.types import Scope
 from service.errors import Unauthorized
 from service.keys import Key
 from service.messages import Allowance
-from service.queues import Usage
+from service.queues.admission import Usage
 
 OPEN_PATHS = frozenset(
     {"/", "/health", "/health/live", "/health/ready", "/health/startup"},

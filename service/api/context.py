@@ -20,7 +20,7 @@ from service.api.structured.validator import GrammarTrials
 from service.api.system.attention_service import AttentionDesk
 from service.api.system.live_state import LiveState
 from service.messages import ModelCard
-from service.queues import Queue
+from service.queues.contract import Queue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service.queues import QueueLimits
+from service.queues.contract import QueueLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,7 @@ import math
 from dataclasses import replace
 
 from service.errors import RateLimited
-from service.queues import Usage
-from service.queues.meters import Meter
+from service.queues.admission import Meter, Usage
 
 
 def rate_headers(usage: Usage | None) -> list[tuple[bytes, bytes]]:

@@ -25,7 +25,7 @@ from service.messages import End, ModelCard
 from service.observability.queue_gauges import QueueGauges
 from service.observability.series import Series
 from service.observability.vllm_names import VllmNames
-from service.queues import Claim, QueueDepth
+from service.queues.contract import Claim, QueueDepth
 from service.queues.observer import REASON_OF_END, QueueEvent
 
 RATE_WINDOW = 10.0  # seconds

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from service.queues import QueueDepth
+from service.queues.contract import QueueDepth
 
 STALE_AFTER = 5.0  # seconds; it is read each second
 

@@ -21,7 +21,7 @@ from prometheus_client import (
 from service.api.observer import BUSY
 from service.http.connections import Outcome
 from service.messages import FinishReason
-from service.queues import SubmitStatus
+from service.queues.contract import SubmitStatus
 from service.queues.observer import QueueEvent
 
 # The boundaries that OpenTelemetry's conventions for generative AI servers give.

@@ -27,7 +27,7 @@ from typing import Protocol, Self
 from service.api.observer import ApiObserver, HttpCall
 from service.engine.observer import Observer, StepReport
 from service.messages import End, FinishReason
-from service.queues import Claim
+from service.queues.contract import Claim
 from service.worker.observer import WorkerObserver
 
 Value = str | int | float | bool | tuple[str, ...]

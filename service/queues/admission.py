@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 from service.messages import GenerationRequest, Submission
+
+MINUTE = 60.0
 
 ANSWER_SHARE = 4
 """One in so many of `max_tokens` counts: most answers end long before their limit."""
@@ -54,3 +57,35 @@ def stored_bytes(submission: Submission) -> int:
     """All of them, as they are counted against `QueueLimits.max_bytes` at admission."""
     bodies = sum(map(request_bytes, submission.requests))
     return bodies + kept_bytes(submission) + idempotency_bytes(submission)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meter:
+    """One limit a minute of a key. `used` is in seconds at its rate; over 60 is debt."""
+
+    limit: int
+    used: float
+
+    @property
+    def remaining(self) -> int:
+        """Units that may be used at once."""
+        # Sums of fractions of a minute do not come out even: a millionth of a unit is none.
+        return max(0, int(self.limit * (1 - self.used / MINUTE) + 1e-6))
+
+    @property
+    def reset(self) -> float:
+        """Seconds until all of the limit is there again."""
+        return self.used
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Where a key stands: `requests` after a call, `tokens` after a submission; None if it has no
+    such limit.
+
+    `wait` is how many seconds a refused one must wait. One over a minute's limit never fits.
+    """
+
+    requests: Meter | None = None
+    tokens: Meter | None = None
+    wait: float = 0.0

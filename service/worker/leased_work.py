@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from service.messages import Tokens
-from service.queues import Claim, Lease
+from service.queues.contract import Claim, Lease
 
 
 @dataclass(slots=True)

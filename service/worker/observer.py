@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from service.messages import End
-from service.queues import Claim
+from service.queues.contract import Claim
 
 
 class WorkerObserver(Protocol):

@@ -33,7 +33,7 @@ from service.engine.loop import EngineLoop, Work
 from service.errors import Unavailable
 from service.fair_pool import FairPool
 from service.messages import End, Event, FinishReason, Tokens
-from service.queues import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
+from service.queues.contract import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
 from service.worker.leased_work import LeasedWork
 from service.worker.observer import WorkerObserver
 
@@ -190,7 +190,7 @@ class Worker:
                 # Without room it claims newcomers at most, and reports that this engine lives.
                 wait = CLAIM_WAIT if room > 0 else 0.0
                 claims = await self._queue.claim(
-                    self._info(), limit=max(0, room), newcomers=newcomers, wait=wait
+                    self._info(), limit=max(0, room), under_served=newcomers, wait=wait
                 )
             except Unavailable:
                 await backoff.sleep()

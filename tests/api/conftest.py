@@ -43,7 +43,7 @@ from service.messages import (
     Tokens,
     rolling_digest,
 )
-from service.queues import Claim, EngineInfo, QueueLimits, Write, WriteStatus
+from service.queues.contract import Claim, EngineInfo, QueueLimits, Write, WriteStatus
 from service.queues.memory.queue import MemoryQueue
 from tests.support.waiting import PATIENCE
 

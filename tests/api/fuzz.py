@@ -30,7 +30,7 @@ from service.app import build_app
 from service.http.listeners import Listener
 from service.http.ports import address, bind
 from service.messages import ModelCard
-from service.queues import QueueLimits
+from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from tests.api.conftest import ScriptedEngine, random_answer
 from tests.conftest import build_tiny_model

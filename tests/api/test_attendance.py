@@ -13,7 +13,7 @@ import pytest
 from service.api.generation.readers import Attendance
 from service.errors import Unavailable
 from service.messages import End
-from service.queues import QueueLimits
+from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.redis_process import RedisServer
@@ -120,7 +120,7 @@ async def test_attendance_is_told_again_after_an_outage() -> None:
     class Away(MemoryQueue):
         told: int = 0
 
-        async def attend(self, submission_ids: Any) -> None:
+        async def heartbeat(self, submission_ids: Any) -> None:
             assert list(submission_ids) == ["a"]
             self.told += 1
             if self.told == 1:
@@ -175,7 +175,7 @@ async def test_whoever_comes_to_read_attends_from_then_on(start_service: Any) ->
     class Watched(MemoryQueue):
         attended: tuple[str, ...] = ()
 
-        async def attend(self, submission_ids: Any) -> None:
+        async def heartbeat(self, submission_ids: Any) -> None:
             self.attended += tuple(submission_ids)
 
     queue = Watched(QueueLimits())

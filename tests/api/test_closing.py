@@ -12,7 +12,7 @@ import pytest
 from service.http.drain import drain
 from service.http.listeners import Listener, ServedProtocol
 from service.http.ports import bind
-from service.queues import QueueLimits
+from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -15,7 +15,7 @@ from service.api.rates import rate_headers
 from service.app import build_admin_app
 from service.errors import Forbidden
 from service.http.exposure import keyless_hosts
-from service.queues.meters import Meter, Usage
+from service.queues.admission import Meter, Usage
 from service.settings import Settings
 from tests.api.bad_input_rows import B
 

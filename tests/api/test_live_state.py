@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from service.api.system.live_state import MAX_AGE, LiveState
 from service.errors import Unavailable
-from service.queues import EngineInfo, QueueDepth, QueueLimits
+from service.queues.contract import EngineInfo, QueueDepth, QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from tests.queues.builders import make_submission
 

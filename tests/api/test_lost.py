@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from service.messages import Submission
-from service.queues import QueueLimits, SubmitReply
+from service.queues.contract import QueueLimits, SubmitReply
 from service.queues.memory.queue import MemoryQueue
 
 StartService = Callable[..., Any]

@@ -24,7 +24,7 @@ from service.app import build_app
 from service.errors import QuireError
 from service.http.exposure import extras_of
 from service.messages import ModelCard
-from service.queues import QueueLimits
+from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from service.settings import Settings
 from tests.api.bad_input_rows import CHAT, COMPLETIONS, RESPONSES, B, C, R

@@ -12,7 +12,7 @@ from starlette.types import Scope
 from service.api.auth import Tenant
 from service.errors import Unavailable
 from service.messages import FinishReason, Tokens
-from service.queues import QueueLimits
+from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from tests.support.waiting import PATIENCE, until
 

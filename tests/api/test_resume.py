@@ -21,7 +21,7 @@ from service.messages import (
     Tokens,
     rolling_digest,
 )
-from service.queues import QueueLimits, Write
+from service.queues.contract import QueueLimits, Write
 from service.queues.memory.queue import MemoryQueue
 from tests.queues.builders import make_engine
 
@@ -175,7 +175,7 @@ def event_id_of(ids: Sequence[int]) -> str:
 
 async def test_a_journal_that_stays_behind_is_no_divergence(start_service: Starts) -> None:
     """After the time of a failover: 503, and when to come again."""
-    queue = Stuck(QueueLimits(lease=0.2, takeover=0.1))
+    queue = Stuck(QueueLimits(lease=0.2, failover_margin=0.1))
     async with start_service(queue=queue) as service:
         call, request_id, ids = await begun(service, tokens=20)
         queue.set_back(request_id, count=10)
@@ -226,7 +226,7 @@ async def test_a_wait_lasts_as_long_as_the_journal_grows(
     start_service: Starts, tokenizer: Tokenizer
 ) -> None:
     """A failover bounds each silence, not the time that an engine takes to catch up."""
-    queue = MemoryQueue(QueueLimits(lease=0.4, takeover=0.1))
+    queue = MemoryQueue(QueueLimits(lease=0.4, failover_margin=0.1))
     ids = tokenizer.encode("hello world how are you, and so on", add_bos=False)
     async with start_service(queue=queue, running=False) as service:
         body = B | {"max_tokens": len(ids)}

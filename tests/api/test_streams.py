@@ -9,7 +9,7 @@ from starlette.types import Scope
 
 from service.api.auth import Tenant
 from service.api.ids import call_age, new_call_id
-from service.queues import QueueLimits
+from service.queues.contract import QueueLimits
 from tests.support.waiting import until
 
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 8, "seed": 3}

@@ -19,7 +19,7 @@ from typing import Any
 
 from redis import Redis
 
-from service.queues import QueueLimits
+from service.queues.contract import QueueLimits
 from service.queues.redis.keys import ShardKeys
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.client import Address, Client

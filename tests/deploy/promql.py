@@ -9,7 +9,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from service.messages import FinishReason
 from service.observability.metrics import Metrics
-from service.queues import SubmitStatus
+from service.queues.contract import SubmitStatus
 from service.queues.observer import QueueEvent
 
 OF_PROMETHEUS = {"up", "ALERTS"}

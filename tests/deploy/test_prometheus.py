@@ -13,7 +13,7 @@ import yaml
 from service.engine.observer import StepReport
 from service.messages import End, FinishReason, ModelCard
 from service.observability.metrics import Metrics
-from service.queues import QueueDepth
+from service.queues.contract import QueueDepth
 from tests.deploy.manifests import DEPLOY
 
 FOLDER = DEPLOY / "prometheus"

@@ -12,7 +12,8 @@ import pytest
 from redis import Redis
 from redis.exceptions import NoPermissionError
 
-from service.queues import QueueLimits, open_queue
+from service.queues import open_queue
+from service.queues.contract import QueueLimits
 from tests.deploy.conftest import PASSWORD, DeployedRedis
 from tests.deploy.manifests import containers, get, render
 from tests.queues.builders import make_engine, make_submission

@@ -14,7 +14,7 @@ import pytest
 
 from service.engine.plan import EngineConfig
 from service.messages import GenerationRequest, Submission, Tokens, rolling_digest
-from service.queues import EngineInfo, Lease, QueueLimits, Write
+from service.queues.contract import EngineInfo, Lease, QueueLimits, Write
 from service.queues.memory.queue import MemoryQueue
 from tests.engine.harness import Rig, make_request
 
@@ -57,7 +57,7 @@ class Service:
     async def step(self) -> None:
         loop = self.rig.loop
         for claim in await self.queue.claim(
-            INFO, limit=loop.room, newcomers=loop.newcomers, wait=0
+            INFO, limit=loop.room, under_served=loop.newcomers, wait=0
         ):
             self.leases[claim.request.id] = claim.lease
             self.rig.add(claim.request)

@@ -18,7 +18,7 @@ from service.errors import StartupError
 from service.http import ports
 from service.http.listeners import Listener
 from service.http.ports import bind, bind_admin, bind_public
-from service.queues import QueueLimits
+from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from service.roles import admin_rows, banner, live
 from service.settings import Settings

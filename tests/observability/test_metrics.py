@@ -21,7 +21,7 @@ from service.errors import Unavailable
 from service.messages import End, FinishReason, ModelCard
 from service.observability.metrics import Metrics
 from service.observability.queue_gauges import STALE_AFTER
-from service.queues import (
+from service.queues.contract import (
     Claim,
     EngineInfo,
     Lease,

@@ -21,8 +21,8 @@ from service.messages import (
     child_ids,
     rolling_digest,
 )
-from service.queues import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
 from service.queues.admission import idempotency_bytes, kept_bytes, request_bytes
+from service.queues.contract import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
 from service.queues.memory.queue import MemoryQueue
 from service.queues.observer import QueueEvent
 from service.queues.redis.queue import RedisQueue

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
-from service.queues import QueueLimits
+from service.queues.contract import QueueLimits
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.redis_process import RedisServer
 from tests.queues.builders import Counts

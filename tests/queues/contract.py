@@ -24,22 +24,27 @@ from service.messages import (
     TokenLogprob,
     Tokens,
 )
-from service.queues import (
+from service.queues.admission import (
+    Usage,
+    idempotency_bytes,
+    kept_bytes,
+    request_bytes,
+    stored_bytes,
+)
+from service.queues.contract import (
     CLEARED_AFTER,
+    FINAL_SILENCE,
     PAGE_TOKENS,
-    VERDICT,
     Claim,
     Lease,
     Queue,
     QueueDepth,
     QueueLimits,
     SubmitStatus,
-    Usage,
     Write,
     WriteReply,
     WriteStatus,
 )
-from service.queues.admission import idempotency_bytes, kept_bytes, request_bytes, stored_bytes
 from tests.queues.builders import (
     answer_of,
     append,
@@ -362,15 +367,15 @@ class QueueContract:
         for _ in range(4):
             await queue.submit(make_submission(tenant="flood", prompt_ids=(1,)))
         assert len(await queue.claim(make_engine(), limit=3, wait=0)) == 3
-        assert not await queue.claim(make_engine(), limit=0, newcomers=2, wait=0)
+        assert not await queue.claim(make_engine(), limit=0, under_served=2, wait=0)
         quiet = make_submission(3, tenant="quiet", prompt_ids=(1,))
         await queue.submit(quiet)
         assert not await queue.claim(make_engine(), limit=0, wait=0)
-        first = await queue.claim(make_engine(), limit=0, newcomers=1, wait=0)
-        second = await queue.claim(make_engine(), limit=0, newcomers=5, wait=0)
+        first = await queue.claim(make_engine(), limit=0, under_served=1, wait=0)
+        second = await queue.claim(make_engine(), limit=0, under_served=5, wait=0)
         taken = [claim.request for claim in (*first, *second)]
         assert taken == list(quiet.requests[:2]), "two of five, and no more, are below the average"
-        assert len(await queue.claim(make_engine(), limit=9, newcomers=2, wait=0)) == 2
+        assert len(await queue.claim(make_engine(), limit=9, under_served=2, wait=0)) == 2
 
     async def test_a_claim_carries_the_whole_request(self, queue: Queue) -> None:
         submission = make_submission(stop=("é\n",), stop_token_ids=(5,), timeout_ms=60_000)
@@ -573,7 +578,7 @@ class QueueContract:
             await passes(OVER)
         assert not await queue.claim(make_engine("last"), limit=1, wait=0)
         assert not await queue.read(rid), "the last engine may only be frozen"
-        await passes(VERDICT * LIMITS.lease)
+        await passes(FINAL_SILENCE * LIMITS.lease)
         assert not await queue.claim(make_engine("last"), limit=1, wait=0.3)
         (end,) = await queue.read(rid)
         assert (end.reason, end.error) == (FinishReason.ERROR, "engine_crash_loop")  # type: ignore[union-attr]  # an End: the only record
@@ -629,7 +634,7 @@ class QueueContract:
             await passes(OVER)
             claim = await claim_one(queue, make_engine(f"e{death}"), wait=PATIENCE)
             assert claim.attempt == min(death + 1, LIMITS.max_attempts)
-        await passes((VERDICT + 1) * LIMITS.lease)
+        await passes((FINAL_SILENCE + 1) * LIMITS.lease)
         assert not await queue.claim(make_engine("last"), limit=1, wait=0.1)
         assert (await queue.read(rid))[-1].error == "engine_crash_loop"  # type: ignore[union-attr]
 
@@ -685,7 +690,7 @@ class QueueContract:
         others = [claim.request.id for claim in claims if not claim.isolated_until]
         assert others == [bystander.requests[0].id]
         assert not await queue.claim(make_engine("more"), limit=9, wait=0)
-        await passes((VERDICT + 1) * LIMITS.lease)
+        await passes((FINAL_SILENCE + 1) * LIMITS.lease)
         left = await queue.claim(make_engine("fourth"), limit=9, wait=PATIENCE)
         assert {(claim.request.tenant, claim.attempt) for claim in left} == {
             ("public", LIMITS.max_attempts), ("b", 1),
@@ -830,13 +835,13 @@ class QueueContract:
         assert await queue.sweep() == 0
         for _ in range(3):
             await passes(0.1)
-            await queue.attend([attended.id, alone.id, "s0-unknown"])
+            await queue.heartbeat([attended.id, alone.id, "s0-unknown"])
         assert await queue.sweep() == 2
         ends = [(await queue.read(request.id))[-1] for request in left.requests]
         assert ends == [stop_at(count, FinishReason.CANCELLED) for count in (1, 0)]
         late = await append(queue, claim.lease, answer_of(claim.request.id, 1, 2))
         assert late.status is WriteStatus.FENCED
-        await queue.attend([left.id, attended.id])
+        await queue.heartbeat([left.id, attended.id])
         assert (await queue.depth()).queued_requests == 2
         await passes(0.25)
         assert await queue.sweep() == 1
@@ -853,7 +858,7 @@ class QueueContract:
         await passes(LIMITS.sweep_pause + 0.1)
         assert await queue.sweep() == 0
         await passes(0.2)
-        await queue.attend([submission.id])
+        await queue.heartbeat([submission.id])
         await passes(0.4)
         assert await queue.sweep() == 0, "it was attended again in time"
         await passes(0.4)

@@ -9,7 +9,8 @@ import pytest
 
 from service.errors import StartupError, Unavailable
 from service.messages import FinishReason
-from service.queues import QueueLimits, open_queue
+from service.queues import open_queue
+from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from tests.queues.builders import claim_one, finish, make_engine, make_submission
 from tests.queues.contract import LIMITS, Passes, QueueContract

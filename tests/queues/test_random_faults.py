@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from service.messages import Allowance, End, FinishReason, Submission
-from service.queues import Claim, Lease, Queue, QueueDepth, QueueLimits, Write, WriteStatus
+from service.queues.contract import Claim, Lease, Queue, QueueDepth, QueueLimits, Write, WriteStatus
 from service.queues.memory.queue import MemoryQueue
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.redis_process import RedisServer

@@ -26,7 +26,7 @@ from service.messages import (
     TokenLogprob,
     Tokens,
 )
-from service.queues import EngineInfo
+from service.queues.contract import EngineInfo
 from service.queues.redis.codec import (
     UNKNOWN_REASON,
     decode_entry,

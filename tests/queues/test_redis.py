@@ -12,7 +12,8 @@ from redis import Redis
 
 from service.errors import StartupError, Unavailable
 from service.messages import Allowance, End, FinishReason, Record, TokenLogprob, Tokens
-from service.queues import PAGE_TOKENS, Claim, QueueLimits, Write, open_queue
+from service.queues import open_queue
+from service.queues.contract import PAGE_TOKENS, Claim, QueueLimits, Write
 from service.queues.observer import QueueEvent
 from service.queues.redis.codec import Malformed, decode_entry, encode_tokens
 from service.queues.redis.keys import ShardKeys

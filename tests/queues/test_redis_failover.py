@@ -17,7 +17,7 @@ from redis import Redis
 
 from service.errors import StartupError, Unavailable
 from service.messages import Record
-from service.queues import QueueLimits, SubmitStatus, WriteStatus
+from service.queues.contract import QueueLimits, SubmitStatus, WriteStatus
 from service.queues.observer import QueueEvent
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.redis_process import AOF, RedisServer, free_port

@@ -11,7 +11,7 @@ import pytest
 
 from service.errors import NotFound, StartupError, Unavailable
 from service.messages import End, FinishReason, Record
-from service.queues import QueueLimits, Write, WriteReply, WriteStatus
+from service.queues.contract import QueueLimits, Write, WriteReply, WriteStatus
 from service.queues.observer import QueueEvent
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.redis_process import RedisServer

@@ -15,7 +15,7 @@ from model.text.tokenizer import Tokenizer
 from service.cluster import ENGINES_GONE_AFTER, Cluster
 from service.messages import ModelCard
 from service.observability.metrics import Metrics
-from service.queues import QueueLimits
+from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from service.roles import ApiSide
 from service.settings import Settings

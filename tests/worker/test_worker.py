@@ -28,7 +28,7 @@ from service.messages import (
     Submission,
     Tokens,
 )
-from service.queues import (
+from service.queues.contract import (
     CLEARED_AFTER,
     Claim,
     EngineInfo,

@@ -26,7 +26,7 @@ from service.messages import (
     SamplingParams,
     Submission,
 )
-from service.queues import EngineInfo, QueueLimits
+from service.queues.contract import EngineInfo, QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from service.worker.worker import PREPARING_THREADS, Worker
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner

@@ -14,13 +14,13 @@ from service.app import sweep_forever
 from service.cluster import Cluster
 from service.errors import Unavailable
 from service.messages import End, FinishReason, GenerationRequest, ModelCard
-from service.queues import QueueLimits
+from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from tests.support.fakes import oracle_answer
 from tests.worker.test_worker import Station, make_request, submit, taking, unfinished
 
 METHODS = (
-    "submit", "lookup", "read", "stop", "attend", "forget", "sweep", "depth", "engines", "check",
+    "submit", "lookup", "read", "stop", "heartbeat", "forget", "sweep", "depth", "engines", "check",
     "claim", "write", "renew", "release",
 )  # fmt: skip
 
@@ -143,7 +143,9 @@ async def run(queue: FailingQueue, *, drain: bool, pace: float = 0.002) -> None:
 async def calls_of_a_run() -> int:
     queue = FailingQueue(QueueLimits(lease=0.3))
     await run(queue, drain=True)
-    assert {"submit", "claim", "write", "release", "sweep", "attend", "engines"} <= {*queue.calls}
+    assert {"submit", "claim", "write", "release", "sweep", "heartbeat", "engines"} <= {
+        *queue.calls
+    }
     return len(queue.calls)
 
 

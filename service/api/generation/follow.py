@@ -16,7 +16,7 @@ from service.api.generation.replay import Replay, continuation
 from service.api.limits import ApiLimits
 from service.errors import GenerationFailed, NotFound, Unavailable
 from service.messages import Record, Tokens
-from service.queues import Queue
+from service.queues.contract import Queue
 
 Source = AsyncGenerator[Sequence[Record], None]
 

@@ -8,7 +8,7 @@ from service.api.generation.manifest import Endpoint, Manifest
 from service.api.ids import call_age
 from service.api.responses.object import PREFIX
 from service.errors import Gone, NotFound
-from service.queues import StoredSubmission
+from service.queues.contract import StoredSubmission
 
 
 async def find_call(call_id: str, context: ApiContext, tenant: Tenant) -> StoredSubmission:

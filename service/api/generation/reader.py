@@ -15,7 +15,7 @@ from service.api.generation.manifest import Endpoint, Manifest
 from service.api.observer import CallReport
 from service.errors import DeadlineExceeded, GenerationFailed, QuireError, ShuttingDown
 from service.messages import End, FinishReason, Record, Submission, child_ids
-from service.queues import SubmitStatus
+from service.queues.contract import SubmitStatus
 
 # Ends of ERROR that come again on a retry.
 FATAL = frozenset({"engine_crash_loop", "grammar_failed"})

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from service.errors import Unavailable
 from service.messages import FinishReason
-from service.queues import Queue
+from service.queues.contract import Queue
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Attendance:
             pause = interval
             try:
                 if self._readers:
-                    await self._queue.attend(self.attended)
+                    await self._queue.heartbeat(self.attended)
             except Unavailable:
                 pause = min(interval, RETRY)
             await asyncio.sleep(pause)

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from service.api.generation.deltas import ChoiceReader, divergence
 from service.errors import GenerationFailed
 from service.messages import End, Record, Tokens, rolling_digest
-from service.queues import Queue
+from service.queues.contract import Queue
 
 
 class Replay:

@@ -64,7 +64,7 @@ async def read_stream(  # each is a part of the request
         raise BadRequest("best_of cannot be streamed", code="unsupported_parameter")
     if not manifest.stored:
         raise NotFound("there is no such stream", code="stream_not_found")
-    await context.queue.attend([stored.id])
+    await context.queue.heartbeat([stored.id])
     answer = Answer(
         stored.id,
         manifest,

@@ -37,8 +37,8 @@ from service.errors import (
     Unavailable,
 )
 from service.messages import GenerationRequest, Submission, child_ids
-from service.queues import QueueLimits, SubmitReply, SubmitStatus
 from service.queues.admission import admission_cost, stored_bytes
+from service.queues.contract import QueueLimits, SubmitReply, SubmitStatus
 
 DEFAULT_PRIORITY = 1
 
@@ -218,7 +218,7 @@ async def admit(
     if reply.submission_id == submission.id:
         return submission.id, Manifest.from_json(submission.manifest)
     earlier = await context.queue.lookup(reply.submission_id)
-    await context.queue.attend([reply.submission_id])
+    await context.queue.heartbeat([reply.submission_id])
     if earlier is None:
         raise Gone("the answer to this Idempotency-Key is no longer kept", retryable=False)
     return earlier.id, Manifest.from_json(earlier.manifest)

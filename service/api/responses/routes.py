@@ -77,7 +77,7 @@ async def retrieve_response(  # each is a part of the request
         if starting_after is not None:
             raise BadRequest("starting_after needs stream to be true", param="starting_after")
         return Response(await body_now(answer), media_type="application/json")
-    await context.queue.attend([answer.id])
+    await context.queue.heartbeat([answer.id])
     writer = response_writer(answer, event_ids=False, seen=starting_after)
     if starting_after is not None:
         await _go_to(answer, writer, number=starting_after)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 
 from service.errors import Unavailable
-from service.queues import EngineInfo, Queue, QueueDepth
+from service.queues.contract import EngineInfo, Queue, QueueDepth
 
 MAX_AGE = 0.2
 """Seconds for which one reading serves all who ask."""

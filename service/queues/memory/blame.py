@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from service.queues import PROBATION, VERDICT, EngineInfo, QueueLimits
+from service.queues.contract import FINAL_SILENCE, JOIN_AFTER, EngineInfo, QueueLimits
 from service.queues.memory.entry import Entry
 
 
@@ -49,7 +49,7 @@ class Blame:
         if not owner or owner == engine.id or heard_since:
             return True  # released; or late, not dead
         final = self._is_condemned(entry) and not self._is_bystander(entry)
-        if silence < self._limits.lease * (VERDICT if final else 1):
+        if silence < self._limits.lease * (FINAL_SILENCE if final else 1):
             return None
         return not self.died(entry)
 
@@ -106,7 +106,7 @@ class Blame:
         held = [entry for entry in self._lane.values() if self._is_held(entry)]
         condemned = any(self._has_last_attempt(entry) for entry in held)
         young = not all(entry.has_passed for entry in held)
-        young &= self._clock() - self._isolates.get(engine.id, 0.0) < PROBATION
+        young &= self._clock() - self._isolates.get(engine.id, 0.0) < JOIN_AFTER
         if held and (condemned or young or any(entry.engine != engine.id for entry in held)):
             return ()
         suspects = [entry for entry in self._suspects.values() if entry.may_run(engine)]

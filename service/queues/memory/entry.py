@@ -10,7 +10,7 @@ from typing import Self
 
 from service.errors import StreamDivergence
 from service.messages import Allowance, End, GenerationRequest, Record, Submission, Tokens
-from service.queues import (
+from service.queues.contract import (
     CLEARED_AFTER,
     PASSED_AFTER,
     Claim,

@@ -12,9 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 
 from service.messages import Allowance, GenerationRequest, Submission
-from service.queues import QueueLimits, SubmitStatus
-from service.queues.admission import admission_cost
-from service.queues.meters import MINUTE, Meter, Usage
+from service.queues.admission import MINUTE, Meter, Usage, admission_cost
+from service.queues.contract import QueueLimits, SubmitStatus
 
 PATIENCE = 1e-6
 """Seconds: sums of fractions of a minute do not come out even."""

@@ -15,7 +15,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from service.errors import NotFound, Unavailable
 from service.messages import Allowance, End, FinishReason, Record, Submission, Tokens
-from service.queues import (
+from service.queues.admission import Usage, admission_cost, answer_share
+from service.queues.contract import (
     BLAME_KEPT,
     PAGE_TOKENS,
     Claim,
@@ -26,12 +27,10 @@ from service.queues import (
     StoredSubmission,
     SubmitReply,
     SubmitStatus,
-    Usage,
     Write,
     WriteReply,
     WriteStatus,
 )
-from service.queues.admission import admission_cost, answer_share
 from service.queues.memory.blame import Blame
 from service.queues.memory.entry import Entry, Group, next_lease_end, oldest_age, reached
 from service.queues.memory.ledger import Ledger
@@ -54,7 +53,7 @@ _COUNTED = {
 
 
 class MemoryQueue:
-    """The contract is `service.queues.Queue`."""
+    """The contract is `service.queues.contract.Queue`."""
 
     shared = False
 
@@ -194,7 +193,7 @@ class MemoryQueue:
             if reason is not FinishReason.DEADLINE or self._overdue(entry):
                 self._stop(entry, reason)
 
-    async def attend(self, submission_ids: Sequence[str]) -> None:
+    async def heartbeat(self, submission_ids: Sequence[str]) -> None:
         now = self._clock()
         for submission_id in submission_ids:
             group = self._groups.get(submission_id)
@@ -261,7 +260,7 @@ class MemoryQueue:
 
     # --- the engine's side ----------------------------------------------------------------
     async def claim(
-        self, engine: EngineInfo, *, limit: int, wait: float, newcomers: int = 0
+        self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
@@ -272,7 +271,7 @@ class MemoryQueue:
                 await self.check()
                 self._engines[engine.id] = (self._clock(), engine)
                 self._blame.heard(engine.id)
-                claims = self._take(engine, limit, most=limit + newcomers)
+                claims = self._take(engine, limit, most=limit + under_served)
                 left = until - loop.time()
                 if claims or left <= 0:
                     return claims

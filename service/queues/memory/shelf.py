@@ -12,8 +12,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 from service.messages import Submission
-from service.queues import QueueLimits, SubmitStatus
 from service.queues.admission import RECORD_BYTES, kept_bytes, request_bytes, stored_bytes
+from service.queues.contract import QueueLimits, SubmitStatus
 from service.queues.memory.entry import Entry, Group
 
 

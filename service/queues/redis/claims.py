@@ -16,7 +16,15 @@ from typing import Any
 
 from service.errors import Unavailable
 from service.messages import End, FinishReason, GenerationRequest
-from service.queues import BLAME_KEPT, Claim, EngineInfo, Lease, QueueLimits, Write, WriteReply
+from service.queues.contract import (
+    BLAME_KEPT,
+    Claim,
+    EngineInfo,
+    Lease,
+    QueueLimits,
+    Write,
+    WriteReply,
+)
 from service.queues.observer import QueueEvent, QueueObserver
 from service.queues.redis.codec import decode_ids, encode_end
 from service.queues.redis.connection import Command, Wire
@@ -59,7 +67,7 @@ class Claimer:
         self._hold_until: float | None = None  # loop time; None before the first claim
 
     async def claim(
-        self, engine: EngineInfo, *, limit: int, wait: float, newcomers: int = 0
+        self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
         """See `Queue.claim`."""
         loop = asyncio.get_running_loop()
@@ -71,7 +79,7 @@ class Claimer:
         try:
             while True:
                 news.clear()
-                claims = await self._claim_now(engine, limit=limit, newcomers=newcomers)
+                claims = await self._claim_now(engine, limit=limit, under_served=under_served)
                 left = until - loop.time()
                 if claims or left <= 0:
                     return claims
@@ -85,11 +93,11 @@ class Claimer:
         for news in self._waiting:
             news.set()
 
-    async def _claim_now(self, engine: EngineInfo, *, limit: int, newcomers: int) -> list[Claim]:
+    async def _claim_now(self, engine: EngineInfo, *, limit: int, under_served: int) -> list[Claim]:
         orphans = await self._may_take_orphans()
         claims: list[Claim] = []
         for keys in self._shards:
-            room = (max(0, limit - len(claims)), limit + newcomers - len(claims))
+            room = (max(0, limit - len(claims)), limit + under_served - len(claims))
             owner, reply = await self._ask(keys, engine, room=room, orphans=orphans)
             found, reclaimed, dropped, overdue, crashed = reply
             for event, count in (
@@ -153,7 +161,7 @@ class Claimer:
         orphans: bool,
         replay: bool,
     ) -> Command:
-        """`room` is for anybody, and with newcomers."""
+        """`room` is for anybody, and with under_served."""
         limits = self._limits
         told = json.dumps(asdict(engine), separators=(",", ":"))
         numbers = (milliseconds(limits.lease), limits.max_attempts, int(orphans), int(replay))

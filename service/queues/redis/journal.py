@@ -12,7 +12,7 @@ from typing import Any
 
 from service.errors import NotFound, StreamDivergence, Unavailable
 from service.messages import End, Record
-from service.queues import PAGE_TOKENS
+from service.queues.contract import PAGE_TOKENS
 from service.queues.redis.codec import Malformed, decode_entry
 from service.queues.redis.connection import Command, Wire, backoff
 from service.queues.redis.keys import ShardKeys

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from service.messages import Record
-from service.queues import PAGE_TOKENS
+from service.queues.contract import PAGE_TOKENS
 from service.queues.redis.keys import ShardKeys
 
 KEPT_BYTES = 32 * 2**20

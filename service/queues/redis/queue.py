@@ -15,7 +15,16 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from service.messages import Allowance, End, FinishReason, Record, Submission
-from service.queues import (
+from service.queues.admission import (
+    Meter,
+    Usage,
+    admission_cost,
+    answer_share,
+    idempotency_bytes,
+    kept_bytes,
+    request_bytes,
+)
+from service.queues.contract import (
     BLAME_KEPT,
     Claim,
     EngineInfo,
@@ -29,14 +38,6 @@ from service.queues import (
     WriteReply,
     WriteStatus,
 )
-from service.queues.admission import (
-    admission_cost,
-    answer_share,
-    idempotency_bytes,
-    kept_bytes,
-    request_bytes,
-)
-from service.queues.meters import Meter, Usage
 from service.queues.observer import STOPPED, NullQueueObserver, QueueEvent, QueueObserver
 from service.queues.redis.claims import CRASH_LOOP, DEADLINE, Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
@@ -67,7 +68,7 @@ _COUNTED = {
 
 
 class RedisQueue:
-    """The contract is `service.queues.Queue`.
+    """The contract is `service.queues.contract.Queue`.
 
     `url` may say `allow_volatile=1` (a Redis without an append-only file is good enough) and
     `shards=<n>`: ids name their shard, each has its part of the limits, and what has one
@@ -190,10 +191,10 @@ class RedisQueue:
         )
         self._note(STOPPED[reason], sum(stopped))
 
-    async def attend(self, submission_ids: Sequence[str]) -> None:
+    async def heartbeat(self, submission_ids: Sequence[str]) -> None:
         await self._wire.run(
             [
-                self._wire.script("attend", keys.admission, *ids)
+                self._wire.script("heartbeat", keys.admission, *ids)
                 for keys, ids in self._by_shard(submission_ids)
             ]
         )
@@ -269,9 +270,9 @@ class RedisQueue:
 
     # --- the engine's side ----------------------------------------------------------------
     async def claim(
-        self, engine: EngineInfo, *, limit: int, wait: float, newcomers: int = 0
+        self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
-        return await self._claimer.claim(engine, limit=limit, wait=wait, newcomers=newcomers)
+        return await self._claimer.claim(engine, limit=limit, wait=wait, under_served=under_served)
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         """Raises Unavailable with the code `storage_full` where tokens were refused for want of

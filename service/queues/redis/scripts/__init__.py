@@ -20,7 +20,7 @@ NAMES = (
     "release",
     "stop",
     "sweep",
-    "attend",
+    "heartbeat",
     "forget",
     "oldest",
 )

@@ -50,7 +50,7 @@ end
 local function may_run(r) return (r.n == 0 or r.cls == class) and has_all(r.ft) end
 
 -- A verdict is final, so it waits until the engine has been silent for longer than a freeze lasts.
-local VERDICT = 4
+local FINAL_SILENCE = 4
 
 -- Finds out why the lease of a request is over. Replies whether the request can go on.
 local function settle_orphan(r)
@@ -63,8 +63,8 @@ local function settle_orphan(r)
     return false
   end
   local _, failed = judge(r, max_attempts)
-  if failed and not is_bystander(r) and silence < VERDICT * lease then
-    set_idle(r, consumer, math.max(0, silence - (VERDICT - 1) * lease))
+  if failed and not is_bystander(r) and silence < FINAL_SILENCE * lease then
+    set_idle(r, consumer, math.max(0, silence - (FINAL_SILENCE - 1) * lease))
     return false
   end
   if not count_death(r, max_attempts, keep_blame) then return true end
@@ -143,14 +143,14 @@ end
 
 -- Milliseconds after which the engine that isolates may take the next group even if the first one has
 -- not got so far: a long prompt takes its time.
-local PROBATION = 2000
+local JOIN_AFTER = 2000
 
 -- Takes the next suspects, if no other engine isolates any: half of those that wait, so that a request
 -- that kills engines takes only half of the others with it; for its last attempt each comes alone.
 local function isolate()
   if #claims >= limit or redis.call('EXISTS', SUSPECTS) == 0 then return end
   local count, elsewhere, last, young = isolated()
-  young = young and now - num(redis.call('GET', isolates_key(consumer))) < PROBATION
+  young = young and now - num(redis.call('GET', isolates_key(consumer))) < JOIN_AFTER
   if count > 0 and (elsewhere or last or young) then return end
   local group, suspects = {}, waiting_suspects()
   if #suspects == 0 then return end
