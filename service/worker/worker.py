@@ -179,7 +179,7 @@ class Worker:
         while not self._draining.is_set():
             waits = self._claiming_waits()
             room = 0 if waits else self._engine.room - len(self._compiling)
-            newcomers = 0 if waits else self._engine.newcomers
+            newcomers = 0 if waits else self._engine.under_served_room
             if room <= 0 or self.is_stalled:
                 self._room_changed.clear()
                 with contextlib.suppress(TimeoutError):

@@ -94,7 +94,7 @@ def check_layout(plan: Plan, batch: Batch) -> None:
         assert batch.tokens_T[start : start + num].tolist() == tokens[first:last]
         assert batch.positions_T[start : start + num].tolist() == list(range(first, last))
         assert batch.context_lens_S[row] == last
-        assert batch.batch_slots_S[row] == sequence.seat
+        assert batch.batch_slots_S[row] == sequence.batch_slot
         table = batch.block_table_SB[row].tolist()
         assert table == (sequence.blocks + [0] * len(table))[: len(table)]
         samples += [
