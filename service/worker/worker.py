@@ -169,7 +169,7 @@ class Worker:
                 await self._queue.release(self._unreleased)
                 await self._queue.release(leases, died=self._failed.is_set())
         for held in self._held.values():
-            self._observer.let_go(held.claim, "released", written=held.written)
+            self._observer.released(held.claim, "released", written=held.written)
         self._held.clear()
 
     # --- claiming -------------------------------------------------------------------------
@@ -217,7 +217,7 @@ class Worker:
         for claim in claims:
             late = self._held.get(claim.request.id)
             if late is not None:  # this engine's own, whose lease ran out
-                self._observer.let_go(late.claim, "lease_lost", written=late.written)
+                self._observer.released(late.claim, "lease_lost", written=late.written)
             self._observer.claimed(claim)
             held = LeasedWork(claim, self._clock(), written=len(claim.tokens))
             self._held[claim.request.id] = held
@@ -332,7 +332,7 @@ class Worker:
 
     def _note_end(self, held: LeasedWork, end: End) -> None:
         self._observer.ended(end, self._clock() - held.since)
-        self._observer.let_go(held.claim, end.reason.value, written=end.count, end=end)
+        self._observer.released(held.claim, end.reason.value, written=end.count, end=end)
 
     async def _give_up(self, writes: Iterable[Write]) -> None:
         """Ends requests whose tokens the store has no room for; an end needs next to none."""
@@ -398,7 +398,7 @@ class Worker:
         for request_id in [lease.request_id for lease in leases]:
             held = self._held.pop(request_id, None)
             if held is not None:
-                self._observer.let_go(held.claim, "stalled", written=held.written)
+                self._observer.released(held.claim, "stalled", written=held.written)
         self._given_up.update(lease.request_id for lease in leases)
         self._isolated.intersection_update(self._held)
 
@@ -447,7 +447,7 @@ class Worker:
         self._isolated.discard(request_id)
         self._room_changed.set()
         self._observer.wasted(sum(len(record.ids) for record in held.records), cause)
-        self._observer.let_go(held.claim, cause, written=held.written)
+        self._observer.released(held.claim, cause, written=held.written)
 
 
 class _Backoff:

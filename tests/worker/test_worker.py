@@ -64,8 +64,8 @@ class Ledger:
     def ended(self, end: End, seconds: float) -> None:
         self.counts[f"end_{end.reason}"] += 1
 
-    def let_go(self, claim: Claim, outcome: str, *, written: int, end: End | None = None) -> None:
-        self.counts["let_go"] += 1
+    def released(self, claim: Claim, outcome: str, *, written: int, end: End | None = None) -> None:
+        self.counts["released"] += 1
 
     def fenced(self) -> None:
         self.counts["fenced"] += 1
