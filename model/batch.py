@@ -12,7 +12,7 @@ Shape legend, used as suffixes of names everywhere in `model`:
 
 All fields are NumPy arrays on the host: a C++ runner takes their pointers, the torch runner views
 them without a copy, a GPU runner uploads them or, if it keeps state on the device, reads only
-`seats_S` and what changed. A sequence keeps its seat from its first step to its last.
+`batch_slots_S` and what changed. A sequence keeps its batch slot from its first step to its last.
 
     sequence s computes rows  query_starts_S1[s] <= t < query_starts_S1[s + 1]
     its token at position p has its K and V at  block_table_SB[s, p // block_size], p % block_size
@@ -111,7 +111,7 @@ class Batch:
     block_table_SB: (
         Ints  # rows padded with 0 beyond what the sequence owns; the padding is not read
     )
-    seats_S: Ints  # a stable small index, for runners that keep state on a device
+    batch_slots_S: Ints  # a stable small index, for runners that keep state on a device
     sample_rows_R: Ints  # rows of T whose logits choose a token
     sampling: SamplingBatch
     score_rows_Q: Ints  # rows of T whose logits score a token that is already given
@@ -139,10 +139,10 @@ class Batch:
         lengths = np.diff(starts)
         if starts[0] != 0 or starts[-1] != self.num_tokens or (lengths < 1).any():
             raise ValueError("query_starts must rise from 0 to the number of tokens")
-        if len(starts) != self.num_sequences + 1 or len(self.seats_S) != self.num_sequences:
-            raise ValueError("one query start, one context length and one seat a sequence")
-        if len(np.unique(self.seats_S)) != self.num_sequences:
-            raise ValueError("two sequences on one seat")
+        if len(starts) != self.num_sequences + 1 or len(self.batch_slots_S) != self.num_sequences:
+            raise ValueError("one query start, one context length and one batch slot per sequence")
+        if len(np.unique(self.batch_slots_S)) != self.num_sequences:
+            raise ValueError("two sequences in one batch slot")
         last = self.positions_T[starts[1:] - 1]
         if not np.array_equal(last + 1, contexts):
             raise ValueError("a context ends with the last token of its sequence")

@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version as distribution_version
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import uvloop
@@ -47,14 +48,18 @@ from service.http.listeners import Listener
 from service.http.ports import address, bind_admin, bind_public
 from service.keys import KeyRing
 from service.messages import FEATURES, Event, ModelCard
+from service.observability.fan_out import fan_out
 from service.observability.logs import log_call, set_up_logging
 from service.observability.metrics import Metrics
-from service.observability.tracing import EngineObserver, TracedCalls, TracedWork, Tracer
+from service.observability.tracing import TracedCalls, TracedWork
 from service.queues import open_queue
 from service.queues.contract import EngineInfo, Queue, QueueLimits
 from service.settings import Settings
 from service.startup import Loaded, fetch_model, load_card, load_engine, load_tokenizer
 from service.worker.worker import EngineFailure, Worker
+
+if TYPE_CHECKING:
+    from service.observability.otlp import OtlpTraces
 
 log = logging.getLogger("quire")
 
@@ -92,14 +97,14 @@ def end_at_once_on_signals(console: Console) -> None:
 async def serve(settings: Settings, console: Console) -> None:
     """Everything in one process."""
     refuse_exposure(settings)
-    metrics, tracer = make_metrics(settings, "serve"), open_tracer(settings, "serve")
+    metrics, traces = make_metrics(settings, "serve"), open_traces(settings, "serve")
     keys = open_keys(settings, metrics)
     places = open_places(settings, observer=metrics)
     public, admin = bind_public(settings), bind_admin(settings)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     loaded = await asyncio.to_thread(load_engine, settings, path)
     queue = await opened_queue(settings, metrics)
-    engine = EngineSide(settings, loaded, queue, metrics, tracer=tracer)
+    engine = EngineSide(settings, loaded, queue, metrics, traces=traces)
     api = ApiSide(
         settings,
         loaded.card,
@@ -109,7 +114,7 @@ async def serve(settings: Settings, console: Console) -> None:
         engine=engine,
         attention=attention_reader(settings, path),
         keys=keys,
-        tracer=tracer,
+        traces=traces,
     )
     rows = engine_rows(loaded, path) | api_rows(settings, address(public), address(admin))
     listeners = [
@@ -117,14 +122,14 @@ async def serve(settings: Settings, console: Console) -> None:
         Listener(api.admin_app, admin, connections=places.admin),
     ]
     ready = partial(banner, console, settings, rows)
-    await live(queue, listeners, api=api, engine=engine, tracer=tracer, ready=ready)
+    await live(queue, listeners, api=api, engine=engine, traces=traces, ready=ready)
     loaded.runner.close()
 
 
 async def serve_api(settings: Settings, console: Console) -> None:
     """An API replica over a shared queue."""
     refuse_exposure(settings)
-    metrics, tracer = make_metrics(settings, "api"), open_tracer(settings, "api")
+    metrics, traces = make_metrics(settings, "api"), open_traces(settings, "api")
     keys = open_keys(settings, metrics)
     refuse_private_queue(settings)
     places = open_places(settings, observer=metrics)
@@ -140,7 +145,7 @@ async def serve_api(settings: Settings, console: Console) -> None:
         Listener(api.admin_app, admin, connections=places.admin),
     ]
     ready = partial(banner, console, settings, rows)
-    await live(queue, listeners, api=api, tracer=tracer, ready=ready)
+    await live(queue, listeners, api=api, traces=traces, ready=ready)
 
 
 async def serve_engine(settings: Settings, console: Console) -> None:
@@ -149,16 +154,16 @@ async def serve_engine(settings: Settings, console: Console) -> None:
     admin = bind_admin(settings)
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     loaded = await asyncio.to_thread(load_engine, settings, path)
-    metrics, tracer = make_metrics(settings, "engine"), open_tracer(settings, "engine")
+    metrics, traces = make_metrics(settings, "engine"), open_traces(settings, "engine")
     queue = await opened_queue(settings, metrics)
-    engine = EngineSide(settings, loaded, queue, metrics, tracer=tracer)
+    engine = EngineSide(settings, loaded, queue, metrics, traces=traces)
     # The admin application needs an API's context for its probes; this one has no public port.
     api = ApiSide(settings, loaded.card, queue, metrics, tokenizer=loaded.tokenizer, engine=engine)
     rows = engine_rows(loaded, path) | admin_rows(settings, address(admin))
     places = open_places(settings, observer=metrics)
     listeners = [Listener(api.admin_app, admin, connections=places.admin)]
     ready = partial(banner, console, settings, rows)
-    await live(queue, listeners, engine=engine, cluster=api.cluster, tracer=tracer, ready=ready)
+    await live(queue, listeners, engine=engine, cluster=api.cluster, traces=traces, ready=ready)
     loaded.runner.close()
 
 
@@ -172,7 +177,7 @@ def make_metrics(settings: Settings, role: str) -> Metrics:
     )
 
 
-def open_tracer(settings: Settings, role: str) -> Tracer | None:
+def open_traces(settings: Settings, role: str) -> OtlpTraces | None:
     """Where traces go; None: nowhere, and nothing of them is loaded. Raises StartupError."""
     if settings.otlp_endpoint is None:
         return None
@@ -227,12 +232,12 @@ class EngineSide:
         queue: Queue,
         metrics: Metrics,
         *,
-        tracer: Tracer | None = None,
+        traces: OtlpTraces | None = None,
     ) -> None:
         self.id = uuid4().hex
-        observer: EngineObserver = metrics
-        if tracer is not None:
-            observer = TracedWork(metrics, tracer, model=loaded.card.id, engine=self.id)
+        observers: list[Metrics | TracedWork] = [metrics]
+        if traces is not None:
+            observers.append(TracedWork(traces.tracer, model=loaded.card.id, engine=self.id))
         self._card = loaded.card
         self._num_blocks = loaded.runner.num_blocks
         self._metrics = metrics
@@ -248,7 +253,7 @@ class EngineSide:
             token_bytes=loaded.tokenizer.token_bytes,
             eos_ids=loaded.tokenizer.eos_ids,
             deliver=self._deliver,
-            observer=observer,
+            observer=fan_out(*observers),
             on_failure=lambda _failure: self.worker.fail(),
             grammars=Grammars(
                 loaded.tokenizer.token_bytes,
@@ -257,7 +262,7 @@ class EngineSide:
             ),
             settle=self._settle,
         )
-        self.worker = Worker(queue, self.loop, info=self._info, observer=observer)
+        self.worker = Worker(queue, self.loop, info=self._info, observer=fan_out(*observers))
         if loaded.followers is not None:
             loaded.followers.when_lost(self._lose_rank)
 
@@ -307,7 +312,7 @@ class ApiSide:
         engine: EngineSide | None = None,
         attention: AttentionReader | None = None,
         keys: KeyRing | None = None,
-        tracer: Tracer | None = None,
+        traces: OtlpTraces | None = None,
     ) -> None:
         self.draining = False
         self.drain_timeout = settings.drain_timeout
@@ -327,7 +332,7 @@ class ApiSide:
                 tokens_per_second=self.cluster.tokens_per_second,
             ),
             limits=api_limits(settings),
-            observer=metrics if tracer is None else TracedCalls(metrics, tracer),
+            observer=metrics if traces is None else fan_out(metrics, TracedCalls(traces.tracer)),
             version=VERSION,
             attention=attention,
             authenticate=only_with_key(keys.find) if keys else open_to_all,
@@ -372,7 +377,7 @@ async def live(
     api: ApiSide | None = None,
     engine: EngineSide | None = None,
     cluster: Cluster | None = None,
-    tracer: Tracer | None = None,
+    traces: OtlpTraces | None = None,
 ) -> None:
     """Serves until a signal or a broken engine, then ends in order. With `api`, the first of the
     listeners is the public one.
@@ -421,8 +426,8 @@ async def live(
     finally:
         with suppress(Unavailable):
             await queue.close()
-        if tracer is not None:
-            await asyncio.to_thread(tracer.close)
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
 
 async def announce(listeners: Sequence[Listener], ready: Callable[[], None]) -> None:

@@ -55,7 +55,7 @@ class Work:
             query_starts_S1=starts,
             context_lens_S=np.full(self.sequences, self.context, np.int32),
             block_table_SB=table.reshape(self.sequences, width),
-            seats_S=np.arange(self.sequences, dtype=np.int32),
+            batch_slots_S=np.arange(self.sequences, dtype=np.int32),
             sample_rows_R=starts[1:] - 1,
             sampling=SamplingBatch.plain(self.sequences, vocab_size=1),
             score_rows_Q=np.zeros(0, np.int32),

@@ -34,7 +34,7 @@ def scoring_batch(tokens_T: Ints, *, block_size: int) -> Batch:
         query_starts_S1=np.array([0, count], np.int32),
         context_lens_S=np.array([count], np.int32),
         block_table_SB=np.arange(-(-count // block_size), dtype=np.int32)[None],
-        seats_S=zero,
+        batch_slots_S=zero,
         sample_rows_R=zero[:0],
         sampling=SamplingBatch.plain(0, vocab_size=1),
         score_rows_Q=np.arange(count - 1, dtype=np.int32),

@@ -69,7 +69,7 @@ class WorkList:
         self,
         starts_S1: torch.Tensor,
         contexts_S: torch.Tensor,
-        seats_S: torch.Tensor,
+        batch_slots_S: torch.Tensor,
         *,
         window: int | None,
     ) -> None:
@@ -77,11 +77,11 @@ class WorkList:
 
         Every sequence has at least one query. `window`: positions a query sees, itself included.
         """
-        S = len(seats_S)
+        S = len(batch_slots_S)
         _list_items[(1,)](
             starts_S1,
             contexts_S,
-            seats_S,
+            batch_slots_S,
             self.tiles,
             self.items,
             self.counts,

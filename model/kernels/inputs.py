@@ -53,12 +53,12 @@ def change_twin(state: torch.Tensor, places: torch.Tensor, values: torch.Tensor)
 
 
 def decode_rows(
-    state: torch.Tensor, seats_S: torch.Tensor, *, block_size: int
+    state: torch.Tensor, batch_slots_S: torch.Tensor, *, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """One row a seat: (tokens, positions, slots, contexts), all [S]."""
-    rows = torch.empty((4, len(seats_S)), dtype=torch.int32, device=state.device)
-    _rows[(triton.cdiv(len(seats_S), 128),)](
-        state, seats_S, rows, rows, rows, rows, len(seats_S), state.stride(0),
+    rows = torch.empty((4, len(batch_slots_S)), dtype=torch.int32, device=state.device)
+    _rows[(triton.cdiv(len(batch_slots_S), 128),)](
+        state, batch_slots_S, rows, rows, rows, rows, len(batch_slots_S), state.stride(0),
         BLOCK_SIZE=block_size, GIVEN=False, BLOCK=128, enable_fp_fusion=False,
     )  # fmt: skip
     tokens, positions, slots, contexts = rows
@@ -85,10 +85,10 @@ def mixed_rows(
 
 
 def decode_rows_twin(
-    state: torch.Tensor, seats_S: torch.Tensor, *, block_size: int
+    state: torch.Tensor, batch_slots_S: torch.Tensor, *, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same in torch."""
-    own = state[seats_S.long()]
+    own = state[batch_slots_S.long()]
     positions = own[:, Column.LENGTH]
     blocks = own.gather(1, (Column.TABLE + positions // block_size).long()[:, None])[:, 0]
     slots = blocks * block_size + positions % block_size

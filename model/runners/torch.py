@@ -170,7 +170,7 @@ def _prompt(length: int, vocab_size: int, *, block_size: int) -> Batch:
         query_starts_S1=np.array([0, length], np.int32),
         context_lens_S=np.array([length], np.int32),
         block_table_SB=np.arange(blocks, dtype=np.int32)[None],
-        seats_S=zero,
+        batch_slots_S=zero,
         sample_rows_R=np.array([length - 1], np.int32),
         sampling=SamplingBatch.plain(1, vocab_size=vocab_size),
         score_rows_Q=empty,

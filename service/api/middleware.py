@@ -58,8 +58,6 @@ class Boundary:
             scope = {**scope, "method": "GET"}
         state["request_id"] = new_call_id()
         state["arrived"] = monotonic()
-        caller = _traceparent(scope)
-        state["trace"] = self._observer.call_began(caller)
         status = 0
         path = scope["path"]
         id_headers = [_ID_HEADER, MESSAGE_ID] if is_message_path(path) else [_ID_HEADER]
@@ -80,6 +78,7 @@ class Boundary:
         except (Forbidden, Unauthorized) as error:
             await error_response(error, path=path)(scope, receive, send_with_id)
             return
+        state["trace"] = self._observer.call_began(_traceparent(scope))
         try:
             refusal = await self._count(scope, state["tenant"])
             app = self._app if refusal is None else error_response(refusal, path=path)
@@ -90,7 +89,7 @@ class Boundary:
             await error_response(ShuttingDown(), path=path)(scope, receive, send_with_id)
         finally:
             if state["trace"] is not None:
-                self._observer.call_over(_traced(scope, method, caller=caller, status=status))
+                self._observer.call_over(_traced(scope, method, status=status))
 
     async def _count(self, scope: Scope, tenant: Tenant) -> QuireError | None:
         """Counts a call, whatever becomes of it. Returns why it is refused, if it is."""
@@ -116,14 +115,12 @@ def _traceparent(scope: Scope) -> str | None:
     return None
 
 
-def _traced(scope: Scope, method: str, *, caller: str | None, status: int) -> HttpCall:
+def _traced(scope: Scope, method: str, *, status: int) -> HttpCall:
     state, route = scope["state"], scope.get("route")
     return HttpCall(
         trace=state["trace"],
-        parent=caller,
         id=state["request_id"],
         method=method,
         route=getattr(route, "path", None),
         status=status,
-        duration=monotonic() - state["arrived"],
     )

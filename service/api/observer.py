@@ -1,4 +1,4 @@
-"""What the API tells whoever counts, logs or traces. It knows no library for any of it."""
+"""ApiObserver: receives the events of the HTTP API. Independent of any metrics library."""
 
 from __future__ import annotations
 
@@ -6,43 +6,42 @@ from dataclasses import dataclass
 from typing import Protocol
 
 BUSY = "busy"
-"""Why a call is refused for which too many wait: to be parsed, tokenised or shown attention."""
+"""Why a call is refused if too many wait to be parsed, tokenized or shown attention."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallReport:
-    """One generating call that was followed to its end, or left. Times in seconds."""
+    """One generating call that was followed to its end or abandoned. Times in seconds."""
 
     id: str
     tenant: str
     endpoint: str
-    outcome: str  # the finish reasons met, sorted and joined by "+"; "left"; or an error's code
+    outcome: str  # finish reasons, sorted and joined by "+"; "left"; or an error's code
     streamed: bool
     prompt_tokens: int
     completion_tokens: int
-    to_first_token: float | None  # from arrival; None where no token came
+    to_first_token: float | None  # from arrival; None if no token came
     duration: float  # from arrival to the last byte
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpCall:
-    """One HTTP call that is traced, after its last byte. Traces as the header `traceparent`."""
+    """One traced HTTP call, after its last byte."""
 
-    trace: str  # the call's own
-    parent: str | None  # its caller's
+    trace: str  # what `call_began` returned
     id: str
     method: str
-    route: str | None  # the path's template; None where no route fits
-    status: int  # 0: nobody was answered
-    duration: float  # seconds
+    route: str | None  # the path's template; None if no route matches
+    status: int  # 0 if no response was sent
 
 
 class ApiObserver(Protocol):
     """Called on the event loop; must not block and must not raise."""
 
     def call_began(self, traceparent: str | None) -> str | None:
-        """An HTTP call has come, with its caller's trace if it has one. Returns the call's own,
-        which its requests carry on; None: it is not traced.
+        """An HTTP call has arrived, with its caller's `traceparent` if it has one.
+
+        Returns the call's own `traceparent`, which its requests carry; None: it is not traced.
         """
         ...
 
@@ -51,7 +50,7 @@ class ApiObserver(Protocol):
         ...
 
     def call_answered(self, status: int) -> None:
-        """An HTTP answer has begun."""
+        """An HTTP response has begun."""
         ...
 
     def call_accepted(self, requests: int) -> None:
@@ -59,11 +58,11 @@ class ApiObserver(Protocol):
         ...
 
     def call_refused(self, reason: str) -> None:
-        """A limit refused a call; the reason is a `SubmitStatus` of the queue, or BUSY."""
+        """A limit refused a call; the reason is a `SubmitStatus` of the queue, "rate" or BUSY."""
         ...
 
     def call_unserved(self) -> None:
-        """A call was refused because no engine was there."""
+        """A call was refused because no engine is available."""
         ...
 
     def call_lost(self, requests: int) -> None:
@@ -76,29 +75,13 @@ class ApiObserver(Protocol):
 
 
 class NullObserver:
-    """Counts nothing."""
+    """Ignores everything."""
 
-    def call_began(self, traceparent: str | None) -> str | None:  # noqa: ARG002
-        """Traces nothing."""
-        return None
-
-    def call_over(self, call: HttpCall) -> None:
-        """Drops it."""
-
-    def call_answered(self, status: int) -> None:
-        """Drops it."""
-
-    def call_accepted(self, requests: int) -> None:
-        """Drops it."""
-
-    def call_refused(self, reason: str) -> None:
-        """Drops it."""
-
-    def call_unserved(self) -> None:
-        """Drops it."""
-
-    def call_lost(self, requests: int) -> None:
-        """Drops it."""
-
-    def call_ended(self, report: CallReport) -> None:
-        """Drops it."""
+    def call_began(self, traceparent: str | None) -> str | None: ...
+    def call_over(self, call: HttpCall) -> None: ...
+    def call_answered(self, status: int) -> None: ...
+    def call_accepted(self, requests: int) -> None: ...
+    def call_refused(self, reason: str) -> None: ...
+    def call_unserved(self) -> None: ...
+    def call_lost(self, requests: int) -> None: ...
+    def call_ended(self, report: CallReport) -> None: ...

@@ -1,6 +1,6 @@
-"""BlockAllocator: who holds which KV block. Ints and digests; the tensors are `model.kvcache`'s.
+"""BlockAllocator: which KV blocks are in use. Ints and digests; tensors are in `model.kvcache`.
 
-A block is `block_size` consecutive token slots. Its life, as an interval of states:
+A block is `block_size` consecutive KV slots. Its states:
 
         take                    publish                     release (last table)
     BLANK ----> HELD, private ----------> HELD, findable -----------------------> CACHED
@@ -9,14 +9,14 @@ A block is `block_size` consecutive token slots. Its life, as an interval of sta
       +-----------+                                                                     |
       +----------------------- evicted, the least recently released first --------------+
 
-and the table of a sequence, whose last block is always its own:
+The block table of a sequence, whose last block is never shared:
 
     tokens  0 ............. num_computed .... num_tokens
     blocks  [ full, findable ][ full ][ partly filled ]
               shared by digest  private until published
 
-A digest names all tokens up to the end of its block, the tenant and the numeric class: it is a
-chain of BLAKE2b-256, so that not even a made-up collision serves the KV of other tokens.
+A digest covers all tokens up to the end of its block, the tenant and the numeric class. It is a
+chain of BLAKE2b-256, so that not even a forged collision can expose the KV of other tokens.
 
 Invariants (`check_integrity`): blank, cached and held blocks are disjoint and together all; the
 reference count of a block is the number of tables that hold it; a digest names one block.
@@ -33,7 +33,7 @@ _DIGEST_BYTES = 32
 
 
 def chain_root(*salts: str) -> bytes:
-    """Where a chain of digests begins; different salts never share a block."""
+    """The start of a chain of digests; chains with different salts never share a block."""
     root = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     for salt in salts:
         encoded = salt.encode("utf-8", "surrogatepass")
@@ -43,14 +43,14 @@ def chain_root(*salts: str) -> bytes:
 
 
 def chain_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The digest of a full block whose predecessor (or root) has the digest `parent`."""
+    """Digest of a full block whose predecessor (or root) has the digest `parent`."""
     return hashlib.blake2b(
         parent + array("q", tokens).tobytes(), digest_size=_DIGEST_BYTES
     ).digest()
 
 
 class BlockAllocator:
-    """Hands out blocks, shares full ones by digest, takes them back. Not thread-safe."""
+    """Allocates blocks and shares full ones by digest. Not thread-safe."""
 
     def __init__(self, num_blocks: int, *, block_size: int) -> None:
         if num_blocks < 1 or block_size < 1:
@@ -65,17 +65,17 @@ class BlockAllocator:
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be taken: blank and cached ones."""
+        """Blank and cached blocks."""
         return len(self._blank) + len(self._cached)
 
     @property
     def num_cached(self) -> int:
-        """Free blocks with content that a prefix hit may find."""
+        """Free blocks with content for the prefix cache."""
         return len(self._cached)
 
     @property
     def num_used(self) -> int:
-        """Blocks that some table holds."""
+        """Blocks in some table."""
         return self.num_blocks - self.num_free
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -83,7 +83,7 @@ class BlockAllocator:
         return -(-num_tokens // self.block_size)
 
     def find(self, digests: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest prefix of `digests` that is stored. They are not taken yet."""
+        """Blocks of the longest prefix of `digests` that is stored. They are not taken yet."""
         blocks: list[int] = []
         for digest in digests:
             block = self._found.get(digest)
@@ -93,9 +93,9 @@ class BlockAllocator:
         return blocks
 
     def take(self, num_new: int, *, shared: Sequence[int] = ()) -> list[int] | None:
-        """A table of the `shared` blocks (from `find`) and `num_new` blank ones.
+        """Takes the `shared` blocks (from `find`) and `num_new` blank ones; returns their table.
 
-        None, and nothing changed, where there are not enough.
+        Returns None and changes nothing if there are not enough.
         """
         revived = sum(1 for block in shared if not self._references[block])
         if num_new > self.num_free - revived:
@@ -106,13 +106,13 @@ class BlockAllocator:
         return [*shared, *(self._take_blank() for _ in range(num_new))]
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Lets a held, full and computed block be found. The first block of a digest stays it."""
+        """Makes a held, full and computed block findable, unless its digest has a block already."""
         if digest not in self._found and block not in self._digests:
             self._found[digest] = block
             self._digests[block] = digest
 
     def release(self, table: Sequence[int]) -> None:
-        """Gives a whole table back, its tail first: prefixes, which many share, live longest."""
+        """Releases a whole table, its tail first: prefixes, which many share, are evicted last."""
         for block in reversed(table):
             self._references[block] -= 1
             if self._references[block]:
@@ -123,7 +123,7 @@ class BlockAllocator:
                 self._blank.append(block)
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """Raises RuntimeError where an invariant is broken; `tables` are all tables in use."""
+        """Raises RuntimeError if an invariant is violated; `tables` are all tables in use."""
         counts = [0] * self.num_blocks
         for table in tables:
             for block in table:
@@ -137,12 +137,12 @@ class BlockAllocator:
         if len(blank) + len(cached) + len(held) != self.num_blocks:
             raise RuntimeError("a block is lost")
         if self._found != {digest: block for block, digest in self._digests.items()}:
-            raise RuntimeError("digests and blocks do not name one another")
+            raise RuntimeError("digests and blocks do not map to one another")
         if blank & self._digests.keys() or cached - self._digests.keys():
-            raise RuntimeError("blank blocks have no digest, cached blocks have one")
+            raise RuntimeError("a blank block has a digest, or a cached block has none")
 
     def _take_blank(self) -> int:
-        """A block for new content; the caller saw that there is one."""
+        """Takes a block for new content. The caller has checked that there is one."""
         if self._blank:
             block = self._blank.pop()
         else:

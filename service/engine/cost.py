@@ -1,46 +1,47 @@
-"""CostModel: how long a step will take, learnt from the steps before. Floats only, no NumPy.
+"""CostModel: predicts how long a step takes, learnt from earlier steps.
 
     seconds = a + b * tokens + c * sum(q * kv) + d * sum(kv) + e * sampled
 
-over the sequences of a step: q tokens computed, kv tokens attended to at its end. Steps are sorted
-into *regimes* by powers of two of their tokens, and each forgets only by steps of its own kind: an
-hour of decoding does not wash out what a chunk of 512 costs. All regimes are fitted together, each
-step by its relative error, without negative coefficients; what a straight line cannot follow (the
-tile of a multiplier is full, a fast path ends) stays as a factor of the regime.
+over the sequences of a step: q tokens computed, kv tokens attended to at its end. Steps are grouped
+into *regimes* by powers of two of their tokens. Each regime decays only with steps of its own, so
+an hour of decoding does not erase what a chunk of 512 costs. One least-squares fit over all
+regimes, by relative error and without negative coefficients, gives the line; a factor per regime
+covers what a line cannot follow (a full tile of a multiplier, the end of a fast path).
 
-Other work on the machine makes steps longer, never shorter. Relative to its own duration, a step
-that stalled sixtyfold pulls at the fit with a sixtieth of the strength of an ordinary one, so that
-outliers need no rule of their own, not even where they come first.
+Other work on the machine makes steps longer, never shorter. Because errors are relative to a step's
+own duration, a step that stalled sixtyfold has a sixtieth of the weight of an ordinary one, so
+outliers need no rule of their own, not even among the first steps.
 
-The line goes through the middle: half of the steps take longer. Who wants to stay *under* a limit
-plans with the `reserve`, which follows from how far steps with prompts exceeded what was expected
-of them. What is decided with these figures (chunks, drafts) never changes an answer.
+The line is a median: half of the steps take longer. To stay *under* a limit, divide it by
+`reserve`, which follows the durations of steps with prompts relative to their prediction. Decisions
+based on these figures (chunk sizes, drafts) never change an output.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import sqrt
 from typing import NamedTuple
 
-_MEMORY = 0.9  # what a regime keeps of its past at each of its steps: about ten of them count
-_FIT_EVERY = 8  # steps; each one while a regime is young
-# By feature: what no step told apart goes to the constant first, to attention last.
-_RIDGE = (1e-6, 1e-5, 1e-3, 1e-3, 1e-5)
-_SHRINK = 2.0  # steps that a regime's factor 1 is worth
-_UNITS = (1.0, 1 / 64, 1 / 65536, 1 / 8192, 1 / 16)  # bring the features to about 1
-_FEATURES = len(_UNITS)
+import numpy as np
+import numpy.typing as npt
 
-_RECORD = 0.98  # what the record of excesses keeps at each step: about fifty of them count
-_FIRST_EXCESS = 0.04  # taken for it before there is one
-_REACH = 3.5  # in root mean squares of the excess; where more than the rarest go beyond, it grows
-_REACHES = (2.5, 5.0)
-_RARE = 0.01  # of the steps may take longer than planned
-_HASTE = 0.3  # by which the reach grows with each that does
-_MOST_RESERVE = 1.4  # where noise is greater, smaller chunks would cost more than they spare
-_STALL = 2.0  # a step that took more times what was expected: no chunk would have avoided it
+_DECAY = 0.9  # of a regime's sums per step of its own: about its last ten steps count
+_FIT_EVERY = 8  # steps between fits; a regime with fewer steps causes one with each
+# Scales of the features. If the steps seen cannot tell two features apart, the time is attributed
+# to the one with the larger values: to the constant first, to attention last.
+_SCALES = (3.0, 1 / 64, 1 / 655360, 1 / 81920, 1 / 16)
+_RIDGE = 1e-6  # of the least-squares fit, relative to the constant's weight
+_PRIOR_STEPS = 2.0  # steps that count for a regime's factor being 1
 
-_Vector = tuple[float, ...]
+_FIRST_MARGIN = 0.14  # of the reserve, before a step with a prompt was seen
+_LEAST_MARGIN = 0.02  # without noise
+_MOST_MARGIN = 0.4  # with more noise, smaller chunks would cost more than they save
+_RARE = 0.01  # fraction of the steps that may take longer than planned
+_GROWTH = 1.3  # of the margin, with each step that does
+_STALL = 2.0  # times the prediction: a stall, which no smaller chunk would have avoided
+
+_Features = tuple[float, float, float, float, float]
+_Floats = npt.NDArray[np.float64]
 
 
 class StepWork(NamedTuple):
@@ -49,10 +50,10 @@ class StepWork(NamedTuple):
     tokens: int = 0
     products: int = 0  # sum over sequences of q * kv
     contexts: int = 0  # sum over sequences of kv
-    sampled: int = 0  # rows that choose a token
+    sampled: int = 0  # rows that sample a token
 
     def plus(self, num: int, *, computed: int, sampled: int) -> StepWork:
-        """With `num` more tokens of a sequence that has `computed` ones stored."""
+        """With `num` more tokens of a sequence that has `computed` tokens stored."""
         context = computed + num
         return StepWork(
             self.tokens + num,
@@ -62,7 +63,7 @@ class StepWork(NamedTuple):
         )
 
     def drafted(self, num: int, *, context: int) -> StepWork:
-        """With `num` drafts after the last token of a sequence, which stands at `context` - 1."""
+        """With `num` drafts after the last token, at position `context` - 1, of a sequence."""
         return StepWork(
             self.tokens + num,
             self.products + (num + 1) * (num + context) - context,
@@ -73,107 +74,96 @@ class StepWork(NamedTuple):
 
 @dataclass(slots=True)
 class _Regime:
-    """Sums over the steps of one kind, each step divided by its duration."""
+    """Second moments of the steps of one kind: features and duration, divided by the duration."""
 
     count: int = 0
     factor: float = 1.0
-    products: list[_Vector] = field(
-        default_factory=lambda: [(0.0,) * _FEATURES for _ in range(_FEATURES)]
-    )
-    targets: _Vector = (0.0,) * _FEATURES
+    moments: _Floats = field(default_factory=lambda: np.zeros((6, 6)))  # the duration is last
 
-    def read(self, features: _Vector) -> None:
-        """One more step; its duration is 1 in these units."""
+    def add(self, features: _Features, seconds: float) -> None:
         self.count += 1
-        self.products = [
-            tuple([_MEMORY * old + left * right for old, right in zip(row, features, strict=True)])
-            for row, left in zip(self.products, features, strict=True)
-        ]
-        self.targets = tuple(
-            [_MEMORY * old + new for old, new in zip(self.targets, features, strict=True)]
-        )
+        row = np.array((*features, seconds)) / seconds
+        self.moments *= _DECAY
+        self.moments += row[:, None] * row
 
 
 class CostModel:
-    """Durations of steps: observed and expected. Used from one thread."""
+    """Observed and predicted durations of steps. Used from one thread."""
 
     def __init__(self) -> None:
         self._regimes: dict[int, _Regime] = {}
-        self._weights: _Vector = ()
-        self._unfitted = 0
-        self._square_excess = _FIRST_EXCESS**2  # mean, of steps that decode and carry a prompt
-        self._reach = _REACH
+        self._weights: _Features = (0.0, 0.0, 0.0, 0.0, 0.0)
+        self._unfitted = 0  # steps since the last fit
+        self._margin = _FIRST_MARGIN
 
     @property
     def reserve(self) -> float:
-        """How many times its expected duration hardly any step with a chunk exceeds; at least 1."""
-        return min(_MOST_RESERVE, 1 + self._reach * sqrt(self._square_excess))
+        """Factor by which at most about 1 % of the steps with a prompt exceed their prediction."""
+        return 1 + min(_MOST_MARGIN, self._margin)
 
     @property
     def ready(self) -> bool:
-        """Whether steps of different sizes were seen: without them it does not guess."""
+        """Whether steps of different sizes were seen; without them there are no predictions."""
         return len(self._regimes) > 1
 
     def observe(self, work: StepWork, seconds: float) -> None:
-        """Learns from a step. Durations that a coarse clock shows as 0 teach nothing."""
+        """Learns from a step. Ignores durations that a coarse clock reports as 0."""
         if seconds <= 0:
             return
         if self.ready and 0 < work.sampled < work.tokens:
-            self._compare(seconds / self._expected(work))
+            self._adapt_margin(seconds / self._predict(work))
         regime = self._regimes.setdefault(_kind(work), _Regime())
-        regime.read(tuple([feature / seconds for feature in _features(work)]))
+        regime.add(_features(work), seconds)
         self._unfitted += 1
         if self._unfitted >= _FIT_EVERY or regime.count < _FIT_EVERY:
             self._fit()
 
     def seconds(self, work: StepWork) -> float | None:
-        """How long a step would take; None before there is an idea of it."""
-        return self._expected(work) if self.ready else None
+        """Predicted duration of a step; None before the model is `ready`."""
+        return self._predict(work) if self.ready else None
 
     def chunk(self, work: StepWork, *, computed: int, most: int, limit: float) -> int | None:
         """The most tokens, up to `most`, that a sequence may add to `work` within `limit` seconds.
 
-        None before there is an idea of it.
+        None before the model is `ready`.
         """
         if not self.ready:
             return None
-        low, high = 0, most  # low fits (0 is taken to), high + 1 does not
+        low, high = 0, most  # low fits (0 is assumed to), high + 1 does not
         while low < high:
             middle = (low + high + 1) // 2
-            if self._expected(work.plus(middle, computed=computed, sampled=0)) <= limit:
+            if self._predict(work.plus(middle, computed=computed, sampled=0)) <= limit:
                 low = middle
             else:
                 high = middle - 1
         return low
 
-    def _compare(self, ratio: float) -> None:
-        """Records by how much a step exceeded what was expected; one that did not counts as 0."""
+    def _adapt_margin(self, ratio: float) -> None:
+        """Follows the quantile of `ratio` (duration to prediction) that `_RARE` steps exceed."""
         if ratio < _STALL:
-            low, high = _REACHES
-            self._reach += _HASTE * ((ratio > self.reserve) - _RARE)
-            self._reach = min(high, max(low, self._reach))
-            square = max(0.0, ratio - 1) ** 2
-            self._square_excess = _RECORD * self._square_excess + (1 - _RECORD) * square
+            grown = _GROWTH if ratio > self.reserve else _GROWTH**-_RARE
+            self._margin = min(_GROWTH * _MOST_MARGIN, max(_LEAST_MARGIN, self._margin * grown))
 
-    def _expected(self, work: StepWork) -> float:
+    def _predict(self, work: StepWork) -> float:
         regime = self._regimes.get(_kind(work))
-        factor = 1.0 if regime is None else regime.factor
-        return factor * _line(self._weights, _features(work))
+        a, b, c, d, e = self._weights
+        one, tokens, products, contexts, sampled = _features(work)
+        line = a * one + b * tokens + c * products + d * contexts + e * sampled
+        return line if regime is None else regime.factor * line
 
     def _fit(self) -> None:
         """Solves for the coefficients, then for each regime's factor."""
         self._unfitted = 0
-        regimes = list(self._regimes.values())
-        rows = [
-            [sum(cells) for cells in zip(*columns, strict=True)]
-            for columns in zip(*(regime.products for regime in regimes), strict=True)
-        ]
-        targets = [sum(cells) for cells in zip(*(r.targets for r in regimes), strict=True)]
-        self._weights = _solve_positive(rows, targets)
+        regimes = self._regimes.values()
+        moments = np.sum([regime.moments for regime in regimes], axis=0)
+        weights = _solve_positive(moments[:5, :5], moments[:5, 5])
         for regime in regimes:
-            # Sums of 1 and of (expected / observed), both weighted by 1 / observed.
-            ratio = regime.targets[0] / max(_line(self._weights, regime.products[0]), 1e-12)
-            regime.factor = (_SHRINK + regime.count * ratio) / (_SHRINK + regime.count)
+            # Sums of 1 and of predicted / observed, both weighted by 1 / observed.
+            predicted = max(float(regime.moments[0, :5] @ weights), 1e-12)
+            ratio = float(regime.moments[0, 5]) / predicted
+            regime.factor = (_PRIOR_STEPS + regime.count * ratio) / (_PRIOR_STEPS + regime.count)
+        a, b, c, d, e = weights.tolist()
+        self._weights = a, b, c, d, e
 
 
 def _kind(work: StepWork) -> int:
@@ -181,8 +171,8 @@ def _kind(work: StepWork) -> int:
     return (work.tokens - 1).bit_length()
 
 
-def _features(work: StepWork) -> _Vector:
-    one, tokens, products, contexts, sampled = _UNITS
+def _features(work: StepWork) -> _Features:
+    one, tokens, products, contexts, sampled = _SCALES
     return (
         one,
         work.tokens * tokens,
@@ -192,40 +182,14 @@ def _features(work: StepWork) -> _Vector:
     )
 
 
-def _line(weights: _Vector, features: _Vector) -> float:
-    return sum([weight * feature for weight, feature in zip(weights, features, strict=True)])
-
-
-def _solve_positive(rows: list[list[float]], targets: list[float]) -> _Vector:
+def _solve_positive(matrix: _Floats, targets: _Floats) -> _Floats:
     """Least squares without negative coefficients: drops the most negative one and solves again."""
-    kept = list(range(_FEATURES))
-    while True:
-        solved = _solve(
-            [[rows[i][j] + (i == j) * _RIDGE[i] * rows[0][0] for j in kept] for i in kept],
-            [targets[i] for i in kept],
-        )
-        least = min(solved)
-        if least >= 0 or len(kept) == 1:
-            break
-        del kept[solved.index(least)]
-    values = dict(zip(kept, solved, strict=True))
-    return tuple(max(0.0, values.get(index, 0.0)) for index in range(_FEATURES))
-
-
-def _solve(rows: list[list[float]], targets: list[float]) -> list[float]:
-    """Gauss, for a symmetric positive definite matrix."""
-    size = len(rows)
-    for pivot in range(size):
-        top = rows[pivot]
-        for below in range(pivot + 1, size):
-            ratio = rows[below][pivot] / top[pivot]
-            if ratio:
-                rows[below] = [
-                    cell - ratio * over for cell, over in zip(rows[below], top, strict=True)
-                ]
-                targets[below] -= ratio * targets[pivot]
-    solved = [0.0] * size
-    for index in reversed(range(size)):
-        rest = sum(rows[index][column] * solved[column] for column in range(index + 1, size))
-        solved[index] = (targets[index] - rest) / rows[index][index]
-    return solved
+    matrix = matrix + _RIDGE * matrix[0, 0] * np.eye(len(targets))
+    solution = np.linalg.solve(matrix, targets)
+    kept = np.arange(len(targets))
+    while solution.min() < 0 and len(kept) > 1:
+        kept = np.delete(kept, solution.argmin())
+        solution = np.linalg.solve(matrix[np.ix_(kept, kept)], targets[kept])
+    weights = np.zeros(len(targets))
+    weights[kept] = np.maximum(solution, 0.0)
+    return weights

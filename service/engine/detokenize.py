@@ -1,27 +1,27 @@
-"""Detokenizer: the token ids of an answer -> its text, piece by piece.
+"""Detokenizer: token ids -> text, incrementally.
 
-The text is a function of the ids alone: how they were grouped into steps, or that another engine
-began the answer, changes nothing. Without stop strings the pieces are together exactly
+The text is a function of the ids alone, however they are grouped into steps or engines. Without
+stop strings the parts together are exactly
 `b"".join(bytes of the tokens).decode("utf-8", "replace")`. With stop strings that text is cut
-before the first one to be complete; of several that are complete at one character, before the
+before the first one that completes; of several that complete at the same character, before the
 longest.
 
-What is not certain yet is held back: bytes of an unfinished character, and the longest end of the
-text that a stop string may begin with.
+Held back are the bytes of an incomplete character and the longest suffix of the text that is a
+prefix of a stop string.
 
-    text    | emitted ................ | held: may begin a stop | bytes of a character |
+    text    | emitted ................ | held: prefix of a stop | bytes of a character |
 
-Which tokens end an answer, and which of them have text, is `answer`'s concern.
+Which tokens end an output, and which of them have text: see `output`.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 
 class _StopScan:
-    """How much of one stop string the text ends with: Knuth, Morris and Pratt's automaton."""
+    """Length of the prefix of one stop string that the text ends with (Knuth-Morris-Pratt)."""
 
     def __init__(self, stop: str) -> None:
         self.stop = stop
@@ -29,7 +29,7 @@ class _StopScan:
         self._borders = _borders(stop)
 
     def advance(self, char: str) -> bool:
-        """Reads one character; True where it completes the stop string."""
+        """Reads one character; True if it completes the stop string."""
         stop, matched = self.stop, self.matched
         while matched and stop[matched] != char:
             matched = self._borders[matched]
@@ -40,7 +40,7 @@ class _StopScan:
 
 
 def _borders(stop: str) -> list[int]:
-    """`[m]`: length of the longest proper prefix of stop[:m] that is also its suffix."""
+    """At index m: length of the longest proper prefix of stop[:m] that is also its suffix."""
     borders = [0] * (len(stop) + 1)
     length = 0
     for index in range(1, len(stop)):
@@ -53,7 +53,7 @@ def _borders(stop: str) -> list[int]:
 
 
 class Detokenizer:
-    """The text of one answer. `token_bytes[id]` is what a token stands for.
+    """The text of one output. `token_bytes[id]` are the bytes of a token.
 
     Raises ValueError for an empty stop string.
     """
@@ -68,18 +68,14 @@ class Detokenizer:
         self._held = ""
 
     def push(self, token: int) -> str:
-        """Reads a token; returns the text that became certain."""
+        """Reads a token; returns the text that is no longer held back."""
         return self._read(self._decoder.decode(self._token_bytes[token]))
 
     def finish(self) -> str:
-        """Returns all text that remains; an unfinished character becomes one U+FFFD."""
+        """Returns all text held back; an incomplete character becomes one U+FFFD."""
         text = self._read(self._decoder.decode(b"", final=True)) + self._held
         self._held = ""
         return text
-
-    def replay(self, tokens: Iterable[int]) -> str:
-        """Reads tokens that are journalled already; returns the text they made certain."""
-        return "".join([self.push(token) for token in tokens])
 
     def _read(self, new: str) -> str:
         if self.stopped_by is not None:

@@ -1,4 +1,4 @@
-"""Guide: which tokens a grammar allows next in one answer, and how much CPU time that may take.
+"""Guide: which tokens a grammar allows next in one output, and how much CPU time that may take.
 
     read            token | token | token
     masks_MW[0]                           the next token
@@ -9,8 +9,8 @@ engine computes missing masks before each step, in the order and within the time
 sequence whose mask has to wait skips the step, and no other sequence waits for it. Masks after
 drafts are computed on copies of the matcher when a step accepts the drafts.
 
-An answer's masks are a function of the request and of the answer's tokens, so another engine that
-reads the tokens again gets the same ones. The size of a mask's computation is limited by
+The masks of an output are a function of the request and of its tokens, so another engine that reads
+the tokens again gets the same ones. The size of a mask's computation is limited by
 `model.grammar`; the time limits here are far above what those limits allow on any usable machine.
 They are in CPU time of the engine's thread: a busy machine does not use them up.
 """
@@ -31,10 +31,10 @@ from service.messages import GenerationRequest
 
 # CPU seconds. A usual mask takes 0.0001, one at the limits of `model.grammar` 0.025.
 MASK_LIMIT = 0.5  # one mask, or the reading of one token
-ANSWER_LIMIT = 4.0  # all masks of an answer, plus TOKEN_LIMIT per token
+ANSWER_LIMIT = 4.0  # all masks of an output, plus TOKEN_LIMIT per token
 TOKEN_LIMIT = 0.01
 STEP_TIME = 0.02  # of a step, for the masks of all sequences; the last one may exceed it
-_QUICK = 0.002  # an answer whose last mask took longer gets no drafts
+_QUICK = 0.002  # an output whose last mask took longer gets no drafts
 
 _FEW = 32  # words of a mask: if more are set, no token is considered to be forced
 _WORD = 32
@@ -46,18 +46,18 @@ class MaskTime:
     def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
         self.clock = clock
         self.left = 0.0  # seconds of this step
-        self.costs: dict[str, float] = {}  # tenant -> what its latest mask took
+        self.costs: dict[str, float] = {}  # tenant -> seconds of its latest mask
 
-    def look(self, guides: Iterable[Guide]) -> None:
+    def compute_masks(self, guides: Iterable[Guide]) -> None:
         """Begins a step: computes missing masks, cheap ones first, at least one of them.
 
-        A new answer is expected to cost what the tenant's latest mask did. A guide that has to wait
-        moves up in the order with each step.
+        A new output is expected to cost as much as the tenant's latest mask. A guide that has to
+        wait moves up in the order with each step.
         """
         self.left = STEP_TIME
         for guide in sorted(guides, key=self._urgency):
             if self.left > 0:
-                guide.look()
+                guide.compute_mask()
             else:
                 guide.num_waits += 1
 
@@ -67,9 +67,9 @@ class MaskTime:
 
 
 class Guide:
-    """The grammar of one answer. `ended` and `failed` are final.
+    """The grammar of one output. `ended` and `failed` are final.
 
-    `tokens` are those that the answer already has; `look` reads them.
+    `tokens` are the output tokens generated so far; `compute_mask` reads them.
     """
 
     def __init__(
@@ -91,28 +91,28 @@ class Guide:
         self._token_bytes = token_bytes
         self._time = mask_time
         self._unread = deque(tokens)
-        self._limit = ANSWER_LIMIT  # CPU seconds left to the answer
+        self._limit = ANSWER_LIMIT  # CPU seconds left to the output
         self._masks_MW: Words = np.zeros((1, -(-vocab_size // _WORD)), np.uint32)
 
     @property
     def ended(self) -> bool:
-        """Whether nothing can follow: the answer is complete."""
+        """Whether the output is complete: no token may follow."""
         return not self.failed and not self._unread and self._matcher.ended
 
     @property
     def is_behind(self) -> bool:
-        """Whether tokens of the answer are still to be read."""
+        """Whether tokens of the output are still to be read."""
         return bool(self._unread) and not self.failed
 
     def read(self, token: int) -> None:
-        """Appends a token that has text to the answer."""
+        """Appends a token that has text."""
         self.ready = False
         if not self.failed:
             self._unread.append(token)
             self._read_next()
 
-    def look(self) -> None:
-        """Computes the mask of the next token, unless the answer has ended or cannot go on.
+    def compute_mask(self) -> None:
+        """Computes the mask of the next token, unless the output has ended or failed.
 
         Reading many tokens is continued in the next step if this step's time is used up.
         """
@@ -133,24 +133,24 @@ class Guide:
         self.num_waits = 0
 
     def masks(self, num: int) -> Words:
-        """The masks of the next token and of those after the drafts that were admitted last."""
+        """Masks of the next token and of the tokens after the drafts that were admitted last."""
         return self._masks_MW[:num]
 
     def num_allowed(self, tokens: Sequence[int]) -> int:
-        """How many of the tokens may follow, one after another."""
+        """Length of the longest prefix of `tokens` that the grammar allows."""
         if not self._may_draft:
             return 0
         with self._timed():
             return self._matcher.copy().num_allowed(tokens)  # too much work there fails the copy
 
     def admit(self, drafts: Sequence[int]) -> list[int]:
-        """The drafts up to the first that is forbidden or the last of the answer.
+        """The drafts up to the first that is forbidden or that completes the output.
 
         Computes their masks: `masks(1 + len(drafts))`. Stops if the step's time is used up.
         """
         self._make_room(1 + len(drafts))
         matcher, num = self._matcher.copy(), 0
-        with suppress(GrammarError):  # the answer itself may never get there
+        with suppress(GrammarError):  # the drafts may be rejected
             for draft in drafts:
                 if not (self._may_draft and _allows(self._masks_MW[num], draft)):
                     break
@@ -160,9 +160,9 @@ class Guide:
         return list(drafts[:num])
 
     def forced(self, most: int) -> list[int]:
-        """Tokens that spell what must come next, as long ones as possible; at most `most`.
+        """Tokens, as long as possible, that spell the text forced by the grammar; at most `most`.
 
-        A guess: the answer may spell it with shorter ones.
+        A guess: the model may spell it with shorter tokens.
         """
         matcher, mask_W = self._matcher.copy(), self._masks_MW[0].copy()
         found: list[int] = []
@@ -182,7 +182,7 @@ class Guide:
         return quick and self._time.left > 0 and not self.failed
 
     def _follow(self, matcher: Matcher, draft: int, mask_W: Words) -> bool:
-        """Computes the mask after a draft; False if the draft completes the answer."""
+        """Computes the mask after a draft; False if the draft completes the output."""
         with self._timed():
             matcher.read(draft)
             if matcher.ended:
@@ -191,7 +191,7 @@ class Guide:
         return True
 
     def _longest(self, mask_W: Words) -> int | None:
-        """The longest of the allowed tokens, if all others are beginnings of it."""
+        """The longest of the allowed tokens, if all others are prefixes of it."""
         words = np.flatnonzero(mask_W)
         if len(words) > _FEW:
             return None
@@ -201,7 +201,7 @@ class Guide:
             return tokens[0]
         texts = [self._token_bytes[token] for token in tokens]
         longest = max(texts, key=len)
-        if all(text and longest.startswith(text) for text in texts):  # the end has no text
+        if all(text and longest.startswith(text) for text in texts):  # a stop token has no text
             return tokens[texts.index(longest)]
         return None
 
@@ -215,7 +215,7 @@ class Guide:
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        """Counts the time of one mask or token; over a limit the answer cannot go on."""
+        """Counts the time of one mask or token. The output fails if that exceeds a limit."""
         began = self._time.clock()
         try:
             yield
@@ -233,7 +233,7 @@ class Guide:
 
 
 class Guides:
-    """Makes the guides of one engine. Without `grammars` requests with a grammar are refused."""
+    """Makes the guides of one engine. Without `grammars` requests with a grammar are rejected."""
 
     def __init__(
         self, grammars: Grammars | None, *, token_bytes: Sequence[bytes], vocab_size: int
@@ -249,7 +249,7 @@ class Guides:
             self._grammars.prepare(request.grammar)
 
     def make(self, request: GenerationRequest, *, tokens: Iterable[int]) -> Guide | None:
-        """The guide of an answer that has `tokens`; None without a grammar. Raises BadRequest."""
+        """The guide of an output that has `tokens`; None without a grammar. Raises BadRequest."""
         if request.grammar is None:
             return None
         if self._grammars is None:

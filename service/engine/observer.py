@@ -1,4 +1,4 @@
-"""Observer: what the engine tells whoever counts. It knows no metrics library."""
+"""Observer: receives a report of each engine step. Independent of any metrics library."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from typing import Protocol
 class StepReport:
     """One engine step. Times in seconds, counts at its end."""
 
-    duration: float  # since the step before it, or since there was something to do
+    duration: float  # since the previous step, or since there was work
     run_duration: float  # inside the runner
-    num_tokens: int  # 0: nothing was computed, but what runs, waits or is held may have changed
+    num_tokens: int  # 0: nothing was computed, but gauges may have changed
     num_sequences: int
-    num_sampled: int  # tokens that the answers grew by
-    num_drafts: int  # tokens guessed and computed in advance; see `speculate`
-    num_accepted: int  # of these, those that came true
+    num_sampled: int  # output tokens added
+    num_drafts: int  # see `speculate`
+    num_accepted: int  # accepted drafts
     running: int
     waiting: int
     blocks_used: int  # referenced by a sequence
-    blocks_cached: int  # free, with content that a prefix hit may find
+    blocks_cached: int  # free, with content for the prefix cache
     blocks_free: int
-    preempted: tuple[str, ...]  # by this step: ids of requests; one may come twice
-    recomputed_tokens: int  # computed a second time in this step, after a preemption
-    prefix_hit_tokens: int  # prompt tokens found cached in this step's admissions
+    preempted: tuple[str, ...]  # by this step: request ids; may repeat one
+    recomputed_tokens: int  # computed again in this step, after a preemption
+    prefix_hit_tokens: int  # prompt tokens of sequences admitted in this step
     prompt_tokens: int  # prompt tokens computed in this step
 
     @property
     def preemptions(self) -> int:
-        """How many there were."""
         return len(self.preempted)
 
 
@@ -37,12 +36,10 @@ class Observer(Protocol):
     """Called from the engine thread; must not block and must not raise."""
 
     def stepped(self, report: StepReport) -> None:
-        """A step is done."""
-        ...
+        """A step was computed, or only changed what runs or waits."""
 
 
 class NullObserver:
-    """Counts nothing."""
+    """Ignores everything."""
 
-    def stepped(self, report: StepReport) -> None:
-        """Drops the report."""
+    def stepped(self, report: StepReport) -> None: ...

@@ -1,17 +1,17 @@
-"""WaitingOrder: who is admitted next. It knows nothing of blocks, seats or budgets.
+"""WaitingOrder: which sequence is admitted next. Independent of blocks, batch slots and budgets.
 
     1. Preempted sequences, in order of arrival: work that was begun is never shed.
-    2. The sequence that arrived first, where `patience` others were admitted over its head. (Where
-       it is a preempted one, `heads` makes way for nobody until it is admitted again.) So
-       nothing waits for ever: with k older ones before it, a sequence is admitted after at most
-       (k + 1) * (patience + 1) admissions, whatever its class and tenant.
-    3. The lowest priority class that waits; in it the tenant that was served the fewest tokens;
+    2. The sequence that arrived first, if it was overtaken by `patience` others. (If it is a
+       preempted one, `heads` is empty until it is admitted again.) So no sequence waits
+       indefinitely: with k older sequences before it, one is admitted after at most
+       (k + 1) * (patience + 1) admissions, whatever its priority and tenant.
+    3. The lowest priority number that waits; in it the tenant that was served the fewest tokens;
        of that tenant the first to arrive.
 
-Served tokens are counted as in the Virtual Token Counter (Sheng et al., arXiv 2401.00588): a tenant
-that becomes active is lifted to the least served active one, so that nobody saves up a claim by
-being away. A tenant is active while any of its sequences waits or runs. Counters that a lift would
-overwrite anyway are forgotten, which bounds their number.
+Served tokens are counted as in the Virtual Token Counter (Sheng et al., arXiv 2401.00588): the
+counter of a tenant that becomes active is raised to that of the least served active tenant, so that
+an idle tenant accumulates no credit. A tenant is active while any of its sequences waits or runs.
+Counters below that minimum are deleted, which bounds their number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from service.engine.sequence import Sequence
 
 
 class WaitingOrder:
-    """The waiting sequences, and what their tenants were served."""
+    """The waiting sequences, and the tokens that their tenants were served."""
 
     def __init__(self, *, patience: int) -> None:
         self._patience = patience
@@ -30,18 +30,18 @@ class WaitingOrder:
         self._groups: dict[tuple[int, str], deque[Sequence]] = {}  # (priority, tenant), by arrival
         self._served: dict[str, int] = {}
         self._active: Counter[str] = Counter()  # sequences of a tenant, waiting or running
-        self._overtaken = 0  # admissions over the head of the first to arrive
+        self._overtaken = 0  # admissions since the first to arrive was the next
 
     def __len__(self) -> int:
         return len(self._preempted) + sum(map(len, self._groups.values()))
 
     @property
     def num_tenants(self) -> int:
-        """Tenants of whom anything waits or runs."""
+        """Active tenants."""
         return len(self._active)
 
     def enter(self, sequence: Sequence) -> None:
-        """A new sequence begins to wait."""
+        """Adds a new sequence."""
         tenant = sequence.tenant
         if not self._active[tenant]:
             floor = self._floor()
@@ -50,7 +50,7 @@ class WaitingOrder:
         self._groups.setdefault((sequence.request.priority, tenant), deque()).append(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        """A sequence, waiting or running, is over."""
+        """Removes a finished sequence, whether it waited or ran."""
         self._withdraw(sequence)
         self._active[sequence.tenant] -= 1
         if self._active[sequence.tenant]:
@@ -64,7 +64,7 @@ class WaitingOrder:
         }
 
     def put_back(self, sequence: Sequence) -> None:
-        """A preempted sequence waits again."""
+        """Adds a preempted sequence."""
         self._preempted.append(sequence)
         self._preempted.sort(key=_by_arrival)
 
@@ -82,8 +82,8 @@ class WaitingOrder:
         )[1][0]
 
     def heads(self) -> list[Sequence]:
-        """The next of each tenant that waits; of the least served tenant first. None of them where
-        somebody was overtaken often enough: then it is `peek`'s turn alone.
+        """The next sequence of each waiting tenant, least served tenant first. Empty if a sequence
+        was overtaken `patience` times: then only `peek` admits.
         """
         if self._overtaken >= self._patience:
             return []
@@ -94,7 +94,7 @@ class WaitingOrder:
         return sorted(found.values(), key=lambda each: self._served[each.tenant])
 
     def admitted(self, sequence: Sequence) -> None:
-        """The sequence stops waiting and runs."""
+        """Removes a sequence that now runs."""
         if sequence is self._oldest():
             self._overtaken = 0
         elif sequence not in self._preempted:
@@ -102,20 +102,20 @@ class WaitingOrder:
         self._withdraw(sequence)
 
     def charge(self, tenant: str, num_tokens: int) -> None:
-        """Counts tokens that an active tenant was served."""
+        """Counts tokens served to an active tenant."""
         self._served[tenant] += num_tokens
 
     def _floor(self) -> int:
-        """What the least served active tenant was served."""
+        """Tokens of the least served active tenant."""
         return min((self._served[t] for t, num in self._active.items() if num), default=0)
 
     def _oldest(self) -> Sequence:
-        """The first to arrive of all that wait; there is one."""
+        """The waiting sequence that arrived first; there is one."""
         heads = (group[0] for group in self._groups.values())
         return min((*self._preempted, *heads), key=_by_arrival)
 
     def _first(self) -> Sequence:
-        """The first to arrive of those that were never admitted; there is one."""
+        """The first to arrive of the sequences that were never admitted; there is one."""
         return min((group[0] for group in self._groups.values()), key=_by_arrival)
 
     def _withdraw(self, sequence: Sequence) -> None:

@@ -1,8 +1,8 @@
-"""Packer: Plan -> Batch. `unpack` is the way back.
+"""Packer: Plan -> Batch. `unpack` is the inverse.
 
-These two files know both sequences and tensors. They decide nothing. What does not change while
-a sequence holds its seat stands in columns indexed by seat and is written once; a step gathers the
-rows it needs, so that a decode step costs little Python per sequence. Shape legend: `model.batch`.
+Only these two files use both sequences and tensors. They decide nothing. What is constant while a
+sequence holds its batch slot is in columns indexed by batch slot and written once; a step gathers
+the rows it needs, so that a decode step costs little Python per sequence. Shapes: `model.batch`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, Seeds, Words
-from service.engine.answer import stop_ids
+from service.engine.output import stop_ids
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence
 from service.messages import SamplingParams
@@ -23,13 +23,14 @@ from service.messages import SamplingParams
 _NO_INTS: Ints = np.empty(0, np.int32)
 _NO_FLOATS: Floats = np.empty(0, np.float32)
 _NO_WORDS: Words = np.empty((0, 0), np.uint32)
-_UNREAD = 0  # stands for a token that only the runner knows
+_Values = TypeVar("_Values", Ints, Floats)
+_UNREAD = 0  # placeholder for a token that only the runner has
 
 
 class _PenaltyCounts:
-    """How often each token stands in an answer: two growing arrays, brought up to date by reading.
+    """How often each token occurs in an output: two growing arrays, updated when read.
 
-    Tokens of the prompt count 0; they are listed only where a repetition penalty asks for them.
+    Tokens of the prompt count 0; they are listed only for a repetition penalty.
     """
 
     def __init__(self, prompt: Iterable[int]) -> None:
@@ -39,7 +40,7 @@ class _PenaltyCounts:
         self._num_read = 0
 
     def rows(self, sequence: Sequence, drafts: list[int]) -> list[tuple[Ints, Ints]]:
-        """Distinct ids and counts: over the whole answer so far, then with each of the drafts."""
+        """Distinct ids and counts: over the output so far, then including each of the drafts."""
         ids, counts = self._read(sequence)
         rows = [(ids, counts)]
         for draft in drafts:
@@ -70,10 +71,10 @@ class _PenaltyCounts:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Seat:
-    """What was written for the sequence on a seat. A preempted one comes back as a new sitting."""
+class _SlotState:
+    """What was written for the sequence in a batch slot."""
 
-    sitting: tuple[int, int]  # arrival, preemptions
+    owner: tuple[int, int]  # arrival, preemptions: a resumed sequence is a new owner
     num_blocks: int = 0
     min_tokens: int = 0
     penalties: _PenaltyCounts | None = None
@@ -81,28 +82,28 @@ class _Seat:
     bias_values: Floats = field(default_factory=_NO_FLOATS.copy)
     early_ids: Ints = field(default_factory=_NO_INTS.copy)  # the same, until min_tokens
     early_values: Floats = field(default_factory=_NO_FLOATS.copy)
-    adjusts: bool = False  # whether any logit of its rows is changed
+    adjusts: bool = False  # whether any logit of its rows is adjusted
 
     def bias(self, num_output: int) -> tuple[Ints, Floats]:
-        """Biases of the answer's token number `num_output`."""
+        """Biases of the output token at index `num_output`."""
         if num_output < self.min_tokens:
             return self.early_ids, self.early_values
         return self.bias_ids, self.bias_values
 
 
 class _Adjusted(NamedTuple):
-    """A sequence whose logits are changed before a token is chosen."""
+    """A sequence whose logits are adjusted before sampling."""
 
     first_row: int
     sequence: Sequence
-    seat: _Seat
+    state: _SlotState
     drafts: list[int]
 
 
 class _Columns(NamedTuple):
-    """What rows that sample were written of their seats."""
+    """Sampling parameters of rows, gathered from their batch slots."""
 
-    seats_R: Ints
+    batch_slots_R: Ints
     seeds_R: Seeds
     choices_R: Ints
     top_ks_R: Ints
@@ -127,57 +128,60 @@ class Packer:
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
-        self._seats: list[_Seat | None] = [None] * num
+        self._states: list[_SlotState | None] = [None] * num
         self._table = np.zeros((num, -(-max_model_len // block_size)), np.int32)
         self._seeds = np.zeros(num, np.uint64)
         self._choices = np.zeros(num, np.int32)
         self._top_ks = np.zeros(num, np.int32)
-        # temperature, top_p, min_p, presence, frequency, repetition: a row each, for one gather
+        # temperature, top_p, min_p, presence, frequency, repetition: one row each, for one gather
         self._floats = np.zeros((6, num), np.float32)
-        self._num_tops = np.zeros(num, np.int32)  # 0 too where no log probabilities are wanted
+        self._num_tops = np.zeros(num, np.int32)  # 0 also without log probabilities
         self._wants_logprobs = np.zeros(num, np.bool_)
         self._counting = np.arange(num + 1, dtype=np.int32)
-        # What the last step of decodes gathered, and for which seats: most often those of the next.
+        # Columns of the last decode step and their batch slots: most often those of the next one.
         self._gathered: tuple[list[int], _Columns] | None = None
 
     def pack(self, plan: Plan) -> Batch:
-        """The batch of a plan that is not empty; sequences in the plan's order."""
+        """The batch of a non-empty plan; sequences in the plan's order."""
         sequences = list(plan.tokens)
         for sequence in sequences:
-            self._sit(sequence)
+            self._update_slot(sequence)
         if plan.num_tokens == len(sequences) == len(plan.sampling):
             return self._pack_decodes(plan, sequences)
-        # Lists, because most steps are small: each operation of NumPy costs as much as many rows.
-        starts, contexts, seats = [0], [], []
+        # Lists, because most steps are small: one NumPy operation costs as much as many rows.
+        starts, contexts, batch_slots = [0], [], []
         positions: list[range] = []
         sample_rows: list[int] = []
-        sample_seats: list[int] = []
+        sample_slots: list[int] = []
         outputs: list[int] = []
         for sequence, num in plan.tokens.items():
-            seat, computed = _seat_of(sequence), sequence.num_computed
+            batch_slot, computed = _slot_of(sequence), sequence.num_computed
             end = starts[-1] + num
             starts.append(end)
             contexts.append(computed + num)
-            seats.append(seat)
+            batch_slots.append(batch_slot)
             positions.append(range(computed, computed + num))
             if samples := sequence.samples(num):
-                # The first samples what follows the last token, each one after it another draft.
+                # The first row samples after the last token, each further one after a draft.
                 sample_rows.extend(range(end - samples, end))
-                sample_seats.extend([seat] * samples)
+                sample_slots.extend([batch_slot] * samples)
                 outputs.extend(range(sequence.num_output, sequence.num_output + samples))
-        seats_S, width = np.array(seats, np.int32), -(-max(contexts) // self._block_size)
+        batch_slots_S, width = (
+            np.array(batch_slots, np.int32),
+            -(-max(contexts) // self._block_size),
+        )
         score_rows_Q, score_ids_Q, score_num_top = _scores(plan, starts)
         return Batch(
             tokens_T=_tokens(plan),
             positions_T=np.fromiter(chain.from_iterable(positions), np.int32, plan.num_tokens),
             query_starts_S1=np.array(starts, np.int32),
             context_lens_S=np.array(contexts, np.int32),
-            block_table_SB=self._table[seats_S, :width],
-            seats_S=seats_S,
+            block_table_SB=self._table[batch_slots_S, :width],
+            batch_slots_S=batch_slots_S,
             sample_rows_R=np.array(sample_rows, np.int32),
             sampling=self._sampling(
                 plan,
-                self._gather(np.array(sample_seats, np.int32)),
+                self._gather(np.array(sample_slots, np.int32)),
                 np.array(outputs, np.int32),
             ),
             score_rows_Q=score_rows_Q,
@@ -186,13 +190,13 @@ class Packer:
         )
 
     def _pack_decodes(self, plan: Plan, sequences: list[Sequence]) -> Batch:
-        """The same for one token of each sequence, its last: the steps that cost the most Python,
-        between which the least changes.
+        """The same for steps of one token per sequence, its last. They are the most frequent ones,
+        and little changes between them.
         """
-        seats = [_seat_of(sequence) for sequence in sequences]
+        batch_slots = [_slot_of(sequence) for sequence in sequences]
         lengths = [sequence.num_tokens for sequence in sequences]
-        if self._gathered is None or self._gathered[0] != seats:
-            self._gathered = seats, self._gather(np.array(seats, np.int32))
+        if self._gathered is None or self._gathered[0] != batch_slots:
+            self._gathered = batch_slots, self._gather(np.array(batch_slots, np.int32))
         _, columns = self._gathered
         count, contexts_S = len(sequences), np.array(lengths, np.int32)
         width = -(-max(lengths) // self._block_size)
@@ -205,8 +209,8 @@ class Packer:
             positions_T=contexts_S - 1,
             query_starts_S1=self._counting[: count + 1],
             context_lens_S=contexts_S,
-            block_table_SB=self._table[columns.seats_R, :width],
-            seats_S=columns.seats_R,
+            block_table_SB=self._table[columns.batch_slots_R, :width],
+            batch_slots_S=columns.batch_slots_R,
             sample_rows_R=self._counting[:count],
             sampling=self._sampling(plan, columns, outputs_R),
             score_rows_Q=score_rows_Q,
@@ -214,42 +218,42 @@ class Packer:
             score_num_top=score_num_top,
         )
 
-    def _sit(self, sequence: Sequence) -> None:
-        """Writes what is new of a sequence: all of it at first, later its new blocks."""
-        index = _seat_of(sequence)
-        sitting = (sequence.arrival, sequence.preemptions)
-        seat = self._seats[index]
-        if seat is None or seat.sitting != sitting:
-            seat = self._seats[index] = self._new_seat(sequence, sitting)
+    def _update_slot(self, sequence: Sequence) -> None:
+        """Writes what is new of a sequence: everything at first, later its new blocks."""
+        index = _slot_of(sequence)
+        owner = (sequence.arrival, sequence.preemptions)
+        state = self._states[index]
+        if state is None or state.owner != owner:
+            state = self._states[index] = self._new_state(sequence, owner)
             self._table[index] = 0
             self._write_columns(index, sequence.request.sampling)
-        if seat.num_blocks != len(sequence.blocks):
-            fresh = sequence.blocks[seat.num_blocks :]
-            self._table[index, seat.num_blocks : len(sequence.blocks)] = fresh
-            seat.num_blocks = len(sequence.blocks)
+        if state.num_blocks != len(sequence.blocks):
+            fresh = sequence.blocks[state.num_blocks :]
+            self._table[index, state.num_blocks : len(sequence.blocks)] = fresh
+            state.num_blocks = len(sequence.blocks)
 
-    def _new_seat(self, sequence: Sequence, sitting: tuple[int, int]) -> _Seat:
+    def _new_state(self, sequence: Sequence, owner: tuple[int, int]) -> _SlotState:
         request = sequence.request
         params = request.sampling
-        seat = _Seat(sitting=sitting)
+        state = _SlotState(owner=owner)
         if params.repetition_penalty != 1.0:
-            seat.penalties = _PenaltyCounts(request.prompt_ids)
+            state.penalties = _PenaltyCounts(request.prompt_ids)
         elif params.presence_penalty or params.frequency_penalty:
-            seat.penalties = _PenaltyCounts(())
+            state.penalties = _PenaltyCounts(())
         bias = dict(params.logit_bias)
-        seat.bias_ids, seat.bias_values = _bias_columns(bias)
-        seat.min_tokens = request.min_tokens
+        state.bias_ids, state.bias_values = _bias_columns(bias)
+        state.min_tokens = request.min_tokens
         if request.min_tokens:
             forbidden = dict.fromkeys(stop_ids(request, self._eos_ids), -np.inf)
-            seat.early_ids, seat.early_values = _bias_columns(bias | forbidden)
-        seat.adjusts = bool(seat.penalties or len(seat.bias_ids) or len(seat.early_ids))
-        return seat
+            state.early_ids, state.early_values = _bias_columns(bias | forbidden)
+        state.adjusts = bool(state.penalties or len(state.bias_ids) or len(state.early_ids))
+        return state
 
-    def _write_columns(self, seat: int, params: SamplingParams) -> None:
-        self._seeds[seat] = params.seed
-        self._choices[seat] = params.choice
-        self._top_ks[seat] = min(params.top_k or self._vocab_size, self._vocab_size)
-        self._floats[:, seat] = (
+    def _write_columns(self, index: int, params: SamplingParams) -> None:
+        self._seeds[index] = params.seed
+        self._choices[index] = params.choice
+        self._top_ks[index] = min(params.top_k or self._vocab_size, self._vocab_size)
+        self._floats[:, index] = (
             params.temperature,
             params.top_p,
             params.min_p,
@@ -257,23 +261,23 @@ class Packer:
             params.frequency_penalty,
             params.repetition_penalty,
         )
-        self._num_tops[seat] = params.top_logprobs or 0
-        self._wants_logprobs[seat] = params.top_logprobs is not None
+        self._num_tops[index] = params.top_logprobs or 0
+        self._wants_logprobs[index] = params.top_logprobs is not None
         self._gathered = None
 
-    def _gather(self, seats_R: Ints) -> _Columns:
+    def _gather(self, batch_slots_R: Ints) -> _Columns:
         return _Columns(
-            seats_R,
-            self._seeds[seats_R],
-            self._choices[seats_R],
-            self._top_ks[seats_R],
-            self._floats[:, seats_R],
-            self._wants_logprobs[seats_R],
-            int(self._num_tops[seats_R].max(initial=0)),
+            batch_slots_R,
+            self._seeds[batch_slots_R],
+            self._choices[batch_slots_R],
+            self._top_ks[batch_slots_R],
+            self._floats[:, batch_slots_R],
+            self._wants_logprobs[batch_slots_R],
+            int(self._num_tops[batch_slots_R].max(initial=0)),
         )
 
     def _sampling(self, plan: Plan, columns: _Columns, indices_R: Ints) -> SamplingBatch:
-        """All that the choice of each row's token depends on."""
+        """Everything that the sampled tokens depend on, besides the logits."""
         adjusted = list(self._adjusted(plan))
         penalty_rows, penalty_ids, penalty_counts = _penalties(adjusted)
         bias_rows, bias_ids, bias_values = _biases(adjusted)
@@ -303,18 +307,17 @@ class Packer:
         )
 
     def _adjusted(self, plan: Plan) -> Iterator[_Adjusted]:
-        """Those whose logits are changed."""
         row = 0
         for sequence in plan.sampling:
-            seat = self._seats[_seat_of(sequence)]
+            state = self._states[_slot_of(sequence)]
             drafts = plan.drafts.get(sequence, [])
-            if seat is not None and seat.adjusts:
-                yield _Adjusted(row, sequence, seat, drafts)
+            if state is not None and state.adjusts:
+                yield _Adjusted(row, sequence, state, drafts)
             row += 1 + len(drafts)
 
 
 def unread_rows(plan: Plan) -> Bools | None:
-    """Rows of the step whose token an earlier step, still under way, will yield; None: no row.
+    """Rows of the step whose token an earlier step in flight will yield; None if there are none.
 
     Called when the plan is packed, before it is launched.
     """
@@ -328,10 +331,10 @@ def unread_rows(plan: Plan) -> Bools | None:
     return unread_T
 
 
-def _seat_of(sequence: Sequence) -> int:
-    if sequence.seat is None:
-        raise ValueError("a sequence in a plan has a seat")
-    return sequence.seat
+def _slot_of(sequence: Sequence) -> int:
+    if sequence.batch_slot is None:
+        raise ValueError("a sequence in a plan must have a batch slot")
+    return sequence.batch_slot
 
 
 def _tokens(plan: Plan) -> Ints:
@@ -346,7 +349,7 @@ def _tokens(plan: Plan) -> Ints:
 
 
 def _scores(plan: Plan, starts: Iterable[int]) -> tuple[Ints, Ints, int]:
-    """Rows whose next token is given and scored, those tokens, and how many alternatives."""
+    """Rows whose next token is scored, those tokens, and the number of alternatives."""
     if not plan.scored:
         return _NO_INTS, _NO_INTS, 0
     rows: list[int] = []
@@ -362,43 +365,42 @@ def _scores(plan: Plan, starts: Iterable[int]) -> tuple[Ints, Ints, int]:
 
 
 def _penalties(adjusted: list[_Adjusted]) -> tuple[Ints, Ints, Ints]:
-    rows: list[int] = []
-    ids: list[Ints] = []
-    counts: list[Ints] = []
-    for first, sequence, seat, drafts in adjusted:
-        if seat.penalties is None:
-            continue
-        for row, (row_ids, row_counts) in enumerate(seat.penalties.rows(sequence, drafts)):
-            rows.append(first + row)
-            ids.append(row_ids)
-            counts.append(row_counts)
-    if not rows:
-        return _NO_INTS, _NO_INTS, _NO_INTS
-    lengths = [len(row_ids) for row_ids in ids]
-    repeated = np.repeat(np.array(rows, np.int32), lengths)
-    return repeated, np.concatenate(ids), np.concatenate(counts)
+    rows = [
+        (first + row, ids, counts)
+        for first, sequence, state, drafts in adjusted
+        if state.penalties is not None
+        for row, (ids, counts) in enumerate(state.penalties.rows(sequence, drafts))
+    ]
+    return _flatten(rows, _NO_INTS)
 
 
 def _biases(adjusted: list[_Adjusted]) -> tuple[Ints, Ints, Floats]:
-    rows: list[int] = []
-    ids: list[Ints] = []
-    values: list[Floats] = []
-    for first, sequence, seat, drafts in adjusted:
-        for row in range(1 + len(drafts)):
-            row_ids, row_values = seat.bias(sequence.num_output + row)
-            if len(row_ids):
-                rows.append(first + row)
-                ids.append(row_ids)
-                values.append(row_values)
+    rows = [
+        (first + row, *state.bias(sequence.num_output + row))
+        for first, sequence, state, drafts in adjusted
+        for row in range(1 + len(drafts))
+    ]
+    return _flatten(rows, _NO_FLOATS)
+
+
+def _flatten(
+    rows: list[tuple[int, Ints, _Values]], no_values: _Values
+) -> tuple[Ints, Ints, _Values]:
+    """(row, ids, values) of each row -> three columns with one entry per id."""
+    rows = [row for row in rows if len(row[1])]
     if not rows:
-        return _NO_INTS, _NO_INTS, _NO_FLOATS
+        return _NO_INTS, _NO_INTS, no_values
+    numbers, ids, values = zip(*rows, strict=True)
     lengths = [len(row_ids) for row_ids in ids]
-    repeated = np.repeat(np.array(rows, np.int32), lengths)
-    return repeated, np.concatenate(ids), np.concatenate(values)
+    return (
+        np.repeat(np.array(numbers, np.int32), lengths),
+        np.concatenate(ids),
+        np.concatenate(values),
+    )
 
 
 def _masks(plan: Plan) -> tuple[Ints, Words]:
-    """The rows that a grammar limits, and which tokens it allows there."""
+    """Rows with a grammar, and their masks of allowed tokens."""
     rows: list[int] = []
     masks: list[Words] = []
     row = 0

@@ -1,11 +1,11 @@
-"""Pipeline: steps on their way through the runner. A plan in, its outcome out, in the same order.
+"""Pipeline: steps in flight in the runner. Plans go in, their outcomes come out in order.
 
-    runner computes at once     launch(N) .... collect(N)   launch(N + 1) .... collect(N + 1)
-    runner overlaps             launch(N + 1)   collect(N)   launch(N + 2)   collect(N + 1)
+    runner is synchronous       launch(N) .... collect(N)   launch(N + 1) .... collect(N + 1)
+    runner overlaps steps       launch(N + 1)   collect(N)   launch(N + 2)   collect(N + 1)
 
-With a runner that overlaps, a device computes step N + 1 while the host reads step N, tells its
-tokens and plans step N + 2. The price: where step N turns out to be a sequence's last, what step
-N + 1 computed of it is thrown away.
+With overlapped steps a device computes step N + 1 while the host reads step N, delivers its tokens
+and plans step N + 2. The price: if step N turns out to be a sequence's last, what step N + 1
+computed of it is discarded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Flight:
 
 
 class Pipeline:
-    """The steps of one engine that were launched and not read."""
+    """Steps of one engine that were launched and not read."""
 
     def __init__(self, runner: Runner, packer: Packer, *, clock: Callable[[], float]) -> None:
         self._runner = runner
@@ -53,12 +53,12 @@ class Pipeline:
 
     @property
     def most_ahead(self) -> int:
-        """Steps that may be under way while the next one is planned."""
+        """Steps that may be in flight while the next one is planned."""
         return 0 if self._overlapped is None else 1
 
     @property
     def must_be_read(self) -> bool:
-        """Whether the next step needs a token that is under way."""
+        """Whether the next step needs a token that is in flight."""
         return any(
             sequence.chooses_by_tokens
             for flight in self._flights
@@ -68,8 +68,8 @@ class Pipeline:
     def launch(self, plan: Plan, *, meanwhile: Callable[[], None]) -> None:
         """Packs and launches a step. Called before the scheduler's `launched`.
 
-        `meanwhile` is called when nothing is left to do but the runner's part: before the call of
-        one that computes at once, after launching with one that overlaps.
+        `meanwhile` is called when only the runner's part is left: before the call of a synchronous
+        runner, after launching with one that overlaps steps.
         """
         batch, unread_T = self._packer.pack(plan), unread_rows(plan)
         if self._overlapped is None:
@@ -82,7 +82,7 @@ class Pipeline:
         self._flights.append(_Flight(plan=plan, read=read, launch_duration=duration))
 
     def _launch(self, batch: Batch, unread_T: Bools | None) -> Callable[[], StepOutput]:
-        """Gives what waits for the step."""
+        """Returns a function that waits for the step."""
         if self._overlapped is None:
             output = self._runner.run(batch)
             return lambda: output

@@ -11,16 +11,16 @@ from service.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How large a step may be. Raises ValueError for limits that contradict one another."""
+    """Limits of a step. Raises ValueError if they contradict one another."""
 
-    max_batch_tokens: int = 512  # the budget of a step
-    max_sequences: int = 64  # seats
-    max_prompt_chunk: int | None = None  # most tokens of one sequence in a step; None: the budget
-    target_gap: float = 0.06  # seconds: how long a step with prompts may hold up those who decode
-    max_model_len: int | None = None  # tokens of prompt and answer; None: what the model can
+    max_batch_tokens: int = 512  # of a step
+    max_sequences: int = 64  # batch slots
+    max_prompt_chunk: int | None = None  # of one sequence in a step; None: max_batch_tokens
+    target_gap: float = 0.06  # seconds between tokens while prompts are computed
+    max_model_len: int | None = None  # tokens of prompt and output; None: the model's own
     patience: int = 8  # see `order`
     prefix_cache: bool = True
-    speculate: bool = True  # where the runner allows it: see `speculate.may_speculate`
+    speculate: bool = True  # if the runner allows it: see `speculate.may_speculate`
     max_drafts: int = 15  # of one sequence in a step
 
     def __post_init__(self) -> None:
@@ -32,40 +32,39 @@ class EngineConfig:
             raise ValueError("target_gap must be positive and max_drafts at least 1")
 
     @property
-    def max_newcomers(self) -> int:
-        """The most sequences that may come to a full engine to take others' seats: half of those,
-        the share of a second tenant.
+    def max_under_served(self) -> int:
+        """Limit of waiting requests that a full engine takes from under-served tenants: half of the
+        batch slots, the share of a second tenant.
         """
         return self.max_sequences // 2
 
     @property
     def prompt_chunk(self) -> int:
-        """The most tokens of one sequence in a step."""
+        """Limit of one sequence's tokens in a step."""
         return self.max_batch_tokens if self.max_prompt_chunk is None else self.max_prompt_chunk
 
 
 @dataclass(slots=True, kw_only=True)
 class Plan:
-    """What the next step computes: `tokens[sequence]` of its pending ones, in this order.
+    """What the next step computes: `tokens[sequence]` of its pending tokens, in this order.
 
-    Where a sequence has drafts they are the last ones of its tokens, behind all that are pending.
-    What it says of sequences is as they were when it was made; they may be further on when the step
-    has been computed.
+    Drafts of a sequence are the last of its tokens, after all pending ones. A plan describes the
+    sequences at the time it was made; they may have advanced when the step has been computed.
     """
 
     tokens: dict[Sequence, int] = field(default_factory=dict)
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
-    sampling: list[Sequence] = field(default_factory=list)  # those that get tokens, in this order
-    scored: dict[Sequence, range] = field(default_factory=dict)  # positions of prompts to score
-    prompt_tokens: int = 0  # tokens of prompts in this step
-    recomputed_tokens: int = 0  # tokens that were computed before, then lost by a preemption
+    sampling: list[Sequence] = field(default_factory=list)  # those that get tokens, in order
+    scored: dict[Sequence, range] = field(default_factory=dict)  # prompt positions to score
+    prompt_tokens: int = 0  # prompt tokens in this step
+    recomputed_tokens: int = 0  # computed before, then lost by a preemption
     work: StepWork = field(default_factory=StepWork)
     expired: list[Sequence] = field(default_factory=list)  # past their deadline, already removed
-    preempted: list[Sequence] = field(default_factory=list)  # by this step; one may come twice
-    prefix_hit_tokens: int = 0  # prompt tokens found cached by those admitted
+    preempted: list[Sequence] = field(default_factory=list)  # by this step; may repeat a sequence
+    prefix_hit_tokens: int = 0  # prompt tokens of admitted sequences found in the cache
 
     def add(self, sequence: Sequence, num: int) -> None:
-        """Gives a sequence `num` tokens of the step."""
+        """Adds `num` tokens of a sequence to the step."""
         computed, sampled = sequence.num_computed, sequence.samples(num)
         self.tokens[sequence] = num
         self.work = self.work.plus(num, computed=computed, sampled=sampled)
@@ -77,7 +76,7 @@ class Plan:
             self.scored[sequence] = scored
 
     def add_decodes(self, sequences: Iterable[Sequence]) -> None:
-        """Gives each its one pending token: as `add` does, with less Python for each of many."""
+        """Adds the one pending token of each: the same as `add`, with less Python per sequence."""
         num = contexts = 0
         for sequence in sequences:
             if sequence.num_output == 0 or sequence.high_water > sequence.num_computed:
@@ -91,17 +90,15 @@ class Plan:
         self.work = StepWork(tokens + num, products + contexts, attended + contexts, sampled + num)
 
     def draft(self, sequence: Sequence, drafts: list[int]) -> None:
-        """Lets the step compute drafts behind the last token of a sequence that is in it."""
+        """Adds drafts after the last token of a sequence that is in the step."""
         self.tokens[sequence] += len(drafts)
         self.drafts[sequence] = drafts
         self.work = self.work.drafted(len(drafts), context=sequence.num_tokens)
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the step."""
         return self.work.tokens
 
     @property
     def num_drafts(self) -> int:
-        """Drafts among them."""
         return sum(map(len, self.drafts.values()))

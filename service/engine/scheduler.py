@@ -1,28 +1,28 @@
-"""Scheduler: which sequences compute how many tokens in the next step, and who holds which block.
+"""Scheduler: which sequences compute how many tokens in the next step, and which hold which blocks.
 
-It decides in ints. It knows no tensors (`pack`), no text and no reason to stop but the deadline
-(`answer`): whoever drives it says when a sequence is finished.
+It works on ints: no tensors (see `pack`), no text, and no stop condition but the deadline (see
+`output`). Its caller decides when a sequence is finished.
 
-    schedule(now)        expire, reserve, make way, decodes, prompts, admissions, drafts -> Plan
-    launched(plan)       counts what the step computes; the next one can be planned from here on
-    update(plan, runs)   appends the tokens, lets full blocks be found
+    schedule(now)        expire, reserve, rebalance tenants, decodes, prompts, admissions, drafts
+    launched(plan)       counts what the step computes, so the next step can be planned
+    update(plan, runs)   appends the tokens, publishes full blocks
 
 A runner computes steps in the order they are launched. So a block may be found, freed or taken by
-another while a step that writes it is under way: whoever uses it next does so in a later step.
+another sequence while a step that writes it is in flight: its next use is in a later step.
 
 Memory. At admission a sequence takes the blocks of all its tokens and of a first block of output.
-When a running one needs a block and none is free, the youngest of the lowest priority (among those
-of tenants over their share, where there are such: see `shares`) is preempted:
-it gives its blocks back, keeps its tokens and computes them again later. Once preempted, a sequence
-counts as of the highest class in this choice, so that only those who came before it can displace
-it again; the first in this order is never displaced, hence there is always one that goes on. So it
-is where sequences are preempted to make way for another tenant's.
+If a running one needs a block and none is free, the youngest of the lowest priority is preempted
+(if some tenant is over its share, among the sequences of such tenants; see `shares`): it releases
+its blocks, keeps its tokens and recomputes them later. A preempted sequence counts as of the
+highest priority in this choice from then on, so only older sequences can preempt it again. The
+first in this order is never preempted, so one always makes progress. The same order holds when
+sequences are preempted in favour of another tenant.
 
-Time. While some decode, prompts come in chunks that keep the step within the target gap, by the
-cost model. A step of decodes only may carry drafts: in slots that the sequence has anyway, or in
-blocks of which every running sequence could have one more. They displace nobody, and a block taken
-for drafts stays with the sequence, which fills it next. The KV of a draft that did not come true is
-overwritten: it was never counted as computed.
+Time. While any sequence decodes, prompts come in chunks that fit the `StepBudget`. A step of
+decodes only may carry drafts: in slots that the sequence has anyway, or in blocks if every running
+sequence could still take one more. Drafts preempt nothing, and a block taken for drafts stays with
+the sequence, which fills it next. The KV of a rejected draft is overwritten: it was never counted
+as computed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Run
 
 from service.engine.blocks import BlockAllocator, chain_digest, chain_root
+from service.engine.budget import StepBudget
 from service.engine.cost import CostModel
 from service.engine.guide import Guide
 from service.engine.order import WaitingOrder
@@ -41,9 +42,6 @@ from service.engine.shares import Shares, rank, split_evenly
 from service.engine.speculate import Speculator
 from service.errors import BadRequest
 from service.messages import GenerationRequest
-
-UNMEASURED_CHUNK = 128  # tokens of prompts beside decodes, before a step's cost is known
-LEAST_CHUNK = 16  # a prompt goes on, even where the decodes alone exceed the gap
 
 
 class Scheduler:
@@ -68,19 +66,32 @@ class Scheduler:
         self._numeric_class = numeric_class
         self._sequences: dict[str, Sequence] = {}
         self._order = WaitingOrder(patience=config.patience)
-        self._seats = list(range(config.max_sequences - 1, -1, -1))  # a stack: seat 0 first
+        self._free_slots = list(range(config.max_sequences - 1, -1, -1))  # a stack: 0 first
         self._arrivals = itertools.count()
-        self._gap = config.target_gap  # seconds that the step in planning is to take
+        self._left_waiting = False  # the latest plan did not admit all sequences
 
     @property
     def num_waiting(self) -> int:
-        """Sequences without a seat."""
         return len(self._sequences) - len(self.running)
 
     @property
     def num_sequences(self) -> int:
-        """All that are not finished."""
+        """Sequences that are not finished."""
         return len(self._sequences)
+
+    @property
+    def room(self) -> int:
+        """Requests that it could start now: free batch slots, fewer if the free blocks would not
+        last for requests of the average length of those running.
+        """
+        if self._left_waiting:
+            return 0
+        batch_slots = self._config.max_sequences - len(self._sequences)
+        if not self.running:
+            return batch_slots
+        total = sum(sequence.max_total_tokens for sequence in self.running)
+        blocks_each = self._allocator.blocks_for(-(-total // len(self.running)))
+        return min(batch_slots, self._allocator.num_free // blocks_each - self.num_waiting)
 
     def add(
         self,
@@ -90,7 +101,7 @@ class Scheduler:
         deadline: float | None = None,
         guide: Guide | None = None,
     ) -> Sequence:
-        """Lets a request wait; `tokens` of its answer are already known.
+        """Enqueues a request. `tokens` are the output tokens generated so far.
 
         Raises BadRequest for a request that this engine can never serve, ValueError for an id that
         is already here.
@@ -110,17 +121,17 @@ class Scheduler:
         return sequence
 
     def abort(self, request_id: str) -> Sequence | None:
-        """Removes a sequence; its blocks are free at once. None where the id is not known."""
+        """Removes a sequence and frees its blocks. Returns None if the id is unknown."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self.finish(sequence)
         return sequence
 
     def finish(self, sequence: Sequence) -> None:
-        """Removes a sequence that is here; its blocks are free at once."""
+        """Removes a sequence and frees its blocks."""
         del self._sequences[sequence.id]
         if sequence.status is SequenceStatus.RUNNING:
-            self._unseat(sequence)
+            self._stop(sequence)
         self._order.leave(sequence)
         if self._speculator is not None:
             self._speculator.forget(sequence)
@@ -130,19 +141,19 @@ class Scheduler:
         """Plans a step. It is empty only if each sequence has a token unread or lacks a mask."""
         plan = Plan(expired=self._expire(now))
         self._reserve(plan)
-        self._make_way(plan)
+        self._admit_under_served(plan)
         decodes = [s for s in self.running if s.num_pending == 1 and s.num_remaining]
         plan.add_decodes([sequence for sequence in decodes if sequence.may_sample])
-        num_decodes = plan.num_tokens
-        self._gap = self._allowed_gap(plan)
-        self._plan_prompts(plan, num_decodes)
-        self._admit(plan, num_decodes)
+        budget = StepBudget(plan, config=self._config, cost=self._cost)
+        self._plan_prompts(plan, budget)
+        self._admit(plan, budget)
         if self._speculator is not None and 0 < plan.work.sampled == plan.num_tokens:
             self._add_drafts(plan, self._speculator)
+        self._left_waiting = self.num_waiting > 0
         return plan
 
     def launched(self, plan: Plan) -> None:
-        """Notes that the plan is under way. Nothing is known of its drafts yet."""
+        """Records that the plan is in flight. Its drafts are neither accepted nor rejected yet."""
         drafts = plan.drafts
         for sequence, num in plan.tokens.items():
             _advance(sequence, num - len(drafts[sequence]) if sequence in drafts else num)
@@ -150,9 +161,9 @@ class Scheduler:
             sequence.num_unread += 1
 
     def update(self, plan: Plan, runs: Iterable[Run[int]]) -> None:
-        """Notes that the plan was computed; `runs` has the new tokens of each of `plan.sampling`.
+        """Records that the plan was computed. `runs` has the new tokens of each of `plan.sampling`:
+        its accepted drafts and one more, fewer only at the end of the output.
 
-        They are one, or as many drafts as came true and one; fewer only where the answer ends.
         Sequences that were removed meanwhile get nothing.
         """
         for sequence, new in zip(plan.sampling, runs, strict=True):
@@ -162,7 +173,9 @@ class Scheduler:
             sequence.tokens.extend(new)
             if sequence in plan.drafts:
                 _advance(sequence, len(new) - 1)
-                self._learn(sequence, len(plan.drafts[sequence]), len(new) - 1)
+                if self._speculator is not None:
+                    num = len(plan.drafts[sequence])
+                    self._speculator.learn(sequence, num=num, hits=len(new) - 1)
             self._order.charge(sequence.tenant, len(new))
         size = self._allocator.block_size
         for sequence in plan.tokens:
@@ -171,11 +184,11 @@ class Scheduler:
                 self._publish(sequence, num_full)
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError where bookkeeping contradicts itself. For tests and idle moments."""
+        """Raises RuntimeError if the bookkeeping is inconsistent. For tests and idle moments."""
         self._allocator.check_integrity(sequence.blocks for sequence in self._sequences.values())
-        seats = [*self._seats, *(s.seat for s in self.running if s.seat is not None)]
-        if sorted(seats) != list(range(self._config.max_sequences)):
-            raise RuntimeError("a seat is lost or taken twice")
+        taken = [s.batch_slot for s in self.running if s.batch_slot is not None]
+        if sorted([*self._free_slots, *taken]) != list(range(self._config.max_sequences)):
+            raise RuntimeError("a batch slot is lost or taken twice")
         if len(self._order) != self.num_waiting:
             raise RuntimeError("a sequence neither waits nor runs")
         for sequence in self._sequences.values():
@@ -205,7 +218,7 @@ class Scheduler:
         return expired
 
     def _reserve(self, plan: Plan) -> None:
-        """Gives each running sequence the blocks of its tokens, preempting where none is left."""
+        """Gives each running sequence the blocks of its tokens, preempting if none is free."""
         blocks_for, size = self._allocator.blocks_for, self._allocator.block_size
         short = [s for s in self.running if s.num_tokens > size * len(s.blocks) and s.num_remaining]
         for sequence in sorted(short, key=rank):
@@ -221,69 +234,52 @@ class Scheduler:
         return Shares(
             self.running,
             num_tenants=self._order.num_tenants,
-            num_seats=self._config.max_sequences,
+            num_batch_slots=self._config.max_sequences,
             num_blocks=self._allocator.num_blocks,
         )
 
-    def _make_way(self, plan: Plan) -> None:
-        """Seats who waits, while below its tenant's share, if need be in the places of others."""
-        going_on = self._order.num_tenants > 1
-        while going_on:
-            shares, going_on = self._shares(), False
+    def _admit_under_served(self, plan: Plan) -> None:
+        """Admits waiting sequences of tenants below their fair share, preempting others if
+        necessary.
+        """
+        progress = self._order.num_tenants > 1
+        while progress:
+            shares, progress = self._shares(), False
             for sequence in self._order.heads():
                 num_blocks = self._allocator.blocks_for(self._slots_to_begin(sequence))
                 if not sequence.num_unread and shares.covers(sequence, num_blocks=num_blocks):
-                    going_on |= self._seat_before_others(plan, sequence)
+                    progress |= self._admit_by_preempting(plan, sequence)
                     shares = self._shares()
 
-    def _seat_before_others(self, plan: Plan, sequence: Sequence) -> bool:
-        while not (self._seats and self._take_blocks(sequence)):
+    def _admit_by_preempting(self, plan: Plan, sequence: Sequence) -> bool:
+        while not (self._free_slots and self._take_blocks(sequence)):
             victim = self._shares().victim(priority=sequence.request.priority)
             if victim is None:
                 return False
             self._preempt(plan, victim)
-        self._seat(plan, sequence)
+        self._start(plan, sequence)
         return True
 
-    def _plan_prompts(self, plan: Plan, num_decodes: int) -> None:
+    def _plan_prompts(self, plan: Plan, budget: StepBudget) -> None:
         prompts = [sequence for sequence in self.running if sequence.num_pending > 1]
-        left = self._config.max_batch_tokens - plan.num_tokens
-        if num_decodes and len({sequence.tenant for sequence in prompts}) > 1:
-            left = self._within_gap(plan, prompts[0], left, 0)  # what there is to share
-        for sequence, most in split_evenly(prompts, num_tokens=left):
-            self._plan_chunk(plan, sequence, num_decodes, most=most)
+        for sequence, most in split_evenly(prompts, num_tokens=budget.shared_by(prompts)):
+            if num := budget.chunk(sequence, most=most):
+                plan.add(sequence, num)
 
-    def _plan_chunk(
-        self, plan: Plan, sequence: Sequence, num_decodes: int, *, most: int | None = None
-    ) -> None:
-        left = self._config.max_batch_tokens - plan.num_tokens
-        pending = sequence.num_pending - (0 if sequence.may_sample else 1)
-        num = min(pending, self._config.prompt_chunk, left)
-        num = num if most is None else min(num, most)
-        if num_decodes:
-            num = self._within_gap(plan, sequence, num, plan.num_tokens - num_decodes)
-        if num:
-            plan.add(sequence, num)
+    def _admit(self, plan: Plan, budget: StepBudget) -> None:
+        """Admits sequences in order until one does not fit. Nothing overtakes that one.
 
-    def _allowed_gap(self, plan: Plan) -> float:
-        """How long the step is to be expected to take: as long as is wished for, or twice what its
-        decodes take, less a reserve for what takes longer than expected.
-
-        Where the decodes alone come near the target, prompts would else trickle in, and with them
-        the throughput that more sequences bring. So the reserve leaves prompts half of their time.
+        A sequence that was preempted with a token unread waits until the token is read.
         """
-        alone = (self._cost.seconds(plan.work) if plan.num_tokens else None) or 0.0
-        wished = max(self._config.target_gap, 2 * alone)
-        return max(wished / self._cost.reserve, (wished + alone) / 2)
-
-    def _within_gap(self, plan: Plan, sequence: Sequence, most: int, prompt_tokens: int) -> int:
-        """How much of `most` does not hold up those who decode, beside prompts in the plan."""
-        num = self._cost.chunk(
-            plan.work, computed=sequence.num_computed, most=most, limit=self._gap
-        )
-        if num is None:
-            return min(most, max(0, UNMEASURED_CHUNK - prompt_tokens))
-        return num if prompt_tokens else max(num, min(most, LEAST_CHUNK))
+        while self._free_slots and budget.num_tokens > 0:
+            sequence = self._order.peek()
+            if sequence is None or sequence.num_unread or not self._take_blocks(sequence):
+                return
+            self._start(plan, sequence)
+            if num := budget.chunk(sequence):
+                plan.add(sequence, num)
+            elif sequence.may_sample:
+                return  # the time of this step is used up
 
     def _add_drafts(self, plan: Plan, speculator: Speculator) -> None:
         for sequence, drafts in speculator.propose(plan).items():
@@ -293,36 +289,18 @@ class Scheduler:
                 plan.draft(sequence, kept)
 
     def _draft_room(self, sequence: Sequence, num: int) -> int:
-        """Slots for that many drafts, or for fewer where blocks are short."""
+        """Slots for that many drafts, or for fewer if blocks are short."""
         size = self._allocator.block_size
         missing = self._allocator.blocks_for(sequence.num_tokens + num) - len(sequence.blocks)
         if missing > 0 and self._allocator.num_free >= missing + len(self.running):
             sequence.blocks += self._allocator.take(missing) or []
         return min(num, len(sequence.blocks) * size - sequence.num_tokens)
 
-    def _learn(self, sequence: Sequence, num: int, hits: int) -> None:
-        if self._speculator is not None:
-            self._speculator.learn(sequence, num=num, hits=hits)
-
-    def _admit(self, plan: Plan, num_decodes: int) -> None:
-        """Seats those who are next until one does not fit: it is waited for, not overtaken.
-
-        So is one that was preempted with a token unread, which nobody could compute again.
-        """
-        while self._seats and plan.num_tokens < self._config.max_batch_tokens:
-            sequence = self._order.peek()
-            if sequence is None or sequence.num_unread or not self._take_blocks(sequence):
-                return
-            self._seat(plan, sequence)
-            self._plan_chunk(plan, sequence, num_decodes)
-            if sequence not in plan.tokens and sequence.may_sample:
-                return  # the time of this step is used up
-
-    def _seat(self, plan: Plan, sequence: Sequence) -> None:
-        """The sequence, which has its blocks, runs from now on."""
+    def _start(self, plan: Plan, sequence: Sequence) -> None:
+        """Moves a waiting sequence, which has its blocks, into the batch."""
         self._order.admitted(sequence)
         sequence.status = SequenceStatus.RUNNING
-        sequence.seat = self._seats.pop()
+        sequence.batch_slot = self._free_slots.pop()
         self.running.append(sequence)
         hit = min(sequence.num_computed, sequence.num_prompt)
         plan.prefix_hit_tokens += hit
@@ -331,11 +309,11 @@ class Scheduler:
             self._order.charge(sequence.tenant, sequence.num_pending)
 
     def _slots_to_begin(self, sequence: Sequence) -> int:
-        """Its tokens and a first block of output, as far as it can come to need them."""
+        """KV slots of its tokens and of a first block of output, if it can need them."""
         return min(sequence.num_tokens + self._allocator.block_size, _slots(sequence.request))
 
     def _take_blocks(self, sequence: Sequence) -> bool:
-        """The table of a sequence to admit, as far as possible from the prefix cache.
+        """Takes the block table of a sequence to admit, as far as possible from the prefix cache.
 
         A hit never covers the last token: its logits are needed, and the cache has none.
         """
@@ -369,17 +347,18 @@ class Scheduler:
 
     def _preempt(self, plan: Plan, sequence: Sequence) -> None:
         plan.preempted.append(sequence)
-        self._unseat(sequence)
+        self._stop(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.num_computed = 0
         sequence.preemptions += 1
         self._order.put_back(sequence)
 
-    def _unseat(self, sequence: Sequence) -> None:
+    def _stop(self, sequence: Sequence) -> None:
+        """Takes a running sequence out of the batch and releases its blocks."""
         self.running.remove(sequence)
-        if sequence.seat is not None:
-            self._seats.append(sequence.seat)
-        sequence.seat = None
+        if sequence.batch_slot is not None:
+            self._free_slots.append(sequence.batch_slot)
+        sequence.batch_slot = None
         self._allocator.release(sequence.blocks)
         sequence.blocks = []
 
@@ -390,5 +369,5 @@ def _advance(sequence: Sequence, num: int) -> None:
 
 
 def _slots(request: GenerationRequest) -> int:
-    """Slots that a request can come to need: the last token's KV is never stored."""
+    """KV slots that a request can come to need: the last token's KV is never stored."""
     return request.max_total_tokens - 1

@@ -1,20 +1,20 @@
 """Sequence: a request inside the engine, as the scheduler sees it.
 
-It holds token ids and counters only, and lends out the guide of its grammar. What a token means
-(text, stop strings) is `answer`'s concern, which blocks are free is `blocks`', and no tensor comes
-near it.
+It holds token ids, counters and a reference to the guide of its grammar. Text and stop strings are
+in `output`, free blocks in `blocks`, tensors in `pack`.
 
-    tokens            | prompt ....................... | answer ............ |
+    tokens            | prompt ....................... | output ............ |
     position          0                         num_prompt            num_tokens
     KV                | stored ........... | to compute (pending) ....... |
                       0               num_computed                  num_tokens
 
-There is no prefill phase and no decode phase. A step computes some of what is pending; one that
-computes all of it yields the next token, and then one token is pending again. Behind the last one a
-step may compute drafts (see `speculate`): they stand in the plan, and here once they came true.
+There is no prefill phase and no decode phase. A step computes some of the pending tokens; one that
+computes all of them yields the next token, and then one token is pending again. After the last one
+a step may compute drafts (see `speculate`): they are part of the plan, and of the sequence once
+they are accepted.
 
-Once a step is under way it counts as computed, and the token it will yield as one of the sequence,
-though nobody has read it yet (`num_unread`): so the step after it can be planned meanwhile.
+A step in flight counts as computed, and its next token as one of the sequence although it is not
+read yet (`num_unread`): so the following step can be planned meanwhile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from service.messages import GenerationRequest
 
 
 class SequenceStatus(StrEnum):
-    """Where a sequence is.
+    """State of a sequence.
 
     WAITING --admitted--> RUNNING --finished or aborted--> FINISHED
        ^                     |                                ^
@@ -41,32 +41,32 @@ class SequenceStatus(StrEnum):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """One request being answered. Only the scheduler changes it.
+    """One request. Only the scheduler modifies it.
 
-    `tokens` starts as the prompt and what earlier engines had already answered. Two sequences are
-    equal only if they are the same object.
+    `tokens` starts as the prompt and the output tokens of earlier engines. Sequences are compared
+    by identity.
     """
 
     request: GenerationRequest
     tokens: list[int]
-    arrival: int  # rises with each sequence added: who came first
+    arrival: int  # rises with each sequence added
     deadline: float | None = None  # on the engine's monotonic clock, seconds
-    guide: Guide | None = None  # of its grammar; the answer reads it on
+    guide: Guide | None = None  # of its grammar; `OutputBuilder` advances it
     status: SequenceStatus = SequenceStatus.WAITING
-    seat: int | None = None  # while it runs
+    batch_slot: int | None = None  # while it runs
     blocks: list[int] = field(default_factory=list)  # its block table
     digests: list[bytes] = field(default_factory=list)  # one per full block hashed so far
-    num_unread: int = 0  # tokens behind `tokens` that steps under way will yield
-    num_computed: int = 0  # tokens whose KV is stored, or will be by steps under way
-    num_published: int = 0  # leading blocks that others may find by their digests
+    num_unread: int = 0  # tokens after `tokens` that steps in flight will yield
+    num_computed: int = 0  # tokens whose KV is stored, or will be by steps in flight
+    num_published: int = 0  # leading blocks that others can find by their digests
     num_cached: int = 0  # prompt tokens found in the prefix cache when first admitted
-    high_water: int = 0  # the most tokens that were ever computed
+    high_water: int = 0  # the maximum of num_computed so far
     preemptions: int = 0
-    # Of the request. Every step asks each sequence for some of them.
+    # Copies of the request's: each step reads some of them for every sequence.
     id: str = field(init=False)
     tenant: str = field(init=False)
-    num_prompt: int = field(init=False)  # tokens of the prompt
-    max_total_tokens: int = field(init=False)  # of prompt and answer
+    num_prompt: int = field(init=False)  # tokens
+    max_total_tokens: int = field(init=False)  # prompt and output
 
     def __post_init__(self) -> None:
         self.id, self.tenant = self.request.id, self.request.tenant
@@ -75,17 +75,16 @@ class Sequence:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it may still get tokens."""
+        """Whether it can still get tokens."""
         return self.status is not SequenceStatus.FINISHED
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and answer, read or not."""
+        """Tokens of prompt and output, read or not."""
         return len(self.tokens) + self.num_unread
 
     @property
     def num_output(self) -> int:
-        """Tokens of the answer so far."""
         return len(self.tokens) + self.num_unread - self.num_prompt
 
     @property
@@ -95,33 +94,33 @@ class Sequence:
 
     @property
     def num_remaining(self) -> int:
-        """Tokens that the answer may still grow by."""
+        """Tokens that may still be generated."""
         return self.max_total_tokens - len(self.tokens) - self.num_unread
 
     @property
     def may_sample(self) -> bool:
-        """Whether a step may yield its next token: the mask of its grammar is computed."""
+        """Whether a step can yield its next token: the mask of its grammar is computed."""
         return self.guide is None or self.guide.ready
 
     @property
     def chooses_by_tokens(self) -> bool:
-        """Whether its next token can be chosen only where the one before it has been read:
-        penalties count it, a grammar goes on from it.
+        """Whether its next token can be sampled only after the previous one has been read, because
+        of penalties or a grammar.
         """
         params = self.request.sampling
         return self.guide is not None or params.penalises
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the log probabilities of the prompt's tokens are still to be told.
+        """Whether log probabilities of the prompt's tokens are still to be computed.
 
-        They go out with the answer's first token. Until then every token of the prompt is computed
-        and none taken from the prefix cache, which keeps KV but no logits.
+        They are delivered with the first output token. Until then every token of the prompt is
+        computed and none taken from the prefix cache, which keeps KV but no logits.
         """
         return self.request.prompt_logprobs is not None and self.num_output == 0
 
     def samples(self, num: int) -> int:
-        """Rows of a step of `num` tokens that choose a token: the last of its own, its drafts'."""
+        """Rows that sample a token in a step of `num` tokens: its last pending one and drafts."""
         return max(0, self.num_computed + num + 1 - self.num_tokens)
 
     def scored(self, num: int) -> range:

@@ -1,13 +1,13 @@
-"""Shares: what each tenant may hold of an engine while others want it too. It decides nothing.
+"""Shares: what each tenant may hold of an engine while several compete. It decides nothing.
 
-With k tenants waiting or running, a share is one k-th of the seats and one k-th of the blocks. Who
-wants less leaves the rest to others, and alone one may hold all. A tenant over its share gives way
-to one below it: its sequences are preempted, the youngest first, until either is at its share, and
-so nobody is sent to and fro. The first of all sequences never gives way: there is always one that
-goes on, whatever comes.
+With k tenants waiting or running, a share is one k-th of the batch slots and one k-th of the
+blocks. What a tenant does not use is left to the others; a single tenant may hold everything. In
+favour of a tenant below its share, sequences of a tenant over its share are preempted, the youngest
+first, until either tenant is at its share; so two tenants never preempt each other in turns. The
+first of all sequences is never preempted, so one always makes progress.
 
-A sequence that gave way keeps its tokens, and its full blocks can be found again until others need
-them: what it loses is mostly time.
+A preempted sequence keeps its tokens, and its full blocks stay in the prefix cache until others
+need them: what it loses is mostly time.
 """
 
 from __future__ import annotations
@@ -20,33 +20,35 @@ from service.engine.sequence import Sequence
 
 
 def rank(sequence: Sequence) -> tuple[int, int]:
-    """The greatest is preempted first. It does not change while a sequence runs."""
+    """The highest rank is preempted first. It is constant while a sequence runs."""
     return (0 if sequence.preemptions else sequence.request.priority, sequence.arrival)
 
 
 class Shares:
-    """Who holds what now. `num_tenants` are those that wait or run."""
+    """What each tenant holds now. `num_tenants` counts tenants that wait or run."""
 
     def __init__(
-        self, running: Run[Sequence], *, num_tenants: int, num_seats: int, num_blocks: int
+        self, running: Run[Sequence], *, num_tenants: int, num_batch_slots: int, num_blocks: int
     ) -> None:
         self._running = running
-        self._share = (num_seats / num_tenants, num_blocks / num_tenants)
-        self._seats = Counter(sequence.tenant for sequence in running)
+        self._share = (num_batch_slots / num_tenants, num_blocks / num_tenants)
+        self._batch_slots = Counter(sequence.tenant for sequence in running)
         self._blocks: Counter[str] = Counter()
         for sequence in running:
             self._blocks[sequence.tenant] += len(sequence.blocks)
 
     def covers(self, sequence: Sequence, *, num_blocks: int) -> bool:
-        """Whether its tenant stays within its share with this one more."""
-        seats, blocks = self._share
+        """Whether its tenant stays within its share with this sequence added."""
+        batch_slots, blocks = self._share
         return (
-            self._seats[sequence.tenant] + 1 <= seats
+            self._batch_slots[sequence.tenant] + 1 <= batch_slots
             and self._blocks[sequence.tenant] + num_blocks <= blocks
         )
 
     def victim(self, *, priority: int = 0) -> Sequence | None:
-        """Who gives way first of those over their share and of no higher class; None: nobody."""
+        """The sequence to preempt, of a tenant over its share and with at least this priority
+        number; None if there is none.
+        """
         first = min(self._running, key=rank, default=None)
         over = [
             sequence
@@ -58,16 +60,17 @@ class Shares:
         return max(over, key=rank, default=None)
 
     def _is_over(self, tenant: str) -> bool:
-        seats, blocks = self._share
-        return self._seats[tenant] > seats or self._blocks[tenant] > blocks
+        batch_slots, blocks = self._share
+        return self._batch_slots[tenant] > batch_slots or self._blocks[tenant] > blocks
 
 
 def split_evenly(
     sequences: Iterable[Sequence], *, num_tokens: int
 ) -> Iterator[tuple[Sequence, int]]:
-    """Sequences and how many of their pending tokens a step of `num_tokens` computes at most.
+    """Sequences, each with the limit of its tokens in a step of `num_tokens`.
 
-    Tenants get equal parts; what one leaves goes to the others. Who wants least goes first.
+    Tenants get equal parts, those with the fewest pending tokens first; what one does not use goes
+    to the others.
     """
     of_tenant: dict[str, list[Sequence]] = {}
     for sequence in sequences:

@@ -1,22 +1,23 @@
-"""Speculation by prompt look-up: what comes next, guessed from what the sequence already said.
+"""Speculative decoding by prompt lookup: drafts are copied from earlier tokens of the sequence.
 
-A text that repeats its prompt or itself (a quotation, an edit of a file, a summary's names) goes on
-as it did before: the tokens that once followed its last few ones are *drafts*. A step computes them
-behind the last token, and each of its rows samples what ordinary decoding would have sampled there.
+A text that repeats its prompt or itself (a quotation, an edit of a file, a summary's names) often
+continues as before: the tokens that followed an earlier occurrence of its last few tokens are the
+*drafts*. A step computes them after the last token, and each of its rows samples what ordinary
+decoding would have sampled there.
 
     computed     last token | draft 1 | draft 2 | draft 3
-    sampled         draft 1 | draft 2 |    x    |  (of a text that is not)
-    accepted        draft 1   draft 2      x           two drafts, and a token as in any step
+    sampled         draft 1 | draft 2 |    x    |  (discarded: follows a rejected draft)
+    accepted        draft 1   draft 2      x           two drafts, and one token as in any step
 
-Rows with exact arithmetic do not depend on the number of rows, so the answer is bit by bit that of
-decoding token by token. `may_speculate` is the rule for who may.
+With exact arithmetic a row does not depend on the number of rows, so the output is bit by bit that
+of decoding token by token. `may_speculate` decides which runners qualify.
 
-With a grammar, what it forbids is not guessed; and where it says what must come next (a key of an
+With a grammar, forbidden tokens are not proposed; if the grammar forces the next text (a key of an
 object, the rest of a constant), the longest tokens that spell it are the drafts.
 
-Whether it pays is a matter of time: rows are nearly free while a step waits for memory, and cost
-their full price once it waits for multipliers. `Speculator` weighs the tokens it may expect, by how
-often drafts of a match that long came true in this sequence, against the cost model's durations.
+Rows are nearly free while a step is bound by memory, and cost their full price once it is bound by
+compute. `Speculator` weighs the expected number of accepted drafts, by the acceptance rate of
+matches of that length in this sequence, against the durations predicted by the cost model.
 """
 
 from __future__ import annotations
@@ -32,28 +33,28 @@ from service.engine.sequence import Sequence
 _LONGEST = 8  # tokens compared backwards
 _CANDIDATES = 4  # earlier places looked at, the latest first
 _GRADE_OF = (0, 0, 0, 1, 2, 2, 2, 2, 3)  # length of a match -> grade
-_SPELLED = 4  # the grade of what a grammar leaves no choice but how to spell
-_PRIOR = (0.25, 0.4, 0.6, 0.8, 0.8)  # by grade: the chance that a draft comes true
-_MOST_SPELLED = 8  # drafts of that grade in a step: each costs a mask before it is known to pay
-_PRIOR_TRIALS = 2.0
-_MEMORY = 0.75  # what the record of a grade keeps at each try
-_MERCY = 0.985  # and at each time that it was not tried: it gets another chance
-_SURE = 0.98  # no chance is taken to be greater
-_FLOORS = (0.03, 0.1, 0.3, 0.6, 0.85)  # a draft must be this likely to be computed; one is chosen
-_MARGIN = 1.03  # what it must promise to be tried
+_SPELLED = 4  # the grade of text that the grammar forces
+_PRIOR = (0.25, 0.4, 0.6, 0.8, 0.8)  # by grade: the chance that a draft is accepted
+_MOST_SPELLED = 8  # drafts of that grade in a step: each costs a mask first
+_PRIOR_TRIALS = 2.0  # drafts that the prior counts for
+_DECAY = 0.75  # of a grade's record with each use
+_SKIP_DECAY = 0.985  # and with each time it is skipped: so it is tried again
+_MAX_CHANCE = 0.98
+_FLOORS = (0.03, 0.1, 0.3, 0.6, 0.85)  # thresholds of a draft's chance; one is chosen per step
+_MARGIN = 1.03  # least expected speed-up
 
 
 def may_speculate(config: EngineConfig, *, exact: bool, overlapped: bool) -> bool:
-    """Whether drafts cannot change an answer of a runner.
+    """Whether a runner supports drafts without any effect on its outputs.
 
-    They change the shape of steps, so one that rounds by shape must not see them. One whose steps
-    overlap samples once a sequence, from state that it keeps by seat.
+    Drafts change the shape of steps, so a runner whose rounding depends on the shape does not
+    qualify. A runner with overlapped steps samples once per sequence, from state by batch slot.
     """
     return config.speculate and exact and not overlapped
 
 
 def accepted(drafts: Tokens[int], sampled: Tokens[int]) -> int:
-    """How many of the sampled tokens hold: up to and with the first that is not its draft."""
+    """Number of valid sampled tokens: those up to and including the first that is not its draft."""
     for index, draft in enumerate(drafts):
         if sampled[index] != draft:
             return index + 1
@@ -61,10 +62,10 @@ def accepted(drafts: Tokens[int], sampled: Tokens[int]) -> int:
 
 
 class Lookup:
-    """Where the tokens of one sequence stood before. Reads each token once.
+    """Finds earlier occurrences of the last tokens of one sequence. Reads each token once.
 
-    Pairs of tokens are found by a dictionary; each place knows the one before it with the same pair
-    (itself, where there is none), and matches are compared backwards from there.
+    A dictionary maps each pair of tokens to its latest position, and a list each position to the
+    previous one of the same pair (itself if there is none). Matches are compared backwards.
     """
 
     def __init__(self) -> None:
@@ -72,9 +73,8 @@ class Lookup:
         self._before: list[int] = [0]  # by position
 
     def find(self, tokens: Tokens[int]) -> tuple[int, int]:
-        """(position, length): where the longest end of `tokens` that came before ended then.
-
-        Of equally long ones the latest; length 0 where not even the last two came before.
+        """(position, length) of the longest earlier match of the last tokens: where it ended, and
+        its number of tokens. The latest of equally long ones; length 0 if not even two match.
         """
         self._read(tokens)
         best, longest = 0, 0
@@ -99,7 +99,7 @@ class Lookup:
 
 
 def _match(tokens: Tokens[int], place: int, last: int) -> int:
-    """How many tokens up to and with `place` equal those up to `last`, at most `_LONGEST`."""
+    """Number of equal tokens, backwards from `place` and from `last`; at most `_LONGEST`."""
     length = 0
     most = min(_LONGEST, place + 1)
     while length < most and tokens[place - length] == tokens[last - length]:
@@ -108,38 +108,40 @@ def _match(tokens: Tokens[int], place: int, last: int) -> int:
 
 
 def _continuation(tokens: list[int], place: int, num: int) -> list[int]:
-    """The `num` tokens after `place`; a repetition that reaches the end goes on in its period."""
+    """The `num` tokens after `place`, repeated periodically beyond the end."""
     after = tokens[place + 1 : place + 1 + num]
     return (after * -(-num // len(after)))[:num]
 
 
 @dataclass(slots=True)
 class _Track:
-    """What is known of one sequence: its look-up, and per grade how its drafts did."""
+    """State of one sequence: its lookup, and the acceptance record per grade."""
 
     lookup: Lookup = field(default_factory=Lookup)
     hits: list[float] = field(default_factory=lambda: [0.0] * len(_PRIOR))
     trials: list[float] = field(default_factory=lambda: [0.0] * len(_PRIOR))
-    grade: int = 0  # of the drafts under way
+    grade: int = 0  # of the drafts in flight
 
     def chance(self, grade: int) -> float:
         hits = self.hits[grade] + _PRIOR_TRIALS * _PRIOR[grade]
-        return min(_SURE, hits / (self.trials[grade] + _PRIOR_TRIALS))
+        return min(_MAX_CHANCE, hits / (self.trials[grade] + _PRIOR_TRIALS))
 
     def learn(self, num: int, hits: int) -> None:
-        """Of `num` drafts the first `hits` came true; what follows a false one tells nothing."""
+        """Of `num` drafts the first `hits` were accepted. Later drafts than the
+        first rejected one do not count.
+        """
         grade = self.grade
-        self.hits[grade] = _MEMORY * self.hits[grade] + hits
-        self.trials[grade] = _MEMORY * self.trials[grade] + min(num, hits + 1)
+        self.hits[grade] = _DECAY * self.hits[grade] + hits
+        self.trials[grade] = _DECAY * self.trials[grade] + min(num, hits + 1)
 
-    def pass_over(self, grade: int) -> None:
-        self.hits[grade] *= _MERCY
-        self.trials[grade] *= _MERCY
+    def skip(self, grade: int) -> None:
+        self.hits[grade] *= _SKIP_DECAY
+        self.trials[grade] *= _SKIP_DECAY
 
 
 @dataclass(slots=True)
 class _Candidate:
-    """A sequence that has something to copy."""
+    """A sequence with possible drafts."""
 
     sequence: Sequence
     track: _Track
@@ -148,11 +150,11 @@ class _Candidate:
     chance: float
 
     def num_drafts(self, floor: float) -> int:
-        """How many come true with a chance of at least `floor`, one after another."""
+        """Number of leading drafts that are all accepted with a chance of at least `floor`."""
         return min(len(self.drafts), int(log(floor) / log(self.chance)))
 
     def gain(self, num: int) -> float:
-        """Tokens to expect of that many drafts: chance + chance ** 2 + ..."""
+        """Expected number of accepted drafts: chance + chance ** 2 + ..."""
         return self.chance * (1 - self.chance**num) / (1 - self.chance)
 
 
@@ -165,7 +167,7 @@ class Speculator:
         self._tracks: dict[Sequence, _Track] = {}
 
     def propose(self, plan: Plan) -> dict[Sequence, list[int]]:
-        """Drafts for sequences of a plan that computes one token of each."""
+        """Drafts for sequences of a plan that computes one token per sequence."""
         base = self._cost.seconds(plan.work)
         if base is None:
             return {}
@@ -180,15 +182,15 @@ class Speculator:
                 candidate.track.grade = candidate.grade
                 drafts[sequence] = candidate.drafts[:num]
             else:
-                candidate.track.pass_over(candidate.grade)
+                candidate.track.skip(candidate.grade)
         return drafts
 
     def learn(self, sequence: Sequence, *, num: int, hits: int) -> None:
-        """Says that of `num` drafts the first `hits` came true."""
+        """Records that of `num` drafts the first `hits` were accepted."""
         self._tracks[sequence].learn(num, hits)
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence is over."""
+        """Drops the state of a finished sequence."""
         self._tracks.pop(sequence, None)
 
     def _candidate(self, sequence: Sequence) -> _Candidate | None:
@@ -213,7 +215,9 @@ class Speculator:
         return _Candidate(sequence, track, drafts, grade, track.chance(grade))
 
     def _weigh(self, work: StepWork, candidates: list[_Candidate], seconds: float) -> list[int]:
-        """How many drafts of each promise the most tokens a second; 0 where none promise more."""
+        """Number of drafts per candidate with the best expected rate of tokens per second; all 0 if
+        no drafts are the best.
+        """
         best = [0] * len(candidates)
         best_rate = _MARGIN * work.sampled / seconds
         for floor in _FLOORS if candidates else ():

@@ -1,4 +1,4 @@
-"""unpack: StepOutput -> what each sequence of the plan got. Shape legend: `model.batch`."""
+"""unpack: StepOutput -> new tokens and log probabilities per sequence. Shapes: `model.batch`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from service.messages import TokenLogprob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a step yielded, in the order of the plan."""
+    """Results of a step, in the order of the plan."""
 
-    runs: list[list[int]]  # the tokens of each of `plan.sampling`: drafts that came true, and one
-    logprobs: list[Run[TokenLogprob]]  # of each run; empty where not asked for
+    runs: list[list[int]]  # the tokens of each of `plan.sampling`: accepted drafts, and one
+    logprobs: list[Run[TokenLogprob]]  # of each run; empty if not requested
     prompt_logprobs: dict[Sequence, list[tuple[int, TokenLogprob]]]  # -> (position, score)
 
 
 def unpack(plan: Plan, output: StepOutput) -> Outcome:
-    """What each sequence of the plan got."""
+    """Splits the rows of a step's output by sequence."""
     sampled: list[int] = output.tokens_R.tolist()
     runs = [[token] for token in sampled] if not plan.drafts else _unpack_runs(plan, sampled)
     logprobs: list[Run[TokenLogprob]] = [()] * len(runs)

@@ -1,4 +1,4 @@
-"""Logs: one line an event, as text for people or JSON for machines. Never a prompt or a secret."""
+"""Logs: one line per event, as text or JSON. Never a prompt or a secret."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskN
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; what was given as `extra` becomes fields."""
+    """One JSON object per line; the record's `extra` becomes fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Renders the record; values that JSON does not know become strings."""
+        """Renders the record; values without a JSON type become strings."""
         fields: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
             + f".{int(record.msecs):03d}Z",
@@ -35,7 +35,7 @@ class TextFormatter(logging.Formatter):
     """Time, level, message and the `extra` fields as name=value. Control characters are escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Renders the record as one line, and a traceback after it where there is one."""
+        """Renders the record as one line, followed by its traceback if it has one."""
         extra = " ".join(
             f"{key}={value}" for key, value in vars(record).items() if key not in _STANDARD
         )
@@ -47,7 +47,7 @@ class TextFormatter(logging.Formatter):
 
 
 def log_call(report: CallReport) -> None:
-    """The request log: one line when a generating call is over."""
+    """Writes the request log: one line per generating call, at its end."""
     first = report.to_first_token
     logging.getLogger("quire.requests").info(
         "request",
@@ -66,7 +66,7 @@ def log_call(report: CallReport) -> None:
 
 
 def set_up_logging(level: str, form: Literal["text", "json"]) -> None:
-    """Sends all logs to standard error in one form; uvicorn's own lines too."""
+    """Sends all logs, including uvicorn's, to standard error in one format."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     root = logging.getLogger()
@@ -74,3 +74,5 @@ def set_up_logging(level: str, form: Literal["text", "json"]) -> None:
     root.setLevel(level.upper())
     for name in ("httpx", "huggingface_hub", "filelock", "asyncio", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Clients cause its warnings, with headers that are too long.
+    logging.getLogger("opentelemetry.trace.propagation").setLevel(logging.ERROR)

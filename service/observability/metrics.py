@@ -1,13 +1,13 @@
-"""Metrics: the observer that feeds every Prometheus series; `metrics_series` says what there is.
+"""Metrics: the observer that feeds every Prometheus series; `series` defines them.
 
-The engine, the worker, the queue, the cluster and the API each know a small observer protocol;
-`Metrics` is all of them. It has its own registry: two servers in one process do not mix their
-figures. No label comes from what a client sends.
+The engine, the worker, the queue, the cluster and the API each have a small observer protocol;
+`Metrics` implements all of them. It has its own registry: two servers in one process do not mix
+their figures. No label value comes from a client.
 
     accepted = finished over all reasons + waiting + running     summed over all processes
 
-holds while no process was killed: an end is counted once, by the worker that wrote it or, where the
-queue wrote it itself (cancelled, past its deadline), by the process that asked the queue to.
+holds while no process was killed: an end is counted once, by the worker that wrote it or, if the
+queue wrote it (cancelled, past its deadline), by the process whose call caused that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from prometheus_client import generate_latest
 
-from service.api.observer import CallReport, HttpCall
+from service.api.observer import CallReport, NullObserver
 from service.engine.observer import StepReport
 from service.http.connections import Outcome
 from service.messages import End, ModelCard
@@ -27,16 +27,17 @@ from service.observability.series import Series
 from service.observability.vllm_names import VllmNames
 from service.queues.contract import Claim, QueueDepth
 from service.queues.observer import REASON_OF_END, QueueEvent
+from service.worker.observer import NullWorkerObserver
 
 RATE_WINDOW = 10.0  # seconds
 
 
-class Metrics(Series):
-    """All series of one process. `render` is what `/metrics` answers.
+class Metrics(Series, NullObserver, NullWorkerObserver):
+    """All series of one process; `/metrics` returns `render`.
 
-    `on_call` gets the report of each generating call too: that is where the request log hangs.
-    `role` and `version` are told as they are; with `vllm_names` each figure that vLLM has comes a
-    second time, under its name there.
+    `on_call` gets the report of each generating call; the request log is written there. `role` and
+    `version` are labels of `quire_info`. With `vllm_names` the figures that vLLM has are exported a
+    second time, under vLLM's names.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Metrics(Series):
         self._version = version
         self._on_call = on_call
         self._clock = clock
-        self._sampled: deque[tuple[float, int]] = deque(maxlen=2048)  # of the latest steps
+        self._sampled: deque[tuple[float, int]] = deque(maxlen=2048)  # (time, tokens) per step
         self._queue = QueueGauges(clock)
         self._vllm = VllmNames(self)
         self.registry.register(self._queue)
@@ -63,15 +64,15 @@ class Metrics(Series):
 
     def render(self) -> bytes:
         """The text exposition of all series."""
-        # A shared queue is nobody's own: told by each of its engines it would be added up.
+        # Not of a shared queue: each of its engines would count the same requests.
         depth = self._queue.depth if self._role == "serve" else None
         self._vllm.queued = 0 if depth is None else depth.queued_requests
         return generate_latest(self.registry)
 
     def tokens_per_second(self) -> float:
-        """Tokens sampled lately, each second; 0 where nothing was."""
+        """Tokens sampled per second, over the last `RATE_WINDOW`; 0 if there were none."""
         now = self._clock()
-        # A copy is made in one go; the engine's thread appends meanwhile.
+        # Iterates over a copy, which is atomic: the engine's thread appends meanwhile.
         recent = [(at, count) for at, count in self._sampled.copy() if now - at <= RATE_WINDOW]
         if len(recent) < 2:
             return 0.0
@@ -79,63 +80,44 @@ class Metrics(Series):
 
     # --- service.cluster.ClusterObserver --------------------------------------------------
     def queue_read(self, depth: QueueDepth, engines: int) -> None:
-        """What waits and runs over the whole cluster, and how many engines there are."""
         self._queue.read(depth, engines)
 
     def queue_away(self) -> None:
-        """The queue could not be read: nothing is known of it."""
         self._queue.away()
 
     def serves(self, card: ModelCard) -> None:
-        """What is served here, from now on."""
         self.info.clear()
         self.info.labels(self._version, card.id, card.numeric_class, self._role).set(1)
         self._vllm.model = card.id
 
     # --- service.keys.KeyRing -------------------------------------------------------------
     def keys_reloaded(self, good: bool) -> None:  # noqa: FBT001 - what KeyRing calls
-        """Counts a change of the keys file."""
         self.key_reloads.labels("ok" if good else "refused").inc()
 
-    # --- service.http.connections.ConnectionObserver -------------------------------------------
+    # --- service.http.connections.ConnectionObserver --------------------------------------
     def connections_open(self, port: str, count: int) -> None:
-        """Remembers how many connections a port has."""
         self.http_connections.labels(port).set(count)
 
     def connection_limited(self, port: str, outcome: Outcome) -> None:
-        """Counts a connection that was closed or refused."""
         self.http_connections_limited.labels(port, outcome.value).inc()
 
     # --- service.api.observer.ApiObserver -------------------------------------------------
-    def call_began(self, traceparent: str | None) -> str | None:  # noqa: ARG002
-        """Is not traced here."""
-        return None
-
-    def call_over(self, call: HttpCall) -> None:
-        """Is counted when it is answered."""
-
     def call_answered(self, status: int) -> None:
-        """Counts an HTTP answer."""
         self.http_responses.labels(str(status)).inc()
 
     def call_accepted(self, requests: int) -> None:
-        """Counts admitted requests."""
         self.accepted.inc(requests)
 
     def call_refused(self, reason: str) -> None:
-        """Counts a call that the queue did not admit."""
         self.refused.labels(reason).inc()
 
     def call_unserved(self) -> None:
-        """Counts a call that no engine was there for."""
         self.unserved.inc()
 
     def call_lost(self, requests: int) -> None:
-        """Counts what must never happen."""
         self.lost.inc(requests)
 
     def call_ended(self, report: CallReport) -> None:
-        """Measures a generating call as its client saw it."""
         self.duration.observe(report.duration)
         if report.to_first_token is not None:
             self.first_token_time.observe(report.to_first_token)
@@ -147,7 +129,6 @@ class Metrics(Series):
 
     # --- service.engine.observer.Observer -------------------------------------------------
     def stepped(self, report: StepReport) -> None:
-        """Counts one engine step, and what is held after it."""
         self.latest = report
         if report.num_tokens:
             self.steps.inc()
@@ -166,50 +147,35 @@ class Metrics(Series):
         self.accepted_drafts.inc(report.num_accepted)
         self.prefix_hits.inc(report.prefix_hit_tokens)
         self.preemptions.inc(report.preemptions)
-        if report.recomputed_tokens:
-            self.wasted_tokens.labels("preemption").inc(report.recomputed_tokens)
+        self.wasted(report.recomputed_tokens, "preemption")
 
-    # --- service.worker.worker.WorkerObserver ----------------------------------------------------
+    # --- service.worker.observer.WorkerObserver -------------------------------------------
     def claimed(self, claim: Claim) -> None:
-        """Measures its wait; counts a take-over, and what it computes again."""
         if claim.waited_ms is not None:
             self.queue_wait.observe(claim.waited_ms / 1000)
         if claim.tokens or claim.attempt > 1:
-            self.take_overs.inc()
-            again = len(claim.request.prompt_ids) + len(claim.tokens)
-            self.wasted_tokens.labels("take_over").inc(again)
-
-    def first_token(self, request_id: str) -> None:
-        """Is measured where its client sees it."""
-
-    def let_go(self, claim: Claim, outcome: str, *, written: int, end: End | None = None) -> None:
-        """Is counted by what it was let go for."""
+            self.failovers.inc()
+            self.wasted(len(claim.request.prompt_ids) + len(claim.tokens), "take_over")
 
     def ended(self, end: End, seconds: float) -> None:
-        """Counts an end."""
         self.finished.labels(end.reason.value).inc()
         self.claimed_seconds.observe(seconds)
 
     def fenced(self) -> None:
-        """Counts a refused write."""
         self.fenced_writes.inc()
 
     def lease_lost(self, count: int) -> None:
-        """Counts leases that ran out."""
         self.lost_leases.inc(count)
 
     def wasted(self, tokens: int, cause: str) -> None:
-        """Adds to the ledger of waste."""
         if tokens:
             self.wasted_tokens.labels(cause).inc(tokens)
 
     def wrote(self, seconds: float) -> None:
-        """Measures one write to the journal."""
         self.write_time.observe(seconds)
 
     # --- service.queues.observer.QueueObserver --------------------------------------------
     def happened(self, event: QueueEvent, count: int = 1) -> None:
-        """Counts what the queue met with, and the ends that it wrote itself."""
         self.queue_events.labels(event.value).inc(count)
         if event in REASON_OF_END:
             self.finished.labels(REASON_OF_END[event].value).inc(count)

@@ -1,7 +1,7 @@
-"""QueueGauges: the queue as it was last read. Without samples where it cannot be read now.
+"""QueueGauges: gauges of the queue as last read. They have no samples while it cannot be read.
 
-A gauge that stood still while Redis is away would tell an alert or a scaler what is no longer true;
-an absent one is something that both of them know how to treat.
+A gauge that kept its value while Redis is unreachable would mislead alerts and autoscalers; both
+handle an absent one.
 """
 
 from __future__ import annotations
@@ -15,9 +15,26 @@ from service.queues.contract import QueueDepth
 
 STALE_AFTER = 5.0  # seconds; it is read each second
 
+# name, help, value
+GAUGES: tuple[tuple[str, str, Callable[[QueueDepth], float]], ...] = (
+    ("quire_queue_requests", "Requests waiting in the queue.", lambda q: q.queued_requests),
+    ("quire_queue_tokens", "Cost of the waiting requests, in tokens.", lambda q: q.queued_tokens),
+    ("quire_queue_running", "Requests claimed by any engine.", lambda q: q.running_requests),
+    (
+        "quire_queue_oldest_seconds",
+        "Age of the request that has waited longest.",
+        lambda q: q.oldest_seconds or 0.0,
+    ),
+    (
+        "quire_queue_stored_bytes",
+        "Stored bytes of requests and their records.",
+        lambda q: q.stored_bytes,
+    ),
+)
+
 
 class QueueGauges(Collector):
-    """Holds what was read; `clock` is in seconds."""
+    """`clock` is in seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -27,40 +44,29 @@ class QueueGauges(Collector):
 
     @property
     def depth(self) -> QueueDepth | None:
-        """What waits and runs; None where that is not known now."""
+        """Waiting and running requests; None if the queue cannot be read now."""
         if self._read_at is None or self._clock() - self._read_at > STALE_AFTER:
             return None
         return self._depth
 
     def read(self, depth: QueueDepth, engines: int) -> None:
-        """The queue was reached."""
         self._depth, self._engines, self._read_at = depth, engines, self._clock()
 
     def away(self) -> None:
-        """It was not, or it takes no writes."""
+        """The queue could not be reached, or takes no writes."""
         self._depth, self._read_at = None, self._clock()
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """For Prometheus."""
         depth = self.depth
-        requests = tokens = running = engines = oldest = stored = reachable = None
-        if depth is not None:
-            requests, tokens = depth.queued_requests, depth.queued_tokens
-            running, engines = depth.running_requests, self._engines
-            oldest, stored = depth.oldest_seconds or 0.0, depth.stored_bytes
-        if self._read_at is not None:
-            reachable = int(depth is not None)
-        rows: list[tuple[str, str, float | None]] = [
-            ("quire_queue_requests", "Requests waiting, all engines.", requests),
-            ("quire_queue_tokens", "Cost in tokens of the waiting requests.", tokens),
-            ("quire_queue_running", "Requests held by any engine.", running),
-            ("quire_queue_oldest_seconds", "Age of the request that waits longest.", oldest),
-            ("quire_queue_stored_bytes", "Stored bytes of requests and their records.", stored),
-            ("quire_engines", "Engines heard of within ten seconds.", engines),
-            ("quire_queue_reachable", "1 if the queue takes reads and writes, else 0.", reachable),
-        ]
-        for name, text, value in rows:
-            family = GaugeMetricFamily(name, text)
-            if value is not None:
-                family.add_metric([], value)
-            yield family
+        for name, text, value in GAUGES:
+            yield GaugeMetricFamily(name, text, None if depth is None else value(depth))
+        yield GaugeMetricFamily(
+            "quire_engines",
+            "Engines that sent a heartbeat in the last 10 seconds.",
+            None if depth is None else self._engines,
+        )
+        yield GaugeMetricFamily(
+            "quire_queue_reachable",
+            "1 if the queue takes reads and writes, else 0.",
+            None if self._read_at is None else int(depth is not None),
+        )

@@ -1,12 +1,13 @@
-"""Series: every Prometheus series of Quire but those of the queue, named once. It feeds none.
+"""Series: every Prometheus series of a process, defined once; `Metrics` feeds them.
 
-`metrics_queue` has the gauges of the queue, which are absent where nobody knows them, and
-`metrics_vllm` the same figures under vLLM's names.
+The gauges of the queue are in `queue_gauges`: they are absent while the queue cannot be read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from itertools import product
+from typing import TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -39,17 +40,14 @@ WAIT_BUCKETS = (
     300.0, 600.0, 1800.0, 3600.0,
 )  # fmt: skip
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-KEY_RELOADS = ("ok", "refused")
+
+REFUSALS = {*SubmitStatus, BUSY} - {SubmitStatus.OK, SubmitStatus.EXISTS}
 PORTS = ("api", "admin")
 WASTE = (
-    "preemption",
-    "take_over",
-    "cancelled",
-    "fenced",
-    "lease_lost",
-    "journal_lost",
-    "storage_full",
-)
+    "preemption", "take_over", "cancelled", "fenced", "lease_lost", "journal_lost", "storage_full",
+)  # fmt: skip
+
+_Labelled = TypeVar("_Labelled", Counter, Gauge)
 
 
 class Series:
@@ -57,148 +55,146 @@ class Series:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        self._process_and_http()
         self._requests()
         self._engine()
         self._journal()
-        self._process()
-        self._begin_at_zero()
 
-    def _begin_at_zero(self) -> None:
-        """Creates the series of all label values: a rate misses what first appears as 1."""
-        for reason in FinishReason:
-            self.finished.labels(reason.value)
-        refusals = {status.value for status in SubmitStatus} - {
-            SubmitStatus.OK,
-            SubmitStatus.EXISTS,
-        }
-        for refusal in refusals | {BUSY}:
-            self.refused.labels(refusal)
-        for event in QueueEvent:
-            self.queue_events.labels(event.value)
-        for port, outcome in product(PORTS, Outcome):
-            self.http_connections.labels(port)
-            self.http_connections_limited.labels(port, outcome.value)
-        for result in KEY_RELOADS:
-            self.key_reloads.labels(result)
-        for cause in WASTE:
-            self.wasted_tokens.labels(cause)
+    def _counter(self, name: str, text: str, **labels: Iterable[str]) -> Counter:
+        return _with_values(Counter(name, text, labels, registry=self.registry), labels)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, registry=self.registry)
-
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(name, text, labels, registry=self.registry)
+    def _gauge(self, name: str, text: str, **labels: Iterable[str]) -> Gauge:
+        return _with_values(Gauge(name, text, labels, registry=self.registry), labels)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, buckets=buckets, registry=self.registry)
 
-    def _requests(self) -> None:
-        self.http_connections = self._gauge(
-            "quire_http_connections", "Open connections by port.", "port"
+    def _process_and_http(self) -> None:
+        counter, gauge = self._counter, self._gauge
+        self.info = gauge(
+            "quire_info",
+            "Version, model, numeric class and role of this process; always 1.",
+            **dict.fromkeys(("version", "model", "numeric_class", "role"), ()),
         )
-        self.http_connections_limited = self._counter(
+        self.http_connections = gauge(
+            "quire_http_connections", "Open connections by port.", port=PORTS
+        )
+        self.http_connections_limited = counter(
             "quire_http_connections_limited",
-            "Connections closed while idle, or refused, because of a limit on connections.",
-            "port",
-            "outcome",
+            "Connections closed while idle, or refused, because of a connection limit.",
+            port=PORTS,
+            outcome=Outcome,
         )
-        self.http_responses = self._counter(
-            "quire_http_responses", "HTTP answers by status code.", "status"
+        self.http_responses = counter(
+            "quire_http_responses", "HTTP responses by status code.", status=()
         )
-        self.accepted = self._counter("quire_requests_accepted", "Requests admitted to the queue.")
-        self.refused = self._counter(
-            "quire_requests_refused", "Calls refused by a limit, by reason.", "reason"
+        self.key_reloads = counter(
+            "quire_key_reloads",
+            "Changes of the keys file: loaded (ok) or refused.",
+            result=("ok", "refused"),
         )
-        self.unserved = self._counter(
-            "quire_calls_unserved", "Calls refused because no engine was there."
+
+    def _requests(self) -> None:
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        self.accepted = counter("quire_requests_accepted", "Requests admitted to the queue.")
+        self.refused = counter(
+            "quire_requests_refused", "Calls refused by a limit, by reason.", reason=REFUSALS
         )
-        self.key_reloads = self._counter(
-            "quire_key_reloads", "Changes of the keys file: taken over, or refused.", "result"
+        self.unserved = counter(
+            "quire_calls_unserved", "Calls refused because no engine was available."
         )
-        self.accepts_without_engines = self._gauge(
-            "quire_accepts_without_engines", "1 where calls are taken while no engine is there."
+        self.accepts_without_engines = gauge(
+            "quire_accepts_without_engines", "1 if calls are accepted while no engine is available."
         )
-        self.finished = self._counter(
-            "quire_requests_finished", "Requests whose end is in the journal, by reason.", "reason"
+        self.finished = counter(
+            "quire_requests_finished",
+            "Requests whose end is in the journal, by finish reason.",
+            reason=FinishReason,
         )
-        self.lost = self._counter(
-            "quire_requests_lost", "Admitted requests whose journal vanished. Always 0."
+        self.lost = counter(
+            "quire_requests_lost", "Admitted requests whose journal vanished. Must be 0."
         )
-        self.duration = self._histogram(
+        self.duration = histogram(
             "gen_ai_server_request_duration_seconds",
-            "From a request's arrival to its last byte.",
+            "Time from a request's arrival to its last byte.",
             DURATION_BUCKETS,
         )
-        self.first_token_time = self._histogram(
+        self.first_token_time = histogram(
             "gen_ai_server_time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
+            "Time from a request's arrival to its first token.",
             FIRST_TOKEN_BUCKETS,
         )
-        self.per_token = self._histogram(
+        self.per_token = histogram(
             "gen_ai_server_time_per_output_token_seconds",
-            "Mean time of a token after the first, by request.",
+            "Mean time per output token after the first, by request.",
             PER_TOKEN_BUCKETS,
         )
 
     def _engine(self) -> None:
-        self.running = self._gauge("quire_sequences_running", "Sequences in the batch.")
-        self.waiting = self._gauge("quire_sequences_waiting", "Sequences waiting in the engine.")
-        self.blocks = self._gauge("quire_kv_blocks", "KV blocks by state.", "state")
-        self.prompt_tokens = self._counter("quire_prompt_tokens", "Prompt tokens computed.")
-        self.generated_tokens = self._counter("quire_generated_tokens", "Tokens sampled.")
-        self.draft_tokens = self._counter("quire_draft_tokens", "Tokens drafted by look-up.")
-        self.accepted_drafts = self._counter(
-            "quire_accepted_draft_tokens", "Drafts that the sampler chose too."
-        )
-        self.prefix_hits = self._counter(
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        self.running = gauge("quire_sequences_running", "Sequences in the batch.")
+        self.waiting = gauge("quire_sequences_waiting", "Sequences waiting in the engine.")
+        self.blocks = gauge("quire_kv_blocks", "KV blocks by state.", state=())
+        self.prompt_tokens = counter("quire_prompt_tokens", "Prompt tokens computed.")
+        self.generated_tokens = counter("quire_generated_tokens", "Output tokens generated.")
+        self.draft_tokens = counter("quire_draft_tokens", "Draft tokens computed.")
+        self.accepted_drafts = counter("quire_accepted_draft_tokens", "Draft tokens accepted.")
+        self.prefix_hits = counter(
             "quire_prefix_hit_tokens", "Prompt tokens found in the prefix cache."
         )
-        self.preemptions = self._counter(
-            "quire_preemptions", "Sequences that gave up their blocks to others."
+        self.preemptions = counter(
+            "quire_preemptions", "Preemptions of running sequences in favour of others."
         )
-        self.steps = self._counter("quire_steps", "Engine steps.")
-        self.step_time = self._histogram(
-            "quire_step_duration_seconds", "One engine step, all of it.", STEP_BUCKETS
+        self.steps = counter("quire_steps", "Engine steps.")
+        self.step_time = histogram(
+            "quire_step_duration_seconds", "Duration of an engine step.", STEP_BUCKETS
         )
-        self.step_overhead = self._histogram(
-            "quire_step_overhead_seconds", "One engine step outside the network.", STEP_BUCKETS
+        self.step_overhead = histogram(
+            "quire_step_overhead_seconds",
+            "Duration of an engine step outside the network.",
+            STEP_BUCKETS,
         )
-        self.step_tokens = self._histogram(
-            "quire_step_tokens", "Tokens that a step computes.", BATCH_BUCKETS
+        self.step_tokens = histogram(
+            "quire_step_tokens", "Tokens computed per engine step.", BATCH_BUCKETS
         )
-        self.wasted_tokens = self._counter(
-            "quire_wasted_tokens", "Tokens computed again or for nothing, by cause.", "cause"
+        self.wasted_tokens = counter(
+            "quire_wasted_tokens", "Tokens computed again or discarded, by cause.", cause=WASTE
         )
 
     def _journal(self) -> None:
-        self.queue_wait = self._histogram(
+        counter, histogram = self._counter, self._histogram
+        self.queue_wait = histogram(
             "quire_queue_wait_seconds",
-            "From a request's submission to its first claim.",
+            "Time from a request's submission to its first claim.",
             WAIT_BUCKETS,
         )
-        self.take_overs = self._counter(
+        self.failovers = counter(
             "quire_take_overs", "Requests continued here after another engine died or left."
         )
-        self.fenced_writes = self._counter(
-            "quire_fenced_writes", "Writes that the queue refused: the request was another's."
+        self.fenced_writes = counter(
+            "quire_fenced_writes", "Writes rejected because another engine has the lease."
         )
-        self.queue_events = self._counter(
-            "quire_queue_events", "What this process's side of the queue met with.", "event"
+        self.queue_events = counter(
+            "quire_queue_events",
+            "Events of this process's queue client, by kind.",
+            event=QueueEvent,
         )
-        self.lost_leases = self._counter("quire_lost_leases", "Leases that ran out here.")
-        self.write_time = self._histogram(
-            "quire_journal_write_seconds", "One write of a step's records.", STEP_BUCKETS
+        self.lost_leases = counter("quire_lost_leases", "Leases of this engine that expired.")
+        self.write_time = histogram(
+            "quire_journal_write_seconds",
+            "Duration of one write of a step's records.",
+            STEP_BUCKETS,
         )
-        self.claimed_seconds = self._histogram(
-            "quire_engine_seconds", "From a request's claim to its end.", DURATION_BUCKETS
+        self.claimed_seconds = histogram(
+            "quire_engine_seconds", "Time from a request's claim to its end.", DURATION_BUCKETS
         )
 
-    def _process(self) -> None:
-        """Memory, CPU, files, garbage collections; and what this process is."""
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=self.registry)
-        self.info = self._gauge(
-            "quire_info",
-            "What this process is: always 1.",
-            *("version", "model", "numeric_class", "role"),
-        )
+
+def _with_values(metric: _Labelled, labels: Mapping[str, Iterable[str]]) -> _Labelled:
+    """Creates the series of all known label values: a rate misses a series that begins at 1."""
+    if labels:
+        for values in product(*labels.values()):
+            metric.labels(*values)
+    return metric

@@ -1,19 +1,19 @@
-"""VllmNames: Quire's figures once more, under the names that dashboards for vLLM ask for.
+"""VllmNames: Quire's figures a second time, under vLLM's metric names (`--vllm-metrics`).
 
-Nothing is counted here: each series is read off one of ours when it is scraped. What vLLM counts
-and Quire does not is left out, and so is vLLM's label `engine`: here a process is one engine.
+They cannot be recording rules of a Prometheus server: the endpoint picker of the Kubernetes Gateway
+API inference extension scrapes /metrics of each pod, for `vllm:num_requests_waiting` and others.
+Every sample is derived from one of Quire's series at scrape time. What vLLM counts and Quire does
+not is left out, and so is vLLM's label `engine`: here a process is one engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from prometheus_client.samples import Sample
 
 from service.messages import FinishReason
 from service.observability.series import Series
@@ -28,7 +28,7 @@ FINISHED_REASONS = {
 
 
 class VllmNames(Collector):
-    """`model` is the label model_name; `queued` is how many wait in this process's own queue."""
+    """`model` is the label model_name; `queued` counts requests in this process's own queue."""
 
     def __init__(self, series: Series) -> None:
         self.model = ""
@@ -36,78 +36,62 @@ class VllmNames(Collector):
         self._series = series
 
     def collect(self) -> Iterator[Metric]:
-        """For Prometheus."""
-        yield from self._gauges()
-        yield from self._counters()
         ours = self._series
-        for name, text, histogram in (
+        for name, text, metric in (
+            ("num_requests_running", "Requests in the batch.", ours.running),
+            ("generation_tokens", "Output tokens generated.", ours.generated_tokens),
+            ("prefix_cache_hits", "Prompt tokens found in the cache.", ours.prefix_hits),
+            ("num_preemptions", "Preemptions.", ours.preemptions),
             ("time_to_first_token_seconds", "Time to first token.", ours.first_token_time),
-            ("e2e_request_latency_seconds", "From arrival to the last byte.", ours.duration),
-            ("request_time_per_output_token_seconds", "Mean, by request.", ours.per_token),
-            ("request_queue_time_seconds", "From submission to claim.", ours.queue_wait),
-            ("request_inference_time_seconds", "From claim to end.", ours.claimed_seconds),
-            ("iteration_tokens_total", "Tokens of an engine step.", ours.step_tokens),
+            ("e2e_request_latency_seconds", "Time from arrival to last byte.", ours.duration),
+            ("request_time_per_output_token_seconds", "Mean by request.", ours.per_token),
+            ("request_queue_time_seconds", "Time from submission to claim.", ours.queue_wait),
+            ("request_inference_time_seconds", "Time from claim to end.", ours.claimed_seconds),
+            ("iteration_tokens_total", "Tokens per engine step.", ours.step_tokens),
         ):
-            yield self._histogram(name, text, histogram)
+            yield self._renamed(name, text, metric)
+        yield from self._derived()
 
-    def _gauges(self) -> Iterator[Metric]:
+    def _renamed(self, name: str, text: str, metric: MetricWrapperBase) -> Metric:
+        (ours,) = metric.collect()
+        theirs = Metric(f"vllm:{name}", text, ours.type)
+        for sample in ours.samples:
+            suffix = sample.name.removeprefix(ours.name)
+            if suffix != "_created":
+                labels = {**sample.labels, "model_name": self.model}
+                theirs.add_sample(theirs.name + suffix, labels, sample.value)
+        return theirs
+
+    def _derived(self) -> Iterator[Metric]:
         ours = self._series
-        blocks = {
-            sample.labels["state"]: sample.value
-            for sample in _samples(ours.blocks, "quire_kv_blocks")
-        }
+        blocks = _values(ours.blocks)
         usage = blocks.get("used", 0.0) / max(1.0, sum(blocks.values()))
-        waiting = _value(ours.waiting) + self.queued
-        for name, text, value in (
-            ("num_requests_running", "Requests in the batch.", _value(ours.running)),
-            ("num_requests_waiting", "Requests waiting to be computed.", waiting),
-            ("kv_cache_usage_perc", "KV blocks in use; 1 is all of them.", usage),
+        waiting = _values(ours.waiting)[""] + self.queued
+        prompt = _values(ours.prompt_tokens)[""] + _values(ours.prefix_hits)[""]
+        for kind, name, text, value in (
+            (GaugeMetricFamily, "num_requests_waiting", "Requests waiting.", waiting),
+            (GaugeMetricFamily, "kv_cache_usage_perc", "Fraction of KV blocks in use.", usage),
+            (CounterMetricFamily, "prompt_tokens", "Prompt tokens, computed or cached.", prompt),
+            (CounterMetricFamily, "prefix_cache_queries", "Prompt tokens looked up.", prompt),
         ):
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-            gauge.add_metric([self.model], value)
-            yield gauge
-
-    def _counters(self) -> Iterator[Metric]:
-        ours = self._series
-        hits = _value(ours.prefix_hits)
-        prompt = _value(ours.prompt_tokens) + hits
-        for name, text, value in (
-            ("prompt_tokens", "Prompt tokens, computed or found.", prompt),
-            ("generation_tokens", "Tokens generated.", _value(ours.generated_tokens)),
-            ("prefix_cache_queries", "Prompt tokens looked up.", prompt),
-            ("prefix_cache_hits", "Prompt tokens found.", hits),
-            ("num_preemptions", "Preemptions.", _value(ours.preemptions)),
-        ):
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-            counter.add_metric([self.model], value)
-            yield counter
+            family = kind(f"vllm:{name}", text, labels=["model_name"])
+            family.add_metric([self.model], value)
+            yield family
         ended = dict.fromkeys(FINISHED_REASONS.values(), 0.0)
-        for sample in _samples(ours.finished, "quire_requests_finished_total"):
-            ended[FINISHED_REASONS[FinishReason(sample.labels["reason"])]] += sample.value
-        success = CounterMetricFamily(
-            "vllm:request_success",
-            "Requests by their end.",
-            labels=["model_name", "finished_reason"],
-        )
-        for reason, value in ended.items():
-            success.add_metric([self.model, reason], value)
+        for reason, value in _values(ours.finished).items():
+            ended[FINISHED_REASONS[FinishReason(reason)]] += value
+        labels = ["model_name", "finished_reason"]
+        success = CounterMetricFamily("vllm:request_success", "Finished requests.", labels=labels)
+        for theirs, value in ended.items():
+            success.add_metric([self.model, theirs], value)
         yield success
 
-    def _histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
-        family = HistogramMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-        (ours,) = histogram.collect()
-        buckets = [(s.labels["le"], s.value) for s in ours.samples if s.name.endswith("_bucket")]
-        (total,) = [sample.value for sample in ours.samples if sample.name.endswith("_sum")]
-        family.add_metric([self.model], buckets=buckets, sum_value=total)
-        return family
 
-
-def _samples(metric: MetricWrapperBase, name: str) -> Iterator[Sample]:
+def _values(metric: MetricWrapperBase) -> dict[str, float]:
+    """The values of a gauge or counter by its label; "" is the key if it has none."""
     (family,) = metric.collect()
-    return (sample for sample in family.samples if sample.name == name)
-
-
-def _value(metric: MetricWrapperBase) -> float:
-    """Of a gauge or a counter without labels."""
-    (family,) = metric.collect()
-    return family.samples[0].value
+    return {
+        next(iter(sample.labels.values()), ""): sample.value
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }

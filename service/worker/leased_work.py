@@ -1,30 +1,111 @@
-"""LeasedWork: what a worker keeps of a request that it has claimed. No rules."""
+"""WorkTable: the requests that a worker has claimed."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from service.messages import Tokens
+from service.engine.loop import EngineLoop
+from service.messages import End, Tokens
 from service.queues.contract import Claim, Lease
+from service.worker.observer import WorkerObserver
 
 
 @dataclass(slots=True)
 class LeasedWork:
-    """A claimed request. The records are kept to its end, to answer a GAP."""
+    """A claimed request. Its records are kept to its end, to close a GAP."""
 
     claim: Claim
     since: float
     records: list[Tokens] = field(default_factory=list)
     written: int = 0  # tokens that are known to be in the journal
-    ending: bool = False  # its end is on its way; the reply decides what became of it
+    ending: bool = False  # its end is being written; the reply is still to come
 
     @property
     def lease(self) -> Lease:
-        """Under which its records are written."""
         return self.claim.lease
 
     @property
     def is_isolated(self) -> bool:
-        """Whether it is not yet past the position at which engines died."""
+        """Whether it has not passed the position at which engines died."""
         until = self.claim.isolated_until
         return until is not None and self.written <= until
+
+
+class WorkTable:
+    """Leased work by request id. Used in the event loop, except `has_isolated`.
+
+    `room_changed` is set when a request leaves the engine.
+    """
+
+    def __init__(
+        self, engine: EngineLoop, observer: WorkerObserver, *, clock: Callable[[], float]
+    ) -> None:
+        self.items: dict[str, LeasedWork] = {}
+        self.room_changed = asyncio.Event()
+        self._engine = engine
+        self._observer = observer
+        self._clock = clock
+        self._isolated: set[str] = set()
+
+    @property
+    def leases(self) -> list[Lease]:
+        return [work.lease for work in self.items.values()]
+
+    @property
+    def has_isolated(self) -> bool:
+        """Whether any request is isolated. Any thread."""
+        return bool(self._isolated)
+
+    def has_attempt(self, attempt: int) -> bool:
+        """Whether an isolated request is at this attempt or a later one."""
+        return any(self.items[each].claim.attempt >= attempt for each in self._isolated)
+
+    def add(self, claim: Claim) -> None:
+        request_id = claim.request.id
+        late = self.items.get(request_id)
+        if late is not None:  # this engine's own, whose lease expired
+            self._observer.released(late.claim, "lease_lost", written=late.written)
+        self._observer.claimed(claim)
+        self.items[request_id] = LeasedWork(claim, self._clock(), written=len(claim.tokens))
+        self._isolated.add(request_id)
+        self._update_isolated(request_id)
+
+    def journalled(self, work: LeasedWork, count: int) -> None:
+        """Records that the journal has `count` tokens."""
+        if work.written == len(work.claim.tokens) < count:
+            self._observer.first_token(work.claim.request.id)
+        work.written = count
+        self._update_isolated(work.claim.request.id)
+
+    def finish(self, work: LeasedWork, end: End) -> None:
+        """Removes a request whose end is in the journal."""
+        self.pop(work.claim.request.id)
+        self.room_changed.set()
+        self._observer.ended(end, self._clock() - work.since)
+        self._observer.released(work.claim, end.reason.value, written=end.count, end=end)
+
+    def drop(self, request_id: str, *, cause: str) -> None:
+        """Removes a request and aborts it in the engine. Unknown ids are ignored."""
+        work = self.pop(request_id)
+        if work is None:
+            return
+        self._engine.abort(request_id)
+        self.room_changed.set()
+        self._observer.wasted(sum(len(record.ids) for record in work.records), cause)
+        self._observer.released(work.claim, cause, written=work.written)
+
+    def leave(self, request_id: str, *, cause: str) -> None:
+        """Removes a request that the engine cannot abort now. Unknown ids are ignored."""
+        work = self.pop(request_id)
+        if work is not None:
+            self._observer.released(work.claim, cause, written=work.written)
+
+    def pop(self, request_id: str) -> LeasedWork | None:
+        self._isolated.discard(request_id)
+        return self.items.pop(request_id, None)
+
+    def _update_isolated(self, request_id: str) -> None:
+        if not self.items[request_id].is_isolated:
+            self._isolated.discard(request_id)

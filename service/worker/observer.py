@@ -1,4 +1,4 @@
-"""WorkerObserver: receives what an engine replica does. It knows no metrics library."""
+"""WorkerObserver: receives the events of a worker. Independent of any metrics library."""
 
 from __future__ import annotations
 
@@ -9,39 +9,54 @@ from service.queues.contract import Claim
 
 
 class WorkerObserver(Protocol):
-    """Receives the events of a worker. Called in the event loop."""
+    """Called in the event loop; must not block and must not raise."""
 
     def claimed(self, claim: Claim) -> None:
-        """A request came from the queue; it has tokens if an engine had begun it."""
+        """A request was claimed; it has tokens if another engine had begun it."""
         ...
 
     def first_token(self, request_id: str) -> None:
-        """The first token that this engine made of an answer is in the journal."""
+        """The first token that this engine generated for a request is in the journal."""
         ...
 
     def ended(self, end: End, seconds: float) -> None:
         """A request's end is in the journal, `seconds` after its claim."""
         ...
 
-    def let_go(self, claim: Claim, outcome: str, *, written: int, end: End | None = None) -> None:
-        """The engine is done with what it claimed: it ended, or was given up. Once per claim.
+    def released(self, claim: Claim, outcome: str, *, written: int, end: End | None = None) -> None:
+        """The worker is done with a claim: it ended or was given up. Once per claim.
 
-        `outcome` is the end's reason or the cause; the journal has `written` tokens.
+        `outcome` is the finish reason or the cause; the journal has `written` tokens.
         """
         ...
 
     def fenced(self) -> None:
-        """The queue refused a write: another engine has the lease."""
+        """The queue rejected a write: another engine has the lease."""
         ...
 
     def lease_lost(self, count: int) -> None:
-        """Requests were left to other engines, because their leases were not renewed."""
+        """Requests were left to other engines because their leases were not renewed."""
         ...
 
     def wasted(self, tokens: int, cause: str) -> None:
-        """Tokens were computed in vain; `cause` is one of a fixed few."""
+        """Computed tokens were discarded; `cause` is one of `series.WASTE`."""
         ...
 
     def wrote(self, seconds: float) -> None:
-        """One round trip to the journal took so long."""
+        """Duration of one round trip to the journal."""
         ...
+
+
+class NullWorkerObserver:
+    """Ignores everything."""
+
+    def claimed(self, claim: Claim) -> None: ...
+    def first_token(self, request_id: str) -> None: ...
+    def ended(self, end: End, seconds: float) -> None: ...
+    def released(
+        self, claim: Claim, outcome: str, *, written: int, end: End | None = None
+    ) -> None: ...
+    def fenced(self) -> None: ...
+    def lease_lost(self, count: int) -> None: ...
+    def wasted(self, tokens: int, cause: str) -> None: ...
+    def wrote(self, seconds: float) -> None: ...

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from model.text.tokenizer import Tokenizer
-from service.engine.answer import Answer as EngineAnswer
+from service.engine.output import OutputBuilder
 from service.messages import (
     End,
     FinishReason,
@@ -56,7 +56,7 @@ def in_pieces(
     tokenizer: Tokenizer, request: GenerationRequest, ids: Sequence[int], sizes: Iterator[int]
 ) -> list[Record]:
     """The journal that an engine writes whose steps give so many tokens each."""
-    answer = EngineAnswer(request, token_bytes=tokenizer.token_bytes, eos_ids=tokenizer.eos_ids)
+    answer = OutputBuilder(request, token_bytes=tokenizer.token_bytes, eos_ids=tokenizer.eos_ids)
     records: list[Record] = []
     while answer.reason is None:
         step = ids[answer.count : answer.count + next(sizes)]

@@ -286,7 +286,7 @@ class Rig:
         self.now += self.takes(batch.num_tokens)
         assert batch.num_tokens <= self.config.max_batch_tokens
         assert batch.num_sequences <= self.config.max_sequences
-        assert batch.seats_S.max() < self.config.max_sequences
+        assert batch.batch_slots_S.max() < self.config.max_sequences
 
     def _delivered(self, events: Sequence[Event]) -> None:
         for event in events:

@@ -67,19 +67,6 @@ def test_text_is_cut_before_the_first_complete_stop(ids: list[int], stop: tuple[
     assert detokenizer.finish() == ""
 
 
-@given(ids=tokens, stop=stops, data=st.data())
-def test_a_replayed_state_goes_on_as_if_nothing_had_been(
-    ids: list[int], stop: tuple[str, ...], data: st.DataObject
-) -> None:
-    num = data.draw(st.integers(0, len(ids)))
-    undisturbed, replayed = Detokenizer(VOCABULARY, stop), Detokenizer(VOCABULARY, stop)
-    pieces = [undisturbed.push(token) for token in ids]
-    assert replayed.replay(ids[:num]) == "".join(pieces[:num])
-    assert [replayed.push(token) for token in ids[num:]] == pieces[num:]
-    assert replayed.stopped_by == undisturbed.stopped_by
-    assert replayed.finish() == undisturbed.finish()
-
-
 def test_a_cut_character_becomes_one_replacement() -> None:
     detokenizer = Detokenizer([b"\xf0\x9f\x98"])
     assert (detokenizer.push(0), detokenizer.finish()) == ("", "\ufffd")

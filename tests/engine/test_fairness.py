@@ -57,7 +57,7 @@ class Service:
     async def step(self) -> None:
         loop = self.rig.loop
         for claim in await self.queue.claim(
-            INFO, limit=loop.room, under_served=loop.newcomers, wait=0
+            INFO, limit=loop.room, under_served=loop.under_served_room, wait=0
         ):
             self.leases[claim.request.id] = claim.lease
             self.rig.add(claim.request)

@@ -16,8 +16,8 @@ from model.grammar import (
     lark_grammar,
     regex_grammar,
 )
-from service.engine.answer import Answer
 from service.engine.guide import Guide, MaskTime
+from service.engine.output import OutputBuilder
 from service.messages import FinishReason
 from tests.engine.harness import make_request
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE
@@ -47,7 +47,7 @@ def make_guide(
 
 
 def look(guide: Guide) -> Guide:
-    guide._time.look([guide])
+    guide._time.compute_masks([guide])
     return guide
 
 
@@ -145,7 +145,7 @@ def test_a_failure_behind_a_draft_costs_the_draft_alone(grammars: Grammars) -> N
 def test_an_answer_in_a_dead_end_fails(grammars: Grammars) -> None:
     guide = guide_of(grammars, lark_grammar('start: "a" "b" x | "a" "c"\nx: x "d"'), b"a")
     request = make_request(max_tokens=9)
-    answer = Answer(request, token_bytes=TOKEN_BYTES, eos_ids=EOS_IDS, guide=guide)
+    answer = OutputBuilder(request, token_bytes=TOKEN_BYTES, eos_ids=EOS_IDS, guide=guide)
     record = answer.take(list(b"b"))
     look(guide)
     assert (record.text, answer.verdict) == ("b", FinishReason.ERROR)
@@ -158,5 +158,5 @@ def test_one_that_fails_at_its_beginning_fails_its_answer(grammars: Grammars) ->
         matcher.read(ord("x"))
     guide = look(make_guide(matcher))
     assert not guide.ready
-    answer = Answer(make_request(), token_bytes=TOKEN_BYTES, eos_ids=EOS_IDS, guide=guide)
+    answer = OutputBuilder(make_request(), token_bytes=TOKEN_BYTES, eos_ids=EOS_IDS, guide=guide)
     assert answer.verdict is FinishReason.ERROR

@@ -165,7 +165,7 @@ def test_stop_finishes_the_step_and_leaves_the_rest_unfinished(build: Build) -> 
     assert entered.wait(WAIT)
     stopping = threading.Thread(target=loop.stop, args=(WAIT,))
     stopping.start()
-    while not loop._stopping:
+    while not loop._inbox.stopping:
         threading.Event().wait(0.001)
     go_on.set()
     stopping.join()

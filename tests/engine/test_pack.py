@@ -94,7 +94,7 @@ def check_layout(plan: Plan, batch: Batch) -> None:
         assert batch.tokens_T[start : start + num].tolist() == tokens[first:last]
         assert batch.positions_T[start : start + num].tolist() == list(range(first, last))
         assert batch.context_lens_S[row] == last
-        assert batch.seats_S[row] == sequence.seat
+        assert batch.batch_slots_S[row] == sequence.batch_slot
         table = batch.block_table_SB[row].tolist()
         assert table == (sequence.blocks + [0] * len(table))[: len(table)]
         samples += [
@@ -237,5 +237,5 @@ def test_a_seat_forgets_who_sat_there() -> None:
     plan, _ = bench.pack(first)
     bench.update(plan, random.Random(0))
     plan, batch = bench.pack(make_request("second"))
-    assert batch.seats_S.tolist() == [0]
+    assert batch.batch_slots_S.tolist() == [0]
     check_sampling(plan.sampling, batch.sampling)

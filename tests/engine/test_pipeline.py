@@ -139,6 +139,6 @@ def test_nobody_takes_a_seat_before_its_token_is_read(tenants: tuple[str, str]) 
     scheduler._preempt(Plan(), lost)
     plan = scheduler.schedule(0.0)
     assert lost not in plan.tokens
-    assert lost.seat is None
+    assert lost.batch_slot is None
     rig.run()
     assert [rig.transcripts[r.id].result for r in requests] == [expected(r) for r in requests]

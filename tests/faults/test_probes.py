@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from service.engine.loop import STALL_MAX
+from service.engine.timer import STALL_MAX
 from tests.cluster.checker import check_all
 from tests.cluster.client import Broken, call
 from tests.cluster.cluster import Cluster

@@ -10,7 +10,6 @@ import pytest
 
 from model.batch import Words
 from model.grammar import Grammars, Matcher, json_schema_grammar, lark_grammar, regex_grammar
-from service.engine.answer import without_mask
 from service.engine.guide import ANSWER_LIMIT, MASK_LIMIT, TOKEN_LIMIT, MaskTime
 from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver
@@ -92,7 +91,7 @@ class Engine:
             grammars=grammars,
         )
         if isinstance(grammars, CostlyGrammars):
-            self.loop._guides.mask_time = MaskTime(lambda: grammars.now)
+            self.loop._outputs.guides.mask_time = MaskTime(lambda: grammars.now)
 
     def _take(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -246,7 +245,7 @@ def test_neither_cancel_nor_deadline_waits_for_a_mask() -> None:
     engine.add(request("hostile late", SLOW), remaining_ms=1000)
     for _ in range(3):
         engine.step()
-    waiting = without_mask(engine.loop._answers).keys()
+    waiting = engine.loop._outputs.without_mask().keys()
     assert "hostile 11" in waiting
     assert "hostile late" in waiting
     engine.loop.abort("hostile 11")
@@ -254,7 +253,7 @@ def test_neither_cancel_nor_deadline_waits_for_a_mask() -> None:
     masks = grammars.num_masks
     engine.step()
     assert engine.ends["hostile late"].reason is FinishReason.DEADLINE
-    assert "hostile 11" not in engine.loop._answers
+    assert "hostile 11" not in engine.loop._outputs.builders
     assert grammars.num_masks - masks == 1
 
 
@@ -272,7 +271,7 @@ def test_a_failover_reads_a_long_answer_in_several_steps() -> None:
             return SlowReads(super().matcher(notation), lambda: None)
 
     engine = Engine(SlowReadGrammars())
-    engine.loop._guides.mask_time = MaskTime(lambda: grammars.now)
+    engine.loop._outputs.guides.mask_time = MaskTime(lambda: grammars.now)
     engine.add(request("plain", None, max_tokens=60))
     engine.step()
     engine.add(request("hostile", SLOW, max_tokens=102), tokens=(ord("a"),) * 100)

@@ -222,7 +222,7 @@ def test_a_crowd_lives_in_its_own_blocks() -> None:
         joined = crowd._join(_one_row(), front=2)
         seen.append(joined.context_lens_S[[0, 1, 3, 4, 5]].tolist())
         assert joined.block_table_SB[[0, 1, 3, 4, 5]].min() >= runner.num_blocks - 5 * 4
-        assert joined.seats_S.tolist() == [2, 3, 0, 4, 5, 6]
+        assert joined.batch_slots_S.tolist() == [2, 3, 0, 4, 5, 6]
         assert crowd.run(_one_row()).tokens_R.tolist() == [3 + 7]
     lengths = np.array(seen)
     assert lengths.min() == 1

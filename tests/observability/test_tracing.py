@@ -20,6 +20,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import get_current_span
 
 from model.batch import Batch
 from model.text.tokenizer import Tokenizer
@@ -29,12 +30,13 @@ from service.engine.loop import EngineLoop
 from service.engine.plan import EngineConfig
 from service.errors import StartupError, Unavailable
 from service.messages import End, Event, GenerationRequest, ModelCard, SamplingParams, Submission
+from service.observability.fan_out import fan_out
 from service.observability.metrics import Metrics
-from service.observability.otlp import OtlpTracer
-from service.observability.tracing import TraceContext, TracedCalls, TracedWork
+from service.observability.otlp import OtlpTraces
+from service.observability.tracing import TracedCalls, TracedWork, context_of, traceparent_of
 from service.queues.contract import EngineInfo, Lease, Queue, QueueLimits
 from service.queues.memory.queue import MemoryQueue
-from service.roles import open_tracer
+from service.roles import open_traces
 from service.settings import Settings
 from service.worker.worker import Worker
 from tests.cluster.processes import run_command
@@ -52,7 +54,7 @@ class Traces:
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()
         processor = SimpleSpanProcessor(self._exporter)
-        self.tracer = OtlpTracer(processor, resource={"service.name": "quire-test"})
+        self.tracer = OtlpTraces(processor, resource={"service.name": "quire-test"}).tracer
 
     def spans(self, name: str | None = None) -> list[ReadableSpan]:
         finished = self._exporter.get_finished_spans()
@@ -85,17 +87,18 @@ class Engine:
         on_run: Callable[[Batch], None] | None = None,
         num_blocks: int = 64,
     ) -> None:
-        work = TracedWork(Metrics(), traces.tracer, model="oracle", engine=name)
+        work = TracedWork(traces.tracer, model="oracle", engine=name)
+        observers: list[Metrics | TracedWork] = [Metrics(), work]
         self.loop = EngineLoop(
             OracleRunner(num_blocks=num_blocks, on_run=on_run),
             config=EngineConfig(max_batch_tokens=32, max_sequences=4),
             token_bytes=TOKEN_BYTES,
             eos_ids=EOS_IDS,
             deliver=self._deliver,
-            observer=work,
+            observer=fan_out(*observers),
         )
         info = EngineInfo(id=name, numeric_class="oracle", version="0")
-        self.worker = Worker(queue, self.loop, info=lambda: info, observer=work)
+        self.worker = Worker(queue, self.loop, info=lambda: info, observer=fan_out(*observers))
 
     def _deliver(self, events: Sequence[Event]) -> None:
         self.worker.deliver(events)
@@ -165,17 +168,20 @@ def events_of(span: ReadableSpan) -> list[str]:
     ],
 )
 def test_a_header_that_means_nothing_is_none(header: str | None) -> None:
-    assert TraceContext.parse(header) is None
+    assert not get_current_span(context_of(header)).get_span_context().is_valid
 
 
 def test_a_header_is_read_as_it_is_written() -> None:
-    context = TraceContext.parse(CALLER)
-    assert context is not None
-    assert str(context) == CALLER
-    child = context.child()
-    assert (child.trace_id, child.sampled) == (context.trace_id, True)
-    assert child.span_id != context.span_id
-    assert TraceContext.parse(str(child)) == child
+    span = get_current_span(context_of(CALLER))
+    assert traceparent_of(span) == CALLER
+    child = Traces().tracer.start_span("child", context_of(CALLER))
+    parent, own = span.get_span_context(), child.get_span_context()
+    assert (own.trace_id, own.trace_flags.sampled) == (parent.trace_id, True)
+    assert own.span_id != parent.span_id
+    assert (
+        get_current_span(context_of(traceparent_of(child))).get_span_context().span_id
+        == own.span_id
+    )
 
 
 # --- one process ----------------------------------------------------------------------------------
@@ -190,7 +196,7 @@ def client(traces: Traces, tiny_tokenizer: Tokenizer) -> tuple[httpx.AsyncClient
         lambda: card,
         probes=ALL_WELL,
         limits=ApiLimits(),
-        observer=TracedCalls(Metrics(), traces.tracer),
+        observer=fan_out(Metrics(), TracedCalls(traces.tracer)),
         version="0",
     )
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test"), queue
@@ -383,10 +389,10 @@ def test_a_trace_goes_through_json_with_its_request() -> None:
 
 # --- on and off -----------------------------------------------------------------------------------
 def test_off_is_nothing_and_on_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert open_tracer(Settings(), "api") is None
+    assert open_traces(Settings(), "api") is None
     monkeypatch.setitem(sys.modules, "service.observability.otlp", None)
     with pytest.raises(StartupError, match="quire-llm\\[otel\\]"):
-        open_tracer(Settings(otlp_endpoint="http://127.0.0.1:4318"), "api")
+        open_traces(Settings(otlp_endpoint="http://127.0.0.1:4318"), "api")
 
 
 def test_a_collector_that_hangs_holds_up_nobodys_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,7 +400,7 @@ def test_a_collector_that_hangs_holds_up_nobodys_end(monkeypatch: pytest.MonkeyP
     answers = threading.Event()
     processor = SimpleSpanProcessor(InMemorySpanExporter())
     monkeypatch.setattr(processor, "shutdown", answers.wait)
-    OtlpTracer(processor, resource={}).close()  # returns, though nobody answered
+    OtlpTraces(processor, resource={}).close()  # returns, though nobody answered
     answers.set()
 
 

@@ -128,7 +128,9 @@ def make_batch(
         block_table_SB=_ints(
             [[*piece.blocks, *[0] * (width - len(piece.blocks))] for piece in pieces]
         ),
-        seats_S=_ints([i if piece.seat is None else piece.seat for i, piece in enumerate(pieces)]),
+        batch_slots_S=_ints(
+            [i if piece.seat is None else piece.seat for i, piece in enumerate(pieces)]
+        ),
         sample_rows_R=_ints([int(starts[i + 1]) - 1 for i, p in enumerate(pieces) if p.sample]),
         sampling=make_sampling([p.sampling for p in sampled], vocab_size=vocab_size, top=num_top),
         score_rows_Q=_ints([row for row, _ in scored]),

@@ -188,7 +188,7 @@ class Overlapping:
     def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
         """Computes a step and keeps what came out."""
         assert len(self._under_way) < 2
-        seats_T = np.repeat(batch.seats_S, np.diff(batch.query_starts_S1))
+        seats_T = np.repeat(batch.batch_slots_S, np.diff(batch.query_starts_S1))
         tokens_T = batch.tokens_T.copy()
         if unread_T is not None:
             sampling = batch.sampling

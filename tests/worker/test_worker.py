@@ -64,8 +64,8 @@ class Ledger:
     def ended(self, end: End, seconds: float) -> None:
         self.counts[f"end_{end.reason}"] += 1
 
-    def let_go(self, claim: Claim, outcome: str, *, written: int, end: End | None = None) -> None:
-        self.counts["let_go"] += 1
+    def released(self, claim: Claim, outcome: str, *, written: int, end: End | None = None) -> None:
+        self.counts["released"] += 1
 
     def fenced(self) -> None:
         self.counts["fenced"] += 1
@@ -127,7 +127,7 @@ class Station:
 
     async def kill(self) -> None:
         """What SIGKILL leaves behind: leases that nobody renews and nobody gave back."""
-        self.worker._held.clear()
+        self.worker._table.items.clear()
         self.engine.stop()
         assert self.task is not None
         self.task.cancel()
@@ -411,7 +411,7 @@ class FullQueue(MemoryQueue):
 async def test_a_full_store_ends_requests_instead_of_holding_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("service.worker.worker.STORAGE_PATIENCE", 0.2)
+    monkeypatch.setattr("service.worker.journal.STORAGE_PATIENCE", 0.2)
     queue = FullQueue(QueueLimits(lease=5))
     request = make_request("full")
     async with station(queue) as one:

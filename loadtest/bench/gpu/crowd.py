@@ -81,7 +81,7 @@ class Crowd:
             query_starts_S1=np.cumsum([0, *lengths]).astype(np.int32),
             context_lens_S=_around(stored + 1, batch.context_lens_S, front),
             block_table_SB=_around(table, given_table, front),
-            seats_S=_around(numbers + _FIRST_SEAT, batch.seats_S, front),
+            batch_slots_S=_around(numbers + _FIRST_SEAT, batch.batch_slots_S, front),
             sample_rows_R=np.concatenate(
                 [rows[:front], batch.sample_rows_R + front, rows[front + batch.num_tokens :]]
             ),

@@ -168,7 +168,7 @@ class Offline:
             query_starts_S1=starts,
             context_lens_S=contexts,
             block_table_SB=table,
-            seats_S=np.array([s.seat for s in sequences], np.int32),
+            batch_slots_S=np.array([s.seat for s in sequences], np.int32),
             sample_rows_R=starts[1:][samples] - 1,
             sampling=self._columns([s for s, n in plan if s.computed + n >= s.prompt], temperature),
             score_rows_Q=np.zeros(0, np.int32),

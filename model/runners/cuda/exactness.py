@@ -208,7 +208,7 @@ def _batch(texts: list[_Text], lengths: list[int], trial: Trial, *, vocab_size: 
         query_starts_S1=_ints(starts),
         context_lens_S=_ints(ends),
         block_table_SB=_ints([list(text.blocks) for text in texts]),
-        seats_S=_ints([text.seat for text in texts]),
+        batch_slots_S=_ints([text.seat for text in texts]),
         sample_rows_R=_ints([starts[index + 1] - 1 for index in sampling]),
         sampling=_columns([texts[index] for index in sampling], trial, vocab_size),
         score_rows_Q=_ints([]),

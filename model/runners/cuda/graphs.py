@@ -22,7 +22,7 @@ from model.runners.cuda.workspace import Workspace
 
 
 class DecodeLadders:
-    """A ladder a way. `seats_S` is where a step's seats lie first; `pool` holds K and V."""
+    """A ladder a way. `batch_slots_S` is where a step's seats lie first; `pool` holds K and V."""
 
     def __init__(
         self,
@@ -30,13 +30,13 @@ class DecodeLadders:
         network: FusedNetwork,
         space: Workspace,
         *,
-        seats_S: torch.Tensor,
+        batch_slots_S: torch.Tensor,
         pool: torch.Tensor,
         block_size: int,
     ) -> None:
         self._network = network
         self._space = space
-        self._seats_S = seats_S
+        self._seats_S = batch_slots_S
         self._pool = pool
         self._block_size = block_size
         self.sizes = rungs(len(space.tokens_R))
@@ -70,10 +70,10 @@ class DecodeLadders:
 
     def _hidden(self, size: int) -> tuple[torch.Tensor, Product]:
         """The end of the residual stream."""
-        space, seats_S = self._space, self._seats_S[:size]
+        space, batch_slots_S = self._space, self._seats_S[:size]
         tokens, positions, slots, contexts = decode_rows(
-            space.state, seats_S, block_size=self._block_size
+            space.state, batch_slots_S, block_size=self._block_size
         )
-        space.fill(space.starts_S1[: size + 1], contexts, seats_S)
+        space.fill(space.starts_S1[: size + 1], contexts, batch_slots_S)
         inputs = space.inputs(tokens, positions, slots, merges=size)
         return self._network.hidden(inputs, self._pool, block_size=self._block_size)

@@ -120,7 +120,7 @@ class CudaRunner:
             self._accelerator,
             self._network,
             self._space,
-            seats_S=self._upload.target,
+            batch_slots_S=self._upload.target,
             pool=self._cache.pool,
             block_size=self.block_size,
         )
@@ -147,7 +147,7 @@ class CudaRunner:
             sequences_R = (
                 np.searchsorted(batch.query_starts_S1, batch.sample_rows_R, side="right") - 1
             )
-            seats_R = batch.seats_S[sequences_R]
+            seats_R = batch.batch_slots_S[sequences_R]
             decode = (
                 batch.is_decode
                 and len(seats_R) == batch.num_sequences
@@ -302,7 +302,7 @@ class CudaRunner:
         size = network.size_for(count)
         self._record(size, [network, *choice])
         filler = np.full(size - count, self._seats.nobody, np.int32)
-        sent = self._upload.send([batch.seats_S, filler, *changes])
+        sent = self._upload.send([batch.batch_slots_S, filler, *changes])
         change(self._state, sent[2], sent[3])
         network.run(size)
         if likeliest_alone:
@@ -313,7 +313,7 @@ class CudaRunner:
             extras = read_extras(raw_RV, tokens_R, batch.sampling, self._accelerator)
         return _InFlight(
             handle=handle,
-            seats_R=batch.seats_S,
+            seats_R=batch.batch_slots_S,
             tokens=self._ring.post(tokens_R),
             extras=extras,
             scores=Scores.none(),
@@ -332,25 +332,27 @@ class CudaRunner:
         places, values, *step = self._upload.send(
             [
                 *changes,
-                np.repeat(batch.seats_S, lengths_S),
+                np.repeat(batch.batch_slots_S, lengths_S),
                 batch.tokens_T,
                 batch.positions_T,
                 unread.astype(np.int32),
                 batch.query_starts_S1,
                 batch.context_lens_S,
-                batch.seats_S,
+                batch.batch_slots_S,
                 batch.sample_rows_R,
                 seats_R,
             ]
         )
-        seats_T, tokens_T, positions_T, unread_rows_T, starts_S1, contexts_S, seats_S = step[:7]
+        seats_T, tokens_T, positions_T, unread_rows_T, starts_S1, contexts_S, batch_slots_S = step[
+            :7
+        ]
         rows_R, seats_on_device_R = step[7:]
         change(self._state, places, values)
         tokens_T, slots_T = mixed_rows(
             self._state, seats_T, tokens_T, positions_T, unread_rows_T, block_size=self.block_size
         )
         merges = self._space.num_merges(lengths_S.tolist())
-        self._space.fill(starts_S1, contexts_S, seats_S)
+        self._space.fill(starts_S1, contexts_S, batch_slots_S)
         inputs = self._space.inputs(tokens_T, positions_T, slots_T, merges=merges)
         hidden = self._network.hidden(inputs, self._cache.pool, block_size=self.block_size)
         logits_RV, tops = self._space.logits_RV[: len(seats_R)], self._space.tops.of(len(seats_R))
@@ -404,18 +406,23 @@ class CudaRunner:
         starts = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))).int().to(device)
         total = int(lengths.sum())
         zeros = torch.zeros(total, dtype=torch.int32, device=device)
-        seats_S = torch.full((count,), self._seats.nobody, dtype=torch.int32, device=device)
-        self._space.fill(starts, starts[1:] - starts[:-1], seats_S)
+        batch_slots_S = torch.full((count,), self._seats.nobody, dtype=torch.int32, device=device)
+        self._space.fill(starts, starts[1:] - starts[:-1], batch_slots_S)
         merges = self._space.num_merges(lengths.tolist())
         tokens, slots = mixed_rows(
-            self._state, seats_S[:1].repeat(total), zeros, zeros, zeros, block_size=self.block_size
+            self._state,
+            batch_slots_S[:1].repeat(total),
+            zeros,
+            zeros,
+            zeros,
+            block_size=self.block_size,
         )
         inputs = self._space.inputs(tokens, zeros, slots, merges=merges)
         hidden = self._network.hidden(inputs, self._cache.pool, block_size=self.block_size)
         tops, logits_RV = self._space.tops.of(count), self._space.logits_RV[:count]
         rows_R = starts[1:] - 1
         self._network.tops(hidden, rows_R, out=tops, logits_RV=logits_RV)
-        choose(logits_RV, self._state, seats_S, tops=tops)
+        choose(logits_RV, self._state, batch_slots_S, tops=tops)
         if self._network.fuses_head:
             self._network.tops(hidden, rows_R, out=tops, logits_RV=None)
 

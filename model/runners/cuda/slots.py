@@ -39,17 +39,17 @@ class Seats:
 
         A decode step takes token and position from the state, any other from the batch.
         """
-        seats_S = batch.seats_S
+        batch_slots_S = batch.batch_slots_S
         width = batch.block_table_SB.shape[1]
         parts = [
-            self._compare(seats_S, Column.TABLE, batch.block_table_SB, width),
+            self._compare(batch_slots_S, Column.TABLE, batch.block_table_SB, width),
             self._compare(
                 seats_R, Column.INDEX, _sampling(batch), _SAMPLING.stop - _SAMPLING.start
             ),
         ]
         if decode:
             lengths_S1 = (batch.context_lens_S - 1)[:, None]
-            parts.append(self._compare(seats_S, Column.LENGTH, lengths_S1, 1))
+            parts.append(self._compare(batch_slots_S, Column.LENGTH, lengths_S1, 1))
             parts.append(self._tokens(batch, unread_T))
         return (
             np.concatenate([places for places, _ in parts]),
@@ -73,7 +73,7 @@ class Seats:
 
     def _tokens(self, batch: Batch, unread_T: Bools | None) -> tuple[Ints, Ints]:
         """The decoded tokens that the device does not have already."""
-        seats = batch.seats_S
+        seats = batch.batch_slots_S
         stale = ~self._known[seats] | (self.mirror[seats, Column.LAST] != batch.tokens_T)
         if unread_T is not None:
             stale &= ~unread_T

@@ -62,11 +62,11 @@ class Workspace:
         return next(iter(self._work.values())).num_tiles(lengths)
 
     def fill(
-        self, starts_S1: torch.Tensor, contexts_S: torch.Tensor, seats_S: torch.Tensor
+        self, starts_S1: torch.Tensor, contexts_S: torch.Tensor, batch_slots_S: torch.Tensor
     ) -> None:
         """Makes the lists of the attention's work."""
         for window, work in self._work.items():
-            work.fill(starts_S1, contexts_S, seats_S, window=window)
+            work.fill(starts_S1, contexts_S, batch_slots_S, window=window)
 
     def inputs(
         self,

@@ -1,12 +1,12 @@
-"""Answer: what goes back of one sequence. Tokens -> text, digest and the reason to end.
+"""OutputBuilder: the output of one sequence. Tokens -> text, digest and finish reason.
 
-It is a function of the request and of the answer's tokens alone, so a take-over rebuilds it by
-reading the journalled tokens again. It knows no blocks, no budget and no queue.
+It is a function of the request and of the output tokens alone, so after a failover it is rebuilt
+from the journalled tokens. Independent of blocks, budgets and queues.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from service.engine.detokenize import Detokenizer
 from service.engine.guide import Guide
@@ -21,17 +21,17 @@ from service.messages import (
 
 
 def stop_ids(request: GenerationRequest, eos_ids: frozenset[int]) -> frozenset[int]:
-    """The tokens that end an answer. `ignore_eos` makes the model's own end ordinary text."""
+    """Tokens that end an output. With `ignore_eos` the model's own are ordinary text."""
     return frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else eos_ids)
 
 
-class Answer:
-    """The answer to one request, as its tokens come.
+class OutputBuilder:
+    """Builds the output of one request as its tokens come.
 
-    `reason` is set with the token that ends it. A token that ends an answer counts and has no text;
-    a stop string cuts the text and leaves the tokens that it began in. An answer that has fulfilled
-    its grammar, so that only an end could follow, stops without one. `guide` is given `tokens` by
-    the caller; `verdict` is the reason that follows from them.
+    `reason` is set with the token that ends the output. A stop token counts and has no text; a stop
+    string cuts the text and keeps the tokens in which it began. An output that has completed its
+    grammar, so that only a stop token could follow, ends without one. The caller passes the earlier
+    `tokens` to `guide`; `verdict` is the reason that follows from them.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Answer:
         self.count = 0
         self.reason: FinishReason | None = None
         self.stopped_by: str | int | None = None
-        # By position; the first token of a prompt has none. Part of the first record alone.
+        # By position; the first token of a prompt has none. Part of the first record only.
         self.prompt_logprobs: list[TokenLogprob | None] = []
         if request.prompt_logprobs is not None and not tokens:
             self.prompt_logprobs = [None] * len(request.prompt_ids)
@@ -55,14 +55,14 @@ class Answer:
         self._detokenizer = Detokenizer(token_bytes, request.stop)
         self.guide: Guide | None = None
         self._digest = 0
-        for token in tokens:  # what became certain of their text is journalled with them
+        for token in tokens:  # their text is in the journal already
             self._read(token)
         self.guide = guide
 
     def take(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> Tokens:
-        """Reads the next tokens up to one that ends the answer; returns the record of those read.
+        """Reads the next tokens up to one that ends the output; returns the record of those read.
 
-        There is at least one. Not called after the end.
+        Needs at least one token. Not called after the end.
         """
         start = self.count
         text = self._read(tokens[0])
@@ -83,8 +83,13 @@ class Answer:
         )
 
     @property
+    def lacks_mask(self) -> bool:
+        """Whether the grammar's mask for the next token is not computed yet."""
+        return self.guide is not None and not self.guide.ready
+
+    @property
     def verdict(self) -> FinishReason | None:
-        """Why the answer ends here, by its tokens and its grammar; None: it may go on."""
+        """Why the output ends here, by its tokens and its grammar; None if it continues."""
         guide = self.guide
         if guide is None:
             return self.reason
@@ -116,13 +121,13 @@ class Answer:
         if reason is None:
             return text
         text += self._detokenizer.finish()
-        # The last bytes may complete a stop string that ends in U+FFFD, so this is asked after.
+        # Checked after `finish`: the last bytes may complete a stop string that ends in U+FFFD.
         self.stopped_by = self._detokenizer.stopped_by
         self.reason = reason if self.stopped_by is None else FinishReason.STOP
         return text
 
     def _reason_after(self, token: int) -> FinishReason | None:
-        """Why the answer ends with a token that has text; None: it goes on."""
+        """Why the output ends with a token that has text; None if it continues."""
         if self._detokenizer.stopped_by is not None:
             return FinishReason.STOP
         if self.guide is not None:
@@ -130,12 +135,3 @@ class Answer:
             if self.guide.ended:
                 return FinishReason.STOP
         return FinishReason.LENGTH if self.count >= self._max_tokens else None
-
-
-def without_mask(answers: Mapping[str, Answer]) -> dict[str, Answer]:
-    """Those whose next token has no mask yet."""
-    return {
-        request_id: answer
-        for request_id, answer in answers.items()
-        if answer.guide is not None and not answer.guide.ready
-    }

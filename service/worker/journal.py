@@ -1,0 +1,169 @@
+"""JournalWriter: engine events -> the queue's journal. One round trip for all events at hand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from service.errors import Unavailable
+from service.messages import End, Event, FinishReason, Tokens
+from service.queues.contract import Queue, Write, WriteReply, WriteStatus
+from service.worker.backoff import Backoff
+from service.worker.leased_work import LeasedWork, WorkTable
+from service.worker.leases import LeaseKeeper
+from service.worker.observer import WorkerObserver
+
+STORAGE_PATIENCE = 5.0  # seconds for which a write is retried while the store is full
+SETTLE_WITHIN = 1.0  # seconds that a step waits for the journal while requests are isolated
+
+
+class JournalWriter:
+    """Used in the event loop, except `deliver` and `settle`."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        table: WorkTable,
+        leases: LeaseKeeper,
+        observer: WorkerObserver,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self._queue = queue
+        self._table = table
+        self._leases = leases
+        self._observer = observer
+        self._clock = clock
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._events: deque[Event] = deque()
+        self._events_came = asyncio.Event()
+        self._writing = asyncio.Lock()
+        self._delivered = self._received = self._journalled = 0  # steps whose events got so far
+        self._progress = threading.Condition()  # of `_journalled`
+
+    # --- the engine's thread --------------------------------------------------------------
+    def deliver(self, events: Sequence[Event]) -> None:
+        """Takes the events of one step."""
+        if self._loop is not None:
+            self._delivered += 1
+            self._loop.call_soon_threadsafe(self._receive, events, self._delivered)
+
+    def settle(self) -> None:
+        """Waits, if requests are isolated, until delivered events are in the journal."""
+        if self._table.has_isolated:
+            with self._progress:
+                self._progress.wait_for(
+                    lambda: self._journalled >= self._delivered or not self._table.has_isolated,
+                    SETTLE_WITHIN,
+                )
+
+    # --- the event loop -------------------------------------------------------------------
+    def open(self) -> None:
+        """Accepts events from now on."""
+        self._loop = asyncio.get_running_loop()
+
+    async def run(self) -> None:
+        """Writes events as they come, until cancelled."""
+        while True:
+            await self._events_came.wait()
+            self._events_came.clear()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Writes all events that have come. If the store is slow, later steps join.
+
+        One call at a time: writes in flight are settled before leases are released.
+        """
+        async with self._writing:
+            while self._events:
+                writes = []
+                while self._events:
+                    event = self._events.popleft()
+                    work = self._table.items.get(event.request_id)
+                    if work is not None:  # else: fenced or stopped since it was computed
+                        if isinstance(event.record, Tokens):
+                            work.records.append(event.record)
+                        work.ending = isinstance(event.record, End)
+                        writes.append(Write(work.lease, event.record))
+                if writes:
+                    await self._write(writes)
+            with self._progress:
+                self._journalled = self._received
+                self._progress.notify_all()
+
+    def _receive(self, events: Sequence[Event], number: int) -> None:
+        self._events.extend(events)
+        self._received = number
+        self._events_came.set()
+
+    async def _write(self, writes: list[Write]) -> None:
+        backoff, began = Backoff(), self._clock()
+        while True:
+            start = self._clock()
+            try:
+                replies = await self._queue.write(writes)
+            except Unavailable as error:
+                if error.code == "storage_full" and start - began > STORAGE_PATIENCE:
+                    await self._give_up(writes)
+                    return
+                await backoff.sleep()
+                writes = [write for write in writes if write.lease.request_id in self._table.items]
+                if not writes:
+                    return
+                continue
+            self._observer.wrote(self._clock() - start)
+            break
+        resend: list[Write] = []
+        for write, reply in zip(writes, replies, strict=True):
+            resend += await self._settle_reply(write, reply)
+        if resend:
+            await self._write(resend)
+
+    async def _settle_reply(self, write: Write, reply: WriteReply) -> list[Write]:
+        """Acts on one reply; returns the writes that close a GAP, in order."""
+        request_id = write.lease.request_id
+        work = self._table.items.get(request_id)
+        if work is None or work.lease != write.lease:
+            return []
+        if reply.status is WriteStatus.FENCED:
+            self._observer.fenced()
+            self._table.drop(request_id, cause="fenced")
+            return []
+        if reply.status is WriteStatus.GAP:
+            return await self._close_gap(work, write, reply.count)
+        self._table.journalled(work, reply.count)
+        if isinstance(write.record, End):
+            self._table.finish(work, write.record)
+        return []
+
+    async def _close_gap(self, work: LeasedWork, write: Write, count: int) -> list[Write]:
+        """The store lost records; it has `count` tokens. Returns the writes to repeat."""
+        missing = [record for record in work.records if record.end > count]
+        if not missing or missing[0].start != count:
+            # The store lost tokens of an earlier engine too. The next engine computes them again
+            # from what the journal still has, and gets the same.
+            self._table.drop(write.lease.request_id, cause="journal_lost")
+            await self._leases.release([write.lease])
+            return []
+        records: list[Tokens | End] = list(missing)
+        if isinstance(write.record, End):
+            records.append(write.record)
+        return [Write(work.lease, record) for record in records]
+
+    async def _give_up(self, writes: Iterable[Write]) -> None:
+        """Ends requests whose tokens the store has no room for; an end needs next to none."""
+        ends: list[tuple[LeasedWork, End]] = []
+        for request_id in {write.lease.request_id for write in writes}:
+            work = self._table.items.get(request_id)
+            if work is not None:
+                end = End(count=work.written, reason=FinishReason.ERROR, error="storage_full")
+                ends.append((work, end))
+                self._table.drop(request_id, cause="storage_full")
+        with contextlib.suppress(Unavailable):  # else the lease expires, and another engine tries
+            replies = await self._queue.write([Write(work.lease, end) for work, end in ends])
+            for (work, end), reply in zip(ends, replies, strict=True):
+                if reply.status in {WriteStatus.OK, WriteStatus.DUP}:
+                    self._observer.ended(end, self._clock() - work.since)
