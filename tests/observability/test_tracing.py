@@ -32,9 +32,9 @@ from service.messages import End, Event, GenerationRequest, ModelCard, SamplingP
 from service.observability.metrics import Metrics
 from service.observability.otlp import OtlpTracer
 from service.observability.tracing import TraceContext, TracedCalls, TracedWork
+from service.parts import open_tracer
 from service.queues import EngineInfo, Lease, Queue, QueueLimits
 from service.queues.memory.queue import MemoryQueue
-from service.roles import open_tracer
 from service.settings import Settings
 from service.worker.worker import Worker
 from tests.cluster.processes import run_command

@@ -15,9 +15,9 @@ from model.text.tokenizer import Tokenizer
 from service.cluster import ENGINES_GONE_AFTER, Cluster
 from service.messages import ModelCard
 from service.observability.metrics import Metrics
+from service.parts import ApiSide, make_metrics
 from service.queues import QueueLimits
 from service.queues.memory.queue import MemoryQueue
-from service.roles import ApiSide
 from service.settings import Settings
 from tests.queues.builders import claim_one, finish, make_engine
 from tests.support.waiting import PATIENCE
@@ -47,8 +47,9 @@ def replica(tiny_tokenizer: Tokenizer) -> Start:
 
     @asynccontextmanager
     async def start(**settings: Any) -> AsyncIterator[Replica]:
-        queue, metrics = MemoryQueue(QueueLimits(max_requests=2)), Metrics(role="api")
-        side = ApiSide(Settings(**settings), CARD, queue, metrics, tokenizer=tiny_tokenizer)
+        queue, configured = MemoryQueue(QueueLimits(max_requests=2)), Settings(**settings)
+        metrics = make_metrics(configured, "api")
+        side = ApiSide(configured, CARD, queue, metrics, tokenizer=tiny_tokenizer)
         await side.cluster.refresh()
         assert side.cluster._gone_since is not None
         side.cluster._gone_since -= ENGINES_GONE_AFTER
