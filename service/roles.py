@@ -120,7 +120,7 @@ async def serve_api(settings: Settings, console: Console) -> None:
     tokenizer = await asyncio.to_thread(load_tokenizer, path)
     queue = await connect_queue(settings, metrics)
     card = load_card(settings, path)
-    api = ApiSide(settings, card, queue, metrics, tokenizer=tokenizer, keys=keys)
+    api = ApiSide(settings, card, queue, metrics, tokenizer=tokenizer, keys=keys, tracer=tracer)
     listeners = [
         Listener(api.app, public, grace=None, connections=slots),  # `drain` limits the time
         Listener(api.admin_app, admin, connections=admin_slots),

@@ -131,7 +131,7 @@ class Connections:
             refusal = self._make_room(
                 group.idle,
                 RateLimited(
-                    f"one address must open at most {self._limits.per_address} connections",
+                    f"one address may have at most {self._limits.per_address} connections",
                     code="too_many_connections",
                 ),
                 setting="max_connections_per_address",
