@@ -44,7 +44,9 @@ def taken(port: int) -> Iterator[None]:
         yield
 
 
-def test_the_default_admin_port_gives_way_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_next_port_is_used_and_logged_if_the_default_is_taken(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     default = free_port()
     settings = settings_with_default(default)
     with taken(default), closing(bind_admin(settings)) as bound:

@@ -1,4 +1,4 @@
-"""What an API replica does with calls while it has heard of no engine."""
+"""What an API replica does with calls while no engine is available."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Start = Callable[..., Any]
 
 @pytest.fixture
 def replica(tiny_tokenizer: Tokenizer) -> Start:
-    """`async with replica(**settings)`: one that heard of an engine longer ago than is patient."""
+    """`async with replica(**settings)`: one whose engines are gone for longer than it waits."""
 
     @asynccontextmanager
     async def start(**settings: Any) -> AsyncIterator[Replica]:
@@ -115,9 +115,9 @@ async def test_with_the_setting_they_wait_within_the_queues_limits(replica: Star
         assert one.unserved == 0
 
 
-@pytest.mark.parametrize(("settings", "told"), [({}, 0), ({"accept_without_engines": True}, 1)])
-async def test_the_alert_for_missing_engines_is_told(
-    replica: Start, settings: dict[str, Any], told: int
+@pytest.mark.parametrize(("settings", "value"), [({}, 0), ({"accept_without_engines": True}, 1)])
+async def test_the_alert_for_missing_engines_knows_the_setting(
+    replica: Start, settings: dict[str, Any], value: int
 ) -> None:
     async with replica(**settings) as one:
-        assert f"quire_accepts_without_engines {told}.0" in one.metrics.render().decode()
+        assert f"quire_accepts_without_engines {value}.0" in one.metrics.render().decode()
