@@ -1,6 +1,6 @@
 """The two ASGI applications: the API on the public port, metrics and probes on the admin port.
 
-They are given all that they work with and make nothing themselves.
+They receive all their parts as arguments and create none themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fastapi import APIRouter, FastAPI, Response
 from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
 from service.api import ROUTERS
-from service.api import errors as refusals
+from service.api import errors as error_handlers
 from service.api.auth import Authenticator, open_to_all
 from service.api.context import ApiContext, Probes
 from service.api.cors import allow_origins
@@ -28,13 +28,14 @@ from service.api.pools import WorkPools
 from service.api.structured.validator import GrammarTrials
 from service.api.system import document
 from service.api.system.attention_service import AttentionDesk, AttentionReader
+from service.api.system.health import HealthContext
 from service.api.system.live_state import LiveState
 from service.errors import Unavailable
 from service.messages import ModelCard
 from service.queues.contract import Queue
 
 
-def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
+def build_app(  # noqa: PLR0913  # the arguments are its parts
     queue: Queue,
     tokenizer: Tokenizer,
     read_card: Callable[[], ModelCard],
@@ -50,9 +51,8 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
     check_host: HostCheck = any_host,
     cors_origins: Sequence[str] = (),
 ) -> FastAPI:
-    """The API. `extras` may name `docs`, /docs and /openapi.json, and `page`, the web page.
-
-    Its lifespan sweeps the queue and attends what is read here.
+    """The API. `extras` are optional routes: `docs` (/docs, /openapi.json) and `page` (the web
+    page). Its lifespan sweeps the queue and sends heartbeats of the answers that are read here.
     """
 
     def vocabulary() -> Grammars:
@@ -74,26 +74,9 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
         attention=None if attention is None else AttentionDesk(attention, limits, observer),
         version=version,
     )
-
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        chores = [
-            asyncio.create_task(sweep_forever(queue, interval=limits.sweep_interval)),
-            asyncio.create_task(context.attendance.run(limits.attend_interval)),
-        ]
-        try:
-            yield
-        finally:
-            await asyncio.to_thread(context.grammars.close)
-            for chore in chores:
-                chore.cancel()
-            await asyncio.gather(*chores, return_exceptions=True)
-            context.pools.close()
-            if context.attention is not None:
-                context.attention.close()
-
-    app = _shell("Quire", version=version, lifespan=lifespan)
+    app = _new_app("Quire", version=version, lifespan=lambda _app: _running(context))
     app.state.context = context
+    app.state.health = HealthContext(queue, probes)
     app.add_middleware(
         Boundary,
         authenticate=authenticate,
@@ -111,12 +94,15 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
 
 
 def build_admin_app(
-    public: FastAPI, *, render_metrics: Callable[[], bytes], check_host: HostCheck = any_host
+    health: HealthContext,
+    *,
+    version: str,
+    render_metrics: Callable[[], bytes],
+    check_host: HostCheck = any_host,
 ) -> FastAPI:
-    """Metrics and the probes of `public`. For a port that only the operator can reach."""
-    context = public.state.context
-    app = _shell("Quire admin", version=context.version)
-    app.state.context = context
+    """Metrics and probes, for a port that only the operator can reach."""
+    app = _new_app("Quire admin", version=version)
+    app.state.health = health
     app.add_middleware(
         Boundary, authenticate=open_to_all, observer=NullObserver(), check_host=check_host
     )
@@ -136,21 +122,40 @@ def build_admin_app(
     return app
 
 
+@asynccontextmanager
+async def _running(context: ApiContext) -> AsyncIterator[None]:
+    """The API's background tasks, and the end of its threads and processes."""
+    tasks = [
+        asyncio.create_task(sweep_forever(context.queue, interval=context.limits.sweep_interval)),
+        asyncio.create_task(context.attendance.run(context.limits.attend_interval)),
+    ]
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(context.grammars.close)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        context.pools.close()
+        if context.attention is not None:
+            context.attention.close()
+
+
 async def sweep_forever(queue: Queue, *, interval: float) -> None:
-    """Ends what is overdue or deserted, wherever it was submitted; waits for an absent queue."""
+    """Ends overdue and abandoned requests, of all replicas; retries while the queue is away."""
     while True:
         with suppress(Unavailable):
             await queue.sweep()
         await asyncio.sleep(interval)
 
 
-def _shell(
+def _new_app(
     title: str,
     *,
     version: str,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
-    """An application without routes that answers every fault in our shape."""
+    """An application without routes that answers every error in the API's format."""
     app = FastAPI(
         title=title,
         version=version,
@@ -159,5 +164,5 @@ def _shell(
         redirect_slashes=False,
         responses={"4XX": {"model": ErrorBody, "description": "The request was refused."}},
     )
-    refusals.install(app)
+    error_handlers.install(app)
     return app

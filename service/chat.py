@@ -1,7 +1,6 @@
-"""`quire chat`: a conversation in the terminal with a server that runs elsewhere.
+"""`quire chat`: a conversation in the terminal with any server of the OpenAI API.
 
-It speaks the chat endpoint over HTTP and knows nothing of engines or models: any server of the
-OpenAI API will do. The conversation lives here and goes out whole with every turn.
+It streams `POST /v1/chat/completions` and sends the whole conversation with each turn.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import json
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,77 +21,59 @@ from rich.segment import Segment
 
 from service.errors import StartupError
 
-HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C stops an answer."
+HELP = "/reset starts a new conversation, /exit leaves; Ctrl-C stops an answer."
 
-_TIMEOUT = httpx.Timeout(60.0, connect=5.0)  # streams get a comment every 15 s
+_TIMEOUT = httpx.Timeout(60.0, connect=5.0)  # streams send a comment every 15 s
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
+Messages = list[dict[str, str]]
 
-class AnswerFailed(Exception):
-    """The server refused or broke off; the message is for the person at the terminal."""
+
+class ChatError(Exception):
+    """The server refused a request or failed while answering; the message is for the user."""
 
 
 @dataclass(slots=True)
-class Answer:
-    """One answer as it comes in."""
+class Completion:
+    """A completion that is being streamed. Times are those of `time.monotonic`."""
 
     started: float
     text: str = ""
-    first: float | None = None  # when the first text came
-    last: float = 0.0
-    tokens: int = 0
+    first_token_at: float | None = None
+    last_token_at: float = 0.0
+    completion_tokens: int = 0
     finish_reason: str | None = None
 
-    def add(self, event: dict[str, Any], *, now: float) -> None:
-        """Takes one event of the stream. Raises AnswerFailed for an error event."""
-        if "error" in event:
-            raise AnswerFailed(_message(event["error"]))
-        if usage := event.get("usage"):
-            self.tokens = usage["completion_tokens"]
-        for choice in event.get("choices", ()):
+    def add(self, chunk: dict[str, Any], *, now: float) -> None:
+        """Adds one chunk of the stream. Raises ChatError if it is an error."""
+        if "error" in chunk:
+            raise ChatError(_error_message(chunk["error"]))
+        if usage := chunk.get("usage"):
+            self.completion_tokens = usage["completion_tokens"]
+        for choice in chunk.get("choices", ()):
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
-            if delta := choice.get("delta", {}).get("content"):
-                self.text += printable(delta)
-                self.first = self.first or now
-                self.last = now
-                self.tokens += 1  # until the server's own count comes, last
+            if content := choice.get("delta", {}).get("content"):
+                self.text += printable(content)
+                self.first_token_at = self.first_token_at or now
+                self.last_token_at = now
+                self.completion_tokens += 1  # an estimate; the last chunk has the usage
 
-    def figures(self) -> str:
-        """Tokens, tokens per second after the first, and the wait for the first."""
-        if self.first is None:
+    def summary(self) -> str:
+        """Number of tokens, decoding speed without the first token, time to first token."""
+        if self.first_token_at is None:
             return "no text"
-        parts = [f"{self.tokens} tokens"]
-        if self.tokens > 1 and self.last > self.first:
-            parts.append(f"{(self.tokens - 1) / (self.last - self.first):.1f} tokens/s")
-        parts.append(f"first after {self.first - self.started:.2f} s")
+        parts = [f"{self.completion_tokens} tokens"]
+        seconds = self.last_token_at - self.first_token_at
+        if self.completion_tokens > 1 and seconds > 0:
+            parts.append(f"{(self.completion_tokens - 1) / seconds:.1f} tokens/s")
+        parts.append(f"first token after {self.first_token_at - self.started:.2f} s")
         if self.finish_reason not in {None, "stop"}:
-            parts.append(f"ended by {self.finish_reason}")
+            parts.append(f"finish reason: {self.finish_reason}")
         return " · ".join(parts)
 
 
-@dataclass(slots=True)
-class Conversation:
-    """What was said, and how the next answer is asked for."""
-
-    model: str
-    system: str | None = None
-    temperature: float | None = None
-    turns: list[dict[str, str]] = field(default_factory=list)
-
-    def body(self) -> dict[str, object]:
-        """The request for an answer to the last turn."""
-        first = [{"role": "system", "content": self.system}] if self.system else []
-        body: dict[str, object] = {
-            "model": self.model,
-            "messages": [*first, *self.turns],
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        return body if self.temperature is None else body | {"temperature": self.temperature}
-
-
 class Tail:
-    """Markdown of which only the last lines are drawn, as many as the terminal has."""
+    """Renders the last lines of a Markdown text, as many as fit into the terminal."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -113,11 +94,11 @@ def chat(
     temperature: float | None,
     console: Console,
 ) -> None:
-    """Talks until /exit or the end of the input. Raises StartupError where no server answers.
+    """Chats until /exit or the end of the input. `model` None takes the first of the server.
 
-    `model` None takes the first that the server lists.
+    Raises StartupError if the server does not answer or does not have the model.
     """
-    with suppress(ImportError):  # lines can be edited and called back where there is readline
+    with suppress(ImportError):  # importing it enables line editing and history in `input`
         import readline  # noqa: F401
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     with httpx.Client(
@@ -126,32 +107,36 @@ def chat(
         timeout=_TIMEOUT,
         trust_env=urlsplit(base_url).hostname not in _LOOPBACK,  # no proxy to this machine
     ) as client:
-        conversation = Conversation(
-            _find_model(client, base_url, model), system=system, temperature=temperature
-        )
-        console.print(f"{conversation.model} at {base_url}. {HELP}", style="dim", markup=False)
-        for line in _lines(console):
+        model = _choose_model(client, base_url, model)
+        options = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
+        if temperature is not None:
+            options["temperature"] = temperature
+        first: Messages = [{"role": "system", "content": system}] if system else []
+        messages = [*first]
+        console.print(f"{model} at {base_url}. {HELP}", style="dim", markup=False)
+        for line in _read_lines(console):
             if line == "/exit":
                 return
             if line == "/reset":
-                conversation.turns.clear()
-                console.print("The conversation starts anew.", style="dim")
+                messages = [*first]
+                console.print("New conversation.", style="dim")
             elif line.startswith("/"):
                 console.print(HELP, style="dim")
             else:
-                _take_turn(client, conversation, line, console)
+                messages.append({"role": "user", "content": line})
+                _complete(client, options, messages, console)
 
 
 def printable(text: str) -> str:
-    """Without control characters: an answer must not steer the terminal."""
+    """Removes control characters, with which an answer could control the terminal."""
     return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
 
 
-def _lines(console: Console) -> Iterator[str]:
-    """What the person types, without blank lines, until the input ends."""
+def _read_lines(console: Console) -> Iterator[str]:
+    """Yields the lines of input that are not blank."""
     while True:
         try:
-            # Not through the console: what draws a line again as it is edited must know the prompt.
+            # Not by the console: readline has to know the prompt to redraw an edited line.
             line = input("> ").strip()
         except EOFError:
             console.print()
@@ -163,90 +148,88 @@ def _lines(console: Console) -> Iterator[str]:
             yield line
 
 
-def _find_model(client: httpx.Client, base_url: str, model: str | None) -> str:
-    """The model to ask for. Raises StartupError unless the server lists one."""
+def _choose_model(client: httpx.Client, base_url: str, model: str | None) -> str:
+    """Returns the model if the server lists it; if None, the first. Raises StartupError."""
     try:
-        reply = client.get("/v1/models")
+        response = client.get("/v1/models")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise StartupError(
-            f"no server answers at {base_url}; start one with: quire serve"
-        ) from error
-    if reply.status_code != httpx.codes.OK:
-        raise StartupError(f"{base_url} refused: {_reason(reply)}")
+        raise StartupError(f"no server at {base_url}; start one with: quire serve") from error
+    if response.status_code != httpx.codes.OK:
+        raise StartupError(f"{base_url} refused the request: {_reason(response)}")
     try:
-        listed = [str(card["id"]) for card in reply.json()["data"]]
+        models = [str(card["id"]) for card in response.json()["data"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise StartupError(f"{base_url} is no server of the OpenAI API") from error
-    if model is None and not listed:
+        raise StartupError(f"{base_url} is not a server of the OpenAI API") from error
+    if model is None and not models:
         raise StartupError(f"{base_url} serves no model")
-    if model is not None and model not in listed:
-        raise StartupError(f"{base_url} does not serve that model; it has: {', '.join(listed)}")
-    return model or listed[0]
+    if model is not None and model not in models:
+        raise StartupError(f"{base_url} does not serve that model; it serves: {', '.join(models)}")
+    return model or models[0]
 
 
-def _take_turn(
-    client: httpx.Client, conversation: Conversation, line: str, console: Console
+def _complete(
+    client: httpx.Client, options: dict[str, object], messages: Messages, console: Console
 ) -> None:
-    """Asks, shows the answer as it comes, and keeps both; or says what failed and keeps neither.
-
-    An answer that was stopped, or broke off, is kept as far as it was seen.
+    """Shows the completion while it is streamed, and appends it to the messages, even if it was
+    interrupted. If it has no text, removes the user's message.
     """
-    conversation.turns.append({"role": "user", "content": line})
-    answer, fault = Answer(time.monotonic()), None
+    completion, error = Completion(time.monotonic()), None
     try:
         with (
-            # It draws by the clock, so what came last is shown also while nothing follows.
+            # It redraws by time: the latest text is also shown while no chunk follows.
             Live(console=console, transient=True, refresh_per_second=15) as live,
-            closing(_events(client, conversation.body())) as events,
+            closing(_stream_chunks(client, options | {"messages": messages})) as chunks,
         ):
-            for event in events:
-                answer.add(event, now=time.monotonic())
-                live.update(Tail(answer.text))
+            for chunk in chunks:
+                completion.add(chunk, now=time.monotonic())
+                live.update(Tail(completion.text))
     except KeyboardInterrupt:
-        fault = "stopped"
-    except AnswerFailed as failed:
-        fault = str(failed)
-    except httpx.HTTPError as error:
-        fault = f"the connection failed: {error or type(error).__name__}"
-    if answer.text:
-        console.print(Markdown(answer.text))
-        conversation.turns.append({"role": "assistant", "content": answer.text})
+        error = "stopped"
+    except ChatError as failure:
+        error = str(failure)
+    except httpx.HTTPError as failure:
+        error = f"connection failed: {failure or type(failure).__name__}"
+    if completion.text:
+        console.print(Markdown(completion.text))
+        messages.append({"role": "assistant", "content": completion.text})
     else:
-        conversation.turns.pop()
-    if fault:
-        console.print(fault, style="red", markup=False)
+        messages.pop()
+    if error:
+        console.print(error, style="red", markup=False)
     else:
-        console.print(answer.figures(), style="dim", highlight=False)
+        console.print(completion.summary(), style="dim", highlight=False)
 
 
-def _events(client: httpx.Client, body: dict[str, object]) -> Generator[dict[str, Any], None, None]:
-    """The events of one streamed answer. Raises AnswerFailed for a refusal and a cut-off stream."""
-    with client.stream("POST", "/v1/chat/completions", json=body) as reply:
-        if reply.status_code != httpx.codes.OK:
-            reply.read()
-            raise AnswerFailed(_reason(reply))
-        for line in reply.iter_lines():
+def _stream_chunks(
+    client: httpx.Client, body: dict[str, object]
+) -> Generator[dict[str, Any], None, None]:
+    """Yields the chunks of a streamed completion. Raises ChatError if it is refused or cut off."""
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.status_code != httpx.codes.OK:
+            response.read()
+            raise ChatError(_reason(response))
+        for line in response.iter_lines():
             if line == "data: [DONE]":
                 return
             if line.startswith("data:"):
                 try:
-                    event: dict[str, Any] = json.loads(line[5:])
+                    chunk: dict[str, Any] = json.loads(line[5:])
                 except ValueError as error:
-                    raise AnswerFailed("the server sent what is no event") from error
-                yield event
-    raise AnswerFailed("the server broke off")
+                    raise ChatError("the server sent an invalid event") from error
+                yield chunk
+    raise ChatError("the server closed the stream before its end")
 
 
-def _reason(reply: httpx.Response) -> str:
-    """What a refusal says, and when to come again."""
+def _reason(response: httpx.Response) -> str:
+    """Returns the message of an error response, with its Retry-After."""
     try:
-        message = _message(reply.json()["error"])
+        message = _error_message(response.json()["error"])
     except (ValueError, KeyError, TypeError):
-        message = f"HTTP {reply.status_code}"
-    after = reply.headers.get("retry-after")
-    return f"{message} (try again in {after} s)" if after else message
+        message = f"HTTP {response.status_code}"
+    after = response.headers.get("retry-after")
+    return f"{message} (retry after {after} s)" if after else message
 
 
-def _message(error: object) -> str:
-    """The text of an error object; some servers send the text alone."""
+def _error_message(error: object) -> str:
+    """Returns the message of an error object, or the error if it is a string, as some send it."""
     return printable(str(error["message"] if isinstance(error, dict) else error))

@@ -1,8 +1,8 @@
-"""Cluster: what this replica knows of the engines that serve its queue. Refreshed each second,
-and more often while there is none: the first one to come is wanted at once.
+"""Cluster: what this replica knows about the engines of its queue.
 
-An API replica has no model of its own in memory: how long a prompt may be, what the numeric class
-is, how fast tokens come, it knows from what the engines tell of themselves.
+An API replica has not loaded the model: it learns the context length, the numeric class and the
+speed from what the engines report. It reads that every second, and more often while there is no
+engine, so that it serves soon after the first one starts.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from service.errors import Unavailable
 from service.messages import ModelCard
 from service.queues.contract import Queue, QueueDepth
 
-REFRESH_EVERY = 1.0
-REFRESH_EVERY_WITHOUT = 0.1  # seconds, while no engine is there
-ENGINES_GONE_AFTER = 5.0  # seconds without any engine before new requests are refused
+REFRESH_INTERVAL = 1.0  # seconds
+REFRESH_INTERVAL_WITHOUT_ENGINES = 0.1
+ENGINES_GONE_AFTER = 5.0  # seconds without an engine after which new requests are refused
 
 
 class ClusterObserver(Protocol):
-    """What the cluster tells whoever counts. Called in the event loop."""
+    """For metrics. Called in the event loop."""
 
     def queue_read(self, depth: QueueDepth, engines: int) -> None:
-        """What waits and runs, and how many engines were heard of."""
+        """The queue was read: its depth, and the number of engines that sent a heartbeat."""
         ...
 
     def queue_away(self) -> None:
-        """The queue could not be read or written to: nothing is known of it."""
+        """The queue could not be read, or takes no writes."""
         ...
 
     def serves(self, card: ModelCard) -> None:
-        """What is served here; again where that changed."""
+        """The model that is served; called again if its card changed."""
         ...
 
 
 class Cluster:
-    """Follows the queue's list of engines. `card` begins as the replica's own guess."""
+    """Follows the queue's list of engines. `card` starts as the replica's own guess."""
 
     def __init__(
         self,
@@ -54,26 +54,27 @@ class Cluster:
         self._observer = observer
         self._clock = clock
         self._tokens_per_second = 0.0
-        self._gone_since: float | None = None  # None: one was there when last looked, if ever
+        self._gone_since: float | None = None  # None: one was there at the last refresh
         observer.serves(card)
 
     @property
     def has_engines(self) -> bool:
-        """Whether there may be an engine. A restart of the only one is shorter than the patience.
+        """Whether there may be an engine: false once none was seen for `ENGINES_GONE_AFTER`, which
+        the restart of an engine does not take.
 
-        That none was there must have been seen: a replica that was held up itself, or could not
-        reach the queue, knows nothing of it.
+        Only refreshes that succeeded count: while the queue is away, or this process was stopped,
+        nothing is known about the engines.
         """
         gone = self._gone_since
         return gone is None or self._clock() - gone < ENGINES_GONE_AFTER
 
     def tokens_per_second(self) -> float:
-        """Of all engines together; 0 where nothing was generated lately."""
+        """Sum over the engines; 0 if nothing was generated lately."""
         return self._tokens_per_second
 
     async def refresh(self) -> None:
-        """Reads the engines and the queue's depth once. Raises Unavailable, also if the queue can
-        be read but takes no writes.
+        """Reads the engines and the queue's depth. Raises Unavailable if the queue cannot be read
+        or takes no writes.
         """
         await self._queue.check()
         engines = await self._queue.engines()
@@ -95,11 +96,11 @@ class Cluster:
         self._observer.queue_read(await self._queue.depth(), len(engines))
 
     async def watch(self) -> None:
-        """Refreshes for ever; what cannot be read now is read later."""
+        """Refreshes until cancelled; retries while the queue is away."""
         while True:
             try:
                 await self.refresh()
             except Unavailable:
                 self._observer.queue_away()
             gone = self._gone_since is not None
-            await asyncio.sleep(REFRESH_EVERY_WITHOUT if gone else REFRESH_EVERY)
+            await asyncio.sleep(REFRESH_INTERVAL_WITHOUT_ENGINES if gone else REFRESH_INTERVAL)

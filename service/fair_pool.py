@@ -1,14 +1,14 @@
-"""FairPool: threads for one kind of blocking work, shared by tenants in turns.
+"""FairPool: threads for one kind of blocking work, shared fairly by tenants.
 
-Each kind of work that clients cause has a pool of its own, so a flood of one kind delays no other
-kind; and within a pool the tenant that was served least recently is next. So a call of a tenant
-that was at rest waits for the work that runs, never for what another tenant has waiting.
+Each kind of work that clients cause has a pool of its own, so a flood of one kind does not delay
+the others. Within a pool, the tenant that was served least recently is next: a call of an idle
+tenant waits for the running jobs, but not for the waiting jobs of other tenants.
 
-    run -> [line of the tenant] -> a thread is free, the tenant's turn -> result
+    run -> [the tenant's queue] -> the tenant's turn, a free thread -> result
 
-What waits is bounded by its weight (bytes of text, say), for each tenant and in all; one call may
-always wait, however heavy. A call that is cancelled leaves its line; what a thread has begun goes
-on to its end.
+The waiting jobs are limited by weight (for example bytes of text), per tenant and in total; one job
+may always wait, whatever its weight. A call that is cancelled leaves its queue; a job that a thread
+has started runs to its end.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class _Job:
 
 
 class FairPool:
-    """Safe to use from several event loops. `work` names it in errors, such as "tokenising";
-    `refused` is called for each job that is not taken.
+    """Safe to use from several event loops. `work` is its name in errors, such as "tokenising".
+    `refused` is called for each job that exceeds a limit.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class FairPool:
         work: str,
         *,
         threads: int,
-        max_weight: int = UNBOUNDED,  # waiting in all
+        max_weight: int = UNBOUNDED,  # of all waiting jobs
         max_tenant_weight: int = UNBOUNDED,
         refused: Callable[[], None] = lambda: None,
     ) -> None:
@@ -58,23 +58,25 @@ class FairPool:
         self._num_threads = threads
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=work.replace(" ", "-"))
         self._lock = Lock()
-        self._lines: dict[str, deque[_Job]] = {}  # tenant -> its jobs in order; never empty
-        self._waiting: Counter[str] = Counter()  # tenant -> weight in its line
+        self._queues: dict[
+            str, deque[_Job]
+        ] = {}  # tenant -> waiting jobs, first in first out; never empty
+        self._waiting: Counter[str] = Counter()  # tenant -> weight of its waiting jobs
         self._running: Counter[str] = Counter()
         self._served: dict[str, int] = {}  # tenant with jobs -> number of its latest turn
         self._turns = 0
 
     @property
     def waiting(self) -> int:
-        """Jobs in the lines."""
+        """Number of waiting jobs."""
         with self._lock:
-            return sum(map(len, self._lines.values()))
+            return sum(map(len, self._queues.values()))
 
     async def run(self, tenant: str, function: Callable[[], T], *, weight: int = 1) -> T:
-        """The result of `function`, called in a thread at the tenant's turn.
+        """Runs `function` in a thread at the tenant's turn and returns its result.
 
-        Raises RateLimited or Unavailable, before anything is done, if the tenant or all tenants
-        have too much waiting.
+        Raises RateLimited or Unavailable at once if too many jobs of the tenant, or of all tenants,
+        are waiting.
         """
         job = _Job(tenant, weight, function)
         self._enqueue(job)
@@ -85,9 +87,9 @@ class FairPool:
         return result
 
     def close(self) -> None:
-        """Waits for nothing; what is in the lines is cancelled."""
+        """Cancels the waiting jobs. Does not wait for the running ones."""
         with self._lock:
-            waiting = [job for line in self._lines.values() for job in line]
+            waiting = [job for queue in self._queues.values() for job in queue]
         for job in waiting:
             self._withdraw(job)
         self._threads.shutdown(wait=False)
@@ -101,21 +103,21 @@ class FairPool:
             if total and total + job.weight > self._max_weight:
                 self._refused()
                 raise Unavailable(f"too many calls are waiting for {self._work}")
-            self._lines.setdefault(job.tenant, deque()).append(job)
+            self._queues.setdefault(job.tenant, deque()).append(job)
             self._waiting[job.tenant] += job.weight
         self._dispatch()
 
     def _dispatch(self) -> None:
-        """Hands jobs to the threads that are free."""
+        """Starts waiting jobs while threads are free."""
         while (job := self._take()) is not None:
             self._threads.submit(job.function).add_done_callback(partial(self._finish, job))
 
     def _take(self) -> _Job | None:
-        """The job whose turn it is, if there is a thread for it."""
+        """Removes and returns the next job; None if there is none or no thread is free."""
         with self._lock:
-            while self._lines and self._running.total() < self._num_threads:
-                tenant = min(self._lines, key=lambda name: self._served.get(name, 0))
-                job = self._lines[tenant][0]
+            while self._queues and self._running.total() < self._num_threads:
+                tenant = min(self._queues, key=lambda name: self._served.get(name, 0))
+                job = self._queues[tenant][0]
                 self._remove(job)
                 if not job.future.set_running_or_notify_cancel():
                     self._forget_idle(tenant)
@@ -138,21 +140,21 @@ class FairPool:
         self._dispatch()
 
     def _remove(self, job: _Job) -> None:
-        line = self._lines[job.tenant]
-        line.remove(job)  # the first one, unless it is withdrawn
+        queue = self._queues[job.tenant]
+        queue.remove(job)  # the first one, unless it is withdrawn
         self._waiting[job.tenant] -= job.weight
-        if not line:
-            del self._lines[job.tenant]
+        if not queue:
+            del self._queues[job.tenant]
 
     def _withdraw(self, job: _Job) -> None:
-        """Has no effect on a job that has begun."""
+        """Cancels a job that has not started."""
         with self._lock:
-            if job in self._lines.get(job.tenant, ()):
+            if job in self._queues.get(job.tenant, ()):
                 self._remove(job)
                 self._forget_idle(job.tenant)
         job.future.cancel()
 
     def _forget_idle(self, tenant: str) -> None:
-        if not self._running[tenant] and tenant not in self._lines:
+        if not self._running[tenant] and tenant not in self._queues:
             for table in (self._running, self._waiting, self._served):
                 table.pop(tenant, None)

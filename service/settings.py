@@ -1,9 +1,8 @@
-"""Settings: every knob of Quire, in one table. The only reader of the environment.
+"""Settings: all settings of Quire, in one table. The only reader of the environment.
 
-A setting comes from, first found wins: a command line flag (`--max-batch-tokens`), the environment
+A setting comes from the first of: a command line flag (`--max-batch-tokens`), the environment
 (`QUIRE_MAX_BATCH_TOKENS`), a TOML file (`--config` or `QUIRE_CONFIG`), its default. Unknown names
-and bad values are refused, wherever they stand. The README lists what this file defines, and a
-test compares the two.
+and bad values are errors. docs/settings.md is generated from this file.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ import re
 import tomllib
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -22,13 +22,13 @@ from pydantic.fields import FieldInfo
 from service.errors import StartupError
 
 PREFIX = "QUIRE_"
-CONFIG_VARIABLE = "QUIRE_CONFIG"  # the file's own place cannot stand in the file
+CONFIG_VARIABLE = "QUIRE_CONFIG"  # not a setting: the file cannot contain its own path
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 
 
 class Group(StrEnum):
-    """Headings of `--help` and of the README's table."""
+    """Headings of `--help` and of docs/settings.md."""
 
     MODEL = "Model"
     ENGINE = "Engine"
@@ -39,7 +39,7 @@ class Group(StrEnum):
 
 
 def parse_bytes(value: object) -> object:
-    """`512MiB`, `2g`, `1_000_000` -> bytes; anything else is left for pydantic to refuse."""
+    """Converts `512MiB`, `2g` or `1_000_000` to bytes; pydantic rejects any other string."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"([0-9][0-9_]*)\s*([kmg]i?|)b?", value.strip().lower())
@@ -50,7 +50,7 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 def split_list(value: object) -> object:
-    """`a, b` -> `("a", "b")`; a TOML list is left as it is."""
+    """Splits `a, b` into a tuple; returns a TOML list unchanged."""
     if not isinstance(value, str):
         return value
     return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -76,248 +76,182 @@ Origins = Annotated[
 ]
 
 
-def _setting(group: Group, default: Any, help_text: str, **limits: Any) -> Any:  # noqa: ANN401
+def _setting(group: Group, help_text: str, default: Any, **limits: Any) -> Any:  # noqa: ANN401
     return Field(default, description=help_text, json_schema_extra={"group": group.value}, **limits)
 
 
+_model = partial(_setting, Group.MODEL)
+_engine = partial(_setting, Group.ENGINE)
+_queue = partial(_setting, Group.QUEUE)
+_http = partial(_setting, Group.HTTP)
+_logs = partial(_setting, Group.LOGS)
+_telemetry = partial(_setting, Group.TELEMETRY)
+
+
 class Settings(BaseModel):
-    """All settings, validated. Frozen: nothing changes them while the server runs."""
+    """All settings, validated and frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    # Model
-    model: str = _setting(
-        Group.MODEL,
+    model: str = _model(
+        "GGUF file, safetensors folder, Hugging Face id, or the name of the default model.",
         "smollm2-135m-instruct",
-        "Path of a GGUF file or a safetensors folder, a Hugging Face id, or the default's name.",
     )
-    model_name: str | None = _setting(
-        Group.MODEL, None, "The name clients ask for; by default the file's or the repository's."
+    model_name: str | None = _model(
+        "Model name in the API; default: the file's or the repository's.", None
     )
-    cache_dir: Path = _setting(
-        Group.MODEL, Path("~/.cache/quire"), "Where fetched models are kept."
-    )
-    max_model_len: int | None = _setting(
-        Group.MODEL, None, "Most tokens of prompt and answer; by default the model's own.", ge=8
+    cache_dir: Path = _model("Directory of downloaded models.", Path("~/.cache/quire"))
+    max_model_len: int | None = _model(
+        "Maximum context length (prompt + output); default: the model's.", None, ge=8
     )
 
-    # Engine
-    runner: Literal["auto", "native", "torch", "cuda"] = _setting(
-        Group.ENGINE, "auto", "What executes the steps; auto takes the fastest there is."
+    runner: Literal["auto", "native", "torch", "cuda"] = _engine(
+        "Execution backend; auto picks the fastest available.", "auto"
     )
-    dtype: Literal["auto", "int8", "bfloat16", "float32"] = _setting(
-        Group.ENGINE, "auto", "Arithmetic of the network; auto is what the runner does fastest."
+    dtype: Literal["auto", "int8", "bfloat16", "float32"] = _engine(
+        "Compute dtype of the network; auto picks the runner's fastest.", "auto"
     )
-    kv_dtype: Literal["auto", "bfloat16", "int8", "float8"] = _setting(
-        Group.ENGINE, "auto", "Storage of keys and values, where the runner has a choice."
+    kv_dtype: Literal["auto", "bfloat16", "int8", "float8"] = _engine(
+        "KV cache dtype, if the runner supports several.", "auto"
     )
-    device: str = _setting(Group.ENGINE, "auto", "Torch device: cpu, cuda, cuda:1; auto.")
-    threads: int | None = _setting(
-        Group.ENGINE, None, "Threads of the engine; by default one a core.", ge=1, le=1024
+    device: str = _engine("Torch device: cpu, cuda, cuda:1, or auto.", "auto")
+    threads: int | None = _engine(
+        "CPU threads of the engine; default: one per core.", None, ge=1, le=1024
     )
-    tensor_parallel: int = _setting(
-        Group.ENGINE, 1, "Processes that share the network, a GPU each.", ge=1, le=64
+    tensor_parallel: int = _engine(
+        "Number of tensor-parallel processes, one per GPU.", 1, ge=1, le=64
     )
-    kv_memory: Bytes | None = _setting(
-        Group.ENGINE,
+    kv_memory: Bytes | None = _engine(
+        "KV cache memory per process, such as 512MiB or 2g; default: 512MiB, on a GPU set by "
+        "memory_share.",
         None,
-        "Memory of the KV cache, in each process: bytes, or 512MiB, 2g; by default 512MiB, on a "
-        "GPU by memory_share.",
         ge=1,
     )
-    memory_share: float = _setting(
-        Group.ENGINE,
+    memory_share: float = _engine(
+        "Share of the GPU memory left free by weights and activations that the KV cache uses.",
         0.9,
-        "Share of a GPU's memory, of what weights and steps leave free, for the KV cache.",
         gt=0,
         le=1,
     )
-    block_size: int = _setting(Group.ENGINE, 16, "Tokens a KV block.", ge=1, le=1024)
-    max_batch_tokens: int | None = _setting(
-        Group.ENGINE,
+    block_size: int = _engine("Tokens per KV block.", 16, ge=1, le=1024)
+    max_batch_tokens: int | None = _engine(
+        "Maximum tokens per step, and the chunk size of long prompts; default: 512, on a GPU 2048.",
         None,
-        "Most tokens one step computes, the chunk of a long prompt; by default 512, on a GPU 2048.",
         ge=1,
     )
-    max_sequences: int | None = _setting(
-        Group.ENGINE,
-        None,
-        "Most sequences one step computes; by default 64, on a GPU 256.",
-        ge=1,
-        le=4096,
+    max_sequences: int | None = _engine(
+        "Maximum sequences per step; default: 64, on a GPU 256.", None, ge=1, le=4096
     )
-
-    target_gap: float = _setting(
-        Group.ENGINE, 0.06, "Seconds between tokens of a stream that a long prompt may cost.", gt=0
+    target_gap: float = _engine(
+        "Target time between tokens of running streams while a long prompt is prefilled, in "
+        "seconds.",
+        0.06,
+        gt=0,
     )
-    speculate: bool = _setting(
-        Group.ENGINE,
+    speculate: bool = _engine(
+        "Speculative decoding with drafts from the text itself (prompt lookup); exact runners "
+        "only. Never changes the output.",
         default=True,
-        help_text="Draft tokens from the text itself; exact runners only, never another answer.",
     )
 
-    # Queue
-    queue: str = _setting(
-        Group.QUEUE, "memory://", "Where requests and journals live: memory:// or redis://host/0."
+    queue: str = _queue("Store of requests and journals: memory:// or redis://host/0.", "memory://")
+    max_queued_requests: int = _queue(
+        "Maximum waiting requests; more are refused with 503.", 1024, ge=1
     )
-    max_queued_requests: int = _setting(
-        Group.QUEUE, 1024, "Requests that may wait; more are refused with 503.", ge=1
+    max_queued_tokens: int = _queue(
+        "Maximum waiting tokens: prompts and a share of max_tokens; more are refused with 503.",
+        1_000_000,
+        ge=1,
     )
-    max_queued_tokens: int = _setting(
-        Group.QUEUE, 1_000_000, "Tokens that may wait: prompts and a share of max_tokens.", ge=1
+    max_per_tenant: int = _queue(
+        "Maximum waiting and running requests per tenant; more are refused with 429.", 1024, ge=1
     )
-    max_per_tenant: int = _setting(
-        Group.QUEUE, 1024, "Requests a tenant may have waiting or running; then 429.", ge=1
-    )
-    max_stored_bytes: Bytes = _setting(
-        Group.QUEUE,
+    max_stored_bytes: Bytes = _queue(
+        "Maximum stored bytes of requests and their records; more are refused with 503.",
         512 * 1024**2,
-        "Stored bytes of requests and their records; more are refused with 503.",
         ge=1024,
     )
-    max_tenant_stored_bytes: Bytes = _setting(
-        Group.QUEUE, 256 * 1024**2, "The same, of one tenant; then 429.", ge=1024
+    max_tenant_stored_bytes: Bytes = _queue(
+        "Maximum stored bytes per tenant; more are refused with 429.", 256 * 1024**2, ge=1024
     )
-    lease: float = _setting(
-        Group.QUEUE, 3.0, "Seconds after which a silent engine's requests are taken over.", gt=0
+    lease: float = _queue(
+        "Seconds without a heartbeat after which an engine's requests go to another engine.",
+        3.0,
+        gt=0,
     )
-    resume_window: float = _setting(
-        Group.QUEUE, 600.0, "Seconds that an ended answer can still be read.", gt=0
+    resume_window: float = _queue(
+        "Seconds for which a finished answer can still be read.", 600.0, gt=0
     )
-    accept_without_engines: bool = _setting(
-        Group.QUEUE,
-        default=False,
-        help_text="Take calls while no engine is there: they wait for one to be started.",
+    accept_without_engines: bool = _queue(
+        "Queue requests while no engine is available, instead of refusing them.", default=False
     )
 
-    # HTTP
-    host: str = _setting(Group.HTTP, "127.0.0.1", "Address to listen on.")
-    port: int = _setting(Group.HTTP, 8000, "Port of the API; 0 takes a free one.", ge=0, le=65535)
-    admin_port: int = _setting(
-        Group.HTTP,
+    host: str = _http("Address to listen on.", "127.0.0.1")
+    port: int = _http("API port; 0 picks a free one.", 8000, ge=0, le=65535)
+    admin_port: int = _http(
+        "Port of metrics and health checks; 0 picks a free one. If it is not set and the default"
+        " is taken, the next free port.",
         8001,
-        "Port of metrics and health, same address; 0: a free one. If it is not set and the default "
-        "is taken, the next free one.",
         ge=0,
         le=65535,
     )
-    allow_anonymous: bool = _setting(
-        Group.HTTP,
-        default=False,
-        help_text="Serve without keys on an address that others can reach.",
+    allow_anonymous: bool = _http(
+        "Serve without API keys on an address that other machines can reach.", default=False
     )
-    keys_file: Path | None = _setting(
-        Group.HTTP, None, "A TOML file of API keys, read again when it changes; see `quire key`."
+    keys_file: Path | None = _http(
+        "TOML file of API keys, reloaded when it changes; see `quire key`.", None
     )
-    allowed_hosts: Hosts = _setting(
-        Group.HTTP,
+    allowed_hosts: Hosts = _http(
+        "Host names that clients may use if no keys are required, in addition to loopback names:"
+        " a, b; * allows all. If not set, checked on loopback addresses only.",
         (),
-        "Host names that clients may use if no keys are needed, beside loopback ones: a, b; * "
-        "allows all. By default checked on a loopback host only.",
     )
-    cors_origins: Origins = _setting(
-        Group.HTTP,
-        (),
-        "Origins whose web pages may call the API: https://app.example, ...; * allows all.",
+    cors_origins: Origins = _http(
+        "Origins whose web pages may call the API: https://app.example, ...; * allows all.", ()
     )
-    max_connections: int | None = _setting(
-        Group.HTTP,
-        None,
-        "Open connections of the API; by default 8192, or fewer if the system's limit of open "
+    max_connections: int | None = _http(
+        "Maximum open connections of the API port; default: 8192, or fewer if the limit of open "
         "files (ulimit -n) is lower.",
+        None,
         ge=1,
     )
-    max_connections_per_address: int | None = _setting(
-        Group.HTTP,
+    max_connections_per_address: int | None = _http(
+        "Maximum open connections per client address; default: 3/4 of max_connections. Behind a "
+        "proxy, all connections have its address.",
         None,
-        "Open connections of one client address; by default 3/4 of max_connections. Behind a "
-        "proxy all have its address.",
         ge=1,
     )
-    max_body: Bytes = _setting(Group.HTTP, 4 * 1024**2, "Largest request body, in bytes.", ge=1024)
-    keep_alive: float = _setting(
-        Group.HTTP, 15.0, "Seconds of silence after which a stream gets a comment.", gt=0
+    max_body: Bytes = _http("Maximum size of a request body in bytes.", 4 * 1024**2, ge=1024)
+    keep_alive: float = _http("Interval between SSE keep-alive comments, in seconds.", 15.0, gt=0)
+    disconnect_grace: float = _http(
+        "Seconds for which a resumable answer continues after its reader disconnected.", 30.0, ge=0
     )
-    disconnect_grace: float = _setting(
-        Group.HTTP, 30.0, "Seconds that a resumable answer goes on without a reader.", ge=0
+    drain_timeout: float = _http(
+        "Seconds for open responses to finish after SIGTERM; at most 10 after Ctrl-C.", 600.0, ge=0
+    )
+    page: bool = _http("Serve the chat web page at /.", default=True)
+    attention: bool = _http("Serve POST /v1/attention (`quire serve` only).", default=True)
+
+    log_level: Literal["debug", "info", "warning", "error"] = _logs("Minimum log level.", "info")
+    log_format: Literal["text", "json"] = _logs(
+        "Log format; json writes one object per line.", "text"
     )
 
-    drain_timeout: float = _setting(
-        Group.HTTP,
-        600.0,
-        "Seconds that open answers get to end after SIGTERM; after Ctrl-C 10 at most.",
-        ge=0,
-    )
-
-    page: bool = _setting(
-        Group.HTTP, default=True, help_text="Serve the web page to chat with the model at /."
-    )
-
-    attention: bool = _setting(
-        Group.HTTP,
-        default=True,
-        help_text="Serve POST /v1/attention where the network is in the process: quire serve.",
-    )
-
-    # Logs
-    log_level: Literal["debug", "info", "warning", "error"] = _setting(
-        Group.LOGS, "info", "Least severity that is logged."
-    )
-    log_format: Literal["text", "json"] = _setting(
-        Group.LOGS, "text", "Text for people, json for machines: one object a line."
-    )
-
-    # Telemetry
-    vllm_metrics: bool = _setting(
-        Group.TELEMETRY,
-        default=False,
-        help_text="Tell the metrics that vLLM has under its names, too.",
-    )
-    otlp_endpoint: str | None = _setting(
-        Group.TELEMETRY,
+    vllm_metrics: bool = _telemetry("Also export metrics under vLLM's names.", default=False)
+    otlp_endpoint: str | None = _telemetry(
+        "OTLP endpoint for traces, such as http://127.0.0.1:4318; needs quire-llm[otel].",
         None,
-        "Where traces go, such as http://127.0.0.1:4318. Needs quire-llm[otel].",
         pattern=r"^https?://\S+$",
     )
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this host can reach the server."""
+        """Whether only this machine can reach the server."""
         return self.host in {"localhost", "::1"} or self.host.startswith("127.")
 
 
-def bound_spinning() -> None:
-    """Makes OpenMP's idle threads spin for a moment and then sleep, unless the operator decided;
-    before torch is imported.
-
-    A step has hundreds of parallel pieces: to wake a thread for each costs a third of the speed on
-    a quiet machine. Without a bound a thread that waits holds a core for milliseconds, which an
-    API, a queue and clients beside the engine want.
-    """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ.update(OMP_WAIT_POLICY="ACTIVE", GOMP_SPINCOUNT="10000")
-
-
-def keep_ranks_to_themselves() -> None:
-    """Makes the libraries of tensor parallelism meet on the loopback interface, unless the operator
-    decided: by themselves they take one that others can reach, or fail for the host's name.
-    """
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ.setdefault(name, "lo")
-
-
-WHOLE_SUMS: Mapping[str, str] = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
-
-
-def keep_sums_whole() -> bool:
-    """Leaves the GPU's library no workspace to cut sums into pieces with, unless the operator
-    decided; before it multiplies. Returns whether it is so: what it multiplies may then be exact.
-    """
-    return all(os.environ.setdefault(name, value) == value for name, value in WHOLE_SUMS.items())
-
-
 class SettingRow(NamedTuple):
-    """One row of the README's table."""
+    """One setting, for `--help` and docs/settings.md."""
 
     group: str
     name: str
@@ -325,12 +259,13 @@ class SettingRow(NamedTuple):
     variable: str
     default: str
     help: str
+    choices: tuple[str, ...]
 
 
 def load_settings(
     flags: Mapping[str, Any], *, file: Path | None = None, environ: Mapping[str, str] | None = None
 ) -> Settings:
-    """Joins flags (only those given), environment and file. Raises StartupError with one line."""
+    """Merges flags, environment and file. Raises StartupError, whose message is one line."""
     variables = os.environ if environ is None else environ
     names = {PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE}
     unknown = sorted(key for key in variables if key.startswith(PREFIX) and key not in names)
@@ -353,7 +288,7 @@ def load_settings(
 
 
 def setting_rows() -> list[SettingRow]:
-    """Every setting, in the order of this file."""
+    """Returns all settings, in the order of this file."""
     return [_row(name, info) for name, info in Settings.model_fields.items()]
 
 
@@ -367,6 +302,7 @@ def _row(name: str, info: FieldInfo) -> SettingRow:
         variable=PREFIX + name.upper(),
         default="" if info.default in (None, ()) else str(info.default),
         help=info.description or "",
+        choices=get_args(info.annotation) if get_origin(info.annotation) is Literal else (),
     )
 
 

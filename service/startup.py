@@ -1,9 +1,14 @@
-"""Startup: from settings to a tokenizer, a runner and a model card. Loads; serves nothing."""
+"""Startup: from settings to a tokenizer, a runner and a model card. Loads; serves nothing.
+
+Also sets the environment variables of libraries, before they are imported or first used. What the
+operator has set stays.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +32,7 @@ from model.runners import RunnerOptions
 from model.text.tokenizer import Tokenizer
 from service.errors import StartupError
 from service.messages import ModelCard
-from service.settings import Settings, bound_spinning, keep_ranks_to_themselves, keep_sums_whole
+from service.settings import Settings
 
 if TYPE_CHECKING:
     from model.parallel.ranks import FollowerProcesses
@@ -35,22 +40,26 @@ if TYPE_CHECKING:
     from model.runners.choose import Choice
 
 
+WHOLE_SUMS: Mapping[str, str] = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
+"""Leaves the vendor BLAS no workspace for split-K, so that its sums may be exact."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """What an engine process has in memory when it is ready."""
+    """What an engine process has loaded when it is ready."""
 
     runner: Runner
     tokenizer: Tokenizer
     card: ModelCard
     seconds: float
-    passed_over: str  # why a faster runner does not serve; empty where none was
-    options: RunnerOptions = field(default_factory=RunnerOptions)  # with the sizes that were chosen
-    followers: FollowerProcesses | None = None  # the ranks that share the network, if any
+    fallback_reason: str  # why a faster runner is not used; empty if the fastest one is
+    options: RunnerOptions = field(default_factory=RunnerOptions)  # with the chosen sizes
+    followers: FollowerProcesses | None = None  # the other ranks of tensor parallelism, if any
 
 
 @contextmanager
-def _said_in_one_line() -> Iterator[None]:
-    """Turns what can be wrong with a model into the operator's one line."""
+def _model_errors() -> Iterator[None]:
+    """Converts the errors of an invalid model to StartupError."""
     try:
         yield
     except (CheckpointError, FetchError) as error:
@@ -58,7 +67,7 @@ def _said_in_one_line() -> Iterator[None]:
 
 
 def fetch_model(settings: Settings, *, console: Console) -> Path:
-    """The model's file or folder, fetched where it is not there yet, with a progress bar."""
+    """Returns the model's file or folder; downloads it if necessary, with a progress bar."""
     bar = Progress(
         "[progress.description]{task.description}",
         BarColumn(),
@@ -72,11 +81,11 @@ def fetch_model(settings: Settings, *, console: Console) -> Path:
     task = bar.add_task(f"fetching {settings.model}", total=None)
 
     def report(done: int, total: int | None) -> None:
-        bar.start()  # only now: where nothing is fetched there is nothing to see
+        bar.start()  # not before: most starts download nothing
         bar.update(task, completed=done, total=total)
 
     try:
-        with _said_in_one_line():
+        with _model_errors():
             return resolve(settings.model, cache=cache, progress=report)
     finally:
         if bar.live.is_started:
@@ -84,18 +93,17 @@ def fetch_model(settings: Settings, *, console: Console) -> Path:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a fetched model."""
-    with _said_in_one_line():
+    with _model_errors():
         return Tokenizer.from_checkpoint(open_checkpoint(path).tokenizer)
 
 
 def load_engine(settings: Settings, path: Path) -> Loaded:
-    """Loads weights and tokenizer, packs, warms up. Seconds of work: not for the event loop.
+    """Loads weights and tokenizer and warms up. Takes seconds: not for the event loop.
 
-    With tensor parallelism it starts the other ranks' processes. Raises StartupError.
+    Starts the other ranks' processes if there are any. Raises StartupError.
     """
-    bound_spinning()
-    keep_ranks_to_themselves()
+    set_thread_waiting()
+    set_rank_interface()
     from model.parallel.runner import RankLost
 
     began = time.monotonic()
@@ -109,13 +117,13 @@ def load_engine(settings: Settings, path: Path) -> Loaded:
 
 
 def _load(settings: Settings, path: Path) -> Loaded:
-    """All but the warm-up. Raises StartupError for what cannot be served here."""
+    """Loads all, without the warm-up. Raises StartupError if the model cannot be served here."""
     from model.native import NativeUnavailable
     from model.runners.choose import choose_runner, choose_sizes
 
-    num_ranks, wanted = settings.tensor_parallel, _options(settings)
+    num_ranks, wanted = settings.tensor_parallel, _runner_options(settings)
     try:
-        with _said_in_one_line():
+        with _model_errors():
             _, config = configure(open_checkpoint(path))
             choice = choose_runner(settings.runner, config, wanted, num_ranks=num_ranks)
             options = choose_sizes(
@@ -127,7 +135,7 @@ def _load(settings: Settings, path: Path) -> Loaded:
                 max_sequences=settings.max_sequences,
             )
             if choice.name == "cuda":
-                options = replace(options, library_products=keep_sums_whole())
+                options = replace(options, library_products=set_whole_sums())
             tokenizer = load_tokenizer(path)
             runner, followers = _build(path, config, choice, options, num_ranks=num_ranks)
     except (ValueError, NativeUnavailable, ImportError) as error:
@@ -141,14 +149,14 @@ def _load(settings: Settings, path: Path) -> Loaded:
         tokenizer=tokenizer,
         card=card,
         seconds=0.0,
-        passed_over=choice.passed_over,
+        fallback_reason=choice.passed_over,
         options=options,
         followers=followers,
     )
 
 
-def _options(settings: Settings) -> RunnerOptions:
-    """What of a runner's options is the operator's alone; sizes are chosen for the runner."""
+def _runner_options(settings: Settings) -> RunnerOptions:
+    """Returns the options that are settings; sizes that are not set depend on the runner."""
     return RunnerOptions(
         dtype=settings.dtype,
         kv_dtype=settings.kv_dtype,
@@ -161,7 +169,7 @@ def _options(settings: Settings) -> RunnerOptions:
 def _build(
     path: Path, config: ModelConfig, choice: Choice, options: RunnerOptions, *, num_ranks: int
 ) -> tuple[Runner, FollowerProcesses | None]:
-    """The runner over the model's weights and, where it shares them, the other ranks."""
+    """Returns the runner and, with tensor parallelism, the other ranks' processes."""
     from model.checkpoint import load_model
     from model.parallel.ranks import check_ranks, start_parallel
     from model.runners import RUNNERS
@@ -171,14 +179,14 @@ def _build(
         return start_parallel(
             path, runner=choice.name, dtype=choice.dtype, options=options, num_ranks=num_ranks
         )
-    # In the runner's own dtype from the start: a second copy would double the memory.
+    # Read in the runner's dtype at once: a second copy would double the memory.
     model = load_model(path, dtype=choice.dtype)
     return RUNNERS[choice.name](config, model.weights, options, model.digest), None
 
 
 def load_card(settings: Settings, path: Path) -> ModelCard:
-    """What a replica without a runner knows of the model; engines tell it the rest."""
-    with _said_in_one_line():
+    """Returns the card of a replica without a runner; engines report what it leaves unknown."""
+    with _model_errors():
         _, config = configure(open_checkpoint(path))
     return card_of(settings, path, config)
 
@@ -186,7 +194,7 @@ def load_card(settings: Settings, path: Path) -> ModelCard:
 def card_of(
     settings: Settings, path: Path, config: ModelConfig, *, pool: int | None = None
 ) -> ModelCard:
-    """The card of a model; `pool` is the number of tokens that the KV cache holds."""
+    """Returns a model's card. `pool` is the KV cache's capacity in tokens."""
     lengths = (config.max_model_len, settings.max_model_len, pool)
     return ModelCard(
         id=settings.model_name or name_of(settings.model, path),
@@ -198,7 +206,33 @@ def card_of(
 
 
 def name_of(model: str, path: Path) -> str:
-    """What clients call a model by default: a repository's id, else the file's name."""
+    """Returns a model's default name in the API: the repository id, or the file's name."""
     if not model or Path(model).expanduser().exists():
         return name_without_part(path.stem) if path.is_file() else path.name
     return model
+
+
+def set_thread_waiting() -> None:
+    """Bounds how long idle OpenMP threads spin before they sleep. Call before importing torch.
+
+    A step has hundreds of parallel regions: waking sleeping threads for each costs a third of the
+    speed on a quiet machine. Without a bound, a waiting thread occupies a core for milliseconds
+    that the API, the queue and local clients need.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ.update(OMP_WAIT_POLICY="ACTIVE", GOMP_SPINCOUNT="10000")
+
+
+def set_rank_interface() -> None:
+    """Makes the ranks of tensor parallelism connect on the loopback interface. The libraries'
+    default is one that other machines can reach, or fails if the host name does not resolve.
+    """
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo")
+
+
+def set_whole_sums() -> bool:
+    """Sets `WHOLE_SUMS`. Call before the first matrix product. Returns whether they are in force:
+    only then the vendor BLAS's products can be exact.
+    """
+    return all(os.environ.setdefault(name, value) == value for name, value in WHOLE_SUMS.items())

@@ -33,7 +33,7 @@ from typing import Any
 
 from loadtest.bench.gpu.piece import CUT_OFF
 from loadtest.bench.machine import this_machine
-from service.settings import WHOLE_SUMS
+from service.startup import WHOLE_SUMS
 
 _MINUTES = 8.5
 _GRACE = 10.0  # seconds that a piece has to start, and, asked to end, to end

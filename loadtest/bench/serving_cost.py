@@ -34,7 +34,8 @@ from service.http.listeners import Listener
 from service.http.ports import address, bind
 from service.messages import ModelCard
 from service.observability.metrics import Metrics
-from service.roles import ApiSide, EngineSide, live, opened_queue
+from service.parts import ApiSide, EngineSide, connect_queue
+from service.roles import run_until_stopped
 from service.settings import Settings
 from service.startup import Loaded, load_tokenizer
 
@@ -67,7 +68,7 @@ class Server:
     async def serve(self, until: asyncio.Event) -> None:
         """Serves until it is told to end."""
         metrics = Metrics()
-        queue = await opened_queue(self.settings, metrics)
+        queue = await connect_queue(self.settings, metrics)
         card = ModelCard(
             id="instant",
             max_model_len=2048,
@@ -81,14 +82,14 @@ class Server:
             tokenizer=tokenizer,
             card=card,
             seconds=0.0,
-            passed_over="",
+            fallback_reason="",
             options=self._options,
         )
         engine = EngineSide(self.settings, loaded, queue, metrics)
         api = ApiSide(self.settings, card, queue, metrics, tokenizer=tokenizer, engine=engine)
         listeners = [Listener(api.app, self.public), Listener(api.admin_app, bind("127.0.0.1", 0))]
         serving = asyncio.create_task(
-            live(queue, listeners, api=api, engine=engine, ready=self.is_ready.set)
+            run_until_stopped(queue, listeners, api=api, engine=engine, ready=self.is_ready.set)
         )
         await until.wait()
         os.kill(os.getpid(), 15)  # as an operator ends it

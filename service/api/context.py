@@ -25,13 +25,13 @@ from service.queues.contract import Queue
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probes:
-    """What the process says of itself. None of these may block."""
+    """The state of the process. None of these may block."""
 
-    started: Callable[[], bool]  # weights are loaded
-    live: Callable[[], bool]  # the engine's step counter moved, or there is nothing to do
-    draining: Callable[[], bool]  # on its way out: takes no new calls
-    served: Callable[[], bool]  # an engine was heard of lately
-    tokens_per_second: Callable[[], float]  # measured lately, all engines; 0 where unknown
+    started: Callable[[], bool] = lambda: True  # the weights are loaded
+    live: Callable[[], bool] = lambda: True  # the engine makes progress or has nothing to do
+    draining: Callable[[], bool] = lambda: False  # shutting down: accepts no new calls
+    served: Callable[[], bool] = lambda: True  # an engine sent a heartbeat lately
+    tokens_per_second: Callable[[], float] = lambda: 0.0  # of all engines; 0: unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,7 +50,6 @@ class ApiLimits:
     backend_retry: float = 0.25
     resume_window: float = 600.0  # as the queue's: after it an id is "expired", not "unknown"
     max_event_id_chars: int = 4096
-    probe_timeout: float = 1.0  # the readiness probe's patience with the queue
     sweep_interval: float = 1.0  # between two searches for requests past their deadline
 
     @property

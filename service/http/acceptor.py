@@ -1,7 +1,7 @@
-"""Acceptor: takes connections from a listening socket while there are places for them.
+"""Acceptor: accepts connections from a listening socket while there are slots for them.
 
-asyncio's own servers accept all that come: a burst then uses up the process's descriptors before
-any connection can be refused, and every other port and client of the process fails with them.
+asyncio's servers accept all connections: a burst would use up the process's descriptors before any
+could be refused, and the process's other ports and its client of Redis would fail, too.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from service.http.connections import Connections, Slot
 
 log = logging.getLogger("quire")
 
-BACKLOG = 2048  # connections that the kernel holds until they are accepted
-BATCH = 16  # accepted in one turn of the event loop
-PAUSE = 0.5  # seconds without accepting after the system could not open a descriptor
+BACKLOG = 2048  # connections that the kernel queues until they are accepted
+BATCH = 16  # connections accepted per iteration of the event loop
+PAUSE = 0.5  # seconds without accepting after the system ran out of descriptors
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 MakeProtocol = Callable[[Slot], asyncio.Protocol]
 
 
 class Acceptor:
-    """Accepts on `bound`, one protocol for each connection. Runs in the loop that starts it."""
+    """Accepts on `bound`, with one protocol per connection, in the event loop that starts it."""
 
     def __init__(self, bound: socket.socket, connections: Connections) -> None:
         self._bound = bound
@@ -37,7 +37,7 @@ class Acceptor:
         self._paused = False
 
     def start(self, make_protocol: MakeProtocol) -> None:
-        """Listens. Raises OSError if another process listens on the port."""
+        """Starts to listen. Raises OSError if another process listens on the port."""
         self._loop = asyncio.get_running_loop()
         self._make_protocol = make_protocol
         self._bound.settimeout(0)
@@ -45,7 +45,7 @@ class Acceptor:
         self._resume()
 
     def stop(self) -> None:
-        """Accepts no more; connections stay open. The socket is the caller's to close."""
+        """Stops accepting. Connections stay open; the caller closes the socket."""
         self._loop.remove_reader(self._bound.fileno())
         if self._retry is not None:
             self._retry.cancel()
@@ -70,9 +70,9 @@ class Acceptor:
             self._open(connection, str(peer[0]))
 
     def _pause(self, reason: str) -> None:
-        """Waits for descriptors to be closed. Logged once, until a connection is accepted."""
+        """Pauses; descriptors may be closed meanwhile. Logged once until one is accepted again."""
         if not self._paused:
-            log.warning("connections cannot be accepted now: %s", reason.lower())
+            log.warning("cannot accept connections: %s", reason.lower())
         self._paused = True
         self._loop.remove_reader(self._bound.fileno())
         self._retry = self._loop.call_later(PAUSE, self._resume)
@@ -87,11 +87,11 @@ class Acceptor:
         task.add_done_callback(self._opening.discard)
 
     async def _serve(self, connection: socket.socket, slot: Slot) -> None:
-        """Makes the connection's transport and protocol, which then live on their own."""
+        """Creates the connection's transport and protocol, which then run on their own."""
         transport = None
         try:
             connection.settimeout(0)
-            with contextlib.suppress(OSError):  # the client may have left
+            with contextlib.suppress(OSError):  # the client may have disconnected
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 transport, _ = await self._loop.connect_accepted_socket(
                     partial(self._make_protocol, slot), connection

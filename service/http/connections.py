@@ -1,11 +1,12 @@
-"""Connections: how many a port holds, and which of them gives way to the next.
+"""Connections: limits on the open connections of a port, in all and per client address.
 
-    idle    waits for a request, or for the rest of one: closed if its place is needed, the one that
-            has waited longest first
-    busy    an answer is being made or sent: never closed for another
+    idle    waits for a request, or for the rest of one; may be closed to admit a new connection,
+            the longest idle first
+    busy    a response is being computed or sent; never closed for another connection
 
-An address at its limit makes room among its own connections, a full port among all of them. If none
-is idle, the new connection is refused: with an answer, or, if too many are being refused, without.
+At a limit, an idle connection is closed: one of the same address if the address is at its limit,
+any one if the port is. If none is idle, the new connection is refused, with an error response or,
+if too many are being refused already, without.
 """
 
 from __future__ import annotations
@@ -23,46 +24,44 @@ from service.errors import QuireError, RateLimited, Unavailable
 
 log = logging.getLogger("quire")
 
-QUIET = 60.0
-"""Seconds without a closed or refused connection after which the next one is logged again."""
+LOG_PAUSE = 60.0
+"""A limit is logged again if it was not reached for this many seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
-    """Open connections of one port."""
+    """Maximum numbers of open connections of one port."""
 
     total: int = 8192
     per_address: int = 8192
-    refused: int = 32  # that are being answered so
+    refused: int = 32  # those that get an error response, in addition to the total
 
 
 class Outcome(StrEnum):
-    """What a limit did: closed an idle connection, or refused a new one."""
+    """What reaching a limit led to: an idle connection was closed, or the new one refused."""
 
     CLOSED = "closed"
     REFUSED = "refused"
 
 
 class ConnectionObserver(Protocol):
-    """Is given what metrics count. Called in the event loop."""
+    """For metrics. Called in the event loop."""
 
     def connections_open(self, port: str, count: int) -> None:
-        """The number of connections of a port, after it changed."""
+        """The number of open connections of a port changed to `count`."""
         ...
 
     def connection_limited(self, port: str, outcome: Outcome) -> None:
-        """A limit closed or refused a connection."""
+        """A limit was reached."""
         ...
 
 
 class NullConnectionObserver:
-    """Counts nothing."""
+    """Ignores all."""
 
-    def connections_open(self, port: str, count: int) -> None:
-        """Ignored."""
+    def connections_open(self, port: str, count: int) -> None: ...
 
-    def connection_limited(self, port: str, outcome: Outcome) -> None:
-        """Ignored."""
+    def connection_limited(self, port: str, outcome: Outcome) -> None: ...
 
 
 @dataclass(slots=True)
@@ -74,7 +73,7 @@ class _Group:
 
 
 class Slot:
-    """The place of one connection. If `refusal` is set, the connection gets only that answer."""
+    """One connection's slot. If `refusal` is set, it is the connection's only response."""
 
     def __init__(self, pool: Connections, address: str, refusal: QuireError | None) -> None:
         self.address = address
@@ -83,24 +82,24 @@ class Slot:
         self._pool: Connections | None = pool
 
     def idle(self) -> None:
-        """The connection begins to wait, now."""
+        """Marks the connection as idle since now."""
         if self._pool is not None and self.refusal is None:
             self._pool.mark_idle(self)
 
     def busy(self) -> None:
-        """An answer is being made."""
+        """Marks the connection as busy."""
         if self._pool is not None:
             self._pool.mark_busy(self)
 
     def release(self) -> None:
-        """The connection is gone. May be called again."""
+        """Frees the slot after the connection ended. Idempotent."""
         if self._pool is not None:
             self._pool.remove(self)
             self._pool = None
 
 
 class Connections:
-    """The places of one port. `port` is its name in logs and metrics."""
+    """The slots of one port. `port` is its name in logs and metrics."""
 
     def __init__(
         self,
@@ -117,14 +116,14 @@ class Connections:
         self._groups: dict[str, _Group] = {}
         self._idle: OrderedDict[Slot, None] = OrderedDict()
         self._count = 0
-        self._num_refused = 0  # of those that are being answered
+        self._num_refused = 0  # refused connections that are still open
         self._last_limited: dict[str, float] = {}  # kind of limit -> when it was last reached
 
     def __len__(self) -> int:
         return self._count
 
     def admit(self, host: str) -> Slot | None:
-        """A place for a new connection; None if it is to be closed at once."""
+        """Returns a slot for a new connection; None if it must be closed at once."""
         address = address_group(host)
         group = self._groups.get(address, _Group())
         refusal: QuireError | None = None
@@ -148,7 +147,7 @@ class Connections:
                 return None
             self._num_refused += 1
             return Slot(self, address, refusal)
-        # Looked up again: the group may have gone with its last connection.
+        # Looked up again: closing its last connection may have removed the group.
         self._groups.setdefault(address, group).count += 1
         self._set_count(self._count + 1)
         return Slot(self, address, None)
@@ -156,7 +155,7 @@ class Connections:
     def _make_room(
         self, idle: OrderedDict[Slot, None], refusal: QuireError, *, setting: str
     ) -> QuireError | None:
-        """Closes the connection that has been idle longest. If there is none, the refusal."""
+        """Closes the longest idle connection; returns `refusal` if there is none."""
         outcome = Outcome.CLOSED if idle else Outcome.REFUSED
         self._observer.connection_limited(self._port, outcome)
         self._log(setting)
@@ -169,15 +168,15 @@ class Connections:
         return None
 
     def _log(self, setting: str) -> None:
-        """One line for an episode, however many connections it has."""
+        """Logs one line per episode, however many connections are limited in it."""
         now = self._clock()
-        if now - self._last_limited.get(setting, -QUIET) >= QUIET:
+        if now - self._last_limited.get(setting, -LOG_PAUSE) >= LOG_PAUSE:
             limit = getattr(
                 self._limits, "total" if setting == "max_connections" else "per_address"
             )
             log.warning(
-                "%s port: %d connections are open, the limit of %s; idle ones are closed for new"
-                " ones, and new ones are refused if none is idle",
+                "%s port: %d connections are open, the limit of %s; idle connections are closed to"
+                " admit new ones, which are refused if none is idle",
                 self._port,
                 limit,
                 setting,
@@ -186,19 +185,16 @@ class Connections:
 
     # --- what slots report ----------------------------------------------------------------
     def mark_idle(self, slot: Slot) -> None:
-        """Puts the connection at the end of those that wait."""
         for order in (self._idle, self._groups[slot.address].idle):
             order[slot] = None
             order.move_to_end(slot)
 
     def mark_busy(self, slot: Slot) -> None:
-        """Takes the connection out of those that wait."""
         self._idle.pop(slot, None)
         if slot.address in self._groups:
             self._groups[slot.address].idle.pop(slot, None)
 
     def remove(self, slot: Slot) -> None:
-        """Gives the place to others."""
         if slot.refusal is not None:
             self._num_refused -= 1
             return
@@ -215,7 +211,7 @@ class Connections:
 
 
 def address_group(host: str) -> str:
-    """What counts as one address: an IPv4 address, or the /64 network that an IPv6 host has."""
+    """Returns the unit that counts as one address: an IPv4 address or an IPv6 /64 network."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

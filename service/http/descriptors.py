@@ -1,8 +1,8 @@
-"""Descriptors: how many connections a process may have, of the files that it may open.
+"""Descriptors: divides the files that the process may open among its ports.
 
-limit (RLIMIT_NOFILE) = connections of the API + reserve
-reserve = connections of the admin port + connections that are being refused or accepted
-        + Redis, files and devices
+RLIMIT_NOFILE = connections of the API port + reserve
+reserve       = connections of the admin port + connections that are being refused or accepted
+              + Redis, files and devices
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from service.errors import StartupError
 from service.http.connections import ConnectionLimits, ConnectionObserver, Connections
 from service.settings import Settings
 
-MOST_CONNECTIONS = 8192  # by default, however many files may be open: each costs memory, too
-RESERVE = 256  # descriptors for all but the API's connections; half of the limit if that is less
-ADMIN = 64  # connections of the admin port, of the reserve
-REFUSED = 32  # connections that are being refused, of the reserve, at each port
+DEFAULT_CONNECTIONS = 8192  # at most: each connection also takes memory
+RESERVE = 256  # descriptors for all but the API's connections; at most half of the limit
+ADMIN = 64  # connections of the admin port, out of the reserve
+REFUSED = 32  # connections that are being refused, per port, out of the reserve
 UNLIMITED = 2**20
 
 
@@ -31,7 +31,7 @@ class ConnectionPlan:
 
 
 def raise_descriptor_limit() -> int:
-    """Raises the soft limit to the hard limit if that is allowed; returns the limit now."""
+    """Raises the soft limit to the hard limit if possible. Returns the limit now in force."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(ValueError, OSError):
@@ -41,16 +41,16 @@ def raise_descriptor_limit() -> int:
 
 
 def plan_connections(settings: Settings, *, descriptors: int) -> ConnectionPlan:
-    """Divides the descriptors among the ports. Raises StartupError if a setting needs more."""
+    """Divides the descriptors among the ports. Raises StartupError if a setting exceeds them."""
     reserve = min(RESERVE, descriptors // 2)
     most = descriptors - reserve
-    total = settings.max_connections or min(MOST_CONNECTIONS, most)
+    total = settings.max_connections or min(DEFAULT_CONNECTIONS, most)
     if total > most:
         raise StartupError(
             f"setting max_connections: must be at most {most}: the process may open {descriptors}"
             " files (ulimit -n)"
         )
-    # One address cannot take all places: a quarter stays free for others.
+    # A quarter of the slots stays free for other addresses.
     per_address = settings.max_connections_per_address or max(1, total * 3 // 4)
     refused = max(1, REFUSED * reserve // RESERVE)
     admin = max(1, ADMIN * reserve // RESERVE)
@@ -60,18 +60,15 @@ def plan_connections(settings: Settings, *, descriptors: int) -> ConnectionPlan:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
-    """The connections that each port may have."""
+def make_connections(
+    settings: Settings, *, observer: ConnectionObserver
+) -> tuple[Connections, Connections]:
+    """Raises the descriptor limit; returns the slots of the API port and of the admin port.
 
-    api: Connections
-    admin: Connections
-
-
-def open_places(settings: Settings, *, observer: ConnectionObserver) -> Places:
-    """Raises the limit of open files and divides them. Raises StartupError if they are too few."""
+    Raises StartupError if the limit is too low for a setting.
+    """
     plan = plan_connections(settings, descriptors=raise_descriptor_limit())
-    return Places(
-        api=Connections(plan.api, port="api", observer=observer),
-        admin=Connections(plan.admin, port="admin", observer=observer),
+    return (
+        Connections(plan.api, port="api", observer=observer),
+        Connections(plan.admin, port="admin", observer=observer),
     )

@@ -1,11 +1,12 @@
-"""Draining: how a replica stops serving, and the signals that ask for it.
+"""Draining: how a replica stops serving, and the signals that start it.
 
-    SIGTERM   open answers get `drain_timeout` seconds to end
-    SIGINT    at most `INTERRUPTED_DRAIN` seconds: a person waits for the prompt
-    another   no time
+    SIGTERM          open responses get `drain_timeout` seconds to end
+    SIGINT           at most `INTERRUPTED_DRAIN` seconds: a user waits for the prompt
+    a second signal  no time
 
-Then each answer that is still open ends with the error `shutting_down`, which names the id to read
-on by at another replica, and what is left after `FAREWELL` seconds is cut off.
+Then each response that is still open ends with the error `shutting_down`, which names the id by
+which another replica resumes it. Connections that are open `CLOSE_TIMEOUT` seconds later are
+dropped.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from service.http.listeners import Listener
 log = logging.getLogger("quire")
 
 INTERRUPTED_DRAIN = 10.0
-"""Seconds that open answers get to end after SIGINT."""
-FAREWELL = 3.0
-"""Seconds that clients get to take the error that ends their answer."""
+"""Seconds, at most, that open responses get to end after SIGINT."""
+CLOSE_TIMEOUT = 3.0
+"""Seconds that clients get to read the error that ends their response."""
 
 
 class StopSignals:
-    """SIGTERM and SIGINT of this process, from now on."""
+    """Events that SIGTERM and SIGINT set, from now on."""
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
@@ -43,8 +44,8 @@ class StopSignals:
         self._interrupted = number == signal.SIGINT
         self.first.set()
 
-    def patience(self, drain_timeout: float) -> float:
-        """Seconds that open answers get to end."""
+    def time_to_drain(self, drain_timeout: float) -> float:
+        """Seconds that open responses get to end."""
         return min(drain_timeout, INTERRUPTED_DRAIN) if self._interrupted else drain_timeout
 
 
@@ -56,18 +57,21 @@ async def drain(
     hurry: Collection[asyncio.Task[Any]],
     close_answers: Callable[[], None],
 ) -> None:
-    """Stops a listener that is `serving`: no new connections, and the open answers end.
+    """Stops a listener that is `serving`: takes no new connections, and waits for open responses.
 
     After `seconds`, or when one of the tasks in `hurry` is done, `close_answers` must end them.
     """
     listener.stop()
     if not any(task.done() for task in hurry):
-        log.info("shutting down: open answers get %g s; a second signal ends them at once", seconds)
+        log.info(
+            "shutting down: open responses get %g s to end; a second signal ends them at once",
+            seconds,
+        )
     await asyncio.wait([serving, *hurry], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     if not serving.done():
         close_answers()
-        await asyncio.wait([serving], timeout=FAREWELL)
+        await asyncio.wait([serving], timeout=CLOSE_TIMEOUT)
     if not serving.done():
         await listener.cut_off()
-        await asyncio.wait([serving], timeout=FAREWELL)
+        await asyncio.wait([serving], timeout=CLOSE_TIMEOUT)
     listener.stop(at_once=True)

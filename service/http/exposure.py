@@ -1,4 +1,4 @@
-"""Exposure: what a server without keys serves, and to which clients."""
+"""Exposure: which clients may reach a server without API keys, and what it serves to them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from service.settings import Settings
 
 
 def refuse_exposure(settings: Settings) -> None:
-    """Raises StartupError if the whole network could use a server without keys."""
+    """Raises StartupError if other hosts could reach a server without keys."""
     protected = settings.keys_file is not None or settings.allow_anonymous
     if not settings.is_loopback and not protected:
         raise StartupError(
-            f"host {settings.host} can be reached by others and no keys are configured;"
-            " give a --keys-file, or say --allow-anonymous if that is meant"
+            f"host {settings.host} is reachable from other machines and no keys are configured;"
+            " set --keys-file, or --allow-anonymous to serve without keys"
         )
 
 
 def keyless_hosts(settings: Settings) -> HostCheck:
-    """Which hosts a port without keys accepts: an address that others can reach has names that
-    only the operator knows.
+    """Returns the check of a port without keys. On an address that other machines can reach, only
+    the operator knows the valid host names: without `allowed_hosts`, all are accepted.
     """
     names = settings.allowed_hosts
     if "*" in names or not (names or settings.is_loopback):
@@ -30,6 +30,6 @@ def keyless_hosts(settings: Settings) -> HostCheck:
 
 
 def extras_of(settings: Settings) -> set[str]:
-    """The optional routes. The document is for servers that need no key."""
-    wanted = {"page": settings.page, "docs": settings.keys_file is None}
-    return {name for name, serve in wanted.items() if serve}
+    """Returns the optional routes to serve. The OpenAPI document is served without keys only."""
+    enabled = {"page": settings.page, "docs": settings.keys_file is None}
+    return {name for name, serve in enabled.items() if serve}

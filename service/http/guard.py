@@ -1,16 +1,17 @@
-"""Guard: what a connection may send before a request is one, and how long it may take to.
+"""Guard: limits on what a connection may send and how slowly, above uvicorn's HTTP protocol.
 
-uvicorn bounds neither the size of a request's head nor the time that it takes to arrive, answers
-bad HTTP with plain text, and writes that into an answer that is under way. Here each connection has
-one timer, which bytes that drip do not put off:
+README.md in this folder gives the reasons. A connection is always in one state of reading. While no
+response is open, the state's timer runs; bytes that arrive one by one do not extend it.
 
-    HEAD    nothing yet, or a part of a request's head: `head_timeout`, then 408
-    IDLE    between two requests: uvicorn's keep-alive
-    END     a last answer was given, or one before its request's body came: `linger`
-    none    a request is being answered; the application bounds the body's time
+    NEW      connected, no bytes yet           `head_timeout`, then closed
+    HEAD     a request's head is arriving      `head_timeout` (the first: since NEW), then 408
+    BODY     its body is arriving              only if it was answered before: `linger`, then closed
+    IDLE     between two requests              uvicorn's keep-alive timeout, then closed
+    CLOSING  what arrives is discarded         `linger`, then closed
 
-What two readers of one request could take for two different ones is refused: a body framed twice,
-codings other than chunked, no Host or two. Bodies and routes are the application's business.
+    NEW -> HEAD -> BODY -> IDLE -> HEAD ...    and from each state to CLOSING, which is final
+
+Requests may be pipelined: HEAD and BODY can coexist with open responses to earlier requests.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -41,97 +43,102 @@ from service.http.half_closed import HalfClosed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpLimits:
-    """Caps on one connection. Times are in seconds. What is over a cap ends the connection."""
+    """Limits on one connection; exceeding one ends it. Times are in seconds."""
 
     max_url_bytes: int = 8192
-    max_head_bytes: int = 2**17  # request line and headers; also a body's framing around no content
+    max_head_bytes: int = 2**17  # request line and headers; also chunk framing around no content
     max_headers: int = 128
-    head_timeout: float = 10.0  # from the connection's begin, or the first byte of a later head
-    linger: float = 2.0  # what still comes is read so long, or the answer could be lost
+    head_timeout: float = 10.0  # since the connection was made, or a later head's first byte
+    linger: float = 2.0  # reading goes on for this long: a reset could discard the response
 
 
-class Wait(StrEnum):
-    """What a connection's timer waits for the end of."""
+class State(StrEnum):
+    """What is read from the connection."""
 
+    NEW = "new"
     HEAD = "head"
+    BODY = "body"
     IDLE = "idle"
-    END = "end"
+    CLOSING = "closing"
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """HTTP/1.x as uvicorn speaks it, within `HttpLimits`.
-
-    A request is in its head from `on_message_begin` to `on_headers_complete`, in its body until
-    `on_message_complete`. Requests may be pipelined: `_open` counts those without a whole answer.
-    """
+    """uvicorn's HTTP/1.x protocol within `HttpLimits`."""
 
     def __init__(self, *args: Any, limits: HttpLimits, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(*args, **kwargs)
         self._limits = limits
-        self._open = 0
-        self._in_head = False
-        self._in_body = False
-        self._unframed = 0  # bytes since the head began, or since the body's last content
-        self._num_headers = 0
-        self._fault: QuireError | None = None  # what a callback of the parser stopped it for
-        self._unsaid: QuireError | None = None  # follows the open answers
-        self._deaf = False  # what comes is thrown away
-        self._last_answer = False  # the open answer says that none follows
-        self._probe = b""  # bytes that a client skips at this point of the open answer
-        self._half_closed: HalfClosed | None = None  # the client sends no more, and may read
-        self._wait: Wait | None = None
+        self._state = State.NEW
+        self._timed: State | None = None  # the state whose timer runs
         self._timer: asyncio.TimerHandle | None = None
+        self._num_open = 0  # requests whose response is not complete
+        self._num_headers = 0  # of the current request, trailers included
+        self._framing_bytes = 0  # received since the head began, or since the body's last content
+        self._last_response = False  # the open response has "connection: close"
+        self._ends_at_close = False  # the end of the connection delimits the open response
+        self._pending_error: QuireError | None = None  # sent after the open responses
+        self._probe = b""  # bytes that clients skip at this point of the open response
+        self._half_closed: HalfClosed | None = None  # set after the client closed its sending side
 
     # --- the connection -------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Its first head is awaited."""
         super().connection_made(transport)
-        self._wait_for(Wait.HEAD)
+        self._set_timer()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keeps the connection while answers are open: the client may still read them."""
-        if self._open == 0 or self._in_body:  # nothing was asked, or not all of it arrived
+        """Keeps the connection while responses are open: the client may still read them."""
+        if self._num_open == 0 or self._state is State.BODY:
             return False
-        self._deaf = True
+        self._state = State.CLOSING
         self._half_closed = HalfClosed(self.transport, probe=lambda: self._probe, loop=self.loop)
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """There is nothing to wait for."""
-        self._wait_for(None)
+        if self._timer is not None:
+            self._timer.cancel()
         if self._half_closed is not None:
             self._half_closed.stop()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parses, and refuses what is not HTTP or too much of it."""
-        if self._deaf or self.transport.is_closing():
+        """Parses, and refuses what is not valid HTTP or exceeds a limit."""
+        if self._state is State.CLOSING or self.transport.is_closing():
             return
-        self._unset_keepalive_if_required()
-        self._unframed += len(data)
+        if self._state in {State.NEW, State.IDLE}:
+            self._state = State.HEAD
+        self._framing_bytes += len(data)
         try:
-            try:
-                self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._stay(data[upgrade.args[0] :])
-            self._check_size(self._unframed)
+            self._parse(data)
+            self._check_size(self._framing_bytes)
         except httptools.HttpParserInvalidMethodError:
-            self._refuse(MethodNotAllowed("the server does not know this method"))
-        except httptools.HttpParserError:
-            self._refuse(self._fault or _malformed("the request is not valid HTTP/1.1"))
-        except BadRequest as fault:
-            self._refuse(fault)
+            self._refuse(MethodNotAllowed("unknown HTTP method"))
+        except httptools.HttpParserError as error:
+            raised = error.__context__  # by a callback, below
+            malformed = _malformed("the request is not valid HTTP/1.1")
+            self._refuse(raised if isinstance(raised, QuireError) else malformed)
+        except BadRequest as error:
+            self._refuse(error)
         self._set_timer()
 
-    def _stay(self, rest: bytes) -> None:
-        """Serves a request to upgrade to another protocol as if it had not asked, and as the last.
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            rest = data[upgrade.args[0] :]
+        else:
+            return
+        # Not in the handler: its exception would replace the context of what is raised here.
+        self._ignore_upgrade(rest)
 
-        The parser takes the body of such a request for that protocol: it parses again. Java's
-        client asks for HTTP/2 so, and sends its body along.
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Serves a request to upgrade to another protocol as an ordinary one, and as the last.
+
+        The parser stopped in front of the body, so the head without its upgrade is parsed again.
+        Java's HTTP client offers HTTP/2 in this way, and sends its body along.
         """
         if self.parser.get_method() == b"CONNECT":
-            raise _malformed("this server is no proxy")
+            raise _malformed("CONNECT is not supported: this server is not a proxy")
         lines = [
             b"%b %b HTTP/%b"
             % (self.parser.get_method(), self.url, self.parser.get_http_version().encode()),
@@ -146,180 +153,159 @@ class GuardedProtocol(HttpToolsProtocol):
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
-    # --- the parser's callbacks -----------------------------------------------------------
+    # --- the parser's callbacks; it keeps what they raise as its error's context -----------
 
     def on_message_begin(self) -> None:
-        """The first byte of a request."""
         super().on_message_begin()
-        self._in_head = True
+        self._state = State.HEAD
         self._num_headers = 0
 
     def on_url(self, url: bytes) -> None:
-        """A part of the URL."""
         super().on_url(url)
-        if len(self.url) > self._limits.max_url_bytes:
-            limit = self._limits.max_url_bytes
-            raise self._stopped_by(UrlTooLong(f"the URL may have at most {limit} bytes"))
+        limit = self._limits.max_url_bytes
+        if len(self.url) > limit:
+            raise UrlTooLong(f"the URL must be at most {limit} bytes")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A whole header; those after a chunked body count, and are dropped."""
+        """Takes a header. Trailers, which follow a chunked body, are counted and dropped."""
         self._num_headers += 1
-        if self._num_headers > self._limits.max_headers:
-            limit = self._limits.max_headers
-            raise self._stopped_by(HeadersTooLarge(f"a request may have at most {limit} headers"))
-        if self._in_head:
+        limit = self._limits.max_headers
+        if self._num_headers > limit:
+            raise HeadersTooLarge(f"a request must have at most {limit} headers")
+        if self._state is State.HEAD:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is whole: it is checked, and the application is called."""
+        """Checks the head and starts the application."""
         if self.parser.should_upgrade():
             return
         version = self.parser.get_http_version()
-        try:
-            self._check_size(sum(len(name) + len(value) for name, value in self.headers))
-            _check_framing(self.headers, version)
-        except BadRequest as fault:
-            raise self._stopped_by(fault) from None
+        self._check_size(sum(len(name) + len(value) for name, value in self.headers))
+        _check_framing(self.headers, version)
         if version == "1.0":
             self.expect_100_continue = False
         super().on_headers_complete()
-        self._open += 1
-        self._in_head, self._in_body, self._unframed = False, True, 0
+        self._num_open += 1
+        self._state, self._framing_bytes = State.BODY, 0
 
     def on_body(self, body: bytes) -> None:
-        """A part of the body."""
-        self._unframed = 0
+        self._framing_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is whole."""
         if self.parser.should_upgrade():
             return
-        self._in_body, self._unframed = False, 0
+        self._state, self._framing_bytes = State.IDLE, 0
         super().on_message_complete()
 
     def _check_size(self, size: int) -> None:
         limit = self._limits.max_head_bytes
         if size > limit:
-            raise HeadersTooLarge(f"the headers may have at most {limit} bytes together")
+            raise HeadersTooLarge(f"the headers must be at most {limit} bytes in total")
 
-    def _stopped_by(self, fault: QuireError) -> QuireError:
-        """To be raised in a callback; what the parser raises then is an error of its own."""
-        self._fault = fault
-        return fault
-
-    # --- answers --------------------------------------------------------------------------
+    # --- responses ------------------------------------------------------------------------
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        super()._start_asgi_task(cycle, self._delimited(cycle, app))
-
-    def _delimited(self, cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3Application:
-        """`app`, with answers that an HTTP/1.0 client can read, and with ends that are ours."""
-
         async def call(
-            scope: ServerScope, receive: ASGIReceiveCallable, send: ASGISendCallable
+            scope: ServerScope, receive: ASGIReceiveCallable, _send: ASGISendCallable
         ) -> None:
-            old = cycle.scope["http_version"] == "1.0"
-            by_end = False  # the end of the connection is the end of the answer
-            self._probe = b"" if old else _CONTINUE
+            await app(scope, receive, partial(self._send, cycle))
 
-            async def send_delimited(message: ASGISendEvent) -> None:
-                nonlocal by_end
-                if message["type"] == "http.response.start":
-                    headers = {name.lower(): value for name, value in message["headers"]}
-                    by_end = old and b"content-length" not in headers
-                    if by_end:
-                        cycle.chunked_encoding = False
-                    await send(message)
-                    events = headers.get(b"content-type", b"").startswith(b"text/event-stream")
-                    self._probe = (_COMMENT if by_end else _COMMENT_CHUNK) if events else b""
-                    if not cycle.keep_alive:  # the header says so; `_finish` closes, not the cycle
-                        self._last_answer = cycle.keep_alive = True
-                    return
-                if by_end and message["type"] == "http.response.body":
-                    cycle.expected_content_length = len(message.get("body", b""))
-                await send(message)
+        self._probe = b"" if cycle.scope["http_version"] == "1.0" else _CONTINUE
+        super()._start_asgi_task(cycle, call)
 
-            await app(scope, receive, send_delimited)
-
-        return call
+    async def _send(self, cycle: RequestResponseCycle, message: ASGISendEvent) -> None:
+        """As uvicorn sends, but without chunks to HTTP/1.0, and `_finish` closes the connection."""
+        if message["type"] == "http.response.start":
+            headers = {name.lower(): value for name, value in message["headers"]}
+            is_old = cycle.scope["http_version"] == "1.0"
+            self._ends_at_close = is_old and b"content-length" not in headers
+            if self._ends_at_close:
+                cycle.chunked_encoding = False
+            await cycle.send(message)
+            self._probe = b""
+            if headers.get(b"content-type", b"").startswith(b"text/event-stream"):
+                self._probe = _COMMENT if self._ends_at_close else _COMMENT_CHUNK
+            if not cycle.keep_alive:
+                self._last_response = cycle.keep_alive = True
+            return
+        if message["type"] == "http.response.body" and self._ends_at_close:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await cycle.send(message)
 
     def on_response_complete(self) -> None:
-        """An answer was handed to the transport."""
-        self._open -= 1
-        if self._last_answer:
-            self._open -= len(self.pipeline)
+        self._num_open -= 1
+        if self._last_response:
+            self._num_open -= len(self.pipeline)
             self.pipeline.clear()
-            self._unsaid = None
+            self._pending_error = None
         super().on_response_complete()
-        if self._open == 0 and not self.transport.is_closing():
-            # Whether a body follows for which 100 was not sent is for the client to choose.
-            if self._last_answer or self._deaf or (self._in_body and self.expect_100_continue):
+        self._unset_keepalive_if_required()  # the guard has a timer of its own
+        if self._num_open == 0 and not self.transport.is_closing():
+            # A client that waits for "100 Continue" may or may not send its body now, so the start
+            # of the next request is unknown.
+            unsent_body = self._state is State.BODY and self.expect_100_continue
+            if self._last_response or self._state is State.CLOSING or unsent_body:
                 self._finish()
             self._set_timer()
 
-    def _refuse(self, fault: QuireError) -> None:
-        """Answers, once what was asked before has its answer, and ends the connection."""
-        self._deaf, self._unsaid = True, fault
-        if self._in_body:  # of the newest request: it is the faulty one
+    def _refuse(self, error: QuireError) -> None:
+        """Ends the connection with an error response, after the responses to earlier requests."""
+        in_body = self._state is State.BODY
+        self._state, self._pending_error = State.CLOSING, error
+        if in_body:  # the newest request is the faulty one
             if self.pipeline and self.pipeline[0][0] is self.cycle:
                 self.pipeline.popleft()
-                self._open -= 1
+                self._num_open -= 1
             elif self.cycle.response_started:
-                self._unsaid = None
+                self._pending_error = None
             else:
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()
-                self._open -= 1
-        if self._open == 0:
+                self._num_open -= 1
+        if self._num_open == 0:
             self._finish()
 
     def _finish(self) -> None:
-        """Ends the connection when the client does, or after `linger`.
+        """Sends the pending error. Closes when the client does, or after `linger`.
 
-        To close with bytes unread would reset it, and the client might not see the answer.
+        Closing with unread bytes would reset the connection, and the client could lose the
+        response.
         """
-        self._unset_keepalive_if_required()
-        self._deaf = True
-        if self._unsaid is not None:
-            self.transport.write(_response(self._unsaid))
+        self._state = State.CLOSING
+        if self._pending_error is not None:
+            self.transport.write(_response(self._pending_error))
         if self._half_closed is not None:
             self.transport.close()
             return
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()
-        self._wait_for(Wait.END)
+        self._set_timer()
 
     # --- time -----------------------------------------------------------------------------
 
     def _set_timer(self) -> None:
-        if self._open:
-            self._wait_for(None)
-        elif self._deaf or self._in_body:
-            self._wait_for(Wait.END)
-        else:
-            self._wait_for(Wait.HEAD if self._in_head or self._unframed else Wait.IDLE)
-
-    def _wait_for(self, wait: Wait | None) -> None:
-        if wait is self._wait:
+        """Starts the timer of the current state, unless it runs already."""
+        timed = None if self._num_open else self._state
+        if timed is self._timed or (self._timed, timed) == (State.NEW, State.HEAD):
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._wait, self._timer = wait, None
-        if wait is not None:
-            seconds = {
-                Wait.HEAD: self._limits.head_timeout,
-                Wait.IDLE: self.timeout_keep_alive,
-                Wait.END: self._limits.linger,
-            }[wait]
-            self._timer = self.loop.call_later(seconds, self._expire)
+        self._timed, self._timer = timed, None
+        if timed is None:
+            return
+        if timed in {State.NEW, State.HEAD}:
+            seconds = self._limits.head_timeout
+        else:
+            seconds = self.timeout_keep_alive if timed is State.IDLE else self._limits.linger
+        self._timer = self.loop.call_later(seconds, self._expire)
 
     def _expire(self) -> None:
         self._timer = None
-        if self._wait is Wait.HEAD and (self._in_head or self._unframed):
+        if self._state is State.HEAD:
             limit = self._limits.head_timeout
-            self._refuse(RequestTimeout(f"a request's head must arrive in {limit:g} seconds"))
+            self._refuse(RequestTimeout(f"the headers must arrive within {limit:g} seconds"))
         else:
             self.transport.close()
 
@@ -329,18 +315,18 @@ _COMMENT = b": probe\n"
 _COMMENT_CHUNK = b"%x\r\n%b\r\n" % (len(_COMMENT), _COMMENT)
 
 
-def _response(fault: QuireError) -> bytes:
-    """A whole HTTP answer, the last one of its connection."""
-    body = error_body(fault)
-    headers = error_headers(fault) | {
+def _response(error: QuireError) -> bytes:
+    """A complete HTTP response, the last one of its connection."""
+    body = error_body(error)
+    headers = error_headers(error) | {
         "content-type": "application/json",
         "content-length": str(len(body)),
         "connection": "close",
         "x-request-id": new_call_id(),
     }
-    if isinstance(fault, MethodNotAllowed):
+    if isinstance(error, MethodNotAllowed):
         headers["allow"] = "GET, HEAD, POST, DELETE"
-    lines = [f"HTTP/1.1 {fault.status} {HTTPStatus(fault.status).phrase}"]
+    lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
@@ -350,15 +336,17 @@ def _malformed(message: str) -> BadRequest:
 
 
 def _check_framing(headers: list[tuple[bytes, bytes]], version: str) -> None:
-    """Raises BadRequest where another server could see other requests here."""
+    """Raises BadRequest if another server could find other requests in the same bytes."""
     hosts = sum(name == b"host" for name, _ in headers)
     lengths = [value for name, value in headers if name == b"content-length"]
     codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
     if version not in {"1.0", "1.1"}:
-        raise _malformed("only HTTP/1.0 and HTTP/1.1 are spoken here")
+        raise _malformed("the HTTP version must be 1.0 or 1.1")
     if hosts > 1 or (version == "1.1" and hosts == 0):
-        raise _malformed("a request must have one Host")
+        raise _malformed("a request must have exactly one Host header")
     if len(lengths) > 1 or not all(value.isdigit() for value in lengths):
-        raise _malformed("a request may have one Content-Length, in digits")
+        raise _malformed("Content-Length must be one number in decimal digits")
     if codings and (codings != [b"chunked"] or lengths or version == "1.0"):
-        raise _malformed("a body may be chunked, with no other coding and no Content-Length")
+        raise _malformed(
+            "Transfer-Encoding must be chunked, without Content-Length, and in HTTP/1.1"
+        )

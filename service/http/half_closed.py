@@ -1,8 +1,8 @@
-"""HalfClosed: a client that closed its sending side while its answer is still being made.
+"""HalfClosed: a client that closed its sending side while its response is still open.
 
-It may only have finished sending, as `nc -N` does, or it may be gone: both look the same until
-something is sent to it. A client that reads skips an interim response or a comment; the system of a
-client that is gone answers with a reset.
+It may only have finished sending, as `nc -N` does, or it may have disconnected: the two differ only
+in what happens when the server sends. A client that reads skips an interim response or an SSE
+comment; for a client that disconnected, its system answers with a reset.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import asyncio
 import socket
 from collections.abc import Callable
 
-CHECK_INTERVAL = 0.05  # seconds between two looks for a reset
-FIRST_INTERVAL = 0.25  # seconds to the second probe, for a proxy that passes the first one on
-PROBE_INTERVAL = 5.0  # seconds between two probes in the end: the client may also leave later
+CHECK_INTERVAL = 0.05  # seconds between two checks for a reset
+FIRST_INTERVAL = 0.25  # seconds to the second probe, as a proxy may forward the first one
+PROBE_INTERVAL = 5.0  # seconds, at most, between later probes: the client may disconnect later
 
 
 class HalfClosed:
-    """Sends `probe()` now and then, and aborts the connection after a reset.
+    """Sends `probe()` at intervals, and aborts the connection after a reset.
 
-    An event loop reports a reset only to a transport that reads or writes, and this one no longer
-    reads.
+    It checks the socket itself: an event loop reports a reset only to a transport that reads or
+    writes, and this one no longer reads.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class HalfClosed:
         self._timer = loop.call_soon(self._check)
 
     def stop(self) -> None:
-        """Ends the watch; the connection is left as it is."""
+        """Stops probing; leaves the connection open."""
         self._timer.cancel()
 
     def _check(self) -> None:

@@ -1,4 +1,4 @@
-"""Listeners: one application on one socket each, and uvicorn without its signal handlers."""
+"""Listeners: one application on one socket each, served by uvicorn without its signal handlers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from service.http.guard import GuardedProtocol, HttpLimits
 
 
 class ServedProtocol(GuardedProtocol):
-    """Guarded HTTP/1.1 in one of the port's places, and a way for the application to end it.
+    """Guarded HTTP/1.x that reports to its connection slot whether it is idle or busy.
 
-    ASGI cannot drop a connection, and closing one waits for a client that reads nothing.
+    It also gives the application a function that drops the connection: ASGI has none, and closing
+    would wait for a client that reads nothing.
     """
 
     def __init__(self, *args: Any, slot: Slot, **kwargs: Any) -> None:  # noqa: ANN401
@@ -29,7 +30,6 @@ class ServedProtocol(GuardedProtocol):
         self._slot = slot
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Waits for a request, or refuses any if there is no place."""
         self._slot.abort = transport.abort
         super().connection_made(transport)
         if self._slot.refusal is not None:
@@ -38,34 +38,30 @@ class ServedProtocol(GuardedProtocol):
             self._slot.idle()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Gives the place to others."""
         self._slot.release()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
-        """Puts `DROP` into the state of the request that begins."""
         super().on_message_begin()
         self.scope["state"][DROP] = self.transport.abort
-        if self._open == 0:
+        if self._num_open == 0:
             self._slot.idle()
 
     def on_message_complete(self) -> None:
-        """The request is whole: unless it was refused before, its answer is being made."""
         super().on_message_complete()
-        if self._open:
+        if self._num_open:  # 0: the request was answered before its end
             self._slot.busy()
 
     def on_response_complete(self) -> None:
-        """The connection waits for the next request, if no pipelined one is there."""
         super().on_response_complete()
-        if self._open == 0:
+        if self._num_open == 0:
             self._slot.idle()
 
 
 class Listener(uvicorn.Server):
-    """One application on one socket, in a loop that it shares with others.
+    """One application on one socket, in an event loop that it shares with others.
 
-    Signals are the role's business: it stops all its listeners in its own order.
+    It handles no signals: the role stops all its listeners in its own order.
     """
 
     def __init__(
@@ -91,14 +87,13 @@ class Listener(uvicorn.Server):
         )
         self._bound = bound
         self._limits = limits or HttpLimits()
-        if connections is None:
+        if connections is None:  # an empty one is falsy
             connections = Connections(ConnectionLimits())
         self._acceptor = Acceptor(bound, connections)
         self.answering = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Captures none."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002
@@ -122,7 +117,7 @@ class Listener(uvicorn.Server):
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Closes the port, then waits for open answers."""
+        """Closes the port, then waits for open responses."""
         self._acceptor.stop()
         await super().shutdown(sockets=sockets)
 
@@ -131,17 +126,17 @@ class Listener(uvicorn.Server):
         await self.serve(sockets=[self._bound])
 
     async def cut_off(self) -> None:
-        """Ends the open calls: drops the connections of those whose answers have begun, and cancels
-        the others, which are answered with an error.
+        """Ends all open calls: drops the connections whose responses have begun, and cancels the
+        other calls, which get an error response.
         """
         for connection in tuple(self.server_state.connections):
             if isinstance(connection, ServedProtocol) and connection.cycle.response_started:
                 connection.transport.abort()
-        await asyncio.sleep(0.1)  # their calls end, as if the clients had left
+        await asyncio.sleep(0.1)  # the calls of dropped connections end by themselves
         for call in tuple(self.server_state.tasks):
             call.cancel()
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Takes no new connections; open calls get `grace` seconds to end, or none."""
+        """Takes no new connections. Open calls get `grace` seconds to end, or none if `at_once`."""
         self.should_exit = True
         self.force_exit = at_once

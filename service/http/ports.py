@@ -1,7 +1,7 @@
-"""Ports: the sockets of a process, bound before anything slow begins.
+"""Ports: the sockets of a process, bound before the model is loaded.
 
 A socket is bound seconds before it listens, and the kernel lets two sockets share a port until one
-of them listens. So each port is also claimed by a lock, which two processes never hold at once.
+of them listens. So each port is also claimed by a lock, which only one process can hold.
 """
 
 from __future__ import annotations
@@ -17,36 +17,35 @@ from service.settings import Settings
 
 log = logging.getLogger("quire")
 
-SILENCE = 45  # seconds that a peer may leave sent data unacknowledged
-PORTS_TRIED = 100  # from the default admin port on
+UNACKNOWLEDGED_TIMEOUT = 45  # seconds that a peer may leave sent data unacknowledged
+PORTS_TRIED = 100  # starting with the default admin port
 
 
 class PortTaken(StartupError):
-    """Another process has the port."""
+    """Another process uses the port."""
 
 
 class BoundSocket(socket.socket):
-    """A bound TCP socket, with the lock that claims its port."""
+    """A bound TCP socket and the lock that claims its port."""
 
     lock: socket.socket | None = None
 
     def close(self) -> None:
-        """Closes the socket and releases the port."""
         if self.lock is not None:
             self.lock.close()
         super().close()
 
 
 def bind_public(settings: Settings) -> BoundSocket:
-    """Binds the port of the API. Raises StartupError that names the setting."""
+    """Binds the API port. Raises StartupError, which names the setting."""
     return _bind_configured(settings, "port")
 
 
 def bind_admin(settings: Settings) -> BoundSocket:
-    """Binds the port of metrics and probes. Raises StartupError that names the setting.
+    """Binds the port of metrics and probes. Raises StartupError, which names the setting.
 
-    If the default port is taken, for instance by another role on this machine, the next free port
-    is used and logged. A configured port is used, or it is an error.
+    If the default port is taken, for instance by another role on this machine, uses the next free
+    port and logs it. A configured port that is taken is an error.
     """
     default = settings.admin_port
     if "admin_port" in settings.model_fields_set:
@@ -55,7 +54,7 @@ def bind_admin(settings: Settings) -> BoundSocket:
         with contextlib.suppress(PortTaken):
             bound = bind(settings.host, port)
             if port != default:
-                log.warning("admin port %d is taken; metrics and health are on %d", default, port)
+                log.warning("admin port %d is taken; using port %d", default, port)
             return bound
     return _bind_configured(settings, "admin_port")  # raises, unless the port is free again
 
@@ -65,16 +64,16 @@ def _bind_configured(settings: Settings, name: str) -> BoundSocket:
         return bind(settings.host, getattr(settings, name))
     except PortTaken as error:
         flag = "--" + name.replace("_", "-")
-        raise StartupError(f"{error}; set {flag} to a free port, or to 0 to pick one") from None
+        raise StartupError(f"{error}; set {flag} to a free port, or to 0 for any") from None
 
 
 def bind(host: str, port: int) -> BoundSocket:
-    """A bound socket. Raises StartupError if the port is taken or the address is not local."""
+    """Binds a socket. Raises StartupError if the port is taken or the address is not local."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sends small writes at once (TCP_NODELAY) only if the protocol is named.
     bound = BoundSocket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    _notice_silence(bound)
+    _detect_vanished_peers(bound)
     try:
         bound.bind((host, port))
         bound.lock = _lock_port(bound)
@@ -105,14 +104,18 @@ def _lock_port(bound: socket.socket) -> socket.socket | None:
     return lock
 
 
-def _notice_silence(bound: socket.socket) -> None:
-    """Ends connections whose other side vanished: no FIN, no RST, no acknowledgement.
+def _detect_vanished_peers(bound: socket.socket) -> None:
+    """Makes the kernel end connections whose peer vanished: no FIN, no RST, no acknowledgement.
 
-    Connections inherit this. Unacknowledged data counts, and so do probes if there is no data;
-    without it the kernel would retransmit for a quarter of an hour.
+    Accepted connections inherit the options. They cover unacknowledged data and, on connections
+    without data, keep-alive probes. Without them the kernel would retransmit for 15 minutes.
     """
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    options = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_USER_TIMEOUT": SILENCE * 1000}
+    options = {
+        "TCP_KEEPIDLE": 20,
+        "TCP_KEEPINTVL": 10,
+        "TCP_USER_TIMEOUT": UNACKNOWLEDGED_TIMEOUT * 1000,
+    }
     for name, value in options.items():
         option = getattr(socket, name, None)  # macOS lacks some
         if option is not None:
@@ -120,6 +123,6 @@ def _notice_silence(bound: socket.socket) -> None:
 
 
 def address(bound: socket.socket) -> str:
-    """http://host:port of a bound socket."""
+    """Returns the URL of a bound socket, http://host:port."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -12,7 +12,7 @@ requests up, so that other engines continue them. Independent of HTTP and tensor
 Every call of the queue may raise `Unavailable`. Claims, writes, renewals and the stop loop retry
 until they succeed or the lease is over; a release is repeated with the next renewal.
 
-The queue decides which requests run isolated because engines died on them (`service.queues.contract`). The
+The queue decides which requests run isolated (see `service.queues.contract`). The
 worker does two things for that. While a request is isolated, each of its tokens is journalled
 before the next step computes, so that the journal shows where an engine died. While it has its last
 attempt, nothing else is claimed.

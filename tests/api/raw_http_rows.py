@@ -134,7 +134,7 @@ STRANGE: dict[str, tuple[bytes, tuple[int, ...]]] = {
     "HTTP/9.9": (plain(start="GET /health/live HTTP/9.9"), (400,)),
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 500, (405,)),
     "SSH": (b"SSH-2.0-OpenSSH_9.6\r\n", (405,)),
-    "a method that nobody knows": (request(start=f"FOO {COMPLETIONS} HTTP/1.1"), (405,)),
+    "an unknown method": (request(start=f"FOO {COMPLETIONS} HTTP/1.1"), (405,)),
     "a method in lower case": (request(start=f"post {COMPLETIONS} HTTP/1.1"), (405,)),
     "CONNECT": (b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n", (400,)),
     "OPTIONS *": (plain(LAST, start="OPTIONS * HTTP/1.1"), (404,)),
@@ -192,7 +192,7 @@ def exchange(
             while part := connection.recv(2**16):
                 received += part
         except (ConnectionResetError, BrokenPipeError):
-            # The server had answered and gone: what it said may still be there.
+            # The server answered and closed: its answer may still be in the buffer.
             while part := _rest(connection):
                 received += part
     return answers(bytes(received))

@@ -18,7 +18,7 @@ from service.api.auth import Tenant
 from service.api.limits import ApiLimits
 from service.api.observer import NullObserver
 from service.api.system.attention_service import AttentionDesk, AttentionReader
-from service.roles import attention_reader
+from service.parts import open_attention
 from service.settings import Settings
 
 PATH = "/v1/attention"
@@ -131,10 +131,10 @@ async def test_the_length_is_limited_beside_the_models(
 
 def test_it_can_be_turned_off(tiny_model: Any, tmp_path: Path) -> None:
     path = tiny_model.write_folder(tmp_path)
-    reader = attention_reader(Settings(), path)
+    reader = open_attention(Settings(), path)
     assert reader is not None
     assert (reader.num_layers, reader.num_heads) == (2, 4)
-    assert attention_reader(Settings(attention=False), path) is None
+    assert open_attention(Settings(attention=False), path) is None
 
 
 class HeldReader:

@@ -163,7 +163,7 @@ async def test_what_is_left_in_the_end_is_cut_off(
     start_service: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A reader that takes nothing is dropped; a request that never comes whole gets JSON."""
-    monkeypatch.setattr("service.http.drain.FAREWELL", 0.3)
+    monkeypatch.setattr("service.http.drain.CLOSE_TIMEOUT", 0.3)
     async with start_service(max_model_len=9000) as service:
         bound = bind("127.0.0.1", 0)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)

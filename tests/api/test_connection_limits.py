@@ -210,4 +210,4 @@ async def test_accepting_goes_on_after_descriptors_ran_out(
         accepting.stop()
     assert bound.failures < 0
     lines = [record.getMessage() for record in caplog.records]
-    assert lines == ["connections cannot be accepted now: too many open files"]
+    assert lines == ["cannot accept connections: too many open files"]

@@ -58,7 +58,9 @@ async def test_every_get_route_answers_head(start_service: Any, listen: Any) -> 
 
 
 async def test_the_admin_port_answers_head(service: Any, listen: Any) -> None:
-    app = build_admin_app(service.app, render_metrics=lambda: b"# no series\n")
+    app = build_admin_app(
+        service.app.state.health, version="0.0.1", render_metrics=lambda: b"# no series\n"
+    )
     async with listen(app) as url, httpx.AsyncClient(base_url=url) as client:
         for path in ("/metrics", "/health/live", "/health/ready"):
             compare(await client.head(path), await client.get(path))

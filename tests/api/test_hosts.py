@@ -119,7 +119,12 @@ LOCAL = {"host": "127.0.0.1:8000"}
 
 async def test_both_ports_refuse_with_the_name_of_the_setting(start_service: Any) -> None:
     async with start_service(check_host=LOOPBACK) as service:
-        admin = build_admin_app(service.app, render_metrics=lambda: b"x 1\n", check_host=LOOPBACK)
+        admin = build_admin_app(
+            service.app.state.health,
+            version="0.0.1",
+            render_metrics=lambda: b"x 1\n",
+            check_host=LOOPBACK,
+        )
         transport = httpx.ASGITransport(app=admin)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as metrics:
             for client, path in (

@@ -157,17 +157,17 @@ async def _read_to_the_end(reader: asyncio.StreamReader) -> bytes:
 
 
 async def drip(place: tuple[str, int], first: bytes, then: bytes, pause: float) -> bytes:
-    """Sends `then` byte by byte, until the server ends the connection; what it said."""
+    """Sends `then` byte by byte until the server ends the connection. Returns what it sent."""
     reader, writer = await asyncio.open_connection(*place)
     writer.write(first)
-    said = asyncio.create_task(_read_to_the_end(reader))
+    receiving = asyncio.create_task(_read_to_the_end(reader))
     for byte in then:
-        if said.done():
+        if receiving.done():
             break
         writer.write(bytes([byte]))
         await asyncio.sleep(pause)
     async with asyncio.timeout(PATIENCE):
-        received = await said
+        received = await receiving
     writer.close()
     return received
 
@@ -196,7 +196,7 @@ BODY = request("Content-Length: 100000")
 async def test_bytes_that_drip(
     start_service: Any, small_limits: Any, first: bytes, then: bytes, status: int | None
 ) -> None:
-    """The connection ends, however steadily bytes come; with 408 where an answer is open."""
+    """The connection ends, however steadily bytes come; with 408 if an answer is open."""
     async with (
         start_service(limits=small_limits(body_timeout=0.15)) as service,
         serving(service.app, SLOW) as place,

@@ -303,21 +303,21 @@ async def test_a_change_of_the_file_is_taken_over(
             }
             return {name for name, reply in replies.items() if reply.is_success}
 
-        ring.look()
+        ring.check()
         assert (await let_in(), told) == ({"alice"}, [])
         write_keys(real, {BOB: {"name": "bob"}, CAROL: {"name": "carol"}})
-        ring.look()
+        ring.check()
         assert (await let_in(), told) == ({"bob", "carol"}, [True])
         for bad in ("[[keys]]\nname = 'x'\n", "[[keys", f'[[keys]]\nsha256 = "{ALICE}"\n'):
             real.write_text(bad)
-            ring.look()
-            ring.look()
+            ring.check()
+            ring.check()
         assert (await let_in(), told) == ({"bob", "carol"}, [True] + [False] * 3)
         assert ALICE not in caplog.text
         other = write_keys(tmp_path / "b.toml", {ALICE: {"name": "alice"}})
         (tmp_path / "new").symlink_to(other)
         (tmp_path / "new").rename(link)  # as Kubernetes changes a mounted Secret
-        ring.look()
+        ring.check()
         assert (await let_in(), told[-1]) == ({"alice"}, True)
 
 
@@ -341,13 +341,13 @@ async def test_an_empty_or_deleted_file_revokes_every_key(
         else:
             path.write_text(content)
         for _ in range(2):
-            ring.look()
+            ring.check()
         for headers in (bearer(ALICE), bearer(CAROL), {}):
             reply = await service.client.get("/v1/models", headers=headers)
             assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
         assert caplog.messages.count("keys file is empty or deleted: all keys are revoked") == 1
         path.write_text(before)
-        ring.look()
+        ring.check()
         assert (await service.client.get("/v1/models", headers=bearer(ALICE))).is_success
         assert told == [True, True]
 
@@ -367,16 +367,16 @@ async def test_a_file_that_cannot_be_read_changes_nothing_and_is_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", fail)
         for _ in range(3):
-            ring.look()
+            ring.check()
         assert ring.find(ALICE) is not None
-    ring.look()
+    ring.check()
     assert ring.find(ALICE) is None
     assert ring.find(BOB) is not None
     assert told == [False, True], "reported once"
 
 
 async def test_the_file_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.keys.LOOK_EVERY", 0.001)
+    monkeypatch.setattr("service.keys.CHECK_INTERVAL", 0.001)
     path = write_keys(tmp_path / "keys.toml", {ALICE: {"name": "alice"}})
     changed = asyncio.Event()
     loop = asyncio.get_running_loop()

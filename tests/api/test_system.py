@@ -67,7 +67,9 @@ async def test_probes_say_what_the_process_says(service: Any) -> None:
 
 
 async def test_the_admin_port_has_metrics_and_probes_alone(service: Any) -> None:
-    admin = build_admin_app(service.app, render_metrics=lambda: b"quire_up 1\n")
+    admin = build_admin_app(
+        service.app.state.health, version="0.0.1", render_metrics=lambda: b"quire_up 1\n"
+    )
     transport = httpx.ASGITransport(app=admin)
     async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
         reply = await client.get("/metrics")

@@ -163,7 +163,7 @@ async def test_a_deleted_key_stops_working_while_the_pools_are_full(
     start_service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The keys file was read in the pool that these calls fill, after all of them."""
-    monkeypatch.setattr("service.keys.LOOK_EVERY", 0.001)
+    monkeypatch.setattr("service.keys.CHECK_INTERVAL", 0.001)
     secrets = {name: f"qk-{name * 43}"[:46] for name in "ab"}
     path = tmp_path / "keys.toml"
     path.write_text("\n".join(new_entry(secret, name=name) for name, secret in secrets.items()))

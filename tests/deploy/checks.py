@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from service.__main__ import app as command_line
 from service.api import ROUTERS
 from service.errors import Forbidden
-from service.http.drain import FAREWELL
+from service.http.drain import CLOSE_TIMEOUT
 from service.http.exposure import keyless_hosts
 from service.settings import Settings, load_settings
 from tests.deploy.manifests import (
@@ -264,7 +264,7 @@ def check_life_cycle(objects: Sequence[Object]) -> None:
     assert command[0] == "sleep"
     drain = settings_of(objects, container).drain_timeout
     grace = pod_of(api)["terminationGracePeriodSeconds"]
-    end = drain + 2 * FAREWELL + 5
+    end = drain + 2 * CLOSE_TIMEOUT + 5
     assert grace >= int(command[1]) + end, f"{grace} s is too short"
     assert int(command[1]) >= 3, "proxies hear of it only after the deletion began"
     assert api["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0

@@ -17,7 +17,7 @@ from service.__main__ import app as command_line
 from service.api import ROUTERS
 from service.api.hosts import AllowedHosts
 from service.errors import Forbidden
-from service.http.drain import FAREWELL
+from service.http.drain import CLOSE_TIMEOUT
 from service.http.exposure import keyless_hosts
 from service.settings import Settings, load_settings
 from tests.deploy.manifests import DEPLOY, ROOT
@@ -160,7 +160,7 @@ def test_our_services_start_and_find_the_queue(name: str) -> None:
     if service["command"] == ["api"]:
         assert settings.allow_anonymous, "it would refuse to start"
         grace = int(service["stop_grace_period"].removesuffix("s"))
-        assert grace > settings.drain_timeout + 2 * FAREWELL + 5
+        assert grace > settings.drain_timeout + 2 * CLOSE_TIMEOUT + 5
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -53,7 +53,7 @@ def test_the_sizes_it_states_are_those_that_are_chosen(name: str) -> None:
     )
     assert f"| `QUIRE_{name.upper()}` | {cpu}; GPU {gpu} |" in GUIDE
     help_text = next(row.help for row in setting_rows() if row.name == name)
-    assert help_text.endswith(f"by default {cpu}, on a GPU {gpu}.")
+    assert help_text.endswith(f"default: {cpu}, on a GPU {gpu}.")
 
 
 def test_every_series_it_names_is_one() -> None:

@@ -29,11 +29,13 @@ from rich.console import Console
 
 from model.batch import Batch
 from model.runners import RunnerOptions
+from service.banner import print_banner
 from service.http.listeners import Listener
 from service.http.ports import address, bind
 from service.messages import GenerationRequest, ModelCard, SamplingParams
 from service.observability.metrics import Metrics
-from service.roles import ApiSide, EngineSide, banner, live, opened_queue, run_role
+from service.parts import EngineSide, connect_queue
+from service.roles import run_role, run_until_stopped
 from service.settings import Settings
 from service.startup import Loaded, load_tokenizer
 from tests.support.fakes import OracleRunner, oracle_answer
@@ -113,16 +115,16 @@ async def serve_oracle(
         tokenizer=tokenizer,
         card=card,
         seconds=0.0,
-        passed_over="",
+        fallback_reason="",
         options=RunnerOptions(max_sequences=settings.max_sequences or 64),
     )
     metrics = Metrics()
-    queue = await opened_queue(settings, metrics)
+    queue = await connect_queue(settings, metrics)
     engine = EngineSide(settings, loaded, queue, metrics)
-    api = ApiSide(settings, card, queue, metrics, tokenizer=tokenizer, engine=engine)
     rows = {"engine": engine.id, "metrics": f"{address(admin)}/metrics"}
-    listeners = [Listener(api.admin_app, admin)]
-    await live(queue, listeners, engine=engine, ready=partial(banner, console, settings, rows))
+    listeners = [Listener(engine.admin_app, admin)]
+    ready = partial(print_banner, console, settings, rows, version="oracle")
+    await run_until_stopped(queue, listeners, engine=engine, ready=ready)
 
 
 def be_engine(arguments: dict[str, Any]) -> None:

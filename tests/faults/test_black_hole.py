@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from service.http.ports import SILENCE
+from service.http.ports import UNACKNOWLEDGED_TIMEOUT
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
@@ -84,7 +84,7 @@ def test_row_18_black_hole(cable: tuple[str, str], tiny_model: TinyModel, tmp_pa
         cut = time.monotonic()
         assert re.search(r"quire_sequences_running 1\.0", metrics(admin))  # it still runs
         while "quire_sequences_running 0.0" not in metrics(admin):
-            assert time.monotonic() - cut < SILENCE + 30, "nobody noticed"
+            assert time.monotonic() - cut < UNACKNOWLEDGED_TIMEOUT + 30, "nobody noticed"
             time.sleep(0.5)
         assert 'quire_wasted_tokens_total{cause="cancelled"} 0.0' not in metrics(admin)
         assert client.poll() is None  # it never said goodbye

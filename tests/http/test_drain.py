@@ -63,7 +63,7 @@ def serve(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Serve]:
         ports = [str(free_port()), str(free_port())]
         log = tmp_path / f"log-{len(started)}"
         command = [sys.executable, "-m", "tests.faults.slow_serve", "--model", str(folder)]
-        # So long a step would leave prompts no room beside the running answers.
+        # With steps of a second, the default would leave no budget for prompts.
         command += ["--target-gap", "60", "--port", ports[0], "--admin-port", ports[1], *flags]
         with log.open("wb") as output:
             process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)

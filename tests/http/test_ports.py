@@ -14,13 +14,14 @@ import pytest
 from fastapi import FastAPI
 from rich.console import Console
 
+from service.banner import admin_rows, print_banner
 from service.errors import StartupError
 from service.http import ports
 from service.http.listeners import Listener
 from service.http.ports import bind, bind_admin, bind_public
 from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
-from service.roles import admin_rows, banner, live
+from service.roles import run_until_stopped
 from service.settings import Settings
 from tests.conftest import free_port
 
@@ -43,7 +44,9 @@ def taken(port: int) -> Iterator[None]:
         yield
 
 
-def test_the_default_admin_port_gives_way_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_next_port_is_used_and_logged_if_the_default_is_taken(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     default = free_port()
     settings = settings_with_default(default)
     with taken(default), closing(bind_admin(settings)) as bound:
@@ -54,7 +57,7 @@ def test_the_default_admin_port_gives_way_and_says_so(caplog: pytest.LogCaptureF
         assert str(port) in record.getMessage()
         out = io.StringIO()
         rows = admin_rows(settings, ports.address(bound))
-        banner(Console(file=out, width=80), settings, rows)
+        print_banner(Console(file=out, width=80), settings, rows, version="0.0.1")
         assert f"http://127.0.0.1:{port}/metrics" in out.getvalue()
         assert f"{default} is taken" in out.getvalue()
 
@@ -111,7 +114,7 @@ async def test_a_port_that_another_program_took_meanwhile_is_an_error() -> None:
         listener = Listener(FastAPI(), bound)
         try:
             with pytest.raises(StartupError, match="address already in use"):
-                await live(queue, [listener], ready=lambda: None)
+                await run_until_stopped(queue, [listener], ready=lambda: None)
         finally:
             gc.unfreeze()
     assert not listener.answering.is_set()

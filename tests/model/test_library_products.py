@@ -20,7 +20,7 @@ from model.runners import RunnerOptions
 from model.runners.cuda.cublas import ProductShape, ProvenProducts, multiply_by_parts
 from model.runners.cuda.exactness import Trial, trial_for, try_exactness
 from model.runners.cuda.runner import CudaRunner
-from service.settings import keep_sums_whole
+from service.startup import set_whole_sums
 from tests.support.builders import DEVICE, Piece, make_batch, tiny_model_config, tiny_weights
 
 pytestmark = pytest.mark.slow
@@ -214,12 +214,12 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in names:
         monkeypatch.setenv(name, "")  # so that it is put back as it was
         monkeypatch.delenv(name)
-    assert keep_sums_whole()
-    assert keep_sums_whole()
+    assert set_whole_sums()
+    assert set_whole_sums()
     for name in names:
         with monkeypatch.context() as operators:
             operators.setenv(name, ":4096:8")
-            assert not keep_sums_whole()
+            assert not set_whole_sums()
 
 
 def test_operands_that_lie_otherwise_are_ours() -> None:

@@ -34,9 +34,9 @@ from service.observability.fan_out import fan_out
 from service.observability.metrics import Metrics
 from service.observability.otlp import OtlpTraces
 from service.observability.tracing import TracedCalls, TracedWork, context_of, traceparent_of
+from service.parts import open_traces
 from service.queues.contract import EngineInfo, Lease, Queue, QueueLimits
 from service.queues.memory.queue import MemoryQueue
-from service.roles import open_traces
 from service.settings import Settings
 from service.worker.worker import Worker
 from tests.cluster.processes import run_command

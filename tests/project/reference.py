@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -15,15 +16,24 @@ from fastapi.routing import APIRoute
 
 from service.api import ROUTERS
 from service.observability.metrics import Metrics
-from service.settings import setting_rows
+from service.settings import SettingRow, setting_rows
 
 DOCS = Path(__file__).parents[2] / "docs"
 _TABLE = re.compile(r"(<!-- generated: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def settings() -> str:
-    rows = ((f"`{row.flag}`", code(row.default), row.help) for row in setting_rows())
-    return table(("flag", "default", "meaning"), rows)
+    """A table per group of settings."""
+    parts = []
+    for group, members in groupby(setting_rows(), key=lambda row: row.group):
+        rows = ((f"`{row.flag}`", code(row.default), help_of(row)) for row in members)
+        parts.append(f"## {group}\n\n" + table(("flag", "default", "meaning"), rows))
+    return "\n".join(parts)
+
+
+def help_of(row: SettingRow) -> str:
+    choices = ", ".join(f"`{choice}`" for choice in row.choices)
+    return row.help + (f" One of {choices}." if choices else "")
 
 
 def metrics() -> str:

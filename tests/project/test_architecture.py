@@ -7,6 +7,7 @@ inside functions count too: a rule that a lazy import could break would be none.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,6 +69,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.errors", "service.fair_pool", "service.queues", "service.api",
     ),
     "service.startup": ("rich", "model", "service.messages", "service.errors", "service.settings"),
+    "service.banner": ("rich", "service.settings", "service.startup"),
+    "service.parts": ("",),
     "service.roles": ("",),
     "service.__main__": ("",),
 }  # fmt: skip
@@ -78,7 +81,8 @@ TORCH_FREE = (
     "service.observability.tracing", "service.worker.worker", "service.engine.sequence",
     "service.engine.blocks", "service.engine.scheduler", "service.engine.detokenize",
     "service.queues.memory.queue", "service.queues.redis.queue", "service.api", "service.app",
-    "service.chat", "service.cluster", "service.roles", "service.startup", "service.__main__",
+    "service.chat", "service.cluster", "service.parts", "service.roles", "service.startup",
+    "service.__main__",
     "model.checkpoint.fetch", "model.checkpoint.gguf", "model.checkpoint.safetensors",
     "model.families.llama", "model.config", "model.batch", "model.grammar",
     "model.grammar_validator", "model.text.tokenizer", "model.text.template_process",
@@ -161,13 +165,17 @@ def test_is_torch_free() -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_only_settings_reads_the_environment() -> None:
-    readers = {
-        module
-        for module, path in modules()
-        if any(word in path.read_text(encoding="utf-8") for word in ("os.environ", "os.getenv"))
-    }
-    assert readers == {"service.settings"}
+ENVIRONMENT = re.compile(r"os\.(environ|getenv|putenv)")
+CHANGE = re.compile(r"os\.(putenv|environ(\[.*\] =|\.(update|setdefault|pop|clear)))")
+
+
+def test_settings_reads_the_environment_and_startup_sets_it() -> None:
+    """`startup` sets variables of libraries, unless they are set; settings come from `settings`."""
+    texts = {module: path.read_text(encoding="utf-8") for module, path in modules()}
+    users = {module for module, text in texts.items() if ENVIRONMENT.search(text)}
+    assert users == {"service.settings", "service.startup"}
+    assert not CHANGE.search(texts["service.settings"])
+    assert "QUIRE_" not in texts["service.startup"]
 
 
 def test_broad_excepts_are_at_most_two() -> None:

@@ -1,4 +1,4 @@
-"""The banner: what an operator is told when the server is ready."""
+"""The banner: what an operator reads when the server is ready."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 from rich.console import Console
 
 from model.text.tokenizer import Tokenizer
+from service.banner import engine_rows, print_banner
 from service.messages import ModelCard
-from service.roles import banner, engine_rows
 from service.settings import Settings
 from service.startup import Loaded
 from tests.support.fakes import OracleRunner
 
 
-def said(tiny_tokenizer: Tokenizer, *, exact: bool = True, **fields: Any) -> str:
+def shown(tiny_tokenizer: Tokenizer, *, exact: bool = True, **fields: Any) -> str:
     runner = OracleRunner(num_blocks=99)
     runner.exact = exact
     loaded = Loaded(
@@ -31,27 +31,28 @@ def said(tiny_tokenizer: Tokenizer, *, exact: bool = True, **fields: Any) -> str
             numeric_class="native-int8-v1-abc",
         ),
         seconds=1.25,
-        **{"passed_over": "", **fields},
+        **{"fallback_reason": "", **fields},
     )
     out = io.StringIO()
     console = Console(file=out, width=80)
-    banner(console, Settings(), engine_rows(loaded, Path("/secret/place/tiny.gguf")))
+    rows = engine_rows(loaded, Path("/secret/place/tiny.gguf"))
+    print_banner(console, Settings(), rows, version="0.0.1")
     return out.getvalue()
 
 
 def test_it_names_model_class_and_memory_and_no_path(tiny_tokenizer: Tokenizer) -> None:
-    text = said(tiny_tokenizer)
+    text = shown(tiny_tokenizer)
     for part in ("(tiny.gguf), up to 64 tokens", "native-int8-v1-abc", "99 blocks of 4 tokens"):
         assert part in text
     assert "/secret" not in text
-    assert "passed over" not in text
+    assert "fallback" not in text
     assert "within rounding" not in text
 
 
 @pytest.mark.parametrize("reason", ["native: no C++ compiler", "native: GPT-2 has LayerNorm"])
-def test_a_faster_runner_that_does_not_serve_is_named(
+def test_the_reason_why_a_faster_runner_is_not_used_is_shown(
     tiny_tokenizer: Tokenizer, reason: str
 ) -> None:
-    text = said(tiny_tokenizer, exact=False, passed_over=reason)
-    assert f"passed over   {reason}" in text
+    text = shown(tiny_tokenizer, exact=False, fallback_reason=reason)
+    assert f"fallback reason {reason}" in text
     assert "native-int8-v1-abc (within rounding)" in text

@@ -176,5 +176,5 @@ async def test_nothing_is_lost_or_counted_in_the_end(seed: int) -> None:
     async with asyncio.timeout(30):
         while pool._running.total():
             await asyncio.sleep(0.001)
-    assert (pool._lines, pool._waiting, pool._served) == ({}, {}, {})
+    assert (pool._queues, pool._waiting, pool._served) == ({}, {}, {})
     pool.close()

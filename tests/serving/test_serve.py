@@ -179,7 +179,7 @@ def test_without_keys_the_document_and_its_page_are_served(server_url: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--no-such-flag"], "No such option"),
         (["--port", "99999"], "port"),
@@ -189,14 +189,14 @@ def test_without_keys_the_document_and_its_page_are_served(server_url: str) -> N
         (["--config", "/nowhere/quire.toml"], "configuration file"),
     ],
 )
-def test_a_wrong_configuration_is_one_clear_line(arguments: list[str], said: str) -> None:
+def test_a_wrong_configuration_is_one_clear_line(arguments: list[str], message: str) -> None:
     run = quire("serve", *arguments)
     assert run.returncode == 2
-    assert said in run.stderr
+    assert message in run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_a_taken_port_is_said_before_anything_is_loaded() -> None:
+def test_a_taken_port_is_an_error_before_anything_is_loaded() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -214,7 +214,7 @@ def test_replicas_need_a_shared_queue() -> None:
         assert "--queue redis://" in run.stderr
 
 
-def test_pull_says_where_the_model_is(default_model: Path) -> None:
+def test_pull_prints_the_models_path(default_model: Path) -> None:
     run = quire("pull")
     assert run.returncode == 0
     assert Path(run.stdout.strip()) == default_model

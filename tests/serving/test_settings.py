@@ -1,4 +1,4 @@
-"""Settings: where a value comes from, and that nothing unknown or absurd gets through."""
+"""Settings: which source of a value wins, and that unknown names and bad values are errors."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_broken_file_is_one_line(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_said() -> None:
+def test_a_missing_file_is_an_error() -> None:
     with pytest.raises(StartupError, match="configuration file"):
         load_settings({}, file=Path("/nowhere/quire.toml"), environ={})
 

@@ -31,7 +31,7 @@ VALIDATOR = "model.grammar_validator"
 
 @dataclass
 class Marked:
-    """A command and all the processes that come of it."""
+    """A command and all its descendants."""
 
     log: Path
     port: int = field(default_factory=free_port)

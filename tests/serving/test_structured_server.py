@@ -16,7 +16,7 @@ MODEL = "smollm2-135m-instruct"
 
 
 class City(BaseModel):
-    """What the answers must be; bounded, since so small a model may go on for ever."""
+    """What the answers must be; bounded, since so small a model may never stop."""
 
     model_config = ConfigDict(extra="forbid")
 

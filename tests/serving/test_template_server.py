@@ -20,11 +20,11 @@ from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
 pytestmark = pytest.mark.slow
 
 TEMPLATE = (
-    "{% set said = messages[0].content %}{% set ns = namespace(s='x') %}"
-    "{% if said == 'double' %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
-    "{% elif said == 'loop' %}{% set s = range(3000) %}{% for a in s %}{% for b in s %}"
+    "{% set text = messages[0].content %}{% set ns = namespace(s='x') %}"
+    "{% if text == 'double' %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
+    "{% elif text == 'loop' %}{% set s = range(3000) %}{% for a in s %}{% for b in s %}"
     "{% for c in s %}{% for d in s %}{% endfor %}{% endfor %}{% endfor %}{% endfor %}"
-    "{% endif %}{{ said }}"
+    "{% endif %}{{ text }}"
 )
 MIB = 1024**2
 

@@ -22,7 +22,7 @@ import orjson
 import pytest
 from rich.console import Console
 
-from service.chat import Answer, Tail, chat, printable
+from service.chat import Completion, Tail, chat, printable
 from service.errors import StartupError
 from tests.support.waiting import PATIENCE
 
@@ -130,7 +130,7 @@ def test_an_answer_is_shown_and_sent_back_with_the_next_turn(
     assert "Hello you." in shown
     assert "7 tokens" in shown
     assert "tokens/s" in shown
-    assert "ended by length" in shown
+    assert "finish reason: length" in shown
     first, second = server.bodies
     assert first == {
         "model": "small",
@@ -160,11 +160,11 @@ def test_reset_forgets_and_exit_leaves(server: FakeServer, talk: Talk) -> None:
     ]
     assert server.bodies[0]["model"] == "other"
     assert "temperature" not in server.bodies[0]
-    assert shown.count("/reset forgets") == 2  # the greeting, and the unknown command
+    assert shown.count("/reset starts") == 2  # the greeting, and the unknown command
 
 
 class Screen(io.StringIO):
-    """A terminal that tells when the first words of an answer are drawn."""
+    """A terminal that sets an event when the first words of an answer are drawn."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,16 +206,16 @@ def test_ctrl_c_ends_the_answer_and_keeps_the_session(server: FakeServer, talk: 
         (
             [b'{"error":{"message":"the queue is full"}}'],
             503,
-            "the queue is full (try again in 4 s)",
+            "the queue is full (retry after 4 s)",
         ),
         ([b"<html>"], 502, "HTTP 502"),
         ([b'data: {"error":{"message":"stream_divergence"}}\n\n'], 200, "stream_divergence"),
         ([b'data: {"error":"out of memory"}\n\n'], 200, "out of memory"),
-        ([b"data: {nonsense\n\n"], 200, "no event"),
-        ([event()], 200, "the server broke off"),
+        ([b"data: {nonsense\n\n"], 200, "invalid event"),
+        ([event()], 200, "the server closed the stream"),
     ],
 )
-def test_a_failed_turn_is_told_and_forgotten(
+def test_a_failed_turn_is_shown_and_dropped(
     server: FakeServer, talk: Talk, script: list[bytes], status: int, reason: str
 ) -> None:
     server.scripts, server.statuses = [script, answer("Better.")], [status]
@@ -228,7 +228,7 @@ def test_a_failed_turn_is_told_and_forgotten(
 def test_an_answer_cut_off_is_kept_as_far_as_it_was_seen(server: FakeServer, talk: Talk) -> None:
     server.scripts = [[event("Part")], answer("Rest.")]
     shown = talk("a", "b")
-    assert "the server broke off" in shown
+    assert "the server closed the stream" in shown
     assert server.bodies[1]["messages"] == [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "Part"},
@@ -240,21 +240,21 @@ def test_no_server_is_one_clear_line(talk: Talk) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    with pytest.raises(StartupError, match=r"no server answers at .*quire serve"):
+    with pytest.raises(StartupError, match=r"no server at .*quire serve"):
         talk("hi", url=url)
-    with pytest.raises(StartupError, match="no server answers"):
+    with pytest.raises(StartupError, match="no server at"):
         talk("hi", url="not a url")
 
 
 @pytest.mark.parametrize(
     ("models", "model", "reason"),
     [
-        (b"<html>", None, "no server of the OpenAI API"),
+        (b"<html>", None, "not a server of the OpenAI API"),
         (b'{"data":[]}', None, "serves no model"),
-        (b'{"data":[{"id":"small"}]}', "large", "it has: small"),
+        (b'{"data":[{"id":"small"}]}', "large", "it serves: small"),
     ],
 )
-def test_a_server_without_the_model_is_told_at_once(
+def test_a_server_without_the_model_is_an_error_at_once(
     server: FakeServer, talk: Talk, models: bytes, model: str | None, reason: str
 ) -> None:
     server.models = models
@@ -279,13 +279,13 @@ def test_only_the_last_lines_are_drawn_while_an_answer_grows() -> None:
 
 
 def test_speed_counts_the_tokens_after_the_first() -> None:
-    received = Answer(started=10.0)
+    received = Completion(started=10.0)
     for second in range(1, 6):
         received.add(
             {"choices": [{"delta": {"content": "x"}, "finish_reason": None}]}, now=10.0 + second
         )
     received.add({"choices": [], "usage": {"completion_tokens": 9}}, now=15.5)
-    assert received.figures() == "9 tokens · 2.0 tokens/s · first after 1.00 s"
+    assert received.summary() == "9 tokens · 2.0 tokens/s · first token after 1.00 s"
 
 
 @pytest.mark.slow
@@ -330,7 +330,7 @@ class Terminal:
         os.write(self._screen, keys.encode())
 
     def wait_for(self, pattern: str, *, after: int = 0) -> int:
-        """Waits until it was written beyond `after`; returns where it ends."""
+        """Waits until it is written after position `after`; returns the position of its end."""
         ends = time.monotonic() + PATIENCE
         while not (found := re.compile(pattern).search(self.seen, after)):
             assert time.monotonic() < ends, self.seen[after:]

@@ -1,4 +1,4 @@
-"""What an API replica does with calls while it has heard of no engine."""
+"""What an API replica does with calls while no engine is available."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from model.text.tokenizer import Tokenizer
 from service.cluster import ENGINES_GONE_AFTER, Cluster
 from service.messages import ModelCard
 from service.observability.metrics import Metrics
+from service.parts import ApiSide, make_metrics
 from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
-from service.roles import ApiSide
 from service.settings import Settings
 from tests.queues.builders import claim_one, finish, make_engine
 from tests.support.waiting import PATIENCE
@@ -43,12 +43,13 @@ Start = Callable[..., Any]
 
 @pytest.fixture
 def replica(tiny_tokenizer: Tokenizer) -> Start:
-    """`async with replica(**settings)`: one that heard of an engine longer ago than is patient."""
+    """`async with replica(**settings)`: one whose engines are gone for longer than it waits."""
 
     @asynccontextmanager
     async def start(**settings: Any) -> AsyncIterator[Replica]:
-        queue, metrics = MemoryQueue(QueueLimits(max_requests=2)), Metrics(role="api")
-        side = ApiSide(Settings(**settings), CARD, queue, metrics, tokenizer=tiny_tokenizer)
+        queue, configured = MemoryQueue(QueueLimits(max_requests=2)), Settings(**settings)
+        metrics = make_metrics(configured, "api")
+        side = ApiSide(configured, CARD, queue, metrics, tokenizer=tiny_tokenizer)
         await side.cluster.refresh()
         assert side.cluster._gone_since is not None
         side.cluster._gone_since -= ENGINES_GONE_AFTER
@@ -114,9 +115,9 @@ async def test_with_the_setting_they_wait_within_the_queues_limits(replica: Star
         assert one.unserved == 0
 
 
-@pytest.mark.parametrize(("settings", "told"), [({}, 0), ({"accept_without_engines": True}, 1)])
-async def test_the_alert_for_missing_engines_is_told(
-    replica: Start, settings: dict[str, Any], told: int
+@pytest.mark.parametrize(("settings", "value"), [({}, 0), ({"accept_without_engines": True}, 1)])
+async def test_the_alert_for_missing_engines_knows_the_setting(
+    replica: Start, settings: dict[str, Any], value: int
 ) -> None:
     async with replica(**settings) as one:
-        assert f"quire_accepts_without_engines {told}.0" in one.metrics.render().decode()
+        assert f"quire_accepts_without_engines {value}.0" in one.metrics.render().decode()

@@ -1,16 +1,45 @@
-"""Probes: started, alive, ready. They tell of progress, not of load: saturated is not dead."""
+"""Probes: started, alive, ready. They report progress, not load: saturated is not dead."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
+from typing import Annotated
 
 import orjson
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Request, Response
 
-from service.api.context import ApiContext, Context
+from service.api.context import Probes
 from service.errors import Unavailable
+from service.queues.contract import Queue
 
 router = APIRouter()
+
+
+@dataclass(frozen=True, slots=True)
+class HealthContext:
+    """What the probes report on. `app.state.health` has it."""
+
+    queue: Queue
+    probes: Probes
+    timeout: float = 1.0  # seconds that the queue has to answer a check
+
+    async def check_queue(self) -> None:
+        """Raises Unavailable unless the queue takes writes."""
+        try:
+            async with asyncio.timeout(self.timeout):
+                await self.queue.check()
+        except TimeoutError:
+            raise Unavailable("the queue does not answer", code="backend_unavailable") from None
+
+
+async def _provide_health(request: Request) -> HealthContext:
+    context = request.app.state.health
+    assert isinstance(context, HealthContext)  # noqa: S101  # `service.app` sets it
+    return context
+
+
+Checked = Annotated[HealthContext, Depends(_provide_health)]
 
 
 def _ok(**fields: object) -> Response:
@@ -23,8 +52,7 @@ def _ok(**fields: object) -> Response:
     description="200 once the weights are loaded.",
     response_model=None,
 )
-async def startup(context: Context) -> Response:
-    """Weights are loaded."""
+async def startup(context: Checked) -> Response:
     if not context.probes.started():
         raise Unavailable("the server is starting", code="starting")
     return _ok()
@@ -36,8 +64,7 @@ async def startup(context: Context) -> Response:
     description="200 while the engine steps or has nothing to do. Does not depend on the queue.",
     response_model=None,
 )
-async def live(context: Context) -> Response:
-    """It makes progress."""
+async def live(context: Checked) -> Response:
     if not context.probes.live():
         raise Unavailable("the engine makes no progress", code="stalled")
     return _ok()
@@ -50,13 +77,12 @@ async def live(context: Context) -> Response:
     "does.",
     response_model=None,
 )
-async def ready(context: Context) -> Response:
-    """It takes calls."""
+async def ready(context: Checked) -> Response:
     if not context.probes.started():
         raise Unavailable("the server is starting", code="starting")
     if context.probes.draining():
         raise Unavailable("this replica is shutting down", code="shutting_down")
-    await _check_queue(context)
+    await context.check_queue()
     return _ok()
 
 
@@ -67,21 +93,12 @@ async def ready(context: Context) -> Response:
     "there are.",
     response_model=None,
 )
-async def health(context: Context) -> Response:
-    """Alive, and in what state."""
+async def health(context: Checked) -> Response:
     if not context.probes.live():
         raise Unavailable("the engine makes no progress", code="stalled")
     try:
-        await _check_queue(context)
+        await context.check_queue()
         engines = len(await context.queue.engines())
     except Unavailable:
         return _ok(queue="unreachable")
     return _ok(queue="ok", engines=engines)
-
-
-async def _check_queue(context: ApiContext) -> None:
-    try:
-        async with asyncio.timeout(context.limits.probe_timeout):
-            await context.queue.check()
-    except TimeoutError:
-        raise Unavailable("the queue does not answer", code="backend_unavailable") from None

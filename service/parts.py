@@ -1,0 +1,248 @@
+"""Parts: what the roles are composed of, made from the settings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version as distribution_version
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from model.checkpoint import open_checkpoint
+from model.grammar import Grammars
+from model.text.tokenizer import Tokenizer
+from service.api.auth import only_with_key, open_to_all
+from service.api.context import Probes
+from service.api.hosts import any_host
+from service.api.limits import ApiLimits
+from service.api.system.attention_service import AttentionReader
+from service.api.system.health import HealthContext
+from service.app import build_admin_app, build_app
+from service.cluster import Cluster
+from service.engine.loop import EngineLoop
+from service.engine.plan import EngineConfig
+from service.errors import StartupError
+from service.http.exposure import extras_of, keyless_hosts
+from service.keys import KeyRing
+from service.messages import FEATURES, Event, ModelCard
+from service.observability.fan_out import fan_out
+from service.observability.logs import log_call
+from service.observability.metrics import Metrics
+from service.observability.tracing import TracedCalls, TracedWork
+from service.queues import open_queue
+from service.queues.contract import EngineInfo, Queue, QueueLimits
+from service.settings import Settings
+from service.startup import Loaded
+from service.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from service.observability.otlp import OtlpTraces
+
+log = logging.getLogger("quire")
+
+VERSION = distribution_version("quire-llm")
+
+
+def make_metrics(settings: Settings, role: str) -> Metrics:
+    """Creates the metrics of a process. Their observer also logs each call."""
+    metrics = Metrics(
+        role=role, version=VERSION, vllm_names=settings.vllm_metrics, on_call=log_call
+    )
+    metrics.accepts_without_engines.set(settings.accept_without_engines)
+    return metrics
+
+
+def open_traces(settings: Settings, role: str) -> OtlpTraces | None:
+    """Returns the exporter of traces; None, without loading its libraries, if there is no endpoint.
+
+    Raises StartupError if they are not installed.
+    """
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from service.observability.otlp import open_otlp
+    except ImportError:
+        raise StartupError("otlp_endpoint needs OpenTelemetry: quire-llm[otel]") from None
+    names = {"service.name": f"quire-{role}", "service.version": VERSION}
+    return open_otlp(settings.otlp_endpoint, resource=names)
+
+
+def open_keys(settings: Settings, metrics: Metrics) -> KeyRing | None:
+    """Returns the API keys; None if none are required. Raises StartupError."""
+    if settings.keys_file is None:
+        return None
+    return KeyRing(settings.keys_file.expanduser(), on_reload=metrics.keys_reloaded)
+
+
+def open_attention(settings: Settings, path: Path) -> AttentionReader | None:
+    """Returns the reader of attention maps, if enabled. It loads weights when first used."""
+    if not settings.attention:
+        return None
+    from model.attention_maps import AttentionMaps
+
+    return AttentionMaps(open_checkpoint(path))
+
+
+async def connect_queue(settings: Settings, metrics: Metrics) -> Queue:
+    """Connects to the queue and checks it. Raises StartupError."""
+    queue = open_queue(
+        settings.queue,
+        QueueLimits(
+            max_requests=settings.max_queued_requests,
+            max_tokens=settings.max_queued_tokens,
+            max_per_tenant=settings.max_per_tenant,
+            max_bytes=settings.max_stored_bytes,
+            max_tenant_bytes=settings.max_tenant_stored_bytes,
+            lease=settings.lease,
+            resume_window=settings.resume_window,
+            sweep_pause=api_limits(settings).sweep_pause,
+        ),
+        observer=metrics,
+    )
+    await queue.open()
+    return queue
+
+
+def api_limits(settings: Settings) -> ApiLimits:
+    """Returns the API's limits, with those that are settings."""
+    limits = ApiLimits(
+        max_body_bytes=settings.max_body,
+        keep_alive=settings.keep_alive,
+        grace=settings.disconnect_grace,
+        resume_window=settings.resume_window,
+    )
+    return replace(limits, sweep_interval=min(limits.sweep_interval, limits.sweep_pause / 2))
+
+
+class EngineSide:
+    """An engine, its worker, and an admin application for a process without an API."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        loaded: Loaded,
+        queue: Queue,
+        metrics: Metrics,
+        *,
+        traces: OtlpTraces | None = None,
+    ) -> None:
+        self.id = uuid4().hex
+        observers: list[Metrics | TracedWork] = [metrics]
+        if traces is not None:
+            observers.append(TracedWork(traces.tracer, model=loaded.card.id, engine=self.id))
+        self._loaded = loaded
+        self._metrics = metrics
+        self.loop = EngineLoop(
+            loaded.runner,
+            config=EngineConfig(
+                max_batch_tokens=loaded.options.max_batch_tokens,
+                max_sequences=loaded.options.max_sequences,
+                max_model_len=loaded.card.max_model_len,
+                target_gap=settings.target_gap,
+                speculate=settings.speculate,
+            ),
+            token_bytes=loaded.tokenizer.token_bytes,
+            eos_ids=loaded.tokenizer.eos_ids,
+            deliver=self._deliver,
+            observer=fan_out(*observers),
+            on_failure=lambda _failure: self.worker.fail(),
+            grammars=Grammars(
+                loaded.tokenizer.token_bytes,
+                eos_ids=loaded.tokenizer.eos_ids,
+                vocab_size=loaded.card.vocab_size,
+            ),
+            settle=self._settle,
+        )
+        self.worker = Worker(queue, self.loop, info=self._info, observer=fan_out(*observers))
+        self.admin_app = build_admin_app(
+            HealthContext(queue, Probes(live=self.is_live)),
+            version=VERSION,
+            render_metrics=metrics.render,
+            check_host=keyless_hosts(settings),
+        )
+        if loaded.followers is not None:
+            loaded.followers.when_lost(self._lose_rank)
+
+    def is_live(self) -> bool:
+        """Whether the engine makes progress or has nothing to do. Saturated is not dead."""
+        return not self.worker.is_stalled
+
+    def _lose_rank(self, reason: str) -> None:
+        """Fails the engine, even while it is idle. Called in any thread."""
+        log.critical(reason)
+        self.worker.fail()
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        self.worker.deliver(events)
+
+    def _settle(self) -> None:
+        self.worker.settle()
+
+    def _info(self) -> EngineInfo:
+        latest, card = self._metrics.latest, self._loaded.card
+        return EngineInfo(
+            id=self.id,
+            numeric_class=card.numeric_class,
+            version=VERSION,
+            running=self.worker.running,
+            waiting=latest.waiting if latest else 0,
+            blocks_used=latest.blocks_used if latest else 0,
+            blocks_cached=latest.blocks_cached if latest else 0,
+            blocks_free=latest.blocks_free if latest else self._loaded.runner.num_blocks,
+            max_model_len=card.max_model_len,
+            tokens_per_second=self._metrics.tokens_per_second(),
+            features=tuple(FEATURES),
+        )
+
+
+class ApiSide:
+    """The API's two applications, and what a replica knows of the cluster."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        card: ModelCard,
+        queue: Queue,
+        metrics: Metrics,
+        *,
+        tokenizer: Tokenizer,
+        engine: EngineSide | None = None,
+        attention: AttentionReader | None = None,
+        keys: KeyRing | None = None,
+        traces: OtlpTraces | None = None,
+    ) -> None:
+        self.draining = False
+        self.drain_timeout = settings.drain_timeout
+        self.keys = keys
+        self.cluster = Cluster(queue, card, observer=metrics)
+        self.app = build_app(
+            queue,
+            tokenizer,
+            lambda: self.cluster.card,
+            probes=Probes(
+                live=engine.is_live if engine else lambda: True,
+                draining=lambda: self.draining,
+                served=lambda: settings.accept_without_engines or self.cluster.has_engines,
+                tokens_per_second=self.cluster.tokens_per_second,
+            ),
+            limits=api_limits(settings),
+            observer=metrics if traces is None else fan_out(metrics, TracedCalls(traces.tracer)),
+            version=VERSION,
+            attention=attention,
+            authenticate=only_with_key(keys.find) if keys else open_to_all,
+            extras=extras_of(settings),
+            check_host=any_host if keys else keyless_hosts(settings),
+            cors_origins=settings.cors_origins,
+        )
+        self.admin_app = build_admin_app(
+            self.app.state.health,
+            version=VERSION,
+            render_metrics=metrics.render,
+            check_host=keyless_hosts(settings),
+        )
+
+    def close_responses(self) -> None:
+        """Ends the open responses with the error `shutting_down`."""
+        self.app.state.context.closing.set()
