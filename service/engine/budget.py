@@ -12,7 +12,7 @@ from service.engine.cost import CostModel
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence
 
-UNMEASURED_CHUNK = 128  # tokens of prompts beside decodes, before durations are known
+UNMEASURED_CHUNK = 128  # prompt tokens in a step with decodes, before durations are known
 LEAST_CHUNK = 16  # a prompt makes progress even if the decodes alone exceed the target gap
 
 

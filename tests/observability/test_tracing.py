@@ -49,7 +49,7 @@ PROMPT = [11, 12, 13, 14]
 
 
 class Traces:
-    """A tracer, and what it was told."""
+    """A tracer, and its spans."""
 
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()
@@ -400,7 +400,7 @@ def test_a_collector_that_hangs_holds_up_nobodys_end(monkeypatch: pytest.MonkeyP
     answers = threading.Event()
     processor = SimpleSpanProcessor(InMemorySpanExporter())
     monkeypatch.setattr(processor, "shutdown", answers.wait)
-    OtlpTraces(processor, resource={}).close()  # returns, though nobody answered
+    OtlpTraces(processor, resource={}).close()  # returns without a reply
     answers.set()
 
 
