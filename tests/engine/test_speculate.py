@@ -245,7 +245,7 @@ def test_a_step_of_nothing_is_not_weighed() -> None:
     assert not rig.reports[-1].num_tokens
 
 
-# --- which runners qualify ----------------------------------------------------------------------------------
+# --- which runners qualify -----------------------------------------------------------------
 def test_only_where_rows_do_not_depend_on_their_number() -> None:
     assert may_speculate(CONFIG, exact=True, overlapped=False)
     assert not may_speculate(CONFIG, exact=False, overlapped=False)
