@@ -178,7 +178,7 @@ def make_metrics(settings: Settings, role: str) -> Metrics:
 
 
 def open_traces(settings: Settings, role: str) -> OtlpTraces | None:
-    """Where traces go; None: nowhere, and nothing of them is loaded. Raises StartupError."""
+    """The exporter of traces; None, and no SDK imported, if tracing is off. Raises StartupError."""
     if settings.otlp_endpoint is None:
         return None
     try:

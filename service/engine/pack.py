@@ -9,7 +9,7 @@ gathers the rows it needs, so that a decode step costs little Python per sequenc
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
@@ -26,6 +26,7 @@ _NO_INTS: Ints = np.empty(0, np.int32)
 _NO_FLOATS: Floats = np.empty(0, np.float32)
 _NO_WORDS: Words = np.empty((0, 0), np.uint32)
 _Values = TypeVar("_Values", Ints, Floats)
+_Biases = tuple[Ints, Floats]  # token ids, values
 _UNREAD = 0  # placeholder for a token that only the runner has
 
 
@@ -37,17 +38,13 @@ class _SlotState:
     num_blocks: int = 0
     min_tokens: int = 0
     penalties: PenaltyCounts | None = None
-    bias_ids: Ints = field(default_factory=_NO_INTS.copy)
-    bias_values: Floats = field(default_factory=_NO_FLOATS.copy)
-    early_ids: Ints = field(default_factory=_NO_INTS.copy)  # the same, until min_tokens
-    early_values: Floats = field(default_factory=_NO_FLOATS.copy)
+    biases: _Biases = (_NO_INTS, _NO_FLOATS)
+    early_biases: _Biases = (_NO_INTS, _NO_FLOATS)  # of the first min_tokens
     adjusts: bool = False  # whether any logit of its rows is adjusted
 
-    def bias(self, num_output: int) -> tuple[Ints, Floats]:
+    def bias(self, num_output: int) -> _Biases:
         """Biases of the output token at index `num_output`."""
-        if num_output < self.min_tokens:
-            return self.early_ids, self.early_values
-        return self.bias_ids, self.bias_values
+        return self.early_biases if num_output < self.min_tokens else self.biases
 
 
 class _Adjusted(NamedTuple):
@@ -200,12 +197,12 @@ class Packer:
         elif params.presence_penalty or params.frequency_penalty:
             state.penalties = PenaltyCounts(())
         bias = dict(params.logit_bias)
-        state.bias_ids, state.bias_values = _bias_columns(bias)
+        state.biases = _bias_columns(bias)
         state.min_tokens = request.min_tokens
         if request.min_tokens:
             forbidden = dict.fromkeys(stop_ids(request, self._eos_ids), -np.inf)
-            state.early_ids, state.early_values = _bias_columns(bias | forbidden)
-        state.adjusts = bool(state.penalties or len(state.bias_ids) or len(state.early_ids))
+            state.early_biases = _bias_columns(bias | forbidden)
+        state.adjusts = bool(state.penalties or len(state.bias(0)[0]) or bias)
         return state
 
     def _write_columns(self, index: int, params: SamplingParams) -> None:
@@ -374,7 +371,7 @@ def _masks(plan: Plan) -> tuple[Ints, Words]:
     return np.array(rows, np.int32), np.concatenate(masks)
 
 
-def _bias_columns(bias: dict[int, float]) -> tuple[Ints, Floats]:
+def _bias_columns(bias: dict[int, float]) -> _Biases:
     ids = np.fromiter(bias, np.int32, len(bias))
     values = np.fromiter(bias.values(), np.float32, len(bias))
     return ids, values
