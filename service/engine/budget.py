@@ -6,13 +6,11 @@ prompts come in chunks that delay the decodes little; see `cost` for the duratio
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Run
-
 from service.engine.cost import CostModel
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence
 
-UNMEASURED_CHUNK = 128  # tokens of prompts beside decodes, before durations are known
+UNMEASURED_CHUNK = 128  # prompt tokens in a step with decodes, before durations are known
 LEAST_CHUNK = 16  # a prompt makes progress even if the decodes alone exceed the target gap
 
 
@@ -31,7 +29,7 @@ class StepBudget:
         """Tokens that still fit."""
         return self._config.max_batch_tokens - self._plan.num_tokens
 
-    def shared_by(self, prompts: Run[Sequence]) -> int:
+    def shared_by(self, prompts: list[Sequence]) -> int:
         """Tokens that these running prompts share, before any of them is in the plan."""
         if self._num_decodes and len({sequence.tenant for sequence in prompts}) > 1:
             return self._in_time(prompts[0], self.num_tokens)

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 _DECAY = 0.9  # of a regime's sums per step of its own: about its last ten steps count
 _FIT_EVERY = 8  # steps between fits; a regime with fewer steps causes one with each
-# Scales of the features. If the steps seen cannot tell two features apart, the time is attributed
+# Scales of the features. If the steps seen do not separate two features, the time is attributed
 # to the one with the larger values: to the constant first, to attention last.
 _SCALES = (3.0, 1 / 64, 1 / 655360, 1 / 81920, 1 / 16)
 _RIDGE = 1e-6  # of the least-squares fit, relative to the constant's weight

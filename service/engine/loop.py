@@ -276,14 +276,14 @@ class EngineLoop:
         """Updates sequences and outputs. Returns the new tokens per sampling sequence; empty if the
         sequence was removed.
         """
-        plan, outcome = step.plan, step.outcome
-        for sequence, scores in outcome.prompt_logprobs.items():
+        plan, result = step.plan, step.result
+        for sequence, scores in result.prompt_logprobs.items():
             if sequence.is_alive:
                 self._outputs.score_prompt(sequence.id, scores)
         runs = [
             self._outputs.extend(sequence.id, run, logprobs) if sequence.is_alive else ()
             for sequence, run, logprobs in zip(
-                plan.sampling, outcome.runs, outcome.logprobs, strict=True
+                plan.sampling, result.runs, result.logprobs, strict=True
             )
         ]
         self._scheduler.update(plan, runs)

@@ -1,14 +1,15 @@
 """Packer: Plan -> Batch. `unpack` is the inverse.
 
-Only these two files use both sequences and tensors. They decide nothing. What is constant while a
-sequence holds its batch slot is in columns indexed by batch slot and written once; a step gathers
-the rows it needs, so that a decode step costs little Python per sequence. Shapes: `model.batch`.
+Only these two and `penalties` use both sequences and tensors. They decide nothing. What is constant
+while a sequence holds its batch slot is in columns indexed by batch slot and written once; a step
+gathers the rows it needs, so that a decode step costs little Python per sequence. Shapes:
+`model.batch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, Seeds, Words
 from service.engine.output import stop_ids
+from service.engine.penalties import PenaltyCounts
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence
 from service.messages import SamplingParams
@@ -24,50 +26,8 @@ _NO_INTS: Ints = np.empty(0, np.int32)
 _NO_FLOATS: Floats = np.empty(0, np.float32)
 _NO_WORDS: Words = np.empty((0, 0), np.uint32)
 _Values = TypeVar("_Values", Ints, Floats)
+_Biases = tuple[Ints, Floats]  # token ids, values
 _UNREAD = 0  # placeholder for a token that only the runner has
-
-
-class _PenaltyCounts:
-    """How often each token occurs in an output: two growing arrays, updated when read.
-
-    Tokens of the prompt count 0; they are listed only for a repetition penalty.
-    """
-
-    def __init__(self, prompt: Iterable[int]) -> None:
-        self._index = {token: index for index, token in enumerate(dict.fromkeys(prompt))}
-        self._ids = np.fromiter(self._index, np.int32, len(self._index))
-        self._counts = np.zeros(len(self._index), np.int32)
-        self._num_read = 0
-
-    def rows(self, sequence: Sequence, drafts: list[int]) -> list[tuple[Ints, Ints]]:
-        """Distinct ids and counts: over the output so far, then including each of the drafts."""
-        ids, counts = self._read(sequence)
-        rows = [(ids, counts)]
-        for draft in drafts:
-            place = np.flatnonzero(ids == draft)
-            if place.size:
-                counts = counts.copy()
-                counts[place[0]] += 1
-            else:
-                ids = np.append(ids, np.int32(draft))
-                counts = np.append(counts, np.int32(1))
-            rows.append((ids, counts))
-        return rows
-
-    def _read(self, sequence: Sequence) -> tuple[Ints, Ints]:
-        for token in sequence.tokens[sequence.num_prompt + self._num_read :]:
-            index = self._index.setdefault(token, len(self._index))
-            if index >= len(self._ids):
-                self._grow()
-            self._ids[index] = token
-            self._counts[index] += 1
-        self._num_read = sequence.num_output
-        return self._ids[: len(self._index)], self._counts[: len(self._index)]
-
-    def _grow(self) -> None:
-        room = max(16, len(self._ids))
-        self._ids = np.concatenate([self._ids, np.zeros(room, np.int32)])
-        self._counts = np.concatenate([self._counts, np.zeros(room, np.int32)])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,18 +37,14 @@ class _SlotState:
     owner: tuple[int, int]  # arrival, preemptions: a resumed sequence is a new owner
     num_blocks: int = 0
     min_tokens: int = 0
-    penalties: _PenaltyCounts | None = None
-    bias_ids: Ints = field(default_factory=_NO_INTS.copy)
-    bias_values: Floats = field(default_factory=_NO_FLOATS.copy)
-    early_ids: Ints = field(default_factory=_NO_INTS.copy)  # the same, until min_tokens
-    early_values: Floats = field(default_factory=_NO_FLOATS.copy)
+    penalties: PenaltyCounts | None = None
+    biases: _Biases = (_NO_INTS, _NO_FLOATS)
+    early_biases: _Biases = (_NO_INTS, _NO_FLOATS)  # of the first min_tokens
     adjusts: bool = False  # whether any logit of its rows is adjusted
 
-    def bias(self, num_output: int) -> tuple[Ints, Floats]:
+    def bias(self, num_output: int) -> _Biases:
         """Biases of the output token at index `num_output`."""
-        if num_output < self.min_tokens:
-            return self.early_ids, self.early_values
-        return self.bias_ids, self.bias_values
+        return self.early_biases if num_output < self.min_tokens else self.biases
 
 
 class _Adjusted(NamedTuple):
@@ -237,16 +193,16 @@ class Packer:
         params = request.sampling
         state = _SlotState(owner=owner)
         if params.repetition_penalty != 1.0:
-            state.penalties = _PenaltyCounts(request.prompt_ids)
+            state.penalties = PenaltyCounts(request.prompt_ids)
         elif params.presence_penalty or params.frequency_penalty:
-            state.penalties = _PenaltyCounts(())
+            state.penalties = PenaltyCounts(())
         bias = dict(params.logit_bias)
-        state.bias_ids, state.bias_values = _bias_columns(bias)
+        state.biases = _bias_columns(bias)
         state.min_tokens = request.min_tokens
         if request.min_tokens:
             forbidden = dict.fromkeys(stop_ids(request, self._eos_ids), -np.inf)
-            state.early_ids, state.early_values = _bias_columns(bias | forbidden)
-        state.adjusts = bool(state.penalties or len(state.bias_ids) or len(state.early_ids))
+            state.early_biases = _bias_columns(bias | forbidden)
+        state.adjusts = bool(state.penalties or len(state.bias(0)[0]) or bias)
         return state
 
     def _write_columns(self, index: int, params: SamplingParams) -> None:
@@ -415,7 +371,7 @@ def _masks(plan: Plan) -> tuple[Ints, Words]:
     return np.array(rows, np.int32), np.concatenate(masks)
 
 
-def _bias_columns(bias: dict[int, float]) -> tuple[Ints, Floats]:
+def _bias_columns(bias: dict[int, float]) -> _Biases:
     ids = np.fromiter(bias, np.int32, len(bias))
     values = np.fromiter(bias.values(), np.float32, len(bias))
     return ids, values

@@ -1,4 +1,4 @@
-"""Pipeline: steps in flight in the runner. Plans go in, their outcomes come out in order.
+"""Pipeline: steps in flight in the runner. Plans go in, their results come out in order.
 
     runner is synchronous       launch(N) .... collect(N)   launch(N + 1) .... collect(N + 1)
     runner overlaps steps       launch(N + 1)   collect(N)   launch(N + 2)   collect(N + 1)
@@ -19,7 +19,7 @@ from model.batch import Batch, Bools, StepOutput
 from model.runners import Runner, overlapped
 from service.engine.pack import Packer, unread_rows
 from service.engine.plan import Plan
-from service.engine.unpack import Outcome, unpack
+from service.engine.unpack import StepResult, unpack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class Computed:
     """A step that was read. `run_duration`: seconds in the runner, launching and waiting."""
 
     plan: Plan
-    outcome: Outcome
+    result: StepResult
     run_duration: float
 
 
@@ -95,6 +95,6 @@ class Pipeline:
         output = flight.read()
         return Computed(
             plan=flight.plan,
-            outcome=unpack(flight.plan, output),
+            result=unpack(flight.plan, output),
             run_duration=flight.launch_duration + self._clock() - began,
         )

@@ -28,8 +28,7 @@ as computed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from collections.abc import Sequence as Run
+from collections.abc import Collection, Iterable
 
 from service.engine.blocks import BlockAllocator, chain_digest, chain_root
 from service.engine.budget import StepBudget
@@ -160,7 +159,7 @@ class Scheduler:
         for sequence in plan.sampling:
             sequence.num_unread += 1
 
-    def update(self, plan: Plan, runs: Iterable[Run[int]]) -> None:
+    def update(self, plan: Plan, runs: Iterable[Collection[int]]) -> None:
         """Records that the plan was computed. `runs` has the new tokens of each of `plan.sampling`:
         its accepted drafts and one more, fewer only at the end of the output.
 

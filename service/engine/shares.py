@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Run
 
 from service.engine.sequence import Sequence
 
@@ -28,7 +27,7 @@ class Shares:
     """What each tenant holds now. `num_tenants` counts tenants that wait or run."""
 
     def __init__(
-        self, running: Run[Sequence], *, num_tenants: int, num_batch_slots: int, num_blocks: int
+        self, running: list[Sequence], *, num_tenants: int, num_batch_slots: int, num_blocks: int
     ) -> None:
         self._running = running
         self._share = (num_batch_slots / num_tenants, num_blocks / num_tenants)

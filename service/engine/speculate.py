@@ -73,7 +73,7 @@ class Lookup:
         self._before: list[int] = [0]  # by position
 
     def find(self, tokens: Tokens[int]) -> tuple[int, int]:
-        """(position, length) of the longest earlier match of the last tokens: where it ended, and
+        """(position, length) of the longest earlier match of the last tokens: its last position and
         its number of tokens. The latest of equally long ones; length 0 if not even two match.
         """
         self._read(tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Run
+from collections import abc
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,22 +15,22 @@ from service.messages import TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class StepResult:
     """Results of a step, in the order of the plan."""
 
     runs: list[list[int]]  # the tokens of each of `plan.sampling`: accepted drafts, and one
-    logprobs: list[Run[TokenLogprob]]  # of each run; empty if not requested
+    logprobs: list[abc.Sequence[TokenLogprob]]  # of each run; empty if not requested
     prompt_logprobs: dict[Sequence, list[tuple[int, TokenLogprob]]]  # -> (position, score)
 
 
-def unpack(plan: Plan, output: StepOutput) -> Outcome:
+def unpack(plan: Plan, output: StepOutput) -> StepResult:
     """Splits the rows of a step's output by sequence."""
     sampled: list[int] = output.tokens_R.tolist()
     runs = [[token] for token in sampled] if not plan.drafts else _unpack_runs(plan, sampled)
-    logprobs: list[Run[TokenLogprob]] = [()] * len(runs)
+    logprobs: list[abc.Sequence[TokenLogprob]] = [()] * len(runs)
     if output.logprobs_R.size:
         logprobs = _unpack_logprobs(plan, runs, output)
-    return Outcome(runs=runs, logprobs=logprobs, prompt_logprobs=_unpack_scores(plan, output))
+    return StepResult(runs=runs, logprobs=logprobs, prompt_logprobs=_unpack_scores(plan, output))
 
 
 def _unpack_runs(plan: Plan, sampled: list[int]) -> list[list[int]]:
@@ -46,8 +46,8 @@ def _unpack_runs(plan: Plan, sampled: list[int]) -> list[list[int]]:
 
 def _unpack_logprobs(
     plan: Plan, runs: list[list[int]], output: StepOutput
-) -> list[Run[TokenLogprob]]:
-    logprobs: list[Run[TokenLogprob]] = []
+) -> list[abc.Sequence[TokenLogprob]]:
+    logprobs: list[abc.Sequence[TokenLogprob]] = []
     row = 0
     for sequence, run in zip(plan.sampling, runs, strict=True):
         num_top = sequence.request.sampling.top_logprobs

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from service.errors import Unavailable
 from service.messages import End, Event, FinishReason, Tokens
@@ -14,7 +14,6 @@ from service.queues.contract import Queue, Write, WriteReply, WriteStatus
 from service.worker.backoff import Backoff
 from service.worker.leased_work import LeasedWork, WorkTable
 from service.worker.leases import LeaseKeeper
-from service.worker.observer import WorkerObserver
 
 STORAGE_PATIENCE = 5.0  # seconds for which a write is retried while the store is full
 SETTLE_WITHIN = 1.0  # seconds that a step waits for the journal while requests are isolated
@@ -23,20 +22,10 @@ SETTLE_WITHIN = 1.0  # seconds that a step waits for the journal while requests 
 class JournalWriter:
     """Used in the event loop, except `deliver` and `settle`."""
 
-    def __init__(
-        self,
-        queue: Queue,
-        table: WorkTable,
-        leases: LeaseKeeper,
-        observer: WorkerObserver,
-        *,
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, queue: Queue, table: WorkTable, leases: LeaseKeeper) -> None:
         self._queue = queue
         self._table = table
         self._leases = leases
-        self._observer = observer
-        self._clock = clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._events: deque[Event] = deque()
         self._events_came = asyncio.Event()
@@ -100,9 +89,9 @@ class JournalWriter:
         self._events_came.set()
 
     async def _write(self, writes: list[Write]) -> None:
-        backoff, began = Backoff(), self._clock()
+        backoff, began = Backoff(), self._table.clock()
         while True:
-            start = self._clock()
+            start = self._table.clock()
             try:
                 replies = await self._queue.write(writes)
             except Unavailable as error:
@@ -114,7 +103,7 @@ class JournalWriter:
                 if not writes:
                     return
                 continue
-            self._observer.wrote(self._clock() - start)
+            self._table.observer.wrote(self._table.clock() - start)
             break
         resend: list[Write] = []
         for write, reply in zip(writes, replies, strict=True):
@@ -129,7 +118,7 @@ class JournalWriter:
         if work is None or work.lease != write.lease:
             return []
         if reply.status is WriteStatus.FENCED:
-            self._observer.fenced()
+            self._table.observer.fenced()
             self._table.drop(request_id, cause="fenced")
             return []
         if reply.status is WriteStatus.GAP:
@@ -166,4 +155,4 @@ class JournalWriter:
             replies = await self._queue.write([Write(work.lease, end) for work, end in ends])
             for (work, end), reply in zip(ends, replies, strict=True):
                 if reply.status in {WriteStatus.OK, WriteStatus.DUP}:
-                    self._observer.ended(end, self._clock() - work.since)
+                    self._table.observer.ended(end, self._table.clock() - work.since)

@@ -36,7 +36,8 @@ class LeasedWork:
 class WorkTable:
     """Leased work by request id. Used in the event loop, except `has_isolated`.
 
-    `room_changed` is set when a request leaves the engine.
+    `room_changed` is set when a request leaves the engine. The parts of a worker share the table's
+    `engine`, `observer` and `clock`.
     """
 
     def __init__(
@@ -44,9 +45,9 @@ class WorkTable:
     ) -> None:
         self.items: dict[str, LeasedWork] = {}
         self.room_changed = asyncio.Event()
-        self._engine = engine
-        self._observer = observer
-        self._clock = clock
+        self.engine = engine
+        self.observer = observer
+        self.clock = clock
         self._isolated: set[str] = set()
 
     @property
@@ -66,16 +67,16 @@ class WorkTable:
         request_id = claim.request.id
         late = self.items.get(request_id)
         if late is not None:  # this engine's own, whose lease expired
-            self._observer.released(late.claim, "lease_lost", written=late.written)
-        self._observer.claimed(claim)
-        self.items[request_id] = LeasedWork(claim, self._clock(), written=len(claim.tokens))
+            self.observer.released(late.claim, "lease_lost", written=late.written)
+        self.observer.claimed(claim)
+        self.items[request_id] = LeasedWork(claim, self.clock(), written=len(claim.tokens))
         self._isolated.add(request_id)
         self._update_isolated(request_id)
 
     def journalled(self, work: LeasedWork, count: int) -> None:
         """Records that the journal has `count` tokens."""
         if work.written == len(work.claim.tokens) < count:
-            self._observer.first_token(work.claim.request.id)
+            self.observer.first_token(work.claim.request.id)
         work.written = count
         self._update_isolated(work.claim.request.id)
 
@@ -83,24 +84,24 @@ class WorkTable:
         """Removes a request whose end is in the journal."""
         self.pop(work.claim.request.id)
         self.room_changed.set()
-        self._observer.ended(end, self._clock() - work.since)
-        self._observer.released(work.claim, end.reason.value, written=end.count, end=end)
+        self.observer.ended(end, self.clock() - work.since)
+        self.observer.released(work.claim, end.reason.value, written=end.count, end=end)
 
     def drop(self, request_id: str, *, cause: str) -> None:
         """Removes a request and aborts it in the engine. Unknown ids are ignored."""
         work = self.pop(request_id)
         if work is None:
             return
-        self._engine.abort(request_id)
+        self.engine.abort(request_id)
         self.room_changed.set()
-        self._observer.wasted(sum(len(record.ids) for record in work.records), cause)
-        self._observer.released(work.claim, cause, written=work.written)
+        self.observer.wasted(sum(len(record.ids) for record in work.records), cause)
+        self.observer.released(work.claim, cause, written=work.written)
 
     def leave(self, request_id: str, *, cause: str) -> None:
         """Removes a request that the engine cannot abort now. Unknown ids are ignored."""
         work = self.pop(request_id)
         if work is not None:
-            self._observer.released(work.claim, cause, written=work.written)
+            self.observer.released(work.claim, cause, written=work.written)
 
     def pop(self, request_id: str) -> LeasedWork | None:
         self._isolated.discard(request_id)

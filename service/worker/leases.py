@@ -10,13 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from service.engine.loop import EngineLoop
 from service.errors import Unavailable
 from service.queues.contract import Lease, Queue
 from service.worker.leased_work import WorkTable
-from service.worker.observer import WorkerObserver
 
 log = logging.getLogger("quire.worker")
 
@@ -26,33 +24,22 @@ STALLED_CHECKS = 2  # a third of a lease apart; a process that was frozen as a w
 class LeaseKeeper:
     """Used in the event loop."""
 
-    def __init__(
-        self,
-        queue: Queue,
-        engine: EngineLoop,
-        table: WorkTable,
-        observer: WorkerObserver,
-        *,
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, queue: Queue, table: WorkTable) -> None:
         self._queue = queue
-        self._engine = engine
         self._table = table
-        self._observer = observer
-        self._clock = clock
-        self._renewed = clock()
+        self._renewed = table.clock()
         self._unreleased: list[Lease] = []  # to be released when the store answers
         self._given_up: set[str] = set()  # requests that a stalled engine still has
 
     @property
     def is_stalled(self) -> bool:
         """Whether the engine takes far longer for a step than its steps take."""
-        return self._engine.is_stalled(at_least=self._queue.limits.lease)
+        return self._table.engine.is_stalled(at_least=self._queue.limits.lease)
 
     async def run(self) -> None:
         """Renews every third of a lease, until cancelled."""
         lease = self._queue.limits.lease
-        self._renewed = self._clock()
+        self._renewed = self._table.clock()
         stalled = 0
         while True:
             await asyncio.sleep(lease / 3)
@@ -85,7 +72,7 @@ class LeaseKeeper:
         await self._queue.release(leases, died=died)
 
     async def _renew(self, lease: float) -> None:
-        sent = self._clock()
+        sent = self._table.clock()
         # An attempt gets all that is left of the lease: a store may be slow, and a connection that
         # a timeout closes costs a new one, which is slower.
         left = self._renewed + lease - sent
@@ -93,14 +80,14 @@ class LeaseKeeper:
             async with asyncio.timeout(max(lease / 3, left)):
                 lost = await self._queue.renew(self._table.leases)
         except (Unavailable, TimeoutError):
-            if self._clock() - self._renewed >= lease:
+            if self._table.clock() - self._renewed >= lease:
                 self._drop_all()
             return
         self._renewed = sent
         for request_id in lost:
             work = self._table.items.get(request_id)
             if work is not None and not work.ending:  # what ended meanwhile has no lease either
-                self._observer.lease_lost(1)
+                self._table.observer.lease_lost(1)
                 self._table.drop(request_id, cause="lease_lost")
         await self.release([])
 
@@ -117,7 +104,7 @@ class LeaseKeeper:
         except Unavailable:
             return
         log.error("the engine makes no progress; gave up %d requests", len(leases))
-        self._observer.lease_lost(len(leases))
+        self._table.observer.lease_lost(len(leases))
         for lease in leases:
             self._table.leave(lease.request_id, cause="stalled")
         self._given_up.update(lease.request_id for lease in leases)
@@ -125,7 +112,7 @@ class LeaseKeeper:
     def _abort_given_up(self) -> None:
         """Aborts in the engine, which has recovered, what was given up."""
         for request_id in self._given_up - self._table.items.keys():
-            self._engine.abort(request_id)
+            self._table.engine.abort(request_id)
         self._given_up.clear()
 
     def _drop_all(self) -> None:
@@ -135,7 +122,7 @@ class LeaseKeeper:
         """
         leases = self._table.leases
         if leases:
-            self._observer.lease_lost(len(leases))
+            self._table.observer.lease_lost(len(leases))
         self._unreleased += leases
         for lease in leases:
             self._table.drop(lease.request_id, cause="lease_lost")

@@ -14,8 +14,8 @@ until they succeed or the lease is over; a release is repeated with the next ren
 
 The queue decides which requests run isolated (see `service.queues.contract`). The
 worker does two things for that. While a request is isolated, each of its tokens is journalled
-before the next step computes, so that the journal shows where an engine died. While it has its last
-attempt, nothing else is claimed.
+before the next step computes, so that the journal shows the position of a death. While it has its
+last attempt, nothing else is claimed.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Worker:
         self._info = info
         self._clock = clock
         self._table = WorkTable(engine, observer, clock=clock)
-        self._leases = LeaseKeeper(queue, engine, self._table, observer, clock=clock)
-        self._journal = JournalWriter(queue, self._table, self._leases, observer, clock=clock)
+        self._leases = LeaseKeeper(queue, self._table)
+        self._journal = JournalWriter(queue, self._table, self._leases)
         self._preparing = FairPool("grammar preparation", threads=PREPARING_THREADS)
         self._compiling: set[asyncio.Task[None]] = set()  # claims whose grammar is not ready yet
         self._draining = asyncio.Event()

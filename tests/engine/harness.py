@@ -1,4 +1,4 @@
-"""Builders and a rig for the engine's tests: a real EngineLoop over the oracle, checked always."""
+"""Builders and a rig for the engine's tests: a real EngineLoop over the oracle, always checked."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Transcript:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
     def read(self, record: Tokens | End) -> None:
-        """Appends a record; fails where it does not continue what came before."""
+        """Appends a record; fails if it does not continue the earlier ones."""
         assert self.end is None, "nothing comes after the end"
         if isinstance(record, End):
             assert record.count == len(self.ids)

@@ -1,4 +1,4 @@
-"""BlockAllocator against a naive model: who holds what, and what was released when."""
+"""BlockAllocator against a naive model: which tables hold which blocks, and since when."""
 
 from __future__ import annotations
 

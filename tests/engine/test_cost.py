@@ -218,7 +218,7 @@ def test_who_decodes_waits_no_longer_than_the_target_gap_while_a_long_prompt_com
 
 
 class NoisyRig(Rig):
-    """Its steps take what `slow_truth` says, give or take a tenth."""
+    """Its steps take `slow_truth` with noise of a tenth."""
 
     def __init__(self, draw: random.Random) -> None:
         config = EngineConfig(max_sequences=16, prefix_cache=False)
@@ -285,7 +285,7 @@ def test_the_reserve_leaves_a_prompt_half_of_its_time(
 
 
 def best_duration(length: int, target: float) -> float:
-    """Seconds of a prompt beside four decodes whose every step takes exactly the target."""
+    """Seconds of a prompt together with four decodes whose every step takes exactly the target."""
     decodes = StepWork()
     for _ in range(4):
         decodes = decodes.plus(1, computed=400, sampled=0)

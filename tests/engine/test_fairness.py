@@ -95,7 +95,7 @@ async def waits(
         found += [step + 1 - waiting.pop(name) for name in begun]
         if len(found) == len(quiet):
             return sorted(found)
-    raise AssertionError("somebody waits for ever")
+    raise AssertionError("a sequence waits forever")
 
 
 CASES = [
@@ -129,7 +129,7 @@ def make_prompt(name: str, tenant: str, length: int, *, answer: int = 4) -> Gene
 
 
 def test_a_long_prompt_does_not_hold_up_another_s() -> None:
-    """It needs ten steps more; one of another tenant, that comes later, needs two beside it."""
+    """It needs ten more steps; a later one of another tenant needs two of these."""
     rig = Rig(CONFIG, num_blocks=200, max_model_len=400)
     rig.add(make_prompt("long", "one", 320))
     rig.step()

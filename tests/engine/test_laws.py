@@ -361,5 +361,5 @@ def test_room_counts_seats_what_was_handed_in_and_blocks() -> None:
     assert rig.loop.room == 1, "12 of 16 blocks are free, enough for one more like it"
     rig.add(make_request("two", prompt=range(40), max_tokens=10))
     rig.step()
-    assert rig.loop.room == 0, "somebody waits for blocks"
+    assert rig.loop.room == 0, "a sequence waits for blocks"
     rig.run()

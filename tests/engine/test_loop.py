@@ -105,7 +105,7 @@ def test_requests_from_many_threads_are_answered(build: Build) -> None:
 
 
 def test_an_idle_engine_sleeps_and_wakes(build: Build) -> None:
-    """The clock is read a bounded number of times while nothing happens: nobody polls."""
+    """The clock is read a bounded number of times while nothing happens: no polling."""
     readings = 0
 
     def clock() -> float:
@@ -148,7 +148,7 @@ def test_a_broken_runner_ends_the_thread_and_is_told_once(build: Build) -> None:
     assert told == [loop.failure]
     assert isinstance(loop.failure, RuntimeError)
     records = [outbox.events.get().record for _ in range(outbox.events.qsize())]
-    assert len(records) <= 1, "the token of the step before, where that had been read"
+    assert len(records) <= 1, "the token of the previous step, if it had been read"
     assert not any(isinstance(record, End) for record in records)
 
 
@@ -207,7 +207,7 @@ def test_no_record_is_held_back_across_an_abort(build: Build) -> None:
 
 
 def test_a_token_is_delivered_before_the_next_step_is_computed() -> None:
-    """Whoever waits for it works while the runner does, not after it."""
+    """Its consumer works while the runner computes, not after it."""
     delivered: list[Event] = []
     seen: list[int] = []
     ended = threading.Event()

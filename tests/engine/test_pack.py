@@ -113,7 +113,7 @@ def check_layout(plan: Plan, batch: Batch) -> None:
 
 
 def rows_of(plan: Plan) -> list[Sequence]:
-    """For each row that samples its sequence as it would be, had the drafts before it come true."""
+    """Per sampling row, its sequence as if the drafts before it had been accepted."""
     return [
         replace(sequence, tokens=sequence.tokens + drafts[:num])
         for sequence in plan.sampling

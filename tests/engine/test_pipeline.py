@@ -1,4 +1,4 @@
-"""Steps that overlap: when one is launched ahead, what that wastes, and who must be read before."""
+"""Overlapped steps: when one is launched ahead, what that wastes, and which must be read first."""
 
 from __future__ import annotations
 

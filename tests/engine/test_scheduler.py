@@ -26,7 +26,7 @@ def oracle(request_id: str, index: int) -> int:
 
 
 class Simulator:
-    """Drives a scheduler and keeps the naive truth beside it: what KV each sequence has stored."""
+    """Drives a scheduler and keeps a naive model: what KV each sequence has stored."""
 
     def __init__(
         self, config: EngineConfig, *, num_blocks: int = 64, max_model_len: int = 64
@@ -69,13 +69,13 @@ class Simulator:
         return plan
 
     def run(self, limit: int = 2000) -> None:
-        """To the end; fails where there is none."""
+        """Steps to the end; fails if there is none."""
         for _ in range(limit):
             if not self.scheduler.num_sequences:
                 assert self.allocator.num_used == 0
                 return
             assert self.step().tokens, "there is always one that goes on"
-        raise AssertionError("somebody waits for ever")
+        raise AssertionError("a sequence waits forever")
 
     def _check_limits(self, plan: Plan) -> None:
         assert sum(plan.tokens.values()) == plan.num_tokens <= self.config.max_batch_tokens

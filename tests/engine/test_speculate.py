@@ -1,4 +1,4 @@
-"""Speculation: the same answers in fewer steps, and only where that saves time."""
+"""Speculation: the same answers in fewer steps, and only if that saves time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLAIN = replace(CONFIG, speculate=False)
 
 
 class CopyingOracle(OracleRunner):
-    """Says again what it said a dozen tokens ago, three times of four; else as the oracle does."""
+    """Repeats the token of a dozen tokens ago three times of four; else samples as the oracle."""
 
     period = 12
     copies = 4  # of so many tokens all but one
@@ -60,7 +60,7 @@ class Parrot(CopyingOracle):
 
 
 class Babbler(OracleRunner):
-    """Every pair of tokens came before, and what followed it says nothing."""
+    """Every pair of tokens occurred before, followed by another token each time."""
 
     def run(self, batch: Batch) -> StepOutput:
         output = super().run(batch)
@@ -123,7 +123,7 @@ def doubled(request: GenerationRequest, *, max_tokens: int) -> GenerationRequest
 @pytest.mark.slow
 def test_with_equals_without() -> None:
     """All parameters, shared prefixes and a pool so small that some are preempted. Each request
-    without speculation and alone says what the answer is.
+    alone and without speculation gives the expected output.
     """
     taken = preemptions = hits = 0
     for seed in range(8):
@@ -183,7 +183,7 @@ def test_the_prefix_cache_holds_no_draft_that_did_not_come_true() -> None:
 
 
 def test_drafts_displace_nobody() -> None:
-    """A pool that just holds all: no preemption with drafts either, and none where it is short."""
+    """A pool that just holds all: no preemption with drafts either."""
     requests = [
         make_request(f"r{index}", prompt=[index] * 8, max_tokens=17, ignore_eos=True)
         for index in range(3)
@@ -245,7 +245,7 @@ def test_a_step_of_nothing_is_not_weighed() -> None:
     assert not rig.reports[-1].num_tokens
 
 
-# --- who may ----------------------------------------------------------------------------------
+# --- which runners qualify -----------------------------------------------------------------
 def test_only_where_rows_do_not_depend_on_their_number() -> None:
     assert may_speculate(CONFIG, exact=True, overlapped=False)
     assert not may_speculate(CONFIG, exact=False, overlapped=False)
@@ -267,7 +267,7 @@ def test_a_runner_that_rounds_by_shape_gets_no_drafts() -> None:
 
 # --- the time it takes ------------------------------------------------------------------------
 def flat(rows: int) -> float:
-    """Rows are nearly free, as where a step waits for memory."""
+    """Rows are nearly free, as in a step bound by memory."""
     return 0.007 + 0.00015 * rows
 
 

@@ -66,7 +66,7 @@ def total(*processes: Metrics, name: str) -> float:
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock set by the test."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -77,7 +77,7 @@ class Clock:
 
 # --- conservation -------------------------------------------------------------------------------
 class Walk:
-    """Random calls of a queue, told to a Metrics as an API and its engines would tell them."""
+    """Random calls of a queue, reported to a Metrics as an API and its engines would."""
 
     def __init__(self, seed: int) -> None:
         self.draw = random.Random(seed)
@@ -126,7 +126,7 @@ class Walk:
 
 @pytest.mark.parametrize("seed", range(5))
 async def test_what_was_accepted_has_ended_or_is_in_flight(seed: int) -> None:
-    """After every call, whoever wrote the end: an engine, a client's leaving, a sweep, a claim."""
+    """After every call, whatever wrote the end: an engine, a client's leaving, a sweep, a claim."""
     walk = Walk(seed)
     calls = (walk.submit, walk.submit, walk.claim, walk.finish, walk.stop, walk.forget, walk.sweep)
     for _ in range(150):
@@ -232,7 +232,7 @@ async def test_so_it_is_over_several_processes_and_a_redis(replicas: Any) -> Non
 
 
 class SlowToReply(MemoryQueue):
-    """What ends is in the journal at once; whoever wrote it hears of that when `replies` is set."""
+    """An end is in the journal at once; its writer gets the reply when `replies` is set."""
 
     def __init__(self, limits: QueueLimits) -> None:
         super().__init__(limits)
@@ -253,8 +253,8 @@ class SlowToReply(MemoryQueue):
 @pytest.mark.slow
 @pytest.mark.parametrize("meanwhile", ["renewed", "drained"])
 async def test_an_end_is_counted_whatever_comes_before_its_reply(meanwhile: str) -> None:
-    """A renewal said that the ended request's lease was lost, a drain cut the write off: the end
-    was nobody's, and a lost lease was told. The reply waits here until that has really happened.
+    """A renewal reported the ended request's lease as lost, or a drain cut the write off: the end
+    was not counted, and a lost lease was. The reply waits here until that has really happened.
     """
     queue, metrics = SlowToReply(QueueLimits(lease=0.6)), Metrics()
     async with working(queue, metrics, "e") as worker, asyncio.timeout(PATIENCE):

@@ -24,6 +24,7 @@ from opentelemetry.trace import get_current_span
 
 from model.batch import Batch
 from model.text.tokenizer import Tokenizer
+from service.api.auth import only_with_key
 from service.api.limits import ApiLimits
 from service.app import build_app
 from service.engine.loop import EngineLoop
@@ -49,7 +50,7 @@ PROMPT = [11, 12, 13, 14]
 
 
 class Traces:
-    """A tracer, and what it was told."""
+    """A tracer, and its spans."""
 
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()
@@ -293,6 +294,28 @@ async def test_refusals_are_traced_and_only_faults_are_errors(traces: Traces, cl
     assert refused.status.status_code.name == "ERROR"
 
 
+async def test_a_call_without_a_valid_key_leaves_no_open_span(
+    traces: Traces, tiny_tokenizer: Tokenizer
+) -> None:
+    """Else anyone could fill the memory with spans that nothing ends."""
+    calls = TracedCalls(traces.tracer)
+    app = build_app(
+        MemoryQueue(QueueLimits()),
+        tiny_tokenizer,
+        lambda: ModelCard(id="m", max_model_len=64, vocab_size=97, numeric_class="o", created=0),
+        probes=ALL_WELL,
+        limits=ApiLimits(),
+        observer=calls,
+        version="0",
+        authenticate=only_with_key(lambda _key: None),
+    )
+    http = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test")
+    assert (await http.post("/v1/completions", json=BODY)).status_code == 401
+    assert (await http.get("/health/live")).status_code == 200
+    assert not calls._open
+    assert traces.spans() == []
+
+
 # --- several engines ------------------------------------------------------------------------------
 def slowly(_batch: Batch) -> None:
     time.sleep(0.003)
@@ -400,7 +423,7 @@ def test_a_collector_that_hangs_holds_up_nobodys_end(monkeypatch: pytest.MonkeyP
     answers = threading.Event()
     processor = SimpleSpanProcessor(InMemorySpanExporter())
     monkeypatch.setattr(processor, "shutdown", answers.wait)
-    OtlpTraces(processor, resource={}).close()  # returns, though nobody answered
+    OtlpTraces(processor, resource={}).close()  # returns without a reply
     answers.set()
 
 

@@ -126,7 +126,7 @@ class Station:
         await self.task
 
     async def kill(self) -> None:
-        """What SIGKILL leaves behind: leases that nobody renews and nobody gave back."""
+        """What SIGKILL leaves behind: leases that are neither renewed nor released."""
         self.worker._table.items.clear()
         self.engine.stop()
         assert self.task is not None
@@ -202,7 +202,7 @@ async def test_journals_exactly_the_answers() -> None:
 
 @pytest.mark.parametrize("seed", [1, *slowly(0, 2, 3, 4, 5)])
 async def test_killed_engines_change_no_token(seed: int) -> None:
-    """Engines die at random moments; the next ones go on at the token where the journal ends."""
+    """Engines die at random moments; the next ones continue at the end of the journal."""
     draw = random.Random(seed)
     queue = make_queue(lease=0.1)
     requests = [make_request(f"k{seed}x{index}", max_tokens=40) for index in range(3)]
@@ -549,7 +549,7 @@ def is_stalled(engine: Station) -> bool:
 
 
 async def test_a_stalled_engine_gives_its_requests_up_and_may_come_back() -> None:
-    """Its event loop lives on. When the step ends after all, nobody is blamed any more."""
+    """Its event loop lives on. When the step ends after all, the blame is revoked."""
     queue = WatchedQueue(QueueLimits(lease=0.3))
     request = make_request("stall", max_tokens=30)
     stuck, go_on = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""The worker and grammars: what must be compiled delays nobody else, and survives its engine."""
+"""The worker and grammars: compiling delays no other request, and survives its engine."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class SlowGrammars(Grammars):
 
 
 class CountedGrammars(Grammars):
-    """Prepares as many as it is let."""
+    """Prepares as many as the test allows."""
 
     def __init__(self) -> None:
         super().__init__(TOKEN_BYTES, eos_ids=EOS_IDS, vocab_size=VOCAB_SIZE)
