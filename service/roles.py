@@ -181,12 +181,12 @@ async def run_until_stopped(
     working = [asyncio.create_task(engine.worker.run())] if engine else []
     stopping = asyncio.create_task(signals.first.wait())
     hurrying = asyncio.create_task(signals.second.wait())
-    chores = [stopping, hurrying, asyncio.create_task(announce(listeners, ready))]
+    background = [stopping, hurrying, asyncio.create_task(announce(listeners, ready))]
     cluster = api.cluster if api else cluster
     if cluster:
-        chores.append(asyncio.create_task(cluster.watch()))
+        background.append(asyncio.create_task(cluster.watch()))
     if api and api.keys:
-        chores.append(asyncio.create_task(api.keys.watch()))
+        background.append(asyncio.create_task(api.keys.watch()))
     # Objects that exist now live until the end: the garbage collector need not visit them.
     gc.collect()
     gc.freeze()
@@ -208,9 +208,9 @@ async def run_until_stopped(
     await asyncio.gather(*serving, return_exceptions=True)
     if engine:
         engine.worker.drain()
-    for chore in chores:
-        chore.cancel()
-    await asyncio.gather(*chores, return_exceptions=True)
+    for task in background:
+        task.cancel()
+    await asyncio.gather(*background, return_exceptions=True)
     try:
         await asyncio.gather(*working, *serving)  # all have ended: raises what they raised
     finally:
