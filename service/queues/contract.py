@@ -236,22 +236,18 @@ class Queue(Protocol):
         """Called once at the start. Raises StartupError if the store cannot be reached or written
         to, or cannot give the guarantees.
         """
-        ...
 
     # --- the API's side -------------------------------------------------------------------
     async def charge(self, allowance: Allowance) -> Usage:
         """Counts one call against a key's requests per minute. If they are used up, it counts
         nothing and sets `wait`.
         """
-        ...
 
     async def submit(self, submission: Submission) -> SubmitReply:
         """Admits all requests of a submission or none; idempotent by id and by key."""
-        ...
 
     async def lookup(self, submission_id: str) -> StoredSubmission | None:
         """Returns None if the submission is unknown or its resume window is over."""
-        ...
 
     async def read(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
         """The records now in the journal that reach beyond the first `after` tokens, in order.
@@ -259,49 +255,40 @@ class Queue(Protocol):
         The first one may begin before them. Raises NotFound if the request is unknown, and
         StreamDivergence if the answer has ended with fewer tokens than that.
         """
-        ...
 
     async def read_page(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
         """The first of the records that `read` returns: at most `PAGE_TOKENS` tokens, but at least
         one record, or none if the journal has none. Readers of one answer share the work. A page
         may be from before a data loss of the store, and overlap with the records after it.
         """
-        ...
 
     def follow(self, request_id: str, *, after: int = 0) -> AsyncIterator[Record]:
         """Yields those records and all later ones, each once, up to the `End`. Raises as `read`."""
-        ...
 
     async def stop(self, request_ids: Sequence[str], reason: FinishReason) -> None:
         """Ends requests that have not ended: CANCELLED, or DEADLINE if they are overdue."""
-        ...
 
     async def heartbeat(self, submission_ids: Sequence[str]) -> None:
         """Reports that submissions have readers, or will have again; ignores unknown and ended
         ones. A replica makes one call for all that it serves, well within their grace periods.
         """
-        ...
 
     async def forget(self, submission_id: str) -> None:
         """Cancels what has not ended, and removes the submission from lookup."""
-        ...
 
     async def sweep(self) -> int:
         """Ends what is past its deadline, and what had no heartbeat for its grace period; called by
         every replica each second. Returns how many. After a time without sweeps, because the store
         or all replicas were down, each grace period starts again.
         """
-        ...
 
     async def depth(self) -> QueueDepth: ...
 
     async def engines(self) -> Sequence[EngineInfo]:
         """Engines that sent a heartbeat in the last `ENGINE_SILENCE` seconds."""
-        ...
 
     async def check(self) -> None:
         """Raises `Unavailable` if the queue does not accept writes; a full queue does."""
-        ...
 
     # --- the engine's side ----------------------------------------------------------------
     async def claim(
@@ -313,30 +300,24 @@ class Queue(Protocol):
         and that have fewer running requests than the average: a full engine preempts others for
         them. Also a heartbeat of the engine, and nothing else if both limits are 0.
         """
-        ...
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         """Journals the records of one engine step in one round trip, in order; a reply for each."""
-        ...
 
     async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
         """Extends the leases of one engine, and is its heartbeat. Returns the ids of the requests
         whose leases are lost.
         """
-        ...
 
     async def release(self, leases: Sequence[Lease], *, died: bool = False) -> None:
         """Releases requests at once, so that another engine continues them; no death is counted,
         unless the engine `died`.
         """
-        ...
 
     def stops(self) -> AsyncIterator[str]:
         """Ids of running requests as they are stopped: a hint; `write` and `renew` are
         authoritative.
         """
-        ...
 
     async def close(self) -> None:
         """Closes connections; the journal is kept."""
-        ...

@@ -50,7 +50,6 @@ class QueueObserver(Protocol):
 
     def happened(self, event: QueueEvent, count: int = 1) -> None:
         """`count` times."""
-        ...
 
 
 class NullQueueObserver:

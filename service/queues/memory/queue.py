@@ -30,7 +30,7 @@ from service.queues.contract import (
     WriteReply,
     WriteStatus,
 )
-from service.queues.memory.machine import Machine
+from service.queues.memory.state_machine import StateMachine
 from service.queues.memory.submissions import Entry, Group, checked_end
 from service.queues.observer import NullQueueObserver, QueueObserver, report_replies
 
@@ -55,7 +55,7 @@ class MemoryQueue:
         self.limits = limits
         self._clock = clock
         self._observer = NullQueueObserver() if observer is None else observer
-        self._machine = Machine(
+        self._machine = StateMachine(
             limits,
             clock=clock,
             observer=self._observer,

@@ -36,7 +36,7 @@ local function hand_out(r, epoch)
   claims[#claims + 1] = claim
 end
 
-local function give(r)
+local function grant(r)
   local epoch = redis.call('HINCRBY', request_key(r.rid), 'ep', 1)
   redis.call('HSET', request_key(r.rid), 'st', 'running', 'own', args.owner, 'cls', args.numeric_class,
     'ld', now + lease)
@@ -95,7 +95,7 @@ local function take(priority, eid, fields)
     redis.call('HINCRBY', ADMISSION, 'run', 1)
     redis.call('HINCRBY', ADMISSION, 'r:' .. r.ten, 1)
   end
-  give(r)
+  grant(r)
 end
 
 -- Returns the number of isolated requests, and whether none may join them in this engine.
@@ -154,7 +154,7 @@ local function isolate()
     redis.call('SET', isolates_key(engine), now, 'PX', args.keep_blame)
     set_idle(r, engine, 0)
     r.iso, reclaimed = true, reclaimed + 1
-    give(r)
+    grant(r)
   end
 end
 
@@ -204,7 +204,7 @@ local function next_place(priority)
 end
 
 -- Moves it into the stream, until its end. Returns whether there was one.
-local function bring(priority)
+local function move_next(priority)
   local place, line, turn = next_place(priority)
   if not place then return false end
   local rid = string.match(place, ' (.*)$') or place
@@ -219,11 +219,11 @@ end
 
 local function fresh(priority)
   while #claims < args.most do
-    local brought = bring(priority)
+    local moved = move_next(priority)
     local reply = grouped(priority, 'XREADGROUP', 'GROUP', GROUP, engine, 'COUNT', args.most - #claims,
       'STREAMS', queue_key(priority), '>')
     for _, entry in ipairs(reply and reply[1][2] or {}) do take(priority, entry[1], entry[2]) end
-    if not (brought or reply) then return end
+    if not (moved or reply) then return end
   end
 end
 

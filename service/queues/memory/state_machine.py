@@ -1,4 +1,4 @@
-"""Machine: the transitions of the requests that the queue in memory holds.
+"""StateMachine: the transitions of the requests that the queue in memory holds.
 
 It waits for nothing and calls back instead: `work_came` if an engine may claim something now,
 `stopped` with a running request that was stopped.
@@ -29,7 +29,7 @@ from service.queues.observer import STOPPED, QueueEvent, QueueObserver
 PRIORITIES = 3
 
 
-class Machine:
+class StateMachine:
     """`engines`: id -> (last heartbeat, report). Times are from the queue's clock, in seconds."""
 
     def __init__(
