@@ -38,7 +38,7 @@ from loadtest.bench.report import markdown, tables, warnings
 from loadtest.bench.roof import NoRoof, count_weights, probe
 from loadtest.bench.servers import Plan, Server, ServerFailed, convert
 
-_CHART = Path(__file__).parent / "chart.svg"  # the one that the README shows
+_CHART = Path(__file__).parents[1] / "chart.svg"  # the one that the README shows
 _QUICK = Sizes(
     least=1, tokens_out=32, prefill_requests=1, rates=(2, 8), window=3.0, patience=20.0,
     tokens_out_arrivals=16,
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str]) -> int:
         console.print(line, style="red", markup=False, highlight=False)
     report, chart = options.results / "compare.md", options.results / "compare.svg"
     report.write_text(markdown(document), encoding="utf-8")
-    chart.write_text(draw(document), encoding="utf-8")
+    draw(document, chart)
     console.print(f"written: {report}, {chart} and, of the measurements, compare.json")
     if options.readme:
         shutil.copyfile(chart, _CHART)
