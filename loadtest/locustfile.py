@@ -86,7 +86,7 @@ class StreamingUser(User):
         options = self.environment.parsed_options
         assert options is not None  # noqa: S101 - so it is with a command line
         self.options = options
-        self.draw = random.Random()
+        self.rng = random.Random()
         keys = [key for key in options.keys.split(",") if key]
         number = next(self._numbers) % max(1, len(keys))
         self.tenant = Tenant(
@@ -97,14 +97,14 @@ class StreamingUser(User):
     def wait_time(self) -> float:
         """Seconds; exponential, as of people who do not know of each other."""
         mean = float(self.options.think)
-        return self.draw.expovariate(1 / mean) if mean else 0.0
+        return self.rng.expovariate(1 / mean) if mean else 0.0
 
     @task
     def turn(self) -> None:
         """One call, or a burst of them."""
-        workload = next_turn(Workload(self.options.workload), self.draw)
+        workload = next_turn(Workload(self.options.workload), self.rng)
         calls = [
-            CALLS[workload](self.draw, int(self.options.tokens))
+            CALLS[workload](self.rng, int(self.options.tokens))
             for _ in range(BURST if workload is Workload.BURST else 1)
         ]
         name = workload.value + self.tenant.name

@@ -30,7 +30,10 @@ from loadtest.load import first_model, served
 from loadtest.workloads import make_prompts, poisson_arrivals
 
 TOKENS_IN, TOKENS_OUT = 32, 64
-SEATS, QUEUE = 16, 16  # sequences in the batch, requests that may wait: short, for a short wait
+MAX_SEQUENCES, QUEUE = (
+    16,
+    16,
+)  # sequences in the batch, requests that may wait: short, for a short wait
 TIMES = 10  # the capacity
 PROBE_EVERY = 0.25  # seconds between requests that look whether it has recovered
 PROBES = 40
@@ -80,7 +83,7 @@ async def overload(target: Target, *, seconds: float) -> Scene:
     began = time.perf_counter()
     prompts = make_prompts("capacity", count=10_000, num_tokens=TOKENS_IN)
     filling = drive(
-        target, _until(began + seconds, prompts), clients=SEATS + 4, max_tokens=TOKENS_OUT
+        target, _until(began + seconds, prompts), clients=MAX_SEQUENCES + 4, max_tokens=TOKENS_OUT
     )
     capacity = goodput((await filling)[0], since=began, seconds=seconds)
     times = poisson_arrivals("overload", rate=TIMES * capacity, window=seconds)
@@ -225,7 +228,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     sizes: tuple[str, ...] = ()
     if options.scene == "overload":
-        sizes = ("--max-sequences", str(SEATS), "--max-queued-requests", str(QUEUE))
+        sizes = ("--max-sequences", str(MAX_SEQUENCES), "--max-queued-requests", str(QUEUE))
         keys = []
     else:  # the usual sizes: what is short, a flood fills for everybody
         keys = [f"qk-{secrets.token_urlsafe(24)}" for _ in range(2)]

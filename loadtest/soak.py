@@ -26,20 +26,26 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint.fetch import default_cache, resolve
+from tests.cluster.audit_log import IN_FLIGHT, AuditLog
 from tests.cluster.checker import check_rest
 from tests.cluster.client import Transcript
 from tests.cluster.clients import Clients, Expected
-from tests.cluster.cluster import Cluster, Scale
+from tests.cluster.cluster import Cluster, Timings
 from tests.cluster.faults import Faults
-from tests.cluster.ledger import IN_FLIGHT, Ledger
-from tests.cluster.processes import Forge
-from tests.cluster.vitals import Vitals, engine_vitals, leaks, process_vitals, redis_vitals
+from tests.cluster.processes import ForkServer
+from tests.cluster.resources import (
+    ResourceSnapshot,
+    leaks,
+    snapshot_engine,
+    snapshot_process,
+    snapshot_redis,
+)
 
-APIS, ENGINES, SEATS = 2, 3, 6
+APIS, ENGINES, MAX_SEQUENCES = 2, 3, 6
 WIDTH = 12  # clients
 WARM_UP = 0.1  # of the time, at most a minute: load without faults, before the first look
 PAUSE = (0.5, 3.0)  # seconds between faults
-LOOK = 3.0  # seconds between the ledger's looks
+LOOK = 3.0  # seconds between the audit_log's looks
 GRACE = 10.0  # seconds that an answer goes on unread; longer than an API replica is stopped
 WINDOW = 20.0  # seconds that Redis keeps an answer
 SHOWN = 20  # violations that are printed
@@ -55,19 +61,19 @@ class Report:
 
     clients: Clients
     faults: Faults
-    ledger: Ledger
+    audit_log: AuditLog
     accepted: float = 0.0
     lost: float = 0.0
-    before: Sequence[Vitals] = ()
-    after: Sequence[Vitals] = ()
-    faults_of_the_rig: list[str] = field(default_factory=list)
+    before: Sequence[ResourceSnapshot] = ()
+    after: Sequence[ResourceSnapshot] = ()
+    cluster_failures: list[str] = field(default_factory=list)
 
     @property
     def violations(self) -> list[str]:
         """What must not have been; empty where all promises were kept."""
-        tally = self.ledger.tally()
-        found = [*self.clients.violations, *self.faults_of_the_rig]
-        found += [f"vanished: {each}" for each in sorted(self.ledger.vanished)]
+        tally = self.audit_log.tally()
+        found = [*self.clients.violations, *self.cluster_failures]
+        found += [f"vanished: {each}" for each in sorted(self.audit_log.vanished)]
         if tally[IN_FLIGHT]:
             found.append(f"{tally[IN_FLIGHT]} requests never ended")
         if tally["error"]:
@@ -82,11 +88,11 @@ class Report:
 
     def lines(self) -> list[str]:
         """For people."""
-        tally = dict(sorted(self.ledger.tally().items()))
+        tally = dict(sorted(self.audit_log.tally().items()))
         found = self.violations
         requests = (
-            f"requests: {sum(tally.values())} = {tally}; vanished {len(self.ledger.vanished)}, lost"
-            f" {self.lost:.0f}; {self.accepted:.0f} counted by API replicas, those killed aside"
+            f"requests: {sum(tally.values())} = {tally}; vanished {len(self.audit_log.vanished)},"
+            f" lost {self.lost:.0f}; {self.accepted:.0f} accepted by API replicas that still run"
         )
         return [
             f"answers: {dict(self.clients.answers)}, {self.clients.tokens} tokens",
@@ -112,13 +118,13 @@ async def run_soak(
     expected: Expected,
     *,
     minutes: float,
-    draw: random.Random,
+    rng: random.Random,
     notify: Notify,
 ) -> Report:
     """Warm-up, a look, faults, rest, another look. The cluster is started and empty."""
-    clients = Clients(cluster.client, make_body, expected, draw=draw)
-    ledger = Ledger(cluster)
-    report = Report(clients=clients, ledger=ledger, faults=Faults(cluster, draw))
+    clients = Clients(cluster.client, make_body, expected, rng=rng)
+    audit_log = AuditLog(cluster)
+    report = Report(clients=clients, audit_log=audit_log, faults=Faults(cluster, rng))
     seconds = 60 * minutes
     warm_up = min(60.0, WARM_UP * seconds)
     async with _watched(report):
@@ -126,9 +132,7 @@ async def run_soak(
             await asyncio.sleep(warm_up)
         report.before = await _at_rest(cluster, report)
         async with _asked(clients):
-            await _harm(
-                report, until=time.monotonic() + seconds - warm_up, draw=draw, notify=notify
-            )
+            await _harm(report, until=time.monotonic() + seconds - warm_up, rng=rng, notify=notify)
         report.after = await _at_rest(cluster, report)
     report.accepted = await asyncio.to_thread(cluster.accepted)
     report.lost = sum(api.metric("quire_requests_lost_total") for api in cluster.apis)
@@ -149,11 +153,11 @@ async def _asked(clients: Clients) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _watched(report: Report) -> AsyncIterator[None]:
-    """The ledger is kept meanwhile."""
+    """The audit_log is kept meanwhile."""
 
     async def keep() -> None:
         while True:
-            await asyncio.to_thread(report.ledger.look)
+            await asyncio.to_thread(report.audit_log.look)
             await asyncio.sleep(LOOK)
 
     keeping = asyncio.create_task(keep())
@@ -162,18 +166,18 @@ async def _watched(report: Report) -> AsyncIterator[None]:
     finally:
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
-        await asyncio.to_thread(report.ledger.look)
+        await asyncio.to_thread(report.audit_log.look)
 
 
-async def _harm(report: Report, *, until: float, draw: random.Random, notify: Notify) -> None:
+async def _harm(report: Report, *, until: float, rng: random.Random, notify: Notify) -> None:
     """One fault after another."""
     told = time.monotonic()
     while time.monotonic() < until:
-        await asyncio.sleep(draw.uniform(*PAUSE))
+        await asyncio.sleep(rng.uniform(*PAUSE))
         try:
             await report.faults.one()
         except AssertionError as failure:
-            report.faults_of_the_rig.append(f"in a fault: {failure}")
+            report.cluster_failures.append(f"in a fault: {failure}")
         if time.monotonic() - told > 30:
             told = time.monotonic()
             left = (until - told) / 60
@@ -183,20 +187,20 @@ async def _harm(report: Report, *, until: float, draw: random.Random, notify: No
             )
 
 
-async def _at_rest(cluster: Cluster, report: Report) -> list[Vitals]:
+async def _at_rest(cluster: Cluster, report: Report) -> list[ResourceSnapshot]:
     """Waits until nothing is left of any request, not even in Redis, and looks."""
     try:
         await check_rest(cluster)
     except AssertionError as failure:
-        report.faults_of_the_rig.append(str(failure))
-    await asyncio.to_thread(report.ledger.look)
+        report.cluster_failures.append(str(failure))
+    await asyncio.to_thread(report.audit_log.look)
     await asyncio.sleep(WINDOW + 2)
     engine, api = report.faults.engine, report.faults.api
     return [
-        process_vitals("engine", engine.pid),
-        engine_vitals("engine", await asyncio.to_thread(engine.metrics)),
-        process_vitals("API", api.pid),
-        await asyncio.to_thread(redis_vitals, cluster),
+        snapshot_process("engine", engine.pid),
+        snapshot_engine("engine", await asyncio.to_thread(engine.metrics)),
+        snapshot_process("API", api.pid),
+        await asyncio.to_thread(snapshot_redis, cluster),
     ]
 
 
@@ -213,10 +217,10 @@ async def undisturbed(cluster: Cluster, bodies: Sequence[Body]) -> Expected:
 
 async def soak(cluster: Cluster, options: argparse.Namespace, *, notify: Notify) -> Report:
     """With what the options say."""
-    draw = random.Random(options.seed)
+    rng = random.Random(options.seed)
 
     def make_body() -> Body:
-        return cluster.body(draw, max_tokens=draw.randint(1, 120))
+        return cluster.body(rng, max_tokens=rng.randint(1, 120))
 
     expected: Expected = cluster.expected
     if options.model == "real":
@@ -224,10 +228,10 @@ async def soak(cluster: Cluster, options: argparse.Namespace, *, notify: Notify)
         expected = await undisturbed(cluster, pool)
 
         def make_body() -> Body:
-            return dict(draw.choice(pool))
+            return dict(rng.choice(pool))
 
     return await run_soak(
-        cluster, make_body, expected, minutes=options.minutes, draw=draw, notify=notify
+        cluster, make_body, expected, minutes=options.minutes, rng=rng, notify=notify
     )
 
 
@@ -246,18 +250,18 @@ def main(arguments: Sequence[str]) -> int:
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quire-soak-")))
-        forge = None
+        fork_server = None
         if options.model == "oracle":
-            forge = Forge(folder)
-            stack.callback(forge.close)
+            fork_server = ForkServer(folder)
+            stack.callback(fork_server.close)
         cluster = Cluster(
             folder,
             resolve("", cache=default_cache()),
-            forge=forge,
-            scale=Scale(lease=options.lease, pace=0.02, grace=GRACE, window=WINDOW),
+            fork_server=fork_server,
+            timings=Timings(lease=options.lease, pace=0.02, grace=GRACE, window=WINDOW),
             num_engines=ENGINES,
             num_apis=APIS,
-            seats=SEATS,
+            max_sequences=MAX_SEQUENCES,
             engine_flags={"threads": 1, "kv-memory": "16MiB"},
         )
         stack.callback(cluster.close)

@@ -53,27 +53,27 @@ class Call:
         }
 
 
-def _words(draw: random.Random, count: int) -> str:
-    return make_prompt(f"{draw.random()}", num_tokens=count)
+def _words(rng: random.Random, count: int) -> str:
+    return make_prompt(f"{rng.random()}", num_tokens=count)
 
 
-def _chat(draw: random.Random, tokens: int) -> Call:
-    turns = draw.randint(1, 3)
-    messages = [{"role": "user", "content": _words(draw, QUESTION)}]
+def _chat(rng: random.Random, tokens: int) -> Call:
+    turns = rng.randint(1, 3)
+    messages = [{"role": "user", "content": _words(rng, QUESTION)}]
     for _ in range(turns - 1):
-        messages.append({"role": "assistant", "content": _words(draw, tokens)})
-        messages.append({"role": "user", "content": _words(draw, QUESTION)})
+        messages.append({"role": "assistant", "content": _words(rng, tokens)})
+        messages.append({"role": "user", "content": _words(rng, QUESTION)})
     return Call(path="/v1/chat/completions", fields={"messages": messages}, tokens=tokens)
 
 
-def _long(draw: random.Random, tokens: int) -> Call:
-    fields = {"prompt": _words(draw, LONG)}
+def _long(rng: random.Random, tokens: int) -> Call:
+    fields = {"prompt": _words(rng, LONG)}
     return Call(path="/v1/completions", fields=fields, tokens=max(1, tokens // 4))
 
 
-def _prefix(draw: random.Random, tokens: int) -> Call:
+def _prefix(rng: random.Random, tokens: int) -> Call:
     system = {"role": "system", "content": make_prompt("shared", num_tokens=SYSTEM)}
-    question = {"role": "user", "content": _words(draw, QUESTION)}
+    question = {"role": "user", "content": _words(rng, QUESTION)}
     fields = {"messages": [system, question]}
     return Call(path="/v1/chat/completions", fields=fields, tokens=tokens)
 
@@ -94,8 +94,8 @@ SHARES: Mapping[Workload, float] = MappingProxyType(
 """Of the turns of a mixed workload's users."""
 
 
-def next_turn(workload: Workload, draw: random.Random) -> Workload:
+def next_turn(workload: Workload, rng: random.Random) -> Workload:
     """What a user does next; for MIXED one of the others."""
     if workload is Workload.MIXED:
-        return draw.choices(list(SHARES), weights=list(SHARES.values()))[0]
+        return rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
     return workload

@@ -1,4 +1,4 @@
-"""The chart of a comparison, by Matplotlib: a panel per load, a bar per server, a line for the roof."""
+"""The chart of a comparison, by Matplotlib: a panel per load, a bar per server, the roof."""
 
 from __future__ import annotations
 

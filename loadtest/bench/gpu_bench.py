@@ -12,8 +12,8 @@
 
 `--only` takes a list of these. Each runs in a process of its own and has a share of the time; one
 that fails or is cut off is named at the end, and the next is begun. Tables are printed as they
-grow. The JSON file holds every piece's last run, so pieces may be run one by one. It ends with 0
-where every piece asked for was done. `--smoke` is the whole thing in miniature, on a CPU too.
+grow. The JSON file holds every stage's last run, so stages may be run one by one. It ends with 0
+where every stage asked for was done. `--smoke` is the whole thing in miniature, on a CPU too.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from loadtest.bench.gpu.piece import CUT_OFF
+from loadtest.bench.gpu.stage import CUT_OFF
 from loadtest.bench.machine import this_machine
 from service.settings import WHOLE_SUMS
 
 _MINUTES = 8.5
-_GRACE = 10.0  # seconds that a piece has to start, and, asked to end, to end
+_GRACE = 10.0  # seconds that a stage has to start, and, asked to end, to end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class Stage:
     """A part of the measurement. Seconds are of an H200 whose kernels are not compiled yet."""
 
     least: float  # with less left it is not begun
@@ -48,24 +48,24 @@ class Piece:
     variables: Mapping[str, str] = field(default_factory=dict)  # of its environment
 
 
-# With `WHOLE_SUMS`, which a server sets itself, the library cannot add up in pieces; it reads them
+# With `WHOLE_SUMS`, which a server sets itself, the library cannot split sums; it reads them
 # when it is first called.
-PIECES: dict[str, Piece] = {
-    "ceilings": Piece(least=10, most=40),
-    "exact": Piece(least=30, most=210, variables=WHOLE_SUMS),
-    "kernels": Piece(least=15, most=90),
-    "steps": Piece(least=20, most=90, variables=WHOLE_SUMS),
-    "w1": Piece(least=20, most=90, variables=WHOLE_SUMS),
-    "http": Piece(least=45, most=120),
-    "transformers": Piece(least=45, most=120),
-    "products": Piece(least=15, most=60, variables=WHOLE_SUMS),
-    "cost": Piece(least=30, most=90),
+STAGES: dict[str, Stage] = {
+    "ceilings": Stage(least=10, most=40),
+    "exact": Stage(least=30, most=210, variables=WHOLE_SUMS),
+    "kernels": Stage(least=15, most=90),
+    "steps": Stage(least=20, most=90, variables=WHOLE_SUMS),
+    "w1": Stage(least=20, most=90, variables=WHOLE_SUMS),
+    "http": Stage(least=45, most=120),
+    "transformers": Stage(least=45, most=120),
+    "products": Stage(least=15, most=60, variables=WHOLE_SUMS),
+    "cost": Stage(least=30, most=90),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What came of a piece. `state`: done, failed, cut off or left out, and why."""
+    """What came of a stage. `state`: done, failed, cut off or left out, and why."""
 
     state: str
     seconds: float = 0.0
@@ -73,18 +73,18 @@ class Found:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the pieces asked for, one after another."""
+    """Runs the stages asked for, one after another."""
     parser = argparse.ArgumentParser(
         prog="gpu_bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default=",".join(PIECES), help="pieces, separated by commas")
+    parser.add_argument("--only", default=",".join(STAGES), help="stages, separated by commas")
     parser.add_argument("--minutes", type=float, default=_MINUTES, help="for all of them")
     parser.add_argument("--out", type=Path, default=Path("results/gpu_bench.json"))
     parser.add_argument("--smoke", action="store_true", help="in miniature, also on a CPU")
     given = parser.parse_args(arguments)
     names = given.only.split(",")
-    if unknown := set(names) - PIECES.keys():
-        parser.error(f"no such piece: {', '.join(sorted(unknown))}; there are {', '.join(PIECES)}")
+    if unknown := set(names) - STAGES.keys():
+        parser.error(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     if not given.smoke and not _has_gpu():
         print("no GPU here; --smoke runs in miniature", file=sys.stderr)
         return 2
@@ -92,16 +92,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = {}
     for name in names:
         left = deadline - time.monotonic() - 2 * _GRACE
-        if left < PIECES[name].least:
+        if left < STAGES[name].least:
             found[name] = Found(state=f"left out: {max(left, 0):.0f} s are left")
         else:
-            found[name] = _run(name, seconds=min(left, PIECES[name].most), smoke=given.smoke)
+            found[name] = _run(name, seconds=min(left, STAGES[name].most), smoke=given.smoke)
         _keep(given.out, name, found[name])
         print(f"({name}: {found[name].state}, {found[name].seconds:.0f} s)", flush=True)
     print("\npieces")
-    for name, piece in found.items():
-        print(f"{name:>14}  {piece.seconds:6.0f} s  {piece.state}")
-    return int(any(piece.state != "done" for piece in found.values()))
+    for name, stage in found.items():
+        print(f"{name:>14}  {stage.seconds:6.0f} s  {stage.state}")
+    return int(any(stage.state != "done" for stage in found.values()))
 
 
 def _has_gpu() -> bool:
@@ -111,17 +111,17 @@ def _has_gpu() -> bool:
 
 
 def _run(name: str, *, seconds: float, smoke: bool) -> Found:
-    """A piece in its own process, ended where it does not end itself."""
+    """A stage in its own process, ended where it does not end itself."""
     began = time.monotonic()
     with TemporaryDirectory() as folder:
         out, errors = Path(folder) / "tables.json", Path(folder) / "errors.log"
-        command = [sys.executable, "-m", "loadtest.bench.gpu.piece", name]
+        command = [sys.executable, "-m", "loadtest.bench.gpu.stage", name]
         command += ["--seconds", str(seconds), "--out", str(out), *(["--smoke"] if smoke else [])]
         with errors.open("wb") as log:
             process = subprocess.Popen(
                 command,
                 stderr=log,
-                env=os.environ | PIECES[name].variables,
+                env=os.environ | STAGES[name].variables,
                 start_new_session=True,  # what it starts is ended with it
             )
         try:
@@ -152,11 +152,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _keep(out: Path, name: str, found: Found) -> None:
-    """Puts a piece's run in the place of its last one."""
-    pieces = json.loads(out.read_text(encoding="utf-8")).get("pieces", {}) if out.is_file() else {}
-    pieces[name] = asdict(found) | {"ended": time.strftime("%Y-%m-%d %H:%M:%S")}
+    """Puts a stage's run in the place of its last one."""
+    stages = json.loads(out.read_text(encoding="utf-8")).get("stages", {}) if out.is_file() else {}
+    stages[name] = asdict(found) | {"ended": time.strftime("%Y-%m-%d %H:%M:%S")}
     out.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"machine": asdict(this_machine()), "pieces": pieces}
+    kept = {"machine": asdict(this_machine()), "stages": stages}
     out.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 

@@ -39,7 +39,7 @@ class Clients:
         make_body: Callable[[], Body],
         expected: Expected,
         *,
-        draw: random.Random,
+        rng: random.Random,
         ways: Collection[str] = (),
     ) -> None:
         self.answers: Counter[str] = Counter()
@@ -48,7 +48,7 @@ class Clients:
         self._client = client
         self._make_body = make_body
         self._expected = expected
-        self._draw = draw
+        self._rng = rng
         self._ways: Mapping[str, tuple[float, Callable[[Transcript], Awaitable[None]]]] = {
             "read to the end": (6, self._read),
             "went away and came back": (3, self._come_back),
@@ -63,7 +63,7 @@ class Clients:
         """One client: answer after answer, until it is over."""
         weights = [self._ways[name][0] for name in self._names]
         while not over.is_set():
-            (name,) = self._draw.choices(self._names, weights=weights)
+            (name,) = self._rng.choices(self._names, weights=weights)
             transcript = Transcript(self._make_body())
             try:
                 await self._ways[name][1](transcript)
@@ -100,7 +100,7 @@ class Clients:
 
     async def _begin(self, transcript: Transcript) -> None:
         """Reads some of it and hangs up; it may have ended by then."""
-        wanted = self._draw.randrange(int(transcript.body["max_tokens"]))
+        wanted = self._rng.randrange(int(transcript.body["max_tokens"]))
         reading = asyncio.create_task(self._read(transcript))
         while not reading.done() and (
             transcript.call_id is None or len(transcript.tokens) <= wanted
@@ -114,7 +114,7 @@ class Clients:
 
     async def _come_back(self, transcript: Transcript) -> None:
         await self._begin(transcript)
-        await asyncio.sleep(self._draw.uniform(0, 1))
+        await asyncio.sleep(self._rng.uniform(0, 1))
         if not transcript.ended:
             await self._read(transcript)
 
@@ -123,7 +123,7 @@ class Clients:
 
     async def _cancel(self, transcript: Transcript) -> None:
         reading = asyncio.create_task(self._read(transcript))
-        await asyncio.sleep(self._draw.uniform(0, 1))
+        await asyncio.sleep(self._rng.uniform(0, 1))
         while not reading.done():
             if transcript.call_id is not None and await self._delete(transcript.call_id):
                 break
@@ -150,7 +150,7 @@ class Clients:
                     transcript.call_id = reply.headers["x-request-id"]
                     async for event in events(reply):
                         transcript.events.append(event)
-                        await asyncio.sleep(self._draw.uniform(0.02, 0.1))
+                        await asyncio.sleep(self._rng.uniform(0.02, 0.1))
         if not transcript.ended:
             await self._read(transcript)
 

@@ -23,7 +23,7 @@ from service.queues import QueueLimits
 from service.queues.redis.keys import ShardKeys
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.client import Address, Client
-from tests.cluster.processes import Forge, Replica, run_command, wait_all_ready, wait_until
+from tests.cluster.processes import ForkServer, Replica, run_command, wait_all_ready, wait_until
 from tests.cluster.redis_process import RedisServer
 
 AOF = ("--appendonly", "yes", "--appendfsync", "everysec", "--auto-aof-rewrite-percentage", "0")
@@ -32,7 +32,7 @@ TRIGGER = (90, 91, 92)  # before the hook's own number, the prompt of a request 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
+class Timings:
     """The times of a cluster, smaller than in service. Seconds."""
 
     lease: float = 1.0
@@ -51,24 +51,24 @@ class Cluster:
         folder: Path,
         model: Path,
         *,
-        forge: Forge | None,
-        scale: Scale,
+        fork_server: ForkServer | None,
+        timings: Timings,
         num_engines: int = 2,
         num_apis: int = 2,
-        seats: int = 16,
+        max_sequences: int = 16,
         engine_flags: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         self.folder = folder
         self.model = model
-        self.scale = scale
+        self.timings = timings
         self.redis = RedisServer(folder / "redis", options=AOF)
         self.hooks = folder / "hooks"
         self.engines: list[Replica] = []
         self.apis: list[Replica] = []
         self.excluded: set[int] = set()  # API replicas that a balancer has taken out, by pid
         self.client = Client(self.addresses)
-        self._forge = forge
-        self._seats = seats  # sequences an engine runs at a time
+        self._forge = fork_server
+        self._max_sequences = max_sequences  # sequences an engine runs at a time
         self._engine_flags = engine_flags  # of real engines
         self._started: list[Replica] = []
         self._sizes = (num_engines, num_apis)
@@ -127,18 +127,18 @@ class Cluster:
     # --- replicas -------------------------------------------------------------------------
     def start_api(self, *, queue: str | None = None) -> Replica:
         """A new API replica; not ready yet."""
-        scale = self.scale
+        timings = self.timings
         options = {
             "queue": queue or self.redis.url,
             "model": self.model,
             "model-name": self.model.name,
             "port": 0,
             "admin-port": 0,
-            "lease": scale.lease,
-            "keep-alive": scale.keep_alive,
-            "disconnect-grace": scale.grace,
-            "drain-timeout": scale.drain,
-            "resume-window": scale.window,
+            "lease": timings.lease,
+            "keep-alive": timings.keep_alive,
+            "disconnect-grace": timings.grace,
+            "drain-timeout": timings.drain,
+            "resume-window": timings.window,
         }
         api = run_command("api", self._log("api"), *_flags(options))
         self.apis.append(api)
@@ -166,12 +166,12 @@ class Cluster:
             "settings": {
                 "queue": queue or self.redis.url,
                 "model": str(self.model),
-                "lease": self.scale.lease,
-                "resume_window": self.scale.window,
-                "max_sequences": self._seats,
+                "lease": self.timings.lease,
+                "resume_window": self.timings.window,
+                "max_sequences": self._max_sequences,
             },
             "hooks": str(self.hooks),
-            "pace": self.scale.pace if pace is None else pace,
+            "pace": self.timings.pace if pace is None else pace,
             "blocks": blocks,
             "numeric_class": numeric_class,
         }
@@ -190,9 +190,9 @@ class Cluster:
             "queue": queue,
             "model": self.model,
             "admin-port": 0,
-            "lease": self.scale.lease,
-            "resume-window": self.scale.window,
-            "max-sequences": self._seats,
+            "lease": self.timings.lease,
+            "resume-window": self.timings.window,
+            "max-sequences": self._max_sequences,
             **self._engine_flags,
         }
         engine = run_command("engine", self._log("engine"), *_flags(options))
@@ -277,7 +277,7 @@ class Cluster:
 
     @property
     def limits(self) -> QueueLimits:
-        return QueueLimits(lease=self.scale.lease)
+        return QueueLimits(lease=self.timings.lease)
 
     @asynccontextmanager
     async def queue(self) -> AsyncIterator[RedisQueue]:
@@ -326,22 +326,22 @@ class Cluster:
     # --- requests -------------------------------------------------------------------------
     def body(
         self,
-        draw: random.Random,
+        rng: random.Random,
         *,
         max_tokens: int = 40,
         temperature: float | None = None,
         hook: int | None = None,
     ) -> dict[str, Any]:
         """A streamed completion of a prompt like no other; with `hook` it trips that hook."""
-        prompt = [draw.randrange(60) for _ in range(12)]
+        prompt = [rng.randrange(60) for _ in range(12)]
         if hook is not None:
             prompt += [*TRIGGER, hook]
         return {
             "model": self.model.name,
             "prompt": prompt,
             "max_tokens": max_tokens,
-            "temperature": draw.choice([0.0, 0.8]) if temperature is None else temperature,
-            "seed": draw.randrange(2**31),
+            "temperature": rng.choice([0.0, 0.8]) if temperature is None else temperature,
+            "seed": rng.randrange(2**31),
             "ignore_eos": True,
             "stream": True,
             "return_token_ids": True,

@@ -1,8 +1,7 @@
 """Replicas as operating system processes: started, signalled and observed by their ids.
 
-An API replica and an engine with a real model are the commands that an operator would run. Engines
-over the oracle are forked from a program that the rig knows by its name, because a test kills a
-hundred of them.
+API replicas and engines with a real model are the commands that an operator would run. Engines over
+the oracle are forked from one program (`ForkServer`), because a test kills a hundred of them.
 """
 
 from __future__ import annotations
@@ -173,11 +172,11 @@ def run_command(command: str, log: Path, *arguments: str) -> Replica:
     return Replica(process.pid, log, exit_code=process.poll)
 
 
-class Forge:
+class ForkServer:
     """The program `ORACLE`, which has everything imported, forks engines and knows all answers."""
 
     def __init__(self, folder: Path) -> None:
-        self._errors = (folder / "forge.log").open("wb")
+        self._errors = (folder / "fork_server.log").open("wb")
         self._process = subprocess.Popen(
             [sys.executable, "-m", ORACLE],
             cwd=ROOT,

@@ -24,15 +24,15 @@ from tokenizers import pre_tokenizers
 
 from tests.cluster.checker import check_rest, check_transcript
 from tests.cluster.client import Transcript
-from tests.cluster.cluster import Cluster, Scale
-from tests.cluster.processes import Forge, Replica, wait_all_ready
+from tests.cluster.cluster import Cluster, Timings
+from tests.cluster.processes import ForkServer, Replica, wait_all_ready
 from tests.cluster.streams import Streams
 from tests.conftest import build_tiny_model
 from tests.faults.oracle_model import write_model_of_oracle
 
 ENGINES = 4
 STREAMS = 8  # in flight at a time
-SEATS = 3  # of an engine, so that each has a part of them
+MAX_SEQUENCES = 3  # of an engine, so that each has a part of them
 KILLS_A_ROUND = 4
 PROMISED_MARGIN = 1.5  # seconds over the lease
 AT_ONCE = 20  # rounds after which Redis is emptied
@@ -67,7 +67,7 @@ def quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
 
 
-async def run_kills(cluster: Cluster, draw: random.Random, *, kills: int) -> Tally:
+async def run_kills(cluster: Cluster, rng: random.Random, *, kills: int) -> Tally:
     """Rounds of a few streams; in each one engine after another is killed and replaced."""
     tally = Tally()
     rounds = 0
@@ -75,19 +75,19 @@ async def run_kills(cluster: Cluster, draw: random.Random, *, kills: int) -> Tal
         if rounds % AT_ONCE == 0:
             cluster.begin()
         rounds += 1
-        bodies = [cluster.body(draw, max_tokens=draw.randint(60, 120)) for _ in range(STREAMS)]
+        bodies = [cluster.body(rng, max_tokens=rng.randint(60, 120)) for _ in range(STREAMS)]
         streams = Streams(cluster.client, bodies)
         await streams.begun(1)
         for _ in range(min(KILLS_A_ROUND, kills - tally.kills)):
-            await asyncio.sleep(draw.random() * 0.4)
-            kill_one(cluster, draw, streams, tally)
+            await asyncio.sleep(rng.random() * 0.4)
+            kill_one(cluster, rng, streams, tally)
         await asyncio.to_thread(wait_all_ready, cluster.engines)
         await streams.ended()
         await _check(cluster, streams.transcripts, tally)
     return tally
 
 
-def kill_one(cluster: Cluster, draw: random.Random, streams: Streams, tally: Tally) -> None:
+def kill_one(cluster: Cluster, rng: random.Random, streams: Streams, tally: Tally) -> None:
     """Kills an engine that holds something, replaces it at once, and notes which streams it hit."""
     held: dict[Replica, list[Transcript]] = {}
     for each in streams.transcripts:
@@ -97,7 +97,7 @@ def kill_one(cluster: Cluster, draw: random.Random, streams: Streams, tally: Tal
     victims = [engine for engine in cluster.engines if engine in held]
     if not victims:
         return
-    victim = draw.choice(victims)
+    victim = rng.choice(victims)
     victim.kill()
     killed = time.monotonic()
     hit = [(each, cluster.journalled(each.call_id or "")) for each in held[victim]]
@@ -139,22 +139,22 @@ def main(arguments: Sequence[str]) -> int:
         folder = Path(name)
         tiny = build_tiny_model(pre_tokenizers.Digits(individual_digits=True))
         model = write_model_of_oracle(tiny, folder / "model")
-        forge = Forge(folder)
+        fork_server = ForkServer(folder)
         cluster = Cluster(
             folder,
             model,
-            forge=forge,
-            scale=Scale(lease=options.lease),
+            fork_server=fork_server,
+            timings=Timings(lease=options.lease),
             num_engines=ENGINES,
-            seats=SEATS,
+            max_sequences=MAX_SEQUENCES,
         )
         try:
             cluster.start()
-            draw = random.Random(options.seed)
-            tally = asyncio.run(run_kills(cluster, draw, kills=options.kills))
+            rng = random.Random(options.seed)
+            tally = asyncio.run(run_kills(cluster, rng, kills=options.kills))
         finally:
             cluster.close()
-            forge.close()
+            fork_server.close()
     sys.stdout.write("\n".join([*tally.failures, tally.line(options.lease), ""]))
     return 1 if tally.failures else 0
 

@@ -1,13 +1,13 @@
 """Engine replicas over the oracle: the real role, worker and loop; only the network is replaced.
 
-Run as a program it is a forge: all is imported once, then each line on stdin (JSON: `arguments` of
-an engine, `log` for its output) forks one engine, a process of its own, and its id is answered.
-A line with `expected`, a completion's body, is answered with the tokens that the oracle gives it.
+Run as a program it is a fork server: it imports everything once, then forks one engine per line on
+stdin (JSON: the engine's `arguments`, the path of its `log`) and prints the process id. For a line
+with `expected` (the body of a completion) it prints the tokens that the oracle generates for it.
 When an engine ends, its exit status is written to `<log>.exit`. When stdin closes, all are killed.
 
 Faults inside an engine are files in the folder `hooks`: `<name>.json` with {"tokens": [...],
-"at": [seed, index] or null, "action": ..., "keep": bool}. It happens in the step that computes
-these tokens one after another or, with `at`, in the one that samples token `index` of the answer to
+"at": [seed, index] or null, "action": ..., "keep": bool}. The fault happens in the step that
+computes these consecutive tokens or, with `at`, in the step that samples output token `index` of
 the request with that seed. Without `keep` it happens once, in the engine that deletes the file
 first.
 """
@@ -138,7 +138,7 @@ def be_engine(arguments: dict[str, Any]) -> None:
     run_role(role, settings, console=Console(stderr=True))
 
 
-def forge(orders: TextIO) -> dict[str, Any] | None:
+def serve_forks(orders: TextIO) -> dict[str, Any] | None:
     """Forks an engine for each line until there are no more; in the engine, returns its order."""
     engines: dict[int, Path] = {}
     with selectors.DefaultSelector() as selector:
@@ -201,7 +201,7 @@ def redirect_output(log: Path) -> None:
 
 if __name__ == "__main__":
     # The libraries are loaded: a fork is an engine in milliseconds.
-    mine = forge(sys.stdin)
+    mine = serve_forks(sys.stdin)
     if mine is not None:
         redirect_output(Path(mine["log"]))
         be_engine(mine["arguments"])

@@ -32,11 +32,11 @@ async def state_of_end(cluster: Cluster, call_id: str) -> FinishReason:
 
 
 async def test_row_14_a_killed_replica_is_left_for_another(
-    cluster: Cluster, draw: random.Random
+    cluster: Cluster, rng: random.Random
 ) -> None:
     """Who comes back with Last-Event-ID gets the rest; what nobody comes back for is cancelled."""
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=100) for _ in range(6)])
-    left = Streams(cluster.client, [cluster.body(draw, max_tokens=3000) for _ in range(2)])
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=100) for _ in range(6)])
+    left = Streams(cluster.client, [cluster.body(rng, max_tokens=3000) for _ in range(2)])
     await streams.begun()
     left_calls = await left.begun()
     victim, survivor = cluster.apis
@@ -52,11 +52,11 @@ async def test_row_14_a_killed_replica_is_left_for_another(
 
 
 async def test_row_15_a_replica_is_asked_to_leave_under_load(
-    cluster: Cluster, draw: random.Random
+    cluster: Cluster, rng: random.Random
 ) -> None:
     """The balancer takes it out first, as before a stop; open calls end, none fails."""
     leaving, _ = cluster.apis
-    async with Load(cluster.client, lambda: cluster.body(draw, max_tokens=50), width=8) as load:
+    async with Load(cluster.client, lambda: cluster.body(rng, max_tokens=50), width=8) as load:
         await until(lambda: sum(each.ended for each in load.transcripts) >= 8, "load")
         await cluster.retire_api(leaving)
         await asyncio.sleep(0.5)
@@ -68,9 +68,9 @@ async def test_row_15_a_replica_is_asked_to_leave_under_load(
 @pytest.mark.parametrize("way", ["fin", "rst"])
 @pytest.mark.parametrize("stream", [True, False])
 async def test_row_18_a_client_leaves(
-    cluster: Cluster, draw: random.Random, *, way: str, stream: bool
+    cluster: Cluster, rng: random.Random, *, way: str, stream: bool
 ) -> None:
-    body = cluster.body(draw, max_tokens=3000) | {"stream": stream}
+    body = cluster.body(rng, max_tokens=3000) | {"stream": stream}
     address = cluster.client.next_address()
     if stream:
         async with call(address, "POST", "/v1/completions", body=body) as reply:
@@ -105,8 +105,8 @@ async def _post(address: Address, body: dict[str, Any], call_id: str) -> None:
         await reply.body()
 
 
-async def test_row_20_two_readers_of_one_stream(cluster: Cluster, draw: random.Random) -> None:
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=80)])
+async def test_row_20_two_readers_of_one_stream(cluster: Cluster, rng: random.Random) -> None:
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=80)])
     (call_id,) = await streams.begun(10)
     after = streams.transcripts[0].events[5].id
     readings = await asyncio.gather(
@@ -120,11 +120,11 @@ async def test_row_20_two_readers_of_one_stream(cluster: Cluster, draw: random.R
     assert await check_all(cluster, [transcript]) == {"length": 1}
 
 
-async def test_row_21_ids_that_are_none(cluster: Cluster, draw: random.Random) -> None:
+async def test_row_21_ids_that_are_none(cluster: Cluster, rng: random.Random) -> None:
     """What the journal of an ended answer never had is a divergence, not a mistake: the store may
     have lost it. Another tenant's ids are in the API's own tests: keys come with that.
     """
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=30)])
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=30)])
     (transcript,) = await streams.ended()
     assert transcript.call_id
     assert (transcript.last_id or "").startswith("30.")
@@ -150,15 +150,15 @@ async def test_row_21_ids_that_are_none(cluster: Cluster, draw: random.Random) -
     assert await check_all(cluster, [transcript]) == {"length": 1}
 
 
-async def test_row_22_cancels_race_with_everything(cluster: Cluster, draw: random.Random) -> None:
+async def test_row_22_cancels_race_with_everything(cluster: Cluster, rng: random.Random) -> None:
     """Cancelled before, while and after it runs, twice, and while an engine dies: one end each."""
-    bodies = [cluster.body(draw, max_tokens=draw.randint(1, 60)) for _ in range(40)]
+    bodies = [cluster.body(rng, max_tokens=rng.randint(1, 60)) for _ in range(40)]
     streams = Streams(cluster.client, bodies)
 
     async def cancel(transcript: Transcript) -> None:
         while transcript.call_id is None:
             await asyncio.sleep(0.002)
-        await asyncio.sleep(draw.random())
+        await asyncio.sleep(rng.random())
         path = f"/v1/streams/{transcript.call_id}"
         for _ in range(2):
             async with call(cluster.client.next_address(), "DELETE", path) as reply:
@@ -176,8 +176,8 @@ async def test_row_22_cancels_race_with_everything(cluster: Cluster, draw: rando
     assert reasons["length"] >= 20
 
 
-async def test_row_36_one_key_is_one_generation(cluster: Cluster, draw: random.Random) -> None:
-    body = cluster.body(draw)
+async def test_row_36_one_key_is_one_generation(cluster: Cluster, rng: random.Random) -> None:
+    body = cluster.body(rng)
     streams = Streams(cluster.client, [body] * 10, idempotency_key="the-same")
     transcripts = await streams.ended()
     assert len({each.call_id for each in transcripts}) == 1
@@ -191,11 +191,11 @@ async def test_row_36_one_key_is_one_generation(cluster: Cluster, draw: random.R
     assert await check_all(cluster, transcripts) == {"length": 1}
 
 
-async def test_row_37_a_deadline_passes_in_the_queue(cluster: Cluster, draw: random.Random) -> None:
+async def test_row_37_a_deadline_passes_in_the_queue(cluster: Cluster, rng: random.Random) -> None:
     """Without an engine's work. One that passes in mid-run is in row 6's test."""
     for engine in cluster.engines:
         engine.pause()
-    body = cluster.body(draw) | {"stream": False}
+    body = cluster.body(rng) | {"stream": False}
     headers = {"x-request-timeout-ms": "700"}
     address = cluster.client.next_address()
     async with call(address, "POST", "/v1/completions", body=body, headers=headers) as reply:
@@ -214,13 +214,13 @@ async def test_row_37_a_deadline_passes_in_the_queue(cluster: Cluster, draw: ran
 
 @pytest.mark.timeout(300)
 async def test_row_17_everything_is_replaced_under_load(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
     """Three rounds: new replicas, the balancer turns to them, the old ones are asked to leave."""
     cluster = await asyncio.to_thread(own_cluster, num_apis=2)
     cluster.begin()
     gone: list[Replica] = []
-    async with Load(cluster.client, lambda: cluster.body(draw, max_tokens=100), width=6) as load:
+    async with Load(cluster.client, lambda: cluster.body(rng, max_tokens=100), width=6) as load:
         for _ in range(3):
             engines, apis = tuple(cluster.engines), tuple(cluster.apis)
             new = [cluster.replace(each) for each in engines] + [cluster.start_api() for _ in apis]

@@ -48,11 +48,11 @@ def kill(
 
 
 async def test_innocent_answers_survive_twenty_deaths(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
     """Five seconds apart, each time an engine that runs something, replaced at once."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=4, pace=0.1)
-    bodies = [cluster.body(draw, max_tokens=LONG) for _ in range(12)]
+    bodies = [cluster.body(rng, max_tokens=LONG) for _ in range(12)]
     streams = Streams(cluster.client, bodies, patience=300.0)
     await streams.begun()
     kills = 0
@@ -60,7 +60,7 @@ async def test_innocent_answers_survive_twenty_deaths(
         held = await asyncio.to_thread(held_by, cluster, streams)
         assert streams.num_ended == 0, "too early to have ended"
         if held:
-            victim = draw.choice(list(held))
+            victim = rng.choice(list(held))
             await asyncio.to_thread(victim.kill)
             await asyncio.to_thread(cluster.replace, victim)
             kills += 1
@@ -72,14 +72,14 @@ async def test_innocent_answers_survive_twenty_deaths(
 
 @pytest.mark.parametrize("apart", [0.0, 0.5, 2.0, 8.0])
 async def test_two_engines_of_four_die_close_together(
-    own_cluster: Callable[..., Cluster], draw: random.Random, apart: float
+    own_cluster: Callable[..., Cluster], rng: random.Random, apart: float
 ) -> None:
     """The second is one that took something over, if there was time. Nothing waits for long: not
     what lost its engine, and not what is new.
     """
     # Two engines have room for all, and none can hold all of it.
-    cluster = await asyncio.to_thread(own_cluster, num_engines=4, seats=7, pace=0.02)
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=LONG) for _ in range(12)])
+    cluster = await asyncio.to_thread(own_cluster, num_engines=4, max_sequences=7, pace=0.02)
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=LONG) for _ in range(12)])
     await streams.begun()
     waits: list[float] = []
     for death in range(2):
@@ -87,7 +87,7 @@ async def test_two_engines_of_four_die_close_together(
         victim = max(held, key=lambda engine: len(held[engine]))
         later = await asyncio.to_thread(kill, cluster, victim, held[victim])
         streams.on_end(lambda later=later: waits.extend(later()))  # type: ignore[misc]
-        fresh = Streams(cluster.client, [cluster.body(draw, max_tokens=20)])
+        fresh = Streams(cluster.client, [cluster.body(rng, max_tokens=20)])
         began = time.monotonic()
         await fresh.ended()
         assert fresh.transcripts[0].came_at(0) - began < GENEROUS * 1.0
@@ -95,17 +95,17 @@ async def test_two_engines_of_four_die_close_together(
             await asyncio.sleep(apart)
     await streams.ended()
     assert await check_all(cluster, streams.transcripts, counted=False) == {"length": 14}
-    assert max(waits) < GENEROUS * (cluster.scale.lease + 1.5)
+    assert max(waits) < GENEROUS * (cluster.timings.lease + 1.5)
 
 
 @pytest.mark.parametrize("position", [0, 1, 57])
 async def test_a_request_that_kills_engines_at_one_position_is_failed_after_three(
-    cluster: Cluster, draw: random.Random, position: int
+    cluster: Cluster, rng: random.Random, position: int
 ) -> None:
-    body = cluster.body(draw, max_tokens=90)
+    body = cluster.body(rng, max_tokens=90)
     hook = cluster.arm("exit", keep=True, at=(body["seed"], position))
     async with cluster.kept_alive() as ended:
-        streams = Streams(cluster.client, [cluster.body(draw, max_tokens=400) for _ in range(31)])
+        streams = Streams(cluster.client, [cluster.body(rng, max_tokens=400) for _ in range(31)])
         await streams.begun()
         poison = Streams(cluster.client, [body])
         (poisoned,) = await poison.ended()
@@ -118,13 +118,13 @@ async def test_a_request_that_kills_engines_at_one_position_is_failed_after_thre
 
 
 async def test_with_one_engine_others_go_on_beside_a_request_that_kills_it(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
     cluster = await asyncio.to_thread(own_cluster, num_engines=1)
-    body = cluster.body(draw, max_tokens=90)
+    body = cluster.body(rng, max_tokens=90)
     hook = cluster.arm("raise", keep=True, at=(body["seed"], 20))
     async with cluster.kept_alive() as ended:
-        streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300) for _ in range(6)])
+        streams = Streams(cluster.client, [cluster.body(rng, max_tokens=300) for _ in range(6)])
         await streams.begun()
         (poisoned,) = await Streams(cluster.client, [body]).ended()
         await streams.ended()
@@ -135,21 +135,21 @@ async def test_with_one_engine_others_go_on_beside_a_request_that_kills_it(
 
 
 async def test_frozen_engines_are_late_and_not_dead(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
     """For one to three leases, one or two of three at a time, again and again."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=3, pace=0.03)
-    lease = cluster.scale.lease
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=LONG) for _ in range(12)])
+    lease = cluster.timings.lease
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=LONG) for _ in range(12)])
     await streams.begun()
     for _ in range(10):
-        frozen = draw.sample(cluster.engines, draw.choice((1, 1, 2)))
+        frozen = rng.sample(cluster.engines, rng.choice((1, 1, 2)))
         for engine in frozen:
             await asyncio.to_thread(engine.pause)
-        await asyncio.sleep(draw.uniform(1.0, 3.0) * lease)
+        await asyncio.sleep(rng.uniform(1.0, 3.0) * lease)
         for engine in frozen:
             await asyncio.to_thread(engine.resume)
-        await asyncio.sleep(draw.uniform(0.1, 1.0) * lease)
+        await asyncio.sleep(rng.uniform(0.1, 1.0) * lease)
     await streams.ended()
     late = ("quire_fenced_writes_total", "quire_lost_leases_total")  # whichever it meets first
     refused = sum(engine.metric(name) for engine in cluster.engines for name in late)
@@ -158,11 +158,11 @@ async def test_frozen_engines_are_late_and_not_dead(
 
 
 async def test_an_engine_whose_thread_hangs_lets_its_leases_run_out(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
     """Its event loop lives on, and must not keep for it what it does not compute."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=2)
-    body = cluster.body(draw, max_tokens=100)
+    body = cluster.body(rng, max_tokens=100)
     hook = cluster.arm(60.0, at=(body["seed"], 30))  # seconds that a step takes
     streams = Streams(cluster.client, [body])
     await until(lambda: cluster.happened(hook), "the fault")

@@ -49,8 +49,8 @@ def held_by(cluster: Cluster, engine: Replica, streams: Streams) -> list[int]:
     return [i for i, each in enumerate(streams.call_ids) if cluster.owner_of(each) is engine]
 
 
-async def test_row_1_a_killed_engine_is_taken_over(cluster: Cluster, draw: random.Random) -> None:
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300) for _ in range(8)])
+async def test_row_1_a_killed_engine_is_taken_over(cluster: Cluster, rng: random.Random) -> None:
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=300) for _ in range(8)])
     calls = await streams.begun()
     victim = await owner(cluster, calls[0])
     taken = held_by(cluster, victim, streams)
@@ -61,12 +61,12 @@ async def test_row_1_a_killed_engine_is_taken_over(cluster: Cluster, draw: rando
     assert all(cluster.deaths(calls[i]) == 1 for i in taken)
     assert await check_all(cluster, streams.transcripts) == {"length": 8}
     wait = longest_wait(streams, taken, counts=counts, since=killed)
-    assert wait < GENEROUS * (cluster.scale.lease + 1.5)
+    assert wait < GENEROUS * (cluster.timings.lease + 1.5)
 
 
-async def test_row_2_killed_in_prefill(cluster: Cluster, draw: random.Random) -> None:
+async def test_row_2_killed_in_prefill(cluster: Cluster, rng: random.Random) -> None:
     hook = cluster.arm("kill")
-    bodies = [cluster.body(draw), cluster.body(draw, hook=hook), cluster.body(draw)]
+    bodies = [cluster.body(rng), cluster.body(rng, hook=hook), cluster.body(rng)]
     streams = Streams(cluster.client, bodies)
     await streams.ended()
     (dead,) = cluster.happened(hook)
@@ -76,7 +76,7 @@ async def test_row_2_killed_in_prefill(cluster: Cluster, draw: random.Random) ->
 
 
 async def test_row_3_killed_between_claim_and_work(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
     """The claim was made, its reply never reached the engine."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=0)
@@ -85,7 +85,7 @@ async def test_row_3_killed_between_claim_and_work(
         await asyncio.to_thread(engine.wait_until_ready)
         await asyncio.to_thread(cluster.wait_until_known, 1)
         engine.pause()  # so that its next claim is the one whose reply is lost
-        streams = Streams(cluster.client, [cluster.body(draw)])
+        streams = Streams(cluster.client, [cluster.body(rng)])
         await until(lambda: cluster.ask("HGET", cluster.key("adm"), "q") == "1", "it is queued")
         proxy.swallow_replies = True
         engine.resume()
@@ -99,12 +99,12 @@ async def test_row_3_killed_between_claim_and_work(
         assert await check_all(cluster, streams.transcripts) == {"length": 1}
 
 
-async def test_row_6_all_engines_killed(cluster: Cluster, draw: random.Random) -> None:
+async def test_row_6_all_engines_killed(cluster: Cluster, rng: random.Random) -> None:
     """What waits is kept, what has a deadline ends with it."""
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300) for _ in range(4)])
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=300) for _ in range(4)])
     late = Streams(
         cluster.client,
-        [cluster.body(draw, max_tokens=600) for _ in range(2)],
+        [cluster.body(rng, max_tokens=600) for _ in range(2)],
         x_request_timeout_ms="2500",
     )
     await streams.begun()
@@ -121,10 +121,10 @@ async def test_row_6_all_engines_killed(cluster: Cluster, draw: random.Random) -
 
 
 async def test_row_7_the_engine_that_took_over_is_killed_too(
-    cluster: Cluster, draw: random.Random
+    cluster: Cluster, rng: random.Random
 ) -> None:
     """And the next ones: an answer that makes progress survives any number of deaths."""
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300)])
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=300)])
     (call,) = await streams.begun()
     for _ in range(5):
         seen = len(streams.transcripts[0].tokens)
@@ -140,8 +140,8 @@ async def test_row_7_the_engine_that_took_over_is_killed_too(
     assert await check_all(cluster, [transcript]) == {"length": 1}
 
 
-async def test_row_8_a_zombie_wakes_up(cluster: Cluster, draw: random.Random) -> None:
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300) for _ in range(6)])
+async def test_row_8_a_zombie_wakes_up(cluster: Cluster, rng: random.Random) -> None:
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=300) for _ in range(6)])
     calls = await streams.begun()
     zombie = await owner(cluster, calls[0])
     held = held_by(cluster, zombie, streams)
@@ -158,21 +158,21 @@ async def test_row_8_a_zombie_wakes_up(cluster: Cluster, draw: random.Random) ->
     await streams.ended()
     assert await check_all(cluster, streams.transcripts) == {"length": 6}
     wait = longest_wait(streams, held, counts=counts, since=paused)
-    assert wait < GENEROUS * (cluster.scale.lease + 1.5)
+    assert wait < GENEROUS * (cluster.timings.lease + 1.5)
 
 
 async def test_row_9_an_engine_is_cut_off(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
     """It stops sampling once its lease is over, and serves again when it is back."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=0)
     async with FaultProxy(cluster.redis.port) as proxy:
         cut_off = cluster.start_engine(queue=f"redis://127.0.0.1:{proxy.port}/0")
         await asyncio.to_thread(cut_off.wait_until_ready)
-        streams = Streams(cluster.client, [cluster.body(draw, max_tokens=600) for _ in range(4)])
+        streams = Streams(cluster.client, [cluster.body(rng, max_tokens=600) for _ in range(4)])
         await streams.begun()
         proxy.black_hole = True
-        await asyncio.sleep(3 * cluster.scale.lease)
+        await asyncio.sleep(3 * cluster.timings.lease)
         assert proxy.swallowed
         sampled = cut_off.metric("quire_generated_tokens_total")
         await asyncio.sleep(0.5)
@@ -188,7 +188,7 @@ async def test_row_9_an_engine_is_cut_off(
         await until(lambda: cut_off.metric(events) >= 1, "it is back")
         other.terminate()
         assert await asyncio.to_thread(other.exit_code) == 0
-        after = Streams(cluster.client, [cluster.body(draw)])
+        after = Streams(cluster.client, [cluster.body(rng)])
         await after.ended()  # by the one that was cut off
         transcripts = streams.transcripts + after.transcripts
         assert await check_all(cluster, transcripts) == {"length": 5}
@@ -196,13 +196,13 @@ async def test_row_9_an_engine_is_cut_off(
 
 @pytest.mark.parametrize("action", ["raise", "out_of_memory"])
 async def test_rows_10_and_11_a_step_raises(
-    cluster: Cluster, draw: random.Random, action: str
+    cluster: Cluster, rng: random.Random, action: str
 ) -> None:
     """A runner that raised is broken: the process ends at once, others take over."""
     hook = cluster.arm(action)
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=60) for _ in range(4)])
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=60) for _ in range(4)])
     await streams.begun()
-    bad = Streams(cluster.client, [cluster.body(draw, hook=hook)])
+    bad = Streams(cluster.client, [cluster.body(rng, hook=hook)])
     await until(lambda: cluster.happened(hook), "the fault")
     (pid,) = cluster.happened(hook)
     (broken,) = (engine for engine in cluster.engines if engine.pid == pid)
@@ -213,12 +213,12 @@ async def test_rows_10_and_11_a_step_raises(
     assert await check_all(cluster, transcripts) == {"length": 5}
 
 
-async def test_row_12_poison_and_the_innocent(cluster: Cluster, draw: random.Random) -> None:
+async def test_row_12_poison_and_the_innocent(cluster: Cluster, rng: random.Random) -> None:
     hook = cluster.arm("exit", keep=True)
     async with cluster.kept_alive() as ended:
-        streams = Streams(cluster.client, [cluster.body(draw, max_tokens=60) for _ in range(31)])
+        streams = Streams(cluster.client, [cluster.body(rng, max_tokens=60) for _ in range(31)])
         await asyncio.sleep(0.2)
-        poison = Streams(cluster.client, [cluster.body(draw, hook=hook)])
+        poison = Streams(cluster.client, [cluster.body(rng, hook=hook)])
         (poisoned,) = await poison.ended()
         await streams.ended()
     assert poisoned.error == "engine_crash_loop"
@@ -229,15 +229,15 @@ async def test_row_12_poison_and_the_innocent(cluster: Cluster, draw: random.Ran
 
 
 async def test_row_13_another_numeric_class_does_not_go_on(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
     cluster = await asyncio.to_thread(own_cluster, num_engines=1)
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300)])
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=300)])
     (call,) = await streams.begun()
     cluster.engines.pop().kill()
     other = cluster.start_engine(numeric_class="another")
     await asyncio.to_thread(other.wait_until_ready)
-    await asyncio.sleep(3 * cluster.scale.lease)
+    await asyncio.sleep(3 * cluster.timings.lease)
     assert cluster.state_of_request(call, "ep") == "1"
     assert streams.num_ended == 0
     await asyncio.to_thread(cluster.start_engine().wait_until_ready)
@@ -246,9 +246,9 @@ async def test_row_13_another_numeric_class_does_not_go_on(
     assert await check_all(cluster, streams.transcripts) == {"length": 1}
 
 
-async def test_row_16_an_engine_is_asked_to_leave(cluster: Cluster, draw: random.Random) -> None:
+async def test_row_16_an_engine_is_asked_to_leave(cluster: Cluster, rng: random.Random) -> None:
     """SIGTERM: the others go on at once, nobody is blamed, nothing fails."""
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=400) for _ in range(8)])
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=400) for _ in range(8)])
     calls = await streams.begun()
     leaving = await owner(cluster, calls[0])
     held = held_by(cluster, leaving, streams)
@@ -261,17 +261,17 @@ async def test_row_16_an_engine_is_asked_to_leave(cluster: Cluster, draw: random
     assert all(cluster.state_of_request(calls[i], "ep") == "2" for i in held)
     assert not any(each.refusals for each in streams.transcripts)
     assert await check_all(cluster, streams.transcripts) == {"length": 8}
-    assert all(cluster.scale.lease > longest_gap(streams.transcripts[i]) for i in held)
+    assert all(cluster.timings.lease > longest_gap(streams.transcripts[i]) for i in held)
 
 
 async def test_row_33_the_kv_pool_is_too_small(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
     """All are answered all the same: sequences give their blocks up and compute them again."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=0)
     engine = cluster.start_engine(blocks=40, pace=0.001)
     await asyncio.to_thread(engine.wait_until_ready)
-    bodies = [cluster.body(draw, max_tokens=draw.randint(20, 100)) for _ in range(24)]
+    bodies = [cluster.body(rng, max_tokens=rng.randint(20, 100)) for _ in range(24)]
     streams = Streams(cluster.client, bodies)
     await streams.ended()
     assert engine.metric("quire_preemptions_total") > 0

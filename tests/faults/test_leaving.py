@@ -21,12 +21,12 @@ Body = dict[str, Any]
 
 
 async def test_row_15_a_replica_that_is_out_of_time_names_what_to_read_on_by(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
     """Clients that did not ask for event ids, streamed or not: none of their tokens is lost."""
     cluster = await asyncio.to_thread(own_cluster, num_apis=2, pace=0.02, drain=0.5, grace=10.0)
     leaving, other = cluster.apis
-    bodies = [cluster.body(draw, max_tokens=300) for _ in range(6)]
+    bodies = [cluster.body(rng, max_tokens=300) for _ in range(6)]
     streamed, collected = bodies[:3], [body | {"stream": False} for body in bodies[3:]]
     address, elsewhere = leaving.address("API"), other.address("API")
     asking = [asyncio.create_task(stream(address, body)) for body in streamed]

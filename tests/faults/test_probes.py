@@ -48,12 +48,12 @@ async def become(replica: Replica, name: str, status: int, *, seconds: float = 2
 
 
 async def test_saturated_is_not_dead(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
-    """Twenty times more requests than seats: all probes stay green, and all are answered."""
-    cluster = await asyncio.to_thread(own_cluster, num_engines=1, num_apis=1, seats=2)
+    """Twenty times more requests than batch slots: all probes stay green, and all are answered."""
+    cluster = await asyncio.to_thread(own_cluster, num_engines=1, num_apis=1, max_sequences=2)
     cluster.begin()
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=30) for _ in range(40)])
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=30) for _ in range(40)])
     (engine,), looks = cluster.engines, 0
     while streams.num_ended < 40:
         assert await probes([*cluster.apis, engine]) == [[200] * 3] * 2
@@ -63,10 +63,10 @@ async def test_saturated_is_not_dead(
     assert await check_all(cluster, streams.transcripts) == {"length": 40}
 
 
-async def test_an_engine_that_hangs_is_not_live(cluster: Cluster, draw: random.Random) -> None:
+async def test_an_engine_that_hangs_is_not_live(cluster: Cluster, rng: random.Random) -> None:
     """A step that does not end: liveness goes red, and only this engine's; others go on."""
     hook = cluster.arm(10 * STALL_MAX)
-    streams = Streams(cluster.client, [cluster.body(draw, hook=hook)])
+    streams = Streams(cluster.client, [cluster.body(rng, hook=hook)])
     async with asyncio.timeout(20):
         while not cluster.happened(hook):
             await asyncio.sleep(0.05)
@@ -81,13 +81,13 @@ async def test_an_engine_that_hangs_is_not_live(cluster: Cluster, draw: random.R
 
 
 async def test_a_frozen_engine_answers_nothing_and_harms_nobody(
-    cluster: Cluster, draw: random.Random
+    cluster: Cluster, rng: random.Random
 ) -> None:
     frozen, other = cluster.engines
     frozen.pause()
     assert await probe(frozen, "live") == UNANSWERED
     assert await probes([*cluster.apis, other]) == [[200] * 3] * 3
-    streams = Streams(cluster.client, [cluster.body(draw) for _ in range(4)])
+    streams = Streams(cluster.client, [cluster.body(rng) for _ in range(4)])
     await streams.ended()
     frozen.resume()
     await become(frozen, "ready", 200)
@@ -108,11 +108,11 @@ async def test_without_redis_all_live_and_none_is_ready(cluster: Cluster) -> Non
 
 @pytest.mark.parametrize("kind", ["api", "engine"])
 async def test_who_leaves_is_not_ready_and_ends_in_time(
-    cluster: Cluster, draw: random.Random, kind: str
+    cluster: Cluster, rng: random.Random, kind: str
 ) -> None:
     """SIGTERM under load: off at once, exit 0, and every answer is whole."""
     leaving = (cluster.apis if kind == "api" else cluster.engines)[0]
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=100) for _ in range(8)])
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=100) for _ in range(8)])
     await streams.begun()
     cluster.excluded.add(leaving.pid)
     if kind == "api":

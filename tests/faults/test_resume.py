@@ -24,12 +24,12 @@ IDS = {"x-quire-event-ids": "1"}
 
 @pytest.mark.parametrize(("clients", "tokens"), [(40, 2000), (200, 4000)])
 async def test_many_clients_resume_one_long_answer_at_once(
-    own_cluster: Clusters, draw: random.Random, *, clients: int, tokens: int
+    own_cluster: Clusters, rng: random.Random, *, clients: int, tokens: int
 ) -> None:
     """From the start and from anywhere: all get the rest of it, and others are served meanwhile."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=1, pace=0.0)
     address = cluster.client.next_address()
-    body = cluster.body(draw, max_tokens=tokens)
+    body = cluster.body(rng, max_tokens=tokens)
     async with call(address, "POST", "/v1/completions", body=body, headers=IDS) as reply:
         call_id = reply.headers["x-request-id"]
         whole = [event async for event in events(reply)]
@@ -49,7 +49,7 @@ async def test_many_clients_resume_one_long_answer_at_once(
     waits: list[float] = []
     while not resuming.done():
         began = time.monotonic()
-        small = cluster.body(draw, max_tokens=2) | {"stream": False}
+        small = cluster.body(rng, max_tokens=2) | {"stream": False}
         async with call(address, "POST", "/v1/completions", body=small) as reply:
             assert reply.status == 200
             await reply.body()
@@ -61,7 +61,7 @@ async def test_many_clients_resume_one_long_answer_at_once(
 
 
 async def test_row_25_readers_come_back_after_a_failover_to_a_replica_that_lags(
-    own_cluster: Clusters, draw: random.Random
+    own_cluster: Clusters, rng: random.Random
 ) -> None:
     """The replica lacks a second of tokens that clients have, and the engines died with the old
     server. Clients wait until others have written these tokens again; one with other tokens is
@@ -79,7 +79,7 @@ async def test_row_25_readers_come_back_after_a_failover_to_a_replica_that_lags(
         try:
             url = f"redis://127.0.0.1:{front.port}/0"
             await asyncio.to_thread(cluster.start_replicas, queue=url)
-            bodies = [cluster.body(draw, max_tokens=500) for _ in range(3)]
+            bodies = [cluster.body(rng, max_tokens=500) for _ in range(3)]
             readers = [Transcript(body) for body in bodies]
             reading = [asyncio.create_task(read(cluster, each)) for each in readers]
             await until(lambda: all(len(each.tokens) > 20 for each in readers), "they read")

@@ -14,7 +14,7 @@ from loadtest.load import ROOT, Load, Row, locust_command, read_faults, read_row
 from loadtest.traffic import Workload
 from tests.cluster.balancer import Balancer
 from tests.cluster.checker import check_rest
-from tests.cluster.cluster import Cluster, Scale
+from tests.cluster.cluster import Cluster, Timings
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
@@ -63,8 +63,8 @@ async def test_row_17_nobody_sees_that_everything_is_replaced(
     cluster = Cluster(
         tmp_path / "cluster",
         default_model,
-        forge=None,
-        scale=Scale(lease=3.0, drain=30.0),
+        fork_server=None,
+        timings=Timings(lease=3.0, drain=30.0),
         engine_flags={"threads": 1, "kv-memory": "32MiB"},
     )
     out = tmp_path / "load"

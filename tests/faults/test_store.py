@@ -26,8 +26,8 @@ GENEROUS = 3.0  # times a promised limit, on a machine that does other things to
 Clusters = Callable[..., Cluster]
 
 
-def bodies(cluster: Cluster, draw: random.Random, *, number: int, tokens: int) -> list[Any]:
-    return [cluster.body(draw, max_tokens=tokens) for _ in range(number)]
+def bodies(cluster: Cluster, rng: random.Random, *, number: int, tokens: int) -> list[Any]:
+    return [cluster.body(rng, max_tokens=tokens) for _ in range(number)]
 
 
 def run_id(cluster: Cluster) -> str:
@@ -50,11 +50,11 @@ def are_prefixes(cluster: Cluster, transcripts: list[Transcript]) -> bool:
     )
 
 
-async def test_row_23_redis_is_killed_and_restarted(cluster: Cluster, draw: random.Random) -> None:
+async def test_row_23_redis_is_killed_and_restarted(cluster: Cluster, rng: random.Random) -> None:
     """For less than a lease and for more: live engines keep what they hold."""
-    streams = Streams(cluster.client, bodies(cluster, draw, number=6, tokens=250))
+    streams = Streams(cluster.client, bodies(cluster, rng, number=6, tokens=250))
     calls = await streams.begun()
-    for down in (0.2, 1.5 * cluster.scale.lease):
+    for down in (0.2, 1.5 * cluster.timings.lease):
         before = run_id(cluster)
         cluster.redis.kill()
         await asyncio.sleep(down)
@@ -77,11 +77,11 @@ async def test_row_23_redis_is_killed_and_restarted(cluster: Cluster, draw: rand
 
 
 async def test_row_24_redis_loses_its_last_writes(
-    own_cluster: Clusters, draw: random.Random
+    own_cluster: Clusters, rng: random.Random
 ) -> None:
     """Power loss: what clients have seen already is cut off the append-only file."""
     cluster = await asyncio.to_thread(own_cluster)
-    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=150))
+    streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=150))
     await streams.begun(20)
     cluster.redis.kill()
     (newest,) = (cluster.redis.directory / "appendonlydir").glob("*.incr.aof")
@@ -98,7 +98,7 @@ async def test_row_24_redis_loses_its_last_writes(
 
 
 async def test_row_25_failover_to_a_replica_that_lags(
-    own_cluster: Clusters, draw: random.Random
+    own_cluster: Clusters, rng: random.Random
 ) -> None:
     """It knows the requests but not who claimed them, nor a token: epochs come a second time, and
     the old claims are known by their nonces. The same tokens are made again.
@@ -117,7 +117,7 @@ async def test_row_25_failover_to_a_replica_that_lags(
             await asyncio.to_thread(cluster.start_replicas, queue=url)
             for engine in cluster.engines:
                 engine.pause()
-            streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=150))
+            streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=150))
             await until(lambda: replica.ask("ZCARD", cluster.key("w1")) == ":4", "replicated")
             link.black_hole = True
             for engine in cluster.engines:
@@ -141,14 +141,14 @@ async def test_row_25_failover_to_a_replica_that_lags(
             replica.close()
 
 
-async def test_row_26_redis_is_away_for_long(cluster: Cluster, draw: random.Random) -> None:
+async def test_row_26_redis_is_away_for_long(cluster: Cluster, rng: random.Random) -> None:
     """New calls are refused soon, liveness stays green, open streams are kept alive and go on."""
-    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=100))
+    streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=100))
     await streams.begun()
     before = run_id(cluster)
     cluster.redis.kill()
     for _ in range(3):
-        status, headers, took = await post(cluster, cluster.body(draw))
+        status, headers, took = await post(cluster, cluster.body(rng))
         assert status == 503
         assert float(headers["retry-after"]) >= 1
         assert took < 10
@@ -165,14 +165,14 @@ async def test_row_26_redis_is_away_for_long(cluster: Cluster, draw: random.Rand
     assert await check_all(cluster, streams.transcripts) == {"length": 4}
 
 
-async def test_row_27_redis_is_slow(own_cluster: Clusters, draw: random.Random) -> None:
+async def test_row_27_redis_is_slow(own_cluster: Clusters, rng: random.Random) -> None:
     """A tenth of a lease for each reply: slower, and nobody is fenced off."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=0, num_apis=0, lease=2.0)
     async with FaultProxy(cluster.redis.port) as proxy:
         url = f"redis://127.0.0.1:{proxy.port}/0"
         await asyncio.to_thread(cluster.start_replicas, queue=url)
         proxy.delay = 0.2
-        streams = Streams(cluster.client, bodies(cluster, draw, number=6, tokens=100))
+        streams = Streams(cluster.client, bodies(cluster, rng, number=6, tokens=100))
         await streams.ended()
         proxy.delay = 0.0
         for engine in cluster.engines:
@@ -185,21 +185,21 @@ async def test_row_27_redis_is_slow(own_cluster: Clusters, draw: random.Random) 
 
 @pytest.mark.parametrize("lasting", [False, True])
 async def test_row_28_redis_is_full(
-    own_cluster: Clusters, draw: random.Random, *, lasting: bool
+    own_cluster: Clusters, rng: random.Random, *, lasting: bool
 ) -> None:
     cluster = await asyncio.to_thread(own_cluster)
-    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=120))
+    streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=120))
     await streams.begun()
     cluster.ask("CONFIG", "SET", "maxmemory", "1mb")
     assert cluster.redis.ask("SET", "x", "y").startswith("-OOM")
-    status, headers, _ = await post(cluster, cluster.body(draw))
+    status, headers, _ = await post(cluster, cluster.body(rng))
     assert status == 503
     assert "retry-after" in headers
     if lasting:
         await streams.ended()
         assert {each.error for each in streams.transcripts} == {"storage_full"}
     cluster.ask("CONFIG", "SET", "maxmemory", "0")
-    after = Streams(cluster.client, bodies(cluster, draw, number=2, tokens=20))
+    after = Streams(cluster.client, bodies(cluster, rng, number=2, tokens=20))
     transcripts = await streams.ended() + await after.ended()
     ends = {"error": 4, "length": 2} if lasting else {"length": 6}
     assert await check_all(cluster, transcripts) == ends
@@ -273,7 +273,7 @@ async def test_row_29_a_redis_that_cannot_be_used(
 
 
 async def test_row_25_failover_that_keeps_connections_open(
-    own_cluster: Clusters, draw: random.Random
+    own_cluster: Clusters, rng: random.Random
 ) -> None:
     """The old primary follows the new one and answers READONLY, over connections that stay open.
     Replicas are not ready until the name leads to the new primary; then all answers go on.
@@ -288,7 +288,7 @@ async def test_row_25_failover_that_keeps_connections_open(
         try:
             url = f"redis://127.0.0.1:{front.port}/0"
             await asyncio.to_thread(cluster.start_replicas, queue=url)
-            streams = Streams(cluster.client, bodies(cluster, draw, number=6, tokens=300))
+            streams = Streams(cluster.client, bodies(cluster, rng, number=6, tokens=300))
             await streams.begun(10)
             link = cluster.key("engines")
             await until(lambda: new.ask("HLEN", link) == ":2", "replicated")
@@ -317,21 +317,21 @@ async def becomes(cluster: Cluster, *, ready: int, reachable: int) -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_row_30_scripts_and_groups_vanish(cluster: Cluster, draw: random.Random) -> None:
-    streams = Streams(cluster.client, bodies(cluster, draw, number=6, tokens=120))
+async def test_row_30_scripts_and_groups_vanish(cluster: Cluster, rng: random.Random) -> None:
+    streams = Streams(cluster.client, bodies(cluster, rng, number=6, tokens=120))
     calls = await streams.begun()
     cluster.ask("SCRIPT", "FLUSH")
     assert cluster.ask("XGROUP", "DESTROY", cluster.key("q1"), "engines") == 1
-    more = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=30))
+    more = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=30))
     transcripts = await streams.ended() + await more.ended()
     assert all(cluster.state_of_request(each, "ep") == "1" for each in calls)
     assert await check_all(cluster, transcripts) == {"length": 10}
 
 
-async def test_row_30_everything_vanishes(own_cluster: Clusters, draw: random.Random) -> None:
+async def test_row_30_everything_vanishes(own_cluster: Clusters, rng: random.Random) -> None:
     """After FLUSHALL open streams end with an error, soon; then all works as before."""
     cluster = await asyncio.to_thread(own_cluster)
-    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=2000))
+    streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=2000))
     await streams.begun()
     cluster.ask("FLUSHALL")
     flushed = time.monotonic()
@@ -341,14 +341,14 @@ async def test_row_30_everything_vanishes(own_cluster: Clusters, draw: random.Ra
     assert are_prefixes(cluster, streams.transcripts)
     assert cluster.apis[0].metric("quire_requests_lost_total") == 4
     await check_rest(cluster)
-    after = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=20))
+    after = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=20))
     assert all(each.finish_reason == "length" for each in await after.ended())
     assert are_prefixes(cluster, after.transcripts)
     await check_rest(cluster)
 
 
-async def test_row_31_pubsub_connections_are_killed(cluster: Cluster, draw: random.Random) -> None:
-    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=150))
+async def test_row_31_pubsub_connections_are_killed(cluster: Cluster, rng: random.Random) -> None:
+    streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=150))
     await streams.begun()
     killed = 0
     while not streams.num_ended:
@@ -359,9 +359,9 @@ async def test_row_31_pubsub_connections_are_killed(cluster: Cluster, draw: rand
     assert await check_all(cluster, streams.transcripts) == {"length": 4}
 
 
-async def test_row_39_garbage_in_the_queue(cluster: Cluster, draw: random.Random) -> None:
+async def test_row_39_garbage_in_the_queue(cluster: Cluster, rng: random.Random) -> None:
     """Engines drop it, count it and live."""
-    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=80))
+    streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=80))
     await streams.begun()
     queue = cluster.key("q1")
     cluster.ask("XADD", queue, "*", "nonsense", "1")

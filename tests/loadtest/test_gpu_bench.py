@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from loadtest.bench import gpu_bench
+from loadtest.bench.gpu.background import BackgroundLoad
 from loadtest.bench.gpu.bench import Bench
-from loadtest.bench.gpu.crowd import Crowd
 from loadtest.bench.gpu.exactness import NotExact, matrix, measure
 from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M, TINY, Shape
 from loadtest.bench.gpu.offline import w1
 from loadtest.bench.gpu.products import find_orders
-from loadtest.bench.gpu_bench import PIECES, Piece
+from loadtest.bench.gpu_bench import STAGES, Stage
 from model.batch import Batch, StepOutput
 from model.runners.cuda.exactness import Trial
 
@@ -43,7 +43,7 @@ def test_what_a_step_must_read() -> None:
 @pytest.mark.kernels
 @pytest.mark.timeout(1000)
 def test_it_runs_in_miniature(tmp_path: Path) -> None:
-    """Every piece, each in its process: the kernels interpreted where there is no GPU."""
+    """Every stage, each in its process: the kernels interpreted where there is no GPU."""
     variables = dict(os.environ)
     if not torch.cuda.is_available():
         variables["TRITON_INTERPRET"] = "1"
@@ -53,19 +53,19 @@ def test_it_runs_in_miniature(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(out.read_text())
     assert found["machine"]["cpus"] > 0
-    pieces = found["pieces"]
-    assert {name: piece["state"] for name, piece in pieces.items()} == dict.fromkeys(PIECES, "done")
-    tables = {name: rows for piece in pieces.values() for name, rows in piece["tables"].items()}
+    stages = found["stages"]
+    assert {name: stage["state"] for name, stage in stages.items()} == dict.fromkeys(STAGES, "done")
+    tables = {name: rows for stage in stages.values() for name, rows in stage["tables"].items()}
     for table in ("ceilings", "kernel: attention", "kernel: product", "steps", "products: speed"):
         for row in tables[table]:
             for value in row.values():
                 assert value is None or isinstance(value, str) or value > 0, row
     by = [
-        row["by"] for name in ("w1", "http", "transformers") for row in pieces[name]["tables"]["W1"]
+        row["by"] for name in ("w1", "http", "transformers") for row in stages[name]["tables"]["W1"]
     ]
     assert by[:3] == ["runner", "engine", "HTTP"]
     assert by[3].startswith("transformers")
-    (ways,) = pieces["exact"]["tables"].values()
+    (ways,) = stages["exact"]["tables"].values()
     assert {"alone", "chunks of 4", "prefix hit", "recomputed"} <= {row["way"] for row in ways}
     assert all({"1", "3"} < row.keys() for row in ways)
     assert all(row["exact"] for row in tables["products: orders of sums"] if row["by"] == "ours")
@@ -78,8 +78,8 @@ def test_pieces_run_one_by_one_keep_what_was_found(tmp_path: Path) -> None:
     for name in ("ceilings", "steps"):
         given = ["--smoke", "--only", name, "--minutes", "0", "--out", str(out)]
         assert gpu_bench.main(given) == 1
-    pieces = json.loads(out.read_text())["pieces"]
-    assert {name: piece["state"][:8] for name, piece in pieces.items()} == {
+    stages = json.loads(out.read_text())["stages"]
+    assert {name: stage["state"][:8] for name, stage in stages.items()} == {
         "ceilings": "left out",
         "steps": "left out",
     }
@@ -90,20 +90,20 @@ def test_a_piece_that_hangs_or_fails_takes_no_other_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One has no time to even import torch; one is unknown to the process it runs in."""
-    hanging, failing = Piece(least=0, most=0.1), Piece(least=0, most=60)
+    hanging, failing = Stage(least=0, most=0.1), Stage(least=0, most=60)
     monkeypatch.setattr(gpu_bench, "_GRACE", 0.3)
-    monkeypatch.setattr(gpu_bench, "PIECES", {"ceilings": hanging, "nothing": failing})
+    monkeypatch.setattr(gpu_bench, "STAGES", {"ceilings": hanging, "nothing": failing})
     out = tmp_path / "found.json"
     assert gpu_bench.main(["--smoke", "--only", "ceilings,nothing", "--out", str(out)]) == 1
-    pieces = json.loads(out.read_text())["pieces"]
-    assert pieces["ceilings"]["state"].startswith("cut off")
-    assert pieces["nothing"]["state"].startswith("failed: KeyError")
+    stages = json.loads(out.read_text())["stages"]
+    assert stages["ceilings"]["state"].startswith("cut off")
+    assert stages["nothing"]["state"].startswith("failed: KeyError")
 
 
 def test_an_unknown_piece_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu_bench.main(["--only", "steps,nothing"])
-    assert "no such piece: nothing" in capsys.readouterr().err
+    assert "no such stage: nothing" in capsys.readouterr().err
 
 
 def small(size: int) -> torch.Tensor:
@@ -216,14 +216,14 @@ def test_what_is_not_exact_is_named_and_fails(
 def test_a_crowd_lives_in_its_own_blocks() -> None:
     """Its sequences grow, end and begin anew, and none ever comes near the blocks of the others."""
     runner = Counting()
-    crowd = Crowd(runner, others=5, alone=0, room=16)
+    background = BackgroundLoad(runner, others=5, alone=0, room=16)
     seen = []
     for _ in range(40):
-        joined = crowd._join(_one_row(), front=2)
+        joined = background._join(_one_row(), front=2)
         seen.append(joined.context_lens_S[[0, 1, 3, 4, 5]].tolist())
         assert joined.block_table_SB[[0, 1, 3, 4, 5]].min() >= runner.num_blocks - 5 * 4
         assert joined.seats_S.tolist() == [2, 3, 0, 4, 5, 6]
-        assert crowd.run(_one_row()).tokens_R.tolist() == [3 + 7]
+        assert background.run(_one_row()).tokens_R.tolist() == [3 + 7]
     lengths = np.array(seen)
     assert lengths.min() == 1
     assert 1 < lengths.max() <= 16

@@ -64,18 +64,18 @@ def test_a_call_asks_for_an_exact_number_of_tokens(workload: Workload) -> None:
 
 
 def test_prefixes_are_shared_and_chats_are_not() -> None:
-    draw = random.Random(1)
-    prefixes = [CALLS[Workload.PREFIX](draw, 8).fields["messages"] for _ in range(5)]
-    chats = [CALLS[Workload.CHAT](draw, 8).fields["messages"] for _ in range(5)]
+    rng = random.Random(1)
+    prefixes = [CALLS[Workload.PREFIX](rng, 8).fields["messages"] for _ in range(5)]
+    chats = [CALLS[Workload.CHAT](rng, 8).fields["messages"] for _ in range(5)]
     assert len({first["content"] for first, _ in prefixes}) == 1
     assert len({last["content"] for _, last in prefixes}) == 5
     assert len({messages[0]["content"] for messages in chats}) == 5
 
 
 def test_a_mix_has_all_workloads() -> None:
-    draw = random.Random(1)
-    assert {next_turn(Workload.MIXED, draw) for _ in range(200)} == set(SHARES)
-    assert {next_turn(Workload.LONG, draw) for _ in range(5)} == {Workload.LONG}
+    rng = random.Random(1)
+    assert {next_turn(Workload.MIXED, rng) for _ in range(200)} == set(SHARES)
+    assert {next_turn(Workload.LONG, rng) for _ in range(5)} == {Workload.LONG}
 
 
 def run(host: str, out: Path, load: Load, *, model: str) -> int:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from tests.cluster import clients
+from tests.cluster.audit_log import IN_FLIGHT, AuditLog
 from tests.cluster.client import Client, SseEvent, Transcript
 from tests.cluster.clients import Clients
-from tests.cluster.cluster import Cluster, Scale
-from tests.cluster.ledger import IN_FLIGHT, Ledger
-from tests.cluster.vitals import Vitals, leaks
+from tests.cluster.cluster import Cluster, Timings
+from tests.cluster.resources import ResourceSnapshot, leaks
 
 ANSWER = (5, 6, 7)
 BODY = {"max_tokens": len(ANSWER)}
@@ -70,8 +70,8 @@ async def violations(events: Sequence[SseEvent], way: str) -> list[str]:
         over.set()
         return dict(BODY)
 
-    draw = random.Random(0)
-    asking = Clients(Scripted(events), make_body, lambda _: ANSWER, draw=draw, ways={way})
+    rng = random.Random(0)
+    asking = Clients(Scripted(events), make_body, lambda _: ANSWER, rng=rng, ways={way})
     await asking.keep_asking(over)
     assert asking.answers == {way: 1}
     return asking.violations
@@ -112,34 +112,36 @@ async def test_a_deadline_is_none_for_who_asked_for_it() -> None:
 @pytest.mark.slow
 def test_a_request_that_vanishes_without_an_end_is_one(tmp_path: Path) -> None:
     """One that ended may go: Redis keeps it for the resume window only."""
-    cluster = Cluster(tmp_path, tmp_path, forge=None, scale=Scale())
+    cluster = Cluster(tmp_path, tmp_path, fork_server=None, timings=Timings())
     cluster.redis.start()
     try:
-        ledger = Ledger(cluster)
+        audit_log = AuditLog(cluster)
         for name in ("a", "b", "c"):
             cluster.ask("HSET", cluster.key(f"r:{name}"), "st", "running")
-        assert ledger.look()
-        assert ledger.tally() == {IN_FLIGHT: 3}
+        assert audit_log.look()
+        assert audit_log.tally() == {IN_FLIGHT: 3}
         end = '{"reason":"length"}'
         cluster.ask("HSET", cluster.key("r:a"), "st", "ended", "fin", end)
         cluster.ask("DEL", cluster.key("r:b"))
-        assert ledger.look()
+        assert audit_log.look()
         cluster.ask("DEL", cluster.key("r:a"))
-        assert ledger.look()
-        assert ledger.vanished == {"b"}
-        assert ledger.fates == {"a": "length", "b": IN_FLIGHT, "c": IN_FLIGHT}
+        assert audit_log.look()
+        assert audit_log.vanished == {"b"}
+        assert audit_log.fates == {"a": "length", "b": IN_FLIGHT, "c": IN_FLIGHT}
     finally:
         cluster.redis.close()
-    assert not ledger.look(), "nobody answers"
+    assert not audit_log.look(), "nobody answers"
 
 
 def test_growth_beyond_its_allowance_is_a_leak() -> None:
-    before = Vitals(
+    before = ResourceSnapshot(
         part="engine", figures={"RSS, MiB": 100, "descriptors": 10, "KV blocks used": 0}
     )
 
     def grown(name: str, value: float) -> list[str]:
-        return leaks(before, Vitals(part="engine", figures={**before.figures, name: value}))
+        return leaks(
+            before, ResourceSnapshot(part="engine", figures={**before.figures, name: value})
+        )
 
     for name, allowed, too_much in (
         ("RSS, MiB", 113, 114),

@@ -1,7 +1,7 @@
-"""Bench: what every piece of the GPU benchmark is given, and where it leaves what it found.
+"""Bench: what every stage of the GPU benchmark is given, and where it leaves what it found.
 
 Times are the device's own (events), after a first call that compiles and loads. Each row is
-printed and written at once, so that a piece that is cut off leaves what it had.
+printed and written at once, so that a stage that is cut off leaves what it had.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Row = dict[str, Any]
 
 
 class OutOfTime(Exception):
-    """The piece has used its time up; its rows so far are written."""
+    """The stage has used its time up; its rows so far are written."""
 
 
 @dataclass(kw_only=True)
 class Bench:
-    """One piece's models, clock and tables."""
+    """One stage's models, clock and tables."""
 
     smoke: bool  # everything in miniature, also on a CPU
     device: torch.device
@@ -65,7 +65,7 @@ class Bench:
 
     @property
     def left(self) -> float:
-        """Seconds that the piece may still take."""
+        """Seconds that the stage may still take."""
         return self.deadline - time.monotonic()
 
     def check_time(self) -> None:
@@ -138,7 +138,7 @@ class Bench:
             "max_sequences": max(self.batches),
             "max_batch_tokens": self.budget,
             "memory_share": 0.9,
-            # As a server does, where the piece's environment lets it.
+            # As a server does, where the stage's environment lets it.
             "library_products": "CUBLASLT_WORKSPACE_SIZE" in os.environ,
             **options,
         }

@@ -1,13 +1,13 @@
 """Exactness on the device: one text by every way, beside any number of others, bit by bit.
 
     way, batch      1   2   8  ...  256
-    alone            =   =   =        =      prompt in one piece, then token by token
-    chunks of 7      =   =   =        =      prompt in pieces
+    alone            =   =   =        =      prompt in one chunk, then token by token
+    chunks of 7      =   =   =        =      prompt in chunks
     prefix hit       =   =   =        =      full blocks of the prompt found computed
     recomputed       =   =   =        =      preempted; prompt and answer computed as a prompt
 
 `=` is: tokens and log probabilities have the bits that the text has alone in its batch. What is not
-equal is named, and the piece fails: it is no figure to be read past.
+equal is named, and the stage fails: it is no figure to be read past.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 import statistics
 from dataclasses import replace
 
+from loadtest.bench.gpu.background import BackgroundLoad
 from loadtest.bench.gpu.bench import Bench
-from loadtest.bench.gpu.crowd import Crowd
 from loadtest.bench.gpu.models import Shape
 from loadtest.bench.gpu.offline import Offline, Workload
 from model.runners import Runner
@@ -70,8 +70,8 @@ def matrix(
         if bench.left <= 0:
             break
         room = max(16, runner.block_size)
-        crowd = Crowd(runner, others=size - 1, alone=trial.answer, room=room)
-        found[size] = try_exactness(crowd, replace(trial, beside=()))
+        background = BackgroundLoad(runner, others=size - 1, alone=trial.answer, room=room)
+        found[size] = try_exactness(background, replace(trial, beside=()))
     ways = next(iter(found.values()), {})
     for way in ways:
         cells = {str(size): found[size][way] for size in found}

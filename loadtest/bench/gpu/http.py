@@ -125,8 +125,8 @@ def _checkpoint_tensors(shape: Shape) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{layer}"
         if module in fused:
             parts, sizes = fused[module]
-            for part, piece in zip(parts, torch.split(tensor, sizes), strict=True):
-                tensors[f"{prefix}.{part}.weight"] = piece.contiguous()
+            for part, slice_ in zip(parts, torch.split(tensor, sizes), strict=True):
+                tensors[f"{prefix}.{part}.weight"] = slice_.contiguous()
         else:
             tensors[f"{prefix}.{plain[module]}.weight"] = tensor
     return tensors

@@ -1,6 +1,6 @@
 """Products by the library: do their bits depend on the number of rows, and are they fast?
 
-The process is started with variables that leave the library no workspace to cut sums into pieces
+The process is started with variables that leave the library no workspace to split sums
 with. Eight rows repeat down the operand; a product is computed with 1 to 256 rows of it, and
 with many more:
 
@@ -160,7 +160,7 @@ def _ways(bench: Bench) -> dict[str, _Way]:
 
 
 def _choose(way: _Way) -> None:
-    """Sets what torch calls, and forbids sums in pieces where that can be said (cuBLASLt)."""
+    """Sets what torch calls, and forbids split sums where the library can be told to (cuBLASLt)."""
     from model.runners.cuda.cublas import CublasLt
 
     if way.library == "cublaslt":

@@ -1,4 +1,4 @@
-"""Ledger: what became of every request that the queue admitted, however short Redis keeps it.
+"""AuditLog: what became of every request that the queue admitted, however short Redis keeps it.
 
 It looks at the requests in Redis often enough to see each one's end before the resume window is
 over. A request that vanishes without an end was lost.
@@ -16,7 +16,7 @@ from tests.cluster.cluster import Cluster
 IN_FLIGHT = "in flight"
 
 
-class Ledger:
+class AuditLog:
     """`fates`: request id -> the reason of its end, or IN_FLIGHT."""
 
     def __init__(self, cluster: Cluster) -> None:

@@ -1,4 +1,4 @@
-"""Vitals: what a process or a Redis holds at a moment, so that two moments can be compared."""
+"""Resource snapshots: what a process or a Redis uses at one moment; two of them reveal a leak."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIB = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Vitals:
+class ResourceSnapshot:
     """Of one part. `figures` are by name; what is larger later than it may be is a leak."""
 
     part: str
@@ -44,11 +44,11 @@ ALLOWANCES: Mapping[str, Allowance] = {
 """Figure -> its allowance; what is not here may be what it likes."""
 
 
-def process_vitals(part: str, pid: int) -> Vitals:
+def snapshot_process(part: str, pid: int) -> ResourceSnapshot:
     """Memory, descriptors and threads, as the kernel counts them."""
     folder = Path(f"/proc/{pid}")
     fields = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-    return Vitals(
+    return ResourceSnapshot(
         part=part,
         figures={
             "RSS, MiB": int(fields["VmRSS"].split()[0]) / 1024,
@@ -58,7 +58,7 @@ def process_vitals(part: str, pid: int) -> Vitals:
     )
 
 
-def engine_vitals(part: str, metrics: Mapping[str, float]) -> Vitals:
+def snapshot_engine(part: str, metrics: Mapping[str, float]) -> ResourceSnapshot:
     """What an engine holds of sequences."""
     blocks = {
         f"KV blocks {state}": metrics.get(f'quire_kv_blocks{{state="{state}"}}', 0.0)
@@ -66,21 +66,21 @@ def engine_vitals(part: str, metrics: Mapping[str, float]) -> Vitals:
     }
     names = ("quire_sequences_running", "quire_sequences_waiting")
     held = sum(metrics.get(name, 0.0) for name in names)
-    return Vitals(part=part, figures={**blocks, "sequences": held})
+    return ResourceSnapshot(part=part, figures={**blocks, "sequences": held})
 
 
-def redis_vitals(cluster: Cluster) -> Vitals:
+def snapshot_redis(cluster: Cluster) -> ResourceSnapshot:
     """Idempotency keys stay for a day, and what they take is left out of the memory. What the death
     of an engine counts against stays for ten minutes: one key a death, no more. Connections are
     counted apart from other descriptors.
     """
-    process = process_vitals("redis", cluster.redis.pid).figures
+    process = snapshot_process("redis", cluster.redis.pid).figures
     memory, clients = cluster.ask("INFO", "memory"), cluster.ask("INFO", "clients")
     keys = [str(key) for key in cluster.ask("KEYS", "*")]
     kept = [key for key in keys if key.startswith(cluster.key("idem:"))]
     deaths = [key for key in keys if key.startswith(cluster.key("blamed:"))]
     taken = len(kept) * (int(cluster.ask("MEMORY", "USAGE", kept[0]) or 0) if kept else 0)
-    return Vitals(
+    return ResourceSnapshot(
         part="redis",
         figures={
             **process,
@@ -94,7 +94,7 @@ def redis_vitals(cluster: Cluster) -> Vitals:
     )
 
 
-def leaks(start: Vitals, end: Vitals) -> list[str]:
+def leaks(start: ResourceSnapshot, end: ResourceSnapshot) -> list[str]:
     """What grew by more than it may."""
     return [
         f"{end.part}: {name} grew from {start.figures[name]:.1f} to {value:.1f}"

@@ -1,4 +1,4 @@
-"""One stage of the GPU benchmark: `python -m loadtest.bench.gpu.piece NAME`, run by `gpu_bench`.
+"""One stage of the GPU benchmark: `python -m loadtest.bench.gpu.stage NAME`, run by `gpu_bench`.
 
 A process of its own, so that its memory is given back, its settings are its own, and a fault on
 the device ends nothing else. It ends with 0, with 1 where it failed, with `CUT_OFF` where its time
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CUT_OFF = 3
 
-_FUNCTIONS = {  # by piece: module, function
+_FUNCTIONS = {  # by stage: module, function
     "ceilings": ("ceilings", "measure"),
     "exact": ("exactness", "measure"),
     "kernels": ("kernels", "measure"),
@@ -38,7 +38,7 @@ _FUNCTIONS = {  # by piece: module, function
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs it on the GPU; with `--smoke` in miniature, on a CPU where there is no GPU."""
-    parser = argparse.ArgumentParser(prog="piece", description=__doc__)
+    parser = argparse.ArgumentParser(prog="stage", description=__doc__)
     parser.add_argument("name")
     parser.add_argument("--seconds", type=float, default=600.0, help="time it has")
     parser.add_argument("--out", type=Path, required=True, help="its tables, as JSON")
@@ -54,17 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     bench = Bench(smoke=given.smoke, device=device, out=given.out, deadline=deadline)
-    piece = _load(given.name)
+    stage = _load(given.name)
     gc.freeze()
     try:
-        piece(bench)
+        stage(bench)
     except OutOfTime:
         return CUT_OFF
     return 0
 
 
 def _load(name: str) -> Callable[[Bench], None]:
-    """The function of a piece. What another one needs may be missing here."""
+    """The function of a stage. What another one needs may be missing here."""
     module, function = _FUNCTIONS[name]
     found: Callable[[Bench], None] = getattr(
         import_module(f"loadtest.bench.gpu.{module}"), function

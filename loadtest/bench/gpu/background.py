@@ -1,4 +1,4 @@
-"""Crowd: a runner whose every step holds other sequences beside the ones it is given.
+"""BackgroundLoad: a runner whose every step holds other sequences beside the ones it is given.
 
 So a trial of one text becomes a trial beside N others, whatever way the text takes: prompts in
 chunks are computed in steps that decode the others, decoded tokens in decode steps of N + 1 rows.
@@ -6,7 +6,7 @@ The others live: each goes on a token a step, to a length of its own, and begins
 
     rows of a step     others, first half | what was given | others, second half
     blocks             given ... from 0        others' ... up to the end of the pool
-    seats              given: 0, 1             others: from 2
+    batch slots        given: 0, 1             others: from 2
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FIRST_SEAT = 2
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
-class Crowd:
+class BackgroundLoad:
     """Wraps a runner. The first `alone` steps are left alone, so that there is a truth to hold."""
 
     def __init__(self, runner: Runner, *, others: int, alone: int, room: int = 64) -> None:
