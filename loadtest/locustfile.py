@@ -25,8 +25,9 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.stats import CSV_STATS_INTERVAL_SEC
 
-from loadtest.client import BrokenAnswer, SseDecoder, Stream
+from loadtest.client import Stream, StreamError
 from loadtest.shapes import Shape, users_at
+from loadtest.sse import SseDecoder, SseEvent
 from loadtest.traffic import BURST, CALLS, Call, Workload, next_turn
 
 AFTER_A_FAILURE = 0.5  # seconds that a user waits, so that a dead server is not asked in a loop
@@ -119,18 +120,18 @@ class StreamingUser(User):
     def _complete(self, call: Call, name: str) -> bool:
         """One call to its end, and its rows. False where it failed."""
         stream, fault = Stream(), None
-        sent = time.perf_counter()
+        sent = time.monotonic()
         size = 0
         try:
-            for data in self._events(call):
-                size += len(data)
-                stream.read(data, now=time.perf_counter())
+            for event in self._events(call):
+                size += len(event.data)
+                stream.read(event)
             fault = stream.fault(max_tokens=call.tokens, sends_done=True)
-        except BrokenAnswer as error:
+        except StreamError as error:
             fault = str(error)
         except (OSError, HTTPException, ValueError) as error:
             fault = f"{type(error).__name__}: {error}"
-        ended = time.perf_counter()
+        ended = time.monotonic()
         if stream.arrivals:
             self._row("first token", name, stream.arrivals[0] - sent)
         for before, after in itertools.pairwise(stream.arrivals):
@@ -138,8 +139,8 @@ class StreamingUser(User):
         self._row("stream", name, ended - sent, size=size, fault=fault)
         return fault is None
 
-    def _events(self, call: Call) -> Iterator[bytes]:
-        """The data of each event, on a connection of its own. Raises BrokenAnswer."""
+    def _events(self, call: Call) -> Iterator[SseEvent]:
+        """The data of each event, on a connection of its own. Raises StreamError."""
         parts = urlsplit(self.environment.host or "")
         connection = HTTPConnection(
             parts.hostname or "127.0.0.1", parts.port, timeout=float(self.options.patience)
@@ -152,10 +153,10 @@ class StreamingUser(User):
             connection.request("POST", call.path, body=body, headers=headers)
             reply = connection.getresponse()
             if reply.status != 200:
-                raise BrokenAnswer(f"HTTP {reply.status}: {reply.read(200)!r}")
+                raise StreamError(f"HTTP {reply.status}: {reply.read(200)!r}")
             decoder = SseDecoder()
             while data := reply.read1(65536):
-                yield from decoder.feed(data)
+                yield from decoder.feed(data, at=time.monotonic())
         finally:
             connection.close()
 
@@ -167,6 +168,6 @@ class StreamingUser(User):
             name=name,
             response_time=1e3 * seconds,
             response_length=size,
-            exception=None if fault is None else BrokenAnswer(fault),
+            exception=None if fault is None else StreamError(fault),
             context={},
         )

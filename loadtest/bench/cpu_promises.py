@@ -52,7 +52,7 @@ async def measure_gap(target: Target, *, seed: str) -> tuple[list[float], list[f
     """
     prompts = [*make_prompts(seed, count=_STREAMS, num_tokens=64)]
     prompts.append(make_prompt(f"{seed}/long", num_tokens=_LONG))
-    started = time.perf_counter()
+    started = time.monotonic()
     outcomes, _ = await arrive(
         target, prompts, times=[0.0] * _STREAMS + [1.0], max_tokens=600, patience=120.0
     )

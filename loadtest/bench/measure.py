@@ -139,7 +139,7 @@ class Session:
         (prompt,) = make_prompts("warm-up", count=1, num_tokens=self._sizes.tokens_in)
         deadline = time.monotonic() + _WAIT
         while True:
-            answer = complete(started.target, prompt, max_tokens=8, give_up_after=_WAIT)
+            answer = complete(started.target, prompt, max_tokens=8, timeout=_WAIT)
             outcome = asyncio.run(answer)
             if outcome.error is None:
                 return
@@ -196,7 +196,7 @@ async def _load(started: Running, kind: Kind, level: float, *, sizes: Sizes, rep
             max_tokens=sizes.tokens_out_arrivals,
             patience=sizes.answer_in_time,
         )
-        return [_too_late(outcome) for outcome in outcomes], wall
+        return [_timed_out(outcome) for outcome in outcomes], wall
     if kind is Kind.PREFILL:
         count, tokens_in = sizes.prefill_requests, sizes.prefill_tokens
         clients, tokens_out = 1, 1
@@ -208,13 +208,13 @@ async def _load(started: Running, kind: Kind, level: float, *, sizes: Sizes, rep
         make_prompts(seed, count=count, num_tokens=tokens_in),
         clients=clients,
         max_tokens=tokens_out,
-        give_up_after=_WAIT,
+        timeout=_WAIT,
     )
 
 
-def _too_late(outcome: Outcome) -> Outcome:
-    """One error for all answers that were given up, each at a time of its own."""
-    return replace(outcome, error="not whole in time") if outcome.gave_up else outcome
+def _timed_out(outcome: Outcome) -> Outcome:
+    """Replaces timeout messages, which differ in their seconds, by a single one."""
+    return replace(outcome, error="timed out") if outcome.timed_out else outcome
 
 
 async def _watched(

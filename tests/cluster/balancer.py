@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 
-from tests.cluster.client import Address
+from loadtest.sse import Address
 from tests.cluster.relay import Connection, Relay
 
 PATIENCE = 5.0  # seconds that a connection waits for a replica

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from loadtest.sse import DONE
 from service.messages import End, Tokens
 from tests.cluster.client import Transcript
 from tests.cluster.cluster import Cluster
@@ -77,7 +78,7 @@ def check_ending(transcript: Transcript, end: End) -> None:
     """P3 on the wire: one finish reason and [DONE], or one error; nothing behind it."""
     reasons = [event.finish_reason for event in transcript.events if event.finish_reason]
     errors = [event.error for event in transcript.events if event.error]
-    done = [event.data for event in transcript.events].count("[DONE]")
+    done = [event.data for event in transcript.events].count(DONE)
     if errors:
         assert (reasons, len(errors), done) == ([], 1, 0), "P3"
         assert errors == [end.error or errors[0]]

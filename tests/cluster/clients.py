@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from tests.cluster.client import Broken, Client, Transcript, call, events
+from loadtest.sse import DONE, Broken, call
+from tests.cluster.client import Client, Transcript
 
 Body = dict[str, Any]
 Expected = Callable[[Body], Sequence[int]]
@@ -91,7 +92,7 @@ class Clients:
         if transcript.finish_reason == "length":
             assert tokens == expected, f"{len(tokens)} tokens of {len(expected)}"
         reasons = [each for each in transcript.events if each.finish_reason]
-        last = [each for each in transcript.events if each.data == "[DONE]"]
+        last = [each for each in transcript.events if each.data == DONE]
         assert len(last) == transcript.ended, "P3"
         assert len(reasons) == len(last) or name == "left for good", "P3"
 
@@ -148,7 +149,7 @@ class Clients:
             ) as reply:
                 if reply.status == 200:
                     transcript.call_id = reply.headers["x-request-id"]
-                    async for event in events(reply):
+                    async for event in reply.events():
                         transcript.events.append(event)
                         await asyncio.sleep(self._rng.uniform(0.02, 0.1))
         if not transcript.ended:

@@ -19,10 +19,11 @@ from typing import Any
 
 from redis import Redis
 
+from loadtest.sse import Address
 from service.queues import QueueLimits
 from service.queues.redis.keys import ShardKeys
 from service.queues.redis.queue import RedisQueue
-from tests.cluster.client import Address, Client
+from tests.cluster.client import Client
 from tests.cluster.processes import ForkServer, Replica, run_command, wait_all_ready, wait_until
 from tests.cluster.redis_process import RedisServer
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from loadtest.sse import Address, call
 from service.messages import FinishReason
 from tests.cluster.checker import check_all, check_rest, read_journal
-from tests.cluster.client import Address, Transcript, call, events
+from tests.cluster.client import Transcript
 from tests.cluster.cluster import Cluster
 from tests.cluster.processes import Replica, wait_all_ready
 from tests.cluster.streams import Load, Streams, until
@@ -75,7 +76,7 @@ async def test_row_18_a_client_leaves(
     if stream:
         async with call(address, "POST", "/v1/completions", body=body) as reply:
             call_id = reply.headers["x-request-id"]
-            async for event in events(reply):
+            async for event in reply.events():
                 if event.tokens:
                     break
             if way == "rst":

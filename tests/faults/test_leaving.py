@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from loadtest.sse import DONE, Address, call
 from tests.cluster.checker import check_rest
-from tests.cluster.client import Address, call, events
 from tests.cluster.cluster import Cluster
 from tests.cluster.streams import until
 
@@ -43,8 +42,8 @@ async def test_row_15_a_replica_that_is_out_of_time_names_what_to_read_on_by(
             path += f"?after={error['last_event_id']}"
         async with call(elsewhere, "GET", path) as reply:
             assert reply.status == 200
-            rest = [event async for event in events(reply)]
-        assert rest[-1].data == "[DONE]"
+            rest = [event async for event in reply.events()]
+        assert rest[-1].data == DONE
         tokens += [token for event in rest for token in event.tokens]
         assert tokens == cluster.expected(body)
     assert await asyncio.to_thread(leaving.exit_code) == 0
@@ -56,8 +55,8 @@ async def stream(address: Address, body: Body) -> tuple[list[int], dict[str, str
     """The tokens and the error that ends them."""
     async with call(address, "POST", "/v1/completions", body=body) as reply:
         assert reply.status == 200
-        *before, last = [event async for event in events(reply)]
-        error: dict[str, str] = json.loads(last.data)["error"]
+        *before, last = [event async for event in reply.events()]
+        error: dict[str, str] = last.json()["error"]
         assert error["code"] == "shutting_down"
         assert error["request_id"] == reply.headers["x-request-id"]
         return [token for event in before for token in event.tokens], error

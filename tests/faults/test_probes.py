@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from loadtest.sse import Broken, call
 from service.engine.loop import STALL_MAX
 from tests.cluster.checker import check_all
-from tests.cluster.client import Broken, call
 from tests.cluster.cluster import Cluster
 from tests.cluster.processes import Replica
 from tests.cluster.streams import Streams

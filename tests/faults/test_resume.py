@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.client import Transcript, call, events
+from loadtest.sse import call
+from tests.cluster.client import Transcript
 from tests.cluster.cluster import AOF, Cluster
 from tests.cluster.redis_process import RedisServer
 from tests.cluster.streams import until
@@ -32,7 +33,7 @@ async def test_many_clients_resume_one_long_answer_at_once(
     body = cluster.body(rng, max_tokens=tokens)
     async with call(address, "POST", "/v1/completions", body=body, headers=IDS) as reply:
         call_id = reply.headers["x-request-id"]
-        whole = [event async for event in events(reply)]
+        whole = [event async for event in reply.events()]
     raws = [event.raw for event in whole]
     assert whole[-2].finish_reason == "length"
 
@@ -137,7 +138,7 @@ async def read(cluster: Cluster, transcript: Transcript) -> None:
     async with call(address, "POST", "/v1/completions", body=transcript.body, headers=IDS) as reply:
         assert reply.status == 200
         transcript.call_id = reply.headers["x-request-id"]
-        async for event in events(reply):
+        async for event in reply.events():
             transcript.events.append(event)
 
 
@@ -157,7 +158,7 @@ async def come_back(
                     assert (await reply.json())["error"]["code"] in CODES
                     await asyncio.sleep(float(reply.headers["retry-after"]))
                 elif reply.status == 200:
-                    async for event in events(reply):
+                    async for event in reply.events():
                         transcript.events.append(event)
     return statuses
 

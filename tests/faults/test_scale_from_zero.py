@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.client import call
+from loadtest.sse import call
 from tests.cluster.processes import ForkServer, Replica, run_command
 from tests.cluster.redis_process import RedisServer
 

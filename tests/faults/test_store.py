@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from loadtest.sse import call
 from tests.cluster.checker import check_all, check_rest
-from tests.cluster.client import Transcript, call
+from tests.cluster.client import Transcript
 from tests.cluster.cluster import AOF, Cluster
 from tests.cluster.processes import run_command
 from tests.cluster.redis_process import RedisServer, free_port

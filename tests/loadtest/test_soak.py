@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from loadtest.sse import SseEvent
 from tests.cluster import clients
 from tests.cluster.audit_log import IN_FLIGHT, AuditLog
-from tests.cluster.client import Client, SseEvent, Transcript
+from tests.cluster.client import Client, Transcript
 from tests.cluster.clients import Clients
 from tests.cluster.cluster import Cluster, Timings
 from tests.cluster.resources import ResourceSnapshot, leaks
@@ -24,8 +25,8 @@ BODY = {"max_tokens": len(ANSWER)}
 
 
 def event(data: dict[str, Any] | str) -> SseEvent:
-    text = data if isinstance(data, str) else json.dumps(data)
-    return SseEvent(f"data: {text}\n\n".encode(), None, text, time.monotonic())
+    text = (data if isinstance(data, str) else json.dumps(data)).encode()
+    return SseEvent(b"data: %b\n\n" % text, text, time.monotonic())
 
 
 def token(value: int, reason: str | None = None) -> SseEvent:
