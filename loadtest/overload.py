@@ -29,10 +29,7 @@ from loadtest.load import first_model, served
 from loadtest.workloads import make_prompts, poisson_arrivals
 
 TOKENS_IN, TOKENS_OUT = 32, 64
-MAX_SEQUENCES, QUEUE = (
-    16,
-    16,
-)  # sequences in the batch, requests that may wait: short, for a short wait
+MAX_SEQUENCES, MAX_QUEUED = 16, 16  # small, so that requests wait briefly
 TIMES = 10  # arrival rate, in multiples of the capacity
 PROBE_EVERY = 0.25  # seconds between the small requests that detect recovery
 PROBES = 40

@@ -121,7 +121,7 @@ class Session:
         with running(self.server, self._plan) as started:
             notify("warm-up")
             self._warm_up(started)
-            started.look_at_tree()
+            started.find_processes()
             notify(f"prompts of {self._sizes.prefill_tokens}")
             self._measure(started, Kind.PREFILL, self._sizes.prefill_tokens, load=load)
             for clients in self._sizes.clients:

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from loadtest.bench import gpu_bench
+from loadtest.bench.gpu import __main__ as gpu_bench
+from loadtest.bench.gpu.__main__ import STAGES, Stage
 from loadtest.bench.gpu.background import BackgroundLoad
 from loadtest.bench.gpu.bench import Bench
 from loadtest.bench.gpu.exactness import NotExact, matrix, measure
 from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M, TINY, Shape
 from loadtest.bench.gpu.offline import w1
 from loadtest.bench.gpu.products import find_orders
-from loadtest.bench.gpu_bench import STAGES, Stage
 from model.batch import Batch, StepOutput
 from model.runners.cuda.exactness import Trial
 
@@ -48,7 +48,7 @@ def test_it_runs_in_miniature(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         variables["TRITON_INTERPRET"] = "1"
     out = tmp_path / "found.json"
-    command = [sys.executable, "-m", "loadtest.bench.gpu_bench", "--smoke", "--out", str(out)]
+    command = [sys.executable, "-m", "loadtest.bench.gpu", "--smoke", "--out", str(out)]
     run = subprocess.run(command, check=False, capture_output=True, text=True, env=variables)
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(out.read_text())

@@ -141,7 +141,7 @@ def test_a_server_that_dies_is_a_reason_and_not_a_crash(plan: Plan) -> None:
 
 def test_a_server_that_does_not_start_says_where_its_log_is(plan: Plan) -> None:
     broken = Server(name="broken", command=lambda *_: [sys.executable, "-c", "raise SystemExit(7)"])
-    with pytest.raises(ServerFailed, match=r"ended with 7 .*broken\.log"), running(broken, plan):
+    with pytest.raises(ServerFailed, match=r"exited with 7 .*broken\.log"), running(broken, plan):
         pass
 
 
@@ -154,7 +154,7 @@ def test_what_is_missing_is_named() -> None:
 
 def test_weights_that_cannot_be_made_are_a_reason(plan: Plan) -> None:
     broken = replace(toy(), conversion=lambda _: [sys.executable, "-c", "raise SystemExit(1)"])
-    with pytest.raises(ServerFailed, match=r"cannot be made from m\.gguf"):
+    with pytest.raises(ServerFailed, match=r"cannot convert the weights of m\.gguf"):
         convert(broken, plan)
 
 

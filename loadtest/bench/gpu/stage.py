@@ -1,4 +1,4 @@
-"""One stage of the GPU benchmark: `python -m loadtest.bench.gpu.stage NAME`, run by `gpu_bench`.
+"""Runs one stage of the GPU benchmark: `python -m loadtest.bench.gpu.stage NAME`.
 
 A process of its own, so that its memory is given back, its settings are its own, and a fault on
 the device ends nothing else. It ends with 0, with 1 where it failed, with `CUT_OFF` where its time
@@ -30,7 +30,7 @@ _FUNCTIONS = {  # by stage: module, function
     "steps": ("steps", "measure"),
     "w1": ("w1", "measure"),
     "http": ("w1", "measure_http"),
-    "transformers": ("peer", "measure"),
+    "transformers": ("transformers", "measure"),
     "products": ("products", "measure"),
     "cost": ("exactness", "measure_cost"),
 }

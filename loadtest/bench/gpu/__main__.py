@@ -1,4 +1,4 @@
-"""Measures the GPU engine against the roof of the chip: `python -m loadtest.bench.gpu_bench`.
+"""Measures the GPU engine against the roof of the chip: `python -m loadtest.bench.gpu`.
 
     ceilings      bytes/s of a copy, operations/s of a matrix product: what the rest is held against
     exact         bits of an answer by way and by batch size from 1 to 256
@@ -75,7 +75,7 @@ class Found:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the stages asked for, one after another."""
     parser = argparse.ArgumentParser(
-        prog="gpu_bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default=",".join(STAGES), help="stages, separated by commas")
     parser.add_argument("--minutes", type=float, default=_MINUTES, help="for all of them")

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
-from loadtest.bench.requantise import main_type, path_of, requantise
+from loadtest.bench.peers.convert import main_type, path_of, requantise
 from loadtest.bench.roof import Weights, count_weights
 
 
