@@ -12,8 +12,14 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import BeforeValidator
 
 from loadtest.sse import DONE, Broken, SseEvent, call
+
+Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number that may be NaN, which JSON has as null."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +81,10 @@ class Summary:
     completion_tokens: int
     wall: float
     tokens_per_second: float
-    time_to_first_p50: float
-    time_per_token_p50: float
-    gap_p50: float
-    gap_p99: float
+    time_to_first_p50: Figure
+    time_per_token_p50: Figure
+    gap_p50: Figure
+    gap_p99: Figure
 
 
 class StreamError(Exception):

@@ -21,7 +21,6 @@ from loadtest.bench.gpu.bench import Bench
 from loadtest.bench.gpu.exactness import NotExact, matrix, measure
 from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M, TINY, Shape
 from loadtest.bench.gpu.offline import w1
-from loadtest.bench.gpu.products import find_orders
 from model.batch import Batch, StepOutput
 from model.runners.cuda.exactness import Trial
 
@@ -56,7 +55,13 @@ def test_it_runs_in_miniature(tmp_path: Path) -> None:
     stages = found["stages"]
     assert {name: stage["state"] for name, stage in stages.items()} == dict.fromkeys(STAGES, "done")
     tables = {name: rows for stage in stages.values() for name, rows in stage["tables"].items()}
-    for table in ("ceilings", "kernel: attention", "kernel: product", "steps", "products: speed"):
+    for table in (
+        "ceilings",
+        "kernel: attention",
+        "kernel: product",
+        "steps",
+        "products of full steps",
+    ):
         for row in tables[table]:
             for value in row.values():
                 assert value is None or isinstance(value, str) or value > 0, row
@@ -68,7 +73,6 @@ def test_it_runs_in_miniature(tmp_path: Path) -> None:
     (ways,) = stages["exact"]["tables"].values()
     assert {"alone", "chunks of 4", "prefix hit", "recomputed"} <= {row["way"] for row in ways}
     assert all({"1", "3"} < row.keys() for row in ways)
-    assert all(row["exact"] for row in tables["products: orders of sums"] if row["by"] == "ours")
     assert [row["batch"] for row in tables["cost of exactness"]] == [2]
 
 
@@ -90,7 +94,10 @@ def test_a_piece_that_hangs_or_fails_takes_no_other_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One has no time to even import torch; one is unknown to the process it runs in."""
-    hanging, failing = Stage(least=0, most=0.1), Stage(least=0, most=60)
+    hanging, failing = (
+        Stage(function=name, least=0, most=most)
+        for name, most in (("ceilings.measure", 0.1), ("nothing.measure", 60))
+    )
     monkeypatch.setattr(gpu_bench, "_GRACE", 0.3)
     monkeypatch.setattr(gpu_bench, "STAGES", {"ceilings": hanging, "nothing": failing})
     out = tmp_path / "found.json"
@@ -104,35 +111,6 @@ def test_an_unknown_piece_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         gpu_bench.main(["--only", "steps,nothing"])
     assert "no such stage: nothing" in capsys.readouterr().err
-
-
-def small(size: int) -> torch.Tensor:
-    """Whole numbers: sums of them are exact in any order."""
-    return torch.arange(size * 6).reshape(size, 6).float() % 5 - 2
-
-
-def test_orders_of_sums_are_told_apart() -> None:
-    """A library that adds up otherwise from 17 rows on, from 33 on, or in every second row."""
-    sizes = [*range(1, 41), 64, 128]
-
-    def exact(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return x.round() @ weight.T
-
-    def two_kinds(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return exact(x, weight) + (17 <= len(x) < 33) * 1e-3
-
-    def uneven(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        odd = (torch.arange(len(x)) // 8 % 2 > 0) & (len(x) > 20)
-        return exact(x, weight) + odd[:, None] * 1e-3
-
-    found = find_orders(exact, small(7), sizes)
-    assert (found.exact, found.exact_from, str(found)) == (True, 1, "1-128")
-    found = find_orders(two_kinds, small(7), sizes)
-    assert (found.exact, found.exact_from, str(found)) == (False, 33, "1-16, 33-128 | 17-32")
-    found = find_orders(two_kinds, small(7), range(1, 33))
-    assert (found.exact, found.exact_from) == (False, 17)
-    found = find_orders(uneven, small(7), sizes)
-    assert (found.exact, found.exact_from, str(found)) == (False, None, "1-20 | uneven 21-128")
 
 
 class Counting:

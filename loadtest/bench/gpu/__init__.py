@@ -1,7 +1,6 @@
 """The GPU benchmark: `python -m loadtest.bench.gpu`; one module per stage, and what stages share.
 
 bench          context of a stage: models, timing, tables, remaining time
-stage          runs one stage in its own process
 models         shapes and random weights     offline, http    two ways to run a workload
 ceilings, kernels, products, exactness, steps, w1, transformers      the stages
 """

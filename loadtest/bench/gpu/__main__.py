@@ -1,24 +1,25 @@
 """Measures the GPU engine against the roof of the chip: `python -m loadtest.bench.gpu`.
 
-    ceilings      bytes/s of a copy, operations/s of a matrix product: what the rest is held against
-    exact         bits of an answer by way and by batch size from 1 to 256
+    ceilings      bytes/s of a copy, operations/s of a matrix product: the reference for the rest
+    exact         bits of an output by method and by batch size from 1 to 256
     kernels       attention over batch and context, products of few rows, in GB/s and share of copy
     steps         decode steps at several batch sizes: time, share of roof, host time, busy share
     w1            nano-vllm's workload offline: on the runner, and through the service's engine
     http          the same workload through `quire serve` and our client
     transformers  its continuous batching on the same models and workload, in the same run
-    products      which of the library's products have one order of sums, and how fast they are
-    cost          decode steps by our products beside the library's
+    products      products of full steps by our kernel and by the vendor BLAS
+    cost          decode steps by our products and by those of the vendor BLAS
 
-`--only` takes a list of these. Each runs in a process of its own and has a share of the time; one
-that fails or is cut off is named at the end, and the next is begun. Tables are printed as they
-grow. The JSON file holds every stage's last run, so stages may be run one by one. It ends with 0
-where every stage asked for was done. `--smoke` is the whole thing in miniature, on a CPU too.
+Each stage runs in a process of its own, so that its memory is released, its settings are its own,
+and a device fault ends nothing else; it has a share of the time. Stages that fail or run out of
+time are named at the end. The JSON file holds the last run of each stage, so stages may be run one
+by one. Exits with 0 if every stage was done. `--smoke` runs everything in miniature, on a CPU too.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -27,45 +28,48 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 
-from loadtest.bench.gpu.stage import CUT_OFF
 from loadtest.bench.machine import this_machine
 from service.settings import WHOLE_SUMS
 
 _MINUTES = 8.5
-_GRACE = 10.0  # seconds that a stage has to start, and, asked to end, to end
+_GRACE = 10.0  # seconds for a stage to start, and to end after SIGTERM
+_CUT_OFF = 3  # exit status of a stage that ran out of time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A part of the measurement. Seconds are of an H200 whose kernels are not compiled yet."""
+    """Seconds are those of an H200 whose kernels are not compiled yet."""
 
-    least: float  # with less left it is not begun
-    most: float  # after that it is cut off
-    variables: Mapping[str, str] = field(default_factory=dict)  # of its environment
+    function: str  # module.function
+    least: float  # with less time left it is not started
+    most: float  # its time limit
+    variables: Mapping[str, str] = field(default_factory=dict)  # environment
 
 
-# With `WHOLE_SUMS`, which a server sets itself, the library cannot split sums; it reads them
-# when it is first called.
+# With `WHOLE_SUMS`, which a server sets itself, the vendor BLAS cannot split sums; it reads these
+# variables at its first call.
 STAGES: dict[str, Stage] = {
-    "ceilings": Stage(least=10, most=40),
-    "exact": Stage(least=30, most=210, variables=WHOLE_SUMS),
-    "kernels": Stage(least=15, most=90),
-    "steps": Stage(least=20, most=90, variables=WHOLE_SUMS),
-    "w1": Stage(least=20, most=90, variables=WHOLE_SUMS),
-    "http": Stage(least=45, most=120),
-    "transformers": Stage(least=45, most=120),
-    "products": Stage(least=15, most=60, variables=WHOLE_SUMS),
-    "cost": Stage(least=30, most=90),
+    "ceilings": Stage(function="ceilings.measure", least=10, most=40),
+    "exact": Stage(function="exactness.measure", least=30, most=210, variables=WHOLE_SUMS),
+    "kernels": Stage(function="kernels.measure", least=15, most=90),
+    "steps": Stage(function="steps.measure", least=20, most=90, variables=WHOLE_SUMS),
+    "w1": Stage(function="w1.measure", least=20, most=90, variables=WHOLE_SUMS),
+    "http": Stage(function="w1.measure_http", least=45, most=120),
+    "transformers": Stage(function="transformers.measure", least=45, most=120),
+    "products": Stage(function="products.measure", least=15, most=60, variables=WHOLE_SUMS),
+    "cost": Stage(function="exactness.measure_cost", least=30, most=90),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What came of a stage. `state`: done, failed, cut off or left out, and why."""
+    """Result of a stage. `state`: done, or failed, cut off or left out with the reason."""
 
     state: str
     seconds: float = 0.0
@@ -73,7 +77,6 @@ class Found:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the stages asked for, one after another."""
     parser = argparse.ArgumentParser(
         prog="gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,24 +84,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=_MINUTES, help="for all of them")
     parser.add_argument("--out", type=Path, default=Path("results/gpu_bench.json"))
     parser.add_argument("--smoke", action="store_true", help="in miniature, also on a CPU")
-    given = parser.parse_args(arguments)
-    names = given.only.split(",")
+    parser.add_argument("--stage-seconds", type=float, help=argparse.SUPPRESS)  # in its process
+    options = parser.parse_args(arguments)
+    if options.stage_seconds is not None:
+        return _run_here(
+            options.only, seconds=options.stage_seconds, out=options.out, smoke=options.smoke
+        )
+    names = options.only.split(",")
     if unknown := set(names) - STAGES.keys():
         parser.error(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
-    if not given.smoke and not _has_gpu():
+    if not options.smoke and not _has_gpu():
         print("no GPU here; --smoke runs in miniature", file=sys.stderr)
         return 2
-    deadline = time.monotonic() + 60 * given.minutes
+    deadline = time.monotonic() + 60 * options.minutes
     found = {}
     for name in names:
         left = deadline - time.monotonic() - 2 * _GRACE
         if left < STAGES[name].least:
             found[name] = Found(state=f"left out: {max(left, 0):.0f} s are left")
         else:
-            found[name] = _run(name, seconds=min(left, STAGES[name].most), smoke=given.smoke)
-        _keep(given.out, name, found[name])
+            found[name] = _run(name, seconds=min(left, STAGES[name].most), smoke=options.smoke)
+        _keep(options.out, name, found[name])
         print(f"({name}: {found[name].state}, {found[name].seconds:.0f} s)", flush=True)
-    print("\npieces")
+    print("\nstages")
     for name, stage in found.items():
         print(f"{name:>14}  {stage.seconds:6.0f} s  {stage.state}")
     return int(any(stage.state != "done" for stage in found.values()))
@@ -111,34 +119,60 @@ def _has_gpu() -> bool:
 
 
 def _run(name: str, *, seconds: float, smoke: bool) -> Found:
-    """A stage in its own process, ended where it does not end itself."""
+    """Runs a stage in its own process, which is ended if it takes too long."""
     began = time.monotonic()
     with TemporaryDirectory() as folder:
         out, errors = Path(folder) / "tables.json", Path(folder) / "errors.log"
-        command = [sys.executable, "-m", "loadtest.bench.gpu.stage", name]
-        command += ["--seconds", str(seconds), "--out", str(out), *(["--smoke"] if smoke else [])]
+        command = [sys.executable, "-m", "loadtest.bench.gpu", "--only", name, "--out", str(out)]
+        command += ["--stage-seconds", str(seconds), *(["--smoke"] if smoke else [])]
         with errors.open("wb") as log:
             process = subprocess.Popen(
                 command,
                 stderr=log,
                 env=os.environ | STAGES[name].variables,
-                start_new_session=True,  # what it starts is ended with it
+                start_new_session=True,  # its children are ended with it
             )
         try:
             status = process.wait(seconds + _GRACE)
         except subprocess.TimeoutExpired:
-            status = CUT_OFF
+            status = _CUT_OFF
         finally:
             _end(process)
         tables = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
         state = "done"
-        if status == CUT_OFF:
-            state = f"cut off: {seconds:.0f} s are used up"
+        if status == _CUT_OFF:
+            state = f"cut off after {seconds:.0f} s"
         elif status:
-            said = errors.read_text(encoding="utf-8", errors="replace").strip()
-            print(said[-4000:], file=sys.stderr, flush=True)
-            state = f"failed: {said.splitlines()[-1] if said else f'ended with {status}'}"
+            output = errors.read_text(encoding="utf-8", errors="replace").strip()
+            print(output[-4000:], file=sys.stderr, flush=True)
+            state = f"failed: {output.splitlines()[-1] if output else f'exit status {status}'}"
     return Found(state=state, seconds=time.monotonic() - began, tables=tables)
+
+
+def _run_here(name: str, *, seconds: float, out: Path, smoke: bool) -> int:
+    """Runs a stage in this process. Its rows are in the file however it ends."""
+    deadline = time.monotonic() + seconds
+    signal.signal(signal.SIGTERM, _exit)  # cleans up what the stage started
+
+    import torch
+
+    from loadtest.bench.gpu.bench import Bench, OutOfTime
+
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Imported by name: what another stage needs may be missing here.
+    module, function = STAGES[name].function.split(".")
+    measure = getattr(import_module(f"loadtest.bench.gpu.{module}"), function)
+    gc.freeze()
+    try:
+        measure(Bench(smoke=smoke, device=device, out=out, deadline=deadline))
+    except OutOfTime:
+        return _CUT_OFF
+    return 0
+
+
+def _exit(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler's signature
+    sys.exit(_CUT_OFF)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -152,7 +186,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _keep(out: Path, name: str, found: Found) -> None:
-    """Puts a stage's run in the place of its last one."""
+    """Replaces the stage's last run in the file."""
     stages = json.loads(out.read_text(encoding="utf-8")).get("stages", {}) if out.is_file() else {}
     stages[name] = asdict(found) | {"ended": time.strftime("%Y-%m-%d %H:%M:%S")}
     out.parent.mkdir(parents=True, exist_ok=True)
