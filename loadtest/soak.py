@@ -1,14 +1,15 @@
-"""Soak: a cluster under load and random faults for minutes or hours; nothing may be lost or leak.
+"""Soak: a test cluster under load and random faults for minutes or hours; no loss, no leak.
 
     python -m loadtest.soak --minutes 10 --seed 1
     python -m loadtest.soak --minutes 10 --model real
 
-Real processes: a Redis, API replicas, engines. Clients read, leave, come back, cancel and read
-slowly while replicas are killed, stopped and replaced and Redis pauses. Every answer is compared,
-token by token, with the one that must come: the oracle's, known from the request alone, or, with a
-real model, that of an undisturbed run before. At the end it prints what happened, what became of
-every request, and what the oldest processes and Redis hold, then and after the warm-up. It is 1
-where a promise was broken. A seed draws the same faults again; the clock decides whom they hit.
+Real processes: Redis, API replicas, engines. Clients read, disconnect, resume, cancel and read
+slowly while replicas are killed, stopped and replaced and Redis pauses. Every output is compared,
+token by token, with the expected one: the oracle's, which follows from the request alone, or, with
+a real model, that of an undisturbed run. At the end it prints the faults, the fate of every request
+and the resources of the oldest processes and Redis, compared with those after the warm-up. It exits
+with 1 if a promise was broken. A seed reproduces the faults; which requests they hit depends on
+timing.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ from tests.cluster.resources import (
 
 APIS, ENGINES, MAX_SEQUENCES = 2, 3, 6
 WIDTH = 12  # clients
-WARM_UP = 0.1  # of the time, at most a minute: load without faults, before the first look
+WARM_UP = 0.1  # of the time, at most a minute: load without faults, before the first snapshot
 PAUSE = (0.5, 3.0)  # seconds between faults
-LOOK = 3.0  # seconds between the audit_log's looks
-GRACE = 10.0  # seconds that an answer goes on unread; longer than an API replica is stopped
-WINDOW = 20.0  # seconds that Redis keeps an answer
-SHOWN = 20  # violations that are printed
+AUDIT_INTERVAL = 3.0  # seconds
+GRACE = 10.0  # seconds that an abandoned stream continues; longer than an API replica is stopped
+WINDOW = 20.0  # seconds that Redis keeps an ended response
+SHOWN = 20  # maximum number of printed violations
 POOL = 24  # different requests to a real model
 
 Body = dict[str, Any]
@@ -57,7 +58,7 @@ Notify = Callable[[str], None]
 
 @dataclass(kw_only=True)
 class Report:
-    """What a soak came to. `before`, `after`: parts at rest, after the warm-up and at the end."""
+    """Results. `before` and `after`: snapshots of idle processes, after warm-up and at the end."""
 
     clients: Clients
     faults: Faults
@@ -70,7 +71,7 @@ class Report:
 
     @property
     def violations(self) -> list[str]:
-        """What must not have been; empty where all promises were kept."""
+        """Broken promises."""
         tally = self.audit_log.tally()
         found = [*self.clients.violations, *self.cluster_failures]
         found += [f"vanished: {each}" for each in sorted(self.audit_log.vanished)]
@@ -87,7 +88,6 @@ class Report:
         return found
 
     def lines(self) -> list[str]:
-        """For people."""
         tally = dict(sorted(self.audit_log.tally().items()))
         found = self.violations
         requests = (
@@ -121,44 +121,46 @@ async def run_soak(
     rng: random.Random,
     notify: Notify,
 ) -> Report:
-    """Warm-up, a look, faults, rest, another look. The cluster is started and empty."""
+    """Warm-up, snapshot, faults, snapshot. The cluster must be running and empty."""
     clients = Clients(cluster.client, make_body, expected, rng=rng)
     audit_log = AuditLog(cluster)
     report = Report(clients=clients, audit_log=audit_log, faults=Faults(cluster, rng))
     seconds = 60 * minutes
     warm_up = min(60.0, WARM_UP * seconds)
-    async with _watched(report):
-        async with _asked(clients):
+    async with _audited(report):
+        async with _clients_running(clients):
             await asyncio.sleep(warm_up)
-        report.before = await _at_rest(cluster, report)
-        async with _asked(clients):
-            await _harm(report, until=time.monotonic() + seconds - warm_up, rng=rng, notify=notify)
-        report.after = await _at_rest(cluster, report)
+        report.before = await _snapshot_idle(cluster, report)
+        async with _clients_running(clients):
+            await _inject_faults(
+                report, until=time.monotonic() + seconds - warm_up, rng=rng, notify=notify
+            )
+        report.after = await _snapshot_idle(cluster, report)
     report.accepted = await asyncio.to_thread(cluster.accepted)
     report.lost = sum(api.metric("quire_requests_lost_total") for api in cluster.apis)
     return report
 
 
 @asynccontextmanager
-async def _asked(clients: Clients) -> AsyncIterator[None]:
-    """Clients ask while this is entered, and get what they asked for at its end."""
-    over = asyncio.Event()
-    asking = [asyncio.create_task(clients.keep_asking(over)) for _ in range(WIDTH)]
+async def _clients_running(clients: Clients) -> AsyncIterator[None]:
+    """Runs clients; at the end, lets them finish their requests."""
+    stop = asyncio.Event()
+    running = [asyncio.create_task(clients.keep_asking(stop)) for _ in range(WIDTH)]
     try:
         yield
     finally:
-        over.set()
-        await asyncio.gather(*asking)
+        stop.set()
+        await asyncio.gather(*running)
 
 
 @asynccontextmanager
-async def _watched(report: Report) -> AsyncIterator[None]:
-    """The audit_log is kept meanwhile."""
+async def _audited(report: Report) -> AsyncIterator[None]:
+    """Updates the audit log periodically."""
 
     async def keep() -> None:
         while True:
             await asyncio.to_thread(report.audit_log.look)
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(AUDIT_INTERVAL)
 
     keeping = asyncio.create_task(keep())
     try:
@@ -169,26 +171,27 @@ async def _watched(report: Report) -> AsyncIterator[None]:
         await asyncio.to_thread(report.audit_log.look)
 
 
-async def _harm(report: Report, *, until: float, rng: random.Random, notify: Notify) -> None:
-    """One fault after another."""
-    told = time.monotonic()
+async def _inject_faults(
+    report: Report, *, until: float, rng: random.Random, notify: Notify
+) -> None:
+    reported = time.monotonic()
     while time.monotonic() < until:
         await asyncio.sleep(rng.uniform(*PAUSE))
         try:
             await report.faults.one()
         except AssertionError as failure:
-            report.cluster_failures.append(f"in a fault: {failure}")
-        if time.monotonic() - told > 30:
-            told = time.monotonic()
-            left = (until - told) / 60
+            report.cluster_failures.append(f"during a fault: {failure}")
+        if time.monotonic() - reported > 30:
+            reported = time.monotonic()
+            left = (until - reported) / 60
             notify(
                 f"{report.clients.answers.total()} answers, {report.faults.done.total()} faults, "
                 f"{len(report.clients.violations)} violations; {left:.1f} minutes to go"
             )
 
 
-async def _at_rest(cluster: Cluster, report: Report) -> list[ResourceSnapshot]:
-    """Waits until nothing is left of any request, not even in Redis, and looks."""
+async def _snapshot_idle(cluster: Cluster, report: Report) -> list[ResourceSnapshot]:
+    """Waits until no request is left, not even in Redis; then takes the snapshots."""
     try:
         await check_rest(cluster)
     except AssertionError as failure:
@@ -205,18 +208,17 @@ async def _at_rest(cluster: Cluster, report: Report) -> list[ResourceSnapshot]:
 
 
 async def undisturbed(cluster: Cluster, bodies: Sequence[Body]) -> Expected:
-    """What a real model answers to each body when nothing happens to it."""
+    """The outputs of a real model without faults."""
     reference: dict[int, list[int]] = {}
     for body in bodies:
         transcript: Transcript = await cluster.client.stream(body)
         if transcript.finish_reason != "length":
-            raise RuntimeError(f"no answer in an undisturbed run: {transcript.error}")
+            raise RuntimeError(f"a request failed without faults: {transcript.error}")
         reference[body["seed"]] = transcript.tokens
     return lambda body: reference[body["seed"]]
 
 
 async def soak(cluster: Cluster, options: argparse.Namespace, *, notify: Notify) -> Report:
-    """With what the options say."""
     rng = random.Random(options.seed)
 
     def make_body() -> Body:
@@ -236,8 +238,7 @@ async def soak(cluster: Cluster, options: argparse.Namespace, *, notify: Notify)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Load and random faults for long.")
+    parser = argparse.ArgumentParser(description="Long load with random faults.")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", choices=("oracle", "real"), default="oracle")

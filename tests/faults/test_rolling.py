@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.load import ROOT, Load, Row, locust_command, read_faults, read_rows
-from loadtest.traffic import Workload
+from loadtest.load import ROOT, Load, Row, locust_command, read_failures, read_rows
+from loadtest.workloads import Workload
 from tests.cluster.balancer import Balancer
 from tests.cluster.checker import check_rest
 from tests.cluster.cluster import Cluster, Timings
@@ -85,7 +85,7 @@ async def test_row_17_nobody_sees_that_everything_is_replaced(
                 gone += [each.pid for each in (*cluster.engines, *cluster.apis)]
             assert len(set(gone)) == 4 * (ROUNDS + 1), "everything was another process each time"
         rows = read_rows(out)
-        assert read_faults(out) == []
+        assert read_failures(out) == []
         assert [row for row in rows if row.failures] == []
         whole = next(row for row in rows if row.kind == "stream")
         assert whole.count >= USERS * (ROUNDS + 1)

@@ -19,13 +19,13 @@ from loadtest.load import (
     Load,
     first_model,
     locust_command,
-    read_faults,
+    read_failures,
     read_rows,
     run_locust,
     table,
 )
 from loadtest.shapes import Shape, users_at
-from loadtest.traffic import CALLS, SHARES, Workload, next_turn
+from loadtest.workloads import CALLS, SHARES, Workload, next_turn
 
 TOKENS = 12
 TOY = Path(__file__).parent / "toy_server.py"
@@ -101,7 +101,7 @@ def test_users_of_a_real_server(
         # What is no text of its own, half a character, has no event.
         assert TOKENS / 2 * streams.count < gaps.count <= (TOKENS - 1) * streams.count
         assert 0 < firsts.p50 <= streams.p50
-    assert read_faults(tmp_path / "load") == []
+    assert read_failures(tmp_path / "load") == []
     assert "| stream | chat tenant 2 |" in table(list(rows.values()))
     assert "first token" in (tmp_path / "load.html").read_text()
 
@@ -125,7 +125,7 @@ def test_a_server_that_is_killed_fails_its_users(tmp_path: Path) -> None:
     assert rows["stream"].failures == rows["stream"].count >= 4
     assert rows["first token"].count >= 1
     assert rows["first token"].failures == 0
-    faults = " ".join(read_faults(tmp_path / "load"))
+    faults = " ".join(read_failures(tmp_path / "load"))
     assert "ConnectionRefused" in faults
     assert any(
         broken in faults for broken in ("IncompleteRead", "ConnectionReset", "ended without")
@@ -187,5 +187,5 @@ def test_every_wrong_answer_is_a_failure(tmp_path: Path) -> None:
         assert run(host, tmp_path / "load", load, model="any") == 1
     (row,) = (row for row in read_rows(tmp_path / "load") if row.kind == "stream")
     assert row.failures == row.count >= len(WRONG)
-    faults = " ".join(read_faults(tmp_path / "load"))
+    faults = " ".join(read_failures(tmp_path / "load"))
     assert [reason for reason in WRONG if reason not in faults] == []
