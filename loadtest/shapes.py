@@ -9,8 +9,8 @@ CALM = 4  # users in the spike / users before and after
 
 
 class Shape(StrEnum):
-    """STEADY: all users from the start. STEP: a quarter more in each quarter of the time. SPIKE: the
-    middle third has all users, the rest of the time a quarter of them.
+    """STEADY: all users from the start. STEP: a quarter more in each quarter of the time. SPIKE:
+    all users in the middle third, a quarter of them otherwise.
     """
 
     STEADY = "steady"

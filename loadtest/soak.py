@@ -30,7 +30,6 @@ from model.checkpoint.fetch import default_cache, resolve
 from tests.cluster.audit_log import IN_FLIGHT, AuditLog
 from tests.cluster.checker import check_rest
 from tests.cluster.client import Transcript
-from tests.cluster.clients import Clients, Expected
 from tests.cluster.cluster import Cluster, Timings
 from tests.cluster.faults import Faults
 from tests.cluster.processes import ForkServer
@@ -41,6 +40,7 @@ from tests.cluster.resources import (
     snapshot_process,
     snapshot_redis,
 )
+from tests.cluster.soak_clients import Expected, SoakClients
 
 APIS, ENGINES, MAX_SEQUENCES = 2, 3, 6
 WIDTH = 12  # clients
@@ -60,7 +60,7 @@ Notify = Callable[[str], None]
 class Report:
     """Results. `before` and `after`: snapshots of idle processes, after warm-up and at the end."""
 
-    clients: Clients
+    clients: SoakClients
     faults: Faults
     audit_log: AuditLog
     accepted: float = 0.0
@@ -122,7 +122,7 @@ async def run_soak(
     notify: Notify,
 ) -> Report:
     """Warm-up, snapshot, faults, snapshot. The cluster must be running and empty."""
-    clients = Clients(cluster.client, make_body, expected, rng=rng)
+    clients = SoakClients(cluster.client, make_body, expected, rng=rng)
     audit_log = AuditLog(cluster)
     report = Report(clients=clients, audit_log=audit_log, faults=Faults(cluster, rng))
     seconds = 60 * minutes
@@ -142,10 +142,10 @@ async def run_soak(
 
 
 @asynccontextmanager
-async def _clients_running(clients: Clients) -> AsyncIterator[None]:
+async def _clients_running(clients: SoakClients) -> AsyncIterator[None]:
     """Runs clients; at the end, lets them finish their requests."""
     stop = asyncio.Event()
-    running = [asyncio.create_task(clients.keep_asking(stop)) for _ in range(WIDTH)]
+    running = [asyncio.create_task(clients.run(stop)) for _ in range(WIDTH)]
     try:
         yield
     finally:
@@ -159,7 +159,7 @@ async def _audited(report: Report) -> AsyncIterator[None]:
 
     async def keep() -> None:
         while True:
-            await asyncio.to_thread(report.audit_log.look)
+            await asyncio.to_thread(report.audit_log.update)
             await asyncio.sleep(AUDIT_INTERVAL)
 
     keeping = asyncio.create_task(keep())
@@ -168,7 +168,7 @@ async def _audited(report: Report) -> AsyncIterator[None]:
     finally:
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
-        await asyncio.to_thread(report.audit_log.look)
+        await asyncio.to_thread(report.audit_log.update)
 
 
 async def _inject_faults(
@@ -178,7 +178,7 @@ async def _inject_faults(
     while time.monotonic() < until:
         await asyncio.sleep(rng.uniform(*PAUSE))
         try:
-            await report.faults.one()
+            await report.faults.inject()
         except AssertionError as failure:
             report.cluster_failures.append(f"during a fault: {failure}")
         if time.monotonic() - reported > 30:
@@ -196,7 +196,7 @@ async def _snapshot_idle(cluster: Cluster, report: Report) -> list[ResourceSnaps
         await check_rest(cluster)
     except AssertionError as failure:
         report.cluster_failures.append(str(failure))
-    await asyncio.to_thread(report.audit_log.look)
+    await asyncio.to_thread(report.audit_log.update)
     await asyncio.sleep(WINDOW + 2)
     engine, api = report.faults.engine, report.faults.api
     return [
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         stack.callback(cluster.close)
         cluster.start()
-        cluster.begin()
+        cluster.reset()
         report = asyncio.run(soak(cluster, options, notify=notify))
     print("\n".join(report.lines()))
     return 1 if report.violations else 0

@@ -15,7 +15,7 @@ PATIENCE = 60.0  # seconds after which a client gives up, whatever happens
 
 @dataclass
 class Transcript:
-    """All that one client got for one request, over all its connections."""
+    """Everything that a client received for one request, over all its connections."""
 
     body: dict[str, Any]
     call_id: str | None = None
@@ -53,8 +53,8 @@ class Transcript:
             self.events[-1].data == DONE or self.events[-1].error is not None
         )
 
-    def came_at(self, index: int) -> float:
-        """When a token came, on the monotonic clock."""
+    def arrival_of(self, index: int) -> float:
+        """Arrival time of a token on the monotonic clock."""
         count = 0
         for event in self.events:
             count += len(event.tokens)
@@ -64,7 +64,7 @@ class Transcript:
 
 
 class Client:
-    """`addresses` are the API replicas that a load balancer would choose from now."""
+    """`addresses` returns the API replicas of the load balancer."""
 
     def __init__(self, addresses: Callable[[], Sequence[Address]]) -> None:
         self._addresses = addresses
@@ -78,7 +78,7 @@ class Client:
         patience: float = PATIENCE,
         **headers: str,
     ) -> Transcript:
-        """Follows one request to its end, by whatever replicas there are."""
+        """Reads one request to its end, resuming at other replicas if necessary."""
         transcript = into or Transcript(body)
         key = {"idempotency-key": f"key-{id(transcript)}-{time.time_ns()}"}
         fields = {"x-quire-event-ids": "1", **key}
@@ -98,7 +98,7 @@ class Client:
                 address, "POST", "/v1/completions", body=transcript.body, headers=headers
             )
         else:
-            # What came after the last event with an id comes again.
+            # Events after the last one with an id are sent again.
             while transcript.events and transcript.events[-1].id is None:
                 transcript.events.pop()
             last = transcript.last_id
@@ -114,14 +114,14 @@ class Client:
                 raise AssertionError(f"{reply.status}: {(await reply.body()).decode()}")
             transcript.call_id = reply.headers["x-request-id"]
             async for event in reply.events():
-                if event.error == "shutting_down":  # of the replica, not of the request
+                if event.error == "shutting_down":  # concerns the replica, not the request
                     raise Broken
                 transcript.events.append(event)
         if not transcript.ended:
             raise Broken
 
     def next_address(self) -> Address:
-        """Round robin. Raises Broken where there is none."""
+        """Round robin. Raises Broken if there is none."""
         addresses = self._addresses()
         if not addresses:
             raise Broken
@@ -129,7 +129,7 @@ class Client:
         return addresses[self._turn % len(addresses)]
 
     async def replay(self, call_id: str, *, after: str | None = None) -> list[SseEvent]:
-        """An answer from the start or after an event, as any replica gives it."""
+        """The events of a response from the start, or after an event."""
         headers = {} if after is None else {"last-event-id": after}
         async with call(
             self.next_address(), "GET", f"/v1/streams/{call_id}", headers=headers

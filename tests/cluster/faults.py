@@ -1,7 +1,7 @@
-"""What a soak does to a cluster: one fault after another, drawn at random.
+"""Random faults of a soak.
 
-The first API replica and the first engine are spared what would end them: they are the elders,
-whose memory is compared at the end. Everything else may be killed at any time.
+The first API replica and the first engine are never killed or replaced, because their memory is
+compared at the end. All other processes may be killed at any time.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Awaitable, Callable
 from tests.cluster.cluster import Cluster
 from tests.cluster.processes import Replica
 
-LAST_WORDS = 4000  # characters of the log of what ended by itself
+LOG_TAIL = 4000  # characters of the log of a process that ended by itself
 
 
 class Faults:
-    """`done` counts what happened, by name. `api` and `engine` are the elders."""
+    """`done` counts faults by name. `api` and `engine` are the replicas that are never ended."""
 
     def __init__(self, cluster: Cluster, rng: random.Random) -> None:
         self.done: Counter[str] = Counter()
@@ -37,24 +37,24 @@ class Faults:
             "Redis stopped for a while": (1, self._stop_redis),
         }
 
-    async def one(self) -> None:
-        """One fault, and what an orchestrator does about it. Raises AssertionError where one came
-        by itself, too.
+    async def inject(self) -> None:
+        """Injects one fault and replaces what it ended. Raises AssertionError if a process had
+        ended by itself.
         """
-        await self._replace_fallen()
+        await self._replace_ended()
         names = list(self._faults)
         weights = [self._faults[name][0] for name in names]
         (name,) = self._rng.choices(names, weights=weights)
         await self._faults[name][1]()
         self.done[name] += 1
 
-    async def _replace_fallen(self) -> None:
-        """What nobody ended has to run."""
-        fallen = [each for each in (*self._cluster.engines, *self._cluster.apis) if not each.state]
-        for each in fallen:
+    async def _replace_ended(self) -> None:
+        """Raises AssertionError if a process ended by itself; replaces it."""
+        gone = [each for each in (*self._cluster.engines, *self._cluster.apis) if not each.state]
+        for each in gone:
             await asyncio.to_thread(self._cluster.replace(each).wait_until_ready)
-        said = [f"{each.log.name}: {each.log.read_text()[-LAST_WORDS:]}" for each in fallen]
-        assert not fallen, f"ended by themselves: {' '.join(said)}"
+        said = [f"{each.log.name}: {each.log.read_text()[-LOG_TAIL:]}" for each in gone]
+        assert not gone, f"ended by themselves: {' '.join(said)}"
 
     async def _kill_engine(self) -> None:
         victim = self._rng.choice(
@@ -73,7 +73,7 @@ class Faults:
 
     async def _kill_api(self) -> None:
         victim = self._api_to_end()
-        await asyncio.to_thread(self._cluster.remove_api, victim)
+        await asyncio.to_thread(self._cluster.count_before_end, victim)
         await asyncio.to_thread(victim.kill)
         await asyncio.to_thread(self._cluster.replace(victim).wait_until_ready)
 

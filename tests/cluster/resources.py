@@ -13,7 +13,7 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceSnapshot:
-    """Of one part. `figures` are by name; what is larger later than it may be is a leak."""
+    """Figures of one process by name."""
 
     part: str
     figures: Mapping[str, float]
@@ -21,31 +21,30 @@ class ResourceSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """How much more there may be at the end: a share and a number."""
+    """Allowed growth: a share plus a number."""
 
     share: float
     number: float
 
     def allows(self, start: float, end: float) -> bool:
-        """Whether it grew by no more than both together."""
         return end <= start * (1 + self.share) + self.number
 
 
 ALLOWANCES: Mapping[str, Allowance] = {
-    "RSS, MiB": Allowance(0.05, 8),  # allocators keep some of what they had
+    "RSS, MiB": Allowance(0.05, 8),  # allocators keep some memory
     "descriptors": Allowance(0, 3),
     "threads": Allowance(0, 2),
     "KV blocks used": Allowance(0, 0),
     "sequences": Allowance(0, 0),
     "memory, MiB": Allowance(0.05, 2),
     "keys": Allowance(0, 2),
-    "connections": Allowance(0, 16),  # each process keeps as many as it once needed together
+    "connections": Allowance(0, 16),  # each process keeps its maximum
 }
-"""Figure -> its allowance; what is not here may be what it likes."""
+"""Figures without an entry may grow."""
 
 
 def snapshot_process(part: str, pid: int) -> ResourceSnapshot:
-    """Memory, descriptors and threads, as the kernel counts them."""
+    """Memory, descriptors and threads from /proc."""
     folder = Path(f"/proc/{pid}")
     fields = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
     return ResourceSnapshot(
@@ -59,7 +58,6 @@ def snapshot_process(part: str, pid: int) -> ResourceSnapshot:
 
 
 def snapshot_engine(part: str, metrics: Mapping[str, float]) -> ResourceSnapshot:
-    """What an engine holds of sequences."""
     blocks = {
         f"KV blocks {state}": metrics.get(f'quire_kv_blocks{{state="{state}"}}', 0.0)
         for state in ("used", "cached", "free")
@@ -70,9 +68,8 @@ def snapshot_engine(part: str, metrics: Mapping[str, float]) -> ResourceSnapshot
 
 
 def snapshot_redis(cluster: Cluster) -> ResourceSnapshot:
-    """Idempotency keys stay for a day, and what they take is left out of the memory. What the death
-    of an engine counts against stays for ten minutes: one key a death, no more. Connections are
-    counted apart from other descriptors.
+    """Excludes the memory of idempotency keys, which stay for a day, and the keys of engine deaths,
+    which stay for ten minutes (one key per death). Counts connections apart from other descriptors.
     """
     process = snapshot_process("redis", cluster.redis.pid).figures
     memory, clients = cluster.ask("INFO", "memory"), cluster.ask("INFO", "clients")
@@ -95,7 +92,7 @@ def snapshot_redis(cluster: Cluster) -> ResourceSnapshot:
 
 
 def leaks(start: ResourceSnapshot, end: ResourceSnapshot) -> list[str]:
-    """What grew by more than it may."""
+    """Figures that grew beyond their allowance."""
     return [
         f"{end.part}: {name} grew from {start.figures[name]:.1f} to {value:.1f}"
         for name, value in end.figures.items()

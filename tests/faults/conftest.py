@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def folder_of_model(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the API replicas of an oracle cluster need of a model."""
+    """The model files of API replicas."""
     return write_model_of_oracle(tiny_model, tmp_path_factory.mktemp("model") / "tiny")
 
 
@@ -50,8 +50,8 @@ def session_cluster(
 
 @pytest.fixture
 def cluster(session_cluster: Cluster) -> Cluster:
-    """Two engines, two API replicas, nothing stored."""
-    session_cluster.begin()
+    """Two engines, two API replicas, an empty Redis."""
+    session_cluster.reset()
     return session_cluster
 
 
@@ -59,7 +59,7 @@ def cluster(session_cluster: Cluster) -> Cluster:
 def own_cluster(
     fork_server: ForkServer, folder_of_model: Path, tmp_path: Path
 ) -> Iterator[Callable[..., Cluster]]:
-    """Makes a cluster of the test's own; the arguments are those of Timings and the sizes."""
+    """Starts a cluster for one test; arguments: sizes and the fields of Timings."""
     made: list[Cluster] = []
 
     def make(

@@ -40,11 +40,11 @@ from tests.support.fakes import OracleRunner, oracle_answer
 
 
 class OutOfMemory(RuntimeError):
-    """What a device's allocator raises."""
+    """The error of a device's allocator."""
 
 
 class Hooks:
-    """Given to the runner; called with each batch before it is computed."""
+    """Called by the runner with each batch before it is computed."""
 
     def __init__(self, folder: Path, *, pace: float) -> None:
         self._folder = folder
@@ -61,7 +61,7 @@ class Hooks:
         if not _computes(batch, hook):
             return
         if not hook["keep"]:
-            path.unlink()  # raises for all but the first
+            path.unlink()  # raises in all engines but the first
         with path.with_suffix(".happened").open("a") as proof:
             proof.write(f"{os.getpid()}\n")
         match hook["action"]:
@@ -78,7 +78,7 @@ class Hooks:
 
 
 def _computes(batch: Batch, hook: dict[str, Any]) -> bool:
-    """Whether a step is the one in which a fault is to happen."""
+    """Whether this step is the one of the fault."""
     if hook["at"] is not None:
         rows = zip(batch.sampling.seeds_R.tolist(), batch.sampling.indices_R.tolist(), strict=True)
         return tuple(hook["at"]) in rows
@@ -90,7 +90,7 @@ def _computes(batch: Batch, hook: dict[str, Any]) -> bool:
 async def serve_oracle(
     settings: Settings, console: Console, *, hooks: Path, pace: float, blocks: int, name: str
 ) -> None:
-    """As `roles.serve_engine`, with the oracle for a runner. `name` is its numeric class."""
+    """Like `roles.serve_engine` with the oracle as runner; `name` is its numeric class."""
     admin = bind(settings.host, settings.admin_port)
     limit = settings.max_model_len or 4096
     runner = OracleRunner(
@@ -126,7 +126,7 @@ async def serve_oracle(
 
 
 def be_engine(arguments: dict[str, Any]) -> None:
-    """One engine, to its end."""
+    """Runs one engine until it ends."""
     settings = Settings(log_format="json", admin_port=0, block_size=4, **arguments["settings"])
     role = partial(
         serve_oracle,
@@ -139,7 +139,7 @@ def be_engine(arguments: dict[str, Any]) -> None:
 
 
 def serve_forks(orders: TextIO) -> dict[str, Any] | None:
-    """Forks an engine for each line until there are no more; in the engine, returns its order."""
+    """Forks an engine per line of stdin. Returns None at its end; in an engine, its line."""
     engines: dict[int, Path] = {}
     with selectors.DefaultSelector() as selector:
         selector.register(orders, selectors.EVENT_READ)
@@ -157,20 +157,20 @@ def serve_forks(orders: TextIO) -> dict[str, Any] | None:
                     return order
                 engines[pid] = Path(order["log"])
                 answer(pid)
-            note_ends(engines)
+            record_exits(engines)
     for pid in engines:
         os.kill(pid, signal.SIGKILL)
     return None
 
 
 def answer(value: object) -> None:
-    """One line to whoever gave the order."""
+    """Prints one line of JSON."""
     sys.stdout.write(json.dumps(value) + "\n")
     sys.stdout.flush()
 
 
 def expected_tokens(body: dict[str, Any]) -> list[int]:
-    """What the oracle answers to a body, from the body alone."""
+    """The oracle's tokens for a body."""
     request = GenerationRequest(
         id="",
         prompt_ids=tuple(body["prompt"]),
@@ -181,8 +181,8 @@ def expected_tokens(body: dict[str, Any]) -> list[int]:
     return oracle_answer(request)
 
 
-def note_ends(engines: dict[int, Path]) -> None:
-    """Writes down how engines ended, for those who are not their parents."""
+def record_exits(engines: dict[int, Path]) -> None:
+    """Writes the exit statuses of engines to files: the test is not their parent process."""
     while engines:
         ended, status = os.waitpid(-1, os.WNOHANG)
         if not ended:
@@ -200,7 +200,7 @@ def redirect_output(log: Path) -> None:
 
 
 if __name__ == "__main__":
-    # The libraries are loaded: a fork is an engine in milliseconds.
+    # The libraries are loaded, so a fork takes milliseconds.
     mine = serve_forks(sys.stdin)
     if mine is not None:
         redirect_output(Path(mine["log"]))

@@ -1,7 +1,7 @@
-"""FaultProxy: a TCP proxy between a client and its server that can spoil the connection.
+"""FaultProxy: a TCP proxy that injects network faults.
 
-`delay` holds each piece of a reply back, `swallow_replies` lets requests through and replies not,
-`black_hole` lets nothing through while connections stay open, `cut` breaks all that are open.
+`delay` delays each chunk of a reply, `swallow_replies` drops replies but not requests, `black_hole`
+drops everything while connections stay open, `cut` aborts all connections.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tests.cluster.relay import Connection, Relay
 
 
 class FaultProxy(Relay):
-    """Before the server on `target_port` of the loopback."""
+    """In front of `target_port` of the loopback."""
 
     def __init__(self, target_port: int) -> None:
         super().__init__()
@@ -25,9 +25,9 @@ class FaultProxy(Relay):
     async def connect(self) -> Connection:
         return await asyncio.open_connection("127.0.0.1", self._target_port)
 
-    async def passes(self, piece: bytes, *, reply: bool) -> bool:
+    async def passes(self, chunk: bytes, *, reply: bool) -> bool:
         if self.black_hole or (reply and self.swallow_replies):
-            self.swallowed += len(piece)
+            self.swallowed += len(chunk)
             return False
         if reply and self.delay:
             await asyncio.sleep(self.delay)

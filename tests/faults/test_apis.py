@@ -1,4 +1,4 @@
-"""API replicas that die or leave, clients that come back, leave, repeat themselves or are late."""
+"""API replicas that die or leave; clients that resume, disconnect, repeat a request or time out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.cluster.checker import check_all, check_rest, read_journal
 from tests.cluster.client import Transcript
 from tests.cluster.cluster import Cluster
 from tests.cluster.processes import Replica, wait_all_ready
-from tests.cluster.streams import Load, Streams, until
+from tests.cluster.streams import ClosedLoop, Streams, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
@@ -26,7 +26,7 @@ def api_at(cluster: Cluster, address: Address) -> Replica:
 
 
 async def state_of_end(cluster: Cluster, call_id: str) -> FinishReason:
-    """Waits for a request's end and says which."""
+    """Waits for a request's end and returns its finish reason."""
     await until(lambda: cluster.state_of_request(call_id, "st") == "ended", "it ends", seconds=30)
     _, end = await read_journal(cluster, call_id)
     return end.reason
@@ -35,15 +35,15 @@ async def state_of_end(cluster: Cluster, call_id: str) -> FinishReason:
 async def test_row_14_a_killed_replica_is_left_for_another(
     cluster: Cluster, rng: random.Random
 ) -> None:
-    """Who comes back with Last-Event-ID gets the rest; what nobody comes back for is cancelled."""
+    """Clients resume with Last-Event-ID; requests without a reader are cancelled."""
     streams = Streams(cluster.client, [cluster.body(rng, max_tokens=100) for _ in range(6)])
     left = Streams(cluster.client, [cluster.body(rng, max_tokens=3000) for _ in range(2)])
-    await streams.begun()
-    left_calls = await left.begun()
+    await streams.wait_started()
+    left_calls = await left.wait_started()
     victim, survivor = cluster.apis
     victim.kill()
-    await left.leave()
-    await streams.ended()
+    await left.disconnect()
+    await streams.wait_ended()
     moved = [each for each in streams.transcripts if each.connections > 1]
     assert moved
     assert survivor.is_up
@@ -55,9 +55,11 @@ async def test_row_14_a_killed_replica_is_left_for_another(
 async def test_row_15_a_replica_is_asked_to_leave_under_load(
     cluster: Cluster, rng: random.Random
 ) -> None:
-    """The balancer takes it out first, as before a stop; open calls end, none fails."""
+    """The balancer removes it first, as before a stop; open requests end, none fails."""
     leaving, _ = cluster.apis
-    async with Load(cluster.client, lambda: cluster.body(rng, max_tokens=50), width=8) as load:
+    async with ClosedLoop(
+        cluster.client, lambda: cluster.body(rng, max_tokens=50), width=8
+    ) as load:
         await until(lambda: sum(each.ended for each in load.transcripts) >= 8, "load")
         await cluster.retire_api(leaving)
         await asyncio.sleep(0.5)
@@ -108,13 +110,13 @@ async def _post(address: Address, body: dict[str, Any], call_id: str) -> None:
 
 async def test_row_20_two_readers_of_one_stream(cluster: Cluster, rng: random.Random) -> None:
     streams = Streams(cluster.client, [cluster.body(rng, max_tokens=80)])
-    (call_id,) = await streams.begun(10)
+    (call_id,) = await streams.wait_started(10)
     after = streams.transcripts[0].events[5].id
     readings = await asyncio.gather(
         *(cluster.client.replay(call_id, after=after) for _ in range(2)),
         *(cluster.client.replay(call_id) for _ in range(2)),
     )
-    (transcript,) = await streams.ended()
+    (transcript,) = await streams.wait_ended()
     raws = [b"".join(event.raw for event in reading) for reading in readings]
     assert raws[0] == raws[1] == b"".join(event.raw for event in transcript.events[6:])
     assert raws[2] == raws[3] == transcript.raw
@@ -122,11 +124,11 @@ async def test_row_20_two_readers_of_one_stream(cluster: Cluster, rng: random.Ra
 
 
 async def test_row_21_ids_that_are_none(cluster: Cluster, rng: random.Random) -> None:
-    """What the journal of an ended answer never had is a divergence, not a mistake: the store may
-    have lost it. Another tenant's ids are in the API's own tests: keys come with that.
+    """An event id beyond the journal of an ended response is a divergence (409), not a client
+    error: the store may have lost entries. Ids of other tenants are part of the tests of the API.
     """
     streams = Streams(cluster.client, [cluster.body(rng, max_tokens=30)])
-    (transcript,) = await streams.ended()
+    (transcript,) = await streams.wait_ended()
     assert transcript.call_id
     assert (transcript.last_id or "").startswith("30.")
     unknown = transcript.call_id[:-6] + "abcdef"
@@ -152,7 +154,7 @@ async def test_row_21_ids_that_are_none(cluster: Cluster, rng: random.Random) ->
 
 
 async def test_row_22_cancels_race_with_everything(cluster: Cluster, rng: random.Random) -> None:
-    """Cancelled before, while and after it runs, twice, and while an engine dies: one end each."""
+    """Cancels before, during and after a request, twice, and during an engine's death."""
     bodies = [cluster.body(rng, max_tokens=rng.randint(1, 60)) for _ in range(40)]
     streams = Streams(cluster.client, bodies)
 
@@ -170,7 +172,7 @@ async def test_row_22_cancels_race_with_everything(cluster: Cluster, rng: random
         cluster.engines[0].kill()
 
     await asyncio.gather(kill(), *(cancel(each) for each in streams.transcripts[::2]))
-    await streams.ended()
+    await streams.wait_ended()
     reasons = await check_all(cluster, streams.transcripts)
     assert set(reasons) <= {"length", "cancelled"}
     assert reasons["cancelled"]
@@ -180,7 +182,7 @@ async def test_row_22_cancels_race_with_everything(cluster: Cluster, rng: random
 async def test_row_36_one_key_is_one_generation(cluster: Cluster, rng: random.Random) -> None:
     body = cluster.body(rng)
     streams = Streams(cluster.client, [body] * 10, idempotency_key="the-same")
-    transcripts = await streams.ended()
+    transcripts = await streams.wait_ended()
     assert len({each.call_id for each in transcripts}) == 1
     assert len({each.raw for each in transcripts}) == 1
     another = body | {"max_tokens": 3}
@@ -193,7 +195,7 @@ async def test_row_36_one_key_is_one_generation(cluster: Cluster, rng: random.Ra
 
 
 async def test_row_37_a_deadline_passes_in_the_queue(cluster: Cluster, rng: random.Random) -> None:
-    """Without an engine's work. One that passes in mid-run is in row 6's test."""
+    """No engine computes it. Row 6 tests a deadline that passes while a request runs."""
     for engine in cluster.engines:
         engine.pause()
     body = cluster.body(rng) | {"stream": False}
@@ -217,11 +219,13 @@ async def test_row_37_a_deadline_passes_in_the_queue(cluster: Cluster, rng: rand
 async def test_row_17_everything_is_replaced_under_load(
     own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
-    """Three rounds: new replicas, the balancer turns to them, the old ones are asked to leave."""
+    """Three rounds: new replicas start, the balancer uses them, the old ones get SIGTERM."""
     cluster = await asyncio.to_thread(own_cluster, num_apis=2)
-    cluster.begin()
+    cluster.reset()
     gone: list[Replica] = []
-    async with Load(cluster.client, lambda: cluster.body(rng, max_tokens=100), width=6) as load:
+    async with ClosedLoop(
+        cluster.client, lambda: cluster.body(rng, max_tokens=100), width=6
+    ) as load:
         for _ in range(3):
             engines, apis = tuple(cluster.engines), tuple(cluster.apis)
             new = [cluster.replace(each) for each in engines] + [cluster.start_api() for _ in apis]
@@ -239,5 +243,5 @@ async def test_row_17_everything_is_replaced_under_load(
     assert not any(cluster.deaths(each) for each in call_ids(load))
 
 
-def call_ids(load: Load) -> list[str]:
+def call_ids(load: ClosedLoop) -> list[str]:
     return [each.call_id for each in load.transcripts if each.call_id]

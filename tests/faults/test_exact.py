@@ -1,4 +1,4 @@
-"""A real model, its real engines killed: the answers are those of an undisturbed run, bit by bit.
+"""A real model whose engines are killed: outputs equal those of an undisturbed run exactly.
 
 float32, the reference runner, one thread: one numeric class. Greedy and at temperature 0.8.
 """
@@ -23,7 +23,7 @@ KILLS = 3
 
 
 def make_bodies(cluster: Cluster, rng: random.Random) -> list[dict[str, Any]]:
-    """Text prompts, with what makes an answer depend on all of its tokens."""
+    """Text prompts, with penalties that make each token depend on all before it."""
     return [
         {
             "model": cluster.model.name,
@@ -58,18 +58,18 @@ async def test_rows_1_and_16_with_a_real_model(
     try:
         await asyncio.to_thread(cluster.start)
         bodies = make_bodies(cluster, rng)
-        undisturbed = await Streams(cluster.client, bodies).ended()
+        undisturbed = await Streams(cluster.client, bodies).wait_ended()
         reference = {each.body["seed"]: each.tokens for each in undisturbed}
         assert all(len(tokens) == 90 for tokens in reference.values())
         assert len({tuple(tokens) for tokens in reference.values()}) == len(bodies)
         transcripts = list(undisturbed)
         for kill in range(KILLS):
             streams = Streams(cluster.client, bodies)
-            calls = await streams.begun(2 + 10 * kill)
+            calls = await streams.wait_started(2 + 10 * kill)
             victim = max(cluster.engines, key=lambda e: e.metric("quire_sequences_running"))
             victim.kill()
             replacement = cluster.replace(victim)
-            transcripts += await streams.ended()
+            transcripts += await streams.wait_ended()
             assert any(cluster.deaths(call) == 1 for call in calls)
             await asyncio.to_thread(replacement.wait_until_ready)
         reasons = await check_all(

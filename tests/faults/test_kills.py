@@ -1,4 +1,4 @@
-"""Row 1, many times: see `kills`. `--kills N` makes more of them, and the limit longer."""
+"""Row 1, many times: see `kills`. `--kills N` sets their number and extends the time limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.faults.kills import ENGINES, MAX_SEQUENCES, run_kills
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(0)]
 
-SECONDS_A_KILL = 6.0  # that one may take on a busy machine before the run counts as hung
+SECONDS_A_KILL = 6.0  # maximum per kill on a busy machine
 
 
 async def test_row_1_a_hundred_times(

@@ -1,4 +1,4 @@
-"""API replicas whose time to drain is over: plain clients read on at another one."""
+"""API replicas whose drain timeout expires: clients continue at another replica."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Body = dict[str, Any]
 async def test_row_15_a_replica_that_is_out_of_time_names_what_to_read_on_by(
     own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
-    """Clients that did not ask for event ids, streamed or not: none of their tokens is lost."""
+    """Clients without event ids, streamed or not, lose no token."""
     cluster = await asyncio.to_thread(own_cluster, num_apis=2, pace=0.02, drain=0.5, grace=10.0)
     leaving, other = cluster.apis
     bodies = [cluster.body(rng, max_tokens=300) for _ in range(6)]
@@ -63,7 +63,7 @@ async def stream(address: Address, body: Body) -> tuple[list[int], dict[str, str
 
 
 async def collect(address: Address, body: Body) -> tuple[list[int], dict[str, str]]:
-    """No tokens and the error that comes instead."""
+    """No tokens, and the error that is returned instead."""
     async with call(address, "POST", "/v1/completions", body=body) as reply:
         assert reply.status == 503
         assert int(reply.headers["retry-after"]) >= 1

@@ -1,4 +1,4 @@
-"""Clients that come back for an answer: many at once, and after a failover of Redis."""
+"""Clients that resume a response: many at the same time, and after a failover of Redis."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IDS = {"x-quire-event-ids": "1"}
 async def test_many_clients_resume_one_long_answer_at_once(
     own_cluster: Clusters, rng: random.Random, *, clients: int, tokens: int
 ) -> None:
-    """From the start and from anywhere: all get the rest of it, and others are served meanwhile."""
+    """From the start and from any event; new requests are served meanwhile."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=1, pace=0.0)
     address = cluster.client.next_address()
     body = cluster.body(rng, max_tokens=tokens)
@@ -43,7 +43,7 @@ async def test_many_clients_resume_one_long_answer_at_once(
         async with call(address, "GET", f"/v1/streams/{call_id}", headers=headers) as reply:
             assert reply.status == 200, await reply.body()
             got = await reply.body()
-        # Comments that keep the connection alive come between the events.
+        # Keep-alive comments may come between the events.
         assert got.replace(b": ping\n", b"") == b"".join(raws[index:])
 
     resuming = asyncio.gather(*(resume(number) for number in range(clients)))
@@ -65,8 +65,8 @@ async def test_row_25_readers_come_back_after_a_failover_to_a_replica_that_lags(
     own_cluster: Clusters, rng: random.Random
 ) -> None:
     """The replica lacks a second of tokens that clients have, and the engines died with the old
-    server. Clients wait until others have written these tokens again; one with other tokens is
-    refused.
+    primary. Clients wait until other engines have written these tokens again; a client with
+    different tokens is rejected.
     """
     cluster = await asyncio.to_thread(own_cluster, num_engines=0, num_apis=0, grace=20.0, lease=3.0)
     cluster.ask("CONFIG", "SET", "repl-diskless-sync-delay", "0")
@@ -113,17 +113,17 @@ async def test_row_25_readers_come_back_after_a_failover_to_a_replica_that_lags(
             front.cut()
             assert all(
                 count < len(each.tokens) for count, each in zip(behind, readers, strict=True)
-            ), "the journal has lost what they have"
+            ), "the journal lost tokens that clients have"
             other = Transcript(readers[0].body, call_id=readers[0].call_id)
             other.events = readers[0].events[:30]
             wrong = f"{len(other.tokens)}.{int((other.last_id or '.')[-6:], 16) ^ 1:06x}"
             answers = await asyncio.gather(
-                *(come_back(cluster, each) for each in readers),
-                come_back(cluster, other, event_id=wrong),
+                *(resume_to_end(cluster, each) for each in readers),
+                resume_to_end(cluster, other, event_id=wrong),
             )
 
             assert [each[-1] for each in answers] == [200, 200, 200, 409]
-            assert all({*each[:-1]} <= {503} for each in answers), "nothing but 'come again' before"
+            assert all({*each[:-1]} <= {503} for each in answers), "only 503 before"
             for each in readers:
                 assert each.tokens == cluster.expected(each.body)
                 assert each.finish_reason == "length"
@@ -133,7 +133,7 @@ async def test_row_25_readers_come_back_after_a_failover_to_a_replica_that_lags(
 
 
 async def read(cluster: Cluster, transcript: Transcript) -> None:
-    """One connection, as long as it lasts."""
+    """Reads one connection to its end."""
     address = cluster.client.next_address()
     async with call(address, "POST", "/v1/completions", body=transcript.body, headers=IDS) as reply:
         assert reply.status == 200
@@ -142,10 +142,10 @@ async def read(cluster: Cluster, transcript: Transcript) -> None:
             transcript.events.append(event)
 
 
-async def come_back(
+async def resume_to_end(
     cluster: Cluster, transcript: Transcript, *, event_id: str | None = None
 ) -> list[int]:
-    """Resumes to the end, again after each 503. Returns the statuses."""
+    """Resumes until the end, retrying after 503. Returns the statuses."""
     headers = {"last-event-id": event_id or transcript.last_id or ""}
     statuses: list[int] = []
     async with asyncio.timeout(60):

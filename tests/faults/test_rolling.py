@@ -1,4 +1,4 @@
-"""Rows 15 to 17 as Locust's users see them: everything is replaced three times, nothing fails."""
+"""Rows 15 to 17 under Locust: all replicas are replaced three times, no request fails."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ USERS = 4
 
 @asynccontextmanager
 async def locust(host: str, load: Load, *, model: str, out: Path) -> AsyncIterator[None]:
-    """Users ask while this is entered, and get what they asked for at its end."""
+    """Runs Locust for the duration; at the end its users finish their requests."""
     log = out.with_suffix(".log")
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
@@ -41,14 +41,14 @@ async def locust(host: str, load: Load, *, model: str, out: Path) -> AsyncIterat
 
 
 def streams(out: Path) -> Row | None:
-    """Locust's row of whole answers so far."""
+    """Locust's row of complete responses so far."""
     if not out.with_name(f"{out.name}_stats.csv").exists():
         return None
     return next((row for row in read_rows(out) if row.kind == "stream"), None)
 
 
 async def answered(out: Path, number: int) -> None:
-    """Waits until so many more answers have come."""
+    """Waits for this many further responses."""
     before = streams(out)
     wanted = number + (before.count if before else 0)
     async with asyncio.timeout(120):
@@ -56,10 +56,10 @@ async def answered(out: Path, number: int) -> None:
             await asyncio.sleep(0.2)
 
 
-async def test_row_17_nobody_sees_that_everything_is_replaced(
+async def test_row_17_no_request_fails_while_everything_is_replaced(
     default_model: Path, tmp_path: Path
 ) -> None:
-    """The default model; users that cannot resume, behind a balancer that repeats nothing."""
+    """The default model; users that do not resume, behind a balancer that does not retry."""
     cluster = Cluster(
         tmp_path / "cluster",
         default_model,

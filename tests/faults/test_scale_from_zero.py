@@ -1,5 +1,5 @@
-"""No engine runs: with `accept_without_engines` calls wait for the first one, without it they are
-refused. Both in real processes, over one Redis.
+"""No engine runs: with `accept_without_engines` requests wait for the first one, otherwise they are
+rejected. Both with real processes and one Redis.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KEEP_ALIVE = 0.4
 def start(
     fork_server: ForkServer, folder_of_model: Path, own_redis_url: str, tmp_path: Path
 ) -> Iterator[Callable[..., Replica]]:
-    """`start("api", *flags)` or `start("engine")`; all are gone after the test."""
+    """`start("api", *flags)` or `start("engine")`; all are ended after the test."""
     made: list[Replica] = []
 
     def start(role: str, *flags: str) -> Replica:
@@ -74,7 +74,7 @@ async def is_ready(api: Replica) -> bool:
 
 
 async def asked(api: Replica) -> tuple[int, float, dict[str, str]]:
-    """Status, seconds and headers of a call, whose answer is left."""
+    """Status, seconds and headers of a request that is then dropped."""
     began = time.monotonic()
     body = BODY | {"stream": True}  # its headers come at once
     async with call(api.address("API"), "POST", "/v1/completions", body=body) as reply:
@@ -82,7 +82,7 @@ async def asked(api: Replica) -> tuple[int, float, dict[str, str]]:
 
 
 async def until_comments(pieces: AsyncIterator[bytes], number: int) -> bytes:
-    """Reads a stream until so many keep-alive comments have come."""
+    """Reads a stream up to this number of keep-alive comments."""
     read = b""
     async for piece in pieces:
         read += piece

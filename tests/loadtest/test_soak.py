@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from loadtest.sse import SseEvent
-from tests.cluster import clients
+from tests.cluster import soak_clients
 from tests.cluster.audit_log import IN_FLIGHT, AuditLog
 from tests.cluster.client import Client, Transcript
-from tests.cluster.clients import Clients
 from tests.cluster.cluster import Cluster, Timings
 from tests.cluster.resources import ResourceSnapshot, leaks
+from tests.cluster.soak_clients import SoakClients
 
 ANSWER = (5, 6, 7)
 BODY = {"max_tokens": len(ANSWER)}
@@ -60,7 +60,7 @@ class Scripted(Client):
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "RETRY", 0.0)
+    monkeypatch.setattr(soak_clients, "RETRY", 0.0)
 
 
 async def violations(events: Sequence[SseEvent], way: str) -> list[str]:
@@ -72,8 +72,8 @@ async def violations(events: Sequence[SseEvent], way: str) -> list[str]:
         return dict(BODY)
 
     rng = random.Random(0)
-    asking = Clients(Scripted(events), make_body, lambda _: ANSWER, rng=rng, ways={way})
-    await asking.keep_asking(over)
+    asking = SoakClients(Scripted(events), make_body, lambda _: ANSWER, rng=rng, ways={way})
+    await asking.run(over)
     assert asking.answers == {way: 1}
     return asking.violations
 
@@ -85,10 +85,10 @@ async def test_a_whole_answer_is_none() -> None:
 @pytest.mark.parametrize(
     ("events", "why"),
     [
-        ([token(5), token(9), token(7, "length"), DONE], "another token"),
-        ([token(5), token(7, "length"), DONE], "another token"),
+        ([token(5), token(9), token(7, "length"), DONE], "wrong token"),
+        ([token(5), token(7, "length"), DONE], "wrong token"),
         ([token(5), token(6, "length"), DONE], "2 tokens of 3"),
-        ([*WHOLE[:3], token(8), DONE], "another token"),
+        ([*WHOLE[:3], token(8), DONE], "wrong token"),
         ([token(5), token(6, "cancelled"), DONE], "ended by cancelled"),
         ([token(5), event({"error": {"code": "engine_crash_loop"}})], "an error"),
         ([token(5), token(6)], "no end"),
@@ -119,19 +119,19 @@ def test_a_request_that_vanishes_without_an_end_is_one(tmp_path: Path) -> None:
         audit_log = AuditLog(cluster)
         for name in ("a", "b", "c"):
             cluster.ask("HSET", cluster.key(f"r:{name}"), "st", "running")
-        assert audit_log.look()
+        assert audit_log.update()
         assert audit_log.tally() == {IN_FLIGHT: 3}
         end = '{"reason":"length"}'
         cluster.ask("HSET", cluster.key("r:a"), "st", "ended", "fin", end)
         cluster.ask("DEL", cluster.key("r:b"))
-        assert audit_log.look()
+        assert audit_log.update()
         cluster.ask("DEL", cluster.key("r:a"))
-        assert audit_log.look()
+        assert audit_log.update()
         assert audit_log.vanished == {"b"}
         assert audit_log.fates == {"a": "length", "b": IN_FLIGHT, "c": IN_FLIGHT}
     finally:
         cluster.redis.close()
-    assert not audit_log.look(), "nobody answers"
+    assert not audit_log.update(), "nobody answers"
 
 
 def test_growth_beyond_its_allowance_is_a_leak() -> None:
