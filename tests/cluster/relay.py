@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from types import TracebackType
 from typing import Self
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -32,12 +31,7 @@ class Relay:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, backlog=1000)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
         self.cut()

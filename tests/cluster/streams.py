@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from tests.cluster.client import PATIENCE, Client, Transcript
@@ -84,12 +83,7 @@ class ClosedLoop:
         self._tasks = [asyncio.create_task(self._send_requests()) for _ in range(self._width)]
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
         self._stopping = True
         if error is not None:
             for task in self._tasks:

@@ -7,7 +7,11 @@ drops everything while connections stay open, `cut` aborts all connections.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
+from tests.cluster.cluster import AOF, Cluster
+from tests.cluster.redis_process import RedisServer
 from tests.cluster.relay import Connection, Relay
 
 
@@ -22,6 +26,15 @@ class FaultProxy(Relay):
         self.swallowed = 0
         self._target_port = target_port
 
+    @property
+    def redis_url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def redirect(self, target_port: int) -> None:
+        """Aborts all connections; new ones go to this port."""
+        self._target_port = target_port
+        self.cut()
+
     async def connect(self) -> Connection:
         return await asyncio.open_connection("127.0.0.1", self._target_port)
 
@@ -32,3 +45,24 @@ class FaultProxy(Relay):
         if reply and self.delay:
             await asyncio.sleep(self.delay)
         return True
+
+
+@asynccontextmanager
+async def replicated_redis(
+    cluster: Cluster,
+) -> AsyncIterator[tuple[FaultProxy, FaultProxy, RedisServer]]:
+    """Yields a proxy in front of the primary, which engines and an API replica use, a proxy on the
+    replication link, and the replica of Redis.
+    """
+    cluster.ask("CONFIG", "SET", "repl-diskless-sync-delay", "0")
+    primary = cluster.redis
+    async with FaultProxy(primary.port) as front, FaultProxy(primary.port) as link:
+        options = (*AOF, "--replicaof", "127.0.0.1", str(link.port))
+        replica = RedisServer(cluster.folder / "replica", options=options)
+        await asyncio.to_thread(replica.start)
+        try:
+            await asyncio.to_thread(cluster.start_replicas, queue=front.redis_url)
+            yield front, link, replica
+        finally:
+            cluster.redis = primary
+            replica.close()

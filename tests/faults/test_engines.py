@@ -81,7 +81,7 @@ async def test_row_3_killed_between_claim_and_work(
     """The claim succeeded, but its reply did not reach the engine."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=0)
     async with FaultProxy(cluster.redis.port) as proxy:
-        engine = cluster.start_engine(queue=f"redis://127.0.0.1:{proxy.port}/0")
+        engine = cluster.start_engine(queue=proxy.redis_url)
         await asyncio.to_thread(engine.wait_until_ready)
         await asyncio.to_thread(cluster.wait_until_registered, 1)
         engine.pause()  # so that its next claim is the one whose reply is lost
@@ -167,7 +167,7 @@ async def test_row_9_an_engine_is_cut_off(
     """It stops sampling when its lease expires, and serves again when reconnected."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=0)
     async with FaultProxy(cluster.redis.port) as proxy:
-        cut_off = cluster.start_engine(queue=f"redis://127.0.0.1:{proxy.port}/0")
+        cut_off = cluster.start_engine(queue=proxy.redis_url)
         await asyncio.to_thread(cut_off.wait_until_ready)
         streams = Streams(cluster.client, [cluster.body(rng, max_tokens=600) for _ in range(4)])
         await streams.wait_started()

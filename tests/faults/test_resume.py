@@ -12,10 +12,9 @@ import pytest
 
 from loadtest.sse import call
 from tests.cluster.client import Transcript
-from tests.cluster.cluster import AOF, Cluster
-from tests.cluster.redis_process import RedisServer
+from tests.cluster.cluster import Cluster
 from tests.cluster.streams import until
-from tests.faults.proxy import FaultProxy
+from tests.faults.proxy import replicated_redis
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 
@@ -69,67 +68,52 @@ async def test_row_25_readers_come_back_after_a_failover_to_a_replica_that_lags(
     different tokens is rejected.
     """
     cluster = await asyncio.to_thread(own_cluster, num_engines=0, num_apis=0, grace=20.0, lease=3.0)
-    cluster.ask("CONFIG", "SET", "repl-diskless-sync-delay", "0")
-    old = cluster.redis
-    async with FaultProxy(old.port) as front, FaultProxy(old.port) as link:
-        replica = RedisServer(
-            cluster.folder / "replica",
-            options=(*AOF, "--replicaof", "127.0.0.1", str(link.port)),
+    async with replicated_redis(cluster) as (front, link, replica):
+        bodies = [cluster.body(rng, max_tokens=500) for _ in range(3)]
+        readers = [Transcript(body) for body in bodies]
+        reading = [asyncio.create_task(read(cluster, each)) for each in readers]
+        await until(lambda: all(len(each.tokens) > 20 for each in readers), "they read")
+        name = cluster.key(f"t:{readers[0].call_id}.0")
+        await until(lambda: replica.ask("EXISTS", name) == ":1", "replicated")
+        link.black_hole = True
+        began = time.monotonic()
+        seen = [len(each.tokens) for each in readers]
+        await until(
+            lambda: (
+                time.monotonic() - began > 1
+                and all(
+                    len(each.tokens) > count + 20 for each, count in zip(readers, seen, strict=True)
+                )
+            ),
+            "a second of tokens is not replicated",
         )
-        await asyncio.to_thread(replica.start)
-        try:
-            url = f"redis://127.0.0.1:{front.port}/0"
-            await asyncio.to_thread(cluster.start_replicas, queue=url)
-            bodies = [cluster.body(rng, max_tokens=500) for _ in range(3)]
-            readers = [Transcript(body) for body in bodies]
-            reading = [asyncio.create_task(read(cluster, each)) for each in readers]
-            await until(lambda: all(len(each.tokens) > 20 for each in readers), "they read")
-            name = cluster.key(f"t:{readers[0].call_id}.0")
-            await until(lambda: replica.ask("EXISTS", name) == ":1", "replicated")
-            link.black_hole = True
-            began = time.monotonic()
-            seen = [len(each.tokens) for each in readers]
-            await until(
-                lambda: (
-                    time.monotonic() - began > 1
-                    and all(
-                        len(each.tokens) > count + 20
-                        for each, count in zip(readers, seen, strict=True)
-                    )
-                ),
-                "a second of tokens is not replicated",
-            )
-            for task in reading:
-                task.cancel()
-            await asyncio.gather(*reading, return_exceptions=True)
-            old.kill()
-            for engine in tuple(cluster.engines):
-                engine.kill()
-                cluster.start_engine(queue=url)
-            replica.ask("REPLICAOF", "NO", "ONE")
-            cluster.redis = replica
-            behind = [cluster.journalled(each.call_id or "") for each in readers]
-            front._target_port = replica.port
-            front.cut()
-            assert all(
-                count < len(each.tokens) for count, each in zip(behind, readers, strict=True)
-            ), "the journal lost tokens that clients have"
-            other = Transcript(readers[0].body, call_id=readers[0].call_id)
-            other.events = readers[0].events[:30]
-            wrong = f"{len(other.tokens)}.{int((other.last_id or '.')[-6:], 16) ^ 1:06x}"
-            answers = await asyncio.gather(
-                *(resume_to_end(cluster, each) for each in readers),
-                resume_to_end(cluster, other, event_id=wrong),
-            )
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+        cluster.redis.kill()
+        for engine in tuple(cluster.engines):
+            engine.kill()
+            cluster.start_engine(queue=front.redis_url)
+        replica.ask("REPLICAOF", "NO", "ONE")
+        cluster.redis = replica
+        behind = [cluster.journalled(each.call_id or "") for each in readers]
+        front.redirect(replica.port)
+        assert all(count < len(each.tokens) for count, each in zip(behind, readers, strict=True)), (
+            "the journal lost tokens that clients have"
+        )
+        other = Transcript(readers[0].body, call_id=readers[0].call_id)
+        other.events = readers[0].events[:30]
+        wrong = f"{len(other.tokens)}.{int((other.last_id or '.')[-6:], 16) ^ 1:06x}"
+        answers = await asyncio.gather(
+            *(resume_to_end(cluster, each) for each in readers),
+            resume_to_end(cluster, other, event_id=wrong),
+        )
 
-            assert [each[-1] for each in answers] == [200, 200, 200, 409]
-            assert all({*each[:-1]} <= {503} for each in answers), "only 503 before"
-            for each in readers:
-                assert each.tokens == cluster.expected(each.body)
-                assert each.finish_reason == "length"
-        finally:
-            cluster.redis = old
-            replica.close()
+        assert [each[-1] for each in answers] == [200, 200, 200, 409]
+        assert all({*each[:-1]} <= {503} for each in answers), "only 503 before"
+        for each in readers:
+            assert each.tokens == cluster.expected(each.body)
+            assert each.finish_reason == "length"
 
 
 async def read(cluster: Cluster, transcript: Transcript) -> None:

@@ -18,7 +18,7 @@ from tests.cluster.cluster import AOF, Cluster
 from tests.cluster.processes import run_command
 from tests.cluster.redis_process import RedisServer, free_port
 from tests.cluster.streams import Streams, until
-from tests.faults.proxy import FaultProxy
+from tests.faults.proxy import FaultProxy, replicated_redis
 from tests.support.certificates import make_certificate, tls_options
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
@@ -105,41 +105,27 @@ async def test_row_25_failover_to_a_replica_that_lags(
     distinguish the old claims. The same tokens are generated again.
     """
     cluster = await asyncio.to_thread(own_cluster, num_engines=0, num_apis=0)
-    cluster.ask("CONFIG", "SET", "repl-diskless-sync-delay", "0")
-    old = cluster.redis
-    async with FaultProxy(old.port) as front, FaultProxy(old.port) as link:
-        replica = RedisServer(
-            cluster.folder / "replica",
-            options=(*AOF, "--replicaof", "127.0.0.1", str(link.port)),
-        )
-        await asyncio.to_thread(replica.start)
-        try:
-            url = f"redis://127.0.0.1:{front.port}/0"
-            await asyncio.to_thread(cluster.start_replicas, queue=url)
-            for engine in cluster.engines:
-                engine.pause()
-            streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=150))
-            await until(lambda: replica.ask("ZCARD", cluster.key("w1")) == ":4", "replicated")
-            link.black_hole = True
-            for engine in cluster.engines:
-                engine.resume()
-            calls = await streams.wait_started(10)
-            assert all(cluster.state_of_request(each, "ep") == "1" for each in calls)
-            old.kill()
-            replica.ask("REPLICAOF", "NO", "ONE")
-            cluster.redis = replica
-            assert all(cluster.state_of_request(each, "ep") == "0" for each in calls)
-            front._target_port = replica.port
-            front.cut()
-            await streams.wait_ended()
-            for transcript in streams.transcripts:
-                assert transcript.finish_reason == "length"
-            refused = ('quire_queue_events_total{event="fenced"}', "quire_lost_leases_total")
-            assert sum(engine.metric(name) for engine in cluster.engines for name in refused)
-            await check_all(cluster, streams.transcripts, same_bytes=False)
-        finally:
-            cluster.redis = old
-            replica.close()
+    async with replicated_redis(cluster) as (front, link, replica):
+        for engine in cluster.engines:
+            engine.pause()
+        streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=150))
+        await until(lambda: replica.ask("ZCARD", cluster.key("w1")) == ":4", "replicated")
+        link.black_hole = True
+        for engine in cluster.engines:
+            engine.resume()
+        calls = await streams.wait_started(10)
+        assert all(cluster.state_of_request(each, "ep") == "1" for each in calls)
+        cluster.redis.kill()
+        replica.ask("REPLICAOF", "NO", "ONE")
+        cluster.redis = replica
+        assert all(cluster.state_of_request(each, "ep") == "0" for each in calls)
+        front.redirect(replica.port)
+        await streams.wait_ended()
+        for transcript in streams.transcripts:
+            assert transcript.finish_reason == "length"
+        refused = ('quire_queue_events_total{event="fenced"}', "quire_lost_leases_total")
+        assert sum(engine.metric(name) for engine in cluster.engines for name in refused)
+        await check_all(cluster, streams.transcripts, same_bytes=False)
 
 
 async def test_row_26_redis_is_away_for_long(cluster: Cluster, rng: random.Random) -> None:
@@ -170,7 +156,7 @@ async def test_row_27_redis_is_slow(own_cluster: Clusters, rng: random.Random) -
     """A tenth of a lease per reply: slower, but no engine is fenced."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=0, num_apis=0, lease=2.0)
     async with FaultProxy(cluster.redis.port) as proxy:
-        url = f"redis://127.0.0.1:{proxy.port}/0"
+        url = proxy.redis_url
         await asyncio.to_thread(cluster.start_replicas, queue=url)
         proxy.delay = 0.2
         streams = Streams(cluster.client, bodies(cluster, rng, number=6, tokens=100))

@@ -1,4 +1,4 @@
-"""The GPU benchmark runs from end to end in miniature; what judges in it can also say no."""
+"""The GPU benchmark runs end to end in miniature; its exactness check can fail."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_a_step_must_read() -> None:
 @pytest.mark.kernels
 @pytest.mark.timeout(1000)
 def test_it_runs_in_miniature(tmp_path: Path) -> None:
-    """Every stage, each in its process: the kernels interpreted where there is no GPU."""
+    """Every stage in its process; without a GPU the kernels are interpreted."""
     variables = dict(os.environ)
     if not torch.cuda.is_available():
         variables["TRITON_INTERPRET"] = "1"
@@ -76,8 +76,8 @@ def test_it_runs_in_miniature(tmp_path: Path) -> None:
     assert [row["batch"] for row in tables["cost of exactness"]] == [2]
 
 
-def test_pieces_run_one_by_one_keep_what_was_found(tmp_path: Path) -> None:
-    """And where there is no time for one, it is named, and the end is not a success."""
+def test_stages_run_one_by_one_are_all_kept(tmp_path: Path) -> None:
+    """A stage without time is named, and the exit status is 1."""
     out = tmp_path / "deep" / "found.json"
     for name in ("ceilings", "steps"):
         given = ["--smoke", "--only", name, "--minutes", "0", "--out", str(out)]
@@ -90,10 +90,10 @@ def test_pieces_run_one_by_one_keep_what_was_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_piece_that_hangs_or_fails_takes_no_other_down(
+def test_a_stage_that_hangs_or_fails_does_not_stop_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One has no time to even import torch; one is unknown to the process it runs in."""
+    """One has no time to import torch; one is unknown in its process."""
     hanging, failing = (
         Stage(function=name, least=0, most=most)
         for name, most in (("ceilings.measure", 0.1), ("nothing.measure", 60))
@@ -107,14 +107,14 @@ def test_a_piece_that_hangs_or_fails_takes_no_other_down(
     assert stages["nothing"]["state"].startswith("failed: KeyError")
 
 
-def test_an_unknown_piece_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_stage_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu_bench.main(["--only", "steps,nothing"])
     assert "no such stage: nothing" in capsys.readouterr().err
 
 
 class Counting:
-    """A runner that counts what a sequence holds or, broken, what the step holds."""
+    """A runner whose tokens depend on the sequence or, if it breaks, on the batch size too."""
 
     def __init__(self, *, breaks_at: int = 10**9) -> None:
         self.config = TINY
@@ -147,7 +147,7 @@ class Counting:
 
 
 class GivenBench(Bench):
-    """A bench whose runner is given, and which believes in a GPU."""
+    """A bench with a given runner."""
 
     given: Any = None
 
@@ -166,7 +166,7 @@ def bench(folder: Path, device: str = "cpu") -> GivenBench:
     )
 
 
-def test_a_crowd_is_in_every_step_but_the_first(tmp_path: Path) -> None:
+def test_background_load_is_in_every_step_but_the_first(tmp_path: Path) -> None:
     runner = Counting()
     assert matrix(bench(tmp_path), runner, "counting", TRIAL, (1, 2, 6)) == []
     assert set(runner.sizes) == {1, 2, 6}
@@ -191,7 +191,7 @@ def test_what_is_not_exact_is_named_and_fails(
         measure(believing)
 
 
-def test_a_crowd_lives_in_its_own_blocks() -> None:
+def test_background_load_has_its_own_blocks() -> None:
     """Its sequences grow, end and begin anew, and none ever comes near the blocks of the others."""
     runner = Counting()
     background = BackgroundLoad(runner, others=5, alone=0, room=16)

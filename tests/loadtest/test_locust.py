@@ -1,4 +1,4 @@
-"""Locust's streaming users: against a real server, one that dies, and one that answers wrongly."""
+"""Locust's streaming users against a real server, one that dies, and one with wrong responses."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def run(host: str, out: Path, load: Load, *, model: str) -> int:
 def test_users_of_a_real_server(
     server_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every answer is whole, and each token after the first has its gap."""
+    """Every response is complete, and each token after the first has a gap."""
     monkeypatch.setenv("LOADTEST_KEYS", "one,two")
     model = first_model(server_url, "one,two")
     load = Load(users=4, seconds=5, shape=Shape.STEP, tokens=TOKENS, workload=Workload.CHAT)
@@ -98,7 +98,7 @@ def test_users_of_a_real_server(
         streams, firsts, gaps = (rows[kind, tenant] for kind in ("stream", "first token", "gap"))
         assert streams.count == firsts.count > 0
         assert streams.failures == firsts.failures == gaps.failures == 0
-        # What is no text of its own, half a character, has no event.
+        # A token that is a part of a character has no event.
         assert TOKENS / 2 * streams.count < gaps.count <= (TOKENS - 1) * streams.count
         assert 0 < firsts.p50 <= streams.p50
     assert read_failures(tmp_path / "load") == []
@@ -108,8 +108,8 @@ def test_users_of_a_real_server(
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_fails_its_users(tmp_path: Path) -> None:
-    """Open streams break and later ones are refused. The server kills itself when it has sent a
-    first token, however long that took.
+    """Open streams break, later connections are refused. The server kills itself after its first
+    token.
     """
     with subprocess.Popen(
         [sys.executable, str(TOY), "0", "0", "0", "--killed"], stdout=subprocess.PIPE, text=True
@@ -156,7 +156,7 @@ WRONG = {
 
 @contextmanager
 def wrong_server() -> Iterator[str]:
-    """Answers wrongly in each way, one after another."""
+    """Returns each wrong response in turn."""
     answers = itertools.cycle(WRONG.values())
 
     class Handler(BaseHTTPRequestHandler):
@@ -168,7 +168,7 @@ def wrong_server() -> Iterator[str]:
             self.wfile.write((answer or "").encode())
 
         def log_message(self, *_: object) -> None:
-            """Nothing."""
+            """Silent."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -181,7 +181,7 @@ def wrong_server() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_every_wrong_answer_is_a_failure(tmp_path: Path) -> None:
+def test_every_wrong_response_is_a_failure(tmp_path: Path) -> None:
     load = Load(users=6, seconds=2, tokens=TOKENS, workload=Workload.CHAT)
     with wrong_server() as host:
         assert run(host, tmp_path / "load", load, model="any") == 1

@@ -1,4 +1,4 @@
-"""Measuring real processes that speak HTTP: what is measured, and what becomes of failing ones."""
+"""Measuring real HTTP servers, failing ones included."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_the_command_line() -> None:
     assert (sizes.clients, sizes.tokens_out) == ((2, 4), 32)
     assert sizes_of(parse([])) == Sizes()
     with pytest.raises(SystemExit):
-        parse(["--servers", "quire,nobody"])
+        parse(["--servers", "quire,unknown"])
 
 
 def test_every_server_has_a_name_of_its_own_and_a_command(plan: Plan, small_gguf: Path) -> None:

@@ -1,4 +1,4 @@
-"""Medians, ratios, tables, the chart and the file, of comparisons made up here."""
+"""Medians, ratios, tables, chart and file of synthetic comparisons."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_medians_leave_out_what_is_no_number() -> None:
 def test_roofs_are_the_slower_of_memory_and_products(
     make_result: MakeResult, make_document: MakeDocument
 ) -> None:
-    """100 weights at 1000 bytes a second are 0.1 s; 8 rows of 100 products at 1e5 are 8 ms."""
+    """100 weights at 1000 bytes/s are 0.1 s; 8 rows of 100 products at 1e5 are 8 ms."""
     fast_memory = make_document(["a"], [make_result(speed=5.0)])
     assert decode_view(fast_memory, 1).roofs == pytest.approx([10] * 3)
     assert decode_view(fast_memory, 8).roofs == pytest.approx([80] * 3)
@@ -146,9 +146,7 @@ def test_the_markdown_has_tables_that_github_reads(document: Document) -> None:
         assert len({line.count("|") for line in block.strip().splitlines()}) == 1
 
 
-def test_what_spoils_a_comparison_is_said(
-    make_result: MakeResult, make_document: MakeDocument
-) -> None:
+def test_distortions_are_reported(make_result: MakeResult, make_document: MakeDocument) -> None:
     fine = [make_result("a"), make_result("b", prompt_tokens=101)]
     assert list(warnings(make_document(["a", "b"], fine))) == []
     spoilt = [
@@ -156,10 +154,10 @@ def test_what_spoils_a_comparison_is_said(
         make_result("b", prompt_tokens=140),
         make_result("c", failures=1),
     ]
-    said = "\n".join(warnings(make_document(["a", "b", "c"], spoilt)))
-    assert "c, decode 1: broken" in said
-    assert "half a core" in said
-    assert "b, decode 1: counts 140 prompt tokens, not 100" in said
+    lines = "\n".join(warnings(make_document(["a", "b", "c"], spoilt)))
+    assert "c, decode 1: broken" in lines
+    assert "half a core" in lines
+    assert "b, decode 1: counts 140 prompt tokens, not 100" in lines
 
 
 def test_the_chart_shows_every_panel_and_server(document: Document, tmp_path: Path) -> None:

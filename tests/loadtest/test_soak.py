@@ -1,4 +1,4 @@
-"""What a soak takes for a violation: a client's wrong answer, a vanished request, a leak."""
+"""Violations of a soak: a wrong response, a vanished request, a leak."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WHOLE = [token(5), token(6), token(7, "length"), DONE]
 
 
 class Scripted(Client):
-    """Gives each transcript the same events."""
+    """Returns the same events for each request."""
 
     def __init__(self, events: Sequence[SseEvent]) -> None:
         super().__init__(list)
@@ -64,7 +64,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def violations(events: Sequence[SseEvent], way: str) -> list[str]:
-    """Of a client that goes one way, once."""
+    """The violations of one request with this behaviour."""
     over = asyncio.Event()
 
     def make_body() -> dict[str, Any]:
@@ -78,7 +78,7 @@ async def violations(events: Sequence[SseEvent], way: str) -> list[str]:
     return asking.violations
 
 
-async def test_a_whole_answer_is_none() -> None:
+async def test_a_complete_response_is_none() -> None:
     assert await violations(WHOLE, "read to the end") == []
 
 
@@ -96,12 +96,12 @@ async def test_a_whole_answer_is_none() -> None:
         ([token(5), token(6, "length"), token(7, "length"), DONE], "P3"),
     ],
 )
-async def test_every_other_answer_is_one(events: list[SseEvent], why: str) -> None:
+async def test_every_other_response_is_one(events: list[SseEvent], why: str) -> None:
     (violation,) = await violations(events, "read to the end")
     assert why in violation
 
 
-async def test_a_deadline_is_none_for_who_asked_for_it() -> None:
+async def test_a_deadline_is_none_if_the_request_had_one() -> None:
     late = [token(5), token(6, "deadline"), DONE]
     never = [event({"error": {"code": "deadline_exceeded"}})]
     assert await violations(late, "had a deadline") == []
@@ -112,7 +112,7 @@ async def test_a_deadline_is_none_for_who_asked_for_it() -> None:
 
 @pytest.mark.slow
 def test_a_request_that_vanishes_without_an_end_is_one(tmp_path: Path) -> None:
-    """One that ended may go: Redis keeps it for the resume window only."""
+    """An ended request may vanish: Redis keeps it for the resume window only."""
     cluster = Cluster(tmp_path, tmp_path, fork_server=None, timings=Timings())
     cluster.redis.start()
     try:
@@ -131,7 +131,7 @@ def test_a_request_that_vanishes_without_an_end_is_one(tmp_path: Path) -> None:
         assert audit_log.fates == {"a": "length", "b": IN_FLIGHT, "c": IN_FLIGHT}
     finally:
         cluster.redis.close()
-    assert not audit_log.update(), "nobody answers"
+    assert not audit_log.update(), "Redis does not respond"
 
 
 def test_growth_beyond_its_allowance_is_a_leak() -> None:
