@@ -20,19 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from loadtest.bench.chart import draw
 from loadtest.bench.document import Document, read, write
 from loadtest.bench.machine import this_machine
-from loadtest.bench.measure import Kind, Session, Sizes, TooSlow, better_threads
+from loadtest.bench.measure import Kind, Notify, Session, Sizes, TooSlow, better_threads
 from loadtest.bench.peers import SERVERS
 from loadtest.bench.report import markdown, tables, warnings
 from loadtest.bench.roof import NoRoof, count_weights, probe
@@ -53,8 +45,8 @@ class Comparison:
     """Runs servers in turn and collects the results in a document."""
 
     plan: Plan
-    progress: Progress
     document: Document
+    notify: Notify
     candidates: Sequence[int] = ()  # numbers of threads to try
 
     def run(self, *, repeats: int, minutes: float) -> None:
@@ -75,13 +67,10 @@ class Comparison:
 
     def _prepare_all(self) -> list[str]:
         """Converts weights and tunes threads. Returns the servers that can run."""
-        task = self.progress.add_task("prepare", total=len(self.document.servers))
         for name in self.document.servers:
-            self.progress.update(task, description=f"prepare · {name}")
+            self.notify(f"prepare · {name}")
             if name not in self.document.left_out and (reason := self._prepare(SERVERS[name])):
                 self.document.left_out[name] = reason
-            self.progress.advance(task)
-        self.progress.remove_task(task)
         return [name for name in self.document.servers if name not in self.document.left_out]
 
     def _prepare(self, server: Server) -> str | None:
@@ -99,35 +88,30 @@ class Comparison:
 
     def _repeat(self, number: int, names: Sequence[str], *, title: str) -> list[str]:
         """Measures every server once. Returns those to repeat, in the same order."""
-        task = self.progress.add_task(title, total=len(names))
         self._probe_roof()
         again = set()
         for name in names if number % 2 == 0 else names[::-1]:
-            label = f"{title} · {name}"
             threads = self.document.threads.get(name, self.plan.threads)
             plan = replace(self.plan, threads=threads)
             session = Session(SERVERS[name], plan, self.document.sizes, repeat=number)
-            if self._succeeds(session, label=label, task=task):
+            if self._succeeds(session, label=f"{title} · {name}"):
                 again.add(name)
             self.document.results.extend(session.results)
-            self.progress.advance(task)
-        self.progress.remove_task(task)
         return [name for name in names if name in again]
 
-    def _succeeds(self, session: Session, *, label: str, task: TaskID) -> bool:
+    def _succeeds(self, session: Session, *, label: str) -> bool:
         """Runs it. Returns whether everything succeeded and the server is to be repeated."""
-
-        def notify(load: str) -> None:
-            self.progress.update(task, description=f"{label} · {load}")
-
+        once = session.server.once
         try:
-            with_arrivals = session.repeat == 0 and not session.server.once
-            session.run(with_arrivals=with_arrivals, notify=notify)
+            session.run(
+                with_arrivals=session.repeat == 0 and not once,
+                notify=lambda load: self.notify(f"{label} · {load}"),
+            )
         except (ServerFailed, TooSlow, OSError) as failure:
             reason = f"{failure} (in repeat {session.repeat + 1})"
             self.document.left_out[session.server.name] = reason
             return False
-        return not session.server.once
+        return not once
 
     def _probe_roof(self) -> None:
         """Adds a roof, or the reason for its absence."""
@@ -216,18 +200,14 @@ def measure(options: argparse.Namespace, *, console: Console) -> Document:
         folder=options.results.resolve(),
         quire_flags=options.quire_flags,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    candidates = () if options.quick else options.threads
+    repeats = options.repeats or (1 if options.quick else 3)
+    with console.status("") as status:
         comparison = Comparison(
-            plan=plan,
-            progress=progress,
-            document=document,
-            candidates=() if options.quick else options.threads,
+            plan=plan, document=document, notify=status.update, candidates=candidates
         )
         try:
-            comparison.run(
-                repeats=options.repeats or (1 if options.quick else 3), minutes=options.minutes
-            )
+            comparison.run(repeats=repeats, minutes=options.minutes)
         except KeyboardInterrupt:
             console.print("interrupted; showing the results so far", style="red")
     return document

@@ -31,9 +31,8 @@ class FaultProxy(Relay):
         return f"redis://127.0.0.1:{self.port}/0"
 
     def redirect(self, target_port: int) -> None:
-        """Aborts all connections; new ones go to this port."""
+        """New connections go to this port; open ones stay."""
         self._target_port = target_port
-        self.cut()
 
     async def connect(self) -> Connection:
         return await asyncio.open_connection("127.0.0.1", self._target_port)

@@ -98,6 +98,7 @@ async def test_row_25_readers_come_back_after_a_failover_to_a_replica_that_lags(
         cluster.redis = replica
         behind = [cluster.journalled(each.call_id or "") for each in readers]
         front.redirect(replica.port)
+        front.cut()
         assert all(count < len(each.tokens) for count, each in zip(behind, readers, strict=True)), (
             "the journal lost tokens that clients have"
         )

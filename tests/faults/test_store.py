@@ -120,6 +120,7 @@ async def test_row_25_failover_to_a_replica_that_lags(
         cluster.redis = replica
         assert all(cluster.state_of_request(each, "ep") == "0" for each in calls)
         front.redirect(replica.port)
+        front.cut()
         await streams.wait_ended()
         for transcript in streams.transcripts:
             assert transcript.finish_reason == "length"
@@ -283,7 +284,7 @@ async def test_row_25_failover_that_keeps_connections_open(
             old.ask("REPLICAOF", "127.0.0.1", new.port)
             cluster.redis = new
             await becomes(cluster, ready=503, reachable=0)
-            front._target_port = new.port
+            front.redirect(new.port)
             await becomes(cluster, ready=200, reachable=1)
             await streams.wait_ended()
             assert await check_all(cluster, streams.transcripts) == {"length": 6}
