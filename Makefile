@@ -47,19 +47,19 @@ lint: $(VENV)/.tested  ## ruff
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 
-faults: $(VENV)/.tested system  ## kill engines N times (N=3000) and check every answer
+faults: $(VENV)/.tested system  ## kill engines N times (N=3000) and check every response
 	$(BIN)/python -m tests.faults.kills --kills $(N) --lease 3
 
-loadtest: $(VENV)/.tested  ## Locust's streaming users against HOST, or a server of its own
+loadtest: $(VENV)/.tested  ## Locust users that stream from HOST, or from a server of its own
 	$(BIN)/python -m loadtest.load $(ARGS)
 
-soak: $(VENV)/.tested system  ## random faults for MINUTES under load; nothing may be lost or leak
+soak: $(VENV)/.tested system  ## random faults for MINUTES under load: no loss, no leak
 	$(BIN)/python -m loadtest.soak --minutes $(MINUTES) $(ARGS)
 
 fuzz: $(VENV)/.tested  ## Schemathesis on the API (ARGS="--max-examples 1000"): is its document true?
 	$(BIN)/python -m tests.api.fuzz $(ARGS)
 
-compare: $(VENV)/.tested system  ## Quire beside its peers on this machine: tables and a chart in results/
+compare: $(VENV)/.tested system  ## Quire and its peers on this machine: tables and a chart in results/
 	$(BIN)/python -m loadtest.bench.compare $(ARGS)
 
 docs: $(VENV)/.tested  ## regenerate the reference tables in docs/

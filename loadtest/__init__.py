@@ -1,1 +1,1 @@
-"""Load tests: what a user of the HTTP API sees. Only `rig` looks into the journal as well."""
+"""Load tests, the soak and benchmarks, run from the root of the repository."""

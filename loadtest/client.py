@@ -1,8 +1,7 @@
-"""A streaming client for load tests: plain asyncio, so that it takes little of a shared machine.
+"""Streamed completions for load tests: sends prompts, times the tokens, checks each stream.
 
-It speaks as much HTTP/1.1 and SSE as servers of the OpenAI API answer with, and judges each stream:
-one that ends without a finish reason, with an error, or with another number of tokens than asked
-for is a failure. It does not retry and it does not start servers.
+A stream that ends without a finish reason, with an error, or with another number of tokens than
+requested is a failure. The client neither retries nor starts servers.
 """
 
 from __future__ import annotations
@@ -11,55 +10,58 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated
 
-import orjson
+from pydantic import BeforeValidator
+
+from loadtest.sse import DONE, Broken, SseEvent, call
+
+Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number that may be NaN, which JSON has as null."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where completions are asked for, and what this server wants said."""
+    """A server's completions endpoint and what its requests need."""
 
     port: int
     host: str = "127.0.0.1"
     path: str = "/v1/completions"
-    fields: Mapping[str, object] = field(default_factory=dict)  # of the body, beside the usual
+    fields: Mapping[str, object] = field(default_factory=dict)  # added to each request body
     key: str = ""  # an API key
-    sends_done: bool = True  # whether a whole stream ends with `data: [DONE]`
+    sends_done: bool = True  # whether complete streams end with `data: [DONE]`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """An answer with another status than 200."""
+class Rejection:
+    """A response with a status other than 200."""
 
     status: int
-    retry_after: str | None  # seconds, as the header says
+    retry_after: str | None  # seconds, from the header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One request, as its client saw it. Times in seconds, of one monotonic clock."""
+    """One request as its client saw it. Times in seconds of `time.monotonic`."""
 
     sent: float
-    arrivals: tuple[float, ...]  # of events that carried text
+    arrivals: tuple[float, ...]  # of events with text
     completion_tokens: int
     prompt_tokens: int
-    error: str | None  # None: whole and of the length asked for
-    gave_up: bool = False  # the client did not wait for the end; then `error` says so
-    refusal: Refusal | None = None
+    error: str | None  # None: complete, with the requested number of tokens
+    timed_out: bool = False  # the client did not wait for the end; `error` is set
+    rejection: Rejection | None = None
     ended: float = math.nan
 
     @property
     def time_to_first(self) -> float:
-        """From sending the request to the first text."""
         return self.arrivals[0] - self.sent
 
     @property
     def time_per_token(self) -> float:
-        """Mean time of the tokens after the first."""
+        """Mean time per token after the first."""
         return (self.arrivals[-1] - self.arrivals[0]) / max(self.completion_tokens - 1, 1)
 
     @property
@@ -70,84 +72,56 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What a run of many requests comes to. Times in seconds; of the whole requests only."""
+    """Figures of a run. Times in seconds, over the complete requests; NaN if there are none."""
 
     requests: int
     failures: int
-    errors: tuple[str, ...]  # the different ones
-    prompt_tokens: int  # of all whole requests
+    errors: tuple[str, ...]  # without repetitions
+    prompt_tokens: int  # of all complete requests
     completion_tokens: int
     wall: float
     tokens_per_second: float
-    time_to_first_p50: float
-    time_per_token_p50: float
-    gap_p50: float
-    gap_p99: float
+    time_to_first_p50: Figure
+    time_per_token_p50: Figure
+    gap_p50: Figure
+    gap_p99: Figure
 
 
-class SseDecoder:
-    """Bytes in any cuts -> the data of each event. Comments and other fields are dropped."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._data: list[bytes] = []
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """The events that these bytes complete."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        events = []
-        for raw in lines:
-            line = raw.removesuffix(b"\r")
-            if line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" "))
-            elif not line and self._data:
-                events.append(b"\n".join(self._data))
-                self._data = []
-        return events
-
-
-class BrokenAnswer(Exception):
-    """The answer cannot be one of a whole request; the message says why."""
-
-
-class Refused(BrokenAnswer):
-    """The server did not take the request."""
-
-    def __init__(self, message: str, refusal: Refusal) -> None:
-        super().__init__(message)
-        self.refusal = refusal
+class StreamError(Exception):
+    """The stream reported an error; the message contains it."""
 
 
 @dataclass(slots=True)
 class Stream:
-    """What was read of one answer so far."""
+    """What was read of one response so far."""
 
     arrivals: list[float] = field(default_factory=list)
     usage: Mapping[str, int] | None = None
     finish_reason: str | None = None
     done: bool = False
 
-    def read(self, data: bytes, *, now: float) -> None:
-        if data == b"[DONE]":
+    def read(self, event: SseEvent) -> None:
+        """Raises StreamError for an error event, ValueError for invalid JSON."""
+        if event.data == DONE:
             self.done = True
             return
-        event: dict[str, Any] = orjson.loads(data)
-        if "error" in event:
-            raise BrokenAnswer(f"error event: {str(event['error'])[:200]}")
-        self.usage = event.get("usage") or self.usage
-        for choice in event.get("choices", ()):
+        payload = event.json()
+        if "error" in payload:
+            raise StreamError(f"error event: {str(payload['error'])[:200]}")
+        self.usage = payload.get("usage") or self.usage
+        for choice in payload.get("choices", ()):
             if choice.get("text") or choice.get("delta", {}).get("content"):
-                self.arrivals.append(now)
+                self.arrivals.append(event.at)
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
     def completion_tokens(self, *, max_tokens: int) -> int:
-        """As the server counts; where it does not, all of an answer that ended by its length."""
+        """The server's count; without one, `max_tokens` if the finish reason is `length`."""
         if self.usage:
             return self.usage["completion_tokens"]
         return max_tokens if self.finish_reason == "length" else len(self.arrivals)
 
     def fault(self, *, max_tokens: int, sends_done: bool) -> str | None:
-        """Why this is no whole answer, or None."""
+        """Why this stream is incomplete, or None."""
         if self.finish_reason is None:
             return "the stream ended without a finish reason"
         if sends_done and not self.done:
@@ -160,33 +134,49 @@ class Stream:
 
 
 async def complete(
-    target: Target, prompt: str, *, max_tokens: int, give_up_after: float = 600.0
+    target: Target,
+    prompt: str,
+    *,
+    max_tokens: int,
+    timeout: float = 600.0,  # noqa: ASYNC109
 ) -> Outcome:
     """One streamed completion, from connecting to its last byte."""
     body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "temperature": 0}
-    stream, error, gave_up, refusal = Stream(), None, False, None
-    sent = time.perf_counter()
+    body |= target.fields
+    headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
+    stream, error, timed_out, rejection = Stream(), None, False, None
+    sent = time.monotonic()
     try:
-        async with asyncio.timeout(give_up_after):
-            async with aclosing(_post(target, orjson.dumps(body | dict(target.fields)))) as events:
-                async for data in events:
-                    stream.read(data, now=time.perf_counter())
-        error = stream.fault(max_tokens=max_tokens, sends_done=target.sends_done)
+        async with (
+            asyncio.timeout(timeout),
+            call(
+                (target.host, target.port), "POST", target.path, body=body, headers=headers
+            ) as reply,
+        ):
+            if reply.status == 200:
+                async for event in reply.events():
+                    stream.read(event)
+                error = stream.fault(max_tokens=max_tokens, sends_done=target.sends_done)
+            else:
+                retry_after = reply.headers.get("retry-after")
+                rejection = Rejection(status=reply.status, retry_after=retry_after)
+                detail = (await reply.body()).decode(errors="replace")
+                error = f"HTTP {reply.status}: {detail[:200]}"
     except TimeoutError:
-        error, gave_up = f"no end within {give_up_after:.3g} s", True
-    except BrokenAnswer as broken:
-        error, refusal = str(broken), broken.refusal if isinstance(broken, Refused) else None
-    except (OSError, EOFError, ValueError) as broken:
-        error = f"{type(broken).__name__}: {broken}"
+        error, timed_out = f"timed out after {timeout:.3g} s", True
+    except (Broken, StreamError) as broken:
+        error = str(broken)
+    except ValueError as invalid:
+        error = f"{type(invalid).__name__}: {invalid}"
     return Outcome(
         sent=sent,
         arrivals=tuple(stream.arrivals),
         completion_tokens=stream.completion_tokens(max_tokens=max_tokens),
         prompt_tokens=stream.usage["prompt_tokens"] if stream.usage else 0,
         error=error,
-        gave_up=gave_up,
-        refusal=refusal,
-        ended=time.perf_counter(),
+        timed_out=timed_out,
+        rejection=rejection,
+        ended=time.monotonic(),
     )
 
 
@@ -196,22 +186,25 @@ async def drive(
     *,
     clients: int,
     max_tokens: int,
-    give_up_after: float = 600.0,
+    timeout: float = 600.0,  # noqa: ASYNC109 - of each request
 ) -> tuple[list[Outcome], float]:
-    """All prompts by `clients` clients, each at once after its last; the outcomes and the time."""
+    """Closed loop: each of `clients` sends its next prompt when its last one ended.
+
+    Returns the outcomes and the wall time.
+    """
     waiting = iter(prompts)
     outcomes: list[Outcome] = []
 
     async def client() -> None:
         for prompt in waiting:
-            answer = complete(target, prompt, max_tokens=max_tokens, give_up_after=give_up_after)
-            outcomes.append(await answer)
+            outcome = await complete(target, prompt, max_tokens=max_tokens, timeout=timeout)
+            outcomes.append(outcome)
 
-    started = time.perf_counter()
+    started = time.monotonic()
     async with asyncio.TaskGroup() as group:
         for _ in range(clients):
             group.create_task(client())
-    return outcomes, time.perf_counter() - started
+    return outcomes, time.monotonic() - started
 
 
 async def arrive(
@@ -222,46 +215,45 @@ async def arrive(
     max_tokens: int,
     patience: float,
 ) -> tuple[list[Outcome], float]:
-    """Each prompt at its time (seconds from now), whatever became of those before.
+    """Open loop: sends each prompt at its time (seconds from now), whatever the others do.
 
-    All that is not done `patience` after the last time is given up then: the load ends at once.
+    Requests that still run `patience` after the last time time out together.
     """
-    started = time.perf_counter()
+    started = time.monotonic()
     end = times[-1] + patience
 
     async def client(prompt: str, at: float) -> Outcome:
-        await asyncio.sleep(at - (time.perf_counter() - started))
-        left = end - (time.perf_counter() - started)
-        return await complete(target, prompt, max_tokens=max_tokens, give_up_after=left)
+        await asyncio.sleep(at - (time.monotonic() - started))
+        left = end - (time.monotonic() - started)
+        return await complete(target, prompt, max_tokens=max_tokens, timeout=left)
 
     async with asyncio.TaskGroup() as group:
         clients = zip(prompts, times, strict=True)
         tasks = [group.create_task(client(prompt, at)) for prompt, at in clients]
-    return [task.result() for task in tasks], time.perf_counter() - started
+    return [task.result() for task in tasks], time.monotonic() - started
 
 
 def summarise(outcomes: Sequence[Outcome], *, wall: float) -> Summary:
-    """Figures over the whole requests; NaN where there is none."""
-    whole = [outcome for outcome in outcomes if outcome.error is None]
-    gaps = [gap for outcome in whole for gap in outcome.gaps]
-    tokens = sum(outcome.completion_tokens for outcome in whole)
+    complete_ones = [outcome for outcome in outcomes if outcome.error is None]
+    gaps = [gap for outcome in complete_ones for gap in outcome.gaps]
+    tokens = sum(outcome.completion_tokens for outcome in complete_ones)
     return Summary(
         requests=len(outcomes),
-        failures=len(outcomes) - len(whole),
+        failures=len(outcomes) - len(complete_ones),
         errors=tuple(sorted({outcome.error for outcome in outcomes if outcome.error})),
-        prompt_tokens=sum(outcome.prompt_tokens for outcome in whole),
+        prompt_tokens=sum(outcome.prompt_tokens for outcome in complete_ones),
         completion_tokens=tokens,
         wall=wall,
         tokens_per_second=tokens / wall,
-        time_to_first_p50=percentile([outcome.time_to_first for outcome in whole], 50),
-        time_per_token_p50=percentile([outcome.time_per_token for outcome in whole], 50),
+        time_to_first_p50=percentile([each.time_to_first for each in complete_ones], 50),
+        time_per_token_p50=percentile([each.time_per_token for each in complete_ones], 50),
         gap_p50=percentile(gaps, 50),
         gap_p99=percentile(gaps, 99),
     )
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Interpolated between the nearest two; NaN of nothing."""
+    """Linear interpolation between the nearest two; NaN if empty."""
     if not values:
         return math.nan
     ordered = sorted(values)
@@ -269,48 +261,3 @@ def percentile(values: Sequence[float], percent: float) -> float:
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-async def _post(target: Target, body: bytes) -> AsyncGenerator[bytes, None]:
-    """Sends the body and yields the data of each event. Raises Refused unless status 200."""
-    reader, writer = await asyncio.open_connection(target.host, target.port)
-    try:
-        who = f"Authorization: Bearer {target.key}\r\n" if target.key else ""
-        head = (
-            f"POST {target.path} HTTP/1.1\r\nHost: {target.host}:{target.port}\r\n{who}"
-            "Content-Type: application/json\r\nAccept: text/event-stream\r\n"
-            f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        writer.write(head.encode() + body)
-        status, headers = await _read_head(reader)
-        if status != 200:
-            detail = await reader.read(500)
-            refusal = Refusal(status=status, retry_after=headers.get("retry-after"))
-            message = f"HTTP {status}: {detail.decode(errors='replace')[:200]}"
-            raise Refused(message, refusal)
-        decoder = SseDecoder()
-        async with aclosing(_read_body(reader, headers)) as parts:
-            async for data in parts:
-                for event in decoder.feed(data):
-                    yield event
-    finally:
-        writer.close()
-
-
-async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    fields = (line.partition(":") for line in lines[1:] if line)
-    status = lines[0].split(" ")[1]
-    return int(status), {name.lower(): value.strip().lower() for name, _, value in fields}
-
-
-async def _read_body(
-    reader: asyncio.StreamReader, headers: Mapping[str, str]
-) -> AsyncGenerator[bytes, None]:
-    if headers.get("transfer-encoding") != "chunked":
-        while data := await reader.read(65536):
-            yield data
-        return
-    while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
-        yield await reader.readexactly(size)
-        await reader.readexactly(2)

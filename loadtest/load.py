@@ -1,11 +1,11 @@
-"""A load test in one command: Locust's streaming users, headless, and a table of what they saw.
+"""A load test in one command: Locust's streaming users, headless, and a table of the results.
 
     python -m loadtest.load --users 16 --seconds 60 --shape spike --workload mixed
     HOST=http://127.0.0.1:8000 LOADTEST_KEYS=one,two python -m loadtest.load
 
-Without a host it starts `quire serve` with the default model on a free port and ends it. It writes
-CSV and HTML, and is 1 where a stream failed. Locust runs in a process of its own, because it
-replaces the sockets of the one it is in.
+Without a host it starts `quire serve` with the default model on a free port. It writes CSV and HTML
+files and exits with 1 if a stream failed. Locust runs in its own process because it patches the
+sockets of its process.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from urllib.request import Request, urlopen
 
 from loadtest.bench.servers import Plan, Server, running
 from loadtest.shapes import Shape
-from loadtest.traffic import Workload
+from loadtest.workloads import Workload
 
 ROOT = Path(__file__).parent.parent
 LOCUSTFILE = ROOT / "loadtest" / "locustfile.py"
-KEYS = "LOADTEST_KEYS"  # the environment's name of the API keys, by commas
-STOP_TIMEOUT = 60  # seconds that the last streams get to end
+KEYS = "LOADTEST_KEYS"  # environment variable: API keys, separated by commas
+STOP_TIMEOUT = 60  # seconds for the last streams to end
 
 
 class LocustFailed(Exception):
-    """Locust itself could not run; the message says where its log is."""
+    """Locust itself failed; the message names its log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What is asked of a server."""
+    """Parameters of a load test."""
 
     users: int = 8
     seconds: int = 30
@@ -50,7 +50,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A line of Locust's statistics. Times in milliseconds."""
+    """A row of Locust's statistics. Times in milliseconds."""
 
     kind: str  # stream, first token, gap
     name: str  # workload, and tenant
@@ -64,7 +64,7 @@ class Row:
 
 
 def locust_command(host: str, load: Load, *, model: str, out: Path) -> list[str]:
-    """Locust's command line; its files begin with `out`."""
+    """Locust's command line; `out` is the prefix of its files."""
     return [
         *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", host),
         *("--users", str(load.users), "--run-time", f"{load.seconds}s"),
@@ -75,7 +75,7 @@ def locust_command(host: str, load: Load, *, model: str, out: Path) -> list[str]
 
 
 def run_locust(command: Sequence[str], *, log: Path) -> int:
-    """0, or 1 where a stream failed. Raises LocustFailed where it did not run."""
+    """Returns 0, or 1 if a stream failed. Raises LocustFailed."""
     with log.open("wb") as output:
         ended = subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, check=False)
     if ended.returncode not in {0, 1}:
@@ -84,13 +84,13 @@ def run_locust(command: Sequence[str], *, log: Path) -> int:
 
 
 def read_rows(out: Path) -> list[Row]:
-    """The statistics that Locust wrote, the sum over all of them left out."""
+    """Locust's statistics without the total."""
     with out.with_name(f"{out.name}_stats.csv").open(newline="") as file:
         return [_row(line) for line in csv.DictReader(file) if line["Name"] != "Aggregated"]
 
 
-def read_faults(out: Path) -> list[str]:
-    """What failed and how often, a line each."""
+def read_failures(out: Path) -> list[str]:
+    """One line per failure: how often, which, why."""
     with out.with_name(f"{out.name}_failures.csv").open(newline="") as file:
         lines = csv.DictReader(file)
         return [f"{line['Occurrences']} x {line['Name']}: {line['Error']}" for line in lines]
@@ -114,10 +114,10 @@ def _row(line: Mapping[str, str]) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown; whole streams first."""
+    """Markdown; streams first, then their parts."""
     order = ("stream", "first token", "gap")
     lines = [
-        "| ms | of | number | failed | median | 95 % | 99 % | longest | a second |",
+        "| ms | workload | count | failed | p50 | p95 | p99 | max | per second |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in sorted(rows, key=lambda row: (order.index(row.kind), row.name)):
@@ -130,7 +130,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def first_model(host: str, keys: str) -> str:
-    """The id of the first model that a server names."""
+    """The id of the first model of `/v1/models`."""
     key = keys.partition(",")[0]
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with urlopen(Request(f"{host}/v1/models", headers=headers), timeout=30) as reply:  # noqa: S310
@@ -139,7 +139,6 @@ def first_model(host: str, keys: str) -> str:
 
 
 def serve_command(plan: Plan, port: int) -> list[str]:
-    """`quire serve`, as a user starts it."""
     model = ["--model", str(plan.model)] if plan.model.name else []
     where = ["--port", str(port), "--admin-port", "0"]
     return [sys.executable, "-m", "service", "serve", *model, *where, *plan.quire_flags]
@@ -147,11 +146,11 @@ def serve_command(plan: Plan, port: int) -> list[str]:
 
 @contextmanager
 def served(host: str, folder: Path, *, flags: Sequence[str] = ()) -> Iterator[str]:
-    """The host, or that of a server of one's own while this is entered."""
+    """The URL of the host, or without one of a `quire serve` started for the duration."""
     if host:
         yield host.rstrip("/")
         return
-    # The model's path is empty: the server takes its default. Threads and sizes are its own too.
+    # An empty path: the server uses its default model, threads and sizes.
     plan = Plan(
         model=Path(), threads=0, clients=0, context=0, folder=folder, quire_flags=tuple(flags)
     )
@@ -161,17 +160,24 @@ def served(host: str, folder: Path, *, flags: Sequence[str] = ()) -> Iterator[st
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command."""
     parser = argparse.ArgumentParser(description="Streaming load by Locust.")
-    usual = Load()
-    parser.add_argument("--host", default=os.environ.get("HOST", ""), help="without: its own")
-    parser.add_argument("--users", type=int, default=usual.users)
-    parser.add_argument("--seconds", type=int, default=usual.seconds)
-    parser.add_argument("--shape", type=Shape, choices=list(Shape), default=usual.shape)
-    parser.add_argument("--workload", type=Workload, choices=list(Workload), default=usual.workload)
-    parser.add_argument("--tokens", type=int, default=usual.tokens, help="of an answer")
-    parser.add_argument("--think", type=float, default=usual.think, help="seconds between answers")
-    parser.add_argument("--out", type=Path, default=Path("results/load"), help="files begin so")
+    defaults = Load()
+    parser.add_argument(
+        "--host", default=os.environ.get("HOST", ""), help="URL; default: start a server"
+    )
+    parser.add_argument("--users", type=int, default=defaults.users)
+    parser.add_argument("--seconds", type=int, default=defaults.seconds)
+    parser.add_argument("--shape", type=Shape, choices=list(Shape), default=defaults.shape)
+    parser.add_argument(
+        "--workload", type=Workload, choices=list(Workload), default=defaults.workload
+    )
+    parser.add_argument("--tokens", type=int, default=defaults.tokens, help="tokens per response")
+    parser.add_argument(
+        "--think", type=float, default=defaults.think, help="mean seconds between requests"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/load"), help="prefix of the files"
+    )
     options = vars(parser.parse_args(arguments))
     host, out = options.pop("host"), options.pop("out")
     load = Load(**options)
@@ -180,7 +186,9 @@ def main(arguments: Sequence[str]) -> int:
         model = first_model(url, os.environ.get(KEYS, ""))
         code = run_locust(locust_command(url, load, model=model, out=out), log=Path(f"{out}.log"))
     print(f"{load.users} users, {load.shape}, {load.workload}, {load.seconds} s\n")
-    print("\n".join([table(read_rows(out)), "", *read_faults(out), f"{out}_stats.csv, {out}.html"]))
+    print(
+        "\n".join([table(read_rows(out)), "", *read_failures(out), f"{out}_stats.csv, {out}.html"])
+    )
     return code
 
 

@@ -1,16 +1,16 @@
-"""Shapes: how many users there are at a moment of a load test. Knows nothing of who runs them."""
+"""Shapes: the number of users over the time of a load test."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 
 STEPS = 4
-CALM = 4  # a spike has this many times the users of its calm
+CALM = 4  # users in the spike / users before and after
 
 
 class Shape(StrEnum):
-    """STEADY: all from the start. STEP: a quarter more in each quarter. SPIKE: all in the middle
-    third, a quarter of them before and after.
+    """STEADY: all users from the start. STEP: a quarter more in each quarter of the time. SPIKE:
+    all users in the middle third, a quarter of them otherwise.
     """
 
     STEADY = "steady"
@@ -19,7 +19,7 @@ class Shape(StrEnum):
 
 
 def users_at(shape: Shape, second: float, *, most: int, seconds: float) -> int | None:
-    """Users at a second of a test that lasts `seconds`; at least 1. None when it is over."""
+    """Users at this second of a test of `seconds`, at least 1; None after its end."""
     if second >= seconds:
         return None
     match shape:

@@ -1,14 +1,15 @@
-"""Soak: a cluster under load and random faults for minutes or hours; nothing may be lost or leak.
+"""Soak: a test cluster under load and random faults for minutes or hours; no loss, no leak.
 
     python -m loadtest.soak --minutes 10 --seed 1
     python -m loadtest.soak --minutes 10 --model real
 
-Real processes: a Redis, API replicas, engines. Clients read, leave, come back, cancel and read
-slowly while replicas are killed, stopped and replaced and Redis pauses. Every answer is compared,
-token by token, with the one that must come: the oracle's, known from the request alone, or, with a
-real model, that of an undisturbed run before. At the end it prints what happened, what became of
-every request, and what the oldest processes and Redis hold, then and after the warm-up. It is 1
-where a promise was broken. A seed draws the same faults again; the clock decides whom they hit.
+Real processes: Redis, API replicas, engines. Clients read, disconnect, resume, cancel and read
+slowly while replicas are killed, stopped and replaced and Redis pauses. Every output is compared,
+token by token, with the expected one: the oracle's, which follows from the request alone, or, with
+a real model, that of an undisturbed run. At the end it prints the faults, the fate of every request
+and the resources of the oldest processes and Redis, compared with those after the warm-up. It exits
+with 1 if a promise was broken. A seed reproduces the faults; which requests they hit depends on
+timing.
 """
 
 from __future__ import annotations
@@ -19,204 +20,39 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from model.checkpoint.fetch import default_cache, resolve
-from tests.cluster.checker import check_rest
 from tests.cluster.client import Transcript
-from tests.cluster.clients import Clients, Expected
-from tests.cluster.cluster import Cluster, Scale
-from tests.cluster.faults import Faults
-from tests.cluster.ledger import IN_FLIGHT, Ledger
-from tests.cluster.processes import Forge
-from tests.cluster.vitals import Vitals, engine_vitals, leaks, process_vitals, redis_vitals
+from tests.cluster.cluster import Cluster, Timings
+from tests.cluster.processes import ForkServer
+from tests.cluster.soak import Notify, Report, run_soak
+from tests.cluster.soak_clients import Body, Expected
 
-APIS, ENGINES, SEATS = 2, 3, 6
-WIDTH = 12  # clients
-WARM_UP = 0.1  # of the time, at most a minute: load without faults, before the first look
-PAUSE = (0.5, 3.0)  # seconds between faults
-LOOK = 3.0  # seconds between the ledger's looks
-GRACE = 10.0  # seconds that an answer goes on unread; longer than an API replica is stopped
-WINDOW = 20.0  # seconds that Redis keeps an answer
-SHOWN = 20  # violations that are printed
+APIS, ENGINES, MAX_SEQUENCES = 2, 3, 6
+GRACE = 10.0  # seconds that an abandoned stream continues; longer than an API replica is stopped
+WINDOW = 20.0  # seconds that Redis keeps an ended response
 POOL = 24  # different requests to a real model
-
-Body = dict[str, Any]
-Notify = Callable[[str], None]
-
-
-@dataclass(kw_only=True)
-class Report:
-    """What a soak came to. `before`, `after`: parts at rest, after the warm-up and at the end."""
-
-    clients: Clients
-    faults: Faults
-    ledger: Ledger
-    accepted: float = 0.0
-    lost: float = 0.0
-    before: Sequence[Vitals] = ()
-    after: Sequence[Vitals] = ()
-    faults_of_the_rig: list[str] = field(default_factory=list)
-
-    @property
-    def violations(self) -> list[str]:
-        """What must not have been; empty where all promises were kept."""
-        tally = self.ledger.tally()
-        found = [*self.clients.violations, *self.faults_of_the_rig]
-        found += [f"vanished: {each}" for each in sorted(self.ledger.vanished)]
-        if tally[IN_FLIGHT]:
-            found.append(f"{tally[IN_FLIGHT]} requests never ended")
-        if tally["error"]:
-            found.append(f"{tally['error']} requests failed")
-        if self.lost:
-            found.append(f"quire_requests_lost_total is {self.lost:.0f}")
-        if self.accepted > tally.total():
-            found.append(f"{self.accepted:.0f} accepted, {tally.total()} known")
-        for before, after in zip(self.before, self.after, strict=True):
-            found += leaks(before, after)
-        return found
-
-    def lines(self) -> list[str]:
-        """For people."""
-        tally = dict(sorted(self.ledger.tally().items()))
-        found = self.violations
-        requests = (
-            f"requests: {sum(tally.values())} = {tally}; vanished {len(self.ledger.vanished)}, lost"
-            f" {self.lost:.0f}; {self.accepted:.0f} counted by API replicas, those killed aside"
-        )
-        return [
-            f"answers: {dict(self.clients.answers)}, {self.clients.tokens} tokens",
-            f"faults: {dict(self.faults.done)}",
-            requests,
-            "",
-            "| part | figure | after the warm-up | at the end |",
-            "| --- | --- | ---: | ---: |",
-            *(
-                f"| {after.part} | {name} | {before.figures[name]:.1f} | {value:.1f} |"
-                for before, after in zip(self.before, self.after, strict=True)
-                for name, value in after.figures.items()
-            ),
-            "",
-            *found[:SHOWN],
-            f"violations: {len(found)}",
-        ]
-
-
-async def run_soak(
-    cluster: Cluster,
-    make_body: Callable[[], Body],
-    expected: Expected,
-    *,
-    minutes: float,
-    draw: random.Random,
-    notify: Notify,
-) -> Report:
-    """Warm-up, a look, faults, rest, another look. The cluster is started and empty."""
-    clients = Clients(cluster.client, make_body, expected, draw=draw)
-    ledger = Ledger(cluster)
-    report = Report(clients=clients, ledger=ledger, faults=Faults(cluster, draw))
-    seconds = 60 * minutes
-    warm_up = min(60.0, WARM_UP * seconds)
-    async with _watched(report):
-        async with _asked(clients):
-            await asyncio.sleep(warm_up)
-        report.before = await _at_rest(cluster, report)
-        async with _asked(clients):
-            await _harm(
-                report, until=time.monotonic() + seconds - warm_up, draw=draw, notify=notify
-            )
-        report.after = await _at_rest(cluster, report)
-    report.accepted = await asyncio.to_thread(cluster.accepted)
-    report.lost = sum(api.metric("quire_requests_lost_total") for api in cluster.apis)
-    return report
-
-
-@asynccontextmanager
-async def _asked(clients: Clients) -> AsyncIterator[None]:
-    """Clients ask while this is entered, and get what they asked for at its end."""
-    over = asyncio.Event()
-    asking = [asyncio.create_task(clients.keep_asking(over)) for _ in range(WIDTH)]
-    try:
-        yield
-    finally:
-        over.set()
-        await asyncio.gather(*asking)
-
-
-@asynccontextmanager
-async def _watched(report: Report) -> AsyncIterator[None]:
-    """The ledger is kept meanwhile."""
-
-    async def keep() -> None:
-        while True:
-            await asyncio.to_thread(report.ledger.look)
-            await asyncio.sleep(LOOK)
-
-    keeping = asyncio.create_task(keep())
-    try:
-        yield
-    finally:
-        keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)
-        await asyncio.to_thread(report.ledger.look)
-
-
-async def _harm(report: Report, *, until: float, draw: random.Random, notify: Notify) -> None:
-    """One fault after another."""
-    told = time.monotonic()
-    while time.monotonic() < until:
-        await asyncio.sleep(draw.uniform(*PAUSE))
-        try:
-            await report.faults.one()
-        except AssertionError as failure:
-            report.faults_of_the_rig.append(f"in a fault: {failure}")
-        if time.monotonic() - told > 30:
-            told = time.monotonic()
-            left = (until - told) / 60
-            notify(
-                f"{report.clients.answers.total()} answers, {report.faults.done.total()} faults, "
-                f"{len(report.clients.violations)} violations; {left:.1f} minutes to go"
-            )
-
-
-async def _at_rest(cluster: Cluster, report: Report) -> list[Vitals]:
-    """Waits until nothing is left of any request, not even in Redis, and looks."""
-    try:
-        await check_rest(cluster)
-    except AssertionError as failure:
-        report.faults_of_the_rig.append(str(failure))
-    await asyncio.to_thread(report.ledger.look)
-    await asyncio.sleep(WINDOW + 2)
-    engine, api = report.faults.engine, report.faults.api
-    return [
-        process_vitals("engine", engine.pid),
-        engine_vitals("engine", await asyncio.to_thread(engine.metrics)),
-        process_vitals("API", api.pid),
-        await asyncio.to_thread(redis_vitals, cluster),
-    ]
 
 
 async def undisturbed(cluster: Cluster, bodies: Sequence[Body]) -> Expected:
-    """What a real model answers to each body when nothing happens to it."""
+    """The outputs of a real model without faults."""
     reference: dict[int, list[int]] = {}
     for body in bodies:
         transcript: Transcript = await cluster.client.stream(body)
         if transcript.finish_reason != "length":
-            raise RuntimeError(f"no answer in an undisturbed run: {transcript.error}")
+            raise RuntimeError(f"a request failed without faults: {transcript.error}")
         reference[body["seed"]] = transcript.tokens
     return lambda body: reference[body["seed"]]
 
 
 async def soak(cluster: Cluster, options: argparse.Namespace, *, notify: Notify) -> Report:
-    """With what the options say."""
-    draw = random.Random(options.seed)
+    rng = random.Random(options.seed)
 
     def make_body() -> Body:
-        return cluster.body(draw, max_tokens=draw.randint(1, 120))
+        return cluster.body(rng, max_tokens=rng.randint(1, 120))
 
     expected: Expected = cluster.expected
     if options.model == "real":
@@ -224,16 +60,15 @@ async def soak(cluster: Cluster, options: argparse.Namespace, *, notify: Notify)
         expected = await undisturbed(cluster, pool)
 
         def make_body() -> Body:
-            return dict(draw.choice(pool))
+            return dict(rng.choice(pool))
 
     return await run_soak(
-        cluster, make_body, expected, minutes=options.minutes, draw=draw, notify=notify
+        cluster, make_body, expected, minutes=options.minutes, rng=rng, notify=notify
     )
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Load and random faults for long.")
+    parser = argparse.ArgumentParser(description="Long load with random faults.")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", choices=("oracle", "real"), default="oracle")
@@ -246,23 +81,23 @@ def main(arguments: Sequence[str]) -> int:
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quire-soak-")))
-        forge = None
+        fork_server = None
         if options.model == "oracle":
-            forge = Forge(folder)
-            stack.callback(forge.close)
+            fork_server = ForkServer(folder)
+            stack.callback(fork_server.close)
         cluster = Cluster(
             folder,
             resolve("", cache=default_cache()),
-            forge=forge,
-            scale=Scale(lease=options.lease, pace=0.02, grace=GRACE, window=WINDOW),
+            fork_server=fork_server,
+            timings=Timings(lease=options.lease, pace=0.02, grace=GRACE, window=WINDOW),
             num_engines=ENGINES,
             num_apis=APIS,
-            seats=SEATS,
+            max_sequences=MAX_SEQUENCES,
             engine_flags={"threads": 1, "kv-memory": "16MiB"},
         )
         stack.callback(cluster.close)
         cluster.start()
-        cluster.begin()
+        cluster.reset()
         report = asyncio.run(soak(cluster, options, notify=notify))
     print("\n".join(report.lines()))
     return 1 if report.violations else 0

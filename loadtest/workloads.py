@@ -1,13 +1,23 @@
-"""Workloads: seeded prompts and arrivals, the same for every server that is compared.
+"""Workloads: seeded prompts, arrival times and the requests of Locust's users.
 
-The prompts are text, because not every server takes token ids. Their words are common enough that
-byte-level BPE vocabularies have them whole: a prompt of n words has n tokens of the default model.
-What a server counted stands in the results beside it.
+Prompts are text, because not every server accepts token ids. Byte-level BPE vocabularies have each
+of the words as one token: a prompt of n words has n tokens of the default model. Every request asks
+for an exact number of tokens, so that a truncated stream is detected.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+QUESTION = 24  # words of a user's message
+SYSTEM = 300  # words of the system prompt that all users share
+LONG = 1000  # words of a long prompt
+BURST = 4  # requests that a user sends at the same time
 
 _WORDS = tuple(
     """
@@ -32,15 +42,94 @@ def make_prompt(seed: str, *, num_tokens: int) -> str:
 
 
 def make_prompts(seed: str, *, count: int, num_tokens: int) -> list[str]:
-    """Prompts that share no beginning, so that no prefix cache helps."""
+    """Prompts without a common prefix, so that no prefix cache helps."""
     return [make_prompt(f"{seed}/{index}", num_tokens=num_tokens) for index in range(count)]
 
 
 def poisson_arrivals(seed: str, *, rate: float, window: float) -> tuple[float, ...]:
-    """Times within `window` seconds at which requests come: a Poisson process of a known count.
+    """Arrival times within `window` seconds: a Poisson process with a fixed number of arrivals.
 
-    The count is the one to be expected, and at least 1: in a short window, chance would make of
-    one rate another. Given the count, the times are independent and uniform.
+    The number is the expected one, at least 1, because in a short window chance would change the
+    rate. Given the number, the times are independent and uniform.
     """
     rng = random.Random(f"{seed}/{rate:g}")
     return tuple(sorted(rng.uniform(0, window) for _ in range(max(1, round(rate * window)))))
+
+
+class Workload(StrEnum):
+    """CHAT: conversations of one to three turns. LONG: a long prompt, a short output. PREFIX: one
+    system prompt, many questions. BURST: several chats at the same time. MIXED: all of these.
+    """
+
+    CHAT = "chat"
+    LONG = "long"
+    PREFIX = "prefix"
+    BURST = "burst"
+    MIXED = "mixed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One request and the number of tokens that it must get."""
+
+    path: str
+    fields: Mapping[str, Any]  # of the body, besides the common ones
+    tokens: int
+
+    def body(self, model: str) -> dict[str, Any]:
+        return {
+            "model": model,
+            "max_tokens": self.tokens,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self.fields,
+        }
+
+
+def _words(rng: random.Random, count: int) -> str:
+    return make_prompt(f"{rng.random()}", num_tokens=count)
+
+
+def _chat(rng: random.Random, tokens: int) -> Call:
+    turns = rng.randint(1, 3)
+    messages = [{"role": "user", "content": _words(rng, QUESTION)}]
+    for _ in range(turns - 1):
+        messages.append({"role": "assistant", "content": _words(rng, tokens)})
+        messages.append({"role": "user", "content": _words(rng, QUESTION)})
+    return Call(path="/v1/chat/completions", fields={"messages": messages}, tokens=tokens)
+
+
+def _long(rng: random.Random, tokens: int) -> Call:
+    fields = {"prompt": _words(rng, LONG)}
+    return Call(path="/v1/completions", fields=fields, tokens=max(1, tokens // 4))
+
+
+def _prefix(rng: random.Random, tokens: int) -> Call:
+    system = {"role": "system", "content": make_prompt("shared", num_tokens=SYSTEM)}
+    question = {"role": "user", "content": _words(rng, QUESTION)}
+    fields = {"messages": [system, question]}
+    return Call(path="/v1/chat/completions", fields=fields, tokens=tokens)
+
+
+CALLS: Mapping[Workload, Callable[[random.Random, int], Call]] = MappingProxyType(
+    {
+        Workload.CHAT: _chat,
+        Workload.LONG: _long,
+        Workload.PREFIX: _prefix,
+        Workload.BURST: _chat,
+    }
+)
+"""Makes the next request of a workload, given a random generator and the usual output length."""
+
+SHARES: Mapping[Workload, float] = MappingProxyType(
+    {Workload.CHAT: 5, Workload.LONG: 1, Workload.PREFIX: 3, Workload.BURST: 1}
+)
+"""Weights of the workloads in MIXED."""
+
+
+def next_turn(workload: Workload, rng: random.Random) -> Workload:
+    """The workload of a user's next turn: for MIXED a random one of the others."""
+    if workload is Workload.MIXED:
+        return rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
+    return workload

@@ -1,1 +1,1 @@
-"""Benchmarks: tables of figures, Quire beside its peers, each a script."""
+"""Benchmarks: the comparison with other servers, the CPU engine, the GPU engine."""

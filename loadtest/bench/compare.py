@@ -1,12 +1,12 @@
 """Compares servers in turns on one machine: `python -m loadtest.bench.compare` (`make compare`).
 
-Each repeat probes the roof and starts every server in turn (A B C, then C B A, ...), warms it up
-and drives it with the same client and the same seeded prompts. What counts on a machine whose speed
-changes is the median of the ratios of a repeat. A server that cannot run is a row with the reason.
-Written are compare.json (all that was measured), compare.md (the tables) and compare.svg.
+Each repeat probes the roof, then starts every server in turn (A B C, then C B A, ...), warms it up
+and measures it with the same client and the same seeded prompts. The speed of a machine changes, so
+the result is the median of the ratios within a repeat. A server that cannot run is a row with the
+reason. Writes compare.json (all measurements), compare.md (tables) and compare.svg.
 
-On two cores it takes under a quarter of an hour: no repeat is begun that would not end within
-`--minutes`. Other work on the machine spoils it; the load average stands in the JSON.
+On two cores it takes under 15 minutes: a repeat that would not end within `--minutes` is not
+started. Other work on the machine distorts the results; the load average is in the JSON.
 """
 
 from __future__ import annotations
@@ -20,25 +20,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from loadtest.bench.chart import draw
 from loadtest.bench.document import Document, read, write
 from loadtest.bench.machine import this_machine
-from loadtest.bench.measure import Kind, Session, Sizes, TooSlow, better_threads
+from loadtest.bench.measure import Kind, Notify, Session, Sizes, TooSlow, better_threads
 from loadtest.bench.peers import SERVERS
 from loadtest.bench.report import markdown, tables, warnings
 from loadtest.bench.roof import NoRoof, count_weights, probe
 from loadtest.bench.servers import Plan, Server, ServerFailed, convert
 
-_CHART = Path(__file__).parent / "chart.svg"  # the one that the README shows
+_CHART = Path(__file__).parents[1] / "chart.svg"  # the one that the README shows
 _QUICK = Sizes(
     least=1, tokens_out=32, prefill_requests=1, rates=(2, 8), window=3.0, patience=20.0,
     tokens_out_arrivals=16,
@@ -50,15 +42,15 @@ _NOT_QUICK = (
 
 @dataclass(slots=True, kw_only=True)
 class Comparison:
-    """Runs servers in turn and gathers what comes of them in a document."""
+    """Runs servers in turn and collects the results in a document."""
 
     plan: Plan
-    progress: Progress
     document: Document
-    candidates: Sequence[int] = ()  # numbers of threads to try where it matters
+    notify: Notify
+    candidates: Sequence[int] = ()  # numbers of threads to try
 
     def run(self, *, repeats: int, minutes: float) -> None:
-        """Everything. At least one repeat is begun, and no other that would end too late."""
+        """Runs at least one repeat, and no further one that would end too late."""
         began = time.monotonic()
         names = self._prepare_all()
         for number in range(repeats):
@@ -74,18 +66,15 @@ class Comparison:
                 break
 
     def _prepare_all(self) -> list[str]:
-        """Leaves out what cannot run, converts weights, tries numbers of threads."""
-        task = self.progress.add_task("prepare", total=len(self.document.servers))
+        """Converts weights and tunes threads. Returns the servers that can run."""
         for name in self.document.servers:
-            self.progress.update(task, description=f"prepare · {name}")
+            self.notify(f"prepare · {name}")
             if name not in self.document.left_out and (reason := self._prepare(SERVERS[name])):
                 self.document.left_out[name] = reason
-            self.progress.advance(task)
-        self.progress.remove_task(task)
         return [name for name in self.document.servers if name not in self.document.left_out]
 
     def _prepare(self, server: Server) -> str | None:
-        """Why it cannot be compared, or None."""
+        """Why this server is left out, or None."""
         if server.missing:
             return server.missing
         try:
@@ -98,39 +87,34 @@ class Comparison:
         return None
 
     def _repeat(self, number: int, names: Sequence[str], *, title: str) -> list[str]:
-        """Every server once; those that are worth another repeat, in the same order."""
-        task = self.progress.add_task(title, total=len(names))
+        """Measures every server once. Returns those to repeat, in the same order."""
         self._probe_roof()
         again = set()
         for name in names if number % 2 == 0 else names[::-1]:
-            label = f"{title} · {name}"
             threads = self.document.threads.get(name, self.plan.threads)
             plan = replace(self.plan, threads=threads)
             session = Session(SERVERS[name], plan, self.document.sizes, repeat=number)
-            if self._is_to_go_on(session, label=label, task=task):
+            if self._succeeds(session, label=f"{title} · {name}"):
                 again.add(name)
             self.document.results.extend(session.results)
-            self.progress.advance(task)
-        self.progress.remove_task(task)
         return [name for name in names if name in again]
 
-    def _is_to_go_on(self, session: Session, *, label: str, task: TaskID) -> bool:
-        """Runs it; whether it could do everything and is to do it again."""
-
-        def notify(load: str) -> None:
-            self.progress.update(task, description=f"{label} · {load}")
-
+    def _succeeds(self, session: Session, *, label: str) -> bool:
+        """Runs it. Returns whether everything succeeded and the server is to be repeated."""
+        once = session.server.once
         try:
-            with_arrivals = session.repeat == 0 and not session.server.once
-            session.run(with_arrivals=with_arrivals, notify=notify)
+            session.run(
+                with_arrivals=session.repeat == 0 and not once,
+                notify=lambda load: self.notify(f"{label} · {load}"),
+            )
         except (ServerFailed, TooSlow, OSError) as failure:
             reason = f"{failure} (in repeat {session.repeat + 1})"
             self.document.left_out[session.server.name] = reason
             return False
-        return not session.server.once
+        return not once
 
     def _probe_roof(self) -> None:
-        """Adds a roof, or the reason why there is none."""
+        """Adds a roof, or the reason for its absence."""
         document = self.document
         rows = sorted({1, 8, 32, *document.sizes.clients})
         try:
@@ -140,7 +124,7 @@ class Comparison:
 
 
 def _default_model() -> Path:
-    """The file that `quire serve` serves, fetched where it is not there yet."""
+    """The file that `quire serve` serves, downloaded if necessary."""
     from model.checkpoint.fetch import default_cache, resolve
 
     return resolve("", cache=default_cache())
@@ -151,25 +135,34 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; an unknown server's name ends it."""
+    """Exits for an unknown server name."""
     cpus = this_machine().cpus
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
     add = parser.add_argument
-    add("--model", type=Path, help="GGUF file that all serve; the default model otherwise")
+    add("--model", type=Path, help="GGUF file (default: the default model)")
     add("--servers", type=lambda text: text.split(","), default=list(SERVERS))
-    add("--quick", action="store_true", help="one small repeat: a look, under 4 minutes")
+    add("--quick", action="store_true", help="one small repeat, under 4 minutes")
     add("--clients", type=_numbers)
     add("--tokens-in", type=int)
     add("--tokens-out", type=int)
-    add("--rates", type=_numbers, help="requests a second of the Poisson arrivals, rising")
+    add(
+        "--rates",
+        type=_numbers,
+        help="rising rates of the Poisson arrivals, in requests per second",
+    )
     add("--seed")
     add("--repeats", type=int)
-    add("--minutes", type=float, default=14.5, help="no repeat that would end after these")
+    add(
+        "--minutes",
+        type=float,
+        default=14.5,
+        help="time limit; no repeat starts that would exceed it",
+    )
     add("--threads", type=_numbers, default=tuple(sorted({max(1, cpus // 2), cpus})),
-        help="of llama.cpp; the best of these is kept")  # fmt: skip
-    add("--quire-flags", type=str.split, default=[], help="as one argument")
+        help="numbers of threads to try for llama.cpp")  # fmt: skip
+    add("--quire-flags", type=str.split, default=[], help="flags of `quire serve`, as one argument")
     add("--results", type=Path, default=Path("results"))
-    add("--render", type=Path, metavar="JSON", help="measure nothing: tables and chart of a file")
+    add("--render", type=Path, metavar="JSON", help="tables and chart of an earlier compare.json")
     add("--readme", action="store_true", help=f"also write {_CHART.name} and print the Markdown")
     options = parser.parse_args(arguments)
     if unknown := set(options.servers) - set(SERVERS):
@@ -178,15 +171,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def sizes_of(options: argparse.Namespace) -> Sizes:
-    """The preset, and what the command line says otherwise."""
+    """The preset with the overrides of the command line."""
     sizes = _QUICK if options.quick else Sizes()
     names = ("clients", "tokens_in", "tokens_out", "rates", "seed")
-    said = {name: value for name in names if (value := getattr(options, name)) is not None}
-    return replace(sizes, **said)
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return replace(sizes, **given)
 
 
 def measure(options: argparse.Namespace, *, console: Console) -> Document:
-    """Runs the comparison; what there is so far is kept where it is interrupted."""
+    """Runs the comparison; after an interrupt, returns the results so far."""
     model, sizes = (options.model or _default_model()).resolve(), sizes_of(options)
     document = Document(
         date=time.strftime("%Y-%m-%d", time.gmtime()),
@@ -207,25 +200,21 @@ def measure(options: argparse.Namespace, *, console: Console) -> Document:
         folder=options.results.resolve(),
         quire_flags=options.quire_flags,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    candidates = () if options.quick else options.threads
+    repeats = options.repeats or (1 if options.quick else 3)
+    with console.status("") as status:
         comparison = Comparison(
-            plan=plan,
-            progress=progress,
-            document=document,
-            candidates=() if options.quick else options.threads,
+            plan=plan, document=document, notify=status.update, candidates=candidates
         )
         try:
-            comparison.run(
-                repeats=options.repeats or (1 if options.quick else 3), minutes=options.minutes
-            )
+            comparison.run(repeats=repeats, minutes=options.minutes)
         except KeyboardInterrupt:
-            console.print("interrupted: what was measured until now is shown", style="red")
+            console.print("interrupted; showing the results so far", style="red")
     return document
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compares and reports; 1 where a request of the first server failed or nothing ran."""
+    """Returns 1 if a request of the first server failed or nothing ran."""
     options = parse(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     options.results.mkdir(parents=True, exist_ok=True)
@@ -235,7 +224,7 @@ def main(arguments: Sequence[str]) -> int:
         document = measure(options, console=console)
         write(document, options.results / "compare.json")
     if not document.results:
-        console.print("nothing could be measured:", document.left_out)
+        console.print("no results:", document.left_out)
         return 1
     for table in tables(document):
         console.print(table.to_rich())
@@ -243,8 +232,8 @@ def main(arguments: Sequence[str]) -> int:
         console.print(line, style="red", markup=False, highlight=False)
     report, chart = options.results / "compare.md", options.results / "compare.svg"
     report.write_text(markdown(document), encoding="utf-8")
-    chart.write_text(draw(document), encoding="utf-8")
-    console.print(f"written: {report}, {chart} and, of the measurements, compare.json")
+    draw(document, chart)
+    console.print(f"written: {report}, {chart}, compare.json")
     if options.readme:
         shutil.copyfile(chart, _CHART)
         print(markdown(document))

@@ -1,24 +1,21 @@
-"""All that a comparison measured, and on what: one JSON file, written and read."""
+"""The results of a comparison and their conditions, as one JSON file."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import orjson
+from pydantic import TypeAdapter
 
 from loadtest.bench.machine import Machine
-from loadtest.bench.measure import Kind, Result, Sizes
+from loadtest.bench.measure import Result, Sizes
 from loadtest.bench.roof import Roof, Weights
-from loadtest.client import Summary
 
 
 @dataclass(slots=True, kw_only=True)
 class Document:
-    """A comparison. The first of the servers is the one that all are compared with."""
+    """A comparison. The first server is the base of all ratios."""
 
     date: str
     machine: Machine
@@ -26,14 +23,13 @@ class Document:
     weights: Weights
     sizes: Sizes
     servers: list[str]
-    threads: dict[str, int] = field(default_factory=dict)  # where they were tried out
-    roofs: list[Roof] = field(default_factory=list)  # one a repeat, or none at all
+    threads: dict[str, int] = field(default_factory=dict)  # of servers whose threads were tuned
+    roofs: list[Roof] = field(default_factory=list)  # one per repeat, or none
     results: list[Result] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)  # whole or in part, with the reason
+    left_out: dict[str, str] = field(default_factory=dict)  # wholly or partly; the reason
 
     @property
     def base(self) -> str:
-        """The server that all are compared with."""
         return self.servers[0]
 
 
@@ -44,32 +40,5 @@ def write(document: Document, path: Path) -> None:
 
 
 def read(path: Path) -> Document:
-    """A document as it was written. Raises ValueError, KeyError or TypeError for another file."""
-    fields = orjson.loads(path.read_bytes())
-    return Document(
-        **fields
-        | {
-            "machine": Machine(**fields["machine"]),
-            "weights": Weights(**fields["weights"]),
-            "sizes": Sizes(**_with_tuples(fields["sizes"])),
-            "roofs": [_roof(roof) for roof in fields["roofs"]],
-            "results": [_result(result) for result in fields["results"]],
-        }
-    )
-
-
-def _roof(fields: Mapping[str, Any]) -> Roof:
-    products = {int(rows): speed for rows, speed in fields["products_a_second"].items()}
-    return Roof(**{**fields, "products_a_second": products})
-
-
-def _result(fields: Mapping[str, Any]) -> Result:
-    summary: dict[str, Any] = {
-        name: math.nan if value is None else value for name, value in fields["summary"].items()
-    }
-    kind = Kind(fields["kind"])
-    return Result(**{**fields, "kind": kind, "summary": Summary(**_with_tuples(summary))})
-
-
-def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    """Raises ValueError for anything but the file of a comparison."""
+    return TypeAdapter(Document).validate_json(path.read_bytes())

@@ -1,4 +1,4 @@
-"""What the figures were measured on: processor, its instructions for 8-bit products, packages."""
+"""The machine of a measurement: processor, its vector instructions, packages."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FLAGS = ("amx_int8", "amx_bf16", "avx512_vnni", "avx_vnni", "avx512f", "avx2", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """One machine and what is installed on it."""
+    """One machine and its packages."""
 
     processor: str
-    cpus: int  # that this process may use
+    cpus: int  # usable by this process
     flags: list[str]
     memory: int  # bytes
     system: str
@@ -31,7 +31,6 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """As /proc/cpuinfo and the interpreter tell."""
     path = Path("/proc/cpuinfo")
     fields = read_cpuinfo(path.read_text(encoding="utf-8") if path.is_file() else "")
     known = set(fields.get("flags", fields.get("Features", "")).split())
@@ -46,7 +45,7 @@ def this_machine() -> Machine:
 
 
 def read_cpuinfo(text: str) -> dict[str, str]:
-    """The fields of the first processor."""
+    """Fields of the first processor."""
     first, *_ = text.split("\n\n")
     pairs = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from rich.table import Table as RichTable
 
 from loadtest.bench.document import Document
-from loadtest.bench.measure import A_TOKEN_WITHIN, FIRST_TOKEN_WITHIN, Kind, Result
+from loadtest.bench.measure import FIRST_TOKEN_WITHIN, PER_TOKEN_WITHIN, Kind, Result
 
-_BUSY_CLIENT = 0.5  # of a core; above that the client may be what is measured
+_BUSY_CLIENT = 0.5  # of a core; above that the client may be the bottleneck
 _EMBEDDED, _REDIS = "quire", "quire-redis"
-_OTHER_PROMPT = 0.02  # by which a server's count of prompt tokens may differ from the first's
+_OTHER_PROMPT = 0.02  # tolerated difference of prompt token counts between servers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,6 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def to_rich(self) -> RichTable:
-        """For a terminal."""
         table = RichTable(title=self.title, title_justify="left")
         for number, column in enumerate(self.columns):
             table.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -35,7 +34,6 @@ class Table:
         return table
 
     def to_markdown(self) -> str:
-        """GitHub's."""
         rule = ["---", *["---:"] * (len(self.columns) - 1)]
         lines = [f"| {' | '.join(row)} |" for row in (self.columns, rule, *self.rows)]
         return f"**{self.title}**\n\n" + "\n".join(lines) + "\n"
@@ -43,7 +41,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One kind of load at one level: results by server, in the order that was asked for."""
+    """Results of one kind of load at one level, by server."""
 
     document: Document
     kind: Kind
@@ -51,11 +49,10 @@ class View:
 
     @property
     def servers(self) -> list[str]:
-        """Those with results."""
         return [name for name in self.document.servers if self.of(name)]
 
     def of(self, server: str) -> list[Result]:
-        """A server's results, one a repeat."""
+        """Results of a server, one per repeat."""
         return [
             result
             for result in self.document.results
@@ -63,22 +60,22 @@ class View:
         ]
 
     def median(self, server: str, figure: Callable[[Result], float]) -> float:
-        """Over the repeats that have the figure; NaN where none has."""
+        """Over the repeats that have the figure; NaN if none has."""
         return median([figure(result) for result in self.of(server)])
 
     def ratio(self, base: str, server: str) -> float:
-        """The median of base's speed over the server's, of the repeats in which both had any."""
+        """Median of base speed / server speed over the repeats in which both succeeded."""
         return median(ratios(self.of(base), self.of(server)))
 
     def of_roof(self, server: str) -> float:
-        """The median of the server's speed over the roof of the same repeat."""
+        """Median of server speed / roof of the same repeat."""
         roofs = self.roofs
         results = [result for result in self.of(server) if 0 <= result.repeat < len(roofs)]
         return median([result.speed / roofs[result.repeat] for result in results])
 
     @property
     def roofs(self) -> list[float]:
-        """Tokens a second, one a repeat."""
+        """Tokens per second, one per repeat."""
         weights, level = self.document.weights, int(self.level)
         if self.kind is Kind.PREFILL:
             return [roof.prefill(weights, tokens=level) for roof in self.document.roofs]
@@ -86,20 +83,20 @@ class View:
 
 
 def median(values: Sequence[float]) -> float:
-    """Of those that are numbers; NaN of none."""
+    """Ignores NaN; NaN if nothing is left."""
     known = [value for value in values if not math.isnan(value)]
     return statistics.median(known) if known else math.nan
 
 
 def ratios(base: Sequence[Result], other: Sequence[Result]) -> list[float]:
-    """Speeds of `base` over those of `other`, for each repeat in which both had any."""
+    """Speed of `base` / speed of `other` for each repeat in which both succeeded."""
     speeds = {result.repeat: result.speed for result in other}
     pairs = [(result.speed, speeds[result.repeat]) for result in base if result.repeat in speeds]
     return [mine / theirs for mine, theirs in pairs if mine > 0 and theirs > 0]
 
 
 def goodput(document: Document, server: str) -> float:
-    """Good requests a second, at the rate where they were most; NaN where it was not measured."""
+    """Maximum of good requests per second over all rates; NaN if not measured."""
     good = [
         row.level * row.good / row.summary.requests
         for row in document.results
@@ -109,17 +106,14 @@ def goodput(document: Document, server: str) -> float:
 
 
 def decode_view(document: Document, clients: int) -> View:
-    """Bursts of this many clients."""
     return View(document, Kind.DECODE, clients)
 
 
 def prefill_view(document: Document) -> View:
-    """Long prompts."""
     return View(document, Kind.PREFILL, document.sizes.prefill_tokens)
 
 
 def tables(document: Document) -> list[Table]:
-    """All of them."""
     return [
         *(_decode_table(decode_view(document, clients)) for clients in document.sizes.clients),
         _prompt_table(document),
@@ -131,27 +125,27 @@ def tables(document: Document) -> list[Table]:
 
 
 def markdown(document: Document) -> str:
-    """The tables, and what they were measured on and how."""
+    """The tables, with machine, versions and method."""
     sizes, repeats = document.sizes, 1 + max(result.repeat for result in document.results)
     packages = ", ".join(f"{name} {number}" for name, number in document.machine.packages.items())
     threads = ", ".join(f"{name} {number}" for name, number in document.threads.items())
     measured_on = f"{document.date}, {document.machine}; {document.machine.system}; {packages}."
     how = (
-        f"Model {document.model}. Prompts of {sizes.tokens_in} tokens, answers of"
-        f" {sizes.tokens_out}, greedy, streamed over HTTP, all clients at once, client and server"
-        f" on the same machine. Medians of interleaved repeats ({repeats}); `{document.base} is` is"
-        " the median of the ratios within a repeat. Times in ms. The roof is what the machine's"
-        " memory and its 8-bit multipliers allow for the products alone."
+        f"Model {document.model}. {sizes.tokens_in} prompt tokens, {sizes.tokens_out} output"
+        " tokens, greedy, streamed over HTTP, all clients start together, client and server on the"
+        f" same machine. Medians of interleaved repeats ({repeats}); `{document.base} is` is the"
+        " median of the ratios within a repeat. Times in ms. The roof is the limit by memory"
+        " bandwidth and 8-bit multipliers for the products alone."
     )
     peers = (
-        "Of llama.cpp and OpenVINO, types other than the file's own are requantised from it: for"
-        " speed, not for quality."
+        "llama.cpp and OpenVINO: types other than the file's own are requantised, to compare speed"
+        " only."
     )
     counts = {name: _repeats(document, name) for name in document.servers}
     if fewer := [f"{name} ({n})" for name, n in counts.items() if 0 < n < repeats]:
         peers += f" Fewer repeats: {', '.join(fewer)}."
     if threads:
-        peers += f" Threads that were best: {threads}."
+        peers += f" Best number of threads: {threads}."
     lines = [measured_on, how, peers]
     return "\n\n".join([*lines, *(table.to_markdown() for table in tables(document))])
 
@@ -161,13 +155,13 @@ def _repeats(document: Document, server: str) -> int:
 
 
 def warnings(document: Document) -> Iterator[str]:
-    """What a reader of the tables must know: failures, a busy client, unlike prompts."""
+    """Failures, a busy client, differing prompts."""
     judged = [row for row in document.results if row.kind is not Kind.ARRIVALS]
     for row in judged:
         for error in row.summary.errors:
             yield f"{row.server}, {row.kind} {row.level:g}: {error}"
     if any(row.client_cpu > _BUSY_CLIENT * row.summary.wall for row in judged):
-        yield "The client took over half a core: it may have been the limit."
+        yield "The client used over half a core: it may have been the bottleneck."
     counted = {
         (row.server, row.kind, row.level): row.summary.prompt_tokens
         for row in judged
@@ -230,15 +224,15 @@ def _prompt_table(document: Document) -> Table:
 
 
 def _goodput_tables(document: Document) -> Iterator[Table]:
-    """Empty cells are rates above one at which fewer than half were good."""
+    """Rates above one at which fewer than half were good have empty cells."""
     rates = sorted({row.level for row in document.results if row.kind is Kind.ARRIVALS})
     if not rates:
         return
     views = [View(document, Kind.ARRIVALS, rate) for rate in rates]
     yield Table(
-        title=f"Goodput, requests a second with the first token within {FIRST_TOKEN_WITHIN:g} s and"
-        f" {1e3 * A_TOKEN_WITHIN:g} ms a token; good of all at each Poisson rate"
-        f" ({document.sizes.tokens_out_arrivals} tokens out)",
+        title=f"Goodput, requests per second with TTFT within {FIRST_TOKEN_WITHIN:g} s and"
+        f" {1e3 * PER_TOKEN_WITHIN:g} ms per token; good/all at each Poisson rate"
+        f" ({document.sizes.tokens_out_arrivals} output tokens)",
         columns=["server", "goodput", *(f"{rate:g}/s" for rate in rates)],
         rows=[
             [
@@ -256,13 +250,13 @@ def _goodput_tables(document: Document) -> Iterator[Table]:
 
 
 def _redis_tables(document: Document) -> Iterator[Table]:
-    """What replicas joined by Redis cost on one machine, against one process."""
+    """Cost of replicas joined by Redis on one machine, relative to one process."""
     views = [decode_view(document, clients) for clients in document.sizes.clients]
     views = [view for view in views if {_EMBEDDED, _REDIS} <= set(view.servers)]
     if not views:
         return
     yield Table(
-        title="Redis mode (API, engine and Redis on this machine) against one process",
+        title="Redis mode (API, engine and Redis on this machine) and one process",
         columns=["clients", "one process tok/s", "Redis tok/s", "Redis costs"],
         rows=[
             [
@@ -287,7 +281,7 @@ def _roof_tables(document: Document) -> Iterator[Table]:
     rows.append([f"prefill of {prefill.level:g}", _number(median(prefill.roofs))])
     yield Table(
         title=f"Roof ({variants}, memory {memory / 1e9:.1f} GB/s)",
-        columns=["rows of a step", "tok/s at most"],
+        columns=["rows per step", "max tok/s"],
         rows=rows,
     )
 
@@ -295,14 +289,14 @@ def _roof_tables(document: Document) -> Iterator[Table]:
 def _reason_tables(document: Document) -> Iterator[Table]:
     if document.left_out:
         yield Table(
-            title="Left out, whole or in part",
-            columns=["server", "because"],
+            title="Left out, wholly or partly",
+            columns=["server", "reason"],
             rows=[[name, reason.replace("|", "/")] for name, reason in document.left_out.items()],
         )
 
 
 def _failed(rows: Sequence[Result]) -> str:
-    """Of all that were asked, in all repeats."""
+    """Failed / all requests over all repeats."""
     failures = sum(row.summary.failures for row in rows)
     return f"{failures}/{sum(row.summary.requests for row in rows)}"
 

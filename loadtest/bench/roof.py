@@ -1,10 +1,10 @@
-"""The roof: how fast this machine could do the 8-bit products of a step, and nothing else.
+"""The roof: the fastest that this machine could compute the 8-bit products of a step.
 
-    time of a step >= max(weights read / memory bandwidth, products / products a second)
+    time of a step >= max(bytes read / memory bandwidth, products / products per second)
 
-Both rates are probed by the native library beside the measurements, because a machine's speed
-changes; with one thread and with all, the better counts. Attention, norms, sampling, HTTP and
-everything that is not a product come on top, so no server reaches the roof.
+The native library probes both rates during the measurements because a machine's speed changes; it
+probes with one thread and with all, and the better result counts. Attention, norms, sampling and
+HTTP come on top, so no server reaches the roof.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _REPEATS = 5
 
 
 class NoRoof(Exception):
-    """The machine cannot be probed; the message says why."""
+    """The machine cannot be probed; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Numbers in the matrices of all layers, and of the head; each is a byte in 8 bits."""
+    """Numbers of weights in the matrices of all layers and of the head; one byte each in 8 bits."""
 
     layers: int
     head: int
@@ -31,30 +31,30 @@ class Weights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roof:
-    """What was probed. The products are of numbers of rows at a time, as a step has them."""
+    """Probed rates."""
 
     variant: str
     bytes_a_second: float
-    products_a_second: Mapping[int, float]  # by rows
+    products_a_second: Mapping[int, float]  # by number of rows
 
     def decode(self, weights: Weights, *, rows: int) -> float:
-        """Tokens a second at most, of steps that compute `rows` tokens."""
-        return rows / self._seconds(weights.layers, weights.head, rows, outputs=rows)
+        """Upper bound of tokens per second for steps of `rows` tokens."""
+        return rows / self.seconds(weights, rows=rows, outputs=rows)
 
     def prefill(self, weights: Weights, *, tokens: int) -> float:
-        """Prompt tokens a second at most; the head is for the last one only."""
-        return tokens / self._seconds(weights.layers, weights.head, tokens, outputs=1)
+        """Upper bound of prompt tokens per second; the head computes the last token only."""
+        return tokens / self.seconds(weights, rows=tokens, outputs=1)
 
-    def _seconds(self, layers: int, head: int, rows: int, *, outputs: int) -> float:
+    def seconds(self, weights: Weights, *, rows: int, outputs: int, kv_bytes: int = 0) -> float:
+        """Lower bound of a step that computes `rows` tokens and reads `kv_bytes` of the KV pool."""
         nearest = min(self.products_a_second, key=lambda probed: abs(probed - rows))
-        products = layers * rows + head * outputs
-        return max(
-            (layers + head) / self.bytes_a_second, products / self.products_a_second[nearest]
-        )
+        products = weights.layers * rows + weights.head * outputs
+        read = weights.layers + weights.head + kv_bytes
+        return max(read / self.bytes_a_second, products / self.products_a_second[nearest])
 
 
 def count_weights(model: Path) -> Weights:
-    """Of a GGUF file. An embedding is read by rows, and counts only where it is the head too."""
+    """Of a GGUF file. An embedding is read by rows; it counts only if it is the head too."""
     import gguf
 
     sizes = {
@@ -67,8 +67,11 @@ def count_weights(model: Path) -> Weights:
     return Weights(layers=sum(sizes.values()), head=head)
 
 
-def probe(*, threads: Sequence[int], rows: Sequence[int]) -> Roof:
-    """Takes about a second. Raises NoRoof where there is no native library."""
+def probe(*, threads: Sequence[int], rows: Sequence[int], variant: str = "") -> Roof:
+    """Takes about a second. Raises NoRoof if the native library is unavailable.
+
+    `variant`: of the native code; empty: the fastest one.
+    """
     try:
         from model.native import NativeUnavailable
         from model.native.library import NativeLibrary
@@ -78,7 +81,7 @@ def probe(*, threads: Sequence[int], rows: Sequence[int]) -> Roof:
         library = NativeLibrary()
     except NativeUnavailable as unavailable:
         raise NoRoof(str(unavailable)) from unavailable
-    calls, variant = library.calls, library.variants[0]
+    calls, variant = library.calls, variant or library.variants[0]
     return Roof(
         variant=variant,
         bytes_a_second=max(

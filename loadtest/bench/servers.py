@@ -1,7 +1,7 @@
-"""A server under comparison: how it is started, when it is ready, what it costs, how it is ended.
+"""Server processes under test: start, readiness, CPU and memory, stop.
 
-Each runs on a free port of 127.0.0.1 in a process of its own, and is ended by its process id. Its
-output goes to a log file. Which servers there are says `peers`.
+Each runs on a free port of 127.0.0.1 as a process of its own; its output goes to a log file. The
+table of servers is in `peers`.
 """
 
 from __future__ import annotations
@@ -27,76 +27,77 @@ from loadtest.client import Target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a server is started for."""
+    """The load that a server is started for."""
 
     model: Path  # GGUF
     threads: int
-    clients: int  # the most at a time
-    context: int  # tokens a request holds at its end
+    clients: int  # concurrent
+    context: int  # maximum tokens of a request, prompt and output
     folder: Path  # logs and converted weights
     quire_flags: Sequence[str] = ()
 
 
+Command = Callable[[Plan, int], list[str]]
+"""Plan, port -> command line."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """One way to serve the model."""
+    """How to start a server and what its requests need."""
 
     name: str
-    command: Callable[[Plan, int], list[str]]  # of the plan and the port
-    modules: Sequence[str] = ()  # of Python, without which it cannot start
-    programs: Sequence[str] = ()  # on the path
+    command: Command
+    modules: Sequence[str] = ()  # Python modules that it needs
+    programs: Sequence[str] = ()  # executables that it needs
     health: str = "/health"
-    fields: Callable[[Plan], Mapping[str, object]] = lambda _: {}  # of a request's body
-    variables: Mapping[str, str] = field(default_factory=dict)  # of its environment
+    fields: Callable[[Plan], Mapping[str, object]] = lambda _: {}  # of each request body
+    variables: Mapping[str, str] = field(default_factory=dict)  # environment
     sends_done: bool = True
-    conversion: Callable[[Plan], list[str]] | None = None  # a command to be run before the first
-    tries_threads: bool = False  # whether its speed hangs on a number of threads that we choose
-    once: bool = (
-        False  # in the first repeat alone and without arrivals: not the fastest of its kind
-    )
+    conversion: Callable[[Plan], list[str]] | None = None  # command to convert the weights
+    tries_threads: bool = False  # its number of threads has to be tuned
+    once: bool = False  # measured in the first repeat only, without arrivals: a slower variant
     start_timeout: float = 120.0  # seconds
 
     @property
     def missing(self) -> str | None:
-        """Why it cannot run here, or None."""
+        """Why it cannot run on this machine, or None."""
         gone = [name for name in self.modules if importlib.util.find_spec(name) is None]
         gone += [name for name in self.programs if find_program(name) is None]
         return f"{' and '.join(gone)} not installed" if gone else None
 
 
 def find_program(name: str) -> str | None:
-    """Beside this Python, or on the path."""
+    """In the folder of this Python, or on the path."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.is_file() else shutil.which(name)
 
 
 class ServerFailed(Exception):
-    """The server did not come up, or did not stay up; the message says where its log is."""
+    """The server did not start or ended early; the message names its log."""
 
 
 @dataclass(slots=True)
 class Running:
-    """A server that answers. `cpu_seconds` and `rss` are of its whole process tree."""
+    """A server that is ready. CPU and memory are those of its process tree."""
 
     target: Target
     process: psutil.Process
     start_seconds: float
-    rss_peak: int = 0  # bytes, of the moments it was sampled at
+    rss_peak: int = 0  # bytes, maximum of the samples
     _tree: list[psutil.Process] = field(default_factory=list)
 
-    def look_at_tree(self) -> None:
-        """Finds the processes; once they are warm there come no more."""
+    def find_processes(self) -> None:
+        """Called after the warm-up, when all processes have started."""
         with _alive():
             self._tree = [self.process, *self.process.children(recursive=True)]
 
     def sample_rss(self) -> None:
-        """Pages that processes share count once for each."""
+        """Shared pages count once per process."""
         with _alive():
             now = sum(part.memory_info().rss for part in self._tree)
         self.rss_peak = max(self.rss_peak, now)
 
     def cpu_seconds(self) -> float:
-        """User and system time so far."""
         with _alive():
             times = [part.cpu_times() for part in self._tree]
         return sum(part.user + part.system for part in times)
@@ -107,11 +108,11 @@ def _alive() -> Iterator[None]:
     try:
         yield
     except psutil.Error as error:
-        raise ServerFailed(f"ended unasked: {error}, see its log") from error
+        raise ServerFailed(f"ended unexpectedly: {error}, see its log") from error
 
 
 def convert(server: Server, plan: Plan) -> None:
-    """Makes the weights that the server reads, where it needs its own. Raises ServerFailed."""
+    """Converts the weights if the server needs that. Raises ServerFailed."""
     if server.conversion is None:
         return
     log = plan.folder / f"{server.name}.log"
@@ -120,12 +121,12 @@ def convert(server: Server, plan: Plan) -> None:
             server.conversion(plan), stdout=output, stderr=subprocess.STDOUT, check=False
         )
     if done.returncode:
-        raise ServerFailed(f"its weights cannot be made from {plan.model.name}, see {log}")
+        raise ServerFailed(f"cannot convert the weights of {plan.model.name}, see {log}")
 
 
 @contextmanager
 def running(server: Server, plan: Plan) -> Iterator[Running]:
-    """Starts the server, waits until it is healthy, and ends it. Raises ServerFailed."""
+    """Starts the server, waits until it is healthy, and stops it. Raises ServerFailed."""
     port = free_port()
     log = plan.folder / f"{server.name}.log"
     started = time.monotonic()
@@ -159,11 +160,11 @@ def free_port() -> int:
 def wait_until_healthy(
     url: str, process: subprocess.Popen[bytes], *, timeout: float, log: Path
 ) -> None:
-    """Until the URL answers with 200. Raises ServerFailed."""
+    """Waits for status 200. Raises ServerFailed."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ServerFailed(f"ended with {process.returncode} before it was ready, see {log}")
+            raise ServerFailed(f"exited with {process.returncode} before it was ready, see {log}")
         try:
             with urlopen(url, timeout=5) as answer:  # noqa: S310 - http on the loopback
                 if answer.status == 200:
@@ -175,7 +176,7 @@ def wait_until_healthy(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, and SIGKILL after ten seconds; then what it left behind."""
+    """SIGTERM, SIGKILL after ten seconds; then SIGKILL to remaining children."""
     try:
         children = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:

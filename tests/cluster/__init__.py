@@ -1,5 +1,5 @@
-"""The rig: a Redis, engines and API replicas as processes of one machine, clients and a checker.
+"""The test cluster: Redis, engines, API replicas as processes of one machine; clients; a checker.
 
-The fault tests and the soak harm it and then check every answer. Unlike the rest of `loadtest` it
-reads the journal, with the service's own code. It knows the oracle only as a program to start.
+Fault tests and the soak inject faults into it and then check every answer. It reads the journal
+with the service's own code. The oracle engine is known to it only as a program to start.
 """

@@ -1,4 +1,4 @@
-"""Balancer: a TCP port before API replicas, as a Service is: each connection goes to another."""
+"""Balancer: a TCP port in front of API replicas; connections are distributed round robin."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 
-from tests.cluster.client import Address
+from loadtest.sse import Address
 from tests.cluster.relay import Connection, Relay
 
 PATIENCE = 5.0  # seconds that a connection waits for a replica
 
 
 class Balancer(Relay):
-    """`addresses` tells the replicas that are in it now. It repeats nothing."""
+    """`addresses` returns the current replicas. No retries once connected."""
 
     def __init__(self, addresses: Callable[[], Sequence[Address]]) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Balancer(Relay):
         return f"http://127.0.0.1:{self.port}"
 
     async def connect(self) -> Connection:
-        """To the next replica that takes a connection. TimeoutError: none did."""
+        """Connects to the next replica that accepts. Raises TimeoutError if none does."""
         async with asyncio.timeout(PATIENCE):
             while True:
                 for _ in addresses if (addresses := self._addresses()) else ():

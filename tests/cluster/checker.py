@@ -1,8 +1,8 @@
-"""Checker: the promises, over what clients got, what the journal holds and what the metrics say.
+"""Checker: compares clients' transcripts, the journal and the metrics with the promises.
 
-P1  all a client got, over its connections, is the one token sequence that the journal has
+P1  what a client received, over all its connections, is the token sequence of the journal
 P2  that sequence is the one of an undisturbed run
-P3  one end, and nothing after it
+P3  there is one end, and nothing after it
 P5  at the end nothing is queued, pending, running or held in the KV pool
 conservation: accepted = finished + failed + cancelled + expired + in flight, and lost = 0
 """
@@ -15,11 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from loadtest.sse import DONE
 from service.messages import End, Tokens
 from tests.cluster.client import Transcript
 from tests.cluster.cluster import Cluster
 
-SETTLE = 20.0  # seconds in which a cluster must have come to rest
+SETTLE = 20.0  # seconds within which a cluster must become idle
 
 
 async def check_all(
@@ -30,11 +31,11 @@ async def check_all(
     same_bytes: bool = True,
     counted: bool = True,
 ) -> Counter[str]:
-    """Every check. Returns how many requests ended for which reason.
+    """Runs every check. Returns the number of requests by finish reason.
 
-    `expected` gives the tokens of an undisturbed run; without it they are the oracle's.
-    `same_bytes` False: the journal was cut and written again in other pieces, so that only tokens
-    and text can be compared. `counted` False: an API replica was killed, its counters with it.
+    `expected` returns the tokens of an undisturbed run; default: the oracle's. `same_bytes` False:
+    the journal was truncated and written again in other chunks, so that only tokens and text can
+    be compared. `counted` False: an API replica was killed, and its counters are lost.
     """
     for transcript in transcripts:
         await check_transcript(
@@ -54,30 +55,30 @@ async def check_transcript(
     """P1, P2 and P3 for one request."""
     assert transcript.call_id is not None
     tokens = transcript.tokens
-    answer = list(expected(transcript.body))
-    assert tokens == answer[: len(tokens)], "P2: another token"
+    undisturbed = list(expected(transcript.body))
+    assert tokens == undisturbed[: len(tokens)], "P2: wrong token"
     journal, end = await read_journal(cluster, transcript.call_id)
-    assert tokens == journal[: len(tokens)], "P1: the client has what the journal has not"
+    assert tokens == journal[: len(tokens)], "P1: the client has tokens that the journal lacks"
     if transcript.ended:
         check_ending(transcript, end)
     if transcript.finish_reason is not None:
-        assert tokens == journal, "P1: the end came before the last token"
+        assert tokens == journal, "P1: the end arrived before the last token"
     if transcript.finish_reason == "length":
-        assert tokens == answer, "P1: tokens are missing"
+        assert tokens == undisturbed, "P1: missing tokens"
     replayed = await cluster.client.replay(transcript.call_id)
     if same_bytes:
         whole = b"".join(event.raw for event in replayed)
-        assert whole.startswith(transcript.raw), "P1: the bytes are no prefix of a later reading's"
+        assert whole.startswith(transcript.raw), "P1: the bytes are no prefix of those of a replay"
         assert not transcript.ended or whole == transcript.raw
     text = "".join(event.text for event in replayed)
-    assert text.startswith(transcript.text), "P1: another text"
+    assert text.startswith(transcript.text), "P1: wrong text"
 
 
 def check_ending(transcript: Transcript, end: End) -> None:
-    """P3 on the wire: one finish reason and [DONE], or one error; nothing behind it."""
+    """P3 on the wire: one finish reason and [DONE], or one error; nothing after it."""
     reasons = [event.finish_reason for event in transcript.events if event.finish_reason]
     errors = [event.error for event in transcript.events if event.error]
-    done = [event.data for event in transcript.events].count("[DONE]")
+    done = [event.data for event in transcript.events].count(DONE)
     if errors:
         assert (reasons, len(errors), done) == ([], 1, 0), "P3"
         assert errors == [end.error or errors[0]]
@@ -87,17 +88,17 @@ def check_ending(transcript: Transcript, end: End) -> None:
 
 
 async def read_journal(cluster: Cluster, call_id: str) -> tuple[list[int], End]:
-    """The tokens and the end of a request; P3: there is one, and nothing after it."""
+    """The tokens and the end of a request. Checks P3."""
     entries = cluster.ask("XRANGE", cluster.key(f"t:{call_id}.0"), "-", "+")
     ends = [entry_id for entry_id, _ in entries if entry_id.endswith("-1")]
     assert len(ends) == 1, f"P3: {len(ends)} ends"
-    assert entries[-1][0] == ends[0], "P3: something comes after the end"
+    assert entries[-1][0] == ends[0], "P3: entries after the end"
     async with cluster.queue() as queue:
         *records, end = await queue.read(f"{call_id}.0")
     tokens: list[int] = []
     for record in records:
         assert isinstance(record, Tokens)
-        assert record.start == len(tokens), "the journal has a hole or an overlap"
+        assert record.start == len(tokens), "the journal has a gap or an overlap"
         tokens += record.ids
     assert isinstance(end, End)
     assert end.count == len(tokens)
@@ -105,15 +106,15 @@ async def read_journal(cluster: Cluster, call_id: str) -> tuple[list[int], End]:
 
 
 async def check_rest(cluster: Cluster) -> None:
-    """P5: within a moment nothing is left of any request."""
+    """P5: soon nothing is left of any request."""
     ends = time.monotonic() + SETTLE
-    while left := await asyncio.to_thread(what_is_left, cluster):
-        assert time.monotonic() < ends, f"P5: left behind: {left}"
+    while left := await asyncio.to_thread(leftovers, cluster):
+        assert time.monotonic() < ends, f"P5: left over: {left}"
         await asyncio.sleep(0.1)
 
 
-def what_is_left(cluster: Cluster) -> dict[str, Any]:
-    """What would not be there if nothing were going on."""
+def leftovers(cluster: Cluster) -> dict[str, Any]:
+    """State that an idle cluster does not have."""
     left: dict[str, Any] = {
         "counters": cluster.ask("HGETALL", cluster.key("adm")),
         "deadlines": cluster.ask("ZRANGE", cluster.key("dl"), 0, -1),
@@ -143,7 +144,7 @@ def what_is_left(cluster: Cluster) -> dict[str, Any]:
 def check_conservation(
     cluster: Cluster, transcripts: Sequence[Transcript], *, counted: bool
 ) -> Counter[str]:
-    """Every accepted request has its one end in the journal, and none is lost."""
+    """Every accepted request has one end in the journal, and none is lost."""
     reasons: Counter[str] = Counter()
     for key in cluster.ask("KEYS", cluster.key("r:*")):
         state, ending = cluster.ask("HMGET", key, "st", "fin")

@@ -1,7 +1,8 @@
-"""Cluster: a Redis, engines and API replicas as processes, and what a test does to them.
+"""Cluster: Redis, engines and API replicas as processes, and the operations of tests on them.
 
-Tests harm it; `heal` makes it whole again. The oracle's answers are known from the requests alone,
-so a test needs no second run to compare with. Without an oracle engines are the real command.
+Tests inject faults; `heal` replaces and resumes what they ended or stopped. The oracle's output
+follows from the request alone, so a test needs no second run to compare with. Without the oracle,
+engines run the real command.
 """
 
 from __future__ import annotations
@@ -19,62 +20,65 @@ from typing import Any
 
 from redis import Redis
 
+from loadtest.sse import Address
 from service.queues.contract import QueueLimits
 from service.queues.redis.keys import ShardKeys
 from service.queues.redis.queue import RedisQueue
-from tests.cluster.client import Address, Client
-from tests.cluster.processes import Forge, Replica, run_command, wait_all_ready, wait_until
+from tests.cluster.client import Client
+from tests.cluster.processes import ForkServer, Replica, run_command, wait_all_ready, wait_until
 from tests.cluster.redis_process import RedisServer
 
 AOF = ("--appendonly", "yes", "--appendfsync", "everysec", "--auto-aof-rewrite-percentage", "0")
-LEAVING = 0.3  # seconds between a balancer's turn away from a replica and SIGTERM
-TRIGGER = (90, 91, 92)  # before the hook's own number, the prompt of a request that trips a hook
+LEAVING = 0.3  # seconds between removal from the balancer and SIGTERM
+TRIGGER = (90, 91, 92)  # end of a prompt that triggers a hook, followed by the hook's number
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
-    """The times of a cluster, smaller than in service. Seconds."""
+class Timings:
+    """Times in seconds, shorter than in production."""
 
     lease: float = 1.0
-    pace: float = 0.01  # that an engine's step takes at least
-    grace: float = 1.5  # that an unread stream goes on
+    pace: float = 0.01  # minimum time of an engine's step
+    grace: float = 1.5  # reconnect grace period
     drain: float = 10.0
     keep_alive: float = 0.5
-    window: float = 600.0  # that an ended answer can be read
+    window: float = 600.0  # resume window
 
 
 class Cluster:
-    """`engines` and `apis` are those that were started and not yet replaced, dead ones included."""
+    """`engines` and `apis` hold started replicas that were not replaced yet, dead ones included."""
 
     def __init__(
         self,
         folder: Path,
         model: Path,
         *,
-        forge: Forge | None,
-        scale: Scale,
+        fork_server: ForkServer | None,
+        timings: Timings,
         num_engines: int = 2,
         num_apis: int = 2,
-        seats: int = 16,
+        max_sequences: int = 16,
         engine_flags: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         self.folder = folder
         self.model = model
-        self.scale = scale
+        self.timings = timings
         self.redis = RedisServer(folder / "redis", options=AOF)
         self.hooks = folder / "hooks"
         self.engines: list[Replica] = []
         self.apis: list[Replica] = []
-        self.excluded: set[int] = set()  # API replicas that a balancer has taken out, by pid
+        self.excluded: set[int] = set()  # pids of API replicas that were removed from the balancer
         self.client = Client(self.addresses)
-        self._forge = forge
-        self._seats = seats  # sequences an engine runs at a time
+        self._forge = fork_server
+        self._max_sequences = max_sequences  # of each engine
         self._engine_flags = engine_flags  # of real engines
         self._started: list[Replica] = []
         self._sizes = (num_engines, num_apis)
         self._names = itertools.count()
         self._hook_numbers = itertools.count()
-        self._accepted_before: dict[int, float] = {}  # API's pid -> its counter when the test began
+        self._accepted_before: dict[
+            int, float
+        ] = {}  # pid of an API replica -> its counter at `reset`
         self._accepted_by_gone = 0.0
 
     # --- life -----------------------------------------------------------------------------
@@ -82,7 +86,7 @@ class Cluster:
         self.hooks.mkdir(parents=True, exist_ok=True)
         self.redis.start()
         self.heal()
-        self.wait_until_known(len(self.engines))
+        self.wait_until_registered(len(self.engines))
 
     def close(self) -> None:
         for replica in self._started:
@@ -90,7 +94,7 @@ class Cluster:
         self.redis.close()
 
     def heal(self) -> None:
-        """Everything runs, nothing is armed."""
+        """Removes hooks, resumes stopped replicas, replaces ended ones."""
         for hook in self.hooks.iterdir():
             hook.unlink()
         self.ask("CONFIG", "SET", "maxmemory", "0")
@@ -105,40 +109,40 @@ class Cluster:
         started += [self.start_engine() for _ in range(num_engines - len(self.engines))]
         wait_all_ready(started)
 
-    def begin(self) -> None:
-        """Called before a test, when nothing runs: an empty Redis and counters at zero."""
+    def reset(self) -> None:
+        """Called before a test, when no request runs: heals, empties Redis, zeroes counters."""
         self.heal()
         self.ask("FLUSHALL")
         self._accepted_before = {
             api.pid: api.metric("quire_requests_accepted_total") for api in self.apis
         }
         self._accepted_by_gone = 0.0
-        self.wait_until_known(len(self.engines))
+        self.wait_until_registered(len(self.engines))
 
-    def wait_until_known(self, engines: int) -> None:
-        """Waits until engines have told of themselves, and every API replica has heard of them."""
+    def wait_until_registered(self, engines: int) -> None:
+        """Waits until engines are registered and every API replica knows them."""
 
         def known() -> bool:
-            told = int(self.ask("HLEN", self.key("engines"))) >= engines
-            return told and all(api.metric("quire_engines") >= engines for api in self.apis)
+            registered = int(self.ask("HLEN", self.key("engines"))) >= engines
+            return registered and all(api.metric("quire_engines") >= engines for api in self.apis)
 
-        wait_until(known, "the engines tell of themselves")
+        wait_until(known, "the engines are registered")
 
     # --- replicas -------------------------------------------------------------------------
     def start_api(self, *, queue: str | None = None) -> Replica:
-        """A new API replica; not ready yet."""
-        scale = self.scale
+        """Starts an API replica without waiting for readiness."""
+        timings = self.timings
         options = {
             "queue": queue or self.redis.url,
             "model": self.model,
             "model-name": self.model.name,
             "port": 0,
             "admin-port": 0,
-            "lease": scale.lease,
-            "keep-alive": scale.keep_alive,
-            "disconnect-grace": scale.grace,
-            "drain-timeout": scale.drain,
-            "resume-window": scale.window,
+            "lease": timings.lease,
+            "keep-alive": timings.keep_alive,
+            "disconnect-grace": timings.grace,
+            "drain-timeout": timings.drain,
+            "resume-window": timings.window,
         }
         api = run_command("api", self._log("api"), *_flags(options))
         self.apis.append(api)
@@ -146,10 +150,10 @@ class Cluster:
         return api
 
     def start_replicas(self, *, queue: str) -> None:
-        """Two engines and an API replica over another way to the queue, ready and known."""
+        """Starts two engines and an API replica with this queue URL and waits until registered."""
         replicas = [self.start_engine(queue=queue) for _ in range(2)]
         wait_all_ready([*replicas, self.start_api(queue=queue)])
-        self.wait_until_known(2)
+        self.wait_until_registered(2)
 
     def start_engine(
         self,
@@ -159,19 +163,19 @@ class Cluster:
         blocks: int = 2048,
         numeric_class: str = "oracle",
     ) -> Replica:
-        """A new engine; not ready yet. All but `queue` is for engines over the oracle."""
+        """Starts an engine without waiting. Only `queue` applies to real engines."""
         if self._forge is None:
             return self._start_real_engine(queue or self.redis.url)
         arguments = {
             "settings": {
                 "queue": queue or self.redis.url,
                 "model": str(self.model),
-                "lease": self.scale.lease,
-                "resume_window": self.scale.window,
-                "max_sequences": self._seats,
+                "lease": self.timings.lease,
+                "resume_window": self.timings.window,
+                "max_sequences": self._max_sequences,
             },
             "hooks": str(self.hooks),
-            "pace": self.scale.pace if pace is None else pace,
+            "pace": self.timings.pace if pace is None else pace,
             "blocks": blocks,
             "numeric_class": numeric_class,
         }
@@ -181,8 +185,10 @@ class Cluster:
         return engine
 
     def expected(self, body: dict[str, Any]) -> Sequence[int]:
-        """The oracle's answer to a body."""
-        assert self._forge is not None, "a real model's answers are known from an undisturbed run"
+        """The oracle's tokens for a body."""
+        assert self._forge is not None, (
+            "the expected output of a real model needs an undisturbed run"
+        )
         return self._forge.expected(body)
 
     def _start_real_engine(self, queue: str) -> Replica:
@@ -190,9 +196,9 @@ class Cluster:
             "queue": queue,
             "model": self.model,
             "admin-port": 0,
-            "lease": self.scale.lease,
-            "resume-window": self.scale.window,
-            "max-sequences": self._seats,
+            "lease": self.timings.lease,
+            "resume-window": self.timings.window,
+            "max-sequences": self._max_sequences,
             **self._engine_flags,
         }
         engine = run_command("engine", self._log("engine"), *_flags(options))
@@ -204,29 +210,29 @@ class Cluster:
         return self.folder / f"{kind}-{next(self._names)}.log"
 
     def replace(self, gone: Replica) -> Replica:
-        """Starts one where another ended, as an orchestrator does; not ready yet."""
+        """Starts a replacement, as an orchestrator does, without waiting for readiness."""
         if gone in self.engines:
             self.engines.remove(gone)
             return self.start_engine()
         self.apis.remove(gone)
         return self.start_api()
 
-    def remove_api(self, api: Replica) -> None:
-        """Notes what it has accepted, before it is ended."""
+    def count_before_end(self, api: Replica) -> None:
+        """Called before it is ended: keeps its counter of accepted requests."""
         accepted = api.metric("quire_requests_accepted_total")
         self._accepted_by_gone += accepted - self._accepted_before.get(api.pid, 0.0)
 
     async def retire_api(self, api: Replica) -> None:
-        """As an orchestrator does it: out of the balancer, a moment, SIGTERM."""
+        """As an orchestrator does: removes it from the balancer, waits, sends SIGTERM."""
         self.excluded.add(api.pid)
         await asyncio.sleep(LEAVING)
-        await asyncio.to_thread(self.remove_api, api)
+        await asyncio.to_thread(self.count_before_end, api)
         api.terminate()
-        assert await asyncio.to_thread(api.exit_code) == 0, "an API replica left with an error"
+        assert await asyncio.to_thread(api.exit_code) == 0, "an API replica exited with an error"
         self.apis.remove(api)
 
     async def roll(self, replica: Replica) -> None:
-        """A new one is ready before the old one is asked to leave."""
+        """Rolling update: the new replica is ready before the old one gets SIGTERM."""
         if replica in self.apis:
             new = self.start_api()
             await asyncio.to_thread(new.wait_until_ready)
@@ -235,10 +241,10 @@ class Cluster:
         new = self.replace(replica)
         await asyncio.to_thread(new.wait_until_ready)
         replica.terminate()
-        assert await asyncio.to_thread(replica.exit_code) == 0, "an engine left with an error"
+        assert await asyncio.to_thread(replica.exit_code) == 0, "an engine exited with an error"
 
     def accepted(self) -> float:
-        """Requests that API replicas say they accepted since `begin`."""
+        """Requests that API replicas accepted since `reset`."""
         alive = (api for api in self.apis if api.is_up)
         return self._accepted_by_gone + sum(
             api.metric("quire_requests_accepted_total") - self._accepted_before.get(api.pid, 0.0)
@@ -247,7 +253,7 @@ class Cluster:
 
     @asynccontextmanager
     async def kept_alive(self) -> AsyncIterator[list[Replica]]:
-        """Replaces engines that end. Gives the list of those that ended."""
+        """Replaces engines that end. Yields the list of those."""
         ended: list[Replica] = []
 
         async def watch() -> None:
@@ -263,12 +269,12 @@ class Cluster:
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
-        # The newest may still be starting: who is asked for its figures must be able to answer.
+        # The newest may still be starting, and tests read its metrics.
         await asyncio.to_thread(wait_all_ready, self.engines)
 
-    # --- what a balancer and a test know ----------------------------------------------------
+    # --- state -------------------------------------------------------------------------------
     def addresses(self) -> Sequence[Address]:
-        """Of the API replicas that take calls."""
+        """Addresses of the API replicas that accept requests."""
         return [
             api.address("API")
             for api in self.apis
@@ -277,11 +283,11 @@ class Cluster:
 
     @property
     def limits(self) -> QueueLimits:
-        return QueueLimits(lease=self.scale.lease)
+        return QueueLimits(lease=self.timings.lease)
 
     @asynccontextmanager
     async def queue(self) -> AsyncIterator[RedisQueue]:
-        """The journal, read with the service's own code, straight from Redis."""
+        """Reads the journal in Redis with the service's own code."""
         queue = RedisQueue(self.limits, url=self.redis.url)
         try:
             yield queue
@@ -293,7 +299,7 @@ class Cluster:
         with Redis(
             port=self.redis.port,
             decode_responses=True,
-            encoding_errors="replace",  # a record's bytes are no text
+            encoding_errors="replace",  # records are not text
             socket_timeout=10,
         ) as client:
             return client.execute_command(*words)
@@ -302,46 +308,46 @@ class Cluster:
         return ShardKeys(0).prefix + name
 
     def state_of_request(self, call_id: str, field: str) -> str:
-        """A field of a request's hash: `ep` claims, `n` tokens, `own`, `st`."""
+        """A field of a request's hash: `ep` (claims), `n` (tokens), `own`, `st`, `deaths`."""
         reply = self.ask("HGET", self.key(f"r:{call_id}.0"), field)
         return "" if reply is None else str(reply)
 
     def deaths(self, call_id: str) -> int:
-        """Engines that died while they ran a request, near its position or long before."""
+        """Engines that died while they ran a request."""
         return int(self.state_of_request(call_id, "deaths") or 0)
 
     def journalled(self, call_id: str) -> int:
-        """Tokens of a request that Redis has."""
+        """Tokens of a request in the journal."""
         return int(self.state_of_request(call_id, "n") or 0)
 
     def owner_of(self, call_id: str) -> Replica | None:
-        """The engine that holds a request."""
+        """The engine that runs a request."""
         owner = self.state_of_request(call_id, "own").split(":")[0]
         for engine in self.engines:
-            said = engine.ready()
-            if owner and said is not None and said["engine"] == owner:
+            record = engine.ready()
+            if owner and record is not None and record["engine"] == owner:
                 return engine
         return None
 
     # --- requests -------------------------------------------------------------------------
     def body(
         self,
-        draw: random.Random,
+        rng: random.Random,
         *,
         max_tokens: int = 40,
         temperature: float | None = None,
         hook: int | None = None,
     ) -> dict[str, Any]:
-        """A streamed completion of a prompt like no other; with `hook` it trips that hook."""
-        prompt = [draw.randrange(60) for _ in range(12)]
+        """A streamed completion of a unique prompt; with `hook` it triggers that hook."""
+        prompt = [rng.randrange(60) for _ in range(12)]
         if hook is not None:
             prompt += [*TRIGGER, hook]
         return {
             "model": self.model.name,
             "prompt": prompt,
             "max_tokens": max_tokens,
-            "temperature": draw.choice([0.0, 0.8]) if temperature is None else temperature,
-            "seed": draw.randrange(2**31),
+            "temperature": rng.choice([0.0, 0.8]) if temperature is None else temperature,
+            "seed": rng.randrange(2**31),
             "ignore_eos": True,
             "stream": True,
             "return_token_ids": True,
@@ -350,8 +356,8 @@ class Cluster:
     def arm(
         self, action: str | float, *, keep: bool = False, at: tuple[int, int] | None = None
     ) -> int:
-        """Makes an engine act when it computes the prompt of a body with this hook's number or,
-        with `at`, the token of that index of the answer to a body with that seed.
+        """Makes an engine run `action` when it computes a prompt with this hook's number or,
+        with `at` = (seed, index), that output token of the request with that seed.
         """
         number = next(self._hook_numbers) % 90
         hook = {"tokens": [*TRIGGER, number], "at": at, "action": action, "keep": keep}
@@ -361,14 +367,14 @@ class Cluster:
         return number
 
     def happened(self, hook: int) -> list[int]:
-        """The ids of the processes in which a hook acted."""
+        """Pids of the processes in which a hook ran."""
         with suppress(FileNotFoundError):
             return [int(line) for line in (self.hooks / f"{hook}.happened").read_text().split()]
         return []
 
 
 def _trimmed(replicas: Sequence[Replica], number: int) -> list[Replica]:
-    """The first that run; the others are ended."""
+    """The first `number` running replicas; kills the others."""
     up = [replica for replica in replicas if replica.is_up]
     for replica in up[number:]:
         replica.kill()

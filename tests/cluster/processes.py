@@ -1,8 +1,7 @@
-"""Replicas as operating system processes: started, signalled and observed by their ids.
+"""Replicas as operating system processes: start, signals, observation.
 
-An API replica and an engine with a real model are the commands that an operator would run. Engines
-over the oracle are forked from a program that the rig knows by its name, because a test kills a
-hundred of them.
+API replicas and engines with a real model are the commands that an operator would run. Engines over
+the oracle are forked from one program (`ForkServer`), because a test kills a hundred of them.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def wait_until(condition: Callable[[], object], what: str, *, seconds: float = 60.0) -> None:
-    """Polls; fails with `what` where it does not come true."""
+    """Polls the condition. Raises AssertionError with `what` after `seconds`."""
     ends = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < ends, f"did not happen in {seconds} s: {what}"
+        assert time.monotonic() < ends, f"not within {seconds} s: {what}"
         time.sleep(0.01)
 
 
 def state_of(pid: int) -> str:
-    """The letter of /proc: T stopped, R and S alive; empty where the process is gone."""
+    """The state letter of /proc: T stopped, R and S alive; empty if the process is gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -48,7 +47,7 @@ def state_of(pid: int) -> str:
 
 
 class Replica:
-    """One process. `log` holds its output, one JSON object a line."""
+    """One process. `log` holds its output, one JSON object per line."""
 
     def __init__(self, pid: int, log: Path, *, exit_code: Callable[[], int | None]) -> None:
         self.pid = pid
@@ -57,7 +56,7 @@ class Replica:
         self._ready: dict[str, Any] | None = None
 
     def ready(self) -> dict[str, Any] | None:
-        """What it said of itself when it was ready; None until then."""
+        """The log record of its readiness; None until then."""
         if self._ready is None:
             for line in self.log.read_text().splitlines() if self.log.exists() else ():
                 with contextlib.suppress(json.JSONDecodeError):
@@ -71,11 +70,10 @@ class Replica:
             return self.ready() is not None or not self.state
 
         wait_until(ready_or_dead, f"{self.log.name} is ready", seconds=START_LIMIT)
-        assert self.state, f"it ended at its start:\n{self.log.read_text()}"
+        assert self.state, f"it ended during its start:\n{self.log.read_text()}"
         wait_until(self._listens, f"{self.log.name} listens")
 
     def _listens(self) -> bool:
-        """On all its ports."""
         places = [self.address(of) for of in ("API", "metrics") if of in (self.ready() or {})]
         try:
             for place in places:
@@ -88,12 +86,12 @@ class Replica:
     def state(self) -> str:
         state = state_of(self.pid)
         if not state:
-            self._exit_code()  # reaps it, where it is this process's child
+            self._exit_code()  # reaps it if it is a child of this process
         return state
 
     @property
     def is_up(self) -> bool:
-        """Runs, and is not stopped."""
+        """Runs and is not stopped."""
         return self.state not in {"", "T"}
 
     def address(self, of: str) -> tuple[str, int]:
@@ -106,38 +104,37 @@ class Replica:
         return parts.hostname, parts.port
 
     def kill(self) -> None:
-        """SIGKILL, and the proof that the process is gone."""
+        """SIGKILL; returns when the process is gone."""
         os.kill(self.pid, signal.SIGKILL)
         wait_until(lambda: not self.state, f"process {self.pid} is gone")
 
     def close(self) -> None:
-        """However it is now, it is gone after."""
+        """Kills it if it still runs."""
         if self.state:
             self.kill()
         self.exit_code()
 
     def pause(self) -> None:
-        """SIGSTOP, and the proof that it stands still."""
+        """SIGSTOP; returns when the process is stopped."""
         os.kill(self.pid, signal.SIGSTOP)
         wait_until(lambda: self.state == "T", f"process {self.pid} is stopped")
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
-        wait_until(lambda: self.state != "T", f"process {self.pid} goes on")
+        wait_until(lambda: self.state != "T", f"process {self.pid} continues")
 
     def terminate(self) -> None:
-        """SIGTERM; `exit_code` tells how it ended."""
         os.kill(self.pid, signal.SIGTERM)
 
     def exit_code(self, *, seconds: float = 20.0) -> int:
-        """Waits for its end."""
+        """Waits for the process to end."""
         wait_until(lambda: self._exit_code() is not None, f"{self.log.name} ends", seconds=seconds)
         code = self._exit_code()
         assert code is not None
         return code
 
     def is_live(self) -> bool:
-        """What its liveness probe answers."""
+        """Whether its liveness probe succeeds."""
         host, port = self.address("metrics")
         try:
             with urllib.request.urlopen(f"http://{host}:{port}/health/live", timeout=10) as reply:
@@ -146,7 +143,7 @@ class Replica:
             return False
 
     def metrics(self) -> dict[str, float]:
-        """Every sample by its name and labels, as the exposition writes them."""
+        """Every sample by name and labels, in the exposition format."""
         host, port = self.address("metrics")
         with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as reply:
             lines = reply.read().decode().splitlines()
@@ -154,7 +151,7 @@ class Replica:
         return {name: float(value) for name, value in samples}
 
     def metric(self, name: str) -> float:
-        """One sample, or the sum over the labels of its name; 0 where there is none."""
+        """One sample, or the sum over all labels; 0 if there is none."""
         found = self.metrics()
         return sum(v for k, v in found.items() if k == name or k.startswith(name + "{"))
 
@@ -173,11 +170,11 @@ def run_command(command: str, log: Path, *arguments: str) -> Replica:
     return Replica(process.pid, log, exit_code=process.poll)
 
 
-class Forge:
-    """The program `ORACLE`, which has everything imported, forks engines and knows all answers."""
+class ForkServer:
+    """The program `ORACLE`: it forks engines and computes expected outputs."""
 
     def __init__(self, folder: Path) -> None:
-        self._errors = (folder / "forge.log").open("wb")
+        self._errors = (folder / "fork_server.log").open("wb")
         self._process = subprocess.Popen(
             [sys.executable, "-m", ORACLE],
             cwd=ROOT,
@@ -189,21 +186,21 @@ class Forge:
         )
         self._one_at_a_time = threading.Lock()
 
-    def _ask(self, order: dict[str, Any]) -> Any:
+    def _ask(self, request: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with self._one_at_a_time:
-            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             return json.loads(self._process.stdout.readline())
 
     def expected(self, body: dict[str, Any]) -> list[int]:
-        """What the oracle answers to a completion's body, from the body alone."""
+        """The oracle's tokens for the body of a completion."""
         tokens: list[int] = self._ask({"expected": body})
         return tokens
 
     def engine(self, log: Path, arguments: dict[str, Any]) -> Replica:
-        """A new engine; not ready yet."""
+        """Starts an engine without waiting for readiness."""
         pid: int = self._ask({"log": str(log), "arguments": arguments})
         ending = log.with_suffix(".exit")
 
@@ -214,7 +211,7 @@ class Forge:
         return Replica(pid, log, exit_code=exit_code)
 
     def close(self) -> None:
-        """Ends it, and with it all engines."""
+        """Ends it and all its engines."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()

@@ -1,25 +1,24 @@
-"""Relay: a TCP port of the loopback that passes bytes to a server behind it, and knows no HTTP."""
+"""Relay: a TCP port of the loopback that forwards bytes to a server."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from types import TracebackType
 from typing import Self
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Relay:
-    """Open while it is entered; at its end every connection through it is broken.
+    """A context manager; at its end it aborts all connections through it.
 
-    A subclass says where a connection goes (`connect`) and may spoil what passes (`passes`).
+    Subclasses choose the server (`connect`) and may delay or drop data (`passes`).
     """
 
     def __init__(self) -> None:
         self._server: asyncio.Server | None = None
-        # The loop alone does not hold a task: one that waits on a half-closed connection would be
-        # collected as garbage in the middle of an answer.
+        # The event loop keeps only weak references to tasks: one that waits on a half-closed
+        # connection would be garbage-collected in the middle of a response.
         self._connections: set[asyncio.Task[None]] = set()
 
     @property
@@ -32,12 +31,7 @@ class Relay:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, backlog=1000)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
         self.cut()
@@ -45,16 +39,16 @@ class Relay:
         await self._server.wait_closed()
 
     def cut(self) -> None:
-        """Breaks every open connection, both ends at once."""
+        """Aborts every open connection at both ends."""
         for connection in self._connections:
             connection.cancel()
 
     async def connect(self) -> Connection:
-        """To the server behind. OSError: there is none, and the caller's connection is broken."""
+        """Connects to the server. OSError aborts the client's connection."""
         raise NotImplementedError
 
-    async def passes(self, piece: bytes, *, reply: bool) -> bool:
-        """Asked for each piece of a request or a reply before it is passed on."""
+    async def passes(self, chunk: bytes, *, reply: bool) -> bool:
+        """Whether to forward this chunk of a request or a reply."""
         return True
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -79,10 +73,10 @@ class Relay:
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, reply: bool
     ) -> None:
-        """All bytes and the end of one direction."""
-        while piece := await reader.read(65536):
-            if await self.passes(piece, reply=reply):
-                writer.write(piece)
+        """Forwards one direction, its end included."""
+        while chunk := await reader.read(65536):
+            if await self.passes(chunk, reply=reply):
+                writer.write(chunk)
                 await writer.drain()
         with contextlib.suppress(OSError):
             writer.write_eof()

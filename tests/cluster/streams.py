@@ -1,10 +1,9 @@
-"""Streams: many clients at once, in the background, while a test does harm."""
+"""Many clients in the background while a test injects faults."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from tests.cluster.client import PATIENCE, Client, Transcript
@@ -12,7 +11,7 @@ from tests.cluster.processes import wait_until
 
 
 class Streams:
-    """Begins to follow a request for each body, at once."""
+    """Sends a request for each body, all at the same time."""
 
     def __init__(
         self,
@@ -29,12 +28,12 @@ class Streams:
             for each in self.transcripts
         ]
 
-    async def begun(self, tokens: int = 3) -> list[str]:
-        """Waits until each has got some tokens and none has ended. Returns the calls' ids."""
+    async def wait_started(self, tokens: int = 3) -> list[str]:
+        """Waits until each has received some tokens. Returns the ids of the calls."""
         async with asyncio.timeout(40):
             while not all(len(each.tokens) >= tokens for each in self.transcripts):
                 await self._unless_failed(asyncio.sleep(0.005))
-        assert not any(each.ended for each in self.transcripts), "too early to have ended"
+        assert not any(each.ended for each in self.transcripts), "a stream ended too early"
         return self.call_ids
 
     async def _unless_failed(self, waiting: Any) -> None:
@@ -52,25 +51,23 @@ class Streams:
         return sum(each.ended for each in self.transcripts)
 
     def on_end(self, act: Callable[[], None]) -> None:
-        """What to do once all have ended."""
+        """Registers a function to call when all have ended."""
         self._afterwards.append(act)
 
-    async def ended(self) -> list[Transcript]:
-        """Waits for all of them."""
+    async def wait_ended(self) -> list[Transcript]:
         await asyncio.gather(*self._tasks)
         for act in self._afterwards:
             act()
         return self.transcripts
 
-    async def leave(self) -> None:
-        """All clients go away."""
+    async def disconnect(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-class Load:
-    """`width` clients that ask again as soon as they were answered, until it is left."""
+class ClosedLoop:
+    """`width` clients that send request after request until the context ends."""
 
     def __init__(
         self, client: Client, make_body: Callable[[], dict[str, Any]], *, width: int
@@ -79,32 +76,27 @@ class Load:
         self._client = client
         self._make_body = make_body
         self._width = width
-        self._over = False
+        self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._ask_again()) for _ in range(self._width)]
+        self._tasks = [asyncio.create_task(self._send_requests()) for _ in range(self._width)]
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._over = True
+    async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
+        self._stopping = True
         if error is not None:
             for task in self._tasks:
                 task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=error is not None)
 
-    async def _ask_again(self) -> None:
-        while not self._over:
+    async def _send_requests(self) -> None:
+        while not self._stopping:
             transcript = Transcript(self._make_body())
             self.transcripts.append(transcript)
             await self._client.stream(transcript.body, into=transcript)
 
 
 async def until(condition: Callable[[], object], what: str, *, seconds: float = 60.0) -> None:
-    """Polls without holding up the clients."""
+    """Polls in a thread, so that clients go on."""
     await asyncio.to_thread(wait_until, condition, what, seconds=seconds)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.cluster import Cluster, Scale
-from tests.cluster.processes import Forge
+from tests.cluster.cluster import Cluster, Timings
+from tests.cluster.processes import ForkServer
 from tests.conftest import TinyModel
 from tests.faults.oracle_model import write_model_of_oracle
 
@@ -20,23 +20,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def folder_of_model(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the API replicas of an oracle cluster need of a model."""
+    """The model files of API replicas."""
     return write_model_of_oracle(tiny_model, tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")
-def forge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
-    forge = Forge(tmp_path_factory.mktemp("forge"))
-    yield forge
-    forge.close()
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    fork_server = ForkServer(tmp_path_factory.mktemp("fork_server"))
+    yield fork_server
+    fork_server.close()
 
 
 @pytest.fixture(scope="session")
 def session_cluster(
-    forge: Forge, folder_of_model: Path, tmp_path_factory: pytest.TempPathFactory
+    fork_server: ForkServer, folder_of_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
     cluster = Cluster(
-        tmp_path_factory.mktemp("cluster"), folder_of_model, forge=forge, scale=Scale()
+        tmp_path_factory.mktemp("cluster"),
+        folder_of_model,
+        fork_server=fork_server,
+        timings=Timings(),
     )
     try:
         cluster.start()
@@ -47,29 +50,29 @@ def session_cluster(
 
 @pytest.fixture
 def cluster(session_cluster: Cluster) -> Cluster:
-    """Two engines, two API replicas, nothing stored."""
-    session_cluster.begin()
+    """Two engines, two API replicas, an empty Redis."""
+    session_cluster.reset()
     return session_cluster
 
 
 @pytest.fixture
 def own_cluster(
-    forge: Forge, folder_of_model: Path, tmp_path: Path
+    fork_server: ForkServer, folder_of_model: Path, tmp_path: Path
 ) -> Iterator[Callable[..., Cluster]]:
-    """Makes a cluster of the test's own; the arguments are those of Scale and the sizes."""
+    """Starts a cluster for one test; arguments: sizes and the fields of Timings."""
     made: list[Cluster] = []
 
     def make(
-        *, num_engines: int = 2, num_apis: int = 1, seats: int = 16, **times: float
+        *, num_engines: int = 2, num_apis: int = 1, max_sequences: int = 16, **times: float
     ) -> Cluster:
         cluster = Cluster(
             tmp_path / f"cluster-{len(made)}",
             folder_of_model,
-            forge=forge,
-            scale=Scale(**times),
+            fork_server=fork_server,
+            timings=Timings(**times),
             num_engines=num_engines,
             num_apis=num_apis,
-            seats=seats,
+            max_sequences=max_sequences,
         )
         made.append(cluster)
         cluster.start()
@@ -81,6 +84,6 @@ def own_cluster(
 
 
 @pytest.fixture
-def draw(request: pytest.FixtureRequest) -> random.Random:
+def rng(request: pytest.FixtureRequest) -> random.Random:
     """Random numbers that are the same in every run of a test."""
     return random.Random(request.node.nodeid)

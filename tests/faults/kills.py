@@ -1,10 +1,10 @@
-"""Kills engines at random moments, N times, while streams run, and checks every answer.
+"""Kills engines at random moments, N times, while streams run, and checks every response.
 
     python -m tests.faults.kills --kills 3000 --lease 3
 
-prints what failed, and the distribution of the time from a kill to the next token of the streams
-that it hit, against what is promised: lease + 1.5 s. Zero failures in N kills bound the rate of
-failure at 3 / N, with 95 % confidence.
+prints the failures and the distribution of the time from a kill to the next token of the affected
+streams. The promised maximum is lease + 1.5 s. Zero failures in N kills bound the failure rate at
+3 / N with 95 % confidence.
 """
 
 from __future__ import annotations
@@ -24,71 +24,72 @@ from tokenizers import pre_tokenizers
 
 from tests.cluster.checker import check_rest, check_transcript
 from tests.cluster.client import Transcript
-from tests.cluster.cluster import Cluster, Scale
-from tests.cluster.processes import Forge, Replica, wait_all_ready
+from tests.cluster.cluster import Cluster, Timings
+from tests.cluster.processes import ForkServer, Replica, wait_all_ready
 from tests.cluster.streams import Streams
 from tests.conftest import build_tiny_model
 from tests.faults.oracle_model import write_model_of_oracle
 
 ENGINES = 4
 STREAMS = 8  # in flight at a time
-SEATS = 3  # of an engine, so that each has a part of them
+MAX_SEQUENCES = 3  # of an engine, so that each has a part of them
 KILLS_A_ROUND = 4
 PROMISED_MARGIN = 1.5  # seconds over the lease
-AT_ONCE = 20  # rounds after which Redis is emptied
+ROUNDS_BETWEEN_RESETS = 20  # Redis is emptied then
 
 
 @dataclass
 class Tally:
-    """What was done and what came of it."""
+    """Kills and their results."""
 
     kills: int = 0
     hit: int = 0  # streams whose engine was killed
-    answers: int = 0
-    waits: list[float] = field(default_factory=list)  # from a kill to a hit stream's next token
+    responses: int = 0
+    waits: list[float] = field(
+        default_factory=list
+    )  # seconds from a kill to the next token of a stream that it hit
     failures: list[str] = field(default_factory=list)
-    deaths: Counter[int] = field(default_factory=Counter)  # answers by engines that died on them
+    deaths: Counter[int] = field(default_factory=Counter)  # responses by number of engine deaths
 
     def line(self, lease: float) -> str:
-        """All of it, for people."""
         return (
-            f"{self.kills} kills hit {self.hit} of {self.answers} streams;"
+            f"{self.kills} kills hit {self.hit} of {self.responses} streams;"
             f" failures: {len(self.failures)};"
-            f" take-over p50 {quantile(self.waits, 0.5):.2f} s,"
+            f" failover p50 {quantile(self.waits, 0.5):.2f} s,"
             f" p99 {quantile(self.waits, 0.99):.2f} s, longest {max(self.waits, default=0):.2f} s;"
             f" promised {lease + PROMISED_MARGIN:.2f} s,"
             f" over it: {sum(w > lease + PROMISED_MARGIN for w in self.waits)};"
-            f" answers by deaths: {dict(sorted(self.deaths.items()))}"
+            f" responses by deaths: {dict(sorted(self.deaths.items()))}"
         )
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of them do not exceed."""
+    """The smallest value that at least this share of the values does not exceed."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
 
 
-async def run_kills(cluster: Cluster, draw: random.Random, *, kills: int) -> Tally:
-    """Rounds of a few streams; in each one engine after another is killed and replaced."""
+async def run_kills(cluster: Cluster, rng: random.Random, *, kills: int) -> Tally:
+    """Rounds of a few streams; each round kills and replaces some engines."""
     tally = Tally()
     rounds = 0
     while tally.kills < kills:
-        if rounds % AT_ONCE == 0:
-            cluster.begin()
+        if rounds % ROUNDS_BETWEEN_RESETS == 0:
+            cluster.reset()
         rounds += 1
-        bodies = [cluster.body(draw, max_tokens=draw.randint(60, 120)) for _ in range(STREAMS)]
+        bodies = [cluster.body(rng, max_tokens=rng.randint(60, 120)) for _ in range(STREAMS)]
         streams = Streams(cluster.client, bodies)
-        await streams.begun(1)
+        await streams.wait_started(1)
         for _ in range(min(KILLS_A_ROUND, kills - tally.kills)):
-            await asyncio.sleep(draw.random() * 0.4)
-            kill_one(cluster, draw, streams, tally)
+            await asyncio.sleep(rng.random() * 0.4)
+            kill_one(cluster, rng, streams, tally)
         await asyncio.to_thread(wait_all_ready, cluster.engines)
-        await streams.ended()
+        await streams.wait_ended()
         await _check(cluster, streams.transcripts, tally)
     return tally
 
 
-def kill_one(cluster: Cluster, draw: random.Random, streams: Streams, tally: Tally) -> None:
-    """Kills an engine that holds something, replaces it at once, and notes which streams it hit."""
+def kill_one(cluster: Cluster, rng: random.Random, streams: Streams, tally: Tally) -> None:
+    """Kills an engine that runs streams, replaces it, and records the streams that it hit."""
     held: dict[Replica, list[Transcript]] = {}
     for each in streams.transcripts:
         owner = None if each.ended else cluster.owner_of(each.call_id or "")
@@ -97,7 +98,7 @@ def kill_one(cluster: Cluster, draw: random.Random, streams: Streams, tally: Tal
     victims = [engine for engine in cluster.engines if engine in held]
     if not victims:
         return
-    victim = draw.choice(victims)
+    victim = rng.choice(victims)
     victim.kill()
     killed = time.monotonic()
     hit = [(each, cluster.journalled(each.call_id or "")) for each in held[victim]]
@@ -108,14 +109,16 @@ def kill_one(cluster: Cluster, draw: random.Random, streams: Streams, tally: Tal
 
 
 def _waits(hit: Sequence[tuple[Transcript, int]], *, since: float) -> list[float]:
-    """To the first token that the killed engine had not journalled; it may have been the last."""
-    return [each.came_at(count) - since for each, count in hit if count < each.body["max_tokens"]]
+    """Times to the first token that the killed engine had not journalled."""
+    return [
+        each.arrival_of(count) - since for each, count in hit if count < each.body["max_tokens"]
+    ]
 
 
 async def _check(cluster: Cluster, transcripts: Sequence[Transcript], tally: Tally) -> None:
-    """P1, P2, P3 of each and P5 of all; a failure is noted and the run goes on."""
+    """P1, P2, P3 of each and P5 of all; records failures and continues."""
     for each in transcripts:
-        tally.answers += 1
+        tally.responses += 1
         tally.deaths[cluster.deaths(each.call_id or "")] += 1
         try:
             assert each.finish_reason == "length", f"ended by {each.finish_reason} {each.error}"
@@ -129,8 +132,7 @@ async def _check(cluster: Cluster, transcripts: Sequence[Transcript], tally: Tal
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Kill engines and check every answer.")
+    parser = argparse.ArgumentParser(description="Kill engines and check every response.")
     parser.add_argument("--kills", type=int, default=3000)
     parser.add_argument("--lease", type=float, default=3.0, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
@@ -139,22 +141,22 @@ def main(arguments: Sequence[str]) -> int:
         folder = Path(name)
         tiny = build_tiny_model(pre_tokenizers.Digits(individual_digits=True))
         model = write_model_of_oracle(tiny, folder / "model")
-        forge = Forge(folder)
+        fork_server = ForkServer(folder)
         cluster = Cluster(
             folder,
             model,
-            forge=forge,
-            scale=Scale(lease=options.lease),
+            fork_server=fork_server,
+            timings=Timings(lease=options.lease),
             num_engines=ENGINES,
-            seats=SEATS,
+            max_sequences=MAX_SEQUENCES,
         )
         try:
             cluster.start()
-            draw = random.Random(options.seed)
-            tally = asyncio.run(run_kills(cluster, draw, kills=options.kills))
+            rng = random.Random(options.seed)
+            tally = asyncio.run(run_kills(cluster, rng, kills=options.kills))
         finally:
             cluster.close()
-            forge.close()
+            fork_server.close()
     sys.stdout.write("\n".join([*tally.failures, tally.line(options.lease), ""]))
     return 1 if tally.failures else 0
 

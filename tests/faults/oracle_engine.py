@@ -1,13 +1,13 @@
 """Engine replicas over the oracle: the real role, worker and loop; only the network is replaced.
 
-Run as a program it is a forge: all is imported once, then each line on stdin (JSON: `arguments` of
-an engine, `log` for its output) forks one engine, a process of its own, and its id is answered.
-A line with `expected`, a completion's body, is answered with the tokens that the oracle gives it.
+Run as a program it is a fork server: it imports everything once, then forks one engine per line on
+stdin (JSON: the engine's `arguments`, the path of its `log`) and prints the process id. For a line
+with `expected` (the body of a completion) it prints the tokens that the oracle generates for it.
 When an engine ends, its exit status is written to `<log>.exit`. When stdin closes, all are killed.
 
 Faults inside an engine are files in the folder `hooks`: `<name>.json` with {"tokens": [...],
-"at": [seed, index] or null, "action": ..., "keep": bool}. It happens in the step that computes
-these tokens one after another or, with `at`, in the one that samples token `index` of the answer to
+"at": [seed, index] or null, "action": ..., "keep": bool}. The fault happens in the step that
+computes these consecutive tokens or, with `at`, in the step that samples output token `index` of
 the request with that seed. Without `keep` it happens once, in the engine that deletes the file
 first.
 """
@@ -42,11 +42,11 @@ from tests.support.fakes import OracleRunner, oracle_answer
 
 
 class OutOfMemory(RuntimeError):
-    """What a device's allocator raises."""
+    """The error of a device's allocator."""
 
 
 class Hooks:
-    """Given to the runner; called with each batch before it is computed."""
+    """Called by the runner with each batch before it is computed."""
 
     def __init__(self, folder: Path, *, pace: float) -> None:
         self._folder = folder
@@ -63,7 +63,7 @@ class Hooks:
         if not _computes(batch, hook):
             return
         if not hook["keep"]:
-            path.unlink()  # raises for all but the first
+            path.unlink()  # raises in all engines but the first
         with path.with_suffix(".happened").open("a") as proof:
             proof.write(f"{os.getpid()}\n")
         match hook["action"]:
@@ -80,7 +80,7 @@ class Hooks:
 
 
 def _computes(batch: Batch, hook: dict[str, Any]) -> bool:
-    """Whether a step is the one in which a fault is to happen."""
+    """Whether this step is the one of the fault."""
     if hook["at"] is not None:
         rows = zip(batch.sampling.seeds_R.tolist(), batch.sampling.indices_R.tolist(), strict=True)
         return tuple(hook["at"]) in rows
@@ -92,7 +92,7 @@ def _computes(batch: Batch, hook: dict[str, Any]) -> bool:
 async def serve_oracle(
     settings: Settings, console: Console, *, hooks: Path, pace: float, blocks: int, name: str
 ) -> None:
-    """As `roles.serve_engine`, with the oracle for a runner. `name` is its numeric class."""
+    """Like `roles.serve_engine` with the oracle as runner; `name` is its numeric class."""
     admin = bind(settings.host, settings.admin_port)
     limit = settings.max_model_len or 4096
     runner = OracleRunner(
@@ -128,7 +128,7 @@ async def serve_oracle(
 
 
 def be_engine(arguments: dict[str, Any]) -> None:
-    """One engine, to its end."""
+    """Runs one engine until it ends."""
     settings = Settings(log_format="json", admin_port=0, block_size=4, **arguments["settings"])
     role = partial(
         serve_oracle,
@@ -140,8 +140,8 @@ def be_engine(arguments: dict[str, Any]) -> None:
     run_role(role, settings, console=Console(stderr=True))
 
 
-def forge(orders: TextIO) -> dict[str, Any] | None:
-    """Forks an engine for each line until there are no more; in the engine, returns its order."""
+def serve_forks(orders: TextIO) -> dict[str, Any] | None:
+    """Forks an engine per line of stdin. Returns None at its end; in an engine, its line."""
     engines: dict[int, Path] = {}
     with selectors.DefaultSelector() as selector:
         selector.register(orders, selectors.EVENT_READ)
@@ -159,20 +159,20 @@ def forge(orders: TextIO) -> dict[str, Any] | None:
                     return order
                 engines[pid] = Path(order["log"])
                 answer(pid)
-            note_ends(engines)
+            record_exits(engines)
     for pid in engines:
         os.kill(pid, signal.SIGKILL)
     return None
 
 
 def answer(value: object) -> None:
-    """One line to whoever gave the order."""
+    """Prints one line of JSON."""
     sys.stdout.write(json.dumps(value) + "\n")
     sys.stdout.flush()
 
 
 def expected_tokens(body: dict[str, Any]) -> list[int]:
-    """What the oracle answers to a body, from the body alone."""
+    """The oracle's tokens for a body."""
     request = GenerationRequest(
         id="",
         prompt_ids=tuple(body["prompt"]),
@@ -183,8 +183,8 @@ def expected_tokens(body: dict[str, Any]) -> list[int]:
     return oracle_answer(request)
 
 
-def note_ends(engines: dict[int, Path]) -> None:
-    """Writes down how engines ended, for those who are not their parents."""
+def record_exits(engines: dict[int, Path]) -> None:
+    """Writes the exit statuses of engines to files: the test is not their parent process."""
     while engines:
         ended, status = os.waitpid(-1, os.WNOHANG)
         if not ended:
@@ -202,8 +202,8 @@ def redirect_output(log: Path) -> None:
 
 
 if __name__ == "__main__":
-    # The libraries are loaded: a fork is an engine in milliseconds.
-    mine = forge(sys.stdin)
+    # The libraries are loaded, so a fork takes milliseconds.
+    mine = serve_forks(sys.stdin)
     if mine is not None:
         redirect_output(Path(mine["log"]))
         be_engine(mine["arguments"])

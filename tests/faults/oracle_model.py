@@ -1,4 +1,4 @@
-"""What the API replicas of an oracle cluster need of a model: a tokenizer and a card."""
+"""The files that API replicas of an oracle cluster need: tokenizer and configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.conftest import TinyModel
 
 
 def write_model_of_oracle(tiny: TinyModel, folder: Path) -> Path:
-    """Tokenizer and card of a tiny model, with a context as long as the oracle's."""
+    """Writes the files of a tiny model with the context length of the oracle."""
     tiny.write_folder(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))

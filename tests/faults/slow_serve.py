@@ -1,4 +1,4 @@
-"""`quire serve` at one token a second: an answer that outlasts whatever happens to its reader."""
+"""`quire serve` at one token per second: a response that lasts longer than any reader."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ STEP = 1.0  # seconds
 
 
 class SlowRunner(TorchRunner):
-    """Computes as its parent does, and takes its time."""
+    """A TorchRunner that sleeps before each step."""
 
     def run(self, batch: Batch) -> StepOutput:
-        """One step."""
         time.sleep(STEP)
         return super().run(batch)
 

@@ -1,4 +1,4 @@
-"""API replicas that die or leave, clients that come back, leave, repeat themselves or are late."""
+"""API replicas that die or leave; clients that resume, disconnect, repeat a request or time out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from loadtest.sse import Address, call
 from service.messages import FinishReason
 from tests.cluster.checker import check_all, check_rest, read_journal
-from tests.cluster.client import Address, Transcript, call, events
+from tests.cluster.client import Transcript
 from tests.cluster.cluster import Cluster
 from tests.cluster.processes import Replica, wait_all_ready
-from tests.cluster.streams import Load, Streams, until
+from tests.cluster.streams import ClosedLoop, Streams, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
@@ -25,24 +26,24 @@ def api_at(cluster: Cluster, address: Address) -> Replica:
 
 
 async def state_of_end(cluster: Cluster, call_id: str) -> FinishReason:
-    """Waits for a request's end and says which."""
+    """Waits for a request's end and returns its finish reason."""
     await until(lambda: cluster.state_of_request(call_id, "st") == "ended", "it ends", seconds=30)
     _, end = await read_journal(cluster, call_id)
     return end.reason
 
 
 async def test_row_14_a_killed_replica_is_left_for_another(
-    cluster: Cluster, draw: random.Random
+    cluster: Cluster, rng: random.Random
 ) -> None:
-    """Who comes back with Last-Event-ID gets the rest; what nobody comes back for is cancelled."""
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=100) for _ in range(6)])
-    left = Streams(cluster.client, [cluster.body(draw, max_tokens=3000) for _ in range(2)])
-    await streams.begun()
-    left_calls = await left.begun()
+    """Clients resume with Last-Event-ID; requests without a reader are cancelled."""
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=100) for _ in range(6)])
+    left = Streams(cluster.client, [cluster.body(rng, max_tokens=3000) for _ in range(2)])
+    await streams.wait_started()
+    left_calls = await left.wait_started()
     victim, survivor = cluster.apis
     victim.kill()
-    await left.leave()
-    await streams.ended()
+    await left.disconnect()
+    await streams.wait_ended()
     moved = [each for each in streams.transcripts if each.connections > 1]
     assert moved
     assert survivor.is_up
@@ -52,11 +53,13 @@ async def test_row_14_a_killed_replica_is_left_for_another(
 
 
 async def test_row_15_a_replica_is_asked_to_leave_under_load(
-    cluster: Cluster, draw: random.Random
+    cluster: Cluster, rng: random.Random
 ) -> None:
-    """The balancer takes it out first, as before a stop; open calls end, none fails."""
+    """The balancer removes it first, as before a stop; open requests end, none fails."""
     leaving, _ = cluster.apis
-    async with Load(cluster.client, lambda: cluster.body(draw, max_tokens=50), width=8) as load:
+    async with ClosedLoop(
+        cluster.client, lambda: cluster.body(rng, max_tokens=50), width=8
+    ) as load:
         await until(lambda: sum(each.ended for each in load.transcripts) >= 8, "load")
         await cluster.retire_api(leaving)
         await asyncio.sleep(0.5)
@@ -68,14 +71,14 @@ async def test_row_15_a_replica_is_asked_to_leave_under_load(
 @pytest.mark.parametrize("way", ["fin", "rst"])
 @pytest.mark.parametrize("stream", [True, False])
 async def test_row_18_a_client_leaves(
-    cluster: Cluster, draw: random.Random, *, way: str, stream: bool
+    cluster: Cluster, rng: random.Random, *, way: str, stream: bool
 ) -> None:
-    body = cluster.body(draw, max_tokens=3000) | {"stream": stream}
+    body = cluster.body(rng, max_tokens=3000) | {"stream": stream}
     address = cluster.client.next_address()
     if stream:
         async with call(address, "POST", "/v1/completions", body=body) as reply:
             call_id = reply.headers["x-request-id"]
-            async for event in events(reply):
+            async for event in reply.events():
                 if event.tokens:
                     break
             if way == "rst":
@@ -105,27 +108,27 @@ async def _post(address: Address, body: dict[str, Any], call_id: str) -> None:
         await reply.body()
 
 
-async def test_row_20_two_readers_of_one_stream(cluster: Cluster, draw: random.Random) -> None:
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=80)])
-    (call_id,) = await streams.begun(10)
+async def test_row_20_two_readers_of_one_stream(cluster: Cluster, rng: random.Random) -> None:
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=80)])
+    (call_id,) = await streams.wait_started(10)
     after = streams.transcripts[0].events[5].id
     readings = await asyncio.gather(
         *(cluster.client.replay(call_id, after=after) for _ in range(2)),
         *(cluster.client.replay(call_id) for _ in range(2)),
     )
-    (transcript,) = await streams.ended()
+    (transcript,) = await streams.wait_ended()
     raws = [b"".join(event.raw for event in reading) for reading in readings]
     assert raws[0] == raws[1] == b"".join(event.raw for event in transcript.events[6:])
     assert raws[2] == raws[3] == transcript.raw
     assert await check_all(cluster, [transcript]) == {"length": 1}
 
 
-async def test_row_21_ids_that_are_none(cluster: Cluster, draw: random.Random) -> None:
-    """What the journal of an ended answer never had is a divergence, not a mistake: the store may
-    have lost it. Another tenant's ids are in the API's own tests: keys come with that.
+async def test_row_21_ids_that_are_none(cluster: Cluster, rng: random.Random) -> None:
+    """An event id beyond the journal of an ended response is a divergence (409), not a client
+    error: the store may have lost entries. Ids of other tenants are part of the tests of the API.
     """
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=30)])
-    (transcript,) = await streams.ended()
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=30)])
+    (transcript,) = await streams.wait_ended()
     assert transcript.call_id
     assert (transcript.last_id or "").startswith("30.")
     unknown = transcript.call_id[:-6] + "abcdef"
@@ -150,15 +153,15 @@ async def test_row_21_ids_that_are_none(cluster: Cluster, draw: random.Random) -
     assert await check_all(cluster, [transcript]) == {"length": 1}
 
 
-async def test_row_22_cancels_race_with_everything(cluster: Cluster, draw: random.Random) -> None:
-    """Cancelled before, while and after it runs, twice, and while an engine dies: one end each."""
-    bodies = [cluster.body(draw, max_tokens=draw.randint(1, 60)) for _ in range(40)]
+async def test_row_22_cancels_race_with_everything(cluster: Cluster, rng: random.Random) -> None:
+    """Cancels before, during and after a request, twice, and during an engine's death."""
+    bodies = [cluster.body(rng, max_tokens=rng.randint(1, 60)) for _ in range(40)]
     streams = Streams(cluster.client, bodies)
 
     async def cancel(transcript: Transcript) -> None:
         while transcript.call_id is None:
             await asyncio.sleep(0.002)
-        await asyncio.sleep(draw.random())
+        await asyncio.sleep(rng.random())
         path = f"/v1/streams/{transcript.call_id}"
         for _ in range(2):
             async with call(cluster.client.next_address(), "DELETE", path) as reply:
@@ -169,17 +172,17 @@ async def test_row_22_cancels_race_with_everything(cluster: Cluster, draw: rando
         cluster.engines[0].kill()
 
     await asyncio.gather(kill(), *(cancel(each) for each in streams.transcripts[::2]))
-    await streams.ended()
+    await streams.wait_ended()
     reasons = await check_all(cluster, streams.transcripts)
     assert set(reasons) <= {"length", "cancelled"}
     assert reasons["cancelled"]
     assert reasons["length"] >= 20
 
 
-async def test_row_36_one_key_is_one_generation(cluster: Cluster, draw: random.Random) -> None:
-    body = cluster.body(draw)
+async def test_row_36_one_key_is_one_generation(cluster: Cluster, rng: random.Random) -> None:
+    body = cluster.body(rng)
     streams = Streams(cluster.client, [body] * 10, idempotency_key="the-same")
-    transcripts = await streams.ended()
+    transcripts = await streams.wait_ended()
     assert len({each.call_id for each in transcripts}) == 1
     assert len({each.raw for each in transcripts}) == 1
     another = body | {"max_tokens": 3}
@@ -191,11 +194,11 @@ async def test_row_36_one_key_is_one_generation(cluster: Cluster, draw: random.R
     assert await check_all(cluster, transcripts) == {"length": 1}
 
 
-async def test_row_37_a_deadline_passes_in_the_queue(cluster: Cluster, draw: random.Random) -> None:
-    """Without an engine's work. One that passes in mid-run is in row 6's test."""
+async def test_row_37_a_deadline_passes_in_the_queue(cluster: Cluster, rng: random.Random) -> None:
+    """No engine computes it. Row 6 tests a deadline that passes while a request runs."""
     for engine in cluster.engines:
         engine.pause()
-    body = cluster.body(draw) | {"stream": False}
+    body = cluster.body(rng) | {"stream": False}
     headers = {"x-request-timeout-ms": "700"}
     address = cluster.client.next_address()
     async with call(address, "POST", "/v1/completions", body=body, headers=headers) as reply:
@@ -214,13 +217,15 @@ async def test_row_37_a_deadline_passes_in_the_queue(cluster: Cluster, draw: ran
 
 @pytest.mark.timeout(300)
 async def test_row_17_everything_is_replaced_under_load(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
-    """Three rounds: new replicas, the balancer turns to them, the old ones are asked to leave."""
+    """Three rounds: new replicas start, the balancer uses them, the old ones get SIGTERM."""
     cluster = await asyncio.to_thread(own_cluster, num_apis=2)
-    cluster.begin()
+    cluster.reset()
     gone: list[Replica] = []
-    async with Load(cluster.client, lambda: cluster.body(draw, max_tokens=100), width=6) as load:
+    async with ClosedLoop(
+        cluster.client, lambda: cluster.body(rng, max_tokens=100), width=6
+    ) as load:
         for _ in range(3):
             engines, apis = tuple(cluster.engines), tuple(cluster.apis)
             new = [cluster.replace(each) for each in engines] + [cluster.start_api() for _ in apis]
@@ -238,5 +243,5 @@ async def test_row_17_everything_is_replaced_under_load(
     assert not any(cluster.deaths(each) for each in call_ids(load))
 
 
-def call_ids(load: Load) -> list[str]:
+def call_ids(load: ClosedLoop) -> list[str]:
     return [each.call_id for each in load.transcripts if each.call_id]

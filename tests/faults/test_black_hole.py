@@ -1,6 +1,5 @@
-"""Row 18, the silent part: a client vanishes without a word. Nothing tells the server, no FIN and
-no RST; only what it sent stays unconfirmed. The client lives in a network namespace of its own, on
-a cable that the test cuts.
+"""Row 18: a client vanishes without FIN or RST; the server's data is just not acknowledged. The
+client runs in a network namespace of its own, whose link the test cuts.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def run(*words: str) -> None:
 
 @pytest.fixture
 def cable() -> Iterator[tuple[str, str]]:
-    """(namespace, address of this end): a cable to a host of the test's own."""
+    """(namespace, address of this end) of a virtual link."""
     if os.geteuid() != 0:
         pytest.skip("a network namespace needs root")
     name = f"quire{os.getpid() % 10000}"
@@ -60,7 +59,7 @@ def metrics(url: str) -> str:
 
 
 def test_row_18_black_hole(cable: tuple[str, str], tiny_model: TinyModel, tmp_path: Path) -> None:
-    """The request leaves the batch when its reader's silence has lasted long enough."""
+    """The request is cancelled when its reader has been silent for long enough."""
     namespace, host = cable
     folder, log = tiny_model.write_folder(tmp_path / "tiny"), tmp_path / "log"
     port, admin_port = free_port(), free_port()
@@ -84,10 +83,10 @@ def test_row_18_black_hole(cable: tuple[str, str], tiny_model: TinyModel, tmp_pa
         cut = time.monotonic()
         assert re.search(r"quire_sequences_running 1\.0", metrics(admin))  # it still runs
         while "quire_sequences_running 0.0" not in metrics(admin):
-            assert time.monotonic() - cut < UNACKNOWLEDGED_TIMEOUT + 30, "nobody noticed"
+            assert time.monotonic() - cut < UNACKNOWLEDGED_TIMEOUT + 30, "not noticed"
             time.sleep(0.5)
         assert 'quire_wasted_tokens_total{cause="cancelled"} 0.0' not in metrics(admin)
-        assert client.poll() is None  # it never said goodbye
+        assert client.poll() is None  # it did not close the connection
         client.kill()
         client.communicate()
     finally:

@@ -1,5 +1,5 @@
-"""Which requests are to blame for a dead engine: innocent ones survive any number of deaths, one
-that kills its engines is failed after three, and an engine that is only slow is not dead.
+"""Blame for dead engines: other requests survive any number of deaths, a request that kills its
+engines fails after three, and a slow engine is not dead.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tests.cluster.streams import Streams, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 
-GENEROUS = 3.0  # times a promised limit, on a machine that does other things too
-LONG = 1000  # tokens of an answer
+GENEROUS = 3.0  # factor on promised limits, for a machine with other load
+LONG = 1000  # output tokens
 
 
 def held_by(cluster: Cluster, streams: Streams) -> dict[Replica, list[Transcript]]:
-    """The streams that each living engine runs now."""
+    """Streams by running engine."""
     held: dict[Replica, list[Transcript]] = {}
     for each in streams.transcripts:
         owner = None if each.ended else cluster.owner_of(each.call_id or "")
@@ -36,80 +36,80 @@ def held_by(cluster: Cluster, streams: Streams) -> dict[Replica, list[Transcript
 def kill(
     cluster: Cluster, victim: Replica, held: Sequence[Transcript]
 ) -> Callable[[], list[float]]:
-    """Kills an engine. The result gives, later, the seconds to the next token of each of `held`."""
+    """Kills an engine. Returns a function that returns the seconds to the next token of `held`."""
     victim.kill()
     killed = time.monotonic()
     counts = [(each, cluster.journalled(each.call_id or "")) for each in held]
     return lambda: [
-        each.came_at(count) - killed
+        each.arrival_of(count) - killed
         for each, count in counts
         if count < each.body["max_tokens"]  # else only its end was missing
     ]
 
 
 async def test_innocent_answers_survive_twenty_deaths(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
-    """Five seconds apart, each time an engine that runs something, replaced at once."""
+    """Every five seconds an engine that runs streams dies and is replaced."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=4, pace=0.1)
-    bodies = [cluster.body(draw, max_tokens=LONG) for _ in range(12)]
+    bodies = [cluster.body(rng, max_tokens=LONG) for _ in range(12)]
     streams = Streams(cluster.client, bodies, patience=300.0)
-    await streams.begun()
+    await streams.wait_started()
     kills = 0
     while kills < 20:
         held = await asyncio.to_thread(held_by, cluster, streams)
         assert streams.num_ended == 0, "too early to have ended"
         if held:
-            victim = draw.choice(list(held))
+            victim = rng.choice(list(held))
             await asyncio.to_thread(victim.kill)
             await asyncio.to_thread(cluster.replace, victim)
             kills += 1
         await asyncio.sleep(5)
-    await streams.ended()
+    await streams.wait_ended()
     assert sum(cluster.deaths(call) for call in streams.call_ids) >= 20
     assert await check_all(cluster, streams.transcripts) == {"length": 12}
 
 
 @pytest.mark.parametrize("apart", [0.0, 0.5, 2.0, 8.0])
 async def test_two_engines_of_four_die_close_together(
-    own_cluster: Callable[..., Cluster], draw: random.Random, apart: float
+    own_cluster: Callable[..., Cluster], rng: random.Random, apart: float
 ) -> None:
-    """The second is one that took something over, if there was time. Nothing waits for long: not
-    what lost its engine, and not what is new.
+    """The second engine had taken over requests of the first, if there was time. Neither these
+    requests nor new ones wait long.
     """
-    # Two engines have room for all, and none can hold all of it.
-    cluster = await asyncio.to_thread(own_cluster, num_engines=4, seats=7, pace=0.02)
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=LONG) for _ in range(12)])
-    await streams.begun()
+    # Two engines can run all streams, one cannot.
+    cluster = await asyncio.to_thread(own_cluster, num_engines=4, max_sequences=7, pace=0.02)
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=LONG) for _ in range(12)])
+    await streams.wait_started()
     waits: list[float] = []
     for death in range(2):
         held = await asyncio.to_thread(held_by, cluster, streams)
         victim = max(held, key=lambda engine: len(held[engine]))
         later = await asyncio.to_thread(kill, cluster, victim, held[victim])
         streams.on_end(lambda later=later: waits.extend(later()))  # type: ignore[misc]
-        fresh = Streams(cluster.client, [cluster.body(draw, max_tokens=20)])
+        fresh = Streams(cluster.client, [cluster.body(rng, max_tokens=20)])
         began = time.monotonic()
-        await fresh.ended()
-        assert fresh.transcripts[0].came_at(0) - began < GENEROUS * 1.0
+        await fresh.wait_ended()
+        assert fresh.transcripts[0].arrival_of(0) - began < GENEROUS * 1.0
         if death == 0:
             await asyncio.sleep(apart)
-    await streams.ended()
+    await streams.wait_ended()
     assert await check_all(cluster, streams.transcripts, counted=False) == {"length": 14}
-    assert max(waits) < GENEROUS * (cluster.scale.lease + 1.5)
+    assert max(waits) < GENEROUS * (cluster.timings.lease + 1.5)
 
 
 @pytest.mark.parametrize("position", [0, 1, 57])
 async def test_a_request_that_kills_engines_at_one_position_is_failed_after_three(
-    cluster: Cluster, draw: random.Random, position: int
+    cluster: Cluster, rng: random.Random, position: int
 ) -> None:
-    body = cluster.body(draw, max_tokens=90)
+    body = cluster.body(rng, max_tokens=90)
     hook = cluster.arm("exit", keep=True, at=(body["seed"], position))
     async with cluster.kept_alive() as ended:
-        streams = Streams(cluster.client, [cluster.body(draw, max_tokens=400) for _ in range(31)])
-        await streams.begun()
+        streams = Streams(cluster.client, [cluster.body(rng, max_tokens=400) for _ in range(31)])
+        await streams.wait_started()
         poison = Streams(cluster.client, [body])
-        (poisoned,) = await poison.ended()
-        await streams.ended()
+        (poisoned,) = await poison.wait_ended()
+        await streams.wait_ended()
     assert poisoned.error == "engine_crash_loop"
     assert len(poisoned.tokens) <= position
     assert len(cluster.happened(hook)) == len(ended) == cluster.deaths(poison.call_ids[0]) == 3
@@ -118,16 +118,16 @@ async def test_a_request_that_kills_engines_at_one_position_is_failed_after_thre
 
 
 async def test_with_one_engine_others_go_on_beside_a_request_that_kills_it(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
     cluster = await asyncio.to_thread(own_cluster, num_engines=1)
-    body = cluster.body(draw, max_tokens=90)
+    body = cluster.body(rng, max_tokens=90)
     hook = cluster.arm("raise", keep=True, at=(body["seed"], 20))
     async with cluster.kept_alive() as ended:
-        streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300) for _ in range(6)])
-        await streams.begun()
-        (poisoned,) = await Streams(cluster.client, [body]).ended()
-        await streams.ended()
+        streams = Streams(cluster.client, [cluster.body(rng, max_tokens=300) for _ in range(6)])
+        await streams.wait_started()
+        (poisoned,) = await Streams(cluster.client, [body]).wait_ended()
+        await streams.wait_ended()
     assert poisoned.error == "engine_crash_loop"
     assert len(cluster.happened(hook)) == len(ended) == 3
     reasons = await check_all(cluster, [poisoned, *streams.transcripts])
@@ -135,22 +135,22 @@ async def test_with_one_engine_others_go_on_beside_a_request_that_kills_it(
 
 
 async def test_frozen_engines_are_late_and_not_dead(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
-    """For one to three leases, one or two of three at a time, again and again."""
+    """Repeatedly, one or two of three engines are stopped for one to three leases."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=3, pace=0.03)
-    lease = cluster.scale.lease
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=LONG) for _ in range(12)])
-    await streams.begun()
+    lease = cluster.timings.lease
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=LONG) for _ in range(12)])
+    await streams.wait_started()
     for _ in range(10):
-        frozen = draw.sample(cluster.engines, draw.choice((1, 1, 2)))
+        frozen = rng.sample(cluster.engines, rng.choice((1, 1, 2)))
         for engine in frozen:
             await asyncio.to_thread(engine.pause)
-        await asyncio.sleep(draw.uniform(1.0, 3.0) * lease)
+        await asyncio.sleep(rng.uniform(1.0, 3.0) * lease)
         for engine in frozen:
             await asyncio.to_thread(engine.resume)
-        await asyncio.sleep(draw.uniform(0.1, 1.0) * lease)
-    await streams.ended()
+        await asyncio.sleep(rng.uniform(0.1, 1.0) * lease)
+    await streams.wait_ended()
     late = ("quire_fenced_writes_total", "quire_lost_leases_total")  # whichever it meets first
     refused = sum(engine.metric(name) for engine in cluster.engines for name in late)
     assert refused > 0, "no engine was frozen for long enough"
@@ -158,17 +158,17 @@ async def test_frozen_engines_are_late_and_not_dead(
 
 
 async def test_an_engine_whose_thread_hangs_lets_its_leases_run_out(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
-    """Its event loop lives on, and must not keep for it what it does not compute."""
+    """Its event loop still runs, and must not renew leases of requests that do not progress."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=2)
-    body = cluster.body(draw, max_tokens=100)
+    body = cluster.body(rng, max_tokens=100)
     hook = cluster.arm(60.0, at=(body["seed"], 30))  # seconds that a step takes
     streams = Streams(cluster.client, [body])
     await until(lambda: cluster.happened(hook), "the fault")
     (pid,) = cluster.happened(hook)
     (hung,) = (engine for engine in cluster.engines if engine.pid == pid)
-    await streams.ended()
+    await streams.wait_ended()
     assert hung.is_up
     assert await asyncio.to_thread(hung.is_live) is False
     assert cluster.deaths(streams.call_ids[0]) == 1

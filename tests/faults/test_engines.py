@@ -1,6 +1,6 @@
-"""Engines that die, freeze, raise and leave: the answers go on, exactly.
+"""Engines that die, freeze, raise and leave: outputs continue with the same tokens.
 
-The numbers are those of the fault table; `README.md` lists which test proves which row.
+The row numbers are those of the fault table in `README.md`.
 """
 
 from __future__ import annotations
@@ -22,53 +22,53 @@ from tests.faults.proxy import FaultProxy
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
-GENEROUS = 3.0  # times a promised limit, on a machine that does other things too
+GENEROUS = 3.0  # factor on promised limits, for a machine with other load
 
 
 async def owner(cluster: Cluster, call_id: str) -> Replica:
-    """The engine that holds a request; waits until one does."""
-    await until(lambda: cluster.owner_of(call_id), "somebody holds the request")
+    """Waits until an engine runs the request; returns it."""
+    await until(lambda: cluster.owner_of(call_id), "an engine runs the request")
     found = cluster.owner_of(call_id)
     assert found is not None
     return found
 
 
 def longest_wait(streams: Streams, held: list[int], *, counts: list[int], since: float) -> float:
-    """From a fault to the first token that was not journalled then, over the streams it hit."""
-    return max(streams.transcripts[i].came_at(counts[i]) - since for i in held)
+    """Maximum time from a fault to the first new token, over the streams it hit."""
+    return max(streams.transcripts[i].arrival_of(counts[i]) - since for i in held)
 
 
 def longest_gap(transcript: Transcript) -> float:
-    """Between two tokens."""
+    """Maximum time between two tokens."""
     times = [event.at for event in transcript.events if event.tokens]
     return max(later - earlier for earlier, later in pairwise(times))
 
 
 def held_by(cluster: Cluster, engine: Replica, streams: Streams) -> list[int]:
-    """Which of the streams an engine holds."""
+    """Indices of the streams that an engine runs."""
     return [i for i, each in enumerate(streams.call_ids) if cluster.owner_of(each) is engine]
 
 
-async def test_row_1_a_killed_engine_is_taken_over(cluster: Cluster, draw: random.Random) -> None:
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300) for _ in range(8)])
-    calls = await streams.begun()
+async def test_row_1_a_killed_engine_is_taken_over(cluster: Cluster, rng: random.Random) -> None:
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=300) for _ in range(8)])
+    calls = await streams.wait_started()
     victim = await owner(cluster, calls[0])
     taken = held_by(cluster, victim, streams)
     victim.kill()
     killed = time.monotonic()
     counts = [cluster.journalled(each) for each in calls]
-    await streams.ended()
+    await streams.wait_ended()
     assert all(cluster.deaths(calls[i]) == 1 for i in taken)
     assert await check_all(cluster, streams.transcripts) == {"length": 8}
     wait = longest_wait(streams, taken, counts=counts, since=killed)
-    assert wait < GENEROUS * (cluster.scale.lease + 1.5)
+    assert wait < GENEROUS * (cluster.timings.lease + 1.5)
 
 
-async def test_row_2_killed_in_prefill(cluster: Cluster, draw: random.Random) -> None:
+async def test_row_2_killed_in_prefill(cluster: Cluster, rng: random.Random) -> None:
     hook = cluster.arm("kill")
-    bodies = [cluster.body(draw), cluster.body(draw, hook=hook), cluster.body(draw)]
+    bodies = [cluster.body(rng), cluster.body(rng, hook=hook), cluster.body(rng)]
     streams = Streams(cluster.client, bodies)
-    await streams.ended()
+    await streams.wait_ended()
     (dead,) = cluster.happened(hook)
     assert [engine.state for engine in cluster.engines if engine.pid == dead] == [""]
     assert cluster.deaths(streams.call_ids[1]) == 1
@@ -76,16 +76,16 @@ async def test_row_2_killed_in_prefill(cluster: Cluster, draw: random.Random) ->
 
 
 async def test_row_3_killed_between_claim_and_work(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
-    """The claim was made, its reply never reached the engine."""
+    """The claim succeeded, but its reply did not reach the engine."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=0)
     async with FaultProxy(cluster.redis.port) as proxy:
-        engine = cluster.start_engine(queue=f"redis://127.0.0.1:{proxy.port}/0")
+        engine = cluster.start_engine(queue=proxy.redis_url)
         await asyncio.to_thread(engine.wait_until_ready)
-        await asyncio.to_thread(cluster.wait_until_known, 1)
+        await asyncio.to_thread(cluster.wait_until_registered, 1)
         engine.pause()  # so that its next claim is the one whose reply is lost
-        streams = Streams(cluster.client, [cluster.body(draw)])
+        streams = Streams(cluster.client, [cluster.body(rng)])
         await until(lambda: cluster.ask("HGET", cluster.key("adm"), "q") == "1", "it is queued")
         proxy.swallow_replies = True
         engine.resume()
@@ -93,39 +93,39 @@ async def test_row_3_killed_between_claim_and_work(
         assert proxy.swallowed
         engine.kill()
         await asyncio.to_thread(cluster.start_engine().wait_until_ready)
-        await streams.ended()
+        await streams.wait_ended()
         assert cluster.deaths(streams.call_ids[0]) == 1
         assert cluster.state_of_request(streams.call_ids[0], "ep") == "2"
         assert await check_all(cluster, streams.transcripts) == {"length": 1}
 
 
-async def test_row_6_all_engines_killed(cluster: Cluster, draw: random.Random) -> None:
-    """What waits is kept, what has a deadline ends with it."""
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300) for _ in range(4)])
+async def test_row_6_all_engines_killed(cluster: Cluster, rng: random.Random) -> None:
+    """Waiting requests are kept; those with a deadline end at it."""
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=300) for _ in range(4)])
     late = Streams(
         cluster.client,
-        [cluster.body(draw, max_tokens=600) for _ in range(2)],
+        [cluster.body(rng, max_tokens=600) for _ in range(2)],
         x_request_timeout_ms="2500",
     )
-    await streams.begun()
-    await late.begun()
+    await streams.wait_started()
+    await late.wait_started()
     for engine in cluster.engines:
         engine.kill()
-    await late.ended()
+    await late.wait_ended()
     assert all(each.finish_reason == "deadline" for each in late.transcripts)
     assert streams.num_ended == 0
     cluster.engines.clear()
     await asyncio.to_thread(cluster.start_engine().wait_until_ready)
-    transcripts = await streams.ended() + late.transcripts
+    transcripts = await streams.wait_ended() + late.transcripts
     assert await check_all(cluster, transcripts) == {"length": 4, "deadline": 2}
 
 
 async def test_row_7_the_engine_that_took_over_is_killed_too(
-    cluster: Cluster, draw: random.Random
+    cluster: Cluster, rng: random.Random
 ) -> None:
-    """And the next ones: an answer that makes progress survives any number of deaths."""
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300)])
-    (call,) = await streams.begun()
+    """And the next ones: a request that makes progress survives any number of deaths."""
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=300)])
+    (call,) = await streams.wait_started()
     for _ in range(5):
         seen = len(streams.transcripts[0].tokens)
         victim = await owner(cluster, call)
@@ -135,14 +135,14 @@ async def test_row_7_the_engine_that_took_over_is_killed_too(
             lambda: len(streams.transcripts[0].tokens) > seen + 2,  # noqa: B023
             "it goes on",
         )
-    (transcript,) = await streams.ended()
+    (transcript,) = await streams.wait_ended()
     assert cluster.deaths(call) == 5
     assert await check_all(cluster, [transcript]) == {"length": 1}
 
 
-async def test_row_8_a_zombie_wakes_up(cluster: Cluster, draw: random.Random) -> None:
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300) for _ in range(6)])
-    calls = await streams.begun()
+async def test_row_8_a_zombie_wakes_up(cluster: Cluster, rng: random.Random) -> None:
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=300) for _ in range(6)])
+    calls = await streams.wait_started()
     zombie = await owner(cluster, calls[0])
     held = held_by(cluster, zombie, streams)
     zombie.pause()
@@ -155,72 +155,72 @@ async def test_row_8_a_zombie_wakes_up(cluster: Cluster, draw: random.Random) ->
     zombie.resume()
     stale = ("quire_fenced_writes_total", "quire_lost_leases_total")
     await until(lambda: sum(map(zombie.metric, stale)) > 0, "the zombie was refused")
-    await streams.ended()
+    await streams.wait_ended()
     assert await check_all(cluster, streams.transcripts) == {"length": 6}
     wait = longest_wait(streams, held, counts=counts, since=paused)
-    assert wait < GENEROUS * (cluster.scale.lease + 1.5)
+    assert wait < GENEROUS * (cluster.timings.lease + 1.5)
 
 
 async def test_row_9_an_engine_is_cut_off(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
-    """It stops sampling once its lease is over, and serves again when it is back."""
+    """It stops sampling when its lease expires, and serves again when reconnected."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=0)
     async with FaultProxy(cluster.redis.port) as proxy:
-        cut_off = cluster.start_engine(queue=f"redis://127.0.0.1:{proxy.port}/0")
+        cut_off = cluster.start_engine(queue=proxy.redis_url)
         await asyncio.to_thread(cut_off.wait_until_ready)
-        streams = Streams(cluster.client, [cluster.body(draw, max_tokens=600) for _ in range(4)])
-        await streams.begun()
+        streams = Streams(cluster.client, [cluster.body(rng, max_tokens=600) for _ in range(4)])
+        await streams.wait_started()
         proxy.black_hole = True
-        await asyncio.sleep(3 * cluster.scale.lease)
+        await asyncio.sleep(3 * cluster.timings.lease)
         assert proxy.swallowed
         sampled = cut_off.metric("quire_generated_tokens_total")
         await asyncio.sleep(0.5)
-        assert cut_off.metric("quire_generated_tokens_total") == sampled, "it computes for nothing"
+        assert cut_off.metric("quire_generated_tokens_total") == sampled, "it still computes"
         assert cut_off.metric("quire_lost_leases_total") == 4
         other = cluster.start_engine()
         await asyncio.to_thread(other.wait_until_ready)
         await until(lambda: other.metric("quire_take_overs_total") == 4, "taken over")
         proxy.black_hole = False
         proxy.cut()
-        await streams.ended()
+        await streams.wait_ended()
         events = 'quire_queue_events_total{event="outage"}'
         await until(lambda: cut_off.metric(events) >= 1, "it is back")
         other.terminate()
         assert await asyncio.to_thread(other.exit_code) == 0
-        after = Streams(cluster.client, [cluster.body(draw)])
-        await after.ended()  # by the one that was cut off
+        after = Streams(cluster.client, [cluster.body(rng)])
+        await after.wait_ended()  # by the one that was cut off
         transcripts = streams.transcripts + after.transcripts
         assert await check_all(cluster, transcripts) == {"length": 5}
 
 
 @pytest.mark.parametrize("action", ["raise", "out_of_memory"])
 async def test_rows_10_and_11_a_step_raises(
-    cluster: Cluster, draw: random.Random, action: str
+    cluster: Cluster, rng: random.Random, action: str
 ) -> None:
-    """A runner that raised is broken: the process ends at once, others take over."""
+    """After an error in the runner the process exits at once; others take over."""
     hook = cluster.arm(action)
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=60) for _ in range(4)])
-    await streams.begun()
-    bad = Streams(cluster.client, [cluster.body(draw, hook=hook)])
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=60) for _ in range(4)])
+    await streams.wait_started()
+    bad = Streams(cluster.client, [cluster.body(rng, hook=hook)])
     await until(lambda: cluster.happened(hook), "the fault")
     (pid,) = cluster.happened(hook)
     (broken,) = (engine for engine in cluster.engines if engine.pid == pid)
     began = time.monotonic()
     assert await asyncio.to_thread(broken.exit_code) == 1
     assert time.monotonic() - began < GENEROUS * 1.0
-    transcripts = await streams.ended() + await bad.ended()
+    transcripts = await streams.wait_ended() + await bad.wait_ended()
     assert await check_all(cluster, transcripts) == {"length": 5}
 
 
-async def test_row_12_poison_and_the_innocent(cluster: Cluster, draw: random.Random) -> None:
+async def test_row_12_poison_and_the_innocent(cluster: Cluster, rng: random.Random) -> None:
     hook = cluster.arm("exit", keep=True)
     async with cluster.kept_alive() as ended:
-        streams = Streams(cluster.client, [cluster.body(draw, max_tokens=60) for _ in range(31)])
+        streams = Streams(cluster.client, [cluster.body(rng, max_tokens=60) for _ in range(31)])
         await asyncio.sleep(0.2)
-        poison = Streams(cluster.client, [cluster.body(draw, hook=hook)])
-        (poisoned,) = await poison.ended()
-        await streams.ended()
+        poison = Streams(cluster.client, [cluster.body(rng, hook=hook)])
+        (poisoned,) = await poison.wait_ended()
+        await streams.wait_ended()
     assert poisoned.error == "engine_crash_loop"
     assert len(cluster.happened(hook)) == len(ended)
     assert 1 <= len(ended) <= 3
@@ -229,50 +229,50 @@ async def test_row_12_poison_and_the_innocent(cluster: Cluster, draw: random.Ran
 
 
 async def test_row_13_another_numeric_class_does_not_go_on(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
     cluster = await asyncio.to_thread(own_cluster, num_engines=1)
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=300)])
-    (call,) = await streams.begun()
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=300)])
+    (call,) = await streams.wait_started()
     cluster.engines.pop().kill()
     other = cluster.start_engine(numeric_class="another")
     await asyncio.to_thread(other.wait_until_ready)
-    await asyncio.sleep(3 * cluster.scale.lease)
+    await asyncio.sleep(3 * cluster.timings.lease)
     assert cluster.state_of_request(call, "ep") == "1"
     assert streams.num_ended == 0
     await asyncio.to_thread(cluster.start_engine().wait_until_ready)
-    await streams.ended()
+    await streams.wait_ended()
     assert other.metric("quire_generated_tokens_total") == 0
     assert await check_all(cluster, streams.transcripts) == {"length": 1}
 
 
-async def test_row_16_an_engine_is_asked_to_leave(cluster: Cluster, draw: random.Random) -> None:
-    """SIGTERM: the others go on at once, nobody is blamed, nothing fails."""
-    streams = Streams(cluster.client, [cluster.body(draw, max_tokens=400) for _ in range(8)])
-    calls = await streams.begun()
+async def test_row_16_an_engine_is_asked_to_leave(cluster: Cluster, rng: random.Random) -> None:
+    """SIGTERM: the others continue at once, no death is counted, nothing fails."""
+    streams = Streams(cluster.client, [cluster.body(rng, max_tokens=400) for _ in range(8)])
+    calls = await streams.wait_started()
     leaving = await owner(cluster, calls[0])
     held = held_by(cluster, leaving, streams)
     leaving.terminate()
-    told = time.monotonic()
+    sent = time.monotonic()
     assert await asyncio.to_thread(leaving.exit_code) == 0
-    assert time.monotonic() - told < GENEROUS * 5
-    await streams.ended()
+    assert time.monotonic() - sent < GENEROUS * 5
+    await streams.wait_ended()
     assert all(cluster.deaths(call) == 0 for call in calls)
     assert all(cluster.state_of_request(calls[i], "ep") == "2" for i in held)
     assert not any(each.refusals for each in streams.transcripts)
     assert await check_all(cluster, streams.transcripts) == {"length": 8}
-    assert all(cluster.scale.lease > longest_gap(streams.transcripts[i]) for i in held)
+    assert all(cluster.timings.lease > longest_gap(streams.transcripts[i]) for i in held)
 
 
 async def test_row_33_the_kv_pool_is_too_small(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
-    """All are answered all the same: sequences give their blocks up and compute them again."""
+    """All requests succeed: sequences are preempted and recomputed."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=0)
     engine = cluster.start_engine(blocks=40, pace=0.001)
     await asyncio.to_thread(engine.wait_until_ready)
-    bodies = [cluster.body(draw, max_tokens=draw.randint(20, 100)) for _ in range(24)]
+    bodies = [cluster.body(rng, max_tokens=rng.randint(20, 100)) for _ in range(24)]
     streams = Streams(cluster.client, bodies)
-    await streams.ended()
+    await streams.wait_ended()
     assert engine.metric("quire_preemptions_total") > 0
     assert await check_all(cluster, streams.transcripts) == {"length": 24}

@@ -1,4 +1,4 @@
-"""A real model, its real engines killed: the answers are those of an undisturbed run, bit by bit.
+"""A real model whose engines are killed: outputs equal those of an undisturbed run exactly.
 
 float32, the reference runner, one thread: one numeric class. Greedy and at temperature 0.8.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.checker import check_all
-from tests.cluster.cluster import Cluster, Scale
+from tests.cluster.cluster import Cluster, Timings
 from tests.cluster.streams import Streams
 from tests.conftest import TinyModel
 
@@ -22,17 +22,17 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
 KILLS = 3
 
 
-def make_bodies(cluster: Cluster, draw: random.Random) -> list[dict[str, Any]]:
-    """Text prompts, with what makes an answer depend on all of its tokens."""
+def make_bodies(cluster: Cluster, rng: random.Random) -> list[dict[str, Any]]:
+    """Text prompts, with penalties that make each token depend on all before it."""
     return [
         {
             "model": cluster.model.name,
-            "prompt": draw.choice(["the quick brown", "1234 def f(x):", "你好 é"]) * 3 + f" {i}",
+            "prompt": rng.choice(["the quick brown", "1234 def f(x):", "你好 é"]) * 3 + f" {i}",
             "max_tokens": 90,
             "temperature": temperature,
-            "seed": draw.randrange(2**31),
-            "presence_penalty": draw.choice([0.0, 0.5]),
-            "repetition_penalty": draw.choice([1.0, 1.2]),
+            "seed": rng.randrange(2**31),
+            "presence_penalty": rng.choice([0.0, 0.5]),
+            "repetition_penalty": rng.choice([1.0, 1.2]),
             "ignore_eos": True,
             "stream": True,
             "return_token_ids": True,
@@ -42,29 +42,34 @@ def make_bodies(cluster: Cluster, draw: random.Random) -> list[dict[str, Any]]:
 
 
 async def test_rows_1_and_16_with_a_real_model(
-    tiny_model: TinyModel, tmp_path: Path, draw: random.Random
+    tiny_model: TinyModel, tmp_path: Path, rng: random.Random
 ) -> None:
     model = tiny_model.write_folder(tmp_path / "tiny")
     flags = {"runner": "torch", "dtype": "float32", "threads": 1}
     flags |= {"kv-memory": "8MiB", "max-batch-tokens": 64}
     cluster = Cluster(
-        tmp_path / "cluster", model, forge=None, scale=Scale(), num_apis=1, engine_flags=flags
+        tmp_path / "cluster",
+        model,
+        fork_server=None,
+        timings=Timings(),
+        num_apis=1,
+        engine_flags=flags,
     )
     try:
         await asyncio.to_thread(cluster.start)
-        bodies = make_bodies(cluster, draw)
-        undisturbed = await Streams(cluster.client, bodies).ended()
+        bodies = make_bodies(cluster, rng)
+        undisturbed = await Streams(cluster.client, bodies).wait_ended()
         reference = {each.body["seed"]: each.tokens for each in undisturbed}
         assert all(len(tokens) == 90 for tokens in reference.values())
         assert len({tuple(tokens) for tokens in reference.values()}) == len(bodies)
         transcripts = list(undisturbed)
         for kill in range(KILLS):
             streams = Streams(cluster.client, bodies)
-            calls = await streams.begun(2 + 10 * kill)
+            calls = await streams.wait_started(2 + 10 * kill)
             victim = max(cluster.engines, key=lambda e: e.metric("quire_sequences_running"))
             victim.kill()
             replacement = cluster.replace(victim)
-            transcripts += await streams.ended()
+            transcripts += await streams.wait_ended()
             assert any(cluster.deaths(call) == 1 for call in calls)
             await asyncio.to_thread(replacement.wait_until_ready)
         reasons = await check_all(

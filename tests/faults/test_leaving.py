@@ -1,17 +1,16 @@
-"""API replicas whose time to drain is over: plain clients read on at another one."""
+"""API replicas whose drain timeout expires: clients continue at another replica."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from loadtest.sse import DONE, Address, call
 from tests.cluster.checker import check_rest
-from tests.cluster.client import Address, call, events
 from tests.cluster.cluster import Cluster
 from tests.cluster.streams import until
 
@@ -21,12 +20,12 @@ Body = dict[str, Any]
 
 
 async def test_row_15_a_replica_that_is_out_of_time_names_what_to_read_on_by(
-    own_cluster: Callable[..., Cluster], draw: random.Random
+    own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:
-    """Clients that did not ask for event ids, streamed or not: none of their tokens is lost."""
+    """Clients without event ids, streamed or not, lose no token."""
     cluster = await asyncio.to_thread(own_cluster, num_apis=2, pace=0.02, drain=0.5, grace=10.0)
     leaving, other = cluster.apis
-    bodies = [cluster.body(draw, max_tokens=300) for _ in range(6)]
+    bodies = [cluster.body(rng, max_tokens=300) for _ in range(6)]
     streamed, collected = bodies[:3], [body | {"stream": False} for body in bodies[3:]]
     address, elsewhere = leaving.address("API"), other.address("API")
     asking = [asyncio.create_task(stream(address, body)) for body in streamed]
@@ -43,8 +42,8 @@ async def test_row_15_a_replica_that_is_out_of_time_names_what_to_read_on_by(
             path += f"?after={error['last_event_id']}"
         async with call(elsewhere, "GET", path) as reply:
             assert reply.status == 200
-            rest = [event async for event in events(reply)]
-        assert rest[-1].data == "[DONE]"
+            rest = [event async for event in reply.events()]
+        assert rest[-1].data == DONE
         tokens += [token for event in rest for token in event.tokens]
         assert tokens == cluster.expected(body)
     assert await asyncio.to_thread(leaving.exit_code) == 0
@@ -56,15 +55,15 @@ async def stream(address: Address, body: Body) -> tuple[list[int], dict[str, str
     """The tokens and the error that ends them."""
     async with call(address, "POST", "/v1/completions", body=body) as reply:
         assert reply.status == 200
-        *before, last = [event async for event in events(reply)]
-        error: dict[str, str] = json.loads(last.data)["error"]
+        *before, last = [event async for event in reply.events()]
+        error: dict[str, str] = last.json()["error"]
         assert error["code"] == "shutting_down"
         assert error["request_id"] == reply.headers["x-request-id"]
         return [token for event in before for token in event.tokens], error
 
 
 async def collect(address: Address, body: Body) -> tuple[list[int], dict[str, str]]:
-    """No tokens and the error that comes instead."""
+    """No tokens, and the error that is returned instead."""
     async with call(address, "POST", "/v1/completions", body=body) as reply:
         assert reply.status == 503
         assert int(reply.headers["retry-after"]) >= 1

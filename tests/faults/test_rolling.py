@@ -1,4 +1,4 @@
-"""Rows 15 to 17 as Locust's users see them: everything is replaced three times, nothing fails."""
+"""Rows 15 to 17 under Locust: all replicas are replaced three times, no request fails."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.load import ROOT, Load, Row, locust_command, read_faults, read_rows
-from loadtest.traffic import Workload
+from loadtest.load import ROOT, Load, Row, locust_command, read_failures, read_rows
+from loadtest.workloads import Workload
 from tests.cluster.balancer import Balancer
 from tests.cluster.checker import check_rest
-from tests.cluster.cluster import Cluster, Scale
+from tests.cluster.cluster import Cluster, Timings
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
@@ -24,7 +24,7 @@ USERS = 4
 
 @asynccontextmanager
 async def locust(host: str, load: Load, *, model: str, out: Path) -> AsyncIterator[None]:
-    """Users ask while this is entered, and get what they asked for at its end."""
+    """Runs Locust for the duration; at the end its users finish their requests."""
     log = out.with_suffix(".log")
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
@@ -41,14 +41,14 @@ async def locust(host: str, load: Load, *, model: str, out: Path) -> AsyncIterat
 
 
 def streams(out: Path) -> Row | None:
-    """Locust's row of whole answers so far."""
+    """Locust's row of complete responses so far."""
     if not out.with_name(f"{out.name}_stats.csv").exists():
         return None
     return next((row for row in read_rows(out) if row.kind == "stream"), None)
 
 
 async def answered(out: Path, number: int) -> None:
-    """Waits until so many more answers have come."""
+    """Waits for this many further responses."""
     before = streams(out)
     wanted = number + (before.count if before else 0)
     async with asyncio.timeout(120):
@@ -56,15 +56,15 @@ async def answered(out: Path, number: int) -> None:
             await asyncio.sleep(0.2)
 
 
-async def test_row_17_nobody_sees_that_everything_is_replaced(
+async def test_row_17_no_request_fails_while_everything_is_replaced(
     default_model: Path, tmp_path: Path
 ) -> None:
-    """The default model; users that cannot resume, behind a balancer that repeats nothing."""
+    """The default model; users that do not resume, behind a balancer that does not retry."""
     cluster = Cluster(
         tmp_path / "cluster",
         default_model,
-        forge=None,
-        scale=Scale(lease=3.0, drain=30.0),
+        fork_server=None,
+        timings=Timings(lease=3.0, drain=30.0),
         engine_flags={"threads": 1, "kv-memory": "32MiB"},
     )
     out = tmp_path / "load"
@@ -85,7 +85,7 @@ async def test_row_17_nobody_sees_that_everything_is_replaced(
                 gone += [each.pid for each in (*cluster.engines, *cluster.apis)]
             assert len(set(gone)) == 4 * (ROUNDS + 1), "everything was another process each time"
         rows = read_rows(out)
-        assert read_faults(out) == []
+        assert read_failures(out) == []
         assert [row for row in rows if row.failures] == []
         whole = next(row for row in rows if row.kind == "stream")
         assert whole.count >= USERS * (ROUNDS + 1)

@@ -1,5 +1,5 @@
-"""No engine runs: with `accept_without_engines` calls wait for the first one, without it they are
-refused. Both in real processes, over one Redis.
+"""No engine runs: with `accept_without_engines` requests wait for the first one, otherwise they are
+rejected. Both with real processes and one Redis.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.client import call
-from tests.cluster.processes import Forge, Replica, run_command
+from loadtest.sse import call
+from tests.cluster.processes import ForkServer, Replica, run_command
 from tests.cluster.redis_process import RedisServer
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
@@ -33,9 +33,9 @@ KEEP_ALIVE = 0.4
 
 @pytest.fixture
 def start(
-    forge: Forge, folder_of_model: Path, own_redis_url: str, tmp_path: Path
+    fork_server: ForkServer, folder_of_model: Path, own_redis_url: str, tmp_path: Path
 ) -> Iterator[Callable[..., Replica]]:
-    """`start("api", *flags)` or `start("engine")`; all are gone after the test."""
+    """`start("api", *flags)` or `start("engine")`; all are ended after the test."""
     made: list[Replica] = []
 
     def start(role: str, *flags: str) -> Replica:
@@ -44,7 +44,9 @@ def start(
             settings = {"queue": own_redis_url, "model": str(folder_of_model)}
             arguments = {"hooks": str(tmp_path), "pace": 0.001, "blocks": 256}
             made.append(
-                forge.engine(log, arguments | {"settings": settings, "numeric_class": "oracle"})
+                fork_server.engine(
+                    log, arguments | {"settings": settings, "numeric_class": "oracle"}
+                )
             )
         else:
             named = {"queue": own_redis_url, "model": folder_of_model, "port": 0, "admin-port": 0}
@@ -72,7 +74,7 @@ async def is_ready(api: Replica) -> bool:
 
 
 async def asked(api: Replica) -> tuple[int, float, dict[str, str]]:
-    """Status, seconds and headers of a call, whose answer is left."""
+    """Status, seconds and headers of a request that is then dropped."""
     began = time.monotonic()
     body = BODY | {"stream": True}  # its headers come at once
     async with call(api.address("API"), "POST", "/v1/completions", body=body) as reply:
@@ -80,7 +82,7 @@ async def asked(api: Replica) -> tuple[int, float, dict[str, str]]:
 
 
 async def until_comments(pieces: AsyncIterator[bytes], number: int) -> bytes:
-    """Reads a stream until so many keep-alive comments have come."""
+    """Reads a stream up to this number of keep-alive comments."""
     read = b""
     async for piece in pieces:
         read += piece
@@ -96,7 +98,7 @@ def tokens_of(stream: bytes) -> list[int]:
 
 
 async def test_calls_wait_for_the_first_engine_where_they_may(
-    start: Callable[..., Replica], forge: Forge
+    start: Callable[..., Replica], fork_server: ForkServer
 ) -> None:
     patient, strict = start("api", "--accept-without-engines"), start("api")
     for api in (patient, strict):
@@ -127,7 +129,7 @@ async def test_calls_wait_for_the_first_engine_where_they_may(
         await asyncio.to_thread(engine.wait_until_ready)
         read += b"".join([piece async for piece in pieces])
     assert read.endswith(b"data: [DONE]\n\n")
-    assert tokens_of(read) == forge.expected(BODY)
+    assert tokens_of(read) == fork_server.expected(BODY)
     assert engine.metric("quire_queue_wait_seconds_sum") > KEEP_ALIVE
     async with asyncio.timeout(10):
         while (await asked(strict))[0] != 200:

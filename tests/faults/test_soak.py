@@ -1,4 +1,4 @@
-"""The soak for a minute: faults happen, every answer is the right one, nothing is lost or leaks."""
+"""The soak for a minute: faults happen, every output is correct, nothing is lost or leaks."""
 
 from __future__ import annotations
 

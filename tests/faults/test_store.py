@@ -1,4 +1,4 @@
-"""What can happen to Redis, under a cluster that serves: answers go on, or end and say why."""
+"""Faults of Redis under a serving cluster: streams continue, or end with an error."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from typing import Any
 
 import pytest
 
+from loadtest.sse import call
 from tests.cluster.checker import check_all, check_rest
-from tests.cluster.client import Transcript, call
+from tests.cluster.client import Transcript
 from tests.cluster.cluster import AOF, Cluster
 from tests.cluster.processes import run_command
 from tests.cluster.redis_process import RedisServer, free_port
 from tests.cluster.streams import Streams, until
-from tests.faults.proxy import FaultProxy
+from tests.faults.proxy import FaultProxy, replicated_redis
 from tests.support.certificates import make_certificate, tls_options
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
-GENEROUS = 3.0  # times a promised limit, on a machine that does other things too
+GENEROUS = 3.0  # factor on promised limits, for a machine with other load
 Clusters = Callable[..., Cluster]
 
 
-def bodies(cluster: Cluster, draw: random.Random, *, number: int, tokens: int) -> list[Any]:
-    return [cluster.body(draw, max_tokens=tokens) for _ in range(number)]
+def bodies(cluster: Cluster, rng: random.Random, *, number: int, tokens: int) -> list[Any]:
+    return [cluster.body(rng, max_tokens=tokens) for _ in range(number)]
 
 
 def run_id(cluster: Cluster) -> str:
@@ -36,7 +37,7 @@ def run_id(cluster: Cluster) -> str:
 
 
 async def post(cluster: Cluster, body: dict[str, Any]) -> tuple[int, dict[str, str], float]:
-    """Status, headers and the time that it took."""
+    """Status, headers and duration."""
     began = time.monotonic()
     address = cluster.client.next_address()
     async with call(address, "POST", "/v1/completions", body=body) as reply:
@@ -44,17 +45,17 @@ async def post(cluster: Cluster, body: dict[str, Any]) -> tuple[int, dict[str, s
 
 
 def are_prefixes(cluster: Cluster, transcripts: list[Transcript]) -> bool:
-    """P1 and P2 where the journal itself was lost."""
+    """P1 and P2 if the journal itself was lost."""
     return all(
         each.tokens == cluster.expected(each.body)[: len(each.tokens)] for each in transcripts
     )
 
 
-async def test_row_23_redis_is_killed_and_restarted(cluster: Cluster, draw: random.Random) -> None:
-    """For less than a lease and for more: live engines keep what they hold."""
-    streams = Streams(cluster.client, bodies(cluster, draw, number=6, tokens=250))
-    calls = await streams.begun()
-    for down in (0.2, 1.5 * cluster.scale.lease):
+async def test_row_23_redis_is_killed_and_restarted(cluster: Cluster, rng: random.Random) -> None:
+    """For less and for more than a lease: live engines keep their requests."""
+    streams = Streams(cluster.client, bodies(cluster, rng, number=6, tokens=250))
+    calls = await streams.wait_started()
+    for down in (0.2, 1.5 * cluster.timings.lease):
         before = run_id(cluster)
         cluster.redis.kill()
         await asyncio.sleep(down)
@@ -71,25 +72,25 @@ async def test_row_23_redis_is_killed_and_restarted(cluster: Cluster, draw: rand
             "all go on",
         )
         assert time.monotonic() - back < GENEROUS * 5
-    await streams.ended()
+    await streams.wait_ended()
     assert all(cluster.deaths(each) == 0 for each in calls)
     assert await check_all(cluster, streams.transcripts) == {"length": 6}
 
 
 async def test_row_24_redis_loses_its_last_writes(
-    own_cluster: Clusters, draw: random.Random
+    own_cluster: Clusters, rng: random.Random
 ) -> None:
-    """Power loss: what clients have seen already is cut off the append-only file."""
+    """Power loss: tokens that clients have received are cut off the append-only file."""
     cluster = await asyncio.to_thread(own_cluster)
-    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=150))
-    await streams.begun(20)
+    streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=150))
+    await streams.wait_started(20)
     cluster.redis.kill()
     (newest,) = (cluster.redis.directory / "appendonlydir").glob("*.incr.aof")
     with newest.open("r+b") as tail:
         tail.truncate(newest.stat().st_size - 6000)
     await asyncio.to_thread(cluster.redis.start)
     counts = [int(cluster.state_of_request(each, "n") or 0) for each in streams.call_ids]
-    await streams.ended()
+    await streams.wait_ended()
     gaps = sum(engine.metric('quire_queue_events_total{event="gap"}') for engine in cluster.engines)
     assert gaps > 0, counts
     for each in streams.transcripts:
@@ -98,57 +99,44 @@ async def test_row_24_redis_loses_its_last_writes(
 
 
 async def test_row_25_failover_to_a_replica_that_lags(
-    own_cluster: Clusters, draw: random.Random
+    own_cluster: Clusters, rng: random.Random
 ) -> None:
-    """It knows the requests but not who claimed them, nor a token: epochs come a second time, and
-    the old claims are known by their nonces. The same tokens are made again.
+    """The replica has the requests, but neither their claims nor tokens: epochs repeat, and nonces
+    distinguish the old claims. The same tokens are generated again.
     """
     cluster = await asyncio.to_thread(own_cluster, num_engines=0, num_apis=0)
-    cluster.ask("CONFIG", "SET", "repl-diskless-sync-delay", "0")
-    old = cluster.redis
-    async with FaultProxy(old.port) as front, FaultProxy(old.port) as link:
-        replica = RedisServer(
-            cluster.folder / "replica",
-            options=(*AOF, "--replicaof", "127.0.0.1", str(link.port)),
-        )
-        await asyncio.to_thread(replica.start)
-        try:
-            url = f"redis://127.0.0.1:{front.port}/0"
-            await asyncio.to_thread(cluster.start_replicas, queue=url)
-            for engine in cluster.engines:
-                engine.pause()
-            streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=150))
-            await until(lambda: replica.ask("ZCARD", cluster.key("w1")) == ":4", "replicated")
-            link.black_hole = True
-            for engine in cluster.engines:
-                engine.resume()
-            calls = await streams.begun(10)
-            assert all(cluster.state_of_request(each, "ep") == "1" for each in calls)
-            old.kill()
-            replica.ask("REPLICAOF", "NO", "ONE")
-            cluster.redis = replica
-            assert all(cluster.state_of_request(each, "ep") == "0" for each in calls)
-            front._target_port = replica.port
-            front.cut()
-            await streams.ended()
-            for transcript in streams.transcripts:
-                assert transcript.finish_reason == "length"
-            refused = ('quire_queue_events_total{event="fenced"}', "quire_lost_leases_total")
-            assert sum(engine.metric(name) for engine in cluster.engines for name in refused)
-            await check_all(cluster, streams.transcripts, same_bytes=False)
-        finally:
-            cluster.redis = old
-            replica.close()
+    async with replicated_redis(cluster) as (front, link, replica):
+        for engine in cluster.engines:
+            engine.pause()
+        streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=150))
+        await until(lambda: replica.ask("ZCARD", cluster.key("w1")) == ":4", "replicated")
+        link.black_hole = True
+        for engine in cluster.engines:
+            engine.resume()
+        calls = await streams.wait_started(10)
+        assert all(cluster.state_of_request(each, "ep") == "1" for each in calls)
+        cluster.redis.kill()
+        replica.ask("REPLICAOF", "NO", "ONE")
+        cluster.redis = replica
+        assert all(cluster.state_of_request(each, "ep") == "0" for each in calls)
+        front.redirect(replica.port)
+        front.cut()
+        await streams.wait_ended()
+        for transcript in streams.transcripts:
+            assert transcript.finish_reason == "length"
+        refused = ('quire_queue_events_total{event="fenced"}', "quire_lost_leases_total")
+        assert sum(engine.metric(name) for engine in cluster.engines for name in refused)
+        await check_all(cluster, streams.transcripts, same_bytes=False)
 
 
-async def test_row_26_redis_is_away_for_long(cluster: Cluster, draw: random.Random) -> None:
-    """New calls are refused soon, liveness stays green, open streams are kept alive and go on."""
-    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=100))
-    await streams.begun()
+async def test_row_26_redis_is_away_for_long(cluster: Cluster, rng: random.Random) -> None:
+    """New requests are rejected soon, liveness succeeds, open streams are kept alive."""
+    streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=100))
+    await streams.wait_started()
     before = run_id(cluster)
     cluster.redis.kill()
     for _ in range(3):
-        status, headers, took = await post(cluster, cluster.body(draw))
+        status, headers, took = await post(cluster, cluster.body(rng))
         assert status == 503
         assert float(headers["retry-after"]) >= 1
         assert took < 10
@@ -160,20 +148,20 @@ async def test_row_26_redis_is_away_for_long(cluster: Cluster, draw: random.Rand
     assert all(each.connections == 1 for each in streams.transcripts)
     await asyncio.to_thread(cluster.redis.start)
     assert run_id(cluster) != before
-    await streams.ended()
+    await streams.wait_ended()
     assert all(each.connections == 1 for each in streams.transcripts), "a stream was broken off"
     assert await check_all(cluster, streams.transcripts) == {"length": 4}
 
 
-async def test_row_27_redis_is_slow(own_cluster: Clusters, draw: random.Random) -> None:
-    """A tenth of a lease for each reply: slower, and nobody is fenced off."""
+async def test_row_27_redis_is_slow(own_cluster: Clusters, rng: random.Random) -> None:
+    """A tenth of a lease per reply: slower, but no engine is fenced."""
     cluster = await asyncio.to_thread(own_cluster, num_engines=0, num_apis=0, lease=2.0)
     async with FaultProxy(cluster.redis.port) as proxy:
-        url = f"redis://127.0.0.1:{proxy.port}/0"
+        url = proxy.redis_url
         await asyncio.to_thread(cluster.start_replicas, queue=url)
         proxy.delay = 0.2
-        streams = Streams(cluster.client, bodies(cluster, draw, number=6, tokens=100))
-        await streams.ended()
+        streams = Streams(cluster.client, bodies(cluster, rng, number=6, tokens=100))
+        await streams.wait_ended()
         proxy.delay = 0.0
         for engine in cluster.engines:
             assert engine.metric("quire_lost_leases_total") == 0
@@ -185,22 +173,22 @@ async def test_row_27_redis_is_slow(own_cluster: Clusters, draw: random.Random) 
 
 @pytest.mark.parametrize("lasting", [False, True])
 async def test_row_28_redis_is_full(
-    own_cluster: Clusters, draw: random.Random, *, lasting: bool
+    own_cluster: Clusters, rng: random.Random, *, lasting: bool
 ) -> None:
     cluster = await asyncio.to_thread(own_cluster)
-    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=120))
-    await streams.begun()
+    streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=120))
+    await streams.wait_started()
     cluster.ask("CONFIG", "SET", "maxmemory", "1mb")
     assert cluster.redis.ask("SET", "x", "y").startswith("-OOM")
-    status, headers, _ = await post(cluster, cluster.body(draw))
+    status, headers, _ = await post(cluster, cluster.body(rng))
     assert status == 503
     assert "retry-after" in headers
     if lasting:
-        await streams.ended()
+        await streams.wait_ended()
         assert {each.error for each in streams.transcripts} == {"storage_full"}
     cluster.ask("CONFIG", "SET", "maxmemory", "0")
-    after = Streams(cluster.client, bodies(cluster, draw, number=2, tokens=20))
-    transcripts = await streams.ended() + await after.ended()
+    after = Streams(cluster.client, bodies(cluster, rng, number=2, tokens=20))
+    transcripts = await streams.wait_ended() + await after.wait_ended()
     ends = {"error": 4, "length": 2} if lasting else {"length": 6}
     assert await check_all(cluster, transcripts) == ends
 
@@ -273,7 +261,7 @@ async def test_row_29_a_redis_that_cannot_be_used(
 
 
 async def test_row_25_failover_that_keeps_connections_open(
-    own_cluster: Clusters, draw: random.Random
+    own_cluster: Clusters, rng: random.Random
 ) -> None:
     """The old primary follows the new one and answers READONLY, over connections that stay open.
     Replicas are not ready until the name leads to the new primary; then all answers go on.
@@ -288,17 +276,17 @@ async def test_row_25_failover_that_keeps_connections_open(
         try:
             url = f"redis://127.0.0.1:{front.port}/0"
             await asyncio.to_thread(cluster.start_replicas, queue=url)
-            streams = Streams(cluster.client, bodies(cluster, draw, number=6, tokens=300))
-            await streams.begun(10)
+            streams = Streams(cluster.client, bodies(cluster, rng, number=6, tokens=300))
+            await streams.wait_started(10)
             link = cluster.key("engines")
             await until(lambda: new.ask("HLEN", link) == ":2", "replicated")
             new.ask("REPLICAOF", "NO", "ONE")
             old.ask("REPLICAOF", "127.0.0.1", new.port)
             cluster.redis = new
             await becomes(cluster, ready=503, reachable=0)
-            front._target_port = new.port
+            front.redirect(new.port)
             await becomes(cluster, ready=200, reachable=1)
-            await streams.ended()
+            await streams.wait_ended()
             assert await check_all(cluster, streams.transcripts) == {"length": 6}
         finally:
             cluster.redis = old
@@ -306,7 +294,7 @@ async def test_row_25_failover_that_keeps_connections_open(
 
 
 async def becomes(cluster: Cluster, *, ready: int, reachable: int) -> None:
-    """Waits for what the API replica's probe and its metric say of the queue."""
+    """Waits for these values of the API replica's probe and metric."""
     async with asyncio.timeout(20):
         while True:
             async with call(cluster.client.next_address(), "GET", "/health/ready") as reply:
@@ -317,52 +305,52 @@ async def becomes(cluster: Cluster, *, ready: int, reachable: int) -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_row_30_scripts_and_groups_vanish(cluster: Cluster, draw: random.Random) -> None:
-    streams = Streams(cluster.client, bodies(cluster, draw, number=6, tokens=120))
-    calls = await streams.begun()
+async def test_row_30_scripts_and_groups_vanish(cluster: Cluster, rng: random.Random) -> None:
+    streams = Streams(cluster.client, bodies(cluster, rng, number=6, tokens=120))
+    calls = await streams.wait_started()
     cluster.ask("SCRIPT", "FLUSH")
     assert cluster.ask("XGROUP", "DESTROY", cluster.key("q1"), "engines") == 1
-    more = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=30))
-    transcripts = await streams.ended() + await more.ended()
+    more = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=30))
+    transcripts = await streams.wait_ended() + await more.wait_ended()
     assert all(cluster.state_of_request(each, "ep") == "1" for each in calls)
     assert await check_all(cluster, transcripts) == {"length": 10}
 
 
-async def test_row_30_everything_vanishes(own_cluster: Clusters, draw: random.Random) -> None:
+async def test_row_30_everything_vanishes(own_cluster: Clusters, rng: random.Random) -> None:
     """After FLUSHALL open streams end with an error, soon; then all works as before."""
     cluster = await asyncio.to_thread(own_cluster)
-    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=2000))
-    await streams.begun()
+    streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=2000))
+    await streams.wait_started()
     cluster.ask("FLUSHALL")
     flushed = time.monotonic()
-    await streams.ended()
+    await streams.wait_ended()
     assert time.monotonic() - flushed < GENEROUS * 5
     assert {each.error for each in streams.transcripts} == {"journal_lost"}
     assert are_prefixes(cluster, streams.transcripts)
     assert cluster.apis[0].metric("quire_requests_lost_total") == 4
     await check_rest(cluster)
-    after = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=20))
-    assert all(each.finish_reason == "length" for each in await after.ended())
+    after = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=20))
+    assert all(each.finish_reason == "length" for each in await after.wait_ended())
     assert are_prefixes(cluster, after.transcripts)
     await check_rest(cluster)
 
 
-async def test_row_31_pubsub_connections_are_killed(cluster: Cluster, draw: random.Random) -> None:
-    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=150))
-    await streams.begun()
+async def test_row_31_pubsub_connections_are_killed(cluster: Cluster, rng: random.Random) -> None:
+    streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=150))
+    await streams.wait_started()
     killed = 0
     while not streams.num_ended:
         killed += cluster.ask("CLIENT", "KILL", "TYPE", "pubsub")
         await asyncio.sleep(0.2)
     assert killed >= 4
-    await streams.ended()
+    await streams.wait_ended()
     assert await check_all(cluster, streams.transcripts) == {"length": 4}
 
 
-async def test_row_39_garbage_in_the_queue(cluster: Cluster, draw: random.Random) -> None:
+async def test_row_39_garbage_in_the_queue(cluster: Cluster, rng: random.Random) -> None:
     """Engines drop it, count it and live."""
-    streams = Streams(cluster.client, bodies(cluster, draw, number=4, tokens=80))
-    await streams.begun()
+    streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=80))
+    await streams.wait_started()
     queue = cluster.key("q1")
     cluster.ask("XADD", queue, "*", "nonsense", "1")
     cluster.ask("XADD", queue, "*", "rid", "s0-nobody.0")
@@ -373,6 +361,6 @@ async def test_row_39_garbage_in_the_queue(cluster: Cluster, draw: random.Random
     before = len(cluster.engines)
     await until(lambda: sum(e.metric(name) for e in cluster.engines) >= 3, "they are dropped")
     cluster.ask("DEL", cluster.key("r:s0-text.0"))
-    await streams.ended()
+    await streams.wait_ended()
     assert sum(engine.is_up for engine in cluster.engines) == before
     assert await check_all(cluster, streams.transcripts) == {"length": 4}

@@ -1,4 +1,4 @@
-"""Builders of comparisons that never ran."""
+"""Builders of results without measurements."""
 
 from __future__ import annotations
 

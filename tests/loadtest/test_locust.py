@@ -1,4 +1,4 @@
-"""Locust's streaming users: against a real server, one that dies, and one that answers wrongly."""
+"""Locust's streaming users against a real server, one that dies, and one with wrong responses."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from loadtest.load import (
     Load,
     first_model,
     locust_command,
-    read_faults,
+    read_failures,
     read_rows,
     run_locust,
     table,
 )
 from loadtest.shapes import Shape, users_at
-from loadtest.traffic import CALLS, SHARES, Workload, next_turn
+from loadtest.workloads import CALLS, SHARES, Workload, next_turn
 
 TOKENS = 12
 TOY = Path(__file__).parent / "toy_server.py"
@@ -64,18 +64,18 @@ def test_a_call_asks_for_an_exact_number_of_tokens(workload: Workload) -> None:
 
 
 def test_prefixes_are_shared_and_chats_are_not() -> None:
-    draw = random.Random(1)
-    prefixes = [CALLS[Workload.PREFIX](draw, 8).fields["messages"] for _ in range(5)]
-    chats = [CALLS[Workload.CHAT](draw, 8).fields["messages"] for _ in range(5)]
+    rng = random.Random(1)
+    prefixes = [CALLS[Workload.PREFIX](rng, 8).fields["messages"] for _ in range(5)]
+    chats = [CALLS[Workload.CHAT](rng, 8).fields["messages"] for _ in range(5)]
     assert len({first["content"] for first, _ in prefixes}) == 1
     assert len({last["content"] for _, last in prefixes}) == 5
     assert len({messages[0]["content"] for messages in chats}) == 5
 
 
 def test_a_mix_has_all_workloads() -> None:
-    draw = random.Random(1)
-    assert {next_turn(Workload.MIXED, draw) for _ in range(200)} == set(SHARES)
-    assert {next_turn(Workload.LONG, draw) for _ in range(5)} == {Workload.LONG}
+    rng = random.Random(1)
+    assert {next_turn(Workload.MIXED, rng) for _ in range(200)} == set(SHARES)
+    assert {next_turn(Workload.LONG, rng) for _ in range(5)} == {Workload.LONG}
 
 
 def run(host: str, out: Path, load: Load, *, model: str) -> int:
@@ -86,7 +86,7 @@ def run(host: str, out: Path, load: Load, *, model: str) -> int:
 def test_users_of_a_real_server(
     server_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every answer is whole, and each token after the first has its gap."""
+    """Every response is complete, and each token after the first has a gap."""
     monkeypatch.setenv("LOADTEST_KEYS", "one,two")
     model = first_model(server_url, "one,two")
     load = Load(users=4, seconds=5, shape=Shape.STEP, tokens=TOKENS, workload=Workload.CHAT)
@@ -98,18 +98,18 @@ def test_users_of_a_real_server(
         streams, firsts, gaps = (rows[kind, tenant] for kind in ("stream", "first token", "gap"))
         assert streams.count == firsts.count > 0
         assert streams.failures == firsts.failures == gaps.failures == 0
-        # What is no text of its own, half a character, has no event.
+        # A token that is a part of a character has no event.
         assert TOKENS / 2 * streams.count < gaps.count <= (TOKENS - 1) * streams.count
         assert 0 < firsts.p50 <= streams.p50
-    assert read_faults(tmp_path / "load") == []
+    assert read_failures(tmp_path / "load") == []
     assert "| stream | chat tenant 2 |" in table(list(rows.values()))
     assert "first token" in (tmp_path / "load.html").read_text()
 
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_fails_its_users(tmp_path: Path) -> None:
-    """Open streams break and later ones are refused. The server kills itself when it has sent a
-    first token, however long that took.
+    """Open streams break, later connections are refused. The server kills itself after its first
+    token.
     """
     with subprocess.Popen(
         [sys.executable, str(TOY), "0", "0", "0", "--killed"], stdout=subprocess.PIPE, text=True
@@ -125,7 +125,7 @@ def test_a_server_that_is_killed_fails_its_users(tmp_path: Path) -> None:
     assert rows["stream"].failures == rows["stream"].count >= 4
     assert rows["first token"].count >= 1
     assert rows["first token"].failures == 0
-    faults = " ".join(read_faults(tmp_path / "load"))
+    faults = " ".join(read_failures(tmp_path / "load"))
     assert "ConnectionRefused" in faults
     assert any(
         broken in faults for broken in ("IncompleteRead", "ConnectionReset", "ended without")
@@ -156,7 +156,7 @@ WRONG = {
 
 @contextmanager
 def wrong_server() -> Iterator[str]:
-    """Answers wrongly in each way, one after another."""
+    """Returns each wrong response in turn."""
     answers = itertools.cycle(WRONG.values())
 
     class Handler(BaseHTTPRequestHandler):
@@ -168,7 +168,7 @@ def wrong_server() -> Iterator[str]:
             self.wfile.write((answer or "").encode())
 
         def log_message(self, *_: object) -> None:
-            """Nothing."""
+            """Silent."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -181,11 +181,11 @@ def wrong_server() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_every_wrong_answer_is_a_failure(tmp_path: Path) -> None:
+def test_every_wrong_response_is_a_failure(tmp_path: Path) -> None:
     load = Load(users=6, seconds=2, tokens=TOKENS, workload=Workload.CHAT)
     with wrong_server() as host:
         assert run(host, tmp_path / "load", load, model="any") == 1
     (row,) = (row for row in read_rows(tmp_path / "load") if row.kind == "stream")
     assert row.failures == row.count >= len(WRONG)
-    faults = " ".join(read_faults(tmp_path / "load"))
+    faults = " ".join(read_failures(tmp_path / "load"))
     assert [reason for reason in WRONG if reason not in faults] == []

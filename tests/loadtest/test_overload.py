@@ -1,4 +1,4 @@
-"""The figures of an overload: what counts as goodput, as a refusal and as recovered."""
+"""Figures of the overload test: goodput, rejections, recovery."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from loadtest.client import Outcome, Refusal, Target, complete
+from loadtest.client import Outcome, Rejection, Target, complete
 from loadtest.overload import goodput, recovery
 
 
@@ -22,7 +22,7 @@ def outcome(sent: float, *, first: float = 0.1, ended: float = 1.0, good: bool =
     )
 
 
-def test_goodput_counts_whole_answers_that_ended_in_the_time() -> None:
+def test_goodput_counts_complete_responses_within_the_interval() -> None:
     outcomes = [
         outcome(9.5),  # ends at 10.5
         outcome(12.0),
@@ -33,22 +33,22 @@ def test_goodput_counts_whole_answers_that_ended_in_the_time() -> None:
     assert goodput(outcomes, since=10.0, seconds=4.0) == pytest.approx(2 / 4)
 
 
-def test_recovered_is_from_when_all_are_fast() -> None:
+def test_recovery_ends_when_all_later_probes_are_fast() -> None:
     fast, slow = 0.1, 0.5
 
     def after(*firsts: float) -> float:
         probes = [outcome(20.0 + i, first=first) for i, first in enumerate(firsts)]
-        return recovery(probes, since=20.0, calm=0.1)
+        return recovery(probes, since=20.0, idle=0.1)
 
     assert after(fast, fast) == 0.0
     assert after(slow, fast, fast) == 1.0
     assert after(fast, slow, fast) == 2.0
     assert after(fast, slow) == math.inf
     broken = [outcome(20.0, good=False), outcome(21.0)]
-    assert recovery(broken, since=20.0, calm=0.1) == 1.0
+    assert recovery(broken, since=20.0, idle=0.1) == 1.0
 
 
-async def test_a_refusal_is_told_from_a_broken_answer() -> None:
+async def test_a_rejection_differs_from_a_failure() -> None:
     heads: list[str] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -58,11 +58,11 @@ async def test_a_refusal_is_told_from_a_broken_answer() -> None:
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        refused = await complete(Target(port=port, key="secret"), "a", max_tokens=1)
-        nobody = await complete(Target(port=port), "a", max_tokens=1)
-    assert refused.refusal == Refusal(status=503, retry_after="2")
-    assert refused.error == "HTTP 503: full"
-    assert refused.ended >= refused.sent
+        rejected = await complete(Target(port=port, key="secret"), "a", max_tokens=1)
+        anonymous = await complete(Target(port=port), "a", max_tokens=1)
+    assert rejected.rejection == Rejection(status=503, retry_after="2")
+    assert rejected.error == "HTTP 503: full"
+    assert rejected.ended >= rejected.sent
     assert "Authorization: Bearer secret\r\n" in heads[0]
-    assert nobody.refusal is not None
+    assert anonymous.rejection is not None
     assert "Authorization" not in heads[1]

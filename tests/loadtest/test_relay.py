@@ -1,4 +1,4 @@
-"""The relays of the fault tests: they may break a connection only where a test says so."""
+"""The relays of the fault tests break a connection only if a test demands it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def answering(pieces: int) -> AsyncIterator[int]:
     gc.unfreeze()
 
 
-async def test_a_client_that_has_said_everything_gets_the_whole_answer() -> None:
+async def test_a_half_closed_client_gets_the_whole_response() -> None:
     """Half closed, nothing but the relay itself holds its task."""
     async with answering(3) as port, Balancer(lambda: [("127.0.0.1", port)]) as balancer:
         reader, writer = await asyncio.open_connection("127.0.0.1", balancer.port)
@@ -68,7 +68,7 @@ async def test_a_cut_breaks_both_ends_and_the_next_connection_passes() -> None:
             writer.close()
 
 
-async def test_nothing_is_left_behind_where_a_client_stays() -> None:
+async def test_nothing_is_left_if_a_client_stays() -> None:
     async with answering(1000) as port:
         before = asyncio.all_tasks()
         async with Balancer(lambda: [("127.0.0.1", port)]) as balancer:

@@ -1,4 +1,4 @@
-"""Medians, ratios, tables, the chart and the file, of comparisons made up here."""
+"""Medians, ratios, tables, chart and file of synthetic comparisons."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import orjson
 import pytest
 
 from loadtest.bench import compare
@@ -87,7 +88,7 @@ def test_medians_leave_out_what_is_no_number() -> None:
 def test_roofs_are_the_slower_of_memory_and_products(
     make_result: MakeResult, make_document: MakeDocument
 ) -> None:
-    """100 weights at 1000 bytes a second are 0.1 s; 8 rows of 100 products at 1e5 are 8 ms."""
+    """100 weights at 1000 bytes/s are 0.1 s; 8 rows of 100 products at 1e5 are 8 ms."""
     fast_memory = make_document(["a"], [make_result(speed=5.0)])
     assert decode_view(fast_memory, 1).roofs == pytest.approx([10] * 3)
     assert decode_view(fast_memory, 8).roofs == pytest.approx([80] * 3)
@@ -145,9 +146,7 @@ def test_the_markdown_has_tables_that_github_reads(document: Document) -> None:
         assert len({line.count("|") for line in block.strip().splitlines()}) == 1
 
 
-def test_what_spoils_a_comparison_is_said(
-    make_result: MakeResult, make_document: MakeDocument
-) -> None:
+def test_distortions_are_reported(make_result: MakeResult, make_document: MakeDocument) -> None:
     fine = [make_result("a"), make_result("b", prompt_tokens=101)]
     assert list(warnings(make_document(["a", "b"], fine))) == []
     spoilt = [
@@ -155,49 +154,35 @@ def test_what_spoils_a_comparison_is_said(
         make_result("b", prompt_tokens=140),
         make_result("c", failures=1),
     ]
-    said = "\n".join(warnings(make_document(["a", "b", "c"], spoilt)))
-    assert "c, decode 1: broken" in said
-    assert "half a core" in said
-    assert "b, decode 1: counts 140 prompt tokens, not 100" in said
+    lines = "\n".join(warnings(make_document(["a", "b", "c"], spoilt)))
+    assert "c, decode 1: broken" in lines
+    assert "half a core" in lines
+    assert "b, decode 1: counts 140 prompt tokens, not 100" in lines
 
 
-def test_the_chart_is_valid_and_shows_every_series_and_roof(document: Document) -> None:
-    root = ET.fromstring(draw(document))
-    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+def test_the_chart_shows_every_panel_and_server(document: Document, tmp_path: Path) -> None:
+    draw(document, tmp_path / "chart.svg")
+    root = ET.parse(tmp_path / "chart.svg").getroot()
     texts = [element.text or "" for element in root.iter() if element.tag.endswith("}text")]
     panels = panels_of(document)
     assert len(panels) == 5
-    for panel in panels:
-        assert panel.title in texts
+    assert {panel.title for panel in panels} <= set(texts)
     for name in ("quire", "quire-redis", "c"):
         assert texts.count(name) == sum(name in panel.values for panel in panels) >= 4
     assert "d" not in texts
-    assert sum(text.startswith("roof ") for text in texts) == 3
+    assert texts.count("roof") == sum(not math.isnan(panel.roof) for panel in panels) == 3
     assert "failed" in texts
     assert any("Abacus <2>" in text for text in texts)
-
-
-def test_no_bar_leaves_the_chart_and_the_longest_is_the_largest(document: Document) -> None:
-    root = ET.fromstring(draw(document))
-    width, height = float(root.attrib["width"]), float(root.attrib["height"])
-    shapes = [element.attrib for element in root.iter() if element.tag.endswith("}rect")][1:]
-    assert len(shapes) == sum(len(panel.values) for panel in panels_of(document))
-    for shape in shapes:
-        assert float(shape["x"]) + float(shape["width"]) < width - 24
-        assert float(shape["y"]) + float(shape["height"]) < height
-    first, second = (float(shape["width"]) for shape in shapes[:2])
-    one = decode_view(document, 1)
-    speeds = [one.median(name, lambda row: row.speed) for name in ("quire", "quire-redis")]
-    assert first / second == pytest.approx(speeds[0] / speeds[1], rel=0.01)
 
 
 def test_a_document_is_read_as_it_was_written(document: Document, tmp_path: Path) -> None:
     path = tmp_path / "compare.json"
     write(document, path)
     again = read(path)
-    assert repr(again) == repr(document)  # NaN is not equal to itself
+    write(again, tmp_path / "again.json")
+    assert orjson.loads((tmp_path / "again.json").read_bytes()) == orjson.loads(path.read_bytes())
     assert markdown(again) == markdown(document)
-    assert draw(again) == draw(document)
+    assert repr(panels_of(again)) == repr(panels_of(document))
 
 
 def test_a_written_comparison_is_rendered_again_for_the_readme(
@@ -210,7 +195,7 @@ def test_a_written_comparison_is_rendered_again_for_the_readme(
     write(document, tmp_path / "old.json")
     words = ["--render", str(tmp_path / "old.json"), "--results", str(tmp_path), "--readme"]
     assert compare.main(words) == 0
-    assert (tmp_path / "chart.svg").read_text() == draw(document)
+    assert (tmp_path / "chart.svg").read_bytes() == (tmp_path / "compare.svg").read_bytes()
     assert (tmp_path / "compare.md").read_text() == markdown(document)
     assert markdown(document) in capsys.readouterr().out
     document.results[0] = replace(

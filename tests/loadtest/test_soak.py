@@ -1,4 +1,4 @@
-"""What a soak takes for a violation: a client's wrong answer, a vanished request, a leak."""
+"""Violations of a soak: a wrong response, a vanished request, a leak."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from typing import Any
 
 import pytest
 
-from tests.cluster import clients
-from tests.cluster.client import Client, SseEvent, Transcript
-from tests.cluster.clients import Clients
-from tests.cluster.cluster import Cluster, Scale
-from tests.cluster.ledger import IN_FLIGHT, Ledger
-from tests.cluster.vitals import Vitals, leaks
+from loadtest.sse import SseEvent
+from tests.cluster import soak_clients
+from tests.cluster.audit_log import IN_FLIGHT, AuditLog
+from tests.cluster.client import Client, Transcript
+from tests.cluster.cluster import Cluster, Timings
+from tests.cluster.resources import ResourceSnapshot, leaks
+from tests.cluster.soak_clients import SoakClients
 
 ANSWER = (5, 6, 7)
 BODY = {"max_tokens": len(ANSWER)}
 
 
 def event(data: dict[str, Any] | str) -> SseEvent:
-    text = data if isinstance(data, str) else json.dumps(data)
-    return SseEvent(f"data: {text}\n\n".encode(), None, text, time.monotonic())
+    text = (data if isinstance(data, str) else json.dumps(data)).encode()
+    return SseEvent(b"data: %b\n\n" % text, text, time.monotonic())
 
 
 def token(value: int, reason: str | None = None) -> SseEvent:
@@ -37,7 +38,7 @@ WHOLE = [token(5), token(6), token(7, "length"), DONE]
 
 
 class Scripted(Client):
-    """Gives each transcript the same events."""
+    """Returns the same events for each request."""
 
     def __init__(self, events: Sequence[SseEvent]) -> None:
         super().__init__(list)
@@ -59,35 +60,35 @@ class Scripted(Client):
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "RETRY", 0.0)
+    monkeypatch.setattr(soak_clients, "RETRY", 0.0)
 
 
 async def violations(events: Sequence[SseEvent], way: str) -> list[str]:
-    """Of a client that goes one way, once."""
+    """The violations of one request with this behaviour."""
     over = asyncio.Event()
 
     def make_body() -> dict[str, Any]:
         over.set()
         return dict(BODY)
 
-    draw = random.Random(0)
-    asking = Clients(Scripted(events), make_body, lambda _: ANSWER, draw=draw, ways={way})
-    await asking.keep_asking(over)
+    rng = random.Random(0)
+    asking = SoakClients(Scripted(events), make_body, lambda _: ANSWER, rng=rng, ways={way})
+    await asking.run(over)
     assert asking.answers == {way: 1}
     return asking.violations
 
 
-async def test_a_whole_answer_is_none() -> None:
+async def test_a_complete_response_is_none() -> None:
     assert await violations(WHOLE, "read to the end") == []
 
 
 @pytest.mark.parametrize(
     ("events", "why"),
     [
-        ([token(5), token(9), token(7, "length"), DONE], "another token"),
-        ([token(5), token(7, "length"), DONE], "another token"),
+        ([token(5), token(9), token(7, "length"), DONE], "wrong token"),
+        ([token(5), token(7, "length"), DONE], "wrong token"),
         ([token(5), token(6, "length"), DONE], "2 tokens of 3"),
-        ([*WHOLE[:3], token(8), DONE], "another token"),
+        ([*WHOLE[:3], token(8), DONE], "wrong token"),
         ([token(5), token(6, "cancelled"), DONE], "ended by cancelled"),
         ([token(5), event({"error": {"code": "engine_crash_loop"}})], "an error"),
         ([token(5), token(6)], "no end"),
@@ -95,12 +96,12 @@ async def test_a_whole_answer_is_none() -> None:
         ([token(5), token(6, "length"), token(7, "length"), DONE], "P3"),
     ],
 )
-async def test_every_other_answer_is_one(events: list[SseEvent], why: str) -> None:
+async def test_every_other_response_is_one(events: list[SseEvent], why: str) -> None:
     (violation,) = await violations(events, "read to the end")
     assert why in violation
 
 
-async def test_a_deadline_is_none_for_who_asked_for_it() -> None:
+async def test_a_deadline_is_none_if_the_request_had_one() -> None:
     late = [token(5), token(6, "deadline"), DONE]
     never = [event({"error": {"code": "deadline_exceeded"}})]
     assert await violations(late, "had a deadline") == []
@@ -111,35 +112,37 @@ async def test_a_deadline_is_none_for_who_asked_for_it() -> None:
 
 @pytest.mark.slow
 def test_a_request_that_vanishes_without_an_end_is_one(tmp_path: Path) -> None:
-    """One that ended may go: Redis keeps it for the resume window only."""
-    cluster = Cluster(tmp_path, tmp_path, forge=None, scale=Scale())
+    """An ended request may vanish: Redis keeps it for the resume window only."""
+    cluster = Cluster(tmp_path, tmp_path, fork_server=None, timings=Timings())
     cluster.redis.start()
     try:
-        ledger = Ledger(cluster)
+        audit_log = AuditLog(cluster)
         for name in ("a", "b", "c"):
             cluster.ask("HSET", cluster.key(f"r:{name}"), "st", "running")
-        assert ledger.look()
-        assert ledger.tally() == {IN_FLIGHT: 3}
+        assert audit_log.update()
+        assert audit_log.tally() == {IN_FLIGHT: 3}
         end = '{"reason":"length"}'
         cluster.ask("HSET", cluster.key("r:a"), "st", "ended", "fin", end)
         cluster.ask("DEL", cluster.key("r:b"))
-        assert ledger.look()
+        assert audit_log.update()
         cluster.ask("DEL", cluster.key("r:a"))
-        assert ledger.look()
-        assert ledger.vanished == {"b"}
-        assert ledger.fates == {"a": "length", "b": IN_FLIGHT, "c": IN_FLIGHT}
+        assert audit_log.update()
+        assert audit_log.vanished == {"b"}
+        assert audit_log.fates == {"a": "length", "b": IN_FLIGHT, "c": IN_FLIGHT}
     finally:
         cluster.redis.close()
-    assert not ledger.look(), "nobody answers"
+    assert not audit_log.update(), "Redis does not respond"
 
 
 def test_growth_beyond_its_allowance_is_a_leak() -> None:
-    before = Vitals(
+    before = ResourceSnapshot(
         part="engine", figures={"RSS, MiB": 100, "descriptors": 10, "KV blocks used": 0}
     )
 
     def grown(name: str, value: float) -> list[str]:
-        return leaks(before, Vitals(part="engine", figures={**before.figures, name: value}))
+        return leaks(
+            before, ResourceSnapshot(part="engine", figures={**before.figures, name: value})
+        )
 
     for name, allowed, too_much in (
         ("RSS, MiB", 113, 114),

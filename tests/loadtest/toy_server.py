@@ -1,7 +1,7 @@
-"""A server of one process for tests: `toy_server.py PORT PACE EXITS_AFTER`, stdlib alone.
+"""A server for tests, standard library only: `toy_server.py PORT PACE EXITS_AFTER`.
 
-Every token takes PACE seconds; after EXITS_AFTER answers the process ends. With `--killed` it kills
-itself after the first token. It prints its port: PORT 0 means a free one.
+Each token takes PACE seconds; the process ends after EXITS_AFTER responses, with `--killed` after
+the first token. PORT 0 means a free port; it prints its port.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtest.bench.perplexity import TEXT, perplexity, runners, scoring_batch
+from loadtest.bench.cpu.perplexity import TEXT, perplexity, runners, scoring_batch
 from model.batch import Ints
 from model.checkpoint import LoadedModel, load_model
 from model.native.library import NativeLibrary

@@ -1,7 +1,6 @@
-"""What `loadtest.bench.gpu_bench` measures: a module for each of its pieces, and what they share.
+"""The GPU benchmark: `python -m loadtest.bench.gpu`; one module per stage, and what stages share.
 
-bench          what a piece is given: models, timing, tables, the time it has left
-piece          runs one piece in the process it is started in
-models         shapes and random weights     offline, http    ways to put a workload through
-ceilings, kernels, products, exactness, steps, w1, peer      the pieces
+bench          context of a stage: models, timing, tables, remaining time
+models         shapes and random weights     offline, http    two ways to run a workload
+ceilings, kernels, products, exactness, steps, w1, transformers      the stages
 """

@@ -1,7 +1,7 @@
-"""Bench: what every piece of the GPU benchmark is given, and where it leaves what it found.
+"""Bench: the context of a stage of the GPU benchmark: models, timing, result tables.
 
 Times are the device's own (events), after a first call that compiles and loads. Each row is
-printed and written at once, so that a piece that is cut off leaves what it had.
+printed and written immediately, so that a stage that is cut off leaves its results so far.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from model.runners.cuda.accelerator import CudaAccelerator, median_seconds
 if TYPE_CHECKING:
     from model.runners.cuda.runner import CudaRunner
 
-_DATASHEET = {"H200": 4.8e12, "H100": 3.35e12}  # bytes/s; other chips are held against a copy
-_RECORDED = 8  # calls in one recording
+_DATASHEET = {"H200": 4.8e12, "H100": 3.35e12}  # bytes/s; other chips are compared with a copy
+_CAPTURED = 8  # calls in one CUDA graph
 
 Row = dict[str, Any]
 
 
 class OutOfTime(Exception):
-    """The piece has used its time up; its rows so far are written."""
+    """The stage is out of time; its rows so far are written."""
 
 
 @dataclass(kw_only=True)
 class Bench:
-    """One piece's models, clock and tables."""
+    """Models, clock and tables of one stage."""
 
-    smoke: bool  # everything in miniature, also on a CPU
+    smoke: bool  # in miniature, also on a CPU
     device: torch.device
     out: Path
     deadline: float  # of time.monotonic()
@@ -56,7 +56,7 @@ class Bench:
 
     @property
     def budget(self) -> int:
-        """Tokens of a step."""
+        """Maximum tokens per step."""
         return 16 if self.smoke else 8192
 
     @property
@@ -65,16 +65,16 @@ class Bench:
 
     @property
     def left(self) -> float:
-        """Seconds that the piece may still take."""
+        """Remaining seconds of the stage."""
         return self.deadline - time.monotonic()
 
     def check_time(self) -> None:
-        """Between two measurements. Raises OutOfTime."""
+        """Called between measurements. Raises OutOfTime."""
         if self.left <= 0:
             raise OutOfTime
 
     def add(self, table: str, row: Row) -> None:
-        """Keeps a row, prints it and writes everything found so far."""
+        """Adds a row, prints it and writes all tables."""
         rows = self.tables.setdefault(table, [])
         rows.append(row)
         if len(rows) == 1:
@@ -84,7 +84,7 @@ class Bench:
         self.out.write_text(json.dumps(self.tables), encoding="utf-8")
 
     def seconds(self, work: Callable[[], object], *, repeats: int = 20) -> float:
-        """Median time of one call, on the device."""
+        """Median device time of one call."""
         if self.device.type == "cuda":
             return median_seconds(work, repeats=repeats)
         work()
@@ -93,25 +93,25 @@ class Bench:
         return time.perf_counter() - began
 
     def replayed(self, work: Callable[[], object]) -> float:
-        """Time of one call among several recorded ones: without gaps of the host."""
+        """Time per call in a CUDA graph of several: without gaps of the host."""
         if self.device.type == "cpu":
             return self.seconds(work)
 
         def several() -> None:
-            for _ in range(_RECORDED):
+            for _ in range(_CAPTURED):
                 work()
 
-        return self.seconds(CudaAccelerator(self.device).record(several)) / _RECORDED
+        return self.seconds(CudaAccelerator(self.device).record(several)) / _CAPTURED
 
     def copy_rate(self) -> float:
-        """Bytes/s, read and written, of a large copy: what kernels are held against."""
+        """Bytes/s, read and written, of a large copy: the reference for kernels."""
         size = 2**16 if self.smoke else 2**31
         source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * size / self.seconds(lambda: target.copy_(source))
 
     def bandwidth(self) -> tuple[float, str]:
-        """Bytes/s that steps are held against, and where the figure is from."""
+        """Bytes/s as the reference for steps, and the source of the figure."""
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
             for chip, rate in _DATASHEET.items():
@@ -124,8 +124,8 @@ class Bench:
     ) -> CudaRunner:
         """A runner over random weights.
 
-        `library`: with the library's products, which are not exact. `proven`: it tries itself, as
-        one that serves does.
+        `library`: with the products of the vendor BLAS, which are not exact. `proven`: it tries its
+        exactness at the start, as a runner that serves does.
         """
         from model.kernels.matmul import multiply, multiply_by_library
         from model.runners.cuda.runner import CudaRunner
@@ -138,7 +138,7 @@ class Bench:
             "max_sequences": max(self.batches),
             "max_batch_tokens": self.budget,
             "memory_share": 0.9,
-            # As a server does, where the piece's environment lets it.
+            # As a server does, if the stage's environment allows it.
             "library_products": "CUBLASLT_WORKSPACE_SIZE" in os.environ,
             **options,
         }
@@ -152,7 +152,7 @@ class Bench:
         )
 
     def release(self, runner: CudaRunner) -> None:
-        """Gives a runner's memory back before the next one is built."""
+        """Frees a runner's memory before the next one is built."""
         runner.close()
         gc.collect()
         if self.device.type == "cuda":

@@ -1,13 +1,13 @@
-"""Exactness on the device: one text by every way, beside any number of others, bit by bit.
+"""Exactness on the device: one text computed in several ways, in batches of any size.
 
     way, batch      1   2   8  ...  256
-    alone            =   =   =        =      prompt in one piece, then token by token
-    chunks of 7      =   =   =        =      prompt in pieces
-    prefix hit       =   =   =        =      full blocks of the prompt found computed
-    recomputed       =   =   =        =      preempted; prompt and answer computed as a prompt
+    alone            =   =   =        =      prompt in one chunk, then token by token
+    chunks of 7      =   =   =        =      prompt in chunks
+    prefix hit       =   =   =        =      full blocks of the prompt from the prefix cache
+    recomputed       =   =   =        =      preempted; prompt and output computed as a prompt
 
-`=` is: tokens and log probabilities have the bits that the text has alone in its batch. What is not
-equal is named, and the piece fails: it is no figure to be read past.
+`=` means: tokens and log probabilities have the same bits as if the text were alone in its batch.
+Differences are named, and the stage fails.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 import statistics
 from dataclasses import replace
 
+from loadtest.bench.gpu.background import BackgroundLoad
 from loadtest.bench.gpu.bench import Bench
-from loadtest.bench.gpu.crowd import Crowd
 from loadtest.bench.gpu.models import Shape
 from loadtest.bench.gpu.offline import Offline, Workload
 from model.runners import Runner
@@ -28,11 +28,11 @@ _LONG = Trial(prompt=1100, answer=8, beside=(), chunks=(64, 130, 512, 777))  # o
 
 
 class NotExact(Exception):
-    """Bits depended on what they must not depend on; the message names model, way and size."""
+    """Bits depend on the batch; the message names model, way and size."""
 
 
 def measure(bench: Bench) -> None:
-    """The matrix of each model, and of one with 8-bit keys and values. Raises NotExact."""
+    """Each model, and one with 8-bit keys and values. Raises NotExact."""
     plans = [(shape, "auto") for shape in bench.models]
     if not bench.smoke:
         plans.append((bench.models[0], "float8"))
@@ -49,14 +49,16 @@ def measure(bench: Bench) -> None:
             broken += matrix(bench, runner, name, Trial(prompt=9, answer=2, chunks=(4,)), sizes)
         else:
             bench.add(
-                "exactness: what the runner says of itself",
+                "exactness: the runner's own result",
                 {"model": name, "exact": runner.exact, "numeric class": runner.numeric_class},
             )
             broken += _every_size(bench, runner, name)
             broken += matrix(bench, runner, name, _SHORT, sizes)
             broken += matrix(bench, runner, name, _LONG, (1, 2, 16, 64, 256))
         bench.release(runner)
-    if broken and bench.device.type != "cpu":  # there sums are NumPy's, and depend on the rows
+    if (
+        broken and bench.device.type != "cpu"
+    ):  # on a CPU the sums are NumPy's, which depend on the rows
         raise NotExact(f"not exact: {'; '.join(broken)}")
     bench.check_time()
 
@@ -64,14 +66,14 @@ def measure(bench: Bench) -> None:
 def matrix(
     bench: Bench, runner: Runner, name: str, trial: Trial, sizes: tuple[int, ...]
 ) -> list[str]:
-    """Tries and prints ways by batch sizes; names what is not equal."""
+    """Tries and prints ways by batch size. Returns the names of unequal ones."""
     found = {}
     for size in sizes:
         if bench.left <= 0:
             break
         room = max(16, runner.block_size)
-        crowd = Crowd(runner, others=size - 1, alone=trial.answer, room=room)
-        found[size] = try_exactness(crowd, replace(trial, beside=()))
+        background = BackgroundLoad(runner, others=size - 1, alone=trial.answer, room=room)
+        found[size] = try_exactness(background, replace(trial, beside=()))
     ways = next(iter(found.values()), {})
     for way in ways:
         cells = {str(size): found[size][way] for size in found}
@@ -88,7 +90,7 @@ def matrix(
 
 
 def _every_size(bench: Bench, runner: Runner, name: str) -> list[str]:
-    """Beside 1 to 255 others whose prompts and answers begin and end as they like."""
+    """With 1 to 255 others, whose prompts and outputs begin and end at any step."""
     trial = Trial(prompt=24, answer=4, beside=tuple(range(1, 256)), chunks=())
     found = try_exactness(runner, trial)
     broken = [way for way, equal in found.items() if not equal]
@@ -100,7 +102,7 @@ def _every_size(bench: Bench, runner: Runner, name: str) -> list[str]:
 
 
 def measure_cost(bench: Bench) -> None:
-    """Decode steps by our products beside those by the library's, which are not exact."""
+    """Decode steps with our products and with those of the vendor BLAS, which are not exact."""
     for shape in bench.models:
         ours = _decode_rates(bench, shape, library=False)
         theirs = _decode_rates(bench, shape, library=True)
@@ -118,7 +120,7 @@ def measure_cost(bench: Bench) -> None:
 
 
 def _decode_rates(bench: Bench, shape: Shape, *, library: bool) -> dict[int, float]:
-    """Tokens/s of decode steps by batch size; a first run fills the pool and records the steps."""
+    """Tokens/s of decode steps by batch size; a first run fills the pool and captures graphs."""
     bench.check_time()
     runner = bench.runner(shape, library=library)
     context, count = (8, 3) if bench.smoke else (512, 40)

@@ -1,7 +1,7 @@
-"""The workload over HTTP: a checkpoint of random weights, `quire serve` over it, our client.
+"""A workload over HTTP: a checkpoint of random weights, `quire serve` on it, our client.
 
-The tokenizer has a byte a token and names for the rest, so a prompt of n letters has n tokens and
-every id that random weights choose has a text.
+The tokenizer has one token per byte and names for the other ids, so a prompt of n letters has n
+tokens and each id that random weights may produce has a text.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from loadtest.bench.gpu.models import RandomWeights, Shape, hugging_face_config
+from loadtest.bench.gpu.models import Shape, hugging_face_config
 from loadtest.bench.gpu.offline import Workload
 from loadtest.bench.servers import Plan, Server, running
 from loadtest.client import Outcome, Target, complete
@@ -35,7 +34,7 @@ def over_http(
     flags: Sequence[str],
     start_timeout: float = 300.0,
 ) -> float:
-    """Seconds of the workload with all clients at once. Raises RuntimeError for failed requests."""
+    """Seconds of the workload, all requests at once. Raises RuntimeError if a request fails."""
     write_checkpoint(shape, folder / "model")
     server = Server(
         name="quire",
@@ -55,7 +54,7 @@ def over_http(
         model=folder / "model",
         threads=1,
         clients=len(workload.lengths),
-        context=max(prompt + answer for prompt, answer in workload.lengths),
+        context=max(prompt + output for prompt, output in workload.lengths),
         folder=folder,
         quire_flags=flags,
     )
@@ -72,14 +71,13 @@ def over_http(
 
 
 def write_checkpoint(shape: Shape, folder: Path) -> None:
-    """config.json, weights and tokenizer of a model as it comes from a hub."""
+    """config.json, random weights and tokenizer of a model, as a hub has them."""
+    import transformers
+
     folder.mkdir(parents=True, exist_ok=True)
     config = hugging_face_config(shape.config)
-    config.architectures = [
-        {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[shape.config.family]
-    ]
-    config.save_pretrained(folder)
-    save_file(_checkpoint_tensors(shape), folder / "model.safetensors")
+    network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    network.save_pretrained(folder)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     size = shape.config.vocab_size
     names = [*letters, *(f"<{index}>" for index in range(max(0, size - len(letters))))][:size]
@@ -91,47 +89,6 @@ def write_checkpoint(shape: Shape, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": names[-1]}))
 
 
-def _checkpoint_tensors(shape: Shape) -> dict[str, torch.Tensor]:
-    """Random weights under the names, and in the parts, that checkpoints have."""
-    config = shape.config
-    whole = RandomWeights(config, torch.device("cpu"))
-    fused = {
-        "attention.qkv": (
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            [config.query_size, config.kv_size, config.kv_size],
-        ),
-        "mlp.gate_up": (
-            ("mlp.gate_proj", "mlp.up_proj"),
-            [config.intermediate_size, config.intermediate_size],
-        ),
-    }
-    plain = {
-        "attention_norm": "input_layernorm",
-        "mlp_norm": "post_attention_layernorm",
-        "attention.out": "self_attn.o_proj",
-        "attention.q_norm": "self_attn.q_norm",
-        "attention.k_norm": "self_attn.k_norm",
-        "mlp.down": "mlp.down_proj",
-    }
-    outer = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-    tensors = {}
-    for name in whole:
-        tensor = whole[name].bfloat16()
-        path = name.removesuffix(".weight")
-        if not path.startswith("blocks."):
-            tensors[f"{outer[path]}.weight"] = tensor
-            continue
-        _, layer, module = path.split(".", 2)
-        prefix = f"model.layers.{layer}"
-        if module in fused:
-            parts, sizes = fused[module]
-            for part, piece in zip(parts, torch.split(tensor, sizes), strict=True):
-                tensors[f"{prefix}.{part}.weight"] = piece.contiguous()
-        else:
-            tensors[f"{prefix}.{plain[module]}.weight"] = tensor
-    return tensors
-
-
 async def _all(target: Target, workload: Workload) -> list[Outcome]:
     generator = random.Random(1)
     prompts = [
@@ -140,7 +97,7 @@ async def _all(target: Target, workload: Workload) -> list[Outcome]:
     ]
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(complete(target, prompt, max_tokens=answer))
-            for prompt, (_, answer) in zip(prompts, workload.lengths, strict=True)
+            group.create_task(complete(target, prompt, max_tokens=output))
+            for prompt, (_, output) in zip(prompts, workload.lengths, strict=True)
         ]
     return [task.result() for task in tasks]

@@ -1,7 +1,7 @@
-"""Kernels by themselves: attention over batch and context, products of few rows.
+"""Single kernels: attention over batch and context, products of few rows.
 
-Both are bound by memory, so they are given in GB/s of what they must read, and as a share of what a
-copy reaches. Each call reads more than the L2 cache holds.
+Both are memory-bound: the tables give GB/s of the bytes that they must read, and the share of a
+copy's rate. Each call reads more than the L2 cache holds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def products_of(shape: Shape) -> list[tuple[str, int, int]]:
 
 
 def random_weights(bench: Bench, outputs: int, inputs: int) -> list[torch.Tensor]:
-    """So many of one shape that together they do not stay in the cache."""
+    """As many of one shape as together exceed the cache."""
     copies = max(1, min(16, 2**28 // (outputs * inputs * bench.dtype.itemsize)))
     scale = inputs**-0.5
     if bench.smoke:
@@ -61,7 +61,7 @@ def random_weights(bench: Bench, outputs: int, inputs: int) -> list[torch.Tensor
 def product_seconds(
     bench: Bench, product: Callable[..., object], x: torch.Tensor, weights: Sequence[torch.Tensor]
 ) -> float:
-    """Of one product, each weight in its turn."""
+    """Seconds per product, over all weights."""
     return bench.replayed(partial(_each, product, x, weights)) / len(weights)
 
 

@@ -1,6 +1,6 @@
-"""Models to measure on a GPU: real shapes, random weights made as they are asked for.
+"""Models to measure on a GPU: real shapes, random weights that are generated on access.
 
-Speed does not depend on the weights' values. Sizes in bytes are what a step must move at least.
+Speed does not depend on the values of weights.
 """
 
 from __future__ import annotations
@@ -58,26 +58,26 @@ TINY = ModelConfig(
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model by its name in the tables."""
+    """A model and its name in the tables."""
 
     name: str
     config: ModelConfig
 
     @property
     def weight_bytes(self) -> int:
-        """What a step reads of the weights in bfloat16; of an untied embedding only rows."""
+        """Bytes of the weights that a step reads in bfloat16; of an untied embedding only rows."""
         count = sum(tensor.numel() for tensor in _shapes(self.config).values())
         embedding = self.config.vocab_size * self.config.hidden_size
         return 2 * (count if self.config.tied_head else count - embedding)
 
     @property
     def kv_bytes(self) -> int:
-        """K and V of one token over all layers, in bfloat16."""
+        """Bytes of K and V of one token over all layers, in bfloat16."""
         return 2 * 2 * self.config.num_layers * self.config.kv_size
 
 
 class RandomWeights(Mapping[str, torch.Tensor]):
-    """Canonical names to noise, small enough that activations stay in range."""
+    """Canonical name -> noise, small enough that activations stay in range."""
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self._shapes = _shapes(config)
@@ -98,7 +98,7 @@ class RandomWeights(Mapping[str, torch.Tensor]):
 
 
 def hugging_face_config(config: ModelConfig) -> Any:  # noqa: ANN401 - transformers has no types
-    """The same shape for `transformers`."""
+    """The same shape as a configuration of `transformers`."""
     import transformers
 
     kinds = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}

@@ -1,8 +1,8 @@
-"""Offline generation straight on a runner: fixed lengths, no end token, one step ahead of the host.
+"""Offline generation directly on a runner: fixed lengths, no end token, one step ahead of the host.
 
-The scheduling is the simplest that fills the chip: chunks of prompts within the budget beside the
-decodes, every sequence admitted at once. What the service's engine adds to that is measured by
-putting the same workload through it.
+The scheduling is minimal: all sequences are admitted at the start; each step decodes one token per
+sequence and computes prompt chunks up to the budget. The cost of the service's engine is measured
+by running the same workload through it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from model.runners import OverlappedRunner, StepHandle
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Prompt and answer lengths, one pair a sequence."""
+    """Prompt and output lengths, one pair per sequence."""
 
     name: str
     lengths: tuple[tuple[int, int], ...]
@@ -33,45 +33,45 @@ class Workload:
 
     @property
     def tokens_out(self) -> int:
-        return sum(answer for _, answer in self.lengths)
+        return sum(output for _, output in self.lengths)
 
 
 def w1(*, sequences: int = 256, least: int = 100, most: int = 1024) -> Workload:
-    """nano-vllm's benchmark: lengths drawn from seed 0, prompts' first, as it draws them."""
+    """nano-vllm's benchmark: the same lengths, drawn in the same order from seed 0."""
     generator = random.Random(0)
     prompts = []
     for _ in range(sequences):
         length = generator.randint(least, most)
-        for _ in range(length):  # it draws the prompt's tokens too
+        for _ in range(length):  # nano-vllm draws the prompt's tokens here
             generator.randint(0, 10000)
         prompts.append(length)
-    answers = [generator.randint(least, most) for _ in range(sequences)]
-    return Workload(name="W1", lengths=tuple(zip(prompts, answers, strict=True)))
+    outputs = [generator.randint(least, most) for _ in range(sequences)]
+    return Workload(name="W1", lengths=tuple(zip(prompts, outputs, strict=True)))
 
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """What a run took, and what it had to read."""
+    """Results of a run."""
 
     seconds: float = 0.0
     tokens: int = 0
     steps: int = 0
-    kv_tokens: int = 0  # contexts read, summed over steps
+    kv_tokens: int = 0  # context lengths, summed over steps
     host_seconds: list[float] = field(default_factory=list)  # of each decode step's launch
 
 
 @dataclass(slots=True, kw_only=True)
 class _Sequence:
-    seat: int
+    slot: int
     blocks: range
     prompt: int
-    total: int  # positions to compute: the last answered token is not
+    total: int  # positions to compute: all but the last output token
     computed: int = 0
     sampled: int = 0
 
 
 class Offline:
-    """Runs workloads on one runner; the pool must hold them all."""
+    """Runs workloads on one runner, whose pool must hold all sequences."""
 
     def __init__(self, runner: OverlappedRunner, *, budget: int) -> None:
         self._runner = runner
@@ -84,8 +84,8 @@ class Offline:
         start_at: int = 0,
         around: Callable[[Callable[[], StepHandle]], StepHandle] | None = None,
     ) -> Outcome:
-        """Generates it all. `start_at` takes so many positions of each prompt as computed."""
-        waiting = self._seat(workload, start_at)
+        """Runs the workload. `start_at`: positions of each prompt that count as computed."""
+        waiting = self._allocate(workload, start_at)
         outcome = Outcome()
         flying: deque[StepHandle] = deque()
         began = time.perf_counter()
@@ -112,15 +112,15 @@ class Offline:
         outcome.seconds = time.perf_counter() - began
         return outcome
 
-    def _seat(self, workload: Workload, start_at: int) -> list[_Sequence]:
+    def _allocate(self, workload: Workload, start_at: int) -> list[_Sequence]:
         sequences: list[_Sequence] = []
         at = 0
-        for seat, (prompt, answer) in enumerate(workload.lengths):
-            total = prompt + answer - 1
+        for slot, (prompt, output) in enumerate(workload.lengths):
+            total = prompt + output - 1
             blocks = -(-total // self._runner.block_size)
             sequences.append(
                 _Sequence(
-                    seat=seat,
+                    slot=slot,
                     blocks=range(at, at + blocks),
                     prompt=prompt,
                     total=total,
@@ -168,7 +168,7 @@ class Offline:
             query_starts_S1=starts,
             context_lens_S=contexts,
             block_table_SB=table,
-            batch_slots_S=np.array([s.seat for s in sequences], np.int32),
+            batch_slots_S=np.array([s.slot for s in sequences], np.int32),
             sample_rows_R=starts[1:][samples] - 1,
             sampling=self._columns([s for s, n in plan if s.computed + n >= s.prompt], temperature),
             score_rows_Q=np.zeros(0, np.int32),
@@ -181,6 +181,6 @@ class Offline:
             len(sequences),
             vocab_size=self._runner.config.vocab_size,
             temperature=temperature,
-            seeds_R=np.array([s.seat for s in sequences], np.uint64),
+            seeds_R=np.array([s.slot for s in sequences], np.uint64),
             indices_R=np.array([s.sampled for s in sequences], np.int32),
         )

@@ -1,9 +1,9 @@
-"""Decode steps of a warm runner, one ahead of the host, held against what they must read.
+"""Decode steps of a warm runner, one ahead of the host, against the memory roof.
 
-of roof      the bytes of weights, keys and values a step reads, over the chip's bandwidth
-device us    the step's work alone, all of it queued before it begins
-host us      what the host takes to launch a step
-busy         the device's share: device us over the time of a step
+of roof      time to read weights, keys and values at the chip's bandwidth / time of a step
+device us    device time of a step that is queued entirely before it begins
+host us      time of the host to launch a step
+busy         device us / time of a step
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from loadtest.bench.gpu.models import Shape
 from loadtest.bench.gpu.offline import Offline, Workload
 from model.runners import StepHandle
 
-_PAUSES = 3  # products that keep the device busy for some milliseconds
+_PAUSES = 3  # products that keep the device busy for milliseconds
 _SIDE = 8192
 
 
 def measure(bench: Bench) -> None:
-    """Both models at each batch size, behind 512 tokens; rows sampled, and all of them greedy."""
+    """Both models at each batch size with a context of 512 tokens; sampled, and greedy."""
     bandwidth, _ = bench.bandwidth()
     for shape in bench.models:
         bench.check_time()
@@ -34,7 +34,7 @@ def measure(bench: Bench) -> None:
             for temperature in (0.6, 0.0):
                 bench.check_time()
                 workload = Workload(
-                    name="sampled" if temperature else "likeliest",
+                    name="sampled" if temperature else "greedy",
                     lengths=((8, 3) if bench.smoke else (512, 60),) * batch,
                     temperature=temperature,
                 )
@@ -46,7 +46,7 @@ def _row(
     bench: Bench, shape: Shape, offline: Offline, workload: Workload, *, bandwidth: float
 ) -> None:
     context, _ = workload.lengths[0]
-    offline.run(workload)  # fills the pool, compiles and records
+    offline.run(workload)  # fills the pool, compiles, captures
     outcome = offline.run(workload, start_at=context)
     step = outcome.seconds / outcome.steps
     device = _device_seconds(bench, offline, workload, start_at=context)
@@ -70,9 +70,9 @@ def _row(
 def _device_seconds(
     bench: Bench, offline: Offline, workload: Workload, *, start_at: int
 ) -> float | None:
-    """Median of a step's work on the device, without waits for the host; None on a CPU.
+    """Median device time of a step, without waits for the host; None on a CPU.
 
-    The device is given something else first, so that a step is launched whole before it begins.
+    The device computes something else first, so that a step is launched entirely before it begins.
     """
     if bench.device.type == "cpu":
         return None

@@ -1,8 +1,8 @@
 """W1, nano-vllm's workload: on the runner, through the service's engine, and over HTTP.
 
-runner    256 sequences at once, one step ahead of the host: what the network can do
-engine    the same through scheduler, packer and detokeniser: what the bookkeeping adds
-HTTP      the same through `quire serve`, 256 clients streaming
+runner    256 sequences at once, one step ahead of the host: the network alone
+engine    the same through scheduler, packer and detokeniser: with the bookkeeping
+HTTP      the same through `quire serve`, with 256 streaming clients
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from loadtest.bench.gpu.bench import Bench
 from loadtest.bench.gpu.models import TINY, Shape
@@ -26,7 +27,7 @@ TABLE = "W1"
 
 
 def workload_of(bench: Bench, *, short: bool = False) -> Workload:
-    """The workload, or one as wide and not as long, to warm up with."""
+    """The workload; `short`: equally wide but shorter, to warm up."""
     if bench.smoke:
         return w1(sequences=2, least=3, most=6)
     return w1(sequences=256, least=100, most=140) if short else w1()
@@ -42,7 +43,7 @@ def add_row(
     roof: float | None = None,
     host_us: float | None = None,
 ) -> None:
-    """`roof`: seconds at the chip's bandwidth. `host_us`: of a step, all that is not waiting."""
+    """`roof`: seconds at the chip's bandwidth. `host_us`: host time per step without waits."""
     bench.add(
         TABLE,
         {
@@ -64,7 +65,9 @@ def measure(bench: Bench) -> None:
         bench.check_time()
         runner = bench.runner(shape)
         runner.warm_up()
-        Offline(runner, budget=bench.budget).run(workload_of(bench, short=True))  # clocks up
+        Offline(runner, budget=bench.budget).run(
+            workload_of(bench, short=True)
+        )  # raises the clocks
         clocked = _Clocked(runner)
         outcome = Offline(clocked, budget=bench.budget).run(workload)
         moved = outcome.steps * shape.weight_bytes + outcome.kv_tokens * shape.kv_bytes
@@ -98,23 +101,21 @@ def measure_http(bench: Bench) -> None:
         flags += ["--kv-memory", "40GiB"]
     with TemporaryDirectory() as name:
         folder = Path(name)
-        with _log_told(folder / "quire.log"):
+        with _log_shown(folder / "quire.log"):
             seconds = over_http(shape, workload, folder, flags=flags, start_timeout=bench.left - 15)
     add_row(bench, shape, "HTTP", seconds=seconds, tokens=workload.tokens_out)
 
 
 class _Clocked:
-    """A runner, and the seconds that its caller waited for the device."""
+    """Wraps a runner and sums the seconds that its caller waits for the device."""
 
     def __init__(self, runner: OverlappedRunner) -> None:
-        self.config = runner.config
-        self.block_size = runner.block_size
-        self.num_blocks = runner.num_blocks
-        self.numeric_class = runner.numeric_class
-        self.exact = runner.exact
         self.waited = 0.0
         self.steps = 0
         self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any attribute of the runner
+        return getattr(self._runner, name)
 
     def run(self, batch: Batch) -> StepOutput:
         return self.collect(self.launch(batch))
@@ -129,15 +130,9 @@ class _Clocked:
         self.waited += time.perf_counter() - began
         return output
 
-    def warm_up(self) -> None:
-        self._runner.warm_up()
-
-    def close(self) -> None:
-        self._runner.close()
-
 
 def _through_engine(runner: _Clocked, workload: Workload, budget: int) -> float:
-    """Seconds of it all."""
+    """Seconds of the workload."""
     from service.engine.loop import EngineLoop, Work
     from service.engine.observer import NullObserver
     from service.engine.plan import EngineConfig
@@ -157,12 +152,12 @@ def _through_engine(runner: _Clocked, workload: Workload, budget: int) -> float:
         deliver=lambda _: None,
         observer=NullObserver(),
     )
-    for index, (prompt, answer) in enumerate(workload.lengths):
+    for index, (prompt, output) in enumerate(workload.lengths):
         request = GenerationRequest(
             id=str(index),
             prompt_ids=tuple(n * 7919 % vocab_size for n in range(prompt)),
             sampling=SamplingParams(seed=index, temperature=workload.temperature),
-            max_tokens=answer,
+            max_tokens=output,
             ignore_eos=True,
         )
         loop.add(Work(request=request))
@@ -173,8 +168,8 @@ def _through_engine(runner: _Clocked, workload: Workload, budget: int) -> float:
 
 
 @contextmanager
-def _log_told(path: Path) -> Iterator[None]:
-    """A server's log goes with its folder, so its end is printed where the server failed."""
+def _log_shown(path: Path) -> Iterator[None]:
+    """Prints the end of the server's log if it failed, before its folder is removed."""
     try:
         yield
     except (ServerFailed, RuntimeError):

@@ -1,7 +1,7 @@
-"""Ledger: what became of every request that the queue admitted, however short Redis keeps it.
+"""AuditLog: the fate of every request that the queue accepted.
 
-It looks at the requests in Redis often enough to see each one's end before the resume window is
-over. A request that vanishes without an end was lost.
+It reads the requests in Redis often enough to see each end before the resume window is over. A
+request that vanishes without an end was lost.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tests.cluster.cluster import Cluster
 IN_FLIGHT = "in flight"
 
 
-class Ledger:
-    """`fates`: request id -> the reason of its end, or IN_FLIGHT."""
+class AuditLog:
+    """`fates`: request id -> finish reason, or IN_FLIGHT."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.fates: dict[str, str] = {}
@@ -25,8 +25,8 @@ class Ledger:
         self._prefix = cluster.key("r:")
         self._port = cluster.redis.port
 
-    def look(self) -> bool:
-        """Brings it up to date. False where Redis did not answer: then nothing is known."""
+    def update(self) -> bool:
+        """Reads Redis. Returns False, and changes nothing, if Redis does not respond."""
         found: dict[str, str] = {}
         try:
             with Redis(port=self._port, decode_responses=True, socket_timeout=10) as redis:
@@ -36,7 +36,7 @@ class Ledger:
                         pipeline.hmget(key, "st", "fin")
                     for key, (state, ending) in zip(keys, pipeline.execute(), strict=True):
                         if state is None:
-                            continue  # it has gone since the scan
+                            continue  # it expired since the scan
                         fate = ending.split('"')[3] if state == "ended" else IN_FLIGHT
                         found[key.removeprefix(self._prefix)] = fate
         except RedisError:
@@ -47,5 +47,5 @@ class Ledger:
         return True
 
     def tally(self) -> Counter[str]:
-        """How many ended for which reason."""
+        """Number of requests by fate."""
         return Counter(self.fates.values())

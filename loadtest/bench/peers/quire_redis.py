@@ -1,7 +1,7 @@
-"""Quire as replicas on one machine, until SIGTERM: a Redis of its own, one API, one engine.
+"""Quire as replicas on one machine, until SIGTERM: a Redis, one API replica, one engine.
 
-The Redis keeps an append-only file, synced every second, in a folder that is removed at the end.
-Where one of the three ends unasked, so do the others.
+Redis keeps an append-only file, synced every second, in a temporary folder. If one of the three
+processes ends, the others are stopped too.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 
 from loadtest.bench.servers import find_program, free_port, wait_until_healthy
 
-_GRACE = 2.0  # seconds that each part gets to end
-_START = 60.0  # seconds that the engine gets to start
+_GRACE = 2.0  # seconds for each process to end
+_START = 60.0  # seconds for the engine to start
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serves one GGUF file on 127.0.0.1; 1 where a part ended unasked."""
+    """Serves one GGUF file on 127.0.0.1. Returns 1 if a process ended unexpectedly."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--model-name", required=True)
@@ -62,7 +62,7 @@ def _redis(port: int, folder: str) -> list[str]:
 
 
 def _wait_until_open(port: int) -> None:
-    """Raises TimeoutError where nothing listens within ten seconds."""
+    """Raises TimeoutError if nothing listens within ten seconds."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         with socket.socket() as probe:

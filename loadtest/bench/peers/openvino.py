@@ -1,8 +1,7 @@
-"""OpenVINO GenAI's continuous batching behind a small HTTP server, until SIGTERM. A peer.
+"""OpenVINO GenAI's continuous batching behind a minimal HTTP server, until SIGTERM.
 
-The package has an engine and no server, so this one does the least that streaming needs: greedy
-completions of a fixed length. Each token becomes text by itself, so that a character of several
-tokens is not shown right: this is for measuring speed.
+The package has an engine but no server. This one streams greedy completions of a fixed length. It
+decodes each token by itself, so characters of several tokens are garbled: it only measures speed.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ if TYPE_CHECKING:
 _DONE = b"data: [DONE]\n\n"
 
 
-class _Asked(NamedTuple):
-    """A request on its way to the engine's thread, and where its tokens go."""
+class _Request(NamedTuple):
+    """A request for the engine thread, and the queue for its tokens."""
 
     prompt: str
     max_tokens: int
     out: asyncio.Queue[list[int] | None]
-    gone: threading.Event  # the client does not read any more
+    disconnected: threading.Event
 
 
 class _Engine(threading.Thread):
-    """Steps the pipeline while there is work. Nothing else touches the pipeline."""
+    """Steps the pipeline while there is work; no other thread uses it."""
 
     def __init__(
         self,
@@ -43,34 +42,34 @@ class _Engine(threading.Thread):
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         super().__init__(daemon=True)
-        self.inbox: queue.Queue[_Asked] = queue.Queue()
+        self.inbox: queue.Queue[_Request] = queue.Queue()
         self._pipeline = pipeline
         self._loop = loop
-        self._running: list[tuple[openvino_genai.GenerationHandle, _Asked]] = []
+        self._running: list[tuple[openvino_genai.GenerationHandle, _Request]] = []
         self._count = 0
 
     def run(self) -> None:
         while True:
-            self._take_in()
+            self._admit()
             self._pipeline.step()
-            self._running = [entry for entry in self._running if self._hand_out(*entry)]
+            self._running = [entry for entry in self._running if self._deliver(*entry)]
 
-    def _take_in(self) -> None:
-        """All that waits; waits itself where there is nothing to do."""
+    def _admit(self) -> None:
+        """Adds all queued requests; blocks if there is no work."""
         import openvino_genai
 
         while not self._running or not self.inbox.empty():
-            asked = self.inbox.get()
+            request = self.inbox.get()
             config = openvino_genai.GenerationConfig()
-            config.max_new_tokens, config.ignore_eos = asked.max_tokens, True
+            config.max_new_tokens, config.ignore_eos = request.max_tokens, True
             config.do_sample = False
             self._count += 1
-            handle = self._pipeline.add_request(self._count, asked.prompt, config)
-            self._running.append((handle, asked))
+            handle = self._pipeline.add_request(self._count, request.prompt, config)
+            self._running.append((handle, request))
 
-    def _hand_out(self, handle: openvino_genai.GenerationHandle, asked: _Asked) -> bool:
-        """Passes on what there is; whether there will be more."""
-        if asked.gone.is_set():
+    def _deliver(self, handle: openvino_genai.GenerationHandle, request: _Request) -> bool:
+        """Sends new tokens to the client. Returns whether the request still runs."""
+        if request.disconnected.is_set():
             handle.cancel()
             return False
         ids = []
@@ -80,14 +79,13 @@ class _Engine(threading.Thread):
                 ids += output.generated_ids
                 ended = ended or "NONE" not in str(output.finish_reason)
         if ids:
-            self._loop.call_soon_threadsafe(asked.out.put_nowait, ids)
+            self._loop.call_soon_threadsafe(request.out.put_nowait, ids)
         if ended:
-            self._loop.call_soon_threadsafe(asked.out.put_nowait, None)
+            self._loop.call_soon_threadsafe(request.out.put_nowait, None)
         return not ended
 
 
 def build(pipeline: openvino_genai.ContinuousBatchingPipeline) -> FastAPI:
-    """The server's two routes."""
     app = FastAPI()
     tokenizer = pipeline.get_tokenizer()
     engines: list[_Engine] = []
@@ -102,24 +100,24 @@ def build(pipeline: openvino_genai.ContinuousBatchingPipeline) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: Request) -> StreamingResponse:
         body = orjson.loads(await request.body())
-        asked = _Asked(body["prompt"], body["max_tokens"], asyncio.Queue(), threading.Event())
-        engines[0].inbox.put(asked)
-        return StreamingResponse(_stream(asked, tokenizer), media_type="text/event-stream")
+        queued = _Request(body["prompt"], body["max_tokens"], asyncio.Queue(), threading.Event())
+        engines[0].inbox.put(queued)
+        return StreamingResponse(_stream(queued, tokenizer), media_type="text/event-stream")
 
     return app
 
 
 async def _stream(
-    asked: _Asked, tokenizer: openvino_genai.Tokenizer
+    request: _Request, tokenizer: openvino_genai.Tokenizer
 ) -> AsyncGenerator[bytes, None]:
     count = 0
     try:
-        while (ids := await asked.out.get()) is not None:
+        while (ids := await request.out.get()) is not None:
             count += len(ids)
             yield _event(tokenizer.decode(ids))
     finally:
-        asked.gone.set()
-    prompt_tokens = tokenizer.encode(asked.prompt).input_ids.shape[1]
+        request.disconnected.set()
+    prompt_tokens = tokenizer.encode(request.prompt).input_ids.shape[1]
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": count}
     yield _event("", finish_reason="length", usage=usage)
     yield _DONE
@@ -137,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--parallel", type=int, required=True, help="requests at a time")
+    parser.add_argument("--parallel", type=int, required=True, help="concurrent requests")
     options = parser.parse_args()
     scheduling = openvino_genai.SchedulerConfig()
     scheduling.cache_size = 1  # GB

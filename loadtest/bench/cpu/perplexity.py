@@ -1,9 +1,7 @@
-"""Perplexity of one text through each way to compute: what 8 bits cost.
+"""Perplexity of a text by runner and data type: the cost of 8 bits.
 
-    python -m loadtest.bench.perplexity MODEL [--text FILE] [--window 512]
-
-The text is cut into windows of equal length; every token of a window but the first is predicted
-from those before it. A window is one step, so keys and values are read as they are stored.
+The text is cut into windows of equal length; each token of a window but the first is predicted from
+those before it. One window is one step, so keys and values are read as they are stored.
 """
 
 from __future__ import annotations
@@ -22,11 +20,11 @@ from model.runners.native import NativeRunner
 from model.runners.torch import TorchRunner
 from model.text.tokenizer import Tokenizer
 
-TEXT = Path(__file__).parents[2] / "tests" / "data" / "perplexity.txt"
+TEXT = Path(__file__).parents[3] / "tests" / "data" / "perplexity.txt"
 
 
 def scoring_batch(tokens_T: Ints, *, block_size: int) -> Batch:
-    """One sequence, every token of which is scored but the first."""
+    """One sequence; scores every token but the first."""
     count, zero = len(tokens_T), np.zeros(1, np.int32)
     return Batch(
         tokens_T=tokens_T,
@@ -43,7 +41,7 @@ def scoring_batch(tokens_T: Ints, *, block_size: int) -> Batch:
 
 
 def perplexity(runner: Runner, windows: list[Ints]) -> float:
-    """Perplexity: e to the mean negative log probability of all predicted tokens."""
+    """Exp of the mean negative log probability of all predicted tokens."""
     total, count = 0.0, 0
     for tokens_T in windows:
         batch = scoring_batch(tokens_T, block_size=runner.block_size)
@@ -53,7 +51,7 @@ def perplexity(runner: Runner, windows: list[Ints]) -> float:
 
 
 def runners(model: LoadedModel, window: int) -> Iterator[tuple[str, Callable[[], Runner]]]:
-    """Name -> what builds a runner, the reference first."""
+    """(name, function that builds the runner); the reference first."""
 
     def options(dtype: str, kv_dtype: str = "auto") -> RunnerOptions:
         return RunnerOptions(
@@ -70,20 +68,20 @@ def runners(model: LoadedModel, window: int) -> Iterator[tuple[str, Callable[[],
     yield "native int8, KV int8", lambda: build(NativeRunner, options("int8", "int8"))
 
 
-def main() -> None:
-    """Prints a table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--window", type=int, default=512)
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model)
     tokenizer = Tokenizer.from_checkpoint(arguments.model)
     ids = np.array(tokenizer.encode(arguments.text.read_text(encoding="utf-8")), np.int32)
     count = len(ids) // arguments.window
     windows = np.split(ids[: count * arguments.window], count)
     print(f"{count} windows of {arguments.window} tokens\n")
-    print("| runner | perplexity | against float32 |\n|---|---|---|")
+    print("| runner | perplexity | relative to float32 |\n|---|---|---|")
     first: float | None = None
     for name, build in runners(model, arguments.window):
         runner = build()
@@ -91,7 +89,3 @@ def main() -> None:
         runner.close()
         first = first or value
         print(f"| {name} | {value:.4f} | {value / first - 1:+.2%} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
-"""Clients of a soak: each asks, does something that clients do, and judges what it got.
+"""Clients of a soak: they send requests, disconnect, resume, cancel, and check what they received.
 
-Whatever they do, what they got must be the beginning of the one right answer, and all of it where
-the end says so. A client gives up after PATIENCE seconds: that is a violation too.
+That must always be a prefix of the expected output, and all of it if the finish reason says so. A
+client gives up after PATIENCE seconds, which is a violation too.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from tests.cluster.client import Broken, Client, Transcript, call, events
+from loadtest.sse import DONE, Broken, call
+from tests.cluster.client import Client, Transcript
 
 Body = dict[str, Any]
 Expected = Callable[[Body], Sequence[int]]
 
 RETRY = 0.1  # seconds
-DEADLINE = 400  # milliseconds, of those who are in a hurry
-ENDS: Mapping[str, set[str]] = {  # beside the usual one
+DEADLINE = 400  # milliseconds, of requests with a deadline
+ENDS: Mapping[str, set[str]] = {  # besides `length`
     "cancelled": {"length", "cancelled"},
     "had a deadline": {"length", "deadline"},
 }
 MAY_NOT_END = {"left for good", "had a deadline"}
 
 
-class Clients:
-    """`answers` counts what they did, `violations` says what they should never have got.
+class SoakClients:
+    """`answers` counts requests by behaviour; `violations` lists wrong responses.
 
-    `ways` are those of `_ways` that they go; by default all.
+    `ways` restricts the behaviours to these names; default: all.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Clients:
         make_body: Callable[[], Body],
         expected: Expected,
         *,
-        draw: random.Random,
+        rng: random.Random,
         ways: Collection[str] = (),
     ) -> None:
         self.answers: Counter[str] = Counter()
@@ -48,7 +49,7 @@ class Clients:
         self._client = client
         self._make_body = make_body
         self._expected = expected
-        self._draw = draw
+        self._rng = rng
         self._ways: Mapping[str, tuple[float, Callable[[Transcript], Awaitable[None]]]] = {
             "read to the end": (6, self._read),
             "went away and came back": (3, self._come_back),
@@ -59,11 +60,11 @@ class Clients:
         }
         self._names = [name for name in self._ways if not ways or name in ways]
 
-    async def keep_asking(self, over: asyncio.Event) -> None:
-        """One client: answer after answer, until it is over."""
+    async def run(self, over: asyncio.Event) -> None:
+        """One client: request after request, until `over` is set."""
         weights = [self._ways[name][0] for name in self._names]
         while not over.is_set():
-            (name,) = self._draw.choices(self._names, weights=weights)
+            (name,) = self._rng.choices(self._names, weights=weights)
             transcript = Transcript(self._make_body())
             try:
                 await self._ways[name][1](transcript)
@@ -75,10 +76,10 @@ class Clients:
             self.tokens += len(transcript.tokens)
 
     async def _judge(self, transcript: Transcript, name: str) -> None:
-        """P1 to P3 as far as one client sees them; raises AssertionError."""
+        """P1 to P3 as far as a client can check them. Raises AssertionError."""
         expected = list(await asyncio.to_thread(self._expected, transcript.body))
         tokens = transcript.tokens
-        assert tokens == expected[: len(tokens)], "another token"
+        assert tokens == expected[: len(tokens)], "wrong token"
         if transcript.error is not None:
             asked_for_it = (name, transcript.error) == ("had a deadline", "deadline_exceeded")
             assert asked_for_it, f"an error: {transcript.error}"
@@ -91,7 +92,7 @@ class Clients:
         if transcript.finish_reason == "length":
             assert tokens == expected, f"{len(tokens)} tokens of {len(expected)}"
         reasons = [each for each in transcript.events if each.finish_reason]
-        last = [each for each in transcript.events if each.data == "[DONE]"]
+        last = [each for each in transcript.events if each.data == DONE]
         assert len(last) == transcript.ended, "P3"
         assert len(reasons) == len(last) or name == "left for good", "P3"
 
@@ -99,8 +100,8 @@ class Clients:
         await self._client.stream(transcript.body, into=transcript)
 
     async def _begin(self, transcript: Transcript) -> None:
-        """Reads some of it and hangs up; it may have ended by then."""
-        wanted = self._draw.randrange(int(transcript.body["max_tokens"]))
+        """Reads a part and disconnects; the response may have ended by then."""
+        wanted = self._rng.randrange(int(transcript.body["max_tokens"]))
         reading = asyncio.create_task(self._read(transcript))
         while not reading.done() and (
             transcript.call_id is None or len(transcript.tokens) <= wanted
@@ -114,7 +115,7 @@ class Clients:
 
     async def _come_back(self, transcript: Transcript) -> None:
         await self._begin(transcript)
-        await asyncio.sleep(self._draw.uniform(0, 1))
+        await asyncio.sleep(self._rng.uniform(0, 1))
         if not transcript.ended:
             await self._read(transcript)
 
@@ -123,7 +124,7 @@ class Clients:
 
     async def _cancel(self, transcript: Transcript) -> None:
         reading = asyncio.create_task(self._read(transcript))
-        await asyncio.sleep(self._draw.uniform(0, 1))
+        await asyncio.sleep(self._rng.uniform(0, 1))
         while not reading.done():
             if transcript.call_id is not None and await self._delete(transcript.call_id):
                 break
@@ -134,12 +135,12 @@ class Clients:
         with suppress(Broken):
             address = self._client.next_address()
             async with call(address, "DELETE", f"/v1/streams/{call_id}") as reply:
-                assert reply.status in {200, 503}, f"a cancel was answered with {reply.status}"
+                assert reply.status in {200, 503}, f"a cancel returned {reply.status}"
                 return reply.status == 200
         return False
 
     async def _read_slowly(self, transcript: Transcript) -> None:
-        """A token at a time from the first connection; what it misses, it resumes."""
+        """Reads slowly on the first connection; then resumes."""
         fields = {"x-quire-event-ids": "1"}
         with suppress(Broken):
             address = self._client.next_address()
@@ -148,14 +149,14 @@ class Clients:
             ) as reply:
                 if reply.status == 200:
                     transcript.call_id = reply.headers["x-request-id"]
-                    async for event in events(reply):
+                    async for event in reply.events():
                         transcript.events.append(event)
-                        await asyncio.sleep(self._draw.uniform(0.02, 0.1))
+                        await asyncio.sleep(self._rng.uniform(0.02, 0.1))
         if not transcript.ended:
             await self._read(transcript)
 
     async def _hurry(self, transcript: Transcript) -> None:
-        """A deadline in the queue is an error; one in mid-run ends the answer."""
+        """A deadline in the queue is an error; a later one ends the response."""
         try:
             await self._client.stream(
                 transcript.body, into=transcript, x_request_timeout_ms=str(DEADLINE)

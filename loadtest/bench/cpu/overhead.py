@@ -1,15 +1,11 @@
-"""What the engine's own Python costs between two steps of the network.
+"""CPU time of the engine's own Python per step and per token.
 
-    python -m loadtest.bench.engine_overhead [--sequences 1,8,32,64] [--steps 300] [--model FILE]
-        [--no-speculate]
+Measures schedule, pack, update, detokenise and deliver: CPU time of the engine's thread outside the
+runner, which other load on the machine hardly affects. One row per kind of request, one column per
+number of sequences; median microseconds per step, in brackets per output token.
 
-What is measured is schedule, pack, update, detokenise, deliver: CPU time of the engine's thread
-outside the runner, which other work on the machine leaves nearly as it is. One row a kind of
-request, one column a number of sequences, in microseconds a step: the median, and with it what one
-token of text costs.
-
-The runner answers at once, so the processor's caches hold nothing but Python. With `--model` the
-native runner computes a real network, and each step begins with cold caches, as in a server.
+The runner returns immediately, so the CPU caches hold nothing but Python. With `--model` the native
+runner computes a real network, and each step begins with cold caches, as in a server.
 """
 
 from __future__ import annotations
@@ -56,9 +52,7 @@ KINDS: dict[str, GenerationRequest] = {
 
 
 class InstantRunner:
-    """Follows each token by the next id, in a circle of `period`. A step takes 10 ms of its clock,
-    however many rows it has.
-    """
+    """Generates consecutive ids modulo `period`. Each step advances its clock by 10 ms."""
 
     exact = True
     block_size = 16
@@ -75,11 +69,10 @@ class InstantRunner:
         self._none = np.empty(0, np.float32)
 
     def clock(self) -> float:
-        """Seconds that its steps took."""
+        """Seconds of its steps so far."""
         return self.now
 
     def run(self, batch: Batch) -> StepOutput:
-        """Nothing but the next ids."""
         self.now += 0.01
         rows, num = len(batch.sample_rows_R), batch.sampling.num_top
         tokens_R = (batch.tokens_T[batch.sample_rows_R] + 1) % self._period
@@ -94,25 +87,24 @@ class InstantRunner:
         )
 
     def warm_up(self) -> None:
-        """Nothing to prepare."""
+        pass
 
     def close(self) -> None:
-        """Nothing to give back."""
+        pass
 
 
 class Timed:
-    """A runner, and the CPU seconds that its calls took of the calling thread."""
+    """Wraps a runner and sums the CPU seconds that its calls took on the calling thread."""
 
     def __init__(self, runner: Runner, clock: Callable[[], float]) -> None:
         self.seconds = 0.0
         self.clock = clock
         self._runner = runner
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # whatever the runner has
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # any attribute of the runner
         return getattr(self._runner, name)
 
     def run(self, batch: Batch) -> StepOutput:
-        """As the runner."""
         began = time.thread_time()
         try:
             return self._runner.run(batch)
@@ -121,14 +113,13 @@ class Timed:
 
 
 def instant(kind: str, sequences: int) -> Timed:
-    """A runner for a kind of request that costs nothing."""
+    """An instant runner for this kind of request."""
     period = 50 if kind == "copies" else _VOCAB_SIZE
     runner = InstantRunner(period=period, num_blocks=sequences * 300)
     return Timed(runner, runner.clock)
 
 
 def native(model: Path) -> Timed:
-    """The native runner of a model."""
     loaded = load_model(model)
     options = RunnerOptions(kv_memory=_KV_MEMORY)
     runner = NativeRunner(loaded.config, loaded.weights, options=options, digest=loaded.digest)
@@ -138,7 +129,7 @@ def native(model: Path) -> Timed:
 def measure(
     kind: str, runner: Timed, *, sequences: int, steps: int, speculate: bool
 ) -> tuple[float, float]:
-    """Median microseconds of a step, and of a token."""
+    """Microseconds per step (median) and per token."""
     events: list[Event] = []
     loop = EngineLoop(
         runner,
@@ -166,22 +157,22 @@ def measure(
     return statistics.median(times) * 1e6, sum(times) / max(1, tokens) * 1e6
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", default="1,8,32,64")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--no-speculate", action="store_true")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
     counts = [int(count) for count in options.sequences.split(",")]
     gc.collect()
     gc.freeze()
-    print("microseconds a step (a token)".ljust(32) + "".join(f"{n:>16}" for n in counts))
+    print("microseconds per step (per token)".ljust(34) + "".join(f"{n:>16}" for n in counts))
     real = native(options.model) if options.model else None
     for kind in KINDS:
         if real is not None and kind == "copies":
-            continue  # a real network copies as it likes
+            continue  # whether a real network copies is not ours to choose
         cells = [
             measure(
                 kind,
@@ -192,8 +183,4 @@ def main() -> None:
             )
             for n in counts
         ]
-        print(kind.ljust(32) + "".join(f"{step:>9.0f} ({token:4.1f})" for step, token in cells))
-
-
-if __name__ == "__main__":
-    main()
+        print(kind.ljust(34) + "".join(f"{step:>9.0f} ({token:4.1f})" for step, token in cells))

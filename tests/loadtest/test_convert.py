@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
-from loadtest.bench.requantise import main_type, path_of, requantise
+from loadtest.bench.peers.convert import main_type, path_of, requantise
 from loadtest.bench.roof import Weights, count_weights
 
 
@@ -41,5 +41,5 @@ def test_the_file_s_own_type_is_the_file_itself(small_gguf: Path, tmp_path: Path
 
 
 def test_weights_are_counted_once(small_gguf: Path) -> None:
-    """The embedding is the head too, where the file has no other."""
+    """The embedding is the head too if the file has no other."""
     assert count_weights(small_gguf) == Weights(layers=2 * 32 * 64, head=3 * 64)

@@ -1,14 +1,11 @@
-"""Two promises of the CPU engine, measured with the real model.
+"""Two promises of the CPU engine: prompts do not stall streams, drafts cost nothing.
 
-python -m loadtest.bench.cpu_promises [--model FILE] [--repeats 3] [--only gap|drafts]
-
-gap        over HTTP: streams run; a prompt of thousands of tokens comes in. What the prompt's
-           chunks cost the others is the time between two of their tokens, which has a target.
-drafts     in this process: two engines of one thread each, with drafts and without, answer the
-           same requests in turns, some tokens at a time. What counts is the CPU time of the thread,
-           and both say the same tokens; so other work on the machine, which makes wall time useless
-           for ratios near 1, meets both sides of each pair or neither. Text that copies itself must
-           cost less, and free text hardly more.
+gap        Over HTTP: while streams run, a prompt of thousands of tokens arrives. Measures the time
+           between two tokens of the streams while its chunks are computed; it has a target.
+drafts     In this process: two engines of one thread each, with and without drafts, compute the
+           same requests, some tokens at a time in turns. Compares the CPU time of the thread, so
+           that other load on the machine affects both sides of a pair or neither. Text that repeats
+           itself must cost less, and other text hardly more.
 """
 
 from __future__ import annotations
@@ -36,23 +33,21 @@ from service.engine.plan import EngineConfig
 from service.messages import Event, GenerationRequest, SamplingParams
 
 _STREAMS = 8
-_LONG = 4000  # tokens of the prompt that comes in between
+_LONG = 4000  # tokens of the prompt that arrives meanwhile
 _TARGET = EngineConfig().target_gap
 _SENTENCE = "The quick brown fox jumps over the lazy dog and runs into the forest. "
-_TURN = 32  # tokens of each engine, until it is the other's turn
-_KINDS: Mapping[str, tuple[SamplingParams, int]] = {  # and tokens of an answer
-    "copies": (SamplingParams(seed=7, temperature=0.0), 256),  # then the model says something else
+_TURN = 32  # tokens per engine and turn
+_KINDS: Mapping[str, tuple[SamplingParams, int]] = {  # and output tokens
+    "copies": (SamplingParams(seed=7, temperature=0.0), 256),  # later the model stops to repeat
     "free text": (SamplingParams(seed=7, temperature=1.0), 512),
 }
 
 
 async def measure_gap(target: Target, *, seed: str) -> tuple[list[float], list[float], float]:
-    """Gaps of the running streams before the long prompt came and while it was computed, and the
-    long prompt's time to its first token.
-    """
+    """Gaps of the streams before and during the prefill of the long prompt, and its TTFT."""
     prompts = [*make_prompts(seed, count=_STREAMS, num_tokens=64)]
     prompts.append(make_prompt(f"{seed}/long", num_tokens=_LONG))
-    started = time.perf_counter()
+    started = time.monotonic()
     outcomes, _ = await arrive(
         target, prompts, times=[0.0] * _STREAMS + [1.0], max_tokens=600, patience=120.0
     )
@@ -71,7 +66,7 @@ async def measure_gap(target: Target, *, seed: str) -> tuple[list[float], list[f
 
 
 def check(outcomes: Sequence[Outcome]) -> None:
-    """Raises SystemExit where a request was not answered whole."""
+    """Raises SystemExit if a request failed."""
     errors = {outcome.error for outcome in outcomes if outcome.error}
     if errors:
         raise SystemExit(f"not measured: {', '.join(sorted(errors))}")
@@ -93,14 +88,14 @@ def print_gaps(server: Running, *, repeats: int) -> None:
 
 
 class Engine:
-    """An engine in this process, without a thread of its own; its clock is this thread's work."""
+    """An engine that steps on the calling thread; its clock is that thread's CPU time."""
 
     def __init__(self, path: Path, *, speculate: bool) -> None:
         model, tokenizer = load_model(path), Tokenizer.from_checkpoint(path)
         options = RunnerOptions(num_threads=1, num_blocks=64)
         runner = NativeRunner(model.config, model.weights, options=options, digest=model.digest)
         runner.warm_up()
-        self.ids: list[int] = []  # of the answer under way
+        self.ids: list[int] = []  # output tokens of the current request
         self._loop = EngineLoop(
             runner,
             config=EngineConfig(max_sequences=1, speculate=speculate),
@@ -112,13 +107,12 @@ class Engine:
         )
 
     def begin(self, request: GenerationRequest) -> None:
-        """Computes the prompt."""
         self.ids.clear()
         self._loop.add(Work(request=request))
         self.go_on(1)
 
     def go_on(self, num: int) -> float:
-        """CPU seconds until the answer has at least `num` tokens."""
+        """CPU seconds until there are at least `num` output tokens."""
         began = time.thread_time()
         while len(self.ids) < num:
             self._loop.step()
@@ -132,7 +126,7 @@ class Engine:
 def compare(
     drafting: Engine, plain: Engine, request: GenerationRequest
 ) -> list[tuple[float, float]]:
-    """CPU seconds (without drafts, with them) of each turn. Raises SystemExit where they differ."""
+    """CPU seconds per turn (without drafts, with drafts). Raises SystemExit if outputs differ."""
     for engine in (drafting, plain):
         engine.begin(request)
     turns = []
@@ -141,12 +135,12 @@ def compare(
         seconds = {id(engine): engine.go_on(num) for engine in order}
         turns.append((seconds[id(plain)], seconds[id(drafting)]))
     if drafting.ids != plain.ids:
-        raise SystemExit("the answers differ")
+        raise SystemExit("the outputs differ")
     return turns
 
 
 def interval(turns: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    """The ratio of both sums, and between which ratios nineteen of twenty resamples are."""
+    """The ratio of both sums and its 95 % bootstrap interval."""
     draw = random.Random(0)
     samples = [draw.choices(turns, k=len(turns)) for _ in range(1000)]
     ratios = [_ratio(sample) for sample in samples]
@@ -158,7 +152,6 @@ def _ratio(turns: Sequence[tuple[float, float]]) -> float:
 
 
 def print_drafts(model: Path, *, num_tokens: int) -> None:
-    """One row a kind of text."""
     tokenizer = Tokenizer.from_checkpoint(model)
     drafting, plain = Engine(model, speculate=True), Engine(model, speculate=False)
     print("\nspeed with drafts / without, 1 client, CPU time of one thread")
@@ -179,13 +172,13 @@ def print_drafts(model: Path, *, num_tokens: int) -> None:
         print(f"{kind:12} {ratio:6.3f}   ({low:.3f} to {high:.3f}, 95 %; {num_tokens} tokens each)")
 
 
-def main() -> None:
-    """Prints both tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=("gap", "drafts"))
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
     model = resolve(options.model, cache=default_cache())
     if options.only != "drafts":
         with tempfile.TemporaryDirectory() as folder:
@@ -200,7 +193,3 @@ def main() -> None:
                 print_gaps(server, repeats=options.repeats)
     if options.only != "gap":
         print_drafts(model, num_tokens=1024 * options.repeats)
-
-
-if __name__ == "__main__":
-    main()

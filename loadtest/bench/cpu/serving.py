@@ -1,13 +1,11 @@
-"""What it costs to serve a token, beside the network that makes it.
+"""CPU cost of serving a token, without the network that generates it.
 
-    python -m loadtest.bench.serving_cost [--streams 32] [--tokens 400] [--pace 0.005] [--profile]
+Runs the whole of `quire serve` with a runner that returns each step after `--pace` seconds and
+computes nothing: schedule, pack, detokenise, journal, JSON, SSE and sockets remain. The clients are
+a process of their own. Prints microseconds of CPU per token by thread, and the share of one core
+that serving takes at several token rates. `--profile` profiles the event loop.
 
-`quire serve` whole, with a runner that answers each step after `pace` seconds and computes nothing:
-schedule, pack, detokenise, journal, JSON, SSE and the sockets are all there is. The clients are a
-process of their own. Printed are microseconds of CPU a token by thread, and the share of one core
-that serving takes at a rate of tokens. `--profile` adds where the event loop's time goes.
-
-CPU time is not wall time, but on a busy machine it grows too: compare rows of one run.
+CPU time depends on the machine's load too: compare rows of one run.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from pathlib import Path
 
 import uvloop
 
-from loadtest.bench.engine_overhead import InstantRunner
+from loadtest.bench.cpu.overhead import InstantRunner
 from model.batch import Batch, StepOutput
 from model.checkpoint.fetch import default_cache, resolve
 from model.runners import RunnerOptions
@@ -39,18 +37,17 @@ from service.roles import run_until_stopped
 from service.settings import Settings
 from service.startup import Loaded, load_tokenizer
 
-_RATES = (500, 1000, 2000)  # tokens a second
+_RATES = (500, 1000, 2000)  # tokens per second
 
 
 class PacedRunner(InstantRunner):
-    """Answers after a while, during which it takes no CPU: as a device does."""
+    """Sleeps for `pace` seconds per step, as a host that waits for a device."""
 
     def __init__(self, *, pace: float, num_blocks: int) -> None:
         super().__init__(period=40_000, num_blocks=num_blocks)
         self._pace = pace
 
     def run(self, batch: Batch) -> StepOutput:
-        """The next ids, later."""
         time.sleep(self._pace)
         return super().run(batch)
 
@@ -66,7 +63,7 @@ class Server:
         self.is_ready = asyncio.Event()
 
     async def serve(self, until: asyncio.Event) -> None:
-        """Serves until it is told to end."""
+        """Serves until `until` is set."""
         metrics = Metrics()
         queue = await connect_queue(self.settings, metrics)
         card = ModelCard(
@@ -92,12 +89,12 @@ class Server:
             run_until_stopped(queue, listeners, api=api, engine=engine, ready=self.is_ready.set)
         )
         await until.wait()
-        os.kill(os.getpid(), 15)  # as an operator ends it
+        os.kill(os.getpid(), 15)  # SIGTERM, as an operator stops it
         await serving
 
 
 def thread_seconds() -> dict[str, float]:
-    """CPU seconds of this process's threads so far: the event loop, the engine, all others."""
+    """CPU seconds of this process's threads so far."""
     seconds = {"event loop": 0.0, "engine": 0.0, "others": 0.0}
     engine = next((t.native_id for t in threading.enumerate() if t.name == "engine"), None)
     tick = os.sysconf("SC_CLK_TCK")
@@ -108,36 +105,35 @@ def thread_seconds() -> dict[str, float]:
     return seconds
 
 
-def ask(port: int, streams: int, tokens: int) -> subprocess.Popen[bytes]:
-    """The clients: `streams` at once, each for `tokens` tokens."""
-    code = (
-        "import asyncio, json\n"
-        "async def one(index):\n"
-        f"    reader, writer = await asyncio.open_connection('127.0.0.1', {port})\n"
-        "    body = json.dumps({'model': 'instant', 'prompt': [index + 1, 2, 3], 'stream': True,\n"
-        f"        'max_tokens': {tokens}, 'ignore_eos': True, 'temperature': 0}}).encode()\n"
-        "    writer.write(b'POST /v1/completions HTTP/1.1\\r\\nhost: localhost\\r\\n'\n"
-        "        b'content-type: application/json\\r\\ncontent-length: %d\\r\\n'\n"
-        "        b'connection: close\\r\\n\\r\\n' % len(body) + body)\n"
-        "    said = await reader.read()\n"
-        "    assert b'[DONE]' in said, said[-300:]\n"
-        f"async def all(): await asyncio.gather(*(one(i) for i in range({streams})))\n"
-        "asyncio.run(all())\n"
-    )
-    return subprocess.Popen([sys.executable, "-c", code])
+_CLIENTS = """
+import asyncio, sys
+from loadtest.client import Target, drive
+from loadtest.workloads import make_prompts
+port, streams, tokens = map(int, sys.argv[1:])
+target = Target(port=port, fields={"model": "instant", "ignore_eos": True})
+prompts = make_prompts("serving", count=streams, num_tokens=3)
+outcomes, _ = asyncio.run(drive(target, prompts, clients=streams, max_tokens=tokens))
+sys.exit(next((outcome.error for outcome in outcomes if outcome.error), 0))
+"""
+
+
+def start_clients(port: int, streams: int, tokens: int) -> subprocess.Popen[bytes]:
+    """Streams concurrent completions of `tokens` tokens each."""
+    command = [sys.executable, "-c", _CLIENTS, str(port), str(streams), str(tokens)]
+    return subprocess.Popen(command)
 
 
 async def measure(
     streams: int, tokens: int, *, pace: float, around: Callable[[], None]
 ) -> dict[str, float]:
-    """Microseconds of CPU a token, by thread. `around` is called when load begins and ends."""
+    """Microseconds of CPU per token, by thread. Calls `around` when load begins and ends."""
     server, until = Server(pace=pace, streams=streams), asyncio.Event()
     serving = asyncio.create_task(server.serve(until))
     await server.is_ready.wait()
     port = int(address(server.public).rsplit(":", 1)[1])
     before = thread_seconds()
     around()
-    clients = ask(port, streams, tokens)
+    clients = start_clients(port, streams, tokens)
     status = await asyncio.to_thread(clients.wait)
     around()
     after = thread_seconds()
@@ -148,14 +144,14 @@ async def measure(
     return {name: (after[name] - before[name]) / streams / tokens * 1e6 for name in after}
 
 
-def main() -> None:
-    """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streams", default="1,8,32")
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--pace", type=float, default=0.005)
     parser.add_argument("--profile", action="store_true")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
     profiler = cProfile.Profile()
     switched = False
 
@@ -165,7 +161,7 @@ def main() -> None:
         if options.profile:
             (profiler.enable if switched else profiler.disable)()
 
-    print("microseconds of CPU a token".ljust(30) + "event loop     engine     others        all")
+    print("microseconds of CPU per token".ljust(30) + "event loop     engine     others      total")
     for streams in map(int, options.streams.split(",")):
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             cost = runner.run(measure(streams, options.tokens, pace=options.pace, around=switch))
@@ -176,7 +172,3 @@ def main() -> None:
         print(f"  of one core: {shares}")
     if options.profile:
         pstats.Stats(profiler).sort_stats("tottime").print_stats(35)
-
-
-if __name__ == "__main__":
-    main()

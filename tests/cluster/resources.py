@@ -1,4 +1,4 @@
-"""Vitals: what a process or a Redis holds at a moment, so that two moments can be compared."""
+"""Resource snapshots: what a process or a Redis uses at one moment; two of them reveal a leak."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ MIB = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Vitals:
-    """Of one part. `figures` are by name; what is larger later than it may be is a leak."""
+class ResourceSnapshot:
+    """Figures of one process by name."""
 
     part: str
     figures: Mapping[str, float]
@@ -21,34 +21,33 @@ class Vitals:
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """How much more there may be at the end: a share and a number."""
+    """Allowed growth: a share plus a number."""
 
     share: float
     number: float
 
     def allows(self, start: float, end: float) -> bool:
-        """Whether it grew by no more than both together."""
         return end <= start * (1 + self.share) + self.number
 
 
 ALLOWANCES: Mapping[str, Allowance] = {
-    "RSS, MiB": Allowance(0.05, 8),  # allocators keep some of what they had
+    "RSS, MiB": Allowance(0.05, 8),  # allocators keep some memory
     "descriptors": Allowance(0, 3),
     "threads": Allowance(0, 2),
     "KV blocks used": Allowance(0, 0),
     "sequences": Allowance(0, 0),
     "memory, MiB": Allowance(0.05, 2),
     "keys": Allowance(0, 2),
-    "connections": Allowance(0, 16),  # each process keeps as many as it once needed together
+    "connections": Allowance(0, 16),  # each process keeps its maximum
 }
-"""Figure -> its allowance; what is not here may be what it likes."""
+"""Figures without an entry may grow."""
 
 
-def process_vitals(part: str, pid: int) -> Vitals:
-    """Memory, descriptors and threads, as the kernel counts them."""
+def snapshot_process(part: str, pid: int) -> ResourceSnapshot:
+    """Memory, descriptors and threads from /proc."""
     folder = Path(f"/proc/{pid}")
     fields = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-    return Vitals(
+    return ResourceSnapshot(
         part=part,
         figures={
             "RSS, MiB": int(fields["VmRSS"].split()[0]) / 1024,
@@ -58,29 +57,27 @@ def process_vitals(part: str, pid: int) -> Vitals:
     )
 
 
-def engine_vitals(part: str, metrics: Mapping[str, float]) -> Vitals:
-    """What an engine holds of sequences."""
+def snapshot_engine(part: str, metrics: Mapping[str, float]) -> ResourceSnapshot:
     blocks = {
         f"KV blocks {state}": metrics.get(f'quire_kv_blocks{{state="{state}"}}', 0.0)
         for state in ("used", "cached", "free")
     }
     names = ("quire_sequences_running", "quire_sequences_waiting")
     held = sum(metrics.get(name, 0.0) for name in names)
-    return Vitals(part=part, figures={**blocks, "sequences": held})
+    return ResourceSnapshot(part=part, figures={**blocks, "sequences": held})
 
 
-def redis_vitals(cluster: Cluster) -> Vitals:
-    """Idempotency keys stay for a day, and what they take is left out of the memory. What the death
-    of an engine counts against stays for ten minutes: one key a death, no more. Connections are
-    counted apart from other descriptors.
+def snapshot_redis(cluster: Cluster) -> ResourceSnapshot:
+    """Excludes the memory of idempotency keys, which stay for a day, and the keys of engine deaths,
+    which stay for ten minutes (one key per death). Counts connections apart from other descriptors.
     """
-    process = process_vitals("redis", cluster.redis.pid).figures
+    process = snapshot_process("redis", cluster.redis.pid).figures
     memory, clients = cluster.ask("INFO", "memory"), cluster.ask("INFO", "clients")
     keys = [str(key) for key in cluster.ask("KEYS", "*")]
     kept = [key for key in keys if key.startswith(cluster.key("idem:"))]
     deaths = [key for key in keys if key.startswith(cluster.key("blamed:"))]
     taken = len(kept) * (int(cluster.ask("MEMORY", "USAGE", kept[0]) or 0) if kept else 0)
-    return Vitals(
+    return ResourceSnapshot(
         part="redis",
         figures={
             **process,
@@ -94,8 +91,8 @@ def redis_vitals(cluster: Cluster) -> Vitals:
     )
 
 
-def leaks(start: Vitals, end: Vitals) -> list[str]:
-    """What grew by more than it may."""
+def leaks(start: ResourceSnapshot, end: ResourceSnapshot) -> list[str]:
+    """Figures that grew beyond their allowance."""
     return [
         f"{end.part}: {name} grew from {start.figures[name]:.1f} to {value:.1f}"
         for name, value in end.figures.items()

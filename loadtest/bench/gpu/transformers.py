@@ -1,8 +1,8 @@
-"""Continuous batching of `transformers`, on the same models and lengths as W1, in the same run.
+"""Continuous batching of `transformers` on the models and lengths of W1, in the same run.
 
-It takes the attention that is there: flash attention if installed, else torch's own over masks. It
-gets its recordings before it is timed, as our runner does, and what time is left: where that does
-not suffice, the tokens of the answers it finished are counted.
+It uses flash attention if that is installed, else torch's own with masks. Like our runner it
+captures its CUDA graphs before it is timed. If time runs out, only the tokens of finished outputs
+are counted.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from loadtest.bench.gpu.models import hugging_face_config
 from loadtest.bench.gpu.offline import Workload
 from loadtest.bench.gpu.w1 import add_row, workload_of
 
-_STOP = 10  # seconds for it to end in
+_STOP = 10  # seconds for it to end
 
 
 def measure(bench: Bench) -> None:
-    """Both models, the larger as far as time is left."""
+    """Both models, the larger one if time permits."""
     import transformers
 
     workload = workload_of(bench)
@@ -45,14 +45,14 @@ def _generate(
     model: Any,  # noqa: ANN401 - transformers has no types
     workload: Workload,
 ) -> tuple[float, int, str]:
-    """Seconds, tokens of finished answers, and the attention it took."""
+    """Seconds, tokens of finished outputs, and the kind of attention."""
     import transformers
 
     generation = transformers.GenerationConfig(
         do_sample=True,
         temperature=workload.temperature,
         top_k=0,
-        max_new_tokens=max(answer for _, answer in workload.lengths),
+        max_new_tokens=max(output for _, output in workload.lengths),
         eos_token_id=-1,
         pad_token_id=0,
     )
@@ -68,19 +68,19 @@ def _generate(
     manager.warmup()
     manager.start()
     try:
-        _answers(bench, manager, Workload(name="first", lengths=((8, 8),) * 2))
-        seconds, tokens = _answers(bench, manager, workload)
+        _outputs(bench, manager, Workload(name="first", lengths=((8, 8),) * 2))
+        seconds, tokens = _outputs(bench, manager, workload)
     finally:
         manager.stop(block=True, timeout=_STOP, hard_stop=True)
     return seconds, tokens, kind
 
 
-def _answers(bench: Bench, manager: Any, workload: Workload) -> tuple[float, int]:  # noqa: ANN401
-    """Seconds until all are answered or time is up, and tokens of the answers. All at once."""
+def _outputs(bench: Bench, manager: Any, workload: Workload) -> tuple[float, int]:  # noqa: ANN401
+    """Sends all requests. Returns seconds until the end and tokens of finished outputs."""
     began = time.perf_counter()
     vocab_size = manager.model.config.vocab_size
-    for prompt, answer in workload.lengths:
-        manager.add_request(torch.randint(0, vocab_size, (prompt,)).tolist(), max_new_tokens=answer)
+    for prompt, output in workload.lengths:
+        manager.add_request(torch.randint(0, vocab_size, (prompt,)).tolist(), max_new_tokens=output)
     tokens = 0
     for _ in workload.lengths:
         result = manager.get_result(timeout=max(0.1, bench.left - _STOP))
@@ -90,5 +90,5 @@ def _answers(bench: Bench, manager: Any, workload: Workload) -> tuple[float, int
             raise RuntimeError(f"transformers failed: {result.error}")
         tokens += len(result.generated_tokens)
     if not tokens:
-        raise RuntimeError("transformers finished no answer in time")
+        raise RuntimeError("transformers finished no output in time")
     return time.perf_counter() - began, tokens

@@ -1,18 +1,18 @@
-"""Crowd: a runner whose every step holds other sequences beside the ones it is given.
+"""BackgroundLoad: a runner whose every step holds other sequences besides the given ones.
 
-So a trial of one text becomes a trial beside N others, whatever way the text takes: prompts in
+So a trial of one text becomes a trial next to N others, however the text is computed: prompts in
 chunks are computed in steps that decode the others, decoded tokens in decode steps of N + 1 rows.
-The others live: each goes on a token a step, to a length of its own, and begins anew.
+Each of the others decodes a token per step, up to a length of its own, and starts again.
 
-    rows of a step     others, first half | what was given | others, second half
-    blocks             given ... from 0        others' ... up to the end of the pool
-    seats              given: 0, 1             others: from 2
+    rows of a step     others, first half | given rows | others, second half
+    blocks             given: from 0      others: at the end of the pool
+    batch slots        given: 0, 1        others: from 2
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,19 +20,14 @@ import numpy.typing as npt
 from model.batch import Batch, Ints, SamplingBatch, StepOutput
 from model.runners import Runner
 
-_FIRST_SEAT = 2
+_FIRST_SLOT = 2
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
-class Crowd:
-    """Wraps a runner. The first `alone` steps are left alone, so that there is a truth to hold."""
+class BackgroundLoad:
+    """Wraps a runner. The first `alone` steps hold no others: they compute the reference."""
 
     def __init__(self, runner: Runner, *, others: int, alone: int, room: int = 64) -> None:
-        self.config = runner.config
-        self.block_size = runner.block_size
-        self.num_blocks = runner.num_blocks
-        self.numeric_class = runner.numeric_class
-        self.exact = runner.exact
         self._runner = runner
         self._alone = alone
         self._stored = np.zeros(others, np.int32)
@@ -41,8 +36,11 @@ class Crowd:
         blocks = runner.num_blocks - each * others + np.arange(each * others, dtype=np.int32)
         self._table = blocks.reshape(others, each).astype(np.int32)
 
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any attribute of the runner
+        return getattr(self._runner, name)
+
     def run(self, batch: Batch) -> StepOutput:
-        """Computes the step among the others; gives back the rows of `batch`."""
+        """Computes the step with the others; returns the rows of `batch`."""
         if self._alone or not len(self._stored):
             self._alone = max(0, self._alone - 1)
             return self._runner.run(batch)
@@ -58,12 +56,6 @@ class Crowd:
             top_ids_RN=output.top_ids_RN[own],
             top_logprobs_RN=output.top_logprobs_RN[own],
         )
-
-    def warm_up(self) -> None:
-        self._runner.warm_up()
-
-    def close(self) -> None:
-        self._runner.close()
 
     def _join(self, batch: Batch, front: int) -> Batch:
         stored, vocab_size = self._stored, self.config.vocab_size
@@ -81,7 +73,7 @@ class Crowd:
             query_starts_S1=np.cumsum([0, *lengths]).astype(np.int32),
             context_lens_S=_around(stored + 1, batch.context_lens_S, front),
             block_table_SB=_around(table, given_table, front),
-            batch_slots_S=_around(numbers + _FIRST_SEAT, batch.batch_slots_S, front),
+            batch_slots_S=_around(numbers + _FIRST_SLOT, batch.batch_slots_S, front),
             sample_rows_R=np.concatenate(
                 [rows[:front], batch.sample_rows_R + front, rows[front + batch.num_tokens :]]
             ),

@@ -1,6 +1,6 @@
-"""llama.cpp's own HTTP server, from the `xllamacpp` package, until SIGTERM. A peer to compare with.
+"""llama.cpp's own HTTP server, from the `xllamacpp` package, until SIGTERM.
 
-Its wheels are built for any x86-64 machine; llama.cpp built on the machine itself may be faster.
+The wheels are built for any x86-64 machine; llama.cpp built on the machine itself may be faster.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--parallel", type=int, required=True, help="requests at a time")
-    parser.add_argument("--context", type=int, required=True, help="tokens a request may hold")
+    parser.add_argument("--parallel", type=int, required=True, help="concurrent requests")
+    parser.add_argument("--context", type=int, required=True, help="tokens per request")
     options = parser.parse_args()
 
     params = xllamacpp.CommonParams()

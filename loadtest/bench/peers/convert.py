@@ -1,8 +1,9 @@
-"""Writes a GGUF file with the matrices of its layers in another of llama.cpp's types, by `gguf`.
+"""Converts a GGUF file for peers: to another of llama.cpp's types, or to a folder of safetensors.
+
+    python -m loadtest.bench.peers.convert MODEL TARGET Q4_0|Q8_0|...|bfloat16
 
 llama.cpp is fastest in Q4_0, which the default model does not come in. A requantised file runs at
-the speed of its type. Its answers are not better than those of the file it was made from, and in
-Q4_0 somewhat worse: it is for measuring speed. The embedding stays as it is.
+the speed of its type; its quality is at best that of the original, in Q4_0 somewhat worse.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ def main_type(model: Path) -> str:
 
 
 def path_of(model: Path, kind: str, *, folder: Path) -> Path:
-    """Where the model is in this type: the file itself, or one in `folder` that may not be yet."""
+    """Path of the model in this type: the file itself, or one in `folder` that may not exist."""
     return model if main_type(model) == kind else folder / f"{model.stem}.as-{kind}.gguf"
 
 
 def requantise(model: Path, target: Path, *, kind: str) -> None:
-    """Writes `target`, whole or not at all; one that is there already is left as it is."""
+    """Writes `target` atomically, unless it exists. The embedding keeps its type."""
     import gguf
 
     if target == model or target.exists():
@@ -56,7 +57,7 @@ def requantise(model: Path, target: Path, *, kind: str) -> None:
 
 
 def _copy_fields(reader: gguf.GGUFReader, writer: gguf.GGUFWriter, *, file_type: int) -> None:
-    """All that the header says, but for the type; the writer has said the architecture."""
+    """Copies the header but for the file type; the writer has set the architecture."""
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture":
             continue
@@ -65,5 +66,31 @@ def _copy_fields(reader: gguf.GGUFReader, writer: gguf.GGUFWriter, *, file_type:
         writer.add_key_value(name, value, field.types[0], sub_type=element)
 
 
+def write_folder(model: Path, folder: Path) -> None:
+    """Writes a bfloat16 folder for `transformers serve` and vLLM, unless it exists.
+
+    It has no end token, because `transformers serve` has no `ignore_eos`.
+    """
+    import torch
+    import transformers
+
+    if (folder / "tokenizer.json").exists():  # written last
+        return
+    network = transformers.AutoModelForCausalLM.from_pretrained(
+        model.parent,
+        gguf_file=model.name,
+        dtype=torch.bfloat16,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    )
+    network.generation_config.eos_token_id = None
+    network.save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name)
+    tokenizer.save_pretrained(folder)
+
+
 if __name__ == "__main__":
-    requantise(Path(sys.argv[1]), Path(sys.argv[2]), kind=sys.argv[3])
+    source, destination, to = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    if to == "bfloat16":
+        write_folder(source, destination)
+    else:
+        requantise(source, destination, kind=to)

@@ -1,0 +1,1 @@
+"""The CPU benchmark: `python -m loadtest.bench.cpu --help` lists its subcommands."""
