@@ -32,7 +32,7 @@ from service.settings import Settings, bound_spinning, keep_ranks_to_themselves,
 if TYPE_CHECKING:
     from model.parallel.ranks import FollowerProcesses
     from model.runners import Runner
-    from model.runners.choose import Choice
+    from model.runners.choose import SelectedRunner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +127,7 @@ def _load(settings: Settings, path: Path) -> Loaded:
                 max_sequences=settings.max_sequences,
             )
             if choice.name == "cuda":
-                options = replace(options, library_products=keep_sums_whole())
+                options = replace(options, vendor_blas=keep_sums_whole())
             tokenizer = load_tokenizer(path)
             runner, followers = _build(path, config, choice, options, num_ranks=num_ranks)
     except (ValueError, NativeUnavailable, ImportError) as error:
@@ -141,7 +141,7 @@ def _load(settings: Settings, path: Path) -> Loaded:
         tokenizer=tokenizer,
         card=card,
         seconds=0.0,
-        passed_over=choice.passed_over,
+        passed_over=choice.fallback_reason,
         options=options,
         followers=followers,
     )
@@ -159,7 +159,12 @@ def _options(settings: Settings) -> RunnerOptions:
 
 
 def _build(
-    path: Path, config: ModelConfig, choice: Choice, options: RunnerOptions, *, num_ranks: int
+    path: Path,
+    config: ModelConfig,
+    choice: SelectedRunner,
+    options: RunnerOptions,
+    *,
+    num_ranks: int,
 ) -> tuple[Runner, FollowerProcesses | None]:
     """The runner over the model's weights and, where it shares them, the other ranks."""
     from model.checkpoint import load_model

@@ -22,7 +22,7 @@ from model.native import NativeUnavailable
 from model.native.build import find_or_build
 
 _ERROR_BYTES = 256
-EVERYTHING = 2**31 - 1  # a window that hides nothing
+NO_WINDOW = 2**31 - 1
 
 
 class LinearKind(IntEnum):

@@ -32,7 +32,7 @@ from model.batch import Floats
 from model.config import ModelConfig
 from model.layers import scaled
 from model.native.library import LinearKind, NativeModel
-from model.runners import Weights
+from model.weights import Weights
 
 _SEED = 20240400456
 _LARGEST_BLOCK = 512  # of the transform at run time

@@ -137,9 +137,11 @@ def build_share(
     reduce, share = sum_over(group), share_config(config, num_ranks=order.num_ranks)
     options = replace(order.options, device=str(device_of(order)))
     if order.runner == "cuda":
-        from model.runners.cuda.runner import CudaRunner
+        from model.runners.cuda.build import build_runner
 
-        return CudaRunner(share, model.weights, options=options, digest=model.digest, reduce=reduce)
+        return build_runner(
+            share, model.weights, options=options, digest=model.digest, reduce=reduce
+        )
     from model.runners.torch import TorchRunner
 
     return TorchRunner(share, model.weights, options=options, digest=model.digest, reduce=reduce)

@@ -23,9 +23,9 @@ from loadtest.bench.gpu.offline import w1
 from loadtest.bench.gpu.products import find_orders
 from loadtest.bench.gpu_bench import PIECES, Piece
 from model.batch import Batch, StepOutput
-from model.runners.cuda.exactness import Trial
+from model.runners.exactness import ExactnessCheck
 
-TRIAL = Trial(prompt=9, answer=4, beside=(), chunks=(1, 4))
+TRIAL = ExactnessCheck(prompt=9, answer=4, beside=(), chunks=(1, 4))
 
 
 def test_the_workload_is_nano_vllms() -> None:

@@ -144,10 +144,10 @@ def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
 
 def alone_runner(name: str, model: Any) -> Any:
     if name == "cuda":
-        from model.runners.cuda.runner import CudaRunner
+        from model.runners.cuda.build import build_runner
 
-        return CudaRunner(
-            model.config, model.weights, options=OPTIONS, digest=model.digest, proof=None
+        return build_runner(
+            model.config, model.weights, options=OPTIONS, digest=model.digest, check=None
         )
     from model.runners.torch import TorchRunner
 

@@ -71,7 +71,7 @@ def _each(product: Callable[..., object], x: torch.Tensor, weights: Sequence[tor
 
 
 def _product_rows(bench: Bench, shape: Shape, weight: tuple[str, int, int], *, copy: float) -> None:
-    from model.kernels.matmul import multiply, multiply_by_library
+    from model.kernels.matmul import multiply, multiply_by_vendor_blas
 
     name, outputs, inputs = weight
     weights = random_weights(bench, outputs, inputs)
@@ -86,7 +86,7 @@ def _product_rows(bench: Bench, shape: Shape, weight: tuple[str, int, int], *, c
                 "weight": name,
                 "rows": rows,
                 "us": ours * 1e6,
-                "library us": product_seconds(bench, multiply_by_library, x, weights) * 1e6,
+                "library us": product_seconds(bench, multiply_by_vendor_blas, x, weights) * 1e6,
                 "GB/s": rate / 1e9,
                 "of copy": rate / copy,
             },

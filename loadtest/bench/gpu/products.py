@@ -148,7 +148,7 @@ def _ways(bench: Bench) -> dict[str, _Way]:
     from model.kernels.matmul import multiply
 
     def whole(x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
-        return multiply(x_MK, weight_NK).whole(x_MK.dtype)
+        return multiply(x_MK, weight_NK).sum_parts(x_MK.dtype)
 
     ways = {"ours": _Way(multiply=whole, timed=multiply)}
     if bench.device.type == "cpu":
@@ -173,7 +173,7 @@ def _choose(way: _Way) -> None:
 def _full_steps(bench: Bench, shape: Shape) -> None:
     """The library in the place of our product, in steps that fill a budget."""
     from model.kernels.matmul import multiply, part_size
-    from model.runners.cuda.cublas import CublasLt, ProvenProducts
+    from model.runners.cuda.cublas import CublasLt, VerifiedProducts
 
     library = CublasLt()
     for name, outputs, inputs in products_of(shape):
@@ -182,7 +182,7 @@ def _full_steps(bench: Bench, shape: Shape) -> None:
         weights = random_weights(bench, outputs, inputs)
         for rows in (2048, 8192):
             bench.check_time()
-            proven = ProvenProducts([(weights[0], None)], rows=rows, library=library)
+            proven = VerifiedProducts([(weights[0], None)], rows=rows, blas=library)
             x = torch.randn(rows, inputs, device=bench.device, dtype=bench.dtype)
             row: Row = {
                 "model": shape.name,

@@ -1,11 +1,12 @@
 """The network on the Triton kernels: the same sums as `model.transformer`, fused, over paged KV.
 
-    residual ── norm ── QKV ── heads placed ── attention ── out ─┐ delta
+    residual ── norm ── QKV ── rotary, KV store ── attention ── out ─┐ delta
        └─ + ──────── norm ── gate-up ── SiLU · mul ── down ──────┤ delta
        └─ + ──────── (next layer)
 
-A sublayer hands on its product unfinished (`Product`, maybe in parts); the next norm adds it to the
-residual stream. It holds weights and tables and nothing that changes. Legend: `model.batch`.
+A sublayer returns its product unfinished (`Product`, maybe in parts); the next norm adds it to the
+residual stream. The network holds weights and tables and nothing that changes. Legend:
+`model.batch`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from torch.nn import functional
 from model.config import Activation, ModelConfig, Norm, Position
 from model.kernels.activation import silu_mul
 from model.kernels.attention import Partials, WorkList, paged_attention
-from model.kernels.head import Tops, find_tops, head, merge_tops
+from model.kernels.head import Argmax, find_argmax, head, merge_argmax
 from model.kernels.matmul import Product, multiply
 from model.kernels.norm import add_rms_norm
-from model.kernels.rotary import Heads, place_heads, rotary_table
+from model.kernels.rotary import Heads, rotate_and_store, rotary_table
 
 Multiply = Callable[..., Product]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
-"""Sums a product over the ranks that each hold a share of its inputs; returns the sum."""
+"""Sums a product over the ranks, each of which holds a share of its inputs; returns the sum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +36,10 @@ class StepInputs:
 
     tokens_T: torch.Tensor
     positions_T: torch.Tensor
-    slots_T: torch.Tensor
-    table_SB: torch.Tensor  # by seat
+    kv_slots_T: torch.Tensor
+    table_SB: torch.Tensor  # block tables, by batch slot
+    pool: torch.Tensor  # [layers, 2, X, K, D]
+    block_size: int
     work: Mapping[int | None, WorkList]  # filled, one for each window that layers have
     partials: Partials
     programs: int
@@ -73,7 +76,7 @@ def unsupported(config: ModelConfig) -> str | None:
 
 
 class FusedNetwork:
-    """Weights on a device, and the way of a step through them."""
+    """Weights on a device, and the path of a step through them."""
 
     def __init__(
         self,
@@ -90,8 +93,8 @@ class FusedNetwork:
             raise ValueError(f"{reason}; for {config.family} use the torch runner")
         self.config = config
         self.dtype = dtype
-        self._product = product
-        self._multiply = product  # in the layers
+        self._product = product  # of the head
+        self._multiply = product  # of the layers
         self._reduce = reduce
         loaded = {
             name: weights[name].to(device=device, dtype=dtype).contiguous() for name in weights
@@ -104,12 +107,12 @@ class FusedNetwork:
 
     @property
     def fuses_head(self) -> bool:
-        """Whether tops can be had without logits: with our own product alone."""
+        """Whether it can compute the argmax without storing logits: with our own product only."""
         return self._product is multiply
 
     @property
     def layer_products(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Weight and bias of its layers' products, but for those that ranks sum."""
+        """Weight and bias of its layers' products, except those that are summed over ranks."""
         pairs = []
         for layer in self._layers:
             pairs += [(layer.qkv, layer.qkv_bias), (layer.gate_up, layer.gate_up_bias)]
@@ -118,31 +121,28 @@ class FusedNetwork:
         return pairs
 
     def multiply_layers_by(self, product: Multiply) -> None:
-        """Takes another product of the same bits for the layers; the head's stays."""
+        """Replaces the product of the layers by another of the same bits; the head's stays."""
         self._multiply = product
 
     @property
     def windows(self) -> set[int | None]:
-        """The windows that its layers have."""
         return {layer.window for layer in self._layers}
 
-    def hidden(
-        self, inputs: StepInputs, pool: torch.Tensor, *, block_size: int
-    ) -> tuple[torch.Tensor, Product]:
+    def hidden(self, inputs: StepInputs) -> tuple[torch.Tensor, Product]:
         """The residual stream [T, C] and what the last layer still adds to it.
 
-        Stores the K and V of the step in `pool` [layers, 2, X, K, D].
+        Stores the step's K and V in the pool.
         """
         residual_TC = functional.embedding(inputs.tokens_T, self._embed)
         delta: Product | None = None
-        for layer, (keys_XKD, values_XKD) in zip(self._layers, pool, strict=True):
+        for layer, (keys_XKD, values_XKD) in zip(self._layers, inputs.pool, strict=True):
             x_TC = self._add_norm(residual_TC, delta, layer.attention_norm)
-            q_THD = place_heads(
+            q_THD = rotate_and_store(
                 self._multiply(x_TC, layer.qkv, layer.qkv_bias),
                 layer.heads,
                 table=self._table,
                 positions_T=inputs.positions_T,
-                slots_T=inputs.slots_T,
+                kv_slots_T=inputs.kv_slots_T,
                 keys_XKD=keys_XKD,
                 values_XKD=values_XKD,
                 dtype=self.dtype,
@@ -154,7 +154,7 @@ class FusedNetwork:
                 inputs.table_SB,
                 work=inputs.work[layer.window],
                 partials=inputs.partials,
-                block_size=block_size,
+                block_size=inputs.block_size,
                 scale=self.config.head_dim**-0.5,
                 window=layer.window,
                 programs=inputs.programs,
@@ -179,31 +179,31 @@ class FusedNetwork:
         """Fills `out_RV`, float32, with the logits of some rows (None: of all)."""
         self._product(self._last(hidden, rows_R), self._head, out_MN=out_RV)
 
-    def tops(
+    def argmax(
         self,
         hidden: tuple[torch.Tensor, Product],
         rows_R: torch.Tensor | None,
         *,
-        out: Tops,
+        out: Argmax,
         logits_RV: torch.Tensor | None,
     ) -> None:
-        """Fills `out` with the tops of whole rows; `logits_RV`, if given, as `logits` does.
+        """Fills `out` with the argmax of whole rows; `logits_RV`, if given, as `logits` does.
 
-        Raises ValueError for tops without logits where the head is not fused.
+        Raises ValueError if `logits_RV` is missing and the head is not fused.
         """
         if self.fuses_head:
             found = head(self._last(hidden, rows_R), self._head, logits_RV=logits_RV)
         elif logits_RV is None:
-            raise ValueError("a product of another make gives tops only with the logits")
+            raise ValueError("only our own product computes the argmax without logits")
         else:
             self.logits(hidden, rows_R, out_RV=logits_RV)
-            found = find_tops(logits_RV)
-        merge_tops(found, vocab_size=self.config.vocab_size, out=out)
+            found = find_argmax(logits_RV)
+        merge_argmax(found, vocab_size=self.config.vocab_size, out=out)
 
     def _last(
         self, hidden: tuple[torch.Tensor, Product], rows_R: torch.Tensor | None
     ) -> torch.Tensor:
-        """What the head multiplies: the stream's end, normalised, [R, C]."""
+        """The input of the head: the end of the residual stream, normalised, [R, C]."""
         residual_TC, delta = hidden
         return add_rms_norm(residual_TC, delta, self._norm, eps=self.config.norm_eps, rows_R=rows_R)
 
@@ -213,7 +213,7 @@ class FusedNetwork:
         return add_rms_norm(residual_TC, delta, weight_C, eps=self.config.norm_eps)
 
     def _narrow(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-        """A sublayer's last product; with several ranks, each has a share of its inputs."""
+        """A sublayer's last product, summed over ranks, each of which has a share of its inputs."""
         if self._reduce is None:
             return self._multiply(x, weight, bias)
         y = torch.empty((len(x), len(weight)), dtype=self.dtype, device=x.device)
