@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from model.batch import Batch
-from model.kernels.attention import Partials, WorkList, paged_attention
+from model.kernels.attention import Partials, paged_attention
+from model.kernels.work_list import WorkList
 
 _PROGRAMS_ON_CPU = 2  # the interpreter runs one after another
 

@@ -12,4 +12,4 @@ from __future__ import annotations
 
 
 class NativeUnavailable(RuntimeError):
-    """The native step cannot be used here; the message says why, in one line."""
+    """The native step cannot be used on this machine; the message is a reason in one line."""

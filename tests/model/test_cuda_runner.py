@@ -430,8 +430,8 @@ def test_what_is_read_back_arrives_when_it_is_waited_for() -> None:
     buffer = ring._buffers[0]
     assert buffer[:2].tolist() == [UNREAD, UNREAD]
     second = ring.read(torch.tensor([3], dtype=torch.int32))
-    assert first.wait().tolist() == [1, 2]
-    assert second.wait().tolist() == [3]
+    assert first().tolist() == [1, 2]
+    assert second().tolist() == [3]
 
 
 def test_an_upload_has_its_limit() -> None:

@@ -8,7 +8,8 @@ import torch
 
 from model.attention import ATTENTION
 from model.batch import Batch
-from model.kernels.attention import ROWS, Partials, WorkList, paged_attention
+from model.kernels.attention import Partials, paged_attention
+from model.kernels.work_list import ROWS, WorkList
 from tests.support.builders import DEVICE, HALF, Piece, make_batch
 
 pytestmark = pytest.mark.slow

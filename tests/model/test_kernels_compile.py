@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from model.kernels import attention, head, matmul, sampling
+from model.kernels import attention, head, matmul, sampling, work_list
 
 def compiled(kernel, types, constants, **options):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -94,7 +94,7 @@ for dim in (64, 96, 128):
     for stored in ("*bf16", "*fp8e4nv"):
         found[f"attention {dim} {stored}"] = compiled(
             attention._attend, {**types, "keys_ptr": stored, "values_ptr": stored},
-            dict(BLOCK_SIZE=64, SPLIT=attention.SPLIT, STEP=attention.STEP, ROWS=attention.ROWS,
+            dict(BLOCK_SIZE=64, SPLIT=work_list.SPLIT, STEP=attention.STEP, ROWS=work_list.ROWS,
                  WINDOWED=True, H=16, K=8, D=dim, BLOCK_D=triton.next_power_of_2(dim)),
             num_warps=4, num_stages=3, enable_fp_fusion=False,
         )

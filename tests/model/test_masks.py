@@ -14,6 +14,7 @@ from model.batch import Batch, SamplingBatch, Words, unpack_masks
 from model.config import ModelConfig
 from model.runners import Runner, RunnerOptions
 from model.runners.cuda.build import build_runner
+from model.runners.cuda.runner import CudaRunner
 from model.runners.torch import TorchRunner
 from model.sampler import sample
 from tests.support.builders import (
@@ -148,7 +149,7 @@ def torch_runner(config: ModelConfig) -> Runner:
     return TorchRunner(config, tiny_weights(config), options=options, digest="0" * 64)
 
 
-def cuda_runner(config: ModelConfig) -> Runner:
+def cuda_runner(config: ModelConfig) -> CudaRunner:
     options = RunnerOptions(
         dtype="float32", device=DEVICE.type, block_size=16, num_blocks=8, max_sequences=8,
         max_batch_tokens=32,

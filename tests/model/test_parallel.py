@@ -98,9 +98,9 @@ class Other:
     """The other rank, at the end of a pipe."""
 
     def __init__(self, connection: Connection) -> None:
-        self.tell = self.dismiss = connection.send_bytes
+        self.send = self.send_last = connection.send_bytes
 
-    def check(self, *, patience: float = 0.0) -> None:
+    def check(self, *, timeout: float = 0.0) -> None:
         pass
 
     def close(self) -> None:

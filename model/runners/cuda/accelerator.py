@@ -1,13 +1,13 @@
 """Accelerator: the interface between the cuda runner and CUDA.
 
     pinned memory     lets copies run beside the computation
-    read back         device -> host, complete when `wait` returns
+    read back         device -> host, complete when the call that waits returns
     capture           a sequence of launches, replayed by one: CUDA graphs
     memory            free bytes, and the peak use of some work
     time              that work takes on the device
 
 `HostAccelerator` is the same on a CPU, for tests: captured work is called directly, and what is
-read back arrives in `wait` and not before, so that code that reads too early reads nonsense.
+read back arrives in that call and not before, so that code that reads too early reads nonsense.
 """
 
 from __future__ import annotations
@@ -21,12 +21,8 @@ import torch
 UNREAD = -(2**31)  # what a host buffer holds until its copy has arrived
 
 
-class PendingCopy(Protocol):
-    """A copy to the host that is in flight."""
-
-    def wait(self) -> torch.Tensor:
-        """Waits for the copy; returns the values."""
-        ...
+PendingCopy = Callable[[], torch.Tensor]
+"""Waits for a copy to the host that is in flight; returns the values."""
 
 
 class Accelerator(Protocol):
@@ -70,7 +66,13 @@ class CudaAccelerator:
     def read_back(self, source: torch.Tensor, buffer: torch.Tensor) -> PendingCopy:
         target = buffer[: source.numel()].view(source.shape)
         target.copy_(source, non_blocking=True)
-        return _CudaCopy(target)
+        wait = self.fence()
+
+        def values() -> torch.Tensor:
+            wait()
+            return target
+
+        return values
 
     def fence(self) -> Callable[[], None]:
         event = torch.cuda.Event()
@@ -117,17 +119,6 @@ def median_seconds(work: Callable[[], object], *, repeats: int) -> float:
     return statistics.median(times)
 
 
-class _CudaCopy:
-    def __init__(self, target: torch.Tensor) -> None:
-        self._target = target
-        self._event = torch.cuda.Event()
-        self._event.record()
-
-    def wait(self) -> torch.Tensor:
-        self._event.synchronize()
-        return self._target
-
-
 class HostAccelerator:
     """A CPU in place of a GPU, with the kernels in Triton's interpreter."""
 
@@ -140,10 +131,11 @@ class HostAccelerator:
     def read_back(self, source: torch.Tensor, buffer: torch.Tensor) -> PendingCopy:
         target = buffer[: source.numel()].view(source.shape)
         target.fill_(UNREAD if target.dtype == torch.int32 else torch.nan)
-        return _HostCopy(source.clone(), target)
+        values = source.clone()
+        return lambda: target.copy_(values)
 
     def fence(self) -> Callable[[], None]:
-        return _no_wait
+        return lambda: None  # the host is never ahead of its own work
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         return work
@@ -154,16 +146,3 @@ class HostAccelerator:
     def peak_of(self, work: Callable[[], None]) -> int:
         work()
         return 0
-
-
-class _HostCopy:
-    def __init__(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        self._source = source
-        self._target = target
-
-    def wait(self) -> torch.Tensor:
-        return self._target.copy_(self._source)
-
-
-def _no_wait() -> None:
-    """The host is never ahead of its own work."""

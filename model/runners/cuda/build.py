@@ -13,8 +13,9 @@ import torch
 import triton
 
 from model.config import ModelConfig
-from model.kernels.attention import SPLIT, STEP
+from model.kernels.attention import STEP
 from model.kernels.matmul import multiply
+from model.kernels.work_list import SPLIT
 from model.kvcache import bytes_per_block
 from model.runners import RunnerOptions
 from model.runners.cuda.accelerator import Accelerator, CudaAccelerator, HostAccelerator

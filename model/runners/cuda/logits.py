@@ -38,7 +38,7 @@ class PendingLogprobs:
         if not self.parts:
             return NO_LOGPROBS
         found = Logprobs.join(
-            Logprobs(*(copy.wait().numpy().copy() for copy in part)) for part in self.parts
+            Logprobs(*(values().numpy().copy() for values in part)) for part in self.parts
         )
         return found if self.rows is None else found.spread(self.rows, self.num_rows)
 

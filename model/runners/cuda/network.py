@@ -13,17 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from model.config import Activation, ModelConfig, Norm, Position
 from model.kernels.activation import silu_mul
-from model.kernels.attention import Partials, WorkList, paged_attention
+from model.kernels.attention import Partials, paged_attention
 from model.kernels.head import Argmax, find_argmax, head, merge_argmax
 from model.kernels.matmul import Product, multiply
 from model.kernels.norm import add_rms_norm
-from model.kernels.rotary import Heads, rotate_and_store, rotary_table
+from model.kernels.rotary import Heads, rotary_table, rotate_and_store
+from model.kernels.work_list import WorkList
 
 Multiply = Callable[..., Product]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -46,20 +48,23 @@ class StepInputs:
     merges: int
 
 
+class Linear(NamedTuple):
+    """Weight [outputs, inputs] and bias of a product."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
     heads: Heads
     window: int | None
     attention_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    out: torch.Tensor
-    out_bias: torch.Tensor | None
+    qkv: Linear
+    out: Linear
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
+    gate_up: Linear
+    down: Linear
 
 
 def unsupported(config: ModelConfig) -> str | None:
@@ -111,14 +116,15 @@ class FusedNetwork:
         return self._product is multiply
 
     @property
-    def layer_products(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Weight and bias of its layers' products, except those that are summed over ranks."""
-        pairs = []
-        for layer in self._layers:
-            pairs += [(layer.qkv, layer.qkv_bias), (layer.gate_up, layer.gate_up_bias)]
-            if self._reduce is None:
-                pairs += [(layer.out, layer.out_bias), (layer.down, layer.down_bias)]
-        return pairs
+    def layer_products(self) -> list[Linear]:
+        """The layers' products, except those that are summed over ranks."""
+        if self._reduce is not None:
+            return [linear for layer in self._layers for linear in (layer.qkv, layer.gate_up)]
+        return [
+            linear
+            for layer in self._layers
+            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        ]
 
     def multiply_layers_by(self, product: Multiply) -> None:
         """Replaces the product of the layers by another of the same bits; the head's stays."""
@@ -138,7 +144,7 @@ class FusedNetwork:
         for layer, (keys_XKD, values_XKD) in zip(self._layers, inputs.pool, strict=True):
             x_TC = self._add_norm(residual_TC, delta, layer.attention_norm)
             q_THD = rotate_and_store(
-                self._multiply(x_TC, layer.qkv, layer.qkv_bias),
+                self._multiply(x_TC, *layer.qkv),
                 layer.heads,
                 table=self._table,
                 positions_T=inputs.positions_T,
@@ -160,11 +166,11 @@ class FusedNetwork:
                 programs=inputs.programs,
                 merges=inputs.merges,
             )
-            delta = self._narrow(mixed_THD.flatten(1), layer.out, layer.out_bias)
+            delta = self._narrow(mixed_THD.flatten(1), layer.out)
             x_TC = self._add_norm(residual_TC, delta, layer.mlp_norm)
-            gate_up = self._multiply(x_TC, layer.gate_up, layer.gate_up_bias)
+            gate_up = self._multiply(x_TC, *layer.gate_up)
             x_TF = silu_mul(gate_up, dtype=self.dtype)
-            delta = self._narrow(x_TF, layer.down, layer.down_bias)
+            delta = self._narrow(x_TF, layer.down)
         if delta is None:
             raise ValueError("a network has at least one layer")
         return residual_TC, delta
@@ -212,39 +218,35 @@ class FusedNetwork:
     ) -> torch.Tensor:
         return add_rms_norm(residual_TC, delta, weight_C, eps=self.config.norm_eps)
 
-    def _narrow(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    def _narrow(self, x: torch.Tensor, linear: Linear) -> Product:
         """A sublayer's last product, summed over ranks, each of which has a share of its inputs."""
         if self._reduce is None:
-            return self._multiply(x, weight, bias)
-        y = torch.empty((len(x), len(weight)), dtype=self.dtype, device=x.device)
-        return Product(self._reduce(self._multiply(x, weight, bias, out_MN=y).values))
+            return self._multiply(x, *linear)
+        y = torch.empty((len(x), len(linear.weight)), dtype=self.dtype, device=x.device)
+        return Product(self._reduce(self._multiply(x, *linear, out_MN=y).values))
 
 
 def _layer(config: ModelConfig, loaded: Mapping[str, torch.Tensor], index: int) -> _Layer:
     prefix = f"blocks.{index}."
 
-    def maybe(name: str) -> torch.Tensor | None:
-        return loaded.get(prefix + name)
+    def linear(name: str) -> Linear:
+        return Linear(loaded[f"{prefix}{name}.weight"], loaded.get(f"{prefix}{name}.bias"))
 
     return _Layer(
         heads=Heads(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            q_norm_D=maybe("attention.q_norm.weight"),
-            k_norm_D=maybe("attention.k_norm.weight"),
+            q_norm_D=loaded.get(prefix + "attention.q_norm.weight"),
+            k_norm_D=loaded.get(prefix + "attention.k_norm.weight"),
             eps=config.norm_eps,
             rotary=index not in config.rope_free_layers,
         ),
         window=config.window(index),
         attention_norm=loaded[prefix + "attention_norm.weight"],
-        qkv=loaded[prefix + "attention.qkv.weight"],
-        qkv_bias=maybe("attention.qkv.bias"),
-        out=loaded[prefix + "attention.out.weight"],
-        out_bias=maybe("attention.out.bias"),
+        qkv=linear("attention.qkv"),
+        out=linear("attention.out"),
         mlp_norm=loaded[prefix + "mlp_norm.weight"],
-        gate_up=loaded[prefix + "mlp.gate_up.weight"],
-        gate_up_bias=maybe("mlp.gate_up.bias"),
-        down=loaded[prefix + "mlp.down.weight"],
-        down_bias=maybe("mlp.down.bias"),
+        gate_up=linear("mlp.gate_up"),
+        down=linear("mlp.down"),
     )

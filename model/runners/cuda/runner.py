@@ -140,7 +140,7 @@ class CudaRunner:
             raise ValueError("steps are collected in the order they were launched")
         step = self._in_flight.popleft()
         with torch.inference_mode():
-            tokens_R = step.tokens.wait().numpy().copy()
+            tokens_R = step.tokens().numpy().copy()
             logprobs, scores = step.logprobs.wait(), step.scores.wait()
         self._slots.read(step.batch_slots_R, tokens_R, step=handle.number)
         return step_output(tokens_R, logprobs, scores)

@@ -14,10 +14,11 @@ import torch
 
 from model.attention.triton_paged import attention_programs
 from model.config import ModelConfig
-from model.kernels.attention import Partials, WorkList
+from model.kernels.attention import Partials
 from model.kernels.head import Argmax
 from model.kernels.inputs import Column, decode_rows, mixed_rows
 from model.kernels.sampling import sample_tokens
+from model.kernels.work_list import WorkList
 from model.kvcache import KVCache
 from model.runners import RunnerOptions
 from model.runners.cuda.network import FusedNetwork, StepInputs
