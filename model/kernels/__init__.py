@@ -1,4 +1,4 @@
-"""Triton kernels of the cuda runner, each beside the plain torch function that it must equal.
+"""Triton kernels of the cuda runner, each next to the plain torch function that it must equal.
 
 Every module holds kernels, the functions that launch them, and their twins (`*_twin`): the same
 signature and result in torch, which tests compare with. Importing a module here imports Triton;

@@ -24,7 +24,7 @@ import triton.language as tl
 
 
 class Column(IntEnum):
-    """Columns of the state. TABLE is where the block table begins."""
+    """Columns of the state. TABLE is the first of the block table."""
 
     LAST = 0
     LENGTH = 1

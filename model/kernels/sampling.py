@@ -6,8 +6,8 @@ index), selects a share of the sum. Rows take one of three paths, each row by it
 
     greedy          the argmax, the lowest id among equals: `Argmax` has it already
     plain           inverse CDF in order of ids: sums of chunks, then inside one chunk
-    top-k, top-p    inverse CDF by falling logit, without a sort: where a running sum reaches a
-                    target is found bit by bit of the logit (`_descend`), one pass per bit
+    top-k, top-p    inverse CDF by falling logit, without a sort: the logit at which a running sum
+                    reaches a target is found bit by bit (`_descend`), one pass per bit
 
 Columns are read from the state of the batch slots (`model.kernels.inputs`). Penalties, biases and
 log probabilities are applied before and after, by the runner.
@@ -197,7 +197,7 @@ def _sample_plain(
     CHUNK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Samples greedy rows, and plain ones: the chunk where the point lies, then the place in it."""
+    """Samples greedy rows, and plain ones: finds the chunk of the point, then the token."""
     row = tl.program_id(0).to(tl.int64)
     entry = state_ptr + tl.load(batch_slots_ptr + row) * stride
     temperature = tl.load(entry + TEMPERATURE).to(tl.float32, bitcast=True)

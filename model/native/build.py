@@ -1,10 +1,10 @@
-"""Builds the native library, or finds it: beside the package, or in the cache.
+"""Builds the native library, or finds it in the package or in the cache.
 
 A library's file name holds a hash of its sources and flags, so a stale one is never loaded. It is
 compiled in a scratch folder and renamed, so an unfinished one is never seen; two processes may
 build at once and make the same file. Each build removes the least recently used libraries; a
-process that runs one goes on, because a file lives as long as it is mapped.
-`python -m model.native.build` builds beside the package.
+process that runs one keeps it, because a mapped file survives its removal.
+`python -m model.native.build` builds into the package.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COMPILERS = ("g++", "clang++", "c++")
 _KEPT = 8  # libraries in a folder: one or two versions of the sources, with the builds of the tests
 _ABANDONED = 3600.0  # seconds after which a scratch folder is left over from a broken build
 
-# No -ffast-math, and no fused product and sum except where the sources write `fma`: the bits of a
+# No -ffast-math, and no fused product and sum except for `fma` in the sources: the bits of a
 # result must not depend on the compiler. Objects other than the variants run on any machine.
 _FLAGS = (
     "-std=c++17", "-O3", "-g1", "-fPIC", "-pthread", "-fvisibility=hidden",
@@ -151,7 +151,7 @@ def _call(command: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Builds beside the package if necessary; prints the path, or exits with the reason."""
+    """Builds into the package if necessary; prints the path, or exits with the reason."""
     made = _BESIDE / Build().file_name
     try:
         sys.stdout.write(f"{made if made.is_file() else compile_into(_BESIDE, Build())}\n")

@@ -63,7 +63,11 @@ class Shape:
     sines: Floats
 
 
-_C_TYPES = {"int": ctypes.c_int32, "bool": ctypes.c_int32, "float": ctypes.c_float}
+_C_TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
+    "int": ctypes.c_int32,
+    "bool": ctypes.c_int32,
+    "float": ctypes.c_float,
+}
 
 
 class _Shape(ctypes.Structure):

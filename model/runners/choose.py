@@ -1,7 +1,7 @@
 """Selects the fastest runner that machine, model and dtype allow, and fills in default sizes.
 
-It also reports why a faster runner cannot serve: an operator who expects 2,000 tokens per second
-and gets 400 must not have to guess.
+It also reports why a faster runner cannot serve: operators that expect 2,000 tokens per
+second and get 400 must not have to guess.
 """
 
 from __future__ import annotations

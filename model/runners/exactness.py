@@ -1,13 +1,13 @@
 """Exactness check: one text by several paths through a runner, compared bit by bit.
 
     alone            the prompt in one piece, then token by token: the others are compared with it
-    beside N         the same in steps that hold N other sequences
+    with N others    the same in steps that hold N other sequences
     full step        the same in a step that fills the runner's budget to the last row
     chunks of N      the prompt in chunks of N tokens
     prefix hit       the prompt's full blocks are found in the cache
     recomputed       preempted in the middle: prompt and output so far computed again as a prompt
     greedy           greedy and with no log probabilities: a runner may then store no logits
-    greedy, N        the same beside N others
+    greedy, N        the same with N others
 
 It compares tokens and the log probabilities of the sampled and of the top 8 tokens; for the last
 two paths only tokens, with those of a greedy answer whose log probabilities are read. It uses the
@@ -81,7 +81,9 @@ def check_exactness(runner: Runner, check: ExactnessCheck) -> Mapping[str, bool]
     found = {_ALONE: _alone(runner, prompt, check) == expected}
     for count in check.beside:
         texts = _place(runner, [*_others(runner, check, count), prompt], check)
-        found[f"beside {count}"] = _generate(runner, texts, check, chunk=check.prompt) == expected
+        found[f"with {count} others"] = (
+            _generate(runner, texts, check, chunk=check.prompt) == expected
+        )
     if check.full is not None:
         texts = _place(runner, [*_fillers(runner, check, check.full), prompt], check)
         found["full step"] = _generate(runner, texts, check, chunk=check.prompt) == expected
@@ -120,7 +122,7 @@ def _recomputed(runner: Runner, prompt: list[int], check: ExactnessCheck) -> lis
 
 
 def _tokens(runner: Runner, prompt: list[int], check: ExactnessCheck, *, count: int) -> list[int]:
-    """The output tokens beside `count` others."""
+    """The output tokens in steps that hold `count` others."""
     texts = _place(runner, [*_others(runner, check, count), prompt], check)
     _generate(runner, texts, check, chunk=check.prompt)
     return texts[-1].tokens[check.prompt :]

@@ -64,7 +64,7 @@ class NativeRunner:
         self._model = NativeModel(library, shape, variant=variant)
         load(self._model, config, weights)
         self._logits = np.empty((0, config.vocab_size), np.float32)
-        # The sampler's few operations are not worth waking threads that then spin beside ours.
+        # The few operations of the sampler are not worth threads that then contend with ours.
         torch.set_num_threads(1)
 
     @property
@@ -134,7 +134,7 @@ def unsupported(config: ModelConfig) -> str | None:
         "activations other than SiLU": config.activation is not Activation.SILU,
         "MLPs without a gate": not config.gated_mlp,
         "biases outside of qkv": config.out_bias or config.mlp_bias,
-        "head dimensions other than multiples of 16 up to 256": config.head_dim % 16 != 0
+        "head dimensions that are not a multiple of 16 up to 256": config.head_dim % 16 != 0
         or config.head_dim > 256,
         "more than 64 query heads per KV head, or more than 256 KV heads": shared > 64
         or config.num_kv_heads > 256,

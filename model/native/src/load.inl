@@ -1,5 +1,5 @@
-// Loading: rotations folded into weights, and packing. Runs once a tensor. Written in lanes too, so
-// that every machine makes the same 8-bit weights from the same checkpoint.
+// Loading: rotations folded into weights, and packing; once per tensor. Written in lanes too, so that
+// every machine makes the same 8-bit weights from the same checkpoint.
 
 // Sixteen vectors side by side, element by element: scratch[i * LANES + lane].
 struct Bundle {

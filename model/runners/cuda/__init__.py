@@ -8,7 +8,7 @@ logits         masks, biases, penalties, log probabilities
 slots          the host's mirror of the batch slots
 workspace      device tensors of all steps
 buffers        pinned buffers between host and device
-cublas         vendor BLAS, where it has the bits of our kernels
+cublas         vendor BLAS, for products of which it has our bits
 device_memory  how many KV blocks fit
 accelerator    what is needed of CUDA, and a stand-in for tests on a CPU
 """

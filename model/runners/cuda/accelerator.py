@@ -1,6 +1,6 @@
 """Accelerator: the interface between the cuda runner and CUDA.
 
-    pinned memory     lets copies run beside the computation
+    pinned memory     lets copies overlap with computation
     read back         device -> host, complete when the call that waits returns
     capture           a sequence of launches, replayed by one: CUDA graphs
     memory            free bytes, and the peak use of some work

@@ -9,10 +9,10 @@ multiplied by both. It is verified if every bit is equal, for operands that reve
 sums, and if cuBLASLt is faster, which large steps of prompts can achieve and decode steps cannot:
 those stay ours.
 
-cuBLASLt must not use split-K. It is told so, and is left no workspace for it, by variables that it
-reads once and that a process sets before it multiplies (`RunnerOptions.vendor_blas` says that it
-did). If K has several parts, a call for each adds to the sum of those before, in float32, as our
-kernel does. Legend: `model.kernels.matmul`.
+cuBLASLt must not use split-K. `CublasLt` forbids it, and environment variables that cuBLASLt reads
+once leave it no workspace for it; a process that has set them before it multiplies sets
+`RunnerOptions.vendor_blas`. If K has several parts, a call for each adds to the sum of those
+before, in float32, as our kernel does. Legend: `model.kernels.matmul`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def blocks_that_fit(
     room = None if free is None else free - work - MARGIN
     if room is not None and room < block_bytes:
         raise ValueError(
-            f"no memory is left for a KV pool: {_gib(free)} GiB are free beside the weights, the "
+            f"no memory is left for a KV pool: {_gib(free)} GiB are free after the weights, the "
             f"largest step needs {_gib(work)}, and {_gib(MARGIN)} are kept as a margin: lower "
             "max_batch_tokens or max_sequences, or use a smaller model"
         )

@@ -7,8 +7,8 @@
     sample                         logits and their argmax -- sampled token -- write-back
 
 A decode step replays `greedy`, or `forward` and then `sample`; between those two the logits may be
-adjusted, and the argmax with them. A graph reads batch slots from where they were uploaded to and
-leaves everything else in the workspace.
+adjusted, and the argmax with them. A graph reads batch slots from the upload buffer and leaves
+everything else in the workspace.
 """
 
 from __future__ import annotations

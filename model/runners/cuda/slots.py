@@ -60,7 +60,7 @@ class BatchSlots:
         self._sampled_by[batch_slots_R] = step
 
     def read(self, batch_slots_R: Ints, tokens_R: Ints, *, step: int) -> None:
-        """Stores the tokens that a step sampled, except where a later step has sampled since."""
+        """Stores the tokens that a step sampled, but not over those of a later step."""
         newest = self._sampled_by[batch_slots_R] == step
         slots = batch_slots_R[newest]
         self.mirror[slots, Column.LAST] = tokens_R[newest]

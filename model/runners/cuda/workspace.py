@@ -1,7 +1,7 @@
 """Workspace: the device tensors that steps compute with, sized for the largest step.
 
-Allocated once, so that captured graphs find every tensor where it was. Of what a step leaves there
-the host reads logits, their argmax and tokens. Legend: `model.batch`.
+Allocated once, because graphs are captured with the addresses. Of what a step leaves there the host
+reads logits, their argmax and tokens. Legend: `model.batch`.
 """
 
 from __future__ import annotations
