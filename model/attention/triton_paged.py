@@ -10,17 +10,8 @@ import numpy as np
 import torch
 
 from model.batch import Batch
-from model.kernels.attention import Partials, paged_attention
+from model.kernels.attention import Partials, attention_programs, paged_attention
 from model.kernels.work_list import WorkList
-
-_PROGRAMS_ON_CPU = 2  # the interpreter runs one after another
-
-
-def attention_programs(device: torch.device) -> int:
-    """Programs that work through the items: two per multiprocessor."""
-    if device.type != "cuda":
-        return _PROGRAMS_ON_CPU
-    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class TritonPagedAttention:

@@ -14,7 +14,7 @@ and context alone. Positions that a row may not see weigh exactly 0.
 
 A fixed number of programs works through the items of a step (`model.kernels.work_list`).
 
-Legend: T rows, H query heads, K key heads, G = H / K, D head dimension, S sequences, X KV slots, B
+Legend: T rows, H query heads, K key heads, G = H / K, D head dimension, X KV slots, B
 blocks of a block table. Of a softmax, as in FlashAttention: m largest score, l sum of weights p,
 acc weighted sum of values.
 """
@@ -38,6 +38,7 @@ from model.kernels.work_list import (
 )
 
 STEP = 64  # positions per step of the softmax; an answer's bits depend on it
+_PROGRAMS_ON_CPU = 2  # the interpreter runs one after another
 
 
 class Partials:
@@ -52,6 +53,13 @@ class Partials:
             (work.max_items, num_heads, head_dim), dtype=torch.float32, device=device
         )
         self.ml = torch.empty((work.max_items, num_heads, 2), dtype=torch.float32, device=device)
+
+
+def attention_programs(device: torch.device) -> int:
+    """Programs that work through the items: two per multiprocessor."""
+    if device.type != "cuda":
+        return _PROGRAMS_ON_CPU
+    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def paged_attention(
@@ -138,7 +146,7 @@ def _attend(
     q_ptr,  # [T, H, D]
     keys_ptr,  # [X, K, D]
     values_ptr,  # [X, K, D]
-    table_ptr,  # [batch kv_slots, B]
+    table_ptr,  # [batch slots, B]
     out_ptr,  # [T, H, D]
     acc_ptr,  # [items, H, D]
     ml_ptr,  # [items, H, 2]

@@ -111,8 +111,7 @@ def _attention_row(bench: Bench, shape: Shape, batch: int, context: int, *, copy
 
 def _attention_time(bench: Bench, shape: Shape, batch: int, context: int) -> tuple[float, int]:
     """Seconds of one layer's attention, and the bytes of K and V that it reads."""
-    from model.attention.triton_paged import attention_programs
-    from model.kernels.attention import Partials, paged_attention
+    from model.kernels.attention import Partials, attention_programs, paged_attention
     from model.kernels.work_list import WorkList
 
     config, device, dtype = shape.config, bench.device, bench.dtype

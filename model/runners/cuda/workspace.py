@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from model.attention.triton_paged import attention_programs
 from model.config import ModelConfig
-from model.kernels.attention import Partials
+from model.kernels.attention import Partials, attention_programs
 from model.kernels.head import Argmax
 from model.kernels.inputs import Column, decode_rows, mixed_rows
 from model.kernels.sampling import sample_tokens
