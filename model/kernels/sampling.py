@@ -12,7 +12,7 @@ index), selects a share of the sum. Rows take one of three paths, each row by it
 Columns are read from the state of the batch slots (`model.kernels.inputs`). Penalties, biases and
 log probabilities are applied before and after, by the runner.
 
-Legend: R rows, V vocabulary, N chunks of a row.
+Legend: R rows, V vocabulary, N chunks of a row; `entry`: a batch slot's row of the state.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from model.sampler import sample
 
 _CHUNK = 4096
 _CUT_BLOCK = 8192
+_ONE = tl.constexpr(2.0**40)  # weight of the largest logit, as in `model.sampler`
 
 
 def sample_tokens(
@@ -113,7 +114,7 @@ def sample_tokens_twin(
 @triton.jit
 def _weigh(logits, largest, temperature, least):
     """Integer weights; those under `least` (min-p's share of the largest) are 0."""
-    scaled = tl.exp((logits - largest) / temperature) * 1099511627776.0
+    scaled = tl.exp((logits - largest) / temperature) * _ONE
     weights = scaled.to(tl.int64)
     return tl.where(weights >= least, weights, 0)
 
@@ -122,7 +123,7 @@ def _weigh(logits, largest, temperature, least):
 def _least(entry):
     """The weight below which min-p drops a token."""
     min_p = tl.load(entry + MIN_P).to(tl.float32, bitcast=True).to(tl.float64)
-    return tl.math.ceil(min_p * 1099511627776.0).to(tl.int64)
+    return tl.math.ceil(min_p * _ONE).to(tl.int64)
 
 
 @triton.jit

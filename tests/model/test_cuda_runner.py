@@ -298,7 +298,7 @@ def test_an_answers_bits_do_not_depend_on_its_path() -> None:
 def test_a_runner_that_fails_its_proof_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """The matrix instruction gives a row other bits in another place of its tile.
 
-    By enough that no luck hides it, and always the same, so that only the proof can find out.
+    By enough that no luck hides it, and always the same, so that only the check can find out.
     """
     product = np.matmul
 

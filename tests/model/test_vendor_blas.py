@@ -173,11 +173,11 @@ def test_one_other_bit_in_one_element_and_it_is_not_used(product: int) -> None:
     weights = [(weight, None) for weight in (torch.randn(16, 24, device=DEVICE),)]
     assert VerifiedProducts(weights, rows=ROWS, blas=StandIn()).shapes
     blas = OneBitOff(after=product)
-    proven = VerifiedProducts(weights, rows=ROWS, blas=blas)
-    assert not proven.shapes
+    verified = VerifiedProducts(weights, rows=ROWS, blas=blas)
+    assert not verified.shapes
     assert len(blas.rows) == product + 1
     x = torch.randn(ROWS, 24, device=DEVICE)
-    assert torch.equal(proven(x, weights[0][0]).values, multiply(x, weights[0][0]).values)
+    assert torch.equal(verified(x, weights[0][0]).values, multiply(x, weights[0][0]).values)
 
 
 def test_zeros_of_another_sign_are_other_bits() -> None:
@@ -207,7 +207,7 @@ def test_one_that_refuses_is_not_used() -> None:
     "overrides",
     [
         {"vendor_blas": False},  # the process did not keep sums whole
-        {"max_sequences": ROWS},  # a full step may be one of decoding, which is recorded
+        {"max_sequences": ROWS},  # a full step may be one of decoding, which is captured
     ],
 )
 def test_it_is_not_even_tried(overrides: dict[str, Any]) -> None:
@@ -232,18 +232,18 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_operands_that_lie_otherwise_are_ours() -> None:
-    """The blas goes by addresses and strides: proven is only what lies as it did then."""
+    """BLAS algorithms depend on addresses and strides: only the compared layout is verified."""
     blas = StandIn()
     weight = torch.randn(16, 24, device=DEVICE)
-    proven = VerifiedProducts([(weight, None)], rows=ROWS, blas=blas)
+    verified = VerifiedProducts([(weight, None)], rows=ROWS, blas=blas)
     blas.rows.clear()
     x = torch.randn(ROWS, 48, device=DEVICE)
-    proven(x[:, :24], weight)
+    verified(x[:, :24], weight)
     blas.alignment = 1 << 40
-    proven(x[:, :24].contiguous(), weight)
+    verified(x[:, :24].contiguous(), weight)
     assert not blas.rows
     blas.alignment = 1
-    proven(x[:, :24].contiguous(), weight)
+    verified(x[:, :24].contiguous(), weight)
     assert blas.rows == [ROWS]
 
 
@@ -297,7 +297,7 @@ def test_the_proof_has_a_full_step() -> None:
 
 
 @pytest.mark.usefixtures("one_order")
-def test_a_library_that_spoils_the_proof_is_given_up() -> None:
+def test_a_blas_that_fails_the_check_is_given_up() -> None:
     """It had our bits as long as it was looked at: the runner stays exact without it."""
     blas = StandIn()
     tried = len(build(blas).vendor_blas_shapes and blas.rows)
@@ -310,7 +310,7 @@ def test_a_library_that_spoils_the_proof_is_given_up() -> None:
 
 
 def test_a_full_step_fits_the_runner() -> None:
-    """Where it is tried, all its texts have seats and blocks, and it has exactly those rows."""
+    """If it is checked, all its texts have slots and blocks, and it has exactly those rows."""
     for most, blocks, length in ((8192, 10_000, 4096), (64, 40, 64), (1, 4, 16), (600, 3, 10_000)):
         given = options(max_batch_tokens=most, max_sequences=min(most, 32), block_size=16)
         check = check_for(given, num_blocks=blocks, max_model_len=length)

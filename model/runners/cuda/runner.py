@@ -16,7 +16,7 @@ step can be launched before they are read: `launch` and `collect`.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,20 +46,10 @@ from model.runners.logprobs import step_output
 IN_FLIGHT = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _InFlight:
-    handle: StepHandle
-    batch_slots_R: Ints
+class _Results(NamedTuple):
+    """What a step computes, on its way to the host."""
+
     tokens: PendingCopy
-    logprobs: PendingLogprobs
-    scores: PendingLogprobs
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """What the device computes of a step, still to be read."""
-
-    tokens_R: torch.Tensor
     logprobs: PendingLogprobs = NOTHING_TO_READ
     scores: PendingLogprobs = NOTHING_TO_READ
 
@@ -100,7 +90,7 @@ class CudaRunner:
         self._graphs = DecodeGraphs(
             accelerator, network, workspace, upload=self._upload, pad_slot=slots.pad_slot
         )
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[tuple[StepHandle, Ints, _Results]] = deque()
         self._num_steps = 0
 
     def run(self, batch: Batch) -> StepOutput:
@@ -117,32 +107,23 @@ class CudaRunner:
         with torch.inference_mode():
             changes = self._slots.changes(batch, slots_R, unread_T=unread_T, decode=decode)
             if decode:
-                launched = self._decode(batch, changes)
+                results = self._decode(batch, changes)
             else:
-                launched = self._mixed(batch, changes, slots_R, unread_T)
-            tokens = self._ring.read(launched.tokens_R)
+                results = self._mixed(batch, changes, slots_R, unread_T)
         self._slots.sampled(slots_R, step=handle.number, decode=decode)
-        self._in_flight.append(
-            _InFlight(
-                handle=handle,
-                batch_slots_R=slots_R,
-                tokens=tokens,
-                logprobs=launched.logprobs,
-                scores=launched.scores,
-            )
-        )
+        self._in_flight.append((handle, slots_R, results))
         self._num_steps += 1
         return handle
 
     def collect(self, handle: StepHandle) -> StepOutput:
         """Waits for the oldest step in flight."""
-        if not self._in_flight or self._in_flight[0].handle != handle:
+        if not self._in_flight or self._in_flight[0][0] != handle:
             raise ValueError("steps are collected in the order they were launched")
-        step = self._in_flight.popleft()
+        _, slots_R, results = self._in_flight.popleft()
         with torch.inference_mode():
-            tokens_R = step.tokens().numpy().copy()
-            logprobs, scores = step.logprobs.wait(), step.scores.wait()
-        self._slots.read(step.batch_slots_R, tokens_R, step=handle.number)
+            tokens_R = results.tokens().numpy().copy()
+            logprobs, scores = results.logprobs.wait(), results.scores.wait()
+        self._slots.read(slots_R, tokens_R, step=handle.number)
         return step_output(tokens_R, logprobs, scores)
 
     def warm_up(self) -> None:
@@ -171,7 +152,7 @@ class CudaRunner:
             if unread_T[batch.sample_rows_R[rows]].any() or unread_T[batch.score_rows_Q].any():
                 raise ValueError("a row whose token is unread has no penalties, masks or scores")
 
-    def _decode(self, batch: Batch, changes: tuple[Ints, Ints]) -> _Launched:
+    def _decode(self, batch: Batch, changes: tuple[Ints, Ints]) -> _Results:
         count = batch.num_sequences
         greedy = self._samples_by_argmax(batch.sampling)
         first, *rest = self._graphs.of_step(greedy=greedy)
@@ -182,17 +163,16 @@ class CudaRunner:
         change(self._workspace.state, places, values)
         first.replay(size)
         if greedy:
-            return _Launched(self._workspace.argmax.ids_RN[:count, 0])
+            return _Results(self._ring.read(self._workspace.argmax.ids_RN[:count, 0]))
         raw_RV, tokens_R = self._adjust(batch.sampling), self._workspace.tokens_R[:count]
         for graph in rest:
             graph.replay(size)
-        return _Launched(
-            tokens_R, read_logprobs(raw_RV, tokens_R, batch.sampling, self._accelerator)
-        )
+        logprobs = read_logprobs(raw_RV, tokens_R, batch.sampling, self._accelerator)
+        return _Results(self._ring.read(tokens_R), logprobs)
 
     def _mixed(
         self, batch: Batch, changes: tuple[Ints, Ints], slots_R: Ints, unread_T: Bools | None
-    ) -> _Launched:
+    ) -> _Results:
         network, workspace = self._network, self._workspace
         lengths_S = np.diff(batch.query_starts_S1)
         unread = np.zeros(batch.num_tokens, np.bool_) if unread_T is None else unread_T
@@ -224,7 +204,8 @@ class CudaRunner:
             tokens_R = sample_tokens(logits_RV, workspace.state, batch_slots_R, argmax=argmax)
             logprobs = read_logprobs(raw_RV, tokens_R, batch.sampling, self._accelerator)
         advance(workspace.state, batch_slots_R, tokens_R, stored=0)
-        return _Launched(tokens_R, logprobs, read_scores(network, hidden, batch, self._accelerator))
+        tokens = self._ring.read(tokens_R)
+        return _Results(tokens, logprobs, read_scores(network, hidden, batch, self._accelerator))
 
     def _samples_by_argmax(self, sampling: SamplingBatch) -> bool:
         """Whether the head's argmax is the sampled token, and no logits are stored."""
