@@ -1,9 +1,9 @@
-"""Triton kernels of the cuda runner, each next to the plain torch function that it must equal.
+"""Triton kernels of the cuda runner.
 
-Every module holds kernels, the functions that launch them, and their twins (`*_twin`): the same
-signature and result in torch, which tests compare with. Importing a module here imports Triton;
-nothing else in the project does. With `TRITON_INTERPRET=1` in the environment of the first import
-the kernels run on a CPU.
+Every module holds kernels and the functions that launch them. The tests compare these with twins in
+plain torch (tests/model/kernel_twins.py). Importing a module here imports
+Triton; nothing else in the project does. With `TRITON_INTERPRET=1` in the environment of the first
+import the kernels run on a CPU.
 
 Exactness. A row's result must not depend on what else is in the step. Each row is computed on its
 own; a sum over many terms is split at fixed places only, and the parts are added in order: `matmul`

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional
 
 from model.kernels.matmul import Product, load_sum
 
@@ -28,11 +27,6 @@ def silu_mul(gate_up: Product, *, dtype: torch.dtype) -> torch.Tensor:
             enable_fp_fusion=False,
         )
     return y
-
-
-def silu_mul_twin(gate_up: Product, *, dtype: torch.dtype) -> torch.Tensor:
-    gate_TF, up_TF = gate_up.sum_parts(dtype).chunk(2, dim=-1)
-    return functional.silu(gate_TF) * up_TF
 
 
 @triton.jit

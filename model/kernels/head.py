@@ -23,7 +23,6 @@ import triton.language as tl
 from model.kernels.matmul import (
     INPUTS,
     Tiling,
-    multiply_twin,
     part_size,
     place_tile,
     sum_tile,
@@ -91,19 +90,6 @@ def head(
     return argmax
 
 
-def head_twin(
-    x_RC: torch.Tensor,
-    weight_VC: torch.Tensor,
-    *,
-    logits_RV: torch.Tensor | None,
-    tiling: Tiling | None = None,  # noqa: ARG001 - the signature of `head`
-) -> Argmax:
-    """Each row is one chunk. Logits without NaN."""
-    y = torch.empty((len(x_RC), len(weight_VC)), device=x_RC.device)
-    multiply_twin(x_RC, weight_VC, out_MN=y if logits_RV is None else logits_RV)
-    return find_argmax_twin(y if logits_RV is None else logits_RV)
-
-
 def find_argmax(logits_RV: torch.Tensor, *, chunk: int = _CHUNK) -> Argmax:
     """The argmax of stored logits, by chunks."""
     R, V = logits_RV.shape
@@ -117,16 +103,6 @@ def find_argmax(logits_RV: torch.Tensor, *, chunk: int = _CHUNK) -> Argmax:
     return argmax
 
 
-def find_argmax_twin(
-    logits_RV: torch.Tensor,
-    *,
-    chunk: int = _CHUNK,  # noqa: ARG001 - the signature of `find_argmax`
-) -> Argmax:
-    """Each row is one chunk. Logits without NaN."""
-    values = logits_RV.amax(-1, keepdim=True)
-    return Argmax(values, logits_RV.argmax(-1, keepdim=True).int())
-
-
 def merge_argmax(argmax: Argmax, *, vocab_size: int, out: Argmax | None = None) -> Argmax:
     """The argmax of whole rows."""
     R, N = argmax.values_RN.shape
@@ -138,14 +114,6 @@ def merge_argmax(argmax: Argmax, *, vocab_size: int, out: Argmax | None = None) 
             N=N, LANES=lanes, num_warps=min(8, max(1, lanes // 256)), enable_fp_fusion=False,
         )  # fmt: skip
     return out
-
-
-def merge_argmax_twin(argmax: Argmax, *, vocab_size: int, out: Argmax | None = None) -> Argmax:
-    """Values without NaN."""
-    values = argmax.values_RN.amax(-1, keepdim=True)
-    ids = torch.where(argmax.values_RN == values, argmax.ids_RN, vocab_size - 1)
-    out = out or Argmax.empty(len(values), 1, device=values.device)
-    return Argmax(out.values_RN.copy_(values), out.ids_RN.copy_(ids.amin(-1, keepdim=True)))
 
 
 @triton.jit(do_not_specialize=["M"])

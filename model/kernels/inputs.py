@@ -53,10 +53,6 @@ def change(state: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> N
         _change[grid](state, places, values, len(places), BLOCK=block, enable_fp_fusion=False)
 
 
-def change_twin(state: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
-    state.view(-1)[places.long()] = values
-
-
 def decode_rows(
     state: torch.Tensor, batch_slots_S: torch.Tensor, *, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -89,31 +85,6 @@ def mixed_rows(
     return rows[0], rows[2]
 
 
-def decode_rows_twin(
-    state: torch.Tensor, batch_slots_S: torch.Tensor, *, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    entries = state[batch_slots_S.long()]
-    positions = entries[:, Column.LENGTH]
-    blocks = entries.gather(1, (Column.TABLE + positions // block_size).long()[:, None])[:, 0]
-    kv_slots = blocks * block_size + positions % block_size
-    return entries[:, Column.LAST], positions, kv_slots, positions + 1
-
-
-def mixed_rows_twin(
-    state: torch.Tensor,
-    batch_slots_T: torch.Tensor,
-    tokens_T: torch.Tensor,
-    positions_T: torch.Tensor,
-    unread_T: torch.Tensor,
-    *,
-    block_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    entries = state[batch_slots_T.long()]
-    blocks = entries.gather(1, (Column.TABLE + positions_T // block_size).long()[:, None])[:, 0]
-    tokens = torch.where(unread_T > 0, entries[:, Column.LAST], tokens_T)
-    return tokens, blocks * block_size + positions_T % block_size
-
-
 def advance(
     state: torch.Tensor, batch_slots_R: torch.Tensor, tokens_R: torch.Tensor, *, stored: int
 ) -> None:
@@ -123,16 +94,6 @@ def advance(
             state, batch_slots_R, tokens_R, len(batch_slots_R), state.shape[0] - 1, state.stride(0),
             STORED=stored, BLOCK=128, enable_fp_fusion=False,
         )  # fmt: skip
-
-
-def advance_twin(
-    state: torch.Tensor, batch_slots_R: torch.Tensor, tokens_R: torch.Tensor, *, stored: int
-) -> None:
-    is_owned = batch_slots_R < state.shape[0] - 1
-    slots = batch_slots_R[is_owned].long()
-    state[slots, Column.LAST] = tokens_R[is_owned]
-    state[slots, Column.LENGTH] += stored
-    state[slots, Column.INDEX] += 1
 
 
 @triton.jit(do_not_specialize=["count"])

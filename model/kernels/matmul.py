@@ -43,7 +43,7 @@ class Product:
         return self.values.stride(0) if self.num_parts > 1 else 0
 
     def sum_parts(self, dtype: torch.dtype) -> torch.Tensor:
-        """The product as [M, N]; for tests and twins."""
+        """The product as [M, N]."""
         if self.num_parts == 1:
             return self.values
         total = self.values[0]
@@ -136,27 +136,12 @@ def multiply(
     return Product(y, num_parts if apart else 1)
 
 
-def multiply_twin(
-    x_MK: torch.Tensor,
-    weight_NK: torch.Tensor,
-    bias_N: torch.Tensor | None = None,
-    *,
-    out_MN: torch.Tensor | None = None,
-    tiling: Tiling | None = None,  # noqa: ARG001 - the signature of `multiply`
-) -> Product:
-    """By torch's product, in float32 inside."""
-    bias = None if bias_N is None else bias_N.float()
-    y = functional.linear(x_MK.float(), weight_NK.float(), bias)
-    return Product(y.to(x_MK.dtype) if out_MN is None else out_MN.copy_(y))
-
-
 def multiply_by_vendor_blas(
     x_MK: torch.Tensor,
     weight_NK: torch.Tensor,
     bias_N: torch.Tensor | None = None,
     *,
     out_MN: torch.Tensor | None = None,
-    tiling: Tiling | None = None,  # noqa: ARG001 - the signature of `multiply`
 ) -> Product:
     """By torch's product (cuBLAS), whose order of sums depends on M: not exact.
 

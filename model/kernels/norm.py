@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional
 
 from model.kernels.matmul import Product, load_sum
 
@@ -49,23 +48,6 @@ def add_rms_norm(
         enable_fp_fusion=False,
     )
     return y
-
-
-def add_rms_norm_twin(
-    residual_TC: torch.Tensor,
-    delta: Product | None,
-    weight_C: torch.Tensor,
-    *,
-    eps: float,
-    rows_R: torch.Tensor | None = None,
-) -> torch.Tensor:
-    summed = residual_TC
-    if delta is not None:
-        summed = residual_TC + delta.sum_parts(residual_TC.dtype)
-    if rows_R is not None:
-        return functional.rms_norm(summed[rows_R.long()], weight_C.shape, weight_C, eps)
-    residual_TC.copy_(summed)
-    return functional.rms_norm(residual_TC, weight_C.shape, weight_C, eps)
 
 
 @triton.jit

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional
 
 from model.config import ModelConfig
 from model.kernels.matmul import Product, load_sum
@@ -82,39 +81,6 @@ def rotate_and_store(
         enable_fp_fusion=False,
     )
     return q_THD
-
-
-def rotate_and_store_twin(
-    qkv: Product,
-    heads: Heads,
-    *,
-    table: torch.Tensor,
-    positions_T: torch.Tensor,
-    kv_slots_T: torch.Tensor,
-    keys_XKD: torch.Tensor,
-    values_XKD: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    H, K, D = heads.num_heads, heads.num_kv_heads, heads.head_dim
-    q, k, v = qkv.sum_parts(dtype).unflatten(-1, (H + 2 * K, D)).split((H, K, K), dim=-2)
-    if heads.q_norm_D is not None and heads.k_norm_D is not None:
-        q = functional.rms_norm(q, (D,), heads.q_norm_D, heads.eps)
-        k = functional.rms_norm(k, (D,), heads.k_norm_D, heads.eps)
-    if heads.rotary:
-        cos, sin = (half[positions_T.long()].unsqueeze(1) for half in table)
-        q, k = (_rotate_twin(x, cos, sin) for x in (q, k))
-    keys_XKD[kv_slots_T.long()] = k.to(keys_XKD.dtype)
-    values_XKD[kv_slots_T.long()] = v.to(values_XKD.dtype)
-    queries: torch.Tensor = q.contiguous()
-    return queries
-
-
-def _rotate_twin(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = torch.chunk(x.float(), 2, dim=-1)
-    rotated: torch.Tensor = torch.cat(
-        (first * cos - second * sin, second * cos + first * sin), dim=-1
-    )
-    return rotated.type_as(x)
 
 
 @triton.jit(do_not_specialize=["num_positions"])

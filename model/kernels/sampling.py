@@ -17,14 +17,10 @@ Legend: R rows, V vocabulary, N chunks of a row; `entry`: a batch slot's row of 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from model.batch import SamplingBatch
 from model.kernels.head import Argmax, find_argmax, merge_argmax
 from model.kernels.inputs import (
     CHOICE,
@@ -35,9 +31,7 @@ from model.kernels.inputs import (
     TEMPERATURE,
     TOP_K,
     TOP_P,
-    Column,
 )
-from model.sampler import sample
 
 _CHUNK = 4096
 _CUT_BLOCK = 8192
@@ -83,32 +77,6 @@ def sample_tokens(
         BLOCK=block, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return tokens_R
-
-
-def sample_tokens_twin(
-    logits_RV: torch.Tensor,
-    state: torch.Tensor,
-    batch_slots_R: torch.Tensor,
-    *,
-    argmax: Argmax | None = None,  # noqa: ARG001 - the signature of `sample_tokens`
-    chunk: int = _CHUNK,  # noqa: ARG001
-) -> torch.Tensor:
-    """By the sampler itself, on the host."""
-    entries = state[batch_slots_R.long()].cpu().numpy()
-    halves = entries[:, [Column.SEED_LOW, Column.SEED_HIGH]].astype(np.uint32).astype(np.uint64)
-    floats = entries.view(np.float32)
-    plain = SamplingBatch.plain(len(entries), vocab_size=logits_RV.shape[1])
-    columns = replace(
-        plain,
-        seeds_R=halves[:, 0] | halves[:, 1] << np.uint64(32),
-        choices_R=entries[:, Column.CHOICE],
-        indices_R=entries[:, Column.INDEX],
-        temperatures_R=floats[:, Column.TEMPERATURE],
-        top_ks_R=entries[:, Column.TOP_K],
-        top_ps_R=floats[:, Column.TOP_P],
-        min_ps_R=floats[:, Column.MIN_P],
-    )
-    return sample(logits_RV.cpu(), columns).tokens_R.int().to(logits_RV.device)
 
 
 @triton.jit

@@ -13,30 +13,35 @@ import numpy as np
 import pytest
 import torch
 
-from model.kernels.activation import silu_mul, silu_mul_twin
+from model.kernels.activation import silu_mul
 from model.kernels.inputs import (
     Column,
     advance,
-    advance_twin,
     change,
-    change_twin,
     decode_rows,
-    decode_rows_twin,
     mixed_rows,
-    mixed_rows_twin,
 )
 from model.kernels.matmul import (
     Product,
     Tiling,
     multiply,
     multiply_by_vendor_blas,
-    multiply_twin,
     part_size,
     tiling_for,
 )
-from model.kernels.norm import add_rms_norm, add_rms_norm_twin
-from model.kernels.rotary import Heads, rotary_table, rotate_and_store, rotate_and_store_twin
+from model.kernels.norm import add_rms_norm
+from model.kernels.rotary import Heads, rotary_table, rotate_and_store
 from model.layers import rotate, rotation
+from tests.model.kernel_twins import (
+    add_rms_norm_twin,
+    advance_twin,
+    change_twin,
+    decode_rows_twin,
+    mixed_rows_twin,
+    multiply_twin,
+    rotate_and_store_twin,
+    silu_mul_twin,
+)
 from tests.support.builders import DEVICE, HALF, noise, tiny_model_config
 
 pytestmark = pytest.mark.slow

@@ -17,9 +17,13 @@ import torch
 
 from model.attention import ATTENTION
 from model.batch import Batch
-from model.kernels.activation import silu_mul, silu_mul_twin
+from model.kernels.activation import silu_mul
 from model.kernels.matmul import Product, multiply
-from model.kernels.norm import add_rms_norm, add_rms_norm_twin
+from model.kernels.norm import add_rms_norm
+from tests.model.kernel_twins import (
+    add_rms_norm_twin,
+    silu_mul_twin,
+)
 from tests.support.builders import DEVICE, HALF, Piece, make_batch, noise
 
 pytestmark = pytest.mark.slow

@@ -10,15 +10,18 @@ import torch
 from model.kernels.head import (
     Argmax,
     find_argmax,
-    find_argmax_twin,
     head,
-    head_twin,
     merge_argmax,
-    merge_argmax_twin,
 )
 from model.kernels.inputs import Column
-from model.kernels.matmul import Tiling, multiply, multiply_twin, tiling_for
+from model.kernels.matmul import Tiling, multiply, tiling_for
 from model.kernels.sampling import sample_tokens
+from tests.model.kernel_twins import (
+    find_argmax_twin,
+    head_twin,
+    merge_argmax_twin,
+    multiply_twin,
+)
 from tests.support.builders import DEVICE, HALF, noise
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,10 @@ import torch
 
 from model.kernels.head import head, merge_argmax
 from model.kernels.inputs import Column
-from model.kernels.sampling import sample_tokens, sample_tokens_twin
+from model.kernels.sampling import sample_tokens
+from tests.model.kernel_twins import (
+    sample_tokens_twin,
+)
 from tests.support.builders import DEVICE
 
 pytestmark = pytest.mark.slow

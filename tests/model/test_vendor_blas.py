@@ -18,7 +18,6 @@ from model.kernels.matmul import (
     Product,
     multiply,
     multiply_by_vendor_blas,
-    multiply_twin,
     part_size,
 )
 from model.kernels.norm import add_rms_norm
@@ -30,6 +29,7 @@ from model.runners.cuda.runner import CudaRunner
 from model.runners.cuda.workspace import Workspace, dry_step
 from model.runners.exactness import ExactnessCheck, check_exactness, check_for
 from service.settings import keep_sums_whole
+from tests.model.kernel_twins import multiply_twin
 from tests.support.builders import DEVICE, Piece, make_batch, tiny_model_config, tiny_weights
 
 pytestmark = pytest.mark.slow
