@@ -62,10 +62,10 @@ struct Product {
   Epilogue epilogue;
   float* out;
   size_t out_stride;
-  const int32_t* out_rows;  // ADD: [M] rows of `out`, or null: 0..M - 1
-  float* const* logits;  // HEAD: [M], null for a row without
-  const Prefetch* prefetch;    // or null
-  int first_segment;     // its index among the segments of all products that share `prefetch`
+  const int32_t* out_rows;   // ADD: [M] rows of `out`, or null: 0..M - 1
+  float* const* logits;      // HEAD: [M], null for a row without
+  const Prefetch* prefetch;  // or null
+  int first_segment;         // its index among the segments of all products that share `prefetch`
 };
 
 // The argmax of a row over some panels: the lowest id among equals; 0 if all are NaN.
@@ -80,7 +80,7 @@ struct Ahead {
   const int8_t* start;
   size_t step;
   const Prefetch* prefetch;  // or null
-  int segment;         // the first one of this tile
+  int segment;               // the first one of this tile
 };
 
 struct HeadShape {
@@ -103,8 +103,8 @@ struct Pool {
 // What the attention of the next layer will read: prefetched during products of many rows, which are
 // compute-bound and leave the memory idle.
 struct Prefetch {
-  const uint8_t* base;     // of its pool
-  const size_t* regions;   // offsets, in the order in which attention reads them
+  const uint8_t* base;    // of its pool
+  const size_t* regions;  // offsets, in the order in which attention reads them
   int count;
 };
 

@@ -13,11 +13,6 @@ constexpr int kQueriesOfTile = 64;  // ITEM_QUERIES of attention.inl
 constexpr int kRowsToPrefetch = 24;  // with fewer a step is memory-bound
 constexpr int kUnitsPerThread = 4;  // with fewer, attention is split along the context too
 
-// Rows at multiples of 512 bytes would fall into few sets of the L1 cache.
-size_t code_stride(int inputs_padded) {
-  return static_cast<size_t>(inputs_padded % 512 == 0 ? inputs_padded + K_STEP : inputs_padded);
-}
-
 }  // namespace
 
 size_t region_bytes(const QuireShape& shape) {
