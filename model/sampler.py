@@ -116,23 +116,28 @@ def _adjust(logits_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
     """Applies bias and penalties; returns the logits themselves if no row has any."""
     if not sampling.bias_rows_E.size and not sampling.penalty_rows_P.size:
         return logits_RV
-    device = logits_RV.device
     adjusted_RV = logits_RV.clone()
+    apply_bias_and_penalties(adjusted_RV, sampling)
+    return adjusted_RV
+
+
+def apply_bias_and_penalties(logits_RV: torch.Tensor, sampling: SamplingBatch) -> None:
+    """Adds biases, then applies penalties, in place."""
+    device = logits_RV.device
     if sampling.bias_rows_E.size:
         # Accumulated, because a client's bias and a forbidden end may meet in one token.
         rows_E, ids_E = _index(sampling.bias_rows_E, device), _index(sampling.bias_ids_E, device)
         values_E = torch.as_tensor(sampling.bias_values_E, device=device)
-        adjusted_RV.index_put_((rows_E, ids_E), values_E, accumulate=True)
+        logits_RV.index_put_((rows_E, ids_E), values_E, accumulate=True)
     if sampling.penalty_rows_P.size:
         rows, counts = sampling.penalty_rows_P, sampling.penalty_counts_P
         taken = sampling.frequency_R[rows] * counts + sampling.presence_R[rows] * (counts > 0)
         taken_P = torch.as_tensor(taken.astype(np.float32), device=device)
         repetition_P = torch.as_tensor(sampling.repetition_R[rows], device=device)
         at = (_index(rows, device), _index(sampling.penalty_ids_P, device))
-        old_P = adjusted_RV[at]
+        old_P = logits_RV[at]
         new_P = torch.where(old_P > 0, old_P / repetition_P, old_P * repetition_P)
-        adjusted_RV[at] = new_P - taken_P
-    return adjusted_RV
+        logits_RV[at] = new_P - taken_P
 
 
 def _choose(adjusted_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:

@@ -37,7 +37,7 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from model.parallel.ranks import FollowerProcesses
     from model.runners import Runner
-    from model.runners.choose import Choice
+    from model.runners.choose import SelectedRunner
 
 
 WHOLE_SUMS: Mapping[str, str] = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
@@ -135,7 +135,7 @@ def _load(settings: Settings, path: Path) -> Loaded:
                 max_sequences=settings.max_sequences,
             )
             if choice.name == "cuda":
-                options = replace(options, library_products=set_whole_sums())
+                options = replace(options, vendor_blas=set_whole_sums())
             tokenizer = load_tokenizer(path)
             runner, followers = _build(path, config, choice, options, num_ranks=num_ranks)
     except (ValueError, NativeUnavailable, ImportError) as error:
@@ -149,7 +149,7 @@ def _load(settings: Settings, path: Path) -> Loaded:
         tokenizer=tokenizer,
         card=card,
         seconds=0.0,
-        fallback_reason=choice.passed_over,
+        fallback_reason=choice.fallback_reason,
         options=options,
         followers=followers,
     )
@@ -167,7 +167,12 @@ def _runner_options(settings: Settings) -> RunnerOptions:
 
 
 def _build(
-    path: Path, config: ModelConfig, choice: Choice, options: RunnerOptions, *, num_ranks: int
+    path: Path,
+    config: ModelConfig,
+    choice: SelectedRunner,
+    options: RunnerOptions,
+    *,
+    num_ranks: int,
 ) -> tuple[Runner, FollowerProcesses | None]:
     """Returns the runner and, with tensor parallelism, the other ranks' processes."""
     from model.checkpoint import load_model

@@ -1,7 +1,7 @@
 """Attention backends: a Protocol, and a table from name to implementation.
 
-A backend reads the queries of a step and the paged K and V of their sequences. `reference` is the
-truth that every other is tested against.
+A backend reads the queries of a step and the paged K and V of their sequences. Every other backend
+is tested against `reference`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Attention(Protocol):
-    """Attention over the paged KV cache, prepared once a step and used by every layer."""
+    """Attention over the paged KV cache, prepared once per step and used by every layer."""
 
     def prepare(self, batch: Batch, *, block_size: int, device: torch.device) -> None:
         """Builds what all layers of this step share (index tensors, masks)."""

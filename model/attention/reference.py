@@ -1,6 +1,6 @@
 """Reference attention: one sequence, one head at a time, the softmax written out, in float64.
 
-The truth that other backends are tested against. Slow on purpose; not differentiable.
+Other backends are tested against it. Slow on purpose; not differentiable.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Paged attention out of torch's own operators: gathers blocks, then one fused attention call.
+"""Paged attention by torch's own operators: gathers blocks, then one fused attention call.
 
-Sequences with few queries (decoded tokens, verified guesses) attend together, in groups of like
+Sequences with few queries (decoded tokens, verified drafts) attend together, in groups of similar
 length so that padding stays small; a longer chunk of a prompt attends alone. The index tensors
-and masks are built once a step for each window that the layers have.
+and masks are built once per step for each window that the layers have.
 
-What was gathered beyond a context may be anything, NaN included. A mask does not stop NaN
+What is gathered beyond a context may be anything, NaN included. A mask does not stop NaN
 (0 · NaN = NaN), so groups overwrite it with zeros, and a chunk cuts it off.
 """
 
@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from model.batch import Batch
 
-FEW_QUERIES = 16  # up to so many a sequence, sequences attend in groups
-WORTH_A_GROUP = 32  # blocks of padding that cost as much as another group's calls
+FEW_QUERIES = 16  # sequences with at most so many attend in groups
+PADDING_PER_GROUP = 32  # blocks of padding that cost as much as the calls of another group
 
 Longs = npt.NDArray[np.int64]
 Hidden = npt.NDArray[np.bool_]
@@ -35,7 +35,9 @@ class _Group:
     size: tuple[int, int]  # S, n
     blocks: torch.Tensor  # [S * B]
     beyond: torch.Tensor | None  # gathered slots that hold no position of the context
-    mask: torch.Tensor | None  # added to the scores, [S, 1, n * (H / K), L], or 1 for H / K
+    mask: (
+        torch.Tensor | None
+    )  # added to the scores, [S, 1, n * (H / K), L]; if n is 1, [S, 1, 1, L]
 
     def attend(
         self,
@@ -131,7 +133,7 @@ class TorchPagedAttention:
 
 
 class _Step:
-    """The batch as index arithmetic: which sequences attend together, over which blocks."""
+    """Index arithmetic of a batch: which sequences attend together, over which blocks."""
 
     def __init__(self, batch: Batch, *, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
@@ -157,11 +159,11 @@ class _Step:
                     first, count = int(firsts_S[sequence]), int(counts_S[sequence])
                     yield self._chunk(sequence, first, count, window=window, dtype=dtype)
             else:
-                for alike in _alike(members, counts_S):
+                for group in _groups(members, counts_S):
                     mask_rows = sharing if length > 1 else 1  # of one query all rows are equal
-                    columns = firsts_S[alike][:, None] + np.arange(counts_S[alike].max())
+                    columns = firsts_S[group][:, None] + np.arange(counts_S[group].max())
                     yield self._group(
-                        alike, columns, window=window, mask_rows=mask_rows, dtype=dtype
+                        group, columns, window=window, mask_rows=mask_rows, dtype=dtype
                     )
 
     def _chunk(
@@ -169,8 +171,8 @@ class _Step:
     ) -> _Chunk:
         start, length = int(self._starts_S[sequence]), int(self._lengths_S[sequence])
         context, offset = int(self._contexts_S[sequence]), first * self.block_size
-        asked = np.arange(context - length, context)
-        hidden = _hidden(asked, np.arange(offset, context), window)
+        queries = np.arange(context - length, context)
+        hidden = _hidden(queries, np.arange(offset, context), window)
         plain = context == length and (window is None or window >= length)
         return _Chunk(
             rows=slice(start, start + length),
@@ -196,8 +198,8 @@ class _Step:
         positions = columns_SB[:, :, None] * self.block_size + np.arange(self.block_size)
         positions_SL = positions.reshape(len(members), -1)
         beyond = np.flatnonzero(positions_SL >= contexts_S1)
-        asked_Sn = contexts_S1 - length + np.arange(length)
-        hidden_SnL = _hidden(asked_Sn, positions_SL, window).repeat(mask_rows, axis=1)
+        queries_Sn = contexts_S1 - length + np.arange(length)
+        hidden_SnL = _hidden(queries_Sn, positions_SL, window).repeat(mask_rows, axis=1)
         rows = (self._starts_S[members][:, None] + np.arange(length)).ravel()
         together = rows[-1] - rows[0] + 1 == len(rows)
         return _Group(
@@ -216,20 +218,20 @@ class _Step:
         return mask.masked_fill_(torch.from_numpy(hidden), -torch.inf).to(self._device)
 
 
-def _hidden(asked: Longs, positions: Longs, window: int | None) -> Hidden:
-    """Which of the last axis of `positions` a query at `asked` does not see."""
-    ago = asked[..., :, None] - positions[..., None, :]
+def _hidden(queries: Longs, positions: Longs, window: int | None) -> Hidden:
+    """Which of the last axis of `positions` the queries, by position, do not see."""
+    ago = queries[..., :, None] - positions[..., None, :]
     hidden: Hidden = ago < 0 if window is None else (ago < 0) | (ago >= window)
     return hidden
 
 
-def _alike(members: Longs, counts_S: Longs) -> Iterator[Longs]:
-    """Cuts sequences into groups of which none pads more blocks than a further group is worth."""
+def _groups(members: Longs, counts_S: Longs) -> Iterator[Longs]:
+    """Groups sequences of similar length, so that none pads more than another group would cost."""
     longest_first = members[np.argsort(-counts_S[members], kind="stable")]
     start = padding = 0
     for index, sequence in enumerate(longest_first):
         missing = int(counts_S[longest_first[start]] - counts_S[sequence])
-        if padding + missing > WORTH_A_GROUP:
+        if padding + missing > PADDING_PER_GROUP:
             yield np.sort(longest_first[start:index])
             start, padding, missing = index, 0, 0
         padding += missing

@@ -1,7 +1,7 @@
 """Paged attention by the Triton kernels, as a backend like any other.
 
-It uploads a step's block tables and lengths and lets `model.kernels.attention` do the work. The
-cuda runner calls the kernels itself, because it keeps tables and lengths on the device.
+It uploads a step's block tables and lengths and calls `model.kernels.attention`. The cuda runner
+calls the kernels directly, because it keeps tables and lengths on the device.
 """
 
 from __future__ import annotations
@@ -10,26 +10,18 @@ import numpy as np
 import torch
 
 from model.batch import Batch
-from model.kernels.attention import Partials, WorkList, paged_attention
-
-_PROGRAMS_ON_CPU = 2  # the interpreter runs one after another
-
-
-def attention_programs(device: torch.device) -> int:
-    """Programs that work through the items: two fit on a multiprocessor."""
-    if device.type != "cuda":
-        return _PROGRAMS_ON_CPU
-    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+from model.kernels.attention import Partials, attention_programs, paged_attention
+from model.kernels.work_list import WorkList
 
 
 class TritonPagedAttention:
-    """Lists the items of a step once for each window that the layers have."""
+    """Lists the items of a step once per window that the layers have."""
 
     def __init__(self) -> None:
         self._batch: Batch | None = None
         self._block_size = 0
         self._programs = 0
-        self._starts_S1 = self._contexts_S = self._table_SB = self._seats_S = torch.zeros(0)
+        self._starts_S1 = self._contexts_S = self._table_SB = self._batch_slots_S = torch.zeros(0)
         self._prepared: dict[int | None, tuple[WorkList, Partials]] = {}
 
     def prepare(self, batch: Batch, *, block_size: int, device: torch.device) -> None:
@@ -39,7 +31,7 @@ class TritonPagedAttention:
         self._starts_S1 = torch.tensor(batch.query_starts_S1, device=device)
         self._contexts_S = torch.tensor(batch.context_lens_S, device=device)
         self._table_SB = torch.tensor(batch.block_table_SB, device=device)
-        self._seats_S = torch.arange(batch.num_sequences, dtype=torch.int32, device=device)
+        self._batch_slots_S = torch.arange(batch.num_sequences, dtype=torch.int32, device=device)
         self._prepared = {}
 
     def attend(
@@ -82,6 +74,6 @@ class TritonPagedAttention:
             group=group,
             device=device,
         )
-        work.fill(self._starts_S1, self._contexts_S, self._seats_S, window=window)
+        work.fill(self._starts_S1, self._contexts_S, self._batch_slots_S, window=window)
         num_heads, head_dim = heads
         return work, Partials(work, num_heads=num_heads, head_dim=head_dim, device=device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional
 
 from model.kernels.matmul import Product, load_sum
 
@@ -13,7 +12,7 @@ _BLOCK = 1024
 
 
 def silu_mul(gate_up: Product, *, dtype: torch.dtype) -> torch.Tensor:
-    """[T, 2F] -> [T, F] in `dtype`, which is also what both halves are rounded to first."""
+    """[T, 2F] -> [T, F] in `dtype`, to which both halves are rounded first."""
     T, double_width = gate_up.values.shape[-2:]
     width = double_width // 2
     y = torch.empty((T, width), dtype=dtype, device=gate_up.values.device)
@@ -30,14 +29,15 @@ def silu_mul(gate_up: Product, *, dtype: torch.dtype) -> torch.Tensor:
     return y
 
 
-def silu_mul_twin(gate_up: Product, *, dtype: torch.dtype) -> torch.Tensor:
-    """The same in torch."""
-    gate_TF, up_TF = gate_up.whole(dtype).chunk(2, dim=-1)
-    return functional.silu(gate_TF) * up_TF
-
-
 @triton.jit
-def _silu_mul(x_ptr, y_ptr, part_stride, F: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+def _silu_mul(
+    x_ptr,  # [T, 2F], or [PARTS, T, 2F]
+    y_ptr,  # [T, F]
+    part_stride,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < F

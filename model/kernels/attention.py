@@ -9,90 +9,36 @@ head and a run of splits:
     a chunk     |------------- one item: parts meet in registers --------|
 
 Inside a split the softmax runs in steps of STEP positions, and finished splits are merged in order
-of position, by the same arithmetic in both places. A row's bits therefore depend on its own
-position and context alone. Positions that a row may not see weigh exactly 0.
+of position, by the same arithmetic in both cases. A row's bits therefore depend on its own position
+and context alone. Positions that a row may not see weigh exactly 0.
 
-The items of a step are listed once, on the device, and read by every layer; a fixed number of
-programs work through the list. Nothing here is sized by what only the device knows.
+A fixed number of programs works through the items of a step (`model.kernels.work_list`).
 
-Legend: T rows, H query heads, K key heads, G = H / K, D head dimension, S sequences, X slots.
+Legend: T rows, H query heads, K key heads, G = H / K, D head dimension, X KV slots, B
+blocks of a block table. Of a softmax, as in FlashAttention: m largest score, l sum of weights p,
+acc weighted sum of values.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 import triton
 import triton.language as tl
 
-SPLIT = 512  # positions; part of what defines an answer's bits
-STEP = 64  # positions a step of the softmax; likewise
-ROWS = 64  # rows of a tile: one instruction's worth, also where a single query fills but a few
+from model.kernels.work_list import (
+    BATCH_SLOT,
+    FIRST_ROW,
+    FIRST_SPLIT,
+    ITEMS_OR_SPLITS,
+    POSITION,
+    QUERIES,
+    ROWS,
+    TILE_COLUMNS,
+    WorkList,
+)
 
-# Columns of the tile list, [tiles, 6] int32.
-_TILE_COLUMNS = 6
-
-
-class WorkList:
-    """Buffers for the items of a step; as large as the largest step needs.
-
-    tiles [.., 6]   first row of T, queries, position of the first, seat, first split, splits
-    items [.., 2]   tile, index of its first split (counted from the tile's first)
-    counts [2]      items, tiles
-    """
-
-    def __init__(
-        self,
-        *,
-        max_rows: int,
-        max_sequences: int,
-        max_context: int,
-        group: int,
-        device: torch.device,
-        split: int = SPLIT,
-    ) -> None:
-        self.split = split
-        self.queries = ROWS // group  # of one tile
-        self.max_splits = triton.cdiv(max_context, split)
-        self.max_tiles = max_sequences + triton.cdiv(max_rows, self.queries)
-        self.max_items = max_sequences * self.max_splits + self.max_tiles
-        self.tiles = torch.zeros((self.max_tiles, _TILE_COLUMNS), dtype=torch.int32, device=device)
-        self.items = torch.zeros((self.max_items, 2), dtype=torch.int32, device=device)
-        self.counts = torch.zeros(2, dtype=torch.int32, device=device)
-
-    def num_tiles(self, lengths: Iterable[int]) -> int:
-        """Tiles of a step whose sequences have so many queries each."""
-        return sum(-(-length // self.queries) for length in lengths)
-
-    def fill(
-        self,
-        starts_S1: torch.Tensor,
-        contexts_S: torch.Tensor,
-        batch_slots_S: torch.Tensor,
-        *,
-        window: int | None,
-    ) -> None:
-        """Lists the items of a step. `contexts_S` counts the tokens stored when it is done.
-
-        Every sequence has at least one query. `window`: positions a query sees, itself included.
-        """
-        S = len(batch_slots_S)
-        _list_items[(1,)](
-            starts_S1,
-            contexts_S,
-            batch_slots_S,
-            self.tiles,
-            self.items,
-            self.counts,
-            S,
-            0 if window is None else window,
-            QUERIES=self.queries,
-            SPLIT=self.split,
-            WINDOWED=window is not None,
-            BLOCK=max(16, triton.next_power_of_2(S)),
-            enable_fp_fusion=False,
-        )
+STEP = 64  # positions per step of the softmax; an answer's bits depend on it
+_PROGRAMS_ON_CPU = 2  # the interpreter runs one after another
 
 
 class Partials:
@@ -101,11 +47,19 @@ class Partials:
     def __init__(
         self, work: WorkList, *, num_heads: int, head_dim: int, device: torch.device
     ) -> None:
-        # One query a sequence is cut, so an item's index is a place of its own for G rows.
-        self.mixed = torch.empty(
+        # A split is stored only for single queries, so an item's index is a place of its own for
+        # G rows.
+        self.acc = torch.empty(
             (work.max_items, num_heads, head_dim), dtype=torch.float32, device=device
         )
-        self.sums = torch.empty((work.max_items, num_heads, 2), dtype=torch.float32, device=device)
+        self.ml = torch.empty((work.max_items, num_heads, 2), dtype=torch.float32, device=device)
+
+
+def attention_programs(device: torch.device) -> int:
+    """Programs that work through the items: two per multiprocessor."""
+    if device.type != "cuda":
+        return _PROGRAMS_ON_CPU
+    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def paged_attention(
@@ -124,8 +78,9 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attends each query to its sequence's positions up to its own; returns [T, H, D].
 
-    `work` was filled for the same step and window; `table_SB` is indexed by its seats. `merges` is
-    at least the number of the step's tiles, which the host knows (`WorkList.num_tiles`).
+    `work` was filled for the same step and window; `table_SB` is indexed by its batch slots.
+    `merges` is at least the number of the step's tiles, which the host knows
+    (`WorkList.num_tiles`).
     """
     H, D = q_THD.shape[1:]
     K = keys_XKD.shape[1]
@@ -143,8 +98,8 @@ def paged_attention(
         values_XKD,
         table_SB,
         out_THD,
-        partials.mixed,
-        partials.sums,
+        partials.acc,
+        partials.ml,
         work.tiles,
         work.items,
         work.counts,
@@ -162,8 +117,8 @@ def paged_attention(
     )
     _merge[(merges, K)](
         out_THD,
-        partials.mixed,
-        partials.sums,
+        partials.acc,
+        partials.ml,
         work.tiles,
         work.counts,
         SPLIT=work.split,
@@ -174,91 +129,30 @@ def paged_attention(
     return out_THD
 
 
-@triton.jit(do_not_specialize=["S", "window"])
-def _list_items(
-    starts_ptr,
-    contexts_ptr,
-    seats_ptr,
-    tiles_ptr,
-    items_ptr,
-    counts_ptr,
-    S,
-    window,
-    QUERIES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program: a lane a sequence, a step of the loop for each tile or split of the longest."""
-    lanes = tl.arange(0, BLOCK)
-    mask = lanes < S
-    start = tl.load(starts_ptr + lanes, mask=mask, other=0)
-    count = tl.load(starts_ptr + lanes + 1, mask=mask, other=0) - start
-    context = tl.load(contexts_ptr + lanes, mask=mask, other=0)
-    seat = tl.load(seats_ptr + lanes, mask=mask, other=0)
-    num_tiles = (count + QUERIES - 1) // QUERIES
-    single = count == 1
-    first_split = tl.zeros((BLOCK,), tl.int32)
-    if WINDOWED:
-        first_split = tl.maximum(context - window, 0) // SPLIT
-    single_items = (context + SPLIT - 1) // SPLIT - first_split
-    num_items = tl.where(single, single_items, num_tiles)
-    num_items = tl.where(mask, num_items, 0)
-    tile_end = tl.cumsum(num_tiles, axis=0)
-    item_end = tl.cumsum(num_items, axis=0)
-    tile_base = tile_end - num_tiles
-    item_base = item_end - num_items
-    tl.store(counts_ptr, tl.sum(num_items, axis=0))
-    tl.store(counts_ptr + 1, tl.sum(num_tiles, axis=0))
-
-    for index in range(tl.max(num_tiles, axis=0)):
-        here = mask & (index < num_tiles)
-        queries = tl.minimum(count - index * QUERIES, QUERIES)
-        position = context - count + index * QUERIES
-        low = tl.zeros((BLOCK,), tl.int32)
-        if WINDOWED:
-            low = tl.maximum(position + 1 - window, 0) // SPLIT
-        splits = (position + queries + SPLIT - 1) // SPLIT - low
-        row = tiles_ptr + (tile_base + index) * 6
-        tl.store(row, start + index * QUERIES, mask=here)
-        tl.store(row + 1, queries, mask=here)
-        tl.store(row + 2, position, mask=here)
-        tl.store(row + 3, seat, mask=here)
-        tl.store(row + 4, low, mask=here)
-        tl.store(row + 5, tl.where(single, item_base, splits), mask=here)
-        # Of a single query the last column tells where its items begin instead: their number
-        # follows from the position.
-    for index in range(tl.max(num_items, axis=0)):
-        here = mask & (index < num_items)
-        row = items_ptr + (item_base + index) * 2
-        tl.store(row, tile_base + tl.where(single, 0, index), mask=here)
-        tl.store(row + 1, tl.where(single, index, 0), mask=here)
-
-
 @triton.jit
-def _join(most, total, mixed, most_new, total_new, mixed_new):
+def _join(m_i, l_i, acc, m_new, l_new, acc_new):
     """Merges a later run of positions into an earlier one; either may have seen nothing."""
-    joint = tl.maximum(most, most_new)
+    joint = tl.maximum(m_i, m_new)
     safe = tl.where(joint == float("-inf"), 0.0, joint)
-    old = tl.exp2(most - safe)
-    new = tl.exp2(most_new - safe)
-    total = total * old + total_new * new
-    mixed = mixed * old[:, None] + mixed_new * new[:, None]
-    return joint, total, mixed
+    old = tl.exp2(m_i - safe)
+    new = tl.exp2(m_new - safe)
+    l_i = l_i * old + l_new * new
+    acc = acc * old[:, None] + acc_new * new[:, None]
+    return joint, l_i, acc
 
 
 @triton.jit(do_not_specialize=["window"])
 def _attend(
-    q_ptr,
-    keys_ptr,
-    values_ptr,
-    table_ptr,
-    out_ptr,
-    mixed_ptr,
-    sums_ptr,
-    tiles_ptr,
-    items_ptr,
-    counts_ptr,
+    q_ptr,  # [T, H, D]
+    keys_ptr,  # [X, K, D]
+    values_ptr,  # [X, K, D]
+    table_ptr,  # [batch slots, B]
+    out_ptr,  # [T, H, D]
+    acc_ptr,  # [items, H, D]
+    ml_ptr,  # [items, H, 2]
+    tiles_ptr,  # [tiles, 6]
+    items_ptr,  # [items, 2]
+    counts_ptr,  # [2]
     table_stride,
     scale,
     window,
@@ -283,13 +177,13 @@ def _attend(
     for work in range(tl.program_id(0), num_items, tl.num_programs(0)):
         item = work // K
         kv_head = work % K
-        tile = tiles_ptr + tl.load(items_ptr + item * 2) * 6
+        tile = tiles_ptr + tl.load(items_ptr + item * 2) * TILE_COLUMNS
         index = tl.load(items_ptr + item * 2 + 1)
-        first_row = tl.load(tile)
-        queries = tl.load(tile + 1)
-        position = tl.load(tile + 2)
-        blocks = table_ptr + tl.load(tile + 3).to(tl.int64) * table_stride
-        low = tl.load(tile + 4)
+        first_row = tl.load(tile + FIRST_ROW)
+        queries = tl.load(tile + QUERIES)
+        position = tl.load(tile + POSITION)
+        blocks = table_ptr + tl.load(tile + BATCH_SLOT).to(tl.int64) * table_stride
+        low = tl.load(tile + FIRST_SPLIT)
         end = position + queries  # the last query sees positions below this
         single = queries == 1
         num_splits = (end + SPLIT - 1) // SPLIT - low
@@ -301,61 +195,59 @@ def _attend(
         q_rows = (first_row + query).to(tl.int64) * H + head
         q_mask = row_mask[:, None] & dim_mask[None, :]
         q = tl.load(q_ptr + q_rows[:, None] * D + dims[None, :], mask=q_mask, other=0.0)
-        at = position + query
+        q_positions = position + query
 
-        all_most = tl.full((ROWS,), float("-inf"), tl.float32)
-        all_total = tl.zeros((ROWS,), tl.float32)
-        all_mixed = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        m_all = tl.full((ROWS,), float("-inf"), tl.float32)
+        l_all = tl.zeros((ROWS,), tl.float32)
+        acc_all = tl.zeros((ROWS, BLOCK_D), tl.float32)
         for split in range(low + index, low + index + run):
-            most = tl.full((ROWS,), float("-inf"), tl.float32)
-            total = tl.zeros((ROWS,), tl.float32)
-            mixed = tl.zeros((ROWS, BLOCK_D), tl.float32)
+            m_i = tl.full((ROWS,), float("-inf"), tl.float32)
+            l_i = tl.zeros((ROWS,), tl.float32)
+            acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
             begin = split * SPLIT
             if WINDOWED:
                 begin = tl.maximum(begin, tl.maximum(position + 1 - window, 0) // STEP * STEP)
             for step in range(begin, tl.minimum(split * SPLIT + SPLIT, end), STEP):
-                places = step + steps
-                stored = places < end
-                block = tl.load(blocks + places // BLOCK_SIZE, mask=stored, other=0)
-                slots = block.to(tl.int64) * BLOCK_SIZE + places % BLOCK_SIZE
-                offsets = (slots * K + kv_head)[:, None] * D + dims[None, :]
+                kv_positions = step + steps
+                stored = kv_positions < end
+                block = tl.load(blocks + kv_positions // BLOCK_SIZE, mask=stored, other=0)
+                kv_slots = block.to(tl.int64) * BLOCK_SIZE + kv_positions % BLOCK_SIZE
+                offsets = (kv_slots * K + kv_head)[:, None] * D + dims[None, :]
                 kv_mask = stored[:, None] & dim_mask[None, :]
                 k = tl.load(keys_ptr + offsets, mask=kv_mask, other=0.0).to(dtype)
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-                seen = places[None, :] <= at[:, None]
+                seen = kv_positions[None, :] <= q_positions[:, None]
                 if WINDOWED:
-                    seen = seen & (places[None, :] > at[:, None] - window)
+                    seen = seen & (kv_positions[None, :] > q_positions[:, None] - window)
                 scores = tl.where(seen, scores, float("-inf"))
-                most_new = tl.maximum(most, tl.max(scores, axis=1))
-                safe = tl.where(most_new == float("-inf"), 0.0, most_new)
-                weights = tl.exp2(scores - safe[:, None])
-                fade = tl.exp2(most - safe)
-                total = total * fade + tl.sum(weights, axis=1)
+                m_new = tl.maximum(m_i, tl.max(scores, axis=1))
+                safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+                p = tl.exp2(scores - safe[:, None])
+                fade = tl.exp2(m_i - safe)
+                l_i = l_i * fade + tl.sum(p, axis=1)
                 v = tl.load(values_ptr + offsets, mask=kv_mask, other=0.0).to(dtype)
-                mixed = mixed * fade[:, None]
-                mixed = tl.dot(weights.to(dtype), v, mixed, input_precision="ieee")
-                most = most_new
-            all_most, all_total, all_mixed = _join(
-                all_most, all_total, all_mixed, most, total, mixed
-            )
+                acc = acc * fade[:, None]
+                acc = tl.dot(p.to(dtype), v, acc, input_precision="ieee")
+                m_i = m_new
+            m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, l_i, acc)
         if run == num_splits:
-            share = all_mixed / tl.where(row_mask, all_total, 1.0)[:, None]
+            share = acc_all / tl.where(row_mask, l_all, 1.0)[:, None]
             tl.store(out_ptr + q_rows[:, None] * D + dims[None, :], share.to(dtype), mask=q_mask)
         else:
             part_rows = item.to(tl.int64) * H + head
-            tl.store(sums_ptr + part_rows * 2, all_most, mask=row_mask)
-            tl.store(sums_ptr + part_rows * 2 + 1, all_total, mask=row_mask)
-            parts = mixed_ptr + part_rows[:, None] * D + dims[None, :]
-            tl.store(parts, all_mixed, mask=q_mask)
+            tl.store(ml_ptr + part_rows * 2, m_all, mask=row_mask)
+            tl.store(ml_ptr + part_rows * 2 + 1, l_all, mask=row_mask)
+            parts = acc_ptr + part_rows[:, None] * D + dims[None, :]
+            tl.store(parts, acc_all, mask=q_mask)
 
 
 @triton.jit
 def _merge(
-    out_ptr,
-    mixed_ptr,
-    sums_ptr,
-    tiles_ptr,
-    counts_ptr,
+    out_ptr,  # [T, H, D]
+    acc_ptr,  # [items, H, D]
+    ml_ptr,  # [items, H, 2]
+    tiles_ptr,  # [tiles, 6]
+    counts_ptr,  # [2]
     SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
     H: tl.constexpr,
@@ -363,32 +255,32 @@ def _merge(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Joins the splits of a single query, in order of position."""
+    """Merges the splits of a single query, in order of position."""
     if tl.program_id(0) >= tl.load(counts_ptr + 1):
         return
-    tile = tiles_ptr + tl.program_id(0) * 6
-    if tl.load(tile + 1) > 1:
+    tile = tiles_ptr + tl.program_id(0) * TILE_COLUMNS
+    if tl.load(tile + QUERIES) > 1:
         return
-    num_splits = (tl.load(tile + 2) + SPLIT) // SPLIT - tl.load(tile + 4)
+    num_splits = (tl.load(tile + POSITION) + SPLIT) // SPLIT - tl.load(tile + FIRST_SPLIT)
     if num_splits == 1:
         return
-    first_item = tl.load(tile + 5).to(tl.int64)
+    first_item = tl.load(tile + ITEMS_OR_SPLITS).to(tl.int64)
     lanes = tl.arange(0, GROUP)
     dims = tl.arange(0, BLOCK_D)
     heads = tl.program_id(1) * (H // K) + lanes
     row_mask = lanes < H // K
     mask = row_mask[:, None] & (dims < D)[None, :]
-    most = tl.full((GROUP,), float("-inf"), tl.float32)
-    total = tl.zeros((GROUP,), tl.float32)
-    mixed = tl.zeros((GROUP, BLOCK_D), tl.float32)
+    m_i = tl.full((GROUP,), float("-inf"), tl.float32)
+    l_i = tl.zeros((GROUP,), tl.float32)
+    acc = tl.zeros((GROUP, BLOCK_D), tl.float32)
     for index in range(num_splits):
         rows = (first_item + index) * H + heads
-        most_new = tl.load(sums_ptr + rows * 2, mask=row_mask, other=0.0)
-        total_new = tl.load(sums_ptr + rows * 2 + 1, mask=row_mask, other=1.0)
-        parts = mixed_ptr + rows[:, None] * D + dims[None, :]
-        mixed_new = tl.load(parts, mask=mask, other=0.0)
-        most, total, mixed = _join(most, total, mixed, most_new, total_new, mixed_new)
-    share = mixed / total[:, None]
-    first_row = tl.load(tile).to(tl.int64)
+        m_new = tl.load(ml_ptr + rows * 2, mask=row_mask, other=0.0)
+        l_new = tl.load(ml_ptr + rows * 2 + 1, mask=row_mask, other=1.0)
+        parts = acc_ptr + rows[:, None] * D + dims[None, :]
+        acc_new = tl.load(parts, mask=mask, other=0.0)
+        m_i, l_i, acc = _join(m_i, l_i, acc, m_new, l_new, acc_new)
+    share = acc / l_i[:, None]
+    first_row = tl.load(tile + FIRST_ROW).to(tl.int64)
     out = out_ptr + (first_row * H + heads)[:, None] * D + dims[None, :]
     tl.store(out, share.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,17 +1,17 @@
-"""What a step reads and leaves behind on the device: seats, their columns, the rows made of them.
+"""The state of batch slots on the device, and the rows of a step that are made from it.
 
-All state of running sequences is one int32 tensor, a row a seat (floats by their bits):
+The state is one int32 tensor with a row per batch slot (floats by their bits):
 
     column   LAST    the newest token, sampled or given
-             LENGTH  tokens whose KV is stored: the next one's position
+             LENGTH  tokens whose KV is stored: the position of the next one
              INDEX   which token of the answer is sampled next
              SEED_LOW, SEED_HIGH, CHOICE, TEMPERATURE, TOP_K, TOP_P, MIN_P
              TABLE.. the block table, to the end of the row
 
-The last seat belongs to nobody: rows that only fill a step up sit there. Its table names a block
-of its own and its columns never change.
+The last row is the pad slot, that of padding rows. Its block table names a block of its own and its
+columns never change.
 
-Legend: T rows, S sequences, R rows that sample.
+Legend: T rows, S sequences, R rows that sample, N batch slots and the pad slot, C columns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import triton.language as tl
 
 
 class Column(IntEnum):
-    """Columns of the state. TABLE is where the block table begins."""
+    """Columns of the state. TABLE is the first of the block table."""
 
     LAST = 0
     LENGTH = 1
@@ -39,6 +39,12 @@ class Column(IntEnum):
     TABLE = 16
 
 
+# The same for kernels, which read no globals but constants of Triton.
+LAST, LENGTH, INDEX, SEED_LOW, SEED_HIGH, CHOICE, TEMPERATURE, TOP_K, TOP_P, MIN_P, TABLE = (
+    tl.constexpr(column.value) for column in Column
+)
+
+
 def change(state: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
     """state.flatten()[places] = values; places are distinct and below 2**31."""
     if len(places):
@@ -47,94 +53,57 @@ def change(state: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> N
         _change[grid](state, places, values, len(places), BLOCK=block, enable_fp_fusion=False)
 
 
-def change_twin(state: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
-    """The same in torch."""
-    state.view(-1)[places.long()] = values
-
-
 def decode_rows(
     state: torch.Tensor, batch_slots_S: torch.Tensor, *, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One row a seat: (tokens, positions, slots, contexts), all [S]."""
+    """One row per batch slot: (tokens, positions, KV slots, contexts), all [S]."""
     rows = torch.empty((4, len(batch_slots_S)), dtype=torch.int32, device=state.device)
     _rows[(triton.cdiv(len(batch_slots_S), 128),)](
         state, batch_slots_S, rows, rows, rows, rows, len(batch_slots_S), state.stride(0),
         BLOCK_SIZE=block_size, GIVEN=False, BLOCK=128, enable_fp_fusion=False,
     )  # fmt: skip
-    tokens, positions, slots, contexts = rows
-    return tokens, positions, slots, contexts
+    tokens, positions, kv_slots, contexts = rows
+    return tokens, positions, kv_slots, contexts
 
 
 def mixed_rows(
     state: torch.Tensor,
-    seats_T: torch.Tensor,
+    batch_slots_T: torch.Tensor,
     tokens_T: torch.Tensor,
     positions_T: torch.Tensor,
     unread_T: torch.Tensor,
     *,
     block_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, slots) of rows given by the host; an unread row's token is its seat's newest."""
-    T = len(seats_T)
+    """(tokens, KV slots) of rows given by the host; an unread row's token is its slot's newest."""
+    T = len(batch_slots_T)
     rows = torch.empty((4, T), dtype=torch.int32, device=state.device)
     _rows[(triton.cdiv(T, 128),)](
-        state, seats_T, tokens_T, positions_T, unread_T, rows, T, state.stride(0),
+        state, batch_slots_T, tokens_T, positions_T, unread_T, rows, T, state.stride(0),
         BLOCK_SIZE=block_size, GIVEN=True, BLOCK=128, enable_fp_fusion=False,
     )  # fmt: skip
     return rows[0], rows[2]
 
 
-def decode_rows_twin(
-    state: torch.Tensor, batch_slots_S: torch.Tensor, *, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same in torch."""
-    own = state[batch_slots_S.long()]
-    positions = own[:, Column.LENGTH]
-    blocks = own.gather(1, (Column.TABLE + positions // block_size).long()[:, None])[:, 0]
-    slots = blocks * block_size + positions % block_size
-    return own[:, Column.LAST], positions, slots, positions + 1
-
-
-def mixed_rows_twin(
-    state: torch.Tensor,
-    seats_T: torch.Tensor,
-    tokens_T: torch.Tensor,
-    positions_T: torch.Tensor,
-    unread_T: torch.Tensor,
-    *,
-    block_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in torch."""
-    own = state[seats_T.long()]
-    blocks = own.gather(1, (Column.TABLE + positions_T // block_size).long()[:, None])[:, 0]
-    tokens = torch.where(unread_T > 0, own[:, Column.LAST], tokens_T)
-    return tokens, blocks * block_size + positions_T % block_size
-
-
 def advance(
-    state: torch.Tensor, seats_R: torch.Tensor, tokens_R: torch.Tensor, *, stored: int
+    state: torch.Tensor, batch_slots_R: torch.Tensor, tokens_R: torch.Tensor, *, stored: int
 ) -> None:
-    """Leaves the sampled tokens in their seats and counts them; `stored` is added to LENGTH."""
-    if len(seats_R):
-        _advance[(triton.cdiv(len(seats_R), 128),)](
-            state, seats_R, tokens_R, len(seats_R), state.shape[0] - 1, state.stride(0),
+    """Writes the sampled tokens to their batch slots and counts them; adds `stored` to LENGTH."""
+    if len(batch_slots_R):
+        _advance[(triton.cdiv(len(batch_slots_R), 128),)](
+            state, batch_slots_R, tokens_R, len(batch_slots_R), state.shape[0] - 1, state.stride(0),
             STORED=stored, BLOCK=128, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def advance_twin(
-    state: torch.Tensor, seats_R: torch.Tensor, tokens_R: torch.Tensor, *, stored: int
-) -> None:
-    """The same in torch."""
-    owned = seats_R < state.shape[0] - 1
-    seats = seats_R[owned].long()
-    state[seats, Column.LAST] = tokens_R[owned]
-    state[seats, Column.LENGTH] += stored
-    state[seats, Column.INDEX] += 1
-
-
 @triton.jit(do_not_specialize=["count"])
-def _change(state_ptr, places_ptr, values_ptr, count, BLOCK: tl.constexpr):
+def _change(
+    state_ptr,  # [N, C], flat
+    places_ptr,  # [count]
+    values_ptr,  # [count]
+    count,
+    BLOCK: tl.constexpr,
+):
     lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = lanes < count
     places = tl.load(places_ptr + lanes, mask=mask, other=0)
@@ -143,51 +112,52 @@ def _change(state_ptr, places_ptr, values_ptr, count, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def _rows(
-    state_ptr,
-    seats_ptr,
-    tokens_ptr,
-    positions_ptr,
-    unread_ptr,
-    out_ptr,
+    state_ptr,  # [N, C]
+    batch_slots_ptr,  # [count]
+    tokens_ptr,  # [count]; this and the next two if GIVEN
+    positions_ptr,  # [count]
+    unread_ptr,  # [count]
+    out_ptr,  # [4, count]: token, position, KV slot, context
     count,
     stride,
     BLOCK_SIZE: tl.constexpr,
     GIVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rows of a step, [4, count]: token, position, slot, context."""
+    """Makes the rows of a step."""
     lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = lanes < count
-    own = state_ptr + tl.load(seats_ptr + lanes, mask=mask, other=0) * stride
-    token = tl.load(own, mask=mask, other=0)
+    entry = state_ptr + tl.load(batch_slots_ptr + lanes, mask=mask, other=0) * stride
+    token = tl.load(entry + LAST, mask=mask, other=0)
     if GIVEN:
         position = tl.load(positions_ptr + lanes, mask=mask, other=0)
         unread = tl.load(unread_ptr + lanes, mask=mask, other=0) > 0
         token = tl.where(unread, token, tl.load(tokens_ptr + lanes, mask=mask, other=0))
     else:
-        position = tl.load(own + 1, mask=mask, other=0)
-    block = tl.load(own + 16 + position // BLOCK_SIZE, mask=mask, other=0)
+        position = tl.load(entry + LENGTH, mask=mask, other=0)
+    block = tl.load(entry + TABLE + position // BLOCK_SIZE, mask=mask, other=0)
     tl.store(out_ptr + lanes, token, mask=mask)
     tl.store(out_ptr + count + lanes, position, mask=mask)
     tl.store(out_ptr + 2 * count + lanes, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=mask)
     tl.store(out_ptr + 3 * count + lanes, position + 1, mask=mask)
 
 
-@triton.jit(do_not_specialize=["count", "nobody"])
+@triton.jit(do_not_specialize=["count", "pad_slot"])
 def _advance(
-    state_ptr,
-    seats_ptr,
-    tokens_ptr,
+    state_ptr,  # [N, C]
+    batch_slots_ptr,  # [count]
+    tokens_ptr,  # [count]
     count,
-    nobody,
+    pad_slot,
     stride,
     STORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    seats = tl.load(seats_ptr + lanes, mask=lanes < count, other=nobody)
-    mask = seats < nobody
-    own = state_ptr + seats * stride
-    tl.store(own, tl.load(tokens_ptr + lanes, mask=mask, other=0), mask=mask)
-    tl.store(own + 1, tl.load(own + 1, mask=mask, other=0) + STORED, mask=mask)
-    tl.store(own + 2, tl.load(own + 2, mask=mask, other=0) + 1, mask=mask)
+    slots = tl.load(batch_slots_ptr + lanes, mask=lanes < count, other=pad_slot)
+    mask = slots < pad_slot
+    entry = state_ptr + slots * stride
+    tl.store(entry + LAST, tl.load(tokens_ptr + lanes, mask=mask, other=0), mask=mask)
+    length, index = entry + LENGTH, entry + INDEX
+    tl.store(length, tl.load(length, mask=mask, other=0) + STORED, mask=mask)
+    tl.store(index, tl.load(index, mask=mask, other=0) + 1, mask=mask)

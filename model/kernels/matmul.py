@@ -1,14 +1,14 @@
 """Products with weight matrices: y = x · wᵀ + bias, the sum over K in one order whatever M is.
 
-    K is cut into parts, as many as the shape [N, K] of the weight asks for and never M:
+    K is split into parts, whose number depends on the shape [N, K] of the weight and never on M:
 
         |-- part 0 --|-- part 1 --|-- part 2 --|     a part: one chain of matrix instructions
         bias + p0    (.. + p1)    (.. + p2)          parts: added in order, rounded once
 
-Few rows: a program a part, so that every multiprocessor streams weights; the parts go to memory
-in float32 and whoever reads the product adds them up (`load_sum`). Many rows: one program adds all
-parts. Both give the same bits. The weight is the instruction's first operand and the rows of x its
-second: a small M then asks for a narrow instruction of the same kind, not for another kind.
+Few rows: one program per part, so that every multiprocessor streams weights; the parts go to
+memory in float32, and the reader of the product adds them up (`load_sum`). Many rows: one program
+adds all parts. Both give the same bits. The weight is the instruction's first operand and the rows
+of x its second: a small M then takes a narrow instruction of the same kind, not another kind.
 
 Legend: M rows, N outputs, K inputs, P parts.
 """
@@ -23,16 +23,16 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-_PART_AT_LEAST = 256  # inputs a part; below, the parts' own traffic outweighs the weights'
-_PROGRAMS = 264  # two for each multiprocessor of the chips this was sized for; changes no rule of M
-_MOST_PARTS = 16
-_SHARED = 200 * 1024  # bytes of shared memory that a program may take
+_MIN_PART = 256  # inputs per part; below, the parts' own traffic outweighs the weights'
+_PROGRAMS = 264  # two per multiprocessor of the chips this was sized for; independent of M
+_MAX_PARTS = 16
+_SHARED = 200 * 1024  # bytes of shared memory per program
 INPUTS = 128  # K of one tile, the same in every tiling; a part is a whole number of tiles
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A product, whole as [M, N], or in parts to be added in order: [P, M, N] in float32."""
+    """A product: [M, N], or in parts that are added in order: [P, M, N] in float32."""
 
     values: torch.Tensor
     num_parts: int = 1
@@ -42,8 +42,8 @@ class Product:
         """Elements from one part to the next."""
         return self.values.stride(0) if self.num_parts > 1 else 0
 
-    def whole(self, dtype: torch.dtype) -> torch.Tensor:
-        """The sum of the parts, [M, N]; for tests and twins."""
+    def sum_parts(self, dtype: torch.dtype) -> torch.Tensor:
+        """The product as [M, N]."""
         if self.num_parts == 1:
             return self.values
         total = self.values[0]
@@ -54,7 +54,7 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a product is laid out on the chip. It decides speed and no bit."""
+    """How a product is laid out on the chip. It affects speed and no bit."""
 
     rows: int
     outputs: int
@@ -86,7 +86,7 @@ def tiling_for(num_rows: int) -> Tiling:
 def part_size(num_outputs: int, num_inputs: int) -> int:
     """Inputs of a part, a function of the weight's shape alone."""
     wanted = triton.cdiv(_PROGRAMS, triton.cdiv(num_outputs, 64))
-    parts = max(1, min(wanted, num_inputs // _PART_AT_LEAST, _MOST_PARTS))
+    parts = max(1, min(wanted, num_inputs // _MIN_PART, _MAX_PARTS))
     return int(triton.cdiv(triton.cdiv(num_inputs, parts), INPUTS) * INPUTS)
 
 
@@ -98,7 +98,7 @@ def multiply(
     out_MN: torch.Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> Product:
-    """Computes x · wᵀ + bias: in parts where rows are few, whole into `out_MN` if given."""
+    """Computes x · wᵀ + bias: in parts if rows are few, else or with `out_MN` as [M, N]."""
     M, K = x_MK.shape
     N = weight_NK.shape[0]
     tiling = tiling or tiling_for(M)
@@ -136,31 +136,16 @@ def multiply(
     return Product(y, num_parts if apart else 1)
 
 
-def multiply_twin(
+def multiply_by_vendor_blas(
     x_MK: torch.Tensor,
     weight_NK: torch.Tensor,
     bias_N: torch.Tensor | None = None,
     *,
     out_MN: torch.Tensor | None = None,
-    tiling: Tiling | None = None,  # noqa: ARG001 - the signature of `multiply`
 ) -> Product:
-    """The same out of torch's own product, in float32 inside."""
-    bias = None if bias_N is None else bias_N.float()
-    y = functional.linear(x_MK.float(), weight_NK.float(), bias)
-    return Product(y.to(x_MK.dtype) if out_MN is None else out_MN.copy_(y))
+    """By torch's product (cuBLAS), whose order of sums depends on M: not exact.
 
-
-def multiply_by_library(
-    x_MK: torch.Tensor,
-    weight_NK: torch.Tensor,
-    bias_N: torch.Tensor | None = None,
-    *,
-    out_MN: torch.Tensor | None = None,
-    tiling: Tiling | None = None,  # noqa: ARG001 - the signature of `multiply`
-) -> Product:
-    """The same by torch's product (cuBLAS), whose order of sums depends on M: not exact.
-
-    What exactness costs is measured against this.
+    The cost of exactness is measured against this.
     """
     y = functional.linear(x_MK, weight_NK, bias_N)
     return Product(y if out_MN is None else out_MN.copy_(y))
@@ -177,7 +162,7 @@ def load_sum(ptr, offsets, mask, part_stride, PARTS: tl.constexpr):
 
 @triton.jit
 def place_tile(M, N: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr):
-    """Which tile of rows and which of outputs this program computes."""
+    """The tile of rows and the tile of outputs that this program computes."""
     # Tiles of eight row tiles side by side share their weights in the L2 cache.
     GROUP: tl.constexpr = 8
     num_row_tiles = tl.cdiv(M, ROWS)
@@ -191,9 +176,9 @@ def place_tile(M, N: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr):
 
 @triton.jit
 def sum_tile(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
+    x_ptr,  # [M, K]
+    w_ptr,  # [N, K]
+    bias_ptr,  # [N], if HAS_BIAS
     rows,
     outputs,
     first_part,
@@ -208,7 +193,7 @@ def sum_tile(
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """A tile of yᵀ, [OUTPUTS, ROWS] in float32. The only place where an order of sums is chosen."""
+    """A tile of yᵀ, [OUTPUTS, ROWS] in float32. The only place that determines an order of sums."""
     row_mask = rows < M
     output_mask = outputs < N
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
@@ -236,10 +221,10 @@ def sum_tile(
 
 @triton.jit(do_not_specialize=["M"])
 def _product(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    y_ptr,
+    x_ptr,  # [M, K]
+    w_ptr,  # [N, K]
+    bias_ptr,  # [N], if HAS_BIAS
+    y_ptr,  # [M, N], or [P, M, N]
     M,
     x_stride,
     N: tl.constexpr,

@@ -1,7 +1,8 @@
-"""Add and RMSNorm: what a sublayer gave goes onto the residual stream, and the next one's input
-comes out normalised. One program a row; a row's sum has one order whatever the number of rows.
+"""Add and RMSNorm: adds a sublayer's output to the residual stream, normalises for the next one.
 
-Legend: T rows, C hidden size, R rows that are read on.
+One program per row; a row's sum has one order whatever the number of rows.
+
+Legend: T rows, C hidden size, R selected rows.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional
 
 from model.kernels.matmul import Product, load_sum
 
@@ -22,10 +22,10 @@ def add_rms_norm(
     eps: float,
     rows_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Adds delta to the residual, in place; returns the RMSNorm of it, [T, C].
+    """Adds delta to the residual, in place; returns its RMSNorm, [T, C].
 
-    With `rows_R` only those rows are read, the residual stays as it is, and [R, C] comes back: the
-    stream's end, where most rows are not needed any more.
+    With `rows_R` it reads only those rows, leaves the residual unchanged and returns [R, C]: at the
+    end of the stream most rows are not needed any more.
     """
     C = residual_TC.shape[1]
     num_rows = len(residual_TC) if rows_R is None else len(rows_R)
@@ -43,48 +43,30 @@ def add_rms_norm(
         C=C,
         BLOCK=triton.next_power_of_2(C),
         PARTS=0 if delta is None else delta.num_parts,
-        CHOSEN=rows_R is not None,
+        SELECTED=rows_R is not None,
         num_warps=4 if C <= 2048 else 8,
         enable_fp_fusion=False,
     )
     return y
 
 
-def add_rms_norm_twin(
-    residual_TC: torch.Tensor,
-    delta: Product | None,
-    weight_C: torch.Tensor,
-    *,
-    eps: float,
-    rows_R: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The same in torch."""
-    summed = residual_TC
-    if delta is not None:
-        summed = residual_TC + delta.whole(residual_TC.dtype)
-    if rows_R is not None:
-        return functional.rms_norm(summed[rows_R.long()], weight_C.shape, weight_C, eps)
-    residual_TC.copy_(summed)
-    return functional.rms_norm(residual_TC, weight_C.shape, weight_C, eps)
-
-
 @triton.jit
 def _add_rms_norm(
-    residual_ptr,
-    delta_ptr,
-    weight_ptr,
-    rows_ptr,
-    y_ptr,
+    residual_ptr,  # [T, C]
+    delta_ptr,  # [T, C], or [PARTS, T, C]
+    weight_ptr,  # [C]
+    rows_ptr,  # [R], if SELECTED
+    y_ptr,  # [T, C], or [R, C]
     part_stride,
     eps,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
-    CHOSEN: tl.constexpr,
+    SELECTED: tl.constexpr,
 ):
     out = tl.program_id(0).to(tl.int64)
     row = out
-    if CHOSEN:
+    if SELECTED:
         row = tl.load(rows_ptr + out).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < C
@@ -94,7 +76,7 @@ def _add_rms_norm(
     if PARTS > 0:
         delta = load_sum(delta_ptr, offsets, mask, part_stride, PARTS).to(dtype)
         rounded = (x + delta.to(tl.float32)).to(dtype)
-        if not CHOSEN:
+        if not SELECTED:
             tl.store(residual_ptr + offsets, rounded, mask=mask)
         x = rounded.to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)

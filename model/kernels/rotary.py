@@ -1,6 +1,6 @@
 """After the QKV product: norm of each query and key head, rotary positions, K and V to the pool.
 
-Legend: T rows, H query heads, K key heads, D head dimension, X slots of the pool.
+Legend: T rows, H query heads, K key heads, D head dimension, X KV slots.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional
 
 from model.config import ModelConfig
 from model.kernels.matmul import Product, load_sum
 from model.layers import inverse_frequencies
 
-_HEADS = 8  # heads a program
+_HEADS = 8  # heads per program
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
-    """How the columns of a QKV product divide into heads, and what is done to each."""
+    """How the columns of a QKV product divide into heads, and what is applied to each."""
 
     num_heads: int
     num_kv_heads: int
@@ -39,25 +38,25 @@ def rotary_table(config: ModelConfig, device: torch.device) -> torch.Tensor:
     return torch.stack((angles.cos(), angles.sin()))
 
 
-def place_heads(
+def rotate_and_store(
     qkv: Product,
     heads: Heads,
     *,
     table: torch.Tensor,
     positions_T: torch.Tensor,
-    slots_T: torch.Tensor,
+    kv_slots_T: torch.Tensor,
     keys_XKD: torch.Tensor,
     values_XKD: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Queries [T, H, D] in `dtype`; K and V are in their slots of the pool when it is done."""
+    """Returns queries [T, H, D] in `dtype`; stores K and V in their KV slots."""
     T = qkv.values.shape[-2]
     H, K, D = heads.num_heads, heads.num_kv_heads, heads.head_dim
     q_THD = torch.empty((T, H, D), dtype=dtype, device=qkv.values.device)
     if T == 0:
         return q_THD
     normed = heads.q_norm_D is not None
-    _place_heads[(T, triton.cdiv(H + 2 * K, _HEADS))](
+    _rotate_and_store[(T, triton.cdiv(H + 2 * K, _HEADS))](
         qkv.values,
         q_THD,
         keys_XKD,
@@ -66,7 +65,7 @@ def place_heads(
         heads.k_norm_D if normed else table,
         table,
         positions_T,
-        slots_T,
+        kv_slots_T,
         qkv.part_stride,
         table.shape[1],
         heads.eps,
@@ -84,51 +83,17 @@ def place_heads(
     return q_THD
 
 
-def place_heads_twin(
-    qkv: Product,
-    heads: Heads,
-    *,
-    table: torch.Tensor,
-    positions_T: torch.Tensor,
-    slots_T: torch.Tensor,
-    keys_XKD: torch.Tensor,
-    values_XKD: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The same in torch."""
-    H, K, D = heads.num_heads, heads.num_kv_heads, heads.head_dim
-    q, k, v = qkv.whole(dtype).unflatten(-1, (H + 2 * K, D)).split((H, K, K), dim=-2)
-    if heads.q_norm_D is not None and heads.k_norm_D is not None:
-        q = functional.rms_norm(q, (D,), heads.q_norm_D, heads.eps)
-        k = functional.rms_norm(k, (D,), heads.k_norm_D, heads.eps)
-    if heads.rotary:
-        cos, sin = (half[positions_T.long()].unsqueeze(1) for half in table)
-        q, k = (_rotate_twin(x, cos, sin) for x in (q, k))
-    keys_XKD[slots_T.long()] = k.to(keys_XKD.dtype)
-    values_XKD[slots_T.long()] = v.to(values_XKD.dtype)
-    queries: torch.Tensor = q.contiguous()
-    return queries
-
-
-def _rotate_twin(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = torch.chunk(x.float(), 2, dim=-1)
-    turned: torch.Tensor = torch.cat(
-        (first * cos - second * sin, second * cos + first * sin), dim=-1
-    )
-    return turned.type_as(x)
-
-
 @triton.jit(do_not_specialize=["num_positions"])
-def _place_heads(
-    qkv_ptr,
-    q_ptr,
-    keys_ptr,
-    values_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    table_ptr,
-    positions_ptr,
-    slots_ptr,
+def _rotate_and_store(
+    qkv_ptr,  # [T, (H + 2K) * D], or [PARTS, T, (H + 2K) * D]
+    q_ptr,  # [T, H, D]
+    keys_ptr,  # [X, K, D]
+    values_ptr,  # [X, K, D]
+    q_norm_ptr,  # [D], if NORMED
+    k_norm_ptr,  # [D], if NORMED
+    table_ptr,  # [2, num_positions, D / 2]
+    positions_ptr,  # [T]
+    kv_slots_ptr,  # [T]
     part_stride,
     num_positions,
     eps,
@@ -167,10 +132,10 @@ def _place_heads(
         angles = table_ptr + position * HALF + half
         cos = tl.load(angles, mask=inside, other=0.0)
         sin = tl.load(angles + num_positions.to(tl.int64) * HALF, mask=inside, other=0.0)
-        turned = a * cos - b * sin
+        rotated = a * cos - b * sin
         b = b * cos + a * sin
-        a = turned
-    slot = tl.load(slots_ptr + row).to(tl.int64)
+        a = rotated
+    slot = tl.load(kv_slots_ptr + row).to(tl.int64)
     query = q_ptr + (row * H + heads) * D + half
     is_query = inside & (heads < H)
     tl.store(query, a.to(dtype), mask=is_query)

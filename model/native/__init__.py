@@ -1,6 +1,6 @@
 """The native step: a C++ library that computes a whole step of a decoder on a CPU, in 8 bits.
 
-    build.py      sources -> a shared library, compiled where a compiler is found
+    build.py      sources -> a shared library, compiled if a compiler is found
     library.py    the library's C interface, typed
     quantize.py   canonical weights -> rotated, quantised, packed weights of the library
     src/          the step itself; kernels.h is where to begin
@@ -12,4 +12,4 @@ from __future__ import annotations
 
 
 class NativeUnavailable(RuntimeError):
-    """The native step cannot be used here; the message says why, in one line."""
+    """The native step cannot be used on this machine; the message is a reason in one line."""

@@ -1,10 +1,10 @@
-"""Builds the native library: found ready beside the package, found in the cache, or compiled there.
+"""Builds the native library, or finds it in the package or in the cache.
 
-A library's file name holds a hash of its sources and flags, so a stale one is never loaded, and one
-that is being written is never seen: it is compiled elsewhere and renamed. Two processes may build
-at once; both make the same file. Each build removes the libraries that were not asked for longest;
-a process that runs one goes on, because a file lives as long as it is mapped.
-`python -m model.native.build` builds beside the package.
+A library's file name holds a hash of its sources and flags, so a stale one is never loaded. It is
+compiled in a scratch folder and renamed, so an unfinished one is never seen; two processes may
+build at once and make the same file. Each build removes the least recently used libraries; a
+process that runs one keeps it, because a mapped file survives its removal.
+`python -m model.native.build` builds into the package.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ _SOURCES = Path(__file__).parent / "src"
 _BESIDE = Path(__file__).parent / "lib"
 _COMPILERS = ("g++", "clang++", "c++")
 _KEPT = 8  # libraries in a folder: one or two versions of the sources, with the builds of the tests
-_ABANDONED = 3600.0  # seconds after which nobody builds any more
+_ABANDONED = 3600.0  # seconds after which a scratch folder is left over from a broken build
 
-# No -ffast-math, and no product and sum fused but where the sources say so: the bits of a result
-# must not depend on the compiler. Sources that are not a variant run on any machine.
+# No -ffast-math, and no fused product and sum except for `fma` in the sources: the bits of a
+# result must not depend on the compiler. Objects other than the variants run on any machine.
 _FLAGS = (
     "-std=c++17", "-O3", "-g1", "-fPIC", "-pthread", "-fvisibility=hidden",
     "-ffp-contract=off", "-fno-strict-aliasing",
 )  # fmt: skip
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
-_VARIANTS: dict[str, tuple[str, ...]] = {
-    "variant_avx2": _AVX2,
-    "variant_avxvnni": (*_AVX2, "-mavxvnni"),
-    "variant_avx512": _AVX512,
-    "variant_amx": (*_AVX512, "-mamx-tile", "-mamx-int8"),
+_VARIANTS: dict[str, tuple[str, ...]] = {  # each a compilation of variant.cpp
+    "portable": (),
+    "avx2": _AVX2,
+    "avxvnni": (*_AVX2, "-mavxvnni"),
+    "avx512": _AVX512,
+    "amx": (*_AVX512, "-mamx-tile", "-mamx-int8"),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
-    """What to compile: ordinary by default; tests add emulated tiles or sanitizers."""
+    """What to compile: the plain library by default; tests add emulated tiles or sanitizers."""
 
     defines: tuple[str, ...] = ()
     extra_flags: tuple[str, ...] = ()
@@ -64,12 +65,12 @@ class Build:
 
 
 def default_cache() -> Path:
-    """Where libraries are kept that were compiled at first use."""
+    """The folder of libraries that were compiled at first use."""
     return Path.home() / ".cache" / "quire" / "native"
 
 
 def find_or_build(build: Build | None = None, *, cache: Path | None = None) -> Path:
-    """The library's path. Raises NativeUnavailable with the reason where there can be none."""
+    """The library's path. Raises NativeUnavailable with the reason if it cannot be built."""
     build = build or Build()
     cache = cache or default_cache()
     name = build.file_name
@@ -77,13 +78,13 @@ def find_or_build(build: Build | None = None, *, cache: Path | None = None) -> P
         return _BESIDE / name
     if (cache / name).is_file():
         with suppress(OSError):  # of another user
-            (cache / name).touch()  # by this it is among the last to be removed
+            (cache / name).touch()  # removal goes by this time
         return cache / name
     return compile_into(cache, build)
 
 
 def compile_into(folder: Path, build: Build) -> Path:
-    """Compiles and puts the library into a folder. Raises NativeUnavailable."""
+    """Compiles the library into a folder. Raises NativeUnavailable."""
     if sys.platform != "linux":
         raise NativeUnavailable(f"the native step needs Linux, and this is {sys.platform}")
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
@@ -101,9 +102,9 @@ def compile_into(folder: Path, build: Build) -> Path:
 
 
 def _remove_stale(folder: Path) -> None:
-    """All libraries but the last that were built or asked for, and builds that were broken off.
+    """Removes all libraries but the most recently used, and scratch folders of broken builds.
 
-    Another process may do the same, so that anything may be gone already.
+    Another process may do the same, so any of them may be gone already.
     """
     with suppress(OSError):
         libraries = sorted(folder.glob("libquire-*.so"), key=_last_touched, reverse=True)
@@ -119,21 +120,25 @@ def _last_touched(path: Path) -> float:
 
 
 def _compile(compiler: str, build: Build, scratch: Path) -> Path:
-    """One object a source, as many at once as there are processors, then the library."""
+    """Compiles the objects, as many at once as there are processors, and links them."""
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    sources = [p for p in sorted(_SOURCES.glob("*.cpp")) if is_x86 or p.stem not in _VARIANTS]
-    flags = (*_FLAGS, *build.extra_flags, *(f"-D{name}" for name in build.defines))
+    sources = [path for path in sorted(_SOURCES.glob("*.cpp")) if path.stem != "variant"]
+    units: list[tuple[str, Path, tuple[str, ...]]] = [(path.stem, path, ()) for path in sources]
+    for name, flags in _VARIANTS.items():
+        if is_x86 or name == "portable":
+            units.append((name, _SOURCES / "variant.cpp", (f"-DQUIRE_VARIANT={name}", *flags)))
+    common = (*_FLAGS, *build.extra_flags, *(f"-D{name}" for name in build.defines))
 
-    def compile_one(source: Path) -> Path:
-        target = scratch / f"{source.stem}.o"
-        variant = _VARIANTS.get(source.stem, ())
-        _call([compiler, *flags, *variant, "-c", str(source), "-o", str(target)])
+    def compile_one(unit: tuple[str, Path, tuple[str, ...]]) -> Path:
+        name, source, flags = unit
+        target = scratch / f"{name}.o"
+        _call([compiler, *common, *flags, "-c", str(source), "-o", str(target)])
         return target
 
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compile_one, sources))
+        objects = list(pool.map(compile_one, units))
     library = scratch / "libquire.so"
-    _call([compiler, *flags, "-shared", *map(str, objects), "-o", str(library)])
+    _call([compiler, *common, "-shared", *map(str, objects), "-o", str(library)])
     return library
 
 
@@ -146,7 +151,7 @@ def _call(command: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Builds beside the package, unless that was done; says where, or in one line why not."""
+    """Builds into the package if necessary; prints the path, or exits with the reason."""
     made = _BESIDE / Build().file_name
     try:
         sys.stdout.write(f"{made if made.is_file() else compile_into(_BESIDE, Build())}\n")

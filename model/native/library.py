@@ -1,7 +1,7 @@
 """The native library's C interface, typed. Structures mirror src/quire.h field by field.
 
-Calls release the interpreter lock. Arrays passed in must be contiguous and of the stated type; the
-library checks every index in a step, but not the lengths of arrays.
+Calls release the GIL. Arrays must be contiguous and of the stated type; the library checks every
+index in a step, but not the lengths of arrays.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from model.native import NativeUnavailable
 from model.native.build import find_or_build
 
 _ERROR_BYTES = 256
-EVERYTHING = 2**31 - 1  # a window that hides nothing
+NO_WINDOW = 2**31 - 1
 
 
 class LinearKind(IntEnum):
-    """Which product of a layer a matrix belongs to; HEAD has no layer."""
+    """The products of a layer, and the head, which has no layer."""
 
     QKV = 0
     OUT = 1
@@ -35,32 +35,9 @@ class LinearKind(IntEnum):
     HEAD = 4
 
 
-class _Shape(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("vocab", "hidden", "layers", "heads", "kv_heads")),
-        *((name, ctypes.c_int32) for name in ("dim", "width", "block_size", "num_blocks")),
-        *((name, ctypes.c_int32) for name in ("max_rows", "max_positions", "hadamard")),
-        *((name, ctypes.c_int32) for name in ("qkv_bias", "qk_norm", "wide_cache")),
-        *((name, ctypes.c_int32) for name in ("threads", "compute_threads", "compute_rows")),
-        ("norm_eps", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("windows", "has_rotary", "cosines", "sines")),
-    )
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        *(
-            (name, ctypes.c_int32)
-            for name in ("rows", "sequences", "table_width", "outputs", "keeps_rows")
-        ),
-        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "query_starts")),
-        *((name, ctypes.c_void_p) for name in ("block_table", "output_rows", "logits", "best")),
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Everything the library must know of a network and of how it is to be run."""
+    """Sizes of a network and of how it is run; mirrors QuireShape."""
 
     vocab: int
     hidden: int
@@ -80,14 +57,37 @@ class Shape:
     compute_threads: int
     compute_rows: int
     norm_eps: float
-    windows: Sequence[int]  # one a layer
-    has_rotary: Sequence[bool]
+    windows: Sequence[int]  # per layer
+    has_rotary: Sequence[bool]  # per layer
     cosines: Floats  # [positions, D / 2]
     sines: Floats
 
 
+_C_TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
+    "int": ctypes.c_int32,
+    "bool": ctypes.c_int32,
+    "float": ctypes.c_float,
+}
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *((field.name, _C_TYPES.get(str(field.type), ctypes.c_void_p)) for field in fields(Shape)),
+        ("max_positions", ctypes.c_int32),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("rows", "sequences", "table_width", "outputs")),
+        ("keeps_rows", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "query_starts")),
+        *((name, ctypes.c_void_p) for name in ("block_table", "output_rows", "logits", "argmax")),
+    )
+
+
 class NativeLibrary:
-    """A loaded library. Raises NativeUnavailable where the file cannot be loaded."""
+    """A loaded library. Raises NativeUnavailable if the file cannot be loaded."""
 
     def __init__(self, path: Path | None = None) -> None:
         try:
@@ -98,7 +98,7 @@ class NativeLibrary:
 
     @property
     def variants(self) -> list[str]:
-        """Variants this machine can run, best first."""
+        """Instruction sets that this machine can run, best first."""
         text = ctypes.create_string_buffer(_ERROR_BYTES)
         self.calls.quire_variants(text, _ERROR_BYTES)
         return text.value.decode().split()
@@ -110,7 +110,7 @@ class NativeLibrary:
     def product(
         self, weight_NK: Floats, x_MK: Floats, *, variant: str, bias_N: Floats | None = None
     ) -> Floats:
-        """Computes x W^T + bias in 8 bits, as the layers do: for tests."""
+        """Computes x W^T + bias in 8 bits, as the layers do; for tests."""
         y_MN = np.empty((len(x_MK), len(weight_NK)), np.float32)
         bias = None if bias_N is None else bias_N.ctypes.data
         outputs, inputs = weight_NK.shape
@@ -124,7 +124,7 @@ class NativeLibrary:
 
 
 class NativeModel:
-    """One network inside the library: weights, KV pool, threads. Closed once, by its owner."""
+    """One network inside the library: weights, KV pool, threads."""
 
     def __init__(self, library: NativeLibrary, shape: Shape, *, variant: str = "") -> None:
         self.shape = shape
@@ -139,7 +139,7 @@ class NativeModel:
 
     @property
     def variant(self) -> str:
-        """The variant that was chosen."""
+        """The instruction set in use."""
         name: bytes = self._calls.quire_variant(self._handle)
         return name.decode()
 
@@ -147,7 +147,7 @@ class NativeModel:
         self, matrix: Floats, *, axis: int, power: int, odd: int = 1,
         signs: Floats | None = None, mix: Floats | None = None,
     ) -> None:  # fmt: skip
-        """In place, blocks of power * odd along an axis of a matrix; see quantize.Rotation."""
+        """Rotates blocks of power * odd along an axis, in place; see quantize.Rotation."""
         rows, columns = matrix.shape
         self._calls.quire_rotate(
             self._handle, matrix.ctypes.data, rows, columns, axis, power, odd,
@@ -176,36 +176,36 @@ class NativeModel:
         self, *, tokens_T: Ints, positions_T: Ints, query_starts_S1: Ints, block_table_SB: Ints,
         output_rows_R: Ints, logits: Mapping[int, Floats], keeps_rows: bool = False,
     ) -> Ints:  # fmt: skip
-        """Runs the layers over T rows, the head over R of them; returns the likeliest tokens.
+        """Runs the layers over T rows, the head over R of them; returns the argmax of each.
 
         `logits`: for rows of R, where their V logits go. T = 0 runs the head alone, over rows of
-        the step before: of those that went through the head, or of any where it `keeps_rows`.
+        the step before: those that went through the head or, if it `keeps_rows`, any.
         Raises ValueError for a step that does not fit the model.
         """
-        best_R = np.empty(len(output_rows_R), np.int32)
+        argmax_R = np.empty(len(output_rows_R), np.int32)
         arrays = (tokens_T, positions_T, query_starts_S1, block_table_SB, output_rows_R)
         places = np.zeros(len(output_rows_R), np.uintp)
         for row, logits_V in logits.items():
             places[row] = logits_V.ctypes.data
         pointed: list[npt.NDArray[Any]] = [np.ascontiguousarray(a, np.int32) for a in arrays]
-        pointed += [places, best_R]
+        pointed += [places, argmax_R]
         step = _Step(
             len(tokens_T), len(query_starts_S1) - 1, block_table_SB.shape[1], len(output_rows_R),
             keeps_rows, *(array.ctypes.data for array in pointed),
         )  # fmt: skip
         if self._calls.quire_step(self._handle, ctypes.byref(step), self._error, _ERROR_BYTES):
             raise ValueError(self._error.value.decode())
-        return best_R
+        return argmax_R
 
     def close(self) -> None:
-        """Ends the threads and gives the memory back. May be called again."""
+        """Ends the threads and frees the memory. May be called again."""
         if self._handle:
             self._calls.quire_destroy(self._handle)
         self._handle = None
 
 
 def usable_cpus() -> int:
-    """Processors this process may use: its affinity, and a container's quota."""
+    """Processors that this process may use, by its affinity and its container's quota."""
     cpus = len(os.sched_getaffinity(0))
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.is_file():
@@ -216,7 +216,7 @@ def usable_cpus() -> int:
 
 
 def usable_cores() -> int:
-    """Physical cores among them: two threads of a core share its multipliers."""
+    """Physical cores among the usable processors: threads of one core share its multipliers."""
     siblings = set()
     for cpu in os.sched_getaffinity(0):
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
@@ -232,17 +232,13 @@ def _mirror(shape: Shape) -> tuple[_Shape, list[npt.NDArray[Any]]]:
         "cosines": np.ascontiguousarray(shape.cosines, np.float32),
         "sines": np.ascontiguousarray(shape.sines, np.float32),
     }
-    mirrored = _Shape(max_positions=len(shape.cosines))
-    for name, *_ in _Shape._fields_:
-        if name in arrays:
-            setattr(mirrored, name, arrays[name].ctypes.data)
-        elif name != "max_positions":
-            setattr(mirrored, name, getattr(shape, name))
-    return mirrored, list(arrays.values())
+    values = {field.name: getattr(shape, field.name) for field in fields(shape)}
+    values |= {name: array.ctypes.data for name, array in arrays.items()}
+    return _Shape(**values, max_positions=len(shape.cosines)), list(arrays.values())
 
 
 def _declare(calls: ctypes.CDLL) -> None:
-    """Types of arguments and results; ctypes would take every pointer for an int."""
+    """Declares types of arguments and results; ctypes would truncate pointers to ints."""
     pointer, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
     i32, i64 = ctypes.c_int32, ctypes.c_int64
     signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {

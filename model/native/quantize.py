@@ -2,18 +2,19 @@
 
 Plain 8-bit activations cost this kind of model several percent of perplexity, because a few
 channels are much larger than the rest. As in QuaRot (Ashkboos et al., arXiv 2404.00456), orthogonal
-matrices that spread them are folded into the weights; in exact arithmetic they change nothing:
+matrices that spread these outliers are folded into the weights; in exact arithmetic they change
+nothing:
 
-    R  turns the residual stream: embedding and head inputs, inputs of qkv and gate_up, outputs of
+    R  rotates the residual stream: embedding and head inputs, inputs of qkv and gate_up, outputs of
        out and down. The weights of the norms are folded into the next product first, because a
-       turned vector can be normalised, but not scaled channel by channel.
-    H  turns each V head, in the V rows of qkv and the inputs of out.
-    H' turns blocks of the input of down; the step itself applies it before the product.
+       rotated vector can be normalised, but not scaled channel by channel.
+    H  rotates each V head, in the V rows of qkv and the inputs of out.
+    H' rotates blocks of the input of down; the step itself applies it before the product.
 
     R = (mix (x) Hadamard) diag(signs): see Rotation. The head is then another matrix than the
-    embedding, even where the checkpoint ties them.
+    embedding, even if the checkpoint ties them.
 
-The arithmetic is the library's, in an order of its own, so that every machine makes equal weights.
+The library computes all of this, in a fixed order, so that every machine makes equal weights.
 Random numbers come from Python's generator with a fixed seed: a rotation is part of the kernel
 version, which the numeric class names.
 """
@@ -32,11 +33,11 @@ from model.batch import Floats
 from model.config import ModelConfig
 from model.layers import scaled
 from model.native.library import LinearKind, NativeModel
-from model.runners import Weights
+from model.weights import Weights
 
 _SEED = 20240400456
 _LARGEST_BLOCK = 512  # of the transform at run time
-_EMBEDDING_ROWS = 4096  # turned at once
+_EMBEDDING_ROWS = 4096  # rotated at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +51,12 @@ class Rotation:
 
 
 def power_of_two_in(size: int) -> int:
-    """The largest power of two that divides it."""
+    """The largest power of two that divides `size`."""
     return size & -size
 
 
 def residual_rotation(size: int) -> Rotation:
-    """The rotation of a residual stream of this width; the same on every machine."""
+    """R for a residual stream of this width; the same on every machine."""
     power = power_of_two_in(size)
     odd = size // power
     draw = random.Random(_SEED)
@@ -65,13 +66,13 @@ def residual_rotation(size: int) -> Rotation:
 
 
 def hadamard_block(width: int) -> int:
-    """Block of the transform before the product down of an MLP of this width."""
+    """The block of H' for an MLP of this width."""
     return min(power_of_two_in(width), _LARGEST_BLOCK)
 
 
 def load(model: NativeModel, config: ModelConfig, weights: Weights) -> None:
-    """Folds, turns, quantises and packs everything; `weights` themselves are left as they are."""
-    _Loading(model, config, weights).run()
+    """Folds, rotates, quantises and packs all weights; `weights` itself is not modified."""
+    _Loader(model, config, weights).run()
 
 
 def rotary_tables(config: ModelConfig, positions: int) -> tuple[Floats, Floats]:
@@ -88,9 +89,7 @@ def rotary_tables(config: ModelConfig, positions: int) -> tuple[Floats, Floats]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-class _Loading:
-    """One model's way into the library."""
-
+class _Loader:
     def __init__(self, model: NativeModel, config: ModelConfig, weights: Weights) -> None:
         self._model, self._config, self._weights = model, config, weights
         self._residual = residual_rotation(config.hidden_size)
@@ -106,14 +105,14 @@ class _Loading:
 
     def _embedding(self, start: int) -> None:
         rows = self._take("embed.weight", rows=slice(start, start + _EMBEDDING_ROWS))
-        self._turn(rows, axis=1)
+        self._rotate(rows, axis=1)
         self._model.load_embedding(start, rows)
 
     def _head(self) -> None:
         name = "embed.weight" if self._config.tied_head else "head.weight"
         matrix = self._take(name)
         matrix *= self._take("norm.weight")
-        self._turn(matrix, axis=1)
+        self._rotate(matrix, axis=1)
         self._model.load_linear(LinearKind.HEAD, matrix)
 
     def _layer(self, layer: int) -> None:
@@ -122,10 +121,10 @@ class _Loading:
         self._out(layer, prefix)
         gate_up = self._take(prefix + "mlp.gate_up.weight")
         gate_up *= self._take(prefix + "mlp_norm.weight")
-        self._turn(gate_up, axis=1)
+        self._rotate(gate_up, axis=1)
         self._model.load_linear(LinearKind.GATE_UP, gate_up, layer=layer)
         down = self._take(prefix + "mlp.down.weight")
-        self._turn(down, axis=0)
+        self._rotate(down, axis=0)
         self._model.rotate(down, axis=1, power=hadamard_block(self._config.intermediate_size))
         self._model.load_linear(LinearKind.DOWN, down, layer=layer)
 
@@ -133,13 +132,13 @@ class _Loading:
         config, bias = self._config, None
         matrix = self._take(prefix + "attention.qkv.weight")
         matrix *= self._take(prefix + "attention_norm.weight")
-        self._turn(matrix, axis=1)
+        self._rotate(matrix, axis=1)
         values = slice(config.query_size + config.kv_size, None)
-        if self._turns_values:
+        if self._rotates_values:
             self._model.rotate(matrix[values], axis=0, power=config.head_dim)
         if config.qkv_bias:
             bias = self._take(prefix + "attention.qkv.bias")
-            if self._turns_values:
+            if self._rotates_values:
                 self._model.rotate(bias[values, None], axis=0, power=config.head_dim)
         self._model.load_linear(LinearKind.QKV, matrix, layer=layer, bias_N=bias)
         if config.qk_norm:
@@ -148,17 +147,17 @@ class _Loading:
 
     def _out(self, layer: int, prefix: str) -> None:
         matrix = self._take(prefix + "attention.out.weight")
-        self._turn(matrix, axis=0)
-        if self._turns_values:
+        self._rotate(matrix, axis=0)
+        if self._rotates_values:
             self._model.rotate(matrix, axis=1, power=self._config.head_dim)
         self._model.load_linear(LinearKind.OUT, matrix, layer=layer)
 
     @property
-    def _turns_values(self) -> bool:
+    def _rotates_values(self) -> bool:
         return power_of_two_in(self._config.head_dim) == self._config.head_dim
 
-    def _turn(self, matrix: Floats, *, axis: int) -> None:
-        """Turns the axis that is the residual stream."""
+    def _rotate(self, matrix: Floats, *, axis: int) -> None:
+        """Rotates the axis that is the residual stream."""
         r = self._residual
         mix = r.mix if r.odd > 1 else None
         self._model.rotate(matrix, axis=axis, power=r.power, odd=r.odd, signs=r.signs, mix=mix)

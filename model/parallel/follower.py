@@ -1,7 +1,7 @@
 """A follower of tensor parallelism, as a process: `python -m model.parallel.follower SOCKET`.
 
-It reads its `Order` from the socket, its number inherited, and lives as long as the leader: at the
-socket's end it ends at once, whatever it was doing. Nothing heavy is imported before it looks.
+It reads its `RankSpec` from the socket, whose number is inherited, and exits when the socket
+closes, whatever it was doing: it does not outlive the leader. Heavy imports come after that check.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from queue import SimpleQueue
 
 
 def main() -> None:
-    """A follower's whole life. Exits with 2, and a line to the leader, for what cannot be built."""
+    """Runs a follower. On errors of the build it sends one line to the leader and exits with 2."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the leader ends when its answers have
     leader = Connection(int(sys.argv[1]))
     try:
-        order = leader.recv_bytes()
+        spec = leader.recv_bytes()
     except EOFError:
         sys.exit(1)
     inbox: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_listen, args=(leader, inbox), name="listen", daemon=True).start()
     try:
-        _serve(order, leader, inbox)
+        _serve(spec, leader, inbox)
     except (ValueError, ImportError) as error:
         leader.send_bytes(str(error).encode())
         sys.exit(2)
 
 
 def _listen(leader: Connection, inbox: SimpleQueue[bytes]) -> None:
-    """Hands on what the leader says; there is no life after it."""
+    """Puts the leader's messages into the inbox; exits the process when the socket closes."""
     try:
         while True:
             inbox.put(leader.recv_bytes())
@@ -42,26 +42,26 @@ def _listen(leader: Connection, inbox: SimpleQueue[bytes]) -> None:
 
 
 def _serve(text: bytes, leader: Connection, inbox: SimpleQueue[bytes]) -> None:
-    """Loads, meets the others, follows."""
+    """Loads, connects to the other ranks, follows."""
     import torch
     import torch.distributed as dist
 
     from model.memory import return_free_memory
-    from model.parallel.ranks import LOADED, Order, build_share, device_of, read_share
+    from model.parallel.ranks import LOADED, RankSpec, build_share, device_of, read_share
     from model.parallel.runner import follow
     from model.parallel.shares import connect
 
-    order = Order.from_json(text)
-    device = device_of(order)
+    spec = RankSpec.from_json(text)
+    device = device_of(spec)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    config, model = read_share(order)
+    config, model = read_share(spec)
     leader.send_bytes(LOADED)
-    group = connect(rank=order.rank, num_ranks=order.num_ranks, port=order.port, device=device)
-    runner = build_share(order, config, model, group)
+    group = connect(rank=spec.rank, num_ranks=spec.num_ranks, port=spec.port, device=device)
+    runner = build_share(spec, config, model, group)
     del model
     return_free_memory()
-    follow(runner, group, hear=inbox.get)
+    follow(runner, group, receive=inbox.get)
     dist.destroy_process_group()
 
 

@@ -1,10 +1,10 @@
-"""The ranks of tensor parallelism in step: a leader that is a runner, and those who follow it.
+"""The ranks of tensor parallelism in step: a leader that is a runner, and its followers.
 
-    leader (rank 0)     tells each follower what it is about to do, then does it
-    follower            does what it hears, in that order, until it hears the end
+    leader (rank 0)     sends each follower the call that it is about to make, then makes it
+    follower            makes the calls that it receives, in order, until CLOSE
 
-Words go from host to host and not through the devices' sums: a follower that waits for one costs
-nothing and for as long as there is nothing to do, and steps are launched ahead in all ranks alike.
+Commands go from host to host and not through the devices' collectives: a follower waits for one
+without cost and without a time limit, and all ranks launch steps ahead alike.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from model.runners import OverlappedRunner, Runner, StepHandle, overlapped
 
 
 class RankLost(Exception):
-    """A rank ended. What the others compute is nonsense from then on."""
+    """A rank ended. What the others compute is invalid from then on."""
 
 
 class Followers(Protocol):
-    """The other ranks, as the leader sees them."""
+    """The other ranks, from the leader's point of view."""
 
-    def tell(self, message: bytes) -> None:
+    def send(self, message: bytes) -> None:
         """Sends a message to each of them. Raises RankLost."""
         ...
 
-    def check(self, *, patience: float = 0.0) -> None:
-        """Raises RankLost where one of them ended, or does within `patience` seconds."""
+    def check(self, *, timeout: float = 0.0) -> None:
+        """Raises RankLost if one of them has ended, or ends within `timeout` seconds."""
         ...
 
-    def dismiss(self, message: bytes) -> None:
+    def send_last(self, message: bytes) -> None:
         """Sends a last message, after which they end."""
         ...
 
@@ -47,8 +47,8 @@ class Followers(Protocol):
         ...
 
 
-class _Word(IntEnum):
-    """What the leader says; the first byte of a message."""
+class _Command(IntEnum):
+    """The first byte of a message from the leader."""
 
     RUN = 1
     LAUNCH = 2
@@ -58,7 +58,7 @@ class _Word(IntEnum):
 
 
 class ParallelRunner:
-    """The leader: a runner that lets the followers do what it does."""
+    """The leader: a runner whose calls the followers repeat. Its methods raise RankLost."""
 
     def __init__(
         self,
@@ -70,42 +70,39 @@ class ParallelRunner:
     ) -> None:
         self.config = config
         self.block_size = local.block_size
-        self.num_blocks = _least(local.num_blocks, group)
+        self.num_blocks = _min_over_ranks(local.num_blocks, group)
         self.exact = False
         self.numeric_class = f"{local.numeric_class}-tp{group.size()}-inexact"
         self._local = local
         self._followers = followers
 
     def run(self, batch: Batch) -> StepOutput:
-        """Computes the step on all ranks. Raises RankLost."""
-        self._say(_Word.RUN, encode(batch, None))
-        with self._all_there():
+        self._send(_Command.RUN, encode(batch, None))
+        with self._checking_ranks():
             return self._local.run(batch)
 
     def warm_up(self) -> None:
-        """Warms all ranks up."""
-        self._say(_Word.WARM_UP)
-        with self._all_there():
+        self._send(_Command.WARM_UP)
+        with self._checking_ranks():
             self._local.warm_up()
 
     def close(self) -> None:
-        """Ends all ranks."""
-        self._followers.dismiss(bytes([_Word.CLOSE]))
+        self._followers.send_last(bytes([_Command.CLOSE]))
         self._local.close()
         self._followers.close()
 
-    def _say(self, word: _Word, body: bytes = b"") -> None:
-        self._followers.tell(bytes([word]) + body)
+    def _send(self, command: _Command, body: bytes = b"") -> None:
+        self._followers.send(bytes([command]) + body)
 
     @contextmanager
-    def _all_there(self) -> Iterator[None]:
-        """Raises RankLost instead of what came of it, be it an error or a result."""
+    def _checking_ranks(self) -> Iterator[None]:
+        """Raises RankLost in place of an error or a result if a rank has ended."""
         try:
             yield
         except RuntimeError:
-            self._followers.check(patience=2.0)
+            self._followers.check(timeout=2.0)
             raise
-        self._followers.check()  # a sum that was broken off looks like any other
+        self._followers.check()  # an aborted sum looks like any other
 
 
 class OverlappedParallelRunner(ParallelRunner):
@@ -123,59 +120,56 @@ class OverlappedParallelRunner(ParallelRunner):
         self._ahead = local
 
     def run(self, batch: Batch) -> StepOutput:
-        """Computes the step on all ranks. Raises RankLost."""
         return self.collect(self.launch(batch))
 
     def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
-        """Starts the step on all ranks; see `OverlappedRunner`. Raises RankLost."""
-        self._say(_Word.LAUNCH, encode(batch, unread_T))
-        with self._all_there():
+        """Starts the step on all ranks; see `OverlappedRunner`."""
+        self._send(_Command.LAUNCH, encode(batch, unread_T))
+        with self._checking_ranks():
             return self._ahead.launch(batch, unread_T=unread_T)
 
     def collect(self, handle: StepHandle) -> StepOutput:
-        """Waits for the oldest step under way. Raises RankLost."""
-        self._say(_Word.COLLECT)
-        with self._all_there():
+        self._send(_Command.COLLECT)
+        with self._checking_ranks():
             return self._ahead.collect(handle)
 
 
 def lead(
     local: Runner, group: dist.ProcessGroup, *, config: ModelConfig, followers: Followers
 ) -> ParallelRunner:
-    """The leader of ranks like `local`, which is its own; `config` is the whole network's."""
+    """The leader, whose own rank is `local`; `config` is that of the whole network."""
     ahead = overlapped(local)
     if ahead is None:
         return ParallelRunner(local, group, config=config, followers=followers)
     return OverlappedParallelRunner(ahead, group, config=config, followers=followers)
 
 
-def follow(local: Runner, group: dist.ProcessGroup, *, hear: Callable[[], bytes]) -> None:
-    """A follower's life: does what the leader does until it closes. `hear` waits for a message."""
-    _least(local.num_blocks, group)
+def follow(local: Runner, group: dist.ProcessGroup, *, receive: Callable[[], bytes]) -> None:
+    """Repeats the leader's calls until it closes. `receive` waits for a message."""
+    _min_over_ranks(local.num_blocks, group)
     ahead = overlapped(local)
     handles: list[StepHandle] = []
     while True:
-        message = hear()
-        word = _Word(message[0])
-        if word is _Word.RUN:
+        message = receive()
+        command = _Command(message[0])
+        if command is _Command.RUN:
             local.run(decode(message[1:])[0])
-        elif word is _Word.LAUNCH and ahead is not None:
+        elif command is _Command.LAUNCH and ahead is not None:
             batch, unread_T = decode(message[1:])
             handles.append(ahead.launch(batch, unread_T=unread_T))
-        elif word is _Word.COLLECT and ahead is not None:
+        elif command is _Command.COLLECT and ahead is not None:
             ahead.collect(handles.pop(0))
-        elif word is _Word.WARM_UP:
+        elif command is _Command.WARM_UP:
             local.warm_up()
-        elif word is _Word.CLOSE:
+        elif command is _Command.CLOSE:
             local.close()
             return
         else:
-            raise ValueError(f"{word.name.lower()}: steps of this runner are not launched ahead")
+            raise ValueError(f"{command.name.lower()}: steps of this runner are not launched ahead")
 
 
-def _least(count: int, group: dist.ProcessGroup) -> int:
-    """The smallest pool of all ranks."""
+def _min_over_ranks(count: int, group: dist.ProcessGroup) -> int:
     nccl = dist.get_backend(group) == "nccl"
-    least = torch.tensor(count, device="cuda" if nccl else "cpu")
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
-    return int(least)
+    smallest = torch.tensor(count, device="cuda" if nccl else "cpu")
+    dist.all_reduce(smallest, dist.ReduceOp.MIN, group=group)
+    return int(smallest)

@@ -1,16 +1,12 @@
-"""Tensor parallelism: N processes, each with a share of every layer, compute as one.
+"""Tensor parallelism: what each of N processes holds and computes, and how they connect and sum.
 
     rank r holds    heads     H / N query heads and K / N key heads: rows of QKV, columns of out
                     width     F / N of the MLP: rows of gate and up, columns of down
                     whole     embedding, norms, head
 
 A sublayer's last product gives each rank a summand; `reduce` adds them up (Shoeybi et al., arXiv
-1909.08053). All ranks then have the same logits and choose the same tokens. The order in which
-ranks are summed is the library's, so answers equal those of one process within rounding and not
-bit by bit.
-
-Here is what a rank computes and how ranks meet. Who leads them through the steps is in `runner`,
-who starts the processes in `ranks`.
+1909.08053). All ranks then have the same logits and sample the same tokens. NCCL and Gloo choose
+the order of the sums, so answers equal those of one process within rounding, not bit by bit.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ from torch import nn
 
 from model.config import ModelConfig
 
-HOST = "127.0.0.1"  # where ranks meet: nobody on the network has a part in it
+HOST = "127.0.0.1"  # where ranks connect: other machines cannot
 
 _ROWS = ("attention.qkv", "mlp.gate_up", "mlp.up")
 _COLUMNS = ("attention.out", "mlp.down")
@@ -41,12 +37,12 @@ def connect(
     timeout: float = 600.0,
     listener: socket.socket | None = None,
 ) -> dist.ProcessGroup:
-    """Meets the other ranks of this host; returns when all are there.
+    """Connects to the other ranks of this host; returns when all are connected.
 
-    Rank 0 is met at `port`, on which its `listener` may listen already. `timeout`, in seconds, is
-    how long ranks wait for one another, here and in each sum; between steps nobody waits for sums.
+    Rank 0 listens at `port`, perhaps with a given `listener`. Ranks wait at most `timeout` seconds
+    for one another, here and in each sum.
     """
-    patience = timedelta(seconds=timeout)
+    limit = timedelta(seconds=timeout)
     listening = None
     if rank == 0:
         listening = (listener or socket.create_server((HOST, port))).detach()
@@ -55,7 +51,7 @@ def connect(
         port,
         num_ranks,
         is_master=rank == 0,
-        timeout=patience,
+        timeout=limit,
         wait_for_workers=False,
         master_listen_fd=listening,
     )
@@ -64,7 +60,7 @@ def connect(
         store=store,
         rank=rank,
         world_size=num_ranks,
-        timeout=patience,
+        timeout=limit,
     )
     group = dist.group.WORLD
     if group is None:
@@ -73,7 +69,7 @@ def connect(
 
 
 def share_config(config: ModelConfig, *, num_ranks: int) -> ModelConfig:
-    """The network that one rank computes. Raises ValueError where it does not divide."""
+    """The network that one rank computes. Raises ValueError if it cannot be divided."""
     for name in ("num_heads", "num_kv_heads", "intermediate_size"):
         size = getattr(config, name)
         if size % num_ranks:
@@ -100,7 +96,7 @@ def share_weights(
 def share_tensor(
     name: str, tensor: torch.Tensor, *, config: ModelConfig, rank: int, num_ranks: int
 ) -> torch.Tensor:
-    """A rank's share of one tensor; what is cut off keeps no memory.
+    """A rank's share of one tensor; the rest of it keeps no memory.
 
     The bias of a sublayer's last product is rank 0's alone, because summands are added up.
     """
@@ -131,7 +127,7 @@ def sum_over(group: dist.ProcessGroup) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 class _Summed(nn.Module):
-    """A layer whose outputs are added up over the ranks."""
+    """A layer whose outputs are summed over the ranks."""
 
     def __init__(self, layer: nn.Module, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -143,7 +139,7 @@ class _Summed(nn.Module):
 
 
 def sum_sublayers(network: nn.Module, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Makes a `Transformer` over a share of the weights compute with the other ranks."""
+    """Makes a `Transformer` over a share of the weights sum over the ranks."""
     for path, module in list(network.named_modules()):
         if path.endswith(_COLUMNS):
             parent, _, name = path.rpartition(".")

@@ -1,6 +1,6 @@
-"""What a leader tells its followers of a step: a batch as bytes, and back.
+"""A batch as bytes, from the leader to its followers, and back.
 
-Arrays end to end, each with its dtype, rank and shape. It knows no channel and no word.
+Arrays end to end: dtype, rank and shape of each, then its bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ _DTYPES = (np.int32, np.uint64, np.float32, np.bool_, np.int64, np.uint32)
 
 
 def encode(batch: Batch, unread_T: Bools | None) -> bytes:
-    """Arrays end to end: dtype, rank and shape of each, then its bytes."""
     unread = np.zeros(0, np.bool_) if unread_T is None else unread_T
     pieces = []
     for array in (*_arrays(batch), unread):
@@ -27,7 +26,6 @@ def encode(batch: Batch, unread_T: Bools | None) -> bytes:
 
 
 def decode(body: bytes) -> tuple[Batch, Bools | None]:
-    """What `encode` wrote."""
     arrays = _read_arrays(body)
     fields_of_batch = _fill(Batch, arrays)
     unread = next(arrays)

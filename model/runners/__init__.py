@@ -1,41 +1,39 @@
-"""Runners: what executes a step. A Protocol, and a table from name to loader.
+"""Runners execute steps. A Protocol, and a table from name to loader.
 
 A runner owns the weights and the KV pool and nothing else: which sequence holds which block is the
-service's bookkeeping. `run` is called from one thread, one step at a time.
+scheduler's bookkeeping. `run` is called from one thread, one step at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 from model.batch import Batch, Bools, StepOutput
 from model.config import ModelConfig
-
-if TYPE_CHECKING:
-    import torch
+from model.weights import Weights
 
 
 class Runner(Protocol):
     """Executes steps over one set of weights and one KV pool."""
 
     config: ModelConfig
-    block_size: int  # tokens a block
+    block_size: int  # tokens per block
     num_blocks: int
-    numeric_class: str  # answers of runners with equal classes are equal bit by bit, or, where the
-    exact: bool  # kernels cannot promise that (False), within rounding
+    numeric_class: str  # answers of runners of one class are equal bit by bit or, if the kernels
+    exact: bool  # cannot promise that (exact is False), within rounding
 
     def run(self, batch: Batch) -> StepOutput:
         """Computes the step and stores its K and V. Any exception means the runner is broken."""
         ...
 
     def warm_up(self) -> None:
-        """Compiles, packs and touches what the first real steps would otherwise wait for."""
+        """Compiles, packs and touches what the first steps would otherwise wait for."""
         ...
 
     def close(self) -> None:
-        """Gives memory and threads back."""
+        """Frees memory and threads; the runner must not run again."""
         ...
 
 
@@ -47,31 +45,31 @@ class StepHandle:
 
 
 class OverlappedRunner(Runner, Protocol):
-    """A runner whose steps can be launched before the one before is read.
+    """A runner that launches a step before the previous one is read.
 
         launch(N)   launch(N + 1)   collect(N)   launch(N + 2)   collect(N + 1) ...
 
-    At most two steps are under way; they are collected in the order they were launched. `run` is
-    `collect(launch(batch))`, with nothing else under way.
+    At most two steps are in flight; they are collected in the order they were launched. `run` is
+    `collect(launch(batch))`, with nothing else in flight.
     """
 
     def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
         """Starts a step and returns at once.
 
-        `unread_T` marks rows whose token the host has not read yet: the newest one that the
-        sequence on that seat sampled, in a step already launched. What stands in `tokens_T` there
-        is ignored. Raises ValueError where such a row has penalties, a mask or is scored: those
-        are functions of the unread token.
+        `unread_T` marks rows whose token the host has not read yet: the newest token sampled in
+        the sequence's batch slot, by a step already launched. `tokens_T` is ignored there.
+        Raises ValueError if such a row has penalties, a mask or a score: those depend on the
+        unread token.
         """
         ...
 
     def collect(self, handle: StepHandle) -> StepOutput:
-        """Waits for a step. Raises ValueError for any but the oldest one under way."""
+        """Waits for a step. Raises ValueError for any but the oldest step in flight."""
         ...
 
 
 def overlapped(runner: Runner) -> OverlappedRunner | None:
-    """The runner, where its steps can be launched ahead."""
+    """The runner, if it can launch steps ahead."""
     return cast("OverlappedRunner", runner) if hasattr(runner, "launch") else None
 
 
@@ -79,21 +77,18 @@ def overlapped(runner: Runner) -> OverlappedRunner | None:
 class RunnerOptions:
     """What a runner is built with."""
 
-    dtype: str = "auto"  # auto | float32 | bfloat16 (| int8 where a runner has it)
+    dtype: str = "auto"  # auto | float32 | bfloat16 (| int8 for the native runner)
     kv_dtype: str = "auto"  # auto: the runner's own | int8 (native) | float8 (cuda) | bfloat16
     device: str = "auto"
     block_size: int = 16
     num_blocks: int | None = None  # None: as many as kv_memory holds
     kv_memory: int = 512 * 1024**2  # bytes for the KV pool
-    memory_share: float | None = None  # cuda: instead, of what weights and steps leave free
-    num_threads: int | None = None  # None: what the machine has
+    memory_share: float | None = None  # cuda, instead: share of what weights and steps leave free
+    num_threads: int | None = None  # None: as many as the machine has
     max_batch_tokens: int = 512  # the largest T of any step
-    max_sequences: int = 64  # the largest S; seats are below it
-    library_products: bool = False  # cuda: where it has our bits; the process keeps sums whole
+    max_sequences: int = 64  # the largest S; batch slots are below it
+    vendor_blas: bool = False  # cuda: use it if it has our bits; the process forbids split-K
 
-
-Weights = Mapping[str, "torch.Tensor"]
-"""Canonical name (see `model.families`) -> tensor, fused, on the host, dtype as stored."""
 
 Loader = Callable[[ModelConfig, Weights, RunnerOptions, str], Runner]
 """(config, weights, options, weights digest) -> runner. The digest goes into the numeric class."""
@@ -115,10 +110,10 @@ def _cuda(config: ModelConfig, weights: Weights, options: RunnerOptions, digest:
     from model.runners.torch import choose_device
 
     if choose_device(options.device).type != "cuda":
-        raise ValueError("the cuda runner needs an NVIDIA GPU; there is none here")
-    from model.runners.cuda.runner import CudaRunner
+        raise ValueError("the cuda runner needs an NVIDIA GPU; none was found")
+    from model.runners.cuda.build import build_runner
 
-    return CudaRunner(config, weights, options=options, digest=digest)
+    return build_runner(config, weights, options=options, digest=digest)
 
 
 RUNNERS: dict[str, Loader] = {"torch": _torch, "cuda": _cuda, "native": _native}

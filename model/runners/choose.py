@@ -1,7 +1,7 @@
-"""Chooses what was not said: the fastest runner that machine, model and dtype allow, and its sizes.
+"""Selects the fastest runner that machine, model and dtype allow, and fills in default sizes.
 
-It also says why a faster one was passed over: an operator who waits for 2,000 tokens a second and
-gets 400 must not have to guess.
+It also reports why a faster runner cannot serve: operators that expect 2,000 tokens per
+second and get 400 must not have to guess.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from model.runners.torch import choose_device, choose_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """`dtype` is what the weights are read in; None: as stored. `passed_over` is for the banner."""
+class SelectedRunner:
+    """A name of `RUNNERS`."""
 
     name: str
-    dtype: torch.dtype | None
-    passed_over: str = ""
+    dtype: torch.dtype | None  # that the weights are read in; None: as stored
+    fallback_reason: str = ""  # why a faster runner cannot serve; empty if there is none
 
 
 def choose_runner(
     name: str, config: ModelConfig, options: RunnerOptions, *, num_ranks: int = 1
-) -> Choice:
-    """The runner to build: the named one, or for `auto` the fastest that can run the model.
+) -> SelectedRunner:
+    """The named runner, or for `auto` the fastest that can run the model.
 
     Raises ValueError if the device is not available or the dtype is unknown.
     """
     dtypes = {"native": None, "cuda": torch.bfloat16}
     if name in dtypes:
-        return Choice(name=name, dtype=dtypes[name])
+        return SelectedRunner(name=name, dtype=dtypes[name])
     device = choose_device(options.device)
-    fallback = choose_dtype(options.dtype, device)
+    torch_dtype = choose_dtype(options.dtype, device)
     if name == "torch" or options.dtype in {"float32", "bfloat16"}:
-        return Choice(name="torch", dtype=fallback)
+        return SelectedRunner(name="torch", dtype=torch_dtype)
     faster = "native" if device.type == "cpu" else "cuda"
     if faster == "cuda":
         reason = _cuda_reason(config, device)
     elif num_ranks == 1:
         reason = _native_reason(config)
     else:
-        reason = "it does no tensor parallelism"
+        reason = "it does not support tensor parallelism"
     if reason is None:
-        return Choice(name=faster, dtype=dtypes[faster])
-    return Choice(name="torch", dtype=fallback, passed_over=f"{faster}: {reason}")
+        return SelectedRunner(name=faster, dtype=dtypes[faster])
+    return SelectedRunner(name="torch", dtype=torch_dtype, fallback_reason=f"{faster}: {reason}")
 
 
 def choose_sizes(
@@ -59,10 +59,10 @@ def choose_sizes(
     max_batch_tokens: int | None,
     max_sequences: int | None,
 ) -> RunnerOptions:
-    """The options with sizes: the operator's, and where None was given those that fit the runner.
+    """The options with sizes: the operator's, or defaults that fit the runner for None.
 
-    A GPU is a machine of its own: the pool takes its share of the memory, steps are large. A CPU is
-    the home of others. Raises ValueError for sizes that contradict one another.
+    On a GPU the pool takes its share of the memory, and steps are large; a CPU and its memory are
+    shared with other processes. Raises ValueError for sizes that contradict one another.
     """
     on_gpu = runner == "cuda"
     tokens, sequences = (2048, 256) if on_gpu else (512, 64)
@@ -72,8 +72,8 @@ def choose_sizes(
         max_sequences = min(sequences, max_batch_tokens)
     if max_sequences > max_batch_tokens:
         raise ValueError(
-            f"max_sequences is {max_sequences} and must not be above max_batch_tokens, "
-            f"{max_batch_tokens}: a step has a token of each"
+            f"max_sequences is {max_sequences} and must be at most max_batch_tokens, "
+            f"{max_batch_tokens}: a step has at least one token per sequence"
         )
     return replace(
         options,
@@ -85,7 +85,7 @@ def choose_sizes(
 
 
 def _cuda_reason(config: ModelConfig, device: torch.device) -> str | None:
-    """Why the cuda runner cannot run a model here."""
+    """Why the cuda runner cannot run a model on a device; None: it can."""
     if device.type != "cuda":
         return f"it needs an NVIDIA GPU, and the device is {device.type}"
     try:
@@ -96,7 +96,7 @@ def _cuda_reason(config: ModelConfig, device: torch.device) -> str | None:
 
 
 def _native_reason(config: ModelConfig) -> str | None:
-    """Why the native runner cannot serve here; builds its library where it can."""
+    """Why the native runner cannot run a model on this machine; None: it can, and is built."""
     from model.native import NativeUnavailable
     from model.native.library import NativeLibrary
     from model.runners.native import unsupported

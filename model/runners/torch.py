@@ -1,7 +1,7 @@
 """TorchRunner: the network in plain torch, on any device. The reference of the other runners.
 
-In bfloat16 on a CPU its linear layers are packed for oneDNN. Kernels of torch choose the order of
-their sums by the shape of the step, so it promises equal answers within rounding, not bit by bit.
+In bfloat16 on a CPU its linear layers are packed for oneDNN. Torch's kernels choose the order of
+their sums by the shape of the step, so answers are equal within rounding, not bit by bit.
 """
 
 from __future__ import annotations
@@ -10,29 +10,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from model.attention import ATTENTION
-from model.batch import Batch, SamplingBatch, StepOutput
+from model.batch import Batch, Ints, SamplingBatch, StepOutput
 from model.config import ModelConfig
 from model.kvcache import KVCache, blocks_within
 from model.layers import PackedLinear, load_weights, pack_linears
 from model.parallel.shares import sum_sublayers
-from model.runners import RunnerOptions, Weights
-from model.sampler import ScoredRows, sample, score
+from model.runners import RunnerOptions
+from model.runners.logprobs import Logprobs, score_rows, scored_on_host, step_output
+from model.sampler import sample
 from model.transformer import Transformer
-
-SCORED_AT_ONCE = 64  # rows whose logits over the whole vocabulary are in memory together
+from model.weights import Weights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class TorchRunner:
-    """Owns the network and the KV pool. Raises ValueError for options it cannot serve.
+    """Owns the network and the KV pool. Raises ValueError for unsupported options.
 
-    With `reduce`, which sums over ranks, it is one of those that share a network.
+    `reduce` sums over the ranks of tensor parallelism.
     """
 
     def __init__(
@@ -70,51 +69,34 @@ class TorchRunner:
         )
 
     def run(self, batch: Batch) -> StepOutput:
-        """Computes the step and stores its K and V."""
         with torch.inference_mode():
             hidden_TC = self._network.step(batch, self._cache, self._attention)
             sampled = sample(self._logits(hidden_TC, batch.sample_rows_R), batch.sampling)
-            scored = self._score(hidden_TC, batch)
-        return StepOutput(
-            tokens_R=sampled.tokens_R.int().cpu().numpy(),
-            logprobs_R=sampled.logprobs_R.cpu().numpy(),
-            top_ids_RN=sampled.top_ids_RN.int().cpu().numpy(),
-            top_logprobs_RN=sampled.top_logprobs_RN.cpu().numpy(),
-            score_logprobs_Q=torch.cat([s.logprobs_Q for s in scored]).cpu().numpy(),
-            score_top_ids_QN=torch.cat([s.top_ids_QN for s in scored]).int().cpu().numpy(),
-            score_top_logprobs_QN=torch.cat([s.top_logprobs_QN for s in scored]).cpu().numpy(),
+            scored = scored_on_host(score_rows(batch, lambda rows: self._logits(hidden_TC, rows)))
+        logprobs = Logprobs.from_tensors(
+            sampled.logprobs_R, sampled.top_ids_RN, sampled.top_logprobs_RN
         )
+        return step_output(sampled.tokens_R.int().cpu().numpy(), logprobs, scored)
 
     def warm_up(self) -> None:
-        """Runs one decoded token and the largest chunk, over blocks that nobody owns yet."""
+        """Runs one decoded token and the largest chunk, over blocks that are still free."""
         room = min(self.num_blocks * self.block_size, self.config.max_model_len)
         for length in {1, min(room, self._options.max_batch_tokens)}:
             self.run(_prompt(length, self.config.vocab_size, block_size=self.block_size))
 
     def close(self) -> None:
-        """Gives the weights and the pool back; the runner must not run again."""
         del self._network, self._cache
 
-    def _logits(self, hidden_TC: torch.Tensor, rows: npt.NDArray[np.int32]) -> torch.Tensor:
-        """Logits of some rows, [len(rows), V]; no work where there are none."""
+    def _logits(self, hidden_TC: torch.Tensor, rows: Ints) -> torch.Tensor:
+        """Logits of some rows, [len(rows), V]."""
         if not rows.size:
             return hidden_TC.new_empty((0, self.config.vocab_size))
         picked = torch.tensor(rows, device=hidden_TC.device)
         return self._network.logits(hidden_TC[picked])
 
-    def _score(self, hidden_TC: torch.Tensor, batch: Batch) -> list[ScoredRows]:
-        """Log probabilities of given tokens, piece by piece; at least one piece, maybe empty."""
-        pieces = []
-        for start in range(0, max(1, len(batch.score_rows_Q)), SCORED_AT_ONCE):
-            part = slice(start, start + SCORED_AT_ONCE)
-            logits_QV = self._logits(hidden_TC, batch.score_rows_Q[part])
-            ids_Q = torch.tensor(batch.score_ids_Q[part], device=logits_QV.device)
-            pieces.append(score(logits_QV, ids_Q, num_top=batch.score_num_top))
-        return pieces
-
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is a GPU where torch finds one. Raises ValueError for a device that is not there."""
+    """`auto` is a GPU if torch finds one. Raises ValueError if the device is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -126,7 +108,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device computes in it. Raises ValueError for unknown names."""
+    """`auto` is bfloat16 if the device computes in it. Raises ValueError for unknown names."""
     if name == "auto":
         fast = device.type != "cpu" or _cpu_multiplies_bfloat16()
         return torch.bfloat16 if fast else torch.float32
@@ -138,7 +120,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def _cpu_multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for it; without them bfloat16 is slower than float32.
 
-    Linux on x86 tells; elsewhere the answer is no.
+    Known on Linux on x86 only; False elsewhere.
     """
     facts = Path("/proc/cpuinfo")
     flags = set(facts.read_text().split()) if facts.exists() else set()
@@ -148,7 +130,6 @@ def _cpu_multiplies_bfloat16() -> bool:
 def _network(
     config: ModelConfig, weights: Weights, *, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
-    """The network with its weights, ready to run."""
     with torch.device("meta"):  # shapes without memory
         network = Transformer(config)
     load_weights(network, weights, dtype=dtype, device=device)

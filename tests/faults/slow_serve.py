@@ -8,8 +8,9 @@ import time
 import model.runners
 from model.batch import Batch, StepOutput
 from model.config import ModelConfig
-from model.runners import Runner, RunnerOptions, Weights
+from model.runners import Runner, RunnerOptions
 from model.runners.torch import TorchRunner
+from model.weights import Weights
 from service.__main__ import main
 
 STEP = 1.0  # seconds

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from model.batch import Batch, StepOutput
-from model.runners import RunnerOptions
-from model.runners.cuda.runner import CudaRunner
+from model.batch import Batch, Bools, StepOutput
+from model.runners import OverlappedRunner, RunnerOptions, StepHandle
+from model.runners.cuda.build import build_runner
 from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig
@@ -24,7 +24,7 @@ BYTES = tuple(bytes([token]) for token in range(97))
 class Blocking:
     """A runner whose steps cannot be launched ahead."""
 
-    def __init__(self, runner: CudaRunner) -> None:
+    def __init__(self, runner: OverlappedRunner) -> None:
         self.config = runner.config
         self.block_size = runner.block_size
         self.num_blocks = runner.num_blocks
@@ -42,14 +42,22 @@ class Blocking:
         self._runner.close()
 
 
-class Watched(CudaRunner):
-    """Counts how many steps were under way at once."""
+class Watched(Blocking):
+    """Counts how many steps were in flight at once."""
 
     most_ahead = 0
+    _ahead = 0
 
-    def collect(self, handle: object) -> StepOutput:
-        self.most_ahead = max(self.most_ahead, len(self._flying))
-        return super().collect(handle)  # type: ignore[arg-type]
+    def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
+        handle = self._runner.launch(batch, unread_T=unread_T)
+        self._ahead += 1
+        return handle
+
+    def collect(self, handle: StepHandle) -> StepOutput:
+        self.most_ahead = max(self.most_ahead, self._ahead)
+        output = self._runner.collect(handle)
+        self._ahead -= 1
+        return output
 
 
 def make_runner() -> Watched:
@@ -61,7 +69,8 @@ def make_runner() -> Watched:
         dtype="float32", device="cpu", block_size=4, num_blocks=14,
         max_sequences=3, max_batch_tokens=12,
     )  # fmt: skip
-    return Watched(config, tiny_weights(config), options=options, digest="0" * 64, proof=None)
+    weights = tiny_weights(config)
+    return Watched(build_runner(config, weights, options=options, digest="0" * 64, check=None))
 
 
 def answers(

@@ -22,9 +22,9 @@ from loadtest.bench.gpu.exactness import NotExact, matrix, measure
 from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M, TINY, Shape
 from loadtest.bench.gpu.offline import w1
 from model.batch import Batch, StepOutput
-from model.runners.cuda.exactness import Trial
+from model.runners.exactness import ExactnessCheck
 
-TRIAL = Trial(prompt=9, answer=4, beside=(), chunks=(1, 4))
+TRIAL = ExactnessCheck(prompt=9, answer=4, beside=(), chunks=(1, 4))
 
 
 def test_the_workload_is_nano_vllms() -> None:

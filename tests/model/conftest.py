@@ -11,7 +11,7 @@ import torch
 
 from model.config import ModelConfig
 from model.native import NativeUnavailable
-from model.native.library import EVERYTHING, NativeLibrary, Shape
+from model.native.library import NO_WINDOW, NativeLibrary, Shape
 from model.runners import RunnerOptions
 from model.runners.native import NativeRunner
 from model.runners.torch import TorchRunner
@@ -72,7 +72,7 @@ def tiny_shape() -> Shape:
     return Shape(
         vocab=8, hidden=32, layers=2, heads=2, kv_heads=1, dim=16, width=32, block_size=16,
         num_blocks=2, max_rows=4, hadamard=32, qkv_bias=False, qk_norm=False, wide_cache=True,
-        threads=1, compute_threads=1, compute_rows=32, norm_eps=1e-5, windows=[EVERYTHING] * 2,
+        threads=1, compute_threads=1, compute_rows=32, norm_eps=1e-5, windows=[NO_WINDOW] * 2,
         has_rotary=[True] * 2, cosines=np.ones((32, 8), np.float32),
         sines=np.zeros((32, 8), np.float32),
     )  # fmt: skip

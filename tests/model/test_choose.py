@@ -64,7 +64,9 @@ def test_a_model_that_the_gpu_runner_does_not_support_falls_back() -> None:
     )
     choice = choose_runner("auto", gpt2, RunnerOptions())
     assert choice.name == "torch"
-    assert choice.passed_over == "cuda: the cuda runner does not support norms other than RMSNorm"
+    assert (
+        choice.fallback_reason == "cuda: the cuda runner does not support norms other than RMSNorm"
+    )
     assert choose_runner("cuda", gpt2, RunnerOptions()).name == "cuda"  # a name is obeyed
     with pytest.raises(ValueError, match="RMSNorm; for llama use the torch runner"):
         FusedNetwork(gpt2, {}, dtype=torch.bfloat16, device=torch.device("cpu"))
@@ -79,18 +81,18 @@ def test_without_triton_the_torch_runner_serves(monkeypatch: pytest.MonkeyPatch)
             monkeypatch.delitem(sys.modules, name)
     choice = choose_runner("auto", tiny_model_config(), RunnerOptions())
     assert choice.name == "torch"
-    assert choice.passed_over == "cuda: the package triton is not installed"
+    assert choice.fallback_reason == "cuda: the package triton is not installed"
 
 
 def test_other_accelerators_use_the_torch_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "choose_device", lambda _name: torch.device("mps"))
     choice = choose_runner("auto", tiny_model_config(), RunnerOptions())
     assert choice.name == "torch"
-    assert "mps" in choice.passed_over
+    assert "mps" in choice.fallback_reason
 
 
 def test_a_shared_network_is_not_for_the_native_runner() -> None:
     options = RunnerOptions(device="cpu")
     choice = choose_runner("auto", tiny_model_config(), options, num_ranks=2)
     assert choice.name == "torch"
-    assert "tensor parallelism" in choice.passed_over
+    assert "tensor parallelism" in choice.fallback_reason

@@ -1,4 +1,4 @@
-"""Laws of the cuda runner. Without a GPU: kernels interpreted, recorded work called directly."""
+"""Laws of the cuda runner. Without a GPU: kernels interpreted, captured work called directly."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import torch
 from model.batch import Batch, StepOutput
 from model.config import ModelConfig, Norm
 from model.kernels.inputs import Column
-from model.kernels.matmul import multiply_by_library
+from model.kernels.matmul import multiply_by_vendor_blas
 from model.runners import RUNNERS, RunnerOptions
 from model.runners.cuda.accelerator import UNREAD, HostAccelerator
-from model.runners.cuda.buckets import Ladder, rungs
-from model.runners.cuda.buffers import Ring, Upload
+from model.runners.cuda.buffers import TokenRing, Upload
+from model.runners.cuda.build import build_runner
 from model.runners.cuda.device_memory import GIB, blocks_that_fit, check_weights_fit
-from model.runners.cuda.exactness import Trial, trial_for, try_exactness
+from model.runners.cuda.graphs import CapturedGraphs, bucket_for, bucket_sizes
 from model.runners.cuda.runner import CudaRunner
-from model.runners.cuda.slots import Seats
+from model.runners.cuda.slots import BatchSlots
+from model.runners.exactness import ExactnessCheck, check_exactness, check_for
 from model.runners.torch import TorchRunner
 from tests.support.builders import DEVICE, Piece, make_batch, tiny_model_config, tiny_weights
 
@@ -53,9 +54,9 @@ def options(**overrides: Any) -> RunnerOptions:
 
 def build(config: ModelConfig | None = None, **overrides: Any) -> CudaRunner:
     config = config or small_config()
-    more = {name: overrides.pop(name) for name in ("product", "proof") if name in overrides}
-    more.setdefault("proof", None)
-    return CudaRunner(
+    more = {name: overrides.pop(name) for name in ("product", "check") if name in overrides}
+    more.setdefault("check", None)
+    return build_runner(
         config, tiny_weights(config), options=options(**overrides), digest="0" * 64, **more
     )
 
@@ -110,7 +111,7 @@ def test_steps_are_those_of_the_torch_runner(variant: dict[str, Any]) -> None:
     """Mixed, then decoded: tokens, log probabilities and scores."""
     config = small_config(**variant)
     given, expected = build(config), reference(config)
-    given._cache.pool.fill_(torch.nan)
+    given._workspace.pool.fill_(torch.nan)
     assert_like(given.run(mixed_step()), expected.run(mixed_step()))
     texts = [[3, 1, 4, 1, 5, 9], [2, 7, 1], [6, 6, 8, 8]]
     assert_like(given.run(decode_step(texts)), expected.run(decode_step(texts)))
@@ -140,7 +141,7 @@ def test_penalties_and_biases_are_those_of_the_torch_runner() -> None:
 
 
 def test_a_step_can_be_launched_before_the_last_is_read() -> None:
-    """Tokens the host has not seen come from the seat; marked rows ignore what stands in the batch.
+    """Unread tokens come from the batch slot; marked rows ignore what stands in the batch.
 
     Read-back on the host's accelerator arrives at `collect` and not before.
     """
@@ -224,19 +225,23 @@ def answers(runner: CudaRunner, *, chunk: int, sampling: dict[str, Any]) -> list
     return [text[:end] for text, end in zip(texts, ends, strict=True)]
 
 
+def captured(graphs: CapturedGraphs) -> list[int]:
+    return [size for size in bucket_sizes(8) if graphs.is_captured(size)]
+
+
 @pytest.mark.usefixtures("one_order")
 def test_greedy_steps_need_no_logits() -> None:
     """The same answers as where the logits are stored and read, in one piece and in chunks."""
     general = build()
     expected = answers(general, chunk=8, sampling={"logprobs": True})
-    assert not any(map(general._ladders.likeliest.has, general._ladders.sizes))
+    assert not captured(general._graphs.greedy)
     for chunk in (8, 2):
         runner = build()
-        runner._space.logits_RV.fill_(torch.nan)
+        runner._workspace.logits_RV.fill_(torch.nan)
         assert answers(runner, chunk=chunk, sampling={}) == expected
-        assert runner._space.logits_RV.isnan().all()
-        assert any(map(runner._ladders.likeliest.has, runner._ladders.sizes))
-        assert not any(map(runner._ladders.networks.has, runner._ladders.sizes))
+        assert runner._workspace.logits_RV.isnan().all()
+        assert captured(runner._graphs.greedy)
+        assert not captured(runner._graphs.forward)
 
 
 def test_a_step_of_prompts_alone_chooses_nothing() -> None:
@@ -277,24 +282,23 @@ def test_greedy_rows_beside_drawn_ones() -> None:
         assert others[1] == tokens[1]
 
 
-TRIAL = Trial(prompt=9, answer=2, beside=(2,), chunks=(4,))
+CHECK = ExactnessCheck(prompt=9, answer=2, beside=(2,), chunks=(4,))
 
 
 @pytest.mark.usefixtures("one_order")
-def test_an_answers_bits_do_not_depend_on_its_way() -> None:
+def test_an_answers_bits_do_not_depend_on_its_path() -> None:
     """The runner tries it itself before it calls itself exact."""
-    runner = build(proof=TRIAL)
+    runner = build(check=CHECK)
     assert runner.exact
     assert "inexact" not in runner.numeric_class
-    ladders = runner._ladders
-    assert all(any(map(ladder.has, ladders.sizes)) for ladder in ladders.all())
+    assert all(map(captured, runner._graphs.all()))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the instruction is the interpreter's")
 def test_a_runner_that_fails_its_proof_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """The matrix instruction gives a row other bits in another place of its tile.
 
-    By enough that no luck hides it, and always the same, so that only the proof can find out.
+    By enough that no luck hides it, and always the same, so that only the check can find out.
     """
     product = np.matmul
 
@@ -303,34 +307,34 @@ def test_a_runner_that_fails_its_proof_says_so(monkeypatch: pytest.MonkeyPatch) 
         return (y * (1 + 1e-4 * np.arange(y.shape[-1]))).astype(dtype or a.dtype)
 
     monkeypatch.setattr(np, "matmul", by_place)
-    runner = build(proof=Trial(prompt=5, answer=2, beside=(2,), chunks=()))
+    runner = build(check=ExactnessCheck(prompt=5, answer=2, beside=(2,), chunks=()))
     assert not runner.exact
     assert "inexact" in runner.numeric_class
 
 
-def test_the_trial_fits_the_runner() -> None:
+def test_the_check_fits_the_runner() -> None:
     """It stays within the options, the pool and the model, however small they are."""
     for most, blocks, length in ((8192, 10_000, 4096), (64, 40, 64), (1, 4, 16), (600, 3, 10_000)):
         given = options(max_batch_tokens=most, max_sequences=min(most, 32), block_size=16)
-        trial = trial_for(given, num_blocks=blocks, max_model_len=length)
-        each = -(-(trial.prompt + trial.answer) // 16)
-        assert (max(trial.beside, default=0) + 1) * each <= max(blocks, 2 * each)
-        assert trial.prompt + trial.answer <= length
-        assert trial.prompt + trial.answer <= max(most, 6)
-        assert max(trial.beside, default=0) < given.max_sequences
+        check = check_for(given, num_blocks=blocks, max_model_len=length)
+        each = -(-(check.prompt + check.answer) // 16)
+        assert (max(check.beside, default=0) + 1) * each <= max(blocks, 2 * each)
+        assert check.prompt + check.answer <= length
+        assert check.prompt + check.answer <= max(most, 6)
+        assert max(check.beside, default=0) < given.max_sequences
 
 
 @pytest.mark.kernels
 @pytest.mark.usefixtures("one_order")
 @pytest.mark.parametrize("variant", VARIANTS, ids=["qwen", "mistral", "smollm3"])
 def test_bits_over_more_ways_and_models(variant: dict[str, Any]) -> None:
-    trial = Trial(prompt=21, answer=4, beside=(1, 5), chunks=(1, 7))
-    found = try_exactness(build(small_config(**variant), num_blocks=64), trial)
+    check = ExactnessCheck(prompt=21, answer=4, beside=(1, 5), chunks=(1, 7))
+    found = check_exactness(build(small_config(**variant), num_blocks=64), check)
     assert all(found.values()), found
 
 
 def test_inexact_products_are_named_in_the_class() -> None:
-    runner = build(product=multiply_by_library)
+    runner = build(product=multiply_by_vendor_blas)
     assert not runner.exact
     assert "inexact" in runner.numeric_class
     expected = reference()
@@ -338,18 +342,18 @@ def test_inexact_products_are_named_in_the_class() -> None:
     texts = [[3, 1, 4, 1, 5, 9], [2, 7, 1], [6, 6, 8, 8]]
     assert_like(runner.run(decode_step(texts)), expected.run(decode_step(texts)))
     assert answers(runner, chunk=8, sampling={}) == answers(build(), chunk=8, sampling={})
-    assert runner._ladders.likeliest not in runner._ladders.all()
+    assert runner._graphs.greedy not in runner._graphs.all()
 
 
 def test_warm_up_leaves_no_trace() -> None:
     runner = build(max_sequences=2, max_batch_tokens=3)
-    state = runner._state.clone()
+    state = runner._workspace.state.clone()
     runner.warm_up()
-    assert torch.equal(runner._state, state)
-    ladders = runner._ladders
-    assert {*ladders.sizes} == {1, 2}
-    assert all(ladder.has(size) for ladder in ladders.all() for size in ladders.sizes)
-    assert ladders.likeliest in ladders.all()
+    assert torch.equal(runner._workspace.state, state)
+    graphs = runner._graphs
+    assert {*graphs.sizes} == {1, 2}
+    assert all(graph.is_captured(size) for graph in graphs.all() for size in graphs.sizes)
+    assert graphs.greedy in graphs.all()
     runner.close()
 
 
@@ -382,56 +386,56 @@ def test_served_on_a_gpu_only() -> None:
         RUNNERS["cuda"](config, tiny_weights(config), options(), "0" * 64)
 
 
-def test_the_ladder_holds_every_size() -> None:
-    assert rungs(1) == (1,)
-    assert rungs(6) == (1, 2, 4, 6)
-    assert rungs(256) == (1, 2, 4, *range(8, 257, 8))
-    ladder = Ladder(HostAccelerator(), rungs(30), lambda _: None)
+def test_every_size_has_a_bucket() -> None:
+    assert bucket_sizes(1) == (1,)
+    assert bucket_sizes(6) == (1, 2, 4, 6)
+    assert bucket_sizes(256) == (1, 2, 4, *range(8, 257, 8))
     for count in range(1, 31):
-        assert ladder.size_for(count) >= count
-        assert ladder.size_for(count) <= max(4, count + 7)
+        size = bucket_for(count, bucket_sizes(30))
+        assert size >= count
+        assert size <= max(4, count + 7)
 
 
-def test_seats_send_only_what_changed() -> None:
-    seats = Seats(4, table_width=3)
+def test_batch_slots_send_only_what_changed() -> None:
+    slots = BatchSlots(4, table_width=3)
     sampled = np.array([2], np.int32)
     first = make_batch([Piece(tokens=[5, 6], count=2, blocks=[7], seat=2, sampling=SAMPLED)])
-    places, values = seats.changes(first, sampled, unread_T=None, decode=False)
-    flat = np.zeros_like(seats.mirror)
+    places, values = slots.changes(first, sampled, unread_T=None, decode=False)
+    flat = np.zeros_like(slots.mirror)
     flat.reshape(-1)[places] = values
-    assert np.array_equal(flat, seats.mirror)
-    assert seats.mirror[2, Column.TABLE] == 7
-    assert not seats.mirror[[0, 1, 3]].any()
-    seats.sampled(sampled, step=0, decode=False)
-    seats.read(sampled, np.array([9], np.int32), step=0)
+    assert np.array_equal(flat, slots.mirror)
+    assert slots.mirror[2, Column.TABLE] == 7
+    assert not slots.mirror[[0, 1, 3]].any()
+    slots.sampled(sampled, step=0, decode=False)
+    slots.read(sampled, np.array([9], np.int32), step=0)
 
     def decoded(token: int, index: int, blocks: list[int]) -> tuple[list[int], list[int]]:
         tokens = [*[0] * (index + 1), token]
         piece = Piece(tokens=tokens, blocks=blocks, seat=2, sampling=SAMPLED | {"index": index})
-        places, values = seats.changes(make_batch([piece]), sampled, unread_T=None, decode=True)
-        seats.sampled(sampled, step=index, decode=True)
-        return (places % seats.mirror.shape[1]).tolist(), values.tolist()
+        places, values = slots.changes(make_batch([piece]), sampled, unread_T=None, decode=True)
+        slots.sampled(sampled, step=index, decode=True)
+        return (places % slots.mirror.shape[1]).tolist(), values.tolist()
 
     assert decoded(9, 1, [7]) == ([Column.LENGTH], [2])
-    seats.read(sampled, np.array([4], np.int32), step=1)
+    slots.read(sampled, np.array([4], np.int32), step=1)
     assert decoded(4, 2, [7]) == ([], [])
     assert decoded(8, 3, [7, 3]) == ([Column.TABLE + 1, Column.LAST], [3, 8])
-    seats.read(sampled, np.array([1], np.int32), step=2)  # step 3 has sampled since
+    slots.read(sampled, np.array([1], np.int32), step=2)  # step 3 has sampled since
     assert decoded(1, 4, [7, 3]) == ([Column.LAST], [1])
 
 
 def test_what_is_read_back_arrives_when_it_is_waited_for() -> None:
-    ring = Ring(HostAccelerator(), width=4, slots=2)
-    first = ring.post(torch.tensor([1, 2], dtype=torch.int32))
+    ring = TokenRing(HostAccelerator(), width=4, num_buffers=2)
+    first = ring.read(torch.tensor([1, 2], dtype=torch.int32))
     buffer = ring._buffers[0]
     assert buffer[:2].tolist() == [UNREAD, UNREAD]
-    second = ring.post(torch.tensor([3], dtype=torch.int32))
-    assert first.wait().tolist() == [1, 2]
-    assert second.wait().tolist() == [3]
+    second = ring.read(torch.tensor([3], dtype=torch.int32))
+    assert first().tolist() == [1, 2]
+    assert second().tolist() == [3]
 
 
 def test_an_upload_has_its_limit() -> None:
-    upload = Upload(HostAccelerator(), capacity=5, slots=2)
+    upload = Upload(HostAccelerator(), capacity=5, num_buffers=2)
     parts = upload.send(
         [np.array([1, 2], np.int32), np.zeros(0, np.int32), np.array([3], np.int32)]
     )

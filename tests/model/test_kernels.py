@@ -13,30 +13,35 @@ import numpy as np
 import pytest
 import torch
 
-from model.kernels.activation import silu_mul, silu_mul_twin
+from model.kernels.activation import silu_mul
 from model.kernels.inputs import (
     Column,
     advance,
-    advance_twin,
     change,
-    change_twin,
     decode_rows,
-    decode_rows_twin,
     mixed_rows,
-    mixed_rows_twin,
 )
 from model.kernels.matmul import (
     Product,
     Tiling,
     multiply,
-    multiply_by_library,
-    multiply_twin,
+    multiply_by_vendor_blas,
     part_size,
     tiling_for,
 )
-from model.kernels.norm import add_rms_norm, add_rms_norm_twin
-from model.kernels.rotary import Heads, place_heads, place_heads_twin, rotary_table
+from model.kernels.norm import add_rms_norm
+from model.kernels.rotary import Heads, rotary_table, rotate_and_store
 from model.layers import rotate, rotation
+from tests.model.kernel_twins import (
+    add_rms_norm_twin,
+    advance_twin,
+    change_twin,
+    decode_rows_twin,
+    mixed_rows_twin,
+    multiply_twin,
+    rotate_and_store_twin,
+    silu_mul_twin,
+)
 from tests.support.builders import DEVICE, HALF, noise, tiny_model_config
 
 pytestmark = pytest.mark.slow
@@ -60,8 +65,8 @@ def test_multiply_is_its_twin(dtype: torch.dtype, seed: int) -> None:
     bias = noise(N, dtype=dtype) if seed % 2 else None
     expected = multiply_twin(x, weight, bias).values
     tolerance = 1e-5 if dtype is torch.float32 else 0.02
-    for given in (multiply(x, weight, bias), multiply_by_library(x, weight, bias)):
-        torch.testing.assert_close(given.whole(dtype), expected, atol=tolerance, rtol=tolerance)
+    for given in (multiply(x, weight, bias), multiply_by_vendor_blas(x, weight, bias)):
+        torch.testing.assert_close(given.sum_parts(dtype), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -72,19 +77,19 @@ def test_parts_add_up_to_the_bits_of_the_whole(rows: int) -> None:
     whole = torch.full((rows, 70), torch.nan, device=DEVICE)
     multiply(x, weight, bias, out_MN=whole)
     assert apart.num_parts == 2
-    assert torch.equal(apart.whole(torch.float32), whole)
+    assert torch.equal(apart.sum_parts(torch.float32), whole)
 
 
 @pytest.mark.usefixtures("one_order")
 def test_no_bit_depends_on_the_rows_or_the_tiling() -> None:
     torch.manual_seed(0)
     x, weight = noise(40, 600), noise(70, 600)
-    expected = multiply(x, weight).whole(torch.float32)
+    expected = multiply(x, weight).sum_parts(torch.float32)
     for row in (0, 17, 39):
-        alone = multiply(x[row : row + 1], weight).whole(torch.float32)
+        alone = multiply(x[row : row + 1], weight).sum_parts(torch.float32)
         assert torch.equal(alone, expected[row : row + 1])
     for tiling in (tiling_for(1), tiling_for(64), Tiling(16, 128, 4, 2)):
-        assert torch.equal(multiply(x, weight, tiling=tiling).whole(torch.float32), expected)
+        assert torch.equal(multiply(x, weight, tiling=tiling).sum_parts(torch.float32), expected)
 
 
 def test_parts_follow_from_the_weight_alone() -> None:
@@ -152,12 +157,12 @@ def test_heads_are_placed_as_the_twin_places_them(
     fields: dict[str, Any] = {
         "table": rotary_table(config, DEVICE),
         "positions_T": ints([3, 0, 59]),
-        "slots_T": ints([5, 8, 2]),
+        "kv_slots_T": ints([5, 8, 2]),
         "dtype": torch.float32,
     }
     queries = [
-        place_heads(qkv, heads, keys_XKD=pools[0], values_XKD=pools[1], **fields),
-        place_heads_twin(qkv, heads, keys_XKD=pools[2], values_XKD=pools[3], **fields),
+        rotate_and_store(qkv, heads, keys_XKD=pools[0], values_XKD=pools[1], **fields),
+        rotate_and_store_twin(qkv, heads, keys_XKD=pools[2], values_XKD=pools[3], **fields),
     ]
     torch.testing.assert_close(queries[0], queries[1])
     torch.testing.assert_close(pools[0], pools[2])
@@ -170,12 +175,12 @@ def test_the_rotary_twin_is_the_networks_own_rotation() -> None:
     qkv = torch.randn(5, 4, 8)
     positions = torch.tensor([0, 1, 7, 30, 500])
     pool = torch.zeros(5, 1, 8)
-    given = place_heads_twin(
+    given = rotate_and_store_twin(
         Product(qkv.flatten(1)),
         Heads(num_heads=2, num_kv_heads=1, head_dim=8),
         table=rotary_table(config, torch.device("cpu")),
         positions_T=positions,
-        slots_T=torch.arange(5),
+        kv_slots_T=torch.arange(5),
         keys_XKD=pool,
         values_XKD=torch.zeros(5, 1, 8),
         dtype=torch.float32,
@@ -185,17 +190,17 @@ def test_the_rotary_twin_is_the_networks_own_rotation() -> None:
     torch.testing.assert_close(pool, expected[:, 2:])
 
 
-def state_of(seats: int) -> torch.Tensor:
+def state_of(slots: int) -> torch.Tensor:
     rng = np.random.default_rng(0)
-    state = rng.integers(0, 50, (seats + 1, Column.TABLE + 20)).astype(np.int32)
+    state = rng.integers(0, 50, (slots + 1, Column.TABLE + 20)).astype(np.int32)
     return ints(state)
 
 
 def test_rows_are_made_of_seats_as_the_twins_make_them() -> None:
-    state, seats = state_of(5), ints([4, 0, 3])
+    state, slots = state_of(5), ints([4, 0, 3])
     for given, expected in zip(
-        decode_rows(state, seats, block_size=4),
-        decode_rows_twin(state, seats, block_size=4),
+        decode_rows(state, slots, block_size=4),
+        decode_rows_twin(state, slots, block_size=4),
         strict=True,
     ):
         assert torch.equal(given, expected)
@@ -210,9 +215,9 @@ def test_rows_are_made_of_seats_as_the_twins_make_them() -> None:
 
 @pytest.mark.parametrize("stored", [0, 1])
 def test_seats_advance_as_the_twins_do_and_nobodys_never(stored: int) -> None:
-    one, other, seats = state_of(5), state_of(5), ints([4, 5, 0])
-    advance(one, seats, ints([71, 72, 73]), stored=stored)
-    advance_twin(other, seats, ints([71, 72, 73]), stored=stored)
+    one, other, slots = state_of(5), state_of(5), ints([4, 5, 0])
+    advance(one, slots, ints([71, 72, 73]), stored=stored)
+    advance_twin(other, slots, ints([71, 72, 73]), stored=stored)
     assert torch.equal(one, other)
     assert torch.equal(one[5], state_of(5)[5])
     places = ints(np.random.default_rng(1).permutation(one.numel())[:150])

@@ -8,7 +8,8 @@ import torch
 
 from model.attention import ATTENTION
 from model.batch import Batch
-from model.kernels.attention import ROWS, Partials, WorkList, paged_attention
+from model.kernels.attention import Partials, paged_attention
+from model.kernels.work_list import ROWS, WorkList
 from tests.support.builders import DEVICE, HALF, Piece, make_batch
 
 pytestmark = pytest.mark.slow
@@ -114,12 +115,12 @@ class Fixed:
             max_rows=64, max_sequences=32, max_context=128, group=2, device=DEVICE, split=self.split
         )
         partials = Partials(work, num_heads=4, head_dim=16, device=DEVICE)
-        partials.mixed.fill_(torch.nan)
-        partials.sums.fill_(torch.nan)
+        partials.acc.fill_(torch.nan)
+        partials.ml.fill_(torch.nan)
         starts = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32, device=DEVICE)
         contexts = torch.tensor([98 + end - 30 for _, end in pieces], dtype=torch.int32)
-        seats = torch.zeros(len(pieces), dtype=torch.int32, device=DEVICE)
-        work.fill(starts, contexts.to(DEVICE), seats, window=self.window)
+        slots = torch.zeros(len(pieces), dtype=torch.int32, device=DEVICE)
+        work.fill(starts, contexts.to(DEVICE), slots, window=self.window)
         return paged_attention(
             torch.cat([self.queries[start:end] for start, end in pieces]),
             self.keys,

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from model.kernels import attention, choice, head, matmul
+from model.kernels import attention, head, matmul, sampling, work_list
 
 def compiled(kernel, types, constants, **options):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -67,33 +67,34 @@ for rows in (1, 32, 64, 128, 256):
             tiling = matmul.tiling_for(rows)
             found[f"head of {rows} stored {stored} over {vocab}"] = compiled(
                 head._head,
-                {**pointers, "logits_ptr": "*fp32", "tops_ptr": "*fp32", "ids_ptr": "*i32",
+                {**pointers, "logits_ptr": "*fp32", "values_ptr": "*fp32", "ids_ptr": "*i32",
                  "M": "i32", "x_stride": "i32"},
                 dict(N=vocab, K=1024, PART=1024, PARTS=1, STORED=stored, ROWS=tiling.rows,
                      OUTPUTS=tiling.outputs, INPUTS=matmul.INPUTS),
                 num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=False,
             )
-types = {name: "*fp32" for name in ("logits_ptr", "tops_ptr", "top_ptr")}
-types |= {name: "*i32" for name in ("state_ptr", "seats_ptr", "ids_ptr", "id_ptr", "tokens_ptr")}
+types = {name: "*fp32" for name in ("logits_ptr", "values_ptr", "value_ptr", "largest_ptr")}
+integers = ("state_ptr", "batch_slots_ptr", "ids_ptr", "id_ptr", "tokens_ptr")
+types |= {name: "*i32" for name in integers}
 types |= {"sums_ptr": "*i64", "V": "i32", "stride": "i32"}
 for name, kernel, constants in (
-    ("tops", head._tops, dict(N=38, CHUNK=4096)),
+    ("argmax", head._argmax, dict(N=38, CHUNK=4096)),
     ("merge", head._merge, dict(N=2374, LANES=4096)),
-    ("sums", choice._sums, dict(N=38, CHUNK=4096)),
-    ("pick", choice._pick, dict(N=38, CHUNK=4096, LANES=64)),
-    ("pick likeliest", choice._pick_likeliest, dict(BLOCK=8192)),
+    ("sums", sampling._sums, dict(N=38, CHUNK=4096)),
+    ("plain", sampling._sample_plain, dict(N=38, CHUNK=4096, LANES=64)),
+    ("cut", sampling._sample_cut, dict(BLOCK=8192)),
 ):
-    found[f"choice: {name}"] = compiled(
+    found[f"sampling: {name}"] = compiled(
         kernel, types, constants, num_warps=8, enable_fp_fusion=False
     )
 types = {name: "*i32" for name in ("table_ptr", "tiles_ptr", "items_ptr", "counts_ptr")}
-types |= {"q_ptr": "*bf16", "out_ptr": "*bf16", "mixed_ptr": "*fp32", "sums_ptr": "*fp32"}
+types |= {"q_ptr": "*bf16", "out_ptr": "*bf16", "acc_ptr": "*fp32", "ml_ptr": "*fp32"}
 types |= {"table_stride": "i32", "scale": "fp32", "window": "i32"}
 for dim in (64, 96, 128):
     for stored in ("*bf16", "*fp8e4nv"):
         found[f"attention {dim} {stored}"] = compiled(
             attention._attend, {**types, "keys_ptr": stored, "values_ptr": stored},
-            dict(BLOCK_SIZE=64, SPLIT=attention.SPLIT, STEP=attention.STEP, ROWS=attention.ROWS,
+            dict(BLOCK_SIZE=64, SPLIT=work_list.SPLIT, STEP=attention.STEP, ROWS=work_list.ROWS,
                  WINDOWED=True, H=16, K=8, D=dim, BLOCK_D=triton.next_power_of_2(dim)),
             num_warps=4, num_stages=3, enable_fp_fusion=False,
         )
@@ -104,7 +105,7 @@ print(json.dumps(found))
 @pytest.mark.kernels
 def test_kernels_compile_to_the_warp_groups_instruction() -> None:
     for name, facts in found_compiling(PROGRAM).items():
-        assert bool(facts["instructions"]) != name.startswith("choice"), name
+        assert bool(facts["instructions"]) != name.startswith("sampling"), name
         assert all(shape.startswith("m64n") for shape in facts["instructions"]), name
         assert all(shape.endswith("k16") for shape in facts["instructions"]), name
         assert not facts["others"], name

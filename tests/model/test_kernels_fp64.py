@@ -17,9 +17,13 @@ import torch
 
 from model.attention import ATTENTION
 from model.batch import Batch
-from model.kernels.activation import silu_mul, silu_mul_twin
+from model.kernels.activation import silu_mul
 from model.kernels.matmul import Product, multiply
-from model.kernels.norm import add_rms_norm, add_rms_norm_twin
+from model.kernels.norm import add_rms_norm
+from tests.model.kernel_twins import (
+    add_rms_norm_twin,
+    silu_mul_twin,
+)
 from tests.support.builders import DEVICE, HALF, Piece, make_batch, noise
 
 pytestmark = pytest.mark.slow
@@ -105,7 +109,7 @@ def test_products(dtype: torch.dtype, seed: int) -> None:
     x, weight = noise(M, K, dtype=dtype), noise(N, K, dtype=dtype) / math.sqrt(K)
     bias = noise(N, dtype=dtype) if seed % 2 else None
     expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
-    assert_close(multiply(x, weight, bias).whole(dtype), expected, dtype)
+    assert_close(multiply(x, weight, bias).sum_parts(dtype), expected, dtype)
     whole = torch.empty((M, N), device=DEVICE)
     multiply(x, weight, bias, out_MN=whole)
     assert_close(whole, expected, dtype)

@@ -47,7 +47,7 @@ torch.empty, torch.empty_like = zeros_of(torch.empty), zeros_of(torch.empty_like
 from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M
 from loadtest.bench.gpu.offline import Offline, Workload
 from model.runners import RunnerOptions
-from model.runners.cuda.runner import CudaRunner
+from model.runners.cuda.build import build_runner
 from model.transformer import Transformer
 
 for config, kv_dtype in ((QWEN3_600M, "auto"), (replace(LLAMA31_8B, sliding_window=600), "float8")):
@@ -59,7 +59,7 @@ for config, kv_dtype in ((QWEN3_600M, "auto"), (replace(LLAMA31_8B, sliding_wind
         dtype="bfloat16", kv_dtype=kv_dtype, device="cpu", block_size=64, num_blocks=64,
         max_sequences=9, max_batch_tokens=160,
     )
-    runner = CudaRunner(config, weights, options=options, digest="none", proof=None)
+    runner = build_runner(config, weights, options=options, digest="none", check=None)
     if kv_dtype == "auto":
         runner.warm_up()
     offline = Offline(runner, budget=160)
@@ -73,7 +73,14 @@ print(json.dumps({name: [len(k["hashes"]), k["shared"]] for name, k in found.ite
 @pytest.mark.timeout(400)  # some ninety compilations, where they are not in Triton's cache
 def test_every_launch_of_a_runner_compiles() -> None:
     found = found_compiling(PROGRAM)
-    assert {"_attend", "_merge", "_list_items", "_product", "_place_heads", "_pick"} <= found.keys()
+    assert {
+        "_attend",
+        "_merge",
+        "_list_items",
+        "_product",
+        "_rotate_and_store",
+        "_sample_plain",
+    } <= found.keys()
     for name, (variants, shared) in found.items():
         assert variants > 0, name
         assert shared <= 227 * 1024, name

@@ -13,6 +13,7 @@ import torch
 from model.batch import Batch, SamplingBatch, Words, unpack_masks
 from model.config import ModelConfig
 from model.runners import Runner, RunnerOptions
+from model.runners.cuda.build import build_runner
 from model.runners.cuda.runner import CudaRunner
 from model.runners.torch import TorchRunner
 from model.sampler import sample
@@ -153,7 +154,7 @@ def cuda_runner(config: ModelConfig) -> CudaRunner:
         dtype="float32", device=DEVICE.type, block_size=16, num_blocks=8, max_sequences=8,
         max_batch_tokens=32,
     )  # fmt: skip
-    return CudaRunner(config, tiny_weights(config), options=options, digest="0" * 64, proof=None)
+    return build_runner(config, tiny_weights(config), options=options, digest="0" * 64, check=None)
 
 
 @pytest.mark.slow

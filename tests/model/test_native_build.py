@@ -61,7 +61,7 @@ def test_without_a_compiler_the_torch_runner_serves_and_the_reason_is_kept(
     monkeypatch.setattr(building, "_BESIDE", tmp_path)
     choice = choose_runner("auto", tiny_model_config(head_dim=16), RunnerOptions(device="cpu"))
     assert choice.name == "torch"
-    assert choice.passed_over.startswith("native: no C++ compiler")
+    assert choice.fallback_reason.startswith("native: no C++ compiler")
 
 
 def test_what_the_compiler_says_is_passed_on(tmp_path: Path) -> None:

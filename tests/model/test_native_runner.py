@@ -15,7 +15,7 @@ from model.config import ModelConfig, Norm, RopeScaling
 from model.families import family_of
 from model.runners import RunnerOptions
 from model.runners.choose import choose_runner
-from model.runners.cuda.exactness import Trial, try_exactness
+from model.runners.exactness import ExactnessCheck, check_exactness
 from model.runners.native import COMPUTE_ROWS, NativeRunner, unsupported
 from model.runners.torch import TorchRunner
 from model.sampler import sample
@@ -175,13 +175,13 @@ def test_every_way_through_every_variant_gives_the_same_bits(
     """Tokens and log probabilities, sampled: alone, in a batch, chunked, cached and recomputed."""
     config = native_config(max_model_len=512)
     weights = tiny_weights(config)
-    trial = Trial(prompt=260, answer=4, beside=(2, 32), chunks=(1, 7, 64))
+    trial = ExactnessCheck(prompt=260, answer=4, beside=(2, 32), chunks=(1, 7, 64))
     for variant in native_variants:
         runner = native(
             config, weights, variant=variant, num_threads=threads, num_blocks=33 * 17,
             max_batch_tokens=33 * 260,
         )  # fmt: skip
-        found = try_exactness(runner, trial)
+        found = check_exactness(runner, trial)
         assert len(found) == 11
         assert all(found.values()), (variant, found)
 
@@ -462,7 +462,7 @@ def test_families_that_fit_the_step_are_served_and_others_fall_back_with_the_rea
     other = tiny_model_config(norm=Norm.LAYER)
     choice = choose_runner("auto", other, RunnerOptions(device="cpu"))
     assert choice.name == "torch"
-    assert "RMSNorm" in choice.passed_over
+    assert "RMSNorm" in choice.fallback_reason
 
 
 def test_what_is_not_served_is_said(

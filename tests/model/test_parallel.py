@@ -98,9 +98,9 @@ class Other:
     """The other rank, at the end of a pipe."""
 
     def __init__(self, connection: Connection) -> None:
-        self.tell = self.dismiss = connection.send_bytes
+        self.send = self.send_last = connection.send_bytes
 
-    def check(self, *, patience: float = 0.0) -> None:
+    def check(self, *, timeout: float = 0.0) -> None:
         pass
 
     def close(self) -> None:
@@ -133,10 +133,10 @@ def logits_of_rank(rank: int, group: torch.distributed.ProcessGroup, _: Connecti
 
 
 def runner_of(config: ModelConfig, rank: int, reduce: Any, *, num_ranks: int) -> Any:
-    from model.runners.cuda.runner import CudaRunner
+    from model.runners.cuda.build import build_runner
 
     shared = share_weights(config, tiny_weights(config), rank=rank, num_ranks=num_ranks)
-    return CudaRunner(
+    return build_runner(
         share_config(config, num_ranks=num_ranks),
         shared,
         options=RunnerOptions(
@@ -145,7 +145,7 @@ def runner_of(config: ModelConfig, rank: int, reduce: Any, *, num_ranks: int) ->
         ),
         digest="0" * 64,
         reduce=reduce,
-        proof=None,
+        check=None,
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def tokens_of_rank(
     config = tiny_model_config(max_model_len=64)
     local = runner_of(config, rank, sum_over(group), num_ranks=2)
     if rank:
-        follow(local, group, hear=connection.recv_bytes)
+        follow(local, group, receive=connection.recv_bytes)
         return []
     runner = lead(local, group, config=config, followers=Other(connection))
     assert hasattr(runner, "launch")

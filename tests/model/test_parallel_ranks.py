@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from model.checkpoint import load_model
-from model.parallel.ranks import FollowerProcesses, Order, check_ranks, start_parallel
+from model.parallel.ranks import FollowerProcesses, RankSpec, check_ranks, start_parallel
 from model.parallel.runner import RankLost
 from model.parallel.shares import share_tensor, share_weights
 from model.runners import RunnerOptions, overlapped
@@ -24,8 +24,8 @@ OPTIONS = RunnerOptions(
 )
 
 
-def test_an_order_travels_whole() -> None:
-    order = Order(
+def test_a_spec_survives_json() -> None:
+    spec = RankSpec(
         path="/a b/é",
         runner="torch",
         dtype=None,
@@ -34,14 +34,14 @@ def test_an_order_travels_whole() -> None:
         num_ranks=4,
         port=1,
     )
-    assert Order.from_json(order.to_json()) == order
+    assert RankSpec.from_json(spec.to_json()) == spec
 
 
 @pytest.mark.parametrize(
     ("num_ranks", "given", "said"),
     [
         (4, {}, "over 4 must divide num_kv_heads 2"),
-        (2, {"runner": "native"}, "the native runner does no tensor parallelism"),
+        (2, {"runner": "native"}, "the native runner does not support tensor parallelism"),
         (2, {"options": replace(OPTIONS, device="cuda:1")}, "devices"),
     ],
 )
@@ -125,7 +125,7 @@ def test_processes_do_the_steps_of_one_runner(
 
 @pytest.mark.slow
 def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
-    order = Order(
+    spec = RankSpec(
         path=str(tmp_path / "nothing.gguf"),
         runner="torch",
         dtype=None,
@@ -134,7 +134,7 @@ def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
         num_ranks=2,
         port=1,
     )
-    followers = FollowerProcesses([order])
+    followers = FollowerProcesses([spec])
     try:
         with pytest.raises(RankLost, match=r"rank 1: nothing\.gguf: No such file"):
             followers.wait_until_loaded()
@@ -144,10 +144,10 @@ def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
 
 def alone_runner(name: str, model: Any) -> Any:
     if name == "cuda":
-        from model.runners.cuda.runner import CudaRunner
+        from model.runners.cuda.build import build_runner
 
-        return CudaRunner(
-            model.config, model.weights, options=OPTIONS, digest=model.digest, proof=None
+        return build_runner(
+            model.config, model.weights, options=OPTIONS, digest=model.digest, check=None
         )
     from model.runners.torch import TorchRunner
 

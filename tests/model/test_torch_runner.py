@@ -15,7 +15,8 @@ import torch
 from model.config import Norm, Position
 from model.layers import PackedLinear
 from model.runners import RUNNERS, RunnerOptions
-from model.runners.torch import SCORED_AT_ONCE, TorchRunner, choose_dtype
+from model.runners.logprobs import SCORED_AT_ONCE
+from model.runners.torch import TorchRunner, choose_dtype
 from model.transformer import Transformer
 from tests.support.builders import Piece, make_batch, tiny_model_config, tiny_weights
 

@@ -134,7 +134,7 @@ def test_no_follower_outlives_its_leader(serve: Serve, busy: bool) -> None:
     ("flags", "said"),
     [
         (["--tensor-parallel", "4"], "tensor parallelism over 4 must divide num_kv_heads 2"),
-        (["--tensor-parallel", "2", "--runner", "native"], "does no tensor parallelism"),
+        (["--tensor-parallel", "2", "--runner", "native"], "does not support tensor parallelism"),
         (["--tensor-parallel", "2", "--kv-memory", "1"], "kv_memory must be at least"),
         (["--max-batch-tokens", "5", "--max-sequences", "6"], "must not be above"),
     ],

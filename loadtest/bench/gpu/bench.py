@@ -101,7 +101,7 @@ class Bench:
             for _ in range(_CAPTURED):
                 work()
 
-        return self.seconds(CudaAccelerator(self.device).record(several)) / _CAPTURED
+        return self.seconds(CudaAccelerator(self.device).capture(several)) / _CAPTURED
 
     def copy_rate(self) -> float:
         """Bytes/s, read and written, of a large copy: the reference for kernels."""
@@ -127,8 +127,8 @@ class Bench:
         `library`: with the products of the vendor BLAS, which are not exact. `proven`: it tries its
         exactness at the start, as a runner that serves does.
         """
-        from model.kernels.matmul import multiply, multiply_by_library
-        from model.runners.cuda.runner import CudaRunner
+        from model.kernels.matmul import multiply, multiply_by_vendor_blas
+        from model.runners.cuda.build import build_runner
 
         fields: Row = {
             "dtype": "float32" if self.smoke else "bfloat16",
@@ -139,16 +139,16 @@ class Bench:
             "max_batch_tokens": self.budget,
             "memory_share": 0.9,
             # As a server does, if the stage's environment allows it.
-            "library_products": "CUBLASLT_WORKSPACE_SIZE" in os.environ,
+            "vendor_blas": "CUBLASLT_WORKSPACE_SIZE" in os.environ,
             **options,
         }
-        return CudaRunner(
+        return build_runner(
             shape.config,
             RandomWeights(shape.config, self.device),
             options=RunnerOptions(**fields),
             digest="random",
-            product=multiply_by_library if library else multiply,
-            proof="by options" if proven else None,
+            product=multiply_by_vendor_blas if library else multiply,
+            check="by options" if proven else None,
         )
 
     def release(self, runner: CudaRunner) -> None:

@@ -20,11 +20,13 @@ from loadtest.bench.gpu.bench import Bench
 from loadtest.bench.gpu.models import Shape
 from loadtest.bench.gpu.offline import Offline, Workload
 from model.runners import Runner
-from model.runners.cuda.exactness import Trial, try_exactness
+from model.runners.exactness import ExactnessCheck, check_exactness
 
 _SIZES = (1, 2, 7, 8, 9, 16, 17, 33, 64, 128, 129, 255, 256)
-_SHORT = Trial(prompt=40, beside=(), chunks=(1, 7, 17, 33))
-_LONG = Trial(prompt=1100, answer=8, beside=(), chunks=(64, 130, 512, 777))  # over several splits
+_SHORT = ExactnessCheck(prompt=40, beside=(), chunks=(1, 7, 17, 33))
+_LONG = ExactnessCheck(
+    prompt=1100, answer=8, beside=(), chunks=(64, 130, 512, 777)
+)  # over several splits
 
 
 class NotExact(Exception):
@@ -46,7 +48,9 @@ def measure(bench: Bench) -> None:
             shape, proven=not bench.smoke, kv_dtype=kv_dtype, max_sequences=max(sizes) + 1
         )
         if bench.smoke:
-            broken += matrix(bench, runner, name, Trial(prompt=9, answer=2, chunks=(4,)), sizes)
+            broken += matrix(
+                bench, runner, name, ExactnessCheck(prompt=9, answer=2, chunks=(4,)), sizes
+            )
         else:
             bench.add(
                 "exactness: the runner's own result",
@@ -64,7 +68,7 @@ def measure(bench: Bench) -> None:
 
 
 def matrix(
-    bench: Bench, runner: Runner, name: str, trial: Trial, sizes: tuple[int, ...]
+    bench: Bench, runner: Runner, name: str, trial: ExactnessCheck, sizes: tuple[int, ...]
 ) -> list[str]:
     """Tries and prints ways by batch size. Returns the names of unequal ones."""
     found = {}
@@ -73,7 +77,7 @@ def matrix(
             break
         room = max(16, runner.block_size)
         background = BackgroundLoad(runner, others=size - 1, alone=trial.answer, room=room)
-        found[size] = try_exactness(background, replace(trial, beside=()))
+        found[size] = check_exactness(background, replace(trial, beside=()))
     ways = next(iter(found.values()), {})
     for way in ways:
         cells = {str(size): found[size][way] for size in found}
@@ -91,8 +95,8 @@ def matrix(
 
 def _every_size(bench: Bench, runner: Runner, name: str) -> list[str]:
     """With 1 to 255 others, whose prompts and outputs begin and end at any step."""
-    trial = Trial(prompt=24, answer=4, beside=tuple(range(1, 256)), chunks=())
-    found = try_exactness(runner, trial)
+    trial = ExactnessCheck(prompt=24, answer=4, beside=tuple(range(1, 256)), chunks=())
+    found = check_exactness(runner, trial)
     broken = [way for way, equal in found.items() if not equal]
     bench.add(
         "exactness: every batch size from 1 to 256",

@@ -71,7 +71,7 @@ def _each(product: Callable[..., object], x: torch.Tensor, weights: Sequence[tor
 
 
 def _product_rows(bench: Bench, shape: Shape, weight: tuple[str, int, int], *, copy: float) -> None:
-    from model.kernels.matmul import multiply, multiply_by_library
+    from model.kernels.matmul import multiply, multiply_by_vendor_blas
 
     name, outputs, inputs = weight
     weights = random_weights(bench, outputs, inputs)
@@ -86,7 +86,7 @@ def _product_rows(bench: Bench, shape: Shape, weight: tuple[str, int, int], *, c
                 "weight": name,
                 "rows": rows,
                 "us": ours * 1e6,
-                "library us": product_seconds(bench, multiply_by_library, x, weights) * 1e6,
+                "library us": product_seconds(bench, multiply_by_vendor_blas, x, weights) * 1e6,
                 "GB/s": rate / 1e9,
                 "of copy": rate / copy,
             },
@@ -111,8 +111,8 @@ def _attention_row(bench: Bench, shape: Shape, batch: int, context: int, *, copy
 
 def _attention_time(bench: Bench, shape: Shape, batch: int, context: int) -> tuple[float, int]:
     """Seconds of one layer's attention, and the bytes of K and V that it reads."""
-    from model.attention.triton_paged import attention_programs
-    from model.kernels.attention import Partials, WorkList, paged_attention
+    from model.kernels.attention import Partials, attention_programs, paged_attention
+    from model.kernels.work_list import WorkList
 
     config, device, dtype = shape.config, bench.device, bench.dtype
     blocks = -(-context // _BLOCK_SIZE)

@@ -39,10 +39,10 @@ def measure(bench: Bench) -> None:
 
 def _by_library(bench: Bench, x: torch.Tensor, weights: list[torch.Tensor]) -> Row:
     """The columns of the vendor BLAS, whose product may be unsupported."""
-    from model.runners.cuda.cublas import CublasLt, ProvenProducts
+    from model.runners.cuda.cublas import CublasLt, VerifiedProducts
 
     library = CublasLt()
-    proven = ProvenProducts([(weights[0], None)], rows=len(x), library=library)
+    proven = VerifiedProducts([(weights[0], None)], rows=len(x), blas=library)
     by_library = partial(library.multiply, bias_N=None)
     row: Row = {"kept": bool(proven.shapes)}
     try:

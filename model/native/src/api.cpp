@@ -1,4 +1,4 @@
-// The C interface: checks what comes in, and turns exceptions into messages.
+// The C interface: checks arguments, and turns exceptions into messages.
 #include <cstdio>
 #include <cstring>
 #include <exception>
@@ -9,10 +9,10 @@
 
 namespace {
 
-void say(char* error, size_t size, const char* text) { std::snprintf(error, size, "%s", text); }
+void write_error(char* error, size_t size, const char* text) { std::snprintf(error, size, "%s", text); }
 
-// Why a sequence of a step does not fit, or null. Its rows lie inside the step.
-const char* sequence_misfit(const QuireShape& shape, const QuireStep& step, int32_t s) {
+// Why a sequence of a step is invalid, or null. Its rows lie inside the step.
+const char* sequence_error(const QuireShape& shape, const QuireStep& step, int32_t s) {
   const int32_t first = step.query_starts[s], last = step.query_starts[s + 1] - 1;
   for (int32_t t = first; t < last; t++)
     if (step.positions[t + 1] != step.positions[t] + 1) return "positions of a sequence must rise one by one";
@@ -25,8 +25,8 @@ const char* sequence_misfit(const QuireShape& shape, const QuireStep& step, int3
   return nullptr;
 }
 
-// Why a step does not fit the model, or null: every number that becomes an index is checked.
-const char* misfit(const QuireModel& model, const QuireStep& step) {
+// Why a step is invalid, or null: every number that becomes an index is checked.
+const char* step_error(const QuireModel& model, const QuireStep& step) {
   const QuireShape& shape = model.shape;
   if (step.rows < 0 || step.rows > shape.max_rows) return "more rows than the runner was built for";
   if (step.outputs < 0 || step.outputs > shape.max_rows) return "more outputs than the runner was built for";
@@ -42,7 +42,7 @@ const char* misfit(const QuireModel& model, const QuireStep& step) {
     if (step.positions[t] < 0 || step.positions[t] >= shape.max_positions) return "position beyond the rotary table";
   }
   for (int32_t s = 0; s < step.sequences; s++)
-    if (const char* problem = sequence_misfit(shape, step, s)) return problem;
+    if (const char* problem = sequence_error(shape, step, s)) return problem;
   const int32_t computed = step.rows ? step.rows : model.computed_rows;
   for (int32_t i = 0; i < step.outputs; i++)
     if (step.output_rows[i] < 0 || step.output_rows[i] >= computed) return "output row outside the step";
@@ -66,13 +66,13 @@ size_t quire_block_bytes(const QuireShape* shape) {
 QuireModel* quire_create(const QuireShape* shape, const char* variant, char* error, size_t size) {
   const Kernels* kernels = quire::find_variant(variant);
   if (!kernels) {
-    say(error, size, "this machine cannot run the variant");
+    write_error(error, size, "this machine cannot run the variant");
     return nullptr;
   }
   try {
     return new QuireModel(*shape, *kernels);
   } catch (const std::exception& problem) {
-    say(error, size, problem.what());
+    write_error(error, size, problem.what());
     return nullptr;
   }
 }
@@ -108,8 +108,8 @@ void quire_load_head_norms(QuireModel* model, int32_t layer, const float* query,
 }
 
 int32_t quire_step(QuireModel* model, const QuireStep* step, char* error, size_t size) {
-  if (const char* problem = misfit(*model, *step)) {
-    say(error, size, problem);
+  if (const char* problem = step_error(*model, *step)) {
+    write_error(error, size, problem);
     return 1;
   }
   try {
@@ -117,7 +117,7 @@ int32_t quire_step(QuireModel* model, const QuireStep* step, char* error, size_t
     model->run(*step);
     return 0;
   } catch (const std::exception& problem) {
-    say(error, size, problem.what());
+    write_error(error, size, problem.what());
     return 1;
   }
 }

@@ -1,7 +1,8 @@
-// Attention over the paged cache. A query meets its keys in the order of their positions, in splits of
-// SPLIT positions that begin at multiples of SPLIT; each split gives (largest, sum, values), and these
-// are merged in order. All of it is arithmetic of one query alone, so neither the other queries of a
-// tile nor the way that splits are spread over threads can change a bit. Cost is linear in the context.
+// Attention over the paged cache. A query attends to its keys in the order of their positions, in splits
+// of SPLIT positions that begin at multiples of SPLIT; each split gives (largest, sum, values), and
+// these are merged in order. The arithmetic of a query depends on nothing else, so neither the other
+// queries of a tile nor the distribution of splits over threads can change a bit. Cost is linear in the
+// context.
 
 QUIRE_INLINE Lanes widen(const uint16_t* p) { return from_bf16(p); }
 QUIRE_INLINE Lanes widen(const int8_t* p) { return from_int8(p); }
@@ -12,13 +13,13 @@ constexpr int GROUPS_TOGETHER = 4;  // 4 queries x 4 groups of keys: 16 sums in 
 constexpr int GROUPS_TOGETHER = 1;
 #endif
 
-// What one walk over the keys of one split needs.
+// The state of one walk over the keys of a split, by up to QUERIES queries.
 struct Walk {
   const AttentionItem* item;
   const float* queries[QUERIES];
   int low[QUERIES], high[QUERIES];  // positions that each query sees: low <= p < high
   int begin, end;                   // of the walk; begin is a multiple of GROUP
-  bool is_first;                    // of the walks over these keys: the others find them in a cache
+  bool is_first;                    // of the walks over these keys: the later ones find them in a cache
   float weights[QUERIES][SPLIT];    // scores, then weights; index: position - begin
 };
 
@@ -39,7 +40,7 @@ template <typename Cell> QUIRE_INLINE const Cell* values_at(const AttentionItem&
   return (const Cell*)region_at(item, position) + (size_t)(shape.block_size + offset) * shape.dim;
 }
 
-// Scales stand behind the cells of an 8-bit region; which: 0 keys, 1 values.
+// Scales lie behind the cells of an 8-bit region; which: 0 keys, 1 values.
 static const float* scales_at(const AttentionItem& item, int position, int which) {
   const HeadShape& shape = *item.shape;
   const size_t cells = (size_t)shape.block_size * shape.dim;
@@ -58,8 +59,8 @@ template <typename Cell, int COUNT, int WIDTH> static void score_groups(Walk& wa
   for (int q = 0; q < COUNT; q++)
     QUIRE_UNROLL
     for (int g = 0; g < WIDTH; g++) sums[q][g] = splat(0.0f);
-  // Blocks lie far apart, so the processor does not guess the next ones. Values are fetched while
-  // their keys are scored, and so are the keys of the groups to come.
+  // Blocks lie far apart, so the hardware does not prefetch them. Values are prefetched while their keys
+  // are scored, and so are the keys of the next groups.
   const char* ahead[2 * WIDTH];
   int fetched = 0;
   if (walk.is_first)
@@ -69,7 +70,7 @@ template <typename Cell, int COUNT, int WIDTH> static void score_groups(Walk& wa
       if (next < walk.end) ahead[fetched++] = (const char*)keys_at<Cell>(item, next);
     }
   for (int d = 0; d < dim; d++) {
-    constexpr int lines_apart = 64 / (GROUP * (int)sizeof(Cell));  // steps of d to a line
+    constexpr int lines_apart = 64 / (GROUP * (int)sizeof(Cell));  // steps of d per cache line
     if (d % lines_apart == 0)
       for (int i = 0; i < fetched; i++) __builtin_prefetch(ahead[i] + (size_t)d * GROUP * sizeof(Cell));
     Lanes k[WIDTH];
@@ -107,7 +108,7 @@ template <typename Cell, int COUNT> static void score(Walk& walk) {
   for (; position < walk.end; position += GROUP) score_groups<Cell, COUNT, 1>(walk, position);
 }
 
-// The lanes of a group that a query sees.
+// Keeps the lanes of a group that a query sees.
 QUIRE_INLINE Lanes seen(const Walk& walk, int q, int position, Lanes s, Lanes otherwise) {
   const int from = walk.low[q] - position, to = walk.high[q] - position;
   if (from <= 0 && to >= GROUP) return s;
@@ -115,8 +116,8 @@ QUIRE_INLINE Lanes seen(const Walk& walk, int q, int position, Lanes s, Lanes ot
   return between(from < 0 ? 0 : from, to > GROUP ? GROUP : to, s, otherwise);
 }
 
-// Scores -> weights e^(score - largest), 0 where the query does not look. Returns largest and sum.
-static void soften(Walk& walk, int q, float* partial) {
+// Scores -> weights e^(score - largest), 0 for keys that the query does not see; and largest and sum.
+static void softmax(Walk& walk, int q, float* partial) {
   float* weights = walk.weights[q];
   const Lanes least = splat(-__builtin_inff()), none = splat(0.0f);
   Lanes top = least, total = none;
@@ -133,7 +134,7 @@ static void soften(Walk& walk, int q, float* partial) {
   partial[1] = sum(total);
 }
 
-// Weighted values, WIDTH lanes of D at a time. Keys that nobody of the walk sees are never read:
+// Weighted values, WIDTH lanes of D at a time. Positions that no query of the walk sees are not read:
 // a slot beyond a sequence may hold anything, and 0 * NaN is NaN.
 template <typename Cell, int COUNT, int WIDTH>
 static void gather_values(const Walk& walk, int first, int last, int d, float* partials, size_t stride) {
@@ -178,7 +179,7 @@ template <typename Cell, int COUNT> static void attend_walk(Walk& walk, float* p
   walk.begin = first / GROUP * GROUP;
   walk.end = last;
   score<Cell, COUNT>(walk);
-  for (int q = 0; q < COUNT; q++) soften(walk, q, partials + q * stride);
+  for (int q = 0; q < COUNT; q++) softmax(walk, q, partials + q * stride);
   const int dim = walk.item->shape->dim;
   int d = 0;
   for (; d + 4 * LANES <= dim; d += 4 * LANES) gather_values<Cell, COUNT, 4>(walk, first, last, d, partials, stride);
@@ -186,7 +187,7 @@ template <typename Cell, int COUNT> static void attend_walk(Walk& walk, float* p
 }
 
 // Runs the queries first..first + count - 1 of an item over one split. Query i is row i / G, head i % G.
-// partials: [count] results of `stride` floats. False where none of them sees any key of the split.
+// partials: [count] results of `stride` floats. Returns whether any of them sees a key of the split.
 static bool attend_queries(const AttentionItem& item, int split, int first, int count, float* partials, size_t stride) {
   const HeadShape& shape = *item.shape;
   const int shared = shape.heads / shape.kv_heads;
@@ -209,7 +210,7 @@ static bool attend_queries(const AttentionItem& item, int split, int first, int 
     places[used++] = i;
   }
   if (!used) return false;
-  // Those that see something stand at the front of the walk; put back in their places afterwards.
+  // Queries that see keys are packed to the front of the walk, and their results moved back below.
   const bool wide = shape.wide_cache;
   switch (used) {
     case 1: wide ? attend_walk<uint16_t, 1>(walk, partials, stride) : attend_walk<int8_t, 1>(walk, partials, stride); break;

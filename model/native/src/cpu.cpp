@@ -23,8 +23,8 @@ uint64_t enabled_state() {
   return (uint64_t)high << 32 | low;
 }
 
-// Linux hands out the 8 KiB of tile state only to processes that ask (since 5.16).
-bool ask_for_tiles() {
+// Since 5.16 Linux grants the 8 KiB of tile state only on request.
+bool request_tiles() {
   constexpr long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
@@ -39,13 +39,13 @@ Features detect() {
   const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
   const bool f_dq_bw_vl = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);
   f.avx2 = ymm && (b >> 5 & 1);
-  f.avx512 = f.avx2 && zmm && f_dq_bw_vl && (c >> 11 & 1);  // the last: VNNI
+  f.avx512 = f.avx2 && zmm && f_dq_bw_vl && (c >> 11 & 1);  // bit 11: VNNI
   const bool amx_tile = d >> 24 & 1, amx_int8 = d >> 25 & 1;
 #if defined(QUIRE_EMULATE_TILES)
   f.amx = f.avx512;
   (void)tiles, (void)amx_tile, (void)amx_int8;
 #else
-  f.amx = f.avx512 && tiles && amx_tile && amx_int8 && ask_for_tiles();
+  f.amx = f.avx512 && tiles && amx_tile && amx_int8 && request_tiles();
 #endif
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avxvnni = f.avx2 && (a >> 4 & 1);
   return f;

@@ -9,7 +9,7 @@ constexpr int kMaxVariants = 8;
 // Best first. Returns how many.
 int available_variants(const Kernels* list[kMaxVariants]);
 
-// Null where the machine has no such variant; "" is the best one.
+// Null if the machine cannot run the variant; "" is the best one.
 const Kernels* find_variant(const char* name);
 
 }  // namespace quire

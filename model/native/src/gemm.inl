@@ -1,5 +1,5 @@
-// Products of 8-bit activations with packed 8-bit weights. `multiply_tile` of the variant gives exact
-// 32-bit sums, so their order is free; what follows them here is float, element by element.
+// Products of 8-bit activations with packed 8-bit weights. The variant's `multiply_tile` gives exact
+// 32-bit sums, so their order is free; the epilogue here is float arithmetic, element by element.
 
 static int rows_of_tile(int rows_left, int tiles_left) {
 #if defined(QUIRE_TILES_FILL)
@@ -10,7 +10,7 @@ static int rows_of_tile(int rows_left, int tiles_left) {
 #endif
 }
 
-// What half a panel needs to turn sums into numbers.
+// Dequantises the sums of half a panel.
 struct Columns {
   Lanes scales, bias;
   const int32_t* corrections;
@@ -28,7 +28,7 @@ struct Columns {
 
 QUIRE_INLINE Lanes silu(Lanes x) { return x / (splat(1.0f) + exponential(splat(0.0f) - x)); }
 
-static void take_best(const Linear& w, Lanes a, Lanes b, int column, Best* best) {
+static void update_argmax(const Linear& w, Lanes a, Lanes b, int column, Argmax* argmax) {
   const Lanes least = splat(-__builtin_inff());
   const int left = w.outputs - column;  // beyond it there is padding
   if (left < PANEL) {
@@ -36,14 +36,14 @@ static void take_best(const Linear& w, Lanes a, Lanes b, int column, Best* best)
     b = between(0, left < LANES ? 0 : left - LANES, b, least);
   }
   const float top = largest(larger(a, b));
-  if (!(top > best->value)) return;
+  if (!(top > argmax->value)) return;
   float all[PANEL];
   store(all, a);
   store(all + LANES, b);
   for (int i = 0; i < PANEL; i++)
     if (all[i] == top) {
-      best->value = top;
-      best->id = column + i;
+      argmax->value = top;
+      argmax->id = column + i;
       return;
     }
 }
@@ -61,7 +61,7 @@ static void keep_logits(const Linear& w, Lanes a, Lanes b, int column, float* lo
 }
 
 template <Epilogue EPILOGUE>
-static void finish_rows(const Product& p, int panel, int first, int count, const int32_t* acc, Best* best) {
+static void finish_rows(const Product& p, int panel, int first, int count, const int32_t* acc, Argmax* argmax) {
   const Linear& w = *p.weight;
   const int column = panel * PANEL;
   const Columns left(w, column), right(w, column + LANES);
@@ -81,32 +81,32 @@ static void finish_rows(const Product& p, int panel, int first, int count, const
       store(out + panel * LANES, silu(a) * b);
     } else {
       if (p.logits[row]) keep_logits(w, a, b, column, p.logits[row]);
-      take_best(w, a, b, column, best + row);
+      update_argmax(w, a, b, column, argmax + row);
     }
   }
 }
 
-static void finish(const Product& p, int panel, int first, int count, const int32_t* acc, Best* best) {
+static void finish(const Product& p, int panel, int first, int count, const int32_t* acc, Argmax* argmax) {
   switch (p.epilogue) {
-    case Epilogue::STORE: return finish_rows<Epilogue::STORE>(p, panel, first, count, acc, best);
-    case Epilogue::ADD: return finish_rows<Epilogue::ADD>(p, panel, first, count, acc, best);
-    case Epilogue::GATED: return finish_rows<Epilogue::GATED>(p, panel, first, count, acc, best);
-    case Epilogue::HEAD: return finish_rows<Epilogue::HEAD>(p, panel, first, count, acc, best);
+    case Epilogue::STORE: return finish_rows<Epilogue::STORE>(p, panel, first, count, acc, argmax);
+    case Epilogue::ADD: return finish_rows<Epilogue::ADD>(p, panel, first, count, acc, argmax);
+    case Epilogue::GATED: return finish_rows<Epilogue::GATED>(p, panel, first, count, acc, argmax);
+    case Epilogue::HEAD: return finish_rows<Epilogue::HEAD>(p, panel, first, count, acc, argmax);
   }
 }
 
-// One tile: a little ahead in the same stream. Several: while the first waits for memory the others
-// would leave it idle, so each of them fetches its share of the next panel.
+// One tile: prefetches a little ahead in the same stream. Several: only the first would wait for memory,
+// so each prefetches its share of the next panel.
 QUIRE_INLINE Ahead ahead_of(const Product& p, const int8_t* packed, int panel, int tile, int tiles) {
   constexpr size_t line_bytes = PANEL * 4, near_bytes = 4096;
   if (tiles == 1) return {packed + near_bytes, line_bytes, nullptr, 0};  // no time for anything else
   const size_t panel_bytes = (size_t)p.weight->inputs_padded * PANEL;
   const size_t share = (size_t)tile * panel_bytes / tiles;
   const int segment = p.first_segment + (panel * tiles + tile) * segments_of(*p.weight);
-  return {packed + panel_bytes + share, line_bytes / tiles, p.reads, segment};
+  return {packed + panel_bytes + share, line_bytes / tiles, p.prefetch, segment};
 }
 
-static void multiply(const Product* product, int first, int end, Best* best) {
+static void multiply(const Product* product, int first, int end, Argmax* argmax) {
   const Product& p = *product;
   const Linear& w = *p.weight;
   alignas(64) int32_t acc[TILE_ROWS_MAX * PANEL];
@@ -118,7 +118,7 @@ static void multiply(const Product* product, int first, int end, Best* best) {
       const int count = rows_of_tile(p.rows - row, tiles - tile);
       multiply_tile(p.codes.rows + (size_t)row * p.codes.stride, p.codes.stride, count, packed, w.inputs_padded,
                     ahead_of(p, packed, panel, tile, tiles), acc);
-      finish(p, panel, row, count, acc, best);
+      finish(p, panel, row, count, acc, argmax);
       row += count;
     }
   }

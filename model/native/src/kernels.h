@@ -1,59 +1,59 @@
-// Kernels: what one instruction-set variant offers to the step, as a table of functions.
+// Kernels: the functions of one instruction-set variant, as a table.
 //
-// The same sources (rows.inl, gemm.inl, attention.inl, load.inl) are compiled once a variant; the
-// variants differ in how wide `Lanes` are and in the one integer routine `multiply_tile`. Results are
+// The same sources (rows.inl, gemm.inl, attention.inl, load.inl) are compiled once per variant; the
+// variants differ in the width of `Lanes` and in the one integer routine `multiply_tile`. Results are
 // equal bit by bit: integer sums are exact, and float arithmetic is that of lanes.h.
 //
 // Legend, as in model/batch.py:  T rows of a step, C hidden size, H query heads, K KV heads, D head
-// dimension, F width of the MLP, V vocabulary. Row strides are given where rows are padded.
+// dimension, F width of the MLP, V vocabulary. Padded rows have a stride.
 //
-// This header is seen by translation units with different instruction sets: plain data only.
+// Translation units of different instruction sets include this header: plain data only.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
 constexpr int PANEL = 32;          // output columns that are packed together
 constexpr int K_STEP = 64;         // inner dimensions are padded to this: one AMX tile row
-constexpr int TILE_ROWS_MAX = 32;  // rows of activations that a tile routine takes at most
-constexpr int GROUP = 16;          // keys that are stored together: one per lane
+constexpr int TILE_ROWS_MAX = 32;  // maximum rows of activations of a tile routine
+constexpr int GROUP = 16;          // keys that are stored together, one per lane
 constexpr int DIM_MAX = 256;       // of a head
 constexpr int SPLIT = 256;         // positions of one partial attention; at multiples of itself
-constexpr int QUERIES = 4;         // queries that walk over the keys together
-constexpr int SEGMENT = 32;        // lines of 4 inputs; while they are multiplied, as many cache lines
-                                   // of keys or values can be fetched: see Reads
+constexpr int QUERIES = 4;         // queries of one walk over the keys
+constexpr int SEGMENT = 32;        // lines of 4 inputs, during whose product as many cache lines
+                                   // of keys or values are prefetched: see Prefetch
 
-// y[M, N] = x[M, K] W[N, K]^T with 8-bit W, one scale an output column.
+// y[M, N] = x[M, K] W[N, K]^T with 8-bit W, one scale per output column.
 struct Linear {
   int outputs;           // N
   int inputs;            // K
-  int inputs_padded;     // K, to a multiple of K_STEP; the padding weighs 0
-  int panels;            // N / PANEL, rounded up; the padding weighs 0
+  int inputs_padded;     // K rounded up to a multiple of K_STEP; the padding is 0
+  int panels;            // N / PANEL rounded up; the padding is 0
   int8_t* packed;        // [panels][inputs_padded / 4][PANEL][4]
   float* scales;         // [panels * PANEL]
   int32_t* corrections;  // [panels * PANEL]: 128 * the sum of a column's weights, see Codes
   float* bias;           // [panels * PANEL], or null
 };
 
-// Activations in 8 bits: code = 128 + round(x / scale), in 1..255, so that the instructions that
-// multiply unsigned by signed bytes can be used. sum(code * w) - corrections = sum(round(x / scale) * w).
-// Behind the last row there must be TILE_ROWS_MAX more rows that may be read.
+// Activations in 8 bits: code = 128 + round(x / scale), in 1..255, for the instructions that multiply
+// unsigned by signed bytes. sum(code * w) - corrections = sum(round(x / scale) * w). Behind the last row
+// TILE_ROWS_MAX more rows must be readable.
 struct Codes {
   uint8_t* rows;
   size_t stride;  // a multiple of K_STEP
-  float* scales;  // one a row
+  float* scales;  // one per row
 };
 
 enum class Epilogue {
   STORE,  // out[m, n] = y
   ADD,    // out[m, n] += y: the residual stream
   GATED,  // columns of a panel are 16 gates and their 16 ups: out[m, 16] = silu(gate) * up
-  HEAD,   // logits of the rows that want them, and the largest one of each row
+  HEAD,   // logits of the rows that request them, and the argmax of each row
 };
 
 // Segments of one tile of rows with one panel.
 static inline int segments_of(const Linear& weight) { return (weight.inputs_padded / 4 + SEGMENT - 1) / SEGMENT; }
 
-struct Reads;
+struct Prefetch;
 
 struct Product {
   const Linear* weight;
@@ -62,32 +62,32 @@ struct Product {
   Epilogue epilogue;
   float* out;
   size_t out_stride;
-  const int32_t* out_rows;  // ADD: [M] rows of `out`, or null: 0..M - 1
-  float* const* logits;  // HEAD: [M], null for a row that wants none
-  const Reads* reads;    // what to fetch meanwhile, or null
-  int first_segment;     // of its own, among the segments of all products that share `reads`
+  const int32_t* out_rows;   // ADD: [M] rows of `out`, or null: 0..M - 1
+  float* const* logits;      // HEAD: [M], null for a row without
+  const Prefetch* prefetch;  // or null
+  int first_segment;         // its index among the segments of all products that share `prefetch`
 };
 
-// The likeliest token of a row among some panels. The lowest id among equals; 0 where all are NaN.
-struct Best {
+// The argmax of a row over some panels: the lowest id among equals; 0 if all are NaN.
+struct Argmax {
   float value;
   int32_t id;
 };
 
-// Weights to fetch while a tile is computed: at each line of 4 inputs, 128 bytes from `start`, which
-// then moves by `step`. Only a hint: it may point behind the weights.
+// Weights to prefetch while a tile is computed: at each line of 4 inputs, 128 bytes from `start`, which
+// then advances by `step`. Only a hint: it may point behind the weights.
 struct Ahead {
   const int8_t* start;
   size_t step;
-  const Reads* reads;  // or null
-  int segment;         // the first one of this tile
+  const Prefetch* prefetch;  // or null
+  int segment;               // the first one of this tile
 };
 
 struct HeadShape {
   int heads, kv_heads, dim;  // H, K, D
-  int block_size;            // tokens a block, a multiple of GROUP
+  int block_size;            // tokens per block, a multiple of GROUP
   float eps;                 // of the norms of queries and keys
-  bool wide_cache;           // K and V in bfloat16; else 8 bits with a scale per token and head
+  bool wide_cache;           // K and V in bfloat16; false: 8 bits, a scale per token and head
 };
 
 // The KV pool as one layer sees it: region of block b and head h at base + b * block_bytes + h *
@@ -100,18 +100,18 @@ struct Pool {
   size_t region_bytes, block_bytes;
 };
 
-// What the attention of a layer will read: fetched while products of many rows keep the multipliers
-// busy and leave the memory idle.
-struct Reads {
-  const uint8_t* base;     // of its pool
-  const size_t* regions;   // where they begin, in the order in which attention comes to them
+// What the attention of the next layer will read: prefetched during products of many rows, which are
+// compute-bound and leave the memory idle.
+struct Prefetch {
+  const uint8_t* base;    // of its pool
+  const size_t* regions;  // offsets, in the order in which attention reads them
   int count;
 };
 
-// One row's rotary position and storage.
+// How a row of QKV is rotated and stored.
 struct Rotary {
   const HeadShape* shape;
-  const float* cosines;  // [D / 2] of this position, null in a layer without positions
+  const float* cosines;  // [D / 2] of this position; null in a layer without rotary positions
   const float* sines;
   const float* query_norm;  // [D], or null
   const float* key_norm;
@@ -139,7 +139,7 @@ struct AttentionItem {
 
 struct Kernels {
   const char* name;
-  int tile_rows;  // rows that multiply_tile likes to get
+  int tile_rows;  // preferred rows of multiply_tile
 
   void (*thread_begin)(void);  // before and after a thread computes (AMX tiles)
   void (*thread_end)(void);
@@ -151,8 +151,8 @@ struct Kernels {
   void (*hadamard)(float* x, int size, int block);
   void (*rotate_and_store)(const Rotary* rotary, float* qkv, uint8_t* const* regions, int offset);
 
-  // gemm.inl: panels first..end - 1, all rows; `best` [M] is for HEAD
-  void (*multiply)(const Product* product, int first, int end, Best* best);
+  // gemm.inl: panels first..end - 1, all rows; `argmax` [M] is for HEAD
+  void (*multiply)(const Product* product, int first, int end, Argmax* argmax);
 
   // attention.inl
   void (*attend_rows)(const AttentionItem* item);
@@ -164,7 +164,7 @@ struct Kernels {
                  const float* signs, const float* mix);
   void (*pack)(const float* w, const float* bias, bool gated, Linear* linear);
 
-  // The integer routine alone, for tests and for the roof probe. acc is [rows][PANEL].
+  // The integer routine alone, for tests and for probe.cpp. acc is [rows][PANEL].
   void (*multiply_tile)(const uint8_t* codes, size_t stride, int rows, const int8_t* panel,
                         int inputs_padded, Ahead ahead, int32_t* acc);
 };

@@ -1,12 +1,12 @@
-// Lanes: sixteen floats that behave the same on every instruction set.
+// Lanes: sixteen floats with the same results on every instruction set.
 //
 // All float arithmetic of the step is written once, in terms of these lanes. An operation rounds
-// each lane as IEEE 754 says, `fma` rounds once, and `sum` adds in one fixed tree, so a result does
-// not depend on how wide the machine's registers are. No product and sum is ever fused by the
-// compiler (-ffp-contract=off); where one rounding is wanted, `fma` is written.
+// each lane by IEEE 754, `fma` rounds once, and `sum` adds in one fixed tree, so a result does not
+// depend on the width of the machine's registers. The compiler never fuses a product and a sum
+// (-ffp-contract=off); `fma` is written out.
 //
-// Included once by each variant's translation unit. Everything has internal linkage: a function
-// compiled for AVX-512 must never be the copy that the linker keeps for the portable variant.
+// Included by each variant's translation unit. Everything has internal linkage: the linker must not
+// keep a copy compiled for AVX-512 for the portable variant.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -19,7 +19,7 @@ namespace {
 
 #define QUIRE_INLINE inline __attribute__((always_inline))
 
-// Before a loop over an array of sums: only where it is unrolled do they live in registers.
+// Before a loop over an array of sums, which live in registers only if it is unrolled.
 #if defined(__clang__)
 #define QUIRE_UNROLL _Pragma("unroll")
 #else
@@ -40,7 +40,7 @@ QUIRE_INLINE Lanes operator-(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)
 QUIRE_INLINE Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
 QUIRE_INLINE Lanes operator/(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
 QUIRE_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-// The larger; the second where they do not compare.
+// The larger; the second operand if either is NaN.
 QUIRE_INLINE Lanes larger(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 QUIRE_INLINE Lanes smaller(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.v)}; }
 QUIRE_INLINE Lanes magnitude(Lanes a) {
@@ -64,8 +64,8 @@ template <int DISTANCE> QUIRE_INLINE Lanes exchange(Lanes a) {
   if constexpr (DISTANCE == 2) return {_mm512_permute_ps(a.v, 0x4e)};
   return {_mm512_permute_ps(a.v, 0xb1)};
 }
-// The sign of lane i turned where i & bit; bit is 1, 2, 4 or 8.
-template <int BIT> QUIRE_INLINE Lanes turn_signs(Lanes a) {
+// Negates lane i if i & bit; bit is 1, 2, 4 or 8.
+template <int BIT> QUIRE_INLINE Lanes flip_signs(Lanes a) {
   constexpr uint16_t mask = BIT == 8 ? 0xff00 : BIT == 4 ? 0xf0f0 : BIT == 2 ? 0xcccc : 0xaaaa;
   const __m512i bits = _mm512_castps_si512(a.v);
   return {_mm512_castsi512_ps(_mm512_mask_xor_epi32(bits, mask, bits, _mm512_set1_epi32(INT32_MIN)))};
@@ -75,7 +75,7 @@ QUIRE_INLINE Lanes between(int from, int to, Lanes a, Lanes b) {
   const uint32_t mask = ((1u << to) - 1u) & ~((1u << from) - 1u);
   return {_mm512_mask_blend_ps((__mmask16)mask, b.v, a.v)};
 }
-// a * 2^k where the low bits of `shifter` hold k (see `exponential`).
+// a * 2^k; the low bits of `shifter` hold k (see `exponential`).
 QUIRE_INLINE Lanes scale_by_power(Lanes a, Lanes shifter) {
   const __m512i k = _mm512_slli_epi32(_mm512_castps_si512(shifter.v), 23);
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), k))};
@@ -128,7 +128,7 @@ template <int DISTANCE> QUIRE_INLINE Lanes exchange(Lanes a) {
   if constexpr (DISTANCE == 2) return {_mm256_permute_ps(a.lo, 0x4e), _mm256_permute_ps(a.hi, 0x4e)};
   return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)};
 }
-template <int BIT> QUIRE_INLINE Lanes turn_signs(Lanes a) {
+template <int BIT> QUIRE_INLINE Lanes flip_signs(Lanes a) {
   const __m256 all = _mm256_set1_ps(-0.0f);
   if constexpr (BIT == 8) return {a.lo, _mm256_xor_ps(a.hi, all)};
   constexpr uint8_t mask = BIT == 4 ? 0xf0 : BIT == 2 ? 0xcc : 0xaa;
@@ -183,7 +183,7 @@ QUIRE_INLINE Lanes from_bf16(const uint16_t* p) {
 }
 QUIRE_INLINE Lanes from_int8(const int8_t* p) { Lanes r; QUIRE_EACH r.v[i] = (float)p[i]; return r; }
 template <int DISTANCE> QUIRE_INLINE Lanes exchange(Lanes a) { Lanes r; QUIRE_EACH r.v[i] = a.v[i ^ DISTANCE]; return r; }
-template <int BIT> QUIRE_INLINE Lanes turn_signs(Lanes a) { QUIRE_EACH if (i & BIT) a.v[i] = -a.v[i]; return a; }
+template <int BIT> QUIRE_INLINE Lanes flip_signs(Lanes a) { QUIRE_EACH if (i & BIT) a.v[i] = -a.v[i]; return a; }
 QUIRE_INLINE Lanes between(int from, int to, Lanes a, Lanes b) { QUIRE_EACH if (i >= from && i < to) b.v[i] = a.v[i]; return b; }
 QUIRE_INLINE Lanes scale_by_power(Lanes a, Lanes shifter) {
   QUIRE_EACH {
@@ -200,7 +200,7 @@ QUIRE_INLINE void store_biased(uint8_t* p, Lanes whole) { QUIRE_EACH p[i] = (uin
 
 #endif
 
-// Ties to even, for |x| < 2^22. Adding 1.5 * 2^23 leaves no room for a fraction.
+// Ties to even, for |x| < 2^22: after adding 1.5 * 2^23 no fraction bits are left.
 QUIRE_INLINE Lanes nearest(Lanes x) {
   const Lanes magic = splat(12582912.0f);
   return (x + magic) - magic;
@@ -230,9 +230,9 @@ QUIRE_INLINE float largest(Lanes a) {
 // e^x within 2 units in the last place; x is clamped to [-87, 88], where e^x is a normal number.
 // x = k ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts (Cody and Waite); e^r by a polynomial.
 QUIRE_INLINE Lanes exponential(Lanes x) {
-  x = smaller(splat(88.0f), larger(splat(-87.0f), x));  // a NaN stays: it is the second operand
+  x = smaller(splat(88.0f), larger(splat(-87.0f), x));  // a NaN stays, as the second operand
   const Lanes magic = splat(12582912.0f);
-  const Lanes shifter = fma(x, splat(1.44269504f), magic);  // k stands in the low bits
+  const Lanes shifter = fma(x, splat(1.44269504f), magic);  // k is in the low bits
   const Lanes k = shifter - magic;
   Lanes r = fma(k, splat(-0.693359375f), x);
   r = fma(k, splat(2.12194440e-4f), r);

@@ -1,5 +1,5 @@
-// Loading: rotations folded into weights, and packing. Runs once a tensor. Written in lanes too, so
-// that every machine makes the same 8-bit weights from the same checkpoint.
+// Loading: rotations folded into weights, and packing; once per tensor. Written in lanes too, so that
+// every machine makes the same 8-bit weights from the same checkpoint.
 
 // Sixteen vectors side by side, element by element: scratch[i * LANES + lane].
 struct Bundle {
@@ -65,15 +65,9 @@ static void rotate(float* w, int64_t rows, int64_t cols, int axis, int power, in
   free(scratch);
 }
 
-static float largest_weight(const float* row, int size) {
-  float most = 0.0f;
-  for (int i = 0; i < size; i++) most = __builtin_fabsf(row[i]) > most ? __builtin_fabsf(row[i]) : most;
-  return most;
-}
-
 // One output column: 8 bits with one scale, symmetric.
 static void pack_column(const float* row, Linear& w, int column) {
-  const float most = largest_weight(row, w.inputs);
+  const float most = largest_magnitude(row, w.inputs);
   const float factor = most > 1e-30f ? 127.0f / most : 0.0f;
   int8_t* panel = w.packed + (size_t)(column / PANEL) * w.inputs_padded * PANEL + column % PANEL * 4;
   int32_t total = 0;

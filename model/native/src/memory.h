@@ -1,5 +1,5 @@
-// Memory: what lives as long as the model. Zeroed, aligned to cache lines, in huge pages where the
-// system has them: a step reads all weights once, and with 4 KiB pages it would wait for the TLB.
+// Memory: allocations that live as long as the model. Zeroed, aligned to cache lines, in huge pages if
+// the system has them: a step reads all weights once, and with 4 KiB pages it would wait for the TLB.
 #pragma once
 #include <sys/mman.h>
 
@@ -19,7 +19,7 @@ class Memory {
     for (const Mapping& m : mappings_) munmap(m.start, m.bytes);
   }
 
-  // Throws std::bad_alloc. Pages are real only once they are touched.
+  // Throws std::bad_alloc. Pages become resident when they are touched.
   template <typename T> T* take(size_t count) {
     const size_t bytes = (count * sizeof(T) + kLine - 1) / kLine * kLine;
     if (bytes > left_) map(bytes > kChunk ? bytes : kChunk);
@@ -44,7 +44,7 @@ class Memory {
     const uintptr_t aligned = (reinterpret_cast<uintptr_t>(start) + kHuge - 1) / kHuge * kHuge;
     next_ = reinterpret_cast<uint8_t*>(aligned);
     left_ = whole - kHuge;
-    madvise(next_, left_, MADV_HUGEPAGE);  // a wish: without it all is right, and slower
+    madvise(next_, left_, MADV_HUGEPAGE);  // a hint: without it slower, not wrong
   }
 
   std::vector<Mapping> mappings_;

@@ -1,4 +1,4 @@
-// Building a model: sizes, memory, and how attention is cut into units of work.
+// Builds a model: sizes, memory, and the units of work of attention.
 #include "model.h"
 
 #include <algorithm>
@@ -10,13 +10,8 @@ namespace {
 
 constexpr int kRowsOfTile = 16;
 constexpr int kQueriesOfTile = 64;  // ITEM_QUERIES of attention.inl
-constexpr int kRowsToFetchReads = 24;  // fewer wait for weights: the memory has no time for more
-constexpr int kUnitsPerThread = 4;  // fewer than this, and attention is cut along the context too
-
-// Rows whose distance is a multiple of 512 bytes would fall into few sets of the first cache.
-size_t code_stride(int inputs_padded) {
-  return static_cast<size_t>(inputs_padded % 512 == 0 ? inputs_padded + K_STEP : inputs_padded);
-}
+constexpr int kRowsToPrefetch = 24;  // with fewer a step is memory-bound
+constexpr int kUnitsPerThread = 4;  // with fewer, attention is split along the context too
 
 }  // namespace
 
@@ -57,8 +52,8 @@ Model::Model(const QuireShape& given, const Kernels& chosen) : shape(given), ker
     layers.push_back(layer);
   }
   head = make_linear(shape.vocab, shape.hidden, false);
-  // All layers of a block lie together, so that the system's zeroing of fresh memory is spread over
-  // the blocks as they come into use, and does not strike all layers of the first step.
+  // All layers of a block lie together, so that the system zeroes fresh memory block by block as they
+  // come into use, and not for all layers in the first step.
   const size_t region = region_bytes(shape), layer_bytes = region * shape.kv_heads;
   uint8_t* pool = memory.take<uint8_t>(layer_bytes * shape.layers * shape.num_blocks);
   for (size_t i = 0; i < layers.size(); i++)
@@ -92,7 +87,7 @@ void Model::make_scratch() {
   scratch.gated = memory.take<float>(rows * gated);
   scratch.codes = memory.take<uint8_t>((rows + TILE_ROWS_MAX) * (widest + K_STEP));
   scratch.scales = memory.take<float>(rows + TILE_ROWS_MAX);
-  scratch.best = memory.take<Best>(rows * kHeadChunks);
+  scratch.argmax = memory.take<Argmax>(rows * kHeadChunks);
   embedding = memory.take<uint16_t>(static_cast<size_t>(shape.vocab) * inputs);
 }
 
@@ -107,18 +102,18 @@ Linear& Model::linear(int layer, int which) {
   }
 }
 
-// Every region that attention reads, by offsets from a layer's pool. Where sequences share a block it
-// stands here more than once, and costs little: it is in a cache then.
-static std::vector<size_t> find_reads(const QuireShape& shape, const QuireStep& step) {
-  std::vector<size_t> reads;
+// Every region that attention reads, by offsets from a layer's pool. A block that sequences share is
+// listed more than once, which costs little: it is in a cache by then.
+static std::vector<size_t> find_regions(const QuireShape& shape, const QuireStep& step) {
+  std::vector<size_t> prefetch;
   const size_t region = region_bytes(shape), block_bytes = region * shape.kv_heads * shape.layers;
   for (int s = step.sequences - 1; s >= 0; s--) {
     const int32_t* table = step.block_table + static_cast<size_t>(s) * step.table_width;
     const int blocks = step.positions[step.query_starts[s + 1] - 1] / shape.block_size + 1;
     for (int b = 0; b < blocks; b++)
-      for (int h = 0; h < shape.kv_heads; h++) reads.push_back(static_cast<size_t>(table[b]) * block_bytes + h * region);
+      for (int h = 0; h < shape.kv_heads; h++) prefetch.push_back(static_cast<size_t>(table[b]) * block_bytes + h * region);
   }
-  return reads;
+  return prefetch;
 }
 
 Cut cut_step(const QuireShape& shape, const QuireStep& step, int threads) {
@@ -139,7 +134,7 @@ Cut cut_step(const QuireShape& shape, const QuireStep& step, int threads) {
     }
   const int tiles = static_cast<int>(cut.tiles.size());
   cut.split = most_splits > 1 && threads > 1 && tiles * shape.kv_heads < kUnitsPerThread * threads;
-  // The longest first would be best for balance; late tiles of a prompt are the longest.
+  // Longest first, for balance: late tiles of a prompt are the longest.
   for (int t = tiles - 1; t >= 0; t--)
     for (int h = 0; h < shape.kv_heads; h++) {
       if (!cut.split) cut.units.push_back({t, h, -1});
@@ -149,7 +144,7 @@ Cut cut_step(const QuireShape& shape, const QuireStep& step, int threads) {
   const int32_t* end = step.output_rows + step.outputs;
   const bool rises = std::adjacent_find(step.output_rows, end, std::greater_equal<int32_t>()) == end;
   cut.only_outputs = !step.keeps_rows && rises && step.outputs < step.rows;
-  if (step.rows >= kRowsToFetchReads) cut.reads = find_reads(shape, step);
+  if (step.rows >= kRowsToPrefetch) cut.prefetch = find_regions(shape, step);
   return cut;
 }
 

@@ -12,6 +12,11 @@ namespace quire {
 
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// Stride of Codes. Rows at multiples of 512 bytes would fall into few sets of the L1 cache.
+inline size_t code_stride(int inputs_padded) {
+  return static_cast<size_t>(inputs_padded % 512 == 0 ? inputs_padded + K_STEP : inputs_padded);
+}
+
 struct Layer {
   Linear qkv, out, gate_up, down;
   float* query_norm = nullptr;  // [D] or null
@@ -30,13 +35,13 @@ struct Scratch {
   size_t residual_stride, qkv_stride, attention_stride, gated_stride;
   uint8_t* codes;  // [T + TILE_ROWS_MAX, the widest]
   float* scales;   // [T + TILE_ROWS_MAX]
-  Best* best;      // [chunks of the head, T]
+  Argmax* argmax;      // [chunks of the head, T]
 };
 
-// Rows of one sequence that attend together; what one AttentionItem is for a head.
+// Rows of one sequence that attend together: an AttentionItem per head.
 struct Tile {
   int sequence, first_row, rows, first_position;
-  size_t partials;  // where its partial results begin, with splits
+  size_t partials;  // offset of its partial results, with splits
   int splits;
 };
 
@@ -44,15 +49,15 @@ struct Unit {
   int tile, head, split;  // split < 0: all of them, merged at once
 };
 
-// How the work of a step is cut. The cut never changes a result. It is part of the task, because a late
-// thread reads it, when the arrays of the step may be gone.
+// How the work of a step is cut, which changes no result. It is part of the task, because a late thread
+// reads it when the arrays of the step may be gone.
 struct Cut {
   std::vector<Tile> tiles;
   std::vector<int> tile_of_row;
   std::vector<Unit> units;
-  std::vector<size_t> reads;  // regions, as `units` come to them; none where fetching them is no use
+  std::vector<size_t> prefetch;  // regions, in the order of `units`; empty if prefetch does not pay
   bool split = false;
-  bool only_outputs = false;  // whether nobody will ask for other rows of the last layer
+  bool only_outputs = false;  // whether no other rows of the last layer are needed
 };
 
 struct Model;

@@ -1,4 +1,4 @@
-// What this machine can give: the roof that a step is measured against. No part of serving.
+// Measures the roof of this machine, which a step is compared with. Not used in serving.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -37,7 +37,7 @@ double quire_probe_memory(int32_t threads, int64_t bytes, int32_t repeats) {
   for (int32_t r = 0; r < repeats; r++) {
     const double time = timed(threads, [&](int t) {
       const size_t first = words * t / threads, end = words * (t + 1) / threads;
-      uint64_t total[8] = {};  // one a word of a line: no chain of additions
+      uint64_t total[8] = {};  // one per word of a line: no chain of additions
       for (size_t i = first / 8 * 8; i + 8 <= end; i += 8) {
         __builtin_prefetch(data + i + 512);
         for (size_t w = 0; w < 8; w++) total[w] += data[i + w];

@@ -1,6 +1,6 @@
 // The C interface of the native step. library.py mirrors these structures field by field.
-// Pointers are borrowed for the call only. Functions that can fail write a message and return null
-// or a number that is not 0.
+// Pointers are borrowed for the call only. Functions that can fail write a message and return null or a
+// number that is not 0.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -10,18 +10,18 @@
 struct QuireShape {
   int32_t vocab, hidden, layers, heads, kv_heads, dim, width;  // width: F, of the MLP
   int32_t block_size, num_blocks;
-  int32_t max_rows;       // the largest T
-  int32_t max_positions;  // rows of the rotary tables
-  int32_t hadamard;       // block of the transform before the last product of an MLP; 1: none
+  int32_t max_rows;  // the largest T
+  int32_t hadamard;  // block of the transform before the last product of an MLP; 1: none
   int32_t qkv_bias, qk_norm, wide_cache;
-  int32_t threads;          // of a small step, which waits for memory
-  int32_t compute_threads;  // of a step of `compute_rows` rows or more, which waits for arithmetic
+  int32_t threads;          // of a small step, which is memory-bound
+  int32_t compute_threads;  // of a step of `compute_rows` rows or more, which is compute-bound
   int32_t compute_rows;
   float norm_eps;
   const int32_t* windows;     // [layers], INT32_MAX: all
   const uint8_t* has_rotary;  // [layers]
   const float* cosines;       // [max_positions, dim / 2]
   const float* sines;
+  int32_t max_positions;  // rows of the rotary tables
 };
 
 struct QuireStep {
@@ -29,22 +29,22 @@ struct QuireStep {
   int32_t sequences;    // S
   int32_t table_width;  // B
   int32_t outputs;      // R: rows that go through the head
-  int32_t keeps_rows;   // 1: a step of the head alone will ask for other rows than these; else the
-                        // last layer computes no more of the others than their keys and values
+  int32_t keeps_rows;   // 1: a step of the head alone follows, over other rows than these; 0: of the
+                        // others the last layer computes only keys and values
   const int32_t* tokens;        // [T]
   const int32_t* positions;     // [T]
   const int32_t* query_starts;  // [S + 1]
   const int32_t* block_table;   // [S, B]
   const int32_t* output_rows;   // [R] rows of T
-  float* const* logits;         // [R] where to write a row's V logits; null: not wanted
-  int32_t* best;                // [R] the likeliest token
+  float* const* logits;         // [R] where to write a row's V logits, or null
+  int32_t* argmax;                // [R] out
 };
 
 enum QuireLinear { QUIRE_QKV = 0, QUIRE_OUT = 1, QUIRE_GATE_UP = 2, QUIRE_DOWN = 3, QUIRE_HEAD = 4 };
 
 struct QuireModel;
 
-// Names of the variants that this machine can run, best first, separated by spaces.
+// Writes the names of the variants that this machine can run, best first, separated by spaces.
 QUIRE_API void quire_variants(char* names, size_t size);
 // Bytes of KV per block, all layers.
 QUIRE_API size_t quire_block_bytes(const QuireShape* shape);
@@ -60,13 +60,13 @@ QUIRE_API void quire_load_linear(QuireModel* model, int32_t layer, int32_t which
 QUIRE_API void quire_load_embedding(QuireModel* model, int32_t first, int32_t count, const float* w);
 QUIRE_API void quire_load_head_norms(QuireModel* model, int32_t layer, const float* query, const float* key);
 
-// One step. 0, or 1 where the step does not fit the model (the message says what).
+// Runs one step. Returns 0, or 1 with a message if the step does not fit the model.
 QUIRE_API int32_t quire_step(QuireModel* model, const QuireStep* step, char* error, size_t size);
 
 // Parts, for tests: y = codes x packed w, dequantised, with bias or null. 1: no such variant.
 QUIRE_API int32_t quire_product(const char* variant, const float* w, const float* bias, int32_t outputs,
                                 int32_t inputs, const float* x, int32_t rows, float* y);
 
-// Roof of this machine: bytes read per second, and multiplications of bytes per second.
+// Roof of this machine: bytes read per second, byte multiplications per second.
 QUIRE_API double quire_probe_memory(int32_t threads, int64_t bytes, int32_t repeats);
 QUIRE_API double quire_probe_products(const char* variant, int32_t threads, int32_t rows, int32_t repeats);

@@ -1,11 +1,11 @@
-// Rows: everything that is done to one row at a time, in one fixed order of lanes.
+// Rows: the operations on one row at a time, in one fixed order of lanes.
 // Sizes of rows are padded to a multiple of K_STEP with zeros, which change no sum and no maximum.
 
 static void embed(const uint16_t* row, int size, float* out) {
   for (int i = 0; i < size; i += LANES) store(out + i, from_bf16(row + i));
 }
 
-// 0 where all of x is finite, else NaN: a row that went wrong must not look sound after rounding.
+// 0 if all of x is finite, else NaN: an invalid row must not look valid after rounding.
 QUIRE_INLINE float finite_or_nan(Lanes poison) { return sum(poison); }
 
 static void write_codes(const float* x, int size, float largest_magnitude, uint8_t* codes) {
@@ -19,7 +19,7 @@ static void write_zero_codes(int size, uint8_t* codes) {
 
 // codes * scale is x * factor, rounded to 8 bits.
 static void to_codes(const float* x, int size, float factor, uint8_t* codes, float* scale) {
-  // Neither result depends on the order, so four chains of operations may run side by side.
+  // Neither result depends on the order, so four chains of operations run side by side.
   constexpr int CHAINS = K_STEP / LANES;
   Lanes top[CHAINS], poison[CHAINS];
   for (int c = 0; c < CHAINS; c++) top[c] = poison[c] = splat(0.0f);
@@ -33,7 +33,7 @@ static void to_codes(const float* x, int size, float factor, uint8_t* codes, flo
   const float most = largest(larger(larger(top[0], top[1]), larger(top[2], top[3])));
   const float bad = finite_or_nan((poison[0] + poison[1]) + (poison[2] + poison[3]));
   *scale = most * (factor / 127.0f) + bad;
-  // A magnitude below this has no finite reciprocal worth having: such a row is zero.
+  // Below this the reciprocal overflows or loses precision: such a row counts as zero.
   if (bad != bad || most < 1e-30f) {
     write_zero_codes(size, codes);
     return;
@@ -55,7 +55,7 @@ static void norm_to_codes(const float* x, int size, float eps, uint8_t* codes, f
 }
 
 // One butterfly stage inside the lanes: (a, b) -> (a + b, a - b) for lanes that differ in BIT.
-template <int BIT> QUIRE_INLINE Lanes butterfly(Lanes a) { return exchange<BIT>(a) + turn_signs<BIT>(a); }
+template <int BIT> QUIRE_INLINE Lanes butterfly(Lanes a) { return exchange<BIT>(a) + flip_signs<BIT>(a); }
 
 // The stages between COUNT vectors, APART vectors from one another. Few enough for the registers.
 template <int COUNT, int APART, bool INSIDE> QUIRE_INLINE void hadamard_stages(float* x) {
@@ -119,7 +119,7 @@ static void norm_head(float* x, int dim, const float* weight, float eps) {
   for (int d = 0; d < dim; d += LANES) store(x + d, load(x + d) * factor * load(weight + d));
 }
 
-// Pairs (d, d + D / 2), turned by the angle of this position.
+// Rotates the pairs (d, d + D / 2) by the angle of this position.
 static void rotate_head(float* x, int dim, const float* cosines, const float* sines, float scale) {
   const int half = dim / 2;
   int d = 0;
@@ -168,8 +168,8 @@ static void store_narrow(const HeadShape& shape, uint8_t* region, int offset, co
   scales[shape.block_size + offset] = value_most / 127.0f;
 }
 
-// One row of [H queries | K keys | K values]: queries are turned in place, keys and values stored.
-// regions: [K], where this row's block of each KV head lives; offset: the row's place in the block.
+// One row of [H queries | K keys | K values]: rotates queries in place, stores keys and values.
+// regions: [K], this row's block for each KV head; offset: the row's place in the block.
 static void rotate_and_store(const Rotary* rotary, float* qkv, uint8_t* const* regions, int offset) {
   const HeadShape& shape = *rotary->shape;
   const int dim = shape.dim;
@@ -183,8 +183,8 @@ static void rotate_and_store(const Rotary* rotary, float* qkv, uint8_t* const* r
     if (norm) norm_head(x, dim, norm, shape.eps);
     if (rotary->cosines) rotate_head(x, dim, rotary->cosines, rotary->sines, scale);
     else scale_head(x, dim, scale);
-    // Both turned alike, their products stay (times D, which is in query_scale), and no channel of the
-    // keys is so large that 8 bits leave nothing for the others.
+    // The same transform of queries and keys keeps their products (times D, which query_scale undoes),
+    // and spreads outlier channels of the keys, which would cost the others their 8 bits.
     if (rotary->spread) hadamard(x, dim, dim);
   }
   for (int h = 0; h < shape.kv_heads; h++) {

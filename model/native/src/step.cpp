@@ -11,8 +11,8 @@
 namespace quire {
 namespace {
 
-// A thread's floating-point state while it computes: to nearest, subnormals kept, whatever the
-// process has set; and AMX tiles where the variant has them.
+// A thread's floating-point state while it computes: round to nearest, keep subnormals, whatever the
+// process has set; and AMX tiles if the variant has them.
 class ThreadState {
  public:
   explicit ThreadState(const Kernels& kernels) : kernels_(kernels) {
@@ -34,9 +34,9 @@ class ThreadState {
   unsigned saved_ = 0;
 };
 
-// How the panels of a product are cut into chunks: first one for each thread that is nearly its share,
-// then ever smaller ones, so that the threads end together. A thread streams through a chunk faster
-// than through as many small ones, whose beginnings nobody has fetched.
+// How the panels of a product are cut into chunks: first one per thread, nearly its share, then ever
+// smaller ones, so that the threads end together. A thread streams faster through one large chunk than
+// through several small ones, whose beginnings are not prefetched.
 class Chunks {
  public:
   Chunks(int panels, int threads, int least) {
@@ -95,14 +95,14 @@ class Program {
     });
   }
 
-  // Those of the last layer that anybody will ask for.
+  // The rows of the last layer that are needed.
   Rows last_rows() const {
     if (task_.cut.only_outputs) return {step_.outputs, step_.output_rows};
     return {step_.rows, nullptr};
   }
 
   // x += out(attend(qkv(norm(x)))) for some rows; keys and values of all.
-  // From its last product on the reads of the next layer are fetched.
+  // From its last product on the regions of the next layer are prefetched.
   void attention(const Layer& layer, const Rows& rows, size_t next) {
     norm_rows(layer.qkv, {step_.rows, nullptr});
     multiply(layer.qkv, step_.rows, Epilogue::STORE, s_.qkv, s_.qkv_stride);
@@ -111,7 +111,7 @@ class Program {
       const Tile& tile = task_.cut.tiles[task_.cut.units[u].tile];
       if (rows.have(tile.first_row, tile.first_row + tile.rows)) attend(layer, task_.cut.units[u]);
     });
-    fetch_reads(next);
+    start_prefetch(next);
     const Codes codes = codes_for(layer.out);
     each_row(rows.count, [&](int i) {
       float* x = s_.attention + rows[i] * s_.attention_stride;
@@ -142,30 +142,29 @@ class Program {
     product.logits = step_.logits;
     const Chunks chunks = chunks_of(m_.head, step_.outputs);
     walker_.phase(chunks.count(), [&](int c) {
-      Best* best = s_.best + static_cast<size_t>(c) * m_.shape.max_rows;
-      for (int i = 0; i < step_.outputs; i++) best[i] = {-__builtin_inff(), 0};
-      m_.kernels.multiply(&product, chunks.first(c), chunks.end(c), best);
+      Argmax* argmax = s_.argmax + static_cast<size_t>(c) * m_.shape.max_rows;
+      for (int i = 0; i < step_.outputs; i++) argmax[i] = {-__builtin_inff(), 0};
+      m_.kernels.multiply(&product, chunks.first(c), chunks.end(c), argmax);
     });
     walker_.phase(1, [&](int) {
-      for (int i = 0; i < step_.outputs; i++) step_.best[i] = best_of(chunks.count(), i);
+      for (int i = 0; i < step_.outputs; i++) step_.argmax[i] = argmax_of(chunks.count(), i);
     });
   }
 
   // Chunks in order of ids, so that the lowest of equal tokens wins.
-  int best_of(int chunks, int row) const {
-    Best best = s_.best[row];
+  int argmax_of(int chunks, int row) const {
+    Argmax argmax = s_.argmax[row];
     for (int c = 1; c < chunks; c++) {
-      const Best& other = s_.best[static_cast<size_t>(c) * m_.shape.max_rows + row];
-      if (other.value > best.value) best = other;
+      const Argmax& other = s_.argmax[static_cast<size_t>(c) * m_.shape.max_rows + row];
+      if (other.value > argmax.value) argmax = other;
     }
-    return best.id;
+    return argmax.id;
   }
 
   float* residual(int row) const { return s_.residual + static_cast<size_t>(row) * s_.residual_stride; }
 
   Codes codes_for(const Linear& linear) const {
-    const int padded = linear.inputs_padded;
-    return {s_.codes, static_cast<size_t>(padded % 512 == 0 ? padded + K_STEP : padded), s_.scales};
+    return {s_.codes, code_stride(linear.inputs_padded), s_.scales};
   }
 
   void norm_row(int row, const Codes& codes, int to) const {
@@ -180,7 +179,7 @@ class Program {
 
   Product product_of(const Linear& weight, int rows, Epilogue epilogue, float* out, size_t stride) const {
     return {&weight, codes_for(weight), rows, epilogue, out, stride, nullptr, nullptr,
-            reads_.count ? &reads_ : nullptr, segment_};
+            prefetch_.count ? &prefetch_ : nullptr, segment_};
   }
 
   void multiply(const Linear& weight, int rows, Epilogue epilogue, float* out, size_t stride) {
@@ -205,16 +204,15 @@ class Program {
     });
   }
 
-  // The least chunk takes about two microseconds, since taking it costs a tenth of one. Where rows are
-  // few a panel costs the time to read it: as much as its products with kFewRows.
+  // The smallest chunk takes about 2 us, since claiming it costs 0.1 us. With few rows a panel costs the
+  // time to read it: as much as its products with kFewRows.
   Chunks chunks_of(const Linear& weight, int rows) const {
     constexpr int64_t kFewRows = 20, kLeastProducts = 700000;
     const int64_t panel = static_cast<int64_t>(weight.inputs_padded) * PANEL * std::max<int64_t>(rows, kFewRows);
     return Chunks(weight.panels, walker_.threads(), static_cast<int>(std::max<int64_t>(1, kLeastProducts / panel)));
   }
 
-  // Rows are cheap, and a thread that takes some waits for the cache lines that another one wrote.
-
+  // Rows are cheap, and a thread waits for cache lines that another one wrote: few, large groups.
   template <typename Work> void each_row(int rows, Work work) {
     const int threads = walker_.threads();
     const int group = std::max(1, threads == 1 ? rows : rows / (threads * 2));
@@ -279,11 +277,11 @@ class Program {
     }
   }
 
-  void fetch_reads(size_t layer) {
-    reads_ = {};
+  void start_prefetch(size_t layer) {
+    prefetch_ = {};
     segment_ = 0;
     if (layer == m_.layers.size() || m_.layers[layer].window != INT32_MAX) return;
-    reads_ = {m_.layers[layer].pool.base, task_.cut.reads.data(), static_cast<int>(task_.cut.reads.size())};
+    prefetch_ = {m_.layers[layer].pool.base, task_.cut.prefetch.data(), static_cast<int>(task_.cut.prefetch.size())};
   }
 
   static constexpr int kMaxHeads = 256;
@@ -293,7 +291,7 @@ class Program {
   const QuireStep& step_;
   const Scratch& s_;
   Walker& walker_;
-  Reads reads_ = {};  // of the next layer
+  Prefetch prefetch_ = {};  // of the next layer
   int segment_ = 0;   // of the products since they are being fetched
 };
 

@@ -1,11 +1,11 @@
 // Team: a few threads that walk through the same program of phases.
 //
-// A phase is a number of chunks of work; threads take them one by one, and a phase is over when its
-// last chunk is done. Nobody waits for a *thread*: one that is not scheduled, or that comes late,
-// finds the chunks taken and walks on. So a step goes on at the speed of those that run, which keeps
-// it fast where an API process and a client share the cores.
+// A phase is a number of chunks of work; threads claim them one by one, and a phase is over when its
+// last chunk is done. No thread waits for another *thread*: one that is not scheduled, or is late,
+// finds the chunks claimed and goes on. So a step advances at the speed of the threads that run, which
+// keeps it fast if an API process and a client share the cores.
 //
-// Waiting is a short spin, then a futex: never a spin without end.
+// Waiting is a short spin, then a futex: never an endless spin.
 //
 //   run slot     0 1 0 1 ...   step n uses slot n % 2, so a late thread still walks through finished
 //                              phases of step n - 1 while step n is under way
@@ -39,11 +39,11 @@ inline void futex_wake_all(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
 }
 
-// A word that threads wait on until a condition holds.
-class Bell {
+// Threads wait on an event until a condition holds.
+class Event {
  public:
-  // The condition must become true before `ring` is called.
-  template <typename Condition> void await(Condition holds) {
+  // The condition must become true before `notify` is called.
+  template <typename Condition> void wait(Condition holds) {
     const auto start = std::chrono::steady_clock::now();
     do {
       for (int i = 0; i < 32; i++) {
@@ -60,7 +60,7 @@ class Bell {
     sleepers_.fetch_sub(1);
   }
 
-  void ring() {
+  void notify() {
     std::atomic_thread_fence(std::memory_order_seq_cst);
     if (sleepers_.load() == 0) return;
     word_.fetch_add(1);
@@ -81,26 +81,26 @@ struct alignas(64) Phase {
 // One thread's place in a program.
 class Walker {
  public:
-  Walker(Phase* phases, Bell& bell, int threads) : phase_(phases), bell_(bell), threads_(threads) {}
+  Walker(Phase* phases, Event& event, int threads) : phase_(phases), event_(event), threads_(threads) {}
 
   int threads() const { return threads_; }
 
-  // work(c) for c = 0..chunks - 1, each once, by whoever is free. Returns when all are done.
+  // Runs work(c) for c = 0..chunks - 1, each once, on any thread. Returns when all are done.
   template <typename Work> void phase(int chunks, Work work) {
     Phase& phase = *phase_++;
     while (phase.next.load(std::memory_order_relaxed) < chunks) {
       const int chunk = phase.next.fetch_add(1, std::memory_order_relaxed);
       if (chunk >= chunks) break;
       work(chunk);
-      if (phase.done.fetch_add(1) + 1 == chunks) bell_.ring();
+      if (phase.done.fetch_add(1) + 1 == chunks) event_.notify();
     }
     if (phase.done.load(std::memory_order_acquire) == chunks) return;
-    bell_.await([&] { return phase.done.load() == chunks; });
+    event_.wait([&] { return phase.done.load() == chunks; });
   }
 
  private:
   Phase* phase_;
-  Bell& bell_;
+  Event& event_;
   int threads_;
 };
 
@@ -117,17 +117,17 @@ template <typename Task> class Team {
   ~Team() {
     stopping_.store(true);
     epoch_.fetch_add(1);
-    start_.ring();
+    start_.notify();
     for (std::thread& worker : workers_) worker.join();
   }
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // The calling thread is one of the team. `threads`: how many may take part.
+  // The calling thread is one of the team. `threads`: how many participate at most.
   void run(const Task& task, int threads) {
     const uint32_t epoch = epoch_.load() + 1;
     Slot& slot = slots_[epoch % 2];
-    done_.await([&] { return slot.users.load() == 0; });
+    done_.wait([&] { return slot.users.load() == 0; });
     for (Phase& phase : slot.phases) {
       phase.next.store(0, std::memory_order_relaxed);
       phase.done.store(0, std::memory_order_relaxed);
@@ -135,7 +135,7 @@ template <typename Task> class Team {
     slot.task = task;
     slot.threads = threads < size() ? threads : size();
     epoch_.store(epoch);
-    if (slot.threads > 1) start_.ring();
+    if (slot.threads > 1) start_.notify();
     walk(slot);
   }
 
@@ -155,22 +155,22 @@ template <typename Task> class Team {
   void serve(int index) {
     uint32_t seen = 0;
     while (true) {
-      start_.await([&] { return epoch_.load() != seen; });
+      start_.wait([&] { return epoch_.load() != seen; });
       seen = epoch_.load();
       if (stopping_.load()) return;
       Slot& slot = slots_[seen % 2];
       slot.users.fetch_add(1);
-      // Entered, unless the next step began in between: then this slot may be about to be rewritten.
+      // Unless the next step began in between: then this slot may be about to be rewritten.
       if (epoch_.load() == seen && index < slot.threads) walk(slot);
       slot.users.fetch_sub(1);
-      done_.ring();
+      done_.notify();
     }
   }
 
   Slot slots_[2];
   std::atomic<uint32_t> epoch_{0};
   std::atomic<bool> stopping_{false};
-  Bell start_, finished_, done_;
+  Event start_, finished_, done_;
   std::vector<std::thread> workers_;  // last: they use all of the above
 };
 

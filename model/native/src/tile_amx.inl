@@ -5,11 +5,11 @@
 //   tiles 0..3   sums: rows 0-15 x left, right; rows 16-31 x left, right (32 bits)
 //
 // A panel line holds 32 columns x 4 inputs = 128 bytes, so a weight tile is 16 lines, 128 bytes apart.
-// The tile shapes never change: rows beyond `rows` are computed from whatever stands there (the
-// buffer is that long, see Codes) and thrown away. That keeps the configuration out of the hot loop.
+// The tile shapes never change: rows beyond `rows` are computed from whatever the buffer holds (it is
+// long enough, see Codes) and discarded. That keeps the configuration out of the hot loop.
 //
-// With QUIRE_EMULATE_TILES the instructions are replaced by loops that do what Intel's manual says,
-// so that this file is tested on machines without AMX. An instruction names its tiles by literals,
+// QUIRE_EMULATE_TILES replaces the instructions by loops that do what Intel's manual specifies, so that
+// this file is tested on machines without AMX. An instruction names its tiles by literals,
 // hence macros: an argument of a function is no literal.
 
 #define QUIRE_TILES_FILL
@@ -58,7 +58,7 @@ struct alignas(64) TileConfiguration {
   uint16_t bytes_a_row[16] = {};
   uint8_t rows[16] = {};
 };
-static_assert(sizeof(TileConfiguration) == 64, "the processor reads 64 bytes");
+static_assert(sizeof(TileConfiguration) == 64, "the processor prefetch 64 bytes");
 
 static void tiles_begin() {
   TileConfiguration configuration;
@@ -66,7 +66,7 @@ static void tiles_begin() {
     configuration.bytes_a_row[t] = 64;
     configuration.rows[t] = 16;
   }
-  // GCC's intrinsic tells the compiler of the first 8 bytes only: have all 64 written before it.
+  // GCC's intrinsic declares the first 8 bytes only: force all 64 to be written before it.
   __asm__ volatile("" : : "r"(&configuration) : "memory");
   _tile_loadconfig(&configuration);
 }
@@ -82,7 +82,7 @@ constexpr size_t LINE_BYTES = PANEL * 4;
 constexpr size_t STEP_BYTES = K_STEP / 4 * LINE_BYTES;  // 2 KiB: both weight tiles of 64 inputs
 constexpr size_t SUM_STRIDE = PANEL * sizeof(int32_t);
 
-// What belongs to the 16 lines of one step.
+// Prefetches the share of the 16 lines of one step.
 static void prefetch_step(Ahead& ahead) {
   for (size_t i = 0; i < K_STEP / 4 * ahead.step; i += 64) __builtin_prefetch(ahead.start + i);
   ahead.start += K_STEP / 4 * ahead.step;

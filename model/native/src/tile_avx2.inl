@@ -35,7 +35,7 @@ template <int ROWS> static void multiply_rows(const uint8_t* codes, size_t strid
 
 static void multiply_tile(const uint8_t* codes, size_t stride, int rows, const int8_t* panel, int inputs_padded,
                           Ahead ahead, int32_t* acc) {
-  (void)ahead;  // arithmetic is what this variant waits for
+  (void)ahead;  // this variant is compute-bound
   switch (rows) {
     case 1: return multiply_rows<1>(codes, stride, panel, inputs_padded, acc);
     case 2: return multiply_rows<2>(codes, stride, panel, inputs_padded, acc);

@@ -1,16 +1,16 @@
 // multiply_tile with AVX-512 VNNI. A panel line (4 inputs) is two registers; up to 12 rows share it,
-// which makes 24 sums in registers. Few rows take several lines at once instead, with sums of their
-// own, because dpbusd takes 4 to 5 cycles and two may start in each.
+// which makes 24 sums in registers. With few rows it takes several lines at once instead, with sums of
+// their own, because dpbusd has a latency of 4 to 5 cycles and two start per cycle.
 
 constexpr int TILE_ROWS = 12;
 
-// What to fetch during a segment, or null: first the beginnings of all regions, which are their keys,
+// What to prefetch during a segment, or null: first the beginnings of all regions, which are their keys,
 // then what follows those. Every other segment is left to the weights.
-static const uint8_t* piece_of(const Reads& reads, int segment) {
+static const uint8_t* piece_of(const Prefetch& prefetch, int segment) {
   const int piece = segment / 2;
-  if (segment % 2 || piece >= 2 * reads.count) return nullptr;
-  if (piece < reads.count) return reads.base + reads.regions[piece];
-  return reads.base + reads.regions[piece - reads.count] + SEGMENT * 64;
+  if (segment % 2 || piece >= 2 * prefetch.count) return nullptr;
+  if (piece < prefetch.count) return prefetch.base + prefetch.regions[piece];
+  return prefetch.base + prefetch.regions[piece - prefetch.count] + SEGMENT * 64;
 }
 
 template <int ROWS, int LINES, bool FETCHES>
@@ -28,13 +28,13 @@ static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* pan
   for (int r = 0; r < ROWS; r += 3) thirds[r / 3] = codes + r * stride;
   for (int k = 0; k < inputs_padded;) {
     const int stop = k + 4 * SEGMENT < inputs_padded ? k + 4 * SEGMENT : inputs_padded;
-    const uint8_t* piece = FETCHES ? piece_of(*ahead.reads, ahead.segment++) : nullptr;
-    if (!piece) piece = (const uint8_t*)panel;  // is there already, and costs less than a branch
+    const uint8_t* piece = FETCHES ? piece_of(*ahead.prefetch, ahead.segment++) : nullptr;
+    if (!piece) piece = (const uint8_t*)panel;  // cached already, and cheaper than a branch
     for (; k < stop; k += 4 * LINES) {
       QUIRE_UNROLL
       for (int line = 0; line < LINES; line++, panel += PANEL * 4) {
         _mm_prefetch((const char*)ahead.start, _MM_HINT_T0);
-        // With a share of the next panel a tile needs no more than a cache line in each line.
+        // With a share of the next panel a tile needs no more than one cache line per line.
         _mm_prefetch(FETCHES ? (const char*)piece : (const char*)ahead.start + 64, _MM_HINT_T0);
         ahead.start += ahead.step;
         piece += 64;
@@ -67,7 +67,7 @@ static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* pan
 template <int ROWS, int LINES>
 static void multiply_some(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded,
                           Ahead ahead, int32_t* acc) {
-  if (ahead.reads) multiply_rows<ROWS, LINES, true>(codes, stride, panel, inputs_padded, ahead, acc);
+  if (ahead.prefetch) multiply_rows<ROWS, LINES, true>(codes, stride, panel, inputs_padded, ahead, acc);
   else multiply_rows<ROWS, LINES, false>(codes, stride, panel, inputs_padded, ahead, acc);
 }
 

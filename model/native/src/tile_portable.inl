@@ -5,7 +5,7 @@ constexpr int TILE_ROWS = 4;
 
 static void multiply_tile(const uint8_t* codes, size_t stride, int rows, const int8_t* panel, int inputs_padded,
                           Ahead ahead, int32_t* acc) {
-  (void)ahead;  // arithmetic is what this variant waits for
+  (void)ahead;  // this variant is compute-bound
   for (int row = 0; row < rows; row++) {
     int32_t* sums = acc + row * PANEL;
     const uint8_t* x = codes + row * stride;

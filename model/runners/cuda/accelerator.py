@@ -1,13 +1,13 @@
-"""Accelerator: what the cuda runner asks of the machine, behind one seam.
+"""Accelerator: the interface between the cuda runner and CUDA.
 
-    pinned memory     so that copies run beside the computation
-    reading back      device -> host, done when its `wait` returns
-    recording         a sequence of launches, replayed by one: CUDA graphs
-    memory            what is free, and the most that was in use
+    pinned memory     lets copies overlap with computation
+    read back         device -> host, complete when the call that waits returns
+    capture           a sequence of launches, replayed by one: CUDA graphs
+    memory            free bytes, and the peak use of some work
     time              that work takes on the device
 
-`HostAccelerator` is the same on a CPU: recorded work is called directly, and what is read back
-arrives in `wait` and not before, so that code that reads too early reads nonsense.
+`HostAccelerator` is the same on a CPU, for tests: captured work is called directly, and what is
+read back arrives in that call and not before, so that code that reads too early reads nonsense.
 """
 
 from __future__ import annotations
@@ -18,50 +18,44 @@ from typing import Any, Protocol
 
 import torch
 
-UNREAD = -(2**31)  # what a host buffer holds until its reading has arrived
+UNREAD = -(2**31)  # what a host buffer holds until its copy has arrived
 
 
-class Reading(Protocol):
-    """A copy to the host that is under way."""
-
-    def wait(self) -> torch.Tensor:
-        """The values, once they are there."""
-        ...
+PendingCopy = Callable[[], torch.Tensor]
+"""Waits for a copy to the host that is in flight; returns the values."""
 
 
 class Accelerator(Protocol):
-    """One device. Everything is launched from one thread, in order."""
+    """One device. All work is launched from one thread, in order."""
 
     device: torch.device
 
     def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """A host buffer that copies may use while the host does something else."""
+        """A host buffer for asynchronous copies."""
         ...
 
-    def read_back(self, source: torch.Tensor, buffer: torch.Tensor) -> Reading:
+    def read_back(self, source: torch.Tensor, buffer: torch.Tensor) -> PendingCopy:
         """Starts to copy `source` to the front of a flat buffer; the result has its shape."""
         ...
 
     def fence(self) -> Callable[[], None]:
-        """Marks this point of the work; calling the result waits until it is reached."""
+        """Marks this point of the launched work; calling the result waits until it is reached."""
         ...
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """`work` as something to replay. It runs once or more while it is recorded."""
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Captures `work`; returns its replay. It runs once or more during the capture."""
         ...
 
     def free_memory(self) -> int | None:
-        """Bytes; None where nothing is measured."""
+        """Bytes; None if unknown."""
         ...
 
     def peak_of(self, work: Callable[[], None]) -> int:
-        """Bytes that `work` needs beside what is there already."""
+        """Bytes that `work` needs on top of what is allocated already."""
         ...
 
 
 class CudaAccelerator:
-    """An NVIDIA GPU."""
-
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool: Any = None  # graphs share their memory: one runs at a time
@@ -69,17 +63,23 @@ class CudaAccelerator:
     def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, pin_memory=True)
 
-    def read_back(self, source: torch.Tensor, buffer: torch.Tensor) -> Reading:
+    def read_back(self, source: torch.Tensor, buffer: torch.Tensor) -> PendingCopy:
         target = buffer[: source.numel()].view(source.shape)
         target.copy_(source, non_blocking=True)
-        return _CudaReading(target)
+        wait = self.fence()
+
+        def values() -> torch.Tensor:
+            wait()
+            return target
+
+        return values
 
     def fence(self) -> Callable[[], None]:
         event = torch.cuda.Event()
         event.record()
         return event.synchronize
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):  # compiles and loads kernels, which a capture must not
@@ -106,7 +106,7 @@ class CudaAccelerator:
 
 
 def median_seconds(work: Callable[[], object], *, repeats: int) -> float:
-    """The median time of `work` by the GPU's own clock, after a call that loads what it needs."""
+    """The median time of `work` by the GPU's clock, after one call that loads what it needs."""
     work()
     times = []
     for _ in range(repeats):
@@ -119,19 +119,8 @@ def median_seconds(work: Callable[[], object], *, repeats: int) -> float:
     return statistics.median(times)
 
 
-class _CudaReading:
-    def __init__(self, target: torch.Tensor) -> None:
-        self._target = target
-        self._event = torch.cuda.Event()
-        self._event.record()
-
-    def wait(self) -> torch.Tensor:
-        self._event.synchronize()
-        return self._target
-
-
 class HostAccelerator:
-    """A CPU in the place of a GPU, with the kernels in Triton's interpreter."""
+    """A CPU in place of a GPU, with the kernels in Triton's interpreter."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -139,15 +128,16 @@ class HostAccelerator:
     def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype)
 
-    def read_back(self, source: torch.Tensor, buffer: torch.Tensor) -> Reading:
+    def read_back(self, source: torch.Tensor, buffer: torch.Tensor) -> PendingCopy:
         target = buffer[: source.numel()].view(source.shape)
         target.fill_(UNREAD if target.dtype == torch.int32 else torch.nan)
-        return _HostReading(source.clone(), target)
+        values = source.clone()
+        return lambda: target.copy_(values)
 
     def fence(self) -> Callable[[], None]:
-        return _nothing
+        return lambda: None  # the host is never ahead of its own work
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         return work
 
     def free_memory(self) -> int | None:
@@ -156,16 +146,3 @@ class HostAccelerator:
     def peak_of(self, work: Callable[[], None]) -> int:
         work()
         return 0
-
-
-class _HostReading:
-    def __init__(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        self._source = source
-        self._target = target
-
-    def wait(self) -> torch.Tensor:
-        return self._target.copy_(self._source)
-
-
-def _nothing() -> None:
-    """The host is never ahead of itself."""

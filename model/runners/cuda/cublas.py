@@ -1,18 +1,18 @@
-"""Products of the layers by the library, in the one size of step where that was proven to be right.
+"""Products of the layers by vendor BLAS, for the one size of step that was verified.
 
-    a step of exactly `rows` rows     a shape that was kept     the library
-    a step of any other size          every shape               our own product
+    a step of exactly `rows` rows     a verified shape     vendor BLAS
+    a step of any other size          every shape          our own kernel
 
-Our product has the same bits for every number of rows; the library (cuBLASLt) promises nothing of
-the kind, and where it has our bits no answer can tell which of the two multiplied. So at the start
-each shape is multiplied by both. It is kept if every bit is the same, of operands that show an
-order of sums, and if the library is faster, which large steps of prompts can give and decode steps
-cannot: those stay ours.
+Our kernel has the same bits for any number of rows. cuBLASLt promises nothing of the kind; if it
+has our bits, no answer depends on which of the two multiplied. At startup each shape is therefore
+multiplied by both. It is verified if every bit is equal, for operands that reveal an order of
+sums, and if cuBLASLt is faster, which large steps of prompts can achieve and decode steps cannot:
+those stay ours.
 
-The library must not cut sums into pieces of its own (split-K). It is told not to, and is left no
-workspace to do it with: variables that it reads once, which a process sets before it multiplies
-(`RunnerOptions.library_products` says that it did). Where K has several parts, a call for each adds
-to the sum of those before, in float32, as our product does. Legend: `model.kernels.matmul`.
+cuBLASLt must not use split-K. `CublasLt` forbids it, and environment variables that cuBLASLt reads
+once leave it no workspace for it; a process that has set them before it multiplies sets
+`RunnerOptions.vendor_blas`. If K has several parts, a call for each adds to the sum of those
+before, in float32, as our kernel does. Legend: `model.kernels.matmul`.
 """
 
 from __future__ import annotations
@@ -27,46 +27,46 @@ from model.kernels.matmul import Product, multiply, part_size
 from model.runners.cuda.accelerator import median_seconds
 
 _SEEDS = 3
-_FASTER = 0.95  # of our time; above, it is noise, or spent by who reads the sum in float32
+_FASTER = 0.95  # of our time; above is noise, or lost by the reader of a float32 sum
 _REPEATS = 15
 _SAME_SIZE = {2: torch.int16, 4: torch.int32}
 
 
 class ProductShape(NamedTuple):
-    """What decides how a product with so many rows is computed."""
+    """What determines how a product of a given number of rows is computed."""
 
     outputs: int
     inputs: int
     bias: bool
 
 
-class Library(Protocol):
-    """Another make of products."""
+class VendorBlas(Protocol):
+    """A product that is not ours."""
 
-    alignment: int  # bytes; it may go by the operands' addresses, so all have at least this
+    alignment: int  # bytes of the operands, since the algorithm may depend on their addresses
 
     def multiply(
         self, x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None
     ) -> Product:
-        """Computes x · wᵀ + bias. Raises RuntimeError for what it cannot do as it was told."""
+        """Computes x · wᵀ + bias. Raises RuntimeError for what it cannot do without split-K."""
         ...
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """How long `work` takes where it is computed."""
+        """How long `work` takes on the device."""
         ...
 
 
 class CublasLt:
-    """The library of an NVIDIA GPU. To build one tells it, for the process, to split no sums."""
+    """cuBLASLt. The constructor forbids split-K and narrow sums for the whole process."""
 
-    alignment = 256  # above which it makes no difference
+    alignment = 256  # a larger one makes no difference
 
     def __init__(self) -> None:
         torch.backends.cuda.preferred_blas_library("cublaslt")
         matmul = torch.backends.cuda.matmul
-        whole: Any = (False, False)  # neither reduced in the narrow dtype nor split
-        matmul.allow_bf16_reduced_precision_reduction = whole
-        matmul.allow_fp16_reduced_precision_reduction = whole
+        forbidden: Any = (False, False)  # sums in the narrow dtype, split-K
+        matmul.allow_bf16_reduced_precision_reduction = forbidden
+        matmul.allow_fp16_reduced_precision_reduction = forbidden
 
     def multiply(
         self, x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None
@@ -80,7 +80,7 @@ class CublasLt:
 def multiply_by_parts(
     x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None
 ) -> Product:
-    """Torch's products with the parts of K that ours has; in float32 where they are several."""
+    """Torch's products with our parts of K; in float32 if there are several."""
     part = part_size(*weight_NK.shape)
     if part >= weight_NK.shape[1]:
         return Product(functional.linear(x_MK, weight_NK, bias_N))
@@ -94,20 +94,20 @@ def multiply_by_parts(
     return Product(total_MN)
 
 
-class ProvenProducts:
-    """`multiply` for a network's layers, by the library where it was tried and is as good."""
+class VerifiedProducts:
+    """`multiply` for a network's layers, by vendor BLAS for the shapes that were verified."""
 
     def __init__(
         self,
         products: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
         *,
         rows: int,
-        library: Library,
+        blas: VendorBlas,
     ) -> None:
         self._rows = rows
-        self._library = library
+        self._blas = blas
         examples = {_shape(weight, bias): (weight, bias) for weight, bias in products}
-        self.shapes = frozenset(shape for shape, pair in examples.items() if self._is_kept(*pair))
+        self.shapes = frozenset(shape for shape, pair in examples.items() if self._passes(*pair))
 
     def __call__(
         self,
@@ -117,44 +117,44 @@ class ProvenProducts:
         *,
         out_MN: torch.Tensor | None = None,
     ) -> Product:
-        """See `multiply`: the same bits, whoever multiplies."""
+        """See `multiply`: the same bits by either."""
         if (
             len(x_MK) == self._rows
             and out_MN is None
             and _shape(weight_NK, bias_N) in self.shapes
-            and self._is_laid_out(x_MK, weight_NK, bias_N)
+            and self._has_verified_layout(x_MK, weight_NK, bias_N)
         ):
-            return self._library.multiply(x_MK, weight_NK, bias_N)
+            return self._blas.multiply(x_MK, weight_NK, bias_N)
         return multiply(x_MK, weight_NK, bias_N, out_MN=out_MN)
 
-    def _is_kept(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> bool:
+    def _passes(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> bool:
         try:
             return self.has_our_bits(weight_NK, bias_N) and self._is_faster(weight_NK, bias_N)
-        except RuntimeError:  # it will not do this without splitting sums, or lacks the memory
+        except RuntimeError:  # it cannot do this without split-K, or memory is short
             return False
 
     def has_our_bits(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> bool:
-        """Of all that is handed on: parts as their reader adds them up, rounded as it rounds."""
+        """Compares what readers of a product see: its parts added up and rounded."""
         for x, weight in _operands(weight_NK, self._rows):
-            if not self._is_laid_out(x, weight, bias_N):
+            if not self._has_verified_layout(x, weight, bias_N):
                 return False
-            ours = multiply(x, weight, bias_N).whole(x.dtype)
-            theirs = self._library.multiply(x, weight, bias_N).whole(x.dtype).to(x.dtype)
+            ours = multiply(x, weight, bias_N).sum_parts(x.dtype)
+            theirs = self._blas.multiply(x, weight, bias_N).sum_parts(x.dtype).to(x.dtype)
             if not torch.equal(_bits(ours), _bits(theirs)):
                 return False
         return True
 
     def _is_faster(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> bool:
         x, _ = next(_operands(weight_NK, self._rows))
-        ours = self._library.seconds(lambda: multiply(x, weight_NK, bias_N))
-        theirs = self._library.seconds(lambda: self._library.multiply(x, weight_NK, bias_N))
+        ours = self._blas.seconds(lambda: multiply(x, weight_NK, bias_N))
+        theirs = self._blas.seconds(lambda: self._blas.multiply(x, weight_NK, bias_N))
         return theirs < _FASTER * ours
 
-    def _is_laid_out(self, *operands: torch.Tensor | None) -> bool:
-        """Whether operands lie as those did that the proof was made with."""
+    def _has_verified_layout(self, *operands: torch.Tensor | None) -> bool:
+        """Whether operands lie in memory as those did that were verified."""
         return all(
             operand is None
-            or (operand.is_contiguous() and operand.data_ptr() % self._library.alignment == 0)
+            or (operand.is_contiguous() and operand.data_ptr() % self._blas.alignment == 0)
             for operand in operands
         )
 
@@ -167,8 +167,8 @@ def _shape(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> ProductShape
 def _operands(weight_NK: torch.Tensor, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Rows and weights to multiply, of several seeds: the weight itself, and mirrored noise.
 
-    Rounding to a narrow dtype hides most of what an order of sums changes. Where the second half of
-    the inputs takes away what the first has added, the order's rounding is all that is left.
+    Rounding to a narrow dtype hides most of what an order of sums changes. If the second half of
+    the inputs cancels the first, only the rounding errors of the order are left.
     """
     half = weight_NK.shape[1] // 2
     for seed in range(_SEEDS):
@@ -187,5 +187,5 @@ def _operands(weight_NK: torch.Tensor, rows: int) -> Iterator[tuple[torch.Tensor
 
 
 def _bits(y_MN: torch.Tensor) -> torch.Tensor:
-    """As integers: zeros of both signs differ, and what is not a number equals itself."""
+    """As integers: zeros of both signs differ, and NaN equals itself."""
     return y_MN.view(_SAME_SIZE[y_MN.dtype.itemsize])

@@ -1,79 +1,136 @@
-"""The ways of a decode step, recorded for every rung: a token a sequence, nothing scored.
+"""CUDA graphs of decode steps: captured per batch-size bucket, replayed with padding rows.
 
-    likeliest   seats ── network ── head's tops ── write-back
-    networks    seats ── network ── head's logits and tops
-    choices                                      logits and tops ── choice ── write-back
+    buckets   1, 2, 4, 8, 16, 24, 32, ..., the largest batch
 
-Between the last two the logits may be adjusted, and the tops with them. A recorded way reads seats
-where they were uploaded to and leaves everything else in the workspace.
+    greedy    inputs -- network -- argmax of the head -- write-back
+    forward   inputs -- network -- logits and their argmax
+    sample                         logits and their argmax -- sampled token -- write-back
+
+A decode step replays `greedy`, or `forward` and then `sample`; between those two the logits may be
+adjusted, and the argmax with them. A graph reads batch slots from the upload buffer and leaves
+everything else in the workspace.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import torch
 
-from model.kernels.choice import choose
-from model.kernels.inputs import advance, decode_rows
+from model.batch import Ints
+from model.kernels.inputs import advance
 from model.kernels.matmul import Product
+from model.kernels.sampling import sample_tokens
 from model.runners.cuda.accelerator import Accelerator
-from model.runners.cuda.buckets import Ladder, rungs
+from model.runners.cuda.buffers import Upload
 from model.runners.cuda.network import FusedNetwork
 from model.runners.cuda.workspace import Workspace
 
+_SMALL = (1, 2, 4)
+_STEP = 8
 
-class DecodeLadders:
-    """A ladder a way. `batch_slots_S` is where a step's seats lie first; `pool` holds K and V."""
+
+def bucket_sizes(largest: int) -> tuple[int, ...]:
+    """The batch sizes that graphs are captured for; `largest` is one of them."""
+    sizes = {size for size in (*_SMALL, *range(_STEP, largest, _STEP)) if size < largest}
+    return (*sorted(sizes), largest)
+
+
+def bucket_for(count: int, sizes: Sequence[int]) -> int:
+    """The smallest bucket that holds `count` rows."""
+    return sizes[bisect_left(sizes, count)]
+
+
+class CapturedGraphs:
+    """Graphs of one piece of work, by bucket."""
+
+    def __init__(self, accelerator: Accelerator, work: Callable[[int], None]) -> None:
+        self._accelerator = accelerator
+        self._work = work
+        self._replay: dict[int, Callable[[], None]] = {}
+
+    def is_captured(self, size: int) -> bool:
+        return size in self._replay
+
+    def capture(self, size: int) -> None:
+        """Captures a bucket. The work runs meanwhile, so its rows must be padding rows."""
+        self._replay[size] = self._accelerator.capture(lambda: self._work(size))
+
+    def replay(self, size: int) -> None:
+        self._replay[size]()
+
+
+class DecodeGraphs:
+    """The graphs of decode steps. A step's batch slots are the first of what is uploaded."""
 
     def __init__(
         self,
         accelerator: Accelerator,
         network: FusedNetwork,
-        space: Workspace,
+        workspace: Workspace,
         *,
-        batch_slots_S: torch.Tensor,
-        pool: torch.Tensor,
-        block_size: int,
+        upload: Upload,
+        pad_slot: int,
     ) -> None:
         self._network = network
-        self._space = space
-        self._seats_S = batch_slots_S
-        self._pool = pool
-        self._block_size = block_size
-        self.sizes = rungs(len(space.tokens_R))
-        self.networks = Ladder(accelerator, self.sizes, self._run_network)
-        self.choices = Ladder(accelerator, self.sizes, self._choose)
-        self.likeliest = Ladder(accelerator, self.sizes, self._run_likeliest)
+        self._workspace = workspace
+        self._upload = upload
+        self._pad_slot = pad_slot
+        self.sizes = bucket_sizes(len(workspace.tokens_R))
+        self.greedy = CapturedGraphs(accelerator, self._run_greedy)
+        self.forward = CapturedGraphs(accelerator, self._run_forward)
+        self.sample = CapturedGraphs(accelerator, self._run_sample)
 
-    def of(self, *, likeliest_alone: bool) -> tuple[Ladder, ...]:
-        """The ladders that a step climbs, in order."""
-        return (self.likeliest,) if likeliest_alone else (self.networks, self.choices)
+    def of_step(self, *, greedy: bool) -> tuple[CapturedGraphs, ...]:
+        """The graphs that a step replays, in order."""
+        return (self.greedy,) if greedy else (self.forward, self.sample)
 
-    def all(self) -> tuple[Ladder, ...]:
-        """Those that any step climbs."""
-        general = self.of(likeliest_alone=False)
-        return (*general, self.likeliest) if self._network.fuses_head else general
+    def all(self) -> tuple[CapturedGraphs, ...]:
+        """The graphs that any step may replay."""
+        general = self.of_step(greedy=False)
+        return (*general, self.greedy) if self._network.fuses_head else general
 
-    def _run_likeliest(self, size: int) -> None:
-        tops = self._space.tops.of(size)
-        self._network.tops(self._hidden(size), None, out=tops, logits_RV=None)
-        advance(self._space.state, self._seats_S[:size], tops.ids_RN[:, 0], stored=1)
+    def padding(self, count: int) -> Ints:
+        """The batch slots of so many padding rows."""
+        return np.full(count, self._pad_slot, np.int32)
 
-    def _run_network(self, size: int) -> None:
-        tops, logits_RV = self._space.tops.of(size), self._space.logits_RV[:size]
-        self._network.tops(self._hidden(size), None, out=tops, logits_RV=logits_RV)
+    def capture(self, size: int, graphs: Sequence[CapturedGraphs]) -> None:
+        """Captures those of the graphs that are missing for a bucket, over padding rows."""
+        missing = [graph for graph in graphs if not graph.is_captured(size)]
+        if missing:
+            self._upload.send([self.padding(size)])
+        for graph in missing:
+            graph.capture(size)
 
-    def _choose(self, size: int) -> None:
-        space, seats_R = self._space, self._seats_S[:size]
-        tokens_R = choose(space.logits_RV[:size], space.state, seats_R, tops=space.tops.of(size))
-        advance(space.state, seats_R, tokens_R, stored=1)
-        space.tokens_R[:size].copy_(tokens_R)
+    def _run_greedy(self, size: int) -> None:
+        workspace, argmax = self._workspace, self._workspace.argmax.first(size)
+        self._network.argmax(self._hidden(size), None, out=argmax, logits_RV=None)
+        advance(workspace.state, self._batch_slots(size), argmax.ids_RN[:, 0], stored=1)
+
+    def _run_forward(self, size: int) -> None:
+        workspace = self._workspace
+        self._network.argmax(
+            self._hidden(size),
+            None,
+            out=workspace.argmax.first(size),
+            logits_RV=workspace.logits_RV[:size],
+        )
+
+    def _run_sample(self, size: int) -> None:
+        workspace, batch_slots_R = self._workspace, self._batch_slots(size)
+        tokens_R = sample_tokens(
+            workspace.logits_RV[:size],
+            workspace.state,
+            batch_slots_R,
+            argmax=workspace.argmax.first(size),
+        )
+        advance(workspace.state, batch_slots_R, tokens_R, stored=1)
+        workspace.tokens_R[:size].copy_(tokens_R)
 
     def _hidden(self, size: int) -> tuple[torch.Tensor, Product]:
-        """The end of the residual stream."""
-        space, batch_slots_S = self._space, self._seats_S[:size]
-        tokens, positions, slots, contexts = decode_rows(
-            space.state, batch_slots_S, block_size=self._block_size
-        )
-        space.fill(space.starts_S1[: size + 1], contexts, batch_slots_S)
-        inputs = space.inputs(tokens, positions, slots, merges=size)
-        return self._network.hidden(inputs, self._pool, block_size=self._block_size)
+        return self._network.hidden(self._workspace.decode_inputs(self._batch_slots(size)))
+
+    def _batch_slots(self, size: int) -> torch.Tensor:
+        return self._upload.target[:size]

@@ -1,32 +1,35 @@
 """The network on the Triton kernels: the same sums as `model.transformer`, fused, over paged KV.
 
-    residual ── norm ── QKV ── heads placed ── attention ── out ─┐ delta
+    residual ── norm ── QKV ── rotary, KV store ── attention ── out ─┐ delta
        └─ + ──────── norm ── gate-up ── SiLU · mul ── down ──────┤ delta
        └─ + ──────── (next layer)
 
-A sublayer hands on its product unfinished (`Product`, maybe in parts); the next norm adds it to the
-residual stream. It holds weights and tables and nothing that changes. Legend: `model.batch`.
+A sublayer returns its product unfinished (`Product`, maybe in parts); the next norm adds it to the
+residual stream. The network holds weights and tables and nothing that changes. Legend:
+`model.batch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from model.config import Activation, ModelConfig, Norm, Position
 from model.kernels.activation import silu_mul
-from model.kernels.attention import Partials, WorkList, paged_attention
-from model.kernels.head import Tops, find_tops, head, merge_tops
+from model.kernels.attention import Partials, paged_attention
+from model.kernels.head import Argmax, find_argmax, head, merge_argmax
 from model.kernels.matmul import Product, multiply
 from model.kernels.norm import add_rms_norm
-from model.kernels.rotary import Heads, place_heads, rotary_table
+from model.kernels.rotary import Heads, rotary_table, rotate_and_store
+from model.kernels.work_list import WorkList
 
 Multiply = Callable[..., Product]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
-"""Sums a product over the ranks that each hold a share of its inputs; returns the sum."""
+"""Sums a product over the ranks, each of which holds a share of its inputs; returns the sum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +38,21 @@ class StepInputs:
 
     tokens_T: torch.Tensor
     positions_T: torch.Tensor
-    slots_T: torch.Tensor
-    table_SB: torch.Tensor  # by seat
+    kv_slots_T: torch.Tensor
+    table_SB: torch.Tensor  # block tables, by batch slot
+    pool: torch.Tensor  # [layers, 2, X, K, D]
+    block_size: int
     work: Mapping[int | None, WorkList]  # filled, one for each window that layers have
     partials: Partials
     programs: int
     merges: int
+
+
+class Linear(NamedTuple):
+    """Weight [outputs, inputs] and bias of a product."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +60,11 @@ class _Layer:
     heads: Heads
     window: int | None
     attention_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    out: torch.Tensor
-    out_bias: torch.Tensor | None
+    qkv: Linear
+    out: Linear
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
+    gate_up: Linear
+    down: Linear
 
 
 def unsupported(config: ModelConfig) -> str | None:
@@ -73,7 +81,7 @@ def unsupported(config: ModelConfig) -> str | None:
 
 
 class FusedNetwork:
-    """Weights on a device, and the way of a step through them."""
+    """Weights on a device, and the path of a step through them."""
 
     def __init__(
         self,
@@ -90,8 +98,8 @@ class FusedNetwork:
             raise ValueError(f"{reason}; for {config.family} use the torch runner")
         self.config = config
         self.dtype = dtype
-        self._product = product
-        self._multiply = product  # in the layers
+        self._product = product  # of the head
+        self._multiply = product  # of the layers
         self._reduce = reduce
         loaded = {
             name: weights[name].to(device=device, dtype=dtype).contiguous() for name in weights
@@ -104,45 +112,43 @@ class FusedNetwork:
 
     @property
     def fuses_head(self) -> bool:
-        """Whether tops can be had without logits: with our own product alone."""
+        """Whether it can compute the argmax without storing logits: with our own product only."""
         return self._product is multiply
 
     @property
-    def layer_products(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Weight and bias of its layers' products, but for those that ranks sum."""
-        pairs = []
-        for layer in self._layers:
-            pairs += [(layer.qkv, layer.qkv_bias), (layer.gate_up, layer.gate_up_bias)]
-            if self._reduce is None:
-                pairs += [(layer.out, layer.out_bias), (layer.down, layer.down_bias)]
-        return pairs
+    def layer_products(self) -> list[Linear]:
+        """The layers' products, except those that are summed over ranks."""
+        if self._reduce is not None:
+            return [linear for layer in self._layers for linear in (layer.qkv, layer.gate_up)]
+        return [
+            linear
+            for layer in self._layers
+            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        ]
 
     def multiply_layers_by(self, product: Multiply) -> None:
-        """Takes another product of the same bits for the layers; the head's stays."""
+        """Replaces the product of the layers by another of the same bits; the head's stays."""
         self._multiply = product
 
     @property
     def windows(self) -> set[int | None]:
-        """The windows that its layers have."""
         return {layer.window for layer in self._layers}
 
-    def hidden(
-        self, inputs: StepInputs, pool: torch.Tensor, *, block_size: int
-    ) -> tuple[torch.Tensor, Product]:
+    def hidden(self, inputs: StepInputs) -> tuple[torch.Tensor, Product]:
         """The residual stream [T, C] and what the last layer still adds to it.
 
-        Stores the K and V of the step in `pool` [layers, 2, X, K, D].
+        Stores the step's K and V in the pool.
         """
         residual_TC = functional.embedding(inputs.tokens_T, self._embed)
         delta: Product | None = None
-        for layer, (keys_XKD, values_XKD) in zip(self._layers, pool, strict=True):
+        for layer, (keys_XKD, values_XKD) in zip(self._layers, inputs.pool, strict=True):
             x_TC = self._add_norm(residual_TC, delta, layer.attention_norm)
-            q_THD = place_heads(
-                self._multiply(x_TC, layer.qkv, layer.qkv_bias),
+            q_THD = rotate_and_store(
+                self._multiply(x_TC, *layer.qkv),
                 layer.heads,
                 table=self._table,
                 positions_T=inputs.positions_T,
-                slots_T=inputs.slots_T,
+                kv_slots_T=inputs.kv_slots_T,
                 keys_XKD=keys_XKD,
                 values_XKD=values_XKD,
                 dtype=self.dtype,
@@ -154,17 +160,17 @@ class FusedNetwork:
                 inputs.table_SB,
                 work=inputs.work[layer.window],
                 partials=inputs.partials,
-                block_size=block_size,
+                block_size=inputs.block_size,
                 scale=self.config.head_dim**-0.5,
                 window=layer.window,
                 programs=inputs.programs,
                 merges=inputs.merges,
             )
-            delta = self._narrow(mixed_THD.flatten(1), layer.out, layer.out_bias)
+            delta = self._narrow(mixed_THD.flatten(1), layer.out)
             x_TC = self._add_norm(residual_TC, delta, layer.mlp_norm)
-            gate_up = self._multiply(x_TC, layer.gate_up, layer.gate_up_bias)
+            gate_up = self._multiply(x_TC, *layer.gate_up)
             x_TF = silu_mul(gate_up, dtype=self.dtype)
-            delta = self._narrow(x_TF, layer.down, layer.down_bias)
+            delta = self._narrow(x_TF, layer.down)
         if delta is None:
             raise ValueError("a network has at least one layer")
         return residual_TC, delta
@@ -179,31 +185,31 @@ class FusedNetwork:
         """Fills `out_RV`, float32, with the logits of some rows (None: of all)."""
         self._product(self._last(hidden, rows_R), self._head, out_MN=out_RV)
 
-    def tops(
+    def argmax(
         self,
         hidden: tuple[torch.Tensor, Product],
         rows_R: torch.Tensor | None,
         *,
-        out: Tops,
+        out: Argmax,
         logits_RV: torch.Tensor | None,
     ) -> None:
-        """Fills `out` with the tops of whole rows; `logits_RV`, if given, as `logits` does.
+        """Fills `out` with the argmax of whole rows; `logits_RV`, if given, as `logits` does.
 
-        Raises ValueError for tops without logits where the head is not fused.
+        Raises ValueError if `logits_RV` is missing and the head is not fused.
         """
         if self.fuses_head:
             found = head(self._last(hidden, rows_R), self._head, logits_RV=logits_RV)
         elif logits_RV is None:
-            raise ValueError("a product of another make gives tops only with the logits")
+            raise ValueError("only our own product computes the argmax without logits")
         else:
             self.logits(hidden, rows_R, out_RV=logits_RV)
-            found = find_tops(logits_RV)
-        merge_tops(found, vocab_size=self.config.vocab_size, out=out)
+            found = find_argmax(logits_RV)
+        merge_argmax(found, vocab_size=self.config.vocab_size, out=out)
 
     def _last(
         self, hidden: tuple[torch.Tensor, Product], rows_R: torch.Tensor | None
     ) -> torch.Tensor:
-        """What the head multiplies: the stream's end, normalised, [R, C]."""
+        """The input of the head: the end of the residual stream, normalised, [R, C]."""
         residual_TC, delta = hidden
         return add_rms_norm(residual_TC, delta, self._norm, eps=self.config.norm_eps, rows_R=rows_R)
 
@@ -212,39 +218,35 @@ class FusedNetwork:
     ) -> torch.Tensor:
         return add_rms_norm(residual_TC, delta, weight_C, eps=self.config.norm_eps)
 
-    def _narrow(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-        """A sublayer's last product; with several ranks, each has a share of its inputs."""
+    def _narrow(self, x: torch.Tensor, linear: Linear) -> Product:
+        """A sublayer's last product, summed over ranks, each of which has a share of its inputs."""
         if self._reduce is None:
-            return self._multiply(x, weight, bias)
-        y = torch.empty((len(x), len(weight)), dtype=self.dtype, device=x.device)
-        return Product(self._reduce(self._multiply(x, weight, bias, out_MN=y).values))
+            return self._multiply(x, *linear)
+        y = torch.empty((len(x), len(linear.weight)), dtype=self.dtype, device=x.device)
+        return Product(self._reduce(self._multiply(x, *linear, out_MN=y).values))
 
 
 def _layer(config: ModelConfig, loaded: Mapping[str, torch.Tensor], index: int) -> _Layer:
     prefix = f"blocks.{index}."
 
-    def maybe(name: str) -> torch.Tensor | None:
-        return loaded.get(prefix + name)
+    def linear(name: str) -> Linear:
+        return Linear(loaded[f"{prefix}{name}.weight"], loaded.get(f"{prefix}{name}.bias"))
 
     return _Layer(
         heads=Heads(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            q_norm_D=maybe("attention.q_norm.weight"),
-            k_norm_D=maybe("attention.k_norm.weight"),
+            q_norm_D=loaded.get(prefix + "attention.q_norm.weight"),
+            k_norm_D=loaded.get(prefix + "attention.k_norm.weight"),
             eps=config.norm_eps,
             rotary=index not in config.rope_free_layers,
         ),
         window=config.window(index),
         attention_norm=loaded[prefix + "attention_norm.weight"],
-        qkv=loaded[prefix + "attention.qkv.weight"],
-        qkv_bias=maybe("attention.qkv.bias"),
-        out=loaded[prefix + "attention.out.weight"],
-        out_bias=maybe("attention.out.bias"),
+        qkv=linear("attention.qkv"),
+        out=linear("attention.out"),
         mlp_norm=loaded[prefix + "mlp_norm.weight"],
-        gate_up=loaded[prefix + "mlp.gate_up.weight"],
-        gate_up_bias=maybe("mlp.gate_up.bias"),
-        down=loaded[prefix + "mlp.down.weight"],
-        down_bias=maybe("mlp.down.bias"),
+        gate_up=linear("mlp.gate_up"),
+        down=linear("mlp.down"),
     )

@@ -1,290 +1,147 @@
-"""CudaRunner: steps on a GPU by the Triton kernels, decode steps as recorded graphs.
+"""CudaRunner: launches and collects steps on a GPU, decode steps as CUDA graphs.
 
-All state of running sequences is on the device (`model.kernels.inputs`); the host sends what
-changes. A step goes one of three ways, with the same kernels and the same bits:
+All state of running sequences is on the device (`model.kernels.inputs`); the host uploads what
+changes. A step takes one of three paths, with the same kernels and the same bits:
 
-    likeliest   a decode step of greedy rows    recorded: inputs, network, head, write-back
-    decode      a token a sequence, none scored recorded: inputs, network, head | choice, write-back
-    mixed       chunks of prompts among them    launched kernel by kernel
+    greedy    one token per sequence, none scored   one graph: inputs, network, argmax, write-back
+    decode    one token per sequence, none scored   two graphs: inputs, network | sampling
+    mixed     chunks of prompts among them          launched kernel by kernel
 
-Before the choice the logits may be adjusted (masks, penalties, biases) or read (log probabilities),
-also in a decode step. Where nobody does either and all rows are greedy, the head's product gives
-the tokens and no logits are stored. Tokens come back through a ring, so the next step can be
-launched before they are read: `launch` and `collect`.
-
-Memory is planned at the start: weights, buffers for the largest step, what that step was measured
-to need, a margin; the rest may be KV pool. No step that `RunnerOptions` allows needs more.
+Before sampling the logits may be adjusted (masks, penalties, biases) or read (log probabilities),
+also in a decode step. If no row requests either and all rows are greedy, the head's argmax gives
+the tokens and no logits are stored. Tokens come back through a ring of pinned buffers, so the next
+step can be launched before they are read: `launch` and `collect`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import triton
 
 from model.batch import Batch, Bools, Ints, SamplingBatch, StepOutput
-from model.config import ModelConfig
-from model.kernels.attention import SPLIT, STEP
-from model.kernels.choice import choose
-from model.kernels.head import find_tops, merge_tops
-from model.kernels.inputs import Column, advance, change, mixed_rows
-from model.kernels.matmul import multiply
-from model.kvcache import KVCache, bytes_per_block
-from model.runners import RunnerOptions, StepHandle, Weights
-from model.runners.cuda.accelerator import Accelerator, CudaAccelerator, HostAccelerator, Reading
-from model.runners.cuda.buckets import Ladder
-from model.runners.cuda.buffers import Ring, Upload
-from model.runners.cuda.cublas import CublasLt, Library, ProductShape, ProvenProducts
-from model.runners.cuda.device_memory import blocks_that_fit, check_weights_fit
-from model.runners.cuda.exactness import Trial, trial_for, try_exactness
-from model.runners.cuda.graphs import DecodeLadders
+from model.kernels.head import find_argmax, merge_argmax
+from model.kernels.inputs import advance, change
+from model.kernels.sampling import sample_tokens
+from model.runners import RunnerOptions, StepHandle
+from model.runners.cuda.accelerator import Accelerator, PendingCopy
+from model.runners.cuda.buffers import TokenRing, Upload
+from model.runners.cuda.cublas import ProductShape
+from model.runners.cuda.graphs import DecodeGraphs, bucket_for
 from model.runners.cuda.logits import (
-    Extras,
-    Scores,
+    NOTHING_TO_READ,
+    PendingLogprobs,
     adjust,
-    read_extras,
-    score_rows,
-    wants_likeliest_alone,
+    is_plain_greedy,
+    read_logprobs,
+    read_scores,
 )
-from model.runners.cuda.network import FusedNetwork, Multiply, Reduce
-from model.runners.cuda.slots import Seats
-from model.runners.cuda.workspace import Workspace
-from model.runners.torch import choose_device
+from model.runners.cuda.network import FusedNetwork
+from model.runners.cuda.slots import BatchSlots
+from model.runners.cuda.workspace import MixedColumns, Workspace, dry_step
+from model.runners.logprobs import step_output
 
-KERNELS = 1  # rises whenever the kernels' bits change
 IN_FLIGHT = 2
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
+class _Results(NamedTuple):
+    """What a step computes, on its way to the host."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _InFlight:
-    handle: StepHandle
-    seats_R: Ints
-    tokens: Reading
-    extras: Extras
-    scores: Scores
+    tokens: PendingCopy
+    logprobs: PendingLogprobs = NOTHING_TO_READ
+    scores: PendingLogprobs = NOTHING_TO_READ
 
 
 class CudaRunner:
-    """Owns the weights, the KV pool and the state of the seats.
+    """Runs steps over a network, a KV pool and batch slots that `build.build_runner` made."""
 
-    Raises ValueError for networks and options it cannot serve and where memory does not suffice.
-    With device `cpu` the kernels run in Triton's interpreter: for tests. `product` is how weight
-    matrices are multiplied; any but the default gives up exactness. `reduce` sums over ranks.
-
-    It calls itself exact only after it has tried: `proof` says on what. None tries nothing.
-    `library` (None: the GPU's) multiplies `library_shapes`, where the options allow it, in steps of
-    the largest size: what was proven to have the bits of our own product.
-    """
+    exact = False  # until it is verified
+    numeric_class = ""
 
     def __init__(
         self,
-        config: ModelConfig,
-        weights: Weights,
-        *,
         options: RunnerOptions,
-        digest: str,
-        product: Multiply = multiply,
-        reduce: Reduce | None = None,
-        proof: Trial | Literal["by options"] | None = "by options",
-        library: Library | None = None,
+        *,
+        accelerator: Accelerator,
+        network: FusedNetwork,
+        workspace: Workspace,
+        slots: BatchSlots,
+        num_blocks: int,
     ) -> None:
-        device = choose_device(options.device)
-        self._accelerator: Accelerator = (
-            CudaAccelerator(device) if device.type == "cuda" else HostAccelerator()
-        )
-        self._dtype = _choose_dtype(options.dtype)
-        self._kv_dtype = _choose_kv_dtype(options.kv_dtype, self._dtype)
-        self.config = config
+        self.config = network.config
         self.block_size = options.block_size
+        self.num_blocks = num_blocks
+        self.vendor_blas_shapes: frozenset[ProductShape] = frozenset()  # that it multiplies
         self._options = options
-        needed = sum(weights[name].numel() for name in weights) * self._dtype.itemsize
-        check_weights_fit(needed, self._accelerator.free_memory())
-        self._network = FusedNetwork(
-            config, weights, dtype=self._dtype, device=device, product=product, reduce=reduce
+        self._accelerator = accelerator
+        self._network = network
+        self._workspace = workspace
+        self._slots = slots
+        sequences = options.max_sequences
+        most_changes = sequences * slots.mirror.shape[1]
+        self._upload = Upload(
+            accelerator,
+            capacity=4 * options.max_batch_tokens + 5 * sequences + 1 + 2 * most_changes,
+            num_buffers=2 * IN_FLIGHT,
         )
-        self.library_shapes: frozenset[ProductShape] = frozenset()
-        if product is multiply:
-            self._try_library(library)
-        self._make_buffers(device)
-        self.num_blocks = options.num_blocks or self._measure_blocks()
-        self._make_pool(self.num_blocks)
-        self._ladders = DecodeLadders(
-            self._accelerator,
-            self._network,
-            self._space,
-            batch_slots_S=self._upload.target,
-            pool=self._cache.pool,
-            block_size=self.block_size,
+        self._ring = TokenRing(accelerator, width=sequences, num_buffers=2 * IN_FLIGHT)
+        self._graphs = DecodeGraphs(
+            accelerator, network, workspace, upload=self._upload, pad_slot=slots.pad_slot
         )
-        self._flying: deque[_InFlight] = deque()
-        self._steps = 0
-        self.exact = product is multiply and reduce is None and proof is not None
-        self.numeric_class = self._name_class(device, digest)
-        if self.exact:
-            self.exact = self._proves(proof)
-            if not self.exact and self.library_shapes:  # whose fault it was the next proof will say
-                self.library_shapes = frozenset()
-                self._network.multiply_layers_by(multiply)
-                self.exact = self._proves(proof)
-            self.numeric_class = self._name_class(device, digest)
+        self._in_flight: deque[tuple[StepHandle, Ints, _Results]] = deque()
+        self._num_steps = 0
 
     def run(self, batch: Batch) -> StepOutput:
-        """Computes the step and stores its K and V."""
         return self.collect(self.launch(batch))
 
     def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
         """Starts a step; see `OverlappedRunner`."""
         self._check_launch(batch, unread_T)
+        sequences_R = np.searchsorted(batch.query_starts_S1, batch.sample_rows_R, side="right") - 1
+        slots_R = batch.batch_slots_S[sequences_R]
+        all_sample = len(slots_R) == batch.num_sequences
+        decode = batch.is_decode and all_sample and not batch.score_ids_Q.size
+        handle = StepHandle(self._num_steps)
         with torch.inference_mode():
-            sequences_R = (
-                np.searchsorted(batch.query_starts_S1, batch.sample_rows_R, side="right") - 1
-            )
-            seats_R = batch.batch_slots_S[sequences_R]
-            decode = (
-                batch.is_decode
-                and len(seats_R) == batch.num_sequences
-                and not batch.score_ids_Q.size
-            )
-            places, values = self._seats.changes(batch, seats_R, unread_T=unread_T, decode=decode)
-            handle = StepHandle(self._steps)
+            changes = self._slots.changes(batch, slots_R, unread_T=unread_T, decode=decode)
             if decode:
-                flying = self._decode(batch, handle, (places, values))
+                results = self._decode(batch, changes)
             else:
-                flying = self._mixed(batch, handle, (places, values), seats_R, unread_T)
-        self._seats.sampled(seats_R, step=handle.number, decode=decode)
-        self._flying.append(flying)
-        self._steps += 1
+                results = self._mixed(batch, changes, slots_R, unread_T)
+        self._slots.sampled(slots_R, step=handle.number, decode=decode)
+        self._in_flight.append((handle, slots_R, results))
+        self._num_steps += 1
         return handle
 
     def collect(self, handle: StepHandle) -> StepOutput:
-        """Waits for the oldest step under way."""
-        if not self._flying or self._flying[0].handle != handle:
+        """Waits for the oldest step in flight."""
+        if not self._in_flight or self._in_flight[0][0] != handle:
             raise ValueError("steps are collected in the order they were launched")
-        flying = self._flying.popleft()
+        _, slots_R, results = self._in_flight.popleft()
         with torch.inference_mode():
-            tokens_R = flying.tokens.wait().numpy().copy()
-            extras, scores = flying.extras.wait(), flying.scores.wait()
-        self._seats.read(flying.seats_R, tokens_R, step=handle.number)
-        return StepOutput(
-            tokens_R=tokens_R,
-            logprobs_R=extras.logprobs,
-            top_ids_RN=extras.top_ids,
-            top_logprobs_RN=extras.top_logprobs,
-            score_logprobs_Q=scores.logprobs,
-            score_top_ids_QN=scores.top_ids,
-            score_top_logprobs_QN=scores.top_logprobs,
-        )
+            tokens_R = results.tokens().numpy().copy()
+            logprobs, scores = results.logprobs.wait(), results.scores.wait()
+        self._slots.read(slots_R, tokens_R, step=handle.number)
+        return step_output(tokens_R, logprobs, scores)
 
     def warm_up(self) -> None:
-        """Compiles the kernels for every size and records the ladders."""
+        """Compiles the kernels for every size and captures all graphs."""
         with torch.inference_mode():
             most = self._options.max_batch_tokens
             for num_tokens in (1, 17, 33, 65, 129, max(1, most - 1), most):
-                self._dry_step(min(num_tokens, most))
-            for size in reversed(self._ladders.sizes):  # the largest first: others share its memory
-                self._record(size, self._ladders.all())
+                dry_step(self._network, self._workspace, min(num_tokens, most))
+            for size in reversed(self._graphs.sizes):  # largest first: the others share its memory
+                self._graphs.capture(size, self._graphs.all())
 
     def close(self) -> None:
-        """Gives the device's memory back; the runner must not run again."""
-        self._flying.clear()
-        del self._network, self._cache, self._space, self._ladders
-
-    def _try_library(self, library: Library | None) -> None:
-        """Lets the library multiply what it is proven for.
-
-        Full steps alone: of so many rows are only steps with prompts, and those are not recorded.
-        """
-        options, device = self._options, self._accelerator.device
-        if not options.library_products or options.max_batch_tokens <= options.max_sequences:
-            return
-        if library is None:
-            if device.type != "cuda":
-                return
-            library = CublasLt()
-        with torch.inference_mode():
-            proven = ProvenProducts(
-                self._network.layer_products, rows=options.max_batch_tokens, library=library
-            )
-        self.library_shapes = proven.shapes
-        if proven.shapes:
-            self._network.multiply_layers_by(proven)
-
-    def _make_buffers(self, device: torch.device) -> None:
-        """Everything that is there once, sized for the largest step."""
-        config, options = self.config, self._options
-        table_width = -(-config.max_model_len // self.block_size)
-        sequences = options.max_sequences
-        self._seats = Seats(sequences, table_width=table_width)
-        self._state = torch.from_numpy(self._seats.mirror.copy()).to(device)
-        most_changes = sequences * (Column.TABLE + table_width)
-        self._upload = Upload(
-            self._accelerator,
-            capacity=4 * options.max_batch_tokens + 5 * sequences + 1 + 2 * most_changes,
-            slots=2 * IN_FLIGHT,
-        )
-        self._ring = Ring(self._accelerator, width=sequences, slots=2 * IN_FLIGHT)
-        self._space = Workspace(config, options, windows=self._network.windows, state=self._state)
-
-    def _measure_blocks(self) -> int:
-        """Blocks of the pool, from what the largest step leaves."""
-        self._make_pool(0)
-        largest = self._options.max_batch_tokens
-        with torch.inference_mode():
-            self._dry_step(largest)  # compiles, and lets libraries take what they keep
-            work = self._accelerator.peak_of(lambda: self._dry_step(largest))
-            if self.library_shapes:  # a row less, and all products are ours
-                ours = self._accelerator.peak_of(lambda: self._dry_step(largest - 1))
-                work = max(work, ours)
-        return blocks_that_fit(
-            free=self._accelerator.free_memory(),
-            work=work,
-            block_bytes=bytes_per_block(self.config, self.block_size, dtype=self._kv_dtype),
-            wanted=self._options.kv_memory,
-            share=self._options.memory_share,
-        )
-
-    def _make_pool(self, num_blocks: int) -> None:
-        """The pool, with one block more for rows that are nobody's."""
-        self._cache = KVCache(
-            self.config,
-            block_size=self.block_size,
-            num_blocks=num_blocks + 1,
-            dtype=self._kv_dtype,
-            device=self._accelerator.device,
-        )
-        nobodys = slice(num_blocks * self.block_size, None)
-        self._cache.pool[:, :, nobodys] = 0  # so that rows that only fill up stay finite
-        self._seats.give_nobody(num_blocks)
-        self._state.copy_(torch.from_numpy(self._seats.mirror))
-
-    def _proves(self, proof: Trial | Literal["by options"] | None) -> bool:
-        """Whether an answer's bits depended on nothing that was tried."""
-        if not isinstance(proof, Trial):
-            proof = trial_for(
-                self._options, num_blocks=self.num_blocks, max_model_len=self.config.max_model_len
-            )
-        return all(try_exactness(self, proof).values())
-
-    def _name_class(self, device: torch.device, digest: str) -> str:
-        chip = "interpreter"
-        if device.type == "cuda":
-            chip = "sm{}{}".format(*torch.cuda.get_device_capability(device))
-        kinds = f"{_SHORT[self._dtype]}-kv{8 * self._kv_dtype.itemsize}"
-        kernels = f"{KERNELS}.{SPLIT}.{STEP}-triton{triton.__version__}"
-        kind = "triton" if self.exact else "triton-inexact"
-        return f"{kind}-{chip}-{kinds}-{kernels}-{digest[:12]}"
+        self._in_flight.clear()
+        del self._network, self._workspace, self._graphs
 
     def _check_launch(self, batch: Batch, unread_T: Bools | None) -> None:
-        if len(self._flying) == IN_FLIGHT:
-            raise ValueError(f"at most {IN_FLIGHT} steps are under way")
+        if len(self._in_flight) == IN_FLIGHT:
+            raise ValueError(f"at most {IN_FLIGHT} steps are in flight")
         if batch.num_tokens > self._options.max_batch_tokens:
             raise ValueError(f"a step has at most {self._options.max_batch_tokens} tokens")
         if batch.num_sequences > self._options.max_sequences:
@@ -295,41 +152,31 @@ class CudaRunner:
             if unread_T[batch.sample_rows_R[rows]].any() or unread_T[batch.score_rows_Q].any():
                 raise ValueError("a row whose token is unread has no penalties, masks or scores")
 
-    def _decode(self, batch: Batch, handle: StepHandle, changes: tuple[Ints, Ints]) -> _InFlight:
+    def _decode(self, batch: Batch, changes: tuple[Ints, Ints]) -> _Results:
         count = batch.num_sequences
-        likeliest_alone = self._takes_likeliest(batch.sampling)
-        network, *choice = self._ladders.of(likeliest_alone=likeliest_alone)
-        size = network.size_for(count)
-        self._record(size, [network, *choice])
-        filler = np.full(size - count, self._seats.nobody, np.int32)
-        sent = self._upload.send([batch.batch_slots_S, filler, *changes])
-        change(self._state, sent[2], sent[3])
-        network.run(size)
-        if likeliest_alone:
-            tokens_R, extras = self._space.tops.ids_RN[:count, 0], Extras.none()
-        else:
-            raw_RV, tokens_R = self._adjust(batch.sampling), self._space.tokens_R[:count]
-            choice[0].run(size)
-            extras = read_extras(raw_RV, tokens_R, batch.sampling, self._accelerator)
-        return _InFlight(
-            handle=handle,
-            seats_R=batch.batch_slots_S,
-            tokens=self._ring.post(tokens_R),
-            extras=extras,
-            scores=Scores.none(),
-        )
+        greedy = self._samples_by_argmax(batch.sampling)
+        first, *rest = self._graphs.of_step(greedy=greedy)
+        size = bucket_for(count, self._graphs.sizes)
+        self._graphs.capture(size, [first, *rest])
+        padding = self._graphs.padding(size - count)
+        _, _, places, values = self._upload.send([batch.batch_slots_S, padding, *changes])
+        change(self._workspace.state, places, values)
+        first.replay(size)
+        if greedy:
+            return _Results(self._ring.read(self._workspace.argmax.ids_RN[:count, 0]))
+        raw_RV, tokens_R = self._adjust(batch.sampling), self._workspace.tokens_R[:count]
+        for graph in rest:
+            graph.replay(size)
+        logprobs = read_logprobs(raw_RV, tokens_R, batch.sampling, self._accelerator)
+        return _Results(self._ring.read(tokens_R), logprobs)
 
     def _mixed(
-        self,
-        batch: Batch,
-        handle: StepHandle,
-        changes: tuple[Ints, Ints],
-        seats_R: Ints,
-        unread_T: Bools | None,
-    ) -> _InFlight:
+        self, batch: Batch, changes: tuple[Ints, Ints], slots_R: Ints, unread_T: Bools | None
+    ) -> _Results:
+        network, workspace = self._network, self._workspace
         lengths_S = np.diff(batch.query_starts_S1)
-        unread = np.zeros(batch.num_tokens, np.int32) if unread_T is None else unread_T
-        places, values, *step = self._upload.send(
+        unread = np.zeros(batch.num_tokens, np.bool_) if unread_T is None else unread_T
+        places, values, *columns, rows_R, batch_slots_R = self._upload.send(
             [
                 *changes,
                 np.repeat(batch.batch_slots_S, lengths_S),
@@ -340,103 +187,36 @@ class CudaRunner:
                 batch.context_lens_S,
                 batch.batch_slots_S,
                 batch.sample_rows_R,
-                seats_R,
+                slots_R,
             ]
         )
-        seats_T, tokens_T, positions_T, unread_rows_T, starts_S1, contexts_S, batch_slots_S = step[
-            :7
-        ]
-        rows_R, seats_on_device_R = step[7:]
-        change(self._state, places, values)
-        tokens_T, slots_T = mixed_rows(
-            self._state, seats_T, tokens_T, positions_T, unread_rows_T, block_size=self.block_size
-        )
-        merges = self._space.num_merges(lengths_S.tolist())
-        self._space.fill(starts_S1, contexts_S, batch_slots_S)
-        inputs = self._space.inputs(tokens_T, positions_T, slots_T, merges=merges)
-        hidden = self._network.hidden(inputs, self._cache.pool, block_size=self.block_size)
-        logits_RV, tops = self._space.logits_RV[: len(seats_R)], self._space.tops.of(len(seats_R))
-        if self._takes_likeliest(batch.sampling):
-            self._network.tops(hidden, rows_R, out=tops, logits_RV=None)
-            tokens_R, extras = tops.ids_RN[:, 0], Extras.none()
+        change(workspace.state, places, values)
+        inputs = workspace.mixed_inputs(MixedColumns(*columns), lengths_S.tolist())
+        hidden = network.hidden(inputs)
+        argmax = workspace.argmax.first(len(slots_R))
+        if self._samples_by_argmax(batch.sampling):
+            network.argmax(hidden, rows_R, out=argmax, logits_RV=None)
+            tokens_R, logprobs = argmax.ids_RN[:, 0], NOTHING_TO_READ
         else:
-            self._network.tops(hidden, rows_R, out=tops, logits_RV=logits_RV)
+            logits_RV = workspace.logits_RV[: len(slots_R)]
+            network.argmax(hidden, rows_R, out=argmax, logits_RV=logits_RV)
             raw_RV = self._adjust(batch.sampling)
-            tokens_R = choose(logits_RV, self._state, seats_on_device_R, tops=tops)
-            extras = read_extras(raw_RV, tokens_R, batch.sampling, self._accelerator)
-        advance(self._state, seats_on_device_R, tokens_R, stored=0)
-        return _InFlight(
-            handle=handle,
-            seats_R=seats_R,
-            tokens=self._ring.post(tokens_R),
-            extras=extras,
-            scores=score_rows(self._network, hidden, batch, self._accelerator),
-        )
+            tokens_R = sample_tokens(logits_RV, workspace.state, batch_slots_R, argmax=argmax)
+            logprobs = read_logprobs(raw_RV, tokens_R, batch.sampling, self._accelerator)
+        advance(workspace.state, batch_slots_R, tokens_R, stored=0)
+        tokens = self._ring.read(tokens_R)
+        return _Results(tokens, logprobs, read_scores(network, hidden, batch, self._accelerator))
 
-    def _takes_likeliest(self, sampling: SamplingBatch) -> bool:
-        """Whether the head's tops are the tokens, and no logits are stored."""
-        return self._network.fuses_head and wants_likeliest_alone(sampling)
+    def _samples_by_argmax(self, sampling: SamplingBatch) -> bool:
+        """Whether the head's argmax is the sampled token, and no logits are stored."""
+        return self._network.fuses_head and is_plain_greedy(sampling)
 
     def _adjust(self, sampling: SamplingBatch) -> torch.Tensor:
-        """Adjusts the stored logits, and their tops with them; returns the unmodified logits."""
+        """Adjusts the stored logits, and their argmax with them; returns the unmodified logits."""
         count = len(sampling.seeds_R)
-        logits_RV = self._space.logits_RV[:count]
+        logits_RV = self._workspace.logits_RV[:count]
         raw_RV = adjust(logits_RV, sampling)
         if raw_RV is not logits_RV:
-            tops = self._space.tops.of(count)
-            merge_tops(find_tops(logits_RV), vocab_size=self.config.vocab_size, out=tops)
+            argmax = self._workspace.argmax.first(count)
+            merge_argmax(find_argmax(logits_RV), vocab_size=self.config.vocab_size, out=argmax)
         return raw_RV
-
-    def _record(self, size: int, ladders: Sequence[Ladder]) -> None:
-        """Records what of a rung is not, on rows that are nobody's."""
-        missing = [ladder for ladder in ladders if not ladder.has(size)]
-        if missing:
-            self._upload.send([np.full(size, self._seats.nobody, np.int32)])
-        for ladder in missing:
-            ladder.record(size)
-
-    def _dry_step(self, num_tokens: int) -> None:
-        """A mixed step of nobody's tokens: to compile, to warm up, to measure."""
-        length = min(num_tokens, self.config.max_model_len)
-        count = min(self._options.max_sequences, num_tokens)
-        device = self._accelerator.device
-        lengths = np.full(count, num_tokens // count)
-        lengths[: num_tokens % count] += 1
-        lengths = np.minimum(lengths, length)
-        starts = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))).int().to(device)
-        total = int(lengths.sum())
-        zeros = torch.zeros(total, dtype=torch.int32, device=device)
-        batch_slots_S = torch.full((count,), self._seats.nobody, dtype=torch.int32, device=device)
-        self._space.fill(starts, starts[1:] - starts[:-1], batch_slots_S)
-        merges = self._space.num_merges(lengths.tolist())
-        tokens, slots = mixed_rows(
-            self._state,
-            batch_slots_S[:1].repeat(total),
-            zeros,
-            zeros,
-            zeros,
-            block_size=self.block_size,
-        )
-        inputs = self._space.inputs(tokens, zeros, slots, merges=merges)
-        hidden = self._network.hidden(inputs, self._cache.pool, block_size=self.block_size)
-        tops, logits_RV = self._space.tops.of(count), self._space.logits_RV[:count]
-        rows_R = starts[1:] - 1
-        self._network.tops(hidden, rows_R, out=tops, logits_RV=logits_RV)
-        choose(logits_RV, self._state, batch_slots_S, tops=tops)
-        if self._network.fuses_head:
-            self._network.tops(hidden, rows_R, out=tops, logits_RV=None)
-
-
-def _choose_dtype(name: str) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16
-    if name not in _DTYPES:
-        raise ValueError(f"dtype must be auto or one of {', '.join(_DTYPES)} for the cuda runner")
-    return _DTYPES[name]
-
-
-def _choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    kinds = {"auto": dtype, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
-    if name not in kinds:
-        raise ValueError(f"kv_dtype must be one of {', '.join(kinds)} for the cuda runner")
-    return kinds[name]

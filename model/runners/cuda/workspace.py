@@ -1,27 +1,43 @@
-"""Workspace: what the cuda runner's steps compute with on the device, sized for the largest step.
+"""Workspace: the device tensors that steps compute with, sized for the largest step.
 
-It is there once, from the start to the end, so recorded steps find it where it was. What of it a
-step leaves for the host to read: logits, tops, tokens. It launches nothing but the attention's
-lists of work. Legend: `model.batch`.
+Allocated once, because graphs are captured with the addresses. Of what a step leaves there the host
+reads logits, their argmax and tokens. Legend: `model.batch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from model.attention.triton_paged import attention_programs
 from model.config import ModelConfig
-from model.kernels.attention import Partials, WorkList
-from model.kernels.head import Tops
-from model.kernels.inputs import Column
+from model.kernels.attention import Partials, attention_programs
+from model.kernels.head import Argmax
+from model.kernels.inputs import Column, decode_rows, mixed_rows
+from model.kernels.sampling import sample_tokens
+from model.kernels.work_list import WorkList
+from model.kvcache import KVCache
 from model.runners import RunnerOptions
-from model.runners.cuda.network import StepInputs
+from model.runners.cuda.network import FusedNetwork, StepInputs
+from model.runners.cuda.slots import BatchSlots
+
+
+class MixedColumns(NamedTuple):
+    """The rows of a step that the host describes, in the order they are uploaded in."""
+
+    batch_slots_T: torch.Tensor
+    tokens_T: torch.Tensor
+    positions_T: torch.Tensor
+    unread_T: torch.Tensor  # 1: the token is the newest one in the batch slot
+    starts_S1: torch.Tensor
+    contexts_S: torch.Tensor
+    batch_slots_S: torch.Tensor
 
 
 class Workspace:
-    """The seats' state and the buffers of one runner."""
+    """The state of the batch slots, the KV pool and the buffers of one runner."""
 
     def __init__(
         self,
@@ -29,61 +45,126 @@ class Workspace:
         options: RunnerOptions,
         *,
         windows: Iterable[int | None],
-        state: torch.Tensor,
+        slots: BatchSlots,
+        kv_dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        device, sequences = state.device, options.max_sequences
-        self.state = state
+        num_sequences = options.max_sequences
+        self.max_sequences = num_sequences
+        self.state = torch.from_numpy(slots.mirror.copy()).to(device)
+        self._config, self._slots = config, slots
+        self._block_size, self._kv_dtype = options.block_size, kv_dtype
         self._work = {
             window: WorkList(
                 max_rows=options.max_batch_tokens,
-                max_sequences=sequences,
+                max_sequences=num_sequences,
                 max_context=config.max_model_len,
                 group=config.num_heads // config.num_kv_heads,
                 device=device,
             )
             for window in windows
         }
+        self._any_work = next(iter(self._work.values()))
         self._partials = Partials(
-            next(iter(self._work.values())),
+            self._any_work,
             num_heads=config.num_heads,
             head_dim=config.head_dim,
             device=device,
         )
         self._programs = attention_programs(device)
-        self.starts_S1 = torch.arange(sequences + 1, dtype=torch.int32, device=device)
+        self._starts_S1 = torch.arange(num_sequences + 1, dtype=torch.int32, device=device)
         self.logits_RV = torch.empty(
-            (sequences, config.vocab_size), dtype=torch.float32, device=device
+            (num_sequences, config.vocab_size), dtype=torch.float32, device=device
         )
-        self.tops = Tops.empty(sequences, 1, device=device)  # of the logits, adjusted if they are
-        self.tokens_R = torch.zeros(sequences, dtype=torch.int32, device=device)
+        self.argmax = Argmax.empty(num_sequences, 1, device=device)  # of `logits_RV` as adjusted
+        self.tokens_R = torch.zeros(num_sequences, dtype=torch.int32, device=device)
+        self.allocate_pool(0)
 
-    def num_merges(self, lengths: list[int]) -> int:
-        """Tiles of rows that the attention of sequences of so many rows has."""
-        return next(iter(self._work.values())).num_tiles(lengths)
+    def allocate_pool(self, num_blocks: int) -> None:
+        """Allocates the KV pool, with one block more for padding rows."""
+        self.pool = KVCache(
+            self._config,
+            block_size=self._block_size,
+            num_blocks=num_blocks + 1,
+            dtype=self._kv_dtype,
+            device=self.state.device,
+        ).pool
+        self.pool[:, :, num_blocks * self._block_size :] = 0  # so that padding rows stay finite
+        self._slots.set_pad_block(num_blocks)
+        self.state.copy_(torch.from_numpy(self._slots.mirror))
 
-    def fill(
+    def decode_inputs(self, batch_slots_S: torch.Tensor) -> StepInputs:
+        """One row per batch slot, read from the state."""
+        size = len(batch_slots_S)
+        tokens_T, positions_T, kv_slots_T, contexts_S = decode_rows(
+            self.state, batch_slots_S, block_size=self._block_size
+        )
+        self._fill(self._starts_S1[: size + 1], contexts_S, batch_slots_S)
+        return self._inputs(tokens_T, positions_T, kv_slots_T, merges=size)
+
+    def mixed_inputs(self, columns: MixedColumns, lengths_S: list[int]) -> StepInputs:
+        """Rows described by the host, `lengths_S` of each sequence."""
+        self._fill(columns.starts_S1, columns.contexts_S, columns.batch_slots_S)
+        tokens_T, kv_slots_T = mixed_rows(self.state, *columns[:4], block_size=self._block_size)
+        merges = self._any_work.num_tiles(lengths_S)
+        return self._inputs(tokens_T, columns.positions_T, kv_slots_T, merges=merges)
+
+    def padding_columns(self, lengths_S: list[int]) -> MixedColumns:
+        """Padding rows in sequences of such lengths."""
+        device, num_tokens = self.state.device, sum(lengths_S)
+        starts = np.cumsum([0, *lengths_S]).astype(np.int32)
+        starts_S1 = torch.from_numpy(starts).to(device)
+        zeros_T = torch.zeros(num_tokens, dtype=torch.int32, device=device)
+        slots_T = torch.full_like(zeros_T, self._slots.pad_slot)
+        return MixedColumns(
+            batch_slots_T=slots_T,
+            tokens_T=zeros_T,
+            positions_T=zeros_T,
+            unread_T=zeros_T,
+            starts_S1=starts_S1,
+            contexts_S=starts_S1[1:] - starts_S1[:-1],
+            batch_slots_S=slots_T[: len(lengths_S)],
+        )
+
+    def _fill(
         self, starts_S1: torch.Tensor, contexts_S: torch.Tensor, batch_slots_S: torch.Tensor
     ) -> None:
-        """Makes the lists of the attention's work."""
         for window, work in self._work.items():
             work.fill(starts_S1, contexts_S, batch_slots_S, window=window)
 
-    def inputs(
+    def _inputs(
         self,
         tokens_T: torch.Tensor,
         positions_T: torch.Tensor,
-        slots_T: torch.Tensor,
+        kv_slots_T: torch.Tensor,
         *,
         merges: int,
     ) -> StepInputs:
-        """A step over the work that was filled in."""
         return StepInputs(
             tokens_T=tokens_T,
             positions_T=positions_T,
-            slots_T=slots_T,
+            kv_slots_T=kv_slots_T,
             table_SB=self.state[:, Column.TABLE :],
+            pool=self.pool,
+            block_size=self._block_size,
             work=self._work,
             partials=self._partials,
             programs=self._programs,
             merges=merges,
         )
+
+
+def dry_step(network: FusedNetwork, workspace: Workspace, num_tokens: int) -> None:
+    """Runs a mixed step of padding rows: to compile, to warm up, to measure memory."""
+    count = min(workspace.max_sequences, num_tokens)
+    lengths = np.full(count, num_tokens // count)
+    lengths[: num_tokens % count] += 1
+    lengths_S = np.minimum(lengths, network.config.max_model_len).tolist()
+    columns = workspace.padding_columns(lengths_S)
+    hidden = network.hidden(workspace.mixed_inputs(columns, lengths_S))
+    rows_R = columns.starts_S1[1:] - 1
+    argmax, logits_RV = workspace.argmax.first(count), workspace.logits_RV[:count]
+    network.argmax(hidden, rows_R, out=argmax, logits_RV=logits_RV)
+    sample_tokens(logits_RV, workspace.state, columns.batch_slots_S, argmax=argmax)
+    if network.fuses_head:
+        network.argmax(hidden, rows_R, out=argmax, logits_RV=None)

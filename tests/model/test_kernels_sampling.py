@@ -6,27 +6,30 @@ import numpy as np
 import pytest
 import torch
 
-from model.kernels.choice import choose, choose_twin
-from model.kernels.head import head, merge_tops
+from model.kernels.head import head, merge_argmax
 from model.kernels.inputs import Column
+from model.kernels.sampling import sample_tokens
+from tests.model.kernel_twins import (
+    sample_tokens_twin,
+)
 from tests.support.builders import DEVICE
 
 pytestmark = pytest.mark.slow
 
 
 def random_state(rng: np.random.Generator, rows: int, vocab_size: int) -> torch.Tensor:
-    """A seat a row, with columns drawn so that every way and every mixture of cuts comes up."""
+    """A slot a row, with columns drawn so that every way and every mixture of cuts comes up."""
     state = np.zeros((rows + 1, Column.TABLE + 1), np.int32)
     floats = state.view(np.float32)
-    for seat in range(rows):
+    for slot in range(rows):
         way = rng.integers(5)
-        state[seat, Column.INDEX] = rng.integers(0, 10_000)
-        state[seat, Column.SEED_LOW : Column.CHOICE] = rng.integers(-(2**31), 2**31, 2)
-        state[seat, Column.CHOICE] = rng.integers(0, 4)
-        state[seat, Column.TOP_K] = rng.integers(1, 30) if way in {2, 4} else vocab_size
-        floats[seat, Column.TEMPERATURE] = 0 if way == 0 else rng.choice([0.2, 0.7, 1.0, 3.0])
-        floats[seat, Column.TOP_P] = rng.choice([0.0, 0.4, 0.95]) if way in {3, 4} else 1.0
-        floats[seat, Column.MIN_P] = rng.choice([0.0, 0.0, 0.1])
+        state[slot, Column.INDEX] = rng.integers(0, 10_000)
+        state[slot, Column.SEED_LOW : Column.CHOICE] = rng.integers(-(2**31), 2**31, 2)
+        state[slot, Column.CHOICE] = rng.integers(0, 4)
+        state[slot, Column.TOP_K] = rng.integers(1, 30) if way in {2, 4} else vocab_size
+        floats[slot, Column.TEMPERATURE] = 0 if way == 0 else rng.choice([0.2, 0.7, 1.0, 3.0])
+        floats[slot, Column.TOP_P] = rng.choice([0.0, 0.4, 0.95]) if way in {3, 4} else 1.0
+        floats[slot, Column.MIN_P] = rng.choice([0.0, 0.0, 0.1])
     return torch.from_numpy(state).to(DEVICE)
 
 
@@ -42,10 +45,10 @@ def test_chooses_what_the_sampler_chooses(seed: int) -> None:
     if seed % 2:
         logits = logits.round()  # many equals
     logits[0, : vocab_size // 2] = -torch.inf
-    seats = torch.tensor(rng.permutation(rows), dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor(rng.permutation(rows), dtype=torch.int32, device=DEVICE)
     logits = logits.to(DEVICE)
-    given = choose(logits, state, seats, chunk=64)
-    assert given.tolist() == choose_twin(logits, state, seats).tolist()
+    given = sample_tokens(logits, state, slots, chunk=64)
+    assert given.tolist() == sample_tokens_twin(logits, state, slots).tolist()
 
 
 @pytest.mark.parametrize(
@@ -64,15 +67,15 @@ def test_chooses_the_same_from_the_tops_of_the_head(seed: int) -> None:
     state = random_state(rng, rows, vocab_size)
     if seed % 3 == 0:
         state[:, Column.TEMPERATURE] = 0
-    seats = torch.tensor(rng.permutation(rows), dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor(rng.permutation(rows), dtype=torch.int32, device=DEVICE)
     logits = torch.empty((rows, vocab_size), device=DEVICE)
-    tops = head(x, weight, logits_RV=logits)
-    expected = choose_twin(logits, state, seats).tolist()
-    assert choose(logits, state, seats, tops=tops, chunk=64).tolist() == expected
-    likeliest = merge_tops(tops, vocab_size=vocab_size).ids_RN[:, 0].tolist()
+    argmax = head(x, weight, logits_RV=logits)
+    expected = sample_tokens_twin(logits, state, slots).tolist()
+    assert sample_tokens(logits, state, slots, argmax=argmax, chunk=64).tolist() == expected
+    likeliest = merge_argmax(argmax, vocab_size=vocab_size).ids_RN[:, 0].tolist()
     assert likeliest == logits.argmax(-1).tolist()
-    for row, seat in enumerate(seats.tolist()):
-        if state[seat, Column.TEMPERATURE] == 0:
+    for row, slot in enumerate(slots.tolist()):
+        if state[slot, Column.TEMPERATURE] == 0:
             assert likeliest[row] == expected[row]
 
 
@@ -81,13 +84,13 @@ def test_random_numbers_follow_from_seed_choice_and_index() -> None:
     state = torch.zeros((6, Column.TABLE + 1), dtype=torch.int32)
     state.view(torch.float32)[:, [Column.TEMPERATURE, Column.TOP_P]] = 1.0
     state[:, Column.TOP_K] = 4096
-    for seat, column in enumerate(
+    for slot, column in enumerate(
         (Column.INDEX, Column.SEED_LOW, Column.SEED_HIGH, Column.CHOICE), 1
     ):
-        state[seat, column] = -1 if column in {Column.SEED_LOW, Column.SEED_HIGH} else 1
+        state[slot, column] = -1 if column in {Column.SEED_LOW, Column.SEED_HIGH} else 1
     state = state.to(DEVICE)
-    seats = torch.arange(5, dtype=torch.int32, device=DEVICE)
+    slots = torch.arange(5, dtype=torch.int32, device=DEVICE)
     logits = torch.zeros(5, 4096, device=DEVICE)
-    tokens = choose(logits, state, seats).tolist()
+    tokens = sample_tokens(logits, state, slots).tolist()
     assert len(set(tokens)) == 5
-    assert tokens == choose_twin(logits, state, seats).tolist()
+    assert tokens == sample_tokens_twin(logits, state, slots).tolist()

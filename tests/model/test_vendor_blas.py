@@ -1,7 +1,7 @@
-"""Laws of products by the library: none but those with our bits, and only where they pay.
+"""Laws of products by vendor BLAS: none but those with our bits, and only if they are faster.
 
-The library is a stand-in with a clock of its own, since what is tried here is the judge: it gives
-our bits, or others in one element, or is slow. The kernels are interpreted where there is no GPU.
+The BLAS is a stand-in with a clock of its own, since the verification is under test: it gives our
+bits, or others in one element, or is slow. The kernels are interpreted if there is no GPU.
 """
 
 from __future__ import annotations
@@ -14,13 +14,22 @@ import torch
 
 from model.batch import Batch, StepOutput
 from model.kernels.activation import silu_mul
-from model.kernels.matmul import Product, multiply, multiply_by_library, multiply_twin, part_size
+from model.kernels.matmul import (
+    Product,
+    multiply,
+    multiply_by_vendor_blas,
+    part_size,
+)
 from model.kernels.norm import add_rms_norm
 from model.runners import RunnerOptions
-from model.runners.cuda.cublas import ProductShape, ProvenProducts, multiply_by_parts
-from model.runners.cuda.exactness import Trial, trial_for, try_exactness
+from model.runners.cuda.build import build_runner
+from model.runners.cuda.cublas import ProductShape, VerifiedProducts, multiply_by_parts
+from model.runners.cuda.network import FusedNetwork
 from model.runners.cuda.runner import CudaRunner
+from model.runners.cuda.workspace import Workspace, dry_step
+from model.runners.exactness import ExactnessCheck, check_exactness, check_for
 from service.startup import set_whole_sums
+from tests.model.kernel_twins import multiply_twin
 from tests.support.builders import DEVICE, Piece, make_batch, tiny_model_config, tiny_weights
 
 pytestmark = pytest.mark.slow
@@ -101,27 +110,27 @@ def options(**overrides: Any) -> RunnerOptions:
         "num_blocks": 32,
         "max_sequences": 8,
         "max_batch_tokens": ROWS,
-        "library_products": True,
+        "vendor_blas": True,
     }
     return RunnerOptions(**{**fields, **overrides})
 
 
-def build(library: StandIn | None, *, overrides: Any = None, **arguments: Any) -> CudaRunner:
-    arguments.setdefault("proof", None)
-    return CudaRunner(
+def build(blas: StandIn | None, *, overrides: Any = None, **arguments: Any) -> CudaRunner:
+    arguments.setdefault("check", None)
+    return build_runner(
         CONFIG,
         tiny_weights(CONFIG),
         options=options(**(overrides or {})),
         digest="0" * 64,
-        library=library,
+        blas=blas,
         **arguments,
     )
 
 
-def asked_for(runner: CudaRunner, library: StandIn, *, rows: int) -> tuple[StepOutput, list[int]]:
-    """What a step of two prompts of so many rows gives, and what the library multiplied."""
-    library.rows.clear()
-    return runner.run(step(rows)), library.rows
+def asked_for(runner: CudaRunner, blas: StandIn, *, rows: int) -> tuple[StepOutput, list[int]]:
+    """What a step of two prompts of so many rows gives, and what the blas multiplied."""
+    blas.rows.clear()
+    return runner.run(step(rows)), blas.rows
 
 
 def step(rows: int) -> Batch:
@@ -146,29 +155,29 @@ def bits(output: StepOutput) -> list[bytes]:
 
 def test_it_multiplies_full_steps_alone() -> None:
     """The four products of a layer, with the bits that ours would have; the head's not."""
-    library = StandIn()
-    runner, plain = build(library), build(None, overrides={"library_products": False})
-    assert runner.library_shapes == SHAPES
-    assert not plain.library_shapes
+    blas = StandIn()
+    runner, plain = build(blas), build(None, overrides={"vendor_blas": False})
+    assert runner.vendor_blas_shapes == SHAPES
+    assert not plain.vendor_blas_shapes
     assert runner.numeric_class == plain.numeric_class
     assert runner._network.fuses_head
     for rows, expected in ((ROWS, [ROWS] * 4), (ROWS - 1, []), (2, []), (ROWS, [ROWS] * 4)):
-        given, asked = asked_for(runner, library, rows=rows)
+        given, asked = asked_for(runner, blas, rows=rows)
         assert asked == expected
         assert bits(given) == bits(plain.run(step(rows)))
 
 
 @pytest.mark.parametrize("product", range(6))
 def test_one_other_bit_in_one_element_and_it_is_not_used(product: int) -> None:
-    """In whichever of the trial's products it is: the last of them looks no less closely."""
+    """In whichever of the check's products it is: the last of them looks no less closely."""
     weights = [(weight, None) for weight in (torch.randn(16, 24, device=DEVICE),)]
-    assert ProvenProducts(weights, rows=ROWS, library=StandIn()).shapes
-    library = OneBitOff(after=product)
-    proven = ProvenProducts(weights, rows=ROWS, library=library)
-    assert not proven.shapes
-    assert len(library.rows) == product + 1
+    assert VerifiedProducts(weights, rows=ROWS, blas=StandIn()).shapes
+    blas = OneBitOff(after=product)
+    verified = VerifiedProducts(weights, rows=ROWS, blas=blas)
+    assert not verified.shapes
+    assert len(blas.rows) == product + 1
     x = torch.randn(ROWS, 24, device=DEVICE)
-    assert torch.equal(proven(x, weights[0][0]).values, multiply(x, weights[0][0]).values)
+    assert torch.equal(verified(x, weights[0][0]).values, multiply(x, weights[0][0]).values)
 
 
 def test_zeros_of_another_sign_are_other_bits() -> None:
@@ -177,35 +186,35 @@ def test_zeros_of_another_sign_are_other_bits() -> None:
             return Product(torch.where(product.values == 0, -0.0, product.values))
 
     weights = [(torch.randn(16, 24, device=DEVICE), None)]
-    assert not ProvenProducts(weights, rows=ROWS, library=Negative()).shapes
+    assert not VerifiedProducts(weights, rows=ROWS, blas=Negative()).shapes
 
 
 @pytest.mark.parametrize(("cost", "shapes"), [(0.9, SHAPES), (0.99, set()), (3.0, set())])
 def test_a_slower_one_is_not_used(cost: float, shapes: set[ProductShape]) -> None:
-    library = StandIn(cost=cost)
-    runner = build(library)
-    assert runner.library_shapes == shapes
-    assert bool(asked_for(runner, library, rows=ROWS)[1]) == bool(shapes)
+    blas = StandIn(cost=cost)
+    runner = build(blas)
+    assert runner.vendor_blas_shapes == shapes
+    assert bool(asked_for(runner, blas, rows=ROWS)[1]) == bool(shapes)
 
 
 def test_one_that_refuses_is_not_used() -> None:
     runner = build(Refuses())
-    assert not runner.library_shapes
+    assert not runner.vendor_blas_shapes
     assert runner.run(step(ROWS)).tokens_R.shape == (2,)
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"library_products": False},  # the process did not keep sums whole
-        {"max_sequences": ROWS},  # a full step may be one of decoding, which is recorded
+        {"vendor_blas": False},  # the process did not keep sums whole
+        {"max_sequences": ROWS},  # a full step may be one of decoding, which is captured
     ],
 )
 def test_it_is_not_even_tried(overrides: dict[str, Any]) -> None:
-    library = StandIn()
-    assert not build(library, overrides=overrides).library_shapes
-    assert not build(library, product=multiply_by_library).library_shapes
-    assert not library.rows
+    blas = StandIn()
+    assert not build(blas, overrides=overrides).vendor_blas_shapes
+    assert not build(blas, product=multiply_by_vendor_blas).vendor_blas_shapes
+    assert not blas.rows
 
 
 def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,19 +232,19 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_operands_that_lie_otherwise_are_ours() -> None:
-    """The library goes by addresses and strides: proven is only what lies as it did then."""
-    library = StandIn()
+    """BLAS algorithms depend on addresses and strides: only the compared layout is verified."""
+    blas = StandIn()
     weight = torch.randn(16, 24, device=DEVICE)
-    proven = ProvenProducts([(weight, None)], rows=ROWS, library=library)
-    library.rows.clear()
+    verified = VerifiedProducts([(weight, None)], rows=ROWS, blas=blas)
+    blas.rows.clear()
     x = torch.randn(ROWS, 48, device=DEVICE)
-    proven(x[:, :24], weight)
-    library.alignment = 1 << 40
-    proven(x[:, :24].contiguous(), weight)
-    assert not library.rows
-    library.alignment = 1
-    proven(x[:, :24].contiguous(), weight)
-    assert library.rows == [ROWS]
+    verified(x[:, :24], weight)
+    blas.alignment = 1 << 40
+    verified(x[:, :24].contiguous(), weight)
+    assert not blas.rows
+    blas.alignment = 1
+    verified(x[:, :24].contiguous(), weight)
+    assert blas.rows == [ROWS]
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(8, 100), (24, 768), (40, 650)])
@@ -245,20 +254,20 @@ def test_torchs_products_by_our_parts(outputs: int, inputs: int, bias: bool) -> 
     torch.manual_seed(inputs)
     x, weight = torch.randn(5, inputs, device=DEVICE), torch.randn(outputs, inputs, device=DEVICE)
     bias_N = torch.randn(outputs, device=DEVICE) if bias else None
-    given = multiply_by_parts(x, weight, bias_N).whole(x.dtype)
+    given = multiply_by_parts(x, weight, bias_N).sum_parts(x.dtype)
     torch.testing.assert_close(given, multiply_twin(x, weight, bias_N).values, atol=1e-4, rtol=1e-4)
     parts = -(-inputs // part_size(outputs, inputs))
     assert parts == {100: 1, 768: 3, 650: 2}[inputs]
     ours = multiply(x, weight, bias_N)
     assert ours.num_parts == parts
-    torch.testing.assert_close(given, ours.whole(x.dtype), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(given, ours.sum_parts(x.dtype), atol=1e-4, rtol=1e-4)
 
 
 def test_several_parts_are_compared_as_their_reader_adds_them() -> None:
-    """Ours comes in parts here, the library's as one: the same bits all the same."""
+    """Ours comes in parts here, the blas's as one: the same bits all the same."""
     weight = torch.randn(24, 768, device=DEVICE)
     assert multiply(torch.randn(ROWS, 768, device=DEVICE), weight).num_parts == 3
-    assert ProvenProducts([(weight, None)], rows=ROWS, library=StandIn()).shapes
+    assert VerifiedProducts([(weight, None)], rows=ROWS, blas=StandIn()).shapes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -274,59 +283,56 @@ def test_a_sum_in_float32_is_read_as_its_parts_are(dtype: torch.dtype) -> None:
     assert torch.equal(silu_mul(whole, dtype=dtype), silu_mul(in_parts, dtype=dtype))
 
 
-TRIAL = Trial(prompt=5, answer=1, beside=(), chunks=(), full=ROWS)
+CHECK = ExactnessCheck(prompt=5, answer=1, beside=(), chunks=(), full=ROWS)
 
 
 @pytest.mark.usefixtures("one_order")
 def test_the_proof_has_a_full_step() -> None:
-    library = StandIn()
-    runner = build(library, proof=TRIAL)
+    blas = StandIn()
+    runner = build(blas, check=CHECK)
     assert runner.exact
-    library.rows.clear()
-    assert try_exactness(runner, TRIAL)["full step"]
-    assert library.rows == [ROWS] * 4
+    blas.rows.clear()
+    assert check_exactness(runner, CHECK)["full step"]
+    assert blas.rows == [ROWS] * 4
 
 
 @pytest.mark.usefixtures("one_order")
-def test_a_library_that_spoils_the_proof_is_given_up() -> None:
+def test_a_blas_that_fails_the_check_is_given_up() -> None:
     """It had our bits as long as it was looked at: the runner stays exact without it."""
-    library = StandIn()
-    tried = len(build(library).library_shapes and library.rows)
-    library = SpoiledLater(after=tried)
-    runner = build(library, proof=TRIAL)
-    assert len(library.rows) > tried
+    blas = StandIn()
+    tried = len(build(blas).vendor_blas_shapes and blas.rows)
+    blas = SpoiledLater(after=tried)
+    runner = build(blas, check=CHECK)
+    assert len(blas.rows) > tried
     assert runner.exact
-    assert not runner.library_shapes
-    assert not asked_for(runner, library, rows=ROWS)[1]
+    assert not runner.vendor_blas_shapes
+    assert not asked_for(runner, blas, rows=ROWS)[1]
 
 
 def test_a_full_step_fits_the_runner() -> None:
-    """Where it is tried, all its texts have seats and blocks, and it has exactly those rows."""
+    """If it is checked, all its texts have slots and blocks, and it has exactly those rows."""
     for most, blocks, length in ((8192, 10_000, 4096), (64, 40, 64), (1, 4, 16), (600, 3, 10_000)):
         given = options(max_batch_tokens=most, max_sequences=min(most, 32), block_size=16)
-        trial = trial_for(given, num_blocks=blocks, max_model_len=length)
-        assert (trial.full is None) == (blocks == 3)
-        if trial.full is not None:
-            texts = -(-most // trial.prompt)
-            assert trial.full == most
+        check = check_for(given, num_blocks=blocks, max_model_len=length)
+        assert (check.full is None) == (blocks == 3)
+        if check.full is not None:
+            texts = -(-most // check.prompt)
+            assert check.full == most
             assert texts <= given.max_sequences
-            assert texts * -(-(trial.prompt + trial.answer) // 16) <= blocks
+            assert texts * -(-(check.prompt + check.answer) // 16) <= blocks
 
 
-def test_memory_is_planned_for_both() -> None:
-    """For a full step, and for one of a row less, where all products are ours."""
-    library = StandIn()
+def test_memory_is_planned_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a full step, and for one with a row less, where all products are ours."""
+    blas = StandIn()
     measured: list[int] = []
 
-    class Watched(CudaRunner):
-        def _dry_step(self, num_tokens: int) -> None:
-            measured.append(num_tokens)
-            super()._dry_step(num_tokens)
+    def watched(network: FusedNetwork, workspace: Workspace, num_tokens: int) -> None:
+        measured.append(num_tokens)
+        dry_step(network, workspace, num_tokens)
 
-    for given, expected in ((library, {ROWS, ROWS - 1}), (Refuses(), {ROWS})):
+    monkeypatch.setattr("model.runners.cuda.build.dry_step", watched)
+    for given, expected in ((blas, {ROWS, ROWS - 1}), (Refuses(), {ROWS})):
         measured.clear()
-        Watched(
-            CONFIG, tiny_weights(CONFIG), options=options(num_blocks=None, kv_memory=2**16),
-            digest="0" * 64, proof=None, library=given,
-        )  # fmt: skip
+        build(given, overrides={"num_blocks": None, "kv_memory": 2**16})
         assert set(measured) == expected

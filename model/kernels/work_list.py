@@ -1,0 +1,144 @@
+"""The items of a step's attention, listed once, on the device, and read by every layer.
+
+`model.kernels.attention` explains tiles, splits and items. No launch depends on numbers that only
+the device knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import triton
+import triton.language as tl
+
+SPLIT = 512  # positions; an answer's bits depend on it
+ROWS = 64  # rows of a tile: one instruction, even if a single query fills only a few
+
+# Columns of the tile list. ITEMS_OR_SPLITS: the number of splits; of a single query, whose number
+# of splits follows from its position, the index of its first item instead.
+FIRST_ROW, QUERIES, POSITION, BATCH_SLOT, FIRST_SPLIT, ITEMS_OR_SPLITS, TILE_COLUMNS = (
+    tl.constexpr(column) for column in range(7)
+)
+
+
+class WorkList:
+    """Buffers for the items of a step; as large as the largest step needs.
+
+    tiles [.., 6]   first row of T, queries, position of the first, batch slot, first split, splits
+    items [.., 2]   tile, index of its first split (counted from the tile's first)
+    counts [2]      items, tiles
+    """
+
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        max_sequences: int,
+        max_context: int,
+        group: int,
+        device: torch.device,
+        split: int = SPLIT,
+    ) -> None:
+        self.split = split
+        self.queries = ROWS // group  # of one tile
+        self.max_splits = triton.cdiv(max_context, split)
+        self.max_tiles = max_sequences + triton.cdiv(max_rows, self.queries)
+        self.max_items = max_sequences * self.max_splits + self.max_tiles
+        self.tiles = torch.zeros(
+            (self.max_tiles, TILE_COLUMNS.value), dtype=torch.int32, device=device
+        )
+        self.items = torch.zeros((self.max_items, 2), dtype=torch.int32, device=device)
+        self.counts = torch.zeros(2, dtype=torch.int32, device=device)
+
+    def num_tiles(self, lengths: Iterable[int]) -> int:
+        """Tiles of a step whose sequences have `lengths` queries."""
+        return sum(-(-length // self.queries) for length in lengths)
+
+    def fill(
+        self,
+        starts_S1: torch.Tensor,
+        contexts_S: torch.Tensor,
+        batch_slots_S: torch.Tensor,
+        *,
+        window: int | None,
+    ) -> None:
+        """Lists the items of a step. `contexts_S`: tokens stored when the step is done.
+
+        Every sequence has at least one query. `window`: positions a query sees, itself included.
+        """
+        S = len(batch_slots_S)
+        _list_items[(1,)](
+            starts_S1,
+            contexts_S,
+            batch_slots_S,
+            self.tiles,
+            self.items,
+            self.counts,
+            S,
+            0 if window is None else window,
+            TILE_QUERIES=self.queries,
+            SPLIT=self.split,
+            WINDOWED=window is not None,
+            BLOCK=max(16, triton.next_power_of_2(S)),
+            enable_fp_fusion=False,
+        )
+
+
+@triton.jit(do_not_specialize=["S", "window"])
+def _list_items(
+    starts_ptr,  # [S + 1]
+    contexts_ptr,  # [S]
+    batch_slots_ptr,  # [S]
+    tiles_ptr,  # [tiles, 6]
+    items_ptr,  # [items, 2]
+    counts_ptr,  # [2]
+    S,
+    window,
+    TILE_QUERIES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a lane per sequence, an iteration per tile or split of the longest one."""
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < S
+    start = tl.load(starts_ptr + lanes, mask=mask, other=0)
+    count = tl.load(starts_ptr + lanes + 1, mask=mask, other=0) - start
+    context = tl.load(contexts_ptr + lanes, mask=mask, other=0)
+    batch_slot = tl.load(batch_slots_ptr + lanes, mask=mask, other=0)
+    num_tiles = (count + TILE_QUERIES - 1) // TILE_QUERIES
+    single = count == 1
+    first_split = tl.zeros((BLOCK,), tl.int32)
+    if WINDOWED:
+        first_split = tl.maximum(context - window, 0) // SPLIT
+    single_items = (context + SPLIT - 1) // SPLIT - first_split
+    num_items = tl.where(single, single_items, num_tiles)
+    num_items = tl.where(mask, num_items, 0)
+    tile_end = tl.cumsum(num_tiles, axis=0)
+    item_end = tl.cumsum(num_items, axis=0)
+    tile_base = tile_end - num_tiles
+    item_base = item_end - num_items
+    tl.store(counts_ptr, tl.sum(num_items, axis=0))
+    tl.store(counts_ptr + 1, tl.sum(num_tiles, axis=0))
+
+    for index in range(tl.max(num_tiles, axis=0)):
+        here = mask & (index < num_tiles)
+        queries = tl.minimum(count - index * TILE_QUERIES, TILE_QUERIES)
+        position = context - count + index * TILE_QUERIES
+        low = tl.zeros((BLOCK,), tl.int32)
+        if WINDOWED:
+            low = tl.maximum(position + 1 - window, 0) // SPLIT
+        splits = (position + queries + SPLIT - 1) // SPLIT - low
+        tile = tiles_ptr + (tile_base + index) * TILE_COLUMNS
+        tl.store(tile + FIRST_ROW, start + index * TILE_QUERIES, mask=here)
+        tl.store(tile + QUERIES, queries, mask=here)
+        tl.store(tile + POSITION, position, mask=here)
+        tl.store(tile + BATCH_SLOT, batch_slot, mask=here)
+        tl.store(tile + FIRST_SPLIT, low, mask=here)
+        tl.store(tile + ITEMS_OR_SPLITS, tl.where(single, item_base, splits), mask=here)
+    for index in range(tl.max(num_items, axis=0)):
+        here = mask & (index < num_items)
+        item = items_ptr + (item_base + index) * 2
+        tl.store(item, tile_base + tl.where(single, 0, index), mask=here)
+        tl.store(item + 1, tl.where(single, index, 0), mask=here)

@@ -1,0 +1,38 @@
+// One variant's table of kernels. build.py compiles this file once per variant, with
+// -DQUIRE_VARIANT=<name> and the compiler flags of its instruction set.
+#include <stdlib.h>
+
+#include "kernels.h"
+#include "lanes.h"
+
+#define QUIRE_TEXT_(x) #x
+#define QUIRE_TEXT(x) QUIRE_TEXT_(x)
+#define QUIRE_JOIN_(a, b) a##b
+#define QUIRE_JOIN(a, b) QUIRE_JOIN_(a, b)
+
+namespace {
+
+#include QUIRE_TEXT(QUIRE_JOIN(tile_, QUIRE_VARIANT).inl)
+
+#if !defined(QUIRE_TILES_FILL)  // only AMX has tiles to configure
+static void tiles_begin() {}
+static void tiles_end() {}
+#endif
+
+#include "rows.inl"
+#include "gemm.inl"
+#include "attention.inl"
+#include "load.inl"
+
+static const Kernels table = {
+    QUIRE_TEXT(QUIRE_VARIANT), TILE_ROWS, tiles_begin, tiles_end,
+    embed, norm_to_codes, to_codes, hadamard, rotate_and_store,
+    multiply,
+    attend_rows, attend_split, merge_splits,
+    rotate, pack,
+    multiply_tile,
+};
+
+}  // namespace
+
+const Kernels* QUIRE_JOIN(QUIRE_VARIANT, _kernels)() { return &table; }

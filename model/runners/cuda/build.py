@@ -1,0 +1,181 @@
+"""Builds a CudaRunner: loads the weights, sizes the KV pool, verifies that answers are exact.
+
+Memory is planned once: weights, buffers for the largest step, what that step was measured to need,
+a margin; the rest may be KV pool. No step that `RunnerOptions` allows needs more.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import torch
+import triton
+
+from model.config import ModelConfig
+from model.kernels.attention import STEP
+from model.kernels.matmul import multiply
+from model.kernels.work_list import SPLIT
+from model.kvcache import bytes_per_block
+from model.runners import RunnerOptions
+from model.runners.cuda.accelerator import Accelerator, CudaAccelerator, HostAccelerator
+from model.runners.cuda.cublas import CublasLt, VendorBlas, VerifiedProducts
+from model.runners.cuda.device_memory import blocks_that_fit, check_weights_fit
+from model.runners.cuda.network import FusedNetwork, Multiply, Reduce
+from model.runners.cuda.runner import CudaRunner
+from model.runners.cuda.slots import BatchSlots
+from model.runners.cuda.workspace import Workspace, dry_step
+from model.runners.exactness import ExactnessCheck, check_exactness, check_for
+from model.runners.torch import choose_device
+from model.weights import Weights
+
+KERNEL_VERSION = 1  # raised whenever the kernels' bits change
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def build_runner(
+    config: ModelConfig,
+    weights: Weights,
+    *,
+    options: RunnerOptions,
+    digest: str,
+    product: Multiply = multiply,
+    reduce: Reduce | None = None,
+    check: ExactnessCheck | Literal["by options"] | None = "by options",
+    blas: VendorBlas | None = None,
+) -> CudaRunner:
+    """Builds a runner. Raises ValueError for unsupported networks or options, or too little memory.
+
+    With device `cpu` the kernels run in Triton's interpreter: for tests. `product` multiplies by
+    weight matrices; any but the default is not exact. `reduce` sums over ranks. The runner is
+    called exact only after `check` has passed (None: no check). `blas` (None: the GPU's) is used
+    for the shapes that it is verified for, if the options allow it.
+    """
+    device = choose_device(options.device)
+    accelerator: Accelerator = (
+        CudaAccelerator(device) if device.type == "cuda" else HostAccelerator()
+    )
+    dtype = _choose_dtype(options.dtype)
+    kv_dtype = _choose_kv_dtype(options.kv_dtype, dtype)
+    weight_bytes = sum(weights[name].numel() for name in weights) * dtype.itemsize
+    check_weights_fit(weight_bytes, accelerator.free_memory())
+    network = FusedNetwork(
+        config, weights, dtype=dtype, device=device, product=product, reduce=reduce
+    )
+    verified = _verify_blas(network, options, blas, device) if product is multiply else None
+    table_width = -(-config.max_model_len // options.block_size)
+    slots = BatchSlots(options.max_sequences, table_width=table_width)
+    workspace = Workspace(
+        config, options, windows=network.windows, slots=slots, kv_dtype=kv_dtype, device=device
+    )
+    num_blocks = options.num_blocks or _measure_blocks(
+        network,
+        workspace,
+        options,
+        accelerator=accelerator,
+        block_bytes=bytes_per_block(config, options.block_size, dtype=kv_dtype),
+        mixes_products=verified is not None,
+    )
+    workspace.allocate_pool(num_blocks)
+    runner = CudaRunner(
+        options,
+        accelerator=accelerator,
+        network=network,
+        workspace=workspace,
+        slots=slots,
+        num_blocks=num_blocks,
+    )
+    runner.vendor_blas_shapes = frozenset() if verified is None else verified.shapes
+    if product is multiply and reduce is None and check is not None:
+        if check == "by options":
+            check = check_for(options, num_blocks=num_blocks, max_model_len=config.max_model_len)
+        runner.exact = _is_exact(runner, network, check)
+    kind = "triton" if runner.exact else "triton-inexact"
+    runner.numeric_class = f"{kind}-{_kernels_name(device, dtype, kv_dtype)}-{digest[:12]}"
+    return runner
+
+
+def _verify_blas(
+    network: FusedNetwork, options: RunnerOptions, blas: VendorBlas | None, device: torch.device
+) -> VerifiedProducts | None:
+    """Makes vendor BLAS multiply the shapes that it is verified for, in full steps.
+
+    Only steps with prompts have so many rows, and those are not captured as graphs.
+    """
+    if not options.vendor_blas or options.max_batch_tokens <= options.max_sequences:
+        return None
+    if blas is None:
+        if device.type != "cuda":
+            return None
+        blas = CublasLt()
+    with torch.inference_mode():
+        verified = VerifiedProducts(
+            network.layer_products, rows=options.max_batch_tokens, blas=blas
+        )
+    if not verified.shapes:
+        return None
+    network.multiply_layers_by(verified)
+    return verified
+
+
+def _measure_blocks(
+    network: FusedNetwork,
+    workspace: Workspace,
+    options: RunnerOptions,
+    *,
+    accelerator: Accelerator,
+    block_bytes: int,
+    mixes_products: bool,
+) -> int:
+    """Blocks of the pool, from what the largest step leaves free."""
+    largest = options.max_batch_tokens
+    # Vendor BLAS multiplies full steps only: with one row less all products are ours.
+    sizes = (largest, largest - 1) if mixes_products else (largest,)
+    with torch.inference_mode():
+        dry_step(network, workspace, largest)  # compiles; libraries allocate what they keep
+        work = max(
+            accelerator.peak_of(partial(dry_step, network, workspace, size)) for size in sizes
+        )
+    return blocks_that_fit(
+        free=accelerator.free_memory(),
+        work=work,
+        block_bytes=block_bytes,
+        wanted=options.kv_memory,
+        share=options.memory_share,
+    )
+
+
+def _is_exact(runner: CudaRunner, network: FusedNetwork, check: ExactnessCheck) -> bool:
+    """Whether answers have the same bits by every path; gives vendor BLAS up if they do not."""
+    if all(check_exactness(runner, check).values()):
+        return True
+    if not runner.vendor_blas_shapes:
+        return False
+    runner.vendor_blas_shapes = frozenset()  # whether it was to blame, the next check shows
+    network.multiply_layers_by(multiply)
+    return all(check_exactness(runner, check).values())
+
+
+def _kernels_name(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype) -> str:
+    chip = "interpreter"
+    if device.type == "cuda":
+        chip = "sm{}{}".format(*torch.cuda.get_device_capability(device))
+    kinds = f"{_SHORT[dtype]}-kv{8 * kv_dtype.itemsize}"
+    return f"{chip}-{kinds}-{KERNEL_VERSION}.{SPLIT}.{STEP}-triton{triton.__version__}"
+
+
+def _choose_dtype(name: str) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be auto or one of {', '.join(_DTYPES)} for the cuda runner")
+    return _DTYPES[name]
+
+
+def _choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    kinds = {"auto": dtype, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
+    if name not in kinds:
+        raise ValueError(f"kv_dtype must be one of {', '.join(kinds)} for the cuda runner")
+    return kinds[name]
