@@ -8,11 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from tokenizers import Tokenizer
-
-from model.checkpoint import find_gguf
 
 MAX_VOCABULARY = 2**20
 
@@ -53,15 +50,3 @@ class Vocabulary:
     eos_ids: frozenset[int]  # of those that the network can produce
     chat_template: str | None
     names: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...: text
-
-
-def read_vocabulary(path: Path) -> Vocabulary:
-    """Reads a GGUF file's vocabulary, or that of a folder with tokenizer.json."""
-    from model.checkpoint.folder_vocabulary import from_folder
-    from model.checkpoint.gguf_parts import read_headers
-    from model.checkpoint.gguf_vocabulary import from_gguf
-
-    gguf = find_gguf(path)
-    if gguf is not None:
-        return from_gguf(read_headers(gguf))
-    return from_folder(path if path.is_dir() else path.parent)

@@ -11,7 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint.vocabulary import Vocabulary, read_vocabulary
+from model.checkpoint import find_gguf
+from model.checkpoint.folder_vocabulary import from_folder
+from model.checkpoint.gguf_parts import read_headers
+from model.checkpoint.gguf_vocabulary import from_gguf
+from model.checkpoint.vocabulary import Vocabulary
 from model.text.chat_template import (
     ChatTemplate,
     ChatTemplateError,
@@ -39,7 +43,10 @@ class Tokenizer:
     @classmethod
     def from_checkpoint(cls, path: Path) -> Tokenizer:
         """Reads a GGUF file's vocabulary or a folder's tokenizer.json. Raises CheckpointError."""
-        return cls(read_vocabulary(path))
+        gguf = find_gguf(path)
+        if gguf is not None:
+            return cls(from_gguf(read_headers(gguf)))
+        return cls(from_folder(path if path.is_dir() else path.parent))
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """The ids of a text, in time linear in its length and without the interpreter lock.
