@@ -100,7 +100,7 @@ def score(logits_QV: torch.Tensor, ids_Q: torch.Tensor | Ints, *, num_top: int) 
 
 
 def mask_out(logits_RV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
-    """Logits with minus infinity where a mask forbids; the same tensor if no row has a mask."""
+    """Sets masked-out logits to minus infinity; returns the same tensor if no row has a mask."""
     if not sampling.mask_rows_M.size:
         return logits_RV
     device, vocab_size = logits_RV.device, logits_RV.shape[-1]
