@@ -23,7 +23,7 @@ from service.api.hosts import HostCheck, any_host
 from service.api.limits import ApiLimits
 from service.api.middleware import Boundary
 from service.api.observer import ApiObserver, NullObserver
-from service.api.openai.schema import ErrorBody
+from service.api.wire import ErrorBody
 from service.api.pools import WorkPools
 from service.api.structured.validator import GrammarTrials
 from service.api.system import document

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from service.api.anthropic.errors import is_message_path, message_error_body
-from service.api.fields import FieldFault
+from service.api.fields import FieldError
 from service.errors import (
     BadRequest,
     MethodNotAllowed,
@@ -93,7 +93,7 @@ def from_validation(errors: Sequence[Any]) -> BadRequest:
     param = _dotted(error["loc"])
     context = error.get("ctx") or {}
     cause = context.get("error")
-    if isinstance(cause, FieldFault):
+    if isinstance(cause, FieldError):
         message = f"{param} {cause.message}" if param else cause.message
         return BadRequest(message, code=cause.code, param=param)
     message = error["msg"]

@@ -27,7 +27,7 @@ MAX_TOKEN_IDS = 2**18
 MIN_TEMPERATURE = 1e-5  # below it a division by the temperature may overflow: taken as greedy
 
 
-class FieldFault(ValueError):
+class FieldError(ValueError):
     """What is wrong with a field; code and message reach the client as they are."""
 
     def __init__(self, code: str, message: str) -> None:
@@ -49,23 +49,23 @@ def is_text(value: str) -> bool:
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise FieldFault("invalid_type", "must be a string")
+        raise FieldError("invalid_type", "must be a string")
     if not is_text(value):
-        raise FieldFault("invalid_unicode", "must not hold a lone surrogate")
+        raise FieldError("invalid_unicode", "must not hold a lone surrogate")
     return value
 
 
 def _label(value: object) -> str:
     text = _text(value)
     if len(text) > MAX_LABEL:
-        raise FieldFault("string_above_max_length", f"may have at most {MAX_LABEL} characters")
+        raise FieldError("string_above_max_length", f"may have at most {MAX_LABEL} characters")
     return text
 
 
 def _short(value: list[Any]) -> list[Any]:
     """Comes before the items are looked at: a refusal must not take longer than an answer."""
     if len(value) > MAX_ITEMS:
-        raise FieldFault("array_above_max_length", f"may have at most {MAX_ITEMS} items")
+        raise FieldError("array_above_max_length", f"may have at most {MAX_ITEMS} items")
     return value
 
 
@@ -79,9 +79,9 @@ def _stop_ids(value: object) -> list[int] | None:
 
 def _token_ids(value: object, *, too_long: str = "array_above_max_length") -> list[int]:
     if isinstance(value, list) and len(value) > MAX_TOKEN_IDS:
-        raise FieldFault(too_long, f"may have at most {MAX_TOKEN_IDS} token ids")
+        raise FieldError(too_long, f"may have at most {MAX_TOKEN_IDS} token ids")
     if not isinstance(value, list) or not set(map(type, value)) <= {int}:
-        raise FieldFault("invalid_type", "must be a list of token ids, all of them integers")
+        raise FieldError("invalid_type", "must be a list of token ids, all of them integers")
     return value
 
 
@@ -90,19 +90,19 @@ def _prompt(value: object) -> str | list[str] | list[int] | list[list[int]]:
     if isinstance(value, str):
         prompts: list[Any] = [value]
     elif not isinstance(value, list):
-        raise FieldFault("invalid_type", "must be a string, token ids, or a list of either")
+        raise FieldError("invalid_type", "must be a string, token ids, or a list of either")
     else:
         prompts = value
     if not prompts:
-        raise FieldFault("empty_prompt", "must not be empty")
+        raise FieldError("empty_prompt", "must not be empty")
     if type(prompts[0]) is int:
         return _token_ids(prompts, too_long="context_length_exceeded")
     kind = list if isinstance(prompts[0], list) else str
     for prompt in _short(prompts):
         if not isinstance(prompt, kind):
-            raise FieldFault("invalid_type", "must hold strings only, or lists of token ids only")
+            raise FieldError("invalid_type", "must hold strings only, or lists of token ids only")
         if not prompt:
-            raise FieldFault("empty_prompt", "must not be empty")
+            raise FieldError("empty_prompt", "must not be empty")
         if isinstance(prompt, str):
             _text(prompt)
         else:
@@ -115,9 +115,9 @@ def _stop(value: object) -> list[str] | None:
         return None
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list):
-        raise FieldFault("invalid_type", "must be a string or a list of strings")
+        raise FieldError("invalid_type", "must be a string or a list of strings")
     if "" in _short(strings):
-        raise FieldFault("empty_string", "must not hold an empty string")
+        raise FieldError("empty_string", "must not hold an empty string")
     return [_text(string) for string in strings]
 
 
@@ -125,17 +125,17 @@ def _logit_bias(value: object) -> tuple[tuple[int, float], ...] | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise FieldFault("invalid_type", "must be an object from token id to bias")
+        raise FieldError("invalid_type", "must be an object from token id to bias")
     if len(value) > MAX_LOGIT_BIAS:  # before the entries are looked at
-        raise FieldFault("object_above_max_length", f"may have at most {MAX_LOGIT_BIAS} entries")
+        raise FieldError("object_above_max_length", f"may have at most {MAX_LOGIT_BIAS} entries")
     pairs = []
     for key, bias in value.items():
         if not _TOKEN_KEY.fullmatch(key):
-            raise FieldFault("invalid_token_id", "each key must be a token id in decimal digits")
+            raise FieldError("invalid_token_id", "each key must be a token id in decimal digits")
         if type(bias) not in {int, float}:
-            raise FieldFault("invalid_type", "each bias must be a number")
+            raise FieldError("invalid_type", "each bias must be a number")
         if not -100 <= bias <= 100:  # NaN compares false, too
-            raise FieldFault("invalid_number", "each bias must be between -100 and 100")
+            raise FieldError("invalid_number", "each bias must be between -100 and 100")
         pairs.append((int(key), float(bias)))
     return tuple(sorted(pairs))
 
@@ -160,27 +160,27 @@ def _joined(value: object, *, kinds: frozenset[str], beside: frozenset[str]) -> 
     if isinstance(value, str):
         return _text(value)
     if not isinstance(value, list):
-        raise FieldFault("invalid_type", "must be a string or a list of text parts")
+        raise FieldError("invalid_type", "must be a string or a list of text parts")
     if not value:
-        raise FieldFault("empty_array", "must hold at least one part")
+        raise FieldError("empty_array", "must hold at least one part")
     texts = []
     for part in _short(value):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise FieldFault("invalid_type", 'each part must be an object with a string "type"')
+            raise FieldError("invalid_type", 'each part must be an object with a string "type"')
         if part["type"] not in kinds:
             names = ", ".join(sorted(kinds))
-            raise FieldFault("unsupported_content", f"only parts of the type {names} are supported")
+            raise FieldError("unsupported_content", f"only parts of the type {names} are supported")
         if set(part) - beside - {"cache_control"} != {"type", "text"}:
-            raise FieldFault("unknown_parameter", 'a text part has the keys "type" and "text"')
+            raise FieldError("unknown_parameter", 'a text part has the keys "type" and "text"')
         if not isinstance(part.get("cache_control"), dict | None):
-            raise FieldFault("invalid_type", "cache_control must be an object")
+            raise FieldError("invalid_type", "cache_control must be an object")
         texts.append(_text(part["text"]))
     return "".join(texts)
 
 
 def _few(value: object) -> object:
     if isinstance(value, dict) and len(value) > MAX_METADATA:  # before they are looked at
-        raise FieldFault("object_above_max_length", f"may have at most {MAX_METADATA} entries")
+        raise FieldError("object_above_max_length", f"may have at most {MAX_METADATA} entries")
     return value
 
 

@@ -24,8 +24,9 @@ from pydantic import (
     model_validator,
 )
 
-from service.api.fields import FieldFault, Label, Text
-from service.api.openai.schema import Message, Wire, content_is_optional, with_assistant_content
+from service.api.fields import FieldError, Label, Text
+from service.api.openai.schema import Message
+from service.api.wire import WireModel, content_is_optional, with_assistant_content
 from service.api.tools.schema import (
     CalledFunction,
     CalledTool,
@@ -48,12 +49,12 @@ def _blocks(value: object, *, kinds: tuple[str, ...]) -> object:
     if isinstance(value, str):
         return [{"type": "text", "text": value}]
     if not isinstance(value, list):
-        raise FieldFault("invalid_type", "must be a string or a list of blocks")
+        raise FieldError("invalid_type", "must be a string or a list of blocks")
     if len(value) > MAX_BLOCKS:  # before each of them is looked at
-        raise FieldFault("array_above_max_length", f"may have at most {MAX_BLOCKS} blocks")
+        raise FieldError("array_above_max_length", f"may have at most {MAX_BLOCKS} blocks")
     if any(not isinstance(block, dict) or block.get("type") not in kinds for block in value):
         names = ", ".join(kinds)
-        raise FieldFault("unsupported_content", f"only blocks of the type {names} are supported")
+        raise FieldError("unsupported_content", f"only blocks of the type {names} are supported")
     return value
 
 
@@ -65,7 +66,7 @@ def _turn_blocks(value: object) -> object:
     return _blocks(value, kinds=_TURN_KINDS)
 
 
-class Block(Wire):
+class Block(WireModel):
     """What all blocks have in common."""
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({
@@ -142,7 +143,7 @@ _FOREIGN: Mapping[str, tuple[type[Block], ...]] = {
 }
 
 
-class Turn(Wire):
+class Turn(WireModel):
     """One message of the chat so far."""
 
     model_config = ConfigDict(json_schema_extra=content_is_optional)
@@ -164,7 +165,7 @@ class Turn(Wire):
         foreign = _FOREIGN.get(info.data.get("role", ""), ())
         if any(isinstance(block, foreign) for block in value):
             message = "holds tool_use and thinking for the assistant, tool_result for the user only"
-            raise FieldFault("invalid_value", message)
+            raise FieldError("invalid_value", message)
         return value
 
     @property
@@ -173,7 +174,7 @@ class Turn(Wire):
         return any(isinstance(block, ToolUseBlock) for block in self.content)
 
 
-class MessageTool(Wire):
+class MessageTool(WireModel):
     """A tool that the model may call."""
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({
@@ -206,7 +207,7 @@ class MessageTool(Wire):
 _MODES = {"auto": Mode.AUTO, "any": Mode.REQUIRED, "tool": Mode.REQUIRED, "none": Mode.NONE}
 
 
-class MessageToolChoice(Wire):
+class MessageToolChoice(WireModel):
     """Whether the model calls tools, and which."""
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
@@ -223,7 +224,7 @@ class MessageToolChoice(Wire):
     @classmethod
     def _goes_with_its_type(cls, value: str | None, info: ValidationInfo) -> str | None:
         if (info.data.get("type") == "tool") != (value is not None):
-            raise FieldFault("invalid_value", "goes with the type tool, and it needs one")
+            raise FieldError("invalid_value", "goes with the type tool, and it needs one")
         return value
 
     def as_choice(self) -> ToolChoice:

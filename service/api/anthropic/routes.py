@@ -11,7 +11,7 @@ from service.api.context import Caller, Context
 from service.api.generation.prompts import chat_prompt
 from service.api.generation.respond import answer_chat
 from service.api.generation.submit import check_model
-from service.api.openai.schema import ANSWER
+from service.api.wire import ANSWER
 from service.api.tools.plan import tool_use
 
 router = APIRouter(route_class=JsonRoute)

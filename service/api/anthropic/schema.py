@@ -22,7 +22,8 @@ from service.api.anthropic.blocks import (
 )
 from service.api.fields import Label, ModelName, Seed, StopStrings, TopP, UnitTemperature
 from service.api.generation.manifest import Endpoint
-from service.api.openai.schema import MAX_MESSAGES, MAX_PRIORITY, MAX_TOP_K, ChatBody, Message, Wire
+from service.api.openai.schema import ChatBody, Message
+from service.api.wire import MAX_MESSAGES, MAX_PRIORITY, MAX_TOP_K, WireModel
 from service.api.structured.schema import JsonSchema, ResponseFormat
 from service.api.tools.schema import MAX_TOOLS
 from service.errors import BadRequest
@@ -39,13 +40,13 @@ _SHARED_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-class MessageMetadata(Wire):
+class MessageMetadata(WireModel):
     """What a caller says of a call."""
 
     user_id: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
 
 
-class OutputFormat(Wire):
+class OutputFormat(WireModel):
     """What the text must be."""
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -60,7 +61,7 @@ class OutputFormat(Wire):
         return ResponseFormat.model_construct(type=self.type, json_schema=schema)
 
 
-class OutputConfig(Wire):
+class OutputConfig(WireModel):
     """How the answer must be."""
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"effort": ()})
@@ -68,7 +69,7 @@ class OutputConfig(Wire):
     format: OutputFormat | None = Field(None, description="What the text must be. Default: free.")
 
 
-class CountBody(Wire):
+class CountBody(WireModel):
     """The body of POST /v1/messages/count_tokens: what becomes the prompt of a message."""
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(_SHARED_UNSUPPORTED)

@@ -20,7 +20,7 @@ from service.api.generation.reader import Answer
 from service.api.generation.resume import diverged, go_to
 from service.api.generation.sse import EventStream
 from service.api.generation.writers import writer_of
-from service.api.openai.schema import ANSWER
+from service.api.wire import ANSWER
 from service.api.openai.stream import Writer
 from service.errors import BadRequest, NotFound
 from service.messages import FinishReason, child_ids

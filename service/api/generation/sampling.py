@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from service.api.context import ApiContext
 from service.api.generation.prompts import check_token_ids
 from service.api.limits import ApiLimits
-from service.api.openai.schema import ChatBody, CompletionBody, SamplingBody
+from service.api.openai.schema import ChatBody, CompletionBody
+from service.api.wire import SamplingBody
 from service.errors import BadRequest
 from service.messages import SamplingParams
 

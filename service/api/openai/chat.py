@@ -7,7 +7,8 @@ from fastapi import APIRouter, Response
 from service.api.body import JsonRequest, JsonRoute
 from service.api.context import Caller, Context
 from service.api.generation.respond import answer_chat
-from service.api.openai.schema import ANSWER, ChatBody
+from service.api.openai.schema import ChatBody
+from service.api.wire import ANSWER
 
 router = APIRouter(route_class=JsonRoute)
 

@@ -21,7 +21,7 @@ from service.api.generation.respond import answer_chat
 from service.api.generation.resume import go_to
 from service.api.generation.sse import EventStream
 from service.api.generation.writers import response_writer
-from service.api.openai.schema import ANSWER
+from service.api.wire import ANSWER
 from service.api.responses.item_events import ResponseItemWriter
 from service.api.responses.schema import ResponseBody, as_chat, given_back
 from service.api.responses.stream import ResponseWriter

@@ -23,17 +23,9 @@ from pydantic import (
     model_validator,
 )
 
-from service.api.fields import FieldFault, Label, ResponseContent, Text
-from service.api.openai.schema import (
-    MAX_MESSAGES,
-    UNSUPPORTED,
-    ChatBody,
-    Message,
-    SamplingBody,
-    Wire,
-    content_is_optional,
-    with_assistant_content,
-)
+from service.api.fields import FieldError, Label, ResponseContent, Text
+from service.api.openai.schema import ChatBody, Message
+from service.api.wire import MAX_MESSAGES, UNSUPPORTED, SamplingBody, WireModel, content_is_optional, with_assistant_content
 from service.api.responses.tools import (
     InputCall,
     InputResult,
@@ -52,7 +44,7 @@ _PLAIN_TEXT = {"format": {"type": "text"}}
 _SHARED = SamplingBody.model_fields.keys()
 
 
-class InputMessage(Wire):
+class InputMessage(WireModel):
     """One item of the input: a message, also one of an earlier response's output."""
 
     model_config = ConfigDict(json_schema_extra=content_is_optional)
@@ -81,11 +73,11 @@ class InputMessage(Wire):
     @classmethod
     def _only_the_assistant_has(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
         if value is not None and info.data.get("role", "assistant") != "assistant":
-            raise FieldFault("invalid_value", "goes with the role assistant only")
+            raise FieldError("invalid_value", "goes with the role assistant only")
         return value
 
 
-class ReasoningPart(Wire):
+class ReasoningPart(WireModel):
     """A part of a reasoning item."""
 
     type: Literal["reasoning_text", "summary_text"] = Field(description="What kind of part it is.")
@@ -95,7 +87,7 @@ class ReasoningPart(Wire):
 _Parts = Annotated[list[ReasoningPart] | None, Field(max_length=MAX_MESSAGES)]
 
 
-class InputReasoning(Wire):
+class InputReasoning(WireModel):
     """An item of the input: the assistant's reasoning before its next message or call."""
 
     type: Literal["reasoning"] = Field(description="What kind of item it is.")

@@ -19,10 +19,10 @@ from service.api.tools.schema import (
     Unlisted,
     read_tool_choice,
 )
-from service.api.wire import Closed
+from service.api.wire import StrictModel
 
 
-class ResponseTool(Closed):
+class ResponseTool(StrictModel):
     """A tool. Functions are the only kind."""
 
     type: Literal["function"] = Field(description="Which kind of tool it is.")
@@ -50,7 +50,7 @@ class ResponseTool(Closed):
         return self.model_dump() | {"strict": self.strict or False}
 
 
-class InputCall(Closed):
+class InputCall(StrictModel):
     """An item of the input: a call that an earlier response put out."""
 
     type: Literal["function_call"] = Field(description="What kind of item it is.")
@@ -61,7 +61,7 @@ class InputCall(Closed):
     status: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
 
 
-class InputResult(Closed):
+class InputResult(StrictModel):
     """An item of the input: what a call gave."""
 
     type: Literal["function_call_output"] = Field(description="What kind of item it is.")

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from service.api.fields import FieldFault, Label, Text
+from service.api.fields import FieldError, Label, Text
 from service.api.tools.schema import check_json
-from service.api.wire import Closed
+from service.api.wire import StrictModel
 
 MAX_CHOICES = 1024
 
@@ -16,7 +16,7 @@ MAX_CHOICES = 1024
 def _texts(value: object) -> object:
     """Comes before the items are looked at: a refusal must not take longer than an answer."""
     if isinstance(value, list) and len(value) > MAX_CHOICES:
-        raise FieldFault("array_above_max_length", f"may have at most {MAX_CHOICES} items")
+        raise FieldError("array_above_max_length", f"may have at most {MAX_CHOICES} items")
     return value
 
 
@@ -25,7 +25,7 @@ def _json(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-class JsonSchema(Closed):
+class JsonSchema(StrictModel):
     """A JSON schema, and a name for it."""
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -40,7 +40,7 @@ class JsonSchema(Closed):
     )
 
 
-class ResponseFormat(Closed):
+class ResponseFormat(StrictModel):
     """OpenAI's way to say what the answer must be."""
 
     type: Literal["text", "json_object", "json_schema"] = Field(
@@ -49,7 +49,7 @@ class ResponseFormat(Closed):
     json_schema: JsonSchema | None = Field(None, description="Goes with the type json_schema.")
 
 
-class TextFormat(Closed):
+class TextFormat(StrictModel):
     """The same in a response's words."""
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -76,7 +76,7 @@ class TextFormat(Closed):
         return ResponseFormat.model_construct(type=self.type, json_schema=schema)
 
 
-class TextOptions(Closed):
+class TextOptions(StrictModel):
     """What a response's text must be."""
 
     format: TextFormat | None = Field(
@@ -85,7 +85,7 @@ class TextOptions(Closed):
     verbosity: None = Field(None, description="Not supported.")
 
 
-class StructuredOutputs(Closed):
+class StructuredOutputs(StrictModel):
     """vLLM's way: exactly one of these."""
 
     json_: dict[str, Any] | str | None = Field(

@@ -22,8 +22,8 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from service.api.fields import FieldFault, Label, Text, is_text
-from service.api.wire import Closed
+from service.api.fields import FieldError, Label, Text, is_text
+from service.api.wire import StrictModel
 
 MAX_TOOLS = 128
 MAX_DEPTH = 64
@@ -47,7 +47,7 @@ class ToolChoice:
 
 
 def check_json(value: object) -> None:
-    """Raises FieldFault for what no JSON text can hold, and for what is nested too deep."""
+    """Raises FieldError for what no JSON text can hold, and for what is nested too deep."""
     level: list[object] = [value]
     for _ in range(MAX_DEPTH):
         inner: list[object] = []
@@ -58,18 +58,18 @@ def check_json(value: object) -> None:
             elif isinstance(node, list):
                 inner += node
             elif isinstance(node, str) and not is_text(node):
-                raise FieldFault("invalid_unicode", "must not hold a lone surrogate")
+                raise FieldError("invalid_unicode", "must not hold a lone surrogate")
             elif isinstance(node, float) and not math.isfinite(node):
-                raise FieldFault("invalid_number", "must not hold NaN or Infinity")
+                raise FieldError("invalid_number", "must not hold NaN or Infinity")
         if not inner:
             return
         level = inner
-    raise FieldFault("invalid_json", f"may be nested at most {MAX_DEPTH} deep")
+    raise FieldError("invalid_json", f"may be nested at most {MAX_DEPTH} deep")
 
 
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
-        raise FieldFault("invalid_value", "must be 1 to 64 letters, digits, underscores or dashes")
+        raise FieldError("invalid_value", "must be 1 to 64 letters, digits, underscores or dashes")
     return value
 
 
@@ -77,9 +77,9 @@ def _parameters(value: object) -> object:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise FieldFault("invalid_type", "must be a JSON schema, which is an object")
+        raise FieldError("invalid_type", "must be a JSON schema, which is an object")
     if value.get("type", "object") != "object":
-        raise FieldFault("invalid_value", 'must be a JSON schema of the type "object"')
+        raise FieldError("invalid_value", 'must be a JSON schema of the type "object"')
     check_json(value)
     return value
 
@@ -93,7 +93,7 @@ def _arguments(value: str) -> str:
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
-        raise FieldFault("invalid_json", "must be the text of a JSON object")
+        raise FieldError("invalid_json", "must be the text of a JSON object")
     check_json(parsed)
     return value
 
@@ -102,17 +102,17 @@ def read_tool_choice(value: object, *, nested: bool) -> ToolChoice:
     """A mode's name, or the object that names a function; `nested`: as chat completions has it."""
     if isinstance(value, str):
         if value not in set(Mode):
-            raise FieldFault("invalid_value", "must be none, auto, required or name a function")
+            raise FieldError("invalid_value", "must be none, auto, required or name a function")
         return ToolChoice(Mode(value))
     if not isinstance(value, dict):
-        raise FieldFault("invalid_type", "must be a string or an object")
+        raise FieldError("invalid_type", "must be a string or an object")
     if value.get("type") != "function":
-        raise FieldFault("invalid_value", 'can only name a tool of the type "function"')
+        raise FieldError("invalid_value", 'can only name a tool of the type "function"')
     named = value.get("function") if nested else {k: v for k, v in value.items() if k != "type"}
     if not isinstance(named, dict) or set(named) != {"name"} or (nested and len(value) != 2):
-        raise FieldFault("invalid_value", "must hold the name of a function and nothing else")
+        raise FieldError("invalid_value", "must hold the name of a function and nothing else")
     if not isinstance(named["name"], str):
-        raise FieldFault("invalid_type", "must name a function by a string")
+        raise FieldError("invalid_type", "must name a function by a string")
     return ToolChoice(Mode.REQUIRED, _name(named["name"]))
 
 
@@ -153,7 +153,7 @@ ChatToolChoice = Annotated[
 ]
 
 
-class Function(Closed):
+class Function(StrictModel):
     """A function that the model may call."""
 
     name: FunctionName = Field(description="What the model calls it by.")
@@ -168,21 +168,21 @@ class Function(Closed):
     )
 
 
-class FunctionTool(Closed):
+class FunctionTool(StrictModel):
     """A tool. Functions are the only kind."""
 
     type: Literal["function"] = Field(description="Which kind of tool it is.")
     function: Function = Field(description="The function.")
 
 
-class CalledFunction(Closed):
+class CalledFunction(StrictModel):
     """Which function was called, and with what."""
 
     name: FunctionName = Field(description="The function.")
     arguments: Arguments = Field(description="The text of a JSON object.")
 
 
-class CalledTool(Closed):
+class CalledTool(StrictModel):
     """A call in an earlier message of the assistant."""
 
     id: Label = Field(description="What the message with the result names it by.")
