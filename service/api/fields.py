@@ -7,6 +7,7 @@ configured limits, is in `admission`. Messages state limits; none repeats what t
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import (
@@ -34,6 +35,23 @@ class FieldError(ValueError):
         super().__init__(message)
         self.code = code
         self.message = message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FieldNames:
+    """A dialect's names of the fields that errors mention. The defaults are OpenAI's.
+
+    `function` and `parameters` are formatted with the index of a tool.
+    """
+
+    prompt: str = "prompt"
+    max_tokens: str = "max_tokens"
+    stop: str = "stop"
+    logprobs: str = "logprobs"
+    output: str = "response_format"
+    schema: str = "response_format.json_schema.schema"
+    function: str = "tools[{}].function"
+    parameters: str = "tools[{}].function.parameters"
 
 
 def is_text(value: str) -> bool:

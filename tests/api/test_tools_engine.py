@@ -16,7 +16,7 @@ import pytest
 from model.grammar import Grammars
 from model.runners import RunnerOptions
 from model.runners.torch import TorchRunner
-from service.api.generation.accumulate import Collected
+from service.api.generation.accumulate import Accumulator
 from service.api.generation.deltas import ChoiceReader
 from service.api.generation.manifest import Endpoint, Manifest, PromptNote
 from service.api.tools.formats import NOTATIONS
@@ -95,14 +95,14 @@ def answers(requests: Sequence[GenerationRequest]) -> dict[str, list[Event]]:
     return events
 
 
-def read(events: Sequence[Event], name: str, request_id: str) -> Collected:
+def read(events: Sequence[Event], name: str, request_id: str) -> Accumulator:
     manifest = Manifest(
         endpoint=Endpoint.CHAT, model="m", fingerprint="f", created=0,
         prompts=(PromptNote(num_tokens=1),), notation=name,
     )  # fmt: skip
     words: Any = Words()
     reader = ChoiceReader(manifest, 0, words, request_id=request_id)
-    collected = Collected()
+    collected = Accumulator()
     for event in events:
         for shown in reader.read(event.record):
             collected.add(shown)

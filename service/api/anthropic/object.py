@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from service.api.generation.accumulate import Call, Collected, Run
-from service.api.generation.reader import Answer
+from service.api.generation.accumulate import ToolCallSegment, Accumulator, Segment
+from service.api.generation.reader import AnswerReader
 from service.api.openai.usage import usage
 
 PREFIX = "msg_"
@@ -17,23 +17,23 @@ PREFIX = "msg_"
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-def opened_block(run: Run) -> dict[str, Any]:
+def opened_block(run: Segment) -> dict[str, Any]:
     """A block as it is announced, empty."""
-    if isinstance(run, Call):
+    if isinstance(run, ToolCallSegment):
         return {"type": "tool_use", "id": run.id, "name": run.name, "input": {}}
     return {"type": "text", "text": ""}
 
 
-def block_delta(run: Run, text: str) -> dict[str, Any]:
+def block_delta(run: Segment, text: str) -> dict[str, Any]:
     """What it grows by. The text of a tool's input comes bit by bit."""
-    if isinstance(run, Call):
+    if isinstance(run, ToolCallSegment):
         return {"type": "input_json_delta", "partial_json": text}
     return {"type": "text_delta", "text": text}
 
 
-def whole_block(run: Run) -> dict[str, Any]:
+def whole_block(run: Segment) -> dict[str, Any]:
     """A block as it is in the end. An input that the answer's end cut off cannot be told."""
-    if not isinstance(run, Call):
+    if not isinstance(run, ToolCallSegment):
         return opened_block(run) | {"text": run.text}
     try:
         return opened_block(run) | {"input": json.loads(run.arguments)}
@@ -41,20 +41,20 @@ def whole_block(run: Run) -> dict[str, Any]:
         return opened_block(run)
 
 
-def message_object(answer: Answer, collected: Collected) -> dict[str, Any]:
+def message_object(answer: AnswerReader, collected: Accumulator) -> dict[str, Any]:
     """The message as it stands."""
     return {
         "id": PREFIX + answer.id,
         "type": "message",
         "role": "assistant",
         "model": answer.manifest.model,
-        "content": [whole_block(run) for run in collected.runs],
+        "content": [whole_block(run) for run in collected.segments],
         **stop_fields(collected),
         "usage": message_usage(answer),
     }
 
 
-def stop_fields(collected: Collected) -> dict[str, Any]:
+def stop_fields(collected: Accumulator) -> dict[str, Any]:
     """Why it ended. Where Anthropic has no word for a reason it is our own."""
     end, reason = collected.end, collected.finish_reason
     if end is not None and isinstance(end.stopped_by, str):
@@ -63,7 +63,7 @@ def stop_fields(collected: Collected) -> dict[str, Any]:
     return {"stop_reason": word, "stop_sequence": None}
 
 
-def message_usage(answer: Answer) -> dict[str, Any]:
+def message_usage(answer: AnswerReader) -> dict[str, Any]:
     """Counts so far. Input tokens are those that were not found in the prefix cache."""
     counts = usage(answer.manifest, answer.readers)
     cached = counts["prompt_tokens_details"]["cached_tokens"]

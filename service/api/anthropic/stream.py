@@ -21,9 +21,9 @@ from service.api.anthropic.object import (
     opened_block,
     stop_fields,
 )
-from service.api.generation.accumulate import Collected, Follower, News
-from service.api.generation.deltas import Ending, Opening, Shown
-from service.api.generation.reader import Answer
+from service.api.generation.accumulate import Accumulator, DeltaTracker, SegmentDelta
+from service.api.generation.deltas import Finish, Start, StreamDelta
+from service.api.generation.reader import AnswerReader
 from service.errors import QuireError
 
 _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
@@ -32,41 +32,41 @@ _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 class MessageWriter:
     """Renders one message's events; with ids, the last event of a token has its position."""
 
-    def __init__(self, answer: Answer, *, event_ids: bool) -> None:
+    def __init__(self, answer: AnswerReader, *, event_ids: bool) -> None:
         self._answer = answer
         self._event_ids = event_ids
-        self._collected = Collected()
-        self._blocks = Follower()
+        self._collected = Accumulator()
+        self._blocks = DeltaTracker()
         self._begun = False
 
-    def opening(self) -> bytes:
+    def begin(self) -> bytes:
         """The message, empty: its prompt is counted already."""
         if self._begun:
             return b""
         return _event("message_start", message=message_object(self._answer, self._collected))
 
-    def skip(self, shown: Shown) -> None:
+    def skip(self, shown: StreamDelta) -> None:
         """The reader has this, and so what comes before it."""
         self._begun = True
-        if not isinstance(shown, Opening):
+        if not isinstance(shown, Start):
             self._changed(shown)
 
-    def event(self, _choice: int, shown: Shown) -> bytes:
+    def event(self, _choice: int, shown: StreamDelta) -> bytes:
         """What a record changes, in events."""
-        if isinstance(shown, Opening):
+        if isinstance(shown, Start):
             return b""
         events = self._changed(shown)
-        if isinstance(shown, Ending):
+        if isinstance(shown, Finish):
             return b"".join(events) + self._ended()
         if not self._event_ids:
             return b"".join(events)
         *others, last = events or [_PING]
         return b"%sid: %s\n%s" % (b"".join(others), self._answer.position.encode(), last)
 
-    def _changed(self, shown: Shown) -> list[bytes]:
+    def _changed(self, shown: StreamDelta) -> list[bytes]:
         self._collected.add(shown)
         events: list[bytes] = []
-        for news in self._blocks.news(self._collected.runs):
+        for news in self._blocks.changes(self._collected.segments):
             if news.opens:
                 events += _opened(news)
             if news.text:
@@ -74,11 +74,11 @@ class MessageWriter:
                 events.append(_event("content_block_delta", index=news.index, delta=delta))
         return events
 
-    def closing(self) -> bytes:
+    def finish(self) -> bytes:
         """The end of the stream."""
         return _event("message_stop")
 
-    def failure(self, error: QuireError) -> bytes:
+    def fail(self, error: QuireError) -> bytes:
         """The error, as it would have been a body."""
         return b"event: error\ndata: " + message_error_body(error) + b"\n\n"
 
@@ -89,7 +89,7 @@ class MessageWriter:
         return stop + _event("message_delta", delta=stop_fields(self._collected), usage=counts)
 
 
-def _opened(news: News) -> list[bytes]:
+def _opened(news: SegmentDelta) -> list[bytes]:
     index = news.index
     start = _event("content_block_start", index=index, content_block=opened_block(news.run))
     if index == 0:

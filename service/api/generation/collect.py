@@ -9,18 +9,18 @@ from typing import Any
 import orjson
 
 from service.api.anthropic.object import message_object
-from service.api.generation.accumulate import Collected
+from service.api.generation.accumulate import Accumulator
 from service.api.generation.manifest import Endpoint
-from service.api.generation.reader import Answer, failure_of
+from service.api.generation.reader import AnswerReader, failure_of
 from service.api.openai.logprobs import chat_logprobs, completion_logprobs
 from service.api.openai.stream import answer_id, prompt_fields
 from service.api.openai.usage import usage
 from service.api.responses.object import response_object, status_of
 
 
-async def whole_body(answer: Answer) -> bytes:
+async def whole_body(answer: AnswerReader) -> bytes:
     """The JSON body. Raises as `Answer.shown` does, and the failure of a response."""
-    choices = [Collected() for _ in answer.readers]
+    choices = [Accumulator() for _ in answer.readers]
     async with aclosing(answer.shown()) as batches:
         async for batch in batches:
             for choice, shown in batch:
@@ -32,9 +32,9 @@ async def whole_body(answer: Answer) -> bytes:
     return _choices(answer, choices)
 
 
-async def body_now(answer: Answer) -> bytes:
+async def body_now(answer: AnswerReader) -> bytes:
     """A response's JSON body as far as it has come."""
-    collected, context = Collected(), answer.context
+    collected, context = Accumulator(), answer.context
     pages = context.replay.pages(context.queue, answer.request_ids[0], answer.readers[0])
     async with aclosing(pages):
         async for records in pages:
@@ -43,14 +43,14 @@ async def body_now(answer: Answer) -> bytes:
     return orjson.dumps(response_object(answer, collected, status=status_of(collected)))
 
 
-def _response(answer: Answer, collected: Collected) -> bytes:
+def _response(answer: AnswerReader, collected: Accumulator) -> bytes:
     failure = None if collected.end is None else failure_of(collected.end)
     if failure is not None:
         raise failure
     return orjson.dumps(response_object(answer, collected, status=status_of(collected)))
 
 
-def _choices(answer: Answer, choices: Sequence[Collected]) -> bytes:
+def _choices(answer: AnswerReader, choices: Sequence[Accumulator]) -> bytes:
     manifest = answer.manifest
     kept = [
         best
@@ -71,14 +71,14 @@ def _choices(answer: Answer, choices: Sequence[Collected]) -> bytes:
     })  # fmt: skip
 
 
-def _best(choices: Sequence[Collected], keep: int) -> list[Collected]:
+def _best(choices: Sequence[Accumulator], keep: int) -> list[Accumulator]:
     """The `keep` likeliest in falling order; all of them stay in theirs."""
     if keep == len(choices):
         return list(choices)
     return sorted(choices, key=lambda choice: choice.mean_logprob, reverse=True)[:keep]
 
 
-def _choice(answer: Answer, index: int, choice: Collected) -> dict[str, Any]:
+def _choice(answer: AnswerReader, index: int, choice: Accumulator) -> dict[str, Any]:
     manifest, tokenizer = answer.manifest, answer.context.tokenizer
     chat = manifest.endpoint is Endpoint.CHAT
     logprobs = None
@@ -97,7 +97,7 @@ def _choice(answer: Answer, index: int, choice: Collected) -> dict[str, Any]:
     return fields if chat else fields | _about_prompt(answer, choice)
 
 
-def _message(answer: Answer, choice: Collected) -> dict[str, Any]:
+def _message(answer: AnswerReader, choice: Accumulator) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": choice.text}
     if answer.manifest.notation is not None and not choice.text:
         message["content"] = None
@@ -113,5 +113,5 @@ def _message(answer: Answer, choice: Collected) -> dict[str, Any]:
     return message
 
 
-def _about_prompt(answer: Answer, choice: Collected) -> dict[str, Any]:
+def _about_prompt(answer: AnswerReader, choice: Accumulator) -> dict[str, Any]:
     return prompt_fields(answer, choice.prompt_ids, choice.prompt_logprobs)

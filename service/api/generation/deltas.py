@@ -1,6 +1,6 @@
 """Pieces: from journal records to what a client is shown of one choice, in any shape.
 
-    Tokens, End  --ChoiceReader-->  Opening, Piece, Ending  --render-->  SSE events or one JSON body
+    Tokens, End  --ChoiceReader-->  Start, Delta, Finish  --render-->  SSE events or one JSON body
 
 The reader is a state machine over the records from the first one on: a resumed stream replays them,
 so that the bytes after any event are the same as they were. It also guards the promise that a
@@ -23,7 +23,7 @@ from service.messages import End, FinishReason, Record, TokenLogprob, Tokens, ro
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ScoredToken:
     """A token with its log probability (None: the first of a prompt has none) and text offset."""
 
     token: int
@@ -32,29 +32,29 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class Start:
     """Before a choice's first token: a chat's role, a response's item, an echoed prompt, ids, the
     prompt's log probabilities.
     """
 
     text: str
     prompt_ids: tuple[int, ...]
-    scored: tuple[Scored, ...] = ()
+    scored: tuple[ScoredToken, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Delta:
     """What one record adds."""
 
     text: str
     ids: tuple[int, ...]
-    scored: tuple[Scored, ...] = ()
+    scored: tuple[ScoredToken, ...] = ()
     calls: tuple[CallDelta, ...] = ()
 
     @property
-    def going_on(self) -> list[CallDelta]:
-        """News of the call that was open before: it comes before the text."""
+    def continued(self) -> list[CallDelta]:
+        """SegmentDelta of the call that was open before: it comes before the text."""
         return [call for call in self.calls if call.id is None]
 
     @property
@@ -64,7 +64,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class Finish:
     """A choice's end, and the text that was held back in case it began a tool call."""
 
     end: End
@@ -78,7 +78,7 @@ class Ending:
         return "tool_calls" if called else self.end.reason.value
 
 
-Shown = Opening | Piece | Ending
+StreamDelta = Start | Delta | Finish
 
 
 class ChoiceReader:
@@ -105,7 +105,7 @@ class ChoiceReader:
         """The choice's part of an event id: tokens so far, and 24 bits of their digest."""
         return f"{self.count}.{self.digest & 0xFFFFFF:06x}"
 
-    def read(self, record: Record) -> Iterator[Shown]:
+    def read(self, record: Record) -> Iterator[StreamDelta]:
         """What the record adds. Raises StreamDivergence where it does not continue the last."""
         if not self._opened:
             self._opened = True
@@ -114,7 +114,7 @@ class ChoiceReader:
             if record.count != self.count:
                 raise divergence()
             self.end = record
-            yield Ending(record) if self._calls is None else self._calls.ending(record)
+            yield Finish(record) if self._calls is None else self._calls.ending(record)
             return
         digest = rolling_digest(record.ids, previous=self.digest)
         if record.start != self.count or digest != record.digest:
@@ -123,17 +123,17 @@ class ChoiceReader:
         self.num_chars += len(record.text)
         scored = self._score(record.ids, record.logprobs)
         if self._calls is None:
-            yield Piece(record.text, record.ids, scored)
+            yield Delta(record.text, record.ids, scored)
         else:
             told = self._calls.read(record)
-            yield Piece(told.text, record.ids, scored, told.calls)
+            yield Delta(told.text, record.ids, scored, told.calls)
 
-    def _open(self, record: Record) -> Iterator[Opening]:
+    def _open(self, record: Record) -> Iterator[Start]:
         manifest = self._manifest
         if manifest.logprobs is not None or manifest.width > manifest.keep:
             self._offsets = _Offsets(self._tokenizer)
         known = record.prompt_logprobs if isinstance(record, Tokens) else ()
-        scored: tuple[Scored, ...] = ()
+        scored: tuple[ScoredToken, ...] = ()
         if manifest.echo:
             scored = self._score(self._prompt.ids, _cut(known, manifest.logprobs))
             if self._offsets is not None:
@@ -141,16 +141,14 @@ class ChoiceReader:
         opens = manifest.endpoint is not Endpoint.COMPLETIONS
         if opens or manifest.echo or manifest.gives_prompt:
             text = self._prompt.text if manifest.echo else None
-            yield Opening(
-                text or "", self._prompt.ids, scored, _cut(known, manifest.prompt_logprobs)
-            )
+            yield Start(text or "", self._prompt.ids, scored, _cut(known, manifest.prompt_logprobs))
 
     def _score(
         self, ids: tuple[int, ...], logprobs: tuple[TokenLogprob | None, ...]
-    ) -> tuple[Scored, ...]:
+    ) -> tuple[ScoredToken, ...]:
         if self._offsets is None:
             return ()
-        return tuple(map(Scored, ids, logprobs, self._offsets.of(ids)))
+        return tuple(map(ScoredToken, ids, logprobs, self._offsets.of(ids)))
 
 
 def _cut(
@@ -204,8 +202,8 @@ class _Calls:
             text = self._with_markers(text)
         return self._reader.push(text)
 
-    def ending(self, end: End) -> Ending:
-        return Ending(end, self._reader.finish().text, self._reader.called)
+    def ending(self, end: End) -> Finish:
+        return Finish(end, self._reader.finish().text, self._reader.called)
 
     def _with_markers(self, text: str) -> str:
         start, end = self._num_chars, self._num_chars + len(text)

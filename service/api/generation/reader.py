@@ -9,7 +9,7 @@ from time import monotonic
 from types import MappingProxyType
 
 from service.api.context import ApiContext
-from service.api.generation.deltas import ChoiceReader, Shown
+from service.api.generation.deltas import ChoiceReader, StreamDelta
 from service.api.generation.follow import follow_choice, merge, only
 from service.api.generation.manifest import Endpoint, Manifest
 from service.api.observer import CallReport
@@ -36,7 +36,7 @@ def failure_of(end: End) -> QuireError | None:
     return None
 
 
-class Answer:
+class AnswerReader:
     """One reader's way through an answer, from the first record to every choice's end."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Answer:
         """Whether every choice has had its end."""
         return all(reader.end is not None for reader in self.readers)
 
-    async def shown(self) -> AsyncGenerator[Iterator[tuple[int, Shown]], None]:
+    async def shown(self) -> AsyncGenerator[Iterator[tuple[int, StreamDelta]], None]:
         """What the records add, as they come, until all choices have ended: iterators of (choice,
         what it adds), each to be exhausted before the next is asked for.
 
@@ -122,11 +122,11 @@ class Answer:
         reply = await self.context.queue.submit(self._submission)
         return reply.status in {SubmitStatus.OK, SubmitStatus.EXISTS}
 
-    def read_all(self, choice: int, records: Sequence[Record]) -> Iterator[tuple[int, Shown]]:
+    def read_all(self, choice: int, records: Sequence[Record]) -> Iterator[tuple[int, StreamDelta]]:
         """(choice, what it adds) for each of a choice's next records, read one by one."""
         return ((choice, shown) for record in records for shown in self.read(choice, record))
 
-    def read(self, choice: int, record: Record) -> Iterator[Shown]:
+    def read(self, choice: int, record: Record) -> Iterator[StreamDelta]:
         """What the next record of a choice adds. Raises as `shown` does."""
         if isinstance(record, End):
             self._check_end(record)

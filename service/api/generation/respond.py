@@ -13,7 +13,7 @@ from service.api.connection import unless_gone
 from service.api.context import ApiContext
 from service.api.generation.collect import body_now, whole_body
 from service.api.generation.prompts import chat_prompt
-from service.api.generation.reader import Answer
+from service.api.generation.reader import AnswerReader
 from service.api.generation.sse import EventStream
 from service.api.generation.submit import admit, check_open, plan_call
 from service.api.generation.writers import writer_of
@@ -59,7 +59,7 @@ async def answer_call(
     request.state.usage = with_tokens(getattr(request.state, "usage", None), reply.usage)
     call_id, manifest = await admit(submission, reply, context)
     request.state.request_id = call_id  # what the client resumes by, if it is an earlier call's
-    answer = Answer(
+    answer = AnswerReader(
         call_id,
         manifest,
         context,
@@ -74,7 +74,7 @@ async def answer_call(
     return await _whole(answer, request)
 
 
-async def _whole(answer: Answer, request: Request) -> Response:
+async def _whole(answer: AnswerReader, request: Request) -> Response:
     failure: QuireError | None = None
     try:
         with answer.attended():

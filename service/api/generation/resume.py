@@ -15,14 +15,14 @@ import codecs
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
 
-from service.api.generation.reader import Answer
+from service.api.generation.reader import AnswerReader
 from service.api.generation.replay import split
 from service.api.openai.stream import Writer
 from service.errors import StreamDivergence, Unavailable
 from service.messages import End, Record, Tokens, rolling_digest
 
 
-async def go_to(answer: Answer, writer: Writer, *, choice: int, count: int) -> int:
+async def go_to(answer: AnswerReader, writer: Writer, *, choice: int, count: int) -> int:
     """Reads a choice's journal up to `count` tokens, or to its end if the answer has fewer.
 
     Returns the number of tokens read. Raises Unavailable if the journal stays behind, and
@@ -40,7 +40,7 @@ async def go_to(answer: Answer, writer: Writer, *, choice: int, count: int) -> i
 
 
 async def _read(
-    answer: Answer, writer: Writer, page: Sequence[Record], *, choice: int, count: int
+    answer: AnswerReader, writer: Writer, page: Sequence[Record], *, choice: int, count: int
 ) -> bool:
     """Reads records up to `count` tokens; whether they reach it, or the answer's end."""
     reader = answer.readers[choice]
@@ -56,7 +56,7 @@ async def _read(
     return False
 
 
-async def _beginning(answer: Answer, record: Tokens, *, choice: int, count: int) -> Tokens:
+async def _beginning(answer: AnswerReader, record: Tokens, *, choice: int, count: int) -> Tokens:
     """The part of a record up to `count` tokens, as it was sent to a client that has it.
 
     All text was sent but the bytes of an unfinished character and what may begin a stop string.
@@ -79,7 +79,7 @@ def _held(text: str, stop: str) -> int:
     return next((length for length in lengths if text.endswith(stop[:length])), 0)
 
 
-async def _growth(answer: Answer, *, choice: int) -> None:
+async def _growth(answer: AnswerReader, *, choice: int) -> None:
     """Returns when the journal has more than was read of it. Raises Unavailable if it has not
     grown for as long as a failover takes.
     """

@@ -16,12 +16,12 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from service.api.context import Caller, Context
 from service.api.generation.lookup import find_call
 from service.api.generation.manifest import Manifest
-from service.api.generation.reader import Answer
+from service.api.generation.reader import AnswerReader
 from service.api.generation.resume import diverged, go_to
 from service.api.generation.sse import EventStream
 from service.api.generation.writers import writer_of
-from service.api.wire import ANSWER
 from service.api.openai.stream import Writer
+from service.api.wire import ANSWER
 from service.errors import BadRequest, NotFound
 from service.messages import FinishReason, child_ids
 
@@ -65,7 +65,7 @@ async def read_stream(  # each is a part of the request
     if not manifest.stored:
         raise NotFound("there is no such stream", code="stream_not_found")
     await context.queue.attend([stored.id])
-    answer = Answer(
+    answer = AnswerReader(
         stored.id,
         manifest,
         context,
@@ -93,7 +93,7 @@ async def cancel_stream(call_id: CallId, context: Context, tenant: Caller) -> Re
     return Response(body, media_type="application/json")
 
 
-async def _go_to(answer: Answer, writer: Writer, event_id: str | None) -> None:
+async def _go_to(answer: AnswerReader, writer: Writer, event_id: str | None) -> None:
     """Reads the journal up to an event. Raises BadRequest, StreamDivergence or Unavailable."""
     if not event_id:
         return

@@ -18,8 +18,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.connection import DROP, HEAD_ONLY, first_of, gone
-from service.api.generation.deltas import Shown
-from service.api.generation.reader import Answer
+from service.api.generation.deltas import StreamDelta
+from service.api.generation.reader import AnswerReader
 from service.api.openai.stream import KEEP_ALIVE, Writer
 from service.errors import QuireError
 
@@ -33,7 +33,7 @@ HEADERS = {
 class EventStream(Response):
     """The streamed answer. Its headers go out at once: the call was admitted before."""
 
-    def __init__(self, answer: Answer, writer: Writer) -> None:
+    def __init__(self, answer: AnswerReader, writer: Writer) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._answer = answer
@@ -71,15 +71,15 @@ class EventStream(Response):
     async def _relay(self, send: Send) -> None:
         writer = self._writer
         try:
-            if opening := writer.opening():
+            if opening := writer.begin():
                 await self._send(send, opening)
             async with aclosing(self._answer.shown()) as batches:
                 async for batch in batches:
                     await self._send_batch(send, batch)
-            last = writer.closing()
+            last = writer.finish()
         except QuireError as error:
             self._error = error
-            last = writer.failure(error)
+            last = writer.fail(error)
         self._ending = True
         await self._send(send, last, more=False)
 
@@ -90,10 +90,10 @@ class EventStream(Response):
         last = self._unsent
         if not self._ending:
             self._error = self._answer.interrupt(streamed=True)
-            last += self._writer.failure(self._error)
+            last += self._writer.fail(self._error)
         await self._send(send, last, more=False)
 
-    async def _send_batch(self, send: Send, batch: Iterator[tuple[int, Shown]]) -> None:
+    async def _send_batch(self, send: Send, batch: Iterator[tuple[int, StreamDelta]]) -> None:
         """What comes before an error is sent before it."""
         events: list[bytes] = []
         try:

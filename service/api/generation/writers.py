@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from service.api.anthropic.stream import MessageWriter
 from service.api.generation.manifest import Endpoint
-from service.api.generation.reader import Answer
+from service.api.generation.reader import AnswerReader
 from service.api.openai.stream import EventWriter, Writer
 from service.api.responses.item_events import ResponseItemWriter
 from service.api.responses.stream import ResponseWriter
 
 
-def writer_of(answer: Answer, *, event_ids: bool) -> Writer:
+def writer_of(answer: AnswerReader, *, event_ids: bool) -> Writer:
     """The writer for an answer's endpoint, at the answer's beginning."""
     if answer.manifest.endpoint is Endpoint.RESPONSES:
         return response_writer(answer, event_ids=event_ids)
@@ -20,7 +20,7 @@ def writer_of(answer: Answer, *, event_ids: bool) -> Writer:
 
 
 def response_writer(
-    answer: Answer, *, event_ids: bool, seen: int | None = None
+    answer: AnswerReader, *, event_ids: bool, seen: int | None = None
 ) -> ResponseWriter | ResponseItemWriter:
     """The writer for a response; `seen` is the number of the last event that its reader has."""
     has_tools = answer.manifest.notation is not None

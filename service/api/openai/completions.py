@@ -11,8 +11,8 @@ from service.api.generation.prompts import completion_prompts
 from service.api.generation.respond import answer_call
 from service.api.generation.submit import check_open, plan_call
 from service.api.openai.schema import CompletionBody
-from service.api.wire import ANSWER
 from service.api.structured.grammars import asked_grammar
+from service.api.wire import ANSWER
 
 router = APIRouter(route_class=JsonRoute)
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from model.text.tokenizer import Tokenizer
-from service.api.generation.deltas import Scored
+from service.api.generation.deltas import ScoredToken
 from service.messages import TokenLogprob
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON cannot write
 
 
-def completion_logprobs(scored: Sequence[Scored], tokenizer: Tokenizer) -> dict[str, Any]:
+def completion_logprobs(scored: Sequence[ScoredToken], tokenizer: Tokenizer) -> dict[str, Any]:
     """`tokens`, `token_logprobs`, `top_logprobs`, `text_offset`: one item a token in each."""
     text = tokenizer.token_text
     return {
@@ -36,7 +36,7 @@ def _by_text(
     return {tokenizer.token_text(token): _finite(logprob.logprob)} | pairs
 
 
-def chat_logprobs(scored: Sequence[Scored], tokenizer: Tokenizer) -> dict[str, Any]:
+def chat_logprobs(scored: Sequence[ScoredToken], tokenizer: Tokenizer) -> dict[str, Any]:
     """`content`: an object for each token."""
     content = []
     for item in scored:

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import orjson
 
 from service.api.errors import error_body
-from service.api.generation.deltas import Ending, Opening, Piece, Scored, Shown
+from service.api.generation.deltas import Finish, Start, Delta, ScoredToken, StreamDelta
 from service.api.generation.manifest import Endpoint
-from service.api.generation.reader import Answer
+from service.api.generation.reader import AnswerReader
 from service.api.openai.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from service.api.openai.usage import usage
 from service.api.tools.parser import CallDelta
@@ -29,23 +29,23 @@ KEEP_ALIVE = b": ping\n"
 class Writer(Protocol):
     """Turns what is shown of an answer into events; knows what it has written so far."""
 
-    def opening(self) -> bytes:
+    def begin(self) -> bytes:
         """What can be said before the journal says anything."""
         ...
 
-    def skip(self, shown: Shown) -> None:
+    def skip(self, shown: StreamDelta) -> None:
         """Takes note of what the reader was sent before."""
         ...
 
-    def event(self, choice: int, shown: Shown) -> bytes:
+    def event(self, choice: int, shown: StreamDelta) -> bytes:
         """What `shown` adds."""
         ...
 
-    def closing(self) -> bytes:
+    def finish(self) -> bytes:
         """After all choices."""
         ...
 
-    def failure(self, error: QuireError) -> bytes:
+    def fail(self, error: QuireError) -> bytes:
         """An error in mid-stream; nothing comes after it."""
         ...
 
@@ -53,7 +53,7 @@ class Writer(Protocol):
 class EventWriter:
     """Renders one answer's events; with ids, each token event carries the position after it."""
 
-    def __init__(self, answer: Answer, *, event_ids: bool) -> None:
+    def __init__(self, answer: AnswerReader, *, event_ids: bool) -> None:
         manifest = answer.manifest
         self._answer = answer
         self._event_ids = event_ids
@@ -73,20 +73,20 @@ class EventWriter:
         ]
         self._after_text = b"}" if self._chat else b""
 
-    def opening(self) -> bytes:
+    def begin(self) -> bytes:
         """Nothing."""
         return b""
 
-    def skip(self, shown: Shown) -> None:
+    def skip(self, shown: StreamDelta) -> None:
         """Nothing to note: all that an event depends on is the answer's position."""
 
-    def failure(self, error: QuireError) -> bytes:
+    def fail(self, error: QuireError) -> bytes:
         """The error, as it would have been a body."""
         return b"data: " + error_body(error) + b"\n\n"
 
-    def event(self, choice: int, shown: Shown) -> bytes:
+    def event(self, choice: int, shown: StreamDelta) -> bytes:
         """One event: `shown` as a chunk of the answer."""
-        if isinstance(shown, Piece):
+        if isinstance(shown, Delta):
             event_id = b"id: %s\n" % self._answer.position.encode() if self._event_ids else b""
             ids = b""
             if self._answer.manifest.return_token_ids:
@@ -96,18 +96,18 @@ class EventWriter:
                 text += b',"tool_calls":' + orjson.dumps([call_chunk(c) for c in shown.calls])
             text += self._after_text
             return event_id + self._chunk(choice, text, shown.scored, rest=ids)
-        if isinstance(shown, Opening):
+        if isinstance(shown, Start):
             return self._opening(choice, shown)
         return self._ending(choice, shown)
 
-    def closing(self) -> bytes:
+    def finish(self) -> bytes:
         """After all choices: the token counts where asked for, and the end of the stream."""
         if not self._answer.manifest.include_usage:
             return DONE
         counts = orjson.dumps(usage(self._answer.manifest, self._answer.readers))
         return self._head + b'],"usage":' + counts + b"}\n\n" + DONE
 
-    def _opening(self, choice: int, opening: Opening) -> bytes:
+    def _opening(self, choice: int, opening: Start) -> bytes:
         text = self._text(opening.text)
         about = prompt_fields(self._answer, opening.prompt_ids, opening.prompt_logprobs)
         fields = b"," + orjson.dumps(about)[1:-1] if about else b""
@@ -118,7 +118,7 @@ class EventWriter:
         beside = fields if choice == 0 else b""
         return self._chunk(choice, text, opening.scored, rest=b"", beside=beside)
 
-    def _ending(self, choice: int, ending: Ending) -> bytes:
+    def _ending(self, choice: int, ending: Finish) -> bytes:
         reason = orjson.dumps(ending.finish_reason)
         rest = b',"stop_reason":' + orjson.dumps(ending.end.stopped_by)
         if ending.text:  # in the same event as the end: one that came back would get it again
@@ -137,7 +137,7 @@ class EventWriter:
         self,
         choice: int,
         text: bytes,
-        scored: tuple[Scored, ...],
+        scored: tuple[ScoredToken, ...],
         *,
         rest: bytes,
         beside: bytes = b"",
@@ -170,7 +170,7 @@ def call_chunk(delta: CallDelta) -> dict[str, Any]:
 
 
 def prompt_fields(
-    answer: Answer, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]
+    answer: AnswerReader, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]
 ) -> dict[str, Any]:
     """What is told of a prompt besides the answer: vLLM's fields, where they were asked for."""
     fields: dict[str, Any] = {}
@@ -181,7 +181,7 @@ def prompt_fields(
     return fields
 
 
-def answer_id(answer: Answer) -> str:
+def answer_id(answer: AnswerReader) -> str:
     """The `id` field, with OpenAI's prefix for the endpoint."""
     prefix = "chatcmpl" if answer.manifest.endpoint is Endpoint.CHAT else "cmpl"
     return f"{prefix}-{answer.id}"

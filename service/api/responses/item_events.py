@@ -16,9 +16,9 @@ from typing import Any
 
 import orjson
 
-from service.api.generation.accumulate import Call, Collected, Follower
-from service.api.generation.deltas import Ending, Opening, Shown
-from service.api.generation.reader import Answer
+from service.api.generation.accumulate import ToolCallSegment, Accumulator, DeltaTracker
+from service.api.generation.deltas import Finish, Start, StreamDelta
+from service.api.generation.reader import AnswerReader
 from service.api.responses.items import opened_item, text_part, whole_item
 from service.api.responses.object import Status, item_status, response_object, status_of
 from service.errors import QuireError
@@ -34,14 +34,14 @@ class ResponseItemWriter:
     None: it has all that is skipped.
     """
 
-    def __init__(self, answer: Answer, *, event_ids: bool, seen: int | None = None) -> None:
+    def __init__(self, answer: AnswerReader, *, event_ids: bool, seen: int | None = None) -> None:
         self._answer = answer
         self._event_ids = event_ids
         self._partly = seen is not None  # the reader may have a part of the last record's events
         self._seen = -1 if seen is None else seen
         self._missed = b""  # the other part
-        self._collected = Collected()
-        self._items = Follower()
+        self._collected = Accumulator()
+        self._items = DeltaTracker()
 
     @staticmethod
     def tokens_at(number: int) -> int:
@@ -53,13 +53,13 @@ class ResponseItemWriter:
         """The highest that an event of an answer of so many tokens may have."""
         return FIRST + STRIDE * (count + 2) - 1
 
-    def opening(self) -> bytes:
+    def begin(self) -> bytes:
         """Before the journal has anything; or what is left of a record."""
         background = self._answer.manifest.given_back["background"]
         status = Status.QUEUED if background else Status.IN_PROGRESS
         return self._render([self._state("created", status)], first=0) + self._missed
 
-    def skip(self, shown: Shown) -> None:
+    def skip(self, shown: StreamDelta) -> None:
         """The reader has this, or a part of it."""
         events = self.event(0, shown)
         if self._partly:
@@ -67,12 +67,12 @@ class ResponseItemWriter:
         else:
             self._seen = self._number() + STRIDE - 1
 
-    def event(self, _choice: int, shown: Shown) -> bytes:
+    def event(self, _choice: int, shown: StreamDelta) -> bytes:
         """What a record changes, in events."""
-        if isinstance(shown, Opening):
+        if isinstance(shown, Start):
             return self._render([self._state("in_progress", Status.IN_PROGRESS)], first=1)
         self._collected.add(shown)
-        if isinstance(shown, Ending):
+        if isinstance(shown, Finish):
             status = status_of(self._collected)
             events = [*self._changes(), *self._done(self._items.open, item_status(status))]
             events.append(self._state(status.value, status, self._collected))
@@ -81,11 +81,11 @@ class ResponseItemWriter:
         event_id = b"id: %s\n" % self._answer.position.encode() if self._event_ids else b""
         return self._render(events, first=self._number(), event_id=event_id)
 
-    def closing(self) -> bytes:
+    def finish(self) -> bytes:
         """Nothing: the last event says that it is the last."""
         return b""
 
-    def failure(self, error: QuireError) -> bytes:
+    def fail(self, error: QuireError) -> bytes:
         """The end of this stream, which is not the end of the response."""
         fields: dict[str, str | None] = {
             "code": error.code, "message": error.message, "param": error.param, **error.details(),
@@ -98,14 +98,14 @@ class ResponseItemWriter:
         """Of the first event of the last record."""
         return FIRST + STRIDE * self._answer.completion_tokens
 
-    def _state(self, name: str, status: Status, collected: Collected | None = None) -> Event:
-        response = response_object(self._answer, collected or Collected(), status=status)
+    def _state(self, name: str, status: Status, collected: Accumulator | None = None) -> Event:
+        response = response_object(self._answer, collected or Accumulator(), status=status)
         return f"response.{name}", {"response": response}
 
     def _changes(self) -> list[Event]:
         """What is new of the open item, and of those that open after it."""
         events: list[Event] = []
-        for news in self._items.news(self._collected.runs):
+        for news in self._items.changes(self._collected.segments):
             if news.opens:
                 before = news.index - 1 if news.index else None
                 events += [*self._done(before, "completed"), *self._opened(news.index)]
@@ -114,17 +114,17 @@ class ResponseItemWriter:
         return events
 
     def _opened(self, index: int) -> list[Event]:
-        run = self._collected.runs[index]
+        run = self._collected.segments[index]
         item = opened_item(self._answer, index, run)
         added = ("response.output_item.added", {"output_index": index, "item": item})
-        if isinstance(run, Call):
+        if isinstance(run, ToolCallSegment):
             return [added]
         place = {**self._place(index), "content_index": 0}
         return [added, ("response.content_part.added", {**place, "part": text_part("")})]
 
     def _delta(self, index: int, new: str) -> Event:
         place = self._place(index)
-        if isinstance(self._collected.runs[index], Call):
+        if isinstance(self._collected.segments[index], ToolCallSegment):
             return "response.function_call_arguments.delta", {**place, "delta": new}
         fields = {**place, "content_index": 0, "delta": new, "logprobs": []}
         return "response.output_text.delta", fields
@@ -133,10 +133,10 @@ class ResponseItemWriter:
         """An item, closed; None: there is none."""
         if index is None:
             return []
-        run, place = self._collected.runs[index], self._place(index)
+        run, place = self._collected.segments[index], self._place(index)
         item = whole_item(self._answer, index, run, status=status)
         done = ("response.output_item.done", {"output_index": index, "item": item})
-        if isinstance(run, Call):
+        if isinstance(run, ToolCallSegment):
             told = {**place, "name": run.name, "arguments": run.arguments}
             return [("response.function_call_arguments.done", told), done]
         place["content_index"] = 0
@@ -147,7 +147,7 @@ class ResponseItemWriter:
         ]
 
     def _place(self, index: int) -> dict[str, Any]:
-        item = opened_item(self._answer, index, self._collected.runs[index])
+        item = opened_item(self._answer, index, self._collected.segments[index])
         return {"item_id": item["id"], "output_index": index}
 
     def _render(self, events: list[Event], *, first: int, event_id: bytes = b"") -> bytes:

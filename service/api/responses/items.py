@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from service.api.generation.accumulate import Call, Run, Said
-from service.api.generation.reader import Answer
+from service.api.generation.accumulate import ToolCallSegment, Segment, TextSegment
+from service.api.generation.reader import AnswerReader
 
 
-def opened_item(answer: Answer, index: int, run: Run) -> dict[str, Any]:
+def opened_item(answer: AnswerReader, index: int, run: Segment) -> dict[str, Any]:
     """Item `index` of the output, before it has content."""
-    if isinstance(run, Said):
+    if isinstance(run, TextSegment):
         number = f"_{index}" if index else ""
         fields = {"id": f"msg_{answer.id}{number}", "type": "message", "role": "assistant"}
         return fields | {"status": "in_progress", "content": []}
@@ -25,10 +25,10 @@ def opened_item(answer: Answer, index: int, run: Run) -> dict[str, Any]:
     }
 
 
-def whole_item(answer: Answer, index: int, run: Run, *, status: str) -> dict[str, Any]:
+def whole_item(answer: AnswerReader, index: int, run: Segment, *, status: str) -> dict[str, Any]:
     """The same with what it has so far."""
     item = opened_item(answer, index, run) | {"status": status}
-    if isinstance(run, Call):
+    if isinstance(run, ToolCallSegment):
         return item | {"arguments": run.arguments}
     return item | {"content": [text_part(run.text)]}
 
@@ -38,7 +38,7 @@ def text_part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "annotations": [], "text": text, "logprobs": []}
 
 
-def output_items(answer: Answer, runs: Sequence[Run], *, status: str) -> list[dict[str, Any]]:
+def output_items(answer: AnswerReader, runs: Sequence[Segment], *, status: str) -> list[dict[str, Any]]:
     """All items; `status` is the last one's."""
     last = len(runs) - 1
     return [

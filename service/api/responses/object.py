@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
-from service.api.generation.accumulate import Collected
-from service.api.generation.deltas import Scored
-from service.api.generation.reader import Answer, failure_of
+from service.api.generation.accumulate import Accumulator
+from service.api.generation.deltas import ScoredToken
+from service.api.generation.reader import AnswerReader, failure_of
 from service.api.openai.logprobs import chat_logprobs
 from service.api.openai.usage import usage
 from service.api.responses.items import output_items
@@ -38,14 +38,14 @@ _ENDS = {
 _INCOMPLETE = {FinishReason.LENGTH: "max_output_tokens", FinishReason.DEADLINE: "deadline"}
 
 
-def status_of(collected: Collected) -> Status:
+def status_of(collected: Accumulator) -> Status:
     """What the journal says so far. Without a token nobody knows that it runs."""
     if collected.end is None:
         return Status.IN_PROGRESS if collected.ids else Status.QUEUED
     return Status.FAILED if failure_of(collected.end) else _ENDS[collected.end.reason]
 
 
-def response_object(answer: Answer, collected: Collected, *, status: Status) -> dict[str, Any]:
+def response_object(answer: AnswerReader, collected: Accumulator, *, status: Status) -> dict[str, Any]:
     """What retrieving, creating and every event of a change of status give."""
     manifest, end = answer.manifest, collected.end
     failure = None if end is None else failure_of(end)
@@ -53,7 +53,7 @@ def response_object(answer: Answer, collected: Collected, *, status: Status) -> 
     reason = _INCOMPLETE.get(end.reason) if end and status is Status.INCOMPLETE else None
     output = []
     if manifest.notation is not None:
-        output = output_items(answer, collected.runs, status=item_status(status))
+        output = output_items(answer, collected.segments, status=item_status(status))
     elif collected.ids or status in {Status.COMPLETED, Status.INCOMPLETE}:
         output = [message_item(answer, collected, status=item_status(status))]
     return manifest.given_back | {
@@ -77,12 +77,12 @@ def item_status(status: Status) -> Status:
     return Status.INCOMPLETE
 
 
-def message_item(answer: Answer, collected: Collected, *, status: Status) -> dict[str, Any]:
+def message_item(answer: AnswerReader, collected: Accumulator, *, status: Status) -> dict[str, Any]:
     """The one item of the output, where there are no tools."""
     return opened_item(answer) | {"status": status, "content": [text_part(answer, collected)]}
 
 
-def opened_item(answer: Answer) -> dict[str, Any]:
+def opened_item(answer: AnswerReader) -> dict[str, Any]:
     """The item before it has content."""
     return {
         "id": f"msg_{answer.id}",
@@ -93,7 +93,7 @@ def opened_item(answer: Answer) -> dict[str, Any]:
     }
 
 
-def text_part(answer: Answer, collected: Collected) -> dict[str, Any]:
+def text_part(answer: AnswerReader, collected: Accumulator) -> dict[str, Any]:
     """The one part of the message."""
     return {
         "type": "output_text",
@@ -103,13 +103,13 @@ def text_part(answer: Answer, collected: Collected) -> dict[str, Any]:
     }
 
 
-def logprobs(answer: Answer, scored: Sequence[Scored]) -> list[Any]:
+def logprobs(answer: AnswerReader, scored: Sequence[ScoredToken]) -> list[Any]:
     """An object for each token, or none at all where they were not asked for."""
     content: list[Any] = chat_logprobs(scored, answer.context.tokenizer)["content"]
     return content
 
 
-def _usage(answer: Answer) -> dict[str, Any]:
+def _usage(answer: AnswerReader) -> dict[str, Any]:
     counts = usage(answer.manifest, answer.readers)
     return {
         "input_tokens": counts["prompt_tokens"],

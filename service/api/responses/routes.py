@@ -16,15 +16,15 @@ from service.api.body import JsonRequest, JsonRoute
 from service.api.context import ApiContext, Caller, Context
 from service.api.generation.collect import body_now
 from service.api.generation.lookup import find_response
-from service.api.generation.reader import Answer
+from service.api.generation.reader import AnswerReader
 from service.api.generation.respond import answer_chat
 from service.api.generation.resume import go_to
 from service.api.generation.sse import EventStream
 from service.api.generation.writers import response_writer
-from service.api.wire import ANSWER
 from service.api.responses.item_events import ResponseItemWriter
 from service.api.responses.schema import ResponseBody, as_chat, given_back
 from service.api.responses.stream import ResponseWriter
+from service.api.wire import ANSWER
 from service.errors import BadRequest
 from service.messages import FinishReason
 
@@ -115,10 +115,10 @@ async def delete_response(
     return Response(body, media_type="application/json")
 
 
-async def _find(response_id: str, request: Request, context: ApiContext, tenant: Tenant) -> Answer:
+async def _find(response_id: str, request: Request, context: ApiContext, tenant: Tenant) -> AnswerReader:
     call_id, manifest = await find_response(response_id, context, tenant)
     request.state.request_id = call_id
-    return Answer(
+    return AnswerReader(
         call_id,
         manifest,
         context,
@@ -129,7 +129,7 @@ async def _find(response_id: str, request: Request, context: ApiContext, tenant:
 
 
 async def _go_to(
-    answer: Answer, writer: ResponseWriter | ResponseItemWriter, *, number: int
+    answer: AnswerReader, writer: ResponseWriter | ResponseItemWriter, *, number: int
 ) -> None:
     """Reads up to the event of that number. Raises BadRequest, StreamDivergence or Unavailable."""
     count = writer.tokens_at(number)

@@ -15,9 +15,9 @@ from typing import Any
 
 import orjson
 
-from service.api.generation.accumulate import Collected
-from service.api.generation.deltas import Ending, Opening, Piece, Shown
-from service.api.generation.reader import Answer
+from service.api.generation.accumulate import Accumulator
+from service.api.generation.deltas import Finish, Start, Delta, StreamDelta
+from service.api.generation.reader import AnswerReader
 from service.api.responses.object import (
     Status,
     item_status,
@@ -37,11 +37,11 @@ AFTER_TOKENS = 4  # events after them
 class ResponseWriter:
     """Renders one response's events, without those up to number `seen`."""
 
-    def __init__(self, answer: Answer, *, event_ids: bool, seen: int | None = None) -> None:
+    def __init__(self, answer: AnswerReader, *, event_ids: bool, seen: int | None = None) -> None:
         self._answer = answer
         self._event_ids = event_ids
         self._seen = -1 if seen is None else seen
-        self._collected = Collected()
+        self._collected = Accumulator()
         place = {"item_id": f"msg_{answer.id}", "output_index": 0, "content_index": 0}
         self._place = place
         self._delta = b"event: response.output_text.delta\ndata: " + orjson.dumps(
@@ -58,29 +58,29 @@ class ResponseWriter:
         """Of the last event of an answer of so many tokens."""
         return BEFORE_TOKENS + count + AFTER_TOKENS
 
-    def opening(self) -> bytes:
+    def begin(self) -> bytes:
         """Before the journal has anything."""
         background = self._answer.manifest.given_back["background"]
         status = Status.QUEUED if background else Status.IN_PROGRESS
         return self._response_event(0, "created", status)
 
-    def skip(self, shown: Shown) -> None:
+    def skip(self, shown: StreamDelta) -> None:
         """The reader has this."""
         self._collected.add(shown)
         self._seen = max(self._seen, BEFORE_TOKENS + self._answer.completion_tokens)
 
-    def event(self, _choice: int, shown: Shown) -> bytes:
+    def event(self, _choice: int, shown: StreamDelta) -> bytes:
         """What a record changes, in events."""
         self._collected.add(shown)
-        if isinstance(shown, Piece):
+        if isinstance(shown, Delta):
             return self._text_event(shown)
-        return self._opened() if isinstance(shown, Opening) else self._ended(shown)
+        return self._opened() if isinstance(shown, Start) else self._ended(shown)
 
-    def closing(self) -> bytes:
+    def finish(self) -> bytes:
         """Nothing: the last event says that it is the last."""
         return b""
 
-    def failure(self, error: QuireError) -> bytes:
+    def fail(self, error: QuireError) -> bytes:
         """The end of this stream, which is not the end of the response."""
         fields: dict[str, str | None] = {
             "code": error.code, "message": error.message, "param": error.param, **error.details(),
@@ -91,7 +91,7 @@ class ResponseWriter:
 
     def _opened(self) -> bytes:
         place = self._place
-        part = text_part(self._answer, Collected())
+        part = text_part(self._answer, Accumulator())
         added = {"item": opened_item(self._answer), "output_index": 0}
         return (
             self._response_event(1, "in_progress", Status.IN_PROGRESS)
@@ -99,7 +99,7 @@ class ResponseWriter:
             + self._event(3, "response.content_part.added", **place, part=part)
         )
 
-    def _text_event(self, piece: Piece) -> bytes:
+    def _text_event(self, piece: Delta) -> bytes:
         answer = self._answer
         event_id = b"id: %s\n" % answer.position.encode() if self._event_ids else b""
         scored = orjson.dumps(logprobs(answer, piece.scored)) if piece.scored else b"[]"
@@ -109,7 +109,7 @@ class ResponseWriter:
             orjson.dumps(piece.text), b',"logprobs":', scored, b"}\n\n",
         ))  # fmt: skip
 
-    def _ended(self, ending: Ending) -> bytes:
+    def _ended(self, ending: Finish) -> bytes:
         answer, collected, place = self._answer, self._collected, self._place
         end = ending.end
         first = BEFORE_TOKENS + end.count + 1
@@ -127,7 +127,7 @@ class ResponseWriter:
     def _response_event(self, number: int, name: str, status: Status) -> bytes:
         if number <= self._seen:
             return b""
-        empty = Collected() if name in {"created", "in_progress"} else self._collected
+        empty = Accumulator() if name in {"created", "in_progress"} else self._collected
         response = response_object(self._answer, empty, status=status)
         return self._event(number, f"response.{name}", response=response)
 
