@@ -26,7 +26,6 @@ from pydantic import (
 
 from service.api.fields import FieldError, Label, Text
 from service.api.openai.schema import Message
-from service.api.wire import WireModel, content_is_optional, with_assistant_content
 from service.api.tools.schema import (
     CalledFunction,
     CalledTool,
@@ -38,6 +37,7 @@ from service.api.tools.schema import (
     ToolChoice,
     check_json,
 )
+from service.api.wire import WireModel, content_is_optional, with_assistant_content
 
 MAX_BLOCKS = 1024  # of one message
 DIRECT = {"type": "direct"}

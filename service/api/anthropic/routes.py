@@ -5,22 +5,23 @@ from __future__ import annotations
 import orjson
 from fastapi import APIRouter, Response
 
+from service.api.answers import described, refused
+from service.api.anthropic.answers import AnthropicMessage, MessageCount, MessageErrorBody
 from service.api.anthropic.schema import CountBody, MessageBody, as_chat, as_prompt
 from service.api.body import JsonRequest, JsonRoute
 from service.api.context import Caller, Context
 from service.api.generation.prompts import chat_prompt
 from service.api.generation.respond import answer_chat
 from service.api.generation.submit import check_model
-from service.api.wire import ANSWER
 from service.api.tools.plan import tool_use
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute, responses=refused(MessageErrorBody))
 
 
 @router.post(
     "/v1/messages",
     response_model=None,
-    responses=ANSWER,
+    responses=described(AnthropicMessage, stream=True),
     summary="Create a message",
     description="Answers a chat in the shape of Anthropic's API, its errors too. With `stream` the "
     "answer comes as server-sent events; its `x-request-id` is what it can be resumed or cancelled "
@@ -36,6 +37,7 @@ async def create_message(
 @router.post(
     "/v1/messages/count_tokens",
     response_model=None,
+    responses=described(MessageCount),
     summary="Count a message's tokens",
     description="How many tokens the prompt of such a message has.",
 )

@@ -23,9 +23,9 @@ from service.api.anthropic.blocks import (
 from service.api.fields import Label, ModelName, Seed, StopStrings, TopP, UnitTemperature
 from service.api.generation.manifest import Endpoint
 from service.api.openai.schema import ChatBody, Message
-from service.api.wire import MAX_MESSAGES, MAX_PRIORITY, MAX_TOP_K, WireModel
 from service.api.structured.schema import JsonSchema, ResponseFormat
 from service.api.tools.schema import MAX_TOOLS
+from service.api.wire import MAX_MESSAGES, MAX_PRIORITY, MAX_TOP_K, WireModel
 from service.errors import BadRequest
 
 _THINKING_OFF = ({"type": "disabled"},)

@@ -70,7 +70,7 @@ class MessageWriter:
             if news.opens:
                 events += _opened(news)
             if news.text:
-                delta = block_delta(news.run, news.text)
+                delta = block_delta(news.segment, news.text)
                 events.append(_event("content_block_delta", index=news.index, delta=delta))
         return events
 
@@ -91,7 +91,7 @@ class MessageWriter:
 
 def _opened(news: SegmentDelta) -> list[bytes]:
     index = news.index
-    start = _event("content_block_start", index=index, content_block=opened_block(news.run))
+    start = _event("content_block_start", index=index, content_block=opened_block(news.segment))
     if index == 0:
         return [start, _PING]
     return [_event("content_block_stop", index=index - 1), start]

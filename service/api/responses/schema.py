@@ -25,7 +25,6 @@ from pydantic import (
 
 from service.api.fields import FieldError, Label, ResponseContent, Text
 from service.api.openai.schema import ChatBody, Message
-from service.api.wire import MAX_MESSAGES, UNSUPPORTED, SamplingBody, WireModel, content_is_optional, with_assistant_content
 from service.api.responses.tools import (
     InputCall,
     InputResult,
@@ -36,6 +35,14 @@ from service.api.responses.tools import (
 )
 from service.api.structured.schema import TextFormat, TextOptions
 from service.api.tools.schema import CalledFunction, CalledTool, Mode
+from service.api.wire import (
+    MAX_MESSAGES,
+    UNSUPPORTED,
+    SamplingBody,
+    WireModel,
+    content_is_optional,
+    with_assistant_content,
+)
 from service.errors import BadRequest
 
 LOGPROBS = "message.output_text.logprobs"
