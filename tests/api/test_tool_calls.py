@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from service.api.tools.formats import NOTATIONS, Notation
-from service.api.tools.parser import CallReader, Told, call_id
+from service.api.tools.formats import TOOL_FORMATS, ToolFormat
+from service.api.tools.parser import ParsedText, ToolCallParser, call_id
 
-NAMES = sorted(NOTATIONS)
+NAMES = sorted(TOOL_FORMATS)
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Sum:
     calls: list[list[str]] = field(default_factory=list)  # id, name, arguments
     called: bool = False
 
-    def add(self, told: Told) -> None:
+    def add(self, told: ParsedText) -> None:
         self.text += told.text
         for delta in told.calls:
             assert (delta.id is None) == (delta.name is None)
@@ -32,8 +32,8 @@ class Sum:
             self.calls[delta.index][2] += delta.arguments
 
 
-def read(notation: Notation, pieces: list[str]) -> Sum:
-    reader = CallReader(notation, request_id="s0-1.0")
+def read(notation: ToolFormat, pieces: list[str]) -> Sum:
+    reader = ToolCallParser(notation, request_id="s0-1.0")
     total = Sum()
     for piece in pieces:
         total.add(reader.push(piece))
@@ -47,13 +47,13 @@ def cut(draw: random.Random, text: str) -> list[str]:
     return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-def random_calls(draw: random.Random, notation: Notation) -> list[tuple[str, str]]:
+def random_calls(draw: random.Random, notation: ToolFormat) -> list[tuple[str, str]]:
     values = [{}, {"a": '}{"\\'}, {"b": [1, {"c": None}], "é": "</tool_call>"}, {"": {"": []}}]
     count = 1 if notation.joint is None else draw.randint(1, 4)
     return [(f"f-{i}_", json.dumps(draw.choice(values))) for i in range(count)]
 
 
-def near_calls(draw: random.Random, notation: Notation) -> str:
+def near_calls(draw: random.Random, notation: ToolFormat) -> str:
     """Whatever begins like a call, or ends like one, and much that does neither."""
     spelled = notation.spell(random_calls(draw, notation))
     fixed = [notation.opening, notation.heads[0], notation.between, notation.tail, notation.end]
@@ -64,7 +64,7 @@ def near_calls(draw: random.Random, notation: Notation) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_told_does_not_depend_on_the_cuts(name: str) -> None:
-    notation = NOTATIONS[name]
+    notation = TOOL_FORMATS[name]
     for seed in range(60):
         draw = random.Random(seed)
         text = near_calls(draw, notation)
@@ -75,7 +75,7 @@ def test_what_is_told_does_not_depend_on_the_cuts(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_spelled_is_read_back(name: str) -> None:
-    notation = NOTATIONS[name]
+    notation = TOOL_FORMATS[name]
     for seed in range(60):
         draw = random.Random(seed)
         calls = random_calls(draw, notation)
@@ -92,7 +92,7 @@ def test_what_is_spelled_is_read_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_text_without_an_opening_is_told_as_it_is(name: str) -> None:
-    notation = NOTATIONS[name]
+    notation = TOOL_FORMATS[name]
     for seed in range(60):
         draw = random.Random(seed)
         alphabet = notation.opening + " \n"
@@ -105,15 +105,15 @@ def test_a_text_without_an_opening_is_told_as_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_text_comes_at_once_where_no_call_can_begin(name: str) -> None:
-    reader = CallReader(NOTATIONS[name], request_id="a")
+    reader = ToolCallParser(TOOL_FORMATS[name], request_id="a")
     assert reader.push("Hello, world").text == "Hello, world"
     assert reader.push("! <").text in {"!", "! <"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_arguments_come_as_they_are_written(name: str) -> None:
-    notation = NOTATIONS[name]
-    reader = CallReader(notation, request_id="a")
+    notation = TOOL_FORMATS[name]
+    reader = ToolCallParser(notation, request_id="a")
     spelled = notation.spell([("now", '{"zone": "UTC"}')])
     start = spelled.index('{"zone')
     assert reader.push(spelled[:start]).calls == ()
@@ -128,7 +128,7 @@ def test_arguments_come_as_they_are_written(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_call_that_is_cut_off_is_told_as_far_as_it_goes(name: str) -> None:
-    notation = NOTATIONS[name]
+    notation = TOOL_FORMATS[name]
     spelled = notation.spell([("now", '{"a": 1}')])
     named, done = spelled.index("{", spelled.index("now")) + 1, spelled.index("}") + 1
     for end in range(len(notation.opening), len(spelled) + 1):
@@ -139,7 +139,7 @@ def test_a_call_that_is_cut_off_is_told_as_far_as_it_goes(name: str) -> None:
 
 
 def test_an_opening_that_counts_at_the_start_counts_nowhere_else() -> None:
-    notation = NOTATIONS["llama"]
+    notation = TOOL_FORMATS["llama"]
     spelled = notation.spell([("now", "{}")])
     total = read(notation, [spelled + spelled])
     assert (total.text, len(total.calls)) == (spelled, 1)
@@ -147,7 +147,7 @@ def test_an_opening_that_counts_at_the_start_counts_nowhere_else() -> None:
     assert (total.text, total.calls) == ("x" + spelled, [])
 
 
-V11 = NOTATIONS["mistral-v11"]
+V11 = TOOL_FORMATS["mistral-v11"]
 
 
 def with_ids(*ids: str | None) -> str:
@@ -201,7 +201,7 @@ def test_a_call_with_an_id_may_be_cut_off_anywhere(end: int) -> None:
 
 def test_what_is_no_call_is_text() -> None:
     """Nothing that a grammar made; and the next call is found again."""
-    notation = NOTATIONS["plain"]
+    notation = TOOL_FORMATS["plain"]
     good = notation.spell([("now", "{}")])
     for text in ("<tool_call>\nnow()", '<tool_call>\n{"name": "now", "arguments": 3}', "x <tool_"):
         total = read(notation, [text])

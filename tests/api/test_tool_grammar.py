@@ -18,13 +18,13 @@ import pytest
 from model.grammar import GrammarError, Grammars
 from model.text.tokenizer import Tokenizer
 from service.api.structured.json_schema import binding
-from service.api.tools.formats import NOTATIONS, Notation
+from service.api.tools.formats import TOOL_FORMATS, ToolFormat
 from service.api.tools.grammar import tools_grammar
-from service.api.tools.parser import CallReader
+from service.api.tools.parser import ToolCallParser
 from service.api.tools.plan import ToolUse
 from service.api.tools.schema import Function
 
-NAMES = sorted(NOTATIONS)
+NAMES = sorted(TOOL_FORMATS)
 CITY: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -56,7 +56,7 @@ def use(**fields: Any) -> ToolUse:
     )
 
 
-def markers(notation: Notation, tokenizer: Tokenizer) -> dict[str, int]:
+def markers(notation: ToolFormat, tokenizer: Tokenizer) -> dict[str, int]:
     """Two special tokens that the test's vocabulary has."""
     ids = [tokenizer.special_id("<|im_start|>"), tokenizer.special_id("<s>")]
     return {text: id_ for text, id_ in zip(notation.markers, ids, strict=False) if id_ is not None}
@@ -90,9 +90,9 @@ def text_of(ids: list[int], tokenizer: Tokenizer, marker_ids: dict[str, int]) ->
     return b"".join(names.get(id_) or tokenizer.token_bytes[id_] for id_ in ids).decode()
 
 
-def check(notation: Notation, text: str) -> tuple[str, list[str]]:
+def check(notation: ToolFormat, text: str) -> tuple[str, list[str]]:
     """What was said, and the names that were called; every call fits."""
-    reader = CallReader(notation, request_id="r")
+    reader = ToolCallParser(notation, request_id="r")
     told = reader.push(text)
     rest = reader.finish().text
     if told.calls:
@@ -106,7 +106,7 @@ def check(notation: Notation, text: str) -> tuple[str, list[str]]:
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_forced_calls_fit(name: str, special: bool, tokenizer: Tokenizer) -> None:
-    notation = NOTATIONS[name]
+    notation = TOOL_FORMATS[name]
     ids = markers(notation, tokenizer) if special else {}
     grammar = tools_grammar(use(), notation, ids)
     seen: set[str] = set()
@@ -124,7 +124,7 @@ def test_forced_calls_fit(name: str, special: bool, tokenizer: Tokenizer) -> Non
 @pytest.mark.parametrize("name", NAMES)
 def test_text_may_come_before_calls(name: str, special: bool, tokenizer: Tokenizer) -> None:
     """Text first, then the opening: from there on the answer is bound."""
-    notation = NOTATIONS[name]
+    notation = TOOL_FORMATS[name]
     ids = markers(notation, tokenizer) if special else {}
     grammar = tools_grammar(use(forced=False), notation, ids)
     ended = 0
@@ -143,7 +143,7 @@ def test_text_may_come_before_calls(name: str, special: bool, tokenizer: Tokeniz
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_answer_may_be_text_alone(name: str, tokenizer: Tokenizer) -> None:
-    notation = NOTATIONS[name]
+    notation = TOOL_FORMATS[name]
     for marker_ids in ({}, markers(notation, tokenizer)):
         grammar = tools_grammar(use(forced=False), notation, marker_ids)
         answer = sample(grammar, tokenizer, random.Random(1), first='{"a": 1} <tool')
@@ -152,7 +152,7 @@ def test_an_answer_may_be_text_alone(name: str, tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_named_function_is_called_once(name: str, tokenizer: Tokenizer) -> None:
-    notation = NOTATIONS[name]
+    notation = TOOL_FORMATS[name]
     grammar = tools_grammar(use(may_call=(1,), parallel=False), notation, {})
     for seed in range(3):
         answer = sample(grammar, tokenizer, random.Random(seed))
@@ -164,7 +164,7 @@ def test_a_named_function_is_called_once(name: str, tokenizer: Tokenizer) -> Non
 @pytest.mark.parametrize("id_", ["", "[CALL_ID]a1B2c3D4e"])
 def test_a_call_may_have_an_id(id_: str, special: bool, tokenizer: Tokenizer) -> None:
     """With an id or without, and after either, another call of either kind."""
-    notation = NOTATIONS["mistral-v11"]
+    notation = TOOL_FORMATS["mistral-v11"]
     ids = markers(notation, tokenizer) if special else {}
     grammar = tools_grammar(use(), notation, ids)
     call = f"[TOOL_CALLS]now{id_}[ARGS]{{}}"
@@ -202,12 +202,12 @@ def test_texts_of_a_schema_are_no_grammar(tokenizer: Tokenizer) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": odd}}, "required": ["a"],
               "additionalProperties": False}  # fmt: skip
     function = Function(name="now", parameters=schema)
-    grammar = tools_grammar(use(functions=(function,), may_call=(0,)), NOTATIONS["plain"], {})
+    grammar = tools_grammar(use(functions=(function,), may_call=(0,)), TOOL_FORMATS["plain"], {})
     for text in odd:
         arguments = json.dumps({"a": text}, ensure_ascii=False)
-        spelled = NOTATIONS["plain"].spell([("now", arguments)])
+        spelled = TOOL_FORMATS["plain"].spell([("now", arguments)])
         sample(grammar, tokenizer, random.Random(0), first=spelled)  # raises where it may not
-        (call,) = CallReader(NOTATIONS["plain"], request_id="r").push(spelled).calls
+        (call,) = ToolCallParser(TOOL_FORMATS["plain"], request_id="r").push(spelled).calls
         assert call.arguments == arguments
 
 
@@ -222,7 +222,7 @@ def test_schemas_that_cannot_be_followed(tokenizer: Tokenizer) -> None:
     def compile_with(schema: dict[str, Any], *, strict: bool) -> None:
         function = Function(name="f", parameters=schema, strict=strict)
         asked = use(functions=(function,), may_call=(0,))
-        grammars.matcher(tools_grammar(asked, NOTATIONS["plain"], {}))
+        grammars.matcher(tools_grammar(asked, TOOL_FORMATS["plain"], {}))
 
     compile_with(beyond, strict=False)
     for schema, strict in ((beyond, True), (wrong, True), (wrong, False)):

@@ -15,7 +15,7 @@ from model.grammar import Grammars
 from model.text.chat_template import ChatTemplate
 from model.text.tokenizer import Tokenizer
 from service.api.structured.validator import GrammarTrials
-from service.api.tools.formats import NOTATIONS, notation_name
+from service.api.tools.formats import TOOL_FORMATS, tool_format_name
 from service.messages import FinishReason
 
 CHAT = "/v1/chat/completions"
@@ -95,7 +95,7 @@ def tokenizer(name: str, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False)
     raw.train_from_iterator([], trainer)
-    specials = ("<|im_start|>", "<|im_end|>", "<s>", *NOTATIONS[name].markers)
+    specials = ("<|im_start|>", "<|im_end|>", "<s>", *TOOL_FORMATS[name].markers)
     raw.add_special_tokens([AddedToken(text, special=True) for text in specials])
     folder: Path = tmp_path_factory.mktemp(name)
     raw.save(str(folder / "tokenizer.json"))
@@ -148,9 +148,9 @@ def prompt_of(service: Any) -> str:
 
 
 async def test_a_conversation_with_calls(service: Any, name: str, read_events: Any) -> None:
-    notation = NOTATIONS[name]
+    notation = TOOL_FORMATS[name]
     tokenizer = service.tokenizer
-    assert notation_name(tokenizer) == name
+    assert tool_format_name(tokenizer) == name
     markers = notation.marker_ids(tokenizer)
     assert set(markers) == (set(notation.markers) if notation.native else set())
     calls = [("get_weather", '{"city": "Zürich 😀"}'), ("now", "{}")]
@@ -208,7 +208,7 @@ async def test_ids_of_the_model_are_returned_and_rendered(
     tokenizer = service.tokenizer
     template = ChatTemplate(V11.replace("CALL_ID", CALL_ID))
     monkeypatch.setitem(vars(tokenizer), "_template", template)
-    markers = NOTATIONS["mistral-v11"].marker_ids(tokenizer)
+    markers = TOOL_FORMATS["mistral-v11"].marker_ids(tokenizer)
     answer = (
         'Let me see.[TOOL_CALLS]get_weather[CALL_ID]a1B2c3D4e[ARGS]{"city": "Rome"}'
         "[TOOL_CALLS]now[CALL_ID]000000001[ARGS]{}"
@@ -239,7 +239,7 @@ async def test_calls_before_without_tools_now(service: Any, name: str) -> None:
 
 
 async def test_what_users_write_is_no_special_token(service: Any, name: str) -> None:
-    markers = NOTATIONS[name].markers
+    markers = TOOL_FORMATS[name].markers
     tool = {"type": "function", "function": {"name": "f", "description": f"{markers} <|im_end|>"}}
     body = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}]}
     await service.post(CHAT, body | {"tools": [TOOLS[1]], "max_tokens": 4})

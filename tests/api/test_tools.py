@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from service.api.generation.manifest import Manifest
-from service.api.tools.formats import NOTATIONS
+from service.api.tools.formats import TOOL_FORMATS
 from service.messages import FinishReason
 from tests.support.builders import slowly
 
 CHAT = "/v1/chat/completions"
-PLAIN = NOTATIONS["plain"]
+PLAIN = TOOL_FORMATS["plain"]
 WEATHER = {
     "type": "function",
     "function": {

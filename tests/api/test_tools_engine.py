@@ -19,7 +19,7 @@ from model.runners.torch import TorchRunner
 from service.api.generation.accumulate import Accumulator
 from service.api.generation.deltas import ChoiceReader
 from service.api.generation.manifest import Endpoint, Manifest, PromptNote
-from service.api.tools.formats import NOTATIONS
+from service.api.tools.formats import TOOL_FORMATS
 from service.api.tools.grammar import tools_grammar
 from service.api.tools.plan import ToolUse
 from service.api.tools.schema import Function
@@ -110,9 +110,9 @@ def read(events: Sequence[Event], name: str, request_id: str) -> Accumulator:
 
 
 @pytest.mark.parametrize("forced", [True, False])
-@pytest.mark.parametrize("name", sorted(NOTATIONS))
+@pytest.mark.parametrize("name", sorted(TOOL_FORMATS))
 def test_every_call_fits_its_schema(name: str, forced: bool) -> None:
-    notation = NOTATIONS[name]
+    notation = TOOL_FORMATS[name]
     words: Any = Words()
     draw = random.Random(name)
     grammars = {

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from service.api.tools.formats import NOTATIONS
+from service.api.tools.formats import TOOL_FORMATS
 from service.messages import FinishReason
 from tests.support.builders import slowly
 
 URL = "/v1/responses"
-PLAIN = NOTATIONS["plain"]
+PLAIN = TOOL_FORMATS["plain"]
 TOOLS: list[dict[str, Any]] = [
     {"type": "function", "name": "get_weather", "description": "The weather.", "parameters": {
         "type": "object", "properties": {"city": {"type": "string"}}}, "strict": True},

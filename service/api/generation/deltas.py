@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from model.text.tokenizer import Tokenizer
 from service.api.generation.manifest import Endpoint, Manifest
-from service.api.tools.formats import NOTATIONS, Notation
-from service.api.tools.parser import CallDelta, CallReader, Told
+from service.api.tools.formats import TOOL_FORMATS, ToolFormat
+from service.api.tools.parser import CallDelta, ParsedText, ToolCallParser
 from service.errors import StreamDivergence
 from service.messages import End, FinishReason, Record, TokenLogprob, Tokens, rolling_digest
 
@@ -90,7 +90,7 @@ class ChoiceReader:
         self._manifest = manifest
         self._calls: _Calls | None = None
         if manifest.notation is not None:
-            self._calls = _Calls(NOTATIONS[manifest.notation], tokenizer, request_id=request_id)
+            self._calls = _Calls(TOOL_FORMATS[manifest.notation], tokenizer, request_id=request_id)
         self._prompt = manifest.prompt(choice)
         self._tokenizer = tokenizer
         self._offsets: _Offsets | None = None
@@ -187,14 +187,14 @@ class _Calls:
     each where it stood.
     """
 
-    def __init__(self, notation: Notation, tokenizer: Tokenizer, *, request_id: str) -> None:
-        self._reader = CallReader(notation, request_id=request_id)
+    def __init__(self, notation: ToolFormat, tokenizer: Tokenizer, *, request_id: str) -> None:
+        self._reader = ToolCallParser(notation, request_id=request_id)
         self._markers = {id_: text for text, id_ in notation.marker_ids(tokenizer).items()}
         self._offsets = _Offsets(tokenizer)
         self._waiting: list[tuple[int, str]] = []  # (offset, marker): the text is not there yet
         self._num_chars = 0
 
-    def read(self, record: Tokens) -> Told:
+    def read(self, record: Tokens) -> ParsedText:
         text = record.text
         if self._markers:
             pairs = zip(record.ids, self._offsets.of(record.ids), strict=True)

@@ -18,7 +18,7 @@ from model.text.template_renderer import TemplateUnavailableError
 from service.api.context import ApiContext
 from service.api.limits import ApiLimits
 from service.api.openai.schema import ChatBody, CompletionBody, TokenizeBody
-from service.api.tools.formats import NOTATIONS, notation_name
+from service.api.tools.formats import TOOL_FORMATS, tool_format_name
 from service.api.tools.plan import ToolUse
 from service.api.tools.prompt import with_tools
 from service.errors import BadRequest, Unavailable
@@ -115,7 +115,7 @@ async def chat_prompt(
             code="chat_not_supported",
             param=body.prompt_field,
         )
-    notation = NOTATIONS[notation_name(context.tokenizer)]
+    notation = TOOL_FORMATS[tool_format_name(context.tokenizer)]
     functions = () if tools is None else tools.functions
     messages, variables = with_tools(body.messages, functions, notation)
     going_on = body.continue_final_message is True

@@ -25,7 +25,7 @@ from service.api.generation.sampling import (
 from service.api.limits import ApiLimits
 from service.api.openai.schema import ChatBody, CompletionBody, GenerationBody
 from service.api.rates import over_rate
-from service.api.tools.formats import notation_name
+from service.api.tools.formats import tool_format_name
 from service.api.tools.plan import ToolUse
 from service.errors import (
     BadRequest,
@@ -78,7 +78,7 @@ def plan_call(
     """All that a call asks for; `given_back` where it asks for a response. Raises BadRequest."""
     manifest = _manifest(body, prompts, context)
     if tools is not None:
-        manifest = replace(manifest, notation=notation_name(context.tokenizer))
+        manifest = replace(manifest, notation=tool_format_name(context.tokenizer))
     if given_back is not None:
         manifest = replace(manifest, endpoint=Endpoint.RESPONSES, given_back=given_back)
     manifest = replace(manifest, grace=_grace(body, manifest, call=call, limits=context.limits))

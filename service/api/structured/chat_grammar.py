@@ -18,7 +18,7 @@ from service.api.structured.grammars import (
     schema_error,
 )
 from service.api.structured.json_schema import Schema, Trial, fitting
-from service.api.tools.formats import NOTATIONS, notation_name
+from service.api.tools.formats import TOOL_FORMATS, tool_format_name
 from service.api.tools.grammar import arguments_rule, tools_grammar
 from service.api.tools.plan import ToolUse
 from service.api.tools.schema import Function
@@ -32,7 +32,7 @@ async def chat_grammar(
     if tools is None:
         return await asked_grammar(body, context, tenant=tenant)
     check_alone(body)
-    notation = NOTATIONS[notation_name(context.tokenizer)]
+    notation = TOOL_FORMATS[tool_format_name(context.tokenizer)]
     if body.structured_outputs is not None:
         raise BadRequest("structured_outputs and tools exclude each other", param="tools")
     formatted = body.response_format is not None and body.response_format.type != "text"

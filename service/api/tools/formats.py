@@ -19,7 +19,7 @@ from model.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Notation:
+class ToolFormat:
     """One model family's way to write calls."""
 
     signs: tuple[str, ...]  # a chat template that holds all of these writes calls this way
@@ -47,7 +47,7 @@ class Notation:
         return {text: id_ for text, id_ in found.items() if id_ is not None}
 
 
-_HERMES = Notation(
+_HERMES = ToolFormat(
     signs=("tools", "<tool_call>", '"arguments"'),
     opening="<tool_call>",
     heads=('\n{"name": "',),
@@ -57,9 +57,9 @@ _HERMES = Notation(
     markers=("<tool_call>", "</tool_call>"),
 )
 PLAIN = "plain"
-NOTATIONS: Mapping[str, Notation] = MappingProxyType({
+TOOL_FORMATS: Mapping[str, ToolFormat] = MappingProxyType({
     "hermes": _HERMES,  # Hermes, Qwen 2.5 and 3
-    "mistral-v11": Notation(  # Mistral Small 3.2, Magistral, Devstral, Ministral 3
+    "mistral-v11": ToolFormat(  # Mistral Small 3.2, Magistral, Devstral, Ministral 3
         signs=("tools", "[TOOL_CALLS]", "[ARGS]"),
         opening="[TOOL_CALLS]",
         heads=("",),
@@ -71,7 +71,7 @@ NOTATIONS: Mapping[str, Notation] = MappingProxyType({
         id_length=9,
         id_mark="[CALL_ID]",  # tokenizer version 11; version 13 writes no ids
     ),
-    "mistral": Notation(  # tokenizer versions 3 and 7
+    "mistral": ToolFormat(  # tokenizer versions 3 and 7
         signs=("tools", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]"),
         opening="[TOOL_CALLS]",
         heads=('[{"name": "', ' [{"name": "'),
@@ -83,7 +83,7 @@ NOTATIONS: Mapping[str, Notation] = MappingProxyType({
         id_prefix="",  # its template takes nine letters or digits
         id_length=9,
     ),
-    "llama": Notation(
+    "llama": ToolFormat(
         signs=("tools", "ipython", '"parameters": '),
         opening='{"name": "',
         heads=("",),
@@ -97,10 +97,10 @@ NOTATIONS: Mapping[str, Notation] = MappingProxyType({
 """Name -> notation; `plain` for a model whose template knows no tools, or a notation not listed."""
 
 
-def notation_name(tokenizer: Tokenizer) -> str:
-    """Which of `NOTATIONS` the model's chat template speaks."""
+def tool_format_name(tokenizer: Tokenizer) -> str:
+    """Which of `TOOL_FORMATS` the model's chat template speaks."""
     template = tokenizer.chat_template or ""
-    for name, notation in NOTATIONS.items():
+    for name, notation in TOOL_FORMATS.items():
         if notation.native and all(sign in template for sign in notation.signs):
             return name
     return PLAIN

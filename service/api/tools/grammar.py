@@ -14,7 +14,7 @@ from typing import Any
 
 from model.grammar import lark_grammar
 from service.api.structured.json_schema import binding, uncounted
-from service.api.tools.formats import Notation
+from service.api.tools.formats import ToolFormat
 from service.api.tools.plan import ToolUse
 from service.api.tools.schema import Function
 
@@ -26,7 +26,7 @@ _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": Fal
 
 
 def tools_grammar(
-    use: ToolUse, notation: Notation, marker_ids: Mapping[str, int], *, text: str | None = None
+    use: ToolUse, notation: ToolFormat, marker_ids: Mapping[str, int], *, text: str | None = None
 ) -> str:
     """In `model.grammar`'s notation. `marker_ids`: of the markers that are special tokens; `text`:
     the right side of a rule for what may be said instead of calls, where that is not any text.
@@ -52,7 +52,7 @@ def tools_grammar(
     return lark_grammar("\n".join(rules))
 
 
-def _named(name: str, notation: Notation, spell: _Speller) -> str:
+def _named(name: str, notation: ToolFormat, spell: _Speller) -> str:
     """From a call's name to its arguments."""
     if notation.id_mark is None:
         return spell(name + notation.between)
@@ -69,7 +69,7 @@ def arguments_rule(function: Function) -> str:
     return f"%json {json.dumps(bound, separators=(',', ':'))}"
 
 
-def _start(use: ToolUse, notation: Notation, spell: _Speller) -> list[str]:
+def _start(use: ToolUse, notation: ToolFormat, spell: _Speller) -> list[str]:
     opening = spell(notation.opening)
     if use.forced:
         return [f"start: {opening} calls"]
@@ -82,11 +82,11 @@ def _start(use: ToolUse, notation: Notation, spell: _Speller) -> list[str]:
     return [f"start: TEXT | opened calls\nopened[lazy]: TEXT {opening}", text]
 
 
-def _formatted(text: str, notation: Notation, spell: _Speller) -> list[str]:
+def _formatted(text: str, notation: ToolFormat, spell: _Speller) -> list[str]:
     return [f"start: formatted | {spell(notation.opening)} calls", f"formatted: {text}"]
 
 
-def _more(use: ToolUse, notation: Notation, spell: _Speller) -> str:
+def _more(use: ToolUse, notation: ToolFormat, spell: _Speller) -> str:
     if notation.joint is None or not use.parallel:
         return ""
     return f" ({spell(notation.joint)} call){{0,{MAX_CALLS - 1}}}"
@@ -95,7 +95,7 @@ def _more(use: ToolUse, notation: Notation, spell: _Speller) -> str:
 class _Speller:
     """A fixed string in Lark: quoted, but for the special tokens in it, which go by their ids."""
 
-    def __init__(self, notation: Notation, marker_ids: Mapping[str, int]) -> None:
+    def __init__(self, notation: ToolFormat, marker_ids: Mapping[str, int]) -> None:
         self._ids = marker_ids
         markers = [marker for marker in notation.markers if marker in marker_ids]
         self._markers = re.compile(f"({'|'.join(map(re.escape, markers))})") if markers else None

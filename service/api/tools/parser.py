@@ -1,6 +1,6 @@
 """Tool calls out of a model's text: what is said to the reader, and what is asked of functions.
 
-`CallReader` reads the text of one choice in pieces and tells what became certain with each. What it
+`ToolCallParser` reads the text of one choice in pieces and tells what became certain with each. What it
 has told in all is a function of the text alone, however it was cut: so a stream, its sum, and a
 stream that goes on elsewhere say the same. What may be the beginning of a call is held back, and
 the blanks before it, which belong to the call:
@@ -19,7 +19,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from service.api.tools.formats import Notation
+from service.api.tools.formats import ToolFormat
 
 MAX_NAME = 64  # characters of a function's name
 
@@ -35,23 +35,23 @@ class CallDelta:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ParsedText:
     """What became certain: text, and news of calls, at most one for each."""
 
     text: str
     calls: tuple[CallDelta, ...] = ()
 
 
-def call_id(notation: Notation, request_id: str, index: int) -> str:
+def call_id(notation: ToolFormat, request_id: str, index: int) -> str:
     """A call's id: the same whenever and wherever the answer is read."""
     digest = hashlib.sha256(f"{request_id}/{index}".encode()).hexdigest()
     return notation.id_prefix + digest[: notation.id_length]
 
 
-class CallReader:
+class ToolCallParser:
     """The text of one choice, up to where it was read."""
 
-    def __init__(self, notation: Notation, *, request_id: str) -> None:
+    def __init__(self, notation: ToolFormat, *, request_id: str) -> None:
         self._notation = notation
         self._request_id = request_id
         self._step: Callable[[], bool] = self._read_text
@@ -72,22 +72,22 @@ class CallReader:
         """Whether there is a call, and all that have begun are whole."""
         return self._num_calls > 0 and not self._in_arguments
 
-    def push(self, text: str) -> Told:
+    def push(self, text: str) -> ParsedText:
         """Reads on; tells what became certain."""
         self._held += text
         while self._step():
             pass
         return self._told()
 
-    def finish(self) -> Told:
+    def finish(self) -> ParsedText:
         """Tells the text that was held back: the answer is at its end."""
         if self._step == self._read_text:
             self._text.append(self._held)
         self._held = ""
         return self._told()
 
-    def _told(self) -> Told:
-        told = Told("".join(self._text), tuple(self._calls.values()))
+    def _told(self) -> ParsedText:
+        told = ParsedText("".join(self._text), tuple(self._calls.values()))
         self._text, self._calls = [], {}
         return told
 

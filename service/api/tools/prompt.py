@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from service.api.openai.schema import Message
-from service.api.tools.formats import Notation
+from service.api.tools.formats import ToolFormat
 from service.api.tools.schema import CalledTool, Function
 
 _WORDS = """\
@@ -34,7 +34,7 @@ Rendered = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 def with_tools(
-    messages: Sequence[Message], functions: Sequence[Function], notation: Notation
+    messages: Sequence[Message], functions: Sequence[Function], notation: ToolFormat
 ) -> Rendered:
     """The messages and the variables for the chat template."""
     described = [_described(function) for function in functions]
@@ -78,7 +78,7 @@ def _native_call(call: CalledTool) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def _in_words(messages: Sequence[Message], notation: Notation) -> Iterator[dict[str, Any]]:
+def _in_words(messages: Sequence[Message], notation: ToolFormat) -> Iterator[dict[str, Any]]:
     for is_result, group in groupby(messages, lambda message: message.role == "tool"):
         if is_result:  # one message: templates may want the user and the assistant to take turns
             results = [f"<tool_response>\n{m.content}\n</tool_response>" for m in group]
@@ -87,7 +87,7 @@ def _in_words(messages: Sequence[Message], notation: Notation) -> Iterator[dict[
             yield from (_with_calls(message, notation) for message in group)
 
 
-def _with_calls(message: Message, notation: Notation) -> dict[str, Any]:
+def _with_calls(message: Message, notation: ToolFormat) -> dict[str, Any]:
     fields = _plain(message)
     if message.tool_calls is not None:
         calls = [(call.function.name, call.function.arguments) for call in message.tool_calls]
