@@ -15,6 +15,7 @@ from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
 from service.api import ROUTERS
 from service.api import errors as refusals
+from service.api.answers import ErrorBody, refused
 from service.api.auth import Authenticator, open_to_all
 from service.api.context import ApiContext, Probes
 from service.api.cors import allow_origins
@@ -23,11 +24,10 @@ from service.api.hosts import HostCheck, any_host
 from service.api.limits import ApiLimits
 from service.api.middleware import Boundary
 from service.api.observer import ApiObserver, NullObserver
-from service.api.wire import ErrorBody
 from service.api.pools import WorkPools
 from service.api.structured.validator import GrammarTrials
-from service.api.system import document
-from service.api.system.attention_service import AttentionDesk, AttentionReader
+from service.api.system import openapi
+from service.api.system.attention_service import AttentionReader, AttentionService
 from service.api.system.live_state import LiveState
 from service.errors import Unavailable
 from service.messages import ModelCard
@@ -71,7 +71,7 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
         live=LiveState(queue),
         attendance=Attendance(queue),
         grammars=GrammarTrials(vocabulary) if trials is None else trials,
-        attention=None if attention is None else AttentionDesk(attention, limits, observer),
+        attention=None if attention is None else AttentionService(attention, limits, observer),
         version=version,
     )
 
@@ -106,7 +106,7 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
     for group, router in ROUTERS.items():
         if group not in {"docs", "page"} or group in extras:
             app.include_router(router, tags=[group])
-    document.install(app, context)
+    openapi.install(app, context)
     return app
 
 
@@ -157,7 +157,7 @@ def _shell(
         lifespan=lifespan,
         openapi_url=None,
         redirect_slashes=False,
-        responses={"4XX": {"model": ErrorBody, "description": "The request was refused."}},
+        responses=refused(ErrorBody),
     )
     refusals.install(app)
     return app

@@ -25,7 +25,7 @@ from service.api.anthropic import routes as messages
 from service.api.generation import routes as streams
 from service.api.openai import chat, completions
 from service.api.responses import routes as responses
-from service.api.system import attention, docs, health, models, page, status
+from service.api.system import attention, health, models, openapi, page, status
 from service.api.system import tokenize as tokens
 
 ROUTERS: Mapping[str, APIRouter] = MappingProxyType({
@@ -40,6 +40,6 @@ ROUTERS: Mapping[str, APIRouter] = MappingProxyType({
     "health": health.router,
     "status": status.router,
     "page": page.router,
-    "docs": docs.router,
+    "docs": openapi.router,
 })  # fmt: skip
 """Group of endpoints -> its routes, all on the public port."""

@@ -17,7 +17,7 @@ from service.api.limits import ApiLimits
 from service.api.observer import ApiObserver
 from service.api.pools import WorkPools
 from service.api.structured.validator import GrammarTrials
-from service.api.system.attention_service import AttentionDesk
+from service.api.system.attention_service import AttentionService
 from service.api.system.live_state import LiveState
 from service.messages import ModelCard
 from service.queues import Queue
@@ -48,7 +48,7 @@ class ApiContext:
     live: LiveState
     attendance: Attendance
     grammars: GrammarTrials
-    attention: AttentionDesk | None  # None where no network is in the process
+    attention: AttentionService | None  # None where no network is in the process
     version: str
     replay: Replay = field(default_factory=Replay)
     closing: asyncio.Event = field(default_factory=asyncio.Event)  # open answers end now

@@ -207,31 +207,3 @@ class SamplingBody(WireModel):
     prompt_cache_key: Label | None = Field(
         None, description="Accepted for compatibility; prefixes are cached without it."
     )
-
-
-class ErrorFields(BaseModel):
-    """What is wrong."""
-
-    message: str = Field(description="For people: the limit that was broken.")
-    type: str = Field(description="The kind of error, as OpenAI names it.")
-    param: str | None = Field(description="The dotted path of the field at fault.")
-    code: str = Field(description="For programs: which error it is.")
-    request_id: str = Field(
-        "",
-        description="With `shutting_down`: the call to read on at another replica, if it can be.",
-    )
-    last_event_id: str = Field("", description="The event after which to read on.")
-
-
-class ErrorBody(BaseModel):
-    """Every answer with a status of 400 or more."""
-
-    error: ErrorFields = Field(description="What is wrong.")
-
-
-ANSWER: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The answer: one JSON object, or with stream its chunks as events.",
-        "content": {"application/json": {}, "text/event-stream": {}},
-    }
-}

@@ -17,7 +17,7 @@ from model.checkpoint import open_checkpoint
 from service.api.auth import Tenant
 from service.api.limits import ApiLimits
 from service.api.observer import NullObserver
-from service.api.system.attention_service import AttentionDesk, AttentionReader
+from service.api.system.attention_service import AttentionReader, AttentionService
 from service.roles import attention_reader
 from service.settings import Settings
 
@@ -36,8 +36,8 @@ def let_read(service: Any) -> Callable[[AttentionReader], None]:
     """Gives the replica something to read attention with."""
 
     def let(reader: AttentionReader) -> None:
-        desk = AttentionDesk(reader, ApiLimits(), NullObserver())
-        service.app.state.context = replace(service.app.state.context, attention=desk)
+        reading = AttentionService(reader, ApiLimits(), NullObserver())
+        service.app.state.context = replace(service.app.state.context, attention=reading)
 
     return let
 
@@ -121,7 +121,7 @@ async def test_the_length_is_limited_beside_the_models(
     async with start_service(limits=small_limits(max_attention_tokens=3)) as service:
         context = service.app.state.context
         service.app.state.context = replace(
-            context, attention=AttentionDesk(maps, context.limits, NullObserver())
+            context, attention=AttentionService(maps, context.limits, NullObserver())
         )
         assert (await service.client.get("/status")).json()["max_attention_tokens"] == 3
         assert (await service.post(PATH, {"tokens": [1, 2, 3]})).status_code == 200
@@ -167,15 +167,15 @@ async def test_one_is_read_at_a_time_and_tenants_take_turns(start_service: Any) 
     async with start_service(authenticate=by_header) as service:
         context = service.app.state.context
         limits = replace(context.limits, max_tenant_waiting_maps=4)
-        desk = AttentionDesk(reader, limits, service.observer)
-        service.app.state.context = replace(context, attention=desk)
+        reading = AttentionService(reader, limits, service.observer)
+        service.app.state.context = replace(context, attention=reading)
 
         def show(tenant: str, token: int) -> asyncio.Task[Any]:
             return asyncio.create_task(service.post(PATH, {"tokens": [token]}, x_tenant=tenant))
 
         flood = [show("flood", 1) for _ in range(5)]
         async with asyncio.timeout(30):
-            while len(reader.calls) < 1 or desk._pool.waiting < 4:
+            while len(reader.calls) < 1 or reading._pool.waiting < 4:
                 await asyncio.sleep(0.001)
         refused = await show("flood", 1)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
@@ -183,7 +183,7 @@ async def test_one_is_read_at_a_time_and_tenants_take_turns(start_service: Any) 
         assert service.observer.refusals == ["busy"]
         quiet = show("quiet", 2)
         async with asyncio.timeout(30):
-            while desk._pool.waiting < 5:
+            while reading._pool.waiting < 5:
                 await asyncio.sleep(0.001)
         assert (await service.client.get("/health/live")).status_code == 200, "others are served"
         reader.let.release(2)
@@ -192,4 +192,4 @@ async def test_one_is_read_at_a_time_and_tenants_take_turns(start_service: Any) 
         assert reader.calls[:2] == [[1], [2]]
         reader.let.release(20)
         assert {reply.status_code for reply in await asyncio.gather(*flood)} == {200}
-        desk.close()
+        reading.close()

@@ -17,9 +17,7 @@ import pytest
 from model.text.tokenizer import Tokenizer
 from service.api.limits import ApiLimits
 from service.api.observer import NullObserver
-from service.api.system.docs import DocumentCache
-from service.api.system.document import operations
-from service.api.system.document_errors import STATUSES
+from service.api.system.openapi import ERRORS, DocumentCache, operations
 from service.app import build_app
 from service.errors import QuireError
 from service.http.exposure import extras_of
@@ -214,7 +212,7 @@ def test_every_error_has_its_status() -> None:
         found.add(error.status)
         waiting += error.__subclasses__()
     # 405 is the answer to a method that the document does not list.
-    assert found - {405} <= STATUSES.keys()
+    assert found - {405} <= ERRORS.keys()
 
 
 async def test_the_document_is_left_out_unless_it_is_configured(service: Any) -> None:

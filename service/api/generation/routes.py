@@ -13,6 +13,7 @@ from typing import Annotated
 import orjson
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 
+from service.api.answers import StreamCancelled, described
 from service.api.context import Caller, Context
 from service.api.generation.lookup import find_call
 from service.api.generation.manifest import Manifest
@@ -21,7 +22,6 @@ from service.api.generation.resume import diverged, go_to
 from service.api.generation.sse import EventStream
 from service.api.generation.writers import writer_of
 from service.api.openai.stream import Writer
-from service.api.wire import ANSWER
 from service.errors import BadRequest, NotFound
 from service.messages import FinishReason, child_ids
 
@@ -43,7 +43,7 @@ LastEventId = Annotated[
 @router.get(
     "/v1/streams/{call_id}",
     response_model=None,
-    responses=ANSWER,
+    responses=described(None, stream=True),
     summary="Resume a stream",
     description="The events of a call, during its generation and for a while after it, from the "
     "start or after a given event. They carry ids.",
@@ -82,6 +82,7 @@ async def read_stream(  # each is a part of the request
 @router.delete(
     "/v1/streams/{call_id}",
     response_model=None,
+    responses=described(StreamCancelled),
     summary="Cancel a call",
     description="Ends what has not ended of a call, with the finish reason `cancelled`.",
 )

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import orjson
 
 from service.api.errors import error_body
-from service.api.generation.deltas import Finish, Start, Delta, ScoredToken, StreamDelta
+from service.api.generation.deltas import Delta, Finish, ScoredToken, Start, StreamDelta
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader
 from service.api.openai.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs

@@ -11,6 +11,7 @@ from typing import Annotated
 import orjson
 from fastapi import APIRouter, Path, Query, Request, Response
 
+from service.api.answers import described
 from service.api.auth import Tenant
 from service.api.body import JsonRequest, JsonRoute
 from service.api.context import ApiContext, Caller, Context
@@ -21,10 +22,9 @@ from service.api.generation.respond import answer_chat
 from service.api.generation.resume import go_to
 from service.api.generation.sse import EventStream
 from service.api.generation.writers import response_writer
-from service.api.responses.item_events import ResponseItemWriter
+from service.api.responses.answers import ResponseDeleted, ResponseObject
 from service.api.responses.schema import ResponseBody, as_chat, given_back
-from service.api.responses.stream import ResponseWriter
-from service.api.wire import ANSWER
+from service.api.responses.stream import ResponseRenderer, numbering
 from service.errors import BadRequest
 from service.messages import FinishReason
 
@@ -38,7 +38,7 @@ ResponseId = Annotated[str, Path(description="The id of a response.")]
 @router.post(
     "/v1/responses",
     response_model=None,
-    responses=ANSWER,
+    responses=described(ResponseObject, stream=True),
     summary="Create a response",
     description="Answers a text or messages. With `background` at once and without a reader; with "
     "`stream` in server-sent events, each with the number that it can be resumed after.",
@@ -54,7 +54,7 @@ async def create_response(
 @router.get(
     "/v1/responses/{response_id}",
     response_model=None,
-    responses=ANSWER,
+    responses=described(ResponseObject, stream=True),
     summary="Retrieve a response",
     description="A stored response as far as it has come; or with `stream` its events, all of them "
     "or those after a number.",
@@ -87,6 +87,7 @@ async def retrieve_response(  # each is a part of the request
 @router.post(
     "/v1/responses/{response_id}/cancel",
     response_model=None,
+    responses=described(ResponseObject),
     summary="Cancel a response",
     description="Ends a response that has not ended, and gives it as it is then.",
 )
@@ -102,6 +103,7 @@ async def cancel_response(
 @router.delete(
     "/v1/responses/{response_id}",
     response_model=None,
+    responses=described(ResponseDeleted),
     summary="Delete a response",
     description="Ends a response and forgets it.",
 )
@@ -115,7 +117,9 @@ async def delete_response(
     return Response(body, media_type="application/json")
 
 
-async def _find(response_id: str, request: Request, context: ApiContext, tenant: Tenant) -> AnswerReader:
+async def _find(
+    response_id: str, request: Request, context: ApiContext, tenant: Tenant
+) -> AnswerReader:
     call_id, manifest = await find_response(response_id, context, tenant)
     request.state.request_id = call_id
     return AnswerReader(
@@ -128,12 +132,11 @@ async def _find(response_id: str, request: Request, context: ApiContext, tenant:
     )
 
 
-async def _go_to(
-    answer: AnswerReader, writer: ResponseWriter | ResponseItemWriter, *, number: int
-) -> None:
+async def _go_to(answer: AnswerReader, writer: ResponseRenderer, *, number: int) -> None:
     """Reads up to the event of that number. Raises BadRequest, StreamDivergence or Unavailable."""
-    count = writer.tokens_at(number)
+    numbers = numbering(answer.manifest)
+    count = numbers.tokens_at(number)
     reached = await go_to(answer, writer, choice=0, count=count)
     # The events after the last token have numbers, too.
-    if reached < count and number > writer.last_number(reached):
+    if reached < count and number > numbers.last(reached):
         raise BadRequest("starting_after must be the number of an event", param="starting_after")

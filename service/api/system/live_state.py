@@ -1,4 +1,4 @@
-"""LiveState: queue depth and engines, read from the queue a few times a second however many ask."""
+"""LiveState: queue depth and engines, read from the queue a few times per second at most."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from time import monotonic
 from service.errors import Unavailable
 from service.queues import EngineInfo, Queue, QueueDepth
 
-MAX_AGE = 0.2
-"""Seconds for which one reading serves all who ask."""
+MAX_AGE = 0.2  # seconds for which callers share a reading
 
 
 class LiveState:
-    """What runs and waits now, or a moment ago."""
+    """The requests that are running and waiting now, or MAX_AGE ago."""
 
     def __init__(self, queue: Queue, *, clock: Callable[[], float] = monotonic) -> None:
         self._queue = queue
@@ -24,7 +23,7 @@ class LiveState:
         self._latest: tuple[QueueDepth, Sequence[EngineInfo]] | None = None
 
     async def read(self) -> tuple[QueueDepth, Sequence[EngineInfo]] | None:
-        """Depth and engines; None if the queue cannot be reached."""
+        """Returns depth and engines; None if the queue is unreachable."""
         async with self._reading:
             if self._read_at is None or self._clock() - self._read_at >= MAX_AGE:
                 try:

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import orjson
 from fastapi import APIRouter, Response
+from pydantic import Field
 
 from model.text.tokenizer import Tokenizer
+from service.api.answers import (
+    AnswerModel,
+    ContextLength,
+    Count,
+    TokenList,
+    described,
+    json_response,
+)
 from service.api.body import JsonRoute
 from service.api.context import Caller, Context
 from service.api.generation.prompts import aside, chat_prompt, check_token_ids, encode
@@ -20,14 +28,29 @@ from service.errors import BadRequest
 router = APIRouter(route_class=JsonRoute)
 
 
+class Tokens(AnswerModel):
+    """The tokens of a text."""
+
+    count: Count = Field(description="The number of tokens.")
+    max_model_len: ContextLength
+    tokens: TokenList
+    token_strs: list[str] | None = Field(description="The text of each token, if requested.")
+
+
+class TokenText(AnswerModel):
+    """The text of tokens."""
+
+    prompt: str = Field(description="The text.")
+
+
 @router.post(
     "/tokenize",
     response_model=None,
+    responses=described(Tokens),
     summary="Text to token ids",
     description="The token ids of a prompt, or of messages through the model's chat template.",
 )
 async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Response:
-    """Exactly one of prompt and messages."""
     check_model(body.model, context)
     if (body.prompt is None) == (body.messages is None):
         raise BadRequest(
@@ -45,13 +68,12 @@ async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Resp
     if body.return_token_strs:
         work = partial(_texts, ids, context.tokenizer)
         texts = await aside(context.pools.tokens, tenant.name, work, len(ids), context.limits)
-    fields = {
+    return json_response({
         "count": len(ids),
         "max_model_len": context.card.max_model_len,
         "tokens": ids,
         "token_strs": texts,
-    }
-    return Response(orjson.dumps(fields), media_type="application/json")
+    })  # fmt: skip
 
 
 def _texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
@@ -61,13 +83,13 @@ def _texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 @router.post(
     "/detokenize",
     response_model=None,
+    responses=described(TokenText),
     summary="Token ids to text",
-    description="The text of token ids.",
+    description="The text of token ids; bytes that are not UTF-8 become U+FFFD.",
 )
 async def detokenize(body: DetokenizeBody, context: Context, tenant: Caller) -> Response:
-    """The text; bytes that are no UTF-8 become U+FFFD."""
     check_model(body.model, context)
     check_token_ids(body.tokens, context, param="tokens")
     work, length = partial(context.tokenizer.decode, body.tokens), len(body.tokens)
     text = await aside(context.pools.tokens, tenant.name, work, length, context.limits)
-    return Response(orjson.dumps({"prompt": text}), media_type="application/json")
+    return json_response({"prompt": text})
