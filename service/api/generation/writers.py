@@ -6,8 +6,7 @@ from service.api.anthropic.stream import MessageWriter
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader
 from service.api.openai.stream import EventWriter, Writer
-from service.api.responses.item_events import ResponseItemWriter
-from service.api.responses.stream import ResponseWriter
+from service.api.responses.stream import ResponseRenderer
 
 
 def writer_of(answer: AnswerReader, *, event_ids: bool) -> Writer:
@@ -21,8 +20,6 @@ def writer_of(answer: AnswerReader, *, event_ids: bool) -> Writer:
 
 def response_writer(
     answer: AnswerReader, *, event_ids: bool, seen: int | None = None
-) -> ResponseWriter | ResponseItemWriter:
+) -> ResponseRenderer:
     """The writer for a response; `seen` is the number of the last event that its reader has."""
-    has_tools = answer.manifest.notation is not None
-    writer = ResponseItemWriter if has_tools else ResponseWriter
-    return writer(answer, event_ids=event_ids, seen=seen)
+    return ResponseRenderer(answer, event_ids=event_ids, seen=seen)
