@@ -19,13 +19,13 @@ from service.api.answers import ErrorBody, refused
 from service.api.auth import Authenticator, open_to_all
 from service.api.context import ApiContext, Probes
 from service.api.cors import allow_origins
-from service.api.generation.readers import Attendance
+from service.api.readers import Readers
 from service.api.hosts import HostCheck, any_host
 from service.api.limits import ApiLimits
 from service.api.middleware import Boundary
 from service.api.observer import ApiObserver, NullObserver
 from service.api.pools import WorkPools
-from service.api.structured.validator import GrammarTrials
+from service.api.structured.validator import GrammarValidator
 from service.api.system import openapi
 from service.api.system.attention_service import AttentionReader, AttentionService
 from service.api.system.live_state import LiveState
@@ -45,7 +45,7 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
     version: str,
     authenticate: Authenticator = open_to_all,
     attention: AttentionReader | None = None,
-    trials: GrammarTrials | None = None,
+    trials: GrammarValidator | None = None,
     extras: Collection[str] = ("page",),
     check_host: HostCheck = any_host,
     cors_origins: Sequence[str] = (),
@@ -69,8 +69,8 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
         probes=probes,
         pools=WorkPools.of(limits, observer),
         live=LiveState(queue),
-        attendance=Attendance(queue),
-        grammars=GrammarTrials(vocabulary) if trials is None else trials,
+        readers=Readers(queue),
+        grammars=GrammarValidator(vocabulary) if trials is None else trials,
         attention=None if attention is None else AttentionService(attention, limits, observer),
         version=version,
     )
@@ -79,7 +79,7 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         chores = [
             asyncio.create_task(sweep_forever(queue, interval=limits.sweep_interval)),
-            asyncio.create_task(context.attendance.run(limits.attend_interval)),
+            asyncio.create_task(context.readers.send_heartbeats(limits.attend_interval)),
         ]
         try:
             yield

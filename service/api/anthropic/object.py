@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from service.api.generation.accumulate import ToolCallSegment, Accumulator, Segment
+from service.api.generation.accumulate import Accumulator, Segment, ToolCallSegment
 from service.api.generation.reader import AnswerReader
-from service.api.openai.usage import usage
 
 PREFIX = "msg_"
 
@@ -63,13 +62,12 @@ def stop_fields(collected: Accumulator) -> dict[str, Any]:
     return {"stop_reason": word, "stop_sequence": None}
 
 
-def message_usage(answer: AnswerReader) -> dict[str, Any]:
-    """Counts so far. Input tokens are those that were not found in the prefix cache."""
-    counts = usage(answer.manifest, answer.readers)
-    cached = counts["prompt_tokens_details"]["cached_tokens"]
+def message_usage(reader: AnswerReader) -> dict[str, Any]:
+    """Token counts so far. Input tokens are those that were not found in the prefix cache."""
+    usage = reader.usage
     return {
-        "input_tokens": counts["prompt_tokens"] - cached,
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": cached,
-        "output_tokens": counts["completion_tokens"],
+        "cache_read_input_tokens": usage.cached_tokens,
+        "output_tokens": usage.completion_tokens,
     }

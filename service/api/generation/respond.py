@@ -11,12 +11,11 @@ from service.api.body import JsonRequest
 from service.api.call import Call, read_call
 from service.api.connection import unless_gone
 from service.api.context import ApiContext
-from service.api.generation.collect import body_now, whole_body
 from service.api.generation.prompts import chat_prompt
 from service.api.generation.reader import AnswerReader
 from service.api.generation.sse import EventStream
 from service.api.generation.submit import admit, check_open, plan_call
-from service.api.generation.writers import writer_of
+from service.api.generation.writers import body_of, writer_of
 from service.api.openai.schema import ChatBody
 from service.api.rates import with_tokens
 from service.api.structured.chat_grammar import chat_grammar
@@ -67,8 +66,8 @@ async def answer_call(
         arrived=call.arrived,
         submission=submission if call_id == submission.id else None,
     )
-    if manifest.given_back.get("background") and not manifest.stream:
-        return Response(await body_now(answer), media_type="application/json")
+    if manifest.background and not manifest.stream:
+        return Response(body_of(answer, await answer.collect_now()), media_type="application/json")
     if manifest.stream:
         return EventStream(answer, writer_of(answer, event_ids=call.event_ids))
     return await _whole(answer, request)
@@ -77,9 +76,10 @@ async def answer_call(
 async def _whole(answer: AnswerReader, request: Request) -> Response:
     failure: QuireError | None = None
     try:
-        with answer.attended():
+        with answer.connected():
             closing = answer.context.closing
-            body = await unless_gone(whole_body(answer), request.receive, closing=closing)
+            found = await unless_gone(answer.collect(), request.receive, closing=closing)
+            body = None if found is None else body_of(answer, found)
             if body is None and closing.is_set():
                 raise answer.interrupt(streamed=False)
     except QuireError as error:

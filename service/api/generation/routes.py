@@ -7,7 +7,6 @@ what it renders into the state they had: the bytes that follow are those that fo
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 import orjson
@@ -18,16 +17,13 @@ from service.api.context import Caller, Context
 from service.api.generation.lookup import find_call
 from service.api.generation.manifest import Manifest
 from service.api.generation.reader import AnswerReader
-from service.api.generation.resume import diverged, go_to
+from service.api.generation.resume import read_to_event
 from service.api.generation.sse import EventStream
 from service.api.generation.writers import writer_of
-from service.api.openai.stream import Writer
 from service.errors import BadRequest, NotFound
 from service.messages import FinishReason, child_ids
 
 router = APIRouter()
-
-_POSITION = re.compile(r"(0|[1-9][0-9]{0,8})\.([0-9a-f]{6})")
 
 CallId = Annotated[str, Path(description="The x-request-id of the call to read.")]
 After = Annotated[
@@ -75,7 +71,8 @@ async def read_stream(  # each is a part of the request
     )
     request.state.request_id = stored.id
     writer = writer_of(answer, event_ids=True)
-    await _go_to(answer, writer, last_event_id or after)
+    if event_id := last_event_id or after:
+        await read_to_event(answer, writer, event_id)
     return EventStream(answer, writer)
 
 
@@ -92,26 +89,3 @@ async def cancel_stream(call_id: CallId, context: Context, tenant: Caller) -> Re
     await context.queue.stop(child_ids(stored.id, stored.num_requests), FinishReason.CANCELLED)
     body = orjson.dumps({"id": stored.id, "object": "stream", "cancelled": True})
     return Response(body, media_type="application/json")
-
-
-async def _go_to(answer: AnswerReader, writer: Writer, event_id: str | None) -> None:
-    """Reads the journal up to an event. Raises BadRequest, StreamDivergence or Unavailable."""
-    if not event_id:
-        return
-    if len(event_id) > answer.context.limits.max_event_id_chars:
-        raise _bad_event_id()
-    positions = [_POSITION.fullmatch(part) for part in event_id.split(",")]
-    if len(positions) != len(answer.readers):
-        raise _bad_event_id()
-    for choice, position in enumerate(positions):
-        if position is None:
-            raise _bad_event_id()
-        await go_to(answer, writer, choice=choice, count=int(position[1]))
-        if answer.readers[choice].position != position[0]:
-            raise diverged("last-event-id")
-
-
-def _bad_event_id() -> BadRequest:
-    return BadRequest(
-        "the event id is not one of this stream", code="invalid_event_id", param="last-event-id"
-    )

@@ -8,9 +8,8 @@ from typing import Any
 
 from service.api.generation.accumulate import Accumulator, Segment, TextSegment, ToolCallSegment
 from service.api.generation.deltas import ScoredToken
+from service.api.generation.logprobs import chat_logprobs
 from service.api.generation.reader import AnswerReader, failure_of
-from service.api.openai.logprobs import chat_logprobs
-from service.api.openai.usage import usage
 from service.messages import FinishReason
 
 PREFIX = "resp_"
@@ -137,11 +136,11 @@ def logprobs(reader: AnswerReader, scored: Sequence[ScoredToken]) -> list[Any]:
 
 
 def _usage(reader: AnswerReader) -> dict[str, Any]:
-    counts = usage(reader.manifest, reader.readers)
+    usage = reader.usage
     return {
-        "input_tokens": counts["prompt_tokens"],
-        "input_tokens_details": counts["prompt_tokens_details"],
-        "output_tokens": counts["completion_tokens"],
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": counts["total_tokens"],
+        "total_tokens": usage.total_tokens,
     }

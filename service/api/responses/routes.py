@@ -15,13 +15,12 @@ from service.api.answers import described
 from service.api.auth import Tenant
 from service.api.body import JsonRequest, JsonRoute
 from service.api.context import ApiContext, Caller, Context
-from service.api.generation.collect import body_now
 from service.api.generation.lookup import find_response
 from service.api.generation.reader import AnswerReader
 from service.api.generation.respond import answer_chat
-from service.api.generation.resume import go_to
+from service.api.generation.resume import read_to
 from service.api.generation.sse import EventStream
-from service.api.generation.writers import response_writer
+from service.api.generation.writers import body_of, response_writer
 from service.api.responses.answers import ResponseDeleted, ResponseObject
 from service.api.responses.schema import ResponseBody, as_chat, given_back
 from service.api.responses.stream import ResponseRenderer, numbering
@@ -76,7 +75,7 @@ async def retrieve_response(  # each is a part of the request
     if not stream:
         if starting_after is not None:
             raise BadRequest("starting_after needs stream to be true", param="starting_after")
-        return Response(await body_now(answer), media_type="application/json")
+        return Response(body_of(answer, await answer.collect_now()), media_type="application/json")
     await context.queue.attend([answer.id])
     writer = response_writer(answer, event_ids=False, seen=starting_after)
     if starting_after is not None:
@@ -97,7 +96,7 @@ async def cancel_response(
     """Find it, stop it, tell its state."""
     answer = await _find(response_id, request, context, tenant)
     await context.queue.stop(answer.request_ids, FinishReason.CANCELLED)
-    return Response(await body_now(answer), media_type="application/json")
+    return Response(body_of(answer, await answer.collect_now()), media_type="application/json")
 
 
 @router.delete(
@@ -136,7 +135,7 @@ async def _go_to(answer: AnswerReader, writer: ResponseRenderer, *, number: int)
     """Reads up to the event of that number. Raises BadRequest, StreamDivergence or Unavailable."""
     numbers = numbering(answer.manifest)
     count = numbers.tokens_at(number)
-    reached = await go_to(answer, writer, choice=0, count=count)
+    reached = await read_to(answer, writer, choice=0, count=count)
     # The events after the last token have numbers, too.
     if reached < count and number > numbers.last(reached):
         raise BadRequest("starting_after must be the number of an event", param="starting_after")
