@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,6 +25,7 @@ from service.api.fields import (
     StopIds,
     StopStrings,
     Temperature,
+    Text,
     TopP,
 )
 from service.errors import BadRequest
@@ -45,6 +46,15 @@ class StrictModel(BaseModel):
             raise BadRequest(message, code="object_above_max_length")
         return value
 
+
+Ignored = Annotated[Label | None, Field(description="Accepted for compatibility; has no effect.")]
+IgnoredText = Annotated[
+    Text | None, Field(description="Accepted for compatibility; has no effect.")
+]
+CacheControl = Annotated[
+    dict[str, Any] | None,
+    Field(description="Accepted for compatibility; prefixes are cached without it."),
+]
 
 MAX_MESSAGES = 1024
 MAX_PRIORITY = 2
@@ -136,6 +146,17 @@ def with_assistant_content(message: Any) -> Any:  # noqa: ANN401  # any JSON
     if isinstance(message, dict) and message.get("role") == "assistant":
         return message if message.get("content") not in (None, []) else message | {"content": ""}
     return message
+
+
+class MessageModel(WireModel):
+    """A message. The content of an assistant's message may be null, empty or missing."""
+
+    model_config = ConfigDict(json_schema_extra=content_is_optional)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_assistant(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
+        return with_assistant_content(value)
 
 
 class SamplingBody(WireModel):
