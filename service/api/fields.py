@@ -6,6 +6,7 @@ configured limits, is in `admission`. Messages state limits; none repeats what t
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 MAX_LOGIT_BIAS = 1024
 MAX_ITEMS = 1024  # of a list that is looked at item by item; token ids aside
 MAX_METADATA = 16
+MAX_DEPTH = 64  # of a JSON schema, or of the arguments of a call
 MAX_LABEL = 512  # characters of a text that is neither prompt nor grammar, as OpenAI has it
 MAX_TOKEN_IDS = 2**18
 MIN_TEMPERATURE = 1e-5  # below it a division by the temperature may overflow: taken as greedy
@@ -63,6 +65,27 @@ def is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def check_json(value: object) -> None:
+    """Raises FieldError for values that JSON text cannot hold, and for those nested too deep."""
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[object] = []
+        for node in level:
+            if isinstance(node, dict):
+                inner += node.keys()
+                inner += node.values()
+            elif isinstance(node, list):
+                inner += node
+            elif isinstance(node, str) and not is_text(node):
+                raise FieldError("invalid_unicode", "must not hold a lone surrogate")
+            elif isinstance(node, float) and not math.isfinite(node):
+                raise FieldError("invalid_number", "must not hold NaN or Infinity")
+        if not inner:
+            return
+        level = inner
+    raise FieldError("invalid_json", f"may be nested at most {MAX_DEPTH} deep")
 
 
 def _text(value: object) -> str:

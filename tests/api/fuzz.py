@@ -49,7 +49,7 @@ expected-statuses = ["2xx", "400", "401", "403", "404", "409", "410", "429", "5x
 """
 REASONS = re.compile(
     r"together may be|needs|exactly one|agree|exclude each other|not be (more|less) than|goes with"
-    r"|times choices|cannot be|room for a token|must be a JSON schema|two tools have one name"
+    r"|times choices|cannot be|room for a token|must be a JSON schema|tool names must be unique"
     r"|chat_template_kwargs|no answer can match|text of a JSON object"
     r"|tool_use and thinking for the assistant|the last message may not call tools"
 )

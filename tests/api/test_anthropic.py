@@ -195,7 +195,7 @@ def say(service: Any, text: str) -> None:
 
 
 async def test_a_call_of_a_tool_is_a_block(service: Any) -> None:
-    say(service, "Let me see.\n" + TOOL_FORMATS["plain"].spell(CALLS))
+    say(service, "Let me see.\n" + TOOL_FORMATS["plain"].render(CALLS))
     body = await ask(service, tools=TOOLS)
     assert body["stop_reason"] == "tool_use"
     text, first, second = body["content"]
@@ -208,7 +208,7 @@ async def test_a_call_of_a_tool_is_a_block(service: Any) -> None:
 
 
 async def test_a_call_that_was_cut_off_has_no_input(service: Any) -> None:
-    say(service, TOOL_FORMATS["plain"].spell(CALLS)[:60])
+    say(service, TOOL_FORMATS["plain"].render(CALLS)[:60])
     service.engine.end = FinishReason.LENGTH
     body = await ask(service, tools=TOOLS)
     assert (body["stop_reason"], body["content"][0]["input"]) == ("max_tokens", {})
@@ -334,7 +334,7 @@ async def test_a_stream_sums_up_to_its_body_and_goes_on_anywhere(service: Any, s
     if seed % 2:
         asked["tools"] = TOOLS
         before = draw.choice(["", "Let me see. < ", "<tool_call"])
-        say(service, before + TOOL_FORMATS["plain"].spell(CALLS[: draw.randint(1, 2)]))
+        say(service, before + TOOL_FORMATS["plain"].render(CALLS[: draw.randint(1, 2)]))
     whole = (await service.post("/v1/messages", asked)).json()
     plain = await service.post("/v1/messages", asked | {"stream": True})
     reply = await service.post("/v1/messages", asked | {"stream": True}, x_quire_event_ids="1")
@@ -501,7 +501,7 @@ async def test_the_client_creates_and_streams(
 
 @pytest.mark.slow
 async def test_the_client_sums_up_calls(service: Any, client: anthropic.AsyncAnthropic) -> None:
-    say(service, "Well." + TOOL_FORMATS["plain"].spell(CALLS))
+    say(service, "Well." + TOOL_FORMATS["plain"].render(CALLS))
     whole = await client.messages.create(**OPTIONS, tools=TOOLS)
     async with client.messages.stream(**OPTIONS, tools=TOOLS) as stream:
         final = await stream.get_final_message()

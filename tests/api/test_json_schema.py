@@ -13,8 +13,8 @@ from model.grammar import GrammarError, Grammars, json_schema_grammar
 from service.api.structured.grammars import JsonRule
 from service.api.structured.json_schema import (
     MAX_OPTIONAL,
-    first_fault,
-    fitting,
+    first_unsupported,
+    relax,
     without_assertions,
 )
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE
@@ -203,10 +203,10 @@ async def test_each_part_is_named_or_left_out(
         return JsonRule(relaxed, lenient=True).notation
 
     assert await trial(json_schema_grammar(schema)) is not None
-    found = await first_fault(schema, trial)
+    found = await first_unsupported(schema, trial)
     assert found is not None
     assert found[0] == path
-    relaxed = await fitting(schema, trial, verdict="", grammar_of=lenient)
+    relaxed = await relax(schema, trial, error="", grammar_of=lenient)
     assert relaxed is not None
     assert accepts(grammars, lenient(relaxed), json.dumps(value))
 
@@ -265,8 +265,8 @@ async def test_the_number_of_trials_is_bounded(grammars: Grammars) -> None:
         return None if len(notation) < 50_000 and "(?" not in notation else "is not valid"
 
     schema = {"properties": {f"p{i}": {"pattern": f"(?!{i})[(?]"} for i in range(500)}}
-    assert await fitting(schema, trial, verdict="", grammar_of=json_schema_grammar)
-    assert await first_fault(schema, trial)
+    assert await relax(schema, trial, error="", grammar_of=json_schema_grammar)
+    assert await first_unsupported(schema, trial)
     assert len(asked) < 2 * 64 + 5
 
 

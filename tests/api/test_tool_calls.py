@@ -55,7 +55,7 @@ def random_calls(draw: random.Random, notation: ToolFormat) -> list[tuple[str, s
 
 def near_calls(draw: random.Random, notation: ToolFormat) -> str:
     """Whatever begins like a call, or ends like one, and much that does neither."""
-    spelled = notation.spell(random_calls(draw, notation))
+    spelled = notation.render(random_calls(draw, notation))
     fixed = [notation.opening, notation.heads[0], notation.between, notation.tail, notation.end]
     pieces = [*fixed, notation.joint or "", spelled, spelled[: draw.randrange(len(spelled))], "x\n"]
     pieces += [notation.opening[:3], " \n", "{", '"', "é"]
@@ -81,7 +81,7 @@ def test_what_is_spelled_is_read_back(name: str) -> None:
         calls = random_calls(draw, notation)
         before = "" if notation.only_first else draw.choice(["", "Let me see.", "a < b <tool"])
         blanks = draw.choice(["", "\n", " \n\n"]) if before else ""
-        total = read(notation, cut(draw, before + blanks + notation.spell(calls)))
+        total = read(notation, cut(draw, before + blanks + notation.render(calls)))
         assert total.text == before
         assert [(called, arguments) for _, called, arguments in total.calls] == calls
         assert total.called
@@ -114,7 +114,7 @@ def test_text_comes_at_once_where_no_call_can_begin(name: str) -> None:
 def test_arguments_come_as_they_are_written(name: str) -> None:
     notation = TOOL_FORMATS[name]
     reader = ToolCallParser(notation, request_id="a")
-    spelled = notation.spell([("now", '{"zone": "UTC"}')])
+    spelled = notation.render([("now", '{"zone": "UTC"}')])
     start = spelled.index('{"zone')
     assert reader.push(spelled[:start]).calls == ()
     (first,) = reader.push(spelled[start : start + 8]).calls
@@ -129,7 +129,7 @@ def test_arguments_come_as_they_are_written(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_call_that_is_cut_off_is_told_as_far_as_it_goes(name: str) -> None:
     notation = TOOL_FORMATS[name]
-    spelled = notation.spell([("now", '{"a": 1}')])
+    spelled = notation.render([("now", '{"a": 1}')])
     named, done = spelled.index("{", spelled.index("now")) + 1, spelled.index("}") + 1
     for end in range(len(notation.opening), len(spelled) + 1):
         total = read(notation, [spelled[:end]])
@@ -140,7 +140,7 @@ def test_a_call_that_is_cut_off_is_told_as_far_as_it_goes(name: str) -> None:
 
 def test_an_opening_that_counts_at_the_start_counts_nowhere_else() -> None:
     notation = TOOL_FORMATS["llama"]
-    spelled = notation.spell([("now", "{}")])
+    spelled = notation.render([("now", "{}")])
     total = read(notation, [spelled + spelled])
     assert (total.text, len(total.calls)) == (spelled, 1)
     total = read(notation, ["x", spelled])
@@ -202,7 +202,7 @@ def test_a_call_with_an_id_may_be_cut_off_anywhere(end: int) -> None:
 def test_what_is_no_call_is_text() -> None:
     """Nothing that a grammar made; and the next call is found again."""
     notation = TOOL_FORMATS["plain"]
-    good = notation.spell([("now", "{}")])
+    good = notation.render([("now", "{}")])
     for text in ("<tool_call>\nnow()", '<tool_call>\n{"name": "now", "arguments": 3}', "x <tool_"):
         total = read(notation, [text])
         assert (total.text, total.calls) == (text, [])

@@ -17,7 +17,7 @@ import pytest
 
 from model.grammar import GrammarError, Grammars
 from model.text.tokenizer import Tokenizer
-from service.api.structured.json_schema import binding
+from service.api.structured.json_schema import without_annotations
 from service.api.tools.formats import TOOL_FORMATS, ToolFormat
 from service.api.tools.grammar import tools_grammar
 from service.api.tools.parser import ToolCallParser
@@ -205,7 +205,7 @@ def test_texts_of_a_schema_are_no_grammar(tokenizer: Tokenizer) -> None:
     grammar = tools_grammar(use(functions=(function,), may_call=(0,)), TOOL_FORMATS["plain"], {})
     for text in odd:
         arguments = json.dumps({"a": text}, ensure_ascii=False)
-        spelled = TOOL_FORMATS["plain"].spell([("now", arguments)])
+        spelled = TOOL_FORMATS["plain"].render([("now", arguments)])
         sample(grammar, tokenizer, random.Random(0), first=spelled)  # raises where it may not
         (call,) = ToolCallParser(TOOL_FORMATS["plain"], request_id="r").push(spelled).calls
         assert call.arguments == arguments
@@ -244,7 +244,7 @@ def test_remarks_are_left_out_of_a_schema_and_nothing_else() -> None:
         "$defs": {"default": {"anyOf": [{"examples": [1], "minimum": 3}]}},
         "additionalProperties": False,
     }
-    assert binding(schema) == {
+    assert without_annotations(schema) == {
         "type": "object",
         "properties": {
             "description": {"type": "string"},

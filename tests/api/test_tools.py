@@ -60,7 +60,7 @@ def random_answer(draw: random.Random) -> str:
         for _ in range(draw.randint(0, 3))
     ]
     text = draw.choice(["", "One moment: <tool", "Let me see.\n\n"])
-    answer = text + (PLAIN.spell(calls) if calls else "")
+    answer = text + (PLAIN.render(calls) if calls else "")
     return answer[: draw.randint(1, len(answer) + 20)] or "é"
 
 
@@ -133,7 +133,7 @@ async def test_a_stream_of_calls_goes_on_anywhere(service: Any, seed: int) -> No
 
 
 async def test_a_call_in_an_answer(service: Any) -> None:
-    saying(service, "Let me see.\n" + PLAIN.spell([("get_weather", '{"city": "Rome"}')]))
+    saying(service, "Let me see.\n" + PLAIN.render([("get_weather", '{"city": "Rome"}')]))
     reply = (await service.post(CHAT, BODY)).json()
     (choice,) = reply["choices"]
     message = choice["message"]
@@ -193,10 +193,10 @@ async def test_what_the_grammar_lets_the_model_call(
 @pytest.mark.parametrize(
     ("text", "end", "reason"),
     [
-        (PLAIN.spell([("now", "{}")]), FinishReason.LENGTH, "length"),
-        (PLAIN.spell([("now", '{"a": 1}')])[:-20], FinishReason.STOP, "stop"),
+        (PLAIN.render([("now", "{}")]), FinishReason.LENGTH, "length"),
+        (PLAIN.render([("now", '{"a": 1}')])[:-20], FinishReason.STOP, "stop"),
         ("no call", FinishReason.STOP, "stop"),
-        (PLAIN.spell([("now", "{}")]), FinishReason.STOP, "tool_calls"),
+        (PLAIN.render([("now", "{}")]), FinishReason.STOP, "tool_calls"),
     ],
 )
 async def test_the_reason_is_honest(
@@ -210,7 +210,7 @@ async def test_the_reason_is_honest(
 
 @pytest.mark.parametrize("without", [{"tools": None}, {"tool_choice": "none"}, {"tools": []}])
 async def test_without_tools_everything_is_text(service: Any, without: dict[str, Any]) -> None:
-    text = PLAIN.spell([("now", "{}")])
+    text = PLAIN.render([("now", "{}")])
     saying(service, text)
     reply = (await service.post(CHAT, BODY | without)).json()
     assert reply["choices"][0]["message"] == {"role": "assistant", "content": text}

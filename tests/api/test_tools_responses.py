@@ -42,7 +42,7 @@ def random_answer(draw: random.Random) -> str:
     names = ["now", "get_weather"]
     calls = [(draw.choice(names), draw.choice(values)) for _ in range(draw.randint(0, 3))]
     text = draw.choice(["", "Let me see: <tool", "One moment.\n\n"])
-    answer = text + (PLAIN.spell(calls) if calls else "")
+    answer = text + (PLAIN.render(calls) if calls else "")
     return answer[: draw.randint(1, len(answer) + 20)] or "é"
 
 
@@ -93,7 +93,7 @@ async def test_body_stream_and_resumed_stream_are_one(
 
 
 async def test_what_a_response_with_calls_looks_like(service: Any, read_events: Any) -> None:
-    saying(service, "Let me see.\n" + PLAIN.spell([("get_weather", '{"city": "Rome"}')]))
+    saying(service, "Let me see.\n" + PLAIN.render([("get_weather", '{"city": "Rome"}')]))
     body = (await service.post(URL, B)).json()
     message, call = body["output"]
     assert message["content"][0]["text"] == "Let me see."
@@ -178,7 +178,7 @@ async def test_items_become_the_messages_of_a_chat(service: Any) -> None:
 async def test_openais_client_puts_it_together(service: Any, listen: Any) -> None:
     import openai
 
-    saying(service, "Well. " + PLAIN.spell([("now", "{}"), ("get_weather", '{"city": "Rome"}')]))
+    saying(service, "Well. " + PLAIN.render([("now", "{}"), ("get_weather", '{"city": "Rome"}')]))
     options: Any = {k: v for k, v in B.items() if k != "seed"}
     async with (
         listen(service.app) as url,

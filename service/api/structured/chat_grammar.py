@@ -17,7 +17,7 @@ from service.api.structured.grammars import (
     invalid_grammar,
     schema_error,
 )
-from service.api.structured.json_schema import Schema, Trial, fitting
+from service.api.structured.json_schema import Schema, Validate, relax
 from service.api.tools.formats import TOOL_FORMATS, tool_format_name
 from service.api.tools.grammar import arguments_rule, tools_grammar
 from service.api.tools.plan import ToolUse
@@ -41,7 +41,7 @@ async def chat_grammar(
         if notation.only_first:
             message = f"this model cannot combine tools with {body.format_field}"
         raise BadRequest(message, param=body.format_field)
-    trial = partial(context.grammars.fault, tenant=tenant)
+    trial = partial(context.grammars.error, tenant=tenant)
     rule = await format_rule(body, trial)
     text = None if rule is None else rule.text
     marker_ids = notation.marker_ids(context.tokenizer)
@@ -67,7 +67,7 @@ def _bounded_tools(body: ChatBody, tools: ToolUse) -> ToolUse:
     return replace(tools, functions=tuple(functions))
 
 
-async def _fitting_tools(body: ChatBody, tools: ToolUse, trial: Trial) -> ToolUse:
+async def _fitting_tools(body: ChatBody, tools: ToolUse, trial: Validate) -> ToolUse:
     """Tools with parameters that a grammar can express. Raises BadRequest for the first function
     that is strict and has others, and for one whose parameters are no schema or too complex.
     """
@@ -78,7 +78,7 @@ async def _fitting_tools(body: ChatBody, tools: ToolUse, trial: Trial) -> ToolUs
     return replace(tools, functions=tuple(functions))
 
 
-async def _fitting_function(function: Function, trial: Trial, *, param: str) -> Function:
+async def _fitting_function(function: Function, trial: Validate, *, param: str) -> Function:
     def grammar_of(parameters: Schema) -> str:
         fitted = function.model_copy(update={"parameters": parameters})
         return lark_grammar(f"start: {arguments_rule(fitted)}")
@@ -90,7 +90,7 @@ async def _fitting_function(function: Function, trial: Trial, *, param: str) -> 
         return function
     if function.strict:
         raise await schema_error(function.parameters, trial, verdict, param=param, path=param)
-    parameters = await fitting(function.parameters, trial, verdict=verdict, grammar_of=grammar_of)
+    parameters = await relax(function.parameters, trial, error=verdict, grammar_of=grammar_of)
     if parameters is None:
         raise invalid_grammar(param, verdict)
     return function.model_copy(update={"parameters": parameters})

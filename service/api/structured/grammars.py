@@ -31,12 +31,12 @@ from service.api.context import ApiContext
 from service.api.openai.schema import GenerationBody
 from service.api.structured.json_schema import (
     Schema,
-    Trial,
-    first_fault,
-    first_wide,
-    fitting,
-    narrowed,
-    uncounted,
+    Validate,
+    first_unsupported,
+    first_excess,
+    relax,
+    without_excess_properties,
+    without_property_counts,
 )
 from service.api.structured.schema import StructuredOutputs
 from service.api.structured.validator import OVER_LIMITS
@@ -49,7 +49,7 @@ async def asked_grammar(body: GenerationBody, context: ApiContext, *, tenant: st
         raise BadRequest(
             "response_format and structured_outputs exclude each other", param="structured_outputs"
         )
-    trial = partial(context.grammars.fault, tenant=tenant)
+    trial = partial(context.grammars.error, tenant=tenant)
     if body.structured_outputs is not None:
         check_alone(body)
         return await _checked_output(body.structured_outputs, trial)
@@ -67,7 +67,7 @@ class JsonRule:
     @property
     def text(self) -> str:
         """The right side of a rule in Lark."""
-        schema = uncounted(self.schema) if self.lenient else self.schema
+        schema = without_property_counts(self.schema) if self.lenient else self.schema
         return f"%json {json_text(schema, lenient=self.lenient)}"
 
     @property
@@ -78,7 +78,7 @@ class JsonRule:
         return json_schema_grammar(self.schema)
 
 
-async def format_rule(body: GenerationBody, trial: Trial) -> JsonRule | None:
+async def format_rule(body: GenerationBody, trial: Validate) -> JsonRule | None:
     """What the field of the format asks for, checked; None: any text.
 
     Raises BadRequest, RateLimited or Unavailable.
@@ -104,7 +104,7 @@ async def format_rule(body: GenerationBody, trial: Trial) -> JsonRule | None:
         return rule
     if asked.json_schema.strict:
         raise await schema_error(rule.schema, trial, verdict, param=param, path=body.schema_field)
-    fitted = await fitting(rule.schema, trial, verdict=verdict, grammar_of=_lenient)
+    fitted = await relax(rule.schema, trial, error=verdict, grammar_of=_lenient)
     if fitted is None:
         raise invalid_grammar(param, verdict)
     return JsonRule(fitted, lenient=True)
@@ -123,7 +123,7 @@ def check_alone(body: GenerationBody) -> None:
             )
 
 
-async def check_grammar(notation: str, trial: Trial, *, param: str) -> None:
+async def check_grammar(notation: str, trial: Validate, *, param: str) -> None:
     """Raises BadRequest, with `param`, for what does not compile within the limits."""
     verdict = await trial(notation)
     if verdict is not None:
@@ -134,18 +134,18 @@ def bounded(schema: Schema, *, strict: bool | None, path: str) -> Schema:
     """The schema at `path` within the limits of a grammar. Raises BadRequest if it is strict and
     beyond them.
     """
-    if strict and (found := first_wide(schema)) is not None:
+    if strict and (found := first_excess(schema)) is not None:
         raise _property_error(path, *found)
-    return narrowed(schema)
+    return without_excess_properties(schema)
 
 
 async def schema_error(
-    schema: Schema, trial: Trial, verdict: str, *, param: str, path: str
+    schema: Schema, trial: Validate, verdict: str, *, param: str, path: str
 ) -> BadRequest:
     """The error for a schema at `path` that must be followed strictly and cannot be. It names the
     property, if one is found.
     """
-    found = None if verdict in OVER_LIMITS else await first_fault(schema, trial)
+    found = None if verdict in OVER_LIMITS else await first_unsupported(schema, trial)
     if found is None:
         return invalid_grammar(param, verdict)
     return _property_error(path, *found)
@@ -161,7 +161,7 @@ def invalid_grammar(param: str, verdict: str) -> BadRequest:
     return BadRequest(f"{param} {verdict}", code="invalid_grammar", param=param)
 
 
-async def _checked_output(asked: StructuredOutputs, trial: Trial) -> str:
+async def _checked_output(asked: StructuredOutputs, trial: Validate) -> str:
     param, notation = _output_grammar(asked)
     if asked.json_ is not None:
         bounded(_schema(asked.json_), strict=True, path=param)

@@ -53,6 +53,6 @@ def _check_names(functions: tuple[Function, ...], body: ChatBody) -> None:
     for index, function in enumerate(functions):
         if function.name in seen:
             raise BadRequest(
-                "two tools have one name", param=f"{body.function_field.format(index)}.name"
+                "tool names must be unique", param=f"{body.function_field.format(index)}.name"
             )
         seen.add(function.name)

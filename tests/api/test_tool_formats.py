@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from model.grammar import Grammars
 from model.text.chat_template import ChatTemplate
 from model.text.tokenizer import Tokenizer
-from service.api.structured.validator import GrammarTrials
+from service.api.structured.validator import GrammarValidator
 from service.api.tools.formats import TOOL_FORMATS, tool_format_name
 from service.messages import FinishReason
 
@@ -105,16 +105,16 @@ def tokenizer(name: str, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_checkpoint(folder)
 
 
-class TrialsHere(GrammarTrials):
+class TrialsHere(GrammarValidator):
     """Compiles in this process: what is tried here is our own."""
 
-    async def fault(self, notation: str, *, tenant: str) -> str | None:
+    async def error(self, notation: str, *, tenant: str) -> str | None:
         self._make_grammars().matcher(notation)  # raises GrammarError
         return None
 
 
 @pytest.fixture(scope="module")
-def grammar_trials(tokenizer: Tokenizer) -> GrammarTrials:
+def grammar_validator(tokenizer: Tokenizer) -> GrammarValidator:
     def grammars() -> Grammars:
         table, eos_ids = tokenizer.token_bytes, tokenizer.eos_ids
         return Grammars(table, eos_ids=eos_ids, vocab_size=tokenizer.vocab_size)
@@ -156,7 +156,7 @@ async def test_a_conversation_with_calls(service: Any, name: str, read_events: A
     calls = [("get_weather", '{"city": "Zürich 😀"}'), ("now", "{}")]
     calls = calls if notation.joint is not None else calls[:1]
     said = "" if notation.only_first else "Let me see. "
-    answer = said + notation.spell(calls)
+    answer = said + notation.render(calls)
     service.engine.script = lambda _: ids_of(tokenizer, answer, markers)
 
     body = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}], "tools": TOOLS}
@@ -191,7 +191,7 @@ async def test_a_conversation_with_calls(service: Any, name: str, read_events: A
     reply = await service.post(CHAT, body)
     assert reply.status_code == 200, reply.text
     prompt = prompt_of(service)
-    spelled = notation.spell(calls) if name != "mistral" else "[TOOL_CALLS][" + ", ".join(
+    spelled = notation.render(calls) if name != "mistral" else "[TOOL_CALLS][" + ", ".join(
         f'{{"name": "{called}", "arguments": {arguments}}}' for called, arguments in calls
     )  # fmt: skip
     if name != "hermes":  # its template here puts nothing between calls
