@@ -7,11 +7,11 @@
              3 + t: output_text.delta            2 + 256 t + k: event k of a record
              3 + n + 1 + k: event k of the end   2 + 256 (n + 1) + k: event k of the end
 
-t tokens come up to the end of the record, n tokens in all. So a number says how many tokens a
-client has, not how many events came before: if the store loses the tail of a journal, the engine
-writes it again in records of other lengths, and the numbers still mean the same. Without tools, a
-record brings one event. With tools it brings none, one or several, because a message or a call may
-be opened, grow and be finished; never 256, because an answer has fewer calls than that.
+t: tokens up to the end of the record; n: tokens of the answer. A number stands for the tokens that
+a client has, not for the events before it: if the store loses the tail of a journal, the engine
+writes it again in records of other lengths, and the numbers keep their meaning. Without tools, a
+record has one event. With tools it has none, one or several, because a message or a call may be
+opened, grow and be finished; never 256, because an answer has fewer calls than that.
 """
 
 from __future__ import annotations
@@ -98,8 +98,7 @@ class ResponseRenderer:
 
     def begin(self) -> bytes:
         """The first event, or what the client lacks of the last skipped record."""
-        background = self._reader.manifest.given_back["background"]
-        status = Status.QUEUED if background else Status.IN_PROGRESS
+        status = Status.QUEUED if self._reader.manifest.background else Status.IN_PROGRESS
         return self._render([self._state("created", status)], first=0) + self._missed
 
     def skip(self, delta: StreamDelta) -> None:
