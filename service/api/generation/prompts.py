@@ -7,7 +7,7 @@ writes special tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -16,11 +16,13 @@ from model.text.chat_template import ChatTemplateError, ChatTemplateLimitError
 from model.text.disguise import strings_of
 from model.text.template_renderer import TemplateUnavailableError
 from service.api.context import ApiContext
+from service.api.fields import FieldNames
+from service.api.generation.request import Chat, Generation
 from service.api.limits import ApiLimits
 from service.api.openai.schema import ChatBody, CompletionBody, TokenizeBody
 from service.api.tools.formats import TOOL_FORMATS, tool_format_name
 from service.api.tools.plan import ToolUse
-from service.api.tools.prompt import with_tools
+from service.api.tools.prompt import template_input, with_tools
 from service.errors import BadRequest, Unavailable
 from service.fair_pool import FairPool
 
@@ -68,7 +70,7 @@ async def completion_prompts(
     ]
 
 
-def _check_prompt(prompt: str | list[int], context: ApiContext) -> None:
+def _check_prompt(prompt: str | Sequence[int], context: ApiContext) -> None:
     if isinstance(prompt, str):
         check_size([prompt], context, param="prompt")
     elif len(prompt) < context.card.max_model_len:  # longer ones are refused for that
@@ -154,7 +156,7 @@ async def chat_prompt(
     return PromptTokens(ids=tuple(ids))
 
 
-def _template_options(options: dict[str, Any] | None, limits: ApiLimits) -> dict[str, Any]:
+def _template_options(options: Mapping[str, Any] | None, limits: ApiLimits) -> Mapping[str, Any]:
     """Raises BadRequest for an option that is not on the list; values are flags."""
     chosen = options or {}
     for name, value in chosen.items():
@@ -193,3 +195,85 @@ async def aside(
     if length <= limits.inline_text_chars:
         return work()
     return await pool.run(tenant, work, weight=length)
+
+
+# === new ===
+async def prompt_tokens(
+    generation: Generation, context: ApiContext, *, tenant: str
+) -> list[PromptTokens]:
+    """The prompts of a request as token ids. Raises BadRequest or Unavailable."""
+    prompt = generation.prompt
+    if isinstance(prompt, Chat):
+        return [await render_chat(prompt, context, tenant=tenant, names=generation.names)]
+    most = context.limits.max_prompts
+    if len(prompt.prompts) > most:
+        raise BadRequest(
+            f"prompt may hold at most {most} prompts",
+            code="array_above_max_length",
+            param=generation.names.prompt,
+        )
+    texts = [text for text in prompt.prompts if isinstance(text, str)]
+    for each in prompt.prompts:  # before any of them is tokenised
+        _check_prompt(each, context)
+    total = sum(map(len, texts))
+    return [
+        PromptTokens(
+            ids=await _text_ids(each, context, tenant=tenant, add_bos=prompt.add_bos, total=total),
+            text=each,
+        )
+        if isinstance(each, str)
+        else PromptTokens(ids=each)
+        for each in prompt.prompts
+    ]
+
+
+async def render_chat(
+    chat: Chat, context: ApiContext, *, tenant: str, names: FieldNames
+) -> PromptTokens:
+    """The prompt that the model's chat template makes of the messages and the tools."""
+    param = names.prompt
+    if context.tokenizer.chat_template is None:
+        raise BadRequest(
+            "this model has no chat template; use /v1/completions",
+            code="chat_not_supported",
+            param=param,
+        )
+    tool_format = TOOL_FORMATS[tool_format_name(context.tokenizer)]
+    functions = () if chat.tools is None else chat.tools.functions
+    messages, variables = template_input(chat.messages, functions, tool_format)
+    texts = list(strings_of([messages, variables]))
+    check_size(texts, context, param=param)
+    continued = chat.continue_final_message
+    generation_prompt = chat.add_generation_prompt
+    if generation_prompt is None:
+        generation_prompt = not continued
+    elif continued and generation_prompt:
+        raise BadRequest(
+            "continue_final_message and add_generation_prompt exclude each other",
+            param="continue_final_message",
+        )
+    render = partial(
+        context.tokenizer.apply_chat_template,
+        messages,
+        add_generation_prompt=generation_prompt,
+        continue_final_message=continued,
+        **variables,
+        **_template_options(chat.template_options, context.limits),
+    )
+    length = sum(map(len, texts)) + TEXT_COST * len(texts)
+    if not context.tokenizer.renders_in_process:  # waits for a process: never on the event loop
+        length = max(length, context.limits.inline_text_chars + 1)
+    try:
+        ids = await aside(context.pools.templates, tenant, render, length, context.limits)
+    except ChatTemplateLimitError as error:
+        raise BadRequest(str(error), code="chat_template_limit", param=param) from None
+    except TemplateUnavailableError as error:
+        raise Unavailable(str(error)) from None
+    except ChatTemplateError:
+        raise BadRequest(
+            "the model's chat template rejects these messages",
+            code="chat_template_error",
+            param=param,
+        ) from None
+    check_token_ids(ids, context, param=param)
+    return PromptTokens(ids=tuple(ids))

@@ -1,4 +1,4 @@
-"""AnswerReader: reads the answer to an admitted request, as a stream, a body or a resumed stream."""
+"""AnswerReader: reads the answer to a request, as a stream, a body or a resumed stream."""
 
 from __future__ import annotations
 

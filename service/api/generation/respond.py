@@ -8,9 +8,9 @@ from fastapi import Request, Response
 
 from service.api.auth import Tenant
 from service.api.body import JsonRequest
-from service.api.call import Call, read_call
 from service.api.connection import unless_gone
 from service.api.context import ApiContext
+from service.api.generation.call import Call, read_call
 from service.api.generation.prompts import chat_prompt
 from service.api.generation.reader import AnswerReader
 from service.api.generation.sse import EventStream

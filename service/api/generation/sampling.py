@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from pydantic import BaseModel
 
 from service.api.context import ApiContext
 from service.api.generation.prompts import check_token_ids
+from service.api.generation.request import Chat, Generation
 from service.api.limits import ApiLimits
 from service.api.openai.schema import ChatBody, CompletionBody
 from service.api.wire import SamplingBody
@@ -153,3 +156,88 @@ def token_limit(body: CompletionBody | ChatBody, prompt_length: int, context: Ap
     if (body.min_tokens or 0) > asked:
         raise BadRequest("min_tokens must not be more than max_tokens", param="min_tokens")
     return asked
+
+
+# === new ===
+_BY_NAME = {field.name for field in fields(SamplingParams)} - {"choice", "top_logprobs"}
+
+
+def sampling_of(body: BaseModel) -> SamplingParams:
+    """The fields of a body that have the names of `SamplingParams`; a missing seed is drawn."""
+    given = {name: value for name in _BY_NAME if (value := getattr(body, name, None)) is not None}
+    given["seed"] = given["seed"] % 2**64 if "seed" in given else secrets.randbits(64)
+    if given.get("top_k", 1) <= 0:  # all tokens
+        del given["top_k"]
+    return SamplingParams(**given)
+
+
+def check_stop_rules(generation: Generation, limits: ApiLimits) -> None:
+    """Raises BadRequest for too many stop strings or token ids, or too long ones."""
+    param = generation.names.stop
+    if len(generation.stop) > limits.max_stop_strings:
+        raise _too_many(param, limits.max_stop_strings)
+    if any(len(string) > limits.max_stop_chars for string in generation.stop):
+        raise BadRequest(
+            f"a stop string may have at most {limits.max_stop_chars} characters",
+            code="string_above_max_length",
+            param=param,
+        )
+    if len(generation.stop_token_ids) > limits.max_stop_token_ids:
+        raise _too_many("stop_token_ids", limits.max_stop_token_ids)
+
+
+def check_logprobs(generation: Generation, limits: ApiLimits) -> None:
+    """Raises BadRequest for too many top log probabilities."""
+    most = limits.max_top_logprobs if isinstance(generation.prompt, Chat) else limits.max_logprobs
+    if (generation.logprobs or 0) > most:
+        raise _above(generation.names.logprobs, most)
+    if (generation.prompt_logprobs or 0) > limits.max_top_logprobs:
+        raise _above("prompt_logprobs", limits.max_top_logprobs)
+
+
+def num_choices(generation: Generation, num_prompts: int, limits: ApiLimits) -> tuple[int, int]:
+    """(choices generated, choices returned) per prompt. Raises BadRequest."""
+    keep = generation.n
+    width = keep if generation.best_of is None else generation.best_of
+    if keep > limits.max_choices:
+        raise _above("n", limits.max_choices)
+    if width > limits.max_choices:
+        raise _above("best_of", limits.max_choices)
+    if width < keep:
+        raise BadRequest("best_of must not be less than n", param="best_of")
+    if generation.stream and width > keep:
+        raise BadRequest(
+            "best_of cannot be streamed", code="unsupported_parameter", param="best_of"
+        )
+    if num_prompts * width > limits.max_work_units:
+        raise BadRequest(
+            f"prompts times choices may be at most {limits.max_work_units}",
+            code="integer_above_max_value",
+            param="n" if width == keep else "best_of",
+        )
+    return width, keep
+
+
+def output_limit(generation: Generation, prompt_length: int, context: ApiContext) -> int:
+    """The maximum number of output tokens: prompt and output must fit the context length."""
+    longest, names = context.card.max_model_len, generation.names
+    room = longest - prompt_length
+    if room < 1:
+        raise BadRequest(
+            f"the prompt must leave room for a token: the model holds {longest} tokens",
+            code="context_length_exceeded",
+            param=names.prompt,
+        )
+    limit = generation.max_tokens
+    if limit is None:
+        default = generation.default_max_tokens
+        limit = room if default is None else min(default, room)
+    if limit > room:
+        raise BadRequest(
+            f"prompt and {names.max_tokens} together may be at most {longest} tokens",
+            code="context_length_exceeded",
+            param=names.max_tokens,
+        )
+    if generation.min_tokens > limit:
+        raise BadRequest("min_tokens must not be more than max_tokens", param="min_tokens")
+    return limit

@@ -10,8 +10,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from service.api.call import Call
 from service.api.context import ApiContext
+from service.api.generation.call import Call
 from service.api.generation.manifest import Endpoint, Manifest, PromptNote
 from service.api.generation.prompts import PromptTokens
 from service.api.generation.sampling import (

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 
 from service.api.answers import described
 from service.api.body import JsonRequest, JsonRoute
-from service.api.call import read_call
+from service.api.generation.call import read_call
 from service.api.context import Caller, Context
 from service.api.generation.prompts import completion_prompts
 from service.api.generation.respond import answer_call
