@@ -19,12 +19,12 @@ from service.api.answers import ErrorBody, refused
 from service.api.auth import Authenticator, open_to_all
 from service.api.context import ApiContext, Probes
 from service.api.cors import allow_origins
-from service.api.readers import Readers
 from service.api.hosts import HostCheck, any_host
 from service.api.limits import ApiLimits
 from service.api.middleware import Boundary
 from service.api.observer import ApiObserver, NullObserver
 from service.api.pools import WorkPools
+from service.api.readers import Readers
 from service.api.structured.validator import GrammarValidator
 from service.api.system import openapi
 from service.api.system.attention_service import AttentionReader, AttentionService
@@ -68,12 +68,11 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
         observer=observer,
         probes=probes,
         pools=WorkPools.of(limits, observer),
-        live=LiveState(queue),
         readers=Readers(queue),
         grammars=GrammarValidator(vocabulary) if trials is None else trials,
-        attention=None if attention is None else AttentionService(attention, limits, observer),
         version=version,
     )
+    attention_service = AttentionService(attention, limits, observer) if attention else None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -89,11 +88,13 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
                 chore.cancel()
             await asyncio.gather(*chores, return_exceptions=True)
             context.pools.close()
-            if context.attention is not None:
-                context.attention.close()
+            if attention_service is not None:
+                attention_service.close()
 
     app = _shell("Quire", version=version, lifespan=lifespan)
     app.state.context = context
+    app.state.live = LiveState(queue)
+    app.state.attention = attention_service
     app.add_middleware(
         Boundary,
         authenticate=authenticate,

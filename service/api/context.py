@@ -11,13 +11,11 @@ from fastapi import Depends, Request
 
 from model.text.tokenizer import Tokenizer
 from service.api.auth import Tenant
-from service.api.readers import Readers
 from service.api.limits import ApiLimits
 from service.api.observer import ApiObserver
 from service.api.pools import WorkPools
+from service.api.readers import Readers
 from service.api.structured.validator import GrammarValidator
-from service.api.system.attention_service import AttentionService
-from service.api.system.live_state import LiveState
 from service.messages import ModelCard
 from service.queues import Queue
 
@@ -44,10 +42,8 @@ class ApiContext:
     observer: ApiObserver
     probes: Probes
     pools: WorkPools
-    live: LiveState
     readers: Readers
     grammars: GrammarValidator
-    attention: AttentionService | None  # None where no network is in the process
     version: str
     replay_turns: asyncio.Lock = field(default_factory=asyncio.Lock)  # see `generation.follow`
     closing: asyncio.Event = field(default_factory=asyncio.Event)  # open answers end now

@@ -1,4 +1,4 @@
-"""POST /v1/attention over a real reader and tiny weights: what it gives, and what it refuses."""
+"""POST /v1/attention with a real reader and tiny weights: answers and errors."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def maps(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Attention
 
 @pytest.fixture
 def let_read(service: Any) -> Callable[[AttentionReader], None]:
-    """Gives the replica something to read attention with."""
+    """Gives the replica an attention reader."""
 
     def let(reader: AttentionReader) -> None:
         reading = AttentionService(reader, ApiLimits(), NullObserver())
-        service.app.state.context = replace(service.app.state.context, attention=reading)
+        service.app.state.attention = reading
 
     return let
 
@@ -120,9 +120,7 @@ async def test_the_length_is_limited_beside_the_models(
 ) -> None:
     async with start_service(limits=small_limits(max_attention_tokens=3)) as service:
         context = service.app.state.context
-        service.app.state.context = replace(
-            context, attention=AttentionService(maps, context.limits, NullObserver())
-        )
+        service.app.state.attention = AttentionService(maps, context.limits, NullObserver())
         assert (await service.client.get("/status")).json()["max_attention_tokens"] == 3
         assert (await service.post(PATH, {"tokens": [1, 2, 3]})).status_code == 200
         refused = (await service.post(PATH, {"tokens": [1, 2, 3, 4]})).json()["error"]
@@ -168,7 +166,7 @@ async def test_one_is_read_at_a_time_and_tenants_take_turns(start_service: Any) 
         context = service.app.state.context
         limits = replace(context.limits, max_tenant_waiting_maps=4)
         reading = AttentionService(reader, limits, service.observer)
-        service.app.state.context = replace(context, attention=reading)
+        service.app.state.attention = reading
 
         def show(tenant: str, token: int) -> asyncio.Task[Any]:
             return asyncio.create_task(service.post(PATH, {"tokens": [token]}, x_tenant=tenant))

@@ -18,6 +18,7 @@ from service.api.fields import TokenIds
 from service.api.generation.prompts import chat_prompt, check_token_ids, encode
 from service.api.generation.submit import check_model
 from service.api.openai.schema import TokenizeBody
+from service.api.system.attention_service import Attention
 from service.errors import BadRequest, NotFound
 
 router = APIRouter(route_class=JsonRoute)
@@ -55,9 +56,10 @@ class AttentionMap(AnswerModel):
     "head, or the mean over layers and heads. Available if the network is in the process "
     "(`quire serve`).",
 )
-async def show_attention(body: AttentionBody, context: Context, tenant: Caller) -> Response:
+async def show_attention(
+    body: AttentionBody, context: Context, tenant: Caller, service: Attention
+) -> Response:
     check_model(body.model, context)
-    service = context.attention
     if service is None:
         raise NotFound(
             "attention is not available: this replica has no network, or the setting is off",

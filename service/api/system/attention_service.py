@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Annotated, Protocol
+
+from fastapi import Depends, Request
 
 from service.api.limits import ApiLimits
 from service.api.observer import BUSY, ApiObserver
@@ -64,3 +66,13 @@ class AttentionService:
     def close(self) -> None:
         """Cancels the calls that wait."""
         self._pool.close()
+
+
+async def _attention(request: Request) -> AttentionService | None:
+    service = request.app.state.attention
+    assert service is None or isinstance(service, AttentionService)  # noqa: S101  # see build_app
+    return service
+
+
+Attention = Annotated[AttentionService | None, Depends(_attention)]
+"""None if no network is in the process."""

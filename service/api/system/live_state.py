@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from time import monotonic
+from typing import Annotated
+
+from fastapi import Depends, Request
 
 from service.errors import Unavailable
 from service.queues import EngineInfo, Queue, QueueDepth
@@ -32,3 +35,12 @@ class LiveState:
                     self._latest = None
                 self._read_at = self._clock()
         return self._latest
+
+
+async def _live_state(request: Request) -> LiveState:
+    state = request.app.state.live
+    assert isinstance(state, LiveState)  # noqa: S101  # build_app puts it there
+    return state
+
+
+Live = Annotated[LiveState, Depends(_live_state)]

@@ -20,6 +20,8 @@ from service.api.answers import (
     json_response,
 )
 from service.api.context import Context
+from service.api.system.attention_service import Attention
+from service.api.system.live_state import Live
 
 router = APIRouter()
 
@@ -46,19 +48,19 @@ class Status(AnswerModel):
     response_model=None,
     responses=described(Status),
 )
-async def show_status(context: Context) -> Response:
+async def show_status(context: Context, live: Live, attention: Attention) -> Response:
     card = context.card
     status = {
         "model": card.id,
         "max_model_len": card.max_model_len,
         "numeric_class": card.numeric_class,
         "version": context.version,
-        "max_attention_tokens": context.limits.max_attention_tokens if context.attention else None,
+        "max_attention_tokens": context.limits.max_attention_tokens if attention else None,
         "draining": context.probes.draining(),
         "queue": None,
         "engines": [],
     }
-    state = await context.live.read()
+    state = await live.read()
     if state is not None:
         depth, engines = state
         status |= {"queue": asdict(depth), "engines": [asdict(engine) for engine in engines]}
