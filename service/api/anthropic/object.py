@@ -1,6 +1,6 @@
-"""A message as an object: what Anthropic's clients read of an answer.
+"""A message as an object: what Anthropic's clients read.
 
-Its content is blocks: runs of text, and tool calls, as `collected` sums them up.
+The content of a message is blocks: the text and tool-call segments of the answer.
 """
 
 from __future__ import annotations
@@ -16,46 +16,47 @@ PREFIX = "msg_"
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-def opened_block(run: Segment) -> dict[str, Any]:
-    """A block as it is announced, empty."""
-    if isinstance(run, ToolCallSegment):
-        return {"type": "tool_use", "id": run.id, "name": run.name, "input": {}}
+def message_object(reader: AnswerReader, answer: Accumulator) -> dict[str, Any]:
+    """The message so far."""
+    return {
+        "id": PREFIX + reader.id,
+        "type": "message",
+        "role": "assistant",
+        "model": reader.manifest.model,
+        "content": [_block(segment) for segment in answer.segments],
+        **stop_fields(answer),
+        "usage": message_usage(reader),
+    }
+
+
+def opened_block(segment: Segment) -> dict[str, Any]:
+    """A block before it has content."""
+    if isinstance(segment, ToolCallSegment):
+        return {"type": "tool_use", "id": segment.id, "name": segment.name, "input": {}}
     return {"type": "text", "text": ""}
 
 
-def block_delta(run: Segment, text: str) -> dict[str, Any]:
-    """What it grows by. The text of a tool's input comes bit by bit."""
-    if isinstance(run, ToolCallSegment):
+def block_delta(segment: Segment, text: str) -> dict[str, Any]:
+    """The growth of a block. The JSON of a tool call's input is streamed as text."""
+    if isinstance(segment, ToolCallSegment):
         return {"type": "input_json_delta", "partial_json": text}
     return {"type": "text_delta", "text": text}
 
 
-def whole_block(run: Segment) -> dict[str, Any]:
-    """A block as it is in the end. An input that the answer's end cut off cannot be told."""
-    if not isinstance(run, ToolCallSegment):
-        return opened_block(run) | {"text": run.text}
+def _block(segment: Segment) -> dict[str, Any]:
+    """A block with its content. Input that was cut off by the end of the answer is left empty."""
+    block = opened_block(segment)
+    if not isinstance(segment, ToolCallSegment):
+        return block | {"text": segment.text}
     try:
-        return opened_block(run) | {"input": json.loads(run.arguments)}
+        return block | {"input": json.loads(segment.arguments)}
     except ValueError:
-        return opened_block(run)
+        return block
 
 
-def message_object(answer: AnswerReader, collected: Accumulator) -> dict[str, Any]:
-    """The message as it stands."""
-    return {
-        "id": PREFIX + answer.id,
-        "type": "message",
-        "role": "assistant",
-        "model": answer.manifest.model,
-        "content": [whole_block(run) for run in collected.segments],
-        **stop_fields(collected),
-        "usage": message_usage(answer),
-    }
-
-
-def stop_fields(collected: Accumulator) -> dict[str, Any]:
-    """Why it ended. Where Anthropic has no word for a reason it is our own."""
-    end, reason = collected.end, collected.finish_reason
+def stop_fields(answer: Accumulator) -> dict[str, Any]:
+    """Why the answer ended. A reason that Anthropic has no word for keeps its own name."""
+    end, reason = answer.end, answer.finish_reason
     if end is not None and isinstance(end.stopped_by, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": end.stopped_by}
     word = None if reason is None else _REASONS.get(reason, reason)
@@ -63,7 +64,7 @@ def stop_fields(collected: Accumulator) -> dict[str, Any]:
 
 
 def message_usage(reader: AnswerReader) -> dict[str, Any]:
-    """Token counts so far. Input tokens are those that were not found in the prefix cache."""
+    """Token counts so far. Input tokens are those that were not in the prefix cache."""
     usage = reader.usage
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens,
