@@ -101,7 +101,7 @@ def opened_item(reader: AnswerReader, index: int, segment: Segment) -> dict[str,
     if isinstance(segment, ToolCallSegment):
         fields = {"call_id": segment.id, "name": segment.name, "arguments": ""}
         return {"id": id_, "type": "function_call", "status": status, **fields}
-    # With tools the role comes first: the order of keys that clients have always got.
+    # Clients have always received the keys in another order with tools.
     role = {} if reader.manifest.notation is None else {"role": "assistant"}
     head = {"id": id_, "type": "message", **role}
     return head | {"status": status, "role": "assistant", "content": []}

@@ -15,7 +15,7 @@ from service.api.auth import Tenant
 from service.api.body import JsonRequest, JsonRoute
 from service.api.context import ApiContext, Caller, Context
 from service.api.generation.answer import answer
-from service.api.generation.manifest import Endpoint, Manifest
+from service.api.generation.manifest import Manifest
 from service.api.generation.reader import AnswerReader
 from service.api.generation.resume import read_to
 from service.api.generation.sse import EventStream
@@ -119,7 +119,7 @@ async def _find(
     stored = await context.queue.lookup(call_id) if valid else None
     if stored is not None and stored.tenant == tenant.name:
         manifest = Manifest.from_json(stored.manifest)
-        if manifest.endpoint is Endpoint.RESPONSES and manifest.stored:
+        if manifest.endpoint is RESPONSES.name and manifest.stored:
             request.state.request_id = call_id
             return AnswerReader(
                 call_id,

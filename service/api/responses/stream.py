@@ -136,7 +136,7 @@ class ResponseRenderer:
             "code": error.code, "message": error.message, "param": error.param, **error.details(),
         }  # fmt: skip
         number = max(self._number + self._numbers.stride - 1, self._seen)
-        # OpenAI's clients raise if there is an `error`; without it they would take it for text.
+        # OpenAI's clients raise an exception only if the event has an `error`.
         return _event(("error", {"error": fields, **fields}), number)
 
     @property
@@ -167,19 +167,18 @@ class ResponseRenderer:
         segment = self._answer.segments[index]
         item = {"item": opened_item(self._reader, index, segment)}
         place = {"output_index": index}
-        # The orders of keys that clients have always got.
+        # Clients have always received the keys in another order without tools.
         added = ("response.output_item.added", place | item if self._has_tools else item | place)
         if isinstance(segment, ToolCallSegment):
             return [added]
-        part = {**self._place(index), "content_index": 0, "part": text_part("")}
+        part = {**self._place(index), "part": text_part("")}
         return [added, ("response.content_part.added", part)]
 
     def _delta(self, index: int, text: str) -> Event:
         place = self._place(index)
         if isinstance(self._answer.segments[index], ToolCallSegment):
             return "response.function_call_arguments.delta", {**place, "delta": text}
-        fields = {**place, "content_index": 0, "delta": text, "logprobs": []}
-        return "response.output_text.delta", fields
+        return "response.output_text.delta", {**place, "delta": text, "logprobs": []}
 
     def _done(self, index: int | None, status: Status) -> list[Event]:
         """The last events of an item; None: of no item."""
@@ -192,7 +191,6 @@ class ResponseRenderer:
         if isinstance(segment, ToolCallSegment):
             fields = {**place, "name": segment.name, "arguments": segment.arguments}
             return [("response.function_call_arguments.done", fields), done]
-        place["content_index"] = 0
         (part,) = item["content"]
         text = {"text": part["text"], "logprobs": part["logprobs"]}
         return [
@@ -202,8 +200,10 @@ class ResponseRenderer:
         ]
 
     def _place(self, index: int) -> dict[str, Any]:
-        id_ = item_id(self._reader, index, self._answer.segments[index])
-        return {"item_id": id_, "output_index": index}
+        """The fields of an event that refer to an item, or to the content part of a message."""
+        segment = self._answer.segments[index]
+        place = {"item_id": item_id(self._reader, index, segment), "output_index": index}
+        return place if isinstance(segment, ToolCallSegment) else {**place, "content_index": 0}
 
     def _render_text(self, delta: Delta) -> bytes:
         """The event of a delta without tools: one per token, so it is put together from bytes."""
