@@ -289,5 +289,6 @@ class MessageBody(CountBody):
         None, ge=0, le=MAX_PRIORITY, description="0 goes before 1 before 2. Default 1."
     )
     on_disconnect: Literal["cancel", "continue"] | None = Field(
-        None, description="Whether a lost connection cancels the generation. Default: cancel."
+        None,
+        description="What happens to the generation if the connection is lost. Default: cancel.",
     )
