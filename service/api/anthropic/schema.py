@@ -186,7 +186,7 @@ class MessageTool(WireModel):
     )
     input_schema: Parameters = Field(description="The JSON schema of its input, an object.")
     strict: bool | None = Field(
-        None, description="Refuse a schema that cannot be enforced completely. Default false."
+        None, description="Reject a schema that cannot be enforced exactly. Default false."
     )
     cache_control: CacheControl = None
 

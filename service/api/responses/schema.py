@@ -195,8 +195,8 @@ class TextFormat(StrictModel):
     )
     strict: bool | None = Field(
         None,
-        description="Refuse a schema that cannot be enforced completely. Default false: the model "
-        "is free where it cannot.",
+        description="Reject a schema that cannot be enforced exactly. Default false: the parts "
+        "that cannot be enforced are left to the model.",
     )
 
 
