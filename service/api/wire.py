@@ -34,13 +34,13 @@ MAX_KEYS = 256
 
 
 class StrictModel(BaseModel):
-    """Strict: no string is taken for a number. StrictModel: no unknown field passes."""
+    """Accepts no string as a number, and no unknown field."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_many_keys(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
+    def _reject_many_keys(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
         if isinstance(value, dict) and len(value) > MAX_KEYS:  # before each becomes an error
             message = f"an object of the body may have at most {MAX_KEYS} fields"
             raise BadRequest(message, code="object_above_max_length")
@@ -110,59 +110,51 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "xtc_probability": (0,),
     "return_tokens_as_token_ids": (False,),
 })  # fmt: skip
-"""Field -> the values that ask for nothing and so may pass."""
+"""Field -> the values that have no effect, which are accepted."""
 
 
 class WireModel(StrictModel):
-    """What all bodies have in common: they know by name what they do not support."""
+    """A part of a body. Fields of other servers that are not supported are refused by name."""
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_by_name(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
+    def _reject_unsupported(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
         if not isinstance(value, dict):
             return value
         foreign = cls.unsupported.keys() & value.keys() - cls.model_fields.keys()
         for name in sorted(foreign):
-            asked = value[name]
-            harmless = any(type(asked) is type(v) and asked == v for v in cls.unsupported[name])
-            if asked is not None and not harmless:
+            given = value[name]
+            accepted = any(type(given) is type(v) and given == v for v in cls.unsupported[name])
+            if given is not None and not accepted:
                 message = f"{name} is not supported by this server"
                 raise BadRequest(message, code="unsupported_parameter", param=name)
         return {key: item for key, item in value.items() if key not in foreign}
 
 
-def content_is_optional(schema: dict[str, Any]) -> None:
-    """Adjusts the schema of a message: the assistant's content may be null, empty or missing."""
+def _content_is_optional(schema: dict[str, Any]) -> None:
     schema["required"].remove("content")
     content = schema["properties"]["content"]
     kinds = [kind | {"minItems": 0} if "minItems" in kind else kind for kind in content["anyOf"]]
     schema["properties"]["content"] = content | {"anyOf": [*kinds, {"type": "null"}]}
 
 
-def with_assistant_content(message: Any) -> Any:  # noqa: ANN401  # any JSON
-    """The message; if it is the assistant's and has no content, the empty text is its content."""
-    if isinstance(message, dict) and message.get("role") == "assistant":
-        return message if message.get("content") not in (None, []) else message | {"content": ""}
-    return message
-
-
 class MessageModel(WireModel):
     """A message. The content of an assistant's message may be null, empty or missing."""
 
-    model_config = ConfigDict(json_schema_extra=content_is_optional)
+    model_config = ConfigDict(json_schema_extra=_content_is_optional)
 
     @model_validator(mode="before")
     @classmethod
     def _complete_assistant(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
-        return with_assistant_content(value)
+        if isinstance(value, dict) and value.get("role") == "assistant":
+            return value if value.get("content") not in (None, []) else value | {"content": ""}
+        return value
 
 
 class SamplingBody(WireModel):
     """The fields that all generating endpoints share."""
-
-    stop_field: ClassVar[str] = "stop"
 
     model: ModelName = Field(description="The id of the model, as /v1/models lists it.")
     min_tokens: int | None = Field(

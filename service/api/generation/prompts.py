@@ -19,7 +19,7 @@ from service.api.context import ApiContext
 from service.api.fields import FieldNames
 from service.api.generation.request import Chat, Generation
 from service.api.limits import ApiLimits
-from service.api.openai.schema import ChatBody, CompletionBody, TokenizeBody
+from service.api.openai.schema import ChatBody, TokenizeBody
 from service.api.tools.formats import TOOL_FORMATS, tool_format_name
 from service.api.tools.plan import ToolUse
 from service.api.tools.prompt import template_input, with_tools
@@ -38,36 +38,6 @@ class PromptTokens:
 
     ids: tuple[int, ...]
     text: str | None = None
-
-
-async def completion_prompts(
-    body: CompletionBody, context: ApiContext, *, tenant: str
-) -> list[PromptTokens]:
-    """The prompts of a completion call, one or many."""
-    prompts: list[Any]
-    if isinstance(body.prompt, str) or isinstance(body.prompt[0], int):
-        prompts = [body.prompt]
-    else:
-        prompts = body.prompt
-    if len(prompts) > context.limits.max_prompts:
-        raise BadRequest(
-            f"prompt may hold at most {context.limits.max_prompts} prompts",
-            code="array_above_max_length",
-            param="prompt",
-        )
-    for prompt in prompts:  # before any of them is tokenised
-        _check_prompt(prompt, context)
-    add_bos = body.add_special_tokens is not False
-    total = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-    return [
-        PromptTokens(
-            ids=await _text_ids(prompt, context, tenant=tenant, add_bos=add_bos, total=total),
-            text=prompt,
-        )
-        if isinstance(prompt, str)
-        else PromptTokens(ids=tuple(prompt))
-        for prompt in prompts
-    ]
 
 
 def _check_prompt(prompt: str | Sequence[int], context: ApiContext) -> None:

@@ -1,0 +1,45 @@
+"""POST /v1/completions and /v1/chat/completions."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from service.api.answers import described
+from service.api.body import JsonRequest, JsonRoute
+from service.api.context import Caller, Context
+from service.api.generation.answer import answer
+from service.api.openai.answers import ChatCompletion, Completion
+from service.api.openai.dialect import CHAT, COMPLETIONS
+from service.api.openai.schema import ChatBody, CompletionBody
+
+completions = APIRouter(route_class=JsonRoute)
+chat = APIRouter(route_class=JsonRoute)
+
+
+@completions.post(
+    "/v1/completions",
+    response_model=None,
+    responses=described(Completion, stream=True),
+    summary="Complete prompts",
+    description="Continues a text or token ids, or several of them. With `stream` the answer comes "
+    "as server-sent events; its `x-request-id` identifies it to be resumed or cancelled.",
+)
+async def create_completion(
+    body: CompletionBody, request: JsonRequest, context: Context, tenant: Caller
+) -> Response:
+    return await answer(COMPLETIONS, body, request, context, tenant)
+
+
+@chat.post(
+    "/v1/chat/completions",
+    response_model=None,
+    responses=described(ChatCompletion, stream=True),
+    summary="Answer a chat",
+    description="Answers the messages of a chat, using the model's chat template. With `stream` "
+    "the answer comes as server-sent events; its `x-request-id` identifies it to be resumed or "
+    "cancelled.",
+)
+async def create_chat_completion(
+    body: ChatBody, request: JsonRequest, context: Context, tenant: Caller
+) -> Response:
+    return await answer(CHAT, body, request, context, tenant)
