@@ -252,6 +252,11 @@ class Settings(BaseModel):
     page: bool = _setting(
         Group.HTTP, default=True, help_text="Serve the web page to chat with the model at /."
     )
+    docs: bool = _setting(
+        Group.HTTP,
+        default=False,
+        help_text="Serve /docs and /openapi.json even if keys are required; they need a key, then.",
+    )
 
     attention: bool = _setting(
         Group.HTTP,

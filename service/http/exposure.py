@@ -30,6 +30,6 @@ def keyless_hosts(settings: Settings) -> HostCheck:
 
 
 def extras_of(settings: Settings) -> set[str]:
-    """The optional routes. The document is for servers that need no key."""
-    wanted = {"page": settings.page, "docs": settings.keys_file is None}
+    """The optional routes. By default the OpenAPI document is only for servers without keys."""
+    wanted = {"page": settings.page, "docs": settings.docs or settings.keys_file is None}
     return {name for name, serve in wanted.items() if serve}

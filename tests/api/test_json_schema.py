@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from model.grammar import GrammarError, Grammars, json_schema_grammar
-from service.api.structured.grammars import JsonRule
+from service.api.structured.grammar import JsonRule
 from service.api.structured.json_schema import (
     MAX_OPTIONAL,
     first_unsupported,
@@ -47,9 +47,9 @@ async def service(start_service: Any) -> AsyncIterator[Any]:
         yield started
 
 
-def accepts(grammars: Grammars, notation: str, text: str) -> bool:
+def accepts(grammars: Grammars, grammar: str, text: str) -> bool:
     """Whether a text, byte by byte, is an answer of a grammar."""
-    matcher = grammars.matcher(notation)
+    matcher = grammars.matcher(grammar)
     ids = list(text.encode())
     if matcher.num_allowed(ids) < len(ids):
         return False
@@ -192,21 +192,21 @@ BEYOND: list[tuple[str, Any, Any]] = [
 async def test_each_part_is_named_or_left_out(
     grammars: Grammars, path: str, schema: Any, value: Any
 ) -> None:
-    async def trial(notation: str) -> str | None:
+    async def validate(grammar: str) -> str | None:
         try:
-            grammars.matcher(notation)
+            grammars.matcher(grammar)
         except GrammarError as error:
             return str(error)
         return None
 
     def lenient(relaxed: Any) -> str:
-        return JsonRule(relaxed, lenient=True).notation
+        return JsonRule(relaxed, lenient=True).grammar
 
-    assert await trial(json_schema_grammar(schema)) is not None
-    found = await first_unsupported(schema, trial)
+    assert await validate(json_schema_grammar(schema)) is not None
+    found = await first_unsupported(schema, validate)
     assert found is not None
     assert found[0] == path
-    relaxed = await relax(schema, trial, error="", grammar_of=lenient)
+    relaxed = await relax(schema, validate, error="", grammar_of=lenient)
     assert relaxed is not None
     assert accepts(grammars, lenient(relaxed), json.dumps(value))
 
@@ -218,7 +218,7 @@ WIDE = {"type": "object", "properties": NAMES, "required": ["p7"], "additionalPr
 async def test_of_too_many_optional_properties_only_the_required_ones_bind(
     service: Any, grammars: Grammars
 ) -> None:
-    """A trial may pass and the answer fail where they come, far behind its beginning."""
+    """A validate may pass and the answer fail where they come, far behind its beginning."""
     schema = {"type": "object", "properties": {"deep": WIDE}, "required": ["deep"]}
     asked = {"type": "json_schema", "json_schema": {"schema": schema}}
     assert (await call(service, response_format=asked)).status_code == 200
@@ -260,13 +260,13 @@ async def test_a_strict_object_has_a_limit_of_optional_properties(
 async def test_the_number_of_trials_is_bounded(grammars: Grammars) -> None:
     asked: list[str] = []
 
-    async def trial(notation: str) -> str | None:
-        asked.append(notation)
-        return None if len(notation) < 50_000 and "(?" not in notation else "is not valid"
+    async def validate(grammar: str) -> str | None:
+        asked.append(grammar)
+        return None if len(grammar) < 50_000 and "(?" not in grammar else "is not valid"
 
     schema = {"properties": {f"p{i}": {"pattern": f"(?!{i})[(?]"} for i in range(500)}}
-    assert await relax(schema, trial, error="", grammar_of=json_schema_grammar)
-    assert await first_unsupported(schema, trial)
+    assert await relax(schema, validate, error="", grammar_of=json_schema_grammar)
+    assert await first_unsupported(schema, validate)
     assert len(asked) < 2 * 64 + 5
 
 

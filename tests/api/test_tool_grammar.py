@@ -18,11 +18,10 @@ import pytest
 from model.grammar import GrammarError, Grammars
 from model.text.tokenizer import Tokenizer
 from service.api.structured.json_schema import without_annotations
+from service.api.tools.chat import FunctionDefinition, ToolUse
 from service.api.tools.formats import TOOL_FORMATS, ToolFormat
 from service.api.tools.grammar import tools_grammar
 from service.api.tools.parser import ToolCallParser
-from service.api.tools.plan import ToolUse
-from service.api.tools.schema import Function
 
 NAMES = sorted(TOOL_FORMATS)
 CITY: dict[str, Any] = {
@@ -43,9 +42,9 @@ TREE: dict[str, Any] = {
     "$defs": {"leaf": {"anyOf": [{"type": "boolean"}, {"const": "}]}"}]}},
 }
 FUNCTIONS = (
-    Function(name="get_weather", parameters=CITY, strict=True),
-    Function(name="tree-2", parameters=TREE),
-    Function(name="now"),
+    FunctionDefinition(name="get_weather", parameters=CITY, strict=True),
+    FunctionDefinition(name="tree-2", parameters=TREE),
+    FunctionDefinition(name="now"),
 )
 SCHEMAS = {"get_weather": CITY, "tree-2": TREE, "now": {"type": "object", "maxProperties": 0}}
 
@@ -201,7 +200,7 @@ def test_texts_of_a_schema_are_no_grammar(tokenizer: Tokenizer) -> None:
     odd = ["//", "# x", "%json {}", '"', "/a/", "\n", "}\n</tool_call>", "é😀", "<[1]>"]
     schema = {"type": "object", "properties": {"a": {"enum": odd}}, "required": ["a"],
               "additionalProperties": False}  # fmt: skip
-    function = Function(name="now", parameters=schema)
+    function = FunctionDefinition(name="now", parameters=schema)
     grammar = tools_grammar(use(functions=(function,), may_call=(0,)), TOOL_FORMATS["plain"], {})
     for text in odd:
         arguments = json.dumps({"a": text}, ensure_ascii=False)
@@ -220,7 +219,7 @@ def test_schemas_that_cannot_be_followed(tokenizer: Tokenizer) -> None:
     )
 
     def compile_with(schema: dict[str, Any], *, strict: bool) -> None:
-        function = Function(name="f", parameters=schema, strict=strict)
+        function = FunctionDefinition(name="f", parameters=schema, strict=strict)
         asked = use(functions=(function,), may_call=(0,))
         grammars.matcher(tools_grammar(asked, TOOL_FORMATS["plain"], {}))
 

@@ -19,10 +19,9 @@ from model.runners.torch import TorchRunner
 from service.api.generation.accumulate import Accumulator
 from service.api.generation.deltas import ChoiceReader
 from service.api.generation.manifest import Endpoint, Manifest, PromptNote
+from service.api.tools.chat import FunctionDefinition, ToolUse
 from service.api.tools.formats import TOOL_FORMATS
 from service.api.tools.grammar import tools_grammar
-from service.api.tools.plan import ToolUse
-from service.api.tools.schema import Function
 from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig
@@ -53,7 +52,9 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "now": {"type": "object", "properties": {}, "additionalProperties": False},
 }
-FUNCTIONS = tuple(Function(name=name, parameters=schema) for name, schema in SCHEMAS.items())
+FUNCTIONS = tuple(
+    FunctionDefinition(name=name, parameters=schema) for name, schema in SCHEMAS.items()
+)
 
 
 class Words:

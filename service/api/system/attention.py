@@ -6,6 +6,7 @@ Available only if the network is in this process. It uses neither the queue nor 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import APIRouter, Response
@@ -15,10 +16,10 @@ from service.api.answers import AnswerModel, ModelId, TokenList, described, json
 from service.api.body import JsonRoute
 from service.api.context import ApiContext, Caller, Context
 from service.api.fields import TokenIds
-from service.api.generation.prompts import chat_prompt, check_token_ids, encode
+from service.api.generation.prompts import check_token_ids, encode, render_chat
 from service.api.generation.submit import check_model
-from service.api.openai.schema import TokenizeBody
 from service.api.system.attention_service import Attention
+from service.api.system.tokenize import NAMES, TokenizeBody
 from service.errors import BadRequest, NotFound
 
 router = APIRouter(route_class=JsonRoute)
@@ -113,7 +114,8 @@ async def _tokens(body: AttentionBody, context: ApiContext, *, tenant: str) -> l
     elif body.tokens is not None:
         tokens = body.tokens
     else:
-        tokens = (await chat_prompt(body, context, tenant=tenant)).ids
+        chat = replace(body.chat(), tools=None)
+        tokens = (await render_chat(chat, context, tenant=tenant, names=NAMES)).ids
     limit = min(context.limits.max_attention_tokens, context.card.max_model_len)
     if not 1 <= len(tokens) <= limit:
         raise BadRequest(

@@ -221,9 +221,13 @@ def _call_headers(limits: ApiLimits) -> list[Json]:
     key = {"pattern": "^[!-~]+$", "minLength": 1, "maxLength": limits.max_key_chars}
     headers = {
         "x-request-timeout-ms": _header(
-            "Milliseconds that the answer may take; then 504, or a partial answer.", **timeout
+            "Milliseconds that the answer may take; then 504, or a partial answer.",
+            **timeout,
+            examples=[60_000],
         ),
-        "idempotency-key": _header("Calls with equal keys and bodies get the same answer.", **key),
+        "idempotency-key": _header(
+            "Calls with equal keys and bodies get the same answer.", **key, examples=["order-4711"]
+        ),
         "x-quire-event-ids": _header(
             "1: events have ids, and the stream can be resumed after any of them.", enum=["0", "1"]
         ),
