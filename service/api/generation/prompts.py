@@ -1,8 +1,7 @@
-"""Prompts: what a body asks for to token ids. Long texts are tokenised in a pool of threads, in
-turns with other tenants; texts that cannot fit the model's context are refused by their size.
+"""Prompts: from texts and chats to token ids. Long texts are tokenised in a pool of threads, where
+tenants take turns; texts that cannot fit the context are rejected by their size.
 
-Text is tokenised as text: what looks like a special token in it is not one. Only the chat template
-writes special tokens.
+A text that looks like a special token is not one: only the chat template writes special tokens.
 """
 
 from __future__ import annotations
@@ -19,155 +18,25 @@ from service.api.context import ApiContext
 from service.api.fields import FieldNames
 from service.api.generation.request import Chat, Generation
 from service.api.limits import ApiLimits
-from service.api.openai.schema import ChatBody, TokenizeBody
 from service.api.tools.formats import TOOL_FORMATS, tool_format_name
-from service.api.tools.plan import ToolUse
-from service.api.tools.prompt import template_input, with_tools
+from service.api.tools.prompt import template_input
 from service.errors import BadRequest, Unavailable
 from service.fair_pool import FairPool
 
 T = TypeVar("T")
 
 TEXT_COST = 32
-"""Characters that take as long to tokenise as one more text takes to render."""
+"""The cost of one more text in a template, in characters to tokenise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTokens:
-    """A prompt as the model reads it; `text` where it came as text."""
+    """A prompt for the model; `text` if it was given as text."""
 
     ids: tuple[int, ...]
     text: str | None = None
 
 
-def _check_prompt(prompt: str | Sequence[int], context: ApiContext) -> None:
-    if isinstance(prompt, str):
-        check_size([prompt], context, param="prompt")
-    elif len(prompt) < context.card.max_model_len:  # longer ones are refused for that
-        check_token_ids(prompt, context, param="prompt")
-
-
-async def encode(
-    text: str, context: ApiContext, *, tenant: str, add_bos: bool, param: str = "prompt"
-) -> tuple[int, ...]:
-    """Token ids of a text. Raises BadRequest if it cannot fit the model's context."""
-    check_size([text], context, param=param)
-    return await _text_ids(text, context, tenant=tenant, add_bos=add_bos, total=len(text))
-
-
-async def _text_ids(
-    text: str, context: ApiContext, *, tenant: str, add_bos: bool, total: int
-) -> tuple[int, ...]:
-    """`total` is the length of all texts of the call."""
-    work = partial(context.tokenizer.encode, text, add_bos=add_bos)
-    ids = await aside(context.pools.tokens, tenant, work, total, context.limits)
-    check_token_ids(ids, context, param="prompt")  # a vocabulary may exceed the embedding
-    return tuple(ids)
-
-
-def check_size(texts: Iterable[str], context: ApiContext, *, param: str) -> None:
-    """Raises BadRequest for texts whose size alone is more than the model's context."""
-    longest = context.card.max_model_len
-    if context.tokenizer.fewest_tokens(texts) > longest:
-        raise BadRequest(
-            f"{param} must leave room for a token: the model holds {longest} tokens",
-            code="context_length_exceeded",
-            param=param,
-        )
-
-
-async def chat_prompt(
-    body: ChatBody | TokenizeBody, context: ApiContext, *, tenant: str, tools: ToolUse | None = None
-) -> PromptTokens:
-    """The prompt that the model's chat template makes of the messages, and of the tools if any."""
-    assert body.messages is not None  # noqa: S101  # the callers' case
-    if context.tokenizer.chat_template is None:
-        raise BadRequest(
-            "this model has no chat template; use /v1/completions",
-            code="chat_not_supported",
-            param=body.prompt_field,
-        )
-    notation = TOOL_FORMATS[tool_format_name(context.tokenizer)]
-    functions = () if tools is None else tools.functions
-    messages, variables = with_tools(body.messages, functions, notation)
-    going_on = body.continue_final_message is True
-    opening = body.add_generation_prompt if body.add_generation_prompt is not None else not going_on
-    if going_on and opening:
-        raise BadRequest(
-            "continue_final_message and add_generation_prompt exclude each other",
-            param="continue_final_message",
-        )
-    texts = list(strings_of([messages, variables]))
-    check_size(texts, context, param=body.prompt_field)
-    render = partial(
-        context.tokenizer.apply_chat_template,
-        messages,
-        add_generation_prompt=opening,
-        continue_final_message=going_on,
-        **variables,
-        **_template_options(body.chat_template_kwargs, context.limits),
-    )
-    length = sum(map(len, texts)) + TEXT_COST * len(texts)
-    if not context.tokenizer.renders_in_process:  # waits for a process: never on the event loop
-        length = max(length, context.limits.inline_text_chars + 1)
-    try:
-        ids = await aside(context.pools.templates, tenant, render, length, context.limits)
-    except ChatTemplateLimitError as error:
-        raise BadRequest(str(error), code="chat_template_limit", param=body.prompt_field) from None
-    except TemplateUnavailableError as error:
-        raise Unavailable(str(error)) from None
-    except ChatTemplateError:
-        raise BadRequest(
-            "the model's chat template refuses these messages",
-            code="chat_template_error",
-            param=body.prompt_field,
-        ) from None
-    check_token_ids(ids, context, param=body.prompt_field)
-    return PromptTokens(ids=tuple(ids))
-
-
-def _template_options(options: Mapping[str, Any] | None, limits: ApiLimits) -> Mapping[str, Any]:
-    """Raises BadRequest for an option that is not on the list; values are flags."""
-    chosen = options or {}
-    for name, value in chosen.items():
-        if name not in limits.template_kwargs:
-            allowed = ", ".join(sorted(limits.template_kwargs))
-            raise BadRequest(
-                f"chat_template_kwargs may hold: {allowed}",
-                code="unsupported_parameter",
-                param="chat_template_kwargs",
-            )
-        if not isinstance(value, bool):
-            raise BadRequest(
-                "the values of chat_template_kwargs must be true or false",
-                code="invalid_type",
-                param="chat_template_kwargs",
-            )
-    return chosen
-
-
-def check_token_ids(ids: Sequence[int], context: ApiContext, *, param: str) -> None:
-    """Raises BadRequest for an id that the network has no embedding for."""
-    if ids and not (min(ids) >= 0 and max(ids) < context.card.vocab_size):
-        raise BadRequest(
-            f"token ids must be from 0 to {context.card.vocab_size - 1}",
-            code="invalid_token_id",
-            param=param,
-        )
-
-
-async def aside(
-    pool: FairPool, tenant: str, work: Callable[[], T], length: int, limits: ApiLimits
-) -> T:
-    """The result of `work` on a text of this length: here if it is short, else in a thread, because
-    it would hold up the event loop.
-    """
-    if length <= limits.inline_text_chars:
-        return work()
-    return await pool.run(tenant, work, weight=length)
-
-
-# === new ===
 async def prompt_tokens(
     generation: Generation, context: ApiContext, *, tenant: str
 ) -> list[PromptTokens]:
@@ -211,8 +80,6 @@ async def render_chat(
     tool_format = TOOL_FORMATS[tool_format_name(context.tokenizer)]
     functions = () if chat.tools is None else chat.tools.functions
     messages, variables = template_input(chat.messages, functions, tool_format)
-    texts = list(strings_of([messages, variables]))
-    check_size(texts, context, param=param)
     continued = chat.continue_final_message
     generation_prompt = chat.add_generation_prompt
     if generation_prompt is None:
@@ -222,6 +89,8 @@ async def render_chat(
             "continue_final_message and add_generation_prompt exclude each other",
             param="continue_final_message",
         )
+    texts = list(strings_of([messages, variables]))
+    check_size(texts, context, param=param)
     render = partial(
         context.tokenizer.apply_chat_template,
         messages,
@@ -234,7 +103,7 @@ async def render_chat(
     if not context.tokenizer.renders_in_process:  # waits for a process: never on the event loop
         length = max(length, context.limits.inline_text_chars + 1)
     try:
-        ids = await aside(context.pools.templates, tenant, render, length, context.limits)
+        ids = await run_in_pool(context.pools.templates, tenant, render, length, context.limits)
     except ChatTemplateLimitError as error:
         raise BadRequest(str(error), code="chat_template_limit", param=param) from None
     except TemplateUnavailableError as error:
@@ -247,3 +116,80 @@ async def render_chat(
         ) from None
     check_token_ids(ids, context, param=param)
     return PromptTokens(ids=tuple(ids))
+
+
+def _check_prompt(prompt: str | Sequence[int], context: ApiContext) -> None:
+    if isinstance(prompt, str):
+        check_size([prompt], context, param="prompt")
+    elif len(prompt) < context.card.max_model_len:  # longer ones are refused for that
+        check_token_ids(prompt, context, param="prompt")
+
+
+async def encode(
+    text: str, context: ApiContext, *, tenant: str, add_bos: bool, param: str = "prompt"
+) -> tuple[int, ...]:
+    """Token ids of a text. Raises BadRequest if it cannot fit the model's context."""
+    check_size([text], context, param=param)
+    return await _text_ids(text, context, tenant=tenant, add_bos=add_bos, total=len(text))
+
+
+async def _text_ids(
+    text: str, context: ApiContext, *, tenant: str, add_bos: bool, total: int
+) -> tuple[int, ...]:
+    """`total` is the length of all texts of the call, in characters."""
+    work = partial(context.tokenizer.encode, text, add_bos=add_bos)
+    ids = await run_in_pool(context.pools.tokens, tenant, work, total, context.limits)
+    check_token_ids(ids, context, param="prompt")  # a vocabulary may exceed the embedding
+    return tuple(ids)
+
+
+def check_size(texts: Iterable[str], context: ApiContext, *, param: str) -> None:
+    """Raises BadRequest for texts whose size alone exceeds the context length."""
+    longest = context.card.max_model_len
+    if context.tokenizer.fewest_tokens(texts) > longest:
+        raise BadRequest(
+            f"{param} must leave room for a token: the model holds {longest} tokens",
+            code="context_length_exceeded",
+            param=param,
+        )
+
+
+def _template_options(options: Mapping[str, Any] | None, limits: ApiLimits) -> Mapping[str, Any]:
+    """Raises BadRequest for an option that is not allowed or no boolean."""
+    chosen = options or {}
+    for name, value in chosen.items():
+        if name not in limits.template_kwargs:
+            allowed = ", ".join(sorted(limits.template_kwargs))
+            raise BadRequest(
+                f"chat_template_kwargs may hold: {allowed}",
+                code="unsupported_parameter",
+                param="chat_template_kwargs",
+            )
+        if not isinstance(value, bool):
+            raise BadRequest(
+                "the values of chat_template_kwargs must be true or false",
+                code="invalid_type",
+                param="chat_template_kwargs",
+            )
+    return chosen
+
+
+def check_token_ids(ids: Sequence[int], context: ApiContext, *, param: str) -> None:
+    """Raises BadRequest for ids outside of the model's vocabulary."""
+    if ids and not (min(ids) >= 0 and max(ids) < context.card.vocab_size):
+        raise BadRequest(
+            f"token ids must be from 0 to {context.card.vocab_size - 1}",
+            code="invalid_token_id",
+            param=param,
+        )
+
+
+async def run_in_pool(
+    pool: FairPool, tenant: str, work: Callable[[], T], length: int, limits: ApiLimits
+) -> T:
+    """The result of `work` on a text of this length. A long one runs in a thread of the pool,
+    because it would block the event loop.
+    """
+    if length <= limits.inline_text_chars:
+        return work()
+    return await pool.run(tenant, work, weight=length)

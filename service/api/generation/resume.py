@@ -16,13 +16,29 @@ import re
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
 
+from fastapi import Request
+
+from service.api.auth import Tenant
+from service.api.context import ApiContext
 from service.api.generation.dialect import EventRenderer
 from service.api.generation.follow import split
+from service.api.generation.manifest import Manifest
 from service.api.generation.reader import AnswerReader
 from service.errors import BadRequest, StreamDivergence, Unavailable
 from service.messages import End, Record, Tokens, rolling_digest
 
 _POSITION = re.compile(r"(0|[1-9][0-9]{0,8})\.([0-9a-f]{6})")
+
+
+def resumed_reader(
+    call_id: str, manifest: Manifest, request: Request, context: ApiContext, tenant: Tenant
+) -> AnswerReader:
+    """A reader of a stored answer from its beginning, for an HTTP request that names its id."""
+    request.state.request_id = call_id
+    arrived = request.state.arrived
+    return AnswerReader(
+        call_id, manifest, context, tenant=tenant.name, arrived=arrived, resumed=True
+    )
 
 
 async def read_to_event(reader: AnswerReader, renderer: EventRenderer, event_id: str) -> None:

@@ -13,7 +13,7 @@ from service.api.context import ApiContext, Caller, Context
 from service.api.generation.dialect import Dialect
 from service.api.generation.manifest import Endpoint, Manifest
 from service.api.generation.reader import AnswerReader
-from service.api.generation.resume import read_to_event
+from service.api.generation.resume import read_to_event, resumed_reader
 from service.api.generation.sse import EventStream
 from service.api.ids import call_age
 from service.errors import BadRequest, Gone, NotFound
@@ -83,15 +83,7 @@ async def _reader(
     if not manifest.stored:
         raise NotFound("there is no such stream", code="stream_not_found")
     await context.queue.attend([stored.id])
-    request.state.request_id = stored.id
-    return AnswerReader(
-        stored.id,
-        manifest,
-        context,
-        tenant=tenant.name,
-        arrived=request.state.arrived,
-        resumed=True,
-    )
+    return resumed_reader(stored.id, manifest, request, context, tenant)
 
 
 async def _find(call_id: str, context: ApiContext, tenant: Tenant) -> StoredSubmission:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from service.api.fields import Content, FieldError, Label, ModelName, Prompt, Text, TokenIds
+from service.api.fields import Content, FieldError, Label, Prompt, Text
 from service.api.structured.schema import ResponseFormat, StructuredOutputs
 from service.api.tools.chat import ChatMessage
 from service.api.tools.schema import CalledTools, ChatToolChoice, Tools
@@ -165,38 +165,3 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Options of the model's chat template; a fixed set is allowed."
     )
-
-
-class TokenizeBody(WireModel):
-    """The body of POST /tokenize: a prompt or messages."""
-
-    prompt_field: ClassVar[str] = "messages"
-
-    model: ModelName | None = Field(
-        None, description="The id of the model; the only one if absent."
-    )
-    prompt: Text | None = Field(None, description="The text to tokenise.")
-    messages: list[Message] | None = Field(
-        None, min_length=1, max_length=MAX_MESSAGES, description="A chat, instead of a prompt."
-    )
-    tools: Tools = Field(None, description="Functions that the model is told of in the chat.")
-    add_special_tokens: bool | None = Field(
-        None, description="Begin a prompt with the model's begin token. Default true."
-    )
-    add_generation_prompt: bool | None = Field(
-        None, description="Open the assistant's turn after the messages. Default true."
-    )
-    continue_final_message: bool | None = Field(None, description="Leave the last message open.")
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Options of the model's chat template; a fixed list is allowed."
-    )
-    return_token_strs: bool | None = Field(None, description="Also give each token's text.")
-
-
-class DetokenizeBody(WireModel):
-    """The body of POST /detokenize."""
-
-    model: ModelName | None = Field(
-        None, description="The id of the model; the only one if absent."
-    )
-    tokens: TokenIds = Field(description="The token ids to make text of.")

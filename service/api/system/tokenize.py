@@ -19,7 +19,7 @@ from service.api.answers import (
 from service.api.body import JsonRoute
 from service.api.context import Caller, Context
 from service.api.fields import FieldNames, ModelName, Text, TokenIds
-from service.api.generation.prompts import aside, check_token_ids, encode, render_chat
+from service.api.generation.prompts import run_in_pool, check_token_ids, encode, render_chat
 from service.api.generation.request import Chat
 from service.api.generation.submit import check_model
 from service.api.openai.schema import Message
@@ -115,7 +115,7 @@ async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Resp
         ids = await encode(body.prompt, context, tenant=tenant.name, add_bos=add_bos)
     texts = None
     if body.return_token_strs:
-        texts = await aside(
+        texts = await run_in_pool(
             context.pools.tokens,
             tenant.name,
             lambda: [context.tokenizer.token_text(token) for token in ids],
@@ -141,5 +141,5 @@ async def detokenize(body: DetokenizeBody, context: Context, tenant: Caller) -> 
     check_model(body.model, context)
     check_token_ids(body.tokens, context, param="tokens")
     work, length = partial(context.tokenizer.decode, body.tokens), len(body.tokens)
-    text = await aside(context.pools.tokens, tenant.name, work, length, context.limits)
+    text = await run_in_pool(context.pools.tokens, tenant.name, work, length, context.limits)
     return json_response({"prompt": text})
