@@ -176,7 +176,7 @@ async def test_a_format_and_tools(client: openai.AsyncOpenAI) -> None:
     for choice in completion.choices:
         if not check(choice.message) and choice.finish_reason == "stop":
             jsonschema_rs.validate(schema, json.loads(choice.message.content or ""))
-    with pytest.raises(openai.BadRequestError, match="leaves no room"):
+    with pytest.raises(openai.BadRequestError, match="cannot be combined with required tool calls"):
         await client.chat.completions.create(
             model=MODEL, messages=ASK, tools=TOOLS, response_format=asked, tool_choice="required"
         )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
-from service.api.fields import FieldError, FieldNames, Label, Text, check_json
+from service.api.fields import FieldError, FieldNames, Label, Text
 from service.api.structured.output import Constraint, JsonOutput, Kind, json_output
 from service.api.wire import StrictModel
 from service.errors import BadRequest
@@ -18,11 +18,6 @@ def _texts(value: object) -> object:
     """Runs before the items are validated, so that a rejection stays cheap."""
     if isinstance(value, list) and len(value) > MAX_CHOICES:
         raise FieldError("array_above_max_length", f"may have at most {MAX_CHOICES} items")
-    return value
-
-
-def _json(value: dict[str, Any]) -> dict[str, Any]:
-    check_json(value)
     return value
 
 
@@ -60,44 +55,6 @@ class ResponseFormat(StrictModel):
             strict=None if schema is None else schema.strict,
             names=names,
         )
-
-
-class TextFormat(StrictModel):
-    """The same in a response's words."""
-
-    model_config = ConfigDict(serialize_by_alias=True)
-
-    type: Literal["text", "json_object", "json_schema"] = Field(
-        description="Any text, a JSON object, or JSON of a schema."
-    )
-    name: Label | None = Field(None, description="The name of the schema; has no effect.")
-    description: Text | None = Field(
-        None, description="A description of the schema; has no effect."
-    )
-    schema_: Annotated[dict[str, Any], AfterValidator(_json)] | None = Field(
-        None, alias="schema", description="The schema of the answer; goes with json_schema."
-    )
-    strict: bool | None = Field(
-        None,
-        description="Reject a schema that cannot be enforced exactly. Default false: parts that "
-        "cannot be enforced are left to the model.",
-    )
-
-    def as_response_format(self) -> ResponseFormat:
-        """In a chat's words."""
-        schema = None
-        if self.schema_ is not None:
-            schema = JsonSchema.model_construct(schema_=self.schema_, strict=self.strict)
-        return ResponseFormat.model_construct(type=self.type, json_schema=schema)
-
-
-class TextOptions(StrictModel):
-    """What a response's text must be."""
-
-    format: TextFormat | None = Field(
-        None, description="Text, a JSON object, or JSON of a schema. Default text."
-    )
-    verbosity: None = Field(None, description="Not supported.")
 
 
 class StructuredOutputs(StrictModel):

@@ -19,7 +19,7 @@ from service.api.answers import (
 from service.api.body import JsonRoute
 from service.api.context import Caller, Context
 from service.api.fields import FieldNames, ModelName, Text, TokenIds
-from service.api.generation.prompts import run_in_pool, check_token_ids, encode, render_chat
+from service.api.generation.prompts import check_token_ids, encode, render_chat, run_in_pool
 from service.api.generation.request import Chat
 from service.api.generation.submit import check_model
 from service.api.openai.schema import Message

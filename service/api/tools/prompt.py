@@ -108,19 +108,3 @@ def _add_descriptions(described: Sequence[dict[str, Any]], messages: list[dict[s
         messages[0] = messages[0] | {"content": f"{messages[0]['content']}\n\n{text}"}
     else:
         messages.insert(0, {"role": "system", "content": text})
-
-
-def with_tools(messages: Any, functions: Any, tool_format: ToolFormat) -> TemplateInput:  # noqa: ANN401
-    """For callers that still have wire types; to be removed."""
-    neutral = [
-        ChatMessage(
-            role=message.role,
-            content=message.content,
-            name=message.name,
-            reasoning=message.reasoning_content,
-            tool_calls=tuple(call.call() for call in message.tool_calls or ()),
-            tool_call_id=message.tool_call_id,
-        )
-        for message in messages
-    ]
-    return template_input(neutral, functions, tool_format)
