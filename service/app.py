@@ -13,17 +13,14 @@ from fastapi import APIRouter, FastAPI, Response
 
 from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
-from service.api import ROUTERS
-from service.api import errors as refusals
+from service.api import ROUTERS, dialect_of, errors
 from service.api.answers import ErrorBody, refused
 from service.api.auth import Authenticator, open_to_all
-from service.api.context import ApiContext, Probes
-from service.api.cors import allow_origins
-from service.api.hosts import HostCheck, any_host
+from service.api.context import ApiContext, Probes, WorkPools
+from service.api.hosts import HostCheck, allow_origins, any_host
 from service.api.limits import ApiLimits
-from service.api.middleware import Boundary
+from service.api.middleware import RequestContextMiddleware
 from service.api.observer import ApiObserver, NullObserver
-from service.api.pools import WorkPools
 from service.api.readers import Readers
 from service.api.structured.validator import GrammarValidator
 from service.api.system import openapi
@@ -96,9 +93,10 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
     app.state.live = LiveState(queue)
     app.state.attention = attention_service
     app.add_middleware(
-        Boundary,
+        RequestContextMiddleware,
         authenticate=authenticate,
         observer=observer,
+        error_formats=dialect_of,
         check_host=check_host,
         charge=queue.charge,
     )
@@ -119,7 +117,11 @@ def build_admin_app(
     app = _shell("Quire admin", version=context.version)
     app.state.context = context
     app.add_middleware(
-        Boundary, authenticate=open_to_all, observer=NullObserver(), check_host=check_host
+        RequestContextMiddleware,
+        authenticate=open_to_all,
+        observer=NullObserver(),
+        error_formats=dialect_of,
+        check_host=check_host,
     )
     metrics = APIRouter()
 
@@ -151,7 +153,7 @@ def _shell(
     version: str,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
-    """An application without routes that answers every fault in our shape."""
+    """An application without routes, with our error handlers."""
     app = FastAPI(
         title=title,
         version=version,
@@ -160,5 +162,5 @@ def _shell(
         redirect_slashes=False,
         responses=refused(ErrorBody),
     )
-    refusals.install(app)
+    errors.install(app, dialect_of)
     return app

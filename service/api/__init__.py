@@ -39,6 +39,15 @@ DIALECTS: Mapping[Endpoint, Dialect[Any]] = MappingProxyType({
     Endpoint.MESSAGES: MESSAGES,
 })  # fmt: skip
 
+
+def dialect_of(path: str) -> Dialect[Any]:
+    """The dialect of the errors at a path: that of its endpoint, else OpenAI's."""
+    for dialect in DIALECTS.values():
+        if path == dialect.path or path.startswith(dialect.path + "/"):
+            return dialect
+    return CHAT
+
+
 ROUTERS: Mapping[str, APIRouter] = MappingProxyType({
     "completions": openai.completions,
     "chat": openai.chat,

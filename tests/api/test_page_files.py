@@ -10,14 +10,14 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.api import errors as refusals
+from service.api import dialect_of, errors
 from service.api.system import page
 
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
     app = FastAPI()
-    refusals.install(app)
+    errors.install(app, dialect_of)
     app.include_router(page.router)
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

@@ -9,8 +9,8 @@ from service.api.anthropic.answers import AnthropicMessage, MessageCount, Messag
 from service.api.anthropic.dialect import MESSAGES
 from service.api.anthropic.parse import NAMES, parse_chat
 from service.api.anthropic.schema import CountBody, MessageBody
-from service.api.body import JsonRequest, JsonRoute
-from service.api.context import Caller, Context
+from service.api.body import JsonRoute
+from service.api.context import Caller, Context, JsonRequest
 from service.api.generation.answer import answer
 from service.api.generation.prompts import render_chat
 from service.api.generation.submit import check_model

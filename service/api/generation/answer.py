@@ -6,10 +6,9 @@ from typing import TypeVar
 
 from fastapi import Request, Response
 
-from service.api.auth import Tenant
-from service.api.body import JsonRequest
-from service.api.connection import unless_gone
-from service.api.context import ApiContext
+from service.api.auth import Tenant, with_tokens
+from service.api.call import unless_gone
+from service.api.context import ApiContext, JsonRequest
 from service.api.generation.call import Call, read_call
 from service.api.generation.dialect import Dialect
 from service.api.generation.grammar import grammar_of
@@ -19,7 +18,6 @@ from service.api.generation.reader import AnswerReader
 from service.api.generation.request import Generation
 from service.api.generation.sse import EventStream
 from service.api.generation.submit import admit, check_model
-from service.api.rates import with_tokens
 from service.errors import QuireError, Unavailable
 from service.messages import Submission
 

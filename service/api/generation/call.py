@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from service.api.auth import Tenant
-from service.api.body import JsonRequest
+from service.api.context import JsonRequest
 from service.api.limits import ApiLimits
 from service.errors import BadRequest
 

@@ -17,7 +17,7 @@ from time import monotonic
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.api.connection import DROP, HEAD_ONLY, first_of, gone
+from service.api.call import DROP, HEAD_ONLY, first_of, gone
 from service.api.generation.deltas import StreamDelta
 from service.api.generation.dialect import EventRenderer
 from service.api.generation.reader import AnswerReader

@@ -9,13 +9,13 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 
 from service.api.answers import StreamCancelled, described, json_response
 from service.api.auth import Tenant
+from service.api.call import call_age
 from service.api.context import ApiContext, Caller, Context
 from service.api.generation.dialect import Dialect
 from service.api.generation.manifest import Endpoint, Manifest
 from service.api.generation.reader import AnswerReader
 from service.api.generation.resume import read_to_event, resumed_reader
 from service.api.generation.sse import EventStream
-from service.api.ids import call_age
 from service.errors import BadRequest, Gone, NotFound
 from service.messages import FinishReason, child_ids
 from service.queues import StoredSubmission

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from service.api.auth import over_rate
 from service.api.context import ApiContext
 from service.api.generation.manifest import Manifest
-from service.api.rates import over_rate
 from service.errors import Conflict, Gone, NotFound, RateLimited, Unavailable
 from service.messages import Submission
 from service.queues import QueueLimits, SubmitReply, SubmitStatus
@@ -76,7 +76,7 @@ def _over_rate(submission: Submission, reply: SubmitReply) -> RateLimited:
     usage, cost = reply.usage, sum(map(admission_cost, submission.requests))
     if usage.tokens is not None and cost > usage.tokens.limit:
         return RateLimited(
-            f"the request counts {cost} tokens, and this key has {usage.tokens.limit} a minute",
+            f"the request counts {cost} tokens, and this key has {usage.tokens.limit} per minute",
             retryable=False,
         )
     return over_rate(usage)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 
 from service.api.answers import described
-from service.api.body import JsonRequest, JsonRoute
-from service.api.context import Caller, Context
+from service.api.body import JsonRoute
+from service.api.context import Caller, Context, JsonRequest
 from service.api.generation.answer import answer
 from service.api.openai.answers import ChatCompletion, Completion
 from service.api.openai.dialect import CHAT, COMPLETIONS

@@ -12,14 +12,14 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from service.api.answers import described, json_response
 from service.api.auth import Tenant
-from service.api.body import JsonRequest, JsonRoute
-from service.api.context import ApiContext, Caller, Context
+from service.api.body import JsonRoute
+from service.api.call import call_age
+from service.api.context import ApiContext, Caller, Context, JsonRequest
 from service.api.generation.answer import answer
 from service.api.generation.manifest import Manifest
 from service.api.generation.reader import AnswerReader
 from service.api.generation.resume import read_to
 from service.api.generation.sse import EventStream
-from service.api.ids import call_age
 from service.api.responses.answers import ResponseDeleted, ResponseObject
 from service.api.responses.dialect import RESPONSES
 from service.api.responses.object import PREFIX
