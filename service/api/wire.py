@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from service.api.fields import (
+    Content,
+    FieldError,
     Label,
     LogitBias,
     Metadata,
@@ -24,40 +26,16 @@ from service.api.fields import (
     Seed,
     StopIds,
     StopStrings,
+    StrictModel,
     Temperature,
     Text,
     TopP,
 )
+from service.api.tools.chat import ChatMessage
+from service.api.tools.schema import CalledTools
 from service.errors import BadRequest
 
-MAX_KEYS = 256
-
-
-class StrictModel(BaseModel):
-    """Accepts no string as a number, and no unknown field."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _reject_many_keys(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
-        if isinstance(value, dict) and len(value) > MAX_KEYS:  # before each becomes an error
-            message = f"an object of the body may have at most {MAX_KEYS} fields"
-            raise BadRequest(message, code="object_above_max_length")
-        return value
-
-
-Ignored = Annotated[Label | None, Field(description="Accepted for compatibility; has no effect.")]
-IgnoredText = Annotated[
-    Text | None, Field(description="Accepted for compatibility; has no effect.")
-]
-CacheControl = Annotated[
-    dict[str, Any] | None,
-    Field(description="Accepted for compatibility; prefixes are cached without it."),
-]
-
 MAX_MESSAGES = 1024
-MAX_PRIORITY = 2
 MAX_TOP_K = 2**31 - 1
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
@@ -153,6 +131,55 @@ class MessageModel(WireModel):
         return value
 
 
+class Message(MessageModel):
+    """One message of a chat. Accepts an assistant message as this server and others return it."""
+
+    # OpenAI's client sends these, empty, with a message that it received.
+    unsupported = MappingProxyType({**UNSUPPORTED, "refusal": (), "annotations": ([],)})
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="The author of the message."
+    )
+    content: Content = Field(
+        description="The text, or a list of text parts. The assistant's may be null or empty."
+    )
+    reasoning_content: Text | None = Field(
+        None, description="The assistant's reasoning before the text, for the chat template."
+    )
+    name: Label | None = Field(None, description="The author's name, for the chat template.")
+    tool_calls: CalledTools = Field(None, description="The tool calls of the assistant.")
+    tool_call_id: Label | None = Field(
+        None, validate_default=True, description="The call that a message of a tool answers."
+    )
+
+    @field_validator("tool_calls", "reasoning_content")
+    @classmethod
+    def _needs_assistant(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
+        if value is not None and info.data.get("role", "assistant") != "assistant":
+            raise FieldError("invalid_value", "needs the role assistant")
+        return None if value == [] else value  # clients send an empty list of calls back
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _needs_tool(cls, value: str | None, info: ValidationInfo) -> str | None:
+        role = info.data.get("role")
+        if role == "tool" and value is None:
+            raise FieldError("missing_required_parameter", "is required with the role tool")
+        if role != "tool" and value is not None:
+            raise FieldError("invalid_value", "needs the role tool")
+        return value
+
+    def chat_message(self) -> ChatMessage:
+        return ChatMessage(
+            role=self.role,
+            content=self.content,
+            name=self.name,
+            reasoning=self.reasoning_content,
+            tool_calls=tuple(called.call() for called in self.tool_calls or ()),
+            tool_call_id=self.tool_call_id,
+        )
+
+
 class SamplingBody(WireModel):
     """The fields that all generating endpoints share."""
 
@@ -167,56 +194,50 @@ class SamplingBody(WireModel):
         None,
         ge=-1,
         le=MAX_TOP_K,
-        description="Sample from the k likeliest tokens only; 0 or -1: from all.",
+        description="Sample from the k most likely tokens only; 0 or -1: from all.",
     )
     top_p: TopP = Field(
-        None, description="Sample from the likeliest tokens that hold this much probability."
+        None, description="Sample from the most likely tokens that have this total probability."
     )
     min_p: MinP = Field(
-        None, description="Drop tokens less likely than this part of the likeliest. Default 0."
+        None,
+        description="Exclude tokens below this fraction of the highest probability. Default 0.",
     )
     presence_penalty: Penalty = Field(
-        None, description="Taken once from the logit of each token in the answer so far."
+        None, description="Subtracted once from the logit of each token in the output so far."
     )
     frequency_penalty: Penalty = Field(
-        None, description="Taken from a token's logit for each time it is in the answer so far."
+        None,
+        description="Subtracted from a token's logit for each occurrence in the output so far.",
     )
     repetition_penalty: RepetitionPenalty = Field(
-        None, description="Divides the logits of tokens seen in prompt or answer. Default 1."
+        None, description="Divides the logits of tokens in prompt or output. Default 1."
     )
     logit_bias: LogitBias = Field(
-        None, description="Token id -> number from -100 to 100 that is added to its logit."
+        None, description="Token id -> number from -100 to 100, added to its logit."
     )
     seed: Seed = Field(
-        None, description="The same seed gives the same answer. Without it one is drawn."
+        None, description="The same seed gives the same answer. Default: a random one."
     )
     stop: StopStrings = Field(
         None, description="Strings that end the answer; they are not part of it."
     )
     stop_token_ids: StopIds = Field(
-        None, description="Token ids that end the answer, besides the model's own."
+        None, description="Token ids that end the answer, in addition to the model's own."
     )
     ignore_eos: bool | None = Field(
-        None, description="Go on after the model's own end tokens. Default false."
+        None, description="Continue after the model's own end tokens. Default false."
     )
     stream: bool | None = Field(
-        None, description="Answer with server-sent events, a chunk as soon as there is text."
+        None, description="Answer with server-sent events, as soon as there is text."
     )
-    priority: int | None = Field(
-        None, ge=0, le=MAX_PRIORITY, description="0 goes before 1 before 2. Default 1."
-    )
-    on_disconnect: Literal["cancel", "continue"] | None = Field(
-        None,
-        description="What becomes of the answer when the connection is lost. Default: cancel, "
-        "at once, or after a grace where X-Quire-Event-Ids makes the stream resumable.",
-    )
-    user: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
+    priority: Priority = None
+    on_disconnect: OnDisconnect = None
+    user: Ignored = None
     metadata: Metadata = Field(
-        None, description="Up to 16 short texts by name. Only a response gives them back."
+        None, description="Up to 16 short texts by name. Only responses return them."
     )
-    safety_identifier: Label | None = Field(
-        None, description="Accepted for compatibility; has no effect."
-    )
+    safety_identifier: Ignored = None
     prompt_cache_key: Label | None = Field(
         None, description="Accepted for compatibility; prefixes are cached without it."
     )

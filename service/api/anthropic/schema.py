@@ -33,12 +33,13 @@ from service.api.fields import (
 from service.api.tools.schema import MAX_TOOLS, FunctionName, Parameters
 from service.api.wire import (
     MAX_MESSAGES,
-    MAX_PRIORITY,
     MAX_TOP_K,
     CacheControl,
     Ignored,
     IgnoredText,
     MessageModel,
+    OnDisconnect,
+    Priority,
     StrictModel,
     WireModel,
 )
@@ -264,12 +265,12 @@ class MessageBody(CountBody):
         "service_tier": ("auto", "standard_only"),
     })  # fmt: skip
 
-    max_tokens: int = Field(ge=1, description="Maximum number of tokens to generate.")
+    max_tokens: int = Field(ge=1, description="Maximum number of output tokens.")
     temperature: UnitTemperature = Field(
         None, description="0 is greedy; 1 samples from the model's own distribution. Default 1."
     )
     top_p: TopP = Field(
-        None, description="Sample from the most likely tokens with this total probability."
+        None, description="Sample from the most likely tokens that have this total probability."
     )
     top_k: int | None = Field(
         None,
@@ -285,10 +286,5 @@ class MessageBody(CountBody):
     seed: Seed = Field(
         None, description="The same seed gives the same answer. Default: a random one."
     )
-    priority: int | None = Field(
-        None, ge=0, le=MAX_PRIORITY, description="0 goes before 1 before 2. Default 1."
-    )
-    on_disconnect: Literal["cancel", "continue"] | None = Field(
-        None,
-        description="What happens to the generation if the connection is lost. Default: cancel.",
-    )
+    priority: Priority = None
+    on_disconnect: OnDisconnect = None

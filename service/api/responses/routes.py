@@ -18,7 +18,7 @@ from service.api.context import ApiContext, Caller, Context, JsonRequest
 from service.api.generation.answer import answer
 from service.api.generation.manifest import Manifest
 from service.api.generation.reader import AnswerReader
-from service.api.generation.resume import read_to
+from service.api.generation.resume import read_to, resumed_reader
 from service.api.generation.sse import EventStream
 from service.api.responses.answers import ResponseDeleted, ResponseObject
 from service.api.responses.dialect import RESPONSES
@@ -120,15 +120,7 @@ async def _find(
     if stored is not None and stored.tenant == tenant.name:
         manifest = Manifest.from_json(stored.manifest)
         if manifest.endpoint is RESPONSES.name and manifest.stored:
-            request.state.request_id = call_id
-            return AnswerReader(
-                call_id,
-                manifest,
-                context,
-                tenant=tenant.name,
-                arrived=request.state.arrived,
-                resumed=True,
-            )
+            return resumed_reader(call_id, manifest, request, context, tenant)
     raise NotFound("there is no such response", code="response_not_found")
 
 

@@ -69,7 +69,7 @@ class InputMessage(MessageModel):
     @classmethod
     def _only_of_the_assistant(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and info.data.get("role", "assistant") != "assistant":
-            raise FieldError("invalid_value", "is allowed with the role assistant only")
+            raise FieldError("invalid_value", "needs the role assistant")
         return value
 
 
@@ -233,7 +233,7 @@ class ResponseBody(SamplingBody):
     max_output_tokens: int | None = Field(
         None,
         ge=1,
-        description="Maximum number of tokens to generate. Default: the rest of the context.",
+        description="Maximum number of output tokens. Default: the rest of the context.",
     )
     background: bool | None = Field(
         None,
@@ -249,8 +249,7 @@ class ResponseBody(SamplingBody):
     top_logprobs: int | None = Field(
         None,
         ge=0,
-        description="Also return this many of the most likely tokens, each with its log "
-        "probability; needs include.",
+        description="Also return this many top log probabilities for each token; needs include.",
     )
     text: TextOptions | None = Field(None, description="Requirements on the text of the answer.")
     tools: Annotated[list[ResponseTool] | None, Field(max_length=MAX_TOOLS)] = Field(
