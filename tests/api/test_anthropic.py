@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from service.api.anthropic.errors import message_error_body
+from service.api.anthropic.object import message_error_body
 from service.api.anthropic.parse import chat_messages
 from service.api.anthropic.schema import Turn
 from service.api.tools.formats import TOOL_FORMATS

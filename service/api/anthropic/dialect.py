@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import orjson
 
-from service.api.anthropic.errors import message_error_body
-from service.api.anthropic.object import message_object
+from service.api.anthropic.object import message_error_body, message_object
 from service.api.anthropic.parse import NAMES, parse_message
 from service.api.anthropic.stream import MessageRenderer
 from service.api.generation.accumulate import Accumulator

@@ -1,4 +1,4 @@
-"""A message as an object: what Anthropic's clients read.
+"""A message as an object, and an error: what Anthropic's clients read.
 
 The content of a message is blocks: the text and tool-call segments of the answer.
 """
@@ -6,14 +6,26 @@ The content of a message is blocks: the text and tool-call segments of the answe
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from service.api.generation.accumulate import Accumulator, Segment, ToolCallSegment
 from service.api.generation.reader import AnswerReader
+from service.errors import BadRequest, QuireError, ShuttingDown
 
 PREFIX = "msg_"
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_ERROR_TYPES: Mapping[int, str] = MappingProxyType({
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+})  # fmt: skip
 
 
 def message_object(reader: AnswerReader, answer: Accumulator) -> dict[str, Any]:
@@ -72,3 +84,17 @@ def message_usage(reader: AnswerReader) -> dict[str, Any]:
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
     }
+
+
+def message_error_body(error: QuireError) -> bytes:
+    """`{"type": "error", "error": {type, message}}` in ASCII. The form has no place for the name of
+    a field, so the message begins with it.
+    """
+    kind = "invalid_request_error" if isinstance(error, BadRequest) else "api_error"
+    message = error.message
+    if error.param is not None and not message.startswith(error.param):
+        message = f"{error.param}: {message}"
+    fields = {"type": _ERROR_TYPES.get(error.status, kind), "message": message}
+    if isinstance(error, ShuttingDown):
+        fields |= {"code": error.code, **error.details()}
+    return json.dumps({"type": "error", "error": fields}).encode()

@@ -13,9 +13,9 @@ from typing import Any
 
 import orjson
 
-from service.api.anthropic.errors import message_error_body
 from service.api.anthropic.object import (
     block_delta,
+    message_error_body,
     message_object,
     message_usage,
     opened_block,
