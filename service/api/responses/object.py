@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
-from service.api.generation.accumulate import Accumulator, Segment, TextSegment, ToolCallSegment
+from service.api.generation.accumulate import Accumulator, TextSegment, ToolCallSegment
 from service.api.generation.deltas import ScoredToken
 from service.api.generation.logprobs import chat_logprobs
 from service.api.generation.reader import AnswerReader, failure_of
@@ -71,33 +72,30 @@ def response_object(reader: AnswerReader, answer: Accumulator, *, status: Status
 
 
 def _output(reader: AnswerReader, answer: Accumulator, status: Status) -> list[dict[str, Any]]:
-    segments = answer.segments
     if reader.manifest.notation is None:  # one message, even if it has no text
-        begun = answer.ids or status in {Status.COMPLETED, Status.INCOMPLETE}
-        segments = (segments or [TextSegment()]) if begun else []
-    last = len(segments) - 1
+        if not answer.ids and status not in {Status.COMPLETED, Status.INCOMPLETE}:
+            return []
+        answer = replace(answer, segments=answer.segments or [TextSegment()])
+    last = len(answer.segments) - 1
     return [
         item_object(
-            reader,
-            index,
-            segment,
-            status=item_status(status) if index == last else Status.COMPLETED,
-            scored=answer.scored,
+            reader, answer, i, status=item_status(status) if i == last else Status.COMPLETED
         )
-        for index, segment in enumerate(segments)
+        for i in range(last + 1)
     ]
 
 
-def item_id(reader: AnswerReader, index: int, segment: Segment) -> str:
-    """The id of item `index` of the output."""
-    if isinstance(segment, ToolCallSegment):
+def item_id(reader: AnswerReader, answer: Accumulator, index: int) -> str:
+    """The id of an item of the output."""
+    if isinstance(answer.segments[index], ToolCallSegment):
         return f"fc_{reader.id}_{index}"
     return f"msg_{reader.id}_{index}" if index else f"msg_{reader.id}"
 
 
-def opened_item(reader: AnswerReader, index: int, segment: Segment) -> dict[str, Any]:
+def opened_item(reader: AnswerReader, answer: Accumulator, index: int) -> dict[str, Any]:
     """An item before it has content."""
-    id_, status = item_id(reader, index, segment), Status.IN_PROGRESS
+    segment, status = answer.segments[index], Status.IN_PROGRESS
+    id_ = item_id(reader, answer, index)
     if isinstance(segment, ToolCallSegment):
         fields = {"call_id": segment.id, "name": segment.name, "arguments": ""}
         return {"id": id_, "type": "function_call", "status": status, **fields}
@@ -108,20 +106,14 @@ def opened_item(reader: AnswerReader, index: int, segment: Segment) -> dict[str,
 
 
 def item_object(
-    reader: AnswerReader,
-    index: int,
-    segment: Segment,
-    *,
-    status: Status,
-    scored: Sequence[ScoredToken],
+    reader: AnswerReader, answer: Accumulator, index: int, *, status: Status
 ) -> dict[str, Any]:
-    """An item with its content so far. `scored` are the tokens of the answer: without tools, all
-    of them are the message's; with tools there are none.
-    """
-    item = opened_item(reader, index, segment) | {"status": status}
+    """An item with its content so far."""
+    item, segment = opened_item(reader, answer, index) | {"status": status}, answer.segments[index]
     if isinstance(segment, ToolCallSegment):
         return item | {"arguments": segment.arguments}
-    return item | {"content": [text_part(segment.text, logprobs(reader, scored))]}
+    # Without tools, all tokens are the message's; with tools, none is scored.
+    return item | {"content": [text_part(segment.text, logprobs(reader, answer.scored))]}
 
 
 def text_part(text: str, scored: Sequence[Any] = ()) -> dict[str, Any]:

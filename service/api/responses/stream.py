@@ -164,12 +164,11 @@ class ResponseRenderer:
         return events
 
     def _opened(self, index: int) -> list[Event]:
-        segment = self._answer.segments[index]
-        item = {"item": opened_item(self._reader, index, segment)}
+        item = {"item": opened_item(self._reader, self._answer, index)}
         place = {"output_index": index}
         # Clients have always received the keys in another order without tools.
         added = ("response.output_item.added", place | item if self._has_tools else item | place)
-        if isinstance(segment, ToolCallSegment):
+        if isinstance(self._answer.segments[index], ToolCallSegment):
             return [added]
         part = {**self._place(index), "part": text_part("")}
         return [added, ("response.content_part.added", part)]
@@ -185,8 +184,7 @@ class ResponseRenderer:
         if index is None:
             return []
         segment, place = self._answer.segments[index], self._place(index)
-        scored = self._answer.scored
-        item = item_object(self._reader, index, segment, status=status, scored=scored)
+        item = item_object(self._reader, self._answer, index, status=status)
         done = ("response.output_item.done", {"output_index": index, "item": item})
         if isinstance(segment, ToolCallSegment):
             fields = {**place, "name": segment.name, "arguments": segment.arguments}
@@ -201,9 +199,10 @@ class ResponseRenderer:
 
     def _place(self, index: int) -> dict[str, Any]:
         """The fields of an event that refer to an item, or to the content part of a message."""
-        segment = self._answer.segments[index]
-        place = {"item_id": item_id(self._reader, index, segment), "output_index": index}
-        return place if isinstance(segment, ToolCallSegment) else {**place, "content_index": 0}
+        id_ = item_id(self._reader, self._answer, index)
+        if isinstance(self._answer.segments[index], ToolCallSegment):
+            return {"item_id": id_, "output_index": index}
+        return {"item_id": id_, "output_index": index, "content_index": 0}
 
     def _render_text(self, delta: Delta) -> bytes:
         """The event of a delta without tools: one per token, so it is put together from bytes."""
