@@ -9,19 +9,25 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     PlainValidator,
     StringConstraints,
     WithJsonSchema,
+    model_validator,
 )
+
+from service.errors import BadRequest
 
 _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 MAX_LOGIT_BIAS = 1024
+MAX_KEYS = 256  # of one object
 MAX_ITEMS = 1024  # of a list that is looked at item by item; token ids aside
 MAX_METADATA = 16
 MAX_DEPTH = 64  # of a JSON schema, or of the arguments of a call
@@ -319,3 +325,36 @@ TopP = Annotated[Finite, Field(gt=0, le=1)] | None
 MinP = Annotated[Finite, Field(ge=0, le=1)] | None
 RepetitionPenalty = Annotated[Finite, Field(ge=0.01, le=100)] | None
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None
+Ignored = Annotated[Label | None, Field(description="Accepted for compatibility; has no effect.")]
+IgnoredText = Annotated[
+    Text | None, Field(description="Accepted for compatibility; has no effect.")
+]
+CacheControl = Annotated[
+    dict[str, Any] | None,
+    Field(description="Accepted for compatibility; prefixes are cached without it."),
+]
+
+Priority = Annotated[
+    int | None, Field(ge=0, le=2, description="0 goes before 1 before 2. Default 1.")
+]
+OnDisconnect = Annotated[
+    Literal["cancel", "continue"] | None,
+    Field(
+        description="What happens to the generation when the connection is lost. Default: cancel, "
+        "at once, or after a grace period if X-Quire-Event-Ids makes the stream resumable."
+    ),
+]
+
+
+class StrictModel(BaseModel):
+    """Accepts no string as a number, and no unknown field."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_many_keys(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
+        if isinstance(value, dict) and len(value) > MAX_KEYS:  # before each becomes an error
+            message = f"an object of the body may have at most {MAX_KEYS} fields"
+            raise BadRequest(message, code="object_above_max_length")
+        return value

@@ -20,29 +20,24 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from service.api.fields import (
+    CacheControl,
     FieldError,
+    Ignored,
+    IgnoredText,
     Label,
     ModelName,
+    OnDisconnect,
+    Priority,
     Seed,
     StopStrings,
+    StrictModel,
     Text,
     TopP,
     UnitTemperature,
     check_json,
 )
 from service.api.tools.schema import MAX_TOOLS, FunctionName, Parameters
-from service.api.wire import (
-    MAX_MESSAGES,
-    MAX_TOP_K,
-    CacheControl,
-    Ignored,
-    IgnoredText,
-    MessageModel,
-    OnDisconnect,
-    Priority,
-    StrictModel,
-    WireModel,
-)
+from service.api.wire import MAX_MESSAGES, MAX_TOP_K, MessageModel, WireModel
 
 MAX_BLOCKS = 1024  # of one message
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
-from service.api.fields import Content, FieldError, Label, Prompt, Text
+from service.api.fields import Prompt
 from service.api.structured.schema import ResponseFormat, StructuredOutputs
-from service.api.tools.chat import ChatMessage
-from service.api.tools.schema import CalledTools, ChatToolChoice, Tools
+from service.api.tools.schema import ChatToolChoice, Tools
 from service.api.wire import (
     MAX_MESSAGES,
-    UNSUPPORTED,
-    MessageModel,
+    Message,
     SamplingBody,
     WireModel,
 )
@@ -84,55 +82,6 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool | None = Field(
         None, description="Prepend the model's begin token to a text prompt. Default true."
     )
-
-
-class Message(MessageModel):
-    """One message of a chat. Accepts an assistant message as this server and others return it."""
-
-    # OpenAI's client sends these, empty, with a message that it received.
-    unsupported = MappingProxyType({**UNSUPPORTED, "refusal": (), "annotations": ([],)})
-
-    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
-        description="The author of the message."
-    )
-    content: Content = Field(
-        description="The text, or a list of text parts. The assistant's may be null or empty."
-    )
-    reasoning_content: Text | None = Field(
-        None, description="The assistant's reasoning before the text, for the chat template."
-    )
-    name: Label | None = Field(None, description="The author's name, for the chat template.")
-    tool_calls: CalledTools = Field(None, description="The tool calls of the assistant.")
-    tool_call_id: Label | None = Field(
-        None, validate_default=True, description="The call that a message of a tool answers."
-    )
-
-    @field_validator("tool_calls", "reasoning_content")
-    @classmethod
-    def _needs_assistant(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
-        if value is not None and info.data.get("role", "assistant") != "assistant":
-            raise FieldError("invalid_value", "needs the role assistant")
-        return None if value == [] else value  # clients send an empty list of calls back
-
-    @field_validator("tool_call_id")
-    @classmethod
-    def _needs_tool(cls, value: str | None, info: ValidationInfo) -> str | None:
-        role = info.data.get("role")
-        if role == "tool" and value is None:
-            raise FieldError("missing_required_parameter", "is required with the role tool")
-        if role != "tool" and value is not None:
-            raise FieldError("invalid_value", "needs the role tool")
-        return value
-
-    def chat_message(self) -> ChatMessage:
-        return ChatMessage(
-            role=self.role,
-            content=self.content,
-            name=self.name,
-            reasoning=self.reasoning_content,
-            tool_calls=tuple(called.call() for called in self.tool_calls or ()),
-            tool_call_id=self.tool_call_id,
-        )
 
 
 class ChatBody(GenerationBody):

@@ -22,7 +22,16 @@ from pydantic import (
     field_validator,
 )
 
-from service.api.fields import FieldError, Label, ResponseContent, Text, check_json
+from service.api.fields import (
+    FieldError,
+    Ignored,
+    IgnoredText,
+    Label,
+    ResponseContent,
+    StrictModel,
+    Text,
+    check_json,
+)
 from service.api.tools.chat import Mode, ToolChoice
 from service.api.tools.schema import (
     MAX_TOOLS,
@@ -32,16 +41,7 @@ from service.api.tools.schema import (
     Unlisted,
     read_tool_choice,
 )
-from service.api.wire import (
-    MAX_MESSAGES,
-    UNSUPPORTED,
-    Ignored,
-    IgnoredText,
-    MessageModel,
-    SamplingBody,
-    StrictModel,
-    WireModel,
-)
+from service.api.wire import MAX_MESSAGES, UNSUPPORTED, MessageModel, SamplingBody, WireModel
 
 LOGPROBS = "message.output_text.logprobs"
 

@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from service.api.fields import FieldError, FieldNames, Label, Text
+from service.api.fields import FieldError, FieldNames, Label, StrictModel, Text
 from service.api.structured.output import Constraint, JsonOutput, Kind, json_output
-from service.api.wire import StrictModel
 from service.errors import BadRequest
 
 MAX_CHOICES = 1024

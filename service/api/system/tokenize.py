@@ -22,10 +22,9 @@ from service.api.fields import FieldNames, ModelName, Text, TokenIds
 from service.api.generation.prompts import check_token_ids, encode, render_chat, run_in_pool
 from service.api.generation.request import Chat
 from service.api.generation.submit import check_model
-from service.api.openai.schema import Message
 from service.api.tools.chat import ToolUse
 from service.api.tools.schema import Tools
-from service.api.wire import MAX_MESSAGES, WireModel
+from service.api.wire import MAX_MESSAGES, Message, WireModel
 from service.errors import BadRequest
 
 router = APIRouter(route_class=JsonRoute)

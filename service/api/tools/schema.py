@@ -18,9 +18,8 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from service.api.fields import FieldError, Label, Text, check_json
+from service.api.fields import FieldError, Label, StrictModel, Text, check_json
 from service.api.tools.chat import FunctionDefinition, Mode, ToolCall, ToolChoice
-from service.api.wire import StrictModel
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
