@@ -101,7 +101,7 @@ class JsonRequest(Request):
         return self.raw
 
     async def json(self) -> dict[str, Any] | BaseModel:
-        """The parsed object, or the model made of it, which FastAPI accepts as it is."""
+        """The parsed object, or the validated model, which FastAPI accepts, too."""
         return self.parsed
 
 

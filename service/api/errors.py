@@ -51,7 +51,7 @@ class ErrorFormat(Protocol):
 
     @property
     def id_headers(self) -> Sequence[bytes]:
-        """Response headers with the request id, beside x-request-id."""
+        """Response headers with the request id, in addition to x-request-id."""
         ...
 
     def error(self, error: QuireError) -> bytes:

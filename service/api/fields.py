@@ -1,7 +1,7 @@
-"""Field types of the wire: what a value must look like, with the error code for where it does not.
+"""Types of body fields: the values they accept, and the error code for all others.
 
-Only what can be said of one field by itself is here. What joins fields, or needs the model or the
-configured limits, is in `admission`. Messages state limits; none repeats what the client sent.
+Only checks of single fields are here. Those of several fields, or that need the model or the
+configured limits, are in `generation`. Messages state the limit and never repeat the input.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from service.errors import BadRequest
 _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 MAX_LOGIT_BIAS = 1024
 MAX_KEYS = 256  # of one object
-MAX_ITEMS = 1024  # of a list that is looked at item by item; token ids aside
+MAX_ITEMS = 1024  # of a list that is validated item by item; token ids are not
 MAX_METADATA = 16
 MAX_DEPTH = 64  # of a JSON schema, or of the arguments of a call
-MAX_LABEL = 512  # characters of a text that is neither prompt nor grammar, as OpenAI has it
+MAX_LABEL = 512  # characters of a text that is no prompt and no grammar, as OpenAI limits them
 MAX_TOKEN_IDS = 2**18
-MIN_TEMPERATURE = 1e-5  # below it a division by the temperature may overflow: taken as greedy
+MIN_TEMPERATURE = 1e-5  # dividing by less may overflow: it counts as 0, which is greedy
 
 
 class FieldError(ValueError):
-    """What is wrong with a field; code and message reach the client as they are."""
+    """An invalid field. Code and message are returned to the client."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -63,7 +63,7 @@ class FieldNames:
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8: it holds no lone surrogate."""
+    """Whether a string can be encoded as UTF-8: it has no lone surrogates."""
     if value.isascii():
         return True
     try:
@@ -85,9 +85,9 @@ def check_json(value: object) -> None:
             elif isinstance(node, list):
                 inner += node
             elif isinstance(node, str) and not is_text(node):
-                raise FieldError("invalid_unicode", "must not hold a lone surrogate")
+                raise FieldError("invalid_unicode", "must not contain lone surrogates")
             elif isinstance(node, float) and not math.isfinite(node):
-                raise FieldError("invalid_number", "must not hold NaN or Infinity")
+                raise FieldError("invalid_number", "must not contain NaN or Infinity")
         if not inner:
             return
         level = inner
@@ -98,7 +98,7 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise FieldError("invalid_type", "must be a string")
     if not is_text(value):
-        raise FieldError("invalid_unicode", "must not hold a lone surrogate")
+        raise FieldError("invalid_unicode", "must not contain lone surrogates")
     return value
 
 
@@ -110,7 +110,7 @@ def _label(value: object) -> str:
 
 
 def _short(value: list[Any]) -> list[Any]:
-    """Comes before the items are looked at: a refusal must not take longer than an answer."""
+    """Checks the length before any item: an error must not cost more than an answer."""
     if len(value) > MAX_ITEMS:
         raise FieldError("array_above_max_length", f"may have at most {MAX_ITEMS} items")
     return value
@@ -133,7 +133,7 @@ def _token_ids(value: object, *, too_long: str = "array_above_max_length") -> li
 
 
 def _prompt(value: object) -> str | list[str] | list[int] | list[list[int]]:
-    """Tells the four shapes apart by the first item; an empty one anywhere is a fault."""
+    """Distinguishes the four forms by the first item. Empty prompts are errors."""
     if isinstance(value, str):
         prompts: list[Any] = [value]
     elif not isinstance(value, list):
@@ -147,7 +147,7 @@ def _prompt(value: object) -> str | list[str] | list[int] | list[list[int]]:
     kind = list if isinstance(prompts[0], list) else str
     for prompt in _short(prompts):
         if not isinstance(prompt, kind):
-            raise FieldError("invalid_type", "must hold strings only, or lists of token ids only")
+            raise FieldError("invalid_type", "must contain strings only, or lists of ids only")
         if not prompt:
             raise FieldError("empty_prompt", "must not be empty")
         if isinstance(prompt, str):
@@ -164,7 +164,7 @@ def _stop(value: object) -> list[str] | None:
     if not isinstance(strings, list):
         raise FieldError("invalid_type", "must be a string or a list of strings")
     if "" in _short(strings):
-        raise FieldError("empty_string", "must not hold an empty string")
+        raise FieldError("empty_string", "must not contain an empty string")
     return [_text(string) for string in strings]
 
 
@@ -173,7 +173,7 @@ def _logit_bias(value: object) -> tuple[tuple[int, float], ...] | None:
         return None
     if not isinstance(value, dict):
         raise FieldError("invalid_type", "must be an object from token id to bias")
-    if len(value) > MAX_LOGIT_BIAS:  # before the entries are looked at
+    if len(value) > MAX_LOGIT_BIAS:  # before any entry is checked
         raise FieldError("object_above_max_length", f"may have at most {MAX_LOGIT_BIAS} entries")
     pairs = []
     for key, bias in value.items():
@@ -193,23 +193,23 @@ def _no_tiny_temperature(value: float | None) -> float | None:
 
 def _content(value: object) -> str:
     """The text of a chat message."""
-    return _joined(value, kinds=frozenset({"text"}), beside=frozenset())
+    return _joined(value, kinds=frozenset({"text"}), ignored=frozenset())
 
 
 def _response_content(value: object) -> str:
-    """The text of a response's input; an earlier output may come back as it was."""
+    """The text of a response's input, which may be the output of an earlier response."""
     kinds = frozenset({"input_text", "output_text", "text"})
-    return _joined(value, kinds=kinds, beside=frozenset({"annotations", "logprobs"}))
+    return _joined(value, kinds=kinds, ignored=frozenset({"annotations", "logprobs"}))
 
 
-def _joined(value: object, *, kinds: frozenset[str], beside: frozenset[str]) -> str:
-    """A string, or text parts, which are joined. Keys `beside` their text are ignored."""
+def _joined(value: object, *, kinds: frozenset[str], ignored: frozenset[str]) -> str:
+    """A string, or text parts, which are joined. Their `ignored` keys have no effect."""
     if isinstance(value, str):
         return _text(value)
     if not isinstance(value, list):
         raise FieldError("invalid_type", "must be a string or a list of text parts")
     if not value:
-        raise FieldError("empty_array", "must hold at least one part")
+        raise FieldError("empty_array", "must contain at least one part")
     texts = []
     for part in _short(value):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
@@ -217,7 +217,7 @@ def _joined(value: object, *, kinds: frozenset[str], beside: frozenset[str]) -> 
         if part["type"] not in kinds:
             names = ", ".join(sorted(kinds))
             raise FieldError("unsupported_content", f"only parts of the type {names} are supported")
-        if set(part) - beside - {"cache_control"} != {"type", "text"}:
+        if set(part) - ignored - {"cache_control"} != {"type", "text"}:
             raise FieldError("unknown_parameter", 'a text part has the keys "type" and "text"')
         if not isinstance(part.get("cache_control"), dict | None):
             raise FieldError("invalid_type", "cache_control must be an object")
@@ -226,7 +226,7 @@ def _joined(value: object, *, kinds: frozenset[str], beside: frozenset[str]) -> 
 
 
 def _few(value: object) -> object:
-    if isinstance(value, dict) and len(value) > MAX_METADATA:  # before they are looked at
+    if isinstance(value, dict) and len(value) > MAX_METADATA:  # before any of them is checked
         raise FieldError("object_above_max_length", f"may have at most {MAX_METADATA} entries")
     return value
 
@@ -237,7 +237,7 @@ def _text_parts(*kinds: str) -> dict[str, Any]:
         "properties": {
             "type": {"enum": list(kinds)},
             "text": {"type": "string"},
-            "cache_control": {"type": ["object", "null"]},  # prefixes are cached without it
+            "cache_control": {"type": ["object", "null"]},  # has no effect
         },
         "required": ["type", "text"],
         "additionalProperties": False,

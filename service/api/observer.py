@@ -1,4 +1,4 @@
-"""What the API tells whoever counts, logs or traces. It knows no library for any of it."""
+"""The events that the API reports for metrics, logs and traces. It uses no library for them."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from dataclasses import dataclass
 from typing import Protocol
 
 BUSY = "busy"
-"""Why a call is refused for which too many wait: to be parsed, tokenised or shown attention."""
+"""Reason for rejecting a call: too much work waits for parsing, tokenising or attention."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallReport:
-    """One generating call that was followed to its end, or left. Times in seconds."""
+    """One generating call that ended, or whose client left. Times in seconds."""
 
     id: str
     tenant: str
     endpoint: str
-    outcome: str  # the finish reasons met, sorted and joined by "+"; "left"; or an error's code
+    outcome: str  # the finish reasons, sorted and joined by "+"; "left"; or an error code
     streamed: bool
     prompt_tokens: int
     completion_tokens: int
-    to_first_token: float | None  # from arrival; None where no token came
+    to_first_token: float | None  # from arrival; None if there was no token
     duration: float  # from arrival to the last byte
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpCall:
-    """One HTTP call that is traced, after its last byte. Traces as the header `traceparent`."""
+    """One traced HTTP call, after its last byte. Traces are in the form of `traceparent`."""
 
     trace: str  # the call's own
     parent: str | None  # its caller's
     id: str
     method: str
-    route: str | None  # the path's template; None where no route fits
-    status: int  # 0: nobody was answered
+    route: str | None  # the path's template; None if no route matches
+    status: int  # 0: no response was sent
     duration: float  # seconds
 
 
@@ -41,17 +41,17 @@ class ApiObserver(Protocol):
     """Called on the event loop; must not block and must not raise."""
 
     def call_began(self, traceparent: str | None) -> str | None:
-        """An HTTP call has come, with its caller's trace if it has one. Returns the call's own,
-        which its requests carry on; None: it is not traced.
+        """An HTTP call arrived, with its caller's trace if there is one. Returns the call's own
+        trace, which its requests continue; None if it is not traced.
         """
         ...
 
     def call_over(self, call: HttpCall) -> None:
-        """A traced HTTP call is over."""
+        """A traced HTTP call ended."""
         ...
 
     def call_answered(self, status: int) -> None:
-        """An HTTP answer has begun."""
+        """An HTTP response began."""
         ...
 
     def call_accepted(self, requests: int) -> None:
@@ -59,46 +59,38 @@ class ApiObserver(Protocol):
         ...
 
     def call_refused(self, reason: str) -> None:
-        """A limit refused a call; the reason is a `SubmitStatus` of the queue, or BUSY."""
+        """A call was rejected by a limit; the reason is a `SubmitStatus` of the queue, or BUSY."""
         ...
 
     def call_unserved(self) -> None:
-        """A call was refused because no engine was there."""
+        """A call was rejected because no engine was available."""
         ...
 
     def call_lost(self, requests: int) -> None:
-        """The journal of admitted requests vanished while it was read."""
+        """The journal of admitted requests vanished while it was being read."""
         ...
 
     def call_ended(self, report: CallReport) -> None:
-        """A generating call is over."""
+        """A generating call ended."""
         ...
 
 
 class NullObserver:
-    """Counts nothing."""
+    """Ignores all events."""
 
     def call_began(self, traceparent: str | None) -> str | None:  # noqa: ARG002
-        """Traces nothing."""
         return None
 
-    def call_over(self, call: HttpCall) -> None:
-        """Drops it."""
+    def call_over(self, call: HttpCall) -> None: ...
 
-    def call_answered(self, status: int) -> None:
-        """Drops it."""
+    def call_answered(self, status: int) -> None: ...
 
-    def call_accepted(self, requests: int) -> None:
-        """Drops it."""
+    def call_accepted(self, requests: int) -> None: ...
 
-    def call_refused(self, reason: str) -> None:
-        """Drops it."""
+    def call_refused(self, reason: str) -> None: ...
 
-    def call_unserved(self) -> None:
-        """Drops it."""
+    def call_unserved(self) -> None: ...
 
-    def call_lost(self, requests: int) -> None:
-        """Drops it."""
+    def call_lost(self, requests: int) -> None: ...
 
-    def call_ended(self, report: CallReport) -> None:
-        """Drops it."""
+    def call_ended(self, report: CallReport) -> None: ...

@@ -9,13 +9,12 @@ from fastapi import Request, Response
 from service.api.auth import Tenant, with_tokens
 from service.api.call import unless_gone
 from service.api.context import ApiContext, JsonRequest
-from service.api.generation.call import Call, read_call
 from service.api.generation.dialect import Dialect
 from service.api.generation.grammar import grammar_of
 from service.api.generation.plan import plan
 from service.api.generation.prompts import prompt_tokens
 from service.api.generation.reader import AnswerReader
-from service.api.generation.request import Generation
+from service.api.generation.request import Call, Generation, read_call
 from service.api.generation.sse import EventStream
 from service.api.generation.submit import admit, check_model
 from service.errors import QuireError, Unavailable

@@ -182,7 +182,7 @@ class _Offsets:
 
 class _Calls:
     """Separates text and tool calls. Special tokens of the format, which have no text in the
-    journal, are put back into the text where they stood.
+    journal, are inserted into the text at their offsets.
     """
 
     def __init__(self, tool_format: ToolFormat, tokenizer: Tokenizer, *, request_id: str) -> None:

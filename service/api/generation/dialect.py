@@ -56,7 +56,7 @@ class Dialect(Protocol[Body_contra]):
     name: Endpoint
     path: str  # of its endpoints; errors of this path and those below it have its form
     names: FieldNames  # of its fields, for error messages
-    id_headers: Sequence[bytes]  # response headers with the request id, beside x-request-id
+    id_headers: Sequence[bytes]  # more response headers with the request id
 
     def parse(self, body: Body_contra) -> Generation:
         """The request of a validated body. Raises BadRequest for fields that exclude each other."""

@@ -2,7 +2,7 @@
 
 The next records of a choice are requested from the queue when its last ones were consumed: memory
 does not depend on slow readers. A reader that comes late reads what the journal has already in
-pages. While the queue's store is down, it retries and then continues where it was.
+pages. While the queue's store is down, it retries and then continues from its position.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ async def _batches(
 async def pages(
     queue: Queue, request_id: str, reader: ChoiceReader, *, turns: asyncio.Lock
 ) -> Source:
-    """The records after those that `reader` has read, up to the end of the journal as it is now.
+    """The records after those that `reader` has read, up to the current end of the journal.
 
     Each page must be read before the next one is requested. Many readers may replay long answers
     at once: each waits for its turn, after which the event loop serves everything else that is

@@ -13,10 +13,9 @@ from dataclasses import replace
 import orjson
 
 from service.api.context import ApiContext
-from service.api.generation.call import Call
 from service.api.generation.manifest import Endpoint, Manifest, PromptNote
 from service.api.generation.prompts import PromptTokens, check_token_ids
-from service.api.generation.request import Generation
+from service.api.generation.request import Call, Generation
 from service.api.generation.sampling import (
     check_logprobs,
     check_stop_rules,

@@ -153,7 +153,7 @@ class AnswerReader:
         return choices
 
     async def collect_now(self) -> list[Accumulator]:
-        """The one choice of an answer as far as it is generated now."""
+        """The one choice of an answer, up to the current end of its journal."""
         choice = Accumulator()
         async with aclosing(self.pages(0)) as found:
             async for records in found:

@@ -64,7 +64,7 @@ def collect(reader: AnswerReader, choices: Sequence[Accumulator]) -> bytes:
         "system_fingerprint": manifest.fingerprint,
         "choices": [_choice(reader, index, choice) for index, choice in enumerate(kept)],
         "usage": usage_object(reader.usage),
-        # A chat has one prompt: its fields are beside the choices.
+        # A chat has one prompt: its fields are next to the choices.
         **(_prompt_fields(reader, kept[0]) if chat else {}),
     })  # fmt: skip
 

@@ -88,9 +88,9 @@ class ChunkRenderer:
                 return b""
             return self._chunk(choice, text, start.scored, rest=fields)
         text += b',"role":"assistant"}'
-        # A chat has one prompt: its fields come once, beside the choices.
-        beside = fields if choice == 0 else b""
-        return self._chunk(choice, text, start.scored, rest=b"", beside=beside)
+        # A chat has one prompt: its fields come once, next to the choices.
+        more = fields if choice == 0 else b""
+        return self._chunk(choice, text, start.scored, rest=b"", more=more)
 
     def _finish(self, choice: int, finish: Finish) -> bytes:
         reason = orjson.dumps(finish.finish_reason)
@@ -104,7 +104,7 @@ class ChunkRenderer:
         return start + b',"finish_reason":' + reason + rest + b"}]" + self._end_of_chunk()
 
     def _text(self, text: str) -> bytes:
-        """With tools, empty content is null, as it is in the collected body."""
+        """With tools, empty content is null, as in the collected body."""
         return b"null" if self._tools and not text else orjson.dumps(text)
 
     def _chunk(
@@ -114,16 +114,16 @@ class ChunkRenderer:
         scored: tuple[ScoredToken, ...],
         *,
         rest: bytes,
-        beside: bytes = b"",
+        more: bytes = b"",
     ) -> bytes:
-        """`rest` are more fields of the choice, `beside` of the chunk."""
+        """`rest` are more fields of the choice, `more` of the chunk."""
         logprobs = b"null"
         if scored:
             shape = chat_logprobs if self._chat else completion_logprobs
             logprobs = orjson.dumps(shape(scored, self._reader.context.tokenizer))
         return b"".join((
             self._starts[choice], text, b',"logprobs":', logprobs, b',"finish_reason":null', rest,
-            b"}]", beside, self._end_of_chunk(),
+            b"}]", more, self._end_of_chunk(),
         ))  # fmt: skip
 
     def _end_of_chunk(self) -> bytes:
