@@ -240,7 +240,7 @@ async def test_a_token_tells_its_probability_and_what_else_was_likely(
     await tab.page.keyboard.press("ArrowRight")
     await tab.page.keyboard.press("ArrowRight")
     await expect(tip.locator("li")).to_have_count(5)
-    await expect(tab.page.locator("#token-said")).to_contain_text("Likeliest:")
+    await expect(tab.page.locator("#token-said")).to_contain_text("Most likely:")
     await tab.page.keyboard.press("Escape")
     await expect(tip).to_be_hidden()
 
