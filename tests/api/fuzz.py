@@ -48,7 +48,7 @@ expected-statuses = ["400", "401", "403", "404", "405", "406", "408", "409", "41
 expected-statuses = ["2xx", "400", "401", "403", "404", "409", "410", "429", "5xx"]
 """
 REASONS = re.compile(
-    r"together may be|needs|exactly one|agree|exclude each other|not be (more|less) than|goes with"
+    r"together may be|needs|exactly one|agree|not be (more|less) than|required with"
     r"|times choices|cannot be|room for a token|must be a JSON schema|tool names must be unique"
     r"|chat_template_kwargs|no answer can match|text of a JSON object"
     r"|tool_use and thinking only for the assistant|the last message must not call tools"

@@ -59,7 +59,7 @@ class Dialect(Protocol[Body_contra]):
     id_headers: Sequence[bytes]  # more response headers with the request id
 
     def parse(self, body: Body_contra) -> Generation:
-        """The request of a validated body. Raises BadRequest for fields that exclude each other."""
+        """The request of a validated body. Raises BadRequest for conflicting fields."""
         ...
 
     def stream(self, reader: AnswerReader, *, event_ids: bool) -> EventRenderer:

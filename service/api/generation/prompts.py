@@ -47,7 +47,7 @@ async def prompt_tokens(
     most = context.limits.max_prompts
     if len(prompt.prompts) > most:
         raise BadRequest(
-            f"prompt may hold at most {most} prompts",
+            f"prompt may have at most {most} prompts",
             code="array_above_max_length",
             param=generation.names.prompt,
         )
@@ -86,7 +86,7 @@ async def render_chat(
         generation_prompt = not continued
     elif continued and generation_prompt:
         raise BadRequest(
-            "continue_final_message and add_generation_prompt exclude each other",
+            "continue_final_message cannot be combined with add_generation_prompt",
             param="continue_final_message",
         )
     texts = list(strings_of([messages, variables]))
@@ -148,7 +148,7 @@ def check_size(texts: Iterable[str], context: ApiContext, *, param: str) -> None
     longest = context.card.max_model_len
     if context.tokenizer.fewest_tokens(texts) > longest:
         raise BadRequest(
-            f"{param} must leave room for a token: the model holds {longest} tokens",
+            f"{param} must leave room for a token: the context length is {longest} tokens",
             code="context_length_exceeded",
             param=param,
         )
@@ -161,7 +161,7 @@ def _template_options(options: Mapping[str, Any] | None, limits: ApiLimits) -> M
         if name not in limits.template_kwargs:
             allowed = ", ".join(sorted(limits.template_kwargs))
             raise BadRequest(
-                f"chat_template_kwargs may hold: {allowed}",
+                f"chat_template_kwargs may have only: {allowed}",
                 code="unsupported_parameter",
                 param="chat_template_kwargs",
             )

@@ -78,7 +78,7 @@ def output_limit(generation: Generation, prompt_length: int, context: ApiContext
     room = longest - prompt_length
     if room < 1:
         raise BadRequest(
-            f"the prompt must leave room for a token: the model holds {longest} tokens",
+            f"the prompt must leave room for a token: the context length is {longest} tokens",
             code="context_length_exceeded",
             param=names.prompt,
         )
@@ -105,5 +105,5 @@ def _above(param: str, limit: int) -> BadRequest:
 
 def _too_many(param: str, limit: int) -> BadRequest:
     return BadRequest(
-        f"{param} may hold at most {limit} items", code="array_above_max_length", param=param
+        f"{param} may have at most {limit} items", code="array_above_max_length", param=param
     )

@@ -35,15 +35,8 @@ def stream_routes(dialects: Mapping[Endpoint, Dialect[Any]]) -> APIRouter:
     """The routes. Each stream is rendered in the dialect that it was requested in."""
     router = APIRouter()
 
-    @router.get(
-        "/v1/streams/{call_id}",
-        response_model=None,
-        responses=described(None, stream=True),
-        summary="Resume a stream",
-        description="The events of a call, during its generation and for a while after it, from "
-        "the start or after a given event. They have ids.",
-    )
-    async def read_stream(  # each is a part of the request
+    @router.get("/v1/streams/{call_id}", responses=described(None, stream=True))
+    async def resume_stream(
         call_id: CallId,
         request: Request,
         context: Context,
@@ -52,20 +45,18 @@ def stream_routes(dialects: Mapping[Endpoint, Dialect[Any]]) -> APIRouter:
         after: After = None,
         last_event_id: LastEventId = None,
     ) -> Response:
+        """Returns the events of a call, during its generation and for a while after it, from the
+        start or after a given event. They have ids.
+        """
         reader = await _reader(call_id, request, context, tenant)
         renderer = dialects[reader.manifest.endpoint].stream(reader, event_ids=True)
         if event_id := last_event_id or after:
             await read_to_event(reader, renderer, event_id)
         return EventStream(reader, renderer)
 
-    @router.delete(
-        "/v1/streams/{call_id}",
-        response_model=None,
-        responses=described(StreamCancelled),
-        summary="Cancel a call",
-        description="Ends the unfinished choices of a call, with the finish reason `cancelled`.",
-    )
+    @router.delete("/v1/streams/{call_id}", responses=described(StreamCancelled))
     async def cancel_stream(call_id: CallId, context: Context, tenant: Caller) -> Response:
+        """Ends the unfinished choices of a call, with the finish reason `cancelled`."""
         stored = await _find(call_id, context, tenant)
         await context.queue.stop(child_ids(stored.id, stored.num_requests), FinishReason.CANCELLED)
         return json_response({"id": stored.id, "object": "stream", "cancelled": True})

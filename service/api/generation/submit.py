@@ -1,10 +1,14 @@
-"""Submitting: hands a submission to the queue's reply, and turns rejections into errors."""
+"""Submitting to the queue: checks before, errors for rejections, and the reader of the answer."""
 
 from __future__ import annotations
 
-from service.api.auth import over_rate
+from fastapi import Request
+
+from service.api.auth import over_rate, with_tokens
 from service.api.context import ApiContext
 from service.api.generation.manifest import Manifest
+from service.api.generation.reader import AnswerReader
+from service.api.generation.request import Call, Generation
 from service.errors import Conflict, Gone, NotFound, RateLimited, Unavailable
 from service.messages import Submission
 from service.queues import QueueLimits, SubmitReply, SubmitStatus
@@ -15,23 +19,51 @@ def check_model(name: str | None, context: ApiContext) -> None:
     """Raises NotFound for a model that is not served here."""
     if name not in {None, context.card.id}:
         raise NotFound(
-            "this model is not served here; /v1/models lists those that are",
+            "unknown model; /v1/models lists the models of this server",
             code="model_not_found",
             param="model",
         )
 
 
-async def admit(
+def ensure_accepting(generation: Generation, context: ApiContext) -> None:
+    """Raises Unavailable or NotFound if the request cannot be served, before it costs anything."""
+    if context.probes.draining():
+        raise Unavailable("this replica is shutting down", code="shutting_down", retry_after=1)
+    check_model(generation.model, context)
+    if not context.probes.served():
+        context.observer.call_unserved()
+        raise Unavailable("no engine is available", code="backend_unavailable")
+
+
+async def submit(
+    submission: Submission, request: Request, context: ApiContext, call: Call
+) -> AnswerReader:
+    """A reader of the answer. Raises Unavailable, RateLimited, Conflict or Gone."""
+    reply = await context.queue.submit(submission)
+    request.state.usage = with_tokens(getattr(request.state, "usage", None), reply.usage)
+    call_id, manifest = await _admitted(submission, reply, context)
+    request.state.request_id = call_id  # the client resumes by it, also if it is an earlier call's
+    return AnswerReader(
+        call_id,
+        manifest,
+        context,
+        tenant=call.tenant.name,
+        arrived=call.arrived,
+        submission=submission if call_id == submission.id else None,
+    )
+
+
+async def _admitted(
     submission: Submission, reply: SubmitReply, context: ApiContext
 ) -> tuple[str, Manifest]:
     """The id and the manifest of the submission to follow: this one, or the earlier one with the
-    same idempotency key. `reply` is the queue's. Raises Unavailable, RateLimited, Conflict or Gone.
+    same idempotency key.
     """
     if reply.status is SubmitStatus.OK:
         context.observer.call_accepted(len(submission.requests))
     elif reply.status is not SubmitStatus.EXISTS:
         context.observer.call_refused(reply.status.value)
-        raise _refusal(submission, reply, context)
+        raise _rejection(submission, reply, context)
     if reply.submission_id == submission.id:
         return submission.id, Manifest.from_json(submission.manifest)
     earlier = await context.queue.lookup(reply.submission_id)
@@ -41,7 +73,7 @@ async def admit(
     return earlier.id, Manifest.from_json(earlier.manifest)
 
 
-def _refusal(
+def _rejection(
     submission: Submission, reply: SubmitReply, context: ApiContext
 ) -> Conflict | RateLimited | Unavailable:
     if reply.status is SubmitStatus.CONFLICT:
@@ -63,7 +95,7 @@ def _over_storage(
     """Room comes with the end of a request or of a resume window, whichever is first."""
     wait = limits.resume_window
     if status is SubmitStatus.STORAGE:
-        message = f"stored requests may have at most {limits.max_bytes} bytes in all"
+        message = f"stored requests may have at most {limits.max_bytes} bytes in total"
         return Unavailable(message, code="storage_full", retry_after=wait)
     most, size = limits.max_tenant_bytes, stored_bytes(submission)
     if size > most:

@@ -112,10 +112,10 @@ def _output(
     if body.structured_outputs is None:
         return None if body.response_format is None else body.response_format.output(names)
     if tools is not None:
-        raise BadRequest("structured_outputs and tools exclude each other", param="tools")
+        raise BadRequest("structured_outputs cannot be combined with tools", param="tools")
     if body.response_format is not None:
         raise BadRequest(
-            "response_format and structured_outputs exclude each other", param="structured_outputs"
+            "structured_outputs cannot be combined with response_format", param="structured_outputs"
         )
     return body.structured_outputs.constraint()
 

@@ -16,30 +16,21 @@ completions = APIRouter(route_class=JsonRoute)
 chat = APIRouter(route_class=JsonRoute)
 
 
-@completions.post(
-    "/v1/completions",
-    response_model=None,
-    responses=described(Completion, stream=True),
-    summary="Complete prompts",
-    description="Continues a text or token ids, or several of them. With `stream` the answer comes "
-    "as server-sent events; its `x-request-id` identifies it to be resumed or cancelled.",
-)
+@completions.post("/v1/completions", responses=described(Completion, stream=True))
 async def create_completion(
     body: CompletionBody, request: JsonRequest, context: Context, tenant: Caller
 ) -> Response:
+    """Continues a text or token ids, or several of them. With `stream` the answer comes as
+    server-sent events; its `x-request-id` identifies it to be resumed or cancelled.
+    """
     return await answer(COMPLETIONS, body, request, context, tenant)
 
 
-@chat.post(
-    "/v1/chat/completions",
-    response_model=None,
-    responses=described(ChatCompletion, stream=True),
-    summary="Answer a chat",
-    description="Answers the messages of a chat, using the model's chat template. With `stream` "
-    "the answer comes as server-sent events; its `x-request-id` identifies it to be resumed or "
-    "cancelled.",
-)
+@chat.post("/v1/chat/completions", responses=described(ChatCompletion, stream=True))
 async def create_chat_completion(
     body: ChatBody, request: JsonRequest, context: Context, tenant: Caller
 ) -> Response:
+    """Answers the messages of a chat, using the model's chat template. With `stream` the answer
+    comes as server-sent events; its `x-request-id` identifies it to be resumed or cancelled.
+    """
     return await answer(CHAT, body, request, context, tenant)
