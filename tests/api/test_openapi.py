@@ -18,6 +18,7 @@ from model.text.tokenizer import Tokenizer
 from service.api.limits import ApiLimits
 from service.api.observer import NullObserver
 from service.api.system.openapi import ERRORS, DocumentCache, operations
+from service.api.system.openapi_rules import RULES
 from service.app import build_app
 from service.errors import QuireError
 from service.http.exposure import extras_of
@@ -144,6 +145,12 @@ async def test_every_example_is_answered(start_service: Any) -> None:
                 reply = await service.post(path, example)
                 absent = "attention_not_available"  # this endpoint needs a network
                 assert reply.status_code == 200 or absent in reply.text, (method, path, reply.text)
+
+
+def test_every_rule_is_in_the_document(document: Json) -> None:
+    """Rules name schemas: a renamed body would lose its own silently."""
+    for name, rule in RULES.items():
+        assert rule.items() <= document["components"]["schemas"][name].items(), name
 
 
 def test_every_status_and_header_is_described(document: Json) -> None:

@@ -47,19 +47,14 @@ class AttentionMap(AnswerModel):
     rows: list[dict[str, Any]] = Field(description="A row of weights per requested token.")
 
 
-@router.post(
-    "/v1/attention",
-    response_model=None,
-    responses=described(AttentionMap),
-    summary="Show attention",
-    description="The attention weights of each token of a prompt, of messages (through the model's "
-    "chat template) or of token ids, to itself and earlier tokens: the softmax of one layer's "
-    "head, or the mean over layers and heads. Available if the network is in the process "
-    "(`quire serve`).",
-)
+@router.post("/v1/attention", responses=described(AttentionMap))
 async def show_attention(
     body: AttentionBody, context: Context, tenant: Caller, service: Attention
 ) -> Response:
+    """The attention weights of each token of a prompt, of messages (through the model's chat
+    template) or of token ids, to itself and earlier tokens: the softmax of one layer's head, or the
+    mean over layers and heads. Available if the network is in the process (`quire serve`).
+    """
     check_model(body.model, context)
     if service is None:
         raise NotFound(

@@ -22,38 +22,27 @@ class Health(AnswerModel):
 router = APIRouter(responses=described(Health))
 
 
-@router.get(
-    "/health/startup",
-    summary="Startup probe",
-    description="200 once the weights are loaded.",
-    response_model=None,
-)
+@router.get("/health/startup")
 async def startup(context: Context) -> Response:
+    """Returns 200 once the weights are loaded."""
     if not context.probes.started():
         raise Unavailable("the server is starting", code="starting")
     return json_response({"status": "ok"})
 
 
-@router.get(
-    "/health/live",
-    summary="Liveness probe",
-    description="200 while the engine makes progress or is idle. Does not depend on the queue.",
-    response_model=None,
-)
+@router.get("/health/live")
 async def live(context: Context) -> Response:
+    """Returns 200 while the engine makes progress or is idle. Does not depend on the queue."""
     if not context.probes.live():
         raise Unavailable("the engine makes no progress", code="stalled")
     return json_response({"status": "ok"})
 
 
-@router.get(
-    "/health/ready",
-    summary="Readiness probe",
-    description="200 while the server is started, not draining, and the queue accepts writes. A "
-    "full queue is ready.",
-    response_model=None,
-)
+@router.get("/health/ready")
 async def ready(context: Context) -> Response:
+    """Returns 200 while the server is started, not draining, and the queue accepts writes. A full queue is
+    ready.
+    """
     if not context.probes.started():
         raise Unavailable("the server is starting", code="starting")
     if context.probes.draining():
@@ -62,14 +51,9 @@ async def ready(context: Context) -> Response:
     return json_response({"status": "ok"})
 
 
-@router.get(
-    "/health",
-    summary="Health",
-    description="200 while live; reports whether the queue accepts writes, and the number of "
-    "engines.",
-    response_model=None,
-)
+@router.get("/health")
 async def health(context: Context) -> Response:
+    """Returns 200 while live; reports whether the queue accepts writes, and the number of engines."""
     if not context.probes.live():
         raise Unavailable("the engine makes no progress", code="stalled")
     try:

@@ -60,38 +60,24 @@ def _card(context: ApiContext) -> dict[str, Any]:
     }
 
 
-@router.get(
-    "/v1/models",
-    summary="List models",
-    description="The models served here, with their maximum context length and numeric class: "
-    "within a class, equal requests get bit-identical answers.",
-    response_model=None,
-    responses=described(ModelList),
-)
+@router.get("/v1/models", responses=described(ModelList))
 async def list_models(context: Context) -> Response:
+    """The models served here, with their maximum context length and numeric class: within a class,
+    equal requests get bit-identical answers.
+    """
     return json_response({"object": "list", "data": [_card(context)]})
 
 
-@router.get(
-    "/v1/models/{model:path}",
-    summary="Show a model",
-    description="One model of the list.",
-    response_model=None,
-    responses=described(Model),
-)
+@router.get("/v1/models/{model:path}", responses=described(Model))
 async def show_model(
     model: Annotated[str, Path(description="The id of the model.")], context: Context
 ) -> Response:
+    """One model of the list."""
     check_model(model, context)
     return json_response(_card(context))
 
 
-@router.get(
-    "/version",
-    summary="Version",
-    description="The server's version.",
-    response_model=None,
-    responses=described(Version),
-)
+@router.get("/version", responses=described(Version))
 async def version(context: Context) -> Response:
+    """The server's version."""
     return json_response({"version": context.version})

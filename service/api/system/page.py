@@ -76,27 +76,17 @@ def page_files() -> Mapping[str, PageFile]:
     return MappingProxyType(found)
 
 
-@router.get(
-    "/",
-    summary="The web page",
-    description="Chat with the model in a browser, and see how likely each token was.",
-    response_model=None,
-    responses=_described(MEDIA_TYPES["html"]),
-)
+@router.get("/", responses=_described(MEDIA_TYPES["html"]))
 async def show_page(if_none_match: IfNoneMatch = None) -> Response:
+    """Chat with the model in a browser, and see how likely each token was."""
     return _answer(INDEX, if_none_match)
 
 
-@router.get(
-    "/web/{name}",
-    summary="A file of the web page",
-    description="Scripts, styles and pictures of the page.",
-    response_model=None,
-    responses=_described(*MEDIA_TYPES.values()),
-)
+@router.get("/web/{name}", responses=_described(*MEDIA_TYPES.values()))
 async def show_file(
     name: Annotated[str, Path(description="The file's name.")], if_none_match: IfNoneMatch = None
 ) -> Response:
+    """Scripts, styles and pictures of the page."""
     return _answer(name, if_none_match)
 
 

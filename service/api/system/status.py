@@ -40,15 +40,11 @@ class Status(AnswerModel):
     engines: list[dict[str, Any]] = Field(description="The latest heartbeat of each engine.")
 
 
-@router.get(
-    "/status",
-    summary="Live state",
-    description="The model, the queue's depth (null if the queue is unreachable), and the latest "
-    "heartbeat of each engine.",
-    response_model=None,
-    responses=described(Status),
-)
+@router.get("/status", responses=described(Status))
 async def show_status(context: Context, live: Live, attention: Attention) -> Response:
+    """The model, the queue's depth (null if the queue is unreachable), and the latest heartbeat of
+    each engine.
+    """
     card = context.card
     status = {
         "model": card.id,

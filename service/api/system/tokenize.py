@@ -92,14 +92,9 @@ class TokenText(AnswerModel):
     prompt: str = Field(description="The text.")
 
 
-@router.post(
-    "/tokenize",
-    response_model=None,
-    responses=described(Tokens),
-    summary="Text to token ids",
-    description="The token ids of a prompt, or of messages through the model's chat template.",
-)
+@router.post("/tokenize", responses=described(Tokens))
 async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Response:
+    """The token ids of a prompt, or of messages through the model's chat template."""
     check_model(body.model, context)
     if (body.prompt is None) == (body.messages is None):
         raise BadRequest(
@@ -129,14 +124,9 @@ async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Resp
     })  # fmt: skip
 
 
-@router.post(
-    "/detokenize",
-    response_model=None,
-    responses=described(TokenText),
-    summary="Token ids to text",
-    description="The text of token ids; bytes that are not UTF-8 become U+FFFD.",
-)
+@router.post("/detokenize", responses=described(TokenText))
 async def detokenize(body: DetokenizeBody, context: Context, tenant: Caller) -> Response:
+    """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
     check_model(body.model, context)
     check_token_ids(body.tokens, context, param="tokens")
     work, length = partial(context.tokenizer.decode, body.tokens), len(body.tokens)
