@@ -88,7 +88,7 @@ def is_counted(path: str) -> bool:
     return path not in UNCOUNTED_PATHS
 
 
-def never_refused(scope: Scope) -> bool:
+def never_rejected(scope: Scope) -> bool:
     """Whether a call is accepted over the rate limit: it ends work, and costs no more than its
     rejection.
     """

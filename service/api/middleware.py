@@ -17,7 +17,7 @@ from service.api.auth import (
     Charge,
     Tenant,
     is_counted,
-    never_refused,
+    never_rejected,
     over_rate,
     rate_headers,
 )
@@ -112,7 +112,7 @@ class RequestContextMiddleware:
             scope["state"]["usage"] = usage = await self._charge(allowance)
         except Unavailable as error:
             return error
-        if not usage.wait or never_refused(scope):
+        if not usage.wait or never_rejected(scope):
             return None
         self._observer.call_refused("rate")
         return over_rate(usage)

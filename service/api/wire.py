@@ -2,7 +2,7 @@
 
 Strict: a string is not accepted as a number, and an unknown field is an error. `null` means "not
 given". Fields of other servers that this one does not support are in `UNSUPPORTED`: they are
-refused by name, never ignored.
+rejected by name, never ignored.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
 
 
 class WireModel(StrictModel):
-    """A part of a body. Fields of other servers that are not supported are refused by name."""
+    """A part of a body. Fields of other servers that are not supported are rejected by name."""
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
 

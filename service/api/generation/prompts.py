@@ -121,7 +121,7 @@ async def render_chat(
 def _check_prompt(prompt: str | Sequence[int], context: ApiContext) -> None:
     if isinstance(prompt, str):
         check_size([prompt], context, param="prompt")
-    elif len(prompt) < context.card.max_model_len:  # longer ones are refused for that
+    elif len(prompt) < context.card.max_model_len:  # longer ones are rejected later
         check_token_ids(prompt, context, param="prompt")
 
 
@@ -154,10 +154,9 @@ def check_size(texts: Iterable[str], context: ApiContext, *, param: str) -> None
         )
 
 
-def _template_options(options: Mapping[str, Any] | None, limits: ApiLimits) -> Mapping[str, Any]:
+def _template_options(options: Mapping[str, Any], limits: ApiLimits) -> Mapping[str, Any]:
     """Raises BadRequest for an option that is not allowed or no boolean."""
-    chosen = options or {}
-    for name, value in chosen.items():
+    for name, value in options.items():
         if name not in limits.template_kwargs:
             allowed = ", ".join(sorted(limits.template_kwargs))
             raise BadRequest(
@@ -171,7 +170,7 @@ def _template_options(options: Mapping[str, Any] | None, limits: ApiLimits) -> M
                 code="invalid_type",
                 param="chat_template_kwargs",
             )
-    return chosen
+    return options
 
 
 def check_token_ids(ids: Sequence[int], context: ApiContext, *, param: str) -> None:
