@@ -1,4 +1,4 @@
-"""Readers and replicas that vanish: an answer lives as long as some replica attends it."""
+"""Readers and replicas that vanish: an answer goes on while a replica sends heartbeats for it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IDS = {"x-quire-event-ids": "1"}
 
 
 class Pair(NamedTuple):
-    """Two replicas of one queue. The first attends nothing: to the queue it is dead."""
+    """Two replicas of one queue. The first sends no heartbeats: to the queue it is dead."""
 
     dead: Any
     alive: Any
@@ -116,7 +116,7 @@ async def test_leaving_one_replica_does_not_end_it_at_another(pair: Pair, listen
         assert b'"finish_reason":"length"' in (await resumed).content
 
 
-async def test_attendance_is_told_again_after_an_outage() -> None:
+async def test_heartbeats_go_on_after_an_outage() -> None:
     class Away(MemoryQueue):
         told: int = 0
 
@@ -169,7 +169,7 @@ async def test_replicas_over_redis(
     server.close()
 
 
-async def test_whoever_comes_to_read_attends_from_then_on(start_service: Any) -> None:
+async def test_a_new_reader_sends_a_heartbeat_at_once(start_service: Any) -> None:
     """Not from the next round on: there may be little left of the grace."""
 
     class Watched(MemoryQueue):
