@@ -18,26 +18,19 @@ from service.api.generation.submit import check_model
 router = APIRouter(route_class=JsonRoute, responses=refused(MessageErrorBody))
 
 
-@router.post(
-    "/v1/messages",
-    responses=described(AnthropicMessage, stream=True),
-    summary="Create a message",
-    description="Answers a chat in the form of Anthropic's API, errors included. With `stream` the "
-    "answer is server-sent events; it can be resumed or cancelled by its `x-request-id`.",
-)
+@router.post("/v1/messages", responses=described(AnthropicMessage, stream=True))
 async def create_message(
     body: MessageBody, request: JsonRequest, context: Context, tenant: Caller
 ) -> Response:
+    """Answers a chat in the form of Anthropic's API, errors included. With `stream` the answer
+    comes as server-sent events; its `x-request-id` identifies it to be resumed or cancelled.
+    """
     return await answer(MESSAGES, body, request, context, tenant)
 
 
-@router.post(
-    "/v1/messages/count_tokens",
-    responses=described(MessageCount),
-    summary="Count a message's tokens",
-    description="Returns the number of tokens of a message's prompt.",
-)
+@router.post("/v1/messages/count_tokens", responses=described(MessageCount))
 async def count_tokens(body: CountBody, context: Context, tenant: Caller) -> Response:
+    """Returns the number of tokens of a message's prompt."""
     check_model(body.model, context)
     prompt = await render_chat(parse_chat(body), context, tenant=tenant.name, names=NAMES)
     return json_response({"input_tokens": len(prompt.ids)})

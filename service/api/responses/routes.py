@@ -35,27 +35,18 @@ MAX_NUMBER = 10**9
 ResponseId = Annotated[str, Path(description="The id of a response.")]
 
 
-@router.post(
-    "/v1/responses",
-    responses=described(ResponseObject, stream=True),
-    summary="Create a response",
-    description="Answers a text or messages. With `background` it returns at once, and generates "
-    "without a reader. With `stream` it returns server-sent events, each with the number that the "
-    "stream can be resumed after.",
-)
+@router.post("/v1/responses", responses=described(ResponseObject, stream=True))
 async def create_response(
     body: ResponseBody, request: JsonRequest, context: Context, tenant: Caller
 ) -> Response:
+    """Answers a text or messages. With `background` it returns at once, and generates without a
+    reader. With `stream` it returns server-sent events, each with the number that the stream can be
+    resumed after.
+    """
     return await answer(RESPONSES, body, request, context, tenant)
 
 
-@router.get(
-    "/v1/responses/{response_id}",
-    responses=described(ResponseObject, stream=True),
-    summary="Retrieve a response",
-    description="Returns a stored response in its current state; or with `stream` its events, all "
-    "of them or those after a number.",
-)
+@router.get("/v1/responses/{response_id}", responses=described(ResponseObject, stream=True))
 async def retrieve_response(
     response_id: ResponseId,
     request: Request,
@@ -68,6 +59,9 @@ async def retrieve_response(
         Query(ge=0, le=MAX_NUMBER, description="The `sequence_number` of the last event received."),
     ] = None,
 ) -> Response:
+    """Returns a stored response in its current state; or with `stream` its events, all of them or
+    those after a number.
+    """
     reader = await _find(response_id, request, context, tenant)
     if not stream:
         if starting_after is not None:
@@ -80,29 +74,21 @@ async def retrieve_response(
     return EventStream(reader, renderer)
 
 
-@router.post(
-    "/v1/responses/{response_id}/cancel",
-    responses=described(ResponseObject),
-    summary="Cancel a response",
-    description="Ends a response that has not ended, and returns it.",
-)
+@router.post("/v1/responses/{response_id}/cancel", responses=described(ResponseObject))
 async def cancel_response(
     response_id: ResponseId, request: Request, context: Context, tenant: Caller
 ) -> Response:
+    """Ends a response that has not ended, and returns it."""
     reader = await _find(response_id, request, context, tenant)
     await context.queue.stop(reader.request_ids, FinishReason.CANCELLED)
     return await _current(reader)
 
 
-@router.delete(
-    "/v1/responses/{response_id}",
-    responses=described(ResponseDeleted),
-    summary="Delete a response",
-    description="Ends a response if it has not ended, and deletes it.",
-)
+@router.delete("/v1/responses/{response_id}", responses=described(ResponseDeleted))
 async def delete_response(
     response_id: ResponseId, request: Request, context: Context, tenant: Caller
 ) -> Response:
+    """Ends a response if it has not ended, and deletes it."""
     reader = await _find(response_id, request, context, tenant)
     await context.queue.forget(reader.id)
     return json_response({"id": response_id, "object": "response", "deleted": True})
