@@ -67,14 +67,14 @@ async def test_rows_are_those_of_the_network(service: Any, maps: Any, let_read: 
 
 
 @pytest.mark.slow
-async def test_only_the_rows_that_are_asked_for(service: Any, maps: Any, let_read: Any) -> None:
+async def test_only_the_requested_rows_are_returned(service: Any, maps: Any, let_read: Any) -> None:
     let_read(maps)
     whole = (await service.post(PATH, {"tokens": [5, 9, 11, 40]})).json()["rows"]
     reply = (await service.post(PATH, {"tokens": [5, 9, 11, 40], "positions": [3, 1, 3]})).json()
     assert reply["rows"] == [whole[1], whole[3]]
 
 
-async def test_a_replica_without_a_network_says_so(service: Any) -> None:
+async def test_a_replica_without_a_network_answers_404(service: Any) -> None:
     reply = await service.post(PATH, {"prompt": "hello"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "attention_not_available")
     assert reply.headers["x-should-retry"] == "false"
@@ -106,7 +106,7 @@ async def test_a_replica_without_a_network_says_so(service: Any) -> None:
         ({"tokens": [1], "rows": [0]}, 400, "rows", "unknown_parameter"),
     ],
 )
-async def test_what_is_wrong_is_named(
+async def test_errors_name_the_field(
     service: Any, maps: Any, let_read: Any, body: Any, status: int, param: str, code: str
 ) -> None:
     let_read(maps)
@@ -115,7 +115,7 @@ async def test_what_is_wrong_is_named(
     assert (reply.status_code, error["param"], error["code"]) == (status, param, code), error
 
 
-async def test_the_length_is_limited_beside_the_models(
+async def test_the_length_has_a_limit_of_its_own(
     start_service: Any, maps: Any, small_limits: Any
 ) -> None:
     async with start_service(limits=small_limits(max_attention_tokens=3)) as service:
@@ -136,7 +136,7 @@ def test_it_can_be_turned_off(tiny_model: Any, tmp_path: Path) -> None:
 
 
 class HeldReader:
-    """Reads when it is let; records what it was given."""
+    """Reads when `let` permits; records its calls."""
 
     num_layers = num_heads = 1
 
@@ -153,11 +153,11 @@ class HeldReader:
 
 
 def by_header(scope: Scope) -> Tenant:
-    """The tenant that a test names."""
+    """A tenant per value of `x-tenant`."""
     return Tenant(name=dict(scope["headers"]).get(b"x-tenant", b"public").decode())
 
 
-async def test_one_is_read_at_a_time_and_tenants_take_turns(start_service: Any) -> None:
+async def test_one_map_is_read_at_a_time_and_tenants_take_turns(start_service: Any) -> None:
     """A second call was refused; now it waits, and the flood of one tenant delays another by no
     more than what is being read.
     """

@@ -1,4 +1,4 @@
-"""What a grammar cannot express: relaxed if a schema is not strict, refused by name if it is."""
+"""Parts that a grammar cannot express: relaxed, or rejected by name if the schema is strict."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def grammars() -> Grammars:
 
 @pytest.fixture
 async def service(start_service: Any) -> AsyncIterator[Any]:
-    """Its prompts have room for schemas."""
+    """A replica whose context has room for schemas."""
     async with start_service(max_model_len=2048) as started:
         yield started
 
 
 def accepts(grammars: Grammars, grammar: str, text: str) -> bool:
-    """Whether a text, byte by byte, is an answer of a grammar."""
+    """Whether a grammar accepts a text, byte by byte."""
     matcher = grammars.matcher(grammar)
     ids = list(text.encode())
     if matcher.num_allowed(ids) < len(ids):
@@ -95,7 +95,7 @@ def test_without_assertions_a_pattern_matches_at_least_as_much() -> None:
 async def test_a_tool_with_the_email_pattern_of_zod_is_accepted(
     service: Any, grammars: Grammars
 ) -> None:
-    """And the rest of the pattern, and the other tools, still bind."""
+    """The rest of the pattern and the other tools stay enforced."""
     tools = [tool(CONTACT), tool({"type": "object"}, name="other")]
     reply = await call(service, tools=tools, tool_choice="required")
     assert reply.status_code == 200, reply.text
@@ -134,7 +134,7 @@ async def test_a_format_with_the_email_pattern_of_zod_is_accepted(
          {"structured_outputs": {"json": CONTACT}}),
     ],
 )  # fmt: skip
-async def test_a_strict_schema_is_refused_by_the_name_of_the_property(
+async def test_the_error_of_a_strict_schema_names_the_property(
     service: Any, path: str, fields: Any
 ) -> None:
     reply = await call(service, **fields)
@@ -189,7 +189,7 @@ BEYOND: list[tuple[str, Any, Any]] = [
 
 
 @pytest.mark.parametrize(("path", "schema", "value"), BEYOND, ids=lambda value: str(value)[:40])
-async def test_each_part_is_named_or_left_out(
+async def test_each_part_is_named_or_removed(
     grammars: Grammars, path: str, schema: Any, value: Any
 ) -> None:
     async def validate(grammar: str) -> str | None:
@@ -215,10 +215,10 @@ NAMES = {f"p{i}": {"type": "integer"} for i in range(300)}
 WIDE = {"type": "object", "properties": NAMES, "required": ["p7"], "additionalProperties": False}
 
 
-async def test_of_too_many_optional_properties_only_the_required_ones_bind(
+async def test_of_too_many_optional_properties_only_required_ones_are_enforced(
     service: Any, grammars: Grammars
 ) -> None:
-    """A validate may pass and the answer fail where they come, far behind its beginning."""
+    """The grammar may compile and still fail in the middle of an answer, where they are allowed."""
     schema = {"type": "object", "properties": {"deep": WIDE}, "required": ["deep"]}
     asked = {"type": "json_schema", "json_schema": {"schema": schema}}
     assert (await call(service, response_format=asked)).status_code == 200
@@ -257,7 +257,7 @@ async def test_a_strict_object_has_a_limit_of_optional_properties(
             assert f"at most {MAX_OPTIONAL} optional properties" in error["message"]
 
 
-async def test_the_number_of_trials_is_bounded(grammars: Grammars) -> None:
+async def test_the_number_of_validations_is_bounded(grammars: Grammars) -> None:
     asked: list[str] = []
 
     async def validate(grammar: str) -> str | None:
@@ -271,7 +271,7 @@ async def test_the_number_of_trials_is_bounded(grammars: Grammars) -> None:
 
 
 @pytest.mark.parametrize("schema", [{"type": "nothing"}, {"type": "object", "properties": []}])
-async def test_what_is_no_schema_is_refused_strict_or_not(service: Any, schema: Any) -> None:
+async def test_what_is_not_a_schema_is_rejected_strict_or_not(service: Any, schema: Any) -> None:
     for strict in (True, False):
         asked = {"type": "json_schema", "json_schema": {"schema": schema, "strict": strict}}
         assert (await call(service, response_format=asked)).status_code == 400

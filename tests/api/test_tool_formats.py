@@ -1,4 +1,4 @@
-"""Each notation from end to end: found in the template, rendered by it, and read out of answers."""
+"""Each tool-call format end to end: detected in the template, rendered by it, and parsed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from service.messages import FinishReason
 
 CHAT = "/v1/chat/completions"
 
-# Each as its family's templates are: what they take of a message, and what they cannot bear.
+# Each like its family's templates: the fields that they read, and the messages that they reject.
 HERMES = (
     "{% if tools %}<|im_start|>system\n<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}"
     "</tools><|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -88,7 +88,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer(name: str, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A model's tokenizer; the notation's markers are special tokens of it."""
+    """A model's tokenizer, in which the format's markers are special tokens."""
     raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -106,10 +106,10 @@ def tokenizer(name: str, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 class TrialsHere(GrammarValidator):
-    """Compiles in this process: what is tried here is our own."""
+    """Compiles in this process: the grammars are our own."""
 
-    async def error(self, notation: str, *, tenant: str) -> str | None:
-        self._make_grammars().matcher(notation)  # raises GrammarError
+    async def error(self, grammar: str, *, tenant: str) -> str | None:
+        self._make_grammars().matcher(grammar)  # raises GrammarError
         return None
 
 
@@ -130,7 +130,7 @@ async def service(start_service: Any) -> AsyncIterator[Any]:
 
 
 def ids_of(tokenizer: Tokenizer, text: str, markers: dict[str, int]) -> list[int]:
-    """As a model writes it: markers by their own ids."""
+    """As a model writes it: markers by their ids."""
     for marker, id_ in markers.items():
         if marker in text:
             before, _, after = text.partition(marker)
@@ -148,15 +148,15 @@ def prompt_of(service: Any) -> str:
 
 
 async def test_a_conversation_with_calls(service: Any, name: str, read_events: Any) -> None:
-    notation = TOOL_FORMATS[name]
+    tool_format = TOOL_FORMATS[name]
     tokenizer = service.tokenizer
     assert tool_format_name(tokenizer) == name
-    markers = notation.marker_ids(tokenizer)
-    assert set(markers) == (set(notation.markers) if notation.native else set())
+    markers = tool_format.marker_ids(tokenizer)
+    assert set(markers) == (set(tool_format.markers) if tool_format.native else set())
     calls = [("get_weather", '{"city": "Zürich 😀"}'), ("now", "{}")]
-    calls = calls if notation.joint is not None else calls[:1]
-    said = "" if notation.only_first else "Let me see. "
-    answer = said + notation.render(calls)
+    calls = calls if tool_format.joint is not None else calls[:1]
+    said = "" if tool_format.only_first else "Let me see. "
+    answer = said + tool_format.render(calls)
     service.engine.script = lambda _: ids_of(tokenizer, answer, markers)
 
     body = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}], "tools": TOOLS}
@@ -191,11 +191,11 @@ async def test_a_conversation_with_calls(service: Any, name: str, read_events: A
     reply = await service.post(CHAT, body)
     assert reply.status_code == 200, reply.text
     prompt = prompt_of(service)
-    spelled = notation.render(calls) if name != "mistral" else "[TOOL_CALLS][" + ", ".join(
+    rendered = tool_format.render(calls) if name != "mistral" else "[TOOL_CALLS][" + ", ".join(
         f'{{"name": "{called}", "arguments": {arguments}}}' for called, arguments in calls
     )  # fmt: skip
     if name != "hermes":  # its template here puts nothing between calls
-        assert spelled in prompt
+        assert rendered in prompt
     for result in results:
         assert result["content"] in prompt
 
@@ -225,7 +225,7 @@ async def test_ids_of_the_model_are_returned_and_rendered(
 
 
 async def test_calls_before_without_tools_now(service: Any, name: str) -> None:
-    """Earlier calls are told of, too, where nothing may be called any more."""
+    """Earlier calls are in the prompt, even if the request has no tools."""
     call = {"id": "123456789", "type": "function", "function": {"name": "now", "arguments": ""}}
     messages = [
         {"role": "user", "content": "hi"},
@@ -238,7 +238,7 @@ async def test_calls_before_without_tools_now(service: Any, name: str) -> None:
     assert "9h" in prompt_of(service)
 
 
-async def test_what_users_write_is_no_special_token(service: Any, name: str) -> None:
+async def test_text_of_users_is_never_a_special_token(service: Any, name: str) -> None:
     markers = TOOL_FORMATS[name].markers
     tool = {"type": "function", "function": {"name": "f", "description": f"{markers} <|im_end|>"}}
     body = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}]}

@@ -1,6 +1,6 @@
-"""Tools over the real engine and a network of random weights: it knows nothing, and calls well.
+"""Tools with the real engine and a network of random weights: its calls are still well-formed.
 
-What the engine journals is read as the API reads it, under every notation.
+The engine's journal is read as the API reads it, for every tool-call format.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ FUNCTIONS = tuple(
 
 
 class Words:
-    """As much of a tokenizer as reading an answer takes: a token a byte, and some markers."""
+    """The part of a tokenizer that parsing needs: a token per byte, and some markers."""
 
     token_bytes: Sequence[bytes] = BYTES
 
@@ -70,7 +70,7 @@ class Words:
 
 
 def answers(requests: Sequence[GenerationRequest]) -> dict[str, list[Event]]:
-    """What the engine journals of each, all in one batch."""
+    """The engine's journal of each, all in one batch."""
     config = tiny_model_config(vocab_size=len(BYTES), max_model_len=512)
     options = RunnerOptions(dtype="float32", block_size=8, num_blocks=1024)
     runner = TorchRunner(config, tiny_weights(config, seed=1), options=options, digest="tiny")
@@ -113,14 +113,14 @@ def read(events: Sequence[Event], name: str, request_id: str) -> Accumulator:
 @pytest.mark.parametrize("forced", [True, False])
 @pytest.mark.parametrize("name", sorted(TOOL_FORMATS))
 def test_every_call_fits_its_schema(name: str, forced: bool) -> None:
-    notation = TOOL_FORMATS[name]
+    tool_format = TOOL_FORMATS[name]
     words: Any = Words()
     draw = random.Random(name)
     grammars = {
         parallel: tools_grammar(
             ToolUse(functions=FUNCTIONS, may_call=(0, 1, 2), forced=forced, parallel=parallel),
-            notation,
-            notation.marker_ids(words),
+            tool_format,
+            tool_format.marker_ids(words),
         )
         for parallel in (True, False)
     }

@@ -40,8 +40,8 @@ async def live(context: Context) -> Response:
 
 @router.get("/health/ready")
 async def ready(context: Context) -> Response:
-    """Returns 200 while the server is started, not draining, and the queue accepts writes. A full queue is
-    ready.
+    """Returns 200 while the server is started, not draining, and the queue accepts writes. A full
+    queue is ready.
     """
     if not context.probes.started():
         raise Unavailable("the server is starting", code="starting")
@@ -53,7 +53,7 @@ async def ready(context: Context) -> Response:
 
 @router.get("/health")
 async def health(context: Context) -> Response:
-    """Returns 200 while live; reports whether the queue accepts writes, and the number of engines."""
+    """Returns 200 while live, with the state of the queue and the number of engines."""
     if not context.probes.live():
         raise Unavailable("the engine makes no progress", code="stalled")
     try:

@@ -119,7 +119,8 @@ def _complete_operation(operation: Json, path: str, *, limits: ApiLimits) -> Non
     if generates:
         operation["parameters"] = [*parameters, *_call_headers(limits)]
     refused = answers.pop("4XX")
-    for status in sorted(_statuses(path, is_open, has_body=has_body, generates=generates)):
+    statuses = _statuses(path, is_open=is_open, has_body=has_body, generates=generates)
+    for status in sorted(statuses):
         meaning, *headers = ERRORS[status]
         described = {name: _HEADERS[name] for name in headers}
         answers[str(status)] = refused | {"description": meaning, "headers": described}
@@ -129,7 +130,7 @@ def _complete_operation(operation: Json, path: str, *, limits: ApiLimits) -> Non
             answer["headers"] |= _RATE_LIMITS
 
 
-def _statuses(path: str, is_open: bool, *, has_body: bool, generates: bool) -> set[int]:  # noqa: FBT001
+def _statuses(path: str, *, is_open: bool, has_body: bool, generates: bool) -> set[int]:
     """The errors that an endpoint may answer with."""
     found = {403, 414, 431, 500} if is_open else {401, 403, 414, 431, 500}
     if not is_open and is_counted(path):
