@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from service.api.anthropic.dialect import chat_messages
 from service.api.anthropic.object import message_error_body
-from service.api.anthropic.parse import chat_messages
 from service.api.anthropic.schema import Turn
 from service.api.tools.formats import TOOL_FORMATS
 from service.errors import (

@@ -6,8 +6,7 @@ from fastapi import APIRouter, Response
 
 from service.api.answers import described, json_response, refused
 from service.api.anthropic.answers import AnthropicMessage, MessageCount, MessageErrorBody
-from service.api.anthropic.dialect import MESSAGES
-from service.api.anthropic.parse import NAMES, parse_chat
+from service.api.anthropic.dialect import MESSAGES, parse_chat
 from service.api.anthropic.schema import CountBody, MessageBody
 from service.api.body import JsonRoute
 from service.api.context import Caller, Context, JsonRequest
@@ -32,5 +31,6 @@ async def create_message(
 async def count_tokens(body: CountBody, context: Context, tenant: Caller) -> Response:
     """Returns the number of tokens of a message's prompt."""
     check_model(body.model, context)
-    prompt = await render_chat(parse_chat(body), context, tenant=tenant.name, names=NAMES)
+    chat, names = parse_chat(body), MESSAGES.names
+    prompt = await render_chat(chat, context, tenant=tenant.name, names=names)
     return json_response({"input_tokens": len(prompt.ids)})
