@@ -393,7 +393,7 @@ async def test_count_tokens(service: Any) -> None:
         (
             {"messages": [{"role": "user", "content": [
                 {"type": "tool_use", "id": "a", "name": "b", "input": {}}]}]},
-            400, "invalid_request_error", "messages[0].content may hold tool_use",
+            400, "invalid_request_error", "messages[0].content may contain tool_use",
         ),
         (
             {"messages": [{"role": "assistant", "content": [

@@ -161,7 +161,7 @@ class Turn(MessageModel):
         if any(isinstance(block, not_allowed) for block in value):
             raise FieldError(
                 "invalid_value",
-                "may hold tool_use and thinking only for the assistant, tool_result only for the "
+                "may contain tool_use and thinking only for the assistant, tool_result only for the "
                 "user",
             )
         return value

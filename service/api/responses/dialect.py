@@ -100,7 +100,7 @@ def _reject_conflicting_fields(body: ResponseBody) -> None:
     if body.background and body.on_disconnect == "cancel":
         raise BadRequest("background cannot be combined with cancel", param="on_disconnect")
     if body.top_logprobs and not _with_logprobs(body):
-        raise BadRequest(f"top_logprobs needs include to hold {LOGPROBS}", param="top_logprobs")
+        raise BadRequest(f"top_logprobs needs include to contain {LOGPROBS}", param="top_logprobs")
     if body.tools and _with_logprobs(body):
         raise BadRequest("logprobs cannot be combined with tools", param="include")
 
