@@ -161,8 +161,8 @@ class Turn(MessageModel):
         if any(isinstance(block, not_allowed) for block in value):
             raise FieldError(
                 "invalid_value",
-                "may contain tool_use and thinking only for the assistant, tool_result only for the "
-                "user",
+                "may contain tool_use and thinking only for the assistant, "
+                "tool_result only for the user",
             )
         return value
 
