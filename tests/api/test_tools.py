@@ -223,7 +223,7 @@ async def test_without_tools_everything_is_text(service: Any, without: dict[str,
 def test_a_manifest_with_tools_survives() -> None:
     manifest = Manifest.from_json(
         '{"endpoint":"chat","model":"m","fingerprint":"f","created":1,"prompts":[],'
-        '"tool_format":"hermes"}'
+        '"notation":"hermes"}'
     )
     assert manifest.notation == "hermes"
     assert Manifest.from_json(manifest.to_json()) == manifest
