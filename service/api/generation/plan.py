@@ -10,8 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import orjson
-
 from service.api.context import ApiContext
 from service.api.generation.manifest import Endpoint, Manifest, PromptNote
 from service.api.generation.prompts import PromptTokens, check_token_ids
@@ -91,7 +89,6 @@ def _manifest(
     width, keep = num_choices(generation, len(prompts), limits)
     returned = _returned(generation, sum(len(prompt.ids) for prompt in prompts), limits)
     check_logprobs(generation, limits)
-    _check_echoed(generation, limits)
     manifest = Manifest(
         endpoint=endpoint,
         model=context.card.id,
@@ -134,17 +131,6 @@ def _returned(generation: Generation, num_tokens: int, limits: ApiLimits) -> boo
             f"prompts of at most {limits.max_echo_tokens} tokens can be returned", param=given[0]
         )
     return bool(given)
-
-
-def _check_echoed(generation: Generation, limits: ApiLimits) -> None:
-    """Raises BadRequest for a repeated field that is too long to be stored."""
-    for name, value in generation.echoed.items():
-        if len(orjson.dumps(value)) > limits.max_echoed_bytes:
-            raise BadRequest(
-                f"{name} may have at most {limits.max_echoed_bytes} bytes as JSON",
-                code="string_above_max_length",
-                param=name,
-            )
 
 
 def _text(prompt: PromptTokens, context: ApiContext) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import orjson
 from fastapi import Request
 
 from service.api.auth import over_rate, with_tokens
@@ -9,7 +10,8 @@ from service.api.context import ApiContext
 from service.api.generation.manifest import Manifest
 from service.api.generation.reader import AnswerReader
 from service.api.generation.request import Call, Generation
-from service.errors import Conflict, Gone, NotFound, RateLimited, Unavailable
+from service.api.limits import ApiLimits
+from service.errors import BadRequest, Conflict, Gone, NotFound, RateLimited, Unavailable
 from service.messages import Submission
 from service.queues import QueueLimits, SubmitReply, SubmitStatus
 from service.queues.admission import admission_cost, stored_bytes
@@ -26,13 +28,25 @@ def check_model(name: str | None, context: ApiContext) -> None:
 
 
 def ensure_accepting(generation: Generation, context: ApiContext) -> None:
-    """Raises Unavailable or NotFound if the request cannot be served, before it costs anything."""
+    """Raises Unavailable, NotFound or BadRequest for reasons that are cheap to check."""
     if context.probes.draining():
         raise Unavailable("this replica is shutting down", code="shutting_down", retry_after=1)
     check_model(generation.model, context)
     if not context.probes.served():
         context.observer.call_unserved()
         raise Unavailable("no engine is available", code="backend_unavailable")
+    _check_echoed(generation, context.limits)
+
+
+def _check_echoed(generation: Generation, limits: ApiLimits) -> None:
+    """Raises BadRequest for an echoed field that is too long to be stored."""
+    for name, value in generation.echoed.items():
+        if len(orjson.dumps(value)) > limits.max_echoed_bytes:
+            raise BadRequest(
+                f"{name} may have at most {limits.max_echoed_bytes} bytes as JSON",
+                code="string_above_max_length",
+                param=name,
+            )
 
 
 async def submit(
