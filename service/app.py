@@ -42,7 +42,7 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
     version: str,
     authenticate: Authenticator = open_to_all,
     attention: AttentionReader | None = None,
-    trials: GrammarValidator | None = None,
+    grammars: GrammarValidator | None = None,
     extras: Collection[str] = ("page",),
     check_host: HostCheck = any_host,
     cors_origins: Sequence[str] = (),
@@ -66,7 +66,7 @@ def build_app(  # noqa: PLR0913  # it makes nothing itself: all is given
         probes=probes,
         pools=WorkPools.of(limits, observer),
         readers=Readers(queue),
-        grammars=GrammarValidator(vocabulary) if trials is None else trials,
+        grammars=grammars or GrammarValidator(vocabulary),
         version=version,
     )
     attention_service = AttentionService(attention, limits, observer) if attention else None

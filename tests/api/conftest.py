@@ -226,11 +226,11 @@ StartService = Callable[..., Any]
 def grammar_validator(tokenizer: Tokenizer) -> Iterator[GrammarValidator]:
     """One process for all services here: it takes a third of a second to begin."""
     tokens, eos_ids = tokenizer.token_bytes, tokenizer.eos_ids
-    trials = GrammarValidator(
+    validator = GrammarValidator(
         lambda: Grammars(tokens, eos_ids=eos_ids, vocab_size=tokenizer.vocab_size)
     )
-    yield trials
-    trials.close()
+    yield validator
+    validator.close()
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def start_service(tokenizer: Tokenizer, grammar_validator: GrammarValidator) -> 
             limits=limits or ApiLimits(),
             observer=observer,
             version="0.0.1",
-            trials=grammar_validator,
+            grammars=grammar_validator,
             extras=("docs", "page") if docs else ("page",),
             authenticate=authenticate,
             check_host=check_host,
