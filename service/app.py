@@ -13,21 +13,18 @@ from fastapi import APIRouter, FastAPI, Response
 
 from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
-from service.api import ROUTERS
-from service.api import errors as error_handlers
+from service.api import ROUTERS, dialect_of, errors
+from service.api.answers import ErrorBody, refused
 from service.api.auth import Authenticator, open_to_all
-from service.api.context import ApiContext, Probes
-from service.api.cors import allow_origins
-from service.api.generation.readers import Attendance
-from service.api.hosts import HostCheck, any_host
+from service.api.context import ApiContext, Probes, WorkPools
+from service.api.hosts import HostCheck, allow_origins, any_host
 from service.api.limits import ApiLimits
-from service.api.middleware import Boundary
+from service.api.middleware import RequestContextMiddleware
 from service.api.observer import ApiObserver, NullObserver
-from service.api.openai.schema import ErrorBody
-from service.api.pools import WorkPools
-from service.api.structured.validator import GrammarTrials
-from service.api.system import document
-from service.api.system.attention_service import AttentionDesk, AttentionReader
+from service.api.readers import Readers
+from service.api.structured.validator import GrammarValidator
+from service.api.system import openapi
+from service.api.system.attention_service import AttentionReader, AttentionService
 from service.api.system.health import HealthContext
 from service.api.system.live_state import LiveState
 from service.errors import Unavailable
@@ -46,7 +43,7 @@ def build_app(  # noqa: PLR0913  # the arguments are its parts
     version: str,
     authenticate: Authenticator = open_to_all,
     attention: AttentionReader | None = None,
-    trials: GrammarTrials | None = None,
+    grammars: GrammarValidator | None = None,
     extras: Collection[str] = ("page",),
     check_host: HostCheck = any_host,
     cors_origins: Sequence[str] = (),
@@ -68,19 +65,39 @@ def build_app(  # noqa: PLR0913  # the arguments are its parts
         observer=observer,
         probes=probes,
         pools=WorkPools.of(limits, observer),
-        live=LiveState(queue),
-        attendance=Attendance(queue),
-        grammars=GrammarTrials(vocabulary) if trials is None else trials,
-        attention=None if attention is None else AttentionDesk(attention, limits, observer),
+        readers=Readers(queue),
+        grammars=grammars or GrammarValidator(vocabulary),
         version=version,
     )
-    app = _new_app("Quire", version=version, lifespan=lambda _app: _running(context))
+    attention_service = AttentionService(attention, limits, observer) if attention else None
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        chores = [
+            asyncio.create_task(sweep_forever(queue, interval=limits.sweep_interval)),
+            asyncio.create_task(context.readers.send_heartbeats(limits.attend_interval)),
+        ]
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(context.grammars.close)
+            for chore in chores:
+                chore.cancel()
+            await asyncio.gather(*chores, return_exceptions=True)
+            context.pools.close()
+            if attention_service is not None:
+                attention_service.close()
+
+    app = _new_app("Quire", version=version, lifespan=lifespan)
     app.state.context = context
+    app.state.live = LiveState(queue)
     app.state.health = HealthContext(queue, probes)
+    app.state.attention = attention_service
     app.add_middleware(
-        Boundary,
+        RequestContextMiddleware,
         authenticate=authenticate,
         observer=observer,
+        error_formats=dialect_of,
         check_host=check_host,
         charge=queue.charge,
     )
@@ -89,7 +106,7 @@ def build_app(  # noqa: PLR0913  # the arguments are its parts
     for group, router in ROUTERS.items():
         if group not in {"docs", "page"} or group in extras:
             app.include_router(router, tags=[group])
-    document.install(app, context)
+    openapi.install(app, context)
     return app
 
 
@@ -104,7 +121,11 @@ def build_admin_app(
     app = _new_app("Quire admin", version=version)
     app.state.health = health
     app.add_middleware(
-        Boundary, authenticate=open_to_all, observer=NullObserver(), check_host=check_host
+        RequestContextMiddleware,
+        authenticate=open_to_all,
+        observer=NullObserver(),
+        error_formats=dialect_of,
+        check_host=check_host,
     )
     metrics = APIRouter()
 
@@ -120,25 +141,6 @@ def build_admin_app(
     app.include_router(metrics, tags=["metrics"])
     app.include_router(ROUTERS["health"], tags=["health"])
     return app
-
-
-@asynccontextmanager
-async def _running(context: ApiContext) -> AsyncIterator[None]:
-    """The API's background tasks, and the end of its threads and processes."""
-    tasks = [
-        asyncio.create_task(sweep_forever(context.queue, interval=context.limits.sweep_interval)),
-        asyncio.create_task(context.attendance.run(context.limits.attend_interval)),
-    ]
-    try:
-        yield
-    finally:
-        await asyncio.to_thread(context.grammars.close)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        context.pools.close()
-        if context.attention is not None:
-            context.attention.close()
 
 
 async def sweep_forever(queue: Queue, *, interval: float) -> None:
@@ -162,7 +164,7 @@ def _new_app(
         lifespan=lifespan,
         openapi_url=None,
         redirect_slashes=False,
-        responses={"4XX": {"model": ErrorBody, "description": "The request was refused."}},
+        responses=refused(ErrorBody),
     )
-    error_handlers.install(app)
+    errors.install(app, dialect_of)
     return app

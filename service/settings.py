@@ -230,6 +230,10 @@ class Settings(BaseModel):
         "Seconds for open responses to finish after SIGTERM; at most 10 after Ctrl-C.", 600.0, ge=0
     )
     page: bool = _http("Serve the chat web page at /.", default=True)
+    docs: bool = _http(
+        "Serve /docs and /openapi.json even if keys are required; they then need a key, too.",
+        default=False,
+    )
     attention: bool = _http("Serve POST /v1/attention (`quire serve` only).", default=True)
 
     log_level: Literal["debug", "info", "warning", "error"] = _logs("Minimum log level.", "info")

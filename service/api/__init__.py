@@ -1,45 +1,65 @@
-"""The HTTP API: OpenAI's endpoints, resumable streams, probes. JSON and SSE stay in here.
+"""The HTTP API: OpenAI's and Anthropic's endpoints, resumable streams, probes. JSON and SSE stay in
+here.
 
-    body, fields, schemas      bytes -> JSON -> wire types                     [400, 413, 415]
-    prompts, sampling          wire types -> token ids, sampling parameters    [400]
-    tools, tool_prompt         functions, put to the model                     [400]
-    chat_grammar               what the answer must match                 [400, 429, 503]
-    admission                  -> Submission -> queue                          [409, 429, 503]
-    answer, relay, pieces      journal -> what is shown of each choice; tool_calls: its calls
-    events, sse | whole        -> server-sent events, or their sum as one JSON body
-    attendance, resume         readers that leave, that come back, here or at another replica
-    document, docs             all of this for machines: /openapi.json, held to what is served
-    attention                  beside all that: what the network looks at, one map at a time
+    body, fields, wire, schema    bytes -> JSON -> a dialect's body               [400, 413, 415]
+    dialect.parse                 body -> Generation, in no dialect's terms       [400]
+    generation.prompts, grammar   token ids; what the output must match           [400, 429, 503]
+    generation.plan, submit       -> Submission -> queue                          [409, 429, 503]
+    generation.reader             journal -> deltas
+    dialect.stream, collect       deltas -> server-sent events, or one JSON body
 
-It talks to the queue's Protocol alone: no engine, no tensors, no metrics library.
+`generation` knows no dialect. A new dialect is a folder and a line of `DIALECTS`. The API talks to
+the queue's Protocol alone: no engine, no tensors, no metrics library.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from fastapi import APIRouter
 
 from service.api.anthropic import routes as messages
-from service.api.generation import routes as streams
-from service.api.openai import chat, completions
+from service.api.anthropic.dialect import MESSAGES
+from service.api.generation.dialect import Dialect
+from service.api.generation.manifest import Endpoint
+from service.api.generation.streams import stream_routes
+from service.api.openai import routes as openai
+from service.api.openai.dialect import CHAT, COMPLETIONS
 from service.api.responses import routes as responses
-from service.api.system import attention, docs, health, models, page, status
+from service.api.responses.dialect import RESPONSES
+from service.api.system import attention, health, models, openapi, page, status
 from service.api.system import tokenize as tokens
 
+DIALECTS: Mapping[Endpoint, Dialect[Any]] = MappingProxyType({
+    Endpoint.COMPLETIONS: COMPLETIONS,
+    Endpoint.CHAT: CHAT,
+    Endpoint.RESPONSES: RESPONSES,
+    Endpoint.MESSAGES: MESSAGES,
+})  # fmt: skip
+
+
+def dialect_of(path: str) -> Dialect[Any]:
+    """The dialect of the errors at a path: that of its endpoint, else OpenAI's."""
+    for dialect in DIALECTS.values():
+        if path == dialect.path or path.startswith(dialect.path + "/"):
+            return dialect
+    return CHAT
+
+
 ROUTERS: Mapping[str, APIRouter] = MappingProxyType({
-    "completions": completions.router,
-    "chat": chat.router,
+    "completions": openai.completions,
+    "chat": openai.chat,
     "responses": responses.router,
     "messages": messages.router,
-    "streams": streams.router,
+    "streams": stream_routes(DIALECTS),
     "models": models.router,
     "tokens": tokens.router,
     "attention": attention.router,
     "health": health.router,
     "status": status.router,
     "page": page.router,
-    "docs": docs.router,
+    "docs": openapi.router,
 })  # fmt: skip
 """Group of endpoints -> its routes, all on the public port."""

@@ -1,35 +1,36 @@
-"""Who calls: from the raw ASGI scope to a tenant, before any route is looked at.
+"""Authentication: from the raw ASGI scope to a tenant, before routing; and the key's rate limits.
 
-An `Authenticator` decides by the headers and by `scope["path"]`, the path as it will be routed;
-never by a URL rebuilt from the Host header. It raises `Unauthorized` where there is no valid key.
+An `Authenticator` decides by the headers and by `scope["path"]`, the path that is routed; never by
+a URL built from the Host header. It raises `Unauthorized` if there is no valid key.
 
-With keys, everything needs one but the paths listed here, whether or not there is such a route: a
-route that is added is closed until it is listed, and nobody learns without a key what exists.
+If keys are required, every path needs one but those listed here, whether or not the route exists: a
+new route is closed until it is listed, and clients without a key cannot find out what exists.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.types import Scope
 
-from service.errors import Unauthorized
+from service.errors import RateLimited, Unauthorized
 from service.keys import Key
 from service.messages import Allowance
-from service.queues.admission import Usage
+from service.queues.admission import Meter, Usage
 
 OPEN_PATHS = frozenset(
     {"/", "/health", "/health/live", "/health/ready", "/health/startup"},
 )
-"""The page and the probes: they tell nobody's words."""
+"""The page and the probes: they return nothing about requests."""
 OPEN_FILES = re.compile(r"/web/[a-z]+\.[a-z]+")
-"""The page's parts, which anybody can read in the repository."""
+"""The page's files, which are public in the repository."""
 
 UNCOUNTED_PATHS = frozenset({"/status"})
-"""Not counted against a key's requests a minute: the page asks each second, and one reading serves
-all who ask.
+"""Not counted against a key's requests per minute: the page polls it each second, and one reading
+serves all clients.
 """
 
 _SECRET = re.compile(rb"[!-~]{1,255}")
@@ -38,11 +39,11 @@ _BEARER = re.compile(rb"(?i:bearer) +([!-~]{1,255}) *")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant:
-    """Whose request it is: limits, prefix cache and streams are kept apart by `name`."""
+    """The owner of a request: limits, prefix cache and streams are separate per `name`."""
 
     name: str
     allowance: Allowance | None = None  # of the key
-    highest_priority: int = 0  # that may be asked for
+    highest_priority: int = 0  # that may be requested
 
 
 Authenticator = Callable[[Scope], Tenant]
@@ -53,12 +54,12 @@ PUBLIC = Tenant(name="public")
 
 
 def open_to_all(_scope: Scope) -> Tenant:
-    """No keys: everybody is one tenant."""
+    """No keys: all clients are one tenant."""
     return PUBLIC
 
 
 def only_with_key(find: Callable[[str], Key | None]) -> Authenticator:
-    """`find` has the key to a secret. Open paths are PUBLIC's, with or without a key."""
+    """`find` returns the key of a secret. On open paths the tenant is PUBLIC, even with a key."""
 
     def authenticate(scope: Scope) -> Tenant:
         path = scope["path"]
@@ -66,7 +67,7 @@ def only_with_key(find: Callable[[str], Key | None]) -> Authenticator:
             return PUBLIC
         key = find(_secret(scope))
         if key is None:
-            raise Unauthorized("this key is not valid here")
+            raise Unauthorized("invalid API key")
         return Tenant(
             name=key.tenant or key.name,
             allowance=Allowance(
@@ -82,20 +83,20 @@ def only_with_key(find: Callable[[str], Key | None]) -> Authenticator:
 
 
 def is_counted(path: str) -> bool:
-    """Whether calls to a path count against a key's requests a minute."""
+    """Whether calls to a path count against a key's requests per minute."""
     return path not in UNCOUNTED_PATHS
 
 
-def never_refused(scope: Scope) -> bool:
-    """Whether a call is let in when the key's minute is used up: it ends work, and costs as little
-    as its refusal.
+def never_rejected(scope: Scope) -> bool:
+    """Whether a call is accepted over the rate limit: it ends work, and costs no more than its
+    rejection.
     """
     path: str = scope["path"]
     return scope["method"] == "DELETE" or path.endswith("/cancel")
 
 
 def _secret(scope: Scope) -> str:
-    """The one secret that a request shows, as OpenAI's clients send it or as Anthropic's do."""
+    """The one secret in the headers, as OpenAI's or as Anthropic's clients send it."""
     shown = [
         (name, value)
         for name, value in scope["headers"]
@@ -108,3 +109,47 @@ def _secret(scope: Scope) -> str:
     if found is None:
         raise Unauthorized("the key is malformed")
     return (found[1] if found.re is _BEARER else found[0]).decode()
+
+
+# --- rate limits ----------------------------------------------------------------------------
+
+
+def rate_headers(usage: Usage | None) -> list[tuple[bytes, bytes]]:
+    """Limit, remainder and time until the reset of each limit of the key, as OpenAI names them."""
+    if usage is None:
+        return []
+    return [*_of_meter("requests", usage.requests), *_of_meter("tokens", usage.tokens)]
+
+
+def over_rate(usage: Usage) -> RateLimited:
+    """The error of a call or a submission over the rate limit."""
+    limits = [
+        f"{meter.limit} {unit} per minute"
+        for unit, meter in (("requests", usage.requests), ("tokens", usage.tokens))
+        if meter is not None
+    ]
+    return RateLimited(f"this key has {' and '.join(limits)}", retry_after=usage.wait)
+
+
+def with_tokens(charged: Usage | None, submitted: Usage) -> Usage:
+    """The usage of a key after a submission: requests are counted before it, tokens by it."""
+    return submitted if charged is None else replace(charged, tokens=submitted.tokens)
+
+
+def _of_meter(unit: str, meter: Meter | None) -> list[tuple[bytes, bytes]]:
+    if meter is None:
+        return []
+    values = {"limit": meter.limit, "remaining": meter.remaining, "reset": _span(meter.reset)}
+    return [
+        (f"x-ratelimit-{name}-{unit}".encode(), str(value).encode())
+        for name, value in values.items()
+    ]
+
+
+def _span(seconds: float) -> str:
+    """In OpenAI's notation: `820ms`, `7.25s`, `2m4.5s`."""
+    milliseconds = math.ceil(seconds * 1000)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    return (f"{minutes}m" if minutes else "") + f"{rest / 1000:g}s"

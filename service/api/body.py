@@ -1,8 +1,8 @@
-"""Bodies: bytes to JSON, strictly. What a field may hold is decided in `schemas`, not here.
+"""Bodies: from bytes to JSON, strictly. Fields are validated by the schemas, not here.
 
-`JsonRoute` reads and parses the body before FastAPI sees it, so that every fault has our status and
-code. Plain JSON in UTF-8 only: no byte order mark, no duplicate keys, no deep nesting. NaN and
-lone surrogates pass, to be refused by the field that holds them.
+`JsonRoute` reads and parses the body before FastAPI sees it, so every error has our status and
+code. Plain JSON in UTF-8 only: no byte order mark, no duplicate keys, no deep nesting. NaN and lone
+surrogates are accepted here and rejected by the fields.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from service.api.context import get_context, get_tenant
+from service.api.context import JsonRequest, get_context, get_tenant
 from service.api.limits import ApiLimits
 from service.errors import BadRequest, RequestTimeout, TooLarge, UnsupportedMedia
 
 _CONTENT_TYPE = re.compile(r"application/json\s*(;\s*charset=\"?utf-8\"?\s*)?", re.IGNORECASE)
 
 MAX_BRACKETS = 2**17
-"""Also those within texts. Each may cost a list, and so many lists hold up the event loop."""
+"""Including those in strings. Each may be a list, and more lists block the event loop."""
 MANY_VALUES = 2**15
 MAX_MEMBERS = 2**17
-"""Of one object. To make a dictionary of more holds up the event loop, from any thread."""
+"""Of one object. Making a larger dictionary blocks the event loop, from any thread."""
 
 
 class DuplicateKeyError(ValueError):
-    """An object names one key twice."""
+    """An object has a key twice."""
 
 
 def parse_json(data: bytes, *, max_depth: int) -> dict[str, Any]:
-    """The object that `data` holds. Raises BadRequest."""
+    """Parses a JSON object. Raises BadRequest."""
     brackets = data.count(b"[") + data.count(b"{")
     if brackets > MAX_BRACKETS:
-        message = f"the body may hold at most {MAX_BRACKETS} brackets"
+        message = f"the body may have at most {MAX_BRACKETS} brackets"
         raise BadRequest(message, code="array_above_max_length")
-    # The parser keeps all other threads waiting, but not while it is in a function of ours.
+    # The parser blocks all other threads, but not while it calls a function of ours.
     read_int = _integer if data.count(b",") > MANY_VALUES else None
     try:
         text = data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_object, parse_int=read_int, parse_float=_number)
     except DuplicateKeyError:
-        raise BadRequest("an object names a key twice", code="duplicate_key") from None
+        raise BadRequest("an object has a duplicate key", code="duplicate_key") from None
     except (ValueError, RecursionError):
-        raise BadRequest("the body is not valid JSON in UTF-8", code="invalid_json") from None
+        raise BadRequest("the body must be valid JSON in UTF-8", code="invalid_json") from None
     if not isinstance(value, dict):
         raise BadRequest("the body must be a JSON object", code="invalid_type")
-    # Fewer brackets than the cap cannot be nested deeper than it: the usual case costs two scans.
+    # Fewer brackets than the limit cannot exceed it: the usual case costs two scans.
     if brackets > max_depth and _depth_exceeds(value, max_depth):
         raise BadRequest(f"JSON may be nested at most {max_depth} deep", code="invalid_json")
     return value
@@ -64,7 +64,7 @@ def _integer(digits: str) -> int:
 
 
 def _number(digits: str) -> float:
-    """What is an integer by its value is one, however it is written: 2.0, 1e3."""
+    """Numbers with an integer value are integers, also if written as 2.0 or 1e3."""
     value = float(digits)
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
@@ -93,7 +93,7 @@ def _depth_exceeds(value: object, limit: int) -> bool:
 
 
 async def read_body(request: Request, limits: ApiLimits) -> bytes:
-    """All bytes of a body of at most `max_body_bytes`; a longer one is not read to its end."""
+    """All bytes of the body. Raises TooLarge without reading more than `max_body_bytes`."""
     if not _CONTENT_TYPE.fullmatch(request.headers.get("content-type", "")):
         raise UnsupportedMedia("the Content-Type must be application/json")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
@@ -116,26 +116,11 @@ async def read_body(request: Request, limits: ApiLimits) -> bytes:
     return b"".join(chunks)
 
 
-class JsonRequest(Request):
-    """A request whose body is read and parsed already; a long one is validated, too."""
-
-    raw: bytes
-    parsed: dict[str, Any] | BaseModel
-
-    async def body(self) -> bytes:
-        """The bytes as they came."""
-        return self.raw
-
-    async def json(self) -> dict[str, Any] | BaseModel:
-        """The parsed object, or the model made of it, which FastAPI takes as it is."""
-        return self.parsed
-
-
 class JsonRoute(APIRoute):
-    """A route whose handler gets a strictly parsed body."""
+    """A route whose handler receives a strictly parsed body."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, given a `JsonRequest`."""
+        """Calls FastAPI's handler with a `JsonRequest`."""
         handle = super().get_route_handler()
         field = self.body_field
         if field is None:

@@ -1,84 +1,68 @@
-"""Call: what is known of one HTTP call besides its body: its id, who calls, steering headers."""
+"""One HTTP call: its id, and work that ends when its client is gone.
+
+Call ids are `s<shard>-<32 hex digits of a version 7 UUID>` (RFC 9562). They sort by time.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import asyncio
 import re
-from dataclasses import dataclass
+import secrets
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
-from service.api.auth import Tenant
-from service.api.body import JsonRequest
-from service.api.limits import ApiLimits
-from service.errors import BadRequest
+from starlette.types import Receive
 
-_DIGITS = re.compile(r"[0-9]{1,12}")
-_PRINTABLE = re.compile(r"[!-~]+")
+T = TypeVar("T")
 
+DROP = "drop_connection"
+"""Key in `scope["state"]` of a function that closes the connection and drops what is unsent."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One call. `arrived` is on the monotonic clock."""
+HEAD_ONLY = "head_only"
+"""Key in `scope["state"]`, true for a HEAD request: routes see a GET, and no body is sent."""
 
-    id: str
-    tenant: Tenant
-    arrived: float
-    timeout_ms: int | None = None
-    idempotency_key: str | None = None
-    fingerprint: str = ""  # of path and body, where there is a key to compare it by
-    event_ids: bool = False  # the stream carries ids, and can be resumed by them
-    trace: str | None = None  # its own `traceparent`; None: it is not traced
+_CALL_ID = re.compile(r"s[0-9]{1,4}-([0-9a-f]{12})7[0-9a-f]{3}[89ab][0-9a-f]{15}")
 
 
-def read_call(request: JsonRequest, tenant: Tenant, limits: ApiLimits) -> Call:
-    """Raises BadRequest with the name of a bad header as `param`."""
-    key = _key(request.headers.get("idempotency-key"), limits)
-    return Call(
-        id=request.state.request_id,
-        tenant=tenant,
-        arrived=request.state.arrived,
-        timeout_ms=_timeout(request.headers.get("x-request-timeout-ms"), limits),
-        idempotency_key=key,
-        fingerprint="" if key is None else _fingerprint(request, limits),
-        event_ids=_flag(request.headers.get("x-quire-event-ids")),
-        trace=request.state.trace,
-    )
+def new_call_id(*, shard: int = 0) -> str:
+    """A new id: 48 bits of Unix milliseconds, then 74 unguessable random bits."""
+    milliseconds = time.time_ns() // 1_000_000
+    random_a = 0x7000 | secrets.randbits(12)
+    random_b = 0b10 << 62 | secrets.randbits(62)
+    return f"s{shard}-{milliseconds:012x}{random_a:04x}{random_b:016x}"
 
 
-def _fingerprint(request: JsonRequest, limits: ApiLimits) -> str:
-    """Of path and body. The order of keys and white space do not count, but in a long body they do:
-    to write it again would hold up the event loop.
+def call_age(call_id: str) -> float | None:
+    """Seconds since an id was made, by this host's clock; None if it is no id."""
+    match = _CALL_ID.fullmatch(call_id)
+    return None if match is None else time.time() - int(match[1], 16) / 1000
+
+
+async def unless_gone(
+    work: Coroutine[Any, Any, T], receive: Receive, *, closing: asyncio.Event
+) -> T | None:
+    """The result of `work`; None if the client left or `closing` was set before: then `work` is
+    cancelled.
     """
-    content = request.raw
-    if len(content) <= limits.inline_body_bytes:
-        canonical = json.dumps(request.parsed, sort_keys=True, separators=(",", ":"))
-        content = canonical.encode()
-    return hashlib.sha256(request.scope["path"].encode() + b"\n" + content).hexdigest()
+    working = asyncio.create_task(work)
+    await first_of(working, asyncio.create_task(gone(receive)), asyncio.create_task(closing.wait()))
+    return None if working.cancelled() else working.result()
 
 
-def _timeout(value: str | None, limits: ApiLimits) -> int | None:
-    if value is None:
-        return None
-    if not _DIGITS.fullmatch(value) or not 1 <= int(value) <= limits.max_timeout_ms:
-        raise BadRequest(
-            f"x-request-timeout-ms must be an integer from 1 to {limits.max_timeout_ms}",
-            param="x-request-timeout-ms",
-        )
-    return int(value)
+async def gone(receive: Receive) -> None:
+    """Returns when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
-def _key(value: str | None, limits: ApiLimits) -> str | None:
-    if value is None:
-        return None
-    if len(value) > limits.max_key_chars or not _PRINTABLE.fullmatch(value):
-        raise BadRequest(
-            f"Idempotency-Key must be 1 to {limits.max_key_chars} visible ASCII characters",
-            param="idempotency-key",
-        )
-    return value
-
-
-def _flag(value: str | None) -> bool:
-    if value not in {None, "0", "1"}:
-        raise BadRequest("X-Quire-Event-Ids must be 0 or 1", param="x-quire-event-ids")
-    return value == "1"
+async def first_of(*tasks: asyncio.Task[Any]) -> None:
+    """Waits for the first task to end, cancels the others, and raises what the first one raised."""
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()

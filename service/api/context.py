@@ -1,24 +1,23 @@
-"""ApiContext: all that a handler may reach. Made once by `build_app`, read by one dependency."""
+"""ApiContext: everything that handlers have access to. `build_app` makes it once."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any, Self
 
 from fastapi import Depends, Request
+from pydantic import BaseModel
 
 from model.text.tokenizer import Tokenizer
 from service.api.auth import Tenant
-from service.api.generation.readers import Attendance
-from service.api.generation.replay import Replay
 from service.api.limits import ApiLimits
-from service.api.observer import ApiObserver
-from service.api.pools import WorkPools
-from service.api.structured.validator import GrammarTrials
-from service.api.system.attention_service import AttentionDesk
-from service.api.system.live_state import LiveState
+from service.api.observer import BUSY, ApiObserver
+from service.api.readers import Readers
+from service.api.structured.validator import GrammarValidator
+from service.fair_pool import FairPool
 from service.messages import ModelCard
 from service.queues.contract import Queue
 
@@ -35,41 +34,88 @@ class Probes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkPools:
+    """Threads for work that clients cause, in one pool per kind. In each of them tenants take
+    turns, and the waiting work is bounded in bytes.
+    """
+
+    bodies: FairPool  # parsing and validating JSON
+    templates: FairPool  # chats to token ids, by the model's chat template
+    tokens: FairPool  # text to token ids and back
+
+    @classmethod
+    def of(cls, limits: ApiLimits, observer: ApiObserver) -> Self:
+        """Pools that start a thread when they first need one."""
+
+        def pool(work: str, threads: int) -> FairPool:
+            return FairPool(
+                work,
+                threads=threads,
+                max_weight=limits.max_waiting_bytes,
+                max_tenant_weight=limits.max_tenant_waiting_bytes,
+                refused=partial(observer.call_refused, BUSY),
+            )
+
+        return cls(
+            bodies=pool("parsing", 1),  # the interpreter lock allows no more
+            templates=pool("the chat template", limits.text_threads),
+            tokens=pool("tokenising", limits.text_threads),
+        )
+
+    def close(self) -> None:
+        """Cancels waiting work; running work continues to its end."""
+        for pool in (self.bodies, self.templates, self.tokens):
+            pool.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ApiContext:
     """The parts that the endpoints work with."""
 
     queue: Queue
     tokenizer: Tokenizer
-    read_card: Callable[[], ModelCard]  # an API replica learns of its engines' model as it runs
+    read_card: Callable[[], ModelCard]  # an API replica gets its engines' model at run time
     limits: ApiLimits
     observer: ApiObserver
     probes: Probes
     pools: WorkPools
-    live: LiveState
-    attendance: Attendance
-    grammars: GrammarTrials
-    attention: AttentionDesk | None  # None where no network is in the process
+    readers: Readers
+    grammars: GrammarValidator
     version: str
-    replay: Replay = field(default_factory=Replay)
-    closing: asyncio.Event = field(default_factory=asyncio.Event)  # open answers end now
+    replay_turns: asyncio.Lock = field(default_factory=asyncio.Lock)  # see `generation.follow`
+    closing: asyncio.Event = field(default_factory=asyncio.Event)  # open connections end now
 
     @property
     def card(self) -> ModelCard:
-        """What is served now."""
+        """The model that is served now."""
         return self.read_card()
+
+
+class JsonRequest(Request):
+    """A request whose body is already read and parsed; a long one is validated, too."""
+
+    raw: bytes
+    parsed: dict[str, Any] | BaseModel
+
+    async def body(self) -> bytes:
+        return self.raw
+
+    async def json(self) -> dict[str, Any] | BaseModel:
+        """The parsed object, or the validated model, which FastAPI accepts, too."""
+        return self.parsed
 
 
 def get_context(request: Request) -> ApiContext:
     """The context of the app that serves this request."""
     context = request.app.state.context
-    assert isinstance(context, ApiContext)  # noqa: S101  # build_app puts it there
+    assert isinstance(context, ApiContext)  # noqa: S101  # set by build_app
     return context
 
 
 def get_tenant(request: Request) -> Tenant:
-    """Who calls, as `boundary.Boundary` found out."""
+    """The tenant, as `middleware` authenticated it."""
     tenant = request.state.tenant
-    assert isinstance(tenant, Tenant)  # noqa: S101  # the boundary puts it there
+    assert isinstance(tenant, Tenant)  # noqa: S101  # set by the middleware
     return tenant
 
 

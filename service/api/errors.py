@@ -1,7 +1,7 @@
-"""Errors to JSON: whatever goes wrong becomes `{"error": {message, type, param, code}}`.
+"""Errors as JSON: `{"error": {message, type, param, code}}`, or the form of the path's dialect.
 
-Rendering never raises: it writes ASCII, and nothing that came from the client but the names of
-fields, and those only where they look like names.
+Rendering never raises: it writes ASCII, and nothing from the client except the names of fields, if
+they look like names.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -18,8 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from service.api.anthropic.errors import is_message_path, message_error_body
-from service.api.fields import FieldFault
+from service.api.fields import FieldError
 from service.errors import (
     BadRequest,
     MethodNotAllowed,
@@ -47,8 +46,25 @@ _BELOW = {"greater_than", "greater_than_equal"}
 _ABOVE = {"less_than", "less_than_equal"}
 
 
+class ErrorFormat(Protocol):
+    """How a dialect returns errors."""
+
+    @property
+    def id_headers(self) -> Sequence[bytes]:
+        """Response headers with the request id, in addition to x-request-id."""
+        ...
+
+    def error(self, error: QuireError) -> bytes:
+        """The body of an error response, in ASCII."""
+        ...
+
+
+ErrorFormats = Callable[[str], ErrorFormat]
+"""From a path to the format of its errors."""
+
+
 def error_body(error: QuireError) -> bytes:
-    """The JSON of an error, in ASCII."""
+    """OpenAI's form of an error, in ASCII."""
     fields = {
         "message": error.message,
         "type": error.type,
@@ -60,7 +76,7 @@ def error_body(error: QuireError) -> bytes:
 
 
 def error_headers(error: QuireError) -> dict[str, str]:
-    """What an error says in headers: whether and when to come again."""
+    """The headers of an error: whether and when to retry."""
     headers = {}
     if error.status in {429, 503}:
         seconds = min(60.0, max(1.0, error.retry_after or 1.0))
@@ -76,11 +92,11 @@ def error_headers(error: QuireError) -> dict[str, str]:
 
 
 def error_response(
-    error: QuireError, headers: dict[str, str] | None = None, *, path: str = ""
+    error: QuireError, error_format: ErrorFormat, headers: dict[str, str] | None = None
 ) -> Response:
-    """The whole HTTP answer of an error, in the shape of the path's clients."""
+    """The HTTP response of an error."""
     return Response(
-        message_error_body(error) if is_message_path(path) else error_body(error),
+        error_format.error(error),
         status_code=error.status,
         headers=error_headers(error) | (headers or {}),
         media_type="application/json",
@@ -88,12 +104,12 @@ def error_response(
 
 
 def from_validation(errors: Sequence[Any]) -> BadRequest:
-    """The first of pydantic's errors, as ours."""
+    """The first of pydantic's errors."""
     error = errors[0]
     param = _dotted(error["loc"])
     context = error.get("ctx") or {}
     cause = context.get("error")
-    if isinstance(cause, FieldFault):
+    if isinstance(cause, FieldError):
         message = f"{param} {cause.message}" if param else cause.message
         return BadRequest(message, code=cause.code, param=param)
     message = error["msg"]
@@ -113,13 +129,13 @@ def _code(kind: str, context: dict[str, Any]) -> str:
 
 
 def _dotted(location: Sequence[str | int]) -> str | None:
-    """`("body", "messages", 0, "content")` -> `messages[0].content`; odd names are cut off."""
+    """`("body", "messages", 0, "content")` -> `messages[0].content`, up to an odd name."""
     path = ""
     for part in location[1:]:
         if isinstance(part, int):
             path += f"[{part}]"
         elif part.startswith("("):
-            continue  # the name of a union's member, which is no part of the path
+            continue  # the name of a union's member, which is not part of the path
         elif _NAME.fullmatch(part):
             path += f".{part}" if path else part
         else:
@@ -127,42 +143,47 @@ def _dotted(location: Sequence[str | int]) -> str | None:
     return path or None
 
 
-def install(app: FastAPI) -> None:
-    """Makes `app` answer all errors in our shape."""
+def install(app: FastAPI, error_formats: ErrorFormats) -> None:
+    """Adds the error handlers to `app`."""
+
+    def respond(
+        request: Request, error: QuireError, headers: dict[str, str] | None = None
+    ) -> Response:
+        return error_response(error, error_formats(request.scope["path"]), headers)
 
     async def ours(request: Request, error: Exception) -> Response:
         assert isinstance(error, QuireError)  # noqa: S101  # registered for it
-        return error_response(error, path=request.scope["path"])
+        return respond(request, error)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101  # registered for it
-        return error_response(from_validation(error.errors()), path=request.scope["path"])
+        return respond(request, from_validation(error.errors()))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101  # registered for it
         headers = dict(error.headers or {})
         if error.status_code == 405:
             headers["Allow"] = ", ".join(_allowed(request))
-        return error_response(_from_http(error), headers, path=request.scope["path"])
+        return respond(request, _from_http(error), headers)
 
-    async def left(_request: Request, _error: Exception) -> Response:
-        return Response(status_code=499)  # nobody is there to read it
+    async def disconnected(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=499)  # no client is there to read it
 
     async def unexpected(request: Request, _error: Exception) -> Response:
-        # Starlette answers with this from outside of the boundary, and then raises: uvicorn logs.
+        # Starlette sends this outside of our middleware, and then raises: uvicorn logs.
         failure = QuireError("the server failed to answer this request")
         headers = {"x-request-id": request.state.request_id}
-        return error_response(failure, headers, path=request.scope["path"])
+        return respond(request, failure, headers)
 
     app.add_exception_handler(QuireError, ours)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(ClientDisconnect, left)
+    app.add_exception_handler(ClientDisconnect, disconnected)
     app.add_exception_handler(Exception, unexpected)
 
 
 def _allowed(request: Request) -> list[str]:
-    """The methods that some route knows at this address; the router tells of the first route's."""
+    """The methods of all routes of this URL; the router would return the first route's."""
     found = [
         method
         for method in ("DELETE", "GET", "POST")
@@ -176,9 +197,9 @@ def _allowed(request: Request) -> list[str]:
 
 def _from_http(error: HTTPException) -> QuireError:
     if error.status_code == 404:
-        return NotFound("there is nothing at this address", code="unknown_url")
+        return NotFound("not found: unknown URL", code="unknown_url")
     if error.status_code == 405:
-        return MethodNotAllowed("this address does not know the method")
+        return MethodNotAllowed("method not allowed for this URL")
     if error.status_code < 500:
         return BadRequest("the request is malformed", code="invalid_request")
     return QuireError("the server failed to answer this request")

@@ -1,34 +1,43 @@
-"""Field types of the wire: what a value must look like, with the error code for where it does not.
+"""Types of body fields: the values they accept, and the error code for all others.
 
-Only what can be said of one field by itself is here. What joins fields, or needs the model or the
-configured limits, is in `admission`. Messages state limits; none repeats what the client sent.
+Only checks of single fields are here. Those of several fields, or that need the model or the
+configured limits, are in `generation`. Messages state the limit and never repeat the input.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     PlainValidator,
     StringConstraints,
     WithJsonSchema,
+    model_validator,
 )
+
+from service.errors import BadRequest
 
 _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 MAX_LOGIT_BIAS = 1024
-MAX_ITEMS = 1024  # of a list that is looked at item by item; token ids aside
+MAX_KEYS = 256  # of one object
+MAX_ITEMS = 1024  # of a list that is validated item by item; token ids are not
 MAX_METADATA = 16
-MAX_LABEL = 512  # characters of a text that is neither prompt nor grammar, as OpenAI has it
+MAX_DEPTH = 64  # of a JSON schema, or of the arguments of a call
+MAX_LABEL = 512  # characters of a text that is no prompt and no grammar, as OpenAI limits them
 MAX_TOKEN_IDS = 2**18
-MIN_TEMPERATURE = 1e-5  # below it a division by the temperature may overflow: taken as greedy
+MIN_TEMPERATURE = 1e-5  # dividing by less may overflow: it counts as 0, which is greedy
 
 
-class FieldFault(ValueError):
-    """What is wrong with a field; code and message reach the client as they are."""
+class FieldError(ValueError):
+    """An invalid field. Code and message are returned to the client."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -36,8 +45,25 @@ class FieldFault(ValueError):
         self.message = message
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FieldNames:
+    """A dialect's names of the fields that errors mention. The defaults are OpenAI's.
+
+    `function` and `parameters` are formatted with the index of a tool.
+    """
+
+    prompt: str = "prompt"
+    max_tokens: str = "max_tokens"
+    stop: str = "stop"
+    logprobs: str = "logprobs"
+    output: str = "response_format"
+    schema: str = "response_format.json_schema.schema"
+    function: str = "tools[{}].function"
+    parameters: str = "tools[{}].function.parameters"
+
+
 def is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8: it holds no lone surrogate."""
+    """Whether a string can be encoded as UTF-8: it has no lone surrogates."""
     if value.isascii():
         return True
     try:
@@ -47,25 +73,46 @@ def is_text(value: str) -> bool:
     return True
 
 
+def check_json(value: object) -> None:
+    """Raises FieldError for values that JSON text cannot hold, and for those nested too deep."""
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[object] = []
+        for node in level:
+            if isinstance(node, dict):
+                inner += node.keys()
+                inner += node.values()
+            elif isinstance(node, list):
+                inner += node
+            elif isinstance(node, str) and not is_text(node):
+                raise FieldError("invalid_unicode", "must not contain lone surrogates")
+            elif isinstance(node, float) and not math.isfinite(node):
+                raise FieldError("invalid_number", "must not contain NaN or Infinity")
+        if not inner:
+            return
+        level = inner
+    raise FieldError("invalid_json", f"may be nested at most {MAX_DEPTH} deep")
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise FieldFault("invalid_type", "must be a string")
+        raise FieldError("invalid_type", "must be a string")
     if not is_text(value):
-        raise FieldFault("invalid_unicode", "must not hold a lone surrogate")
+        raise FieldError("invalid_unicode", "must not contain lone surrogates")
     return value
 
 
 def _label(value: object) -> str:
     text = _text(value)
     if len(text) > MAX_LABEL:
-        raise FieldFault("string_above_max_length", f"may have at most {MAX_LABEL} characters")
+        raise FieldError("string_above_max_length", f"may have at most {MAX_LABEL} characters")
     return text
 
 
 def _short(value: list[Any]) -> list[Any]:
-    """Comes before the items are looked at: a refusal must not take longer than an answer."""
+    """Checks the length before any item: an error must not cost more than an answer."""
     if len(value) > MAX_ITEMS:
-        raise FieldFault("array_above_max_length", f"may have at most {MAX_ITEMS} items")
+        raise FieldError("array_above_max_length", f"may have at most {MAX_ITEMS} items")
     return value
 
 
@@ -79,30 +126,30 @@ def _stop_ids(value: object) -> list[int] | None:
 
 def _token_ids(value: object, *, too_long: str = "array_above_max_length") -> list[int]:
     if isinstance(value, list) and len(value) > MAX_TOKEN_IDS:
-        raise FieldFault(too_long, f"may have at most {MAX_TOKEN_IDS} token ids")
+        raise FieldError(too_long, f"may have at most {MAX_TOKEN_IDS} token ids")
     if not isinstance(value, list) or not set(map(type, value)) <= {int}:
-        raise FieldFault("invalid_type", "must be a list of token ids, all of them integers")
+        raise FieldError("invalid_type", "must be a list of token ids, all of them integers")
     return value
 
 
 def _prompt(value: object) -> str | list[str] | list[int] | list[list[int]]:
-    """Tells the four shapes apart by the first item; an empty one anywhere is a fault."""
+    """Distinguishes the four forms by the first item. Empty prompts are errors."""
     if isinstance(value, str):
         prompts: list[Any] = [value]
     elif not isinstance(value, list):
-        raise FieldFault("invalid_type", "must be a string, token ids, or a list of either")
+        raise FieldError("invalid_type", "must be a string, token ids, or a list of either")
     else:
         prompts = value
     if not prompts:
-        raise FieldFault("empty_prompt", "must not be empty")
+        raise FieldError("empty_prompt", "must not be empty")
     if type(prompts[0]) is int:
         return _token_ids(prompts, too_long="context_length_exceeded")
     kind = list if isinstance(prompts[0], list) else str
     for prompt in _short(prompts):
         if not isinstance(prompt, kind):
-            raise FieldFault("invalid_type", "must hold strings only, or lists of token ids only")
+            raise FieldError("invalid_type", "must contain strings only, or lists of ids only")
         if not prompt:
-            raise FieldFault("empty_prompt", "must not be empty")
+            raise FieldError("empty_prompt", "must not be empty")
         if isinstance(prompt, str):
             _text(prompt)
         else:
@@ -115,9 +162,9 @@ def _stop(value: object) -> list[str] | None:
         return None
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list):
-        raise FieldFault("invalid_type", "must be a string or a list of strings")
+        raise FieldError("invalid_type", "must be a string or a list of strings")
     if "" in _short(strings):
-        raise FieldFault("empty_string", "must not hold an empty string")
+        raise FieldError("empty_string", "must not contain an empty string")
     return [_text(string) for string in strings]
 
 
@@ -125,17 +172,17 @@ def _logit_bias(value: object) -> tuple[tuple[int, float], ...] | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise FieldFault("invalid_type", "must be an object from token id to bias")
-    if len(value) > MAX_LOGIT_BIAS:  # before the entries are looked at
-        raise FieldFault("object_above_max_length", f"may have at most {MAX_LOGIT_BIAS} entries")
+        raise FieldError("invalid_type", "must be an object from token id to bias")
+    if len(value) > MAX_LOGIT_BIAS:  # before any entry is checked
+        raise FieldError("object_above_max_length", f"may have at most {MAX_LOGIT_BIAS} entries")
     pairs = []
     for key, bias in value.items():
         if not _TOKEN_KEY.fullmatch(key):
-            raise FieldFault("invalid_token_id", "each key must be a token id in decimal digits")
+            raise FieldError("invalid_token_id", "each key must be a token id in decimal digits")
         if type(bias) not in {int, float}:
-            raise FieldFault("invalid_type", "each bias must be a number")
+            raise FieldError("invalid_type", "each bias must be a number")
         if not -100 <= bias <= 100:  # NaN compares false, too
-            raise FieldFault("invalid_number", "each bias must be between -100 and 100")
+            raise FieldError("invalid_number", "each bias must be between -100 and 100")
         pairs.append((int(key), float(bias)))
     return tuple(sorted(pairs))
 
@@ -146,41 +193,41 @@ def _no_tiny_temperature(value: float | None) -> float | None:
 
 def _content(value: object) -> str:
     """The text of a chat message."""
-    return _joined(value, kinds=frozenset({"text"}), beside=frozenset())
+    return _joined(value, kinds=frozenset({"text"}), ignored=frozenset())
 
 
 def _response_content(value: object) -> str:
-    """The text of a response's input; an earlier output may come back as it was."""
+    """The text of a response's input, which may be the output of an earlier response."""
     kinds = frozenset({"input_text", "output_text", "text"})
-    return _joined(value, kinds=kinds, beside=frozenset({"annotations", "logprobs"}))
+    return _joined(value, kinds=kinds, ignored=frozenset({"annotations", "logprobs"}))
 
 
-def _joined(value: object, *, kinds: frozenset[str], beside: frozenset[str]) -> str:
-    """A string, or text parts, which are joined. Keys `beside` their text are ignored."""
+def _joined(value: object, *, kinds: frozenset[str], ignored: frozenset[str]) -> str:
+    """A string, or text parts, which are joined. Their `ignored` keys have no effect."""
     if isinstance(value, str):
         return _text(value)
     if not isinstance(value, list):
-        raise FieldFault("invalid_type", "must be a string or a list of text parts")
+        raise FieldError("invalid_type", "must be a string or a list of text parts")
     if not value:
-        raise FieldFault("empty_array", "must hold at least one part")
+        raise FieldError("empty_array", "must contain at least one part")
     texts = []
     for part in _short(value):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise FieldFault("invalid_type", 'each part must be an object with a string "type"')
+            raise FieldError("invalid_type", 'each part must be an object with a string "type"')
         if part["type"] not in kinds:
             names = ", ".join(sorted(kinds))
-            raise FieldFault("unsupported_content", f"only parts of the type {names} are supported")
-        if set(part) - beside - {"cache_control"} != {"type", "text"}:
-            raise FieldFault("unknown_parameter", 'a text part has the keys "type" and "text"')
+            raise FieldError("unsupported_content", f"only parts of the type {names} are supported")
+        if set(part) - ignored - {"cache_control"} != {"type", "text"}:
+            raise FieldError("unknown_parameter", 'a text part has the keys "type" and "text"')
         if not isinstance(part.get("cache_control"), dict | None):
-            raise FieldFault("invalid_type", "cache_control must be an object")
+            raise FieldError("invalid_type", "cache_control must be an object")
         texts.append(_text(part["text"]))
     return "".join(texts)
 
 
 def _few(value: object) -> object:
-    if isinstance(value, dict) and len(value) > MAX_METADATA:  # before they are looked at
-        raise FieldFault("object_above_max_length", f"may have at most {MAX_METADATA} entries")
+    if isinstance(value, dict) and len(value) > MAX_METADATA:  # before any of them is checked
+        raise FieldError("object_above_max_length", f"may have at most {MAX_METADATA} entries")
     return value
 
 
@@ -190,7 +237,7 @@ def _text_parts(*kinds: str) -> dict[str, Any]:
         "properties": {
             "type": {"enum": list(kinds)},
             "text": {"type": "string"},
-            "cache_control": {"type": ["object", "null"]},  # prefixes are cached without it
+            "cache_control": {"type": ["object", "null"]},  # has no effect
         },
         "required": ["type", "text"],
         "additionalProperties": False,
@@ -278,3 +325,36 @@ TopP = Annotated[Finite, Field(gt=0, le=1)] | None
 MinP = Annotated[Finite, Field(ge=0, le=1)] | None
 RepetitionPenalty = Annotated[Finite, Field(ge=0.01, le=100)] | None
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None
+Ignored = Annotated[Label | None, Field(description="Accepted for compatibility; has no effect.")]
+IgnoredText = Annotated[
+    Text | None, Field(description="Accepted for compatibility; has no effect.")
+]
+CacheControl = Annotated[
+    dict[str, Any] | None,
+    Field(description="Accepted for compatibility; prefixes are cached without it."),
+]
+
+Priority = Annotated[
+    int | None, Field(ge=0, le=2, description="0 goes before 1 before 2. Default 1.")
+]
+OnDisconnect = Annotated[
+    Literal["cancel", "continue"] | None,
+    Field(
+        description="What happens to the generation when the connection is lost. Default: cancel, "
+        "at once, or after a grace period if X-Quire-Event-Ids makes the stream resumable."
+    ),
+]
+
+
+class StrictModel(BaseModel):
+    """Accepts no string as a number, and no unknown field."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_many_keys(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
+        if isinstance(value, dict) and len(value) > MAX_KEYS:  # before each becomes an error
+            message = f"an object of the body may have at most {MAX_KEYS} fields"
+            raise BadRequest(message, code="object_above_max_length")
+        return value

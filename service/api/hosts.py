@@ -1,18 +1,20 @@
-"""Hosts: which Host and Origin headers a port without keys accepts.
+"""Host and Origin headers: which of them a port without keys accepts; and CORS.
 
-A page of any site can make a browser send requests to a server on the loopback, and by DNS
-rebinding read the answers: its own name then resolves to 127.0.0.1. Such requests carry that name
-as their Host and that site as their Origin. A port that needs keys is not at risk: the page has
-none. A Host that is an IP address cannot come from rebinding, which needs a name.
+A page of any site can make a browser send requests to a server on the loopback interface, and by
+DNS rebinding read the answers: its own name then resolves to 127.0.0.1. Such requests have that
+name as their Host and that site as their Origin. A port that requires keys is not at risk: the page
+has none. A Host that is an IP address cannot come from rebinding, which needs a name.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
 from service.errors import Forbidden
@@ -24,7 +26,7 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:/@\s]+)(?::[0-9]*)?")
 
 
 def any_host(_scope: Scope) -> None:
-    """No check: the port needs keys, or its names are not known."""
+    """No check: the port requires keys, or its names are unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,3 +83,29 @@ def _name(host: str) -> str:
     """The host without its port and without the dot of a full name; empty if it is malformed."""
     found = _HOST.fullmatch(host)
     return "" if found is None else found[1].removesuffix(".")
+
+
+EXPOSED = (
+    "x-request-id", "request-id", "retry-after", "retry-after-ms", "x-should-retry",
+    *(
+        f"x-ratelimit-{word}-{unit}"
+        for word in ("limit", "remaining", "reset")
+        for unit in ("requests", "tokens")
+    ),
+)  # fmt: skip
+
+
+def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """Lets web pages of other origins call the API. Must be called last: a preflight request has no
+    key.
+
+    No cookies are involved: a page sends its key in a header, as any client does. The headers that
+    it needs to resume a stream and to respect its rate limit are exposed to it.
+    """
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "HEAD", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=EXPOSED,
+    )

@@ -1,6 +1,8 @@
-"""Boundary: the pure ASGI shell around the routes. It gives each request its id, its tenant and the
-time of its arrival, and puts the id, and where its key stands, on every answer. Ids that clients
-send are not used. A HEAD request is served as the GET of its path; the server leaves the body out.
+"""Request-context middleware: pure ASGI, around all routes.
+
+It gives each request an id, a tenant and an arrival time, and adds the id and the rate limits of
+the key to every response. Ids that clients send are ignored. A HEAD request is served as the GET of
+its path; the server omits the body.
 """
 
 from __future__ import annotations
@@ -10,22 +12,27 @@ from time import monotonic
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.anthropic.errors import MESSAGE_ID, is_message_path
-from service.api.auth import Authenticator, Charge, Tenant, is_counted, never_refused
-from service.api.connection import HEAD_ONLY
-from service.api.errors import error_response
+from service.api.auth import (
+    Authenticator,
+    Charge,
+    Tenant,
+    is_counted,
+    never_rejected,
+    over_rate,
+    rate_headers,
+)
+from service.api.call import HEAD_ONLY, new_call_id
+from service.api.errors import ErrorFormats, error_response
 from service.api.hosts import HostCheck, any_host
-from service.api.ids import new_call_id
 from service.api.observer import ApiObserver, HttpCall
-from service.api.rates import over_rate, rate_headers
 from service.errors import Forbidden, QuireError, ShuttingDown, Unauthorized, Unavailable
 
 _ID_HEADER = b"x-request-id"
 
 
-class Boundary:
-    """ASGI middleware: `scope["state"]` gets `request_id`, `tenant`, `arrived`, `trace` and, for a
-    key with limits, `usage`. `charge` counts a call for its key.
+class RequestContextMiddleware:
+    """Sets `request_id`, `tenant`, `arrived`, `trace` and, for a key with limits, `usage` in
+    `scope["state"]`. `charge` counts a call for its key.
     """
 
     def __init__(
@@ -34,6 +41,7 @@ class Boundary:
         *,
         authenticate: Authenticator,
         observer: ApiObserver,
+        error_formats: ErrorFormats,
         check_host: HostCheck = any_host,
         charge: Charge | None = None,
     ) -> None:
@@ -41,10 +49,11 @@ class Boundary:
         self._check_host = check_host
         self._authenticate = authenticate
         self._observer = observer
+        self._error_formats = error_formats
         self._charge = charge
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one scope. A WebSocket, which no route speaks, goes no further."""
+        """Serves one scope. A WebSocket is closed: no route supports it."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -53,14 +62,14 @@ class Boundary:
             return
         state, method = scope.setdefault("state", {}), scope["method"]
         if method == "HEAD":
-            # A copy: the server looks at its own scope to leave the body out.
+            # A copy: the server reads its own scope to omit the body.
             state[HEAD_ONLY] = True
             scope = {**scope, "method": "GET"}
         state["request_id"] = new_call_id()
         state["arrived"] = monotonic()
         status = 0
-        path = scope["path"]
-        id_headers = [_ID_HEADER, MESSAGE_ID] if is_message_path(path) else [_ID_HEADER]
+        error_format = self._error_formats(scope["path"])
+        id_headers = [_ID_HEADER, *error_format.id_headers]
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -76,23 +85,23 @@ class Boundary:
             self._check_host(scope)
             state["tenant"] = self._authenticate(scope)
         except (Forbidden, Unauthorized) as error:
-            await error_response(error, path=path)(scope, receive, send_with_id)
+            await error_response(error, error_format)(scope, receive, send_with_id)
             return
         state["trace"] = self._observer.call_began(_traceparent(scope))
         try:
-            refusal = await self._count(scope, state["tenant"])
-            app = self._app if refusal is None else error_response(refusal, path=path)
+            rejection = await self._count(scope, state["tenant"])
+            app = self._app if rejection is None else error_response(rejection, error_format)
             await app(scope, receive, send_with_id)
-        except asyncio.CancelledError:  # the process ends, and cannot wait for this call
+        except asyncio.CancelledError:  # the process ends and cannot wait for this call
             if status:
                 raise
-            await error_response(ShuttingDown(), path=path)(scope, receive, send_with_id)
+            await error_response(ShuttingDown(), error_format)(scope, receive, send_with_id)
         finally:
             if state["trace"] is not None:
                 self._observer.call_over(_traced(scope, method, status=status))
 
     async def _count(self, scope: Scope, tenant: Tenant) -> QuireError | None:
-        """Counts a call, whatever becomes of it. Returns why it is refused, if it is."""
+        """Counts a call, whatever its outcome. Returns the error if it is rejected."""
         allowance = tenant.allowance
         if self._charge is None or allowance is None or allowance.requests_per_minute is None:
             return None
@@ -102,7 +111,7 @@ class Boundary:
             scope["state"]["usage"] = usage = await self._charge(allowance)
         except Unavailable as error:
             return error
-        if not usage.wait or never_refused(scope):
+        if not usage.wait or never_rejected(scope):
             return None
         self._observer.call_refused("rate")
         return over_rate(usage)

@@ -30,6 +30,6 @@ def keyless_hosts(settings: Settings) -> HostCheck:
 
 
 def extras_of(settings: Settings) -> set[str]:
-    """Returns the optional routes to serve. The OpenAPI document is served without keys only."""
-    enabled = {"page": settings.page, "docs": settings.keys_file is None}
+    """Returns the optional routes. By default, the OpenAPI document needs a server without keys."""
+    enabled = {"page": settings.page, "docs": settings.docs or settings.keys_file is None}
     return {name for name, serve in enabled.items() if serve}

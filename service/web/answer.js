@@ -1,20 +1,20 @@
-// One answer: asked for, followed to its end over as many connections as it takes, or stopped.
+// One answer: requested, streamed to its end over as many connections as necessary, or stopped.
 //
-//   asked --POST--> following --connection lost--> reconnecting --GET /v1/streams/{id}--> following
-//                       |                              | (gave up)
+//   asking --POST--> following --connection lost--> reconnecting --GET /v1/streams/{id}--> following
+//                       |                              | (timeout)
 //                       v end, error                   v
-//                     ended                           cut: `follow` goes on from there
+//                     ended                           cut: `follow` resumes from there
 //
-// `record` is plain data and goes to storage as it is. What was shown (`text`, `tokens`) and where
-// that is in the stream (`position`) change together, so a page that loads it again goes on exactly
-// there. The request's key makes a repeated POST find the first one's answer.
+// `record` is plain data, which is stored unchanged. The content (`text`, `tokens`) and its position
+// in the stream (`position`) change together, so a reloaded page resumes exactly there. The
+// idempotency key makes a repeated POST return the first one's answer.
 
 import { readEvents } from "./sse.js";
 import { place } from "./tokens.js";
 
 const SILENCE = 35_000;  // ms without a byte; the server sends a comment at least every 15 s
-const PATIENCE = 120_000;  // ms of trying to reconnect
-const STOP_PATIENCE = 3_000;  // ms from a stop to the end that the server tells
+const RECONNECT_TIMEOUT = 120_000;  // ms
+const STOP_TIMEOUT = 3_000;  // ms from a stop to the server's end of the stream
 const LOST = new Set(["backend_unavailable", "shutting_down"]);
 const RETRIED = new Set([429, 502, 503, 504]);
 
@@ -26,15 +26,15 @@ export function newRecord(body) {
   };
 }
 
-class Refused extends Error {
+class HttpError extends Error {
   constructor(status, message, wait) {
     super(message);
     this.status = status;
-    this.wait = wait;  // ms to wait before another try; null where there is no use in one
+    this.wait = wait;  // ms to wait before a retry; null if a retry is useless
   }
 }
 
-class Failed extends Error {}
+class StreamError extends Error {}
 
 export class Answer {
   #headers;
@@ -43,7 +43,7 @@ export class Answer {
   #stopped = false;
   #wake = () => {};
 
-  /** `headers()` gives those of each call; `changed(answer)` is called whenever it shows more. */
+  /** `headers()` returns the request headers; `changed(answer)` is called on each change. */
   constructor(record, { headers, changed }) {
     this.record = record;
     this.link = record.call ? "reconnecting" : "asking";
@@ -52,32 +52,32 @@ export class Answer {
     this.#changed = changed;
   }
 
-  /** Goes on until it ends, fails, or nothing can be reached for long. Never throws. */
+  /** Runs until the answer ends, fails, or the server is unreachable for too long. Never throws. */
   async follow() {
     this.record.state = "running";
     let tries = 0;
     let since = Date.now();
     while (this.record.state === "running") {
       try {
-        const heard = () => {
+        const onEvent = () => {
           tries = 0;
           since = Date.now();
         };
-        if (await this.#read(await this.#open(), heard)) this.#end("done");
+        if (await this.#read(await this.#open(), onEvent)) this.#end("done");
       } catch (error) {
-        if (error instanceof Failed) this.#fail(error.message);
-        else if (error instanceof Refused && error.wait === null) this.#refused(error);
-        else if (error instanceof Refused) await this.#pause(error.wait, "busy");
+        if (error instanceof StreamError) this.#fail(error.message);
+        else if (error instanceof HttpError && error.wait === null) this.#onHttpError(error);
+        else if (error instanceof HttpError) await this.#pause(error.wait, "busy");
       }
       if (this.record.state !== "running") break;
       if (this.#stopped) this.#end("done", "cancelled");
-      else if (Date.now() - since > PATIENCE) this.#end("cut");
+      else if (Date.now() - since > RECONNECT_TIMEOUT) this.#end("cut");
       else if (this.link !== "busy") await this.#pause(Math.min(5000, 250 * 2 ** tries++), "reconnecting");
       else this.link = "reconnecting";
     }
   }
 
-  /** Ends it on the server; what was generated until then is still shown. */
+  /** Cancels it on the server; the text generated until then stays. */
   async stop() {
     if (this.#stopped) return;
     this.#stopped = true;
@@ -87,20 +87,20 @@ export class Answer {
       this.#connection?.abort();
       return;
     }
-    setTimeout(() => this.#connection?.abort(), STOP_PATIENCE);
+    setTimeout(() => this.#connection?.abort(), STOP_TIMEOUT);
     try {
       await fetch(`/v1/streams/${call}`, { method: "DELETE", headers: this.#headers() });
     } catch {
-      this.#connection?.abort();  // unreachable: there it ends when nobody came back for it
+      this.#connection?.abort();  // unreachable: the server cancels abandoned streams
     }
   }
 
-  /** Tries again at once: the network is back. */
+  /** Retries at once: the network is back. */
   hurry() {
     this.#wake();
   }
 
-  /** Lets the connection go without a word; the record stays as it is. */
+  /** Closes the connection silently; the record stays unchanged. */
   leave() {
     this.record = { ...this.record };
     this.#changed = () => {};
@@ -125,7 +125,7 @@ export class Answer {
       if (position !== null) options.headers["Last-Event-ID"] = position;
       response = await fetch(`/v1/streams/${call}`, options);
     }
-    if (!response.ok) throw await refusal(response);
+    if (!response.ok) throw await httpError(response);
     if (call !== null) {
       this.record.resumed += 1;
       this.link = "resumed";
@@ -137,38 +137,38 @@ export class Answer {
     return response;
   }
 
-  /** Whether the stream came to its end. */
-  async #read(response, heard) {
+  /** Returns whether the stream ended. */
+  async #read(response, onEvent) {
     const connection = this.#connection;
-    let alarm;
-    const listen = () => {
-      clearTimeout(alarm);
-      alarm = setTimeout(() => connection.abort(), SILENCE);
+    let timer;
+    const restartTimer = () => {
+      clearTimeout(timer);
+      timer = setTimeout(() => connection.abort(), SILENCE);
     };
     const watched = response.body.pipeThrough(new TransformStream({
       transform(bytes, controller) {
-        listen();
+        restartTimer();
         controller.enqueue(bytes);
       },
     }));
     try {
-      listen();
+      restartTimer();
       for await (const { id, data } of readEvents(watched)) {
         if (data === "[DONE]") return true;
-        heard();
+        onEvent();
         this.#take(JSON.parse(data), id);
       }
       return false;
     } finally {
-      clearTimeout(alarm);
+      clearTimeout(timer);
     }
   }
 
   #take(chunk, id) {
     if (chunk.error) {
-      // The journal is out of reach or this replica ends: as good as a lost connection.
+      // The journal is unreachable or the replica shuts down: handled as a lost connection.
       if (LOST.has(chunk.error.code)) throw new Error(chunk.error.message);
-      throw new Failed(chunk.error.message);
+      throw new StreamError(chunk.error.message);
     }
     const { record } = this;
     if (chunk.usage) record.usage = chunk.usage;
@@ -204,9 +204,9 @@ export class Answer {
     });
   }
 
-  #refused(error) {
+  #onHttpError(error) {
     const gone = this.record.call !== null && [404, 410].includes(error.status);
-    this.#fail(gone ? "The server no longer keeps the rest of this answer." : error.message);
+    this.#fail(gone ? "The server no longer has the rest of this answer." : error.message);
     this.unauthorised = error.status === 401;
   }
 
@@ -226,16 +226,16 @@ export class Answer {
   }
 }
 
-async function refusal(response) {
+async function httpError(response) {
   const body = await response.json().catch(() => null);
   const message = body?.error?.message ?? `the server answered with status ${response.status}`;
-  const worth = RETRIED.has(response.status) && response.headers.get("x-should-retry") !== "false";
+  const retryable = RETRIED.has(response.status) && response.headers.get("x-should-retry") !== "false";
   const seconds = Number(response.headers.get("retry-after") ?? 1);
   const text = message[0].toUpperCase() + message.slice(1);
-  return new Refused(response.status, text, worth ? Math.min(60, seconds || 1) * 1000 : null);
+  return new HttpError(response.status, text, retryable ? Math.min(60, seconds || 1) * 1000 : null);
 }
 
-// crypto.randomUUID is for secure origins alone; a server on the local network is none.
+// crypto.randomUUID needs a secure origin, which a server on the local network is not.
 function randomKey() {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");

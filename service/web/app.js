@@ -1,5 +1,5 @@
-// The page: a conversation, its settings and the engine behind it. See answer.js for how an answer
-// is followed, view.js for how it is drawn.
+// The page: a conversation, its settings and the engine's state. answer.js streams an answer,
+// view.js draws it.
 
 import { Answer, newRecord } from "./answer.js";
 import { LiveView } from "./live.js";
@@ -28,7 +28,7 @@ class Page {
       keepSeed: (seed) => this.settings.setSeed(seed), headers: () => this.settings.headers(),
     });
     this.live = new LiveView({
-      headers: () => this.settings.headers(), told: (status) => this.#told(status),
+      headers: () => this.settings.headers(), onStatus: (status) => this.#showStatus(status),
     });
     this.#listen();
     this.#drawAll();
@@ -74,7 +74,7 @@ class Page {
     this.#begin();
   }
 
-  /** Asks for an answer to the last question once more, with another seed. */
+  /** Requests another answer to the last question, with another seed. */
   #again() {
     if (this.#busy) return;
     if (this.#messages.at(-1)?.role === "assistant") this.#messages.pop();
@@ -129,7 +129,7 @@ class Page {
     $("question").focus();
   }
 
-  /** At most one drawing a frame, however many tokens came. */
+  /** Draws at most once per frame, however many tokens arrived. */
   #changed(answer) {
     if (this.#drawing) return;
     this.#drawing = true;
@@ -137,7 +137,7 @@ class Page {
       this.#drawing = false;
       if (this.#answer !== answer) return;
       this.transcript.drawAnswer(answer);
-      this.speaker.hear(answer.record);
+      this.speaker.update(answer.record);
       this.#drawState();
       if (Date.now() - this.#saved > SAVE_EVERY) {
         this.#saved = Date.now();
@@ -168,7 +168,7 @@ class Page {
     field.style.height = `${Math.min(field.scrollHeight, 200)}px`;
   }
 
-  #told(status) {
+  #showStatus(status) {
     if (!status) return;
     this.#model = status.model;
     $("model").textContent = status.model;
@@ -183,7 +183,7 @@ function linkText(answer) {
   const seconds = Math.ceil(answer.wait / 1000);
   return {
     reconnecting: "Connection lost. Reconnecting …",
-    busy: `The server is busy. Trying again in ${seconds} s …`,
+    busy: `The server is busy. Retrying in ${seconds} s …`,
     resumed: "Resumed. Nothing was lost.",
   }[answer.link] ?? "";
 }

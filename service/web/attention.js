@@ -1,14 +1,14 @@
-// What a token attends to: the conversation up to an answer's end, token by token. One is chosen, by
-// pointer, touch or arrow keys; those before it are coloured by its weights, and the heaviest are
-// listed, which is also what a screen reader is told.
+// Attention: shows the conversation up to an answer's end as tokens. Pointer, touch or arrow keys
+// choose one; earlier tokens are coloured by its weights, and the largest weights are listed, which a
+// screen reader announces, too.
 //
 //   chosen layer and head --POST /v1/attention--> rows[token][earlier token]     null: mean of all
 
 import { share, visible } from "./tokens.js";
-import { element } from "./view.js";
+import { bar, element } from "./view.js";
 
 const LISTED = 5;
-const TRIES = 20;  // one map is read at a time, whoever asks
+const TRIES = 20;  // the server reads one map at a time
 const STEPS = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -Infinity, End: Infinity };
 
 let made = 0;
@@ -38,9 +38,9 @@ export class AttentionView {
       class: "heat", role: "listbox", tabindex: "0", hidden: "", "aria-orientation": "horizontal",
       "aria-label": "Tokens of the conversation; choose one to see what it attends to",
     });
-    const bar = element("div", { class: "heat-bar" }, ...this.layer.parts, ...this.head.parts);
+    const menus = element("div", { class: "heat-bar" }, ...this.layer.parts, ...this.head.parts);
     this.element = element("section", { class: "attention", id: this.id, "aria-label": "Attention" },
-      bar, this.note, this.list, this.heat);
+      menus, this.note, this.list, this.heat);
     for (const { select } of [this.layer, this.head]) select.addEventListener("change", () => this.#read());
     this.heat.addEventListener("click", (event) => {
       const index = this.#tokens.indexOf(event.target.closest("[role=option]"));
@@ -50,21 +50,21 @@ export class AttentionView {
     this.#read();
   }
 
-  /** Lets a reply that is on its way go. */
+  /** Ignores a reply that has not arrived yet. */
   close() {
     this.#closed = true;
     this.element.remove();
   }
 
-  /** One call at a time: a choice made meanwhile is asked for next, and only the last one drawn. */
+  /** One request at a time; the latest choice made meanwhile is requested next, and drawn. */
   async #read() {
     this.#stale = true;
     if (this.#reading) return;
     const { prompt, tokens, model } = this.#record;
-    const asked = [...prompt, ...tokens.map(({ id }) => id)];
-    const most = Number(document.body.dataset.attention);
-    if (asked.length > most) {
-      this.note.textContent = `Attention is shown for up to ${most} tokens; here are ${asked.length}.`;
+    const all = [...prompt, ...tokens.map(({ id }) => id)];
+    const limit = Number(document.body.dataset.attention);
+    if (all.length > limit) {
+      this.note.textContent = `Attention is shown for up to ${limit} tokens; here are ${all.length}.`;
       return;
     }
     this.#reading = true;
@@ -73,12 +73,12 @@ export class AttentionView {
     let reply = {};
     while (this.#stale && !this.#closed) {
       this.#stale = false;
-      const body = { model, tokens: asked, layer: this.layer.index, head: this.head.index, return_token_strs: true };
+      const body = { model, tokens: all, layer: this.layer.index, head: this.head.index, return_token_strs: true };
       reply = await ask(body, this.#headers(), () => this.#closed);
     }
     this.#reading = false;
     this.element.setAttribute("aria-busy", "false");
-    this.note.textContent = reply.fault ?? "";
+    this.note.textContent = reply.error ?? "";
     if (reply.map) this.#draw(reply.map);
   }
 
@@ -111,7 +111,7 @@ export class AttentionView {
   #choose(index) {
     this.#chosen = index;
     const weights = this.#rows[index];
-    // The first token is where heads look that look for nothing: it would outshine all others.
+    // Heads without a target attend to the first token (attention sink): it would outshine the rest.
     const top = Math.max(...weights.slice(1), 0.001);
     this.#tokens.forEach((token, at) => {
       const weight = weights[at] ?? 0;
@@ -120,23 +120,21 @@ export class AttentionView {
       token.title = at > index ? "" : share(weight);
     });
     this.heat.setAttribute("aria-activedescendant", this.#tokens[index].id);
-    const heaviest = weights.map((weight, at) => ({ weight, at })).sort((a, b) => b.weight - a.weight);
+    const largest = weights.map((weight, at) => ({ weight, at })).sort((a, b) => b.weight - a.weight);
     this.list.replaceChildren(
       element("p", {}, element("code", {}, visible(this.#texts[index])), " attends to"),
-      element("ol", {}, ...heaviest.slice(0, LISTED).map(({ weight, at }) => this.#entry(weight, at, index))),
+      element("ol", {}, ...largest.slice(0, LISTED).map(({ weight, at }) => this.#entry(weight, at, index))),
     );
   }
 
   #entry(weight, at, chosen) {
-    const bar = element("span", { class: "bar" });
-    bar.style.setProperty("--share", weight);
     const ago = at === chosen ? "itself" : at === 0 ? "the first" : `${chosen - at} before`;
-    return element("li", {}, bar, element("code", {}, visible(this.#texts[at])), element("small", {}, ago),
+    return element("li", {}, bar(weight), element("code", {}, visible(this.#texts[at])), element("small", {}, ago),
       element("span", {}, share(weight)));
   }
 }
 
-/** A menu: the mean of all, or one of as many as there are. */
+/** A menu: the mean of all, or one of `count`. */
 function choice(id, name) {
   const select = element("select", { id }, element("option", { value: "" }, "all, mean"));
   return {
@@ -153,18 +151,18 @@ function choice(id, name) {
   };
 }
 
-/** {map} or {fault}: comes again while the server reads for somebody else. */
-async function ask(body, headers, givenUp) {
+/** Returns {map} or {error}; retries while the server is busy. */
+async function ask(body, headers, cancelled) {
   const call = { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(body) };
   for (let tries = 1; ; tries += 1) {
     try {
       const response = await fetch("/v1/attention", call);
       const reply = await response.json();
       if (response.ok) return { map: reply };
-      if (response.status !== 503 || tries === TRIES || givenUp()) return { fault: reply.error.message };
+      if (response.status !== 503 || tries === TRIES || cancelled()) return { error: reply.error.message };
       await new Promise((resolve) => setTimeout(resolve, 1000 * Number(response.headers.get("retry-after") ?? 1)));
     } catch {
-      return { fault: "The server cannot be reached." };
+      return { error: "The server is unreachable." };
     }
   }
 }

@@ -1,19 +1,19 @@
-// The engine's live state, asked for once a second while the page can be seen.
+// The engine's live state, polled once per second while the page is visible.
 
-const EVERY = 1000;
-const KEPT = 60;
+const INTERVAL = 1000;  // ms
+const HISTORY = 60;  // readings
 
 export class LiveView {
   #speeds = [];
   #timer = 0;
-  #silence = "unreachable";  // what it means that there is no status
+  #absence = "unreachable";  // the state if there is no status
   #headers;
-  #told;
+  #onStatus;
 
-  /** `told(status)` gets each answer of the server, and null where there was none. */
-  constructor({ headers, told }) {
+  /** `onStatus(status)` receives each status, or null if there was none. */
+  constructor({ headers, onStatus }) {
     this.#headers = headers;
-    this.#told = told;
+    this.#onStatus = onStatus;
     document.addEventListener("visibilitychange", () => this.#tick());
     this.#tick();
   }
@@ -23,19 +23,19 @@ export class LiveView {
     if (document.visibilityState === "hidden") return;
     const status = await this.#ask();
     this.#draw(status);
-    this.#told(status);
+    this.#onStatus(status);
     clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => this.#tick(), EVERY);
+    this.#timer = setTimeout(() => this.#tick(), INTERVAL);
   }
 
   async #ask() {
     try {
       const signal = AbortSignal.timeout(5000);
       const response = await fetch("/status", { headers: this.#headers(), signal, cache: "no-store" });
-      this.#silence = response.status === 401 ? "key needed" : "unreachable";
+      this.#absence = response.status === 401 ? "key needed" : "unreachable";
       return response.ok ? await response.json() : null;
     } catch {
-      this.#silence = "unreachable";
+      this.#absence = "unreachable";
       return null;
     }
   }
@@ -43,20 +43,20 @@ export class LiveView {
   #draw(status) {
     const engines = status?.engines ?? [];
     const sum = (field) => engines.reduce((total, engine) => total + engine[field], 0);
-    const state = status ? stateOf(status) : this.#silence;
+    const state = status ? stateOf(status) : this.#absence;
     const badge = document.getElementById("engine-state");
     badge.textContent = state;
     badge.classList.toggle("good", state === "ready");
     const speed = sum("tokens_per_second");
-    const running = Math.max(0, sum("running") - sum("waiting"));  // an engine counts both as its own
-    this.#speeds = [...this.#speeds, speed].slice(-KEPT);
+    const running = Math.max(0, sum("running") - sum("waiting"));  // an engine's running includes its waiting
+    this.#speeds = [...this.#speeds, speed].slice(-HISTORY);
     const figures = {
       speed: speed >= 100 ? speed.toFixed(0) : speed.toFixed(1),
       running: status ? running : "–",
       waiting: status ? sum("waiting") : "–",
       queued: status?.queue?.queued_requests ?? "–",
       engines: status ? engines.length : "–",
-      pulse: status ? `${speed.toFixed(0)} tokens/s` : this.#silence,
+      pulse: status ? `${speed.toFixed(0)} tokens/s` : this.#absence,
     };
     for (const [id, value] of Object.entries(figures)) document.getElementById(id).textContent = value;
     this.#drawHistory();
@@ -65,13 +65,13 @@ export class LiveView {
 
   #drawHistory() {
     const top = Math.max(10, ...this.#speeds) * 1.1;
-    const first = KEPT - this.#speeds.length;
+    const first = HISTORY - this.#speeds.length;
     const points = this.#speeds.map((speed, index) => {
-      const x = ((first + index) * 240) / (KEPT - 1);
+      const x = ((first + index) * 240) / (HISTORY - 1);
       return `${x.toFixed(1)} ${(47 - (46 * speed) / top).toFixed(1)}`;
     });
     const line = `M${points.join("L")}`;
-    const start = ((first * 240) / (KEPT - 1)).toFixed(1);
+    const start = ((first * 240) / (HISTORY - 1)).toFixed(1);
     document.querySelector("#history .line").setAttribute("d", line);
     document.querySelector("#history .area").setAttribute("d", `${line}L240 48L${start} 48Z`);
   }
@@ -79,7 +79,7 @@ export class LiveView {
 
 function stateOf(status) {
   if (status.draining) return "shutting down";
-  if (!status.queue) return "queue away";
+  if (!status.queue) return "queue unreachable";
   return status.engines.length ? "ready" : "no engine";
 }
 

@@ -1,10 +1,10 @@
-// The Markdown that models write, from text to blocks of source ranges. It makes no elements.
+// Parses the Markdown that models write into blocks of source ranges. It creates no elements.
 //
 //   text -> blocks(text): [{kind, start, end, lines | items, ...}]    line: [start, end)
 //   line -> inline(text, start, end): [{start, end, style}]           style: "", code, strong, em, del
 //
-// Known: paragraphs, headings, lists, quotes, fenced code, rules; what is not known stays as it is.
-// Text only grows, so a block with the same kind and range is the same block.
+// Supported: paragraphs, headings, lists, quotes, fenced code, rules; everything else stays plain
+// text. Text only grows, so a block with the same kind and range is the same block.
 
 const FENCE = /^ {0,3}(```+|~~~+) *([\w+#.-]*)[^`]*$/;
 const HEADING = /^ {0,3}(#{1,6}) +/;
@@ -125,7 +125,7 @@ const SPANS = [
   { style: "em", pattern: /(?<!\w)(_)(?=[^\s_])([^_]+?)(?<=\S)\1(?!\w)/y },
 ];
 
-/** The styled parts of a line, in order; what lies between the marks, without them. */
+/** The styled parts of a line in order, without the marks around them. */
 export function inline(text, start, end) {
   const line = text.slice(start, end);
   const parts = [];

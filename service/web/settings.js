@@ -1,4 +1,4 @@
-// The form of what every answer is asked with. It is kept in this browser; a key only in this tab.
+// The settings form. Settings are stored in this browser; the API key only in this tab.
 
 import { loadKey, loadSettings, saveKey, saveSettings } from "./store.js";
 
@@ -8,7 +8,7 @@ const DEFAULTS = { system: "", temperature: 0.7, top_p: 0.95, max_tokens: "", se
 
 export class SettingsForm {
   #form = document.getElementById("settings");
-  #longest = 0;
+  #context = 0;
 
   constructor() {
     this.#fill({ ...DEFAULTS, ...loadSettings() });
@@ -23,21 +23,21 @@ export class SettingsForm {
     });
   }
 
-  /** Headers of every call. */
+  /** Headers of every request. */
   headers() {
     const key = this.#form.key.value.trim();
     return key ? { Authorization: `Bearer ${key}` } : {};
   }
 
-  /** The body that asks for an answer to the messages. Its seed is drawn here, so it can be shown. */
+  /** The request body for an answer to the messages. The seed is drawn here, to show it. */
   body(messages) {
     const { system, temperature, top_p: topP, seed } = this.#form;
-    const asked = seed.value === "" ? Math.floor(Math.random() * SEEDS) : Number(seed.value);
-    const said = messages.filter(({ text }) => text);  // an answer that failed may be empty
+    const chosen = seed.value === "" ? Math.floor(Math.random() * SEEDS) : Number(seed.value);
+    const turns = messages.filter(({ text }) => text);  // an answer that failed may be empty
     const opening = system.value.trim() ? [{ role: "system", content: system.value }] : [];
     const body = {
-      messages: [...opening, ...said.map(({ role, text }) => ({ role, content: text }))],
-      temperature: Number(temperature.value), top_p: Number(topP.value), seed: asked,
+      messages: [...opening, ...turns.map(({ role, text }) => ({ role, content: text }))],
+      temperature: Number(temperature.value), top_p: Number(topP.value), seed: chosen,
       stream: true, stream_options: { include_usage: true },
       logprobs: true, top_logprobs: ALTERNATIVES, return_token_ids: true,
     };
@@ -51,10 +51,10 @@ export class SettingsForm {
     this.#changed();
   }
 
-  /** The model's longest context bounds what can be asked for. */
-  setContext(longest) {
-    this.#longest = longest;
-    this.#form.max_tokens.max = longest;
+  /** The model's context length limits max_tokens. */
+  setContext(length) {
+    this.#context = length;
+    this.#form.max_tokens.max = length;
     this.#form.max_tokens.placeholder = String(this.#limit(""));
   }
 
@@ -65,7 +65,7 @@ export class SettingsForm {
 
   #limit(value = this.#form.max_tokens.value) {
     if (value !== "") return Math.max(1, Math.floor(Number(value)));
-    return this.#longest ? Math.min(1024, Math.floor(this.#longest / 2)) : 0;
+    return this.#context ? Math.min(1024, Math.floor(this.#context / 2)) : 0;
   }
 
   #fill(values) {

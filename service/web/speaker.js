@@ -1,30 +1,30 @@
-// Says an answer to screen readers sentence by sentence: an element that changes with each token
-// would be read from its start again and again.
+// Announces an answer to screen readers sentence by sentence: an element that changes with each
+// token would be read from its start again and again.
 
 const SENTENCE = /[.!?:\n]["')\]]*(?=\s)/g;
 
 export class Speaker {
   #area;
-  #said = 0;
+  #spoken = 0;
 
   constructor(area) {
     this.#area = area;
   }
 
-  /** A new answer, of which so much need not be said. */
-  begin(said) {
+  /** Starts a new answer, whose first `spoken` characters are skipped. */
+  begin(spoken) {
     this.#area.replaceChildren();
-    this.#said = said;
+    this.#spoken = spoken;
   }
 
-  hear({ text, state }) {
-    let end = state === "running" ? this.#said : text.length;
+  update({ text, state }) {
+    let end = state === "running" ? this.#spoken : text.length;
     if (state === "running") {
-      SENTENCE.lastIndex = this.#said;
+      SENTENCE.lastIndex = this.#spoken;
       for (let found; (found = SENTENCE.exec(text)); ) end = found.index + found[0].length;
     }
-    const sentence = text.slice(this.#said, end).trim();
-    this.#said = end;
+    const sentence = text.slice(this.#spoken, end).trim();
+    this.#spoken = end;
     if (!sentence) return;
     const line = document.createElement("p");
     line.textContent = sentence;

@@ -1,6 +1,6 @@
-// Server-sent events from a fetch's body. EventSource can neither POST nor send headers.
+// Reads server-sent events from a fetch's body. EventSource can neither POST nor send headers.
 
-/** Yields {id, data}: `id` is null for an event without one. An unfinished event is dropped. */
+/** Yields {id, data}: `id` is null for an event without one. Drops an incomplete event. */
 export async function* readEvents(body) {
   const decoder = new TextDecoder();
   const reader = body.getReader();

@@ -1,5 +1,5 @@
-// What outlives the page: the conversation, its settings and the colours, in this browser alone.
-// A browser may refuse to keep anything; the page then works, and forgets.
+// Browser storage for the conversation, its settings and the colour theme. If the browser refuses
+// storage, the page works without it.
 
 const CHAT = "quire.chat.1";
 const SETTINGS = "quire.settings.1";
@@ -11,7 +11,7 @@ export function loadChat() {
   return Array.isArray(chat?.messages) ? chat.messages : [];
 }
 
-/** Where there is no room, probabilities of old answers go first. */
+/** If the storage is full, drops the token probabilities of the oldest answers first. */
 export function saveChat(messages) {
   let kept = messages;
   for (let dropped = 0; dropped <= messages.length; dropped += 1) {
@@ -24,7 +24,7 @@ export const loadSettings = () => parsed(load("local", SETTINGS)) ?? {};
 export const saveSettings = (settings) => save("local", SETTINGS, JSON.stringify(settings));
 export const saveTheme = (name) => save("local", THEME, name);
 
-/** Keys are kept for as long as the tab is open. */
+/** The key is stored until the tab closes. */
 export const loadKey = () => load("session", KEY) ?? "";
 export const saveKey = (key) => save("session", KEY, key);
 
@@ -32,7 +32,7 @@ function parsed(text) {
   try {
     return JSON.parse(text);
   } catch {
-    return null;  // not ours, or of another version
+    return null;  // not ours, or another version
   }
 }
 
@@ -44,7 +44,7 @@ function load(area, name) {
   }
 }
 
-/** Whether there was room. */
+/** Returns whether it was stored. */
 function save(area, name, value) {
   try {
     window[`${area}Storage`].setItem(name, value);

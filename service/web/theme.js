@@ -1,7 +1,7 @@
-// Sets the chosen colours before anything is drawn; without a choice the system's hold.
+// Sets the chosen theme before the first paint; the default is the system's.
 try {
   const chosen = localStorage.getItem("quire.theme");
   if (chosen) document.documentElement.dataset.theme = chosen;
 } catch {
-  // A browser that keeps nothing has no choice to remember.
+  // A browser without storage uses the default.
 }

@@ -1,17 +1,17 @@
-// The tip of a token: how likely it was and what else was. By pointer, by touch, and by arrow keys
-// while an answer has the focus; then it is also said to a screen reader.
+// A token's tooltip: its probability and the alternatives. Opened by pointer, touch, or arrow keys
+// while an answer has the focus; then a screen reader announces it, too.
 
 import { percent, visible } from "./tokens.js";
-import { element } from "./view.js";
+import { bar, element } from "./view.js";
 
 export class TokenTip {
   #tip = document.getElementById("tip");
-  #said = document.getElementById("token-said");
+  #announced = document.getElementById("token-said");
   #marked = [];
   #pinned = false;
   #find;
 
-  /** `find(element)` gives the tokens of the answer that an element belongs to. */
+  /** `find(element)` returns the tokens of the answer that contains an element. */
   constructor(area, find) {
     this.#find = find;
     area.addEventListener("pointerover", (event) => {
@@ -59,7 +59,7 @@ export class TokenTip {
     this.#show(next);
     const token = this.#find(next)[Number(next.dataset.token)];
     const others = token.top.slice(0, 3).map(([text, logprob]) => `${text} ${percent(logprob)}`);
-    this.#said.textContent = `${token.token}: ${percent(token.logprob)}. Likeliest: ${others.join(", ")}`;
+    this.#announced.textContent = `${token.token}: ${percent(token.logprob)}. Most likely: ${others.join(", ")}`;
   }
 
   #show(target) {
@@ -74,7 +74,7 @@ export class TokenTip {
     this.#put(target.getClientRects()[0]);
   }
 
-  /** Above the token, or below where there is no room; never over the window's edge. */
+  /** Above the token, or below if there is no room; never beyond the window's edge. */
   #put(where) {
     const { width, height } = this.#tip.getBoundingClientRect();
     const left = Math.min(Math.max(8, where.left - 12), document.documentElement.clientWidth - width - 8);
@@ -88,9 +88,7 @@ function contents(token) {
   const head = element("p", { class: "tip-head" },
     element("code", {}, visible(token.token)), element("b", {}, percent(token.logprob)));
   const rows = token.top.map(([text, logprob]) => {
-    const bar = element("span", { class: "bar" });
-    bar.style.setProperty("--share", Math.exp(logprob));
-    const row = element("li", {}, bar, element("code", {}, visible(text)), element("span", {}, percent(logprob)));
+    const row = element("li", {}, bar(Math.exp(logprob)), element("code", {}, visible(text)), element("span", {}, percent(logprob)));
     if (text === token.token) row.classList.add("chosen");
     return row;
   });

@@ -1,8 +1,8 @@
-// Tokens of an answer and where they stand in its text. Offsets are in UTF-16 units, as in strings.
+// Tokens of an answer and their offsets in its text, in UTF-16 units, as in strings.
 //
-// A token may show nothing (an end, or bytes of a character that later ones complete): start == end.
+// A token may have no text (an end, or bytes of a character that later tokens complete): start == end.
 
-/** The tokens that one event adds, placed in `text`, which begins at `offset`; `ids` are theirs. */
+/** The tokens of one event, placed in `text`, which begins at `offset`. */
 export function place(offset, text, scored, ids = []) {
   let at = 0;
   return scored.map((entry, index) => {
@@ -35,14 +35,14 @@ export function firstAfter(tokens, offset) {
   return low;
 }
 
-/** What a token looks like by itself: spaces and line ends made visible. */
+/** A token's text with visible spaces and line ends. */
 export function visible(text) {
   return text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "∅";
 }
 
 export const percent = (logprob) => share(Math.exp(logprob));
 
-/** A part of 1, for people. */
+/** Formats a part of 1 as a percentage. */
 export function share(part) {
   const value = part * 100;
   if (value >= 99.95) return "100 %";

@@ -1,12 +1,12 @@
-// The list of messages: questions, answers with what can be done with them, and their figures.
+// The list of messages: questions, and answers with their buttons and figures.
 
 import { AttentionView } from "./attention.js";
 import { TokenTip } from "./tip.js";
 import { element, Prose, TokenStrip } from "./view.js";
 
-const NEAR = 80;  // px from the bottom within which new text keeps being shown
+const NEAR = 80;  // px from the bottom within which the view follows new text
 const ENDS = {
-  length: "token limit", cancelled: "stopped", deadline: "out of time", error: "failed",
+  length: "token limit", cancelled: "stopped", deadline: "deadline", error: "failed",
 };
 
 export class Transcript {
@@ -44,7 +44,7 @@ export class Transcript {
     this.#scroll.scrollTop = this.#scroll.scrollHeight;
   }
 
-  /** Draws what was added to the answer that is being followed. */
+  /** Draws the additions to the answer that is streaming. */
   drawAnswer(answer) {
     const row = this.#rows.find((each) => each.record === answer.record);
     if (!row) return;
@@ -61,7 +61,7 @@ export class Transcript {
       item.append(element("p", { class: "question" }, record.text));
       return { record, item };
     }
-    const hint = "The answer; left and right arrow keys walk through its tokens";
+    const hint = "The answer; left and right arrow keys step through its tokens";
     const answer = element("div", { class: "answer", tabindex: "0", role: "group", "aria-label": hint });
     const row = { record, item, answer, view: null, tokens: false, attention: null };
     row.note = element("p", { class: "error", role: "alert", hidden: "" });
@@ -95,7 +95,7 @@ export class Transcript {
     const seed = make("", () => this.#actions.keepSeed(row.record.seed));
     seed.title = "Keep this seed: the same question gets the same answer";
     const again = make("Again", () => this.#actions.again());
-    again.title = "Ask for another answer, with another seed";
+    again.title = "Request another answer, with another seed";
     const reconnect = make("Reconnect", () => this.#actions.reconnect());
     const all = [seed, tokens, attention, copyAll, again, reconnect];
     return { tokens, attention, seed, again, reconnect, all };
@@ -127,7 +127,7 @@ function drawRow(row, { last }) {
   row.item.classList.toggle("running", running);
   row.item.setAttribute("aria-busy", String(running));
   row.note.hidden = !record.error && record.state !== "cut";
-  row.note.textContent = record.error ?? (row.note.hidden ? "" : "The server cannot be reached.");
+  row.note.textContent = record.error ?? (row.note.hidden ? "" : "The server is unreachable.");
   row.figures.textContent = figures(record);
   buttons.seed.textContent = `seed ${record.seed}`;
   buttons.tokens.hidden = !record.tokens.length;
@@ -152,7 +152,7 @@ function copy(button) {
   copyText(button.closest(".code").querySelector("code").textContent, button);
 }
 
-/** The clipboard is for secure origins alone. */
+/** The clipboard needs a secure origin. */
 async function copyText(text, button) {
   const label = button.textContent;
   const done = await navigator.clipboard?.writeText(text).then(() => true, () => false);

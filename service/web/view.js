@@ -1,4 +1,4 @@
-// Elements of a message. All of a model's text goes into text nodes; nothing of it becomes markup.
+// Elements of a message. Model text goes into text nodes only; it never becomes markup.
 
 import { blocks, inline } from "./markdown.js";
 import { firstAfter, surprise, visible } from "./tokens.js";
@@ -11,7 +11,14 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
-/** The text of an answer, drawn again as it grows: only blocks that changed are made anew. */
+/** A bar filled to a share from 0 to 1. */
+export function bar(share) {
+  const made = element("span", { class: "bar" });
+  made.style.setProperty("--share", share);
+  return made;
+}
+
+/** The text of an answer; as it grows, only blocks that changed are redrawn. */
 export class Prose {
   #drawn = [];
 
@@ -31,7 +38,7 @@ export class Prose {
   }
 }
 
-/** Each token by itself, shaded by how unlikely it was. It only grows. */
+/** Each token separately, shaded by how unlikely it was. It only grows. */
 export class TokenStrip {
   #count = 0;
 
@@ -51,7 +58,7 @@ export class TokenStrip {
   }
 }
 
-/** How a token without a place in the text looks. */
+/** The label of a token that has no text. */
 function faint(token) {
   const bytes = (token.bytes ?? []).map((byte) => byte.toString(16).padStart(2, "0"));
   return token.token.includes("\ufffd") ? bytes.join(" ") : visible(token.token);

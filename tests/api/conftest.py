@@ -29,7 +29,7 @@ from service.api.context import Probes
 from service.api.hosts import HostCheck, any_host
 from service.api.limits import ApiLimits
 from service.api.observer import CallReport, NullObserver
-from service.api.structured.validator import GrammarTrials
+from service.api.structured.validator import GrammarValidator
 from service.app import build_app
 from service.http.listeners import Listener
 from service.http.ports import address, bind
@@ -223,18 +223,18 @@ StartService = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def grammar_trials(tokenizer: Tokenizer) -> Iterator[GrammarTrials]:
+def grammar_validator(tokenizer: Tokenizer) -> Iterator[GrammarValidator]:
     """One process for all services here: it takes a third of a second to begin."""
     tokens, eos_ids = tokenizer.token_bytes, tokenizer.eos_ids
-    trials = GrammarTrials(
+    validator = GrammarValidator(
         lambda: Grammars(tokens, eos_ids=eos_ids, vocab_size=tokenizer.vocab_size)
     )
-    yield trials
-    trials.close()
+    yield validator
+    validator.close()
 
 
 @pytest.fixture
-def start_service(tokenizer: Tokenizer, grammar_trials: GrammarTrials) -> StartService:
+def start_service(tokenizer: Tokenizer, grammar_validator: GrammarValidator) -> StartService:
     """`async with start_service(limits=..., queue_limits=..., running=...)`."""
 
     @asynccontextmanager
@@ -283,7 +283,7 @@ def start_service(tokenizer: Tokenizer, grammar_trials: GrammarTrials) -> StartS
             limits=limits or ApiLimits(),
             observer=observer,
             version="0.0.1",
-            trials=grammar_trials,
+            grammars=grammar_validator,
             extras=("docs", "page") if docs else ("page",),
             authenticate=authenticate,
             check_host=check_host,

@@ -1,7 +1,7 @@
-"""What the OpenAPI document promises, tried at random: `python -m tests.api.fuzz [options]`.
+"""Fuzzes the API by its OpenAPI document: `python -m tests.api.fuzz [options]`.
 
-Serves the API with its document, a real tokenizer and a scripted engine, and lets Schemathesis
-loose on it with all its checks. Options are Schemathesis' own, such as `--max-examples 1000` or
+Serves the API with its document, a real tokenizer and a scripted engine, and runs all checks of
+Schemathesis on it. Options are Schemathesis' own, such as `--max-examples 1000` or
 `--include-path /tokenize`.
 """
 
@@ -40,29 +40,30 @@ MODEL = "tiny-model"
 ROOT = Path(__file__).parents[2]
 CONFIG = """
 [checks.negative_data_rejection]
-# Too much of anything is a refusal, too.
+# 413 and 429 are rejections, too.
 expected-statuses = ["400", "401", "403", "404", "405", "406", "408", "409", "413", "414", "415",
                      "422", "428", "429", "431", "5xx"]
 [checks.positive_data_acceptance]
-# `refusals_of_valid_bodies_have_their_reason` looks at these.
+# `rejections_of_valid_bodies_have_a_reason` checks these.
 expected-statuses = ["2xx", "400", "401", "403", "404", "409", "410", "429", "5xx"]
 """
 REASONS = re.compile(
-    r"together may be|needs|exactly one|agree|exclude each other|not be (more|less) than|goes with"
-    r"|times choices|cannot be|room for a token|must be a JSON schema|two tools have one name"
+    r"together may be|needs|exactly one|agree|not be (more|less) than|required with"
+    r"|times choices|cannot be|room for a token|must be a JSON schema|tool names must be unique"
     r"|chat_template_kwargs|no answer can match|text of a JSON object"
-    r"|tool_use and thinking for the assistant|the last message may not call tools"
+    r"|tool_use and thinking only for the assistant|the last message must not call tools"
+    r"|must be the number of an event"
 )
-"""What joins fields, or needs the model, and so is in no schema."""
+"""Errors about fields that depend on each other or on the model: no schema can state these."""
 
 
 @schemathesis.check
-def refusals_of_valid_bodies_have_their_reason(
+def rejections_of_valid_bodies_have_a_reason(
     _context: schemathesis.CheckContext,
     response: schemathesis.Response,
     case: schemathesis.Case[Any],
 ) -> None:
-    """What the document allows is refused for nothing but what no document can say."""
+    """What the document allows is rejected only for reasons that no document can state."""
     valid = case.meta is not None and case.meta.generation.mode.is_positive
     if valid and response.status_code == 400:
         message = response.json()["error"]["message"]
@@ -71,13 +72,13 @@ def refusals_of_valid_bodies_have_their_reason(
 
 @schemathesis.hook
 def filter_case(_context: schemathesis.HookContext, case: schemathesis.Case[Any]) -> bool:
-    """Leaves out what is no fault of a server's: a header that it does not know."""
+    """Skips cases with unknown headers, which servers ignore."""
     return "x-schemathesis-unknown-property" not in (case.headers or {})
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """The address of a server in a thread of its own."""
+    """Yields the URL of a server that runs in a thread."""
     splitter = pre_tokenizers.Digits(individual_digits=True)
     tokenizer = Tokenizer.from_checkpoint(build_tiny_model(splitter).write_folder(folder))
     bound = bind("127.0.0.1", 0)
@@ -124,7 +125,7 @@ async def _serve(bound: socket.socket, tokenizer: Tokenizer, ends: threading.Eve
 def run_checks(
     url: str, options: Sequence[str], *, folder: Path
 ) -> subprocess.CompletedProcess[str]:
-    """One run with all checks; its exit status is 0 where none failed. It works in `folder`."""
+    """One run with all checks; its exit status is 0 if none failed. Works in `folder`."""
     (folder / "schemathesis.toml").write_text(CONFIG)
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"]
     command += ["--checks", "all", "--output-sanitize", "false", *options]

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from service.api.anthropic.blocks import Turn, chat_messages
-from service.api.anthropic.errors import message_error_body
-from service.api.tools.formats import NOTATIONS
+from service.api.anthropic.dialect import chat_messages
+from service.api.anthropic.object import message_error_body
+from service.api.anthropic.schema import Turn
+from service.api.tools.formats import TOOL_FORMATS
 from service.errors import (
     Conflict,
     DeadlineExceeded,
@@ -54,7 +55,7 @@ async def ask(service: Any, **fields: Any) -> dict[str, Any]:
 
 
 def events_of(body: bytes) -> list[tuple[str, dict[str, Any]]]:
-    """(name, data) of each event; ids are looked at elsewhere."""
+    """(name, data) of each event, without the SSE ids."""
     events = []
     for block in body.decode().split("\n\n")[:-1]:
         lines = dict(line.split(": ", 1) for line in block.split("\n"))
@@ -62,8 +63,8 @@ def events_of(body: bytes) -> list[tuple[str, dict[str, Any]]]:
     return events
 
 
-def summed(body: bytes) -> dict[str, Any]:
-    """The message that a client puts together; that events come in order is checked on the way."""
+def assemble(body: bytes) -> dict[str, Any]:
+    """The message that a client assembles from the events. Checks their order."""
     (first, start), *rest = [event for event in events_of(body) if event[0] != "ping"]
     assert first == "message_start"
     message: dict[str, Any] = start["message"]
@@ -95,10 +96,10 @@ def summed(body: bytes) -> dict[str, Any]:
 
 
 def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Equal but for ids, which are each call's own."""
+    """Equal apart from ids, which differ between calls."""
     blocks = [[part | {"id": ""} for part in message["content"]] for message in (one, other)]
-    shorn = [message | {"id": "", "content": None} for message in (one, other)]
-    return blocks[0] == blocks[1] and shorn[0] == shorn[1]
+    rest = [message | {"id": "", "content": None} for message in (one, other)]
+    return blocks[0] == blocks[1] and rest[0] == rest[1]
 
 
 async def test_the_shape_of_a_message(service: Any) -> None:
@@ -123,7 +124,7 @@ async def test_the_shape_of_a_message(service: Any) -> None:
     assert reply.headers["request-id"] == reply.headers["x-request-id"]
 
 
-async def test_it_is_the_chat_that_it_says(service: Any) -> None:
+async def test_fields_have_the_effect_of_the_fields_of_a_chat(service: Any) -> None:
     blocks = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     cached = {"type": "text", "text": "be kind", "cache_control": {"type": "ephemeral"}}
     await ask(
@@ -141,7 +142,7 @@ async def test_it_is_the_chat_that_it_says(service: Any) -> None:
     assert (message.max_tokens, message.priority) == (chatted.max_tokens, chatted.priority)
 
 
-async def test_an_answer_goes_on_where_the_assistant_spoke_last(service: Any) -> None:
+async def test_an_answer_continues_a_final_assistant_message(service: Any) -> None:
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "how are"}]
     await ask(service, messages=turns)
     (request,) = service.engine.seen
@@ -159,7 +160,7 @@ async def test_an_answer_goes_on_where_the_assistant_spoke_last(service: Any) ->
         (FinishReason.DEADLINE, None, "deadline", None),
     ],
 )
-async def test_why_it_stopped(
+async def test_stop_reasons(
     service: Any, end: FinishReason, stopped_by: Any, reason: str, sequence: str | None
 ) -> None:
     service.engine.end, service.engine.stopped_by = end, stopped_by
@@ -167,13 +168,13 @@ async def test_why_it_stopped(
     assert (body["stop_reason"], body["stop_sequence"]) == (reason, sequence)
 
 
-async def test_an_empty_answer_has_no_block(service: Any) -> None:
+async def test_an_empty_answer_has_no_blocks(service: Any) -> None:
     service.engine.script = lambda _request: []
     service.engine.end = FinishReason.STOP
     body = await ask(service)
     assert (body["content"], body["stop_reason"]) == ([], "end_turn")
     reply = await service.post("/v1/messages", B | {"stream": True})
-    assert alike(summed(reply.content), body)
+    assert alike(assemble(reply.content), body)
 
 
 TOOLS: Any = [
@@ -187,15 +188,15 @@ TOOLS: Any = [
 CALLS = (("weather", '{"city": "Orl\u00e9ans 😀"}'), ("time", "{}"))
 
 
-def say(service: Any, text: str) -> None:
-    """What the engine writes, whatever it is asked."""
+def script_text(service: Any, text: str) -> None:
+    """Sets the text that the engine generates for every request."""
     ids = service.tokenizer.encode(text)
     service.engine.script = lambda _request: ids
     service.engine.end = FinishReason.STOP
 
 
-async def test_a_call_of_a_tool_is_a_block(service: Any) -> None:
-    say(service, "Let me see.\n" + NOTATIONS["plain"].spell(CALLS))
+async def test_a_tool_call_is_a_block(service: Any) -> None:
+    script_text(service, "Let me see.\n" + TOOL_FORMATS["plain"].render(CALLS))
     body = await ask(service, tools=TOOLS)
     assert body["stop_reason"] == "tool_use"
     text, first, second = body["content"]
@@ -208,14 +209,14 @@ async def test_a_call_of_a_tool_is_a_block(service: Any) -> None:
 
 
 async def test_a_call_that_was_cut_off_has_no_input(service: Any) -> None:
-    say(service, NOTATIONS["plain"].spell(CALLS)[:60])
+    script_text(service, TOOL_FORMATS["plain"].render(CALLS)[:60])
     service.engine.end = FinishReason.LENGTH
     body = await ask(service, tools=TOOLS)
     assert (body["stop_reason"], body["content"][0]["input"]) == ("max_tokens", {})
 
 
-async def test_tools_are_those_of_a_chat(service: Any) -> None:
-    """A round with results, in both APIs' words: one prompt."""
+async def test_tools_give_the_prompt_and_grammar_of_a_chat(service: Any) -> None:
+    """The same chat with tool results, in both APIs."""
     used = [
         {"type": "tool_use", "id": f"c{i}", "name": name, "input": json.loads(arguments)}
         for i, (name, arguments) in enumerate(CALLS)
@@ -270,7 +271,7 @@ async def test_tools_are_those_of_a_chat(service: Any) -> None:
     assert message.grammar == chatted.grammar
 
 
-async def test_a_schema_is_that_of_a_chat(service: Any) -> None:
+async def test_an_output_format_gives_the_grammar_of_a_chat(service: Any) -> None:
     schema = {"type": "object", "properties": {"city": {"type": "string"}}}
     await ask(service, output_config={"format": {"type": "json_schema", "schema": schema}})
     form = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
@@ -282,8 +283,8 @@ async def test_a_schema_is_that_of_a_chat(service: Any) -> None:
     assert message.grammar == chatted.grammar
 
 
-def test_texts_between_results_are_messages_of_their_own() -> None:
-    """What templates that know tools are given; the prompt of others does not name calls."""
+def test_texts_between_tool_results_become_separate_messages() -> None:
+    """Checked on the messages: the prompt of templates without tools does not show call ids."""
     result = {"type": "tool_result", "content": "sunny"}
     content = [
         {"type": "text", "text": "so"},
@@ -303,16 +304,17 @@ def test_texts_between_results_are_messages_of_their_own() -> None:
     turn = Turn.model_validate({"role": "assistant", "content": [use, content[0]]})
     (message,) = chat_messages(turn)
     assert (message.role, message.content) == ("assistant", "so")
-    assert message.tool_calls is not None
     (call,) = message.tool_calls
-    assert (call.id, call.function.name) == ("c0", "weather")
-    assert call.function.arguments == '{"city": "é"}'
+    assert (call.id, call.name) == ("c0", "weather")
+    assert call.arguments == '{"city": "é"}'
 
 
 @pytest.mark.parametrize(
     "choice", [{"type": "any"}, {"type": "tool", "name": "time"}, {"type": "none"}]
 )
-async def test_its_choices_are_those_of_a_chat(service: Any, choice: dict[str, str]) -> None:
+async def test_tool_choices_have_the_effect_of_those_of_a_chat(
+    service: Any, choice: dict[str, str]
+) -> None:
     named = {"type": "function", "function": {"name": "time"}}
     theirs = {"any": "required", "tool": named, "none": "none"}[choice["type"]]
     await ask(service, tools=TOOLS[1:], tool_choice=choice)
@@ -328,18 +330,20 @@ async def test_its_choices_are_those_of_a_chat(service: Any, choice: dict[str, s
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_a_stream_sums_up_to_its_body_and_goes_on_anywhere(service: Any, seed: int) -> None:
+async def test_a_stream_assembles_to_the_body_and_resumes_after_any_event(
+    service: Any, seed: int
+) -> None:
     draw = random.Random(seed)
     asked = B | {"seed": draw.randrange(2**64), "max_tokens": draw.randint(1, 20)}
     if seed % 2:
         asked["tools"] = TOOLS
         before = draw.choice(["", "Let me see. < ", "<tool_call"])
-        say(service, before + NOTATIONS["plain"].spell(CALLS[: draw.randint(1, 2)]))
+        script_text(service, before + TOOL_FORMATS["plain"].render(CALLS[: draw.randint(1, 2)]))
     whole = (await service.post("/v1/messages", asked)).json()
     plain = await service.post("/v1/messages", asked | {"stream": True})
     reply = await service.post("/v1/messages", asked | {"stream": True}, x_quire_event_ids="1")
     for streamed in (plain, reply):
-        assert alike(summed(streamed.content), whole)
+        assert alike(assemble(streamed.content), whole)
     assert b"\nid: " not in plain.content
     path = f"/v1/streams/{reply.headers['x-request-id']}"
     assert (await service.client.get(path)).content == reply.content
@@ -358,8 +362,8 @@ async def test_count_tokens(service: Any) -> None:
     for fields in ({}, {"system": "be kind"}):
         reply = await service.post("/v1/messages/count_tokens", body | fields)
         usage = (await ask(service, **fields))["usage"]
-        told = usage["input_tokens"] + usage["cache_read_input_tokens"]
-        assert reply.json() == {"input_tokens": told}
+        count = usage["input_tokens"] + usage["cache_read_input_tokens"]
+        assert reply.json() == {"input_tokens": count}
 
 
 @pytest.mark.parametrize(
@@ -389,7 +393,7 @@ async def test_count_tokens(service: Any) -> None:
         (
             {"messages": [{"role": "user", "content": [
                 {"type": "tool_use", "id": "a", "name": "b", "input": {}}]}]},
-            400, "invalid_request_error", "messages[0].content holds tool_use",
+            400, "invalid_request_error", "messages[0].content may contain tool_use",
         ),
         (
             {"messages": [{"role": "assistant", "content": [
@@ -402,7 +406,7 @@ async def test_count_tokens(service: Any) -> None:
         ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "tool_choice needs"),
     ],
 )  # fmt: skip
-async def test_errors_have_its_shape(
+async def test_errors_have_the_form_of_anthropic(
     service: Any, fields: Any, status: int, kind: str, message: str
 ) -> None:
     reply = await service.post("/v1/messages", B | fields)
@@ -414,7 +418,7 @@ async def test_errors_have_its_shape(
     assert reply.headers["request-id"]
 
 
-async def test_only_its_paths_have_its_errors(service: Any) -> None:
+async def test_only_paths_of_messages_have_this_form_of_errors(service: Any) -> None:
     ours = await service.post("/v1/chat/completions", {"model": "nope"})
     assert "param" in ours.json()["error"]
     for path in ("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/batches"):
@@ -427,11 +431,11 @@ async def test_only_its_paths_have_its_errors(service: Any) -> None:
     assert (broken.status_code, broken.json()["type"]) == (400, "error")
 
 
-async def test_a_call_without_a_key_is_refused_in_its_shape(start_service: Any) -> None:
-    def nobody(_scope: Any) -> Any:
+async def test_a_missing_key_is_an_error_in_this_form(start_service: Any) -> None:
+    def reject(_scope: Any) -> Any:
         raise Unauthorized("there is no valid key")
 
-    async with start_service(authenticate=nobody) as service:
+    async with start_service(authenticate=reject) as service:
         reply = await service.post("/v1/messages", B)
     assert (reply.status_code, reply.json()["error"]["type"]) == (401, "authentication_error")
     assert reply.headers["request-id"]
@@ -450,7 +454,7 @@ async def test_a_call_without_a_key_is_refused_in_its_shape(start_service: Any) 
         (StreamDivergence("x"), "api_error"),
     ],
 )
-def test_every_error_has_a_type_of_its(error: QuireError, kind: str) -> None:
+def test_types_of_errors(error: QuireError, kind: str) -> None:
     assert json.loads(message_error_body(error)) == {
         "type": "error",
         "error": {"type": kind, "message": "x"},
@@ -500,18 +504,22 @@ async def test_the_client_creates_and_streams(
 
 
 @pytest.mark.slow
-async def test_the_client_sums_up_calls(service: Any, client: anthropic.AsyncAnthropic) -> None:
-    say(service, "Well." + NOTATIONS["plain"].spell(CALLS))
+async def test_the_client_assembles_tool_calls(
+    service: Any, client: anthropic.AsyncAnthropic
+) -> None:
+    script_text(service, "Well." + TOOL_FORMATS["plain"].render(CALLS))
     whole = await client.messages.create(**OPTIONS, tools=TOOLS)
     async with client.messages.stream(**OPTIONS, tools=TOOLS) as stream:
         final = await stream.get_final_message()
     assert (final.stop_reason, len(final.content)) == ("tool_use", 3)
-    summed_up, body = (m.to_dict(exclude_none=True) for m in (final, whole))
-    assert alike(summed_up, body)
+    assembled, body = (m.to_dict(exclude_none=True) for m in (final, whole))
+    assert alike(assembled, body)
 
 
 @pytest.mark.slow
-async def test_errors_are_its_exceptions(service: Any, client: anthropic.AsyncAnthropic) -> None:
+async def test_errors_become_exceptions_of_the_client(
+    service: Any, client: anthropic.AsyncAnthropic
+) -> None:
     import anthropic
 
     with pytest.raises(anthropic.BadRequestError) as bad:
@@ -540,7 +548,7 @@ async def test_errors_are_its_exceptions(service: Any, client: anthropic.AsyncAn
 
 
 @pytest.mark.slow
-async def test_an_abort_cancels(service: Any, client: anthropic.AsyncAnthropic) -> None:
+async def test_closing_a_stream_cancels_it(service: Any, client: anthropic.AsyncAnthropic) -> None:
     service.engine.pause = 0.01
     async with client.messages.stream(**OPTIONS | {"max_tokens": 200}) as stream:
         async for _ in stream.text_stream:
@@ -566,7 +574,7 @@ async def test_the_synchronous_client(service: Any, listen: Any) -> None:
 
 
 @pytest.mark.slow
-async def test_the_comment_that_keeps_alive_is_understood(
+async def test_the_client_ignores_keep_alive_comments(
     start_service: Any, small_limits: Any, listen: Any
 ) -> None:
     import anthropic
@@ -583,7 +591,7 @@ async def test_the_comment_that_keeps_alive_is_understood(
 
 
 @pytest.mark.slow
-def test_the_model_answers_as_in_a_chat(server_url: str) -> None:
+def test_a_message_and_a_chat_get_the_same_answer(server_url: str) -> None:
     import anthropic
     import openai
 

@@ -1,4 +1,4 @@
-"""POST /v1/attention over a real reader and tiny weights: what it gives, and what it refuses."""
+"""POST /v1/attention with a real reader and tiny weights: answers and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model.checkpoint import open_checkpoint
 from service.api.auth import Tenant
 from service.api.limits import ApiLimits
 from service.api.observer import NullObserver
-from service.api.system.attention_service import AttentionDesk, AttentionReader
+from service.api.system.attention_service import AttentionReader, AttentionService
 from service.parts import open_attention
 from service.settings import Settings
 
@@ -33,11 +33,11 @@ def maps(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Attention
 
 @pytest.fixture
 def let_read(service: Any) -> Callable[[AttentionReader], None]:
-    """Gives the replica something to read attention with."""
+    """Gives the replica an attention reader."""
 
     def let(reader: AttentionReader) -> None:
-        desk = AttentionDesk(reader, ApiLimits(), NullObserver())
-        service.app.state.context = replace(service.app.state.context, attention=desk)
+        reading = AttentionService(reader, ApiLimits(), NullObserver())
+        service.app.state.attention = reading
 
     return let
 
@@ -67,14 +67,14 @@ async def test_rows_are_those_of_the_network(service: Any, maps: Any, let_read: 
 
 
 @pytest.mark.slow
-async def test_only_the_rows_that_are_asked_for(service: Any, maps: Any, let_read: Any) -> None:
+async def test_only_the_requested_rows_are_returned(service: Any, maps: Any, let_read: Any) -> None:
     let_read(maps)
     whole = (await service.post(PATH, {"tokens": [5, 9, 11, 40]})).json()["rows"]
     reply = (await service.post(PATH, {"tokens": [5, 9, 11, 40], "positions": [3, 1, 3]})).json()
     assert reply["rows"] == [whole[1], whole[3]]
 
 
-async def test_a_replica_without_a_network_says_so(service: Any) -> None:
+async def test_a_replica_without_a_network_answers_404(service: Any) -> None:
     reply = await service.post(PATH, {"prompt": "hello"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "attention_not_available")
     assert reply.headers["x-should-retry"] == "false"
@@ -106,7 +106,7 @@ async def test_a_replica_without_a_network_says_so(service: Any) -> None:
         ({"tokens": [1], "rows": [0]}, 400, "rows", "unknown_parameter"),
     ],
 )
-async def test_what_is_wrong_is_named(
+async def test_errors_name_the_field(
     service: Any, maps: Any, let_read: Any, body: Any, status: int, param: str, code: str
 ) -> None:
     let_read(maps)
@@ -115,14 +115,12 @@ async def test_what_is_wrong_is_named(
     assert (reply.status_code, error["param"], error["code"]) == (status, param, code), error
 
 
-async def test_the_length_is_limited_beside_the_models(
+async def test_the_length_has_a_limit_of_its_own(
     start_service: Any, maps: Any, small_limits: Any
 ) -> None:
     async with start_service(limits=small_limits(max_attention_tokens=3)) as service:
         context = service.app.state.context
-        service.app.state.context = replace(
-            context, attention=AttentionDesk(maps, context.limits, NullObserver())
-        )
+        service.app.state.attention = AttentionService(maps, context.limits, NullObserver())
         assert (await service.client.get("/status")).json()["max_attention_tokens"] == 3
         assert (await service.post(PATH, {"tokens": [1, 2, 3]})).status_code == 200
         refused = (await service.post(PATH, {"tokens": [1, 2, 3, 4]})).json()["error"]
@@ -138,7 +136,7 @@ def test_it_can_be_turned_off(tiny_model: Any, tmp_path: Path) -> None:
 
 
 class HeldReader:
-    """Reads when it is let; records what it was given."""
+    """Reads when `let` permits; records its calls."""
 
     num_layers = num_heads = 1
 
@@ -155,11 +153,11 @@ class HeldReader:
 
 
 def by_header(scope: Scope) -> Tenant:
-    """The tenant that a test names."""
+    """A tenant per value of `x-tenant`."""
     return Tenant(name=dict(scope["headers"]).get(b"x-tenant", b"public").decode())
 
 
-async def test_one_is_read_at_a_time_and_tenants_take_turns(start_service: Any) -> None:
+async def test_one_map_is_read_at_a_time_and_tenants_take_turns(start_service: Any) -> None:
     """A second call was refused; now it waits, and the flood of one tenant delays another by no
     more than what is being read.
     """
@@ -167,15 +165,15 @@ async def test_one_is_read_at_a_time_and_tenants_take_turns(start_service: Any) 
     async with start_service(authenticate=by_header) as service:
         context = service.app.state.context
         limits = replace(context.limits, max_tenant_waiting_maps=4)
-        desk = AttentionDesk(reader, limits, service.observer)
-        service.app.state.context = replace(context, attention=desk)
+        reading = AttentionService(reader, limits, service.observer)
+        service.app.state.attention = reading
 
         def show(tenant: str, token: int) -> asyncio.Task[Any]:
             return asyncio.create_task(service.post(PATH, {"tokens": [token]}, x_tenant=tenant))
 
         flood = [show("flood", 1) for _ in range(5)]
         async with asyncio.timeout(30):
-            while len(reader.calls) < 1 or desk._pool.waiting < 4:
+            while len(reader.calls) < 1 or reading._pool.waiting < 4:
                 await asyncio.sleep(0.001)
         refused = await show("flood", 1)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
@@ -183,7 +181,7 @@ async def test_one_is_read_at_a_time_and_tenants_take_turns(start_service: Any) 
         assert service.observer.refusals == ["busy"]
         quiet = show("quiet", 2)
         async with asyncio.timeout(30):
-            while desk._pool.waiting < 5:
+            while reading._pool.waiting < 5:
                 await asyncio.sleep(0.001)
         assert (await service.client.get("/health/live")).status_code == 200, "others are served"
         reader.let.release(2)
@@ -192,4 +190,4 @@ async def test_one_is_read_at_a_time_and_tenants_take_turns(start_service: Any) 
         assert reader.calls[:2] == [[1], [2]]
         reader.let.release(20)
         assert {reply.status_code for reply in await asyncio.gather(*flood)} == {200}
-        desk.close()
+        reading.close()

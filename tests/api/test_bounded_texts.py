@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from service.api.anthropic.schema import CountBody, MessageBody
-from service.api.openai.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from service.api.openai.schema import ChatBody, CompletionBody
 from service.api.responses.schema import ResponseBody
-from service.api.system.attention_schema import AttentionBody
+from service.api.system.attention import AttentionBody
+from service.api.system.tokenize import DetokenizeBody, TokenizeBody
 
 BODIES = (
     CompletionBody, ChatBody, ResponseBody, MessageBody, CountBody, TokenizeBody, DetokenizeBody,

@@ -1,4 +1,4 @@
-"""What a grammar cannot express: relaxed if a schema is not strict, refused by name if it is."""
+"""Parts that a grammar cannot express: relaxed, or rejected by name if the schema is strict."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from model.grammar import GrammarError, Grammars, json_schema_grammar
-from service.api.structured.grammars import JsonRule
+from service.api.structured.grammar import JsonRule
 from service.api.structured.json_schema import (
     MAX_OPTIONAL,
-    first_fault,
-    fitting,
+    first_unsupported,
+    relax,
     without_assertions,
 )
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE
@@ -42,14 +42,14 @@ def grammars() -> Grammars:
 
 @pytest.fixture
 async def service(start_service: Any) -> AsyncIterator[Any]:
-    """Its prompts have room for schemas."""
+    """A replica whose context has room for schemas."""
     async with start_service(max_model_len=2048) as started:
         yield started
 
 
-def accepts(grammars: Grammars, notation: str, text: str) -> bool:
-    """Whether a text, byte by byte, is an answer of a grammar."""
-    matcher = grammars.matcher(notation)
+def accepts(grammars: Grammars, grammar: str, text: str) -> bool:
+    """Whether a grammar accepts a text, byte by byte."""
+    matcher = grammars.matcher(grammar)
     ids = list(text.encode())
     if matcher.num_allowed(ids) < len(ids):
         return False
@@ -95,7 +95,7 @@ def test_without_assertions_a_pattern_matches_at_least_as_much() -> None:
 async def test_a_tool_with_the_email_pattern_of_zod_is_accepted(
     service: Any, grammars: Grammars
 ) -> None:
-    """And the rest of the pattern, and the other tools, still bind."""
+    """The rest of the pattern and the other tools stay enforced."""
     tools = [tool(CONTACT), tool({"type": "object"}, name="other")]
     reply = await call(service, tools=tools, tool_choice="required")
     assert reply.status_code == 200, reply.text
@@ -134,7 +134,7 @@ async def test_a_format_with_the_email_pattern_of_zod_is_accepted(
          {"structured_outputs": {"json": CONTACT}}),
     ],
 )  # fmt: skip
-async def test_a_strict_schema_is_refused_by_the_name_of_the_property(
+async def test_the_error_of_a_strict_schema_names_the_property(
     service: Any, path: str, fields: Any
 ) -> None:
     reply = await call(service, **fields)
@@ -189,24 +189,24 @@ BEYOND: list[tuple[str, Any, Any]] = [
 
 
 @pytest.mark.parametrize(("path", "schema", "value"), BEYOND, ids=lambda value: str(value)[:40])
-async def test_each_part_is_named_or_left_out(
+async def test_each_part_is_named_or_removed(
     grammars: Grammars, path: str, schema: Any, value: Any
 ) -> None:
-    async def trial(notation: str) -> str | None:
+    async def validate(grammar: str) -> str | None:
         try:
-            grammars.matcher(notation)
+            grammars.matcher(grammar)
         except GrammarError as error:
             return str(error)
         return None
 
     def lenient(relaxed: Any) -> str:
-        return JsonRule(relaxed, lenient=True).notation
+        return JsonRule(relaxed, lenient=True).grammar
 
-    assert await trial(json_schema_grammar(schema)) is not None
-    found = await first_fault(schema, trial)
+    assert await validate(json_schema_grammar(schema)) is not None
+    found = await first_unsupported(schema, validate)
     assert found is not None
     assert found[0] == path
-    relaxed = await fitting(schema, trial, verdict="", grammar_of=lenient)
+    relaxed = await relax(schema, validate, error="", grammar_of=lenient)
     assert relaxed is not None
     assert accepts(grammars, lenient(relaxed), json.dumps(value))
 
@@ -215,10 +215,10 @@ NAMES = {f"p{i}": {"type": "integer"} for i in range(300)}
 WIDE = {"type": "object", "properties": NAMES, "required": ["p7"], "additionalProperties": False}
 
 
-async def test_of_too_many_optional_properties_only_the_required_ones_bind(
+async def test_of_too_many_optional_properties_only_required_ones_are_enforced(
     service: Any, grammars: Grammars
 ) -> None:
-    """A trial may pass and the answer fail where they come, far behind its beginning."""
+    """The grammar may compile and still fail in the middle of an answer, where they are allowed."""
     schema = {"type": "object", "properties": {"deep": WIDE}, "required": ["deep"]}
     asked = {"type": "json_schema", "json_schema": {"schema": schema}}
     assert (await call(service, response_format=asked)).status_code == 200
@@ -257,21 +257,21 @@ async def test_a_strict_object_has_a_limit_of_optional_properties(
             assert f"at most {MAX_OPTIONAL} optional properties" in error["message"]
 
 
-async def test_the_number_of_trials_is_bounded(grammars: Grammars) -> None:
+async def test_the_number_of_validations_is_bounded(grammars: Grammars) -> None:
     asked: list[str] = []
 
-    async def trial(notation: str) -> str | None:
-        asked.append(notation)
-        return None if len(notation) < 50_000 and "(?" not in notation else "is not valid"
+    async def validate(grammar: str) -> str | None:
+        asked.append(grammar)
+        return None if len(grammar) < 50_000 and "(?" not in grammar else "is not valid"
 
     schema = {"properties": {f"p{i}": {"pattern": f"(?!{i})[(?]"} for i in range(500)}}
-    assert await fitting(schema, trial, verdict="", grammar_of=json_schema_grammar)
-    assert await first_fault(schema, trial)
+    assert await relax(schema, validate, error="", grammar_of=json_schema_grammar)
+    assert await first_unsupported(schema, validate)
     assert len(asked) < 2 * 64 + 5
 
 
 @pytest.mark.parametrize("schema", [{"type": "nothing"}, {"type": "object", "properties": []}])
-async def test_what_is_no_schema_is_refused_strict_or_not(service: Any, schema: Any) -> None:
+async def test_what_is_not_a_schema_is_rejected_strict_or_not(service: Any, schema: Any) -> None:
     for strict in (True, False):
         asked = {"type": "json_schema", "json_schema": {"schema": schema, "strict": strict}}
         assert (await call(service, response_format=asked)).status_code == 400

@@ -127,7 +127,7 @@ async def test_requests_a_minute_and_what_headers_say(start_keyed: Any) -> None:
         reply = await service.post("/v1/chat/completions", chat(), **bearer(ALICE))
         assert reply.status_code == 429
         assert reply.json()["error"] == {
-            "message": "this key has 2 requests a minute",
+            "message": "this key has 2 requests per minute",
             "type": "rate_limit_error", "param": None, "code": "rate_limit_exceeded",
         }  # fmt: skip
         assert 29_000 < int(reply.headers["retry-after-ms"]) <= 30_000
@@ -180,7 +180,7 @@ async def test_every_call_of_a_key_counts(
             assert reply.headers["x-ratelimit-remaining-requests"] == left
         refused = await call()
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "30")
-        assert "this key has 2 requests a minute" in refused.text
+        assert "this key has 2 requests per minute" in refused.text
         assert refused.headers["x-request-id"]
         assert service.observer.refusals == ["rate"]
 
@@ -225,7 +225,7 @@ async def test_a_request_larger_than_its_minute_is_not_tried_again(start_keyed: 
         reply = await service.post("/v1/completions", B | {"n": 9}, **bearer(ALICE))
         assert reply.status_code == 429
         assert reply.headers["x-should-retry"] == "false"
-        assert "20 a minute" in reply.json()["error"]["message"]
+        assert "20 per minute" in reply.json()["error"]["message"]
 
 
 async def test_requests_in_flight(start_keyed: Any) -> None:

@@ -1,4 +1,4 @@
-"""The live state: one reading serves all who ask within a moment."""
+"""The live state: callers share a reading."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.queues.builders import make_submission
 
 
 class CountedQueue(MemoryQueue):
-    """Counts readings; fails them while it is away."""
+    """Counts readings; fails them while `away`."""
 
     readings = 0
     away = False
@@ -30,7 +30,7 @@ class CountedQueue(MemoryQueue):
 
 
 async def test_many_calls_cost_one_reading() -> None:
-    """So calls to the status need no limit: what they cost the queue does not depend on them."""
+    """So /status needs no rate limit: the load on the queue does not depend on its callers."""
     now = 0.0
     queue = CountedQueue(QueueLimits())
     live = LiveState(queue, clock=lambda: now)

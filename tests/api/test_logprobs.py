@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from service.api.openai.logprobs import LOWEST, prompt_logprobs
+from service.api.generation.logprobs import LOWEST, prompt_logprobs
 from service.messages import TokenLogprob
 
 B = {"model": "tiny-model", "max_tokens": 5, "seed": 3}

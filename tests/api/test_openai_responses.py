@@ -1,4 +1,4 @@
-"""OpenAI's own client and responses: all that it can do with one, against a real server."""
+"""Responses with OpenAI's own client, against a real server."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ async def test_responses(service: Any, listen: Any) -> None:
         assert gone.value.code == "response_not_found"
 
 
-async def test_its_stream_manager_follows_a_response(service: Any, listen: Any) -> None:
-    """`responses.stream` builds up a snapshot of its own and checks the order of the events."""
+async def test_the_stream_manager(service: Any, listen: Any) -> None:
+    """`responses.stream` accumulates a snapshot and checks the order of the events."""
     async with (
         listen(service.app) as url,
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
@@ -88,7 +88,7 @@ async def test_its_stream_manager_follows_a_response(service: Any, listen: Any) 
         )
 
 
-async def test_errors_are_its_exceptions(service: Any, listen: Any) -> None:
+async def test_errors_become_exceptions_of_the_client(service: Any, listen: Any) -> None:
     async with (
         listen(service.app) as url,
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,

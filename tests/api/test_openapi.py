@@ -1,4 +1,4 @@
-"""The OpenAPI document, walked: everything is described, bounded and shown, and it is true."""
+"""The OpenAPI document: everything is described, bounded and has examples, and it is true."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import pytest
 from model.text.tokenizer import Tokenizer
 from service.api.limits import ApiLimits
 from service.api.observer import NullObserver
-from service.api.system.docs import DocumentCache
-from service.api.system.document import operations
-from service.api.system.document_errors import STATUSES
+from service.api.system.openapi import ERRORS, DocumentCache, operations
+from service.api.system.openapi_rules import RULES
 from service.app import build_app
 from service.errors import QuireError
 from service.http.exposure import extras_of
@@ -37,7 +36,7 @@ CARD = ModelCard(id="tiny-model", max_model_len=256, vocab_size=303, numeric_cla
 
 @pytest.fixture(scope="module")
 def document(tokenizer: Tokenizer) -> Json:
-    """It is made once: that takes a moment."""
+    """Made once: it takes tenths of a second."""
     app = build_app(
         MemoryQueue(QueueLimits()),
         tokenizer,
@@ -52,7 +51,7 @@ def document(tokenizer: Tokenizer) -> Json:
 
 
 def bodies(document: Json) -> Iterator[tuple[str, Json]]:
-    """(name, schema) of each body."""
+    """Yields (name, schema) of each body."""
     for path, method, operation in operations(document):
         if "requestBody" in operation:
             content = operation["requestBody"]["content"]
@@ -62,7 +61,7 @@ def bodies(document: Json) -> Iterator[tuple[str, Json]]:
 
 
 def fields(document: Json, schema: Json, path: str = "") -> Iterator[tuple[str, Json, Json]]:
-    """(path, node, field) of each node of each field; what is referred to is part of it."""
+    """Yields (path, node, field) of each node of each field; it follows references."""
     waiting: list[tuple[str, Json, Json]] = [
         (f"{path}.{name}", field, field) for name, field in schema.get("properties", {}).items()
     ]
@@ -108,7 +107,7 @@ def test_every_field_is_described_and_bounded(document: Json) -> None:
         for path, node, field in fields(document, schema, name):
             if not (field.get("description") or "$ref" in field):
                 undescribed.add(path)
-            # What stands beside it in the field bounds a part without a bound of its own.
+            # A bound of the field also bounds a part without a bound of its own.
             if not is_bounded(node) and "maxProperties" not in field:
                 unbounded.add(path)
     assert (undescribed, unbounded) == (set(), set())
@@ -144,8 +143,14 @@ async def test_every_example_is_answered(start_service: Any) -> None:
             for example in examples:
                 jsonschema_rs.validate({**schema, "components": document["components"]}, example)
                 reply = await service.post(path, example)
-                absent = "attention_not_available"  # the one that needs a network
+                absent = "attention_not_available"  # this endpoint needs a network
                 assert reply.status_code == 200 or absent in reply.text, (method, path, reply.text)
+
+
+def test_every_rule_is_in_the_document(document: Json) -> None:
+    """Rules name schemas: a renamed body would lose its own silently."""
+    for name, rule in RULES.items():
+        assert rule.items() <= document["components"]["schemas"][name].items(), name
 
 
 def test_every_status_and_header_is_described(document: Json) -> None:
@@ -177,7 +182,7 @@ def test_every_answer_has_its_shape(document: Json) -> None:
 
 
 @pytest.mark.slow
-async def test_answers_have_the_shapes_that_are_promised(service: Any, document: Json) -> None:
+async def test_answers_have_the_documented_shapes(service: Any, document: Json) -> None:
     asked: list[tuple[str, Json]] = [
         (COMPLETIONS, B),
         (COMPLETIONS, B | {"logprobs": 2, "echo": True, "n": 2}),
@@ -207,29 +212,30 @@ def _check_shape(document: Json, method: str, path: str, reply: Any) -> None:
 
 
 def test_every_error_has_its_status() -> None:
-    """An error class that is added is in the document."""
+    """The document covers all error classes."""
     found, waiting = set(), [QuireError]
     while waiting:
         error = waiting.pop()
         found.add(error.status)
         waiting += error.__subclasses__()
-    # 405 is the answer to a method that the document does not list.
-    assert found - {405} <= STATUSES.keys()
+    # 405 answers methods that the document does not list.
+    assert found - {405} <= ERRORS.keys()
 
 
-async def test_the_document_is_left_out_unless_it_is_configured(service: Any) -> None:
+async def test_the_document_is_not_served_unless_configured(service: Any) -> None:
     for path in ("/openapi.json", "/docs", "/redoc"):
         assert (await service.client.get(path)).status_code == 404
 
 
-def test_the_document_is_served_if_there_are_no_keys() -> None:
+def test_the_document_is_served_without_keys_or_if_configured() -> None:
     assert extras_of(Settings()) == {"docs", "page"}
     assert extras_of(Settings(page=False)) == {"docs"}
     assert extras_of(Settings(keys_file=Path("keys.toml"))) == {"page"}
+    assert extras_of(Settings(keys_file=Path("keys.toml"), docs=True)) == {"docs", "page"}
 
 
 async def test_the_document_is_made_once_and_off_the_event_loop() -> None:
-    """It takes tenths of a second, which streams of other clients would wait for."""
+    """It takes tenths of a second, which would delay the streams of other clients."""
     made: list[int] = []
 
     def make() -> Json:
@@ -240,7 +246,7 @@ async def test_the_document_is_made_once_and_off_the_event_loop() -> None:
     cache = DocumentCache(make)
     left = asyncio.create_task(cache.body(CARD))
     await asyncio.sleep(0.01)
-    left.cancel()  # a client that leaves makes nobody else begin again
+    left.cancel()  # a client that leaves does not restart it for others
     bodies = await asyncio.gather(*(cache.body(CARD) for _ in range(8)))
     assert set(bodies) == {b'{"number":1}'}
     assert await cache.body(replace(CARD, max_model_len=9)) == b'{"number":2}'

@@ -1,4 +1,4 @@
-"""The page's files as they are served: all of them, none besides, and nothing inline."""
+"""The page's files as they are served: all of them, no others, and nothing inline."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.api import errors as refusals
+from service.api import dialect_of, errors
 from service.api.system import page
 
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
     app = FastAPI()
-    refusals.install(app)
+    errors.install(app, dialect_of)
     app.include_router(page.router)
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -50,14 +50,14 @@ async def test_a_browsers_copy_is_confirmed_or_replaced(client: httpx.AsyncClien
 
 
 @pytest.mark.parametrize("name", ["nope.js", "..%2fapi%2fpage.py", "%2e%2e", "page.py", "%00"])
-async def test_nothing_else_can_be_asked_for(client: httpx.AsyncClient, name: str) -> None:
+async def test_no_other_file_can_be_requested(client: httpx.AsyncClient, name: str) -> None:
     reply = await client.get(f"/web/{name}")
     assert reply.status_code == 404
     assert reply.json()["error"]["code"] in {"not_found", "unknown_url"}
 
 
 class _Tags(HTMLParser):
-    """Which files a document asks for, and what stands inline in it."""
+    """The files that a document links, and its inline code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class _Tags(HTMLParser):
             self.inline.append(self._inside)
 
 
-def test_the_document_names_files_that_exist_and_holds_no_code() -> None:
+def test_the_document_links_existing_files_and_has_no_inline_code() -> None:
     files = page.page_files()
     tags = _Tags()
     tags.feed(files["index.html"].content.decode())

@@ -72,7 +72,7 @@ async def test_stored_bytes_are_bounded(start_service: Any) -> None:
             expected = (
                 "your stored requests may have at most 4600 bytes"
                 if tenant == "a"
-                else "stored requests may have at most 6000 bytes in all"
+                else "stored requests may have at most 6000 bytes in total"
             )
             assert message == expected
         check(replies[-1], 503, "service_unavailable_error", "storage_full")

@@ -1,4 +1,4 @@
-"""Responses: one journal, told as a body, a stream, a stream resumed, a state, by any replica."""
+"""POST /v1/responses: body, stream, resumed stream and state agree, on any replica."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TERMINAL = {
 
 
 def random_body(draw: random.Random) -> dict[str, Any]:
-    """All shapes that ask for text."""
+    """Random requests for text, in all forms of input."""
     inputs: list[Any] = [
         "hello 😀",
         [{"role": "user", "content": "how are you"}],
@@ -59,13 +59,13 @@ def numbers(events: list[dict[str, Any]]) -> list[int]:
 
 
 def core(response: dict[str, Any]) -> dict[str, Any]:
-    """A response without its ids, its time and how it was asked for."""
+    """A response without its ids, its time and `background`."""
     fields = {k: v for k, v in response.items() if k not in {"id", "created_at", "background"}}
     fields["output"] = [{k: v for k, v in item.items() if k != "id"} for item in response["output"]]
     return fields
 
 
-def summed(events: list[dict[str, Any]]) -> tuple[str, list[Any]]:
+def assemble(events: list[dict[str, Any]]) -> tuple[str, list[Any]]:
     """Text and log probabilities of the deltas."""
     deltas = [event for event in events if event["type"] == "response.output_text.delta"]
     return "".join(d["delta"] for d in deltas), [item for d in deltas for item in d["logprobs"]]
@@ -84,7 +84,7 @@ async def settled(service: Any, response_id: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_body_stream_state_and_background_are_one(
+async def test_body_stream_state_and_background_agree(
     service: Any, read_events: Any, seed: int
 ) -> None:
     draw = random.Random(seed)
@@ -103,7 +103,7 @@ async def test_body_stream_state_and_background_are_one(
 
     streamed = read_events((await service.post(URL, body | {"stream": True})).content)
     assert core(streamed[-1]["response"]) == core(whole)
-    assert summed(streamed) == (part["text"], part["logprobs"])
+    assert assemble(streamed) == (part["text"], part["logprobs"])
     assert numbers(streamed) == sorted(set(numbers(streamed)))
     kinds = [event["type"] for event in streamed]
     assert kinds[:4] == [
@@ -123,8 +123,8 @@ async def test_body_stream_state_and_background_are_one(
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_a_stream_goes_on_after_any_number(service: Any, seed: int) -> None:
-    """With the same bytes, after the end and while it is made."""
+async def test_a_stream_resumes_after_any_number(service: Any, seed: int) -> None:
+    """With the same bytes, during the generation and after it."""
     draw = random.Random(100 + seed)
     body = random_body(draw) | {"stream": True, "background": draw.random() < 0.5}
     service.engine.pause = 0.001
@@ -142,7 +142,7 @@ async def test_a_stream_goes_on_after_any_number(service: Any, seed: int) -> Non
         assert rest.content == b"".join(e + b"\n\n" for e in events[index + 1 :]), number
 
 
-async def test_readers_join_while_it_is_made(start_service: Any, read_events: Any) -> None:
+async def test_readers_join_during_the_generation(start_service: Any, read_events: Any) -> None:
     """On two replicas of one queue, from the start and from the middle."""
     async with (
         start_service() as service,
@@ -171,7 +171,7 @@ async def test_readers_join_while_it_is_made(start_service: Any, read_events: An
 async def test_numbers_within_a_record_and_beyond_the_end(
     service: Any, read_events: Callable[[bytes], list[dict[str, Any]]]
 ) -> None:
-    """A number counts tokens: it may lie within a record, if the journal was cut anew."""
+    """A number counts tokens, so it may lie within a record if the journal was written again."""
     service.engine.script = lambda request: [10] * request.max_tokens
     reply = await service.post(URL, B | {"stream": True})
     path = f"{URL}/resp_{reply.headers['x-request-id']}"
@@ -227,7 +227,7 @@ async def test_deleting(service: Any) -> None:
     assert (await service.queue.depth()).running_requests == 0
 
 
-async def test_what_is_not_stored_cannot_be_had_again(service: Any) -> None:
+async def test_a_response_that_is_not_stored_cannot_be_retrieved(service: Any) -> None:
     for stream in (False, True):
         reply = await service.post(URL, B | {"store": False, "stream": stream})
         assert reply.status_code == 200
@@ -238,8 +238,8 @@ async def test_what_is_not_stored_cannot_be_had_again(service: Any) -> None:
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "background")
 
 
-async def test_ids_that_name_no_response(start_service: Any) -> None:
-    """Another tenant's, a chat's, a stranger's: all look alike."""
+async def test_unknown_ids(start_service: Any) -> None:
+    """Another tenant's, a chat's, malformed and expired ids get the same error."""
 
     def by_header(scope: Scope) -> Tenant:
         return Tenant(name=dict(scope["headers"]).get(b"x-tenant", b"public").decode())
@@ -262,8 +262,8 @@ async def test_ids_that_name_no_response(start_service: Any) -> None:
         assert len(bodies) == 1
 
 
-async def test_how_a_response_fails(service: Any, read_events: Any) -> None:
-    """A caller who waits gets a status; whoever reads the response gets its state."""
+async def test_a_failed_response(service: Any, read_events: Any) -> None:
+    """A client that waits for the body gets an HTTP status; other readers get the state."""
     service.engine.end, service.engine.error = FinishReason.ERROR, "engine_crash_loop"
     reply = await service.post(URL, B)
     assert (reply.status_code, reply.json()["error"]["code"]) == (500, "engine_crash_loop")
@@ -278,7 +278,7 @@ async def test_how_a_response_fails(service: Any, read_events: Any) -> None:
 async def test_deadlines(start_service: Any, small_limits: Any, read_events: Any) -> None:
     async with start_service(running=False) as service:
         call = asyncio.create_task(service.post(URL, B, x_request_timeout_ms="20"))
-        while not call.done():  # however long it takes to be admitted
+        while not call.done():  # until it is admitted
             await asyncio.sleep(0.02)
             await service.queue.sweep()
         reply = await call
@@ -292,7 +292,7 @@ async def test_deadlines(start_service: Any, small_limits: Any, read_events: Any
         assert last["response"]["incomplete_details"] == {"reason": "deadline"}
 
 
-async def test_one_key_one_response(service: Any) -> None:
+async def test_an_idempotency_key_has_one_response(service: Any) -> None:
     service.engine.pause = 0.003
     replies = await asyncio.gather(*(service.post(URL, B, idempotency_key="k1") for _ in range(10)))
     assert len({reply.content for reply in replies}) == 1
@@ -313,7 +313,7 @@ async def test_a_divergence_ends_the_stream(service: Any, read_events: Any) -> N
     assert not TERMINAL & {event["type"] for event in events}
 
 
-REFUSED: list[tuple[dict[str, Any], str, str]] = [
+INVALID: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"type": "web_search"}]}, "tools[0].type", "invalid_value"),
     ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
     ({"previous_response_id": "resp_1"}, "previous_response_id", "unsupported_parameter"),
@@ -348,9 +348,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 ]  # fmt: skip
 
 
-async def test_what_is_refused_and_by_what_name(service: Any) -> None:
+async def test_unsupported_and_invalid_fields(service: Any) -> None:
     wrong = []
-    for fields, param, code in REFUSED:
+    for fields, param, code in INVALID:
         reply = await service.post(URL, B | fields)
         error = reply.json().get("error", {})
         got = (reply.status_code, error.get("param"), error.get("code"))

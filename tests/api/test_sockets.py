@@ -104,7 +104,7 @@ async def test_a_resumable_stream_waits_for_its_reader(
         await until(lambda: not service.queue._running)
         (*_, end) = await service.queue.read(service.engine.seen[1].id)
         assert end.reason == "cancelled"
-        assert not service.app.state.context.attendance.attended
+        assert not service.app.state.context.readers.ids
 
 
 async def test_silence_is_kept_alive_with_a_comment_of_one_line(

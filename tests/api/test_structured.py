@@ -1,4 +1,4 @@
-"""Structured output at the API: from fields to a grammar, and what is refused at once."""
+"""Structured output at the API: from fields to a grammar, and what is rejected at once."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ async def test_a_response_has_a_format_too(service: Any) -> None:
         ({"type": "object", "properties": {"a": {}}, "minProperties": 1}, "Properties"),
     ],
 )
-async def test_what_is_not_supported_is_named(service: Any, schema: Any, named: str) -> None:
+async def test_unsupported_keywords_are_named(service: Any, schema: Any, named: str) -> None:
     reply = await service.post(
         "/v1/chat/completions", CHAT | {"response_format": schema_format(schema, strict=True)}
     )
@@ -152,7 +152,7 @@ async def test_what_is_not_supported_is_named(service: Any, schema: Any, named: 
     assert "secret" not in message
 
 
-async def test_a_refused_grammar_is_not_repeated_to_the_client(service: Any) -> None:
+async def test_a_rejected_grammar_is_not_echoed_to_the_client(service: Any) -> None:
     secrets = [
         {"type": "hunter2"},
         {"type": "string", "pattern": "(hunter2"},
@@ -168,7 +168,7 @@ async def test_a_refused_grammar_is_not_repeated_to_the_client(service: Any) -> 
         assert "hunter2" not in reply.text
 
 
-async def test_an_answer_whose_grammar_fails_says_so(service: Any) -> None:
+async def test_an_answer_whose_grammar_fails_is_an_error(service: Any) -> None:
     service.engine.end, service.engine.error = FinishReason.ERROR, "grammar_failed"
     reply = await service.post("/v1/completions", TEXT | {"structured_outputs": {"regex": "a*"}})
     error = reply.json()["error"]
@@ -193,8 +193,8 @@ BOMBS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
-async def test_a_bomb_is_a_400_and_nobody_waits_for_it(service: Any, name: str) -> None:
-    """Meanwhile the event loop turns, and afterwards good grammars are accepted."""
+async def test_a_bomb_is_a_400_and_blocks_no_other_request(service: Any, name: str) -> None:
+    """The event loop keeps running, and good grammars are accepted afterwards."""
     exploding = asyncio.create_task(
         service.post("/v1/completions", TEXT | {"structured_outputs": BOMBS[name]})
     )
@@ -210,10 +210,10 @@ async def test_a_bomb_is_a_400_and_nobody_waits_for_it(service: Any, name: str) 
 
 
 @pytest.mark.slow
-async def test_a_process_that_was_killed_is_no_grammars_fault(service: Any) -> None:
-    trials = service.app.state.context.grammars
+async def test_a_killed_process_is_not_an_error_of_the_grammar(service: Any) -> None:
+    validator = service.app.state.context.grammars
     for index in range(2):
         body = TEXT | {"structured_outputs": {"choice": [f"killed {index}"]}}
         assert (await service.post("/v1/completions", body)).status_code == 200
-        os.kill(trials._process.pid, signal.SIGKILL)
-        trials._process.wait()
+        os.kill(validator._process.pid, signal.SIGKILL)
+        validator._process.wait()

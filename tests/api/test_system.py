@@ -1,4 +1,4 @@
-"""Models, tokens, probes, the admin port, and what /openapi.json says."""
+"""Models, tokens, probes, the admin port, and /openapi.json."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_tokens_there_and_back(service: Any) -> None:
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
-async def test_probes_say_what_the_process_says(service: Any) -> None:
+async def test_probes_report_the_state_of_the_process(service: Any) -> None:
     paths = ("/health/startup", "/health/live", "/health/ready", "/health")
 
     async def statuses() -> list[int]:
@@ -66,7 +66,7 @@ async def test_probes_say_what_the_process_says(service: Any) -> None:
         service.state[name] = before
 
 
-async def test_the_admin_port_has_metrics_and_probes_alone(service: Any) -> None:
+async def test_the_admin_port_has_only_metrics_and_probes(service: Any) -> None:
     admin = build_admin_app(
         service.app.state.health, version="0.0.1", render_metrics=lambda: b"quire_up 1\n"
     )
@@ -80,7 +80,7 @@ async def test_the_admin_port_has_metrics_and_probes_alone(service: Any) -> None
         assert (await client.post("/metrics")).status_code == 405
 
 
-async def test_the_observer_is_told_how_calls_ended(service: Any) -> None:
+async def test_the_observer_sees_how_calls_ended(service: Any) -> None:
     body = {"model": "tiny-model", "prompt": "hello", "max_tokens": 8, "n": 2}
     await service.post("/v1/completions", body)
     await service.post("/v1/completions", body | {"stream": True})

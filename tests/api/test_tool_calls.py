@@ -1,4 +1,4 @@
-"""Laws of reading calls out of text: what is told does not depend on how the text was cut."""
+"""Laws of parsing calls out of text: the result does not depend on the chunks."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from service.api.tools.formats import NOTATIONS, Notation
-from service.api.tools.parser import CallReader, Told, call_id
+from service.api.tools.formats import TOOL_FORMATS, ToolFormat
+from service.api.tools.parser import ParsedText, ToolCallParser, call_id
 
-NAMES = sorted(NOTATIONS)
+NAMES = sorted(TOOL_FORMATS)
 
 
 @dataclass
 class Sum:
-    """All that a reader told of one text, put together as a client would."""
+    """All that the parser returned for one text, accumulated as a client would."""
 
     text: str = ""
     calls: list[list[str]] = field(default_factory=list)  # id, name, arguments
     called: bool = False
 
-    def add(self, told: Told) -> None:
-        self.text += told.text
-        for delta in told.calls:
+    def add(self, parsed: ParsedText) -> None:
+        self.text += parsed.text
+        for delta in parsed.calls:
             assert (delta.id is None) == (delta.name is None)
             if delta.id is not None:
                 assert delta.index == len(self.calls), "calls begin in order"
@@ -32,8 +32,8 @@ class Sum:
             self.calls[delta.index][2] += delta.arguments
 
 
-def read(notation: Notation, pieces: list[str]) -> Sum:
-    reader = CallReader(notation, request_id="s0-1.0")
+def read(tool_format: ToolFormat, pieces: list[str]) -> Sum:
+    reader = ToolCallParser(tool_format, request_id="s0-1.0")
     total = Sum()
     for piece in pieces:
         total.add(reader.push(piece))
@@ -47,111 +47,123 @@ def cut(draw: random.Random, text: str) -> list[str]:
     return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-def random_calls(draw: random.Random, notation: Notation) -> list[tuple[str, str]]:
+def random_calls(draw: random.Random, tool_format: ToolFormat) -> list[tuple[str, str]]:
     values = [{}, {"a": '}{"\\'}, {"b": [1, {"c": None}], "é": "</tool_call>"}, {"": {"": []}}]
-    count = 1 if notation.joint is None else draw.randint(1, 4)
+    count = 1 if tool_format.joint is None else draw.randint(1, 4)
     return [(f"f-{i}_", json.dumps(draw.choice(values))) for i in range(count)]
 
 
-def near_calls(draw: random.Random, notation: Notation) -> str:
-    """Whatever begins like a call, or ends like one, and much that does neither."""
-    spelled = notation.spell(random_calls(draw, notation))
-    fixed = [notation.opening, notation.heads[0], notation.between, notation.tail, notation.end]
-    pieces = [*fixed, notation.joint or "", spelled, spelled[: draw.randrange(len(spelled))], "x\n"]
-    pieces += [notation.opening[:3], " \n", "{", '"', "é"]
+def near_calls(draw: random.Random, tool_format: ToolFormat) -> str:
+    """Random text that begins like a call, ends like one, or neither."""
+    rendered = tool_format.render(random_calls(draw, tool_format))
+    fixed = [
+        tool_format.opening,
+        tool_format.heads[0],
+        tool_format.between,
+        tool_format.tail,
+        tool_format.end,
+    ]
+    pieces = [
+        *fixed,
+        tool_format.joint or "",
+        rendered,
+        rendered[: draw.randrange(len(rendered))],
+        "x\n",
+    ]
+    pieces += [tool_format.opening[:3], " \n", "{", '"', "é"]
     return "".join(draw.choice(pieces) for _ in range(draw.randint(0, 7)))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_told_does_not_depend_on_the_cuts(name: str) -> None:
-    notation = NOTATIONS[name]
+def test_the_result_does_not_depend_on_the_cuts(name: str) -> None:
+    tool_format = TOOL_FORMATS[name]
     for seed in range(60):
         draw = random.Random(seed)
-        text = near_calls(draw, notation)
-        whole = read(notation, [text])
-        assert read(notation, cut(draw, text)) == whole, (seed, text)
-        assert read(notation, list(text)) == whole, (seed, text)
+        text = near_calls(draw, tool_format)
+        whole = read(tool_format, [text])
+        assert read(tool_format, cut(draw, text)) == whole, (seed, text)
+        assert read(tool_format, list(text)) == whole, (seed, text)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_spelled_is_read_back(name: str) -> None:
-    notation = NOTATIONS[name]
+def test_rendered_calls_are_read_back(name: str) -> None:
+    tool_format = TOOL_FORMATS[name]
     for seed in range(60):
         draw = random.Random(seed)
-        calls = random_calls(draw, notation)
-        before = "" if notation.only_first else draw.choice(["", "Let me see.", "a < b <tool"])
+        calls = random_calls(draw, tool_format)
+        before = "" if tool_format.only_first else draw.choice(["", "Let me see.", "a < b <tool"])
         blanks = draw.choice(["", "\n", " \n\n"]) if before else ""
-        total = read(notation, cut(draw, before + blanks + notation.spell(calls)))
+        total = read(tool_format, cut(draw, before + blanks + tool_format.render(calls)))
         assert total.text == before
         assert [(called, arguments) for _, called, arguments in total.calls] == calls
         assert total.called
         assert [id_ for id_, _, _ in total.calls] == [
-            call_id(notation, "s0-1.0", index) for index in range(len(calls))
+            call_id(tool_format, "s0-1.0", index) for index in range(len(calls))
         ]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_text_without_an_opening_is_told_as_it_is(name: str) -> None:
-    notation = NOTATIONS[name]
+def test_a_text_without_an_opening_is_unchanged(name: str) -> None:
+    tool_format = TOOL_FORMATS[name]
     for seed in range(60):
         draw = random.Random(seed)
-        alphabet = notation.opening + " \n"
-        text = "".join(draw.choice(alphabet) for _ in range(40)).replace(notation.opening, "")
-        if notation.opening in text:
+        alphabet = tool_format.opening + " \n"
+        text = "".join(draw.choice(alphabet) for _ in range(40)).replace(tool_format.opening, "")
+        if tool_format.opening in text:
             continue
-        total = read(notation, cut(draw, text))
+        total = read(tool_format, cut(draw, text))
         assert (total.text, total.calls, total.called) == (text, [], False)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_comes_at_once_where_no_call_can_begin(name: str) -> None:
-    reader = CallReader(NOTATIONS[name], request_id="a")
+def test_text_is_returned_at_once_if_no_call_can_begin(name: str) -> None:
+    reader = ToolCallParser(TOOL_FORMATS[name], request_id="a")
     assert reader.push("Hello, world").text == "Hello, world"
     assert reader.push("! <").text in {"!", "! <"}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_arguments_come_as_they_are_written(name: str) -> None:
-    notation = NOTATIONS[name]
-    reader = CallReader(notation, request_id="a")
-    spelled = notation.spell([("now", '{"zone": "UTC"}')])
-    start = spelled.index('{"zone')
-    assert reader.push(spelled[:start]).calls == ()
-    (first,) = reader.push(spelled[start : start + 8]).calls
+def test_arguments_are_returned_as_they_arrive(name: str) -> None:
+    tool_format = TOOL_FORMATS[name]
+    reader = ToolCallParser(tool_format, request_id="a")
+    rendered = tool_format.render([("now", '{"zone": "UTC"}')])
+    start = rendered.index('{"zone')
+    assert reader.push(rendered[:start]).calls == ()
+    (first,) = reader.push(rendered[start : start + 8]).calls
     assert (first.name, first.arguments) == ("now", '{"zone":')
-    (second,) = reader.push(spelled[start + 8 : start + 10]).calls
+    (second,) = reader.push(rendered[start + 8 : start + 10]).calls
     assert (second.id, second.name, second.arguments) == (None, None, ' "')
     assert not reader.called
-    reader.push(spelled[start + 10 :])
+    reader.push(rendered[start + 10 :])
     assert reader.called
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_call_that_is_cut_off_is_told_as_far_as_it_goes(name: str) -> None:
-    notation = NOTATIONS[name]
-    spelled = notation.spell([("now", '{"a": 1}')])
-    named, done = spelled.index("{", spelled.index("now")) + 1, spelled.index("}") + 1
-    for end in range(len(notation.opening), len(spelled) + 1):
-        total = read(notation, [spelled[:end]])
+def test_an_incomplete_call_is_returned_as_far_as_it_goes(name: str) -> None:
+    tool_format = TOOL_FORMATS[name]
+    rendered = tool_format.render([("now", '{"a": 1}')])
+    named, done = rendered.index("{", rendered.index("now")) + 1, rendered.index("}") + 1
+    for end in range(len(tool_format.opening), len(rendered) + 1):
+        total = read(tool_format, [rendered[:end]])
         assert total.text == ""
         assert len(total.calls) == (end >= named)
         assert total.called == (end >= done)
 
 
-def test_an_opening_that_counts_at_the_start_counts_nowhere_else() -> None:
-    notation = NOTATIONS["llama"]
-    spelled = notation.spell([("now", "{}")])
-    total = read(notation, [spelled + spelled])
-    assert (total.text, len(total.calls)) == (spelled, 1)
-    total = read(notation, ["x", spelled])
-    assert (total.text, total.calls) == ("x" + spelled, [])
+def test_an_opening_of_an_only_first_format_counts_only_at_the_start() -> None:
+    tool_format = TOOL_FORMATS["llama"]
+    rendered = tool_format.render([("now", "{}")])
+    total = read(tool_format, [rendered + rendered])
+    assert (total.text, len(total.calls)) == (rendered, 1)
+    total = read(tool_format, ["x", rendered])
+    assert (total.text, total.calls) == ("x" + rendered, [])
 
 
-V11 = NOTATIONS["mistral-v11"]
+V11 = TOOL_FORMATS["mistral-v11"]
 
 
 def with_ids(*ids: str | None) -> str:
-    """One call for each, `now` with the index as an argument."""
+    """A call of `now` per id, with the index as an argument."""
     marked = ["" if id_ is None else f"[CALL_ID]{id_}" for id_ in ids]
     return "".join(
         f'[TOOL_CALLS]now{mark}[ARGS]{{"i": {index}}}' for index, mark in enumerate(marked)
@@ -171,16 +183,16 @@ def with_ids(*ids: str | None) -> str:
 def test_ids_that_the_model_writes_are_its_calls_ids(
     written: list[str | None], told: list[str | None]
 ) -> None:
-    spelled = "Well.\n" + with_ids(*written)
+    rendered = "Well.\n" + with_ids(*written)
     expected = [id_ or call_id(V11, "s0-1.0", index) for index, id_ in enumerate(told)]
     for seed in range(20):
-        total = read(V11, cut(random.Random(seed), spelled))
+        total = read(V11, cut(random.Random(seed), rendered))
         assert total.text == "Well."
         assert [call[0] for call in total.calls] == expected
         assert [call[1:] for call in total.calls] == [
             ["now", f'{{"i": {index}}}'] for index in range(len(written))
         ]
-    assert read(V11, list(spelled)) == read(V11, [spelled])
+    assert read(V11, list(rendered)) == read(V11, [rendered])
 
 
 def test_an_id_that_never_ends_is_text() -> None:
@@ -192,22 +204,22 @@ def test_an_id_that_never_ends_is_text() -> None:
 
 @pytest.mark.parametrize("end", range(len("[TOOL_CALLS]"), len(with_ids("abcdefghi"))))
 def test_a_call_with_an_id_may_be_cut_off_anywhere(end: int) -> None:
-    spelled = with_ids("abcdefghi")
-    total = read(V11, [spelled[:end]])
+    rendered = with_ids("abcdefghi")
+    total = read(V11, [rendered[:end]])
     assert total.text == ""
-    assert len(total.calls) == (end > spelled.index("{"))
+    assert len(total.calls) == (end > rendered.index("{"))
     assert not total.called
 
 
-def test_what_is_no_call_is_text() -> None:
-    """Nothing that a grammar made; and the next call is found again."""
-    notation = NOTATIONS["plain"]
-    good = notation.spell([("now", "{}")])
+def test_malformed_calls_are_text() -> None:
+    """No grammar allows these; the next call is found again."""
+    tool_format = TOOL_FORMATS["plain"]
+    good = tool_format.render([("now", "{}")])
     for text in ("<tool_call>\nnow()", '<tool_call>\n{"name": "now", "arguments": 3}', "x <tool_"):
-        total = read(notation, [text])
+        total = read(tool_format, [text])
         assert (total.text, total.calls) == (text, [])
-    total = read(notation, ["a\n<tool_call>b\n" + good])
+    total = read(tool_format, ["a\n<tool_call>b\n" + good])
     assert total.text == "a\n<tool_call>b"
     assert [name for _, name, _ in total.calls] == ["now"]
-    total = read(notation, [good + "\nand more"])
+    total = read(tool_format, [good + "\nand more"])
     assert (total.text, total.called) == ("\nand more", True)

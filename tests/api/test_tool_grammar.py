@@ -1,6 +1,6 @@
-"""Whatever a model samples within a tools' grammar is read back as calls that fit their schemas.
+"""All samples of a tools grammar are parsed as calls that match their schemas.
 
-The model here knows nothing at all: every token that its grammar allows is as likely as any other.
+The model here is random: all tokens that the grammar allows are equally likely.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import pytest
 
 from model.grammar import GrammarError, Grammars
 from model.text.tokenizer import Tokenizer
-from service.api.structured.json_schema import binding
-from service.api.tools.formats import NOTATIONS, Notation
+from service.api.structured.json_schema import without_annotations
+from service.api.tools.chat import FunctionDefinition, ToolUse
+from service.api.tools.formats import TOOL_FORMATS, ToolFormat
 from service.api.tools.grammar import tools_grammar
-from service.api.tools.parser import CallReader
-from service.api.tools.plan import ToolUse
-from service.api.tools.schema import Function
+from service.api.tools.parser import ToolCallParser
 
-NAMES = sorted(NOTATIONS)
+NAMES = sorted(TOOL_FORMATS)
 CITY: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -43,9 +42,9 @@ TREE: dict[str, Any] = {
     "$defs": {"leaf": {"anyOf": [{"type": "boolean"}, {"const": "}]}"}]}},
 }
 FUNCTIONS = (
-    Function(name="get_weather", parameters=CITY, strict=True),
-    Function(name="tree-2", parameters=TREE),
-    Function(name="now"),
+    FunctionDefinition(name="get_weather", parameters=CITY, strict=True),
+    FunctionDefinition(name="tree-2", parameters=TREE),
+    FunctionDefinition(name="now"),
 )
 SCHEMAS = {"get_weather": CITY, "tree-2": TREE, "now": {"type": "object", "maxProperties": 0}}
 
@@ -56,16 +55,18 @@ def use(**fields: Any) -> ToolUse:
     )
 
 
-def markers(notation: Notation, tokenizer: Tokenizer) -> dict[str, int]:
-    """Two special tokens that the test's vocabulary has."""
+def markers(tool_format: ToolFormat, tokenizer: Tokenizer) -> dict[str, int]:
+    """Two special tokens of the test's vocabulary."""
     ids = [tokenizer.special_id("<|im_start|>"), tokenizer.special_id("<s>")]
-    return {text: id_ for text, id_ in zip(notation.markers, ids, strict=False) if id_ is not None}
+    return {
+        text: id_ for text, id_ in zip(tool_format.markers, ids, strict=False) if id_ is not None
+    }
 
 
 def sample(
     grammar: str, tokenizer: Tokenizer, draw: random.Random, *, first: str = ""
 ) -> list[int] | None:
-    """Tokens at random, `first` before them; None where they came to no end."""
+    """Random tokens after `first`; None if they did not reach an end."""
     grammars = Grammars(
         tokenizer.token_bytes, eos_ids=tokenizer.eos_ids, vocab_size=tokenizer.vocab_size
     )
@@ -90,9 +91,9 @@ def text_of(ids: list[int], tokenizer: Tokenizer, marker_ids: dict[str, int]) ->
     return b"".join(names.get(id_) or tokenizer.token_bytes[id_] for id_ in ids).decode()
 
 
-def check(notation: Notation, text: str) -> tuple[str, list[str]]:
-    """What was said, and the names that were called; every call fits."""
-    reader = CallReader(notation, request_id="r")
+def check(tool_format: ToolFormat, text: str) -> tuple[str, list[str]]:
+    """Returns the text and the called names; every call matches its schema."""
+    reader = ToolCallParser(tool_format, request_id="r")
     told = reader.push(text)
     rest = reader.finish().text
     if told.calls:
@@ -106,14 +107,14 @@ def check(notation: Notation, text: str) -> tuple[str, list[str]]:
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_forced_calls_fit(name: str, special: bool, tokenizer: Tokenizer) -> None:
-    notation = NOTATIONS[name]
-    ids = markers(notation, tokenizer) if special else {}
-    grammar = tools_grammar(use(), notation, ids)
+    tool_format = TOOL_FORMATS[name]
+    ids = markers(tool_format, tokenizer) if special else {}
+    grammar = tools_grammar(use(), tool_format, ids)
     seen: set[str] = set()
     for seed in range(4):
         answer = sample(grammar, tokenizer, random.Random(seed))
         if answer is not None:
-            said, names = check(notation, text_of(answer, tokenizer, ids))
+            said, names = check(tool_format, text_of(answer, tokenizer, ids))
             assert said == ""
             assert names
             seen |= set(names)
@@ -123,50 +124,50 @@ def test_forced_calls_fit(name: str, special: bool, tokenizer: Tokenizer) -> Non
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_text_may_come_before_calls(name: str, special: bool, tokenizer: Tokenizer) -> None:
-    """Text first, then the opening: from there on the answer is bound."""
-    notation = NOTATIONS[name]
-    ids = markers(notation, tokenizer) if special else {}
-    grammar = tools_grammar(use(forced=False), notation, ids)
+    """Text, then the opening: from there the answer is constrained."""
+    tool_format = TOOL_FORMATS[name]
+    ids = markers(tool_format, tokenizer) if special else {}
+    grammar = tools_grammar(use(forced=False), tool_format, ids)
     ended = 0
-    before = "" if notation.only_first else 'Zürich? <tool {"name": "'
+    before = "" if tool_format.only_first else 'Zürich? <tool {"name": "'
     for seed in range(3):
-        if notation.opening in ids:
-            continue  # what follows it is the same as where it is text
-        answer = sample(grammar, tokenizer, random.Random(seed), first=before + notation.opening)
+        if tool_format.opening in ids:
+            continue  # the continuation is the same as that of text
+        answer = sample(grammar, tokenizer, random.Random(seed), first=before + tool_format.opening)
         if answer is not None:
             ended += 1
-            said, names = check(notation, text_of(answer, tokenizer, ids))
+            said, names = check(tool_format, text_of(answer, tokenizer, ids))
             assert said == before
             assert names
-    assert ended or notation.opening in ids
+    assert ended or tool_format.opening in ids
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_answer_may_be_text_alone(name: str, tokenizer: Tokenizer) -> None:
-    notation = NOTATIONS[name]
-    for marker_ids in ({}, markers(notation, tokenizer)):
-        grammar = tools_grammar(use(forced=False), notation, marker_ids)
+    tool_format = TOOL_FORMATS[name]
+    for marker_ids in ({}, markers(tool_format, tokenizer)):
+        grammar = tools_grammar(use(forced=False), tool_format, marker_ids)
         answer = sample(grammar, tokenizer, random.Random(1), first='{"a": 1} <tool')
-        assert answer is None or check(notation, text_of(answer, tokenizer, marker_ids))
+        assert answer is None or check(tool_format, text_of(answer, tokenizer, marker_ids))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_named_function_is_called_once(name: str, tokenizer: Tokenizer) -> None:
-    notation = NOTATIONS[name]
-    grammar = tools_grammar(use(may_call=(1,), parallel=False), notation, {})
+    tool_format = TOOL_FORMATS[name]
+    grammar = tools_grammar(use(may_call=(1,), parallel=False), tool_format, {})
     for seed in range(3):
         answer = sample(grammar, tokenizer, random.Random(seed))
         if answer is not None:
-            assert check(notation, text_of(answer, tokenizer, {})) == ("", ["tree-2"])
+            assert check(tool_format, text_of(answer, tokenizer, {})) == ("", ["tree-2"])
 
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("id_", ["", "[CALL_ID]a1B2c3D4e"])
 def test_a_call_may_have_an_id(id_: str, special: bool, tokenizer: Tokenizer) -> None:
     """With an id or without, and after either, another call of either kind."""
-    notation = NOTATIONS["mistral-v11"]
-    ids = markers(notation, tokenizer) if special else {}
-    grammar = tools_grammar(use(), notation, ids)
+    tool_format = TOOL_FORMATS["mistral-v11"]
+    ids = markers(tool_format, tokenizer) if special else {}
+    grammar = tools_grammar(use(), tool_format, ids)
     call = f"[TOOL_CALLS]now{id_}[ARGS]{{}}"
     follow(grammar, pieces(f"{call}[TOOL_CALLS]now[ARGS]{{}}", tokenizer, ids), tokenizer)
     for wrong in ("[CALL_ID]a1B2c3D4[ARGS]", "[CALL_ID][ARGS]", "[CALL_ID]a1B2c3D-e", '{"'):
@@ -197,22 +198,24 @@ def pieces(text: str, tokenizer: Tokenizer, marker_ids: dict[str, int]) -> list[
     ]
 
 
-def test_texts_of_a_schema_are_no_grammar(tokenizer: Tokenizer) -> None:
+def test_texts_of_a_schema_are_not_grammar(tokenizer: Tokenizer) -> None:
     odd = ["//", "# x", "%json {}", '"', "/a/", "\n", "}\n</tool_call>", "é😀", "<[1]>"]
     schema = {"type": "object", "properties": {"a": {"enum": odd}}, "required": ["a"],
               "additionalProperties": False}  # fmt: skip
-    function = Function(name="now", parameters=schema)
-    grammar = tools_grammar(use(functions=(function,), may_call=(0,)), NOTATIONS["plain"], {})
+    function = FunctionDefinition(name="now", parameters=schema)
+    grammar = tools_grammar(use(functions=(function,), may_call=(0,)), TOOL_FORMATS["plain"], {})
     for text in odd:
         arguments = json.dumps({"a": text}, ensure_ascii=False)
-        spelled = NOTATIONS["plain"].spell([("now", arguments)])
-        sample(grammar, tokenizer, random.Random(0), first=spelled)  # raises where it may not
-        (call,) = CallReader(NOTATIONS["plain"], request_id="r").push(spelled).calls
+        rendered = TOOL_FORMATS["plain"].render([("now", arguments)])
+        sample(
+            grammar, tokenizer, random.Random(0), first=rendered
+        )  # raises if the grammar forbids it
+        (call,) = ToolCallParser(TOOL_FORMATS["plain"], request_id="r").push(rendered).calls
         assert call.arguments == arguments
 
 
-def test_schemas_that_cannot_be_followed(tokenizer: Tokenizer) -> None:
-    """Not strict, what is beyond a grammar is left to the model; strict, it is refused."""
+def test_schemas_that_cannot_be_enforced(tokenizer: Tokenizer) -> None:
+    """What a grammar cannot express is left to the model, or rejected if the schema is strict."""
     beyond = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
     wrong = {"type": "object", "properties": {"a": {"type": "nothing"}}}
     grammars = Grammars(
@@ -220,9 +223,9 @@ def test_schemas_that_cannot_be_followed(tokenizer: Tokenizer) -> None:
     )
 
     def compile_with(schema: dict[str, Any], *, strict: bool) -> None:
-        function = Function(name="f", parameters=schema, strict=strict)
+        function = FunctionDefinition(name="f", parameters=schema, strict=strict)
         asked = use(functions=(function,), may_call=(0,))
-        grammars.matcher(tools_grammar(asked, NOTATIONS["plain"], {}))
+        grammars.matcher(tools_grammar(asked, TOOL_FORMATS["plain"], {}))
 
     compile_with(beyond, strict=False)
     for schema, strict in ((beyond, True), (wrong, True), (wrong, False)):
@@ -230,7 +233,7 @@ def test_schemas_that_cannot_be_followed(tokenizer: Tokenizer) -> None:
             compile_with(schema, strict=strict)
 
 
-def test_remarks_are_left_out_of_a_schema_and_nothing_else() -> None:
+def test_only_annotations_are_removed_from_a_schema() -> None:
     schema = {
         "title": "Order",
         "description": "x",
@@ -244,7 +247,7 @@ def test_remarks_are_left_out_of_a_schema_and_nothing_else() -> None:
         "$defs": {"default": {"anyOf": [{"examples": [1], "minimum": 3}]}},
         "additionalProperties": False,
     }
-    assert binding(schema) == {
+    assert without_annotations(schema) == {
         "type": "object",
         "properties": {
             "description": {"type": "string"},

@@ -1,4 +1,4 @@
-"""Tools in a chat: the stream sums up to the body, goes on anywhere, and bad tools are refused."""
+"""Tools in a chat: the stream sums up to the body, resumes anywhere; bad tools are rejected."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from service.api.generation.manifest import Manifest
-from service.api.tools.formats import NOTATIONS
+from service.api.tools.formats import TOOL_FORMATS
 from service.messages import FinishReason
 from tests.support.builders import slowly
 
 CHAT = "/v1/chat/completions"
-PLAIN = NOTATIONS["plain"]
+PLAIN = TOOL_FORMATS["plain"]
 WEATHER = {
     "type": "function",
     "function": {
@@ -40,7 +40,7 @@ BODY: dict[str, Any] = {
 
 @pytest.fixture
 async def service(start_service: Any) -> AsyncIterator[Any]:
-    """A replica of a model that has room for tools in its prompt."""
+    """A replica whose context has room for tools."""
     async with start_service(max_model_len=4096) as started:
         yield started
 
@@ -60,12 +60,12 @@ def random_answer(draw: random.Random) -> str:
         for _ in range(draw.randint(0, 3))
     ]
     text = draw.choice(["", "One moment: <tool", "Let me see.\n\n"])
-    answer = text + (PLAIN.spell(calls) if calls else "")
+    answer = text + (PLAIN.render(calls) if calls else "")
     return answer[: draw.randint(1, len(answer) + 20)] or "é"
 
 
 def summed(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The choices of a body, put together from a stream's chunks as a client would."""
+    """The choices of a body, accumulated from a stream's chunks as a client would."""
     choices: dict[int, dict[str, Any]] = defaultdict(lambda: {"content": None})
     for event in events:
         for chunk in event["choices"]:
@@ -114,7 +114,7 @@ async def test_a_stream_of_calls_sums_up_to_its_body(
 
 
 @pytest.mark.parametrize("seed", [2, *slowly(*range(25))])
-async def test_a_stream_of_calls_goes_on_anywhere(service: Any, seed: int) -> None:
+async def test_a_stream_of_calls_resumes_anywhere(service: Any, seed: int) -> None:
     draw = random.Random(100 + seed)
     saying(service, random_answer(draw))
     reply = await service.post(CHAT, BODY | {"stream": True}, x_quire_event_ids="1")
@@ -133,7 +133,7 @@ async def test_a_stream_of_calls_goes_on_anywhere(service: Any, seed: int) -> No
 
 
 async def test_a_call_in_an_answer(service: Any) -> None:
-    saying(service, "Let me see.\n" + PLAIN.spell([("get_weather", '{"city": "Rome"}')]))
+    saying(service, "Let me see.\n" + PLAIN.render([("get_weather", '{"city": "Rome"}')]))
     reply = (await service.post(CHAT, BODY)).json()
     (choice,) = reply["choices"]
     message = choice["message"]
@@ -153,8 +153,8 @@ async def test_a_prompt_with_tools_can_be_counted(service: Any) -> None:
     assert count > (await service.post("/tokenize", asked | {"tools": None})).json()["count"]
 
 
-async def test_what_was_held_back_comes_with_the_end(service: Any, read_events: Any) -> None:
-    """In one event: a reader who lost its end comes back for both, and gets neither twice."""
+async def test_held_back_text_arrives_with_the_end(service: Any, read_events: Any) -> None:
+    """In one event: a reader that lost the end resumes before both, and gets neither twice."""
     saying(service, "a < b <tool_c")
     reply = await service.post(CHAT, BODY | {"stream": True}, x_quire_event_ids="1")
     events = read_events(reply.content)
@@ -174,7 +174,7 @@ async def test_what_was_held_back_comes_with_the_end(service: Any, read_events: 
     ],
 )
 @pytest.mark.parametrize("parallel", [True, False, None])
-async def test_what_the_grammar_lets_the_model_call(
+async def test_the_calls_that_the_grammar_allows(
     service: Any, choice: Any, named: set[str], calls: bool, several: bool, parallel: bool | None
 ) -> None:
     """A named function is called once, even if several calls are allowed."""
@@ -193,13 +193,13 @@ async def test_what_the_grammar_lets_the_model_call(
 @pytest.mark.parametrize(
     ("text", "end", "reason"),
     [
-        (PLAIN.spell([("now", "{}")]), FinishReason.LENGTH, "length"),
-        (PLAIN.spell([("now", '{"a": 1}')])[:-20], FinishReason.STOP, "stop"),
+        (PLAIN.render([("now", "{}")]), FinishReason.LENGTH, "length"),
+        (PLAIN.render([("now", '{"a": 1}')])[:-20], FinishReason.STOP, "stop"),
         ("no call", FinishReason.STOP, "stop"),
-        (PLAIN.spell([("now", "{}")]), FinishReason.STOP, "tool_calls"),
+        (PLAIN.render([("now", "{}")]), FinishReason.STOP, "tool_calls"),
     ],
 )
-async def test_the_reason_is_honest(
+async def test_the_finish_reason_is_true(
     service: Any, text: str, end: FinishReason, reason: str
 ) -> None:
     saying(service, text)
@@ -210,7 +210,7 @@ async def test_the_reason_is_honest(
 
 @pytest.mark.parametrize("without", [{"tools": None}, {"tool_choice": "none"}, {"tools": []}])
 async def test_without_tools_everything_is_text(service: Any, without: dict[str, Any]) -> None:
-    text = PLAIN.spell([("now", "{}")])
+    text = PLAIN.render([("now", "{}")])
     saying(service, text)
     reply = (await service.post(CHAT, BODY | without)).json()
     assert reply["choices"][0]["message"] == {"role": "assistant", "content": text}
@@ -305,7 +305,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 ]  # fmt: skip
 
 
-async def test_bad_tools_are_refused(service: Any) -> None:
+async def test_bad_tools_are_rejected(service: Any) -> None:
     for fields, param, code in BAD:
         reply = await service.post(CHAT, BODY | fields)
         error = reply.json().get("error")

@@ -1,6 +1,6 @@
-"""Tools over the real engine and a network of random weights: it knows nothing, and calls well.
+"""Tools with the real engine and a network of random weights: its calls are still well-formed.
 
-What the engine journals is read as the API reads it, under every notation.
+The engine's journal is read as the API reads it, for every tool-call format.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import pytest
 from model.grammar import Grammars
 from model.runners import RunnerOptions
 from model.runners.torch import TorchRunner
-from service.api.generation.accumulate import Collected
+from service.api.generation.accumulate import Accumulator
 from service.api.generation.deltas import ChoiceReader
 from service.api.generation.manifest import Endpoint, Manifest, PromptNote
-from service.api.tools.formats import NOTATIONS
+from service.api.tools.chat import FunctionDefinition, ToolUse
+from service.api.tools.formats import TOOL_FORMATS
 from service.api.tools.grammar import tools_grammar
-from service.api.tools.plan import ToolUse
-from service.api.tools.schema import Function
 from service.engine.loop import EngineLoop, Work
 from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig
@@ -53,11 +52,13 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "now": {"type": "object", "properties": {}, "additionalProperties": False},
 }
-FUNCTIONS = tuple(Function(name=name, parameters=schema) for name, schema in SCHEMAS.items())
+FUNCTIONS = tuple(
+    FunctionDefinition(name=name, parameters=schema) for name, schema in SCHEMAS.items()
+)
 
 
 class Words:
-    """As much of a tokenizer as reading an answer takes: a token a byte, and some markers."""
+    """The part of a tokenizer that parsing needs: a token per byte, and some markers."""
 
     token_bytes: Sequence[bytes] = BYTES
 
@@ -69,7 +70,7 @@ class Words:
 
 
 def answers(requests: Sequence[GenerationRequest]) -> dict[str, list[Event]]:
-    """What the engine journals of each, all in one batch."""
+    """The engine's journal of each, all in one batch."""
     config = tiny_model_config(vocab_size=len(BYTES), max_model_len=512)
     options = RunnerOptions(dtype="float32", block_size=8, num_blocks=1024)
     runner = TorchRunner(config, tiny_weights(config, seed=1), options=options, digest="tiny")
@@ -95,14 +96,14 @@ def answers(requests: Sequence[GenerationRequest]) -> dict[str, list[Event]]:
     return events
 
 
-def read(events: Sequence[Event], name: str, request_id: str) -> Collected:
+def read(events: Sequence[Event], name: str, request_id: str) -> Accumulator:
     manifest = Manifest(
         endpoint=Endpoint.CHAT, model="m", fingerprint="f", created=0,
         prompts=(PromptNote(num_tokens=1),), notation=name,
     )  # fmt: skip
     words: Any = Words()
     reader = ChoiceReader(manifest, 0, words, request_id=request_id)
-    collected = Collected()
+    collected = Accumulator()
     for event in events:
         for shown in reader.read(event.record):
             collected.add(shown)
@@ -110,16 +111,16 @@ def read(events: Sequence[Event], name: str, request_id: str) -> Collected:
 
 
 @pytest.mark.parametrize("forced", [True, False])
-@pytest.mark.parametrize("name", sorted(NOTATIONS))
+@pytest.mark.parametrize("name", sorted(TOOL_FORMATS))
 def test_every_call_fits_its_schema(name: str, forced: bool) -> None:
-    notation = NOTATIONS[name]
+    tool_format = TOOL_FORMATS[name]
     words: Any = Words()
     draw = random.Random(name)
     grammars = {
         parallel: tools_grammar(
             ToolUse(functions=FUNCTIONS, may_call=(0, 1, 2), forced=forced, parallel=parallel),
-            notation,
-            notation.marker_ids(words),
+            tool_format,
+            tool_format.marker_ids(words),
         )
         for parallel in (True, False)
     }

@@ -1,4 +1,4 @@
-"""Function calls in responses: one journal, told as a body, a stream, and a stream resumed."""
+"""Function calls in responses: body, stream and resumed stream agree."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from service.api.tools.formats import NOTATIONS
+from service.api.tools.formats import TOOL_FORMATS
 from service.messages import FinishReason
 from tests.support.builders import slowly
 
 URL = "/v1/responses"
-PLAIN = NOTATIONS["plain"]
+PLAIN = TOOL_FORMATS["plain"]
 TOOLS: list[dict[str, Any]] = [
     {"type": "function", "name": "get_weather", "description": "The weather.", "parameters": {
         "type": "object", "properties": {"city": {"type": "string"}}}, "strict": True},
@@ -27,12 +27,12 @@ B: dict[str, Any] = {"model": "tiny-model", "input": "hello", "tools": TOOLS, "s
 
 @pytest.fixture
 async def service(start_service: Any) -> AsyncIterator[Any]:
-    """A replica of a model that has room for tools in its prompt."""
+    """A replica with room for tools in a prompt."""
     async with start_service(max_model_len=4096) as started:
         yield started
 
 
-def saying(service: Any, text: str) -> None:
+def script_text(service: Any, text: str) -> None:
     service.engine.end = FinishReason.STOP
     service.engine.script = lambda _: service.tokenizer.encode(text, add_bos=False)
 
@@ -42,12 +42,12 @@ def random_answer(draw: random.Random) -> str:
     names = ["now", "get_weather"]
     calls = [(draw.choice(names), draw.choice(values)) for _ in range(draw.randint(0, 3))]
     text = draw.choice(["", "Let me see: <tool", "One moment.\n\n"])
-    answer = text + (PLAIN.spell(calls) if calls else "")
+    answer = text + (PLAIN.render(calls) if calls else "")
     return answer[: draw.randint(1, len(answer) + 20)] or "é"
 
 
-def summed(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The output, put together from a stream's events as a client would."""
+def assemble(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The output that a client assembles from the events of a stream."""
     output: list[dict[str, Any]] = []
     for event in copy.deepcopy(events):
         kind = event["type"].removeprefix("response.")
@@ -70,11 +70,11 @@ def summed(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("seed", [0, 1, *slowly(*range(2, 30))])
-async def test_body_stream_and_resumed_stream_are_one(
+async def test_body_stream_and_resumed_stream_agree(
     service: Any, read_events: Any, seed: int
 ) -> None:
     draw = random.Random(seed)
-    saying(service, random_answer(draw))
+    script_text(service, random_answer(draw))
     if draw.random() < 0.3:
         service.engine.end = FinishReason.LENGTH
     reply = await service.post(URL, B | {"stream": True})
@@ -83,7 +83,7 @@ async def test_body_stream_and_resumed_stream_are_one(
     assert numbers == sorted(set(numbers))
     final = events[-1]["response"]
     assert final["status"] == events[-1]["type"].removeprefix("response.")
-    assert summed(events) == final["output"]
+    assert assemble(events) == final["output"]
     assert (await service.client.get(f"{URL}/{final['id']}")).json() == final
     for index, number in enumerate(numbers):
         resumed = await service.client.get(
@@ -92,8 +92,8 @@ async def test_body_stream_and_resumed_stream_are_one(
         assert read_events(resumed.content) == events[index + 1 :], number
 
 
-async def test_what_a_response_with_calls_looks_like(service: Any, read_events: Any) -> None:
-    saying(service, "Let me see.\n" + PLAIN.spell([("get_weather", '{"city": "Rome"}')]))
+async def test_a_response_with_calls(service: Any, read_events: Any) -> None:
+    script_text(service, "Let me see.\n" + PLAIN.render([("get_weather", '{"city": "Rome"}')]))
     body = (await service.post(URL, B)).json()
     message, call = body["output"]
     assert message["content"][0]["text"] == "Let me see."
@@ -105,10 +105,10 @@ async def test_what_a_response_with_calls_looks_like(service: Any, read_events: 
     assert body["tool_choice"] == "auto"
     queued = (await service.post(URL, B | {"background": True})).json()
     assert queued["output"] == []
-    while (told := (await service.client.get(f"{URL}/{queued['id']}")).json())["usage"] is None:
+    while (state := (await service.client.get(f"{URL}/{queued['id']}")).json())["usage"] is None:
         await asyncio.sleep(0.005)
-    assert told["output"][0]["content"] == message["content"]
-    assert told["output"][1]["arguments"] == call["arguments"]
+    assert state["output"][0]["content"] == message["content"]
+    assert state["output"][1]["arguments"] == call["arguments"]
     streamed = await service.post(URL, B | {"stream": True}, x_quire_event_ids="1")
     kinds = [event["type"] for event in read_events(streamed.content)]
     assert kinds[-3:] == [
@@ -129,8 +129,8 @@ async def test_what_a_response_with_calls_looks_like(service: Any, read_events: 
             assert rest.content == b"\n\n".join(whole[index + 1 :])
 
 
-async def test_items_become_the_messages_of_a_chat(service: Any) -> None:
-    """The same conversation, in both words, gives the same prompt and the same grammar."""
+async def test_items_become_messages_of_a_chat(service: Any) -> None:
+    """The same conversation in both APIs gives the same prompt and the same grammar."""
     items = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "Well."},
@@ -175,10 +175,12 @@ async def test_items_become_the_messages_of_a_chat(service: Any) -> None:
 
 
 @pytest.mark.slow
-async def test_openais_client_puts_it_together(service: Any, listen: Any) -> None:
+async def test_the_client_assembles_tool_calls(service: Any, listen: Any) -> None:
     import openai
 
-    saying(service, "Well. " + PLAIN.spell([("now", "{}"), ("get_weather", '{"city": "Rome"}')]))
+    script_text(
+        service, "Well. " + PLAIN.render([("now", "{}"), ("get_weather", '{"city": "Rome"}')])
+    )
     options: Any = {k: v for k, v in B.items() if k != "seed"}
     async with (
         listen(service.app) as url,
@@ -189,12 +191,12 @@ async def test_openais_client_puts_it_together(service: Any, listen: Any) -> Non
             async for _ in stream:
                 pass
             final = await stream.get_final_response()
-    told = [item.to_dict() for item in whole.output]
-    assert [item["type"] for item in told] == ["message", "function_call", "function_call"]
-    for one, other in zip(told, (item.to_dict() for item in final.output), strict=True):
+    items = [item.to_dict() for item in whole.output]
+    assert [item["type"] for item in items] == ["message", "function_call", "function_call"]
+    for one, other in zip(items, (item.to_dict() for item in final.output), strict=True):
         for name in ("name", "arguments", "status"):
             assert one.get(name) == other.get(name)
-    assert json.loads(told[2]["arguments"]) == {"city": "Rome"}
+    assert json.loads(items[2]["arguments"]) == {"city": "Rome"}
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
@@ -216,7 +218,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 ]  # fmt: skip
 
 
-async def test_bad_tools_are_refused(service: Any) -> None:
+async def test_invalid_tools(service: Any) -> None:
     for fields, param, code in BAD:
         reply = await service.post(URL, B | fields)
         error = reply.json().get("error") or {}

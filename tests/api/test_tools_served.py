@@ -1,7 +1,7 @@
 """Tools as OpenAI's own client sees them, served by a real process with the default model.
 
-The model is small, and at such temperatures it says anything at all: that every call is well-formed
-and fits its schema is the grammar's doing.
+The model is small and samples at high temperatures: the grammar makes every call well-formed and
+match its schema.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ async def client(server_url: str) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 def calls_of(message: Any) -> list[tuple[str, str]]:
-    """(name, arguments) of its calls."""
+    """(name, arguments) of each call."""
     return [(c.function.name, c.function.arguments) for c in message.tool_calls or ()]
 
 
 def check(message: Any) -> list[tuple[str, str]]:
-    """The same; all of them fit."""
+    """The same; all of them match their schemas."""
     called = calls_of(message)
     for name, arguments in called:
         jsonschema_rs.validate(PARAMETERS[name], json.loads(arguments))
@@ -136,8 +136,8 @@ async def test_a_round_with_results(client: openai.AsyncOpenAI) -> None:
     assert check(said) or "sunny" in (said.content or "").lower()
 
 
-async def test_a_model_that_has_called_calls_again_by_itself(client: openai.AsyncOpenAI) -> None:
-    """It goes on as it has begun: here in text that turns into a call."""
+async def test_a_model_that_has_called_calls_again(client: openai.AsyncOpenAI) -> None:
+    """It continues as it began: here with text that becomes a call."""
     messages = list(ASK)
     for number, city in enumerate(("Rome", "Oslo", "Lima")):
         arguments = json.dumps({"city": city, "unit": "celsius"})
@@ -156,7 +156,7 @@ async def test_a_model_that_has_called_calls_again_by_itself(client: openai.Asyn
     assert choice.finish_reason == "tool_calls"
 
 
-async def test_a_bad_schema_is_refused_by_its_place(client: openai.AsyncOpenAI) -> None:
+async def test_a_bad_schema_is_rejected_by_its_path(client: openai.AsyncOpenAI) -> None:
     bad = {"type": "object", "properties": {"a": {"type": "nothing"}}}
     tool: Any = {"type": "function", "function": {"name": "bad", "parameters": bad}}
     with pytest.raises(openai.BadRequestError) as refusal:
@@ -166,7 +166,7 @@ async def test_a_bad_schema_is_refused_by_its_place(client: openai.AsyncOpenAI) 
 
 
 async def test_a_format_and_tools(client: openai.AsyncOpenAI) -> None:
-    """What is said has the format, and what is called fits; forced calls leave no room for it."""
+    """Text has the format, and calls match; forced calls exclude a format."""
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
               "additionalProperties": False}  # fmt: skip
     asked: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
@@ -176,7 +176,7 @@ async def test_a_format_and_tools(client: openai.AsyncOpenAI) -> None:
     for choice in completion.choices:
         if not check(choice.message) and choice.finish_reason == "stop":
             jsonschema_rs.validate(schema, json.loads(choice.message.content or ""))
-    with pytest.raises(openai.BadRequestError, match="leaves no room"):
+    with pytest.raises(openai.BadRequestError, match="cannot be combined with required tool calls"):
         await client.chat.completions.create(
             model=MODEL, messages=ASK, tools=TOOLS, response_format=asked, tool_choice="required"
         )

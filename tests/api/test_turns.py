@@ -245,7 +245,8 @@ async def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(
     assert reply.status_code == 400, error
     if not path.startswith("/v1/messages"):
         assert (error["param"], error["code"]) == (param, "context_length_exceeded")
-    assert error["message"] == f"{param} must leave room for a token: the model holds 256 tokens"
+    message = f"{param} must leave room for a token: the context length is 256 tokens"
+    assert error["message"] == message
     assert held.began == []
 
 

@@ -155,10 +155,10 @@ def walk(grammars: Grammars, notation: str, seed: int, *, length: int = 40) -> l
     return tokens
 
 
-NOTATIONS = [notation for notation, *_ in LANGUAGES]
+TOOL_FORMATS = [notation for notation, *_ in LANGUAGES]
 
 
-@pytest.mark.parametrize("notation", NOTATIONS, ids=lambda notation: notation[:12])
+@pytest.mark.parametrize("notation", TOOL_FORMATS, ids=lambda notation: notation[:12])
 def test_a_mask_says_what_can_be_read(grammars: Grammars, notation: str) -> None:
     """Of every token at every place: it is in the mask where it can be read, and nowhere else. The
     ends are in it where the answer may end; what has no text is in none.
@@ -178,7 +178,7 @@ def test_a_mask_says_what_can_be_read(grammars: Grammars, notation: str) -> None
                 matcher.read(token)
 
 
-@pytest.mark.parametrize("notation", NOTATIONS, ids=lambda notation: notation[:12])
+@pytest.mark.parametrize("notation", TOOL_FORMATS, ids=lambda notation: notation[:12])
 def test_where_an_answer_stands_is_a_function_of_its_tokens(
     grammars: Grammars, notation: str
 ) -> None:

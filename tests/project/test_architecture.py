@@ -190,7 +190,7 @@ def test_broad_excepts_are_at_most_two() -> None:
 
 
 SHARED_THREADS = {
-    "service.api.system.docs": "one rendering per model card, however many ask",
+    "service.api.system.openapi": "one rendering per model card, however many ask",
     "service.app": "to end",
     "service.roles": "to load the model, and to end",
     "service.worker.worker": "to end",

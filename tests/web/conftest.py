@@ -1,4 +1,4 @@
-"""A real Chromium before a real server, and what every test of the page holds it to."""
+"""A real Chromium and a real server, and the checks of every test of the page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHAT = "JSON.parse(localStorage.getItem('quire.chat.1')).messages"
 
 @pytest.fixture(scope="session")
 def chromium() -> str:
-    """The browser's path. Without one the page cannot be tested, and that is a failure."""
+    """The browser's path. Without a browser the tests fail."""
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:
         pytest.fail("missing: chromium (Debian: apt-get install chromium)", pytrace=False)
@@ -34,7 +34,7 @@ def chromium() -> str:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def browser(chromium: str) -> AsyncIterator[Browser]:
-    """One browser a session; each test has contexts of its own."""
+    """One browser per session; each test has its own contexts."""
     expect.set_options(timeout=1e3 * PATIENCE)
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
@@ -44,7 +44,7 @@ async def browser(chromium: str) -> AsyncIterator[Browser]:
 
 @dataclass
 class Visit:
-    """A person's tab at the page, and what went wrong in it."""
+    """A tab with the page, and the errors in it."""
 
     page: Page
     context: BrowserContext
@@ -79,14 +79,14 @@ class Visit:
         await self.page.press("#question", "Enter")
 
     async def shown(self, characters: int) -> None:
-        """Waits until so much of the last answer is shown."""
+        """Waits until the last answer shows this much text."""
         await self.page.wait_for_function(
             "n => [...document.querySelectorAll('.answer')].at(-1)?.textContent.length >= n",
             arg=characters,
         )
 
     async def begun(self) -> None:
-        """Waits until the page has saved by which call the last answer comes."""
+        """Waits until the page has saved the call id of the last answer."""
         await self.page.wait_for_function(f"() => {CHAT}.at(-1).call")
 
     async def ended(self) -> None:
@@ -95,7 +95,7 @@ class Visit:
         )
 
     async def record(self) -> dict[str, Any]:
-        """The last message as the page keeps it."""
+        """The last message as the page stores it."""
         return cast("dict[str, Any]", await self.page.evaluate(f"{CHAT}.at(-1)"))
 
 
@@ -132,7 +132,7 @@ Undisturbed = Callable[..., Awaitable[dict[str, Any]]]
 
 @pytest.fixture(scope="session")
 def undisturbed() -> Undisturbed:
-    """The choice that any client gets to a question, in one piece."""
+    """The choice that an API client gets for a question, not streamed."""
 
     async def ask(url: str, question: str, **fields: Any) -> dict[str, Any]:
         async with httpx.AsyncClient(base_url=url, timeout=120) as client:
@@ -152,12 +152,12 @@ Faults = Callable[[Page], Awaitable[list[str]]]
 
 @pytest.fixture(scope="session")
 def overflow() -> Faults:
-    """`await overflow(page)`: what is wider than the window."""
+    """`await overflow(page)`: elements wider than the window."""
     return _overflow
 
 
 async def _overflow(page: Page) -> list[str]:
-    """What sticks out of the window or is scrolled sideways, code blocks' own scrolling aside."""
+    """Elements that extend beyond the window or scroll sideways, except code blocks."""
     found: list[str] = await page.evaluate(
         """() => [...document.querySelectorAll('body, body *')]
           .filter((e) => e.checkVisibility() && !e.closest('pre, .hidden, .skip'))
@@ -170,12 +170,12 @@ async def _overflow(page: Page) -> list[str]:
 
 @pytest.fixture(scope="session")
 def findings() -> Faults:
-    """`await findings(page)`: what axe-core holds to be serious."""
+    """`await findings(page)`: serious violations found by axe-core."""
     return _findings
 
 
 async def _findings(page: Page) -> list[str]:
-    """axe's violations that keep people out, with where they are."""
+    """Serious violations, each with its elements."""
     await page.evaluate(AXE_FILE_PATH.read_text(encoding="utf-8"))
     result = await page.evaluate("axe.run()")
     assert len(result["passes"]) > 10

@@ -1,4 +1,4 @@
-"""The page for everybody: keyboard alone, narrow windows, dark colours, screen readers."""
+"""Accessibility: keyboard only, narrow windows, dark colours, screen readers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def test_everything_can_be_done_from_the_keyboard(visit: Any) -> None:
 
 
 async def walk(page: Page) -> tuple[set[str], list[str]]:
-    """Names of what Tab reaches, all around, and of what shows no focus then."""
+    """Names of the elements that Tab reaches, and of those that show no focus."""
     reached: list[str] = []
     unseen: list[str] = []
     await page.evaluate("document.activeElement.blur()")

@@ -1,4 +1,4 @@
-"""The heat map of attention: what it shows is what the API says, and everybody can use it."""
+"""The attention heat map: it shows the API's weights, and is accessible."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ async def opened(tab: Any, *, tokens: int = 24) -> None:
 
 
 async def read(page: Page) -> None:
-    """Waits until the map that was asked for last is drawn."""
+    """Waits until the last requested map is drawn."""
     await expect(page.locator(".attention")).to_have_attribute("aria-busy", "false")
 
 
 async def asked(url: str, record: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """The map as any client gets it."""
+    """The map as an API client gets it."""
     tokens = [*record["prompt"], *(token["id"] for token in record["tokens"])]
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         while (
             reply := await client.post("/v1/attention", json={"tokens": tokens, **fields})
-        ).status_code == 503:  # it reads for somebody else
+        ).status_code == 503:  # it is busy
             await asyncio.sleep(0.1)
     assert reply.status_code == 200, reply.text
     answer: dict[str, Any] = reply.json()
@@ -52,7 +52,7 @@ async def asked(url: str, record: dict[str, Any], **fields: Any) -> dict[str, An
 
 
 async def listed(page: Page) -> list[float]:
-    """The weights in the list beside the map, in percent."""
+    """The weights in the list next to the map, in percent."""
     shown = await page.locator(".attended li > :last-child").all_inner_texts()
     return [float(re.sub(r"[^0-9.]", "", text)) for text in shown]
 
@@ -110,7 +110,7 @@ async def test_the_answers_tokens_are_those_that_were_sampled(
     assert record["prompt"] == reply.json()["tokens"]
 
 
-async def test_the_map_works_from_the_keyboard_and_is_said(visit: Any) -> None:
+async def test_the_map_works_from_the_keyboard_and_is_announced(visit: Any) -> None:
     tab = await visit()
     await opened(tab)
     button = tab.page.get_by_role("button", name="Attention")
@@ -143,7 +143,7 @@ async def test_the_map_works_from_the_keyboard_and_is_said(visit: Any) -> None:
 
 
 @pytest.mark.parametrize(("colours", "phone"), [("dark", False), ("light", True)])
-async def test_the_map_is_for_everybody(
+async def test_the_map_is_accessible(
     visit: Any, colours: str, phone: bool, findings: Any, overflow: Any
 ) -> None:
     options = {"viewport": PHONE, "has_touch": True, "is_mobile": True} if phone else {}
@@ -156,8 +156,8 @@ async def test_the_map_is_for_everybody(
     assert await findings(tab.page) == []
 
 
-async def test_what_cannot_be_shown_is_told(visit: Any) -> None:
-    """A text over the limit, without asking for it; and a server that is busy for a while."""
+async def test_errors_are_shown(visit: Any) -> None:
+    """A text over the limit, without a request; and a server that is busy for a while."""
     tab = await visit()
     await tab.set(seed=5, max_tokens=8)
     await tab.ask("word " * 600)
@@ -185,7 +185,7 @@ async def test_what_cannot_be_shown_is_told(visit: Any) -> None:
 
 
 async def test_without_a_network_there_is_no_button(visit: Any, server_url: str) -> None:
-    """As a replica of the API alone says of itself."""
+    """As on an API replica."""
     tab = await visit()
 
     async def without(route: Route) -> None:

@@ -1,4 +1,4 @@
-"""The page in a browser, over a real model: ask, watch, stop, and answers that survive."""
+"""The page in a browser with a real model: ask, watch, stop, and answers that survive."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ async def test_an_answer_streams_and_is_what_the_api_answers(
     strip = (await tab.page.locator(".answer").text_content()).replace("⏎", "")
     assert strip == record["text"], "each character belongs to one token"
     said = await tab.page.locator("#said").text_content()
-    assert "".join(said.split()) == "".join(record["text"].split()), "all of it was said aloud"
+    assert "".join(said.split()) == "".join(record["text"].split()), "all of it was announced"
 
 
-async def test_the_conversation_goes_on_and_outlives_the_page(visit: Any) -> None:
+async def test_the_conversation_continues_and_outlives_the_page(visit: Any) -> None:
     tab = await visit()
     await tab.set(max_tokens=8, system="You are a parrot.")
     await tab.ask("One.")
@@ -98,7 +98,7 @@ async def test_the_conversation_goes_on_and_outlives_the_page(visit: Any) -> Non
     await expect(tab.page.locator("#welcome")).to_be_visible()
 
 
-async def test_stop_ends_it_here_and_there(visit: Any, server_url: str) -> None:
+async def test_stop_cancels_on_the_server_too(visit: Any, server_url: str) -> None:
     tab = await visit()
     await tab.set(max_tokens=4000)
     await tab.ask(STORY)
@@ -115,10 +115,10 @@ async def test_stop_ends_it_here_and_there(visit: Any, server_url: str) -> None:
     await expect(tab.page.locator("#question")).to_be_focused()
 
 
-async def test_a_reload_in_mid_answer_loses_nothing(
+async def test_a_reload_during_an_answer_loses_nothing(
     visit: Any, server_url: str, undisturbed: Any
 ) -> None:
-    """The text of an answer that lived through two reloads is that of one left alone."""
+    """An answer after two reloads has the text of one without."""
     tab = await visit()
     await tab.set(seed=11, max_tokens=800)
     await tab.ask(STORY)
@@ -163,7 +163,7 @@ async def test_another_tab_follows_the_same_answer(visit: Any) -> None:
     assert await other.inner_text(".answer") == await tab.page.inner_text(".answer")
 
 
-async def test_a_lost_connection_is_shown_and_made_good(
+async def test_a_lost_connection_is_shown_and_recovered(
     visit: Any, server_url: str, undisturbed: Any
 ) -> None:
     async with FaultProxy(urlsplit(server_url).port or 0) as proxy:
@@ -214,7 +214,7 @@ async def test_a_lost_reply_to_the_question_makes_no_second_answer(
     assert record["text"] == expected["message"]["content"]
 
 
-async def test_a_token_tells_its_probability_and_what_else_was_likely(
+async def test_a_token_shows_its_probability_and_alternatives(
     visit: Any, server_url: str, undisturbed: Any
 ) -> None:
     tab = await visit()
@@ -240,12 +240,12 @@ async def test_a_token_tells_its_probability_and_what_else_was_likely(
     await tab.page.keyboard.press("ArrowRight")
     await tab.page.keyboard.press("ArrowRight")
     await expect(tip.locator("li")).to_have_count(5)
-    await expect(tab.page.locator("#token-said")).to_contain_text("Likeliest:")
+    await expect(tab.page.locator("#token-said")).to_contain_text("Most likely:")
     await tab.page.keyboard.press("Escape")
     await expect(tip).to_be_hidden()
 
 
-async def test_a_refusal_is_shown_in_the_servers_words(visit: Any) -> None:
+async def test_an_error_shows_the_servers_message(visit: Any) -> None:
     tab = await visit()
     tab.network_may_fail = True
     await tab.set(max_tokens=8000)

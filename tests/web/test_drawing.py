@@ -1,4 +1,4 @@
-"""How text becomes elements: never markup, the same whether it came at once or bit by bit."""
+"""How text becomes elements: never markup, and independent of the chunks."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ LAWS = """async () => {
 
 
 async def answer_with(tab: Any, text: str) -> None:
-    """Lets the page show an answer of our making, in three pieces."""
+    """Makes the page show a fixed answer, in three chunks."""
     third = len(text) // 3
     pieces = [text[:third], text[third : 2 * third], text[2 * third :]]
     events: list[dict[str, Any]] = [
@@ -93,7 +93,7 @@ async def answer_with(tab: Any, text: str) -> None:
     await tab.ended()
 
 
-async def test_what_a_model_says_never_becomes_markup(visit: Any) -> None:
+async def test_text_of_a_model_never_becomes_markup(visit: Any) -> None:
     tab = await visit()
     await answer_with(tab, HOSTILE)
     answer = tab.page.locator(".answer")
@@ -103,7 +103,7 @@ async def test_what_a_model_says_never_becomes_markup(visit: Any) -> None:
     assert await tab.page.title() == "Quire"
 
 
-async def test_markdown_is_drawn_as_it_is_meant(visit: Any) -> None:
+async def test_markdown_is_drawn(visit: Any) -> None:
     tab = await visit()
     await answer_with(tab, MARKDOWN)
     answer = tab.page.locator(".answer")
@@ -123,6 +123,6 @@ async def test_markdown_is_drawn_as_it_is_meant(visit: Any) -> None:
     )
 
 
-async def test_text_drawn_bit_by_bit_is_text_drawn_at_once(visit: Any) -> None:
+async def test_streamed_text_is_drawn_like_whole_text(visit: Any) -> None:
     tab = await visit()
     assert await tab.page.evaluate(LAWS) == []

@@ -1,4 +1,4 @@
-"""The page of a server with keys: it asks for one, keeps it while its tab is open, and works."""
+"""The page of a server with keys: it asks for a key, keeps it until the tab closes, and works."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECRET = new_secret()
 
 @pytest.fixture
 def keyed_url(default_model: Path, tmp_path: Path) -> Iterator[str]:
-    """A real server that serves nobody without a key."""
+    """A real server that requires keys."""
     keys, log = tmp_path / "keys.toml", tmp_path / "log"
     keys.write_text(new_entry(SECRET, name="alice"))
     port = free_port()

@@ -1,4 +1,4 @@
-"""Pages of other sites, in a real browser: what they can do to a server on this machine."""
+"""Pages of other sites in a real browser: what they can do with a server on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
 @pytest.fixture(scope="module")
 def other_port() -> int:
-    """Where the other site's page is served."""
+    """The URL of the other site's page."""
     return free_port()
 
 
@@ -98,7 +98,7 @@ REFUSED = """async url => {
 }"""
 
 
-async def test_a_page_of_another_origin_is_kept_out(
+async def test_a_page_of_another_origin_is_rejected(
     browser: Browser, other_site: str, server_url: str
 ) -> None:
     context = await browser.new_context()
@@ -110,7 +110,7 @@ async def test_a_page_of_another_origin_is_kept_out(
         await context.close()
 
 
-async def test_dns_rebinding_is_refused(chromium: str, server_url: str) -> None:
+async def test_dns_rebinding_is_rejected(chromium: str, server_url: str) -> None:
     """A name of another site that resolves to the loopback: without the check the browser takes
     the server for that site, and its scripts may read all that it answers.
     """

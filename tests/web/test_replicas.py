@@ -1,5 +1,5 @@
-"""The page over replicas: an engine is killed in mid-answer, then the API's process, and the person
-reads on. What is read is what an answer left alone says.
+"""The page with replicas: during an answer the engine is killed, then the API's process, and the
+page continues. The text is that of an undisturbed answer.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.api.generation.readers import Attendance
+from service.api.readers import Readers
 from service.app import sweep_forever
 from service.cluster import Cluster
 from service.errors import Unavailable
@@ -110,14 +110,14 @@ async def run(queue: FailingQueue, *, drain: bool, pace: float = 0.002) -> None:
     cancelled = make_request("cancelled", max_tokens=40)
     one = Station(queue, "one", on_run=taking(pace)).start()
     other = Station(queue, "other", on_run=taking(pace)).start()
-    attendance, seen = Attendance(queue), Counters()
+    readers, seen = Readers(queue), Counters()
     card = ModelCard(id="m", max_model_len=64, vocab_size=97, numeric_class="oracle", created=0)
     chores = [
         asyncio.create_task(sweep_forever(queue, interval=0.02)),
-        asyncio.create_task(attendance.run(0.02)),
+        asyncio.create_task(readers.send_heartbeats(0.02)),
         asyncio.create_task(Cluster(queue, card, observer=seen).watch()),
     ]
-    attendance.enter("o0")
+    readers.add("o0")
     try:
         for request in (*requests, cancelled):
             await retried(partial(submit, queue, request))

@@ -1,75 +1,100 @@
-"""A message as an object: what Anthropic's clients read of an answer.
+"""A message as an object, and an error: what Anthropic's clients read.
 
-Its content is blocks: runs of text, and tool calls, as `collected` sums them up.
+The content of a message is blocks: the text and tool-call segments of the answer.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from service.api.generation.accumulate import Call, Collected, Run
-from service.api.generation.reader import Answer
-from service.api.openai.usage import usage
+from service.api.generation.accumulate import Accumulator, Segment, ToolCallSegment
+from service.api.generation.reader import AnswerReader
+from service.errors import BadRequest, QuireError, ShuttingDown
 
 PREFIX = "msg_"
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_ERROR_TYPES: Mapping[int, str] = MappingProxyType({
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+})  # fmt: skip
 
 
-def opened_block(run: Run) -> dict[str, Any]:
-    """A block as it is announced, empty."""
-    if isinstance(run, Call):
-        return {"type": "tool_use", "id": run.id, "name": run.name, "input": {}}
+def message_object(reader: AnswerReader, answer: Accumulator) -> dict[str, Any]:
+    """The message so far."""
+    return {
+        "id": PREFIX + reader.id,
+        "type": "message",
+        "role": "assistant",
+        "model": reader.manifest.model,
+        "content": [_block(segment) for segment in answer.segments],
+        **stop_fields(answer),
+        "usage": message_usage(reader),
+    }
+
+
+def opened_block(segment: Segment) -> dict[str, Any]:
+    """A block before it has content."""
+    if isinstance(segment, ToolCallSegment):
+        return {"type": "tool_use", "id": segment.id, "name": segment.name, "input": {}}
     return {"type": "text", "text": ""}
 
 
-def block_delta(run: Run, text: str) -> dict[str, Any]:
-    """What it grows by. The text of a tool's input comes bit by bit."""
-    if isinstance(run, Call):
+def block_delta(segment: Segment, text: str) -> dict[str, Any]:
+    """The growth of a block. The JSON of a tool call's input is streamed as text."""
+    if isinstance(segment, ToolCallSegment):
         return {"type": "input_json_delta", "partial_json": text}
     return {"type": "text_delta", "text": text}
 
 
-def whole_block(run: Run) -> dict[str, Any]:
-    """A block as it is in the end. An input that the answer's end cut off cannot be told."""
-    if not isinstance(run, Call):
-        return opened_block(run) | {"text": run.text}
+def _block(segment: Segment) -> dict[str, Any]:
+    """A block with its content. Input that was cut off by the end of the answer is left empty."""
+    block = opened_block(segment)
+    if not isinstance(segment, ToolCallSegment):
+        return block | {"text": segment.text}
     try:
-        return opened_block(run) | {"input": json.loads(run.arguments)}
+        return block | {"input": json.loads(segment.arguments)}
     except ValueError:
-        return opened_block(run)
+        return block
 
 
-def message_object(answer: Answer, collected: Collected) -> dict[str, Any]:
-    """The message as it stands."""
-    return {
-        "id": PREFIX + answer.id,
-        "type": "message",
-        "role": "assistant",
-        "model": answer.manifest.model,
-        "content": [whole_block(run) for run in collected.runs],
-        **stop_fields(collected),
-        "usage": message_usage(answer),
-    }
-
-
-def stop_fields(collected: Collected) -> dict[str, Any]:
-    """Why it ended. Where Anthropic has no word for a reason it is our own."""
-    end, reason = collected.end, collected.finish_reason
+def stop_fields(answer: Accumulator) -> dict[str, Any]:
+    """Why the answer ended. A reason that Anthropic has no word for keeps its own name."""
+    end, reason = answer.end, answer.finish_reason
     if end is not None and isinstance(end.stopped_by, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": end.stopped_by}
     word = None if reason is None else _REASONS.get(reason, reason)
     return {"stop_reason": word, "stop_sequence": None}
 
 
-def message_usage(answer: Answer) -> dict[str, Any]:
-    """Counts so far. Input tokens are those that were not found in the prefix cache."""
-    counts = usage(answer.manifest, answer.readers)
-    cached = counts["prompt_tokens_details"]["cached_tokens"]
+def message_usage(reader: AnswerReader) -> dict[str, Any]:
+    """Token counts so far. Input tokens are those that were not in the prefix cache."""
+    usage = reader.usage
     return {
-        "input_tokens": counts["prompt_tokens"] - cached,
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": cached,
-        "output_tokens": counts["completion_tokens"],
+        "cache_read_input_tokens": usage.cached_tokens,
+        "output_tokens": usage.completion_tokens,
     }
+
+
+def message_error_body(error: QuireError) -> bytes:
+    """`{"type": "error", "error": {type, message}}` in ASCII. The form has no place for the name of
+    a field, so the message begins with it.
+    """
+    kind = "invalid_request_error" if isinstance(error, BadRequest) else "api_error"
+    message = error.message
+    if error.param is not None and not message.startswith(error.param):
+        message = f"{error.param}: {message}"
+    fields = {"type": _ERROR_TYPES.get(error.status, kind), "message": message}
+    if isinstance(error, ShuttingDown):
+        fields |= {"code": error.code, **error.details()}
+    return json.dumps({"type": "error", "error": fields}).encode()

@@ -1,35 +1,49 @@
-"""The body of POST /v1/messages, and the chat that it asks for.
+"""The bodies of POST /v1/messages and /v1/messages/count_tokens.
 
-A message is a chat with Anthropic's names: `as_chat` is where the names end, so that prompt, limits
-and sampling are decided by the same code. What is beside text and tools is refused by name.
+The content of a message is a list of blocks:
+
+    text                          both      text
+    thinking, redacted_thinking   assistant its reasoning; the redacted kind has no effect
+    tool_use                      assistant a tool call
+    tool_result                   user      the result of a call
+
+What this server does not support is refused by name: see `WireModel`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from service.api.anthropic.blocks import (
-    MessageTool,
-    MessageToolChoice,
-    TextBlocks,
-    Turn,
-    chat_messages,
-    joined,
+from service.api.fields import (
+    CacheControl,
+    FieldError,
+    Ignored,
+    IgnoredText,
+    Label,
+    ModelName,
+    OnDisconnect,
+    Priority,
+    Seed,
+    StopStrings,
+    StrictModel,
+    Text,
+    TopP,
+    UnitTemperature,
+    check_json,
 )
-from service.api.fields import Label, ModelName, Seed, StopStrings, TopP, UnitTemperature
-from service.api.generation.manifest import Endpoint
-from service.api.openai.schema import MAX_MESSAGES, MAX_PRIORITY, MAX_TOP_K, ChatBody, Message, Wire
-from service.api.structured.schema import JsonSchema, ResponseFormat
-from service.api.tools.schema import MAX_TOOLS
-from service.errors import BadRequest
+from service.api.tools.schema import MAX_TOOLS, FunctionName, Parameters
+from service.api.wire import MAX_MESSAGES, MAX_TOP_K, MessageModel, WireModel
 
-_THINKING_OFF = ({"type": "disabled"},)
-_SHARED_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "thinking": _THINKING_OFF,
+MAX_BLOCKS = 1024  # of one message
+
+_KINDS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
+_SHARED: Mapping[str, tuple[Any, ...]] = {
+    "thinking": ({"type": "disabled"},),
     "output_format": (),
     "speed": ("standard",),
     "context_management": (),
@@ -39,151 +53,233 @@ _SHARED_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-class MessageMetadata(Wire):
-    """What a caller says of a call."""
+def _blocks(value: object, *, kinds: tuple[str, ...]) -> object:
+    """A string is one text block. The error for an unknown kind names the supported ones."""
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if not isinstance(value, list):
+        raise FieldError("invalid_type", "must be a string or a list of blocks")
+    if len(value) > MAX_BLOCKS:  # before any of them is validated
+        raise FieldError("array_above_max_length", f"may have at most {MAX_BLOCKS} blocks")
+    if any(not isinstance(block, dict) or block.get("type") not in kinds for block in value):
+        names = ", ".join(kinds)
+        raise FieldError("unsupported_content", f"only blocks of the type {names} are supported")
+    return value
 
-    user_id: Label | None = Field(None, description="Accepted for compatibility; has no effect.")
+
+class Block(WireModel):
+    """The fields that all blocks have."""
+
+    unsupported = MappingProxyType({
+        "citations": ([],), "caller": ({"type": "direct"},), "toolset_name": (),
+    })  # fmt: skip
+
+    cache_control: CacheControl = None
 
 
-class OutputFormat(Wire):
-    """What the text must be."""
+class TextBlock(Block):
+    """A part of a message's text."""
 
-    model_config = ConfigDict(serialize_by_alias=True)
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
+    type: Literal["text"] = Field(description="The kind of block.")
+    text: Text = Field(description="The text.")
 
-    type: Literal["json_schema"] = Field(description="JSON of a schema.")
+
+TextBlocks = Annotated[
+    list[TextBlock],
+    BeforeValidator(
+        partial(_blocks, kinds=("text",)), json_schema_input_type=str | list[TextBlock]
+    ),
+]
+
+
+class ToolUseBlock(Block):
+    """A tool call that the assistant made."""
+
+    type: Literal["tool_use"] = Field(description="The kind of block.")
+    id: Label = Field(description="The id that the result refers to.")
+    name: FunctionName = Field(description="The tool.")
+    input: dict[str, Any] = Field(description="The arguments.")
+
+    @field_validator("input")
+    @classmethod
+    def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_json(value)
+        return value
+
+
+class ThinkingBlock(Block):
+    """The assistant's reasoning."""
+
+    type: Literal["thinking"] = Field(description="The kind of block.")
+    thinking: Text = Field(description="The reasoning, for the chat template.")
+    signature: IgnoredText = None
+
+
+class RedactedThinkingBlock(Block):
+    """Reasoning that only the server that wrote it can read; it has no effect."""
+
+    type: Literal["redacted_thinking"] = Field(description="The kind of block.")
+    data: IgnoredText = None
+
+
+class ToolResultBlock(Block):
+    """The result of a tool call."""
+
+    type: Literal["tool_result"] = Field(description="The kind of block.")
+    tool_use_id: Label = Field(description="The id of the call.")
+    content: TextBlocks = Field([], description="The result: a text, or text blocks.")
+    is_error: bool | None = Field(
+        None, description="Whether the call failed. The model reads the content only."
+    )
+
+
+TurnBlock = Annotated[
+    TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock,
+    Field(discriminator="type"),
+]
+_NOT_ALLOWED: Mapping[str, tuple[type[Block], ...]] = {
+    "user": (ToolUseBlock, ThinkingBlock, RedactedThinkingBlock),
+    "assistant": (ToolResultBlock,),
+}
+
+
+class Turn(MessageModel):
+    """One message of the chat so far."""
+
+    role: Literal["user", "assistant"] = Field(description="The author of the message.")
+    content: Annotated[
+        list[TurnBlock],
+        BeforeValidator(
+            partial(_blocks, kinds=_KINDS), json_schema_input_type=str | list[TurnBlock]
+        ),
+    ] = Field(description="The text, or a list of blocks. The assistant's may be null.")
+
+    @field_validator("content")
+    @classmethod
+    def _fits_the_role(cls, value: list[TurnBlock], info: ValidationInfo) -> list[TurnBlock]:
+        not_allowed = _NOT_ALLOWED.get(info.data.get("role", ""), ())
+        if any(isinstance(block, not_allowed) for block in value):
+            raise FieldError(
+                "invalid_value",
+                "may contain tool_use and thinking only for the assistant, "
+                "tool_result only for the user",
+            )
+        return value
+
+
+class MessageTool(WireModel):
+    """A tool that the model may call."""
+
+    unsupported = MappingProxyType({
+        "allowed_callers": (["direct"],), "defer_loading": (False,), "input_examples": ([],),
+        "eager_input_streaming": (False, True),
+    })  # fmt: skip
+
+    type: Literal["custom"] | None = Field(None, description="Only the client's own tools.")
+    name: FunctionName = Field(description="The name that the model calls it by.")
+    description: Text | None = Field(
+        None, description="For the model: what the tool does, and when to call it."
+    )
+    input_schema: Parameters = Field(description="The JSON schema of its input, an object.")
+    strict: bool | None = Field(
+        None, description="Reject a schema that cannot be enforced exactly. Default false."
+    )
+    cache_control: CacheControl = None
+
+
+class MessageToolChoice(StrictModel):
+    """Whether the model calls tools, and which."""
+
+    type: Literal["auto", "any", "tool", "none"] = Field(
+        description="auto: the model decides; any: at least one call; tool: the named one; none."
+    )
+    name: FunctionName | None = Field(
+        None, validate_default=True, description="The tool, with the type tool."
+    )
+    disable_parallel_tool_use: bool | None = Field(None, description="At most one call.")
+
+    @field_validator("name")
+    @classmethod
+    def _only_with_the_type_tool(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if (info.data.get("type") == "tool") != (value is not None):
+            raise FieldError("invalid_value", "must be given with the type tool, and only then")
+        return value
+
+
+class OutputFormat(StrictModel):
+    """The format of the text."""
+
+    type: Literal["json_schema"] = Field(description="JSON that matches a schema.")
     schema_: dict[str, Any] = Field(alias="schema", description="The schema.")
 
-    def as_response_format(self) -> ResponseFormat:
-        """In a chat's words."""
-        schema = JsonSchema.model_construct(schema_=self.schema_, strict=True)
-        return ResponseFormat.model_construct(type=self.type, json_schema=schema)
+
+class OutputConfig(WireModel):
+    """Requirements on the answer."""
+
+    unsupported = MappingProxyType({"effort": ()})
+
+    format: OutputFormat | None = Field(
+        None, description="The format of the text. Default: any text."
+    )
 
 
-class OutputConfig(Wire):
-    """How the answer must be."""
+class CountBody(WireModel):
+    """The body of POST /v1/messages/count_tokens: the fields that the prompt is made of."""
 
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"effort": ()})
-
-    format: OutputFormat | None = Field(None, description="What the text must be. Default: free.")
-
-
-class CountBody(Wire):
-    """The body of POST /v1/messages/count_tokens: what becomes the prompt of a message."""
-
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(_SHARED_UNSUPPORTED)
+    unsupported = _SHARED
 
     model: ModelName = Field(description="The id of the model, as /v1/models lists it.")
     messages: list[Turn] = Field(
         min_length=1,
         max_length=MAX_MESSAGES,
-        description="The chat so far. Where the assistant speaks last, the answer goes on with it.",
+        description="The chat so far. If the last message is the assistant's, the answer continues "
+        "it.",
     )
-    system: TextBlocks | None = Field(None, description="What the model is told before the chat.")
+    system: TextBlocks | None = Field(None, description="The system prompt.")
     tools: list[MessageTool] | None = Field(
         None, max_length=MAX_TOOLS, description="Tools that the model may call."
     )
     tool_choice: MessageToolChoice | None = Field(
-        None, description="Whether it calls them, and which. Default: as it likes."
+        None, description="Whether the model calls tools, and which. Default: auto."
     )
-    output_config: OutputConfig | None = Field(None, description="How the answer must be.")
-    cache_control: dict[str, Any] | None = Field(
-        None, description="Accepted for compatibility; prefixes are cached without it."
-    )
+    output_config: OutputConfig | None = Field(None, description="Requirements on the answer.")
+    cache_control: CacheControl = None
+
+
+class MessageMetadata(WireModel):
+    """Data about the call."""
+
+    user_id: Ignored = None
 
 
 class MessageBody(CountBody):
     """The body of POST /v1/messages."""
 
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
-        {
-            **_SHARED_UNSUPPORTED,
-            "container": (),
-            "diagnostics": (),
-            "inference_geo": (),
-            "service_tier": ("auto", "standard_only"),
-        }
-    )
+    unsupported = MappingProxyType({
+        **_SHARED, "container": (), "diagnostics": (), "inference_geo": (),
+        "service_tier": ("auto", "standard_only"),
+    })  # fmt: skip
 
-    max_tokens: int = Field(ge=1, description="The most tokens to generate.")
+    max_tokens: int = Field(ge=1, description="Maximum number of output tokens.")
     temperature: UnitTemperature = Field(
         None, description="0 is greedy; 1 samples from the model's own distribution. Default 1."
     )
     top_p: TopP = Field(
-        None, description="Sample from the likeliest tokens that hold this much probability."
+        None, description="Sample from the most likely tokens that have this total probability."
     )
     top_k: int | None = Field(
         None,
         ge=0,
         le=MAX_TOP_K,
-        description="Sample from the k likeliest tokens only; 0: from all.",
+        description="Sample from the k most likely tokens only; 0: from all.",
     )
     stop_sequences: StopStrings = Field(
         None, description="Strings that end the answer; they are not part of it."
     )
     stream: bool | None = Field(None, description="Answer with server-sent events.")
-    metadata: MessageMetadata | None = Field(None, description="About the call.")
+    metadata: MessageMetadata | None = Field(None, description="Data about the call.")
     seed: Seed = Field(
-        None, description="The same seed gives the same answer. Without it one is drawn."
+        None, description="The same seed gives the same answer. Default: a random one."
     )
-    priority: int | None = Field(
-        None, ge=0, le=MAX_PRIORITY, description="0 goes before 1 before 2. Default 1."
-    )
-    on_disconnect: Literal["cancel", "continue"] | None = Field(
-        None, description="What becomes of the answer when the connection is lost."
-    )
-
-
-class MessageChat(ChatBody):
-    """A chat whose faults are told in a message's names, and whose answer has a message's shape."""
-
-    endpoint: ClassVar[Endpoint] = Endpoint.MESSAGES
-    limit_field: ClassVar[str] = "max_tokens"
-    stop_field: ClassVar[str] = "stop_sequences"
-    function_field: ClassVar[str] = "tools[{}]"
-    parameters_field: ClassVar[str] = "tools[{}].input_schema"
-    format_field: ClassVar[str] = "output_config.format"
-    schema_field: ClassVar[str] = "output_config.format.schema"
-
-
-def as_chat(body: MessageBody) -> MessageChat:
-    """The chat that a message asks for. Raises BadRequest."""
-    config = body.output_config
-    form = None if config is None or config.format is None else config.format.as_response_format()
-    # Every value was checked where it came from.
-    return MessageChat.model_construct(
-        **_prompt_fields(body),
-        model=body.model,
-        max_completion_tokens=body.max_tokens,
-        response_format=form,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        stop=body.stop_sequences,
-        stream=body.stream,
-        seed=body.seed,
-        priority=body.priority,
-        on_disconnect=body.on_disconnect,
-    )
-
-
-def as_prompt(body: CountBody) -> MessageChat:
-    """As much of the chat as becomes its prompt. Raises BadRequest."""
-    return MessageChat.model_construct(**_prompt_fields(body), model=body.model)
-
-
-def _prompt_fields(body: CountBody) -> dict[str, Any]:
-    last = body.messages[-1]
-    if last.calls:
-        raise BadRequest("the last message may not call tools: it has no result", param="messages")
-    messages = [message for turn in body.messages for message in chat_messages(turn)]
-    if body.system:
-        messages.insert(0, Message.model_construct(role="system", content=joined(body.system)))
-    choice = body.tool_choice
-    return {
-        "messages": messages,
-        "continue_final_message": last.role == "assistant",
-        "tools": [tool.as_function() for tool in body.tools or ()],
-        "tool_choice": None if choice is None else choice.as_choice(),
-        "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
-    }
+    priority: Priority = None
+    on_disconnect: OnDisconnect = None

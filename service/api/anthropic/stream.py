@@ -1,10 +1,10 @@
-"""The events of a streamed message, as Anthropic's clients put one together.
+"""The events of a streamed message.
 
     message_start · ( content_block_start · content_block_delta* · content_block_stop )* ·
     message_delta · message_stop
 
-A `ping` follows the first block's start, as it does there, and carries the event id of a token that
-shows nothing yet. What a reader was sent before is skipped, not sent again.
+A `ping` follows the start of the first block, as in Anthropic's own streams. It also carries the
+event id of a token that has no visible text yet.
 """
 
 from __future__ import annotations
@@ -13,85 +13,85 @@ from typing import Any
 
 import orjson
 
-from service.api.anthropic.errors import message_error_body
 from service.api.anthropic.object import (
     block_delta,
+    message_error_body,
     message_object,
     message_usage,
     opened_block,
     stop_fields,
 )
-from service.api.generation.accumulate import Collected, Follower, News
-from service.api.generation.deltas import Ending, Opening, Shown
-from service.api.generation.reader import Answer
+from service.api.generation.accumulate import Accumulator, DeltaTracker, SegmentDelta
+from service.api.generation.deltas import Finish, Start, StreamDelta
+from service.api.generation.reader import AnswerReader
 from service.errors import QuireError
 
 _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
 
-class MessageWriter:
-    """Renders one message's events; with ids, the last event of a token has its position."""
+class MessageRenderer:
+    """Renders the events of one message. With event ids, the last event of a token has its id."""
 
-    def __init__(self, answer: Answer, *, event_ids: bool) -> None:
-        self._answer = answer
+    def __init__(self, reader: AnswerReader, *, event_ids: bool) -> None:
+        self._reader = reader
         self._event_ids = event_ids
-        self._collected = Collected()
-        self._blocks = Follower()
-        self._begun = False
+        self._answer = Accumulator()
+        self._blocks = DeltaTracker()
+        self._resumed = False
 
-    def opening(self) -> bytes:
-        """The message, empty: its prompt is counted already."""
-        if self._begun:
+    def skip(self, delta: StreamDelta) -> None:
+        """Takes note of a delta that the client has received."""
+        self._resumed = True
+        if not isinstance(delta, Start):
+            self._changes(delta)
+
+    def begin(self) -> bytes:
+        """The message without content, with the token count of its prompt."""
+        if self._resumed:
             return b""
-        return _event("message_start", message=message_object(self._answer, self._collected))
+        return _event("message_start", message=message_object(self._reader, self._answer))
 
-    def skip(self, shown: Shown) -> None:
-        """The reader has this, and so what comes before it."""
-        self._begun = True
-        if not isinstance(shown, Opening):
-            self._changed(shown)
-
-    def event(self, _choice: int, shown: Shown) -> bytes:
-        """What a record changes, in events."""
-        if isinstance(shown, Opening):
+    def event(self, _choice: int, delta: StreamDelta) -> bytes:
+        """The events of one delta."""
+        if isinstance(delta, Start):
             return b""
-        events = self._changed(shown)
-        if isinstance(shown, Ending):
-            return b"".join(events) + self._ended()
+        events = self._changes(delta)
+        if isinstance(delta, Finish):
+            return b"".join(events) + self._end()
         if not self._event_ids:
             return b"".join(events)
         *others, last = events or [_PING]
-        return b"%sid: %s\n%s" % (b"".join(others), self._answer.position.encode(), last)
+        return b"%sid: %s\n%s" % (b"".join(others), self._reader.position.encode(), last)
 
-    def _changed(self, shown: Shown) -> list[bytes]:
-        self._collected.add(shown)
-        events: list[bytes] = []
-        for news in self._blocks.news(self._collected.runs):
-            if news.opens:
-                events += _opened(news)
-            if news.text:
-                delta = block_delta(news.run, news.text)
-                events.append(_event("content_block_delta", index=news.index, delta=delta))
-        return events
-
-    def closing(self) -> bytes:
-        """The end of the stream."""
+    def finish(self) -> bytes:
+        """The last event."""
         return _event("message_stop")
 
-    def failure(self, error: QuireError) -> bytes:
-        """The error, as it would have been a body."""
+    def fail(self, error: QuireError) -> bytes:
+        """The error, in the form of an error body."""
         return b"event: error\ndata: " + message_error_body(error) + b"\n\n"
 
-    def _ended(self) -> bytes:
+    def _changes(self, delta: StreamDelta) -> list[bytes]:
+        self._answer.add(delta)
+        events: list[bytes] = []
+        for change in self._blocks.changes(self._answer.segments):
+            if change.opens:
+                events += _opened(change)
+            if change.text:
+                grown = block_delta(change.segment, change.text)
+                events.append(_event("content_block_delta", index=change.index, delta=grown))
+        return events
+
+    def _end(self) -> bytes:
         last = self._blocks.open
         stop = b"" if last is None else _event("content_block_stop", index=last)
-        counts = message_usage(self._answer)
-        return stop + _event("message_delta", delta=stop_fields(self._collected), usage=counts)
+        usage = message_usage(self._reader)
+        return stop + _event("message_delta", delta=stop_fields(self._answer), usage=usage)
 
 
-def _opened(news: News) -> list[bytes]:
-    index = news.index
-    start = _event("content_block_start", index=index, content_block=opened_block(news.run))
+def _opened(change: SegmentDelta) -> list[bytes]:
+    index, block = change.index, opened_block(change.segment)
+    start = _event("content_block_start", index=index, content_block=block)
     if index == 0:
         return [start, _PING]
     return [_event("content_block_stop", index=index - 1), start]

@@ -1,17 +1,17 @@
-"""Collected: one choice of an answer, summed up from what its stream shows."""
+"""Accumulator: one choice of an answer, put together from the deltas of its stream."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from service.api.generation.deltas import Ending, Opening, Scored, Shown
+from service.api.generation.deltas import Finish, ScoredToken, Start, StreamDelta
 from service.messages import End, TokenLogprob
 
 
 @dataclass(slots=True)
-class Said:
-    """Text between calls; an answer without tools has nothing else."""
+class TextSegment:
+    """Text between tool calls. An answer without tools has at most one."""
 
     texts: list[str] = field(default_factory=list)
 
@@ -22,7 +22,7 @@ class Said:
 
 
 @dataclass(slots=True)
-class Call:
+class ToolCallSegment:
     """One tool call."""
 
     id: str
@@ -31,94 +31,97 @@ class Call:
 
     @property
     def arguments(self) -> str:
-        """Its arguments so far."""
+        """The text of the arguments so far."""
         return "".join(self.texts)
 
 
-Run = Said | Call
+Segment = TextSegment | ToolCallSegment
 
 
 @dataclass(slots=True)
-class Collected:
-    """All that was shown so far; with its `end`, the whole answer."""
+class Accumulator:
+    """The sum of all deltas so far. The answer is complete if it has an `end`."""
 
-    runs: list[Run] = field(default_factory=list)  # in order
+    segments: list[Segment] = field(default_factory=list)  # in order
     ids: list[int] = field(default_factory=list)
     prompt_ids: tuple[int, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
-    scored: list[Scored] = field(default_factory=list)
+    scored: list[ScoredToken] = field(default_factory=list)
     score: float = 0.0  # sum of the answer's log probabilities
     end: End | None = None
     finish_reason: str | None = None
 
     @property
     def text(self) -> str:
-        """The answer's text, an echoed prompt before it."""
-        return "".join(run.text for run in self.runs if isinstance(run, Said))
+        """The text of the answer, after the echoed prompt if there is one."""
+        return "".join(
+            segment.text for segment in self.segments if isinstance(segment, TextSegment)
+        )
 
     @property
-    def calls(self) -> list[Call]:
-        """The answer's tool calls."""
-        return [run for run in self.runs if isinstance(run, Call)]
+    def calls(self) -> list[ToolCallSegment]:
+        """The tool calls of the answer."""
+        return [segment for segment in self.segments if isinstance(segment, ToolCallSegment)]
 
     @property
     def mean_logprob(self) -> float:
-        """What `best_of` chooses by."""
+        """The order of `best_of`."""
         return self.score / max(1, len(self.ids))
 
-    def add(self, shown: Shown) -> None:
-        """The next thing shown."""
-        if isinstance(shown, Ending):
-            self._say(shown.text)
-            self.end, self.finish_reason = shown.end, shown.finish_reason
+    def add(self, delta: StreamDelta) -> None:
+        """Adds the next delta of the choice."""
+        if isinstance(delta, Finish):
+            self._add_text(delta.text)
+            self.end, self.finish_reason = delta.end, delta.finish_reason
             return
-        self.scored.extend(shown.scored)
-        if isinstance(shown, Opening):
-            self.prompt_ids = shown.prompt_ids
-            self.prompt_logprobs = shown.prompt_logprobs
-            self._say(shown.text)
+        self.scored.extend(delta.scored)
+        if isinstance(delta, Start):
+            self.prompt_ids = delta.prompt_ids
+            self.prompt_logprobs = delta.prompt_logprobs
+            self._add_text(delta.text)
         else:
-            self.ids.extend(shown.ids)
-            self.score += sum(item.logprob.logprob for item in shown.scored if item.logprob)
-            for delta in shown.going_on:
-                self.calls[delta.index].texts.append(delta.arguments)
-            self._say(shown.text)
-            for delta in shown.opened:
-                self.runs.append(Call(delta.id or "", delta.name or "", [delta.arguments]))
+            self.ids.extend(delta.ids)
+            self.score += sum(item.logprob.logprob for item in delta.scored if item.logprob)
+            for call in delta.continued:
+                self.calls[call.index].texts.append(call.arguments)
+            self._add_text(delta.text)
+            for call in delta.opened:
+                new = ToolCallSegment(call.id or "", call.name or "", [call.arguments])
+                self.segments.append(new)
 
-    def _say(self, text: str) -> None:
+    def _add_text(self, text: str) -> None:
         if not text:
             return
-        if not self.runs or not isinstance(last := self.runs[-1], Said):
-            self.runs.append(last := Said())
+        if not self.segments or not isinstance(last := self.segments[-1], TextSegment):
+            self.segments.append(last := TextSegment())
         last.texts.append(text)
 
 
 @dataclass(frozen=True, slots=True)
-class News:
-    """What is new of one run: it may open, and it may grow."""
+class SegmentDelta:
+    """The change of one segment: it may begin (`opens`), and it may grow by `text`."""
 
     index: int
-    run: Run
+    segment: Segment
     opens: bool
     text: str
 
 
-class Follower:
-    """Tells what is new of an answer's runs, each thing once, in order."""
+class DeltaTracker:
+    """Yields each change of an answer's segments once, in order."""
 
     def __init__(self) -> None:
-        self.open: int | None = None  # the run that may still grow
-        self._told = 0  # pieces of it
+        self.open: int | None = None  # index of the segment that may still grow
+        self._num_texts = 0  # those of the open segment that were yielded
 
-    def news(self, runs: Sequence[Run]) -> Iterator[News]:
-        """All that was not told yet."""
-        for index in range(self.open or 0, len(runs)):
+    def changes(self, segments: Sequence[Segment]) -> Iterator[SegmentDelta]:
+        """The changes since the last call."""
+        for index in range(self.open or 0, len(segments)):
             opens = index != self.open
             if opens:
-                self.open, self._told = index, 0
-            texts = runs[index].texts
-            text = "".join(texts[self._told :])
-            self._told = len(texts)
+                self.open, self._num_texts = index, 0
+            texts = segments[index].texts
+            text = "".join(texts[self._num_texts :])
+            self._num_texts = len(texts)
             if opens or text:
-                yield News(index, runs[index], opens, text)
+                yield SegmentDelta(index, segments[index], opens, text)

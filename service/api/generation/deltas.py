@@ -1,11 +1,10 @@
-"""Pieces: from journal records to what a client is shown of one choice, in any shape.
+"""Stream deltas: from journal records to what is new of one choice, for any dialect.
 
-    Tokens, End  --ChoiceReader-->  Opening, Piece, Ending  --render-->  SSE events or one JSON body
+    Tokens, End  --ChoiceReader-->  Start, Delta, Finish  --dialect-->  SSE events or one JSON body
 
-The reader is a state machine over the records from the first one on: a resumed stream replays them,
-so that the bytes after any event are the same as they were. It also guards the promise that a
-client is shown one token sequence: a record that does not continue the last one raises
-StreamDivergence.
+`ChoiceReader` is a state machine over the records from the first one on. A resumed stream replays
+them, so the bytes after any event are the same as before. It also ensures that a client gets one
+token sequence: a record that does not continue the last one raises StreamDivergence.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from model.text.tokenizer import Tokenizer
-from service.api.generation.manifest import Endpoint, Manifest
-from service.api.tools.formats import NOTATIONS, Notation
-from service.api.tools.parser import CallDelta, CallReader, Told
+from service.api.generation.manifest import Manifest
+from service.api.tools.formats import TOOL_FORMATS, ToolFormat
+from service.api.tools.parser import CallDelta, ParsedText, ToolCallParser
 from service.errors import StreamDivergence
 from service.messages import End, FinishReason, Record, TokenLogprob, Tokens, rolling_digest
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """A token with its log probability (None: the first of a prompt has none) and text offset."""
+class ScoredToken:
+    """A token with its log probability, None for the first token of a prompt."""
 
     token: int
     logprob: TokenLogprob | None
@@ -32,57 +31,55 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
-    """Before a choice's first token: a chat's role, a response's item, an echoed prompt, ids, the
-    prompt's log probabilities.
-    """
+class Start:
+    """Comes before a choice's first token: the echoed prompt, its ids and log probabilities."""
 
     text: str
     prompt_ids: tuple[int, ...]
-    scored: tuple[Scored, ...] = ()
+    scored: tuple[ScoredToken, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """What one record adds."""
+class Delta:
+    """The text, tokens and tool calls that one record adds."""
 
     text: str
     ids: tuple[int, ...]
-    scored: tuple[Scored, ...] = ()
+    scored: tuple[ScoredToken, ...] = ()
     calls: tuple[CallDelta, ...] = ()
 
     @property
-    def going_on(self) -> list[CallDelta]:
-        """News of the call that was open before: it comes before the text."""
+    def continued(self) -> list[CallDelta]:
+        """More of the call that was open before. It comes before the text."""
         return [call for call in self.calls if call.id is None]
 
     @property
     def opened(self) -> list[CallDelta]:
-        """Calls that begin here, behind the text."""
+        """Calls that begin with this record, after the text."""
         return [call for call in self.calls if call.id is not None]
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
-    """A choice's end, and the text that was held back in case it began a tool call."""
+class Finish:
+    """The end of a choice, and text that was held back because it could begin a tool call."""
 
     end: End
     text: str = ""
-    called: bool = False  # it has tool calls, all of them whole
+    called: bool = False  # there are tool calls, all of them complete
 
     @property
     def finish_reason(self) -> str:
-        """OpenAI's word for it."""
+        """The reason in OpenAI's terms."""
         called = self.called and self.end.reason is FinishReason.STOP
         return "tool_calls" if called else self.end.reason.value
 
 
-Shown = Opening | Piece | Ending
+StreamDelta = Start | Delta | Finish
 
 
 class ChoiceReader:
-    """One choice, up to the last record read. `count` and `digest` are of the tokens so far."""
+    """One choice up to the last record read. `count` and `digest` are of the tokens so far."""
 
     def __init__(
         self, manifest: Manifest, choice: int, tokenizer: Tokenizer, *, request_id: str
@@ -90,14 +87,14 @@ class ChoiceReader:
         self._manifest = manifest
         self._calls: _Calls | None = None
         if manifest.notation is not None:
-            self._calls = _Calls(NOTATIONS[manifest.notation], tokenizer, request_id=request_id)
+            self._calls = _Calls(TOOL_FORMATS[manifest.notation], tokenizer, request_id=request_id)
         self._prompt = manifest.prompt(choice)
         self._tokenizer = tokenizer
         self._offsets: _Offsets | None = None
-        self._opened = False
+        self._started = False
         self.count = 0
         self.digest = 0
-        self.num_chars = 0  # of the answer's text, what is echoed aside
+        self.num_chars = 0  # of the answer's text, without an echoed prompt
         self.end: End | None = None
 
     @property
@@ -105,16 +102,18 @@ class ChoiceReader:
         """The choice's part of an event id: tokens so far, and 24 bits of their digest."""
         return f"{self.count}.{self.digest & 0xFFFFFF:06x}"
 
-    def read(self, record: Record) -> Iterator[Shown]:
-        """What the record adds. Raises StreamDivergence where it does not continue the last."""
-        if not self._opened:
-            self._opened = True
-            yield from self._open(record)
+    def read(self, record: Record) -> Iterator[StreamDelta]:
+        """The deltas of the next record. Raises StreamDivergence if it does not continue the last
+        one.
+        """
+        if not self._started:
+            self._started = True
+            yield self._start(record)
         if isinstance(record, End):
             if record.count != self.count:
                 raise divergence()
             self.end = record
-            yield Ending(record) if self._calls is None else self._calls.ending(record)
+            yield Finish(record) if self._calls is None else self._calls.finish(record)
             return
         digest = rolling_digest(record.ids, previous=self.digest)
         if record.start != self.count or digest != record.digest:
@@ -123,40 +122,37 @@ class ChoiceReader:
         self.num_chars += len(record.text)
         scored = self._score(record.ids, record.logprobs)
         if self._calls is None:
-            yield Piece(record.text, record.ids, scored)
+            yield Delta(record.text, record.ids, scored)
         else:
-            told = self._calls.read(record)
-            yield Piece(told.text, record.ids, scored, told.calls)
+            parsed = self._calls.read(record)
+            yield Delta(parsed.text, record.ids, scored, parsed.calls)
 
-    def _open(self, record: Record) -> Iterator[Opening]:
+    def _start(self, record: Record) -> Start:
         manifest = self._manifest
         if manifest.logprobs is not None or manifest.width > manifest.keep:
             self._offsets = _Offsets(self._tokenizer)
         known = record.prompt_logprobs if isinstance(record, Tokens) else ()
-        scored: tuple[Scored, ...] = ()
+        scored: tuple[ScoredToken, ...] = ()
+        text = ""
         if manifest.echo:
+            text = self._prompt.text or ""
             scored = self._score(self._prompt.ids, _cut(known, manifest.logprobs))
             if self._offsets is not None:
-                self._offsets.restart(len(self._prompt.text or ""))
-        opens = manifest.endpoint is not Endpoint.COMPLETIONS
-        if opens or manifest.echo or manifest.gives_prompt:
-            text = self._prompt.text if manifest.echo else None
-            yield Opening(
-                text or "", self._prompt.ids, scored, _cut(known, manifest.prompt_logprobs)
-            )
+                self._offsets.restart(len(text))
+        return Start(text, self._prompt.ids, scored, _cut(known, manifest.prompt_logprobs))
 
     def _score(
         self, ids: tuple[int, ...], logprobs: tuple[TokenLogprob | None, ...]
-    ) -> tuple[Scored, ...]:
+    ) -> tuple[ScoredToken, ...]:
         if self._offsets is None:
             return ()
-        return tuple(map(Scored, ids, logprobs, self._offsets.of(ids)))
+        return tuple(map(ScoredToken, ids, logprobs, self._offsets.of(ids)))
 
 
 def _cut(
     logprobs: tuple[TokenLogprob | None, ...], num_top: int | None
 ) -> tuple[TokenLogprob | None, ...]:
-    """With `num_top` of the likeliest each: the engine gave as many as the greediest use needs."""
+    """With the top `num_top` each: the engine returned as many as the largest use needs."""
     if num_top is None:
         return ()
     return tuple(
@@ -165,7 +161,7 @@ def _cut(
 
 
 class _Offsets:
-    """Where in the text each token begins: the characters that the bytes before it complete."""
+    """Text offsets of tokens: the number of characters that the bytes before each complete."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -185,39 +181,39 @@ class _Offsets:
 
 
 class _Calls:
-    """Tells text and tool calls apart. Special tokens of the notation are put back into the text,
-    each where it stood.
+    """Separates text and tool calls. Special tokens of the format, which have no text in the
+    journal, are inserted into the text at their offsets.
     """
 
-    def __init__(self, notation: Notation, tokenizer: Tokenizer, *, request_id: str) -> None:
-        self._reader = CallReader(notation, request_id=request_id)
-        self._markers = {id_: text for text, id_ in notation.marker_ids(tokenizer).items()}
+    def __init__(self, tool_format: ToolFormat, tokenizer: Tokenizer, *, request_id: str) -> None:
+        self._parser = ToolCallParser(tool_format, request_id=request_id)
+        self._markers = {id_: text for text, id_ in tool_format.marker_ids(tokenizer).items()}
         self._offsets = _Offsets(tokenizer)
-        self._waiting: list[tuple[int, str]] = []  # (offset, marker): the text is not there yet
+        self._pending: list[tuple[int, str]] = []  # (offset, marker): beyond the text so far
         self._num_chars = 0
 
-    def read(self, record: Tokens) -> Told:
+    def read(self, record: Tokens) -> ParsedText:
         text = record.text
         if self._markers:
             pairs = zip(record.ids, self._offsets.of(record.ids), strict=True)
-            self._waiting += [(at, self._markers[id_]) for id_, at in pairs if id_ in self._markers]
+            self._pending += [(at, self._markers[id_]) for id_, at in pairs if id_ in self._markers]
             text = self._with_markers(text)
-        return self._reader.push(text)
+        return self._parser.push(text)
 
-    def ending(self, end: End) -> Ending:
-        return Ending(end, self._reader.finish().text, self._reader.called)
+    def finish(self, end: End) -> Finish:
+        return Finish(end, self._parser.finish().text, self._parser.called)
 
     def _with_markers(self, text: str) -> str:
         start, end = self._num_chars, self._num_chars + len(text)
         self._num_chars = end
-        pieces = []
-        while self._waiting and self._waiting[0][0] <= end:
-            at, marker = self._waiting.pop(0)
-            pieces += [text[: at - start], marker]
+        parts = []
+        while self._pending and self._pending[0][0] <= end:
+            at, marker = self._pending.pop(0)
+            parts += [text[: at - start], marker]
             text, start = text[at - start :], at
-        return "".join([*pieces, text])
+        return "".join([*parts, text])
 
 
 def divergence() -> StreamDivergence:
-    """The end of a stream whose journal was rewritten."""
+    """The error of a stream whose journal was rewritten with other tokens."""
     return StreamDivergence("the journal no longer continues what was sent", retryable=False)

@@ -1,6 +1,8 @@
-"""Manifest: all that a replica needs besides the journal to render an answer again.
+"""Manifest: everything that a replica needs besides the journal to render an answer again.
 
-It is stored with the submission and comes back from `Queue.lookup`.
+It is stored with the submission and comes back from `Queue.lookup`. Names of fields are a format
+that other versions read: `given_back` holds the echoed request fields, `notation` the name of the
+tool-call format.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from service.errors import Unavailable
 
 
 class Endpoint(StrEnum):
-    """Whose shape the answer has."""
+    """The dialect of an answer."""
 
     COMPLETIONS = "completions"
     CHAT = "chat"
@@ -26,7 +28,7 @@ class Endpoint(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptNote:
-    """One prompt. `text` and `ids` are kept only where the answer repeats them."""
+    """One prompt. `text` and `ids` are stored only if the answer repeats them."""
 
     num_tokens: int
     text: str | None = None
@@ -35,35 +37,45 @@ class PromptNote:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """How an answer is shown. Request i is choice `i % width` of prompt `i // width`."""
+    """How an answer is rendered. Request i is choice `i % width` of prompt `i // width`."""
 
     endpoint: Endpoint
     model: str
     fingerprint: str  # the numeric class
     created: int  # Unix seconds
     prompts: tuple[PromptNote, ...]
-    width: int = 1  # choices generated for each prompt: best_of, or n
-    keep: int = 1  # choices shown of each prompt: n
+    width: int = 1  # choices generated per prompt: best_of, or n
+    keep: int = 1  # choices returned per prompt: n
     stream: bool = False
-    logprobs: int | None = None  # as asked: None, or how many of the likeliest
+    logprobs: int | None = None  # as requested: None, or how many top log probabilities
     prompt_logprobs: int | None = None  # the same of the prompt's tokens
     echo: bool = False
     return_token_ids: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
-    stop: tuple[str, ...] = ()  # the stop strings: text that may begin one is held back
-    notation: str | None = None  # how the model writes tool calls; None: it has no tools
-    grace: float | None = 0.0  # None: never; seconds without readers before it is cancelled
-    given_back: dict[str, Any] = field(default_factory=dict)  # of a response: fields it repeats
+    stop: tuple[str, ...] = ()  # stop strings: text that may begin one is held back
+    notation: str | None = None  # the tool-call format; None: no tools
+    grace: float | None = 0.0  # seconds without readers until it is cancelled; None: never
+    given_back: dict[str, Any] = field(default_factory=dict)  # `Generation.echoed`
+
+    @property
+    def has_status(self) -> bool:
+        """Whether the answer is an object with a status: then a failure is a status, too."""
+        return bool(self.given_back)
+
+    @property
+    def background(self) -> bool:
+        """Whether the client gets the object at once and not the answer."""
+        return bool(self.given_back.get("background"))
 
     @property
     def stored(self) -> bool:
-        """Whether others than the caller may read the answer. Only responses can say no."""
+        """Whether the answer can be read again under its id."""
         return self.given_back.get("store") is not False
 
     @property
     def gives_prompt(self) -> bool:
-        """Whether the prompt's tokens come back beside the answer."""
+        """Whether the answer has fields about the prompt's tokens."""
         return self.return_token_ids or self.prompt_logprobs is not None
 
     @property
@@ -73,7 +85,7 @@ class Manifest:
 
     @property
     def prompt_tokens(self) -> int:
-        """Each prompt counted once."""
+        """The tokens of all prompts; a prompt counts once for all of its choices."""
         return sum(prompt.num_tokens for prompt in self.prompts)
 
     def prompt(self, choice: int) -> PromptNote:
@@ -81,13 +93,13 @@ class Manifest:
         return self.prompts[choice // self.width]
 
     def to_json(self) -> str:
-        """Compact JSON; `from_json` gives back an equal object."""
+        """Compact JSON; `from_json` returns an equal object."""
         return orjson.dumps(self).decode()
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Also from what another version wrote: see `service.decoding`. Raises Unavailable if this
-        version cannot render the answer, such as that of a new endpoint: another replica may.
+        """Reads records of other versions too: see `service.decoding`. Raises Unavailable if this
+        version cannot render the answer, such as one of a new endpoint: another replica may.
         """
         try:
             return from_object(cls, orjson.loads(text))

@@ -1,13 +1,12 @@
-"""Prompts: what a body asks for to token ids. Long texts are tokenised in a pool of threads, in
-turns with other tenants; texts that cannot fit the model's context are refused by their size.
+"""Prompts: from texts and chats to token ids. Long texts are tokenised in a pool of threads, where
+tenants take turns; texts that cannot fit the context are rejected by their size.
 
-Text is tokenised as text: what looks like a special token in it is not one. Only the chat template
-writes special tokens.
+A text that looks like a special token is not one: only the chat template writes special tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -16,62 +15,113 @@ from model.text.chat_template import ChatTemplateError, ChatTemplateLimitError
 from model.text.disguise import strings_of
 from model.text.template_renderer import TemplateUnavailableError
 from service.api.context import ApiContext
+from service.api.fields import FieldNames
+from service.api.generation.request import Chat, Generation
 from service.api.limits import ApiLimits
-from service.api.openai.schema import ChatBody, CompletionBody, TokenizeBody
-from service.api.tools.formats import NOTATIONS, notation_name
-from service.api.tools.plan import ToolUse
-from service.api.tools.prompt import with_tools
+from service.api.tools.formats import TOOL_FORMATS, tool_format_name
+from service.api.tools.prompt import template_input
 from service.errors import BadRequest, Unavailable
 from service.fair_pool import FairPool
 
 T = TypeVar("T")
 
 TEXT_COST = 32
-"""Characters that take as long to tokenise as one more text takes to render."""
+"""The cost of one more text in a template, in characters to tokenise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTokens:
-    """A prompt as the model reads it; `text` where it came as text."""
+    """A prompt for the model; `text` if it was given as text."""
 
     ids: tuple[int, ...]
     text: str | None = None
 
 
-async def completion_prompts(
-    body: CompletionBody, context: ApiContext, *, tenant: str
+async def prompt_tokens(
+    generation: Generation, context: ApiContext, *, tenant: str
 ) -> list[PromptTokens]:
-    """The prompts of a completion call, one or many."""
-    prompts: list[Any]
-    if isinstance(body.prompt, str) or isinstance(body.prompt[0], int):
-        prompts = [body.prompt]
-    else:
-        prompts = body.prompt
-    if len(prompts) > context.limits.max_prompts:
+    """The prompts of a request as token ids. Raises BadRequest or Unavailable."""
+    prompt = generation.prompt
+    if isinstance(prompt, Chat):
+        return [await render_chat(prompt, context, tenant=tenant, names=generation.names)]
+    most = context.limits.max_prompts
+    if len(prompt.prompts) > most:
         raise BadRequest(
-            f"prompt may hold at most {context.limits.max_prompts} prompts",
+            f"prompt may have at most {most} prompts",
             code="array_above_max_length",
-            param="prompt",
+            param=generation.names.prompt,
         )
-    for prompt in prompts:  # before any of them is tokenised
-        _check_prompt(prompt, context)
-    add_bos = body.add_special_tokens is not False
-    total = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    texts = [text for text in prompt.prompts if isinstance(text, str)]
+    for each in prompt.prompts:  # before any of them is tokenised
+        _check_prompt(each, context)
+    total = sum(map(len, texts))
     return [
         PromptTokens(
-            ids=await _text_ids(prompt, context, tenant=tenant, add_bos=add_bos, total=total),
-            text=prompt,
+            ids=await _text_ids(each, context, tenant=tenant, add_bos=prompt.add_bos, total=total),
+            text=each,
         )
-        if isinstance(prompt, str)
-        else PromptTokens(ids=tuple(prompt))
-        for prompt in prompts
+        if isinstance(each, str)
+        else PromptTokens(ids=each)
+        for each in prompt.prompts
     ]
 
 
-def _check_prompt(prompt: str | list[int], context: ApiContext) -> None:
+async def render_chat(
+    chat: Chat, context: ApiContext, *, tenant: str, names: FieldNames
+) -> PromptTokens:
+    """The prompt that the model's chat template makes of the messages and the tools."""
+    param = names.prompt
+    if context.tokenizer.chat_template is None:
+        raise BadRequest(
+            "this model has no chat template; use /v1/completions",
+            code="chat_not_supported",
+            param=param,
+        )
+    tool_format = TOOL_FORMATS[tool_format_name(context.tokenizer)]
+    functions = () if chat.tools is None else chat.tools.functions
+    messages, variables = template_input(chat.messages, functions, tool_format)
+    continued = chat.continue_final_message
+    generation_prompt = chat.add_generation_prompt
+    if generation_prompt is None:
+        generation_prompt = not continued
+    elif continued and generation_prompt:
+        raise BadRequest(
+            "continue_final_message cannot be combined with add_generation_prompt",
+            param="continue_final_message",
+        )
+    texts = list(strings_of([messages, variables]))
+    check_size(texts, context, param=param)
+    render = partial(
+        context.tokenizer.apply_chat_template,
+        messages,
+        add_generation_prompt=generation_prompt,
+        continue_final_message=continued,
+        **variables,
+        **_template_options(chat.template_options, context.limits),
+    )
+    length = sum(map(len, texts)) + TEXT_COST * len(texts)
+    if not context.tokenizer.renders_in_process:  # waits for a process: never on the event loop
+        length = max(length, context.limits.inline_text_chars + 1)
+    try:
+        ids = await run_in_pool(context.pools.templates, tenant, render, length, context.limits)
+    except ChatTemplateLimitError as error:
+        raise BadRequest(str(error), code="chat_template_limit", param=param) from None
+    except TemplateUnavailableError as error:
+        raise Unavailable(str(error)) from None
+    except ChatTemplateError:
+        raise BadRequest(
+            "the model's chat template rejects these messages",
+            code="chat_template_error",
+            param=param,
+        ) from None
+    check_token_ids(ids, context, param=param)
+    return PromptTokens(ids=tuple(ids))
+
+
+def _check_prompt(prompt: str | Sequence[int], context: ApiContext) -> None:
     if isinstance(prompt, str):
         check_size([prompt], context, param="prompt")
-    elif len(prompt) < context.card.max_model_len:  # longer ones are refused for that
+    elif len(prompt) < context.card.max_model_len:  # longer ones are rejected later
         check_token_ids(prompt, context, param="prompt")
 
 
@@ -86,82 +136,31 @@ async def encode(
 async def _text_ids(
     text: str, context: ApiContext, *, tenant: str, add_bos: bool, total: int
 ) -> tuple[int, ...]:
-    """`total` is the length of all texts of the call."""
+    """`total` is the length of all texts of the call, in characters."""
     work = partial(context.tokenizer.encode, text, add_bos=add_bos)
-    ids = await aside(context.pools.tokens, tenant, work, total, context.limits)
+    ids = await run_in_pool(context.pools.tokens, tenant, work, total, context.limits)
     check_token_ids(ids, context, param="prompt")  # a vocabulary may exceed the embedding
     return tuple(ids)
 
 
 def check_size(texts: Iterable[str], context: ApiContext, *, param: str) -> None:
-    """Raises BadRequest for texts whose size alone is more than the model's context."""
+    """Raises BadRequest for texts whose size alone exceeds the context length."""
     longest = context.card.max_model_len
     if context.tokenizer.fewest_tokens(texts) > longest:
         raise BadRequest(
-            f"{param} must leave room for a token: the model holds {longest} tokens",
+            f"{param} must leave room for a token: the context length is {longest} tokens",
             code="context_length_exceeded",
             param=param,
         )
 
 
-async def chat_prompt(
-    body: ChatBody | TokenizeBody, context: ApiContext, *, tenant: str, tools: ToolUse | None = None
-) -> PromptTokens:
-    """The prompt that the model's chat template makes of the messages, and of the tools if any."""
-    assert body.messages is not None  # noqa: S101  # the callers' case
-    if context.tokenizer.chat_template is None:
-        raise BadRequest(
-            "this model has no chat template; use /v1/completions",
-            code="chat_not_supported",
-            param=body.prompt_field,
-        )
-    notation = NOTATIONS[notation_name(context.tokenizer)]
-    functions = () if tools is None else tools.functions
-    messages, variables = with_tools(body.messages, functions, notation)
-    going_on = body.continue_final_message is True
-    opening = body.add_generation_prompt if body.add_generation_prompt is not None else not going_on
-    if going_on and opening:
-        raise BadRequest(
-            "continue_final_message and add_generation_prompt exclude each other",
-            param="continue_final_message",
-        )
-    texts = list(strings_of([messages, variables]))
-    check_size(texts, context, param=body.prompt_field)
-    render = partial(
-        context.tokenizer.apply_chat_template,
-        messages,
-        add_generation_prompt=opening,
-        continue_final_message=going_on,
-        **variables,
-        **_template_options(body.chat_template_kwargs, context.limits),
-    )
-    length = sum(map(len, texts)) + TEXT_COST * len(texts)
-    if not context.tokenizer.renders_in_process:  # waits for a process: never on the event loop
-        length = max(length, context.limits.inline_text_chars + 1)
-    try:
-        ids = await aside(context.pools.templates, tenant, render, length, context.limits)
-    except ChatTemplateLimitError as error:
-        raise BadRequest(str(error), code="chat_template_limit", param=body.prompt_field) from None
-    except TemplateUnavailableError as error:
-        raise Unavailable(str(error)) from None
-    except ChatTemplateError:
-        raise BadRequest(
-            "the model's chat template refuses these messages",
-            code="chat_template_error",
-            param=body.prompt_field,
-        ) from None
-    check_token_ids(ids, context, param=body.prompt_field)
-    return PromptTokens(ids=tuple(ids))
-
-
-def _template_options(options: dict[str, Any] | None, limits: ApiLimits) -> dict[str, Any]:
-    """Raises BadRequest for an option that is not on the list; values are flags."""
-    chosen = options or {}
-    for name, value in chosen.items():
+def _template_options(options: Mapping[str, Any], limits: ApiLimits) -> Mapping[str, Any]:
+    """Raises BadRequest for an option that is not allowed or no boolean."""
+    for name, value in options.items():
         if name not in limits.template_kwargs:
             allowed = ", ".join(sorted(limits.template_kwargs))
             raise BadRequest(
-                f"chat_template_kwargs may hold: {allowed}",
+                f"chat_template_kwargs may have only: {allowed}",
                 code="unsupported_parameter",
                 param="chat_template_kwargs",
             )
@@ -171,11 +170,11 @@ def _template_options(options: dict[str, Any] | None, limits: ApiLimits) -> dict
                 code="invalid_type",
                 param="chat_template_kwargs",
             )
-    return chosen
+    return options
 
 
 def check_token_ids(ids: Sequence[int], context: ApiContext, *, param: str) -> None:
-    """Raises BadRequest for an id that the network has no embedding for."""
+    """Raises BadRequest for ids outside of the model's vocabulary."""
     if ids and not (min(ids) >= 0 and max(ids) < context.card.vocab_size):
         raise BadRequest(
             f"token ids must be from 0 to {context.card.vocab_size - 1}",
@@ -184,11 +183,11 @@ def check_token_ids(ids: Sequence[int], context: ApiContext, *, param: str) -> N
         )
 
 
-async def aside(
+async def run_in_pool(
     pool: FairPool, tenant: str, work: Callable[[], T], length: int, limits: ApiLimits
 ) -> T:
-    """The result of `work` on a text of this length: here if it is short, else in a thread, because
-    it would hold up the event loop.
+    """The result of `work` on a text of this length. A long one runs in a thread of the pool,
+    because it would block the event loop.
     """
     if length <= limits.inline_text_chars:
         return work()

@@ -1,23 +1,25 @@
-"""Answer: an admitted call as its readers see it: one for streams, bodies and resumed streams."""
+"""AnswerReader: reads the answer to a request, as a stream, a body or a resumed stream."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from time import monotonic
 from types import MappingProxyType
 
 from service.api.context import ApiContext
-from service.api.generation.deltas import ChoiceReader, Shown
-from service.api.generation.follow import follow_choice, merge, only
-from service.api.generation.manifest import Endpoint, Manifest
+from service.api.generation.accumulate import Accumulator
+from service.api.generation.deltas import ChoiceReader, StreamDelta
+from service.api.generation.follow import follow_choice, merge, pages
+from service.api.generation.manifest import Manifest
 from service.api.observer import CallReport
 from service.errors import DeadlineExceeded, GenerationFailed, QuireError, ShuttingDown
 from service.messages import End, FinishReason, Record, Submission, child_ids
 from service.queues.contract import SubmitStatus
 
-# Ends of ERROR that come again on a retry.
+# Errors that a retry would meet again.
 FATAL = frozenset({"engine_crash_loop", "grammar_failed"})
 FAILURES = MappingProxyType({
     "grammar_failed": "the grammar of this answer allows no token here, or takes too much work: "
@@ -36,8 +38,21 @@ def failure_of(end: End) -> QuireError | None:
     return None
 
 
-class Answer:
-    """One reader's way through an answer, from the first record to every choice's end."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts so far. A prompt counts once for all of its choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int  # of the prompts, found in the prefix cache
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class AnswerReader:
+    """Reads an answer from the first record to the end of every choice."""
 
     def __init__(
         self,
@@ -50,18 +65,21 @@ class Answer:
         resumed: bool = False,
         submission: Submission | None = None,
     ) -> None:
+        """`submission`: for the client that has just submitted it. `resumed`: for any other client
+        than the one that submitted it.
+        """
         self.id = call_id
         self.manifest = manifest
         self.context = context
         self.request_ids: Sequence[str] = child_ids(call_id, manifest.num_choices)
-        self.readers = [
+        self.choices = [
             ChoiceReader(manifest, choice, context.tokenizer, request_id=request_id)
             for choice, request_id in enumerate(self.request_ids)
         ]
         self._tenant = tenant
-        self._resumed = resumed  # its reader is not the one who asked for it
+        self._resumed = resumed
         self._arrived = arrived
-        self._submission = submission  # what its own reader asked for, to be asked for again
+        self._submission = submission
         self._restoring: asyncio.Task[bool] | None = None
         self._first_token: float | None = None
         self._failed = False
@@ -69,48 +87,94 @@ class Answer:
 
     @property
     def position(self) -> str:
-        """The event id: every choice's position, in order."""
-        return ",".join(reader.position for reader in self.readers)
+        """The event id: the positions of all choices, in order."""
+        return ",".join(choice.position for choice in self.choices)
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens shown so far, over all choices."""
-        return sum(reader.count for reader in self.readers)
+        """Tokens read so far, over all choices."""
+        return sum(choice.count for choice in self.choices)
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts so far. Of a prompt's cached tokens, the minimum over its choices counts:
+        the others may have found what the first one computed.
+        """
+        cached, width = 0, self.manifest.width
+        for first in range(0, len(self.choices), width):
+            ends = [choice.end for choice in self.choices[first : first + width]]
+            cached += min(end.cached_tokens if end is not None else 0 for end in ends)
+        return Usage(
+            prompt_tokens=self.manifest.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            cached_tokens=cached,
+        )
 
     @property
     def ended(self) -> bool:
-        """Whether every choice has had its end."""
-        return all(reader.end is not None for reader in self.readers)
+        """Whether every choice has ended."""
+        return all(choice.end is not None for choice in self.choices)
 
-    async def shown(self) -> AsyncGenerator[Iterator[tuple[int, Shown]], None]:
-        """What the records add, as they come, until all choices have ended: iterators of (choice,
-        what it adds), each to be exhausted before the next is asked for.
+    async def deltas(self) -> AsyncGenerator[Iterator[tuple[int, StreamDelta]], None]:
+        """The deltas as their records arrive, until all choices have ended: iterators of (choice,
+        delta), each to be exhausted before the next one is requested.
 
-        Both raise GenerationFailed, DeadlineExceeded, StreamDivergence or Unavailable; for a
-        response, whose state shows the first two, only if the journal vanished.
+        Both raise GenerationFailed, DeadlineExceeded, StreamDivergence or Unavailable. An answer
+        with a status shows the first two as its status, and raises only if the journal vanished.
         """
         sources = [
             follow_choice(
                 self.context.queue,
                 request_id,
-                reader,
+                choice,
                 limits=self.context.limits,
-                # The caller of a new request has nothing to catch up with.
-                replay=None if self._submission is not None else self.context.replay,
+                # A new request has no journal to catch up with.
+                replay_turns=None if self._submission is not None else self.context.replay_turns,
                 restore=self._restore,
             )
-            for request_id, reader in zip(self.request_ids, self.readers, strict=True)
+            for request_id, choice in zip(self.request_ids, self.choices, strict=True)
         ]
-        merged = only(sources[0]) if len(sources) == 1 else merge(sources)
-        async with aclosing(merged):
+        async with aclosing(merge(sources)) as merged:
             async for choice, records in merged:
-                yield self.read_all(choice, records)
+                yield self._read_all(choice, records)
+
+    async def collect(self) -> list[Accumulator]:
+        """All choices, complete. Raises as `deltas` does, and the failure of a single choice."""
+        choices = [Accumulator() for _ in self.choices]
+        async with aclosing(self.deltas()) as batches:
+            async for batch in batches:
+                for choice, delta in batch:
+                    choices[choice].add(delta)
+        if self.manifest.has_status:
+            for end in (choice.end for choice in choices):
+                failure = None if end is None else failure_of(end)
+                if failure is not None:
+                    raise failure
+        return choices
+
+    async def collect_now(self) -> list[Accumulator]:
+        """The one choice of an answer, up to the current end of its journal."""
+        choice = Accumulator()
+        async with aclosing(self.pages(0)) as found:
+            async for records in found:
+                for _, delta in self._read_all(0, records):
+                    choice.add(delta)
+        return [choice]
+
+    def pages(self, choice: int) -> AsyncGenerator[Sequence[Record], None]:
+        """The unread records of a choice that exist now: see `follow.pages`."""
+        return pages(
+            self.context.queue,
+            self.request_ids[choice],
+            self.choices[choice],
+            turns=self.context.replay_turns,
+        )
 
     async def _restore(self) -> bool:
-        """Submits again, under the same ids, what a store lost before anything of it was shown.
+        """Submits again, under the same ids, what a store lost before anything of it was read.
 
-        A store that is cut off from its power loses its last moment, and with it what it had
-        accepted then. All choices share one attempt.
+        A store that loses power loses its last moment, and with it what it had accepted then. All
+        choices share one attempt.
         """
         if self._restoring is None:
             self._restoring = asyncio.create_task(self._submit_again())
@@ -122,21 +186,22 @@ class Answer:
         reply = await self.context.queue.submit(self._submission)
         return reply.status in {SubmitStatus.OK, SubmitStatus.EXISTS}
 
-    def read_all(self, choice: int, records: Sequence[Record]) -> Iterator[tuple[int, Shown]]:
-        """(choice, what it adds) for each of a choice's next records, read one by one."""
-        return ((choice, shown) for record in records for shown in self.read(choice, record))
+    def _read_all(
+        self, choice: int, records: Sequence[Record]
+    ) -> Iterator[tuple[int, StreamDelta]]:
+        return ((choice, delta) for record in records for delta in self.read(choice, record))
 
-    def read(self, choice: int, record: Record) -> Iterator[Shown]:
-        """What the next record of a choice adds. Raises as `shown` does."""
+    def read(self, choice: int, record: Record) -> Iterator[StreamDelta]:
+        """The deltas of the next record of a choice. Raises as `deltas` does."""
         if isinstance(record, End):
             self._check_end(record)
         elif self._first_token is None:
             self._first_token = monotonic()
-        return self.readers[choice].read(record)
+        return self.choices[choice].read(record)
 
     def _check_end(self, end: End) -> None:
         error = failure_of(end)
-        if error is None or self.manifest.endpoint is Endpoint.RESPONSES:  # it has a state for that
+        if error is None or self.manifest.has_status:
             return
         if end.reason is FinishReason.ERROR:
             self._failed = True
@@ -145,28 +210,28 @@ class Answer:
             raise error
 
     @contextmanager
-    def attended(self) -> Iterator[None]:
-        """Counts this reader while the block runs. The answer is cancelled if its last reader here
-        leaves before the end and may not come back; in all other cases the queue decides.
+    def connected(self) -> Iterator[None]:
+        """Counts this reader while the block runs. The answer is cancelled if its last reader on
+        this replica leaves before the end and may not come back; otherwise the queue decides.
         """
-        attendance = self.context.attendance
-        attendance.enter(self.id)
+        readers = self.context.readers
+        readers.add(self.id)
         try:
             yield
         except asyncio.CancelledError:
             self._interrupted = True
             raise
         finally:
-            last = attendance.leave(self.id)
-            # An interrupted reader may read on at another replica.
+            last = readers.remove(self.id)
+            # An interrupted reader may continue at another replica.
             done = self.ended or self._interrupted or self._resumed
-            gone = last and not done and self.manifest.grace == 0
-            if gone or self._failed:  # after a failure the other choices are of no use
-                attendance.cancel(self.request_ids)
+            abandoned = last and not done and self.manifest.grace == 0
+            if abandoned or self._failed:  # after a failure the other choices are of no use
+                readers.cancel(self.request_ids)
 
     def interrupt(self, *, streamed: bool) -> ShuttingDown:
-        """The error that ends this reader's connection, because the replica ends; not the answer,
-        if another process can go on with it.
+        """The error that ends this reader's connection because the replica shuts down. It names the
+        position if another replica can continue.
         """
         self._interrupted = True
         manifest = self.manifest
@@ -175,13 +240,13 @@ class Answer:
         return ShuttingDown(request_id=self.id, last_event_id=self.position if streamed else None)
 
     def report(self, *, streamed: bool, error: QuireError | None = None) -> None:
-        """Reports to the observer how the call ended."""
-        reasons = sorted({reader.end.reason.value for reader in self.readers if reader.end})
+        """Reports the end of the call to the observer."""
+        reasons = sorted({choice.end.reason.value for choice in self.choices if choice.end})
         outcome = "+".join(reasons) if self.ended else "left"
         if error is not None:
             outcome = error.code
             if error.code == "journal_lost":
-                self.context.observer.call_lost(len(self.readers))
+                self.context.observer.call_lost(len(self.choices))
         first = self._first_token
         self.context.observer.call_ended(
             CallReport(

@@ -1,10 +1,10 @@
-"""Server-sent events over ASGI: an answer's events, keep-alive comments, and readers that go away.
+"""Server-sent events over ASGI: an answer's events, keep-alive comments, clients that leave.
 
-    relay:  journal -> event -> send       one event in flight: `send` waits until the socket drains
-    watch:  receive -> gone                also between tokens; and it sends the keep-alive
+    relay:  journal -> event -> send       one send in flight: it waits until the socket drains
+    watch:  receive -> client gone         also between tokens; and it sends the keep-alive
 
-Whichever ends first ends the other; both end when the replica closes. An error after the headers is
-an event of its own, then the body ends without `[DONE]`.
+Whichever ends first ends the other; both end when the replica shuts down. An error after the
+headers is an event of its own, then the body ends without `[DONE]`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from time import monotonic
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.api.connection import DROP, HEAD_ONLY, first_of, gone
-from service.api.generation.deltas import Shown
-from service.api.generation.reader import Answer
-from service.api.openai.stream import KEEP_ALIVE, Writer
+from service.api.call import DROP, HEAD_ONLY, first_of, gone
+from service.api.generation.deltas import StreamDelta
+from service.api.generation.dialect import EventRenderer
+from service.api.generation.reader import AnswerReader
 from service.errors import QuireError
 
 HEADERS = {
@@ -28,16 +28,18 @@ HEADERS = {
     "x-accel-buffering": "no",
     "content-type": "text/event-stream; charset=utf-8",
 }
+# One newline: a blank line would end an event without data, which openai-python cannot parse.
+KEEP_ALIVE = b": ping\n"
 
 
 class EventStream(Response):
-    """The streamed answer. Its headers go out at once: the call was admitted before."""
+    """The streamed answer. Its headers are sent at once: the call was admitted before."""
 
-    def __init__(self, answer: Answer, writer: Writer) -> None:
+    def __init__(self, reader: AnswerReader, renderer: EventRenderer) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
-        self._answer = answer
-        self._writer = writer
+        self._reader = reader
+        self._renderer = renderer
         self._sending_since: float | None = None
         self._last_sent = monotonic()
         self._stalled = False
@@ -46,18 +48,18 @@ class EventStream(Response):
         self._ending = False  # the last event was rendered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the events until the answer ends or the reader is gone."""
+        """Sends the events until the answer ends or the client is gone."""
         if scope["state"].get(HEAD_ONLY):
             await super().__call__(scope, receive, send)  # the headers and an empty body
             return
-        with self._answer.attended():
+        with self._reader.connected():
             try:
                 await send(
                     {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
                 )
                 relay = asyncio.create_task(self._relay(send))
                 watch = asyncio.create_task(self._watch(receive, send))
-                closing = self._answer.context.closing
+                closing = self._reader.context.closing
                 await first_of(relay, watch, asyncio.create_task(closing.wait()))
                 if closing.is_set():
                     await self._interrupt(send)
@@ -66,42 +68,42 @@ class EventStream(Response):
                     drop()
                     await gone(receive)
             finally:
-                self._answer.report(streamed=True, error=self._error)
+                self._reader.report(streamed=True, error=self._error)
 
     async def _relay(self, send: Send) -> None:
-        writer = self._writer
+        renderer = self._renderer
         try:
-            if opening := writer.opening():
-                await self._send(send, opening)
-            async with aclosing(self._answer.shown()) as batches:
+            if first := renderer.begin():
+                await self._send(send, first)
+            async with aclosing(self._reader.deltas()) as batches:
                 async for batch in batches:
                     await self._send_batch(send, batch)
-            last = writer.closing()
+            last = renderer.finish()
         except QuireError as error:
             self._error = error
-            last = writer.failure(error)
+            last = renderer.fail(error)
         self._ending = True
         await self._send(send, last, more=False)
 
     async def _interrupt(self, send: Send) -> None:
-        """Ends a stream that has not ended: the replica ends. Nothing is left out or sent twice."""
+        """Ends a stream that has not ended. Nothing is left out or sent twice."""
         if self._ending and not self._unsent:
             return
         last = self._unsent
         if not self._ending:
-            self._error = self._answer.interrupt(streamed=True)
-            last += self._writer.failure(self._error)
+            self._error = self._reader.interrupt(streamed=True)
+            last += self._renderer.fail(self._error)
         await self._send(send, last, more=False)
 
-    async def _send_batch(self, send: Send, batch: Iterator[tuple[int, Shown]]) -> None:
-        """What comes before an error is sent before it."""
+    async def _send_batch(self, send: Send, batch: Iterator[tuple[int, StreamDelta]]) -> None:
+        """Events before an error are sent before it."""
         events: list[bytes] = []
         try:
-            for choice, shown in batch:
-                events.append(self._writer.event(choice, shown))
+            for choice, delta in batch:
+                events.append(self._renderer.event(choice, delta))
         finally:
-            if events:
-                await self._send(send, b"".join(events))
+            if body := b"".join(events):
+                await self._send(send, body)
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
         self._sending_since = monotonic()
@@ -112,8 +114,8 @@ class EventStream(Response):
         self._last_sent = monotonic()
 
     async def _watch(self, receive: Receive, send: Send) -> None:
-        """Returns when the reader is gone, or has taken nothing for too long."""
-        limits = self._answer.context.limits
+        """Returns when the client is gone, or has read nothing for too long."""
+        limits = self._reader.context.limits
         while True:
             try:
                 async with asyncio.timeout(min(limits.keep_alive, limits.stall_timeout) / 2):

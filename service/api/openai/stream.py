@@ -1,187 +1,145 @@
-"""Events: what one record adds to a completion or a chat, as the bytes of a server-sent event.
+"""The events of streamed completions and chat completions.
 
-One event a token is the hot path: everything that does not change is rendered once, and an event is
-a few joined byte strings.
+One event per token is the hot path: everything that does not change is rendered once, and an event
+is a few joined byte strings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
 from service.api.errors import error_body
-from service.api.generation.deltas import Ending, Opening, Piece, Scored, Shown
-from service.api.generation.manifest import Endpoint
-from service.api.generation.reader import Answer
-from service.api.openai.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
-from service.api.openai.usage import usage
+from service.api.generation.deltas import Delta, Finish, ScoredToken, Start, StreamDelta
+from service.api.generation.logprobs import chat_logprobs, completion_logprobs
+from service.api.generation.reader import AnswerReader
+from service.api.openai.collect import answer_id, is_chat, prompt_fields, usage_object
 from service.api.tools.parser import CallDelta
 from service.errors import QuireError
-from service.messages import TokenLogprob
 
 DONE = b"data: [DONE]\n\n"
-# One newline: a blank line would end an event without data, which openai-python cannot parse.
-KEEP_ALIVE = b": ping\n"
 
 
-class Writer(Protocol):
-    """Turns what is shown of an answer into events; knows what it has written so far."""
+class ChunkRenderer:
+    """Renders one answer's events. With ids, each token event has the position after it."""
 
-    def opening(self) -> bytes:
-        """What can be said before the journal says anything."""
-        ...
-
-    def skip(self, shown: Shown) -> None:
-        """Takes note of what the reader was sent before."""
-        ...
-
-    def event(self, choice: int, shown: Shown) -> bytes:
-        """What `shown` adds."""
-        ...
-
-    def closing(self) -> bytes:
-        """After all choices."""
-        ...
-
-    def failure(self, error: QuireError) -> bytes:
-        """An error in mid-stream; nothing comes after it."""
-        ...
-
-
-class EventWriter:
-    """Renders one answer's events; with ids, each token event carries the position after it."""
-
-    def __init__(self, answer: Answer, *, event_ids: bool) -> None:
-        manifest = answer.manifest
-        self._answer = answer
+    def __init__(self, reader: AnswerReader, *, event_ids: bool) -> None:
+        manifest = reader.manifest
+        self._reader = reader
         self._event_ids = event_ids
-        self._chat = manifest.endpoint is Endpoint.CHAT
+        self._chat = is_chat(reader)
         self._tools = manifest.notation is not None
         head = orjson.dumps({
-            "id": answer_id(answer),
+            "id": answer_id(reader),
             "object": "chat.completion.chunk" if self._chat else "text_completion",
             "created": manifest.created,
             "model": manifest.model,
             "system_fingerprint": manifest.fingerprint,
         })  # fmt: skip
         self._head = b"data: " + head[:-1] + b',"choices":['
-        inner = b',"delta":{"content":' if self._chat else b',"text":'
+        before_text = b',"delta":{"content":' if self._chat else b',"text":'
         self._starts = [
-            self._head + b'{"index":%d' % choice + inner for choice in range(manifest.num_choices)
+            self._head + b'{"index":%d' % choice + before_text
+            for choice in range(manifest.num_choices)
         ]
         self._after_text = b"}" if self._chat else b""
 
-    def opening(self) -> bytes:
-        """Nothing."""
+    def skip(self, delta: StreamDelta) -> None:
+        """Nothing to note: an event depends on the reader's position alone."""
+
+    def begin(self) -> bytes:
+        """No event."""
         return b""
 
-    def skip(self, shown: Shown) -> None:
-        """Nothing to note: all that an event depends on is the answer's position."""
+    def event(self, choice: int, delta: StreamDelta) -> bytes:
+        """One chunk, or none."""
+        if isinstance(delta, Delta):
+            event_id = b"id: %s\n" % self._reader.position.encode() if self._event_ids else b""
+            ids = b""
+            if self._reader.manifest.return_token_ids:
+                ids = b',"token_ids":' + orjson.dumps(delta.ids)
+            text = self._text(delta.text)
+            if delta.calls:
+                text += b',"tool_calls":' + orjson.dumps([_call_chunk(c) for c in delta.calls])
+            text += self._after_text
+            return event_id + self._chunk(choice, text, delta.scored, rest=ids)
+        if isinstance(delta, Start):
+            return self._start(choice, delta)
+        return self._finish(choice, delta)
 
-    def failure(self, error: QuireError) -> bytes:
-        """The error, as it would have been a body."""
+    def finish(self) -> bytes:
+        """The token counts, if they were requested, and the end of the stream."""
+        if not self._reader.manifest.include_usage:
+            return DONE
+        return self._head + b'],"usage":' + self._usage() + b"}\n\n" + DONE
+
+    def fail(self, error: QuireError) -> bytes:
+        """The error's body as an event."""
         return b"data: " + error_body(error) + b"\n\n"
 
-    def event(self, choice: int, shown: Shown) -> bytes:
-        """One event: `shown` as a chunk of the answer."""
-        if isinstance(shown, Piece):
-            event_id = b"id: %s\n" % self._answer.position.encode() if self._event_ids else b""
-            ids = b""
-            if self._answer.manifest.return_token_ids:
-                ids = b',"token_ids":' + orjson.dumps(shown.ids)
-            text = self._text(shown.text)
-            if shown.calls:
-                text += b',"tool_calls":' + orjson.dumps([call_chunk(c) for c in shown.calls])
-            text += self._after_text
-            return event_id + self._chunk(choice, text, shown.scored, rest=ids)
-        if isinstance(shown, Opening):
-            return self._opening(choice, shown)
-        return self._ending(choice, shown)
-
-    def closing(self) -> bytes:
-        """After all choices: the token counts where asked for, and the end of the stream."""
-        if not self._answer.manifest.include_usage:
-            return DONE
-        counts = orjson.dumps(usage(self._answer.manifest, self._answer.readers))
-        return self._head + b'],"usage":' + counts + b"}\n\n" + DONE
-
-    def _opening(self, choice: int, opening: Opening) -> bytes:
-        text = self._text(opening.text)
-        about = prompt_fields(self._answer, opening.prompt_ids, opening.prompt_logprobs)
+    def _start(self, choice: int, start: Start) -> bytes:
+        manifest = self._reader.manifest
+        about = prompt_fields(self._reader, start.prompt_ids, start.prompt_logprobs)
         fields = b"," + orjson.dumps(about)[1:-1] if about else b""
+        text = self._text(start.text)
         if not self._chat:
-            return self._chunk(choice, text, opening.scored, rest=fields)
+            if not (manifest.echo or manifest.gives_prompt):
+                return b""
+            return self._chunk(choice, text, start.scored, rest=fields)
         text += b',"role":"assistant"}'
-        # A chat has one prompt: it is told of once, beside the choices.
-        beside = fields if choice == 0 else b""
-        return self._chunk(choice, text, opening.scored, rest=b"", beside=beside)
+        # A chat has one prompt: its fields come once, next to the choices.
+        more = fields if choice == 0 else b""
+        return self._chunk(choice, text, start.scored, rest=b"", more=more)
 
-    def _ending(self, choice: int, ending: Ending) -> bytes:
-        reason = orjson.dumps(ending.finish_reason)
-        rest = b',"stop_reason":' + orjson.dumps(ending.end.stopped_by)
-        if ending.text:  # in the same event as the end: one that came back would get it again
-            start = self._starts[choice] + orjson.dumps(ending.text) + b'},"logprobs":null'
+    def _finish(self, choice: int, finish: Finish) -> bytes:
+        reason = orjson.dumps(finish.finish_reason)
+        rest = b',"stop_reason":' + orjson.dumps(finish.end.stopped_by)
+        if finish.text:  # in the event of the end: a client that resumes would get it twice
+            start = self._starts[choice] + orjson.dumps(finish.text) + b'},"logprobs":null'
         elif self._chat:
             start = self._head + b'{"index":%d,"delta":{},"logprobs":null' % choice
         else:
             start = self._starts[choice] + b'"","logprobs":null'
-        return start + b',"finish_reason":' + reason + rest + b"}]" + self._counts()
+        return start + b',"finish_reason":' + reason + rest + b"}]" + self._end_of_chunk()
 
     def _text(self, text: str) -> bytes:
-        """Where there are tools, no content is null, as it is in the whole answer."""
+        """With tools, empty content is null, as in the collected body."""
         return b"null" if self._tools and not text else orjson.dumps(text)
 
     def _chunk(
         self,
         choice: int,
         text: bytes,
-        scored: tuple[Scored, ...],
+        scored: tuple[ScoredToken, ...],
         *,
         rest: bytes,
-        beside: bytes = b"",
+        more: bytes = b"",
     ) -> bytes:
-        """`rest` are more fields of the choice, `beside` of the chunk."""
+        """`rest` are more fields of the choice, `more` of the chunk."""
         logprobs = b"null"
         if scored:
             shape = chat_logprobs if self._chat else completion_logprobs
-            logprobs = orjson.dumps(shape(scored, self._answer.context.tokenizer))
+            logprobs = orjson.dumps(shape(scored, self._reader.context.tokenizer))
         return b"".join((
             self._starts[choice], text, b',"logprobs":', logprobs, b',"finish_reason":null', rest,
-            b"}]", beside, self._counts(),
+            b"}]", more, self._end_of_chunk(),
         ))  # fmt: skip
 
-    def _counts(self) -> bytes:
-        manifest = self._answer.manifest
+    def _end_of_chunk(self) -> bytes:
+        manifest = self._reader.manifest
         if manifest.continuous_usage:
-            counts = usage(manifest, self._answer.readers)
-            return b',"usage":' + orjson.dumps(counts) + b"}\n\n"
+            return b',"usage":' + self._usage() + b"}\n\n"
         return b',"usage":null}\n\n' if manifest.include_usage else b"}\n\n"
 
+    def _usage(self) -> bytes:
+        return orjson.dumps(usage_object(self._reader.usage))
 
-def call_chunk(delta: CallDelta) -> dict[str, Any]:
-    """What is new of a tool call, in OpenAI's shape."""
+
+def _call_chunk(delta: CallDelta) -> dict[str, Any]:
+    """The new part of a tool call."""
     function = {"arguments": delta.arguments}
     if delta.id is None:
         return {"index": delta.index, "function": function}
     function = {"name": delta.name or ""} | function
     return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
-
-
-def prompt_fields(
-    answer: Answer, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]
-) -> dict[str, Any]:
-    """What is told of a prompt besides the answer: vLLM's fields, where they were asked for."""
-    fields: dict[str, Any] = {}
-    if answer.manifest.return_token_ids:
-        fields["prompt_token_ids"] = ids
-    if answer.manifest.prompt_logprobs is not None:
-        fields["prompt_logprobs"] = prompt_logprobs(ids, logprobs, answer.context.tokenizer)
-    return fields
-
-
-def answer_id(answer: Answer) -> str:
-    """The `id` field, with OpenAI's prefix for the endpoint."""
-    prefix = "chatcmpl" if answer.manifest.endpoint is Endpoint.CHAT else "cmpl"
-    return f"{prefix}-{answer.id}"

@@ -1,24 +1,23 @@
-"""A response as an object, at any time of its life: a pure function of manifest and journal."""
+"""A response as an object, at any time: a pure function of its manifest and its journal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
-from service.api.generation.accumulate import Collected
-from service.api.generation.deltas import Scored
-from service.api.generation.reader import Answer, failure_of
-from service.api.openai.logprobs import chat_logprobs
-from service.api.openai.usage import usage
-from service.api.responses.items import output_items
+from service.api.generation.accumulate import Accumulator, TextSegment, ToolCallSegment
+from service.api.generation.deltas import ScoredToken
+from service.api.generation.logprobs import chat_logprobs
+from service.api.generation.reader import AnswerReader, failure_of
 from service.messages import FinishReason
 
 PREFIX = "resp_"
 
 
 class Status(StrEnum):
-    """Of a response. Those after `in_progress` are final."""
+    """The status of a response. Those after `in_progress` are final."""
 
     QUEUED = "queued"
     IN_PROGRESS = "in_progress"
@@ -38,26 +37,28 @@ _ENDS = {
 _INCOMPLETE = {FinishReason.LENGTH: "max_output_tokens", FinishReason.DEADLINE: "deadline"}
 
 
-def status_of(collected: Collected) -> Status:
-    """What the journal says so far. Without a token nobody knows that it runs."""
-    if collected.end is None:
-        return Status.IN_PROGRESS if collected.ids else Status.QUEUED
-    return Status.FAILED if failure_of(collected.end) else _ENDS[collected.end.reason]
+def status_of(answer: Accumulator) -> Status:
+    """The status after the journal so far. Before the first token, a running response is queued."""
+    if answer.end is None:
+        return Status.IN_PROGRESS if answer.ids else Status.QUEUED
+    return Status.FAILED if failure_of(answer.end) else _ENDS[answer.end.reason]
 
 
-def response_object(answer: Answer, collected: Collected, *, status: Status) -> dict[str, Any]:
-    """What retrieving, creating and every event of a change of status give."""
-    manifest, end = answer.manifest, collected.end
+def item_status(status: Status) -> Status:
+    """The status of the last item of a response. Items have fewer of them."""
+    if status in {Status.COMPLETED, Status.IN_PROGRESS}:
+        return status
+    return Status.INCOMPLETE
+
+
+def response_object(reader: AnswerReader, answer: Accumulator, *, status: Status) -> dict[str, Any]:
+    """The body of all endpoints that return a response, and of the events that carry it."""
+    manifest, end = reader.manifest, answer.end
     failure = None if end is None else failure_of(end)
     error = None if failure is None else {"code": failure.code, "message": failure.message}
     reason = _INCOMPLETE.get(end.reason) if end and status is Status.INCOMPLETE else None
-    output = []
-    if manifest.notation is not None:
-        output = output_items(answer, collected.runs, status=item_status(status))
-    elif collected.ids or status in {Status.COMPLETED, Status.INCOMPLETE}:
-        output = [message_item(answer, collected, status=item_status(status))]
     return manifest.given_back | {
-        "id": PREFIX + answer.id,
+        "id": PREFIX + reader.id,
         "object": "response",
         "created_at": manifest.created,
         "model": manifest.model,
@@ -65,56 +66,73 @@ def response_object(answer: Answer, collected: Collected, *, status: Status) -> 
         "status": status,
         "error": error,
         "incomplete_details": None if reason is None else {"reason": reason},
-        "output": output,
-        "usage": None if end is None else _usage(answer),
+        "output": _output(reader, answer, status),
+        "usage": None if end is None else _usage(reader),
     }
 
 
-def item_status(status: Status) -> Status:
-    """Of the message in a response of that status: it knows fewer."""
-    if status in {Status.COMPLETED, Status.IN_PROGRESS}:
-        return status
-    return Status.INCOMPLETE
+def _output(reader: AnswerReader, answer: Accumulator, status: Status) -> list[dict[str, Any]]:
+    if reader.manifest.notation is None:  # one message, even if it has no text
+        if not answer.ids and status not in {Status.COMPLETED, Status.INCOMPLETE}:
+            return []
+        answer = replace(answer, segments=answer.segments or [TextSegment()])
+    last = len(answer.segments) - 1
+    return [
+        item_object(
+            reader, answer, i, status=item_status(status) if i == last else Status.COMPLETED
+        )
+        for i in range(last + 1)
+    ]
 
 
-def message_item(answer: Answer, collected: Collected, *, status: Status) -> dict[str, Any]:
-    """The one item of the output, where there are no tools."""
-    return opened_item(answer) | {"status": status, "content": [text_part(answer, collected)]}
+def item_id(reader: AnswerReader, answer: Accumulator, index: int) -> str:
+    """The id of an item of the output."""
+    if isinstance(answer.segments[index], ToolCallSegment):
+        return f"fc_{reader.id}_{index}"
+    return f"msg_{reader.id}_{index}" if index else f"msg_{reader.id}"
 
 
-def opened_item(answer: Answer) -> dict[str, Any]:
-    """The item before it has content."""
-    return {
-        "id": f"msg_{answer.id}",
-        "type": "message",
-        "status": Status.IN_PROGRESS,
-        "role": "assistant",
-        "content": [],
-    }
+def opened_item(reader: AnswerReader, answer: Accumulator, index: int) -> dict[str, Any]:
+    """An item before it has content."""
+    segment, status = answer.segments[index], Status.IN_PROGRESS
+    id_ = item_id(reader, answer, index)
+    if isinstance(segment, ToolCallSegment):
+        fields = {"call_id": segment.id, "name": segment.name, "arguments": ""}
+        return {"id": id_, "type": "function_call", "status": status, **fields}
+    # Clients have always received the keys in another order with tools.
+    role = {} if reader.manifest.notation is None else {"role": "assistant"}
+    head = {"id": id_, "type": "message", **role}
+    return head | {"status": status, "role": "assistant", "content": []}
 
 
-def text_part(answer: Answer, collected: Collected) -> dict[str, Any]:
-    """The one part of the message."""
-    return {
-        "type": "output_text",
-        "annotations": [],
-        "text": collected.text,
-        "logprobs": logprobs(answer, collected.scored),
-    }
+def item_object(
+    reader: AnswerReader, answer: Accumulator, index: int, *, status: Status
+) -> dict[str, Any]:
+    """An item with its content so far."""
+    item, segment = opened_item(reader, answer, index) | {"status": status}, answer.segments[index]
+    if isinstance(segment, ToolCallSegment):
+        return item | {"arguments": segment.arguments}
+    # Without tools, all tokens are the message's; with tools, none is scored.
+    return item | {"content": [text_part(segment.text, logprobs(reader, answer.scored))]}
 
 
-def logprobs(answer: Answer, scored: Sequence[Scored]) -> list[Any]:
-    """An object for each token, or none at all where they were not asked for."""
-    content: list[Any] = chat_logprobs(scored, answer.context.tokenizer)["content"]
+def text_part(text: str, scored: Sequence[Any] = ()) -> dict[str, Any]:
+    """The only content part of a message, with its log probabilities if they were requested."""
+    return {"type": "output_text", "annotations": [], "text": text, "logprobs": scored}
+
+
+def logprobs(reader: AnswerReader, scored: Sequence[ScoredToken]) -> list[Any]:
+    """An object per token; empty if log probabilities were not requested."""
+    content: list[Any] = chat_logprobs(scored, reader.context.tokenizer)["content"]
     return content
 
 
-def _usage(answer: Answer) -> dict[str, Any]:
-    counts = usage(answer.manifest, answer.readers)
+def _usage(reader: AnswerReader) -> dict[str, Any]:
+    usage = reader.usage
     return {
-        "input_tokens": counts["prompt_tokens"],
-        "input_tokens_details": counts["prompt_tokens_details"],
-        "output_tokens": counts["completion_tokens"],
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": counts["total_tokens"],
+        "total_tokens": usage.total_tokens,
     }

@@ -1,31 +1,31 @@
-"""POST /v1/responses, and what can be done with a response by its id.
+"""POST /v1/responses, and the endpoints of a response by its id.
 
-A response is an answer like any other, under the id `resp_<call id>`: its state is what the journal
-says, so any replica can tell it, stream it on from any event, cancel it or delete it.
+A response is stored like any other answer, and its id is `resp_<call id>`: its state is a function
+of the journal, so any replica can return it, resume its stream, cancel it or delete it.
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
-import orjson
 from fastapi import APIRouter, Path, Query, Request, Response
 
+from service.api.answers import described, json_response
 from service.api.auth import Tenant
-from service.api.body import JsonRequest, JsonRoute
-from service.api.context import ApiContext, Caller, Context
-from service.api.generation.collect import body_now
-from service.api.generation.lookup import find_response
-from service.api.generation.reader import Answer
-from service.api.generation.respond import answer_chat
-from service.api.generation.resume import go_to
+from service.api.body import JsonRoute
+from service.api.call import call_age
+from service.api.context import ApiContext, Caller, Context, JsonRequest
+from service.api.generation.answer import answer
+from service.api.generation.manifest import Manifest
+from service.api.generation.reader import AnswerReader
+from service.api.generation.resume import read_to, resumed_reader
 from service.api.generation.sse import EventStream
-from service.api.generation.writers import response_writer
-from service.api.openai.schema import ANSWER
-from service.api.responses.item_events import ResponseItemWriter
-from service.api.responses.schema import ResponseBody, as_chat, given_back
-from service.api.responses.stream import ResponseWriter
-from service.errors import BadRequest
+from service.api.responses.answers import ResponseDeleted, ResponseObject
+from service.api.responses.dialect import RESPONSES
+from service.api.responses.object import PREFIX
+from service.api.responses.schema import ResponseBody
+from service.api.responses.stream import ResponseRenderer, numbering
+from service.errors import BadRequest, NotFound
 from service.messages import FinishReason
 
 router = APIRouter(route_class=JsonRoute)
@@ -35,31 +35,19 @@ MAX_NUMBER = 10**9
 ResponseId = Annotated[str, Path(description="The id of a response.")]
 
 
-@router.post(
-    "/v1/responses",
-    response_model=None,
-    responses=ANSWER,
-    summary="Create a response",
-    description="Answers a text or messages. With `background` at once and without a reader; with "
-    "`stream` in server-sent events, each with the number that it can be resumed after.",
-)
+@router.post("/v1/responses", responses=described(ResponseObject, stream=True))
 async def create_response(
     body: ResponseBody, request: JsonRequest, context: Context, tenant: Caller
 ) -> Response:
-    """As a chat."""
-    echoed = given_back(body, max_bytes=context.limits.max_echoed_bytes)
-    return await answer_chat(as_chat(body), request, context, tenant, given_back=echoed)
+    """Answers a text or messages. With `background` it returns at once, and generates without a
+    reader. With `stream` it returns server-sent events, each with the number that the stream can be
+    resumed after.
+    """
+    return await answer(RESPONSES, body, request, context, tenant)
 
 
-@router.get(
-    "/v1/responses/{response_id}",
-    response_model=None,
-    responses=ANSWER,
-    summary="Retrieve a response",
-    description="A stored response as far as it has come; or with `stream` its events, all of them "
-    "or those after a number.",
-)
-async def retrieve_response(  # each is a part of the request
+@router.get("/v1/responses/{response_id}", responses=described(ResponseObject, stream=True))
+async def retrieve_response(
     response_id: ResponseId,
     request: Request,
     context: Context,
@@ -68,72 +56,70 @@ async def retrieve_response(  # each is a part of the request
     stream: Annotated[bool, Query(description="Events instead of the response.")] = False,
     starting_after: Annotated[
         int | None,
-        Query(ge=0, le=MAX_NUMBER, description="The `sequence_number` of the last event seen."),
+        Query(ge=0, le=MAX_NUMBER, description="The `sequence_number` of the last event received."),
     ] = None,
 ) -> Response:
-    """Find it; tell its state, or follow it from where the client was."""
-    answer = await _find(response_id, request, context, tenant)
+    """Returns a stored response in its current state; or with `stream` its events, all of them or
+    those after a number.
+    """
+    reader = await _find(response_id, request, context, tenant)
     if not stream:
         if starting_after is not None:
             raise BadRequest("starting_after needs stream to be true", param="starting_after")
-        return Response(await body_now(answer), media_type="application/json")
-    await context.queue.heartbeat([answer.id])
-    writer = response_writer(answer, event_ids=False, seen=starting_after)
+        return await _current(reader)
+    await context.queue.heartbeat([reader.id])
+    renderer = ResponseRenderer(reader, event_ids=False, seen=starting_after)
     if starting_after is not None:
-        await _go_to(answer, writer, number=starting_after)
-    return EventStream(answer, writer)
+        await _read_to(reader, renderer, number=starting_after)
+    return EventStream(reader, renderer)
 
 
-@router.post(
-    "/v1/responses/{response_id}/cancel",
-    response_model=None,
-    summary="Cancel a response",
-    description="Ends a response that has not ended, and gives it as it is then.",
-)
+@router.post("/v1/responses/{response_id}/cancel", responses=described(ResponseObject))
 async def cancel_response(
     response_id: ResponseId, request: Request, context: Context, tenant: Caller
 ) -> Response:
-    """Find it, stop it, tell its state."""
-    answer = await _find(response_id, request, context, tenant)
-    await context.queue.stop(answer.request_ids, FinishReason.CANCELLED)
-    return Response(await body_now(answer), media_type="application/json")
+    """Ends a response that has not ended, and returns it."""
+    reader = await _find(response_id, request, context, tenant)
+    await context.queue.stop(reader.request_ids, FinishReason.CANCELLED)
+    return await _current(reader)
 
 
-@router.delete(
-    "/v1/responses/{response_id}",
-    response_model=None,
-    summary="Delete a response",
-    description="Ends a response and forgets it.",
-)
+@router.delete("/v1/responses/{response_id}", responses=described(ResponseDeleted))
 async def delete_response(
     response_id: ResponseId, request: Request, context: Context, tenant: Caller
 ) -> Response:
-    """Find it, forget it."""
-    answer = await _find(response_id, request, context, tenant)
-    await context.queue.forget(answer.id)
-    body = orjson.dumps({"id": response_id, "object": "response", "deleted": True})
+    """Ends a response if it has not ended, and deletes it."""
+    reader = await _find(response_id, request, context, tenant)
+    await context.queue.forget(reader.id)
+    return json_response({"id": response_id, "object": "response", "deleted": True})
+
+
+async def _find(
+    response_id: str, request: Request, context: ApiContext, tenant: Tenant
+) -> AnswerReader:
+    """A reader of a stored response. Raises NotFound, with the same text for ids that are unknown,
+    malformed, another tenant's, or of an answer that is no stored response.
+    """
+    call_id = response_id.removeprefix(PREFIX)
+    valid = call_id != response_id and call_age(call_id) is not None
+    stored = await context.queue.lookup(call_id) if valid else None
+    if stored is not None and stored.tenant == tenant.name:
+        manifest = Manifest.from_json(stored.manifest)
+        if manifest.endpoint is RESPONSES.name and manifest.stored:
+            return resumed_reader(call_id, manifest, request, context, tenant)
+    raise NotFound("there is no such response", code="response_not_found")
+
+
+async def _current(reader: AnswerReader) -> Response:
+    body = RESPONSES.collect(reader, await reader.collect_now())
     return Response(body, media_type="application/json")
 
 
-async def _find(response_id: str, request: Request, context: ApiContext, tenant: Tenant) -> Answer:
-    call_id, manifest = await find_response(response_id, context, tenant)
-    request.state.request_id = call_id
-    return Answer(
-        call_id,
-        manifest,
-        context,
-        tenant=tenant.name,
-        arrived=request.state.arrived,
-        resumed=True,
-    )
-
-
-async def _go_to(
-    answer: Answer, writer: ResponseWriter | ResponseItemWriter, *, number: int
-) -> None:
+async def _read_to(reader: AnswerReader, renderer: ResponseRenderer, *, number: int) -> None:
     """Reads up to the event of that number. Raises BadRequest, StreamDivergence or Unavailable."""
-    count = writer.tokens_at(number)
-    reached = await go_to(answer, writer, choice=0, count=count)
+    numbers = numbering(reader.manifest)
+    count = numbers.tokens_at(number)
+    reached = await read_to(reader, renderer, choice=0, count=count)
     # The events after the last token have numbers, too.
-    if reached < count and number > writer.last_number(reached):
+    if reached < count and number > numbers.last(reached):
         raise BadRequest("starting_after must be the number of an event", param="starting_after")

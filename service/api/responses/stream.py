@@ -1,28 +1,41 @@
 """The events of a streamed response, each with the number that it can be resumed after.
 
-    0 created · 1 in_progress · 2 output_item.added · 3 content_part.added    before the tokens
-    3 + t output_text.delta                                                   t tokens so far
-    4 + n text.done · 5 + n part.done · 6 + n item.done · 7 + n the end       n tokens in all
+             without tools                       with tools
+    0        created                             created
+    1        in_progress                         in_progress
+    2, 3     output_item.added, part.added
+             3 + t: output_text.delta            2 + 256 t + k: event k of a record
+             3 + n + 1 + k: event k of the end   2 + 256 (n + 1) + k: event k of the end
 
-A number says how many tokens the reader has, not how many events came before it: a store that lost
-a journal's tail gets it again cut in other places, and the numbers still mean the same. So they
-grow by one where each record holds one token, which is usual, and by more where it holds more.
+t: tokens up to the end of the record; n: tokens of the answer. A number stands for the tokens that
+a client has, not for the events before it: if the store loses the tail of a journal, the engine
+writes it again in records of other lengths, and the numbers keep their meaning. Without tools, a
+record has one event. With tools it has none, one or several, because a message or a call may be
+opened, grow and be finished; never 256, because an answer has fewer calls than that.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from service.api.generation.accumulate import Collected
-from service.api.generation.deltas import Ending, Opening, Piece, Shown
-from service.api.generation.reader import Answer
+from service.api.generation.accumulate import (
+    Accumulator,
+    DeltaTracker,
+    TextSegment,
+    ToolCallSegment,
+)
+from service.api.generation.deltas import Delta, Start, StreamDelta
+from service.api.generation.manifest import Manifest
+from service.api.generation.reader import AnswerReader
 from service.api.responses.object import (
     Status,
+    item_id,
+    item_object,
     item_status,
     logprobs,
-    message_item,
     opened_item,
     response_object,
     status_of,
@@ -30,109 +43,189 @@ from service.api.responses.object import (
 )
 from service.errors import QuireError
 
-BEFORE_TOKENS = 3  # the number of the last event before them
-AFTER_TOKENS = 4  # events after them
+Event = tuple[str, dict[str, Any]]  # its type and its fields
 
 
-class ResponseWriter:
-    """Renders one response's events, without those up to number `seen`."""
+@dataclass(frozen=True, slots=True)
+class Numbering:
+    """From numbers of tokens to numbers of events."""
 
-    def __init__(self, answer: Answer, *, event_ids: bool, seen: int | None = None) -> None:
-        self._answer = answer
+    first: int  # of a record of no tokens
+    stride: int  # numbers per token
+    at_end: int  # events after the last token, at most
+
+    def of(self, num_tokens: int) -> int:
+        """The number of the first event of the record that ends with this token."""
+        return self.first + self.stride * num_tokens
+
+    def tokens_at(self, number: int) -> int:
+        """How many tokens a client has that has received the event of this number."""
+        return max(0, number - self.first) // self.stride
+
+    def last(self, num_tokens: int) -> int:
+        """The highest number that an event of an answer of so many tokens may have."""
+        return self.of(num_tokens + 1) + self.at_end - 1
+
+
+_TEXT = Numbering(first=3, stride=1, at_end=4)
+_TOOLS = Numbering(first=2, stride=256, at_end=256)
+
+
+def numbering(manifest: Manifest) -> Numbering:
+    """The numbering of a response."""
+    return _TEXT if manifest.notation is None else _TOOLS
+
+
+class ResponseRenderer:
+    """Renders the events of one response. `seen` is the number of the last one that the client
+    has; None: the client has all events of the deltas that are skipped.
+    """
+
+    def __init__(self, reader: AnswerReader, *, event_ids: bool, seen: int | None = None) -> None:
+        self._reader = reader
         self._event_ids = event_ids
+        self._numbers = numbering(reader.manifest)
+        self._has_tools = reader.manifest.notation is not None
+        self._partial = seen is not None  # the client may lack events of the last skipped record
+        self._missed = b""  # those events
         self._seen = -1 if seen is None else seen
-        self._collected = Collected()
-        place = {"item_id": f"msg_{answer.id}", "output_index": 0, "content_index": 0}
-        self._place = place
-        self._delta = b"event: response.output_text.delta\ndata: " + orjson.dumps(
+        self._answer = Accumulator()
+        self._items = DeltaTracker()
+        place = {"item_id": f"msg_{reader.id}", "output_index": 0, "content_index": 0}
+        self._text_delta = b"event: response.output_text.delta\ndata: " + orjson.dumps(
             {"type": "response.output_text.delta", **place}
         ).removesuffix(b"}")
 
-    @staticmethod
-    def tokens_at(number: int) -> int:
-        """How many tokens a reader has who has the event of this number."""
-        return max(0, number - BEFORE_TOKENS)
+    def begin(self) -> bytes:
+        """The first event, or what the client lacks of the last skipped record."""
+        status = Status.QUEUED if self._reader.manifest.background else Status.IN_PROGRESS
+        return self._render([self._state("created", status)], first=0) + self._missed
 
-    @staticmethod
-    def last_number(count: int) -> int:
-        """Of the last event of an answer of so many tokens."""
-        return BEFORE_TOKENS + count + AFTER_TOKENS
+    def skip(self, delta: StreamDelta) -> None:
+        """Takes note of a delta that the client has received, or of which it lacks events."""
+        if not self._partial:
+            self._seen = self._number + self._numbers.stride - 1
+        self._missed += self.event(0, delta)
 
-    def opening(self) -> bytes:
-        """Before the journal has anything."""
-        background = self._answer.manifest.given_back["background"]
-        status = Status.QUEUED if background else Status.IN_PROGRESS
-        return self._response_event(0, "created", status)
+    def event(self, _choice: int, delta: StreamDelta) -> bytes:
+        """The events of one delta."""
+        if isinstance(delta, Start):
+            events = [self._state("in_progress", Status.IN_PROGRESS)]
+            if not self._has_tools:  # the only item is opened before it has text
+                self._answer.segments.append(TextSegment())
+                events += self._changes()
+            return self._render(events, first=1)
+        self._answer.add(delta)
+        if isinstance(delta, Delta):
+            if not self._has_tools:
+                return self._render_text(delta)
+            return self._render(self._changes(), first=self._number, event_id=self._event_id)
+        status = status_of(self._answer)
+        events = self._changes() if self._has_tools else []
+        events += self._done(self._items.open, item_status(status))
+        events.append(self._state(status.value, status, self._answer))
+        return self._render(events, first=self._number + self._numbers.stride)
 
-    def skip(self, shown: Shown) -> None:
-        """The reader has this."""
-        self._collected.add(shown)
-        self._seen = max(self._seen, BEFORE_TOKENS + self._answer.completion_tokens)
-
-    def event(self, _choice: int, shown: Shown) -> bytes:
-        """What a record changes, in events."""
-        self._collected.add(shown)
-        if isinstance(shown, Piece):
-            return self._text_event(shown)
-        return self._opened() if isinstance(shown, Opening) else self._ended(shown)
-
-    def closing(self) -> bytes:
-        """Nothing: the last event says that it is the last."""
+    def finish(self) -> bytes:
+        """No event: the one of the final status is the last."""
         return b""
 
-    def failure(self, error: QuireError) -> bytes:
-        """The end of this stream, which is not the end of the response."""
+    def fail(self, error: QuireError) -> bytes:
+        """The last event of this stream, but not the end of the response."""
         fields: dict[str, str | None] = {
             "code": error.code, "message": error.message, "param": error.param, **error.details(),
         }  # fmt: skip
-        number = BEFORE_TOKENS + self._answer.completion_tokens
-        # OpenAI's clients raise for what has an `error`; without it they would take it for text.
-        return self._event(max(number, self._seen), "error", error=fields, **fields)
+        number = max(self._number + self._numbers.stride - 1, self._seen)
+        # OpenAI's clients raise an exception only if the event has an `error`.
+        return _event(("error", {"error": fields, **fields}), number)
 
-    def _opened(self) -> bytes:
-        place = self._place
-        part = text_part(self._answer, Collected())
-        added = {"item": opened_item(self._answer), "output_index": 0}
-        return (
-            self._response_event(1, "in_progress", Status.IN_PROGRESS)
-            + self._event(2, "response.output_item.added", **added)
-            + self._event(3, "response.content_part.added", **place, part=part)
-        )
+    @property
+    def _number(self) -> int:
+        """The number of the first event of the last record."""
+        return self._numbers.of(self._reader.completion_tokens)
 
-    def _text_event(self, piece: Piece) -> bytes:
-        answer = self._answer
-        event_id = b"id: %s\n" % answer.position.encode() if self._event_ids else b""
-        scored = orjson.dumps(logprobs(answer, piece.scored)) if piece.scored else b"[]"
-        number = BEFORE_TOKENS + answer.completion_tokens
-        return b"".join((
-            event_id, self._delta, b',"sequence_number":%d,"delta":' % number,
-            orjson.dumps(piece.text), b',"logprobs":', scored, b"}\n\n",
-        ))  # fmt: skip
+    @property
+    def _event_id(self) -> bytes:
+        return b"id: %s\n" % self._reader.position.encode() if self._event_ids else b""
 
-    def _ended(self, ending: Ending) -> bytes:
-        answer, collected, place = self._answer, self._collected, self._place
-        end = ending.end
-        first = BEFORE_TOKENS + end.count + 1
-        status = status_of(collected)
-        part = text_part(answer, collected)
+    def _state(self, name: str, status: Status, answer: Accumulator | None = None) -> Event:
+        response = response_object(self._reader, answer or Accumulator(), status=status)
+        return f"response.{name}", {"response": response}
+
+    def _changes(self) -> list[Event]:
+        """The changes of the open item, and of those that are opened after it."""
+        events: list[Event] = []
+        for change in self._items.changes(self._answer.segments):
+            if change.opens:
+                before = change.index - 1 if change.index else None
+                events += [*self._done(before, Status.COMPLETED), *self._opened(change.index)]
+            if change.text:
+                events.append(self._delta(change.index, change.text))
+        return events
+
+    def _opened(self, index: int) -> list[Event]:
+        item = {"item": opened_item(self._reader, self._answer, index)}
+        place = {"output_index": index}
+        # Clients have always received the keys in another order without tools.
+        added = ("response.output_item.added", place | item if self._has_tools else item | place)
+        if isinstance(self._answer.segments[index], ToolCallSegment):
+            return [added]
+        part = {**self._place(index), "part": text_part("")}
+        return [added, ("response.content_part.added", part)]
+
+    def _delta(self, index: int, text: str) -> Event:
+        place = self._place(index)
+        if isinstance(self._answer.segments[index], ToolCallSegment):
+            return "response.function_call_arguments.delta", {**place, "delta": text}
+        return "response.output_text.delta", {**place, "delta": text, "logprobs": []}
+
+    def _done(self, index: int | None, status: Status) -> list[Event]:
+        """The last events of an item; None: of no item."""
+        if index is None:
+            return []
+        segment, place = self._answer.segments[index], self._place(index)
+        item = item_object(self._reader, self._answer, index, status=status)
+        done = ("response.output_item.done", {"output_index": index, "item": item})
+        if isinstance(segment, ToolCallSegment):
+            fields = {**place, "name": segment.name, "arguments": segment.arguments}
+            return [("response.function_call_arguments.done", fields), done]
+        (part,) = item["content"]
         text = {"text": part["text"], "logprobs": part["logprobs"]}
-        item = message_item(answer, collected, status=item_status(status))
-        return (
-            self._event(first, "response.output_text.done", **place, **text)
-            + self._event(first + 1, "response.content_part.done", **place, part=part)
-            + self._event(first + 2, "response.output_item.done", output_index=0, item=item)
-            + self._response_event(first + 3, status.value, status)
-        )
+        return [
+            ("response.output_text.done", {**place, **text}),
+            ("response.content_part.done", {**place, "part": part}),
+            done,
+        ]
 
-    def _response_event(self, number: int, name: str, status: Status) -> bytes:
+    def _place(self, index: int) -> dict[str, Any]:
+        """The fields of an event that refer to an item, or to the content part of a message."""
+        id_ = item_id(self._reader, self._answer, index)
+        if isinstance(self._answer.segments[index], ToolCallSegment):
+            return {"item_id": id_, "output_index": index}
+        return {"item_id": id_, "output_index": index, "content_index": 0}
+
+    def _render_text(self, delta: Delta) -> bytes:
+        """The event of a delta without tools: one per token, so it is put together from bytes."""
+        number = self._number
         if number <= self._seen:
             return b""
-        empty = Collected() if name in {"created", "in_progress"} else self._collected
-        response = response_object(self._answer, empty, status=status)
-        return self._event(number, f"response.{name}", response=response)
+        scored = orjson.dumps(logprobs(self._reader, delta.scored)) if delta.scored else b"[]"
+        return b"".join((
+            self._event_id, self._text_delta, b',"sequence_number":%d,"delta":' % number,
+            orjson.dumps(delta.text), b',"logprobs":', scored, b"}\n\n",
+        ))  # fmt: skip
 
-    def _event(self, number: int, kind: str, **fields: Any) -> bytes:  # noqa: ANN401  # any JSON
-        if number <= self._seen and kind != "error":
-            return b""
-        data = orjson.dumps({"type": kind, "sequence_number": number, **fields})
-        return b"event: %s\ndata: %s\n\n" % (kind.encode(), data)
+    def _render(self, events: list[Event], *, first: int, event_id: bytes = b"") -> bytes:
+        """The events that the client has not; the last one has the event id."""
+        new = [
+            _event(event, number)
+            for number, event in enumerate(events, start=first)
+            if number > self._seen
+        ]
+        return b"".join([*new[:-1], event_id, *new[-1:]]) if new else b""
+
+
+def _event(event: Event, number: int) -> bytes:
+    kind, fields = event
+    data = orjson.dumps({"type": kind, "sequence_number": number, **fields})
+    return b"event: %s\ndata: %s\n\n" % (kind.encode(), data)

@@ -1,16 +1,16 @@
-"""JSON schemas as grammars: what binds an answer, and what of it a grammar can express.
+"""JSON schemas as grammars: the keywords that a grammar can express.
 
-    binding       without remarks
-    narrowed      without optional properties that are too many for the limits of a grammar
-    uncounted     without limits that a lenient grammar gets wrong
-    fitting       with patterns that a grammar can express
-    first_wide    the property that is too wide, and why
-    first_fault   the property that a grammar cannot express, and why
+    without_annotations         titles, descriptions, defaults and examples removed
+    without_excess_properties   optional properties removed if they exceed the limits of a grammar
+    without_property_counts     limits removed that a lenient grammar gets wrong
+    relax                       patterns relaxed until a grammar can express them
+    first_excess                the first object with too many optional properties
+    first_unsupported           the first property that a grammar cannot express
 
 A schema that is not strict is relaxed: a pattern loses its look-around or, if that does not help,
-goes; other keywords and formats that are not supported are ignored by a lenient grammar. What is
-left out only allows more. A strict schema is refused by the name of the property. Whether a part
-can be expressed is decided by a trial of that part alone.
+is removed; a lenient grammar ignores other unsupported keywords and formats. Relaxing only allows
+more. For a strict schema the error names the property. Whether a part can be expressed is decided
+by validating that part alone.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from typing import Any
 from model.grammar import json_schema_grammar
 from service.api.structured.validator import OVER_LIMITS, UNSUPPORTED_KEYWORDS
 
-MAX_TRIALS = 64  # of parts of one schema
+MAX_PARTS = 64  # of one schema that are validated alone
 MAX_PATH_CHARS = 100
 MAX_OPTIONAL = 150  # properties of one object
 
-# A notation -> what is wrong with it, as the end of a sentence; None: nothing.
-Trial = Callable[[str], Awaitable[str | None]]
+# A grammar -> its error, as the end of a sentence; None: it is valid.
+Validate = Callable[[str], Awaitable[str | None]]
 Schema = Mapping[str, Any]
-# A pattern -> what it is replaced by; None: it goes.
+# A pattern -> its replacement; None: it is removed.
 Replacements = Mapping[str, str | None]
 
-# Keywords that bind nothing, that hold schemas by name, and that hold no schema.
-_REMARKS = frozenset({"$comment", "default", "deprecated", "description", "examples", "title"})
+# Annotations; keywords that hold schemas by name; keywords that hold no schema.
+_ANNOTATIONS = frozenset({"$comment", "default", "deprecated", "description", "examples", "title"})
 _BY_NAME = frozenset(
     {"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"}
 )
@@ -44,32 +44,31 @@ _LOOK_AROUND = ("(?=", "(?!", "(?<=", "(?<!")
 _PLAIN_NAME = re.compile(r"[\w$-]{1,64}(\[\d+\])*")
 
 
-def binding(schema: Schema) -> dict[str, Any]:
-    """A schema without remarks: the model has read them, and a grammar has no use for them."""
-    return _rebuilt(schema, lambda node: {k: v for k, v in node.items() if k not in _REMARKS})
+def without_annotations(schema: Schema) -> dict[str, Any]:
+    """The prompt has the annotations; a grammar does not use them."""
+    return _rebuilt(schema, lambda node: {k: v for k, v in node.items() if k not in _ANNOTATIONS})
 
 
-def uncounted(schema: Schema) -> dict[str, Any]:
-    """A schema without limits on the number of properties if some of them are named and optional.
-
-    A lenient grammar would count additional properties alone, and forbid what the schema allows.
+def without_property_counts(schema: Schema) -> dict[str, Any]:
+    """Removes limits on the number of properties from objects with optional properties: a lenient
+    grammar counts additional properties only, and would forbid what the schema allows.
     """
-    return _rebuilt(schema, _uncounted)
+    return _rebuilt(schema, _without_counts)
 
 
-def _uncounted(node: dict[str, Any]) -> dict[str, Any]:
+def _without_counts(node: dict[str, Any]) -> dict[str, Any]:
     if not _num_optional(node):
         return node
     return {k: v for k, v in node.items() if k not in {"minProperties", "maxProperties"}}
 
 
-def narrowed(schema: Schema) -> dict[str, Any]:
-    """The schema without the optional properties of an object that has more than MAX_OPTIONAL."""
-    return _rebuilt(schema, _narrowed)
+def without_excess_properties(schema: Schema) -> dict[str, Any]:
+    """Removes the optional properties of objects that have more than MAX_OPTIONAL of them."""
+    return _rebuilt(schema, _without_excess)
 
 
-def first_wide(schema: Schema) -> tuple[str, str] | None:
-    """(dotted path, reason) of the first object that `narrowed` would change."""
+def first_excess(schema: Schema) -> tuple[str, str] | None:
+    """Returns (dotted path, reason) of the first object with more than MAX_OPTIONAL of them."""
     for path, node in _nodes(schema, ()):
         if _num_optional(node) > MAX_OPTIONAL:
             reason = f"an object may have at most {MAX_OPTIONAL} optional properties"
@@ -77,44 +76,43 @@ def first_wide(schema: Schema) -> tuple[str, str] | None:
     return None
 
 
-async def fitting(
-    schema: Schema, trial: Trial, *, verdict: str, grammar_of: Callable[[Schema], str]
-) -> Schema | None:
-    """The schema with its patterns relaxed so that `grammar_of` it passes a trial; None if that
-    fails. `verdict` is that of the schema as it is.
+async def relax(
+    schema: Schema, validate: Validate, *, error: str, grammar_of: Callable[[Schema], str]
+) -> dict[str, Any] | None:
+    """Relaxes patterns until `grammar_of` the schema is valid; returns None if that fails.
+    `error` is that of the original schema.
     """
-    if verdict in OVER_LIMITS:
+    if error in OVER_LIMITS:
         return None
-    replacements = await _replacements(schema, trial)
+    replacements = await _replacements(schema, validate)
     for table in (replacements, dict.fromkeys(replacements)):
         relaxed = _rebuilt(schema, partial(_replaced, table=table))
-        if await trial(grammar_of(relaxed)) is None:
+        if await validate(grammar_of(relaxed)) is None:
             return relaxed
     return None
 
 
-async def first_fault(schema: Schema, trial: Trial) -> tuple[str, str] | None:
-    """(dotted path, reason) of the first part that a grammar cannot express, if one is found.
-
-    Inner parts come before those that hold them. Names that are no plain words are written `*`.
+async def first_unsupported(schema: Schema, validate: Validate) -> tuple[str, str] | None:
+    """Returns (dotted path, reason) of the first part that a grammar cannot express, if one is
+    found. Inner parts come before those that contain them. Unusual names are written `*`.
     """
     definitions = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-    left = MAX_TRIALS
-    for path, node in _nodes(binding(schema), ()):
+    left = MAX_PARTS
+    for path, node in _nodes(without_annotations(schema), ()):
         for keyword, part in _parts(node):
             if not left:
                 return None
             left -= 1
-            fault = await trial(json_schema_grammar({**definitions, **part}))
-            if fault is not None and (reason := _reason(keyword, node, fault)):
+            error = await validate(json_schema_grammar({**definitions, **part}))
+            if error is not None and (reason := _reason(keyword, node, error)):
                 return _dotted((*path, keyword)), reason
     return None
 
 
 def without_assertions(pattern: str) -> str:
-    """The pattern without look-around and word boundaries: it matches at least as much."""
+    """Removes look-around and word boundaries: the result matches at least as much."""
     kept: list[str] = []
-    groups: list[bool] = []  # open ones; True: a look-around, which is left out
+    groups: list[bool] = []  # open groups; True: a look-around, which is removed
     in_class = False
     place = 0
     while place < len(pattern):
@@ -137,26 +135,27 @@ def without_assertions(pattern: str) -> str:
     return "".join(kept)
 
 
-async def _replacements(schema: Schema, trial: Trial) -> dict[str, str | None]:
-    """Those patterns of the schema that a grammar cannot express."""
+async def _replacements(schema: Schema, validate: Validate) -> dict[str, str | None]:
+    """Replacements for the patterns that a grammar cannot express."""
     patterns = {
-        pattern: None for _, node in _nodes(binding(schema), ()) for pattern in _patterns(node)
+        pattern: None
+        for _, node in _nodes(without_annotations(schema), ())
+        for pattern in _patterns(node)
     }
     replacements: dict[str, str | None] = {}
     for index, pattern in enumerate(patterns):
-        if index >= MAX_TRIALS:
+        if index >= MAX_PARTS:
             replacements[pattern] = None
-        elif await trial(_pattern_grammar(pattern)) is not None:
+        elif await validate(_pattern_grammar(pattern)) is not None:
             relaxed = without_assertions(pattern)
-            usable = relaxed != pattern and await trial(_pattern_grammar(relaxed)) is None
+            usable = relaxed != pattern and await validate(_pattern_grammar(relaxed)) is None
             replacements[pattern] = relaxed if usable else None
     return replacements
 
 
 def _replaced(node: dict[str, Any], table: Replacements) -> dict[str, Any]:
-    """One schema with its own patterns replaced.
-
-    Properties that match a pattern that goes are then allowed by nothing else, so all names are.
+    """Replaces the patterns of one schema, not of those within it. If a property pattern is
+    removed, all property names are allowed: nothing else allows those that matched it.
     """
     result = dict(node)
     pattern, named = node.get("pattern"), node.get("patternProperties")
@@ -171,8 +170,8 @@ def _replaced(node: dict[str, Any], table: Replacements) -> dict[str, Any]:
     return result
 
 
-def _narrowed(node: dict[str, Any]) -> dict[str, Any]:
-    """One schema; of very many optional properties it allows the names with any values."""
+def _without_excess(node: dict[str, Any]) -> dict[str, Any]:
+    """Changes one schema, not those within it. Removed properties stay allowed, with any value."""
     if _num_optional(node) <= MAX_OPTIONAL:
         return node
     left_out = {"additionalProperties", "unevaluatedProperties", "patternProperties"}
@@ -184,12 +183,12 @@ def _narrowed(node: dict[str, Any]) -> dict[str, Any]:
 def _num_optional(node: Schema) -> int:
     properties, required = node.get("properties"), node.get("required", [])
     if not (isinstance(properties, dict) and isinstance(required, list)):
-        return 0  # no schema
+        return 0  # not a schema
     return sum(name not in required for name in properties)
 
 
 def _rebuilt(schema: Schema, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """The schema with `change` applied to each schema within it, inner ones first, and to it."""
+    """Applies `change` to each schema within the schema, inner ones first, and to itself."""
     return change({key: _rebuilt_value(key, value, change) for key, value in schema.items()})
 
 
@@ -210,7 +209,7 @@ def _rebuilt_value(
 
 
 def _nodes(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Schema]]:  # noqa: ANN401
-    """All schemas within one, and itself, with their paths; inner ones first."""
+    """Yields (path, schema) of all schemas within a value, inner ones first, and of itself."""
     if isinstance(node, list):
         for index, item in enumerate(node):
             yield from _nodes(item, (*path[:-1], f"{path[-1]}[{index}]"))
@@ -233,7 +232,7 @@ def _patterns(node: Schema) -> Iterator[str]:
 
 
 def _parts(node: Schema) -> Iterator[tuple[str, Schema]]:
-    """(keyword, schema of that part alone) for what a grammar may fail to express."""
+    """Yields (keyword, schema of that part alone) of what a grammar may be unable to express."""
     if isinstance(node.get("pattern"), str):
         yield "pattern", {"type": "string", "pattern": node["pattern"]}
     if isinstance(node.get("patternProperties"), dict):
@@ -245,8 +244,8 @@ def _parts(node: Schema) -> Iterator[tuple[str, Schema]]:
         yield keyword, node
 
 
-def _reason(keyword: str, node: Schema, fault: str) -> str | None:
-    """Why a part failed; None if another part of it may be the cause."""
+def _reason(keyword: str, node: Schema, error: str) -> str | None:
+    """Returns why a part is invalid; None if another part within it may be the cause."""
     if keyword in {"pattern", "patternProperties"}:
         patterns = list(_patterns(node))
         if any(without_assertions(pattern) != pattern for pattern in patterns):
@@ -254,7 +253,7 @@ def _reason(keyword: str, node: Schema, fault: str) -> str | None:
         return "this regular expression is not valid or not supported"
     if keyword == "format":
         return "this format is not supported"
-    return f"{keyword} is not supported" if keyword in re.findall(r"\w+", fault) else None
+    return f"{keyword} is not supported" if keyword in re.findall(r"\w+", error) else None
 
 
 def _pattern_grammar(pattern: str) -> str:
@@ -262,6 +261,6 @@ def _pattern_grammar(pattern: str) -> str:
 
 
 def _dotted(path: tuple[str, ...]) -> str:
-    """The path, or its end if it is long. Texts that are no names stay out of errors."""
+    """The path, or its end if it is long. Only plain names appear in errors."""
     dotted = ".".join(name if _PLAIN_NAME.fullmatch(name) else "*" for name in path)
     return dotted if len(dotted) <= MAX_PATH_CHARS else f"...{dotted[-MAX_PATH_CHARS:]}"

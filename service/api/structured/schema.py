@@ -4,89 +4,60 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
-from service.api.fields import FieldFault, Label, Text
-from service.api.tools.schema import check_json
-from service.api.wire import Closed
+from service.api.fields import FieldError, FieldNames, Label, StrictModel, Text
+from service.api.structured.output import Constraint, JsonOutput, Kind, json_output
+from service.errors import BadRequest
 
 MAX_CHOICES = 1024
 
 
 def _texts(value: object) -> object:
-    """Comes before the items are looked at: a refusal must not take longer than an answer."""
+    """Runs before the items are validated, so that a rejection stays cheap."""
     if isinstance(value, list) and len(value) > MAX_CHOICES:
-        raise FieldFault("array_above_max_length", f"may have at most {MAX_CHOICES} items")
+        raise FieldError("array_above_max_length", f"may have at most {MAX_CHOICES} items")
     return value
 
 
-def _json(value: dict[str, Any]) -> dict[str, Any]:
-    check_json(value)
-    return value
-
-
-class JsonSchema(Closed):
-    """A JSON schema, and a name for it."""
+class JsonSchema(StrictModel):
+    """A JSON schema with a name."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
-    name: Label | None = Field(None, description="A name for the schema; has no effect.")
-    description: Text | None = Field(None, description="What it is for; has no effect.")
+    name: Label | None = Field(None, description="The name of the schema; has no effect.")
+    description: Text | None = Field(
+        None, description="A description of the schema; has no effect."
+    )
     schema_: dict[str, Any] = Field(alias="schema", description="The schema of the answer.")
     strict: bool | None = Field(
         None,
-        description="Refuse a schema that cannot be followed to the letter. Default false: what it "
-        "says beyond that is left to the model.",
+        description="Reject a schema that cannot be enforced exactly. Default false: parts that "
+        "cannot be enforced are left to the model.",
     )
 
 
-class ResponseFormat(Closed):
-    """OpenAI's way to say what the answer must be."""
+class ResponseFormat(StrictModel):
+    """OpenAI's format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"] = Field(
         description="Any text, a JSON object, or JSON of a schema."
     )
-    json_schema: JsonSchema | None = Field(None, description="Goes with the type json_schema.")
+    json_schema: JsonSchema | None = Field(None, description="Only with the type json_schema.")
+
+    def output(self, names: FieldNames) -> JsonOutput | None:
+        """Returns None for any text. Raises BadRequest."""
+        schema = self.json_schema
+        return json_output(
+            self.type,
+            schema=None if schema is None else schema.schema_,
+            strict=None if schema is None else schema.strict,
+            names=names,
+        )
 
 
-class TextFormat(Closed):
-    """The same in a response's words."""
-
-    model_config = ConfigDict(serialize_by_alias=True)
-
-    type: Literal["text", "json_object", "json_schema"] = Field(
-        description="Any text, a JSON object, or JSON of a schema."
-    )
-    name: Label | None = Field(None, description="A name for the schema; has no effect.")
-    description: Text | None = Field(None, description="What it is for; has no effect.")
-    schema_: Annotated[dict[str, Any], AfterValidator(_json)] | None = Field(
-        None, alias="schema", description="The schema of the answer; goes with json_schema."
-    )
-    strict: bool | None = Field(
-        None,
-        description="Refuse a schema that cannot be followed to the letter. Default false: what it "
-        "says beyond that is left to the model.",
-    )
-
-    def as_response_format(self) -> ResponseFormat:
-        """In a chat's words."""
-        schema = None
-        if self.schema_ is not None:
-            schema = JsonSchema.model_construct(schema_=self.schema_, strict=self.strict)
-        return ResponseFormat.model_construct(type=self.type, json_schema=schema)
-
-
-class TextOptions(Closed):
-    """What a response's text must be."""
-
-    format: TextFormat | None = Field(
-        None, description="Text, a JSON object, or JSON of a schema. Default text."
-    )
-    verbosity: None = Field(None, description="Not supported.")
-
-
-class StructuredOutputs(Closed):
-    """vLLM's way: exactly one of these."""
+class StructuredOutputs(StrictModel):
+    """vLLM's constraints on the answer: exactly one of these."""
 
     json_: dict[str, Any] | str | None = Field(
         None, alias="json", description="A JSON schema that the answer must match."
@@ -104,5 +75,23 @@ class StructuredOutputs(Closed):
     grammar: Text | None = Field(
         None,
         min_length=1,
-        description="A grammar of the answer, in Lark's notation or in llama.cpp's GBNF.",
+        description="A grammar of the answer, in Lark or in llama.cpp's GBNF.",
     )
+
+    def constraint(self) -> Constraint:
+        """Raises BadRequest unless exactly one field is given."""
+        fields: dict[Kind, dict[str, Any] | str | tuple[str, ...] | None] = {
+            "json": self.json_,
+            "json_object": {} if self.json_object else None,
+            "regex": self.regex,
+            "choice": None if self.choice is None else tuple(self.choice),
+            "grammar": self.grammar,
+        }
+        given = [(kind, value) for kind, value in fields.items() if value is not None]
+        if len(given) != 1:
+            raise BadRequest(
+                f"structured_outputs needs exactly one of {', '.join(fields)}",
+                param="structured_outputs",
+            )
+        ((kind, value),) = given
+        return Constraint(kind=kind, value=value)

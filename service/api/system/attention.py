@@ -1,55 +1,81 @@
-"""POST /v1/attention: which earlier tokens each token of a text attends to, by layer and head.
+"""POST /v1/attention: the attention of each token of a text to earlier ones, by layer and head.
 
-Served where there is a network to ask; a replica of the API alone refuses by name. It touches
-neither queue nor engine.
+Available only if the network is in this process. It uses neither the queue nor the engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
-import orjson
 from fastapi import APIRouter, Response
+from pydantic import Field
 
+from service.api.answers import AnswerModel, ModelId, TokenList, described, json_response
 from service.api.body import JsonRoute
 from service.api.context import ApiContext, Caller, Context
-from service.api.generation.prompts import chat_prompt, check_token_ids, encode
+from service.api.fields import TokenIds
+from service.api.generation.prompts import check_token_ids, encode, render_chat
 from service.api.generation.submit import check_model
-from service.api.system.attention_schema import AttentionBody
+from service.api.system.attention_service import Attention
+from service.api.system.tokenize import NAMES, TokenizeBody
 from service.errors import BadRequest, NotFound
 
 router = APIRouter(route_class=JsonRoute)
 
 
-@router.post(
-    "/v1/attention",
-    response_model=None,
-    summary="Show attention",
-    description="How much each token of a prompt, of messages through the model's chat template, "
-    "or of token ids attends to itself and each earlier one: the softmax of a layer's head, or the "
-    "mean over layers and heads. Served where a network is in the process (`quire serve`).",
-)
-async def show_attention(body: AttentionBody, context: Context, tenant: Caller) -> Response:
-    """Exactly one of prompt, messages and tokens."""
+class AttentionBody(TokenizeBody):
+    """The body of POST /v1/attention: that of /tokenize, or token ids; and which weights."""
+
+    tokens: TokenIds | None = Field(None, description="Token ids, instead of a prompt or messages.")
+    layer: int | None = Field(
+        None, ge=0, description="One layer, from 0. Default: the mean of all."
+    )
+    head: int | None = Field(None, ge=0, description="One head, from 0. Default: the mean of all.")
+    positions: TokenIds | None = Field(
+        None, description="The tokens, from 0, to return rows for. Default: all."
+    )
+
+
+class AttentionMap(AnswerModel):
+    """Attention weights."""
+
+    object: Literal["attention"] = Field(description="The type of this object.")
+    model: ModelId
+    tokens: TokenList
+    rows: list[dict[str, Any]] = Field(description="A row of weights per requested token.")
+
+
+@router.post("/v1/attention", responses=described(AttentionMap))
+async def show_attention(
+    body: AttentionBody, context: Context, tenant: Caller, service: Attention
+) -> Response:
+    """The attention weights of each token of a prompt, of messages (through the model's chat
+    template) or of token ids, to itself and earlier tokens: the softmax of one layer's head, or the
+    mean over layers and heads. Available if the network is in the process (`quire serve`).
+    """
     check_model(body.model, context)
-    desk = context.attention
-    if desk is None:
+    if service is None:
         raise NotFound(
-            "attention is not available on this replica: it has no network, or it is turned off",
+            "attention is not available: this replica has no network, or the setting is off",
             code="attention_not_available",
             retryable=False,
         )
-    _check_part(body.layer, "layer", desk.reader.num_layers)
-    _check_part(body.head, "head", desk.reader.num_heads)
+    reader = service.reader
+    _check_index(body.layer, "layer", reader.num_layers)
+    _check_index(body.head, "head", reader.num_heads)
     tokens = await _tokens(body, context, tenant=tenant.name)
     positions = _positions(body, len(tokens))
-    rows = await desk.read(tokens, positions, tenant=tenant.name, layer=body.layer, head=body.head)
+    rows = await service.read(
+        tokens, positions, tenant=tenant.name, layer=body.layer, head=body.head
+    )
     texts = [context.tokenizer.token_text(token) for token in tokens]
-    fields = {
+    return json_response({
         "object": "attention",
         "model": context.card.id,
-        "num_layers": desk.reader.num_layers,
-        "num_heads": desk.reader.num_heads,
+        "num_layers": reader.num_layers,
+        "num_heads": reader.num_heads,
         "layer": body.layer,
         "head": body.head,
         "tokens": tokens,
@@ -58,25 +84,24 @@ async def show_attention(body: AttentionBody, context: Context, tenant: Caller) 
             {"position": position, "weights": weights}
             for position, weights in zip(positions, rows, strict=True)
         ],
-    }
-    return Response(orjson.dumps(fields), media_type="application/json")
+    })  # fmt: skip
 
 
-def _check_part(index: int | None, name: str, count: int) -> None:
+def _check_index(index: int | None, name: str, count: int) -> None:
     if index is not None and index >= count:
         raise BadRequest(f"{name} must be from 0 to {count - 1}", param=name)
 
 
 async def _tokens(body: AttentionBody, context: ApiContext, *, tenant: str) -> list[int]:
-    """The text to look at. Raises BadRequest where there is none, or too much."""
+    """Returns the tokens of the input. Raises BadRequest if there are none, or too many."""
     given = {"prompt": body.prompt, "messages": body.messages, "tokens": body.tokens}
-    if sum(value is not None for value in given.values()) != 1:
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
         raise BadRequest(
             "exactly one of prompt, messages and tokens must be given",
             code="missing_required_parameter",
             param="prompt",
         )
-    name = next(name for name, value in given.items() if value is not None)
     tokens: Sequence[int]
     if body.prompt is not None:
         add_bos = body.add_special_tokens is not False
@@ -84,20 +109,21 @@ async def _tokens(body: AttentionBody, context: ApiContext, *, tenant: str) -> l
     elif body.tokens is not None:
         tokens = body.tokens
     else:
-        tokens = (await chat_prompt(body, context, tenant=tenant)).ids
-    most = context.limits.max_attention_tokens
-    if not 1 <= len(tokens) <= min(most, context.card.max_model_len):
+        chat = replace(body.chat(), tools=None)
+        tokens = (await render_chat(chat, context, tenant=tenant, names=NAMES)).ids
+    limit = min(context.limits.max_attention_tokens, context.card.max_model_len)
+    if not 1 <= len(tokens) <= limit:
         raise BadRequest(
-            f"attention is shown for 1 to {min(most, context.card.max_model_len)} tokens",
+            f"attention is shown for 1 to {limit} tokens",
             code="context_length_exceeded" if tokens else "empty_prompt",
-            param=name,
+            param=names[0],
         )
-    check_token_ids(tokens, context, param=name)
+    check_token_ids(tokens, context, param=names[0])
     return list(tokens)
 
 
 def _positions(body: AttentionBody, length: int) -> list[int]:
-    """The rows to give, in order, each once."""
+    """Returns the positions of the rows, sorted and unique."""
     if body.positions is None:
         return list(range(length))
     if not body.positions or not 0 <= min(body.positions) <= max(body.positions) < length:

@@ -1,24 +1,25 @@
-"""AttentionDesk: one call at a time to the reader of a network's attention, tenants in turns.
+"""AttentionService: reads a network's attention for one call at a time, tenants in turns.
 
-Reading is seconds of computing that the engine has to share the machine with, so there is one
-thread for it, and few calls may wait.
+A read takes seconds of CPU time that the engine needs too: there is one thread, and a short queue.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Annotated, Protocol
+
+from fastapi import Depends, Request
 
 from service.api.limits import ApiLimits
 from service.api.observer import BUSY, ApiObserver
 from service.fair_pool import FairPool
 
-DIGITS = 4  # of a weight: over 512 tokens an even share is 0.002
+DIGITS = 4  # of a weight: over 512 tokens the mean is 0.002
 
 
 class AttentionReader(Protocol):
-    """The network's side. `read` blocks and may be called from any thread."""
+    """Reads attention from the network. `read` blocks; any thread may call it."""
 
     num_layers: int
     num_heads: int
@@ -26,13 +27,13 @@ class AttentionReader(Protocol):
     def read(
         self, tokens: Sequence[int], *, layer: int | None, head: int | None
     ) -> Sequence[Sequence[float]]:
-        """For each token its weights over the tokens up to itself; None is the mean over all."""
+        """Returns each token's weights over the tokens up to itself. None: the mean over all
+        layers, or all heads.
+        """
         ...
 
 
-class AttentionDesk:
-    """Lets one call at a time to the reader."""
-
+class AttentionService:
     def __init__(self, reader: AttentionReader, limits: ApiLimits, observer: ApiObserver) -> None:
         self.reader = reader
         self._pool = FairPool(
@@ -52,24 +53,26 @@ class AttentionDesk:
         layer: int | None,
         head: int | None,
     ) -> list[list[float]]:
-        """The rounded rows of some positions. Raises RateLimited or Unavailable if too many calls
-        wait. A caller that leaves while its rows are read frees nothing: the thread cannot be
-        stopped.
+        """Returns the rounded rows at `positions`. Raises RateLimited or Unavailable if too many
+        calls wait. Cancelling this does not stop a read that has begun.
         """
-        work = partial(self._rows, tokens, positions, layer=layer, head=head)
-        return await self._pool.run(tenant, work)
+
+        def rows() -> list[list[float]]:
+            weights = self.reader.read(tokens, layer=layer, head=head)
+            return [[round(weight, DIGITS) for weight in weights[at]] for at in positions]
+
+        return await self._pool.run(tenant, rows)
 
     def close(self) -> None:
         """Cancels the calls that wait."""
         self._pool.close()
 
-    def _rows(
-        self,
-        tokens: Sequence[int],
-        positions: Sequence[int],
-        *,
-        layer: int | None,
-        head: int | None,
-    ) -> list[list[float]]:
-        rows = self.reader.read(tokens, layer=layer, head=head)
-        return [[round(weight, DIGITS) for weight in rows[position]] for position in positions]
+
+async def _attention(request: Request) -> AttentionService | None:
+    service = request.app.state.attention
+    assert service is None or isinstance(service, AttentionService)  # noqa: S101  # see build_app
+    return service
+
+
+Attention = Annotated[AttentionService | None, Depends(_attention)]
+"""None if no network is in the process."""

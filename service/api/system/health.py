@@ -1,19 +1,24 @@
-"""Probes: started, alive, ready. They report progress, not load: saturated is not dead."""
+"""Probes: started, live, ready. They report progress, not load: a saturated server is healthy."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-import orjson
 from fastapi import APIRouter, Depends, Request, Response
+from pydantic import Field
 
+from service.api.answers import AnswerModel, described, json_response
 from service.api.context import Probes
 from service.errors import Unavailable
 from service.queues.contract import Queue
 
-router = APIRouter()
+
+class Health(AnswerModel):
+    """The probe succeeded."""
+
+    status: Literal["ok"] = Field(description="Always ok: everything else is an error.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,7 @@ class HealthContext:
     timeout: float = 1.0  # seconds that the queue has to answer a check
 
     async def check_queue(self) -> None:
-        """Raises Unavailable unless the queue takes writes."""
+        """Raises Unavailable unless the queue accepts writes."""
         try:
             async with asyncio.timeout(self.timeout):
                 await self.queue.check()
@@ -41,64 +46,46 @@ async def _provide_health(request: Request) -> HealthContext:
 
 Checked = Annotated[HealthContext, Depends(_provide_health)]
 
-
-def _ok(**fields: object) -> Response:
-    return Response(orjson.dumps({"status": "ok", **fields}), media_type="application/json")
+router = APIRouter(responses=described(Health))
 
 
-@router.get(
-    "/health/startup",
-    summary="Has it started?",
-    description="200 once the weights are loaded.",
-    response_model=None,
-)
+@router.get("/health/startup")
 async def startup(context: Checked) -> Response:
+    """Returns 200 once the weights are loaded."""
     if not context.probes.started():
         raise Unavailable("the server is starting", code="starting")
-    return _ok()
+    return json_response({"status": "ok"})
 
 
-@router.get(
-    "/health/live",
-    summary="Does it make progress?",
-    description="200 while the engine steps or has nothing to do. Does not depend on the queue.",
-    response_model=None,
-)
+@router.get("/health/live")
 async def live(context: Checked) -> Response:
+    """Returns 200 while the engine makes progress or is idle. Does not depend on the queue."""
     if not context.probes.live():
         raise Unavailable("the engine makes no progress", code="stalled")
-    return _ok()
+    return json_response({"status": "ok"})
 
 
-@router.get(
-    "/health/ready",
-    summary="Does it take calls?",
-    description="200 while it is started, not draining, and the queue takes writes. A full queue "
-    "does.",
-    response_model=None,
-)
+@router.get("/health/ready")
 async def ready(context: Checked) -> Response:
+    """Returns 200 while the server is started, not draining, and the queue accepts writes. A full
+    queue is ready.
+    """
     if not context.probes.started():
         raise Unavailable("the server is starting", code="starting")
     if context.probes.draining():
         raise Unavailable("this replica is shutting down", code="shutting_down")
     await context.check_queue()
-    return _ok()
+    return json_response({"status": "ok"})
 
 
-@router.get(
-    "/health",
-    summary="All of it",
-    description="200 while alive; reports whether the queue takes writes, and how many engines "
-    "there are.",
-    response_model=None,
-)
+@router.get("/health")
 async def health(context: Checked) -> Response:
+    """Returns 200 while live, with the state of the queue and the number of engines."""
     if not context.probes.live():
         raise Unavailable("the engine makes no progress", code="stalled")
     try:
         await context.check_queue()
         engines = len(await context.queue.engines())
     except Unavailable:
-        return _ok(queue="unreachable")
-    return _ok(queue="ok", engines=engines)
+        return json_response({"status": "ok", "queue": "unreachable"})
+    return json_response({"status": "ok", "queue": "ok", "engines": engines})

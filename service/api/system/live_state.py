@@ -1,20 +1,22 @@
-"""LiveState: queue depth and engines, read from the queue a few times a second however many ask."""
+"""LiveState: queue depth and engines, read from the queue a few times per second at most."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
 from time import monotonic
+from typing import Annotated
+
+from fastapi import Depends, Request
 
 from service.errors import Unavailable
 from service.queues.contract import EngineInfo, Queue, QueueDepth
 
-MAX_AGE = 0.2
-"""Seconds for which one reading serves all who ask."""
+MAX_AGE = 0.2  # seconds for which callers share a reading
 
 
 class LiveState:
-    """What runs and waits now, or a moment ago."""
+    """The requests that are running and waiting now, or MAX_AGE ago."""
 
     def __init__(self, queue: Queue, *, clock: Callable[[], float] = monotonic) -> None:
         self._queue = queue
@@ -24,7 +26,7 @@ class LiveState:
         self._latest: tuple[QueueDepth, Sequence[EngineInfo]] | None = None
 
     async def read(self) -> tuple[QueueDepth, Sequence[EngineInfo]] | None:
-        """Depth and engines; None if the queue cannot be reached."""
+        """Returns depth and engines; None if the queue is unreachable."""
         async with self._reading:
             if self._read_at is None or self._clock() - self._read_at >= MAX_AGE:
                 try:
@@ -33,3 +35,12 @@ class LiveState:
                     self._latest = None
                 self._read_at = self._clock()
         return self._latest
+
+
+async def _live_state(request: Request) -> LiveState:
+    state = request.app.state.live
+    assert isinstance(state, LiveState)  # noqa: S101  # build_app puts it there
+    return state
+
+
+Live = Annotated[LiveState, Depends(_live_state)]

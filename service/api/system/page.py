@@ -1,8 +1,7 @@
-"""GET / and /web/{name}: the page for people, as static files that nothing is built for.
+"""GET / and /web/{name}: the web page, as static files without a build step.
 
-Everything comes from this server and nothing may come from elsewhere: the policy that is sent along
-forbids inline scripts, frames and other origins. A browser asks each time whether its copy is still
-good, so an upgraded server is never shown with an old page.
+All files come from this server: the content security policy forbids inline scripts, frames and
+other origins. Browsers revalidate their copies, so an upgraded server never runs with an old page.
 """
 
 from __future__ import annotations
@@ -13,13 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Response
 
 from service.errors import NotFound
-
-router = APIRouter()
 
 INDEX = "index.html"
 MEDIA_TYPES = MappingProxyType({
@@ -40,12 +37,26 @@ HEADERS = MappingProxyType({
     "cache-control": "no-cache",
 })  # fmt: skip
 
-KnownCopy = Annotated[str | None, Header(description="The tag of the copy that the browser has.")]
+IfNoneMatch = Annotated[str | None, Header(description="The ETag of the browser's copy.")]
+
+_TEXT = {"schema": {"type": "string"}}
+_ETAG = {"etag": {"description": "Changes with the content.", **_TEXT}}
+
+
+def _described(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    content = {media_type.partition(";")[0]: _TEXT for media_type in media_types}
+    return {
+        200: {"description": "The file.", "content": content, "headers": _ETAG},
+        304: {"description": "The browser's copy is current."},
+    }
+
+
+router = APIRouter()
 
 
 @dataclass(frozen=True, slots=True)
 class PageFile:
-    """One file of the page; `tag` changes with its content."""
+    """A file of the page; `tag` is its ETag."""
 
     content: bytes
     media_type: str
@@ -54,7 +65,7 @@ class PageFile:
 
 @cache
 def page_files() -> Mapping[str, PageFile]:
-    """All files of the page by name, read once. What is not among them cannot be asked for."""
+    """All files of the page by name, read once. No other file can be requested."""
     found = {}
     for entry in files("service").joinpath("web").iterdir():
         media_type = MEDIA_TYPES.get(entry.name.rpartition(".")[2])
@@ -65,35 +76,25 @@ def page_files() -> Mapping[str, PageFile]:
     return MappingProxyType(found)
 
 
-@router.get(
-    "/",
-    summary="The page",
-    description="Chat with the model in a browser, and see how likely each token was.",
-    response_model=None,
-)
-async def show_page(if_none_match: KnownCopy = None) -> Response:
-    """The page itself."""
+@router.get("/", responses=_described(MEDIA_TYPES["html"]))
+async def show_page(if_none_match: IfNoneMatch = None) -> Response:
+    """Chat with the model in a browser, and see how likely each token was."""
     return _answer(INDEX, if_none_match)
 
 
-@router.get(
-    "/web/{name}",
-    summary="The page's parts",
-    description="Scripts, styles and pictures of the page.",
-    response_model=None,
-)
-async def show_part(
-    name: Annotated[str, Path(description="The file's name.")], if_none_match: KnownCopy = None
+@router.get("/web/{name}", responses=_described(*MEDIA_TYPES.values()))
+async def show_file(
+    name: Annotated[str, Path(description="The file's name.")], if_none_match: IfNoneMatch = None
 ) -> Response:
-    """A file that the page is made of. Raises NotFound for all others."""
+    """Scripts, styles and pictures of the page."""
     return _answer(name, if_none_match)
 
 
 def _answer(name: str, known: str | None) -> Response:
-    asked = page_files().get(name)
-    if asked is None:
-        raise NotFound("the page has no such part", code="not_found")
-    headers = {**HEADERS, "etag": asked.tag}
-    if known is not None and asked.tag in known:
+    file = page_files().get(name)
+    if file is None:
+        raise NotFound("the page has no such file", code="not_found")
+    headers = {**HEADERS, "etag": file.tag}
+    if known is not None and file.tag in known:
         return Response(status_code=304, headers=headers)
-    return Response(asked.content, media_type=asked.media_type, headers=headers)
+    return Response(file.content, media_type=file.media_type, headers=headers)

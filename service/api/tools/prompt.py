@@ -1,8 +1,8 @@
-"""Tools in the prompt: what a chat template is given where functions may be called, or were.
+"""Tools in the prompt: the input of a chat template if functions may be called, or were.
 
-A template that knows tools renders them itself. For all others they are put into words: the
-functions into the system message, earlier calls into the assistant's own text, as it wrote them,
-and results into messages of the user.
+A template that knows tools renders them itself. Other models get the prompt fallback: functions are
+described in the system message, earlier calls are part of the assistant's text in the format that
+the model was told, and results are messages of the user.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from service.api.openai.schema import Message
-from service.api.tools.formats import Notation
-from service.api.tools.schema import CalledTool, Function
+from service.api.tools.chat import ChatMessage, FunctionDefinition, ToolCall
+from service.api.tools.formats import ToolFormat
 
-_WORDS = """\
+# The wording is part of the prompt: a change of it changes answers.
+_FALLBACK = """\
 You can call functions. Each line between <tools> and </tools> describes one, its parameters as a \
 JSON schema:
 <tools>
@@ -30,23 +30,25 @@ To call a function, answer with its name and its arguments as JSON, like this:
 The results will be given to you between <tool_response> and </tool_response>."""
 _SYSTEM = frozenset({"system", "developer"})
 
-Rendered = tuple[list[dict[str, Any]], dict[str, Any]]
+TemplateInput = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
-def with_tools(
-    messages: Sequence[Message], functions: Sequence[Function], notation: Notation
-) -> Rendered:
-    """The messages and the variables for the chat template."""
+def template_input(
+    messages: Sequence[ChatMessage],
+    functions: Sequence[FunctionDefinition],
+    tool_format: ToolFormat,
+) -> TemplateInput:
+    """Returns the messages and the variables for the chat template."""
     described = [_described(function) for function in functions]
-    if notation.native:
+    if tool_format.native:
         return [_native(message) for message in messages], {"tools": described} if described else {}
-    worded = list(_in_words(messages, notation))
+    rendered = list(_fallback(messages, tool_format))
     if described:
-        _tell_of(described, worded)
-    return worded, {}
+        _add_descriptions(described, rendered)
+    return rendered, {}
 
 
-def _described(function: Function) -> dict[str, Any]:
+def _described(function: FunctionDefinition) -> dict[str, Any]:
     fields: dict[str, Any] = {"name": function.name}
     if function.description is not None:
         fields["description"] = function.description
@@ -54,54 +56,55 @@ def _described(function: Function) -> dict[str, Any]:
     return {"type": "function", "function": fields}
 
 
-def _plain(message: Message) -> dict[str, Any]:
+def _plain(message: ChatMessage) -> dict[str, Any]:
     fields: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.name is not None:
         fields["name"] = message.name
-    if message.reasoning_content is not None:
-        fields["reasoning_content"] = message.reasoning_content
+    if message.reasoning is not None:
+        fields["reasoning_content"] = message.reasoning
     return fields
 
 
-def _native(message: Message) -> dict[str, Any]:
+def _native(message: ChatMessage) -> dict[str, Any]:
     fields = _plain(message)
     if message.tool_call_id is not None:
         fields["tool_call_id"] = message.tool_call_id
-    if message.tool_calls is not None:
+    if message.tool_calls:
         fields["tool_calls"] = [_native_call(call) for call in message.tool_calls]
     return fields
 
 
-def _native_call(call: CalledTool) -> dict[str, Any]:
-    arguments = json.loads(call.function.arguments)  # templates write the JSON themselves
-    function = {"name": call.function.name, "arguments": arguments}
-    return {"id": call.id, "type": "function", "function": function}
+def _native_call(call: ToolCall) -> dict[str, Any]:
+    arguments = json.loads(call.arguments)  # templates write the JSON themselves
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": arguments},
+    }
 
 
-def _in_words(messages: Sequence[Message], notation: Notation) -> Iterator[dict[str, Any]]:
+def _fallback(messages: Sequence[ChatMessage], tool_format: ToolFormat) -> Iterator[dict[str, Any]]:
     for is_result, group in groupby(messages, lambda message: message.role == "tool"):
-        if is_result:  # one message: templates may want the user and the assistant to take turns
+        if is_result:  # one message: templates may require user and assistant to alternate
             results = [f"<tool_response>\n{m.content}\n</tool_response>" for m in group]
             yield {"role": "user", "content": "\n".join(results)}
         else:
-            yield from (_with_calls(message, notation) for message in group)
+            yield from (_with_calls(message, tool_format) for message in group)
 
 
-def _with_calls(message: Message, notation: Notation) -> dict[str, Any]:
+def _with_calls(message: ChatMessage, tool_format: ToolFormat) -> dict[str, Any]:
     fields = _plain(message)
-    if message.tool_calls is not None:
-        calls = [(call.function.name, call.function.arguments) for call in message.tool_calls]
-        said = f"{message.content}\n" if message.content else ""
-        fields["content"] = said + notation.spell(calls)
+    if message.tool_calls:
+        calls = tool_format.render([(call.name, call.arguments) for call in message.tool_calls])
+        fields["content"] = f"{message.content}\n{calls}" if message.content else calls
     return fields
 
 
-def _tell_of(described: Sequence[dict[str, Any]], messages: list[dict[str, Any]]) -> None:
-    """Puts the functions behind what the system message says, or into one of their own."""
+def _add_descriptions(described: Sequence[dict[str, Any]], messages: list[dict[str, Any]]) -> None:
+    """Appends the functions to the system message, or inserts one."""
     lines = "\n".join(json.dumps(function, ensure_ascii=False) for function in described)
-    words = _WORDS.format(functions=lines)
+    text = _FALLBACK.format(functions=lines)
     if messages[0]["role"] in _SYSTEM:
-        content = f"{messages[0]['content']}\n\n{words}"
-        messages[0] = messages[0] | {"content": content}
+        messages[0] = messages[0] | {"content": f"{messages[0]['content']}\n\n{text}"}
     else:
-        messages.insert(0, {"role": "system", "content": words})
+        messages.insert(0, {"role": "system", "content": text})

@@ -1,16 +1,12 @@
-"""The wire types of tools: functions that a model may call, its calls, and who must be called.
+"""The wire types of tools: functions, earlier calls, and the tool choice.
 
-What joins fields (a choice that names an unknown function, two functions of one name) is in
-`tools`.
+Each field is checked by itself; `tool_use` checks fields that depend on each other.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -22,54 +18,16 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from service.api.fields import FieldFault, Label, Text, is_text
-from service.api.wire import Closed
+from service.api.fields import FieldError, Label, StrictModel, Text, check_json
+from service.api.tools.chat import FunctionDefinition, Mode, ToolCall, ToolChoice
 
 MAX_TOOLS = 128
-MAX_DEPTH = 64
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-class Mode(StrEnum):
-    """Whether the model calls functions."""
-
-    NONE = "none"
-    AUTO = "auto"  # as it likes
-    REQUIRED = "required"
-
-
-@dataclass(frozen=True, slots=True)
-class ToolChoice:
-    """What `tool_choice` says: a mode, or the one function that must be called."""
-
-    mode: Mode
-    name: str | None = None
-
-
-def check_json(value: object) -> None:
-    """Raises FieldFault for what no JSON text can hold, and for what is nested too deep."""
-    level: list[object] = [value]
-    for _ in range(MAX_DEPTH):
-        inner: list[object] = []
-        for node in level:
-            if isinstance(node, dict):
-                inner += node.keys()
-                inner += node.values()
-            elif isinstance(node, list):
-                inner += node
-            elif isinstance(node, str) and not is_text(node):
-                raise FieldFault("invalid_unicode", "must not hold a lone surrogate")
-            elif isinstance(node, float) and not math.isfinite(node):
-                raise FieldFault("invalid_number", "must not hold NaN or Infinity")
-        if not inner:
-            return
-        level = inner
-    raise FieldFault("invalid_json", f"may be nested at most {MAX_DEPTH} deep")
 
 
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
-        raise FieldFault("invalid_value", "must be 1 to 64 letters, digits, underscores or dashes")
+        raise FieldError("invalid_value", "must be 1 to 64 letters, digits, underscores or dashes")
     return value
 
 
@@ -77,15 +35,15 @@ def _parameters(value: object) -> object:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise FieldFault("invalid_type", "must be a JSON schema, which is an object")
+        raise FieldError("invalid_type", "must be a JSON schema (an object)")
     if value.get("type", "object") != "object":
-        raise FieldFault("invalid_value", 'must be a JSON schema of the type "object"')
+        raise FieldError("invalid_value", 'must be a JSON schema of the type "object"')
     check_json(value)
     return value
 
 
 def _arguments(value: str) -> str:
-    """The arguments of an earlier call, as text; none at all are an empty object."""
+    """The arguments of an earlier call, as JSON text; blank text means an empty object."""
     if not value.strip():
         return "{}"
     try:
@@ -93,26 +51,26 @@ def _arguments(value: str) -> str:
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
-        raise FieldFault("invalid_json", "must be the text of a JSON object")
+        raise FieldError("invalid_json", "must be the text of a JSON object")
     check_json(parsed)
     return value
 
 
 def read_tool_choice(value: object, *, nested: bool) -> ToolChoice:
-    """A mode's name, or the object that names a function; `nested`: as chat completions has it."""
+    """Parses a mode, or an object that names a function: below "function" if `nested`."""
     if isinstance(value, str):
         if value not in set(Mode):
-            raise FieldFault("invalid_value", "must be none, auto, required or name a function")
+            raise FieldError("invalid_value", "must be none, auto, required or name a function")
         return ToolChoice(Mode(value))
     if not isinstance(value, dict):
-        raise FieldFault("invalid_type", "must be a string or an object")
+        raise FieldError("invalid_type", "must be a string or an object")
     if value.get("type") != "function":
-        raise FieldFault("invalid_value", 'can only name a tool of the type "function"')
+        raise FieldError("invalid_value", 'can only name a tool of the type "function"')
     named = value.get("function") if nested else {k: v for k, v in value.items() if k != "type"}
     if not isinstance(named, dict) or set(named) != {"name"} or (nested and len(value) != 2):
-        raise FieldFault("invalid_value", "must hold the name of a function and nothing else")
+        raise FieldError("invalid_value", "must hold the name of a function and nothing else")
     if not isinstance(named["name"], str):
-        raise FieldFault("invalid_type", "must name a function by a string")
+        raise FieldError("invalid_type", "must name a function by a string")
     return ToolChoice(Mode.REQUIRED, _name(named["name"]))
 
 
@@ -143,7 +101,7 @@ FunctionName = Annotated[
 ]
 Parameters = Annotated[dict[str, Any] | None, BeforeValidator(_parameters)]
 Arguments = Annotated[Text, AfterValidator(_arguments)]
-# Else what a choice becomes here would be listed among the schemas of the API.
+# Otherwise the parsed type would be listed among the schemas of the OpenAPI document.
 Unlisted = GetPydanticSchema(lambda _source, handler: handler(Any))
 ChatToolChoice = Annotated[
     ToolChoice | None,
@@ -153,44 +111,57 @@ ChatToolChoice = Annotated[
 ]
 
 
-class Function(Closed):
+class Function(StrictModel):
     """A function that the model may call."""
 
-    name: FunctionName = Field(description="What the model calls it by.")
-    description: Text | None = Field(None, description="For the model: what it does, and when.")
+    name: FunctionName = Field(description="The name that the model calls.")
+    description: Text | None = Field(
+        None, description="For the model: what it does, and when to call it."
+    )
     parameters: Parameters = Field(
-        None, description="The JSON schema of its arguments, an object. Default: it has none."
+        None, description="The JSON schema of its arguments (an object). Default: no arguments."
     )
     strict: bool | None = Field(
         None,
-        description="Refuse a schema that cannot be followed to the letter. Default false: what "
-        "it says beyond that is left to the model.",
+        description="Reject a schema that cannot be enforced exactly. Default false: parts that "
+        "cannot be enforced are left to the model.",
     )
 
+    def definition(self) -> FunctionDefinition:
+        return FunctionDefinition(
+            name=self.name,
+            description=self.description,
+            parameters=self.parameters,
+            strict=self.strict or False,
+        )
 
-class FunctionTool(Closed):
-    """A tool. Functions are the only kind."""
 
-    type: Literal["function"] = Field(description="Which kind of tool it is.")
+class FunctionTool(StrictModel):
+    """A tool. Functions are the only type."""
+
+    type: Literal["function"] = Field(description="The type of the tool.")
     function: Function = Field(description="The function.")
 
 
-class CalledFunction(Closed):
-    """Which function was called, and with what."""
+class CalledFunction(StrictModel):
+    """The function that was called, and its arguments."""
 
     name: FunctionName = Field(description="The function.")
-    arguments: Arguments = Field(description="The text of a JSON object.")
+    arguments: Arguments = Field(description="A JSON object as text.")
 
 
-class CalledTool(Closed):
+class CalledTool(StrictModel):
     """A call in an earlier message of the assistant."""
 
-    id: Label = Field(description="What the message with the result names it by.")
-    type: Literal["function"] | None = Field(None, description="Which kind of tool was called.")
+    id: Label = Field(description="The id that the message with the result refers to.")
+    type: Literal["function"] | None = Field(None, description="The type of the tool.")
     function: CalledFunction = Field(description="The call.")
     index: int | None = Field(
         None, ge=0, lt=MAX_TOOLS, description="Accepted for compatibility; has no effect."
     )
+
+    def call(self) -> ToolCall:
+        return ToolCall(id=self.id, name=self.function.name, arguments=self.function.arguments)
 
 
 Tools = Annotated[list[FunctionTool] | None, Field(max_length=MAX_TOOLS)]

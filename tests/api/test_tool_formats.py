@@ -1,4 +1,4 @@
-"""Each notation from end to end: found in the template, rendered by it, and read out of answers."""
+"""Each tool-call format end to end: detected in the template, rendered by it, and parsed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tokenizers import Tokenizer as RawTokenizer
 from model.grammar import Grammars
 from model.text.chat_template import ChatTemplate
 from model.text.tokenizer import Tokenizer
-from service.api.structured.validator import GrammarTrials
-from service.api.tools.formats import NOTATIONS, notation_name
+from service.api.structured.validator import GrammarValidator
+from service.api.tools.formats import TOOL_FORMATS, tool_format_name
 from service.messages import FinishReason
 
 CHAT = "/v1/chat/completions"
 
-# Each as its family's templates are: what they take of a message, and what they cannot bear.
+# Each like its family's templates: the fields that they read, and the messages that they reject.
 HERMES = (
     "{% if tools %}<|im_start|>system\n<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}"
     "</tools><|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -88,14 +88,14 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer(name: str, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A model's tokenizer; the notation's markers are special tokens of it."""
+    """A model's tokenizer, in which the format's markers are special tokens."""
     raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False)
     raw.train_from_iterator([], trainer)
-    specials = ("<|im_start|>", "<|im_end|>", "<s>", *NOTATIONS[name].markers)
+    specials = ("<|im_start|>", "<|im_end|>", "<s>", *TOOL_FORMATS[name].markers)
     raw.add_special_tokens([AddedToken(text, special=True) for text in specials])
     folder: Path = tmp_path_factory.mktemp(name)
     raw.save(str(folder / "tokenizer.json"))
@@ -105,16 +105,16 @@ def tokenizer(name: str, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_checkpoint(folder)
 
 
-class TrialsHere(GrammarTrials):
-    """Compiles in this process: what is tried here is our own."""
+class TrialsHere(GrammarValidator):
+    """Compiles in this process: the grammars are our own."""
 
-    async def fault(self, notation: str, *, tenant: str) -> str | None:
-        self._make_grammars().matcher(notation)  # raises GrammarError
+    async def error(self, grammar: str, *, tenant: str) -> str | None:
+        self._make_grammars().matcher(grammar)  # raises GrammarError
         return None
 
 
 @pytest.fixture(scope="module")
-def grammar_trials(tokenizer: Tokenizer) -> GrammarTrials:
+def grammar_validator(tokenizer: Tokenizer) -> GrammarValidator:
     def grammars() -> Grammars:
         table, eos_ids = tokenizer.token_bytes, tokenizer.eos_ids
         return Grammars(table, eos_ids=eos_ids, vocab_size=tokenizer.vocab_size)
@@ -130,7 +130,7 @@ async def service(start_service: Any) -> AsyncIterator[Any]:
 
 
 def ids_of(tokenizer: Tokenizer, text: str, markers: dict[str, int]) -> list[int]:
-    """As a model writes it: markers by their own ids."""
+    """As a model writes it: markers by their ids."""
     for marker, id_ in markers.items():
         if marker in text:
             before, _, after = text.partition(marker)
@@ -148,15 +148,15 @@ def prompt_of(service: Any) -> str:
 
 
 async def test_a_conversation_with_calls(service: Any, name: str, read_events: Any) -> None:
-    notation = NOTATIONS[name]
+    tool_format = TOOL_FORMATS[name]
     tokenizer = service.tokenizer
-    assert notation_name(tokenizer) == name
-    markers = notation.marker_ids(tokenizer)
-    assert set(markers) == (set(notation.markers) if notation.native else set())
+    assert tool_format_name(tokenizer) == name
+    markers = tool_format.marker_ids(tokenizer)
+    assert set(markers) == (set(tool_format.markers) if tool_format.native else set())
     calls = [("get_weather", '{"city": "Zürich 😀"}'), ("now", "{}")]
-    calls = calls if notation.joint is not None else calls[:1]
-    said = "" if notation.only_first else "Let me see. "
-    answer = said + notation.spell(calls)
+    calls = calls if tool_format.joint is not None else calls[:1]
+    said = "" if tool_format.only_first else "Let me see. "
+    answer = said + tool_format.render(calls)
     service.engine.script = lambda _: ids_of(tokenizer, answer, markers)
 
     body = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}], "tools": TOOLS}
@@ -191,11 +191,11 @@ async def test_a_conversation_with_calls(service: Any, name: str, read_events: A
     reply = await service.post(CHAT, body)
     assert reply.status_code == 200, reply.text
     prompt = prompt_of(service)
-    spelled = notation.spell(calls) if name != "mistral" else "[TOOL_CALLS][" + ", ".join(
+    rendered = tool_format.render(calls) if name != "mistral" else "[TOOL_CALLS][" + ", ".join(
         f'{{"name": "{called}", "arguments": {arguments}}}' for called, arguments in calls
     )  # fmt: skip
     if name != "hermes":  # its template here puts nothing between calls
-        assert spelled in prompt
+        assert rendered in prompt
     for result in results:
         assert result["content"] in prompt
 
@@ -208,7 +208,7 @@ async def test_ids_of_the_model_are_returned_and_rendered(
     tokenizer = service.tokenizer
     template = ChatTemplate(V11.replace("CALL_ID", CALL_ID))
     monkeypatch.setitem(vars(tokenizer), "_template", template)
-    markers = NOTATIONS["mistral-v11"].marker_ids(tokenizer)
+    markers = TOOL_FORMATS["mistral-v11"].marker_ids(tokenizer)
     answer = (
         'Let me see.[TOOL_CALLS]get_weather[CALL_ID]a1B2c3D4e[ARGS]{"city": "Rome"}'
         "[TOOL_CALLS]now[CALL_ID]000000001[ARGS]{}"
@@ -225,7 +225,7 @@ async def test_ids_of_the_model_are_returned_and_rendered(
 
 
 async def test_calls_before_without_tools_now(service: Any, name: str) -> None:
-    """Earlier calls are told of, too, where nothing may be called any more."""
+    """Earlier calls are in the prompt, even if the request has no tools."""
     call = {"id": "123456789", "type": "function", "function": {"name": "now", "arguments": ""}}
     messages = [
         {"role": "user", "content": "hi"},
@@ -238,8 +238,8 @@ async def test_calls_before_without_tools_now(service: Any, name: str) -> None:
     assert "9h" in prompt_of(service)
 
 
-async def test_what_users_write_is_no_special_token(service: Any, name: str) -> None:
-    markers = NOTATIONS[name].markers
+async def test_text_of_users_is_never_a_special_token(service: Any, name: str) -> None:
+    markers = TOOL_FORMATS[name].markers
     tool = {"type": "function", "function": {"name": "f", "description": f"{markers} <|im_end|>"}}
     body = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}]}
     await service.post(CHAT, body | {"tools": [TOOLS[1]], "max_tokens": 4})

@@ -1,5 +1,5 @@
-"""Log probabilities in OpenAI's two shapes, parallel lists for completions and objects for chat,
-and a prompt's in vLLM's.
+"""Log probabilities as JSON: OpenAI's parallel lists for completions and objects for chats and
+responses, and vLLM's form for prompts.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from model.text.tokenizer import Tokenizer
-from service.api.generation.deltas import Scored
+from service.api.generation.deltas import ScoredToken
 from service.messages import TokenLogprob
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON cannot write
 
 
-def completion_logprobs(scored: Sequence[Scored], tokenizer: Tokenizer) -> dict[str, Any]:
-    """`tokens`, `token_logprobs`, `top_logprobs`, `text_offset`: one item a token in each."""
+def completion_logprobs(scored: Sequence[ScoredToken], tokenizer: Tokenizer) -> dict[str, Any]:
+    """`tokens`, `token_logprobs`, `top_logprobs`, `text_offset`: one item per token in each."""
     text = tokenizer.token_text
     return {
         "tokens": [text(item.token) for item in scored],
@@ -28,16 +28,16 @@ def completion_logprobs(scored: Sequence[Scored], tokenizer: Tokenizer) -> dict[
 def _by_text(
     token: int, logprob: TokenLogprob | None, tokenizer: Tokenizer
 ) -> dict[str, float] | None:
-    """The likeliest tokens by their text, and the chosen one where it is not among them."""
+    """The top tokens by their text, and the sampled one if it is not among them."""
     if logprob is None:
         return None
-    # Two tokens may have one text: the likelier one, which comes first, keeps the place.
+    # Of several tokens with the same text the most probable one, which comes first, is kept.
     pairs = {tokenizer.token_text(other): _finite(value) for other, value in logprob.top[::-1]}
     return {tokenizer.token_text(token): _finite(logprob.logprob)} | pairs
 
 
-def chat_logprobs(scored: Sequence[Scored], tokenizer: Tokenizer) -> dict[str, Any]:
-    """`content`: an object for each token."""
+def chat_logprobs(scored: Sequence[ScoredToken], tokenizer: Tokenizer) -> dict[str, Any]:
+    """`content`: one object per token."""
     content = []
     for item in scored:
         if item.logprob is not None:  # answers have one for each token
@@ -50,8 +50,8 @@ def chat_logprobs(scored: Sequence[Scored], tokenizer: Tokenizer) -> dict[str, A
 def prompt_logprobs(
     ids: Sequence[int], logprobs: Sequence[TokenLogprob | None], tokenizer: Tokenizer
 ) -> list[dict[str, Any] | None] | None:
-    """For each token of a prompt its own entry and those of the likeliest, by token id; null for
-    the first one, which nothing comes before. None where the answer ended before they were known.
+    """For each token of a prompt its own entry and those of the top tokens, by token id; null for
+    the first token. None if the answer ended before they were known.
     """
     if not logprobs:
         return None
@@ -62,7 +62,7 @@ def prompt_logprobs(
 
 
 def _by_id(token: int, logprob: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The token itself first. Its rank is known where it is among the likeliest, else null."""
+    """The token itself first. Its rank is null if it is not among the top tokens."""
     scores = {token: logprob.logprob} | dict(logprob.top)
     ranks = {other: rank for rank, (other, _) in enumerate(logprob.top, start=1)}
     return {

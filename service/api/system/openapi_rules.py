@@ -1,7 +1,6 @@
-"""What joins the fields of one object, as the OpenAPI document says it.
+"""JSON-schema rules for fields that depend on each other, by the name of a body's schema.
 
-The code that decides stands with each type; this is its twin for readers and for generators of
-clients. What joins objects, or needs the model, is in no schema.
+Validators of the models decide; these describe the same for readers and client generators.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
-_ABSENT = {"type": "null"}
+_NULL = {"type": "null"}
 
 
 def _when(name: str, value: object, then: Json, otherwise: Json) -> Json:
@@ -21,18 +20,11 @@ def _when(name: str, value: object, then: Json, otherwise: Json) -> Json:
 
 
 def _present(name: str) -> Json:
-    return {"properties": {name: {"not": _ABSENT}}, "required": [name]}
+    return {"properties": {name: {"not": _NULL}}, "required": [name]}
 
 
 def _absent(*names: str) -> Json:
-    return {"properties": dict.fromkeys(names, _ABSENT)}
-
-
-def _needs(name: str, other: str) -> Json:
-    """Where `name` is given, `other` must be true."""
-    given = {"properties": {name: {"not": _ABSENT}}, "required": [name]}
-    true = {"properties": {other: {"const": True}}, "required": [other]}
-    return {"if": given, "then": true}
+    return {"properties": dict.fromkeys(names, _NULL)}
 
 
 def _one_of(*names: str) -> Json:
@@ -45,9 +37,11 @@ def _one_of(*names: str) -> Json:
     }
 
 
-_STREAMED = _needs("stream_options", "stream")
-
-_NOT_THE_ASSISTANTS: Json = {
+_STREAM_OPTIONS = {
+    "if": _present("stream_options"),
+    "then": {"properties": {"stream": {"const": True}}, "required": ["stream"]},
+}
+_NOT_ASSISTANT = {
     "allOf": [
         _present("content"),
         {"properties": {"content": {"not": {"const": []}}}},
@@ -59,19 +53,16 @@ RULES: Mapping[str, Json] = MappingProxyType({
     "Message": {
         "allOf": [
             _when("role", "tool", _present("tool_call_id"), _absent("tool_call_id")),
-            _when("role", "assistant", {}, _NOT_THE_ASSISTANTS),
+            _when("role", "assistant", {}, _NOT_ASSISTANT),
         ]
     },
-    "InputMessage": _when("role", "assistant", {}, _NOT_THE_ASSISTANTS),
+    "InputMessage": _when("role", "assistant", {}, _NOT_ASSISTANT),
     "Turn": _when("role", "assistant", {}, _present("content")),
     "MessageToolChoice": _when("type", "tool", _present("name"), _absent("name")),
-    "ResponseFormat": _when(
-        "type", "json_schema", _present("json_schema"), _absent("json_schema")
-    ),
+    "ResponseFormat": _when("type", "json_schema", _present("json_schema"), _absent("json_schema")),
     "TokenizeBody": _one_of("prompt", "messages"),
     "AttentionBody": _one_of("prompt", "messages", "tokens"),
     "StructuredOutputs": _one_of("json", "json_object", "regex", "choice", "grammar"),
-    "CompletionBody": {"allOf": [_STREAMED]},
-    "ChatBody": {"allOf": [_STREAMED]},
+    "CompletionBody": _STREAM_OPTIONS,
+    "ChatBody": _STREAM_OPTIONS,
 })  # fmt: skip
-"""Name of a schema -> what is added to it."""

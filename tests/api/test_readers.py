@@ -1,4 +1,4 @@
-"""Readers and replicas that vanish: an answer lives as long as some replica attends it."""
+"""Readers and replicas that vanish: an answer goes on while a replica sends heartbeats for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from service.api.generation.readers import Attendance
+from service.api.readers import Readers
 from service.errors import Unavailable
 from service.messages import End
 from service.queues.contract import QueueLimits
@@ -27,7 +27,7 @@ IDS = {"x-quire-event-ids": "1"}
 
 
 class Pair(NamedTuple):
-    """Two replicas of one queue. The first attends nothing: to the queue it is dead."""
+    """Two replicas of one queue. The first sends no heartbeats: to the queue it is dead."""
 
     dead: Any
     alive: Any
@@ -110,13 +110,13 @@ async def test_leaving_one_replica_does_not_end_it_at_another(pair: Pair, listen
         async with first.stream("POST", "/v1/completions", json=B, headers=IDS) as reply:
             call_id = reply.headers["x-request-id"]
             resumed = asyncio.create_task(pair.client.get(f"/v1/streams/{call_id}"))
-            await until(lambda: bool(pair.alive.app.state.context.attendance.attended))
-        await until(lambda: not pair.dead.app.state.context.attendance.attended)
+            await until(lambda: bool(pair.alive.app.state.context.readers.ids))
+        await until(lambda: not pair.dead.app.state.context.readers.ids)
         assert not resumed.done()
         assert b'"finish_reason":"length"' in (await resumed).content
 
 
-async def test_attendance_is_told_again_after_an_outage() -> None:
+async def test_heartbeats_go_on_after_an_outage() -> None:
     class Away(MemoryQueue):
         told: int = 0
 
@@ -127,11 +127,11 @@ async def test_attendance_is_told_again_after_an_outage() -> None:
                 raise Unavailable("away")
 
     queue = Away(QueueLimits())
-    attendance = Attendance(queue)
+    readers = Readers(queue)
     for call_id in ("a", "a", "b"):
-        attendance.enter(call_id)
-    assert (attendance.leave("b"), attendance.leave("a")) == (True, False)
-    running = asyncio.create_task(attendance.run(0.01))
+        readers.add(call_id)
+    assert (readers.remove("b"), readers.remove("a")) == (True, False)
+    running = asyncio.create_task(readers.send_heartbeats(0.01))
     await until(lambda: queue.told >= 3)
     running.cancel()
 
@@ -169,7 +169,7 @@ async def test_replicas_over_redis(
     server.close()
 
 
-async def test_whoever_comes_to_read_attends_from_then_on(start_service: Any) -> None:
+async def test_a_new_reader_sends_a_heartbeat_at_once(start_service: Any) -> None:
     """Not from the next round on: there may be little left of the grace."""
 
     class Watched(MemoryQueue):

@@ -1,0 +1,176 @@
+"""Planning: from a request, its prompts and its grammar to the submission for the queue.
+
+Everything that the configured limits or the model decide about a request is checked here; it makes
+no calls of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from service.api.context import ApiContext
+from service.api.generation.manifest import Endpoint, Manifest, PromptNote
+from service.api.generation.prompts import PromptTokens, check_token_ids
+from service.api.generation.request import Call, Generation
+from service.api.generation.sampling import (
+    check_logprobs,
+    check_stop_rules,
+    num_choices,
+    output_limit,
+)
+from service.api.limits import ApiLimits
+from service.api.tools.formats import tool_format_name
+from service.errors import BadRequest, Forbidden
+from service.messages import GenerationRequest, Submission, child_ids
+
+DEFAULT_PRIORITY = 1
+
+
+def plan(
+    generation: Generation,
+    prompts: Sequence[PromptTokens],
+    context: ApiContext,
+    *,
+    endpoint: Endpoint,
+    call: Call,
+    grammar: str | None,
+) -> Submission:
+    """One request per prompt and choice. Raises BadRequest or Forbidden."""
+    manifest = _manifest(generation, prompts, context, endpoint=endpoint, call=call)
+    check_token_ids([id_ for id_, _ in generation.sampling.logit_bias], context, param="logit_bias")
+    check_stop_rules(generation, context.limits)
+    check_token_ids(generation.stop_token_ids, context, param="stop_token_ids")
+    # best_of compares log probabilities, whether they were requested or not.
+    compared = manifest.width > manifest.keep and manifest.logprobs is None
+    sampling = replace(generation.sampling, top_logprobs=0 if compared else manifest.logprobs)
+    requests = [
+        GenerationRequest(
+            id=call.id,
+            prompt_ids=prompt.ids,
+            sampling=sampling,
+            max_tokens=output_limit(generation, len(prompt.ids), context),
+            min_tokens=generation.min_tokens,
+            stop=generation.stop,
+            stop_token_ids=generation.stop_token_ids,
+            ignore_eos=generation.ignore_eos,
+            prompt_logprobs=_prompt_logprobs(manifest),
+            grammar=grammar,
+            tenant=call.tenant.name,
+            priority=_priority(generation, call),
+            timeout_ms=call.timeout_ms,
+            trace=call.trace,
+        )
+        for prompt in prompts
+    ]
+    return Submission(
+        id=call.id,
+        tenant=call.tenant.name,
+        requests=_choices(requests, manifest.width, call.id),
+        manifest=manifest.to_json(),
+        idempotency_key=call.idempotency_key,
+        fingerprint=call.fingerprint,
+        allowance=call.tenant.allowance,
+        # The replica sees its own client leave; the queue sees that a replica is gone.
+        grace=None if manifest.grace is None else manifest.grace or context.limits.replica_grace,
+    )
+
+
+def _manifest(
+    generation: Generation,
+    prompts: Sequence[PromptTokens],
+    context: ApiContext,
+    *,
+    endpoint: Endpoint,
+    call: Call,
+) -> Manifest:
+    limits = context.limits
+    width, keep = num_choices(generation, len(prompts), limits)
+    returned = _returned(generation, sum(len(prompt.ids) for prompt in prompts), limits)
+    check_logprobs(generation, limits)
+    manifest = Manifest(
+        endpoint=endpoint,
+        model=context.card.id,
+        fingerprint=context.card.numeric_class,
+        created=int(time.time()),
+        prompts=tuple(
+            PromptNote(
+                num_tokens=len(prompt.ids),
+                text=_text(prompt, context) if generation.echo else None,
+                ids=prompt.ids if returned else (),
+            )
+            for prompt in prompts
+        ),
+        width=width,
+        keep=keep,
+        stream=generation.stream,
+        logprobs=generation.logprobs,
+        prompt_logprobs=generation.prompt_logprobs,
+        echo=generation.echo,
+        return_token_ids=generation.return_token_ids,
+        include_usage=generation.include_usage,
+        continuous_usage=generation.continuous_usage,
+        stop=generation.stop,
+        notation=None if generation.tools is None else tool_format_name(context.tokenizer),
+        given_back=dict(generation.echoed),
+    )
+    return replace(manifest, grace=_grace(generation, manifest, call=call, limits=limits))
+
+
+def _returned(generation: Generation, num_tokens: int, limits: ApiLimits) -> bool:
+    """Whether the answer repeats the prompts. Raises BadRequest if they are too long for it."""
+    fields = {
+        "echo": generation.echo,
+        "return_token_ids": generation.return_token_ids,
+        "prompt_logprobs": generation.prompt_logprobs is not None,
+    }
+    given = [name for name, value in fields.items() if value]
+    if given and num_tokens > limits.max_echo_tokens:
+        raise BadRequest(
+            f"prompts of at most {limits.max_echo_tokens} tokens can be returned", param=given[0]
+        )
+    return bool(given)
+
+
+def _text(prompt: PromptTokens, context: ApiContext) -> str:
+    return context.tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text
+
+
+def _prompt_logprobs(manifest: Manifest) -> int | None:
+    """As many as the larger use needs: the echoed prompt, or the fields about the prompt."""
+    uses = (manifest.logprobs if manifest.echo else None, manifest.prompt_logprobs)
+    return max((use for use in uses if use is not None), default=None)
+
+
+def _grace(
+    generation: Generation, manifest: Manifest, *, call: Call, limits: ApiLimits
+) -> float | None:
+    """A client can come back if it has event ids, a retrievable answer or an idempotency key."""
+    if generation.on_disconnect is not None:
+        return None if generation.on_disconnect == "continue" else 0.0
+    retrievable = manifest.has_status and manifest.stored
+    resumable = generation.stream and (call.event_ids or retrievable)
+    return limits.grace if resumable or call.idempotency_key is not None else 0.0
+
+
+def _priority(generation: Generation, call: Call) -> int:
+    """Raises Forbidden if the key does not allow the requested priority."""
+    highest = call.tenant.highest_priority
+    if generation.priority is None:
+        return max(DEFAULT_PRIORITY, highest)
+    if generation.priority < highest:
+        raise Forbidden(f"with this key the highest priority is {highest}", param="priority")
+    return generation.priority
+
+
+def _choices(
+    requests: Sequence[GenerationRequest], width: int, call_id: str
+) -> tuple[GenerationRequest, ...]:
+    """Each prompt's request once per choice, with an id of its own."""
+    ids = iter(child_ids(call_id, len(requests) * width))
+    return tuple(
+        replace(request, id=next(ids), sampling=replace(request.sampling, choice=choice))
+        for request in requests
+        for choice in range(width)
+    )

@@ -1,0 +1,159 @@
+"""What a client requests: `Generation`, the body in no dialect's terms, and `Call`, the headers.
+
+A dialect parses its body into a `Generation`; everything after that, from the prompt to the
+journal, works on it alone. It has the client's values: limits are checked and defaults that depend
+on the model are applied when it is planned (see `plan`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from service.api.auth import Tenant
+from service.api.context import JsonRequest
+from service.api.fields import FieldNames
+from service.api.limits import ApiLimits
+from service.api.structured.output import OutputFormat
+from service.api.tools.chat import ChatMessage, ToolUse
+from service.errors import BadRequest
+from service.messages import SamplingParams
+
+_DIGITS = re.compile(r"[0-9]{1,12}")
+_PRINTABLE = re.compile(r"[!-~]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """One prompt or several, each a text or token ids."""
+
+    prompts: tuple[str | tuple[int, ...], ...]
+    add_bos: bool = True  # to texts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """Messages for the model's chat template."""
+
+    messages: tuple[ChatMessage, ...]
+    tools: ToolUse | None = None
+    add_generation_prompt: bool | None = None  # None: unless the final message is continued
+    continue_final_message: bool = False
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One request for one answer of one or more choices."""
+
+    model: str
+    prompt: Prompts | Chat
+    sampling: SamplingParams  # `choice` and `top_logprobs` are set when it is planned
+    names: FieldNames  # for error messages
+
+    # --- limits and stop rules ------------------------------------------------------------
+    max_tokens: int | None = None  # None: `default_max_tokens`
+    default_max_tokens: int | None = None  # cut to the rest of the context; None: all of it
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    # --- choices and what is returned of them -----------------------------------------------
+    n: int = 1  # choices returned per prompt
+    best_of: int | None = None  # choices generated per prompt; None: n
+    logprobs: int | None = None  # top log probabilities per token; None: no log probabilities
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    echo: bool = False  # the answer begins with the prompt
+    return_token_ids: bool = False
+    output: OutputFormat | None = None  # None: any text
+
+    # --- the stream -------------------------------------------------------------------------
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+
+    # --- scheduling -------------------------------------------------------------------------
+    priority: int | None = None  # 0 before 1 before 2; None: the default of the client's key
+    on_disconnect: Literal["cancel", "continue"] | None = None  # None: as the stream resumes
+    echoed: Mapping[str, Any] = field(default_factory=dict)
+    """Request fields that the answer repeats. Not empty: the answer is an object with a status,
+    which clients can retrieve unless `store` is false; `background` must be given, too.
+    """
+
+    @property
+    def tools(self) -> ToolUse | None:
+        """The tools that the model may call; None: the output is text."""
+        return self.prompt.tools if isinstance(self.prompt, Chat) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What is known of an HTTP call besides its body. `arrived` is on the monotonic clock."""
+
+    id: str
+    tenant: Tenant
+    arrived: float
+    timeout_ms: int | None = None
+    idempotency_key: str | None = None
+    fingerprint: str = ""  # of path and body; empty without an idempotency key
+    event_ids: bool = False  # events have ids, after which the stream can be resumed
+    trace: str | None = None  # its own `traceparent`; None: not traced
+
+
+def read_call(request: JsonRequest, tenant: Tenant, limits: ApiLimits) -> Call:
+    """Raises BadRequest with the name of an invalid header as `param`."""
+    key = _key(request.headers.get("idempotency-key"), limits)
+    return Call(
+        id=request.state.request_id,
+        tenant=tenant,
+        arrived=request.state.arrived,
+        timeout_ms=_timeout(request.headers.get("x-request-timeout-ms"), limits),
+        idempotency_key=key,
+        fingerprint="" if key is None else _fingerprint(request, limits),
+        event_ids=_flag(request.headers.get("x-quire-event-ids")),
+        trace=request.state.trace,
+    )
+
+
+def _fingerprint(request: JsonRequest, limits: ApiLimits) -> str:
+    """A hash of path and body. It does not depend on the order of keys and on white space, except
+    in a long body: serialising it again would block the event loop.
+    """
+    content = request.raw
+    if len(content) <= limits.inline_body_bytes:
+        canonical = json.dumps(request.parsed, sort_keys=True, separators=(",", ":"))
+        content = canonical.encode()
+    return hashlib.sha256(request.scope["path"].encode() + b"\n" + content).hexdigest()
+
+
+def _timeout(value: str | None, limits: ApiLimits) -> int | None:
+    if value is None:
+        return None
+    if not _DIGITS.fullmatch(value) or not 1 <= int(value) <= limits.max_timeout_ms:
+        raise BadRequest(
+            f"x-request-timeout-ms must be an integer from 1 to {limits.max_timeout_ms}",
+            param="x-request-timeout-ms",
+        )
+    return int(value)
+
+
+def _key(value: str | None, limits: ApiLimits) -> str | None:
+    if value is None:
+        return None
+    if len(value) > limits.max_key_chars or not _PRINTABLE.fullmatch(value):
+        raise BadRequest(
+            f"Idempotency-Key must be 1 to {limits.max_key_chars} visible ASCII characters",
+            param="idempotency-key",
+        )
+    return value
+
+
+def _flag(value: str | None) -> bool:
+    if value not in {None, "0", "1"}:
+        raise BadRequest("X-Quire-Event-Ids must be 0 or 1", param="x-quire-event-ids")
+    return value == "1"

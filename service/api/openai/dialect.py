@@ -1,0 +1,155 @@
+"""OpenAI's completions and chat completions, with vLLM's extensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from service.api.errors import error_body
+from service.api.fields import FieldNames
+from service.api.generation.accumulate import Accumulator
+from service.api.generation.manifest import Endpoint
+from service.api.generation.reader import AnswerReader
+from service.api.generation.request import Chat, Generation, Prompts
+from service.api.generation.sampling import sampling_of
+from service.api.openai.collect import collect
+from service.api.openai.schema import ChatBody, CompletionBody, GenerationBody
+from service.api.openai.stream import ChunkRenderer
+from service.api.structured.output import OutputFormat
+from service.api.tools.chat import ToolUse, tool_use
+from service.errors import BadRequest, QuireError
+
+
+class OpenAIDialect:
+    """What the two dialects share."""
+
+    id_headers: Sequence[bytes] = ()
+
+    def stream(self, reader: AnswerReader, *, event_ids: bool) -> ChunkRenderer:
+        return ChunkRenderer(reader, event_ids=event_ids)
+
+    def collect(self, reader: AnswerReader, choices: Sequence[Accumulator]) -> bytes:
+        return collect(reader, choices)
+
+    def error(self, error: QuireError) -> bytes:
+        return error_body(error)
+
+
+class Completions(OpenAIDialect):
+    """Completions of one prompt or several."""
+
+    name = Endpoint.COMPLETIONS
+    path = "/v1/completions"
+    names = FieldNames()
+
+    def parse(self, body: CompletionBody) -> Generation:
+        """Raises BadRequest."""
+        common = _generation(body, _prompts(body), self.names, output=_output(body, self.names))
+        return replace(
+            common,
+            max_tokens=body.max_tokens,
+            default_max_tokens=16,
+            best_of=body.best_of,
+            logprobs=body.logprobs,
+            echo=body.echo or False,
+        )
+
+
+class ChatCompletions(OpenAIDialect):
+    """Answers to a chat."""
+
+    name = Endpoint.CHAT
+    path = "/v1/chat/completions"
+    names = FieldNames(prompt="messages", logprobs="top_logprobs")
+
+    def parse(self, body: ChatBody) -> Generation:
+        """Raises BadRequest."""
+        names = self.names
+        tools = tool_use(
+            [tool.function.definition() for tool in body.tools or ()],
+            choice=body.tool_choice,
+            parallel=body.parallel_tool_calls is not False,
+            names=names,
+        )
+        max_tokens = body.max_tokens
+        if body.max_completion_tokens is not None:
+            if max_tokens not in {None, body.max_completion_tokens}:
+                raise BadRequest(
+                    "max_tokens and max_completion_tokens must agree", param="max_completion_tokens"
+                )
+            max_tokens = body.max_completion_tokens
+            names = replace(names, max_tokens="max_completion_tokens")
+        if body.top_logprobs and not body.logprobs:
+            raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+        chat = Chat(
+            messages=tuple(message.chat_message() for message in body.messages),
+            tools=tools,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message is True,
+            template_options=body.chat_template_kwargs or {},
+        )
+        common = _generation(body, chat, names, output=_output(body, names, tools=tools))
+        return replace(
+            common,
+            max_tokens=max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+
+
+def _prompts(body: CompletionBody) -> Prompts:
+    given: Any = body.prompt
+    prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    return Prompts(
+        prompts=tuple(each if isinstance(each, str) else tuple(each) for each in prompts),
+        add_bos=body.add_special_tokens is not False,
+    )
+
+
+def _output(
+    body: GenerationBody, names: FieldNames, *, tools: ToolUse | None = None
+) -> OutputFormat | None:
+    if body.structured_outputs is None:
+        return None if body.response_format is None else body.response_format.output(names)
+    if tools is not None:
+        raise BadRequest("structured_outputs cannot be combined with tools", param="tools")
+    if body.response_format is not None:
+        raise BadRequest(
+            "structured_outputs cannot be combined with response_format", param="structured_outputs"
+        )
+    return body.structured_outputs.constraint()
+
+
+def _generation(
+    body: GenerationBody,
+    prompt: Prompts | Chat,
+    names: FieldNames,
+    *,
+    output: OutputFormat | None,
+) -> Generation:
+    options = body.stream_options
+    if options is not None and not body.stream:
+        raise BadRequest("stream_options needs stream to be true", param="stream_options")
+    return Generation(
+        model=body.model,
+        prompt=prompt,
+        sampling=sampling_of(body),
+        names=names,
+        min_tokens=body.min_tokens or 0,
+        stop=tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=body.ignore_eos or False,
+        n=body.n or 1,
+        prompt_logprobs=body.prompt_logprobs,
+        return_token_ids=body.return_token_ids or False,
+        output=output,
+        stream=body.stream or False,
+        include_usage=options is not None and options.include_usage is True,
+        continuous_usage=options is not None and options.continuous_usage_stats is True,
+        priority=body.priority,
+        on_disconnect=body.on_disconnect,
+    )
+
+
+COMPLETIONS = Completions()
+CHAT = ChatCompletions()

@@ -1,0 +1,182 @@
+"""From an output format to a grammar that is known to compile.
+
+    output_grammar   JsonOutput or Constraint -> grammar                   [400, 429, 503]
+    json_rule        JsonOutput -> a rule for JSON, to combine with tools  [400, 429, 503]
+
+A schema that is not `strict` constrains the output as far as a grammar can express it; for a strict
+one that cannot be expressed the error names the property.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from model.grammar import (
+    choice_grammar,
+    gbnf_grammar,
+    json_object_grammar,
+    json_schema_grammar,
+    json_text,
+    lark_grammar,
+    regex_grammar,
+)
+from service.api.fields import FieldNames
+from service.api.structured.json_schema import (
+    Schema,
+    Validate,
+    first_excess,
+    first_unsupported,
+    relax,
+    without_excess_properties,
+    without_property_counts,
+)
+from service.api.structured.output import Constraint, JsonOutput, OutputFormat
+from service.api.structured.validator import OVER_LIMITS
+from service.errors import BadRequest
+
+
+@dataclass(frozen=True, slots=True)
+class JsonRule:
+    """JSON of a schema; `lenient` ignores what a grammar cannot express."""
+
+    schema: Schema
+    lenient: bool = False
+
+    @property
+    def text(self) -> str:
+        """The right side of a rule in Lark."""
+        schema = without_property_counts(self.schema) if self.lenient else self.schema
+        return f"%json {json_text(schema, lenient=self.lenient)}"
+
+    @property
+    def grammar(self) -> str:
+        """The grammar of an output that is this JSON and nothing else."""
+        return (
+            lark_grammar(f"start: {self.text}")
+            if self.lenient
+            else json_schema_grammar(self.schema)
+        )
+
+
+async def output_grammar(output: OutputFormat, validate: Validate, *, names: FieldNames) -> str:
+    """A grammar in `model.grammar`'s notation, validated. Raises BadRequest, RateLimited or
+    Unavailable.
+    """
+    if isinstance(output, JsonOutput):
+        return (await json_rule(output, validate, names=names)).grammar
+    param = f"structured_outputs.{output.kind}"
+    grammar = _constraint_grammar(output)
+    if output.kind != "json":
+        await check_grammar(grammar, validate, param=param)
+        return grammar
+    schema = _parsed(output.value)
+    within_limits(schema, strict=True, path=param)
+    error = await validate(grammar)
+    if error is not None:
+        raise await schema_error(schema, validate, error, param=param, path=param)
+    return grammar
+
+
+async def json_rule(output: JsonOutput, validate: Validate, *, names: FieldNames) -> JsonRule:
+    """A validated rule. Raises BadRequest, RateLimited or Unavailable."""
+    if output.schema is None:
+        return JsonRule({"type": "object"})
+    rule = JsonRule(within_limits(output.schema, strict=output.strict, path=names.schema))
+    error = await validate(rule.grammar)
+    if error is None:
+        return rule
+    param = names.output
+    if output.strict:
+        raise await schema_error(rule.schema, validate, error, param=param, path=names.schema)
+    schema = await relax(rule.schema, validate, error=error, grammar_of=_lenient_grammar)
+    if schema is None:
+        raise invalid_grammar(param, error)
+    return JsonRule(schema, lenient=True)
+
+
+def _lenient_grammar(schema: Schema) -> str:
+    return JsonRule(schema, lenient=True).grammar
+
+
+async def check_grammar(grammar: str, validate: Validate, *, param: str) -> None:
+    """Raises BadRequest, with `param`, if the grammar does not compile within the limits."""
+    error = await validate(grammar)
+    if error is not None:
+        raise invalid_grammar(param, error)
+
+
+def within_limits(schema: Schema, *, strict: bool, path: str) -> dict[str, Any]:
+    """The schema at `path` within the limits of a grammar. Raises BadRequest if it is strict and
+    exceeds them.
+    """
+    if strict and (found := first_excess(schema)) is not None:
+        raise _property_error(path, *found)
+    return without_excess_properties(schema)
+
+
+async def schema_error(
+    schema: Schema, validate: Validate, error: str, *, param: str, path: str
+) -> BadRequest:
+    """The exception for a strict schema at `path` with this error. It names the property if one is
+    found.
+    """
+    found = None if error in OVER_LIMITS else await first_unsupported(schema, validate)
+    return invalid_grammar(param, error) if found is None else _property_error(path, *found)
+
+
+def invalid_grammar(param: str, error: str) -> BadRequest:
+    """The exception for a field whose grammar has this error."""
+    return BadRequest(f"{param} {error}", code="invalid_grammar", param=param)
+
+
+def _property_error(path: str, inner: str, reason: str) -> BadRequest:
+    message = f"{path}.{inner}: {reason} in a strict schema"
+    return BadRequest(message, code="invalid_grammar", param=f"{path}.{inner}")
+
+
+def _constraint_grammar(constraint: Constraint) -> str:
+    match constraint.kind, constraint.value:
+        case "regex", str(pattern):
+            return regex_grammar(_without_anchors(pattern))
+        case "grammar", str(text):
+            return gbnf_grammar(text) if "::=" in text else lark_grammar(text)
+        case "choice", tuple(texts):
+            return choice_grammar(texts)
+        case "json", schema:
+            return json_schema_grammar(_parsed(schema))
+        case _:
+            return json_object_grammar()
+
+
+def _parsed(value: object) -> dict[str, Any]:
+    """The schema, also if it is given as text. Raises BadRequest."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, dict):
+        param = "structured_outputs.json"
+        raise BadRequest(f"{param} must be a JSON schema", code="invalid_grammar", param=param)
+    return value
+
+
+def _without_anchors(pattern: str) -> str:
+    """Returns the pattern. Raises BadRequest for anchors: a pattern always matches all output."""
+    depth = 0  # of character classes, in which anchors are ordinary characters
+    escaped = False
+    for char in pattern:
+        if escaped or char == "\\":
+            escaped = not escaped
+        elif char in "[]":
+            depth = max(0, depth + (1 if char == "[" else -1))
+        elif char in "^$" and not depth:
+            param = "structured_outputs.regex"
+            raise BadRequest(
+                f"{param} must match the whole output: remove ^ and $",
+                code="invalid_grammar",
+                param=param,
+            )
+    return pattern
