@@ -183,6 +183,20 @@ class Message(MessageModel):
         )
 
 
+class TemplateOptions(WireModel):
+    """How the chat template renders the messages."""
+
+    add_generation_prompt: bool | None = Field(
+        None, description="Begin the assistant's turn after the messages. Default true."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Continue the last message instead of answering it."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Options of the model's chat template; a fixed set is allowed."
+    )
+
+
 class SamplingBody(WireModel):
     """The fields that all generating endpoints share."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any
 
 from pydantic import Field
 
@@ -14,6 +13,7 @@ from service.api.wire import (
     MAX_MESSAGES,
     Message,
     SamplingBody,
+    TemplateOptions,
     WireModel,
 )
 
@@ -84,7 +84,7 @@ class CompletionBody(GenerationBody):
     )
 
 
-class ChatBody(GenerationBody):
+class ChatBody(GenerationBody, TemplateOptions):
     """The body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(
@@ -104,13 +104,4 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = Field(None, description="Return the log probability of each token.")
     top_logprobs: int | None = Field(
         None, ge=0, description="Also return this many top log probabilities; needs logprobs."
-    )
-    add_generation_prompt: bool | None = Field(
-        None, description="Begin the assistant's turn after the messages. Default true."
-    )
-    continue_final_message: bool | None = Field(
-        None, description="Continue the last message instead of answering it."
-    )
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Options of the model's chat template; a fixed set is allowed."
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Response
 from pydantic import Field
@@ -24,7 +23,7 @@ from service.api.generation.request import Chat
 from service.api.generation.submit import check_model
 from service.api.tools.chat import ToolUse
 from service.api.tools.schema import Tools
-from service.api.wire import MAX_MESSAGES, Message, WireModel
+from service.api.wire import MAX_MESSAGES, Message, TemplateOptions, WireModel
 from service.errors import BadRequest
 
 router = APIRouter(route_class=JsonRoute)
@@ -32,7 +31,7 @@ router = APIRouter(route_class=JsonRoute)
 NAMES = FieldNames(prompt="messages")
 
 
-class TokenizeBody(WireModel):
+class TokenizeBody(TemplateOptions):
     """The body of POST /tokenize: a prompt or messages."""
 
     model: ModelName | None = Field(
@@ -45,15 +44,6 @@ class TokenizeBody(WireModel):
     tools: Tools = Field(None, description="Functions that the prompt describes.")
     add_special_tokens: bool | None = Field(
         None, description="Prepend the model's begin token to the prompt. Default true."
-    )
-    add_generation_prompt: bool | None = Field(
-        None, description="Begin the assistant's turn after the messages. Default true."
-    )
-    continue_final_message: bool | None = Field(
-        None, description="Continue the last message instead of answering it."
-    )
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Options of the model's chat template; a fixed set is allowed."
     )
     return_token_strs: bool | None = Field(None, description="Also return each token's text.")
 
