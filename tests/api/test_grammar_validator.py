@@ -64,7 +64,7 @@ async def test_a_tenant_waits_for_one_grammar_of_another_and_not_for_its_queue(
     assert await quiet[0] is None
     held.let.release(1)
     assert await other is None
-    await until(lambda: len(held.compiled) == 4)  # the thread takes the next one by itself
+    await until(lambda: len(held.compiled) == 4)  # the thread takes the next grammar
     assert held.compiled == ["regex:bad0", "regex:0", "regex:other", "regex:bad1"]
     held.let.release(100)
     assert [await task for task in quiet] == [None] * 3
