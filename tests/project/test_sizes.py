@@ -15,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = frozenset({".py", ".cpp", ".h", ".inl", ".lua", ".js", ".css", ".html"})
-CEILINGS = {"model": 12_100, "service": 20_300, "loadtest": 5_400}  # non-blank lines
-LARGEST_FILE = 420
+CEILINGS = {"model": 11_900, "service": 20_300, "loadtest": 4_620}  # non-blank lines
+LARGEST_FILE = 350
 REPEATED = 6  # identical lines in a row
 
 
