@@ -21,13 +21,19 @@ from tests.queues.contract import LIMITS, Passes, QueueContract
 
 
 @pytest.fixture
-async def queue(deployed_redis: DeployedRedis) -> AsyncIterator[object]:
-    """Opened as a replica does it; each test finds it empty."""
+def empty(deployed_redis: DeployedRedis) -> DeployedRedis:
+    """The deployed Redis without what the tests before left in it."""
     ours = Redis.from_url(deployed_redis.url)
     for key in ours.scan_iter("quire:*"):
         ours.unlink(key)
     ours.close()
-    queue = open_queue(deployed_redis.url, LIMITS)
+    return deployed_redis
+
+
+@pytest.fixture
+async def queue(empty: DeployedRedis) -> AsyncIterator[object]:
+    """Opened as a replica does it."""
+    queue = open_queue(empty.url, LIMITS)
     await queue.open()
     yield queue
     await queue.close()
@@ -47,9 +53,9 @@ class TestTheContractUnderTheAccessList(QueueContract):
     """All of it: no script, channel or reply needs a right that the user has not."""
 
 
-async def test_an_orphan_counts_as_work(deployed_redis: DeployedRedis) -> None:
+async def test_an_orphan_counts_as_work(empty: DeployedRedis) -> None:
     """What the scaler's query rests on: an engine that died leaves its requests in the sum."""
-    queue = open_queue(deployed_redis.url, QueueLimits(lease=0.05))
+    queue = open_queue(empty.url, QueueLimits(lease=0.05))
     await queue.open()
     submission = make_submission(2)
     await queue.submit(submission)
