@@ -24,9 +24,9 @@ from service.api.observer import ApiObserver, NullObserver
 from service.api.readers import Readers
 from service.api.structured.validator import GrammarValidator
 from service.api.system import openapi
-from service.api.system.attention_service import AttentionReader, AttentionService
+from service.api.system.attention import AttentionReader, AttentionService
 from service.api.system.health import HealthContext
-from service.api.system.live_state import LiveState
+from service.api.system.status import LiveState
 from service.errors import Unavailable
 from service.messages import ModelCard
 from service.queues.contract import Queue

@@ -17,7 +17,7 @@ from service.api.auth import only_with_key, open_to_all
 from service.api.context import Probes
 from service.api.hosts import any_host
 from service.api.limits import ApiLimits
-from service.api.system.attention_service import AttentionReader
+from service.api.system.attention import AttentionReader
 from service.api.system.health import HealthContext
 from service.app import build_admin_app, build_app
 from service.cluster import Cluster

@@ -31,11 +31,10 @@ import itertools
 from collections.abc import Collection, Iterable
 
 from service.engine.blocks import BlockAllocator, chain_digest, chain_root
-from service.engine.budget import StepBudget
 from service.engine.cost import CostModel
 from service.engine.guide import Guide
 from service.engine.order import WaitingOrder
-from service.engine.plan import EngineConfig, Plan
+from service.engine.plan import EngineConfig, Plan, StepBudget
 from service.engine.sequence import Sequence, SequenceStatus
 from service.engine.shares import Shares, rank, split_evenly
 from service.engine.speculate import Speculator

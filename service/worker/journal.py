@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 from service.errors import Unavailable
 from service.messages import End, Event, FinishReason, Tokens
 from service.queues.contract import Queue, Write, WriteReply, WriteStatus
-from service.worker.backoff import Backoff
 from service.worker.leased_work import LeasedWork, WorkTable
-from service.worker.leases import LeaseKeeper
+from service.worker.leases import Backoff, LeaseKeeper
 
 STORAGE_PATIENCE = 5.0  # seconds for which a write is retried while the store is full
 SETTLE_WITHIN = 1.0  # seconds that a step waits for the journal while requests are isolated

@@ -16,6 +16,23 @@ from service.errors import Unavailable
 from service.queues.contract import Lease, Queue
 from service.worker.leased_work import WorkTable
 
+FIRST, LONGEST = 0.05, 1.0  # seconds
+
+
+class Backoff:
+    """Each pause is twice as long as the previous one, up to `LONGEST`."""
+
+    def __init__(self) -> None:
+        self._delay = FIRST
+
+    def reset(self) -> None:
+        self._delay = FIRST
+
+    async def sleep(self) -> None:
+        await asyncio.sleep(self._delay)
+        self._delay = min(LONGEST, self._delay * 2)
+
+
 log = logging.getLogger("quire.worker")
 
 STALLED_CHECKS = 2  # a third of a lease apart; a process that was frozen as a whole sees one

@@ -31,10 +31,9 @@ from service.errors import Unavailable
 from service.fair_pool import FairPool
 from service.messages import Event
 from service.queues.contract import Claim, EngineInfo, Queue
-from service.worker.backoff import Backoff
 from service.worker.journal import JournalWriter
 from service.worker.leased_work import WorkTable
-from service.worker.leases import LeaseKeeper
+from service.worker.leases import Backoff, LeaseKeeper
 from service.worker.observer import WorkerObserver
 
 CLAIM_WAIT = 0.25  # seconds; a drain waits for the claim in flight

@@ -17,7 +17,7 @@ from model.checkpoint import open_checkpoint
 from service.api.auth import Tenant
 from service.api.limits import ApiLimits
 from service.api.observer import NullObserver
-from service.api.system.attention_service import AttentionReader, AttentionService
+from service.api.system.attention import AttentionReader, AttentionService
 from service.parts import open_attention
 from service.settings import Settings
 

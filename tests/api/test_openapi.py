@@ -17,8 +17,7 @@ import pytest
 from model.text.tokenizer import Tokenizer
 from service.api.limits import ApiLimits
 from service.api.observer import NullObserver
-from service.api.system.openapi import ERRORS, DocumentCache, operations
-from service.api.system.openapi_rules import RULES
+from service.api.system.openapi import ERRORS, RULES, DocumentCache, operations
 from service.app import build_app
 from service.errors import QuireError
 from service.http.exposure import extras_of

@@ -5,14 +5,18 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 
 from service.api.answers import described, json_response, refused
-from service.api.anthropic.answers import AnthropicMessage, MessageCount, MessageErrorBody
 from service.api.anthropic.dialect import MESSAGES, parse_chat
-from service.api.anthropic.schema import CountBody, MessageBody
+from service.api.anthropic.schema import (
+    AnthropicMessage,
+    CountBody,
+    MessageBody,
+    MessageCount,
+    MessageErrorBody,
+)
 from service.api.body import JsonRoute
 from service.api.context import Caller, Context, JsonRequest
-from service.api.generation.answer import answer
 from service.api.generation.prompts import render_chat
-from service.api.generation.submit import check_model
+from service.api.generation.submit import answer, check_model
 
 router = APIRouter(route_class=JsonRoute, responses=refused(MessageErrorBody))
 

@@ -1,17 +1,32 @@
-"""Submitting to the queue: checks before, errors for rejections, and the reader of the answer."""
+"""Answering a request: checks, submission to the queue, errors for rejections, and the response."""
 
 from __future__ import annotations
 
-import orjson
-from fastapi import Request
+from typing import TypeVar
 
-from service.api.auth import over_rate, with_tokens
-from service.api.context import ApiContext
+import orjson
+from fastapi import Request, Response
+
+from service.api.auth import Tenant, over_rate, with_tokens
+from service.api.call import unless_gone
+from service.api.context import ApiContext, JsonRequest
+from service.api.generation.dialect import Dialect
 from service.api.generation.manifest import Manifest
+from service.api.generation.plan import grammar_of, plan
+from service.api.generation.prompts import prompt_tokens
 from service.api.generation.reader import AnswerReader
-from service.api.generation.request import Call, Generation
+from service.api.generation.request import Call, Generation, read_call
+from service.api.generation.sse import EventStream
 from service.api.limits import ApiLimits
-from service.errors import BadRequest, Conflict, Gone, NotFound, RateLimited, Unavailable
+from service.errors import (
+    BadRequest,
+    Conflict,
+    Gone,
+    NotFound,
+    QuireError,
+    RateLimited,
+    Unavailable,
+)
 from service.messages import Submission
 from service.queues.admission import admission_cost, stored_bytes
 from service.queues.contract import QueueLimits, SubmitReply, SubmitStatus
@@ -126,3 +141,52 @@ def _over_rate(submission: Submission, reply: SubmitReply) -> RateLimited:
             retryable=False,
         )
     return over_rate(usage)
+
+
+Body = TypeVar("Body")
+
+
+async def answer(
+    dialect: Dialect[Body],
+    body: Body,
+    request: JsonRequest,
+    context: ApiContext,
+    tenant: Tenant,
+) -> Response:
+    """The answer as a stream or a body. Raises every 4xx and 503 before anything is sent."""
+    generation = dialect.parse(body)
+    ensure_accepting(generation, context)
+    call = read_call(request, tenant, context.limits)
+    prompts = await prompt_tokens(generation, context, tenant=tenant.name)
+    grammar = await grammar_of(generation, context, tenant=tenant.name)
+    submission = plan(
+        generation, prompts, context, endpoint=dialect.name, call=call, grammar=grammar
+    )
+    reader = await submit(submission, request, context, call)
+    if reader.manifest.stream:
+        return EventStream(reader, dialect.stream(reader, event_ids=call.event_ids))
+    if reader.manifest.background:
+        return _json(dialect.collect(reader, await reader.collect_now()))
+    return await _collected(dialect, reader, request)
+
+
+async def _collected(dialect: Dialect[Body], reader: AnswerReader, request: Request) -> Response:
+    failure: QuireError | None = None
+    try:
+        with reader.connected():
+            closing = reader.context.closing
+            choices = await unless_gone(reader.collect(), request.receive, closing=closing)
+            if choices is None and closing.is_set():
+                raise reader.interrupt(streamed=False)
+    except QuireError as error:
+        failure = error
+        raise
+    finally:
+        reader.report(streamed=False, error=failure)
+    if choices is None:
+        return Response(status_code=499)  # the client has left
+    return _json(dialect.collect(reader, choices))
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")

@@ -7,10 +7,9 @@ from fastapi import APIRouter, Response
 from service.api.answers import described
 from service.api.body import JsonRoute
 from service.api.context import Caller, Context, JsonRequest
-from service.api.generation.answer import answer
-from service.api.openai.answers import ChatCompletion, Completion
+from service.api.generation.submit import answer
 from service.api.openai.dialect import CHAT, COMPLETIONS
-from service.api.openai.schema import ChatBody, CompletionBody
+from service.api.openai.schema import ChatBody, ChatCompletion, Completion, CompletionBody
 
 completions = APIRouter(route_class=JsonRoute)
 chat = APIRouter(route_class=JsonRoute)

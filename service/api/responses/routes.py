@@ -15,15 +15,14 @@ from service.api.auth import Tenant
 from service.api.body import JsonRoute
 from service.api.call import call_age
 from service.api.context import ApiContext, Caller, Context, JsonRequest
-from service.api.generation.answer import answer
 from service.api.generation.manifest import Manifest
 from service.api.generation.reader import AnswerReader
 from service.api.generation.resume import read_to, resumed_reader
 from service.api.generation.sse import EventStream
-from service.api.responses.answers import ResponseDeleted, ResponseObject
+from service.api.generation.submit import answer
 from service.api.responses.dialect import RESPONSES
 from service.api.responses.object import PREFIX
-from service.api.responses.schema import ResponseBody
+from service.api.responses.schema import ResponseBody, ResponseDeleted, ResponseObject
 from service.api.responses.stream import ResponseRenderer, numbering
 from service.errors import BadRequest, NotFound
 from service.messages import FinishReason

@@ -22,6 +22,7 @@ from pydantic import (
     field_validator,
 )
 
+from service.api.answers import AnswerModel, CallId, ModelId
 from service.api.fields import (
     FieldError,
     Ignored,
@@ -265,3 +266,24 @@ class ResponseBody(SamplingBody):
     @property
     def text_format(self) -> TextFormat | None:
         return None if self.text is None else self.text.format
+
+
+class ResponseObject(AnswerModel):
+    """A response in its current state."""
+
+    id: str = Field(description="The id to retrieve it by.")
+    object: Literal["response"] = Field(description="The type of this object.")
+    created_at: float = Field(description="When the call arrived, in Unix seconds.")
+    status: str = Field(
+        description="queued, in_progress, completed, incomplete, failed or cancelled."
+    )
+    model: ModelId
+    output: list[dict[str, Any]] = Field(description="Messages and tool calls of the assistant.")
+
+
+class ResponseDeleted(AnswerModel):
+    """Confirms that a response was deleted."""
+
+    id: CallId
+    object: Literal["response"] = Field(description="The type of the deleted object.")
+    deleted: Literal[True] = Field(description="Always true.")
