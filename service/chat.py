@@ -34,7 +34,7 @@ class ChatError(Exception):
 
 
 @dataclass(slots=True)
-class Completion:
+class Reply:
     """A completion that is being streamed. Times are those of `time.monotonic`."""
 
     started: float
@@ -173,7 +173,7 @@ def _complete(
     """Shows the completion while it is streamed, and appends it to the messages, even if it was
     interrupted. If it has no text, removes the user's message.
     """
-    completion, error = Completion(time.monotonic()), None
+    completion, error = Reply(time.monotonic()), None
     try:
         with (
             # It redraws by time: the latest text is also shown while no chunk follows.

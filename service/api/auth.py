@@ -19,7 +19,7 @@ from starlette.types import Scope
 from service.errors import RateLimited, Unauthorized
 from service.keys import Key
 from service.messages import Allowance
-from service.queues.admission import Meter, Usage
+from service.queues.admission import Meter, RateUsage
 
 OPEN_PATHS = frozenset(
     {"/", "/health", "/health/live", "/health/ready", "/health/startup"},
@@ -47,7 +47,7 @@ class Tenant:
 
 
 Authenticator = Callable[[Scope], Tenant]
-Charge = Callable[[Allowance], Awaitable[Usage]]
+Charge = Callable[[Allowance], Awaitable[RateUsage]]
 """`Queue.charge`."""
 
 PUBLIC = Tenant(name="public")
@@ -114,14 +114,14 @@ def _secret(scope: Scope) -> str:
 # --- rate limits ----------------------------------------------------------------------------
 
 
-def rate_headers(usage: Usage | None) -> list[tuple[bytes, bytes]]:
+def rate_headers(usage: RateUsage | None) -> list[tuple[bytes, bytes]]:
     """Limit, remainder and time until the reset of each limit of the key, as OpenAI names them."""
     if usage is None:
         return []
     return [*_of_meter("requests", usage.requests), *_of_meter("tokens", usage.tokens)]
 
 
-def over_rate(usage: Usage) -> RateLimited:
+def over_rate(usage: RateUsage) -> RateLimited:
     """The error of a call or a submission over the rate limit."""
     limits = [
         f"{meter.limit} {unit} per minute"
@@ -131,7 +131,7 @@ def over_rate(usage: Usage) -> RateLimited:
     return RateLimited(f"this key has {' and '.join(limits)}", retry_after=usage.wait)
 
 
-def with_tokens(charged: Usage | None, submitted: Usage) -> Usage:
+def with_tokens(charged: RateUsage | None, submitted: RateUsage) -> RateUsage:
     """The usage of a key after a submission: requests are counted before it, tokens by it."""
     return submitted if charged is None else replace(charged, tokens=submitted.tokens)
 

@@ -85,7 +85,7 @@ class Meter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class RateUsage:
     """A key's meters: `requests` after a call, `tokens` after a submission; None without a limit.
 
     `wait`: seconds that a refused call must wait. One over a minute's limit never fits.

@@ -47,7 +47,7 @@ from service.messages import (
     Record,
     Submission,
 )
-from service.queues.admission import Usage
+from service.queues.admission import RateUsage
 
 CLEARED_AFTER = 8
 """Tokens past the position of an engine's death after which a request is cleared of it."""
@@ -119,7 +119,7 @@ class SubmitReply:
     submission_id: str
     queued_requests: int = 0
     queued_tokens: int = 0
-    usage: Usage = field(default_factory=Usage)  # of the allowance's tokens per minute
+    usage: RateUsage = field(default_factory=RateUsage)  # of the allowance's tokens per minute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,7 +238,7 @@ class Queue(Protocol):
         """
 
     # --- the API's side -------------------------------------------------------------------
-    async def charge(self, allowance: Allowance) -> Usage:
+    async def charge(self, allowance: Allowance) -> RateUsage:
         """Counts one call against a key's requests per minute. If they are used up, it counts
         nothing and sets `wait`.
         """

@@ -13,7 +13,7 @@ from service.api.hosts import EXPOSED, AllowedHosts, any_host
 from service.app import build_admin_app
 from service.errors import Forbidden
 from service.http.exposure import keyless_hosts
-from service.queues.admission import Meter, Usage
+from service.queues.admission import Meter, RateUsage
 from service.settings import Settings
 from tests.api.bad_input_rows import B
 
@@ -183,7 +183,7 @@ async def test_pages_of_allowed_origins_can_call_and_resume(start_service: Any) 
 
 def test_every_rate_header_is_exposed() -> None:
     meter = Meter(limit=2, used=1.0)
-    names = {name.decode() for name, _ in rate_headers(Usage(requests=meter, tokens=meter))}
+    names = {name.decode() for name, _ in rate_headers(RateUsage(requests=meter, tokens=meter))}
     assert len(names) == 6
     assert names <= set(EXPOSED)
 

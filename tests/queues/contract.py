@@ -25,7 +25,7 @@ from service.messages import (
     Tokens,
 )
 from service.queues.admission import (
-    Usage,
+    RateUsage,
     idempotency_bytes,
     kept_bytes,
     request_bytes,
@@ -157,9 +157,9 @@ class QueueContract:
         submitted = await queue.submit(make_submission(allowance=allowance))
         assert submitted.status is SubmitStatus.OK, "a submission is no second call"
         assert (await queue.charge(Allowance(key="b", requests_per_minute=1))).wait == 0
-        assert await queue.charge(Allowance(key="c")) == Usage()
+        assert await queue.charge(Allowance(key="c")) == RateUsage()
         unlimited = make_submission(allowance=Allowance(key="c"))
-        assert (await queue.submit(unlimited)).usage == Usage()
+        assert (await queue.submit(unlimited)).usage == RateUsage()
 
     async def test_calls_come_back_one_by_one(self, queue: Queue, passes: Passes) -> None:
         allowance = Allowance(key="a", requests_per_minute=60)

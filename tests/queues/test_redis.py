@@ -17,7 +17,7 @@ from service.queues.contract import PAGE_TOKENS, Claim, QueueLimits, Write
 from service.queues.observer import QueueEvent
 from service.queues.redis.codec import Malformed, decode_entry, encode_tokens
 from service.queues.redis.connection import check_server
-from service.queues.redis.journal import Page, PageCache, State
+from service.queues.redis.journal import JournalState, Page, PageCache
 from service.queues.redis.keys import ShardKeys
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.redis_process import RedisServer
@@ -263,9 +263,9 @@ async def test_pages_are_kept_within_their_bound() -> None:
     async def fetch(_keys: ShardKeys, request_id: str, number: int) -> Page:
         fetched.append(number)
         size = 100 if request_id == "small" else 100_000
-        return Page(State(ended=True, count=1), (), stored_bytes=size)
+        return Page(JournalState(ended=True, count=1), (), stored_bytes=size)
 
-    size = Page(State(ended=True, count=1), (), stored_bytes=100).size
+    size = Page(JournalState(ended=True, count=1), (), stored_bytes=100).size
     pages = PageCache(fetch, max_bytes=3 * size)
     for number in (0, 1, 2):
         await pages.read(ShardKeys(0), "small", number)

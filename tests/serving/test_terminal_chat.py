@@ -22,7 +22,7 @@ import orjson
 import pytest
 from rich.console import Console
 
-from service.chat import Completion, Tail, chat, printable
+from service.chat import Reply, Tail, chat, printable
 from service.errors import StartupError
 from tests.support.waiting import PATIENCE
 
@@ -279,7 +279,7 @@ def test_only_the_last_lines_are_drawn_while_an_answer_grows() -> None:
 
 
 def test_speed_counts_the_tokens_after_the_first() -> None:
-    received = Completion(started=10.0)
+    received = Reply(started=10.0)
     for second in range(1, 6):
         received.add(
             {"choices": [{"delta": {"content": "x"}, "finish_reason": None}]}, now=10.0 + second

@@ -68,7 +68,7 @@ def _blocks(value: object, *, kinds: tuple[str, ...]) -> object:
     return value
 
 
-class Block(WireModel):
+class ContentBlock(WireModel):
     """The fields that all blocks have."""
 
     unsupported = MappingProxyType({
@@ -78,7 +78,7 @@ class Block(WireModel):
     cache_control: CacheControl = None
 
 
-class TextBlock(Block):
+class TextBlock(ContentBlock):
     """A part of a message's text."""
 
     type: Literal["text"] = Field(description="The kind of block.")
@@ -93,7 +93,7 @@ TextBlocks = Annotated[
 ]
 
 
-class ToolUseBlock(Block):
+class ToolUseBlock(ContentBlock):
     """A tool call that the assistant made."""
 
     type: Literal["tool_use"] = Field(description="The kind of block.")
@@ -108,7 +108,7 @@ class ToolUseBlock(Block):
         return value
 
 
-class ThinkingBlock(Block):
+class ThinkingBlock(ContentBlock):
     """The assistant's reasoning."""
 
     type: Literal["thinking"] = Field(description="The kind of block.")
@@ -116,14 +116,14 @@ class ThinkingBlock(Block):
     signature: IgnoredText = None
 
 
-class RedactedThinkingBlock(Block):
+class RedactedThinkingBlock(ContentBlock):
     """Reasoning that only the server that wrote it can read; it has no effect."""
 
     type: Literal["redacted_thinking"] = Field(description="The kind of block.")
     data: IgnoredText = None
 
 
-class ToolResultBlock(Block):
+class ToolResultBlock(ContentBlock):
     """The result of a tool call."""
 
     type: Literal["tool_result"] = Field(description="The kind of block.")
@@ -138,7 +138,7 @@ TurnBlock = Annotated[
     TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock,
     Field(discriminator="type"),
 ]
-_NOT_ALLOWED: Mapping[str, tuple[type[Block], ...]] = {
+_NOT_ALLOWED: Mapping[str, tuple[type[ContentBlock], ...]] = {
     "user": (ToolUseBlock, ThinkingBlock, RedactedThinkingBlock),
     "assistant": (ToolResultBlock,),
 }

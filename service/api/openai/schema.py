@@ -123,7 +123,7 @@ class PromptDetails(AnswerModel):
     cached_tokens: Count = Field(description="Tokens found in the prefix cache.")
 
 
-class Usage(AnswerModel):
+class TokenUsage(AnswerModel):
     """Token counts."""
 
     prompt_tokens: Count = Field(description="Tokens of the prompts, each counted once.")
@@ -174,7 +174,7 @@ class Completion(AnswerModel):
     model: ModelId
     system_fingerprint: NumericClass
     choices: list[CompletionChoice] = Field(description="All choices.")
-    usage: Usage = Field(description="Token counts.")
+    usage: TokenUsage = Field(description="Token counts.")
 
 
 class ChatLogprobs(AnswerModel):
@@ -183,7 +183,7 @@ class ChatLogprobs(AnswerModel):
     content: list[dict[str, Any]] = Field(description="The tokens in order.")
 
 
-class ChatMessage(AnswerModel):
+class AssistantMessage(AnswerModel):
     """The assistant's message."""
 
     role: Assistant
@@ -193,7 +193,7 @@ class ChatMessage(AnswerModel):
 class ChatChoice(Choice):
     """One choice of a chat completion."""
 
-    message: ChatMessage = Field(description="The assistant's message.")
+    message: AssistantMessage = Field(description="The assistant's message.")
     logprobs: ChatLogprobs | None = Field(description="Only if requested.")
 
 
@@ -206,4 +206,4 @@ class ChatCompletion(AnswerModel):
     model: ModelId
     system_fingerprint: NumericClass
     choices: list[ChatChoice] = Field(description="All choices.")
-    usage: Usage = Field(description="Token counts.")
+    usage: TokenUsage = Field(description="Token counts.")

@@ -64,7 +64,7 @@ Live = Annotated[LiveState, Depends(_live_state)]
 router = APIRouter()
 
 
-class Status(AnswerModel):
+class ServerStatus(AnswerModel):
     """Live state of the server."""
 
     model: ModelId
@@ -78,7 +78,7 @@ class Status(AnswerModel):
     engines: list[dict[str, Any]] = Field(description="The latest heartbeat of each engine.")
 
 
-@router.get("/status", responses=described(Status))
+@router.get("/status", responses=described(ServerStatus))
 async def show_status(context: Context, live: Live, attention: Attention) -> Response:
     """The model, the queue's depth (null if the queue is unreachable), and the latest heartbeat of
     each engine.

@@ -67,7 +67,7 @@ class DetokenizeBody(WireModel):
     tokens: TokenIds = Field(description="The token ids.")
 
 
-class Tokens(AnswerModel):
+class Tokenized(AnswerModel):
     """The tokens of a text."""
 
     count: Count = Field(description="The number of tokens.")
@@ -82,7 +82,7 @@ class TokenText(AnswerModel):
     prompt: str = Field(description="The text.")
 
 
-@router.post("/tokenize", responses=described(Tokens))
+@router.post("/tokenize", responses=described(Tokenized))
 async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Response:
     """The token ids of a prompt, or of messages through the model's chat template."""
     check_model(body.model, context)

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from service.errors import NotFound, Unavailable
 from service.messages import Allowance, End, FinishReason, Record, Submission
-from service.queues.admission import Usage, admission_cost
+from service.queues.admission import RateUsage, admission_cost
 from service.queues.contract import (
     BLAME_KEPT,
     ENGINE_SILENCE,
@@ -74,7 +74,7 @@ class MemoryQueue:
         """Nothing to check: the store is this object."""
 
     # --- the API's side -------------------------------------------------------------------
-    async def charge(self, allowance: Allowance) -> Usage:
+    async def charge(self, allowance: Allowance) -> RateUsage:
         await self.check()
         return self._machine.tenants.charge(allowance)
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from service.messages import Allowance, GenerationRequest, Submission
-from service.queues.admission import MINUTE, Meter, Usage, admission_cost
+from service.queues.admission import MINUTE, Meter, RateUsage, admission_cost
 from service.queues.contract import QueueLimits, SubmitStatus
 
 TOLERANCE = 1e-6
@@ -51,23 +51,23 @@ class Tenants:
             return SubmitStatus.TENANT
         return SubmitStatus.RATE if self.usage(allowance, tokens=tokens).wait else None
 
-    def charge(self, allowance: Allowance) -> Usage:
+    def charge(self, allowance: Allowance) -> RateUsage:
         """See `Queue.charge`."""
         key, limit = allowance.key, allowance.requests_per_minute
         if limit is None:
-            return Usage()
+            return RateUsage()
         wait = self._wait(key, "requests", limit=limit, amount=1)
         if not wait:
             self._add(key, "requests", limit=limit, amount=1)
-        return Usage(requests=Meter(limit=limit, used=self._used(key, "requests")), wait=wait)
+        return RateUsage(requests=Meter(limit=limit, used=self._used(key, "requests")), wait=wait)
 
-    def usage(self, allowance: Allowance | None, *, tokens: int = 0) -> Usage:
+    def usage(self, allowance: Allowance | None, *, tokens: int = 0) -> RateUsage:
         """The key's tokens per minute; `wait` is for a submission of `tokens`."""
         if allowance is None or allowance.tokens_per_minute is None:
-            return Usage()
+            return RateUsage()
         key, limit = allowance.key, allowance.tokens_per_minute
         wait = self._wait(key, "tokens", limit=limit, amount=tokens)
-        return Usage(tokens=Meter(limit=limit, used=self._used(key, "tokens")), wait=wait)
+        return RateUsage(tokens=Meter(limit=limit, used=self._used(key, "tokens")), wait=wait)
 
     def enter(self, submission: Submission, *, tokens: int) -> list[float]:
         """Counts what was admitted. Returns its requests' turns; the least one is next."""

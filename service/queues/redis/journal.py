@@ -36,7 +36,7 @@ GROWTH = 9  # bytes of memory per byte in Redis: numbers become objects
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class JournalState:
     """Whether a request has ended, and the number of tokens in its journal."""
 
     ended: bool
@@ -47,7 +47,7 @@ class State:
 class Page:
     """A page as it was read: `state` is not newer than the records."""
 
-    state: State
+    state: JournalState
     records: Sequence[Record]
     stored_bytes: int
 
@@ -240,14 +240,14 @@ def _state_command(keys: ShardKeys, request_id: str) -> Command:
     return ("HMGET", keys.request(request_id), "st", "n")
 
 
-def _state_of(reply: Any) -> State:  # noqa: ANN401  # a reply of the client library
+def _state_of(reply: Any) -> JournalState:  # noqa: ANN401  # a reply of the client library
     status, count = reply
     if status is None:
         raise NotFound("no such request, or its resume window is over")
-    return State(ended=status == b"ended", count=int(count or 0))
+    return JournalState(ended=status == b"ended", count=int(count or 0))
 
 
-def _check_length(state: State, after: int) -> None:
+def _check_length(state: JournalState, after: int) -> None:
     if state.ended and state.count < after:
         raise StreamDivergence("the journal ends before what was sent already")
 

@@ -17,7 +17,7 @@ from typing import Any
 from service.messages import Allowance, End, FinishReason, GenerationRequest, Record, Submission
 from service.queues.admission import (
     Meter,
-    Usage,
+    RateUsage,
     admission_cost,
     answer_share,
     idempotency_bytes,
@@ -107,14 +107,14 @@ class RedisQueue:
         check_server(info, allow_volatile=self._url.allow_volatile)
 
     # --- the API's side -------------------------------------------------------------------
-    async def charge(self, allowance: Allowance) -> Usage:
+    async def charge(self, allowance: Allowance) -> RateUsage:
         limit = allowance.requests_per_minute
         if limit is None:
-            return Usage()
+            return RateUsage()
         # One shard counts all calls of all keys: most of them belong to no shard.
         reply = await self._run("charge", self._shards[0], key=allowance.key, limit=limit)
         wait, used = (float(ms) / 1000 for ms in reply)
-        return Usage(requests=Meter(limit=limit, used=used), wait=wait)
+        return RateUsage(requests=Meter(limit=limit, used=used), wait=wait)
 
     async def submit(self, submission: Submission) -> SubmitReply:
         limits, allowance, key = self.limits, submission.allowance, submission.idempotency_key
@@ -146,9 +146,9 @@ class RedisQueue:
             requests=[_admitted(request) for request in submission.requests],
         )
         wait, used = (float(ms) / 1000 for ms in times)
-        usage = Usage()
+        usage = RateUsage()
         if tokens_per_minute is not None:
-            usage = Usage(tokens=Meter(limit=tokens_per_minute, used=used), wait=wait)
+            usage = RateUsage(tokens=Meter(limit=tokens_per_minute, used=used), wait=wait)
         return SubmitReply(
             status=SubmitStatus(status.decode()),
             submission_id=followed.decode(),
