@@ -136,7 +136,7 @@ def test_no_follower_outlives_its_leader(serve: Serve, busy: bool) -> None:
         (["--tensor-parallel", "4"], "tensor parallelism over 4 must divide num_kv_heads 2"),
         (["--tensor-parallel", "2", "--runner", "native"], "does not support tensor parallelism"),
         (["--tensor-parallel", "2", "--kv-memory", "1"], "kv_memory must be at least"),
-        (["--max-batch-tokens", "5", "--max-sequences", "6"], "must not be above"),
+        (["--max-batch-tokens", "5", "--max-sequences", "6"], "at most max_batch_tokens"),
     ],
 )
 def test_what_cannot_be_shared_is_one_clear_line(
