@@ -132,6 +132,7 @@ class EngineSide:
         observers: list[Metrics | TracedWork] = [metrics]
         if traces is not None:
             observers.append(TracedWork(traces.tracer, model=loaded.card.id, engine=self.id))
+        observer = fan_out(*observers)
         self._loaded = loaded
         self._metrics = metrics
         self.loop = EngineLoop(
@@ -146,7 +147,7 @@ class EngineSide:
             token_bytes=loaded.tokenizer.token_bytes,
             eos_ids=loaded.tokenizer.eos_ids,
             deliver=self._deliver,
-            observer=fan_out(*observers),
+            observer=observer,
             on_failure=lambda _failure: self.worker.fail(),
             grammars=Grammars(
                 loaded.tokenizer.token_bytes,
@@ -155,7 +156,7 @@ class EngineSide:
             ),
             settle=self._settle,
         )
-        self.worker = Worker(queue, self.loop, info=self._info, observer=fan_out(*observers))
+        self.worker = Worker(queue, self.loop, info=self._info, observer=observer)
         self.admin_app = build_admin_app(
             HealthContext(queue, Probes(live=self.is_live)),
             version=VERSION,

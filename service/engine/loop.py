@@ -344,6 +344,3 @@ class EngineLoop:
                 prompt_tokens=plan.prompt_tokens,
             )
         )
-
-
-__all__ = ["EngineLoop", "Work"]

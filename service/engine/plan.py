@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from service.engine.cost import CostModel, StepWork
 from service.engine.sequence import Sequence
 
+UNMEASURED_CHUNK = 128  # prompt tokens in a step with decodes, before durations are known
+LEAST_CHUNK = 16  # a prompt makes progress even if the decodes alone exceed the target gap
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -102,10 +105,6 @@ class Plan:
     @property
     def num_drafts(self) -> int:
         return sum(map(len, self.drafts.values()))
-
-
-UNMEASURED_CHUNK = 128  # prompt tokens in a step with decodes, before durations are known
-LEAST_CHUNK = 16  # a prompt makes progress even if the decodes alone exceed the target gap
 
 
 class StepBudget:

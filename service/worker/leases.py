@@ -16,7 +16,10 @@ from service.errors import Unavailable
 from service.queues.contract import Lease, Queue
 from service.worker.leased_work import WorkTable
 
-FIRST, LONGEST = 0.05, 1.0  # seconds
+log = logging.getLogger("quire.worker")
+
+STALLED_CHECKS = 2  # a third of a lease apart; a process that was frozen as a whole sees one
+FIRST, LONGEST = 0.05, 1.0  # seconds of a backoff's pauses
 
 
 class Backoff:
@@ -31,11 +34,6 @@ class Backoff:
     async def sleep(self) -> None:
         await asyncio.sleep(self._delay)
         self._delay = min(LONGEST, self._delay * 2)
-
-
-log = logging.getLogger("quire.worker")
-
-STALLED_CHECKS = 2  # a third of a lease apart; a process that was frozen as a whole sees one
 
 
 class LeaseKeeper:

@@ -26,7 +26,8 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from service.engine.loop import EngineLoop, Work
+from service.engine.inbox import Work
+from service.engine.loop import EngineLoop
 from service.errors import Unavailable
 from service.fair_pool import FairPool
 from service.messages import Event
@@ -218,6 +219,3 @@ async def _cancel(tasks: Sequence[asyncio.Task[object]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-__all__ = ["EngineFailure", "Worker"]

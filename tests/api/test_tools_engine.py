@@ -22,7 +22,8 @@ from service.api.generation.manifest import Endpoint, Manifest, PromptNote
 from service.api.tools.chat import FunctionDefinition, ToolUse
 from service.api.tools.formats import TOOL_FORMATS
 from service.api.tools.grammar import tools_grammar
-from service.engine.loop import EngineLoop, Work
+from service.engine.inbox import Work
+from service.engine.loop import EngineLoop
 from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig
 from service.messages import Event, FinishReason, GenerationRequest, SamplingParams

@@ -60,7 +60,15 @@ class Report:
             found.append(f"{self.accepted:.0f} accepted, {tally.total()} known")
         for before, after in zip(self.before, self.after, strict=True):
             found += leaks(before, after)
+            deaths = after.figures.get("deaths of engines", 0.0)
+            if deaths > self._engine_faults:
+                found.append(f"redis: {deaths:.0f} deaths kept after {self._engine_faults} faults")
         return found
+
+    @property
+    def _engine_faults(self) -> int:
+        """Faults of engines, each of which may count as one death."""
+        return sum(n for fault, n in self.faults.done.items() if fault.startswith("engine"))
 
     def lines(self) -> list[str]:
         tally = dict(sorted(self.audit_log.tally().items()))

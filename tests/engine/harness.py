@@ -10,7 +10,8 @@ from typing import Any
 
 from model.batch import Batch
 from service.engine.cost import CostModel, StepWork
-from service.engine.loop import EngineLoop, Work
+from service.engine.inbox import Work
+from service.engine.loop import EngineLoop
 from service.engine.observer import StepReport
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence as EngineSequence

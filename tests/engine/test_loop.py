@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from model.batch import Batch
-from service.engine.loop import EngineLoop, Work
+from service.engine.inbox import Work
+from service.engine.loop import EngineLoop
 from service.engine.observer import NullObserver, StepReport
 from service.messages import End, Event, GenerationRequest
 from tests.engine.harness import CONFIG, Transcript, expected, make_request, random_request

@@ -17,7 +17,8 @@ from model.config import ModelConfig
 from model.runners import RunnerOptions
 from model.runners.torch import TorchRunner
 from service.engine.cost import CostModel, StepWork
-from service.engine.loop import EngineLoop, Work
+from service.engine.inbox import Work
+from service.engine.loop import EngineLoop
 from service.engine.observer import NullObserver, StepReport
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, FinishReason, GenerationRequest, SamplingParams, Tokens

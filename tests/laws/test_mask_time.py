@@ -11,7 +11,8 @@ import pytest
 from model.batch import Words
 from model.grammar import Grammars, Matcher, json_schema_grammar, lark_grammar, regex_grammar
 from service.engine.guide import ANSWER_LIMIT, MASK_LIMIT, TOKEN_LIMIT, MaskTime
-from service.engine.loop import EngineLoop, Work
+from service.engine.inbox import Work
+from service.engine.loop import EngineLoop
 from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, FinishReason, GenerationRequest, SamplingParams

@@ -9,7 +9,8 @@ import pytest
 from model.batch import Batch, Bools, StepOutput
 from model.runners import OverlappedRunner, RunnerOptions, StepHandle
 from model.runners.cuda.build import build_runner
-from service.engine.loop import EngineLoop, Work
+from service.engine.inbox import Work
+from service.engine.loop import EngineLoop
 from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig
 from service.messages import Event, GenerationRequest, SamplingParams, Tokens

@@ -11,7 +11,8 @@ import pytest
 from model.config import ModelConfig
 from model.runners.native import NativeRunner
 from service.engine.cost import CostModel, StepWork
-from service.engine.loop import EngineLoop, Work
+from service.engine.inbox import Work
+from service.engine.loop import EngineLoop
 from service.engine.observer import NullObserver, StepReport
 from service.engine.plan import EngineConfig
 from service.messages import Event, GenerationRequest, SamplingParams, TokenLogprob, Tokens

@@ -26,7 +26,8 @@ from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.runners import Runner, RunnerOptions
 from model.runners.native import NativeRunner
-from service.engine.loop import EngineLoop, Work
+from service.engine.inbox import Work
+from service.engine.loop import EngineLoop
 from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig
 from service.messages import Event, GenerationRequest, SamplingParams

@@ -27,7 +27,8 @@ from model.checkpoint.fetch import default_cache, resolve
 from model.runners import RunnerOptions
 from model.runners.native import NativeRunner
 from model.text.tokenizer import Tokenizer
-from service.engine.loop import EngineLoop, Work
+from service.engine.inbox import Work
+from service.engine.loop import EngineLoop
 from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig
 from service.messages import Event, GenerationRequest, SamplingParams

@@ -133,7 +133,8 @@ class _Clocked:
 
 def _through_engine(runner: _Clocked, workload: Workload, budget: int) -> float:
     """Seconds of the workload."""
-    from service.engine.loop import EngineLoop, Work
+    from service.engine.inbox import Work
+    from service.engine.loop import EngineLoop
     from service.engine.observer import NullObserver
     from service.engine.plan import EngineConfig
     from service.messages import GenerationRequest, SamplingParams

@@ -1,7 +1,7 @@
 """Planning: from a request and its prompts to its grammar and the submission for the queue.
 
-Everything that the configured limits or the model decide about a request is checked here; it makes
-no calls of its own.
+Everything that the configured limits or the model decide about a request is checked here. Only
+`grammar_of` waits: for the validator of grammars.
 """
 
 from __future__ import annotations

@@ -132,6 +132,16 @@ class TokenUsage(AnswerModel):
     prompt_tokens_details: PromptDetails = Field(description="Details of the prompt's tokens.")
 
 
+class Answer(AnswerModel):
+    """What both kinds of answers have."""
+
+    id: CallId
+    created: Created
+    model: ModelId
+    system_fingerprint: NumericClass
+    usage: TokenUsage = Field(description="Token counts.")
+
+
 class Choice(AnswerModel):
     """One choice of an answer."""
 
@@ -165,16 +175,11 @@ class CompletionChoice(Choice):
     logprobs: CompletionLogprobs | None = Field(description="Only if requested.")
 
 
-class Completion(AnswerModel):
+class Completion(Answer):
     """Completions of the prompts."""
 
-    id: CallId
     object: Literal["text_completion"] = Field(description="The type of this object.")
-    created: Created
-    model: ModelId
-    system_fingerprint: NumericClass
     choices: list[CompletionChoice] = Field(description="All choices.")
-    usage: TokenUsage = Field(description="Token counts.")
 
 
 class ChatLogprobs(AnswerModel):
@@ -197,13 +202,8 @@ class ChatChoice(Choice):
     logprobs: ChatLogprobs | None = Field(description="Only if requested.")
 
 
-class ChatCompletion(AnswerModel):
+class ChatCompletion(Answer):
     """An answer to a chat."""
 
-    id: CallId
     object: Literal["chat.completion"] = Field(description="The type of this object.")
-    created: Created
-    model: ModelId
-    system_fingerprint: NumericClass
     choices: list[ChatChoice] = Field(description="All choices.")
-    usage: TokenUsage = Field(description="Token counts.")

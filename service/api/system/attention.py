@@ -27,6 +27,8 @@ from service.fair_pool import FairPool
 
 DIGITS = 4  # of a weight: over 512 tokens the mean is 0.002
 
+router = APIRouter(route_class=JsonRoute)
+
 
 class AttentionReader(Protocol):
     """Reads attention from the network. `read` blocks; any thread may call it."""
@@ -86,9 +88,6 @@ async def _attention(request: Request) -> AttentionService | None:
 
 Attention = Annotated[AttentionService | None, Depends(_attention)]
 """None if no network is in the process."""
-
-
-router = APIRouter(route_class=JsonRoute)
 
 
 class AttentionBody(TokenizeBody):

@@ -29,6 +29,8 @@ from service.queues.contract import EngineInfo, Queue, QueueDepth
 
 MAX_AGE = 0.2  # seconds for which callers share a reading
 
+router = APIRouter()
+
 
 class LiveState:
     """The requests that are running and waiting now, or MAX_AGE ago."""
@@ -59,9 +61,6 @@ async def _live_state(request: Request) -> LiveState:
 
 
 Live = Annotated[LiveState, Depends(_live_state)]
-
-
-router = APIRouter()
 
 
 class ServerStatus(AnswerModel):
