@@ -30,7 +30,7 @@ from service.queues.contract import EngineInfo, QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from service.worker.worker import PREPARING_THREADS, Worker
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, until
 from tests.worker.test_worker import Ledger
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,7 @@ class CountedGrammars(Grammars):
 
     def prepare(self, notation: str) -> None:
         self.began += 1
-        assert self.let.acquire(timeout=30)
+        assert self.let.acquire(timeout=PATIENCE)
         super().prepare(notation)
 
 
@@ -150,15 +150,14 @@ async def test_grammars_are_prepared_in_turns_of_tenants() -> None:
     queue, grammars = MemoryQueue(QueueLimits()), CountedGrammars()
     shared, busy = ThreadPoolExecutor(1), threading.Event()
     asyncio.get_running_loop().set_default_executor(shared)
-    occupied = shared.submit(busy.wait, 60)
+    occupied = shared.submit(busy.wait, 4 * PATIENCE)
     flood = [make_request(f"flood{i}", choice_grammar([f"a{i}"])) for i in range(7)]
     quiet = replace(make_request("quiet", choice_grammar(["done"])), tenant="quiet")
-    async with worker(queue, grammars):
+    async with worker(queue, grammars) as one:
         for request in (*flood, quiet):
             await submit(queue, request)
-        async with asyncio.timeout(20):
-            while grammars.began < PREPARING_THREADS:
-                await asyncio.sleep(0.001)
+        await until(lambda: one.running == len(flood) + 1)  # all are claimed, also the quiet one
+        await until(lambda: grammars.began == PREPARING_THREADS)
         grammars.let.release(PREPARING_THREADS + 1)
         assert (await answer(queue, quiet))[0] == "done"
         grammars.let.release(100)
