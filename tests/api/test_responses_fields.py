@@ -64,7 +64,7 @@ async def test_only_a_completed_response_has_a_time_of_completion(service: Any) 
 
 async def test_hosted_tools_are_dropped_with_a_warning(start_service: Any) -> None:
     function = {"type": "function", "name": "now"}
-    hosted = [
+    hosted: list[dict[str, Any]] = [
         {"type": "web_search", "filters": {"allowed_domains": ["x.example"]}},
         {"type": "web_search_preview_2025_03_11"},
         {"type": "mcp", "server_label": "a", "server_url": "https://x.example"},
