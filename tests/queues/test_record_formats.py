@@ -75,7 +75,12 @@ SCORED = Tokens(
     prompt_logprobs=(None, TokenLogprob(-2.0, ((4, -2.0),))),
 )
 END = End(
-    count=9, reason=FinishReason.ERROR, cached_tokens=16, stopped_by="stop", error="some_code"
+    count=9,
+    reason=FinishReason.ERROR,
+    cached_tokens=16,
+    stopped_by="stop",
+    error="some_code",
+    ended_at=1_700_000_000,
 )
 
 

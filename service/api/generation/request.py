@@ -54,7 +54,7 @@ class Chat:
 class Generation:
     """One request for one answer of one or more choices."""
 
-    model: str
+    model: str | None  # None: the only one served
     prompt: Prompts | Chat
     sampling: SamplingParams  # `choice` and `top_logprobs` are set when it is planned
     names: FieldNames  # for error messages
