@@ -38,7 +38,7 @@ class ApiLimits:
     max_timeout_ms: int = 86_400_000
     max_key_chars: int = 255  # Idempotency-Key
     max_echoed_bytes: int = 2**20  # of a field that a response repeats
-    template_kwargs: frozenset[str] = frozenset({"enable_thinking"})
+    template_kwargs: frozenset[str] = frozenset({"enable_thinking", "thinking"})
     inline_text_chars: int = 8192  # longer prompts are tokenised in a thread
 
     # --- streams --------------------------------------------------------------------------

@@ -149,13 +149,16 @@ class Message(MessageModel):
     reasoning_content: Text | None = Field(
         None, description="The assistant's reasoning before the text, for the chat template."
     )
+    reasoning: Text | None = Field(
+        None, description="The same as `reasoning_content`, which takes precedence."
+    )
     name: Label | None = Field(None, description="The author's name, for the chat template.")
     tool_calls: CalledTools = Field(None, description="The tool calls of the assistant.")
     tool_call_id: Label | None = Field(
         None, validate_default=True, description="The call that a message of a tool answers."
     )
 
-    @field_validator("tool_calls", "reasoning_content")
+    @field_validator("tool_calls", "reasoning_content", "reasoning")
     @classmethod
     def _needs_assistant(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
         if value is not None and info.data.get("role", "assistant") != "assistant":
@@ -177,7 +180,7 @@ class Message(MessageModel):
             role=self.role,
             content=self.content,
             name=self.name,
-            reasoning=self.reasoning_content,
+            reasoning=self.reasoning_content or self.reasoning,
             tool_calls=tuple(called.call() for called in self.tool_calls or ()),
             tool_call_id=self.tool_call_id,
         )

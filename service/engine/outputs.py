@@ -27,7 +27,9 @@ class Outputs:
         grammars: Grammars | None,
     ) -> None:
         self.builders: dict[str, OutputBuilder] = {}
-        self.guides = Guides(grammars, token_bytes=token_bytes, vocab_size=vocab_size)
+        self.guides = Guides(
+            grammars, token_bytes=token_bytes, vocab_size=vocab_size, eos_ids=eos_ids
+        )
         self.undelivered: list[Event] = []
         self._token_bytes = token_bytes
         self._eos_ids = eos_ids

@@ -362,7 +362,7 @@ def _masks(plan: Plan) -> tuple[Ints, Words]:
     row = 0
     for sequence in plan.sampling:
         num = 1 + len(plan.drafts.get(sequence, ()))
-        if sequence.guide is not None:
+        if sequence.guide is not None and sequence.guide.binds(num):
             rows.extend(range(row, row + num))
             masks.append(sequence.guide.masks(num))
         row += num

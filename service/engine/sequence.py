@@ -107,8 +107,8 @@ class Sequence:
         """Whether its next token can be sampled only after the previous one has been read, because
         of penalties or a grammar.
         """
-        params = self.request.sampling
-        return self.guide is not None or params.penalises
+        binds = self.guide is not None and self.guide.binds(self.num_unread + 1)
+        return binds or self.request.sampling.penalises
 
     @property
     def scores_prompt(self) -> bool:

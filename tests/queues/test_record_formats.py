@@ -23,6 +23,7 @@ from service.messages import (
     GenerationRequest,
     Record,
     SamplingParams,
+    Thinking,
     TokenLogprob,
     Tokens,
 )
@@ -47,7 +48,11 @@ REQUEST = GenerationRequest(
         logit_bias=((5, -100.0), (7, 1.5)), top_logprobs=3,
     ),
     max_tokens=64, min_tokens=2, stop=("\n\n", "é"), stop_token_ids=(2, 3), ignore_eos=True,
-    prompt_logprobs=1, grammar='start: "a"', tenant="alice", priority=2, timeout_ms=5000,
+    prompt_logprobs=1, grammar='start: "a"',
+    thinking=Thinking(
+        format="mistral", opened=True, verbatim=True, openings=((9,),), joint=(4,), closing=(7, 8),
+        symbols=(("[THINK]", 9),), budget=64,
+    ), tenant="alice", priority=2, timeout_ms=5000,
     trace="00-0123456789abcdef0123456789abcdef-0123456789abcdef-01",
 )  # fmt: skip
 MANIFEST = Manifest(
@@ -56,7 +61,7 @@ MANIFEST = Manifest(
     stream=True, logprobs=2, prompt_logprobs=1, echo=True, return_token_ids=True,
     include_usage=True, continuous_usage=True, stop=("é", "\n"), notation="hermes", grace=30.0,
     reasoning=ReasoningNote(
-        format="think", opened=True, verbatim=True, opening=5, included=False
+        format="think", opened=True, verbatim=True, included=False
     ),
     given_back={"user": "u", "metadata": {"a": "b"}},
 )  # fmt: skip

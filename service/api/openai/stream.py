@@ -14,7 +14,14 @@ from service.api.errors import error_body
 from service.api.generation.deltas import Delta, Finish, ScoredToken, Start, StreamDelta
 from service.api.generation.logprobs import chat_logprobs, completion_logprobs
 from service.api.generation.reader import AnswerReader
-from service.api.openai.collect import answer_id, is_chat, prompt_fields, usage_object
+from service.api.openai.collect import (
+    answer_id,
+    is_chat,
+    may_lack_content,
+    prompt_fields,
+    reasoning_fields,
+    usage_object,
+)
 from service.api.tools.parser import CallDelta
 from service.errors import QuireError
 
@@ -29,7 +36,7 @@ class ChunkRenderer:
         self._reader = reader
         self._event_ids = event_ids
         self._chat = is_chat(reader)
-        self._tools = manifest.notation is not None
+        self._nullable = may_lack_content(reader)
         head = orjson.dumps({
             "id": answer_id(reader),
             "object": "chat.completion.chunk" if self._chat else "text_completion",
@@ -59,7 +66,7 @@ class ChunkRenderer:
             ids = b""
             if self._reader.manifest.return_token_ids:
                 ids = b',"token_ids":' + orjson.dumps(delta.ids)
-            text = self._text(delta.text)
+            text = self._text(delta.text) + _reasoning(delta.reasoning)
             if delta.calls:
                 text += b',"tool_calls":' + orjson.dumps([_call_chunk(c) for c in delta.calls])
             text += self._after_text
@@ -95,8 +102,9 @@ class ChunkRenderer:
     def _finish(self, choice: int, finish: Finish) -> bytes:
         reason = orjson.dumps(finish.finish_reason)
         rest = b',"stop_reason":' + orjson.dumps(finish.end.stopped_by)
-        if finish.text:  # in the event of the end: a client that resumes would get it twice
-            start = self._starts[choice] + orjson.dumps(finish.text) + b'},"logprobs":null'
+        if finish.text or finish.reasoning:  # in the last event: a resumed stream would repeat it
+            text = self._text(finish.text) + _reasoning(finish.reasoning)
+            start = self._starts[choice] + text + b'},"logprobs":null'
         elif self._chat:
             start = self._head + b'{"index":%d,"delta":{},"logprobs":null' % choice
         else:
@@ -104,8 +112,8 @@ class ChunkRenderer:
         return start + b',"finish_reason":' + reason + rest + b"}]" + self._end_of_chunk()
 
     def _text(self, text: str) -> bytes:
-        """With tools, empty content is null, as in the collected body."""
-        return b"null" if self._tools and not text else orjson.dumps(text)
+        """Empty content may be null, as in the collected body."""
+        return b"null" if self._nullable and not text else orjson.dumps(text)
 
     def _chunk(
         self,
@@ -134,6 +142,11 @@ class ChunkRenderer:
 
     def _usage(self) -> bytes:
         return orjson.dumps(usage_object(self._reader.usage))
+
+
+def _reasoning(text: str) -> bytes:
+    """The fields of reasoning, after others."""
+    return b"," + orjson.dumps(reasoning_fields(text))[1:-1] if text else b""
 
 
 def _call_chunk(delta: CallDelta) -> dict[str, Any]:
