@@ -89,6 +89,7 @@ def summed(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def plain(choice: dict[str, Any]) -> dict[str, Any]:
     message = dict(choice["message"])
     assert message.pop("role") == "assistant"
+    assert (message.pop("refusal"), message.pop("annotations")) == (None, [])
     return message | {"finish_reason": choice["finish_reason"]}
 
 
