@@ -7,10 +7,10 @@
 // and masks. The last term does not depend on w: sums begin with its total of the row. A pair is at most
 // 2 * 127 * 128, so 16 bits do not saturate.
 
+#include "tile_ymm.inl"
+
 #define QUIRE_SPLIT_CODES
 constexpr int CODE_BYTES = 2, CODE_BIAS = 0;
-constexpr int TILE_ROWS = 3;  // 3 rows x 4 registers of sums; code, mask, ones and a product: 16
-constexpr int VECTORS = PANEL / 8;
 
 // Stores 16 codes, as lines of 4 magnitudes and 4 masks; adds the magnitudes of negative ones.
 QUIRE_INLINE __m128i store_codes(uint8_t* line, Lanes whole, __m128i negative) {
@@ -27,12 +27,6 @@ QUIRE_INLINE void store_negative(uint8_t* codes, int size, __m128i negative) {
   memcpy(codes + (size_t)size * CODE_BYTES, &total, sizeof total);
 }
 
-QUIRE_INLINE __m256i four_bytes(const uint8_t* p) {
-  int32_t four;
-  memcpy(&four, p, 4);
-  return _mm256_set1_epi32(four);
-}
-
 template <int ROWS> static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded,
                                               Ahead ahead, int32_t* acc) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -44,9 +38,7 @@ template <int ROWS> static void multiply_rows(const uint8_t* codes, size_t strid
     for (int v = 0; v < VECTORS; v++) sums[r][v] = negative;
   }
   for (int k = 0; k < inputs_padded; k += 4, codes += 4 * CODE_BYTES, panel += PANEL * 4) {
-    _mm_prefetch((const char*)ahead.start, _MM_HINT_T0);
-    _mm_prefetch((const char*)ahead.start + 64, _MM_HINT_T0);
-    ahead.start += ahead.step;
+    prefetch_line(ahead);
     QUIRE_UNROLL
     for (int r = 0; r < ROWS; r++) {
       const __m256i magnitudes = four_bytes(codes + r * stride), masks = four_bytes(codes + r * stride + 4);
@@ -58,17 +50,5 @@ template <int ROWS> static void multiply_rows(const uint8_t* codes, size_t strid
       }
     }
   }
-  QUIRE_UNROLL
-  for (int r = 0; r < ROWS; r++)
-    QUIRE_UNROLL
-    for (int v = 0; v < VECTORS; v++) _mm256_storeu_si256((__m256i*)(acc + r * PANEL + v * 8), sums[r][v]);
-}
-
-static void multiply_tile(const uint8_t* codes, size_t stride, int rows, const int8_t* panel, int inputs_padded,
-                          Ahead ahead, int32_t* acc) {
-  switch (rows) {
-    case 1: return multiply_rows<1>(codes, stride, panel, inputs_padded, ahead, acc);
-    case 2: return multiply_rows<2>(codes, stride, panel, inputs_padded, ahead, acc);
-    default: return multiply_rows<3>(codes, stride, panel, inputs_padded, ahead, acc);
-  }
+  store_sums(sums, acc);
 }
