@@ -97,6 +97,7 @@ class ChatCompletions(OpenAIDialect):
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             thinking_budget=body.thinking_token_budget,
             include_reasoning=body.include_reasoning is not False,
+            service_tier=body.service_tier,
         )
 
 
@@ -149,6 +150,7 @@ def _generation(
         stream=body.stream or False,
         include_usage=options is not None and options.include_usage is True,
         continuous_usage=options is not None and options.continuous_usage_stats is True,
+        obfuscation=options is not None and options.include_obfuscation is True,
         priority=body.priority,
         on_disconnect=body.on_disconnect,
     )
