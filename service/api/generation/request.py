@@ -95,6 +95,7 @@ class Generation:
     """Request fields that the answer repeats. Not empty: the answer is an object with a status,
     which clients can retrieve unless `store` is false; `background` must be given, too.
     """
+    warnings: tuple[str, ...] = ()  # known parts of the body that have no effect here, in ASCII
 
     @property
     def tools(self) -> ToolUse | None:
