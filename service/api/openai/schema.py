@@ -27,6 +27,9 @@ from service.api.wire import (
 )
 
 
+MAX_INT = 2**31 - 1
+
+
 class StreamOptions(WireModel):
     """Options of a stream."""
 
@@ -62,7 +65,9 @@ class GenerationBody(SamplingBody):
     return_tokens_as_token_ids: bool | None = Field(
         None, description="In log probabilities, name each token token_id:<id>, not by its text."
     )
-    truncate_prompt_tokens: Annotated[int, AfterValidator(_not_zero), Field(ge=-1)] | None = Field(
+    truncate_prompt_tokens: (
+        Annotated[int, AfterValidator(_not_zero), Field(ge=-1, le=MAX_INT)] | None
+    ) = Field(
         None,
         description="Keep only this many of the prompt's last tokens; -1: as many as fit beside "
         "max_tokens.",
