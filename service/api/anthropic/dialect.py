@@ -12,6 +12,7 @@ from service.api.anthropic.schema import (
     CountBody,
     MessageBody,
     MessageTool,
+    MessageToolChoice,
     TextBlock,
     ThinkingBlock,
     ToolResultBlock,
@@ -33,6 +34,7 @@ from service.api.tools.chat import (
     Mode,
     ToolCall,
     ToolChoice,
+    ToolRef,
     tool_use,
 )
 from service.errors import BadRequest
@@ -100,12 +102,17 @@ def parse_chat(body: CountBody) -> Chat:
         messages=tuple(messages),
         tools=tool_use(
             [_function(tool) for tool in body.tools or ()],
-            choice=None if choice is None else ToolChoice(_MODES[choice.type], choice.name),
+            choice=None if choice is None else _tool_choice(choice),
             parallel=not (choice and choice.disable_parallel_tool_use),
             names=_NAMES,
         ),
         continue_final_message=last.role == "assistant",
     )
+
+
+def _tool_choice(choice: MessageToolChoice) -> ToolChoice:
+    tool = None if choice.name is None else ToolRef(choice.name)
+    return ToolChoice(_MODES[choice.type], tool)
 
 
 def _function(tool: MessageTool) -> FunctionDefinition:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from model.text.tokenizer import Tokenizer
 from service.api.generation.manifest import Manifest
-from service.api.tools.formats import TOOL_FORMATS, ToolFormat
-from service.api.tools.parser import CallDelta, ParsedText, ToolCallParser
+from service.api.tools.formats import PLAIN, TOOL_FORMATS
+from service.api.tools.parser import CallDelta, CalledTools, ParsedText, ToolCallParser
 from service.errors import StreamDivergence
 from service.messages import End, FinishReason, Record, TokenLogprob, Tokens, rolling_digest
 
@@ -87,7 +87,7 @@ class ChoiceReader:
         self._manifest = manifest
         self._calls: _Calls | None = None
         if manifest.notation is not None:
-            self._calls = _Calls(TOOL_FORMATS[manifest.notation], tokenizer, request_id=request_id)
+            self._calls = _Calls(manifest, tokenizer, request_id=request_id)
         self._prompt = manifest.prompt(choice)
         self._tokenizer = tokenizer
         self._offsets: _Offsets | None = None
@@ -185,8 +185,13 @@ class _Calls:
     journal, are inserted into the text at their offsets.
     """
 
-    def __init__(self, tool_format: ToolFormat, tokenizer: Tokenizer, *, request_id: str) -> None:
-        self._parser = ToolCallParser(tool_format, request_id=request_id)
+    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, *, request_id: str) -> None:
+        tool_format = TOOL_FORMATS[manifest.notation or PLAIN]
+        self._parser = ToolCallParser(
+            tool_format,
+            request_id=request_id,
+            tools=CalledTools(custom=frozenset(manifest.custom_tools), types=manifest.tool_types),
+        )
         self._markers = {id_: text for text, id_ in tool_format.marker_ids(tokenizer).items()}
         self._offsets = _Offsets(tokenizer)
         self._pending: list[tuple[int, str]] = []  # (offset, marker): beyond the text so far

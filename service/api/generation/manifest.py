@@ -55,6 +55,8 @@ class Manifest:
     continuous_usage: bool = False
     stop: tuple[str, ...] = ()  # stop strings: text that may begin one is held back
     notation: str | None = None  # the tool-call format; None: no tools
+    custom_tools: tuple[str, ...] = ()  # names of tools that take a text
+    tool_types: dict[str, Any] = field(default_factory=dict)  # see `tools.parser.CalledTools`
     grace: float | None = 0.0  # seconds without readers until it is cancelled; None: never
     given_back: dict[str, Any] = field(default_factory=dict)  # `Generation.echoed`
 

@@ -32,6 +32,7 @@ from service.api.tools.chat import (
     Mode,
     ToolCall,
     ToolChoice,
+    ToolRef,
     ToolUse,
     tool_use,
 )
@@ -187,7 +188,16 @@ def _echoed(body: ResponseBody) -> dict[str, Any]:
     }
 
 
-def _echoed_choice(choice: ToolChoice | None) -> str | dict[str, str]:
+def _echoed_choice(choice: ToolChoice | None) -> str | dict[str, Any]:
     if choice is None:
         return Mode.AUTO.value
-    return choice.mode.value if choice.name is None else {"type": "function", "name": choice.name}
+    if choice.tool is not None:
+        return _echoed_ref(choice.tool)
+    if choice.allowed is None:
+        return choice.mode.value
+    tools = [_echoed_ref(tool) for tool in choice.allowed]
+    return {"type": "allowed_tools", "mode": choice.mode.value, "tools": tools}
+
+
+def _echoed_ref(tool: ToolRef) -> dict[str, str]:
+    return {"type": "custom" if tool.custom else "function", "name": tool.name}

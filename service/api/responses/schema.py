@@ -33,13 +33,13 @@ from service.api.fields import (
     Text,
     check_json,
 )
-from service.api.tools.chat import Mode, ToolChoice
+from service.api.tools.chat import ToolChoice
 from service.api.tools.schema import (
     MAX_TOOLS,
-    Arguments,
     Function,
     FunctionName,
     Unlisted,
+    choice_schema,
     read_tool_choice,
 )
 from service.api.wire import MAX_MESSAGES, UNSUPPORTED, MessageModel, SamplingBody, WireModel
@@ -106,7 +106,9 @@ class InputCall(StrictModel):
     type: Literal["function_call"] = Field(description="The kind of item.")
     call_id: Label = Field(description="The id that the item with the result refers to.")
     name: FunctionName = Field(description="The function.")
-    arguments: Arguments = Field(description="The text of a JSON object.")
+    arguments: Text = Field(
+        description="The text of a JSON object. One that was cut off is accepted, too."
+    )
     id: Ignored = None
     status: Ignored = None
 
@@ -157,22 +159,11 @@ def _tool_choice(value: object) -> ToolChoice | None:
     return None if value is None else read_tool_choice(value, nested=False)
 
 
-_NAMED: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "type": {"type": "string", "enum": ["function"]},
-        "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
-    },
-    "required": ["type", "name"],
-    "additionalProperties": False,
-}
 _Choice = Annotated[
     ToolChoice | None,
     Unlisted,
     PlainValidator(_tool_choice),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string", "enum": [str(m) for m in Mode]}, _NAMED, {"type": "null"}]}
-    ),
+    WithJsonSchema(choice_schema(nested=False)),
 ]
 
 
@@ -257,7 +248,9 @@ class ResponseBody(SamplingBody):
         None, description="Functions that the model may call."
     )
     tool_choice: _Choice = Field(
-        None, description="none, auto, required, or the one function to call. Default auto."
+        None,
+        description="none, auto, required, the one tool to call (once), or allowed_tools with a "
+        "mode and the tools that may be called. Default auto.",
     )
     parallel_tool_calls: bool | None = Field(
         None, description="Whether one response may hold several calls. Default true."
