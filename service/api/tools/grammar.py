@@ -229,17 +229,14 @@ def _start(
         opening = f"{spell(tool_format.prefix)}? {opening}"
     if tools.forced:
         return [f"start: {opening} calls"]
-    if text is not None:
-        return [*_framed(tool_format, spell, f"formatted | {opening} calls"), f"formatted: {text}"]
     if tool_format.only_first:
         pattern = re.escape(tool_format.opening).replace("/", r"\/").replace(r"\ ", " ")
         return [f"start: TEXT | {opening} calls", rf"TEXT: /(.|\n)*/ & ~/{pattern}(.|\n)*/"]
+    if text is not None:
+        return [*_framed(tool_format, spell, f"formatted | {opening} calls"), f"formatted: {text}"]
     lazy = "" if opening.startswith("<[") else "[lazy]"
-    return [
-        *_framed(tool_format, spell, "TEXT | opened calls"),
-        f"opened{lazy}: TEXT {opening}",
-        r"TEXT: /(.|\n)*/",
-    ]
+    framed = _framed(tool_format, spell, "TEXT | opened calls")
+    return [*framed, f"opened{lazy}: TEXT {opening}", r"TEXT: /(.|\n)*/"]
 
 
 def _framed(tool_format: ToolFormat, spell: _Speller, output: str) -> list[str]:
@@ -248,8 +245,9 @@ def _framed(tool_format: ToolFormat, spell: _Speller, output: str) -> list[str]:
         return [f"start: {output}"]
     frames = " | ".join(map(spell, tool_format.frames))
     return [
-        f"start: (frame TEXT {spell(tool_format.closing)})* frame? ({output})",
+        f"start: (frame BEFORE {spell(tool_format.closing)})* frame? ({output})",
         f"frame: {frames}",
+        r"BEFORE: /(.|\n)*/",
     ]
 
 

@@ -53,7 +53,7 @@ class ParsedText:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalledTools:
+class KnownTools:
     """What the parser must know of the tools that may be called."""
 
     custom: frozenset[str] = frozenset()  # names
@@ -70,10 +70,10 @@ class ToolCallParser:
     """State of the text of one choice, up to the position read."""
 
     def __init__(
-        self, tool_format: ToolFormat, *, request_id: str, tools: CalledTools | None = None
+        self, tool_format: ToolFormat, *, request_id: str, tools: KnownTools | None = None
     ) -> None:
         self._format = tool_format
-        self._tools = tools or CalledTools()
+        self._tools = tools or KnownTools()
         # What is no text: the opening of calls, and what comes before and after a framed text.
         fixed = (tool_format.opening, *tool_format.frames, tool_format.closing)
         self._fixed = tuple(filter(None, fixed))
@@ -226,7 +226,8 @@ class ToolCallParser:
         self._held = self._held[size:]
         index, complete = self._num_calls - 1, self._arguments.complete
         if new or complete:
-            before = self._calls.get(index) or CallDelta(index, "")
+            custom = isinstance(self._arguments, InputText | TaggedInput)
+            before = self._calls.get(index) or CallDelta(index, "", custom=custom)
             self._calls[index] = replace(
                 before, arguments=before.arguments + new, complete=complete
             )
@@ -246,6 +247,8 @@ class ToolCallParser:
             self._held = self._held[len(end) :]
             self._step = self._read_text
             return True
+        if end.startswith(self._held):
+            return False
         return self._read_one_of(() if joint is None else (joint,), self._read_name)
 
     def _read_one_of(
