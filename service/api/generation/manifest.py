@@ -65,6 +65,8 @@ class Manifest:
     include_usage: bool = False
     continuous_usage: bool = False
     stop: tuple[str, ...] = ()  # stop strings: text that may begin one is held back
+    obfuscation: bool = False  # pad the chunks of the stream
+    service_tier: str | None = None  # that was used, if one was requested
     notation: str | None = None  # the tool-call format; None: no tools
     custom_tools: tuple[str, ...] = ()  # names of tools that take a text
     tool_types: dict[str, Any] = field(default_factory=dict)  # see `tools.parser.KnownTools`

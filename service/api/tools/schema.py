@@ -212,7 +212,7 @@ class InputGrammar(StrictModel):
         return value
 
 
-class Custom(StrictModel):
+class CustomFields(StrictModel):
     """A tool that takes a text."""
 
     name: FunctionName = Field(description="The name that the model calls.")
@@ -224,11 +224,11 @@ class Custom(StrictModel):
     )
 
 
-class CustomTool(StrictModel):
+class ChatCustomTool(StrictModel):
     """A tool that takes a text."""
 
     type: Literal["custom"] = Field(description="The type of the tool.")
-    custom: Custom = Field(description="The tool.")
+    custom: CustomFields = Field(description="The tool.")
 
     def definition(self) -> FunctionDefinition:
         tool, form = self.custom, self.custom.format
@@ -289,7 +289,7 @@ def _kind(value: object) -> str:
 
 
 _Tool = Annotated[
-    Annotated[FunctionTool, Tag("(function)")] | Annotated[CustomTool, Tag("(custom)")],
+    Annotated[FunctionTool, Tag("(function)")] | Annotated[ChatCustomTool, Tag("(custom)")],
     Discriminator(_kind),
 ]
 _Called = Annotated[
