@@ -153,7 +153,7 @@ def test_types_of_parameters() -> None:
         },
         "$defs": {"c": {"const": True}, "h": {"$ref": "#/$defs/h"}},
     }
-    assert parameter_types(schema) == {
+    assert {name: list(types) for name, types in parameter_types(schema).items()} == {
         "a": ["string"], "b": ["integer", "null"], "c": ["boolean"],
         "d": ["integer", "null", "number", "string"], "e": [], "f": ["array"], "g": [], "h": [],
         "i": [],

@@ -57,7 +57,10 @@ class AnswerParts:
         self._parser: ToolCallParser | None = None
         if manifest.notation is not None:
             tool_format = TOOL_FORMATS[manifest.notation]
-            tools = KnownTools(custom=frozenset(manifest.custom_tools), types=manifest.tool_types)
+            tools = KnownTools(
+                custom=frozenset(tool.name for tool in manifest.tools if tool.custom),
+                types={tool.name: dict(tool.types) for tool in manifest.tools},
+            )
             self._parser = ToolCallParser(tool_format, request_id=request_id, tools=tools)
             markers |= tool_format.marker_ids(tokenizer)
         if note is not None:

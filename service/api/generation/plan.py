@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from service.api.context import ApiContext
-from service.api.generation.manifest import Endpoint, Manifest, PromptNote
+from service.api.generation.manifest import Endpoint, Manifest, PromptNote, ToolNote
 from service.api.generation.prompts import PromptTokens, call_rendering, check_token_ids
 from service.api.generation.request import Call, Generation
 from service.api.generation.sampling import (
@@ -131,18 +131,18 @@ def _manifest(
 
 def _called(generation: Generation, context: ApiContext) -> dict[str, Any]:
     """The fields about tools. The chat template's rendering of calls is known by now."""
-    tools = generation.tools
-    if tools is None:
+    if generation.tools is None:
         return {}
     name = tool_format_name(context.tokenizer.call_rendering)
-    types = {}
-    if TOOL_FORMATS[name].tags:
-        types = {
-            function.name: parameter_types(function.schema)
-            for function in tools.functions
-            if not function.custom
-        }
-    return {"notation": name, "custom_tools": tuple(sorted(tools.custom)), "tool_types": types}
+    notes = []
+    for function in generation.tools.functions:
+        types: dict[str, tuple[str, ...]] = {}
+        if TOOL_FORMATS[name].tags and not function.custom:
+            types = parameter_types(function.schema)
+        if types or function.custom:
+            note = ToolNote(name=function.name, custom=function.custom, types=(*types.items(),))
+            notes.append(note)
+    return {"notation": name, "tools": tuple(notes)}
 
 
 def _returned(generation: Generation, num_tokens: int, limits: ApiLimits) -> bool:

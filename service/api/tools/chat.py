@@ -79,11 +79,6 @@ class ToolUse:
     forced: bool  # the output must be calls, without other text
     parallel: bool  # several calls are allowed; false if the choice names one tool
 
-    @property
-    def custom(self) -> frozenset[str]:
-        """The names of the custom tools."""
-        return frozenset(function.name for function in self.functions if function.custom)
-
 
 class Mode(StrEnum):
     """Whether the model calls functions."""

@@ -30,10 +30,10 @@ _DEFINITIONS = ("$defs", "definitions")
 _END = PARAMETER_END.replace("\n", r"\n").replace("/", r"\/")
 
 
-def parameter_types(schema: Schema) -> dict[str, list[str]]:
+def parameter_types(schema: Schema) -> dict[str, tuple[str, ...]]:
     """Parameter -> the JSON types of its value; none: any."""
     properties = schema.get("properties") or {}
-    return {name: sorted(_types(value, schema)) for name, value in properties.items()}
+    return {name: tuple(sorted(_types(value, schema))) for name, value in properties.items()}
 
 
 def first_inexpressible(schema: Schema) -> tuple[str, str] | None:
