@@ -26,7 +26,6 @@ from service.api.wire import (
     WireModel,
 )
 
-
 MAX_INT = 2**31 - 1
 
 
@@ -66,7 +65,7 @@ class GenerationBody(SamplingBody):
         None, description="In log probabilities, name each token token_id:<id>, not by its text."
     )
     truncate_prompt_tokens: (
-        Annotated[int, AfterValidator(_not_zero), Field(ge=-1, le=MAX_INT)] | None
+        Annotated[int, Field(ge=-1, le=MAX_INT), AfterValidator(_not_zero)] | None
     ) = Field(
         None,
         description="Keep only this many of the prompt's last tokens; -1: as many as fit beside "
