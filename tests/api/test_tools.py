@@ -362,8 +362,6 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": None, "tool_choice": "auto"}, "tool_choice", "invalid_value"),
     ({"tools": [], "tool_choice": "required"}, "tool_choice", "invalid_value"),
     ({"parallel_tool_calls": 1}, "parallel_tool_calls", "invalid_type"),
-    ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format",
-     "invalid_value"),
     ({"structured_outputs": {"regex": "a"}}, "tools", "invalid_value"),
     ({"min_tokens": 3}, "min_tokens", "invalid_value"),
     ({"ignore_eos": True}, "ignore_eos", "invalid_value"),
