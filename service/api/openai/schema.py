@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from service.api.answers import (
     AnswerModel,
@@ -16,7 +15,7 @@ from service.api.answers import (
     ModelId,
     NumericClass,
 )
-from service.api.fields import Prompt
+from service.api.fields import FieldError, Label, NoEffect, OutputLimit, Prompt, ServiceTier
 from service.api.structured.schema import ResponseFormat, StructuredOutputs
 from service.api.tools.schema import ChatToolChoice, Tools
 from service.api.wire import (
@@ -28,10 +27,11 @@ from service.api.wire import (
 )
 
 
+MAX_INT = 2**31 - 1
+
+
 class StreamOptions(WireModel):
     """Options of a stream."""
-
-    unsupported = MappingProxyType({"include_obfuscation": (False,)})
 
     include_usage: bool | None = Field(
         None, description="End the stream with a chunk that has the token counts."
@@ -39,23 +39,38 @@ class StreamOptions(WireModel):
     continuous_usage_stats: bool | None = Field(
         None, description="Add the token counts so far to every chunk."
     )
+    include_obfuscation: bool | None = Field(
+        None,
+        description="Pad each chunk by a field obfuscation, so that its size does not show the "
+        "length of its text. Default false.",
+    )
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise FieldError("integer_below_min_value", "must be at least 1, or -1")
+    return value
 
 
 class GenerationBody(SamplingBody):
     """The fields that completions and chat completions share."""
 
     n: int | None = Field(None, ge=1, description="Choices per prompt. Default 1.")
-    max_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Maximum number of output tokens. Default: 16 for completions, the rest of the "
-        "context for chat.",
-    )
     stream_options: StreamOptions | None = Field(
         None, description="Options of the stream; needs stream."
     )
     return_token_ids: bool | None = Field(
         None, description="Also return the token ids of prompt and output."
+    )
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="In log probabilities, name each token token_id:<id>, not by its text."
+    )
+    truncate_prompt_tokens: (
+        Annotated[int, AfterValidator(_not_zero), Field(ge=-1, le=MAX_INT)] | None
+    ) = Field(
+        None,
+        description="Keep only this many of the prompt's last tokens; -1: as many as fit beside "
+        "max_tokens.",
     )
     response_format: ResponseFormat | None = Field(
         None, description="The format of the output: text, a JSON object, or JSON of a schema."
@@ -77,6 +92,11 @@ class CompletionBody(GenerationBody):
     prompt: Prompt = Field(
         description="Text, token ids, or a list of texts or of lists of token ids."
     )
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Maximum number of output tokens; 0 with echo: the prompt is the answer. "
+        "Default 16.",
+    )
     best_of: int | None = Field(
         None,
         ge=1,
@@ -92,6 +112,11 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool | None = Field(
         None, description="Prepend the model's begin token to a text prompt. Default true."
     )
+    parse_special: bool | None = Field(
+        None,
+        description="Read special tokens that a text prompt spells as such. Default true. The "
+        "content of messages is always text.",
+    )
 
 
 class ChatBody(GenerationBody, TemplateOptions):
@@ -100,8 +125,12 @@ class ChatBody(GenerationBody, TemplateOptions):
     messages: list[Message] = Field(
         min_length=1, max_length=MAX_MESSAGES, description="The messages so far."
     )
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="The newer name of max_tokens. If both are given, they must agree."
+    max_tokens: OutputLimit | None = Field(
+        None,
+        description="Maximum number of output tokens. Default: the rest of the context.",
+    )
+    max_completion_tokens: OutputLimit | None = Field(
+        None, description="The newer name of max_tokens. If both are given, they must agree."
     )
     tools: Tools = Field(None, description="Functions that the model may call.")
     tool_choice: ChatToolChoice = Field(
@@ -115,6 +144,22 @@ class ChatBody(GenerationBody, TemplateOptions):
     top_logprobs: int | None = Field(
         None, ge=0, description="Also return this many top log probabilities; needs logprobs."
     )
+    service_tier: ServiceTier = None
+    store: bool | None = Field(
+        None,
+        description="Accepted for compatibility; chat completions cannot be retrieved later, "
+        "except by resuming their stream.",
+    )
+    verbosity: Literal["low", "medium", "high"] | None = Field(
+        None, description="Accepted for compatibility; has no effect: ask for it in a message."
+    )
+    modalities: Annotated[list[Literal["text"]] | None, Field(max_length=1)] = Field(
+        None, description='The kinds of output: only ["text"].'
+    )
+    prompt_cache_retention: Label | None = Field(
+        None, description="Accepted for compatibility; cached prefixes stay while there is room."
+    )
+    prompt_cache_options: NoEffect = None
 
 
 class PromptDetails(AnswerModel):
@@ -140,6 +185,7 @@ class Answer(AnswerModel):
     model: ModelId
     system_fingerprint: NumericClass
     usage: TokenUsage = Field(description="Token counts.")
+    service_tier: str | None = Field(None, description="The tier that was used, if one was given.")
 
 
 class Choice(AnswerModel):
@@ -193,6 +239,8 @@ class AssistantMessage(AnswerModel):
 
     role: Assistant
     content: str | None = Field(description="The text; null if there are only tool calls.")
+    refusal: None = Field(description="Always null: a refusal is text.")
+    annotations: list[dict[str, Any]] = Field(description="Always empty.")
 
 
 class ChatChoice(Choice):

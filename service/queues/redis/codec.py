@@ -5,7 +5,7 @@ one field is `k` for tokens and `e` for the end.
 
     k:  flags (1 byte) · number of ids · ids · digest (4 bytes) · length of text · text · JSON
         numbers as LEB128 varints, text in UTF-8; JSON only if log probabilities were requested
-    e:  JSON object: r reason, c cached tokens, s stopped by, x error; defaults are left out
+    e:  JSON object: r reason, c cached tokens, s stopped by, x error, t time; defaults are left out
 
 Another version may have written an entry. The decoder ignores unknown fields, unknown keys in the
 JSON, unknown flags, and bytes after the JSON, which such a flag may announce. An entry with `e`
@@ -42,6 +42,7 @@ class _StoredEnd:
     c: int = 0
     s: str | int | None = None
     x: str | None = None
+    t: int | None = None
 
 
 def encode_tokens(record: Tokens) -> bytes:
@@ -73,6 +74,8 @@ def encode_end(record: End) -> bytes:
         fields["s"] = record.stopped_by
     if record.error is not None:
         fields["x"] = record.error
+    if record.ended_at is not None:
+        fields["t"] = record.ended_at
     return json.dumps(fields, separators=(",", ":")).encode()
 
 
@@ -108,6 +111,7 @@ def _decode_end(value: bytes, *, count: int) -> End:
         cached_tokens=end.c,
         stopped_by=end.s,
         error=end.x if known else end.x or UNKNOWN_REASON,
+        ended_at=end.t,
     )
 
 
