@@ -76,6 +76,8 @@ def plan(
         idempotency_key=call.idempotency_key,
         fingerprint=call.fingerprint,
         allowance=call.tenant.allowance,
+        keep=None if generation.stored_input is None else context.limits.keep_responses,
+        input=generation.stored_input or "",
         # The replica sees its own client leave; the queue sees that a replica is gone.
         grace=None if manifest.grace is None else manifest.grace or context.limits.replica_grace,
     )
