@@ -86,7 +86,9 @@ class MessageRenderer:
         last = self._blocks.open
         stop = b"" if last is None else _event("content_block_stop", index=last)
         usage = message_usage(self._reader)
-        return stop + _event("message_delta", delta=stop_fields(self._answer), usage=usage)
+        return stop + _event(
+            "message_delta", delta=stop_fields(self._reader, self._answer), usage=usage
+        )
 
 
 def _opened(change: SegmentDelta) -> list[bytes]:

@@ -65,6 +65,8 @@ class Manifest:
     include_usage: bool = False
     continuous_usage: bool = False
     stop: tuple[str, ...] = ()  # stop strings: text that may begin one is held back
+    obfuscation: bool = False  # pad the chunks of the stream
+    service_tier: str | None = None  # that was used, if one was requested
     notation: str | None = None  # the tool-call format; None: no tools
     reasoning: ReasoningNote | None = None  # None: all text is content
     grace: float | None = 0.0  # seconds without readers until it is cancelled; None: never

@@ -83,14 +83,17 @@ class Generation:
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
+    obfuscation: bool = False  # pad the chunks: their sizes do not show the lengths of the texts
 
     # --- scheduling -------------------------------------------------------------------------
     priority: int | None = None  # 0 before 1 before 2; None: the default of the client's key
+    service_tier: str | None = None  # decides the priority if that is None
     on_disconnect: Literal["cancel", "continue"] | None = None  # None: as the stream resumes
     echoed: Mapping[str, Any] = field(default_factory=dict)
     """Request fields that the answer repeats. Not empty: the answer is an object with a status,
     which clients can retrieve unless `store` is false; `background` must be given, too.
     """
+    warnings: tuple[str, ...] = ()  # known parts of the body that have no effect here, in ASCII
 
     stored_input: str | None = None
     """Kept with the answer for `ApiLimits.keep_responses`; None: nothing, for the resume window."""

@@ -31,6 +31,9 @@ from service.messages import Submission
 from service.queues.admission import admission_cost, stored_bytes
 from service.queues.contract import QueueLimits, SubmitReply, SubmitStatus
 
+WARNING_HEADER = "x-quire-warning"
+"""Names the known parts of a request that have no effect on this server."""
+
 
 def check_model(name: str | None, context: ApiContext) -> None:
     """Raises NotFound for a model that is not served here."""
@@ -173,8 +176,17 @@ async def answer_generation(
         generation, prompts, context, endpoint=dialect.name, call=call, grammar=grammar
     )
     reader = await submit(submission, request, context, call)
+    response = await _response(dialect, reader, request, event_ids=call.event_ids)
+    if generation.warnings:
+        response.headers[WARNING_HEADER] = ", ".join(generation.warnings)
+    return response
+
+
+async def _response(
+    dialect: Dialect[Body], reader: AnswerReader, request: Request, *, event_ids: bool
+) -> Response:
     if reader.manifest.stream:
-        return EventStream(reader, dialect.stream(reader, event_ids=call.event_ids))
+        return EventStream(reader, dialect.stream(reader, event_ids=event_ids))
     if reader.manifest.background:
         return _json(dialect.collect(reader, await reader.collect_now()))
     return await _collected(dialect, reader, request)
