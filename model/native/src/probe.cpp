@@ -57,12 +57,13 @@ double quire_probe_products(const char* variant, int32_t threads, int32_t rows, 
   double best = 0;
   for (int32_t r = 0; r < repeats; r++) {
     const double time = timed(threads, [&](int) {
-      std::vector<uint8_t> codes((rows + TILE_ROWS_MAX) * inputs, 1);
+      const size_t stride = code_stride(inputs, kernels->code_bytes);
+      std::vector<uint8_t> codes((rows + TILE_ROWS_MAX) * stride, 1);
       std::vector<int8_t> panel(inputs * PANEL + 64, 1);
       alignas(64) int32_t sums[TILE_ROWS_MAX * PANEL];
       kernels->thread_begin();
       for (int i = 0; i < rounds; i++) {
-        kernels->multiply_tile(codes.data(), inputs, rows, panel.data(), inputs, {panel.data(), 0, nullptr, 0}, sums);
+        kernels->multiply_tile(codes.data(), stride, rows, panel.data(), inputs, {panel.data(), 0, nullptr, 0}, sums);
         __asm__ volatile("" : : "r"(sums) : "memory");
       }
       kernels->thread_end();
