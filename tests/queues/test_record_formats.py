@@ -55,6 +55,7 @@ MANIFEST = Manifest(
     prompts=(PromptNote(num_tokens=3, text="né", ids=(1, 300, 70_000)),), width=3, keep=2,
     stream=True, logprobs=2, prompt_logprobs=1, echo=True, return_token_ids=True,
     include_usage=True, continuous_usage=True, stop=("é", "\n"), notation="hermes", grace=30.0,
+    obfuscation=True, service_tier="flex",
     reasoning=ReasoningNote(
         format="think", opened=True, verbatim=True, opening=5, included=False
     ),
