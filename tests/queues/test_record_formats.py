@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from service.api.generation.manifest import Endpoint, Manifest, PromptNote, ReasoningNote
+from service.api.generation.manifest import Endpoint, Manifest, PromptNote, ReasoningNote, ToolNote
 from service.errors import Unavailable
 from service.messages import (
     End,
@@ -55,10 +55,12 @@ MANIFEST = Manifest(
     prompts=(PromptNote(num_tokens=3, text="né", ids=(1, 300, 70_000)),), width=3, keep=2,
     stream=True, logprobs=2, prompt_logprobs=1, echo=True, return_token_ids=True,
     include_usage=True, continuous_usage=True, stop=("é", "\n"), notation="hermes", grace=30.0,
-    obfuscation=True, service_tier="flex",
     reasoning=ReasoningNote(
         format="think", opened=True, verbatim=True, opening=5, included=False
     ),
+    tokens_as_ids=True, prompt_only=True, skip_special_tokens=False, obfuscation=True,
+    service_tier="default",
+    tools=(ToolNote(name="run", custom=True, types=(("a", ("string", "null")),)),),
     given_back={"user": "u", "metadata": {"a": "b"}},
 )  # fmt: skip
 ENGINE = EngineInfo(

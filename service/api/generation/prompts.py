@@ -7,13 +7,15 @@ special tokens. In a raw prompt it is one, unless the client says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from model.text.chat_template import ChatTemplateError, ChatTemplateLimitError
 from model.text.disguise import strings_of
+from model.text.template_calls import CallRendering
 from model.text.template_renderer import TemplateUnavailableError
 from service.api.context import ApiContext
 from service.api.fields import FieldNames
@@ -148,9 +150,12 @@ async def render_chat(
             code="chat_not_supported",
             param=param,
         )
-    tool_format = TOOL_FORMATS[tool_format_name(context.tokenizer)]
     functions = () if chat.tools is None else chat.tools.functions
-    messages, variables = template_input(chat.messages, functions, tool_format)
+    rendering = CallRendering()
+    if functions or any(message.tool_calls or message.tool_call_id for message in chat.messages):
+        rendering = await call_rendering(context, tenant=tenant, param=param)
+    tool_format = TOOL_FORMATS[tool_format_name(rendering)]
+    messages, variables = template_input(chat.messages, functions, tool_format, rendering)
     continued = chat.continue_final_message
     generation_prompt = chat.add_generation_prompt
     if generation_prompt is None:
@@ -174,8 +179,28 @@ async def render_chat(
     length = sum(map(len, texts)) + TEXT_COST * len(texts)
     if not context.tokenizer.renders_in_process:  # waits for a process: never on the event loop
         length = max(length, context.limits.inline_text_chars + 1)
-    try:
+    with _template_errors(param):
         ids = await run_in_pool(context.pools.templates, tenant, render, length, context.limits)
+    check_token_ids(ids, context, param=param)
+    return PromptTokens(ids=tuple(ids))
+
+
+async def call_rendering(context: ApiContext, *, tenant: str, param: str) -> CallRendering:
+    """What the chat template writes for tools and calls. Raises BadRequest or Unavailable."""
+    tokenizer, limits = context.tokenizer, context.limits
+    known = "call_rendering" in vars(tokenizer) or tokenizer.renders_in_process
+    length = 0 if known else limits.inline_text_chars + 1  # never on the event loop
+    with _template_errors(param):
+        return await run_in_pool(
+            context.pools.templates, tenant, lambda: tokenizer.call_rendering, length, limits
+        )
+
+
+@contextmanager
+def _template_errors(param: str) -> Iterator[None]:
+    """Errors of the chat template as errors of the request."""
+    try:
+        yield
     except ChatTemplateLimitError as error:
         raise BadRequest(str(error), code="chat_template_limit", param=param) from None
     except TemplateUnavailableError as error:
@@ -186,8 +211,6 @@ async def render_chat(
             code="chat_template_error",
             param=param,
         ) from None
-    check_token_ids(ids, context, param=param)
-    return PromptTokens(ids=tuple(ids))
 
 
 def _check_prompt(prompt: str | Sequence[int], context: ApiContext, *, parse_special: bool) -> None:

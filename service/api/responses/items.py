@@ -20,7 +20,7 @@ from service.api.fields import (
     StrictModel,
     Text,
 )
-from service.api.tools.schema import Arguments, FunctionName
+from service.api.tools.schema import FunctionName
 from service.api.wire import MAX_MESSAGES, UNSUPPORTED, MessageModel, WireModel
 
 SEALED = "quire1."
@@ -107,7 +107,9 @@ class InputCall(StrictModel):
     type: Literal["function_call"] = Field(description="The kind of item.")
     call_id: Label = Field(description="The id that the item with the result refers to.")
     name: FunctionName = Field(description="The function.")
-    arguments: Arguments = Field(description="The text of a JSON object.")
+    arguments: Text = Field(
+        description="The text of a JSON object. One that was cut off is accepted, too."
+    )
     id: Ignored = None
     status: Ignored = None
 

@@ -174,7 +174,9 @@ class ResponseBody(SamplingBody):
         "x-quire-warning names them.",
     )
     tool_choice: Choice = Field(
-        None, description="none, auto, required, or the one function to call. Default auto."
+        None,
+        description="none, auto, required, the one tool to call (once), or allowed_tools with a "
+        "mode and the tools that may be called. Default auto.",
     )
     parallel_tool_calls: bool | None = Field(
         None, description="Whether one response may hold several calls. Default true."
