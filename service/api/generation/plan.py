@@ -127,6 +127,7 @@ def _manifest(
         obfuscation=generation.obfuscation,
         service_tier=_tier_used(generation.service_tier),
         stop=generation.stop,
+        sealed_reasoning=generation.sealed_reasoning,
         **_called(generation, context),
         given_back=dict(generation.echoed),
     )

@@ -98,6 +98,7 @@ class Generation:
     """
     warnings: tuple[str, ...] = ()  # known parts of the body that have no effect here, in ASCII
 
+    sealed_reasoning: bool = False  # the answer also has it as text to be sent back
     stored_input: str | None = None
     """Kept with the answer for `ApiLimits.keep_responses`; None: nothing, for the resume window."""
 
