@@ -60,7 +60,10 @@ class Manifest:
     stream: bool = False
     logprobs: int | None = None  # as requested: None, or how many top log probabilities
     prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    tokens_as_ids: bool = False  # log probabilities name tokens by their ids
     echo: bool = False
+    prompt_only: bool = False  # the one token that was generated is not part of the answer
+    skip_special_tokens: bool = True  # whether special tokens have no text
     return_token_ids: bool = False
     include_usage: bool = False
     continuous_usage: bool = False

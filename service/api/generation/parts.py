@@ -30,8 +30,9 @@ class Parts:
 class TextOffsets:
     """Text offsets of tokens: the number of characters that the bytes before each complete."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._bytes = tokenizer.token_bytes if skip_special else tokenizer.visible_bytes
         self.restart(0)
 
     def restart(self, offset: int) -> None:
@@ -39,13 +40,15 @@ class TextOffsets:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._offset = offset
 
-    def of(self, ids: Iterable[int]) -> list[int]:
-        """The offsets of the next tokens."""
+    def of(self, ids: Iterable[int], *, text: str = "") -> list[int]:
+        """The offsets of the next tokens. `text`, if it is known, may spell special tokens."""
         offsets = []
         for token in ids:
             offsets.append(self._offset)
-            if not self._tokenizer.is_special(token):
-                self._offset += len(self._decoder.decode(self._tokenizer.token_bytes[token]))
+            if self._bytes[token]:
+                self._offset += len(self._decoder.decode(self._bytes[token]))
+            elif text.startswith(name := self._tokenizer.token_text(token), self._offset):
+                self._offset += len(name)
         return offsets
 
 

@@ -1,7 +1,8 @@
 """Prompts: from texts and chats to token ids. Long texts are tokenised in a pool of threads, where
 tenants take turns; texts that cannot fit the context are rejected by their size.
 
-A text that looks like a special token is not one: only the chat template writes special tokens.
+The text of a message that looks like a special token is not one: only the chat template writes
+special tokens. In a raw prompt it is one, unless the client says otherwise.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ async def prompt_tokens(
     generation: Generation, context: ApiContext, *, tenant: str
 ) -> list[PromptTokens]:
     """The prompts of a request as token ids. Raises BadRequest or Unavailable."""
-    prompt = generation.prompt
+    prompt, keep = generation.prompt, _kept_tokens(generation, context)
     if isinstance(prompt, Chat):
-        return [await render_chat(prompt, context, tenant=tenant, names=generation.names)]
+        names = generation.names
+        whole = await render_chat(prompt, context, tenant=tenant, names=names, any_size=bool(keep))
+        return [_cut(whole, keep)]
     most = context.limits.max_prompts
     if len(prompt.prompts) > most:
         raise BadRequest(
@@ -52,24 +55,53 @@ async def prompt_tokens(
             param=generation.names.prompt,
         )
     texts = [text for text in prompt.prompts if isinstance(text, str)]
-    for each in prompt.prompts:  # before any of them is tokenised
-        _check_prompt(each, context)
+    for each in prompt.prompts if keep is None else ():  # before any of them is tokenised
+        _check_prompt(each, context, parse_special=prompt.parse_special)
     total = sum(map(len, texts))
-    return [
-        PromptTokens(
-            ids=await _text_ids(each, context, tenant=tenant, add_bos=prompt.add_bos, total=total),
-            text=each,
-        )
-        if isinstance(each, str)
-        else PromptTokens(ids=each)
-        for each in prompt.prompts
-    ]
+    found = []
+    for each in prompt.prompts:
+        if isinstance(each, str):
+            encode = partial(
+                context.tokenizer.encode,
+                each,
+                add_bos=prompt.add_bos,
+                parse_special=prompt.parse_special,
+            )
+            ids = await _text_ids(encode, context, tenant=tenant, total=total)
+            found.append(_cut(PromptTokens(ids=ids, text=each), keep))
+        else:
+            if keep is not None:
+                check_token_ids(each, context, param="prompt")
+            found.append(_cut(PromptTokens(ids=each), keep))
+    return found
+
+
+def _kept_tokens(generation: Generation, context: ApiContext) -> int | None:
+    """How many of a prompt's last tokens are kept; None: all."""
+    keep = generation.truncate_prompt
+    if keep != -1:
+        return keep
+    limit = generation.max_tokens or generation.default_max_tokens or 1
+    return max(1, context.card.max_model_len - limit)
+
+
+def _cut(prompt: PromptTokens, keep: int | None) -> PromptTokens:
+    if keep is None or len(prompt.ids) <= keep:
+        return prompt
+    return PromptTokens(ids=prompt.ids[-keep:])
 
 
 async def render_chat(
-    chat: Chat, context: ApiContext, *, tenant: str, names: FieldNames
+    chat: Chat,
+    context: ApiContext,
+    *,
+    tenant: str,
+    names: FieldNames,
+    any_size: bool = False,
 ) -> PromptTokens:
-    """The prompt that the model's chat template makes of the messages and the tools."""
+    """The prompt that the model's chat template makes of the messages and the tools. With
+    `any_size` it may exceed the context length.
+    """
     param = names.prompt
     if context.tokenizer.chat_template is None:
         raise BadRequest(
@@ -90,7 +122,8 @@ async def render_chat(
             param="continue_final_message",
         )
     texts = list(strings_of([messages, variables]))
-    check_size(texts, context, param=param)
+    if not any_size:
+        check_size(texts, context, param=param)
     render = partial(
         context.tokenizer.apply_chat_template,
         messages,
@@ -118,35 +151,45 @@ async def render_chat(
     return PromptTokens(ids=tuple(ids))
 
 
-def _check_prompt(prompt: str | Sequence[int], context: ApiContext) -> None:
+def _check_prompt(prompt: str | Sequence[int], context: ApiContext, *, parse_special: bool) -> None:
     if isinstance(prompt, str):
-        check_size([prompt], context, param="prompt")
+        check_size([prompt], context, param="prompt", parse_special=parse_special)
     elif len(prompt) < context.card.max_model_len:  # longer ones are rejected later
         check_token_ids(prompt, context, param="prompt")
 
 
 async def encode(
-    text: str, context: ApiContext, *, tenant: str, add_bos: bool, param: str = "prompt"
+    text: str,
+    context: ApiContext,
+    *,
+    tenant: str,
+    add_bos: bool,
+    parse_special: bool = False,
+    param: str = "prompt",
 ) -> tuple[int, ...]:
     """Token ids of a text. Raises BadRequest if it cannot fit the model's context."""
-    check_size([text], context, param=param)
-    return await _text_ids(text, context, tenant=tenant, add_bos=add_bos, total=len(text))
+    check_size([text], context, param=param, parse_special=parse_special)
+    work = partial(context.tokenizer.encode, text, add_bos=add_bos, parse_special=parse_special)
+    return await _text_ids(work, context, tenant=tenant, total=len(text))
 
 
 async def _text_ids(
-    text: str, context: ApiContext, *, tenant: str, add_bos: bool, total: int
+    work: Callable[[], list[int]], context: ApiContext, *, tenant: str, total: int
 ) -> tuple[int, ...]:
-    """`total` is the length of all texts of the call, in characters."""
-    work = partial(context.tokenizer.encode, text, add_bos=add_bos)
+    """The ids of a text that `work` encodes. `total` is the length of all texts of the call, in
+    characters.
+    """
     ids = await run_in_pool(context.pools.tokens, tenant, work, total, context.limits)
     check_token_ids(ids, context, param="prompt")  # a vocabulary may exceed the embedding
     return tuple(ids)
 
 
-def check_size(texts: Iterable[str], context: ApiContext, *, param: str) -> None:
+def check_size(
+    texts: Iterable[str], context: ApiContext, *, param: str, parse_special: bool = False
+) -> None:
     """Raises BadRequest for texts whose size alone exceeds the context length."""
     longest = context.card.max_model_len
-    if context.tokenizer.fewest_tokens(texts) > longest:
+    if context.tokenizer.fewest_tokens(texts, parse_special=parse_special) > longest:
         raise BadRequest(
             f"{param} must leave room for a token: the context length is {longest} tokens",
             code="context_length_exceeded",

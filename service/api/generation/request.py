@@ -35,6 +35,7 @@ class Prompts:
 
     prompts: tuple[str | tuple[int, ...], ...]
     add_bos: bool = True  # to texts
+    parse_special: bool = True  # texts of special tokens are special tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +61,13 @@ class Generation:
     names: FieldNames  # for error messages
 
     # --- limits and stop rules ------------------------------------------------------------
-    max_tokens: int | None = None  # None: `default_max_tokens`
+    max_tokens: int | None = None  # None: `default_max_tokens`; 0: the prompt is the answer
     default_max_tokens: int | None = None  # cut to the rest of the context; None: all of it
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    truncate_prompt: int | None = None  # its last tokens are kept; -1: those that fit
     thinking_budget: int | None = None  # tokens of reasoning, after which it is ended
 
     # --- choices and what is returned of them -----------------------------------------------
@@ -73,6 +75,7 @@ class Generation:
     best_of: int | None = None  # choices generated per prompt; None: n
     logprobs: int | None = None  # top log probabilities per token; None: no log probabilities
     prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    tokens_as_ids: bool = False  # log probabilities name tokens by their ids
     echo: bool = False  # the answer begins with the prompt
     return_token_ids: bool = False
     output: OutputFormat | None = None  # of what follows the reasoning; None: any text

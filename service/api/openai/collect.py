@@ -87,7 +87,8 @@ def _choice(reader: AnswerReader, index: int, choice: Accumulator) -> Json:
     manifest, tokenizer, chat = reader.manifest, reader.context.tokenizer, is_chat(reader)
     logprobs = None
     if manifest.logprobs is not None:
-        logprobs = (chat_logprobs if chat else completion_logprobs)(choice.scored, tokenizer)
+        shape = chat_logprobs if chat else completion_logprobs
+        logprobs = shape(choice.scored, tokenizer, as_ids=manifest.tokens_as_ids)
     content = {"message": _message(reader, choice)} if chat else {"text": choice.text}
     fields: Json = {
         "index": index,

@@ -125,7 +125,8 @@ class ChunkRenderer:
         logprobs = b"null"
         if scored:
             shape = chat_logprobs if self._chat else completion_logprobs
-            logprobs = orjson.dumps(shape(scored, self._reader.context.tokenizer))
+            tokenizer, as_ids = self._reader.context.tokenizer, self._reader.manifest.tokens_as_ids
+            logprobs = orjson.dumps(shape(scored, tokenizer, as_ids=as_ids))
         chunk = b"".join((
             self._starts[choice], text, b',"logprobs":', logprobs, b',"finish_reason":null', rest,
             b"}]", more,

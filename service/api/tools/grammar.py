@@ -51,14 +51,13 @@ async def validated_tools_grammar(
     output: JsonOutput | None,
     names: FieldNames,
 ) -> str:
-    """A grammar in `model.grammar`'s notation for calls, or for text that matches `output`. Raises
-    BadRequest, RateLimited or Unavailable.
+    """A grammar in `model.grammar`'s notation for calls, or for text that matches `output`: forced
+    calls leave no text. Raises BadRequest, RateLimited or Unavailable.
     """
+    if tools.forced:
+        output = None
     if output is not None and tool_format.only_first:
         message = f"this model cannot combine tools with {names.output}"
-        raise BadRequest(message, param=names.output)
-    if output is not None and tools.forced:
-        message = f"{names.output} cannot be combined with required tool calls"
         raise BadRequest(message, param=names.output)
     text = None if output is None else (await json_rule(output, validate, names=names)).text
     functions = list(tools.functions)
