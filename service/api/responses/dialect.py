@@ -20,6 +20,7 @@ from service.api.responses.items import (
     InputItem,
     InputMessage,
     InputReasoning,
+    InputReference,
     InputResult,
 )
 from service.api.responses.object import response_object, status_of
@@ -59,9 +60,16 @@ class Responses:
     error = staticmethod(error_body)
 
     def parse(self, body: ResponseBody) -> Generation:
-        """Raises BadRequest."""
+        """Raises BadRequest. For a body that refers to no stored response: see `generation`."""
+        items = [item for item in body.input if not isinstance(item, InputReference)]
+        return self.generation(body, items, stored_input=None)
+
+    def generation(
+        self, body: ResponseBody, items: Sequence[InputItem], *, stored_input: str | None
+    ) -> Generation:
+        """The request for an answer to these items. Raises BadRequest."""
         _reject_conflicting_fields(body)
-        messages = chat_messages(body.input)
+        messages = chat_messages(items)
         if body.instructions is not None:
             messages.insert(0, ChatMessage(role="system", content=body.instructions))
         form, output = body.text_format, None
@@ -69,7 +77,11 @@ class Responses:
             output = json_output(form.type, schema=form.schema_, strict=form.strict, names=_NAMES)
         return Generation(
             model=body.model,
-            prompt=Chat(messages=tuple(messages), tools=_tools(body)),
+            prompt=Chat(
+                messages=tuple(messages),
+                tools=_tools(body),
+                truncate=body.truncation == "auto",
+            ),
             sampling=sampling_of(body),
             names=self.names,
             max_tokens=body.max_output_tokens,
@@ -83,6 +95,7 @@ class Responses:
             priority=body.priority,
             on_disconnect="continue" if body.background else body.on_disconnect,
             echoed=_echoed(body),
+            stored_input=None if body.store is False else stored_input,
         )
 
     def collect(self, reader: AnswerReader, choices: Sequence[Accumulator]) -> bytes:
@@ -171,7 +184,7 @@ def _echoed(body: ResponseBody) -> dict[str, Any]:
         "metadata": body.metadata or {},
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "presence_penalty": body.presence_penalty or 0.0,
-        "previous_response_id": None,
+        "previous_response_id": body.previous_response_id,
         "prompt_cache_key": body.prompt_cache_key,
         "reasoning": _echoed_reasoning(body),
         "safety_identifier": body.safety_identifier,
@@ -183,7 +196,7 @@ def _echoed(body: ResponseBody) -> dict[str, Any]:
         "tools": [tool.model_dump() | {"strict": tool.strict or False} for tool in body.functions],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": 1.0 if body.top_p is None else body.top_p,
-        "truncation": "disabled",
+        "truncation": body.truncation or "disabled",
         "user": body.user,
     }
 

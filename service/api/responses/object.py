@@ -67,7 +67,7 @@ def response_object(reader: AnswerReader, answer: Accumulator, *, status: Status
         "completed_at": _completed_at(reader, answer) if status is Status.COMPLETED else None,
         "error": error,
         "incomplete_details": None if reason is None else {"reason": reason},
-        "output": _output(reader, answer, status),
+        "output": output_items(reader, answer, status),
         "usage": None if end is None else _usage(reader),
     }
 
@@ -78,7 +78,8 @@ def _completed_at(reader: AnswerReader, answer: Accumulator) -> int:
     return max(reader.manifest.created, ended_at or 0)
 
 
-def _output(reader: AnswerReader, answer: Accumulator, status: Status) -> list[dict[str, Any]]:
+def output_items(reader: AnswerReader, answer: Accumulator, status: Status) -> list[dict[str, Any]]:
+    """The items of the output so far."""
     if reader.manifest.notation is None:  # one message, even if it has no text
         if not answer.ids and status not in {Status.COMPLETED, Status.INCOMPLETE}:
             return []

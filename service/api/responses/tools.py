@@ -16,8 +16,8 @@ from pydantic import (
 )
 
 from service.api.fields import FieldError, StrictModel
-from service.api.tools.chat import Mode, ToolChoice
-from service.api.tools.schema import Function, Unlisted, read_tool_choice
+from service.api.tools.chat import Mode, ToolChoice, ToolRef
+from service.api.tools.schema import Function, Unlisted, choice_schema, read_tool_choice
 
 _HOSTED = (
     "apply_patch|code_interpreter|computer|computer_use|computer_use_preview|file_search"
@@ -70,27 +70,25 @@ def _tool_choice(value: object) -> ToolChoice | None:
     return None if value is None else read_tool_choice(value, nested=False)
 
 
-_NAMED: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "type": {"type": "string", "enum": ["function"]},
-        "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
-    },
-    "required": ["type", "name"],
-    "additionalProperties": False,
-}
 Choice = Annotated[
     ToolChoice | None,
     Unlisted,
     PlainValidator(_tool_choice),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string", "enum": [str(m) for m in Mode]}, _NAMED, {"type": "null"}]}
-    ),
+    WithJsonSchema(choice_schema(nested=False)),
 ]
 
 
-def echoed_choice(choice: ToolChoice | None) -> str | dict[str, str]:
+def echoed_choice(choice: ToolChoice | None) -> str | dict[str, Any]:
     """The choice as a response repeats it."""
     if choice is None:
         return Mode.AUTO.value
-    return choice.mode.value if choice.name is None else {"type": "function", "name": choice.name}
+    if choice.tool is not None:
+        return _echoed_ref(choice.tool)
+    if choice.allowed is None:
+        return choice.mode.value
+    tools = [_echoed_ref(tool) for tool in choice.allowed]
+    return {"type": "allowed_tools", "mode": choice.mode.value, "tools": tools}
+
+
+def _echoed_ref(tool: ToolRef) -> dict[str, str]:
+    return {"type": "custom" if tool.custom else "function", "name": tool.name}
