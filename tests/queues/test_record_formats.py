@@ -58,6 +58,7 @@ MANIFEST = Manifest(
     reasoning=ReasoningNote(
         format="think", opened=True, verbatim=True, opening=5, included=False
     ),
+    sealed_reasoning=True,
     tokens_as_ids=True, prompt_only=True, skip_special_tokens=False, obfuscation=True,
     service_tier="default",
     tools=(ToolNote(name="run", custom=True, types=(("a", ("string", "null")),)),),

@@ -81,6 +81,8 @@ def plan(
         idempotency_key=call.idempotency_key,
         fingerprint=call.fingerprint,
         allowance=call.tenant.allowance,
+        keep=None if generation.stored_input is None else context.limits.keep_responses,
+        input=generation.stored_input or "",
         # The replica sees its own client leave; the queue sees that a replica is gone.
         grace=None if manifest.grace is None else manifest.grace or context.limits.replica_grace,
     )
@@ -125,6 +127,7 @@ def _manifest(
         obfuscation=generation.obfuscation,
         service_tier=_tier_used(generation.service_tier),
         stop=generation.stop,
+        sealed_reasoning=generation.sealed_reasoning,
         **_called(generation, context),
         given_back=dict(generation.echoed),
     )

@@ -7,9 +7,9 @@ special tokens. In a raw prompt it is one, unless the client says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from service.fair_pool import FairPool
 
 T = TypeVar("T")
 
+_INSTRUCTIONS = ("system", "developer")
 TEXT_COST = 32
 """The cost of one more text in a template, in characters to tokenise."""
 
@@ -46,9 +47,11 @@ async def prompt_tokens(
     """The prompts of a request as token ids. Raises BadRequest or Unavailable."""
     prompt, keep = generation.prompt, _kept_tokens(generation, context)
     if isinstance(prompt, Chat):
-        names = generation.names
-        whole = await render_chat(prompt, context, tenant=tenant, names=names, any_size=bool(keep))
-        return [_cut(whole, keep)]
+        render = partial(render_chat, context=context, tenant=tenant, names=generation.names)
+        if prompt.truncate:
+            room = context.card.max_model_len - (generation.max_tokens or 1)
+            return [await _render_newest(prompt, render, most=room)]
+        return [_cut(await render(prompt, any_size=bool(keep)), keep)]
     most = context.limits.max_prompts
     if len(prompt.prompts) > most:
         raise BadRequest(
@@ -91,6 +94,42 @@ def _cut(prompt: PromptTokens, keep: int | None) -> PromptTokens:
     if keep is None or len(prompt.ids) <= keep:
         return prompt
     return PromptTokens(ids=prompt.ids[-keep:])
+
+
+async def _render_newest(
+    chat: Chat, render: Callable[[Chat], Awaitable[PromptTokens]], *, most: int
+) -> PromptTokens:
+    """The prompt without as many of the oldest turns as it takes to have at most `most` tokens.
+
+    The instructions at the beginning and the last turn stay. A turn begins with a user message, so
+    no tool result loses its call.
+    """
+    roles = [message.role for message in chat.messages]
+    head = next((i for i, role in enumerate(roles) if role not in _INSTRUCTIONS), len(roles))
+    starts = [head, *(i for i, role in enumerate(roles) if role == "user" and i > head)]
+
+    def newest(first: int) -> Chat:
+        return replace(chat, messages=(*chat.messages[:head], *chat.messages[first:]))
+
+    async def fitting(first: int) -> PromptTokens | None:
+        try:
+            prompt = await render(newest(first))
+        except BadRequest as error:
+            if error.code == "context_length_exceeded":
+                return None
+            raise
+        return prompt if len(prompt.ids) <= most else None
+
+    found = await fitting(head)
+    low, high = (1, len(starts)) if found is None else (0, 0)
+    while low < high:  # prompts before turn `low` are too long; `found` is that from turn `high` on
+        middle = (low + high) // 2
+        prompt = await fitting(starts[middle])
+        if prompt is None:
+            low = middle + 1
+        else:
+            high, found = middle, prompt
+    return found or await render(newest(starts[-1]))
 
 
 async def render_chat(
