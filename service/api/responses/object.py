@@ -62,7 +62,7 @@ def response_object(reader: AnswerReader, answer: Accumulator, *, status: Status
         "object": "response",
         "created_at": manifest.created,
         "model": manifest.model,
-        "system_fingerprint": manifest.fingerprint,
+        "system_fingerprint": reader.fingerprint(),
         "status": status,
         "error": error,
         "incomplete_details": None if reason is None else {"reason": reason},
