@@ -18,7 +18,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Self
 
@@ -188,6 +188,8 @@ class End:
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     stopped_by: str | int | None = None  # the stop string or token id that ended it
     error: str | None = None  # error code, if reason is ERROR
+    # Unix seconds by the engine's clock; None if the queue ended the request.
+    ended_at: int | None = field(default=None, compare=False)
 
 
 Record = Tokens | End

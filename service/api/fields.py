@@ -33,6 +33,7 @@ MAX_METADATA = 16
 MAX_DEPTH = 64  # of a JSON schema, or of the arguments of a call
 MAX_LABEL = 512  # characters of a text that is no prompt and no grammar, as OpenAI limits them
 MAX_TOKEN_IDS = 2**18
+_CACHE_HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})  # of a part; no effect
 MIN_TEMPERATURE = 1e-5  # dividing by less may overflow: it counts as 0, which is greedy
 
 
@@ -187,18 +188,25 @@ def _logit_bias(value: object) -> tuple[tuple[int, float], ...] | None:
     return tuple(sorted(pairs))
 
 
+def _output_limit(value: int) -> int:
+    if value < 1:
+        message = "must be at least 1; leave it out for the default, there is no -1"
+        raise FieldError("integer_below_min_value", message)
+    return value
+
+
 def _no_tiny_temperature(value: float | None) -> float | None:
     return 0.0 if value is not None and 0 < value < MIN_TEMPERATURE else value
 
 
 def _content(value: object) -> str:
     """The text of a chat message."""
-    return _joined(value, kinds=frozenset({"text"}), ignored=frozenset())
+    return _joined(value, kinds=frozenset({"text", "refusal"}), ignored=frozenset())
 
 
 def _response_content(value: object) -> str:
     """The text of a response's input, which may be the output of an earlier response."""
-    kinds = frozenset({"input_text", "output_text", "text"})
+    kinds = frozenset({"input_text", "output_text", "text", "refusal"})
     return _joined(value, kinds=kinds, ignored=frozenset({"annotations", "logprobs"}))
 
 
@@ -217,11 +225,13 @@ def _joined(value: object, *, kinds: frozenset[str], ignored: frozenset[str]) ->
         if part["type"] not in kinds:
             names = ", ".join(sorted(kinds))
             raise FieldError("unsupported_content", f"only parts of the type {names} are supported")
-        if set(part) - ignored - {"cache_control"} != {"type", "text"}:
-            raise FieldError("unknown_parameter", 'a text part has the keys "type" and "text"')
-        if not isinstance(part.get("cache_control"), dict | None):
-            raise FieldError("invalid_type", "cache_control must be an object")
-        texts.append(_text(part["text"]))
+        key = "refusal" if part["type"] == "refusal" else "text"
+        if set(part) - ignored - _CACHE_HINTS != {"type", key}:
+            raise FieldError("unknown_parameter", f'a {key} part has the keys "type" and "{key}"')
+        for hint in _CACHE_HINTS & part.keys():
+            if not isinstance(part[hint], dict | None):
+                raise FieldError("invalid_type", f"{hint} must be an object")
+        texts.append(_text(part[key]))
     return "".join(texts)
 
 
@@ -232,17 +242,18 @@ def _few(value: object) -> object:
 
 
 def _text_parts(*kinds: str) -> dict[str, Any]:
-    part = {
+    parts = {"anyOf": [_part("text", *kinds), _part("refusal", "refusal")]}
+    return {"type": "array", "minItems": 1, "maxItems": MAX_ITEMS, "items": parts}
+
+
+def _part(key: str, *kinds: str) -> dict[str, Any]:
+    hints = {hint: {"type": ["object", "null"]} for hint in sorted(_CACHE_HINTS)}
+    return {
         "type": "object",
-        "properties": {
-            "type": {"enum": list(kinds)},
-            "text": {"type": "string"},
-            "cache_control": {"type": ["object", "null"]},  # has no effect
-        },
-        "required": ["type", "text"],
+        "properties": {"type": {"enum": list(kinds)}, key: {"type": "string"}, **hints},
+        "required": ["type", key],
         "additionalProperties": False,
     }
-    return {"type": "array", "minItems": 1, "maxItems": MAX_ITEMS, "items": part}
 
 
 _NULL = {"type": "null"}
@@ -313,6 +324,7 @@ StopIds = Annotated[
     list[int] | None, PlainValidator(_stop_ids), WithJsonSchema({"anyOf": [_FEW_IDS, _NULL]})
 ]
 TokenIds = Annotated[list[int], PlainValidator(_ids), WithJsonSchema(_IDS)]
+OutputLimit = Annotated[int, AfterValidator(_output_limit), Field(json_schema_extra={"minimum": 1})]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Temperature = Annotated[
     Annotated[Finite, Field(ge=0, le=2)] | None, AfterValidator(_no_tiny_temperature)
@@ -328,6 +340,16 @@ Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None
 Ignored = Annotated[Label | None, Field(description="Accepted for compatibility; has no effect.")]
 IgnoredText = Annotated[
     Text | None, Field(description="Accepted for compatibility; has no effect.")
+]
+NoEffect = Annotated[
+    dict[str, Any] | None, Field(description="Accepted for compatibility; has no effect.")
+]
+ServiceTier = Annotated[
+    Literal["auto", "default", "flex", "scale", "priority", "fast"] | None,
+    Field(
+        description="flex: the lowest priority; priority or fast: the highest that the key allows. "
+        "The answer repeats it. Default: auto, the default priority."
+    ),
 ]
 CacheControl = Annotated[
     dict[str, Any] | None,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from service.api.fields import (
+    MAX_ITEMS,
     Content,
     FieldError,
     Ignored,
@@ -137,9 +138,6 @@ class MessageModel(WireModel):
 class Message(MessageModel):
     """One message of a chat. Accepts an assistant message as this server and others return it."""
 
-    # OpenAI's client sends these, empty, with a message that it received.
-    unsupported = MappingProxyType({**UNSUPPORTED, "refusal": (), "annotations": ([],)})
-
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="The author of the message."
     )
@@ -149,13 +147,19 @@ class Message(MessageModel):
     reasoning_content: Text | None = Field(
         None, description="The assistant's reasoning before the text, for the chat template."
     )
+    refusal: Text | None = Field(
+        None, description="The assistant's text instead of the content, if it refused to answer."
+    )
+    annotations: Annotated[list[dict[str, Any]] | None, Field(max_length=MAX_ITEMS)] = Field(
+        None, description="Citations of an earlier answer. Accepted; has no effect."
+    )
     name: Label | None = Field(None, description="The author's name, for the chat template.")
     tool_calls: CalledTools = Field(None, description="The tool calls of the assistant.")
     tool_call_id: Label | None = Field(
         None, validate_default=True, description="The call that a message of a tool answers."
     )
 
-    @field_validator("tool_calls", "reasoning_content")
+    @field_validator("tool_calls", "reasoning_content", "refusal", "annotations")
     @classmethod
     def _needs_assistant(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
         if value is not None and info.data.get("role", "assistant") != "assistant":
@@ -175,7 +179,7 @@ class Message(MessageModel):
     def chat_message(self) -> ChatMessage:
         return ChatMessage(
             role=self.role,
-            content=self.content,
+            content=self.content or self.refusal or "",
             name=self.name,
             reasoning=self.reasoning_content,
             tool_calls=tuple(called.call() for called in self.tool_calls or ()),

@@ -6,6 +6,7 @@ from the journalled tokens. Independent of blocks, budgets and queues.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from service.engine.detokenize import Detokenizer
@@ -110,6 +111,7 @@ class OutputBuilder:
             cached_tokens=cached_tokens,
             stopped_by=self.stopped_by,
             error="grammar_failed" if reason is FinishReason.ERROR else None,
+            ended_at=int(time.time()),
         )
 
     def _read(self, token: int) -> str:

@@ -34,6 +34,8 @@ async def test_the_answer_is_a_message(service: Any) -> None:
             "message": {
                 "role": "assistant",
                 "content": service.tokenizer.decode(service.engine.script(request)),
+                "refusal": None,
+                "annotations": [],
             },
             "logprobs": None,
             "finish_reason": "length",

@@ -20,6 +20,7 @@ TEMPLATE = (
     "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}; {% endif %}{% endfor %}"
 )
 EMPTY = "<user>hi; <assistant>; <user>and?; "
+REFUSED = "<user>hi; <assistant>No.; <user>and?; "
 THOUGHT = "<user>hi; <assistant><think>Hm.</think>Yes.; <user>and?; "
 
 
@@ -57,6 +58,10 @@ def turns(*assistant: dict[str, Any]) -> list[dict[str, Any]]:
         ({"content": "Yes.", "reasoning_content": "Hm."}, THOUGHT),
         ({"content": [{"type": "text", "text": "Yes."} | CACHED], "reasoning_content": "Hm."},
          THOUGHT),
+        ({"content": None, "refusal": "No.", "annotations": []}, REFUSED),
+        ({"content": [{"type": "refusal", "refusal": "No."}], "audio": None}, REFUSED),
+        ({"content": "No.", "refusal": None, "function_call": None, "annotations": [
+            {"type": "url_citation", "url_citation": {"url": "http://x", "title": "x"}}]}, REFUSED),
     ],
 )  # fmt: skip
 async def test_a_chat_takes_its_own_answers(
@@ -116,7 +121,9 @@ async def test_an_answer_of_nothing_goes_round(service: Any) -> None:
     body: dict[str, Any] = {"model": "tiny-model", "messages": [user]}
     tools = {"tools": [{"type": "function", "function": function}]}
     message = (await service.post(CHAT, body | tools)).json()["choices"][0]["message"]
-    assert message == {"role": "assistant", "content": None}
+    assert message == {
+        "role": "assistant", "content": None, "refusal": None, "annotations": [],
+    }  # fmt: skip
     assert await prompt(service, CHAT, {"messages": turns(message)}) == EMPTY
 
     body = {"model": "tiny-model", "input": "hi", "tools": [{"type": "function", **function}]}

@@ -156,13 +156,6 @@ async def test_a_long_prompt_is_not_told_of(start_service: Any, small_limits: An
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prompt_logprobs")
 
 
-async def test_what_asks_for_nothing_in_stream_options_passes(service: Any) -> None:
-    for value, status in ((False, 200), (None, 200), (True, 400)):
-        options = {"stream": True, "stream_options": {"include_obfuscation": value}}
-        reply = await service.post("/v1/completions", B | PROMPT | options)
-        assert reply.status_code == status
-
-
 def test_a_token_that_is_not_among_the_likeliest_has_no_rank(service: Any) -> None:
     token = TokenLogprob(-9.5, ((7, -0.5), (8, float("-inf"))))
     entries = prompt_logprobs([5, 6], [None, token], service.tokenizer)

@@ -93,8 +93,9 @@ async def test_errors_become_exceptions_of_the_client(service: Any, listen: Any)
         listen(service.app) as url,
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
+        unknown: Any = [{"type": "web_surf"}]
         with pytest.raises(openai.BadRequestError) as refused:
-            await client.responses.create(**OPTIONS, tools=[{"type": "web_search"}])
+            await client.responses.create(**OPTIONS, tools=unknown)
         assert (refused.value.param, refused.value.code) == ("tools[0].type", "invalid_value")
         service.engine.bad_digest_at = 2
         with pytest.raises(openai.APIError) as diverged:

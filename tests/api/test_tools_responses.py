@@ -200,7 +200,7 @@ async def test_the_client_assembles_tool_calls(service: Any, listen: Any) -> Non
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
-    ({"tools": [{"type": "web_search"}]}, "tools[0].type", "invalid_value"),
+    ({"tools": [{"type": "web_surf"}]}, "tools[0].type", "invalid_value"),
     ({"tools": [TOOLS[1], TOOLS[1]]}, "tools[1].name", "invalid_value"),
     ({"tools": [TOOLS[1] | {"parameters": {"type": "string"}}]}, "tools[0].parameters",
      "invalid_value"),

@@ -35,7 +35,19 @@ class ToolCallSegment:
         return "".join(self.texts)
 
 
-Segment = TextSegment | ToolCallSegment
+@dataclass(slots=True)
+class ReasoningSegment:
+    """The reasoning. An answer has at most one, before all other segments."""
+
+    texts: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.texts)
+
+
+Segment = TextSegment | ToolCallSegment | ReasoningSegment
 
 
 @dataclass(slots=True)
@@ -59,6 +71,13 @@ class Accumulator:
         )
 
     @property
+    def reasoning(self) -> str:
+        """The text of the reasoning so far."""
+        return "".join(
+            segment.text for segment in self.segments if isinstance(segment, ReasoningSegment)
+        )
+
+    @property
     def calls(self) -> list[ToolCallSegment]:
         """The tool calls of the answer."""
         return [segment for segment in self.segments if isinstance(segment, ToolCallSegment)]
@@ -71,6 +90,7 @@ class Accumulator:
     def add(self, delta: StreamDelta) -> None:
         """Adds the next delta of the choice."""
         if isinstance(delta, Finish):
+            self._add_reasoning(delta.reasoning)
             self._add_text(delta.text)
             self.end, self.finish_reason = delta.end, delta.finish_reason
             return
@@ -84,10 +104,18 @@ class Accumulator:
             self.score += sum(item.logprob.logprob for item in delta.scored if item.logprob)
             for call in delta.continued:
                 self.calls[call.index].texts.append(call.arguments)
+            self._add_reasoning(delta.reasoning)
             self._add_text(delta.text)
             for call in delta.opened:
                 new = ToolCallSegment(call.id or "", call.name or "", [call.arguments])
                 self.segments.append(new)
+
+    def _add_reasoning(self, text: str) -> None:
+        if not text:
+            return
+        if not self.segments or not isinstance(last := self.segments[-1], ReasoningSegment):
+            self.segments.append(last := ReasoningSegment())
+        last.texts.append(text)
 
     def _add_text(self, text: str) -> None:
         if not text:

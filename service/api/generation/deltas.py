@@ -9,14 +9,13 @@ token sequence: a record that does not continue the last one raises StreamDiverg
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from model.text.tokenizer import Tokenizer
 from service.api.generation.manifest import Manifest
-from service.api.tools.formats import TOOL_FORMATS, ToolFormat
-from service.api.tools.parser import CallDelta, ParsedText, ToolCallParser
+from service.api.generation.parts import AnswerParts, Parts, TextOffsets
+from service.api.tools.parser import CallDelta
 from service.errors import StreamDivergence
 from service.messages import End, FinishReason, Record, TokenLogprob, Tokens, rolling_digest
 
@@ -42,12 +41,13 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """The text, tokens and tool calls that one record adds."""
+    """The text, tokens and tool calls that one record adds. Reasoning comes before all of them."""
 
     text: str
     ids: tuple[int, ...]
     scored: tuple[ScoredToken, ...] = ()
     calls: tuple[CallDelta, ...] = ()
+    reasoning: str = ""
 
     @property
     def continued(self) -> list[CallDelta]:
@@ -62,11 +62,12 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of a choice, and text that was held back because it could begin a tool call."""
+    """The end of a choice, and text that was held back because it could begin a tag or a call."""
 
     end: End
     text: str = ""
     called: bool = False  # there are tool calls, all of them complete
+    reasoning: str = ""
 
     @property
     def finish_reason(self) -> str:
@@ -85,18 +86,23 @@ class ChoiceReader:
         self, manifest: Manifest, choice: int, tokenizer: Tokenizer, *, request_id: str
     ) -> None:
         self._manifest = manifest
-        self._calls: _Calls | None = None
-        if manifest.notation is not None:
-            self._calls = _Calls(TOOL_FORMATS[manifest.notation], tokenizer, request_id=request_id)
+        self._parts: AnswerParts | None = None
+        if manifest.notation is not None or manifest.reasoning is not None:
+            self._parts = AnswerParts(manifest, tokenizer, request_id=request_id)
         self._prompt = manifest.prompt(choice)
         self._tokenizer = tokenizer
-        self._offsets: _Offsets | None = None
+        self._offsets: TextOffsets | None = None
         self._started = False
         self.count = 0
         self.digest = 0
         self.num_chars = 0  # of the answer's text, without an echoed prompt
         self.end: End | None = None
         self.numeric_class = ""  # of the engines that generate it; known from its first record on
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of the reasoning so far."""
+        return 0 if self._parts is None else self._parts.reasoning_tokens
 
     @property
     def position(self) -> str:
@@ -115,7 +121,7 @@ class ChoiceReader:
             if record.count != self.count:
                 raise divergence()
             self.end = record
-            yield Finish(record) if self._calls is None else self._calls.finish(record)
+            yield self._finish(record)
             return
         digest = rolling_digest(record.ids, previous=self.digest)
         if record.start != self.count or digest != record.digest:
@@ -123,16 +129,19 @@ class ChoiceReader:
         self.count, self.digest = record.end, digest
         self.num_chars += len(record.text)
         scored = self._score(record.ids, record.logprobs)
-        if self._calls is None:
-            yield Delta(record.text, record.ids, scored)
-        else:
-            parsed = self._calls.read(record)
-            yield Delta(parsed.text, record.ids, scored, parsed.calls)
+        new = Parts(text=record.text) if self._parts is None else self._parts.read(record)
+        yield Delta(new.text, record.ids, scored, new.calls, new.reasoning)
+
+    def _finish(self, end: End) -> Finish:
+        if self._parts is None:
+            return Finish(end)
+        rest = self._parts.finish()
+        return Finish(end, rest.text, self._parts.called, rest.reasoning)
 
     def _start(self, record: Record) -> Start:
         manifest = self._manifest
         if manifest.logprobs is not None or manifest.width > manifest.keep:
-            self._offsets = _Offsets(self._tokenizer)
+            self._offsets = TextOffsets(self._tokenizer)
         known = record.prompt_logprobs if isinstance(record, Tokens) else ()
         scored: tuple[ScoredToken, ...] = ()
         text = ""
@@ -160,60 +169,6 @@ def _cut(
     return tuple(
         logprob and TokenLogprob(logprob.logprob, logprob.top[:num_top]) for logprob in logprobs
     )
-
-
-class _Offsets:
-    """Text offsets of tokens: the number of characters that the bytes before each complete."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.restart(0)
-
-    def restart(self, offset: int) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._offset = offset
-
-    def of(self, ids: Iterable[int]) -> list[int]:
-        offsets = []
-        for token in ids:
-            offsets.append(self._offset)
-            if not self._tokenizer.is_special(token):
-                self._offset += len(self._decoder.decode(self._tokenizer.token_bytes[token]))
-        return offsets
-
-
-class _Calls:
-    """Separates text and tool calls. Special tokens of the format, which have no text in the
-    journal, are inserted into the text at their offsets.
-    """
-
-    def __init__(self, tool_format: ToolFormat, tokenizer: Tokenizer, *, request_id: str) -> None:
-        self._parser = ToolCallParser(tool_format, request_id=request_id)
-        self._markers = {id_: text for text, id_ in tool_format.marker_ids(tokenizer).items()}
-        self._offsets = _Offsets(tokenizer)
-        self._pending: list[tuple[int, str]] = []  # (offset, marker): beyond the text so far
-        self._num_chars = 0
-
-    def read(self, record: Tokens) -> ParsedText:
-        text = record.text
-        if self._markers:
-            pairs = zip(record.ids, self._offsets.of(record.ids), strict=True)
-            self._pending += [(at, self._markers[id_]) for id_, at in pairs if id_ in self._markers]
-            text = self._with_markers(text)
-        return self._parser.push(text)
-
-    def finish(self, end: End) -> Finish:
-        return Finish(end, self._parser.finish().text, self._parser.called)
-
-    def _with_markers(self, text: str) -> str:
-        start, end = self._num_chars, self._num_chars + len(text)
-        self._num_chars = end
-        parts = []
-        while self._pending and self._pending[0][0] <= end:
-            at, marker = self._pending.pop(0)
-            parts += [text[: at - start], marker]
-            text, start = text[at - start :], at
-        return "".join([*parts, text])
 
 
 def divergence() -> StreamDivergence:

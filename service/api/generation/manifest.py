@@ -36,6 +36,17 @@ class PromptNote:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningNote:
+    """How reasoning is found in the answer."""
+
+    format: str  # a name in `THINKING_FORMATS`
+    opened: bool  # the prompt ends within it
+    verbatim: bool = False  # the content has a grammar: blanks count
+    opening: int | None = None  # if verbatim: the first token, if there is reasoning
+    included: bool = True  # whether the answer has it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """How an answer is rendered. Request i is choice `i % width` of prompt `i // width`."""
 
@@ -54,7 +65,10 @@ class Manifest:
     include_usage: bool = False
     continuous_usage: bool = False
     stop: tuple[str, ...] = ()  # stop strings: text that may begin one is held back
+    obfuscation: bool = False  # pad the chunks of the stream
+    service_tier: str | None = None  # that was used, if one was requested
     notation: str | None = None  # the tool-call format; None: no tools
+    reasoning: ReasoningNote | None = None  # None: all text is content
     grace: float | None = 0.0  # seconds without readers until it is cancelled; None: never
     given_back: dict[str, Any] = field(default_factory=dict)  # `Generation.echoed`
 

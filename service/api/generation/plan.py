@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 from service.api.context import ApiContext
 from service.api.generation.manifest import Endpoint, Manifest, PromptNote
@@ -30,6 +31,8 @@ from service.errors import BadRequest, Forbidden
 from service.messages import GenerationRequest, Submission, child_ids
 
 DEFAULT_PRIORITY = 1
+LOWEST_PRIORITY = 2
+_TIERS = MappingProxyType({"auto": "default", "scale": "default", "fast": "priority"})
 
 
 def plan(
@@ -116,6 +119,8 @@ def _manifest(
         return_token_ids=generation.return_token_ids,
         include_usage=generation.include_usage,
         continuous_usage=generation.continuous_usage,
+        obfuscation=generation.obfuscation,
+        service_tier=_tier_used(generation.service_tier),
         stop=generation.stop,
         notation=None if generation.tools is None else tool_format_name(context.tokenizer),
         given_back=dict(generation.echoed),
@@ -162,11 +167,19 @@ def _grace(
 def _priority(generation: Generation, call: Call) -> int:
     """Raises Forbidden if the key does not allow the requested priority."""
     highest = call.tenant.highest_priority
-    if generation.priority is None:
-        return max(DEFAULT_PRIORITY, highest)
-    if generation.priority < highest:
-        raise Forbidden(f"with this key the highest priority is {highest}", param="priority")
-    return generation.priority
+    if generation.priority is not None:
+        if generation.priority < highest:
+            raise Forbidden(f"with this key the highest priority is {highest}", param="priority")
+        return generation.priority
+    default = max(DEFAULT_PRIORITY, highest)
+    return {"flex": LOWEST_PRIORITY, "priority": highest}.get(
+        _tier_used(generation.service_tier) or "", default
+    )
+
+
+def _tier_used(tier: str | None) -> str | None:
+    """OpenAI's name of the tier that a requested one stands for."""
+    return None if tier is None else _TIERS.get(tier, tier)
 
 
 def _choices(

@@ -45,6 +45,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int  # of the prompts, found in the prefix cache
+    reasoning_tokens: int = 0  # of the completion tokens
 
     @property
     def total_tokens(self) -> int:
@@ -108,6 +109,7 @@ class AnswerReader:
             prompt_tokens=self.manifest.prompt_tokens,
             completion_tokens=self.completion_tokens,
             cached_tokens=cached,
+            reasoning_tokens=sum(choice.reasoning_tokens for choice in self.choices),
         )
 
     def fingerprint(self, choice: int = 0) -> str:

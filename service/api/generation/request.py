@@ -26,6 +26,8 @@ from service.messages import SamplingParams
 _DIGITS = re.compile(r"[0-9]{1,12}")
 _PRINTABLE = re.compile(r"[!-~]+")
 
+Effort = Literal["low", "medium", "high"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompts:
@@ -43,6 +45,8 @@ class Chat:
     tools: ToolUse | None = None
     add_generation_prompt: bool | None = None  # None: unless the final message is continued
     continue_final_message: bool = False
+    thinking: bool | None = None  # if the template can switch it; None: its default
+    effort: Effort | None = None  # of thinking, if the template has grades
     template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -50,7 +54,7 @@ class Chat:
 class Generation:
     """One request for one answer of one or more choices."""
 
-    model: str
+    model: str | None  # None: the only one served
     prompt: Prompts | Chat
     sampling: SamplingParams  # `choice` and `top_logprobs` are set when it is planned
     names: FieldNames  # for error messages
@@ -62,6 +66,7 @@ class Generation:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    thinking_budget: int | None = None  # tokens of reasoning, after which it is ended
 
     # --- choices and what is returned of them -----------------------------------------------
     n: int = 1  # choices returned per prompt
@@ -70,15 +75,18 @@ class Generation:
     prompt_logprobs: int | None = None  # the same of the prompt's tokens
     echo: bool = False  # the answer begins with the prompt
     return_token_ids: bool = False
-    output: OutputFormat | None = None  # None: any text
+    output: OutputFormat | None = None  # of what follows the reasoning; None: any text
+    include_reasoning: bool = True  # in the answer
 
     # --- the stream -------------------------------------------------------------------------
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
+    obfuscation: bool = False  # pad the chunks: their sizes do not show the lengths of the texts
 
     # --- scheduling -------------------------------------------------------------------------
     priority: int | None = None  # 0 before 1 before 2; None: the default of the client's key
+    service_tier: str | None = None  # decides the priority if that is None
     on_disconnect: Literal["cancel", "continue"] | None = None  # None: as the stream resumes
     echoed: Mapping[str, Any] = field(default_factory=dict)
     """Request fields that the answer repeats. Not empty: the answer is an object with a status,

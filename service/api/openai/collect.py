@@ -36,6 +36,12 @@ def usage_object(usage: Usage) -> Json:
     }
 
 
+def tier_field(reader: AnswerReader) -> Json:
+    """`service_tier`, if one was requested."""
+    tier = reader.manifest.service_tier
+    return {} if tier is None else {"service_tier": tier}
+
+
 def prompt_fields(
     reader: AnswerReader, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]
 ) -> Json:
@@ -64,6 +70,7 @@ def collect(reader: AnswerReader, choices: Sequence[Accumulator]) -> bytes:
         "system_fingerprint": reader.fingerprint(),
         "choices": [_choice(reader, index, choice) for index, choice in enumerate(kept)],
         "usage": usage_object(reader.usage),
+        **tier_field(reader),
         # A chat has one prompt: its fields are next to the choices.
         **(_prompt_fields(reader, kept[0]) if chat else {}),
     })  # fmt: skip
@@ -95,7 +102,7 @@ def _choice(reader: AnswerReader, index: int, choice: Accumulator) -> Json:
 
 
 def _message(reader: AnswerReader, choice: Accumulator) -> Json:
-    message: Json = {"role": "assistant", "content": choice.text}
+    message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
     if reader.manifest.notation is not None and not choice.text:
         message["content"] = None
     if choice.calls:
@@ -107,7 +114,7 @@ def _message(reader: AnswerReader, choice: Accumulator) -> Json:
             }
             for call in choice.calls
         ]
-    return message
+    return message | {"annotations": []}
 
 
 def _prompt_fields(reader: AnswerReader, choice: Accumulator) -> Json:

@@ -94,6 +94,7 @@ class ChatCompletions(OpenAIDialect):
             common,
             max_tokens=max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            service_tier=body.service_tier,
         )
 
 
@@ -146,6 +147,7 @@ def _generation(
         stream=body.stream or False,
         include_usage=options is not None and options.include_usage is True,
         continuous_usage=options is not None and options.continuous_usage_stats is True,
+        obfuscation=options is not None and options.include_obfuscation is True,
         priority=body.priority,
         on_disconnect=body.on_disconnect,
     )

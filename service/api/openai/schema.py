@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,7 +15,7 @@ from service.api.answers import (
     ModelId,
     NumericClass,
 )
-from service.api.fields import Prompt
+from service.api.fields import Label, NoEffect, OutputLimit, Prompt, ServiceTier
 from service.api.structured.schema import ResponseFormat, StructuredOutputs
 from service.api.tools.schema import ChatToolChoice, Tools
 from service.api.wire import (
@@ -31,13 +30,16 @@ from service.api.wire import (
 class StreamOptions(WireModel):
     """Options of a stream."""
 
-    unsupported = MappingProxyType({"include_obfuscation": (False,)})
-
     include_usage: bool | None = Field(
         None, description="End the stream with a chunk that has the token counts."
     )
     continuous_usage_stats: bool | None = Field(
         None, description="Add the token counts so far to every chunk."
+    )
+    include_obfuscation: bool | None = Field(
+        None,
+        description="Pad each chunk by a field obfuscation, so that its size does not show the "
+        "length of its text. Default false.",
     )
 
 
@@ -45,9 +47,8 @@ class GenerationBody(SamplingBody):
     """The fields that completions and chat completions share."""
 
     n: int | None = Field(None, ge=1, description="Choices per prompt. Default 1.")
-    max_tokens: int | None = Field(
+    max_tokens: OutputLimit | None = Field(
         None,
-        ge=1,
         description="Maximum number of output tokens. Default: 16 for completions, the rest of the "
         "context for chat.",
     )
@@ -100,8 +101,8 @@ class ChatBody(GenerationBody, TemplateOptions):
     messages: list[Message] = Field(
         min_length=1, max_length=MAX_MESSAGES, description="The messages so far."
     )
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="The newer name of max_tokens. If both are given, they must agree."
+    max_completion_tokens: OutputLimit | None = Field(
+        None, description="The newer name of max_tokens. If both are given, they must agree."
     )
     tools: Tools = Field(None, description="Functions that the model may call.")
     tool_choice: ChatToolChoice = Field(
@@ -115,6 +116,22 @@ class ChatBody(GenerationBody, TemplateOptions):
     top_logprobs: int | None = Field(
         None, ge=0, description="Also return this many top log probabilities; needs logprobs."
     )
+    service_tier: ServiceTier = None
+    store: bool | None = Field(
+        None,
+        description="Accepted for compatibility; chat completions cannot be retrieved later, "
+        "except by resuming their stream.",
+    )
+    verbosity: Literal["low", "medium", "high"] | None = Field(
+        None, description="Accepted for compatibility; has no effect: ask for it in a message."
+    )
+    modalities: Annotated[list[Literal["text"]] | None, Field(max_length=1)] = Field(
+        None, description='The kinds of output: only ["text"].'
+    )
+    prompt_cache_retention: Label | None = Field(
+        None, description="Accepted for compatibility; cached prefixes stay while there is room."
+    )
+    prompt_cache_options: NoEffect = None
 
 
 class PromptDetails(AnswerModel):
@@ -140,6 +157,7 @@ class Answer(AnswerModel):
     model: ModelId
     system_fingerprint: NumericClass
     usage: TokenUsage = Field(description="Token counts.")
+    service_tier: str | None = Field(None, description="The tier that was used, if one was given.")
 
 
 class Choice(AnswerModel):
@@ -193,6 +211,8 @@ class AssistantMessage(AnswerModel):
 
     role: Assistant
     content: str | None = Field(description="The text; null if there are only tool calls.")
+    refusal: None = Field(description="Always null: a refusal is text.")
+    annotations: list[dict[str, Any]] = Field(description="Always empty.")
 
 
 class ChatChoice(Choice):

@@ -6,6 +6,7 @@ is a few joined byte strings.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import orjson
@@ -14,11 +15,12 @@ from service.api.errors import error_body
 from service.api.generation.deltas import Delta, Finish, ScoredToken, Start, StreamDelta
 from service.api.generation.logprobs import chat_logprobs, completion_logprobs
 from service.api.generation.reader import AnswerReader
-from service.api.openai.collect import answer_id, is_chat, prompt_fields, usage_object
+from service.api.openai.collect import answer_id, is_chat, prompt_fields, tier_field, usage_object
 from service.api.tools.parser import CallDelta
 from service.errors import QuireError
 
 DONE = b"data: [DONE]\n\n"
+OBFUSCATION_BLOCK = 64  # bytes; a chunk is padded to a multiple of it
 
 
 class ChunkRenderer:
@@ -30,14 +32,17 @@ class ChunkRenderer:
         self._event_ids = event_ids
         self._chat = is_chat(reader)
         self._tools = manifest.notation is not None
+        self._noise = hashlib.sha512(reader.id.encode()).hexdigest().encode()
         head = orjson.dumps({
             "id": answer_id(reader),
             "object": "chat.completion.chunk" if self._chat else "text_completion",
             "created": manifest.created,
             "model": manifest.model,
+            **tier_field(reader),
         })  # fmt: skip
         self._shared_head = b"data: " + head[:-1]
-        self._heads: dict[int, bytes] = {}  # of choices that have begun: see `_head`
+        self._heads: dict[int, bytes] = {}  # by choice: see `_head`
+        self._starts: dict[int, bytes] = {}
         self._before_text = b',"delta":{"content":' if self._chat else b',"text":'
         self._after_text = b"}" if self._chat else b""
 
@@ -83,7 +88,7 @@ class ChunkRenderer:
             if not (manifest.echo or manifest.gives_prompt):
                 return b""
             return self._chunk(choice, text, start.scored, rest=fields)
-        text += b',"role":"assistant"}'
+        text += b',"role":"assistant","refusal":null}'
         # A chat has one prompt: its fields come once, next to the choices.
         more = fields if choice == 0 else b""
         return self._chunk(choice, text, start.scored, rest=b"", more=more)
@@ -97,7 +102,8 @@ class ChunkRenderer:
             start = self._head(choice) + b'{"index":%d,"delta":{},"logprobs":null' % choice
         else:
             start = self._start_of(choice) + b'"","logprobs":null'
-        return start + b',"finish_reason":' + reason + rest + b"}]" + self._end_of_chunk()
+        chunk = start + b',"finish_reason":' + reason + rest + b"}]"
+        return chunk + self._padding(chunk) + self._end_of_chunk()
 
     def _head(self, choice: int) -> bytes:
         """Up to the list of choices. The engines of two choices may be of different numeric
@@ -112,7 +118,11 @@ class ChunkRenderer:
 
     def _start_of(self, choice: int) -> bytes:
         """Up to the text of an event."""
-        return self._head(choice) + b'{"index":%d' % choice + self._before_text
+        start = self._starts.get(choice)
+        if start is None:
+            start = self._head(choice) + b'{"index":%d' % choice + self._before_text
+            self._starts[choice] = start
+        return start
 
     def _text(self, text: str) -> bytes:
         """With tools, empty content is null, as in the collected body."""
@@ -132,10 +142,19 @@ class ChunkRenderer:
         if scored:
             shape = chat_logprobs if self._chat else completion_logprobs
             logprobs = orjson.dumps(shape(scored, self._reader.context.tokenizer))
-        return b"".join((
+        chunk = b"".join((
             self._start_of(choice), text, b',"logprobs":', logprobs, b',"finish_reason":null', rest,
-            b"}]", more, self._end_of_chunk(),
+            b"}]", more,
         ))  # fmt: skip
+        return chunk + self._padding(chunk) + self._end_of_chunk()
+
+    def _padding(self, chunk: bytes) -> bytes:
+        """Makes the size of a chunk a multiple of a block. A function of the answer's id and of the
+        chunk, so that a resumed stream has the same bytes.
+        """
+        if not self._reader.manifest.obfuscation:
+            return b""
+        return b',"obfuscation":"%s"' % self._noise[: -len(chunk) % OBFUSCATION_BLOCK]
 
     def _end_of_chunk(self) -> bytes:
         manifest = self._reader.manifest

@@ -15,23 +15,22 @@ from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader
 from service.api.generation.request import Chat, Generation
 from service.api.generation.sampling import sampling_of
-from service.api.responses.object import response_object, status_of
-from service.api.responses.schema import (
-    LOGPROBS,
+from service.api.responses.items import (
     InputCall,
     InputItem,
     InputMessage,
     InputReasoning,
     InputResult,
-    ResponseBody,
 )
+from service.api.responses.object import response_object, status_of
+from service.api.responses.schema import LOGPROBS, ResponseBody
 from service.api.responses.stream import ResponseRenderer
+from service.api.responses.tools import echoed_choice
 from service.api.structured.output import json_output
 from service.api.tools.chat import (
     ChatMessage,
     Mode,
     ToolCall,
-    ToolChoice,
     ToolUse,
     tool_use,
 )
@@ -101,7 +100,7 @@ def _reject_conflicting_fields(body: ResponseBody) -> None:
         raise BadRequest("background cannot be combined with cancel", param="on_disconnect")
     if body.top_logprobs and not _with_logprobs(body):
         raise BadRequest(f"top_logprobs needs include to contain {LOGPROBS}", param="top_logprobs")
-    if body.tools and _with_logprobs(body):
+    if body.functions and _with_logprobs(body):
         raise BadRequest("logprobs cannot be combined with tools", param="include")
 
 
@@ -111,10 +110,10 @@ def _with_logprobs(body: ResponseBody) -> bool:
 
 def _tools(body: ResponseBody) -> ToolUse | None:
     choice = body.tool_choice
-    if not body.tools and choice is not None and choice.mode is not Mode.REQUIRED:
+    if not body.functions and choice is not None and choice.mode is not Mode.REQUIRED:
         choice = None  # clients also send it without tools, to no effect
     return tool_use(
-        [tool.definition() for tool in body.tools or ()],
+        [tool.definition() for tool in body.functions],
         choice=choice,
         parallel=body.parallel_tool_calls is not False,
         names=_NAMES,
@@ -163,23 +162,25 @@ def _add_call(messages: list[ChatMessage], item: InputCall, reasoning: str | Non
 
 def _echoed(body: ResponseBody) -> dict[str, Any]:
     """The request fields that the response repeats."""
-    form = {"type": "text"}
-    if body.text_format is not None:
-        form = body.text_format.model_dump(exclude_none=True)
     return {
         "background": body.background or False,
+        "frequency_penalty": body.frequency_penalty or 0.0,
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
         "metadata": body.metadata or {},
         "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "presence_penalty": body.presence_penalty or 0.0,
         "previous_response_id": None,
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": _echoed_reasoning(body),
+        "safety_identifier": body.safety_identifier,
+        "service_tier": "default",
         "store": body.store is not False,
         "temperature": 1.0 if body.temperature is None else body.temperature,
-        "text": {"format": form},
-        "tool_choice": _echoed_choice(body.tool_choice),
-        "tools": [
-            tool.model_dump() | {"strict": tool.strict or False} for tool in body.tools or ()
-        ],
+        "text": _echoed_text(body),
+        "tool_choice": echoed_choice(body.tool_choice),
+        "tools": [tool.model_dump() | {"strict": tool.strict or False} for tool in body.functions],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": "disabled",
@@ -187,7 +188,16 @@ def _echoed(body: ResponseBody) -> dict[str, Any]:
     }
 
 
-def _echoed_choice(choice: ToolChoice | None) -> str | dict[str, str]:
-    if choice is None:
-        return Mode.AUTO.value
-    return choice.mode.value if choice.name is None else {"type": "function", "name": choice.name}
+def _echoed_reasoning(body: ResponseBody) -> dict[str, Any]:
+    asked = body.reasoning
+    if asked is None:
+        return {"effort": None, "summary": None}
+    return {"effort": asked.effort, "summary": asked.summary or asked.generate_summary}
+
+
+def _echoed_text(body: ResponseBody) -> dict[str, Any]:
+    form = {"type": "text"}
+    if body.text_format is not None:
+        form = body.text_format.model_dump(exclude_none=True)
+    verbosity = None if body.text is None else body.text.verbosity
+    return {"format": form} if verbosity is None else {"format": form, "verbosity": verbosity}

@@ -64,11 +64,18 @@ def response_object(reader: AnswerReader, answer: Accumulator, *, status: Status
         "model": manifest.model,
         "system_fingerprint": reader.fingerprint(),
         "status": status,
+        "completed_at": _completed_at(reader, answer) if status is Status.COMPLETED else None,
         "error": error,
         "incomplete_details": None if reason is None else {"reason": reason},
         "output": _output(reader, answer, status),
         "usage": None if end is None else _usage(reader),
     }
+
+
+def _completed_at(reader: AnswerReader, answer: Accumulator) -> int:
+    """In Unix seconds; the clocks of engine and API may differ."""
+    ended_at = None if answer.end is None else answer.end.ended_at
+    return max(reader.manifest.created, ended_at or 0)
 
 
 def _output(reader: AnswerReader, answer: Accumulator, status: Status) -> list[dict[str, Any]]:

@@ -30,6 +30,8 @@ from service.messages import FinishReason
 router = APIRouter(route_class=JsonRoute)
 
 MAX_NUMBER = 10**9
+WARNING = "x-quire-warning"
+"""Header of an answer for which a part of the request was dropped."""
 
 ResponseId = Annotated[str, Path(description="The id of a response.")]
 
@@ -42,7 +44,11 @@ async def create_response(
     reader. With `stream` it returns server-sent events, each with the number that the stream can be
     resumed after.
     """
-    return await answer(RESPONSES, body, request, context, tenant)
+    response = await answer(RESPONSES, body, request, context, tenant)
+    if body.dropped_tools:
+        dropped = ", ".join(body.dropped_tools)
+        response.headers[WARNING] = f"tools that this server lacks were dropped: {dropped}"
+    return response
 
 
 @router.get("/v1/responses/{response_id}", responses=described(ResponseObject, stream=True))

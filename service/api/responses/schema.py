@@ -1,7 +1,7 @@
-"""The body of POST /v1/responses.
+"""The body of POST /v1/responses, and what describes its answers.
 
-State that is kept on the server, and tools other than functions of the client's, are refused by
-name: see `WireModel`.
+Conversations, prompt templates and other state of OpenAI's platform are refused by name: see
+`WireModel`.
 """
 
 from __future__ import annotations
@@ -9,176 +9,44 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PlainValidator,
-    Tag,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from service.api.answers import AnswerModel, CallId, ModelId
-from service.api.fields import (
-    FieldError,
-    Ignored,
-    IgnoredText,
-    Label,
-    ResponseContent,
-    StrictModel,
-    Text,
-    check_json,
-)
-from service.api.tools.chat import Mode, ToolChoice
-from service.api.tools.schema import (
-    MAX_TOOLS,
-    Arguments,
-    Function,
-    FunctionName,
-    Unlisted,
-    read_tool_choice,
-)
-from service.api.wire import MAX_MESSAGES, UNSUPPORTED, MessageModel, SamplingBody, WireModel
+from service.api.fields import Label, ModelName, StrictModel, Text, check_json
+from service.api.responses.items import AnyItem
+from service.api.responses.tools import AnyTool, Choice, HostedTool, ResponseTool
+from service.api.tools.schema import MAX_TOOLS
+from service.api.wire import MAX_MESSAGES, UNSUPPORTED, SamplingBody
 
 LOGPROBS = "message.output_text.logprobs"
+ENCRYPTED = "reasoning.encrypted_content"
+
+NO_EFFECT = "Accepted for compatibility; has no effect."
+
+Include = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
+Summary = Literal["auto", "concise", "detailed"]
 
 
-class InputMessage(MessageModel):
-    """A message, also one of an earlier response's output."""
-
-    unsupported = MappingProxyType({**UNSUPPORTED, "tool_calls": ([],)})
-
-    type: Literal["message"] | None = Field(None, description="The kind of item.")
-    role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="The author of the message."
-    )
-    content: ResponseContent = Field(
-        description="The text, or a list of text parts. The assistant's may be null or empty."
-    )
-    reasoning_content: Text | None = Field(
-        None, description="The assistant's reasoning before the text, for the chat template."
-    )
-    id: Ignored = None
-    status: Ignored = None
-    phase: Ignored = None
-
-    @field_validator("reasoning_content")
-    @classmethod
-    def _only_of_the_assistant(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and info.data.get("role", "assistant") != "assistant":
-            raise FieldError("invalid_value", "needs the role assistant")
-        return value
-
-
-class ReasoningPart(WireModel):
-    """A part of a reasoning item."""
-
-    type: Literal["reasoning_text", "summary_text"] = Field(description="The kind of part.")
-    text: Text = Field(description="The text.")
-
-
-_Parts = Annotated[list[ReasoningPart] | None, Field(max_length=MAX_MESSAGES)]
-
-
-class InputReasoning(WireModel):
-    """The assistant's reasoning before its next message or call."""
-
-    type: Literal["reasoning"] = Field(description="The kind of item.")
-    summary: _Parts = Field(None, description="Used if there is no content.")
-    content: _Parts = Field(None, description="The reasoning, for the chat template.")
-    encrypted_content: IgnoredText = None
-    id: Ignored = None
-    status: Ignored = None
-
-    @property
-    def text(self) -> str | None:
-        """The reasoning; None if it has no text."""
-        return "".join(part.text for part in self.content or self.summary or ()) or None
-
-
-class InputCall(StrictModel):
-    """A tool call of an earlier response."""
-
-    type: Literal["function_call"] = Field(description="The kind of item.")
-    call_id: Label = Field(description="The id that the item with the result refers to.")
-    name: FunctionName = Field(description="The function.")
-    arguments: Arguments = Field(description="The text of a JSON object.")
-    id: Ignored = None
-    status: Ignored = None
-
-
-class InputResult(StrictModel):
-    """The result of a tool call."""
-
-    type: Literal["function_call_output"] = Field(description="The kind of item.")
-    call_id: Label = Field(description="The id of the call.")
-    output: ResponseContent = Field(description="The text, or a list of text parts.")
-    id: Ignored = None
-    status: Ignored = None
-
-
-_KINDS = ("function_call", "function_call_output", "reasoning")
-
-
-def _kind_of_item(item: object) -> str:
-    """The tag of the type that an item is validated as."""
-    kind = item.get("type") if isinstance(item, dict) else None
-    return f"({kind})" if kind in _KINDS else "(message)"
+def _json(value: dict[str, Any]) -> dict[str, Any]:
+    check_json(value)
+    return value
 
 
 def _items(value: object) -> object:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
-InputItem = InputMessage | InputReasoning | InputCall | InputResult
-_TaggedItem = Annotated[
-    Annotated[InputMessage, Tag("(message)")]
-    | Annotated[InputReasoning, Tag("(reasoning)")]
-    | Annotated[InputCall, Tag("(function_call)")]
-    | Annotated[InputResult, Tag("(function_call_output)")],
-    Discriminator(_kind_of_item),
-]
-_Items = Annotated[list[_TaggedItem], Field(min_length=1, max_length=MAX_MESSAGES)]
-
-
-class _FunctionType(StrictModel):
-    type: Literal["function"] = Field(description="The kind of tool.")
-
-
-class ResponseTool(Function, _FunctionType):  # in this order `type` is the first field
-    """A tool. Functions are the only supported kind."""
-
-
-def _tool_choice(value: object) -> ToolChoice | None:
-    return None if value is None else read_tool_choice(value, nested=False)
-
-
-_NAMED: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "type": {"type": "string", "enum": ["function"]},
-        "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
-    },
-    "required": ["type", "name"],
-    "additionalProperties": False,
-}
-_Choice = Annotated[
-    ToolChoice | None,
-    Unlisted,
-    PlainValidator(_tool_choice),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string", "enum": [str(m) for m in Mode]}, _NAMED, {"type": "null"}]}
-    ),
-]
-
-
-def _json(value: dict[str, Any]) -> dict[str, Any]:
-    check_json(value)
-    return value
+_Items = Annotated[list[AnyItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+_Json = Annotated[dict[str, Any], AfterValidator(_json)]
 
 
 class TextFormat(StrictModel):
@@ -191,7 +59,7 @@ class TextFormat(StrictModel):
     )
     name: Label | None = Field(None, description="A name for the schema; has no effect.")
     description: Text | None = Field(None, description="What it is for; has no effect.")
-    schema_: Annotated[dict[str, Any], AfterValidator(_json)] | None = Field(
+    schema_: _Json | None = Field(
         None, alias="schema", description="The schema of the answer; required with json_schema."
     )
     strict: bool | None = Field(
@@ -207,34 +75,64 @@ class TextOptions(StrictModel):
     format: TextFormat | None = Field(
         None, description="Any text, a JSON object, or JSON that matches a schema. Default: text."
     )
-    verbosity: None = Field(None, description="Not supported.")
+    verbosity: Literal["low", "medium", "high"] | None = Field(None, description=NO_EFFECT)
+
+
+class ReasoningOptions(StrictModel):
+    """How the model reasons, and what is returned of it."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None,
+        description="none and minimal disable thinking if the chat template can; the others have "
+        "no effect.",
+    )
+    summary: Summary | None = Field(
+        None, description="Return the reasoning as a summary, too: all of its text."
+    )
+    generate_summary: Summary | None = Field(None, description="The former name of summary.")
+    context: Literal["auto"] | None = Field(None, description=NO_EFFECT)
+    mode: Literal["standard"] | None = Field(None, description=NO_EFFECT)
+
+
+class ResponseStreamOptions(StrictModel):
+    """Options of the stream."""
+
+    include_obfuscation: bool | None = Field(
+        None, description="Accepted for compatibility; events are never padded."
+    )
 
 
 class ResponseBody(SamplingBody):
     """The body of POST /v1/responses."""
 
     unsupported = MappingProxyType({
-        **UNSUPPORTED, "max_tool_calls": (), "previous_response_id": (), "conversation": (),
-        "prompt": (), "reasoning": ({}, {"effort": None, "summary": None}), "response_format": (),
-        "structured_outputs": (), "truncation": ("disabled",),
-        "stream_options": ({}, {"include_obfuscation": False}), "context_management": (),
-        "background_options": (), "prompt_cache_retention": (), "prompt_cache_options": (),
-        "n": (1,),
+        **UNSUPPORTED, "conversation": (), "prompt": (), "response_format": (),
+        "structured_outputs": (), "context_management": (), "background_options": (),
+        "prompt_cache_options": (), "previous_response_id": (),
+        "truncation": ("disabled",), "n": (1,),
     })  # fmt: skip
 
+    model: ModelName | None = Field(  # type: ignore[assignment]  # required elsewhere
+        None, description="The id of the model. Default: the only one served."
+    )
     input: Annotated[
-        list[_TaggedItem], BeforeValidator(_items, json_schema_input_type=str | _Items)
+        list[AnyItem], BeforeValidator(_items, json_schema_input_type=str | _Items)
     ] = Field(
         min_length=1,
         max_length=MAX_MESSAGES,
-        description="A text, or the messages, calls and results so far. The server keeps no "
-        "conversation: send all of it.",
+        description="A text, or messages, calls and results: all so far or, with "
+        "previous_response_id, the new ones.",
     )
-    instructions: Text | None = Field(None, description="A system message before the input.")
+    instructions: Text | None = Field(
+        None, description="A system message before the input; not kept for later responses."
+    )
     max_output_tokens: int | None = Field(
         None,
         ge=1,
         description="Maximum number of output tokens. Default: the rest of the context.",
+    )
+    max_tool_calls: int | None = Field(
+        None, ge=1, description="Limits calls of hosted tools only; there are none."
     )
     background: bool | None = Field(
         None,
@@ -244,8 +142,11 @@ class ResponseBody(SamplingBody):
     store: bool | None = Field(
         None, description="Keep the response for a while, to be retrieved by its id. Default true."
     )
-    include: list[Literal["message.output_text.logprobs"]] | None = Field(
-        None, max_length=8, description="Log probabilities, or nothing."
+    include: list[Include] | None = Field(
+        None,
+        max_length=16,
+        description="Log probabilities of the text; reasoning encoded for input without store; "
+        "the outputs of hosted tools have no effect.",
     )
     top_logprobs: int | None = Field(
         None,
@@ -253,19 +154,46 @@ class ResponseBody(SamplingBody):
         description="Also return this many top log probabilities for each token; needs include.",
     )
     text: TextOptions | None = Field(None, description="Requirements on the text of the answer.")
-    tools: Annotated[list[ResponseTool] | None, Field(max_length=MAX_TOOLS)] = Field(
-        None, description="Functions that the model may call."
+    reasoning: ReasoningOptions | None = Field(
+        None, description="How the model reasons, and what is returned of it."
     )
-    tool_choice: _Choice = Field(
+    tools: Annotated[list[AnyTool] | None, Field(max_length=MAX_TOOLS)] = Field(
+        None,
+        description="Functions that the model may call. OpenAI's hosted tools are dropped; "
+        "x-quire-warning names them.",
+    )
+    tool_choice: Choice = Field(
         None, description="none, auto, required, or the one function to call. Default auto."
     )
     parallel_tool_calls: bool | None = Field(
         None, description="Whether one response may hold several calls. Default true."
     )
+    stream_options: ResponseStreamOptions | None = Field(None, description="Options of the stream.")
+    service_tier: Literal["auto", "default", "flex", "priority", "fast", "scale"] | None = Field(
+        None, description="Accepted for compatibility; there is one tier, default."
+    )
+    safety_identifier: Label | None = Field(None, description="Returned; has no other effect.")
+    prompt_cache_key: Label | None = Field(
+        None, description="Returned; prefixes are cached without it."
+    )
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = Field(
+        None, description=NO_EFFECT
+    )
+    client_metadata: _Json | None = Field(None, description=NO_EFFECT)
 
     @property
     def text_format(self) -> TextFormat | None:
         return None if self.text is None else self.text.format
+
+    @property
+    def functions(self) -> list[ResponseTool]:
+        """The tools without those that are dropped."""
+        return [tool for tool in self.tools or () if isinstance(tool, ResponseTool)]
+
+    @property
+    def dropped_tools(self) -> list[str]:
+        """The types of the tools that this server lacks."""
+        return sorted({tool.type for tool in self.tools or () if isinstance(tool, HostedTool)})
 
 
 class ResponseObject(AnswerModel):
@@ -278,7 +206,9 @@ class ResponseObject(AnswerModel):
         description="queued, in_progress, completed, incomplete, failed or cancelled."
     )
     model: ModelId
-    output: list[dict[str, Any]] = Field(description="Messages and tool calls of the assistant.")
+    output: list[dict[str, Any]] = Field(
+        description="Reasoning, messages and tool calls of the assistant."
+    )
 
 
 class ResponseDeleted(AnswerModel):

@@ -6,7 +6,7 @@ one field is `k` for tokens and `e` for the end.
     k:  flags (1 byte) · number of ids · ids · digest (4 bytes) · length of text · text · JSON
         numbers as LEB128 varints, text in UTF-8; JSON (l, p: log probabilities, n: numeric class)
         only in a first record, and if log probabilities were requested
-    e:  JSON object: r reason, c cached tokens, s stopped by, x error; defaults are left out
+    e:  JSON object: r reason, c cached tokens, s stopped by, x error, t time; defaults are left out
 
 Another version may have written an entry. The decoder ignores unknown fields, unknown keys in the
 JSON, unknown flags, and bytes after the JSON, which such a flag may announce. An entry with `e`
@@ -43,6 +43,7 @@ class _StoredEnd:
     c: int = 0
     s: str | int | None = None
     x: str | None = None
+    t: int | None = None
 
 
 def encode_tokens(record: Tokens) -> bytes:
@@ -75,6 +76,8 @@ def encode_end(record: End) -> bytes:
         fields["s"] = record.stopped_by
     if record.error is not None:
         fields["x"] = record.error
+    if record.ended_at is not None:
+        fields["t"] = record.ended_at
     return json.dumps(fields, separators=(",", ":")).encode()
 
 
@@ -110,6 +113,7 @@ def _decode_end(value: bytes, *, count: int) -> End:
         cached_tokens=end.c,
         stopped_by=end.s,
         error=end.x if known else end.x or UNKNOWN_REASON,
+        ended_at=end.t,
     )
 
 
