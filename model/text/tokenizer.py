@@ -1,13 +1,15 @@
 """Text -> token ids and back, and chat messages -> token ids. Torch-free.
 
-A user's text stays text: if it spells a special token, it is encoded as ordinary tokens. Special
-tokens come from the model's own chat template, and from `add_bos` if the model asks for it.
+A user's text stays text: if it spells a special token, it is encoded as ordinary tokens, unless
+`parse_special` is set. Otherwise special tokens come from the model's own chat template, and from
+`add_bos` if the model asks for it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from model.text.chat_template import (
 )
 from model.text.disguise import Disguise, SpecialTexts, strings_of
 from model.text.span import Span, find_span
+from model.text.template_calls import CallRendering, probe_calls
 from model.text.template_fit import TemplateFit
 from model.text.template_renderer import Template, open_template
 
@@ -58,26 +61,42 @@ class Tokenizer:
         digest.update(repr(sorted(self._special_ids.items())).encode())
         return digest.hexdigest()
 
-    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
         """The ids of a text, in time linear in its length and without the interpreter lock.
 
-        `add_bos` puts the beginning-of-text token first if the model was trained with it. Raises
-        UnicodeEncodeError for lone surrogates.
+        `add_bos` puts the beginning-of-text token first if the model was trained with it, and
+        `parse_special` makes special tokens of their texts. Raises UnicodeEncodeError for lone
+        surrogates.
         """
-        ids = self._text_ids(text, is_first=True)
+        if parse_special:
+            ids = self._ids_with_specials(text)
+        else:
+            ids = self._text_ids(text, is_first=True)
         if add_bos and self._vocabulary.add_bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens have none, incomplete UTF-8 becomes U+FFFD."""
-        return b"".join([self.token_bytes[id_] for id_ in ids]).decode("utf-8", "replace")
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of ids; incomplete UTF-8 becomes U+FFFD. Special tokens have no text, or their
+        names.
+        """
+        table = self.token_bytes if skip_special else self.visible_bytes
+        return b"".join([table[id_] for id_ in ids]).decode("utf-8", "replace")
 
-    def fewest_tokens(self, texts: Iterable[str]) -> int:
+    @cached_property
+    def visible_bytes(self) -> Sequence[bytes]:
+        """`token_bytes` with the names of special tokens as their texts."""
+        table = list(self.token_bytes)
+        for id_, text in self._special_ids.items():
+            table[id_] = text.encode()
+        return table
+
+    def fewest_tokens(self, texts: Iterable[str], *, parse_special: bool = False) -> int:
         """A lower bound of the tokens that texts have together, without tokenising; 0 if this kind
         of tokenizer has no such bound.
         """
-        return 0 if self._span is None else self._span.fewest_tokens(texts)
+        span = self._special_span if parse_special else self._span
+        return 0 if span is None else span.fewest_tokens(texts)
 
     def is_special(self, token_id: int) -> bool:
         """Whether an id stands for no text of its own."""
@@ -96,6 +115,14 @@ class Tokenizer:
     def renders_in_process(self) -> bool:
         """Whether the chat template is rendered without waiting for another process."""
         return isinstance(self._template, ChatTemplate)
+
+    @cached_property
+    def call_rendering(self) -> CallRendering:
+        """What the chat template writes for tools and calls. The first access renders probes.
+
+        Raises ChatTemplateLimitError or TemplateUnavailableError.
+        """
+        return CallRendering() if self._template is None else probe_calls(self._rendered)
 
     def apply_chat_template(
         self,
@@ -127,7 +154,7 @@ class Tokenizer:
         )
         if continue_final_message:
             rendered = _up_to_the_end(rendered, disguise)
-        return self._template_ids(rendered, disguise)
+        return self._ids_with_specials(rendered, disguise)
 
     def _rendered(self, messages: Messages, **variables: object) -> str:
         if self._template is None:
@@ -147,26 +174,37 @@ class Tokenizer:
             return [id_ for id_ in ids if id_ < self.vocab_size]
         return ids
 
-    def _template_ids(self, rendered: str, disguise: Disguise) -> list[int]:
-        """The ids of a template's output: its special tokens as such, all else as text."""
+    def _ids_with_specials(self, text: str, disguise: Disguise | None = None) -> list[int]:
+        """The ids of a text: special tokens as such but those in disguise, all else as text."""
         pattern = self._special_texts.pattern
-        pieces = pattern.split(rendered) if pattern else [rendered]
+        pieces = pattern.split(text) if pattern else [text]
         ids: list[int] = []
         for index, piece in enumerate(pieces):
             if index % 2:
                 ids.append(self._vocabulary.specials[piece].id)
                 continue
-            text = piece
+            plain = piece
             if index and self._vocabulary.specials[pieces[index - 1]].rstrip:
-                text = text.lstrip()
+                plain = plain.lstrip()
             if index + 1 < len(pieces) and self._vocabulary.specials[pieces[index + 1]].lstrip:
-                text = text.rstrip()
-            ids += self._text_ids(disguise.remove(text), is_first=index == 0)
+                plain = plain.rstrip()
+            if disguise is not None:
+                plain = disguise.remove(plain)
+            ids += self._text_ids(plain, is_first=index == 0)
         return ids
 
     @cached_property
     def _span(self) -> Span | None:
         return find_span(self._vocabulary.first, self.token_bytes)
+
+    @cached_property
+    def _special_span(self) -> Span | None:
+        """The bound if special tokens are parsed, which may absorb blanks, however many."""
+        specials = self._vocabulary.specials
+        if self._span is None or any(each.lstrip or each.rstrip for each in specials.values()):
+            return None
+        lengths = [len(text.encode()) for text in specials]
+        return replace(self._span, longest=max([self._span.longest, *lengths]))
 
     @cached_property
     def _template(self) -> Template | None:

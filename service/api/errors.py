@@ -112,10 +112,10 @@ def from_validation(errors: Sequence[Any]) -> BadRequest:
     if isinstance(cause, FieldError):
         message = f"{param} {cause.message}" if param else cause.message
         return BadRequest(message, code=cause.code, param=param)
-    message = error["msg"]
-    return BadRequest(
-        message[:1].lower() + message[1:], code=_code(error["type"], context), param=param
-    )
+    message = error["msg"][:1].lower() + error["msg"][1:]
+    if param:  # some clients show the message alone
+        message = f"{param}: {message}"
+    return BadRequest(message, code=_code(error["type"], context), param=param)
 
 
 def _code(kind: str, context: dict[str, Any]) -> str:

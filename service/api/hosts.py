@@ -86,7 +86,8 @@ def _name(host: str) -> str:
 
 
 EXPOSED = (
-    "x-request-id", "request-id", "retry-after", "retry-after-ms", "x-should-retry",
+    "x-request-id", "request-id", "x-quire-warning",
+    "retry-after", "retry-after-ms", "x-should-retry",
     *(
         f"x-ratelimit-{word}-{unit}"
         for word in ("limit", "remaining", "reset")

@@ -197,6 +197,11 @@ PROMPTS: list[Fault] = [
     (35, B | {"max_tokens": 256}, "max_tokens", "context_length_exceeded"),
     (36, B | {"max_tokens": 0}, "max_tokens", "integer_below_min_value"),
     (37, B | {"max_tokens": -1}, "max_tokens", "integer_below_min_value"),
+    *((37, B | {"truncate_prompt_tokens": value}, "truncate_prompt_tokens",
+       "integer_below_min_value") for value in (0, -2)),
+    (37, B | {"truncate_prompt_tokens": True}, "truncate_prompt_tokens", "invalid_type"),
+    (37, B | {"prompt": [1, 10**9], "truncate_prompt_tokens": 1}, "prompt", "invalid_token_id"),
+    (37, B | {"parse_special": 1}, "parse_special", "invalid_type"),
     (37, B | {"max_tokens": 10**9}, "max_tokens", "context_length_exceeded"),
     (37, B | {"max_tokens": 2**63}, "max_tokens", "context_length_exceeded"),
     (37, B | {"max_tokens": 10**400}, "max_tokens", None),
@@ -330,6 +335,7 @@ def said(**message: Any) -> dict[str, Any]:
 
 
 CHATS: list[Fault] = [
+    (36, C | {"max_tokens": 0}, "max_tokens", "integer_below_min_value"),
     (38, C | {"max_completion_tokens": 5}, "max_completion_tokens", "invalid_value"),
     (37, C | {"max_tokens": None, "max_completion_tokens": 10**9}, "max_completion_tokens",
      "context_length_exceeded"),

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from service.api.anthropic.blocks import Turn
 from service.api.anthropic.dialect import chat_messages
 from service.api.anthropic.object import message_error_body
-from service.api.anthropic.schema import Turn
 from service.api.tools.formats import TOOL_FORMATS
 from service.errors import (
     Conflict,
@@ -89,7 +89,7 @@ def assemble(body: bytes) -> dict[str, Any]:
             open_block, arguments = None, ""
         elif name == "message_delta":
             message |= data["delta"]
-            message["usage"] = data["usage"]
+            message["usage"] |= data["usage"]
     assert open_block is None
     assert [name for name, _ in rest][-2:] == ["message_delta", "message_stop"]
     return message
@@ -111,14 +111,21 @@ async def test_the_shape_of_a_message(service: Any) -> None:
         "type": "message",
         "role": "assistant",
         "model": "tiny-model",
-        "content": [{"type": "text", "text": service.tokenizer.decode(ids)}],
+        "content": [{"type": "text", "text": service.tokenizer.decode(ids), "citations": None}],
         "stop_reason": "max_tokens",
         "stop_sequence": None,
+        "stop_details": None,
+        "container": None,
         "usage": {
             "input_tokens": len(request.prompt_ids) - 2,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": 2,
+            "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
             "output_tokens": 12,
+            "output_tokens_details": {"thinking_tokens": 0},
+            "server_tool_use": None,
+            "service_tier": "standard",
+            "inference_geo": None,
         },
     }
     assert reply.headers["request-id"] == reply.headers["x-request-id"]
@@ -200,7 +207,7 @@ async def test_a_tool_call_is_a_block(service: Any) -> None:
     body = await ask(service, tools=TOOLS)
     assert body["stop_reason"] == "tool_use"
     text, first, second = body["content"]
-    assert text == {"type": "text", "text": "Let me see."}
+    assert text == {"type": "text", "text": "Let me see.", "citations": None}
     assert (first["type"], first["name"], first["input"]) == (
         "tool_use", "weather", {"city": "Orléans 😀"},
     )  # fmt: skip
@@ -366,26 +373,50 @@ async def test_count_tokens(service: Any) -> None:
         assert reply.json() == {"input_tokens": count}
 
 
+ONLY = (
+    "messages[0].content only blocks of the type text, thinking, redacted_thinking, tool_use, "
+    "tool_result are supported"
+)
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "kind", "message"),
     [
         ({"max_tokens": None}, 400, "invalid_request_error", "max_tokens: "),
-        ({"max_tokens": 10_000}, 400, "invalid_request_error", "max_tokens: "),
         ({"temperature": 1.5}, 400, "invalid_request_error", "temperature: "),
         ({"model": "nope"}, 404, "not_found_error", "model: "),
         ({"messages": []}, 400, "invalid_request_error", "messages: "),
         ({"stop_sequences": [""]}, 400, "invalid_request_error", "stop_sequences must"),
         ({"stop_sequences": ["a"] * 17}, 400, "invalid_request_error", "stop_sequences may"),
         ({"stop": ["a"]}, 400, "invalid_request_error", "stop: "),
-        ({"thinking": {"type": "adaptive"}}, 400, "invalid_request_error", "thinking is not"),
-        ({"output_config": {"effort": "low"}}, 400, "invalid_request_error", "effort is not"),
+        ({"thinking": {"type": "enabled"}}, 400, "invalid_request_error", "thinking.enabled"),
+        ({"thinking": {"type": "adaptive", "budget_tokens": 9}}, 400, "invalid_request_error",
+         "thinking.adaptive.budget_tokens"),
+        ({"thinking": {"type": "between_tools"}}, 400, "invalid_request_error", "thinking"),
+        ({"output_config": {"effort": "none"}}, 400, "invalid_request_error",
+         "output_config.effort: "),
+        ({"context_management": {"edits": [{"type": "nope"}]}}, 400, "invalid_request_error",
+         "context_management.edits[0]"),
+        ({"container": "c"}, 400, "invalid_request_error", "container is not supported"),
         ({"output_config": {"format": {"type": "json_schema"}}}, 400, "invalid_request_error",
          "output_config.format.schema: "),
         ({"mcp_servers": [{}]}, 400, "invalid_request_error", "mcp_servers is not"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            400, "invalid_request_error", "messages[0].content only blocks of the type",
+            400, "invalid_request_error", f"{ONLY} (image is not: ",
         ),
+        (
+            {"messages": [{"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image"}]}]}]},
+            400, "invalid_request_error", "messages[0].content[0].tool_result.content only blocks",
+        ),
+        (
+            {"messages": [{"role": "system", "content": [
+                {"type": "tool_result", "tool_use_id": "a"}]}]},
+            400, "invalid_request_error", "messages[0].content may contain",
+        ),
+        ({"messages": [{"role": "user", "content": "a", "clear_at": "never"}]}, 400,
+         "invalid_request_error", "messages[0].clear_at needs the role system"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
             400, "invalid_request_error", "messages[0].content[0]",
@@ -400,8 +431,12 @@ async def test_count_tokens(service: Any) -> None:
                 {"type": "tool_use", "id": "a", "name": "b", "input": {}}]}]},
             400, "invalid_request_error", "messages: the last message",
         ),
-        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 400, "invalid_request_error",
-         "tools[0]"),
+        ({"tools": [{"type": "bash_20990101", "name": "bash"}]}, 400, "invalid_request_error",
+         "tools[0]: only tools of the client"),
+        ({"tools": [{"type": "mcp_toolset", "mcp_server_name": "a"}]}, 400,
+         "invalid_request_error", "tools[0]: only tools of the client"),
+        ({"tools": [{"name": "a", "input_schema": {}, "nope": 1}]}, 400, "invalid_request_error",
+         "tools[0].nope"),
         ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "tool_choice.name"),
         ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "tool_choice needs"),
     ],
@@ -534,8 +569,8 @@ async def test_errors_become_exceptions_of_the_client(
     with pytest.raises(anthropic.NotFoundError) as missing:
         await client.messages.create(**OPTIONS | {"model": "nope"})
     assert missing.value.request_id
-    with pytest.raises(anthropic.BadRequestError, match="thinking is not supported"):
-        await client.messages.create(**OPTIONS, thinking={"type": "adaptive"})
+    with pytest.raises(anthropic.BadRequestError, match="container is not supported"):
+        await client.beta.messages.create(**OPTIONS, container="c")
     service.state["draining"] = True
     with pytest.raises(anthropic.InternalServerError) as away:
         await client.messages.create(**OPTIONS)

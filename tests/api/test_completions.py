@@ -148,6 +148,82 @@ async def test_echo_of_token_ids(service: Any) -> None:
     assert choice["logprobs"] is None
 
 
+@pytest.mark.parametrize("logprobs", [None, 1])
+async def test_without_output_the_prompt_is_scored(service: Any, logprobs: int | None) -> None:
+    service.engine.end = FinishReason.STOP
+    service.engine.stopped_by = 4
+    body = await ask(service, max_tokens=0, echo=True, logprobs=logprobs, return_token_ids=True)
+    (request,) = service.engine.seen
+    assert (request.max_tokens, request.prompt_logprobs) == (1, logprobs)
+    (choice,) = body["choices"]
+    assert (choice["text"], choice["token_ids"]) == ("hello", [])
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None)
+    assert body["usage"]["completion_tokens"] == 0
+    assert body["usage"]["total_tokens"] == len(request.prompt_ids)
+    if logprobs is not None:
+        assert len(choice["logprobs"]["token_logprobs"]) == len(request.prompt_ids)
+
+
+async def test_a_raw_prompt_spells_special_tokens(service: Any) -> None:
+    """As in llama.cpp, vLLM and transformers; messages never do."""
+    text = "<|im_start|>user\nhi<|im_end|>\n"
+    tokenizer = service.tokenizer
+    for parse, special in ((None, 2), (True, 2), (False, 0)):
+        body = await ask(service, prompt=text, parse_special=parse, echo=True, logprobs=0)
+        ids = service.engine.seen[-1].prompt_ids
+        assert sum(map(tokenizer.is_special, ids)) == special
+        assert list(ids) == tokenizer.encode(text, parse_special=parse is not False)
+        (choice,) = body["choices"]
+        assert choice["text"].startswith(text)
+        logprobs = choice["logprobs"]
+        for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+            if offset < len(text):
+                assert text.startswith(token, offset)
+        reply = await service.post("/tokenize", {"prompt": text, "parse_special": parse})
+        assert reply.json()["tokens"] == list(ids)
+
+
+@pytest.mark.parametrize("prompt", ["hello world, how are you?", [5, 9, 240, 200, 7]])
+async def test_a_prompt_is_cut_from_its_beginning(service: Any, prompt: Any) -> None:
+    await ask(service, prompt=prompt)
+    whole = service.engine.seen[-1].prompt_ids
+    assert len(whole) > 4
+    body = await ask(service, prompt=prompt, truncate_prompt_tokens=4, echo=True)
+    assert service.engine.seen[-1].prompt_ids == whole[-4:]
+    assert body["usage"]["prompt_tokens"] == 4
+    assert body["choices"][0]["text"].startswith(service.tokenizer.decode(whole[-4:]))
+    for keep in (-1, 1000):
+        await ask(service, prompt=prompt, truncate_prompt_tokens=keep)
+        assert service.engine.seen[-1].prompt_ids == whole
+
+
+async def test_what_fits_beside_the_output_is_kept(service: Any) -> None:
+    for prompt in ("hello " * 4000, [5, 9] * 500):
+        await ask(service, prompt=prompt, truncate_prompt_tokens=-1, max_tokens=6)
+        assert len(service.engine.seen[-1].prompt_ids) == 256 - 6
+    messages = [{"role": "user", "content": "hello " * 4000}]
+    chat = {"model": "tiny-model", "messages": messages, "truncate_prompt_tokens": -1}
+    assert (await service.post("/v1/chat/completions", chat)).status_code == 200
+    assert len(service.engine.seen[-1].prompt_ids) == 255
+
+
+async def test_tokens_are_named_by_their_ids(service: Any) -> None:
+    body = await ask(service, logprobs=2, return_tokens_as_token_ids=True)
+    ids = service.engine.script(service.engine.seen[-1])
+    logprobs = body["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == [f"token_id:{token}" for token in ids]
+    assert all(key.startswith("token_id:") for top in logprobs["top_logprobs"] for key in top)
+    chat = {
+        "model": "tiny-model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3,
+        "logprobs": True, "top_logprobs": 1, "return_tokens_as_token_ids": True,
+    }  # fmt: skip
+    reply = (await service.post("/v1/chat/completions", chat)).json()
+    content = reply["choices"][0]["logprobs"]["content"]
+    ids = service.engine.script(service.engine.seen[-1])
+    assert [entry["token"] for entry in content] == [f"token_id:{token}" for token in ids]
+    assert content[0]["top_logprobs"][0]["token"].startswith("token_id:")
+
+
 async def test_why_it_stopped(service: Any) -> None:
     service.engine.end = FinishReason.STOP
     service.engine.stopped_by = "x"

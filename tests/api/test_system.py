@@ -25,7 +25,7 @@ async def test_models(service: Any) -> None:
 
 
 async def test_tokens_there_and_back(service: Any) -> None:
-    for text in ("hello world", "één €5 😀 <|im_end|>", "x" * 1000):
+    for text in ("hello world", "één €5 😀 <|im_e", "x" * 1000):
         reply = (
             await service.post("/tokenize", {"prompt": text, "return_token_strs": True})
         ).json()

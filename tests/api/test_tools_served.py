@@ -166,7 +166,7 @@ async def test_a_bad_schema_is_rejected_by_its_path(client: openai.AsyncOpenAI) 
 
 
 async def test_a_format_and_tools(client: openai.AsyncOpenAI) -> None:
-    """Text has the format, and calls match; forced calls exclude a format."""
+    """Text has the format, and calls match; forced calls leave no text that could have it."""
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
               "additionalProperties": False}  # fmt: skip
     asked: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
@@ -176,7 +176,11 @@ async def test_a_format_and_tools(client: openai.AsyncOpenAI) -> None:
     for choice in completion.choices:
         if not check(choice.message) and choice.finish_reason == "stop":
             jsonschema_rs.validate(schema, json.loads(choice.message.content or ""))
-    with pytest.raises(openai.BadRequestError, match="cannot be combined with required tool calls"):
-        await client.chat.completions.create(
-            model=MODEL, messages=ASK, tools=TOOLS, response_format=asked, tool_choice="required"
-        )
+    forced: Any = {"model": MODEL, "messages": ASK, "tools": TOOLS, "seed": 2, "max_tokens": 150}
+    forced |= {"tool_choice": "required"}
+    alone = await client.chat.completions.create(**forced)
+    beside = await client.chat.completions.create(**forced, response_format=asked)
+    assert beside.choices[0].message.tool_calls
+    assert [call.function for call in beside.choices[0].message.tool_calls] == [
+        call.function for call in alone.choices[0].message.tool_calls or ()
+    ]

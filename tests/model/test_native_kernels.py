@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -39,16 +41,18 @@ def test_a_product_is_the_same_in_every_variant(native_library: NativeLibrary) -
 
 
 def test_sums_do_not_saturate(native_library: NativeLibrary) -> None:
-    """All codes at their limits: 16-bit intermediate sums would clip."""
+    """All codes at their limits, with every pattern of signs of four: 16-bit sums would clip.
+
+    Each instruction adds the products of two or four neighbouring inputs, so the patterns contain
+    the largest and the smallest sums that it can meet.
+    """
     inputs = 4096
-    for sign in (1, -1):
-        weight = np.full((32, inputs), sign, np.float32)
-        x = np.ones((2, inputs), np.float32)
-        x[1, ::2] = -1
-        exact = np.array([[sign * inputs], [0]], np.float32) * np.ones((1, 32), np.float32)
-        for variant in native_library.variants:
-            y = native_library.product(weight, x, variant=variant)
-            assert np.allclose(y, exact, rtol=1e-5), variant
+    patterns = np.array([*product((1, -1), repeat=4)], np.float32)
+    weight, x = np.tile(patterns, (2, inputs // 4)), np.tile(patterns, inputs // 4)
+    twin = product_twin(weight, x, np.zeros(len(weight), np.float32))
+    assert np.abs(twin).max() == inputs
+    for variant in native_library.variants:
+        assert np.array_equal(native_library.product(weight, x, variant=variant), twin), variant
 
 
 def test_a_row_that_is_not_finite_gives_no_number(native_library: NativeLibrary) -> None:
@@ -126,3 +130,11 @@ def test_a_model_that_no_variant_runs_is_refused(
     assert tiny_config.num_layers == tiny_shape.layers
     with pytest.raises(NativeUnavailable, match="cannot run the variant"):
         NativeModel(native_library, tiny_shape, variant="abacus")
+
+
+def test_every_variant_has_a_peak(native_library: NativeLibrary) -> None:
+    """Also of one that this machine cannot run: 0."""
+    probe = native_library.calls.quire_probe_products
+    assert all(probe(variant.encode(), 2, 1) > 0 for variant in native_library.variants)
+    assert probe(b"abacus", 1, 1) == 0
+    assert native_library.calls.quire_probe_memory(2, 2**20, 1) > 0

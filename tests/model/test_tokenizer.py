@@ -87,6 +87,18 @@ def test_special_tokens_in_text_are_text(tiny: Tokenizer, tiny_json: Tokenizer) 
             assert tokenizer.decode(ids) == text
 
 
+def test_special_tokens_in_text_are_read_on_request(tiny: Tokenizer, tiny_json: Tokenizer) -> None:
+    """As `tokenizers` does: the longest at a position, and what is between them as text."""
+    for tokenizer in (tiny, tiny_json):
+        for text in ("<|im_end|>", "a<|im_start|>b", "<|endoftext|><|im_end|>", "<|im_", "é"):
+            ids = tokenizer.encode(text, parse_special=True)
+            assert sum(map(tokenizer.is_special, ids)) == text.count("|>")
+            assert tokenizer.decode(ids, skip_special=False) == text
+            assert tokenizer.fewest_tokens([text], parse_special=True) <= len(ids)
+        long = "<|endoftext|>" * 50
+        assert tokenizer.fewest_tokens([long], parse_special=True) <= 50
+
+
 def test_special_tokens_have_a_name_and_no_text(tiny: Tokenizer) -> None:
     assert [tiny.is_special(id_) for id_ in range(4)] == [True, True, True, False]
     assert tiny.token_text(2) == "<|im_end|>"

@@ -133,9 +133,9 @@ int32_t quire_product(const char* variant, const float* w, const float* bias, in
                    memory.take<float>(columns), memory.take<int32_t>(columns),
                    bias ? memory.take<float>(columns) : nullptr};
   kernels->pack(w, bias, false, &linear);
-  const size_t stride = static_cast<size_t>(padded);
+  const size_t stride = code_stride(padded, kernels->code_bytes);
   const Codes codes = {memory.take<uint8_t>((rows + TILE_ROWS_MAX) * stride), stride, memory.take<float>(rows)};
-  float* padded_x = memory.take<float>(stride);
+  float* padded_x = memory.take<float>(static_cast<size_t>(padded));
   float* wide = memory.take<float>(static_cast<size_t>(rows) * columns);
   for (int32_t row = 0; row < rows; row++) {
     std::memcpy(padded_x, x + static_cast<size_t>(row) * inputs, inputs * sizeof(float));

@@ -30,18 +30,25 @@ struct Linear {
   int panels;            // N / PANEL rounded up; the padding is 0
   int8_t* packed;        // [panels][inputs_padded / 4][PANEL][4]
   float* scales;         // [panels * PANEL]
-  int32_t* corrections;  // [panels * PANEL]: 128 * the sum of a column's weights, see Codes
+  int32_t* corrections;  // [panels * PANEL]: CODE_BIAS * the sum of a column's weights, see Codes
   float* bias;           // [panels * PANEL], or null
 };
 
-// Activations in 8 bits: code = 128 + round(x / scale), in 1..255, for the instructions that multiply
-// unsigned by signed bytes. sum(code * w) - corrections = sum(round(x / scale) * w). Behind the last row
-// TILE_ROWS_MAX more rows must be readable.
+// Activations in 8 bits: round(x / scale), in -127..127, as the variant's instructions take them, which
+// multiply unsigned by signed bytes. Behind the last row TILE_ROWS_MAX more rows must be readable.
+//   CODE_BIAS = 128  a byte, 128 + round(x / scale); what that adds to a sum is in `corrections`
+//   CODE_BIAS = 0    two bytes, see tile_avx2.inl
 struct Codes {
   uint8_t* rows;
-  size_t stride;  // a multiple of K_STEP
+  size_t stride;  // code_stride(inputs_padded, code_bytes)
   float* scales;  // one per row
 };
+
+// An odd number of cache lines, so that rows do not share few sets of the L1 cache; at least 4 bytes
+// more than the codes.
+static inline size_t code_stride(int inputs_padded, int code_bytes) {
+  return (((size_t)inputs_padded * code_bytes / 64 + 1) | 1) * 64;
+}
 
 enum class Epilogue {
   STORE,  // out[m, n] = y
@@ -139,7 +146,8 @@ struct AttentionItem {
 
 struct Kernels {
   const char* name;
-  int tile_rows;  // preferred rows of multiply_tile
+  int tile_rows;   // preferred rows of multiply_tile
+  int code_bytes;  // per input of a row of Codes
 
   void (*thread_begin)(void);  // before and after a thread computes (AMX tiles)
   void (*thread_end)(void);
@@ -164,9 +172,9 @@ struct Kernels {
                  const float* signs, const float* mix);
   void (*pack)(const float* w, const float* bias, bool gated, Linear* linear);
 
-  // The integer routine alone, for tests and for probe.cpp. acc is [rows][PANEL].
-  void (*multiply_tile)(const uint8_t* codes, size_t stride, int rows, const int8_t* panel,
-                        int inputs_padded, Ahead ahead, int32_t* acc);
+  // For probe.cpp: the variant's best instructions for 8-bit products, on registers alone. Returns how
+  // many products it computed.
+  int64_t (*peak)(int rounds);
 };
 
 const Kernels* portable_kernels();

@@ -152,11 +152,13 @@ QUIRE_INLINE __m256 half_scale(__m256 a, __m256 shifter) {
 QUIRE_INLINE Lanes scale_by_power(Lanes a, Lanes shifter) {
   return {half_scale(a.lo, shifter.lo), half_scale(a.hi, shifter.hi)};
 }
-QUIRE_INLINE void store_biased(uint8_t* p, Lanes whole) {
+QUIRE_INLINE __m128i to_bytes(Lanes whole) {
   const __m256i lo = _mm256_cvtps_epi32(whole.lo), hi = _mm256_cvtps_epi32(whole.hi);
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xd8);
-  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storeu_si128((__m128i*)p, _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
+  return _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+QUIRE_INLINE void store_biased(uint8_t* p, Lanes whole) {
+  _mm_storeu_si128((__m128i*)p, _mm_xor_si128(to_bytes(whole), _mm_set1_epi8(-128)));
 }
 
 #else

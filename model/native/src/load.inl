@@ -77,7 +77,7 @@ static void pack_column(const float* row, Linear& w, int column) {
     total += q;
   }
   w.scales[column] = most / 127.0f;
-  w.corrections[column] = 128 * total;
+  w.corrections[column] = CODE_BIAS * total;
 }
 
 // w [outputs, inputs]; the destination starts as zeros. Gated: the rows are gates, then as many ups,

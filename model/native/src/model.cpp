@@ -76,7 +76,7 @@ void Model::make_scratch() {
   const int gated = round_up(shape.width, K_STEP);
   const int qkv = round_up((shape.heads + 2 * shape.kv_heads) * shape.dim, PANEL);
   const size_t rows = static_cast<size_t>(shape.max_rows);
-  const size_t widest = code_stride(std::max({inputs, width, gated}));
+  const size_t widest = code_stride(std::max({inputs, width, gated}), kernels.code_bytes);
   scratch.residual_stride = inputs;
   scratch.qkv_stride = qkv;
   scratch.attention_stride = width;
@@ -85,7 +85,7 @@ void Model::make_scratch() {
   scratch.qkv = memory.take<float>(rows * qkv);
   scratch.attention = memory.take<float>(rows * width);
   scratch.gated = memory.take<float>(rows * gated);
-  scratch.codes = memory.take<uint8_t>((rows + TILE_ROWS_MAX) * (widest + K_STEP));
+  scratch.codes = memory.take<uint8_t>((rows + TILE_ROWS_MAX) * widest);
   scratch.scales = memory.take<float>(rows + TILE_ROWS_MAX);
   scratch.argmax = memory.take<Argmax>(rows * kHeadChunks);
   embedding = memory.take<uint16_t>(static_cast<size_t>(shape.vocab) * inputs);

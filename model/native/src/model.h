@@ -12,11 +12,6 @@ namespace quire {
 
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Stride of Codes. Rows at multiples of 512 bytes would fall into few sets of the L1 cache.
-inline size_t code_stride(int inputs_padded) {
-  return static_cast<size_t>(inputs_padded % 512 == 0 ? inputs_padded + K_STEP : inputs_padded);
-}
-
 struct Layer {
   Linear qkv, out, gate_up, down;
   float* query_norm = nullptr;  // [D] or null

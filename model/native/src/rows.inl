@@ -8,16 +8,23 @@ static void embed(const uint16_t* row, int size, float* out) {
 // 0 if all of x is finite, else NaN: an invalid row must not look valid after rounding.
 QUIRE_INLINE float finite_or_nan(Lanes poison) { return sum(poison); }
 
-static void write_codes(const float* x, int size, float largest_magnitude, uint8_t* codes) {
-  const Lanes factor = splat(largest_magnitude > 0.0f ? 127.0f / largest_magnitude : 0.0f);
+// `factor` is 127 / the largest magnitude, or 0.
+static void write_codes(const float* x, int size, Lanes factor, uint8_t* codes) {
+#if defined(QUIRE_SPLIT_CODES)
+  __m128i negative = _mm_setzero_si128();
+  for (int i = 0; i < size; i += LANES)
+    negative = store_codes(codes + i * CODE_BYTES, nearest(load(x + i) * factor), negative);
+  store_negative(codes, size, negative);
+#else
   for (int i = 0; i < size; i += LANES) store_biased(codes + i, nearest(load(x + i) * factor));
+#endif
 }
 
 static void write_zero_codes(int size, uint8_t* codes) {
-  for (int i = 0; i < size; i++) codes[i] = 128;
+  memset(codes, CODE_BIAS, code_stride(size, CODE_BYTES));
 }
 
-// codes * scale is x * factor, rounded to 8 bits.
+// codes * scale is x * factor, rounded to 8 bits. `size` is a multiple of K_STEP.
 static void to_codes(const float* x, int size, float factor, uint8_t* codes, float* scale) {
   // Neither result depends on the order, so four chains of operations run side by side.
   constexpr int CHAINS = K_STEP / LANES;
@@ -38,7 +45,7 @@ static void to_codes(const float* x, int size, float factor, uint8_t* codes, flo
     write_zero_codes(size, codes);
     return;
   }
-  write_codes(x, size, most, codes);
+  write_codes(x, size, splat(127.0f / most), codes);
 }
 
 // RMSNorm without its weight (folded into the next product): x / sqrt(mean(x^2) + eps).

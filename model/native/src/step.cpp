@@ -164,7 +164,7 @@ class Program {
   float* residual(int row) const { return s_.residual + static_cast<size_t>(row) * s_.residual_stride; }
 
   Codes codes_for(const Linear& linear) const {
-    return {s_.codes, code_stride(linear.inputs_padded), s_.scales};
+    return {s_.codes, code_stride(linear.inputs_padded, m_.kernels.code_bytes), s_.scales};
   }
 
   void norm_row(int row, const Codes& codes, int to) const {

@@ -1,45 +1,70 @@
-// multiply_tile with AVX2. `maddubs` would saturate at 16 bits (255 * 127 * 2 does not fit), so bytes
-// are widened and multiplied as 16-bit pairs: each product pair fits 32 bits, and nothing saturates.
+// multiply_tile with AVX2: `maddubs` multiplies unsigned by signed bytes and adds pairs in 16 bits,
+// `madd` with ones adds pairs of these in 32 bits. The signs of the codes move to the weights:
+//
+//   x * w = |x| * (w ^ m) + (x < 0 ? |x| : 0)     m = x < 0 ? -1 : 0, because w ^ -1 = -w - 1
+//
+// An exclusive or is cheaper than a `sign`, and needs no more than codes that are stored as magnitudes
+// and masks. The last term does not depend on w: sums begin with its total of the row. A pair is at most
+// 2 * 127 * 128, so 16 bits do not saturate.
 
-constexpr int TILE_ROWS = 4;
+#include "tile_ymm.inl"
 
-// A quarter of a panel line: 8 columns x 4 inputs are two registers of 16 words. A register holds 4
-// columns x 2 pairs; the two sums of a column are added at the end.
-template <int ROWS> static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded,
-                                              int32_t* acc) {
-  for (int columns = 0; columns < PANEL; columns += 8) {
-    __m256i low[ROWS], high[ROWS];
-    QUIRE_UNROLL
-    for (int r = 0; r < ROWS; r++) low[r] = high[r] = _mm256_setzero_si256();
-    const int8_t* w = panel + columns * 4;
-    for (int k = 0; k < inputs_padded; k += 4, w += PANEL * 4) {
-      const __m256i w_low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w));
-      const __m256i w_high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + 16)));
-      QUIRE_UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        int32_t four;
-        memcpy(&four, codes + r * stride + k, 4);
-        const __m256i x = _mm256_broadcastq_epi64(_mm_cvtepu8_epi16(_mm_cvtsi32_si128(four)));
-        low[r] = _mm256_add_epi32(low[r], _mm256_madd_epi16(x, w_low));
-        high[r] = _mm256_add_epi32(high[r], _mm256_madd_epi16(x, w_high));
-      }
-    }
-    QUIRE_UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      // hadd works within halves: columns 0 1 4 5 | 2 3 6 7.
-      const __m256i mixed = _mm256_hadd_epi32(low[r], high[r]);
-      _mm256_storeu_si256((__m256i*)(acc + r * PANEL + columns), _mm256_permute4x64_epi64(mixed, 0xd8));
-    }
-  }
+#define QUIRE_SPLIT_CODES
+constexpr int CODE_BYTES = 2, CODE_BIAS = 0;
+
+// Stores 16 codes, as lines of 4 magnitudes and 4 masks; adds the magnitudes of negative ones.
+QUIRE_INLINE __m128i store_codes(uint8_t* line, Lanes whole, __m128i negative) {
+  const __m128i none = _mm_setzero_si128(), x = to_bytes(whole);
+  const __m128i magnitudes = _mm_abs_epi8(x), masks = _mm_cmpgt_epi8(none, x);
+  _mm_storeu_si128((__m128i*)line, _mm_unpacklo_epi32(magnitudes, masks));
+  _mm_storeu_si128((__m128i*)(line + 16), _mm_unpackhi_epi32(magnitudes, masks));
+  return _mm_add_epi64(negative, _mm_sad_epu8(_mm_and_si128(magnitudes, masks), none));
 }
 
-static void multiply_tile(const uint8_t* codes, size_t stride, int rows, const int8_t* panel, int inputs_padded,
-                          Ahead ahead, int32_t* acc) {
-  (void)ahead;  // this variant is compute-bound
-  switch (rows) {
-    case 1: return multiply_rows<1>(codes, stride, panel, inputs_padded, acc);
-    case 2: return multiply_rows<2>(codes, stride, panel, inputs_padded, acc);
-    case 3: return multiply_rows<3>(codes, stride, panel, inputs_padded, acc);
-    default: return multiply_rows<4>(codes, stride, panel, inputs_padded, acc);
+// The total of the negative codes' magnitudes lies behind the codes of a row.
+QUIRE_INLINE void store_negative(uint8_t* codes, int size, __m128i negative) {
+  const int32_t total = _mm_cvtsi128_si32(negative) + _mm_extract_epi32(negative, 2);
+  memcpy(codes + (size_t)size * CODE_BYTES, &total, sizeof total);
+}
+
+template <int ROWS> static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded,
+                                              Ahead ahead, int32_t* acc) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i sums[ROWS][VECTORS];
+  QUIRE_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    const __m256i negative = four_bytes(codes + r * stride + (size_t)inputs_padded * CODE_BYTES);
+    QUIRE_UNROLL
+    for (int v = 0; v < VECTORS; v++) sums[r][v] = negative;
   }
+  for (int k = 0; k < inputs_padded; k += 4, codes += 4 * CODE_BYTES, panel += PANEL * 4) {
+    prefetch_line(ahead);
+    QUIRE_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      const __m256i magnitudes = four_bytes(codes + r * stride), masks = four_bytes(codes + r * stride + 4);
+      QUIRE_UNROLL
+      for (int v = 0; v < VECTORS; v++) {
+        const __m256i w = _mm256_xor_si256(masks, _mm256_loadu_si256((const __m256i*)(panel + v * 32)));
+        const __m256i pairs = _mm256_maddubs_epi16(magnitudes, w);
+        sums[r][v] = _mm256_add_epi32(sums[r][v], _mm256_madd_epi16(pairs, ones));
+      }
+    }
+  }
+  store_sums(sums, acc);
+}
+
+// Without the exclusive or: what no exact product of bytes can do without.
+static int64_t peak(int rounds) {
+  constexpr int CHAINS = 12;
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i sums[CHAINS] = {}, x = _mm256_set1_epi8(1);
+  for (int i = 0; i < rounds; i++)
+    QUIRE_UNROLL
+    for (int c = 0; c < CHAINS; c++) {
+      __asm__ volatile("" : "+x"(x));  // a new value, for all that the compiler knows
+      sums[c] = _mm256_add_epi32(sums[c], _mm256_madd_epi16(_mm256_maddubs_epi16(x, x), ones));
+    }
+  QUIRE_UNROLL
+  for (int c = 0; c < CHAINS; c++) __asm__ volatile("" : : "x"(sums[c]));
+  return (int64_t)rounds * CHAINS * 32;
 }

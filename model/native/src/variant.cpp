@@ -14,6 +14,10 @@ namespace {
 
 #include QUIRE_TEXT(QUIRE_JOIN(tile_, QUIRE_VARIANT).inl)
 
+#if !defined(QUIRE_SPLIT_CODES)
+constexpr int CODE_BYTES = 1, CODE_BIAS = 128;
+#endif
+
 #if !defined(QUIRE_TILES_FILL)  // only AMX has tiles to configure
 static void tiles_begin() {}
 static void tiles_end() {}
@@ -25,12 +29,12 @@ static void tiles_end() {}
 #include "load.inl"
 
 static const Kernels table = {
-    QUIRE_TEXT(QUIRE_VARIANT), TILE_ROWS, tiles_begin, tiles_end,
+    QUIRE_TEXT(QUIRE_VARIANT), TILE_ROWS, CODE_BYTES, tiles_begin, tiles_end,
     embed, norm_to_codes, to_codes, hadamard, rotate_and_store,
     multiply,
     attend_rows, attend_split, merge_splits,
     rotate, pack,
-    multiply_tile,
+    peak,
 };
 
 }  // namespace

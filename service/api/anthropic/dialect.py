@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import orjson
 
-from service.api.anthropic.object import message_error_body, message_object
-from service.api.anthropic.schema import (
-    CountBody,
-    MessageBody,
-    MessageTool,
+from service.api.anthropic.blocks import (
     TextBlock,
     ThinkingBlock,
     ToolResultBlock,
@@ -19,22 +15,18 @@ from service.api.anthropic.schema import (
     Turn,
     TurnBlock,
 )
+from service.api.anthropic.object import message_error_body, message_object
+from service.api.anthropic.schema import BoundedThinking, ClearThinking, CountBody, MessageBody
 from service.api.anthropic.stream import MessageRenderer
+from service.api.anthropic.tools import HostedTool, MessageToolChoice
 from service.api.fields import FieldNames
 from service.api.generation.accumulate import Accumulator
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader
-from service.api.generation.request import Chat, Generation
+from service.api.generation.request import Chat, Effort, Generation
 from service.api.generation.sampling import sampling_of
 from service.api.structured.output import JsonOutput
-from service.api.tools.chat import (
-    ChatMessage,
-    FunctionDefinition,
-    Mode,
-    ToolCall,
-    ToolChoice,
-    tool_use,
-)
+from service.api.tools.chat import ChatMessage, Mode, ToolCall, ToolChoice, ToolRef, tool_use
 from service.errors import BadRequest
 
 _NAMES = FieldNames(
@@ -45,7 +37,18 @@ _NAMES = FieldNames(
     function="tools[{}]",
     parameters="tools[{}].input_schema",
 )
-_MODES = {"auto": Mode.AUTO, "any": Mode.REQUIRED, "tool": Mode.REQUIRED, "none": Mode.NONE}
+_CLIENT_NOTE = "x-anthropic-billing-header:"
+"""Claude Code's first system block. It differs from chat to chat, so that no prefix would be found
+in the cache, and is not meant for the model.
+"""
+_EFFORTS: Mapping[str, Effort] = {
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "high",
+    "max": "high",
+}
+_MODES = {"any": Mode.REQUIRED, "tool": Mode.REQUIRED, "none": Mode.NONE}
 
 
 class Messages:
@@ -61,20 +64,23 @@ class Messages:
 
     def parse(self, body: MessageBody) -> Generation:
         """Raises BadRequest."""
-        config, output = body.output_config, None
-        if config is not None and config.format is not None:
-            output = JsonOutput(schema=config.format.schema_, strict=True)
+        config, thinking = body.output_config, body.thinking
+        form = body.output_format or (config and config.format)
+        bounded = thinking if isinstance(thinking, BoundedThinking) else None
         return Generation(
             model=body.model,
             prompt=parse_chat(body),
             sampling=sampling_of(body),
             names=self.names,
-            max_tokens=body.max_tokens,
+            default_max_tokens=body.max_tokens,  # may exceed the rest of the context
             stop=tuple(body.stop_sequences or ()),
-            output=output,
+            thinking_budget=bounded.budget_tokens if bounded else None,
+            include_reasoning=thinking is None or thinking.shown,
+            output=JsonOutput(schema=form.schema_, strict=True) if form else None,
             stream=body.stream or False,
             priority=body.priority,
             on_disconnect=body.on_disconnect,
+            warnings=tuple(_warnings(body)),
         )
 
     def collect(self, reader: AnswerReader, choices: Sequence[Accumulator]) -> bytes:
@@ -89,38 +95,83 @@ def parse_chat(body: CountBody) -> Chat:
     """The chat that the prompt is made of. Raises BadRequest."""
     last = body.messages[-1]
     if any(isinstance(block, ToolUseBlock) for block in last.content):
-        raise BadRequest(
-            "the last message must not call tools: no result follows", param="messages"
-        )
-    messages = [message for turn in body.messages for message in chat_messages(turn)]
-    if body.system:
-        messages.insert(0, ChatMessage(role="system", content=_text(body.system)))
-    choice = body.tool_choice
+        message = "the last message must not call tools: no result follows"
+        raise BadRequest(message, param="messages")
+    messages = [message for turn in _visible(body) for message in chat_messages(turn)]
+    system = [block for block in body.system or () if not block.text.startswith(_CLIENT_NOTE)]
+    if system:
+        messages.insert(0, ChatMessage(role="system", content=_text(system)))
+    functions = [tool.definition() for tool in body.tools or () if not isinstance(tool, HostedTool)]
+    choice, config = body.tool_choice, body.output_config
     return Chat(
         messages=tuple(messages),
         tools=tool_use(
-            [_function(tool) for tool in body.tools or ()],
-            choice=None if choice is None else ToolChoice(_MODES[choice.type], choice.name),
+            functions,
+            choice=_tool_choice(choice),
             parallel=not (choice and choice.disable_parallel_tool_use),
             names=_NAMES,
         ),
         continue_final_message=last.role == "assistant",
+        thinking=None if body.thinking is None else body.thinking.type != "disabled",
+        effort=_EFFORTS.get(config.effort) if config and config.effort else None,
     )
 
 
-def _function(tool: MessageTool) -> FunctionDefinition:
-    return FunctionDefinition(
-        name=tool.name,
-        description=tool.description,
-        parameters=tool.input_schema,
-        strict=tool.strict or False,
-    )
+def _warnings(body: MessageBody) -> Iterator[str]:
+    """The known parts of the body that have no effect."""
+    for index, tool in enumerate(body.tools or ()):
+        if isinstance(tool, HostedTool):
+            yield f"tools[{index}] is left out: this server runs no tools of its own"
+    edits = body.context_management.edits if body.context_management else ()
+    for index, edit in enumerate(edits):
+        if not isinstance(edit, ClearThinking):
+            yield f"context_management.edits[{index}] has no effect on this server"
+
+
+def _tool_choice(choice: MessageToolChoice | None) -> ToolChoice | None:
+    """None stands for auto, which is no error without tools: all may have been left out."""
+    if choice is None or choice.type == "auto":
+        return None
+    tool = None if choice.name is None else ToolRef(choice.name)
+    return ToolChoice(_MODES[choice.type], tool)
+
+
+def _visible(body: CountBody) -> Iterator[Turn]:
+    """The messages as the model gets them: without the system messages that later ones hide, and
+    without reasoning that the body asks to remove.
+    """
+    turns = body.messages
+    last_user = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
+    thinking = [i for i, turn in enumerate(turns) if any(map(_is_thinking, turn.content))]
+    kept = _kept_thinking(body)
+    cleared = set() if kept is None else set(thinking[:-kept])
+    for index, turn in enumerate(turns):
+        if turn.clear_at == "next_user_message" and index < last_user:
+            continue
+        if index not in cleared:
+            yield turn
+        else:
+            content = [block for block in turn.content if not _is_thinking(block)]
+            yield turn.model_copy(update={"content": content})
+
+
+def _kept_thinking(body: CountBody) -> int | None:
+    """How many messages keep their reasoning; None: all."""
+    edits = body.context_management.edits if body.context_management else ()
+    kept = [edit.kept for edit in edits if isinstance(edit, ClearThinking)]
+    return min((number for number in kept if number is not None), default=None)
+
+
+def _is_thinking(block: TurnBlock) -> bool:
+    return isinstance(block, ThinkingBlock)
 
 
 def chat_messages(turn: Turn) -> list[ChatMessage]:
     """The messages of one turn, in order. A message has one text, so the texts between two tool
     results are joined.
     """
+    if turn.role == "system":
+        return [ChatMessage(role="system", content=_text(turn.content))]
     if turn.role == "user":
         return list(_user_messages(turn.content)) or [ChatMessage(role="user", content="")]
     thoughts = [block.thinking for block in turn.content if isinstance(block, ThinkingBlock)]

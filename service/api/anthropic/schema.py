@@ -1,210 +1,130 @@
 """The bodies of POST /v1/messages and /v1/messages/count_tokens.
 
-The content of a message is a list of blocks:
-
-    text                          both      text
-    thinking, redacted_thinking   assistant its reasoning; the redacted kind has no effect
-    tool_use                      assistant a tool call
-    tool_result                   user      the result of a call
-
 What this server does not support is refused by name: see `WireModel`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from service.api.answers import AnswerModel, Assistant, CallId, Count, ModelId
+from service.api.anthropic.blocks import TextBlocks, Turn
+from service.api.anthropic.tools import MessageTool, MessageToolChoice
 from service.api.fields import (
     CacheControl,
     FieldError,
     Ignored,
-    IgnoredText,
-    Label,
     ModelName,
     OnDisconnect,
     Priority,
     Seed,
     StopStrings,
     StrictModel,
-    Text,
     TopP,
     UnitTemperature,
-    check_json,
 )
-from service.api.tools.schema import MAX_TOOLS, FunctionName, Parameters
-from service.api.wire import MAX_MESSAGES, MAX_TOP_K, MessageModel, WireModel
+from service.api.tools.schema import MAX_TOOLS
+from service.api.wire import MAX_MESSAGES, MAX_TOP_K, WireModel
 
-MAX_BLOCKS = 1024  # of one message
+MAX_EDITS = 16
+MAX_TOKENS = 2**31 - 1
 
-_KINDS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
 _SHARED: Mapping[str, tuple[Any, ...]] = {
-    "thinking": ({"type": "disabled"},),
-    "output_format": (),
     "speed": ("standard",),
-    "context_management": (),
     "mcp_servers": ([],),
+    "billing_policy": (),
+    "compaction": (),
     "user_profile_id": (),
     "workspace_id": (),
 }
 
 
-def _blocks(value: object, *, kinds: tuple[str, ...]) -> object:
-    """A string is one text block. The error for an unknown kind names the supported ones."""
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    if not isinstance(value, list):
-        raise FieldError("invalid_type", "must be a string or a list of blocks")
-    if len(value) > MAX_BLOCKS:  # before any of them is validated
-        raise FieldError("array_above_max_length", f"may have at most {MAX_BLOCKS} blocks")
-    if any(not isinstance(block, dict) or block.get("type") not in kinds for block in value):
-        names = ", ".join(kinds)
-        raise FieldError("unsupported_content", f"only blocks of the type {names} are supported")
-    return value
+class _AnyThinking(WireModel):
+    unsupported = MappingProxyType({"block_binding": ({},)})
+
+    display: Literal["summarized", "omitted"] | None = Field(
+        None, description="Whether the answer has the reasoning: all of it, or none."
+    )
+
+    @property
+    def shown(self) -> bool:
+        """Whether the answer has the reasoning."""
+        return self.display != "omitted"
 
 
-class ContentBlock(WireModel):
-    """The fields that all blocks have."""
+class BoundedThinking(_AnyThinking):
+    """The model thinks before it answers, up to a limit."""
 
-    unsupported = MappingProxyType({
-        "citations": ([],), "caller": ({"type": "direct"},), "toolset_name": (),
-    })  # fmt: skip
-
-    cache_control: CacheControl = None
-
-
-class TextBlock(ContentBlock):
-    """A part of a message's text."""
-
-    type: Literal["text"] = Field(description="The kind of block.")
-    text: Text = Field(description="The text.")
-
-
-TextBlocks = Annotated[
-    list[TextBlock],
-    BeforeValidator(
-        partial(_blocks, kinds=("text",)), json_schema_input_type=str | list[TextBlock]
-    ),
-]
-
-
-class ToolUseBlock(ContentBlock):
-    """A tool call that the assistant made."""
-
-    type: Literal["tool_use"] = Field(description="The kind of block.")
-    id: Label = Field(description="The id that the result refers to.")
-    name: FunctionName = Field(description="The tool.")
-    input: dict[str, Any] = Field(description="The arguments.")
-
-    @field_validator("input")
-    @classmethod
-    def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
-        check_json(value)
-        return value
-
-
-class ThinkingBlock(ContentBlock):
-    """The assistant's reasoning."""
-
-    type: Literal["thinking"] = Field(description="The kind of block.")
-    thinking: Text = Field(description="The reasoning, for the chat template.")
-    signature: IgnoredText = None
-
-
-class RedactedThinkingBlock(ContentBlock):
-    """Reasoning that only the server that wrote it can read; it has no effect."""
-
-    type: Literal["redacted_thinking"] = Field(description="The kind of block.")
-    data: IgnoredText = None
-
-
-class ToolResultBlock(ContentBlock):
-    """The result of a tool call."""
-
-    type: Literal["tool_result"] = Field(description="The kind of block.")
-    tool_use_id: Label = Field(description="The id of the call.")
-    content: TextBlocks = Field([], description="The result: a text, or text blocks.")
-    is_error: bool | None = Field(
-        None, description="Whether the call failed. The model reads the content only."
+    type: Literal["enabled"] = Field(description="Reasoning with a limit.")
+    budget_tokens: int = Field(
+        ge=1, le=MAX_TOKENS, description="The most tokens of reasoning; there it is ended."
     )
 
 
-TurnBlock = Annotated[
-    TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock,
-    Field(discriminator="type"),
-]
-_NOT_ALLOWED: Mapping[str, tuple[type[ContentBlock], ...]] = {
-    "user": (ToolUseBlock, ThinkingBlock, RedactedThinkingBlock),
-    "assistant": (ToolResultBlock,),
-}
+class FreeThinking(_AnyThinking):
+    """Whether the model thinks before it answers, without a limit."""
 
-
-class Turn(MessageModel):
-    """One message of the chat so far."""
-
-    role: Literal["user", "assistant"] = Field(description="The author of the message.")
-    content: Annotated[
-        list[TurnBlock],
-        BeforeValidator(
-            partial(_blocks, kinds=_KINDS), json_schema_input_type=str | list[TurnBlock]
-        ),
-    ] = Field(description="The text, or a list of blocks. The assistant's may be null.")
-
-    @field_validator("content")
-    @classmethod
-    def _fits_the_role(cls, value: list[TurnBlock], info: ValidationInfo) -> list[TurnBlock]:
-        not_allowed = _NOT_ALLOWED.get(info.data.get("role", ""), ())
-        if any(isinstance(block, not_allowed) for block in value):
-            raise FieldError(
-                "invalid_value",
-                "may contain tool_use and thinking only for the assistant, "
-                "tool_result only for the user",
-            )
-        return value
-
-
-class MessageTool(WireModel):
-    """A tool that the model may call."""
-
-    unsupported = MappingProxyType({
-        "allowed_callers": (["direct"],), "defer_loading": (False,), "input_examples": ([],),
-        "eager_input_streaming": (False, True),
-    })  # fmt: skip
-
-    type: Literal["custom"] | None = Field(None, description="Only the client's own tools.")
-    name: FunctionName = Field(description="The name that the model calls it by.")
-    description: Text | None = Field(
-        None, description="For the model: what the tool does, and when to call it."
+    type: Literal["adaptive", "disabled"] = Field(
+        description="disabled: the answer has no reasoning, and a chat template that can switch it "
+        "off does so."
     )
-    input_schema: Parameters = Field(description="The JSON schema of its input, an object.")
-    strict: bool | None = Field(
-        None, description="Reject a schema that cannot be enforced exactly. Default false."
+
+    @property
+    def shown(self) -> bool:
+        """Whether the answer has the reasoning."""
+        return super().shown and self.type != "disabled"
+
+
+Thinking = Annotated[BoundedThinking | FreeThinking, Field(discriminator="type")]
+
+
+class KeptThinking(StrictModel):
+    """The messages whose reasoning is kept."""
+
+    type: Literal["all", "thinking_turns"] = Field(description="All, or the last ones.")
+    value: int | None = Field(
+        None, ge=1, le=MAX_MESSAGES, description="How many of the last ones. Default 1."
     )
-    cache_control: CacheControl = None
 
 
-class MessageToolChoice(StrictModel):
-    """Whether the model calls tools, and which."""
+class ClearThinking(StrictModel):
+    """Removes the reasoning of earlier messages from the prompt."""
 
-    type: Literal["auto", "any", "tool", "none"] = Field(
-        description="auto: the model decides; any: at least one call; tool: the named one; none."
+    type: Literal["clear_thinking_20251015"] = Field(description="The kind of edit.")
+    keep: Literal["all"] | KeptThinking | None = Field(
+        None, description="What is kept. Default: the reasoning of the last message that has some."
     )
-    name: FunctionName | None = Field(
-        None, validate_default=True, description="The tool, with the type tool."
-    )
-    disable_parallel_tool_use: bool | None = Field(None, description="At most one call.")
 
-    @field_validator("name")
-    @classmethod
-    def _only_with_the_type_tool(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if (info.data.get("type") == "tool") != (value is not None):
-            raise FieldError("invalid_value", "must be given with the type tool, and only then")
-        return value
+    @property
+    def kept(self) -> int | None:
+        """The number of messages whose reasoning is kept; None: all."""
+        if self.keep == "all":
+            return None
+        if self.keep is None:
+            return 1
+        return None if self.keep.type == "all" else self.keep.value or 1
+
+
+class OtherEdit(BaseModel):
+    """An edit that this server does not make: a chat fits its context, or is refused."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    type: Literal["clear_tool_uses_20250919", "compact_20260112"] = Field(
+        description="The kind of edit."
+    )
+
+
+class ContextManagement(StrictModel):
+    """How the chat is shortened before the model reads it."""
+
+    edits: list[Annotated[ClearThinking | OtherEdit, Field(discriminator="type")]] = Field(
+        [], max_length=MAX_EDITS, description="The edits. Only clear_thinking has an effect."
+    )
 
 
 class OutputFormat(StrictModel):
@@ -217,10 +137,13 @@ class OutputFormat(StrictModel):
 class OutputConfig(WireModel):
     """Requirements on the answer."""
 
-    unsupported = MappingProxyType({"effort": ()})
+    unsupported = MappingProxyType({"task_budget": ()})
 
     format: OutputFormat | None = Field(
         None, description="The format of the text. Default: any text."
+    )
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="How much the model thinks, if its chat template has such a setting."
     )
 
 
@@ -244,7 +167,24 @@ class CountBody(WireModel):
         None, description="Whether the model calls tools, and which. Default: auto."
     )
     output_config: OutputConfig | None = Field(None, description="Requirements on the answer.")
+    output_format: OutputFormat | None = Field(
+        None, description="The older name of output_config.format."
+    )
+    thinking: Thinking | None = Field(
+        None, description="Whether the model thinks. Default: as its chat template does."
+    )
+    context_management: ContextManagement | None = Field(
+        None, description="How the chat is shortened before the model reads it."
+    )
     cache_control: CacheControl = None
+
+    @field_validator("output_format")
+    @classmethod
+    def _given_once(cls, value: OutputFormat | None, info: ValidationInfo) -> OutputFormat | None:
+        config = info.data.get("output_config")
+        if value is not None and config is not None and config.format is not None:
+            raise FieldError("invalid_value", "cannot be combined with output_config.format")
+        return value
 
 
 class MessageMetadata(WireModel):
@@ -257,11 +197,15 @@ class MessageBody(CountBody):
     """The body of POST /v1/messages."""
 
     unsupported = MappingProxyType({
-        **_SHARED, "container": (), "diagnostics": (), "inference_geo": (),
-        "service_tier": ("auto", "standard_only"),
+        **_SHARED, "container": (), "inference_geo": (), "fallbacks": ([],), "thread": (),
+        "fallback_credit_token": (), "service_tier": ("auto", "standard_only"),
     })  # fmt: skip
 
-    max_tokens: int = Field(ge=1, description="Maximum number of output tokens.")
+    max_tokens: int = Field(
+        ge=1,
+        le=MAX_TOKENS,
+        description="Maximum number of output tokens, cut to the rest of the context.",
+    )
     temperature: UnitTemperature = Field(
         None, description="0 is greedy; 1 samples from the model's own distribution. Default 1."
     )
@@ -279,6 +223,9 @@ class MessageBody(CountBody):
     )
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     metadata: MessageMetadata | None = Field(None, description="Data about the call.")
+    diagnostics: dict[str, Any] | None = Field(
+        None, description="Accepted for compatibility; has no effect."
+    )
     seed: Seed = Field(
         None, description="The same seed gives the same answer. Default: a random one."
     )

@@ -10,7 +10,7 @@ token sequence: a record that does not continue the last one raises StreamDiverg
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.text.tokenizer import Tokenizer
 from service.api.generation.manifest import Manifest
@@ -128,11 +128,17 @@ class ChoiceReader:
             raise divergence()
         self.count, self.digest = record.end, digest
         self.num_chars += len(record.text)
+        if self._manifest.prompt_only:
+            return
         scored = self._score(record.ids, record.logprobs)
         new = Parts(text=record.text) if self._parts is None else self._parts.read(record)
         yield Delta(new.text, record.ids, scored, new.calls, new.reasoning)
 
     def _finish(self, end: End) -> Finish:
+        if self._manifest.prompt_only:
+            if end.reason is FinishReason.STOP:  # by the token that is not shown
+                end = replace(end, reason=FinishReason.LENGTH, stopped_by=None)
+            return Finish(end)
         if self._parts is None:
             return Finish(end)
         rest = self._parts.finish()
@@ -141,23 +147,24 @@ class ChoiceReader:
     def _start(self, record: Record) -> Start:
         manifest = self._manifest
         if manifest.logprobs is not None or manifest.width > manifest.keep:
-            self._offsets = TextOffsets(self._tokenizer)
+            skip = manifest.skip_special_tokens
+            self._offsets = TextOffsets(self._tokenizer, skip_special=skip)
         known = record.prompt_logprobs if isinstance(record, Tokens) else ()
         scored: tuple[ScoredToken, ...] = ()
         text = ""
         if manifest.echo:
             text = self._prompt.text or ""
-            scored = self._score(self._prompt.ids, _cut(known, manifest.logprobs))
+            scored = self._score(self._prompt.ids, _cut(known, manifest.logprobs), text=text)
             if self._offsets is not None:
                 self._offsets.restart(len(text))
         return Start(text, self._prompt.ids, scored, _cut(known, manifest.prompt_logprobs))
 
     def _score(
-        self, ids: tuple[int, ...], logprobs: tuple[TokenLogprob | None, ...]
+        self, ids: tuple[int, ...], logprobs: tuple[TokenLogprob | None, ...], *, text: str = ""
     ) -> tuple[ScoredToken, ...]:
         if self._offsets is None:
             return ()
-        return tuple(map(ScoredToken, ids, logprobs, self._offsets.of(ids)))
+        return tuple(map(ScoredToken, ids, logprobs, self._offsets.of(ids, text=text)))
 
 
 def _cut(

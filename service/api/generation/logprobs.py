@@ -4,7 +4,7 @@ responses, and vLLM's form for prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from model.text.tokenizer import Tokenizer
@@ -14,35 +14,50 @@ from service.messages import TokenLogprob
 LOWEST = -9999.0  # stands for minus infinity, which JSON cannot write
 
 
-def completion_logprobs(scored: Sequence[ScoredToken], tokenizer: Tokenizer) -> dict[str, Any]:
+def completion_logprobs(
+    scored: Sequence[ScoredToken], tokenizer: Tokenizer, *, as_ids: bool = False
+) -> dict[str, Any]:
     """`tokens`, `token_logprobs`, `top_logprobs`, `text_offset`: one item per token in each."""
-    text = tokenizer.token_text
+    name = _names(tokenizer, as_ids=as_ids)
     return {
-        "tokens": [text(item.token) for item in scored],
+        "tokens": [name(item.token) for item in scored],
         "token_logprobs": [item.logprob and _finite(item.logprob.logprob) for item in scored],
-        "top_logprobs": [_by_text(item.token, item.logprob, tokenizer) for item in scored],
+        "top_logprobs": [_by_name(item.token, item.logprob, name) for item in scored],
         "text_offset": [item.offset for item in scored],
     }
 
 
-def _by_text(
-    token: int, logprob: TokenLogprob | None, tokenizer: Tokenizer
+def _names(tokenizer: Tokenizer, *, as_ids: bool) -> Callable[[int], str]:
+    """How a token is shown: by its text, or as vLLM writes its id."""
+    return "token_id:{}".format if as_ids else tokenizer.token_text
+
+
+def _by_name(
+    token: int, logprob: TokenLogprob | None, name: Callable[[int], str]
 ) -> dict[str, float] | None:
-    """The top tokens by their text, and the sampled one if it is not among them."""
+    """The top tokens by their names, and the sampled one if it is not among them."""
     if logprob is None:
         return None
     # Of several tokens with the same text the most probable one, which comes first, is kept.
-    pairs = {tokenizer.token_text(other): _finite(value) for other, value in logprob.top[::-1]}
-    return {tokenizer.token_text(token): _finite(logprob.logprob)} | pairs
+    pairs = {name(other): _finite(value) for other, value in logprob.top[::-1]}
+    return {name(token): _finite(logprob.logprob)} | pairs
 
 
-def chat_logprobs(scored: Sequence[ScoredToken], tokenizer: Tokenizer) -> dict[str, Any]:
+def chat_logprobs(
+    scored: Sequence[ScoredToken], tokenizer: Tokenizer, *, as_ids: bool = False
+) -> dict[str, Any]:
     """`content`: one object per token."""
+    name = _names(tokenizer, as_ids=as_ids)
+
+    def entry_of(token: int, logprob: float) -> dict[str, Any]:
+        token_bytes = list(tokenizer.token_bytes[token])
+        return {"token": name(token), "logprob": _finite(logprob), "bytes": token_bytes}
+
     content = []
     for item in scored:
         if item.logprob is not None:  # answers have one for each token
-            entry = _chat_entry(item.token, item.logprob.logprob, tokenizer)
-            top = [_chat_entry(token, value, tokenizer) for token, value in item.logprob.top]
+            entry = entry_of(item.token, item.logprob.logprob)
+            top = [entry_of(token, value) for token, value in item.logprob.top]
             content.append(entry | {"top_logprobs": top})
     return {"content": content, "refusal": None}
 
@@ -72,14 +87,6 @@ def _by_id(token: int, logprob: TokenLogprob, tokenizer: Tokenizer) -> dict[str,
             "decoded_token": tokenizer.token_text(other),
         }
         for other, value in scores.items()
-    }
-
-
-def _chat_entry(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "token": tokenizer.token_text(token),
-        "logprob": _finite(logprob),
-        "bytes": list(tokenizer.token_bytes[token]),
     }
 
 

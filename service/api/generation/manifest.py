@@ -47,6 +47,15 @@ class ReasoningNote:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolNote:
+    """What the parser of calls must know of a tool."""
+
+    name: str
+    custom: bool = False  # takes a text
+    types: tuple[tuple[str, tuple[str, ...]], ...] = ()  # parameter, and its JSON types
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """How an answer is rendered. Request i is choice `i % width` of prompt `i // width`."""
 
@@ -60,7 +69,10 @@ class Manifest:
     stream: bool = False
     logprobs: int | None = None  # as requested: None, or how many top log probabilities
     prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    tokens_as_ids: bool = False  # log probabilities name tokens by their ids
     echo: bool = False
+    prompt_only: bool = False  # the one token that was generated is not part of the answer
+    skip_special_tokens: bool = True  # whether special tokens have no text
     return_token_ids: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -68,7 +80,9 @@ class Manifest:
     obfuscation: bool = False  # pad the chunks of the stream
     service_tier: str | None = None  # that was used, if one was requested
     notation: str | None = None  # the tool-call format; None: no tools
+    tools: tuple[ToolNote, ...] = ()  # custom ones, and those with types
     reasoning: ReasoningNote | None = None  # None: all text is content
+    sealed_reasoning: bool = False  # the answer also has the reasoning as text to be sent back
     grace: float | None = 0.0  # seconds without readers until it is cancelled; None: never
     given_back: dict[str, Any] = field(default_factory=dict)  # `Generation.echoed`
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from model.text.tokenizer import Tokenizer
 from service.api.generation.manifest import Manifest
 from service.api.tools.formats import TOOL_FORMATS
-from service.api.tools.parser import CallDelta, ToolCallParser
+from service.api.tools.parser import CallDelta, KnownTools, ToolCallParser
 from service.messages import Tokens
 from service.thinking import THINKING_FORMATS, Splitter, TokenScan, symbol
 
@@ -30,8 +30,9 @@ class Parts:
 class TextOffsets:
     """Text offsets of tokens: the number of characters that the bytes before each complete."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._bytes = tokenizer.token_bytes if skip_special else tokenizer.visible_bytes
         self.restart(0)
 
     def restart(self, offset: int) -> None:
@@ -39,13 +40,15 @@ class TextOffsets:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._offset = offset
 
-    def of(self, ids: Iterable[int]) -> list[int]:
-        """The offsets of the next tokens."""
+    def of(self, ids: Iterable[int], *, text: str = "") -> list[int]:
+        """The offsets of the next tokens. `text`, if it is known, may spell special tokens."""
         offsets = []
         for token in ids:
             offsets.append(self._offset)
-            if not self._tokenizer.is_special(token):
-                self._offset += len(self._decoder.decode(self._tokenizer.token_bytes[token]))
+            if self._bytes[token]:
+                self._offset += len(self._decoder.decode(self._bytes[token]))
+            elif text.startswith(name := self._tokenizer.token_text(token), self._offset):
+                self._offset += len(name)
         return offsets
 
 
@@ -57,7 +60,11 @@ class AnswerParts:
         self._parser: ToolCallParser | None = None
         if manifest.notation is not None:
             tool_format = TOOL_FORMATS[manifest.notation]
-            self._parser = ToolCallParser(tool_format, request_id=request_id)
+            tools = KnownTools(
+                custom=frozenset(tool.name for tool in manifest.tools if tool.custom),
+                types={tool.name: dict(tool.types) for tool in manifest.tools},
+            )
+            self._parser = ToolCallParser(tool_format, request_id=request_id, tools=tools)
             markers |= tool_format.marker_ids(tokenizer)
         if note is not None:
             tags = THINKING_FORMATS[note.format]

@@ -1,18 +1,21 @@
 """Prompts: from texts and chats to token ids. Long texts are tokenised in a pool of threads, where
 tenants take turns; texts that cannot fit the context are rejected by their size.
 
-A text that looks like a special token is not one: only the chat template writes special tokens.
+The text of a message that looks like a special token is not one: only the chat template writes
+special tokens. In a raw prompt it is one, unless the client says otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from model.text.chat_template import ChatTemplateError, ChatTemplateLimitError
 from model.text.disguise import strings_of
+from model.text.template_calls import CallRendering
 from model.text.template_renderer import TemplateUnavailableError
 from service.api.context import ApiContext
 from service.api.fields import FieldNames
@@ -25,6 +28,7 @@ from service.fair_pool import FairPool
 
 T = TypeVar("T")
 
+_INSTRUCTIONS = ("system", "developer")
 TEXT_COST = 32
 """The cost of one more text in a template, in characters to tokenise."""
 
@@ -41,9 +45,13 @@ async def prompt_tokens(
     generation: Generation, context: ApiContext, *, tenant: str
 ) -> list[PromptTokens]:
     """The prompts of a request as token ids. Raises BadRequest or Unavailable."""
-    prompt = generation.prompt
+    prompt, keep = generation.prompt, _kept_tokens(generation, context)
     if isinstance(prompt, Chat):
-        return [await render_chat(prompt, context, tenant=tenant, names=generation.names)]
+        render = partial(render_chat, context=context, tenant=tenant, names=generation.names)
+        if prompt.truncate:
+            room = context.card.max_model_len - (generation.max_tokens or 1)
+            return [await _render_newest(prompt, render, most=room)]
+        return [_cut(await render(prompt, any_size=bool(keep)), keep)]
     most = context.limits.max_prompts
     if len(prompt.prompts) > most:
         raise BadRequest(
@@ -52,24 +60,89 @@ async def prompt_tokens(
             param=generation.names.prompt,
         )
     texts = [text for text in prompt.prompts if isinstance(text, str)]
-    for each in prompt.prompts:  # before any of them is tokenised
-        _check_prompt(each, context)
+    for each in prompt.prompts if keep is None else ():  # before any of them is tokenised
+        _check_prompt(each, context, parse_special=prompt.parse_special)
     total = sum(map(len, texts))
-    return [
-        PromptTokens(
-            ids=await _text_ids(each, context, tenant=tenant, add_bos=prompt.add_bos, total=total),
-            text=each,
-        )
-        if isinstance(each, str)
-        else PromptTokens(ids=each)
-        for each in prompt.prompts
-    ]
+    found = []
+    for each in prompt.prompts:
+        if isinstance(each, str):
+            encode = partial(
+                context.tokenizer.encode,
+                each,
+                add_bos=prompt.add_bos,
+                parse_special=prompt.parse_special,
+            )
+            ids = await _text_ids(encode, context, tenant=tenant, total=total)
+            found.append(_cut(PromptTokens(ids=ids, text=each), keep))
+        else:
+            if keep is not None:
+                check_token_ids(each, context, param="prompt")
+            found.append(_cut(PromptTokens(ids=each), keep))
+    return found
+
+
+def _kept_tokens(generation: Generation, context: ApiContext) -> int | None:
+    """How many of a prompt's last tokens are kept; None: all."""
+    keep = generation.truncate_prompt
+    if keep != -1:
+        return keep
+    limit = generation.max_tokens or generation.default_max_tokens or 1
+    return max(1, context.card.max_model_len - limit)
+
+
+def _cut(prompt: PromptTokens, keep: int | None) -> PromptTokens:
+    if keep is None or len(prompt.ids) <= keep:
+        return prompt
+    return PromptTokens(ids=prompt.ids[-keep:])
+
+
+async def _render_newest(
+    chat: Chat, render: Callable[[Chat], Awaitable[PromptTokens]], *, most: int
+) -> PromptTokens:
+    """The prompt without as many of the oldest turns as it takes to have at most `most` tokens.
+
+    The instructions at the beginning and the last turn stay. A turn begins with a user message, so
+    no tool result loses its call.
+    """
+    roles = [message.role for message in chat.messages]
+    head = next((i for i, role in enumerate(roles) if role not in _INSTRUCTIONS), len(roles))
+    starts = [head, *(i for i, role in enumerate(roles) if role == "user" and i > head)]
+
+    def newest(first: int) -> Chat:
+        return replace(chat, messages=(*chat.messages[:head], *chat.messages[first:]))
+
+    async def fitting(first: int) -> PromptTokens | None:
+        try:
+            prompt = await render(newest(first))
+        except BadRequest as error:
+            if error.code == "context_length_exceeded":
+                return None
+            raise
+        return prompt if len(prompt.ids) <= most else None
+
+    found = await fitting(head)
+    low, high = (1, len(starts)) if found is None else (0, 0)
+    while low < high:  # prompts before turn `low` are too long; `found` is that from turn `high` on
+        middle = (low + high) // 2
+        prompt = await fitting(starts[middle])
+        if prompt is None:
+            low = middle + 1
+        else:
+            high, found = middle, prompt
+    return found or await render(newest(starts[-1]))
 
 
 async def render_chat(
-    chat: Chat, context: ApiContext, *, tenant: str, names: FieldNames
+    chat: Chat,
+    context: ApiContext,
+    *,
+    tenant: str,
+    names: FieldNames,
+    any_size: bool = False,
 ) -> PromptTokens:
-    """The prompt that the model's chat template makes of the messages and the tools."""
+    """The prompt that the model's chat template makes of the messages and the tools. With
+    `any_size` it may exceed the context length.
+    """
     param = names.prompt
     if context.tokenizer.chat_template is None:
         raise BadRequest(
@@ -77,9 +150,12 @@ async def render_chat(
             code="chat_not_supported",
             param=param,
         )
-    tool_format = TOOL_FORMATS[tool_format_name(context.tokenizer)]
     functions = () if chat.tools is None else chat.tools.functions
-    messages, variables = template_input(chat.messages, functions, tool_format)
+    rendering = CallRendering()
+    if functions or any(message.tool_calls or message.tool_call_id for message in chat.messages):
+        rendering = await call_rendering(context, tenant=tenant, param=param)
+    tool_format = TOOL_FORMATS[tool_format_name(rendering)]
+    messages, variables = template_input(chat.messages, functions, tool_format, rendering)
     continued = chat.continue_final_message
     generation_prompt = chat.add_generation_prompt
     if generation_prompt is None:
@@ -90,7 +166,8 @@ async def render_chat(
             param="continue_final_message",
         )
     texts = list(strings_of([messages, variables]))
-    check_size(texts, context, param=param)
+    if not any_size:
+        check_size(texts, context, param=param)
     render = partial(
         context.tokenizer.apply_chat_template,
         messages,
@@ -102,8 +179,28 @@ async def render_chat(
     length = sum(map(len, texts)) + TEXT_COST * len(texts)
     if not context.tokenizer.renders_in_process:  # waits for a process: never on the event loop
         length = max(length, context.limits.inline_text_chars + 1)
-    try:
+    with _template_errors(param):
         ids = await run_in_pool(context.pools.templates, tenant, render, length, context.limits)
+    check_token_ids(ids, context, param=param)
+    return PromptTokens(ids=tuple(ids))
+
+
+async def call_rendering(context: ApiContext, *, tenant: str, param: str) -> CallRendering:
+    """What the chat template writes for tools and calls. Raises BadRequest or Unavailable."""
+    tokenizer, limits = context.tokenizer, context.limits
+    known = "call_rendering" in vars(tokenizer) or tokenizer.renders_in_process
+    length = 0 if known else limits.inline_text_chars + 1  # never on the event loop
+    with _template_errors(param):
+        return await run_in_pool(
+            context.pools.templates, tenant, lambda: tokenizer.call_rendering, length, limits
+        )
+
+
+@contextmanager
+def _template_errors(param: str) -> Iterator[None]:
+    """Errors of the chat template as errors of the request."""
+    try:
+        yield
     except ChatTemplateLimitError as error:
         raise BadRequest(str(error), code="chat_template_limit", param=param) from None
     except TemplateUnavailableError as error:
@@ -114,39 +211,47 @@ async def render_chat(
             code="chat_template_error",
             param=param,
         ) from None
-    check_token_ids(ids, context, param=param)
-    return PromptTokens(ids=tuple(ids))
 
 
-def _check_prompt(prompt: str | Sequence[int], context: ApiContext) -> None:
+def _check_prompt(prompt: str | Sequence[int], context: ApiContext, *, parse_special: bool) -> None:
     if isinstance(prompt, str):
-        check_size([prompt], context, param="prompt")
+        check_size([prompt], context, param="prompt", parse_special=parse_special)
     elif len(prompt) < context.card.max_model_len:  # longer ones are rejected later
         check_token_ids(prompt, context, param="prompt")
 
 
 async def encode(
-    text: str, context: ApiContext, *, tenant: str, add_bos: bool, param: str = "prompt"
+    text: str,
+    context: ApiContext,
+    *,
+    tenant: str,
+    add_bos: bool,
+    parse_special: bool = False,
+    param: str = "prompt",
 ) -> tuple[int, ...]:
     """Token ids of a text. Raises BadRequest if it cannot fit the model's context."""
-    check_size([text], context, param=param)
-    return await _text_ids(text, context, tenant=tenant, add_bos=add_bos, total=len(text))
+    check_size([text], context, param=param, parse_special=parse_special)
+    work = partial(context.tokenizer.encode, text, add_bos=add_bos, parse_special=parse_special)
+    return await _text_ids(work, context, tenant=tenant, total=len(text))
 
 
 async def _text_ids(
-    text: str, context: ApiContext, *, tenant: str, add_bos: bool, total: int
+    work: Callable[[], list[int]], context: ApiContext, *, tenant: str, total: int
 ) -> tuple[int, ...]:
-    """`total` is the length of all texts of the call, in characters."""
-    work = partial(context.tokenizer.encode, text, add_bos=add_bos)
+    """The ids of a text that `work` encodes. `total` is the length of all texts of the call, in
+    characters.
+    """
     ids = await run_in_pool(context.pools.tokens, tenant, work, total, context.limits)
     check_token_ids(ids, context, param="prompt")  # a vocabulary may exceed the embedding
     return tuple(ids)
 
 
-def check_size(texts: Iterable[str], context: ApiContext, *, param: str) -> None:
+def check_size(
+    texts: Iterable[str], context: ApiContext, *, param: str, parse_special: bool = False
+) -> None:
     """Raises BadRequest for texts whose size alone exceeds the context length."""
     longest = context.card.max_model_len
-    if context.tokenizer.fewest_tokens(texts) > longest:
+    if context.tokenizer.fewest_tokens(texts, parse_special=parse_special) > longest:
         raise BadRequest(
             f"{param} must leave room for a token: the context length is {longest} tokens",
             code="context_length_exceeded",

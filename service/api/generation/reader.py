@@ -107,7 +107,7 @@ class AnswerReader:
             cached += min(end.cached_tokens if end is not None else 0 for end in ends)
         return Usage(
             prompt_tokens=self.manifest.prompt_tokens,
-            completion_tokens=self.completion_tokens,
+            completion_tokens=0 if self.manifest.prompt_only else self.completion_tokens,
             cached_tokens=cached,
             reasoning_tokens=sum(choice.reasoning_tokens for choice in self.choices),
         )

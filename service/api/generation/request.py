@@ -35,6 +35,7 @@ class Prompts:
 
     prompts: tuple[str | tuple[int, ...], ...]
     add_bos: bool = True  # to texts
+    parse_special: bool = True  # texts of special tokens are special tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,7 @@ class Chat:
     continue_final_message: bool = False
     thinking: bool | None = None  # if the template can switch it; None: its default
     effort: Effort | None = None  # of thinking, if the template has grades
+    truncate: bool = False  # drop the oldest turns if the prompt is too long
     template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -60,12 +62,13 @@ class Generation:
     names: FieldNames  # for error messages
 
     # --- limits and stop rules ------------------------------------------------------------
-    max_tokens: int | None = None  # None: `default_max_tokens`
+    max_tokens: int | None = None  # None: `default_max_tokens`; 0: the prompt is the answer
     default_max_tokens: int | None = None  # cut to the rest of the context; None: all of it
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    truncate_prompt: int | None = None  # its last tokens are kept; -1: those that fit
     thinking_budget: int | None = None  # tokens of reasoning, after which it is ended
 
     # --- choices and what is returned of them -----------------------------------------------
@@ -73,6 +76,7 @@ class Generation:
     best_of: int | None = None  # choices generated per prompt; None: n
     logprobs: int | None = None  # top log probabilities per token; None: no log probabilities
     prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    tokens_as_ids: bool = False  # log probabilities name tokens by their ids
     echo: bool = False  # the answer begins with the prompt
     return_token_ids: bool = False
     output: OutputFormat | None = None  # of what follows the reasoning; None: any text
@@ -92,6 +96,11 @@ class Generation:
     """Request fields that the answer repeats. Not empty: the answer is an object with a status,
     which clients can retrieve unless `store` is false; `background` must be given, too.
     """
+    warnings: tuple[str, ...] = ()  # known parts of the body that have no effect here, in ASCII
+
+    sealed_reasoning: bool = False  # the answer also has it as text to be sent back
+    stored_input: str | None = None
+    """Kept with the answer for `ApiLimits.keep_responses`; None: nothing, for the resume window."""
 
     @property
     def tools(self) -> ToolUse | None:

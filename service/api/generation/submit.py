@@ -31,6 +31,9 @@ from service.messages import Submission
 from service.queues.admission import admission_cost, stored_bytes
 from service.queues.contract import QueueLimits, SubmitReply, SubmitStatus
 
+WARNING_HEADER = "x-quire-warning"
+"""Names the known parts of a request that have no effect on this server."""
+
 
 def check_model(name: str | None, context: ApiContext) -> None:
     """Raises NotFound for a model that is not served here."""
@@ -154,7 +157,17 @@ async def answer(
     tenant: Tenant,
 ) -> Response:
     """The answer as a stream or a body. Raises every 4xx and 503 before anything is sent."""
-    generation = dialect.parse(body)
+    return await answer_generation(dialect, dialect.parse(body), request, context, tenant)
+
+
+async def answer_generation(
+    dialect: Dialect[Body],
+    generation: Generation,
+    request: JsonRequest,
+    context: ApiContext,
+    tenant: Tenant,
+) -> Response:
+    """As `answer`, for a body that was parsed before."""
     ensure_accepting(generation, context)
     call = read_call(request, tenant, context.limits)
     prompts = await prompt_tokens(generation, context, tenant=tenant.name)
@@ -163,8 +176,17 @@ async def answer(
         generation, prompts, context, endpoint=dialect.name, call=call, grammar=grammar
     )
     reader = await submit(submission, request, context, call)
+    response = await _response(dialect, reader, request, event_ids=call.event_ids)
+    if generation.warnings:
+        response.headers[WARNING_HEADER] = ", ".join(generation.warnings)
+    return response
+
+
+async def _response(
+    dialect: Dialect[Body], reader: AnswerReader, request: Request, *, event_ids: bool
+) -> Response:
     if reader.manifest.stream:
-        return EventStream(reader, dialect.stream(reader, event_ids=call.event_ids))
+        return EventStream(reader, dialect.stream(reader, event_ids=event_ids))
     if reader.manifest.background:
         return _json(dialect.collect(reader, await reader.collect_now()))
     return await _collected(dialect, reader, request)

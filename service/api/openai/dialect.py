@@ -45,6 +45,12 @@ class Completions(OpenAIDialect):
 
     def parse(self, body: CompletionBody) -> Generation:
         """Raises BadRequest."""
+        if body.max_tokens == 0 and not body.echo:
+            raise BadRequest(
+                "max_tokens must be at least 1, or 0 with echo to score the prompt",
+                code="integer_below_min_value",
+                param="max_tokens",
+            )
         common = _generation(body, _prompts(body), self.names, output=_output(body, self.names))
         return replace(
             common,
@@ -67,7 +73,7 @@ class ChatCompletions(OpenAIDialect):
         """Raises BadRequest."""
         names = self.names
         tools = tool_use(
-            [tool.function.definition() for tool in body.tools or ()],
+            [tool.definition() for tool in body.tools or ()],
             choice=body.tool_choice,
             parallel=body.parallel_tool_calls is not False,
             names=names,
@@ -104,6 +110,7 @@ def _prompts(body: CompletionBody) -> Prompts:
     return Prompts(
         prompts=tuple(each if isinstance(each, str) else tuple(each) for each in prompts),
         add_bos=body.add_special_tokens is not False,
+        parse_special=body.parse_special is not False,
     )
 
 
@@ -143,6 +150,8 @@ def _generation(
         n=body.n or 1,
         prompt_logprobs=body.prompt_logprobs,
         return_token_ids=body.return_token_ids or False,
+        tokens_as_ids=body.return_tokens_as_token_ids or False,
+        truncate_prompt=body.truncate_prompt_tokens,
         output=output,
         stream=body.stream or False,
         include_usage=options is not None and options.include_usage is True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from service.api.answers import (
     AnswerModel,
@@ -15,7 +15,7 @@ from service.api.answers import (
     ModelId,
     NumericClass,
 )
-from service.api.fields import Label, NoEffect, OutputLimit, Prompt, ServiceTier
+from service.api.fields import FieldError, Label, NoEffect, OutputLimit, Prompt, ServiceTier
 from service.api.structured.schema import ResponseFormat, StructuredOutputs
 from service.api.tools.schema import ChatToolChoice, Tools
 from service.api.wire import (
@@ -25,6 +25,8 @@ from service.api.wire import (
     TemplateOptions,
     WireModel,
 )
+
+MAX_INT = 2**31 - 1
 
 
 class StreamOptions(WireModel):
@@ -43,20 +45,31 @@ class StreamOptions(WireModel):
     )
 
 
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise FieldError("integer_below_min_value", "must be at least 1, or -1")
+    return value
+
+
 class GenerationBody(SamplingBody):
     """The fields that completions and chat completions share."""
 
     n: int | None = Field(None, ge=1, description="Choices per prompt. Default 1.")
-    max_tokens: OutputLimit | None = Field(
-        None,
-        description="Maximum number of output tokens. Default: 16 for completions, the rest of the "
-        "context for chat.",
-    )
     stream_options: StreamOptions | None = Field(
         None, description="Options of the stream; needs stream."
     )
     return_token_ids: bool | None = Field(
         None, description="Also return the token ids of prompt and output."
+    )
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="In log probabilities, name each token token_id:<id>, not by its text."
+    )
+    truncate_prompt_tokens: (
+        Annotated[int, Field(ge=-1, le=MAX_INT), AfterValidator(_not_zero)] | None
+    ) = Field(
+        None,
+        description="Keep only this many of the prompt's last tokens; -1: as many as fit beside "
+        "max_tokens.",
     )
     response_format: ResponseFormat | None = Field(
         None, description="The format of the output: text, a JSON object, or JSON of a schema."
@@ -78,6 +91,11 @@ class CompletionBody(GenerationBody):
     prompt: Prompt = Field(
         description="Text, token ids, or a list of texts or of lists of token ids."
     )
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Maximum number of output tokens; 0 with echo: the prompt is the answer. "
+        "Default 16.",
+    )
     best_of: int | None = Field(
         None,
         ge=1,
@@ -93,6 +111,11 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool | None = Field(
         None, description="Prepend the model's begin token to a text prompt. Default true."
     )
+    parse_special: bool | None = Field(
+        None,
+        description="Read special tokens that a text prompt spells as such. Default true. The "
+        "content of messages is always text.",
+    )
 
 
 class ChatBody(GenerationBody, TemplateOptions):
@@ -101,13 +124,18 @@ class ChatBody(GenerationBody, TemplateOptions):
     messages: list[Message] = Field(
         min_length=1, max_length=MAX_MESSAGES, description="The messages so far."
     )
+    max_tokens: OutputLimit | None = Field(
+        None,
+        description="Maximum number of output tokens. Default: the rest of the context.",
+    )
     max_completion_tokens: OutputLimit | None = Field(
         None, description="The newer name of max_tokens. If both are given, they must agree."
     )
-    tools: Tools = Field(None, description="Functions that the model may call.")
+    tools: Tools = Field(None, description="Functions and custom tools that the model may call.")
     tool_choice: ChatToolChoice = Field(
         None,
-        description="none, auto, required, or the one function to call. Default: auto with tools.",
+        description="none, auto, required, the one tool to call (once), or allowed_tools with a "
+        "mode and the tools that may be called. Default: auto with tools.",
     )
     parallel_tool_calls: bool | None = Field(
         None, description="Whether one answer may contain several calls. Default true."

@@ -141,7 +141,8 @@ class ChunkRenderer:
         logprobs = b"null"
         if scored:
             shape = chat_logprobs if self._chat else completion_logprobs
-            logprobs = orjson.dumps(shape(scored, self._reader.context.tokenizer))
+            tokenizer, as_ids = self._reader.context.tokenizer, self._reader.manifest.tokens_as_ids
+            logprobs = orjson.dumps(shape(scored, tokenizer, as_ids=as_ids))
         chunk = b"".join((
             self._start_of(choice), text, b',"logprobs":', logprobs, b',"finish_reason":null', rest,
             b"}]", more,
@@ -168,8 +169,9 @@ class ChunkRenderer:
 
 def _call_chunk(delta: CallDelta) -> dict[str, Any]:
     """The new part of a tool call."""
-    function = {"arguments": delta.arguments}
+    kind, field = ("custom", "input") if delta.custom else ("function", "arguments")
+    content = {field: delta.arguments}
     if delta.id is None:
-        return {"index": delta.index, "function": function}
-    function = {"name": delta.name or ""} | function
-    return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
+        return {"index": delta.index, kind: content}
+    named = {"name": delta.name or ""} | content
+    return {"index": delta.index, "id": delta.id, "type": kind, kind: named}

@@ -45,10 +45,13 @@ class TokenizeBody(TemplateOptions):
     add_special_tokens: bool | None = Field(
         None, description="Prepend the model's begin token to the prompt. Default true."
     )
+    parse_special: bool | None = Field(
+        None, description="Read special tokens that the prompt spells as such. Default true."
+    )
     return_token_strs: bool | None = Field(None, description="Also return each token's text.")
 
     def chat(self) -> Chat:
-        functions = tuple(tool.function.definition() for tool in self.tools or ())
+        functions = tuple(tool.definition() for tool in self.tools or ())
         return Chat(
             messages=tuple(message.chat_message() for message in self.messages or ()),
             tools=ToolUse(functions=functions, may_call=(), forced=False, parallel=True),
@@ -95,8 +98,13 @@ async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Resp
     if body.prompt is None:
         ids = (await render_chat(body.chat(), context, tenant=tenant.name, names=NAMES)).ids
     else:
-        add_bos = body.add_special_tokens is not False
-        ids = await encode(body.prompt, context, tenant=tenant.name, add_bos=add_bos)
+        ids = await encode(
+            body.prompt,
+            context,
+            tenant=tenant.name,
+            add_bos=body.add_special_tokens is not False,
+            parse_special=body.parse_special is not False,
+        )
     texts = None
     if body.return_token_strs:
         texts = await run_in_pool(
