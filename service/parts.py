@@ -26,7 +26,7 @@ from service.engine.plan import EngineConfig
 from service.errors import StartupError
 from service.http.exposure import extras_of, keyless_hosts
 from service.keys import KeyRing
-from service.messages import FEATURES, Event, ModelCard
+from service.messages import FEATURES, Event, ModelCard, model_feature
 from service.observability.fan_out import fan_out
 from service.observability.logs import log_call
 from service.observability.metrics import Metrics
@@ -112,6 +112,7 @@ def api_limits(settings: Settings) -> ApiLimits:
         keep_alive=settings.keep_alive,
         grace=settings.disconnect_grace,
         resume_window=settings.resume_window,
+        keep_responses=settings.keep_responses,
     )
     return replace(limits, sweep_interval=min(limits.sweep_interval, limits.sweep_pause / 2))
 
@@ -194,7 +195,7 @@ class EngineSide:
             blocks_free=latest.blocks_free if latest else self._loaded.runner.num_blocks,
             max_model_len=card.max_model_len,
             tokens_per_second=self._metrics.tokens_per_second(),
-            features=tuple(FEATURES),
+            features=(*FEATURES, model_feature(card.key)),
         )
 
 

@@ -34,6 +34,7 @@ from service.app import build_app
 from service.http.listeners import Listener
 from service.http.ports import address, bind
 from service.messages import (
+    FEATURES,
     End,
     FinishReason,
     GenerationRequest,
@@ -114,7 +115,7 @@ class ScriptedEngine:
     fenced: list[str] = field(default_factory=list)
     info: EngineInfo = field(
         default_factory=lambda: EngineInfo(
-            id="e1", numeric_class="class-1", version="1", features=("grammar",)
+            id="e1", numeric_class="class-1", version="1", features=tuple(FEATURES)
         )
     )
 

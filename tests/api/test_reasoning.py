@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from model.text.tokenizer import Tokenizer
 from service.api.generation.reasoning import thinking_format_name, thinking_options
 from service.api.generation.request import Chat
 from service.api.structured.validator import GrammarValidator
-from service.messages import FEATURES, FinishReason
+from service.messages import FinishReason
 
 CHAT = "/v1/chat/completions"
 ASK = [{"role": "user", "content": "hi"}]
@@ -122,12 +123,10 @@ def llm(tokenizer: Tokenizer, kind: Any) -> Model:
 
 
 @pytest.fixture
-def served(service: Any) -> Any:
-    service.engine.info = type(service.engine.info)(
-        id="e1", numeric_class="class-1", version="1", features=tuple(FEATURES)
-    )
-    service.engine.end = FinishReason.STOP
-    return service
+async def served(start_service: Any) -> AsyncIterator[Any]:
+    async with start_service(max_model_len=4096) as service:
+        service.engine.end = FinishReason.STOP
+        yield service
 
 
 def sums(events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -163,6 +162,7 @@ async def both(served: Any, read_events: Any, **body: Any) -> tuple[dict[str, An
     whole = (await served.post(CHAT, body)).json()
     options = {"stream": True, "stream_options": {"include_usage": True}}
     events = read_events((await served.post(CHAT, body | options)).content)
+    assert "choices" in whole, whole
     (choice,) = whole["choices"]
     message = choice["message"] | {"finish_reason": choice["finish_reason"]}
     assert (message.pop("refusal"), message.pop("annotations")) == (None, [])

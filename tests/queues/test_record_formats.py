@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from service.api.generation.manifest import Endpoint, Manifest, PromptNote, ReasoningNote
+from service.api.generation.manifest import Endpoint, Manifest, PromptNote, ReasoningNote, ToolNote
 from service.errors import Unavailable
 from service.messages import (
     End,
@@ -53,7 +53,7 @@ REQUEST = GenerationRequest(
         format="mistral", opened=True, verbatim=True, openings=((9,),), joint=(4,), closing=(7, 8),
         symbols=(("[THINK]", 9),), budget=64,
     ), tenant="alice", priority=2, timeout_ms=5000,
-    trace="00-0123456789abcdef0123456789abcdef-0123456789abcdef-01",
+    trace="00-0123456789abcdef0123456789abcdef-0123456789abcdef-01", model="0123456789abcdef",
 )  # fmt: skip
 MANIFEST = Manifest(
     endpoint=Endpoint.CHAT, model="model", fingerprint="class-1", created=1_700_000_000,
@@ -63,6 +63,10 @@ MANIFEST = Manifest(
     reasoning=ReasoningNote(
         format="think", opened=True, verbatim=True, included=False
     ),
+    sealed_reasoning=True,
+    tokens_as_ids=True, prompt_only=True, skip_special_tokens=False, obfuscation=True,
+    service_tier="default",
+    tools=(ToolNote(name="run", custom=True, types=(("a", ("string", "null")),)),),
     given_back={"user": "u", "metadata": {"a": "b"}},
 )  # fmt: skip
 ENGINE = EngineInfo(
@@ -79,6 +83,7 @@ SCORED = Tokens(
     logprobs=(TokenLogprob(-0.5, ((1, -0.5), (9, -1.25))), TokenLogprob(-1.0)),
     prompt_logprobs=(None, TokenLogprob(-2.0, ((4, -2.0),))),
 )
+FIRST = Tokens(start=0, ids=(1, 300), text="a b", digest=7, numeric_class="class-1")
 END = End(
     count=9,
     reason=FinishReason.ERROR,
@@ -115,6 +120,9 @@ KINDS = {
     "tokens": Kind(TOKENS, lambda record: encode_tokens(record).hex(), tokens_of),
     "scored_tokens": Kind(
         SCORED, lambda record: encode_tokens(record).hex(), lambda text: tokens_of(text, count=2)
+    ),
+    "first_tokens": Kind(
+        FIRST, lambda record: encode_tokens(record).hex(), lambda text: tokens_of(text, count=2)
     ),
     "end": Kind(END, lambda record: encode_end(record).decode(), end_of),
 }
@@ -230,7 +238,9 @@ def test_unknown_fields_are_ignored(name: str, text: str, value: object) -> None
         assert kind.decode(json.dumps(record)) == expected
 
 
-@pytest.mark.parametrize(("name", "text"), golden_records("tokens", "scored_tokens"))
+@pytest.mark.parametrize(
+    ("name", "text"), golden_records("tokens", "scored_tokens", "first_tokens")
+)
 def test_unknown_parts_of_tokens_are_ignored(name: str, text: str) -> None:
     kind, value = KINDS[name], bytes.fromhex(text)
     entry_id = f"{kind.sample.end}-0".encode()
@@ -297,6 +307,8 @@ def test_a_value_of_a_wrong_type_is_malformed(name: str) -> None:
     for path in objects(json.loads(text)):
         for field, value in at(json.loads(text), path).items():
             for wrong in wrong_values(value):
+                if field == "openings" and wrong == [[1, 2, 3]]:
+                    continue  # a list of lists
                 record = json.loads(text)
                 at(record, path)[field] = wrong
                 with pytest.raises((ValueError, TypeError, Unavailable)):

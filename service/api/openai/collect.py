@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from service.api.generation.accumulate import Accumulator
+from service.api.generation.accumulate import Accumulator, ToolCallSegment
 from service.api.generation.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader, Usage
@@ -78,7 +78,7 @@ def collect(reader: AnswerReader, choices: Sequence[Accumulator]) -> bytes:
         "object": "chat.completion" if chat else "text_completion",
         "created": manifest.created,
         "model": manifest.model,
-        "system_fingerprint": manifest.fingerprint,
+        "system_fingerprint": reader.fingerprint(),
         "choices": [_choice(reader, index, choice) for index, choice in enumerate(kept)],
         "usage": usage_object(reader.usage),
         **tier_field(reader),
@@ -119,15 +119,13 @@ def _message(reader: AnswerReader, choice: Accumulator) -> Json:
         message["content"] = None
     message |= reasoning_fields(choice.reasoning)
     if choice.calls:
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in choice.calls
-        ]
+        message["tool_calls"] = [_call(call) for call in choice.calls]
     return message | {"annotations": []}
+
+
+def _call(call: ToolCallSegment) -> Json:
+    kind, field = ("custom", "input") if call.custom else ("function", "arguments")
+    return {"id": call.id, "type": kind, kind: {"name": call.name, field: call.arguments}}
 
 
 def _prompt_fields(reader: AnswerReader, choice: Accumulator) -> Json:

@@ -66,7 +66,7 @@ class GenerationBody(SamplingBody):
         None, description="In log probabilities, name each token token_id:<id>, not by its text."
     )
     truncate_prompt_tokens: (
-        Annotated[int, AfterValidator(_not_zero), Field(ge=-1, le=MAX_INT)] | None
+        Annotated[int, Field(ge=-1, le=MAX_INT), AfterValidator(_not_zero)] | None
     ) = Field(
         None,
         description="Keep only this many of the prompt's last tokens; -1: as many as fit beside "
@@ -132,10 +132,11 @@ class ChatBody(GenerationBody, TemplateOptions):
     max_completion_tokens: OutputLimit | None = Field(
         None, description="The newer name of max_tokens. If both are given, they must agree."
     )
-    tools: Tools = Field(None, description="Functions that the model may call.")
+    tools: Tools = Field(None, description="Functions and custom tools that the model may call.")
     tool_choice: ChatToolChoice = Field(
         None,
-        description="none, auto, required, or the one function to call. Default: auto with tools.",
+        description="none, auto, required, the one tool to call (once), or allowed_tools with a "
+        "mode and the tools that may be called. Default: auto with tools.",
     )
     parallel_tool_calls: bool | None = Field(
         None, description="Whether one answer may contain several calls. Default true."
