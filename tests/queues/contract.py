@@ -30,6 +30,7 @@ from service.queues.admission import (
     kept_bytes,
     request_bytes,
     stored_bytes,
+    token_bytes,
 )
 from service.queues.contract import (
     CLEARED_AFTER,
@@ -73,8 +74,11 @@ LIMITS = QueueLimits(
     idempotency_ttl=1.2,
 )
 LARGE = "x" * 20_000
+KEEP = 3.0
+"""Seconds: more than the resume window."""
 OVER = LIMITS.lease + 0.05
 """Seconds after which a lease that was not renewed is over."""
+# Of what is submitted in one millisecond, none is the older one: tests let two pass between.
 
 Passes = Callable[[float], Awaitable[None]]
 NOTHING = QueueDepth(queued_requests=0, queued_tokens=0, running_requests=0)
@@ -327,19 +331,22 @@ class QueueContract:
         assert counted.keys() <= {"c"}, "its readers have a moment to read on"
 
     # --- claims ---------------------------------------------------------------------------
-    async def test_higher_priorities_and_older_ones_come_first(self, queue: Queue) -> None:
+    async def test_higher_priorities_and_older_ones_come_first(
+        self, queue: Queue, passes: Passes
+    ) -> None:
         order = {}
         for priority in (2, 1, 0, 1):
             submission = make_submission(priority=priority)
             order[submission.requests[0].id] = priority
             await queue.submit(submission)
+            await passes(0.002)
         first = await queue.claim(make_engine(), limit=3, wait=0)
         rest = await queue.claim(make_engine(), limit=3, wait=0)
         got = [claim.request.id for claim in (*first, *rest)]
         assert got == sorted(order, key=lambda rid: order[rid])
         assert len(first) == 3
 
-    async def test_tenants_take_turns(self, queue: Queue) -> None:
+    async def test_tenants_take_turns(self, queue: Queue, passes: Passes) -> None:
         """By tokens, however many of one wait already; and age decides within a tenant."""
         names = {}
         for tenant, costs in (("a", (5, 5, 5, 5)), ("b", (10, 10))):
@@ -349,6 +356,7 @@ class QueueContract:
                 )
                 names[submission.requests[0].id] = f"{tenant}{index}"
                 await queue.submit(submission)
+                await passes(0.002)
         taken = await queue.claim(make_engine(), limit=6, wait=0)
         assert "".join(names[claim.request.id] for claim in taken) in {
             "a0b0a1a2b1a3", "a0b0a1b1a2a3",
@@ -752,7 +760,7 @@ class QueueContract:
         claims = await queue.claim(make_engine("dead"), limit=2, wait=0)
         await append(queue, claims[0].lease, answer_of(claims[0].request.id, 0, 1))
         await passes(OVER)
-        taken = await queue.claim(other, limit=2, wait=1)
+        taken = await queue.claim(other, limit=2, wait=PATIENCE)
         assert [claim.request.id for claim in taken] == [fresh.requests[0].id]
         assert not await queue.claim(other, limit=2, wait=0.02)
         await finish(queue, taken[0], length=1)
@@ -766,6 +774,7 @@ class QueueContract:
             submission = make_submission(tenant=state)
             ids[state] = submission.requests[0].id
             await queue.submit(submission)
+            await passes(0.002)
         ended, running, orphan, released = await queue.claim(make_engine(), limit=4, wait=0)
         await finish(queue, ended, length=1)
         await queue.release([released.lease])
@@ -879,29 +888,37 @@ class QueueContract:
         await queue.submit(ended)
         await finish(queue, await claim_one(queue), length=2)
         await queue.submit(running)
+        claims = {
+            each.request.id: each for each in await queue.claim(make_engine(), limit=2, wait=0)
+        }
         rid = running.requests[1].id
-        reading = asyncio.ensure_future(anext(aiter(queue.follow(rid))))
-        await asyncio.sleep(0.05)
+        await append(queue, claims[rid].lease, answer_of(rid, 0, 1))
+        records = aiter(queue.follow(rid))
+        assert await anext(records) == answer_of(rid, 0, 1)
+        reading = asyncio.ensure_future(anext(records))
         for submission in (running, ended, make_submission()):
             for _ in range(2):
                 await queue.forget(submission.id)
             assert await queue.lookup(submission.id) is None
         async with asyncio.timeout(PATIENCE):
-            assert await reading == stop_at(0, FinishReason.CANCELLED)
+            assert await reading == stop_at(1, FinishReason.CANCELLED)
         assert not await queue.claim(make_engine(), limit=4, wait=0)
         assert await queue.depth() == NOTHING
         reply = await queue.submit(make_submission(key="k"))
         assert (reply.status, reply.submission_id) == (SubmitStatus.EXISTS, running.id)
 
     async def test_engines_are_told_of_stops(self, queue: Queue) -> None:
-        submission = make_submission()
-        await queue.submit(submission)
-        rid = (await claim_one(queue)).request.id
+        """Those that listen; so requests are stopped until one does."""
+        stopped: set[str] = set()
         async with aclosing(queue.stops()) as hints, asyncio.timeout(PATIENCE):  # type: ignore[type-var]  # an async generator, as all of them
             hint = asyncio.ensure_future(anext(hints))
-            await asyncio.sleep(0.1)
-            await queue.stop([rid], FinishReason.CANCELLED)
-            assert await hint == rid
+            while not hint.done():
+                await queue.submit(make_submission())
+                rid = (await claim_one(queue)).request.id
+                stopped.add(rid)
+                await queue.stop([rid], FinishReason.CANCELLED)
+                await asyncio.wait([hint], timeout=0.02)
+            assert hint.result() in stopped
 
     # --- reading --------------------------------------------------------------------------
     async def test_reading_after_so_many_tokens(self, queue: Queue) -> None:
@@ -1022,6 +1039,102 @@ class QueueContract:
                 await queue.read_page(rid)
         assert await queue.depth() == NOTHING
         await queue.check()
+
+    async def test_what_is_kept_outlives_the_resume_window(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        kept, plain = make_submission(keep=KEEP, sent="é"), make_submission(sent="x")
+        for submission in (kept, plain):
+            await queue.submit(submission)
+        assert await queue.read_input(kept.id) == "é"
+        assert await queue.read_input(plain.id) is None
+        assert await queue.read_input("s0-unknown") is None
+        for _ in range(2):
+            await finish(queue, await claim_one(queue), length=3)
+        counted, again = await count_stored(queue, [kept, plain])
+        assert counted == again
+        await passes(LIMITS.resume_window + 0.1)
+        await queue.sweep()
+        assert await queue.lookup(plain.id) is None
+        assert await queue.lookup(kept.id) is not None
+        assert await queue.read_input(kept.id) == "é"
+        assert ids_of(await queue.read(kept.requests[0].id)) == ids_of(
+            [answer_of(kept.requests[0].id, 0, 3)]
+        )
+        size = (await queue.depth()).stored_bytes
+        assert size == kept_bytes(kept) + 3 * token_bytes(kept)
+        await passes(KEEP - LIMITS.resume_window + 0.1)
+        await queue.sweep()
+        assert await queue.lookup(kept.id) is None
+        assert await queue.read_input(kept.id) is None
+        assert (await queue.depth()).stored_bytes == 0
+
+    async def test_touching_starts_the_time_again(self, queue: Queue, passes: Passes) -> None:
+        touched, other = make_submission(keep=KEEP), make_submission(keep=KEEP)
+        plain, running = make_submission(), make_submission(keep=KEEP)
+        for submission in (touched, other, plain):
+            await queue.submit(submission)
+            await finish(queue, await claim_one(queue), length=2)
+        await queue.submit(running)
+        for _ in range(3):
+            await passes(KEEP / 3)
+            await queue.touch([touched.id, plain.id, running.id, "s0-unknown"])
+        await passes(0.1)
+        await queue.sweep()
+        assert await queue.lookup(touched.id) is not None
+        assert await queue.lookup(other.id) is None
+        assert await queue.lookup(plain.id) is None
+        assert await queue.lookup(running.id) is not None
+        counted, again = await count_stored(queue, [touched, other, plain, running])
+        assert counted == again
+        await queue.forget(touched.id)
+        assert await queue.read_input(touched.id) is None
+
+    async def test_kept_submissions_make_room_for_new_ones(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        """Oldest first, and only those of the same tenant."""
+        mine = [make_submission(tenant="a", keep=60.0, sent="x" * 7_000) for _ in range(3)]
+        theirs = make_submission(tenant="b", keep=60.0, sent="x" * 7_000)
+        for submission in (theirs, *mine):
+            assert (await queue.submit(submission)).status is SubmitStatus.OK
+            await finish(queue, await claim_one(queue), length=2)
+        new = make_submission(tenant="a", keep=60.0, sent="x" * 7_000)
+        assert (await queue.submit(new)).status is SubmitStatus.OK
+        assert await queue.read_input(mine[0].id) is None
+        for submission in (*mine[1:], theirs, new):
+            assert await queue.read_input(submission.id) is not None
+        counted, again = await count_stored(queue, [*mine, theirs, new])
+        assert counted == again
+        assert counted["a"] <= LIMITS.max_tenant_bytes
+        await passes(LIMITS.resume_window + 0.1)
+        await queue.sweep()
+        assert await queue.lookup(mine[0].id) is None
+        another = make_submission(tenant="a", sent="x", manifest="x" * 8_000)
+        assert (await queue.submit(another)).status is SubmitStatus.OK
+        assert await queue.lookup(mine[1].id) is None, "evicted after its resume window"
+        assert await queue.read_input(mine[2].id) is not None
+        counted, again = await count_stored(queue, [*mine, theirs, new, another])
+        assert counted == again
+        huge = make_submission(tenant="a", manifest="x" * (LIMITS.max_tenant_bytes + 1))
+        assert (await queue.submit(huge)).status is SubmitStatus.TENANT_STORAGE
+        assert await queue.read_input(mine[2].id) is not None, "no room could be made"
+
+    async def test_the_tenant_that_keeps_most_makes_room(self, queue: Queue) -> None:
+        small = make_submission(tenant="a", keep=60.0, sent="x" * 9_000)
+        large = [make_submission(tenant="b", keep=60.0, sent="x" * 9_000) for _ in range(3)]
+        others = [make_submission(tenant=t, keep=60.0, sent="x" * 9_000) for t in "cd"]
+        everything = [small, *large, *others]
+        for submission in everything:
+            assert (await queue.submit(submission)).status is SubmitStatus.OK
+            await finish(queue, await claim_one(queue), length=1)
+        new = make_submission(tenant="e", sent="x", manifest="x" * 12_000)
+        assert (await queue.submit(new)).status is SubmitStatus.OK
+        assert await queue.read_input(large[0].id) is None
+        for submission in (small, *large[1:], *others):
+            assert await queue.read_input(submission.id) is not None
+        counted, again = await count_stored(queue, [*everything, new])
+        assert counted == again
 
     async def test_closing_ends_open_calls(self, queue: Queue) -> None:
         submission = make_submission()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from service.api.generation.manifest import Endpoint, Manifest, PromptNote, ReasoningNote
+from service.api.generation.manifest import Endpoint, Manifest, PromptNote, ReasoningNote, ToolNote
 from service.errors import Unavailable
 from service.messages import (
     End,
@@ -58,6 +58,10 @@ MANIFEST = Manifest(
     reasoning=ReasoningNote(
         format="think", opened=True, verbatim=True, opening=5, included=False
     ),
+    sealed_reasoning=True,
+    tokens_as_ids=True, prompt_only=True, skip_special_tokens=False, obfuscation=True,
+    service_tier="default",
+    tools=(ToolNote(name="run", custom=True, types=(("a", ("string", "null")),)),),
     given_back={"user": "u", "metadata": {"a": "b"}},
 )  # fmt: skip
 ENGINE = EngineInfo(

@@ -26,7 +26,7 @@ from service.api.generation.reader import AnswerReader
 from service.api.generation.request import Chat, Effort, Generation
 from service.api.generation.sampling import sampling_of
 from service.api.structured.output import JsonOutput
-from service.api.tools.chat import ChatMessage, Mode, ToolCall, ToolChoice, tool_use
+from service.api.tools.chat import ChatMessage, Mode, ToolCall, ToolChoice, ToolRef, tool_use
 from service.errors import BadRequest
 
 _NAMES = FieldNames(
@@ -132,7 +132,8 @@ def _tool_choice(choice: MessageToolChoice | None) -> ToolChoice | None:
     """None stands for auto, which is no error without tools: all may have been left out."""
     if choice is None or choice.type == "auto":
         return None
-    return ToolChoice(_MODES[choice.type], choice.name)
+    tool = None if choice.name is None else ToolRef(choice.name)
+    return ToolChoice(_MODES[choice.type], tool)
 
 
 def _visible(body: CountBody) -> Iterator[Turn]:
