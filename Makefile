@@ -92,7 +92,7 @@ system:   ## what the tests need from the system: Redis, Chromium, promtool
 	  fi; }
 
 clean:    ## remove what was built here; fetched models stay in ~/.cache/quire
-	rm -rf $(VENV) $(CLIENTS) tests/clients/node/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis results
+	rm -rf $(VENV) $(CLIENTS) tests/clients/node/node_modules tests/clients/agents/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis results
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -110,7 +110,7 @@ $(VENV)/.tested: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 # Apart from ours: what other people's packages need must not decide what the server needs.
-$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/node/package-lock.json
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/node/package-lock.json tests/clients/agents/package-lock.json
 	@command -v npm >/dev/null || { \
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get install -y -qq nodejs npm >/dev/null; \
 	} || { echo "missing: Node.js 20 or newer, with npm"; exit 1; }
@@ -120,4 +120,6 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/node/package
 	  || { echo "missing: packages of tests/clients/requirements.txt, from PyPI"; exit 1; }
 	npm ci --prefix tests/clients/node --no-audit --no-fund --silent \
 	  || { echo "missing: packages of tests/clients/node/package.json, from the npm registry"; exit 1; }
+	npm ci --prefix tests/clients/agents --ignore-scripts --no-audit --no-fund --silent \
+	  || { echo "missing: packages of tests/clients/agents/package.json, from the npm registry"; exit 1; }
 	touch $@

@@ -97,6 +97,14 @@ def json_text(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
     return json.dumps({**schema, _OPTIONS_KEY: options}, separators=(",", ":"))
 
 
+def lark_regex(pattern: str) -> str:
+    """A regular expression (Rust's syntax) as a terminal in a Lark grammar. Raises GrammarError."""
+    try:
+        return f"/{llguidance.regex_to_lark(pattern, '')}/"
+    except ValueError:
+        raise GrammarError("not a regular expression") from None
+
+
 def gbnf_grammar(text: str) -> str:
     """The same in llama.cpp's notation, from its rule `root`."""
     return f"gbnf:{text}"

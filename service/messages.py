@@ -141,7 +141,8 @@ class Submission:
     Request i has the id `<id>.<i>`. `manifest` is what any replica of the API needs to render the
     answer again (endpoint, options); the queue stores it and never reads it. `grace` is the
     reconnect grace period: seconds without a heartbeat of readers after which the queue cancels it;
-    None: never.
+    None: never. `keep`: seconds for which it and its `input` can be read after its end, if that is
+    longer than the resume window.
     """
 
     id: str
@@ -152,6 +153,8 @@ class Submission:
     fingerprint: str = ""  # SHA-256 of the canonical body; compared if a key is used again
     grace: float | None = None
     allowance: Allowance | None = None  # None: the key has no limits
+    keep: float | None = None  # None: the resume window, without `input`
+    input: str = ""  # what later calls need of this one; the queue never reads it
 
 
 @dataclass(frozen=True, slots=True)

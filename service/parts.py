@@ -112,6 +112,7 @@ def api_limits(settings: Settings) -> ApiLimits:
         keep_alive=settings.keep_alive,
         grace=settings.disconnect_grace,
         resume_window=settings.resume_window,
+        keep_responses=settings.keep_responses,
     )
     return replace(limits, sweep_interval=min(limits.sweep_interval, limits.sweep_pause / 2))
 

@@ -182,6 +182,13 @@ class Settings(BaseModel):
     resume_window: float = _queue(
         "Seconds for which a finished answer can still be read.", 600.0, gt=0
     )
+    keep_responses: float = _queue(
+        "Seconds for which stored responses and their input are kept, at least for the resume "
+        "window; the oldest go first if stored bytes reach a limit.",
+        3600.0,
+        ge=0,
+        le=30 * 86_400,
+    )
     accept_without_engines: bool = _queue(
         "Queue requests while no engine is available, instead of refusing them.", default=False
     )

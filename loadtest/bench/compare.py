@@ -116,9 +116,8 @@ class Comparison:
     def _probe_roof(self) -> None:
         """Adds a roof, or the reason for its absence."""
         document = self.document
-        rows = sorted({1, 8, 32, *document.sizes.clients})
         try:
-            document.roofs.append(probe(threads=sorted({1, document.machine.cpus}), rows=rows))
+            document.roofs.append(probe(threads=sorted({1, document.machine.cpus})))
         except NoRoof as reason:
             document.left_out["roof"] = str(reason)
 

@@ -274,13 +274,15 @@ def _roof_tables(document: Document) -> Iterator[Table]:
     if not document.roofs:
         return
     memory = median([roof.bytes_a_second for roof in document.roofs])
+    products = median([roof.products_a_second for roof in document.roofs])
     variants = ", ".join(dict.fromkeys(roof.variant for roof in document.roofs))
     views = [decode_view(document, clients) for clients in document.sizes.clients]
     rows = [[f"M = {view.level:g}", _number(median(view.roofs))] for view in views]
     prefill = prefill_view(document)
     rows.append([f"prefill of {prefill.level:g}", _number(median(prefill.roofs))])
+    rates = f"memory {memory / 1e9:.1f} GB/s, {products / 1e9:.0f} G products/s"
     yield Table(
-        title=f"Roof ({variants}, memory {memory / 1e9:.1f} GB/s)",
+        title=f"Roof ({variants}, {rates})",
         columns=["rows per step", "max tok/s"],
         rows=rows,
     )

@@ -3,13 +3,14 @@
     time of a step >= max(bytes read / memory bandwidth, products / products per second)
 
 The native library probes both rates during the measurements because a machine's speed changes; it
-probes with one thread and with all, and the better result counts. Attention, norms, sampling and
-HTTP come on top, so no server reaches the roof.
+probes with one thread and with all, and the better result counts. The probes are not the engine's
+own loops: one reads memory, one runs the instructions of a product on registers alone. Loads,
+attention, norms, sampling and HTTP come on top, so no server reaches the roof.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Roof:
 
     variant: str
     bytes_a_second: float
-    products_a_second: Mapping[int, float]  # by number of rows
+    products_a_second: float
 
     def decode(self, weights: Weights, *, rows: int) -> float:
         """Upper bound of tokens per second for steps of `rows` tokens."""
@@ -47,10 +48,9 @@ class Roof:
 
     def seconds(self, weights: Weights, *, rows: int, outputs: int, kv_bytes: int = 0) -> float:
         """Lower bound of a step that computes `rows` tokens and reads `kv_bytes` of the KV pool."""
-        nearest = min(self.products_a_second, key=lambda probed: abs(probed - rows))
         products = weights.layers * rows + weights.head * outputs
         read = weights.layers + weights.head + kv_bytes
-        return max(read / self.bytes_a_second, products / self.products_a_second[nearest])
+        return max(read / self.bytes_a_second, products / self.products_a_second)
 
 
 def count_weights(model: Path) -> Weights:
@@ -67,7 +67,7 @@ def count_weights(model: Path) -> Weights:
     return Weights(layers=sum(sizes.values()), head=head)
 
 
-def probe(*, threads: Sequence[int], rows: Sequence[int], variant: str = "") -> Roof:
+def probe(*, threads: Sequence[int], variant: str = "") -> Roof:
     """Takes about a second. Raises NoRoof if the native library is unavailable.
 
     `variant`: of the native code; empty: the fastest one.
@@ -87,11 +87,7 @@ def probe(*, threads: Sequence[int], rows: Sequence[int], variant: str = "") -> 
         bytes_a_second=max(
             calls.quire_probe_memory(count, _PROBED_BYTES, _REPEATS) for count in threads
         ),
-        products_a_second={
-            number: max(
-                calls.quire_probe_products(variant.encode(), count, number, _REPEATS)
-                for count in threads
-            )
-            for number in rows
-        },
+        products_a_second=max(
+            calls.quire_probe_products(variant.encode(), count, _REPEATS) for count in threads
+        ),
     )

@@ -254,7 +254,7 @@ def _declare(calls: ctypes.CDLL) -> None:
         "quire_step": (i32, (pointer, pointer, text, size)),
         "quire_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),
         "quire_probe_memory": (ctypes.c_double, (i32, i64, i32)),
-        "quire_probe_products": (ctypes.c_double, (text, i32, i32, i32)),
+        "quire_probe_products": (ctypes.c_double, (text, i32, i32)),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(calls, name)

@@ -26,6 +26,7 @@ from model.text.chat_template import (
 )
 from model.text.disguise import Disguise, SpecialTexts, strings_of
 from model.text.span import Span, find_span
+from model.text.template_calls import CallRendering, probe_calls
 from model.text.template_fit import TemplateFit
 from model.text.template_renderer import Template, open_template
 
@@ -109,6 +110,14 @@ class Tokenizer:
     def renders_in_process(self) -> bool:
         """Whether the chat template is rendered without waiting for another process."""
         return isinstance(self._template, ChatTemplate)
+
+    @cached_property
+    def call_rendering(self) -> CallRendering:
+        """What the chat template writes for tools and calls. The first access renders probes.
+
+        Raises ChatTemplateLimitError or TemplateUnavailableError.
+        """
+        return CallRendering() if self._template is None else probe_calls(self._rendered)
 
     def apply_chat_template(
         self,

@@ -41,6 +41,7 @@ class ApiLimits:
     max_timeout_ms: int = 86_400_000
     max_key_chars: int = 255  # Idempotency-Key
     max_echoed_bytes: int = 2**20  # of a field that a response repeats
+    max_chain: int = 256  # stored responses that an input refers to
     template_kwargs: frozenset[str] = frozenset({"enable_thinking"})
     inline_text_chars: int = 8192  # longer prompts are tokenised in a thread
 
@@ -51,6 +52,7 @@ class ApiLimits:
     replica_grace: float = 30.0  # any other, where the replica that serves its reader is gone
     backend_patience: float = 30.0  # an open stream waits so long for an absent queue
     backend_retry: float = 0.25
+    keep_responses: float = 3600.0  # stored responses and their input are kept so long
     resume_window: float = 600.0  # as the queue's: after it an id is "expired", not "unknown"
     max_event_id_chars: int = 4096
     sweep_interval: float = 1.0  # between two searches for requests past their deadline

@@ -20,6 +20,10 @@ BIAS_BYTES = 40
 """Of a token id and its bias."""
 RECORD_BYTES = 512
 """Of the state of a submission or a request without its texts, and of an idempotency record."""
+TOKEN_BYTES = 256
+"""Of a journalled token, as a record of its own."""
+LOGPROB_BYTES = 32
+"""Of a log probability in it."""
 
 
 def answer_share(request: GenerationRequest) -> int:
@@ -46,9 +50,21 @@ def request_bytes(request: GenerationRequest) -> int:
     return BODY_BYTES + ID_BYTES * num_ids + bias + len(texts)
 
 
-def kept_bytes(submission: Submission) -> int:
-    """Bytes of a submission without its bodies, which are stored until it is gone."""
+def base_bytes(submission: Submission) -> int:
+    """Bytes of a submission without its bodies and its input, which are stored until it is gone."""
     return len(submission.manifest.encode()) + RECORD_BYTES * (1 + len(submission.requests))
+
+
+def kept_bytes(submission: Submission) -> int:
+    """Those and its input, if it is kept."""
+    return base_bytes(submission) + len(submission.input.encode()) * (submission.keep is not None)
+
+
+def token_bytes(submission: Submission) -> int:
+    """Bytes of each journalled token, which count while the submission is kept after its end."""
+    asked = [request.sampling.top_logprobs for request in submission.requests]
+    most = max((1 + top for top in asked if top is not None), default=0)
+    return TOKEN_BYTES + LOGPROB_BYTES * most
 
 
 def idempotency_bytes(submission: Submission) -> int:

@@ -63,6 +63,8 @@ BLAME_KEPT = 600.0
 """Seconds for which the death of an engine can be taken back."""
 CRASH_LOOP = "engine_crash_loop"
 """Error code of a request that is failed for the deaths of its engines."""
+MAX_EVICTED = 64
+"""Kept submissions that one call may evict to make room."""
 ENGINE_SILENCE = 10.0
 """Seconds since its last heartbeat after which an engine is no longer listed."""
 PAGE_TOKENS = 128
@@ -244,10 +246,21 @@ class Queue(Protocol):
         """
 
     async def submit(self, submission: Submission) -> SubmitReply:
-        """Admits all requests of a submission or none; idempotent by id and by key."""
+        """Admits all requests of a submission or none; idempotent by id and by key.
+
+        If it lacks room, kept submissions that have ended are evicted, oldest first: of its tenant
+        for that tenant's limit, else of the tenant that keeps the most bytes. Evicted is deleted
+        or, within its resume window, kept until then without its input.
+        """
 
     async def lookup(self, submission_id: str) -> StoredSubmission | None:
         """Returns None if the submission is unknown or its resume window is over."""
+
+    async def read_input(self, submission_id: str) -> str | None:
+        """The input of a kept submission; None if it is unknown or not kept."""
+
+    async def touch(self, submission_ids: Sequence[str]) -> None:
+        """Starts the time for which ended submissions are kept again; ignores all others."""
 
     async def read(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
         """The records now in the journal that reach beyond the first `after` tokens, in order.

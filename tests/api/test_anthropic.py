@@ -122,7 +122,7 @@ async def test_the_shape_of_a_message(service: Any) -> None:
             "cache_read_input_tokens": 2,
             "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
             "output_tokens": 12,
-            "output_tokens_details": None,
+            "output_tokens_details": {"thinking_tokens": 0},
             "server_tool_use": None,
             "service_tier": "standard",
             "inference_geo": None,

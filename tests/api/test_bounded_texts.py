@@ -29,6 +29,7 @@ OTHERS = {
     "data": "dropped",
     "stop": "by the configured limits",
     "stop_sequences": "by the configured limits",
+    "bad_words": "by the configured limits",
 }
 BOUNDS = {"maxLength", "enum", "const", "pattern"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,39 @@ from service.messages import FinishReason
 
 CHAT = "/v1/chat/completions"
 
+
+def with_bars(template: str) -> str:
+    """DeepSeek's special tokens: full-width bars, and a block between the words."""
+    return re.sub(
+        r"<\|tool_\w+\|>",
+        lambda match: match[0].replace("|", "\uff5c").replace("_", "\u2581"),
+        template,
+    )
+
+
 # Each like its family's templates: the fields that they read, and the messages that they reject.
 HERMES = (
     "{% if tools %}<|im_start|>system\n<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}"
     "</tools><|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{{ m.content.strip() }}{% for c in m.tool_calls %}{% set f = c.function %}"
+    "{{ '\n' if not loop.first }}"
     '<tool_call>\n{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}\n</tool_call>'
     "{% endfor %}<|im_end|>\n{% endfor %}"
 )
+QWEN_CODER = (
+    "{% if tools %}<tools>{% for t in tools %}<name>{{ t.function.name }}</name>"
+    "<description>{{ t.function.description }}</description>{% endfor %}</tools>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls %}{{ '\n<tool_call>\n<function=' + c.function.name + '>\n' }}"
+    "{% for key, value in c.function.arguments | items %}{{ '<parameter=' + key + '>\n' }}"
+    "{{ value if value is string else value | tojson }}{{ '\n</parameter>\n' }}{% endfor %}"
+    "</function>\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+)
 LLAMA = (
     "{% if tools %}Environment: ipython {{ tools | tojson(indent=4) }}{% endif %}"
-    "{% for m in messages %}{% if 'tool_calls' in m %}{% set f = m.tool_calls[0].function %}"
+    "{% for m in messages %}{% if 'tool_calls' in m %}"
+    "{% if m.tool_calls | length != 1 %}{{ raise_exception('one call at once') }}{% endif %}"
+    "{% set f = m.tool_calls[0].function %}"
     '{"name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}'
     "{% elif m.role == 'tool' %}{{ {'output': m.content} | tojson }}"
     "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
@@ -55,17 +78,54 @@ V11 = (
     "{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
 CALL_ID = "{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}[CALL_ID]{{ c.id }}"
+# V3 and R1 do not list tools, write arguments as they are, and call only without content.
+DEEPSEEK = with_bars(
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}"
+    "{% if m.role == 'user' %}{{ '<User>' + m.content }}{% endif %}"
+    "{% if m.role == 'assistant' and m.content is none %}<|tool_calls_begin|>"
+    "{% for c in m.tool_calls %}{{ '\n' if not loop.first }}<|tool_call_begin|>{{ c.type }}"
+    "<|tool_sep|>{{ c.function.name + '\n```json\n' + c.function.arguments + '\n```' }}"
+    "<|tool_call_end|>{% endfor %}<|tool_calls_end|>"
+    "{% elif m.role == 'assistant' %}{{ m.content }}{% endif %}"
+    "{% if m.role == 'tool' %}<output>{{ m.content }}</output>{% endif %}{% endfor %}"
+)
+DEEPSEEK_V31 = with_bars(
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}"
+    "{% if m.role == 'user' %}{{ '<User>' + m.content }}{% endif %}"
+    "{% if m.role == 'assistant' %}{{ m.content or '' }}{% if m.tool_calls %}"
+    "<|tool_calls_begin|>{% for c in m.tool_calls %}<|tool_call_begin|>{{ c.function.name }}"
+    "<|tool_sep|>{{ c.function.arguments if c.function.arguments is string else "
+    "c.function.arguments | tojson }}<|tool_call_end|>{% endfor %}<|tool_calls_end|>"
+    "{% endif %}{% endif %}"
+    "{% if m.role == 'tool' %}<output>{{ m.content }}</output>{% endif %}{% endfor %}"
+)
+GPT_OSS = (
+    "{% if tools %}# Tools{% for t in tools %}// {{ t.function.description }}\n"
+    "type {{ t.function.name }} = (_: any) => any;{% endfor %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' and 'tool_calls' in m %}"
+    "{% set f = m.tool_calls[0].function %}"
+    "{% if m.content %}{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.content }}<|end|>"
+    "{% endif %}{{ '<|start|>assistant to=functions.' + f.name + '<|channel|>commentary ' }}"
+    "{{ 'json<|message|>' + f.arguments | tojson }}<|im_end|>{% elif m.role == 'tool' %}"
+    "{{ '<|start|>functions to=assistant<|channel|>commentary<|message|>' + m.content }}<|end|>"
+    "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
 PLAIN = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('an unknown role') }}{% endif %}"
     "<|im_start|>{{ m.role }}\n{{ m.content + '<|im_end|>' }}\n{% endfor %}"
 )
 TEMPLATES = {
+    "deepseek": DEEPSEEK,
+    "deepseek-v3.1": DEEPSEEK_V31,
+    "gpt-oss": GPT_OSS,
     "hermes": HERMES,
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mistral-v11": V11.replace("CALL_ID", ""),
     "plain": PLAIN,
+    "qwen3-coder": QWEN_CODER,
 }
 TOOLS = [
     {
@@ -79,6 +139,17 @@ TOOLS = [
     },
     {"type": "function", "function": {"name": "now"}},
 ]
+
+
+# What the prompt has for calls, where it differs from what models write.
+WRITTEN: dict[str, Any] = {
+    "gpt-oss": lambda calls: (
+        f" to=functions.{calls[0][0]}<|channel|>commentary json<|message|>{calls[0][1]}"
+    ),
+    "mistral": lambda calls: "[TOOL_CALLS][" + ", ".join(
+        f'{{"name": "{called}", "arguments": {arguments}}}' for called, arguments in calls
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=sorted(TEMPLATES))
@@ -150,7 +221,7 @@ def prompt_of(service: Any) -> str:
 async def test_a_conversation_with_calls(service: Any, name: str, read_events: Any) -> None:
     tool_format = TOOL_FORMATS[name]
     tokenizer = service.tokenizer
-    assert tool_format_name(tokenizer) == name
+    assert tool_format_name(tokenizer.call_rendering) == name
     markers = tool_format.marker_ids(tokenizer)
     assert set(markers) == (set(tool_format.markers) if tool_format.native else set())
     calls = [("get_weather", '{"city": "Zürich 😀"}'), ("now", "{}")]
@@ -191,11 +262,7 @@ async def test_a_conversation_with_calls(service: Any, name: str, read_events: A
     reply = await service.post(CHAT, body)
     assert reply.status_code == 200, reply.text
     prompt = prompt_of(service)
-    rendered = tool_format.render(calls) if name != "mistral" else "[TOOL_CALLS][" + ", ".join(
-        f'{{"name": "{called}", "arguments": {arguments}}}' for called, arguments in calls
-    )  # fmt: skip
-    if name != "hermes":  # its template here puts nothing between calls
-        assert rendered in prompt
+    assert WRITTEN.get(name, tool_format.render)(calls) in prompt
     for result in results:
         assert result["content"] in prompt
 
@@ -208,6 +275,7 @@ async def test_ids_of_the_model_are_returned_and_rendered(
     tokenizer = service.tokenizer
     template = ChatTemplate(V11.replace("CALL_ID", CALL_ID))
     monkeypatch.setitem(vars(tokenizer), "_template", template)
+    monkeypatch.delitem(vars(tokenizer), "call_rendering", raising=False)
     markers = TOOL_FORMATS["mistral-v11"].marker_ids(tokenizer)
     answer = (
         'Let me see.[TOOL_CALLS]get_weather[CALL_ID]a1B2c3D4e[ARGS]{"city": "Rome"}'

@@ -30,12 +30,30 @@ WEATHER = {
     },
 }
 NOW = {"type": "function", "function": {"name": "now"}}
+RUN = {"type": "custom", "custom": {"name": "run", "description": "Runs Python."}}
 BODY: dict[str, Any] = {
     "model": "tiny-model",
     "messages": [{"role": "user", "content": "hello"}],
-    "tools": [WEATHER, NOW],
+    "tools": [WEATHER, NOW, RUN],
     "seed": 1,
 }
+
+
+REGEX = {"syntax": "regex", "definition": "[a-z]+"}
+
+
+def grammar(**fields: str) -> dict[str, Any]:
+    return {"type": "grammar", "grammar": REGEX | fields}
+
+
+def custom(**fields: Any) -> dict[str, Any]:
+    return {"tools": [NOW, {"type": "custom", "custom": {"name": "run", **fields}}]}
+
+
+def allowed(*names: str, **fields: Any) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    content = {"mode": "required", "tools": tools, **fields}
+    return {"tool_choice": {"type": "allowed_tools", "allowed_tools": content}}
 
 
 @pytest.fixture
@@ -59,6 +77,8 @@ def random_answer(draw: random.Random) -> str:
         (draw.choice(["now", "get_weather"]), json.dumps(draw.choice(values), ensure_ascii=False))
         for _ in range(draw.randint(0, 3))
     ]
+    if draw.random() < 0.5:
+        calls.append(("run", json.dumps({"input": 'print("Zürich 😀\\n")\n'})))
     text = draw.choice(["", "One moment: <tool", "Let me see.\n\n"])
     answer = text + (PLAIN.render(calls) if calls else "")
     return answer[: draw.randint(1, len(answer) + 20)] or "é"
@@ -75,11 +95,13 @@ def summed(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 message["content"] = (message["content"] or "") + delta["content"]
             for call in delta.get("tool_calls", ()):
                 calls = message.setdefault("tool_calls", [])
+                kind = "custom" if "custom" in call else "function"
+                text = "input" if kind == "custom" else "arguments"
                 if "id" in call:
                     assert call["index"] == len(calls)
-                    calls.append({"id": call["id"], "type": call["type"], "function": {
-                        "name": call["function"]["name"], "arguments": ""}})  # fmt: skip
-                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+                    calls.append({"id": call["id"], "type": call["type"], kind: {
+                        "name": call[kind]["name"], text: ""}})  # fmt: skip
+                calls[call["index"]][kind][text] += call[kind][text]
             if chunk["finish_reason"] is not None:
                 assert "finish_reason" not in message, "a choice ends once"
                 message["finish_reason"] = chunk["finish_reason"]
@@ -209,6 +231,54 @@ async def test_the_finish_reason_is_true(
     assert reply["choices"][0]["finish_reason"] == reason
 
 
+@pytest.mark.parametrize(
+    ("choice", "calls"),
+    [
+        ({"type": "function", "function": {"name": "now"}}, {"now"}),
+        ({"type": "custom", "custom": {"name": "run"}}, {"run"}),
+        (allowed("now", "get_weather")["tool_choice"], {"now", "get_weather"}),
+        ("required", {"now", "get_weather", "run"}),
+    ],
+)
+async def test_a_choice_restricts_the_calls(
+    service: Any, choice: dict[str, Any], calls: set[str]
+) -> None:
+    """A named tool is called once. All tools stay in the prompt."""
+    reply = await service.post(CHAT, BODY | {"tool_choice": choice, "max_tokens": 4})
+    assert reply.status_code == 200, reply.text
+    (request,) = service.engine.seen
+    prompt = service.tokenizer.decode(request.prompt_ids)
+    assert all(name in prompt for name in ("now", "get_weather", "run"))
+    called = {name for name in ("now", "get_weather", "run") if f'"{name}\\"' in request.grammar}
+    assert called == calls
+    assert ("{0,31}" in request.grammar) == (len(calls) > 1)
+
+
+async def test_a_call_of_a_custom_tool_returns_to_the_prompt(service: Any) -> None:
+    saying(service, PLAIN.render([("run", '{"input": "x = \\"1\\"\\n"}')]))
+    message = (await service.post(CHAT, BODY)).json()["choices"][0]["message"]
+    (call,) = message["tool_calls"]
+    assert (call["type"], call["custom"]) == ("custom", {"name": "run", "input": 'x = "1"\n'})
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "done"}
+    messages = [*BODY["messages"], message, result]
+    reply = await service.post(CHAT, BODY | {"messages": messages, "max_tokens": 4})
+    assert reply.status_code == 200, reply.text
+    prompt = service.tokenizer.decode(service.engine.seen[-1].prompt_ids)
+    assert PLAIN.render([("run", '{"input": "x = \\"1\\"\\n"}')]) in prompt
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"city": "Zür', "", "[]", "{" * 500, '{"a":' * 70 + "1" + "}" * 70, "null", "x"]
+)
+async def test_a_call_that_was_cut_off_can_be_sent_back(service: Any, arguments: str) -> None:
+    body = called(function={"name": "f", "arguments": arguments})
+    result = {"role": "tool", "tool_call_id": "c", "content": "cut off"}
+    body["messages"].append(result)
+    reply = await service.post(CHAT, BODY | body | {"max_tokens": 4})
+    assert reply.status_code == 200, reply.text
+    assert arguments in service.tokenizer.decode(service.engine.seen[-1].prompt_ids)
+
+
 @pytest.mark.parametrize("without", [{"tools": None}, {"tool_choice": "none"}, {"tools": []}])
 async def test_without_tools_everything_is_text(service: Any, without: dict[str, Any]) -> None:
     text = PLAIN.render([("now", "{}")])
@@ -250,7 +320,21 @@ def said(role: str, **fields: Any) -> dict[str, Any]:
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": "x"}, "tools", "invalid_type"),
     ({"tools": [NOW] * 129}, "tools", "array_above_max_length"),
-    ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type", "invalid_value"),
+    ({"tools": [{"type": "shell"}]}, "tools[0].type", "invalid_value"),
+    ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].custom.name",
+     "missing_required_parameter"),
+    (custom(format={"type": "grammar"}), "tools[1].custom.format.grammar", "invalid_value"),
+    (custom(format={"type": "text", "grammar": REGEX}), "tools[1].custom.format.grammar",
+     "invalid_value"),
+    (custom(format=grammar(syntax="ebnf")), "tools[1].custom.format.grammar.syntax",
+     "invalid_value"),
+    (custom(format=grammar(definition="a(")), "tools[1].function.format", "invalid_grammar"),
+    (custom(format=grammar(definition="a^b")), "tools[1].function.format", "invalid_grammar"),
+    (custom(format=grammar(syntax="lark", definition="start: other")), "tools[1].function.format",
+     "invalid_grammar"),
+    (custom(format=grammar(syntax="lark", definition="start: <|im_end|>")),
+     "tools[1].function.format", "invalid_grammar"),
+    (custom(name="now"), "tools[1].function.name", "invalid_value"),
     ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
     ({"tools": [NOW | {"x": 1}]}, "tools[0].x", "unknown_parameter"),
     ({"tools": [WEATHER, NOW, NOW]}, "tools[2].function.name", "invalid_value"),
@@ -267,13 +351,17 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tool_choice": 1}, "tool_choice", "invalid_type"),
     ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice", "invalid_value"),
     ({"tool_choice": {"type": "function", "name": "now"}}, "tool_choice", "invalid_value"),
+    ({"tool_choice": {"type": "custom", "custom": {"name": "now"}}}, "tool_choice",
+     "invalid_value"),
+    (allowed(), "tool_choice", "invalid_value"),
+    (allowed("other"), "tool_choice", "invalid_value"),
+    (allowed("now", mode="none"), "tool_choice", "invalid_value"),
+    (allowed("now", more=1), "tool_choice", "invalid_value"),
     ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice",
      "invalid_value"),
     ({"tools": None, "tool_choice": "auto"}, "tool_choice", "invalid_value"),
     ({"tools": [], "tool_choice": "required"}, "tool_choice", "invalid_value"),
     ({"parallel_tool_calls": 1}, "parallel_tool_calls", "invalid_type"),
-    ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format",
-     "invalid_value"),
     ({"structured_outputs": {"regex": "a"}}, "tools", "invalid_value"),
     ({"min_tokens": 3}, "min_tokens", "invalid_value"),
     ({"ignore_eos": True}, "ignore_eos", "invalid_value"),
@@ -289,12 +377,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
      "missing_required_parameter"),
     (called(function={"name": "f", "arguments": {}}),
      "messages[1].tool_calls[0].function.arguments", "invalid_type"),
-    (called(function={"name": "f", "arguments": "[]"}),
-     "messages[1].tool_calls[0].function.arguments", "invalid_json"),
-    (called(function={"name": "f", "arguments": '{"a":' * 70 + "1" + "}" * 70}),
-     "messages[1].tool_calls[0].function.arguments", "invalid_json"),
-    (called(function={"name": "f", "arguments": "{" * 90_000}),
-     "messages[1].tool_calls[0].function.arguments", "invalid_json"),
+    (called(type="custom"), "messages[1].tool_calls[0].custom", "missing_required_parameter"),
     (said("tool"), "messages[0].tool_call_id", "missing_required_parameter"),
     (said("user", tool_call_id="c"), "messages[0].tool_call_id", "invalid_value"),
     (said("user", tool_calls=[]), "messages[0].tool_calls", "invalid_value"),

@@ -214,7 +214,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"input": [{"type": "function_call"}]}, "input[0].call_id", "missing_required_parameter"),
     ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "input[0].output",
      "missing_required_parameter"),
-    ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type", "invalid_value"),
+    ({"input": [{"type": "item_reference", "id": 5}]}, "input[0].id", "invalid_type"),
 ]  # fmt: skip
 
 

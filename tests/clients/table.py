@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ABILITIES = ("streams", "tools", "structured", "aborts", "errors")
-NODE_MODULES = Path(__file__).parent / "node" / "node_modules"
+NODE_MODULES = [Path(__file__).parent / name / "node_modules" for name in ("node", "agents")]
 
 # client -> (package, whether of npm)
 PACKAGES = {
@@ -22,6 +22,8 @@ PACKAGES = {
     "litellm": ("litellm", False),
     "llm": ("llm", False),
     "llama-index": ("llama-index-llms-openai-like", False),
+    "Claude Code": ("@anthropic-ai/claude-code", True),
+    "Codex CLI": ("@openai/codex", True),
 }
 
 
@@ -68,6 +70,6 @@ def _tests(counts: Counter[str]) -> str:
 def _version(client: str) -> str:
     package, of_npm = PACKAGES[client]
     if of_npm:
-        read = json.loads((NODE_MODULES / package / "package.json").read_text())
-        return str(read["version"])
+        (path,) = [found for modules in NODE_MODULES if (found := modules / package).exists()]
+        return str(json.loads((path / "package.json").read_text())["version"])
     return version(package)

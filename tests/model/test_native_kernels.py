@@ -130,3 +130,11 @@ def test_a_model_that_no_variant_runs_is_refused(
     assert tiny_config.num_layers == tiny_shape.layers
     with pytest.raises(NativeUnavailable, match="cannot run the variant"):
         NativeModel(native_library, tiny_shape, variant="abacus")
+
+
+def test_every_variant_has_a_peak(native_library: NativeLibrary) -> None:
+    """Also of one that this machine cannot run: 0."""
+    probe = native_library.calls.quire_probe_products
+    assert all(probe(variant.encode(), 2, 1) > 0 for variant in native_library.variants)
+    assert probe(b"abacus", 1, 1) == 0
+    assert native_library.calls.quire_probe_memory(2, 2**20, 1) > 0

@@ -21,7 +21,13 @@ from service.messages import (
     child_ids,
     rolling_digest,
 )
-from service.queues.admission import idempotency_bytes, kept_bytes, request_bytes
+from service.queues.admission import (
+    base_bytes,
+    idempotency_bytes,
+    kept_bytes,
+    request_bytes,
+    token_bytes,
+)
 from service.queues.contract import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
 from service.queues.memory.queue import MemoryQueue
 from service.queues.observer import QueueEvent
@@ -45,9 +51,11 @@ def make_submission(
     grace: float | None = None,
     allowance: Allowance | None = None,
     manifest: str = '{"endpoint":"completions"}',
+    keep: float | None = None,
+    sent: str = "",
     **fields: Any,
 ) -> Submission:
-    """`fields` are those of its requests."""
+    """`fields` are those of its requests; `sent` is its input."""
     identifier = identifier or f"s0-{uuid.uuid4().hex}"
     values: dict[str, Any] = {"prompt_ids": (1, 2, 3), "max_tokens": 16} | fields
     requests = tuple(
@@ -65,6 +73,8 @@ def make_submission(
         fingerprint=fingerprint,
         grace=grace,
         allowance=allowance,
+        keep=keep,
+        input=sent,
     )
 
 
@@ -131,8 +141,11 @@ async def count_stored(
 def _recount_memory(queue: MemoryQueue, submissions: Iterable[Submission]) -> dict[str, int]:
     again: Counter[str] = Counter()
     for submission in submissions:
-        if submission.id in queue._groups:
-            again[submission.tenant] += kept_bytes(submission)
+        if (group := queue._groups.get(submission.id)) is not None:
+            kept = kept_bytes(submission) if group.is_kept else base_bytes(submission)
+            if group.is_kept and not group.unfinished:
+                kept += token_bytes(submission) * sum(entry.count for entry in group.entries)
+            again[submission.tenant] += kept
         for request in submission.requests:
             entry = queue._entries.get(request.id)
             if entry is not None and entry.end is None:

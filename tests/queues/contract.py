@@ -30,6 +30,7 @@ from service.queues.admission import (
     kept_bytes,
     request_bytes,
     stored_bytes,
+    token_bytes,
 )
 from service.queues.contract import (
     CLEARED_AFTER,
@@ -73,6 +74,8 @@ LIMITS = QueueLimits(
     idempotency_ttl=1.2,
 )
 LARGE = "x" * 20_000
+KEEP = 3.0
+"""Seconds: more than the resume window."""
 OVER = LIMITS.lease + 0.05
 """Seconds after which a lease that was not renewed is over."""
 
@@ -1022,6 +1025,102 @@ class QueueContract:
                 await queue.read_page(rid)
         assert await queue.depth() == NOTHING
         await queue.check()
+
+    async def test_what_is_kept_outlives_the_resume_window(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        kept, plain = make_submission(keep=KEEP, sent="é"), make_submission(sent="x")
+        for submission in (kept, plain):
+            await queue.submit(submission)
+        assert await queue.read_input(kept.id) == "é"
+        assert await queue.read_input(plain.id) is None
+        assert await queue.read_input("s0-unknown") is None
+        for _ in range(2):
+            await finish(queue, await claim_one(queue), length=3)
+        counted, again = await count_stored(queue, [kept, plain])
+        assert counted == again
+        await passes(LIMITS.resume_window + 0.1)
+        await queue.sweep()
+        assert await queue.lookup(plain.id) is None
+        assert await queue.lookup(kept.id) is not None
+        assert await queue.read_input(kept.id) == "é"
+        assert ids_of(await queue.read(kept.requests[0].id)) == ids_of(
+            [answer_of(kept.requests[0].id, 0, 3)]
+        )
+        size = (await queue.depth()).stored_bytes
+        assert size == kept_bytes(kept) + 3 * token_bytes(kept)
+        await passes(KEEP - LIMITS.resume_window + 0.1)
+        await queue.sweep()
+        assert await queue.lookup(kept.id) is None
+        assert await queue.read_input(kept.id) is None
+        assert (await queue.depth()).stored_bytes == 0
+
+    async def test_touching_starts_the_time_again(self, queue: Queue, passes: Passes) -> None:
+        touched, other = make_submission(keep=KEEP), make_submission(keep=KEEP)
+        plain, running = make_submission(), make_submission(keep=KEEP)
+        for submission in (touched, other, plain):
+            await queue.submit(submission)
+            await finish(queue, await claim_one(queue), length=2)
+        await queue.submit(running)
+        for _ in range(3):
+            await passes(KEEP / 3)
+            await queue.touch([touched.id, plain.id, running.id, "s0-unknown"])
+        await passes(0.1)
+        await queue.sweep()
+        assert await queue.lookup(touched.id) is not None
+        assert await queue.lookup(other.id) is None
+        assert await queue.lookup(plain.id) is None
+        assert await queue.lookup(running.id) is not None
+        counted, again = await count_stored(queue, [touched, other, plain, running])
+        assert counted == again
+        await queue.forget(touched.id)
+        assert await queue.read_input(touched.id) is None
+
+    async def test_kept_submissions_make_room_for_new_ones(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        """Oldest first, and only those of the same tenant."""
+        mine = [make_submission(tenant="a", keep=60.0, sent="x" * 7_000) for _ in range(3)]
+        theirs = make_submission(tenant="b", keep=60.0, sent="x" * 7_000)
+        for submission in (theirs, *mine):
+            assert (await queue.submit(submission)).status is SubmitStatus.OK
+            await finish(queue, await claim_one(queue), length=2)
+        new = make_submission(tenant="a", keep=60.0, sent="x" * 7_000)
+        assert (await queue.submit(new)).status is SubmitStatus.OK
+        assert await queue.read_input(mine[0].id) is None
+        for submission in (*mine[1:], theirs, new):
+            assert await queue.read_input(submission.id) is not None
+        counted, again = await count_stored(queue, [*mine, theirs, new])
+        assert counted == again
+        assert counted["a"] <= LIMITS.max_tenant_bytes
+        await passes(LIMITS.resume_window + 0.1)
+        await queue.sweep()
+        assert await queue.lookup(mine[0].id) is None
+        another = make_submission(tenant="a", sent="x", manifest="x" * 8_000)
+        assert (await queue.submit(another)).status is SubmitStatus.OK
+        assert await queue.lookup(mine[1].id) is None, "evicted after its resume window"
+        assert await queue.read_input(mine[2].id) is not None
+        counted, again = await count_stored(queue, [*mine, theirs, new, another])
+        assert counted == again
+        huge = make_submission(tenant="a", manifest="x" * (LIMITS.max_tenant_bytes + 1))
+        assert (await queue.submit(huge)).status is SubmitStatus.TENANT_STORAGE
+        assert await queue.read_input(mine[2].id) is not None, "no room could be made"
+
+    async def test_the_tenant_that_keeps_most_makes_room(self, queue: Queue) -> None:
+        small = make_submission(tenant="a", keep=60.0, sent="x" * 9_000)
+        large = [make_submission(tenant="b", keep=60.0, sent="x" * 9_000) for _ in range(3)]
+        others = [make_submission(tenant=t, keep=60.0, sent="x" * 9_000) for t in "cd"]
+        everything = [small, *large, *others]
+        for submission in everything:
+            assert (await queue.submit(submission)).status is SubmitStatus.OK
+            await finish(queue, await claim_one(queue), length=1)
+        new = make_submission(tenant="e", sent="x", manifest="x" * 12_000)
+        assert (await queue.submit(new)).status is SubmitStatus.OK
+        assert await queue.read_input(large[0].id) is None
+        for submission in (small, *large[1:], *others):
+            assert await queue.read_input(submission.id) is not None
+        counted, again = await count_stored(queue, [*everything, new])
+        assert counted == again
 
     async def test_closing_ends_open_calls(self, queue: Queue) -> None:
         submission = make_submission()

@@ -67,6 +67,28 @@ async def test_everything_ended_is_forgotten(clock: Clock) -> None:
     assert not len(queue._machine.tenants)
 
 
+async def test_what_is_evicted_stays_for_its_resume_window(clock: Clock) -> None:
+    queue = MemoryQueue(LIMITS, clock=clock)
+    kept = [make_submission(keep=100.0, sent="x" * 9_000) for _ in range(3)]
+    for submission in kept:
+        assert (await queue.submit(submission)).status == "ok"
+        await finish(queue, await claim_one(queue), length=2)
+        await clock.pass_by(0.1)
+    assert await queue.read_input(kept[0].id) is None
+    await clock.pass_by(LIMITS.resume_window - 0.31)
+    assert await queue.lookup(kept[0].id) is not None
+    await clock.pass_by(0.02)
+    assert await queue.lookup(kept[0].id) is None
+    for _ in range(50):
+        await queue.touch([kept[1].id])
+        await clock.pass_by(60)
+    assert [await queue.lookup(each.id) is not None for each in kept] == [False, True, False]
+    assert len(queue._submissions._expiring) == 1
+    await clock.pass_by(100)
+    await queue.sweep()
+    assert not len(queue._submissions)
+
+
 async def test_an_idempotency_key_runs_out(clock: Clock) -> None:
     queue = MemoryQueue(replace(LIMITS, idempotency_ttl=2.0), clock=clock)
     await queue.submit(make_submission(key="k"))

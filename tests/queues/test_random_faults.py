@@ -70,6 +70,8 @@ class Walk:
             priority=self.rng.randrange(3),
             timeout_ms=timeout_ms,
             grace=self.rng.choice((None, None, None, 0.05)),
+            keep=self.rng.choice((None, 0.1, 900.0)),
+            sent="x" * self.rng.randrange(100),
             key=self.rng.choice((None, None, f"k{self.rng.randrange(20)}")),
             fingerprint=str(self.rng.random()),
         )

@@ -3,7 +3,7 @@
 The lower bound is the longer of two times, with rates that are probed in the same run:
 
     memory       bytes of weights, keys and values read / memory bandwidth
-    arithmetic   8-bit products / products per second
+    arithmetic   8-bit products / products per second of the variant's best instructions
 
 Times are the minimum of several runs. On a machine with other load only the ratio is meaningful.
 """
@@ -25,7 +25,6 @@ from model.runners import RunnerOptions
 from model.runners.native import NativeRunner
 
 _BLOCK = 16
-_PROBED_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,9 +97,9 @@ def run(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     print(f"{runner.variant}, {arguments.threads} threads, {runner.numeric_class}")
     print(f"weights packed in {time.perf_counter() - started:.1f} s")
-    roof = probe(threads=[arguments.threads], rows=[_PROBED_ROWS], variant=runner.variant)
+    roof = probe(threads=[arguments.threads], variant=runner.variant)
     print(f"memory {roof.bytes_a_second / 1e9:.1f} GB/s", end=", ")
-    print(f"{roof.products_a_second[_PROBED_ROWS] / 1e9:.0f} G products/s\n")
+    print(f"{roof.products_a_second / 1e9:.0f} G products/s\n")
     print("| sequences | tokens each | context | ms | tokens/s | roof ms | of roof |")
     print("|---|---|---|---|---|---|---|")
     kv_bytes = 2**30 // (runner.num_blocks * _BLOCK)  # of one token in all layers

@@ -172,9 +172,9 @@ struct Kernels {
                  const float* signs, const float* mix);
   void (*pack)(const float* w, const float* bias, bool gated, Linear* linear);
 
-  // The integer routine alone, for tests and for probe.cpp. acc is [rows][PANEL].
-  void (*multiply_tile)(const uint8_t* codes, size_t stride, int rows, const int8_t* panel,
-                        int inputs_padded, Ahead ahead, int32_t* acc);
+  // For probe.cpp: the variant's best instructions for 8-bit products, on registers alone. Returns how
+  // many products it computed.
+  int64_t (*peak)(int rounds);
 };
 
 const Kernels* portable_kernels();

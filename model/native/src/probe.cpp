@@ -1,7 +1,7 @@
 // Measures the roof of this machine, which a step is compared with. Not used in serving.
 #include <algorithm>
 #include <chrono>
-#include <cstring>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -10,6 +10,8 @@
 #include "quire.h"
 
 namespace {
+
+constexpr int kRounds = 100000;  // about 1 ms
 
 using Clock = std::chrono::steady_clock;
 
@@ -49,26 +51,18 @@ double quire_probe_memory(int32_t threads, int64_t bytes, int32_t repeats) {
   return sums[0] ? best : 0.0;
 }
 
-double quire_probe_products(const char* variant, int32_t threads, int32_t rows, int32_t repeats) {
+double quire_probe_products(const char* variant, int32_t threads, int32_t repeats) {
   const Kernels* kernels = quire::find_variant(variant);
   if (!kernels) return 0.0;
-  constexpr int inputs = 512, rounds = 2000;
-  rows = std::min(rows, kernels->tile_rows);
   double best = 0;
   for (int32_t r = 0; r < repeats; r++) {
-    const double time = timed(threads, [&](int) {
-      const size_t stride = code_stride(inputs, kernels->code_bytes);
-      std::vector<uint8_t> codes((rows + TILE_ROWS_MAX) * stride, 1);
-      std::vector<int8_t> panel(inputs * PANEL + 64, 1);
-      alignas(64) int32_t sums[TILE_ROWS_MAX * PANEL];
+    std::vector<int64_t> products(static_cast<size_t>(threads));
+    const double time = timed(threads, [&](int t) {
       kernels->thread_begin();
-      for (int i = 0; i < rounds; i++) {
-        kernels->multiply_tile(codes.data(), stride, rows, panel.data(), inputs, {panel.data(), 0, nullptr, 0}, sums);
-        __asm__ volatile("" : : "r"(sums) : "memory");
-      }
+      products[static_cast<size_t>(t)] = kernels->peak(kRounds);
       kernels->thread_end();
     });
-    best = std::max(best, static_cast<double>(threads) * rounds * rows * inputs * PANEL / time);
+    best = std::max(best, static_cast<double>(std::accumulate(products.begin(), products.end(), int64_t{0})) / time);
   }
   return best;
 }

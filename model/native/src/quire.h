@@ -67,6 +67,7 @@ QUIRE_API int32_t quire_step(QuireModel* model, const QuireStep* step, char* err
 QUIRE_API int32_t quire_product(const char* variant, const float* w, const float* bias, int32_t outputs,
                                 int32_t inputs, const float* x, int32_t rows, float* y);
 
-// Roof of this machine: bytes read per second, byte multiplications per second.
+// Roof of this machine, measured without the code of the step: bytes read from memory per second, and
+// 8-bit products per second of the variant's best instructions on registers.
 QUIRE_API double quire_probe_memory(int32_t threads, int64_t bytes, int32_t repeats);
-QUIRE_API double quire_probe_products(const char* variant, int32_t threads, int32_t rows, int32_t repeats);
+QUIRE_API double quire_probe_products(const char* variant, int32_t threads, int32_t repeats);

@@ -132,3 +132,18 @@ static void multiply_tile(const uint8_t* codes, size_t stride, int rows, const i
   if (rows <= 16) multiply_sixteen(codes, stride, panel, inputs_padded, ahead, acc);
   else multiply_thirty_two(codes, stride, panel, inputs_padded, ahead, acc);
 }
+
+static int64_t peak(int rounds) {
+  alignas(64) static const uint8_t zeros[16 * 64] = {};
+  TILE_LOAD(4, zeros, 64);
+  TILE_LOAD(5, zeros, 64);
+  TILE_LOAD(6, zeros, 64);
+  TILE_LOAD(7, zeros, 64);
+  for (int i = 0; i < rounds; i++) {
+    TILE_MULTIPLY(0, 4, 6);
+    TILE_MULTIPLY(1, 4, 7);
+    TILE_MULTIPLY(2, 5, 6);
+    TILE_MULTIPLY(3, 5, 7);
+  }
+  return (int64_t)rounds * 4 * 16 * 16 * 64;
+}

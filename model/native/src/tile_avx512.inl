@@ -88,3 +88,16 @@ static void multiply_tile(const uint8_t* codes, size_t stride, int rows, const i
     default: return multiply_some<12, 1>(codes, stride, panel, inputs_padded, ahead, acc);
   }
 }
+
+static int64_t peak(int rounds) {
+  constexpr int CHAINS = 16;  // more than latency times throughput; opaque, or the compiler keeps one
+  __m512i sums[CHAINS] = {}, x = _mm512_set1_epi8(1);
+  QUIRE_UNROLL
+  for (int c = 0; c < CHAINS; c++) __asm__ volatile("" : "+v"(sums[c]));
+  for (int i = 0; i < rounds; i++)
+    QUIRE_UNROLL
+    for (int c = 0; c < CHAINS; c++) sums[c] = _mm512_dpbusd_epi32(sums[c], x, x);
+  QUIRE_UNROLL
+  for (int c = 0; c < CHAINS; c++) __asm__ volatile("" : : "v"(sums[c]));
+  return (int64_t)rounds * CHAINS * 64;
+}

@@ -24,3 +24,16 @@ template <int ROWS> static void multiply_rows(const uint8_t* codes, size_t strid
   }
   store_sums(sums, acc);
 }
+
+static int64_t peak(int rounds) {
+  constexpr int CHAINS = 12;  // more than latency times throughput; opaque, or the compiler keeps one
+  __m256i sums[CHAINS] = {}, x = _mm256_set1_epi8(1);
+  QUIRE_UNROLL
+  for (int c = 0; c < CHAINS; c++) __asm__ volatile("" : "+x"(sums[c]));
+  for (int i = 0; i < rounds; i++)
+    QUIRE_UNROLL
+    for (int c = 0; c < CHAINS; c++) sums[c] = _mm256_dpbusd_avx_epi32(sums[c], x, x);
+  QUIRE_UNROLL
+  for (int c = 0; c < CHAINS; c++) __asm__ volatile("" : : "x"(sums[c]));
+  return (int64_t)rounds * CHAINS * 32;
+}

@@ -34,7 +34,7 @@ static const Kernels table = {
     multiply,
     attend_rows, attend_split, merge_splits,
     rotate, pack,
-    multiply_tile,
+    peak,
 };
 
 }  // namespace

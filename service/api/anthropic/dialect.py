@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import orjson
 
@@ -17,17 +16,17 @@ from service.api.anthropic.blocks import (
     TurnBlock,
 )
 from service.api.anthropic.object import message_error_body, message_object
-from service.api.anthropic.schema import ClearThinking, CountBody, MessageBody
+from service.api.anthropic.schema import BoundedThinking, ClearThinking, CountBody, MessageBody
 from service.api.anthropic.stream import MessageRenderer
 from service.api.anthropic.tools import HostedTool, MessageToolChoice
 from service.api.fields import FieldNames
 from service.api.generation.accumulate import Accumulator
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader
-from service.api.generation.request import Chat, Generation
+from service.api.generation.request import Chat, Effort, Generation
 from service.api.generation.sampling import sampling_of
 from service.api.structured.output import JsonOutput
-from service.api.tools.chat import ChatMessage, Mode, ToolCall, ToolChoice, tool_use
+from service.api.tools.chat import ChatMessage, Mode, ToolCall, ToolChoice, ToolRef, tool_use
 from service.errors import BadRequest
 
 _NAMES = FieldNames(
@@ -42,6 +41,13 @@ _CLIENT_NOTE = "x-anthropic-billing-header:"
 """Claude Code's first system block. It differs from chat to chat, so that no prefix would be found
 in the cache, and is not meant for the model.
 """
+_EFFORTS: Mapping[str, Effort] = {
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "high",
+    "max": "high",
+}
 _MODES = {"any": Mode.REQUIRED, "tool": Mode.REQUIRED, "none": Mode.NONE}
 
 
@@ -58,7 +64,9 @@ class Messages:
 
     def parse(self, body: MessageBody) -> Generation:
         """Raises BadRequest."""
-        form = body.output_format or (body.output_config and body.output_config.format)
+        config, thinking = body.output_config, body.thinking
+        form = body.output_format or (config and config.format)
+        bounded = thinking if isinstance(thinking, BoundedThinking) else None
         return Generation(
             model=body.model,
             prompt=parse_chat(body),
@@ -66,6 +74,8 @@ class Messages:
             names=self.names,
             default_max_tokens=body.max_tokens,  # may exceed the rest of the context
             stop=tuple(body.stop_sequences or ()),
+            thinking_budget=bounded.budget_tokens if bounded else None,
+            include_reasoning=thinking is None or thinking.shown,
             output=JsonOutput(schema=form.schema_, strict=True) if form else None,
             stream=body.stream or False,
             priority=body.priority,
@@ -92,7 +102,7 @@ def parse_chat(body: CountBody) -> Chat:
     if system:
         messages.insert(0, ChatMessage(role="system", content=_text(system)))
     functions = [tool.definition() for tool in body.tools or () if not isinstance(tool, HostedTool)]
-    choice = body.tool_choice
+    choice, config = body.tool_choice, body.output_config
     return Chat(
         messages=tuple(messages),
         tools=tool_use(
@@ -102,13 +112,9 @@ def parse_chat(body: CountBody) -> Chat:
             names=_NAMES,
         ),
         continue_final_message=last.role == "assistant",
-        template_options=_template_options(body),
+        thinking=None if body.thinking is None else body.thinking.type != "disabled",
+        effort=_EFFORTS.get(config.effort) if config and config.effort else None,
     )
-
-
-def _template_options(body: CountBody) -> dict[str, Any]:
-    thinking = body.thinking
-    return {} if thinking is None else {"enable_thinking": thinking.type != "disabled"}
 
 
 def _warnings(body: MessageBody) -> Iterator[str]:
@@ -126,7 +132,8 @@ def _tool_choice(choice: MessageToolChoice | None) -> ToolChoice | None:
     """None stands for auto, which is no error without tools: all may have been left out."""
     if choice is None or choice.type == "auto":
         return None
-    return ToolChoice(_MODES[choice.type], choice.name)
+    tool = None if choice.name is None else ToolRef(choice.name)
+    return ToolChoice(_MODES[choice.type], tool)
 
 
 def _visible(body: CountBody) -> Iterator[Turn]:

@@ -1,16 +1,23 @@
 """A message as an object, and an error: what Anthropic's clients read.
 
-The content of a message is blocks: the text and tool-call segments of the answer.
+The content of a message is blocks: the reasoning, text and tool-call segments of the answer.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from service.api.generation.accumulate import Accumulator, Segment, ToolCallSegment
+from service.api.generation.accumulate import (
+    Accumulator,
+    ReasoningSegment,
+    Segment,
+    ToolCallSegment,
+)
 from service.api.generation.reader import AnswerReader
 from service.errors import BadRequest, QuireError, ShuttingDown
 
@@ -49,33 +56,49 @@ def message_object(reader: AnswerReader, answer: Accumulator) -> dict[str, Any]:
 
 def opened_block(segment: Segment) -> dict[str, Any]:
     """A block before it has content."""
+    if isinstance(segment, ReasoningSegment):
+        return {"type": "thinking", "thinking": "", "signature": ""}
     if isinstance(segment, ToolCallSegment):
+        caller = {"type": "direct"}
         return {
-            "type": "tool_use",
-            "id": segment.id,
-            "name": segment.name,
-            "input": {},
-            "caller": {"type": "direct"},
-        }
+            "type": "tool_use", "id": segment.id, "name": segment.name, "input": {},
+            "caller": caller,
+        }  # fmt: skip
     return {"type": "text", "text": "", "citations": None}
 
 
 def block_delta(segment: Segment, text: str) -> dict[str, Any]:
     """The growth of a block. The JSON of a tool call's input is streamed as text."""
+    if isinstance(segment, ReasoningSegment):
+        return {"type": "thinking_delta", "thinking": text}
     if isinstance(segment, ToolCallSegment):
         return {"type": "input_json_delta", "partial_json": text}
     return {"type": "text_delta", "text": text}
 
 
+def last_delta(segment: Segment) -> dict[str, Any] | None:
+    """The delta that completes a block; None if it is complete."""
+    if not isinstance(segment, ReasoningSegment):
+        return None
+    return {"type": "signature_delta", "signature": _signature(segment)}
+
+
 def _block(segment: Segment) -> dict[str, Any]:
     """A block with its content. Input that was cut off by the end of the answer is left empty."""
     block = opened_block(segment)
+    if isinstance(segment, ReasoningSegment):
+        return block | {"thinking": segment.text, "signature": _signature(segment)}
     if not isinstance(segment, ToolCallSegment):
         return block | {"text": segment.text}
     try:
         return block | {"input": json.loads(segment.arguments)}
     except ValueError:
         return block
+
+
+def _signature(segment: ReasoningSegment) -> str:
+    """Clients require one. It depends on the text alone, so a resumed stream has the same."""
+    return base64.b64encode(hashlib.sha256(segment.text.encode()).digest()).decode()
 
 
 def stop_fields(reader: AnswerReader, answer: Accumulator) -> dict[str, Any]:
@@ -101,7 +124,7 @@ def message_usage(reader: AnswerReader) -> dict[str, Any]:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": None,
+        "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
         "server_tool_use": None,
     }
 

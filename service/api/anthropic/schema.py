@@ -46,24 +46,37 @@ _SHARED: Mapping[str, tuple[Any, ...]] = {
 class _AnyThinking(WireModel):
     unsupported = MappingProxyType({"block_binding": ({},)})
 
-    display: Literal["summarized"] | None = Field(
-        None, description="The answer has the whole reasoning in any case."
+    display: Literal["summarized", "omitted"] | None = Field(
+        None, description="Whether the answer has the reasoning: all of it, or none."
     )
+
+    @property
+    def shown(self) -> bool:
+        """Whether the answer has the reasoning."""
+        return self.display != "omitted"
 
 
 class BoundedThinking(_AnyThinking):
     """The model thinks before it answers, up to a limit."""
 
     type: Literal["enabled"] = Field(description="Reasoning with a limit.")
-    budget_tokens: int = Field(ge=1, le=MAX_TOKENS, description="The most tokens of reasoning.")
+    budget_tokens: int = Field(
+        ge=1, le=MAX_TOKENS, description="The most tokens of reasoning; there it is ended."
+    )
 
 
 class FreeThinking(_AnyThinking):
     """Whether the model thinks before it answers, without a limit."""
 
     type: Literal["adaptive", "disabled"] = Field(
-        description="adaptive: the model decides when and how much; disabled: not at all."
+        description="disabled: the answer has no reasoning, and a chat template that can switch it "
+        "off does so."
     )
+
+    @property
+    def shown(self) -> bool:
+        """Whether the answer has the reasoning."""
+        return super().shown and self.type != "disabled"
 
 
 Thinking = Annotated[BoundedThinking | FreeThinking, Field(discriminator="type")]

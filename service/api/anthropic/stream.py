@@ -3,8 +3,8 @@
     message_start · ( content_block_start · content_block_delta* · content_block_stop )* ·
     message_delta · message_stop
 
-A `ping` follows the start of the first block, as in Anthropic's own streams. It also carries the
-event id of a token that has no visible text yet.
+The last delta of a thinking block is its signature. A `ping` follows the start of the first block,
+as in Anthropic's own streams. It also carries the event id of a token without visible text.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import orjson
 
 from service.api.anthropic.object import (
     block_delta,
+    last_delta,
     message_error_body,
     message_object,
     message_usage,
@@ -76,27 +77,29 @@ class MessageRenderer:
         events: list[bytes] = []
         for change in self._blocks.changes(self._answer.segments):
             if change.opens:
-                events += _opened(change)
+                events += self._opened(change)
             if change.text:
                 grown = block_delta(change.segment, change.text)
                 events.append(_event("content_block_delta", index=change.index, delta=grown))
         return events
 
+    def _opened(self, change: SegmentDelta) -> list[bytes]:
+        index, block = change.index, opened_block(change.segment)
+        start = _event("content_block_start", index=index, content_block=block)
+        return [start, _PING] if index == 0 else [*self._closed(index - 1), start]
+
+    def _closed(self, index: int) -> list[bytes]:
+        delta = last_delta(self._answer.segments[index])
+        stop = _event("content_block_stop", index=index)
+        if delta is None:
+            return [stop]
+        return [_event("content_block_delta", index=index, delta=delta), stop]
+
     def _end(self) -> bytes:
-        last = self._blocks.open
-        stop = b"" if last is None else _event("content_block_stop", index=last)
-        usage = message_usage(self._reader)
-        return stop + _event(
-            "message_delta", delta=stop_fields(self._reader, self._answer), usage=usage
-        )
-
-
-def _opened(change: SegmentDelta) -> list[bytes]:
-    index, block = change.index, opened_block(change.segment)
-    start = _event("content_block_start", index=index, content_block=block)
-    if index == 0:
-        return [start, _PING]
-    return [_event("content_block_stop", index=index - 1), start]
+        open_block = self._blocks.open
+        stop = [] if open_block is None else self._closed(open_block)
+        delta, usage = stop_fields(self._reader, self._answer), message_usage(self._reader)
+        return b"".join([*stop, _event("message_delta", delta=delta, usage=usage)])
 
 
 def _event(kind: str, **fields: Any) -> bytes:  # noqa: ANN401  # any JSON

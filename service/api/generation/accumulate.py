@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from service.api.generation.deltas import Finish, ScoredToken, Start, StreamDelta
+from service.api.tools.parser import CallDelta
 from service.messages import End, TokenLogprob
 
 
@@ -28,11 +29,18 @@ class ToolCallSegment:
     id: str
     name: str
     texts: list[str] = field(default_factory=list)
+    custom: bool = False  # a custom tool: the arguments are its input
+    complete: bool = False  # the arguments have ended
 
     @property
     def arguments(self) -> str:
         """The text of the arguments so far."""
         return "".join(self.texts)
+
+    def add(self, delta: CallDelta) -> None:
+        """Adds the next delta of the call."""
+        self.texts.append(delta.arguments)
+        self.complete |= delta.complete
 
 
 @dataclass(slots=True)
@@ -103,11 +111,12 @@ class Accumulator:
             self.ids.extend(delta.ids)
             self.score += sum(item.logprob.logprob for item in delta.scored if item.logprob)
             for call in delta.continued:
-                self.calls[call.index].texts.append(call.arguments)
+                self.calls[call.index].add(call)
             self._add_reasoning(delta.reasoning)
             self._add_text(delta.text)
             for call in delta.opened:
-                new = ToolCallSegment(call.id or "", call.name or "", [call.arguments])
+                new = ToolCallSegment(call.id or "", call.name or "", custom=call.custom)
+                new.add(call)
                 self.segments.append(new)
 
     def _add_reasoning(self, text: str) -> None:

@@ -47,6 +47,15 @@ class ReasoningNote:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolNote:
+    """What the parser of calls must know of a tool."""
+
+    name: str
+    custom: bool = False  # takes a text
+    types: tuple[tuple[str, tuple[str, ...]], ...] = ()  # parameter, and its JSON types
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """How an answer is rendered. Request i is choice `i % width` of prompt `i // width`."""
 
@@ -71,7 +80,9 @@ class Manifest:
     obfuscation: bool = False  # pad the chunks of the stream
     service_tier: str | None = None  # that was used, if one was requested
     notation: str | None = None  # the tool-call format; None: no tools
+    tools: tuple[ToolNote, ...] = ()  # custom ones, and those with types
     reasoning: ReasoningNote | None = None  # None: all text is content
+    sealed_reasoning: bool = False  # the answer also has the reasoning as text to be sent back
     grace: float | None = 0.0  # seconds without readers until it is cancelled; None: never
     given_back: dict[str, Any] = field(default_factory=dict)  # `Generation.echoed`
 

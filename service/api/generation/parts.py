@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from model.text.tokenizer import Tokenizer
 from service.api.generation.manifest import Manifest
 from service.api.tools.formats import TOOL_FORMATS
-from service.api.tools.parser import CallDelta, ToolCallParser
+from service.api.tools.parser import CallDelta, KnownTools, ToolCallParser
 from service.messages import Tokens
 from service.thinking import THINKING_FORMATS, Splitter, TokenScan, symbol
 
@@ -60,7 +60,11 @@ class AnswerParts:
         self._parser: ToolCallParser | None = None
         if manifest.notation is not None:
             tool_format = TOOL_FORMATS[manifest.notation]
-            self._parser = ToolCallParser(tool_format, request_id=request_id)
+            tools = KnownTools(
+                custom=frozenset(tool.name for tool in manifest.tools if tool.custom),
+                types={tool.name: dict(tool.types) for tool in manifest.tools},
+            )
+            self._parser = ToolCallParser(tool_format, request_id=request_id, tools=tools)
             markers |= tool_format.marker_ids(tokenizer)
         if note is not None:
             tags = THINKING_FORMATS[note.format]

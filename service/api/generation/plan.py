@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 from service.api.context import ApiContext
-from service.api.generation.manifest import Endpoint, Manifest, PromptNote
-from service.api.generation.prompts import PromptTokens, check_token_ids
+from service.api.generation.manifest import Endpoint, Manifest, PromptNote, ToolNote
+from service.api.generation.prompts import PromptTokens, call_rendering, check_token_ids
 from service.api.generation.request import Call, Generation
 from service.api.generation.sampling import (
     banned_sequences,
@@ -28,6 +29,7 @@ from service.api.structured.grammar import output_grammar
 from service.api.structured.output import JsonOutput
 from service.api.tools.formats import TOOL_FORMATS, tool_format_name
 from service.api.tools.grammar import validated_tools_grammar
+from service.api.tools.tagged import parameter_types
 from service.errors import BadRequest, Forbidden
 from service.messages import GenerationRequest, Submission, child_ids
 
@@ -86,6 +88,8 @@ def plan(
         idempotency_key=call.idempotency_key,
         fingerprint=call.fingerprint,
         allowance=call.tenant.allowance,
+        keep=None if generation.stored_input is None else context.limits.keep_responses,
+        input=generation.stored_input or "",
         # The replica sees its own client leave; the queue sees that a replica is gone.
         grace=None if manifest.grace is None else manifest.grace or context.limits.replica_grace,
     )
@@ -133,10 +137,27 @@ def _manifest(
         service_tier=_tier_used(generation.service_tier),
         skip_special_tokens=generation.skip_special_tokens,
         stop=() if generation.include_stop else generation.stop,
-        notation=None if generation.tools is None else tool_format_name(context.tokenizer),
+        sealed_reasoning=generation.sealed_reasoning,
+        **_called(generation, context),
         given_back=dict(generation.echoed),
     )
     return replace(manifest, grace=_grace(generation, manifest, call=call, limits=limits))
+
+
+def _called(generation: Generation, context: ApiContext) -> dict[str, Any]:
+    """The fields about tools. The chat template's rendering of calls is known by now."""
+    if generation.tools is None:
+        return {}
+    name = tool_format_name(context.tokenizer.call_rendering)
+    notes = []
+    for function in generation.tools.functions:
+        types: dict[str, tuple[str, ...]] = {}
+        if TOOL_FORMATS[name].tags and not function.custom:
+            types = parameter_types(function.schema)
+        if types or function.custom:
+            note = ToolNote(name=function.name, custom=function.custom, types=(*types.items(),))
+            notes.append(note)
+    return {"notation": name, "tools": tuple(notes)}
 
 
 def _returned(generation: Generation, num_tokens: int, limits: ApiLimits) -> bool:
@@ -217,7 +238,8 @@ async def grammar_of(generation: Generation, context: ApiContext, *, tenant: str
     _reject_conflicting_fields(generation)
     validate = partial(context.grammars.error, tenant=tenant)
     if tools is not None:
-        tool_format = TOOL_FORMATS[tool_format_name(context.tokenizer)]
+        rendering = await call_rendering(context, tenant=tenant, param=names.prompt)
+        tool_format = TOOL_FORMATS[tool_format_name(rendering)]
         marker_ids = tool_format.marker_ids(context.tokenizer)
         json = output if isinstance(output, JsonOutput) else None
         return await validated_tools_grammar(

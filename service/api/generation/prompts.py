@@ -7,13 +7,15 @@ special tokens. In a raw prompt it is one, unless the client says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from model.text.chat_template import ChatTemplateError, ChatTemplateLimitError
 from model.text.disguise import strings_of
+from model.text.template_calls import CallRendering
 from model.text.template_renderer import TemplateUnavailableError
 from service.api.context import ApiContext
 from service.api.fields import FieldNames
@@ -26,6 +28,7 @@ from service.fair_pool import FairPool
 
 T = TypeVar("T")
 
+_INSTRUCTIONS = ("system", "developer")
 TEXT_COST = 32
 """The cost of one more text in a template, in characters to tokenise."""
 
@@ -44,9 +47,11 @@ async def prompt_tokens(
     """The prompts of a request as token ids. Raises BadRequest or Unavailable."""
     prompt, keep = generation.prompt, _kept_tokens(generation, context)
     if isinstance(prompt, Chat):
-        names = generation.names
-        whole = await render_chat(prompt, context, tenant=tenant, names=names, any_size=bool(keep))
-        return [_cut(whole, keep)]
+        render = partial(render_chat, context=context, tenant=tenant, names=generation.names)
+        if prompt.truncate:
+            room = context.card.max_model_len - (generation.max_tokens or 1)
+            return [await _render_newest(prompt, render, most=room)]
+        return [_cut(await render(prompt, any_size=bool(keep)), keep)]
     most = context.limits.max_prompts
     if len(prompt.prompts) > most:
         raise BadRequest(
@@ -91,6 +96,42 @@ def _cut(prompt: PromptTokens, keep: int | None) -> PromptTokens:
     return PromptTokens(ids=prompt.ids[-keep:])
 
 
+async def _render_newest(
+    chat: Chat, render: Callable[[Chat], Awaitable[PromptTokens]], *, most: int
+) -> PromptTokens:
+    """The prompt without as many of the oldest turns as it takes to have at most `most` tokens.
+
+    The instructions at the beginning and the last turn stay. A turn begins with a user message, so
+    no tool result loses its call.
+    """
+    roles = [message.role for message in chat.messages]
+    head = next((i for i, role in enumerate(roles) if role not in _INSTRUCTIONS), len(roles))
+    starts = [head, *(i for i, role in enumerate(roles) if role == "user" and i > head)]
+
+    def newest(first: int) -> Chat:
+        return replace(chat, messages=(*chat.messages[:head], *chat.messages[first:]))
+
+    async def fitting(first: int) -> PromptTokens | None:
+        try:
+            prompt = await render(newest(first))
+        except BadRequest as error:
+            if error.code == "context_length_exceeded":
+                return None
+            raise
+        return prompt if len(prompt.ids) <= most else None
+
+    found = await fitting(head)
+    low, high = (1, len(starts)) if found is None else (0, 0)
+    while low < high:  # prompts before turn `low` are too long; `found` is that from turn `high` on
+        middle = (low + high) // 2
+        prompt = await fitting(starts[middle])
+        if prompt is None:
+            low = middle + 1
+        else:
+            high, found = middle, prompt
+    return found or await render(newest(starts[-1]))
+
+
 async def render_chat(
     chat: Chat,
     context: ApiContext,
@@ -109,9 +150,12 @@ async def render_chat(
             code="chat_not_supported",
             param=param,
         )
-    tool_format = TOOL_FORMATS[tool_format_name(context.tokenizer)]
     functions = () if chat.tools is None else chat.tools.functions
-    messages, variables = template_input(chat.messages, functions, tool_format)
+    rendering = CallRendering()
+    if functions or any(message.tool_calls or message.tool_call_id for message in chat.messages):
+        rendering = await call_rendering(context, tenant=tenant, param=param)
+    tool_format = TOOL_FORMATS[tool_format_name(rendering)]
+    messages, variables = template_input(chat.messages, functions, tool_format, rendering)
     continued = chat.continue_final_message
     generation_prompt = chat.add_generation_prompt
     if generation_prompt is None:
@@ -135,8 +179,28 @@ async def render_chat(
     length = sum(map(len, texts)) + TEXT_COST * len(texts)
     if not context.tokenizer.renders_in_process:  # waits for a process: never on the event loop
         length = max(length, context.limits.inline_text_chars + 1)
-    try:
+    with _template_errors(param):
         ids = await run_in_pool(context.pools.templates, tenant, render, length, context.limits)
+    check_token_ids(ids, context, param=param)
+    return PromptTokens(ids=tuple(ids))
+
+
+async def call_rendering(context: ApiContext, *, tenant: str, param: str) -> CallRendering:
+    """What the chat template writes for tools and calls. Raises BadRequest or Unavailable."""
+    tokenizer, limits = context.tokenizer, context.limits
+    known = "call_rendering" in vars(tokenizer) or tokenizer.renders_in_process
+    length = 0 if known else limits.inline_text_chars + 1  # never on the event loop
+    with _template_errors(param):
+        return await run_in_pool(
+            context.pools.templates, tenant, lambda: tokenizer.call_rendering, length, limits
+        )
+
+
+@contextmanager
+def _template_errors(param: str) -> Iterator[None]:
+    """Errors of the chat template as errors of the request."""
+    try:
+        yield
     except ChatTemplateLimitError as error:
         raise BadRequest(str(error), code="chat_template_limit", param=param) from None
     except TemplateUnavailableError as error:
@@ -147,8 +211,6 @@ async def render_chat(
             code="chat_template_error",
             param=param,
         ) from None
-    check_token_ids(ids, context, param=param)
-    return PromptTokens(ids=tuple(ids))
 
 
 def _check_prompt(prompt: str | Sequence[int], context: ApiContext, *, parse_special: bool) -> None:

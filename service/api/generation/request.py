@@ -48,6 +48,7 @@ class Chat:
     continue_final_message: bool = False
     thinking: bool | None = None  # if the template can switch it; None: its default
     effort: Effort | None = None  # of thinking, if the template has grades
+    truncate: bool = False  # drop the oldest turns if the prompt is too long
     template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -99,6 +100,10 @@ class Generation:
     which clients can retrieve unless `store` is false; `background` must be given, too.
     """
     warnings: tuple[str, ...] = ()  # known parts of the body that have no effect here, in ASCII
+
+    sealed_reasoning: bool = False  # the answer also has it as text to be sent back
+    stored_input: str | None = None
+    """Kept with the answer for `ApiLimits.keep_responses`; None: nothing, for the resume window."""
 
     @property
     def tools(self) -> ToolUse | None:

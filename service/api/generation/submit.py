@@ -157,7 +157,17 @@ async def answer(
     tenant: Tenant,
 ) -> Response:
     """The answer as a stream or a body. Raises every 4xx and 503 before anything is sent."""
-    generation = dialect.parse(body)
+    return await answer_generation(dialect, dialect.parse(body), request, context, tenant)
+
+
+async def answer_generation(
+    dialect: Dialect[Body],
+    generation: Generation,
+    request: JsonRequest,
+    context: ApiContext,
+    tenant: Tenant,
+) -> Response:
+    """As `answer`, for a body that was parsed before."""
     ensure_accepting(generation, context)
     call = read_call(request, tenant, context.limits)
     prompts = await prompt_tokens(generation, context, tenant=tenant.name)

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from service.api.generation.accumulate import Accumulator
+from service.api.generation.accumulate import Accumulator, ToolCallSegment
 from service.api.generation.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader, Usage
@@ -107,15 +107,13 @@ def _message(reader: AnswerReader, choice: Accumulator) -> Json:
     if reader.manifest.notation is not None and not choice.text:
         message["content"] = None
     if choice.calls:
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in choice.calls
-        ]
+        message["tool_calls"] = [_call(call) for call in choice.calls]
     return message | {"annotations": []}
+
+
+def _call(call: ToolCallSegment) -> Json:
+    kind, field = ("custom", "input") if call.custom else ("function", "arguments")
+    return {"id": call.id, "type": kind, kind: {"name": call.name, field: call.arguments}}
 
 
 def _prompt_fields(reader: AnswerReader, choice: Accumulator) -> Json:

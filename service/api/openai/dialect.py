@@ -73,7 +73,7 @@ class ChatCompletions(OpenAIDialect):
         """Raises BadRequest."""
         names = self.names
         tools = tool_use(
-            [tool.function.definition() for tool in body.tools or ()],
+            [tool.definition() for tool in body.tools or ()],
             choice=body.tool_choice,
             parallel=body.parallel_tool_calls is not False,
             names=names,

@@ -155,10 +155,11 @@ class ChatBody(GenerationBody, TemplateOptions):
     max_completion_tokens: OutputLimit | None = Field(
         None, description="The newer name of max_tokens. If both are given, they must agree."
     )
-    tools: Tools = Field(None, description="Functions that the model may call.")
+    tools: Tools = Field(None, description="Functions and custom tools that the model may call.")
     tool_choice: ChatToolChoice = Field(
         None,
-        description="none, auto, required, or the one function to call. Default: auto with tools.",
+        description="none, auto, required, the one tool to call (once), or allowed_tools with a "
+        "mode and the tools that may be called. Default: auto with tools.",
     )
     parallel_tool_calls: bool | None = Field(
         None, description="Whether one answer may contain several calls. Default true."

@@ -153,8 +153,9 @@ class ChunkRenderer:
 
 def _call_chunk(delta: CallDelta) -> dict[str, Any]:
     """The new part of a tool call."""
-    function = {"arguments": delta.arguments}
+    kind, field = ("custom", "input") if delta.custom else ("function", "arguments")
+    content = {field: delta.arguments}
     if delta.id is None:
-        return {"index": delta.index, "function": function}
-    function = {"name": delta.name or ""} | function
-    return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
+        return {"index": delta.index, kind: content}
+    named = {"name": delta.name or ""} | content
+    return {"index": delta.index, "id": delta.id, "type": kind, kind: named}

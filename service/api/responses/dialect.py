@@ -16,14 +16,19 @@ from service.api.generation.reader import AnswerReader
 from service.api.generation.request import Chat, Generation
 from service.api.generation.sampling import sampling_of
 from service.api.responses.items import (
+    AnyCall,
+    AnyResult,
     InputCall,
+    InputCustomCall,
+    InputCustomResult,
     InputItem,
     InputMessage,
     InputReasoning,
+    InputReference,
     InputResult,
 )
 from service.api.responses.object import response_object, status_of
-from service.api.responses.schema import LOGPROBS, ResponseBody
+from service.api.responses.schema import ENCRYPTED, LOGPROBS, ResponseBody
 from service.api.responses.stream import ResponseRenderer
 from service.api.responses.tools import echoed_choice
 from service.api.structured.output import json_output
@@ -59,9 +64,16 @@ class Responses:
     error = staticmethod(error_body)
 
     def parse(self, body: ResponseBody) -> Generation:
-        """Raises BadRequest."""
+        """Raises BadRequest. For a body that refers to no stored response: see `generation`."""
+        items = [item for item in body.input if not isinstance(item, InputReference)]
+        return self.generation(body, items, stored_input=None)
+
+    def generation(
+        self, body: ResponseBody, items: Sequence[InputItem], *, stored_input: str | None
+    ) -> Generation:
+        """The request for an answer to these items. Raises BadRequest."""
         _reject_conflicting_fields(body)
-        messages = chat_messages(body.input)
+        messages = chat_messages(items)
         if body.instructions is not None:
             messages.insert(0, ChatMessage(role="system", content=body.instructions))
         form, output = body.text_format, None
@@ -69,7 +81,11 @@ class Responses:
             output = json_output(form.type, schema=form.schema_, strict=form.strict, names=_NAMES)
         return Generation(
             model=body.model,
-            prompt=Chat(messages=tuple(messages), tools=_tools(body)),
+            prompt=Chat(
+                messages=tuple(messages),
+                tools=_tools(body),
+                truncate=body.truncation == "auto",
+            ),
             sampling=sampling_of(body),
             names=self.names,
             max_tokens=body.max_output_tokens,
@@ -83,6 +99,8 @@ class Responses:
             priority=body.priority,
             on_disconnect="continue" if body.background else body.on_disconnect,
             echoed=_echoed(body),
+            sealed_reasoning=ENCRYPTED in (body.include or ()),
+            stored_input=None if body.store is False else stored_input,
         )
 
     def collect(self, reader: AnswerReader, choices: Sequence[Accumulator]) -> bytes:
@@ -100,7 +118,7 @@ def _reject_conflicting_fields(body: ResponseBody) -> None:
         raise BadRequest("background cannot be combined with cancel", param="on_disconnect")
     if body.top_logprobs and not _with_logprobs(body):
         raise BadRequest(f"top_logprobs needs include to contain {LOGPROBS}", param="top_logprobs")
-    if body.functions and _with_logprobs(body):
+    if body.own_tools and _with_logprobs(body):
         raise BadRequest("logprobs cannot be combined with tools", param="include")
 
 
@@ -110,10 +128,10 @@ def _with_logprobs(body: ResponseBody) -> bool:
 
 def _tools(body: ResponseBody) -> ToolUse | None:
     choice = body.tool_choice
-    if not body.functions and choice is not None and choice.mode is not Mode.REQUIRED:
+    if not body.own_tools and choice is not None and choice.mode is not Mode.REQUIRED:
         choice = None  # clients also send it without tools, to no effect
     return tool_use(
-        [tool.definition() for tool in body.functions],
+        [tool.definition() for tool in body.own_tools],
         choice=choice,
         parallel=body.parallel_tool_calls is not False,
         names=_NAMES,
@@ -128,7 +146,7 @@ def chat_messages(items: Sequence[InputItem]) -> list[ChatMessage]:
         if isinstance(item, InputReasoning):
             reasoning = item.text
             continue
-        if isinstance(item, InputCall):
+        if isinstance(item, InputCall | InputCustomCall):
             _add_call(messages, item, reasoning)
         else:
             messages.append(_message(item, reasoning))
@@ -136,8 +154,8 @@ def chat_messages(items: Sequence[InputItem]) -> list[ChatMessage]:
     return messages
 
 
-def _message(item: InputMessage | InputResult, reasoning: str | None) -> ChatMessage:
-    if isinstance(item, InputResult):
+def _message(item: InputMessage | AnyResult, reasoning: str | None) -> ChatMessage:
+    if isinstance(item, InputResult | InputCustomResult):
         return ChatMessage(role="tool", content=item.output, tool_call_id=item.call_id)
     if item.role != "assistant":
         return ChatMessage(role=item.role, content=item.content)
@@ -145,12 +163,15 @@ def _message(item: InputMessage | InputResult, reasoning: str | None) -> ChatMes
     return ChatMessage(role="assistant", content=item.content, reasoning=reasoning)
 
 
-def _add_call(messages: list[ChatMessage], item: InputCall, reasoning: str | None) -> None:
+def _add_call(messages: list[ChatMessage], item: AnyCall, reasoning: str | None) -> None:
     """Adds a call to the assistant's message before it, or to an empty one."""
     message = ChatMessage(role="assistant", content="")
     if messages and messages[-1].role == "assistant":
         message = messages.pop()
-    call = ToolCall(id=item.call_id, name=item.name, arguments=item.arguments)
+    if isinstance(item, InputCustomCall):
+        call = ToolCall(id=item.call_id, name=item.name, arguments=item.input, custom=True)
+    else:
+        call = ToolCall(id=item.call_id, name=item.name, arguments=item.arguments)
     messages.append(
         replace(
             message,
@@ -171,7 +192,7 @@ def _echoed(body: ResponseBody) -> dict[str, Any]:
         "metadata": body.metadata or {},
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "presence_penalty": body.presence_penalty or 0.0,
-        "previous_response_id": None,
+        "previous_response_id": body.previous_response_id,
         "prompt_cache_key": body.prompt_cache_key,
         "reasoning": _echoed_reasoning(body),
         "safety_identifier": body.safety_identifier,
@@ -180,10 +201,10 @@ def _echoed(body: ResponseBody) -> dict[str, Any]:
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "text": _echoed_text(body),
         "tool_choice": echoed_choice(body.tool_choice),
-        "tools": [tool.model_dump() | {"strict": tool.strict or False} for tool in body.functions],
+        "tools": [tool.echoed() for tool in body.own_tools],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": 1.0 if body.top_p is None else body.top_p,
-        "truncation": "disabled",
+        "truncation": body.truncation or "disabled",
         "user": body.user,
     }
 

@@ -1,4 +1,4 @@
-"""Input items of POST /v1/responses: messages, calls, results, reasoning.
+"""Input items of POST /v1/responses: messages, calls, results, reasoning, references.
 
 The items of an earlier response's output are valid input items, too.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
@@ -20,7 +20,7 @@ from service.api.fields import (
     StrictModel,
     Text,
 )
-from service.api.tools.schema import Arguments, FunctionName
+from service.api.tools.schema import FunctionName
 from service.api.wire import MAX_MESSAGES, UNSUPPORTED, MessageModel, WireModel
 
 SEALED = "quire1."
@@ -107,7 +107,9 @@ class InputCall(StrictModel):
     type: Literal["function_call"] = Field(description="The kind of item.")
     call_id: Label = Field(description="The id that the item with the result refers to.")
     name: FunctionName = Field(description="The function.")
-    arguments: Arguments = Field(description="The text of a JSON object.")
+    arguments: Text = Field(
+        description="The text of a JSON object. One that was cut off is accepted, too."
+    )
     id: Ignored = None
     status: Ignored = None
 
@@ -122,20 +124,84 @@ class InputResult(StrictModel):
     status: Ignored = None
 
 
-_KINDS = ("function_call", "function_call_output", "reasoning")
+class InputCustomCall(StrictModel):
+    """A call of a custom tool in an earlier response."""
+
+    type: Literal["custom_tool_call"] = Field(description="The kind of item.")
+    call_id: Label = Field(description="The id that the item with the result refers to.")
+    name: FunctionName = Field(description="The tool.")
+    input: Text = Field(description="Its input.")
+    id: Ignored = None
+    status: Ignored = None
+
+
+class InputCustomResult(StrictModel):
+    """The result of a custom tool's call."""
+
+    type: Literal["custom_tool_call_output"] = Field(description="The kind of item.")
+    call_id: Label = Field(description="The id of the call.")
+    output: ResponseContent = Field(description="The text, or a list of text parts.")
+    id: Ignored = None
+    status: Ignored = None
+
+
+class InputReference(StrictModel):
+    """An item of a stored response, input or output, by its id."""
+
+    type: Literal["item_reference"] | None = Field(None, description="The kind of item.")
+    id: Label = Field(description="The id of the item.")
+
+
+_KINDS = (
+    "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output",
+    "reasoning", "item_reference",
+)  # fmt: skip
 
 
 def _kind_of_item(item: object) -> str:
     """The tag of the type that an item is validated as."""
     kind = item.get("type") if isinstance(item, dict) else None
+    if kind is None and isinstance(item, dict) and set(item) - {"type"} == {"id"}:
+        kind = "item_reference"  # its type is optional
     return f"({kind})" if kind in _KINDS else "(message)"
 
 
-InputItem = InputMessage | InputReasoning | InputCall | InputResult
+AnyCall = InputCall | InputCustomCall
+AnyResult = InputResult | InputCustomResult
+InputItem = InputMessage | InputReasoning | AnyCall | AnyResult
+"""An item that is no reference."""
 AnyItem = Annotated[
     Annotated[InputMessage, Tag("(message)")]
     | Annotated[InputReasoning, Tag("(reasoning)")]
     | Annotated[InputCall, Tag("(function_call)")]
-    | Annotated[InputResult, Tag("(function_call_output)")],
+    | Annotated[InputResult, Tag("(function_call_output)")]
+    | Annotated[InputCustomCall, Tag("(custom_tool_call)")]
+    | Annotated[InputCustomResult, Tag("(custom_tool_call_output)")]
+    | Annotated[InputReference, Tag("(item_reference)")],
     Discriminator(_kind_of_item),
 ]
+
+
+_PREFIXES: dict[type[InputItem], str] = {
+    InputMessage: "msg", InputReasoning: "rs", InputCall: "fc", InputResult: "fco",
+    InputCustomCall: "ctc", InputCustomResult: "ctco",
+}  # fmt: skip
+
+
+def stored_item(item: InputItem, id_: str) -> dict[str, Any]:
+    """An item as it is stored, listed, and read again: with all fields of a returned item."""
+    fields: dict[str, Any] = {"status": "completed"}
+    if isinstance(item, InputMessage):
+        kind = "output_text" if item.role == "assistant" else "input_text"
+        part: dict[str, Any] = {"type": kind, "text": item.content}
+        if item.role == "assistant":
+            part["annotations"] = []
+            if item.reasoning_content is not None:
+                fields["reasoning_content"] = item.reasoning_content
+        fields |= {"type": "message", "role": item.role, "content": [part]}
+    elif isinstance(item, InputReasoning):
+        parts = [] if item.text is None else [{"type": "reasoning_text", "text": item.text}]
+        fields |= {"type": "reasoning", "summary": [], "content": parts}
+    else:
+        fields |= item.model_dump(exclude={"id", "status"})
+    return {"id": f"{_PREFIXES[type(item)]}_{id_}", **fields}

@@ -6,25 +6,28 @@ of the journal, so any replica can return it, resume its stream, cancel it or de
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
 from service.api.answers import described, json_response
 from service.api.auth import Tenant
 from service.api.body import JsonRoute
-from service.api.call import call_age
 from service.api.context import ApiContext, Caller, Context, JsonRequest
-from service.api.generation.manifest import Manifest
 from service.api.generation.reader import AnswerReader
 from service.api.generation.resume import read_to, resumed_reader
 from service.api.generation.sse import EventStream
-from service.api.generation.submit import answer
+from service.api.generation.submit import answer_generation
 from service.api.responses.dialect import RESPONSES
-from service.api.responses.object import PREFIX
-from service.api.responses.schema import ResponseBody, ResponseDeleted, ResponseObject
+from service.api.responses.history import conversation, find_response, input_items
+from service.api.responses.schema import (
+    ResponseBody,
+    ResponseDeleted,
+    ResponseInputItems,
+    ResponseObject,
+)
 from service.api.responses.stream import ResponseRenderer, numbering
-from service.errors import BadRequest, NotFound
+from service.errors import BadRequest
 from service.messages import FinishReason
 
 router = APIRouter(route_class=JsonRoute)
@@ -44,7 +47,11 @@ async def create_response(
     reader. With `stream` it returns server-sent events, each with the number that the stream can be
     resumed after.
     """
-    response = await answer(RESPONSES, body, request, context, tenant)
+    found = await conversation(body, context, tenant)
+    generation = RESPONSES.generation(
+        body, found.items, stored_input=found.stored_input(request.state.request_id)
+    )
+    response = await answer_generation(RESPONSES, generation, request, context, tenant)
     if body.dropped_tools:
         dropped = ", ".join(body.dropped_tools)
         response.headers[WARNING] = f"tools that this server lacks were dropped: {dropped}"
@@ -79,6 +86,39 @@ async def retrieve_response(
     return EventStream(reader, renderer)
 
 
+@router.get("/v1/responses/{response_id}/input_items", responses=described(ResponseInputItems))
+async def list_input_items(
+    response_id: ResponseId,
+    context: Context,
+    tenant: Caller,
+    *,
+    after: Annotated[str | None, Query(description="List the items after this one.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="The maximum number of items.")] = 20,
+    order: Annotated[
+        Literal["asc", "desc"], Query(description="desc: the last item first.")
+    ] = "desc",
+) -> Response:
+    """Lists the input items of a stored response, without those of the responses before it."""
+    call_id, _ = await find_response(response_id, context, tenant)
+    items = await input_items(call_id, context)
+    if order == "desc":
+        items.reverse()
+    ids = [item["id"] for item in items]
+    if after is not None and after not in ids:
+        raise BadRequest("after must be the id of an input item of this response", param="after")
+    first = 0 if after is None else ids.index(after) + 1
+    page = items[first : first + limit]
+    return json_response(
+        {
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": first + limit < len(items),
+        }
+    )
+
+
 @router.post("/v1/responses/{response_id}/cancel", responses=described(ResponseObject))
 async def cancel_response(
     response_id: ResponseId, request: Request, context: Context, tenant: Caller
@@ -102,17 +142,9 @@ async def delete_response(
 async def _find(
     response_id: str, request: Request, context: ApiContext, tenant: Tenant
 ) -> AnswerReader:
-    """A reader of a stored response. Raises NotFound, with the same text for ids that are unknown,
-    malformed, another tenant's, or of an answer that is no stored response.
-    """
-    call_id = response_id.removeprefix(PREFIX)
-    valid = call_id != response_id and call_age(call_id) is not None
-    stored = await context.queue.lookup(call_id) if valid else None
-    if stored is not None and stored.tenant == tenant.name:
-        manifest = Manifest.from_json(stored.manifest)
-        if manifest.endpoint is RESPONSES.name and manifest.stored:
-            return resumed_reader(call_id, manifest, request, context, tenant)
-    raise NotFound("there is no such response", code="response_not_found")
+    """A reader of a stored response. Raises NotFound."""
+    call_id, manifest = await find_response(response_id, context, tenant)
+    return resumed_reader(call_id, manifest, request, context, tenant)
 
 
 async def _current(reader: AnswerReader) -> Response:

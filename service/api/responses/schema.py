@@ -14,7 +14,13 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from service.api.answers import AnswerModel, CallId, ModelId
 from service.api.fields import Label, ModelName, StrictModel, Text, check_json
 from service.api.responses.items import AnyItem
-from service.api.responses.tools import AnyTool, Choice, HostedTool, ResponseTool
+from service.api.responses.tools import (
+    AnyTool,
+    Choice,
+    HostedTool,
+    ResponseCustomTool,
+    ResponseTool,
+)
 from service.api.tools.schema import MAX_TOOLS
 from service.api.wire import MAX_MESSAGES, UNSUPPORTED, SamplingBody
 
@@ -108,8 +114,7 @@ class ResponseBody(SamplingBody):
     unsupported = MappingProxyType({
         **UNSUPPORTED, "conversation": (), "prompt": (), "response_format": (),
         "structured_outputs": (), "context_management": (), "background_options": (),
-        "prompt_cache_options": (), "previous_response_id": (),
-        "truncation": ("disabled",), "n": (1,),
+        "prompt_cache_options": (), "n": (1,),
     })  # fmt: skip
 
     model: ModelName | None = Field(  # type: ignore[assignment]  # required elsewhere
@@ -122,6 +127,16 @@ class ResponseBody(SamplingBody):
         max_length=MAX_MESSAGES,
         description="A text, or messages, calls and results: all so far or, with "
         "previous_response_id, the new ones.",
+    )
+    previous_response_id: Label | None = Field(
+        None,
+        description="Continue after this stored response: its input and output come before the "
+        "input.",
+    )
+    truncation: Literal["auto", "disabled"] | None = Field(
+        None,
+        description="auto drops the oldest turns of an input that exceeds the context; disabled, "
+        "the default, rejects it.",
     )
     instructions: Text | None = Field(
         None, description="A system message before the input; not kept for later responses."
@@ -140,7 +155,9 @@ class ResponseBody(SamplingBody):
         "Needs store.",
     )
     store: bool | None = Field(
-        None, description="Keep the response for a while, to be retrieved by its id. Default true."
+        None,
+        description="Keep response and input for --keep-responses, to be retrieved, continued and "
+        "referred to. Default true.",
     )
     include: list[Include] | None = Field(
         None,
@@ -159,11 +176,13 @@ class ResponseBody(SamplingBody):
     )
     tools: Annotated[list[AnyTool] | None, Field(max_length=MAX_TOOLS)] = Field(
         None,
-        description="Functions that the model may call. OpenAI's hosted tools are dropped; "
-        "x-quire-warning names them.",
+        description="Functions and custom tools that the model may call. OpenAI's hosted ones are "
+        "dropped; x-quire-warning names them.",
     )
     tool_choice: Choice = Field(
-        None, description="none, auto, required, or the one function to call. Default auto."
+        None,
+        description="none, auto, required, the one tool to call (once), or allowed_tools with a "
+        "mode and the tools that may be called. Default auto.",
     )
     parallel_tool_calls: bool | None = Field(
         None, description="Whether one response may hold several calls. Default true."
@@ -186,9 +205,9 @@ class ResponseBody(SamplingBody):
         return None if self.text is None else self.text.format
 
     @property
-    def functions(self) -> list[ResponseTool]:
+    def own_tools(self) -> list[ResponseTool | ResponseCustomTool]:
         """The tools without those that are dropped."""
-        return [tool for tool in self.tools or () if isinstance(tool, ResponseTool)]
+        return [tool for tool in self.tools or () if not isinstance(tool, HostedTool)]
 
     @property
     def dropped_tools(self) -> list[str]:
@@ -209,6 +228,16 @@ class ResponseObject(AnswerModel):
     output: list[dict[str, Any]] = Field(
         description="Reasoning, messages and tool calls of the assistant."
     )
+
+
+class ResponseInputItems(AnswerModel):
+    """A page of the input items of a response."""
+
+    object: Literal["list"] = Field(description="The type of this object.")
+    data: list[dict[str, Any]] = Field(description="The items.")
+    first_id: str | None = Field(description="The id of the first item.")
+    last_id: str | None = Field(description="The id of the last item, to be sent as after.")
+    has_more: bool = Field(description="Whether more items follow.")
 
 
 class ResponseDeleted(AnswerModel):

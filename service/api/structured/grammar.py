@@ -112,7 +112,7 @@ def within_limits(schema: Schema, *, strict: bool, path: str) -> dict[str, Any]:
     exceeds them.
     """
     if strict and (found := first_excess(schema)) is not None:
-        raise _property_error(path, *found)
+        raise property_error(path, *found)
     return without_excess_properties(schema)
 
 
@@ -123,7 +123,7 @@ async def schema_error(
     found.
     """
     found = None if error in OVER_LIMITS else await first_unsupported(schema, validate)
-    return invalid_grammar(param, error) if found is None else _property_error(path, *found)
+    return invalid_grammar(param, error) if found is None else property_error(path, *found)
 
 
 def invalid_grammar(param: str, error: str) -> BadRequest:
@@ -131,7 +131,8 @@ def invalid_grammar(param: str, error: str) -> BadRequest:
     return BadRequest(f"{param} {error}", code="invalid_grammar", param=param)
 
 
-def _property_error(path: str, inner: str, reason: str) -> BadRequest:
+def property_error(path: str, inner: str, reason: str) -> BadRequest:
+    """The exception for a part of a strict schema at `path` that cannot be enforced."""
     message = f"{path}.{inner}: {reason} in a strict schema"
     return BadRequest(message, code="invalid_grammar", param=f"{path}.{inner}")
 
@@ -139,7 +140,7 @@ def _property_error(path: str, inner: str, reason: str) -> BadRequest:
 def _constraint_grammar(constraint: Constraint) -> str:
     match constraint.kind, constraint.value:
         case "regex", str(pattern):
-            return regex_grammar(_without_anchors(pattern))
+            return regex_grammar(without_anchors(pattern, param="structured_outputs.regex"))
         case "grammar", str(text):
             return gbnf_grammar(text) if "::=" in text else lark_grammar(text)
         case "choice", tuple(texts):
@@ -163,7 +164,7 @@ def _parsed(value: object) -> dict[str, Any]:
     return value
 
 
-def _without_anchors(pattern: str) -> str:
+def without_anchors(pattern: str, *, param: str) -> str:
     """Returns the pattern. Raises BadRequest for anchors: a pattern always matches all output."""
     depth = 0  # of character classes, in which anchors are ordinary characters
     escaped = False
@@ -173,7 +174,6 @@ def _without_anchors(pattern: str) -> str:
         elif char in "[]":
             depth = max(0, depth + (1 if char == "[" else -1))
         elif char in "^$" and not depth:
-            param = "structured_outputs.regex"
             raise BadRequest(
                 f"{param} must match the whole output: remove ^ and $",
                 code="invalid_grammar",

@@ -51,7 +51,7 @@ class TokenizeBody(TemplateOptions):
     return_token_strs: bool | None = Field(None, description="Also return each token's text.")
 
     def chat(self) -> Chat:
-        functions = tuple(tool.function.definition() for tool in self.tools or ())
+        functions = tuple(tool.definition() for tool in self.tools or ())
         return Chat(
             messages=tuple(message.chat_message() for message in self.messages or ()),
             tools=ToolUse(functions=functions, may_call=(), forced=False, parallel=True),

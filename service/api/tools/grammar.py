@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from model.grammar import lark_grammar
+from model.grammar import GrammarError, lark_grammar, lark_regex
 from service.api.fields import FieldNames
 from service.api.structured.grammar import (
     check_grammar,
     invalid_grammar,
     json_rule,
+    property_error,
     schema_error,
     within_limits,
 )
@@ -31,14 +32,20 @@ from service.api.structured.json_schema import (
     without_property_counts,
 )
 from service.api.structured.output import JsonOutput
-from service.api.tools.chat import FunctionDefinition, ToolUse
+from service.api.tools.arguments import BEFORE_INPUT, PARAMETER, PARAMETER_END, VALUE
+from service.api.tools.chat import INPUT, FunctionDefinition, InputFormat, ToolUse
+from service.api.tools.custom import (
+    UnsupportedGrammarError,
+    checked_lark,
+    escaped_lark,
+    escaped_regex,
+)
 from service.api.tools.formats import ToolFormat
+from service.api.tools.tagged import SPACING, first_inexpressible, tagged_rules
 from service.errors import BadRequest
 
 MAX_CALLS = 32  # per answer: it stops a model that never stops calling
 
-# The spacing that models are trained on, without optional blanks in which a small one may get lost.
-_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -62,40 +69,68 @@ async def validated_tools_grammar(
     text = None if output is None else (await json_rule(output, validate, names=names)).text
     functions = list(tools.functions)
     for index in tools.may_call:
-        path = names.parameters.format(index)
-        functions[index] = _within_limits(functions[index], path)
+        functions[index] = _within_limits(functions[index], tool_format, index, names)
     tools = replace(tools, functions=tuple(functions))
     grammar = tools_grammar(tools, tool_format, marker_ids, text=text)
     if await validate(grammar) is None:
         return grammar
     for index in tools.may_call:
-        path = names.parameters.format(index)
-        functions[index] = await _expressible(functions[index], validate, path)
+        functions[index] = await _expressible(
+            functions[index], tool_format, validate, index=index, names=names
+        )
     tools = replace(tools, functions=tuple(functions))
     grammar = tools_grammar(tools, tool_format, marker_ids, text=text)
     await check_grammar(grammar, validate, param="tools")
     return grammar
 
 
-def _within_limits(function: FunctionDefinition, path: str) -> FunctionDefinition:
-    if function.parameters is None:
+def _within_limits(
+    function: FunctionDefinition, tool_format: ToolFormat, index: int, names: FieldNames
+) -> FunctionDefinition:
+    """Raises BadRequest for a strict schema or an input format that is not supported."""
+    path = names.parameters.format(index)
+    if function.custom:
+        _check_input_format(function, tool_format, f"{names.function.format(index)}.format")
+    if function.custom or function.parameters is None:
         return function
     parameters = within_limits(function.parameters, strict=function.strict, path=path)
+    if tool_format.tags and function.strict:
+        found = first_inexpressible(parameters)
+        if found is not None:
+            raise property_error(path, *found)
     return replace(function, parameters=parameters)
 
 
+def _check_input_format(function: FunctionDefinition, tool_format: ToolFormat, param: str) -> None:
+    try:
+        _arguments_rules(0, function, tool_format)
+    except (UnsupportedGrammarError, GrammarError) as error:
+        message = f"{param} {error}"
+        raise BadRequest(message, code="invalid_grammar", param=param) from None
+
+
 async def _expressible(
-    function: FunctionDefinition, validate: Validate, path: str
+    function: FunctionDefinition,
+    tool_format: ToolFormat,
+    validate: Validate,
+    *,
+    index: int,
+    names: FieldNames,
 ) -> FunctionDefinition:
     """The function with parameters that a grammar can express. Raises BadRequest if it is strict
-    and has others, and if the parameters are not a schema or too complex.
+    and has others, and if the parameters or the input format are invalid or too complex.
     """
 
     def grammar_of(parameters: Schema) -> str:
         changed = replace(function, parameters=dict(parameters))
-        return lark_grammar(f"start: {arguments_rule(changed)}")
+        rules = _arguments_rules(0, changed, tool_format)
+        return lark_grammar("\n".join(["start: arguments_0", *rules]))
 
-    if function.parameters is None:
+    path = names.parameters.format(index)
+    if function.custom:
+        param = f"{names.function.format(index)}.format"
+        await check_grammar(grammar_of({}), validate, param=param)
+    if function.custom or function.parameters is None:
         return function
     error = await validate(grammar_of(function.parameters))
     if error is None:
@@ -123,11 +158,8 @@ def tools_grammar(
     spell = _Speller(tool_format, marker_ids)
     heads = " | ".join(spell(head) for head in tool_format.heads if head)
     first = f"({heads}) call" if heads else "call"
-    if text is None:
-        rules = _start(tools, tool_format, spell)
-    else:
-        rules = [f"start: formatted | {spell(tool_format.opening)} calls", f"formatted: {text}"]
-    rules += [
+    rules = [
+        *_start(tools, tool_format, spell, text=text),
         f"calls: {first}{_more(tools, tool_format, spell)} {spell(tool_format.end)}".rstrip(),
         f"call: function {spell(tool_format.tail)}",
         "function: " + " | ".join(f"function_{index}" for index in tools.may_call),
@@ -137,10 +169,9 @@ def tools_grammar(
         rules += [f"id: {spell(tool_format.id_mark)} ID", f"ID: {pattern}"]
     for index in tools.may_call:
         function = tools.functions[index]
-        rules += [
-            f"function_{index}: {_named(function.name, tool_format, spell)} arguments_{index}",
-            f"arguments_{index}: {arguments_rule(function)}",
-        ]
+        named = _named(function.name, tool_format, spell)
+        rules.append(f"function_{index}: {named} arguments_{index}")
+        rules += _arguments_rules(index, function, tool_format)
     return lark_grammar("\n".join(rules))
 
 
@@ -151,29 +182,72 @@ def _named(name: str, tool_format: ToolFormat, spell: _Speller) -> str:
     return f"{spell(name)} id? {spell(tool_format.between)}"
 
 
-def arguments_rule(function: FunctionDefinition) -> str:
-    """The right side of a rule for a function's arguments."""
+def _arguments_rules(
+    index: int, function: FunctionDefinition, tool_format: ToolFormat
+) -> list[str]:
+    """Rules of which `arguments_{index}` derives the arguments. Raises UnsupportedGrammarError or
+    GrammarError.
+    """
+    if function.custom and function.input_format is not None:
+        return _input_rules(index, function.input_format, tags=tool_format.tags)
+    if tool_format.tags:
+        return tagged_rules(index, function)
     schema: Schema = _NO_ARGUMENTS
-    if function.parameters is not None:
+    if function.custom:
+        schema = function.schema | {"additionalProperties": False}
+    elif function.parameters is not None:
         schema = without_annotations(function.parameters)
-    options: dict[str, Any] = _SPACING
+    options: dict[str, Any] = dict(SPACING)
     if not function.strict:  # what a grammar cannot express is left to the model
-        schema, options = without_property_counts(schema), _SPACING | {"lenient": True}
+        schema, options["lenient"] = without_property_counts(schema), True
     constrained = {"type": "object", **schema, "x-guidance": options}
-    return f"%json {json.dumps(constrained, separators=(',', ':'))}"
+    return [f"arguments_{index}: %json {json.dumps(constrained, separators=(',', ':'))}"]
 
 
-def _start(tools: ToolUse, tool_format: ToolFormat, spell: _Speller) -> list[str]:
+def _input_rules(index: int, form: InputFormat, *, tags: bool) -> list[str]:
+    """The same of a custom tool whose input has a format."""
+    before, after = (f"{PARAMETER}{INPUT}{VALUE}", PARAMETER_END) if tags else (BEFORE_INPUT, '"}')
+    name = f"input_{index}"
+    whole = f"arguments_{index}: {json.dumps(before)} {name} {json.dumps(after)}"
+    if form.syntax == "lark":
+        text = checked_lark(form.definition) if tags else escaped_lark(form.definition)
+        return [whole, f"{name}: %lark {{", text, "}"]
+    pattern = form.definition.removeprefix("^")
+    if re.search(r"(?<!\\)(\\\\)*\$$", pattern):
+        pattern = pattern[:-1]
+    pattern = pattern if tags else escaped_regex(pattern)
+    return [whole, f"{name}: {name.upper()}", f"{name.upper()}: {lark_regex(pattern)}"]
+
+
+def _start(
+    tools: ToolUse, tool_format: ToolFormat, spell: _Speller, *, text: str | None
+) -> list[str]:
+    """The rules of the output. `text`: the right side of the rule of its text, if not any text."""
     opening = spell(tool_format.opening)
+    if tool_format.prefix in spell.ids:
+        opening = f"{spell(tool_format.prefix)}? {opening}"
     if tools.forced:
         return [f"start: {opening} calls"]
     if tool_format.only_first:
         pattern = re.escape(tool_format.opening).replace("/", r"\/").replace(r"\ ", " ")
         return [f"start: TEXT | {opening} calls", rf"TEXT: /(.|\n)*/ & ~/{pattern}(.|\n)*/"]
-    text = r"TEXT: /(.|\n)*/"
-    if opening.startswith("<["):
-        return [f"start: TEXT | opened calls\nopened: TEXT {opening}", text]
-    return [f"start: TEXT | opened calls\nopened[lazy]: TEXT {opening}", text]
+    if text is not None:
+        return [*_framed(tool_format, spell, f"formatted | {opening} calls"), f"formatted: {text}"]
+    lazy = "" if opening.startswith("<[") else "[lazy]"
+    framed = _framed(tool_format, spell, "TEXT | opened calls")
+    return [*framed, f"opened{lazy}: TEXT {opening}", r"TEXT: /(.|\n)*/"]
+
+
+def _framed(tool_format: ToolFormat, spell: _Speller, output: str) -> list[str]:
+    """Rules for an output whose texts may have frames; several, if each but the last is closed."""
+    if not tool_format.frames or tool_format.frames[0] in spell(tool_format.frames[0]):
+        return [f"start: {output}"]
+    frames = " | ".join(map(spell, tool_format.frames))
+    return [
+        f"start: (frame BEFORE {spell(tool_format.closing)})* frame? ({output})",
+        f"frame: {frames}",
+        r"BEFORE: /(.|\n)*/",
+    ]
 
 
 def _more(tools: ToolUse, tool_format: ToolFormat, spell: _Speller) -> str:
@@ -186,14 +260,14 @@ class _Speller:
     """Writes a fixed string in Lark: quoted, and special tokens within it by their ids."""
 
     def __init__(self, tool_format: ToolFormat, marker_ids: Mapping[str, int]) -> None:
-        self._ids = marker_ids
+        self.ids = marker_ids
         markers = [marker for marker in tool_format.markers if marker in marker_ids]
         self._markers = re.compile(f"({'|'.join(map(re.escape, markers))})") if markers else None
 
     def __call__(self, fixed: str) -> str:
         parts = self._markers.split(fixed) if self._markers else [fixed]
         return " ".join(
-            f"<[{self._ids[part]}]>" if part in self._ids else json.dumps(part)
+            f"<[{self.ids[part]}]>" if part in self.ids else json.dumps(part)
             for part in parts
             if part
         )

@@ -16,9 +16,17 @@ dropped.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
+from service.api.tools.arguments import (
+    ArgumentsReader,
+    InputText,
+    JsonObject,
+    TaggedInput,
+    TaggedObject,
+    Types,
+)
 from service.api.tools.formats import ToolFormat
 
 MAX_NAME = 64  # characters of a function's name
@@ -29,9 +37,11 @@ class CallDelta:
     """New text of one call; `id` and `name` are in its first delta only."""
 
     index: int  # of the call in its choice
-    arguments: str
+    arguments: str  # JSON; of a custom tool: its input
     id: str | None = None
     name: str | None = None
+    custom: bool = False
+    complete: bool = False  # the arguments end here
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +50,14 @@ class ParsedText:
 
     text: str
     calls: tuple[CallDelta, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownTools:
+    """What the parser must know of the tools that may be called."""
+
+    custom: frozenset[str] = frozenset()  # names
+    types: Mapping[str, Types] = field(default_factory=dict)  # by function, if it has tags
 
 
 def call_id(tool_format: ToolFormat, request_id: str, index: int) -> str:
@@ -51,8 +69,14 @@ def call_id(tool_format: ToolFormat, request_id: str, index: int) -> str:
 class ToolCallParser:
     """State of the text of one choice, up to the position read."""
 
-    def __init__(self, tool_format: ToolFormat, *, request_id: str) -> None:
+    def __init__(
+        self, tool_format: ToolFormat, *, request_id: str, tools: KnownTools | None = None
+    ) -> None:
         self._format = tool_format
+        self._tools = tools or KnownTools()
+        # What is no text: the opening of calls, and what comes before and after a framed text.
+        fixed = (tool_format.opening, *tool_format.frames, tool_format.closing)
+        self._fixed = tuple(filter(None, fixed))
         self._request_id = request_id
         self._step: Callable[[], bool] = self._read_text
         self._held = ""  # read, not decided
@@ -60,7 +84,7 @@ class ToolCallParser:
         self._name = ""
         self._id = ""  # if the model wrote one
         self._ids: set[str] = set()  # of the calls so far
-        self._arguments = _ObjectScan()
+        self._arguments: ArgumentsReader = JsonObject()
         self._text: list[str] = []
         self._calls: dict[int, CallDelta] = {}
         self._at_start = True
@@ -94,24 +118,47 @@ class ToolCallParser:
     # --- the parser's states; each returns whether another state follows at once ---------------
 
     def _read_text(self) -> bool:
-        opening, held = self._format.opening, self._held
         if self._format.only_first:
-            at = 0 if self._at_start and held.startswith(opening) else -1
-            size = len(held) if self._at_start and opening.startswith(held) else 0
-        else:
-            at = held.find(opening)
-            size = _may_begin(held, opening)
-        if at >= 0:
-            text = held[:at].rstrip()
-            self._add_text(text)
-            self._at_start = False
-            self._pending = held[len(text) : at + len(opening)]
-            self._held = held[at + len(opening) :]
-            self._step = self._read_head
-            return True
+            return self._read_first()
+        held = self._held
+        found = [(at, fixed) for fixed in self._fixed if (at := held.find(fixed)) >= 0]
+        at, fixed = min(found, default=(len(held), ""))
+        if fixed and not any(
+            other != fixed and other.startswith(held[at:]) for other in self._fixed
+        ):
+            return self._read_fixed(at, fixed)
+        size = max(_may_begin(held, fixed) for fixed in self._fixed)
         self._add_text(held[: len(held) - size])
         self._held = held[len(held) - size :]
         return False
+
+    def _read_first(self) -> bool:
+        """The opening counts only at the start, where a prefix may precede it."""
+        opening, held = self._format.opening, self._held
+        prefix = self._format.prefix
+        for before in (prefix, "") if self._at_start else ():
+            if held.startswith(before + opening):
+                return self._read_fixed(len(before), opening, skipped=len(before))
+            if (before + opening).startswith(held):
+                return False
+        self._add_text(held)
+        self._held = ""
+        return False
+
+    def _read_fixed(self, at: int, fixed: str, *, skipped: int = 0) -> bool:
+        """Reads a fixed string at a position, after `skipped` characters that are no text."""
+        held = self._held
+        text = held[: at - skipped]
+        opens = fixed == self._format.opening
+        if opens:
+            text = text.rstrip()
+        self._add_text(text)
+        self._at_start = False
+        self._held = held[at + len(fixed) :]
+        if opens:
+            self._pending = held[len(text) : at + len(fixed)]
+            self._step = self._read_head
+        return True
 
     def _read_head(self) -> bool:
         return self._read_one_of(self._format.heads, self._read_name)
@@ -143,18 +190,27 @@ class ToolCallParser:
         return True
 
     def _read_between(self) -> bool:
-        return self._read_one_of((self._format.between + "{",), self._read_arguments, self._open)
+        fixed = self._format.between + ("" if self._format.tags else "{")
+        return self._read_one_of((fixed,), self._read_arguments, self._open)
 
     def _open(self) -> None:
         index = self._num_calls
         id_ = self._next_id(index)
         self._ids.add(id_)
-        self._calls[index] = CallDelta(index, "", id_, self._name)
+        custom = self._name in self._tools.custom
+        self._calls[index] = CallDelta(index, "", id_, self._name, custom)
         self._num_calls += 1
         self._pending = ""
-        self._held = "{" + self._held
-        self._arguments = _ObjectScan()
+        self._arguments = self._reader(custom=custom)
+        if not self._format.tags:
+            self._held = "{" + self._held
         self._in_arguments = True
+
+    def _reader(self, *, custom: bool) -> ArgumentsReader:
+        if self._format.tags:
+            types = self._tools.types.get(self._name, {})
+            return TaggedInput() if custom else TaggedObject(types)
+        return InputText() if custom else JsonObject()
 
     def _next_id(self, index: int) -> str:
         """The id that the model wrote, so that its history repeats it; our own if it is missing,
@@ -166,14 +222,16 @@ class ToolCallParser:
         return call_id(self._format, self._request_id, index)
 
     def _read_arguments(self) -> bool:
-        size = self._arguments.read(self._held)
-        index = self._num_calls - 1
-        before = self._calls.get(index) or CallDelta(index, "")
-        if size:
-            arguments = before.arguments + self._held[:size]
-            self._calls[index] = CallDelta(index, arguments, before.id, before.name)
-            self._held = self._held[size:]
-        if not self._arguments.complete:
+        size, new = self._arguments.read(self._held)
+        self._held = self._held[size:]
+        index, complete = self._num_calls - 1, self._arguments.complete
+        if new or complete:
+            custom = isinstance(self._arguments, InputText | TaggedInput)
+            before = self._calls.get(index) or CallDelta(index, "", custom=custom)
+            self._calls[index] = replace(
+                before, arguments=before.arguments + new, complete=complete
+            )
+        if not complete:
             return False
         self._in_arguments = False
         self._step = self._read_tail
@@ -189,6 +247,8 @@ class ToolCallParser:
             self._held = self._held[len(end) :]
             self._step = self._read_text
             return True
+        if end.startswith(self._held):
+            return False
         return self._read_one_of(() if joint is None else (joint,), self._read_name)
 
     def _read_one_of(
@@ -231,34 +291,3 @@ def _may_begin(text: str, opening: str) -> int:
     while size and not opening.startswith(text[len(text) - size :]):
         size -= 1
     return len(text) - len(text[: len(text) - size].rstrip())
-
-
-class _ObjectScan:
-    """Finds the end of the JSON object that begins with the first character read."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-        self.complete = False
-
-    def read(self, text: str) -> int:
-        """Returns the number of characters that belong to the object."""
-        for position, char in enumerate(text):
-            if self._in_string:
-                if self._escaped:
-                    self._escaped = False
-                elif char == "\\":
-                    self._escaped = True
-                elif char == '"':
-                    self._in_string = False
-            elif char == '"':
-                self._in_string = True
-            elif char in "{[":
-                self._depth += 1
-            elif char in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    self.complete = True
-                    return position + 1
-        return len(text)

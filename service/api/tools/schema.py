@@ -1,25 +1,36 @@
-"""The wire types of tools: functions, earlier calls, and the tool choice.
+"""The wire types of tools: functions, custom tools, earlier calls, and the tool choice.
 
 Each field is checked by itself; `tool_use` checks fields that depend on each other.
 """
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    Discriminator,
     Field,
     GetPydanticSchema,
     PlainValidator,
+    Tag,
+    ValidationInfo,
     WithJsonSchema,
+    field_validator,
 )
 
 from service.api.fields import FieldError, Label, StrictModel, Text, check_json
-from service.api.tools.chat import FunctionDefinition, Mode, ToolCall, ToolChoice
+from service.api.tools.chat import (
+    FunctionDefinition,
+    InputFormat,
+    Mode,
+    ToolCall,
+    ToolChoice,
+    ToolRef,
+)
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -42,57 +53,84 @@ def _parameters(value: object) -> object:
     return value
 
 
-def _arguments(value: str) -> str:
-    """The arguments of an earlier call, as JSON text; blank text means an empty object."""
-    if not value.strip():
-        return "{}"
-    try:
-        parsed = json.loads(value)
-    except (ValueError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise FieldError("invalid_json", "must be the text of a JSON object")
-    check_json(parsed)
-    return value
-
-
 def read_tool_choice(value: object, *, nested: bool) -> ToolChoice:
-    """Parses a mode, or an object that names a function: below "function" if `nested`."""
+    """Parses a mode, or an object that names one tool or the allowed ones. `nested`: as in chats,
+    the content of the object is below the name of its type.
+    """
     if isinstance(value, str):
-        if value not in set(Mode):
-            raise FieldError("invalid_value", "must be none, auto, required or name a function")
-        return ToolChoice(Mode(value))
+        return ToolChoice(_mode(value, set(Mode)))
     if not isinstance(value, dict):
         raise FieldError("invalid_type", "must be a string or an object")
-    if value.get("type") != "function":
-        raise FieldError("invalid_value", 'can only name a tool of the type "function"')
-    named = value.get("function") if nested else {k: v for k, v in value.items() if k != "type"}
-    if not isinstance(named, dict) or set(named) != {"name"} or (nested and len(value) != 2):
-        raise FieldError("invalid_value", "must hold the name of a function and nothing else")
-    if not isinstance(named["name"], str):
-        raise FieldError("invalid_type", "must name a function by a string")
-    return ToolChoice(Mode.REQUIRED, _name(named["name"]))
+    if value.get("type") != "allowed_tools":
+        return ToolChoice(Mode.REQUIRED, _tool_ref(value, nested=nested))
+    fields = _content(value, nested=nested)
+    if set(fields) != {"mode", "tools"}:
+        raise FieldError("invalid_value", "allowed_tools must hold mode and tools")
+    mode = _mode(fields["mode"], {Mode.AUTO, Mode.REQUIRED})
+    tools = fields["tools"]
+    if not isinstance(tools, list) or not 1 <= len(tools) <= MAX_TOOLS:
+        raise FieldError("invalid_value", f"must allow a list of 1 to {MAX_TOOLS} tools")
+    return ToolChoice(mode, allowed=tuple(_tool_ref(tool, nested=nested) for tool in tools))
+
+
+def _mode(value: object, modes: Collection[Mode]) -> Mode:
+    if not isinstance(value, str) or value not in modes:
+        names = ", ".join(mode for mode in Mode if mode in modes)
+        raise FieldError("invalid_value", f"must be one of {names}, or name a tool")
+    return Mode(value)
+
+
+def _tool_ref(value: object, *, nested: bool) -> ToolRef:
+    if not isinstance(value, dict) or value.get("type") not in {"function", "custom"}:
+        message = 'can only name tools of the types "function" and "custom"'
+        raise FieldError("invalid_value", message)
+    fields = _content(value, nested=nested)
+    if set(fields) != {"name"}:
+        raise FieldError("invalid_value", "must hold the name of a tool and nothing else")
+    if not isinstance(fields["name"], str):
+        raise FieldError("invalid_type", "must name a tool by a string")
+    return ToolRef(_name(fields["name"]), custom=value["type"] == "custom")
+
+
+def _content(value: dict[str, Any], *, nested: bool) -> dict[str, Any]:
+    if not nested:
+        return {key: item for key, item in value.items() if key != "type"}
+    content = value.get(value["type"])
+    if not isinstance(content, dict) or len(value) != 2:
+        raise FieldError("invalid_value", "must hold its type, and an object of that name")
+    return content
+
+
+def choice_schema(*, nested: bool) -> dict[str, Any]:
+    """The JSON schema of what `read_tool_choice` accepts, and of null."""
+    name = {"name": {"type": "string", "pattern": f"^{_NAME.pattern}$"}}
+    tools = [_object(kind, name, nested=nested) for kind in ("function", "custom")]
+    allowed: dict[str, Any] = {
+        "mode": {"type": "string", "enum": [Mode.AUTO.value, Mode.REQUIRED.value]},
+        "tools": {"type": "array", "minItems": 1, "maxItems": MAX_TOOLS,
+                  "items": {"anyOf": tools}},
+    }  # fmt: skip
+    modes = {"type": "string", "enum": [mode.value for mode in Mode]}
+    some = _object("allowed_tools", allowed, nested=nested)
+    return {"anyOf": [modes, *tools, some, {"type": "null"}]}
+
+
+def _object(kind: str, fields: dict[str, Any], *, nested: bool) -> dict[str, Any]:
+    def closed(properties: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "type": "object",
+            "properties": properties,
+            "required": list(properties),
+            "additionalProperties": False,
+        }
+
+    tag = {"type": {"type": "string", "enum": [kind]}}
+    return closed(tag | ({kind: closed(fields)} if nested else fields))
 
 
 def _chat_choice(value: object) -> ToolChoice | None:
     return None if value is None else read_tool_choice(value, nested=True)
 
-
-_MODES: dict[str, Any] = {"type": "string", "enum": [mode.value for mode in Mode]}
-_NAMED: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "type": {"type": "string", "enum": ["function"]},
-        "function": {
-            "type": "object",
-            "properties": {"name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}},
-            "required": ["name"],
-            "additionalProperties": False,
-        },
-    },
-    "required": ["type", "function"],
-    "additionalProperties": False,
-}
 
 FunctionName = Annotated[
     str,
@@ -100,14 +138,17 @@ FunctionName = Annotated[
     WithJsonSchema({"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}),
 ]
 Parameters = Annotated[dict[str, Any] | None, BeforeValidator(_parameters)]
-Arguments = Annotated[Text, AfterValidator(_arguments)]
+CallIndex = Annotated[
+    int | None,
+    Field(ge=0, lt=MAX_TOOLS, description="Accepted for compatibility; has no effect."),
+]
 # Otherwise the parsed type would be listed among the schemas of the OpenAPI document.
 Unlisted = GetPydanticSchema(lambda _source, handler: handler(Any))
 ChatToolChoice = Annotated[
     ToolChoice | None,
     Unlisted,
     PlainValidator(_chat_choice),
-    WithJsonSchema({"anyOf": [_MODES, _NAMED, {"type": "null"}]}),
+    WithJsonSchema(choice_schema(nested=True)),
 ]
 
 
@@ -137,17 +178,76 @@ class Function(StrictModel):
 
 
 class FunctionTool(StrictModel):
-    """A tool. Functions are the only type."""
+    """A tool that takes arguments."""
 
     type: Literal["function"] = Field(description="The type of the tool.")
     function: Function = Field(description="The function.")
+
+    def definition(self) -> FunctionDefinition:
+        return self.function.definition()
+
+
+class GrammarFields(StrictModel):
+    """What the input of a custom tool must match."""
+
+    syntax: Literal["lark", "regex"] = Field(description="The notation of the grammar.")
+    definition: Text = Field(min_length=1, description="The grammar.")
+
+
+class InputGrammar(StrictModel):
+    """The format of a custom tool's input."""
+
+    type: Literal["text", "grammar"] = Field(description="Any text, or what a grammar describes.")
+    grammar: GrammarFields | None = Field(
+        None, validate_default=True, description="Only with the type grammar."
+    )
+
+    @field_validator("grammar")
+    @classmethod
+    def _only_with_its_type(
+        cls, value: GrammarFields | None, info: ValidationInfo
+    ) -> GrammarFields | None:
+        if (info.data.get("type") == "grammar") != (value is not None):
+            raise FieldError("invalid_value", "must be given with the type grammar, and only then")
+        return value
+
+
+class CustomFields(StrictModel):
+    """A tool that takes a text."""
+
+    name: FunctionName = Field(description="The name that the model calls.")
+    description: Text | None = Field(
+        None, description="For the model: what it does, and when to call it."
+    )
+    format: InputGrammar | None = Field(
+        None, description="What the input must match. Default: any text."
+    )
+
+
+class ChatCustomTool(StrictModel):
+    """A tool that takes a text."""
+
+    type: Literal["custom"] = Field(description="The type of the tool.")
+    custom: CustomFields = Field(description="The tool.")
+
+    def definition(self) -> FunctionDefinition:
+        tool, form = self.custom, self.custom.format
+        grammar = None if form is None else form.grammar
+        given = None
+        if grammar is not None:
+            given = InputFormat(syntax=grammar.syntax, definition=grammar.definition)
+        return FunctionDefinition(
+            name=tool.name, description=tool.description, custom=True, input_format=given
+        )
 
 
 class CalledFunction(StrictModel):
     """The function that was called, and its arguments."""
 
     name: FunctionName = Field(description="The function.")
-    arguments: Arguments = Field(description="A JSON object as text.")
+    arguments: Text = Field(
+        description="A JSON object as text. One that was cut off is accepted, too."
+    )
 
 
 class CalledTool(StrictModel):
@@ -156,13 +256,45 @@ class CalledTool(StrictModel):
     id: Label = Field(description="The id that the message with the result refers to.")
     type: Literal["function"] | None = Field(None, description="The type of the tool.")
     function: CalledFunction = Field(description="The call.")
-    index: int | None = Field(
-        None, ge=0, lt=MAX_TOOLS, description="Accepted for compatibility; has no effect."
-    )
+    index: CallIndex = None
 
     def call(self) -> ToolCall:
         return ToolCall(id=self.id, name=self.function.name, arguments=self.function.arguments)
 
 
-Tools = Annotated[list[FunctionTool] | None, Field(max_length=MAX_TOOLS)]
-CalledTools = Annotated[list[CalledTool] | None, Field(max_length=MAX_TOOLS)]
+class CalledCustom(StrictModel):
+    """The custom tool that was called, and its input."""
+
+    name: FunctionName = Field(description="The tool.")
+    input: Text = Field(description="Its input.")
+
+
+class CalledCustomTool(StrictModel):
+    """A call of a custom tool in an earlier message of the assistant."""
+
+    id: Label = Field(description="The id that the message with the result refers to.")
+    type: Literal["custom"] = Field(description="The type of the tool.")
+    custom: CalledCustom = Field(description="The call.")
+    index: CallIndex = None
+
+    def call(self) -> ToolCall:
+        called = self.custom
+        return ToolCall(id=self.id, name=called.name, arguments=called.input, custom=True)
+
+
+def _kind(value: object) -> str:
+    """The tag of the type that a tool or a call is validated as."""
+    custom = isinstance(value, dict) and value.get("type") == "custom"
+    return "(custom)" if custom else "(function)"
+
+
+_Tool = Annotated[
+    Annotated[FunctionTool, Tag("(function)")] | Annotated[ChatCustomTool, Tag("(custom)")],
+    Discriminator(_kind),
+]
+_Called = Annotated[
+    Annotated[CalledTool, Tag("(function)")] | Annotated[CalledCustomTool, Tag("(custom)")],
+    Discriminator(_kind),
+]
+Tools = Annotated[list[_Tool] | None, Field(max_length=MAX_TOOLS)]
+CalledTools = Annotated[list[_Called] | None, Field(max_length=MAX_TOOLS)]

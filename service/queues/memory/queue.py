@@ -110,6 +110,17 @@ class MemoryQueue:
         group = self._groups.get(submission_id)
         return None if group is None else group.stored
 
+    async def read_input(self, submission_id: str) -> str | None:
+        self._submissions.expire()
+        group = self._groups.get(submission_id)
+        return group.submission.input if group is not None and group.is_kept else None
+
+    async def touch(self, submission_ids: Sequence[str]) -> None:
+        for submission_id in submission_ids:
+            group = self._groups.get(submission_id)
+            if group is not None and group.is_kept and not group.unfinished:
+                self._submissions.keep(group)
+
     async def read(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
         return self._known(request_id).beyond(after)
 

@@ -71,13 +71,14 @@ class StateMachine:
     def refusal(self, submission: Submission, *, cost: int) -> SubmitStatus | None:
         """The tenant's own limits come before those of all."""
         own = self.tenants.refusal(submission, tokens=cost)
-        storage = self.submissions.refusal(submission)
-        if own is not None or storage is SubmitStatus.TENANT_STORAGE:
-            return own or storage
+        if own is not None:
+            return own
+        if not self.submissions.tenant_has_room(submission):
+            return SubmitStatus.TENANT_STORAGE
         over = self.num_waiting + len(submission.requests) > self._limits.max_requests
         if over or self.queued_tokens + cost > self._limits.max_tokens:
             return SubmitStatus.FULL
-        return storage
+        return None if self.submissions.has_room(submission) else SubmitStatus.STORAGE
 
     def admit(self, submission: Submission, *, cost: int) -> None:
         """(none) -> QUEUED"""

@@ -1,32 +1,40 @@
 """Submissions: the requests that the queue in memory holds, and their stored bytes.
 
 A submission counts from its admission: each request's body until the request has ended, the rest
-until the submission is gone, which is a resume window after its last request ended. An idempotency
-record counts until it expires. The Redis queue keeps the same in `submit.lua`, `requests.lua` and
-`sweep.lua`.
+until the submission is gone, a resume window after its last request ended or, if it is *kept*,
+later. The tokens of what is kept count from its end on, and it can be evicted. An idempotency
+record counts until it expires. The Redis queue does the same in `storage.lua` and `sweep.lua`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 from bisect import bisect_right
-from collections import Counter, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from service.errors import StreamDivergence
 from service.messages import End, GenerationRequest, Record, Submission, Tokens
-from service.queues.admission import RECORD_BYTES, kept_bytes, request_bytes, stored_bytes
+from service.queues.admission import (
+    RECORD_BYTES,
+    base_bytes,
+    kept_bytes,
+    request_bytes,
+    stored_bytes,
+    token_bytes,
+)
 from service.queues.contract import (
     CLEARED_AFTER,
+    MAX_EVICTED,
     PASSED_AFTER,
     Claim,
     EngineInfo,
     Lease,
     QueueLimits,
     StoredSubmission,
-    SubmitStatus,
     WriteStatus,
 )
 
@@ -142,6 +150,15 @@ class Group:
     entries: Sequence[Entry]
     unfinished: int
     heartbeat: float
+    size: int  # bytes without the bodies
+    base_size: int  # those that also count if it is not kept
+    window_ends: float = 0.0  # when the resume window is over
+    gone_at: float = 0.0
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it can be read for longer than its resume window."""
+        return self.submission.keep is not None
 
     @property
     def stored(self) -> StoredSubmission:
@@ -162,30 +179,69 @@ class Submissions:
         self.entries: dict[str, Entry] = {}
         self.groups: dict[str, Group] = {}
         self._keys: dict[tuple[str, str], tuple[str, str, float]] = {}  # -> id, fingerprint, until
-        self._expiring: deque[tuple[float, str]] = deque()  # (time, submission), in that order
+        self._expiring: list[tuple[float, str]] = []  # heap of (time, submission)
         self._bytes: Counter[str] = Counter()  # by tenant
+        self._kept: defaultdict[str, dict[str, int]] = defaultdict(dict)  # tenant -> id -> bytes
 
     def __len__(self) -> int:
         """Records and counters."""
         records = len(self.entries) + len(self.groups) + len(self._keys) + len(self._expiring)
-        return records + len(self._bytes)
+        return records + len(self._bytes) + sum(map(len, self._kept.values()))
 
     @property
     def stored_bytes(self) -> int:
         """Of all tenants."""
         return self._bytes.total()
 
-    def refusal(self, submission: Submission) -> SubmitStatus | None:
-        """TENANT_STORAGE or STORAGE, or None if there is room for it."""
-        size = stored_bytes(submission)
-        if self._bytes[submission.tenant] + size > self._limits.max_tenant_bytes:
-            return SubmitStatus.TENANT_STORAGE
-        full = self.stored_bytes + size > self._limits.max_bytes
-        return SubmitStatus.STORAGE if full else None
+    def tenant_has_room(self, submission: Submission) -> bool:
+        """Whether it is within the limit of its tenant. Evicts what the tenant keeps."""
+        tenant, most = submission.tenant, self._limits.max_tenant_bytes - stored_bytes(submission)
+        return most >= 0 and self._make_room(lambda: self._bytes[tenant] <= most, tenant)
+
+    def has_room(self, submission: Submission) -> bool:
+        """Whether it is within the limit of all tenants. Evicts what is kept."""
+        most = self._limits.max_bytes - stored_bytes(submission)
+        return most >= 0 and self._make_room(lambda: self.stored_bytes <= most, None)
+
+    def _make_room(self, fits: Callable[[], bool], tenant: str | None) -> bool:
+        """Evicts until it fits: of one tenant or, without it, of the one that keeps most."""
+        for _ in range(MAX_EVICTED):
+            if fits():
+                return True
+            keeper = tenant or max(self._kept, key=self._kept_bytes, default=None)
+            if keeper is None or not self._evict(keeper):
+                return False
+        return fits()
+
+    def _kept_bytes(self, tenant: str) -> int:
+        return sum(self._kept[tenant].values())
+
+    def _evict(self, tenant: str) -> bool:
+        """Ends the keeping of the oldest; returns false if there is none."""
+        if tenant not in self._kept:
+            return False
+        submission_id = next(iter(self._kept[tenant]))
+        group = self.groups[submission_id]
+        if group.window_ends <= self._clock():
+            self.drop(submission_id)
+            return True
+        self._unkeep(group)
+        self._count_down(tenant, group.size - group.base_size)
+        group.submission = replace(group.submission, keep=None, input="")
+        group.size = group.base_size
+        self._expire_at(group, group.window_ends)
+        return True
 
     def put(self, submission: Submission, entries: Sequence[Entry], *, now: float) -> None:
         """Stores and counts what was admitted."""
-        self.groups[submission.id] = Group(submission, entries, len(entries), heartbeat=now)
+        self.groups[submission.id] = Group(
+            submission,
+            entries,
+            unfinished=len(entries),
+            heartbeat=now,
+            size=kept_bytes(submission),
+            base_size=base_bytes(submission),
+        )
         self.entries.update((entry.request.id, entry) for entry in entries)
         self._bytes[submission.tenant] += stored_bytes(submission)
         if submission.idempotency_key is not None:
@@ -205,15 +261,54 @@ class Submissions:
         group = self.groups[entry.submission_id]
         self._count_down(group.submission.tenant, request_bytes(entry.request))
         group.unfinished -= 1
-        if not group.unfinished:
-            gone = self._clock() + self._limits.resume_window
-            self._expiring.append((gone, entry.submission_id))
+        if group.unfinished:
+            return
+        if group.is_kept:
+            self._count_answers(group)
+        self.keep(group)
+
+    def _count_answers(self, group: Group) -> None:
+        """Counts the tokens of what is kept, and drops the bodies."""
+        submission = group.submission
+        size = token_bytes(submission) * sum(entry.count for entry in group.entries)
+        group.size += size
+        self._bytes[submission.tenant] += size
+        group.submission = replace(submission, requests=())
+        for entry in group.entries:
+            entry.request = replace(entry.request, prompt_ids=(), grammar=None, stop=())
+
+    def keep(self, group: Group) -> None:
+        """Starts the time for which an ended submission can be read."""
+        submission, now = group.submission, self._clock()
+        group.window_ends = now + self._limits.resume_window
+        self._expire_at(group, max(group.window_ends, now + (submission.keep or 0.0)))
+        if group.is_kept:
+            kept = self._kept[submission.tenant]
+            kept.pop(submission.id, None)  # the last of them is the newest
+            kept[submission.id] = group.size
+
+    def _expire_at(self, group: Group, time: float) -> None:
+        is_sooner = not group.gone_at or time < group.gone_at
+        group.gone_at = time
+        if is_sooner:  # otherwise `expire` looks again
+            heapq.heappush(self._expiring, (time, group.submission.id))
+
+    def _unkeep(self, group: Group) -> None:
+        tenant = group.submission.tenant
+        self._kept[tenant].pop(group.submission.id, None)
+        if not self._kept[tenant]:
+            del self._kept[tenant]
 
     def expire(self) -> None:
         """Drops what has expired."""
         now = self._clock()
         while self._expiring and self._expiring[0][0] <= now:
-            self.drop(self._expiring.popleft()[1])
+            _, submission_id = heapq.heappop(self._expiring)
+            group = self.groups.get(submission_id)
+            if group is not None and group.gone_at > now:
+                heapq.heappush(self._expiring, (group.gone_at, submission_id))
+            else:
+                self.drop(submission_id)
         while self._keys:
             oldest = next(iter(self._keys))
             if self._keys[oldest][2] > now:
@@ -226,7 +321,8 @@ class Submissions:
         group = self.groups.pop(submission_id, None)
         if group is None:
             return
-        self._count_down(group.submission.tenant, kept_bytes(group.submission))
+        self._count_down(group.submission.tenant, group.size)
+        self._unkeep(group)
         for entry in group.entries:
             del self.entries[entry.request.id]
 

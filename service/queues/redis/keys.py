@@ -7,6 +7,9 @@
     quire:2:{s0}:w0:<f> ..    zset     the same for requests that need the features <f> of an engine
     quire:2:{s0}:lines        set      the <f> for which there may be such a line
     quire:2:{s0}:stored       hash     bytes of submissions: all, t:<tenant>
+    quire:2:{s0}:kept:<tenant>  zset   entry of `gone` by the end of its resume window, ms: what is
+                                       kept longer than that and may be evicted
+    quire:2:{s0}:keepers      zset     tenant by the bytes of what it has in kept:<tenant>
     quire:2:{s0}:gone         zset     "<bytes> <tenant> <submission or idempotency hash>" by the
                                        time at which it is gone, ms
     quire:2:{s0}:since        zset     queued request by the time of its submission, ms
@@ -14,7 +17,8 @@
                                        field rid
     quire:2:{s0}:r:<request>  hash     the state of a request
     quire:2:{s0}:t:<request>  stream   its journal; also the channel of new entries in it
-    quire:2:{s0}:s:<sub>      hash     the submission: tenant, manifest, number of requests, grace
+    quire:2:{s0}:s:<sub>      hash     the submission: tenant, manifest, number of requests, grace;
+                                       if it is kept: input, ms, bytes without them
     quire:2:{s0}:idem:<hash>  hash     idempotency key -> submission, fingerprint
     quire:2:{s0}:k:<key>:<unit>  string  its meter: when it is back to zero, ms; see `Meter`
     quire:2:{s0}:dl           zset     request by the time to look at its deadline, ms

@@ -20,9 +20,11 @@ from service.queues.admission import (
     RateUsage,
     admission_cost,
     answer_share,
+    base_bytes,
     idempotency_bytes,
     kept_bytes,
     request_bytes,
+    token_bytes,
 )
 from service.queues.contract import (
     BLAME_KEPT,
@@ -123,6 +125,7 @@ class RedisQueue:
             "submit",
             self._keys(submission.id),
             submission.manifest,
+            submission.input,
             *(request.to_json() for request in submission.requests),
             id=submission.id,
             tenant=submission.tenant,
@@ -139,6 +142,9 @@ class RedisQueue:
             max_bytes=self._per_shard(limits.max_bytes),
             max_tenant_bytes=self._per_shard(limits.max_tenant_bytes),
             kept_bytes=kept_bytes(submission),
+            base_bytes=base_bytes(submission),
+            token_bytes=token_bytes(submission),
+            keep=None if submission.keep is None else milliseconds(submission.keep),
             idempotency_bytes=idempotency_bytes(submission),
             key=None if allowance is None else allowance.key,
             tokens_per_minute=self._per_shard(tokens_per_minute),
@@ -173,6 +179,14 @@ class RedisQueue:
             num_requests=int(num_requests),
         )
 
+    async def read_input(self, submission_id: str) -> str | None:
+        key = self._keys(submission_id).submission(submission_id)
+        (value,) = await self._client.run([("HGET", key, "in")])
+        return None if value is None else str(value.decode())
+
+    async def touch(self, submission_ids: Sequence[str]) -> None:
+        await self._run_by_shard("touch", submission_ids, submission_ids)
+
     async def read(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
         return await self._reader.read(self._keys(request_id), request_id, after=after)
 
@@ -191,9 +205,9 @@ class RedisQueue:
         await self._run_by_shard("heartbeat", submission_ids, submission_ids)
 
     async def forget(self, submission_id: str) -> None:
-        key, window = self._keys(submission_id).admission, milliseconds(LINGER)
-        (cancelled,) = await self._client.run(
-            [self._client.script("forget", key, submission=submission_id, window=window)]
+        keys, linger = self._keys(submission_id), milliseconds(LINGER)
+        (cancelled,) = await self._run(
+            "forget", keys, submission=submission_id, linger=linger, window=self._rules["window"]
         )
         self._note(QueueEvent.CANCELLED, cancelled)
 

@@ -17,6 +17,7 @@ from service.queues.contract import (
     CRASH_LOOP,
     FINAL_SILENCE,
     JOIN_AFTER,
+    MAX_EVICTED,
     PASSED_AFTER,
 )
 from service.queues.redis.codec import encode_end
@@ -24,9 +25,9 @@ from service.queues.redis.keys import milliseconds
 
 NAMES = (
     "append", "charge", "claim", "finish", "forget", "heartbeat", "oldest", "release", "renew",
-    "stop", "submit", "sweep",
+    "stop", "submit", "sweep", "touch",
 )  # fmt: skip
-PARTS = ("keys", "meters", "lane", "requests", "blame")
+PARTS = ("keys", "meters", "lane", "storage", "requests", "blame")
 LEAN = {"append": ("keys", "lane"), "charge": ("keys", "meters")}
 """Scripts that are called most, with the parts that they need; all others get all parts."""
 
@@ -59,12 +60,13 @@ def load_scripts() -> dict[str, Script]:
 
 def _constants() -> str:
     """The contract's constants, and the records of the ends that scripts write, in Lua."""
-    numbers = (CLEARED_AFTER, PASSED_AFTER, FINAL_SILENCE, milliseconds(JOIN_AFTER))
+    numbers = (CLEARED_AFTER, PASSED_AFTER, FINAL_SILENCE, milliseconds(JOIN_AFTER), MAX_EVICTED)
     cancelled = End(count=0, reason=FinishReason.CANCELLED)
     deadline = End(count=0, reason=FinishReason.DEADLINE)
     crash_loop = End(count=0, reason=FinishReason.ERROR, error=CRASH_LOOP)
     records = ", ".join(f"'{encode_end(e).decode()}'" for e in (cancelled, deadline, crash_loop))
     return (
-        f"local CLEARED_AFTER, PASSED_AFTER, FINAL_SILENCE, JOIN_AFTER = {str(numbers)[1:-1]}\n"
+        f"local CLEARED_AFTER, PASSED_AFTER, FINAL_SILENCE, JOIN_AFTER, MAX_EVICTED = "
+        f"{str(numbers)[1:-1]}\n"
         f"local CANCELLED, DEADLINE, CRASH_LOOP = {records}\n"
     )

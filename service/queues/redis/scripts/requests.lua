@@ -1,8 +1,7 @@
 -- Requests and submissions: their state, their place in the queues and their ends.
 -- Reads args.live_ttl and args.window.
 local DEADLINES, SINCE = PREFIX .. 'dl', PREFIX .. 'since'
-local ABANDONED, SUSPECTS = PREFIX .. 'left', PREFIX .. 'suspects'
-local LINES, STORED, GONE = PREFIX .. 'lines', PREFIX .. 'stored', PREFIX .. 'gone'
+local SUSPECTS, LINES = PREFIX .. 'suspects', PREFIX .. 'lines'
 local GROUP = 'engines'
 
 local function queue_key(priority) return PREFIX .. 'q' .. priority end
@@ -77,29 +76,6 @@ local function leave_stream(priority, eid)
   redis.call('XDEL', queue_key(priority), eid)
 end
 
--- Stored bytes of a tenant's submissions; `by` may be negative. See admission.py.
-local function count_bytes(tenant, by)
-  for _, field in ipairs({ 'all', 't:' .. tenant }) do
-    if redis.call('HINCRBY', STORED, field, by) == 0 then redis.call('HDEL', STORED, field) end
-  end
-end
--- Bytes that are counted until a time, when `sweep` subtracts them. Returns whether they are new.
-local function count_until(time, bytes, tenant, what)
-  return redis.call('ZADD', GONE, time, bytes .. ' ' .. tenant .. ' ' .. what) == 1
-end
-
--- Deletes a submission's requests and journals in `window` ms; its own bytes count until then.
-local function expire_submission(sid)
-  local sub = redis.call('HMGET', submission_key(sid), 'num', 'ten', 'sz')
-  for i = 0, num(sub[1]) - 1 do
-    redis.call('PEXPIRE', request_key(sid .. '.' .. i), args.window)
-    redis.call('PEXPIRE', journal_key(sid .. '.' .. i), args.window)
-  end
-  redis.call('PEXPIRE', submission_key(sid), args.window)
-  if sub[3] then count_until(now_ms() + args.window, sub[3], sub[2], sid) end
-  redis.call('ZREM', ABANDONED, sid)
-end
-
 -- Counts an ended request down for its key, and the tokens beyond those that admission counted.
 local function settle(r)
   local v = redis.call('HMGET', request_key(r.rid), 'key', 'tpm', 'share')
@@ -135,7 +111,7 @@ local function end_request(r, record)
   redis.call('HDEL', request_key(r.rid), 'body')
   redis.call('ZREM', DEADLINES, r.rid)
   redis.call('PUBLISH', journal_key(r.rid), r.n .. '-1')
-  if redis.call('HINCRBY', submission_key(r.sub), 'left', -1) <= 0 then expire_submission(r.sub) end
+  if redis.call('HINCRBY', submission_key(r.sub), 'left', -1) <= 0 then keep_submission(r.sub) end
 end
 
 -- Ends a request without its engine, which the new epoch fences off.

@@ -2,9 +2,10 @@
 -- Admits all requests of a submission or none. Not allowed when memory is full.
 -- args: id, tenant, nonce, fingerprint, idempotency (absent: no key), idempotency_ttl, live_ttl,
 --   grace (absent: none), max_requests, max_tokens, max_per_tenant, max_bytes, max_tenant_bytes,
---   kept_bytes, idempotency_bytes, key (absent: none), tokens_per_minute, max_in_flight (absent: no
+--   kept_bytes, base_bytes, token_bytes, keep (absent: the resume window),
+--   idempotency_bytes, key (absent: none), tokens_per_minute, max_in_flight (absent: no
 --   limit), and requests of {id, cost, timeout, priority, share, bytes, features}.
--- ARGV[2]: the manifest, ARGV[2 + i]: the body of request i.
+-- ARGV[2]: the manifest, ARGV[3]: the input, ARGV[3 + i]: the body of request i.
 -- Returns {status, submission to follow, queued requests, queued tokens, and of the key's tokens: ms to
 --   wait, ms used, as text}.
 local sid, tenant, key, num_requests = args.id, args.tenant, args.key, #args.requests
@@ -31,18 +32,20 @@ for _, request in ipairs(args.requests) do
   cost, bytes = cost + request.cost, bytes + request.bytes
 end
 local function in_flight(counter) return num(redis.call('HGET', ADMISSION, counter)) + num_requests end
-local function stored(field)
-  return num(redis.call('HGET', STORED, field)) + bytes + args.idempotency_bytes
+local function fits(field, most)
+  local size = bytes + args.idempotency_bytes
+  local function below() return num(redis.call('HGET', STORED, field)) + size <= most end
+  return size <= most and make_room(below, field ~= 'all' and tenant or nil)
 end
 if in_flight('t:' .. tenant) > args.max_per_tenant then return reply('tenant') end
 if args.max_in_flight and in_flight('k:' .. key) > args.max_in_flight then return reply('tenant') end
 local wait = wait_ms(tokens_meter, args.tokens_per_minute, cost)
 if wait > 0 then return reply('rate', nil, wait) end
-if stored('t:' .. tenant) > args.max_tenant_bytes then return reply('tenant_storage') end
+if not fits('t:' .. tenant, args.max_tenant_bytes) then return reply('tenant_storage') end
 if queued + num_requests > args.max_requests or tokens + cost > args.max_tokens then
   return reply('full')
 end
-if stored('all') > args.max_bytes then return reply('storage') end
+if not fits('all', args.max_bytes) then return reply('storage') end
 
 local now, time = now_ms(), redis.call('TIME')
 local arrived = string.format('%d%06d', time[1], time[2])
@@ -58,7 +61,7 @@ for i, request in ipairs(args.requests) do
   redis.call('ZADD', SINCE, now, rid)
   redis.call('HSET', request_key(rid), 'st', 'queued', 'ep', 0, 'own', '', 'n', 0, 'att', 0,
     'ten', tenant, 'cost', request.cost, 'dl', deadline, 'ct', now, 'eid', eid,
-    'pr', request.priority, 'sub', sid, 'body', ARGV[2 + i], 'sz', request.bytes,
+    'pr', request.priority, 'sub', sid, 'body', ARGV[3 + i], 'sz', request.bytes,
     'ft', request.features)
   if key then
     redis.call('HSET', request_key(rid), 'key', key, 'tpm', args.tokens_per_minute or 0,
@@ -68,6 +71,10 @@ for i, request in ipairs(args.requests) do
 end
 redis.call('HSET', submission_key(sid), 'ten', tenant, 'man', ARGV[2], 'num', num_requests,
   'left', num_requests, 'by', args.nonce, 'gr', args.grace or '', 'sz', args.kept_bytes)
+if args.keep then
+  redis.call('HSET', submission_key(sid), 'keep', args.keep, 'in', ARGV[3], 'base', args.base_bytes,
+    'tb', args.token_bytes)
+end
 count_bytes(tenant, bytes)
 if args.grace then redis.call('ZADD', ABANDONED, now + args.grace, sid) end
 if redis.call('HINCRBY', ADMISSION, 't:' .. tenant, num_requests) == num_requests then

@@ -37,7 +37,10 @@ end
 local gone = due(GONE)
 for _, member in ipairs(gone) do
   local bytes, tenant = string.match(member, '^(%d+) (%S+) ')
-  if bytes then count_bytes(tenant, -bytes) end
+  if bytes then
+    count_bytes(tenant, -bytes)
+    unkeep(member, tenant, bytes)
+  end
   redis.call('ZREM', GONE, member)
 end
 
