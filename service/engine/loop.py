@@ -104,6 +104,7 @@ class EngineLoop:
             eos_ids=eos_ids,
             vocab_size=vocab_size,
             grammars=grammars,
+            numeric_class=runner.numeric_class,
         )
         self._inbox = Inbox(config, clock=clock)
         self._timer = StepTimer(clock)

@@ -26,6 +26,7 @@ class Outputs:
         eos_ids: frozenset[int],
         vocab_size: int,
         grammars: Grammars | None,
+        numeric_class: str,
     ) -> None:
         """`visible_bytes`: the same with names for special tokens."""
         self.builders: dict[str, OutputBuilder] = {}
@@ -35,6 +36,7 @@ class Outputs:
         self._visible_bytes = visible_bytes
         self._eos_ids = eos_ids
         self._vocab_size = vocab_size
+        self._numeric_class = numeric_class
 
     def begin(self, work: Work) -> OutputBuilder | None:
         """A builder for a request that is to be scheduled. None if its output is complete already:
@@ -50,6 +52,7 @@ class Outputs:
             eos_ids=self._eos_ids,
             tokens=work.tokens,
             guide=guide,
+            numeric_class=self._numeric_class,
         )
         # An engine died between the last token and the end. If the token limit is reached, the
         # guide has yet to find out whether the grammar ends there, too.
