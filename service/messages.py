@@ -13,6 +13,7 @@ Nothing is validated here: `service/api` has done that before.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import zlib
@@ -84,11 +85,13 @@ class GenerationRequest:
     priority: int = 1  # 0 before 1 before 2
     timeout_ms: int | None = None  # from submission, by the queue's clock
     trace: str | None = None  # `traceparent` of the call; None: not traced
+    model: str = ""  # `ModelCard.key`; empty: any engine may answer
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What an engine must support to answer this: names from `FEATURES`, sorted."""
-        return tuple(name for name, needed in FEATURES.items() if needed(self))
+        """What an engine must have to answer this: names from `FEATURES`, then the model."""
+        needed = [name for name, is_needed in FEATURES.items() if is_needed(self)]
+        return (*needed, model_feature(self.model)) if self.model else tuple(needed)
 
     @property
     def max_total_tokens(self) -> int:
@@ -171,6 +174,7 @@ class Tokens:
     digest: int  # rolling_digest of all ids up to and including these
     logprobs: tuple[TokenLogprob, ...] = ()  # one per id if requested
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # first record only; [0] is None
+    numeric_class: str = ""  # of the engines that generate the answer; first record only
 
     @property
     def end(self) -> int:
@@ -211,6 +215,21 @@ class ModelCard:
     vocab_size: int
     numeric_class: str  # weights digest, kernel family, dtype, version: if equal, equal bits
     created: int  # Unix seconds
+    vocabulary: str = ""  # digest of the tokenizer's vocabulary; empty: unknown
+
+    @property
+    def key(self) -> str:
+        """Names the model in requests and engines: equal ids with equal vocabularies are one model.
+        Empty if the vocabulary is unknown; without spaces, whatever the id.
+        """
+        if not self.vocabulary:
+            return ""
+        return hashlib.sha256(f"{self.id}\n{self.vocabulary}".encode()).hexdigest()[:16]
+
+
+def model_feature(key: str) -> str:
+    """The feature of engines that serve the model of this key."""
+    return f"model:{key}"
 
 
 def rolling_digest(ids: Iterable[int], *, previous: int = 0) -> int:

@@ -26,7 +26,7 @@ from service.engine.plan import EngineConfig
 from service.errors import StartupError
 from service.http.exposure import extras_of, keyless_hosts
 from service.keys import KeyRing
-from service.messages import FEATURES, Event, ModelCard
+from service.messages import FEATURES, Event, ModelCard, model_feature
 from service.observability.fan_out import fan_out
 from service.observability.logs import log_call
 from service.observability.metrics import Metrics
@@ -195,7 +195,7 @@ class EngineSide:
             blocks_free=latest.blocks_free if latest else self._loaded.runner.num_blocks,
             max_model_len=card.max_model_len,
             tokens_per_second=self._metrics.tokens_per_second(),
-            features=tuple(FEATURES),
+            features=(*FEATURES, model_feature(card.key)),
         )
 
 

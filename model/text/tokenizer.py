@@ -7,6 +7,7 @@ A user's text stays text: if it spells a special token, it is encoded as ordinar
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -50,6 +51,15 @@ class Tokenizer:
         if gguf is not None:
             return cls(from_gguf(read_headers(gguf)))
         return cls(from_folder(path if path.is_dir() else path.parent))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what token ids stand for: the bytes of each, and the special tokens."""
+        digest = hashlib.sha256()
+        for text in self.token_bytes:
+            digest.update(len(text).to_bytes(4, "little") + text)
+        digest.update(repr(sorted(self._special_ids.items())).encode())
+        return digest.hexdigest()
 
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
         """The ids of a text, in time linear in its length and without the interpreter lock.

@@ -97,7 +97,11 @@ class EngineLoop:
         )
         self._pipeline = Pipeline(runner, packer, clock=clock)
         self._outputs = Outputs(
-            token_bytes=token_bytes, eos_ids=eos_ids, vocab_size=vocab_size, grammars=grammars
+            token_bytes=token_bytes,
+            eos_ids=eos_ids,
+            vocab_size=vocab_size,
+            grammars=grammars,
+            numeric_class=runner.numeric_class,
         )
         self._inbox = Inbox(config, clock=clock)
         self._timer = StepTimer(clock)

@@ -43,6 +43,7 @@ class OutputBuilder:
         eos_ids: frozenset[int],
         tokens: tuple[int, ...] = (),
         guide: Guide | None = None,
+        numeric_class: str = "",
     ) -> None:
         self.count = 0
         self.reason: FinishReason | None = None
@@ -51,6 +52,7 @@ class OutputBuilder:
         self.prompt_logprobs: list[TokenLogprob | None] = []
         if request.prompt_logprobs is not None and not tokens:
             self.prompt_logprobs = [None] * len(request.prompt_ids)
+        self._numeric_class = numeric_class
         self._max_tokens = request.max_tokens
         self._stop_ids = stop_ids(request, eos_ids)
         self._detokenizer = Detokenizer(token_bytes, request.stop)
@@ -81,6 +83,7 @@ class OutputBuilder:
             digest=self._digest,
             logprobs=tuple(logprobs[:num]),
             prompt_logprobs=prompt_logprobs,
+            numeric_class="" if start else self._numeric_class,
         )
 
     @property

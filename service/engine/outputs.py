@@ -25,6 +25,7 @@ class Outputs:
         eos_ids: frozenset[int],
         vocab_size: int,
         grammars: Grammars | None,
+        numeric_class: str,
     ) -> None:
         self.builders: dict[str, OutputBuilder] = {}
         self.guides = Guides(grammars, token_bytes=token_bytes, vocab_size=vocab_size)
@@ -32,6 +33,7 @@ class Outputs:
         self._token_bytes = token_bytes
         self._eos_ids = eos_ids
         self._vocab_size = vocab_size
+        self._numeric_class = numeric_class
 
     def begin(self, work: Work) -> OutputBuilder | None:
         """A builder for a request that is to be scheduled. None if its output is complete already:
@@ -46,6 +48,7 @@ class Outputs:
             eos_ids=self._eos_ids,
             tokens=work.tokens,
             guide=guide,
+            numeric_class=self._numeric_class,
         )
         # An engine died between the last token and the end. If the token limit is reached, the
         # guide has yet to find out whether the grammar ends there, too.

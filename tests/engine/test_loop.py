@@ -186,11 +186,13 @@ def test_nothing_comes_out_after_abort_returned(build: Build) -> None:
         name = f"r{index}"
         loop.add(Work(request=make_request(name, max_tokens=30, ignore_eos=True)))
         threading.Event().wait(0.0005 * (index % 3))
+        while index % 5 == 0 and name not in delivered:
+            threading.Event().wait(0.0005)
         loop.abort(name)
         seen = delivered.count(name)
         threading.Event().wait(0.0005)
         assert delivered.count(name) == seen
-    assert len(delivered) > 20, "some were answered in part"
+    assert len(delivered) >= 40, "some were answered in part"
 
 
 def test_no_record_is_held_back_across_an_abort(build: Build) -> None:

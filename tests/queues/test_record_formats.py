@@ -48,7 +48,7 @@ REQUEST = GenerationRequest(
     ),
     max_tokens=64, min_tokens=2, stop=("\n\n", "é"), stop_token_ids=(2, 3), ignore_eos=True,
     prompt_logprobs=1, grammar='start: "a"', tenant="alice", priority=2, timeout_ms=5000,
-    trace="00-0123456789abcdef0123456789abcdef-0123456789abcdef-01",
+    trace="00-0123456789abcdef0123456789abcdef-0123456789abcdef-01", model="0123456789abcdef",
 )  # fmt: skip
 MANIFEST = Manifest(
     endpoint=Endpoint.CHAT, model="model", fingerprint="class-1", created=1_700_000_000,
@@ -78,6 +78,7 @@ SCORED = Tokens(
     logprobs=(TokenLogprob(-0.5, ((1, -0.5), (9, -1.25))), TokenLogprob(-1.0)),
     prompt_logprobs=(None, TokenLogprob(-2.0, ((4, -2.0),))),
 )
+FIRST = Tokens(start=0, ids=(1, 300), text="a b", digest=7, numeric_class="class-1")
 END = End(
     count=9,
     reason=FinishReason.ERROR,
@@ -114,6 +115,9 @@ KINDS = {
     "tokens": Kind(TOKENS, lambda record: encode_tokens(record).hex(), tokens_of),
     "scored_tokens": Kind(
         SCORED, lambda record: encode_tokens(record).hex(), lambda text: tokens_of(text, count=2)
+    ),
+    "first_tokens": Kind(
+        FIRST, lambda record: encode_tokens(record).hex(), lambda text: tokens_of(text, count=2)
     ),
     "end": Kind(END, lambda record: encode_end(record).decode(), end_of),
 }
@@ -229,7 +233,9 @@ def test_unknown_fields_are_ignored(name: str, text: str, value: object) -> None
         assert kind.decode(json.dumps(record)) == expected
 
 
-@pytest.mark.parametrize(("name", "text"), golden_records("tokens", "scored_tokens"))
+@pytest.mark.parametrize(
+    ("name", "text"), golden_records("tokens", "scored_tokens", "first_tokens")
+)
 def test_unknown_parts_of_tokens_are_ignored(name: str, text: str) -> None:
     kind, value = KINDS[name], bytes.fromhex(text)
     entry_id = f"{kind.sample.end}-0".encode()

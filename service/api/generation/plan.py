@@ -70,6 +70,7 @@ def plan(
             priority=_priority(generation, call),
             timeout_ms=call.timeout_ms,
             trace=call.trace,
+            model=context.card.key,
         )
         for prompt in prompts
     ]
