@@ -31,6 +31,9 @@ class ApiLimits:
     max_stop_strings: int = 16
     max_stop_chars: int = 256
     max_stop_token_ids: int = 256
+    max_bad_words: int = 64
+    max_bad_word_chars: int = 64
+    max_allowed_token_ids: int = 1024
     max_logprobs: int = 5  # completions
     max_top_logprobs: int = 20  # chat
     max_echo_tokens: int = 8192  # echo or prompt log probabilities, over all prompts

@@ -23,6 +23,7 @@ from service.messages import (
     Submission,
     TokenLogprob,
     Tokens,
+    model_feature,
 )
 from service.queues.admission import (
     RateUsage,
@@ -610,6 +611,17 @@ class QueueContract:
         await queue.release([claim.lease])
         assert not await queue.claim(old, limit=4, wait=0)
         await finish(queue, await claim_one(queue, new, wait=PATIENCE), length=1)
+
+    async def test_an_engine_gets_only_requests_of_its_model(self, queue: Queue) -> None:
+        for model in "abab":
+            await queue.submit(make_submission(model=model, tenant=model))
+        for model in "ab":
+            engine = make_engine(model, features=(model_feature(model),))
+            claims = await queue.claim(engine, limit=4, wait=0)
+            assert [claim.request.model for claim in claims] == [model] * 2
+            await queue.release([claim.lease for claim in claims])
+            other = make_engine("other", features=(model_feature("other"),))
+            assert not await queue.claim(other, limit=4, wait=0)
 
     # --- blame ----------------------------------------------------------------------------
     async def test_progress_past_a_death_clears_a_request(

@@ -11,7 +11,15 @@ import pytest
 from redis import Redis
 
 from service.errors import StartupError, Unavailable
-from service.messages import Allowance, End, FinishReason, Record, TokenLogprob, Tokens
+from service.messages import (
+    Allowance,
+    End,
+    FinishReason,
+    Record,
+    TokenLogprob,
+    Tokens,
+    model_feature,
+)
 from service.queues import open_queue
 from service.queues.contract import PAGE_TOKENS, Claim, QueueLimits, Write
 from service.queues.observer import QueueEvent
@@ -57,6 +65,20 @@ def passes(redis_server: RedisServer) -> Passes:
 
 class TestRedisQueue(QueueContract):
     """All of the contract."""
+
+
+async def test_deployments_with_different_prefixes_share_a_server(
+    redis_server: RedisServer, redis_queues: Queues
+) -> None:
+    one, other = (redis_queues(f"{redis_server.url}?prefix={name}", LIMITS) for name in "ab")
+    submission = make_submission()
+    await one.submit(submission)
+    assert redis_server.ask("EXISTS", "a:2:{s0}:adm") == ":1"
+    assert redis_server.ask("EXISTS", "quire:2:{s0}:adm") == ":0"
+    assert await other.claim(make_engine(), limit=1, wait=0) == []
+    assert await other.lookup(submission.id) is None
+    assert await other.depth() == NOTHING
+    await finish(one, await claim_one(one), length=1)
 
 
 async def test_shards_are_one_queue(redis_server: RedisServer, redis_queues: Queues) -> None:
@@ -323,10 +345,12 @@ async def test_what_is_stored_has_the_golden_formats(
         stored = str(redis.hget(prefix + f"r:{request.id}", "body"), "utf-8")
         assert stored == newest["request"].replace(REQUEST.id, request.id)
         assert str(redis.hget(prefix + f"s:{submission.id}", "man"), "utf-8") == newest["manifest"]
-        (claim,) = await queue.claim(ENGINE, limit=1, wait=0)
+        served = (*ENGINE.features, model_feature(request.model))
+        (claim,) = await queue.claim(replace(ENGINE, features=served), limit=1, wait=0)
         assert claim.request == request
         told = str(redis.hget(prefix + "engines", ENGINE.id), "utf-8")
-        assert told.partition(" ")[2] == newest["engine"]
+        listed = f',"{served[-1]}"'
+        assert told.partition(" ")[2].replace(listed, "") == newest["engine"]
         await append(queue, claim.lease, SCORED)
         await append(queue, claim.lease, TOKENS)
         await append(queue, claim.lease, replace(END, count=TOKENS.end))
@@ -415,7 +439,16 @@ def test_a_volatile_server_may_be_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["shards=0", "shards=x", "allow_volatile=yes", "no_such_option=1", "db=x"]
+    "query",
+    [
+        "shards=0",
+        "shards=x",
+        "allow_volatile=yes",
+        "no_such_option=1",
+        "db=x",
+        "prefix=",
+        "prefix=a:b",
+    ],
 )
 def test_a_wrong_url_is_refused_without_showing_it(query: str) -> None:
     url = f"redis://user:hunter2@host:6379/0?{query}"

@@ -61,7 +61,7 @@ class Manifest:
 
     endpoint: Endpoint
     model: str
-    fingerprint: str  # the numeric class
+    fingerprint: str  # the numeric class that the replica knew when it admitted the request
     created: int  # Unix seconds
     prompts: tuple[PromptNote, ...]
     width: int = 1  # choices generated per prompt: best_of, or n

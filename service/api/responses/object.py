@@ -80,7 +80,7 @@ def response_object(reader: AnswerReader, answer: Accumulator, *, status: Status
         "object": "response",
         "created_at": manifest.created,
         "model": manifest.model,
-        "system_fingerprint": manifest.fingerprint,
+        "system_fingerprint": reader.fingerprint(),
         "status": status,
         "completed_at": _completed_at(reader, answer) if status is Status.COMPLETED else None,
         "error": error,
