@@ -67,9 +67,9 @@ class HeldTokenizer:
             self.began.append(length)
             assert self.let.acquire(timeout=PATIENCE)
 
-    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+    def encode(self, text: str, **options: Any) -> list[int]:
         self._hold(len(text))
-        return self._real.encode(text, add_bos=add_bos)
+        return self._real.encode(text, **options)
 
     def decode(self, ids: list[int]) -> str:
         self._hold(len(ids))
