@@ -37,7 +37,14 @@ from service.queues.memory.queue import MemoryQueue
 from service.queues.redis.queue import RedisQueue
 from service.worker.worker import Worker
 from tests.cluster.redis_process import RedisServer
-from tests.queues.builders import claim_one, finish, make_engine, make_submission, stop_at
+from tests.queues.builders import (
+    be_patient,
+    claim_one,
+    finish,
+    make_engine,
+    make_submission,
+    stop_at,
+)
 from tests.support.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner
 from tests.support.waiting import PATIENCE
 
@@ -156,8 +163,7 @@ async def replicas(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Callable[..., tuple[RedisQueue, Metrics]]]:
     """Makes the queue of one process of several over one Redis, and its figures."""
-    for name in ("CONNECT_TIMEOUT", "REPLY_TIMEOUT"):
-        monkeypatch.setattr(f"service.queues.redis.connection.{name}", PATIENCE)
+    be_patient(monkeypatch)
     made: list[RedisQueue] = []
 
     def make(limits: QueueLimits) -> tuple[RedisQueue, Metrics]:

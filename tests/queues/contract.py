@@ -1111,6 +1111,7 @@ class QueueContract:
         for submission in (theirs, *mine):
             assert (await queue.submit(submission)).status is SubmitStatus.OK
             await finish(queue, await claim_one(queue), length=2)
+            await passes(0.002)
         new = make_submission(tenant="a", keep=60.0, sent="x" * 7_000)
         assert (await queue.submit(new)).status is SubmitStatus.OK
         assert await queue.read_input(mine[0].id) is None
