@@ -83,7 +83,7 @@ def _mode(value: object, modes: Collection[Mode]) -> Mode:
 
 
 def _tool_ref(value: object, *, nested: bool) -> ToolRef:
-    if not isinstance(value, dict) or value.get("type") not in {"function", "custom"}:
+    if not isinstance(value, dict) or value.get("type") not in ("function", "custom"):
         message = 'can only name tools of the types "function" and "custom"'
         raise FieldError("invalid_value", message)
     fields = _content(value, nested=nested)
