@@ -1,4 +1,4 @@
-"""Cluster: what this replica knows about the engines of its queue.
+"""Cluster: what this replica knows about the engines of its model.
 
 An API replica has not loaded the model: it learns the context length, the numeric class and the
 speed from what the engines report. It reads that every second, and more often while there is no
@@ -8,6 +8,7 @@ engine, so that it serves soon after the first one starts.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,8 @@ from typing import Protocol
 from service.errors import Unavailable
 from service.messages import ModelCard
 from service.queues.contract import Queue, QueueDepth
+
+log = logging.getLogger(__name__)
 
 REFRESH_INTERVAL = 1.0  # seconds
 REFRESH_INTERVAL_WITHOUT_ENGINES = 0.1
@@ -26,7 +29,7 @@ class ClusterObserver(Protocol):
     """For metrics. Called in the event loop."""
 
     def queue_read(self, depth: QueueDepth, engines: int) -> None:
-        """The queue was read: its depth, and the number of engines that sent a heartbeat."""
+        """The queue was read: its depth, and the number of engines of this model."""
         ...
 
     def queue_away(self) -> None:
@@ -77,7 +80,8 @@ class Cluster:
         or takes no writes.
         """
         await self._queue.check()
-        engines = await self._queue.engines()
+        everyone = await self._queue.engines()
+        engines = [info for info in everyone if info.serves(self.card)]
         if engines:
             self._gone_since = None
             self._tokens_per_second = sum(engine.tokens_per_second for engine in engines)
@@ -93,6 +97,13 @@ class Cluster:
                 self._observer.serves(known)
         elif self._gone_since is None:
             self._gone_since = self._clock()
+            if everyone:
+                log.warning(
+                    "none of the queue's %d engines serves %s: API and engine replicas need the "
+                    "same model and model_name",
+                    len(everyone),
+                    self.card.id,
+                )
         self._observer.queue_read(await self._queue.depth(), len(engines))
 
     async def watch(self) -> None:

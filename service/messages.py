@@ -13,6 +13,7 @@ Nothing is validated here: `service/api` has done that before.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import zlib
@@ -54,6 +55,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    banned: tuple[tuple[int, ...], ...] = ()  # token sequences that the output must not contain
+    allowed: tuple[int, ...] = ()  # the only tokens that it may contain; empty: all
     top_logprobs: int | None = (
         None  # None: no log probabilities; k: the sampled token's and the top k
     )
@@ -62,7 +65,10 @@ class SamplingParams:
     def penalises(self) -> bool:
         """Whether earlier tokens change the logits."""
         return bool(
-            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or any(len(sequence) > 1 for sequence in self.banned)
         )
 
 
@@ -75,7 +81,9 @@ class GenerationRequest:
     sampling: SamplingParams
     max_tokens: int
     min_tokens: int = 0
-    stop: tuple[str, ...] = ()  # stop strings; never part of the answer's text
+    stop: tuple[str, ...] = ()  # stop strings
+    include_stop: bool = False  # the stop string or token is part of the text
+    skip_special_tokens: bool = True  # false: their names are part of the text
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     prompt_logprobs: int | None = None  # None: no; k: each prompt token's and the top k
@@ -84,11 +92,13 @@ class GenerationRequest:
     priority: int = 1  # 0 before 1 before 2
     timeout_ms: int | None = None  # from submission, by the queue's clock
     trace: str | None = None  # `traceparent` of the call; None: not traced
+    model: str = ""  # `ModelCard.key`; empty: any engine may answer
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What an engine must support to answer this: names from `FEATURES`, sorted."""
-        return tuple(name for name, needed in FEATURES.items() if needed(self))
+        """What an engine must have to answer this: names from `FEATURES`, then the model."""
+        needed = [name for name, is_needed in FEATURES.items() if is_needed(self)]
+        return (*needed, model_feature(self.model)) if self.model else tuple(needed)
 
     @property
     def max_total_tokens(self) -> int:
@@ -109,6 +119,8 @@ class GenerationRequest:
 
 FEATURES: Mapping[str, Callable[[GenerationRequest], bool]] = {
     "grammar": lambda request: request.grammar is not None,
+    "bans": lambda request: bool(request.sampling.banned or request.sampling.allowed),
+    "text": lambda request: request.include_stop or not request.skip_special_tokens,
 }
 """Name -> whether a request depends on it. A new field that changes answers needs a new name here:
 engines of an older version, which ignore the field, then do not claim such requests.
@@ -171,6 +183,7 @@ class Tokens:
     digest: int  # rolling_digest of all ids up to and including these
     logprobs: tuple[TokenLogprob, ...] = ()  # one per id if requested
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # first record only; [0] is None
+    numeric_class: str = ""  # of the engines that generate the answer; first record only
 
     @property
     def end(self) -> int:
@@ -211,6 +224,21 @@ class ModelCard:
     vocab_size: int
     numeric_class: str  # weights digest, kernel family, dtype, version: if equal, equal bits
     created: int  # Unix seconds
+    vocabulary: str = ""  # digest of the tokenizer's vocabulary; empty: unknown
+
+    @property
+    def key(self) -> str:
+        """Names the model in requests and engines: equal ids with equal vocabularies are one model.
+        Empty if the vocabulary is unknown; without spaces, whatever the id.
+        """
+        if not self.vocabulary:
+            return ""
+        return hashlib.sha256(f"{self.id}\n{self.vocabulary}".encode()).hexdigest()[:16]
+
+
+def model_feature(key: str) -> str:
+    """The feature of engines that serve the model of this key."""
+    return f"model:{key}"
 
 
 def rolling_digest(ids: Iterable[int], *, previous: int = 0) -> int:

@@ -26,7 +26,7 @@ from service.engine.plan import EngineConfig
 from service.errors import StartupError
 from service.http.exposure import extras_of, keyless_hosts
 from service.keys import KeyRing
-from service.messages import FEATURES, Event, ModelCard
+from service.messages import FEATURES, Event, ModelCard, model_feature
 from service.observability.fan_out import fan_out
 from service.observability.logs import log_call
 from service.observability.metrics import Metrics
@@ -146,6 +146,7 @@ class EngineSide:
                 speculate=settings.speculate,
             ),
             token_bytes=loaded.tokenizer.token_bytes,
+            visible_bytes=loaded.tokenizer.visible_bytes,
             eos_ids=loaded.tokenizer.eos_ids,
             deliver=self._deliver,
             observer=observer,
@@ -195,7 +196,7 @@ class EngineSide:
             blocks_free=latest.blocks_free if latest else self._loaded.runner.num_blocks,
             max_model_len=card.max_model_len,
             tokens_per_second=self._metrics.tokens_per_second(),
-            features=tuple(FEATURES),
+            features=(*FEATURES, model_feature(card.key)),
         )
 
 

@@ -122,7 +122,7 @@ async def serve_api(settings: Settings, console: Console) -> None:
     path = await asyncio.to_thread(fetch_model, settings, console=console)
     tokenizer = await asyncio.to_thread(load_tokenizer, path)
     queue = await connect_queue(settings, metrics)
-    card = load_card(settings, path)
+    card = load_card(settings, path, tokenizer)
     api = ApiSide(settings, card, queue, metrics, tokenizer=tokenizer, keys=keys, traces=traces)
     listeners = [
         Listener(api.app, public, grace=None, connections=slots),  # `drain` limits the time

@@ -154,7 +154,11 @@ class Settings(BaseModel):
         default=True,
     )
 
-    queue: str = _queue("Store of requests and journals: memory:// or redis://host/0.", "memory://")
+    queue: str = _queue(
+        "Store of requests and journals: memory:// or redis://host/0. Deployments that share a "
+        "Redis server each need a `?prefix=NAME`.",
+        "memory://",
+    )
     max_queued_requests: int = _queue(
         "Maximum waiting requests; more are refused with 503.", 1024, ge=1
     )

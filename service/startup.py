@@ -141,7 +141,13 @@ def _load(settings: Settings, path: Path) -> Loaded:
     except (ValueError, NativeUnavailable, ImportError) as error:
         raise StartupError(f"runner {settings.runner}: {error}") from None
     card = replace(
-        card_of(settings, path, runner.config, pool=runner.num_blocks * runner.block_size),
+        card_of(
+            settings,
+            path,
+            runner.config,
+            tokenizer=tokenizer,
+            pool=runner.num_blocks * runner.block_size,
+        ),
         numeric_class=runner.numeric_class,
     )
     return Loaded(
@@ -189,15 +195,20 @@ def _build(
     return RUNNERS[choice.name](config, model.weights, options, model.digest), None
 
 
-def load_card(settings: Settings, path: Path) -> ModelCard:
+def load_card(settings: Settings, path: Path, tokenizer: Tokenizer) -> ModelCard:
     """Returns the card of a replica without a runner; engines report what it leaves unknown."""
     with _model_errors():
         _, config = configure(open_checkpoint(path))
-    return card_of(settings, path, config)
+    return card_of(settings, path, config, tokenizer=tokenizer)
 
 
 def card_of(
-    settings: Settings, path: Path, config: ModelConfig, *, pool: int | None = None
+    settings: Settings,
+    path: Path,
+    config: ModelConfig,
+    *,
+    tokenizer: Tokenizer,
+    pool: int | None = None,
 ) -> ModelCard:
     """Returns a model's card. `pool` is the KV cache's capacity in tokens."""
     lengths = (config.max_model_len, settings.max_model_len, pool)
@@ -207,6 +218,7 @@ def card_of(
         vocab_size=config.vocab_size,
         numeric_class="unknown",
         created=int(path.stat().st_mtime),
+        vocabulary=tokenizer.digest,
     )
 
 

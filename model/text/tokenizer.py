@@ -7,6 +7,7 @@ A user's text stays text: if it spells a special token, it is encoded as ordinar
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -51,6 +52,15 @@ class Tokenizer:
             return cls(from_gguf(read_headers(gguf)))
         return cls(from_folder(path if path.is_dir() else path.parent))
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what token ids stand for: the bytes of each, and the special tokens."""
+        digest = hashlib.sha256()
+        for text in self.token_bytes:
+            digest.update(len(text).to_bytes(4, "little") + text)
+        digest.update(repr(sorted(self._special_ids.items())).encode())
+        return digest.hexdigest()
+
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
         """The ids of a text, in time linear in its length and without the interpreter lock.
 
@@ -65,6 +75,11 @@ class Tokenizer:
         if add_bos and self._vocabulary.add_bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         return ids
+
+    def spellings(self, text: str) -> set[tuple[int, ...]]:
+        """The ids of a text at the beginning of an output, within a word, and after a blank."""
+        begun = {tuple(self._text_ids(text, is_first=first)) for first in (True, False)}
+        return {*begun, tuple(self._text_ids(f" {text}", is_first=False))} - {()}
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of ids; incomplete UTF-8 becomes U+FFFD. Special tokens have no text, or their

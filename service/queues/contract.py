@@ -44,8 +44,10 @@ from service.messages import (
     Allowance,
     FinishReason,
     GenerationRequest,
+    ModelCard,
     Record,
     Submission,
+    model_feature,
 )
 from service.queues.admission import RateUsage
 
@@ -202,6 +204,10 @@ class EngineInfo:
     max_model_len: int = 0  # 0: unknown
     tokens_per_second: float = 0.0  # recently
     features: tuple[str, ...] = ()  # it claims only requests whose features are among them
+
+    def serves(self, card: ModelCard) -> bool:
+        """Whether it answers requests for this model."""
+        return not card.key or model_feature(card.key) in self.features
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:

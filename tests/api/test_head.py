@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 from service.api import ROUTERS
 from service.app import build_admin_app
 from tests.api.bad_input_rows import MODEL, B, R
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,7 @@ async def test_every_get_route_answers_head(start_service: Any, listen: Any) -> 
     async with (
         start_service(docs=True) as service,
         listen(service.app) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
     ):
         call = await client.post("/v1/completions", json=B | {"stream": True})
         response = await client.post("/v1/responses", json=R)
@@ -61,7 +62,7 @@ async def test_the_admin_port_answers_head(service: Any, listen: Any) -> None:
     app = build_admin_app(
         service.app.state.health, version="0.0.1", render_metrics=lambda: b"# no series\n"
     )
-    async with listen(app) as url, httpx.AsyncClient(base_url=url) as client:
+    async with listen(app) as url, httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
         for path in ("/metrics", "/health/live", "/health/ready"):
             compare(await client.head(path), await client.get(path))
 
@@ -73,7 +74,7 @@ async def test_head_of_a_running_stream_neither_waits_nor_ends_it(
     async with (
         start_service(limits=small_limits(grace=0.2, sweep_interval=0.03)) as service,
         listen(service.app) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
     ):
         service.engine.pause = 0.02
         body = B | {"stream": True, "max_tokens": 60}
@@ -91,7 +92,10 @@ async def test_head_of_a_running_stream_neither_waits_nor_ends_it(
 
 
 async def test_head_where_there_is_no_get(service: Any, listen: Any) -> None:
-    async with listen(service.app) as url, httpx.AsyncClient(base_url=url) as client:
+    async with (
+        listen(service.app) as url,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
+    ):
         refused = await client.head("/v1/completions")
         assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
         assert (await client.head("/nowhere")).status_code == 404

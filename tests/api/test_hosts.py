@@ -16,6 +16,7 @@ from service.http.exposure import keyless_hosts
 from service.queues.admission import Meter, RateUsage
 from service.settings import Settings
 from tests.api.bad_input_rows import B
+from tests.support.waiting import PATIENCE
 
 LOOPBACK = AllowedHosts()
 LISTED = AllowedHosts(names=("api", "quire.example"), any_address=True)
@@ -194,7 +195,7 @@ async def test_a_stream_passes_the_middleware_event_by_event(
     async with (
         start_service(cors_origins=("*",)) as service,
         listen(service.app) as url,
-        httpx.AsyncClient(base_url=url, headers=CALLER) as client,
+        httpx.AsyncClient(base_url=url, headers=CALLER, timeout=PATIENCE) as client,
     ):
         service.engine.pause = 0.02
         body = B | {"stream": True, "max_tokens": 12}

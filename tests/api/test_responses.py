@@ -59,8 +59,9 @@ def numbers(events: list[dict[str, Any]]) -> list[int]:
 
 
 def core(response: dict[str, Any]) -> dict[str, Any]:
-    """A response without its ids, its time and `background`."""
-    fields = {k: v for k, v in response.items() if k not in {"id", "created_at", "background"}}
+    """A response without its ids, its times and `background`."""
+    apart = {"id", "created_at", "completed_at", "background"}
+    fields = {k: v for k, v in response.items() if k not in apart}
     fields["output"] = [{k: v for k, v in item.items() if k != "id"} for item in response["output"]]
     return fields
 

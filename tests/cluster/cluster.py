@@ -162,14 +162,18 @@ class Cluster:
         pace: float | None = None,
         blocks: int = 2048,
         numeric_class: str = "oracle",
+        model_name: str | None = None,
     ) -> Replica:
-        """Starts an engine without waiting. Only `queue` applies to real engines."""
+        """Starts an engine without waiting. Only `queue` applies to real engines. `model_name`: of
+        the same files under another name, which is another model.
+        """
         if self._forge is None:
             return self._start_real_engine(queue or self.redis.url)
         arguments = {
             "settings": {
                 "queue": queue or self.redis.url,
                 "model": str(self.model),
+                "model_name": model_name or self.model.name,
                 "lease": self.timings.lease,
                 "resume_window": self.timings.window,
                 "max_sequences": self._max_sequences,
@@ -195,6 +199,7 @@ class Cluster:
         options = {
             "queue": queue,
             "model": self.model,
+            "model-name": self.model.name,
             "admin-port": 0,
             "lease": self.timings.lease,
             "resume-window": self.timings.window,

@@ -17,8 +17,9 @@ from service.engine.observer import NullObserver, StepReport
 from service.messages import End, Event, GenerationRequest
 from tests.engine.harness import CONFIG, Transcript, expected, make_request, random_request
 from tests.support.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, OverlappedOracle
+from tests.support.waiting import PATIENCE
 
-WAIT = 10.0  # seconds; only a failure waits that long
+WAIT = PATIENCE  # seconds; only a failure waits that long
 
 
 class Outbox:
@@ -186,11 +187,13 @@ def test_nothing_comes_out_after_abort_returned(build: Build) -> None:
         name = f"r{index}"
         loop.add(Work(request=make_request(name, max_tokens=30, ignore_eos=True)))
         threading.Event().wait(0.0005 * (index % 3))
+        while index % 5 == 0 and name not in delivered:
+            threading.Event().wait(0.0005)
         loop.abort(name)
         seen = delivered.count(name)
         threading.Event().wait(0.0005)
         assert delivered.count(name) == seen
-    assert len(delivered) > 20, "some were answered in part"
+    assert len(delivered) >= 40, "some were answered in part"
 
 
 def test_no_record_is_held_back_across_an_abort(build: Build) -> None:

@@ -37,7 +37,7 @@ from service.observability.metrics import Metrics
 from service.parts import EngineSide, connect_queue
 from service.roles import run_role, run_until_stopped
 from service.settings import Settings
-from service.startup import Loaded, load_tokenizer
+from service.startup import Loaded, load_tokenizer, name_of
 from tests.support.fakes import OracleRunner, oracle_answer
 
 
@@ -102,14 +102,16 @@ async def serve_oracle(
         on_run=Hooks(hooks, pace=pace),
     )
     runner.numeric_class = name
+    path = Path(settings.model)
+    tokenizer = load_tokenizer(path)
     card = ModelCard(
-        id="oracle",
+        id=settings.model_name or name_of(settings.model, path),  # as the API replicas call it
         max_model_len=min(limit, settings.block_size * blocks),
         vocab_size=runner.config.vocab_size,
         numeric_class=name,
         created=0,
+        vocabulary=tokenizer.digest,
     )
-    tokenizer = load_tokenizer(Path(settings.model))
     loaded = Loaded(
         runner=runner,
         tokenizer=tokenizer,

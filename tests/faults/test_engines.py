@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 
+import httpx
 import pytest
 
 from tests.cluster.checker import check_all
@@ -244,6 +245,33 @@ async def test_row_13_another_numeric_class_does_not_go_on(
     await streams.wait_ended()
     assert other.metric("quire_generated_tokens_total") == 0
     assert await check_all(cluster, streams.transcripts) == {"length": 1}
+
+
+async def test_an_engine_of_another_model_answers_nothing(
+    own_cluster: Callable[..., Cluster], rng: random.Random
+) -> None:
+    """It answered under the first model's name. What waits is answered by the next right engine,
+    and the answer names its numeric class.
+    """
+    cluster = await asyncio.to_thread(own_cluster, num_engines=1)
+    cluster.engines.pop().kill()
+    host, port = cluster.apis[0].address("API")
+    bodies = [cluster.body(rng) | {"stream": False} for _ in range(8)]
+    async with httpx.AsyncClient(timeout=None, base_url=f"http://{host}:{port}") as client:
+        calls = [asyncio.create_task(client.post("/v1/completions", json=body)) for body in bodies]
+        queued = cluster.key("adm"), "q"
+        await until(lambda: int(cluster.ask("HGET", *queued) or 0) == len(calls), "all are queued")
+        other = cluster.start_engine(model_name="other", numeric_class="other")
+        await asyncio.to_thread(other.wait_until_ready)
+        await asyncio.sleep(3 * cluster.timings.lease)
+        assert not any(call.done() for call in calls)
+        right = cluster.start_engine(numeric_class="oracle-2")
+        await asyncio.to_thread(right.wait_until_ready)
+        for body, call in zip(bodies, calls, strict=True):
+            answer = (await call).json()
+            assert answer["system_fingerprint"] == "oracle-2"
+            assert answer["choices"][0]["token_ids"] == cluster.expected(body)
+    assert other.metric("quire_generated_tokens_total") == 0
 
 
 async def test_row_16_an_engine_is_asked_to_leave(cluster: Cluster, rng: random.Random) -> None:

@@ -41,7 +41,7 @@ def start(
     def start(role: str, *flags: str) -> Replica:
         log = tmp_path / f"{role}-{len(made)}.log"
         if role == "engine":
-            settings = {"queue": own_redis_url, "model": str(folder_of_model)}
+            settings = {"queue": own_redis_url, "model": str(folder_of_model), "model_name": "tiny"}
             arguments = {"hooks": str(tmp_path), "pace": 0.001, "blocks": 256}
             made.append(
                 fork_server.engine(

@@ -19,6 +19,7 @@ import pytest
 from service.http.drain import INTERRUPTED_DRAIN
 from tests.cluster.redis_process import RedisServer
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.support.waiting import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -79,19 +80,19 @@ def serve(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Serve]:
 
 
 def probe(server: Server, path: str) -> tuple[int, str]:
-    reply = httpx.get(f"{server.admin}{path}")
+    reply = httpx.get(f"{server.admin}{path}", timeout=PATIENCE)
     return reply.status_code, reply.json().get("error", {}).get("code", "")
 
 
 def wait_until_not_ready(server: Server) -> None:
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + PATIENCE
     while probe(server, "/health/ready") != (503, "shutting_down"):
         assert time.monotonic() < ends, "it stays ready"
         time.sleep(0.02)
 
 
 def lines_of(server: Server, path: str, body: dict[str, Any]) -> Iterator[str]:
-    with httpx.stream("POST", f"{server.url}{path}", json=body, timeout=60) as answer:
+    with httpx.stream("POST", f"{server.url}{path}", json=body, timeout=2 * PATIENCE) as answer:
         assert answer.status_code == 200
         yield from answer.iter_lines()
 
@@ -104,37 +105,35 @@ def test_sigterm_waits_for_the_answer(serve: Serve) -> None:
     server.process.send_signal(signal.SIGTERM)
     wait_until_not_ready(server)
     assert probe(server, "/health/live") == (200, "")
-    assert httpx.get(f"{server.admin}/metrics").status_code == 200
+    assert httpx.get(f"{server.admin}/metrics", timeout=PATIENCE).status_code == 200
     with pytest.raises(httpx.ConnectError):
-        httpx.post(f"{server.url}/v1/completions", json=BODY)
+        httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=PATIENCE)
     assert "data: [DONE]" in stream
-    server.ended(within=20)
+    server.ended(within=PATIENCE)
 
 
 def test_a_second_signal_ends_it_at_once(serve: Serve) -> None:
-    server = serve()
+    server = serve("--drain-timeout", "600")
     stream = lines_of(server, "/v1/completions", BODY | {"stream": True})
     next(stream)
     server.process.send_signal(signal.SIGTERM)
     wait_until_not_ready(server)
-    began = time.monotonic()
     server.process.send_signal(signal.SIGINT)
     error = error_of(list(stream))
     assert error["code"] == "shutting_down"
     assert "request_id" not in error, "no other process has the answer"
-    server.ended(within=20)
-    assert time.monotonic() - began < INTERRUPTED_DRAIN
+    server.ended(within=PATIENCE)
 
 
 def test_ctrl_c_does_not_wait_for_a_long_answer(serve: Serve) -> None:
-    server = serve()
+    server = serve("--drain-timeout", "600")
     stream = lines_of(server, "/v1/completions", BODY | {"stream": True})
     next(stream)
     began = time.monotonic()
     server.process.send_signal(signal.SIGINT)
     assert error_of(list(stream))["code"] == "shutting_down"
-    server.ended(within=20)
-    assert INTERRUPTED_DRAIN - 1 < time.monotonic() - began < 3 * INTERRUPTED_DRAIN
+    server.ended(within=PATIENCE)
+    assert time.monotonic() - began > INTERRUPTED_DRAIN - 1
 
 
 @pytest.mark.parametrize("queue", ["memory", "redis"])
@@ -148,7 +147,7 @@ def test_when_the_time_is_over_every_open_call_gets_an_error(
     with ThreadPoolExecutor(2 * len(DIALECTS)) as pool:
         bodies = [pool.submit(post, server, path, stream=False) for path in DIALECTS]
         streams = [pool.submit(post, server, path, stream=True) for path in DIALECTS]
-        ends = time.monotonic() + 60
+        ends = time.monotonic() + PATIENCE
         while metric(server, "quire_sequences_running") < 2 * len(DIALECTS):
             assert time.monotonic() < ends, "they do not run"
             assert [call.result().text for call in [*bodies, *streams] if call.done()] == []
@@ -167,7 +166,7 @@ def test_when_the_time_is_over_every_open_call_gets_an_error(
             error = error_of(reply.text.split("\n"))
             assert ("last_event_id" in error) is shared
             check(error, reply, shared=shared)
-    server.ended(within=20)
+    server.ended(within=PATIENCE)
 
 
 def check(error: dict[str, Any], reply: httpx.Response, *, shared: bool) -> None:
@@ -180,7 +179,8 @@ def check(error: dict[str, Any], reply: httpx.Response, *, shared: bool) -> None
 
 
 def post(server: Server, path: str, *, stream: bool) -> httpx.Response:
-    return httpx.post(server.url + path, json=DIALECTS[path] | {"stream": stream}, timeout=60)
+    body = DIALECTS[path] | {"stream": stream}
+    return httpx.post(server.url + path, json=body, timeout=2 * PATIENCE)
 
 
 def error_of(lines: list[str]) -> dict[str, Any]:
@@ -191,5 +191,5 @@ def error_of(lines: list[str]) -> dict[str, Any]:
 
 
 def metric(server: Server, name: str) -> float:
-    text = httpx.get(f"{server.admin}/metrics").text
+    text = httpx.get(f"{server.admin}/metrics", timeout=PATIENCE).text
     return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))

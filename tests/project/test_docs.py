@@ -24,6 +24,7 @@ from model.families import FAMILIES
 from service.__main__ import app
 from tests.conftest import TinyModel, free_port, wait_until_ready
 from tests.project.reference import TABLES, regenerated
+from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -122,7 +123,7 @@ def test_curl_examples_answer(server_url: str) -> None:
     for block in blocks:
         script = block.replace("http://127.0.0.1:8000", server_url)
         run = subprocess.run(
-            ["bash", "-euc", script], capture_output=True, text=True, check=False, timeout=60
+            ["bash", "-euc", script], capture_output=True, text=True, check=False, timeout=PATIENCE
         )
         assert run.returncode == 0, run.stderr
         assert '"error"' not in run.stdout, run.stdout
@@ -137,7 +138,11 @@ def test_python_examples_run(server_url: str, tmp_path: Path) -> None:
         script = tmp_path / "example.py"
         script.write_text(block.replace("http://127.0.0.1:8000", server_url))
         run = subprocess.run(
-            [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=60
+            [sys.executable, str(script)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=2 * PATIENCE,
         )
         assert run.returncode == 0, run.stderr
         assert run.stdout.strip()
@@ -181,18 +186,18 @@ def test_the_commands_for_redis_run_together(tiny_model: TinyModel, tmp_path: Pa
         ]
         assert len(set(admins)) == 2
         for admin, role in zip(admins, ("engine", "api"), strict=True):
-            assert f'role="{role}"' in httpx.get(admin).text
+            assert f'role="{role}"' in httpx.get(admin, timeout=PATIENCE).text
         body = {"model": "tiny", "prompt": "the quick", "max_tokens": 4, "ignore_eos": True}
-        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE)
         assert answer.json()["usage"]["completion_tokens"] == 4, answer.text
     finally:
         for process in reversed(started):
             process.terminate()
-            process.wait(timeout=60)
+            process.wait(timeout=PATIENCE)
 
 
 def wait_for_redis(port: int, process: subprocess.Popen[bytes], *, log: Path) -> None:
-    ends = time.monotonic() + 60
+    ends = time.monotonic() + PATIENCE
     while time.monotonic() < ends:
         assert process.poll() is None, log.read_text()
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
@@ -203,7 +208,7 @@ def wait_for_redis(port: int, process: subprocess.Popen[bytes], *, log: Path) ->
 
 def metrics_url(process: subprocess.Popen[bytes], log: Path) -> str:
     """The address that the banner names, which is the last thing that a start does."""
-    ends = time.monotonic() + 90
+    ends = time.monotonic() + 2 * PATIENCE
     while time.monotonic() < ends:
         found = re.search(r'"metrics": "([^"]+)"', log.read_text())
         if found:

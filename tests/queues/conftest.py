@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,21 +11,44 @@ from service.queues.contract import QueueLimits
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.redis_process import RedisServer
 from tests.queues.builders import Counts
+from tests.support.waiting import PATIENCE
+
+UP = 3600.0
+"""Seconds: if the server had just started, owners would get a lease to renew theirs first."""
 
 
 @pytest.fixture(scope="session")
 def redis_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server = RedisServer(tmp_path_factory.mktemp("redis"), frozen_clock=True)
     server.start()
+    server.advance(UP)
     yield server
     server.close()
 
 
 @pytest.fixture
 def redis_server(redis_session: RedisServer) -> RedisServer:
-    """The session's Redis, empty."""
+    """The session's Redis, empty. Its clock stands still."""
     redis_session.ask("FLUSHALL")
     return redis_session
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that gets no CPU for seconds is no outage; and each claim looks for orphans."""
+    for name in ("CONNECT_TIMEOUT", "REPLY_TIMEOUT"):
+        monkeypatch.setattr(f"service.queues.redis.connection.{name}", PATIENCE)
+    monkeypatch.setattr("service.queues.redis.claims.ORPHANS_EVERY", 0.0)
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis that the test may harm; its clock stands still, too."""
+    server = RedisServer(tmp_path / "redis", frozen_clock=True)
+    server.start()
+    server.advance(UP)
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from service.messages import (
     Submission,
     TokenLogprob,
     Tokens,
+    model_feature,
 )
 from service.queues.admission import (
     RateUsage,
@@ -78,6 +79,7 @@ KEEP = 3.0
 """Seconds: more than the resume window."""
 OVER = LIMITS.lease + 0.05
 """Seconds after which a lease that was not renewed is over."""
+# Of what is submitted in one millisecond, none is the older one: tests let two pass between.
 
 Passes = Callable[[float], Awaitable[None]]
 NOTHING = QueueDepth(queued_requests=0, queued_tokens=0, running_requests=0)
@@ -330,19 +332,22 @@ class QueueContract:
         assert counted.keys() <= {"c"}, "its readers have a moment to read on"
 
     # --- claims ---------------------------------------------------------------------------
-    async def test_higher_priorities_and_older_ones_come_first(self, queue: Queue) -> None:
+    async def test_higher_priorities_and_older_ones_come_first(
+        self, queue: Queue, passes: Passes
+    ) -> None:
         order = {}
         for priority in (2, 1, 0, 1):
             submission = make_submission(priority=priority)
             order[submission.requests[0].id] = priority
             await queue.submit(submission)
+            await passes(0.002)
         first = await queue.claim(make_engine(), limit=3, wait=0)
         rest = await queue.claim(make_engine(), limit=3, wait=0)
         got = [claim.request.id for claim in (*first, *rest)]
         assert got == sorted(order, key=lambda rid: order[rid])
         assert len(first) == 3
 
-    async def test_tenants_take_turns(self, queue: Queue) -> None:
+    async def test_tenants_take_turns(self, queue: Queue, passes: Passes) -> None:
         """By tokens, however many of one wait already; and age decides within a tenant."""
         names = {}
         for tenant, costs in (("a", (5, 5, 5, 5)), ("b", (10, 10))):
@@ -352,6 +357,7 @@ class QueueContract:
                 )
                 names[submission.requests[0].id] = f"{tenant}{index}"
                 await queue.submit(submission)
+                await passes(0.002)
         taken = await queue.claim(make_engine(), limit=6, wait=0)
         assert "".join(names[claim.request.id] for claim in taken) in {
             "a0b0a1a2b1a3", "a0b0a1b1a2a3",
@@ -606,6 +612,17 @@ class QueueContract:
         assert not await queue.claim(old, limit=4, wait=0)
         await finish(queue, await claim_one(queue, new, wait=PATIENCE), length=1)
 
+    async def test_an_engine_gets_only_requests_of_its_model(self, queue: Queue) -> None:
+        for model in "abab":
+            await queue.submit(make_submission(model=model, tenant=model))
+        for model in "ab":
+            engine = make_engine(model, features=(model_feature(model),))
+            claims = await queue.claim(engine, limit=4, wait=0)
+            assert [claim.request.model for claim in claims] == [model] * 2
+            await queue.release([claim.lease for claim in claims])
+            other = make_engine("other", features=(model_feature("other"),))
+            assert not await queue.claim(other, limit=4, wait=0)
+
     # --- blame ----------------------------------------------------------------------------
     async def test_progress_past_a_death_clears_a_request(
         self, queue: Queue, passes: Passes
@@ -755,7 +772,7 @@ class QueueContract:
         claims = await queue.claim(make_engine("dead"), limit=2, wait=0)
         await append(queue, claims[0].lease, answer_of(claims[0].request.id, 0, 1))
         await passes(OVER)
-        taken = await queue.claim(other, limit=2, wait=1)
+        taken = await queue.claim(other, limit=2, wait=PATIENCE)
         assert [claim.request.id for claim in taken] == [fresh.requests[0].id]
         assert not await queue.claim(other, limit=2, wait=0.02)
         await finish(queue, taken[0], length=1)
@@ -769,6 +786,7 @@ class QueueContract:
             submission = make_submission(tenant=state)
             ids[state] = submission.requests[0].id
             await queue.submit(submission)
+            await passes(0.002)
         ended, running, orphan, released = await queue.claim(make_engine(), limit=4, wait=0)
         await finish(queue, ended, length=1)
         await queue.release([released.lease])
@@ -882,29 +900,37 @@ class QueueContract:
         await queue.submit(ended)
         await finish(queue, await claim_one(queue), length=2)
         await queue.submit(running)
+        claims = {
+            each.request.id: each for each in await queue.claim(make_engine(), limit=2, wait=0)
+        }
         rid = running.requests[1].id
-        reading = asyncio.ensure_future(anext(aiter(queue.follow(rid))))
-        await asyncio.sleep(0.05)
+        await append(queue, claims[rid].lease, answer_of(rid, 0, 1))
+        records = aiter(queue.follow(rid))
+        assert await anext(records) == answer_of(rid, 0, 1)
+        reading = asyncio.ensure_future(anext(records))
         for submission in (running, ended, make_submission()):
             for _ in range(2):
                 await queue.forget(submission.id)
             assert await queue.lookup(submission.id) is None
         async with asyncio.timeout(PATIENCE):
-            assert await reading == stop_at(0, FinishReason.CANCELLED)
+            assert await reading == stop_at(1, FinishReason.CANCELLED)
         assert not await queue.claim(make_engine(), limit=4, wait=0)
         assert await queue.depth() == NOTHING
         reply = await queue.submit(make_submission(key="k"))
         assert (reply.status, reply.submission_id) == (SubmitStatus.EXISTS, running.id)
 
     async def test_engines_are_told_of_stops(self, queue: Queue) -> None:
-        submission = make_submission()
-        await queue.submit(submission)
-        rid = (await claim_one(queue)).request.id
+        """Those that listen; so requests are stopped until one does."""
+        stopped: set[str] = set()
         async with aclosing(queue.stops()) as hints, asyncio.timeout(PATIENCE):  # type: ignore[type-var]  # an async generator, as all of them
             hint = asyncio.ensure_future(anext(hints))
-            await asyncio.sleep(0.1)
-            await queue.stop([rid], FinishReason.CANCELLED)
-            assert await hint == rid
+            while not hint.done():
+                await queue.submit(make_submission())
+                rid = (await claim_one(queue)).request.id
+                stopped.add(rid)
+                await queue.stop([rid], FinishReason.CANCELLED)
+                await asyncio.wait([hint], timeout=0.02)
+            assert hint.result() in stopped
 
     # --- reading --------------------------------------------------------------------------
     async def test_reading_after_so_many_tokens(self, queue: Queue) -> None:

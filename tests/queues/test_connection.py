@@ -16,7 +16,7 @@ from service.queues.redis import pubsub as redis_wakeups
 from service.queues.redis.connection import RedisClient, RedisUrl
 from service.queues.redis.pubsub import Wakeups
 from tests.cluster.redis_process import RedisServer
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, until
 
 
 class ForgetfulPipeline:
@@ -96,12 +96,25 @@ async def test_a_subscription_outlives_watchers_that_come_and_go(
 ) -> None:
     """An idle engine watches for work and stops to, four times per second: it sent nothing, no ping
     either, and the connection counted as dead each six seconds. Every new one wakes the watchers.
+    One round without a new one is enough: if no ping is sent, there is one in each.
     """
     monkeypatch.setattr(redis_wakeups, "PING_EVERY", 1.0)
-    redis, woken = RedisServer(tmp_path, options=()), 0
+    redis = RedisServer(tmp_path, options=())
     redis.start()
     client = RedisClient(RedisUrl(redis.url), scripts={}, restored=lambda: None)
-    wakeups = Wakeups(client.connection)
+    try:
+        rounds = [await subscriptions(client)]
+        while rounds[-1] > 1 and len(rounds) < 10:  # the process or the server stood still
+            rounds.append(await subscriptions(client))
+        assert rounds[-1] == 1, f"the subscription was made again: {rounds}"
+    finally:
+        await client.close()
+        redis.close()
+
+
+async def subscriptions(client: RedisClient) -> int:
+    """How often the watcher of one channel is woken while others come and go."""
+    wakeups, woken = Wakeups(client.connection), 0
 
     def wake(_: bytes) -> None:
         nonlocal woken
@@ -112,16 +125,15 @@ async def test_a_subscription_outlives_watchers_that_come_and_go(
 
     try:
         wakeups.watch("stops", wake)
+        await until(lambda: woken)
         ends = time.monotonic() + 3 * redis_wakeups.PING_EVERY
         while time.monotonic() < ends:
             wakeups.watch("work", nobody)
             wakeups.unwatch("work", nobody)
             await asyncio.sleep(0.01)
-        assert woken == 1, "the subscription was made again"
+        return woken
     finally:
         await wakeups.close()
-        await client.close()
-        redis.close()
 
 
 # --- servers that take no writes ----------------------------------------------------------------
@@ -204,9 +216,7 @@ async def test_a_server_that_takes_no_writes_is_left(refusal: str) -> None:
         replies = await asyncio.gather(*(client.run(write) for _ in range(3)))
         assert replies == [[b"OK", 1, b"OK"]] * 3
         assert 4 <= server.accepted <= 6
-        async with asyncio.timeout(5):
-            while len(server.open) > server.accepted - 3:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(server.open) <= server.accepted - 3)
         assert restored == [True]
         await client.close()
 
@@ -217,9 +227,7 @@ async def test_a_replica_is_not_read_either() -> None:
         with pytest.raises(Unavailable):
             await client.run([("GET", "key")])
         assert client.away
-        async with asyncio.timeout(5):
-            while server.open:
-                await asyncio.sleep(0.01)
+        await until(lambda: not server.open)
         await client.close()
 
 
@@ -249,7 +257,7 @@ async def test_a_subscription_is_made_anew_on_request(tmp_path: Path) -> None:
     wakeups = Wakeups(client.connection)
     woken: asyncio.Queue[bytes] = asyncio.Queue()
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             wakeups.watch("news", woken.put_nowait)
             for message in (b"one", b"two"):
                 assert await woken.get() == b""  # subscribed

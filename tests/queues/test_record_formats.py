@@ -44,11 +44,13 @@ REQUEST = GenerationRequest(
     sampling=SamplingParams(
         seed=2**64 - 1, choice=1, temperature=0.7, top_k=40, top_p=0.9, min_p=0.05,
         presence_penalty=0.1, frequency_penalty=0.2, repetition_penalty=1.1,
-        logit_bias=((5, -100.0), (7, 1.5)), top_logprobs=3,
+        logit_bias=((5, -100.0), (7, 1.5)), banned=((5, 300), (7,)), allowed=(5, 9),
+        top_logprobs=3,
     ),
-    max_tokens=64, min_tokens=2, stop=("\n\n", "é"), stop_token_ids=(2, 3), ignore_eos=True,
+    max_tokens=64, min_tokens=2, stop=("\n\n", "é"), include_stop=True,
+    skip_special_tokens=False, stop_token_ids=(2, 3), ignore_eos=True,
     prompt_logprobs=1, grammar='start: "a"', tenant="alice", priority=2, timeout_ms=5000,
-    trace="00-0123456789abcdef0123456789abcdef-0123456789abcdef-01",
+    trace="00-0123456789abcdef0123456789abcdef-0123456789abcdef-01", model="0123456789abcdef",
 )  # fmt: skip
 MANIFEST = Manifest(
     endpoint=Endpoint.CHAT, model="model", fingerprint="class-1", created=1_700_000_000,
@@ -58,6 +60,7 @@ MANIFEST = Manifest(
     reasoning=ReasoningNote(
         format="think", opened=True, verbatim=True, opening=5, included=False
     ),
+    sealed_reasoning=True,
     tokens_as_ids=True, prompt_only=True, skip_special_tokens=False, obfuscation=True,
     service_tier="default",
     tools=(ToolNote(name="run", custom=True, types=(("a", ("string", "null")),)),),
@@ -77,6 +80,7 @@ SCORED = Tokens(
     logprobs=(TokenLogprob(-0.5, ((1, -0.5), (9, -1.25))), TokenLogprob(-1.0)),
     prompt_logprobs=(None, TokenLogprob(-2.0, ((4, -2.0),))),
 )
+FIRST = Tokens(start=0, ids=(1, 300), text="a b", digest=7, numeric_class="class-1")
 END = End(
     count=9,
     reason=FinishReason.ERROR,
@@ -113,6 +117,9 @@ KINDS = {
     "tokens": Kind(TOKENS, lambda record: encode_tokens(record).hex(), tokens_of),
     "scored_tokens": Kind(
         SCORED, lambda record: encode_tokens(record).hex(), lambda text: tokens_of(text, count=2)
+    ),
+    "first_tokens": Kind(
+        FIRST, lambda record: encode_tokens(record).hex(), lambda text: tokens_of(text, count=2)
     ),
     "end": Kind(END, lambda record: encode_end(record).decode(), end_of),
 }
@@ -228,7 +235,9 @@ def test_unknown_fields_are_ignored(name: str, text: str, value: object) -> None
         assert kind.decode(json.dumps(record)) == expected
 
 
-@pytest.mark.parametrize(("name", "text"), golden_records("tokens", "scored_tokens"))
+@pytest.mark.parametrize(
+    ("name", "text"), golden_records("tokens", "scored_tokens", "first_tokens")
+)
 def test_unknown_parts_of_tokens_are_ignored(name: str, text: str) -> None:
     kind, value = KINDS[name], bytes.fromhex(text)
     entry_id = f"{kind.sample.end}-0".encode()
@@ -283,7 +292,8 @@ def wrong_values(value: object) -> tuple[object, ...]:
     if isinstance(value, str | dict):
         return (5, 1.5, True, [])
     if isinstance(value, list):
-        return ("x", 5, {}, [{}], [True], [[1, 2, 3]])
+        ragged = len({len(item) for item in value if isinstance(item, list)}) > 1
+        return ("x", 5, {}, [{}], [True], [["x"]] if ragged else [[1, 2, 3]])
     return ("x", True, [], {})
 
 

@@ -11,7 +11,15 @@ import pytest
 from redis import Redis
 
 from service.errors import StartupError, Unavailable
-from service.messages import Allowance, End, FinishReason, Record, TokenLogprob, Tokens
+from service.messages import (
+    Allowance,
+    End,
+    FinishReason,
+    Record,
+    TokenLogprob,
+    Tokens,
+    model_feature,
+)
 from service.queues import open_queue
 from service.queues.contract import PAGE_TOKENS, Claim, QueueLimits, Write
 from service.queues.observer import QueueEvent
@@ -48,12 +56,29 @@ def queue(redis_server: RedisServer, redis_queues: Queues) -> RedisQueue:
 
 
 @pytest.fixture
-def passes() -> Passes:
-    return asyncio.sleep
+def passes(redis_server: RedisServer) -> Passes:
+    async def advance(seconds: float) -> None:
+        redis_server.advance(seconds)
+
+    return advance
 
 
 class TestRedisQueue(QueueContract):
     """All of the contract."""
+
+
+async def test_deployments_with_different_prefixes_share_a_server(
+    redis_server: RedisServer, redis_queues: Queues
+) -> None:
+    one, other = (redis_queues(f"{redis_server.url}?prefix={name}", LIMITS) for name in "ab")
+    submission = make_submission()
+    await one.submit(submission)
+    assert redis_server.ask("EXISTS", "a:2:{s0}:adm") == ":1"
+    assert redis_server.ask("EXISTS", "quire:2:{s0}:adm") == ":0"
+    assert await other.claim(make_engine(), limit=1, wait=0) == []
+    assert await other.lookup(submission.id) is None
+    assert await other.depth() == NOTHING
+    await finish(one, await claim_one(one), length=1)
 
 
 async def test_shards_are_one_queue(redis_server: RedisServer, redis_queues: Queues) -> None:
@@ -111,7 +136,7 @@ async def test_a_token_takes_at_most_100_bytes(
 
 
 async def test_a_key_s_limits_are_the_cluster_s(
-    redis_server: RedisServer, redis_queues: Queues
+    redis_server: RedisServer, redis_queues: Queues, passes: Passes
 ) -> None:
     """Replicas share its minute; and a meter is gone when its time is over."""
     replicas = [redis_queues(redis_server.url, LIMITS) for _ in range(2)]
@@ -123,31 +148,27 @@ async def test_a_key_s_limits_are_the_cluster_s(
     assert [reply.status for reply in replies] == ["ok", "ok", "ok", "tenant"]
     await replicas[0].stop([each.requests[0].id for each in submissions], FinishReason.CANCELLED)
     left = int(redis_server.ask("PTTL", "quire:2:{s0}:k:a:requests").lstrip(":"))
-    assert 50_000 < left <= 60_000
-    async with asyncio.timeout(PATIENCE):
-        while redis_server.ask("EXISTS", "quire:2:{s0}:k:a:tokens") == ":1":
-            await asyncio.sleep(0.02)
+    assert 59_000 < left <= 60_000
+    await passes(1)
+    assert redis_server.ask("EXISTS", "quire:2:{s0}:k:a:tokens") == ":0"
     assert redis_server.ask("EXISTS", "quire:2:{s0}:adm") == ":0"
 
 
 async def test_nothing_is_left_in_redis_after_the_resume_window(
-    redis_server: RedisServer, redis_queues: Queues
+    redis_server: RedisServer, redis_queues: Queues, passes: Passes
 ) -> None:
     queue = redis_queues(redis_server.url, LIMITS)
     for _ in range(3):
         await queue.submit(make_submission(2))
         for claim in await queue.claim(make_engine(), limit=2, wait=0):
             await finish(queue, claim, length=2)
-    await asyncio.sleep(LIMITS.resume_window)
-    async with asyncio.timeout(5):
-        while (await queue.depth()).stored_bytes:
-            await queue.sweep()
-    redis_server.ask("DEL", "quire:2:{s0}:swept")
+    await passes(max(LIMITS.resume_window, LIMITS.idempotency_ttl) + 0.1)
+    await queue.sweep()
+    assert (await queue.depth()).stored_bytes == 0
+    await passes(LIMITS.sweep_pause + 0.1)
     kept = 4  # the queues' streams with their groups, and the engines heard of
-    async with asyncio.timeout(PATIENCE):
-        while (
-            int(redis_server.ask("DBSIZE").lstrip(":")) > kept
-        ):  # it expires keys in the background
+    async with asyncio.timeout(PATIENCE):  # it expires keys in the background
+        while int(redis_server.ask("DBSIZE").lstrip(":")) > kept:
             await asyncio.sleep(0.05)
     for priority in range(3):
         assert redis_server.ask("XLEN", f"quire:2:{{s0}}:q{priority}") == ":0"
@@ -155,19 +176,19 @@ async def test_nothing_is_left_in_redis_after_the_resume_window(
 
 
 async def test_time_without_sweeps_deserts_nobody(
-    redis_server: RedisServer, redis_queues: Queues
+    redis_server: RedisServer, redis_queues: Queues, passes: Passes
 ) -> None:
     """While Redis was down there were no heartbeats: grace periods start again."""
     queue = redis_queues(redis_server.url, LIMITS)
     await queue.sweep()
     submission = make_submission(grace=0.6)
     await queue.submit(submission)
-    await asyncio.sleep(0.7)
+    await passes(0.7)
     redis_server.ask("DEL", "quire:2:{s0}:swept")  # it expires without a sweep
     assert await queue.sweep() == 0
-    await asyncio.sleep(0.1)
+    await passes(0.1)
     assert await queue.sweep() == 0
-    await asyncio.sleep(0.6)
+    await passes(0.6)
     assert await queue.sweep() == 1
     assert redis_server.ask("EXISTS", "quire:2:{s0}:left") == ":0"
     assert redis_server.ask("PTTL", "quire:2:{s0}:swept") != ":-1"
@@ -324,10 +345,12 @@ async def test_what_is_stored_has_the_golden_formats(
         stored = str(redis.hget(prefix + f"r:{request.id}", "body"), "utf-8")
         assert stored == newest["request"].replace(REQUEST.id, request.id)
         assert str(redis.hget(prefix + f"s:{submission.id}", "man"), "utf-8") == newest["manifest"]
-        (claim,) = await queue.claim(ENGINE, limit=1, wait=0)
+        served = (*ENGINE.features, model_feature(request.model))
+        (claim,) = await queue.claim(replace(ENGINE, features=served), limit=1, wait=0)
         assert claim.request == request
         told = str(redis.hget(prefix + "engines", ENGINE.id), "utf-8")
-        assert told.partition(" ")[2] == newest["engine"]
+        listed = f',"{served[-1]}"'
+        assert told.partition(" ")[2].replace(listed, "") == newest["engine"]
         await append(queue, claim.lease, SCORED)
         await append(queue, claim.lease, TOKENS)
         await append(queue, claim.lease, replace(END, count=TOKENS.end))
@@ -362,7 +385,7 @@ async def test_records_of_a_later_version_are_served(
     await append(queue, claim.lease, make_tokens([1]))
     stream = f"quire:2:{{s0}}:t:{claim.request.id}"
     redis_server.ask("XADD", stream, "1-1", "e", '{"r":"paused","z":1}')
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         got = await following
     unknown = End(count=1, reason=FinishReason.ERROR, error="unknown_finish_reason")
     assert got == [make_tokens([1]), unknown]
@@ -373,14 +396,14 @@ async def collect(queue: RedisQueue, request_id: str) -> list[Record]:
 
 
 async def test_replies_are_counted(
-    redis_server: RedisServer, redis_queues: Queues, counts: Counts
+    redis_server: RedisServer, redis_queues: Queues, counts: Counts, passes: Passes
 ) -> None:
     queue = redis_queues(redis_server.url, LIMITS)
     await queue.submit(make_submission())
     claim = await claim_one(queue)
     for record in (make_tokens([1]), make_tokens([1]), make_tokens([1], start=5)):
         await append(queue, claim.lease, record)
-    await asyncio.sleep(OVER)
+    await passes(OVER)
     await claim_one(queue, make_engine("other"), wait=PATIENCE)
     await append(queue, claim.lease, make_tokens([1], start=1))
     expected = {QueueEvent.DUP, QueueEvent.GAP, QueueEvent.FENCED, QueueEvent.RECLAIMED}
@@ -416,7 +439,16 @@ def test_a_volatile_server_may_be_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["shards=0", "shards=x", "allow_volatile=yes", "no_such_option=1", "db=x"]
+    "query",
+    [
+        "shards=0",
+        "shards=x",
+        "allow_volatile=yes",
+        "no_such_option=1",
+        "db=x",
+        "prefix=",
+        "prefix=a:b",
+    ],
 )
 def test_a_wrong_url_is_refused_without_showing_it(query: str) -> None:
     url = f"redis://user:hunter2@host:6379/0?{query}"

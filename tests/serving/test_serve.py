@@ -163,18 +163,18 @@ def test_a_client_that_closes_its_sending_side_gets_its_answer(
 
 def test_health_and_metrics_are_where_they_belong(server_url: str) -> None:
     for probe in ("startup", "live", "ready"):
-        assert httpx.get(f"{server_url}/health/{probe}").status_code == 200
-        assert httpx.get(f"{admin_url(server_url)}/health/{probe}").status_code == 200
-    assert httpx.get(f"{server_url}/metrics").status_code == 404
+        for url in (server_url, admin_url(server_url)):
+            assert httpx.get(f"{url}/health/{probe}", timeout=PATIENCE).status_code == 200
+    assert httpx.get(f"{server_url}/metrics", timeout=PATIENCE).status_code == 404
 
 
 def test_without_keys_the_document_and_its_page_are_served(server_url: str) -> None:
     document = httpx.get(f"{server_url}/openapi.json", timeout=60)
     assert document.json()["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]
-    page = httpx.get(f"{server_url}/docs")
+    page = httpx.get(f"{server_url}/docs", timeout=PATIENCE)
     assert page.status_code == 200
     assert "/openapi.json" in page.text
-    head = httpx.head(f"{server_url}/openapi.json")
+    head = httpx.head(f"{server_url}/openapi.json", timeout=PATIENCE)
     assert (head.status_code, head.content) == (200, b"")
 
 

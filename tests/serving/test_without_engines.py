@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -13,7 +13,7 @@ import pytest
 
 from model.text.tokenizer import Tokenizer
 from service.cluster import ENGINES_GONE_AFTER, Cluster
-from service.messages import ModelCard
+from service.messages import ModelCard, model_feature
 from service.observability.metrics import Metrics
 from service.parts import ApiSide, make_metrics
 from service.queues.contract import QueueLimits
@@ -96,6 +96,24 @@ async def test_only_what_was_seen_counts_as_gone() -> None:
     await queue.claim(make_engine(), limit=0, wait=0)
     await cluster.refresh()
     assert cluster.has_engines
+
+
+async def test_engines_of_another_model_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    """They would leave its requests where they are."""
+    now = 0.0
+    queue = MemoryQueue(QueueLimits(), clock=lambda: now)
+    card, other = (replace(CARD, id=name, vocabulary="v") for name in ("tiny", "large"))
+    cluster = Cluster(queue, card, observer=Metrics(role="api"), clock=lambda: now)
+    await queue.claim(make_engine("other", features=(model_feature(other.key),)), limit=0, wait=0)
+    await cluster.refresh()
+    now += ENGINES_GONE_AFTER
+    seen = [(cluster.has_engines, cluster.card.numeric_class)]
+    assert "none of the queue's 1 engines serves tiny" in caplog.text
+    own = make_engine("own", numeric_class="own", features=(model_feature(card.key),))
+    await queue.claim(own, limit=0, wait=0)
+    await cluster.refresh()
+    seen.append((cluster.has_engines, cluster.card.numeric_class))
+    assert seen == [(False, "guess"), (True, "own")]
 
 
 async def test_with_the_setting_they_wait_within_the_queues_limits(replica: Start) -> None:

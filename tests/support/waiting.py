@@ -5,7 +5,10 @@ for a machine on which every process gets a tenth of a core.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from service.errors import Unavailable
 
 PATIENCE = 60.0
 """Seconds that a test waits for one condition; the time limit of a whole test is longer."""
@@ -16,3 +19,13 @@ async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(PATIENCE):
         while not condition():
             await asyncio.sleep(0.002)
+
+
+async def available(call: Callable[[], Awaitable[Any]]) -> Any:
+    """The reply, once there is one: an outage is waited out."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            try:
+                return await call()
+            except Unavailable:
+                await asyncio.sleep(0.01)

@@ -17,6 +17,7 @@ from service.messages import End, FinishReason, GenerationRequest, ModelCard
 from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from tests.support.fakes import oracle_answer
+from tests.support.waiting import PATIENCE, available
 from tests.worker.test_worker import Station, make_request, submit, taking, unfinished
 
 METHODS = (
@@ -83,20 +84,10 @@ class Counters:
         """Nothing to note."""
 
 
-async def retried(call: Callable[[], Any]) -> Any:
-    """The reply, once there is one."""
-    async with asyncio.timeout(30):
-        while True:
-            try:
-                return await call()
-            except Unavailable:
-                await asyncio.sleep(0.01)
-
-
 async def journal(queue: MemoryQueue, request: GenerationRequest) -> tuple[list[int], End]:
     """The whole answer, once it has ended."""
-    async with asyncio.timeout(30):
-        while not (records := await retried(lambda: queue.read(request.id))) or not isinstance(
+    async with asyncio.timeout(PATIENCE):
+        while not (records := await available(lambda: queue.read(request.id))) or not isinstance(
             records[-1], End
         ):
             await asyncio.sleep(0.01)
@@ -120,8 +111,8 @@ async def run(queue: FailingQueue, *, drain: bool, pace: float = 0.002) -> None:
     readers.add("o0")
     try:
         for request in (*requests, cancelled):
-            await retried(partial(submit, queue, request))
-        await retried(lambda: queue.stop([cancelled.id], FinishReason.CANCELLED))
+            await available(partial(submit, queue, request))
+        await available(lambda: queue.stop([cancelled.id], FinishReason.CANCELLED))
         if drain:
             await one.drain()
         for request in requests:
@@ -129,7 +120,7 @@ async def run(queue: FailingQueue, *, drain: bool, pace: float = 0.002) -> None:
             assert (ids, end.reason) == (oracle_answer(request), FinishReason.LENGTH)
         ids, end = await journal(queue, cancelled)
         assert ids == oracle_answer(cancelled)[: len(ids)]
-        assert await retried(lambda: unfinished(queue)) == 0
+        assert await available(lambda: unfinished(queue)) == 0
         assert not any(chore.done() for chore in chores), "a background loop ended"
         if not drain:
             await one.drain()

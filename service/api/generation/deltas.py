@@ -97,6 +97,7 @@ class ChoiceReader:
         self.digest = 0
         self.num_chars = 0  # of the answer's text, without an echoed prompt
         self.end: End | None = None
+        self.numeric_class = ""  # of the engines that generate it; known from its first record on
 
     @property
     def reasoning_tokens(self) -> int:
@@ -114,6 +115,7 @@ class ChoiceReader:
         """
         if not self._started:
             self._started = True
+            self.numeric_class = "" if isinstance(record, End) else record.numeric_class
             yield self._start(record)
         if isinstance(record, End):
             if record.count != self.count:

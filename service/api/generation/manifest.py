@@ -61,7 +61,7 @@ class Manifest:
 
     endpoint: Endpoint
     model: str
-    fingerprint: str  # the numeric class
+    fingerprint: str  # the numeric class that the replica knew when it admitted the request
     created: int  # Unix seconds
     prompts: tuple[PromptNote, ...]
     width: int = 1  # choices generated per prompt: best_of, or n
@@ -82,6 +82,7 @@ class Manifest:
     notation: str | None = None  # the tool-call format; None: no tools
     tools: tuple[ToolNote, ...] = ()  # custom ones, and those with types
     reasoning: ReasoningNote | None = None  # None: all text is content
+    sealed_reasoning: bool = False  # the answer also has the reasoning as text to be sent back
     grace: float | None = 0.0  # seconds without readers until it is cancelled; None: never
     given_back: dict[str, Any] = field(default_factory=dict)  # `Generation.echoed`
 

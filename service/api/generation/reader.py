@@ -112,6 +112,12 @@ class AnswerReader:
             reasoning_tokens=sum(choice.reasoning_tokens for choice in self.choices),
         )
 
+    def fingerprint(self, choice: int = 0) -> str:
+        """The numeric class that generates a choice; before its first token, the one that this
+        replica knew when it admitted the request.
+        """
+        return self.choices[choice].numeric_class or self.manifest.fingerprint
+
     @property
     def ended(self) -> bool:
         """Whether every choice has ended."""

@@ -67,7 +67,7 @@ def collect(reader: AnswerReader, choices: Sequence[Accumulator]) -> bytes:
         "object": "chat.completion" if chat else "text_completion",
         "created": manifest.created,
         "model": manifest.model,
-        "system_fingerprint": manifest.fingerprint,
+        "system_fingerprint": reader.fingerprint(),
         "choices": [_choice(reader, index, choice) for index, choice in enumerate(kept)],
         "usage": usage_object(reader.usage),
         **tier_field(reader),

@@ -13,6 +13,7 @@ import orjson
 
 from service.api.errors import error_body
 from service.api.generation.deltas import Delta, Finish, ScoredToken, Start, StreamDelta
+from service.api.generation.dialect import COMMENT
 from service.api.generation.logprobs import chat_logprobs, completion_logprobs
 from service.api.generation.reader import AnswerReader
 from service.api.openai.collect import answer_id, is_chat, prompt_fields, tier_field, usage_object
@@ -26,6 +27,8 @@ OBFUSCATION_BLOCK = 64  # bytes; a chunk is padded to a multiple of it
 class ChunkRenderer:
     """Renders one answer's events. With ids, each token event has the position after it."""
 
+    keep_alive = COMMENT
+
     def __init__(self, reader: AnswerReader, *, event_ids: bool) -> None:
         manifest = reader.manifest
         self._reader = reader
@@ -38,15 +41,12 @@ class ChunkRenderer:
             "object": "chat.completion.chunk" if self._chat else "text_completion",
             "created": manifest.created,
             "model": manifest.model,
-            "system_fingerprint": manifest.fingerprint,
             **tier_field(reader),
         })  # fmt: skip
-        self._head = b"data: " + head[:-1] + b',"choices":['
-        before_text = b',"delta":{"content":' if self._chat else b',"text":'
-        self._starts = [
-            self._head + b'{"index":%d' % choice + before_text
-            for choice in range(manifest.num_choices)
-        ]
+        self._shared_head = b"data: " + head[:-1]
+        self._heads: dict[int, bytes] = {}  # by choice: see `_head`
+        self._starts: dict[int, bytes] = {}
+        self._before_text = b',"delta":{"content":' if self._chat else b',"text":'
         self._after_text = b"}" if self._chat else b""
 
     def skip(self, delta: StreamDelta) -> None:
@@ -76,7 +76,7 @@ class ChunkRenderer:
         """The token counts, if they were requested, and the end of the stream."""
         if not self._reader.manifest.include_usage:
             return DONE
-        return self._head + b'],"usage":' + self._usage() + b"}\n\n" + DONE
+        return self._head(0) + b'],"usage":' + self._usage() + b"}\n\n" + DONE
 
     def fail(self, error: QuireError) -> bytes:
         """The error's body as an event."""
@@ -100,13 +100,32 @@ class ChunkRenderer:
         reason = orjson.dumps(finish.finish_reason)
         rest = b',"stop_reason":' + orjson.dumps(finish.end.stopped_by)
         if finish.text:  # in the event of the end: a client that resumes would get it twice
-            start = self._starts[choice] + orjson.dumps(finish.text) + b'},"logprobs":null'
+            start = self._start_of(choice) + orjson.dumps(finish.text) + b'},"logprobs":null'
         elif self._chat:
-            start = self._head + b'{"index":%d,"delta":{},"logprobs":null' % choice
+            start = self._head(choice) + b'{"index":%d,"delta":{},"logprobs":null' % choice
         else:
-            start = self._starts[choice] + b'"","logprobs":null'
+            start = self._start_of(choice) + b'"","logprobs":null'
         chunk = start + b',"finish_reason":' + reason + rest + b"}]"
         return chunk + self._padding(chunk) + self._end_of_chunk()
+
+    def _head(self, choice: int) -> bytes:
+        """Up to the list of choices. The engines of two choices may be of different numeric
+        classes; each choice's is known since its first record.
+        """
+        head = self._heads.get(choice)
+        if head is None:
+            fingerprint = orjson.dumps(self._reader.fingerprint(choice))
+            head = self._shared_head + b',"system_fingerprint":' + fingerprint + b',"choices":['
+            self._heads[choice] = head
+        return head
+
+    def _start_of(self, choice: int) -> bytes:
+        """Up to the text of an event."""
+        start = self._starts.get(choice)
+        if start is None:
+            start = self._head(choice) + b'{"index":%d' % choice + self._before_text
+            self._starts[choice] = start
+        return start
 
     def _text(self, text: str) -> bytes:
         """With tools, empty content is null, as in the collected body."""
@@ -128,7 +147,7 @@ class ChunkRenderer:
             tokenizer, as_ids = self._reader.context.tokenizer, self._reader.manifest.tokens_as_ids
             logprobs = orjson.dumps(shape(scored, tokenizer, as_ids=as_ids))
         chunk = b"".join((
-            self._starts[choice], text, b',"logprobs":', logprobs, b',"finish_reason":null', rest,
+            self._start_of(choice), text, b',"logprobs":', logprobs, b',"finish_reason":null', rest,
             b"}]", more,
         ))  # fmt: skip
         return chunk + self._padding(chunk) + self._end_of_chunk()

@@ -16,7 +16,11 @@ from service.api.generation.reader import AnswerReader
 from service.api.generation.request import Chat, Generation
 from service.api.generation.sampling import sampling_of
 from service.api.responses.items import (
+    AnyCall,
+    AnyResult,
     InputCall,
+    InputCustomCall,
+    InputCustomResult,
     InputItem,
     InputMessage,
     InputReasoning,
@@ -24,7 +28,7 @@ from service.api.responses.items import (
     InputResult,
 )
 from service.api.responses.object import response_object, status_of
-from service.api.responses.schema import LOGPROBS, ResponseBody
+from service.api.responses.schema import ENCRYPTED, LOGPROBS, ResponseBody
 from service.api.responses.stream import ResponseRenderer
 from service.api.responses.tools import echoed_choice
 from service.api.structured.output import json_output
@@ -95,6 +99,7 @@ class Responses:
             priority=body.priority,
             on_disconnect="continue" if body.background else body.on_disconnect,
             echoed=_echoed(body),
+            sealed_reasoning=ENCRYPTED in (body.include or ()),
             stored_input=None if body.store is False else stored_input,
         )
 
@@ -113,7 +118,7 @@ def _reject_conflicting_fields(body: ResponseBody) -> None:
         raise BadRequest("background cannot be combined with cancel", param="on_disconnect")
     if body.top_logprobs and not _with_logprobs(body):
         raise BadRequest(f"top_logprobs needs include to contain {LOGPROBS}", param="top_logprobs")
-    if body.functions and _with_logprobs(body):
+    if body.own_tools and _with_logprobs(body):
         raise BadRequest("logprobs cannot be combined with tools", param="include")
 
 
@@ -123,10 +128,10 @@ def _with_logprobs(body: ResponseBody) -> bool:
 
 def _tools(body: ResponseBody) -> ToolUse | None:
     choice = body.tool_choice
-    if not body.functions and choice is not None and choice.mode is not Mode.REQUIRED:
+    if not body.own_tools and choice is not None and choice.mode is not Mode.REQUIRED:
         choice = None  # clients also send it without tools, to no effect
     return tool_use(
-        [tool.definition() for tool in body.functions],
+        [tool.definition() for tool in body.own_tools],
         choice=choice,
         parallel=body.parallel_tool_calls is not False,
         names=_NAMES,
@@ -141,7 +146,7 @@ def chat_messages(items: Sequence[InputItem]) -> list[ChatMessage]:
         if isinstance(item, InputReasoning):
             reasoning = item.text
             continue
-        if isinstance(item, InputCall):
+        if isinstance(item, InputCall | InputCustomCall):
             _add_call(messages, item, reasoning)
         else:
             messages.append(_message(item, reasoning))
@@ -149,8 +154,8 @@ def chat_messages(items: Sequence[InputItem]) -> list[ChatMessage]:
     return messages
 
 
-def _message(item: InputMessage | InputResult, reasoning: str | None) -> ChatMessage:
-    if isinstance(item, InputResult):
+def _message(item: InputMessage | AnyResult, reasoning: str | None) -> ChatMessage:
+    if isinstance(item, InputResult | InputCustomResult):
         return ChatMessage(role="tool", content=item.output, tool_call_id=item.call_id)
     if item.role != "assistant":
         return ChatMessage(role=item.role, content=item.content)
@@ -158,12 +163,15 @@ def _message(item: InputMessage | InputResult, reasoning: str | None) -> ChatMes
     return ChatMessage(role="assistant", content=item.content, reasoning=reasoning)
 
 
-def _add_call(messages: list[ChatMessage], item: InputCall, reasoning: str | None) -> None:
+def _add_call(messages: list[ChatMessage], item: AnyCall, reasoning: str | None) -> None:
     """Adds a call to the assistant's message before it, or to an empty one."""
     message = ChatMessage(role="assistant", content="")
     if messages and messages[-1].role == "assistant":
         message = messages.pop()
-    call = ToolCall(id=item.call_id, name=item.name, arguments=item.arguments)
+    if isinstance(item, InputCustomCall):
+        call = ToolCall(id=item.call_id, name=item.name, arguments=item.input, custom=True)
+    else:
+        call = ToolCall(id=item.call_id, name=item.name, arguments=item.arguments)
     messages.append(
         replace(
             message,
@@ -193,7 +201,7 @@ def _echoed(body: ResponseBody) -> dict[str, Any]:
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "text": _echoed_text(body),
         "tool_choice": echoed_choice(body.tool_choice),
-        "tools": [tool.model_dump() | {"strict": tool.strict or False} for tool in body.functions],
+        "tools": [tool.echoed() for tool in body.own_tools],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": body.truncation or "disabled",

@@ -124,6 +124,27 @@ class InputResult(StrictModel):
     status: Ignored = None
 
 
+class InputCustomCall(StrictModel):
+    """A call of a custom tool in an earlier response."""
+
+    type: Literal["custom_tool_call"] = Field(description="The kind of item.")
+    call_id: Label = Field(description="The id that the item with the result refers to.")
+    name: FunctionName = Field(description="The tool.")
+    input: Text = Field(description="Its input.")
+    id: Ignored = None
+    status: Ignored = None
+
+
+class InputCustomResult(StrictModel):
+    """The result of a custom tool's call."""
+
+    type: Literal["custom_tool_call_output"] = Field(description="The kind of item.")
+    call_id: Label = Field(description="The id of the call.")
+    output: ResponseContent = Field(description="The text, or a list of text parts.")
+    id: Ignored = None
+    status: Ignored = None
+
+
 class InputReference(StrictModel):
     """An item of a stored response, input or output, by its id."""
 
@@ -131,7 +152,10 @@ class InputReference(StrictModel):
     id: Label = Field(description="The id of the item.")
 
 
-_KINDS = ("function_call", "function_call_output", "reasoning", "item_reference")
+_KINDS = (
+    "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output",
+    "reasoning", "item_reference",
+)  # fmt: skip
 
 
 def _kind_of_item(item: object) -> str:
@@ -142,19 +166,26 @@ def _kind_of_item(item: object) -> str:
     return f"({kind})" if kind in _KINDS else "(message)"
 
 
-InputItem = InputMessage | InputReasoning | InputCall | InputResult
+AnyCall = InputCall | InputCustomCall
+AnyResult = InputResult | InputCustomResult
+InputItem = InputMessage | InputReasoning | AnyCall | AnyResult
 """An item that is no reference."""
 AnyItem = Annotated[
     Annotated[InputMessage, Tag("(message)")]
     | Annotated[InputReasoning, Tag("(reasoning)")]
     | Annotated[InputCall, Tag("(function_call)")]
     | Annotated[InputResult, Tag("(function_call_output)")]
+    | Annotated[InputCustomCall, Tag("(custom_tool_call)")]
+    | Annotated[InputCustomResult, Tag("(custom_tool_call_output)")]
     | Annotated[InputReference, Tag("(item_reference)")],
     Discriminator(_kind_of_item),
 ]
 
 
-_PREFIXES = {InputMessage: "msg", InputReasoning: "rs", InputCall: "fc", InputResult: "fco"}
+_PREFIXES: dict[type[InputItem], str] = {
+    InputMessage: "msg", InputReasoning: "rs", InputCall: "fc", InputResult: "fco",
+    InputCustomCall: "ctc", InputCustomResult: "ctco",
+}  # fmt: skip
 
 
 def stored_item(item: InputItem, id_: str) -> dict[str, Any]:

@@ -7,10 +7,17 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
-from service.api.generation.accumulate import Accumulator, TextSegment, ToolCallSegment
+from service.api.generation.accumulate import (
+    Accumulator,
+    ReasoningSegment,
+    TextSegment,
+    ToolCallSegment,
+)
 from service.api.generation.deltas import ScoredToken
 from service.api.generation.logprobs import chat_logprobs
+from service.api.generation.manifest import Manifest
 from service.api.generation.reader import AnswerReader, failure_of
+from service.api.responses.items import seal
 from service.messages import FinishReason
 
 PREFIX = "resp_"
@@ -51,6 +58,17 @@ def item_status(status: Status) -> Status:
     return Status.INCOMPLETE
 
 
+def is_plain(manifest: Manifest) -> bool:
+    """Whether the output is one message."""
+    return manifest.notation is None and manifest.reasoning is None
+
+
+def has_summary(manifest: Manifest) -> bool:
+    """Whether the reasoning is also returned as its summary."""
+    asked: dict[str, Any] = manifest.given_back.get("reasoning") or {}
+    return asked.get("summary") is not None
+
+
 def response_object(reader: AnswerReader, answer: Accumulator, *, status: Status) -> dict[str, Any]:
     """The body of all endpoints that return a response, and of the events that carry it."""
     manifest, end = reader.manifest, answer.end
@@ -62,7 +80,7 @@ def response_object(reader: AnswerReader, answer: Accumulator, *, status: Status
         "object": "response",
         "created_at": manifest.created,
         "model": manifest.model,
-        "system_fingerprint": manifest.fingerprint,
+        "system_fingerprint": reader.fingerprint(),
         "status": status,
         "completed_at": _completed_at(reader, answer) if status is Status.COMPLETED else None,
         "error": error,
@@ -80,7 +98,7 @@ def _completed_at(reader: AnswerReader, answer: Accumulator) -> int:
 
 def output_items(reader: AnswerReader, answer: Accumulator, status: Status) -> list[dict[str, Any]]:
     """The items of the output so far."""
-    if reader.manifest.notation is None:  # one message, even if it has no text
+    if is_plain(reader.manifest):  # one message, even if it has no text
         if not answer.ids and status not in {Status.COMPLETED, Status.INCOMPLETE}:
             return []
         answer = replace(answer, segments=answer.segments or [TextSegment()])
@@ -95,9 +113,11 @@ def output_items(reader: AnswerReader, answer: Accumulator, status: Status) -> l
 
 def item_id(reader: AnswerReader, answer: Accumulator, index: int) -> str:
     """The id of an item of the output."""
-    if isinstance(answer.segments[index], ToolCallSegment):
-        return f"fc_{reader.id}_{index}"
-    return f"msg_{reader.id}_{index}" if index else f"msg_{reader.id}"
+    segment = answer.segments[index]
+    if isinstance(segment, ToolCallSegment):
+        return f"{'ctc' if segment.custom else 'fc'}_{reader.id}_{index}"
+    prefix = "rs" if isinstance(segment, ReasoningSegment) else "msg"
+    return f"{prefix}_{reader.id}_{index}" if index else f"{prefix}_{reader.id}"
 
 
 def opened_item(reader: AnswerReader, answer: Accumulator, index: int) -> dict[str, Any]:
@@ -105,12 +125,20 @@ def opened_item(reader: AnswerReader, answer: Accumulator, index: int) -> dict[s
     segment, status = answer.segments[index], Status.IN_PROGRESS
     id_ = item_id(reader, answer, index)
     if isinstance(segment, ToolCallSegment):
-        fields = {"call_id": segment.id, "name": segment.name, "arguments": ""}
-        return {"id": id_, "type": "function_call", "status": status, **fields}
+        kind, content = call_names(segment)
+        fields = {"call_id": segment.id, "name": segment.name, content: ""}
+        return {"id": id_, "type": kind, "status": status, **fields}
+    if isinstance(segment, ReasoningSegment):
+        return {"id": id_, "type": "reasoning", "status": status, "summary": [], "content": []}
     # Clients have always received the keys in another order with tools.
-    role = {} if reader.manifest.notation is None else {"role": "assistant"}
+    role = {} if is_plain(reader.manifest) else {"role": "assistant"}
     head = {"id": id_, "type": "message", **role}
     return head | {"status": status, "role": "assistant", "content": []}
+
+
+def call_names(segment: ToolCallSegment) -> tuple[str, str]:
+    """The type of a call's item, and the name of its content."""
+    return ("custom_tool_call", "input") if segment.custom else ("function_call", "arguments")
 
 
 def item_object(
@@ -119,9 +147,25 @@ def item_object(
     """An item with its content so far."""
     item, segment = opened_item(reader, answer, index) | {"status": status}, answer.segments[index]
     if isinstance(segment, ToolCallSegment):
-        return item | {"arguments": segment.arguments}
+        return item | {call_names(segment)[1]: segment.arguments}
+    if isinstance(segment, ReasoningSegment):
+        if has_summary(reader.manifest):
+            item["summary"] = [summary_part(segment.text)]
+        if reader.manifest.sealed_reasoning:
+            item["encrypted_content"] = seal(segment.text)
+        return item | {"content": [reasoning_part(segment.text)]}
     # Without tools, all tokens are the message's; with tools, none is scored.
     return item | {"content": [text_part(segment.text, logprobs(reader, answer.scored))]}
+
+
+def reasoning_part(text: str) -> dict[str, Any]:
+    """The only content part of a reasoning item."""
+    return {"type": "reasoning_text", "text": text}
+
+
+def summary_part(text: str) -> dict[str, Any]:
+    """The only part of a summary: it has all of the reasoning."""
+    return {"type": "summary_text", "text": text}
 
 
 def text_part(text: str, scored: Sequence[Any] = ()) -> dict[str, Any]:
@@ -141,6 +185,6 @@ def _usage(reader: AnswerReader) -> dict[str, Any]:
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.total_tokens,
     }

@@ -14,7 +14,13 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from service.api.answers import AnswerModel, CallId, ModelId
 from service.api.fields import Label, ModelName, StrictModel, Text, check_json
 from service.api.responses.items import AnyItem
-from service.api.responses.tools import AnyTool, Choice, HostedTool, ResponseTool
+from service.api.responses.tools import (
+    AnyTool,
+    Choice,
+    HostedTool,
+    ResponseCustomTool,
+    ResponseTool,
+)
 from service.api.tools.schema import MAX_TOOLS
 from service.api.wire import MAX_MESSAGES, UNSUPPORTED, SamplingBody
 
@@ -170,8 +176,8 @@ class ResponseBody(SamplingBody):
     )
     tools: Annotated[list[AnyTool] | None, Field(max_length=MAX_TOOLS)] = Field(
         None,
-        description="Functions that the model may call. OpenAI's hosted tools are dropped; "
-        "x-quire-warning names them.",
+        description="Functions and custom tools that the model may call. OpenAI's hosted ones are "
+        "dropped; x-quire-warning names them.",
     )
     tool_choice: Choice = Field(
         None,
@@ -199,9 +205,9 @@ class ResponseBody(SamplingBody):
         return None if self.text is None else self.text.format
 
     @property
-    def functions(self) -> list[ResponseTool]:
+    def own_tools(self) -> list[ResponseTool | ResponseCustomTool]:
         """The tools without those that are dropped."""
-        return [tool for tool in self.tools or () if isinstance(tool, ResponseTool)]
+        return [tool for tool in self.tools or () if not isinstance(tool, HostedTool)]
 
     @property
     def dropped_tools(self) -> list[str]:

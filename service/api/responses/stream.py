@@ -1,6 +1,6 @@
 """The events of a streamed response, each with the number that it can be resumed after.
 
-             without tools                       with tools
+             one message                         with tools or reasoning
     0        created                             created
     1        in_progress                         in_progress
     2, 3     output_item.added, part.added
@@ -9,9 +9,9 @@
 
 t: tokens up to the end of the record; n: tokens of the answer. A number stands for the tokens that
 a client has, not for the events before it: if the store loses the tail of a journal, the engine
-writes it again in records of other lengths, and the numbers keep their meaning. Without tools, a
-record has one event. With tools it has none, one or several, because a message or a call may be
-opened, grow and be finished; never 256, because an answer has fewer calls than that.
+writes it again in records of other lengths, and the numbers keep their meaning. A record of an
+answer that is one message has one event. Otherwise it has none, one or several, because an item may
+be opened, grow and be finished; never 256, because an answer has fewer items than that.
 """
 
 from __future__ import annotations
@@ -24,21 +24,28 @@ import orjson
 from service.api.generation.accumulate import (
     Accumulator,
     DeltaTracker,
+    ReasoningSegment,
     TextSegment,
     ToolCallSegment,
 )
-from service.api.generation.deltas import Delta, Start, StreamDelta
+from service.api.generation.deltas import Delta, ScoredToken, Start, StreamDelta
+from service.api.generation.dialect import COMMENT
 from service.api.generation.manifest import Manifest
 from service.api.generation.reader import AnswerReader
 from service.api.responses.object import (
     Status,
+    call_names,
+    has_summary,
+    is_plain,
     item_id,
     item_object,
     item_status,
     logprobs,
     opened_item,
+    reasoning_part,
     response_object,
     status_of,
+    summary_part,
     text_part,
 )
 from service.errors import QuireError
@@ -68,12 +75,12 @@ class Numbering:
 
 
 _TEXT = Numbering(first=3, stride=1, at_end=4)
-_TOOLS = Numbering(first=2, stride=256, at_end=256)
+_ITEMS = Numbering(first=2, stride=256, at_end=256)
 
 
 def numbering(manifest: Manifest) -> Numbering:
     """The numbering of a response."""
-    return _TEXT if manifest.notation is None else _TOOLS
+    return _TEXT if is_plain(manifest) else _ITEMS
 
 
 class ResponseRenderer:
@@ -81,16 +88,20 @@ class ResponseRenderer:
     has; None: the client has all events of the deltas that are skipped.
     """
 
+    keep_alive = COMMENT
+
     def __init__(self, reader: AnswerReader, *, event_ids: bool, seen: int | None = None) -> None:
         self._reader = reader
         self._event_ids = event_ids
         self._numbers = numbering(reader.manifest)
-        self._has_tools = reader.manifest.notation is not None
+        self._is_plain = is_plain(reader.manifest)
+        self._has_summary = has_summary(reader.manifest)
         self._partial = seen is not None  # the client may lack events of the last skipped record
         self._missed = b""  # those events
         self._seen = -1 if seen is None else seen
         self._answer = Accumulator()
         self._items = DeltaTracker()
+        self._scored: list[ScoredToken] = []  # those of no event yet
         place = {"item_id": f"msg_{reader.id}", "output_index": 0, "content_index": 0}
         self._text_delta = b"event: response.output_text.delta\ndata: " + orjson.dumps(
             {"type": "response.output_text.delta", **place}
@@ -111,17 +122,18 @@ class ResponseRenderer:
         """The events of one delta."""
         if isinstance(delta, Start):
             events = [self._state("in_progress", Status.IN_PROGRESS)]
-            if not self._has_tools:  # the only item is opened before it has text
+            if self._is_plain:  # the only item is opened before it has text
                 self._answer.segments.append(TextSegment())
                 events += self._changes()
             return self._render(events, first=1)
         self._answer.add(delta)
         if isinstance(delta, Delta):
-            if not self._has_tools:
+            if self._is_plain:
                 return self._render_text(delta)
+            self._scored += delta.scored
             return self._render(self._changes(), first=self._number, event_id=self._event_id)
         status = status_of(self._answer)
-        events = self._changes() if self._has_tools else []
+        events = [] if self._is_plain else self._changes()
         events += self._done(self._items.open, item_status(status))
         events.append(self._state(status.value, status, self._answer))
         return self._render(events, first=self._number + self._numbers.stride)
@@ -160,24 +172,36 @@ class ResponseRenderer:
                 before = change.index - 1 if change.index else None
                 events += [*self._done(before, Status.COMPLETED), *self._opened(change.index)]
             if change.text:
-                events.append(self._delta(change.index, change.text))
+                events += self._delta(change.index, change.text)
         return events
 
     def _opened(self, index: int) -> list[Event]:
         item = {"item": opened_item(self._reader, self._answer, index)}
-        place = {"output_index": index}
+        place, segment = {"output_index": index}, self._answer.segments[index]
         # Clients have always received the keys in another order without tools.
-        added = ("response.output_item.added", place | item if self._has_tools else item | place)
-        if isinstance(self._answer.segments[index], ToolCallSegment):
+        added = ("response.output_item.added", item | place if self._is_plain else place | item)
+        if isinstance(segment, ToolCallSegment):
             return [added]
-        part = {**self._place(index), "part": text_part("")}
-        return [added, ("response.content_part.added", part)]
+        is_reasoning = isinstance(segment, ReasoningSegment)
+        part = {**self._place(index), "part": (reasoning_part if is_reasoning else text_part)("")}
+        events: list[Event] = [added, ("response.content_part.added", part)]
+        if is_reasoning and self._has_summary:
+            summary = {**self._summary_place(index), "part": summary_part("")}
+            events.append(("response.reasoning_summary_part.added", summary))
+        return events
 
-    def _delta(self, index: int, text: str) -> Event:
-        place = self._place(index)
-        if isinstance(self._answer.segments[index], ToolCallSegment):
-            return "response.function_call_arguments.delta", {**place, "delta": text}
-        return "response.output_text.delta", {**place, "delta": text, "logprobs": []}
+    def _delta(self, index: int, text: str) -> list[Event]:
+        place, segment = self._place(index), self._answer.segments[index]
+        if isinstance(segment, ToolCallSegment):
+            return [(f"response.{_call_content(segment)}.delta", {**place, "delta": text})]
+        if isinstance(segment, TextSegment):
+            scored, self._scored = logprobs(self._reader, self._scored), []
+            return [("response.output_text.delta", {**place, "delta": text, "logprobs": scored})]
+        events = [("response.reasoning_text.delta", {**place, "delta": text})]
+        if self._has_summary:
+            summary = {**self._summary_place(index), "delta": text}
+            events.append(("response.reasoning_summary_text.delta", summary))
+        return events
 
     def _done(self, index: int | None, status: Status) -> list[Event]:
         """The last events of an item; None: of no item."""
@@ -187,14 +211,27 @@ class ResponseRenderer:
         item = item_object(self._reader, self._answer, index, status=status)
         done = ("response.output_item.done", {"output_index": index, "item": item})
         if isinstance(segment, ToolCallSegment):
-            fields = {**place, "name": segment.name, "arguments": segment.arguments}
-            return [("response.function_call_arguments.done", fields), done]
+            content = call_names(segment)[1]
+            fields = {**place, "name": segment.name, content: segment.arguments}
+            return [(f"response.{_call_content(segment)}.done", fields), done]
         (part,) = item["content"]
+        part_done: Event = ("response.content_part.done", {**place, "part": part})
+        if isinstance(segment, ReasoningSegment):
+            events: list[Event] = [
+                ("response.reasoning_text.done", {**place, "text": segment.text}),
+                part_done,
+            ]
+            return [*events, *self._summary_done(index, segment.text), done]
         text = {"text": part["text"], "logprobs": part["logprobs"]}
+        return [("response.output_text.done", {**place, **text}), part_done, done]
+
+    def _summary_done(self, index: int, text: str) -> list[Event]:
+        if not self._has_summary:
+            return []
+        place = self._summary_place(index)
         return [
-            ("response.output_text.done", {**place, **text}),
-            ("response.content_part.done", {**place, "part": part}),
-            done,
+            ("response.reasoning_summary_text.done", {**place, "text": text}),
+            ("response.reasoning_summary_part.done", {**place, "part": summary_part(text)}),
         ]
 
     def _place(self, index: int) -> dict[str, Any]:
@@ -203,6 +240,10 @@ class ResponseRenderer:
         if isinstance(self._answer.segments[index], ToolCallSegment):
             return {"item_id": id_, "output_index": index}
         return {"item_id": id_, "output_index": index, "content_index": 0}
+
+    def _summary_place(self, index: int) -> dict[str, Any]:
+        id_ = item_id(self._reader, self._answer, index)
+        return {"item_id": id_, "output_index": index, "summary_index": 0}
 
     def _render_text(self, delta: Delta) -> bytes:
         """The event of a delta without tools: one per token, so it is put together from bytes."""
@@ -223,6 +264,11 @@ class ResponseRenderer:
             if number > self._seen
         ]
         return b"".join([*new[:-1], event_id, *new[-1:]]) if new else b""
+
+
+def _call_content(segment: ToolCallSegment) -> str:
+    """What the events of a call's content are named after."""
+    return "custom_tool_call_input" if segment.custom else "function_call_arguments"
 
 
 def _event(event: Event, number: int) -> bytes:

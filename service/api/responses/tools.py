@@ -1,4 +1,6 @@
-"""The tools of POST /v1/responses: functions of the client's, and tools that this server lacks."""
+"""The tools of POST /v1/responses: functions and custom tools of the client's, and tools that this
+server lacks.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,20 @@ from pydantic import (
     Field,
     PlainValidator,
     Tag,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
 )
 
-from service.api.fields import FieldError, StrictModel
-from service.api.tools.chat import Mode, ToolChoice, ToolRef
-from service.api.tools.schema import Function, Unlisted, choice_schema, read_tool_choice
+from service.api.fields import FieldError, StrictModel, Text
+from service.api.tools.chat import FunctionDefinition, InputFormat, Mode, ToolChoice, ToolRef
+from service.api.tools.schema import (
+    Function,
+    FunctionName,
+    Unlisted,
+    choice_schema,
+    read_tool_choice,
+)
 
 _HOSTED = (
     "apply_patch|code_interpreter|computer|computer_use|computer_use_preview|file_search"
@@ -35,6 +44,54 @@ class _FunctionType(StrictModel):
 class ResponseTool(Function, _FunctionType):  # in this order `type` is the first field
     """A function that the model may call."""
 
+    def echoed(self) -> dict[str, Any]:
+        return self.model_dump() | {"strict": self.strict or False}
+
+
+class CustomFormat(StrictModel):
+    """What the input of a custom tool must match."""
+
+    type: Literal["text", "grammar"] = Field(description="Any text, or what a grammar describes.")
+    syntax: Literal["lark", "regex"] | None = Field(
+        None, description="The notation of the grammar; required with it."
+    )
+    definition: Text | None = Field(
+        None, validate_default=True, description="The grammar; required with the type grammar."
+    )
+
+    @field_validator("definition")
+    @classmethod
+    def _only_with_its_type(cls, value: str | None, info: ValidationInfo) -> str | None:
+        given = [value is not None, info.data.get("syntax") is not None]
+        if given != [info.data.get("type") == "grammar"] * 2:
+            message = "and syntax must be given with the type grammar, and only then"
+            raise FieldError("invalid_value", message)
+        return value
+
+
+class ResponseCustomTool(StrictModel):
+    """A tool that takes a text."""
+
+    type: Literal["custom"] = Field(description="The kind of tool.")
+    name: FunctionName = Field(description="The name that the model calls.")
+    description: Text | None = Field(
+        None, description="For the model: what it does, and when to call it."
+    )
+    format: CustomFormat | None = Field(
+        None, description="What the input must match. Default: any text."
+    )
+
+    def definition(self) -> FunctionDefinition:
+        form, given = self.format, None
+        if form is not None and form.syntax is not None:
+            given = InputFormat(syntax=form.syntax, definition=form.definition or "")
+        return FunctionDefinition(
+            name=self.name, description=self.description, custom=True, input_format=given
+        )
+
+    def echoed(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
 
 class HostedTool(StrictModel):
     """A tool that OpenAI's servers run. This one has none of them: it is dropped, and the header
@@ -51,17 +108,23 @@ class HostedTool(StrictModel):
     @classmethod
     def _known(cls, value: str) -> str:
         if not HOSTED.fullmatch(value):
-            raise FieldError("invalid_value", "must be function, or one of OpenAI's hosted tools")
+            raise FieldError(
+                "invalid_value", "must be function, custom or one of OpenAI's hosted tools"
+            )
         return value
 
 
 def _kind_of_tool(tool: object) -> str:
     kind = tool.get("type") if isinstance(tool, dict) else None
+    if kind == "custom":
+        return "(custom)"
     return "(hosted)" if isinstance(kind, str) and kind != "function" else "(function)"
 
 
 AnyTool = Annotated[
-    Annotated[ResponseTool, Tag("(function)")] | Annotated[HostedTool, Tag("(hosted)")],
+    Annotated[ResponseTool, Tag("(function)")]
+    | Annotated[ResponseCustomTool, Tag("(custom)")]
+    | Annotated[HostedTool, Tag("(hosted)")],
     Discriminator(_kind_of_tool),
 ]
 

@@ -1,12 +1,13 @@
-r"""The grammar of a custom tool's input, where the format of calls has it within a JSON string.
+r"""The grammar of a custom tool's input, within what the model writes around the input.
 
-A grammar in Lark describes the input; `escaped_lark` returns one that describes the input as the
-content of a JSON string. In strings and in regular expressions each character that JSON escapes is
-replaced by its escape; everything else stays as it is:
+A Lark grammar of a text becomes one that can be embedded: `embedded_lark`. Its terminals become
+rules, and its regular expressions are spelled out character by character, because a lexer would
+read on greedily into what follows the input. Many formats of calls have the input as a JSON string;
+then each character that JSON escapes is replaced by its escape:
 
-    "a\n" /x|[^b]/      ->      "a\\n" /x|(?:\\n|\\"|...|[[^b]&&[^"\\\x00-\x1f]])/
+    LINE: /[^b]*/ "\n"      ->      line: /\\n|\\"|...|[[^b]&&[^"\\\x00-\x1f]]/* "\\n"
 
-Not supported are special tokens, and Lark's directives except imports of `common`.
+Not supported are special tokens, and Lark's directives except imports of `common` and `%ignore`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _TOKEN = re.compile(
     |%import[ \t]+common\.(?P<common>\w+)(?:[ \t]*->[ \t]*(?P<renamed>\w+))?[ \t]*(?=\n|$)
     |(?P<alias>->[ \t]*\w+)
     |(?P<ignore>%ignore\b)
-    |(?P<bad>[%<@$])
+    |(?P<name>\w+)
+    |(?P<bad>[%<@$~&])
     |(?P<other>.)""",
     re.VERBOSE | re.DOTALL,
 )
@@ -33,126 +35,235 @@ _COMMON = {
     "NEWLINE": r"(?:\r?\n)+",
     "WS": r"[ \t\f\r\n]+",
     "WS_INLINE": r"[ \t]+",
-    "ESCAPED_STRING": r'"([^"\\]|\\.)*"',
+    "ESCAPED_STRING": r'"(?:[^"\\]|\\.)*"',
 }
 _SPECIALS = [chr(code) for code in range(32)] + ['"', "\\"]
 _PLAIN_CLASS = r'[^"\\\x00-\x1f]'
-# One character of a regular expression: a class, an escape or itself. Groups, operators and
-# repetitions are not characters, and stay as they are.
+# A unit of a regular expression stands for one character: a class, an escape or itself.
 _UNIT = re.compile(
-    r"""(?P<group>\((?:\?P?<\w+>|\?[a-zA-Z-]*:)?)
-    |(?P<repeat>\{[0-9]+(?:,[0-9]*)?\})
+    r"""(?P<bad>\(\?(?!P?<\w+>|:)|\\[AzbBGZ]|\\x(?![0-9a-fA-F]{2})|\\u(?![0-9a-fA-F]{4}))
+    |(?P<group>\((?:\?P?<\w+>|\?:)?)
+    |(?P<repeat>(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})\??)
     |(?P<class>\[\^?\]?(?:[^\]\\\[]|\\.)*\])
     |(?P<escape>\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[pP]\{\w+\}|.))
-    |(?P<operator>[|)*+?])
-    |(?P<bad>[\[\]{}^$])
+    |(?P<operator>[|)])
+    |(?P<unclosed>[\[\]{}^$])
     |(?P<char>.)""",
     re.VERBOSE | re.DOTALL,
 )
-_NO_CHARACTER = frozenset("AzbBGZ")  # escapes that match positions
 
 
 class UnsupportedGrammarError(ValueError):
-    """A grammar that cannot be escaped. The text says what is not supported."""
+    """A grammar that cannot be embedded. The text says what is not supported."""
 
 
-def escaped_lark(text: str) -> str:
-    """A grammar of the same inputs as contents of JSON strings. Raises UnsupportedGrammarError."""
-    return "".join(_escaped_tokens(text))
+def embedded_lark(text: str, *, escaped: bool) -> str:
+    """A grammar of the same texts or, if `escaped`, of them as contents of JSON strings. Raises
+    UnsupportedGrammarError.
+    """
+    tokens = [(match.lastgroup or "", match) for match in _TOKEN.finditer(text)]
+    if any(kind == "bad" for kind, _ in tokens):
+        raise UnsupportedGrammarError(
+            "may not contain special tokens, the operators & and ~, and directives other than "
+            "%import common and %ignore"
+        )
+    if any(kind == "ignore" for kind, _ in tokens):
+        return _with_ignored(text, tokens, escaped=escaped)
+    return "".join(_Embedding(text, tokens, escaped=escaped).parts())
 
 
-def checked_lark(text: str) -> str:
-    """The grammar itself. Raises UnsupportedGrammarError for what `escaped_lark` rejects, too."""
-    escaped_lark(text)
+def _with_ignored(text: str, tokens: list[tuple[str, re.Match[str]]], *, escaped: bool) -> str:
+    """Blanks are ignored between terminals, which therefore stay terminals: so they may not contain
+    what JSON escapes. The ignored blanks become a terminal per character.
+    """
+    if not escaped:
+        return text
+    blanks, lines = set[str](), text
+    for match in re.finditer(r"%ignore[ \t]+(\S[^\n]*)", text):
+        operand = match[1].strip()
+        definition = re.search(rf"^{re.escape(operand)}[ \t]*:([^\n]*)$", text, re.MULTILINE)
+        pattern = _COMMON.get(operand, operand) if definition is None else definition[1].strip()
+        blanks.update(_characters(pattern))
+        lines = lines.replace(match[0], "")
+        if definition is not None and len(re.findall(rf"\b{operand}\b", lines)) == 1:
+            lines = lines.replace(definition[0], "")
+    for kind, match in tokens:
+        needs = (kind == "regex" and _needs_escapes(match[0])) or (
+            kind == "string" and "\\" in _content(match[0])
+        )
+        if needs and match[0] in lines:
+            raise UnsupportedGrammarError(
+                "may not combine %ignore with terminals that contain line breaks, tabs, quotes, "
+                "backslashes or the complement of characters"
+            )
+    imported = "|".join(_COMMON)
+    lines = re.sub(rf"%import[ \t]+common\.({imported})[ \t]*(?=\n|$)", "", lines)
+    return lines + "".join(f"\n%ignore {json.dumps(_escape(blank))}" for blank in sorted(blanks))
+
+
+def _characters(pattern: str) -> Iterator[str]:
+    """The characters of a terminal that is one of a set of them, or several."""
+    if pattern.startswith('"') and len(text := _text_of(pattern)) == 1:
+        return iter(text)
+    match = re.fullmatch(r"/?(\[(?:[^\]\\\[^]|\\.)+\]|\\?.)[*+]?/?[*+]?", pattern)
+    if match is None:
+        raise UnsupportedGrammarError("may ignore only single characters, and sets of them")
+    units = re.compile(match[1], re.ASCII)
+    return (chr(code) for code in range(128) if units.fullmatch(chr(code)))
+
+
+def _needs_escapes(token: str) -> bool:
+    pattern, _, flags = token[1:].rpartition("/")
+    return any(
+        match.lastgroup in {"class", "escape", "char"} and _specials_in(match[0], flags)
+        for match in _UNIT.finditer(pattern)
+    )
+
+
+class _Embedding:
+    """One grammar on its way."""
+
+    def __init__(
+        self, text: str, tokens: list[tuple[str, re.Match[str]]], *, escaped: bool
+    ) -> None:
+        self._tokens = tokens
+        self._escaped = escaped
+        self._prefix = "terminal"
+        while self._prefix in text:
+            self._prefix += "l"
+        # Terminals that the compiler defines keep their names.
+        self._known = {
+            match["renamed"] or match["common"]
+            for kind, match in tokens
+            if match["common"] and match["common"] not in _COMMON
+        }
+
+    def parts(self) -> Iterator[str]:
+        for kind, match in self._tokens:
+            token = match[0]
+            if match["common"]:
+                yield self._import(token, match["common"], match["renamed"])
+            elif kind == "string":
+                yield self._string(token)
+            elif kind == "regex":
+                pattern, _, flags = token[1:].rpartition("/")
+                yield spelled_out(pattern, flags, escaped=self._escaped)
+            elif kind == "name":
+                yield self._name(token)
+            elif kind not in {"comment", "alias"}:
+                yield token
+
+    def _import(self, token: str, name: str, renamed: str | None) -> str:
+        if name not in _COMMON:
+            return token
+        spelled = spelled_out(_COMMON[name], escaped=self._escaped)
+        return f"{self._name(renamed or name)}: {spelled}"
+
+    def _name(self, name: str) -> str:
+        is_terminal = name.lstrip("_")[:1].isupper() and name not in self._known
+        return f"{self._prefix}_{name.lower()}" if is_terminal else name
+
+    def _string(self, token: str) -> str:
+        """A string whose escapes are those of JSON."""
+        flag = "i" if token.endswith("i") else ""
+        content = _content(token) if self._escaped else _text_of(token)
+        if flag and self._escaped and "\\" in content:
+            raise UnsupportedGrammarError("may not ignore the case of strings with escapes")
+        return json.dumps(content, ensure_ascii=False) + flag
+
+
+def _text_of(token: str) -> str:
+    try:
+        text: str = json.loads(token.removesuffix("i"))
+    except ValueError:
+        raise UnsupportedGrammarError("may contain only the escapes of JSON in strings") from None
     return text
 
 
-def _escaped_tokens(text: str) -> Iterator[str]:
-    for match in _TOKEN.finditer(text):
-        kind, token = match.lastgroup, match[0]
-        if match["common"]:
-            yield _import(token, match["common"], match["renamed"])
-        elif kind == "string":
-            yield _string(token)
-        elif kind == "regex":
-            pattern, _, flags = token[1:].rpartition("/")
-            yield f"/{escaped_regex(pattern, flags)}/{flags.replace('s', '')}"
-        elif kind == "bad":
-            raise UnsupportedGrammarError(
-                "may not contain special tokens, templates and directives other than %import common"
-                " and %ignore"
-            )
-        elif kind not in {"comment", "alias"}:
-            yield token
+def _content(token: str) -> str:
+    """The text of a string as the content of a JSON string."""
+    return _escape(_text_of(token))
 
 
-def _import(token: str, name: str, renamed: str | None) -> str:
-    if name not in _COMMON:
-        return token
-    return f"{renamed or name}: /{escaped_regex(_COMMON[name])}/"
+def _escape(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _string(token: str) -> str:
-    """A string whose escapes are those of JSON."""
-    literal, flag = (token[:-1], "i") if token.endswith("i") else (token, "")
-    try:
-        text: str = json.loads(literal)
-    except ValueError:
-        raise UnsupportedGrammarError("may contain only the escapes of JSON in strings") from None
-    content = json.dumps(text, ensure_ascii=False)[1:-1]
-    if flag and "\\" in content:
-        raise UnsupportedGrammarError("may not ignore the case of strings with escapes")
-    return json.dumps(content, ensure_ascii=False) + flag
+def spelled_out(pattern: str, flags: str = "", *, escaped: bool) -> str:
+    """A regular expression as an expression of Lark, of a terminal per character. Raises
+    UnsupportedGrammarError.
+    """
+    parts = ["("]
+    for kind, unit in _units(pattern, flags):
+        if kind == "group":
+            parts.append("(")
+        elif kind == "operator":
+            parts += [*_filled(parts), unit]
+        elif kind == "repeat":
+            parts.append(unit if len(unit) == 1 else unit.removesuffix("?"))
+        else:
+            spelled = _escaped_unit(unit, flags) if escaped else unit
+            kept = flags.replace("s", "") if escaped else flags
+            parts.append(f" /{spelled}/{kept}")
+    return "".join([*parts, *_filled(parts), ")"])
 
 
-def escaped_regex(pattern: str, flags: str = "") -> str:
+def _filled(parts: list[str]) -> list[str]:
+    """Lark has no empty alternatives."""
+    return ['""'] if parts[-1] in {"(", "|"} else []
+
+
+def escaped_regex(pattern: str) -> str:
     """The pattern of the same texts as contents of JSON strings. Raises UnsupportedGrammarError."""
+    return "".join(
+        unit if kind in {"group", "operator", "repeat"} else f"(?:{_escaped_unit(unit, '')})"
+        for kind, unit in _units(pattern, "")
+    )
+
+
+def _units(pattern: str, flags: str) -> Iterator[tuple[str, str]]:
     if set(flags) - {"i", "s"}:
         raise UnsupportedGrammarError("may use only the flags i and s in regular expressions")
-    return "".join(_escaped_units(pattern, dotall="s" in flags, any_case="i" in flags))
-
-
-def _escaped_units(pattern: str, *, dotall: bool, any_case: bool) -> Iterator[str]:
+    depth = 0
     for match in _UNIT.finditer(pattern):
-        kind, unit = match.lastgroup, match[0]
-        if kind == "bad" or (kind == "escape" and unit[1] in _NO_CHARACTER):
+        kind = match.lastgroup or ""
+        depth += (kind == "group") - (match[0] == ")")
+        if kind in {"bad", "unclosed"} or depth < 0:
             raise UnsupportedGrammarError(
-                "may not contain anchors or nested classes in regular expressions"
+                "may not contain anchors, flags within the pattern and nested classes in regular "
+                "expressions"
             )
-        if kind in {"group", "repeat", "operator"}:
-            if kind == "group" and ("?i" in unit or "?s" in unit or "?x" in unit):
-                raise UnsupportedGrammarError("may not set flags in regular expressions")
-            yield unit
-        else:
-            yield _escaped_unit(unit, dotall=dotall, any_case=any_case)
+        yield kind, match[0]
+    if depth:
+        raise UnsupportedGrammarError("has an invalid regular expression")
 
 
-def _escaped_unit(unit: str, *, dotall: bool, any_case: bool) -> str:
-    """One character of a set of characters."""
-    found = _specials_in(unit, dotall=dotall)
+def _escaped_unit(unit: str, flags: str) -> str:
+    """One character of a set of characters, as a regular expression."""
+    found = _specials_in(unit, flags)
     if not found:
         return unit
-    escapes = [re.escape(json.dumps(char)[1:-1]) for char in found]
-    if any_case:
-        escapes = [f"(?-i:{escape})" for escape in escapes]
+    parts = [re.escape(_escape(char)) for char in found]
+    if "i" in flags:
+        parts = [f"(?-i:{part})" for part in parts]
     if unit == ".":
-        escapes.append(_PLAIN_CLASS)
+        parts.append(_PLAIN_CLASS)
     elif unit[0] == "[" or re.match(r"\\[dDsSwWpP]", unit):
-        escapes.append(f"[{unit}&&{_PLAIN_CLASS}]")
-    return f"(?:{'|'.join(escapes)})"
+        parts.append(f"[{unit}&&{_PLAIN_CLASS}]")
+    return "|".join(parts)
 
 
-def _specials_in(unit: str, *, dotall: bool) -> list[str]:
+def _specials_in(unit: str, flags: str) -> list[str]:
     """Those of a set's characters that JSON escapes."""
-    if re.search(r"&&|--|~~|\\[pP]\{[^LMN]", unit) or unit in {r"\x", r"\u"}:
+    if re.search(r"&&|--|~~|\\[pP]\{[^LMN]", unit):
         raise UnsupportedGrammarError(
-            "may use only simple classes, \\p of letters, marks and numbers, and \\xHH and \\uHHHH "
-            "in regular expressions"
+            "may use only simple classes, and \\p of letters, marks and numbers, in regular "
+            "expressions"
         )
     # Python does not know the categories: letters, marks and numbers need no escape in JSON.
     pattern = re.sub(r"\\p\{\w+\}", r"\\w", re.sub(r"\\P\{\w+\}", r"\\W", unit))
     try:
-        python = re.compile(pattern, re.ASCII | (re.DOTALL if dotall else re.NOFLAG))
+        python = re.compile(pattern, re.ASCII | (re.DOTALL if "s" in flags else re.NOFLAG))
     except re.error:
         raise UnsupportedGrammarError("has an invalid regular expression") from None
     return [char for char in _SPECIALS if python.fullmatch(char)]

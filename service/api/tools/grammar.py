@@ -36,12 +36,11 @@ from service.api.tools.arguments import BEFORE_INPUT, PARAMETER, PARAMETER_END, 
 from service.api.tools.chat import INPUT, FunctionDefinition, InputFormat, ToolUse
 from service.api.tools.custom import (
     UnsupportedGrammarError,
-    checked_lark,
-    escaped_lark,
+    embedded_lark,
     escaped_regex,
 )
 from service.api.tools.formats import ToolFormat
-from service.api.tools.tagged import SPACING, first_inexpressible, tagged_rules
+from service.api.tools.tagged import SPACING, first_inexpressible, tagged_rules, text_rules
 from service.errors import BadRequest
 
 MAX_CALLS = 32  # per answer: it stops a model that never stops calling
@@ -208,15 +207,17 @@ def _input_rules(index: int, form: InputFormat, *, tags: bool) -> list[str]:
     """The same of a custom tool whose input has a format."""
     before, after = (f"{PARAMETER}{INPUT}{VALUE}", PARAMETER_END) if tags else (BEFORE_INPUT, '"}')
     name = f"input_{index}"
-    whole = f"arguments_{index}: {json.dumps(before)} {name} {json.dumps(after)}"
+    begin = f"arguments_{index}: {json.dumps(before)} {name}"
     if form.syntax == "lark":
-        text = checked_lark(form.definition) if tags else escaped_lark(form.definition)
-        return [whole, f"{name}: %lark {{", text, "}"]
+        text = embedded_lark(form.definition, escaped=not tags)
+        return [f"{begin} {json.dumps(after)}", f"{name}: %lark {{", text, "}"]
     pattern = form.definition.removeprefix("^")
     if re.search(r"(?<!\\)(\\\\)*\$$", pattern):
         pattern = pattern[:-1]
-    pattern = pattern if tags else escaped_regex(pattern)
-    return [whole, f"{name}: {name.upper()}", f"{name.upper()}: {lark_regex(pattern)}"]
+    if tags:
+        return [begin, *text_rules(name, lark_regex(pattern)[1:-1])]
+    terminal = f"{name.upper()}: {lark_regex(escaped_regex(pattern))}"
+    return [f"{begin} {json.dumps(after)}", f"{name}: {name.upper()}", terminal]
 
 
 def _start(

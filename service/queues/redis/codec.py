@@ -4,7 +4,8 @@ A stream entry's id is the number of tokens up to and including it (`<n>-0`, the
 one field is `k` for tokens and `e` for the end.
 
     k:  flags (1 byte) · number of ids · ids · digest (4 bytes) · length of text · text · JSON
-        numbers as LEB128 varints, text in UTF-8; JSON only if log probabilities were requested
+        numbers as LEB128 varints, text in UTF-8; JSON (l, p: log probabilities, n: numeric class)
+        only in a first record, and if log probabilities were requested
     e:  JSON object: r reason, c cached tokens, s stopped by, x error, t time; defaults are left out
 
 Another version may have written an entry. The decoder ignores unknown fields, unknown keys in the
@@ -28,7 +29,7 @@ END_FIELD = b"e"
 UNKNOWN_REASON = "unknown_finish_reason"
 """Error code of an end that this version cannot read."""
 
-_HAS_LOGPROBS = 1
+_HAS_JSON = 1
 _JSON = json.JSONDecoder()
 
 
@@ -48,19 +49,20 @@ class _StoredEnd:
 def encode_tokens(record: Tokens) -> bytes:
     """The value of field `k`. `record.start` is not in it: it follows from the entry's id."""
     text = record.text.encode("utf-8", "replace")
-    with_json = bool(record.logprobs or record.prompt_logprobs)
-    out = bytearray([_HAS_LOGPROBS if with_json else 0])
+    columns: dict[str, Any] = {}
+    if record.logprobs or record.prompt_logprobs:
+        columns["l"] = [_pack(logprob) for logprob in record.logprobs]
+        columns["p"] = [_pack(logprob) for logprob in record.prompt_logprobs]
+    if record.numeric_class:
+        columns["n"] = record.numeric_class
+    out = bytearray([_HAS_JSON if columns else 0])
     _put(out, len(record.ids))
     for token in record.ids:
         _put(out, token)
     out += struct.pack("<I", record.digest)
     _put(out, len(text))
     out += text
-    if with_json:
-        columns = {
-            "l": [_pack(logprob) for logprob in record.logprobs],
-            "p": [_pack(logprob) for logprob in record.prompt_logprobs],
-        }
+    if columns:
         out += json.dumps(columns, separators=(",", ":")).encode()
     return bytes(out)
 
@@ -123,7 +125,7 @@ def _decode_tokens(value: bytes, *, count: int) -> Tokens:
         raise Malformed("journal entry with wrong lengths")
     text = value[at : at + length].decode()
     columns: dict[str, Any] = {}
-    if value[0] & _HAS_LOGPROBS:
+    if value[0] & _HAS_JSON:
         columns, _ = _JSON.raw_decode(value[at + length :].decode(errors="replace"))
     return Tokens(
         start=count - len(ids),
@@ -134,6 +136,7 @@ def _decode_tokens(value: bytes, *, count: int) -> Tokens:
         prompt_logprobs=tuple(
             None if packed is None else _unpack(packed) for packed in columns.get("p", ())
         ),
+        numeric_class=str(columns.get("n", "")),
     )
 
 

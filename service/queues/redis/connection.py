@@ -34,6 +34,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from service.errors import StartupError, Unavailable
 from service.queues.redis.errors import cause_of, refuses_writes, startup_error, unavailable
+from service.queues.redis.keys import PREFIX
 from service.queues.redis.scripts import Script
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ MIN_VERSION = 7
 ATTEMPTS = 3
 """Of a command whose connection broke; a timeout is not retried."""
 
-_OPTIONS = ("allow_volatile", "shards")
+_OPTIONS = ("allow_volatile", "prefix", "shards")
 """Parameters of the URL that are for this module; all others are for the client library."""
 
 
@@ -68,6 +69,11 @@ class RedisUrl:
             raise StartupError(
                 "queue: the URL's shards must be a number and its allow_volatile 0 or 1"
             ) from error
+        self.prefix = own.get("prefix", PREFIX)
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.prefix):
+            raise StartupError(
+                "queue: the URL's prefix must be 1 to 64 letters, digits, or any of _ . -"
+            )
         if not 1 <= self.shards <= 1024:
             raise StartupError("queue: the URL's shards must be from 1 to 1024")
         if parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path):

@@ -42,16 +42,17 @@ import hashlib
 import re
 
 LAYOUT = 2
+PREFIX = "quire"  # unless the URL has `prefix=`
 
 _SHARD = re.compile(r"s(\d{1,4})-")
 
 
 class ShardKeys:
-    """The names in one shard."""
+    """The names in one shard. Deployments with different prefixes can share a server."""
 
-    def __init__(self, shard: int) -> None:
+    def __init__(self, shard: int, *, prefix: str = PREFIX) -> None:
         self.shard = shard
-        self.prefix = f"quire:{LAYOUT}:{{s{shard}}}:"
+        self.prefix = f"{prefix}:{LAYOUT}:{{s{shard}}}:"
         self.admission = self.prefix + "adm"
         self.stored = self.prefix + "stored"
         self.gone = self.prefix + "gone"

@@ -82,7 +82,9 @@ class RedisQueue:
         self.limits = limits
         self._observer = NullQueueObserver() if observer is None else observer
         self._url = RedisUrl(url)
-        self._shards = tuple(ShardKeys(shard) for shard in range(self._url.shards))
+        self._shards = tuple(
+            ShardKeys(shard, prefix=self._url.prefix) for shard in range(self._url.shards)
+        )
         self._client = RedisClient(self._url, scripts=load_scripts(), restored=self._restored)
         self._wakeups = Wakeups(self._client.connection)
         self._rules = {
