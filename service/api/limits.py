@@ -47,7 +47,7 @@ class ApiLimits:
     inline_text_chars: int = 8192  # longer prompts are tokenised in a thread
 
     # --- streams --------------------------------------------------------------------------
-    keep_alive: float = 15.0  # silence after which a comment is sent
+    keep_alive: float = 15.0  # silence after which a comment or a ping is sent
     stall_timeout: float = 60.0  # a reader that takes nothing for so long is dropped
     grace: float = 30.0  # an answer that its reader may come back for is kept so long
     replica_grace: float = 30.0  # any other, where the replica that serves its reader is gone

@@ -249,6 +249,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tool_choice": {"type": "function", "function": {"name": "now"}}}, "tool_choice",
      "invalid_value"),
     ({"tools": None, "tool_choice": "required"}, "tool_choice", "invalid_value"),
+    ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": {}}]}},
+     "tool_choice", "invalid_value"),
     ({"include": ["message.output_text.logprobs"]}, "include", "invalid_value"),
     ({"tools": [{"type": "custom", "name": "x", "format": {"type": "grammar"}}]},
      "tools[0].format.definition", "invalid_value"),
