@@ -145,9 +145,9 @@ class ScriptedEngine:
         while start < len(ids):
             part = tuple(ids[start : start + draw.choice([1, 1, 1, 2, 3])])
             end = start + len(part)
-            text = decoder.decode(
-                b"".join(self.tokenizer.token_bytes[token] for token in part), end == len(ids)
-            )
+            skip = request.skip_special_tokens
+            table = self.tokenizer.token_bytes if skip else self.tokenizer.visible_bytes
+            text = decoder.decode(b"".join(table[token] for token in part), end == len(ids))
             digest = rolling_digest(part, previous=digest)
             if self.bad_digest_at is not None and end > self.bad_digest_at:
                 digest ^= 1

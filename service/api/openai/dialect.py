@@ -104,6 +104,7 @@ class ChatCompletions(OpenAIDialect):
             thinking_budget=body.thinking_token_budget,
             include_reasoning=body.include_reasoning is not False,
             service_tier=body.service_tier,
+            prediction=None if body.prediction is None else body.prediction.content,
         )
 
 
@@ -144,15 +145,18 @@ def _generation(
     return Generation(
         model=body.model,
         prompt=prompt,
-        sampling=sampling_of(body),
+        sampling=replace(sampling_of(body), allowed=tuple(body.allowed_token_ids or ())),
         names=names,
         min_tokens=body.min_tokens or 0,
         stop=tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
+        include_stop=body.include_stop_str_in_output or False,
+        bad_words=tuple(body.bad_words or ()),
         ignore_eos=body.ignore_eos or False,
         n=body.n or 1,
         prompt_logprobs=body.prompt_logprobs,
         return_token_ids=body.return_token_ids or False,
+        skip_special_tokens=body.skip_special_tokens is not False,
         tokens_as_ids=body.return_tokens_as_token_ids or False,
         truncate_prompt=body.truncate_prompt_tokens,
         output=output,

@@ -15,7 +15,18 @@ from service.api.answers import (
     ModelId,
     NumericClass,
 )
-from service.api.fields import FieldError, Label, NoEffect, OutputLimit, Prompt, ServiceTier
+from service.api.fields import (
+    AllowedIds,
+    Content,
+    FieldError,
+    Label,
+    NoEffect,
+    OutputLimit,
+    Prompt,
+    ServiceTier,
+    StopStrings,
+    StrictModel,
+)
 from service.api.generation.request import Effort
 from service.api.structured.schema import ResponseFormat, StructuredOutputs
 from service.api.tools.schema import ChatToolChoice, Tools
@@ -61,6 +72,21 @@ class GenerationBody(SamplingBody):
     )
     return_token_ids: bool | None = Field(
         None, description="Also return the token ids of prompt and output."
+    )
+    include_stop_str_in_output: bool | None = Field(
+        None, description="Keep the stop string, or the text of the stop token. Default false."
+    )
+    skip_special_tokens: bool | None = Field(
+        None,
+        description="Leave special tokens out of the text. Default true. With false they are shown "
+        "by their names, and reasoning is not separated; not with tools.",
+    )
+    bad_words: StopStrings = Field(
+        None, description="Texts that the output must not contain. Not with a grammar or tools."
+    )
+    allowed_token_ids: AllowedIds = Field(
+        None,
+        description="The only tokens that the output may contain. Not with a grammar or tools.",
     )
     return_tokens_as_token_ids: bool | None = Field(
         None, description="In log probabilities, name each token token_id:<id>, not by its text."
@@ -119,6 +145,13 @@ class CompletionBody(GenerationBody):
     )
 
 
+class Prediction(StrictModel):
+    """Text that the answer is expected to contain."""
+
+    type: Literal["content"] = Field(description="The type of prediction.")
+    content: Content = Field(description="The text, or a list of text parts.")
+
+
 class ChatBody(GenerationBody, TemplateOptions):
     """The body of POST /v1/chat/completions."""
 
@@ -159,6 +192,11 @@ class ChatBody(GenerationBody, TemplateOptions):
     logprobs: bool | None = Field(None, description="Return the log probability of each token.")
     top_logprobs: int | None = Field(
         None, ge=0, description="Also return this many top log probabilities; needs logprobs."
+    )
+    prediction: Prediction | None = Field(
+        None,
+        description="Text that the answer is expected to contain, such as the file to edit. It can "
+        "make the answer faster, by speculation, and never changes it.",
     )
     service_tier: ServiceTier = None
     store: bool | None = Field(
