@@ -23,6 +23,7 @@ from service.api.fields import (
     Metadata,
     MinP,
     ModelName,
+    NoEffect,
     OnDisconnect,
     Penalty,
     Priority,
@@ -74,8 +75,8 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "prompt_logprobs": (),
     "prompt_embeds": (),
     "use_beam_search": (False,),
-    "length_penalty": (),
-    "early_stopping": (),
+    "length_penalty": (1, 1.0),
+    "early_stopping": (False,),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "logits_processors": (),
@@ -86,10 +87,20 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "kv_transfer_params": (),
     "vllm_xargs": (),
     "lora_request": (),
-    "typical_p": (),
+    "typical_p": (1, 1.0),
+    "repeat_penalty": (1, 1.0),
     "mirostat": (0,),
-    "dry_multiplier": (0,),
-    "xtc_probability": (0,),
+    "dry_multiplier": (0, 0.0),
+    "xtc_probability": (0, 0.0),
+    "cache_prompt": (True, False),
+    "id_slot": (-1,),
+    "timings_per_token": (False,),
+    "return_progress": (False,),
+    "reasoning_format": ("auto", "deepseek"),
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True,),
+    "no_stop_trim": (False,),
+    "return_hidden_states": (False,),
     "return_tokens_as_token_ids": (False,),
 })  # fmt: skip
 """Field -> the values that have no effect, which are accepted."""
@@ -153,6 +164,7 @@ class Message(MessageModel):
     refusal: Text | None = Field(
         None, description="The assistant's text instead of the content, if it refused to answer."
     )
+    provider_specific_fields: NoEffect = None
     annotations: Annotated[list[dict[str, Any]] | None, Field(max_length=MAX_ITEMS)] = Field(
         None, description="Citations of an earlier answer. Accepted; has no effect."
     )
