@@ -21,6 +21,7 @@ them without a copy, a GPU runner uploads them or, if it keeps state on the devi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -185,6 +186,13 @@ def unpack_masks(masks_MW: Words, vocab_size: int) -> Bools:
     little = np.ascontiguousarray(masks_MW, dtype="<u4").view(np.uint8)
     bits_MV = np.unpackbits(little, axis=1, bitorder="little", count=vocab_size)
     return bits_MV.view(np.bool_)
+
+
+def mask_of(tokens: Iterable[int], *, vocab_size: int) -> Words:
+    """The mask of these tokens: [W]."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
+    bits[list(tokens)] = True
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    banned: tuple[tuple[int, ...], ...] = ()  # token sequences that the output must not contain
+    allowed: tuple[int, ...] = ()  # the only tokens that it may contain; empty: all
     top_logprobs: int | None = (
         None  # None: no log probabilities; k: the sampled token's and the top k
     )
@@ -63,7 +65,10 @@ class SamplingParams:
     def penalises(self) -> bool:
         """Whether earlier tokens change the logits."""
         return bool(
-            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or any(len(sequence) > 1 for sequence in self.banned)
         )
 
 
@@ -76,7 +81,9 @@ class GenerationRequest:
     sampling: SamplingParams
     max_tokens: int
     min_tokens: int = 0
-    stop: tuple[str, ...] = ()  # stop strings; never part of the answer's text
+    stop: tuple[str, ...] = ()  # stop strings
+    include_stop: bool = False  # the stop string or token is part of the text
+    skip_special_tokens: bool = True  # false: their names are part of the text
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     prompt_logprobs: int | None = None  # None: no; k: each prompt token's and the top k
@@ -112,6 +119,8 @@ class GenerationRequest:
 
 FEATURES: Mapping[str, Callable[[GenerationRequest], bool]] = {
     "grammar": lambda request: request.grammar is not None,
+    "bans": lambda request: bool(request.sampling.banned or request.sampling.allowed),
+    "text": lambda request: request.include_stop or not request.skip_special_tokens,
 }
 """Name -> whether a request depends on it. A new field that changes answers needs a new name here:
 engines of an older version, which ignore the field, then do not claim such requests.

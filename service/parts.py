@@ -146,6 +146,7 @@ class EngineSide:
                 speculate=settings.speculate,
             ),
             token_bytes=loaded.tokenizer.token_bytes,
+            visible_bytes=loaded.tokenizer.visible_bytes,
             eos_ids=loaded.tokenizer.eos_ids,
             deliver=self._deliver,
             observer=observer,

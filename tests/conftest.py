@@ -318,7 +318,7 @@ def free_port() -> int:
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], *, log: Path) -> None:
     """Waits for the readiness probe; fails at once where the process ended."""
-    ends = time.monotonic() + 2 * PATIENCE
+    ends = time.monotonic() + 4 * PATIENCE
     while time.monotonic() < ends:
         assert process.poll() is None, log.read_text()
         with contextlib.suppress(OSError):

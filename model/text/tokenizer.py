@@ -76,6 +76,11 @@ class Tokenizer:
             ids.insert(0, self.bos_id)
         return ids
 
+    def spellings(self, text: str) -> set[tuple[int, ...]]:
+        """The ids of a text at the beginning of an output, within a word, and after a blank."""
+        begun = {tuple(self._text_ids(text, is_first=first)) for first in (True, False)}
+        return {*begun, tuple(self._text_ids(f" {text}", is_first=False))} - {()}
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of ids; incomplete UTF-8 becomes U+FFFD. Special tokens have no text, or their
         names.

@@ -121,6 +121,15 @@ def _ids(value: object) -> list[int]:
     return _token_ids(value)
 
 
+def _allowed_ids(value: object) -> list[int] | None:
+    if value is None:
+        return None
+    ids = _token_ids(_short(value) if type(value) is list else value)
+    if not ids:
+        raise FieldError("empty_array", "must contain at least one token id")
+    return sorted(set(ids))
+
+
 def _stop_ids(value: object) -> list[int] | None:
     return None if value is None else _token_ids(_short(value) if type(value) is list else value)
 
@@ -322,6 +331,11 @@ LogitBias = Annotated[
 ]
 StopIds = Annotated[
     list[int] | None, PlainValidator(_stop_ids), WithJsonSchema({"anyOf": [_FEW_IDS, _NULL]})
+]
+AllowedIds = Annotated[
+    list[int] | None,
+    PlainValidator(_allowed_ids),
+    WithJsonSchema({"anyOf": [_FEW_IDS | {"minItems": 1}, _NULL]}),
 ]
 TokenIds = Annotated[list[int], PlainValidator(_ids), WithJsonSchema(_IDS)]
 OutputLimit = Annotated[int, AfterValidator(_output_limit), Field(json_schema_extra={"minimum": 1})]

@@ -31,6 +31,9 @@ class ApiLimits:
     max_stop_strings: int = 16
     max_stop_chars: int = 256
     max_stop_token_ids: int = 256
+    max_bad_words: int = 64
+    max_bad_word_chars: int = 64
+    max_allowed_token_ids: int = 1024
     max_logprobs: int = 5  # completions
     max_top_logprobs: int = 20  # chat
     max_echo_tokens: int = 8192  # echo or prompt log probabilities, over all prompts
@@ -43,7 +46,7 @@ class ApiLimits:
     inline_text_chars: int = 8192  # longer prompts are tokenised in a thread
 
     # --- streams --------------------------------------------------------------------------
-    keep_alive: float = 15.0  # silence after which a comment is sent
+    keep_alive: float = 15.0  # silence after which a comment or a ping is sent
     stall_timeout: float = 60.0  # a reader that takes nothing for so long is dropped
     grace: float = 30.0  # an answer that its reader may come back for is kept so long
     replica_grace: float = 30.0  # any other, where the replica that serves its reader is gone

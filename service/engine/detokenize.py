@@ -4,10 +4,10 @@ The text is a function of the ids alone, however they are grouped into steps or 
 stop strings the parts together are exactly
 `b"".join(bytes of the tokens).decode("utf-8", "replace")`. With stop strings that text is cut
 before the first one that completes; of several that complete at the same character, before the
-longest.
+longest. With `include_stop` it is cut after it.
 
-Held back are the bytes of an incomplete character and the longest suffix of the text that is a
-prefix of a stop string.
+Held back are the bytes of an incomplete character and, without `include_stop`, the longest suffix
+of the text that is a prefix of a stop string.
 
     text    | emitted ................ | held: prefix of a stop | bytes of a character |
 
@@ -58,7 +58,13 @@ class Detokenizer:
     Raises ValueError for an empty stop string.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes], stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        token_bytes: Sequence[bytes],
+        stop: tuple[str, ...] = (),
+        *,
+        include_stop: bool = False,
+    ) -> None:
         if "" in stop:
             raise ValueError("a stop string must have at least 1 character")
         self.stopped_by: str | None = None  # once set, there is no more text
@@ -66,6 +72,7 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._scans = [_StopScan(text) for text in stop]
         self._held = ""
+        self._include_stop = include_stop
 
     def push(self, token: int) -> str:
         """Reads a token; returns the text that is no longer held back."""
@@ -88,7 +95,8 @@ class Detokenizer:
             if complete:
                 self.stopped_by = max(complete, key=len)
                 self._held = ""
-                return text[: index - len(self.stopped_by)]
-        certain = len(text) - max(scan.matched for scan in self._scans)
+                return text[: index if self._include_stop else index - len(self.stopped_by)]
+        held = 0 if self._include_stop else max(scan.matched for scan in self._scans)
+        certain = len(text) - held
         self._held = text[certain:]
         return text[:certain]

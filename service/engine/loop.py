@@ -50,7 +50,8 @@ class EngineLoop:
     threads wait meanwhile, so that no event is delivered after `abort` has returned. `on_failure`
     is called once, from the engine's thread, if the runner or `deliver` raised; the engine has
     stopped then. `cost` is the initial model of the runner's speed. Without `grammars` requests
-    with a grammar are rejected. `settle` is called before each step computes, after earlier events
+    with a grammar are rejected. `visible_bytes` are `token_bytes` with names for special tokens,
+    for requests that show them. `settle` is called before each step computes, after earlier events
     were delivered; the step waits for it.
     """
 
@@ -60,6 +61,7 @@ class EngineLoop:
         *,
         config: EngineConfig,
         token_bytes: Sequence[bytes],
+        visible_bytes: Sequence[bytes] | None = None,
         eos_ids: frozenset[int],
         deliver: Callable[[Sequence[Event]], None],
         observer: Observer,
@@ -98,6 +100,7 @@ class EngineLoop:
         self._pipeline = Pipeline(runner, packer, clock=clock)
         self._outputs = Outputs(
             token_bytes=token_bytes,
+            visible_bytes=visible_bytes or token_bytes,
             eos_ids=eos_ids,
             vocab_size=vocab_size,
             grammars=grammars,

@@ -29,10 +29,11 @@ def stop_ids(request: GenerationRequest, eos_ids: frozenset[int]) -> frozenset[i
 class OutputBuilder:
     """Builds the output of one request as its tokens come.
 
-    `reason` is set with the token that ends the output. A stop token counts and has no text; a stop
-    string cuts the text and keeps the tokens in which it began. An output that has completed its
-    grammar, so that only a stop token could follow, ends without one. The caller passes the earlier
-    `tokens` to `guide`; `verdict` is the reason that follows from them.
+    `reason` is set with the token that ends the output. A stop token counts and has no text unless
+    the request includes it; a stop string cuts the text and keeps the tokens in which it began.
+    An output that has completed its grammar, so that only a stop token could follow, ends without
+    one. The caller passes the earlier `tokens` to `guide`; `verdict` is the reason that follows
+    from them.
     """
 
     def __init__(
@@ -55,7 +56,10 @@ class OutputBuilder:
         self._numeric_class = numeric_class
         self._max_tokens = request.max_tokens
         self._stop_ids = stop_ids(request, eos_ids)
-        self._detokenizer = Detokenizer(token_bytes, request.stop)
+        self._include_stop = request.include_stop
+        self._detokenizer = Detokenizer(
+            token_bytes, request.stop, include_stop=request.include_stop
+        )
         self.guide: Guide | None = None
         self._digest = 0
         for token in tokens:  # their text is in the journal already
@@ -120,7 +124,8 @@ class OutputBuilder:
         if token in self._stop_ids:
             self.stopped_by = token
             self.reason = FinishReason.STOP
-            return self._detokenizer.finish()
+            text = self._detokenizer.push(token) if self._include_stop else ""
+            return text + self._detokenizer.finish()
         text = self._detokenizer.push(token)
         reason = self._reason_after(token)
         if reason is None:

@@ -22,15 +22,18 @@ class Outputs:
         self,
         *,
         token_bytes: Sequence[bytes],
+        visible_bytes: Sequence[bytes],
         eos_ids: frozenset[int],
         vocab_size: int,
         grammars: Grammars | None,
         numeric_class: str,
     ) -> None:
+        """`visible_bytes`: the same with names for special tokens."""
         self.builders: dict[str, OutputBuilder] = {}
         self.guides = Guides(grammars, token_bytes=token_bytes, vocab_size=vocab_size)
         self.undelivered: list[Event] = []
         self._token_bytes = token_bytes
+        self._visible_bytes = visible_bytes
         self._eos_ids = eos_ids
         self._vocab_size = vocab_size
         self._numeric_class = numeric_class
@@ -42,9 +45,10 @@ class Outputs:
         request = work.request
         self._check(work)
         guide = self.guides.make(request, tokens=work.tokens)
+        skip = request.skip_special_tokens
         builder = OutputBuilder(
             request,
-            token_bytes=self._token_bytes,
+            token_bytes=self._token_bytes if skip else self._visible_bytes,
             eos_ids=self._eos_ids,
             tokens=work.tokens,
             guide=guide,
@@ -95,8 +99,11 @@ class Outputs:
     def _check(self, work: Work) -> None:
         """Rejects what would break the runner; the API lets none of it through."""
         request, vocab_size = work.request, self._vocab_size
-        biased = [token for token, _ in request.sampling.logit_bias]
-        for ids in (request.prompt_ids, work.tokens, request.stop_token_ids, biased):
+        sampling = request.sampling
+        biased = [token for token, _ in sampling.logit_bias]
+        banned = [token for sequence in sampling.banned for token in sequence]
+        given = (request.prompt_ids, work.tokens, request.stop_token_ids)
+        for ids in (*given, biased, banned, sampling.allowed):
             if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
                 raise BadRequest(
                     f"token ids must be between 0 and {vocab_size - 1}", code="invalid_token_id"

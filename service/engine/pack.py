@@ -15,7 +15,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, Seeds, Words
+from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, Seeds, Words, mask_of
+from service.engine.bans import BannedSequences, singles
 from service.engine.output import stop_ids
 from service.engine.penalties import PenaltyCounts
 from service.engine.plan import EngineConfig, Plan
@@ -35,16 +36,27 @@ class _SlotState:
     """What was written for the sequence in a batch slot."""
 
     owner: tuple[int, int]  # arrival, preemptions: a resumed sequence is a new owner
+    banned: BannedSequences
     num_blocks: int = 0
     min_tokens: int = 0
     penalties: PenaltyCounts | None = None
     biases: _Biases = (_NO_INTS, _NO_FLOATS)
     early_biases: _Biases = (_NO_INTS, _NO_FLOATS)  # of the first min_tokens
+    mask: Words | None = None  # of the allowed tokens; None: all
     adjusts: bool = False  # whether any logit of its rows is adjusted
 
-    def bias(self, num_output: int) -> _Biases:
-        """Biases of the output token at index `num_output`."""
-        return self.early_biases if num_output < self.min_tokens else self.biases
+    def bias(self, sequence: Sequence, drafts: list[int]) -> _Biases:
+        """Biases of the output token after these drafts."""
+        early = sequence.num_output + len(drafts) < self.min_tokens
+        ids, values = self.early_biases if early else self.biases
+        if not self.banned:
+            return ids, values
+        first = max(sequence.num_prompt, len(sequence.tokens) - self.banned.context)
+        known = [*sequence.tokens[first:], *drafts]
+        banned = np.array(sorted(self.banned.after(known)), np.int32)
+        kept = ~np.isin(ids, banned)
+        forbidden = np.full(len(banned), -np.inf, np.float32)
+        return np.concatenate([ids[kept], banned]), np.concatenate([values[kept], forbidden])
 
 
 class _Adjusted(NamedTuple):
@@ -191,18 +203,20 @@ class Packer:
     def _new_state(self, sequence: Sequence, owner: tuple[int, int]) -> _SlotState:
         request = sequence.request
         params = request.sampling
-        state = _SlotState(owner=owner)
+        state = _SlotState(owner=owner, banned=BannedSequences(params.banned))
         if params.repetition_penalty != 1.0:
             state.penalties = PenaltyCounts(request.prompt_ids)
         elif params.presence_penalty or params.frequency_penalty:
             state.penalties = PenaltyCounts(())
-        bias = dict(params.logit_bias)
+        bias = dict(params.logit_bias) | dict.fromkeys(singles(params.banned), -np.inf)
         state.biases = _bias_columns(bias)
         state.min_tokens = request.min_tokens
         if request.min_tokens:
             forbidden = dict.fromkeys(stop_ids(request, self._eos_ids), -np.inf)
             state.early_biases = _bias_columns(bias | forbidden)
-        state.adjusts = bool(state.penalties or len(state.bias(0)[0]) or bias)
+        if params.allowed:
+            state.mask = mask_of(params.allowed, vocab_size=self._vocab_size)
+        state.adjusts = bool(state.penalties or state.banned or bias or len(state.early_biases[0]))
         return state
 
     def _write_columns(self, index: int, params: SamplingParams) -> None:
@@ -237,7 +251,7 @@ class Packer:
         adjusted = list(self._adjusted(plan))
         penalty_rows, penalty_ids, penalty_counts = _penalties(adjusted)
         bias_rows, bias_ids, bias_values = _biases(adjusted)
-        mask_rows, masks = _masks(plan)
+        mask_rows, masks = self._masks(plan)
         temperatures_R, top_ps_R, min_ps_R, presence_R, frequency_R, repetition_R = columns.floats_R
         return SamplingBatch(
             seeds_R=columns.seeds_R,
@@ -261,6 +275,25 @@ class Packer:
             mask_rows_M=mask_rows,
             masks_MW=masks,
         )
+
+    def _masks(self, plan: Plan) -> tuple[Ints, Words]:
+        """Rows with a grammar or a set of allowed tokens, and their masks."""
+        rows: list[int] = []
+        masks: list[Words] = []
+        row = 0
+        for sequence in plan.sampling:
+            num = 1 + len(plan.drafts.get(sequence, ()))
+            state = self._states[_slot_of(sequence)]
+            if sequence.guide is not None:
+                rows.extend(range(row, row + num))
+                masks.append(sequence.guide.masks(num))
+            elif state is not None and state.mask is not None:
+                rows.extend(range(row, row + num))
+                masks.append(np.tile(state.mask, (num, 1)))
+            row += num
+        if not rows:
+            return _NO_INTS, _NO_WORDS
+        return np.array(rows, np.int32), np.concatenate(masks)
 
     def _adjusted(self, plan: Plan) -> Iterator[_Adjusted]:
         row = 0
@@ -332,7 +365,7 @@ def _penalties(adjusted: list[_Adjusted]) -> tuple[Ints, Ints, Ints]:
 
 def _biases(adjusted: list[_Adjusted]) -> tuple[Ints, Ints, Floats]:
     rows = [
-        (first + row, *state.bias(sequence.num_output + row))
+        (first + row, *state.bias(sequence, drafts[:row]))
         for first, sequence, state, drafts in adjusted
         for row in range(1 + len(drafts))
     ]
@@ -353,22 +386,6 @@ def _flatten(
         np.concatenate(ids),
         np.concatenate(values),
     )
-
-
-def _masks(plan: Plan) -> tuple[Ints, Words]:
-    """Rows with a grammar, and their masks of allowed tokens."""
-    rows: list[int] = []
-    masks: list[Words] = []
-    row = 0
-    for sequence in plan.sampling:
-        num = 1 + len(plan.drafts.get(sequence, ()))
-        if sequence.guide is not None:
-            rows.extend(range(row, row + num))
-            masks.append(sequence.guide.masks(num))
-        row += num
-    if not rows:
-        return _NO_INTS, _NO_WORDS
-    return np.array(rows, np.int32), np.concatenate(masks)
 
 
 def _bias_columns(bias: dict[int, float]) -> _Biases:

@@ -105,10 +105,11 @@ class Sequence:
     @property
     def chooses_by_tokens(self) -> bool:
         """Whether its next token can be sampled only after the previous one has been read, because
-        of penalties or a grammar.
+        of penalties or a grammar. Runners take no mask for a row whose token is unread, not even
+        one that never changes.
         """
         params = self.request.sampling
-        return self.guide is not None or params.penalises
+        return self.guide is not None or params.penalises or bool(params.allowed)
 
     @property
     def scores_prompt(self) -> bool:

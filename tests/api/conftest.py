@@ -34,6 +34,7 @@ from service.app import build_app
 from service.http.listeners import Listener
 from service.http.ports import address, bind
 from service.messages import (
+    FEATURES,
     End,
     FinishReason,
     GenerationRequest,
@@ -114,7 +115,7 @@ class ScriptedEngine:
     fenced: list[str] = field(default_factory=list)
     info: EngineInfo = field(
         default_factory=lambda: EngineInfo(
-            id="e1", numeric_class="class-1", version="1", features=("grammar",)
+            id="e1", numeric_class="class-1", version="1", features=tuple(FEATURES)
         )
     )
 
@@ -144,9 +145,9 @@ class ScriptedEngine:
         while start < len(ids):
             part = tuple(ids[start : start + draw.choice([1, 1, 1, 2, 3])])
             end = start + len(part)
-            text = decoder.decode(
-                b"".join(self.tokenizer.token_bytes[token] for token in part), end == len(ids)
-            )
+            skip = request.skip_special_tokens
+            table = self.tokenizer.token_bytes if skip else self.tokenizer.visible_bytes
+            text = decoder.decode(b"".join(table[token] for token in part), end == len(ids))
             digest = rolling_digest(part, previous=digest)
             if self.bad_digest_at is not None and end > self.bad_digest_at:
                 digest ^= 1

@@ -52,7 +52,8 @@ REASONS = re.compile(
     r"|times choices|cannot be|room for a token|must be a JSON schema|tool names must be unique"
     r"|chat_template_kwargs|no answer can match|text of a JSON object"
     r"|tool_use and thinking only for the assistant|the last message must not call tools"
-    r"|must be the number of an event"
+    r"|must be the number of an event|must be the id of an input item|token ids must be from"
+    r"|must be given with"
 )
 """Errors about fields that depend on each other or on the model: no schema can state these."""
 

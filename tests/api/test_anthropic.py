@@ -609,7 +609,7 @@ async def test_the_synchronous_client(service: Any, listen: Any) -> None:
 
 
 @pytest.mark.slow
-async def test_the_client_ignores_keep_alive_comments(
+async def test_the_client_ignores_pings_that_keep_alive(
     start_service: Any, small_limits: Any, listen: Any
 ) -> None:
     import anthropic
@@ -623,6 +623,12 @@ async def test_the_client_ignores_keep_alive_comments(
         async with client.messages.stream(**OPTIONS | {"max_tokens": 4}) as stream:
             final = await stream.get_final_message()
         assert final.usage.output_tokens == 4
+        asked = B | {"max_tokens": 4}
+        raw = await service.post("/v1/messages", asked | {"stream": True})
+        names = [name for name, _ in events_of(raw.content)]
+        assert names[0] == "message_start"
+        assert names.count("ping") > 1
+        assert alike(assemble(raw.content), (await service.post("/v1/messages", asked)).json())
 
 
 @pytest.mark.slow

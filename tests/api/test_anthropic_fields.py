@@ -271,3 +271,13 @@ async def test_a_call_cut_anywhere_is_not_complete(service: Any, seed: int) -> N
     assert '"stop_reason":"max_tokens"' in streamed
     turns = [*B["messages"], {"role": "assistant", "content": body["content"]}, *B["messages"]]
     await sent(service, tools=[TOOL], messages=turns)
+
+
+async def test_names_of_tools_may_be_as_long_as_at_anthropic(service: Any) -> None:
+    """Clients of MCP servers send names such as `mcp__server__tool`."""
+    name = "mcp__" + "x" * 123
+    script = service.tokenizer.encode(TOOL_FORMATS["plain"].render([(name, "{}")]))
+    service.engine.script = lambda _request: script
+    service.engine.end = FinishReason.STOP
+    body = (await sent(service, tools=[TOOL | {"name": name}])).json()
+    assert [block["name"] for block in body["content"]] == [name]

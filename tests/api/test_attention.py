@@ -20,6 +20,7 @@ from service.api.observer import NullObserver
 from service.api.system.attention import AttentionReader, AttentionService
 from service.parts import open_attention
 from service.settings import Settings
+from tests.support.waiting import PATIENCE
 
 PATH = "/v1/attention"
 MESSAGES = [{"role": "user", "content": "hello world"}, {"role": "assistant", "content": "fine"}]
@@ -148,7 +149,7 @@ class HeldReader:
         self, tokens: Sequence[int], *, layer: int | None, head: int | None
     ) -> Sequence[Sequence[float]]:
         self.calls.append([*tokens])
-        assert self.let.acquire(timeout=30)
+        assert self.let.acquire(timeout=PATIENCE)
         return [[1.0] * (position + 1) for position in range(len(tokens))]
 
 
@@ -172,7 +173,7 @@ async def test_one_map_is_read_at_a_time_and_tenants_take_turns(start_service: A
             return asyncio.create_task(service.post(PATH, {"tokens": [token]}, x_tenant=tenant))
 
         flood = [show("flood", 1) for _ in range(5)]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while len(reader.calls) < 1 or reading._pool.waiting < 4:
                 await asyncio.sleep(0.001)
         refused = await show("flood", 1)
@@ -180,7 +181,7 @@ async def test_one_map_is_read_at_a_time_and_tenants_take_turns(start_service: A
         assert refused.json()["error"]["message"].endswith("calls are waiting for attention")
         assert service.observer.refusals == ["busy"]
         quiet = show("quiet", 2)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while reading._pool.waiting < 5:
                 await asyncio.sleep(0.001)
         assert (await service.client.get("/health/live")).status_code == 200, "others are served"

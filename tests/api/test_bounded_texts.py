@@ -21,7 +21,7 @@ OF_THE_PROMPT = {
     "prompt", "content", "text", "input", "instructions", "system", "description", "arguments",
     "output", "reasoning_content", "thinking", "refusal",
 }  # fmt: skip
-OF_THE_GRAMMAR = {"regex", "choice", "grammar", "json"}
+OF_THE_GRAMMAR = {"regex", "choice", "grammar", "json", "definition"}
 OTHERS = {
     "model": "compared with the one name that is served",
     "encrypted_content": "dropped",
@@ -29,6 +29,7 @@ OTHERS = {
     "data": "dropped",
     "stop": "by the configured limits",
     "stop_sequences": "by the configured limits",
+    "bad_words": "by the configured limits",
 }
 BOUNDS = {"maxLength", "enum", "const", "pattern"}
 

@@ -14,6 +14,7 @@ from service.http.listeners import Listener, ServedProtocol
 from service.http.ports import bind
 from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
+from tests.support.waiting import PATIENCE
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 DIALECTS: dict[str, dict[str, Any]] = {
@@ -43,7 +44,7 @@ async def begun(service: Any) -> Any:
 async def test_each_open_call_gets_an_error(
     start_service: Any, read_events: Events, path: str, *, shared: bool
 ) -> None:
-    queue = (Shared if shared else MemoryQueue)(QueueLimits())
+    queue = (Shared if shared else MemoryQueue)(QueueLimits(lease=10 * PATIENCE))
     async with (
         start_service(queue=queue) as service,
         start_service(queue=queue, running=False) as other,
@@ -84,7 +85,7 @@ async def test_what_cannot_be_read_on_is_to_be_sent_again(
     start_service: Any, fields: dict[str, Any]
 ) -> None:
     path = "/v1/responses" if "store" in fields else "/v1/completions"
-    async with start_service(queue=Shared(QueueLimits())) as service:
+    async with start_service(queue=Shared(QueueLimits(lease=10 * PATIENCE))) as service:
         service.engine.pause = 0.004
         call = asyncio.create_task(service.post(path, DIALECTS[path] | fields))
         await begun(service)
@@ -97,7 +98,7 @@ async def test_what_cannot_be_read_on_is_to_be_sent_again(
 
 async def test_an_event_on_its_way_is_sent_once(start_service: Any, read_events: Events) -> None:
     """The connection takes nothing while the replica closes; then all comes, in order."""
-    async with start_service(queue=Shared(QueueLimits())) as service:
+    async with start_service(queue=Shared(QueueLimits(lease=10 * PATIENCE))) as service:
         service.engine.pause = 0.002
         sent: list[bytes] = []
         blocked, free = asyncio.Event(), asyncio.Event()
@@ -181,7 +182,7 @@ async def test_what_is_left_in_the_end_is_cut_off(
         connections = listener.server_state.connections
         while not any(isinstance(c, ServedProtocol) and c.flow.write_paused for c in connections):
             await asyncio.sleep(0.01)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await drain(
                 listener,
                 serving,

@@ -18,6 +18,7 @@ from service.http.listeners import Listener
 from service.http.ports import address, bind
 from tests.api.bad_input_rows import COMPLETIONS, B
 from tests.api.raw_http_rows import Answer, answers, plain, request
+from tests.support.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.slow
 
@@ -60,21 +61,15 @@ def completion(**fields: Any) -> bytes:
 async def ask(pair: Pair, sent: bytes) -> bytes:
     """The head of the answer to a request."""
     pair[1].write(sent)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         return await pair[0].readuntil(b"\r\n\r\n")
 
 
 async def rest(pair: Pair) -> bytes:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         with contextlib.suppress(ConnectionResetError):
             return await pair[0].read()
         return b""
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 STREAM = completion(stream=True, max_tokens=200)
@@ -93,6 +88,7 @@ async def test_streams_are_never_ended_for_a_newcomer(service: Any) -> None:
         streams = [await connect("127.0.0.2"), await connect("127.0.0.3")]
         for stream in streams:
             assert b" 200 " in await ask(stream, STREAM)
+        service.engine.pause = PATIENCE
         answer = await refusal(await connect("127.0.0.4"))
         assert answer.status == 503
         assert answer.json()["error"]["code"] == "too_many_connections"
@@ -110,6 +106,7 @@ async def test_one_address_cannot_take_all_places(service: Any) -> None:
     async with serving(service.app, per_address=2) as (_, connect):
         for _ in range(2):
             assert b" 200 " in await ask(await connect(), STREAM)
+        service.engine.pause = PATIENCE
         answer = await refusal(await connect())
         assert answer.status == 429
         assert answer.json()["error"]["type"] == "rate_limit_error"
@@ -152,6 +149,7 @@ async def test_refusals_are_bounded(service: Any) -> None:
     service.engine.pause = 0.05
     async with serving(service.app, total=1, refused=2) as (places, connect):
         assert b" 200 " in await ask(await connect("127.0.0.2"), STREAM)
+        service.engine.pause = PATIENCE
         silent = [await connect() for _ in range(6)]  # none reads nor closes
         received = await asyncio.gather(*(rest(pair) for pair in silent))
         assert sum(b" 503 " in part for part in received) == 2
@@ -204,7 +202,7 @@ async def test_accepting_goes_on_after_descriptors_ran_out(
         accepting = acceptor.Acceptor(bound, Connections(ConnectionLimits()))
         accepting.start(make_protocol)
         _, writer = await asyncio.open_connection(*bound.getsockname())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await made.wait()
         writer.close()
         accepting.stop()

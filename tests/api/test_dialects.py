@@ -11,13 +11,12 @@ import pytest
 import service.api
 from service.api import DIALECTS, dialect_of
 from service.api.generation.manifest import Endpoint
-from service.api.generation.sampling import sampling_of
+from service.api.generation.sampling import PLANNED, sampling_of
 from service.api.openai.schema import CompletionBody
 from service.api.wire import SamplingBody
 from service.messages import SamplingParams
 
 FOLDER = Path(service.api.__file__).parent
-PLANNED = {"choice", "top_logprobs"}  # set when a request is planned
 
 
 def test_every_endpoint_has_its_dialect() -> None:

@@ -17,6 +17,7 @@ from service.api.structured import validator as grammar_validator
 from service.api.structured.validator import MAX_TENANT_WAITING, GrammarValidator
 from service.errors import RateLimited
 from service.messages import Allowance
+from tests.support.waiting import PATIENCE
 
 TEXT = {"model": "tiny-model", "prompt": "hi", "max_tokens": 4}
 
@@ -34,7 +35,7 @@ class HeldValidator(GrammarValidator):
 
     def _compile(self, grammar: str) -> str | None:
         self.compiled.append(grammar)
-        assert self.let.acquire(timeout=30)
+        assert self.let.acquire(timeout=PATIENCE)
         return "is bad" if "bad" in grammar else None
 
 

@@ -20,6 +20,7 @@ def random_request(draw: random.Random) -> tuple[str, dict[str, Any]]:
         "n": draw.choice([1, 1, 2, 3]),
         "return_token_ids": draw.choice([None, False, True]),
         "return_tokens_as_token_ids": draw.choice([None, True]),
+        "skip_special_tokens": draw.choice([None, False]),
         "truncate_prompt_tokens": draw.choice([None, None, -1, 1, 3]),
     }
     if draw.random() < 0.5:

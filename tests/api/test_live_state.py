@@ -10,6 +10,7 @@ from service.errors import Unavailable
 from service.queues.contract import EngineInfo, QueueDepth, QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from tests.queues.builders import make_submission
+from tests.support.waiting import PATIENCE
 
 
 class CountedQueue(MemoryQueue):
@@ -32,7 +33,7 @@ class CountedQueue(MemoryQueue):
 async def test_many_calls_cost_one_reading() -> None:
     """So /status needs no rate limit: the load on the queue does not depend on its callers."""
     now = 0.0
-    queue = CountedQueue(QueueLimits())
+    queue = CountedQueue(QueueLimits(lease=10 * PATIENCE))
     live = LiveState(queue, clock=lambda: now)
     states = await asyncio.gather(*(live.read() for _ in range(50)))
     assert queue.readings == 1

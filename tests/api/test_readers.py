@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,42 +13,17 @@ import pytest
 from service.api.readers import Readers
 from service.errors import Unavailable
 from service.messages import End
-from service.queues.contract import QueueLimits, Write, WriteReply
+from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
-from service.queues.redis.queue import RedisQueue
 from tests.cluster.redis_process import RedisServer
+from tests.support.stepped import STEP, SteppedQueue, SteppedRedisQueue
 from tests.support.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.slow
 
 GRACE = 0.8
-PAUSE = 0.033  # seconds per step of the engine
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 60, "seed": 3, "stream": True}
 IDS = {"x-quire-event-ids": "1"}
-
-
-class SteppedQueue(MemoryQueue):
-    """Its clock moves with the engine's steps: no grace ends because the machine is slow."""
-
-    def __init__(self, limits: QueueLimits) -> None:
-        self.now = 0.0
-        super().__init__(limits, clock=lambda: self.now)
-
-    async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
-        self.now += PAUSE
-        return await super().write(writes)
-
-
-class SteppedRedisQueue(RedisQueue):
-    """The same with a Redis whose clock stands still else."""
-
-    def __init__(self, limits: QueueLimits, server: RedisServer) -> None:
-        super().__init__(limits, url=server.url)
-        self._server = server
-
-    async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
-        self._server.advance(PAUSE)
-        return await super().write(writes)
 
 
 class Pair(NamedTuple):
@@ -68,7 +43,7 @@ async def pair(start_service: Any, small_limits: Any, listen: Any) -> AsyncItera
         listen(alive.app) as url,
         httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
     ):
-        dead.engine.pause = PAUSE
+        dead.engine.pause = STEP
         yield Pair(dead, alive, client)
 
 
@@ -82,7 +57,7 @@ async def begun(pair: Pair, **headers: str) -> asyncio.Task[Any]:
 async def tokens(pair: Pair, count: int) -> None:
     """Waits for so many steps of the first answer."""
     while len(await pair.dead.queue.read(pair.dead.engine.seen[0].id)) < count:
-        await asyncio.sleep(PAUSE / 4)
+        await asyncio.sleep(STEP / 4)
 
 
 async def end_of(pair: Pair) -> End:
@@ -181,7 +156,7 @@ async def test_replicas_over_redis(
         listen(alive.app) as url,
         httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
     ):
-        dead.engine.pause = PAUSE
+        dead.engine.pause = STEP
         pair = Pair(dead, alive, client)
         await test_a_reader_at_another_replica_keeps_it_alive(pair)
         body = {"model": "tiny-model", "input": "x", "max_output_tokens": 120}

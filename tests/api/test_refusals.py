@@ -272,5 +272,5 @@ async def test_a_journal_cut_in_other_places_goes_on(start_service: Any) -> None
     body = B | {"max_tokens": 30, "logprobs": 1, "return_token_ids": True}
     async with start_service() as service:
         reference = (await service.post("/v1/completions", body)).json()["choices"]
-    async with start_service(queue=RecutQueue(QueueLimits())) as service:
+    async with start_service(queue=RecutQueue(QueueLimits(lease=10 * PATIENCE))) as service:
         assert (await service.post("/v1/completions", body)).json()["choices"] == reference

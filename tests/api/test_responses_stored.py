@@ -212,6 +212,11 @@ async def test_references_stand_for_items(service: Any) -> None:
         assert await code_of(service, {"input": reference}) == nowhere
 
 
+async def test_there_is_no_compaction(service: Any) -> None:
+    reply = await service.post(f"{URL}/compact", B | {"input": "a"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "unknown_url")
+
+
 class Clock:
     """Seconds that only tests move."""
 

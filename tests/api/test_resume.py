@@ -56,7 +56,9 @@ def in_pieces(
     tokenizer: Tokenizer, request: GenerationRequest, ids: Sequence[int], sizes: Iterator[int]
 ) -> list[Record]:
     """The journal that an engine writes whose steps give so many tokens each."""
-    answer = OutputBuilder(request, token_bytes=tokenizer.token_bytes, eos_ids=tokenizer.eos_ids)
+    skip = request.skip_special_tokens
+    table = tokenizer.token_bytes if skip else tokenizer.visible_bytes
+    answer = OutputBuilder(request, token_bytes=table, eos_ids=tokenizer.eos_ids)
     records: list[Record] = []
     while answer.reason is None:
         step = ids[answer.count : answer.count + next(sizes)]
@@ -75,7 +77,7 @@ def replace_journal(queue: MemoryQueue, request_id: str, records: Sequence[Recor
     entry.end = next((record for record in records if isinstance(record, End)), None)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(10))
 async def test_a_journal_in_other_pieces_goes_on_from_every_token(
     service: Any, tokenizer: Tokenizer, seed: int
 ) -> None:
@@ -83,11 +85,16 @@ async def test_a_journal_in_other_pieces_goes_on_from_every_token(
     probabilities. What a reader has before an event and gets after it is one answer.
     """
     draw = random.Random(seed)
-    plain = tokenizer.encode("hello €5 één 😀😀 world how are you €", add_bos=False)
+    text = "hello €5 één 😀😀 world<s> how are you €"
+    plain = tokenizer.encode(text, add_bos=False, parse_special=True)
     ids = [draw.choice(plain) for _ in range(40)]
-    middle = tokenizer.decode(ids[25:30])
+    shown = draw.random() < 0.5
+    middle = tokenizer.decode(ids[25:30], skip_special=not shown)
     stop = [[], ["zzz", " w"], [middle], [middle, "😀 never", "é"]][seed % 4]
-    body = B | {"stop": stop, "logprobs": draw.choice([None, 1]), "ignore_eos": True}
+    body = B | {
+        "stop": stop, "logprobs": draw.choice([None, 1]), "ignore_eos": True,
+        "skip_special_tokens": not shown, "include_stop_str_in_output": draw.random() < 0.5,
+    }  # fmt: skip
     ones: Iterator[int] = iter(lambda: 1, 0)
     service.engine.records = lambda request: iter(in_pieces(tokenizer, request, ids, ones))
     whole = await service.post("/v1/completions", body, **IDS)

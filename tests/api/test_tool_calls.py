@@ -204,7 +204,7 @@ def test_ids_that_the_model_writes_are_its_calls_ids(
 
 
 def test_an_id_that_never_ends_is_text() -> None:
-    text = "[TOOL_CALLS]now[CALL_ID]" + "x" * 100
+    text = "[TOOL_CALLS]now[CALL_ID]" + "x" * 200
     for pieces in ([text], list(text)):
         total = read(V11, pieces)
         assert (total.text, total.calls) == (text, [])

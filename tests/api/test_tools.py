@@ -339,7 +339,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [NOW | {"x": 1}]}, "tools[0].x", "unknown_parameter"),
     ({"tools": [WEATHER, NOW, NOW]}, "tools[2].function.name", "invalid_value"),
     (function(name="a b"), "tools[1].function.name", "invalid_value"),
-    (function(name="x" * 65), "tools[1].function.name", "invalid_value"),
+    (function(name="x" * 129), "tools[1].function.name", "invalid_value"),
     (function(name=5), "tools[1].function.name", "invalid_type"),
     (function(parameters=[]), "tools[1].function.parameters", "invalid_type"),
     (function(parameters={"type": "string"}), "tools[1].function.parameters", "invalid_value"),

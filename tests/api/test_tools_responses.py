@@ -174,6 +174,45 @@ async def test_items_become_messages_of_a_chat(service: Any) -> None:
         assert one.grammar is not None
 
 
+async def test_custom_tools_are_those_of_chats(service: Any) -> None:
+    """The same prompt and grammar, for the tools and for calls in the history."""
+    grammar = {"syntax": "regex", "definition": "[a-z]+"}
+    tools = [
+        {"type": "custom", "name": "run", "description": "Runs.", "format": {"type": "text"}},
+        {"type": "custom", "name": "word", "format": {"type": "grammar", **grammar}},
+    ]
+    items = [
+        {"role": "user", "content": "go"},
+        {"type": "custom_tool_call", "call_id": "c1", "name": "run", "input": 'ls "é"',
+         "id": "ctc_1", "status": "completed"},
+        {"type": "custom_tool_call_output", "call_id": "c1", "output": "none"},
+    ]  # fmt: skip
+    reply = await service.post(URL, {"input": items, "tools": tools, "max_output_tokens": 4})
+    assert reply.json()["tools"] == tools
+    called = {"id": "c1", "type": "custom", "custom": {"name": "run", "input": 'ls "é"'}}
+    messages = [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        {"role": "tool", "content": "none", "tool_call_id": "c1"},
+    ]
+    theirs = [
+        {"type": "custom", "custom": {"name": "run", "description": "Runs."}},
+        {"type": "custom", "custom": {"name": "word", "format": {
+            "type": "grammar", "grammar": grammar}}},
+    ]  # fmt: skip
+    chat = {"model": "tiny-model", "messages": messages, "tools": theirs, "max_tokens": 4}
+    reply = await service.post("/v1/chat/completions", chat)
+    assert reply.status_code == 200, reply.text
+    one, other = service.engine.seen
+    assert (one.prompt_ids, one.grammar) == (other.prompt_ids, other.grammar)
+    listed = await service.client.get(
+        f"{URL}/resp_{one.id.removesuffix('.0')}/input_items?order=asc"
+    )
+    assert [item["type"] for item in listed.json()["data"]] == [
+        "message", "custom_tool_call", "custom_tool_call_output",
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 async def test_the_client_assembles_tool_calls(service: Any, listen: Any) -> None:
     import openai
@@ -210,7 +249,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tool_choice": {"type": "function", "function": {"name": "now"}}}, "tool_choice",
      "invalid_value"),
     ({"tools": None, "tool_choice": "required"}, "tool_choice", "invalid_value"),
+    ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": {}}]}},
+     "tool_choice", "invalid_value"),
     ({"include": ["message.output_text.logprobs"]}, "include", "invalid_value"),
+    ({"tools": [{"type": "custom", "name": "x", "format": {"type": "grammar"}}]},
+     "tools[0].format.definition", "invalid_value"),
     ({"input": [{"type": "function_call"}]}, "input[0].call_id", "missing_required_parameter"),
     ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "input[0].output",
      "missing_required_parameter"),

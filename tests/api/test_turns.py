@@ -20,6 +20,7 @@ from model.text.tokenizer import Tokenizer
 from service.api import ROUTERS
 from service.api.auth import Tenant, only_with_key
 from service.keys import KeyRing, new_entry
+from tests.support.waiting import PATIENCE
 
 LONG = "hello world " * 1000
 MODEL = "tiny-model"
@@ -64,11 +65,11 @@ class HeldTokenizer:
     def _hold(self, length: int) -> None:
         if threading.current_thread() is not threading.main_thread():
             self.began.append(length)
-            assert self.let.acquire(timeout=60)
+            assert self.let.acquire(timeout=PATIENCE)
 
-    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+    def encode(self, text: str, **options: Any) -> list[int]:
         self._hold(len(text))
-        return self._real.encode(text, add_bos=add_bos)
+        return self._real.encode(text, **options)
 
     def decode(self, ids: list[int]) -> str:
         self._hold(len(ids))

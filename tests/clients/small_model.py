@@ -1,8 +1,13 @@
-"""A checkpoint for clients whose prompts are long: `python small_model.py SOURCE TARGET`.
+"""A checkpoint for agents, whose prompts are long: `python small_model.py SOURCE TARGET`.
 
 Its tokenizer and chat template are those of SOURCE, a GGUF file. Its network is a small block with
-a context of 128K tokens, made so that each answer is the same: "ok" and the end. It runs in the
-server's environment, which has gguf.
+a context of 128K tokens, whose weights are made for two answers:
+
+    the prompt has the token "times"    the text "ok"
+    it does not                         a call of a shell tool with the command "times"
+
+So an agent that runs its tools gets the text in the second turn. It runs in the server's
+environment, which has gguf.
 """
 
 from __future__ import annotations
@@ -15,7 +20,10 @@ import gguf
 import numpy as np
 
 HIDDEN, WIDTH, CONTEXT = 64, 64, 131_072
-ANSWER = "ok"
+COMMAND, ANSWER = "times", "ok"
+OPENING = ("<", "tool", "_", "call", ">")  # the tokens of <tool_call>
+SHELLS = ("B", "exec")  # tokens that begin the names of shell tools
+LINE_BREAK, BLANK = "\u010a", "\u0120"  # as byte-level vocabularies spell them
 ARCHITECTURE = "llama"
 _SIZES = {
     "block_count": 1,
@@ -53,29 +61,48 @@ def main(source: Path, target: Path) -> None:
 
 
 def _tensors(vocabulary: list[str], end: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Attention and feed-forward add nothing, so the next token depends on the last one alone: the
-    answer after a line break, with which the chat template ends, and the end after any other.
+    """One head looks for the command in the context; all else depends on the last token.
+
+    Axes of the residual stream: `one` is set for all tokens, `found` if the command is in the
+    context; the others are classes of tokens. The grammar of tools does the rest: what it forces
+    needs no preference.
     """
-    line_break, answer = vocabulary.index("Ċ"), vocabulary.index(ANSWER)
-    axes = np.eye(2, HIDDEN, dtype=np.float32)
-    embedding = np.tile(axes[0], (len(vocabulary), 1))
-    embedding[line_break] = axes[1]
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    one, found, other, start, said, *links = np.eye(HIDDEN, dtype=np.float32)
+    embedding = np.tile(one + other, (len(vocabulary), 1))
+    embedding[ids[LINE_BREAK]] = one + start
+    embedding[ids[COMMAND]] = one + said
     output = np.zeros_like(embedding)
-    output[end], output[answer] = 8 * axes
-    ones, square = np.ones(HIDDEN, np.float32), np.zeros((HIDDEN, HIDDEN), np.float32)
+    output[end] = 8 * other
+    output[ids[ANSWER]] = 4 * start + 4 * found  # the chat template ends with a line break
+    output[ids[OPENING[0]]] = 8 * start - 8 * found
+    for link, token, following in zip(links, OPENING, OPENING[1:], strict=False):
+        embedding[ids[token]] = one + link
+        output[ids[following]] = 8 * link
+    for token in SHELLS:
+        output[ids[token]] = 2 * one
+    output[ids[COMMAND]] = 4 * one - 8 * said
+    output[ids[BLANK + '"']] = 3 * one
+    output[ids['"']] = one + 8 * said
+    output[ids["}"]] = output[ids["}}"]] = 1.5 * one
+    blank = np.zeros((HIDDEN, HIDDEN), np.float32)
+    query, key, value, product = blank.copy(), blank.copy(), blank.copy(), blank.copy()
+    query[-2], key[-2] = 6 * one, 6 * said  # the pair of dimensions that turns least
+    value[0], product[:, 0] = said, 0.2 * found
+    ones = np.ones(HIDDEN, np.float32)
     return {
         "token_embd.weight": embedding,
         "output.weight": output,
         "output_norm.weight": ones,
         "blk.0.attn_norm.weight": ones,
         "blk.0.ffn_norm.weight": ones,
-        "blk.0.attn_q.weight": square,
-        "blk.0.attn_k.weight": square,
-        "blk.0.attn_v.weight": square,
-        "blk.0.attn_output.weight": square,
-        "blk.0.ffn_gate.weight": np.zeros((WIDTH, HIDDEN), np.float32),
-        "blk.0.ffn_up.weight": np.zeros((WIDTH, HIDDEN), np.float32),
-        "blk.0.ffn_down.weight": np.zeros((HIDDEN, WIDTH), np.float32),
+        "blk.0.attn_q.weight": query,
+        "blk.0.attn_k.weight": key,
+        "blk.0.attn_v.weight": value,
+        "blk.0.attn_output.weight": product,
+        "blk.0.ffn_gate.weight": blank,
+        "blk.0.ffn_up.weight": blank,
+        "blk.0.ffn_down.weight": blank,
     }
 
 

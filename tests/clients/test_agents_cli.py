@@ -1,8 +1,9 @@
-"""Command-line agents: one prompt each, without a terminal, ends with the answer and exit code 0.
+"""Command-line agents: prompts without a terminal end with the answer and exit code 0.
 
 The model is `small_model.py`'s: the prompts have up to 30,000 tokens, and the protocol is tested,
-not the wit. Telemetry and updates are off, and a proxy that does not exist takes what an agent
-sends elsewhere.
+not the wit. It answers "ok" if the prompt has the word "times"; otherwise it calls the shell of the
+agent with the command `times`, and answers when it reads the result. Telemetry and updates are off,
+and a proxy that does not exist gets what an agent sends elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from conftest import ROOT, Server, free_port, wait_until_ready
 
 AGENTS = Path(__file__).parent / "agents" / "node_modules"
 MODEL = "small-model"
-PROMPT = "Answer with the word ok."
+ANSWER = 'Answer "times" with ok.'
+CALL = "Use your shell, then answer."
 CODEX_CONFIG = """
 model = "{model}"
 model_provider = "quire"
@@ -91,9 +93,20 @@ def run(
     )
 
 
-def claude(server: Server, home: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def claude(server: Server, home: Path, prompt: str, *options: str) -> dict[str, Any]:
+    """The result of one prompt. Raises AssertionError unless the exit code is 0."""
+    ended = start_claude(server, home, prompt, "--output-format", "json", *options)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    result: dict[str, Any] = json.loads(ended.stdout)
+    return result
+
+
+def start_claude(
+    server: Server, home: Path, prompt: str, *options: str
+) -> subprocess.CompletedProcess[str]:
+    program = AGENTS / "@anthropic-ai/claude-code/cli-wrapper.cjs"
     return run(
-        ["node", AGENTS / "@anthropic-ai/claude-code/cli-wrapper.cjs", "-p", PROMPT, *options],
+        ["node", program, "-p", prompt, "--allowedTools=Bash", *options],
         home,
         ANTHROPIC_BASE_URL=server.url,
         ANTHROPIC_API_KEY="none",
@@ -103,54 +116,72 @@ def claude(server: Server, home: Path, *options: str) -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.proves("Claude Code", "streams", "tools")
+@pytest.mark.proves("Claude Code", "streams")
 def test_claude_code_ends_with_the_answer(large_server: Server, tmp_path: Path) -> None:
-    """Its requests stream, and have two dozen tools."""
     needs("@anthropic-ai/claude-code")
-    ended = claude(large_server, tmp_path, "--output-format", "json")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    result = json.loads(ended.stdout)
-    assert (result["result"], result["stop_reason"], result["is_error"]) == (
-        "ok",
-        "end_turn",
-        False,
-    )
+    result = claude(large_server, tmp_path, ANSWER)
+    assert (result["result"], result["stop_reason"], result["num_turns"]) == ("ok", "end_turn", 1)
     assert result["usage"]["input_tokens"] > 5000
+
+
+@pytest.mark.proves("Claude Code", "tools")
+def test_claude_code_calls_its_shell(large_server: Server, tmp_path: Path) -> None:
+    """The second turn has the prompt of the first in the prefix cache."""
+    needs("@anthropic-ai/claude-code")
+    result = claude(large_server, tmp_path, CALL)
+    assert (result["result"], result["stop_reason"], result["num_turns"]) == ("ok", "end_turn", 2)
+    assert not result["permission_denials"]
+    assert result["usage"]["cache_read_input_tokens"] > 5000
 
 
 @pytest.mark.proves("Claude Code", "errors")
 def test_claude_code_shows_an_error_of_the_server(large_server: Server, tmp_path: Path) -> None:
     needs("@anthropic-ai/claude-code")
-    ended = claude(large_server, tmp_path, "--model", "nope")
+    ended = start_claude(large_server, tmp_path, ANSWER, "--model", "nope")
     assert ended.returncode != 0
     assert "model" in ended.stdout + ended.stderr
 
 
-def codex(server: Server, home: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def codex(
+    server: Server, home: Path, prompt: str, *options: str
+) -> subprocess.CompletedProcess[str]:
     folder = home / ".codex"
     folder.mkdir()
     config = CODEX_CONFIG.format(model=server.model, url=server.url)
     (folder / "config.toml").write_text(config)
     command: list[str | Path] = ["node", AGENTS / "@openai/codex/bin/codex.js", "exec"]
-    return run([*command, "--skip-git-repo-check", "--json", *options, PROMPT], home)
+    return run([*command, "--skip-git-repo-check", "--json", *options, prompt], home)
 
 
-@pytest.mark.proves("Codex CLI", "streams", "tools")
-def test_codex_ends_with_the_answer(large_server: Server, tmp_path: Path) -> None:
-    """Its requests stream, and have functions, a namespace of them and a hosted tool."""
-    needs("@openai/codex")
-    ended = codex(large_server, tmp_path)
+def items(ended: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    """What a run that ended well has said and done."""
     assert ended.returncode == 0, ended.stdout + ended.stderr
     events = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
-    messages = [event["item"] for event in events if event["type"] == "item.completed"]
-    assert [item["text"] for item in messages if item["type"] == "agent_message"] == ["ok"]
     assert events[-1]["type"] == "turn.completed"
     assert events[-1]["usage"]["input_tokens"] > 5000
+    return [event["item"] for event in events if event["type"] == "item.completed"]
+
+
+@pytest.mark.proves("Codex CLI", "streams")
+def test_codex_ends_with_the_answer(large_server: Server, tmp_path: Path) -> None:
+    needs("@openai/codex")
+    done = items(codex(large_server, tmp_path, ANSWER))
+    assert [item["text"] for item in done if item["type"] == "agent_message"] == ["ok"]
+    assert not [item for item in done if item["type"] == "command_execution"]
+
+
+@pytest.mark.proves("Codex CLI", "tools")
+def test_codex_calls_its_shell(large_server: Server, tmp_path: Path) -> None:
+    needs("@openai/codex")
+    done = items(codex(large_server, tmp_path, CALL))
+    (called,) = [item for item in done if item["type"] == "command_execution"]
+    assert called["command"].endswith("times")
+    assert [item["text"] for item in done if item["type"] == "agent_message"] == ["ok"]
 
 
 @pytest.mark.proves("Codex CLI", "errors")
 def test_codex_shows_an_error_of_the_server(large_server: Server, tmp_path: Path) -> None:
     needs("@openai/codex")
-    ended = codex(large_server, tmp_path, "--model", "nope")
+    ended = codex(large_server, tmp_path, ANSWER, "--model", "nope")
     assert ended.returncode != 0
     assert "unknown model" in ended.stdout

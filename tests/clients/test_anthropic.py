@@ -111,5 +111,7 @@ def test_errors_are_its_exceptions(client: Any, server: Any) -> None:
     assert missing.value.type == "not_found_error"
     with pytest.raises(anthropic.BadRequestError, match="temperature"):
         client.messages.create(**asked(server, "hello", temperature=2))
-    with pytest.raises(anthropic.BadRequestError, match="thinking is not supported"):
-        client.messages.create(**asked(server, "hello", thinking={"type": "adaptive"}))
+    image = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/a.png"}}
+    messages = [{"role": "user", "content": [image]}]
+    with pytest.raises(anthropic.BadRequestError, match="image is not"):
+        client.messages.create(**asked(server, "hello", messages=messages))

@@ -26,7 +26,14 @@ from service.messages import (
     Tokens,
     rolling_digest,
 )
-from tests.support.fakes import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, OracleRunner, oracle_answer
+from tests.support.fakes import (
+    EOS_IDS,
+    TOKEN_BYTES,
+    VISIBLE_BYTES,
+    VOCAB_SIZE,
+    OracleRunner,
+    oracle_answer,
+)
 
 CONFIG = EngineConfig(max_batch_tokens=16, max_sequences=6, max_prompt_chunk=8)
 
@@ -62,6 +69,15 @@ def random_request(draw: random.Random, name: str) -> GenerationRequest:
         sampling |= {"repetition_penalty": 1.5}
     if draw.random() < 0.2:
         sampling |= {"logit_bias": ((draw.randrange(90), 2.0), (96, -1.0))}
+    if draw.random() < 0.2:
+        sampling |= {"allowed": tuple(sorted(draw.sample(range(97), draw.randint(3, 6))))}
+    if draw.random() < 0.3:
+        # Of few tokens, so that sequences come about; never all that are allowed.
+        few = (sampling.get("allowed") or tuple(range(97)))[:-1]
+        words = {
+            tuple(draw.choices(few, k=draw.choice([1, 2, 2, 3]))) for _ in range(len(few) // 2)
+        }
+        sampling |= {"banned": tuple(sorted(words))}
     if draw.random() < 0.3:
         sampling |= {"top_logprobs": draw.randrange(3)}
     return make_request(
@@ -69,12 +85,14 @@ def random_request(draw: random.Random, name: str) -> GenerationRequest:
         prompt=prompt,
         max_tokens=draw.randint(1, 24),
         sampling=sampling,
-        min_tokens=draw.choice([0, 0, 5]),
+        min_tokens=0 if "allowed" in sampling else draw.choice([0, 0, 5]),
         stop=tuple(
             draw.sample(["a", "bc", "éa", "cd", "\ufffd", "ab", "fgh"], draw.choice([0, 2]))
         ),
         stop_token_ids=tuple(draw.sample(range(96), draw.choice([0, 0, 4]))),
         ignore_eos=draw.random() < 0.3,
+        include_stop=draw.random() < 0.2,
+        skip_special_tokens=draw.random() < 0.8,
         prompt_logprobs=draw.choice([None, None, None, 0, 2]),
         tenant=draw.choice(["a", "b", "c"]),
         priority=draw.randrange(3),
@@ -121,9 +139,10 @@ def expected(request: GenerationRequest) -> tuple[list[int], str, FinishReason, 
     for num in range(1, len(ids) + 1):
         ended = ids[num - 1] in ending
         last = ended or num == request.max_tokens
-        raw = b"".join(TOKEN_BYTES[token] for token in ids[: num - ended])
-        text = codecs.utf_8_decode(raw, "replace", last)[0]
-        cut = first_stop(text, request.stop)
+        table = TOKEN_BYTES if request.skip_special_tokens else VISIBLE_BYTES
+        shown = ids[: num - (ended and not request.include_stop)]
+        text = codecs.utf_8_decode(b"".join(table[token] for token in shown), "replace", last)[0]
+        cut = first_stop(text, request.stop, included=request.include_stop)
         if ended:
             return ids[:num], cut[0] if cut else text, FinishReason.STOP, ids[num - 1]
         if cut:
@@ -131,15 +150,17 @@ def expected(request: GenerationRequest) -> tuple[list[int], str, FinishReason, 
     return ids, text, FinishReason.LENGTH, None
 
 
-def first_stop(text: str, stops: Sequence[str]) -> tuple[str, str] | None:
+def first_stop(
+    text: str, stops: Sequence[str], *, included: bool = False
+) -> tuple[str, str] | None:
     """The text before the first stop to be complete (the longest of those), and that stop."""
     found = [
         (text.index(stop) + len(stop), text.index(stop), stop) for stop in stops if stop in text
     ]
     if not found:
         return None
-    _, start, stop = min(found)
-    return text[:start], stop
+    end, start, stop = min(found)
+    return text[: end if included else start], stop
 
 
 def costs(seconds: Callable[[int], float]) -> CostModel:
@@ -218,6 +239,7 @@ class Rig:
             self.runner,
             config=config,
             token_bytes=TOKEN_BYTES,
+            visible_bytes=VISIBLE_BYTES,
             eos_ids=EOS_IDS,
             deliver=self._delivered,
             observer=self,

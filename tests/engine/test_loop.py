@@ -17,8 +17,9 @@ from service.engine.observer import NullObserver, StepReport
 from service.messages import End, Event, GenerationRequest
 from tests.engine.harness import CONFIG, Transcript, expected, make_request, random_request
 from tests.support.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, OverlappedOracle
+from tests.support.waiting import PATIENCE
 
-WAIT = 10.0  # seconds; only a failure waits that long
+WAIT = PATIENCE  # seconds; only a failure waits that long
 
 
 class Outbox:

@@ -51,7 +51,7 @@ def endpoints() -> str:
         (f"`{method} {route.path}`", route.summary or route.name.replace("_", " "))
         for router in ROUTERS.values()
         for route in router.routes
-        if isinstance(route, APIRoute)
+        if isinstance(route, APIRoute) and route.include_in_schema
         for method in sorted(route.methods or ())
     ]
     rows.append(("`GET /metrics`", "All series in Prometheus' text format; on the admin port only"))

@@ -44,9 +44,11 @@ REQUEST = GenerationRequest(
     sampling=SamplingParams(
         seed=2**64 - 1, choice=1, temperature=0.7, top_k=40, top_p=0.9, min_p=0.05,
         presence_penalty=0.1, frequency_penalty=0.2, repetition_penalty=1.1,
-        logit_bias=((5, -100.0), (7, 1.5)), top_logprobs=3,
+        logit_bias=((5, -100.0), (7, 1.5)), banned=((5, 300), (7,)), allowed=(5, 9),
+        top_logprobs=3,
     ),
-    max_tokens=64, min_tokens=2, stop=("\n\n", "é"), stop_token_ids=(2, 3), ignore_eos=True,
+    max_tokens=64, min_tokens=2, stop=("\n\n", "é"), include_stop=True,
+    skip_special_tokens=False, stop_token_ids=(2, 3), ignore_eos=True,
     prompt_logprobs=1, grammar='start: "a"', tenant="alice", priority=2, timeout_ms=5000,
     trace="00-0123456789abcdef0123456789abcdef-0123456789abcdef-01", model="0123456789abcdef",
 )  # fmt: skip
@@ -290,7 +292,8 @@ def wrong_values(value: object) -> tuple[object, ...]:
     if isinstance(value, str | dict):
         return (5, 1.5, True, [])
     if isinstance(value, list):
-        return ("x", 5, {}, [{}], [True], [[1, 2, 3]])
+        ragged = len({len(item) for item in value if isinstance(item, list)}) > 1
+        return ("x", 5, {}, [{}], [True], [["x"]] if ragged else [[1, 2, 3]])
     return ("x", True, [], {})
 
 

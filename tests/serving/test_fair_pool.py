@@ -13,6 +13,7 @@ import pytest
 
 from service.errors import RateLimited, Unavailable
 from service.fair_pool import FairPool
+from tests.support.waiting import PATIENCE
 
 
 class Gate:
@@ -28,7 +29,7 @@ class Gate:
             with self.news:
                 self.began.append(name)
                 self.news.notify_all()
-            assert self.allowed.acquire(timeout=30)
+            assert self.allowed.acquire(timeout=PATIENCE)
             return name
 
         return work
@@ -36,7 +37,7 @@ class Gate:
     async def has_begun(self, count: int) -> None:
         def wait() -> bool:
             with self.news:
-                return self.news.wait_for(lambda: len(self.began) >= count, timeout=30)
+                return self.news.wait_for(lambda: len(self.began) >= count, timeout=PATIENCE)
 
         assert await asyncio.to_thread(wait)
 
@@ -173,7 +174,7 @@ async def test_nothing_is_lost_or_counted_in_the_end(seed: int) -> None:
         result == index or isinstance(result, asyncio.CancelledError)
         for index, result in enumerate(results)
     )
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while pool._running.total():
             await asyncio.sleep(0.001)
     assert (pool._queues, pool._waiting, pool._served) == ({}, {}, {})

@@ -22,6 +22,7 @@ import pytest
 
 from tests.cluster.redis_process import RedisServer
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -89,14 +90,14 @@ class Marked:
             "structured_outputs": {"regex": "[a-z ]+"},
         }  # fmt: skip
         url = f"http://127.0.0.1:{self.port}/v1/completions"
-        answer = httpx.post(url, json=body, timeout=60)
+        answer = httpx.post(url, json=body, timeout=PATIENCE)
         assert answer.status_code in {200, 503}, answer.text  # 503: checked, but no engine
         assert self.pid_of(VALIDATOR)
 
     def check_nothing_is_left(self) -> None:
         assert self.process is not None
-        self.process.wait(timeout=60)
-        ends = time.monotonic() + 30
+        self.process.wait(timeout=PATIENCE)
+        ends = time.monotonic() + PATIENCE
         while left := self.pids():
             assert time.monotonic() < ends, (left, self.log.read_text())
             time.sleep(0.05)
@@ -115,7 +116,7 @@ def marked(tmp_path: Path) -> Iterator[Callable[[], Marked]]:
         for pid in each.pids():
             os.kill(pid, signal.SIGKILL)
         if each.process is not None:
-            each.process.wait(timeout=60)
+            each.process.wait(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def test_a_server_that_is_still_loading_ends_at_once(
 ) -> None:
     server = marked()
     server.start(sys.executable, "-m", "service", "serve", "--model", str(model))
-    ends = time.monotonic() + 60
+    ends = time.monotonic() + PATIENCE
     while "torch" not in Path(f"/proc/{server.leader}/maps").read_text():
         assert time.monotonic() < ends
         time.sleep(0.01)
@@ -215,7 +216,7 @@ def test_a_download_ends_with_the_server(
         monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
         server = marked()
         server.start(sys.executable, "-c", FETCH, str(tmp_path))
-        index.settimeout(60)
+        index.settimeout(PATIENCE)
         connection, _ = index.accept()
         with connection:
             assert server.pid_of("pip download")

@@ -181,9 +181,9 @@ def test_ctrl_c_ends_the_answer_and_keeps_the_session(server: FakeServer, talk: 
     screen, over = Screen(), threading.Event()
 
     def interrupt() -> None:
-        assert screen.drawn.wait(10)
+        assert screen.drawn.wait(PATIENCE)
         os.kill(os.getpid(), signal.SIGINT)
-        over.wait(10)  # what comes after is too late
+        over.wait(PATIENCE)  # what comes after is too late
 
     server.scripts = [[event("Half"), interrupt, event(" never")], answer("Whole.")]
     try:
@@ -357,11 +357,11 @@ def test_a_conversation_in_a_real_terminal(server: FakeServer) -> None:
         event("## Col"),
         event("ours\n\nSome **bo"),
         event("ld** te"),
-        lambda: go_on.wait(30),
+        lambda: go_on.wait(PATIENCE),
     ]
     server.scripts = [
         [*first, *answer("xt.")],
-        [event("Half a"), lambda: over.wait(30), event(" never")],
+        [event("Half a"), lambda: over.wait(PATIENCE), event(" never")],
         answer("Whole."),
     ]
     terminal = Terminal("--url", server.url, "--system", "Be brief.")

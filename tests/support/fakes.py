@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from model.batch import Batch, Bools, SamplingBatch, StepOutput
+from model.batch import Batch, Bools, SamplingBatch, StepOutput, unpack_masks
 from model.config import ModelConfig
 from model.runners import StepHandle
 from service.api.context import Probes
@@ -33,6 +33,7 @@ TOKEN_BYTES: tuple[bytes, ...] = tuple(
     + [b"<eos>"]
 )
 assert len(TOKEN_BYTES) == VOCAB_SIZE
+VISIBLE_BYTES: tuple[bytes, ...] = tuple(text or b"<none>" for text in TOKEN_BYTES)
 
 ALL_WELL = Probes(
     started=lambda: True,
@@ -55,10 +56,13 @@ def _next_token(
     settings: tuple[float, ...],
     penalties: Iterable[tuple[int, float]],
     biases: Iterable[tuple[int, float]],
+    allowed: Iterable[int],
 ) -> int:
-    """The token after `context`: any change of an argument changes it, -inf forbids it."""
+    """The token after `context`: any change of an argument changes it, -inf and masks forbid it."""
     biases = sorted(biases)
     forbidden = {token for token, value in biases if value == -np.inf}
+    if allowed := set(allowed):
+        forbidden |= set(range(VOCAB_SIZE)) - allowed
     drawn = _draw(context, settings, sorted(penalties), biases)
     # Ends of an answer are drawn more often than one time in 97.
     token = EOS_ID if drawn % 23 == 0 else drawn // 23 % VOCAB_SIZE
@@ -137,6 +141,7 @@ class OracleRunner:
                     batch.sampling.bias_values_E,
                     row=row,
                 ),
+                allowed=_allowed(batch.sampling, row),
             )
             for row, ids in enumerate(sampled)
         ]
@@ -235,6 +240,12 @@ def _settings(sampling: SamplingBatch, row: int) -> tuple[float, ...]:
     return tuple(column[row].item() for column in columns)
 
 
+def _allowed(sampling: SamplingBatch, row: int) -> list[int]:
+    """Of a row's mask; none if it has no mask."""
+    masks = unpack_masks(sampling.masks_MW[sampling.mask_rows_M == row], VOCAB_SIZE)
+    return [int(token) for mask in masks for token in np.flatnonzero(mask)]
+
+
 def _entries(
     rows: np.ndarray, ids: np.ndarray, values: np.ndarray, *, row: int
 ) -> list[tuple[int, float]]:
@@ -276,6 +287,9 @@ def oracle_answer(request: GenerationRequest, *, num: int | None = None) -> list
         bias = {token: float(np.float32(value)) for token, value in params.logit_bias}
         if len(answer) < request.min_tokens:
             bias |= dict.fromkeys(ending, -np.inf)
+        for *before, last in params.banned:
+            if answer[len(answer) - len(before) :] == before:
+                bias[last] = -np.inf
         token = _next_token(
             (*request.prompt_ids, *answer),
             settings=(
@@ -288,6 +302,7 @@ def oracle_answer(request: GenerationRequest, *, num: int | None = None) -> list
             ),
             penalties=[(token, float(answer.count(token))) for token in counted],
             biases=bias.items(),
+            allowed=params.allowed,
         )
         answer.append(token)
         if token in ending:

@@ -46,7 +46,7 @@ from tests.support.waiting import PATIENCE
 
 LEASE = 0.3
 POISON = 90
-WAIT = 30.0  # seconds for what has to happen
+WAIT = PATIENCE  # seconds for what has to happen
 
 
 class Ledger:

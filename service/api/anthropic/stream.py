@@ -33,6 +33,8 @@ _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 class MessageRenderer:
     """Renders the events of one message. With event ids, the last event of a token has its id."""
 
+    keep_alive = _PING  # clients may count events, and comments are none
+
     def __init__(self, reader: AnswerReader, *, event_ids: bool) -> None:
         self._reader = reader
         self._event_ids = event_ids

@@ -19,6 +19,9 @@ from service.api.generation.reader import AnswerReader
 from service.api.generation.request import Generation
 from service.errors import QuireError
 
+# One newline: a blank line would end an event without data, which openai-python cannot parse.
+COMMENT = b": ping\n"
+
 Body_contra = TypeVar("Body_contra", contravariant=True)
 
 
@@ -28,6 +31,8 @@ class EventRenderer(Protocol):
     `skip` is called for the deltas that a resuming client has already, before anything else; then
     `begin`, `event` for each delta, and `finish` or `fail`.
     """
+
+    keep_alive: bytes  # sent after a time without events, between two of them
 
     def skip(self, delta: StreamDelta) -> None:
         """Takes note of a delta that the client has received."""

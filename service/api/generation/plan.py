@@ -18,6 +18,7 @@ from service.api.generation.manifest import Endpoint, Manifest, PromptNote, Tool
 from service.api.generation.prompts import PromptTokens, call_rendering, check_token_ids
 from service.api.generation.request import Call, Generation
 from service.api.generation.sampling import (
+    banned_sequences,
     check_logprobs,
     check_stop_rules,
     num_choices,
@@ -53,7 +54,11 @@ def plan(
     check_token_ids(generation.stop_token_ids, context, param="stop_token_ids")
     # best_of compares log probabilities, whether they were requested or not.
     compared = manifest.width > manifest.keep and manifest.logprobs is None
-    sampling = replace(generation.sampling, top_logprobs=0 if compared else manifest.logprobs)
+    sampling = replace(
+        generation.sampling,
+        top_logprobs=0 if compared else manifest.logprobs,
+        banned=banned_sequences(generation, context),
+    )
     requests = [
         GenerationRequest(
             id=call.id,
@@ -62,6 +67,8 @@ def plan(
             max_tokens=max(1, output_limit(generation, len(prompt.ids), context)),
             min_tokens=generation.min_tokens,
             stop=generation.stop,
+            include_stop=generation.include_stop,
+            skip_special_tokens=generation.skip_special_tokens,
             stop_token_ids=generation.stop_token_ids,
             ignore_eos=generation.ignore_eos,
             prompt_logprobs=_prompt_logprobs(manifest),
@@ -109,7 +116,9 @@ def _manifest(
         prompts=tuple(
             PromptNote(
                 num_tokens=len(prompt.ids),
-                text=_text(prompt, context) if generation.echo else None,
+                text=_text(prompt, context, skip_special=generation.skip_special_tokens)
+                if generation.echo
+                else None,
                 ids=prompt.ids if returned else (),
             )
             for prompt in prompts
@@ -127,7 +136,8 @@ def _manifest(
         continuous_usage=generation.continuous_usage,
         obfuscation=generation.obfuscation,
         service_tier=_tier_used(generation.service_tier),
-        stop=generation.stop,
+        skip_special_tokens=generation.skip_special_tokens,
+        stop=() if generation.include_stop else generation.stop,
         sealed_reasoning=generation.sealed_reasoning,
         **_called(generation, context),
         given_back=dict(generation.echoed),
@@ -166,8 +176,10 @@ def _returned(generation: Generation, num_tokens: int, limits: ApiLimits) -> boo
     return bool(given)
 
 
-def _text(prompt: PromptTokens, context: ApiContext) -> str:
-    return context.tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text
+def _text(prompt: PromptTokens, context: ApiContext, *, skip_special: bool) -> str:
+    if prompt.text is not None:
+        return prompt.text
+    return context.tokenizer.decode(prompt.ids, skip_special=skip_special)
 
 
 def _prompt_logprobs(manifest: Manifest) -> int | None:
@@ -239,9 +251,15 @@ async def grammar_of(generation: Generation, context: ApiContext, *, tenant: str
 
 def _reject_conflicting_fields(generation: Generation) -> None:
     """Stop strings and stop tokens are no conflict: they cut the output, as the limit does."""
-    conflicts = {"min_tokens": generation.min_tokens, "ignore_eos": generation.ignore_eos}
-    for name, given in conflicts.items():
+    ends = {"min_tokens": generation.min_tokens, "ignore_eos": generation.ignore_eos}
+    tokens = {
+        "bad_words": generation.bad_words,
+        "allowed_token_ids": generation.sampling.allowed,
+        "skip_special_tokens": generation.tools and not generation.skip_special_tokens,
+    }
+    for name, given in (ends | tokens).items():
         if given:
+            what = "the end" if name in ends else "the tokens"
             raise BadRequest(
-                f"{name} contradicts a grammar, which determines the end of the output", param=name
+                f"{name} contradicts a grammar, which determines {what} of the output", param=name
             )

@@ -67,6 +67,8 @@ class Generation:
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False  # the stop string or token is part of the text
+    bad_words: tuple[str, ...] = ()  # texts that the output must not contain
     ignore_eos: bool = False
     truncate_prompt: int | None = None  # its last tokens are kept; -1: those that fit
     thinking_budget: int | None = None  # tokens of reasoning, after which it is ended
@@ -79,6 +81,7 @@ class Generation:
     tokens_as_ids: bool = False  # log probabilities name tokens by their ids
     echo: bool = False  # the answer begins with the prompt
     return_token_ids: bool = False
+    skip_special_tokens: bool = True  # false: the names of special tokens are part of the text
     output: OutputFormat | None = None  # of what follows the reasoning; None: any text
     include_reasoning: bool = True  # in the answer
 

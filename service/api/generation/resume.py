@@ -116,7 +116,9 @@ async def _received(reader: AnswerReader, record: Tokens, *, choice: int, count:
     known = record.ids[: count - record.start]
     journal = await reader.context.queue.read(reader.request_ids[choice])
     before = [r.ids for r in journal if isinstance(r, Tokens) and r.end <= record.start]
-    token_bytes = reader.context.tokenizer.token_bytes
+    tokenizer = reader.context.tokenizer
+    skip = manifest.skip_special_tokens
+    token_bytes = tokenizer.token_bytes if skip else tokenizer.visible_bytes
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text = decoder.decode(b"".join(token_bytes[id_] for ids in [*before, known] for id_ in ids))
     certain = len(text) - max((_held_back(text, stop) for stop in manifest.stop), default=0)

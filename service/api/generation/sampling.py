@@ -8,12 +8,16 @@ from dataclasses import fields
 from pydantic import BaseModel
 
 from service.api.context import ApiContext
+from service.api.generation.prompts import check_token_ids
 from service.api.generation.request import Chat, Generation
 from service.api.limits import ApiLimits
 from service.errors import BadRequest
 from service.messages import SamplingParams
 
-_BY_NAME = {field.name for field in fields(SamplingParams)} - {"choice", "top_logprobs"}
+PLANNED = frozenset({"choice", "top_logprobs", "banned", "allowed"})
+"""Sampling parameters that are not fields of a body under the same name."""
+
+_BY_NAME = {field.name for field in fields(SamplingParams)} - PLANNED
 
 
 def sampling_of(body: BaseModel) -> SamplingParams:
@@ -38,6 +42,34 @@ def check_stop_rules(generation: Generation, limits: ApiLimits) -> None:
         )
     if len(generation.stop_token_ids) > limits.max_stop_token_ids:
         raise _too_many("stop_token_ids", limits.max_stop_token_ids)
+
+
+def banned_sequences(generation: Generation, context: ApiContext) -> tuple[tuple[int, ...], ...]:
+    """The token sequences of the bad words. Raises BadRequest, also if no token would be left."""
+    words, limits = generation.bad_words, context.limits
+    if len(words) > limits.max_bad_words:
+        raise _too_many("bad_words", limits.max_bad_words)
+    if any(len(word) > limits.max_bad_word_chars for word in words):
+        raise BadRequest(
+            f"a bad word may have at most {limits.max_bad_word_chars} characters",
+            code="string_above_max_length",
+            param="bad_words",
+        )
+    banned = {ids for word in words for ids in context.tokenizer.spellings(word)}
+    allowed = generation.sampling.allowed
+    if len(allowed) > limits.max_allowed_token_ids:
+        raise _too_many("allowed_token_ids", limits.max_allowed_token_ids)
+    check_token_ids(allowed, context, param="allowed_token_ids")
+    lost = {ids[-1] for ids in banned}
+    if generation.min_tokens:
+        lost |= {*generation.stop_token_ids, *context.tokenizer.eos_ids}
+    left = set(allowed) - lost if allowed else context.card.vocab_size - len(lost) > 0
+    if not left:
+        raise BadRequest(
+            "allowed_token_ids must contain a token that bad_words and min_tokens do not exclude",
+            param="allowed_token_ids",
+        )
+    return tuple(sorted(banned))
 
 
 def check_logprobs(generation: Generation, limits: ApiLimits) -> None:

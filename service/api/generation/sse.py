@@ -1,4 +1,4 @@
-"""Server-sent events over ASGI: an answer's events, keep-alive comments, clients that leave.
+"""Server-sent events over ASGI: an answer's events, keep-alives, clients that leave.
 
     relay:  journal -> event -> send       one send in flight: it waits until the socket drains
     watch:  receive -> client gone         also between tokens; and it sends the keep-alive
@@ -28,8 +28,6 @@ HEADERS = {
     "x-accel-buffering": "no",
     "content-type": "text/event-stream; charset=utf-8",
 }
-# One newline: a blank line would end an event without data, which openai-python cannot parse.
-KEEP_ALIVE = b": ping\n"
 
 
 class EventStream(Response):
@@ -129,4 +127,5 @@ class EventStream(Response):
                     return
             elif now - self._last_sent >= limits.keep_alive / 2:
                 self._last_sent = now
-                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                beat = self._renderer.keep_alive
+                await send({"type": "http.response.body", "body": beat, "more_body": True})

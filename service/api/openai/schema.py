@@ -15,7 +15,16 @@ from service.api.answers import (
     ModelId,
     NumericClass,
 )
-from service.api.fields import FieldError, Label, NoEffect, OutputLimit, Prompt, ServiceTier
+from service.api.fields import (
+    AllowedIds,
+    FieldError,
+    Label,
+    NoEffect,
+    OutputLimit,
+    Prompt,
+    ServiceTier,
+    StopStrings,
+)
 from service.api.structured.schema import ResponseFormat, StructuredOutputs
 from service.api.tools.schema import ChatToolChoice, Tools
 from service.api.wire import (
@@ -60,6 +69,21 @@ class GenerationBody(SamplingBody):
     )
     return_token_ids: bool | None = Field(
         None, description="Also return the token ids of prompt and output."
+    )
+    include_stop_str_in_output: bool | None = Field(
+        None, description="Keep the stop string, or the text of the stop token. Default false."
+    )
+    skip_special_tokens: bool | None = Field(
+        None,
+        description="Leave special tokens out of the text. Default true. With false they are shown "
+        "by their names, and reasoning is not separated; not with tools.",
+    )
+    bad_words: StopStrings = Field(
+        None, description="Texts that the output must not contain. Not with a grammar or tools."
+    )
+    allowed_token_ids: AllowedIds = Field(
+        None,
+        description="The only tokens that the output may contain. Not with a grammar or tools.",
     )
     return_tokens_as_token_ids: bool | None = Field(
         None, description="In log probabilities, name each token token_id:<id>, not by its text."

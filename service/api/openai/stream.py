@@ -13,6 +13,7 @@ import orjson
 
 from service.api.errors import error_body
 from service.api.generation.deltas import Delta, Finish, ScoredToken, Start, StreamDelta
+from service.api.generation.dialect import COMMENT
 from service.api.generation.logprobs import chat_logprobs, completion_logprobs
 from service.api.generation.reader import AnswerReader
 from service.api.openai.collect import answer_id, is_chat, prompt_fields, tier_field, usage_object
@@ -25,6 +26,8 @@ OBFUSCATION_BLOCK = 64  # bytes; a chunk is padded to a multiple of it
 
 class ChunkRenderer:
     """Renders one answer's events. With ids, each token event has the position after it."""
+
+    keep_alive = COMMENT
 
     def __init__(self, reader: AnswerReader, *, event_ids: bool) -> None:
         manifest = reader.manifest

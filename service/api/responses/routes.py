@@ -27,7 +27,7 @@ from service.api.responses.schema import (
     ResponseObject,
 )
 from service.api.responses.stream import ResponseRenderer, numbering
-from service.errors import BadRequest
+from service.errors import BadRequest, NotFound
 from service.messages import FinishReason
 
 router = APIRouter(route_class=JsonRoute)
@@ -56,6 +56,12 @@ async def create_response(
         dropped = ", ".join(body.dropped_tools)
         response.headers[WARNING] = f"tools that this server lacks were dropped: {dropped}"
     return response
+
+
+@router.post("/v1/responses/compact", include_in_schema=False)
+async def compact_response() -> Response:
+    """Refuses: otherwise the method would be what is wrong with this URL."""
+    raise NotFound("this server does not compact responses", code="unknown_url")
 
 
 @router.get("/v1/responses/{response_id}", responses=described(ResponseObject, stream=True))

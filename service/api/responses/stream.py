@@ -29,6 +29,7 @@ from service.api.generation.accumulate import (
     ToolCallSegment,
 )
 from service.api.generation.deltas import Delta, ScoredToken, Start, StreamDelta
+from service.api.generation.dialect import COMMENT
 from service.api.generation.manifest import Manifest
 from service.api.generation.reader import AnswerReader
 from service.api.responses.object import (
@@ -86,6 +87,8 @@ class ResponseRenderer:
     """Renders the events of one response. `seen` is the number of the last one that the client
     has; None: the client has all events of the deltas that are skipped.
     """
+
+    keep_alive = COMMENT
 
     def __init__(self, reader: AnswerReader, *, event_ids: bool, seen: int | None = None) -> None:
         self._reader = reader

@@ -29,7 +29,7 @@ from service.api.tools.arguments import (
 )
 from service.api.tools.formats import ToolFormat
 
-MAX_NAME = 64  # characters of a function's name
+MAX_NAME = 128  # characters of a function's name: as at Anthropic; OpenAI allows 64
 
 
 @dataclass(frozen=True, slots=True)

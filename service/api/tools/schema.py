@@ -31,14 +31,16 @@ from service.api.tools.chat import (
     ToolChoice,
     ToolRef,
 )
+from service.api.tools.parser import MAX_NAME
 
 MAX_TOOLS = 128
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_NAME}}}")
 
 
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
-        raise FieldError("invalid_value", "must be 1 to 64 letters, digits, underscores or dashes")
+        message = f"must be 1 to {MAX_NAME} letters, digits, underscores or dashes"
+        raise FieldError("invalid_value", message)
     return value
 
 
@@ -81,7 +83,7 @@ def _mode(value: object, modes: Collection[Mode]) -> Mode:
 
 
 def _tool_ref(value: object, *, nested: bool) -> ToolRef:
-    if not isinstance(value, dict) or value.get("type") not in {"function", "custom"}:
+    if not isinstance(value, dict) or value.get("type") not in ("function", "custom"):
         message = 'can only name tools of the types "function" and "custom"'
         raise FieldError("invalid_value", message)
     fields = _content(value, nested=nested)
@@ -135,7 +137,7 @@ def _chat_choice(value: object) -> ToolChoice | None:
 FunctionName = Annotated[
     str,
     AfterValidator(_name),
-    WithJsonSchema({"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}),
+    WithJsonSchema({"type": "string", "pattern": f"^{_NAME.pattern}$"}),
 ]
 Parameters = Annotated[dict[str, Any] | None, BeforeValidator(_parameters)]
 CallIndex = Annotated[
