@@ -88,6 +88,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     prompt_logprobs: int | None = None  # None: no; k: each prompt token's and the top k
     grammar: str | None = None  # that the answer must match; syntax: `model.grammar`
+    prediction: tuple[int, ...] = ()  # that the output may contain: a hint, never a condition
     tenant: str = "public"
     priority: int = 1  # 0 before 1 before 2
     timeout_ms: int | None = None  # from submission, by the queue's clock

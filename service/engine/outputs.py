@@ -102,7 +102,7 @@ class Outputs:
         sampling = request.sampling
         biased = [token for token, _ in sampling.logit_bias]
         banned = [token for sequence in sampling.banned for token in sequence]
-        given = (request.prompt_ids, work.tokens, request.stop_token_ids)
+        given = (request.prompt_ids, work.tokens, request.stop_token_ids, request.prediction)
         for ids in (*given, biased, banned, sampling.allowed):
             if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
                 raise BadRequest(

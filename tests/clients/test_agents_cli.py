@@ -72,9 +72,9 @@ def needs(package: str) -> None:
 def run(
     command: list[str | Path], home: Path, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """A run in an empty folder and an empty home."""
+    """A run with this home, in a folder that is empty at first."""
     work = home / "work"
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     return subprocess.run(
         command,
         cwd=work,
@@ -126,12 +126,14 @@ def test_claude_code_ends_with_the_answer(large_server: Server, tmp_path: Path) 
 
 @pytest.mark.proves("Claude Code", "tools")
 def test_claude_code_calls_its_shell(large_server: Server, tmp_path: Path) -> None:
-    """The second turn has the prompt of the first in the prefix cache."""
+    """The second turn has the prompt of the first in the prefix cache. Its session goes on."""
     needs("@anthropic-ai/claude-code")
     result = claude(large_server, tmp_path, CALL)
     assert (result["result"], result["stop_reason"], result["num_turns"]) == ("ok", "end_turn", 2)
     assert not result["permission_denials"]
     assert result["usage"]["cache_read_input_tokens"] > 5000
+    again = claude(large_server, tmp_path, "And again.", "--continue")
+    assert (again["result"], again["session_id"]) == ("ok", result["session_id"])
 
 
 @pytest.mark.proves("Claude Code", "errors")
@@ -146,11 +148,15 @@ def codex(
     server: Server, home: Path, prompt: str, *options: str
 ) -> subprocess.CompletedProcess[str]:
     folder = home / ".codex"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     config = CODEX_CONFIG.format(model=server.model, url=server.url)
     (folder / "config.toml").write_text(config)
     command: list[str | Path] = ["node", AGENTS / "@openai/codex/bin/codex.js", "exec"]
     return run([*command, "--skip-git-repo-check", "--json", *options, prompt], home)
+
+
+def said(done: list[dict[str, Any]]) -> list[str]:
+    return [item["text"] for item in done if item["type"] == "agent_message"]
 
 
 def items(ended: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -166,7 +172,7 @@ def items(ended: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 def test_codex_ends_with_the_answer(large_server: Server, tmp_path: Path) -> None:
     needs("@openai/codex")
     done = items(codex(large_server, tmp_path, ANSWER))
-    assert [item["text"] for item in done if item["type"] == "agent_message"] == ["ok"]
+    assert said(done) == ["ok"]
     assert not [item for item in done if item["type"] == "command_execution"]
 
 
@@ -176,7 +182,8 @@ def test_codex_calls_its_shell(large_server: Server, tmp_path: Path) -> None:
     done = items(codex(large_server, tmp_path, CALL))
     (called,) = [item for item in done if item["type"] == "command_execution"]
     assert called["command"].endswith("times")
-    assert [item["text"] for item in done if item["type"] == "agent_message"] == ["ok"]
+    assert said(done) == ["ok"]
+    assert said(items(codex(large_server, tmp_path, "And again.", "resume", "--last"))) == ["ok"]
 
 
 @pytest.mark.proves("Codex CLI", "errors")

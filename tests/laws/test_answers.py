@@ -260,6 +260,26 @@ def self_repeating(requests: Sequence[GenerationRequest]) -> list[GenerationRequ
 
 
 @pytest.mark.parametrize("seed", [60, *slowly(61)])
+def test_predictions_change_no_answer(seed: int) -> None:
+    """Right ones, wrong ones, and those with a part missing or added; right ones save steps."""
+    draw = random.Random(seed)
+    requests = make_requests(seed)
+    truth = alone(requests)
+    predicted = []
+    for request in requests:
+        ids = truth.ids(request.id)
+        cut = draw.randrange(len(ids))
+        wrong = tuple(draw.randrange(97) for _ in range(5))
+        text = draw.choice([ids, ids[:cut] + list(wrong) + ids[cut:], ids[cut:], list(wrong)])
+        predicted.append(replace(request, prediction=tuple(text)))
+    drafted = Answers(ROOMY, blocks=120, exact=True).run(
+        [[Work(request=request)] for request in predicted]
+    )
+    assert drafted.accepted >= 15
+    assert_same(drafted, truth, requests)
+
+
+@pytest.mark.parametrize("seed", [60, *slowly(61)])
 def test_drafts_change_no_answer(seed: int) -> None:
     requests = self_repeating(make_requests(seed))
     drafted = Answers(ROOMY, blocks=80, exact=True).run(

@@ -49,7 +49,8 @@ REQUEST = GenerationRequest(
     ),
     max_tokens=64, min_tokens=2, stop=("\n\n", "é"), include_stop=True,
     skip_special_tokens=False, stop_token_ids=(2, 3), ignore_eos=True,
-    prompt_logprobs=1, grammar='start: "a"', tenant="alice", priority=2, timeout_ms=5000,
+    prediction=(7, 300), prompt_logprobs=1,
+    grammar='start: "a"', tenant="alice", priority=2, timeout_ms=5000,
     trace="00-0123456789abcdef0123456789abcdef-0123456789abcdef-01", model="0123456789abcdef",
 )  # fmt: skip
 MANIFEST = Manifest(

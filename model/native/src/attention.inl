@@ -7,10 +7,14 @@
 QUIRE_INLINE Lanes widen(const uint16_t* p) { return from_bf16(p); }
 QUIRE_INLINE Lanes widen(const int8_t* p) { return from_int8(p); }
 
+// Queries of one walk over the keys; and how many groups of keys, and LANES of values, these take at once:
+// enough sums to hide the latency of `fma`, and no more than there are registers.
 #if defined(__AVX512F__)
-constexpr int GROUPS_TOGETHER = 4;  // 4 queries x 4 groups of keys: 16 sums in registers
+constexpr int QUERIES = 4, GROUPS_TOGETHER = 4;
+constexpr int values_together(int) { return 4; }
 #else
-constexpr int GROUPS_TOGETHER = 1;
+constexpr int QUERIES = 6, GROUPS_TOGETHER = 1;  // sums of two registers each
+constexpr int values_together(int queries) { return queries <= 2 ? 4 : 1; }
 #endif
 
 // The state of one walk over the keys of a split, by up to QUERIES queries.
@@ -182,8 +186,15 @@ template <typename Cell, int COUNT> static void attend_walk(Walk& walk, float* p
   for (int q = 0; q < COUNT; q++) softmax(walk, q, partials + q * stride);
   const int dim = walk.item->shape->dim;
   int d = 0;
-  for (; d + 4 * LANES <= dim; d += 4 * LANES) gather_values<Cell, COUNT, 4>(walk, first, last, d, partials, stride);
+  constexpr int WIDTH = values_together(COUNT);
+  for (; d + WIDTH * LANES <= dim; d += WIDTH * LANES) gather_values<Cell, COUNT, WIDTH>(walk, first, last, d, partials, stride);
   for (; d < dim; d += LANES) gather_values<Cell, COUNT, 1>(walk, first, last, d, partials, stride);
+}
+
+// With the number of queries as a constant.
+template <typename Cell, int COUNT> static void attend_some(Walk& walk, int count, float* partials, size_t stride) {
+  if (count == COUNT) return attend_walk<Cell, COUNT>(walk, partials, stride);
+  if constexpr (COUNT > 1) attend_some<Cell, COUNT - 1>(walk, count, partials, stride);
 }
 
 // Runs the queries first..first + count - 1 of an item over one split. Query i is row i / G, head i % G.
@@ -211,13 +222,8 @@ static bool attend_queries(const AttentionItem& item, int split, int first, int 
   }
   if (!used) return false;
   // Queries that see keys are packed to the front of the walk, and their results moved back below.
-  const bool wide = shape.wide_cache;
-  switch (used) {
-    case 1: wide ? attend_walk<uint16_t, 1>(walk, partials, stride) : attend_walk<int8_t, 1>(walk, partials, stride); break;
-    case 2: wide ? attend_walk<uint16_t, 2>(walk, partials, stride) : attend_walk<int8_t, 2>(walk, partials, stride); break;
-    case 3: wide ? attend_walk<uint16_t, 3>(walk, partials, stride) : attend_walk<int8_t, 3>(walk, partials, stride); break;
-    default: wide ? attend_walk<uint16_t, 4>(walk, partials, stride) : attend_walk<int8_t, 4>(walk, partials, stride);
-  }
+  shape.wide_cache ? attend_some<uint16_t, QUERIES>(walk, used, partials, stride)
+                   : attend_some<int8_t, QUERIES>(walk, used, partials, stride);
   for (int u = used - 1; u >= 0; u--) {
     if (places[u] == u) continue;
     memcpy(partials + places[u] * stride, partials + u * stride, (2 + shape.dim) * sizeof(float));

@@ -18,7 +18,6 @@ constexpr int TILE_ROWS_MAX = 32;  // maximum rows of activations of a tile rout
 constexpr int GROUP = 16;          // keys that are stored together, one per lane
 constexpr int DIM_MAX = 256;       // of a head
 constexpr int SPLIT = 256;         // positions of one partial attention; at multiples of itself
-constexpr int QUERIES = 4;         // queries of one walk over the keys
 constexpr int SEGMENT = 32;        // lines of 4 inputs, during whose product as many cache lines
                                    // of keys or values are prefetched: see Prefetch
 

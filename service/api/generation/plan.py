@@ -67,6 +67,7 @@ def plan(
             max_tokens=max(1, output_limit(generation, len(prompt.ids), context)),
             min_tokens=generation.min_tokens,
             stop=generation.stop,
+            prediction=prompt.prediction,
             include_stop=generation.include_stop,
             skip_special_tokens=generation.skip_special_tokens,
             stop_token_ids=generation.stop_token_ids,

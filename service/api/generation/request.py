@@ -65,6 +65,7 @@ class Generation:
     max_tokens: int | None = None  # None: `default_max_tokens`; 0: the prompt is the answer
     default_max_tokens: int | None = None  # cut to the rest of the context; None: all of it
     min_tokens: int = 0
+    prediction: str | None = None  # text that the output may contain: a hint
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = False  # the stop string or token is part of the text

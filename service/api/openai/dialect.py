@@ -101,6 +101,7 @@ class ChatCompletions(OpenAIDialect):
             max_tokens=max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             service_tier=body.service_tier,
+            prediction=None if body.prediction is None else body.prediction.content,
         )
 
 

@@ -17,6 +17,7 @@ from service.api.answers import (
 )
 from service.api.fields import (
     AllowedIds,
+    Content,
     FieldError,
     Label,
     NoEffect,
@@ -24,6 +25,7 @@ from service.api.fields import (
     Prompt,
     ServiceTier,
     StopStrings,
+    StrictModel,
 )
 from service.api.structured.schema import ResponseFormat, StructuredOutputs
 from service.api.tools.schema import ChatToolChoice, Tools
@@ -142,6 +144,13 @@ class CompletionBody(GenerationBody):
     )
 
 
+class Prediction(StrictModel):
+    """Text that the answer is expected to contain."""
+
+    type: Literal["content"] = Field(description="The type of prediction.")
+    content: Content = Field(description="The text, or a list of text parts.")
+
+
 class ChatBody(GenerationBody, TemplateOptions):
     """The body of POST /v1/chat/completions."""
 
@@ -167,6 +176,11 @@ class ChatBody(GenerationBody, TemplateOptions):
     logprobs: bool | None = Field(None, description="Return the log probability of each token.")
     top_logprobs: int | None = Field(
         None, ge=0, description="Also return this many top log probabilities; needs logprobs."
+    )
+    prediction: Prediction | None = Field(
+        None,
+        description="Text that the answer is expected to contain, such as the file to edit. It can "
+        "make the answer faster, by speculation, and never changes it.",
     )
     service_tier: ServiceTier = None
     store: bool | None = Field(

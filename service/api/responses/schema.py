@@ -89,8 +89,8 @@ class ReasoningOptions(StrictModel):
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         None,
-        description="none and minimal disable thinking if the chat template can; the others have "
-        "no effect.",
+        description="none and minimal switch thinking off, if the chat template can; other values "
+        "have an effect on templates with grades of thinking.",
     )
     summary: Summary | None = Field(
         None, description="Return the reasoning as a summary, too: all of its text."
