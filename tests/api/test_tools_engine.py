@@ -27,7 +27,7 @@ from service.engine.loop import EngineLoop
 from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig
 from service.messages import Event, FinishReason, GenerationRequest, SamplingParams
-from tests.support.builders import tiny_model_config, tiny_weights
+from tests.support.builders import slowly, tiny_model_config, tiny_weights
 
 pytestmark = pytest.mark.slow
 
@@ -111,8 +111,11 @@ def read(events: Sequence[Event], name: str, request_id: str) -> Accumulator:
     return collected
 
 
+FEW = ("hermes", "mistral-v11", "qwen3-coder")
+
+
 @pytest.mark.parametrize("forced", [True, False])
-@pytest.mark.parametrize("name", sorted(TOOL_FORMATS))
+@pytest.mark.parametrize("name", [*FEW, *slowly(*sorted(TOOL_FORMATS.keys() - {*FEW}))])
 def test_every_call_fits_its_schema(name: str, forced: bool) -> None:
     tool_format = TOOL_FORMATS[name]
     words: Any = Words()
@@ -133,7 +136,7 @@ def test_every_call_fits_its_schema(name: str, forced: bool) -> None:
             max_tokens=400 if forced else 120,
             grammar=grammars[parallel],
         )
-        for seed in range(9)
+        for seed in range(5)
         for parallel in (True, False)
     ]
     ended = 0
@@ -152,5 +155,5 @@ def test_every_call_fits_its_schema(name: str, forced: bool) -> None:
             assert answer.text == ""
             assert answer.finish_reason == "tool_calls"
     if forced:
-        assert ended > 6
+        assert ended > 3
         assert seen == set(SCHEMAS)
