@@ -143,6 +143,7 @@ class Cluster:
             "disconnect-grace": timings.grace,
             "drain-timeout": timings.drain,
             "resume-window": timings.window,
+            "keep-responses": timings.window,
         }
         api = run_command("api", self._log("api"), *_flags(options))
         self.apis.append(api)

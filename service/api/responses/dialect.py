@@ -101,7 +101,7 @@ class Responses:
             on_disconnect="continue" if body.background else body.on_disconnect,
             echoed=_echoed(body),
             sealed_reasoning=ENCRYPTED in (body.include or ()),
-            stored_input=None if body.store is False else stored_input,
+            stored_input=stored_input,
         )
 
     def collect(self, reader: AnswerReader, choices: Sequence[Accumulator]) -> bytes:
