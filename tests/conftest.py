@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -38,6 +39,12 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A run in a shell's background ignores Ctrl-C, and so would the processes that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A slow machine is no fault: by default an example has 0.2 s.
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("patient")
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
