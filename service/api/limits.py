@@ -43,7 +43,7 @@ class ApiLimits:
     max_key_chars: int = 255  # Idempotency-Key
     max_echoed_bytes: int = 2**20  # of a field that a response repeats
     max_chain: int = 256  # stored responses that an input refers to
-    template_kwargs: frozenset[str] = frozenset({"enable_thinking"})
+    template_kwargs: frozenset[str] = frozenset({"enable_thinking", "thinking"})
     inline_text_chars: int = 8192  # longer prompts are tokenised in a thread
 
     # --- streams --------------------------------------------------------------------------

@@ -158,6 +158,9 @@ class Message(MessageModel):
     reasoning_content: Text | None = Field(
         None, description="The assistant's reasoning before the text, for the chat template."
     )
+    reasoning: Text | None = Field(
+        None, description="The same as `reasoning_content`, which takes precedence."
+    )
     refusal: Text | None = Field(
         None, description="The assistant's text instead of the content, if it refused to answer."
     )
@@ -171,7 +174,7 @@ class Message(MessageModel):
         None, validate_default=True, description="The call that a message of a tool answers."
     )
 
-    @field_validator("tool_calls", "reasoning_content", "refusal", "annotations")
+    @field_validator("tool_calls", "reasoning_content", "reasoning", "refusal", "annotations")
     @classmethod
     def _needs_assistant(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
         if value is not None and info.data.get("role", "assistant") != "assistant":
@@ -193,7 +196,7 @@ class Message(MessageModel):
             role=self.role,
             content=self.content or self.refusal or "",
             name=self.name,
-            reasoning=self.reasoning_content,
+            reasoning=self.reasoning_content or self.reasoning,
             tool_calls=tuple(called.call() for called in self.tool_calls or ()),
             tool_call_id=self.tool_call_id,
         )

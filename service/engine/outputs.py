@@ -30,7 +30,9 @@ class Outputs:
     ) -> None:
         """`visible_bytes`: the same with names for special tokens."""
         self.builders: dict[str, OutputBuilder] = {}
-        self.guides = Guides(grammars, token_bytes=token_bytes, vocab_size=vocab_size)
+        self.guides = Guides(
+            grammars, token_bytes=token_bytes, vocab_size=vocab_size, eos_ids=eos_ids
+        )
         self.undelivered: list[Event] = []
         self._token_bytes = token_bytes
         self._visible_bytes = visible_bytes

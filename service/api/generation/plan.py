@@ -16,6 +16,7 @@ from typing import Any
 from service.api.context import ApiContext
 from service.api.generation.manifest import Endpoint, Manifest, PromptNote, ToolNote
 from service.api.generation.prompts import PromptTokens, call_rendering, check_token_ids
+from service.api.generation.reasoning import reasoning_note, thinking
 from service.api.generation.request import Call, Generation
 from service.api.generation.sampling import (
     banned_sequences,
@@ -49,6 +50,8 @@ def plan(
 ) -> Submission:
     """One request per prompt and choice. Raises BadRequest or Forbidden."""
     manifest = _manifest(generation, prompts, context, endpoint=endpoint, call=call)
+    note = reasoning_note(generation, prompts[0].ids, context.tokenizer)
+    manifest = replace(manifest, reasoning=note)
     check_token_ids([id_ for id_, _ in generation.sampling.logit_bias], context, param="logit_bias")
     check_stop_rules(generation, context.limits)
     check_token_ids(generation.stop_token_ids, context, param="stop_token_ids")
@@ -74,6 +77,12 @@ def plan(
             ignore_eos=generation.ignore_eos,
             prompt_logprobs=_prompt_logprobs(manifest),
             grammar=grammar,
+            thinking=thinking(
+                note,
+                context.tokenizer,
+                grammar=grammar is not None,
+                budget=generation.thinking_budget,
+            ),
             tenant=call.tenant.name,
             priority=_priority(generation, call),
             timeout_ms=call.timeout_ms,

@@ -19,6 +19,7 @@ from model.text.template_calls import CallRendering
 from model.text.template_renderer import TemplateUnavailableError
 from service.api.context import ApiContext
 from service.api.fields import FieldNames
+from service.api.generation.reasoning import thinking_options
 from service.api.generation.request import Chat, Generation
 from service.api.limits import ApiLimits
 from service.api.tools.formats import TOOL_FORMATS, tool_format_name
@@ -186,6 +187,7 @@ async def render_chat(
         add_generation_prompt=generation_prompt,
         continue_final_message=continued,
         **variables,
+        **thinking_options(context.tokenizer.chat_template, chat),
         **_template_options(chat.template_options, context.limits),
     )
     length = sum(map(len, texts)) + TEXT_COST * len(texts)

@@ -26,7 +26,7 @@ from service.messages import SamplingParams
 _DIGITS = re.compile(r"[0-9]{1,12}")
 _PRINTABLE = re.compile(r"[!-~]+")
 
-Effort = Literal["low", "medium", "high"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,13 @@ class Chat:
     effort: Effort | None = None  # of thinking, if the template has grades
     truncate: bool = False  # drop the oldest turns if the prompt is too long
     template_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def thinks(self) -> bool | None:
+        """`thinking`, or what the effort implies: `none` and `minimal` switch it off."""
+        if self.thinking is None and self.effort in {"none", "minimal"}:
+            return False
+        return self.thinking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from service.api.fields import (
     StopStrings,
     StrictModel,
 )
+from service.api.generation.request import Effort
 from service.api.structured.schema import ResponseFormat, StructuredOutputs
 from service.api.tools.schema import ChatToolChoice, Tools
 from service.api.wire import (
@@ -173,6 +174,21 @@ class ChatBody(GenerationBody, TemplateOptions):
     parallel_tool_calls: bool | None = Field(
         None, description="Whether one answer may contain several calls. Default true."
     )
+    reasoning_effort: Effort | None = Field(
+        None,
+        description="none and minimal switch thinking off, if the chat template can; other values "
+        "have an effect on templates with grades of thinking.",
+    )
+    thinking_token_budget: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_INT,
+        description="Maximum number of tokens of reasoning: then it is ended and the answer "
+        "begins. No effect on models that do not think.",
+    )
+    include_reasoning: bool | None = Field(
+        None, description="Return the reasoning, apart from the content. Default true."
+    )
     logprobs: bool | None = Field(None, description="Return the log probability of each token.")
     top_logprobs: int | None = Field(
         None, ge=0, description="Also return this many top log probabilities; needs logprobs."
@@ -206,6 +222,12 @@ class PromptDetails(AnswerModel):
     cached_tokens: Count = Field(description="Tokens found in the prefix cache.")
 
 
+class CompletionDetails(AnswerModel):
+    """Details of the generated tokens."""
+
+    reasoning_tokens: Count = Field(description="Tokens of the reasoning.")
+
+
 class TokenUsage(AnswerModel):
     """Token counts."""
 
@@ -213,6 +235,9 @@ class TokenUsage(AnswerModel):
     completion_tokens: Count = Field(description="Tokens of all generated choices.")
     total_tokens: Count = Field(description="The sum of both.")
     prompt_tokens_details: PromptDetails = Field(description="Details of the prompt's tokens.")
+    completion_tokens_details: CompletionDetails = Field(
+        description="Details of the generated tokens."
+    )
 
 
 class Answer(AnswerModel):
@@ -276,7 +301,9 @@ class AssistantMessage(AnswerModel):
     """The assistant's message."""
 
     role: Assistant
-    content: str | None = Field(description="The text; null if there are only tool calls.")
+    content: str | None = Field(
+        description="The text; null if there are only tool calls or reasoning."
+    )
     refusal: None = Field(description="Always null: a refusal is text.")
     annotations: list[dict[str, Any]] = Field(description="Always empty.")
 
