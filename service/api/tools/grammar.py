@@ -245,7 +245,7 @@ def _framed(tool_format: ToolFormat, spell: _Speller, output: str) -> list[str]:
         return [f"start: {output}"]
     frames = " | ".join(map(spell, tool_format.frames))
     return [
-        f"start: (frame BEFORE {spell(tool_format.closing)})* frame? ({output})",
+        f"start: (frame? BEFORE {spell(tool_format.closing)})* frame? ({output})",
         f"frame: {frames}",
         r"BEFORE: /(.|\n)*/",
     ]
