@@ -306,7 +306,7 @@ class Cluster:
             port=self.redis.port,
             decode_responses=True,
             encoding_errors="replace",  # records are not text
-            socket_timeout=10,
+            socket_timeout=60,
         ) as client:
             return client.execute_command(*words)
 
