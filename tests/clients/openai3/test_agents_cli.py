@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Server, free_port, wait_until_ready
+from conftest import PATIENCE, ROOT, Server, free_port, wait_until_ready
 
-AGENTS = Path(__file__).parent / "agents" / "node_modules"
+FOLDER = Path(__file__).parent.parent
+AGENTS = FOLDER / "agents" / "node_modules"
 MODEL = "small-model"
 ANSWER = 'Answer "times" with ok.'
 CALL = "Use your shell, then answer."
@@ -45,7 +46,7 @@ def large_server(pytestconfig: pytest.Config, tmp_path_factory: Any) -> Iterator
     program = Path(str(pytestconfig.getoption("--quire")))
     pulled = subprocess.run([program, "pull"], check=True, cwd=ROOT, capture_output=True, text=True)
     source = pulled.stdout.split()[-1]
-    script = Path(__file__).parent / "small_model.py"
+    script = FOLDER / "small_model.py"
     subprocess.run([program.parent / "python", script, source, model], check=True, cwd=ROOT)
     port, admin_port = free_port(), free_port()
     command = [program, "serve", "--model", model, "--model-name", MODEL]
@@ -60,7 +61,7 @@ def large_server(pytestconfig: pytest.Config, tmp_path_factory: Any) -> Iterator
         yield started
     finally:
         process.terminate()
-        assert process.wait(timeout=60) == 0, log.read_text()
+        assert process.wait(timeout=PATIENCE) == 0, log.read_text()
 
 
 def needs(package: str) -> None:
@@ -89,7 +90,7 @@ def run(
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=PATIENCE,
     )
 
 
