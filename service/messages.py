@@ -73,6 +73,20 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Thinking:
+    """What an engine must know of the thinking before an answer's content (`service.thinking`)."""
+
+    format: str  # a name in `THINKING_FORMATS`
+    opened: bool  # the prompt ends within it
+    verbatim: bool = False  # blanks after it are part of the content
+    openings: tuple[tuple[int, ...], ...] = ()  # tokens of the tags that an output may begin with
+    joint: tuple[int, ...] = ()  # tokens between its end and the next of these
+    closing: tuple[int, ...] = ()  # tokens from its end to the content
+    symbols: tuple[tuple[str, int], ...] = ()  # parts of tags that are special tokens, their ids
+    budget: int | None = None  # tokens, after which `closing` is forced; None: no limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One choice of one prompt. The answer is a pure function of this and the weights."""
 
@@ -87,7 +101,9 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     prompt_logprobs: int | None = None  # None: no; k: each prompt token's and the top k
-    grammar: str | None = None  # that the answer must match; syntax: `model.grammar`
+    grammar: str | None = None  # that the content must match; syntax: `model.grammar`
+    thinking: Thinking | None = None  # if it is limited, or precedes content with a grammar
+    prediction: tuple[int, ...] = ()  # that the output may contain: a hint, never a condition
     tenant: str = "public"
     priority: int = 1  # 0 before 1 before 2
     timeout_ms: int | None = None  # from submission, by the queue's clock
@@ -119,6 +135,7 @@ class GenerationRequest:
 
 FEATURES: Mapping[str, Callable[[GenerationRequest], bool]] = {
     "grammar": lambda request: request.grammar is not None,
+    "thinking": lambda request: request.thinking is not None,
     "bans": lambda request: bool(request.sampling.banned or request.sampling.allowed),
     "text": lambda request: request.include_stop or not request.skip_special_tokens,
 }

@@ -224,6 +224,11 @@ def _prefix_at_end(text: str, tag: str) -> str:
     return tag[:size]
 
 
+def token_text(token: int, *, token_bytes: Sequence[bytes], symbols: Mapping[int, str]) -> str:
+    """A token as a splitter reads it: its symbol, or a character per byte. The tags are ASCII."""
+    return symbols.get(token) or token_bytes[token].decode("latin-1")
+
+
 class TokenScan:
     """A splitter that reads token ids. `num_thinking` counts tokens of the thinking, tags aside."""
 
@@ -250,8 +255,9 @@ class TokenScan:
         return scan
 
     def read(self, token: int) -> None:
-        """Reads a token. Bytes stand for characters: the tags are ASCII."""
+        """Reads a token."""
         before = self.phase
-        self.splitter.push(self._symbols.get(token) or self._token_bytes[token].decode("latin-1"))
+        text = token_text(token, token_bytes=self._token_bytes, symbols=self._symbols)
+        self.splitter.push(text)
         if before is self.phase is Phase.THINKING:
             self.num_thinking += 1

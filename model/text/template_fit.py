@@ -2,12 +2,15 @@
 
 Templates ignore roles that they do not know, and many render a system message only if it is the
 first one. `TemplateFit` renders short probes to find out what a template does with instructions
-(messages of the roles system and developer), and with an answer that was empty:
+(messages of the roles system and developer), with an answer that was empty, and with a message of
+the user after another one or after the result of a call, as agents send them:
 
     the template does not know `developer`           the role becomes `system`
     it drops or refuses later instruction messages   all become one, the first message
     it drops or refuses the first one, too           its text begins the first user message
     it refuses an empty assistant message            a space becomes its text
+    it refuses two messages of the user in a row     they become one
+    it refuses the user after a result               the result gets the user's text
 
 A template echoes an unknown role if it renders `developer` as it renders a role that does not
 exist; that does not count as knowing it.
@@ -25,6 +28,15 @@ Render = Callable[[list[Message]], str]
 
 _INSTRUCTIONS = frozenset({"system", "developer"})
 _UNKNOWN = "nonesuch"  # a role of no template
+_BEFORE_USER = frozenset({"user", "tool"})
+_CALL_ID = "a1b2c3d4e"  # Mistral's have nine characters
+_CALLING: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"id": _CALL_ID, "type": "function", "function": {"name": "call", "arguments": {}}}
+    ],
+}
 _FIRST, _SECOND, _THIRD = "instruction one", "instruction two", "instruction three"
 
 
@@ -42,7 +54,18 @@ class TemplateFit:
         """
         if any(map(_is_empty, messages)) and not self._empty:
             messages = [_with_space(message) for message in messages]
-        return self._with_instructions(messages)
+        return self._in_turns(self._with_instructions(messages))
+
+    def _in_turns(self, messages: list[Message]) -> list[Message]:
+        """A message of the user joins the one before if the template wants another role there."""
+        joined: list[Message] = []
+        for message in messages:
+            before = joined[-1].get("role") if joined and message.get("role") == "user" else None
+            if before not in _BEFORE_USER or self._takes_user_after(before):
+                joined.append(message)
+            else:
+                joined[-1] = _joined(joined[-1], message)
+        return joined
 
     def _with_instructions(self, messages: list[Message]) -> list[Message]:
         """All instructions at the positions that the template renders."""
@@ -72,6 +95,9 @@ class TemplateFit:
 
     def _keeps_later(self, first: str, later: str) -> bool:
         return self._once("later", first, later, probe=lambda: self._probe_later(first, later))
+
+    def _takes_user_after(self, role: str) -> bool:
+        return self._once("after", role, probe=lambda: self._probe_user_after(role))
 
     def _once(self, *key: str, probe: Callable[[], bool]) -> bool:
         if key not in self._known:
@@ -103,6 +129,14 @@ class TemplateFit:
             _said("user", "question"),
         )
         return rendered is not None and all(text in rendered for text in (_FIRST, _SECOND, _THIRD))
+
+    def _probe_user_after(self, role: str) -> bool:
+        """A template that refuses what comes before decides nothing."""
+        before = [_said("user", "question")]
+        if role == "tool":
+            before += [_CALLING, _said("tool", "result") | {"tool_call_id": _CALL_ID}]
+        taken = self._rendered(*before, _said("user", "question")) is not None
+        return taken or self._rendered(*before) is None
 
     def _rendered(self, *messages: Message) -> str | None:
         """None if the template refuses the messages."""
@@ -157,3 +191,8 @@ def _without_instruction(messages: list[Message]) -> list[Message]:
             content = f"{instruction['content']}\n\n{message['content']}"
             return [*others[:index], message | {"content": content}, *others[index + 1 :]]
     return messages
+
+
+def _joined(first: Message, second: Message) -> Message:
+    """The first message with the text of both, a paragraph each."""
+    return first | {"content": f"{first['content']}\n\n{second['content']}"}

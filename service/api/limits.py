@@ -36,13 +36,14 @@ class ApiLimits:
     max_allowed_token_ids: int = 1024
     max_logprobs: int = 5  # completions
     max_top_logprobs: int = 20  # chat
+    max_prediction_tokens: int = 16_384  # the rest of a prediction is cut off: it is only a hint
     max_echo_tokens: int = 8192  # echo or prompt log probabilities, over all prompts
     max_attention_tokens: int = 512  # a map has half the square of them, and is a second of work
     max_timeout_ms: int = 86_400_000
     max_key_chars: int = 255  # Idempotency-Key
     max_echoed_bytes: int = 2**20  # of a field that a response repeats
     max_chain: int = 256  # stored responses that an input refers to
-    template_kwargs: frozenset[str] = frozenset({"enable_thinking"})
+    template_kwargs: frozenset[str] = frozenset({"enable_thinking", "thinking"})
     inline_text_chars: int = 8192  # longer prompts are tokenised in a thread
 
     # --- streams --------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from service.api.fields import (
     Metadata,
     MinP,
     ModelName,
+    NoEffect,
     OnDisconnect,
     Penalty,
     Priority,
@@ -74,8 +75,8 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "prompt_logprobs": (),
     "prompt_embeds": (),
     "use_beam_search": (False,),
-    "length_penalty": (),
-    "early_stopping": (),
+    "length_penalty": (1, 1.0),
+    "early_stopping": (False,),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "logits_processors": (),
@@ -86,10 +87,20 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "kv_transfer_params": (),
     "vllm_xargs": (),
     "lora_request": (),
-    "typical_p": (),
+    "typical_p": (1, 1.0),
+    "repeat_penalty": (1, 1.0),
     "mirostat": (0,),
-    "dry_multiplier": (0,),
-    "xtc_probability": (0,),
+    "dry_multiplier": (0, 0.0),
+    "xtc_probability": (0, 0.0),
+    "cache_prompt": (True, False),
+    "id_slot": (-1,),
+    "timings_per_token": (False,),
+    "return_progress": (False,),
+    "reasoning_format": ("auto", "deepseek"),
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True,),
+    "no_stop_trim": (False,),
+    "return_hidden_states": (False,),
     "return_tokens_as_token_ids": (False,),
 })  # fmt: skip
 """Field -> the values that have no effect, which are accepted."""
@@ -147,9 +158,13 @@ class Message(MessageModel):
     reasoning_content: Text | None = Field(
         None, description="The assistant's reasoning before the text, for the chat template."
     )
+    reasoning: Text | None = Field(
+        None, description="The same as `reasoning_content`, which takes precedence."
+    )
     refusal: Text | None = Field(
         None, description="The assistant's text instead of the content, if it refused to answer."
     )
+    provider_specific_fields: NoEffect = None
     annotations: Annotated[list[dict[str, Any]] | None, Field(max_length=MAX_ITEMS)] = Field(
         None, description="Citations of an earlier answer. Accepted; has no effect."
     )
@@ -159,7 +174,7 @@ class Message(MessageModel):
         None, validate_default=True, description="The call that a message of a tool answers."
     )
 
-    @field_validator("tool_calls", "reasoning_content", "refusal", "annotations")
+    @field_validator("tool_calls", "reasoning_content", "reasoning", "refusal", "annotations")
     @classmethod
     def _needs_assistant(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
         if value is not None and info.data.get("role", "assistant") != "assistant":
@@ -181,7 +196,7 @@ class Message(MessageModel):
             role=self.role,
             content=self.content or self.refusal or "",
             name=self.name,
-            reasoning=self.reasoning_content,
+            reasoning=self.reasoning_content or self.reasoning,
             tool_calls=tuple(called.call() for called in self.tool_calls or ()),
             tool_call_id=self.tool_call_id,
         )

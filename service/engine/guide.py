@@ -26,8 +26,9 @@ import numpy as np
 
 from model.batch import Words
 from model.grammar import GrammarError, Grammars, Matcher
+from service.engine.thinking import FreeMasks, ThinkingMatcher
 from service.errors import BadRequest
-from service.messages import GenerationRequest
+from service.messages import GenerationRequest, Thinking
 
 # CPU seconds. A usual mask takes 0.0001, one at the limits of `model.grammar` 0.025.
 MASK_LIMIT = 0.5  # one mask, or the reading of one token
@@ -74,7 +75,7 @@ class Guide:
 
     def __init__(
         self,
-        matcher: Matcher,
+        matcher: Matcher | ThinkingMatcher,
         *,
         token_bytes: Sequence[bytes],
         vocab_size: int,
@@ -98,6 +99,10 @@ class Guide:
     def ended(self) -> bool:
         """Whether the output is complete: no token may follow."""
         return not self.failed and not self._unread and self._matcher.ended
+
+    def binds(self, num: int) -> bool:
+        """Whether a mask of the next `num` tokens may exclude any."""
+        return not isinstance(self._matcher, ThinkingMatcher) or self._matcher.may_bind(num)
 
     @property
     def is_behind(self) -> bool:
@@ -181,7 +186,7 @@ class Guide:
         quick = self.cost is not None and self.cost <= _QUICK
         return quick and self._time.left > 0 and not self.failed
 
-    def _follow(self, matcher: Matcher, draft: int, mask_W: Words) -> bool:
+    def _follow(self, matcher: Matcher | ThinkingMatcher, draft: int, mask_W: Words) -> bool:
         """Computes the mask after a draft; False if the draft completes the output."""
         with self._timed():
             matcher.read(draft)
@@ -236,12 +241,18 @@ class Guides:
     """Makes the guides of one engine. Without `grammars` requests with a grammar are rejected."""
 
     def __init__(
-        self, grammars: Grammars | None, *, token_bytes: Sequence[bytes], vocab_size: int
+        self,
+        grammars: Grammars | None,
+        *,
+        token_bytes: Sequence[bytes],
+        vocab_size: int,
+        eos_ids: frozenset[int],
     ) -> None:
         self.mask_time = MaskTime()
         self._grammars = grammars
         self._token_bytes = token_bytes
         self._vocab_size = vocab_size
+        self._free = FreeMasks(token_bytes, vocab_size=vocab_size, eos_ids=eos_ids)
 
     def prepare(self, request: GenerationRequest) -> None:
         """Compiles the grammar of a request. Any thread; it may take seconds."""
@@ -249,15 +260,16 @@ class Guides:
             self._grammars.prepare(request.grammar)
 
     def make(self, request: GenerationRequest, *, tokens: Iterable[int]) -> Guide | None:
-        """The guide of an output that has `tokens`; None without a grammar. Raises BadRequest."""
-        if request.grammar is None:
+        """The guide of an output that has `tokens`; None if any token may come at any time. Raises
+        BadRequest.
+        """
+        grammar = self._matcher(request.grammar)
+        if request.thinking is not None:
+            matcher: Matcher | ThinkingMatcher = self._thinking(request.thinking, grammar)
+        elif grammar is not None:
+            matcher = grammar
+        else:
             return None
-        if self._grammars is None:
-            raise BadRequest("this engine has no grammars", code="grammar_failed")
-        try:
-            matcher = self._grammars.matcher(request.grammar)
-        except ValueError:  # the API lets no such grammar through
-            raise BadRequest("the grammar cannot be compiled", code="grammar_failed") from None
         return Guide(
             matcher,
             token_bytes=self._token_bytes,
@@ -266,6 +278,23 @@ class Guides:
             tenant=request.tenant,
             tokens=tokens,
         )
+
+    def _thinking(self, thinking: Thinking, grammar: Matcher | None) -> ThinkingMatcher:
+        try:
+            return ThinkingMatcher(thinking, grammar, self._free)
+        except ValueError:
+            message = "this engine does not know the model's format of thinking"
+            raise BadRequest(message, code="version_mismatch") from None
+
+    def _matcher(self, grammar: str | None) -> Matcher | None:
+        if grammar is None:
+            return None
+        if self._grammars is None:
+            raise BadRequest("this engine has no grammars", code="grammar_failed")
+        try:
+            return self._grammars.matcher(grammar)
+        except ValueError:  # the API lets no such grammar through
+            raise BadRequest("the grammar cannot be compiled", code="grammar_failed") from None
 
 
 def _allows(mask_W: Words, token: int) -> bool:

@@ -30,7 +30,9 @@ class Outputs:
     ) -> None:
         """`visible_bytes`: the same with names for special tokens."""
         self.builders: dict[str, OutputBuilder] = {}
-        self.guides = Guides(grammars, token_bytes=token_bytes, vocab_size=vocab_size)
+        self.guides = Guides(
+            grammars, token_bytes=token_bytes, vocab_size=vocab_size, eos_ids=eos_ids
+        )
         self.undelivered: list[Event] = []
         self._token_bytes = token_bytes
         self._visible_bytes = visible_bytes
@@ -102,7 +104,7 @@ class Outputs:
         sampling = request.sampling
         biased = [token for token, _ in sampling.logit_bias]
         banned = [token for sequence in sampling.banned for token in sequence]
-        given = (request.prompt_ids, work.tokens, request.stop_token_ids)
+        given = (request.prompt_ids, work.tokens, request.stop_token_ids, request.prediction)
         for ids in (*given, biased, banned, sampling.allowed):
             if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
                 raise BadRequest(

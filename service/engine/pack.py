@@ -284,7 +284,7 @@ class Packer:
         for sequence in plan.sampling:
             num = 1 + len(plan.drafts.get(sequence, ()))
             state = self._states[_slot_of(sequence)]
-            if sequence.guide is not None:
+            if sequence.guide is not None and sequence.guide.binds(num):
                 rows.extend(range(row, row + num))
                 masks.append(sequence.guide.masks(num))
             elif state is not None and state.mask is not None:

@@ -109,7 +109,8 @@ class Sequence:
         one that never changes.
         """
         params = self.request.sampling
-        return self.guide is not None or params.penalises or bool(params.allowed)
+        binds = self.guide is not None and self.guide.binds(self.num_unread + 1)
+        return binds or params.penalises or bool(params.allowed)
 
     @property
     def scores_prompt(self) -> bool:

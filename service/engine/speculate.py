@@ -1,4 +1,5 @@
-"""Speculative decoding by prompt lookup: drafts are copied from earlier tokens of the sequence.
+"""Speculative decoding by lookup: drafts are copied from earlier tokens of the sequence, or from
+the text that the client predicts (see `predicted`).
 
 A text that repeats its prompt or itself (a quotation, an edit of a file, a summary's names) often
 continues as before: the tokens that followed an earlier occurrence of its last few tokens are the
@@ -28,13 +29,15 @@ from math import log
 
 from service.engine.cost import CostModel, StepWork
 from service.engine.plan import EngineConfig, Plan
+from service.engine.predicted import PredictedText
 from service.engine.sequence import Sequence
 
 _LONGEST = 8  # tokens compared backwards
 _CANDIDATES = 4  # earlier places looked at, the latest first
 _GRADE_OF = (0, 0, 0, 1, 2, 2, 2, 2, 3)  # length of a match -> grade
 _SPELLED = 4  # the grade of text that the grammar forces
-_PRIOR = (0.25, 0.4, 0.6, 0.8, 0.8)  # by grade: the chance that a draft is accepted
+_PREDICTED = 5  # the grade of the client's prediction
+_PRIOR = (0.25, 0.4, 0.6, 0.8, 0.8, 0.8)  # by grade: the chance that a draft is accepted
 _MOST_SPELLED = 8  # drafts of that grade in a step: each costs a mask first
 _PRIOR_TRIALS = 2.0  # drafts that the prior counts for
 _DECAY = 0.75  # of a grade's record with each use
@@ -117,6 +120,7 @@ def _continuation(tokens: list[int], place: int, num: int) -> list[int]:
 class _Track:
     """State of one sequence: its lookup, and the acceptance record per grade."""
 
+    predicted: PredictedText | None = None
     lookup: Lookup = field(default_factory=Lookup)
     hits: list[float] = field(default_factory=lambda: [0.0] * len(_PRIOR))
     trials: list[float] = field(default_factory=lambda: [0.0] * len(_PRIOR))
@@ -137,6 +141,19 @@ class _Track:
     def skip(self, grade: int) -> None:
         self.hits[grade] *= _SKIP_DECAY
         self.trials[grade] *= _SKIP_DECAY
+
+
+def _find(sequence: Sequence, track: _Track, most: int) -> tuple[list[int], int]:
+    """Drafts, possibly none, and their grade. A prediction that the output follows comes first, as
+    long as it is not worse than the sequence's own tokens.
+    """
+    place, length = track.lookup.find(sequence.tokens)
+    grade = _GRADE_OF[length]
+    if track.predicted is not None:
+        drafts = track.predicted.drafts(sequence.tokens, sequence.num_prompt, most)
+        if drafts and (not length or track.chance(_PREDICTED) >= track.chance(grade)):
+            return drafts, _PREDICTED
+    return (_continuation(sequence.tokens, place, most) if length else []), grade
 
 
 @dataclass(slots=True)
@@ -199,19 +216,17 @@ class Speculator:
             return None
         track = self._tracks.get(sequence)
         if track is None:
-            track = self._tracks[sequence] = _Track()
+            prediction = sequence.request.prediction
+            track = _Track(PredictedText(prediction) if prediction else None)
+            self._tracks[sequence] = track
         guide = sequence.guide
         if guide is not None and (spelled := guide.forced(min(most, _MOST_SPELLED))):
             return _Candidate(sequence, track, spelled, _SPELLED, track.chance(_SPELLED))
-        place, length = track.lookup.find(sequence.tokens)
-        if not length:
-            return None
-        drafts = _continuation(sequence.tokens, place, most)
-        if guide is not None:
+        drafts, grade = _find(sequence, track, most)
+        if guide is not None and drafts:
             drafts = drafts[: guide.num_allowed(drafts)]
         if not drafts:
             return None
-        grade = _GRADE_OF[length]
         return _Candidate(sequence, track, drafts, grade, track.chance(grade))
 
     def _weigh(self, work: StepWork, candidates: list[_Candidate], seconds: float) -> list[int]:

@@ -44,7 +44,7 @@ def request_bytes(request: GenerationRequest) -> int:
     """
     sampling = request.sampling
     num_ids = len(request.prompt_ids) + len(request.stop_token_ids) + len(sampling.allowed)
-    num_ids += sum(1 + len(sequence) for sequence in sampling.banned)
+    num_ids += len(request.prediction) + sum(1 + len(sequence) for sequence in sampling.banned)
     bias = BIAS_BYTES * len(sampling.logit_bias)
     texts = json.dumps((request.stop, request.grammar)) if request.stop or request.grammar else ""
     return BODY_BYTES + ID_BYTES * num_ids + bias + len(texts)

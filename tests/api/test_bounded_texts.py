@@ -19,7 +19,7 @@ BODIES = (
 )  # fmt: skip
 OF_THE_PROMPT = {
     "prompt", "content", "text", "input", "instructions", "system", "description", "arguments",
-    "output", "reasoning_content", "thinking", "refusal",
+    "output", "reasoning_content", "reasoning", "thinking", "refusal",
 }  # fmt: skip
 OF_THE_GRAMMAR = {"regex", "choice", "grammar", "json", "definition"}
 OTHERS = {

@@ -83,3 +83,19 @@ async def test_a_limit_below_one_names_the_default(service: Any) -> None:
         assert error["message"] == (
             f"{name} must be at least 1; leave it out for the default, there is no -1"
         )
+
+
+@pytest.mark.parametrize("content", ["hello world", [{"type": "text", "text": "hello world"}]])
+async def test_a_prediction_reaches_the_engine_and_changes_no_answer(
+    start_service: Any, small_limits: Any, content: Any
+) -> None:
+    body = C | {"max_tokens": 6}
+    prediction = {"prediction": {"type": "content", "content": content}}
+    for most in (16_384, 3):
+        async with start_service(limits=small_limits(max_prediction_tokens=most)) as service:
+            plain = (await service.post(CHAT, body)).json()["choices"]
+            assert (await service.post(CHAT, body | prediction)).json()["choices"] == plain
+            ids = service.tokenizer.encode("hello world", add_bos=False)
+            seen = [list(request.prediction) for request in service.engine.seen]
+            assert seen == [[], ids[:most]]
+            assert "prediction" not in service.engine.seen[1].features

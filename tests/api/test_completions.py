@@ -44,6 +44,7 @@ async def test_the_answer_is_what_the_engine_journalled(service: Any) -> None:
         "completion_tokens": 6,
         "total_tokens": len(request.prompt_ids) + 6,
         "prompt_tokens_details": {"cached_tokens": 2},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

@@ -157,6 +157,22 @@ def test_what_cannot_be_escaped_is_rejected(grammar: str) -> None:
         embedded_lark(grammar, escaped=True)
 
 
+LONG = [
+    "start: /" + "." * 30_000 + "/", "start: /" + "[" * 30_000 + "/", 'start: "' + '\\"' * 15_000,
+    "start: /" + "\\/" * 15_000, "x" * 100_000, "start: a\n" + '%ignore " "\n' * 3_000,
+    "start: /" + "(" * 30_000 + "/", "start: " + "/a/" * 15_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("grammar", LONG, ids=range(len(LONG)))
+def test_a_long_grammar_takes_little_work(grammar: str) -> None:
+    """Grammars come from clients, and are read on the event loop: a quadratic step would take
+    minutes.
+    """
+    with pytest.raises(UnsupportedGrammarError):
+        embedded_lark(grammar, escaped=True)
+
+
 def test_a_pattern_is_matched_as_a_whole() -> None:
     escaped = escaped_regex("a|b")
     assert fulfils(lark_grammar(f"start: /{escaped}/"), "a")

@@ -88,6 +88,32 @@ async def test_the_stream_manager(service: Any, listen: Any) -> None:
         )
 
 
+async def test_a_conversation_that_the_server_keeps(service: Any, listen: Any) -> None:
+    async with (
+        listen(service.app) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        responses = client.responses
+        first = await responses.create(**OPTIONS)
+        said: Any = [{"role": "user", "content": text} for text in ("and", "then?")]
+        options = OPTIONS | {"input": said, "instructions": None}
+        second = await responses.create(**options, previous_response_id=first.id)
+        assert second.previous_response_id == first.id
+        whole: Any = [{"role": "user", "content": "hello"}, *first.output, *said]
+        await responses.create(**OPTIONS | {"input": whole, "instructions": None})
+        assert service.engine.seen[-2].prompt_ids == service.engine.seen[-1].prompt_ids
+        for limit in (1, 100):  # pages are followed
+            listed = responses.input_items.list(second.id, order="asc", limit=limit)
+            items: list[Any] = [item async for item in listed]
+            assert [item.content[0].text for item in items] == ["and", "then?"]
+        reference: Any = [{"type": "item_reference", "id": items[0].id}, *said]
+        assert (await responses.create(**options | {"input": reference})).id
+        await responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError) as gone:
+            await responses.create(**options, previous_response_id=second.id)
+        assert gone.value.code == "previous_response_not_found"
+
+
 async def test_errors_become_exceptions_of_the_client(service: Any, listen: Any) -> None:
     async with (
         listen(service.app) as url,

@@ -64,7 +64,9 @@ class Reading:
         self.choice = ChoiceReader(manifest, 0, tokenizer, request_id="r-1")
         self.answer = Accumulator()
         context = SimpleNamespace(tokenizer=tokenizer)
-        reader: Any = SimpleNamespace(id="r", manifest=manifest, context=context)
+        reader: Any = SimpleNamespace(
+            id="r", manifest=manifest, context=context, fingerprint=lambda: manifest.fingerprint
+        )
         self._reader = reader
         self._count()
         self._renderer = ResponseRenderer(reader, event_ids=False, seen=seen)

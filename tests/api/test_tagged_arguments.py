@@ -42,6 +42,15 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         c={"$ref": "#/$defs/c"},
     )
     | {"$defs": {"c": closed("d", d={"type": "boolean"})}},
+    "optional": closed(
+        "a",
+        "b",
+        "c",
+        a={"anyOf": [{"type": "string", "maxLength": 2}, {"type": "null"}]},
+        b={"anyOf": [{"const": "}\n"}, {"enum": [1, "1", "x"]}, {"type": "boolean"}]},
+        c={"$ref": "#/$defs/c"},
+    )
+    | {"$defs": {"c": {"type": ["null", "string"], "minLength": 2, "maxLength": 3}}},
     "several": closed("a", "b", a={"type": ["string", "null"]}, b={}),
     "unnamed": {"type": "object", "required": ["z"]},
 }
@@ -97,9 +106,12 @@ def test_arguments_in_their_order(arguments: dict[str, Any], allowed: bool) -> N
     ("schema", "path"),
     [
         ({"properties": {"a": {"type": "string", "pattern": "x"}}}, "properties.a.pattern"),
-        ({"properties": {"a": {"type": ["string", "null"], "maxLength": 3}}},
-         "properties.a.maxLength"),
-        ({"properties": {"a": {"anyOf": [{"type": "string"}]}}}, "properties.a.anyOf"),
+        ({"properties": {"a": {"type": ["string", "null"], "maxLength": 3}}}, None),
+        ({"properties": {"a": {"anyOf": [{"type": "string"}]}}}, None),
+        ({"properties": {"a": {"type": ["string", "integer"]}}}, None),
+        ({"properties": {"a": {"type": ["string", "integer"], "minimum": 3}}}, "properties.a"),
+        ({"properties": {"a": {"anyOf": [{"type": "string", "format": "date"}]}}},
+         "properties.a.format"),
         ({"properties": {"a\n": {}}}, "properties.a\n"),
         ({"anyOf": [{}]}, "anyOf"),
         ({"properties": {"a": {"type": "array", "items": {"pattern": "x"}}}}, None),

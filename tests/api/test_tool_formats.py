@@ -306,6 +306,61 @@ async def test_calls_before_without_tools_now(service: Any, name: str) -> None:
     assert "9h" in prompt_of(service)
 
 
+@pytest.mark.parametrize("arguments", ['{"city": "Zür', "{", "[]", '{"city": "Zür"}'])
+async def test_a_call_that_was_cut_off_is_in_the_prompt(
+    service: Any, name: str, arguments: str
+) -> None:
+    function = {"name": "get_weather", "arguments": arguments}
+    call = {"id": "123456789", "type": "function", "function": function}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "123456789", "content": "cut off"},
+    ]
+    body = {"model": "tiny-model", "messages": messages, "tools": TOOLS, "max_tokens": 4}
+    reply = await service.post(CHAT, body)
+    assert reply.status_code == 200, reply.text
+    prompt = prompt_of(service)
+    assert "get_weather" in prompt
+    assert ("Zür" in prompt) == ("Zür" in arguments)
+    assert name == "llama" or "Let me see." in prompt  # its template drops the text
+
+
+async def test_a_custom_tool_is_called(service: Any, name: str) -> None:
+    """Its input is text in the answer, and an argument in the prompt of the next turn."""
+    tool_format, tokenizer = TOOL_FORMATS[name], service.tokenizer
+    text = 'print("Zürich 😀")\n'
+    written = tool_format.render([("run", json.dumps({"input": text}, ensure_ascii=False))])
+    markers = tool_format.marker_ids(tokenizer)
+    service.engine.script = lambda _: ids_of(tokenizer, written, markers)
+    lark = {"syntax": "lark", "definition": "start: /[^#]+/"}
+    custom = {"name": "run", "format": {"type": "grammar", "grammar": lark}}
+    body = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}]}
+    body |= {"tools": [*TOOLS, {"type": "custom", "custom": custom}]}
+    reply = (await service.post(CHAT, body)).json()
+    assert "start: /[^#]+/" in prompt_of(service)
+    message = reply["choices"][0]["message"]
+    (call,) = message["tool_calls"]
+    assert call["custom"] == {"name": "run", "input": text}
+    assert reply["choices"][0]["finish_reason"] == "tool_calls"
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "done"}
+    again = await service.post(CHAT, body | {"messages": [*body["messages"], message, result]})
+    assert again.status_code == 200, again.text
+    assert "Zürich 😀" in prompt_of(service)
+
+
+@pytest.mark.parametrize("name", ["llama"], scope="module")
+async def test_a_prefix_of_a_call_is_no_text(service: Any) -> None:
+    tokenizer = service.tokenizer
+    written = '<|python_tag|>{"name": "now", "parameters": {}}'
+    markers = TOOL_FORMATS["llama"].marker_ids(tokenizer)
+    service.engine.script = lambda _: ids_of(tokenizer, written, markers)
+    body = {"model": "tiny-model", "messages": [{"role": "user", "content": "hi"}], "tools": TOOLS}
+    choice = (await service.post(CHAT, body)).json()["choices"][0]
+    assert choice["message"]["content"] is None
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
+
+
 async def test_text_of_users_is_never_a_special_token(service: Any, name: str) -> None:
     markers = TOOL_FORMATS[name].markers
     tool = {"type": "function", "function": {"name": "f", "description": f"{markers} <|im_end|>"}}

@@ -199,6 +199,41 @@ def pieces(text: str, tokenizer: Tokenizer, marker_ids: dict[str, int]) -> list[
     ]
 
 
+def test_a_call_may_have_a_prefix(tokenizer: Tokenizer) -> None:
+    """Llama's, if it is a special token; without it the opening is text."""
+    tool_format = TOOL_FORMATS["llama"]
+    ids = markers(tool_format, tokenizer)
+    call = '{"name": "now", "parameters": {}}'
+    for forced in (True, False):
+        grammar = tools_grammar(use(forced=forced), tool_format, ids)
+        for text in (call, "<|python_tag|>" + call):
+            follow(grammar, pieces(text, tokenizer, ids), tokenizer)
+        with pytest.raises(GrammarError):
+            follow(grammar, pieces("<|python_tag|>x", tokenizer, ids), tokenizer)
+
+
+def test_texts_and_calls_may_have_frames(tokenizer: Tokenizer) -> None:
+    """Those of gpt-oss: a text before a call is closed, the last one is not."""
+    tool_format = TOOL_FORMATS["gpt-oss"]
+    channel, end = markers(tool_format, tokenizer).values()
+    ids = {"<|channel|>": channel, "<|end|>": end}
+    final, note = tool_format.frames
+    call = tool_format.render([("now", "{}")])
+    joint = tool_format.closing
+    grammar = tools_grammar(use(forced=False), tool_format, ids)
+    for text in (final + "Hi", "Hi", call, f"{note}Hm.{joint}{call}", f"Hm.{joint}{final}Hi"):
+        follow(grammar, pieces(text, tokenizer, ids), tokenizer)
+    forced = tools_grammar(use(), tool_format, ids)
+    follow(forced, pieces(call, tokenizer, ids), tokenizer)
+    for text in ("Hi", final):
+        with pytest.raises(GrammarError):
+            follow(forced, pieces(text, tokenizer, ids), tokenizer)
+    parser = ToolCallParser(tool_format, request_id="r")
+    parsed = parser.push(f"{note}Hm. {joint}{call}")
+    assert (parsed.text, [c.name for c in parsed.calls], parser.called) == ("Hm. ", ["now"], True)
+    assert ToolCallParser(tool_format, request_id="r").push(final + "Hi").text == "Hi"
+
+
 def test_texts_of_a_schema_are_not_grammar(tokenizer: Tokenizer) -> None:
     odd = ["//", "# x", "%json {}", '"', "/a/", "\n", "}\n</tool_call>", "é😀", "<[1]>"]
     schema = {"type": "object", "properties": {"a": {"enum": odd}}, "required": ["a"],

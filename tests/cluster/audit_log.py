@@ -29,7 +29,7 @@ class AuditLog:
         """Reads Redis. Returns False, and changes nothing, if Redis does not respond."""
         found: dict[str, str] = {}
         try:
-            with Redis(port=self._port, decode_responses=True, socket_timeout=10) as redis:
+            with Redis(port=self._port, decode_responses=True, socket_timeout=60) as redis:
                 keys = list(redis.scan_iter(match=f"{self._prefix}*", count=1000))
                 with redis.pipeline(transaction=False) as pipeline:
                     for key in keys:

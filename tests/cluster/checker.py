@@ -20,7 +20,7 @@ from service.messages import End, Tokens
 from tests.cluster.client import Transcript
 from tests.cluster.cluster import Cluster
 
-SETTLE = 20.0  # seconds within which a cluster must become idle
+SETTLE = 60.0  # seconds within which a cluster must become idle
 
 
 async def check_all(

@@ -10,7 +10,7 @@ from typing import Any
 
 from loadtest.sse import DONE, Address, Broken, SseEvent, call
 
-PATIENCE = 60.0  # seconds after which a client gives up, whatever happens
+PATIENCE = 100.0  # seconds after which a client gives up, whatever happens
 
 
 @dataclass

@@ -143,6 +143,7 @@ class Cluster:
             "disconnect-grace": timings.grace,
             "drain-timeout": timings.drain,
             "resume-window": timings.window,
+            "keep-responses": timings.window,
         }
         api = run_command("api", self._log("api"), *_flags(options))
         self.apis.append(api)
@@ -305,7 +306,7 @@ class Cluster:
             port=self.redis.port,
             decode_responses=True,
             encoding_errors="replace",  # records are not text
-            socket_timeout=10,
+            socket_timeout=60,
         ) as client:
             return client.execute_command(*words)
 

@@ -87,7 +87,7 @@ class RedisServer:
         """The first line of the reply to one command, over a connection of its own."""
         parts = [str(word).encode() for word in words]
         frame = b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(p), p) for p in parts)
-        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
             connection.sendall(frame)
             with connection.makefile("rb") as reply:
                 return reply.readline().decode().strip()

@@ -30,7 +30,7 @@ class Streams:
 
     async def wait_started(self, tokens: int = 3) -> list[str]:
         """Waits until each has received some tokens. Returns the ids of the calls."""
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(PATIENCE):
             while not all(len(each.tokens) >= tokens for each in self.transcripts):
                 await self._unless_failed(asyncio.sleep(0.005))
         assert not any(each.ended for each in self.transcripts), "a stream ended too early"

@@ -23,9 +23,10 @@ class DeployedRedis(RedisServer):
     Only what differs on this machine is another: folder and port.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, frozen_clock: bool = False) -> None:
         self.acl = directory.with_suffix(".acl")
-        super().__init__(directory, options=("--aclfile", str(self.acl)))
+        options = ("--aclfile", str(self.acl))
+        super().__init__(directory, options=options, frozen_clock=frozen_clock)
 
     @property
     def url(self) -> str:
@@ -48,7 +49,8 @@ class DeployedRedis(RedisServer):
         # As the StatefulSet has it: the file, then its options.
         command = ["redis-server", str(self.configuration()), *self.options]
         command += ["--port", str(self.port), "--bind", "127.0.0.1"]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        env = os.environ | (self._freeze() if self.frozen_clock else {})
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
         for _ in range(2400):
             with contextlib.suppress(OSError):
                 if self.ask("PING").startswith("-NOAUTH"):

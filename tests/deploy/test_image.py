@@ -21,6 +21,7 @@ import pytest
 from service.__main__ import app as command_line
 from service.settings import load_settings
 from tests.deploy.manifests import ROOT
+from tests.support.waiting import PATIENCE
 
 DOCKERFILE = ROOT / "Dockerfile"
 COMPILERS = {"g++", "gcc", "clang", "build-essential", "make", "cmake"}
@@ -175,7 +176,7 @@ def test_the_health_check_asks_an_endpoint(tmp_path: Path) -> None:
     def outcome(port: str) -> int:
         run = subprocess.run(
             [sys.executable, *command[1:]],
-            env={"QUIRE_ADMIN_PORT": port}, capture_output=True, check=False, timeout=20,
+            env={"QUIRE_ADMIN_PORT": port}, capture_output=True, check=False, timeout=PATIENCE,
         )  # fmt: skip
         return run.returncode
 
@@ -187,5 +188,5 @@ def test_the_health_check_asks_an_endpoint(tmp_path: Path) -> None:
             assert process.stdout is not None
             port = process.stdout.readline().strip()
             assert (outcome(port) == 0) == healthy
-            process.wait(timeout=10)
+            process.wait(timeout=PATIENCE)
     assert outcome(port) != 0, "nobody listens there any more"

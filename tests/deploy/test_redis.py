@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import shlex
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from redis import Redis
@@ -16,8 +15,19 @@ from service.queues import open_queue
 from service.queues.contract import QueueLimits
 from tests.deploy.conftest import PASSWORD, DeployedRedis
 from tests.deploy.manifests import containers, get, render
-from tests.queues.builders import make_engine, make_submission
+from tests.queues.builders import be_patient, make_engine, make_submission
 from tests.queues.contract import LIMITS, Passes, QueueContract
+from tests.support.waiting import PATIENCE
+
+
+@pytest.fixture(scope="module")
+def deployed_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeployedRedis]:
+    """One of this module's own, whose clock stands still."""
+    server = DeployedRedis(tmp_path_factory.mktemp("frozen") / "redis", frozen_clock=True)
+    server.start()
+    server.advance(3600)
+    yield server
+    server.close()
 
 
 @pytest.fixture
@@ -31,8 +41,9 @@ def empty(deployed_redis: DeployedRedis) -> DeployedRedis:
 
 
 @pytest.fixture
-async def queue(empty: DeployedRedis) -> AsyncIterator[object]:
+async def queue(empty: DeployedRedis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[object]:
     """Opened as a replica does it."""
+    be_patient(monkeypatch)
     queue = open_queue(empty.url, LIMITS)
     await queue.open()
     yield queue
@@ -44,8 +55,11 @@ def ask(client: Redis, *words: str) -> object:
 
 
 @pytest.fixture
-def passes() -> Passes:
-    return asyncio.sleep
+def passes(deployed_redis: DeployedRedis) -> Passes:
+    async def advance(seconds: float) -> None:
+        deployed_redis.advance(seconds)
+
+    return advance
 
 
 @pytest.mark.slow
@@ -60,7 +74,7 @@ async def test_an_orphan_counts_as_work(empty: DeployedRedis) -> None:
     submission = make_submission(2)
     await queue.submit(submission)
     assert len(await queue.claim(make_engine("dead"), limit=1, wait=0)) == 1
-    await asyncio.sleep(0.1)
+    empty.advance(0.1)
     depth = await queue.depth()
     assert (depth.queued_requests, depth.running_requests) == (1, 1)
     await queue.forget(submission.id)
@@ -108,10 +122,10 @@ def test_its_probe_is_answered_and_may_nothing_else(deployed_redis: DeployedRedi
     for probe in ("startupProbe", "readinessProbe"):
         shell, flag, line = container[probe]["exec"]["command"]
         here = line.replace("redis-cli", f"redis-cli -p {deployed_redis.port}", 1)
-        assert subprocess.run([shell, flag, here], check=False, timeout=10).returncode == 0
+        assert subprocess.run([shell, flag, here], check=False, timeout=PATIENCE).returncode == 0
         nowhere = line.replace("redis-cli", "redis-cli -p 1", 1)
         refused = subprocess.run(
-            [shell, flag, nowhere], check=False, timeout=10, capture_output=True
+            [shell, flag, nowhere], check=False, timeout=PATIENCE, capture_output=True
         )
         assert refused.returncode != 0
     words = shlex.split(container["readinessProbe"]["exec"]["command"][2])

@@ -18,6 +18,7 @@ from model.grammar import (
 )
 from service.engine.guide import Guide, MaskTime
 from service.engine.output import OutputBuilder
+from service.engine.thinking import ThinkingMatcher
 from service.messages import FinishReason
 from tests.engine.harness import make_request
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE
@@ -35,7 +36,7 @@ def guide_of(grammars: Grammars, notation: str, text: bytes = b"") -> Guide:
 
 
 def make_guide(
-    matcher: Matcher, *, tokens: bytes = b"", mask_time: MaskTime | None = None
+    matcher: Matcher | ThinkingMatcher, *, tokens: bytes = b"", mask_time: MaskTime | None = None
 ) -> Guide:
     return Guide(
         matcher,

@@ -17,7 +17,7 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.processes import Replica, wait_all_ready
 from tests.cluster.streams import ClosedLoop, Streams, until
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.faults
 
 
 def api_at(cluster: Cluster, address: Address) -> Replica:
@@ -27,7 +27,7 @@ def api_at(cluster: Cluster, address: Address) -> Replica:
 
 async def state_of_end(cluster: Cluster, call_id: str) -> FinishReason:
     """Waits for a request's end and returns its finish reason."""
-    await until(lambda: cluster.state_of_request(call_id, "st") == "ended", "it ends", seconds=30)
+    await until(lambda: cluster.state_of_request(call_id, "st") == "ended", "it ends")
     _, end = await read_journal(cluster, call_id)
     return end.reason
 
@@ -215,7 +215,6 @@ async def test_row_37_a_deadline_passes_in_the_queue(cluster: Cluster, rng: rand
         assert engine.metric("quire_prompt_tokens_total") == computed[engine.pid]
 
 
-@pytest.mark.timeout(300)
 async def test_row_17_everything_is_replaced_under_load(
     own_cluster: Callable[..., Cluster], rng: random.Random
 ) -> None:

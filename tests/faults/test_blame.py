@@ -16,10 +16,10 @@ from tests.cluster.client import Transcript
 from tests.cluster.cluster import Cluster
 from tests.cluster.processes import Replica, wait_all_ready
 from tests.cluster.streams import Streams, until
+from tests.support.waiting import GENEROUS
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.faults
 
-GENEROUS = 3.0  # factor on promised limits, for a machine with other load
 LONG = 1000  # output tokens
 
 

@@ -20,10 +20,9 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.processes import Replica
 from tests.cluster.streams import Streams, until
 from tests.faults.proxy import FaultProxy
+from tests.support.waiting import GENEROUS
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
-
-GENEROUS = 3.0  # factor on promised limits, for a machine with other load
+pytestmark = pytest.mark.faults
 
 
 async def owner(cluster: Cluster, call_id: str) -> Replica:

@@ -17,7 +17,7 @@ from tests.cluster.cluster import Cluster, Timings
 from tests.cluster.streams import Streams
 from tests.conftest import TinyModel
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.faults
 
 KILLS = 3
 

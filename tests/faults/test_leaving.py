@@ -14,7 +14,7 @@ from tests.cluster.checker import check_rest
 from tests.cluster.cluster import Cluster
 from tests.cluster.streams import until
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.faults
 
 Body = dict[str, Any]
 

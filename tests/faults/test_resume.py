@@ -15,8 +15,9 @@ from tests.cluster.client import Transcript
 from tests.cluster.cluster import Cluster
 from tests.cluster.streams import until
 from tests.faults.proxy import replicated_redis
+from tests.support.waiting import PATIENCE
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.faults
 
 Clusters = Callable[..., Cluster]
 IDS = {"x-quire-event-ids": "1"}
@@ -133,7 +134,7 @@ async def resume_to_end(
     """Resumes until the end, retrying after 503. Returns the statuses."""
     headers = {"last-event-id": event_id or transcript.last_id or ""}
     statuses: list[int] = []
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         while not statuses or statuses[-1] == 503:
             path = f"/v1/streams/{transcript.call_id}"
             address: Any = cluster.client.next_address()

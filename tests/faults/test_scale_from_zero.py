@@ -16,8 +16,9 @@ import pytest
 from loadtest.sse import call
 from tests.cluster.processes import ForkServer, Replica, run_command
 from tests.cluster.redis_process import RedisServer
+from tests.support.waiting import PATIENCE
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.faults
 
 BODY: dict[str, Any] = {
     "model": "tiny",
@@ -103,7 +104,7 @@ async def test_calls_wait_for_the_first_engine_where_they_may(
     patient, strict = start("api", "--accept-without-engines"), start("api")
     for api in (patient, strict):
         await asyncio.to_thread(api.wait_until_ready)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while (answer := await asked(strict))[0] != 503:  # a restart of engines is shorter
             await asyncio.sleep(0.2)
     status, seconds, headers = await asked(strict)
@@ -131,7 +132,7 @@ async def test_calls_wait_for_the_first_engine_where_they_may(
     assert read.endswith(b"data: [DONE]\n\n")
     assert tokens_of(read) == fork_server.expected(BODY)
     assert engine.metric("quire_queue_wait_seconds_sum") > KEEP_ALIVE
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while (await asked(strict))[0] != 200:
             await asyncio.sleep(0.2)
     assert patient.metric("quire_calls_unserved_total") == 0

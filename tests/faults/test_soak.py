@@ -10,7 +10,7 @@ import pytest
 
 from loadtest.load import ROOT
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.faults
 
 
 @pytest.mark.parametrize("model", ["oracle", "real"])

@@ -20,10 +20,10 @@ from tests.cluster.redis_process import RedisServer, free_port
 from tests.cluster.streams import Streams, until
 from tests.faults.proxy import FaultProxy, replicated_redis
 from tests.support.certificates import make_certificate, tls_options
+from tests.support.waiting import GENEROUS, PATIENCE
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.faults
 
-GENEROUS = 3.0  # factor on promised limits, for a machine with other load
 Clusters = Callable[..., Cluster]
 
 
@@ -295,7 +295,7 @@ async def test_row_25_failover_that_keeps_connections_open(
 
 async def becomes(cluster: Cluster, *, ready: int, reachable: int) -> None:
     """Waits for these values of the API replica's probe and metric."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while True:
             async with call(cluster.client.next_address(), "GET", "/health/ready") as reply:
                 status = reply.status

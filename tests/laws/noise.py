@@ -6,6 +6,8 @@ quotes come to their end because what ends things is a little likelier.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -27,21 +29,29 @@ EOS_IDS = frozenset({VOCAB_SIZE - 1})
 class NoiseRunner:
     """Without a network; what a step computes is a function of its tokens and positions."""
 
-    def __init__(self, *, num_blocks: int = 1024, max_model_len: int = 2048) -> None:
-        self.config = tiny_model_config(vocab_size=VOCAB_SIZE, max_model_len=max_model_len)
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 1024,
+        max_model_len: int = 2048,
+        token_bytes: Sequence[bytes] = TOKEN_BYTES,
+    ) -> None:
+        size = len(token_bytes)
+        self.config = tiny_model_config(vocab_size=size, max_model_len=max_model_len)
         self.block_size = 4
         self.num_blocks = num_blocks
         self.numeric_class = "noise"
         self.exact = True
         generator = torch.Generator().manual_seed(3)
-        self._by_token = torch.randn((VOCAB_SIZE, VOCAB_SIZE), generator=generator)
-        self._by_place = torch.randn((64, VOCAB_SIZE), generator=generator)
-        for token, text in enumerate(TOKEN_BYTES):
+        self._by_token = torch.randn((size, size), generator=generator)
+        self._by_place = torch.randn((64, size), generator=generator)
+        for token, text in enumerate(token_bytes):
             self._by_token[:, token] += 2.5 if text in ENDINGS else 0.0
 
     def run(self, batch: Batch) -> StepOutput:
         """Samples the rows that sample."""
-        batch.check(block_size=self.block_size, num_blocks=self.num_blocks, vocab_size=VOCAB_SIZE)
+        size = self.config.vocab_size
+        batch.check(block_size=self.block_size, num_blocks=self.num_blocks, vocab_size=size)
         rows = batch.sample_rows_R
         tokens_R = torch.from_numpy(batch.tokens_T[rows]).long()
         places_R = torch.from_numpy(batch.positions_T[rows] % 64).long()

@@ -129,6 +129,8 @@ def make_requests(seed: int, *, count: int = 9) -> list[GenerationRequest]:
                     top_p=draw.choice([1.0, 0.9]),
                     repetition_penalty=draw.choice([1.0, 1.2]),
                     frequency_penalty=draw.choice([0.0, 0.5]),
+                    banned=draw.choice([(), tuple((t, t) for t in range(0, 96, 2)), ((7,), (9,))]),
+                    allowed=draw.choice([(), (), tuple(range(index, 97, 3))]),
                     top_logprobs=2,
                 ),
                 stop=tuple(draw.sample(["A", "bc", "z"], draw.choice([0, 1]))),
@@ -257,6 +259,26 @@ def self_repeating(requests: Sequence[GenerationRequest]) -> list[GenerationRequ
         )
         for n, request in enumerate(requests)
     ]
+
+
+@pytest.mark.parametrize("seed", [60, *slowly(61)])
+def test_predictions_change_no_answer(seed: int) -> None:
+    """Right ones, wrong ones, and those with a part missing or added; right ones save steps."""
+    draw = random.Random(seed)
+    requests = make_requests(seed)
+    truth = alone(requests)
+    predicted = []
+    for request in requests:
+        ids = truth.ids(request.id)
+        cut = draw.randrange(len(ids))
+        wrong = tuple(draw.randrange(97) for _ in range(5))
+        text = draw.choice([ids, ids[:cut] + list(wrong) + ids[cut:], ids[cut:], list(wrong)])
+        predicted.append(replace(request, prediction=tuple(text)))
+    drafted = Answers(ROOMY, blocks=120, exact=True).run(
+        [[Work(request=request)] for request in predicted]
+    )
+    assert drafted.accepted >= 15
+    assert_same(drafted, truth, requests)
 
 
 @pytest.mark.parametrize("seed", [60, *slowly(61)])

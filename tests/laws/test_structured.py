@@ -58,6 +58,7 @@ class Engine(NullObserver):
     config: EngineConfig = ROOMY
     runner: Runner = field(default_factory=NoiseRunner)
     drafting: bool = False
+    token_bytes: Sequence[bytes] = TOKEN_BYTES
     ids: dict[str, list[int]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     ends: dict[str, End] = field(default_factory=dict)
@@ -83,7 +84,7 @@ class Engine(NullObserver):
             self.runner,
             config=replace(self.config, speculate=self.drafting),
             cost=FreeRows(),
-            token_bytes=TOKEN_BYTES,
+            token_bytes=self.token_bytes,
             eos_ids=EOS_IDS,
             deliver=self.take,
             observer=self,

@@ -154,10 +154,10 @@ def test_a_model_without_a_template_says_so(tiny: Tokenizer) -> None:
     ],
 )
 def test_hostile_templates_are_stopped_at_once(source: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ChatTemplateError):
         ChatTemplate(source).render({"messages": [{"role": "user", "content": "y" * 5_000}]})
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_what_published_templates_use() -> None:

@@ -81,6 +81,9 @@ def rendered(template: str, text: str) -> str:
         (FIRST, "u.A a.B s.C u.D", "<developer>C <user>A <assistant>B <user>D"),
         (TURNS, "d.A u.B", "<system>A <user>B"),
         (TURNS, "s.A d.B u.C a.D d.E u.F", "<system>A  B  E <user>C <assistant>D <user>F"),
+        (TURNS, "u.A u.B a.C u.D u.E", "<user>A  B <assistant>C <user>D  E"),
+        (TURNS, "u.A s.B u.C", "<system>B <user>A  C"),
+        (ECHO, "u.A u.B a.C u.D u.E", "<user>A <user>B <assistant>C <user>D <user>E"),
         (REFUSES, "d.A u.B", "<user>A  B"),
         (REFUSES, "u.A a.B s.C u.D", "<user>C  A <assistant>B <user>D"),
         (IGNORES, "s.A d.B u.C a.D", "<user>A  B  C <assistant>D"),
@@ -114,6 +117,32 @@ def test_an_empty_answer_is_taken(content: str | None) -> None:
     assert render(fitted[:3]) == "<user>A\n<assistant> \n<user>B\n"
     untouched = TemplateFit(lambda _: "").fit([*chat("u.A"), empty])
     assert untouched[1] is empty
+
+
+# Counts turns without calls and results, and takes ids of nine characters: Mistral 7B v0.3.
+CALLS = (
+    "{% set ns = namespace(index=0) %}{% for m in messages %}"
+    "{% if m.role != 'tool' and not m.tool_calls %}"
+    "{% if (m.role == 'user') != (ns.index % 2 == 0) %}{{ raise_exception('turns') }}{% endif %}"
+    "{% set ns.index = ns.index + 1 %}{% endif %}"
+    "{% if m.role == 'tool' and m.tool_call_id | length != 9 %}{{ raise_exception('id') }}"
+    "{% endif %}"
+    "<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+)
+RESULTS = (CALLS, "<user>A <assistant> <tool>B  C"), (ECHO, "<user>A <assistant> <tool>B <user>C")
+
+
+@pytest.mark.parametrize(("template", "expected"), RESULTS)
+def test_the_user_may_speak_after_the_result_of_a_call(template: str, expected: str) -> None:
+    source = ChatTemplate(template)
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        return source.render({"messages": messages})
+
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"id": "123456789"}]}
+    result = {"role": "tool", "content": "B", "tool_call_id": "123456789"}
+    messages = [*chat("u.A"), calling, result, *chat("u.C")]
+    assert render(TemplateFit(render).fit(messages)).replace("\n", " ").strip() == expected
 
 
 def test_probes_run_once_and_only_if_needed() -> None:

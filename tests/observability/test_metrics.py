@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from service.messages import End, FinishReason, ModelCard
 from service.observability.metrics import Metrics
 from service.observability.queue_gauges import STALE_AFTER
 from service.queues.contract import (
+    FINAL_SILENCE,
     Claim,
     EngineInfo,
     Lease,
@@ -36,7 +37,14 @@ from service.queues.memory.queue import MemoryQueue
 from service.queues.redis.queue import RedisQueue
 from service.worker.worker import Worker
 from tests.cluster.redis_process import RedisServer
-from tests.queues.builders import claim_one, finish, make_engine, make_submission, stop_at
+from tests.queues.builders import (
+    be_patient,
+    claim_one,
+    finish,
+    make_engine,
+    make_submission,
+    stop_at,
+)
 from tests.support.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner
 from tests.support.waiting import PATIENCE
 
@@ -141,10 +149,21 @@ async def test_what_was_accepted_has_ended_or_is_in_flight(seed: int) -> None:
 
 
 @pytest.fixture
-async def replicas(tmp_path: Path) -> AsyncIterator[Callable[..., tuple[RedisQueue, Metrics]]]:
-    """Makes the queue of one process of several over one Redis, and its figures."""
-    server = RedisServer(tmp_path / "redis")
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis that has been up for an hour."""
+    server = RedisServer(tmp_path / "redis", frozen_clock=True)
     server.start()
+    server.advance(3600)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+async def replicas(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Callable[..., tuple[RedisQueue, Metrics]]]:
+    """Makes the queue of one process of several over one Redis, and its figures."""
+    be_patient(monkeypatch)
     made: list[RedisQueue] = []
 
     def make(limits: QueueLimits) -> tuple[RedisQueue, Metrics]:
@@ -155,7 +174,6 @@ async def replicas(tmp_path: Path) -> AsyncIterator[Callable[..., tuple[RedisQue
     yield make
     for queue in made:
         await queue.close()
-    server.close()
 
 
 @asynccontextmanager
@@ -183,8 +201,17 @@ async def working(queue: Queue, metrics: Metrics, name: str) -> AsyncIterator[Wo
         await task
 
 
+async def remain(queue: Queue, count: int) -> None:
+    """Waits until so many requests have not ended."""
+    async with asyncio.timeout(PATIENCE):
+        while (depth := await queue.depth()).queued_requests + depth.running_requests != count:
+            await asyncio.sleep(0.02)
+
+
 @pytest.mark.slow
-async def test_so_it_is_over_several_processes_and_a_redis(replicas: Any) -> None:
+async def test_so_it_is_over_several_processes_and_a_redis(
+    replicas: Any, server: RedisServer
+) -> None:
     """Two APIs, three engines one after another, cancels, deadlines, deserted ones, a poison."""
     limits = QueueLimits(lease=3.0, max_attempts=1)
     parts = [replicas(limits) for _ in range(5)]
@@ -206,17 +233,17 @@ async def test_so_it_is_over_several_processes_and_a_redis(replicas: Any) -> Non
     await api.stop([f"{submissions[7].id}.0", f"{submissions[7].id}.1"], FinishReason.CANCELLED)
     await other.forget(submissions[8].id)
     for _ in range(3):
-        await asyncio.sleep(0.25)
+        server.advance(0.25)
         await other.sweep()
     everything = [metrics for _, metrics in parts]
-    depth = await api.depth()
     for index in (2, 3, 4):
         queue, metrics = parts[index]
         async with working(queue, metrics, f"e{index}"):
             await asyncio.sleep(0.3)
-    async with working(queue, metrics, "last"), asyncio.timeout(PATIENCE):
-        while (depth := await api.depth()).queued_requests + depth.running_requests:
-            await asyncio.sleep(0.02)
+    async with working(queue, metrics, "last"):
+        await remain(api, 1)
+        server.advance((FINAL_SILENCE + 1) * limits.lease)  # only the poison is left
+        await remain(api, 0)
     ended = {
         reason.value: sum(
             samples(each)[f'quire_requests_finished_total{{reason="{reason.value}"}}']
@@ -289,22 +316,20 @@ async def test_a_request_tells_its_wait_at_its_first_claim_alone() -> None:
 
 
 @pytest.mark.slow
-async def test_redis_tells_the_same_waits(replicas: Any) -> None:
+async def test_redis_tells_the_same_waits(replicas: Any, server: RedisServer) -> None:
     queue, _ = replicas(LIMITS)
     assert (await queue.depth()).oldest_seconds is None
     gone = make_submission(priority=1)
     await queue.submit(gone)
-    await asyncio.sleep(0.3)
+    server.advance(0.3)
     await queue.submit(make_submission(priority=1))
     await queue.submit(make_submission(priority=2))
-    oldest = (await queue.depth()).oldest_seconds
-    assert 0.3 <= oldest < PATIENCE
+    assert (await queue.depth()).oldest_seconds == 0.3
     await queue.stop([f"{gone.id}.0"], FinishReason.CANCELLED)  # and stays in its stream
-    assert (await queue.depth()).oldest_seconds < oldest
-    await asyncio.sleep(0.2)
+    assert (await queue.depth()).oldest_seconds == 0
+    server.advance(0.2)
     first, second = await queue.claim(make_engine(), limit=2, wait=0)
-    assert 200 <= first.waited_ms < 1e3 * PATIENCE
-    assert 200 <= second.waited_ms < 1e3 * PATIENCE
+    assert (first.waited_ms, second.waited_ms) == (200, 200)
     assert (await queue.depth()).oldest_seconds is None
     await queue.release([first.lease])
     async with asyncio.timeout(PATIENCE):

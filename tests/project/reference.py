@@ -5,6 +5,7 @@ A page keeps its prose; a table stands between `<!-- generated: NAME -->` and `<
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
@@ -15,6 +16,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from service.api import ROUTERS
+from service.api.wire import UNSUPPORTED
 from service.observability.metrics import Metrics
 from service.settings import SettingRow, setting_rows
 
@@ -75,11 +77,26 @@ def fields() -> str:
     return table(("field", "meaning", "endpoints"), rows)
 
 
+def neutral() -> str:
+    """The values of unsupported fields that have no effect."""
+    rows = (
+        (f"`{name}`", ", ".join(code(json.dumps(value)) for value in _distinct(values)))
+        for name, values in sorted(UNSUPPORTED.items())
+    )
+    return table(("field", "accepted values"), rows)
+
+
+def _distinct(values: tuple[object, ...]) -> list[object]:
+    """Without those that are equal numbers of another type."""
+    return [value for index, value in enumerate(values) if value not in values[:index]]
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "settings": settings,
     "metrics": metrics,
     "endpoints": endpoints,
     "fields": fields,
+    "neutral": neutral,
 }
 
 

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pytest
+
 from service.messages import (
     Allowance,
     End,
@@ -32,6 +34,7 @@ from service.queues.contract import Claim, EngineInfo, Lease, Queue, Write, Writ
 from service.queues.memory.queue import MemoryQueue
 from service.queues.observer import QueueEvent
 from service.queues.redis.queue import RedisQueue
+from tests.support.waiting import PATIENCE
 
 
 class Counts(Counter[QueueEvent]):
@@ -39,6 +42,13 @@ class Counts(Counter[QueueEvent]):
 
     def happened(self, event: QueueEvent, count: int = 1) -> None:
         self[event] += count
+
+
+def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that gets no CPU for seconds is no outage; and each claim looks for orphans."""
+    for name in ("CONNECT_TIMEOUT", "REPLY_TIMEOUT"):
+        monkeypatch.setattr(f"service.queues.redis.connection.{name}", PATIENCE)
+    monkeypatch.setattr("service.queues.redis.claims.ORPHANS_EVERY", 0.0)
 
 
 def make_submission(

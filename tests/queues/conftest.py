@@ -10,8 +10,7 @@ import pytest
 from service.queues.contract import QueueLimits
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.redis_process import RedisServer
-from tests.queues.builders import Counts
-from tests.support.waiting import PATIENCE
+from tests.queues.builders import Counts, be_patient
 
 UP = 3600.0
 """Seconds: if the server had just started, owners would get a lease to renew theirs first."""
@@ -34,11 +33,8 @@ def redis_server(redis_session: RedisServer) -> RedisServer:
 
 
 @pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that gets no CPU for seconds is no outage; and each claim looks for orphans."""
-    for name in ("CONNECT_TIMEOUT", "REPLY_TIMEOUT"):
-        monkeypatch.setattr(f"service.queues.redis.connection.{name}", PATIENCE)
-    monkeypatch.setattr("service.queues.redis.claims.ORPHANS_EVERY", 0.0)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_patient(monkeypatch)
 
 
 @pytest.fixture

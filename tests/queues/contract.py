@@ -1111,6 +1111,7 @@ class QueueContract:
         for submission in (theirs, *mine):
             assert (await queue.submit(submission)).status is SubmitStatus.OK
             await finish(queue, await claim_one(queue), length=2)
+            await passes(0.01)
         new = make_submission(tenant="a", keep=60.0, sent="x" * 7_000)
         assert (await queue.submit(new)).status is SubmitStatus.OK
         assert await queue.read_input(mine[0].id) is None
@@ -1132,7 +1133,9 @@ class QueueContract:
         assert (await queue.submit(huge)).status is SubmitStatus.TENANT_STORAGE
         assert await queue.read_input(mine[2].id) is not None, "no room could be made"
 
-    async def test_the_tenant_that_keeps_most_makes_room(self, queue: Queue) -> None:
+    async def test_the_tenant_that_keeps_most_makes_room(
+        self, queue: Queue, passes: Passes
+    ) -> None:
         small = make_submission(tenant="a", keep=60.0, sent="x" * 9_000)
         large = [make_submission(tenant="b", keep=60.0, sent="x" * 9_000) for _ in range(3)]
         others = [make_submission(tenant=t, keep=60.0, sent="x" * 9_000) for t in "cd"]
@@ -1140,6 +1143,7 @@ class QueueContract:
         for submission in everything:
             assert (await queue.submit(submission)).status is SubmitStatus.OK
             await finish(queue, await claim_one(queue), length=1)
+            await passes(0.01)
         new = make_submission(tenant="e", sent="x", manifest="x" * 12_000)
         assert (await queue.submit(new)).status is SubmitStatus.OK
         assert await queue.read_input(large[0].id) is None

@@ -23,6 +23,7 @@ from service.messages import (
     GenerationRequest,
     Record,
     SamplingParams,
+    Thinking,
     TokenLogprob,
     Tokens,
 )
@@ -49,7 +50,12 @@ REQUEST = GenerationRequest(
     ),
     max_tokens=64, min_tokens=2, stop=("\n\n", "é"), include_stop=True,
     skip_special_tokens=False, stop_token_ids=(2, 3), ignore_eos=True,
-    prompt_logprobs=1, grammar='start: "a"', tenant="alice", priority=2, timeout_ms=5000,
+    prediction=(7, 300), prompt_logprobs=1,
+    grammar='start: "a"',
+    thinking=Thinking(
+        format="mistral", opened=True, verbatim=True, openings=((9,),), joint=(4,), closing=(7, 8),
+        symbols=(("[THINK]", 9),), budget=64,
+    ), tenant="alice", priority=2, timeout_ms=5000,
     trace="00-0123456789abcdef0123456789abcdef-0123456789abcdef-01", model="0123456789abcdef",
 )  # fmt: skip
 MANIFEST = Manifest(
@@ -58,7 +64,7 @@ MANIFEST = Manifest(
     stream=True, logprobs=2, prompt_logprobs=1, echo=True, return_token_ids=True,
     include_usage=True, continuous_usage=True, stop=("é", "\n"), notation="hermes", grace=30.0,
     reasoning=ReasoningNote(
-        format="think", opened=True, verbatim=True, opening=5, included=False
+        format="think", opened=True, verbatim=True, included=False
     ),
     sealed_reasoning=True,
     tokens_as_ids=True, prompt_only=True, skip_special_tokens=False, obfuscation=True,
@@ -305,6 +311,8 @@ def test_a_value_of_a_wrong_type_is_malformed(name: str) -> None:
     for path in objects(json.loads(text)):
         for field, value in at(json.loads(text), path).items():
             for wrong in wrong_values(value):
+                if field == "openings" and wrong == [[1, 2, 3]]:
+                    continue  # a list of lists
                 record = json.loads(text)
                 at(record, path)[field] = wrong
                 with pytest.raises((ValueError, TypeError, Unavailable)):

@@ -18,7 +18,6 @@ from service.messages import (
     Record,
     TokenLogprob,
     Tokens,
-    model_feature,
 )
 from service.queues import open_queue
 from service.queues.contract import PAGE_TOKENS, Claim, QueueLimits, Write
@@ -345,11 +344,12 @@ async def test_what_is_stored_has_the_golden_formats(
         stored = str(redis.hget(prefix + f"r:{request.id}", "body"), "utf-8")
         assert stored == newest["request"].replace(REQUEST.id, request.id)
         assert str(redis.hget(prefix + f"s:{submission.id}", "man"), "utf-8") == newest["manifest"]
-        served = (*ENGINE.features, model_feature(request.model))
+        further = [name for name in request.features if name not in ENGINE.features]
+        served = (*ENGINE.features, *further)
         (claim,) = await queue.claim(replace(ENGINE, features=served), limit=1, wait=0)
         assert claim.request == request
         told = str(redis.hget(prefix + "engines", ENGINE.id), "utf-8")
-        listed = f',"{served[-1]}"'
+        listed = "".join(f',"{name}"' for name in further)
         assert told.partition(" ")[2].replace(listed, "") == newest["engine"]
         await append(queue, claim.lease, SCORED)
         await append(queue, claim.lease, TOKENS)

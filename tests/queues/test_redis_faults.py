@@ -168,9 +168,10 @@ async def test_stored_bytes_survive_a_crash_of_redis_and_of_replicas(
     limits = replace(LIMITS, idempotency_ttl=2.0, resume_window=2.0)
     first, second = (redis_queues(own_redis.url, limits) for _ in range(2))
     submissions = [make_submission(2, tenant=name, key="k", grace=0.01) for name in "ab"]
+    submissions.append(kept := make_submission(tenant="b", priority=0, keep=8.0, sent="é"))
     for submission in submissions:
         assert (await first.submit(submission)).status == "ok"
-    for claim in await second.claim(make_engine(), limit=2, wait=0):
+    for claim in await second.claim(make_engine(), limit=3, wait=0):
         await finish(second, claim, length=3)
     counted, again = await count_stored(second, submissions)
     assert counted == again
@@ -179,6 +180,7 @@ async def test_stored_bytes_survive_a_crash_of_redis_and_of_replicas(
     own_redis.start()
     after, again = await count_stored(second, submissions)
     assert after == again == counted
+    assert await first.read_input(kept.id) == "é"
     while (await second.depth()).stored_bytes:
         own_redis.advance(0.5)
         await second.sweep()

@@ -13,6 +13,9 @@ from service.errors import Unavailable
 PATIENCE = 60.0
 """Seconds that a test waits for one condition; the time limit of a whole test is longer."""
 
+GENEROUS = 10.0
+"""Factor on promised times: a test proves what happens, `tests.faults.kills` measures how fast."""
+
 
 async def until(condition: Callable[[], object]) -> None:
     """Polls the condition while the event loop goes on; raises TimeoutError after PATIENCE."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import orjson
 
@@ -23,7 +23,7 @@ from service.api.fields import FieldNames
 from service.api.generation.accumulate import Accumulator
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader
-from service.api.generation.request import Chat, Effort, Generation
+from service.api.generation.request import Chat, Generation
 from service.api.generation.sampling import sampling_of
 from service.api.structured.output import JsonOutput
 from service.api.tools.chat import ChatMessage, Mode, ToolCall, ToolChoice, ToolRef, tool_use
@@ -41,13 +41,6 @@ _CLIENT_NOTE = "x-anthropic-billing-header:"
 """Claude Code's first system block. It differs from chat to chat, so that no prefix would be found
 in the cache, and is not meant for the model.
 """
-_EFFORTS: Mapping[str, Effort] = {
-    "low": "low",
-    "medium": "medium",
-    "high": "high",
-    "xhigh": "high",
-    "max": "high",
-}
 _MODES = {"any": Mode.REQUIRED, "tool": Mode.REQUIRED, "none": Mode.NONE}
 
 
@@ -113,7 +106,7 @@ def parse_chat(body: CountBody) -> Chat:
         ),
         continue_final_message=last.role == "assistant",
         thinking=None if body.thinking is None else body.thinking.type != "disabled",
-        effort=_EFFORTS.get(config.effort) if config and config.effort else None,
+        effort=config.effort if config else None,
     )
 
 

@@ -240,7 +240,7 @@ class AnthropicMessage(AnswerModel):
     type: Literal["message"] = Field(description="The type of this object.")
     role: Assistant
     model: ModelId
-    content: list[dict[str, Any]] = Field(description="Text blocks and tool-use blocks.")
+    content: list[dict[str, Any]] = Field(description="Blocks: thinking, text, tool_use.")
     stop_reason: str | None = Field(description="Why it ended.")
     usage: dict[str, Any] = Field(description="Token counts.")
 

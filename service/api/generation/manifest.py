@@ -41,8 +41,7 @@ class ReasoningNote:
 
     format: str  # a name in `THINKING_FORMATS`
     opened: bool  # the prompt ends within it
-    verbatim: bool = False  # the content has a grammar: blanks count
-    opening: int | None = None  # if verbatim: the first token, if there is reasoning
+    verbatim: bool = False  # blanks after it are part of the content
     included: bool = True  # whether the answer has it
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from model.text.tokenizer import Tokenizer
 from service.api.generation.manifest import Manifest
+from service.api.generation.reasoning import special_parts
 from service.api.tools.formats import TOOL_FORMATS
 from service.api.tools.parser import CallDelta, KnownTools, ToolCallParser
 from service.messages import Tokens
@@ -68,8 +69,7 @@ class AnswerParts:
             markers |= tool_format.marker_ids(tokenizer)
         if note is not None:
             tags = THINKING_FORMATS[note.format]
-            ids = {part: tokenizer.special_id(part) for part in tags.parts}
-            markers |= {part: id_ for part, id_ in ids.items() if id_ is not None}
+            markers |= special_parts(tags, tokenizer)
         symbols = {text: symbol(index) for index, text in enumerate(markers)}
         self._symbols = {markers[text]: symbol for text, symbol in symbols.items()}
         self._texts = str.maketrans({symbol: text for text, symbol in symbols.items()})
@@ -87,7 +87,6 @@ class AnswerParts:
         self._offsets = TextOffsets(tokenizer)
         self._pending: list[tuple[int, str]] = []  # (offset, symbol): beyond the text so far
         self._num_chars = 0
-        self._num_tokens = 0
 
     @property
     def called(self) -> bool:
@@ -101,11 +100,11 @@ class AnswerParts:
 
     def read(self, record: Tokens) -> Parts:
         """What the record makes certain."""
-        if self._splitter is not None:
-            self._read_tokens(record)
         text = self._with_symbols(record) if self._symbols else record.text
         if self._splitter is None:
             return self._parsed("", text)
+        for token in record.ids:
+            self._scan.read(token)
         return self._parsed(*self._splitter.push(text))
 
     def finish(self) -> Parts:
@@ -130,16 +129,6 @@ class AnswerParts:
 
     def _without_symbols(self, text: str) -> str:
         return text.translate(dict.fromkeys(self._texts)) if self._symbols else text
-
-    def _read_tokens(self, record: Tokens) -> None:
-        """Counts tokens of the reasoning."""
-        note = self._note
-        chooses = note is not None and note.verbatim and not note.opened
-        if chooses and record.start == 0 and record.ids[:1] != (note and note.opening,):
-            self._splitter = None  # the grammar applies from the first token on
-            return
-        for token in record.ids:
-            self._scan.read(token)
 
     def _with_symbols(self, record: Tokens) -> str:
         """The record's text with the symbols of its special tokens."""

@@ -16,6 +16,7 @@ from typing import Any
 from service.api.context import ApiContext
 from service.api.generation.manifest import Endpoint, Manifest, PromptNote, ToolNote
 from service.api.generation.prompts import PromptTokens, call_rendering, check_token_ids
+from service.api.generation.reasoning import reasoning_note, thinking
 from service.api.generation.request import Call, Generation
 from service.api.generation.sampling import (
     banned_sequences,
@@ -49,6 +50,9 @@ def plan(
 ) -> Submission:
     """One request per prompt and choice. Raises BadRequest or Forbidden."""
     manifest = _manifest(generation, prompts, context, endpoint=endpoint, call=call)
+    note = reasoning_note(generation, prompts[0].ids, context.tokenizer)
+    # Text with the names of special tokens is returned as it is.
+    manifest = replace(manifest, reasoning=note if generation.skip_special_tokens else None)
     check_token_ids([id_ for id_, _ in generation.sampling.logit_bias], context, param="logit_bias")
     check_stop_rules(generation, context.limits)
     check_token_ids(generation.stop_token_ids, context, param="stop_token_ids")
@@ -67,12 +71,19 @@ def plan(
             max_tokens=max(1, output_limit(generation, len(prompt.ids), context)),
             min_tokens=generation.min_tokens,
             stop=generation.stop,
+            prediction=prompt.prediction,
             include_stop=generation.include_stop,
             skip_special_tokens=generation.skip_special_tokens,
             stop_token_ids=generation.stop_token_ids,
             ignore_eos=generation.ignore_eos,
             prompt_logprobs=_prompt_logprobs(manifest),
             grammar=grammar,
+            thinking=thinking(
+                note,
+                context.tokenizer,
+                grammar=grammar is not None,
+                budget=generation.thinking_budget,
+            ),
             tenant=call.tenant.name,
             priority=_priority(generation, call),
             timeout_ms=call.timeout_ms,

@@ -19,6 +19,7 @@ from model.text.template_calls import CallRendering
 from model.text.template_renderer import TemplateUnavailableError
 from service.api.context import ApiContext
 from service.api.fields import FieldNames
+from service.api.generation.reasoning import thinking_options
 from service.api.generation.request import Chat, Generation
 from service.api.limits import ApiLimits
 from service.api.tools.formats import TOOL_FORMATS, tool_format_name
@@ -35,10 +36,11 @@ TEXT_COST = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTokens:
-    """A prompt for the model; `text` if it was given as text."""
+    """A prompt for the model; `text` if it was given as text. `prediction`: of the output."""
 
     ids: tuple[int, ...]
     text: str | None = None
+    prediction: tuple[int, ...] = ()
 
 
 async def prompt_tokens(
@@ -50,8 +52,11 @@ async def prompt_tokens(
         render = partial(render_chat, context=context, tenant=tenant, names=generation.names)
         if prompt.truncate:
             room = context.card.max_model_len - (generation.max_tokens or 1)
-            return [await _render_newest(prompt, render, most=room)]
-        return [_cut(await render(prompt, any_size=bool(keep)), keep)]
+            whole = await _render_newest(prompt, render, most=room)
+        else:
+            whole = _cut(await render(prompt, any_size=bool(keep)), keep)
+        prediction = await _prediction(generation.prediction, context, tenant=tenant)
+        return [replace(whole, prediction=prediction)]
     most = context.limits.max_prompts
     if len(prompt.prompts) > most:
         raise BadRequest(
@@ -79,6 +84,14 @@ async def prompt_tokens(
                 check_token_ids(each, context, param="prompt")
             found.append(_cut(PromptTokens(ids=each), keep))
     return found
+
+
+async def _prediction(text: str | None, context: ApiContext, *, tenant: str) -> tuple[int, ...]:
+    """The ids of a predicted text. Raises BadRequest if it cannot fit the model's context."""
+    if text is None:
+        return ()
+    ids = await encode(text, context, tenant=tenant, add_bos=False, param="prediction")
+    return ids[: context.limits.max_prediction_tokens]
 
 
 def _kept_tokens(generation: Generation, context: ApiContext) -> int | None:
@@ -174,6 +187,7 @@ async def render_chat(
         add_generation_prompt=generation_prompt,
         continue_final_message=continued,
         **variables,
+        **thinking_options(context.tokenizer.chat_template, chat),
         **_template_options(chat.template_options, context.limits),
     )
     length = sum(map(len, texts)) + TEXT_COST * len(texts)

@@ -26,7 +26,7 @@ from service.messages import SamplingParams
 _DIGITS = re.compile(r"[0-9]{1,12}")
 _PRINTABLE = re.compile(r"[!-~]+")
 
-Effort = Literal["low", "medium", "high"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,13 @@ class Chat:
     truncate: bool = False  # drop the oldest turns if the prompt is too long
     template_options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def thinks(self) -> bool | None:
+        """`thinking`, or what the effort implies: `none` and `minimal` switch it off."""
+        if self.thinking is None and self.effort in {"none", "minimal"}:
+            return False
+        return self.thinking
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
@@ -65,6 +72,7 @@ class Generation:
     max_tokens: int | None = None  # None: `default_max_tokens`; 0: the prompt is the answer
     default_max_tokens: int | None = None  # cut to the rest of the context; None: all of it
     min_tokens: int = 0
+    prediction: str | None = None  # text that the output may contain: a hint
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = False  # the stop string or token is part of the text

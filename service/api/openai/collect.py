@@ -33,7 +33,18 @@ def usage_object(usage: Usage) -> Json:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
+
+
+def may_lack_content(reader: AnswerReader) -> bool:
+    """Whether an answer can have something else than content, which is null then."""
+    return reader.manifest.notation is not None or reader.manifest.reasoning is not None
+
+
+def reasoning_fields(text: str) -> Json:
+    """Reasoning under the names that clients know: DeepSeek's and OpenRouter's."""
+    return {"reasoning_content": text, "reasoning": text} if text else {}
 
 
 def tier_field(reader: AnswerReader) -> Json:
@@ -104,8 +115,9 @@ def _choice(reader: AnswerReader, index: int, choice: Accumulator) -> Json:
 
 def _message(reader: AnswerReader, choice: Accumulator) -> Json:
     message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
-    if reader.manifest.notation is not None and not choice.text:
+    if not choice.text and may_lack_content(reader):
         message["content"] = None
+    message |= reasoning_fields(choice.reasoning)
     if choice.calls:
         message["tool_calls"] = [_call(call) for call in choice.calls]
     return message | {"annotations": []}

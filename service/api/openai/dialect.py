@@ -93,6 +93,7 @@ class ChatCompletions(OpenAIDialect):
             tools=tools,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message is True,
+            effort=body.reasoning_effort,
             template_options=body.chat_template_kwargs or {},
         )
         common = _generation(body, chat, names, output=_output(body, names, tools=tools))
@@ -100,7 +101,10 @@ class ChatCompletions(OpenAIDialect):
             common,
             max_tokens=max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            thinking_budget=body.thinking_token_budget,
+            include_reasoning=body.include_reasoning is not False,
             service_tier=body.service_tier,
+            prediction=None if body.prediction is None else body.prediction.content,
         )
 
 

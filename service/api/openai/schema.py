@@ -17,6 +17,7 @@ from service.api.answers import (
 )
 from service.api.fields import (
     AllowedIds,
+    Content,
     FieldError,
     Label,
     NoEffect,
@@ -24,7 +25,9 @@ from service.api.fields import (
     Prompt,
     ServiceTier,
     StopStrings,
+    StrictModel,
 )
+from service.api.generation.request import Effort
 from service.api.structured.schema import ResponseFormat, StructuredOutputs
 from service.api.tools.schema import ChatToolChoice, Tools
 from service.api.wire import (
@@ -79,11 +82,14 @@ class GenerationBody(SamplingBody):
         "by their names, and reasoning is not separated; not with tools.",
     )
     bad_words: StopStrings = Field(
-        None, description="Texts that the output must not contain. Not with a grammar or tools."
+        None,
+        description="Texts that the output must not contain. Not with a grammar, tools or a budget "
+        "of reasoning.",
     )
     allowed_token_ids: AllowedIds = Field(
         None,
-        description="The only tokens that the output may contain. Not with a grammar or tools.",
+        description="The only tokens that the output may contain. Not with a grammar, tools or a "
+        "budget of reasoning.",
     )
     return_tokens_as_token_ids: bool | None = Field(
         None, description="In log probabilities, name each token token_id:<id>, not by its text."
@@ -142,6 +148,13 @@ class CompletionBody(GenerationBody):
     )
 
 
+class Prediction(StrictModel):
+    """Text that the answer is expected to contain."""
+
+    type: Literal["content"] = Field(description="The type of prediction.")
+    content: Content = Field(description="The text, or a list of text parts.")
+
+
 class ChatBody(GenerationBody, TemplateOptions):
     """The body of POST /v1/chat/completions."""
 
@@ -164,9 +177,29 @@ class ChatBody(GenerationBody, TemplateOptions):
     parallel_tool_calls: bool | None = Field(
         None, description="Whether one answer may contain several calls. Default true."
     )
+    reasoning_effort: Effort | None = Field(
+        None,
+        description="none and minimal switch thinking off, if the chat template can; other values "
+        "have an effect on templates with grades of thinking.",
+    )
+    thinking_token_budget: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_INT,
+        description="Maximum number of tokens of reasoning: then it is ended and the answer "
+        "begins. No effect on models that do not think.",
+    )
+    include_reasoning: bool | None = Field(
+        None, description="Return the reasoning, apart from the content. Default true."
+    )
     logprobs: bool | None = Field(None, description="Return the log probability of each token.")
     top_logprobs: int | None = Field(
         None, ge=0, description="Also return this many top log probabilities; needs logprobs."
+    )
+    prediction: Prediction | None = Field(
+        None,
+        description="Text that the answer is expected to contain, such as the file to edit. It can "
+        "make the answer faster, by speculation, and never changes it.",
     )
     service_tier: ServiceTier = None
     store: bool | None = Field(
@@ -192,6 +225,12 @@ class PromptDetails(AnswerModel):
     cached_tokens: Count = Field(description="Tokens found in the prefix cache.")
 
 
+class CompletionDetails(AnswerModel):
+    """Details of the generated tokens."""
+
+    reasoning_tokens: Count = Field(description="Tokens of the reasoning.")
+
+
 class TokenUsage(AnswerModel):
     """Token counts."""
 
@@ -199,6 +238,9 @@ class TokenUsage(AnswerModel):
     completion_tokens: Count = Field(description="Tokens of all generated choices.")
     total_tokens: Count = Field(description="The sum of both.")
     prompt_tokens_details: PromptDetails = Field(description="Details of the prompt's tokens.")
+    completion_tokens_details: CompletionDetails = Field(
+        description="Details of the generated tokens."
+    )
 
 
 class Answer(AnswerModel):
@@ -262,7 +304,9 @@ class AssistantMessage(AnswerModel):
     """The assistant's message."""
 
     role: Assistant
-    content: str | None = Field(description="The text; null if there are only tool calls.")
+    content: str | None = Field(
+        description="The text; null if there are only tool calls or reasoning."
+    )
     refusal: None = Field(description="Always null: a refusal is text.")
     annotations: list[dict[str, Any]] = Field(description="Always empty.")
 

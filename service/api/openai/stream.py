@@ -16,7 +16,15 @@ from service.api.generation.deltas import Delta, Finish, ScoredToken, Start, Str
 from service.api.generation.dialect import COMMENT
 from service.api.generation.logprobs import chat_logprobs, completion_logprobs
 from service.api.generation.reader import AnswerReader
-from service.api.openai.collect import answer_id, is_chat, prompt_fields, tier_field, usage_object
+from service.api.openai.collect import (
+    answer_id,
+    is_chat,
+    may_lack_content,
+    prompt_fields,
+    reasoning_fields,
+    tier_field,
+    usage_object,
+)
 from service.api.tools.parser import CallDelta
 from service.errors import QuireError
 
@@ -34,7 +42,7 @@ class ChunkRenderer:
         self._reader = reader
         self._event_ids = event_ids
         self._chat = is_chat(reader)
-        self._tools = manifest.notation is not None
+        self._nullable = may_lack_content(reader)
         self._noise = hashlib.sha512(reader.id.encode()).hexdigest().encode()
         head = orjson.dumps({
             "id": answer_id(reader),
@@ -63,7 +71,7 @@ class ChunkRenderer:
             ids = b""
             if self._reader.manifest.return_token_ids:
                 ids = b',"token_ids":' + orjson.dumps(delta.ids)
-            text = self._text(delta.text)
+            text = self._text(delta.text) + _reasoning(delta.reasoning)
             if delta.calls:
                 text += b',"tool_calls":' + orjson.dumps([_call_chunk(c) for c in delta.calls])
             text += self._after_text
@@ -99,8 +107,9 @@ class ChunkRenderer:
     def _finish(self, choice: int, finish: Finish) -> bytes:
         reason = orjson.dumps(finish.finish_reason)
         rest = b',"stop_reason":' + orjson.dumps(finish.end.stopped_by)
-        if finish.text:  # in the event of the end: a client that resumes would get it twice
-            start = self._start_of(choice) + orjson.dumps(finish.text) + b'},"logprobs":null'
+        if finish.text or finish.reasoning:  # in the last event: a resumed stream would repeat it
+            text = self._text(finish.text) + _reasoning(finish.reasoning)
+            start = self._start_of(choice) + text + b'},"logprobs":null'
         elif self._chat:
             start = self._head(choice) + b'{"index":%d,"delta":{},"logprobs":null' % choice
         else:
@@ -128,8 +137,8 @@ class ChunkRenderer:
         return start
 
     def _text(self, text: str) -> bytes:
-        """With tools, empty content is null, as in the collected body."""
-        return b"null" if self._tools and not text else orjson.dumps(text)
+        """Empty content may be null, as in the collected body."""
+        return b"null" if self._nullable and not text else orjson.dumps(text)
 
     def _chunk(
         self,
@@ -168,6 +177,11 @@ class ChunkRenderer:
 
     def _usage(self) -> bytes:
         return orjson.dumps(usage_object(self._reader.usage))
+
+
+def _reasoning(text: str) -> bytes:
+    """The fields of reasoning, after others."""
+    return b"," + orjson.dumps(reasoning_fields(text))[1:-1] if text else b""
 
 
 def _call_chunk(delta: CallDelta) -> dict[str, Any]:

@@ -85,6 +85,7 @@ class Responses:
                 messages=tuple(messages),
                 tools=_tools(body),
                 truncate=body.truncation == "auto",
+                effort=None if body.reasoning is None else body.reasoning.effort,
             ),
             sampling=sampling_of(body),
             names=self.names,
@@ -100,7 +101,7 @@ class Responses:
             on_disconnect="continue" if body.background else body.on_disconnect,
             echoed=_echoed(body),
             sealed_reasoning=ENCRYPTED in (body.include or ()),
-            stored_input=None if body.store is False else stored_input,
+            stored_input=stored_input,
         )
 
     def collect(self, reader: AnswerReader, choices: Sequence[Accumulator]) -> bytes:

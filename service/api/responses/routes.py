@@ -48,9 +48,9 @@ async def create_response(
     resumed after.
     """
     found = await conversation(body, context, tenant)
-    generation = RESPONSES.generation(
-        body, found.items, stored_input=found.stored_input(request.state.request_id)
-    )
+    call_id = request.state.request_id
+    stored = None if body.store is False else found.stored_input(call_id)
+    generation = RESPONSES.generation(body, found.items, stored_input=stored)
     response = await answer_generation(RESPONSES, generation, request, context, tenant)
     if body.dropped_tools:
         dropped = ", ".join(body.dropped_tools)

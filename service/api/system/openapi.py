@@ -59,7 +59,7 @@ _NOT_ASSISTANT = {
     "allOf": [
         _present("content"),
         {"properties": {"content": {"not": {"const": []}}}},
-        _absent("tool_calls", "reasoning_content"),
+        _absent("tool_calls", "reasoning_content", "reasoning"),
     ]
 }
 

@@ -236,13 +236,13 @@ class TaggedObject(_Tagged):
         if not ended:
             return ""
         text, self._held = self._held, ""
-        return _json_of(text, self._types.get(self._name or "", ()))
+        return json_of(text, self._types.get(self._name or "", ()))
 
     def _close(self) -> str:
         return "}" if self._names else "{}"
 
 
-def _json_of(text: str, types: Sequence[str]) -> str:
+def json_of(text: str, types: Sequence[str]) -> str:
     """The JSON of a value that may be text or of another type."""
     try:
         kind = _json_type(json.loads(text, parse_constant=_reject))

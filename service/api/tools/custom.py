@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
+MAX_CHARS = 32_768  # of a grammar, before and after
+_MAX_IGNORED = 16
 _TOKEN = re.compile(
     r"""(?P<comment>//[^\n]*|\#[^\n]*)
     |(?P<string>"(?:[^"\\\n]|\\.)*"i?)
@@ -25,6 +28,7 @@ _TOKEN = re.compile(
     |(?P<ignore>%ignore\b)
     |(?P<name>\w+)
     |(?P<bad>[%<@$~&])
+    |(?P<unclosed>["/])
     |(?P<other>.)""",
     re.VERBOSE | re.DOTALL,
 )
@@ -61,15 +65,42 @@ def embedded_lark(text: str, *, escaped: bool) -> str:
     """A grammar of the same texts or, if `escaped`, of them as contents of JSON strings. Raises
     UnsupportedGrammarError.
     """
-    tokens = [(match.lastgroup or "", match) for match in _TOKEN.finditer(text)]
-    if any(kind == "bad" for kind, _ in tokens):
-        raise UnsupportedGrammarError(
-            "may not contain special tokens, the operators & and ~, and directives other than "
-            "%import common and %ignore"
-        )
+    if len(text) > MAX_CHARS:
+        raise _too_long()
+    tokens = list(_tokens(text))
     if any(kind == "ignore" for kind, _ in tokens):
         return _with_ignored(text, tokens, escaped=escaped)
-    return "".join(_Embedding(text, tokens, escaped=escaped).parts())
+    return _joined(_Embedding(text, tokens, escaped=escaped).parts())
+
+
+def _tokens(text: str) -> Iterator[tuple[str, re.Match[str]]]:
+    for match in _TOKEN.finditer(text):
+        kind = match.lastgroup or ""
+        if kind == "unclosed":
+            raise UnsupportedGrammarError("has a string or a regular expression without an end")
+        if kind == "bad":
+            raise UnsupportedGrammarError(
+                "may not contain special tokens, the operators & and ~, and directives other than "
+                "%import common and %ignore"
+            )
+        yield kind, match
+
+
+def _joined(parts: Iterable[str]) -> str:
+    """Stops at the limit: a short grammar may stand for a long one."""
+    joined, size = [], 0
+    for part in parts:
+        size += len(part)
+        if size > MAX_CHARS:
+            raise _too_long()
+        joined.append(part)
+    return "".join(joined)
+
+
+def _too_long() -> UnsupportedGrammarError:
+    return UnsupportedGrammarError(
+        f"is too long: spelled out for each character, it may have at most {MAX_CHARS} characters"
+    )
 
 
 def _with_ignored(text: str, tokens: list[tuple[str, re.Match[str]]], *, escaped: bool) -> str:
@@ -79,13 +110,16 @@ def _with_ignored(text: str, tokens: list[tuple[str, re.Match[str]]], *, escaped
     if not escaped:
         return text
     blanks, lines = set[str](), text
-    for match in re.finditer(r"%ignore[ \t]+(\S[^\n]*)", text):
-        operand = match[1].strip()
+    ignored = re.findall(r"%ignore[ \t]+\S[^\n]*", text)
+    if len(ignored) > _MAX_IGNORED:
+        raise UnsupportedGrammarError(f"may have %ignore at most {_MAX_IGNORED} times")
+    for line in ignored:
+        operand = line.removeprefix("%ignore").strip()
         definition = re.search(rf"^{re.escape(operand)}[ \t]*:([^\n]*)$", text, re.MULTILINE)
         pattern = _COMMON.get(operand, operand) if definition is None else definition[1].strip()
         blanks.update(_characters(pattern))
-        lines = lines.replace(match[0], "")
-        if definition is not None and len(re.findall(rf"\b{operand}\b", lines)) == 1:
+        lines = lines.replace(line, "")
+        if definition is not None and len(re.findall(rf"\b{re.escape(operand)}\b", lines)) == 1:
             lines = lines.replace(definition[0], "")
     for kind, match in tokens:
         needs = (kind == "regex" and _needs_escapes(match[0])) or (
@@ -193,29 +227,32 @@ def spelled_out(pattern: str, flags: str = "", *, escaped: bool) -> str:
     """A regular expression as an expression of Lark, of a terminal per character. Raises
     UnsupportedGrammarError.
     """
-    parts = ["("]
+    return f"({_joined(_spelled(pattern, flags, escaped=escaped))})"
+
+
+def _spelled(pattern: str, flags: str, *, escaped: bool) -> Iterator[str]:
+    kept = flags.replace("s", "") if escaped else flags
+    empty = True  # Lark has no empty alternatives
     for kind, unit in _units(pattern, flags):
-        if kind == "group":
-            parts.append("(")
-        elif kind == "operator":
-            parts += [*_filled(parts), unit]
-        elif kind == "repeat":
-            parts.append(unit if len(unit) == 1 else unit.removesuffix("?"))
-        else:
-            spelled = _escaped_unit(unit, flags) if escaped else unit
-            kept = flags.replace("s", "") if escaped else flags
-            parts.append(f" /{spelled}/{kept}")
-    return "".join([*parts, *_filled(parts), ")"])
-
-
-def _filled(parts: list[str]) -> list[str]:
-    """Lark has no empty alternatives."""
-    return ['""'] if parts[-1] in {"(", "|"} else []
+        if kind == "operator" and empty:
+            yield '""'
+        match kind:
+            case "group":
+                yield "("
+            case "operator":
+                yield unit
+            case "repeat":  # also without the sign of a lazy one
+                yield unit if len(unit) == 1 else unit.removesuffix("?")
+            case _:
+                yield f" /{_escaped_unit(unit, flags) if escaped else unit}/{kept}"
+        empty = kind == "group" or unit == "|"
+    if empty:
+        yield '""'
 
 
 def escaped_regex(pattern: str) -> str:
     """The pattern of the same texts as contents of JSON strings. Raises UnsupportedGrammarError."""
-    return "".join(
+    return _joined(
         unit if kind in {"group", "operator", "repeat"} else f"(?:{_escaped_unit(unit, '')})"
         for kind, unit in _units(pattern, "")
     )
@@ -238,6 +275,7 @@ def _units(pattern: str, flags: str) -> Iterator[tuple[str, str]]:
         raise UnsupportedGrammarError("has an invalid regular expression")
 
 
+@lru_cache(maxsize=512)
 def _escaped_unit(unit: str, flags: str) -> str:
     """One character of a set of characters, as a regular expression."""
     found = _specials_in(unit, flags)

@@ -74,7 +74,7 @@ def _plain(message: ChatMessage) -> dict[str, Any]:
     if message.name is not None:
         fields["name"] = message.name
     if message.reasoning is not None:
-        fields["reasoning_content"] = message.reasoning
+        fields["reasoning_content"] = fields["reasoning"] = message.reasoning
     return fields
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 from service.api.structured.json_schema import (
@@ -17,7 +18,7 @@ from service.api.structured.json_schema import (
     without_annotations,
     without_property_counts,
 )
-from service.api.tools.arguments import JSON_TYPES, PARAMETER, PARAMETER_END, VALUE
+from service.api.tools.arguments import JSON_TYPES, PARAMETER, PARAMETER_END, VALUE, json_of
 from service.api.tools.chat import FunctionDefinition
 
 _MAX_REFS = 8  # that lead to one schema
@@ -41,16 +42,57 @@ def first_inexpressible(schema: Schema) -> tuple[str, str] | None:
     for key in without_annotations(schema).keys() - _OBJECT_KEYWORDS - {*_DEFINITIONS}:
         return key, "is not supported by this model's tool-call format"
     for name, value in (schema.get("properties") or {}).items():
-        types = _types(value, schema)
         if "\n" in name:
             return f"properties.{name}", "must not contain line breaks"
-        if types and "string" not in types:
-            continue  # enforced as JSON
-        allowed = _TEXT_KEYWORDS if types == {"string"} else {"type"}
-        keys = without_annotations(value).keys() if isinstance(value, dict) else set()
-        for key in keys - allowed:
-            return f"properties.{name}.{key}", "is not supported for text"
+        types = _types(value, schema)
+        if (types and "string" not in types) or value in (True, {}):
+            continue  # enforced as JSON, or nothing to enforce
+        kinds = [_Kind.of(each) for each in _alternatives(value, schema)]
+        only_typed = isinstance(value, dict) and without_annotations(value).keys() == {"type"}
+        if not only_typed and (_Kind.OTHER in kinds or kinds.count(_Kind.TEXT) > 1):
+            return f"properties.{name}", "cannot be a text and something else"
+        for each in _alternatives(value, schema):
+            for key in without_annotations(each).keys() - _TEXT_KEYWORDS:
+                return f"properties.{name}.{key}", "is not supported for text"
     return None
+
+
+class _Kind(Enum):
+    """What a schema without alternatives allows."""
+
+    VALUES = "values"  # a few
+    TEXT = "text"
+    OTHER = "other"
+
+    @classmethod
+    def of(cls, schema: Mapping[str, Any]) -> _Kind:
+        if _values(schema) is not None:
+            return cls.VALUES
+        return cls.TEXT if schema.get("type") == "string" else cls.OTHER
+
+
+def _alternatives(value: Any, root: Schema, *, refs: int = _MAX_REFS) -> list[dict[str, Any]]:  # noqa: ANN401
+    """The schemas of which a value matches at least one."""
+    if not isinstance(value, dict) or not refs:
+        return [{}]
+    branches = value.get("anyOf", value.get("oneOf"))
+    if isinstance(ref := value.get("$ref"), str):
+        branches = [_referred(ref, root)]
+    if isinstance(branches, list):
+        return [each for part in branches for each in _alternatives(part, root, refs=refs - 1)]
+    if isinstance(kinds := value.get("type"), list) and "enum" not in value:
+        return [value | {"type": kind} for kind in kinds]
+    return [value]
+
+
+def _values(schema: Mapping[str, Any]) -> list[Any] | None:
+    """All values that a schema allows; None: more than a few."""
+    if "const" in schema:
+        return [schema["const"]]
+    if isinstance(values := schema.get("enum"), list):
+        return values
+    few: dict[str, list[Any]] = {"null": [None], "boolean": [True, False]}
+    return few.get(str(schema.get("type")))
 
 
 def tagged_rules(index: int, function: FunctionDefinition) -> list[str]:
@@ -95,20 +137,34 @@ def _value_rules(label: str, value: Any, *, root: Schema, strict: bool) -> Itera
         definitions = {key: root[key] for key in _DEFINITIONS if key in root}
         yield f"{name}: json_{label} {json.dumps(PARAMETER_END)}"
         yield f"json_{label}: %json {_json_schema(definitions | value, strict=strict)}"
-    elif types == {"string"} and (texts := _texts(value)):
-        literals = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
-        yield f"{name}: ({literals}) {json.dumps(PARAMETER_END)}"
-    elif types == {"string"} and value.keys() & {"minLength", "maxLength"}:
-        least, most = value.get("minLength", 0), value.get("maxLength", "")
-        yield from text_rules(name, rf"(.|\n){{{least},{most}}}")
-    else:
+        return
+    given = _alternatives(value, root)
+    kinds = [_Kind.of(each) for each in given]
+    if _Kind.OTHER in kinds or kinds.count(_Kind.TEXT) > 1:
         yield from text_rules(name)
+        return
+    values = [item for each in given for item in _values(each) or ()]
+    texts = [_text(item) for item in values if _is_read_back(item, types)]
+    literals = [json.dumps(text + PARAMETER_END, ensure_ascii=False) for text in texts]
+    for each, kind in zip(given, kinds, strict=True):
+        if kind is _Kind.TEXT:
+            literals.append(f"text_{label}")
+            least, most = each.get("minLength", 0), each.get("maxLength", "")
+            bounded = each.keys() & {"minLength", "maxLength"}
+            pattern = rf"(.|\n){{{least},{most}}}" if bounded else r"(.|\n)*"
+            yield from text_rules(f"text_{label}", pattern)
+    yield f"{name}: {' | '.join(literals) or _EMPTY}"
 
 
-def _texts(value: Mapping[str, Any]) -> list[str]:
-    """The only texts that a string may be; empty: any."""
-    given = [value["const"]] if "const" in value else value.get("enum") or []
-    return [text for text in given if isinstance(text, str) and PARAMETER_END not in text + "\n"]
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _is_read_back(value: object, types: Collection[str]) -> bool:
+    """Whether the parser reads the text of this value as this value."""
+    text = _text(value)
+    whole = PARAMETER_END not in text + PARAMETER_END[:-1]
+    return whole and json.loads(json_of(text, sorted(types))) == value
 
 
 def _json_schema(schema: Schema, *, strict: bool) -> str:

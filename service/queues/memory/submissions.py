@@ -182,6 +182,7 @@ class Submissions:
         self._expiring: list[tuple[float, str]] = []  # heap of (time, submission)
         self._bytes: Counter[str] = Counter()  # by tenant
         self._kept: defaultdict[str, dict[str, int]] = defaultdict(dict)  # tenant -> id -> bytes
+        self._kept_bytes: Counter[str] = Counter()  # by tenant
 
     def __len__(self) -> int:
         """Records and counters."""
@@ -208,13 +209,10 @@ class Submissions:
         for _ in range(MAX_EVICTED):
             if fits():
                 return True
-            keeper = tenant or max(self._kept, key=self._kept_bytes, default=None)
+            keeper = tenant or max(self._kept, key=self._kept_bytes.__getitem__, default=None)
             if keeper is None or not self._evict(keeper):
                 return False
         return fits()
-
-    def _kept_bytes(self, tenant: str) -> int:
-        return sum(self._kept[tenant].values())
 
     def _evict(self, tenant: str) -> bool:
         """Ends the keeping of the oldest; returns false if there is none."""
@@ -283,9 +281,9 @@ class Submissions:
         group.window_ends = now + self._limits.resume_window
         self._expire_at(group, max(group.window_ends, now + (submission.keep or 0.0)))
         if group.is_kept:
-            kept = self._kept[submission.tenant]
-            kept.pop(submission.id, None)  # the last of them is the newest
-            kept[submission.id] = group.size
+            self._unkeep(group)  # the last of them is the newest
+            self._kept[submission.tenant][submission.id] = group.size
+            self._kept_bytes[submission.tenant] += group.size
 
     def _expire_at(self, group: Group, time: float) -> None:
         is_sooner = not group.gone_at or time < group.gone_at
@@ -295,9 +293,9 @@ class Submissions:
 
     def _unkeep(self, group: Group) -> None:
         tenant = group.submission.tenant
-        self._kept[tenant].pop(group.submission.id, None)
+        self._kept_bytes[tenant] -= self._kept[tenant].pop(group.submission.id, 0)
         if not self._kept[tenant]:
-            del self._kept[tenant]
+            del self._kept[tenant], self._kept_bytes[tenant]
 
     def expire(self) -> None:
         """Drops what has expired."""

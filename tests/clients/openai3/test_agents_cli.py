@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Server, free_port, wait_until_ready
+from conftest import PATIENCE, ROOT, Server, free_port, wait_until_ready
 
-AGENTS = Path(__file__).parent / "agents" / "node_modules"
+FOLDER = Path(__file__).parent.parent
+AGENTS = FOLDER / "agents" / "node_modules"
 MODEL = "small-model"
 ANSWER = 'Answer "times" with ok.'
 CALL = "Use your shell, then answer."
@@ -45,7 +46,7 @@ def large_server(pytestconfig: pytest.Config, tmp_path_factory: Any) -> Iterator
     program = Path(str(pytestconfig.getoption("--quire")))
     pulled = subprocess.run([program, "pull"], check=True, cwd=ROOT, capture_output=True, text=True)
     source = pulled.stdout.split()[-1]
-    script = Path(__file__).parent / "small_model.py"
+    script = FOLDER / "small_model.py"
     subprocess.run([program.parent / "python", script, source, model], check=True, cwd=ROOT)
     port, admin_port = free_port(), free_port()
     command = [program, "serve", "--model", model, "--model-name", MODEL]
@@ -60,7 +61,7 @@ def large_server(pytestconfig: pytest.Config, tmp_path_factory: Any) -> Iterator
         yield started
     finally:
         process.terminate()
-        assert process.wait(timeout=60) == 0, log.read_text()
+        assert process.wait(timeout=PATIENCE) == 0, log.read_text()
 
 
 def needs(package: str) -> None:
@@ -72,9 +73,9 @@ def needs(package: str) -> None:
 def run(
     command: list[str | Path], home: Path, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """A run in an empty folder and an empty home."""
+    """A run with this home, in a folder that is empty at first."""
     work = home / "work"
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     return subprocess.run(
         command,
         cwd=work,
@@ -89,7 +90,7 @@ def run(
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=PATIENCE,
     )
 
 
@@ -126,12 +127,14 @@ def test_claude_code_ends_with_the_answer(large_server: Server, tmp_path: Path) 
 
 @pytest.mark.proves("Claude Code", "tools")
 def test_claude_code_calls_its_shell(large_server: Server, tmp_path: Path) -> None:
-    """The second turn has the prompt of the first in the prefix cache."""
+    """The second turn has the prompt of the first in the prefix cache. Its session goes on."""
     needs("@anthropic-ai/claude-code")
     result = claude(large_server, tmp_path, CALL)
     assert (result["result"], result["stop_reason"], result["num_turns"]) == ("ok", "end_turn", 2)
     assert not result["permission_denials"]
     assert result["usage"]["cache_read_input_tokens"] > 5000
+    again = claude(large_server, tmp_path, "And again.", "--continue")
+    assert (again["result"], again["session_id"]) == ("ok", result["session_id"])
 
 
 @pytest.mark.proves("Claude Code", "errors")
@@ -146,11 +149,15 @@ def codex(
     server: Server, home: Path, prompt: str, *options: str
 ) -> subprocess.CompletedProcess[str]:
     folder = home / ".codex"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     config = CODEX_CONFIG.format(model=server.model, url=server.url)
     (folder / "config.toml").write_text(config)
     command: list[str | Path] = ["node", AGENTS / "@openai/codex/bin/codex.js", "exec"]
     return run([*command, "--skip-git-repo-check", "--json", *options, prompt], home)
+
+
+def said(done: list[dict[str, Any]]) -> list[str]:
+    return [item["text"] for item in done if item["type"] == "agent_message"]
 
 
 def items(ended: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -166,7 +173,7 @@ def items(ended: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 def test_codex_ends_with_the_answer(large_server: Server, tmp_path: Path) -> None:
     needs("@openai/codex")
     done = items(codex(large_server, tmp_path, ANSWER))
-    assert [item["text"] for item in done if item["type"] == "agent_message"] == ["ok"]
+    assert said(done) == ["ok"]
     assert not [item for item in done if item["type"] == "command_execution"]
 
 
@@ -176,7 +183,8 @@ def test_codex_calls_its_shell(large_server: Server, tmp_path: Path) -> None:
     done = items(codex(large_server, tmp_path, CALL))
     (called,) = [item for item in done if item["type"] == "command_execution"]
     assert called["command"].endswith("times")
-    assert [item["text"] for item in done if item["type"] == "agent_message"] == ["ok"]
+    assert said(done) == ["ok"]
+    assert said(items(codex(large_server, tmp_path, "And again.", "resume", "--last"))) == ["ok"]
 
 
 @pytest.mark.proves("Codex CLI", "errors")
