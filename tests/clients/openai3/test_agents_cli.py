@@ -125,7 +125,7 @@ def test_claude_code_ends_with_the_answer(large_server: Server, tmp_path: Path) 
     assert result["usage"]["input_tokens"] > 5000
 
 
-@pytest.mark.proves("Claude Code", "tools")
+@pytest.mark.proves("Claude Code", "tools", "turns")
 def test_claude_code_calls_its_shell(large_server: Server, tmp_path: Path) -> None:
     """The second turn has the prompt of the first in the prefix cache. Its session goes on."""
     needs("@anthropic-ai/claude-code")
@@ -177,7 +177,7 @@ def test_codex_ends_with_the_answer(large_server: Server, tmp_path: Path) -> Non
     assert not [item for item in done if item["type"] == "command_execution"]
 
 
-@pytest.mark.proves("Codex CLI", "tools")
+@pytest.mark.proves("Codex CLI", "tools", "turns")
 def test_codex_calls_its_shell(large_server: Server, tmp_path: Path) -> None:
     needs("@openai/codex")
     done = items(codex(large_server, tmp_path, CALL))
