@@ -1,6 +1,6 @@
 # `make serve` and `make test` do everything on a fresh machine; the rest is for working here.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients unit longer faults fuzz loadtest soak compare check docs lint format install constraints system clean
+.PHONY: help serve test test-clients test-clients-openai2 test-clients-openai3 unit longer faults fuzz loadtest soak compare check docs lint format install constraints system clean
 
 VENV   ?= .venv
 PYTHON ?= python3
@@ -9,6 +9,8 @@ N      ?= 100
 MINUTES ?= 10
 BIN    := $(VENV)/bin
 CLIENTS ?= .venv-clients
+# Two environments: some clients need version 2 of openai, some version 3.
+CLIENT_RUNS := test-clients-openai2 test-clients-openai3
 # Without a compiler the server still serves, more slowly, and says so when it starts.
 BUILD_NATIVE := $(BIN)/python -m model.native.build || echo "the torch runner will serve instead"
 # The versions that are tested together; `CONSTRAINTS=` takes the newest that pyproject.toml allows.
@@ -29,9 +31,12 @@ serve: $(VENV)/.installed  ## install, fetch the default model, serve it at http
 test: $(VENV)/.tested system lint  ## install, then every check: lint, types, all tests
 	$(PYTEST) $(PARALLEL) -m "not longer and not kernels and not faults" $(ARGS)
 
-test-clients: $(VENV)/.installed $(CLIENTS)/.installed  ## other people's clients, by their own packages
-	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini \
-	  --rootdir tests/clients --confcutdir tests/clients tests/clients --quire $(BIN)/quire $(ARGS)
+test-clients: $(CLIENT_RUNS)  ## other people's clients, by their own packages
+
+$(CLIENT_RUNS): test-clients-%: $(VENV)/.installed $(CLIENTS)/%/.installed $(CLIENTS)/.npm
+	OMP_NUM_THREADS=1 $(CLIENTS)/$*/bin/python -m pytest -c tests/clients/pytest.ini \
+	  --rootdir tests/clients --confcutdir tests/clients \
+	  tests/clients/test_openai.py tests/clients/$* --quire $(BIN)/quire $(ARGS)
 
 unit: $(VENV)/.tested  ## the fast tests alone
 	$(PYTEST) $(PARALLEL) -m "not slow and not longer and not kernels and not faults" $(ARGS)
@@ -110,16 +115,19 @@ $(VENV)/.tested: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 # Apart from ours: what other people's packages need must not decide what the server needs.
-$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/node/package-lock.json tests/clients/agents/package-lock.json
+$(CLIENT_RUNS:test-clients-%=$(CLIENTS)/%/.installed): $(CLIENTS)/%/.installed: tests/clients/%/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --no-compile --requirement $< \
+	  || { echo "missing: packages of $<, from PyPI"; exit 1; }
+	touch $@
+
+$(CLIENTS)/.npm: tests/clients/node/package-lock.json tests/clients/agents/package-lock.json
 	@command -v npm >/dev/null || { \
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get install -y -qq nodejs npm >/dev/null; \
 	} || { echo "missing: Node.js 20 or newer, with npm"; exit 1; }
-	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip --disable-pip-version-check --quiet install --no-compile \
-	  --requirement tests/clients/requirements.txt \
-	  || { echo "missing: packages of tests/clients/requirements.txt, from PyPI"; exit 1; }
 	npm ci --prefix tests/clients/node --no-audit --no-fund --silent \
 	  || { echo "missing: packages of tests/clients/node/package.json, from the npm registry"; exit 1; }
 	npm ci --prefix tests/clients/agents --ignore-scripts --no-audit --no-fund --silent \
 	  || { echo "missing: packages of tests/clients/agents/package.json, from the npm registry"; exit 1; }
+	mkdir -p $(@D)
 	touch $@

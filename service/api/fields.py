@@ -209,8 +209,9 @@ def _no_tiny_temperature(value: float | None) -> float | None:
 
 
 def _content(value: object) -> str:
-    """The text of a chat message."""
-    return _joined(value, kinds=frozenset({"text", "refusal"}), ignored=frozenset())
+    """The text of a chat message. OpenAI's Agents SDK copies fields of an answer into its part."""
+    ignored = frozenset({"annotations", "role"})
+    return _joined(value, kinds=frozenset({"text", "refusal"}), ignored=ignored)
 
 
 def _response_content(value: object) -> str:
@@ -235,7 +236,10 @@ def _joined(value: object, *, kinds: frozenset[str], ignored: frozenset[str]) ->
             names = ", ".join(sorted(kinds))
             raise FieldError("unsupported_content", f"only parts of the type {names} are supported")
         key = "refusal" if part["type"] == "refusal" else "text"
-        if set(part) - ignored - _CACHE_HINTS != {"type", key}:
+        given = set(part) - ignored - _CACHE_HINTS
+        if key == "text" and part.get("refusal", "") is None:
+            given.remove("refusal")
+        if given != {"type", key}:
             raise FieldError("unknown_parameter", f'a {key} part has the keys "type" and "{key}"')
         for hint in _CACHE_HINTS & part.keys():
             if not isinstance(part[hint], dict | None):

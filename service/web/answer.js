@@ -21,8 +21,8 @@ const RETRIED = new Set([429, 502, 503, 504]);
 export function newRecord(body) {
   return {
     role: "assistant", state: "running", key: randomKey(), body, seed: body.seed, call: null,
-    position: null, prompt: null, text: "", tokens: [], reason: null, error: null, usage: null,
-    sent: Date.now(), first: null, last: null, resumed: 0,
+    position: null, prompt: null, text: "", thinking: "", tokens: [], reason: null, error: null,
+    usage: null, sent: Date.now(), first: null, last: null, resumed: 0,
   };
 }
 
@@ -176,13 +176,15 @@ export class Answer {
     const [choice] = chunk.choices;
     if (choice) {
       const text = choice.delta.content ?? "";
+      const thinking = choice.delta.reasoning_content ?? "";
       const scored = choice.logprobs?.content ?? [];
-      if (scored.length || text) {
+      if (scored.length || text || thinking) {
         record.first ??= Date.now();
         record.last = Date.now();
       }
       record.tokens.push(...place(record.text.length, text, scored, choice.token_ids));
       record.text += text;
+      record.thinking = (record.thinking ?? "") + thinking;
       record.position = id ?? record.position;
       record.reason = choice.finish_reason ?? record.reason;
     }

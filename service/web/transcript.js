@@ -64,10 +64,12 @@ export class Transcript {
     const hint = "The answer; left and right arrow keys step through its tokens";
     const answer = element("div", { class: "answer", tabindex: "0", role: "group", "aria-label": hint });
     const row = { record, item, answer, view: null, tokens: false, attention: null };
+    row.thought = element("div", { tabindex: "0", role: "region", "aria-label": "Thinking" });
+    row.thinking = element("details", { class: "thinking" }, element("summary", {}, "Thinking"), row.thought);
     row.note = element("p", { class: "error", role: "alert", hidden: "" });
     row.figures = element("span", { class: "figures" });
     row.buttons = this.#buttons(row);
-    item.append(answer, row.note, element("div", { class: "foot" }, row.figures, ...row.buttons.all));
+    item.append(row.thinking, answer, row.note, element("div", { class: "foot" }, row.figures, ...row.buttons.all));
     row.prose = true;
     return row;
   }
@@ -124,6 +126,8 @@ function drawRow(row, { last }) {
     answer.classList.toggle("strip", row.tokens);
   }
   row.view.draw(record.text, record.tokens);
+  row.thinking.hidden = !record.thinking;
+  row.thought.textContent = record.thinking ?? "";
   row.item.classList.toggle("running", running);
   row.item.setAttribute("aria-busy", String(running));
   row.note.hidden = !record.error && record.state !== "cut";

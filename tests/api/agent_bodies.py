@@ -88,7 +88,7 @@ BODIES: tuple[Body, ...] = (
         "openai-python, its own message sent back", {"role": "developer", "content": "Be short."},
         user(), {"role": "assistant", "content": "It prints.", "refusal": None, "annotations": [],
                  "audio": None, "function_call": None, "tool_calls": None}, user("Sure?"),
-        max_completion_tokens=64,
+        reasoning_effort="low", max_completion_tokens=64,
     ),
     chat(
         "openai-node, predicted output", user("Rename x to y: x = 1"), max_completion_tokens=64,
@@ -98,7 +98,7 @@ BODIES: tuple[Body, ...] = (
     chat(
         "openai-agents, chat model", system(), user(), called(refusal=None, annotations=[]),
         result(), tools=[STRICT_TOOL], tool_choice="auto", parallel_tool_calls=True, store=False,
-        verbosity="medium", metadata={"trace_id": "t"}, **USAGE,
+        reasoning_effort="medium", verbosity="medium", metadata={"trace_id": "t"}, **USAGE,
     ),
     chat(
         "LangChain ChatOpenAI", system(), user(), called(""), result(), n=1, temperature=0.7,
@@ -213,7 +213,7 @@ BODIES: tuple[Body, ...] = (
         "Zed", system(), user(), {"role": "assistant", "content": None, "tool_calls": [CALL],
                                   "reasoning_content": "Read it."}, result(),
         max_completion_tokens=64, temperature=1.0, tool_choice="auto", parallel_tool_calls=False,
-        tools=[TOOL], prompt_cache_key="thread", **USAGE,
+        tools=[TOOL], prompt_cache_key="thread", reasoning_effort="medium", **USAGE,
     ),
     chat(
         "opencode (Vercel AI SDK)", system(), user(), called(""), result('{"ok":true}'),
@@ -223,6 +223,7 @@ BODIES: tuple[Body, ...] = (
         "Vercel AI SDK, structured", user(), max_tokens=64, stop=["END"], seed=1,
         response_format={"type": "json_schema", "json_schema": {
             "schema": ANSWER_SCHEMA, "name": "response", "strict": True}},
+        reasoning_effort="none",
     ),
     # --- applications over chat completions --------------------------------------------------
     chat(

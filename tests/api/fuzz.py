@@ -50,7 +50,8 @@ expected-statuses = ["2xx", "400", "401", "403", "404", "409", "410", "429", "5x
 REASONS = re.compile(
     r"together may be|needs|exactly one|agree|not be (more|less) than|required with"
     r"|times choices|cannot be|room for a token|must be a JSON schema|tool names must be unique"
-    r"|chat_template_kwargs|no answer can match|text of a JSON object"
+    r"|chat_template_kwargs|no answer can match|tool that is not in tools"
+    r"|\.format (may|has|is|must)"
     r"|tool_use and thinking only for the assistant|the last message must not call tools"
     r"|must be the number of an event|must be the id of an input item|token ids must be from"
     r"|must be given with"

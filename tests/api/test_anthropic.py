@@ -111,7 +111,7 @@ async def test_the_shape_of_a_message(service: Any) -> None:
         "type": "message",
         "role": "assistant",
         "model": "tiny-model",
-        "content": [{"type": "text", "text": service.tokenizer.decode(ids), "citations": None}],
+        "content": [{"type": "text", "text": service.tokenizer.decode(ids), "citations": []}],
         "stop_reason": "max_tokens",
         "stop_sequence": None,
         "stop_details": None,
@@ -207,7 +207,7 @@ async def test_a_tool_call_is_a_block(service: Any) -> None:
     body = await ask(service, tools=TOOLS)
     assert body["stop_reason"] == "tool_use"
     text, first, second = body["content"]
-    assert text == {"type": "text", "text": "Let me see.", "citations": None}
+    assert text == {"type": "text", "text": "Let me see.", "citations": []}
     assert (first["type"], first["name"], first["input"]) == (
         "tool_use", "weather", {"city": "Orléans 😀"},
     )  # fmt: skip

@@ -13,6 +13,7 @@ from model.text.tokenizer import Tokenizer
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 CACHED = {"cache_control": {"type": "ephemeral"}}
+COPIED: dict[str, Any] = {"role": "assistant", "refusal": None, "annotations": []}
 # Renders all of a message, as templates of reasoning models do; drops roles that it does not know.
 TEMPLATE = (
     "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}<{{ m.role }}>"
@@ -58,6 +59,9 @@ def turns(*assistant: dict[str, Any]) -> list[dict[str, Any]]:
         ({"content": "Yes.", "reasoning_content": "Hm."}, THOUGHT),
         ({"content": [{"type": "text", "text": "Yes."} | CACHED], "reasoning_content": "Hm."},
          THOUGHT),
+        ({"content": [{"type": "text", "text": "Yes."} | COPIED], "reasoning_content": "Hm."},
+         THOUGHT),
+        ({"content": None, "provider_specific_fields": {"refusal": None}}, EMPTY),
         ({"content": None, "refusal": "No.", "annotations": []}, REFUSED),
         ({"content": [{"type": "refusal", "refusal": "No."}], "audio": None}, REFUSED),
         ({"content": "No.", "refusal": None, "function_call": None, "annotations": [

@@ -97,8 +97,9 @@ async def test_a_stream_goes_on_anywhere_with_the_same_bytes(service: Any, seed:
     draw = random.Random(1000 + seed)
     path, body = random_request(draw)
     body |= {"n": 1, "stream": True, "stream_options": {"include_usage": draw.random() < 0.5}}
-    if draw.random() < 0.3:
-        body["stream_options"]["continuous_usage_stats"] = True
+    for option in ("continuous_usage_stats", "include_obfuscation"):
+        if draw.random() < 0.3:
+            body["stream_options"][option] = True
     if isinstance(body.get("prompt"), list) and not isinstance(body["prompt"][0], int):
         body["prompt"] = body["prompt"][0]
     reply = await service.post(path, body, x_quire_event_ids="1")

@@ -348,3 +348,22 @@ def test_formats_by_template(name: str) -> None:
 )
 def test_options_by_template(template: str, effort: Any, given: dict[str, Any]) -> None:
     assert thinking_options(template, Chat(messages=(), effort=effort)) == given
+
+
+async def test_a_text_with_special_tokens_is_returned_as_it_is(
+    served: Any, read_events: Any, llm: Model
+) -> None:
+    ids = llm.answer("Hm.", "Yes.")
+    served.engine.script = lambda _: ids
+    message, _ = await both(served, read_events, skip_special_tokens=False)
+    assert "reasoning_content" not in message
+    opening = f"{llm.tags[0]}\n" if llm.opens else ""
+    assert message["content"] == f"{opening}Hm.{llm.tags[1]}\n\nYes."
+
+
+async def test_a_budget_is_not_combined_with_a_choice_of_tokens(served: Any) -> None:
+    """The tokens that end the reasoning are forced, so that they must not be excluded."""
+    body = {"model": "tiny-model", "messages": ASK, "thinking_token_budget": 4}
+    for name, value in (("bad_words", ["x"]), ("allowed_token_ids", [5])):
+        reply = await served.post(CHAT, body | {name: value})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, name)

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from service.api.responses.dialect import RESPONSES
 from service.api.responses.items import InputReasoning, seal, unseal
-from service.api.responses.schema import ResponseBody
 from service.messages import FinishReason
 
 B: dict[str, Any] = {"input": "hello", "max_output_tokens": 4, "seed": 3}
@@ -99,18 +97,3 @@ def test_reasoning_can_be_sent_back_sealed() -> None:
         assert unseal(foreign) is None
         sent = {"type": "reasoning", "encrypted_content": foreign, "content": None}
         assert InputReasoning.model_validate(sent).text is None
-
-
-@pytest.mark.parametrize(
-    ("effort", "thinking", "grade"),
-    [
-        (None, None, None), ("none", False, None), ("minimal", False, None),
-        ("low", None, "low"), ("medium", None, "medium"), ("xhigh", None, "high"),
-    ],
-)  # fmt: skip
-def test_effort_is_for_the_chat_template(
-    effort: str | None, thinking: bool | None, grade: str | None
-) -> None:
-    body = ResponseBody.model_validate(B | {"reasoning": {"effort": effort}})
-    prompt: Any = RESPONSES.parse(body).prompt
-    assert (prompt.thinking, prompt.effort) == (thinking, grade)

@@ -1,7 +1,7 @@
-"""Real clients against one real server: `make test-clients`, in an environment of its own.
+"""Real clients against one real server: `make test-clients`, in environments of their own.
 
-Nothing here knows the server's code. At the end a table says which client did what, on the
-terminal and in results/clients.md.
+Nothing here imports the server's code. At the end a table of clients and abilities is printed, and
+written to results/clients-NAME.md.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -24,11 +25,13 @@ from table import Table
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = "smollm2-135m-instruct"
+PATIENCE = 300.0  # seconds: on a busy machine, all is slow
 _TABLE = pytest.StashKey[Table]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quire", default="quire", help="the server's program")
+    parser.addoption("--urls", help="of a running server: its API's and its admin port's, as A,B")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,14 +53,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     text = config.stash[_TABLE].render()
     folder = ROOT / "results"
     folder.mkdir(exist_ok=True)
-    (folder / "clients.md").write_text(text, encoding="utf-8")
+    name = Path(sys.prefix).name  # of the environment
+    (folder / f"clients-{name}.md").write_text(text, encoding="utf-8")
     terminalreporter.section("clients")
     terminalreporter.write_line(text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """Where it listens, and what it counts."""
+    """Its addresses and its counters."""
 
     url: str
     admin_url: str
@@ -68,8 +72,8 @@ class Server:
         return f"{self.url}/v1"
 
     def cancelled(self) -> float:
-        """Requests that ended because nobody wanted them any more."""
-        with urllib.request.urlopen(f"{self.admin_url}/metrics", timeout=60) as reply:
+        """Number of cancelled requests."""
+        with urllib.request.urlopen(f"{self.admin_url}/metrics", timeout=PATIENCE) as reply:
             text = reply.read().decode()
         series = r'^quire_requests_finished_total\{reason="cancelled"\} (\S+)'
         found = re.search(series, text, re.MULTILINE)
@@ -78,7 +82,11 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server(pytestconfig: pytest.Config, tmp_path_factory: Any) -> Iterator[Server]:
-    """`quire serve` with the default model, on free ports."""
+    """`quire serve` with the default model, on free ports, or the one at `--urls`."""
+    if urls := pytestconfig.getoption("--urls"):
+        url, admin_url = urls.split(",")
+        yield Server(url=url, admin_url=admin_url)
+        return
     log = tmp_path_factory.mktemp("server") / "log"
     port, admin_port = free_port(), free_port()
     program = str(pytestconfig.getoption("--quire"))
@@ -91,7 +99,7 @@ def server(pytestconfig: pytest.Config, tmp_path_factory: Any) -> Iterator[Serve
         yield started
     finally:
         process.terminate()
-        assert process.wait(timeout=60) == 0, log.read_text()
+        assert process.wait(timeout=PATIENCE) == 0, log.read_text()
 
 
 def free_port() -> int:
@@ -101,7 +109,7 @@ def free_port() -> int:
 
 
 def wait_until_ready(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
-    ends = time.monotonic() + 240
+    ends = time.monotonic() + PATIENCE
     while time.monotonic() < ends:
         assert process.poll() is None, log.read_text()
         with contextlib.suppress(OSError):
@@ -113,15 +121,15 @@ def wait_until_ready(server: Server, process: subprocess.Popen[bytes], log: Path
 
 @pytest.fixture
 def expect_cancel(server: Server) -> Callable[[], AbstractContextManager[None]]:
-    """`with expect_cancel():` an answer that is given up in there is given up by the engine too."""
+    """`with expect_cancel():` a stream that the client closes in the block is cancelled."""
 
     @contextlib.contextmanager
     def expecting() -> Iterator[None]:
         before = server.cancelled()
         yield
-        ends = time.monotonic() + 60
+        ends = time.monotonic() + PATIENCE
         while server.cancelled() == before:
-            assert time.monotonic() < ends, "the server went on with an answer that nobody reads"
+            assert time.monotonic() < ends, "the server continued an abandoned answer"
             time.sleep(0.05)
 
     return expecting

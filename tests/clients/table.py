@@ -1,4 +1,4 @@
-"""The table of clients: which could do what, as the tests that ran have shown it."""
+"""The table of clients and abilities, from the outcomes of the tests that ran."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ABILITIES = ("streams", "tools", "structured", "aborts", "errors")
+ABILITIES = ("streams", "tools", "structured", "turns", "aborts", "errors")
 NODE_MODULES = [Path(__file__).parent / name / "node_modules" for name in ("node", "agents")]
 
 # client -> (package, whether of npm)
 PACKAGES = {
-    "openai (Python)": ("openai", False),
+    "openai 2 (Python)": ("openai", False),
+    "openai 3 (Python)": ("openai", False),
     "openai (Node)": ("openai", True),
+    "openai-agents (Python)": ("openai-agents", False),
+    "openai-agents (Node)": ("@openai/agents", True),
     "anthropic": ("anthropic", False),
     "Vercel AI SDK": ("ai", True),
+    "pydantic-ai": ("pydantic-ai-slim", False),
     "langchain-openai": ("langchain-openai", False),
+    "llama-index": ("llama-index-llms-openai-like", False),
+    "instructor": ("instructor", False),
+    "haystack": ("haystack-ai", False),
     "litellm": ("litellm", False),
     "llm": ("llm", False),
-    "llama-index": ("llama-index-llms-openai-like", False),
     "Claude Code": ("@anthropic-ai/claude-code", True),
     "Codex CLI": ("@openai/codex", True),
+    "llm-comply": ("llm-comply", False),
 }
 
 

@@ -16,7 +16,13 @@ from service.engine.loop import EngineLoop
 from service.engine.observer import NullObserver, StepReport
 from service.messages import End, Event, GenerationRequest
 from tests.engine.harness import CONFIG, Transcript, expected, make_request, random_request
-from tests.support.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, OverlappedOracle
+from tests.support.fakes import (
+    EOS_IDS,
+    TOKEN_BYTES,
+    VISIBLE_BYTES,
+    OracleRunner,
+    OverlappedOracle,
+)
 from tests.support.waiting import PATIENCE
 
 WAIT = PATIENCE  # seconds; only a failure waits that long
@@ -72,6 +78,7 @@ def build(request: pytest.FixtureRequest) -> Iterator[Build]:
             **{
                 "config": CONFIG,
                 "token_bytes": TOKEN_BYTES,
+                "visible_bytes": VISIBLE_BYTES,
                 "eos_ids": EOS_IDS,
                 "deliver": outbox.deliver,
                 "observer": NullObserver(),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from model.batch import Batch, SamplingBatch
+from model.batch import Batch, SamplingBatch, unpack_masks
 from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
 from service.engine.pack import Packer
@@ -70,6 +70,10 @@ def biases_of(sequence: Sequence) -> dict[int, float]:
     if sequence.num_output < request.min_tokens:
         ends = {*request.stop_token_ids, *(set() if request.ignore_eos else EOS_IDS)}
         biases |= dict.fromkeys(ends, float("-inf"))
+    output = sequence.tokens[sequence.num_prompt :]
+    for *before, last in request.sampling.banned:
+        if output[len(output) - len(before) :] == before:
+            biases[last] = float("-inf")
     return biases
 
 
@@ -162,6 +166,11 @@ def check_sampling(sequences: list[Sequence], sampling: SamplingBatch) -> None:
     assert sorted(biases) == sorted(
         (row, *entry) for row, s in enumerate(sequences) for entry in biases_of(s).items()
     )
+    masks = unpack_masks(sampling.masks_MW, VOCAB_SIZE)
+    allowed = [tuple(np.flatnonzero(mask).tolist()) for mask in masks]
+    assert dict(zip(sampling.mask_rows_M.tolist(), allowed, strict=True)) == {
+        row: p.allowed for row, p in enumerate(params) if p.allowed
+    }
 
 
 def test_every_field_is_what_the_plan_says() -> None:

@@ -129,6 +129,8 @@ def make_requests(seed: int, *, count: int = 9) -> list[GenerationRequest]:
                     top_p=draw.choice([1.0, 0.9]),
                     repetition_penalty=draw.choice([1.0, 1.2]),
                     frequency_penalty=draw.choice([0.0, 0.5]),
+                    banned=draw.choice([(), tuple((t, t) for t in range(0, 96, 2)), ((7,), (9,))]),
+                    allowed=draw.choice([(), (), tuple(range(index, 97, 3))]),
                     top_logprobs=2,
                 ),
                 stop=tuple(draw.sample(["A", "bc", "z"], draw.choice([0, 1]))),

@@ -50,9 +50,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.errors", "service.worker",
     ),
     "service.api": (
-        "fastapi", "starlette", "pydantic", "orjson", "model.text", "model.grammar",
-        "model.grammar_validator", "service.decoding", "service.messages", "service.errors",
-        "service.fair_pool", "service.queues", "service.api", "service.keys", "service.thinking",
+        "fastapi", "starlette", "pydantic", "pydantic_core", "orjson", "model.text",
+        "model.grammar", "model.grammar_validator", "service.decoding", "service.messages",
+        "service.errors", "service.fair_pool", "service.queues", "service.api", "service.keys",
+        "service.thinking",
     ),
     "service.http": (
         "uvicorn", "httptools", "fastapi", "service.errors", "service.settings", "service.api",

@@ -72,12 +72,14 @@ LAWS = """async () => {
 }"""
 
 
-async def answer_with(tab: Any, text: str) -> None:
+async def answer_with(tab: Any, text: str, *, thinking: str = "") -> None:
     """Makes the page show a fixed answer, in three chunks."""
     third = len(text) // 3
     pieces = [text[:third], text[third : 2 * third], text[2 * third :]]
+    deltas = [{"content": None, "reasoning_content": word} for word in thinking.split(" ") if word]
+    deltas += [{"content": piece} for piece in pieces]
     events: list[dict[str, Any]] = [
-        {"choices": [{"delta": {"content": piece}, "finish_reason": None}]} for piece in pieces
+        {"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas
     ]
     events.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
     body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
@@ -101,6 +103,22 @@ async def test_text_of_a_model_never_becomes_markup(visit: Any) -> None:
     await expect(answer).to_contain_text("<script>document.title='owned'</script>")
     assert await answer.locator("img, script, iframe, a, b").count() == 0
     assert await tab.page.title() == "Quire"
+
+
+async def test_thinking_is_folded(visit: Any) -> None:
+    """It is text, apart from the answer, and still there after a reload."""
+    tab = await visit()
+    await answer_with(tab, "Hello.", thinking="<b>Let me</b>")
+    for _ in range(2):
+        await expect(tab.page.locator(".answer")).to_have_text("Hello.")
+        thought = tab.page.locator(".thinking div")
+        await expect(thought).to_be_hidden()
+        await tab.page.click(".thinking summary")
+        await expect(thought).to_be_visible()
+        await expect(thought).to_have_text("<b>Letme</b>")
+        await tab.page.reload()
+    await answer_with(tab, "Hi.")
+    await expect(tab.page.locator(".thinking").last).to_be_hidden()
 
 
 async def test_markdown_is_drawn(visit: Any) -> None:

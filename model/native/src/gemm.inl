@@ -96,14 +96,15 @@ static void finish(const Product& p, int panel, int first, int count, const int3
 }
 
 // One tile: prefetches a little ahead in the same stream. Several: only the first would wait for memory,
-// so each prefetches its share of the next panel.
+// so AHEAD_TILES of them prefetch shares of the next panel.
 QUIRE_INLINE Ahead ahead_of(const Product& p, const int8_t* packed, int panel, int tile, int tiles) {
   constexpr size_t line_bytes = PANEL * 4, near_bytes = 4096;
   if (tiles == 1) return {packed + near_bytes, line_bytes, nullptr, 0};  // no time for anything else
   const size_t panel_bytes = (size_t)p.weight->inputs_padded * PANEL;
-  const size_t share = (size_t)tile * panel_bytes / tiles;
+  const int shares = tiles < AHEAD_TILES ? tiles : AHEAD_TILES;
   const int segment = p.first_segment + (panel * tiles + tile) * segments_of(*p.weight);
-  return {packed + panel_bytes + share, line_bytes / tiles, p.prefetch, segment};
+  if (tile >= shares) return {packed, 0, p.prefetch, segment};
+  return {packed + panel_bytes + tile * panel_bytes / shares, line_bytes / shares, p.prefetch, segment};
 }
 
 static void multiply(const Product* product, int first, int end, Argmax* argmax) {

@@ -7,6 +7,10 @@
 // and masks. The last term does not depend on w: sums begin with its total of the row. A pair is at most
 // 2 * 127 * 128, so 16 bits do not saturate.
 
+// A prefetch to L1 would occupy a miss buffer until the memory answers, and panels come from L2 meanwhile.
+#define QUIRE_AHEAD_TO_L2
+constexpr int AHEAD_TILES = 2;  // at a cache line per line
+
 #include "tile_ymm.inl"
 
 #define QUIRE_SPLIT_CODES
@@ -27,8 +31,9 @@ QUIRE_INLINE void store_negative(uint8_t* codes, int size, __m128i negative) {
   memcpy(codes + (size_t)size * CODE_BYTES, &total, sizeof total);
 }
 
-template <int ROWS> static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded,
-                                              Ahead ahead, int32_t* acc) {
+template <int ROWS, _mm_hint HINT>
+static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded, Ahead ahead,
+                          int32_t* acc) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i sums[ROWS][VECTORS];
   QUIRE_UNROLL
@@ -38,7 +43,7 @@ template <int ROWS> static void multiply_rows(const uint8_t* codes, size_t strid
     for (int v = 0; v < VECTORS; v++) sums[r][v] = negative;
   }
   for (int k = 0; k < inputs_padded; k += 4, codes += 4 * CODE_BYTES, panel += PANEL * 4) {
-    prefetch_line(ahead);
+    prefetch_line<HINT>(ahead);
     QUIRE_UNROLL
     for (int r = 0; r < ROWS; r++) {
       const __m256i magnitudes = four_bytes(codes + r * stride), masks = four_bytes(codes + r * stride + 4);

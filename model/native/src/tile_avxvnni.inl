@@ -3,15 +3,16 @@
 
 #include "tile_ymm.inl"
 
-template <int ROWS> static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded,
-                                              Ahead ahead, int32_t* acc) {
+template <int ROWS, _mm_hint HINT>
+static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded, Ahead ahead,
+                          int32_t* acc) {
   __m256i sums[ROWS][VECTORS];
   QUIRE_UNROLL
   for (int r = 0; r < ROWS; r++)
     QUIRE_UNROLL
     for (int v = 0; v < VECTORS; v++) sums[r][v] = _mm256_setzero_si256();
   for (int k = 0; k < inputs_padded; k += 4, panel += PANEL * 4) {
-    prefetch_line(ahead);
+    prefetch_line<HINT>(ahead);
     __m256i x[ROWS];
     QUIRE_UNROLL
     for (int r = 0; r < ROWS; r++) x[r] = four_bytes(codes + r * stride + k);

@@ -11,9 +11,9 @@ QUIRE_INLINE __m256i four_bytes(const uint8_t* p) {
 }
 
 // Two cache lines for each line of a panel.
-QUIRE_INLINE void prefetch_line(Ahead& ahead) {
-  _mm_prefetch((const char*)ahead.start, _MM_HINT_T0);
-  _mm_prefetch((const char*)ahead.start + 64, _MM_HINT_T0);
+template <_mm_hint HINT> QUIRE_INLINE void prefetch_line(Ahead& ahead) {
+  _mm_prefetch((const char*)ahead.start, HINT);
+  _mm_prefetch((const char*)ahead.start + 64, HINT);
   ahead.start += ahead.step;
 }
 
@@ -25,14 +25,23 @@ template <int ROWS> QUIRE_INLINE void store_sums(const __m256i (&sums)[ROWS][VEC
 }
 
 // The variant's own.
-template <int ROWS> static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded,
-                                              Ahead ahead, int32_t* acc);
+template <int ROWS, _mm_hint HINT>
+static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded, Ahead ahead,
+                          int32_t* acc);
+
+#if defined(QUIRE_AHEAD_TO_L2)
+constexpr _mm_hint HINT = _MM_HINT_T1;
+#else
+constexpr _mm_hint HINT = _MM_HINT_T0;
+#endif
 
 static void multiply_tile(const uint8_t* codes, size_t stride, int rows, const int8_t* panel, int inputs_padded,
                           Ahead ahead, int32_t* acc) {
+  // A single tile of three rows has just enough time to wait for L1.
+  if (rows == 3 && ahead.step > 64) return multiply_rows<3, _MM_HINT_T0>(codes, stride, panel, inputs_padded, ahead, acc);
   switch (rows) {
-    case 1: return multiply_rows<1>(codes, stride, panel, inputs_padded, ahead, acc);
-    case 2: return multiply_rows<2>(codes, stride, panel, inputs_padded, ahead, acc);
-    default: return multiply_rows<3>(codes, stride, panel, inputs_padded, ahead, acc);
+    case 1: return multiply_rows<1, HINT>(codes, stride, panel, inputs_padded, ahead, acc);
+    case 2: return multiply_rows<2, HINT>(codes, stride, panel, inputs_padded, ahead, acc);
+    default: return multiply_rows<3, HINT>(codes, stride, panel, inputs_padded, ahead, acc);
   }
 }

@@ -18,6 +18,10 @@ namespace {
 constexpr int CODE_BYTES = 1, CODE_BIAS = 128;
 #endif
 
+#if !defined(QUIRE_AHEAD_TO_L2)
+constexpr int AHEAD_TILES = INT32_MAX;
+#endif
+
 #if !defined(QUIRE_TILES_FILL)  // only AMX has tiles to configure
 static void tiles_begin() {}
 static void tiles_end() {}

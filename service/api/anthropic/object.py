@@ -64,7 +64,7 @@ def opened_block(segment: Segment) -> dict[str, Any]:
             "type": "tool_use", "id": segment.id, "name": segment.name, "input": {},
             "caller": caller,
         }  # fmt: skip
-    return {"type": "text", "text": "", "citations": None}
+    return {"type": "text", "text": "", "citations": []}
 
 
 def block_delta(segment: Segment, text: str) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def plan(
     """One request per prompt and choice. Raises BadRequest or Forbidden."""
     manifest = _manifest(generation, prompts, context, endpoint=endpoint, call=call)
     note = reasoning_note(generation, prompts[0].ids, context.tokenizer)
-    manifest = replace(manifest, reasoning=note)
+    # Text with the names of special tokens is returned as it is.
+    manifest = replace(manifest, reasoning=note if generation.skip_special_tokens else None)
     check_token_ids([id_ for id_, _ in generation.sampling.logit_bias], context, param="logit_bias")
     check_stop_rules(generation, context.limits)
     check_token_ids(generation.stop_token_ids, context, param="stop_token_ids")

@@ -55,6 +55,10 @@ def banned_sequences(generation: Generation, context: ApiContext) -> tuple[tuple
             code="string_above_max_length",
             param="bad_words",
         )
+    if generation.thinking_budget is not None and (words or generation.sampling.allowed):
+        param = "bad_words" if words else "allowed_token_ids"
+        message = f"{param} contradicts a budget of reasoning, which determines tokens"
+        raise BadRequest(message, param=param)
     banned = {ids for word in words for ids in context.tokenizer.spellings(word)}
     allowed = generation.sampling.allowed
     if len(allowed) > limits.max_allowed_token_ids:

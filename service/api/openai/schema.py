@@ -82,11 +82,14 @@ class GenerationBody(SamplingBody):
         "by their names, and reasoning is not separated; not with tools.",
     )
     bad_words: StopStrings = Field(
-        None, description="Texts that the output must not contain. Not with a grammar or tools."
+        None,
+        description="Texts that the output must not contain. Not with a grammar, tools or a budget "
+        "of reasoning.",
     )
     allowed_token_ids: AllowedIds = Field(
         None,
-        description="The only tokens that the output may contain. Not with a grammar or tools.",
+        description="The only tokens that the output may contain. Not with a grammar, tools or a "
+        "budget of reasoning.",
     )
     return_tokens_as_token_ids: bool | None = Field(
         None, description="In log probabilities, name each token token_id:<id>, not by its text."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from service.api.fields import FieldNames
 from service.api.generation.accumulate import Accumulator
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader
-from service.api.generation.request import Chat, Effort, Generation
+from service.api.generation.request import Chat, Generation
 from service.api.generation.sampling import sampling_of
 from service.api.responses.items import (
     AnyCall,
@@ -85,7 +85,7 @@ class Responses:
                 messages=tuple(messages),
                 tools=_tools(body),
                 truncate=body.truncation == "auto",
-                **_thinking(body),
+                effort=None if body.reasoning is None else body.reasoning.effort,
             ),
             sampling=sampling_of(body),
             names=self.names,
@@ -110,19 +110,6 @@ class Responses:
 
 
 RESPONSES = Responses()
-
-
-_EFFORTS: Mapping[str, Effort] = {
-    "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high",
-}  # fmt: skip
-
-
-def _thinking(body: ResponseBody) -> dict[str, Any]:
-    """The fields of `Chat` about thinking."""
-    effort = None if body.reasoning is None else body.reasoning.effort
-    if effort in {"none", "minimal"}:
-        return {"thinking": False}
-    return {} if effort is None else {"effort": _EFFORTS[effort]}
 
 
 def _reject_conflicting_fields(body: ResponseBody) -> None:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from service.api.answers import AnswerModel, CallId, ModelId
 from service.api.fields import Label, ModelName, StrictModel, Text, check_json
+from service.api.generation.request import Effort
 from service.api.responses.items import AnyItem
 from service.api.responses.tools import (
     AnyTool,
@@ -87,7 +88,7 @@ class TextOptions(StrictModel):
 class ReasoningOptions(StrictModel):
     """How the model reasons, and what is returned of it."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+    effort: Effort | None = Field(
         None,
         description="none and minimal switch thinking off, if the chat template can; other values "
         "have an effect on templates with grades of thinking.",

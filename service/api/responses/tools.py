@@ -11,7 +11,6 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    PlainValidator,
     Tag,
     ValidationInfo,
     WithJsonSchema,
@@ -23,8 +22,8 @@ from service.api.tools.chat import FunctionDefinition, InputFormat, Mode, ToolCh
 from service.api.tools.schema import (
     Function,
     FunctionName,
-    Unlisted,
     choice_schema,
+    parsed_by,
     read_tool_choice,
 )
 
@@ -135,8 +134,7 @@ def _tool_choice(value: object) -> ToolChoice | None:
 
 Choice = Annotated[
     ToolChoice | None,
-    Unlisted,
-    PlainValidator(_tool_choice),
+    parsed_by(_tool_choice),
     WithJsonSchema(choice_schema(nested=False)),
 ]
 

@@ -89,7 +89,7 @@ def _within_limits(
     """Raises BadRequest for a strict schema or an input format that is not supported."""
     path = names.parameters.format(index)
     if function.custom:
-        _check_input_format(function, tool_format, f"{names.function.format(index)}.format")
+        _check_input_format(function, tool_format, _format_path(names, index))
     if function.custom or function.parameters is None:
         return function
     parameters = within_limits(function.parameters, strict=function.strict, path=path)
@@ -98,6 +98,11 @@ def _within_limits(
         if found is not None:
             raise property_error(path, *found)
     return replace(function, parameters=parameters)
+
+
+def _format_path(names: FieldNames, index: int) -> str:
+    """The field of a custom tool's format; in chats, tools have an object named like their type."""
+    return names.function.format(index).replace(".function", ".custom") + ".format"
 
 
 def _check_input_format(function: FunctionDefinition, tool_format: ToolFormat, param: str) -> None:
@@ -127,7 +132,7 @@ async def _expressible(
 
     path = names.parameters.format(index)
     if function.custom:
-        param = f"{names.function.format(index)}.format"
+        param = _format_path(names, index)
         await check_grammar(grammar_of({}), validate, param=param)
     if function.custom or function.parameters is None:
         return function

@@ -6,7 +6,7 @@ Each field is checked by itself; `tool_use` checks fields that depend on each ot
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -15,12 +15,12 @@ from pydantic import (
     Discriminator,
     Field,
     GetPydanticSchema,
-    PlainValidator,
     Tag,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
 )
+from pydantic_core import core_schema
 
 from service.api.fields import FieldError, Label, StrictModel, Text, check_json
 from service.api.tools.chat import (
@@ -144,12 +144,19 @@ CallIndex = Annotated[
     int | None,
     Field(ge=0, lt=MAX_TOOLS, description="Accepted for compatibility; has no effect."),
 ]
-# Otherwise the parsed type would be listed among the schemas of the OpenAPI document.
-Unlisted = GetPydanticSchema(lambda _source, handler: handler(Any))
+
+
+def parsed_by(parse: Callable[[Any], object]) -> GetPydanticSchema:
+    """Validates by a function alone. Unlike with a PlainValidator, what it returns is not listed
+    among the schemas of the OpenAPI document.
+    """
+    schema = core_schema.no_info_plain_validator_function(parse)
+    return GetPydanticSchema(lambda _source, _handler: schema)
+
+
 ChatToolChoice = Annotated[
     ToolChoice | None,
-    Unlisted,
-    PlainValidator(_chat_choice),
+    parsed_by(_chat_choice),
     WithJsonSchema(choice_schema(nested=True)),
 ]
 

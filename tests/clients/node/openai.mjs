@@ -63,6 +63,21 @@ const abilities = {
     City.parse(parsed.choices[0].message.parsed);
   },
 
+  async turns() {
+    const chat = ask("What is the weather in Paris?");
+    const forced = { tools: [weather], tool_choice: { type: "function", function: { name: "get_weather" } } };
+    const first = await client.chat.completions.create({ model, messages: chat, ...forced, temperature: 0 });
+    const [call] = first.choices[0].message.tool_calls;
+    chat.push(first.choices[0].message, { role: "tool", tool_call_id: call.id, content: "Sunny." });
+    const second = await client.chat.completions.create({ model, messages: chat, max_tokens: 20 });
+    assert.ok(second.choices[0].message.content);
+
+    const asked = { model, temperature: 0, max_output_tokens: 20 };
+    const name = await client.responses.create({ ...asked, input: "My name is Ada." });
+    const again = { ...asked, input: "What is my name?", previous_response_id: name.id };
+    assert.ok((await client.responses.create(again)).output_text);
+  },
+
   async aborts() {
     const messages = ask("Tell me a story.");
     const asked = { model, messages, max_tokens: 4000, ignore_eos: true, stream: true };

@@ -1,4 +1,4 @@
-"""The clients that run in Node: one script a client, one run an ability."""
+"""The clients that run in Node: a script per client, a run per ability."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from typing import Any
 
 import pytest
 
-NODE = Path(__file__).parent / "node"
+NODE = Path(__file__).parent.parent / "node"
+
+
+ABILITIES = ("streams", "tools", "structured", "turns", "aborts", "errors")
+SCRIPTS = {
+    "openai.mjs": ("openai (Node)", ABILITIES),
+    "ai_sdk.mjs": ("Vercel AI SDK", ABILITIES),
+    "agents.mjs": ("openai-agents (Node)", ("streams", "tools", "structured", "turns", "errors")),
+}
 
 
 def scripts() -> list[Any]:
-    """Every script with every ability."""
-    names = {"openai.mjs": "openai (Node)", "ai_sdk.mjs": "Vercel AI SDK"}
+    """Every script with each of its abilities."""
     return [
         pytest.param(script, ability, id=f"{script}-{ability}", marks=mark(name, ability))
-        for script, name in names.items()
-        for ability in ("streams", "tools", "structured", "aborts", "errors")
+        for script, (name, abilities) in SCRIPTS.items()
+        for ability in abilities
     ]
 
 
@@ -35,6 +42,6 @@ def test_it_can(server: Any, expect_cancel: Any, script: str, ability: str) -> N
             capture_output=True,
             text=True,
             check=False,
-            timeout=100,
+            timeout=500,
         )
         assert run.returncode == 0, run.stdout + run.stderr

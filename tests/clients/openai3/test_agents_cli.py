@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Server, free_port, wait_until_ready
+from conftest import PATIENCE, ROOT, Server, free_port, wait_until_ready
 
-AGENTS = Path(__file__).parent / "agents" / "node_modules"
+FOLDER = Path(__file__).parent.parent
+AGENTS = FOLDER / "agents" / "node_modules"
 MODEL = "small-model"
 ANSWER = 'Answer "times" with ok.'
 CALL = "Use your shell, then answer."
@@ -45,7 +46,7 @@ def large_server(pytestconfig: pytest.Config, tmp_path_factory: Any) -> Iterator
     program = Path(str(pytestconfig.getoption("--quire")))
     pulled = subprocess.run([program, "pull"], check=True, cwd=ROOT, capture_output=True, text=True)
     source = pulled.stdout.split()[-1]
-    script = Path(__file__).parent / "small_model.py"
+    script = FOLDER / "small_model.py"
     subprocess.run([program.parent / "python", script, source, model], check=True, cwd=ROOT)
     port, admin_port = free_port(), free_port()
     command = [program, "serve", "--model", model, "--model-name", MODEL]
@@ -60,7 +61,7 @@ def large_server(pytestconfig: pytest.Config, tmp_path_factory: Any) -> Iterator
         yield started
     finally:
         process.terminate()
-        assert process.wait(timeout=60) == 0, log.read_text()
+        assert process.wait(timeout=PATIENCE) == 0, log.read_text()
 
 
 def needs(package: str) -> None:
@@ -89,7 +90,7 @@ def run(
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=PATIENCE,
     )
 
 
@@ -124,7 +125,7 @@ def test_claude_code_ends_with_the_answer(large_server: Server, tmp_path: Path) 
     assert result["usage"]["input_tokens"] > 5000
 
 
-@pytest.mark.proves("Claude Code", "tools")
+@pytest.mark.proves("Claude Code", "tools", "turns")
 def test_claude_code_calls_its_shell(large_server: Server, tmp_path: Path) -> None:
     """The second turn has the prompt of the first in the prefix cache. Its session goes on."""
     needs("@anthropic-ai/claude-code")
@@ -176,7 +177,7 @@ def test_codex_ends_with_the_answer(large_server: Server, tmp_path: Path) -> Non
     assert not [item for item in done if item["type"] == "command_execution"]
 
 
-@pytest.mark.proves("Codex CLI", "tools")
+@pytest.mark.proves("Codex CLI", "tools", "turns")
 def test_codex_calls_its_shell(large_server: Server, tmp_path: Path) -> None:
     needs("@openai/codex")
     done = items(codex(large_server, tmp_path, CALL))

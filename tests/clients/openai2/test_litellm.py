@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any, Literal
+from typing import Any
 
 import litellm
 import pytest
-from pydantic import BaseModel
+from questions import ASK_NAME, CITY, COLOURS, HELLO, NAME, PARAMETERS, STORY, WEATHER, City, user
 
-NAME = "litellm"
+CLIENT = "litellm"
 TOOL: Any = {
     "type": "function",
     "function": {
         "name": "get_weather",
         "description": "The weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"enum": ["Paris", "Rome"]}},
-            "required": ["city"],
-        },
+        "parameters": PARAMETERS,
     },
 }
-
-
-class City(BaseModel):
-    name: Literal["Paris", "Rome"]
-    capital: bool
 
 
 def asked(server: Any, text: str, **fields: Any) -> dict[str, Any]:
@@ -35,7 +26,7 @@ def asked(server: Any, text: str, **fields: Any) -> dict[str, Any]:
         "model": f"openai/{server.model}",
         "api_base": server.openai_url,
         "api_key": "none",
-        "messages": [{"role": "user", "content": text}],
+        "messages": [user(text)],
         "temperature": 0,
         "max_tokens": 200,
         "num_retries": 0,
@@ -44,9 +35,9 @@ def asked(server: Any, text: str, **fields: Any) -> dict[str, Any]:
     return options | fields
 
 
-@pytest.mark.proves(NAME, "streams")
+@pytest.mark.proves(CLIENT, "streams")
 def test_a_stream_is_the_answer(server: Any) -> None:
-    options = asked(server, "Name three colours.", max_tokens=40)
+    options = asked(server, COLOURS, max_tokens=40)
     whole: Any = litellm.completion(**options)
     chunks: list[Any] = list(litellm.completion(**options, stream=True))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
@@ -56,9 +47,9 @@ def test_a_stream_is_the_answer(server: Any) -> None:
     assert rebuilt.choices[0].message.content == text
 
 
-@pytest.mark.proves(NAME, "tools")
+@pytest.mark.proves(CLIENT, "tools")
 def test_a_tool_is_called(server: Any) -> None:
-    options = asked(server, "What is the weather in Paris?", tools=[TOOL], tool_choice="required")
+    options = asked(server, WEATHER, tools=[TOOL], tool_choice="required")
     whole: Any = litellm.completion(**options)
     call = whole.choices[0].message.tool_calls[0].function
     assert (call.name, list(json.loads(call.arguments))) == ("get_weather", ["city"])
@@ -66,16 +57,45 @@ def test_a_tool_is_called(server: Any) -> None:
     assert rebuilt.choices[0].message.tool_calls[0].function.arguments == call.arguments
 
 
-@pytest.mark.proves(NAME, "structured")
+@pytest.mark.proves(CLIENT, "turns")
+def test_a_chat_goes_on(server: Any) -> None:
+    """After a call and its result, as litellm returns and sends them."""
+    options = asked(server, NAME, max_tokens=20)
+    first: Any = litellm.completion(**options)
+    options["messages"] += [first.choices[0].message, user(WEATHER)]
+    forced: Any = litellm.completion(
+        **options | {"max_tokens": 200},
+        tools=[TOOL],
+        tool_choice={"type": "function", "function": {"name": "get_weather"}},
+    )
+    (call,) = forced.choices[0].message.tool_calls
+    result = {"role": "tool", "tool_call_id": call.id, "content": "Sunny."}
+    options["messages"] += [forced.choices[0].message, result, user(ASK_NAME)]
+    last: Any = litellm.completion(**options, tools=[TOOL], tool_choice="none")
+    assert last.choices[0].message.content
+
+
+@pytest.mark.proves(CLIENT, "streams")
+def test_a_response_streams(server: Any) -> None:
+    asking: Any = {"model": f"openai/{server.model}", "api_base": server.openai_url}
+    asking |= {"api_key": "none", "input": HELLO, "temperature": 0}
+    whole: Any = litellm.responses(**asking)
+    events = list(litellm.responses(**asking, stream=True))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text
+    assert whole.output_text
+
+
+@pytest.mark.proves(CLIENT, "structured")
 def test_an_answer_follows_a_schema(server: Any) -> None:
-    options = asked(server, "Tell me of the city of Paris, as JSON.", response_format=City)
+    options = asked(server, CITY, response_format=City)
     whole: Any = litellm.completion(**options)
     City.model_validate_json(whole.choices[0].message.content)
 
 
-@pytest.mark.proves(NAME, "aborts")
+@pytest.mark.proves(CLIENT, "aborts")
 def test_a_closed_stream_ends_the_answer(server: Any, expect_cancel: Any) -> None:
-    options = asked(server, "Tell me a story.", max_tokens=4000, extra_body={"ignore_eos": True})
+    options = asked(server, STORY, max_tokens=4000, extra_body={"ignore_eos": True})
 
     async def give_up() -> None:
         stream: Any = await litellm.acompletion(**options, stream=True)
@@ -86,15 +106,15 @@ def test_a_closed_stream_ends_the_answer(server: Any, expect_cancel: Any) -> Non
         asyncio.run(give_up())
 
 
-@pytest.mark.proves(NAME, "errors")
+@pytest.mark.proves(CLIENT, "errors")
 def test_errors_are_its_exceptions(server: Any) -> None:
     with pytest.raises(litellm.NotFoundError):
-        litellm.completion(**asked(server, "hello", model="openai/nope"))
-    with pytest.raises(litellm.BadRequestError, match="less than or equal to 2"):
-        litellm.completion(**asked(server, "hello", temperature=9))
+        litellm.completion(**asked(server, HELLO, model="openai/nope"))
+    with pytest.raises(litellm.BadRequestError, match="temperature"):
+        litellm.completion(**asked(server, HELLO, temperature=9))
 
 
-@pytest.mark.proves(NAME, "streams")
+@pytest.mark.proves(CLIENT, "streams")
 def test_it_speaks_anthropics_shape_too(server: Any) -> None:
     options = asked(server, "Name a colour.", model=f"anthropic/{server.model}", max_tokens=20)
     options["api_base"] = server.url

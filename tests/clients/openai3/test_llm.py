@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import openai
 import pytest
+from questions import ASK_NAME, CITY, COLOURS, HELLO, NAME, STORY, WEATHER, City, get_weather
 
-NAME = "llm"
+CLIENT = "llm"
 
 
 @pytest.fixture
@@ -33,53 +34,51 @@ def model(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return found
 
 
-@pytest.mark.proves(NAME, "streams")
+@pytest.mark.proves(CLIENT, "streams")
 def test_a_stream_is_the_answer(model: Any) -> None:
     options = {"temperature": 0, "max_tokens": 40}
-    whole = model.prompt("Name three colours.", stream=False, **options).text()
-    assert "".join(model.prompt("Name three colours.", **options)) == whole
+    whole = model.prompt(COLOURS, stream=False, **options).text()
+    assert "".join(model.prompt(COLOURS, **options)) == whole
     assert whole
 
 
-@pytest.mark.proves(NAME, "structured")
+@pytest.mark.proves(CLIENT, "structured")
 def test_an_answer_follows_a_schema(model: Any) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"name": {"enum": ["Paris", "Rome"]}, "capital": {"type": "boolean"}},
-        "required": ["name", "capital"],
-        "additionalProperties": False,
-    }
-    response = model.prompt(
-        "Tell me of the city of Paris, as JSON.", schema=schema, temperature=0, max_tokens=200
-    )
-    assert set(json.loads(response.text())) == {"name", "capital"}
+    schema = City.model_json_schema() | {"additionalProperties": False}
+    response = model.prompt(CITY, schema=schema, temperature=0, max_tokens=200)
+    City.model_validate_json(response.text())
 
 
-@pytest.mark.proves(NAME, "tools")
+@pytest.mark.proves(CLIENT, "tools")
 def test_tools_are_offered(model: Any) -> None:
-    """It has no way to force a call, so what is shown is that a chat with tools goes through."""
-
-    def get_weather(city: Literal["Paris", "Rome"]) -> str:
-        """The weather of a city."""
-        return f"Sunny in {city}."
-
+    """It cannot force a call: the test shows that a chat with tools is accepted."""
     chat = model.conversation(tools=[get_weather])
-    chain = chat.chain("What is the weather in Paris?", chain_limit=3, options={"max_tokens": 200})
+    chain = chat.chain(WEATHER, chain_limit=3, options={"max_tokens": 200, "temperature": 0})
     assert isinstance(chain.text(), str)
 
 
-@pytest.mark.proves(NAME, "aborts")
+@pytest.mark.proves(CLIENT, "turns")
+def test_a_chat_goes_on(model: Any) -> None:
+    chat = model.conversation()
+    first = chat.prompt(NAME, max_tokens=20, temperature=0)
+    assert first.text()
+    second = chat.prompt(ASK_NAME, max_tokens=20, temperature=0)
+    assert second.text()
+    assert second.usage().input > first.usage().input
+
+
+@pytest.mark.proves(CLIENT, "aborts")
 def test_a_closed_stream_ends_the_answer(model: Any, expect_cancel: Any) -> None:
     with expect_cancel():
-        stream = iter(model.prompt("Tell me a very long story.", max_tokens=4000, temperature=0))
+        stream = iter(model.prompt(STORY, max_tokens=4000, temperature=0))
         next(stream)
         stream.close()
         del stream
         gc.collect()  # the connection goes with the stream that it leaves behind
 
 
-@pytest.mark.proves(NAME, "errors")
+@pytest.mark.proves(CLIENT, "errors")
 def test_errors_are_its_exceptions(model: Any) -> None:
     model.model_name = "nope"
     with pytest.raises(openai.NotFoundError):
-        model.prompt("hello").text()
+        model.prompt(HELLO).text()

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import gc
-from typing import Any, Literal
+from typing import Any
 
 import openai
 import pytest
 from llama_index.core.llms import ChatMessage
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
-from pydantic import BaseModel
+from questions import ASK_NAME, CITY, COLOURS, NAME, STORY, WEATHER, City, get_weather
 
-NAME = "llama-index"
-
-
-class City(BaseModel):
-    """A city."""
-
-    name: Literal["Paris", "Rome"]
-    capital: bool
+CLIENT = "llama-index"
 
 
 def chat_model(server: Any, **fields: Any) -> OpenAILike:
@@ -38,10 +31,14 @@ def chat_model(server: Any, **fields: Any) -> OpenAILike:
     return OpenAILike(**options | fields)
 
 
-QUESTION = [ChatMessage(role="user", content="Name three colours.")]
+def user(text: str) -> ChatMessage:
+    return ChatMessage(role="user", content=text)
 
 
-@pytest.mark.proves(NAME, "streams")
+QUESTION = [user(COLOURS)]
+
+
+@pytest.mark.proves(CLIENT, "streams")
 def test_a_stream_is_the_answer(server: Any) -> None:
     model = chat_model(server, max_tokens=40)
     whole = model.chat(QUESTION).message.content
@@ -51,16 +48,12 @@ def test_a_stream_is_the_answer(server: Any) -> None:
     assert whole
 
 
-@pytest.mark.proves(NAME, "tools")
+@pytest.mark.proves(CLIENT, "tools")
 def test_a_tool_is_called(server: Any) -> None:
-    def get_weather(city: str) -> str:
-        """The weather of a city."""
-        return f"Sunny in {city}."
-
     model = chat_model(server)
     asked: Any = {
         "tools": [FunctionTool.from_defaults(get_weather)],
-        "user_msg": "What is the weather in Paris?",
+        "user_msg": WEATHER,
         "tool_required": True,
     }
     (call, *_) = model.get_tool_calls_from_response(model.chat_with_tools(**asked))
@@ -70,27 +63,43 @@ def test_a_tool_is_called(server: Any) -> None:
     assert streamed.tool_kwargs == call.tool_kwargs
 
 
-@pytest.mark.proves(NAME, "structured")
+@pytest.mark.proves(CLIENT, "structured")
 def test_an_answer_is_parsed(server: Any) -> None:
     structured = chat_model(server).as_structured_llm(City)
-    question = ChatMessage(role="user", content="Tell me of the city of Paris, as JSON.")
-    assert isinstance(structured.chat([question]).raw, City)
+    assert isinstance(structured.chat([user(CITY)]).raw, City)
 
 
-@pytest.mark.proves(NAME, "aborts")
+@pytest.mark.proves(CLIENT, "tools", "turns")
+def test_a_chat_goes_on(server: Any) -> None:
+    """After a call and its result, as llama-index returns and sends them."""
+    model = chat_model(server)
+    tool = FunctionTool.from_defaults(get_weather)
+    history = [user(NAME), model.chat([user(NAME)]).message, user(WEATHER)]
+    forced = model.chat_with_tools([tool], chat_history=history, tool_choice="get_weather")
+    (call,) = model.get_tool_calls_from_response(forced)
+    result = ChatMessage(
+        role="tool",
+        content=str(tool(**call.tool_kwargs)),
+        additional_kwargs={"tool_call_id": call.tool_id},
+    )
+    history += [forced.message, result, user(ASK_NAME)]
+    assert model.chat(history).message.content
+
+
+@pytest.mark.proves(CLIENT, "aborts")
 def test_a_closed_stream_ends_the_answer(server: Any, expect_cancel: Any) -> None:
     model = chat_model(
         server, max_tokens=4000, additional_kwargs={"extra_body": {"ignore_eos": True}}
     )
     with expect_cancel():
-        stream: Any = model.stream_chat(QUESTION)
+        stream: Any = model.stream_chat([user(STORY)])
         next(stream)
         stream.close()
         del stream
         gc.collect()  # the connection goes with the stream that it leaves behind
 
 
-@pytest.mark.proves(NAME, "errors")
+@pytest.mark.proves(CLIENT, "errors")
 def test_errors_are_its_exceptions(server: Any) -> None:
     with pytest.raises(openai.NotFoundError):
         chat_model(server, model="nope").chat(QUESTION)
