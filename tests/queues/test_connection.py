@@ -269,3 +269,45 @@ async def test_a_subscription_is_made_anew_on_request(tmp_path: Path) -> None:
         await wakeups.close()
         await client.close()
         redis.close()
+
+
+class SlowToEnd:
+    """A connection whose pending command takes a while to notice that it was cancelled."""
+
+    def __init__(self) -> None:
+        self.sending, self.cancelled, self.free = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.disconnected = 0
+
+    async def connect(self) -> None:
+        """At once."""
+
+    async def send_command(self, *_: str) -> None:
+        self.sending.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            await self.free.wait()
+            raise
+
+    async def read_response(self, **_: float) -> None:
+        await asyncio.Event().wait()
+
+    async def disconnect(self, **_: bool) -> None:
+        self.disconnected += 1
+
+
+async def test_a_subscription_that_is_cancelled_twice_is_disconnected() -> None:
+    """If a busy process needed a second to close it, the second cancellation left it open."""
+    connection: Any = SlowToEnd()
+    wakeups = Wakeups(lambda: connection)
+    wakeups.watch("news", lambda _: None)
+    await connection.sending.wait()
+    task = wakeups._task
+    assert task is not None
+    task.cancel()
+    await connection.cancelled.wait()
+    task.cancel()
+    await asyncio.wait([task], timeout=PATIENCE)
+    assert connection.disconnected == 1
+    connection.free.set()

@@ -80,9 +80,11 @@ class Wakeups:
             except (RedisError, OSError, TimeoutError) as error:
                 logger.info("pub/sub connection lost: %s", type(error).__name__)
             finally:
-                if writer is not None:
-                    await _end(writer, patience=0.1)
-                await connection.disconnect(nowait=True)
+                try:
+                    if writer is not None:
+                        await _end(writer, patience=0.1)
+                finally:  # `close` may cancel again meanwhile
+                    await connection.disconnect(nowait=True)
             self._wake_all()
             await asyncio.sleep(next(delays))
 
