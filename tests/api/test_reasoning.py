@@ -232,6 +232,7 @@ async def test_an_answer_need_not_have_any(served: Any, llm: Model, read_events:
     [
         {"reasoning_effort": "none"},
         {"reasoning_effort": "minimal"},
+        {"reasoning": {"effort": "none", "summary": "auto"}},
         {"chat_template_kwargs": {"enable_thinking": False}},
         {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}},
     ],
@@ -247,6 +248,14 @@ async def test_the_template_may_switch_it_off(
         assert message["content"] == "Hello."
     else:  # its template always opens it
         assert message["reasoning_content"] == "Hello."
+
+
+async def test_two_efforts_must_agree(served: Any) -> None:
+    body = {"model": "tiny-model", "messages": ASK, "reasoning": {"effort": "low"}}
+    assert (await served.post(CHAT, body | {"reasoning_effort": "low"})).status_code == 200
+    reply = await served.post(CHAT, body | {"reasoning_effort": "high"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "reasoning"
 
 
 async def test_reasoning_of_earlier_turns_is_given_to_the_template(served: Any, llm: Model) -> None:

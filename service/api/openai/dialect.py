@@ -11,7 +11,7 @@ from service.api.fields import FieldNames
 from service.api.generation.accumulate import Accumulator
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader
-from service.api.generation.request import Chat, Generation, Prompts
+from service.api.generation.request import Chat, Effort, Generation, Prompts
 from service.api.generation.sampling import sampling_of
 from service.api.openai.collect import collect
 from service.api.openai.schema import ChatBody, CompletionBody, GenerationBody
@@ -93,7 +93,7 @@ class ChatCompletions(OpenAIDialect):
             tools=tools,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message is True,
-            effort=body.reasoning_effort,
+            effort=_effort(body),
             template_options=body.chat_template_kwargs or {},
         )
         common = _generation(body, chat, names, output=_output(body, names, tools=tools))
@@ -106,6 +106,13 @@ class ChatCompletions(OpenAIDialect):
             service_tier=body.service_tier,
             prediction=None if body.prediction is None else body.prediction.content,
         )
+
+
+def _effort(body: ChatBody) -> Effort | None:
+    nested = None if body.reasoning is None else body.reasoning.effort
+    if None not in {nested, body.reasoning_effort} and nested != body.reasoning_effort:
+        raise BadRequest("reasoning.effort and reasoning_effort must agree", param="reasoning")
+    return body.reasoning_effort or nested
 
 
 def _prompts(body: CompletionBody) -> Prompts:

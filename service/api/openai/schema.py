@@ -155,6 +155,15 @@ class Prediction(StrictModel):
     content: Content = Field(description="The text, or a list of text parts.")
 
 
+class ReasoningOptions(StrictModel):
+    """Some clients send reasoning_effort in an object, as in responses."""
+
+    effort: Effort | None = Field(None, description="As reasoning_effort; they must agree.")
+    summary: Literal["auto", "concise", "detailed"] | None = Field(
+        None, description="Accepted for compatibility: the whole reasoning is returned."
+    )
+
+
 class ChatBody(GenerationBody, TemplateOptions):
     """The body of POST /v1/chat/completions."""
 
@@ -181,6 +190,9 @@ class ChatBody(GenerationBody, TemplateOptions):
         None,
         description="none and minimal switch thinking off, if the chat template can; other values "
         "have an effect on templates with grades of thinking.",
+    )
+    reasoning: ReasoningOptions | None = Field(
+        None, description="An object with effort, another way to give reasoning_effort."
     )
     thinking_token_budget: int | None = Field(
         None,
