@@ -87,19 +87,40 @@ def server(pytestconfig: pytest.Config, tmp_path_factory: Any) -> Iterator[Serve
         url, admin_url = urls.split(",")
         yield Server(url=url, admin_url=admin_url)
         return
-    log = tmp_path_factory.mktemp("server") / "log"
+    program = Path(str(pytestconfig.getoption("--quire")))
+    with serving(program, tmp_path_factory.mktemp("server") / "log") as started:
+        yield started
+
+
+@contextlib.contextmanager
+def serving(program: Path, log: Path, *flags: str | Path, model: str = MODEL) -> Iterator[Server]:
+    """`quire serve` on free ports, with more flags."""
     port, admin_port = free_port(), free_port()
-    program = str(pytestconfig.getoption("--quire"))
-    command = [program, "serve", "--port", str(port), "--admin-port", str(admin_port)]
+    command = [program, "serve", "--port", str(port), "--admin-port", str(admin_port), *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
-    started = Server(url=f"http://127.0.0.1:{port}", admin_url=f"http://127.0.0.1:{admin_port}")
+    started = Server(
+        url=f"http://127.0.0.1:{port}", admin_url=f"http://127.0.0.1:{admin_port}", model=model
+    )
     try:
         wait_until_ready(started, process, log)
         yield started
     finally:
         process.terminate()
         assert process.wait(timeout=PATIENCE) == 0, log.read_text()
+
+
+@contextlib.contextmanager
+def small_server(kind: str, program: Path, folder: Path) -> Iterator[Server]:
+    """`quire serve` with a checkpoint of `small_model.py`, of the default model's tokenizer."""
+    pulled = subprocess.run([program, "pull"], check=True, cwd=ROOT, capture_output=True, text=True)
+    source, model = pulled.stdout.split()[-1], folder / "model.gguf"
+    script = Path(__file__).parent / "small_model.py"
+    subprocess.run([program.parent / "python", script, kind, source, model], check=True, cwd=ROOT)
+    name = f"small-{kind}"
+    flags = ("--model", model, "--model-name", name)
+    with serving(program, folder / "log", *flags, model=name) as started:
+        yield started
 
 
 def free_port() -> int:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, ROOT, Server, free_port, wait_until_ready
+from conftest import PATIENCE, Server, small_server
 
 FOLDER = Path(__file__).parent.parent
 AGENTS = FOLDER / "agents" / "node_modules"
-MODEL = "small-model"
 ANSWER = 'Answer "times" with ok.'
 CALL = "Use your shell, then answer."
 CODEX_CONFIG = """
@@ -41,27 +40,9 @@ stream_max_retries = 0
 @pytest.fixture(scope="session")
 def large_server(pytestconfig: pytest.Config, tmp_path_factory: Any) -> Iterator[Server]:
     """`quire serve` with a small model of a large context and the default model's tokenizer."""
-    folder = tmp_path_factory.mktemp("large")
-    model, log = folder / "model.gguf", folder / "log"
     program = Path(str(pytestconfig.getoption("--quire")))
-    pulled = subprocess.run([program, "pull"], check=True, cwd=ROOT, capture_output=True, text=True)
-    source = pulled.stdout.split()[-1]
-    script = FOLDER / "small_model.py"
-    subprocess.run([program.parent / "python", script, source, model], check=True, cwd=ROOT)
-    port, admin_port = free_port(), free_port()
-    command = [program, "serve", "--model", model, "--model-name", MODEL]
-    command += ["--port", str(port), "--admin-port", str(admin_port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
-    started = Server(
-        url=f"http://127.0.0.1:{port}", admin_url=f"http://127.0.0.1:{admin_port}", model=MODEL
-    )
-    try:
-        wait_until_ready(started, process, log)
-        yield started
-    finally:
-        process.terminate()
-        assert process.wait(timeout=PATIENCE) == 0, log.read_text()
+    with small_server("agent", program, tmp_path_factory.mktemp("large")) as server:
+        yield server
 
 
 def needs(package: str) -> None:

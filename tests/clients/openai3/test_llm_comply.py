@@ -5,12 +5,14 @@ Its own requests, with a seed: it asks at temperature 1, and a small model may c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import llm_comply
 import pytest
+from conftest import small_server
 from llm_comply.cli import _SPEC_FILES as SPEC_FILES
 from llm_comply.config import ComplianceConfig
 from llm_comply.result import TestStatus as Status
@@ -22,15 +24,13 @@ from llm_comply.tests import get_tests
 CLIENT = "llm-comply"
 SPECS = Path(llm_comply.__file__).parent / "specs"
 IMAGES = "the model reads no images"
-NO_REASONING = "the model does not reason"
 REASONS = {
     "chat-image-input": IMAGES,
     "anth-image-input": IMAGES,
     "image-input": IMAGES,
-    "chat-reasoning-summary": NO_REASONING,
-    "anth-thinking-display": NO_REASONING,
     "error-handling": "the schema of Open Responses requires no model, and one is served",
 }
+REASON = {"chat-reasoning-summary", "anth-thinking-display"}  # need a model that does
 ADVISORY = {"compact-response"}  # 404 is an answer, with warnings
 SEED = {"seed": 1}
 
@@ -49,10 +49,18 @@ def marks(case: Case) -> Any:
     return [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
 
 
+@pytest.fixture(scope="session")
+def thinker(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    program = Path(str(pytestconfig.getoption("--quire")))
+    with small_server("thinker", program, tmp_path_factory.mktemp("thinker")) as server:
+        yield server
+
+
 @pytest.mark.filterwarnings("ignore:jsonschema.RefResolver")
 @pytest.mark.proves(CLIENT)
 @pytest.mark.parametrize(("dialect", "case"), cases())
-def test_it_complies(server: Any, dialect: str, case: Case) -> None:
+def test_it_complies(request: pytest.FixtureRequest, dialect: str, case: Case) -> None:
+    server = request.getfixturevalue("thinker" if case.id in REASON else "server")
     config = ComplianceConfig(
         base_url=server.openai_url, api_key="none", model=server.model, timeout=240, verbose=True
     )
