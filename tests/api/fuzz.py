@@ -54,7 +54,7 @@ REASONS = re.compile(
     r"|\.format (may|has|is|must)"
     r"|tool_use and thinking only for the assistant|the last message must not call tools"
     r"|must be the number of an event|must be the id of an input item|token ids must be from"
-    r"|must be given with"
+    r"|must be given with|contradicts|do not exclude"
 )
 """Errors about fields that depend on each other or on the model: no schema can state these."""
 

@@ -47,7 +47,7 @@ class Completions(OpenAIDialect):
         """Raises BadRequest."""
         if body.max_tokens == 0 and not body.echo:
             raise BadRequest(
-                "max_tokens must be at least 1, or 0 with echo to score the prompt",
+                "max_tokens must be at least 1; 0 needs echo, to score the prompt",
                 code="integer_below_min_value",
                 param="max_tokens",
             )

@@ -95,7 +95,12 @@ class GenerationBody(SamplingBody):
         None, description="In log probabilities, name each token token_id:<id>, not by its text."
     )
     truncate_prompt_tokens: (
-        Annotated[int, Field(ge=-1, le=MAX_INT), AfterValidator(_not_zero)] | None
+        Annotated[
+            int,
+            Field(ge=-1, le=MAX_INT, json_schema_extra={"not": {"const": 0}}),
+            AfterValidator(_not_zero),
+        ]
+        | None
     ) = Field(
         None,
         description="Keep only this many of the prompt's last tokens; -1: as many as fit beside "

@@ -212,6 +212,8 @@ def _bound_fields(schema: Json, *, limits: ApiLimits, card: ModelCard) -> None:
         "stop": (limits.max_stop_strings, limits.max_stop_chars),
         "stop_sequences": (limits.max_stop_strings, limits.max_stop_chars),
         "stop_token_ids": (limits.max_stop_token_ids, None),
+        "bad_words": (limits.max_bad_words, limits.max_bad_word_chars),
+        "allowed_token_ids": (limits.max_allowed_token_ids, None),
     }
     for name, field in properties.items():
         if name == "chat_template_kwargs" and "prompt" not in properties:  # else it has no effect
@@ -237,8 +239,9 @@ def _bound_fields(schema: Json, *, limits: ApiLimits, card: ModelCard) -> None:
 def _maxima(limits: ApiLimits, card: ModelCard) -> dict[str, int]:
     """The maximum of each integer that is limited by the settings or the model."""
     lengths = ("min_tokens", "max_tokens", "max_completion_tokens", "max_output_tokens")
+    ids = ("prompt", "tokens", "stop_token_ids", "allowed_token_ids")
     return {
-        **dict.fromkeys(("prompt", "tokens", "stop_token_ids"), card.vocab_size - 1),
+        **dict.fromkeys(ids, card.vocab_size - 1),
         **dict.fromkeys(lengths, card.max_model_len),
         "positions": card.max_model_len - 1,
         "n": limits.max_choices,
