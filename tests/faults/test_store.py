@@ -109,7 +109,7 @@ async def test_row_25_failover_to_a_replica_that_lags(
         for engine in cluster.engines:
             engine.pause()
         streams = Streams(cluster.client, bodies(cluster, rng, number=4, tokens=150))
-        await until(lambda: replica.ask("ZCARD", cluster.key("w1")) == ":4", "replicated")
+        await until(lambda: replica.ask("ZCARD", cluster.key("since")) == ":4", "replicated")
         link.black_hole = True
         for engine in cluster.engines:
             engine.resume()
