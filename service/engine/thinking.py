@@ -12,12 +12,12 @@ and begin a content that has a grammar: the grammar reads whole tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
 
 import numpy as np
 
-from model.batch import Words
+from model.batch import Words, mask_of
 from model.grammar import GrammarError, Matcher
 from service.messages import Thinking
 from service.thinking import BLANKS, THINKING_FORMATS, Phase, Splitter, TokenScan, symbol
@@ -36,7 +36,7 @@ class FreeMasks:
     ) -> None:
         self.token_bytes = token_bytes
         self.eos_ids = eos_ids
-        self.any_W = _mask(range(vocab_size), vocab_size=vocab_size)
+        self.any_W = mask_of(range(vocab_size), vocab_size=vocab_size)
         self._vocab_size = vocab_size
         self._within: dict[tuple[str, str], Words] = {}
 
@@ -51,7 +51,8 @@ class FreeMasks:
             texts = enumerate(self.token_bytes[: self._vocab_size])
             suspects = [(id_, held + text.decode("latin-1")) for id_, text in texts if end in text]
             crossing = {id_ for id_, text in suspects if text.partition(closing)[2]}
-            excluded = _mask(crossing | self.eos_ids, vocab_size=self._vocab_size)
+            ending = {id_ for id_ in self.eos_ids if id_ < self._vocab_size}
+            excluded = mask_of(crossing | ending, vocab_size=self._vocab_size)
             found = self._within[closing, held] = self.any_W & ~excluded
         return found
 
@@ -193,9 +194,3 @@ def _next(tag: tuple[int, ...], begun: tuple[int, ...]) -> set[int]:
 def _allow(mask_W: Words, tokens: set[int]) -> None:
     for token in tokens:
         mask_W[token // _WORD] |= np.uint32(1 << token % _WORD)
-
-
-def _mask(tokens: Iterable[int], *, vocab_size: int) -> Words:
-    bits = np.zeros(-(-vocab_size // _WORD) * _WORD, np.bool_)
-    bits[[token for token in tokens if token < vocab_size]] = True
-    return np.packbits(bits, bitorder="little").view(np.uint32)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
 from service.api.structured.validator import GrammarValidator
 from service.messages import FinishReason
 from service.startup import load_tokenizer
+from tests.api.conftest import validator_of
 from tests.api.test_anthropic_thinking import assembled
 
 ASK: dict[str, Any] = {
@@ -42,12 +42,8 @@ def tokenizer(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Toke
 @pytest.fixture(scope="module")
 def grammar_validator(tokenizer: Tokenizer) -> Iterator[GrammarValidator]:
     """One of this vocabulary."""
-    tokens, eos_ids = tokenizer.token_bytes, tokenizer.eos_ids
-    validator = GrammarValidator(
-        lambda: Grammars(tokens, eos_ids=eos_ids, vocab_size=tokenizer.vocab_size)
-    )
-    yield validator
-    validator.close()
+    with validator_of(tokenizer) as validator:
+        yield validator
 
 
 @pytest.fixture

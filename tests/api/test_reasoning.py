@@ -11,12 +11,11 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
-from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
 from service.api.generation.reasoning import thinking_format_name, thinking_options
 from service.api.generation.request import Chat
-from service.api.structured.validator import GrammarValidator
 from service.messages import FinishReason
+from tests.api.conftest import validator_of
 
 CHAT = "/v1/chat/completions"
 ASK = [{"role": "user", "content": "hi"}]
@@ -84,12 +83,8 @@ def tokenizer(kind: Any, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def grammar_validator(tokenizer: Tokenizer) -> Any:
-    tokens, eos_ids = tokenizer.token_bytes, tokenizer.eos_ids
-    validator = GrammarValidator(
-        lambda: Grammars(tokens, eos_ids=eos_ids, vocab_size=tokenizer.vocab_size)
-    )
-    yield validator
-    validator.close()
+    with validator_of(tokenizer) as validator:
+        yield validator
 
 
 class Model:

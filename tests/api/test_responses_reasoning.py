@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
 from service.api.structured.validator import GrammarValidator
 from service.messages import FinishReason
+from tests.api.conftest import validator_of
 from tests.api.test_reasoning import HYBRID, TAGS, make_tokenizer
 
 URL = "/v1/responses"
@@ -29,12 +29,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def grammar_validator(tokenizer: Tokenizer) -> Iterator[GrammarValidator]:
     """Of this tokenizer: it starts no process, as no test here has a grammar."""
-    tokens, eos_ids = tokenizer.token_bytes, tokenizer.eos_ids
-    validator = GrammarValidator(
-        lambda: Grammars(tokens, eos_ids=eos_ids, vocab_size=tokenizer.vocab_size)
-    )
-    yield validator
-    validator.close()
+    with validator_of(tokenizer) as validator:
+        yield validator
 
 
 @pytest.fixture

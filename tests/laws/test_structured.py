@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import jsonschema
 import pytest
@@ -161,11 +162,11 @@ def some_requests(seed: int) -> list[GenerationRequest]:
     ]
 
 
-def alone(grammars: Grammars, requests: Sequence[GenerationRequest]) -> Engine:
-    """Each request by itself, without drafts: the answer by definition."""
-    whole = Engine(grammars)
+def alone(engine: Callable[[], Engine], requests: Sequence[GenerationRequest]) -> Engine:
+    """Each request by itself, in an engine of its own without drafts: the answer by definition."""
+    whole = engine()
     for one in requests:
-        answer = Engine(grammars).run(one)
+        answer = engine().run(one)
         whole.ids |= answer.ids
         whole.texts |= answer.texts
         whole.ends |= answer.ends
@@ -178,7 +179,7 @@ def test_neither_company_nor_drafts_nor_chunks_change_an_answer(
     grammars: Grammars, seed: int
 ) -> None:
     requests = some_requests(seed)
-    expected = alone(grammars, requests)
+    expected = alone(partial(Engine, grammars), requests)
     narrow = EngineConfig(max_batch_tokens=16, max_sequences=3, max_prompt_chunk=5)
     engines = [
         Engine(grammars),
@@ -207,7 +208,7 @@ def test_steps_launched_ahead_change_no_answer(grammars: Grammars) -> None:
     ]
     runner = OverlappedNoise()
     engine = Engine(grammars, runner=runner).run(*requests)
-    expected = alone(grammars, requests)
+    expected = alone(partial(Engine, grammars), requests)
     assert runner.most_ahead == 2
     assert [engine.result(r.id) for r in requests] == [expected.result(r.id) for r in requests]
 
@@ -226,7 +227,7 @@ def test_a_preempted_answer_equals_an_undisturbed_one(grammars: Grammars) -> Non
         request(f"r{index}", json_schema_grammar(OBJECT), seed=index, max_tokens=60)
         for index in range(6)
     ]
-    expected = alone(grammars, requests)
+    expected = alone(partial(Engine, grammars), requests)
     for drafting in (False, True):
         tight = Engine(grammars, runner=NoiseRunner(num_blocks=36), drafting=drafting)
         tight.run(*requests)
@@ -239,7 +240,7 @@ def test_a_preempted_answer_equals_an_undisturbed_one(grammars: Grammars) -> Non
 def test_a_take_over_goes_on_exactly_after_every_token(grammars: Grammars) -> None:
     """Up to the last: an engine may die between an answer's last token and its end."""
     requests = [*some_requests(3)[:6], request("cut", json_schema_grammar(OBJECT), max_tokens=9)]
-    expected = alone(grammars, requests)
+    expected = alone(partial(Engine, grammars), requests)
     works = [
         Work(request=replace(one, id=f"{one.id}/{num}"), tokens=tuple(expected.ids[one.id][:num]))
         for one in requests

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from service.messages import FinishReason, GenerationRequest, SamplingParams, Th
 from service.thinking import THINKING_FORMATS, Phase, Splitter, TokenScan, symbol
 from tests.laws import noise
 from tests.laws.noise import ENDINGS, EOS_IDS, NoiseRunner
-from tests.laws.test_structured import OBJECT, Engine
+from tests.laws.test_structured import OBJECT, Engine, alone
 from tests.support.builders import at_length
 from tests.support.fakes import Overlapping
 
@@ -113,17 +114,6 @@ def some_request(draw: random.Random, name: str) -> GenerationRequest:
     )
 
 
-def alone(grammars: Grammars, requests: Sequence[GenerationRequest]) -> Engine:
-    """Each request by itself, without drafts: the answer by definition."""
-    whole = engine_of(grammars)
-    for one in requests:
-        answer = engine_of(grammars).run(one)
-        whole.ids |= answer.ids
-        whole.texts |= answer.texts
-        whole.ends |= answer.ends
-    return whole
-
-
 def phases(thinking: Thinking, ids: Sequence[int]) -> list[tuple[Phase, int]]:
     """(phase, tokens of thinking) before each token and after the last."""
     symbols = {text: symbol(index) for index, (text, _) in enumerate(thinking.symbols)}
@@ -185,7 +175,7 @@ def test_neither_company_nor_drafts_nor_chunks_change_an_answer(
     grammars: Grammars, seed: int
 ) -> None:
     requests = some_requests(100 + seed, num=9)
-    expected = alone(grammars, requests)
+    expected = alone(partial(engine_of, grammars), requests)
     narrow = EngineConfig(max_batch_tokens=16, max_sequences=3, max_prompt_chunk=5)
     engines = [
         engine_of(grammars),
@@ -218,7 +208,7 @@ def test_a_budget_alone_does_not_slow_others(grammars: Grammars) -> None:
 
 def test_a_failover_goes_on_exactly_after_every_token(grammars: Grammars) -> None:
     requests = some_requests(7, num=4)
-    expected = alone(grammars, requests)
+    expected = alone(partial(engine_of, grammars), requests)
     works = [
         Work(request=replace(one, id=f"{one.id}/{num}"), tokens=tuple(expected.ids[one.id][:num]))
         for one in requests

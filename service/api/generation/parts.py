@@ -73,6 +73,7 @@ class AnswerParts:
         symbols = {text: symbol(index) for index, text in enumerate(markers)}
         self._symbols = {markers[text]: symbol for text, symbol in symbols.items()}
         self._texts = str.maketrans({symbol: text for text, symbol in symbols.items()})
+        self._nothing = dict.fromkeys(self._texts)
         self._note = note
         self._splitter: Splitter | None = None
         if note is not None:
@@ -128,7 +129,7 @@ class AnswerParts:
         return Parts(reasoning=reasoning, text=parsed.text, calls=parsed.calls)
 
     def _without_symbols(self, text: str) -> str:
-        return text.translate(dict.fromkeys(self._texts)) if self._symbols else text
+        return text.translate(self._nothing) if self._symbols else text
 
     def _with_symbols(self, record: Tokens) -> str:
         """The record's text with the symbols of its special tokens."""

@@ -52,8 +52,7 @@ class ChunkRenderer:
             **tier_field(reader),
         })  # fmt: skip
         self._shared_head = b"data: " + head[:-1]
-        self._heads: dict[int, bytes] = {}  # by choice: see `_head`
-        self._starts: dict[int, bytes] = {}
+        self._starts: dict[int, bytes] = {}  # by choice: see `_start_of`
         self._before_text = b',"delta":{"content":' if self._chat else b',"text":'
         self._after_text = b"}" if self._chat else b""
 
@@ -121,12 +120,8 @@ class ChunkRenderer:
         """Up to the list of choices. The engines of two choices may be of different numeric
         classes; each choice's is known since its first record.
         """
-        head = self._heads.get(choice)
-        if head is None:
-            fingerprint = orjson.dumps(self._reader.fingerprint(choice))
-            head = self._shared_head + b',"system_fingerprint":' + fingerprint + b',"choices":['
-            self._heads[choice] = head
-        return head
+        fingerprint = orjson.dumps(self._reader.fingerprint(choice))
+        return self._shared_head + b',"system_fingerprint":' + fingerprint + b',"choices":['
 
     def _start_of(self, choice: int) -> bytes:
         """Up to the text of an event."""
