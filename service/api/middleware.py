@@ -65,7 +65,7 @@ class RequestContextMiddleware:
             # A copy: the server reads its own scope to omit the body.
             state[HEAD_ONLY] = True
             scope = {**scope, "method": "GET"}
-        state["request_id"] = new_call_id()
+        state["request_id"] = new_call_id(idempotency_key=_header(scope, b"idempotency-key"))
         state["arrived"] = monotonic()
         status = 0
         error_format = self._error_formats(scope["path"])
@@ -87,7 +87,7 @@ class RequestContextMiddleware:
         except (Forbidden, Unauthorized) as error:
             await error_response(error, error_format)(scope, receive, send_with_id)
             return
-        state["trace"] = self._observer.call_began(_traceparent(scope))
+        state["trace"] = self._observer.call_began(_header(scope, b"traceparent"))
         try:
             rejection = await self._count(scope, state["tenant"])
             app = self._app if rejection is None else error_response(rejection, error_format)
@@ -117,9 +117,9 @@ class RequestContextMiddleware:
         return over_rate(usage)
 
 
-def _traceparent(scope: Scope) -> str | None:
+def _header(scope: Scope, wanted: bytes) -> str | None:
     for name, value in scope["headers"]:
-        if name == b"traceparent":
+        if name == wanted:
             return str(value, "latin-1")
     return None
 
