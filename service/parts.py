@@ -136,6 +136,7 @@ class EngineSide:
         observer = fan_out(*observers)
         self._loaded = loaded
         self._metrics = metrics
+        metrics.has_cache(block_size=loaded.runner.block_size, num_blocks=loaded.runner.num_blocks)
         self.loop = EngineLoop(
             loaded.runner,
             config=EngineConfig(
