@@ -89,6 +89,7 @@ class Metrics(Series, NullObserver, NullWorkerObserver):
         self.info.clear()
         self.info.labels(self._version, card.id, card.numeric_class, self._role).set(1)
         self._vllm.model = card.id
+        self._queue.serves(card)
 
     # --- service.keys.KeyRing -------------------------------------------------------------
     def keys_reloaded(self, good: bool) -> None:  # noqa: FBT001 - what KeyRing calls

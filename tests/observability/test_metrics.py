@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from service.engine.loop import EngineLoop
 from service.engine.observer import StepReport
 from service.engine.plan import EngineConfig
 from service.errors import Unavailable
-from service.messages import End, FinishReason, ModelCard
+from service.messages import End, FinishReason, ModelCard, model_feature
 from service.observability.metrics import Metrics
 from service.observability.queue_gauges import STALE_AFTER
 from service.queues.contract import (
@@ -399,6 +400,25 @@ async def test_what_is_not_known_is_absent() -> None:
     clock.now += STALE_AFTER + 1  # a call that hangs raises nothing
     assert not set(OF_THE_QUEUE) & set(samples(metrics))
     assert samples(metrics)["quire_queue_reachable"] == 0
+
+
+async def test_each_model_has_its_queue() -> None:
+    """Zero, and not absent, for a model without requests: an autoscaler reads it."""
+    metrics, queue = Metrics(), MemoryQueue(LIMITS)
+    cards = [replace(CARD, id=name, vocabulary=name) for name in ("a", "b")]
+    for card in cards:
+        cluster = Cluster(queue, card, observer=metrics)
+    await queue.submit(make_submission(2, model=cards[0].key))
+    await queue.claim(make_engine(features=(model_feature(cards[0].key),)), limit=1, wait=0)
+    assert "quire_model_queue_tokens" not in str(samples(metrics)), "the queue was not read yet"
+    await cluster.refresh()
+    found = samples(metrics)
+    series = ("requests", "tokens", "running")
+    of = {
+        name: [found[f'quire_model_queue_{each}{{model="{name}"}}'] for each in series]
+        for name in "ab"
+    }
+    assert of == {"a": [1, 7, 1], "b": [0, 0, 0]}
 
 
 async def test_a_process_says_what_it_is() -> None:
