@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from prometheus_client import generate_latest
 
-from service.api.observer import CallReport, NullObserver
+from service.api.http.observer import CallReport, NullObserver
 from service.engine.observer import StepReport
 from service.http.connections import Outcome
 from service.messages import End, ModelCard
@@ -108,7 +108,7 @@ class Metrics(Series, NullObserver, NullWorkerObserver):
     def connection_limited(self, port: str, outcome: Outcome) -> None:
         self.http_connections_limited.labels(port, outcome.value).inc()
 
-    # --- service.api.observer.ApiObserver -------------------------------------------------
+    # --- service.api.http.observer.ApiObserver -------------------------------------------------
     def call_answered(self, status: int) -> None:
         self.http_responses.labels(str(status)).inc()
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.api.observer import CallReport
+from service.api.http.observer import CallReport
 from service.cluster import Cluster
 from service.engine.loop import EngineLoop
 from service.engine.observer import StepReport
