@@ -52,6 +52,7 @@ from service.queues.observer import (
 from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
 from service.queues.redis.connection import Command, RedisClient, check_server, present
+from service.queues.redis.depth import decode_depth, depth_commands
 from service.queues.redis.journal import JournalReader
 from service.queues.redis.keys import idempotency_name, milliseconds
 from service.queues.redis.pubsub import Wake, Wakeups
@@ -219,21 +220,7 @@ class RedisQueue:
         return total
 
     async def depth(self) -> QueueDepth:
-        counters, age, stored = await self._client.run(
-            [
-                ("HMGET", self._keys.admission, "q", "tok", "run"),
-                self._client.script("oldest", self._keys.admission),
-                ("HGET", self._keys.stored, "all"),
-            ]
-        )
-        queued, tokens, running = (int(count or 0) for count in counters)
-        return QueueDepth(
-            queued_requests=queued,
-            queued_tokens=tokens,
-            running_requests=running,
-            oldest_seconds=None if age == b"" else int(age) / 1000,
-            stored_bytes=int(stored or 0),
-        )
+        return decode_depth(await self._client.run(depth_commands(self._client, self._keys)))
 
     async def engines(self) -> Sequence[EngineInfo]:
         return [info for _, info in await self.reports()]

@@ -35,6 +35,7 @@ from service.queues.contract import (
     slot_of,
 )
 from service.queues.observer import QueueObserver
+from service.queues.redis.depth import sum_depths
 from service.queues.redis.fanout import FanOut
 from service.queues.redis.keys import shard_of
 from service.queues.redis.pubsub import woken_within
@@ -125,15 +126,7 @@ class ShardedQueue:
 
     async def depth(self) -> QueueDepth:
         """Of the shards that answer."""
-        depths = await self._of_all(lambda shard: shard.depth)
-        ages = [depth.oldest_seconds for depth in depths if depth.oldest_seconds is not None]
-        return QueueDepth(
-            queued_requests=sum(depth.queued_requests for depth in depths),
-            queued_tokens=sum(depth.queued_tokens for depth in depths),
-            running_requests=sum(depth.running_requests for depth in depths),
-            oldest_seconds=max(ages, default=None),
-            stored_bytes=sum(depth.stored_bytes for depth in depths),
-        )
+        return sum_depths(await self._of_all(lambda shard: shard.depth))
 
     async def engines(self) -> Sequence[EngineInfo]:
         """The latest report of each."""

@@ -1,4 +1,4 @@
-"""One HTTP call: its id, and work that ends when its client is gone.
+"""One HTTP call: its id, work that ends when its client is gone, and the readers of its answer.
 
 Call ids are `s0-<32 hex digits of a version 7 UUID>` (RFC 9562). They sort by time.
 """
@@ -6,15 +6,18 @@ Call ids are `s0-<32 hex digits of a version 7 UUID>` (RFC 9562). They sort by t
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from service.queues.contract import slot_of
+from service.errors import Unavailable
+from service.messages import FinishReason
+from service.queues.contract import Queue, slot_of
 
 T = TypeVar("T")
 
@@ -72,3 +75,59 @@ async def first_of(*tasks: asyncio.Task[Any]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
+
+
+log = logging.getLogger(__name__)
+
+RETRY = 0.25
+"""Seconds until the next heartbeat while the queue is unavailable."""
+
+
+class Readers:
+    """Number of readers per submission id."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._readers: dict[str, int] = {}
+        self._stopping: set[asyncio.Task[None]] = set()
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """The answers that have readers here."""
+        return [*self._readers]
+
+    def add(self, call_id: str) -> None:
+        """Counts one more reader of an answer."""
+        self._readers[call_id] = self._readers.get(call_id, 0) + 1
+
+    def remove(self, call_id: str) -> bool:
+        """Counts one reader less; returns whether it was the last one here."""
+        self._readers[call_id] -= 1
+        if self._readers[call_id]:
+            return False
+        del self._readers[call_id]
+        return True
+
+    async def send_heartbeats(self, interval: float) -> None:
+        """Reports the answers to the queue every `interval` seconds, until it is cancelled."""
+        while True:
+            pause = interval
+            try:
+                if self._readers:
+                    await self._queue.heartbeat(self.ids)
+            except Unavailable:
+                pause = min(interval, RETRY)
+            await asyncio.sleep(pause)
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Cancels abandoned requests in the background."""
+        # A task of its own: the handler that found the client gone may be cancelled at any time.
+        task = asyncio.create_task(self._stop(request_ids))
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)
+
+    async def _stop(self, request_ids: Sequence[str]) -> None:
+        try:
+            await self._queue.stop(request_ids, FinishReason.CANCELLED)
+        except Unavailable:
+            log.warning("the queue is unavailable: an abandoned answer runs to its grace period")
