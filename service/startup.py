@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -145,8 +146,12 @@ def _load(settings: Settings, path: Path) -> Loaded:
             if choice.name == "native":
                 cache = settings.cache_dir.expanduser() / "packed"
                 options = replace(options, weights_cache=cache)
-            tokenizer = load_tokenizer(path)
-            runner, followers = _build(path, config, choice, options, num_ranks=num_ranks)
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                reading = pool.submit(load_tokenizer, path)
+                if num_ranks > 1:  # an error must not leave ranks behind
+                    reading.result()
+                runner, followers = _build(path, config, choice, options, num_ranks=num_ranks)
+                tokenizer = reading.result()
     except (ValueError, NativeUnavailable, ImportError) as error:
         raise StartupError(f"runner {settings.runner}: {error}") from None
     card = replace(

@@ -89,8 +89,8 @@ class NativeRunner:
         return step_output(tokens_R, sampled, scored_on_host(score_rows(batch, self._head)))
 
     def warm_up(self) -> None:
-        """Touches weights, threads and arena with a decoded token and the largest chunk."""
-        room = min(self.num_blocks * self.block_size, self._model.shape.max_rows)
+        """Touches weights and threads with a decoded token and a chunk."""
+        room = min(self.num_blocks * self.block_size, self._model.shape.max_rows, COMPUTE_ROWS)
         for length in {1, min(room, len(self._model.shape.cosines))}:
             self._model.step(
                 tokens_T=np.zeros(length, np.int32),
