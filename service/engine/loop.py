@@ -276,7 +276,7 @@ class EngineLoop:
             step = self._pipeline.collect()
             runs = self._take(step)
             duration = self._timer.count_step()
-            self._cost.observe(step.plan.work, duration)
+            self._scheduler.computed(step.plan, duration)
             self._report(step.plan, duration=duration, run_duration=step.run_duration, runs=runs)
 
     def _take(self, step: Computed) -> list[tuple[int, ...]]:

@@ -6,6 +6,7 @@ It works on ints: no tensors (see `pack`), no text, and no stop condition but th
     schedule(now)        expire, reserve, rebalance tenants, decodes, prompts, admissions, drafts
     launched(plan)       counts what the step computes, so the next step can be planned
     update(plan, runs)   appends the tokens, publishes full blocks
+    computed(plan, t)    learns from the step's duration
 
 A runner computes steps in the order they are launched. So a block may be found, freed or taken by
 another sequence while a step that writes it is in flight: its next use is in a later step.
@@ -180,6 +181,12 @@ class Scheduler:
             num_full = sequence.num_computed // size
             if num_full != sequence.num_published and sequence.status is SequenceStatus.RUNNING:
                 self._publish(sequence, num_full)
+
+    def computed(self, plan: Plan, seconds: float) -> None:
+        """Learns from the duration of a step. Called after `update`."""
+        if self._speculator is not None:
+            self._speculator.settle(plan, seconds)
+        self._cost.observe(plan.work, seconds)
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if the bookkeeping is inconsistent. For tests and idle moments."""

@@ -1,5 +1,5 @@
-"""Speculative decoding by lookup: drafts are copied from earlier tokens of the sequence, or from
-the text that the client predicts (see `predicted`).
+"""Speculative decoding by lookup: drafts are copied from earlier tokens of the sequence (`lookup`),
+from recent texts of its tenant (`recent`), or from what the client predicts (`predicted`).
 
 A text that repeats its prompt or itself (a quotation, an edit of a file, a summary's names) often
 continues as before: the tokens that followed an earlier occurrence of its last few tokens are the
@@ -17,34 +17,28 @@ With a grammar, forbidden tokens are not proposed; if the grammar forces the nex
 object, the rest of a constant), the longest tokens that spell it are the drafts.
 
 Rows are nearly free while a step is bound by memory, and cost their full price once it is bound by
-compute. `Speculator` weighs the expected number of accepted drafts, by the acceptance rate of
-matches of that length in this sequence, against the durations predicted by the cost model.
+compute. `Speculator` weighs the expected number of accepted drafts, by the acceptance rate of such
+drafts so far, against the durations predicted by the cost model. What drafts really gained and cost
+is counted afterwards: a sequence for which they do not pay gets none for a while (see `drafting`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log
 
 from service.engine.cost import CostModel, StepWork
+from service.engine.drafting import Grade, Tenants, Track
 from service.engine.plan import EngineConfig, Plan
 from service.engine.predicted import PredictedText
 from service.engine.sequence import Sequence
 
-_LONGEST = 8  # tokens compared backwards
-_CANDIDATES = 4  # earlier places looked at, the latest first
-_GRADE_OF = (0, 0, 0, 1, 2, 2, 2, 2, 3)  # length of a match -> grade
-_SPELLED = 4  # the grade of text that the grammar forces
-_PREDICTED = 5  # the grade of the client's prediction
-_PRIOR = (0.25, 0.4, 0.6, 0.8, 0.8, 0.8)  # by grade: the chance that a draft is accepted
 _MOST_SPELLED = 8  # drafts of that grade in a step: each costs a mask first
-_PRIOR_TRIALS = 2.0  # drafts that the prior counts for
-_DECAY = 0.75  # of a grade's record with each use
-_SKIP_DECAY = 0.985  # and with each time it is skipped: so it is tried again
-_MAX_CHANCE = 0.98
 _FLOORS = (0.03, 0.1, 0.3, 0.6, 0.85)  # thresholds of a draft's chance; one is chosen per step
-_MARGIN = 1.03  # least expected speed-up
+_MARGIN = 1.05  # least expected speed-up
+_PROBES = (1, 7)  # drafts per sequence: if not even these could pay, none are looked for
+_COST_RANGE = (0.5, 2.0)  # of the predicted cost of drafts: what is measured beyond is a stall
 
 
 def may_speculate(config: EngineConfig, *, exact: bool, overlapped: bool) -> bool:
@@ -64,111 +58,23 @@ def accepted(drafts: Tokens[int], sampled: Tokens[int]) -> int:
     return len(drafts) + 1
 
 
-class Lookup:
-    """Finds earlier occurrences of the last tokens of one sequence. Reads each token once.
-
-    A dictionary maps each pair of tokens to its latest position, and a list each position to the
-    previous one of the same pair (itself if there is none). Matches are compared backwards.
-    """
-
-    def __init__(self) -> None:
-        self._latest: dict[int, int] = {}  # pair -> position of its second token
-        self._before: list[int] = [0]  # by position
-
-    def find(self, tokens: Tokens[int]) -> tuple[int, int]:
-        """(position, length) of the longest earlier match of the last tokens: its last position and
-        its number of tokens. The latest of equally long ones; length 0 if not even two match.
-        """
-        self._read(tokens)
-        best, longest = 0, 0
-        last = place = len(tokens) - 1
-        for _ in range(_CANDIDATES):
-            if self._before[place] == place:
-                break
-            place = self._before[place]
-            length = _match(tokens, place, last)
-            if length > longest:
-                best, longest = place, length
-                if length == _LONGEST:
-                    break
-        return best, longest
-
-    def _read(self, tokens: Tokens[int]) -> None:
-        latest, before = self._latest, self._before
-        for position in range(len(before), len(tokens)):
-            pair = tokens[position - 1] << 32 | tokens[position]
-            before.append(latest.get(pair, position))
-            latest[pair] = position
-
-
-def _match(tokens: Tokens[int], place: int, last: int) -> int:
-    """Number of equal tokens, backwards from `place` and from `last`; at most `_LONGEST`."""
-    length = 0
-    most = min(_LONGEST, place + 1)
-    while length < most and tokens[place - length] == tokens[last - length]:
-        length += 1
-    return length
-
-
-def _continuation(tokens: list[int], place: int, num: int) -> list[int]:
-    """The `num` tokens after `place`, repeated periodically beyond the end."""
-    after = tokens[place + 1 : place + 1 + num]
-    return (after * -(-num // len(after)))[:num]
-
-
-@dataclass(slots=True)
-class _Track:
-    """State of one sequence: its lookup, and the acceptance record per grade."""
-
-    predicted: PredictedText | None = None
-    lookup: Lookup = field(default_factory=Lookup)
-    hits: list[float] = field(default_factory=lambda: [0.0] * len(_PRIOR))
-    trials: list[float] = field(default_factory=lambda: [0.0] * len(_PRIOR))
-    grade: int = 0  # of the drafts in flight
-
-    def chance(self, grade: int) -> float:
-        hits = self.hits[grade] + _PRIOR_TRIALS * _PRIOR[grade]
-        return min(_MAX_CHANCE, hits / (self.trials[grade] + _PRIOR_TRIALS))
-
-    def learn(self, num: int, hits: int) -> None:
-        """Of `num` drafts the first `hits` were accepted. Later drafts than the
-        first rejected one do not count.
-        """
-        grade = self.grade
-        self.hits[grade] = _DECAY * self.hits[grade] + hits
-        self.trials[grade] = _DECAY * self.trials[grade] + min(num, hits + 1)
-
-    def skip(self, grade: int) -> None:
-        self.hits[grade] *= _SKIP_DECAY
-        self.trials[grade] *= _SKIP_DECAY
-
-
-def _find(sequence: Sequence, track: _Track, most: int) -> tuple[list[int], int]:
-    """Drafts, possibly none, and their grade. A prediction that the output follows comes first, as
-    long as it is not worse than the sequence's own tokens.
-    """
-    place, length = track.lookup.find(sequence.tokens)
-    grade = _GRADE_OF[length]
-    if track.predicted is not None:
-        drafts = track.predicted.drafts(sequence.tokens, sequence.num_prompt, most)
-        if drafts and (not length or track.chance(_PREDICTED) >= track.chance(grade)):
-            return drafts, _PREDICTED
-    return (_continuation(sequence.tokens, place, most) if length else []), grade
-
-
 @dataclass(slots=True)
 class _Candidate:
     """A sequence with possible drafts."""
 
     sequence: Sequence
-    track: _Track
+    track: Track
     drafts: list[int]
-    grade: int
+    grade: Grade
     chance: float
 
     def num_drafts(self, floor: float) -> int:
         """Number of leading drafts that are all accepted with a chance of at least `floor`."""
         return min(len(self.drafts), int(log(floor) / log(self.chance)))
+
+    @property
+    def most_gain(self) -> float:
+        return self.gain(len(self.drafts))
 
     def gain(self, num: int) -> float:
         """Expected number of accepted drafts: chance + chance ** 2 + ..."""
@@ -181,12 +87,15 @@ class Speculator:
     def __init__(self, config: EngineConfig, cost: CostModel) -> None:
         self._config = config
         self._cost = cost
-        self._tracks: dict[Sequence, _Track] = {}
+        self._tracks: dict[Sequence, Track] = {}
+        self._tenants = Tenants()
+        self._plain = StepWork()  # the work of the latest plan without its drafts
 
     def propose(self, plan: Plan) -> dict[Sequence, list[int]]:
         """Drafts for sequences of a plan that computes one token per sequence."""
+        self._plain = plan.work
         base = self._cost.seconds(plan.work)
-        if base is None:
+        if base is None or not self._can_pay(plan.work, base):
             return {}
         candidates = [
             candidate for sequence in plan.tokens if (candidate := self._candidate(sequence))
@@ -206,28 +115,71 @@ class Speculator:
         """Records that of `num` drafts the first `hits` were accepted."""
         self._tracks[sequence].learn(num, hits)
 
+    def settle(self, plan: Plan, seconds: float) -> None:
+        """Charges the sequences of a step what its drafts cost, by the step's measured duration."""
+        plain, drafted = self._cost.seconds(self._plain), self._cost.seconds(plan.work)
+        if not plan.drafts or not plain or not drafted:
+            return
+        predicted = max(0.0, drafted - plain)
+        low, high = (factor * predicted for factor in _COST_RANGE)
+        cost = min(max(seconds - plain, low), high)
+        tokens_per_draft = cost / plain * self._plain.sampled / plan.num_drafts
+        for sequence, drafts in plan.drafts.items():
+            if track := self._tracks.get(sequence):
+                track.pay(tokens_per_draft * len(drafts))
+
     def forget(self, sequence: Sequence) -> None:
-        """Drops the state of a finished sequence."""
+        """Drops the state of a finished sequence; its text may be that of others to come."""
+        if sequence.num_output > 1:
+            self._track(sequence).share(sequence.tokens)
         self._tracks.pop(sequence, None)
+
+    def _track(self, sequence: Sequence) -> Track:
+        track = self._tracks.get(sequence)
+        if track is None:
+            prediction = sequence.request.prediction
+            predicted = PredictedText(prediction) if prediction else None
+            track = Track(self._tenants.get(sequence.tenant), predicted)
+            self._tracks[sequence] = track
+        return track
+
+    def _can_pay(self, work: StepWork, seconds: float) -> bool:
+        """Whether drafts could pay if all of them were accepted."""
+        for num in _PROBES:
+            more = StepWork(
+                work.tokens * (1 + num),
+                work.products * (1 + num),
+                work.contexts + num * work.sampled,
+                work.sampled * (1 + num),
+            )
+            duration = self._cost.seconds(more)
+            if duration is not None and (1 + num) * seconds > _MARGIN * duration:
+                return True
+        return False
 
     def _candidate(self, sequence: Sequence) -> _Candidate | None:
         most = min(self._config.max_drafts, sequence.num_remaining - 1)
         if most < 1:
             return None
-        track = self._tracks.get(sequence)
-        if track is None:
-            prediction = sequence.request.prediction
-            track = _Track(PredictedText(prediction) if prediction else None)
-            self._tracks[sequence] = track
-        guide = sequence.guide
+        track, guide = self._track(sequence), sequence.guide
         if guide is not None and (spelled := guide.forced(min(most, _MOST_SPELLED))):
-            return _Candidate(sequence, track, spelled, _SPELLED, track.chance(_SPELLED))
-        drafts, grade = _find(sequence, track, most)
-        if guide is not None and drafts:
-            drafts = drafts[: guide.num_allowed(drafts)]
-        if not drafts:
-            return None
-        return _Candidate(sequence, track, drafts, grade, track.chance(grade))
+            sources = [(Grade.SPELLED, spelled)]
+        else:
+            sources = list(track.sources(sequence.tokens, sequence.num_prompt, most))
+        best = None
+        for grade, found in sources:
+            drafts = found
+            if guide is not None and grade is not Grade.SPELLED and found:
+                drafts = found[: guide.num_allowed(found)]
+            if not drafts:
+                continue
+            if not track.may_try(grade, num_output=sequence.num_output):
+                track.skip(grade)
+                continue
+            candidate = _Candidate(sequence, track, drafts, grade, track.chance(grade))
+            if best is None or candidate.most_gain > best.most_gain:
+                best = candidate
+        return best
 
     def _weigh(self, work: StepWork, candidates: list[_Candidate], seconds: float) -> list[int]:
         """Number of drafts per candidate with the best expected rate of tokens per second; all 0 if

@@ -12,8 +12,9 @@ import pytest
 
 from model.batch import Batch, StepOutput
 from service.engine.cost import CostModel, StepWork
+from service.engine.lookup import Lookup
 from service.engine.plan import EngineConfig
-from service.engine.speculate import Lookup, accepted, may_speculate
+from service.engine.speculate import accepted, may_speculate
 from service.messages import GenerationRequest
 from tests.engine.harness import (
     Rig,

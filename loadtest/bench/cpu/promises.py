@@ -3,9 +3,10 @@
 gap        Over HTTP: while streams run, a prompt of thousands of tokens arrives. Measures the time
            between two tokens of the streams while its chunks are computed; it has a target.
 drafts     In this process: two engines of one thread each, with and without drafts, compute the
-           same requests, some tokens at a time in turns. Compares the CPU time of the thread, so
-           that other load on the machine affects both sides of a pair or neither. Text that repeats
-           itself must cost less, and other text hardly more.
+           same chats of 1, 8 and 32 clients, some tokens at a time in turns. Compares the CPU time
+           of the thread, so that other load on the machine affects both sides of a pair or neither.
+           Copies must cost less, and free text (varied questions, temperature 0.7, natural ends)
+           hardly more.
 """
 
 from __future__ import annotations
@@ -15,33 +16,44 @@ import asyncio
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 from loadtest.bench.peers import SERVERS
 from loadtest.bench.servers import Plan, Running, running
 from loadtest.client import Outcome, Target, arrive, percentile
 from loadtest.workloads import make_prompt, make_prompts
-from model.checkpoint import load_model
+from model.checkpoint import open_model
 from model.checkpoint.fetch import default_cache, resolve
 from model.runners import RunnerOptions
 from model.runners.native import NativeRunner
 from model.text.tokenizer import Tokenizer
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver
+from service.engine.observer import StepReport
 from service.engine.plan import EngineConfig
-from service.messages import Event, GenerationRequest, SamplingParams
+from service.messages import End, Event, GenerationRequest, SamplingParams
 
 _STREAMS = 8
 _LONG = 4000  # tokens of the prompt that arrives meanwhile
 _TARGET = EngineConfig().target_gap
-_SENTENCE = "The quick brown fox jumps over the lazy dog and runs into the forest. "
-_TURN = 32  # tokens per engine and turn
-_KINDS: Mapping[str, tuple[SamplingParams, int]] = {  # and output tokens
-    "copies": (SamplingParams(seed=7, temperature=0.0), 256),  # later the model stops to repeat
-    "free text": (SamplingParams(seed=7, temperature=1.0), 512),
-}
+_TURN = 16  # tokens per client, engine and turn
+_CLIENTS = (1, 8, 32)
+_TOPICS = (
+    "bees", "Rome", "glaciers", "the violin", "inflation", "bread", "chess", "volcanoes", "sleep",
+    "the moon", "bicycles", "tea", "Shakespeare", "batteries", "whales", "gardening", "jazz",
+    "elections", "vaccines", "deserts", "football", "cheese", "satellites", "poetry",
+)  # fmt: skip
+_QUESTIONS = (
+    "What should everyone know about {}?",
+    "Tell me a short story about {}.",
+    "Why do people care about {}?",
+    "Explain {} to a child.",
+    "Write three tips about {}.",
+    "What is a common mistake about {}?",
+    "How did {} change in the last century?",
+)
 
 
 async def measure_gap(target: Target, *, seed: str) -> tuple[list[float], list[float], float]:
@@ -91,48 +103,72 @@ def print_gaps(server: Running, *, repeats: int) -> None:
 class Engine:
     """An engine that steps on the calling thread; its clock is that thread's CPU time."""
 
-    def __init__(self, path: Path, *, speculate: bool) -> None:
-        model, tokenizer = load_model(path), Tokenizer.from_checkpoint(path)
-        options = RunnerOptions(num_threads=1, num_blocks=64)
-        runner = NativeRunner(model.config, model.weights, options=options, digest=model.digest)
-        runner.warm_up()
-        self.ids: list[int] = []  # output tokens of the current request
+    def __init__(self, path: Path, *, clients: int, speculate: bool, variant: str) -> None:
+        model, tokenizer = open_model(path), Tokenizer.from_checkpoint(path)
+        options = RunnerOptions(num_threads=1, num_blocks=64 * clients)
+        self._runner = NativeRunner(
+            model.config, model.weights, options=options, digest=model.digest, variant=variant
+        )
+        self._runner.warm_up()
+        self.ids: dict[str, list[int]] = {}  # output tokens by request
+        self.accepted = self.drafted = 0
+        self._clients = clients
+        self._waiting: deque[GenerationRequest] = deque()
+        self._num_running = 0
         self._loop = EngineLoop(
-            runner,
-            config=EngineConfig(max_sequences=1, speculate=speculate),
+            self._runner,
+            config=EngineConfig(max_sequences=clients, speculate=speculate),
             token_bytes=tokenizer.token_bytes,
-            eos_ids=frozenset(),
+            eos_ids=tokenizer.eos_ids,
             deliver=self._read,
-            observer=NullObserver(),
+            observer=self,
             clock=time.thread_time,
         )
 
-    def begin(self, request: GenerationRequest) -> None:
-        self.ids.clear()
-        self._loop.add(Work(request=request))
-        self.go_on(1)
+    def begin(self, requests: Sequence[GenerationRequest]) -> None:
+        """Each client sends its next request when its last one has ended."""
+        self.ids = {request.id: [] for request in requests}
+        self._waiting = deque(requests)
 
     def go_on(self, num: int) -> float:
-        """CPU seconds until there are at least `num` output tokens."""
+        """CPU seconds until there are at least `num` output tokens, or all requests have ended."""
         began = time.thread_time()
-        while len(self.ids) < num:
+        while not self.done and sum(map(len, self.ids.values())) < num:
+            while self._waiting and self._num_running < self._clients:
+                self._loop.add(Work(request=self._waiting.popleft()))
+                self._num_running += 1
             self._loop.step()
         return time.thread_time() - began
 
+    @property
+    def done(self) -> bool:
+        return not self._waiting and not self._num_running
+
+    def stepped(self, report: StepReport) -> None:
+        self.drafted += report.num_drafts
+        self.accepted += report.num_accepted
+
+    def close(self) -> None:
+        self._runner.close()
+
     def _read(self, events: Sequence[Event]) -> None:
         for event in events:
-            self.ids += getattr(event.record, "ids", ())
+            if isinstance(event.record, End):
+                self._num_running -= 1
+            else:
+                self.ids[event.request_id] += event.record.ids
 
 
 def compare(
-    drafting: Engine, plain: Engine, request: GenerationRequest
+    drafting: Engine, plain: Engine, requests: Sequence[GenerationRequest], *, clients: int
 ) -> list[tuple[float, float]]:
     """CPU seconds per turn (without drafts, with drafts). Raises SystemExit if outputs differ."""
     for engine in (drafting, plain):
-        engine.begin(request)
-    turns = []
-    for index, num in enumerate(range(_TURN, request.max_tokens + 1, _TURN)):
-        order = [drafting, plain] if index % 2 else [plain, drafting]
+        engine.begin(requests)
+    turns: list[tuple[float, float]] = []
+    while not (drafting.done and plain.done):
+        num = _TURN * clients * (len(turns) + 1)
+        order = [drafting, plain] if len(turns) % 2 else [plain, drafting]
         seconds = {id(engine): engine.go_on(num) for engine in order}
         turns.append((seconds[id(plain)], seconds[id(drafting)]))
     if drafting.ids != plain.ids:
@@ -152,31 +188,59 @@ def _ratio(turns: Sequence[tuple[float, float]]) -> float:
     return sum(before for before, _ in turns) / sum(after for _, after in turns)
 
 
-def print_drafts(model: Path, *, num_tokens: int) -> None:
-    tokenizer = Tokenizer.from_checkpoint(model)
-    drafting, plain = Engine(model, speculate=True), Engine(model, speculate=False)
-    print("\nspeed with drafts / without, 1 client, CPU time of one thread")
-    for kind, (sampling, length) in _KINDS.items():
-        turns = []
-        for repeat in range(num_tokens // length):
-            copied = f"{repeat} {_SENTENCE * 8}"
-            text = copied if kind == "copies" else make_prompt(f"free/{repeat}", num_tokens=100)
-            request = GenerationRequest(
-                id=f"{kind}/{repeat}",
-                prompt_ids=tuple(tokenizer.encode(text)),
-                sampling=sampling,
-                max_tokens=length,
-                ignore_eos=True,
+def make_chats(
+    tokenizer: Tokenizer, kind: str, *, clients: int, repeats: int
+) -> list[GenerationRequest]:
+    """`repeats` requests per client, and at least 8 in all."""
+    chats = []
+    for index in range(max(8, repeats * clients)):
+        draw = random.Random(index)
+        if kind == "copies":
+            text = make_prompt(f"copy/{index}", num_tokens=100)
+            question = f"Repeat this text exactly:\n\n{text}"
+        else:
+            question = draw.choice(_QUESTIONS).format(draw.choice(_TOPICS))
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}])
+        if kind == "copies":  # a small model does not copy unless it has begun to
+            prompt += tokenizer.encode(text, add_bos=False)[:20]
+        sampling = SamplingParams(seed=index, temperature=0.0 if kind == "copies" else 0.7)
+        chats.append(
+            GenerationRequest(
+                id=f"{kind}/{index}", prompt_ids=tuple(prompt), sampling=sampling,
+                max_tokens=100 if kind == "copies" else 256,
             )
-            turns += compare(drafting, plain, request)
-        ratio, low, high = interval(turns)
-        print(f"{kind:12} {ratio:6.3f}   ({low:.3f} to {high:.3f}, 95 %; {num_tokens} tokens each)")
+        )  # fmt: skip
+    return chats
+
+
+def print_drafts(model: Path, *, repeats: int, clients_of: Sequence[int], variant: str) -> None:
+    tokenizer = Tokenizer.from_checkpoint(model)
+    print("\nspeed with drafts / without, CPU time of one thread (95 % interval)")
+    for clients in clients_of:
+        drafting, plain = (
+            Engine(model, clients=clients, speculate=speculate, variant=variant)
+            for speculate in (True, False)
+        )
+        for kind in ("copies", "free text"):
+            chats = make_chats(tokenizer, kind, clients=clients, repeats=repeats)
+            drafting.accepted = drafting.drafted = 0
+            ratio, low, high = interval(compare(drafting, plain, chats, clients=clients))
+            tokens = sum(map(len, plain.ids.values()))
+            print(
+                f"{clients:3} clients  {kind:10} {ratio:6.3f} ({low:.3f} to {high:.3f})   "
+                f"{tokens} tokens, {drafting.accepted} of {drafting.drafted} drafts accepted",
+                flush=True,
+            )
+        drafting.close()
+        plain.close()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=("gap", "drafts"))
+    parser.add_argument("--clients", type=int, nargs="+", default=_CLIENTS, help="of the drafts")
+    parser.add_argument("--variant", default="", help="instruction set of the drafts' engines")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -193,4 +257,9 @@ def run(options: argparse.Namespace) -> None:
             with running(SERVERS["quire"], plan) as server:
                 print_gaps(server, repeats=options.repeats)
     if options.only != "gap":
-        print_drafts(model, num_tokens=1024 * options.repeats)
+        print_drafts(
+            model,
+            repeats=options.repeats,
+            clients_of=options.clients,
+            variant=options.variant,
+        )
