@@ -151,8 +151,8 @@ class Settings(BaseModel):
         gt=0,
     )
     speculate: bool = _engine(
-        "Speculative decoding with drafts from the text itself and from recent texts of the tenant; "
-        "exact runners only. Never changes the output.",
+        "Speculative decoding with drafts from the text itself and from recent texts of the "
+        "tenant; exact runners only. Never changes the output.",
         default=True,
     )
 

@@ -122,6 +122,10 @@ class CostModel:
         """Predicted duration of a step; None before the model is `ready`."""
         return self._predict(work) if self.ready else None
 
+    def has_seen(self, work: StepWork) -> bool:
+        """Whether steps of about as many tokens were observed, so that the prediction is good."""
+        return _kind(work) in self._regimes
+
     def chunk(self, work: StepWork, *, computed: int, most: int, limit: float) -> int | None:
         """The most tokens, up to `most`, that a sequence may add to `work` within `limit` seconds.
 

@@ -8,8 +8,9 @@ drafts are not tried, so that they are tried again.
 
 Account: in tokens of ordinary decoding, what accepted drafts gained less what drafts cost, by the
 measured durations of steps. It may be overdrawn by little: a fraction of a token at first, and
-`INTEREST` for each token of the output. A sequence that loses more is not drafted for until then,
-whatever the chances say, so drafts cannot cost much more than `INTEREST` of the time.
+`INTEREST` for each token of the output. A step gets no more drafts than the account can pay for if
+all are rejected, whatever the chances say, so drafts cannot cost much more than `INTEREST` of the
+time: sequences for which they do not pay get one now and then.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ _GRADE_OF = (  # by the length of a match
     Grade.OWN_2, Grade.OWN_2, Grade.OWN_2, Grade.OWN_3, *[Grade.OWN_4] * 4, Grade.OWN_8,
 )  # fmt: skip
 INTEREST = 0.004  # tokens that may be lost per output token
-_PRIOR = (0.25, 0.4, 0.6, 0.8, 0.8, 0.8, 0.5)  # by grade: the chance that a draft is accepted
-_OVERDRAFT = (0.2, 0.2, 0.3, 0.6, 0.6, 0.6, 0.3)  # tokens by which the account may be overdrawn
-_MOST_SAVED = 3.0  # tokens: what was gained long ago is not to be lost now
+_PRIOR = (0.25, 0.4, 0.7, 0.95, 0.85, 0.95, 0.5)  # by grade: the chance that a draft is accepted
+_OVERDRAFT = (0.2, 0.2, 0.3, 0.7, 0.7, 0.7, 0.3)  # tokens by which the account may be overdrawn
+_MOST_SAVED = 12.0  # tokens: what was gained long ago is not to be lost now
 _MAX_CHANCE = 0.98
 
 _PRIOR_TRIALS = 2.0  # drafts that the tenant's record counts for in a sequence
@@ -52,6 +53,7 @@ _SKIP_DECAY = 0.985  # and each time it is skipped
 _TENANT_DECAY = 0.95
 _TENANT_SKIP_DECAY = 0.999
 
+_SHARED_AT_ONCE = 16  # tokens: a call per token would cost more than they are worth
 MOST_TENANTS = 32  # with a record and a table of texts
 
 
@@ -123,7 +125,8 @@ class Track:
         length, drafts = self._lookup.drafts(tokens, most)
         yield _GRADE_OF[length], drafts
         if length < LONGEST:
-            self.share(tokens)
+            if len(tokens) >= self._num_shared + _SHARED_AT_ONCE:
+                self.share(tokens)
             yield Grade.RECENT, self._tenant.texts.drafts(tokens, most)
 
     def chance(self, grade: Grade) -> float:
@@ -131,9 +134,14 @@ class Track:
         prior = self._tenant.chance(grade)
         return min(_MAX_CHANCE, self._record.chance(grade, prior=prior, weight=_PRIOR_TRIALS))
 
-    def may_try(self, grade: Grade, *, num_output: int) -> bool:
-        """Whether another loss can be afforded."""
-        return self._account + INTEREST * num_output > -_OVERDRAFT[grade]
+    @property
+    def has_gained(self) -> bool:
+        return self._account > 0
+
+    def most_drafts(self, grade: Grade, *, num_output: int, price: float) -> int:
+        """Drafts that the account can pay for, if each costs `price` tokens."""
+        funds = self._account + INTEREST * num_output + _OVERDRAFT[grade]
+        return int(max(0.0, funds) / price)
 
     def share(self, tokens: list[int]) -> None:
         """Adds new tokens to the tenant's texts."""

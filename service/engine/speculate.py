@@ -36,8 +36,11 @@ from service.engine.sequence import Sequence
 
 _MOST_SPELLED = 8  # drafts of that grade in a step: each costs a mask first
 _FLOORS = (0.03, 0.1, 0.3, 0.6, 0.85)  # thresholds of a draft's chance; one is chosen per step
-_MARGIN = 1.05  # least expected speed-up
+_MARGIN = 1.08  # least expected speed-up, if such steps were seen; else they are worth a try
 _PROBES = (1, 7)  # drafts per sequence: if not even these could pay, none are looked for
+_DEAR = 0.25  # a price from which on looking for drafts does not pay in every step
+_RARELY = 4  # steps of which one looks for drafts then, if earlier ones did not pay
+_LEAST_PRICE = 0.01  # tokens that a draft costs
 _COST_RANGE = (0.5, 2.0)  # of the predicted cost of drafts: what is measured beyond is a stall
 
 
@@ -95,10 +98,13 @@ class Speculator:
         """Drafts for sequences of a plan that computes one token per sequence."""
         self._plain = plan.work
         base = self._cost.seconds(plan.work)
-        if base is None or not self._can_pay(plan.work, base):
+        price = None if base is None else self._price(plan.work, base)
+        if base is None or price is None:
             return {}
         candidates = [
-            candidate for sequence in plan.tokens if (candidate := self._candidate(sequence))
+            candidate
+            for sequence in plan.tokens
+            if (candidate := self._candidate(sequence, price=price))
         ]
         nums = self._weigh(plan.work, candidates, base)
         drafts: dict[Sequence, list[int]] = {}
@@ -117,8 +123,10 @@ class Speculator:
 
     def settle(self, plan: Plan, seconds: float) -> None:
         """Charges the sequences of a step what its drafts cost, by the step's measured duration."""
+        if not plan.drafts:
+            return
         plain, drafted = self._cost.seconds(self._plain), self._cost.seconds(plan.work)
-        if not plan.drafts or not plain or not drafted:
+        if not plain or not drafted:
             return
         predicted = max(0.0, drafted - plain)
         low, high = (factor * predicted for factor in _COST_RANGE)
@@ -143,8 +151,11 @@ class Speculator:
             self._tracks[sequence] = track
         return track
 
-    def _can_pay(self, work: StepWork, seconds: float) -> bool:
-        """Whether drafts could pay if all of them were accepted."""
+    def _price(self, work: StepWork, seconds: float) -> float | None:
+        """What a draft costs, in tokens of ordinary decoding; None if drafts could not pay even if
+        all of them were accepted.
+        """
+        pays, price = False, _LEAST_PRICE
         for num in _PROBES:
             more = StepWork(
                 work.tokens * (1 + num),
@@ -153,27 +164,34 @@ class Speculator:
                 work.sampled * (1 + num),
             )
             duration = self._cost.seconds(more)
-            if duration is not None and (1 + num) * seconds > _MARGIN * duration:
-                return True
-        return False
+            if duration is not None:
+                pays |= (1 + num) * seconds > self._margin(more) * duration
+                price = max(price, (duration / seconds - 1) / num)
+        return price if pays else None
 
-    def _candidate(self, sequence: Sequence) -> _Candidate | None:
+    def _margin(self, work: StepWork) -> float:
+        return _MARGIN if self._cost.has_seen(work) else 1.0
+
+    def _candidate(self, sequence: Sequence, *, price: float) -> _Candidate | None:
         most = min(self._config.max_drafts, sequence.num_remaining - 1)
         if most < 1:
             return None
         track, guide = self._track(sequence), sequence.guide
+        if price > _DEAR and not track.has_gained and sequence.num_output % _RARELY:
+            return None
         if guide is not None and (spelled := guide.forced(min(most, _MOST_SPELLED))):
             sources = [(Grade.SPELLED, spelled)]
         else:
             sources = list(track.sources(sequence.tokens, sequence.num_prompt, most))
         best = None
         for grade, found in sources:
-            drafts = found
-            if guide is not None and grade is not Grade.SPELLED and found:
-                drafts = found[: guide.num_allowed(found)]
-            if not drafts:
+            if not found:
                 continue
-            if not track.may_try(grade, num_output=sequence.num_output):
+            limit = track.most_drafts(grade, num_output=sequence.num_output, price=price)
+            drafts = found[:limit]
+            if guide is not None and grade is not Grade.SPELLED and drafts:
+                drafts = drafts[: guide.num_allowed(drafts)]
+            if not drafts:
                 track.skip(grade)
                 continue
             candidate = _Candidate(sequence, track, drafts, grade, track.chance(grade))
@@ -186,7 +204,7 @@ class Speculator:
         no drafts are the best.
         """
         best = [0] * len(candidates)
-        best_rate = _MARGIN * work.sampled / seconds
+        plain_rate = best_rate = work.sampled / seconds
         for floor in _FLOORS if candidates else ():
             nums = [candidate.num_drafts(floor) for candidate in candidates]
             gain, more = float(work.sampled), work
@@ -197,6 +215,8 @@ class Speculator:
             if more.tokens > self._config.max_batch_tokens:
                 continue
             duration = self._cost.seconds(more)
-            if duration is not None and gain > best_rate * duration:
+            if duration is None or gain <= plain_rate * duration * self._margin(more):
+                continue
+            if gain > best_rate * duration:
                 best, best_rate = nums, gain / duration
         return best
