@@ -72,11 +72,13 @@ class Claimer:
         try:
             while True:
                 woken.clear()
-                claims = await self._claim_now(engine, limit=limit, most=limit + under_served)
+                claims, free_in = await self._claim_now(
+                    engine, limit=limit, most=limit + under_served
+                )
                 left = until - loop.time()
                 if claims or left <= 0:
                     return claims
-                await woken_within(min(left, CLAIM_AGAIN), woken)
+                await woken_within(min(left, CLAIM_AGAIN, free_in), woken)
         finally:
             self._waiting.discard(woken)
 
@@ -86,9 +88,13 @@ class Claimer:
         for woken in self._waiting:
             woken.set()
 
-    async def _claim_now(self, engine: EngineInfo, *, limit: int, most: int) -> list[Claim]:
+    async def _claim_now(
+        self, engine: EngineInfo, *, limit: int, most: int
+    ) -> tuple[list[Claim], float]:
+        """Claims, and the seconds until a request that was left to other engines is free."""
         orphans = await self._may_take_orphans()
         claims: list[Claim] = []
+        free_in = float("inf")
         for keys in self._shards:
             owner, reply = await self._ask(
                 keys,
@@ -97,7 +103,9 @@ class Claimer:
                 most=most - len(claims),
                 orphans=orphans,
             )
-            found, reclaimed, dropped, overdue, crashed = reply
+            found, reclaimed, dropped, overdue, crashed, left = reply
+            if left >= 0:
+                free_in = min(free_in, (left + 1) / 1000)
             for event, count in (
                 (QueueEvent.RECLAIMED, reclaimed),
                 (QueueEvent.EXPIRED, overdue),
@@ -111,7 +119,7 @@ class Claimer:
                 claim = await self._claim_of(fields, owner=owner)
                 if claim is not None:
                     claims.append(claim)
-        return claims
+        return claims, free_in
 
     async def _may_take_orphans(self) -> bool:
         """After an outage or a restart of Redis the owners get one lease to renew theirs first.
@@ -141,6 +149,7 @@ class Claimer:
             "claim",
             keys.admission,
             engine=engine.id,
+            running=engine.running,
             numeric_class=engine.numeric_class,
             features=engine.features,
             report=json.dumps(asdict(engine), separators=(",", ":")),

@@ -26,6 +26,8 @@
     quire:2:{s0}:left         zset     submission by the time at which it counts as abandoned, ms
     quire:2:{s0}:swept        string   start of the present run of sweeps without a pause, ms
     quire:2:{s0}:engines      hash     engine -> "<last seen, ms> <JSON>"
+    quire:2:{s0}:h:<prefix>   hash     the engines that hold a prefix
+    quire:2:{s0}:reserved     hash     queued request -> "<until, ms> <prefix>": left to its holders
     quire:2:{s0}:suspects     zset     suspect that waits for its isolation, by the time, ms
     quire:2:{s0}:lane         hash     isolated request -> the engine that runs it
     quire:2:{s0}:isolates:<e>  string  when engine <e> last began to isolate requests, ms

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 from service.messages import Allowance, End, FinishReason, GenerationRequest, Record, Submission
@@ -52,6 +53,7 @@ from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
 from service.queues.redis.connection import Command, RedisClient, RedisUrl, check_server, present
 from service.queues.redis.depth import decode_depth, depth_commands
+from service.queues.redis.held import HeldPrefixes
 from service.queues.redis.journal import JournalReader
 from service.queues.redis.keys import ShardKeys, idempotency_name, milliseconds, shard_of
 from service.queues.redis.pubsub import Wakeups
@@ -95,6 +97,7 @@ class RedisQueue:
             "window": milliseconds(limits.resume_window),
             "keep_blame": milliseconds(BLAME_KEPT),
         }
+        self._held = [HeldPrefixes(self._client, keys.admission) for keys in self._shards]
         self._reader = JournalReader(self._client, self._wakeups, dropped=self._drop)
         self._claimer = Claimer(
             self._client,
@@ -123,6 +126,7 @@ class RedisQueue:
 
     async def submit(self, submission: Submission) -> SubmitReply:
         limits, allowance, key = self.limits, submission.allowance, submission.idempotency_key
+        prefixes = chain(submission.prefixes, repeat(()))
         tokens_per_minute = None if allowance is None else allowance.tokens_per_minute
         status, followed, queued, tokens, *times = await self._run(
             "submit",
@@ -152,7 +156,8 @@ class RedisQueue:
             key=None if allowance is None else allowance.key,
             tokens_per_minute=self._per_shard(tokens_per_minute),
             max_in_flight=self._per_shard(None if allowance is None else allowance.max_in_flight),
-            requests=[_admitted(request) for request in submission.requests],
+            requests=list(map(_admitted, submission.requests, prefixes)),
+            lease=self._rules["lease"],
         )
         wait, used = (float(ms) / 1000 for ms in times)
         usage = RateUsage()
@@ -265,6 +270,10 @@ class RedisQueue:
         return ("DEL", self._shards[0].probe)
 
     # --- the engine's side ----------------------------------------------------------------
+    async def hold(self, engine: str, prefixes: Collection[str]) -> None:
+        for held in self._held:
+            await held.announce(engine, frozenset(prefixes))
+
     async def claim(
         self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
@@ -372,7 +381,7 @@ def _split(leases: Sequence[Lease]) -> tuple[list[str], list[dict[str, Any]]]:
     return [lease.request_id for lease in leases], [_leased(lease) for lease in leases]
 
 
-def _admitted(request: GenerationRequest) -> dict[str, Any]:
+def _admitted(request: GenerationRequest, prefixes: Sequence[str]) -> dict[str, Any]:
     """A request as `submit.lua` expects it."""
     return present(
         id=request.id,
@@ -382,4 +391,5 @@ def _admitted(request: GenerationRequest) -> dict[str, Any]:
         share=answer_share(request),
         bytes=request_bytes(request),
         features=" ".join(request.features),
+        prefixes=prefixes,
     )

@@ -18,17 +18,22 @@ from service.queues.contract import (
     FINAL_SILENCE,
     JOIN_AFTER,
     MAX_EVICTED,
+    MAX_HOLDERS,
+    OVERLOADED,
     PASSED_AFTER,
+    RESERVED_FOR,
 )
 from service.queues.redis.codec import encode_end
 from service.queues.redis.keys import milliseconds
 
 NAMES = (
-    "append", "charge", "claim", "finish", "forget", "heartbeat", "oldest", "release", "renew",
-    "stop", "submit", "sweep", "touch",
+    "append", "charge", "claim", "finish", "forget", "heartbeat", "hold", "oldest", "release",
+    "renew", "stop", "submit", "sweep", "touch",
 )  # fmt: skip
-PARTS = ("keys", "meters", "lane", "storage", "requests", "blame")
-LEAN = {"append": ("keys", "lane"), "charge": ("keys", "meters")}
+PARTS = ("keys", "meters", "lane", "storage", "affinity", "requests", "blame")
+LEAN = {
+    "append": ("keys", "lane"), "charge": ("keys", "meters"), "hold": ("keys", "affinity"),
+}  # fmt: skip
 """Scripts that are called most, with the parts that they need; all others get all parts."""
 
 
@@ -68,5 +73,7 @@ def _constants() -> str:
     return (
         f"local CLEARED_AFTER, PASSED_AFTER, FINAL_SILENCE, JOIN_AFTER, MAX_EVICTED = "
         f"{str(numbers)[1:-1]}\n"
+        f"local MAX_HOLDERS, OVERLOADED, RESERVED_FOR = "
+        f"{MAX_HOLDERS}, {OVERLOADED}, {milliseconds(RESERVED_FOR)}\n"
         f"local CANCELLED, DEADLINE, CRASH_LOOP = {records}\n"
     )

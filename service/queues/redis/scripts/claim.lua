@@ -1,9 +1,10 @@
 #!lua flags=allow-oom
 -- Hands up to `limit` requests to an engine: by priority, in one priority orphans before new ones, and
 -- these by their turn; up to `most` in all if the next are of tenants below their share.
--- args: engine, owner, numeric_class, features, report (the engine's), limit, most, orphans and replay
+-- args: engine, running (requests of the engine), owner, numeric_class, features, report (the engine's), limit, most, orphans and replay
 --   (booleans), lease, max_attempts, live_ttl, window, keep_blame.
--- Returns {claims, reclaimed, dropped, overdue, crashed}. A claim is {id, epoch, engine deaths, ms left
+-- Returns {claims, reclaimed, dropped, overdue, crashed, ms until a request that is left to other engines
+--   is free (-1: there is none)}. A claim is {id, epoch, engine deaths, ms left
 --   ('': no deadline), ms that it waited ('': it was claimed before), body, number of tokens up to which
 --   it is isolated ('': it is not), journal values...}.
 local engine, limit, lease, now = args.engine, args.limit, args.lease, now_ms()
@@ -185,18 +186,27 @@ local function is_below_share(tenant)
 end
 
 -- The queued request to take: the one whose turn it is or, for a full engine, the first one of a tenant
--- below its share; at most FEW are examined, because a flood queues up behind itself.
+-- below its share. Those that are left to other engines are passed over. At most FEW are examined,
+-- because a flood queues up behind itself.
 local FEW = 16
+local has_reserved, free_in = redis.call('EXISTS', RESERVED) == 1, -1
+local function is_free(rid)
+  local left = has_reserved and left_for(rid, engine, args.running)
+  if left then free_in = free_in < 0 and left or math.min(free_in, left) end
+  return not left
+end
 local function next_place(priority)
   local full, found, line_of, least = #claims >= limit, nil, nil, nil
   for _, line in ipairs(lines) do
-    local places = redis.call('ZRANGE', turns_key(priority, line), 0, full and FEW - 1 or 0, 'WITHSCORES')
+    local places = redis.call('ZRANGE', turns_key(priority, line), 0,
+      (full or has_reserved) and FEW - 1 or 0, 'WITHSCORES')
     for i = 1, #places, 2 do
       local turn, rid = num(places[i + 1]), string.match(places[i], ' (.*)$') or ''
       if found and turn >= least then break end
       local tenant = not full or redis.call('HGET', request_key(rid), 'ten')
-      if tenant and (not full or is_below_share(tenant)) then
+      if tenant and (not full or is_below_share(tenant)) and is_free(rid) then
         found, line_of, least = places[i], line, turn
+        break
       end
     end
   end
@@ -235,4 +245,4 @@ for priority = 0, 2 do
   isolate()
   fresh(priority)
 end
-return { claims, reclaimed, dropped, overdue, crashed }
+return { claims, reclaimed, dropped, overdue, crashed, free_in }

@@ -71,6 +71,7 @@ end
 -- A line holds the queued requests of one priority that need the same features of an engine.
 local function leave_line(r)
   redis.call('ZREM', turns_key(r.pr, r.ft), r.eid)
+  redis.call('HDEL', RESERVED, string.match(r.eid, ' (.*)$') or r.eid)
   if r.ft == '' then return end
   for priority = 0, 2 do
     if redis.call('EXISTS', turns_key(priority, r.ft)) == 1 then return end

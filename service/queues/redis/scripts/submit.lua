@@ -4,7 +4,8 @@
 --   grace (absent: none), max_requests, max_tokens, max_per_tenant, max_bytes, max_tenant_bytes,
 --   kept_bytes, base_bytes, token_bytes, keep (absent: the resume window),
 --   idempotency_bytes, key (absent: none), tokens_per_minute, max_in_flight (absent: no
---   limit), and requests of {id, cost, timeout, priority, share, bytes, features}.
+--   limit), and requests of {id, cost, timeout, priority, share, bytes, features,
+--   prefixes}; lease.
 -- ARGV[2]: the manifest, ARGV[3]: the input, ARGV[3 + i]: the body of request i.
 -- Returns {status, submission to follow, queued requests, queued tokens, and of the key's tokens: ms to
 --   wait, ms used, as text}.
@@ -58,6 +59,7 @@ for i, request in ipairs(args.requests) do
   local eid = arrived .. ' ' .. rid -- of equal turns the older goes first
   redis.call('ZADD', turns_key(request.priority, request.features), turn, eid)
   if request.features ~= '' then redis.call('SADD', LINES, request.features) end
+  reserve(rid, request.prefixes, now)
   redis.call('ZADD', SINCE, now, rid)
   count('q', request.features, 1)
   count('tok', request.features, request.cost)
