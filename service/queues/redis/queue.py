@@ -14,7 +14,15 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from service.messages import Allowance, End, FinishReason, GenerationRequest, Record, Submission
+from service.messages import (
+    Allowance,
+    End,
+    FinishReason,
+    GenerationRequest,
+    Record,
+    Submission,
+    Tokens,
+)
 from service.queues.admission import (
     Meter,
     RateUsage,
@@ -51,8 +59,9 @@ from service.queues.observer import (
 from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
 from service.queues.redis.connection import Command, RedisClient, RedisUrl, check_server, present
-from service.queues.redis.journal import JournalReader
+from service.queues.redis.journal import JournalReader, position_of
 from service.queues.redis.keys import ShardKeys, idempotency_name, milliseconds, shard_of
+from service.queues.redis.mailbox import Mailbox
 from service.queues.redis.pubsub import Wakeups
 from service.queues.redis.scripts import load_scripts
 
@@ -62,6 +71,8 @@ FORGET_ENGINE = 600.0
 """Seconds after which an engine that runs nothing is forgotten."""
 SWEEP_BATCH = 256
 """Requests that one run of the sweep script examines: it blocks the server meanwhile."""
+WRITE_BATCH = 128
+"""Records that one run of a script journals: it blocks the server meanwhile."""
 LINGER = 10.0
 """Seconds for which the current readers of a forgotten answer can continue."""
 
@@ -94,7 +105,8 @@ class RedisQueue:
             "window": milliseconds(limits.resume_window),
             "keep_blame": milliseconds(BLAME_KEPT),
         }
-        self._reader = JournalReader(self._client, self._wakeups, dropped=self._drop)
+        self._mailbox = Mailbox(self._wakeups, self._shards[0], dropped=self._drop)
+        self._reader = JournalReader(self._client, self._mailbox, dropped=self._drop)
         self._claimer = Claimer(
             self._client,
             self._wakeups,
@@ -286,26 +298,44 @@ class RedisQueue:
         """Raises Unavailable with the code `storage_full` if the server had no memory for tokens:
         those of `writes` that were written return DUP next time.
         """
-        replies = await self._client.run([self._write_command(write) for write in writes])
-        found = [WriteReply(WriteStatus(status.decode()), count) for status, count in replies]
+        batches: dict[tuple[str, ShardKeys], list[int]] = {}
+        for script, kind in (("append", Tokens), ("finish", End)):  # a request's end is its last
+            for index, write in enumerate(writes):
+                if isinstance(write.record, kind):
+                    place = script, self._keys(write.lease.request_id)
+                    batches.setdefault(place, []).append(index)
+        parts = [
+            (script, keys, indices[begin : begin + WRITE_BATCH])
+            for (script, keys), indices in batches.items()
+            for begin in range(0, len(indices), WRITE_BATCH)
+        ]
+        replies = await self._client.run(
+            [
+                self._write_command(script, keys, [writes[i] for i in part])
+                for script, keys, part in parts
+            ]
+        )
+        found = [WriteReply(WriteStatus.OK, position_of(write.record)) for write in writes]
+        for (_, _, part), refused in zip(parts, replies, strict=True):
+            for number, status, count in refused:
+                found[part[number - 1]] = WriteReply(WriteStatus(status.decode()), count)
         report_replies(found, self._observer)
         return found
 
-    def _write_command(self, write: Write) -> Command:
-        record = write.record
-        key, lease = self._keys(write.lease.request_id).admission, _leased(write.lease)
-        if isinstance(record, End):
-            return self._client.script(
-                "finish",
-                key,
-                encode_end(record),
-                count=record.count,
-                window=self._rules["window"],
-                **lease,
-            )
-        count = len(record.ids)
+    def _write_command(self, script: str, keys: ShardKeys, writes: Sequence[Write]) -> Command:
+        items: list[tuple[str | int, ...]] = []
+        values: list[bytes] = []
+        for write in writes:
+            lease, record = write.lease, write.record
+            item = lease.request_id, lease.epoch, lease.owner
+            if isinstance(record, End):
+                items.append((*item, record.count))
+                values.append(encode_end(record))
+            else:
+                items.append((*item, record.start, len(record.ids)))
+                values.append(encode_tokens(record))
         return self._client.script(
-            "append", key, encode_tokens(record), start=record.start, count=count, **lease
+            script, keys.admission, *values, items=items, window=self._rules["window"]
         )
 
     async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
