@@ -34,7 +34,7 @@ against both.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, Self
@@ -218,6 +218,15 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDepth:
+    """Queued and running requests of one model."""
+
+    queued_requests: int = 0
+    queued_tokens: int = 0  # admission cost of the queued requests
+    running_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QueueDepth:
     """Queued and running requests of the whole cluster."""
 
@@ -227,6 +236,8 @@ class QueueDepth:
     # Age of the oldest queued request; None: none is queued. It grows by itself.
     oldest_seconds: float | None = field(default=None, compare=False)
     stored_bytes: int = field(default=0, compare=False)  # of submissions that are not gone
+    # By `ModelCard.key`; a model without requests may be missing.
+    by_model: Mapping[str, ModelDepth] = field(default_factory=dict, compare=False)
 
 
 class Queue(Protocol):

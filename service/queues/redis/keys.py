@@ -6,6 +6,7 @@
     quire:2:{s0}:w0 .. w2     zset     one per priority: queued request by its turn, tokens
     quire:2:{s0}:w0:<f> ..    zset     the same for requests that need the features <f> of an engine
     quire:2:{s0}:lines        set      the <f> for which there may be such a line
+    quire:2:{s0}:models       hash     q, tok and run of each model: "<field> <model>" -> number
     quire:2:{s0}:stored       hash     bytes of submissions: all, t:<tenant>
     quire:2:{s0}:kept:<tenant>  zset   entry of `gone` by the end of its resume window, ms: what is
                                        kept longer than that and may be evicted
@@ -55,6 +56,7 @@ class ShardKeys:
         self.shard = shard
         self.prefix = f"{prefix}:{LAYOUT}:{{s{shard}}}:"
         self.admission = self.prefix + "adm"
+        self.models = self.prefix + "models"
         self.stored = self.prefix + "stored"
         self.gone = self.prefix + "gone"
         self.engines = self.prefix + "engines"

@@ -59,6 +59,7 @@ from service.queues.observer import (
 from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
 from service.queues.redis.connection import Command, RedisClient, RedisUrl, check_server, present
+from service.queues.redis.depth import decode_depth, depth_commands
 from service.queues.redis.journal import JournalReader, position_of
 from service.queues.redis.keys import ShardKeys, idempotency_name, milliseconds, shard_of
 from service.queues.redis.mailbox import Mailbox
@@ -244,23 +245,10 @@ class RedisQueue:
         return total
 
     async def depth(self) -> QueueDepth:
-        commands: list[Command] = []
-        for keys in self._shards:
-            commands.append(("HMGET", keys.admission, "q", "tok", "run"))
-            commands.append(self._client.script("oldest", keys.admission))
-            commands.append(("HGET", keys.stored, "all"))
-        replies = await self._client.run(commands)
-        queued, tokens, running = (
-            sum(int(n or 0) for n in column) for column in zip(*replies[::3], strict=True)
-        )
-        ages = [int(age) / 1000 for age in replies[1::3] if age != b""]
-        return QueueDepth(
-            queued_requests=queued,
-            queued_tokens=tokens,
-            running_requests=running,
-            oldest_seconds=max(ages, default=None),
-            stored_bytes=sum(int(n or 0) for n in replies[2::3]),
-        )
+        commands = [
+            command for keys in self._shards for command in depth_commands(self._client, keys)
+        ]
+        return decode_depth(await self._client.run(commands))
 
     async def engines(self) -> Sequence[EngineInfo]:
         now, *tables = await self._client.run(
