@@ -5,7 +5,7 @@
 local function append(item, record)
   local rid, epoch, owner, start, count = unpack(item)
   local request, stop = request_key(rid), start + count
-  local v = redis.pcall('HMGET', request, 'st', 'ep', 'own', 'n', 'rd', 'iso', 'dp')
+  local v = redis.pcall('HMGET', request, 'st', 'ep', 'own', 'n', 'rd', 'iso')
   if v.err then return 'fenced', 0 end
   local n = num(v[4])
   if num(v[2]) ~= epoch or v[3] ~= owner then return 'fenced', n end
@@ -17,12 +17,13 @@ local function append(item, record)
   redis.call('HSET', request, 'n', stop)
   if v[5] then collect(v[5], rid, id, 'k', record) end
   if v[6] ~= '1' then return end
-  local past = stop - num(v[7]) -- isolated, because engines died at this position
+  local died_at = num(redis.call('HGET', request, 'dp')) -- isolated, because engines died there
+  local past = stop - died_at
   if past > CLEARED_AFTER then
     local r = { rid = rid, iso = true }
     leave_lane(r)
     set_blame(r, {})
-  elseif past > PASSED_AFTER and start - num(v[7]) <= PASSED_AFTER then
+  elseif past > PASSED_AFTER and start - died_at <= PASSED_AFTER then
     redis.call('PUBLISH', WORK, 'lane')
   end
 end
