@@ -100,7 +100,9 @@ class Settings(BaseModel):
     model_name: str | None = _model(
         "Model name in the API; default: the file's or the repository's.", None
     )
-    cache_dir: Path = _model("Directory of downloaded models.", Path("~/.cache/quire"))
+    cache_dir: Path = _model(
+        "Directory of downloaded models and packed weights.", Path("~/.cache/quire")
+    )
     max_model_len: int | None = _model(
         "Maximum context length (prompt + output); default: the model's.", None, ge=8
     )
