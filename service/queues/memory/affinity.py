@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from service.queues.contract import (
+    ENGINE_SILENCE,
     HELD_FOR,
     MAX_HOLDERS,
     OVERLOADED,
     RESERVED_FOR,
     EngineInfo,
-    QueueLimits,
 )
 
 NOTHING: tuple[float, frozenset[str]] = (0.0, frozenset())
@@ -24,12 +24,10 @@ class Affinity:
 
     def __init__(
         self,
-        limits: QueueLimits,
         *,
         clock: Callable[[], float],
         engines: Mapping[str, tuple[float, EngineInfo]],
     ) -> None:
-        self._limits = limits
         self._clock = clock
         self._engines = engines
         self._held: dict[str, tuple[float, frozenset[str]]] = {}  # engine -> when, prefixes
@@ -65,9 +63,9 @@ class Affinity:
         self._reserved.pop(request_id, None)
 
     def _holders(self, prefix: str) -> list[EngineInfo]:
-        """The engines that hold it and live."""
+        """The engines that hold it and are listed."""
         now = self._clock()
-        silent, forgotten = now - self._limits.lease, now - HELD_FOR
+        silent, forgotten = now - ENGINE_SILENCE, now - HELD_FOR
         return [
             self._engines[engine][1]
             for engine, (at, held) in self._held.items()

@@ -53,7 +53,7 @@ class StateMachine:
         self.tenants = Tenants(limits, clock=clock)
         self.engines: dict[str, tuple[float, EngineInfo]] = {}
         self.blame = Blame(limits, clock=clock, engines=self.engines, freed=work_came)
-        self.affinity = Affinity(limits, clock=clock, engines=self.engines)
+        self.affinity = Affinity(clock=clock, engines=self.engines)
         self.waiting: tuple[dict[str, Entry], ...] = tuple({} for _ in range(PRIORITIES))
         self.running: dict[str, Entry] = {}
         self.queued_tokens = 0

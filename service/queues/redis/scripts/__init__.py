@@ -15,6 +15,7 @@ from service.messages import End, FinishReason
 from service.queues.contract import (
     CLEARED_AFTER,
     CRASH_LOOP,
+    ENGINE_SILENCE,
     FINAL_SILENCE,
     JOIN_AFTER,
     MAX_EVICTED,
@@ -27,12 +28,13 @@ from service.queues.redis.codec import encode_end
 from service.queues.redis.keys import milliseconds
 
 NAMES = (
-    "append", "charge", "claim", "finish", "forget", "heartbeat", "hold", "oldest", "release",
-    "renew", "stop", "submit", "sweep", "touch",
+    "append", "charge", "claim", "finish", "follow", "forget", "heartbeat", "hold", "oldest",
+    "release", "renew", "stop", "submit", "sweep", "touch",
 )  # fmt: skip
-PARTS = ("keys", "meters", "lane", "storage", "affinity", "requests", "blame")
+PARTS = ("keys", "meters", "mail", "lane", "storage", "affinity", "requests", "blame")
 LEAN = {
-    "append": ("keys", "lane"), "charge": ("keys", "meters"), "hold": ("keys", "affinity"),
+    "append": ("keys", "mail", "lane"), "charge": ("keys", "meters"), "follow": ("keys",),
+    "hold": ("keys", "affinity"),
 }  # fmt: skip
 """Scripts that are called most, with the parts that they need; all others get all parts."""
 
@@ -73,7 +75,8 @@ def _constants() -> str:
     return (
         f"local CLEARED_AFTER, PASSED_AFTER, FINAL_SILENCE, JOIN_AFTER, MAX_EVICTED = "
         f"{str(numbers)[1:-1]}\n"
-        f"local MAX_HOLDERS, OVERLOADED, RESERVED_FOR = "
-        f"{MAX_HOLDERS}, {OVERLOADED}, {milliseconds(RESERVED_FOR)}\n"
+        f"local MAX_HOLDERS, OVERLOADED, RESERVED_FOR, ENGINE_SILENCE = "
+        f"{MAX_HOLDERS}, {OVERLOADED}, {milliseconds(RESERVED_FOR)}, "
+        f"{milliseconds(ENGINE_SILENCE)}\n"
         f"local CANCELLED, DEADLINE, CRASH_LOOP = {records}\n"
     )

@@ -1,13 +1,13 @@
--- Which engines hold the prefixes of queued requests; see contract.py for the rules. Reads args.lease.
+-- Which engines hold the prefixes of queued requests; see contract.py for the rules.
 local RESERVED = PREFIX .. 'reserved'
 local function holders_key(prefix) return PREFIX .. 'h:' .. prefix end
 
--- Returns the reports of the engines that hold a prefix and live.
+-- Returns the reports of the engines that hold a prefix and are listed.
 local function holders_of(prefix)
   local reports = {}
   for _, engine in ipairs(redis.call('HKEYS', holders_key(prefix))) do
     local seen, report = string.match(redis.call('HGET', PREFIX .. 'engines', engine) or '', '^(%d+) (.*)$')
-    if seen and now_ms() - seen < args.lease then reports[#reports + 1] = report end
+    if seen and now_ms() - seen < ENGINE_SILENCE then reports[#reports + 1] = report end
   end
   return reports
 end

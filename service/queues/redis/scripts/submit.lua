@@ -5,7 +5,7 @@
 --   kept_bytes, base_bytes, token_bytes, keep (absent: the resume window),
 --   idempotency_bytes, key (absent: none), tokens_per_minute, max_in_flight (absent: no
 --   limit), and requests of {id, cost, timeout, priority, share, bytes, features,
---   prefixes}; lease.
+--   prefixes}.
 -- ARGV[2]: the manifest, ARGV[3]: the input, ARGV[3 + i]: the body of request i.
 -- Returns {status, submission to follow, queued requests, queued tokens, and of the key's tokens: ms to
 --   wait, ms used, as text}.
