@@ -190,8 +190,9 @@ def test_a_prompt_names_its_last_blocks_and_powers_of_two() -> None:
         salts = {"tenant": TENANT, "numeric_class": "oracle"}
         names = prompt_prefixes(prompt, block_size=BLOCK_SIZE, **salts)
         blocks = (length - 1) // BLOCK_SIZE
-        further = [2**k for k in range(10) if blocks / 4 <= 2**k <= blocks - LAST_BLOCKS]
-        assert len(names) == min(blocks, LAST_BLOCKS) + len(further)
+        last = range(max(1, blocks - LAST_BLOCKS + 1), blocks + 1)
+        named = {end for end in (*last, *(2**k for k in range(10))) if blocks / 4 <= end <= blocks}
+        assert len(names) == len(named)
         # A longer prompt that begins so names it, too, and so does the engine that computed it.
         longer = prompt_prefixes([*prompt, *prompt[:30]], block_size=BLOCK_SIZE, **salts)
         assert not names or names[0] in longer
