@@ -1,7 +1,7 @@
 -- Requests and submissions: their state, their place in the queues and their ends.
 -- Reads args.live_ttl and args.window.
 local DEADLINES, SINCE = PREFIX .. 'dl', PREFIX .. 'since'
-local SUSPECTS, LINES = PREFIX .. 'suspects', PREFIX .. 'lines'
+local LINES = PREFIX .. 'lines'
 local MODELS = PREFIX .. 'models' -- '<field> <model>' -> queued requests, their tokens, running ones
 local GROUP = 'engines'
 
@@ -13,12 +13,13 @@ end
 -- The request as a table, or nil if there is none (or something else under its name).
 local function load(rid)
   local v = redis.pcall('HMGET', request_key(rid), 'st', 'ep', 'own', 'n', 'ld', 'att', 'cls', 'dl',
-    'ct', 'ten', 'cost', 'eid', 'pr', 'sub', 'by', 'dp', 'iso', 'ft', 'rd')
+    'ct', 'ten', 'cost', 'eid', 'pr', 'sub', 'by', 'dp', 'iso', 'ft', 'rd', 'mb')
   if v.err or not v[1] or not v[14] then return nil end
   return { rid = rid, st = v[1], ep = num(v[2]), own = v[3], n = num(v[4]), ld = num(v[5]),
     att = num(v[6]), cls = v[7], dl = num(v[8]), ct = num(v[9]), ten = v[10], cost = num(v[11]),
     eid = v[12], pr = v[13], sub = v[14], by = v[15] or '', dp = tonumber(v[16] or -1),
-    iso = v[17] == '1', ft = v[18] or '', rd = v[19] or '' }
+    iso = v[17] == '1', ft = v[18] or '', rd = v[19] or '',
+    mb = v[20] or '' }
 end
 
 -- The request of a lease, or nil if it is not running under that lease any more.
@@ -132,7 +133,7 @@ end
 local function stop_request(r, record)
   redis.call('HINCRBY', request_key(r.rid), 'ep', 1)
   redis.call('HSET', request_key(r.rid), 'own', '')
-  if r.st == 'running' and r.own ~= '' then redis.call('PUBLISH', PREFIX .. 'stops', r.rid) end
+  if r.st == 'running' and r.own ~= '' then post(r.mb, 's' .. r.rid) end
   end_request(r, record)
 end
 

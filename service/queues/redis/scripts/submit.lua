@@ -96,5 +96,9 @@ if idem then
     count_bytes(tenant, args.idempotency_bytes)
   end
 end
-redis.call('PUBLISH', WORK, 'new')
+local woken = {}
+for _, request in ipairs(args.requests) do
+  if not woken[request.features] then wake(request.features, '', 'w') end
+  woken[request.features] = true
+end
 return reply('ok')
