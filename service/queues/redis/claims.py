@@ -72,6 +72,8 @@ class Claimer:
         self._dropped = dropped
         self._write = write
         self._turns: dict[str, _Turn] = {}  # by engine
+        # Seconds until a request that the last claim left to other engines is free.
+        self.free_in = float("inf")
         self._unanswered: dict[str, str] = {}  # engine -> owner
         self._released = False  # requests were, since the last look for orphans
         self._hold_until: float | None = None  # loop time; None before the first claim
@@ -103,7 +105,8 @@ class Claimer:
         should look again after the returned seconds.
         """
         turn = self._turns.setdefault(engine.id, _Turn())
-        self.watch(self._wake)
+        self._mailbox.watch(self._wake)
+        self._mailbox.subscribe(engine.id)
         turn.due = 0.0  # at once, if there is no reply
         orphans = await self._orphans_pause()
         if waits and not turn.woken.is_set() and engine.id not in self._unanswered:
@@ -118,7 +121,8 @@ class Claimer:
         owner, reply = await self._ask(
             engine, limit=limit, most=limit + under_served, orphans=orphans, waits=waits
         )
-        found, reclaimed, dropped, overdue, crashed, waiting = reply
+        found, reclaimed, dropped, overdue, crashed, free_in, waiting = reply
+        self.free_in = float("inf") if free_in < 0 else (free_in + 1) / 1000
         for event, count in (
             (QueueEvent.RECLAIMED, reclaimed),
             (QueueEvent.EXPIRED, overdue),
@@ -129,7 +133,8 @@ class Claimer:
         if dropped:
             self._dropped("entry of a queue", dropped)
         claims = [await self._claim_of(fields, owner=owner) for fields in found]
-        return [claim for claim in claims if claim is not None], self._pause(waiting)
+        pause = min(self._pause(waiting), self.free_in)
+        return [claim for claim in claims if claim is not None], pause
 
     def _pause(self, waiting: int) -> float:
         """Seconds to the next look of each of so many engines; 0 if none waits."""
@@ -176,6 +181,7 @@ class Claimer:
         command = self._command(
             "claim",
             engine,
+            running=engine.running,
             owner=owner,
             replay=unanswered is not None,
             limit=limit,
@@ -198,7 +204,6 @@ class Claimer:
             script,
             self._keys.admission,
             engine=engine.id,
-            mailbox=self._mailbox.name,
             kind="\n".join((engine.numeric_class, " ".join(sorted(engine.features)))),
             report=json.dumps(asdict(engine), separators=(",", ":")),
             **arguments,

@@ -64,7 +64,7 @@ class Inbox:
 
 
 class Mailbox:
-    """Subscribed from the first call on. Calls `dropped` with a description of each entry that is
+    """Calls `dropped` with a description of each entry that is
     not a record.
     """
 
@@ -73,7 +73,7 @@ class Mailbox:
     ) -> None:
         self.name = secrets.token_hex(6)
         self._wakeups = wakeups
-        self._channel = keys.mailbox(self.name)
+        self._keys = keys
         self._dropped = dropped
         self._inboxes: dict[str, set[Inbox]] = {}
         self._watchers: set[Wake] = set()
@@ -82,15 +82,18 @@ class Mailbox:
         """Calls `wake`, which must not block, with each message that has no records, and with an
         empty one if messages may have been missed.
         """
-        self._wakeups.watch(self._channel, self._receive)
         self._watchers.add(wake)
 
     def unwatch(self, wake: Wake) -> None:
         self._watchers.discard(wake)
 
+    def subscribe(self, name: str) -> None:
+        """For good: messages to an engine of this process, or to `name`."""
+        self._wakeups.watch(self._keys.mailbox(name), self._receive)
+
     def open(self, request_id: str) -> Inbox:
-        """An inbox for the records that the scripts send here, see `follow.lua`."""
-        self._wakeups.watch(self._channel, self._receive)
+        """An inbox for the records that the scripts send to `name`, see `follow.lua`."""
+        self.subscribe(self.name)
         inbox = Inbox()
         self._inboxes.setdefault(request_id, set()).add(inbox)
         return inbox

@@ -138,6 +138,9 @@ class ShardedQueue:
         await self._of_all(lambda shard: shard.check)
 
     # --- the engine's side ----------------------------------------------------------------
+    async def hold(self, engine: str, prefixes: Collection[str]) -> None:
+        await self._of_all(lambda shard: partial(shard.hold, engine, prefixes))
+
     async def claim(
         self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
@@ -182,7 +185,7 @@ class ShardedQueue:
                         engine,
                         limit=room,
                         under_served=0 if claims else under_served,
-                        waits=waits,
+                        waits=waits and room > 0,
                     ),
                 )
             except Unavailable as error:
@@ -191,7 +194,10 @@ class ShardedQueue:
             asked = True
             pauses.append(pause)
             if room:
-                self._work.looked(shard, exhausted=len(found) < room)
+                self._work.looked(
+                    shard,
+                    exhausted=len(found) < room and self._shards[shard].free_in == float("inf"),
+                )
             if found:
                 self._renewed[shard] = asyncio.get_running_loop().time()
             claims += found

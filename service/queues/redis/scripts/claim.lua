@@ -1,10 +1,13 @@
 #!lua flags=allow-oom
 -- Hands up to `limit` requests to an engine: by priority, in one priority orphans before new ones, and
 -- these by their turn; up to `most` in all if the next are of tenants below their share.
--- args: engine, mailbox, owner, kind (see mail.lua), report (the engine's), limit, most, orphans (ms
---   between two looks for them by engines of this kind; absent: none), waits (ms for which it waits if
---   it gets nothing; absent: it does not), replay, lease, max_attempts, live_ttl, window, keep_blame.
--- Returns {claims, reclaimed, dropped, overdue, crashed, engines of its kind that wait}. A claim is {id, epoch, engine deaths, ms left
+-- args: engine, running (requests of the engine), owner, kind (see mail.lua), report (the engine's),
+--   limit, most, orphans (ms between two looks for them by engines of this kind; absent: none), waits (ms
+--   for which it waits if it gets nothing; absent: it does not), replay, lease, max_attempts, live_ttl,
+--   window, keep_blame.
+-- Returns {claims, reclaimed, dropped, overdue, crashed, ms until a request that is left to other engines
+--   is free (-1: there is none), engines of its kind that wait (0: it does not)}. A claim is {id, epoch,
+--   engine deaths, ms left
 --   ('': no deadline), ms that it waited ('': it was claimed before), body, number of tokens up to which
 --   it is isolated ('': it is not), journal values...}.
 local engine, limit, lease, now = args.engine, args.limit, args.lease, now_ms()
@@ -34,7 +37,7 @@ end
 local function grant(r)
   local epoch = redis.call('HINCRBY', request_key(r.rid), 'ep', 1)
   redis.call('HSET', request_key(r.rid), 'st', 'running', 'own', args.owner, 'cls', class,
-    'ld', now + lease, 'mb', args.mailbox)
+    'ld', now + lease)
   hand_out(r, epoch)
 end
 
@@ -183,18 +186,27 @@ local function is_below_share(tenant)
 end
 
 -- The queued request to take: the one whose turn it is or, for a full engine, the first one of a tenant
--- below its share; at most FEW are examined, because a flood queues up behind itself.
+-- below its share. Those that are left to other engines are passed over. At most FEW are examined,
+-- because a flood queues up behind itself.
 local FEW = 16
+local has_reserved, free_in = redis.call('EXISTS', RESERVED) == 1, -1
+local function is_free(rid)
+  local left = has_reserved and left_for(rid, engine, args.running)
+  if left then free_in = free_in < 0 and left or math.min(free_in, left) end
+  return not left
+end
 local function next_place(priority)
   local full, found, line_of, least = #claims >= limit, nil, nil, nil
   for _, line in ipairs(lines) do
-    local places = redis.call('ZRANGE', turns_key(priority, line), 0, full and FEW - 1 or 0, 'WITHSCORES')
+    local places = redis.call('ZRANGE', turns_key(priority, line), 0,
+      (full or has_reserved) and FEW - 1 or 0, 'WITHSCORES')
     for i = 1, #places, 2 do
       local turn, rid = num(places[i + 1]), string.match(places[i], ' (.*)$') or ''
       if found and turn >= least then break end
       local tenant = not full or redis.call('HGET', request_key(rid), 'ten')
-      if tenant and (not full or is_below_share(tenant)) then
+      if tenant and (not full or is_below_share(tenant)) and is_free(rid) then
         found, line_of, least = places[i], line, turn
+        break
       end
     end
   end
@@ -237,7 +249,7 @@ local function pass_on()
   end
 end
 
-redis.call('ZREM', waiting_key(args.kind), args.mailbox .. ' ' .. engine) -- it does not wait now
+redis.call('ZREM', waiting_key(args.kind), engine) -- it does not wait now
 for priority = 0, 2 do
   if args.replay then replay(priority) end
 end
@@ -251,4 +263,4 @@ if seeks_orphans or redis.call('EXISTS', SINCE, SUSPECTS) > 0 then
 end
 local waits = args.waits and limit > 0 and #claims == 0
 local waiting = waits and wait_for_work(args.kind, engine) or 0
-return { claims, reclaimed, dropped, overdue, crashed, waiting }
+return { claims, reclaimed, dropped, overdue, crashed, free_in, waiting }

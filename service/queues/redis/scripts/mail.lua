@@ -1,12 +1,12 @@
--- Messages to the mailboxes of processes; see keys.py. The first letter is their kind:
+-- Messages to engines and to the mailboxes of readers; see keys.py. The first letter is their kind:
 --   w: there may be something to claim      r: a request was released, or its lease is over
---   s <request>: a running request of this process was stopped
+--   s <request>: a running request of this engine was stopped
 --   j, and per record "<request> <entry id> <field> <length>\n<record>": new entries of journals
 local outbox = {}
 local KINDS = PREFIX .. 'kinds'
 
 -- Returns how many processes got it: 0 or 1.
-local function post(mailbox, message) return redis.call('PUBLISH', PREFIX .. 'm:' .. mailbox, message) end
+local function post(name, message) return redis.call('PUBLISH', PREFIX .. 'm:' .. name, message) end
 
 -- A new entry, for the mailboxes that read this journal (the field `rd` of a request). What is
 -- collected has to be sent before the script ends.
@@ -26,11 +26,11 @@ end
 -- Engines of one kind are equal to the scripts: "<numeric class>\n<features>".
 local function waiting_key(kind) return PREFIX .. 'waiting:' .. kind end
 
--- Enters an engine as one that waits. Reads args.mailbox and args.waits. Returns how many of its kind do.
+-- Enters an engine as one that waits. Reads args.waits. Returns how many of its kind do.
 local function wait_for_work(kind, engine)
   local key, now = waiting_key(kind), now_ms()
   redis.call('SADD', KINDS, kind)
-  redis.call('ZADD', key, now + args.waits, args.mailbox .. ' ' .. engine)
+  redis.call('ZADD', key, now + args.waits, engine)
   redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
   redis.call('PEXPIRE', KINDS, args.waits)
   redis.call('PEXPIRE', key, args.waits)
@@ -49,18 +49,27 @@ local function has_all(features, needed)
   return true
 end
 
--- Wakes the engine that has waited longest among those with the features `needed` and, unless that is
--- '', of the numeric class. An engine that is gone does not get the message, and the next one does.
-local function wake(needed, class, message)
+-- Wakes one engine that has the features `needed` and, unless that is '', is of the numeric class: the
+-- first of those `preferred` that wait, or the one that has waited longest. An engine that is gone does
+-- not get the message, and the next one does.
+local function wake(needed, class, message, preferred)
+  local keys = {}
   for _, kind in ipairs(redis.call('SMEMBERS', KINDS)) do
     local its_class, features = string.match(kind, '^(.*)\n(.*)$')
     if (class == '' or class == its_class) and has_all(features, needed) then
-      local next_one = redis.call('ZPOPMIN', waiting_key(kind))
-      while next_one[1] do
-        if post(string.match(next_one[1], '^%S+'), message) > 0 then return end
-        next_one = redis.call('ZPOPMIN', waiting_key(kind))
-      end
-      redis.call('SREM', KINDS, kind)
+      keys[#keys + 1] = waiting_key(kind)
+    end
+  end
+  for _, key in ipairs(keys) do
+    for _, engine in ipairs(preferred or {}) do
+      if redis.call('ZREM', key, engine) == 1 and post(engine, message) > 0 then return end
+    end
+  end
+  for _, key in ipairs(keys) do
+    local engine = redis.call('ZPOPMIN', key)[1]
+    while engine do
+      if post(engine, message) > 0 then return end
+      engine = redis.call('ZPOPMIN', key)[1]
     end
   end
 end

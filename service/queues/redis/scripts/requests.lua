@@ -13,14 +13,15 @@ end
 -- The request as a table, or nil if there is none (or something else under its name).
 local function load(rid)
   local v = redis.pcall('HMGET', request_key(rid), 'st', 'ep', 'own', 'n', 'ld', 'att', 'cls', 'dl',
-    'ct', 'ten', 'cost', 'eid', 'pr', 'sub', 'by', 'dp', 'iso', 'ft', 'rd', 'mb')
+    'ct', 'ten', 'cost', 'eid', 'pr', 'sub', 'by', 'dp', 'iso', 'ft', 'rd')
   if v.err or not v[1] or not v[14] then return nil end
   return { rid = rid, st = v[1], ep = num(v[2]), own = v[3], n = num(v[4]), ld = num(v[5]),
     att = num(v[6]), cls = v[7], dl = num(v[8]), ct = num(v[9]), ten = v[10], cost = num(v[11]),
     eid = v[12], pr = v[13], sub = v[14], by = v[15] or '', dp = tonumber(v[16] or -1),
-    iso = v[17] == '1', ft = v[18] or '', rd = v[19] or '',
-    mb = v[20] or '' }
+    iso = v[17] == '1', ft = v[18] or '', rd = v[19] or '' }
 end
+
+local function engine_of(r) return string.match(r.own, '^(.*):') or '' end
 
 -- The request of a lease, or nil if it is not running under that lease any more.
 local function leased(lease)
@@ -72,6 +73,7 @@ end
 -- A line holds the queued requests of one priority that need the same features of an engine.
 local function leave_line(r)
   redis.call('ZREM', turns_key(r.pr, r.ft), r.eid)
+  redis.call('HDEL', RESERVED, string.match(r.eid, ' (.*)$') or r.eid)
   if r.ft == '' then return end
   for priority = 0, 2 do
     if redis.call('EXISTS', turns_key(priority, r.ft)) == 1 then return end
@@ -133,7 +135,7 @@ end
 local function stop_request(r, record)
   redis.call('HINCRBY', request_key(r.rid), 'ep', 1)
   redis.call('HSET', request_key(r.rid), 'own', '')
-  if r.st == 'running' and r.own ~= '' then post(r.mb, 's' .. r.rid) end
+  if r.st == 'running' and r.own ~= '' then post(engine_of(r), 's' .. r.rid) end
   end_request(r, record)
 end
 
