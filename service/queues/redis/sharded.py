@@ -194,10 +194,8 @@ class ShardedQueue:
             asked = True
             pauses.append(pause)
             if room:
-                self._work.looked(
-                    shard,
-                    exhausted=len(found) < room and self._shards[shard].free_in == float("inf"),
-                )
+                has_more = len(found) == room or self._shards[shard].free_in < float("inf")
+                self._work.looked(shard, exhausted=not has_more)
             if found:
                 self._renewed[shard] = asyncio.get_running_loop().time()
             claims += found
