@@ -358,7 +358,8 @@ class Queue(Protocol):
         waits up to `wait` seconds for the first one. Higher priorities first, and in one priority
         tenants in turns, by tokens. Claims up to `under_served` more, of tenants whose turn it is
         and that have fewer running requests than the average: a full engine preempts others for
-        them. Also a heartbeat of the engine, and nothing else if both limits are 0.
+        them. Also a heartbeat of the engine, and nothing else if both limits are 0: then it waits
+        no longer, and what is submitted next wakes other engines.
         """
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:

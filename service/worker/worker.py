@@ -177,6 +177,8 @@ class Worker:
             backoff.reset()
             heard = self._clock()
             await self._admit(claims)
+        with contextlib.suppress(Unavailable):  # work that comes now wakes other engines
+            await self._queue.claim(self._info(), limit=0, wait=0.0)
 
     def _room(self) -> tuple[int, int]:
         """Requests to claim: of any tenant, and beyond those of under-served tenants."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -590,6 +591,53 @@ class QueueContract:
         assert (await append(queue, lease, other_end)).status is WriteStatus.FENCED
         expected = [first, second, stop_at(3)]
         assert list(await queue.read(claim.request.id)) == expected
+
+    @pytest.mark.parametrize("seed", range(8))
+    async def test_a_step_is_written_as_its_records_one_by_one_are(
+        self, queue: Queue, seed: int
+    ) -> None:
+        """Two requests, whose records are new, repeated, too early, of a stale lease, or ends."""
+        draw = random.Random(seed)
+        outcomes = []
+        steps = [
+            [(draw.randrange(2), draw.randrange(5), draw.randrange(1, 4)) for _ in range(12)]
+            for _ in range(3)
+        ]
+        for at_once in (True, False):
+            await queue.submit(make_submission(2))
+            claims = await queue.claim(make_engine(), limit=2, wait=0)
+            claims = sorted(claims, key=lambda claim: claim.request.id)
+            counts, ended = [0, 0], set[int]()
+            replies: list[WriteReply] = []
+            for step in steps:
+                writes = []
+                for index, kind, length in step:
+                    if index in ended:
+                        continue
+                    rid, start, lease = claims[index].request.id, counts[index], claims[index].lease
+                    record: Record = answer_of(rid, start, start + length)
+                    if kind == 1:
+                        record = answer_of(rid, max(0, start - length), max(1, start))
+                    elif kind == 2:
+                        record = answer_of(rid, start + 1, start + 1 + length)
+                    elif kind == 3:
+                        lease = replace(lease, epoch=lease.epoch + 1)
+                    elif kind == 4 and step is steps[-1]:
+                        record = stop_at(start)
+                        ended.add(index)
+                    else:
+                        counts[index] += length
+                    writes.append(Write(lease, record))
+                if at_once:
+                    replies += await queue.write(writes)
+                else:
+                    replies += [reply for each in writes for reply in await queue.write([each])]
+            journals = [await queue.read(claim.request.id) for claim in claims]
+            lengths = [[len(getattr(r, "ids", ())) for r in journal] for journal in journals]
+            outcomes.append(([(reply.status, reply.count) for reply in replies], lengths))
+            await queue.stop([claim.request.id for claim in claims], FinishReason.CANCELLED)
+        assert outcomes[0] == outcomes[1]
+        assert {status for status, _ in outcomes[0][0]} >= {"ok", "dup", "fenced"}
 
     async def test_records_come_back_as_they_were(self, queue: Queue) -> None:
         """Text beyond ASCII, log probabilities to the last bit, a stop string: all of it."""

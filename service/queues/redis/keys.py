@@ -33,8 +33,11 @@
     quire:2:{s0}:isolates:<e>  string  when engine <e> last began to isolate requests, ms
     quire:2:{s0}:blamed:<e>   set      requests that the death of engine <e> counts against
     quire:2:{s0}:probe        none     never set; deleting it tests whether the server takes writes
-    quire:2:{s0}:m:<mailbox>  channel  messages to one process: see mail.lua
-    quire:2:{s0}:work, stops  channel  something to claim; a running request was stopped
+    quire:2:{s0}:m:<name>     channel  messages to an engine or to a reader's mailbox: see mail.lua
+    quire:2:{s0}:kinds        set      the kinds <k> of engines that may wait: see mail.lua
+    quire:2:{s0}:waiting:<k>  zset     engine of a kind by the time, ms, up to which it waits for
+                                       something to claim
+    quire:2:{s0}:looked:<k>   string   engines of this kind have just looked for orphans
 
 The 2 is the version of this layout (`LAYOUT`): processes with another one do not see these keys.
 The braces are the hash tag of Redis Cluster: all keys of a shard are in one slot. In a cluster the
@@ -63,9 +66,7 @@ class ShardKeys:
         self.stored = self.prefix + "stored"
         self.gone = self.prefix + "gone"
         self.engines = self.prefix + "engines"
-        self.work = self.prefix + "work"
         self.probe = self.prefix + "probe"
-        self.stops = self.prefix + "stops"
 
     def request(self, request_id: str) -> str:
         return f"{self.prefix}r:{request_id}"

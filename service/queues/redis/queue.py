@@ -108,7 +108,7 @@ class RedisQueue:
         self._reader = JournalReader(self._client, self._mailbox, self._keys, dropped=self._drop)
         self._claimer = Claimer(
             self._client,
-            self._wakeups,
+            self._mailbox,
             lease=limits.lease,
             rules=self._rules,
             keys=self._keys,
@@ -273,6 +273,12 @@ class RedisQueue:
     ) -> Sequence[Claim]:
         return await self._claimer.claim(engine, limit=limit, wait=wait, under_served=under_served)
 
+    async def look(
+        self, engine: EngineInfo, *, limit: int, under_served: int, waits: bool
+    ) -> tuple[Sequence[Claim], float]:
+        """A part of `claim`, see `Claimer.look`."""
+        return await self._claimer.look(engine, limit=limit, under_served=under_served, waits=waits)
+
     @property
     def free_in(self) -> float:
         """Seconds until a request that the last claim left to other engines is free."""
@@ -332,16 +338,16 @@ class RedisQueue:
         self._note(QueueEvent.CRASHED, crashed)
 
     async def stops(self) -> AsyncIterator[str]:
-        hints: asyncio.Queue[bytes] = asyncio.Queue()
-        wake = hints.put_nowait
-        self._wakeups.watch(self._keys.stops, wake)
+        messages: asyncio.Queue[bytes] = asyncio.Queue()
+        wake = messages.put_nowait
+        self._mailbox.watch(wake)
         try:
             while True:
-                message = await hints.get()
-                if message:  # empty: subscribed, at first or again
-                    yield message.decode()
+                message = await messages.get()
+                if message[:1] == b"s":
+                    yield message[1:].decode()
         finally:
-            self._wakeups.unwatch(self._keys.stops, wake)
+            self._mailbox.unwatch(wake)
 
     async def close(self) -> None:
         self._client.refuse()

@@ -29,12 +29,12 @@ from service.queues.redis.keys import milliseconds
 
 NAMES = (
     "append", "charge", "claim", "finish", "follow", "forget", "heartbeat", "hold", "oldest",
-    "release", "renew", "stop", "submit", "sweep", "touch",
+    "poll", "release", "renew", "stop", "submit", "sweep", "touch",
 )  # fmt: skip
 PARTS = ("keys", "meters", "mail", "lane", "storage", "affinity", "requests", "blame")
 LEAN = {
     "append": ("keys", "mail", "lane"), "charge": ("keys", "meters"), "follow": ("keys",),
-    "hold": ("keys", "affinity"),
+    "hold": ("keys", "affinity"), "poll": ("keys", "mail"),
 }  # fmt: skip
 """Scripts that are called most, with the parts that they need; all others get all parts."""
 

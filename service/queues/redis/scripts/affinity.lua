@@ -12,8 +12,8 @@ local function holders_of(prefix)
   return reports
 end
 
--- Reserves a queued request for the holders of its longest prefix that is held. `prefixes` has the
--- longest first.
+-- Reserves a queued request for the holders of its longest prefix that is held, and returns these.
+-- `prefixes` has the longest first.
 local function reserve(rid, prefixes, now)
   if #prefixes == 0 or redis.call('HLEN', PREFIX .. 'engines') < 2 then return end
   local keys = {}
@@ -24,7 +24,7 @@ local function reserve(rid, prefixes, now)
     if count > MAX_HOLDERS then return end
     if count > 0 and #holders_of(prefix) > 0 then
       redis.call('HSET', RESERVED, rid, now + RESERVED_FOR .. ' ' .. prefix)
-      return
+      return redis.call('HKEYS', holders_key(prefix))
     end
   end
 end

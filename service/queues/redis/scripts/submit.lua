@@ -49,6 +49,7 @@ end
 if not fits('all', args.max_bytes) then return reply('storage') end
 
 local now, time = now_ms(), redis.call('TIME')
+local wakes = {} -- features -> the engines that hold prefixes of requests that need them
 local arrived = string.format('%d%06d', time[1], time[2])
 for i, request in ipairs(args.requests) do
   local rid, deadline = request.id, request.timeout and now + request.timeout or 0
@@ -59,7 +60,10 @@ for i, request in ipairs(args.requests) do
   local eid = arrived .. ' ' .. rid -- of equal turns the older goes first
   redis.call('ZADD', turns_key(request.priority, request.features), turn, eid)
   if request.features ~= '' then redis.call('SADD', LINES, request.features) end
-  reserve(rid, request.prefixes, now)
+  wakes[request.features] = wakes[request.features] or {}
+  for _, engine in ipairs(reserve(rid, request.prefixes, now) or {}) do
+    table.insert(wakes[request.features], engine)
+  end
   redis.call('ZADD', SINCE, now, rid)
   count('q', request.features, 1)
   count('tok', request.features, request.cost)
@@ -98,5 +102,5 @@ if idem then
     count_bytes(tenant, args.idempotency_bytes)
   end
 end
-redis.call('PUBLISH', WORK, 'new')
+for needed, holders in pairs(wakes) do wake(needed, '', 'w', holders) end
 return reply('ok')
