@@ -1,9 +1,9 @@
 """Prefix hits and times to first token of chats, by engines, with and without named prefixes.
 
 Chats of several turns share a system prompt; a user reads each answer and thinks before the next
-message. Engines are processes of their own with a tiny model of random weights, over a redis-server
-of the benchmark's own; each step sleeps as long as that of a small model on two cores would take. All
-rows have the same chats and the same KV memory in total. Times depend on this machine's load.
+message. Engines are processes with a tiny model of random weights, over a redis-server of the
+benchmark's own; each step sleeps as long as that of a small model on two cores would take. All rows
+have the same chats and the same KV memory in total. Times depend on this machine's load.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import multiprocessing
 import random
 import statistics
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loadtest.bench.queue import redis_server
-from service.messages import End, GenerationRequest, SamplingParams, Submission
+from service.messages import End, Event, GenerationRequest, SamplingParams, Submission
 from service.prefixes import prompt_prefixes
 from service.queues import open_queue
 from service.queues.contract import EngineInfo, Queue, QueueLimits
@@ -47,32 +46,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Prints a row as soon as it is measured; the first one is that of a single engine."""
-    print(
-        "| engines | prefixes | hit tokens | of one engine's | first token p50 | p95 | requests |"
-    )
-    print("|---:|---|---:|---:|---:|---:|---|")
+    print("| engines | prefixes | hit tokens | of one engine's | first token p50 | p95 |")
+    print("|---:|---|---:|---:|---:|---:|")
     base: int | None = None
     for engines in sorted({1, *options.engines}):
         for named in (True,) if engines == 1 else (True, False):
             result = measure(options, engines=engines, named=named)
             base = base or result.hits
             p50, *_, p95 = statistics.quantiles(result.first_tokens, n=20)[9:19]
-            loads = "/".join(map(str, sorted(result.requests.values(), reverse=True)))
             print(
                 f"| {engines} | {'named' if named else 'not named'} | {result.hits} "
-                f"| {result.hits / base:.2f} | {p50 * 1000:.0f} ms | {p95 * 1000:.0f} ms "
-                f"| {loads} |",
+                f"| {result.hits / base:.2f} | {p50 * 1000:.0f} ms | {p95 * 1000:.0f} ms |",
                 flush=True,
             )
 
 
 @dataclass
 class Result:
-    """Of all turns of all chats; `requests` by engine."""
+    """Of all turns of all chats."""
 
     hits: int = 0  # prompt tokens
     first_tokens: list[float] = field(default_factory=list)  # seconds
-    requests: Counter[str] = field(default_factory=Counter)
 
 
 def measure(options: argparse.Namespace, *, engines: int, named: bool) -> Result:
@@ -102,17 +96,24 @@ async def _chat(url: str, options: argparse.Namespace, *, engines: int, named: b
     queue, result = open_queue(url, LIMITS), Result()
     await queue.open()
     try:
-        while len(await queue.engines()) < engines:
-            await asyncio.sleep(0.1)
-        numeric_class = (await queue.engines())[0].numeric_class if named else None
+        numeric_class = await _class_of(queue, engines)
         chats = (
-            chat(queue, options, number, result, numeric_class=numeric_class)
+            chat(queue, options, number, result, numeric_class=numeric_class if named else None)
             for number in range(options.chats)
         )
         await asyncio.gather(*chats)
     finally:
         await queue.close()
     return result
+
+
+async def _class_of(queue: Queue, engines: int) -> str:
+    """Waits for so many engines; returns their numeric class."""
+    while True:
+        reports = await queue.engines()
+        if len(reports) >= engines:
+            return reports[0].numeric_class
+        await asyncio.sleep(0.1)
 
 
 async def chat(
@@ -162,7 +163,6 @@ async def _answer(queue: Queue, submission: Submission, result: Result) -> list[
         else:
             if not ids:
                 result.first_tokens.append(time.monotonic() - began)
-                result.requests[record.numeric_class] += 1
             ids += record.ids
     return ids
 
@@ -209,16 +209,9 @@ async def _serve(url: str, number: int, count: int) -> None:
     sizes = RunnerOptions(dtype="float32", num_blocks=TOTAL_BLOCKS // count, block_size=BLOCK_SIZE)
     runner = Paced(RUNNERS["torch"](config, weights, sizes, "tiny"))
     metrics, queue = Metrics(), open_queue(url, LIMITS)
-    engine = EngineLoop(
-        runner,
-        config=EngineConfig(max_batch_tokens=512, max_sequences=64, speculate=False),
-        token_bytes=[b"a"] * VOCABULARY,
-        eos_ids=frozenset(),
-        deliver=lambda events: worker.deliver(events),
-        observer=metrics,
-        on_failure=lambda _failure: worker.fail(),
-    )
-    worker = Worker(queue, engine, info=lambda: info(), observer=metrics)
+
+    def deliver(events: Sequence[Event]) -> None:
+        worker.deliver(events)
 
     def info() -> EngineInfo:
         return EngineInfo(
@@ -229,15 +222,15 @@ async def _serve(url: str, number: int, count: int) -> None:
             block_size=BLOCK_SIZE,
         )
 
+    engine = EngineLoop(
+        runner,
+        config=EngineConfig(max_batch_tokens=512, max_sequences=64, speculate=False),
+        token_bytes=[b"a"] * VOCABULARY,
+        eos_ids=frozenset(),
+        deliver=deliver,
+        observer=metrics,
+        on_failure=lambda _failure: worker.fail(),
+    )
+    worker = Worker(queue, engine, info=info, observer=metrics)
     await queue.open()
     await worker.run()
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    run(parser.parse_args(arguments))
-
-
-if __name__ == "__main__":
-    main()
