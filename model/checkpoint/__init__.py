@@ -134,13 +134,20 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     keep: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    four_bit: bool = False,
 ) -> LoadedModel:
-    """Reads a model, or the part that `keep` selects. Raises CheckpointError."""
+    """Reads a model, or the part that `keep` selects. Raises CheckpointError.
+
+    `four_bit`: matrices of layers in the file's own blocks; see `model.checkpoint.four_bit`.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     from model.checkpoint.assemble import assemble
+    from model.checkpoint.four_bit import as_four_bit
 
     checkpoint = open_checkpoint(path)
+    if four_bit:
+        checkpoint = as_four_bit(checkpoint)
     family, config = configure(checkpoint)
     with ThreadPoolExecutor(max_workers=1) as hasher:  # hashing lets go of the interpreter lock
         digest = hasher.submit(lambda: checkpoint.digest)
