@@ -100,7 +100,9 @@ class Settings(BaseModel):
     model_name: str | None = _model(
         "Model name in the API; default: the file's or the repository's.", None
     )
-    cache_dir: Path = _model("Directory of downloaded models.", Path("~/.cache/quire"))
+    cache_dir: Path = _model(
+        "Directory of downloaded models and packed weights.", Path("~/.cache/quire")
+    )
     max_model_len: int | None = _model(
         "Maximum context length (prompt + output); default: the model's.", None, ge=8
     )
@@ -108,7 +110,7 @@ class Settings(BaseModel):
     runner: Literal["auto", "native", "torch", "cuda"] = _engine(
         "Execution backend; auto picks the fastest available.", "auto"
     )
-    dtype: Literal["auto", "int8", "bfloat16", "float32"] = _engine(
+    dtype: Literal["auto", "int4", "int8", "bfloat16", "float32"] = _engine(
         "Compute dtype of the network; auto picks the runner's fastest.", "auto"
     )
     kv_dtype: Literal["auto", "bfloat16", "int8", "float8"] = _engine(

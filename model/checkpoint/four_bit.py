@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from model.checkpoint import Checkpoint, CheckpointError
 from model.checkpoint.dequantize import Bytes, Floats
-from model.checkpoint.gguf import GgufCheckpoint, separated
+from model.checkpoint.gguf import GgufCheckpoint
 from model.checkpoint.gguf_header import TensorEntry
-
-if TYPE_CHECKING:
-    import torch
+from model.weights import Array
 
 BLOCK_INPUTS = 32
 BLOCK_BYTES = 20
@@ -29,19 +26,15 @@ BLOCK_BYTES = 20
 class FourBitCheckpoint(GgufCheckpoint):
     """A GGUF file whose matrices of layers are read as uint8: [out, in / 32 * 20]."""
 
-    def load(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def load(self, name: str) -> Array:
         """Reads one tensor: blocks, or what is not in 4 bits in the usual way."""
-        import torch
-
         entry = self.header.tensors[name]
         if not _is_matrix_of_layer(name, entry):
-            return super().load(name, dtype=dtype)
+            return super().load(name)
         blocks = _CONVERSIONS[entry.storage.name](self.stored(name))
         if not np.isfinite(_halves(blocks[:, :4])).all():
             raise CheckpointError(f"{name}: a scale is not finite in half precision; use int8")
-        rows = torch.from_numpy(blocks.reshape(entry.shape[0], -1))
-        heads = self.interleaved_heads(name)
-        return rows if heads is None else separated(rows, heads)
+        return self.in_order(name, blocks.reshape(entry.shape[0], -1))
 
 
 def as_four_bit(checkpoint: Checkpoint) -> FourBitCheckpoint:
@@ -81,7 +74,7 @@ def _from_q4_0(blocks: Bytes) -> Bytes:
 
 
 def _from_q4_1(blocks: Bytes) -> Bytes:
-    return blocks.copy()
+    return blocks  # in the mapped file
 
 
 def _from_q4_k(blocks: Bytes) -> Bytes:

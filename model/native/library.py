@@ -93,8 +93,10 @@ class NativeLibrary:
     """A loaded library. Raises NativeUnavailable if the file cannot be loaded."""
 
     def __init__(self, path: Path | None = None) -> None:
+        path = path or find_or_build()
+        self.name = path.name  # holds a hash of the sources
         try:
-            self.calls = ctypes.CDLL(str(path or find_or_build()))
+            self.calls = ctypes.CDLL(str(path))
         except OSError as error:
             raise NativeUnavailable(f"the native library cannot be loaded: {error}") from error
         _declare(self.calls)
@@ -145,6 +147,7 @@ class NativeModel:
 
     def __init__(self, library: NativeLibrary, shape: Shape, *, variant: str = "") -> None:
         self.shape = shape
+        self.library_name = library.name
         self._calls = library.calls
         mirrored, _kept = _mirror(shape)
         self._error = ctypes.create_string_buffer(_ERROR_BYTES)
@@ -192,11 +195,9 @@ class NativeModel:
             self._handle, layer, attention_C.ctypes.data, mlp_C.ctypes.data
         )
 
-    def load_rotation(self, *, power: int, odd: int, signs: Floats, mix: Floats) -> None:
+    def load_rotation(self, *, signs: Floats, mix: Floats) -> None:
         """Stores the rotation of the head's inputs; see quantize.Rotation."""
-        self._calls.quire_load_rotation(
-            self._handle, power, odd, signs.ctypes.data, mix.ctypes.data
-        )
+        self._calls.quire_load_rotation(self._handle, signs.ctypes.data, mix.ctypes.data)
 
     def load_embedding(self, first: int, rows_NC: Floats) -> None:
         """Stores some rows of the embedding, from `first` on."""
@@ -207,6 +208,20 @@ class NativeModel:
         self._calls.quire_load_head_norms(
             self._handle, layer, query_D.ctypes.data, key_D.ctypes.data
         )
+
+    def weights(self) -> list[Bytes]:
+        """The memory of all loaded weights, to be stored or written back. Not valid after `close`.
+
+        Equal shapes of one library and variant have ranges of equal sizes and meaning.
+        """
+        start, size = ctypes.c_void_p(), ctypes.c_size_t()
+        found: list[Bytes] = []
+        while self._calls.quire_weights(
+            self._handle, len(found), ctypes.byref(start), ctypes.byref(size)
+        ):
+            memory = (ctypes.c_uint8 * size.value).from_address(start.value or 0)
+            found.append(np.ctypeslib.as_array(memory))
+        return found
 
     def step(
         self, *, tokens_T: Ints, positions_T: Ints, query_starts_S1: Ints, block_table_SB: Ints,
@@ -287,9 +302,10 @@ def _declare(calls: ctypes.CDLL) -> None:
         "quire_load_linear": (None, (pointer, i32, i32, pointer, pointer)),
         "quire_load_blocks": (None, (pointer, i32, i32, pointer, pointer)),
         "quire_load_norms": (None, (pointer, i32, pointer, pointer)),
-        "quire_load_rotation": (None, (pointer, i32, i32, pointer, pointer)),
+        "quire_load_rotation": (None, (pointer, pointer, pointer)),
         "quire_load_embedding": (None, (pointer, i32, i32, pointer)),
         "quire_load_head_norms": (None, (pointer, i32, pointer, pointer)),
+        "quire_weights": (i32, (pointer, i32, pointer, pointer)),
         "quire_step": (i32, (pointer, pointer, text, size)),
         "quire_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),
         "quire_block_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from prometheus_client import generate_latest
 
-from service.api.observer import CallReport, NullObserver
+from service.api.http.observer import CallReport, NullObserver
 from service.engine.observer import StepReport
 from service.http.connections import Outcome
 from service.messages import End, ModelCard
@@ -89,6 +89,13 @@ class Metrics(Series, NullObserver, NullWorkerObserver):
         self.info.clear()
         self.info.labels(self._version, card.id, card.numeric_class, self._role).set(1)
         self._vllm.model = card.id
+        self._queue.serves(card)
+
+    # --- service.parts.EngineSide ---------------------------------------------------------
+    def has_cache(self, *, block_size: int, num_blocks: int) -> None:
+        """The engine's KV cache, before its first step."""
+        self.blocks.labels("free").set(num_blocks)
+        self._vllm.cache = (block_size, num_blocks)
 
     # --- service.keys.KeyRing -------------------------------------------------------------
     def keys_reloaded(self, good: bool) -> None:  # noqa: FBT001 - what KeyRing calls
@@ -101,7 +108,7 @@ class Metrics(Series, NullObserver, NullWorkerObserver):
     def connection_limited(self, port: str, outcome: Outcome) -> None:
         self.http_connections_limited.labels(port, outcome.value).inc()
 
-    # --- service.api.observer.ApiObserver -------------------------------------------------
+    # --- service.api.http.observer.ApiObserver -------------------------------------------------
     def call_answered(self, status: int) -> None:
         self.http_responses.labels(str(status)).inc()
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from service.queues.contract import QueueDepth
+from service.messages import ModelCard
+from service.queues.contract import ModelDepth, QueueDepth
 
 STALE_AFTER = 5.0  # seconds; it is read each second
 
@@ -31,6 +32,24 @@ GAUGES: tuple[tuple[str, str, Callable[[QueueDepth], float]], ...] = (
         lambda q: q.stored_bytes,
     ),
 )
+# The same by model; zero if nothing waits: a missing sample is an error for autoscalers.
+OF_MODEL: tuple[tuple[str, str, Callable[[ModelDepth], float]], ...] = (
+    (
+        "quire_model_queue_requests",
+        "Requests waiting in the queue, by model.",
+        lambda model: model.queued_requests,
+    ),
+    (
+        "quire_model_queue_tokens",
+        "Cost of the waiting requests in tokens, by model.",
+        lambda model: model.queued_tokens,
+    ),
+    (
+        "quire_model_queue_running",
+        "Requests claimed by any engine, by model.",
+        lambda model: model.running_requests,
+    ),
+)
 
 
 class QueueGauges(Collector):
@@ -40,6 +59,7 @@ class QueueGauges(Collector):
         self._clock = clock
         self._depth: QueueDepth | None = None
         self._engines = 0
+        self._models: dict[str, str] = {}  # id -> key
         self._read_at: float | None = None  # None: never
 
     @property
@@ -52,6 +72,10 @@ class QueueGauges(Collector):
     def read(self, depth: QueueDepth, engines: int) -> None:
         self._depth, self._engines, self._read_at = depth, engines, self._clock()
 
+    def serves(self, card: ModelCard) -> None:
+        """Begins the series of a model."""
+        self._models[card.id] = card.key
+
     def away(self) -> None:
         """The queue could not be reached, or takes no writes."""
         self._depth, self._read_at = None, self._clock()
@@ -60,6 +84,12 @@ class QueueGauges(Collector):
         depth = self.depth
         for name, text, value in GAUGES:
             yield GaugeMetricFamily(name, text, None if depth is None else value(depth))
+        for name, text, of_model in OF_MODEL:
+            family = GaugeMetricFamily(name, text, labels=["model"])
+            for model, key in self._models.items():
+                if depth is not None:
+                    family.add_metric([model], of_model(depth.by_model.get(key, ModelDepth())))
+            yield family
         yield GaugeMetricFamily(
             "quire_engines",
             "Engines that sent a heartbeat in the last 10 seconds.",

@@ -10,12 +10,14 @@ from collections.abc import Iterable, Sequence
 
 from service.errors import Unavailable
 from service.messages import End, Event, FinishReason, Tokens
-from service.queues.contract import Queue, Write, WriteReply, WriteStatus
+from service.queues.contract import Lease, Queue, Write, WriteReply, WriteStatus
 from service.worker.leased_work import LeasedWork, WorkTable
 from service.worker.leases import Backoff, LeaseKeeper
 
 STORAGE_PATIENCE = 5.0  # seconds for which a write is retried while the store is full
+AGAIN = 0.1  # seconds after which writes to a part of the store that is away are repeated
 SETTLE_WITHIN = 1.0  # seconds that a step waits for the journal while requests are isolated
+POSTPONED = {WriteStatus.AWAY, WriteStatus.STORAGE}
 
 
 class JournalWriter:
@@ -28,6 +30,8 @@ class JournalWriter:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._events: deque[Event] = deque()
         self._events_came = asyncio.Event()
+        self._postponed: list[Write] = []  # their part of the store was away or full
+        self._full_since: dict[Lease, float] = {}
         self._writing = asyncio.Lock()
         self._delivered = self._received = self._journalled = 0  # steps whose events got so far
         self._progress = threading.Condition()  # of `_journalled`
@@ -66,8 +70,11 @@ class JournalWriter:
         One call at a time: writes in flight are settled before leases are released.
         """
         async with self._writing:
-            while self._events:
-                writes = []
+            writes = [write for write in self._postponed if self._is_leased(write)]
+            self._postponed.clear()
+            still = {write.lease for write in writes}
+            self._full_since = {k: since for k, since in self._full_since.items() if k in still}
+            while self._events or writes:
                 while self._events:
                     event = self._events.popleft()
                     work = self._table.items.get(event.request_id)
@@ -78,6 +85,7 @@ class JournalWriter:
                         writes.append(Write(work.lease, event.record))
                 if writes:
                     await self._write(writes)
+                writes = []
             with self._progress:
                 self._journalled = self._received
                 self._progress.notify_all()
@@ -104,17 +112,40 @@ class JournalWriter:
                 continue
             self._table.observer.wrote(self._table.clock() - start)
             break
+        await self._postpone(writes, replies)
         resend: list[Write] = []
         for write, reply in zip(writes, replies, strict=True):
             resend += await self._settle_reply(write, reply)
         if resend:
             await self._write(resend)
 
+    async def _postpone(self, writes: Sequence[Write], replies: Sequence[WriteReply]) -> None:
+        """Keeps what a part of the store did not take, without delaying what others take."""
+        now, patience_over = self._table.clock(), []
+        for write, reply in zip(writes, replies, strict=True):
+            if reply.status is not WriteStatus.STORAGE:
+                self._full_since.pop(write.lease, None)
+            elif now - self._full_since.setdefault(write.lease, now) > STORAGE_PATIENCE:
+                patience_over.append(write)
+                continue
+            if reply.status in POSTPONED:
+                self._postponed.append(write)
+        if self._postponed:
+            asyncio.get_running_loop().call_later(AGAIN, self._events_came.set)
+        if patience_over:
+            await self._give_up(patience_over)
+            for write in patience_over:
+                self._full_since.pop(write.lease, None)
+
+    def _is_leased(self, write: Write) -> bool:
+        work = self._table.items.get(write.lease.request_id)
+        return work is not None and work.lease == write.lease
+
     async def _settle_reply(self, write: Write, reply: WriteReply) -> list[Write]:
         """Acts on one reply; returns the writes that close a GAP, in order."""
         request_id = write.lease.request_id
         work = self._table.items.get(request_id)
-        if work is None or work.lease != write.lease:
+        if work is None or work.lease != write.lease or reply.status in POSTPONED:
             return []
         if reply.status is WriteStatus.FENCED:
             self._table.observer.fenced()

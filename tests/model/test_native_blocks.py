@@ -70,7 +70,9 @@ def test_a_row_does_not_depend_on_those_beside_it(native_library: NativeLibrary)
     blocks = made_blocks(rng, 64, 160)
     x = rng.standard_normal((17, 160), np.float32)
     for variant in native_library.variants:
-        alone = [native_library.block_product(blocks, x[i : i + 1], variant=variant) for i in range(17)]
+        alone = [
+            native_library.block_product(blocks, x[i : i + 1], variant=variant) for i in range(17)
+        ]
         for count in range(1, 18):
             y = native_library.block_product(blocks, x[:count], variant=variant)
             assert np.array_equal(y, np.concatenate(alone[:count])), (variant, count)

@@ -6,19 +6,20 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.api.observer import CallReport
+from service.api.http.observer import CallReport
 from service.cluster import Cluster
 from service.engine.loop import EngineLoop
 from service.engine.observer import StepReport
 from service.engine.plan import EngineConfig
 from service.errors import Unavailable
-from service.messages import End, FinishReason, ModelCard
+from service.messages import End, FinishReason, ModelCard, model_feature
 from service.observability.metrics import Metrics
 from service.observability.queue_gauges import STALE_AFTER
 from service.queues.contract import (
@@ -35,6 +36,7 @@ from service.queues.contract import (
 )
 from service.queues.memory.queue import MemoryQueue
 from service.queues.redis.queue import RedisQueue
+from service.queues.redis.servers import shards_of
 from service.worker.worker import Worker
 from tests.cluster.redis_process import RedisServer
 from tests.queues.builders import (
@@ -168,7 +170,7 @@ async def replicas(
 
     def make(limits: QueueLimits) -> tuple[RedisQueue, Metrics]:
         metrics = Metrics()
-        made.append(RedisQueue(limits, url=server.url, observer=metrics))
+        made.append(RedisQueue(limits, shard=shards_of(server.url)[0], observer=metrics))
         return made[-1], metrics
 
     yield make
@@ -401,6 +403,25 @@ async def test_what_is_not_known_is_absent() -> None:
     assert samples(metrics)["quire_queue_reachable"] == 0
 
 
+async def test_each_model_has_its_queue() -> None:
+    """Zero, and not absent, for a model without requests: an autoscaler reads it."""
+    metrics, queue = Metrics(), MemoryQueue(LIMITS)
+    cards = [replace(CARD, id=name, vocabulary=name) for name in ("a", "b")]
+    for card in cards:
+        cluster = Cluster(queue, card, observer=metrics)
+    await queue.submit(make_submission(2, model=cards[0].key))
+    await queue.claim(make_engine(features=(model_feature(cards[0].key),)), limit=1, wait=0)
+    assert "quire_model_queue_tokens" not in str(samples(metrics)), "the queue was not read yet"
+    await cluster.refresh()
+    found = samples(metrics)
+    series = ("requests", "tokens", "running")
+    of = {
+        name: [found[f'quire_model_queue_{each}{{model="{name}"}}'] for each in series]
+        for name in "ab"
+    }
+    assert of == {"a": [1, 7, 1], "b": [0, 0, 0]}
+
+
 async def test_a_process_says_what_it_is() -> None:
     metrics = Metrics(role="api", version="1.2.3")
     queue = MemoryQueue(LIMITS)
@@ -443,6 +464,7 @@ def test_histograms_have_the_conventions_boundaries() -> None:
 def fed(*, vllm_names: bool, role: str = "serve") -> Metrics:
     metrics = Metrics(vllm_names=vllm_names, role=role)
     metrics.serves(CARD)
+    metrics.has_cache(block_size=16, num_blocks=100)
     seen = {"prompt_tokens": 30, "num_sampled": 5, "num_tokens": 35, "prefix_hit_tokens": 10}
     seen |= {"running": 3, "waiting": 2, "blocks_used": 30, "blocks_cached": 50, "blocks_free": 20}
     metrics.stepped(StepReport(**NEVER_COMPUTED | seen | {"preempted": ("a.0", "b.0")}))
@@ -482,6 +504,8 @@ def test_vllms_dashboards_find_the_same_figures() -> None:
     }
     for name, value in expected.items():
         assert theirs[f'{name}{{model_name="tiny"}}'] == value, name
+    cache = 'vllm:cache_config_info{block_size="16",model_name="tiny",num_gpu_blocks="100"}'
+    assert theirs[cache] == 1
     success = 'vllm:request_success_total{{finished_reason="{}",model_name="tiny"}}'
     ends = {reason: theirs[success.format(reason)] for reason in ("stop", "abort", "length")}
     assert ends == {"stop": 1, "abort": 2, "length": 0}

@@ -27,6 +27,7 @@ from service.messages import (
 )
 from service.queues.admission import (
     RateUsage,
+    admission_cost,
     idempotency_bytes,
     kept_bytes,
     request_bytes,
@@ -39,6 +40,7 @@ from service.queues.contract import (
     PAGE_TOKENS,
     Claim,
     Lease,
+    ModelDepth,
     Queue,
     QueueDepth,
     QueueLimits,
@@ -144,6 +146,30 @@ class QueueContract:
         assert (await queue.submit(make_submission())).status is SubmitStatus.TENANT
         await finish(queue, claims[0], length=1)
         assert (await queue.submit(make_submission())).status is SubmitStatus.OK
+
+    async def test_each_model_counts_its_own(self, queue: Queue) -> None:
+        """Queued requests, their tokens and running requests, until every way to end."""
+        for model, count in (("a", 2), ("b", 1), ("", 1)):
+            await queue.submit(make_submission(count, tenant=model or "c", model=model))
+        cost = admission_cost(make_submission().requests[0])
+        of_a = ModelDepth(queued_requests=2, queued_tokens=2 * cost)
+        of_b = ModelDepth(queued_requests=1, queued_tokens=cost)
+        assert (await queue.depth()).by_model == {"a": of_a, "b": of_b, "": of_b}
+        grammar = make_submission(tenant="d", model="b", grammar="x")
+        await queue.submit(grammar)
+        of_b = ModelDepth(queued_requests=2, queued_tokens=2 * cost)
+        assert (await queue.depth()).by_model["b"] == of_b, "whatever else it needs of an engine"
+        await queue.stop([grammar.requests[0].id], FinishReason.CANCELLED)
+        engine = make_engine(features=("model:a",))
+        first, *others = await queue.claim(engine, limit=4, wait=0)
+        assert {claim.request.model for claim in (first, *others)} == {"a", ""}
+        depth = await queue.depth()
+        one = ModelDepth(running_requests=1)
+        of_b = ModelDepth(queued_requests=1, queued_tokens=cost)
+        assert depth.by_model == {"a": ModelDepth(running_requests=2), "b": of_b, "": one}
+        for claim in (first, *others):
+            await finish(queue, claim, length=1)
+        assert (await queue.depth()).by_model == {"b": of_b}
 
     # --- what a key may use ---------------------------------------------------------------
     async def test_requests_a_minute(self, queue: Queue) -> None:

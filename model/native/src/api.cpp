@@ -100,12 +100,10 @@ void quire_load_norms(QuireModel* model, int32_t layer, const float* attention, 
   std::memcpy(l.mlp_norm, mlp, model->shape.hidden * sizeof(float));
 }
 
-void quire_load_rotation(QuireModel* model, int32_t power, int32_t odd, const float* signs, const float* mix) {
-  const size_t size = static_cast<size_t>(power) * odd, mixed = static_cast<size_t>(odd) * odd;
-  float* own = model->memory.take<float>(size + mixed);
-  std::memcpy(own, signs, size * sizeof(float));
-  std::memcpy(own + size, mix, mixed * sizeof(float));
-  model->rotation = {power, odd, own, own + size};
+void quire_load_rotation(QuireModel* model, const float* signs, const float* mix) {
+  const Rotation& own = model->head_rotation;
+  std::memcpy(own.signs, signs, static_cast<size_t>(own.power) * own.odd * sizeof(float));
+  std::memcpy(own.mix, mix, static_cast<size_t>(own.odd) * own.odd * sizeof(float));
 }
 
 void quire_load_embedding(QuireModel* model, int32_t first, int32_t count, const float* w) {
@@ -123,6 +121,14 @@ void quire_load_head_norms(QuireModel* model, int32_t layer, const float* query,
   quire::Layer& l = model->layers[static_cast<size_t>(layer)];
   std::memcpy(l.query_norm, query, model->shape.dim * sizeof(float));
   std::memcpy(l.key_norm, key, model->shape.dim * sizeof(float));
+}
+
+int32_t quire_weights(const QuireModel* model, int32_t index, uint8_t** start, size_t* bytes) {
+  const std::vector<quire::Memory::Range>& ranges = model->weights.ranges();
+  if (index < 0 || static_cast<size_t>(index) >= ranges.size()) return 0;
+  *start = ranges[static_cast<size_t>(index)].start;
+  *bytes = ranges[static_cast<size_t>(index)].bytes;
+  return 1;
 }
 
 int32_t quire_step(QuireModel* model, const QuireStep* step, char* error, size_t size) {

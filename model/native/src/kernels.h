@@ -140,8 +140,8 @@ struct Rotary {
 // y = (mix (x) H) diag(signs) x; see rotate_bundle.
 struct Rotation {
   int power, odd;
-  const float* signs;  // [power * odd]
-  const float* mix;    // [odd, odd]
+  float* signs;  // [power * odd]
+  float* mix;    // [odd, odd]
 };
 
 // Some rows of one sequence, one KV head, some splits.

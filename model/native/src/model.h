@@ -74,10 +74,11 @@ struct Model {
 
   QuireShape shape;  // its pointers are null after construction
   const Kernels& kernels;
+  Memory weights;  // all that loading writes, and nothing else: linears, norms, embedding
   Memory memory;
   std::vector<Layer> layers;
   Linear head;
-  Rotation rotation{};  // of the head's inputs, if the residual stream is not rotated
+  Rotation head_rotation{};  // of its inputs, if the residual stream is not rotated
   uint16_t* embedding;  // [V, residual_stride] bfloat16
   float* cosines;       // [max_positions, D / 2]
   float* sines;

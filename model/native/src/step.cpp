@@ -173,7 +173,7 @@ class Program {
   const float* head_input(int row) const {
     if (!s_.rotated) return residual(row);
     float* out = s_.rotated + static_cast<size_t>(row) * 2 * s_.residual_stride;
-    m_.kernels.rotate_row(&m_.rotation, residual(row), out + s_.residual_stride, out);
+    m_.kernels.rotate_row(&m_.head_rotation, residual(row), out + s_.residual_stride, out);
     return out;
   }
 

@@ -211,6 +211,7 @@ class MemoryQueue:
             running_requests=len(self._running),
             stored_bytes=self._submissions.stored_bytes,
             oldest_seconds=self._machine.oldest_seconds(),
+            by_model=self._machine.by_model(),
         )
 
     async def engines(self) -> Sequence[EngineInfo]:

@@ -7,6 +7,7 @@ It waits for nothing and calls back instead: `work_came` if an engine may claim 
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
@@ -17,6 +18,7 @@ from service.queues.contract import (
     Claim,
     EngineInfo,
     Lease,
+    ModelDepth,
     QueueLimits,
     SubmitStatus,
     WriteStatus,
@@ -67,6 +69,25 @@ class StateMachine:
         """Age of the oldest queued request: the first of its priority."""
         first = (next(iter(entries.values())) for entries in self.waiting if entries)
         return max((self._clock() - entry.submitted for entry in first), default=None)
+
+    def by_model(self) -> dict[str, ModelDepth]:
+        """Queued and running requests by the key of their model."""
+        queued, tokens, running = Counter[str](), Counter[str](), Counter[str]()
+        for entry in self.live():
+            model = entry.request.model
+            if entry.started:
+                running[model] += 1
+            else:
+                queued[model] += 1
+                tokens[model] += admission_cost(entry.request)
+        return {
+            model: ModelDepth(
+                queued_requests=queued[model],
+                queued_tokens=tokens[model],
+                running_requests=running[model],
+            )
+            for model in queued | running
+        }
 
     def refusal(self, submission: Submission, *, cost: int) -> SubmitStatus | None:
         """The tenant's own limits come before those of all."""

@@ -58,7 +58,7 @@ class Page:
 
 
 Entry = tuple[bytes, dict[bytes, bytes]]
-Fetch = Callable[[ShardKeys, str, int], Awaitable[Page]]
+Fetch = Callable[[str, int], Awaitable[Page]]
 PageKey = tuple[str, int]
 
 
@@ -79,18 +79,18 @@ class PageCache:
             self._pages.move_to_end((request_id, number))
         return page
 
-    async def read(self, keys: ShardKeys, request_id: str, number: int) -> Page:
+    async def read(self, request_id: str, number: int) -> Page:
         """Reads the page; concurrent callers share the reply."""
         key = (request_id, number)
         fetching = self._fetching.get(key)
         if fetching is None:
-            fetching = asyncio.create_task(self._read(keys, key))
+            fetching = asyncio.create_task(self._read(key))
             self._fetching[key] = fetching
             fetching.add_done_callback(lambda task: self._fetched(key, task))
         return await asyncio.shield(fetching)
 
-    async def _read(self, keys: ShardKeys, key: PageKey) -> Page:
-        page = await self._fetch(keys, *key)
+    async def _read(self, key: PageKey) -> Page:
+        page = await self._fetch(*key)
         if page.state.ended or page.state.count >= (key[1] + 1) * PAGE_TOKENS:
             self._keep(key, page)
         return page
@@ -113,10 +113,16 @@ class JournalReader:
     """Calls `dropped` with a description of each entry that is not a record."""
 
     def __init__(
-        self, client: RedisClient, wakeups: Wakeups, *, dropped: Callable[[str], None]
+        self,
+        client: RedisClient,
+        wakeups: Wakeups,
+        keys: ShardKeys,
+        *,
+        dropped: Callable[[str], None],
     ) -> None:
         self._client = client
         self._wakeups = wakeups
+        self._keys = keys
         self._dropped = dropped
         self._cache = PageCache(self._fetch_page)
         self._closed = False
@@ -125,39 +131,39 @@ class JournalReader:
         """Open follows raise Unavailable when they are next woken."""
         self._closed = True
 
-    async def read(self, keys: ShardKeys, request_id: str, *, after: int) -> Sequence[Record]:
+    async def read(self, request_id: str, *, after: int) -> Sequence[Record]:
         """See `Queue.read`."""
         records: list[Record] = []
         full = True
         while full:
-            batch, full = await self._batch(keys, request_id, after=after, with_state=not records)
+            batch, full = await self._batch(request_id, after=after, with_state=not records)
             records += batch
             after = _position(batch[-1]) if batch else after
         return records
 
-    async def read_page(self, keys: ShardKeys, request_id: str, *, after: int) -> Sequence[Record]:
+    async def read_page(self, request_id: str, *, after: int) -> Sequence[Record]:
         """See `Queue.read_page`."""
         number = after // PAGE_TOKENS
         while True:
             page = self._cache.get(request_id, number)
             if page is None:
-                page = await self._cache.read(keys, request_id, number)
+                page = await self._cache.read(request_id, number)
                 state = page.state
             else:
-                state = _state_of((await self._client.read(_state_command(keys, request_id)))[0])
+                state = _state_of((await self._client.read(self._state_command(request_id)))[0])
             _check_length(state, after)
             records = [record for record in page.records if _is_beyond(record, after)]
             number += 1
             if records or number > state.count // PAGE_TOKENS:
                 return records
 
-    async def _fetch_page(self, keys: ShardKeys, request_id: str, number: int) -> Page:
+    async def _fetch_page(self, request_id: str, number: int) -> Page:
         """One pipeline: a page that is complete by the state is complete when it is read."""
         self._raise_if_closed()
         first = f"({number * PAGE_TOKENS}-0" if number else "-"
         last = f"{(number + 1) * PAGE_TOKENS}-0"
         state, entries = await self._client.read(
-            _state_command(keys, request_id), ("XRANGE", keys.journal(request_id), first, last)
+            self._state_command(request_id), ("XRANGE", self._keys.journal(request_id), first, last)
         )
         return Page(
             _state_of(state),
@@ -165,13 +171,11 @@ class JournalReader:
             stored_bytes=sum(len(value) for _, fields in entries for value in fields.values()),
         )
 
-    async def follow(
-        self, keys: ShardKeys, request_id: str, *, after: int
-    ) -> AsyncIterator[Record]:
+    async def follow(self, request_id: str, *, after: int) -> AsyncIterator[Record]:
         """Survives an outage of Redis. Raises NotFound also if Redis lost the request, and
         StreamDivergence if it has ended before what was already yielded.
         """
-        channel = keys.journal(request_id)
+        channel = self._keys.journal(request_id)
         news = asyncio.Event()
 
         def wake(_message: bytes) -> None:
@@ -183,7 +187,7 @@ class JournalReader:
             while True:
                 news.clear()
                 batch, full = await self._retried_batch(
-                    keys, request_id, after=after, with_state=not woken
+                    request_id, after=after, with_state=not woken
                 )
                 for record in batch:
                     yield record
@@ -195,32 +199,35 @@ class JournalReader:
             self._wakeups.unwatch(channel, wake)
 
     async def _retried_batch(
-        self, keys: ShardKeys, request_id: str, *, after: int, with_state: bool
+        self, request_id: str, *, after: int, with_state: bool
     ) -> tuple[Sequence[Record], bool]:
         delays = backoff(longest=1.0)
         while True:
             try:
-                return await self._batch(keys, request_id, after=after, with_state=with_state)
+                return await self._batch(request_id, after=after, with_state=with_state)
             except Unavailable:
                 if self._closed:
                     raise
                 await asyncio.sleep(next(delays))
 
     async def _batch(
-        self, keys: ShardKeys, request_id: str, *, after: int, with_state: bool
+        self, request_id: str, *, after: int, with_state: bool
     ) -> tuple[Sequence[Record], bool]:
         """Records beyond `after` tokens, and whether there are more now."""
         self._raise_if_closed()
         commands: list[Command] = [
-            ("XRANGE", keys.journal(request_id), f"({after}-0", "+", "COUNT", BATCH)
+            ("XRANGE", self._keys.journal(request_id), f"({after}-0", "+", "COUNT", BATCH)
         ]
         if with_state:
-            commands.append(_state_command(keys, request_id))
+            commands.append(self._state_command(request_id))
         entries, *states = await self._client.read(*commands)
         records = self._decoded(entries)
         if with_state and not records:
             _check_length(_state_of(states[0]), after)
         return records, len(entries) == BATCH and bool(records)
+
+    def _state_command(self, request_id: str) -> Command:
+        return ("HMGET", self._keys.request(request_id), "st", "n")
 
     def _raise_if_closed(self) -> None:
         if self._closed:
@@ -234,10 +241,6 @@ class JournalReader:
             except Malformed as error:
                 self._dropped(str(error))
         return records
-
-
-def _state_command(keys: ShardKeys, request_id: str) -> Command:
-    return ("HMGET", keys.request(request_id), "st", "n")
 
 
 def _state_of(reply: Any) -> JournalState:  # noqa: ANN401  # a reply of the client library

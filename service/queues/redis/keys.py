@@ -6,6 +6,7 @@
     quire:2:{s0}:w0 .. w2     zset     one per priority: queued request by its turn, tokens
     quire:2:{s0}:w0:<f> ..    zset     the same for requests that need the features <f> of an engine
     quire:2:{s0}:lines        set      the <f> for which there may be such a line
+    quire:2:{s0}:models       hash     q, tok and run of each model: "<field> <model>" -> number
     quire:2:{s0}:stored       hash     bytes of submissions: all, t:<tenant>
     quire:2:{s0}:kept:<tenant>  zset   entry of `gone` by the end of its resume window, ms: what is
                                        kept longer than that and may be evicted
@@ -33,7 +34,8 @@
     quire:2:{s0}:work, stops  channel  something to claim; a running request was stopped
 
 The 2 is the version of this layout (`LAYOUT`): processes with another one do not see these keys.
-The braces are the hash tag of Redis Cluster: all keys of a shard are in one slot.
+The braces are the hash tag of Redis Cluster: all keys of a shard are in one slot. In a cluster the
+tag has a suffix (`{s0.4}`), which `servers` chooses.
 """
 
 from __future__ import annotations
@@ -44,16 +46,17 @@ import re
 LAYOUT = 2
 PREFIX = "quire"  # unless the URL has `prefix=`
 
-_SHARD = re.compile(r"s(\d{1,4})-")
+_SLOT = re.compile(r"-[0-9a-f]*([0-9a-f]{4})(\.\d+)?")
 
 
 class ShardKeys:
     """The names in one shard. Deployments with different prefixes can share a server."""
 
-    def __init__(self, shard: int, *, prefix: str = PREFIX) -> None:
+    def __init__(self, shard: int, *, prefix: str = PREFIX, tag: str | None = None) -> None:
         self.shard = shard
-        self.prefix = f"{prefix}:{LAYOUT}:{{s{shard}}}:"
+        self.prefix = f"{prefix}:{LAYOUT}:{{{tag or f's{shard}'}}}:"
         self.admission = self.prefix + "adm"
+        self.models = self.prefix + "models"
         self.stored = self.prefix + "stored"
         self.gone = self.prefix + "gone"
         self.engines = self.prefix + "engines"
@@ -72,9 +75,9 @@ class ShardKeys:
 
 
 def shard_of(identifier: str, *, shards: int) -> int:
-    """The shard in an id of a submission or request (`s<shard>-...`); 0 if it has none."""
-    match = _SHARD.match(identifier)
-    return int(match[1]) % shards if match else 0
+    """The shard of a submission or request, by the slot in its id; 0 if it has none."""
+    match = _SLOT.search(identifier)
+    return int(match[1], 16) % shards if match else 0
 
 
 def idempotency_name(tenant: str, key: str) -> str:

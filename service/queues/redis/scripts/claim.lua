@@ -92,7 +92,7 @@ local function take(priority, eid, fields)
     reclaimed = reclaimed + 1
   else
     leave_queue(r)
-    redis.call('HINCRBY', ADMISSION, 'run', 1)
+    count('run', r.ft, 1)
     redis.call('HINCRBY', ADMISSION, 'r:' .. r.ten, 1)
   end
   grant(r)

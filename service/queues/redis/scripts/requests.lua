@@ -2,6 +2,7 @@
 -- Reads args.live_ttl and args.window.
 local DEADLINES, SINCE = PREFIX .. 'dl', PREFIX .. 'since'
 local SUSPECTS, LINES = PREFIX .. 'suspects', PREFIX .. 'lines'
+local MODELS = PREFIX .. 'models' -- '<field> <model>' -> queued requests, their tokens, running ones
 local GROUP = 'engines'
 
 local function queue_key(priority) return PREFIX .. 'q' .. priority end
@@ -55,6 +56,18 @@ local function count_down(field, by)
   return left
 end
 
+-- Counts requests ('q', 'run') or tokens ('tok'): of all and, by the features, of their model. Older
+-- versions count only the former, so the latter start again whenever there is nothing at all.
+local function count(field, features, by)
+  local name = field .. ' ' .. (string.match(features, 'model:(%S+)') or '')
+  if redis.call('HINCRBY', MODELS, name, by) <= 0 then redis.call('HDEL', MODELS, name) end
+  if redis.call('HINCRBY', ADMISSION, field, by) > 0 then return end
+  redis.call('HDEL', ADMISSION, field)
+  for _, other in ipairs(redis.call('HKEYS', MODELS)) do
+    if string.match(other, '^%S+') == field then redis.call('HDEL', MODELS, other) end
+  end
+end
+
 -- A line holds the queued requests of one priority that need the same features of an engine.
 local function leave_line(r)
   redis.call('ZREM', turns_key(r.pr, r.ft), r.eid)
@@ -67,8 +80,8 @@ end
 
 local function leave_queue(r)
   redis.call('ZREM', SINCE, r.rid)
-  count_down('q', 1)
-  count_down('tok', r.cost)
+  count('q', r.ft, -1)
+  count('tok', r.ft, -r.cost)
 end
 
 local function leave_stream(priority, eid)
@@ -92,7 +105,7 @@ local function end_request(r, record)
     leave_line(r)
     leave_queue(r)
   else
-    count_down('run', 1)
+    count('run', r.ft, -1)
     count_down('r:' .. r.ten, 1)
     leave_stream(r.pr, r.eid)
   end

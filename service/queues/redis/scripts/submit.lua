@@ -59,6 +59,8 @@ for i, request in ipairs(args.requests) do
   redis.call('ZADD', turns_key(request.priority, request.features), turn, eid)
   if request.features ~= '' then redis.call('SADD', LINES, request.features) end
   redis.call('ZADD', SINCE, now, rid)
+  count('q', request.features, 1)
+  count('tok', request.features, request.cost)
   redis.call('HSET', request_key(rid), 'st', 'queued', 'ep', 0, 'own', '', 'n', 0, 'att', 0,
     'ten', tenant, 'cost', request.cost, 'dl', deadline, 'ct', now, 'eid', eid,
     'pr', request.priority, 'sub', sid, 'body', ARGV[3 + i], 'sz', request.bytes,
@@ -84,8 +86,7 @@ if key then
   redis.call('HINCRBY', ADMISSION, 'k:' .. key, num_requests)
   use(tokens_meter, args.tokens_per_minute, cost)
 end
-queued = redis.call('HINCRBY', ADMISSION, 'q', num_requests)
-tokens = redis.call('HINCRBY', ADMISSION, 'tok', cost)
+queued, tokens = queued + num_requests, tokens + cost
 if idem then
   redis.call('HSET', idem, 'sub', sid, 'fpr', args.fingerprint)
   redis.call('PEXPIRE', idem, args.idempotency_ttl)
