@@ -62,6 +62,7 @@ class Loaded:
     fallback_reason: str  # why a faster runner is not used; empty if the fastest one is
     options: RunnerOptions = field(default_factory=RunnerOptions)  # with the chosen sizes
     followers: FollowerProcesses | None = None  # the other ranks of tensor parallelism, if any
+    on_gpu: bool = False
 
 
 @contextmanager
@@ -175,6 +176,7 @@ def _load(settings: Settings, path: Path) -> Loaded:
         fallback_reason=choice.fallback_reason,
         options=options,
         followers=followers,
+        on_gpu=choice.name == "cuda",
     )
 
 
