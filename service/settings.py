@@ -111,7 +111,9 @@ class Settings(BaseModel):
         "Execution backend; auto picks the fastest available.", "auto"
     )
     dtype: Literal["auto", "int4", "int8", "bfloat16", "float32"] = _engine(
-        "Compute dtype of the network; auto picks the runner's fastest.", "auto"
+        "Compute dtype of the network; auto: the runner's default. int4: the layers of a GGUF file "
+        "in its own 4-bit blocks (native runner).",
+        "auto",
     )
     kv_dtype: Literal["auto", "bfloat16", "int8", "float8"] = _engine(
         "KV cache dtype, if the runner supports several.", "auto"

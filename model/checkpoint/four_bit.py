@@ -31,7 +31,7 @@ class FourBitCheckpoint(GgufCheckpoint):
         entry = self.header.tensors[name]
         if not _is_matrix_of_layer(name, entry):
             return super().load(name)
-        blocks = _CONVERSIONS[entry.storage.name](self.stored(name))
+        blocks = CONVERSIONS[entry.storage.name](self.stored(name))
         if not np.isfinite(_halves(blocks[:, :4])).all():
             raise CheckpointError(f"{name}: a scale is not finite in half precision; use int8")
         return self.in_order(name, blocks.reshape(entry.shape[0], -1))
@@ -50,8 +50,8 @@ def four_bit_reason(checkpoint: Checkpoint) -> str | None:
     if not isinstance(checkpoint, GgufCheckpoint):
         return "only GGUF files store weights in 4 bits"
     for name, entry in checkpoint.header.tensors.items():
-        if _is_matrix_of_layer(name, entry) and entry.storage.name not in _CONVERSIONS:
-            known = ", ".join(_CONVERSIONS)
+        if _is_matrix_of_layer(name, entry) and entry.storage.name not in CONVERSIONS:
+            known = ", ".join(CONVERSIONS)
             return f"{name} is stored as {entry.storage.name}; all layers must be one of {known}"
     return None
 
@@ -103,7 +103,7 @@ def _from_q4_k(blocks: Bytes) -> Bytes:
     return out.reshape(-1, BLOCK_BYTES)
 
 
-_CONVERSIONS: dict[str, Callable[[Bytes], Bytes]] = {
+CONVERSIONS: dict[str, Callable[[Bytes], Bytes]] = {  # blocks as stored -> blocks of Q4_1
     "Q4_0": _from_q4_0,
     "Q4_1": _from_q4_1,
     "Q4_K": _from_q4_k,

@@ -1,14 +1,24 @@
-"""Products with 4-bit weights against NumPy, bit by bit, in every variant this machine can run."""
+"""Weights in 4 bits: products against NumPy bit by bit in every variant, and whole runners."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from model.batch import Floats
+from model.checkpoint.four_bit import dequantized
+from model.config import ModelConfig
 from model.native.library import Bytes, NativeLibrary
+from model.runners import RunnerOptions
+from model.runners.exactness import ExactnessCheck, check_exactness
+from model.runners.native import NativeRunner
+from model.runners.torch import TorchRunner
+from tests.support.builders import Piece, make_batch, tiny_weights
 
 BLOCK = 32
 SHAPES = [(1, 32, 32), (2, 5, 96), (3, 33, 64), (4, 70, 160), (7, 40, 576), (13, 64, 1536)]
@@ -113,3 +123,104 @@ def test_a_block_that_is_not_finite_gives_no_number(native_library: NativeLibrar
             y = native_library.block_product(blocks, x, variant=variant)
             assert np.isnan(y[1]).all(), variant
             assert np.isfinite(y[[0, 2]]).all(), variant
+
+
+def in_blocks(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights with matrices of layers in blocks of 4 bits."""
+    return {
+        name: torch.from_numpy(quantised(tensor.numpy())) if is_matrix(name, tensor) else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def is_matrix(name: str, tensor: torch.Tensor) -> bool:
+    return name.startswith("blocks.") and tensor.ndim == 2
+
+
+def quantised(weight_NK: Floats) -> Bytes:
+    groups = weight_NK.reshape(len(weight_NK), -1, BLOCK)
+    low, high = groups.min(-1), groups.max(-1)
+    halves = np.stack([(high - low) / 15, low], axis=-1).astype(np.float16)
+    scale, minimum = (
+        halves.astype(np.float32)[..., 0, None],
+        halves.astype(np.float32)[..., 1, None],
+    )
+    codes = np.clip(np.rint((groups - minimum) / scale), 0, 15).astype(np.uint8)
+    packed = codes[..., :16] | codes[..., 16:] << 4
+    blocks = np.concatenate([halves.view(np.uint8), packed], axis=-1)
+    return blocks.reshape(len(weight_NK), -1)
+
+
+def as_floats(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Blocks as the numbers that they stand for."""
+    return {
+        name: torch.from_numpy(dequantized(tensor.numpy()))
+        if tensor.dtype == torch.uint8
+        else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def score(runner: NativeRunner | TorchRunner, text: list[int]) -> Floats:
+    """Log probabilities of token 5 after each token of a text."""
+    count = len(text)
+    scores = dict.fromkeys(range(count), 5)
+    own = list(range(-(-count // runner.block_size)))
+    piece = Piece(tokens=text, blocks=own, count=count, sample=False, scores=scores)
+    return runner.run(make_batch([piece])).score_logprobs_Q
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tied_head": True, "qk_norm": True},
+        {"hidden_size": 96, "num_heads": 6, "num_kv_heads": 2, "head_dim": 32, "qkv_bias": True},
+    ],
+    ids=["llama", "tied, norms of heads", "odd hidden size, biases"],
+)
+def test_four_bits_are_near_the_reference(
+    changes: dict[str, Any],
+    native_config: Callable[..., ModelConfig],
+    native: Callable[..., NativeRunner],
+) -> None:
+    """The reference has the weights of the same blocks: only activations are rounded."""
+    config = native_config(**changes)
+    weights = in_blocks(tiny_weights(config))
+    options = RunnerOptions(dtype="float32", num_blocks=160)
+    reference = TorchRunner(config, as_floats(weights), options=options, digest="0" * 64)
+    text = np.random.default_rng(3).integers(0, config.vocab_size, 200).tolist()
+    exact, found = score(reference, text), score(native(config, weights), text)
+    assert np.sqrt(np.mean((found - exact) ** 2)) / exact.std() < 0.05
+
+
+def test_every_way_through_every_variant_gives_the_same_bits_in_four_bits(
+    native_config: Callable[..., ModelConfig],
+    native: Callable[..., NativeRunner],
+    native_variants: list[str],
+) -> None:
+    """Alone, in a batch, chunked, cached and recomputed; by any number of threads."""
+    config = native_config(max_model_len=512)
+    weights = in_blocks(tiny_weights(config))
+    trial = ExactnessCheck(prompt=70, answer=4, beside=(2, 9), chunks=(1, 7, 64))
+    text = np.random.default_rng(4).integers(0, config.vocab_size, 100).tolist()
+    scores = []
+    for threads, variant in product((1, 2), native_variants):
+        runner = native(config, weights, variant=variant, num_threads=threads, num_blocks=100)
+        found = check_exactness(runner, trial)
+        assert all(found.values()), (variant, found)
+        scores.append(score(runner, text))
+    assert all(np.array_equal(one, scores[0]) for one in scores)
+
+
+def test_four_bits_are_a_class_of_their_own(
+    native_config: Callable[..., ModelConfig], native: Callable[..., NativeRunner]
+) -> None:
+    config = native_config()
+    weights = tiny_weights(config)
+    narrow = native(config, in_blocks(weights), dtype="int4")
+    assert narrow.numeric_class.startswith("native-int4-v")
+    assert native(config, weights, dtype="int8").numeric_class.startswith("native-int8-v")
+    for dtype, given in (("int8", in_blocks(weights)), ("int4", weights)):
+        with pytest.raises(ValueError, match="does not fit the weights"):
+            native(config, given, dtype=dtype)

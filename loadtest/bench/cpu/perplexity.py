@@ -95,23 +95,31 @@ def llama_cpp_perplexity(path: Path, windows: list[Ints], *, vocab: int) -> floa
     params.model.path = str(path)
     params.n_parallel, params.n_ctx = 1, len(windows[0]) + 8
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = usable_cpus()
-    server = xllamacpp.Server(params)
+    complete = xllamacpp.Server(params).handle_completions
     total, count = 0.0, 0
     for tokens_T in windows:
         for end in range(1, len(tokens_T)):
             prompt, token = tokens_T[:end].tolist(), int(tokens_T[end])
-            few = _next_logprob(server, prompt, token, num_top=_FEW)
-            found = few if few is not None else _next_logprob(server, prompt, token, num_top=vocab)
+            few = _next_logprob(complete, prompt, token, num_top=_FEW)
+            found = (
+                few if few is not None else _next_logprob(complete, prompt, token, num_top=vocab)
+            )
             if found is None:
                 raise RuntimeError(f"llama.cpp returned no probability of token {token}")
             total, count = total - found, count + 1
     return math.exp(total / count)
 
 
-def _next_logprob(server: Any, prompt: list[int], token: int, *, num_top: int) -> float | None:
+def _next_logprob(
+    complete: Callable[[dict[str, object]], dict[str, Any]],
+    prompt: list[int],
+    token: int,
+    *,
+    num_top: int,
+) -> float | None:
     """The log probability of a token after a prompt, if it is among the first `num_top`."""
     wanted = {"prompt": prompt, "n_predict": 1, "n_probs": num_top, "cache_prompt": True}
-    reply = server.handle_completions({**wanted, "temperature": -1.0, "samplers": []})
+    reply = complete({**wanted, "temperature": -1.0, "samplers": []})
     top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return next((float(entry["logprob"]) for entry in top if entry["id"] == token), None)
 

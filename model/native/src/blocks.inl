@@ -46,6 +46,14 @@ struct BlockRows {
 
 #include QUIRE_BLOCK_TILE
 
+// acc[row][column] = the products of some rows with a panel.
+template <int ROWS>
+static void multiply_block_tile(const BlockRows& rows, int count, const uint8_t* blocks, BlockAhead ahead, float* acc) {
+  if constexpr (ROWS > 1)
+    if (count < ROWS) return multiply_block_tile<ROWS - 1>(rows, count, blocks, ahead, acc);
+  multiply_block_rows<ROWS>(rows, blocks, ahead, acc);
+}
+
 // One tile: prefetches a little ahead in the same stream. Several: each a share of the next panel.
 static BlockAhead block_ahead(const uint8_t* panel, size_t panel_bytes, int tile, int tiles) {
   constexpr int lines = BLOCK_BYTES / 64;
@@ -81,7 +89,7 @@ static void multiply_blocks(const Product* product, int first, int end) {
     for (int row = 0, tile = 0; row < p.rows; tile++) {
       const int count = (p.rows - row + tiles - tile - 1) / (tiles - tile);
       const BlockRows rows = {p.codes.rows + (size_t)row * p.codes.stride, p.codes.stride, w.inputs};
-      multiply_block_tile(rows, count, blocks, block_ahead(blocks, bytes, tile, tiles), acc);
+      multiply_block_tile<BLOCK_ROWS>(rows, count, blocks, block_ahead(blocks, bytes, tile, tiles), acc);
       switch (p.epilogue) {
         case Epilogue::STORE: finish_blocks<Epilogue::STORE>(p, panel, row, count, acc); break;
         case Epilogue::ADD: finish_blocks<Epilogue::ADD>(p, panel, row, count, acc); break;

@@ -1,14 +1,15 @@
-// multiply_block_tile on any machine.
+// multiply_block_rows on any machine.
 
 constexpr int BLOCK_ROWS = 4;
 
-static void multiply_block_tile(const BlockRows& rows, int count, const uint8_t* blocks, BlockAhead ahead, float* acc) {
+template <int ROWS>
+static void multiply_block_rows(const BlockRows rows, const uint8_t* blocks, BlockAhead ahead, float* acc) {
   (void)ahead;  // this variant is compute-bound
   static const int32_t none[PANEL] = {};
-  for (int i = 0; i < count * PANEL; i++) acc[i] = 0.0f;
+  for (int i = 0; i < ROWS * PANEL; i++) acc[i] = 0.0f;
   for (int b = 0; b < rows.inputs / BLOCK_INPUTS; b++, blocks += BLOCK_BYTES) {
     const uint16_t* scales = (const uint16_t*)(blocks + BLOCK_CODES);
-    for (int row = 0; row < count; row++) {
+    for (int row = 0; row < ROWS; row++) {
       const int8_t* codes = rows.codes(row, b);
       int32_t sums[PANEL] = {};
       for (int i = 0; i < BLOCK_INPUTS / 2; i++)

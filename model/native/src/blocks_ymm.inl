@@ -1,4 +1,4 @@
-// multiply_block_tile with 256-bit registers. The float sums are in memory, in the L1 cache; the integer
+// multiply_block_rows with 256-bit registers. The float sums are in memory, in the L1 cache; the integer
 // sums of a block are in registers, for some of the panel's columns at a time.
 //
 // AVX2: `maddubs` adds pairs of products in 16 bits. A lane meets 8 pairs in a block: at most 8 * 2 * 15 *
@@ -68,15 +68,5 @@ static void multiply_block_rows(const BlockRows rows, const uint8_t* block, Bloc
       __asm__ volatile("" : : : "memory");  // or GCC loads all codes before the loop, and spills them
       add_columns<ROWS, WIDTH>(rows, b, block, first, acc);
     }
-  }
-}
-
-static void multiply_block_tile(const BlockRows& rows, int count, const uint8_t* blocks, BlockAhead ahead, float* acc) {
-  switch (count) {
-    case 1: return multiply_block_rows<1>(rows, blocks, ahead, acc);
-    case 2: return multiply_block_rows<2>(rows, blocks, ahead, acc);
-    case 3: return multiply_block_rows<3>(rows, blocks, ahead, acc);
-    case 4: return multiply_block_rows<4>(rows, blocks, ahead, acc);
-    default: return multiply_block_rows<5>(rows, blocks, ahead, acc);
   }
 }

@@ -1,4 +1,4 @@
-// multiply_block_tile with AVX-512 VNNI: up to 6 rows share a panel, with 12 integer sums of the block
+// multiply_block_rows with AVX-512 VNNI: up to 6 rows share a panel, with 12 integer sums of the block
 // and 12 float sums in registers.
 
 constexpr int BLOCK_ROWS = 6;
@@ -52,16 +52,5 @@ static void multiply_block_rows(const BlockRows rows, const uint8_t* block, Bloc
   for (int r = 0; r < ROWS; r++) {
     _mm512_storeu_ps(acc + r * PANEL, sums[r][0]);
     _mm512_storeu_ps(acc + r * PANEL + 16, sums[r][1]);
-  }
-}
-
-static void multiply_block_tile(const BlockRows& rows, int count, const uint8_t* blocks, BlockAhead ahead, float* acc) {
-  switch (count) {
-    case 1: return multiply_block_rows<1>(rows, blocks, ahead, acc);
-    case 2: return multiply_block_rows<2>(rows, blocks, ahead, acc);
-    case 3: return multiply_block_rows<3>(rows, blocks, ahead, acc);
-    case 4: return multiply_block_rows<4>(rows, blocks, ahead, acc);
-    case 5: return multiply_block_rows<5>(rows, blocks, ahead, acc);
-    default: return multiply_block_rows<6>(rows, blocks, ahead, acc);
   }
 }
