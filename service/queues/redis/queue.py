@@ -12,10 +12,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from itertools import chain, repeat
 from typing import Any
 
-from service.messages import Allowance, End, FinishReason, GenerationRequest, Record, Submission
+from service.messages import (
+    Allowance,
+    End,
+    FinishReason,
+    GenerationRequest,
+    Record,
+    Submission,
+    Tokens,
+)
 from service.queues.admission import (
     Meter,
     RateUsage,
@@ -53,8 +62,10 @@ from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
 from service.queues.redis.connection import Command, RedisClient, check_server, present
 from service.queues.redis.depth import decode_depth, depth_commands
-from service.queues.redis.journal import JournalReader
+from service.queues.redis.held import HeldPrefixes
+from service.queues.redis.journal import JournalReader, position_of
 from service.queues.redis.keys import idempotency_name, milliseconds
+from service.queues.redis.mailbox import Mailbox
 from service.queues.redis.pubsub import Wake, Wakeups
 from service.queues.redis.scripts import load_scripts
 from service.queues.redis.servers import Shard
@@ -65,6 +76,8 @@ FORGET_ENGINE = 600.0
 """Seconds after which an engine that runs nothing is forgotten."""
 SWEEP_BATCH = 256
 """Requests that one run of the sweep script examines: it blocks the server meanwhile."""
+WRITE_BATCH = 128
+"""Records that one run of a script journals: it blocks the server meanwhile."""
 LINGER = 10.0
 """Seconds for which the current readers of a forgotten answer can continue."""
 
@@ -90,10 +103,12 @@ class RedisQueue:
             "window": milliseconds(limits.resume_window),
             "keep_blame": milliseconds(BLAME_KEPT),
         }
-        self._reader = JournalReader(self._client, self._wakeups, self._keys, dropped=self._drop)
+        self._held = HeldPrefixes(self._client, self._keys.admission)
+        self._mailbox = Mailbox(self._wakeups, self._keys, dropped=self._drop)
+        self._reader = JournalReader(self._client, self._mailbox, self._keys, dropped=self._drop)
         self._claimer = Claimer(
             self._client,
-            self._wakeups,
+            self._mailbox,
             lease=limits.lease,
             rules=self._rules,
             keys=self._keys,
@@ -145,7 +160,7 @@ class RedisQueue:
             key=None if allowance is None else allowance.key,
             tokens_per_minute=tokens_per_minute,
             max_in_flight=None if allowance is None else allowance.max_in_flight,
-            requests=[_admitted(request) for request in submission.requests],
+            requests=[*map(_admitted, submission.requests, chain(submission.prefixes, repeat(())))],
         )
         wait, used = (float(ms) / 1000 for ms in times)
         usage = RateUsage()
@@ -250,10 +265,24 @@ class RedisQueue:
         return ("DEL", self._keys.probe)
 
     # --- the engine's side ----------------------------------------------------------------
+    async def hold(self, engine: str, prefixes: Collection[str]) -> None:
+        await self._held.announce(engine, frozenset(prefixes))
+
     async def claim(
         self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
         return await self._claimer.claim(engine, limit=limit, wait=wait, under_served=under_served)
+
+    async def look(
+        self, engine: EngineInfo, *, limit: int, under_served: int, waits: bool
+    ) -> tuple[Sequence[Claim], float]:
+        """A part of `claim`, see `Claimer.look`."""
+        return await self._claimer.look(engine, limit=limit, under_served=under_served, waits=waits)
+
+    @property
+    def free_in(self) -> float:
+        """Seconds until a request that the last claim left to other engines is free."""
+        return self._claimer.free_in
 
     def watch_work(self, wake: Wake) -> None:
         """Calls `wake`, which must not block, whenever there may be something to claim."""
@@ -263,26 +292,40 @@ class RedisQueue:
         """Raises Unavailable with the code `storage_full` if the server had no memory for tokens:
         those of `writes` that were written return DUP next time.
         """
-        replies = await self._client.run([self._write_command(write) for write in writes])
-        found = [WriteReply(WriteStatus(status.decode()), count) for status, count in replies]
+        batches: list[tuple[str, Sequence[int]]] = []
+        for script, kind in (("append", Tokens), ("finish", End)):  # a request's end is its last
+            of_kind = [i for i, write in enumerate(writes) if isinstance(write.record, kind)]
+            batches += [
+                (script, of_kind[begin : begin + WRITE_BATCH])
+                for begin in range(0, len(of_kind), WRITE_BATCH)
+            ]
+        replies = await self._client.run(
+            [
+                self._write_command(script, [writes[place] for place in places])
+                for script, places in batches
+            ]
+        )
+        found = [WriteReply(WriteStatus.OK, position_of(write.record)) for write in writes]
+        for (_, places), refused in zip(batches, replies, strict=True):
+            for number, status, count in refused:
+                found[places[number - 1]] = WriteReply(WriteStatus(status.decode()), count)
         report_replies(found, self._observer)
         return found
 
-    def _write_command(self, write: Write) -> Command:
-        record = write.record
-        key, lease = self._keys.admission, _leased(write.lease)
-        if isinstance(record, End):
-            return self._client.script(
-                "finish",
-                key,
-                encode_end(record),
-                count=record.count,
-                window=self._rules["window"],
-                **lease,
-            )
-        count = len(record.ids)
+    def _write_command(self, script: str, writes: Sequence[Write]) -> Command:
+        items: list[tuple[str | int, ...]] = []
+        values: list[bytes] = []
+        for write in writes:
+            lease, record = write.lease, write.record
+            item = lease.request_id, lease.epoch, lease.owner
+            if isinstance(record, End):
+                items.append((*item, record.count))
+                values.append(encode_end(record))
+            else:
+                items.append((*item, record.start, len(record.ids)))
+                values.append(encode_tokens(record))
         return self._client.script(
-            "append", key, encode_tokens(record), start=record.start, count=count, **lease
+            script, self._keys.admission, *values, items=items, window=self._rules["window"]
         )
 
     async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
@@ -295,16 +338,16 @@ class RedisQueue:
         self._note(QueueEvent.CRASHED, crashed)
 
     async def stops(self) -> AsyncIterator[str]:
-        hints: asyncio.Queue[bytes] = asyncio.Queue()
-        wake = hints.put_nowait
-        self._wakeups.watch(self._keys.stops, wake)
+        messages: asyncio.Queue[bytes] = asyncio.Queue()
+        wake = messages.put_nowait
+        self._mailbox.watch(wake)
         try:
             while True:
-                message = await hints.get()
-                if message:  # empty: subscribed, at first or again
-                    yield message.decode()
+                message = await messages.get()
+                if message[:1] == b"s":
+                    yield message[1:].decode()
         finally:
-            self._wakeups.unwatch(self._keys.stops, wake)
+            self._mailbox.unwatch(wake)
 
     async def close(self) -> None:
         self._client.refuse()
@@ -346,7 +389,7 @@ def _leased(lease: Lease) -> dict[str, Any]:
     return {"request": lease.request_id, "epoch": lease.epoch, "owner": lease.owner}
 
 
-def _admitted(request: GenerationRequest) -> dict[str, Any]:
+def _admitted(request: GenerationRequest, prefixes: Sequence[str]) -> dict[str, Any]:
     """A request as `submit.lua` expects it."""
     return present(
         id=request.id,
@@ -356,4 +399,5 @@ def _admitted(request: GenerationRequest) -> dict[str, Any]:
         share=answer_share(request),
         bytes=request_bytes(request),
         features=" ".join(request.features),
+        prefixes=prefixes,
     )
