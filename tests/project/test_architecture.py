@@ -30,7 +30,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model.text": ("model.checkpoint", "model.text", "tokenizers", "jinja2"),
     "model.grammar": ("llguidance", "model.batch"),
     "model.grammar_validator": ("model.grammar",),
-    "service": ("service.decoding", "service.errors", "service.messages"),
+    "service": ("pydantic", "service.decoding", "service.errors", "service.messages"),
     "service.settings": ("pydantic", "service.errors"),
     "service.keys": ("pydantic", "service.errors"),
     "service.chat": ("httpx", "rich", "service.errors"),

@@ -32,12 +32,12 @@ from service.queues.admission import (
 )
 from service.queues.contract import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
 from service.queues.memory.queue import MemoryQueue
-from service.queues.observer import QueueEvent
+from service.queues.observer import QueueEvent, QueueObserver
 from service.queues.redis.queue import RedisQueue
 from tests.support.waiting import PATIENCE
 
 
-class Counts(Counter[QueueEvent]):
+class Counts(Counter[QueueEvent], QueueObserver):
     """An observer that remembers."""
 
     def happened(self, event: QueueEvent, count: int = 1) -> None:

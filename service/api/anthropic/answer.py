@@ -105,7 +105,7 @@ def _block(segment: Segment) -> dict[str, Any]:
     if not isinstance(segment, ToolCallSegment):
         return block | {"text": segment.text}
     try:
-        return block | {"input": json.loads(segment.arguments)}
+        return block | {"input": json.loads(segment.text)}
     except ValueError:
         return block
 

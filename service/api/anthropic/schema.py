@@ -17,9 +17,9 @@ from service.api.http.fields import (
     CacheControl,
     FieldError,
     Ignored,
-    ModelName,
     OnDisconnect,
     Priority,
+    RequiredModel,
     Seed,
     StopStrings,
     StrictModel,
@@ -160,7 +160,7 @@ class CountBody(WireModel):
 
     unsupported = _SHARED
 
-    model: ModelName = Field(description="The id of the model, as /v1/models lists it.")
+    model: RequiredModel
     messages: list[Turn] = Field(
         min_length=1,
         max_length=MAX_MESSAGES,
@@ -214,12 +214,8 @@ class MessageBody(CountBody):
         le=MAX_TOKENS,
         description="Maximum number of output tokens, cut to the rest of the context.",
     )
-    temperature: UnitTemperature = Field(
-        None, description="0 is greedy; 1 samples from the model's own distribution. Default 1."
-    )
-    top_p: TopP = Field(
-        None, description="Sample from the most likely tokens that have this total probability."
-    )
+    temperature: UnitTemperature = None
+    top_p: TopP = None
     top_k: int | None = Field(
         None,
         ge=0,
@@ -234,9 +230,7 @@ class MessageBody(CountBody):
     diagnostics: dict[str, Any] | None = Field(
         None, description="Accepted for compatibility; has no effect."
     )
-    seed: Seed = Field(
-        None, description="The same seed gives the same answer. Default: a random one."
-    )
+    seed: Seed = None
     priority: Priority = None
     on_disconnect: OnDisconnect = None
 

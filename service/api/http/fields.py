@@ -288,6 +288,12 @@ Label = Annotated[
     str, PlainValidator(_label), WithJsonSchema({"type": "string", "maxLength": MAX_LABEL})
 ]
 ModelName = Annotated[str, StringConstraints(min_length=1)]
+RequiredModel = Annotated[
+    ModelName, Field(description="The id of the model, as /v1/models lists it.")
+]
+OptionalModel = Annotated[
+    ModelName | None, Field(description="The id of the model. Default: the only one served.")
+]
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
     PlainValidator(_prompt),
@@ -344,17 +350,30 @@ AllowedIds = Annotated[
 TokenIds = Annotated[list[int], PlainValidator(_ids), WithJsonSchema(_IDS)]
 OutputLimit = Annotated[int, AfterValidator(_output_limit), Field(json_schema_extra={"minimum": 1})]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+_TEMPERATURE = Field(
+    description="0 is greedy; 1 samples from the model's own distribution. Default 1."
+)
 Temperature = Annotated[
-    Annotated[Finite, Field(ge=0, le=2)] | None, AfterValidator(_no_tiny_temperature)
+    Annotated[Finite, Field(ge=0, le=2)] | None,
+    AfterValidator(_no_tiny_temperature),
+    _TEMPERATURE,
 ]
 UnitTemperature = Annotated[
-    Annotated[Finite, Field(ge=0, le=1)] | None, AfterValidator(_no_tiny_temperature)
+    Annotated[Finite, Field(ge=0, le=1)] | None,
+    AfterValidator(_no_tiny_temperature),
+    _TEMPERATURE,
 ]
 Penalty = Annotated[Finite, Field(ge=-2, le=2)] | None
-TopP = Annotated[Finite, Field(gt=0, le=1)] | None
+TopP = Annotated[
+    Annotated[Finite, Field(gt=0, le=1)] | None,
+    Field(description="Sample from the most likely tokens that have this total probability."),
+]
 MinP = Annotated[Finite, Field(ge=0, le=1)] | None
 RepetitionPenalty = Annotated[Finite, Field(ge=0.01, le=100)] | None
-Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None
+Seed = Annotated[
+    Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None,
+    Field(description="The same seed gives the same answer. Default: a random one."),
+]
 Ignored = Annotated[Label | None, Field(description="Accepted for compatibility; has no effect.")]
 IgnoredText = Annotated[
     Text | None, Field(description="Accepted for compatibility; has no effect.")

@@ -21,11 +21,11 @@ from service.api.http.fields import (
     LogitBias,
     Metadata,
     MinP,
-    ModelName,
     OnDisconnect,
     Penalty,
     Priority,
     RepetitionPenalty,
+    RequiredModel,
     Seed,
     StopIds,
     StopStrings,
@@ -158,22 +158,18 @@ class TemplateOptions(WireModel):
 class SamplingBody(WireModel):
     """The fields that all generating endpoints share."""
 
-    model: ModelName = Field(description="The id of the model, as /v1/models lists it.")
+    model: RequiredModel
     min_tokens: int | None = Field(
         None, ge=0, description="Tokens before which no end or stop token is sampled. Default 0."
     )
-    temperature: Temperature = Field(
-        None, description="0 is greedy; 1 samples from the model's own distribution. Default 1."
-    )
+    temperature: Temperature = None
     top_k: int | None = Field(
         None,
         ge=-1,
         le=MAX_TOP_K,
         description="Sample from the k most likely tokens only; 0 or -1: from all.",
     )
-    top_p: TopP = Field(
-        None, description="Sample from the most likely tokens that have this total probability."
-    )
+    top_p: TopP = None
     min_p: MinP = Field(
         None,
         description="Exclude tokens below this fraction of the highest probability. Default 0.",
@@ -191,9 +187,7 @@ class SamplingBody(WireModel):
     logit_bias: LogitBias = Field(
         None, description="Token id -> number from -100 to 100, added to its logit."
     )
-    seed: Seed = Field(
-        None, description="The same seed gives the same answer. Default: a random one."
-    )
+    seed: Seed = None
     stop: StopStrings = Field(
         None, description="Strings that end the answer; they are not part of it."
     )

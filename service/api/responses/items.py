@@ -32,7 +32,14 @@ from service.api.http.fields import (
     Text,
 )
 from service.api.http.models import MAX_MESSAGES, UNSUPPORTED, MessageModel, WireModel
-from service.api.tools.chat import FunctionDefinition, InputFormat, Mode, ToolChoice, ToolRef
+from service.api.tools.chat import (
+    FunctionDefinition,
+    InputFormat,
+    Mode,
+    ToolCall,
+    ToolChoice,
+    ToolRef,
+)
 from service.api.tools.schema import (
     Function,
     FunctionName,
@@ -259,11 +266,16 @@ class InputCall(StrictModel):
     id: Ignored = None
     status: Ignored = None
 
+    def call(self) -> ToolCall:
+        return ToolCall(id=self.call_id, name=self.name, arguments=self.arguments)
+
 
 class InputResult(StrictModel):
     """The result of a tool call."""
 
-    type: Literal["function_call_output"] = Field(description="The kind of item.")
+    type: Literal["function_call_output", "custom_tool_call_output"] = Field(
+        description="The kind of item."
+    )
     call_id: Label = Field(description="The id of the call.")
     output: ResponseContent = Field(description="The text, or a list of text parts.")
     id: Ignored = None
@@ -280,15 +292,8 @@ class InputCustomCall(StrictModel):
     id: Ignored = None
     status: Ignored = None
 
-
-class InputCustomResult(StrictModel):
-    """The result of a custom tool's call."""
-
-    type: Literal["custom_tool_call_output"] = Field(description="The kind of item.")
-    call_id: Label = Field(description="The id of the call.")
-    output: ResponseContent = Field(description="The text, or a list of text parts.")
-    id: Ignored = None
-    status: Ignored = None
+    def call(self) -> ToolCall:
+        return ToolCall(id=self.call_id, name=self.name, arguments=self.input, custom=True)
 
 
 class InputReference(StrictModel):
@@ -298,10 +303,8 @@ class InputReference(StrictModel):
     id: Label = Field(description="The id of the item.")
 
 
-_KINDS = (
-    "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output",
-    "reasoning", "item_reference",
-)  # fmt: skip
+_RESULTS = ("function_call_output", "custom_tool_call_output")
+_KINDS = ("function_call", "custom_tool_call", "reasoning", "item_reference")
 
 
 def _kind_of_item(item: object) -> str:
@@ -309,28 +312,28 @@ def _kind_of_item(item: object) -> str:
     kind = item.get("type") if isinstance(item, dict) else None
     if kind is None and isinstance(item, dict) and set(item) - {"type"} == {"id"}:
         kind = "item_reference"  # its type is optional
+    if kind in _RESULTS:
+        return "(result)"
     return f"({kind})" if kind in _KINDS else "(message)"
 
 
 AnyCall = InputCall | InputCustomCall
-AnyResult = InputResult | InputCustomResult
-InputItem = InputMessage | InputReasoning | AnyCall | AnyResult
+InputItem = InputMessage | InputReasoning | AnyCall | InputResult
 """An item that is no reference."""
 AnyItem = Annotated[
     Annotated[InputMessage, Tag("(message)")]
     | Annotated[InputReasoning, Tag("(reasoning)")]
     | Annotated[InputCall, Tag("(function_call)")]
-    | Annotated[InputResult, Tag("(function_call_output)")]
+    | Annotated[InputResult, Tag("(result)")]
     | Annotated[InputCustomCall, Tag("(custom_tool_call)")]
-    | Annotated[InputCustomResult, Tag("(custom_tool_call_output)")]
     | Annotated[InputReference, Tag("(item_reference)")],
     Discriminator(_kind_of_item),
 ]
 
 
-_PREFIXES: dict[type[InputItem], str] = {
-    InputMessage: "msg", InputReasoning: "rs", InputCall: "fc", InputResult: "fco",
-    InputCustomCall: "ctc", InputCustomResult: "ctco",
+_PREFIXES = {
+    "message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco",
+    "custom_tool_call": "ctc", "custom_tool_call_output": "ctco",
 }  # fmt: skip
 
 
@@ -350,4 +353,4 @@ def stored_item(item: InputItem, id_: str) -> dict[str, Any]:
         fields |= {"type": "reasoning", "summary": [], "content": parts}
     else:
         fields |= item.model_dump(exclude={"id", "status"})
-    return {"id": f"{_PREFIXES[type(item)]}_{id_}", **fields}
+    return {"id": f"{_PREFIXES[fields['type']]}_{id_}", **fields}

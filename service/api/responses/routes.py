@@ -185,8 +185,6 @@ def _too_long(most: str, *, param: str | None) -> BadRequest:
 router = APIRouter(route_class=JsonRoute)
 
 MAX_NUMBER = 10**9
-WARNING = "x-quire-warning"
-"""Header of an answer for which a part of the request was dropped."""
 
 ResponseId = Annotated[str, Path(description="The id of a response.")]
 
@@ -203,11 +201,7 @@ async def create_response(
     call_id = request.state.request_id
     stored = None if body.store is False else found.stored_input(call_id)
     generation = RESPONSES.generation(body, found.items, stored_input=stored)
-    response = await answer_generation(RESPONSES, generation, request, context, tenant)
-    if body.dropped_tools:
-        dropped = ", ".join(body.dropped_tools)
-        response.headers[WARNING] = f"tools that this server lacks were dropped: {dropped}"
-    return response
+    return await answer_generation(RESPONSES, generation, request, context, tenant)
 
 
 @router.post("/v1/responses/compact", include_in_schema=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -18,7 +18,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 
 from service.api.http.auth import OPEN_PATHS, is_counted
-from service.api.http.context import ApiContext, ApiLimits, Context
+from service.api.http.context import ApiContext, ApiLimits, Context, from_app
 from service.api.http.models import EVENTS
 from service.messages import ModelCard
 
@@ -107,9 +107,9 @@ class DocumentCache:
 
 
 @router.get(DOCUMENT)
-async def show_document(request: Request, context: Context) -> Response:
-    cache = request.app.state.document
-    assert isinstance(cache, DocumentCache)  # noqa: S101  # `install` put it there
+async def show_document(
+    cache: Annotated[DocumentCache, from_app("document")], context: Context
+) -> Response:
     return Response(await cache.body(context.card), media_type="application/json")
 
 

@@ -43,7 +43,6 @@ from service.queues.contract import (
 )
 from service.queues.observer import (
     STOPPED,
-    NullQueueObserver,
     QueueEvent,
     QueueObserver,
     report_replies,
@@ -81,7 +80,7 @@ class RedisQueue:
         self, limits: QueueLimits, *, url: str, observer: QueueObserver | None = None
     ) -> None:
         self.limits = limits
-        self._observer = NullQueueObserver() if observer is None else observer
+        self._observer = QueueObserver() if observer is None else observer
         self._url = RedisUrl(url)
         self._shards = tuple(
             ShardKeys(shard, prefix=self._url.prefix) for shard in range(self._url.shards)
