@@ -91,6 +91,12 @@ class Metrics(Series, ConnectionObserver, ApiObserver, QueueObserver, WorkerObse
         self._vllm.model = card.id
         self._queue.serves(card)
 
+    # --- service.parts.EngineSide ---------------------------------------------------------
+    def has_cache(self, *, block_size: int, num_blocks: int) -> None:
+        """The engine's KV cache, before its first step."""
+        self.blocks.labels("free").set(num_blocks)
+        self._vllm.cache = (block_size, num_blocks)
+
     # --- service.keys.KeyRing -------------------------------------------------------------
     def keys_reloaded(self, good: bool) -> None:  # noqa: FBT001 - what KeyRing calls
         self.key_reloads.labels("ok" if good else "refused").inc()

@@ -34,6 +34,7 @@ against both.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -96,6 +97,13 @@ class QueueLimits:
         expires, then another engine claims and continues the request.
         """
         return self.lease + self.failover_margin
+
+
+def slot_of(key: str) -> int:
+    """The slot of an idempotency key, 0 .. 65535. A queue of several shards finds a submission by
+    its slot, the last four hex digits of its id; so submissions with one key must have the key's.
+    """
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:2])
 
 
 class SubmitStatus(StrEnum):
@@ -164,13 +172,16 @@ class Claim:
 
 class WriteStatus(StrEnum):
     """OK: written. DUP: it was there already. GAP: tokens from `count` on are missing, send them
-    first. FENCED: the lease is lost or the request has ended.
+    first. FENCED: the lease is lost or the request has ended. The part of the store that has the
+    request's journal does not answer (AWAY) or is full (STORAGE): send it again.
     """
 
     OK = "ok"
     DUP = "dup"
     GAP = "gap"
     FENCED = "fenced"
+    AWAY = "away"
+    STORAGE = "storage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +343,10 @@ class Queue(Protocol):
         """
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
-        """Journals the records of one engine step in one round trip, in order; a reply for each."""
+        """Journals the records of one engine step in one round trip, in order; a reply for each.
+
+        A queue whose store is in several parts replies AWAY or STORAGE instead of `Unavailable`.
+        """
 
     async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
         """Extends the leases of one engine, and is its heartbeat. Returns the ids of the requests

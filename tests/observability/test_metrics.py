@@ -36,6 +36,7 @@ from service.queues.contract import (
 )
 from service.queues.memory.queue import MemoryQueue
 from service.queues.redis.queue import RedisQueue
+from service.queues.redis.servers import shards_of
 from service.worker.worker import Worker
 from tests.cluster.redis_process import RedisServer
 from tests.queues.builders import (
@@ -169,7 +170,7 @@ async def replicas(
 
     def make(limits: QueueLimits) -> tuple[RedisQueue, Metrics]:
         metrics = Metrics()
-        made.append(RedisQueue(limits, url=server.url, observer=metrics))
+        made.append(RedisQueue(limits, shard=shards_of(server.url)[0], observer=metrics))
         return made[-1], metrics
 
     yield make
@@ -463,6 +464,7 @@ def test_histograms_have_the_conventions_boundaries() -> None:
 def fed(*, vllm_names: bool, role: str = "serve") -> Metrics:
     metrics = Metrics(vllm_names=vllm_names, role=role)
     metrics.serves(CARD)
+    metrics.has_cache(block_size=16, num_blocks=100)
     seen = {"prompt_tokens": 30, "num_sampled": 5, "num_tokens": 35, "prefix_hit_tokens": 10}
     seen |= {"running": 3, "waiting": 2, "blocks_used": 30, "blocks_cached": 50, "blocks_free": 20}
     metrics.stepped(StepReport(**NEVER_COMPUTED | seen | {"preempted": ("a.0", "b.0")}))
@@ -502,6 +504,8 @@ def test_vllms_dashboards_find_the_same_figures() -> None:
     }
     for name, value in expected.items():
         assert theirs[f'{name}{{model_name="tiny"}}'] == value, name
+    cache = 'vllm:cache_config_info{block_size="16",model_name="tiny",num_gpu_blocks="100"}'
+    assert theirs[cache] == 1
     success = 'vllm:request_success_total{{finished_reason="{}",model_name="tiny"}}'
     ends = {reason: theirs[success.format(reason)] for reason in ("stop", "abort", "length")}
     assert ends == {"stop": 1, "abort": 2, "length": 0}

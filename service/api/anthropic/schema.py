@@ -22,7 +22,6 @@ from service.api.http.fields import (
     RequiredModel,
     Seed,
     StopStrings,
-    StrictModel,
     TopP,
     UnitTemperature,
 )
@@ -34,6 +33,7 @@ from service.api.http.models import (
     CallId,
     Count,
     ModelId,
+    StrictModel,
     WireModel,
 )
 from service.api.tools.schema import MAX_TOOLS

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import orjson
 
-from service.decoding import decode
+from service.decoding import from_object
 from service.errors import Unavailable
 
 
@@ -129,7 +129,7 @@ class Manifest:
         version cannot render the answer, such as one of a new endpoint: another replica may.
         """
         try:
-            return decode(cls, text)
+            return from_object(cls, orjson.loads(text))
         except (ValueError, TypeError) as error:
             raise Unavailable(
                 "this answer is of another version of the server; try again",

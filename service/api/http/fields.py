@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     StringConstraints,
     WithJsonSchema,
-    model_validator,
 )
-
-from service.errors import BadRequest
 
 _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 MAX_LOGIT_BIAS = 1024
-MAX_KEYS = 256  # of one object
 MAX_ITEMS = 1024  # of a list that is validated item by item; token ids are not
 MAX_METADATA = 16
 MAX_DEPTH = 64  # of a JSON schema, or of the arguments of a call
@@ -44,23 +37,6 @@ class FieldError(ValueError):
         super().__init__(message)
         self.code = code
         self.message = message
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FieldNames:
-    """A dialect's names of the fields that errors mention. The defaults are OpenAI's.
-
-    `function` and `parameters` are formatted with the index of a tool.
-    """
-
-    prompt: str = "prompt"
-    max_tokens: str = "max_tokens"
-    stop: str = "stop"
-    logprobs: str = "logprobs"
-    output: str = "response_format"
-    schema: str = "response_format.json_schema.schema"
-    function: str = "tools[{}].function"
-    parameters: str = "tools[{}].function.parameters"
 
 
 def is_text(value: str) -> bool:
@@ -403,17 +379,3 @@ OnDisconnect = Annotated[
         "at once, or after a grace period if X-Quire-Event-Ids makes the stream resumable."
     ),
 ]
-
-
-class StrictModel(BaseModel):
-    """Accepts no string as a number, and no unknown field."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _reject_many_keys(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
-        if isinstance(value, dict) and len(value) > MAX_KEYS:  # before each becomes an error
-            message = f"an object of the body may have at most {MAX_KEYS} fields"
-            raise BadRequest(message, code="object_above_max_length")
-        return value

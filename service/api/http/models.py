@@ -29,7 +29,6 @@ from service.api.http.fields import (
     Seed,
     StopIds,
     StopStrings,
-    StrictModel,
     Temperature,
     TopP,
 )
@@ -37,6 +36,7 @@ from service.errors import BadRequest
 
 MAX_MESSAGES = 1024
 MAX_TOP_K = 2**31 - 1
+MAX_KEYS = 256  # of one object
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "suffix": ("",),
@@ -99,6 +99,20 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "return_tokens_as_token_ids": (False,),
 })  # fmt: skip
 """Field -> the values that have no effect, which are accepted."""
+
+
+class StrictModel(BaseModel):
+    """Accepts no string as a number, and no unknown field."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_many_keys(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
+        if isinstance(value, dict) and len(value) > MAX_KEYS:  # before each becomes an error
+            message = f"an object of the body may have at most {MAX_KEYS} fields"
+            raise BadRequest(message, code="object_above_max_length")
+        return value
 
 
 class WireModel(StrictModel):

@@ -13,8 +13,7 @@ from service.api.generation.request import Chat, Effort, Generation, Prompts, sa
 from service.api.generation.submit import answer
 from service.api.http.body import JsonRoute
 from service.api.http.context import Caller, Context, JsonRequest
-from service.api.http.errors import error_body
-from service.api.http.fields import FieldNames
+from service.api.http.errors import FieldNames, error_body
 from service.api.http.models import described
 from service.api.openai.answer import ChunkRenderer, collect
 from service.api.openai.schema import (

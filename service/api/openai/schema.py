@@ -17,7 +17,6 @@ from service.api.http.fields import (
     Prompt,
     ServiceTier,
     StopStrings,
-    StrictModel,
 )
 from service.api.http.models import (
     MAX_MESSAGES,
@@ -29,6 +28,7 @@ from service.api.http.models import (
     ModelId,
     NumericClass,
     SamplingBody,
+    StrictModel,
     TemplateOptions,
     WireModel,
 )

@@ -12,8 +12,7 @@ from service.api.generation.deltas import Accumulator
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader
 from service.api.generation.request import Chat, Generation, sampling_of
-from service.api.http.errors import error_body
-from service.api.http.fields import FieldNames
+from service.api.http.errors import FieldNames, error_body
 from service.api.responses.items import (
     AnyCall,
     InputItem,

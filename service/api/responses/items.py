@@ -23,15 +23,8 @@ from pydantic import (
     field_validator,
 )
 
-from service.api.http.fields import (
-    FieldError,
-    Ignored,
-    Label,
-    ResponseContent,
-    StrictModel,
-    Text,
-)
-from service.api.http.models import MAX_MESSAGES, UNSUPPORTED, MessageModel, WireModel
+from service.api.http.fields import FieldError, Ignored, Label, ResponseContent, Text
+from service.api.http.models import MAX_MESSAGES, UNSUPPORTED, MessageModel, StrictModel, WireModel
 from service.api.tools.chat import (
     FunctionDefinition,
     InputFormat,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from service.api.generation.request import Effort
-from service.api.http.fields import Label, OptionalModel, StrictModel, Text, check_json
+from service.api.http.fields import Label, OptionalModel, Text, check_json
 from service.api.http.models import (
     MAX_MESSAGES,
     UNSUPPORTED,
@@ -20,6 +20,7 @@ from service.api.http.models import (
     CallId,
     ModelId,
     SamplingBody,
+    StrictModel,
 )
 from service.api.responses.items import (
     AnyItem,

@@ -13,7 +13,8 @@ from service.api.generation.request import Chat, check_token_ids
 from service.api.generation.submit import check_model
 from service.api.http.body import JsonRoute
 from service.api.http.context import ApiContext, Caller, Context
-from service.api.http.fields import FieldNames, OptionalModel, Text, TokenIds
+from service.api.http.errors import FieldNames
+from service.api.http.fields import OptionalModel, Text, TokenIds
 from service.api.http.models import (
     MAX_MESSAGES,
     AnswerModel,

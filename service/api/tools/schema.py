@@ -28,11 +28,10 @@ from service.api.http.fields import (
     FieldError,
     Label,
     NoEffect,
-    StrictModel,
     Text,
     check_json,
 )
-from service.api.http.models import MessageModel
+from service.api.http.models import MessageModel, StrictModel
 from service.api.tools.chat import (
     ChatMessage,
     FunctionDefinition,

@@ -21,7 +21,7 @@ from service.queues.observer import QueueEvent, QueueObserver
 from service.queues.redis.codec import decode_ids
 from service.queues.redis.connection import RedisClient
 from service.queues.redis.keys import ShardKeys
-from service.queues.redis.pubsub import Wakeups, woken_within
+from service.queues.redis.pubsub import Wake, Wakeups, woken_within
 
 CLAIM_AGAIN = 0.25
 """Seconds after which a waiting engine looks for work without having been woken."""
@@ -41,7 +41,7 @@ class Claimer:
         *,
         lease: float,
         rules: Mapping[str, int],
-        shards: Sequence[ShardKeys],
+        keys: ShardKeys,
         observer: QueueObserver,
         dropped: Callable[[str, int], None],
         write: Callable[[Sequence[Write]], Awaitable[Sequence[WriteReply]]],
@@ -50,12 +50,12 @@ class Claimer:
         self._wakeups = wakeups
         self._lease = lease
         self._rules = rules
-        self._shards = shards
+        self._keys = keys
         self._observer = observer
         self._dropped = dropped
         self._write = write
         self._waiting: set[asyncio.Event] = set()
-        self._unanswered: dict[tuple[str, int], str] = {}  # (engine, shard) -> owner
+        self._unanswered: dict[str, str] = {}  # engine -> owner
         self._next_orphans = 0.0  # loop time
         self._hold_until: float | None = None  # loop time; None before the first claim
 
@@ -67,8 +67,7 @@ class Claimer:
         until = loop.time() + wait
         woken = asyncio.Event()
         self._waiting.add(woken)
-        for keys in self._shards:
-            self._wakeups.watch(keys.work, self._wake)
+        self._wakeups.watch(self._keys.work, self._wake)
         try:
             while True:
                 woken.clear()
@@ -80,6 +79,11 @@ class Claimer:
         finally:
             self._waiting.discard(woken)
 
+    def watch(self, wake: Wake) -> None:
+        """For good: calls `wake` whenever there may be something to claim."""
+        self._wakeups.watch(self._keys.work, self._wake)
+        self._wakeups.watch(self._keys.work, wake)
+
     def _wake(self, message: bytes) -> None:
         if message == b"released":
             self._next_orphans = 0.0
@@ -88,30 +92,19 @@ class Claimer:
 
     async def _claim_now(self, engine: EngineInfo, *, limit: int, most: int) -> list[Claim]:
         orphans = await self._may_take_orphans()
-        claims: list[Claim] = []
-        for keys in self._shards:
-            owner, reply = await self._ask(
-                keys,
-                engine,
-                limit=max(0, limit - len(claims)),
-                most=most - len(claims),
-                orphans=orphans,
-            )
-            found, reclaimed, dropped, overdue, crashed = reply
-            for event, count in (
-                (QueueEvent.RECLAIMED, reclaimed),
-                (QueueEvent.EXPIRED, overdue),
-                (QueueEvent.CRASHED, crashed),
-            ):
-                if count:
-                    self._observer.happened(event, count)
-            if dropped:
-                self._dropped("entry of a queue", dropped)
-            for fields in found:
-                claim = await self._claim_of(fields, owner=owner)
-                if claim is not None:
-                    claims.append(claim)
-        return claims
+        owner, reply = await self._ask(engine, limit=limit, most=most, orphans=orphans)
+        found, reclaimed, dropped, overdue, crashed = reply
+        for event, count in (
+            (QueueEvent.RECLAIMED, reclaimed),
+            (QueueEvent.EXPIRED, overdue),
+            (QueueEvent.CRASHED, crashed),
+        ):
+            if count:
+                self._observer.happened(event, count)
+        if dropped:
+            self._dropped("entry of a queue", dropped)
+        claims = [await self._claim_of(fields, owner=owner) for fields in found]
+        return [claim for claim in claims if claim is not None]
 
     async def _may_take_orphans(self) -> bool:
         """After an outage or a restart of Redis the owners get one lease to renew theirs first.
@@ -131,15 +124,14 @@ class Claimer:
         return True
 
     async def _ask(
-        self, keys: ShardKeys, engine: EngineInfo, *, limit: int, most: int, orphans: bool
+        self, engine: EngineInfo, *, limit: int, most: int, orphans: bool
     ) -> tuple[str, list[Any]]:
         """The owner of what was claimed, and the script's reply."""
-        place = (engine.id, keys.shard)
-        unanswered = self._unanswered.pop(place, None)
+        unanswered = self._unanswered.pop(engine.id, None)
         owner = unanswered or f"{engine.id}:{secrets.token_hex(6)}"
         command = self._client.script(
             "claim",
-            keys.admission,
+            self._keys.admission,
             engine=engine.id,
             numeric_class=engine.numeric_class,
             features=engine.features,
@@ -157,7 +149,7 @@ class Claimer:
             answered = True
         finally:
             if not answered:  # failed or cancelled: the script may have run nevertheless
-                self._unanswered[place] = owner
+                self._unanswered[engine.id] = owner
         return owner, reply
 
     async def _claim_of(self, fields: list[Any], *, owner: str) -> Claim | None:

@@ -17,7 +17,7 @@
     quire:2:{s0}:q0 .. q2     stream   one per priority: running requests; group `engines`,
                                        field rid
     quire:2:{s0}:r:<request>  hash     the state of a request
-    quire:2:{s0}:t:<request>  stream   its journal; also the channel of new entries in it
+    quire:2:{s0}:t:<request>  stream   its journal
     quire:2:{s0}:s:<sub>      hash     the submission: tenant, manifest, number of requests, grace;
                                        if it is kept: input, ms, bytes without them
     quire:2:{s0}:idem:<hash>  hash     idempotency key -> submission, fingerprint
@@ -31,10 +31,12 @@
     quire:2:{s0}:isolates:<e>  string  when engine <e> last began to isolate requests, ms
     quire:2:{s0}:blamed:<e>   set      requests that the death of engine <e> counts against
     quire:2:{s0}:probe        none     never set; deleting it tests whether the server takes writes
+    quire:2:{s0}:m:<mailbox>  channel  messages to one process: see mail.lua
     quire:2:{s0}:work, stops  channel  something to claim; a running request was stopped
 
 The 2 is the version of this layout (`LAYOUT`): processes with another one do not see these keys.
-The braces are the hash tag of Redis Cluster: all keys of a shard are in one slot.
+The braces are the hash tag of Redis Cluster: all keys of a shard are in one slot. In a cluster the
+tag has a suffix (`{s0.4}`), which `servers` chooses.
 """
 
 from __future__ import annotations
@@ -45,15 +47,15 @@ import re
 LAYOUT = 2
 PREFIX = "quire"  # unless the URL has `prefix=`
 
-_SHARD = re.compile(r"s(\d{1,4})-")
+_SLOT = re.compile(r"-[0-9a-f]*([0-9a-f]{4})(\.\d+)?")
 
 
 class ShardKeys:
     """The names in one shard. Deployments with different prefixes can share a server."""
 
-    def __init__(self, shard: int, *, prefix: str = PREFIX) -> None:
+    def __init__(self, shard: int, *, prefix: str = PREFIX, tag: str | None = None) -> None:
         self.shard = shard
-        self.prefix = f"{prefix}:{LAYOUT}:{{s{shard}}}:"
+        self.prefix = f"{prefix}:{LAYOUT}:{{{tag or f's{shard}'}}}:"
         self.admission = self.prefix + "adm"
         self.models = self.prefix + "models"
         self.stored = self.prefix + "stored"
@@ -69,14 +71,17 @@ class ShardKeys:
     def journal(self, request_id: str) -> str:
         return f"{self.prefix}t:{request_id}"
 
+    def mailbox(self, name: str) -> str:
+        return f"{self.prefix}m:{name}"
+
     def submission(self, submission_id: str) -> str:
         return f"{self.prefix}s:{submission_id}"
 
 
 def shard_of(identifier: str, *, shards: int) -> int:
-    """The shard in an id of a submission or request (`s<shard>-...`); 0 if it has none."""
-    match = _SHARD.match(identifier)
-    return int(match[1]) % shards if match else 0
+    """The shard of a submission or request, by the slot in its id; 0 if it has none."""
+    match = _SLOT.search(identifier)
+    return int(match[1], 16) % shards if match else 0
 
 
 def idempotency_name(tenant: str, key: str) -> str:

@@ -1,0 +1,17 @@
+"""Benchmarks without a server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from loadtest.bench import queue
+from loadtest.bench.commands import run_command
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run_command({"queue": queue}, arguments, prog="bench", about="Benchmarks without a server.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
