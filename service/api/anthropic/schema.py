@@ -26,8 +26,8 @@ from service.api.http.fields import (
     UnitTemperature,
 )
 from service.api.http.models import (
+    MAX_INT,
     MAX_MESSAGES,
-    MAX_TOP_K,
     AnswerModel,
     Assistant,
     CallId,
@@ -39,7 +39,6 @@ from service.api.http.models import (
 from service.api.tools.schema import MAX_TOOLS
 
 MAX_EDITS = 16
-MAX_TOKENS = 2**31 - 1
 
 _SHARED: Mapping[str, tuple[Any, ...]] = {
     "speed": ("standard",),
@@ -69,7 +68,7 @@ class BoundedThinking(_AnyThinking):
 
     type: Literal["enabled"] = Field(description="Reasoning with a limit.")
     budget_tokens: int = Field(
-        ge=1, le=MAX_TOKENS, description="The most tokens of reasoning; there it is ended."
+        ge=1, le=MAX_INT, description="The most tokens of reasoning; there it is ended."
     )
 
 
@@ -211,7 +210,7 @@ class MessageBody(CountBody):
 
     max_tokens: int = Field(
         ge=1,
-        le=MAX_TOKENS,
+        le=MAX_INT,
         description="Maximum number of output tokens, cut to the rest of the context.",
     )
     temperature: UnitTemperature = None
@@ -219,7 +218,7 @@ class MessageBody(CountBody):
     top_k: int | None = Field(
         None,
         ge=0,
-        le=MAX_TOP_K,
+        le=MAX_INT,
         description="Sample from the k most likely tokens only; 0: from all.",
     )
     stop_sequences: StopStrings = Field(

@@ -35,7 +35,7 @@ from service.api.http.fields import (
 from service.errors import BadRequest
 
 MAX_MESSAGES = 1024
-MAX_TOP_K = 2**31 - 1
+MAX_INT = 2**31 - 1
 MAX_KEYS = 256  # of one object
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
@@ -180,7 +180,7 @@ class SamplingBody(WireModel):
     top_k: int | None = Field(
         None,
         ge=-1,
-        le=MAX_TOP_K,
+        le=MAX_INT,
         description="Sample from the k most likely tokens only; 0 or -1: from all.",
     )
     top_p: TopP = None

@@ -19,6 +19,7 @@ from service.api.http.fields import (
     StopStrings,
 )
 from service.api.http.models import (
+    MAX_INT,
     MAX_MESSAGES,
     AnswerModel,
     Assistant,
@@ -34,8 +35,6 @@ from service.api.http.models import (
 )
 from service.api.structured.grammar import ResponseFormat, StructuredOutputs
 from service.api.tools.schema import ChatToolChoice, Message, Tools
-
-MAX_INT = 2**31 - 1
 
 
 class StreamOptions(WireModel):

@@ -36,6 +36,7 @@ from service.api.tools.chat import (
 from service.api.tools.schema import (
     Function,
     FunctionName,
+    NamedTool,
     choice_schema,
     parsed_by,
     read_tool_choice,
@@ -54,7 +55,7 @@ class _FunctionType(StrictModel):
     type: Literal["function"] = Field(description="The kind of tool.")
 
 
-class ResponseTool(Function, _FunctionType):  # in this order `type` is the first field
+class ResponseTool(Function, _FunctionType):  # in this order, `type` is the first field
     """A function that the model may call."""
 
     def echoed(self) -> dict[str, Any]:
@@ -82,14 +83,13 @@ class CustomFormat(StrictModel):
         return value
 
 
-class ResponseCustomTool(StrictModel):
+class _CustomType(StrictModel):
+    type: Literal["custom"] = Field(description="The kind of tool.")
+
+
+class ResponseCustomTool(NamedTool, _CustomType):
     """A tool that takes a text."""
 
-    type: Literal["custom"] = Field(description="The kind of tool.")
-    name: FunctionName = Field(description="The name that the model calls.")
-    description: Text | None = Field(
-        None, description="For the model: what it does, and when to call it."
-    )
     format: CustomFormat | None = Field(
         None, description="What the input must match. Default: any text."
     )
