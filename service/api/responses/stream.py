@@ -118,7 +118,6 @@ class ResponseRenderer:
         self._missed += self.event(0, delta)
 
     def event(self, _choice: int, delta: StreamDelta) -> bytes:
-        """The events of one delta."""
         if isinstance(delta, Start):
             events = [self._state("in_progress", Status.IN_PROGRESS)]
             if self._is_plain:  # the only item is opened before it has text
