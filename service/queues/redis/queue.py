@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 from service.messages import (
@@ -60,6 +61,7 @@ from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
 from service.queues.redis.connection import Command, RedisClient, check_server, present
 from service.queues.redis.depth import decode_depth, depth_commands
+from service.queues.redis.held import HeldPrefixes
 from service.queues.redis.journal import JournalReader, position_of
 from service.queues.redis.keys import idempotency_name, milliseconds
 from service.queues.redis.mailbox import Mailbox
@@ -100,11 +102,12 @@ class RedisQueue:
             "window": milliseconds(limits.resume_window),
             "keep_blame": milliseconds(BLAME_KEPT),
         }
+        self._held = HeldPrefixes(self._client, self._keys.admission)
         self._mailbox = Mailbox(self._wakeups, self._keys, dropped=self._drop)
         self._reader = JournalReader(self._client, self._mailbox, self._keys, dropped=self._drop)
         self._claimer = Claimer(
             self._client,
-            self._wakeups,
+            self._mailbox,
             lease=limits.lease,
             rules=self._rules,
             keys=self._keys,
@@ -156,7 +159,7 @@ class RedisQueue:
             key=None if allowance is None else allowance.key,
             tokens_per_minute=tokens_per_minute,
             max_in_flight=None if allowance is None else allowance.max_in_flight,
-            requests=[_admitted(request) for request in submission.requests],
+            requests=[*map(_admitted, submission.requests, chain(submission.prefixes, repeat(())))],
         )
         wait, used = (float(ms) / 1000 for ms in times)
         usage = RateUsage()
@@ -261,10 +264,24 @@ class RedisQueue:
         return ("DEL", self._keys.probe)
 
     # --- the engine's side ----------------------------------------------------------------
+    async def hold(self, engine: str, prefixes: Collection[str]) -> None:
+        await self._held.announce(engine, frozenset(prefixes))
+
     async def claim(
         self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
         return await self._claimer.claim(engine, limit=limit, wait=wait, under_served=under_served)
+
+    async def look(
+        self, engine: EngineInfo, *, limit: int, under_served: int, waits: bool
+    ) -> tuple[Sequence[Claim], float]:
+        """A part of `claim`, see `Claimer.look`."""
+        return await self._claimer.look(engine, limit=limit, under_served=under_served, waits=waits)
+
+    @property
+    def free_in(self) -> float:
+        """Seconds until a request that the last claim left to other engines is free."""
+        return self._claimer.free_in
 
     def watch_work(self, wake: Wake) -> None:
         """Calls `wake`, which must not block, whenever there may be something to claim."""
@@ -320,16 +337,16 @@ class RedisQueue:
         self._note(QueueEvent.CRASHED, crashed)
 
     async def stops(self) -> AsyncIterator[str]:
-        hints: asyncio.Queue[bytes] = asyncio.Queue()
-        wake = hints.put_nowait
-        self._wakeups.watch(self._keys.stops, wake)
+        messages: asyncio.Queue[bytes] = asyncio.Queue()
+        wake = messages.put_nowait
+        self._mailbox.watch(wake)
         try:
             while True:
-                message = await hints.get()
-                if message:  # empty: subscribed, at first or again
-                    yield message.decode()
+                message = await messages.get()
+                if message[:1] == b"s":
+                    yield message[1:].decode()
         finally:
-            self._wakeups.unwatch(self._keys.stops, wake)
+            self._mailbox.unwatch(wake)
 
     async def close(self) -> None:
         self._client.refuse()
@@ -371,7 +388,7 @@ def _leased(lease: Lease) -> dict[str, Any]:
     return {"request": lease.request_id, "epoch": lease.epoch, "owner": lease.owner}
 
 
-def _admitted(request: GenerationRequest) -> dict[str, Any]:
+def _admitted(request: GenerationRequest, prefixes: Sequence[str]) -> dict[str, Any]:
     """A request as `submit.lua` expects it."""
     return present(
         id=request.id,
@@ -381,4 +398,5 @@ def _admitted(request: GenerationRequest) -> dict[str, Any]:
         share=answer_share(request),
         bytes=request_bytes(request),
         features=" ".join(request.features),
+        prefixes=prefixes,
     )

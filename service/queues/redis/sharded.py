@@ -46,8 +46,6 @@ T = TypeVar("T")
 
 OWN = 4
 """Shards in which an engine looks for work first."""
-LOOK_AGAIN = 0.25
-"""Seconds after which a waiting engine looks into its next shard without having been woken."""
 GUEST_EVERY = 8
 """One in so many claims begins with the shards of others: a shard may have no engine of its own."""
 
@@ -72,6 +70,7 @@ class ShardedQueue:
         self._shards = tuple(RedisQueue(limits, shard=each, observer=observer) for each in shards)
         self._fan_out = FanOut(lambda shard: self._shards[shard].check())
         self._renewed: dict[int, float] = {}  # shard -> loop time
+        self._due: dict[str, float] = {}  # engine -> loop time of its next look, unless woken
         self._work = _Work(self._shards)
 
     async def open(self) -> None:
@@ -139,6 +138,9 @@ class ShardedQueue:
         await self._of_all(lambda shard: shard.check)
 
     # --- the engine's side ----------------------------------------------------------------
+    async def hold(self, engine: str, prefixes: Collection[str]) -> None:
+        await self._of_all(lambda shard: partial(shard.hold, engine, prefixes))
+
     async def claim(
         self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
@@ -146,16 +148,27 @@ class ShardedQueue:
         until = loop.time() + wait
         self._work.watch()
         while True:
-            self._work.news.clear()
-            claims = await self._claim_now(engine, limit=limit, under_served=under_served)
-            left = until - loop.time()
-            if claims or left <= 0:
-                return claims
-            await woken_within(min(left, LOOK_AGAIN), self._work.news)
+            if wait <= 0 or self._work.news.is_set() or loop.time() >= self._due.get(engine.id, 0):
+                self._work.news.clear()
+                claims, pause = await self._claim_now(
+                    engine, limit=limit, under_served=under_served, waits=wait > 0
+                )
+                self._due[engine.id] = loop.time() + pause / len(self._shards)
+                if claims:
+                    return claims
+            now = loop.time()
+            if now >= until:
+                return []
+            await woken_within(min(until, self._due[engine.id]) - now, self._work.news)
 
-    async def _claim_now(self, engine: EngineInfo, *, limit: int, under_served: int) -> list[Claim]:
-        """From the shards that have work until the limit is reached; at least one is asked."""
+    async def _claim_now(
+        self, engine: EngineInfo, *, limit: int, under_served: int, waits: bool
+    ) -> tuple[list[Claim], float]:
+        """From the shards that have work until the limit is reached; at least one is asked. Also
+        returns the seconds after which each of them should be asked again.
+        """
         claims: list[Claim] = []
+        pauses: list[float] = []
         failure: Unavailable | None = None
         asked = False
         for shard, has_work in self._work.order(engine.id):
@@ -165,22 +178,24 @@ class ShardedQueue:
             if not self._fan_out.is_there(shard):
                 continue
             try:
-                found = await self._fan_out.one(
+                found, pause = await self._fan_out.one(
                     shard,
                     partial(
-                        self._shards[shard].claim,
+                        self._shards[shard].look,
                         engine,
                         limit=room,
-                        wait=0.0,
                         under_served=0 if claims else under_served,
+                        waits=waits and room > 0,
                     ),
                 )
             except Unavailable as error:
                 failure = error
                 continue
             asked = True
+            pauses.append(pause)
             if room:
-                self._work.looked(shard, exhausted=len(found) < room)
+                has_more = len(found) == room or self._shards[shard].free_in < float("inf")
+                self._work.looked(shard, exhausted=not has_more)
             if found:
                 self._renewed[shard] = asyncio.get_running_loop().time()
             claims += found
@@ -188,7 +203,7 @@ class ShardedQueue:
             raise failure or Unavailable(
                 "no shard of the journal's store answers", code="backend_unavailable"
             )
-        return claims
+        return claims, min(pauses)
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         """Never raises Unavailable: what a shard did not write has the reply AWAY or STORAGE."""
@@ -312,7 +327,9 @@ class _Work:
         for index, shard in enumerate(self._shards):
             shard.watch_work(partial(self._report, index))
 
-    def _report(self, shard: int, _message: bytes) -> None:
+    def _report(self, shard: int, message: bytes) -> None:
+        if message[:1] == b"s":  # a request was stopped
+            return
         self._reported.add(shard)
         self.news.set()
 
