@@ -51,12 +51,7 @@ from service.queues.contract import (
     WriteReply,
     WriteStatus,
 )
-from service.queues.observer import (
-    STOPPED,
-    QueueEvent,
-    QueueObserver,
-    report_replies,
-)
+from service.queues.observer import STOPPED, QueueEvent, QueueObserver, report_replies
 from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
 from service.queues.redis.connection import Command, RedisClient, check_server, present
