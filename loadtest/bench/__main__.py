@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from loadtest.bench import queue
+from loadtest.bench import affinity, queue
 from loadtest.bench.commands import run_command
+
+COMMANDS = {"affinity": affinity, "queue": queue}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command({"queue": queue}, arguments, prog="bench", about="Benchmarks without a server.")
+    run_command(COMMANDS, arguments, prog="bench", about="Benchmarks without a server.")
 
 
 if __name__ == "__main__":
