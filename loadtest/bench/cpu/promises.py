@@ -31,7 +31,7 @@ from model.runners.native import NativeRunner
 from model.text.tokenizer import Tokenizer
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import StepReport
+from service.engine.observer import Observer, StepReport
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, GenerationRequest, SamplingParams
 
@@ -100,7 +100,7 @@ def print_gaps(server: Running, *, repeats: int) -> None:
         print(f"p50/p99 {quiet:>18}   p50/p99/max {busy:>20} {over:>6.1%} {first:>12.2f} s")
 
 
-class Engine:
+class Engine(Observer):
     """An engine that steps on the calling thread; its clock is that thread's CPU time."""
 
     def __init__(self, path: Path, *, clients: int, speculate: bool, variant: str) -> None:
