@@ -23,9 +23,11 @@ TEXT = [*range(97)] * 2
 
 
 class Unread(Mapping[str, Any]):
-    """Weights that must not be read."""
+    """Weights that must not be read, but for the type of one."""
 
     def __getitem__(self, name: str) -> Any:
+        if name == "blocks.0.mlp.down.weight":
+            return np.empty(0, np.float32)
         raise AssertionError(f"{name} was read")
 
     def __iter__(self) -> Iterator[str]:
