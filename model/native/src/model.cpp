@@ -88,6 +88,7 @@ void Model::make_scratch() {
   scratch.codes = memory.take<uint8_t>((rows + TILE_ROWS_MAX) * widest);
   scratch.scales = memory.take<float>(rows + TILE_ROWS_MAX);
   scratch.argmax = memory.take<Argmax>(rows * kHeadChunks);
+  scratch.logits = memory.take<float>(rows * static_cast<size_t>(shape.vocab));
   embedding = memory.take<uint16_t>(static_cast<size_t>(shape.vocab) * inputs);
 }
 
@@ -148,6 +149,31 @@ Cut cut_step(const QuireShape& shape, const QuireStep& step, int threads) {
   return cut;
 }
 
+// All rows but those whose token needs no logits: these are written here.
+Heads Model::heads_of(const QuireStep& step) const {
+  Heads found;
+  if (step.sampling) found.sampled = rows_of(*step.sampling, step.outputs, shape.vocab);
+  float* next = scratch.logits;
+  for (int32_t i = 0; i < step.outputs; i++) {
+    float* logits = step.logits ? step.logits[i] : nullptr;
+    if (step.sampling) {
+      const SampledRow& row = found.sampled[static_cast<size_t>(i)];
+      const int32_t forced = forced_token(*step.sampling, row);
+      if (forced >= 0) {
+        step.sampling->tokens[i] = forced;
+        continue;
+      }
+      if (!is_plain(*step.sampling, row)) {
+        logits = next;
+        next += shape.vocab;
+      }
+    }
+    found.rows.push_back(i);
+    found.logits.push_back(logits);
+  }
+  return found;
+}
+
 void Model::run(const QuireStep& step) {
   const int rows = std::max(step.rows, step.outputs);
   const int threads = rows >= shape.compute_rows ? shape.compute_threads : shape.threads;
@@ -155,6 +181,7 @@ void Model::run(const QuireStep& step) {
   task.model = this;
   task.step = step;
   task.cut = cut_step(shape, step, threads);
+  task.heads = heads_of(step);
   if (task.cut.split) {
     const Tile& last = task.cut.tiles.back();
     const int shared = shape.heads / shape.kv_heads;

@@ -30,6 +30,7 @@ static void tiles_end() {}
 #include "rows.inl"
 #include "gemm.inl"
 #include "attention.inl"
+#include "sampling.inl"
 #include "load.inl"
 
 static const Kernels table = {
@@ -37,6 +38,7 @@ static const Kernels table = {
     embed, norm_to_codes, to_codes, hadamard, rotate_and_store,
     multiply,
     attend_rows, attend_split, merge_splits,
+    weigh, largest_of, find_above, mask_out,
     rotate, pack,
     peak,
 };

@@ -1,0 +1,446 @@
+// The order of operations, and what each means, is in model/sampler.py.
+#include "sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace quire {
+namespace {
+
+constexpr double kOne = 1099511627776.0;  // 2^40, the weight of the most probable token
+constexpr int kBlock = 1024;              // logits that are weighed together
+constexpr float kInfinity = __builtin_inff();
+
+// A token in an order in which no two are equal: larger logits first, of equals the lower id.
+struct Ranked {
+  uint64_t key;
+  int64_t weight;
+
+  int32_t place() const { return static_cast<int32_t>(~static_cast<uint32_t>(key)); }
+};
+
+bool ranks_before(const Ranked& a, const Ranked& b) { return a.key > b.key; }
+
+// The float's bits in an order that integers have, then the place.
+uint64_t key_of(float logit, int32_t place) {
+  const float value = logit + 0.0f;  // minus zero equals zero
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t ordered = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+  return static_cast<uint64_t>(ordered) << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(place));
+}
+
+// Memory of a thread, kept from row to row.
+struct Scratch {
+  std::vector<Ranked> ranked;
+  std::vector<float> values, few;
+  std::vector<int64_t> weights, sums;
+  std::vector<int32_t> places, ids;
+};
+
+Scratch& scratch() {
+  thread_local Scratch memory;
+  return memory;
+}
+
+// The natural logarithm by elementary operations, as `_log` of model/sampler.py computes it.
+double logarithm(double x) {
+  int exponent;
+  double m = std::frexp(x, &exponent);
+  if (m < 0.7071067811865476) {
+    m *= 2.0;
+    exponent -= 1;
+  }
+  const double r = (m - 1.0) / (m + 1.0), s = r * r;
+  double p = 1.0 / 23.0;
+  for (int odd = 21; odd > 1; odd -= 2) p = p * s + 1.0 / odd;
+  return (p * s * r + r) * 2.0 + exponent * 0.6931471805599453;
+}
+
+// Philox4x32-10 as in model/philox.py: a number in [0, 1) of 53 bits.
+double uniform(uint64_t seed, int32_t choice, int32_t index) {
+  uint32_t c0 = static_cast<uint32_t>(index), c1 = 0, c2 = static_cast<uint32_t>(choice), c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; round++) {
+    const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
+    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(product1);
+    c3 = static_cast<uint32_t>(product0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return ((c0 >> 5) * 67108864.0 + (c1 >> 6)) * 0x1p-53;
+}
+
+// The drawn share of a mass: 0..mass - 1. A product that rounds up to the mass would be behind it.
+int64_t point_of(int64_t mass, double draw) {
+  return std::max<int64_t>(0, std::min(static_cast<int64_t>(static_cast<double>(mass) * draw), mass - 1));
+}
+
+// The first entries in order of rank whose running sum, without themselves, `keeps` accepts.
+struct Prefix {
+  int count;
+  int64_t mass;
+};
+
+// Moves that prefix to the front, by partitions as in quickselect: in linear time, without a sort.
+template <typename Keeps> Prefix prefix_of(std::vector<Ranked>& all, int count, Keeps keeps) {
+  Prefix found = {0, 0};
+  uint32_t random = 1;
+  for (int end = count; found.count < end;) {
+    Ranked* first = all.data() + found.count;
+    random = random * 1664525u + 1013904223u;
+    std::swap(*first, first[(static_cast<uint64_t>(random) * static_cast<uint32_t>(end - found.count)) >> 32]);
+    const uint64_t pivot = first->key;
+    Ranked* behind = std::partition(first + 1, all.data() + end, [&](const Ranked& r) { return r.key > pivot; });
+    int64_t before = found.mass;
+    for (const Ranked* r = first + 1; r < behind; r++) before += r->weight;
+    if (keeps(before)) {
+      found = {static_cast<int>(behind - all.data()), before + first->weight};
+    } else {
+      std::swap(*first, behind[-1]);  // the pivot, behind those before it
+      end = static_cast<int>(behind - 1 - all.data());
+    }
+  }
+  return found;
+}
+
+// The logits that a row may choose from: all, or the few that its mask allows.
+class Choices {
+ public:
+  Choices(const Kernels& kernels, const float* logits, int count) : k_(kernels), logits_(logits), count_(count) {}
+
+  static Choices of(const Kernels& kernels, const SampledRow& row, float* logits, int vocab) {
+    if (row.mask && row.allowed > kFew) kernels.mask_out(row.mask, vocab, logits);
+    Choices choices(kernels, logits, vocab);
+    if (row.mask && row.allowed <= kFew) choices.narrow(row.mask);
+    return choices;
+  }
+
+  int count() const { return count_; }
+  int32_t id(int place) const { return ids_ ? ids_[place] : place; }
+
+  // The largest logit, and its first place; minus infinity and 0 if there is none.
+  float largest(int* place) const {
+    float largest = -kInfinity;
+    int at = 0;
+    for (int start = 0; start < count_; start += kBlock) {
+      const float found = k_.largest_of(logits_ + start, std::min(kBlock, count_ - start));
+      if (found > largest) {
+        largest = found;
+        at = start;
+      }
+    }
+    *place = 0;
+    for (int i = at; i < count_ && largest > -kInfinity; i++)
+      if (logits_[i] == largest) {
+        *place = i;
+        break;
+      }
+    return largest;
+  }
+
+  // The mass of all, block by block in `sums`.
+  int64_t weigh_all(const Tempering& t) const {
+    std::vector<int64_t>& sums = scratch().sums;
+    sums.clear();
+    int64_t mass = 0;
+    for (int start = 0; start < count_; start += kBlock) {
+      sums.push_back(k_.weigh(logits_ + start, std::min(kBlock, count_ - start), &t, nullptr));
+      mass += sums.back();
+    }
+    return mass;
+  }
+
+  // The first place whose running sum is above the point. `weigh_all` came before.
+  int place_of(int64_t point, const Tempering& t) const {
+    const std::vector<int64_t>& sums = scratch().sums;
+    size_t block = 0;
+    for (; block + 1 < sums.size() && sums[block] <= point; block++) point -= sums[block];
+    const int start = static_cast<int>(block) * kBlock, size = std::min(kBlock, count_ - start);
+    int64_t weights[kBlock];
+    k_.weigh(logits_ + start, size, &t, weights);
+    int i = 0;
+    for (; i + 1 < size && weights[i] <= point; i++) point -= weights[i];
+    return start + i;
+  }
+
+  // Fills `ranked` with logits above a bound, not weighed.
+  void find_above(float bound) const {
+    std::vector<Ranked>& ranked = scratch().ranked;
+    ranked.clear();
+    for (int start = 0; start < count_; start += kBlock) append_above(start, bound);
+  }
+
+  // Fills `ranked` with the `most` of highest rank, in any order, not weighed. A later logit that equals
+  // the lowest of those found ranks behind it, because its place is higher.
+  void find_top(int most) const {
+    std::vector<Ranked>& ranked = scratch().ranked;
+    const size_t keep = static_cast<size_t>(most);
+    ranked.clear();
+    bool full = false;
+    float bound = 0.0f;
+    for (int start = 0; start < count_; start += kBlock) {
+      if (full) append_above(start, bound);
+      else append_all(start);
+      if (ranked.size() < 2 * keep + kBlock / 4 && start + kBlock < count_) continue;
+      if (ranked.size() <= keep) continue;
+      std::nth_element(ranked.begin(), ranked.begin() + most - 1, ranked.end(), ranks_before);
+      ranked.resize(keep);
+      full = true;
+      bound = logits_[ranked.back().place()];
+    }
+  }
+
+  // Weighs `ranked`; returns the mass.
+  int64_t weigh_ranked(const Tempering& t) const {
+    Scratch& s = scratch();
+    const int size = static_cast<int>(s.ranked.size());
+    s.values.resize(s.ranked.size());
+    s.weights.resize(s.ranked.size());
+    for (int i = 0; i < size; i++) s.values[i] = logits_[s.ranked[i].place()];
+    const int64_t mass = k_.weigh(s.values.data(), size, &t, s.weights.data());
+    for (int i = 0; i < size; i++) s.ranked[i].weight = s.weights[i];
+    return mass;
+  }
+
+  float operator[](int place) const { return logits_[place]; }
+
+ private:
+  void narrow(const uint32_t* mask) {
+    Scratch& s = scratch();
+    s.ids.clear();
+    s.few.clear();
+    for (int word = 0; word * 32 < count_; word++)
+      for (uint32_t bits = mask[word]; bits; bits &= bits - 1) {
+        const int32_t id = word * 32 + __builtin_ctz(bits);
+        if (id >= count_) break;
+        s.ids.push_back(id);
+        s.few.push_back(logits_[id]);
+      }
+    ids_ = s.ids.data();
+    logits_ = s.few.data();
+    count_ = static_cast<int>(s.ids.size());
+  }
+
+  void append_all(int start) const {
+    const int end = std::min(start + kBlock, count_);
+    for (int place = start; place < end; place++) scratch().ranked.push_back({key_of(logits_[place], place), 0});
+  }
+
+  void append_above(int start, float bound) const {
+    Scratch& s = scratch();
+    s.places.resize(kBlock);
+    const int found = k_.find_above(logits_ + start, std::min(kBlock, count_ - start), bound, s.places.data());
+    for (int i = 0; i < found; i++) {
+      const int32_t place = start + s.places[i];
+      s.ranked.push_back({key_of(logits_[place], place), 0});
+    }
+  }
+
+  const Kernels& k_;
+  const float* logits_;
+  int count_;
+  const int32_t* ids_ = nullptr;
+};
+
+// Inverse CDF over what top-k and top-p keep, most probable first.
+int choose_by_rank(const Choices& choices, const Tempering& t, int top_k, bool cuts, float top_p, double draw) {
+  std::vector<Ranked>& ranked = scratch().ranked;
+  int64_t mass;
+  double wanted;
+  if (cuts) {
+    choices.find_top(top_k);
+    mass = choices.weigh_ranked(t);
+    wanted = static_cast<double>(mass) * top_p;
+  } else {
+    wanted = static_cast<double>(choices.weigh_all(t)) * top_p;
+    for (const float depth : {4.0f, 8.0f, kInfinity}) {
+      choices.find_above(t.largest - depth * t.temperature);
+      mass = choices.weigh_ranked(t);
+      if (static_cast<double>(mass) >= wanted) break;
+    }
+  }
+  const int size = static_cast<int>(ranked.size());
+  // The first entry stays even if top_p is 0.
+  Prefix kept = prefix_of(ranked, size, [&](int64_t before) { return before == 0 || static_cast<double>(before) < wanted; });
+  const int64_t point = point_of(kept.mass, draw);
+  kept = prefix_of(ranked, kept.count, [&](int64_t before) { return before <= point; });
+  return std::min_element(ranked.begin(), ranked.begin() + kept.count,
+                          [](const Ranked& a, const Ranked& b) { return a.key < b.key; })->place();
+}
+
+// Of an unmodified row, what its log probabilities need.
+class Scores {
+ public:
+  Scores(const Choices& all, float largest) : largest_(largest) {
+    log_sum_ = logarithm(static_cast<double>(all.weigh_all({largest, 1.0f, 0})) / kOne);
+  }
+
+  float of(float logit) const { return static_cast<float>(static_cast<double>(logit - largest_) - log_sum_); }
+
+  void write_top(const Choices& all, int num, int32_t* ids, float* logprobs) const {
+    if (!num) return;
+    std::vector<Ranked>& ranked = scratch().ranked;
+    all.find_top(num);
+    std::sort(ranked.begin(), ranked.end(), ranks_before);
+    for (int i = 0; i < num; i++) {
+      ids[i] = ranked[static_cast<size_t>(i)].place();
+      logprobs[i] = of(all[ids[i]]);
+    }
+  }
+
+ private:
+  float largest_;
+  double log_sum_;
+};
+
+// Biases and penalties of a row, undone by `undo`.
+class Edits {
+ public:
+  explicit Edits(float* logits) : logits_(logits) {}
+
+  void make(const QuireSampling& s, const SampledRow& row) {
+    float* const logits = logits_;
+    for (int e = row.first_bias; e < row.end_bias; e++) set(s.bias_ids[e], logits[s.bias_ids[e]] + s.bias_values[e]);
+    const double frequency = s.frequency[row.row], presence = s.presence[row.row];
+    const float repetition = s.repetition[row.row];
+    for (int e = row.first_penalty; e < row.end_penalty; e++) {
+      const int32_t id = s.penalty_ids[e], count = s.penalty_counts[e];
+      const float taken = static_cast<float>(frequency * count + (count > 0 ? presence : 0.0));
+      set(id, (logits[id] > 0.0f ? logits[id] / repetition : logits[id] * repetition) - taken);
+    }
+  }
+
+  void undo() {
+    for (; !old_.empty(); old_.pop_back()) logits_[old_.back().first] = old_.back().second;
+  }
+
+  // The logit of a token before its edits.
+  float before(int32_t id) const {
+    for (const auto& [edited, value] : old_)
+      if (edited == id) return value;
+    return logits_[id];
+  }
+
+ private:
+  void set(int32_t id, float value) {
+    old_.push_back({id, logits_[id]});
+    logits_[id] = value;
+  }
+
+  float* logits_;
+  std::vector<std::pair<int32_t, float>> old_;
+};
+
+int choose(const Choices& choices, const QuireSampling& s, int row, int vocab, float largest, int argmax) {
+  const float temperature = s.temperatures[row];
+  if (temperature == 0.0f) return argmax;
+  const double draw = uniform(s.seeds[row], s.choices[row], s.indices[row]);
+  const Tempering t = {largest, temperature, static_cast<int64_t>(std::ceil(static_cast<double>(s.min_ps[row]) * kOne))};
+  const bool cuts = s.top_ks[row] < vocab;
+  if (cuts || s.top_ps[row] < 1.0f) return choose_by_rank(choices, t, s.top_ks[row], cuts, s.top_ps[row], draw);
+  return choices.place_of(point_of(choices.weigh_all(t), draw), t);
+}
+
+int32_t choose_token(const Kernels& kernels, const QuireSampling& s, const SampledRow& row, Argmax raw, Edits& edits,
+                     float* logits, int vocab) {
+  if (s.given) return s.given[row.row];
+  if (!row.mask && !row.adjusts()) {
+    const Choices all(kernels, logits, vocab);
+    return choose(all, s, row.row, vocab, raw.value, raw.id);
+  }
+  edits.make(s, row);
+  for (const bool edited : {true, false}) {
+    if (!edited) edits.undo();  // they forbid every token
+    const Choices choices = Choices::of(kernels, row, logits, vocab);
+    int argmax;
+    const float largest = choices.largest(&argmax);
+    if (!(largest > -kInfinity)) continue;
+    return choices.id(edited ? choose(choices, s, row.row, vocab, largest, argmax) : argmax);
+  }
+  return 0;  // all are NaN
+}
+
+const char* entries_error(int count, const int32_t* rows, const int32_t* ids, int num_rows, int vocab) {
+  for (int e = 0; e < count; e++) {
+    if (rows[e] < (e ? rows[e - 1] : 0) || rows[e] >= num_rows) return "rows of penalties and biases must rise";
+    if (ids[e] < 0 || ids[e] >= vocab) return "token id outside the vocabulary";
+  }
+  return nullptr;
+}
+
+int count_allowed(const uint32_t* mask, int vocab) {
+  int allowed = 0;
+  for (int word = 0; word * 32 < vocab && allowed <= kFew; word++) {
+    if (!mask[word]) continue;
+    const int left = vocab - word * 32;
+    allowed += __builtin_popcount(left < 32 ? mask[word] & ((1u << left) - 1u) : mask[word]);
+  }
+  return allowed;
+}
+
+}  // namespace
+
+const char* sampling_error(const QuireSampling& s, int rows, int vocab) {
+  if (const char* problem = entries_error(s.penalties, s.penalty_rows, s.penalty_ids, rows, vocab)) return problem;
+  if (const char* problem = entries_error(s.biases, s.bias_rows, s.bias_ids, rows, vocab)) return problem;
+  for (int m = 0; m < s.masks; m++)
+    if (s.mask_rows[m] <= (m ? s.mask_rows[m - 1] : -1) || s.mask_rows[m] >= rows) return "rows of masks must rise";
+  for (int row = 0; row < rows; row++) {
+    if (s.top_ks[row] < 1) return "top_k must be at least 1";
+    if (s.given && (s.given[row] < 0 || s.given[row] >= vocab)) return "token id outside the vocabulary";
+  }
+  return s.num_top < 0 || s.num_top > vocab ? "more alternatives than tokens" : nullptr;
+}
+
+std::vector<SampledRow> rows_of(const QuireSampling& s, int rows, int vocab) {
+  std::vector<SampledRow> found(static_cast<size_t>(rows));
+  const size_t words = (static_cast<size_t>(vocab) + 31) / 32;
+  int penalty = 0, bias = 0, mask = 0;
+  for (int i = 0; i < rows; i++) {
+    SampledRow& row = found[static_cast<size_t>(i)];
+    row.row = i;
+    row.first_penalty = penalty;
+    while (penalty < s.penalties && s.penalty_rows[penalty] == i) penalty++;
+    row.end_penalty = penalty;
+    row.first_bias = bias;
+    while (bias < s.biases && s.bias_rows[bias] == i) bias++;
+    row.end_bias = bias;
+    if (mask == s.masks || s.mask_rows[mask] != i) continue;
+    row.mask = s.mask_words + words * mask++;
+    row.allowed = count_allowed(row.mask, vocab);
+  }
+  return found;
+}
+
+int32_t forced_token(const QuireSampling& s, const SampledRow& row) {
+  if (!row.mask || row.allowed != 1 || s.wants_logprobs[row.row] || s.given) return -1;
+  int word = 0;
+  while (!row.mask[word]) word++;
+  return word * 32 + __builtin_ctz(row.mask[word]);
+}
+
+bool is_plain(const QuireSampling& s, const SampledRow& row) {
+  return !s.given && s.temperatures[row.row] == 0.0f && !s.wants_logprobs[row.row] && !row.mask && !row.adjusts();
+}
+
+void sample_row(const Kernels& kernels, const QuireSampling& s, const SampledRow& row, Argmax raw, float* logits,
+                int vocab) {
+  Edits edits(logits);
+  const Choices all(kernels, logits, vocab);
+  if (!s.wants_logprobs[row.row]) {
+    s.tokens[row.row] = choose_token(kernels, s, row, raw, edits, logits, vocab);
+    return;
+  }
+  const size_t top = static_cast<size_t>(row.row) * s.num_top;
+  const Scores scores(all, raw.value);
+  scores.write_top(all, s.num_top, s.top_ids + top, s.top_logprobs + top);
+  const int32_t token = choose_token(kernels, s, row, raw, edits, logits, vocab);
+  s.tokens[row.row] = token;
+  s.logprobs[row.row] = scores.of(edits.before(token));
+}
+
+}  // namespace quire
