@@ -13,20 +13,18 @@ from fastapi import APIRouter, FastAPI, Response
 
 from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
-from service.api import ROUTERS, dialect_of, errors
-from service.api.answers import ErrorBody, refused
-from service.api.auth import Authenticator, open_to_all
-from service.api.context import ApiContext, Probes, WorkPools
-from service.api.hosts import HostCheck, allow_origins, any_host
-from service.api.limits import ApiLimits
-from service.api.middleware import RequestContextMiddleware
-from service.api.observer import ApiObserver, NullObserver
-from service.api.readers import Readers
+from service.api import ROUTERS, dialect_of
+from service.api.http import errors
+from service.api.http.auth import Authenticator, open_to_all
+from service.api.http.call import Readers
+from service.api.http.context import ApiContext, ApiLimits, Probes, WorkPools
+from service.api.http.middleware import HostCheck, RequestContextMiddleware, allow_origins, any_host
+from service.api.http.models import ErrorBody, refused
+from service.api.http.observer import ApiObserver, NullObserver
 from service.api.structured.validator import GrammarValidator
 from service.api.system import openapi
 from service.api.system.attention import AttentionReader, AttentionService
-from service.api.system.health import HealthContext
-from service.api.system.status import LiveState
+from service.api.system.health import HealthContext, LiveState
 from service.errors import Unavailable
 from service.messages import ModelCard
 from service.queues.contract import Queue

@@ -18,7 +18,7 @@ While the server runs, an empty or deleted file revokes all keys: every call is 
 file has keys again. An unreadable or invalid file changes nothing, so that a typing error does not
 lock all clients out: the last valid keys stay in force.
 
-`service.api.auth` reads the HTTP headers.
+`service.api.http.auth` reads the HTTP headers.
 """
 
 from __future__ import annotations

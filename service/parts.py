@@ -13,10 +13,9 @@ from uuid import uuid4
 from model.checkpoint import open_checkpoint
 from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
-from service.api.auth import only_with_key, open_to_all
-from service.api.context import Probes
-from service.api.hosts import any_host
-from service.api.limits import ApiLimits
+from service.api.http.auth import only_with_key, open_to_all
+from service.api.http.context import ApiLimits, Probes
+from service.api.http.middleware import any_host
 from service.api.system.attention import AttentionReader
 from service.api.system.health import HealthContext
 from service.app import build_admin_app, build_app
@@ -136,6 +135,7 @@ class EngineSide:
         observer = fan_out(*observers)
         self._loaded = loaded
         self._metrics = metrics
+        metrics.has_cache(block_size=loaded.runner.block_size, num_blocks=loaded.runner.num_blocks)
         self.loop = EngineLoop(
             loaded.runner,
             config=EngineConfig(

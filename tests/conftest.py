@@ -299,14 +299,18 @@ def build_tiny_model(
 @pytest.fixture(scope="session")
 def server_url(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server with the default model, as `make serve` starts it, on free ports."""
-    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(["service"], default_model, log=tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(program: list[str], model: Path, *, log: Path) -> Iterator[str]:
+    """The URL of a server that `python -m PROGRAM serve` runs meanwhile."""
     ports = [free_port(), free_port()]
-    command = [sys.executable, "-m", "service", "serve", "--model-name", "smollm2-135m-instruct"]
-    command += ["--port", str(ports[0]), "--admin-port", str(ports[1])]
+    command = [sys.executable, "-m", *program, "serve", "--model-name", "smollm2-135m-instruct"]
+    command += ["--port", str(ports[0]), "--admin-port", str(ports[1]), "--model", str(model)]
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--model", str(default_model)], cwd=ROOT, stdout=output, stderr=output
-        )
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
     url = f"http://127.0.0.1:{ports[0]}"
     try:
         wait_until_ready(url, process, log=log)

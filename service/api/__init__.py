@@ -1,7 +1,7 @@
 """The HTTP API: OpenAI's and Anthropic's endpoints, resumable streams, probes. JSON and SSE stay in
 here.
 
-    body, fields, wire, schema    bytes -> JSON -> a dialect's body               [400, 413, 415]
+    http.body, fields; schema     bytes -> JSON -> a dialect's body               [400, 413, 415]
     dialect.parse                 body -> Generation, in no dialect's terms       [400]
     generation.prompts, grammar   token ids; what the output must match           [400, 429, 503]
     generation.plan, submit       -> Submission -> queue                          [409, 429, 503]
@@ -20,23 +20,20 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from service.api.anthropic import routes as messages
-from service.api.anthropic.dialect import MESSAGES
+from service.api.anthropic import dialect as anthropic
 from service.api.generation.dialect import Dialect
 from service.api.generation.manifest import Endpoint
 from service.api.generation.streams import stream_routes
-from service.api.openai import routes as openai
-from service.api.openai.dialect import CHAT, COMPLETIONS
+from service.api.openai import dialect as openai
 from service.api.responses import routes as responses
 from service.api.responses.dialect import RESPONSES
-from service.api.system import attention, health, models, openapi, page, status
-from service.api.system import tokenize as tokens
+from service.api.system import attention, health, models, openapi, page
 
 DIALECTS: Mapping[Endpoint, Dialect[Any]] = MappingProxyType({
-    Endpoint.COMPLETIONS: COMPLETIONS,
-    Endpoint.CHAT: CHAT,
+    Endpoint.COMPLETIONS: openai.COMPLETIONS,
+    Endpoint.CHAT: openai.CHAT,
     Endpoint.RESPONSES: RESPONSES,
-    Endpoint.MESSAGES: MESSAGES,
+    Endpoint.MESSAGES: anthropic.MESSAGES,
 })  # fmt: skip
 
 
@@ -45,20 +42,20 @@ def dialect_of(path: str) -> Dialect[Any]:
     for dialect in DIALECTS.values():
         if path == dialect.path or path.startswith(dialect.path + "/"):
             return dialect
-    return CHAT
+    return openai.CHAT
 
 
 ROUTERS: Mapping[str, APIRouter] = MappingProxyType({
     "completions": openai.completions,
     "chat": openai.chat,
     "responses": responses.router,
-    "messages": messages.router,
+    "messages": anthropic.router,
     "streams": stream_routes(DIALECTS),
     "models": models.router,
-    "tokens": tokens.router,
+    "tokens": models.tokens_router,
     "attention": attention.router,
     "health": health.router,
-    "status": status.router,
+    "status": health.status_router,
     "page": page.router,
     "docs": openapi.router,
 })  # fmt: skip

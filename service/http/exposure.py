@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.api.hosts import AllowedHosts, HostCheck, any_host
+from service.api.http.middleware import AllowedHosts, HostCheck, any_host
 from service.errors import StartupError
 from service.settings import Settings
 

@@ -28,8 +28,8 @@ from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallab
 from uvicorn._types import Scope as ServerScope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from service.api.call import new_call_id
-from service.api.errors import error_body, error_headers
+from service.api.http.call import new_call_id
+from service.api.http.errors import error_body, error_headers
 from service.errors import (
     BadRequest,
     HeadersTooLarge,

@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from service.api.call import DROP
+from service.api.http.call import DROP
 from service.errors import StartupError
 from service.http.acceptor import Acceptor
 from service.http.connections import ConnectionLimits, Connections, Slot

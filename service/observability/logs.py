@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any, Literal
 
-from service.api.observer import CallReport
+from service.api.http.observer import CallReport
 
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 

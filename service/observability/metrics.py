@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from prometheus_client import generate_latest
 
-from service.api.observer import CallReport, NullObserver
+from service.api.http.observer import CallReport, NullObserver
 from service.engine.observer import StepReport
 from service.http.connections import Outcome
 from service.messages import End, ModelCard
@@ -91,6 +91,12 @@ class Metrics(Series, NullObserver, NullWorkerObserver):
         self._vllm.model = card.id
         self._queue.serves(card)
 
+    # --- service.parts.EngineSide ---------------------------------------------------------
+    def has_cache(self, *, block_size: int, num_blocks: int) -> None:
+        """The engine's KV cache, before its first step."""
+        self.blocks.labels("free").set(num_blocks)
+        self._vllm.cache = (block_size, num_blocks)
+
     # --- service.keys.KeyRing -------------------------------------------------------------
     def keys_reloaded(self, good: bool) -> None:  # noqa: FBT001 - what KeyRing calls
         self.key_reloads.labels("ok" if good else "refused").inc()
@@ -102,7 +108,7 @@ class Metrics(Series, NullObserver, NullWorkerObserver):
     def connection_limited(self, port: str, outcome: Outcome) -> None:
         self.http_connections_limited.labels(port, outcome.value).inc()
 
-    # --- service.api.observer.ApiObserver -------------------------------------------------
+    # --- service.api.http.observer.ApiObserver -------------------------------------------------
     def call_answered(self, status: int) -> None:
         self.http_responses.labels(str(status)).inc()
 

@@ -19,7 +19,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
-from service.api.observer import BUSY
+from service.api.http.observer import BUSY
 from service.http.connections import Outcome
 from service.messages import FinishReason
 from service.queues.contract import SubmitStatus

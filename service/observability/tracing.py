@@ -30,7 +30,7 @@ from opentelemetry.trace import (
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import Attributes
 
-from service.api.observer import HttpCall, NullObserver
+from service.api.http.observer import HttpCall, NullObserver
 from service.engine.observer import StepReport
 from service.messages import End, FinishReason
 from service.queues.contract import Claim

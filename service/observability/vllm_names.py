@@ -1,7 +1,8 @@
 """VllmNames: Quire's figures a second time, under vLLM's metric names (`--vllm-metrics`).
 
 They cannot be recording rules of a Prometheus server: the endpoint picker of the Kubernetes Gateway
-API inference extension scrapes /metrics of each pod, for `vllm:num_requests_waiting` and others.
+API inference extension scrapes /metrics of each pod, for `vllm:num_requests_waiting`,
+`vllm:num_requests_running`, `vllm:kv_cache_usage_perc` and `vllm:cache_config_info`.
 Every sample is derived from one of Quire's series at scrape time. What vLLM counts and Quire does
 not is left out, and so is vLLM's label `engine`: here a process is one engine.
 """
@@ -33,6 +34,7 @@ class VllmNames(Collector):
     def __init__(self, series: Series) -> None:
         self.model = ""
         self.queued = 0
+        self.cache: tuple[int, int] | None = None  # block size and number of blocks
         self._series = series
 
     def collect(self) -> Iterator[Metric]:
@@ -77,6 +79,11 @@ class VllmNames(Collector):
             family = kind(f"vllm:{name}", text, labels=["model_name"])
             family.add_metric([self.model], value)
             yield family
+        if self.cache is not None:
+            names = ["model_name", "block_size", "num_gpu_blocks"]
+            cache = GaugeMetricFamily("vllm:cache_config_info", "Size of the cache.", labels=names)
+            cache.add_metric([self.model, *map(str, self.cache)], 1)
+            yield cache
         ended = dict.fromkeys(FINISHED_REASONS.values(), 0.0)
         for reason, value in _values(ours.finished).items():
             ended[FINISHED_REASONS[FinishReason(reason)]] += value

@@ -24,11 +24,10 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
-from service.api.auth import Authenticator, open_to_all
-from service.api.context import Probes
-from service.api.hosts import HostCheck, any_host
-from service.api.limits import ApiLimits
-from service.api.observer import CallReport, NullObserver
+from service.api.http.auth import Authenticator, open_to_all
+from service.api.http.context import ApiLimits, Probes
+from service.api.http.middleware import HostCheck, any_host
+from service.api.http.observer import CallReport, NullObserver
 from service.api.structured.validator import GrammarValidator
 from service.app import build_app
 from service.http.listeners import Listener

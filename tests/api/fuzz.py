@@ -24,8 +24,8 @@ import schemathesis
 from tokenizers import pre_tokenizers
 
 from model.text.tokenizer import Tokenizer
-from service.api.limits import ApiLimits
-from service.api.observer import NullObserver
+from service.api.http.context import ApiLimits
+from service.api.http.observer import NullObserver
 from service.app import build_app
 from service.http.listeners import Listener
 from service.http.ports import address, bind

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from service.api.anthropic.answer import message_error_body
 from service.api.anthropic.blocks import Turn
 from service.api.anthropic.dialect import chat_messages
-from service.api.anthropic.object import message_error_body
 from service.api.tools.formats import TOOL_FORMATS
 from service.errors import (
     Conflict,

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from model.text.tokenizer import Tokenizer
+from service.api.anthropic.answer import MessageRenderer
 from service.api.anthropic.dialect import MESSAGES
 from service.api.anthropic.schema import MessageBody
-from service.api.anthropic.stream import MessageRenderer
-from service.api.generation.accumulate import Accumulator
-from service.api.generation.deltas import ChoiceReader
+from service.api.generation.deltas import Accumulator, ChoiceReader
 from service.api.generation.manifest import Endpoint, Manifest, PromptNote, ReasoningNote
 from service.api.generation.reader import Usage
 from service.api.tools.formats import TOOL_FORMATS

@@ -14,9 +14,9 @@ from starlette.types import Scope
 
 from model.attention_maps import AttentionMaps
 from model.checkpoint import open_checkpoint
-from service.api.auth import Tenant
-from service.api.limits import ApiLimits
-from service.api.observer import NullObserver
+from service.api.http.auth import Tenant
+from service.api.http.context import ApiLimits
+from service.api.http.observer import NullObserver
 from service.api.system.attention import AttentionReader, AttentionService
 from service.parts import open_attention
 from service.settings import Settings

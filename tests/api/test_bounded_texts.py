@@ -11,7 +11,7 @@ from service.api.anthropic.schema import CountBody, MessageBody
 from service.api.openai.schema import ChatBody, CompletionBody
 from service.api.responses.schema import ResponseBody
 from service.api.system.attention import AttentionBody
-from service.api.system.tokenize import DetokenizeBody, TokenizeBody
+from service.api.system.models import DetokenizeBody, TokenizeBody
 
 BODIES = (
     CompletionBody, ChatBody, ResponseBody, MessageBody, CountBody, TokenizeBody, DetokenizeBody,

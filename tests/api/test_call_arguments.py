@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.generation.accumulate import Accumulator
-from service.api.generation.deltas import Delta
+from service.api.generation.deltas import Accumulator, Delta
 from service.api.tools.arguments import JSON_TYPES, InputText, TaggedObject, with_tags
 from service.api.tools.formats import TOOL_FORMATS
 from service.api.tools.parser import KnownTools, ToolCallParser

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from service.api.auth import Tenant
 from service.api.generation.plan import DEFAULT_PRIORITY, LOWEST_PRIORITY
-from service.api.openai.stream import OBFUSCATION_BLOCK
+from service.api.http.auth import Tenant
+from service.api.openai.answer import OBFUSCATION_BLOCK
 
 CHAT = "/v1/chat/completions"
 C = {"model": "tiny-model", "messages": [{"role": "user", "content": "hello"}], "seed": 3}

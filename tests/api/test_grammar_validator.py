@@ -12,7 +12,7 @@ import pytest
 from starlette.types import Scope
 
 from model.grammar import Grammars
-from service.api.auth import Tenant
+from service.api.http.auth import Tenant
 from service.api.structured import validator as grammar_validator
 from service.api.structured.validator import MAX_TENANT_WAITING, GrammarValidator
 from service.errors import RateLimited

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from service.api.auth import only_with_key, rate_headers
-from service.api.hosts import EXPOSED, AllowedHosts, any_host
+from service.api.http.auth import only_with_key, rate_headers
+from service.api.http.middleware import EXPOSED, AllowedHosts, any_host
 from service.app import build_admin_app
 from service.errors import Forbidden
 from service.http.exposure import keyless_hosts

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.types import Scope
 
-from service.api.auth import Tenant
+from service.api.http.auth import Tenant
 
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 8}
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.api import DIALECTS
-from service.api.generation.accumulate import Accumulator
+from service.api.generation.deltas import Accumulator
 from service.api.generation.manifest import Endpoint, Manifest, PromptNote, ReasoningNote
 from service.api.generation.reader import AnswerReader
 from service.engine.detokenize import Detokenizer

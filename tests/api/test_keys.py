@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from service.__main__ import app as command_line
-from service.api.auth import only_with_key
+from service.api.http.auth import only_with_key
 from service.errors import StartupError
 from service.http.exposure import refuse_exposure
 from service.keys import KeyRing, digest_of, new_entry, new_secret, read_keys

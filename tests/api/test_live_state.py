@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from service.api.system.status import MAX_AGE, LiveState
+from service.api.system.health import MAX_AGE, LiveState
 from service.errors import Unavailable
 from service.queues.contract import EngineInfo, QueueDepth, QueueLimits
 from service.queues.memory.queue import MemoryQueue

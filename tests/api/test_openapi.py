@@ -15,8 +15,8 @@ import jsonschema_rs
 import pytest
 
 from model.text.tokenizer import Tokenizer
-from service.api.limits import ApiLimits
-from service.api.observer import NullObserver
+from service.api.http.context import ApiLimits
+from service.api.http.observer import NullObserver
 from service.api.system.openapi import ERRORS, RULES, DocumentCache, operations
 from service.app import build_app
 from service.errors import QuireError

@@ -10,7 +10,8 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.api import dialect_of, errors
+from service.api import dialect_of
+from service.api.http import errors
 from service.api.system import page
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from service.api.readers import Readers
+from service.api.http.call import Readers
 from service.errors import Unavailable
 from service.messages import End
 from service.queues.contract import QueueLimits

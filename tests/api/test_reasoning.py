@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
 from model.text.tokenizer import Tokenizer
-from service.api.generation.reasoning import thinking_format_name, thinking_options
+from service.api.generation.parts import thinking_format_name, thinking_options
 from service.api.generation.request import Chat
 from service.messages import FinishReason
 from tests.api.conftest import validator_of

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Scope
 
-from service.api.auth import Tenant
+from service.api.http.auth import Tenant
 from service.errors import Unavailable
 from service.messages import FinishReason, Tokens
 from service.queues.contract import QueueLimits

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.types import Scope
 
-from service.api.auth import Tenant
+from service.api.http.auth import Tenant
 from service.messages import FinishReason
 from tests.support.waiting import PATIENCE, until
 

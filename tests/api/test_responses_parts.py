@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model.text.tokenizer import Tokenizer
-from service.api.generation.accumulate import Accumulator
-from service.api.generation.deltas import ChoiceReader
+from service.api.generation.deltas import Accumulator, ChoiceReader
 from service.api.generation.follow import split
 from service.api.generation.manifest import (
     Endpoint,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from starlette.types import Scope
 
-from service.api.auth import Tenant
+from service.api.http.auth import Tenant
 from service.api.tools.formats import TOOL_FORMATS
 from service.messages import FinishReason
 from service.queues.contract import QueueLimits

@@ -15,7 +15,7 @@ import pytest
 from fastapi import APIRouter, FastAPI
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 
-from service.api.auth import OPEN_FILES, OPEN_PATHS, only_with_key
+from service.api.http.auth import OPEN_FILES, OPEN_PATHS, only_with_key
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 

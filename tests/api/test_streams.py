@@ -7,8 +7,8 @@ from typing import Any
 
 from starlette.types import Scope
 
-from service.api.auth import Tenant
-from service.api.call import call_age, new_call_id
+from service.api.http.auth import Tenant
+from service.api.http.call import call_age, new_call_id
 from service.queues.contract import QueueLimits
 from tests.support.waiting import until
 

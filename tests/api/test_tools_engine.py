@@ -16,8 +16,7 @@ import pytest
 from model.grammar import Grammars
 from model.runners import RunnerOptions
 from model.runners.torch import TorchRunner
-from service.api.generation.accumulate import Accumulator
-from service.api.generation.deltas import ChoiceReader
+from service.api.generation.deltas import Accumulator, ChoiceReader
 from service.api.generation.manifest import Endpoint, Manifest, PromptNote
 from service.api.tools.chat import FunctionDefinition, ToolUse
 from service.api.tools.formats import TOOL_FORMATS

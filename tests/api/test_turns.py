@@ -18,7 +18,7 @@ from starlette.types import Scope
 
 from model.text.tokenizer import Tokenizer
 from service.api import ROUTERS
-from service.api.auth import Tenant, only_with_key
+from service.api.http.auth import Tenant, only_with_key
 from service.keys import KeyRing, new_entry
 from tests.support.waiting import PATIENCE
 

@@ -100,6 +100,15 @@ def check_targets(objects: Sequence[Object]) -> None:
     assert "Deployment quire-api" in scaled
 
 
+def check_routes(objects: Sequence[Object]) -> None:
+    """Routes of a gateway lead to ports of the clients' Service."""
+    for route in of_kind(objects, "HTTPRoute"):
+        for backend in (each for rule in route["spec"]["rules"] for each in rule["backendRefs"]):
+            service = get(objects, "Service", backend["name"])
+            ports = {port["port"]: port["targetPort"] for port in service["spec"]["ports"]}
+            assert ports.get(backend["port"]) == "http", f"{label(route)}: {backend}"
+
+
 def check_references(objects: Sequence[Object]) -> None:
     """Config maps, secrets, accounts and volumes that pods name are there."""
     for workload, container in all_containers(objects):
@@ -312,6 +321,7 @@ def check_scaling(objects: Sequence[Object]) -> None:
 CHECKS = (
     check_selectors,
     check_targets,
+    check_routes,
     check_references,
     check_ports,
     check_probes,

@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
-OVERLAYS = ("cpu", "gpu", "autoscale")
+OVERLAYS = ("cpu", "gpu", "autoscale", "gateway")
 WORKLOADS = ("Deployment", "StatefulSet")
 
 Object = dict[str, Any]

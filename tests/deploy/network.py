@@ -10,11 +10,12 @@ from tests.deploy.manifests import Object, get, of_kind, pod_labels, port_number
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A pod of a namespace. `ours` where it is the namespace that the policies live in."""
+    """A pod of a namespace. `ours` if it is the namespace that the policies live in."""
 
     labels: Mapping[str, str]
     namespace: str
     ours: bool = False
+    gateway: bool = False  # whether the namespace is labelled as that of the gateway's proxies
 
 
 def pod(objects: Sequence[Object], kind: str, name: str) -> Peer:
@@ -22,9 +23,9 @@ def pod(objects: Sequence[Object], kind: str, name: str) -> Peer:
     return Peer(pod_labels(workload), workload["metadata"]["namespace"], ours=True)
 
 
-def stranger(namespace: str) -> Peer:
+def stranger(namespace: str, *, gateway: bool = False) -> Peer:
     """A pod without labels, elsewhere."""
-    return Peer({}, namespace)
+    return Peer({}, namespace, gateway=gateway)
 
 
 def allowed(objects: Sequence[Object], source: Peer, target: Peer, port: int) -> bool:
@@ -60,8 +61,9 @@ def _is(peer: Mapping[str, Mapping[str, object]], other: Peer) -> bool:
     if "ipBlock" in peer:
         return False  # addresses outside the cluster
     if "namespaceSelector" in peer:
-        name = {"kubernetes.io/metadata.name": other.namespace}
-        return selects(peer["namespaceSelector"], name)
+        labels = {"kubernetes.io/metadata.name": other.namespace}
+        labels |= {"quire/gateway": "true"} if other.gateway else {}
+        return selects(peer["namespaceSelector"], labels)
     return other.ours and selects(peer["podSelector"], other.labels)
 
 

@@ -15,7 +15,7 @@ from fastapi.routing import APIRoute
 
 from service.__main__ import app as command_line
 from service.api import ROUTERS
-from service.api.hosts import AllowedHosts
+from service.api.http.middleware import AllowedHosts
 from service.errors import Forbidden
 from service.http.drain import CLOSE_TIMEOUT
 from service.http.exposure import keyless_hosts

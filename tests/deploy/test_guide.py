@@ -13,6 +13,7 @@ from model.config import ModelConfig
 from model.kvcache import bytes_per_block
 from model.runners import RunnerOptions
 from model.runners.choose import choose_sizes
+from service.observability.metrics import Metrics
 from service.settings import setting_rows
 from tests.deploy.manifests import DEPLOY, ROOT, get, render
 from tests.deploy.promql import known_series
@@ -60,6 +61,18 @@ def test_every_series_it_names_is_one() -> None:
     named = set(re.findall(r"`(quire_\w+|gen_ai_\w+)`", GUIDE))
     assert named
     assert named <= set(known_series())
+
+
+def test_the_pickers_series_are_exported() -> None:
+    """With the labels that the table of the section "Gateway" gives."""
+    metrics = Metrics(vllm_names=True)
+    metrics.has_cache(block_size=16, num_blocks=100)
+    families = {family.name: family for family in metrics.registry.collect()}
+    rows = re.findall(r"^\|[^|]*\| `(vllm:\w+)` \|(.*)\|$", GUIDE, re.MULTILINE)
+    assert len(rows) == 4
+    for name, labels in rows:
+        (sample,) = families[name].samples
+        assert sample.labels.keys() == {"model_name", *re.findall(r"`(\w+)`", labels)}
 
 
 def test_every_file_it_names_exists() -> None:

@@ -5,14 +5,18 @@ Each check of `checks` is also shown an overlay that was broken on purpose, and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
 
 from service.errors import StartupError
+from service.startup import name_of
 from tests.deploy import checks
 from tests.deploy.manifests import (
     DEPLOY,
@@ -25,8 +29,8 @@ from tests.deploy.manifests import (
     pod_of,
     render,
 )
+from tests.deploy.schemas import OF_OPERATORS
 
-OF_OPERATORS = {"ScaledObject", "ServiceMonitor", "PrometheusRule"}  # no part of Kubernetes
 Check = Callable[[Sequence[Object]], None]
 
 
@@ -41,6 +45,32 @@ def test_objects_fit_the_schemas(version: str) -> None:
     assert len(objects) >= 25
     for each in objects.values():
         kubernetes_validate.validate(each, version, strict=True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_objects_of_operators_fit_their_schemas(overlay: str) -> None:
+    objects = [each for each in render(overlay) if each["kind"] in OF_OPERATORS]
+    assert {each["kind"] for each in objects} == {
+        "autoscale": OF_OPERATORS.keys() - {"HTTPRoute"}, "gateway": OF_OPERATORS.keys(),
+    }.get(overlay, set())  # fmt: skip
+    for each in objects:
+        jsonschema.validate(each, OF_OPERATORS[each["kind"]])
+
+
+MISFITS: dict[str, Callable[[Object], object]] = {
+    "HTTPRoute": lambda spec: spec["rules"][0]["backendRefs"][0].pop("port"),
+    "ScaledObject": lambda spec: spec["triggers"][0]["metadata"].update(threshold=48),
+    "ServiceMonitor": lambda spec: spec["endpoints"][0].update(intervall="5s"),
+    "PrometheusRule": lambda spec: spec["groups"][0]["rules"][0].pop("expr"),
+}
+
+
+@pytest.mark.parametrize("kind", OF_OPERATORS)
+def test_an_operators_schema_refuses_what_does_not_fit(kind: str) -> None:
+    (each,) = of_kind(render("gateway"), kind)
+    MISFITS[kind](each["spec"])
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(each, OF_OPERATORS[kind])
 
 
 def test_a_schema_refuses_what_does_not_fit() -> None:
@@ -237,6 +267,18 @@ BROKEN: dict[str, tuple[Check, Callable[[list[Object]], object]]] = {
         checks.check_life_cycle,
         lambda o: get(o, "PodDisruptionBudget", "quire-api")["spec"].update(maxUnavailable=0),
     ),
+    "route leads nowhere": (
+        checks.check_routes,
+        lambda o: get(o, "HTTPRoute", "quire")["spec"]["rules"][0]["backendRefs"][0].update(
+            name="api"
+        ),
+    ),
+    "route's port is none": (
+        checks.check_routes,
+        lambda o: get(o, "HTTPRoute", "quire")["spec"]["rules"][0]["backendRefs"][0].update(
+            port=8000
+        ),
+    ),
     "redis evicts": (
         checks.check_redis_memory,
         lambda o: find(o, "ConfigMap", "quire-redis")["data"].update(
@@ -249,7 +291,7 @@ BROKEN: dict[str, tuple[Check, Callable[[list[Object]], object]]] = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_is_broken_is_seen(what: str) -> None:
     check, break_it = BROKEN[what]
-    objects = render("autoscale")
+    objects = render("gateway")  # it has everything that autoscale has
     break_it(objects)
     with pytest.raises((AssertionError, KeyError, StartupError)):
         check(objects)
@@ -282,10 +324,29 @@ def test_the_gpu_overlay_asks_for_gpus_where_they_compute() -> None:
 
 def test_autoscaling_counts_what_engines_hold() -> None:
     """Lag alone would scale to nothing while a dead engine's requests wait for the next one."""
-    (trigger,) = get(render("autoscale"), "ScaledObject", "quire-engine")["spec"]["triggers"]
-    query = trigger["metadata"]["query"]
-    assert "quire_queue_requests" in query
-    assert "quire_queue_running" in query
+    tokens, requests = (
+        trigger["metadata"]["query"]
+        for trigger in get(render("autoscale"), "ScaledObject", "quire-engine")["spec"]["triggers"]
+    )
+    assert "quire_model_queue_tokens" in tokens
+    assert "quire_model_queue_requests" in requests
+    assert "quire_model_queue_running" in requests
+
+
+def test_the_scaler_counts_the_model_that_its_engines_serve() -> None:
+    objects = render("autoscale")
+    served = checks.settings_of(objects, container(engine(objects)))
+    name = served.model_name or name_of(served.model, Path("model.gguf"))
+    for trigger in get(objects, "ScaledObject", "quire-engine")["spec"]["triggers"]:
+        models = re.findall(r'model="([^"]*)"', trigger["metadata"]["query"])
+        assert set(models) == {name}
+
+
+def test_the_route_leads_to_the_api_and_only_the_gateway_comes_in() -> None:
+    objects = render("gateway")
+    (rule,) = get(objects, "HTTPRoute", "quire")["spec"]["rules"]
+    assert rule["timeouts"] == {"request": "0s"}, "a long answer is cut off"
+    assert settings(objects)["QUIRE_VLLM_METRICS"] == "true"
 
 
 def test_autoscaling_begins_at_none() -> None:

@@ -16,14 +16,10 @@ OURS = {
     ("api", "names", NAMES),
     ("engine", "names", NAMES),
 }
-FROM_ELSEWHERE = {
-    # Every pod of the cluster is a client.
-    ("client", "api", API),
-    ("monitoring", "api", API),
-    ("names", "api", API),
-    ("monitoring", "api", ADMIN),
-    ("monitoring", "engine", ADMIN),
-}
+SCRAPES = {("monitoring", "api", ADMIN), ("monitoring", "engine", ADMIN)}
+FROM_GATEWAY = {("gateway", "api", API)}
+# Without a gateway every pod of the cluster is a client.
+FROM_ELSEWHERE = FROM_GATEWAY | {(who, "api", API) for who in ("client", "monitoring", "names")}
 
 Flow = tuple[str, str, int]
 
@@ -36,6 +32,7 @@ def peers_of(objects: Sequence[Object]) -> dict[str, Peer]:
         "client": stranger("default"),
         "monitoring": stranger("monitoring"),
         "names": stranger("kube-system"),
+        "gateway": stranger("proxies", gateway=True),
     }
 
 
@@ -55,7 +52,8 @@ def flows(objects: Sequence[Object]) -> set[Flow]:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_what_must_talk_can_and_nothing_else(overlay: str) -> None:
-    assert flows(render(overlay)) == OURS | FROM_ELSEWHERE
+    clients = FROM_GATEWAY if overlay == "gateway" else FROM_ELSEWHERE
+    assert flows(render(overlay)) == OURS | SCRAPES | clients
 
 
 @pytest.mark.parametrize("name", ["nothing", "names", "api", "engine", "redis", "metrics"])

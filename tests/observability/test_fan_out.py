@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.api.observer import NullObserver
+from service.api.http.observer import NullObserver
 from service.observability.fan_out import fan_out
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.api.observer import CallReport
+from service.api.http.observer import CallReport
 from service.cluster import Cluster
 from service.engine.loop import EngineLoop
 from service.engine.observer import StepReport
@@ -463,6 +463,7 @@ def test_histograms_have_the_conventions_boundaries() -> None:
 def fed(*, vllm_names: bool, role: str = "serve") -> Metrics:
     metrics = Metrics(vllm_names=vllm_names, role=role)
     metrics.serves(CARD)
+    metrics.has_cache(block_size=16, num_blocks=100)
     seen = {"prompt_tokens": 30, "num_sampled": 5, "num_tokens": 35, "prefix_hit_tokens": 10}
     seen |= {"running": 3, "waiting": 2, "blocks_used": 30, "blocks_cached": 50, "blocks_free": 20}
     metrics.stepped(StepReport(**NEVER_COMPUTED | seen | {"preempted": ("a.0", "b.0")}))
@@ -502,6 +503,8 @@ def test_vllms_dashboards_find_the_same_figures() -> None:
     }
     for name, value in expected.items():
         assert theirs[f'{name}{{model_name="tiny"}}'] == value, name
+    cache = 'vllm:cache_config_info{block_size="16",model_name="tiny",num_gpu_blocks="100"}'
+    assert theirs[cache] == 1
     success = 'vllm:request_success_total{{finished_reason="{}",model_name="tiny"}}'
     ends = {reason: theirs[success.format(reason)] for reason in ("stop", "abort", "length")}
     assert ends == {"stop": 1, "abort": 2, "length": 0}

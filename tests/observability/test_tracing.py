@@ -24,8 +24,8 @@ from opentelemetry.trace import get_current_span
 
 from model.batch import Batch
 from model.text.tokenizer import Tokenizer
-from service.api.auth import only_with_key
-from service.api.limits import ApiLimits
+from service.api.http.auth import only_with_key
+from service.api.http.context import ApiLimits
 from service.app import build_app
 from service.engine.loop import EngineLoop
 from service.engine.plan import EngineConfig

@@ -16,7 +16,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from service.api import ROUTERS
-from service.api.wire import UNSUPPORTED
+from service.api.http.models import UNSUPPORTED
 from service.observability.metrics import Metrics
 from service.settings import SettingRow, setting_rows
 

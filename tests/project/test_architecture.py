@@ -61,7 +61,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "service.observability": (
         "prometheus_client", "opentelemetry", "service.messages", "service.queues",
-        "service.engine.observer", "service.api.observer", "service.worker.observer",
+        "service.engine.observer", "service.api.http.observer", "service.worker.observer",
         "service.http.connections", "service.observability",
     ),
     "service.app": (
@@ -74,6 +74,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.roles": ("",),
     "service.__main__": ("",),
 }  # fmt: skip
+MAX_API = {"files": 60, "arrows": 26, "layers": 6}
 FORBIDDEN_EVERYWHERE = ("pickle", "pydantic_settings")
 
 TORCH_FREE = (
@@ -148,6 +149,35 @@ def test_the_walk_sees_a_breach(tmp_path: Path) -> None:
         "service.api",
         "service.api.sse",
     ]
+
+
+def test_the_folders_of_the_api_stay_few_and_loosely_coupled() -> None:
+    """An arrow leads from a folder to another one that it imports. There are no cycles."""
+    found = [(module, path) for module, path in modules() if within(module, ("service.api",))]
+    arrows = {
+        (folder_of(module), folder_of(name))
+        for module, path in found
+        for name in imports(path)
+        if within(name, ("service.api",)) and folder_of(name) != folder_of(module)
+    }
+    folders = {folder_of(module) for module, _ in found}
+    size = {"files": len(found), "arrows": len(arrows), "layers": num_layers(folders, arrows)}
+    assert {name: n for name, n in size.items() if n > MAX_API[name]} == {}
+
+
+def folder_of(module: str) -> str:
+    """The folder of `service.api`, or its loose file; empty: `service.api` itself."""
+    return ".".join(module.split(".")[2:3])
+
+
+def num_layers(folders: set[str], arrows: set[tuple[str, str]]) -> int:
+    """The length of the longest path of arrows. Raises AssertionError if there is a cycle."""
+    layers = 0
+    while folders:
+        lowest = folders - {importer for importer, imported in arrows if imported in folders}
+        assert lowest, f"import each other: {sorted(folders)}"
+        folders, layers = folders - lowest, layers + 1
+    return layers
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import numpy as np
 from model.batch import Batch, Bools, SamplingBatch, StepOutput, unpack_masks
 from model.config import ModelConfig
 from model.runners import StepHandle
-from service.api.context import Probes
+from service.api.http.context import Probes
 from service.messages import GenerationRequest, TokenLogprob
 
 VOCAB_SIZE = 97

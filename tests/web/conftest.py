@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -14,6 +15,7 @@ import pytest_asyncio
 from axe_playwright_python.base import AXE_FILE_PATH
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
+from tests.conftest import serving
 from tests.support.waiting import PATIENCE
 
 ARGUMENTS = (
@@ -40,6 +42,34 @@ async def browser(chromium: str) -> AsyncIterator[Browser]:
         browser = await playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         yield browser
         await browser.close()
+
+
+@pytest.fixture(scope="session")
+def slow_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """While it exists, the steps of `server_url` are slow."""
+    return tmp_path_factory.mktemp("slow") / "slow"
+
+
+@pytest.fixture(scope="session")
+def server_url(default_model: Path, slow_file: Path) -> Iterator[str]:
+    """A real server with the default model whose steps can be slow."""
+    program = ["tests.web.slow_service", str(slow_file)]
+    with serving(program, default_model, log=slow_file.with_name("log")) as url:
+        yield url
+
+
+@pytest.fixture
+def slow_steps(slow_file: Path) -> Iterator[Callable[[], None]]:
+    """Makes the steps slow until the test calls it: what a test does during an answer then
+    happens during it, however fast the machine is.
+    """
+    slow_file.touch()
+
+    def end() -> None:
+        slow_file.unlink(missing_ok=True)
+
+    yield end
+    end()
 
 
 @dataclass

@@ -37,7 +37,7 @@ async def test_colours_follow_the_system_until_switched(visit: Any) -> None:
     assert await lightness(light.page) < 60
 
 
-async def test_everything_can_be_done_from_the_keyboard(visit: Any) -> None:
+async def test_everything_can_be_done_from_the_keyboard(visit: Any, slow_steps: Any) -> None:
     tab = await visit(viewport=WIDE)
     press = tab.page.keyboard.press
     await press("Tab")

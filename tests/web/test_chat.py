@@ -40,7 +40,7 @@ async def status(url: str) -> dict[str, Any]:
 
 
 async def test_an_answer_streams_and_is_what_the_api_answers(
-    visit: Any, server_url: str, undisturbed: Any
+    visit: Any, server_url: str, undisturbed: Any, slow_steps: Any
 ) -> None:
     tab = await visit()
     await tab.set(seed=5, max_tokens=120)
@@ -54,9 +54,10 @@ async def test_an_answer_streams_and_is_what_the_api_answers(
         }"""
     )
     await tab.ask(STORY)
+    await tab.page.wait_for_function("() => lengths.length >= 4")  # it comes piece by piece
+    slow_steps()
     await tab.ended()
     lengths = await tab.page.evaluate("lengths")
-    assert len(lengths) >= 4, "it came piece by piece"
     assert lengths == sorted(set(lengths)), "it grew"
     expected = await undisturbed(server_url, STORY, seed=5, max_tokens=120)
     record = await tab.record()
@@ -98,9 +99,9 @@ async def test_the_conversation_continues_and_outlives_the_page(visit: Any) -> N
     await expect(tab.page.locator("#welcome")).to_be_visible()
 
 
-async def test_stop_cancels_on_the_server_too(visit: Any, server_url: str) -> None:
+async def test_stop_cancels_on_the_server_too(visit: Any, server_url: str, slow_steps: Any) -> None:
     tab = await visit()
-    await tab.set(max_tokens=4000)
+    await tab.set(seed=11, max_tokens=4000)
     await tab.ask(STORY)
     await tab.shown(30)
     await expect(tab.page.locator("#running")).to_have_text("1")
@@ -116,7 +117,7 @@ async def test_stop_cancels_on_the_server_too(visit: Any, server_url: str) -> No
 
 
 async def test_a_reload_during_an_answer_loses_nothing(
-    visit: Any, server_url: str, undisturbed: Any
+    visit: Any, server_url: str, undisturbed: Any, slow_steps: Any
 ) -> None:
     """An answer after two reloads has the text of one without."""
     tab = await visit()
@@ -125,6 +126,8 @@ async def test_a_reload_during_an_answer_loses_nothing(
     for characters in (40, 200):
         await tab.shown(characters)
         await tab.page.reload()
+    await expect(tab.page.locator("#link")).to_have_text("Resumed. Nothing was lost.")
+    slow_steps()
     await tab.ended()
     record = await tab.record()
     assert record["resumed"] == 2
@@ -134,9 +137,9 @@ async def test_a_reload_during_an_answer_loses_nothing(
     await expect(tab.page.locator(".figures")).to_contain_text("resumed")
 
 
-async def test_resuming_is_shown(visit: Any) -> None:
+async def test_resuming_is_shown(visit: Any, slow_steps: Any) -> None:
     tab = await visit()
-    await tab.set(max_tokens=4000)
+    await tab.set(seed=11, max_tokens=4000)
     await tab.ask(STORY)
     await tab.shown(30)
     await tab.page.reload()
@@ -148,9 +151,9 @@ async def test_resuming_is_shown(visit: Any) -> None:
     await expect(tab.page.locator(".figures")).to_contain_text("resumed")
 
 
-async def test_another_tab_follows_the_same_answer(visit: Any) -> None:
+async def test_another_tab_follows_the_same_answer(visit: Any, slow_steps: Any) -> None:
     tab = await visit()
-    await tab.set(max_tokens=4000)
+    await tab.set(seed=11, max_tokens=4000)
     await tab.ask(STORY)
     await tab.shown(40)
     await tab.begun()  # a tab that opens before follows by the idempotency key, and resumes nothing
@@ -164,7 +167,7 @@ async def test_another_tab_follows_the_same_answer(visit: Any) -> None:
 
 
 async def test_a_lost_connection_is_shown_and_recovered(
-    visit: Any, server_url: str, undisturbed: Any
+    visit: Any, server_url: str, undisturbed: Any, slow_steps: Any
 ) -> None:
     async with FaultProxy(urlsplit(server_url).port or 0) as proxy:
         tab = await visit(f"http://127.0.0.1:{proxy.port}")
@@ -182,6 +185,7 @@ async def test_a_lost_connection_is_shown_and_recovered(
             proxy.black_hole = False
             proxy.cut()
             await tab.page.wait_for_function("() => document.body.dataset.link !== 'reconnecting'")
+        slow_steps()
         await tab.ended()
         record = await tab.record()
         await tab.context.close()
@@ -274,10 +278,10 @@ async def test_the_same_seed_is_the_same_answer(visit: Any) -> None:
     assert (second["seed"], second["text"]) == (first["seed"], first["text"])
 
 
-async def test_the_engines_state_is_live(visit: Any) -> None:
+async def test_the_engines_state_is_live(visit: Any, slow_steps: Any) -> None:
     tab = await visit()
     await expect(tab.page.locator("#engines")).to_have_text("1")
-    await tab.set(max_tokens=2000)
+    await tab.set(seed=11, max_tokens=2000)
     await tab.ask(STORY)
     await expect(tab.page.locator("#running")).to_have_text("1")
     await tab.page.wait_for_function(

@@ -28,6 +28,7 @@ class Replicas:
 
     def __init__(self, folder: Path, model: Path, redis: RedisServer) -> None:
         self._folder = folder
+        self.slow = folder / "slow"  # the engines' steps are slow while it exists
         self._common = ["--model", str(model), "--queue", redis.url, "--lease", "1"]
         self.api_port = free_port()
         self.url = f"http://127.0.0.1:{self.api_port}"
@@ -66,7 +67,8 @@ class Replicas:
             process.wait()
 
     def _run(self, role: str, admin: int, *options: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "service", role, "--admin-port", str(admin)]
+        program = ["tests.web.slow_service", str(self.slow)]
+        command = [sys.executable, "-m", *program, role, "--admin-port", str(admin)]
         with self._log(admin).open("wb") as log:
             return subprocess.Popen(
                 [*command, *self._common, *options], cwd=ROOT, stdout=log, stderr=log
@@ -97,6 +99,7 @@ async def test_an_answer_outlives_its_engine_and_its_api(
     tab.network_may_fail = True
     await expect(tab.page.locator("#engines")).to_have_text("2")
     await tab.set(seed=19, max_tokens=600)
+    replicas.slow.touch()
     await tab.ask(QUESTION)
     await tab.shown(60)
     replicas.kill_the_engine_at_work()
@@ -105,6 +108,8 @@ async def test_an_answer_outlives_its_engine_and_its_api(
     await expect(tab.page.locator("#link")).to_contain_text("Reconnecting")
     await expect(tab.page.locator("#engine-state")).to_have_text("unreachable")
     replicas.start_api()
+    await tab.page.wait_for_function("() => document.body.dataset.link !== 'reconnecting'")
+    replicas.slow.unlink()
     await tab.ended()
     record = await tab.record()
     expected = await undisturbed(replicas.url, QUESTION, seed=19, max_tokens=600)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.api.readers import Readers
+from service.api.http.call import Readers
 from service.app import sweep_forever
 from service.cluster import Cluster
 from service.errors import Unavailable

@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from service.api.fields import CacheControl, FieldError, IgnoredText, Label, Text, check_json
+from service.api.http.fields import CacheControl, FieldError, IgnoredText, Label, Text, check_json
+from service.api.http.models import MessageModel, WireModel
 from service.api.tools.schema import FunctionName
-from service.api.wire import MessageModel, WireModel
 
 MAX_BLOCKS = 1024  # of one message
 

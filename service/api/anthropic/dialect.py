@@ -1,4 +1,4 @@
-"""Anthropic's messages as a dialect, and how their bodies become the neutral request."""
+"""Anthropic's messages: the dialect, how bodies become the neutral request, and the route."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 
 import orjson
+from fastapi import APIRouter, Response
 
+from service.api.anthropic.answer import MessageRenderer, message_error_body, message_object
 from service.api.anthropic.blocks import (
     TextBlock,
     ThinkingBlock,
@@ -15,17 +17,27 @@ from service.api.anthropic.blocks import (
     Turn,
     TurnBlock,
 )
-from service.api.anthropic.object import message_error_body, message_object
-from service.api.anthropic.schema import BoundedThinking, ClearThinking, CountBody, MessageBody
-from service.api.anthropic.stream import MessageRenderer
+from service.api.anthropic.schema import (
+    AnthropicMessage,
+    BoundedThinking,
+    ClearThinking,
+    CountBody,
+    MessageBody,
+    MessageCount,
+    MessageErrorBody,
+)
 from service.api.anthropic.tools import HostedTool, MessageToolChoice
-from service.api.fields import FieldNames
-from service.api.generation.accumulate import Accumulator
+from service.api.generation.deltas import Accumulator
 from service.api.generation.manifest import Endpoint
+from service.api.generation.prompts import render_chat
 from service.api.generation.reader import AnswerReader
-from service.api.generation.request import Chat, Generation
-from service.api.generation.sampling import sampling_of
-from service.api.structured.output import JsonOutput
+from service.api.generation.request import Chat, Generation, sampling_of
+from service.api.generation.submit import answer, check_model
+from service.api.http.body import JsonRoute
+from service.api.http.context import Caller, Context, JsonRequest
+from service.api.http.fields import FieldNames
+from service.api.http.models import described, json_response, refused
+from service.api.structured.grammar import JsonOutput
 from service.api.tools.chat import ChatMessage, Mode, ToolCall, ToolChoice, ToolRef, tool_use
 from service.errors import BadRequest
 
@@ -202,3 +214,25 @@ def _user_messages(blocks: Iterable[TurnBlock]) -> Iterator[ChatMessage]:
 
 def _text(blocks: Iterable[TurnBlock]) -> str:
     return "".join(block.text for block in blocks if isinstance(block, TextBlock))
+
+
+router = APIRouter(route_class=JsonRoute, responses=refused(MessageErrorBody))
+
+
+@router.post("/v1/messages", responses=described(AnthropicMessage, stream=True))
+async def create_message(
+    body: MessageBody, request: JsonRequest, context: Context, tenant: Caller
+) -> Response:
+    """Answers a chat in the form of Anthropic's API, errors included. With `stream` the answer
+    comes as server-sent events; its `x-request-id` identifies it to be resumed or cancelled.
+    """
+    return await answer(MESSAGES, body, request, context, tenant)
+
+
+@router.post("/v1/messages/count_tokens", responses=described(MessageCount))
+async def count_tokens(body: CountBody, context: Context, tenant: Caller) -> Response:
+    """Returns the number of tokens of a message's prompt."""
+    check_model(body.model, context)
+    chat, names = parse_chat(body), MESSAGES.names
+    prompt = await render_chat(chat, context, tenant=tenant.name, names=names)
+    return json_response({"input_tokens": len(prompt.ids)})

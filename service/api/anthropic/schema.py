@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from service.api.answers import AnswerModel, Assistant, CallId, Count, ModelId
 from service.api.anthropic.blocks import TextBlocks, Turn
 from service.api.anthropic.tools import MessageTool, MessageToolChoice
-from service.api.fields import (
+from service.api.http.fields import (
     CacheControl,
     FieldError,
     Ignored,
@@ -27,8 +26,17 @@ from service.api.fields import (
     TopP,
     UnitTemperature,
 )
+from service.api.http.models import (
+    MAX_MESSAGES,
+    MAX_TOP_K,
+    AnswerModel,
+    Assistant,
+    CallId,
+    Count,
+    ModelId,
+    WireModel,
+)
 from service.api.tools.schema import MAX_TOOLS
-from service.api.wire import MAX_MESSAGES, MAX_TOP_K, WireModel
 
 MAX_EDITS = 16
 MAX_TOKENS = 2**31 - 1

@@ -23,10 +23,10 @@ from pydantic import (
     field_validator,
 )
 
-from service.api.fields import CacheControl, FieldError, StrictModel, Text, check_json
+from service.api.http.fields import CacheControl, FieldError, StrictModel, Text, check_json
+from service.api.http.models import WireModel
 from service.api.tools.chat import FunctionDefinition
 from service.api.tools.schema import FunctionName, Parameters
-from service.api.wire import WireModel
 
 MAX_EXAMPLES = 16  # of one tool
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from service.api.fields import FieldNames
-from service.api.generation.accumulate import Accumulator
-from service.api.generation.deltas import StreamDelta
+from service.api.generation.deltas import Accumulator, StreamDelta
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader
 from service.api.generation.request import Generation
+from service.api.http.fields import FieldNames
 from service.errors import QuireError
 
 # One newline: a blank line would end an event without data, which openai-python cannot parse.

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from time import monotonic
 
 from service.api.generation.deltas import ChoiceReader, divergence
-from service.api.limits import ApiLimits
+from service.api.http.context import ApiLimits
 from service.errors import GenerationFailed, NotFound, Unavailable
 from service.messages import End, Record, Tokens, rolling_digest
 from service.queues.contract import Queue

@@ -13,21 +13,21 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from service.api.context import ApiContext
 from service.api.generation.manifest import Endpoint, Manifest, PromptNote, ToolNote
-from service.api.generation.prompts import PromptTokens, call_rendering, check_token_ids
-from service.api.generation.reasoning import reasoning_note, thinking
-from service.api.generation.request import Call, Generation
-from service.api.generation.sampling import (
+from service.api.generation.parts import reasoning_note, thinking
+from service.api.generation.prompts import PromptTokens, call_rendering
+from service.api.generation.request import (
+    Call,
+    Generation,
     banned_sequences,
     check_logprobs,
     check_stop_rules,
+    check_token_ids,
     num_choices,
     output_limit,
 )
-from service.api.limits import ApiLimits
-from service.api.structured.grammar import output_grammar
-from service.api.structured.output import JsonOutput
+from service.api.http.context import ApiContext, ApiLimits
+from service.api.structured.grammar import JsonOutput, output_grammar
 from service.api.tools.formats import TOOL_FORMATS, tool_format_name
 from service.api.tools.grammar import validated_tools_grammar
 from service.api.tools.tagged import parameter_types

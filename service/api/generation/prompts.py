@@ -17,13 +17,12 @@ from model.text.chat_template import ChatTemplateError, ChatTemplateLimitError
 from model.text.disguise import strings_of
 from model.text.template_calls import CallRendering
 from model.text.template_renderer import TemplateUnavailableError
-from service.api.context import ApiContext
-from service.api.fields import FieldNames
-from service.api.generation.reasoning import thinking_options
-from service.api.generation.request import Chat, Generation
-from service.api.limits import ApiLimits
+from service.api.generation.parts import thinking_options
+from service.api.generation.request import Chat, Generation, check_token_ids
+from service.api.http.context import ApiContext, ApiLimits
+from service.api.http.fields import FieldNames
+from service.api.tools.chat import template_input
 from service.api.tools.formats import TOOL_FORMATS, tool_format_name
-from service.api.tools.prompt import template_input
 from service.errors import BadRequest, Unavailable
 from service.fair_pool import FairPool
 
@@ -290,16 +289,6 @@ def _template_options(options: Mapping[str, Any], limits: ApiLimits) -> Mapping[
                 param="chat_template_kwargs",
             )
     return options
-
-
-def check_token_ids(ids: Sequence[int], context: ApiContext, *, param: str) -> None:
-    """Raises BadRequest for ids outside of the model's vocabulary."""
-    if ids and not (min(ids) >= 0 and max(ids) < context.card.vocab_size):
-        raise BadRequest(
-            f"token ids must be from 0 to {context.card.vocab_size - 1}",
-            code="invalid_token_id",
-            param=param,
-        )
 
 
 async def run_in_pool(

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from time import monotonic
 from types import MappingProxyType
 
-from service.api.context import ApiContext
-from service.api.generation.accumulate import Accumulator
-from service.api.generation.deltas import ChoiceReader, StreamDelta
+from service.api.generation.deltas import Accumulator, ChoiceReader, StreamDelta
 from service.api.generation.follow import follow_choice, merge, pages
 from service.api.generation.manifest import Manifest
-from service.api.observer import CallReport
+from service.api.http.context import ApiContext
+from service.api.http.observer import CallReport
 from service.errors import DeadlineExceeded, GenerationFailed, QuireError, ShuttingDown
 from service.messages import End, FinishReason, Record, Submission, child_ids
 from service.queues.contract import SubmitStatus

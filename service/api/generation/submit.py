@@ -7,17 +7,16 @@ from typing import TypeVar
 import orjson
 from fastapi import Request, Response
 
-from service.api.auth import Tenant, over_rate, with_tokens
-from service.api.call import unless_gone
-from service.api.context import ApiContext, JsonRequest
 from service.api.generation.dialect import Dialect
 from service.api.generation.manifest import Manifest
 from service.api.generation.plan import grammar_of, plan
 from service.api.generation.prompts import prompt_tokens
 from service.api.generation.reader import AnswerReader
 from service.api.generation.request import Call, Generation, read_call
-from service.api.generation.sse import EventStream
-from service.api.limits import ApiLimits
+from service.api.generation.streams import EventStream
+from service.api.http.auth import Tenant, over_rate, with_tokens
+from service.api.http.call import unless_gone
+from service.api.http.context import ApiContext, ApiLimits, JsonRequest
 from service.errors import (
     BadRequest,
     Conflict,

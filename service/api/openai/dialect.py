@@ -1,4 +1,4 @@
-"""OpenAI's completions and chat completions, with vLLM's extensions."""
+"""OpenAI's completions and chat completions, with vLLM's extensions: dialects and routes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from service.api.errors import error_body
-from service.api.fields import FieldNames
-from service.api.generation.accumulate import Accumulator
+from fastapi import APIRouter, Response
+
+from service.api.generation.deltas import Accumulator
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader
-from service.api.generation.request import Chat, Effort, Generation, Prompts
-from service.api.generation.sampling import sampling_of
-from service.api.openai.collect import collect
-from service.api.openai.schema import ChatBody, CompletionBody, GenerationBody
-from service.api.openai.stream import ChunkRenderer
-from service.api.structured.output import OutputFormat
+from service.api.generation.request import Chat, Effort, Generation, Prompts, sampling_of
+from service.api.generation.submit import answer
+from service.api.http.body import JsonRoute
+from service.api.http.context import Caller, Context, JsonRequest
+from service.api.http.errors import error_body
+from service.api.http.fields import FieldNames
+from service.api.http.models import described
+from service.api.openai.answer import ChunkRenderer, collect
+from service.api.openai.schema import (
+    ChatBody,
+    ChatCompletion,
+    Completion,
+    CompletionBody,
+    GenerationBody,
+)
+from service.api.structured.grammar import OutputFormat
 from service.api.tools.chat import ToolUse, tool_use
 from service.errors import BadRequest, QuireError
 
@@ -178,3 +188,27 @@ def _generation(
 
 COMPLETIONS = Completions()
 CHAT = ChatCompletions()
+
+
+completions = APIRouter(route_class=JsonRoute)
+chat = APIRouter(route_class=JsonRoute)
+
+
+@completions.post("/v1/completions", responses=described(Completion, stream=True))
+async def create_completion(
+    body: CompletionBody, request: JsonRequest, context: Context, tenant: Caller
+) -> Response:
+    """Continues a text or token ids, or several of them. With `stream` the answer comes as
+    server-sent events; its `x-request-id` identifies it to be resumed or cancelled.
+    """
+    return await answer(COMPLETIONS, body, request, context, tenant)
+
+
+@chat.post("/v1/chat/completions", responses=described(ChatCompletion, stream=True))
+async def create_chat_completion(
+    body: ChatBody, request: JsonRequest, context: Context, tenant: Caller
+) -> Response:
+    """Answers the messages of a chat, using the model's chat template. With `stream` the answer
+    comes as server-sent events; its `x-request-id` identifies it to be resumed or cancelled.
+    """
+    return await answer(CHAT, body, request, context, tenant)

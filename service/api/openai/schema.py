@@ -6,16 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from service.api.answers import (
-    AnswerModel,
-    Assistant,
-    CallId,
-    Count,
-    Created,
-    ModelId,
-    NumericClass,
-)
-from service.api.fields import (
+from service.api.generation.request import Effort
+from service.api.http.fields import (
     AllowedIds,
     Content,
     FieldError,
@@ -27,16 +19,21 @@ from service.api.fields import (
     StopStrings,
     StrictModel,
 )
-from service.api.generation.request import Effort
-from service.api.structured.schema import ResponseFormat, StructuredOutputs
-from service.api.tools.schema import ChatToolChoice, Tools
-from service.api.wire import (
+from service.api.http.models import (
     MAX_MESSAGES,
-    Message,
+    AnswerModel,
+    Assistant,
+    CallId,
+    Count,
+    Created,
+    ModelId,
+    NumericClass,
     SamplingBody,
     TemplateOptions,
     WireModel,
 )
+from service.api.structured.grammar import ResponseFormat, StructuredOutputs
+from service.api.tools.schema import ChatToolChoice, Message, Tools
 
 MAX_INT = 2**31 - 1
 

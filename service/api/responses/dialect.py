@@ -8,13 +8,12 @@ from typing import Any
 
 import orjson
 
-from service.api.errors import error_body
-from service.api.fields import FieldNames
-from service.api.generation.accumulate import Accumulator
+from service.api.generation.deltas import Accumulator
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader
-from service.api.generation.request import Chat, Generation
-from service.api.generation.sampling import sampling_of
+from service.api.generation.request import Chat, Generation, sampling_of
+from service.api.http.errors import error_body
+from service.api.http.fields import FieldNames
 from service.api.responses.items import (
     AnyCall,
     AnyResult,
@@ -26,12 +25,12 @@ from service.api.responses.items import (
     InputReasoning,
     InputReference,
     InputResult,
+    echoed_choice,
 )
 from service.api.responses.object import response_object, status_of
 from service.api.responses.schema import ENCRYPTED, LOGPROBS, ResponseBody
 from service.api.responses.stream import ResponseRenderer
-from service.api.responses.tools import echoed_choice
-from service.api.structured.output import json_output
+from service.api.structured.grammar import json_output
 from service.api.tools.chat import (
     ChatMessage,
     Mode,

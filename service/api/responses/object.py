@@ -7,13 +7,13 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
-from service.api.generation.accumulate import (
+from service.api.generation.deltas import (
     Accumulator,
     ReasoningSegment,
+    ScoredToken,
     TextSegment,
     ToolCallSegment,
 )
-from service.api.generation.deltas import ScoredToken
 from service.api.generation.logprobs import chat_logprobs
 from service.api.generation.manifest import Manifest
 from service.api.generation.reader import AnswerReader, failure_of

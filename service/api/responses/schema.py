@@ -11,11 +11,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from service.api.answers import AnswerModel, CallId, ModelId
-from service.api.fields import Label, ModelName, StrictModel, Text, check_json
 from service.api.generation.request import Effort
-from service.api.responses.items import AnyItem
-from service.api.responses.tools import (
+from service.api.http.fields import Label, ModelName, StrictModel, Text, check_json
+from service.api.http.models import (
+    MAX_MESSAGES,
+    UNSUPPORTED,
+    AnswerModel,
+    CallId,
+    ModelId,
+    SamplingBody,
+)
+from service.api.responses.items import (
+    AnyItem,
     AnyTool,
     Choice,
     HostedTool,
@@ -23,7 +30,6 @@ from service.api.responses.tools import (
     ResponseTool,
 )
 from service.api.tools.schema import MAX_TOOLS
-from service.api.wire import MAX_MESSAGES, UNSUPPORTED, SamplingBody
 
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED = "reasoning.encrypted_content"

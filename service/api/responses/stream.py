@@ -21,14 +21,17 @@ from typing import Any
 
 import orjson
 
-from service.api.generation.accumulate import (
+from service.api.generation.deltas import (
     Accumulator,
+    Delta,
     DeltaTracker,
     ReasoningSegment,
+    ScoredToken,
+    Start,
+    StreamDelta,
     TextSegment,
     ToolCallSegment,
 )
-from service.api.generation.deltas import Delta, ScoredToken, Start, StreamDelta
 from service.api.generation.dialect import COMMENT
 from service.api.generation.manifest import Manifest
 from service.api.generation.reader import AnswerReader

@@ -1,4 +1,5 @@
-"""From an output format to a grammar that is known to compile.
+"""Structured output: OpenAI's `response_format` and vLLM's `structured_outputs`, and from them to a
+grammar that is known to compile.
 
     output_grammar   JsonOutput or Constraint -> grammar                   [400, 429, 503]
     json_rule        JsonOutput -> a rule for JSON, to combine with tools  [400, 429, 503]
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from model.grammar import (
     choice_grammar,
@@ -22,7 +25,7 @@ from model.grammar import (
     lark_grammar,
     regex_grammar,
 )
-from service.api.fields import FieldNames
+from service.api.http.fields import FieldError, FieldNames, Label, StrictModel, Text
 from service.api.structured.json_schema import (
     Schema,
     Validate,
@@ -32,9 +35,133 @@ from service.api.structured.json_schema import (
     without_excess_properties,
     without_property_counts,
 )
-from service.api.structured.output import Constraint, JsonOutput, OutputFormat
 from service.api.structured.validator import OVER_LIMITS
 from service.errors import BadRequest
+
+Json = dict[str, Any]
+Kind = Literal["json", "json_object", "regex", "choice", "grammar"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JsonOutput:
+    """A JSON object, of a schema if one is given. It can be combined with tools."""
+
+    schema: Json | None = None
+    strict: bool = False  # a schema that a grammar cannot express exactly is an error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """vLLM's `structured_outputs`: one of its fields, by name. It excludes tools."""
+
+    kind: Kind
+    value: Json | str | tuple[str, ...]  # of json_object: empty
+
+
+OutputFormat = JsonOutput | Constraint
+
+
+def json_output(
+    kind: Literal["text", "json_object", "json_schema"],
+    *,
+    schema: Json | None,
+    strict: bool | None,
+    names: FieldNames,
+) -> JsonOutput | None:
+    """Returns None for any text. Raises BadRequest unless exactly json_schema has a schema."""
+    param = names.output
+    if schema is not None and kind != "json_schema":
+        raise BadRequest(f"a schema in {param} needs the type json_schema", param=param)
+    if schema is None and kind == "json_schema":
+        raise BadRequest(f"{param} needs a schema", code="missing_required_parameter", param=param)
+    return None if kind == "text" else JsonOutput(schema=schema, strict=bool(strict))
+
+
+MAX_CHOICES = 1024
+
+
+def _texts(value: object) -> object:
+    """Runs before the items are validated, so that a rejection stays cheap."""
+    if isinstance(value, list) and len(value) > MAX_CHOICES:
+        raise FieldError("array_above_max_length", f"may have at most {MAX_CHOICES} items")
+    return value
+
+
+class JsonSchema(StrictModel):
+    """A JSON schema with a name."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    name: Label | None = Field(None, description="The name of the schema; has no effect.")
+    description: Text | None = Field(
+        None, description="A description of the schema; has no effect."
+    )
+    schema_: dict[str, Any] = Field(alias="schema", description="The schema of the answer.")
+    strict: bool | None = Field(
+        None,
+        description="Reject a schema that cannot be enforced exactly. Default false: parts that "
+        "cannot be enforced are left to the model.",
+    )
+
+
+class ResponseFormat(StrictModel):
+    """OpenAI's format of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="Any text, a JSON object, or JSON of a schema."
+    )
+    json_schema: JsonSchema | None = Field(None, description="Only with the type json_schema.")
+
+    def output(self, names: FieldNames) -> JsonOutput | None:
+        """Returns None for any text. Raises BadRequest."""
+        schema = self.json_schema
+        return json_output(
+            self.type,
+            schema=None if schema is None else schema.schema_,
+            strict=None if schema is None else schema.strict,
+            names=names,
+        )
+
+
+class StructuredOutputs(StrictModel):
+    """vLLM's constraints on the answer: exactly one of these."""
+
+    json_: dict[str, Any] | str | None = Field(
+        None, alias="json", description="A JSON schema that the answer must match."
+    )
+    json_object: bool | None = Field(None, description="The answer must be a JSON object.")
+    regex: Text | None = Field(
+        None,
+        min_length=1,
+        description="A regular expression that must match the whole answer: without anchors, "
+        "look-around and back references.",
+    )
+    choice: Annotated[list[Text] | None, BeforeValidator(_texts)] = Field(
+        None, min_length=1, description="The answer must be one of these texts."
+    )
+    grammar: Text | None = Field(
+        None,
+        min_length=1,
+        description="A grammar of the answer, in Lark or in llama.cpp's GBNF.",
+    )
+
+    def constraint(self) -> Constraint:
+        """Raises BadRequest unless exactly one field is given."""
+        fields: dict[Kind, dict[str, Any] | str | tuple[str, ...] | None] = {
+            "json": self.json_,
+            "json_object": {} if self.json_object else None,
+            "regex": self.regex,
+            "choice": None if self.choice is None else tuple(self.choice),
+            "grammar": self.grammar,
+        }
+        given = [(kind, value) for kind, value in fields.items() if value is not None]
+        if len(given) != 1:
+            raise BadRequest(
+                f"structured_outputs needs exactly one of {', '.join(fields)}",
+                param="structured_outputs",
+            )
+        ((kind, value),) = given
+        return Constraint(kind=kind, value=value)
 
 
 @dataclass(frozen=True, slots=True)

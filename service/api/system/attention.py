@@ -13,15 +13,15 @@ from typing import Annotated, Any, Literal, Protocol
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 
-from service.api.answers import AnswerModel, ModelId, TokenList, described, json_response
-from service.api.body import JsonRoute
-from service.api.context import ApiContext, Caller, Context
-from service.api.fields import TokenIds
-from service.api.generation.prompts import check_token_ids, encode, render_chat
+from service.api.generation.prompts import encode, render_chat
+from service.api.generation.request import check_token_ids
 from service.api.generation.submit import check_model
-from service.api.limits import ApiLimits
-from service.api.observer import BUSY, ApiObserver
-from service.api.system.tokenize import NAMES, TokenizeBody
+from service.api.http.body import JsonRoute
+from service.api.http.context import ApiContext, ApiLimits, Caller, Context
+from service.api.http.fields import TokenIds
+from service.api.http.models import AnswerModel, ModelId, TokenList, described, json_response
+from service.api.http.observer import BUSY, ApiObserver
+from service.api.system.models import NAMES, TokenizeBody
 from service.errors import BadRequest, NotFound
 from service.fair_pool import FairPool
 

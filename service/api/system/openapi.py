@@ -17,10 +17,9 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 
-from service.api.answers import EVENTS
-from service.api.auth import OPEN_PATHS, is_counted
-from service.api.context import ApiContext, Context
-from service.api.limits import ApiLimits
+from service.api.http.auth import OPEN_PATHS, is_counted
+from service.api.http.context import ApiContext, ApiLimits, Context
+from service.api.http.models import EVENTS
 from service.messages import ModelCard
 
 Json = dict[str, Any]

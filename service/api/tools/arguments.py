@@ -17,10 +17,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from service.api.tools.chat import INPUT
-
 PARAMETER, VALUE, PARAMETER_END = "<parameter=", ">\n", "\n</parameter>\n"
 _END = "</function>"  # the beginning of the tail of a call
+INPUT = "input"  # the parameter of a custom tool
 BEFORE_INPUT = f'{{"{INPUT}": "'
 JSON_TYPES: Mapping[type, Sequence[str]] = MappingProxyType({
     type(None): ("null",),

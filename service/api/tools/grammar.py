@@ -15,8 +15,9 @@ from dataclasses import replace
 from typing import Any
 
 from model.grammar import GrammarError, lark_grammar, lark_regex
-from service.api.fields import FieldNames
+from service.api.http.fields import FieldNames
 from service.api.structured.grammar import (
+    JsonOutput,
     check_grammar,
     invalid_grammar,
     json_rule,
@@ -31,9 +32,8 @@ from service.api.structured.json_schema import (
     without_annotations,
     without_property_counts,
 )
-from service.api.structured.output import JsonOutput
-from service.api.tools.arguments import BEFORE_INPUT, PARAMETER, PARAMETER_END, VALUE
-from service.api.tools.chat import INPUT, FunctionDefinition, InputFormat, ToolUse
+from service.api.tools.arguments import BEFORE_INPUT, INPUT, PARAMETER, PARAMETER_END, VALUE
+from service.api.tools.chat import FunctionDefinition, InputFormat, ToolUse
 from service.api.tools.custom import (
     UnsupportedGrammarError,
     embedded_lark,

@@ -1,4 +1,4 @@
-"""The wire types of tools: functions, custom tools, earlier calls, and the tool choice.
+"""Messages and tools in bodies: functions, custom tools, earlier calls, and the tool choice.
 
 Each field is checked by itself; `tool_use` checks fields that depend on each other.
 """
@@ -22,8 +22,19 @@ from pydantic import (
 )
 from pydantic_core import core_schema
 
-from service.api.fields import FieldError, Label, StrictModel, Text, check_json
+from service.api.http.fields import (
+    MAX_ITEMS,
+    Content,
+    FieldError,
+    Label,
+    NoEffect,
+    StrictModel,
+    Text,
+    check_json,
+)
+from service.api.http.models import MessageModel
 from service.api.tools.chat import (
+    ChatMessage,
     FunctionDefinition,
     InputFormat,
     Mode,
@@ -307,3 +318,59 @@ _Called = Annotated[
 ]
 Tools = Annotated[list[_Tool] | None, Field(max_length=MAX_TOOLS)]
 CalledTools = Annotated[list[_Called] | None, Field(max_length=MAX_TOOLS)]
+
+
+class Message(MessageModel):
+    """One message of a chat. Accepts an assistant message as this server and others return it."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="The author of the message."
+    )
+    content: Content = Field(
+        description="The text, or a list of text parts. The assistant's may be null or empty."
+    )
+    reasoning_content: Text | None = Field(
+        None, description="The assistant's reasoning before the text, for the chat template."
+    )
+    reasoning: Text | None = Field(
+        None, description="The same as `reasoning_content`, which takes precedence."
+    )
+    refusal: Text | None = Field(
+        None, description="The assistant's text instead of the content, if it refused to answer."
+    )
+    provider_specific_fields: NoEffect = None
+    annotations: Annotated[list[dict[str, Any]] | None, Field(max_length=MAX_ITEMS)] = Field(
+        None, description="Citations of an earlier answer. Accepted; has no effect."
+    )
+    name: Label | None = Field(None, description="The author's name, for the chat template.")
+    tool_calls: CalledTools = Field(None, description="The tool calls of the assistant.")
+    tool_call_id: Label | None = Field(
+        None, validate_default=True, description="The call that a message of a tool answers."
+    )
+
+    @field_validator("tool_calls", "reasoning_content", "reasoning", "refusal", "annotations")
+    @classmethod
+    def _needs_assistant(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
+        if value is not None and info.data.get("role", "assistant") != "assistant":
+            raise FieldError("invalid_value", "needs the role assistant")
+        return None if value == [] else value  # clients send an empty list of calls back
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _needs_tool(cls, value: str | None, info: ValidationInfo) -> str | None:
+        role = info.data.get("role")
+        if role == "tool" and value is None:
+            raise FieldError("missing_required_parameter", "is required with the role tool")
+        if role != "tool" and value is not None:
+            raise FieldError("invalid_value", "needs the role tool")
+        return value
+
+    def chat_message(self) -> ChatMessage:
+        return ChatMessage(
+            role=self.role,
+            content=self.content or self.refusal or "",
+            name=self.name,
+            reasoning=self.reasoning_content or self.reasoning,
+            tool_calls=tuple(called.call() for called in self.tool_calls or ()),
+            tool_call_id=self.tool_call_id,
+        )

@@ -19,8 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from service.api.context import JsonRequest, get_context, get_tenant
-from service.api.limits import ApiLimits
+from service.api.http.context import ApiLimits, JsonRequest, get_context, get_tenant
 from service.errors import BadRequest, RequestTimeout, TooLarge, UnsupportedMedia
 
 _CONTENT_TYPE = re.compile(r"application/json\s*(;\s*charset=\"?utf-8\"?\s*)?", re.IGNORECASE)

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from service.api.fields import FieldError
+from service.api.http.fields import FieldError
 from service.errors import (
     BadRequest,
     MethodNotAllowed,

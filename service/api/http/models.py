@@ -1,8 +1,8 @@
-"""The pydantic models that bodies are made of, in the parts that several endpoints share.
+"""The pydantic models that several endpoints share: parts of bodies, and of answers.
 
-Strict: a string is not accepted as a number, and an unknown field is an error. `null` means "not
-given". Fields of other servers that this one does not support are in `UNSUPPORTED`: they are
-rejected by name, never ignored.
+Bodies are strict: a string is not accepted as a number, and an unknown field is an error. `null`
+means "not given". Fields of other servers that this one does not support are in `UNSUPPORTED`: they
+are rejected by name, never ignored. The models of answers describe; no answer is built from them.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+import orjson
+from fastapi import Response
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from service.api.fields import (
-    MAX_ITEMS,
-    Content,
-    FieldError,
+from service.api.http.fields import (
     Ignored,
     Label,
     LogitBias,
     Metadata,
     MinP,
     ModelName,
-    NoEffect,
     OnDisconnect,
     Penalty,
     Priority,
@@ -33,11 +31,8 @@ from service.api.fields import (
     StopStrings,
     StrictModel,
     Temperature,
-    Text,
     TopP,
 )
-from service.api.tools.chat import ChatMessage
-from service.api.tools.schema import CalledTools
 from service.errors import BadRequest
 
 MAX_MESSAGES = 1024
@@ -146,62 +141,6 @@ class MessageModel(WireModel):
         return value
 
 
-class Message(MessageModel):
-    """One message of a chat. Accepts an assistant message as this server and others return it."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
-        description="The author of the message."
-    )
-    content: Content = Field(
-        description="The text, or a list of text parts. The assistant's may be null or empty."
-    )
-    reasoning_content: Text | None = Field(
-        None, description="The assistant's reasoning before the text, for the chat template."
-    )
-    reasoning: Text | None = Field(
-        None, description="The same as `reasoning_content`, which takes precedence."
-    )
-    refusal: Text | None = Field(
-        None, description="The assistant's text instead of the content, if it refused to answer."
-    )
-    provider_specific_fields: NoEffect = None
-    annotations: Annotated[list[dict[str, Any]] | None, Field(max_length=MAX_ITEMS)] = Field(
-        None, description="Citations of an earlier answer. Accepted; has no effect."
-    )
-    name: Label | None = Field(None, description="The author's name, for the chat template.")
-    tool_calls: CalledTools = Field(None, description="The tool calls of the assistant.")
-    tool_call_id: Label | None = Field(
-        None, validate_default=True, description="The call that a message of a tool answers."
-    )
-
-    @field_validator("tool_calls", "reasoning_content", "reasoning", "refusal", "annotations")
-    @classmethod
-    def _needs_assistant(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
-        if value is not None and info.data.get("role", "assistant") != "assistant":
-            raise FieldError("invalid_value", "needs the role assistant")
-        return None if value == [] else value  # clients send an empty list of calls back
-
-    @field_validator("tool_call_id")
-    @classmethod
-    def _needs_tool(cls, value: str | None, info: ValidationInfo) -> str | None:
-        role = info.data.get("role")
-        if role == "tool" and value is None:
-            raise FieldError("missing_required_parameter", "is required with the role tool")
-        if role != "tool" and value is not None:
-            raise FieldError("invalid_value", "needs the role tool")
-        return value
-
-    def chat_message(self) -> ChatMessage:
-        return ChatMessage(
-            role=self.role,
-            content=self.content or self.refusal or "",
-            name=self.name,
-            reasoning=self.reasoning_content or self.reasoning,
-            tool_calls=tuple(called.call() for called in self.tool_calls or ()),
-            tool_call_id=self.tool_call_id,
-        )
-
-
 class TemplateOptions(WireModel):
     """How the chat template renders the messages."""
 
@@ -277,3 +216,85 @@ class SamplingBody(WireModel):
     prompt_cache_key: Label | None = Field(
         None, description="Accepted for compatibility; prefixes are cached without it."
     )
+
+
+EVENTS = "text/event-stream"
+
+
+class AnswerModel(BaseModel):
+    """Fields without a default are always present; more may be added."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+
+Count = Annotated[int, Field(ge=0)]
+CallId = Annotated[str, Field(description="The call's id, prefixed with the kind of answer.")]
+Created = Annotated[Count, Field(description="When the call arrived, in Unix seconds.")]
+ModelId = Annotated[str, Field(description="The id of the model.")]
+ContextLength = Annotated[
+    Count, Field(description="Maximum context length (prompt + output), in tokens.")
+]
+NumericClass = Annotated[
+    str,
+    Field(description="Numeric class: within it, equal requests get bit-identical answers."),
+]
+Assistant = Annotated[Literal["assistant"], Field(description="The role of the author.")]
+TokenList = Annotated[list[Count], Field(description="Token ids.")]
+
+
+class ErrorFields(BaseModel):
+    """What is wrong."""
+
+    message: str = Field(description="For people: what was wrong, and the limit.")
+    type: str = Field(description="The kind of error, as OpenAI names it.")
+    param: str | None = Field(description="The dotted path of the invalid field.")
+    code: str = Field(description="For programs: the error's code.")
+    request_id: str = Field(
+        "",
+        description="With `shutting_down`: the call to resume at another replica, if possible.",
+    )
+    last_event_id: str = Field("", description="With it: the event to resume after.")
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer with status 400 or higher."""
+
+    error: ErrorFields = Field(description="What is wrong.")
+
+
+class StreamEvent(AnswerModel):
+    """A server-sent event. Keep-alive comments between events are not listed."""
+
+    data: str = Field(description="A chunk of the answer as JSON; [DONE] ends some streams.")
+    event: str = Field("", description="The type of the event, in APIs that have event types.")
+    id: str = Field("", description="The position to resume after, if event ids were requested.")
+
+
+class StreamCancelled(AnswerModel):
+    """Confirms that a call was cancelled."""
+
+    id: CallId
+    object: Literal["stream"] = Field(description="The type of this object.")
+    cancelled: Literal[True] = Field(description="Always true.")
+
+
+def json_response(value: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json", headers=headers)
+
+
+def described(model: type[BaseModel] | None, *, stream: bool = False) -> dict[int | str, Any]:
+    """The `responses=` of a route that answers with this JSON, or with a stream of events."""
+    answer: dict[str, Any] = {"description": "The answer."}
+    if model is not None:
+        answer["model"] = model
+    if stream:
+        answer["description"] = (
+            "The answer: one JSON object, or with `stream` its chunks as events."
+        )
+        answer["content"] = {EVENTS: {"schema": StreamEvent.model_json_schema()}}
+    return {200: answer}
+
+
+def refused(model: type[BaseModel]) -> dict[int | str, Any]:
+    """The `responses=` of a router or an application whose errors have this shape."""
+    return {"4XX": {"model": model, "description": "The request was rejected."}}

@@ -1,0 +1,1 @@
+"""What all endpoints share: keys, hosts, limits, errors, JSON bodies and their fields."""
