@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from loadtest.bench.cpu import kernels, overhead, perplexity, promises, serving
+from loadtest.bench.cpu import kernels, overhead, perplexity, promises, sampling, serving
 
 COMMANDS = {
     "kernels": kernels,
     "overhead": overhead,
+    "sampling": sampling,
     "serving": serving,
     "promises": promises,
     "perplexity": perplexity,
