@@ -30,7 +30,11 @@ from service.engine.observer import NullObserver
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, GenerationRequest, SamplingParams
 
-_PROMPT = 64
+_PROMPT = 64  # tokens at most
+_TOPICS = (
+    "bread", "the sea", "mathematics", "trains", "cities", "music", "glass", "maps", "rivers",
+    "languages", "birds", "clocks", "theatre", "medicine", "letters", "the moon",
+)  # fmt: skip
 _BLOCK = 16
 _GREEDY = GenerationRequest(
     id="greedy",
@@ -118,11 +122,14 @@ class Side:
             grammars=grammars,
         )
         for index in range(sequences):
-            prompt = tuple(1000 + (index * 41 + token * 7) % 9000 for token in range(_PROMPT))
+            topic = _TOPICS[index % len(_TOPICS)]
+            prompt = tuple(
+                tokenizer.encode(f"{index}. A long essay on the history of {topic}:\n\n")
+            )
             request = replace(
                 option,
                 id=f"r{index}",
-                prompt_ids=prompt,
+                prompt_ids=tuple(tokenizer.encode(text)),
                 max_tokens=share.num_blocks * share.block_size // max_sequences - _PROMPT,
                 sampling=replace(option.sampling, seed=index),
             )
@@ -186,9 +193,7 @@ def run(options: argparse.Namespace) -> None:
     runner = NativeRunner(
         model.config,
         model.weights,
-        options=RunnerOptions(
-            num_blocks=2 * each, block_size=_BLOCK, num_threads=options.threads
-        ),
+        options=RunnerOptions(num_blocks=2 * each, block_size=_BLOCK, num_threads=options.threads),
         digest=model.digest,
         variant=options.variant,
     )

@@ -149,6 +149,8 @@ struct Tempering {
   int64_t least;
 };
 
+constexpr double NEAR = 0x1p-18;  // relative error of weigh_nearly
+
 struct Kernels {
   const char* name;
   int tile_rows;   // preferred rows of multiply_tile
@@ -175,7 +177,8 @@ struct Kernels {
   // sampling.inl
   int64_t (*weigh)(const float* logits, int count, const Tempering* tempering, int64_t* weights);
   float (*largest_of)(const float* x, int count);
-  int (*find_above)(const float* x, int count, float bound, int32_t* places);
+  double (*weigh_nearly)(const float* logits, int count, const Tempering* tempering);
+  int (*find_between)(const float* x, int count, float bound, float most, int32_t* places);
   void (*mask_out)(const uint32_t* mask, int count, float* logits);
 
   // load.inl

@@ -8,6 +8,7 @@
 namespace quire {
 namespace {
 
+constexpr size_t kLine = 16;  // of a cache line
 constexpr int kRowsOfTile = 16;
 constexpr int kQueriesOfTile = 64;  // ITEM_QUERIES of attention.inl
 constexpr int kRowsToPrefetch = 24;  // with fewer a step is memory-bound
@@ -88,7 +89,8 @@ void Model::make_scratch() {
   scratch.codes = memory.take<uint8_t>((rows + TILE_ROWS_MAX) * widest);
   scratch.scales = memory.take<float>(rows + TILE_ROWS_MAX);
   scratch.argmax = memory.take<Argmax>(rows * kHeadChunks);
-  scratch.logits = memory.take<float>(rows * static_cast<size_t>(shape.vocab));
+  scratch.logits_stride = (static_cast<size_t>(shape.vocab) / kLine | 1) * kLine + kLine * 2;
+  scratch.logits = memory.take<float>(rows * scratch.logits_stride);
   embedding = memory.take<uint16_t>(static_cast<size_t>(shape.vocab) * inputs);
 }
 
@@ -165,7 +167,7 @@ Heads Model::heads_of(const QuireStep& step) const {
       }
       if (!is_plain(*step.sampling, row)) {
         logits = next;
-        next += shape.vocab;
+        next += scratch.logits_stride;
       }
     }
     found.rows.push_back(i);

@@ -32,7 +32,10 @@ struct Scratch {
   uint8_t* codes;  // [T + TILE_ROWS_MAX, the widest]
   float* scales;   // [T + TILE_ROWS_MAX]
   Argmax* argmax;      // [chunks of the head, T]
-  float* logits;       // [T, V] of rows that are sampled; touched as far as they are needed
+  // [T, logits_stride] of rows that are sampled, touched as far as needed. An odd number of cache lines,
+  // so that rows do not share few sets of the caches.
+  float* logits;
+  size_t logits_stride;
 };
 
 // Rows of one sequence that attend together: an AttentionItem per head.

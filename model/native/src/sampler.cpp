@@ -36,6 +36,7 @@ struct Scratch {
   std::vector<Ranked> ranked;
   std::vector<float> values, few;
   std::vector<int64_t> weights, sums;
+  std::vector<double> nearly;
   std::vector<int32_t> places, ids;
 };
 
@@ -79,33 +80,61 @@ int64_t point_of(int64_t mass, double draw) {
   return std::max<int64_t>(0, std::min(static_cast<int64_t>(static_cast<double>(mass) * draw), mass - 1));
 }
 
-// The first entries in order of rank whose running sum, without themselves, `keeps` accepts.
-struct Prefix {
-  int count;
-  int64_t mass;
+// The last entry, in order of rank, whose running sum without itself is accepted; and that sum.
+struct Last {
+  Ranked entry;
+  int64_t before;
+
+  int64_t mass() const { return before + entry.weight; }
 };
 
-// Moves that prefix to the front, by partitions as in quickselect: in linear time, without a sort.
-template <typename Keeps> Prefix prefix_of(std::vector<Ranked>& all, int count, Keeps keeps) {
-  Prefix found = {0, 0};
-  uint32_t random = 1;
-  for (int end = count; found.count < end;) {
-    Ranked* first = all.data() + found.count;
-    random = random * 1664525u + 1013904223u;
-    std::swap(*first, first[(static_cast<uint64_t>(random) * static_cast<uint32_t>(end - found.count)) >> 32]);
-    const uint64_t pivot = first->key;
-    Ranked* behind = std::partition(first + 1, all.data() + end, [&](const Ranked& r) { return r.key > pivot; });
-    int64_t before = found.mass;
-    for (const Ranked* r = first + 1; r < behind; r++) before += r->weight;
-    if (keeps(before)) {
-      found = {static_cast<int>(behind - all.data()), before + first->weight};
-    } else {
-      std::swap(*first, behind[-1]);  // the pivot, behind those before it
-      end = static_cast<int>(behind - 1 - all.data());
+// `keeps` accepts 0 and, if any sum, all smaller ones. Entries are put into buckets by their keys, and those
+// of one bucket again, until a few are left to sort: in linear time.
+template <typename Keeps> Last last_of(const std::vector<Ranked>& all, Keeps keeps) {
+  constexpr int kBuckets = 256;
+  std::vector<Ranked> some;
+  const std::vector<Ranked>* from = &all;
+  int64_t before = 0;
+  while (from->size() > 64) {
+    uint64_t most = 0, least = ~uint64_t{0};
+    for (const Ranked& r : *from) {
+      most = std::max(most, r.key);
+      least = std::min(least, r.key);
     }
+    int shift = 0;
+    while ((most - least) >> shift >= kBuckets) shift++;
+    const auto bucket_of = [&](const Ranked& r) { return static_cast<int>((most - r.key) >> shift); };
+    int64_t mass[kBuckets] = {};
+    int32_t count[kBuckets] = {};
+    for (const Ranked& r : *from) {
+      mass[bucket_of(r)] += r.weight;
+      count[bucket_of(r)]++;
+    }
+    int bucket = 0;
+    int64_t next = before;
+    for (int b = 0; b < kBuckets && keeps(next); next += mass[b++])
+      if (count[b]) {
+        bucket = b;
+        before = next;
+      }
+    std::vector<Ranked> found;
+    found.reserve(static_cast<size_t>(count[bucket]));
+    for (const Ranked& r : *from)
+      if (bucket_of(r) == bucket) found.push_back(r);
+    some.swap(found);
+    from = &some;
   }
-  return found;
+  std::vector<Ranked> sorted(*from);
+  std::sort(sorted.begin(), sorted.end(), ranks_before);
+  size_t i = 0;
+  for (; i + 1 < sorted.size() && keeps(before + sorted[i].weight); i++) before += sorted[i].weight;
+  return {sorted[i], before};
 }
+
+// The true value of what is known approximately.
+struct Interval {
+  double low, high;
+};
 
 // The logits that a row may choose from: all, or the few that its mask allows.
 class Choices {
@@ -167,11 +196,46 @@ class Choices {
     return start + i;
   }
 
-  // Fills `ranked` with logits above a bound, not weighed.
-  void find_above(float bound) const {
-    std::vector<Ranked>& ranked = scratch().ranked;
-    ranked.clear();
-    for (int start = 0; start < count_; start += kBlock) append_above(start, bound);
+  // A share of what `weigh_all` would give, times 2^-40, and block by block in `nearly`.
+  Interval nearly(const Tempering& t, double share) const {
+    std::vector<double>& sums = scratch().nearly;
+    sums.clear();
+    double mass = 0.0;
+    for (int start = 0; start < count_; start += kBlock) {
+      const int size = std::min(kBlock, count_ - start);
+      sums.push_back(t.least ? static_cast<double>(k_.weigh(logits_ + start, size, &t, nullptr)) / kOne
+                             : k_.weigh_nearly(logits_ + start, size, &t));
+      mass += sums.back();
+    }
+    return {share * (mass * (1.0 - NEAR) - slack()) - kRounding, share * mass * (1.0 + NEAR) + kRounding};
+  }
+
+  // Inverse CDF in order of ids. Nearly all draws fall so far from the border of a
+  // token that an approximate mass shows which one it is; the others are made from the exact mass.
+  int draw_by_id(const Tempering& t, double draw) const {
+    const Interval point = nearly(t, draw);
+    const std::vector<double>& sums = scratch().nearly;
+    size_t block = 0;
+    double before = 0.0;
+    for (; block + 1 < sums.size() && before + sums[block] <= point.low; block++) before += sums[block];
+    const double low = (point.low - before * (1.0 + NEAR)) * kOne;
+    const double high = (point.high - before * (1.0 - NEAR) + (block ? slack() : 0.0)) * kOne;
+    const int start = static_cast<int>(block) * kBlock, size = std::min(kBlock, count_ - start);
+    int64_t weights[kBlock];
+    k_.weigh(logits_ + start, size, &t, weights);
+    int64_t sum = 0;
+    for (int i = 0; i < size && static_cast<double>(sum) <= low; i++) {
+      sum += weights[i];
+      if (static_cast<double>(sum) > high) return start + i;
+    }
+    return place_of(point_of(weigh_all(t), draw), t);
+  }
+
+  // Appends logits above a bound and not above another to `ranked`, and weighs them; returns their mass.
+  int64_t rank_between(float bound, float most, const Tempering& t) const {
+    const size_t first = scratch().ranked.size();
+    for (int start = 0; start < count_; start += kBlock) append_between(start, bound, most);
+    return weigh_ranked(first, t);
   }
 
   // Fills `ranked` with the `most` of highest rank, in any order, not weighed. A later logit that equals
@@ -183,7 +247,7 @@ class Choices {
     bool full = false;
     float bound = 0.0f;
     for (int start = 0; start < count_; start += kBlock) {
-      if (full) append_above(start, bound);
+      if (full) append_between(start, bound, kInfinity);
       else append_all(start);
       if (ranked.size() < 2 * keep + kBlock / 4 && start + kBlock < count_) continue;
       if (ranked.size() <= keep) continue;
@@ -194,16 +258,36 @@ class Choices {
     }
   }
 
-  // Weighs `ranked`; returns the mass.
-  int64_t weigh_ranked(const Tempering& t) const {
+  // Weighs `ranked` from `first` on; returns the mass.
+  int64_t weigh_ranked(size_t first, const Tempering& t) const {
     Scratch& s = scratch();
-    const int size = static_cast<int>(s.ranked.size());
-    s.values.resize(s.ranked.size());
-    s.weights.resize(s.ranked.size());
-    for (int i = 0; i < size; i++) s.values[i] = logits_[s.ranked[i].place()];
-    const int64_t mass = k_.weigh(s.values.data(), size, &t, s.weights.data());
-    for (int i = 0; i < size; i++) s.ranked[i].weight = s.weights[i];
+    const size_t size = s.ranked.size() - first;
+    s.values.resize(size);
+    s.weights.resize(size);
+    for (size_t i = 0; i < size; i++) s.values[i] = logits_[s.ranked[first + i].place()];
+    const int64_t mass = k_.weigh(s.values.data(), static_cast<int>(size), &t, s.weights.data());
+    for (size_t i = 0; i < size; i++) s.ranked[first + i].weight = s.weights[i];
     return mass;
+  }
+
+  // Leaves the logits that min-p may keep, and perhaps a few more.
+  void narrow_to(const Tempering& t, float min_p) {
+    Scratch& s = scratch();
+    const double bound = t.largest + static_cast<double>(t.temperature) * (std::log(static_cast<double>(min_p)) - 0.01);
+    const float below = std::nextafter(std::nextafter(static_cast<float>(bound), -kInfinity), -kInfinity);
+    s.places.resize(static_cast<size_t>(count_));
+    const int found = k_.find_between(logits_, count_, below, kInfinity, s.places.data());
+    // In place: each is read before its own place is written.
+    s.ids.resize(std::max(s.ids.size(), static_cast<size_t>(found)));
+    s.few.resize(std::max(s.few.size(), static_cast<size_t>(found)));
+    for (int i = 0; i < found; i++) {
+      const int32_t place = s.places[static_cast<size_t>(i)];
+      s.ids[static_cast<size_t>(i)] = id(place);
+      s.few[static_cast<size_t>(i)] = logits_[place];
+    }
+    ids_ = s.ids.data();
+    logits_ = s.few.data();
+    count_ = found;
   }
 
   float operator[](int place) const { return logits_[place]; }
@@ -230,15 +314,20 @@ class Choices {
     for (int place = start; place < end; place++) scratch().ranked.push_back({key_of(logits_[place], place), 0});
   }
 
-  void append_above(int start, float bound) const {
-    Scratch& s = scratch();
-    s.places.resize(kBlock);
-    const int found = k_.find_above(logits_ + start, std::min(kBlock, count_ - start), bound, s.places.data());
+  void append_between(int start, float bound, float most) const {
+    int32_t places[kBlock];
+    const int found = k_.find_between(logits_ + start, std::min(kBlock, count_ - start), bound, most, places);
+    std::vector<Ranked>& ranked = scratch().ranked;
+    const size_t first = ranked.size();
+    ranked.resize(first + static_cast<size_t>(found));
     for (int i = 0; i < found; i++) {
-      const int32_t place = start + s.places[i];
-      s.ranked.push_back({key_of(logits_[place], place), 0});
+      const int32_t place = start + places[i];
+      ranked[first + static_cast<size_t>(i)] = {key_of(logits_[place], place), 0};
     }
   }
+
+  double slack() const { return count_ / kOne; }  // weights are rounded down
+  static constexpr double kRounding = 0x1p-30;     // of products with the mass, generously
 
   const Kernels& k_;
   const float* logits_;
@@ -246,30 +335,39 @@ class Choices {
   const int32_t* ids_ = nullptr;
 };
 
-// Inverse CDF over what top-k and top-p keep, most probable first.
-int choose_by_rank(const Choices& choices, const Tempering& t, int top_k, bool cuts, float top_p, double draw) {
-  std::vector<Ranked>& ranked = scratch().ranked;
-  int64_t mass;
-  double wanted;
-  if (cuts) {
-    choices.find_top(top_k);
-    mass = choices.weigh_ranked(t);
-    wanted = static_cast<double>(mass) * top_p;
-  } else {
-    wanted = static_cast<double>(choices.weigh_all(t)) * top_p;
-    for (const float depth : {4.0f, 8.0f, kInfinity}) {
-      choices.find_above(t.largest - depth * t.temperature);
-      mass = choices.weigh_ranked(t);
-      if (static_cast<double>(mass) >= wanted) break;
-    }
+// The place of the token that the drawn share of a mass falls on, most probable first.
+int draw_by_rank(int64_t mass, double draw) {
+  const int64_t point = point_of(mass, draw);
+  return last_of(scratch().ranked, [&](int64_t before) { return before <= point; }).entry.place();
+}
+
+// The last entry that top-p keeps; the first stays even if top_p is 0.
+Last nucleus_of(double wanted) {
+  return last_of(scratch().ranked, [&](int64_t before) { return before == 0 || static_cast<double>(before) < wanted; });
+}
+
+int draw_top_k(const Choices& choices, const Tempering& t, int top_k, float top_p, double draw) {
+  choices.find_top(top_k);
+  const double mass = static_cast<double>(choices.weigh_ranked(0, t));
+  return draw_by_rank(nucleus_of(mass * top_p).mass(), draw);
+}
+
+// Ranks ever more of the choices, until they hold the wanted mass for sure.
+int draw_top_p(const Choices& choices, const Tempering& t, float top_p, double draw) {
+  const Interval wanted = choices.nearly(t, top_p);
+  scratch().ranked.clear();
+  int64_t mass = 0;
+  float most = kInfinity;
+  for (const float depth : {3.0f, 6.0f, 10.0f, 16.0f, kInfinity}) {
+    const float bound = t.largest - depth * t.temperature;
+    mass += choices.rank_between(bound, most, t);
+    if (static_cast<double>(mass) >= wanted.high * kOne) break;
+    most = bound;
   }
-  const int size = static_cast<int>(ranked.size());
-  // The first entry stays even if top_p is 0.
-  Prefix kept = prefix_of(ranked, size, [&](int64_t before) { return before == 0 || static_cast<double>(before) < wanted; });
-  const int64_t point = point_of(kept.mass, draw);
-  kept = prefix_of(ranked, kept.count, [&](int64_t before) { return before <= point; });
-  return std::min_element(ranked.begin(), ranked.begin() + kept.count,
-                          [](const Ranked& a, const Ranked& b) { return a.key < b.key; })->place();
+  Last last = nucleus_of(wanted.high * kOne);
+  if (last.before && !(static_cast<double>(last.before) < wanted.low * kOne))
+    last = nucleus_of(static_cast<double>(choices.weigh_all(t)) * top_p);
+  return draw_by_rank(last.mass(), draw);
 }
 
 // Of an unmodified row, what its log probabilities need.
@@ -335,22 +433,23 @@ class Edits {
   std::vector<std::pair<int32_t, float>> old_;
 };
 
-int choose(const Choices& choices, const QuireSampling& s, int row, int vocab, float largest, int argmax) {
-  const float temperature = s.temperatures[row];
-  if (temperature == 0.0f) return argmax;
+int32_t choose(Choices choices, const QuireSampling& s, int row, int vocab, float largest, int argmax) {
+  const float temperature = s.temperatures[row], min_p = s.min_ps[row], top_p = s.top_ps[row];
+  if (temperature == 0.0f) return choices.id(argmax);
   const double draw = uniform(s.seeds[row], s.choices[row], s.indices[row]);
-  const Tempering t = {largest, temperature, static_cast<int64_t>(std::ceil(static_cast<double>(s.min_ps[row]) * kOne))};
-  const bool cuts = s.top_ks[row] < vocab;
-  if (cuts || s.top_ps[row] < 1.0f) return choose_by_rank(choices, t, s.top_ks[row], cuts, s.top_ps[row], draw);
-  return choices.place_of(point_of(choices.weigh_all(t), draw), t);
+  const Tempering t = {largest, temperature, static_cast<int64_t>(std::ceil(static_cast<double>(min_p) * kOne))};
+  if (s.top_ks[row] < vocab) return choices.id(draw_top_k(choices, t, s.top_ks[row], top_p, draw));
+  if (min_p > 0.0f) choices.narrow_to(t, min_p);
+  if (top_p < 1.0f) return choices.id(draw_top_p(choices, t, top_p, draw));
+  return choices.id(choices.draw_by_id(t, draw));
 }
 
 int32_t choose_token(const Kernels& kernels, const QuireSampling& s, const SampledRow& row, Argmax raw, Edits& edits,
                      float* logits, int vocab) {
   if (s.given) return s.given[row.row];
   if (!row.mask && !row.adjusts()) {
-    const Choices all(kernels, logits, vocab);
-    return choose(all, s, row.row, vocab, raw.value, raw.id);
+    if (!(raw.value > -kInfinity)) return raw.id;  // all are NaN
+    return choose(Choices(kernels, logits, vocab), s, row.row, vocab, raw.value, raw.id);
   }
   edits.make(s, row);
   for (const bool edited : {true, false}) {
@@ -359,7 +458,7 @@ int32_t choose_token(const Kernels& kernels, const QuireSampling& s, const Sampl
     int argmax;
     const float largest = choices.largest(&argmax);
     if (!(largest > -kInfinity)) continue;
-    return choices.id(edited ? choose(choices, s, row.row, vocab, largest, argmax) : argmax);
+    return edited ? choose(choices, s, row.row, vocab, largest, argmax) : choices.id(argmax);
   }
   return 0;  // all are NaN
 }

@@ -29,19 +29,21 @@ QUIRE_INLINE Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
 }
 
 // The integers below numbers in 0..2^50.
-QUIRE_INLINE Longs floors(Doubles x) {
-#if defined(__AVX2__) && !defined(__AVX512DQ__)
+QUIRE_INLINE Longs floors(Singles x) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  return (Longs)_mm512_cvttps_epi64((__m256)x);
+#elif defined(__AVX2__)
   const Doubles magic = Doubles{} + 4503599627370496.0;  // 2^52: the integer is then in the low bits
-  return (Longs)((Doubles)_mm256_floor_pd((__m256d)x) + magic) - (Longs)magic;
+  return (Longs)(__builtin_convertvector((Singles)_mm_floor_ps((__m128)x), Doubles) + magic) - (Longs)magic;
 #else
   return __builtin_convertvector(x, Longs);
 #endif
 }
 
-// e^x for x in -43..0: x = k ln 2 + r, ln 2 in two parts (Cody and Waite), e^r by its Taylor series.
+// 2^40 e^x for x in -43..0: x = k ln 2 + r, ln 2 in two parts (Cody and Waite), e^r by its Taylor series.
 QUIRE_INLINE Singles exponentials(Singles x) {
   const Doubles magic = Doubles{} + 6755399441055744.0;  // 1.5 * 2^52
-  const Doubles wide = __builtin_convertvector(x, Doubles);
+  const Doubles wide = __builtin_convertvector(x, Doubles), one = Doubles{} + 1099511627776.0;
   const Doubles shifter = multiply_add(wide, Doubles{} + 1.4426950408889634, magic);  // k is in the low bits
   const Doubles k = shifter - magic;
   Doubles r = multiply_add(k, Doubles{} - 0x1.62e42fefap-1, wide);
@@ -52,7 +54,7 @@ QUIRE_INLINE Singles exponentials(Singles x) {
   Doubles p = Doubles{} + 1.0 / 6227020800;
   QUIRE_UNROLL
   for (const double coefficient : inverse_factorials) p = multiply_add(p, r, Doubles{} + coefficient);
-  const Doubles y = multiply_add(p, r * r, r) + 1.0;
+  const Doubles y = multiply_add(multiply_add(p, r * r, r), one, one);
   return __builtin_convertvector((Doubles)((Longs)y + ((Longs)shifter << 52)), Singles);
 }
 
@@ -60,7 +62,7 @@ QUIRE_INLINE Longs weights_of(Singles logits, const Tempering& t) {
   const Singles least = Singles{} - 43.0f;
   Singles x = (logits - t.largest) / t.temperature;
   x = x > least ? x : least;  // a NaN weighs nothing
-  const Longs weights = floors(__builtin_convertvector(exponentials(x), Doubles) * 1099511627776.0);
+  const Longs weights = floors(exponentials(x));
   return weights & (weights >= t.least);
 }
 
@@ -82,6 +84,23 @@ static int64_t weigh(const float* logits, int count, const Tempering* given, int
   return sum;
 }
 
+// The sum of e^x, within NEAR of itself and 2^-40 per logit of what `weigh` gives, times 2^-40, without a
+// least weight. At most 1024 logits. `exponential` errs by 2^-22, a sum of 16 lanes of floats by 2^-19.
+static double weigh_nearly(const float* logits, int count, const Tempering* given) {
+#if defined(__FMA__)
+  const Lanes largest = splat(given->largest), temperature = splat(given->temperature);
+  Lanes sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+  int i = 0;
+  for (; i + LANES * 4 <= count; i += LANES * 4)
+    for (int j = 0; j < 4; j++)
+      sums[j] = sums[j] + exponential((load(logits + i + j * LANES) - largest) / temperature);
+  const double rest = i < count ? (double)weigh(logits + i, count - i, given, nullptr) * 0x1p-40 : 0.0;
+  return (double)sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+#else
+  return (double)weigh(logits, count, given, nullptr) * 0x1p-40;
+#endif
+}
+
 // The largest number; minus infinity if all are NaN.
 static float largest_of(const float* x, int count) {
   float found = -__builtin_inff();
@@ -97,13 +116,17 @@ static float largest_of(const float* x, int count) {
   return found;
 }
 
-// Writes the places of numbers above a bound, in rising order; returns how many.
-static int find_above(const float* x, int count, float bound, int32_t* places) {
+// Writes the places of numbers above one bound and not above another, in rising order; returns how many.
+static int find_between(const float* x, int count, float bound, float most, int32_t* places) {
   int found = 0, i = 0;
-  for (const Lanes bounds = splat(bound); i + LANES <= count; i += LANES)
-    for (uint32_t bits = above(load(x + i), bounds); bits; bits &= bits - 1) places[found++] = i + __builtin_ctz(bits);
+  const Lanes low = splat(bound), high = splat(most);
+  for (; i + LANES <= count; i += LANES) {
+    const Lanes some = load(x + i);
+    for (uint32_t bits = above(some, low) & ~above(some, high); bits; bits &= bits - 1)
+      places[found++] = i + __builtin_ctz(bits);
+  }
   for (; i < count; i++)
-    if (x[i] > bound) places[found++] = i;
+    if (x[i] > bound && !(x[i] > most)) places[found++] = i;
   return found;
 }
 

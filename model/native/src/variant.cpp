@@ -38,7 +38,7 @@ static const Kernels table = {
     embed, norm_to_codes, to_codes, hadamard, rotate_and_store,
     multiply,
     attend_rows, attend_split, merge_splits,
-    weigh, largest_of, find_above, mask_out,
+    weigh, largest_of, weigh_nearly, find_between, mask_out,
     rotate, pack,
     peak,
 };
