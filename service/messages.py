@@ -18,8 +18,9 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from itertools import chain
 from typing import Self
 
 from service.decoding import decode
@@ -174,6 +175,8 @@ class Submission:
     grace: float | None = None
     allowance: Allowance | None = None  # None: the key has no limits
     keep: float | None = None  # None: the resume window, without `input`
+    # Per request, names of prefixes of its prompt, longest first: see `service.prefixes`. A hint.
+    prefixes: tuple[tuple[str, ...], ...] = ()
     input: str = ""  # what later calls need of this one; the queue never reads it
 
 
@@ -241,6 +244,7 @@ class ModelCard:
     vocab_size: int
     numeric_class: str  # weights digest, kernel family, dtype, version: if equal, equal bits
     created: int  # Unix seconds
+    block_size: int = 0  # of the engines' prefix caches, tokens; 0: not worth choosing an engine
     vocabulary: str = ""  # digest of the tokenizer's vocabulary; empty: unknown
 
     @property
@@ -256,6 +260,20 @@ class ModelCard:
 def model_feature(key: str) -> str:
     """The feature of engines that serve the model of this key."""
     return f"model:{key}"
+
+
+def merge_tokens(records: Sequence[Tokens]) -> Tokens:
+    """Consecutive records as one."""
+    first, last = records[0], records[-1]
+    if first is last:
+        return first
+    return replace(
+        first,
+        ids=tuple(chain.from_iterable(record.ids for record in records)),
+        text="".join(record.text for record in records),
+        digest=last.digest,
+        logprobs=tuple(chain.from_iterable(record.logprobs for record in records)),
+    )
 
 
 def rolling_digest(ids: Iterable[int], *, previous: int = 0) -> int:

@@ -100,7 +100,9 @@ class Settings(BaseModel):
     model_name: str | None = _model(
         "Model name in the API; default: the file's or the repository's.", None
     )
-    cache_dir: Path = _model("Directory of downloaded models.", Path("~/.cache/quire"))
+    cache_dir: Path = _model(
+        "Directory of downloaded models and packed weights.", Path("~/.cache/quire")
+    )
     max_model_len: int | None = _model(
         "Maximum context length (prompt + output); default: the model's.", None, ge=8
     )
@@ -108,8 +110,10 @@ class Settings(BaseModel):
     runner: Literal["auto", "native", "torch", "cuda"] = _engine(
         "Execution backend; auto picks the fastest available.", "auto"
     )
-    dtype: Literal["auto", "int8", "bfloat16", "float32"] = _engine(
-        "Compute dtype of the network; auto picks the runner's fastest.", "auto"
+    dtype: Literal["auto", "int4", "int8", "bfloat16", "float32"] = _engine(
+        "Compute dtype of the network; auto: the runner's default. int4: the layers of a GGUF file "
+        "in its own 4-bit blocks (native runner).",
+        "auto",
     )
     kv_dtype: Literal["auto", "bfloat16", "int8", "float8"] = _engine(
         "KV cache dtype, if the runner supports several.", "auto"
@@ -177,6 +181,14 @@ class Settings(BaseModel):
     )
     max_tenant_stored_bytes: Bytes = _queue(
         "Maximum stored bytes per tenant; more are refused with 429.", 256 * 1024**2, ge=1024
+    )
+    journal_interval: float | None = _queue(
+        "Minimum seconds between two journal records of an answer; tokens that come faster are "
+        "sent together. First and last tokens are never delayed. Default: 0; on a GPU with Redis "
+        "0.02.",
+        None,
+        ge=0,
+        le=1,
     )
     lease: float = _queue(
         "Seconds without a heartbeat after which an engine's requests go to another engine.",

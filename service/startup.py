@@ -23,8 +23,15 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from model.checkpoint import CheckpointError, configure, open_checkpoint
+from model.checkpoint import (
+    CheckpointError,
+    configure,
+    load_model,
+    open_checkpoint,
+    open_model,
+)
 from model.checkpoint.fetch import FetchError, resolve
+from model.checkpoint.four_bit import four_bit_reason
 from model.checkpoint.gguf_parts import name_without_part
 from model.config import ModelConfig
 from model.memory import return_free_memory
@@ -55,6 +62,7 @@ class Loaded:
     fallback_reason: str  # why a faster runner is not used; empty if the fastest one is
     options: RunnerOptions = field(default_factory=RunnerOptions)  # with the chosen sizes
     followers: FollowerProcesses | None = None  # the other ranks of tensor parallelism, if any
+    on_gpu: bool = False
 
 
 @contextmanager
@@ -104,7 +112,7 @@ def load_engine(settings: Settings, path: Path) -> Loaded:
     """
     set_thread_waiting()
     set_rank_interface()
-    from model.parallel.runner import RankLost
+    from model.parallel import RankLost
 
     began = time.monotonic()
     try:
@@ -124,8 +132,15 @@ def _load(settings: Settings, path: Path) -> Loaded:
     num_ranks, wanted = settings.tensor_parallel, _runner_options(settings)
     try:
         with _model_errors():
-            _, config = configure(open_checkpoint(path))
-            choice = choose_runner(settings.runner, config, wanted, num_ranks=num_ranks)
+            checkpoint = open_checkpoint(path)
+            _, config = configure(checkpoint)
+            choice = choose_runner(
+                settings.runner,
+                config,
+                wanted,
+                num_ranks=num_ranks,
+                four_bit_reason=four_bit_reason(checkpoint),
+            )
             options = choose_sizes(
                 wanted,
                 runner=choice.name,
@@ -136,6 +151,9 @@ def _load(settings: Settings, path: Path) -> Loaded:
             )
             if choice.name == "cuda":
                 options = replace(options, vendor_blas=set_whole_sums())
+            if choice.name == "native":
+                cache = settings.cache_dir.expanduser() / "packed"
+                options = replace(options, weights_cache=cache)
             tokenizer = load_tokenizer(path)
             runner, followers = _build(path, config, choice, options, num_ranks=num_ranks)
     except (ValueError, NativeUnavailable, ImportError) as error:
@@ -158,6 +176,7 @@ def _load(settings: Settings, path: Path) -> Loaded:
         fallback_reason=choice.fallback_reason,
         options=options,
         followers=followers,
+        on_gpu=choice.name == "cuda",
     )
 
 
@@ -181,18 +200,22 @@ def _build(
     num_ranks: int,
 ) -> tuple[Runner, FollowerProcesses | None]:
     """Returns the runner and, with tensor parallelism, the other ranks' processes."""
-    from model.checkpoint import load_model
-    from model.parallel.ranks import check_ranks, start_parallel
     from model.runners import RUNNERS
 
     if num_ranks > 1:
+        from model.parallel.ranks import check_ranks, start_parallel
+
         check_ranks(num_ranks, runner=choice.name, config=config, options=options)
         return start_parallel(
             path, runner=choice.name, dtype=choice.dtype, options=options, num_ranks=num_ranks
         )
+    load = RUNNERS[choice.name]
+    if choice.name == "native":  # reads tensors one by one and, if it finds them packed, none
+        opened = open_model(path, four_bit=choice.four_bit)
+        return load(config, opened.weights, options, opened.digest), None
     # Read in the runner's dtype at once: a second copy would double the memory.
     model = load_model(path, dtype=choice.dtype)
-    return RUNNERS[choice.name](config, model.weights, options, model.digest), None
+    return load(config, model.weights, options, model.digest), None
 
 
 def load_card(settings: Settings, path: Path, tokenizer: Tokenizer) -> ModelCard:

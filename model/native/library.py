@@ -22,6 +22,8 @@ from model.native import NativeUnavailable
 from model.native.build import find_or_build
 from model.native.sampling import NativeSampling
 
+Bytes = npt.NDArray[np.uint8]
+
 _ERROR_BYTES = 256
 NO_WINDOW = 2**31 - 1
 
@@ -54,6 +56,7 @@ class Shape:
     qkv_bias: bool
     qk_norm: bool
     wide_cache: bool
+    four_bit: bool = False  # matrices of the layers in blocks of 4 bits, not rotated
     threads: int
     compute_threads: int
     compute_rows: int
@@ -92,8 +95,10 @@ class NativeLibrary:
     """A loaded library. Raises NativeUnavailable if the file cannot be loaded."""
 
     def __init__(self, path: Path | None = None) -> None:
+        path = path or find_or_build()
+        self.name = path.name  # holds a hash of the sources
         try:
-            self.calls = ctypes.CDLL(str(path or find_or_build()))
+            self.calls = ctypes.CDLL(str(path))
         except OSError as error:
             raise NativeUnavailable(f"the native library cannot be loaded: {error}") from error
         _declare(self.calls)
@@ -152,12 +157,27 @@ class NativeLibrary:
         self.calls.quire_weigh(variant.encode(), x.ctypes.data, len(x), weights.ctypes.data)
         return weights
 
+    def block_product(
+        self, blocks_NB: Bytes, x_MK: Floats, *, variant: str, bias_N: Floats | None = None
+    ) -> Floats:
+        """Computes x W^T + bias with W in blocks of 4 bits, as the layers do; for tests."""
+        y_MN = np.empty((len(x_MK), len(blocks_NB)), np.float32)
+        bias = None if bias_N is None else bias_N.ctypes.data
+        failed = self.calls.quire_block_product(
+            variant.encode(), blocks_NB.ctypes.data, bias, len(blocks_NB), x_MK.shape[1],
+            x_MK.ctypes.data, len(x_MK), y_MN.ctypes.data,
+        )  # fmt: skip
+        if failed:
+            raise NativeUnavailable(f"this machine cannot run the variant {variant}")
+        return y_MN
+
 
 class NativeModel:
     """One network inside the library: weights, KV pool, threads."""
 
     def __init__(self, library: NativeLibrary, shape: Shape, *, variant: str = "") -> None:
         self.shape = shape
+        self.library_name = library.name
         self._calls = library.calls
         mirrored, _kept = _mirror(shape)
         self._error = ctypes.create_string_buffer(_ERROR_BYTES)
@@ -192,6 +212,23 @@ class NativeModel:
         bias = None if bias_N is None else bias_N.ctypes.data
         self._calls.quire_load_linear(self._handle, layer, kind, weight_NK.ctypes.data, bias)
 
+    def load_blocks(
+        self, kind: LinearKind, blocks_NB: Bytes, *, layer: int, bias_N: Floats | None = None
+    ) -> None:
+        """Packs a matrix in blocks of 4 bits, [out, in / 32 * 20]; not for the head."""
+        bias = None if bias_N is None else bias_N.ctypes.data
+        self._calls.quire_load_blocks(self._handle, layer, kind, blocks_NB.ctypes.data, bias)
+
+    def load_norms(self, layer: int, attention_C: Floats, mlp_C: Floats) -> None:
+        """Stores the weights of a layer's norms, which are part of no 4-bit matrix."""
+        self._calls.quire_load_norms(
+            self._handle, layer, attention_C.ctypes.data, mlp_C.ctypes.data
+        )
+
+    def load_rotation(self, *, signs: Floats, mix: Floats) -> None:
+        """Stores the rotation of the head's inputs; see quantize.Rotation."""
+        self._calls.quire_load_rotation(self._handle, signs.ctypes.data, mix.ctypes.data)
+
     def load_embedding(self, first: int, rows_NC: Floats) -> None:
         """Stores some rows of the embedding, from `first` on."""
         self._calls.quire_load_embedding(self._handle, first, len(rows_NC), rows_NC.ctypes.data)
@@ -201,6 +238,20 @@ class NativeModel:
         self._calls.quire_load_head_norms(
             self._handle, layer, query_D.ctypes.data, key_D.ctypes.data
         )
+
+    def weights(self) -> list[Bytes]:
+        """The memory of all loaded weights, to be stored or written back. Not valid after `close`.
+
+        Equal shapes of one library and variant have ranges of equal sizes and meaning.
+        """
+        start, size = ctypes.c_void_p(), ctypes.c_size_t()
+        found: list[Bytes] = []
+        while self._calls.quire_weights(
+            self._handle, len(found), ctypes.byref(start), ctypes.byref(size)
+        ):
+            memory = (ctypes.c_uint8 * size.value).from_address(start.value or 0)
+            found.append(np.ctypeslib.as_array(memory))
+        return found
 
     def step(
         self, *, tokens_T: Ints, positions_T: Ints, query_starts_S1: Ints, block_table_SB: Ints,
@@ -284,12 +335,17 @@ def _declare(calls: ctypes.CDLL) -> None:
         "quire_variant": (text, (pointer,)),
         "quire_rotate": (None, (pointer, pointer, i64, i64, i32, i32, i32, pointer, pointer)),
         "quire_load_linear": (None, (pointer, i32, i32, pointer, pointer)),
+        "quire_load_blocks": (None, (pointer, i32, i32, pointer, pointer)),
+        "quire_load_norms": (None, (pointer, i32, pointer, pointer)),
+        "quire_load_rotation": (None, (pointer, pointer, pointer)),
         "quire_load_embedding": (None, (pointer, i32, i32, pointer)),
         "quire_load_head_norms": (None, (pointer, i32, pointer, pointer)),
+        "quire_weights": (i32, (pointer, i32, pointer, pointer)),
         "quire_step": (i32, (pointer, pointer, text, size)),
         "quire_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),
         "quire_sample": (i32, (text, pointer, i32, i32, pointer)),
         "quire_weigh": (i32, (text, pointer, i32, pointer)),
+        "quire_block_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),
         "quire_probe_memory": (ctypes.c_double, (i32, i64, i32)),
         "quire_probe_products": (ctypes.c_double, (text, i32, i32)),
     }

@@ -1,4 +1,4 @@
-"""Canonical weights -> the 8-bit weights of the native step.
+"""Canonical weights -> the 8-bit or 4-bit weights of the native step.
 
 Plain 8-bit activations cost this kind of model several percent of perplexity, because a few
 channels are much larger than the rest. As in QuaRot (Ashkboos et al., arXiv 2404.00456), orthogonal
@@ -14,6 +14,10 @@ nothing:
     R = (mix (x) Hadamard) diag(signs): see Rotation. The head is then another matrix than the
     embedding, even if the checkpoint ties them.
 
+Layers in 4 bits keep the file's own blocks, which cannot be rotated: quantising them again costs
+far more than it saves. A scale per 32 activations keeps outliers apart instead. The head still has
+8 bits and is rotated; the step rotates its inputs.
+
 The library computes all of this, in a fixed order, so that every machine makes equal weights.
 Random numbers come from Python's generator with a fixed seed: a rotation is part of the kernel
 version, which the numeric class names.
@@ -23,17 +27,16 @@ from __future__ import annotations
 
 import math
 import random
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from model.batch import Floats
 from model.config import ModelConfig
-from model.layers import scaled
 from model.native.library import LinearKind, NativeModel
-from model.weights import Weights
+from model.rope import scaled
+from model.weights import Arrays, Weights, float_copy
 
 _SEED = 20240400456
 _LARGEST_BLOCK = 512  # of the transform at run time
@@ -70,47 +73,52 @@ def hadamard_block(width: int) -> int:
     return min(power_of_two_in(width), _LARGEST_BLOCK)
 
 
-def load(model: NativeModel, config: ModelConfig, weights: Weights) -> None:
-    """Folds, rotates, quantises and packs all weights; `weights` itself is not modified."""
-    _Loader(model, config, weights).run()
+def load(model: NativeModel, config: ModelConfig, weights: Weights | Arrays) -> None:
+    """Folds, rotates, quantises and packs all weights, in memory for a few tensors at a time.
+
+    `weights` itself is not modified.
+    """
+    kind = _FourBitLoader if model.shape.four_bit else _Loader
+    kind(model, config, weights).run()
 
 
 def rotary_tables(config: ModelConfig, positions: int) -> tuple[Floats, Floats]:
     """Cosines and sines, [positions, D / 2]; in double precision, equal on every machine."""
     size = config.head_dim
-    frequencies = torch.tensor(
-        [config.rope_theta ** (-i / size) for i in range(0, size, 2)], dtype=torch.float64
-    )
+    frequencies = np.array([config.rope_theta ** (-i / size) for i in range(0, size, 2)])
     if config.rope_scaling:
         frequencies = scaled(frequencies, config.rope_scaling)
     # The angle itself is rounded to float32, as it was when the model was trained.
     places = np.arange(positions, dtype=np.float32)[:, None]
-    angles = (places * frequencies.float().numpy()).astype(np.float64)
+    angles = (places * frequencies.astype(np.float32)).astype(np.float64)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 class _Loader:
-    def __init__(self, model: NativeModel, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, model: NativeModel, config: ModelConfig, weights: Weights | Arrays) -> None:
         self._model, self._config, self._weights = model, config, weights
         self._residual = residual_rotation(config.hidden_size)
 
     def run(self) -> None:
         starts = range(0, self._config.vocab_size, _EMBEDDING_ROWS)
+        embedding = self._take("embed.weight")
         with ThreadPoolExecutor(max_workers=self._model.shape.threads) as pool:
-            done = [pool.submit(self._head)]
+            parts = [pool.submit(self._embedding, embedding, start) for start in starts]
+            done = [*parts, pool.submit(self._head, embedding, parts)]
+            del embedding
             done += [pool.submit(self._layer, i) for i in range(self._config.num_layers)]
-            done += [pool.submit(self._embedding, start) for start in starts]
             for future in done:
                 future.result()
 
-    def _embedding(self, start: int) -> None:
-        rows = self._take("embed.weight", rows=slice(start, start + _EMBEDDING_ROWS))
+    def _embedding(self, embedding: Floats, start: int) -> None:
+        rows = embedding[start : start + _EMBEDDING_ROWS].copy()
         self._rotate(rows, axis=1)
         self._model.load_embedding(start, rows)
 
-    def _head(self) -> None:
-        name = "embed.weight" if self._config.tied_head else "head.weight"
-        matrix = self._take(name)
+    def _head(self, embedding: Floats, readers: list[Future[None]]) -> None:
+        """`readers` of the embedding came before: a tied head is made in its place."""
+        wait(readers)
+        matrix = embedding if self._config.tied_head else self._take("head.weight")
         matrix *= self._take("norm.weight")
         self._rotate(matrix, axis=1)
         self._model.load_linear(LinearKind.HEAD, matrix)
@@ -141,7 +149,10 @@ class _Loader:
             if self._rotates_values:
                 self._model.rotate(bias[values, None], axis=0, power=config.head_dim)
         self._model.load_linear(LinearKind.QKV, matrix, layer=layer, bias_N=bias)
-        if config.qk_norm:
+        self._head_norms(layer, prefix)
+
+    def _head_norms(self, layer: int, prefix: str) -> None:
+        if self._config.qk_norm:
             names = (prefix + "attention.q_norm.weight", prefix + "attention.k_norm.weight")
             self._model.load_head_norms(layer, *map(self._take, names))
 
@@ -162,11 +173,36 @@ class _Loader:
         mix = r.mix if r.odd > 1 else None
         self._model.rotate(matrix, axis=axis, power=r.power, odd=r.odd, signs=r.signs, mix=mix)
 
-    def _take(self, name: str, *, rows: slice = slice(None)) -> Floats:
-        """A copy in float32 that may be written to."""
-        copy = self._weights[name][rows].to(torch.float32, copy=True).contiguous()
-        array: Floats = copy.numpy()
-        return array
+    def _take(self, name: str) -> Floats:
+        return float_copy(self._weights[name])
+
+
+class _FourBitLoader(_Loader):
+    """Layers in blocks of 4 bits, and nothing rotated but the head."""
+
+    def _embedding(self, embedding: Floats, start: int) -> None:
+        self._model.load_embedding(start, embedding[start : start + _EMBEDDING_ROWS])
+
+    def _head(self, embedding: Floats, readers: list[Future[None]]) -> None:
+        self._model.load_rotation(signs=self._residual.signs, mix=self._residual.mix)
+        super()._head(embedding, readers)
+
+    def _layer(self, layer: int) -> None:
+        prefix = f"blocks.{layer}."
+        bias = self._take(prefix + "attention.qkv.bias") if self._config.qkv_bias else None
+        for kind, name in (
+            (LinearKind.QKV, "attention.qkv.weight"),
+            (LinearKind.OUT, "attention.out.weight"),
+            (LinearKind.GATE_UP, "mlp.gate_up.weight"),
+            (LinearKind.DOWN, "mlp.down.weight"),
+        ):
+            blocks_NB = np.ascontiguousarray(self._weights[prefix + name], np.uint8)
+            self._model.load_blocks(
+                kind, blocks_NB, layer=layer, bias_N=bias if kind is LinearKind.QKV else None
+            )
+        names = (prefix + "attention_norm.weight", prefix + "mlp_norm.weight")
+        self._model.load_norms(layer, *map(self._take, names))
+        self._head_norms(layer, prefix)
 
 
 def _orthogonal(size: int, draw: random.Random) -> list[list[float]]:

@@ -55,6 +55,8 @@ def score_rows(batch: Batch, logits_of: Callable[[Ints], torch.Tensor]) -> Itera
 
     `logits_of` computes the logits of rows of T; it may reuse its memory from call to call.
     """
+    if not batch.score_rows_Q.size:
+        return
     from model.sampler import score
 
     for start in range(0, len(batch.score_rows_Q), SCORED_AT_ONCE):

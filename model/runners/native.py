@@ -1,4 +1,6 @@
-"""NativeRunner: a step in one call of a C++ library, 8-bit weights and activations, on a CPU.
+"""NativeRunner: a step in one call of a C++ library, with 8-bit activations, on a CPU.
+
+Weights have 8 bits or, if they are given in blocks of 4 bits (`model.checkpoint.four_bit`), 4.
 
 The bits of an answer do not depend on the batch, the chunks, the blocks, the threads or the
 instruction set: see native/src/kernels.h. `unsupported` names the families that it does not serve,
@@ -12,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from model.batch import Batch, SamplingBatch, StepOutput
 from model.config import Activation, ModelConfig, Norm, Position
@@ -24,11 +25,12 @@ from model.native.library import (
     usable_cores,
     usable_cpus,
 )
+from model.native.packed import PackedWeights
 from model.native.quantize import hadamard_block, load, rotary_tables
 from model.native.sampling import NativeSampling, is_greedy
 from model.runners import RunnerOptions
 from model.runners.logprobs import NO_LOGPROBS, SCORED_AT_ONCE, Logprobs, step_output
-from model.weights import Weights
+from model.weights import Arrays, Weights
 
 KERNEL_VERSION = 2  # raised whenever the bits of a result change, which a test enforces
 MAX_THREADS = 16  # more of them wait for one another longer than they compute
@@ -48,22 +50,22 @@ class NativeRunner:
     exact = True
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, *, options: RunnerOptions, digest: str,
-        variant: str = "", library: NativeLibrary | None = None,
+        self, config: ModelConfig, weights: Weights | Arrays, *, options: RunnerOptions,
+        digest: str, variant: str = "", library: NativeLibrary | None = None,
     ) -> None:  # fmt: skip
-        reason = unsupported(config) or _unsupported_options(options)
+        four_bit = has_four_bits(weights)
+        reason = unsupported(config) or _unsupported_options(options, four_bit=four_bit)
         if reason:
             raise ValueError(reason)
         library = library or NativeLibrary()
-        shape = _shape(config, options, library)
+        shape = _shape(config, options, library, four_bit=four_bit)
         self.config = config
         self.block_size = options.block_size
         self.num_blocks = shape.num_blocks
-        kind = f"native-int8{_KV_NAMES[options.kv_dtype]}"
+        kind = f"native-{'int4' if four_bit else 'int8'}{_KV_NAMES[options.kv_dtype]}"
         self.numeric_class = f"{kind}-v{KERNEL_VERSION}-{digest[:12]}"
         self._model = NativeModel(library, shape, variant=variant)
-        load(self._model, config, weights)
-        torch.set_num_threads(1)  # its threads would contend with ours
+        self._load(weights, options, digest)
 
     @property
     def variant(self) -> str:
@@ -98,6 +100,18 @@ class NativeRunner:
 
     def close(self) -> None:
         self._model.close()
+
+    def _load(self, weights: Weights | Arrays, options: RunnerOptions, digest: str) -> None:
+        """Packs the weights, or reads what an earlier process packed."""
+        if options.weights_cache is None:
+            load(self._model, self.config, weights)
+            return
+        packed = PackedWeights(options.weights_cache, self._model, self.config, digest=digest)
+        if packed.pays and packed.read():
+            return
+        load(self._model, self.config, weights)
+        if packed.pays:
+            packed.write()
 
     def _sampling(self, sampling: SamplingBatch) -> NativeSampling:
         return NativeSampling.of(sampling, vocab_size=self.config.vocab_size)
@@ -141,9 +155,16 @@ def unsupported(config: ModelConfig) -> str | None:
     return f"the native runner does not support {found[0]}" if found else None
 
 
-def _unsupported_options(options: RunnerOptions) -> str | None:
-    if options.dtype not in ("auto", "int8"):
-        return "dtype must be auto or int8 for the native runner"
+def has_four_bits(weights: Weights | Arrays) -> bool:
+    """Whether the matrices of the layers are given in blocks of 4 bits."""
+    return str(weights["blocks.0.mlp.down.weight"].dtype).endswith("uint8")
+
+
+def _unsupported_options(options: RunnerOptions, *, four_bit: bool) -> str | None:
+    if options.dtype not in ("auto", "int8", "int4"):
+        return "dtype must be auto, int8 or int4 for the native runner"
+    if options.dtype == ("int8" if four_bit else "int4"):
+        return f"dtype {options.dtype} does not fit the weights, which were read for another"
     if options.kv_dtype not in _KV_NAMES:
         return f"kv_dtype must be one of {', '.join(_KV_NAMES)} for the native runner"
     if options.device not in ("auto", "cpu"):
@@ -153,7 +174,9 @@ def _unsupported_options(options: RunnerOptions) -> str | None:
     return None
 
 
-def _shape(config: ModelConfig, options: RunnerOptions, library: NativeLibrary) -> Shape:
+def _shape(
+    config: ModelConfig, options: RunnerOptions, library: NativeLibrary, *, four_bit: bool
+) -> Shape:
     """Sizes of the network, with as many blocks as the memory holds."""
     threads = options.num_threads or min(usable_cpus(), MAX_THREADS)
     layers = range(config.num_layers)
@@ -172,6 +195,7 @@ def _shape(config: ModelConfig, options: RunnerOptions, library: NativeLibrary) 
         qkv_bias=config.qkv_bias,
         qk_norm=config.qk_norm,
         wide_cache=options.kv_dtype != "int8",
+        four_bit=four_bit,
         threads=threads,
         compute_threads=min(threads, usable_cores()),
         compute_rows=COMPUTE_ROWS,

@@ -21,13 +21,15 @@ def _memory(_url: str, limits: QueueLimits, observer: QueueObserver) -> Queue:
 
 
 def _redis(url: str, limits: QueueLimits, observer: QueueObserver) -> Queue:
-    from service.queues.redis.queue import RedisQueue
+    from service.queues.redis.sharded import open_redis
 
-    return RedisQueue(limits, url=url, observer=observer)
+    return open_redis(url, limits, observer)
 
 
 QUEUES: dict[str, QueueFactory] = {
     "memory": _memory, "redis": _redis, "rediss": _redis, "unix": _redis,
+    "redis+cluster": _redis, "rediss+cluster": _redis,
+    "redis+sentinel": _redis, "rediss+sentinel": _redis,
 }  # fmt: skip
 """URL scheme -> factory."""
 

@@ -28,13 +28,19 @@ bystander   another request of an engine that died while it isolated suspects: n
 
 Requests without a counted death never wait for any of this.
 
+Affinity. Engines announce the prefixes that they hold (`hold`), and a submission names those of its
+prompts. If several engines are there, a new request is *reserved* for those that hold its longest
+prefix, for `RESERVED_FOR` seconds, unless all of them run far more requests than the engine that
+asks (`OVERLOADED`). Others pass it over; the order of priorities and turns stays the same.
+
 Implementations: `memory` (embedded, one process) and `redis`; `tests/queues/contract.py` runs
 against both.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import hashlib
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, Self
@@ -67,6 +73,14 @@ CRASH_LOOP = "engine_crash_loop"
 """Error code of a request that is failed for the deaths of its engines."""
 MAX_EVICTED = 64
 """Kept submissions that one call may evict to make room."""
+RESERVED_FOR = 0.05
+"""Seconds for which a request waits for an engine that holds its prefix."""
+OVERLOADED = 4
+"""Requests that the holder of a prefix may run beyond twice those of the engine that asks."""
+HELD_FOR = 300.0
+"""Seconds after which what an engine holds is forgotten unless it announces it again."""
+MAX_HOLDERS = 8
+"""Engines that hold a prefix beyond which it reserves nothing: it is found almost anywhere."""
 ENGINE_SILENCE = 10.0
 """Seconds since its last heartbeat after which an engine is no longer listed."""
 PAGE_TOKENS = 128
@@ -96,6 +110,13 @@ class QueueLimits:
         expires, then another engine claims and continues the request.
         """
         return self.lease + self.failover_margin
+
+
+def slot_of(key: str) -> int:
+    """The slot of an idempotency key, 0 .. 65535. A queue of several shards finds a submission by
+    its slot, the last four hex digits of its id; so submissions with one key must have the key's.
+    """
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:2])
 
 
 class SubmitStatus(StrEnum):
@@ -164,13 +185,16 @@ class Claim:
 
 class WriteStatus(StrEnum):
     """OK: written. DUP: it was there already. GAP: tokens from `count` on are missing, send them
-    first. FENCED: the lease is lost or the request has ended.
+    first. FENCED: the lease is lost or the request has ended. The part of the store that has the
+    request's journal does not answer (AWAY) or is full (STORAGE): send it again.
     """
 
     OK = "ok"
     DUP = "dup"
     GAP = "gap"
     FENCED = "fenced"
+    AWAY = "away"
+    STORAGE = "storage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +228,7 @@ class EngineInfo:
     max_model_len: int = 0  # 0: unknown
     tokens_per_second: float = 0.0  # recently
     features: tuple[str, ...] = ()  # it claims only requests whose features are among them
+    block_size: int = 0  # of its prefix cache, tokens; 0: unknown
 
     def serves(self, card: ModelCard) -> bool:
         """Whether it answers requests for this model."""
@@ -321,6 +346,11 @@ class Queue(Protocol):
         """Raises `Unavailable` if the queue does not accept writes; a full queue does."""
 
     # --- the engine's side ----------------------------------------------------------------
+    async def hold(self, engine: str, prefixes: Collection[str]) -> None:
+        """Replaces the names of the prefixes that an engine holds; a hint, for requests that are
+        submitted from now on. It is forgotten after `HELD_FOR` seconds, or with the store's data.
+        """
+
     async def claim(
         self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
@@ -328,11 +358,15 @@ class Queue(Protocol):
         waits up to `wait` seconds for the first one. Higher priorities first, and in one priority
         tenants in turns, by tokens. Claims up to `under_served` more, of tenants whose turn it is
         and that have fewer running requests than the average: a full engine preempts others for
-        them. Also a heartbeat of the engine, and nothing else if both limits are 0.
+        them. Also a heartbeat of the engine, and nothing else if both limits are 0: then it waits
+        no longer, and what is submitted next wakes other engines.
         """
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
-        """Journals the records of one engine step in one round trip, in order; a reply for each."""
+        """Journals the records of one engine step in one round trip, in order; a reply for each.
+
+        A queue whose store is in several parts replies AWAY or STORAGE instead of `Unavailable`.
+        """
 
     async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
         """Extends the leases of one engine, and is its heartbeat. Returns the ids of the requests

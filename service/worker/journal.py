@@ -1,4 +1,9 @@
-"""JournalWriter: engine events -> the queue's journal. One round trip for all events at hand."""
+"""JournalWriter: engine events -> the queue's journal. One round trip for all events at hand.
+
+A record costs the store far more than a token. So if tokens of an answer come faster than the
+`interval`, they are held for it since the last record, and sent as one. First and last tokens, and
+those of isolated requests, are sent at once.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +15,32 @@ from collections.abc import Iterable, Sequence
 
 from service.errors import Unavailable
 from service.messages import End, Event, FinishReason, Tokens
-from service.queues.contract import Queue, Write, WriteReply, WriteStatus
+from service.queues.contract import Lease, Queue, Write, WriteReply, WriteStatus
 from service.worker.leased_work import LeasedWork, WorkTable
 from service.worker.leases import Backoff, LeaseKeeper
 
 STORAGE_PATIENCE = 5.0  # seconds for which a write is retried while the store is full
+AGAIN = 0.1  # seconds after which writes to a part of the store that is away are repeated
 SETTLE_WITHIN = 1.0  # seconds that a step waits for the journal while requests are isolated
+POSTPONED = {WriteStatus.AWAY, WriteStatus.STORAGE}
 
 
 class JournalWriter:
     """Used in the event loop, except `deliver` and `settle`."""
 
-    def __init__(self, queue: Queue, table: WorkTable, leases: LeaseKeeper) -> None:
+    def __init__(
+        self, queue: Queue, table: WorkTable, leases: LeaseKeeper, *, interval: float
+    ) -> None:
         self._queue = queue
+        self._interval = interval
         self._table = table
         self._leases = leases
         self._loop: asyncio.AbstractEventLoop | None = None
         self._events: deque[Event] = deque()
+        self._unsent: dict[str, LeasedWork] = {}  # with tokens that are not sent yet
         self._events_came = asyncio.Event()
+        self._postponed: list[Write] = []  # their part of the store was away or full
+        self._full_since: dict[Lease, float] = {}
         self._writing = asyncio.Lock()
         self._delivered = self._received = self._journalled = 0  # steps whose events got so far
         self._progress = threading.Condition()  # of `_journalled`
@@ -56,31 +69,66 @@ class JournalWriter:
     async def run(self) -> None:
         """Writes events as they come, until cancelled."""
         while True:
-            await self._events_came.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._seconds_to_send()):
+                    await self._events_came.wait()
             self._events_came.clear()
-            await self.flush()
+            await self.flush(held=False)
 
-    async def flush(self) -> None:
-        """Writes all events that have come. If the store is slow, later steps join.
+    async def flush(self, *, held: bool = True) -> None:
+        """Writes all events that have come, with or without tokens that can still be held. If the
+        store is slow, later steps join.
 
         One call at a time: writes in flight are settled before leases are released.
         """
         async with self._writing:
-            while self._events:
+            writes = [write for write in self._postponed if self._is_leased(write)]
+            self._postponed.clear()
+            still = {write.lease for write in writes}
+            self._full_since = {k: since for k, since in self._full_since.items() if k in still}
+            while writes := [*writes, *self._collect(held=held)]:
+                await self._write(writes)
                 writes = []
-                while self._events:
-                    event = self._events.popleft()
-                    work = self._table.items.get(event.request_id)
-                    if work is not None:  # else: fenced or stopped since it was computed
-                        if isinstance(event.record, Tokens):
-                            work.records.append(event.record)
-                        work.ending = isinstance(event.record, End)
-                        writes.append(Write(work.lease, event.record))
-                if writes:
-                    await self._write(writes)
             with self._progress:
                 self._journalled = self._received
                 self._progress.notify_all()
+
+    def _collect(self, *, held: bool) -> list[Write]:
+        """What has to be sent now, in order. Later events join."""
+        writes: list[Write] = []
+        while self._events:
+            event = self._events.popleft()
+            work = self._table.items.get(event.request_id)
+            if work is None:  # fenced or stopped since it was computed
+                continue
+            if isinstance(event.record, Tokens):
+                work.records.append(event.record)
+                self._unsent[event.request_id] = work
+            else:
+                work.ending = True
+                writes += self._unsent_of(event.request_id)
+                writes.append(Write(work.lease, event.record))
+        now = self._table.clock()
+        for request_id, work in list(self._unsent.items()):
+            if held or now >= self._due(work):
+                writes += self._unsent_of(request_id)
+        return writes
+
+    def _unsent_of(self, request_id: str) -> list[Write]:
+        work = self._unsent.pop(request_id, None)
+        if work is None or self._table.items.get(request_id) is not work:
+            return []
+        return [Write(work.lease, work.take_unsent(self._table.clock()))]
+
+    def _due(self, work: LeasedWork) -> float:
+        """When the tokens of a request that are not sent yet have to be sent."""
+        return work.sent_at + (self._interval if work.sent and not work.is_isolated else 0.0)
+
+    def _seconds_to_send(self) -> float | None:
+        """Until held tokens have to be sent; None: none are held."""
+        if not self._unsent:
+            return None
+        return max(0.0, min(map(self._due, self._unsent.values())) - self._table.clock())
 
     def _receive(self, events: Sequence[Event], number: int) -> None:
         self._events.extend(events)
@@ -104,17 +152,40 @@ class JournalWriter:
                 continue
             self._table.observer.wrote(self._table.clock() - start)
             break
+        await self._postpone(writes, replies)
         resend: list[Write] = []
         for write, reply in zip(writes, replies, strict=True):
             resend += await self._settle_reply(write, reply)
         if resend:
             await self._write(resend)
 
+    async def _postpone(self, writes: Sequence[Write], replies: Sequence[WriteReply]) -> None:
+        """Keeps what a part of the store did not take, without delaying what others take."""
+        now, patience_over = self._table.clock(), []
+        for write, reply in zip(writes, replies, strict=True):
+            if reply.status is not WriteStatus.STORAGE:
+                self._full_since.pop(write.lease, None)
+            elif now - self._full_since.setdefault(write.lease, now) > STORAGE_PATIENCE:
+                patience_over.append(write)
+                continue
+            if reply.status in POSTPONED:
+                self._postponed.append(write)
+        if self._postponed:
+            asyncio.get_running_loop().call_later(AGAIN, self._events_came.set)
+        if patience_over:
+            await self._give_up(patience_over)
+            for write in patience_over:
+                self._full_since.pop(write.lease, None)
+
+    def _is_leased(self, write: Write) -> bool:
+        work = self._table.items.get(write.lease.request_id)
+        return work is not None and work.lease == write.lease
+
     async def _settle_reply(self, write: Write, reply: WriteReply) -> list[Write]:
         """Acts on one reply; returns the writes that close a GAP, in order."""
         request_id = write.lease.request_id
         work = self._table.items.get(request_id)
-        if work is None or work.lease != write.lease:
+        if work is None or work.lease != write.lease or reply.status in POSTPONED:
             return []
         if reply.status is WriteStatus.FENCED:
             self._table.observer.fenced()

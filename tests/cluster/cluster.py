@@ -24,6 +24,7 @@ from loadtest.sse import Address
 from service.queues.contract import QueueLimits
 from service.queues.redis.keys import ShardKeys
 from service.queues.redis.queue import RedisQueue
+from service.queues.redis.servers import shards_of
 from tests.cluster.client import Client
 from tests.cluster.processes import ForkServer, Replica, run_command, wait_all_ready, wait_until
 from tests.cluster.redis_process import RedisServer
@@ -294,7 +295,7 @@ class Cluster:
     @asynccontextmanager
     async def queue(self) -> AsyncIterator[RedisQueue]:
         """Reads the journal in Redis with the service's own code."""
-        queue = RedisQueue(self.limits, url=self.redis.url)
+        queue = RedisQueue(self.limits, shard=shards_of(self.redis.url)[0])
         try:
             yield queue
         finally:

@@ -52,7 +52,7 @@ def test_one_size_gives_way_to_the_other(runner: str) -> None:
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU, as far as the choice is concerned."""
-    monkeypatch.setattr(choose, "choose_device", lambda _name: torch.device("cuda"))
+    monkeypatch.setattr(choose, "device_type", lambda _name: "cuda")
 
 
 @pytest.mark.usefixtures("a_gpu")
@@ -85,7 +85,7 @@ def test_without_triton_the_torch_runner_serves(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_other_accelerators_use_the_torch_runner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "choose_device", lambda _name: torch.device("mps"))
+    monkeypatch.setattr(choose, "device_type", lambda _name: "mps")
     choice = choose_runner("auto", tiny_model_config(), RunnerOptions())
     assert choice.name == "torch"
     assert "mps" in choice.fallback_reason
@@ -96,3 +96,21 @@ def test_a_shared_network_is_not_for_the_native_runner() -> None:
     choice = choose_runner("auto", tiny_model_config(), options, num_ranks=2)
     assert choice.name == "torch"
     assert "tensor parallelism" in choice.fallback_reason
+
+
+def test_four_bits_need_the_native_runner_and_a_file_that_has_them() -> None:
+    options = RunnerOptions(dtype="int4", device="cpu")
+    config = tiny_model_config(head_dim=16)
+    for name in ("torch", "cuda"):
+        with pytest.raises(ValueError, match="dtype int4 needs the native runner"):
+            choose_runner(name, config, options, four_bit_reason=None)
+    with pytest.raises(ValueError, match="tensor parallelism"):
+        choose_runner("auto", config, options, num_ranks=2, four_bit_reason=None)
+    with pytest.raises(ValueError, match="not possible: they are too wide; use --dtype int8"):
+        choose_runner("auto", config, options, four_bit_reason="they are too wide")
+    with pytest.raises(ValueError, match="RMSNorm"):
+        choose_runner("auto", tiny_model_config(norm=Norm.LAYER), options, four_bit_reason=None)
+    if choose._native_reason(config) is None:
+        for name in ("auto", "native"):
+            choice = choose_runner(name, config, options, four_bit_reason=None)
+            assert (choice.name, choice.four_bit) == ("native", True)

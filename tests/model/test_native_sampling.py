@@ -66,7 +66,8 @@ def random_logits(rng: np.random.Generator, rows: int, size: int) -> Floats:
         logits = np.zeros_like(logits)
     if kind == 3:
         logits[logits < 0] = -0.0
-    return logits.astype(np.float32)
+    single: Floats = logits.astype(np.float32)
+    return single
 
 
 def random_case(seed: int, sizes: tuple[int, ...]) -> tuple[Floats, SamplingBatch]:

@@ -36,6 +36,7 @@ from service.queues.contract import (
 )
 from service.queues.memory.queue import MemoryQueue
 from service.queues.redis.queue import RedisQueue
+from service.queues.redis.servers import shards_of
 from service.worker.worker import Worker
 from tests.cluster.redis_process import RedisServer
 from tests.queues.builders import (
@@ -169,7 +170,7 @@ async def replicas(
 
     def make(limits: QueueLimits) -> tuple[RedisQueue, Metrics]:
         metrics = Metrics()
-        made.append(RedisQueue(limits, url=server.url, observer=metrics))
+        made.append(RedisQueue(limits, shard=shards_of(server.url)[0], observer=metrics))
         return made[-1], metrics
 
     yield make

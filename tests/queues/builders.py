@@ -30,10 +30,21 @@ from service.queues.admission import (
     request_bytes,
     token_bytes,
 )
-from service.queues.contract import Claim, EngineInfo, Lease, Queue, Write, WriteReply, WriteStatus
+from service.queues.contract import (
+    Claim,
+    EngineInfo,
+    Lease,
+    Queue,
+    Write,
+    WriteReply,
+    WriteStatus,
+    slot_of,
+)
 from service.queues.memory.queue import MemoryQueue
 from service.queues.observer import QueueEvent
+from service.queues.redis.keys import shard_of
 from service.queues.redis.queue import RedisQueue
+from service.queues.redis.sharded import ShardedQueue
 from tests.support.waiting import PATIENCE
 
 
@@ -47,7 +58,7 @@ class Counts(Counter[QueueEvent]):
 def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that gets no CPU for seconds is no outage; and each claim looks for orphans."""
     for name in ("CONNECT_TIMEOUT", "REPLY_TIMEOUT"):
-        monkeypatch.setattr(f"service.queues.redis.connection.{name}", PATIENCE)
+        monkeypatch.setattr(f"service.queues.redis.servers.{name}", PATIENCE)
     monkeypatch.setattr("service.queues.redis.claims.ORPHANS_EVERY", 0.0)
 
 
@@ -66,7 +77,8 @@ def make_submission(
     **fields: Any,
 ) -> Submission:
     """`fields` are those of its requests; `sent` is its input."""
-    identifier = identifier or f"s0-{uuid.uuid4().hex}"
+    slot = uuid.uuid4().hex[-4:] if key is None else f"{slot_of(key):04x}"
+    identifier = identifier or f"s0-{uuid.uuid4().hex[:-4]}{slot}"
     values: dict[str, Any] = {"prompt_ids": (1, 2, 3), "max_tokens": 16} | fields
     requests = tuple(
         GenerationRequest(
@@ -122,6 +134,19 @@ def stop_at(count: int, reason: FinishReason = FinishReason.STOP) -> End:
     return End(count=count, reason=reason)
 
 
+def shards_in(queue: Queue) -> Sequence[RedisQueue]:
+    """The shards of a queue in Redis."""
+    if isinstance(queue, ShardedQueue):
+        return queue._shards
+    assert isinstance(queue, RedisQueue)
+    return [queue]
+
+
+def shard_with(queue: Queue, submission: Submission) -> RedisQueue:
+    shards = shards_in(queue)
+    return shards[shard_of(submission.id, shards=len(shards))]
+
+
 async def count_stored(
     queue: Queue, submissions: Iterable[Submission]
 ) -> tuple[dict[str, int], dict[str, int]]:
@@ -130,12 +155,11 @@ async def count_stored(
     """
     if isinstance(queue, MemoryQueue):
         return dict(queue._submissions._bytes), _recount_memory(queue, submissions)
-    assert isinstance(queue, RedisQueue)
     counted: Counter[str] = Counter()
     again: Counter[str] = Counter()
-    for keys in queue._shards:
-        fields, gone = await queue._client.run(
-            [("HGETALL", keys.stored), ("ZRANGE", keys.gone, 0, -1)]
+    for shard in shards_in(queue):
+        fields, gone = await shard._client.run(
+            [("HGETALL", shard._keys.stored), ("ZRANGE", shard._keys.gone, 0, -1)]
         )
         sizes = {name.decode(): int(size) for name, size in fields.items()}
         assert sizes.pop("all", 0) == sum(sizes.values())
@@ -144,7 +168,7 @@ async def count_stored(
             size, tenant, _ = member.decode().split(" ")
             again[tenant] += int(size)
     for submission in submissions:
-        again[submission.tenant] += await _live_bytes(queue, submission)
+        again[submission.tenant] += await _live_bytes(shard_with(queue, submission), submission)
     return dict(counted), {tenant: size for tenant, size in again.items() if size}
 
 
@@ -168,7 +192,7 @@ def _recount_memory(queue: MemoryQueue, submissions: Iterable[Submission]) -> di
 
 async def _live_bytes(queue: RedisQueue, submission: Submission) -> int:
     """Of bodies that are there, and of the rest while a request has not ended."""
-    keys = queue._keys(submission.id)
+    keys = queue._keys
     (left,), *bodies = await queue._client.run(
         [
             ("HMGET", keys.submission(submission.id), "left"),
@@ -193,6 +217,11 @@ async def append(queue: Queue, lease: Lease, record: Record) -> WriteReply:
 async def claim_one(queue: Queue, engine: EngineInfo | None = None, *, wait: float = 0.0) -> Claim:
     (claim,) = await queue.claim(engine or make_engine(), limit=1, wait=wait)
     return claim
+
+
+async def ids_claimed(queue: Queue, engine: EngineInfo, *, limit: int = 1) -> list[str]:
+    """Ids of the requests that are claimed now, in order."""
+    return [claim.request.id for claim in await queue.claim(engine, limit=limit, wait=0)]
 
 
 async def finish(queue: Queue, claim: Claim, *, length: int) -> None:

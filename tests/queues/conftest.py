@@ -9,6 +9,7 @@ import pytest
 
 from service.queues.contract import QueueLimits
 from service.queues.redis.queue import RedisQueue
+from service.queues.redis.servers import shards_of
 from tests.cluster.redis_process import RedisServer
 from tests.queues.builders import Counts, be_patient
 
@@ -62,7 +63,7 @@ async def redis_queues(counts: Counts) -> AsyncIterator[RedisQueues]:
     made: list[RedisQueue] = []
 
     def make(url: str, limits: QueueLimits) -> RedisQueue:
-        made.append(RedisQueue(limits, url=url, observer=counts))
+        made.append(RedisQueue(limits, shard=shards_of(url)[0], observer=counts))
         return made[-1]
 
     yield make

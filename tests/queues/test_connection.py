@@ -13,8 +13,9 @@ import pytest
 
 from service.errors import Unavailable
 from service.queues.redis import pubsub as redis_wakeups
-from service.queues.redis.connection import RedisClient, RedisUrl
+from service.queues.redis.connection import RedisClient
 from service.queues.redis.pubsub import Wakeups
+from service.queues.redis.servers import PlainServer
 from tests.cluster.redis_process import RedisServer
 from tests.support.waiting import PATIENCE, until
 
@@ -43,7 +44,7 @@ async def test_a_cancellation_is_never_forgotten(
     """An engine that was asked to leave hung: its renewing loop went on with a reply, and the end
     waited for it. The pipeline swallows each cancellation, so this cannot pass by luck.
     """
-    client = RedisClient(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
+    client = RedisClient(PlainServer("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
     monkeypatch.setattr(client._redis, "pipeline", lambda **_: ForgetfulPipeline(fault))
     task = asyncio.create_task(client.run([("PING",)]))
     await asyncio.sleep(0)
@@ -54,7 +55,7 @@ async def test_a_cancellation_is_never_forgotten(
 
 
 async def test_a_time_out_around_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = RedisClient(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
+    client = RedisClient(PlainServer("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
     monkeypatch.setattr(client._redis, "pipeline", lambda **_: ForgetfulPipeline(None))
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
@@ -71,7 +72,7 @@ async def test_what_was_cancelled_may_clean_up(monkeypatch: pytest.MonkeyPatch) 
             await asyncio.sleep(0)
             return [b"a reply"]
 
-    client = RedisClient(RedisUrl("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
+    client = RedisClient(PlainServer("redis://127.0.0.1:1/0"), scripts={}, restored=lambda: None)
     monkeypatch.setattr(client._redis, "pipeline", lambda **_: Pipeline(None))
 
     async def work() -> list[Any]:
@@ -101,7 +102,7 @@ async def test_a_subscription_outlives_watchers_that_come_and_go(
     monkeypatch.setattr(redis_wakeups, "PING_EVERY", 1.0)
     redis = RedisServer(tmp_path, options=())
     redis.start()
-    client = RedisClient(RedisUrl(redis.url), scripts={}, restored=lambda: None)
+    client = RedisClient(PlainServer(redis.url), scripts={}, restored=lambda: None)
     try:
         rounds = [await subscriptions(client)]
         while rounds[-1] > 1 and len(rounds) < 10:  # the process or the server stood still
@@ -207,7 +208,7 @@ async def test_a_server_that_takes_no_writes_is_left(refusal: str) -> None:
     restored: list[bool] = []
     async with ScriptedServer([refusal] * 3) as server:
         client = RedisClient(
-            RedisUrl(server.url), scripts={}, restored=lambda: restored.append(True)
+            PlainServer(server.url), scripts={}, restored=lambda: restored.append(True)
         )
         reads = [client.run([("GET", "key")]) for _ in range(3)]
         await asyncio.gather(*reads)
@@ -223,7 +224,7 @@ async def test_a_server_that_takes_no_writes_is_left(refusal: str) -> None:
 
 async def test_a_replica_is_not_read_either() -> None:
     async with ScriptedServer([], role="replica") as server:
-        client = RedisClient(RedisUrl(server.url), scripts={}, restored=lambda: None)
+        client = RedisClient(PlainServer(server.url), scripts={}, restored=lambda: None)
         with pytest.raises(Unavailable):
             await client.run([("GET", "key")])
         assert client.away
@@ -236,7 +237,7 @@ async def test_only_a_write_ends_an_outage_that_a_refused_write_began() -> None:
     restored: list[bool] = []
     async with ScriptedServer([REFUSALS[4]] * 7) as server:
         client = RedisClient(
-            RedisUrl(server.url), scripts={}, restored=lambda: restored.append(True)
+            PlainServer(server.url), scripts={}, restored=lambda: restored.append(True)
         )
         for _ in range(2):
             with pytest.raises(Unavailable):
@@ -253,7 +254,7 @@ async def test_only_a_write_ends_an_outage_that_a_refused_write_began() -> None:
 async def test_a_subscription_is_made_anew_on_request(tmp_path: Path) -> None:
     redis = RedisServer(tmp_path, options=())
     redis.start()
-    client = RedisClient(RedisUrl(redis.url), scripts={}, restored=lambda: None)
+    client = RedisClient(PlainServer(redis.url), scripts={}, restored=lambda: None)
     wakeups = Wakeups(client.connection)
     woken: asyncio.Queue[bytes] = asyncio.Queue()
     try:

@@ -20,12 +20,11 @@ from service.messages import (
     Tokens,
 )
 from service.queues import open_queue
-from service.queues.contract import PAGE_TOKENS, Claim, QueueLimits, Write
+from service.queues.contract import PAGE_TOKENS, QueueLimits, Write
 from service.queues.observer import QueueEvent
 from service.queues.redis.codec import Malformed, decode_entry, encode_tokens
 from service.queues.redis.connection import check_server
 from service.queues.redis.journal import JournalState, Page, PageCache
-from service.queues.redis.keys import ShardKeys
 from service.queues.redis.queue import RedisQueue
 from tests.cluster.redis_process import RedisServer
 from tests.queues.builders import (
@@ -33,7 +32,6 @@ from tests.queues.builders import (
     answer_of,
     append,
     claim_one,
-    count_stored,
     finish,
     make_engine,
     make_submission,
@@ -78,43 +76,6 @@ async def test_deployments_with_different_prefixes_share_a_server(
     assert await other.lookup(submission.id) is None
     assert await other.depth() == NOTHING
     await finish(one, await claim_one(one), length=1)
-
-
-async def test_shards_are_one_queue(redis_server: RedisServer, redis_queues: Queues) -> None:
-    """Ids of three shards and their keys under three hash tags: every method reaches all."""
-    limits = replace(LIMITS, max_requests=6, max_per_tenant=6)
-    queue = redis_queues(f"{redis_server.url}?shards=3", limits)
-    submissions = [make_submission(identifier=f"s{i % 3}-{i:032x}") for i in range(6)]
-    for submission in submissions:
-        assert (await queue.submit(submission)).status == "ok"
-        assert await queue.lookup(submission.id)
-    assert redis_server.ask("HGET", "quire:2:{s2}:adm", "q") == "$1"
-    counted, recounted = await count_stored(queue, submissions)
-    assert counted == recounted == {"public": (await queue.depth()).stored_bytes}
-    allowance = Allowance(key="a", requests_per_minute=2)
-    waits = [(await queue.charge(allowance)).wait for _ in range(3)]
-    assert [wait > 0 for wait in waits] == [False, False, True], "a limit is not divided"
-    claims = await queue.claim(make_engine(), limit=5, wait=0)
-    depth = await queue.depth()
-    assert (depth.queued_requests, depth.running_requests) == (1, 5)
-    assert list(await queue.renew([claim.lease for claim in claims])) == []
-    await queue.release([claim.lease for claim in claims])
-    full = make_submission(identifier=f"s1-{9:032x}", tenant="other")
-    assert (await queue.submit(full)).status == "ok"  # what runs is not queued: there is room
-    held: dict[str, Claim] = {}  # on a slow machine a lease may end meanwhile: the last one counts
-    async with asyncio.timeout(PATIENCE):
-        while len(held) < 7:
-            claims = await queue.claim(make_engine("other"), limit=9, wait=1)
-            held |= {claim.request.id: claim for claim in claims}
-    again = list(held.values())
-    for claim in again[:3]:
-        await finish(queue, claim, length=2)
-    await queue.stop([claim.request.id for claim in again], FinishReason.CANCELLED)
-    ends = [(await queue.read(claim.request.id))[-1] for claim in again]
-    assert [end.reason for end in ends] == ["stop"] * 3 + ["cancelled"] * 4  # type: ignore[union-attr]  # the last is an End
-    assert await queue.depth() == NOTHING
-    assert await queue.sweep() == 0
-    assert {engine.id for engine in await queue.engines()} == {make_engine().id, "other"}
 
 
 async def test_a_token_takes_at_most_100_bytes(
@@ -280,7 +241,7 @@ async def test_pages_are_kept_within_their_bound() -> None:
     """Those used last stay; a page that is larger than the bound is read each time."""
     fetched: list[int] = []
 
-    async def fetch(_keys: ShardKeys, request_id: str, number: int) -> Page:
+    async def fetch(request_id: str, number: int) -> Page:
         fetched.append(number)
         size = 100 if request_id == "small" else 100_000
         return Page(JournalState(ended=True, count=1), (), stored_bytes=size)
@@ -288,15 +249,15 @@ async def test_pages_are_kept_within_their_bound() -> None:
     size = Page(JournalState(ended=True, count=1), (), stored_bytes=100).size
     pages = PageCache(fetch, max_bytes=3 * size)
     for number in (0, 1, 2):
-        await pages.read(ShardKeys(0), "small", number)
+        await pages.read("small", number)
     assert pages.get("small", 0) is not None
-    await pages.read(ShardKeys(0), "small", 3)
+    await pages.read("small", 3)
     assert [number for number in range(4) if pages.get("small", number)] == [0, 2, 3]
     for _ in range(2):
         assert pages.get("large", 0) is None
-        await pages.read(ShardKeys(0), "large", 0)
+        await pages.read("large", 0)
     assert fetched == [0, 1, 2, 3, 0, 0]
-    await asyncio.gather(*(pages.read(ShardKeys(0), "small", 9) for _ in range(5)))
+    await asyncio.gather(*(pages.read("small", 9) for _ in range(5)))
     assert fetched[6:] == [9]
 
 

@@ -360,7 +360,7 @@ async def test_certificates_are_checked_at_the_start(
     caplog.set_level("DEBUG")
     server, tls = tls_server
     if "plain" in url:  # it waits for a handshake that never comes
-        monkeypatch.setattr("service.queues.redis.connection.CONNECT_TIMEOUT", 1.0)
+        monkeypatch.setattr("service.queues.redis.servers.CONNECT_TIMEOUT", 1.0)
     queue = redis_queues(url.format(tls=tls, plain=server.port, folder=certificates), LONG)
     if message is None:
         await queue.open()

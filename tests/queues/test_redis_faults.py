@@ -308,7 +308,7 @@ async def test_a_slow_redis_fences_nobody(
 async def test_a_lost_reply_to_an_append_is_a_dup(
     own_redis: RedisServer, redis_queues: Queues, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.queues.redis.connection.REPLY_TIMEOUT", 0.3)
+    monkeypatch.setattr("service.queues.redis.servers.REPLY_TIMEOUT", 0.3)
     queue = redis_queues(f"redis://127.0.0.1:{proxy.port}/0", LONG)
     await available(lambda: queue.submit(make_submission()))
     claim = await available(lambda: claim_one(queue))
@@ -341,7 +341,7 @@ async def test_a_claim_into_a_black_hole_is_replayed(
     own_redis: RedisServer, redis_queues: Queues, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The claim ran, its reply never came; the same engine gets the same lease, without blame."""
-    monkeypatch.setattr("service.queues.redis.connection.REPLY_TIMEOUT", 0.3)
+    monkeypatch.setattr("service.queues.redis.servers.REPLY_TIMEOUT", 0.3)
     queue = redis_queues(f"redis://127.0.0.1:{proxy.port}/0", LONG)
     await available(lambda: queue.claim(make_engine(), limit=1, wait=0))
     submission = make_submission(2)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from service.queues.contract import QueueLimits, Write, WriteReply
 from service.queues.memory.queue import MemoryQueue
 from service.queues.redis.queue import RedisQueue
+from service.queues.redis.servers import shards_of
 from tests.cluster.redis_process import RedisServer
 
 STEP = 0.033
@@ -31,7 +32,7 @@ class SteppedRedisQueue(RedisQueue):
     """Over a server with a frozen clock."""
 
     def __init__(self, limits: QueueLimits, server: RedisServer) -> None:
-        super().__init__(limits, url=server.url)
+        super().__init__(limits, shard=shards_of(server.url)[0])
         self._server = server
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:

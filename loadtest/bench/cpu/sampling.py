@@ -123,9 +123,7 @@ class Side:
         )
         for index in range(sequences):
             topic = _TOPICS[index % len(_TOPICS)]
-            prompt = tuple(
-                tokenizer.encode(f"{index}. A long essay on the history of {topic}:\n\n")
-            )
+            text = f"{index}. A long essay on the history of {topic}:\n\n"
             request = replace(
                 option,
                 id=f"r{index}",

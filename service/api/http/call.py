@@ -1,6 +1,6 @@
 """One HTTP call: its id, work that ends when its client is gone, and the readers of its answer.
 
-Call ids are `s<shard>-<32 hex digits of a version 7 UUID>` (RFC 9562). They sort by time.
+Call ids are `s0-<32 hex digits of a version 7 UUID>` (RFC 9562). They sort by time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from starlette.types import Receive
 
 from service.errors import Unavailable
 from service.messages import FinishReason
-from service.queues.contract import Queue
+from service.queues.contract import Queue, slot_of
 
 T = TypeVar("T")
 
@@ -30,12 +30,16 @@ HEAD_ONLY = "head_only"
 _CALL_ID = re.compile(r"s[0-9]{1,4}-([0-9a-f]{12})7[0-9a-f]{3}[89ab][0-9a-f]{15}")
 
 
-def new_call_id(*, shard: int = 0) -> str:
-    """A new id: 48 bits of Unix milliseconds, then 74 unguessable random bits."""
+def new_call_id(*, idempotency_key: str | None = None) -> str:
+    """A new id: 48 bits of Unix milliseconds, then 74 unguessable random bits, or 58 and the slot
+    of the call's idempotency key.
+    """
     milliseconds = time.time_ns() // 1_000_000
     random_a = 0x7000 | secrets.randbits(12)
     random_b = 0b10 << 62 | secrets.randbits(62)
-    return f"s{shard}-{milliseconds:012x}{random_a:04x}{random_b:016x}"
+    if idempotency_key is not None:
+        random_b = random_b >> 16 << 16 | slot_of(idempotency_key)
+    return f"s0-{milliseconds:012x}{random_a:04x}{random_b:016x}"
 
 
 def call_age(call_id: str) -> float | None:

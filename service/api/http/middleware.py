@@ -168,7 +168,8 @@ class RequestContextMiddleware:
             # A copy: the server reads its own scope to omit the body.
             state[HEAD_ONLY] = True
             scope = {**scope, "method": "GET"}
-        state["request_id"] = new_call_id()
+        key = _header(scope, b"idempotency-key") or None
+        state["request_id"] = new_call_id(idempotency_key=key)
         state["arrived"] = monotonic()
         status = 0
         error_format = self._error_formats(scope["path"])

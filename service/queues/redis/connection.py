@@ -5,7 +5,7 @@ scripts are. Nothing hangs: each attempt ends within the timeouts below.
 
 The server is always a primary. A connection to a replica is refused, for reads too, because its
 data may be stale. If the server stops accepting writes (it was demoted, it loads its data, its
-cluster is down), all connections are dropped, and the next ones resolve the address again.
+cluster is down), all connections are dropped, and the next ones find the primary again.
 """
 
 from __future__ import annotations
@@ -14,19 +14,14 @@ import asyncio
 import json
 import logging
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from redis.asyncio import BlockingConnectionPool, Connection, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Connection, Redis
 from redis.exceptions import (
     AuthenticationError,
     NoScriptError,
     OutOfMemoryError,
-    ReadOnlyError,
     RedisError,
     ResponseError,
 )
@@ -34,8 +29,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from service.errors import StartupError, Unavailable
 from service.queues.redis.errors import cause_of, refuses_writes, startup_error, unavailable
-from service.queues.redis.keys import PREFIX
 from service.queues.redis.scripts import Script
+from service.queues.redis.servers import Server
 
 logger = logging.getLogger(__name__)
 
@@ -43,83 +38,10 @@ Command = tuple[str | bytes | int, ...]
 
 _json = json.JSONEncoder(separators=(",", ":")).encode
 
-CONNECT_TIMEOUT = 2.0
-REPLY_TIMEOUT = 4.0
-CONNECTIONS = 32
 MIN_VERSION = 7
 """Script flags, which allow ends to be written when memory is full, came with it."""
 ATTEMPTS = 3
 """Of a command whose connection broke; a timeout is not retried."""
-
-_OPTIONS = ("allow_volatile", "prefix", "shards")
-"""Parameters of the URL that are for this module; all others are for the client library."""
-
-
-class RedisUrl:
-    """A parsed Redis URL. No message contains its credentials."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        query = dict(parse_qsl(parts.query, keep_blank_values=True))
-        own = {name: query.pop(name) for name in _OPTIONS if name in query}
-        try:
-            self.shards = int(own.get("shards", "1"))
-            self.allow_volatile = {"0": False, "1": True}[own.get("allow_volatile", "0")]
-        except (ValueError, KeyError) as error:
-            raise StartupError(
-                "queue: the URL's shards must be a number and its allow_volatile 0 or 1"
-            ) from error
-        self.prefix = own.get("prefix", PREFIX)
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.prefix):
-            raise StartupError(
-                "queue: the URL's prefix must be 1 to 64 letters, digits, or any of _ . -"
-            )
-        if not 1 <= self.shards <= 1024:
-            raise StartupError("queue: the URL's shards must be from 1 to 1024")
-        if parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path):
-            raise StartupError(
-                "queue: the path of the Redis URL must be the number of a database; special"
-                " characters in a password must be percent-encoded"
-            )
-        self._keepalive = {} if parts.scheme == "unix" else {"socket_keepalive": True}
-        self.plain = urlunsplit(parts._replace(query=urlencode(query)))
-
-    def pool(self) -> BlockingConnectionPool:
-        """Connections to it. Raises StartupError for parameters that the library rejects."""
-        try:
-            pool = BlockingConnectionPool.from_url(
-                self.plain,
-                max_connections=CONNECTIONS,
-                timeout=REPLY_TIMEOUT,
-                socket_connect_timeout=CONNECT_TIMEOUT,
-                socket_timeout=REPLY_TIMEOUT,
-                **self._keepalive,
-                retry=Retry(NoBackoff(), 0),
-                protocol=2,
-                redis_connect_func=_connect_to_primary,
-            )
-            # Not connected yet: only its parameters are checked. (The library has no types here.)
-            pool.make_connection()  # type: ignore[no-untyped-call]
-        except (ValueError, TypeError, RedisError) as error:
-            raise StartupError("queue: the Redis URL or a parameter of it is invalid") from error
-        return pool
-
-
-async def _connect_to_primary(connection: Connection) -> None:
-    """Called by the library for each new connection. Raises ReadOnlyError for a replica.
-
-    Any Redis user may send HELLO. A server or proxy without it is not refused here: its first reply
-    to a write shows what it is.
-    """
-    await connection.on_connect()
-    await connection.send_command("HELLO")
-    try:
-        reply: Any = await connection.read_response()
-    except ResponseError:
-        return
-    pairs = zip(reply[::2], reply[1::2], strict=False) if isinstance(reply, list) else ()
-    if (b"role", b"replica") in pairs:
-        raise ReadOnlyError("the server is a replica")
 
 
 def check_server(info: Mapping[str, Any], *, allow_volatile: bool) -> None:
@@ -157,10 +79,10 @@ class RedisClient:
     """
 
     def __init__(
-        self, url: RedisUrl, *, scripts: Mapping[str, Script], restored: Callable[[], None]
+        self, server: Server, *, scripts: Mapping[str, Script], restored: Callable[[], None]
     ) -> None:
-        self._url = url
-        self._redis = Redis(connection_pool=url.pool())
+        self._server = server
+        self._redis = Redis(connection_pool=server.pool())
         self._scripts = scripts
         self._pending: list[tuple[Command, asyncio.Future[Any]]] = []
         self._flush: asyncio.Task[None] | None = None
@@ -259,13 +181,13 @@ class RedisClient:
         return replies
 
     async def _drop_connections(self, client: Redis) -> None:
-        """Drops those of `client`, so that the next command resolves the address again.
+        """Drops those of `client`, so that the next command finds the primary again.
 
         Does nothing if another command has done it. Connections in use are closed when their
         commands end.
         """
         if client is self._redis:
-            self._redis = Redis(connection_pool=self._url.pool())
+            self._redis = Redis(connection_pool=self._server.pool())
             await client.connection_pool.disconnect(inuse_connections=False)
 
     def _lost(self, error: Exception, *, quiet: bool) -> None:
@@ -322,6 +244,7 @@ class RedisClient:
         _fail(self._pending, unavailable(RedisConnectionError()))
         await self._redis.aclose()
         await self._redis.connection_pool.disconnect()
+        await self._server.close()
 
 
 def present(**fields: object) -> dict[str, object]:

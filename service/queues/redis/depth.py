@@ -1,8 +1,7 @@
-"""The queue's depth: the counters of each shard, as `requests.lua` keeps them, summed."""
+"""The queue's depth: the counters of a shard, as `requests.lua` keeps them, and their sum."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,31 +21,50 @@ def depth_commands(client: RedisClient, keys: ShardKeys) -> tuple[Command, ...]:
 
 
 def decode_depth(replies: Sequence[Any]) -> QueueDepth:
-    """The sum over shards; `replies` are those of `depth_commands`, shard by shard."""
-    counts, ages, stored, models = (replies[field::4] for field in range(4))
-    queued, tokens, running = (
-        sum(int(number or 0) for number in column) for column in zip(*counts, strict=True)
-    )
+    """The depth of one shard; `replies` are those of `depth_commands`."""
+    counters, age, stored, models = replies
+    queued, tokens, running = (int(number or 0) for number in counters)
     return QueueDepth(
         queued_requests=queued,
         queued_tokens=tokens,
         running_requests=running,
-        oldest_seconds=max((int(age) / 1000 for age in ages if age != b""), default=None),
-        stored_bytes=sum(int(number or 0) for number in stored),
+        oldest_seconds=None if age == b"" else int(age) / 1000,
+        stored_bytes=int(stored or 0),
         by_model=_by_model(models),
     )
 
 
-def _by_model(tables: Sequence[Mapping[bytes, bytes]]) -> dict[str, ModelDepth]:
-    totals: Counter[tuple[str, str]] = Counter()
-    for name, number in (item for table in tables for item in table.items()):
+def _by_model(table: Mapping[bytes, bytes]) -> dict[str, ModelDepth]:
+    numbers: dict[str, dict[str, int]] = {}
+    for name, number in table.items():
         field, _, model = name.decode().partition(" ")
-        totals[model, field] += int(number)
+        numbers.setdefault(model, {})[field] = int(number)
     return {
         model: ModelDepth(
-            queued_requests=totals[model, "q"],
-            queued_tokens=totals[model, "tok"],
-            running_requests=totals[model, "run"],
+            queued_requests=fields.get("q", 0),
+            queued_tokens=fields.get("tok", 0),
+            running_requests=fields.get("run", 0),
         )
-        for model, _ in list(totals)
+        for model, fields in numbers.items()
     }
+
+
+def sum_depths(depths: Sequence[QueueDepth]) -> QueueDepth:
+    """The depth of all shards."""
+    totals: dict[str, ModelDepth] = {}
+    for model, part in (item for depth in depths for item in depth.by_model.items()):
+        before = totals.get(model, ModelDepth())
+        totals[model] = ModelDepth(
+            queued_requests=before.queued_requests + part.queued_requests,
+            queued_tokens=before.queued_tokens + part.queued_tokens,
+            running_requests=before.running_requests + part.running_requests,
+        )
+    ages = [depth.oldest_seconds for depth in depths if depth.oldest_seconds is not None]
+    return QueueDepth(
+        queued_requests=sum(depth.queued_requests for depth in depths),
+        queued_tokens=sum(depth.queued_tokens for depth in depths),
+        running_requests=sum(depth.running_requests for depth in depths),
+        oldest_seconds=max(ages, default=None),
+        stored_bytes=sum(depth.stored_bytes for depth in depths),
+        by_model=totals,
+    )

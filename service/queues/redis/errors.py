@@ -29,12 +29,16 @@ from service.errors import StartupError, Unavailable
 _REPLICA = "the server is a read-only replica; the URL must lead to the primary"
 _LOADING = "the server is still loading its data; try again when it has finished"
 _CLUSTER = "the Redis Cluster is down"
+_MOVED = "it is a node of a Redis Cluster; the URL must begin with redis+cluster://"
 _CLOSED = "it closed the connection; a server with TLS needs a rediss:// URL"
 _NO_WRITES: dict[str, str] = {
     "READONLY": _REPLICA,
     "MASTERDOWN": _REPLICA,
     "LOADING": _LOADING,
     "CLUSTERDOWN": _CLUSTER,
+    "MOVED": _MOVED,
+    "ASK": _MOVED,
+    "TRYAGAIN": _CLUSTER,
     "NOREPLICAS": "the server refuses writes: it has fewer replicas than min-replicas-to-write",
 }
 """Error code of a server that accepts no writes now -> meaning. After a failover the URL may lead

@@ -17,7 +17,7 @@
     quire:2:{s0}:q0 .. q2     stream   one per priority: running requests; group `engines`,
                                        field rid
     quire:2:{s0}:r:<request>  hash     the state of a request
-    quire:2:{s0}:t:<request>  stream   its journal; also the channel of new entries in it
+    quire:2:{s0}:t:<request>  stream   its journal
     quire:2:{s0}:s:<sub>      hash     the submission: tenant, manifest, number of requests, grace;
                                        if it is kept: input, ms, bytes without them
     quire:2:{s0}:idem:<hash>  hash     idempotency key -> submission, fingerprint
@@ -26,15 +26,22 @@
     quire:2:{s0}:left         zset     submission by the time at which it counts as abandoned, ms
     quire:2:{s0}:swept        string   start of the present run of sweeps without a pause, ms
     quire:2:{s0}:engines      hash     engine -> "<last seen, ms> <JSON>"
+    quire:2:{s0}:h:<prefix>   hash     the engines that hold a prefix
+    quire:2:{s0}:reserved     hash     queued request -> "<until, ms> <prefix>": left to its holders
     quire:2:{s0}:suspects     zset     suspect that waits for its isolation, by the time, ms
     quire:2:{s0}:lane         hash     isolated request -> the engine that runs it
     quire:2:{s0}:isolates:<e>  string  when engine <e> last began to isolate requests, ms
     quire:2:{s0}:blamed:<e>   set      requests that the death of engine <e> counts against
     quire:2:{s0}:probe        none     never set; deleting it tests whether the server takes writes
-    quire:2:{s0}:work, stops  channel  something to claim; a running request was stopped
+    quire:2:{s0}:m:<name>     channel  messages to an engine or to a reader's mailbox: see mail.lua
+    quire:2:{s0}:kinds        set      the kinds <k> of engines that may wait: see mail.lua
+    quire:2:{s0}:waiting:<k>  zset     engine of a kind by the time, ms, up to which it waits for
+                                       something to claim
+    quire:2:{s0}:looked:<k>   string   engines of this kind have just looked for orphans
 
 The 2 is the version of this layout (`LAYOUT`): processes with another one do not see these keys.
-The braces are the hash tag of Redis Cluster: all keys of a shard are in one slot.
+The braces are the hash tag of Redis Cluster: all keys of a shard are in one slot. In a cluster the
+tag has a suffix (`{s0.4}`), which `servers` chooses.
 """
 
 from __future__ import annotations
@@ -45,23 +52,21 @@ import re
 LAYOUT = 2
 PREFIX = "quire"  # unless the URL has `prefix=`
 
-_SHARD = re.compile(r"s(\d{1,4})-")
+_SLOT = re.compile(r"-[0-9a-f]*([0-9a-f]{4})(\.\d+)?")
 
 
 class ShardKeys:
     """The names in one shard. Deployments with different prefixes can share a server."""
 
-    def __init__(self, shard: int, *, prefix: str = PREFIX) -> None:
+    def __init__(self, shard: int, *, prefix: str = PREFIX, tag: str | None = None) -> None:
         self.shard = shard
-        self.prefix = f"{prefix}:{LAYOUT}:{{s{shard}}}:"
+        self.prefix = f"{prefix}:{LAYOUT}:{{{tag or f's{shard}'}}}:"
         self.admission = self.prefix + "adm"
         self.models = self.prefix + "models"
         self.stored = self.prefix + "stored"
         self.gone = self.prefix + "gone"
         self.engines = self.prefix + "engines"
-        self.work = self.prefix + "work"
         self.probe = self.prefix + "probe"
-        self.stops = self.prefix + "stops"
 
     def request(self, request_id: str) -> str:
         return f"{self.prefix}r:{request_id}"
@@ -69,14 +74,17 @@ class ShardKeys:
     def journal(self, request_id: str) -> str:
         return f"{self.prefix}t:{request_id}"
 
+    def mailbox(self, name: str) -> str:
+        return f"{self.prefix}m:{name}"
+
     def submission(self, submission_id: str) -> str:
         return f"{self.prefix}s:{submission_id}"
 
 
 def shard_of(identifier: str, *, shards: int) -> int:
-    """The shard in an id of a submission or request (`s<shard>-...`); 0 if it has none."""
-    match = _SHARD.match(identifier)
-    return int(match[1]) % shards if match else 0
+    """The shard of a submission or request, by the slot in its id; 0 if it has none."""
+    match = _SLOT.search(identifier)
+    return int(match[1], 16) % shards if match else 0
 
 
 def idempotency_name(tenant: str, key: str) -> str:

@@ -2,8 +2,9 @@
 
 Each transition is one Lua script, so it is atomic and uses the server's clock; each may run twice.
 This module converts the contract's types to the scripts' arguments and back; `claims` takes work,
-`journal` reads answers, `connection` sends the commands, `keys` lists the keys. Needs Redis >= 7 or
-Valkey, a single primary and not a cluster.
+`journal` reads answers, `connection` sends the commands, `servers` finds the primary, `keys` lists
+the keys. It is one shard, all of whose keys are on one primary; `sharded` makes one queue of many.
+Needs Redis >= 7 or Valkey.
 """
 
 from __future__ import annotations
@@ -11,10 +12,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from itertools import chain, repeat
 from typing import Any
 
-from service.messages import Allowance, End, FinishReason, GenerationRequest, Record, Submission
+from service.messages import (
+    Allowance,
+    End,
+    FinishReason,
+    GenerationRequest,
+    Record,
+    Submission,
+    Tokens,
+)
 from service.queues.admission import (
     Meter,
     RateUsage,
@@ -50,12 +60,15 @@ from service.queues.observer import (
 )
 from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
-from service.queues.redis.connection import Command, RedisClient, RedisUrl, check_server, present
+from service.queues.redis.connection import Command, RedisClient, check_server, present
 from service.queues.redis.depth import decode_depth, depth_commands
-from service.queues.redis.journal import JournalReader
-from service.queues.redis.keys import ShardKeys, idempotency_name, milliseconds, shard_of
-from service.queues.redis.pubsub import Wakeups
+from service.queues.redis.held import HeldPrefixes
+from service.queues.redis.journal import JournalReader, position_of
+from service.queues.redis.keys import idempotency_name, milliseconds
+from service.queues.redis.mailbox import Mailbox
+from service.queues.redis.pubsub import Wake, Wakeups
 from service.queues.redis.scripts import load_scripts
+from service.queues.redis.servers import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -63,30 +76,25 @@ FORGET_ENGINE = 600.0
 """Seconds after which an engine that runs nothing is forgotten."""
 SWEEP_BATCH = 256
 """Requests that one run of the sweep script examines: it blocks the server meanwhile."""
+WRITE_BATCH = 128
+"""Records that one run of a script journals: it blocks the server meanwhile."""
 LINGER = 10.0
 """Seconds for which the current readers of a forgotten answer can continue."""
 
 
 class RedisQueue:
-    """The contract is `service.queues.contract.Queue`.
-
-    `url` accepts `allow_volatile=1` (a Redis without an append-only file is good enough) and
-    `shards=<n>`: ids name their shard, each shard has its part of the limits, and submissions with
-    the same idempotency key must name the same shard. Connects at the first call.
-    """
+    """The contract is `service.queues.contract.Queue`. Connects at the first call."""
 
     shared = True
 
     def __init__(
-        self, limits: QueueLimits, *, url: str, observer: QueueObserver | None = None
+        self, limits: QueueLimits, *, shard: Shard, observer: QueueObserver | None = None
     ) -> None:
         self.limits = limits
         self._observer = NullQueueObserver() if observer is None else observer
-        self._url = RedisUrl(url)
-        self._shards = tuple(
-            ShardKeys(shard, prefix=self._url.prefix) for shard in range(self._url.shards)
-        )
-        self._client = RedisClient(self._url, scripts=load_scripts(), restored=self._restored)
+        self._shard = shard
+        self._keys = shard.keys
+        self._client = RedisClient(shard.server, scripts=load_scripts(), restored=self._restored)
         self._wakeups = Wakeups(self._client.connection)
         self._rules = {
             "lease": milliseconds(limits.lease),
@@ -95,13 +103,15 @@ class RedisQueue:
             "window": milliseconds(limits.resume_window),
             "keep_blame": milliseconds(BLAME_KEPT),
         }
-        self._reader = JournalReader(self._client, self._wakeups, dropped=self._drop)
+        self._held = HeldPrefixes(self._client, self._keys.admission)
+        self._mailbox = Mailbox(self._wakeups, self._keys, dropped=self._drop)
+        self._reader = JournalReader(self._client, self._mailbox, self._keys, dropped=self._drop)
         self._claimer = Claimer(
             self._client,
-            self._wakeups,
+            self._mailbox,
             lease=limits.lease,
             rules=self._rules,
-            shards=self._shards,
+            keys=self._keys,
             observer=self._observer,
             dropped=self._drop,
             write=self.write,
@@ -109,15 +119,14 @@ class RedisQueue:
 
     async def open(self) -> None:
         info, _ = await self._client.run_first([("INFO",), self._probe()])
-        check_server(info, allow_volatile=self._url.allow_volatile)
+        check_server(info, allow_volatile=self._shard.allow_volatile)
 
     # --- the API's side -------------------------------------------------------------------
     async def charge(self, allowance: Allowance) -> RateUsage:
         limit = allowance.requests_per_minute
         if limit is None:
             return RateUsage()
-        # One shard counts all calls of all keys: most of them belong to no shard.
-        reply = await self._run("charge", self._shards[0], key=allowance.key, limit=limit)
+        reply = await self._run("charge", key=allowance.key, limit=limit)
         wait, used = (float(ms) / 1000 for ms in reply)
         return RateUsage(requests=Meter(limit=limit, used=used), wait=wait)
 
@@ -126,7 +135,6 @@ class RedisQueue:
         tokens_per_minute = None if allowance is None else allowance.tokens_per_minute
         status, followed, queued, tokens, *times = await self._run(
             "submit",
-            self._keys(submission.id),
             submission.manifest,
             submission.input,
             *(request.to_json() for request in submission.requests),
@@ -139,20 +147,20 @@ class RedisQueue:
             idempotency_ttl=milliseconds(limits.idempotency_ttl),
             live_ttl=milliseconds(limits.live_ttl),
             grace=None if submission.grace is None else milliseconds(submission.grace),
-            max_requests=self._per_shard(limits.max_requests),
-            max_tokens=self._per_shard(limits.max_tokens),
-            max_per_tenant=self._per_shard(limits.max_per_tenant),
-            max_bytes=self._per_shard(limits.max_bytes),
-            max_tenant_bytes=self._per_shard(limits.max_tenant_bytes),
+            max_requests=limits.max_requests,
+            max_tokens=limits.max_tokens,
+            max_per_tenant=limits.max_per_tenant,
+            max_bytes=limits.max_bytes,
+            max_tenant_bytes=limits.max_tenant_bytes,
             kept_bytes=kept_bytes(submission),
             base_bytes=base_bytes(submission),
             token_bytes=token_bytes(submission),
             keep=None if submission.keep is None else milliseconds(submission.keep),
             idempotency_bytes=idempotency_bytes(submission),
             key=None if allowance is None else allowance.key,
-            tokens_per_minute=self._per_shard(tokens_per_minute),
-            max_in_flight=self._per_shard(None if allowance is None else allowance.max_in_flight),
-            requests=[_admitted(request) for request in submission.requests],
+            tokens_per_minute=tokens_per_minute,
+            max_in_flight=None if allowance is None else allowance.max_in_flight,
+            requests=[*map(_admitted, submission.requests, chain(submission.prefixes, repeat(())))],
         )
         wait, used = (float(ms) / 1000 for ms in times)
         usage = RateUsage()
@@ -166,11 +174,8 @@ class RedisQueue:
             usage=usage,
         )
 
-    def _per_shard(self, limit: int | None) -> int | None:
-        return None if limit is None else max(1, limit // len(self._shards))
-
     async def lookup(self, submission_id: str) -> StoredSubmission | None:
-        key = self._keys(submission_id).submission(submission_id)
+        key = self._keys.submission(submission_id)
         (fields,) = await self._client.run([("HMGET", key, "ten", "man", "num")])
         if None in fields:
             return None
@@ -183,76 +188,71 @@ class RedisQueue:
         )
 
     async def read_input(self, submission_id: str) -> str | None:
-        key = self._keys(submission_id).submission(submission_id)
+        key = self._keys.submission(submission_id)
         (value,) = await self._client.run([("HGET", key, "in")])
         return None if value is None else str(value.decode())
 
     async def touch(self, submission_ids: Sequence[str]) -> None:
-        await self._run_by_shard("touch", submission_ids, submission_ids)
+        await self._run_items("touch", submission_ids)
 
     async def read(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
-        return await self._reader.read(self._keys(request_id), request_id, after=after)
+        return await self._reader.read(request_id, after=after)
 
     async def read_page(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
-        return await self._reader.read_page(self._keys(request_id), request_id, after=after)
+        return await self._reader.read_page(request_id, after=after)
 
     def follow(self, request_id: str, *, after: int = 0) -> AsyncIterator[Record]:
-        return self._reader.follow(self._keys(request_id), request_id, after=after)
+        return self._reader.follow(request_id, after=after)
 
     async def stop(self, request_ids: Sequence[str], reason: FinishReason) -> None:
         overdue = reason is FinishReason.DEADLINE
-        stopped = await self._run_by_shard("stop", request_ids, request_ids, only_overdue=overdue)
-        self._note(STOPPED[reason], sum(stopped))
+        stopped = await self._run_items("stop", request_ids, only_overdue=overdue)
+        self._note(STOPPED[reason], stopped or 0)
 
     async def heartbeat(self, submission_ids: Sequence[str]) -> None:
-        await self._run_by_shard("heartbeat", submission_ids, submission_ids)
+        await self._run_items("heartbeat", submission_ids)
 
     async def forget(self, submission_id: str) -> None:
-        keys, linger = self._keys(submission_id), milliseconds(LINGER)
+        linger = milliseconds(LINGER)
         (cancelled,) = await self._run(
-            "forget", keys, submission=submission_id, linger=linger, window=self._rules["window"]
+            "forget", submission=submission_id, linger=linger, window=self._rules["window"]
         )
         self._note(QueueEvent.CANCELLED, cancelled)
 
     async def sweep(self) -> int:
-        total = 0
-        for keys in self._shards:
-            examined = SWEEP_BATCH
-            while examined == SWEEP_BATCH:
-                examined, overdue, abandoned = await self._run(
-                    "sweep",
-                    keys,
-                    batch=SWEEP_BATCH,
-                    forget_engine=milliseconds(FORGET_ENGINE),
-                    sweep_pause=milliseconds(self.limits.sweep_pause),
-                    **self._rules,
-                )
-                self._note(QueueEvent.EXPIRED, overdue)
-                self._note(QueueEvent.CANCELLED, abandoned)
-                total += overdue + abandoned
+        total, examined = 0, SWEEP_BATCH
+        while examined == SWEEP_BATCH:
+            examined, overdue, abandoned = await self._run(
+                "sweep",
+                batch=SWEEP_BATCH,
+                forget_engine=milliseconds(FORGET_ENGINE),
+                sweep_pause=milliseconds(self.limits.sweep_pause),
+                **self._rules,
+            )
+            self._note(QueueEvent.EXPIRED, overdue)
+            self._note(QueueEvent.CANCELLED, abandoned)
+            total += overdue + abandoned
         return total
 
     async def depth(self) -> QueueDepth:
-        commands = [
-            command for keys in self._shards for command in depth_commands(self._client, keys)
-        ]
-        return decode_depth(await self._client.run(commands))
+        return decode_depth(await self._client.run(depth_commands(self._client, self._keys)))
 
     async def engines(self) -> Sequence[EngineInfo]:
-        now, *tables = await self._client.run(
-            [("TIME",), *(("HGETALL", keys.engines) for keys in self._shards)]
-        )
-        oldest = (now[0] - ENGINE_SILENCE) * 1000 + now[1] / 1000
-        found: dict[str, EngineInfo] = {}
-        for report in (value for table in tables for value in table.values()):
+        return [info for _, info in await self.reports()]
+
+    async def reports(self) -> Sequence[tuple[float, EngineInfo]]:
+        """Those engines, each with the seconds since its last heartbeat."""
+        now, table = await self._client.run([("TIME",), ("HGETALL", self._keys.engines)])
+        found: list[tuple[float, EngineInfo]] = []
+        for report in table.values():
             seen, _, text = report.partition(b" ")
             try:
-                if int(seen) >= oldest:
-                    info = EngineInfo.from_json(text)
-                    found[info.id] = info
+                silence = now[0] + now[1] / 1e6 - int(seen) / 1000
+                if silence <= ENGINE_SILENCE:
+                    found.append((silence, EngineInfo.from_json(text)))
             except (ValueError, TypeError):
                 self._drop("report of an engine")
-        return list(found.values())
+        return found
 
     async def check(self) -> None:
         """Passes if the memory is full: work is refused then (`storage_full`), but answers end."""
@@ -262,61 +262,92 @@ class RedisQueue:
         """A write that changes nothing. A server refuses it if it is a replica or cannot persist,
         and allows it if its memory is full.
         """
-        return ("DEL", self._shards[0].probe)
+        return ("DEL", self._keys.probe)
 
     # --- the engine's side ----------------------------------------------------------------
+    async def hold(self, engine: str, prefixes: Collection[str]) -> None:
+        await self._held.announce(engine, frozenset(prefixes))
+
     async def claim(
         self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
         return await self._claimer.claim(engine, limit=limit, wait=wait, under_served=under_served)
 
+    async def look(
+        self, engine: EngineInfo, *, limit: int, under_served: int, waits: bool
+    ) -> tuple[Sequence[Claim], float]:
+        """A part of `claim`, see `Claimer.look`."""
+        return await self._claimer.look(engine, limit=limit, under_served=under_served, waits=waits)
+
+    @property
+    def free_in(self) -> float:
+        """Seconds until a request that the last claim left to other engines is free."""
+        return self._claimer.free_in
+
+    def watch_work(self, wake: Wake) -> None:
+        """Calls `wake`, which must not block, whenever there may be something to claim."""
+        self._claimer.watch(wake)
+
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         """Raises Unavailable with the code `storage_full` if the server had no memory for tokens:
         those of `writes` that were written return DUP next time.
         """
-        replies = await self._client.run([self._write_command(write) for write in writes])
-        found = [WriteReply(WriteStatus(status.decode()), count) for status, count in replies]
+        batches: list[tuple[str, Sequence[int]]] = []
+        for script, kind in (("append", Tokens), ("finish", End)):  # a request's end is its last
+            of_kind = [i for i, write in enumerate(writes) if isinstance(write.record, kind)]
+            batches += [
+                (script, of_kind[begin : begin + WRITE_BATCH])
+                for begin in range(0, len(of_kind), WRITE_BATCH)
+            ]
+        replies = await self._client.run(
+            [
+                self._write_command(script, [writes[place] for place in places])
+                for script, places in batches
+            ]
+        )
+        found = [WriteReply(WriteStatus.OK, position_of(write.record)) for write in writes]
+        for (_, places), refused in zip(batches, replies, strict=True):
+            for number, status, count in refused:
+                found[places[number - 1]] = WriteReply(WriteStatus(status.decode()), count)
         report_replies(found, self._observer)
         return found
 
-    def _write_command(self, write: Write) -> Command:
-        record = write.record
-        key, lease = self._keys(write.lease.request_id).admission, _leased(write.lease)
-        if isinstance(record, End):
-            return self._client.script(
-                "finish",
-                key,
-                encode_end(record),
-                count=record.count,
-                window=self._rules["window"],
-                **lease,
-            )
-        count = len(record.ids)
+    def _write_command(self, script: str, writes: Sequence[Write]) -> Command:
+        items: list[tuple[str | int, ...]] = []
+        values: list[bytes] = []
+        for write in writes:
+            lease, record = write.lease, write.record
+            item = lease.request_id, lease.epoch, lease.owner
+            if isinstance(record, End):
+                items.append((*item, record.count))
+                values.append(encode_end(record))
+            else:
+                items.append((*item, record.start, len(record.ids)))
+                values.append(encode_tokens(record))
         return self._client.script(
-            "append", key, encode_tokens(record), start=record.start, count=count, **lease
+            script, self._keys.admission, *values, items=items, window=self._rules["window"]
         )
 
     async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
-        replies = await self._run_by_shard("renew", *_split(leases))
-        return [request_id.decode() for lost in replies for request_id in lost]
+        lost = await self._run_items("renew", [_leased(lease) for lease in leases])
+        return [request_id.decode() for request_id in lost or ()]
 
     async def release(self, leases: Sequence[Lease], *, died: bool = False) -> None:
-        replies = await self._run_by_shard("release", *_split(leases), died=died)
-        self._note(QueueEvent.CRASHED, sum(crashed for _, crashed in replies))
+        items = [_leased(lease) for lease in leases]
+        _, crashed = await self._run_items("release", items, died=died) or (0, 0)
+        self._note(QueueEvent.CRASHED, crashed)
 
     async def stops(self) -> AsyncIterator[str]:
-        hints: asyncio.Queue[bytes] = asyncio.Queue()
-        wake = hints.put_nowait
-        for keys in self._shards:
-            self._wakeups.watch(keys.stops, wake)
+        messages: asyncio.Queue[bytes] = asyncio.Queue()
+        wake = messages.put_nowait
+        self._mailbox.watch(wake)
         try:
             while True:
-                message = await hints.get()
-                if message:  # empty: subscribed, at first or again
-                    yield message.decode()
+                message = await messages.get()
+                if message[:1] == b"s":
+                    yield message[1:].decode()
         finally:
-            for keys in self._shards:
-                self._wakeups.unwatch(keys.stops, wake)
+            self._mailbox.unwatch(wake)
 
     async def close(self) -> None:
         self._client.refuse()
@@ -325,27 +356,17 @@ class RedisQueue:
         await self._client.close()
 
     # --- both sides -----------------------------------------------------------------------
-    def _keys(self, identifier: str) -> ShardKeys:
-        return self._shards[shard_of(identifier, shards=len(self._shards))]
+    async def _run_items(self, script: str, items: Sequence[object], **arguments: bool) -> Any:  # noqa: ANN401  # a reply of the client library
+        """Runs a script on these items; None if there are none."""
+        if not items:
+            return None
+        key = self._keys.admission
+        command = self._client.script(script, key, items=items, **arguments, **self._rules)
+        (reply,) = await self._client.run([command])
+        return reply
 
-    async def _run_by_shard(
-        self, script: str, ids: Sequence[str], items: Sequence[object], **arguments: bool
-    ) -> list[Any]:
-        """Runs a script once per shard, with the items of the ids that name it."""
-        of_shard: dict[ShardKeys, list[object]] = {}
-        for identifier, item in zip(ids, items, strict=True):
-            of_shard.setdefault(self._keys(identifier), []).append(item)
-        return await self._client.run(
-            [
-                self._client.script(script, keys.admission, items=group, **arguments, **self._rules)
-                for keys, group in of_shard.items()
-            ]
-        )
-
-    async def _run(
-        self, script: str, keys: ShardKeys, /, *values: str | bytes, **arguments: object
-    ) -> list[Any]:
-        command = self._client.script(script, keys.admission, *values, **arguments)
+    async def _run(self, script: str, /, *values: str | bytes, **arguments: object) -> list[Any]:
+        command = self._client.script(script, self._keys.admission, *values, **arguments)
         (reply,) = await self._client.run([command])
         return list(reply)
 
@@ -368,11 +389,7 @@ def _leased(lease: Lease) -> dict[str, Any]:
     return {"request": lease.request_id, "epoch": lease.epoch, "owner": lease.owner}
 
 
-def _split(leases: Sequence[Lease]) -> tuple[list[str], list[dict[str, Any]]]:
-    return [lease.request_id for lease in leases], [_leased(lease) for lease in leases]
-
-
-def _admitted(request: GenerationRequest) -> dict[str, Any]:
+def _admitted(request: GenerationRequest, prefixes: Sequence[str]) -> dict[str, Any]:
     """A request as `submit.lua` expects it."""
     return present(
         id=request.id,
@@ -382,4 +399,5 @@ def _admitted(request: GenerationRequest) -> dict[str, Any]:
         share=answer_share(request),
         bytes=request_bytes(request),
         features=" ".join(request.features),
+        prefixes=prefixes,
     )

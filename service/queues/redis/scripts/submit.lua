@@ -4,7 +4,8 @@
 --   grace (absent: none), max_requests, max_tokens, max_per_tenant, max_bytes, max_tenant_bytes,
 --   kept_bytes, base_bytes, token_bytes, keep (absent: the resume window),
 --   idempotency_bytes, key (absent: none), tokens_per_minute, max_in_flight (absent: no
---   limit), and requests of {id, cost, timeout, priority, share, bytes, features}.
+--   limit), and requests of {id, cost, timeout, priority, share, bytes, features,
+--   prefixes}.
 -- ARGV[2]: the manifest, ARGV[3]: the input, ARGV[3 + i]: the body of request i.
 -- Returns {status, submission to follow, queued requests, queued tokens, and of the key's tokens: ms to
 --   wait, ms used, as text}.
@@ -48,6 +49,7 @@ end
 if not fits('all', args.max_bytes) then return reply('storage') end
 
 local now, time = now_ms(), redis.call('TIME')
+local wakes = {} -- features -> the engines that hold prefixes of requests that need them
 local arrived = string.format('%d%06d', time[1], time[2])
 for i, request in ipairs(args.requests) do
   local rid, deadline = request.id, request.timeout and now + request.timeout or 0
@@ -58,6 +60,10 @@ for i, request in ipairs(args.requests) do
   local eid = arrived .. ' ' .. rid -- of equal turns the older goes first
   redis.call('ZADD', turns_key(request.priority, request.features), turn, eid)
   if request.features ~= '' then redis.call('SADD', LINES, request.features) end
+  wakes[request.features] = wakes[request.features] or {}
+  for _, engine in ipairs(reserve(rid, request.prefixes, now) or {}) do
+    table.insert(wakes[request.features], engine)
+  end
   redis.call('ZADD', SINCE, now, rid)
   count('q', request.features, 1)
   count('tok', request.features, request.cost)
@@ -96,5 +102,5 @@ if idem then
     count_bytes(tenant, args.idempotency_bytes)
   end
 end
-redis.call('PUBLISH', WORK, 'new')
+for needed, holders in pairs(wakes) do wake(needed, '', 'w', holders) end
 return reply('ok')

@@ -1,0 +1,370 @@
+"""ShardedQueue: one queue over several Redis shards, which do not know each other.
+
+An id names its shard (see `service.queues.contract.slot_of`), so each call goes to one shard, and a
+shard that is away stops only what it holds: calls about that raise `Unavailable`, writes get AWAY.
+Priorities, the turns of tenants and isolation hold within a shard.
+
+An engine looks for work first in `OWN` shards of its own, by rendezvous hashing of its id, and in
+others if these have none. It looks only in shards that reported work, and while it is idle in one
+at a time, in turns: the number of shards does not change how often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import Any, TypeVar
+
+from service.errors import Unavailable
+from service.messages import Allowance, FinishReason, Record, Submission
+from service.queues.admission import RateUsage
+from service.queues.contract import (
+    Claim,
+    EngineInfo,
+    Lease,
+    Queue,
+    QueueDepth,
+    QueueLimits,
+    StoredSubmission,
+    SubmitReply,
+    Write,
+    WriteReply,
+    WriteStatus,
+    slot_of,
+)
+from service.queues.observer import QueueObserver
+from service.queues.redis.depth import sum_depths
+from service.queues.redis.fanout import FanOut
+from service.queues.redis.keys import shard_of
+from service.queues.redis.pubsub import woken_within
+from service.queues.redis.queue import RedisQueue
+from service.queues.redis.servers import Shard, shards_of
+
+T = TypeVar("T")
+
+OWN = 4
+"""Shards in which an engine looks for work first."""
+GUEST_EVERY = 8
+"""One in so many claims begins with the shards of others: a shard may have no engine of its own."""
+
+
+def open_redis(url: str, limits: QueueLimits, observer: QueueObserver | None = None) -> Queue:
+    """The queue at a URL of Redis, see `servers`. Raises StartupError."""
+    shards = shards_of(url)
+    if len(shards) == 1:
+        return RedisQueue(limits, shard=shards[0], observer=observer)
+    return ShardedQueue(limits, shards=shards, observer=observer)
+
+
+class ShardedQueue:
+    """The contract is `service.queues.contract.Queue`, with the exceptions above."""
+
+    shared = True
+
+    def __init__(
+        self, limits: QueueLimits, *, shards: Sequence[Shard], observer: QueueObserver | None = None
+    ) -> None:
+        self.limits = limits
+        self._shards = tuple(RedisQueue(limits, shard=each, observer=observer) for each in shards)
+        self._fan_out = FanOut(lambda shard: self._shards[shard].check())
+        self._renewed: dict[int, float] = {}  # shard -> loop time
+        self._due: dict[str, float] = {}  # engine -> loop time of its next look, unless woken
+        self._work = _Work(self._shards)
+
+    async def open(self) -> None:
+        await asyncio.gather(*(shard.open() for shard in self._shards))
+
+    # --- the API's side -------------------------------------------------------------------
+    async def charge(self, allowance: Allowance) -> RateUsage:
+        """One shard counts all calls of a key; if it is away, the next one does."""
+        order = _ranked(allowance.key, len(self._shards))
+        there = [shard for shard in order if self._fan_out.is_there(shard)]
+        for shard in there[:-1]:
+            try:
+                return await self._fan_out.one(shard, lambda: self._shards[shard].charge(allowance))  # noqa: B023
+            except Unavailable:
+                continue
+        return await self._shards[(there or order)[-1]].charge(allowance)
+
+    async def submit(self, submission: Submission) -> SubmitReply:
+        return await self._of(submission.id).submit(submission)
+
+    async def lookup(self, submission_id: str) -> StoredSubmission | None:
+        return await self._of(submission_id).lookup(submission_id)
+
+    async def read_input(self, submission_id: str) -> str | None:
+        return await self._of(submission_id).read_input(submission_id)
+
+    async def touch(self, submission_ids: Sequence[str]) -> None:
+        await self._by_shard(submission_ids, submission_ids, lambda shard: shard.touch)
+
+    async def read(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
+        return await self._of(request_id).read(request_id, after=after)
+
+    async def read_page(self, request_id: str, *, after: int = 0) -> Sequence[Record]:
+        return await self._of(request_id).read_page(request_id, after=after)
+
+    def follow(self, request_id: str, *, after: int = 0) -> AsyncIterator[Record]:
+        return self._of(request_id).follow(request_id, after=after)
+
+    async def stop(self, request_ids: Sequence[str], reason: FinishReason) -> None:
+        await self._by_shard(
+            request_ids, request_ids, lambda shard: partial(shard.stop, reason=reason)
+        )
+
+    async def heartbeat(self, submission_ids: Sequence[str]) -> None:
+        await self._by_shard(submission_ids, submission_ids, lambda shard: shard.heartbeat)
+
+    async def forget(self, submission_id: str) -> None:
+        await self._of(submission_id).forget(submission_id)
+
+    async def sweep(self) -> int:
+        return sum(await self._of_all(lambda shard: shard.sweep))
+
+    async def depth(self) -> QueueDepth:
+        """Of the shards that answer."""
+        return sum_depths(await self._of_all(lambda shard: shard.depth))
+
+    async def engines(self) -> Sequence[EngineInfo]:
+        """The latest report of each."""
+        reports = [each for found in await self._of_all(lambda s: s.reports) for each in found]
+        reports.sort(key=lambda report: -report[0])
+        return list({info.id: info for _, info in reports}.values())
+
+    async def check(self) -> None:
+        """Passes if one shard accepts writes: its answers go on."""
+        await self._of_all(lambda shard: shard.check)
+
+    # --- the engine's side ----------------------------------------------------------------
+    async def hold(self, engine: str, prefixes: Collection[str]) -> None:
+        await self._of_all(lambda shard: partial(shard.hold, engine, prefixes))
+
+    async def claim(
+        self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
+    ) -> Sequence[Claim]:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait
+        self._work.watch()
+        while True:
+            if wait <= 0 or self._work.news.is_set() or loop.time() >= self._due.get(engine.id, 0):
+                self._work.news.clear()
+                claims, pause = await self._claim_now(
+                    engine, limit=limit, under_served=under_served, waits=wait > 0
+                )
+                self._due[engine.id] = loop.time() + pause / len(self._shards)
+                if claims:
+                    return claims
+            now = loop.time()
+            if now >= until:
+                return []
+            await woken_within(min(until, self._due[engine.id]) - now, self._work.news)
+
+    async def _claim_now(
+        self, engine: EngineInfo, *, limit: int, under_served: int, waits: bool
+    ) -> tuple[list[Claim], float]:
+        """From the shards that have work until the limit is reached; at least one is asked. Also
+        returns the seconds after which each of them should be asked again.
+        """
+        claims: list[Claim] = []
+        pauses: list[float] = []
+        failure: Unavailable | None = None
+        asked = False
+        for shard, has_work in self._work.order(engine.id):
+            room = max(0, limit - len(claims))
+            if asked and not (has_work and room):
+                break
+            if not self._fan_out.is_there(shard):
+                continue
+            try:
+                found, pause = await self._fan_out.one(
+                    shard,
+                    partial(
+                        self._shards[shard].look,
+                        engine,
+                        limit=room,
+                        under_served=0 if claims else under_served,
+                        waits=waits and room > 0,
+                    ),
+                )
+            except Unavailable as error:
+                failure = error
+                continue
+            asked = True
+            pauses.append(pause)
+            if room:
+                has_more = len(found) == room or self._shards[shard].free_in < float("inf")
+                self._work.looked(shard, exhausted=not has_more)
+            if found:
+                self._renewed[shard] = asyncio.get_running_loop().time()
+            claims += found
+        if not asked:
+            raise failure or Unavailable(
+                "no shard of the journal's store answers", code="backend_unavailable"
+            )
+        return claims, min(pauses)
+
+    async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
+        """Never raises Unavailable: what a shard did not write has the reply AWAY or STORAGE."""
+        groups = self._places(write.lease.request_id for write in writes)
+        replies = await self._fan_out.all(
+            {
+                shard: partial(self._shards[shard].write, [writes[place] for place in places])
+                for shard, places in groups.items()
+            }
+        )
+        found: dict[int, WriteReply] = {}
+        for shard, places in groups.items():
+            reply = replies[shard]
+            if isinstance(reply, Unavailable):
+                full = reply.code == "storage_full"
+                status = WriteStatus.STORAGE if full else WriteStatus.AWAY
+                found |= dict.fromkeys(places, WriteReply(status, 0))
+            else:
+                found |= zip(places, reply, strict=True)
+        return [found[place] for place in range(len(writes))]
+
+    async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:
+        """Those of a shard that did not answer for a whole lease are lost, too."""
+        groups = self._places(lease.request_id for lease in leases)
+        now = asyncio.get_running_loop().time()
+        replies = await self._fan_out.all(
+            {
+                shard: partial(self._shards[shard].renew, [leases[place] for place in places])
+                for shard, places in groups.items()
+            }
+        )
+        _raise_if_none(replies.values())
+        lost: list[str] = []
+        for shard, reply in replies.items():
+            if not isinstance(reply, Unavailable):
+                self._renewed[shard] = now
+                lost += reply
+            elif now - self._renewed.setdefault(shard, now) >= self.limits.lease:
+                lost += [leases[place].request_id for place in groups[shard]]
+        return lost
+
+    async def release(self, leases: Sequence[Lease], *, died: bool = False) -> None:
+        ids = [lease.request_id for lease in leases]
+        await self._by_shard(ids, leases, lambda shard: partial(shard.release, died=died))
+
+    async def stops(self) -> AsyncIterator[str]:
+        hints: asyncio.Queue[str] = asyncio.Queue()
+
+        async def collect(shard: RedisQueue) -> None:
+            async with aclosing(shard.stops()) as stops:  # type: ignore[type-var]  # a generator
+                async for request_id in stops:
+                    hints.put_nowait(request_id)
+
+        tasks = [asyncio.create_task(collect(shard)) for shard in self._shards]
+        try:
+            while True:
+                yield await hints.get()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        await self._fan_out.close()
+        await asyncio.gather(*(shard.close() for shard in self._shards))
+
+    # --- both sides -----------------------------------------------------------------------
+    def _of(self, identifier: str) -> RedisQueue:
+        return self._shards[shard_of(identifier, shards=len(self._shards))]
+
+    def _places(self, ids: Iterable[str]) -> dict[int, list[int]]:
+        """Shard -> the places of the ids that name it."""
+        groups: dict[int, list[int]] = {}
+        for place, identifier in enumerate(ids):
+            shard = shard_of(identifier, shards=len(self._shards))
+            groups.setdefault(shard, []).append(place)
+        return groups
+
+    async def _by_shard(
+        self,
+        ids: Sequence[str],
+        items: Sequence[T],
+        method: Callable[[RedisQueue], Callable[[Sequence[T]], Coroutine[Any, Any, None]]],
+    ) -> None:
+        """Calls a method of each shard with the items of the ids that name it. Raises Unavailable
+        if one of them failed, after the others.
+        """
+        groups = self._places(ids)
+        replies = await self._fan_out.all(
+            {
+                shard: partial(method(self._shards[shard]), [items[place] for place in places])
+                for shard, places in groups.items()
+            }
+        )
+        for reply in replies.values():
+            if isinstance(reply, Unavailable):
+                raise reply
+
+    async def _of_all(
+        self, method: Callable[[RedisQueue], Callable[[], Coroutine[Any, Any, T]]]
+    ) -> list[T]:
+        """The replies of the shards that answer. Raises Unavailable if none does."""
+        calls = {index: method(shard) for index, shard in enumerate(self._shards)}
+        return _heard((await self._fan_out.all(calls)).values())
+
+
+class _Work:
+    """In which shards there may be work, and in which order an engine looks into them."""
+
+    def __init__(self, shards: Sequence[RedisQueue]) -> None:
+        self._shards = shards
+        self._reported: set[int] = set()
+        self._watching = False
+        self._claims = 0
+        self.news = asyncio.Event()
+
+    def watch(self) -> None:
+        if self._watching:
+            return
+        self._watching = True
+        for index, shard in enumerate(self._shards):
+            shard.watch_work(partial(self._report, index))
+
+    def _report(self, shard: int, message: bytes) -> None:
+        if message[:1] == b"s":  # a request was stopped
+            return
+        self._reported.add(shard)
+        self.news.set()
+
+    def looked(self, shard: int, *, exhausted: bool) -> None:
+        """An engine has looked into a shard, and found all that is there if it is exhausted."""
+        (self._reported.discard if exhausted else self._reported.add)(shard)
+
+    def order(self, engine: str) -> list[tuple[int, bool]]:
+        """The shards, and whether there may be work in each: own ones with work, those of others
+        with work, and all others; in turns.
+        """
+        self._claims += 1
+        count = len(self._shards)
+        turns = [(self._claims + index) % count for index in range(count)]
+        own = set(_ranked(engine, count)[:OWN])
+        guest = self._claims % GUEST_EVERY == 0
+        first = [shard for shard in turns if shard in self._reported]
+        first.sort(key=lambda shard: (shard in own) == guest)
+        idle = [shard for shard in turns if shard not in self._reported]
+        return [(shard, True) for shard in first] + [(shard, False) for shard in idle]
+
+
+def _ranked(name: str, count: int) -> list[int]:
+    """The shards in an order of this name's own (rendezvous hashing)."""
+    return sorted(range(count), key=lambda shard: slot_of(f"{shard} {name}"))
+
+
+def _heard(replies: Collection[T | Unavailable]) -> list[T]:
+    """The replies that came. Raises Unavailable if none did."""
+    _raise_if_none(replies)
+    return [reply for reply in replies if not isinstance(reply, Unavailable)]
+
+
+def _raise_if_none(replies: Collection[object]) -> None:
+    """Raises the Unavailable of the first shard if all failed."""
+    failures = [reply for reply in replies if isinstance(reply, Unavailable)]
+    if failures and len(failures) == len(replies):
+        raise failures[0]
