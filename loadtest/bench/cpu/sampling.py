@@ -26,7 +26,7 @@ from model.runners.native import NativeRunner
 from model.text.tokenizer import Tokenizer
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver
+from service.engine.observer import Observer
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, GenerationRequest, SamplingParams
 
@@ -118,7 +118,7 @@ class Side:
             token_bytes=tokenizer.token_bytes,
             eos_ids=tokenizer.eos_ids,
             deliver=self._read,
-            observer=NullObserver(),
+            observer=Observer(),
             grammars=grammars,
         )
         for index in range(sequences):
