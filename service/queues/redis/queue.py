@@ -15,6 +15,7 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from service.errors import Unavailable
 from service.messages import Allowance, End, FinishReason, GenerationRequest, Record, Submission
 from service.queues.admission import (
     Meter,
@@ -65,6 +66,8 @@ FORGET_ENGINE = 600.0
 """Seconds after which an engine that runs nothing is forgotten."""
 SWEEP_BATCH = 256
 """Requests that one run of the sweep script examines: it blocks the server meanwhile."""
+REPLICA_TIMEOUT = 1.0
+"""Seconds that replicas have to acknowledge; a twentieth of that after they did not."""
 LINGER = 10.0
 """Seconds for which the current readers of a forgotten answer can continue."""
 
@@ -81,6 +84,7 @@ class RedisQueue:
         self._observer = NullQueueObserver() if observer is None else observer
         self._shard = shard
         self._keys = shard.keys
+        self._replicated = True  # the last time that it was asked
         self._client = RedisClient(shard.server, scripts=load_scripts(), restored=self._restored)
         self._wakeups = Wakeups(self._client.connection)
         self._rules = {
@@ -118,8 +122,9 @@ class RedisQueue:
     async def submit(self, submission: Submission) -> SubmitReply:
         limits, allowance, key = self.limits, submission.allowance, submission.idempotency_key
         tokens_per_minute = None if allowance is None else allowance.tokens_per_minute
-        status, followed, queued, tokens, *times = await self._run(
+        command = self._client.script(
             "submit",
+            self._keys.admission,
             submission.manifest,
             submission.input,
             *(request.to_json() for request in submission.requests),
@@ -147,6 +152,14 @@ class RedisQueue:
             max_in_flight=None if allowance is None else allowance.max_in_flight,
             requests=[_admitted(request) for request in submission.requests],
         )
+        (reply,), acknowledged = await self._run_acknowledged([command])
+        status, followed, queued, tokens, *times = reply
+        if not acknowledged and status in {b"ok", b"exists"}:
+            raise Unavailable(
+                "no replica of the journal's store acknowledged the request; send it again",
+                code="backend_unavailable",
+                retry_after=2.0,
+            )
         wait, used = (float(ms) / 1000 for ms in times)
         usage = RateUsage()
         if tokens_per_minute is not None:
@@ -263,7 +276,11 @@ class RedisQueue:
         """Raises Unavailable with the code `storage_full` if the server had no memory for tokens:
         those of `writes` that were written return DUP next time.
         """
-        replies = await self._client.run([self._write_command(write) for write in writes])
+        commands = [self._write_command(write) for write in writes]
+        if any(isinstance(write.record, End) for write in writes):
+            replies, _ = await self._run_acknowledged(commands)
+        else:
+            replies = await self._client.run(commands)
         found = [WriteReply(WriteStatus(status.decode()), count) for status, count in replies]
         report_replies(found, self._observer)
         return found
@@ -313,6 +330,20 @@ class RedisQueue:
         await self._client.close()
 
     # --- both sides -----------------------------------------------------------------------
+    async def _run_acknowledged(self, commands: Sequence[Command]) -> tuple[list[Any], bool]:
+        """The replies, and whether the replicas that the URL asks for have acknowledged them."""
+        wanted = self._shard.replicas
+        if not wanted:
+            return await self._client.run(commands), True
+        within = REPLICA_TIMEOUT if self._replicated else REPLICA_TIMEOUT / 20
+        wait: Command = ("WAIT", wanted, milliseconds(within))
+        *replies, count = await self._client.run([*commands, wait])
+        replicated = count >= wanted
+        if self._replicated and not replicated:
+            logger.warning("%d replicas acknowledged, %d are needed", count, wanted)
+        self._replicated = replicated
+        return replies, replicated
+
     async def _run_items(self, script: str, items: Sequence[object], **arguments: bool) -> Any:  # noqa: ANN401  # a reply of the client library
         """Runs a script on these items; None if there are none."""
         if not items:

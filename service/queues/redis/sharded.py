@@ -145,6 +145,11 @@ class ShardedQueue:
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
         self._work.watch()
+        if limit <= 0 and under_served <= 0:
+            await self._of_all(lambda shard: partial(shard.claim, engine, limit=0, wait=0.0))
+            return []
+        if wait <= 0 < limit:
+            self._work.look_everywhere()
         while True:
             self._work.news.clear()
             claims = await self._claim_now(engine, limit=limit, under_served=under_served)
@@ -300,7 +305,7 @@ class _Work:
 
     def __init__(self, shards: Sequence[RedisQueue]) -> None:
         self._shards = shards
-        self._reported: set[int] = set()
+        self._reported = set(range(len(shards)))
         self._watching = False
         self._claims = 0
         self.news = asyncio.Event()
@@ -311,6 +316,9 @@ class _Work:
         self._watching = True
         for index, shard in enumerate(self._shards):
             shard.watch_work(partial(self._report, index))
+
+    def look_everywhere(self) -> None:
+        self._reported.update(range(len(self._shards)))
 
     def _report(self, shard: int, _message: bytes) -> None:
         self._reported.add(shard)
