@@ -61,6 +61,7 @@ def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CONNECT_TIMEOUT", "REPLY_TIMEOUT"):
         monkeypatch.setattr(f"service.queues.redis.servers.{name}", PATIENCE)
     monkeypatch.setattr("service.queues.redis.claims.ORPHANS_EVERY", 0.0)
+    monkeypatch.setattr("service.queues.redis.fanout.LATE", PATIENCE)
 
 
 def random_slot() -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from service.errors import Unavailable
@@ -119,7 +119,12 @@ class RedisQueue:
         wait, used = (float(ms) / 1000 for ms in reply)
         return RateUsage(requests=Meter(limit=limit, used=used), wait=wait)
 
-    async def submit(self, submission: Submission) -> SubmitReply:
+    async def submit(
+        self, submission: Submission, *, evict: bool | None = None, prepaid: int = 0
+    ) -> SubmitReply:
+        """In a sharded queue: `evict`, whether kept submissions may make room; `prepaid`, tokens
+        that other shards have counted.
+        """
         limits, allowance, key = self.limits, submission.allowance, submission.idempotency_key
         tokens_per_minute = None if allowance is None else allowance.tokens_per_minute
         command = self._client.script(
@@ -150,6 +155,9 @@ class RedisQueue:
             key=None if allowance is None else allowance.key,
             tokens_per_minute=tokens_per_minute,
             max_in_flight=None if allowance is None else allowance.max_in_flight,
+            shared=True if evict is not None else None,
+            evict=evict,
+            prepaid=prepaid or None,
             requests=[_admitted(request) for request in submission.requests],
         )
         (reply,), acknowledged = await self._run_acknowledged([command])
@@ -261,6 +269,46 @@ class RedisQueue:
         and allows it if its memory is full.
         """
         return ("DEL", self._keys.probe)
+
+    # --- shares of a sharded queue, see `shares` --------------------------------------------
+    async def levels(self, fields: Sequence[tuple[bool, str, str]]) -> list[tuple[int, int]]:
+        """Of counters (whether bytes, field, name of its loans): what is used, and what is lent."""
+        commands: list[Command] = []
+        for stored, field, name in fields:
+            commands.append(("HGET", self._keys.stored if stored else self._keys.admission, field))
+            commands.append(("HGET", self._keys.lent, name))
+        replies = [int(reply or 0) for reply in await self._client.run(commands)]
+        return list(zip(replies[::2], replies[1::2], strict=True))
+
+    async def loans(self) -> dict[str, int]:
+        """What is lent, by the name of the limit; negative if it is borrowed."""
+        (table,) = await self._client.run([("HGETALL", self._keys.lent)])
+        return {name.decode(): int(amount) for name, amount in table.items()}
+
+    async def metered(self, key: str) -> float:
+        """Seconds until the meter of a key's tokens is back to zero."""
+        (text, now) = await self._client.run([("GET", self._keys.tokens_of(key)), ("TIME",)])
+        seconds = float(text or 0) / 1000 - int(now[0]) - int(now[1]) / 1e6
+        return max(0.0, seconds)
+
+    async def lend(
+        self,
+        *,
+        nonce: str,
+        limits: Sequence[Mapping[str, Any]] = (),
+        meters: Sequence[Mapping[str, Any]] = (),
+        evict: str | None = None,
+    ) -> list[bytes]:
+        """What was lent of each; see `lend.lua`. `evict`: the tenant that makes room."""
+        return await self._run(
+            "lend",
+            nonce=nonce,
+            limits=limits,
+            meters=meters,
+            tenant=evict,
+            evict=evict is not None,
+            window=self._rules["window"],
+        )
 
     # --- the engine's side ----------------------------------------------------------------
     async def claim(

@@ -41,6 +41,7 @@ from service.queues.redis.keys import shard_of
 from service.queues.redis.pubsub import woken_within
 from service.queues.redis.queue import RedisQueue
 from service.queues.redis.servers import Shard, shards_of
+from service.queues.redis.shares import Shares, share_limits
 
 T = TypeVar("T")
 
@@ -69,8 +70,12 @@ class ShardedQueue:
         self, limits: QueueLimits, *, shards: Sequence[Shard], observer: QueueObserver | None = None
     ) -> None:
         self.limits = limits
-        self._shards = tuple(RedisQueue(limits, shard=each, observer=observer) for each in shards)
+        self._shards = tuple(
+            RedisQueue(share_limits(limits, k, len(shards)), shard=shard, observer=observer)
+            for k, shard in enumerate(shards)
+        )
         self._fan_out = FanOut(lambda shard: self._shards[shard].check())
+        self._shares = Shares(limits, self._shards, self._fan_out)
         self._renewed: dict[int, float] = {}  # shard -> loop time
         self._work = _Work(self._shards)
 
@@ -90,7 +95,7 @@ class ShardedQueue:
         return await self._shards[(there or order)[-1]].charge(allowance)
 
     async def submit(self, submission: Submission) -> SubmitReply:
-        return await self._of(submission.id).submit(submission)
+        return await self._shares.submit(submission)
 
     async def lookup(self, submission_id: str) -> StoredSubmission | None:
         return await self._of(submission_id).lookup(submission_id)
@@ -122,7 +127,9 @@ class ShardedQueue:
         await self._of(submission_id).forget(submission_id)
 
     async def sweep(self) -> int:
-        return sum(await self._of_all(lambda shard: shard.sweep))
+        ended = sum(await self._of_all(lambda shard: shard.sweep))
+        await self._shares.mend()
+        return ended
 
     async def depth(self) -> QueueDepth:
         """Of the shards that answer."""

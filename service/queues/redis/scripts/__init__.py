@@ -24,8 +24,8 @@ from service.queues.redis.codec import encode_end
 from service.queues.redis.keys import milliseconds
 
 NAMES = (
-    "append", "charge", "claim", "finish", "forget", "heartbeat", "oldest", "release", "renew",
-    "stop", "submit", "sweep", "touch",
+    "append", "charge", "claim", "finish", "forget", "heartbeat", "lend", "oldest", "release",
+    "renew", "stop", "submit", "sweep", "touch",
 )  # fmt: skip
 PARTS = ("keys", "meters", "lane", "storage", "requests", "blame")
 LEAN = {"append": ("keys", "lane"), "charge": ("keys", "meters")}
