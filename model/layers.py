@@ -5,14 +5,14 @@ What flows through them and in which order stands in `model.transformer`. Legend
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from model.config import Activation, LinearScaling, ModelConfig, Norm, RopeScaling
+from model.config import Activation, ModelConfig, Norm
+from model.rope import scaled
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosine and signed sine of each position's angles, [T, 1, D] in float32: for all heads at once."""
@@ -49,21 +49,6 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> torch.Tens
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     return scaled(frequencies, config.rope_scaling) if config.rope_scaling else frequencies
-
-
-def scaled(frequencies: torch.Tensor, scaling: RopeScaling | LinearScaling) -> torch.Tensor:
-    """The frequencies of a model that was stretched to longer texts.
-
-    Linear scaling slows every pair down by `factor`. In Llama 3's, pairs that turn often within the
-    original length keep their frequency, those that turn seldom are slowed down, and those between
-    are blended.
-    """
-    if isinstance(scaling, LinearScaling):
-        return frequencies / scaling.factor
-    turns = scaling.original_max_position * frequencies / (2 * math.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    kept = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def rotation(positions_T: torch.Tensor, config: ModelConfig) -> Rotation:

@@ -18,8 +18,9 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from itertools import chain
 from typing import Self
 
 from service.decoding import decode
@@ -256,6 +257,20 @@ class ModelCard:
 def model_feature(key: str) -> str:
     """The feature of engines that serve the model of this key."""
     return f"model:{key}"
+
+
+def merge_tokens(records: Sequence[Tokens]) -> Tokens:
+    """Consecutive records as one."""
+    first, last = records[0], records[-1]
+    if first is last:
+        return first
+    return replace(
+        first,
+        ids=tuple(chain.from_iterable(record.ids for record in records)),
+        text="".join(record.text for record in records),
+        digest=last.digest,
+        logprobs=tuple(chain.from_iterable(record.logprobs for record in records)),
+    )
 
 
 def rolling_digest(ids: Iterable[int], *, previous: int = 0) -> int:

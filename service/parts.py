@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("quire")
 
 VERSION = distribution_version("quire-llm")
+JOURNAL_INTERVAL = 0.02
+"""Seconds, on a GPU: a reader does not see shorter gaps."""
 
 
 def make_metrics(settings: Settings, role: str) -> Metrics:
@@ -116,6 +118,13 @@ def api_limits(settings: Settings) -> ApiLimits:
     return replace(limits, sweep_interval=min(limits.sweep_interval, limits.sweep_pause / 2))
 
 
+def journal_interval(settings: Settings, queue: Queue, *, on_gpu: bool) -> float:
+    """Seconds between two records of an answer. Records cost nothing in this process."""
+    if settings.journal_interval is not None:
+        return settings.journal_interval
+    return JOURNAL_INTERVAL if on_gpu and queue.shared else 0.0
+
+
 class EngineSide:
     """An engine, its worker, and an admin application for a process without an API."""
 
@@ -158,7 +167,13 @@ class EngineSide:
             ),
             settle=self._settle,
         )
-        self.worker = Worker(queue, self.loop, info=self._info, observer=observer)
+        self.worker = Worker(
+            queue,
+            self.loop,
+            info=self._info,
+            observer=observer,
+            journal_interval=journal_interval(settings, queue, on_gpu=loaded.on_gpu),
+        )
         self.admin_app = build_admin_app(
             HealthContext(queue, Probes(live=self.is_live)),
             version=VERSION,

@@ -100,7 +100,9 @@ class Settings(BaseModel):
     model_name: str | None = _model(
         "Model name in the API; default: the file's or the repository's.", None
     )
-    cache_dir: Path = _model("Directory of downloaded models.", Path("~/.cache/quire"))
+    cache_dir: Path = _model(
+        "Directory of downloaded models and packed weights.", Path("~/.cache/quire")
+    )
     max_model_len: int | None = _model(
         "Maximum context length (prompt + output); default: the model's.", None, ge=8
     )
@@ -177,6 +179,14 @@ class Settings(BaseModel):
     )
     max_tenant_stored_bytes: Bytes = _queue(
         "Maximum stored bytes per tenant; more are refused with 429.", 256 * 1024**2, ge=1024
+    )
+    journal_interval: float | None = _queue(
+        "Minimum seconds between two journal records of an answer; tokens that come faster are "
+        "sent together. First and last tokens are never delayed. Default: 0; on a GPU with Redis "
+        "0.02.",
+        None,
+        ge=0,
+        le=1,
     )
     lease: float = _queue(
         "Seconds without a heartbeat after which an engine's requests go to another engine.",

@@ -23,7 +23,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from model.checkpoint import CheckpointError, configure, open_checkpoint
+from model.checkpoint import (
+    CheckpointError,
+    configure,
+    load_model,
+    open_checkpoint,
+    open_model,
+)
 from model.checkpoint.fetch import FetchError, resolve
 from model.checkpoint.gguf_parts import name_without_part
 from model.config import ModelConfig
@@ -55,6 +61,7 @@ class Loaded:
     fallback_reason: str  # why a faster runner is not used; empty if the fastest one is
     options: RunnerOptions = field(default_factory=RunnerOptions)  # with the chosen sizes
     followers: FollowerProcesses | None = None  # the other ranks of tensor parallelism, if any
+    on_gpu: bool = False
 
 
 @contextmanager
@@ -104,7 +111,7 @@ def load_engine(settings: Settings, path: Path) -> Loaded:
     """
     set_thread_waiting()
     set_rank_interface()
-    from model.parallel.runner import RankLost
+    from model.parallel import RankLost
 
     began = time.monotonic()
     try:
@@ -136,6 +143,9 @@ def _load(settings: Settings, path: Path) -> Loaded:
             )
             if choice.name == "cuda":
                 options = replace(options, vendor_blas=set_whole_sums())
+            if choice.name == "native":
+                cache = settings.cache_dir.expanduser() / "packed"
+                options = replace(options, weights_cache=cache)
             tokenizer = load_tokenizer(path)
             runner, followers = _build(path, config, choice, options, num_ranks=num_ranks)
     except (ValueError, NativeUnavailable, ImportError) as error:
@@ -158,6 +168,7 @@ def _load(settings: Settings, path: Path) -> Loaded:
         fallback_reason=choice.fallback_reason,
         options=options,
         followers=followers,
+        on_gpu=choice.name == "cuda",
     )
 
 
@@ -181,18 +192,22 @@ def _build(
     num_ranks: int,
 ) -> tuple[Runner, FollowerProcesses | None]:
     """Returns the runner and, with tensor parallelism, the other ranks' processes."""
-    from model.checkpoint import load_model
-    from model.parallel.ranks import check_ranks, start_parallel
     from model.runners import RUNNERS
 
     if num_ranks > 1:
+        from model.parallel.ranks import check_ranks, start_parallel
+
         check_ranks(num_ranks, runner=choice.name, config=config, options=options)
         return start_parallel(
             path, runner=choice.name, dtype=choice.dtype, options=options, num_ranks=num_ranks
         )
+    load = RUNNERS[choice.name]
+    if choice.name == "native":  # reads tensors one by one and, if it finds them packed, none
+        opened = open_model(path)
+        return load(config, opened.weights, options, opened.digest), None
     # Read in the runner's dtype at once: a second copy would double the memory.
     model = load_model(path, dtype=choice.dtype)
-    return RUNNERS[choice.name](config, model.weights, options, model.digest), None
+    return load(config, model.weights, options, model.digest), None
 
 
 def load_card(settings: Settings, path: Path, tokenizer: Tokenizer) -> ModelCard:

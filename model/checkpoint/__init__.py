@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from model.config import ModelConfig
     from model.families import Family
+    from model.weights import Array, Arrays
 
 
 class CheckpointError(ValueError):
@@ -64,8 +65,10 @@ class Checkpoint(Protocol):
         """The shape of a stored tensor; reads no data."""
         ...
 
-    def load(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Reads one tensor into its own memory. dtype None: as stored, quantised ones float32."""
+    def load(self, name: str) -> Array:
+        """Reads one tensor: as stored, quantised ones in float32. It may be a read-only view of the
+        file.
+        """
         ...
 
 
@@ -75,6 +78,15 @@ class LoadedModel:
 
     config: ModelConfig
     weights: dict[str, torch.Tensor]  # canonical names, fused, on the host
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedModel:
+    """The same without tensors in memory: each is read when it is accessed."""
+
+    config: ModelConfig
+    weights: Arrays
     digest: str
 
 
@@ -129,20 +141,41 @@ def configure(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
         ) from None
 
 
+def open_model(path: Path) -> OpenedModel:
+    """Opens and checks a model without reading its tensors. Raises CheckpointError."""
+    checkpoint = open_checkpoint(path)
+    config, weights = _assemble(checkpoint)
+    return OpenedModel(config=config, weights=weights, digest=checkpoint.digest)
+
+
 def load_model(
     path: Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     keep: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> LoadedModel:
-    """Reads a model, or the part that `keep` selects. Raises CheckpointError."""
+    """Reads a model as torch tensors, or the part that `keep` selects. Raises CheckpointError.
+
+    dtype: torch's or its name; None: as stored. `keep` gives what is kept of each tensor, as soon
+    as it is there: a share needs no memory for the whole.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
-    from model.checkpoint.assemble import assemble
+    from model.weights import to_tensor
 
     checkpoint = open_checkpoint(path)
-    family, config = configure(checkpoint)
+    config, arrays = _assemble(checkpoint)
+    weights: dict[str, torch.Tensor] = {}
     with ThreadPoolExecutor(max_workers=1) as hasher:  # hashing lets go of the interpreter lock
         digest = hasher.submit(lambda: checkpoint.digest)
-        weights = assemble(family, config, checkpoint=checkpoint, dtype=dtype, keep=keep)
+        for name in arrays:
+            tensor = to_tensor(arrays[name], dtype)
+            weights[name] = tensor if keep is None else keep(name, tensor)
         return LoadedModel(config=config, weights=weights, digest=digest.result())
+
+
+def _assemble(checkpoint: Checkpoint) -> tuple[ModelConfig, Arrays]:
+    from model.checkpoint.assemble import AssembledWeights
+
+    family, config = configure(checkpoint)
+    return config, AssembledWeights(family, config, checkpoint=checkpoint)

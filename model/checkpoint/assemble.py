@@ -1,20 +1,21 @@
 """Renames, splits, fuses and transposes a checkpoint's tensors into the network's. Strict.
 
 Every tensor that the configuration calls for must be there, in its shape, and no other: all of it
-is checked before any data is read. Knows no file format.
+is checked before any data is read. Knows no file format. Torch-free.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from model.checkpoint import Checkpoint, CheckpointError, Layout
 from model.config import ModelConfig, Norm, Position
+from model.weights import Array
 
 if TYPE_CHECKING:
     from model.families import Family
@@ -25,45 +26,47 @@ _LAYER = re.compile(r"(?<![^.])(0|[1-9]\d{0,5})(?=\.)")  # the first whole numbe
 _SHOWN = 5  # names in an error message
 
 
-def assemble(
-    family: Family,
-    config: ModelConfig,
-    *,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype | None = None,
-    prefix: str = "",
-    keep: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Reads the network's tensors, those whose names begin with `prefix`; all are checked.
+class AssembledWeights(Mapping[str, Array]):
+    """The network's tensors by canonical name. Each access reads anew, so nothing is kept.
 
-    dtype None: as stored. `keep` gives what is kept of each, as soon as it is there: a share needs
-    no memory for the whole. Raises CheckpointError.
+    Arrays may be read-only views of a mapped file. May be used by several threads.
     """
-    if config.num_layers > len(checkpoint.names()):
-        raise CheckpointError("more layers than tensors")
-    layout = checkpoint.layout(family)
-    fused = dict(_fused_parts(config))
-    shapes = {part: shape for parts in fused.values() for part, shape in parts.items()}
-    sources = _sources(checkpoint, layout, tied=config.tied_head)
-    _check(checkpoint, layout, sources=sources, shapes=shapes)
 
-    target_of = {part: target for target, parts in fused.items() for part in parts}
-    found: dict[str, torch.Tensor] = {}
-    weights: dict[str, torch.Tensor] = {}
-    for name, parts in sources.items():
-        if not any(target_of[part].startswith(prefix) for part in parts):
-            continue
-        tensor = checkpoint.load(name, dtype=dtype)
-        if _is_transposed(layout, name):
-            tensor = tensor.T.contiguous()
-        rows = [shapes[part][0] for part in parts]
-        found.update(zip(parts, torch.split(tensor, rows), strict=True))
-        for target in {target_of[part] for part in parts}:
-            if all(part in found for part in fused[target]):
-                pieces = [found.pop(part) for part in fused[target]]
-                whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-                weights[target] = whole if keep is None else keep(target, whole)
-    return weights
+    def __init__(self, family: Family, config: ModelConfig, *, checkpoint: Checkpoint) -> None:
+        """Raises CheckpointError if a tensor is missing, unexpected or of a wrong shape."""
+        if config.num_layers > len(checkpoint.names()):
+            raise CheckpointError("more layers than tensors")
+        self._checkpoint = checkpoint
+        self._layout = checkpoint.layout(family)
+        self._fused = dict(_fused_parts(config))
+        shapes = {part: shape for parts in self._fused.values() for part, shape in parts.items()}
+        self._rows = {part: shape[0] for part, shape in shapes.items()}
+        self._sources = _sources(checkpoint, self._layout, tied=config.tied_head)
+        _check(checkpoint, self._layout, sources=self._sources, shapes=shapes)
+        self._source_of = {part: name for name, parts in self._sources.items() for part in parts}
+
+    def __getitem__(self, name: str) -> Array:
+        parts = self._fused[name]
+        found: dict[str, Array] = {}
+        for source in {self._source_of[part]: None for part in parts}:
+            found |= self._read(source)
+        pieces = [found[part] for part in parts]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fused)
+
+    def __len__(self) -> int:
+        return len(self._fused)
+
+    def _read(self, source: str) -> dict[str, Array]:
+        """The parts of a stored tensor."""
+        array = self._checkpoint.load(source)
+        if _is_transposed(self._layout, source):
+            array = np.ascontiguousarray(array.T)
+        parts = self._sources[source]
+        ends = np.cumsum([self._rows[part] for part in parts])
+        return dict(zip(parts, np.split(array, ends[:-1]), strict=True))
 
 
 def _sources(checkpoint: Checkpoint, layout: Layout, *, tied: bool) -> dict[str, tuple[str, ...]]:

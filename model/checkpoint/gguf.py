@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from model.checkpoint import CheckpointError, Layout
 from model.checkpoint.dequantize import dequantize
 from model.checkpoint.gguf_config import INTERLEAVED, NAMES, rope_scaling, translate
 from model.checkpoint.gguf_parts import merged, open_parts
+from model.weights import BFLOAT16, Array
 
 if TYPE_CHECKING:
-    import torch
-
     from model.families import Family
 
-_PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PLAIN: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2", "BF16": BFLOAT16}
 
 
 class GgufCheckpoint:
@@ -71,21 +71,18 @@ class GgufCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._header.tensors[name].shape
 
-    def load(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def load(self, name: str) -> Array:
         """Reads, dequantises and, where rotary pairs are interleaved, reorders one tensor."""
-        import torch
-
         entry = self._header.tensors[name]
         stored = np.frombuffer(self._data[name], np.uint8, count=entry.size, offset=entry.start)
         plain = _PLAIN.get(entry.storage.name)
         if plain is None:
-            values = dequantize(stored.reshape(-1, entry.storage.size), entry.storage.name)
-            tensor = torch.from_numpy(values).view(entry.shape)
+            array: Array = dequantize(stored.reshape(-1, entry.storage.size), entry.storage.name)
         else:
-            tensor = torch.from_numpy(stored.copy()).view(getattr(torch, plain)).view(entry.shape)
-        tensor = tensor.to(dtype or tensor.dtype)
+            array = stored.view(plain)
+        array = array.reshape(entry.shape)
         heads = self._interleaved_heads(name)
-        return tensor if heads is None else _separated(tensor, heads)
+        return array if heads is None else _separated(array, heads)
 
     def _interleaved_heads(self, name: str) -> int | None:
         """The heads of a tensor whose rotary pairs have to be taken apart; None for others."""
@@ -97,7 +94,7 @@ class GgufCheckpoint:
         return {"attn_q": queries, "attn_k": keys or queries}.get(name.split(".")[-2])
 
 
-def _separated(rows: torch.Tensor, heads: int) -> torch.Tensor:
+def _separated(rows: Array, heads: int) -> Array:
     """Rows d0 e0 d1 e1 ... of each head -> d0 d1 ... e0 e1 ..., as Hugging Face has them."""
-    pairs = rows.view(heads, -1, 2, *rows.shape[1:])
-    return pairs.transpose(1, 2).reshape(rows.shape)
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -7,23 +7,34 @@ a tensor. An index may only name files in its own folder.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import mmap
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from model.checkpoint import CheckpointError, Layout
 from model.checkpoint.json_file import read_json
+from model.weights import BFLOAT16, Array
 
 if TYPE_CHECKING:
-    import torch
-
     from model.families import Family
 
 INDEX = "model.safetensors.index.json"
-_DTYPES = {"F32", "F16", "BF16"}
+_DTYPES: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2", "BF16": BFLOAT16}
+
+
+class _Tensor(NamedTuple):
+    data: mmap.mmap
+    start: int  # bytes
+    storage: str
+    shape: tuple[int, ...]
 
 
 class SafetensorsCheckpoint:
@@ -35,19 +46,18 @@ class SafetensorsCheckpoint:
         self.config: dict[str, Any] = read_json(folder / "config.json")
         self._files = _weight_files(path)
         self._config_file = folder / "config.json"
-        self._readers: dict[str, Any] = {}  # tensor -> the library's handle of its file
+        self._tensors: dict[str, _Tensor] = {}
         for file in self._files:
-            reader: Any = _open(file)
-            for name in reader.keys():  # noqa: SIM118  (a handle is no mapping)
-                if name in self._readers:
-                    raise CheckpointError(f"{file.name}: a tensor is in another file as well")
-                self._readers[name] = reader
+            tensors = _open(file)
+            if tensors.keys() & self._tensors.keys():
+                raise CheckpointError(f"{file.name}: a tensor is in another file as well")
+            self._tensors |= tensors
         self._check_index(folder / INDEX)
 
     def _check_index(self, index: Path) -> None:
         if index not in {file.parent / INDEX for file in self._files} or len(self._files) == 1:
             return
-        absent = set(read_json(index)["weight_map"]) ^ set(self._readers)
+        absent = set(read_json(index)["weight_map"]) ^ set(self._tensors)
         if absent:
             raise CheckpointError(f"{index.name}: {len(absent)} tensors differ from the files'")
 
@@ -65,18 +75,20 @@ class SafetensorsCheckpoint:
         return Layout(names=family.names, transposed=family.transposed)
 
     def names(self) -> Collection[str]:
-        return self._readers.keys()
+        return self._tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._readers[name].get_slice(name).get_shape())
+        return self._tensors[name].shape
 
-    def load(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Reads one tensor."""
-        reader = self._readers[name]
-        if reader.get_slice(name).get_dtype() not in _DTYPES:
+    def load(self, name: str) -> Array:
+        """A view of one tensor in its file."""
+        tensor = self._tensors[name]
+        dtype = _DTYPES.get(tensor.storage)
+        if dtype is None:
             raise CheckpointError(f"{name}: weights are float32, float16 or bfloat16")
-        tensor: torch.Tensor = reader.get_tensor(name)
-        return tensor.to(dtype or tensor.dtype, copy=True)
+        count = math.prod(tensor.shape)
+        array: Array = np.frombuffer(tensor.data, dtype, count=count, offset=tensor.start)
+        return array.reshape(tensor.shape)
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
@@ -97,9 +109,21 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     return tuple(path / name for name in sorted(set(names.values())))
 
 
-def _open(path: Path) -> safe_open:
+def _open(path: Path) -> dict[str, _Tensor]:
+    """Maps a file and reads its head, which the library has validated."""
     try:
-        return safe_open(path, framework="pt")
+        safe_open(path, framework="np")
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = 8 + int.from_bytes(data[:8], "little")
+        head: dict[str, dict[str, Any]] = json.loads(data[8:start])
+        return {
+            name: _Tensor(
+                data, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"])
+            )
+            for name, entry in head.items()
+            if name != "__metadata__"
+        }
     except SafetensorError:
         raise CheckpointError(f"{path.name}: not a safetensors file, or cut short") from None
     except OSError as error:

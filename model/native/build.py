@@ -97,19 +97,19 @@ def compile_into(folder: Path, build: Build) -> Path:
             made = built.replace(folder / build.file_name)
     except OSError as error:
         raise NativeUnavailable(f"cannot build in {folder}: {error.strerror}") from error
-    _remove_stale(folder)
+    remove_stale(folder, "libquire-*.so", kept=_KEPT)
     return made
 
 
-def _remove_stale(folder: Path) -> None:
-    """Removes all libraries but the most recently used, and scratch folders of broken builds.
+def remove_stale(folder: Path, pattern: str, *, kept: int) -> None:
+    """Removes all files of a pattern but the most recently used, and abandoned scratch folders.
 
     Another process may do the same, so any of them may be gone already.
     """
     with suppress(OSError):
-        libraries = sorted(folder.glob("libquire-*.so"), key=_last_touched, reverse=True)
-        for library in libraries[_KEPT:]:
-            library.unlink(missing_ok=True)
+        files = sorted(folder.glob(pattern), key=_last_touched, reverse=True)
+        for file in files[kept:]:
+            file.unlink(missing_ok=True)
         for scratch in folder.glob("building-*"):
             if _last_touched(scratch) < time.time() - _ABANDONED:
                 shutil.rmtree(scratch, ignore_errors=True)

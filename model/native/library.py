@@ -21,6 +21,8 @@ from model.batch import Floats, Ints
 from model.native import NativeUnavailable
 from model.native.build import find_or_build
 
+Bytes = npt.NDArray[np.uint8]
+
 _ERROR_BYTES = 256
 NO_WINDOW = 2**31 - 1
 
@@ -90,8 +92,10 @@ class NativeLibrary:
     """A loaded library. Raises NativeUnavailable if the file cannot be loaded."""
 
     def __init__(self, path: Path | None = None) -> None:
+        path = path or find_or_build()
+        self.name = path.name  # holds a hash of the sources
         try:
-            self.calls = ctypes.CDLL(str(path or find_or_build()))
+            self.calls = ctypes.CDLL(str(path))
         except OSError as error:
             raise NativeUnavailable(f"the native library cannot be loaded: {error}") from error
         _declare(self.calls)
@@ -128,6 +132,7 @@ class NativeModel:
 
     def __init__(self, library: NativeLibrary, shape: Shape, *, variant: str = "") -> None:
         self.shape = shape
+        self.library_name = library.name
         self._calls = library.calls
         mirrored, _kept = _mirror(shape)
         self._error = ctypes.create_string_buffer(_ERROR_BYTES)
@@ -171,6 +176,20 @@ class NativeModel:
         self._calls.quire_load_head_norms(
             self._handle, layer, query_D.ctypes.data, key_D.ctypes.data
         )
+
+    def weights(self) -> list[Bytes]:
+        """The memory of all loaded weights, to be stored or written back. Not valid after `close`.
+
+        Equal shapes of one library and variant have ranges of equal sizes and meaning.
+        """
+        start, size = ctypes.c_void_p(), ctypes.c_size_t()
+        found: list[Bytes] = []
+        while self._calls.quire_weights(
+            self._handle, len(found), ctypes.byref(start), ctypes.byref(size)
+        ):
+            memory = (ctypes.c_uint8 * size.value).from_address(start.value or 0)
+            found.append(np.ctypeslib.as_array(memory))
+        return found
 
     def step(
         self, *, tokens_T: Ints, positions_T: Ints, query_starts_S1: Ints, block_table_SB: Ints,
@@ -251,6 +270,7 @@ def _declare(calls: ctypes.CDLL) -> None:
         "quire_load_linear": (None, (pointer, i32, i32, pointer, pointer)),
         "quire_load_embedding": (None, (pointer, i32, i32, pointer)),
         "quire_load_head_norms": (None, (pointer, i32, pointer, pointer)),
+        "quire_weights": (i32, (pointer, i32, pointer, pointer)),
         "quire_step": (i32, (pointer, pointer, text, size)),
         "quire_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),
         "quire_probe_memory": (ctypes.c_double, (i32, i64, i32)),

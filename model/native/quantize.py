@@ -23,17 +23,16 @@ from __future__ import annotations
 
 import math
 import random
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from model.batch import Floats
 from model.config import ModelConfig
-from model.layers import scaled
 from model.native.library import LinearKind, NativeModel
-from model.weights import Weights
+from model.rope import scaled
+from model.weights import Arrays, Weights, float_copy
 
 _SEED = 20240400456
 _LARGEST_BLOCK = 512  # of the transform at run time
@@ -70,47 +69,51 @@ def hadamard_block(width: int) -> int:
     return min(power_of_two_in(width), _LARGEST_BLOCK)
 
 
-def load(model: NativeModel, config: ModelConfig, weights: Weights) -> None:
-    """Folds, rotates, quantises and packs all weights; `weights` itself is not modified."""
+def load(model: NativeModel, config: ModelConfig, weights: Weights | Arrays) -> None:
+    """Folds, rotates, quantises and packs all weights, in memory for a few tensors at a time.
+
+    `weights` itself is not modified.
+    """
     _Loader(model, config, weights).run()
 
 
 def rotary_tables(config: ModelConfig, positions: int) -> tuple[Floats, Floats]:
     """Cosines and sines, [positions, D / 2]; in double precision, equal on every machine."""
     size = config.head_dim
-    frequencies = torch.tensor(
-        [config.rope_theta ** (-i / size) for i in range(0, size, 2)], dtype=torch.float64
-    )
+    frequencies = np.array([config.rope_theta ** (-i / size) for i in range(0, size, 2)])
     if config.rope_scaling:
         frequencies = scaled(frequencies, config.rope_scaling)
     # The angle itself is rounded to float32, as it was when the model was trained.
     places = np.arange(positions, dtype=np.float32)[:, None]
-    angles = (places * frequencies.float().numpy()).astype(np.float64)
+    angles = (places * frequencies.astype(np.float32)).astype(np.float64)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 class _Loader:
-    def __init__(self, model: NativeModel, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, model: NativeModel, config: ModelConfig, weights: Weights | Arrays) -> None:
         self._model, self._config, self._weights = model, config, weights
         self._residual = residual_rotation(config.hidden_size)
 
     def run(self) -> None:
         starts = range(0, self._config.vocab_size, _EMBEDDING_ROWS)
+        embedding = self._take("embed.weight")
         with ThreadPoolExecutor(max_workers=self._model.shape.threads) as pool:
-            done = [pool.submit(self._head)]
+            parts = [pool.submit(self._embedding, embedding, start) for start in starts]
+            done = [*parts, pool.submit(self._head, embedding, parts)]
+            del embedding
             done += [pool.submit(self._layer, i) for i in range(self._config.num_layers)]
-            done += [pool.submit(self._embedding, start) for start in starts]
             for future in done:
                 future.result()
 
-    def _embedding(self, start: int) -> None:
-        rows = self._take("embed.weight", rows=slice(start, start + _EMBEDDING_ROWS))
+    def _embedding(self, embedding: Floats, start: int) -> None:
+        rows = embedding[start : start + _EMBEDDING_ROWS].copy()
         self._rotate(rows, axis=1)
         self._model.load_embedding(start, rows)
 
-    def _head(self) -> None:
-        name = "embed.weight" if self._config.tied_head else "head.weight"
-        matrix = self._take(name)
+    def _head(self, embedding: Floats, readers: list[Future[None]]) -> None:
+        """`readers` of the embedding came before: a tied head is made in its place."""
+        wait(readers)
+        matrix = embedding if self._config.tied_head else self._take("head.weight")
         matrix *= self._take("norm.weight")
         self._rotate(matrix, axis=1)
         self._model.load_linear(LinearKind.HEAD, matrix)
@@ -162,11 +165,8 @@ class _Loader:
         mix = r.mix if r.odd > 1 else None
         self._model.rotate(matrix, axis=axis, power=r.power, odd=r.odd, signs=r.signs, mix=mix)
 
-    def _take(self, name: str, *, rows: slice = slice(None)) -> Floats:
-        """A copy in float32 that may be written to."""
-        copy = self._weights[name][rows].to(torch.float32, copy=True).contiguous()
-        array: Floats = copy.numpy()
-        return array
+    def _take(self, name: str) -> Floats:
+        return float_copy(self._weights[name])
 
 
 def _orthogonal(size: int, draw: random.Random) -> list[list[float]]:

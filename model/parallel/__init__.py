@@ -6,3 +6,7 @@ wire       a batch as bytes, from the leader to the followers
 ranks      starts, watches and ends the followers
 follower   a follower as a process
 """
+
+
+class RankLost(Exception):
+    """A rank ended. What the others compute is invalid from then on."""

@@ -31,7 +31,8 @@ import torch.distributed as dist
 
 from model.checkpoint import LoadedModel, configure, load_model, open_checkpoint
 from model.config import ModelConfig
-from model.parallel.runner import ParallelRunner, RankLost, lead
+from model.parallel import RankLost
+from model.parallel.runner import ParallelRunner, lead
 from model.parallel.shares import HOST, connect, share_config, share_tensor, sum_over
 from model.runners import Runner, RunnerOptions
 from model.runners.torch import choose_device
@@ -85,7 +86,7 @@ def start_parallel(
     path: Path,
     *,
     runner: str,
-    dtype: torch.dtype | None,
+    dtype: str | None,
     options: RunnerOptions,
     num_ranks: int,
 ) -> tuple[ParallelRunner, FollowerProcesses]:
@@ -97,7 +98,7 @@ def start_parallel(
     spec = RankSpec(
         path=str(path.resolve()),
         runner=runner,
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        dtype=dtype,
         options=_of_a_rank(options, num_ranks),
         rank=0,
         num_ranks=num_ranks,
@@ -128,8 +129,7 @@ def read_share(spec: RankSpec) -> tuple[ModelConfig, LoadedModel]:
     path = Path(spec.path)
     _, config = configure(open_checkpoint(path))
     keep = partial(share_tensor, config=config, rank=spec.rank, num_ranks=spec.num_ranks)
-    dtype = None if spec.dtype is None else getattr(torch, spec.dtype)
-    return config, load_model(path, dtype=dtype, keep=keep)
+    return config, load_model(path, dtype=spec.dtype, keep=keep)
 
 
 def build_share(

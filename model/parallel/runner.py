@@ -23,10 +23,6 @@ from model.parallel.wire import decode, encode
 from model.runners import OverlappedRunner, Runner, StepHandle, overlapped
 
 
-class RankLost(Exception):
-    """A rank ended. What the others compute is invalid from then on."""
-
-
 class Followers(Protocol):
     """The other ranks, from the leader's point of view."""
 

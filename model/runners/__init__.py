@@ -6,13 +6,13 @@ scheduler's bookkeeping. `run` is called from one thread, one step at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, cast
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 from model.batch import Batch, Bools, StepOutput
 from model.config import ModelConfig
-from model.weights import Weights
 
 
 class Runner(Protocol):
@@ -87,26 +87,32 @@ class RunnerOptions:
     num_threads: int | None = None  # None: as many as the machine has
     max_batch_tokens: int = 512  # the largest T of any step
     max_sequences: int = 64  # the largest S; batch slots are below it
+    weights_cache: Path | None = None  # native: folder of packed weights; None: not stored
     vendor_blas: bool = False  # cuda: use it if it has our bits; the process forbids split-K
 
 
-Loader = Callable[[ModelConfig, Weights, RunnerOptions, str], Runner]
+AnyWeights = Mapping[str, Any]
+"""Canonical name -> tensor; for the native runner NumPy arrays too (see `model.weights`)."""
+
+Loader = Callable[[ModelConfig, AnyWeights, RunnerOptions, str], Runner]
 """(config, weights, options, weights digest) -> runner. The digest goes into the numeric class."""
 
 
-def _torch(config: ModelConfig, weights: Weights, options: RunnerOptions, digest: str) -> Runner:
+def _torch(config: ModelConfig, weights: AnyWeights, options: RunnerOptions, digest: str) -> Runner:
     from model.runners.torch import TorchRunner
 
     return TorchRunner(config, weights, options=options, digest=digest)
 
 
-def _native(config: ModelConfig, weights: Weights, options: RunnerOptions, digest: str) -> Runner:
+def _native(
+    config: ModelConfig, weights: AnyWeights, options: RunnerOptions, digest: str
+) -> Runner:
     from model.runners.native import NativeRunner
 
     return NativeRunner(config, weights, options=options, digest=digest)
 
 
-def _cuda(config: ModelConfig, weights: Weights, options: RunnerOptions, digest: str) -> Runner:
+def _cuda(config: ModelConfig, weights: AnyWeights, options: RunnerOptions, digest: str) -> Runner:
     from model.runners.torch import choose_device
 
     if choose_device(options.device).type != "cuda":

@@ -6,13 +6,13 @@ second and get 400 must not have to guess.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, replace
-
-import torch
 
 from model.config import ModelConfig
 from model.runners import RunnerOptions
-from model.runners.torch import choose_device, choose_dtype
+
+_NVIDIA_DRIVER = "libcuda.so.1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class SelectedRunner:
     """A name of `RUNNERS`."""
 
     name: str
-    dtype: torch.dtype | None  # that the weights are read in; None: as stored
+    dtype: str | None  # torch's, that the weights are read in; None: as stored
     fallback_reason: str = ""  # why a faster runner cannot serve; empty if there is none
 
 
@@ -29,16 +29,16 @@ def choose_runner(
 ) -> SelectedRunner:
     """The named runner, or for `auto` the fastest that can run the model.
 
-    Raises ValueError if the device is not available or the dtype is unknown.
+    Raises ValueError if the device is not available or the dtype is unknown. Imports torch only if
+    it, or a GPU, may be used.
     """
-    dtypes = {"native": None, "cuda": torch.bfloat16}
+    dtypes = {"native": None, "cuda": "bfloat16"}
     if name in dtypes:
         return SelectedRunner(name=name, dtype=dtypes[name])
-    device = choose_device(options.device)
-    torch_dtype = choose_dtype(options.dtype, device)
     if name == "torch" or options.dtype in {"float32", "bfloat16"}:
-        return SelectedRunner(name="torch", dtype=torch_dtype)
-    faster = "native" if device.type == "cpu" else "cuda"
+        return SelectedRunner(name="torch", dtype=torch_dtype(options))
+    device = device_type(options.device)
+    faster = "native" if device == "cpu" else "cuda"
     if faster == "cuda":
         reason = _cuda_reason(config, device)
     elif num_ranks == 1:
@@ -47,7 +47,36 @@ def choose_runner(
         reason = "it does not support tensor parallelism"
     if reason is None:
         return SelectedRunner(name=faster, dtype=dtypes[faster])
-    return SelectedRunner(name="torch", dtype=torch_dtype, fallback_reason=f"{faster}: {reason}")
+    dtype = torch_dtype(options)
+    return SelectedRunner(name="torch", dtype=dtype, fallback_reason=f"{faster}: {reason}")
+
+
+def device_type(name: str) -> str:
+    """The type of the device that torch would choose; without torch, if that can be no GPU.
+
+    Raises ValueError if the device is not available.
+    """
+    if name == "cpu" or (name == "auto" and not _has_nvidia_driver()):
+        return "cpu"
+    from model.runners.torch import choose_device
+
+    return choose_device(name).type
+
+
+def torch_dtype(options: RunnerOptions) -> str:
+    """The name of the dtype that the torch runner computes in. Raises ValueError."""
+    from model.runners.torch import choose_device, choose_dtype
+
+    dtype = choose_dtype(options.dtype, choose_device(options.device))
+    return str(dtype).removeprefix("torch.")
+
+
+def _has_nvidia_driver() -> bool:
+    try:
+        ctypes.CDLL(_NVIDIA_DRIVER)
+    except OSError:
+        return False
+    return True
 
 
 def choose_sizes(
@@ -84,10 +113,10 @@ def choose_sizes(
     )
 
 
-def _cuda_reason(config: ModelConfig, device: torch.device) -> str | None:
+def _cuda_reason(config: ModelConfig, device: str) -> str | None:
     """Why the cuda runner cannot run a model on a device; None: it can."""
-    if device.type != "cuda":
-        return f"it needs an NVIDIA GPU, and the device is {device.type}"
+    if device != "cuda":
+        return f"it needs an NVIDIA GPU, and the device is {device}"
     try:
         from model.runners.cuda.network import unsupported
     except ImportError as error:

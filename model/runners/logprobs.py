@@ -6,14 +6,17 @@ Shared by all runners. Legend: `model.batch`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from model.batch import Batch, Floats, Ints, StepOutput
-from model.sampler import ScoredRows, score
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.sampler import ScoredRows
 
 SCORED_AT_ONCE = 64  # rows whose logits over the whole vocabulary are in memory together
 
@@ -52,6 +55,10 @@ def score_rows(batch: Batch, logits_of: Callable[[Ints], torch.Tensor]) -> Itera
 
     `logits_of` computes the logits of rows of T; it may reuse its memory from call to call.
     """
+    if not batch.score_rows_Q.size:
+        return
+    from model.sampler import score
+
     for start in range(0, len(batch.score_rows_Q), SCORED_AT_ONCE):
         part = slice(start, start + SCORED_AT_ONCE)
         logits_QV = logits_of(batch.score_rows_Q[part])

@@ -9,10 +9,10 @@ everything else is sampled by `model.sampler`.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from model.batch import Batch, Floats, Ints, SamplingBatch, StepOutput
 from model.config import Activation, ModelConfig, Norm, Position
@@ -24,11 +24,14 @@ from model.native.library import (
     usable_cores,
     usable_cpus,
 )
+from model.native.packed import PackedWeights
 from model.native.quantize import hadamard_block, load, rotary_tables
 from model.runners import RunnerOptions
 from model.runners.logprobs import NO_LOGPROBS, Logprobs, score_rows, scored_on_host, step_output
-from model.sampler import sample
-from model.weights import Weights
+from model.weights import Arrays, Weights
+
+if TYPE_CHECKING:
+    import torch
 
 KERNEL_VERSION = 1  # raised whenever the bits of a result change, which a test enforces
 MAX_THREADS = 16  # more of them wait for one another longer than they compute
@@ -48,8 +51,8 @@ class NativeRunner:
     exact = True
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, *, options: RunnerOptions, digest: str,
-        variant: str = "", library: NativeLibrary | None = None,
+        self, config: ModelConfig, weights: Weights | Arrays, *, options: RunnerOptions,
+        digest: str, variant: str = "", library: NativeLibrary | None = None,
     ) -> None:  # fmt: skip
         reason = unsupported(config) or _unsupported_options(options)
         if reason:
@@ -62,10 +65,8 @@ class NativeRunner:
         kind = f"native-int8{_KV_NAMES[options.kv_dtype]}"
         self.numeric_class = f"{kind}-v{KERNEL_VERSION}-{digest[:12]}"
         self._model = NativeModel(library, shape, variant=variant)
-        load(self._model, config, weights)
+        self._load(weights, options, digest)
         self._logits = np.empty((0, config.vocab_size), np.float32)
-        # The few operations of the sampler are not worth threads that then contend with ours.
-        torch.set_num_threads(1)
 
     @property
     def variant(self) -> str:
@@ -103,6 +104,18 @@ class NativeRunner:
     def close(self) -> None:
         self._model.close()
 
+    def _load(self, weights: Weights | Arrays, options: RunnerOptions, digest: str) -> None:
+        """Packs the weights, or reads what an earlier process packed."""
+        if options.weights_cache is None:
+            load(self._model, self.config, weights)
+            return
+        packed = PackedWeights(options.weights_cache, self._model, self.config, digest=digest)
+        if packed.pays and packed.read():
+            return
+        load(self._model, self.config, weights)
+        if packed.pays:
+            packed.write()
+
     def _logits_buffer(self, rows: int) -> Floats:
         """Memory for the logits of some rows, reused from step to step."""
         if len(self._logits) < rows:
@@ -121,7 +134,7 @@ class NativeRunner:
             output_rows_R=rows_Q,
             logits=dict(enumerate(logits_QV)),
         )
-        return torch.from_numpy(logits_QV)
+        return _tensor(logits_QV)
 
 
 def unsupported(config: ModelConfig) -> str | None:
@@ -201,12 +214,23 @@ def _sample(
     """Samples the tokens of `rows` and writes them into `tokens_R`; returns log probabilities."""
     if not rows.size:
         return NO_LOGPROBS
-    part = sample(torch.from_numpy(logits_LV), _some(sampling, rows))
+    from model.sampler import sample
+
+    part = sample(_tensor(logits_LV), _some(sampling, rows))
     tokens_R[rows] = part.tokens_R.numpy()
     if not part.logprobs_R.numel():
         return NO_LOGPROBS
     found = Logprobs.from_tensors(part.logprobs_R, part.top_ids_RN, part.top_logprobs_RN)
     return found.spread(rows, len(tokens_R))
+
+
+def _tensor(array: Floats) -> torch.Tensor:
+    """The array as torch sees it."""
+    import torch
+
+    # The few operations of the sampler are not worth threads that then contend with ours.
+    torch.set_num_threads(1)
+    return torch.from_numpy(array)
 
 
 def _rows_with_logits(sampling: SamplingBatch) -> npt.NDArray[np.intp]:

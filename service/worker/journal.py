@@ -1,4 +1,9 @@
-"""JournalWriter: engine events -> the queue's journal. One round trip for all events at hand."""
+"""JournalWriter: engine events -> the queue's journal. One round trip for all events at hand.
+
+A record costs the store far more than a token. So if tokens of an answer come faster than the
+`interval`, they are held for it since the last record, and sent as one. First and last tokens, and
+those of isolated requests, are sent at once.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +28,16 @@ POSTPONED = {WriteStatus.AWAY, WriteStatus.STORAGE}
 class JournalWriter:
     """Used in the event loop, except `deliver` and `settle`."""
 
-    def __init__(self, queue: Queue, table: WorkTable, leases: LeaseKeeper) -> None:
+    def __init__(
+        self, queue: Queue, table: WorkTable, leases: LeaseKeeper, *, interval: float
+    ) -> None:
         self._queue = queue
+        self._interval = interval
         self._table = table
         self._leases = leases
         self._loop: asyncio.AbstractEventLoop | None = None
         self._events: deque[Event] = deque()
+        self._unsent: dict[str, LeasedWork] = {}  # with tokens that are not sent yet
         self._events_came = asyncio.Event()
         self._postponed: list[Write] = []  # their part of the store was away or full
         self._full_since: dict[Lease, float] = {}
@@ -60,12 +69,15 @@ class JournalWriter:
     async def run(self) -> None:
         """Writes events as they come, until cancelled."""
         while True:
-            await self._events_came.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._seconds_to_send()):
+                    await self._events_came.wait()
             self._events_came.clear()
-            await self.flush()
+            await self.flush(held=False)
 
-    async def flush(self) -> None:
-        """Writes all events that have come. If the store is slow, later steps join.
+    async def flush(self, *, held: bool = True) -> None:
+        """Writes all events that have come, with or without tokens that can still be held. If the
+        store is slow, later steps join.
 
         One call at a time: writes in flight are settled before leases are released.
         """
@@ -74,21 +86,49 @@ class JournalWriter:
             self._postponed.clear()
             still = {write.lease for write in writes}
             self._full_since = {k: since for k, since in self._full_since.items() if k in still}
-            while self._events or writes:
-                while self._events:
-                    event = self._events.popleft()
-                    work = self._table.items.get(event.request_id)
-                    if work is not None:  # else: fenced or stopped since it was computed
-                        if isinstance(event.record, Tokens):
-                            work.records.append(event.record)
-                        work.ending = isinstance(event.record, End)
-                        writes.append(Write(work.lease, event.record))
-                if writes:
-                    await self._write(writes)
+            while writes := [*writes, *self._collect(held=held)]:
+                await self._write(writes)
                 writes = []
             with self._progress:
                 self._journalled = self._received
                 self._progress.notify_all()
+
+    def _collect(self, *, held: bool) -> list[Write]:
+        """What has to be sent now, in order. Later events join."""
+        writes: list[Write] = []
+        while self._events:
+            event = self._events.popleft()
+            work = self._table.items.get(event.request_id)
+            if work is None:  # fenced or stopped since it was computed
+                continue
+            if isinstance(event.record, Tokens):
+                work.records.append(event.record)
+                self._unsent[event.request_id] = work
+            else:
+                work.ending = True
+                writes += self._unsent_of(event.request_id)
+                writes.append(Write(work.lease, event.record))
+        now = self._table.clock()
+        for request_id, work in list(self._unsent.items()):
+            if held or now >= self._due(work):
+                writes += self._unsent_of(request_id)
+        return writes
+
+    def _unsent_of(self, request_id: str) -> list[Write]:
+        work = self._unsent.pop(request_id, None)
+        if work is None or self._table.items.get(request_id) is not work:
+            return []
+        return [Write(work.lease, work.take_unsent(self._table.clock()))]
+
+    def _due(self, work: LeasedWork) -> float:
+        """When the tokens of a request that are not sent yet have to be sent."""
+        return work.sent_at + (self._interval if work.sent and not work.is_isolated else 0.0)
+
+    def _seconds_to_send(self) -> float | None:
+        """Until held tokens have to be sent; None: none are held."""
+        if not self._unsent:
+            return None
+        return max(0.0, min(map(self._due, self._unsent.values())) - self._table.clock())
 
     def _receive(self, events: Sequence[Event], number: int) -> None:
         self._events.extend(events)

@@ -7,24 +7,35 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.engine.loop import EngineLoop
-from service.messages import End, Tokens
+from service.messages import End, Tokens, merge_tokens
 from service.queues.contract import Claim, Lease
 from service.worker.observer import WorkerObserver
 
 
 @dataclass(slots=True)
 class LeasedWork:
-    """A claimed request. Its records are kept to its end, to close a GAP."""
+    """A claimed request. Its records are kept to its end, to close a GAP: as they were sent, and
+    from `sent` on as they came.
+    """
 
     claim: Claim
     since: float
     records: list[Tokens] = field(default_factory=list)
+    sent: int = 0
+    sent_at: float = 0.0
     written: int = 0  # tokens that are known to be in the journal
     ending: bool = False  # its end is being written; the reply is still to come
 
     @property
     def lease(self) -> Lease:
         return self.claim.lease
+
+    def take_unsent(self, now: float) -> Tokens:
+        """Merges the records that were not sent yet: they are sent as one."""
+        merged = merge_tokens(self.records[self.sent :])
+        self.records[self.sent :] = [merged]
+        self.sent, self.sent_at = len(self.records), now
+        return merged
 
     @property
     def is_isolated(self) -> bool:

@@ -61,6 +61,7 @@ class Worker:
         *,
         info: Callable[[], EngineInfo],
         observer: WorkerObserver,
+        journal_interval: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._queue = queue
@@ -69,7 +70,7 @@ class Worker:
         self._clock = clock
         self._table = WorkTable(engine, observer, clock=clock)
         self._leases = LeaseKeeper(queue, self._table)
-        self._journal = JournalWriter(queue, self._table, self._leases)
+        self._journal = JournalWriter(queue, self._table, self._leases, interval=journal_interval)
         self._preparing = FairPool("grammar preparation", threads=PREPARING_THREADS)
         self._compiling: set[asyncio.Task[None]] = set()  # claims whose grammar is not ready yet
         self._draining = asyncio.Event()

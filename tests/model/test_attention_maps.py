@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.attention_maps import AttentionMaps, Recorder
+from model import attention_recorder
+from model.attention_maps import AttentionMaps
+from model.attention_recorder import Recorder
 from model.checkpoint import load_model, open_checkpoint
 from model.transformer import Transformer
 from tests.support.builders import tiny_model_config, tiny_weights
@@ -89,13 +91,13 @@ def test_what_comes_later_changes_nothing(maps: AttentionMaps) -> None:
 def test_nothing_of_the_network_stays(maps: AttentionMaps, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part has weights while it computes and only then: at most one has them at a time."""
     made: list[Transformer] = []
-    build = maps._network
+    build = attention_recorder._network
 
-    def watched() -> Transformer:
-        made.append(build())
+    def watched(*model: Any) -> Transformer:
+        made.append(build(*model))
         return made[-1]
 
-    monkeypatch.setattr(maps, "_network", watched)
+    monkeypatch.setattr(attention_recorder, "_network", watched)
     alive: list[set[str]] = []
 
     class Watching(Recorder):
@@ -108,7 +110,7 @@ def test_nothing_of_the_network_stays(maps: AttentionMaps, monkeypatch: pytest.M
             })  # fmt: skip
             return super().__call__(*tensors, **options)
 
-    monkeypatch.setattr("model.attention_maps.Recorder", Watching)
+    monkeypatch.setattr(attention_recorder, "Recorder", Watching)
     maps.read(TEXT)
     blocks = [{name.split(".")[1] for name in names} for names in alive]
     assert blocks == [{str(layer)} for layer in range(maps.num_layers)]

@@ -8,13 +8,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from model.checkpoint import CheckpointError, Layout, load_model
-from model.checkpoint.assemble import assemble
+from model.checkpoint.assemble import AssembledWeights
 from model.config import Activation, ModelConfig, Norm, Position
 from model.families import Family
+from model.weights import Array
 
 CONFIG = ModelConfig(
     family="odd",
@@ -67,12 +68,12 @@ FAMILY = Family(
 
 
 class MemoryCheckpoint:
-    """Tensors in memory under a family's names; notes what was read."""
+    """Arrays in memory under a family's names; notes what was read."""
 
     tokenizer = Path()
     digest = ""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Array]) -> None:
         self.config: dict[str, Any] = {}
         self.tensors = tensors
         self.read: list[str] = []
@@ -86,13 +87,12 @@ class MemoryCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
 
-    def load(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def load(self, name: str) -> Array:
         self.read.append(name)
-        tensor = self.tensors[name]
-        return tensor.to(dtype or tensor.dtype)
+        return self.tensors[name]
 
 
-def _tensors() -> dict[str, torch.Tensor]:
+def _tensors() -> dict[str, Array]:
     shapes: dict[str, tuple[int, ...]] = {"wte": (11, 8), "wpe": (9, 8), "ln.w": (8,), "ln.b": (8,)}
     for i in range(2):
         shapes |= {f"h.{i}.{ln}.{kind}": (8,) for ln in ("ln1", "ln2") for kind in "wb"}
@@ -100,18 +100,18 @@ def _tensors() -> dict[str, torch.Tensor]:
         shapes |= {f"h.{i}.o.w": (8, 8), f"h.{i}.o.b": (8,), f"h.{i}.mask": (3, 3)}
         shapes |= {f"h.{i}.up.w": (8, 12), f"h.{i}.up.b": (12,)}
         shapes |= {f"h.{i}.down.w": (8, 12), f"h.{i}.down.b": (8,)}
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    draw = np.random.default_rng(0)
+    return {name: draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
 def test_transposes_and_keeps_fused_parts_in_order() -> None:
     tensors = _tensors()
-    weights = assemble(FAMILY, CONFIG, checkpoint=MemoryCheckpoint(tensors))
-    assert torch.equal(weights["blocks.1.attention.qkv.weight"], tensors["h.1.qkv.w"].T)
-    assert torch.equal(weights["blocks.1.attention.qkv.bias"], tensors["h.1.qkv.b"])
-    assert torch.equal(weights["blocks.0.mlp.up.weight"], tensors["h.0.up.w"].T)
-    assert torch.equal(weights["blocks.0.mlp.down.weight"], tensors["h.0.down.w"])
-    assert all(tensor.is_contiguous() for tensor in weights.values())
+    weights = AssembledWeights(FAMILY, CONFIG, checkpoint=MemoryCheckpoint(tensors))
+    assert np.array_equal(weights["blocks.1.attention.qkv.weight"], tensors["h.1.qkv.w"].T)
+    assert np.array_equal(weights["blocks.1.attention.qkv.bias"], tensors["h.1.qkv.b"])
+    assert np.array_equal(weights["blocks.0.mlp.up.weight"], tensors["h.0.up.w"].T)
+    assert np.array_equal(weights["blocks.0.mlp.down.weight"], tensors["h.0.down.w"])
+    assert all(array.flags.c_contiguous for array in weights.values())
     assert "head.weight" not in weights
     assert len(weights) == 4 + 2 * 12
 
@@ -123,59 +123,61 @@ def test_parts_in_another_order_are_put_right() -> None:
     }
     family = dataclasses.replace(FAMILY, names={**FAMILY.names, **swapped})
     tensors = _tensors()
-    weights = assemble(family, CONFIG, checkpoint=MemoryCheckpoint(tensors))
-    v, q, k = torch.split(tensors["h.0.qkv.b"], [4, 8, 4])
-    assert torch.equal(weights["blocks.0.attention.qkv.bias"], torch.cat([q, k, v]))
+    weights = AssembledWeights(family, CONFIG, checkpoint=MemoryCheckpoint(tensors))
+    v, q, k = np.split(tensors["h.0.qkv.b"], [4, 12])
+    assert np.array_equal(weights["blocks.0.attention.qkv.bias"], np.concatenate([q, k, v]))
 
 
 @pytest.mark.parametrize("name", sorted(set(_tensors()) - {"h.0.mask", "h.1.mask"}))
 def test_every_missing_or_misshapen_tensor_is_an_error_before_reading(name: str) -> None:
     tensors = _tensors()
     for shape in ((7,), (8, 7), (8, 8, 1)):
-        checkpoint = MemoryCheckpoint(tensors | {name: torch.zeros(shape)})
+        checkpoint = MemoryCheckpoint(tensors | {name: np.zeros(shape)})
         with pytest.raises(CheckpointError, match="wrong shape"):
-            assemble(FAMILY, CONFIG, checkpoint=checkpoint)
+            AssembledWeights(FAMILY, CONFIG, checkpoint=checkpoint)
         assert not checkpoint.read
     del tensors[name]
     checkpoint = MemoryCheckpoint(tensors)
     with pytest.raises(CheckpointError, match="missing tensors"):
-        assemble(FAMILY, CONFIG, checkpoint=checkpoint)
+        AssembledWeights(FAMILY, CONFIG, checkpoint=checkpoint)
     assert not checkpoint.read
 
 
 @pytest.mark.parametrize("name", ["surprise", "h.01.ln1.w", "h.0.h.0.ln1.w", "h.x.o.w"])
 def test_unexpected_tensors_are_an_error(name: str) -> None:
-    checkpoint = MemoryCheckpoint(_tensors() | {name: torch.zeros(8)})
+    checkpoint = MemoryCheckpoint(_tensors() | {name: np.zeros(8)})
     with pytest.raises(CheckpointError, match=f"unexpected tensors: {name}"):
-        assemble(FAMILY, CONFIG, checkpoint=checkpoint)
-    checkpoint = MemoryCheckpoint(_tensors() | {"h.2.ln1.w": torch.zeros(8)})
+        AssembledWeights(FAMILY, CONFIG, checkpoint=checkpoint)
+    checkpoint = MemoryCheckpoint(_tensors() | {"h.2.ln1.w": np.zeros(8)})
     with pytest.raises(CheckpointError, match=r"unexpected tensors: blocks\.2\."):
-        assemble(FAMILY, CONFIG, checkpoint=checkpoint)
+        AssembledWeights(FAMILY, CONFIG, checkpoint=checkpoint)
 
 
 def test_one_part_from_two_tensors_is_an_error() -> None:
     family = dataclasses.replace(FAMILY, names={**FAMILY.names, "again": "norm.weight"})
-    checkpoint = MemoryCheckpoint(_tensors() | {"again": torch.zeros(8)})
+    checkpoint = MemoryCheckpoint(_tensors() | {"again": np.zeros(8)})
     with pytest.raises(CheckpointError, match=r"repeated tensors: norm\.weight"):
-        assemble(family, CONFIG, checkpoint=checkpoint)
+        AssembledWeights(family, CONFIG, checkpoint=checkpoint)
 
 
 def test_a_tied_head_that_is_stored_too_is_not_read() -> None:
-    checkpoint = MemoryCheckpoint(_tensors() | {"lm_head": torch.zeros(11, 8)})
-    assert "head.weight" not in assemble(FAMILY, CONFIG, checkpoint=checkpoint)
+    checkpoint = MemoryCheckpoint(_tensors() | {"lm_head": np.zeros((11, 8))})
+    weights = AssembledWeights(FAMILY, CONFIG, checkpoint=checkpoint)
+    assert len(dict(weights)) == len(weights)
+    assert "head.weight" not in weights
     assert "lm_head" not in checkpoint.read
 
 
 def test_absurd_numbers_of_layers_cost_nothing() -> None:
     config = dataclasses.replace(CONFIG, num_layers=4096)
     with pytest.raises(CheckpointError, match="more layers than tensors"):
-        assemble(FAMILY, config, checkpoint=MemoryCheckpoint(_tensors()))
+        AssembledWeights(FAMILY, config, checkpoint=MemoryCheckpoint(_tensors()))
 
 
 def test_long_lists_of_names_are_cut() -> None:
-    extra = {f"surprise{index}": torch.zeros(1) for index in range(1000)}
+    extra = {f"surprise{index}": np.zeros(1) for index in range(1000)}
     with pytest.raises(CheckpointError, match="and 995 more") as refused:
-        assemble(FAMILY, CONFIG, checkpoint=MemoryCheckpoint(_tensors() | extra))
+        AssembledWeights(FAMILY, CONFIG, checkpoint=MemoryCheckpoint(_tensors() | extra))
     assert len(str(refused.value)) < 300
 
 

@@ -52,7 +52,7 @@ def test_one_size_gives_way_to_the_other(runner: str) -> None:
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU, as far as the choice is concerned."""
-    monkeypatch.setattr(choose, "choose_device", lambda _name: torch.device("cuda"))
+    monkeypatch.setattr(choose, "device_type", lambda _name: "cuda")
 
 
 @pytest.mark.usefixtures("a_gpu")
@@ -85,7 +85,7 @@ def test_without_triton_the_torch_runner_serves(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_other_accelerators_use_the_torch_runner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "choose_device", lambda _name: torch.device("mps"))
+    monkeypatch.setattr(choose, "device_type", lambda _name: "mps")
     choice = choose_runner("auto", tiny_model_config(), RunnerOptions())
     assert choice.name == "torch"
     assert "mps" in choice.fallback_reason

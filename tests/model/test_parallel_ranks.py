@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from model.checkpoint import load_model
+from model.parallel import RankLost
 from model.parallel.ranks import FollowerProcesses, RankSpec, check_ranks, start_parallel
-from model.parallel.runner import RankLost
 from model.parallel.shares import share_tensor, share_weights
 from model.runners import RunnerOptions, overlapped
 from tests.conftest import TinyModel
@@ -99,7 +99,7 @@ def test_processes_do_the_steps_of_one_runner(
     model = load_model(path)
     alone = alone_runner(runner, model)
     leader, followers = start_parallel(
-        path, runner=runner, dtype=torch.float32, options=OPTIONS, num_ranks=2
+        path, runner=runner, dtype="float32", options=OPTIONS, num_ranks=2
     )
     lost: list[str] = []
     followers.when_lost(lost.append)

@@ -85,6 +85,7 @@ TORCH_FREE = (
     "service.chat", "service.cluster", "service.parts", "service.roles", "service.startup",
     "service.__main__",
     "model.checkpoint.fetch", "model.checkpoint.gguf", "model.checkpoint.safetensors",
+    "model.checkpoint.assemble", "model.runners.native", "model.runners.choose", "model.parallel",
     "model.families.llama", "model.config", "model.batch", "model.grammar",
     "model.grammar_validator", "model.text.tokenizer", "model.text.template_process",
 )  # fmt: skip

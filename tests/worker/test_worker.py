@@ -5,6 +5,7 @@ holds exactly the answer that the request determines, and one end.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import threading
 from collections import Counter
@@ -90,6 +91,7 @@ class Station:
         *,
         on_run: Callable[[Batch], None] | None = None,
         max_sequences: int = 8,
+        journal_interval: float = 0.0,
     ) -> None:
         self.ledger = Ledger()
         self.engine = EngineLoop(
@@ -107,6 +109,7 @@ class Station:
             self.engine,
             info=lambda: EngineInfo(id=name, numeric_class="oracle", version="0"),
             observer=self.ledger,
+            journal_interval=journal_interval,
         )
         self.task: asyncio.Task[None] | None = None
 
@@ -198,6 +201,35 @@ async def test_journals_exactly_the_answers() -> None:
         one.engine.check_integrity()
     depth = await queue.depth()
     assert (depth.queued_requests, depth.running_requests, depth.queued_tokens) == (0, 0, 0)
+
+
+async def test_held_tokens_are_journalled_with_the_end_and_the_first_ones_at_once() -> None:
+    """The interval never passes. The engine stands still after two steps until a reader has the
+    first record; the remaining tokens come with the end, or if the writer is flushed.
+    """
+    queue, request = make_queue(lease=30), make_request("held", max_tokens=30)
+    gates = {2: threading.Event(), 12: threading.Event()}
+    steps = itertools.count()
+
+    def wait_at_gates(_batch: Batch) -> None:
+        if (gate := gates.get(next(steps))) is not None:
+            assert gate.wait(WAIT)
+
+    async def journalled() -> list[int]:
+        return [len(r.ids) for r in await queue.read(request.id) if isinstance(r, Tokens)]
+
+    async with station(queue, on_run=wait_at_gates, journal_interval=1e9) as one:
+        await submit(queue, request)
+        async with asyncio.timeout(WAIT):
+            while not await journalled():
+                await asyncio.sleep(0.005)
+            gates[2].set()
+            while sum(await journalled()) < 8:
+                await asyncio.sleep(0.005)
+                await one.worker._journal.flush()
+            gates[12].set()
+        assert (await answer(queue, request))[0] == oracle_answer(request)
+        assert (await journalled())[-1] >= 12, "held to the end"
 
 
 @pytest.mark.parametrize("seed", [1, *slowly(0, 2, 3, 4, 5)])

@@ -39,8 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     parts: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            parts.append(subprocess.Popen(_redis(redis_port, folder)))
-            _wait_until_open(redis_port)
+            parts.append(start_redis(redis_port, folder))
             engine_port = free_port()
             engine = [*quire, "engine", *shared, "--admin-port", str(engine_port)]
             parts.append(subprocess.Popen([*engine, *options.engine_flags]))
@@ -55,10 +54,14 @@ def main(arguments: Sequence[str]) -> int:
             _end(parts[::-1])
 
 
-def _redis(port: int, folder: str) -> list[str]:
+def start_redis(port: int, folder: str) -> subprocess.Popen[bytes]:
+    """A server that listens, with its append-only file in `folder`."""
     command = [find_program("redis-server") or "redis-server", "--bind", "127.0.0.1"]
     command += ["--port", str(port), "--dir", folder, "--save", ""]
-    return [*command, "--appendonly", "yes", "--appendfsync", "everysec"]
+    command += ["--appendonly", "yes", "--appendfsync", "everysec"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _wait_until_open(port)
+    return process
 
 
 def _wait_until_open(port: int) -> None:

@@ -107,6 +107,14 @@ void quire_load_head_norms(QuireModel* model, int32_t layer, const float* query,
   std::memcpy(l.key_norm, key, model->shape.dim * sizeof(float));
 }
 
+int32_t quire_weights(const QuireModel* model, int32_t index, uint8_t** start, size_t* bytes) {
+  const std::vector<quire::Memory::Range>& ranges = model->weights.ranges();
+  if (index < 0 || static_cast<size_t>(index) >= ranges.size()) return 0;
+  *start = ranges[static_cast<size_t>(index)].start;
+  *bytes = ranges[static_cast<size_t>(index)].bytes;
+  return 1;
+}
+
 int32_t quire_step(QuireModel* model, const QuireStep* step, char* error, size_t size) {
   if (const char* problem = step_error(*model, *step)) {
     write_error(error, size, problem);

@@ -27,10 +27,10 @@ Linear Model::make_linear(int outputs, int inputs, bool bias) {
   linear.inputs_padded = round_up(inputs, K_STEP);
   linear.panels = round_up(outputs, PANEL) / PANEL;
   const size_t columns = static_cast<size_t>(linear.panels) * PANEL;
-  linear.packed = memory.take<int8_t>(columns * linear.inputs_padded);
-  linear.scales = memory.take<float>(columns);
-  linear.corrections = memory.take<int32_t>(columns);
-  linear.bias = bias ? memory.take<float>(columns) : nullptr;
+  linear.packed = weights.take<int8_t>(columns * linear.inputs_padded);
+  linear.scales = weights.take<float>(columns);
+  linear.corrections = weights.take<int32_t>(columns);
+  linear.bias = bias ? weights.take<float>(columns) : nullptr;
   return linear;
 }
 
@@ -44,14 +44,15 @@ Model::Model(const QuireShape& given, const Kernels& chosen) : shape(given), ker
     layer.gate_up = make_linear(2 * shape.width, shape.hidden, false);
     layer.down = make_linear(shape.hidden, shape.width, false);
     if (shape.qk_norm) {
-      layer.query_norm = memory.take<float>(shape.dim);
-      layer.key_norm = memory.take<float>(shape.dim);
+      layer.query_norm = weights.take<float>(shape.dim);
+      layer.key_norm = weights.take<float>(shape.dim);
     }
     layer.window = shape.windows[i];
     layer.has_rotary = shape.has_rotary[i] != 0;
     layers.push_back(layer);
   }
   head = make_linear(shape.vocab, shape.hidden, false);
+  embedding = weights.take<uint16_t>(static_cast<size_t>(shape.vocab) * round_up(shape.hidden, K_STEP));
   // All layers of a block lie together, so that the system zeroes fresh memory block by block as they
   // come into use, and not for all layers in the first step.
   const size_t region = region_bytes(shape), layer_bytes = region * shape.kv_heads;
@@ -88,7 +89,6 @@ void Model::make_scratch() {
   scratch.codes = memory.take<uint8_t>((rows + TILE_ROWS_MAX) * widest);
   scratch.scales = memory.take<float>(rows + TILE_ROWS_MAX);
   scratch.argmax = memory.take<Argmax>(rows * kHeadChunks);
-  embedding = memory.take<uint16_t>(static_cast<size_t>(shape.vocab) * inputs);
 }
 
 Linear& Model::linear(int layer, int which) {

@@ -71,6 +71,7 @@ struct Model {
 
   QuireShape shape;  // its pointers are null after construction
   const Kernels& kernels;
+  Memory weights;  // all that loading writes, and nothing else: linears, norms, embedding
   Memory memory;
   std::vector<Layer> layers;
   Linear head;

@@ -60,6 +60,10 @@ QUIRE_API void quire_load_linear(QuireModel* model, int32_t layer, int32_t which
 QUIRE_API void quire_load_embedding(QuireModel* model, int32_t first, int32_t count, const float* w);
 QUIRE_API void quire_load_head_norms(QuireModel* model, int32_t layer, const float* query, const float* key);
 
+// The memory of all loaded weights, in ranges of equal sizes for equal shapes: its content can be stored,
+// and written back in place of loading. Returns 0 if there is no range of this index.
+QUIRE_API int32_t quire_weights(const QuireModel* model, int32_t index, uint8_t** start, size_t* bytes);
+
 // Runs one step. Returns 0, or 1 with a message if the step does not fit the model.
 QUIRE_API int32_t quire_step(QuireModel* model, const QuireStep* step, char* error, size_t size);
 

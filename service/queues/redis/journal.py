@@ -1,7 +1,7 @@
 """JournalReader: reads and follows answers in Redis. Writes nothing.
 
-The journal's stream is authoritative; pub/sub only wakes followers. One that was not woken reads
-again after `LOOK_AGAIN`, and then also checks whether the request still exists.
+Followers get new records from the process's mailbox. One that got none for `LOOK_AGAIN` reads the
+journal, and then also checks whether the request still exists.
 
 A page is a decoded part of a journal that is read from Redis once for many readers. Page k has the
 records that end at tokens `k * PAGE_TOKENS + 1 .. (k + 1) * PAGE_TOKENS`. `PageCache` keeps the
@@ -23,10 +23,11 @@ from service.queues.contract import PAGE_TOKENS
 from service.queues.redis.codec import Malformed, decode_entry
 from service.queues.redis.connection import Command, RedisClient, backoff
 from service.queues.redis.keys import ShardKeys
-from service.queues.redis.pubsub import Wakeups, woken_within
+from service.queues.redis.mailbox import MAX_READERS, Mailbox
+from service.queues.redis.pubsub import woken_within
 
 LOOK_AGAIN = 0.7
-"""Seconds after which a follower reads without having been woken."""
+"""Seconds without a message after which a follower reads the journal."""
 BATCH = 512
 """Records that `read` and `follow` request at a time."""
 CACHE_BYTES = 32 * 2**20
@@ -115,13 +116,13 @@ class JournalReader:
     def __init__(
         self,
         client: RedisClient,
-        wakeups: Wakeups,
+        mailbox: Mailbox,
         keys: ShardKeys,
         *,
         dropped: Callable[[str], None],
     ) -> None:
         self._client = client
-        self._wakeups = wakeups
+        self._mailbox = mailbox
         self._keys = keys
         self._dropped = dropped
         self._cache = PageCache(self._fetch_page)
@@ -136,9 +137,11 @@ class JournalReader:
         records: list[Record] = []
         full = True
         while full:
-            batch, full = await self._batch(request_id, after=after, with_state=not records)
+            batch, full = await self._batch(
+                request_id, self._state_command(request_id), after=after
+            )
             records += batch
-            after = _position(batch[-1]) if batch else after
+            after = position_of(batch[-1]) if batch else after
         return records
 
     async def read_page(self, request_id: str, *, after: int) -> Sequence[Record]:
@@ -175,55 +178,58 @@ class JournalReader:
         """Survives an outage of Redis. Raises NotFound also if Redis lost the request, and
         StreamDivergence if it has ended before what was already yielded.
         """
-        channel = self._keys.journal(request_id)
-        news = asyncio.Event()
-
-        def wake(_message: bytes) -> None:
-            news.set()
-
-        self._wakeups.watch(channel, wake)
+        inbox = self._mailbox.open(request_id)
         try:
-            woken = False
             while True:
-                news.clear()
-                batch, full = await self._retried_batch(
-                    request_id, after=after, with_state=not woken
-                )
-                for record in batch:
+                if not inbox.outdated and not inbox.records:
+                    inbox.news.clear()
+                    if not await woken_within(LOOK_AGAIN, inbox.news):
+                        inbox.miss()
+                if inbox.outdated:
+                    inbox.outdated = False
+                    records, full = await self._retried_batch(request_id, after=after)
+                    if full:
+                        inbox.miss()
+                else:
+                    records = inbox.take(after)
+                for record in records:
                     yield record
-                    after = _position(record)
+                    after = position_of(record)
                     if isinstance(record, End):
                         return
-                woken = full or await woken_within(LOOK_AGAIN, news)
         finally:
-            self._wakeups.unwatch(channel, wake)
+            self._mailbox.close(request_id, inbox)
 
-    async def _retried_batch(
-        self, request_id: str, *, after: int, with_state: bool
-    ) -> tuple[Sequence[Record], bool]:
+    async def _retried_batch(self, request_id: str, *, after: int) -> tuple[Sequence[Record], bool]:
+        state = self._client.script(
+            "follow",
+            self._keys.admission,
+            request=request_id,
+            mailbox=self._mailbox.name,
+            max_readers=MAX_READERS,
+        )
         delays = backoff(longest=1.0)
         while True:
             try:
-                return await self._batch(request_id, after=after, with_state=with_state)
+                return await self._batch(request_id, state, after=after)
             except Unavailable:
                 if self._closed:
                     raise
                 await asyncio.sleep(next(delays))
 
     async def _batch(
-        self, request_id: str, *, after: int, with_state: bool
+        self, request_id: str, state: Command, *, after: int
     ) -> tuple[Sequence[Record], bool]:
-        """Records beyond `after` tokens, and whether there are more now."""
+        """Records beyond `after` tokens, and whether there are more now. `state` is a command that
+        replies with the request's state.
+        """
         self._raise_if_closed()
-        commands: list[Command] = [
-            ("XRANGE", self._keys.journal(request_id), f"({after}-0", "+", "COUNT", BATCH)
-        ]
-        if with_state:
-            commands.append(self._state_command(request_id))
-        entries, *states = await self._client.read(*commands)
+        reply, entries = await self._client.read(
+            state, ("XRANGE", self._keys.journal(request_id), f"({after}-0", "+", "COUNT", BATCH)
+        )
         records = self._decoded(entries)
-        if with_state and not records:
-            _check_length(_state_of(states[0]), after)
+        if not records:
+            _check_length(_state_of(reply), after)
         return records, len(entries) == BATCH and bool(records)
 
     def _state_command(self, request_id: str) -> Command:
@@ -259,6 +265,6 @@ def _is_beyond(record: Record, after: int) -> bool:
     return record.count >= after if isinstance(record, End) else record.end > after
 
 
-def _position(record: Record) -> int:
+def position_of(record: Record) -> int:
     """Tokens of the answer up to and including this record."""
     return record.count if isinstance(record, End) else record.end

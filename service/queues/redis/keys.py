@@ -19,7 +19,7 @@
     quire:2:{s0}:q0 .. q2     stream   one per priority: running requests; group `engines`,
                                        field rid
     quire:2:{s0}:r:<request>  hash     the state of a request
-    quire:2:{s0}:t:<request>  stream   its journal; also the channel of new entries in it
+    quire:2:{s0}:t:<request>  stream   its journal
     quire:2:{s0}:s:<sub>      hash     the submission: tenant, manifest, number of requests, grace;
                                        if it is kept: input, ms, bytes without them
     quire:2:{s0}:idem:<hash>  hash     idempotency key -> submission, fingerprint
@@ -33,6 +33,7 @@
     quire:2:{s0}:isolates:<e>  string  when engine <e> last began to isolate requests, ms
     quire:2:{s0}:blamed:<e>   set      requests that the death of engine <e> counts against
     quire:2:{s0}:probe        none     never set; deleting it tests whether the server takes writes
+    quire:2:{s0}:m:<mailbox>  channel  messages to one process: see mail.lua
     quire:2:{s0}:work, stops  channel  something to claim; a running request was stopped
 
 The 2 is the version of this layout (`LAYOUT`): processes with another one do not see these keys.
@@ -76,6 +77,9 @@ class ShardKeys:
 
     def journal(self, request_id: str) -> str:
         return f"{self.prefix}t:{request_id}"
+
+    def mailbox(self, name: str) -> str:
+        return f"{self.prefix}m:{name}"
 
     def submission(self, submission_id: str) -> str:
         return f"{self.prefix}s:{submission_id}"

@@ -16,7 +16,15 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from service.errors import Unavailable
-from service.messages import Allowance, End, FinishReason, GenerationRequest, Record, Submission
+from service.messages import (
+    Allowance,
+    End,
+    FinishReason,
+    GenerationRequest,
+    Record,
+    Submission,
+    Tokens,
+)
 from service.queues.admission import (
     Meter,
     RateUsage,
@@ -54,8 +62,9 @@ from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
 from service.queues.redis.connection import Command, RedisClient, check_server, present
 from service.queues.redis.depth import decode_depth, depth_commands
-from service.queues.redis.journal import JournalReader
+from service.queues.redis.journal import JournalReader, position_of
 from service.queues.redis.keys import idempotency_name, milliseconds
+from service.queues.redis.mailbox import Mailbox
 from service.queues.redis.pubsub import Wake, Wakeups
 from service.queues.redis.scripts import load_scripts
 from service.queues.redis.servers import Shard
@@ -66,6 +75,8 @@ FORGET_ENGINE = 600.0
 """Seconds after which an engine that runs nothing is forgotten."""
 SWEEP_BATCH = 256
 """Requests that one run of the sweep script examines: it blocks the server meanwhile."""
+WRITE_BATCH = 128
+"""Records that one run of a script journals: it blocks the server meanwhile."""
 REPLICA_TIMEOUT = 1.0
 """Seconds that replicas have to acknowledge; a twentieth of that after they did not."""
 LINGER = 10.0
@@ -94,7 +105,8 @@ class RedisQueue:
             "window": milliseconds(limits.resume_window),
             "keep_blame": milliseconds(BLAME_KEPT),
         }
-        self._reader = JournalReader(self._client, self._wakeups, self._keys, dropped=self._drop)
+        self._mailbox = Mailbox(self._wakeups, self._keys, dropped=self._drop)
+        self._reader = JournalReader(self._client, self._mailbox, self._keys, dropped=self._drop)
         self._claimer = Claimer(
             self._client,
             self._wakeups,
@@ -324,30 +336,42 @@ class RedisQueue:
         """Raises Unavailable with the code `storage_full` if the server had no memory for tokens:
         those of `writes` that were written return DUP next time.
         """
-        commands = [self._write_command(write) for write in writes]
-        if any(isinstance(write.record, End) for write in writes):
+        batches: list[tuple[str, Sequence[int]]] = []
+        for script, kind in (("append", Tokens), ("finish", End)):  # a request's end is its last
+            of_kind = [i for i, write in enumerate(writes) if isinstance(write.record, kind)]
+            batches += [
+                (script, of_kind[begin : begin + WRITE_BATCH])
+                for begin in range(0, len(of_kind), WRITE_BATCH)
+            ]
+        commands = [
+            self._write_command(script, [writes[place] for place in places])
+            for script, places in batches
+        ]
+        if any(script == "finish" for script, _ in batches):
             replies, _ = await self._run_acknowledged(commands)
         else:
             replies = await self._client.run(commands)
-        found = [WriteReply(WriteStatus(status.decode()), count) for status, count in replies]
+        found = [WriteReply(WriteStatus.OK, position_of(write.record)) for write in writes]
+        for (_, places), refused in zip(batches, replies, strict=True):
+            for number, status, count in refused:
+                found[places[number - 1]] = WriteReply(WriteStatus(status.decode()), count)
         report_replies(found, self._observer)
         return found
 
-    def _write_command(self, write: Write) -> Command:
-        record = write.record
-        key, lease = self._keys.admission, _leased(write.lease)
-        if isinstance(record, End):
-            return self._client.script(
-                "finish",
-                key,
-                encode_end(record),
-                count=record.count,
-                window=self._rules["window"],
-                **lease,
-            )
-        count = len(record.ids)
+    def _write_command(self, script: str, writes: Sequence[Write]) -> Command:
+        items: list[tuple[str | int, ...]] = []
+        values: list[bytes] = []
+        for write in writes:
+            lease, record = write.lease, write.record
+            item = lease.request_id, lease.epoch, lease.owner
+            if isinstance(record, End):
+                items.append((*item, record.count))
+                values.append(encode_end(record))
+            else:
+                items.append((*item, record.start, len(record.ids)))
+                values.append(encode_tokens(record))
         return self._client.script(
-            "append", key, encode_tokens(record), start=record.start, count=count, **lease
+            script, self._keys.admission, *values, items=items, window=self._rules["window"]
         )
 
     async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:

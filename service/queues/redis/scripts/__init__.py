@@ -24,11 +24,11 @@ from service.queues.redis.codec import encode_end
 from service.queues.redis.keys import milliseconds
 
 NAMES = (
-    "append", "charge", "claim", "finish", "forget", "heartbeat", "lend", "oldest", "release",
-    "renew", "stop", "submit", "sweep", "touch",
+    "append", "charge", "claim", "finish", "follow", "forget", "heartbeat", "lend", "oldest",
+    "release", "renew", "stop", "submit", "sweep", "touch",
 )  # fmt: skip
-PARTS = ("keys", "meters", "lane", "storage", "requests", "blame")
-LEAN = {"append": ("keys", "lane"), "charge": ("keys", "meters")}
+PARTS = ("keys", "meters", "mail", "lane", "storage", "requests", "blame")
+LEAN = {"append": ("keys", "mail", "lane"), "charge": ("keys", "meters"), "follow": ("keys",)}
 """Scripts that are called most, with the parts that they need; all others get all parts."""
 
 

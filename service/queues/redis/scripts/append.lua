@@ -1,27 +1,37 @@
 #!lua
--- Journals tokens that continue what is there. Not allowed when memory is full.
--- args: request, epoch, owner, start, count. ARGV[2]: the record.
--- Returns {status, tokens in the journal}.
-local request = request_key(args.request)
-local v = redis.call('HMGET', request, 'st', 'ep', 'own', 'n', 'iso', 'dp')
-local n, start = num(v[4]), args.start
-local stop = start + args.count
-if num(v[2]) ~= args.epoch or v[3] ~= args.owner then return { 'fenced', n } end
-if n >= stop then return { 'dup', n } end
-if v[1] ~= 'running' then return { 'fenced', n } end
-if n ~= start then return { 'gap', n } end
-local journal, id = journal_key(args.request), stop .. '-0'
-redis.call('XADD', journal, id, 'k', ARGV[2])
-redis.call('HSET', request, 'n', stop)
-redis.call('PUBLISH', journal, id)
-if v[5] == '1' then -- isolated, because engines died at the position v[6]
-  local past = stop - num(v[6])
+-- Journals the tokens of an engine step; each record continues what is there. Not allowed when memory is
+-- full. args: items (of {request, epoch, owner, start, count}). ARGV[1 + i]: record i.
+-- Returns {i, status, tokens in the journal} for each record that was not written.
+local function append(item, record)
+  local rid, epoch, owner, start, count = unpack(item)
+  local request, stop = request_key(rid), start + count
+  local v = redis.pcall('HMGET', request, 'st', 'ep', 'own', 'n', 'rd', 'iso')
+  if v.err then return 'fenced', 0 end
+  local n = num(v[4])
+  if num(v[2]) ~= epoch or v[3] ~= owner then return 'fenced', n end
+  if n >= stop then return 'dup', n end
+  if v[1] ~= 'running' then return 'fenced', n end
+  if n ~= start then return 'gap', n end
+  local id = stop .. '-0'
+  if type(redis.pcall('XADD', journal_key(rid), id, 'k', record)) == 'table' then return 'fenced', n end
+  redis.call('HSET', request, 'n', stop)
+  if v[5] then collect(v[5], rid, id, 'k', record) end
+  if v[6] ~= '1' then return end
+  local died_at = num(redis.call('HGET', request, 'dp')) -- isolated, because engines died there
+  local past = stop - died_at
   if past > CLEARED_AFTER then
-    local r = { rid = args.request, iso = true }
+    local r = { rid = rid, iso = true }
     leave_lane(r)
     set_blame(r, {})
-  elseif past > PASSED_AFTER and start - num(v[6]) <= PASSED_AFTER then
+  elseif past > PASSED_AFTER and start - died_at <= PASSED_AFTER then
     redis.call('PUBLISH', WORK, 'lane')
   end
 end
-return { 'ok', stop }
+
+local refused = {}
+for i, item in ipairs(args.items) do
+  local status, n = append(item, ARGV[1 + i])
+  if status then refused[#refused + 1] = { i, status, n } end
+end
+send_collected()
+return refused

@@ -13,12 +13,12 @@ end
 -- The request as a table, or nil if there is none (or something else under its name).
 local function load(rid)
   local v = redis.pcall('HMGET', request_key(rid), 'st', 'ep', 'own', 'n', 'ld', 'att', 'cls', 'dl',
-    'ct', 'ten', 'cost', 'eid', 'pr', 'sub', 'by', 'dp', 'iso', 'ft')
+    'ct', 'ten', 'cost', 'eid', 'pr', 'sub', 'by', 'dp', 'iso', 'ft', 'rd')
   if v.err or not v[1] or not v[14] then return nil end
   return { rid = rid, st = v[1], ep = num(v[2]), own = v[3], n = num(v[4]), ld = num(v[5]),
     att = num(v[6]), cls = v[7], dl = num(v[8]), ct = num(v[9]), ten = v[10], cost = num(v[11]),
     eid = v[12], pr = v[13], sub = v[14], by = v[15] or '', dp = tonumber(v[16] or -1),
-    iso = v[17] == '1', ft = v[18] or '' }
+    iso = v[17] == '1', ft = v[18] or '', rd = v[19] or '' }
 end
 
 -- The request of a lease, or nil if it is not running under that lease any more.
@@ -123,7 +123,8 @@ local function end_request(r, record)
   redis.call('HSET', request_key(r.rid), 'st', 'ended', 'fin', record)
   redis.call('HDEL', request_key(r.rid), 'body')
   redis.call('ZREM', DEADLINES, r.rid)
-  redis.call('PUBLISH', journal_key(r.rid), r.n .. '-1')
+  collect(r.rd, r.rid, r.n .. '-1', 'e', record)
+  send_collected()
   if redis.call('HINCRBY', submission_key(r.sub), 'left', -1) <= 0 then keep_submission(r.sub) end
 end
 
