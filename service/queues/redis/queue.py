@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from service.errors import Unavailable
@@ -20,7 +19,6 @@ from service.messages import (
     Allowance,
     End,
     FinishReason,
-    GenerationRequest,
     Record,
     Submission,
     Tokens,
@@ -28,13 +26,6 @@ from service.messages import (
 from service.queues.admission import (
     Meter,
     RateUsage,
-    admission_cost,
-    answer_share,
-    base_bytes,
-    idempotency_bytes,
-    kept_bytes,
-    request_bytes,
-    token_bytes,
 )
 from service.queues.contract import (
     BLAME_KEPT,
@@ -60,14 +51,16 @@ from service.queues.observer import (
 )
 from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
-from service.queues.redis.connection import Command, RedisClient, check_server, present
+from service.queues.redis.connection import Command, RedisClient, check_server
 from service.queues.redis.depth import decode_depth, depth_commands
 from service.queues.redis.journal import JournalReader, position_of
-from service.queues.redis.keys import idempotency_name, milliseconds
+from service.queues.redis.keys import milliseconds
+from service.queues.redis.lending import Lender
 from service.queues.redis.mailbox import Mailbox
 from service.queues.redis.pubsub import Wake, Wakeups
 from service.queues.redis.scripts import load_scripts
 from service.queues.redis.servers import Shard
+from service.queues.redis.submissions import decode_submit, submit_command
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +98,7 @@ class RedisQueue:
             "window": milliseconds(limits.resume_window),
             "keep_blame": milliseconds(BLAME_KEPT),
         }
+        self.lender = Lender(self._client, self._keys, window=self._rules["window"])
         self._mailbox = Mailbox(self._wakeups, self._keys, dropped=self._drop)
         self._reader = JournalReader(self._client, self._mailbox, self._keys, dropped=self._drop)
         self._claimer = Claimer(
@@ -132,65 +126,32 @@ class RedisQueue:
         return RateUsage(requests=Meter(limit=limit, used=used), wait=wait)
 
     async def submit(
-        self, submission: Submission, *, evict: bool | None = None, prepaid: int = 0
+        self,
+        submission: Submission,
+        *,
+        evict: bool | None = None,
+        prepaid: float = 0.0,
+        debt: float = 0.0,
     ) -> SubmitReply:
-        """In a sharded queue: `evict`, whether kept submissions may make room; `prepaid`, tokens
-        that other shards have counted.
-        """
-        limits, allowance, key = self.limits, submission.allowance, submission.idempotency_key
-        tokens_per_minute = None if allowance is None else allowance.tokens_per_minute
-        command = self._client.script(
-            "submit",
-            self._keys.admission,
-            submission.manifest,
-            submission.input,
-            *(request.to_json() for request in submission.requests),
-            id=submission.id,
-            tenant=submission.tenant,
-            # Identifies this call: the script recognises it if it is sent again.
-            nonce=secrets.token_hex(6),
-            fingerprint=submission.fingerprint,
-            idempotency=None if key is None else idempotency_name(submission.tenant, key),
-            idempotency_ttl=milliseconds(limits.idempotency_ttl),
-            live_ttl=milliseconds(limits.live_ttl),
-            grace=None if submission.grace is None else milliseconds(submission.grace),
-            max_requests=limits.max_requests,
-            max_tokens=limits.max_tokens,
-            max_per_tenant=limits.max_per_tenant,
-            max_bytes=limits.max_bytes,
-            max_tenant_bytes=limits.max_tenant_bytes,
-            kept_bytes=kept_bytes(submission),
-            base_bytes=base_bytes(submission),
-            token_bytes=token_bytes(submission),
-            keep=None if submission.keep is None else milliseconds(submission.keep),
-            idempotency_bytes=idempotency_bytes(submission),
-            key=None if allowance is None else allowance.key,
-            tokens_per_minute=tokens_per_minute,
-            max_in_flight=None if allowance is None else allowance.max_in_flight,
-            shared=True if evict is not None else None,
+        """See `submit_command`."""
+        command = submit_command(
+            self._client,
+            self._keys,
+            submission,
+            self.limits,
             evict=evict,
-            prepaid=prepaid or None,
-            requests=[_admitted(request) for request in submission.requests],
+            prepaid=prepaid,
+            debt=debt,
         )
         (reply,), acknowledged = await self._run_acknowledged([command])
-        status, followed, queued, tokens, *times = reply
-        if not acknowledged and status in {b"ok", b"exists"}:
+        answer = decode_submit(reply, submission)
+        if not acknowledged and answer.status in {SubmitStatus.OK, SubmitStatus.EXISTS}:
             raise Unavailable(
                 "no replica of the journal's store acknowledged the request; send it again",
                 code="backend_unavailable",
                 retry_after=2.0,
             )
-        wait, used = (float(ms) / 1000 for ms in times)
-        usage = RateUsage()
-        if tokens_per_minute is not None:
-            usage = RateUsage(tokens=Meter(limit=tokens_per_minute, used=used), wait=wait)
-        return SubmitReply(
-            status=SubmitStatus(status.decode()),
-            submission_id=followed.decode(),
-            queued_requests=queued,
-            queued_tokens=tokens,
-            usage=usage,
-        )
+        return answer
 
     async def lookup(self, submission_id: str) -> StoredSubmission | None:
         key = self._keys.submission(submission_id)
@@ -281,46 +242,6 @@ class RedisQueue:
         and allows it if its memory is full.
         """
         return ("DEL", self._keys.probe)
-
-    # --- shares of a sharded queue, see `shares` --------------------------------------------
-    async def levels(self, fields: Sequence[tuple[bool, str, str]]) -> list[tuple[int, int]]:
-        """Of counters (whether bytes, field, name of its loans): what is used, and what is lent."""
-        commands: list[Command] = []
-        for stored, field, name in fields:
-            commands.append(("HGET", self._keys.stored if stored else self._keys.admission, field))
-            commands.append(("HGET", self._keys.lent, name))
-        replies = [int(reply or 0) for reply in await self._client.run(commands)]
-        return list(zip(replies[::2], replies[1::2], strict=True))
-
-    async def loans(self) -> dict[str, int]:
-        """What is lent, by the name of the limit; negative if it is borrowed."""
-        (table,) = await self._client.run([("HGETALL", self._keys.lent)])
-        return {name.decode(): int(amount) for name, amount in table.items()}
-
-    async def metered(self, key: str) -> float:
-        """Seconds until the meter of a key's tokens is back to zero."""
-        (text, now) = await self._client.run([("GET", self._keys.tokens_of(key)), ("TIME",)])
-        seconds = float(text or 0) / 1000 - int(now[0]) - int(now[1]) / 1e6
-        return max(0.0, seconds)
-
-    async def lend(
-        self,
-        *,
-        nonce: str,
-        limits: Sequence[Mapping[str, Any]] = (),
-        meters: Sequence[Mapping[str, Any]] = (),
-        evict: str | None = None,
-    ) -> list[bytes]:
-        """What was lent of each; see `lend.lua`. `evict`: the tenant that makes room."""
-        return await self._run(
-            "lend",
-            nonce=nonce,
-            limits=limits,
-            meters=meters,
-            tenant=evict,
-            evict=evict is not None,
-            window=self._rules["window"],
-        )
 
     # --- the engine's side ----------------------------------------------------------------
     async def claim(
@@ -447,16 +368,3 @@ class RedisQueue:
 def _leased(lease: Lease) -> dict[str, Any]:
     """A lease as the scripts expect it."""
     return {"request": lease.request_id, "epoch": lease.epoch, "owner": lease.owner}
-
-
-def _admitted(request: GenerationRequest) -> dict[str, Any]:
-    """A request as `submit.lua` expects it."""
-    return present(
-        id=request.id,
-        cost=admission_cost(request),
-        timeout=request.timeout_ms or None,
-        priority=request.priority,
-        share=answer_share(request),
-        bytes=request_bytes(request),
-        features=" ".join(request.features),
-    )

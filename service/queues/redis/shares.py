@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import Counter as Counts
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +37,8 @@ STORAGE = {SubmitStatus.STORAGE, SubmitStatus.TENANT_STORAGE}
 LIMITED = {SubmitStatus.FULL, SubmitStatus.TENANT, SubmitStatus.RATE} | STORAGE
 LOCKS = 64
 """Tenants that may be looked after at a time."""
+ROUNDING = 0.002
+"""Tokens: what a shard replies has three decimals."""
 MEND_AFTER = 60.0
 """Seconds after which a part that no shard has counts as lost: longer than any loan takes."""
 
@@ -100,11 +103,11 @@ class Shares:
     async def submit(self, submission: Submission) -> SubmitReply:
         """See `Queue.submit`."""
         shard = shard_of(submission.id, shards=self._count)
-        queue, part = self._shards[shard], self._part(submission, shard)
-        reply = await queue.submit(part, evict=False)
+        debt = await self._debt(shard, submission)
+        part = self._part(submission, shard)
+        reply = await self._shards[shard].submit(part, evict=False, debt=debt)
         if reply.status in LIMITED:
-            lock = self._locks[hash(submission.tenant) % LOCKS]
-            async with lock:
+            async with self._locks[hash(submission.tenant) % LOCKS]:
                 reply = await self._submit_again(shard, submission, reply)
         return await self._in_total(submission, reply)
 
@@ -128,16 +131,16 @@ class Shares:
         self, shard: int, submission: Submission, reply: SubmitReply
     ) -> SubmitReply:
         queue, part = self._shards[shard], self._part(submission, shard)
-        if await self._borrow(shard, self._counters(submission)):
-            reply = await queue.submit(part, evict=False)
+        counters = self._counters(submission)
+        if await self._borrow(shard, counters):
+            debt = await self._debt(shard, submission)
+            reply = await queue.submit(part, evict=False, debt=debt)
         if reply.status is SubmitStatus.RATE:
             reply = await self._submit_prepaid(shard, submission, reply)
         if reply.status in STORAGE:
             reply = await queue.submit(part, evict=True)
-        if reply.status in STORAGE:
-            counters = [each for each in self._counters(submission) if each.stored]
-            if await self._borrow(shard, counters, evict=submission.tenant):
-                reply = await queue.submit(part, evict=True)
+        if reply.status in STORAGE and await self._evict(shard, counters, submission.tenant):
+            reply = await queue.submit(part, evict=True)
         return reply
 
     def _counters(self, submission: Submission) -> list[Counter]:
@@ -165,49 +168,58 @@ class Shares:
         return counters
 
     # --- limits ---------------------------------------------------------------------------
-    async def _borrow(
-        self, shard: int, counters: Sequence[Counter], *, evict: str | None = None
-    ) -> bool:
-        """Lets other shards lend what this one lacks; `evict`: kept submissions of this tenant or,
-        for the limit of all, of any make room. Returns whether there was anything.
-        """
+    async def _borrow(self, shard: int, counters: Sequence[Counter]) -> bool:
+        """Lets other shards lend what this one lacks. Returns whether there was anything."""
         levels = await self._levels(counters)
         if shard not in levels:
             return False
         asked: dict[int, list[tuple[Counter, int]]] = {}
         for index, counter in enumerate(counters):
-            amounts = self._amounts(
-                shard, counter, {k: found[index] for k, found in levels.items()}, evict=bool(evict)
-            )
-            for lender, amount in amounts.items():
+            of_shards = {k: found[index] for k, found in levels.items()}
+            for lender, amount in self._amounts(shard, counter, of_shards).items():
                 asked.setdefault(lender, []).append((counter, amount))
-        got: dict[str, int] = {}
-        for replies in (await self._lend(asked, evict=evict)).values():
-            for name, amount in replies.items():
-                got[name] = got.get(name, 0) + amount
-        given = [(each, -got[each.name]) for each in counters if got.get(each.name)]
+        got: Counts[str] = Counts()
+        for amounts in (await self._lend(asked)).values():
+            got.update(amounts)
+        return await self._give(shard, counters, got)
+
+    async def _evict(self, shard: int, counters: Sequence[Counter], tenant: str) -> bool:
+        """Lets other shards, one after the other, evict kept submissions to lend what they took:
+        of this tenant, or for the limit of all of any. Returns whether there was anything.
+        """
+        levels, got = await self._levels(counters), Counts[str]()
+        for index, counter in enumerate(counters):
+            if not counter.stored or counter.needed > counter.limit or shard not in levels:
+                continue
+            lacking = counter.needed - self._free(shard, counter, levels[shard][index])
+            for lender in levels.keys() - {shard}:
+                if lacking > 0:
+                    asked = {lender: [(counter, lacking)]}
+                    for amounts in (await self._lend(asked, evict=tenant)).values():
+                        got.update(amounts)
+                        lacking -= amounts[counter.name]
+        return await self._give(shard, counters, got)
+
+    async def _give(self, shard: int, counters: Sequence[Counter], got: Counts[str]) -> bool:
+        given = [(each, -got[each.name]) for each in counters if got[each.name]]
         if given:
             await self._lend({shard: given})
         return bool(given)
 
-    def _amounts(
-        self, shard: int, counter: Counter, levels: Mapping[int, Level], *, evict: bool
-    ) -> dict[int, int]:
-        """What each other shard should lend: enough, and so much that all have as much left.
-        Nothing if all of it is not enough.
+    def _free(self, shard: int, counter: Counter, level: Level) -> int:
+        return max(0, share(counter.limit, shard, self._count) - level.lent - level.used)
+
+    def _amounts(self, shard: int, counter: Counter, levels: Mapping[int, Level]) -> dict[int, int]:
+        """What each other shard should lend: enough, and so much that all have as much left. If
+        all of it is not enough, then nothing or, if evictions can help, all of it.
         """
-        free = {
-            k: max(0, share(counter.limit, k, self._count) - level.lent - level.used)
-            for k, level in levels.items()
-        }
+        free = {k: self._free(k, counter, level) for k, level in levels.items()}
         own = free.pop(shard)
         lacking, available = counter.needed - own, sum(free.values())
-        if lacking <= 0:
+        if lacking <= 0 or counter.needed > counter.limit:
             return {}
-        if evict:
-            return dict.fromkeys(free, -(-lacking // max(1, len(free))))
         if lacking > available:
-            return {}
+            return free if counter.stored else {}
         wanted = min(available, max(lacking, (own + available) // len(levels) - own))
         amounts = {k: min(part, -(-wanted * part // available)) for k, part in free.items()}
         return {k: amount for k, amount in amounts.items() if amount}
@@ -216,7 +228,7 @@ class Shares:
         """Of the shards that answer, in the order of the counters."""
         fields = [(each.stored, each.field, each.name) for each in counters]
         replies = await self._fan_out.all(
-            {k: partial(queue.levels, fields) for k, queue in enumerate(self._shards)}
+            {k: partial(queue.lender.levels, fields) for k, queue in enumerate(self._shards)}
         )
         return {
             k: [Level(*pair) for pair in reply]
@@ -231,7 +243,7 @@ class Shares:
         replies = await self._fan_out.all(
             {
                 k: partial(
-                    self._shards[k].lend,
+                    self._shards[k].lender.lend,
                     nonce=secrets.token_hex(8),
                     limits=[each.of(k, self._count, amount=amount) for each, amount in parts],
                     evict=evict,
@@ -249,7 +261,9 @@ class Shares:
         """Gives back what was taken from a lender by a process that died before it gave it to the
         borrower: loans of one limit that do not add up to zero and do not change.
         """
-        replies = await self._fan_out.all({k: queue.loans for k, queue in enumerate(self._shards)})
+        replies = await self._fan_out.all(
+            {k: queue.lender.loans for k, queue in enumerate(self._shards)}
+        )
         tables = [reply for reply in replies.values() if not isinstance(reply, Unavailable)]
         if len(tables) < self._count:
             return
@@ -270,7 +284,7 @@ class Shares:
         lender = max(range(self._count), key=lambda k: lent[k])
         nonce = f"mend {name} {' '.join(map(str, lent))}"
         part = {"name": name, "stored": False, "field": name, "most": 0, "amount": -sum(lent)}
-        await self._shards[lender].lend(nonce=nonce, limits=[part])
+        await self._shards[lender].lender.lend(nonce=nonce, limits=[part])
 
     # --- tokens per minute ----------------------------------------------------------------
     async def _submit_prepaid(
@@ -286,17 +300,27 @@ class Shares:
             await self._even_out(allowance.key, limit, used)
             return reply
         room = {k: max(0.0, self._rate(limit, k) - tokens) for k, tokens in used.items()}
-        rest = cost - int(room.pop(shard))
+        rest = cost - min(cost, 0.999 * room.pop(shard))
         total = sum(room.values()) or 1.0
-        amounts = {k: rest * part / total for k, part in room.items() if part}
+        amounts = {k: min(tokens, rest * tokens / total) for k, tokens in room.items() if tokens}
         paid = await self._count_tokens(allowance.key, limit, amounts)
-        if sum(paid.values()) >= rest - 0.01 * len(paid) - 1e-6:
+        if sum(paid.values()) >= rest - ROUNDING * self._count:
             part = self._part(submission, shard)
             reply = await self._shards[shard].submit(part, evict=False, prepaid=rest)
             if reply.status is SubmitStatus.OK:
                 return reply
         await self._count_tokens(allowance.key, limit, {k: -each for k, each in paid.items()})
         return reply
+
+    async def _debt(self, shard: int, submission: Submission) -> float:
+        """Tokens that other shards have counted for the key beyond their shares."""
+        allowance = submission.allowance
+        if allowance is None or allowance.tokens_per_minute is None:
+            return 0.0
+        limit = allowance.tokens_per_minute
+        used = await self._used(allowance.key, limit)
+        beyond = {k: max(0.0, tokens - self._rate(limit, k)) for k, tokens in used.items()}
+        return sum(beyond.values()) - beyond.get(shard, 0.0)
 
     async def _even_out(self, key: str, limit: int, used: Mapping[int, float]) -> None:
         """Counts the same part of each shard's share: first more where there is less."""
@@ -317,7 +341,7 @@ class Shares:
         replies = await self._fan_out.all(
             {
                 k: partial(
-                    self._shards[k].lend,
+                    self._shards[k].lender.lend,
                     nonce=secrets.token_hex(8),
                     meters=[{"key": key, "limit": self._rate(limit, k), "amount": amount}],
                 )
@@ -331,7 +355,7 @@ class Shares:
     async def _used(self, key: str, limit: int) -> dict[int, float]:
         """The tokens that each shard's meter has counted."""
         replies = await self._fan_out.all(
-            {k: partial(queue.metered, key) for k, queue in enumerate(self._shards)}
+            {k: partial(queue.lender.metered, key) for k, queue in enumerate(self._shards)}
         )
         return {
             k: seconds * self._rate(limit, k) / MINUTE

@@ -22,6 +22,6 @@ local function leave_lane(r, died)
   local engine = redis.call('HGET', LANE, r.rid)
   redis.call('HDEL', LANE, r.rid)
   redis.call('HDEL', request_key(r.rid), 'iso')
-  if redis.call('EXISTS', LANE) == 0 then redis.call('PUBLISH', WORK, 'lane') end
+  if redis.call('EXISTS', LANE) == 0 then redis.call('SPUBLISH', WORK, 'lane') end
   if engine and not died then forget_isolation(engine) end
 end

@@ -4,7 +4,7 @@
 -- What is collected has to be sent at the end of the script.
 local outbox = {}
 
-local function post(mailbox, message) return redis.call('PUBLISH', PREFIX .. 'm:' .. mailbox, message) end
+local function post(mailbox, message) return redis.call('SPUBLISH', PREFIX .. 'm:' .. mailbox, message) end
 
 -- A new entry, for the mailboxes that read this journal (the field `rd` of a request).
 local function collect(readers, rid, id, field, record)

@@ -13,5 +13,5 @@ for _, lease in ipairs(args.items) do
     released = released + 1
   end
 end
-if released > 0 then redis.call('PUBLISH', WORK, 'released') end
+if released > 0 then redis.call('SPUBLISH', WORK, 'released') end
 return { released, crashed }

@@ -132,7 +132,7 @@ end
 local function stop_request(r, record)
   redis.call('HINCRBY', request_key(r.rid), 'ep', 1)
   redis.call('HSET', request_key(r.rid), 'own', '')
-  if r.st == 'running' and r.own ~= '' then redis.call('PUBLISH', PREFIX .. 'stops', r.rid) end
+  if r.st == 'running' and r.own ~= '' then redis.call('SPUBLISH', PREFIX .. 'stops', r.rid) end
   end_request(r, record)
 end
 

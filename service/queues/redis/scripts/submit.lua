@@ -4,8 +4,9 @@
 --   grace (absent: none), max_requests, max_tokens, max_per_tenant, max_bytes, max_tenant_bytes,
 --   kept_bytes, base_bytes, token_bytes, keep (absent: the resume window),
 --   idempotency_bytes, key (absent: none), tokens_per_minute, max_in_flight (absent: no
---   limit), of a sharded queue also shared (true), evict (boolean) and prepaid (tokens that other shards
---   have counted): see shares.py; and requests of {id, cost, timeout, priority, share, bytes, features}.
+--   limit), of a sharded queue also shared (true), evict (boolean), prepaid (tokens that other shards
+--   have counted) and debt (tokens that these have counted beyond their shares): see shares.py; and
+--   requests of {id, cost, timeout, priority, share, bytes, features}.
 -- ARGV[2]: the manifest, ARGV[3]: the input, ARGV[3 + i]: the body of request i.
 -- Returns {status, submission to follow, queued requests, queued tokens, and of the key's tokens: ms to
 --   wait, ms used, as text}.
@@ -44,7 +45,10 @@ local most_in_flight = most(args.max_in_flight, 'k:' .. (key or ''))
 if in_flight('t:' .. tenant) > most(args.max_per_tenant, 't:' .. tenant) then return reply('tenant') end
 if most_in_flight and in_flight('k:' .. key) > most_in_flight then return reply('tenant') end
 local metered = cost - (args.prepaid or 0)
-local wait = metered > 0 and wait_ms(tokens_meter, args.tokens_per_minute, metered) or 0
+local wait = 0
+if metered > 0 then
+  wait = wait_ms(tokens_meter, args.tokens_per_minute, metered + (args.debt or 0))
+end
 if wait > 0 then return reply('rate', nil, wait) end
 if not fits('t:' .. tenant, most(args.max_tenant_bytes, 'b:' .. tenant)) then
   return reply('tenant_storage')
@@ -104,5 +108,5 @@ if idem then
     count_bytes(tenant, args.idempotency_bytes)
   end
 end
-redis.call('PUBLISH', WORK, 'new')
+redis.call('SPUBLISH', WORK, 'new')
 return reply('ok')
