@@ -91,6 +91,7 @@ class Cluster:
                 self.card,
                 numeric_class=newest.numeric_class,
                 max_model_len=min([self.card.max_model_len, *lengths]),
+                block_size=newest.block_size if len(engines) > 1 else 0,
             )
             if known != self.card:
                 self.card = known

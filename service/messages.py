@@ -175,6 +175,8 @@ class Submission:
     grace: float | None = None
     allowance: Allowance | None = None  # None: the key has no limits
     keep: float | None = None  # None: the resume window, without `input`
+    # Per request, names of prefixes of its prompt, longest first: see `service.prefixes`. A hint.
+    prefixes: tuple[tuple[str, ...], ...] = ()
     input: str = ""  # what later calls need of this one; the queue never reads it
 
 
@@ -242,6 +244,7 @@ class ModelCard:
     vocab_size: int
     numeric_class: str  # weights digest, kernel family, dtype, version: if equal, equal bits
     created: int  # Unix seconds
+    block_size: int = 0  # of the engines' prefix caches, tokens; 0: not worth choosing an engine
     vocabulary: str = ""  # digest of the tokenizer's vocabulary; empty: unknown
 
     @property

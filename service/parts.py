@@ -210,6 +210,7 @@ class EngineSide:
             blocks_cached=latest.blocks_cached if latest else 0,
             blocks_free=latest.blocks_free if latest else self._loaded.runner.num_blocks,
             max_model_len=card.max_model_len,
+            block_size=self._loaded.runner.block_size,
             tokens_per_second=self._metrics.tokens_per_second(),
             features=(*FEATURES, model_feature(card.key)),
         )

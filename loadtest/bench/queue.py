@@ -2,7 +2,8 @@
 
 Engines without a model claim, append, renew and finish through the queue, against a redis-server of
 the benchmark's own that syncs its append-only file every second. Figures are the CPU time that the
-server reports (INFO: user and system, all threads), so load on the machine hardly changes them.
+server reports (INFO: user and system, all threads), and the least of several repeats: load on the
+machine adds to it, because other processes evict the server's caches.
 
 steps   Each engine writes one record for each of its streams per step, renews every 20 steps, and
         writes the next step when the readers of its streams have received this one: no reader saves
@@ -206,9 +207,12 @@ def print_steps(options: argparse.Namespace) -> None:
     )
     rows = [(engines, 1) for engines in options.engines] + [(options.engines[-1], 4)]
     for engines, per_record in rows:
-        with redis_server() as port:
-            bench = StepBench(options, port=port, per_record=per_record)
-            steps, whole = asyncio.run(bench.run(engines))
+        results = []
+        for _ in range(options.repeats):
+            with redis_server() as port:
+                bench = StepBench(options, port=port, per_record=per_record)
+                results.append(asyncio.run(bench.run(engines)))
+        steps, whole = (min(column) for column in zip(*results, strict=True))
         records = engines * options.streams * (options.steps - 1)
         tokens = engines * options.streams * options.steps * per_record
         print(
@@ -283,15 +287,20 @@ async def answer(queue: Queue, number: int) -> float:
     return first
 
 
-async def measure_idle(port: int, count: int, seconds: float) -> tuple[float, float, float]:
+async def measure_idle(
+    port: int, count: int, *, seconds: float, repeats: int
+) -> tuple[float, float, float]:
     """Share of a core of `count` idle engines; CPU seconds and median delay of an answer."""
     async with asyncio.timeout(_PATIENCE), queues(port, 1, limits=QueueLimits()) as (api,):
         while len(await api.engines()) < count:  # noqa: ASYNC110  # of other processes
             await asyncio.sleep(0.5)
         await asyncio.sleep(2.0)
-        before, began = cpu_seconds(port), time.monotonic()
-        await asyncio.sleep(seconds)
-        share = (cpu_seconds(port) - before) / (time.monotonic() - began)
+        shares = []
+        for _ in range(repeats):
+            before, began = cpu_seconds(port), time.monotonic()
+            await asyncio.sleep(seconds)
+            shares.append((cpu_seconds(port) - before) / (time.monotonic() - began))
+        share = min(shares)
         if not count:
             return share, 0.0, 0.0
         before, began = cpu_seconds(port), time.monotonic()
@@ -307,7 +316,8 @@ def print_idle(options: argparse.Namespace) -> None:
     )
     for count in options.idle:
         with redis_server() as port, idle_engines(port, count):
-            share, busy, delay = asyncio.run(measure_idle(port, count, options.seconds))
+            measured = measure_idle(port, count, seconds=options.seconds, repeats=options.repeats)
+            share, busy, delay = asyncio.run(measured)
         each = f"{share / count * 1e6:.0f}" if count else "-"
         per_answer = f"{busy * 1e3:.2f} | {delay * 1e3:.1f}" if count else "- | -"
         print(f"| {count:,} | {share:.1%} | {each} | {per_answer} |", flush=True)
@@ -317,9 +327,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=("steps", "idle"))
     parser.add_argument("--engines", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--streams", type=int, default=64, help="per engine")
-    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--idle", type=int, nargs="+", default=[0, 100, 1000])
-    parser.add_argument("--seconds", type=float, default=20.0, help="of idling")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of idling")
+    parser.add_argument("--repeats", type=int, default=3)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -15,8 +15,7 @@ The block table of a sequence, whose last block is never shared:
     blocks  [ full, findable ][ full ][ partly filled ]
               shared by digest  private until published
 
-A digest covers all tokens up to the end of its block, the tenant and the numeric class. It is a
-chain of BLAKE2b-256, so that not even a forged collision can expose the KV of other tokens.
+Digests are those of `service.prefixes`.
 
 Invariants (`check_integrity`): blank, cached and held blocks are disjoint and together all; the
 reference count of a block is the number of tables that hold it; a digest names one block.
@@ -24,29 +23,8 @@ reference count of a block is the number of tables that hold it; a digest names 
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-
-_DIGEST_BYTES = 32
-
-
-def chain_root(*salts: str) -> bytes:
-    """The start of a chain of digests; chains with different salts never share a block."""
-    root = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for salt in salts:
-        encoded = salt.encode("utf-8", "surrogatepass")
-        root.update(len(encoded).to_bytes(8, "little"))
-        root.update(encoded)
-    return root.digest()
-
-
-def chain_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Digest of a full block whose predecessor (or root) has the digest `parent`."""
-    return hashlib.blake2b(
-        parent + array("q", tokens).tobytes(), digest_size=_DIGEST_BYTES
-    ).digest()
 
 
 class BlockAllocator:
@@ -81,6 +59,10 @@ class BlockAllocator:
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold that many tokens."""
         return -(-num_tokens // self.block_size)
+
+    def is_findable(self, digest: bytes) -> bool:
+        """Whether some block has this digest. May be called by any thread."""
+        return digest in self._found
 
     def find(self, digests: Iterable[bytes]) -> list[int]:
         """Blocks of the longest prefix of `digests` that is stored. They are not taken yet."""

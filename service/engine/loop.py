@@ -128,6 +128,10 @@ class EngineLoop:
         """
         return self._inbox.under_served_room
 
+    def held_prefixes(self) -> frozenset[str]:
+        """Names of the prefixes in its cache by which requests find it: see `service.prefixes`."""
+        return self._scheduler.held.names()
+
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""

@@ -30,9 +30,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable
 
-from service.engine.blocks import BlockAllocator, chain_digest, chain_root
+from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
 from service.engine.guide import Guide
+from service.engine.held import HeldPrefixes
 from service.engine.order import WaitingOrder
 from service.engine.plan import EngineConfig, Plan, StepBudget
 from service.engine.sequence import Sequence, SequenceStatus
@@ -40,6 +41,7 @@ from service.engine.shares import Shares, rank, split_evenly
 from service.engine.speculate import Speculator
 from service.errors import BadRequest
 from service.messages import GenerationRequest
+from service.prefixes import chain_digest, chain_root, is_announced
 
 
 class Scheduler:
@@ -57,6 +59,7 @@ class Scheduler:
     ) -> None:
         self.max_model_len = min(max_model_len, config.max_model_len or max_model_len)
         self.running: list[Sequence] = []  # in order of admission
+        self.held = HeldPrefixes(allocator)
         self._config = config
         self._allocator = allocator
         self._cost = cost
@@ -339,8 +342,11 @@ class Scheduler:
 
     def _publish(self, sequence: Sequence, num_full: int) -> None:
         digests = self._digests(sequence, num_full)
+        prompt_end = (sequence.num_prompt - 1) // self._allocator.block_size
         for index in range(sequence.num_published, len(digests)):
             self._allocator.publish(sequence.blocks[index], digests[index])
+            if is_announced(index + 1) or index + 1 == prompt_end:
+                self.held.note(digests[index])
         sequence.num_published = num_full
 
     def _preempt(self, plan: Plan, sequence: Sequence) -> None:
@@ -354,6 +360,8 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         """Takes a running sequence out of the batch and releases its blocks."""
         self.running.remove(sequence)
+        if sequence.digests and sequence.num_published:
+            self.held.note(sequence.digests[sequence.num_published - 1])
         if sequence.batch_slot is not None:
             self._free_slots.append(sequence.batch_slot)
         sequence.batch_slot = None

@@ -28,6 +28,11 @@ bystander   another request of an engine that died while it isolated suspects: n
 
 Requests without a counted death never wait for any of this.
 
+Affinity. Engines announce the prefixes that they hold (`hold`), and a submission names those of its
+prompts. If several engines are there, a new request is *reserved* for those that hold its longest
+prefix, for `RESERVED_FOR` seconds, or until its holders run `OVERLOADED` requests more than the
+engine that asks. Others pass it over meanwhile; the order of priorities and turns stays the same.
+
 Implementations: `memory` (embedded, one process) and `redis`; `tests/queues/contract.py` runs
 against both.
 """
@@ -35,7 +40,7 @@ against both.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, Self
@@ -68,6 +73,14 @@ CRASH_LOOP = "engine_crash_loop"
 """Error code of a request that is failed for the deaths of its engines."""
 MAX_EVICTED = 64
 """Kept submissions that one call may evict to make room."""
+RESERVED_FOR = 0.05
+"""Seconds for which a request waits for an engine that holds its prefix."""
+OVERLOADED = 8
+"""Running requests that the holder of a prefix may have more than the engine that asks."""
+HELD_FOR = 300.0
+"""Seconds after which what an engine holds is forgotten unless it announces it again."""
+MAX_HOLDERS = 8
+"""Engines that hold a prefix beyond which it reserves nothing: it is found almost anywhere."""
 ENGINE_SILENCE = 10.0
 """Seconds since its last heartbeat after which an engine is no longer listed."""
 PAGE_TOKENS = 128
@@ -215,6 +228,7 @@ class EngineInfo:
     max_model_len: int = 0  # 0: unknown
     tokens_per_second: float = 0.0  # recently
     features: tuple[str, ...] = ()  # it claims only requests whose features are among them
+    block_size: int = 0  # of its prefix cache, tokens; 0: unknown
 
     def serves(self, card: ModelCard) -> bool:
         """Whether it answers requests for this model."""
@@ -332,6 +346,11 @@ class Queue(Protocol):
         """Raises `Unavailable` if the queue does not accept writes; a full queue does."""
 
     # --- the engine's side ----------------------------------------------------------------
+    async def hold(self, engine: str, prefixes: Collection[str]) -> None:
+        """Replaces the names of the prefixes that an engine holds; a hint, for requests that are
+        submitted from now on. It is forgotten after `HELD_FOR` seconds, or with the store's data.
+        """
+
     async def claim(
         self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
@@ -339,7 +358,8 @@ class Queue(Protocol):
         waits up to `wait` seconds for the first one. Higher priorities first, and in one priority
         tenants in turns, by tokens. Claims up to `under_served` more, of tenants whose turn it is
         and that have fewer running requests than the average: a full engine preempts others for
-        them. Also a heartbeat of the engine, and nothing else if both limits are 0.
+        them. Also a heartbeat of the engine, and nothing else if both limits are 0: then it waits
+        no longer, and what is submitted next wakes other engines.
         """
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:

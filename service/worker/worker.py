@@ -7,6 +7,7 @@ requests up, so that other engines continue them. Independent of HTTP and tensor
     claim loop     queue.claim -> WorkTable -> engine.add    only what the engine has room for
     JournalWriter  engine events -> queue.write              one round trip for all events at hand
     LeaseKeeper    queue.renew every third of a lease        what is lost is aborted
+    announce loop  engine.held_prefixes -> queue.hold        so that chats come back to their engine
     stop loop      queue.stops -> engine.abort               a hint: the next renewal finds out too
 
 Every call of the queue may raise `Unavailable`. Claims, writes, renewals and the stop loop retry
@@ -37,6 +38,7 @@ from service.worker.leased_work import WorkTable
 from service.worker.leases import Backoff, LeaseKeeper
 from service.worker.observer import WorkerObserver
 
+ANNOUNCE_EVERY = 1.0  # seconds; the prefixes that the engine holds, for other processes to see
 CLAIM_WAIT = 0.25  # seconds; a drain waits for the claim in flight
 HEARTBEAT = 1.0  # seconds at most between two heartbeats; a third of a lease if that is less
 GIVE_BACK_WITHIN = 3.0  # seconds; if the store is away for longer, the leases expire
@@ -109,7 +111,9 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._journal.open()
         self._engine.start()
-        loops = (self._claim_loop, self._journal.run, self._leases.run, self._stop_loop)
+        loops = [self._claim_loop, self._journal.run, self._leases.run, self._stop_loop]
+        if self._queue.shared:
+            loops.append(self._announce_loop)
         tasks = [asyncio.create_task(loop(), name=f"worker {loop.__qualname__}") for loop in loops]
         signals = [asyncio.create_task(event.wait()) for event in (self._draining, self._failed)]
         try:
@@ -173,6 +177,8 @@ class Worker:
             backoff.reset()
             heard = self._clock()
             await self._admit(claims)
+        with contextlib.suppress(Unavailable):  # work that comes now wakes other engines
+            await self._queue.claim(self._info(), limit=0, wait=0.0)
 
     def _room(self) -> tuple[int, int]:
         """Requests to claim: of any tenant, and beyond those of under-served tenants."""
@@ -205,6 +211,13 @@ class Worker:
         self._engine.add(
             Work(request=claim.request, tokens=claim.tokens, remaining_ms=claim.remaining_ms)
         )
+
+    async def _announce_loop(self) -> None:
+        """A hint: what cannot be sent now is sent next time."""
+        while True:
+            await asyncio.sleep(ANNOUNCE_EVERY)
+            with contextlib.suppress(Unavailable):
+                await self._queue.hold(self._info().id, self._engine.held_prefixes())
 
     async def _stop_loop(self) -> None:
         backoff = Backoff()

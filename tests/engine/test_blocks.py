@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from service.engine.blocks import BlockAllocator, chain_digest, chain_root
+from service.engine.blocks import BlockAllocator
+from service.prefixes import chain_digest, chain_root
 
 NUM_BLOCKS = 6
 

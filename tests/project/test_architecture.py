@@ -36,7 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.chat": ("httpx", "rich", "service.errors"),
     "service.engine": (
         "numpy", "model.batch", "model.grammar", "model.runners", "service.messages",
-        "service.errors", "service.thinking", "service.engine",
+        "service.errors", "service.prefixes", "service.thinking", "service.engine",
     ),
     "service.queues": (
         "service.decoding", "service.messages", "service.errors", "service.queues",
@@ -52,8 +52,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.api": (
         "fastapi", "starlette", "pydantic", "pydantic_core", "orjson", "model.text",
         "model.grammar", "model.grammar_validator", "service.decoding", "service.messages",
-        "service.errors", "service.fair_pool", "service.queues", "service.api", "service.keys",
-        "service.thinking",
+        "service.errors", "service.fair_pool", "service.prefixes", "service.queues",
+        "service.api", "service.keys", "service.thinking",
     ),
     "service.http": (
         "uvicorn", "httptools", "fastapi", "service.errors", "service.settings", "service.api",

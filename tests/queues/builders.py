@@ -226,6 +226,11 @@ async def claim_one(queue: Queue, engine: EngineInfo | None = None, *, wait: flo
     return claim
 
 
+async def ids_claimed(queue: Queue, engine: EngineInfo, *, limit: int = 1) -> list[str]:
+    """Ids of the requests that are claimed now, in order."""
+    return [claim.request.id for claim in await queue.claim(engine, limit=limit, wait=0)]
+
+
 async def finish(queue: Queue, claim: Claim, *, length: int) -> None:
     """Journals the rest of a claim's right answer and its end."""
     rid, start = claim.request.id, len(claim.tokens)

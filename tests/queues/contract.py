@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -36,9 +38,14 @@ from service.queues.admission import (
 )
 from service.queues.contract import (
     CLEARED_AFTER,
+    ENGINE_SILENCE,
     FINAL_SILENCE,
+    MAX_HOLDERS,
+    OVERLOADED,
     PAGE_TOKENS,
+    RESERVED_FOR,
     Claim,
+    EngineInfo,
     Lease,
     ModelDepth,
     Queue,
@@ -55,6 +62,7 @@ from tests.queues.builders import (
     claim_one,
     count_stored,
     finish,
+    ids_claimed,
     ids_of,
     make_engine,
     make_submission,
@@ -63,6 +71,7 @@ from tests.queues.builders import (
 )
 from tests.support.waiting import PATIENCE
 
+TENANTS = itertools.count()
 LIMITS = QueueLimits(
     max_requests=6,
     max_tokens=100,
@@ -170,6 +179,112 @@ class QueueContract:
         for claim in (first, *others):
             await finish(queue, claim, length=1)
         assert (await queue.depth()).by_model == {"b": of_b}
+
+    # --- affinity -------------------------------------------------------------------------
+    async def test_a_prefix_goes_to_the_engine_that_holds_it(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        """Whoever asks first, while others get what is behind it; then to anyone."""
+        holder, other = await self.holder_and_other(queue, held=["ab", "a"])
+        first = await self.submit(queue, "abc", "ab")
+        second = await self.submit(queue, "x")
+        assert await ids_claimed(queue, other, limit=4) == [second]
+        assert await ids_claimed(queue, holder, limit=4) == [first]
+        third = await self.submit(queue, "a")
+        assert await ids_claimed(queue, other) == []
+        await passes(RESERVED_FOR + 0.01)
+        assert await ids_claimed(queue, other) == [third]
+
+    async def test_turns_and_priorities_are_older_than_prefixes(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        """A holder takes what is first, not what it holds; so do all."""
+        holder, other = await self.holder_and_other(queue, held=["a"])
+        last = await self.submit(queue, "a", priority=2)
+        early = await self.submit(queue)
+        await passes(0.002)
+        late = await self.submit(queue, "a")
+        first = await self.submit(queue, "x", priority=0)
+        assert await ids_claimed(queue, holder, limit=4) == [first, early, late, last]
+        assert await ids_claimed(queue, other, limit=4) == []
+
+    async def test_nothing_is_reserved_for_an_engine_that_is_gone(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        """Not listed any more, or it dropped the prefix, or never was there."""
+        holder, other = await self.holder_and_other(queue, held=["a"])
+        await queue.hold("never", ["b"])
+        unknown = await self.submit(queue, "b")
+        assert await ids_claimed(queue, other) == [unknown]
+        await queue.hold(holder.id, ["c"])
+        dropped = await self.submit(queue, "a")
+        assert await ids_claimed(queue, other) == [dropped]
+        await passes(ENGINE_SILENCE + 0.01)
+        await queue.claim(other, limit=0, wait=0)
+        silent = await self.submit(queue, "c")
+        assert silent in await ids_claimed(queue, other, limit=3)
+
+    async def test_a_reservation_ends_with_its_request_or_its_holder(self, queue: Queue) -> None:
+        holder, other = await self.holder_and_other(queue, held=["a"])
+        cancelled = await self.submit(queue, "a")
+        await queue.stop([cancelled], FinishReason.CANCELLED)
+        freed = await self.submit(queue, "a")
+        await queue.hold(holder.id, [])
+        assert await ids_claimed(queue, other) == [freed]
+        assert await ids_claimed(queue, holder) == []
+
+    async def test_the_only_engine_waits_for_nothing(self, queue: Queue) -> None:
+        """Not even for one that held a prefix under another id before it was restarted."""
+        only = make_engine("only")
+        await queue.claim(only, limit=0, wait=0)
+        await queue.hold("before", ["a"])
+        submitted = await self.submit(queue, "a")
+        assert await ids_claimed(queue, only) == [submitted]
+
+    async def test_many_holders_and_one_with_much_work_reserve_nothing(self, queue: Queue) -> None:
+        holder, other = await self.holder_and_other(queue, held=["a"], running=OVERLOADED + 1)
+        free = await self.submit(queue, "a")
+        assert await ids_claimed(queue, other) == [free]
+        await queue.claim(replace(holder, running=OVERLOADED), limit=0, wait=0)
+        reserved = await self.submit(queue, "a")
+        assert await ids_claimed(queue, other) == []
+        assert await ids_claimed(queue, holder) == [reserved]
+        for number in range(MAX_HOLDERS):
+            await queue.claim(make_engine(f"{number}"), limit=0, wait=0)
+            await queue.hold(f"{number}", ["a"])
+        common = await self.submit(queue, "a")
+        assert await ids_claimed(queue, other) == [common]
+
+    async def test_a_waiting_engine_gets_what_is_not_claimed_in_time(
+        self, queue: Queue, passes: Passes
+    ) -> None:
+        _, other = await self.holder_and_other(queue, held=["a"])
+        submitted = await self.submit(queue, "a")
+        claiming = asyncio.create_task(queue.claim(other, limit=1, wait=PATIENCE))
+        await asyncio.sleep(0)
+        await passes(RESERVED_FOR + 0.01)
+        async with asyncio.timeout(PATIENCE / 2):
+            (claim,) = await claiming
+        assert claim.request.id == submitted
+
+    @staticmethod
+    async def holder_and_other(
+        queue: Queue, *, held: Sequence[str], running: int = 0
+    ) -> tuple[EngineInfo, EngineInfo]:
+        """Two engines that the queue knows; the first one holds prefixes."""
+        holder, other = make_engine("holder", running=running), make_engine("other")
+        for engine in (holder, other):
+            assert await queue.claim(engine, limit=0, wait=0) == []
+        await queue.hold(holder.id, held)
+        return holder, other
+
+    @staticmethod
+    async def submit(queue: Queue, *prefixes: str, **fields: Any) -> str:
+        """The id of a new request, of a tenant of its own."""
+        tenant = f"t{next(TENANTS)}"
+        submission = replace(make_submission(tenant=tenant, **fields), prefixes=(prefixes,))
+        assert (await queue.submit(submission)).status is SubmitStatus.OK
+        return submission.requests[0].id
 
     # --- what a key may use ---------------------------------------------------------------
     async def test_requests_a_minute(self, queue: Queue) -> None:
@@ -476,6 +591,53 @@ class QueueContract:
         assert (await append(queue, lease, other_end)).status is WriteStatus.FENCED
         expected = [first, second, stop_at(3)]
         assert list(await queue.read(claim.request.id)) == expected
+
+    @pytest.mark.parametrize("seed", range(8))
+    async def test_a_step_is_written_as_its_records_one_by_one_are(
+        self, queue: Queue, seed: int
+    ) -> None:
+        """Two requests, whose records are new, repeated, too early, of a stale lease, or ends."""
+        draw = random.Random(seed)
+        outcomes = []
+        steps = [
+            [(draw.randrange(2), draw.randrange(5), draw.randrange(1, 4)) for _ in range(12)]
+            for _ in range(3)
+        ]
+        for at_once in (True, False):
+            await queue.submit(make_submission(2))
+            claims = await queue.claim(make_engine(), limit=2, wait=0)
+            claims = sorted(claims, key=lambda claim: claim.request.id)
+            counts, ended = [0, 0], set[int]()
+            replies: list[WriteReply] = []
+            for step in steps:
+                writes = []
+                for index, kind, length in step:
+                    if index in ended:
+                        continue
+                    rid, start, lease = claims[index].request.id, counts[index], claims[index].lease
+                    record: Record = answer_of(rid, start, start + length)
+                    if kind == 1:
+                        record = answer_of(rid, max(0, start - length), max(1, start))
+                    elif kind == 2:
+                        record = answer_of(rid, start + 1, start + 1 + length)
+                    elif kind == 3:
+                        lease = replace(lease, epoch=lease.epoch + 1)
+                    elif kind == 4 and step is steps[-1]:
+                        record = stop_at(start)
+                        ended.add(index)
+                    else:
+                        counts[index] += length
+                    writes.append(Write(lease, record))
+                if at_once:
+                    replies += await queue.write(writes)
+                else:
+                    replies += [reply for each in writes for reply in await queue.write([each])]
+            journals = [await queue.read(claim.request.id) for claim in claims]
+            lengths = [[len(getattr(r, "ids", ())) for r in journal] for journal in journals]
+            outcomes.append(([(reply.status, reply.count) for reply in replies], lengths))
+            await queue.stop([claim.request.id for claim in claims], FinishReason.CANCELLED)
+        assert outcomes[0] == outcomes[1]
+        assert {status for status, _ in outcomes[0][0]} >= {"ok", "dup", "fenced"}
 
     async def test_records_come_back_as_they_were(self, queue: Queue) -> None:
         """Text beyond ASCII, log probabilities to the last bit, a stop string: all of it."""

@@ -75,7 +75,7 @@ MANIFEST = Manifest(
 ENGINE = EngineInfo(
     id="e1", numeric_class="class-1", version="1.2.3", running=1, waiting=2, blocks_used=3,
     blocks_cached=4, blocks_free=5, max_model_len=8192, tokens_per_second=12.5,
-    features=("grammar",),
+    features=("grammar",), block_size=16,
 )  # fmt: skip
 TOKENS = Tokens(start=2, ids=(1, 300, 70_000), text="né", digest=123_456_789)
 SCORED = Tokens(

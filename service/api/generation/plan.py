@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from types import MappingProxyType
 from typing import Any
 
@@ -32,10 +33,12 @@ from service.api.tools.formats import TOOL_FORMATS, tool_format_name
 from service.api.tools.grammar import validated_tools_grammar
 from service.api.tools.tagged import parameter_types
 from service.errors import BadRequest, Forbidden
-from service.messages import GenerationRequest, Submission, child_ids
+from service.messages import GenerationRequest, ModelCard, Submission, child_ids
+from service.prefixes import prompt_prefixes
 
 DEFAULT_PRIORITY = 1
 LOWEST_PRIORITY = 2
+MAX_FOUND_PROMPTS = 4  # prompts of one call for which engines are found: hashing takes time
 _TIERS = MappingProxyType({"auto": "default", "scale": "default", "fast": "priority"})
 
 
@@ -102,6 +105,7 @@ def plan(
         allowance=call.tenant.allowance,
         keep=None if generation.stored_input is None else context.limits.keep_responses,
         input=generation.stored_input or "",
+        prefixes=_prefixes(requests, manifest.width, context.card),
         # The replica sees its own client leave; the queue sees that a replica is gone.
         grace=None if manifest.grace is None else manifest.grace or context.limits.replica_grace,
     )
@@ -237,6 +241,27 @@ def _choices(
         replace(request, id=next(ids), sampling=replace(request.sampling, choice=choice))
         for request in requests
         for choice in range(width)
+    )
+
+
+def _prefixes(
+    requests: Sequence[GenerationRequest], width: int, card: ModelCard
+) -> tuple[tuple[str, ...], ...]:
+    """Names by which an engine that holds the beginning of a prompt is found, per choice."""
+    if not card.block_size or len(requests) > MAX_FOUND_PROMPTS:
+        return ()
+    return tuple(
+        names
+        for request in requests
+        for names in repeat(
+            prompt_prefixes(
+                request.prompt_ids,
+                tenant=request.tenant,
+                numeric_class=card.numeric_class,
+                block_size=card.block_size,
+            ),
+            width,
+        )
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 from service.errors import NotFound, Unavailable
 from service.messages import Allowance, End, FinishReason, Record, Submission
@@ -225,6 +225,9 @@ class MemoryQueue:
             raise Unavailable("the queue was closed", code="backend_unavailable")
 
     # --- the engine's side ----------------------------------------------------------------
+    async def hold(self, engine: str, prefixes: Collection[str]) -> None:
+        self._machine.affinity.hold(engine, prefixes)
+
     async def claim(
         self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
@@ -237,12 +240,14 @@ class MemoryQueue:
                 await self.check()
                 self._machine.heartbeat(engine.id, engine)
                 claims = self._machine.claim(engine, limit=limit, most=limit + under_served)
+                free_in = self._machine.free_in
                 left = until - loop.time()
                 if claims or left <= 0:
                     return claims
                 news.clear()
                 try:
-                    async with asyncio.timeout(min(left, self._next_lease_end())):
+                    again = min(left, self._next_lease_end(), free_in)
+                    async with asyncio.timeout(again):
                         await news.wait()
                 except TimeoutError:
                     continue

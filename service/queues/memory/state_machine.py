@@ -23,6 +23,7 @@ from service.queues.contract import (
     SubmitStatus,
     WriteStatus,
 )
+from service.queues.memory.affinity import Affinity
 from service.queues.memory.blame import Blame
 from service.queues.memory.submissions import Entry, Submissions
 from service.queues.memory.tenants import Tenants
@@ -52,9 +53,11 @@ class StateMachine:
         self.tenants = Tenants(limits, clock=clock)
         self.engines: dict[str, tuple[float, EngineInfo]] = {}
         self.blame = Blame(limits, clock=clock, engines=self.engines, freed=work_came)
+        self.affinity = Affinity(clock=clock, engines=self.engines)
         self.waiting: tuple[dict[str, Entry], ...] = tuple({} for _ in range(PRIORITIES))
         self.running: dict[str, Entry] = {}
         self.queued_tokens = 0
+        self.free_in = float("inf")  # seconds until what the last claim left to others is free
 
     @property
     def num_waiting(self) -> int:
@@ -112,6 +115,8 @@ class StateMachine:
         self.submissions.put(submission, entries, now=now)
         for entry in entries:
             self.waiting[entry.request.priority][entry.request.id] = entry
+        for entry, prefixes in zip(entries, submission.prefixes, strict=False):
+            self.affinity.reserve(entry.request.id, prefixes)
         self.queued_tokens += cost
         self._work_came()
 
@@ -126,6 +131,7 @@ class StateMachine:
     def claim(self, engine: EngineInfo, *, limit: int, most: int) -> list[Claim]:
         """QUEUED or RUNNING -> RUNNING. `most`: with those of under-served tenants."""
         owner = f"{engine.id}:{secrets.token_hex(6)}"
+        self.free_in = float("inf")
         claims: list[Claim] = []
         orphans = self._orphans(engine) if limit > 0 else []
         for entry in self.blame.next_group(engine, limit=limit):
@@ -138,9 +144,16 @@ class StateMachine:
                 continue
             if self.is_overdue(entry):
                 self.stop(entry, FinishReason.DEADLINE)
-            elif entry.may_run(engine):
+            elif entry.may_run(engine) and self._is_free(entry, engine):
                 claims.append(self._start(entry, engine, owner=owner))
         return claims
+
+    def _is_free(self, entry: Entry, engine: EngineInfo) -> bool:
+        """Whether it is not left to engines that hold its prefix."""
+        left = self.affinity.left_for(entry.request.id, engine)
+        if left is not None:
+            self.free_in = min(self.free_in, left)
+        return left is None
 
     def _orphans(self, engine: EngineInfo) -> list[Entry]:
         """Those that ran already and need no isolation; finds out why their leases are over."""
@@ -249,4 +262,5 @@ class StateMachine:
 
     def _leave_queue(self, entry: Entry) -> None:
         del self.waiting[entry.request.priority][entry.request.id]
+        self.affinity.discard(entry.request.id)
         self.queued_tokens -= admission_cost(entry.request)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from service.errors import Unavailable
@@ -19,14 +20,30 @@ from service.messages import End, FinishReason, GenerationRequest
 from service.queues.contract import Claim, EngineInfo, Lease, Write, WriteReply
 from service.queues.observer import QueueEvent, QueueObserver
 from service.queues.redis.codec import decode_ids
-from service.queues.redis.connection import RedisClient
-from service.queues.redis.keys import ShardKeys
-from service.queues.redis.pubsub import Wake, Wakeups, woken_within
+from service.queues.redis.connection import Command, RedisClient
+from service.queues.redis.keys import ShardKeys, milliseconds
+from service.queues.redis.mailbox import Mailbox
+from service.queues.redis.pubsub import Wake, woken_within
 
-CLAIM_AGAIN = 0.25
-"""Seconds after which a waiting engine looks for work without having been woken."""
-ORPHANS_EVERY = 0.5
-"""Seconds between an engine's looks for requests whose lease is over; at most lease / 3."""
+LOOK_AGAIN = 0.5
+"""Seconds after which a waiting engine looks for work without having been woken; at most lease / 3.
+A lost wake-up delays a request by so much."""
+LOOKS_PER_SECOND = 200
+"""Of all waiting engines of a kind together: if there are many, each looks less often."""
+LONGEST_PAUSE = 2.5
+"""Seconds between two looks of an engine, which are its heartbeats, too."""
+WAITS = 5.0
+"""Seconds for which an engine that waits may be woken."""
+ORPHANS_EVERY = 0.25
+"""Seconds between the looks of all engines of a kind for requests whose lease is over."""
+
+
+@dataclass(slots=True)
+class _Turn:
+    """When an engine looks for work next: at `due` (loop time), or when it is woken."""
+
+    due: float = 0.0
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Claimer:
@@ -37,7 +54,7 @@ class Claimer:
     def __init__(
         self,
         client: RedisClient,
-        wakeups: Wakeups,
+        mailbox: Mailbox,
         *,
         lease: float,
         rules: Mapping[str, int],
@@ -47,53 +64,68 @@ class Claimer:
         write: Callable[[Sequence[Write]], Awaitable[Sequence[WriteReply]]],
     ) -> None:
         self._client = client
-        self._wakeups = wakeups
+        self._mailbox = mailbox
         self._lease = lease
         self._rules = rules
         self._keys = keys
         self._observer = observer
         self._dropped = dropped
         self._write = write
-        self._waiting: set[asyncio.Event] = set()
+        self._turns: dict[str, _Turn] = {}  # by engine
+        # Seconds until a request that the last claim left to other engines is free.
+        self.free_in = float("inf")
+        self.waiting = 0  # engines of the kind, by the last look
         self._unanswered: dict[str, str] = {}  # engine -> owner
-        self._next_orphans = 0.0  # loop time
+        self._released = False  # requests were, since the last look for orphans
         self._hold_until: float | None = None  # loop time; None before the first claim
 
     async def claim(
         self, engine: EngineInfo, *, limit: int, wait: float, under_served: int
     ) -> Sequence[Claim]:
-        """See `Queue.claim`."""
+        """See `Queue.claim`. While it waits, nothing is sent before the engine's turn."""
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
-        woken = asyncio.Event()
-        self._waiting.add(woken)
-        self._wakeups.watch(self._keys.work, self._wake)
-        try:
-            while True:
-                woken.clear()
-                claims = await self._claim_now(engine, limit=limit, most=limit + under_served)
-                left = until - loop.time()
-                if claims or left <= 0:
+        turn = self._turns.setdefault(engine.id, _Turn())
+        while True:
+            if wait <= 0 or turn.woken.is_set() or loop.time() >= turn.due:
+                claims, pause = await self.look(
+                    engine, limit=limit, under_served=under_served, waits=wait > 0 and limit > 0
+                )
+                turn.due = loop.time() + pause
+                if claims:
                     return claims
-                await woken_within(min(left, CLAIM_AGAIN), woken)
-        finally:
-            self._waiting.discard(woken)
+            now = loop.time()
+            if now >= until:
+                return []
+            await woken_within(min(until, turn.due) - now, turn.woken)
 
-    def watch(self, wake: Wake) -> None:
-        """For good: calls `wake` whenever there may be something to claim."""
-        self._wakeups.watch(self._keys.work, self._wake)
-        self._wakeups.watch(self._keys.work, wake)
-
-    def _wake(self, message: bytes) -> None:
-        if message == b"released":
-            self._next_orphans = 0.0
-        for woken in self._waiting:
-            woken.set()
-
-    async def _claim_now(self, engine: EngineInfo, *, limit: int, most: int) -> list[Claim]:
-        orphans = await self._may_take_orphans()
-        owner, reply = await self._ask(engine, limit=limit, most=most, orphans=orphans)
-        found, reclaimed, dropped, overdue, crashed = reply
+    async def look(
+        self, engine: EngineInfo, *, limit: int, under_served: int, waits: bool
+    ) -> tuple[Sequence[Claim], float]:
+        """Claims what is there. If that is nothing and the engine `waits`, it can be woken, and
+        should look again after the returned seconds.
+        """
+        turn = self._turns.setdefault(engine.id, _Turn())
+        self._mailbox.watch(self._wake)
+        self._mailbox.subscribe(engine.id)
+        turn.due = 0.0  # at once, if there is no reply
+        orphans = await self._orphans_pause()
+        if waits and not turn.woken.is_set() and engine.id not in self._unanswered:
+            (waiting,) = await self._client.run(
+                [self._command("poll", engine, orphans=orphans, waits=milliseconds(WAITS))],
+                attempts=1,
+            )
+            if waiting > 0:
+                self.waiting = waiting
+                return [], self._pause(waiting)
+            orphans = 0 if waiting < 0 else orphans
+        turn.woken.clear()
+        owner, reply = await self._ask(
+            engine, limit=limit, most=limit + under_served, orphans=orphans, waits=waits
+        )
+        found, reclaimed, dropped, overdue, crashed, free_in, waiting = reply
+        self.waiting = waiting
+        self.free_in = float("inf") if free_in < 0 else (free_in + 1) / 1000
         for event, count in (
             (QueueEvent.RECLAIMED, reclaimed),
             (QueueEvent.EXPIRED, overdue),
@@ -104,12 +136,32 @@ class Claimer:
         if dropped:
             self._dropped("entry of a queue", dropped)
         claims = [await self._claim_of(fields, owner=owner) for fields in found]
-        return [claim for claim in claims if claim is not None]
+        pause = min(self._pause(waiting), self.free_in)
+        return [claim for claim in claims if claim is not None], pause
 
-    async def _may_take_orphans(self) -> bool:
-        """After an outage or a restart of Redis the owners get one lease to renew theirs first.
+    def _pause(self, waiting: int) -> float:
+        """Seconds to the next look of each of so many engines; 0 if none waits."""
+        if not waiting:
+            return 0.0
+        pause = max(LOOK_AGAIN, min(LONGEST_PAUSE, waiting / LOOKS_PER_SECOND))
+        return min(pause, self._lease / 3) * random.uniform(0.8, 1.0)
 
-        False also while the server is away: this very call may be the first to reach it again.
+    def watch(self, wake: Wake) -> None:
+        """For good: calls `wake` whenever there may be something to claim."""
+        self._mailbox.watch(wake)
+
+    def _wake(self, message: bytes) -> None:
+        if message[:1] == b"s":
+            return
+        self._released |= message == b"r"
+        for turn in self._turns.values():
+            turn.woken.set()
+
+    async def _orphans_pause(self) -> int | None:
+        """Milliseconds between two looks for orphans; None: none now. After an outage or a restart
+        of Redis the owners get one lease to renew theirs first.
+
+        None also while the server is away: this very call may be the first to reach it again.
         """
         now = asyncio.get_running_loop().time()
         if self._hold_until is None:
@@ -118,29 +170,27 @@ class Claimer:
         restored = self._client.restored_at
         if restored is not None:
             self._hold_until = max(self._hold_until, restored + self._lease)
-        if self._client.away or now < max(self._hold_until, self._next_orphans):
-            return False
-        self._next_orphans = now + min(ORPHANS_EVERY, self._lease / 3)
-        return True
+        if self._client.away or now < self._hold_until:
+            return None
+        released, self._released = self._released, False
+        return 0 if released else milliseconds(min(ORPHANS_EVERY, self._lease / 3))
 
     async def _ask(
-        self, engine: EngineInfo, *, limit: int, most: int, orphans: bool
+        self, engine: EngineInfo, *, limit: int, most: int, orphans: int | None, waits: bool
     ) -> tuple[str, list[Any]]:
         """The owner of what was claimed, and the script's reply."""
         unanswered = self._unanswered.pop(engine.id, None)
         owner = unanswered or f"{engine.id}:{secrets.token_hex(6)}"
-        command = self._client.script(
+        command = self._command(
             "claim",
-            self._keys.admission,
-            engine=engine.id,
-            numeric_class=engine.numeric_class,
-            features=engine.features,
-            report=json.dumps(asdict(engine), separators=(",", ":")),
+            engine,
+            running=engine.running,
             owner=owner,
             replay=unanswered is not None,
             limit=limit,
             most=most,
             orphans=orphans,
+            waits=milliseconds(WAITS) if waits else None,
             **self._rules,
         )
         answered = False
@@ -151,6 +201,16 @@ class Claimer:
             if not answered:  # failed or cancelled: the script may have run nevertheless
                 self._unanswered[engine.id] = owner
         return owner, reply
+
+    def _command(self, script: str, engine: EngineInfo, **arguments: object) -> Command:
+        return self._client.script(
+            script,
+            self._keys.admission,
+            engine=engine.id,
+            kind="\n".join((engine.numeric_class, " ".join(sorted(engine.features)))),
+            report=json.dumps(asdict(engine), separators=(",", ":")),
+            **arguments,
+        )
 
     async def _claim_of(self, fields: list[Any], *, owner: str) -> Claim | None:
         """A claim from the script's reply; None if it is malformed, and its request was ended."""

@@ -28,13 +28,18 @@
     quire:2:{s0}:left         zset     submission by the time at which it counts as abandoned, ms
     quire:2:{s0}:swept        string   start of the present run of sweeps without a pause, ms
     quire:2:{s0}:engines      hash     engine -> "<last seen, ms> <JSON>"
+    quire:2:{s0}:h:<prefix>   hash     the engines that hold a prefix
+    quire:2:{s0}:reserved     hash     queued request -> "<until, ms> <prefix>": left to its holders
     quire:2:{s0}:suspects     zset     suspect that waits for its isolation, by the time, ms
     quire:2:{s0}:lane         hash     isolated request -> the engine that runs it
     quire:2:{s0}:isolates:<e>  string  when engine <e> last began to isolate requests, ms
     quire:2:{s0}:blamed:<e>   set      requests that the death of engine <e> counts against
     quire:2:{s0}:probe        none     never set; deleting it tests whether the server takes writes
-    quire:2:{s0}:m:<mailbox>  channel  messages to one process: see mail.lua
-    quire:2:{s0}:work, stops  channel  something to claim; a running request was stopped
+    quire:2:{s0}:m:<name>     channel  messages to an engine or to a reader's mailbox: see mail.lua
+    quire:2:{s0}:kinds        set      the kinds <k> of engines that may wait: see mail.lua
+    quire:2:{s0}:waiting:<k>  zset     engine of a kind by the time, ms, up to which it waits for
+                                       something to claim
+    quire:2:{s0}:looked:<k>   string   engines of this kind have just looked for orphans
 
 The 2 is the version of this layout (`LAYOUT`): processes with another one do not see these keys.
 The braces are the hash tag of Redis Cluster: all keys of a shard are in one slot. In a cluster the
@@ -64,9 +69,7 @@ class ShardKeys:
         self.gone = self.prefix + "gone"
         self.lent = self.prefix + "lent"
         self.engines = self.prefix + "engines"
-        self.work = self.prefix + "work"
         self.probe = self.prefix + "probe"
-        self.stops = self.prefix + "stops"
 
     def tokens_of(self, key: str) -> str:
         """The meter of an API key's tokens per minute."""

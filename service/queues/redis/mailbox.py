@@ -1,4 +1,5 @@
-"""Mailbox: what the scripts send to this process (`mail.lua`): above all new records of journals.
+"""Mailbox: what the scripts send to this process (`mail.lua`): new records of journals that it
+reads, requests that were stopped, and that there is something to claim.
 
 A journal's stream is authoritative. A message saves its reader the trip: it has the records
 themselves. Messages are lost if the connection breaks; then, and if a follower does not keep up,
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from service.messages import End, Record
 from service.queues.redis.codec import Malformed, decode_entry
 from service.queues.redis.keys import ShardKeys
-from service.queues.redis.pubsub import Wakeups
+from service.queues.redis.pubsub import Wake, Wakeups
 
 HELD = 64
 """Records that are held for a follower that is slower than the answer."""
@@ -63,7 +64,7 @@ class Inbox:
 
 
 class Mailbox:
-    """Subscribed from the first `open` on. Calls `dropped` with a description of each entry that is
+    """Calls `dropped` with a description of each entry that is
     not a record.
     """
 
@@ -72,13 +73,27 @@ class Mailbox:
     ) -> None:
         self.name = secrets.token_hex(6)
         self._wakeups = wakeups
-        self._channel = keys.mailbox(self.name)
+        self._keys = keys
         self._dropped = dropped
         self._inboxes: dict[str, set[Inbox]] = {}
+        self._watchers: set[Wake] = set()
+
+    def watch(self, wake: Wake) -> None:
+        """Calls `wake`, which must not block, with each message that has no records, and with an
+        empty one if messages may have been missed.
+        """
+        self._watchers.add(wake)
+
+    def unwatch(self, wake: Wake) -> None:
+        self._watchers.discard(wake)
+
+    def subscribe(self, name: str) -> None:
+        """For good: messages to an engine of this process, or to `name`."""
+        self._wakeups.watch(self._keys.mailbox(name), self._receive)
 
     def open(self, request_id: str) -> Inbox:
-        """An inbox for the records that the scripts send here, see `follow.lua`."""
-        self._wakeups.watch(self._channel, self._receive)
+        """An inbox for the records that the scripts send to `name`, see `follow.lua`."""
+        self.subscribe(self.name)
         inbox = Inbox()
         self._inboxes.setdefault(request_id, set()).add(inbox)
         return inbox
@@ -90,13 +105,15 @@ class Mailbox:
             del self._inboxes[request_id]
 
     def _receive(self, message: bytes) -> None:
-        """A message; empty if messages may have been missed."""
+        if message[:1] == b"j":
+            self._deliver(message)
+            return
         if not message:
             for inboxes in self._inboxes.values():
                 for inbox in inboxes:
                     inbox.miss()
-        elif message[:1] == b"j":
-            self._deliver(message)
+        for wake in tuple(self._watchers):
+            wake(message)
 
     def _deliver(self, message: bytes) -> None:
         begin = 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 
 from service.errors import Unavailable
@@ -53,6 +53,7 @@ from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
 from service.queues.redis.connection import Command, RedisClient, check_server
 from service.queues.redis.depth import decode_depth, depth_commands
+from service.queues.redis.held import HeldPrefixes
 from service.queues.redis.journal import JournalReader, position_of
 from service.queues.redis.keys import milliseconds
 from service.queues.redis.lending import Lender
@@ -99,11 +100,12 @@ class RedisQueue:
             "keep_blame": milliseconds(BLAME_KEPT),
         }
         self.lender = Lender(self._client, self._keys, window=self._rules["window"])
+        self._held = HeldPrefixes(self._client, self._keys.admission)
         self._mailbox = Mailbox(self._wakeups, self._keys, dropped=self._drop)
         self._reader = JournalReader(self._client, self._mailbox, self._keys, dropped=self._drop)
         self._claimer = Claimer(
             self._client,
-            self._wakeups,
+            self._mailbox,
             lease=limits.lease,
             rules=self._rules,
             keys=self._keys,
@@ -244,10 +246,29 @@ class RedisQueue:
         return ("DEL", self._keys.probe)
 
     # --- the engine's side ----------------------------------------------------------------
+    async def hold(self, engine: str, prefixes: Collection[str]) -> None:
+        await self._held.announce(engine, frozenset(prefixes))
+
     async def claim(
         self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
         return await self._claimer.claim(engine, limit=limit, wait=wait, under_served=under_served)
+
+    async def look(
+        self, engine: EngineInfo, *, limit: int, under_served: int, waits: bool
+    ) -> tuple[Sequence[Claim], float]:
+        """A part of `claim`, see `Claimer.look`."""
+        return await self._claimer.look(engine, limit=limit, under_served=under_served, waits=waits)
+
+    @property
+    def free_in(self) -> float:
+        """Seconds until a request that the last claim left to other engines is free."""
+        return self._claimer.free_in
+
+    @property
+    def waiting(self) -> int:
+        """Engines that wait for work, by the last claim."""
+        return self._claimer.waiting
 
     def watch_work(self, wake: Wake) -> None:
         """Calls `wake`, which must not block, whenever there may be something to claim."""
@@ -305,16 +326,16 @@ class RedisQueue:
         self._note(QueueEvent.CRASHED, crashed)
 
     async def stops(self) -> AsyncIterator[str]:
-        hints: asyncio.Queue[bytes] = asyncio.Queue()
-        wake = hints.put_nowait
-        self._wakeups.watch(self._keys.stops, wake)
+        messages: asyncio.Queue[bytes] = asyncio.Queue()
+        wake = messages.put_nowait
+        self._mailbox.watch(wake)
         try:
             while True:
-                message = await hints.get()
-                if message:  # empty: subscribed, at first or again
-                    yield message.decode()
+                message = await messages.get()
+                if message[:1] == b"s":
+                    yield message[1:].decode()
         finally:
-            self._wakeups.unwatch(self._keys.stops, wake)
+            self._mailbox.unwatch(wake)
 
     async def close(self) -> None:
         self._client.refuse()

@@ -4,9 +4,9 @@ An id names its shard (see `service.queues.contract.slot_of`), so each call goes
 shard that is away stops only what it holds: calls about that raise `Unavailable`, writes get AWAY.
 Priorities, the turns of tenants and isolation hold within a shard.
 
-An engine looks for work first in `OWN` shards of its own, by rendezvous hashing of its id, and in
-others if these have none. It looks only in shards that reported work, and while it is idle in one
-at a time, in turns: the number of shards does not change how often.
+An engine looks for work first in a few shards of its own, by rendezvous hashing of its id, and in
+others if these have none. There are so many of its own that a few engines wait in each shard. It
+looks in the shards that reported work, and while it is idle in one at a time, in turns.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from service.queues.redis.shares import Shares, share_limits
 T = TypeVar("T")
 
 OWN = 4
-"""Shards in which an engine looks for work first."""
-LOOK_AGAIN = 0.25
-"""Seconds after which a waiting engine looks into its next shard without having been woken."""
+"""Shards in which each of many engines looks for work first."""
+FEW, MANY = 3, 8
+"""Engines that wait in a shard: each takes one more shard as its own, or one less."""
 GUEST_EVERY = 8
 """One in so many claims begins with the shards of others: a shard may have no engine of its own."""
 
@@ -77,6 +77,7 @@ class ShardedQueue:
         self._fan_out = FanOut(lambda shard: self._shards[shard].check())
         self._shares = Shares(limits, self._shards, self._fan_out)
         self._renewed: dict[int, float] = {}  # shard -> loop time
+        self._due: dict[str, float] = {}  # engine -> loop time of its next look, unless woken
         self._work = _Work(self._shards)
 
     async def open(self) -> None:
@@ -146,6 +147,9 @@ class ShardedQueue:
         await self._of_all(lambda shard: shard.check)
 
     # --- the engine's side ----------------------------------------------------------------
+    async def hold(self, engine: str, prefixes: Collection[str]) -> None:
+        await self._of_all(lambda shard: partial(shard.hold, engine, prefixes))
+
     async def claim(
         self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
@@ -158,16 +162,27 @@ class ShardedQueue:
         if wait <= 0 < limit:
             self._work.look_everywhere()
         while True:
-            self._work.news.clear()
-            claims = await self._claim_now(engine, limit=limit, under_served=under_served)
-            left = until - loop.time()
-            if claims or left <= 0:
-                return claims
-            await woken_within(min(left, LOOK_AGAIN), self._work.news)
+            if wait <= 0 or self._work.news.is_set() or loop.time() >= self._due.get(engine.id, 0):
+                self._work.news.clear()
+                claims, pause = await self._claim_now(
+                    engine, limit=limit, under_served=under_served, waits=wait > 0
+                )
+                self._due[engine.id] = loop.time() + pause / self._work.num_own
+                if claims:
+                    return claims
+            now = loop.time()
+            if now >= until:
+                return []
+            await woken_within(min(until, self._due[engine.id]) - now, self._work.news)
 
-    async def _claim_now(self, engine: EngineInfo, *, limit: int, under_served: int) -> list[Claim]:
-        """From the shards that have work until the limit is reached; at least one is asked."""
+    async def _claim_now(
+        self, engine: EngineInfo, *, limit: int, under_served: int, waits: bool
+    ) -> tuple[list[Claim], float]:
+        """From the shards that have work until the limit is reached; at least one is asked. Also
+        returns the seconds after which each of them should be asked again.
+        """
         claims: list[Claim] = []
+        pauses: list[float] = []
         failure: Unavailable | None = None
         asked = False
         for shard, has_work in self._work.order(engine.id):
@@ -177,22 +192,26 @@ class ShardedQueue:
             if not self._fan_out.is_there(shard):
                 continue
             try:
-                found = await self._fan_out.one(
+                found, pause = await self._fan_out.one(
                     shard,
                     partial(
-                        self._shards[shard].claim,
+                        self._shards[shard].look,
                         engine,
                         limit=room,
-                        wait=0.0,
                         under_served=0 if claims else under_served,
+                        waits=waits and room > 0,
                     ),
                 )
             except Unavailable as error:
                 failure = error
                 continue
             asked = True
+            pauses.append(pause)
+            if waits and room and not found:
+                self._work.waits_with(self._shards[shard].waiting)
             if room:
-                self._work.looked(shard, exhausted=len(found) < room)
+                has_more = len(found) == room or self._shards[shard].free_in < float("inf")
+                self._work.looked(shard, exhausted=not has_more)
             if found:
                 self._renewed[shard] = asyncio.get_running_loop().time()
             claims += found
@@ -200,7 +219,7 @@ class ShardedQueue:
             raise failure or Unavailable(
                 "no shard of the journal's store answers", code="backend_unavailable"
             )
-        return claims
+        return claims, min(pauses)
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         """Never raises Unavailable: what a shard did not write has the reply AWAY or STORAGE."""
@@ -315,6 +334,7 @@ class _Work:
         self._reported = set(range(len(shards)))
         self._watching = False
         self._claims = 0
+        self.num_own = len(shards)
         self.news = asyncio.Event()
 
     def watch(self) -> None:
@@ -327,7 +347,9 @@ class _Work:
     def look_everywhere(self) -> None:
         self._reported.update(range(len(self._shards)))
 
-    def _report(self, shard: int, _message: bytes) -> None:
+    def _report(self, shard: int, message: bytes) -> None:
+        if message[:1] == b"s":  # a request was stopped
+            return
         self._reported.add(shard)
         self.news.set()
 
@@ -335,19 +357,30 @@ class _Work:
         """An engine has looked into a shard, and found all that is there if it is exhausted."""
         (self._reported.discard if exhausted else self._reported.add)(shard)
 
+    def waits_with(self, waiting: int) -> None:
+        """An engine waits in a shard, in which so many do. Few of them need more shards each."""
+        least = min(OWN, len(self._shards))
+        if waiting < FEW:
+            self.num_own = min(len(self._shards), self.num_own + 1)
+        elif waiting > MANY:
+            self.num_own = max(least, self.num_own - 1)
+
     def order(self, engine: str) -> list[tuple[int, bool]]:
         """The shards, and whether there may be work in each: own ones with work, those of others
         with work, and all others; in turns.
         """
         self._claims += 1
-        count = len(self._shards)
-        turns = [(self._claims + index) % count for index in range(count)]
-        own = set(_ranked(engine, count)[:OWN])
-        guest = self._claims % GUEST_EVERY == 0
-        first = [shard for shard in turns if shard in self._reported]
-        first.sort(key=lambda shard: (shard in own) == guest)
-        idle = [shard for shard in turns if shard not in self._reported]
-        return [(shard, True) for shard in first] + [(shard, False) for shard in idle]
+        ranked = _ranked(engine, len(self._shards))
+        own = _turned(ranked[: self.num_own], self._claims)
+        others = _turned(ranked[self.num_own :], self._claims // GUEST_EVERY)
+        turns = others + own if self._claims % GUEST_EVERY == 0 else own + others
+        first = [(shard, True) for shard in turns if shard in self._reported]
+        return first + [(shard, False) for shard in turns if shard not in self._reported]
+
+
+def _turned(shards: Sequence[int], by: int) -> list[int]:
+    at = by % len(shards) if shards else 0
+    return [*shards[at:], *shards[:at]]
 
 
 def _ranked(name: str, count: int) -> list[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
+from itertools import chain, repeat
 from typing import Any
 
 from service.messages import GenerationRequest, Submission
@@ -68,7 +70,7 @@ def submit_command(
         evict=evict,
         prepaid=prepaid or None,
         debt=debt or None,
-        requests=[_admitted(request) for request in submission.requests],
+        requests=[*map(_admitted, submission.requests, chain(submission.prefixes, repeat(())))],
     )
 
 
@@ -89,7 +91,7 @@ def decode_submit(reply: list[Any], submission: Submission) -> SubmitReply:
     )
 
 
-def _admitted(request: GenerationRequest) -> dict[str, Any]:
+def _admitted(request: GenerationRequest, prefixes: Sequence[str]) -> dict[str, Any]:
     """A request as `submit.lua` expects it."""
     return present(
         id=request.id,
@@ -99,4 +101,5 @@ def _admitted(request: GenerationRequest) -> dict[str, Any]:
         share=answer_share(request),
         bytes=request_bytes(request),
         features=" ".join(request.features),
+        prefixes=prefixes,
     )

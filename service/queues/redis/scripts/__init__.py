@@ -15,20 +15,27 @@ from service.messages import End, FinishReason
 from service.queues.contract import (
     CLEARED_AFTER,
     CRASH_LOOP,
+    ENGINE_SILENCE,
     FINAL_SILENCE,
     JOIN_AFTER,
     MAX_EVICTED,
+    MAX_HOLDERS,
+    OVERLOADED,
     PASSED_AFTER,
+    RESERVED_FOR,
 )
 from service.queues.redis.codec import encode_end
 from service.queues.redis.keys import milliseconds
 
 NAMES = (
-    "append", "charge", "claim", "finish", "follow", "forget", "heartbeat", "lend", "oldest",
-    "release", "renew", "stop", "submit", "sweep", "touch",
+    "append", "charge", "claim", "finish", "follow", "forget", "heartbeat", "hold", "lend",
+    "oldest", "poll", "release", "renew", "stop", "submit", "sweep", "touch",
 )  # fmt: skip
-PARTS = ("keys", "meters", "mail", "lane", "storage", "requests", "blame")
-LEAN = {"append": ("keys", "mail", "lane"), "charge": ("keys", "meters"), "follow": ("keys",)}
+PARTS = ("keys", "meters", "mail", "lane", "storage", "affinity", "requests", "blame")
+LEAN = {
+    "append": ("keys", "mail", "lane"), "charge": ("keys", "meters"), "follow": ("keys",),
+    "hold": ("keys", "affinity"), "poll": ("keys", "mail"),
+}  # fmt: skip
 """Scripts that are called most, with the parts that they need; all others get all parts."""
 
 
@@ -68,5 +75,8 @@ def _constants() -> str:
     return (
         f"local CLEARED_AFTER, PASSED_AFTER, FINAL_SILENCE, JOIN_AFTER, MAX_EVICTED = "
         f"{str(numbers)[1:-1]}\n"
+        f"local MAX_HOLDERS, OVERLOADED, RESERVED_FOR, ENGINE_SILENCE = "
+        f"{MAX_HOLDERS}, {OVERLOADED}, {milliseconds(RESERVED_FOR)}, "
+        f"{milliseconds(ENGINE_SILENCE)}\n"
         f"local CANCELLED, DEADLINE, CRASH_LOOP = {records}\n"
     )

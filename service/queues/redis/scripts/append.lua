@@ -24,7 +24,7 @@ local function append(item, record)
     leave_lane(r)
     set_blame(r, {})
   elseif past > PASSED_AFTER and start - died_at <= PASSED_AFTER then
-    redis.call('SPUBLISH', WORK, 'lane')
+    wake_for_suspect()
   end
 end
 

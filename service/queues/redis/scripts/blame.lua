@@ -2,7 +2,6 @@
 -- that died while they ran a request at `dp` tokens, and `att` is their number. A suspect waits in
 -- SUSPECTS, by the time of the death, until an engine isolates it. Reads args.lease, args.max_attempts
 -- and args.keep_blame.
-local function engine_of(r) return string.match(r.own, '^(.*):') or '' end
 local function blamed_key(engine) return PREFIX .. 'blamed:' .. engine end
 
 local function names_in(text)

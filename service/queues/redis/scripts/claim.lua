@@ -1,26 +1,24 @@
 #!lua flags=allow-oom
 -- Hands up to `limit` requests to an engine: by priority, in one priority orphans before new ones, and
 -- these by their turn; up to `most` in all if the next are of tenants below their share.
--- args: engine, owner, numeric_class, features, report (the engine's), limit, most, orphans and replay
---   (booleans), lease, max_attempts, live_ttl, window, keep_blame.
--- Returns {claims, reclaimed, dropped, overdue, crashed}. A claim is {id, epoch, engine deaths, ms left
+-- args: engine, running (requests of the engine), owner, kind (see mail.lua), report (the engine's),
+--   limit, most, orphans (ms between two looks for them by engines of this kind; absent: none), waits (ms
+--   for which it waits if it gets nothing; absent: it does not), replay, lease, max_attempts, live_ttl,
+--   window, keep_blame.
+-- Returns {claims, reclaimed, dropped, overdue, crashed, ms until a request that is left to other engines
+--   is free (-1: there is none), engines of its kind that wait (0: it does not)}. A claim is {id, epoch,
+--   engine deaths, ms left
 --   ('': no deadline), ms that it waited ('': it was claimed before), body, number of tokens up to which
 --   it is isolated ('': it is not), journal values...}.
 local engine, limit, lease, now = args.engine, args.limit, args.lease, now_ms()
 local claims, reclaimed, dropped, overdue, crashed = {}, 0, 0, 0, 0
 note_alive(engine, args.report)
 
-local features = {}
-for _, name in ipairs(args.features) do features[name] = true end
-local function has_all(line)
-  for _, name in ipairs(names_in(line)) do
-    if not features[name] then return false end
-  end
-  return true
-end
+local class, features = string.match(args.kind, '^(.*)\n(.*)$')
+local seeks_orphans = args.orphans and limit > 0 and may_seek_orphans(args.kind, args.orphans)
 local lines = { '' }
 for _, line in ipairs(redis.call('SMEMBERS', LINES)) do
-  if has_all(line) then lines[#lines + 1] = line end
+  if has_all(features, line) then lines[#lines + 1] = line end
 end
 
 local function hand_out(r, epoch)
@@ -38,12 +36,12 @@ end
 
 local function grant(r)
   local epoch = redis.call('HINCRBY', request_key(r.rid), 'ep', 1)
-  redis.call('HSET', request_key(r.rid), 'st', 'running', 'own', args.owner, 'cls', args.numeric_class,
+  redis.call('HSET', request_key(r.rid), 'st', 'running', 'own', args.owner, 'cls', class,
     'ld', now + lease)
   hand_out(r, epoch)
 end
 
-local function may_run(r) return (r.n == 0 or r.cls == args.numeric_class) and has_all(r.ft) end
+local function may_run(r) return (r.n == 0 or r.cls == class) and has_all(features, r.ft) end
 local function is_held(r) return r.st == 'running' and r.own ~= '' and r.ld > now end
 local function has_last_attempt(r) return r.att + 1 >= args.max_attempts end
 
@@ -170,6 +168,7 @@ end
 
 local function orphans(priority)
   local cursor = '0-0'
+  if #claims >= limit then return end
   while #claims < limit do
     local reply = grouped(priority, 'XAUTOCLAIM', queue_key(priority), GROUP, engine, lease, cursor,
       'COUNT', limit - #claims)
@@ -177,6 +176,8 @@ local function orphans(priority)
     cursor = reply[1]
     if cursor == '0-0' then return end
   end
+  redis.call('DEL', PREFIX .. 'looked:' .. args.kind) -- there may be more, for other engines of its kind
+  wake(features, class, 'r')
 end
 
 local function is_below_share(tenant)
@@ -185,18 +186,27 @@ local function is_below_share(tenant)
 end
 
 -- The queued request to take: the one whose turn it is or, for a full engine, the first one of a tenant
--- below its share; at most FEW are examined, because a flood queues up behind itself.
+-- below its share. Those that are left to other engines are passed over. At most FEW are examined,
+-- because a flood queues up behind itself.
 local FEW = 16
+local has_reserved, free_in = redis.call('EXISTS', RESERVED) == 1, -1
+local function is_free(rid)
+  local left = has_reserved and left_for(rid, engine, args.running)
+  if left then free_in = free_in < 0 and left or math.min(free_in, left) end
+  return not left
+end
 local function next_place(priority)
   local full, found, line_of, least = #claims >= limit, nil, nil, nil
   for _, line in ipairs(lines) do
-    local places = redis.call('ZRANGE', turns_key(priority, line), 0, full and FEW - 1 or 0, 'WITHSCORES')
+    local places = redis.call('ZRANGE', turns_key(priority, line), 0,
+      (full or has_reserved) and FEW - 1 or 0, 'WITHSCORES')
     for i = 1, #places, 2 do
       local turn, rid = num(places[i + 1]), string.match(places[i], ' (.*)$') or ''
       if found and turn >= least then break end
       local tenant = not full or redis.call('HGET', request_key(rid), 'ten')
-      if tenant and (not full or is_below_share(tenant)) then
+      if tenant and (not full or is_below_share(tenant)) and is_free(rid) then
         found, line_of, least = places[i], line, turn
+        break
       end
     end
   end
@@ -227,12 +237,30 @@ local function fresh(priority)
   end
 end
 
+-- Wakes other engines for what this one has no room for.
+local function pass_on()
+  for _, line in ipairs({ '', unpack(redis.call('SMEMBERS', LINES)) }) do
+    for priority = 0, 2 do
+      if redis.call('EXISTS', turns_key(priority, line)) == 1 then
+        wake(line, '', 'w')
+        break
+      end
+    end
+  end
+end
+
+redis.call('ZREM', waiting_key(args.kind), engine) -- it does not wait now
 for priority = 0, 2 do
   if args.replay then replay(priority) end
 end
-for priority = 0, 2 do
-  if args.orphans then orphans(priority) end
-  isolate()
-  fresh(priority)
+if seeks_orphans or redis.call('EXISTS', SINCE, SUSPECTS) > 0 then
+  for priority = 0, 2 do
+    if seeks_orphans then orphans(priority) end
+    isolate()
+    fresh(priority)
+  end
+  if #claims >= limit then pass_on() end
 end
-return { claims, reclaimed, dropped, overdue, crashed }
+local waits = args.waits and limit > 0 and #claims == 0
+local waiting = waits and wait_for_work(args.kind, engine) or 0
+return { claims, reclaimed, dropped, overdue, crashed, free_in, waiting }

@@ -4,7 +4,6 @@
 -- of ARGV: they are stored byte for byte, and JSON would copy and escape them. Times are in ms.
 local ADMISSION, args = KEYS[1], cjson.decode(ARGV[1])
 local PREFIX = string.sub(ADMISSION, 1, -4) -- without 'adm'
-local WORK = PREFIX .. 'work'
 
 local function request_key(rid) return PREFIX .. 'r:' .. rid end
 local function journal_key(rid) return PREFIX .. 't:' .. rid end

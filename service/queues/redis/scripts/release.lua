@@ -2,7 +2,7 @@
 -- Releases requests: another engine continues them. If the engine `died`, its death is counted.
 -- args: items (leases: {request, epoch, owner}), died, lease, max_attempts, window, keep_blame.
 -- Returns {released, failed for their crashes}.
-local released, crashed = 0, 0
+local released, crashed, woken = 0, 0, {}
 for _, lease in ipairs(args.items) do
   local r = leased(lease)
   if r and args.died and count_death(r) then
@@ -11,7 +11,9 @@ for _, lease in ipairs(args.items) do
   elseif r then
     release(r, engine_of(r))
     released = released + 1
+    local class = r.n > 0 and r.cls or ''
+    if not woken[r.ft .. class] then wake(r.ft, class, 'r') end
+    woken[r.ft .. class] = true
   end
 end
-if released > 0 then redis.call('SPUBLISH', WORK, 'released') end
 return { released, crashed }

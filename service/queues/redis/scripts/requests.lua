@@ -1,7 +1,7 @@
 -- Requests and submissions: their state, their place in the queues and their ends.
 -- Reads args.live_ttl and args.window.
 local DEADLINES, SINCE = PREFIX .. 'dl', PREFIX .. 'since'
-local SUSPECTS, LINES = PREFIX .. 'suspects', PREFIX .. 'lines'
+local LINES = PREFIX .. 'lines'
 local MODELS = PREFIX .. 'models' -- '<field> <model>' -> queued requests, their tokens, running ones
 local GROUP = 'engines'
 
@@ -20,6 +20,8 @@ local function load(rid)
     eid = v[12], pr = v[13], sub = v[14], by = v[15] or '', dp = tonumber(v[16] or -1),
     iso = v[17] == '1', ft = v[18] or '', rd = v[19] or '' }
 end
+
+local function engine_of(r) return string.match(r.own, '^(.*):') or '' end
 
 -- The request of a lease, or nil if it is not running under that lease any more.
 local function leased(lease)
@@ -71,6 +73,7 @@ end
 -- A line holds the queued requests of one priority that need the same features of an engine.
 local function leave_line(r)
   redis.call('ZREM', turns_key(r.pr, r.ft), r.eid)
+  redis.call('HDEL', RESERVED, string.match(r.eid, ' (.*)$') or r.eid)
   if r.ft == '' then return end
   for priority = 0, 2 do
     if redis.call('EXISTS', turns_key(priority, r.ft)) == 1 then return end
@@ -132,7 +135,7 @@ end
 local function stop_request(r, record)
   redis.call('HINCRBY', request_key(r.rid), 'ep', 1)
   redis.call('HSET', request_key(r.rid), 'own', '')
-  if r.st == 'running' and r.own ~= '' then redis.call('SPUBLISH', PREFIX .. 'stops', r.rid) end
+  if r.st == 'running' and r.own ~= '' then post(engine_of(r), 's' .. r.rid) end
   end_request(r, record)
 end
 

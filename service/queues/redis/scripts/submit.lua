@@ -6,7 +6,8 @@
 --   idempotency_bytes, key (absent: none), tokens_per_minute, max_in_flight (absent: no
 --   limit), of a sharded queue also shared (true), evict (boolean), prepaid (tokens that other shards
 --   have counted) and debt (tokens that these have counted beyond their shares): see shares.py; and
---   requests of {id, cost, timeout, priority, share, bytes, features}.
+--   requests of {id, cost, timeout, priority, share, bytes, features,
+--   prefixes}.
 -- ARGV[2]: the manifest, ARGV[3]: the input, ARGV[3 + i]: the body of request i.
 -- Returns {status, submission to follow, queued requests, queued tokens, and of the key's tokens: ms to
 --   wait, ms used, as text}.
@@ -60,6 +61,7 @@ end
 if not fits('all', most(args.max_bytes, 'b')) then return reply('storage') end
 
 local now, time = now_ms(), redis.call('TIME')
+local wakes = {} -- features -> the engines that hold prefixes of requests that need them
 local arrived = string.format('%d%06d', time[1], time[2])
 for i, request in ipairs(args.requests) do
   local rid, deadline = request.id, request.timeout and now + request.timeout or 0
@@ -70,6 +72,10 @@ for i, request in ipairs(args.requests) do
   local eid = arrived .. ' ' .. rid -- of equal turns the older goes first
   redis.call('ZADD', turns_key(request.priority, request.features), turn, eid)
   if request.features ~= '' then redis.call('SADD', LINES, request.features) end
+  wakes[request.features] = wakes[request.features] or {}
+  for _, engine in ipairs(reserve(rid, request.prefixes, now) or {}) do
+    table.insert(wakes[request.features], engine)
+  end
   redis.call('ZADD', SINCE, now, rid)
   count('q', request.features, 1)
   count('tok', request.features, request.cost)
@@ -108,5 +114,5 @@ if idem then
     count_bytes(tenant, args.idempotency_bytes)
   end
 end
-redis.call('SPUBLISH', WORK, 'new')
+for needed, holders in pairs(wakes) do wake(needed, '', 'w', holders) end
 return reply('ok')
