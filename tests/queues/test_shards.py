@@ -25,6 +25,7 @@ ONE_SHARD = {
     "test_a_last_attempt_is_made_alone_and_others_are_not_blamed",
     "test_a_begun_answer_stays_in_its_numeric_class",
     "test_kept_submissions_make_room_for_new_ones",
+    "test_turns_and_priorities_are_older_than_prefixes",
     "test_the_tenant_that_keeps_most_makes_room",
 }
 """Laws of the order of claims and evictions and of the lane, which hold within a shard."""

@@ -34,7 +34,8 @@ class Lender:
     async def metered(self, key: str) -> float:
         """Seconds until the meter of a key's tokens is back to zero."""
         text, now = await self._client.run([("GET", self._keys.tokens_of(key)), ("TIME",)])
-        return max(0.0, float(text or 0) / 1000 - int(now[0]) - int(now[1]) / 1e6)
+        now_ms = int(now[0]) * 1000 + int(now[1]) // 1000  # as the scripts count
+        return max(0.0, float(text or 0) - now_ms) / 1000
 
     async def lend(
         self,

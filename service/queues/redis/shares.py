@@ -296,11 +296,12 @@ class Shares:
         if allowance is None or limit is None:
             return reply
         used = await self._used(allowance.key, limit)
-        if shard not in used or sum(used.values()) + cost > limit:
+        if shard not in used or sum(used.values()) + cost > limit + ROUNDING * self._count:
             await self._even_out(allowance.key, limit, used)
             return reply
         room = {k: max(0.0, self._rate(limit, k) - tokens) for k, tokens in used.items()}
-        rest = cost - min(cost, 0.999 * room.pop(shard))
+        margin = ROUNDING + self._rate(limit, shard) * 0.002 / MINUTE  # of 2 ms
+        rest = cost - min(cost, max(0.0, room.pop(shard) - margin))
         total = sum(room.values()) or 1.0
         amounts = {k: min(tokens, rest * tokens / total) for k, tokens in room.items() if tokens}
         paid = await self._count_tokens(allowance.key, limit, amounts)
@@ -380,7 +381,8 @@ class Shares:
     async def _usage(
         self, allowance: Allowance, limit: int, submission: Submission, status: SubmitStatus
     ) -> RateUsage:
-        used = sum((await self._used(allowance.key, limit)).values()) * MINUTE / limit
+        tokens = sum((await self._used(allowance.key, limit)).values()) - ROUNDING * self._count
+        used = max(0.0, tokens) * MINUTE / limit
         wait = 0.0
         if status is SubmitStatus.RATE:
             cost = sum(map(admission_cost, submission.requests))
