@@ -97,6 +97,20 @@ async def test_a_shard_that_fails_is_away_until_it_replies(shards: list[Shard]) 
     await fan_out.close()
 
 
+async def test_two_calls_in_flight_both_end(
+    shards: list[Shard], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of two calls to one shard, the second one's end was an error in the event loop."""
+    fan_out = fan_out_over(shards)
+    shards[1].down = True
+    for _ in range(2):
+        fan_out._leave(1, asyncio.create_task(shards[1].call()))
+    await until(lambda: not fan_out._in_flight)
+    assert shards[1].calls == 2
+    assert not caplog.records
+    await fan_out.close()
+
+
 async def test_closing_ends_the_calls_in_flight(impatient: None, shards: list[Shard]) -> None:
     fan_out = fan_out_over(shards)
     shards[0].may.clear()
