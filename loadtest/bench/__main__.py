@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from loadtest.bench import queue
+from loadtest.bench import affinity, queue
 
-COMMANDS = {"queue": queue}
+COMMANDS = {"affinity": affinity, "queue": queue}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -30,8 +30,8 @@ Requests without a counted death never wait for any of this.
 
 Affinity. Engines announce the prefixes that they hold (`hold`), and a submission names those of its
 prompts. If several engines are there, a new request is *reserved* for those that hold its longest
-prefix, for `RESERVED_FOR` seconds, or until its holders run `OVERLOADED` requests more than the
-engine that asks. Others pass it over meanwhile; the order of priorities and turns stays the same.
+prefix, for `RESERVED_FOR` seconds, unless all of them run far more requests than the engine that
+asks (`OVERLOADED`). Others pass it over; the order of priorities and turns stays the same.
 
 Implementations: `memory` (embedded, one process) and `redis`; `tests/queues/contract.py` runs
 against both.
@@ -75,8 +75,8 @@ MAX_EVICTED = 64
 """Kept submissions that one call may evict to make room."""
 RESERVED_FOR = 0.05
 """Seconds for which a request waits for an engine that holds its prefix."""
-OVERLOADED = 8
-"""Running requests that the holder of a prefix may have more than the engine that asks."""
+OVERLOADED = 4
+"""Requests that the holder of a prefix may run beyond twice those of the engine that asks."""
 HELD_FOR = 300.0
 """Seconds after which what an engine holds is forgotten unless it announces it again."""
 MAX_HOLDERS = 8

@@ -63,7 +63,9 @@ def test_row_18_black_hole(cable: tuple[str, str], tiny_model: TinyModel, tmp_pa
     namespace, host = cable
     folder, log = tiny_model.write_folder(tmp_path / "tiny"), tmp_path / "log"
     port, admin_port = free_port(), free_port()
-    command = [sys.executable, "-m", "tests.faults.slow_serve", "--host", host]
+    program = ["tests.support.slow_service", "1", __file__, "serve"]  # one token per second
+    command = [sys.executable, "-m", *program, "--host", host]
+    command += ["--runner", "torch", "--dtype", "float32"]
     command += ["--allow-anonymous", "--port", str(port), "--admin-port", str(admin_port)]
     with log.open("wb") as output:
         server = subprocess.Popen(

@@ -53,7 +53,7 @@ def slow_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server_url(default_model: Path, slow_file: Path) -> Iterator[str]:
     """A real server with the default model whose steps can be slow."""
-    program = ["tests.web.slow_service", str(slow_file)]
+    program = ["tests.support.slow_service", "0.1", str(slow_file)]
     with serving(program, default_model, log=slow_file.with_name("log")) as url:
         yield url
 

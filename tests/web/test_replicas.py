@@ -67,7 +67,7 @@ class Replicas:
             process.wait()
 
     def _run(self, role: str, admin: int, *options: str) -> subprocess.Popen[bytes]:
-        program = ["tests.web.slow_service", str(self.slow)]
+        program = ["tests.support.slow_service", "0.1", str(self.slow)]
         command = [sys.executable, "-m", *program, role, "--admin-port", str(admin)]
         with self._log(admin).open("wb") as log:
             return subprocess.Popen(

@@ -55,7 +55,7 @@ class Affinity:
         left = until - self._clock()
         if left <= 0 or prefix in self._held.get(engine.id, NOTHING)[1]:
             return None
-        most = engine.running + OVERLOADED
+        most = 2 * engine.running + OVERLOADED
         return left if any(each.running <= most for each in self._holders(prefix)) else None
 
     def discard(self, request_id: str) -> None:

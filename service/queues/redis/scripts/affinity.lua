@@ -35,7 +35,7 @@ local function left_for(rid, engine, running)
   local left = num(till) - now_ms()
   if left <= 0 or redis.call('HEXISTS', holders_key(prefix), engine) == 1 then return nil end
   for _, report in ipairs(holders_of(prefix)) do
-    if num(string.match(report, '"running": ?(%d+)')) <= running + OVERLOADED then return left end
+    if num(string.match(report, '"running": ?(%d+)')) <= 2 * running + OVERLOADED then return left end
   end
   return nil
 end
