@@ -31,6 +31,7 @@ from model.checkpoint import (
     open_model,
 )
 from model.checkpoint.fetch import FetchError, resolve
+from model.checkpoint.four_bit import four_bit_reason
 from model.checkpoint.gguf_parts import name_without_part
 from model.config import ModelConfig
 from model.memory import return_free_memory
@@ -131,8 +132,15 @@ def _load(settings: Settings, path: Path) -> Loaded:
     num_ranks, wanted = settings.tensor_parallel, _runner_options(settings)
     try:
         with _model_errors():
-            _, config = configure(open_checkpoint(path))
-            choice = choose_runner(settings.runner, config, wanted, num_ranks=num_ranks)
+            checkpoint = open_checkpoint(path)
+            _, config = configure(checkpoint)
+            choice = choose_runner(
+                settings.runner,
+                config,
+                wanted,
+                num_ranks=num_ranks,
+                four_bit_reason=four_bit_reason(checkpoint),
+            )
             options = choose_sizes(
                 wanted,
                 runner=choice.name,
@@ -203,7 +211,7 @@ def _build(
         )
     load = RUNNERS[choice.name]
     if choice.name == "native":  # reads tensors one by one and, if it finds them packed, none
-        opened = open_model(path)
+        opened = open_model(path, four_bit=choice.four_bit)
         return load(config, opened.weights, options, opened.digest), None
     # Read in the runner's dtype at once: a second copy would double the memory.
     model = load_model(path, dtype=choice.dtype)

@@ -141,9 +141,16 @@ def configure(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
         ) from None
 
 
-def open_model(path: Path) -> OpenedModel:
-    """Opens and checks a model without reading its tensors. Raises CheckpointError."""
+def open_model(path: Path, *, four_bit: bool = False) -> OpenedModel:
+    """Opens and checks a model without reading its tensors. Raises CheckpointError.
+
+    `four_bit`: matrices of layers are the file's own blocks; see `model.checkpoint.four_bit`.
+    """
     checkpoint = open_checkpoint(path)
+    if four_bit:
+        from model.checkpoint.four_bit import as_four_bit
+
+        checkpoint = as_four_bit(checkpoint)
     config, weights = _assemble(checkpoint)
     return OpenedModel(config=config, weights=weights, digest=checkpoint.digest)
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.checkpoint import CheckpointError, Layout
-from model.checkpoint.dequantize import dequantize
+from model.checkpoint.dequantize import Bytes, dequantize
 from model.checkpoint.gguf_config import INTERLEAVED, NAMES, rope_scaling, translate
 from model.checkpoint.gguf_parts import merged, open_parts
 from model.weights import BFLOAT16, Array
@@ -32,25 +32,25 @@ class GgufCheckpoint:
     def __init__(self, path: Path) -> None:
         self.tokenizer = path
         self._parts = open_parts(path)
-        self._header = merged(self._parts)
+        self.header = merged(self._parts)
         self._data = {name: part.data for part in self._parts for name in part.header.tensors}
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The file's metadata as the fields of config.json."""
-        config = translate(self._header)
-        entry = self._header.tensors.get("rope_freqs.weight")
+        config = translate(self.header)
+        entry = self.header.tensors.get("rope_freqs.weight")
         if entry is not None and len(entry.shape) == 1 and entry.storage.name == "F32":
             factors = self.load("rope_freqs.weight").tolist()
             scaling = rope_scaling(factors, theta=config.get("rope_theta", 1e4))
             if scaling and config.get("rope_scaling"):
                 raise CheckpointError(
-                    f"{self._header.file_name}: rope_freqs.weight and a linear scaling exclude"
+                    f"{self.header.file_name}: rope_freqs.weight and a linear scaling exclude"
                     " each other"
                 )
             config["rope_scaling"] = scaling or config.get("rope_scaling")
         elif entry is not None:
-            raise CheckpointError(f"{self._header.file_name}: rope_freqs.weight is malformed")
+            raise CheckpointError(f"{self.header.file_name}: rope_freqs.weight is malformed")
         return config
 
     @cached_property
@@ -66,31 +66,39 @@ class GgufCheckpoint:
         return Layout(names=NAMES)
 
     def names(self) -> Collection[str]:
-        return self._header.tensors.keys()
+        return self.header.tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._header.tensors[name].shape
+        return self.header.tensors[name].shape
 
     def load(self, name: str) -> Array:
         """Reads, dequantises and, where rotary pairs are interleaved, reorders one tensor."""
-        entry = self._header.tensors[name]
-        stored = np.frombuffer(self._data[name], np.uint8, count=entry.size, offset=entry.start)
+        entry, stored = self.header.tensors[name], self.stored(name)
         plain = _PLAIN.get(entry.storage.name)
         if plain is None:
-            array: Array = dequantize(stored.reshape(-1, entry.storage.size), entry.storage.name)
+            array: Array = dequantize(stored, entry.storage.name)
         else:
             array = stored.view(plain)
-        array = array.reshape(entry.shape)
+        return self.in_order(name, array.reshape(entry.shape))
+
+    def in_order(self, name: str, rows: Array) -> Array:
+        """The rows of a tensor, with the pairs of rotary dimensions as Hugging Face has them."""
         heads = self._interleaved_heads(name)
-        return array if heads is None else _separated(array, heads)
+        return rows if heads is None else _separated(rows, heads)
+
+    def stored(self, name: str) -> Bytes:
+        """The blocks of one tensor, [n, bytes per block], in the mapped file."""
+        entry = self.header.tensors[name]
+        data = np.frombuffer(self._data[name], np.uint8, count=entry.size, offset=entry.start)
+        return data.reshape(-1, entry.storage.size)
 
     def _interleaved_heads(self, name: str) -> int | None:
         """The heads of a tensor whose rotary pairs have to be taken apart; None for others."""
-        architecture = self._header.text("general.architecture")
+        architecture = self.header.text("general.architecture")
         if architecture not in INTERLEAVED or ".attn_" not in name:
             return None
-        queries = self._header.integer(f"{architecture}.attention.head_count")
-        keys = self._header.integer(f"{architecture}.attention.head_count_kv")
+        queries = self.header.integer(f"{architecture}.attention.head_count")
+        keys = self.header.integer(f"{architecture}.attention.head_count_kv")
         return {"attn_q": queries, "attn_k": keys or queries}.get(name.split(".")[-2])
 
 

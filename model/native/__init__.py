@@ -1,8 +1,8 @@
-"""The native step: a C++ library that computes a whole step of a decoder on a CPU, in 8 bits.
+"""The native step: a C++ library that computes a whole step of a decoder on a CPU, in 8 or 4 bits.
 
     build.py      sources -> a shared library, compiled if a compiler is found
     library.py    the library's C interface, typed
-    quantize.py   canonical weights -> rotated, quantised, packed weights of the library
+    quantize.py   canonical weights -> packed weights of the library, in 8 or in 4 bits
     src/          the step itself; kernels.h is where to begin
 
 `model.runners.native` makes a Runner of it.

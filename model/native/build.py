@@ -36,7 +36,7 @@ _FLAGS = (
     "-std=c++17", "-O3", "-g1", "-fPIC", "-pthread", "-fvisibility=hidden",
     "-ffp-contract=off", "-fno-strict-aliasing",
 )  # fmt: skip
-_AVX2 = ("-mavx2", "-mfma")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 _VARIANTS: dict[str, tuple[str, ...]] = {  # each a compilation of variant.cpp
     "portable": (),

@@ -55,6 +55,7 @@ class Shape:
     qkv_bias: bool
     qk_norm: bool
     wide_cache: bool
+    four_bit: bool = False  # matrices of the layers in blocks of 4 bits, not rotated
     threads: int
     compute_threads: int
     compute_rows: int
@@ -126,6 +127,20 @@ class NativeLibrary:
             raise NativeUnavailable(f"this machine cannot run the variant {variant}")
         return y_MN
 
+    def block_product(
+        self, blocks_NB: Bytes, x_MK: Floats, *, variant: str, bias_N: Floats | None = None
+    ) -> Floats:
+        """Computes x W^T + bias with W in blocks of 4 bits, as the layers do; for tests."""
+        y_MN = np.empty((len(x_MK), len(blocks_NB)), np.float32)
+        bias = None if bias_N is None else bias_N.ctypes.data
+        failed = self.calls.quire_block_product(
+            variant.encode(), blocks_NB.ctypes.data, bias, len(blocks_NB), x_MK.shape[1],
+            x_MK.ctypes.data, len(x_MK), y_MN.ctypes.data,
+        )  # fmt: skip
+        if failed:
+            raise NativeUnavailable(f"this machine cannot run the variant {variant}")
+        return y_MN
+
 
 class NativeModel:
     """One network inside the library: weights, KV pool, threads."""
@@ -166,6 +181,23 @@ class NativeModel:
         """Quantises and packs a matrix [out, in]."""
         bias = None if bias_N is None else bias_N.ctypes.data
         self._calls.quire_load_linear(self._handle, layer, kind, weight_NK.ctypes.data, bias)
+
+    def load_blocks(
+        self, kind: LinearKind, blocks_NB: Bytes, *, layer: int, bias_N: Floats | None = None
+    ) -> None:
+        """Packs a matrix in blocks of 4 bits, [out, in / 32 * 20]; not for the head."""
+        bias = None if bias_N is None else bias_N.ctypes.data
+        self._calls.quire_load_blocks(self._handle, layer, kind, blocks_NB.ctypes.data, bias)
+
+    def load_norms(self, layer: int, attention_C: Floats, mlp_C: Floats) -> None:
+        """Stores the weights of a layer's norms, which are part of no 4-bit matrix."""
+        self._calls.quire_load_norms(
+            self._handle, layer, attention_C.ctypes.data, mlp_C.ctypes.data
+        )
+
+    def load_rotation(self, *, signs: Floats, mix: Floats) -> None:
+        """Stores the rotation of the head's inputs; see quantize.Rotation."""
+        self._calls.quire_load_rotation(self._handle, signs.ctypes.data, mix.ctypes.data)
 
     def load_embedding(self, first: int, rows_NC: Floats) -> None:
         """Stores some rows of the embedding, from `first` on."""
@@ -268,11 +300,15 @@ def _declare(calls: ctypes.CDLL) -> None:
         "quire_variant": (text, (pointer,)),
         "quire_rotate": (None, (pointer, pointer, i64, i64, i32, i32, i32, pointer, pointer)),
         "quire_load_linear": (None, (pointer, i32, i32, pointer, pointer)),
+        "quire_load_blocks": (None, (pointer, i32, i32, pointer, pointer)),
+        "quire_load_norms": (None, (pointer, i32, pointer, pointer)),
+        "quire_load_rotation": (None, (pointer, pointer, pointer)),
         "quire_load_embedding": (None, (pointer, i32, i32, pointer)),
         "quire_load_head_norms": (None, (pointer, i32, pointer, pointer)),
         "quire_weights": (i32, (pointer, i32, pointer, pointer)),
         "quire_step": (i32, (pointer, pointer, text, size)),
         "quire_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),
+        "quire_block_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),
         "quire_probe_memory": (ctypes.c_double, (i32, i64, i32)),
         "quire_probe_products": (ctypes.c_double, (text, i32, i32)),
     }

@@ -1,4 +1,4 @@
-"""Canonical weights -> the 8-bit weights of the native step.
+"""Canonical weights -> the 8-bit or 4-bit weights of the native step.
 
 Plain 8-bit activations cost this kind of model several percent of perplexity, because a few
 channels are much larger than the rest. As in QuaRot (Ashkboos et al., arXiv 2404.00456), orthogonal
@@ -13,6 +13,10 @@ nothing:
 
     R = (mix (x) Hadamard) diag(signs): see Rotation. The head is then another matrix than the
     embedding, even if the checkpoint ties them.
+
+Layers in 4 bits keep the file's own blocks, which cannot be rotated: quantising them again costs
+far more than it saves. A scale per 32 activations keeps outliers apart instead. The head still has
+8 bits and is rotated; the step rotates its inputs.
 
 The library computes all of this, in a fixed order, so that every machine makes equal weights.
 Random numbers come from Python's generator with a fixed seed: a rotation is part of the kernel
@@ -74,7 +78,8 @@ def load(model: NativeModel, config: ModelConfig, weights: Weights | Arrays) -> 
 
     `weights` itself is not modified.
     """
-    _Loader(model, config, weights).run()
+    kind = _FourBitLoader if model.shape.four_bit else _Loader
+    kind(model, config, weights).run()
 
 
 def rotary_tables(config: ModelConfig, positions: int) -> tuple[Floats, Floats]:
@@ -144,7 +149,10 @@ class _Loader:
             if self._rotates_values:
                 self._model.rotate(bias[values, None], axis=0, power=config.head_dim)
         self._model.load_linear(LinearKind.QKV, matrix, layer=layer, bias_N=bias)
-        if config.qk_norm:
+        self._head_norms(layer, prefix)
+
+    def _head_norms(self, layer: int, prefix: str) -> None:
+        if self._config.qk_norm:
             names = (prefix + "attention.q_norm.weight", prefix + "attention.k_norm.weight")
             self._model.load_head_norms(layer, *map(self._take, names))
 
@@ -167,6 +175,34 @@ class _Loader:
 
     def _take(self, name: str) -> Floats:
         return float_copy(self._weights[name])
+
+
+class _FourBitLoader(_Loader):
+    """Layers in blocks of 4 bits, and nothing rotated but the head."""
+
+    def _embedding(self, embedding: Floats, start: int) -> None:
+        self._model.load_embedding(start, embedding[start : start + _EMBEDDING_ROWS])
+
+    def _head(self, embedding: Floats, readers: list[Future[None]]) -> None:
+        self._model.load_rotation(signs=self._residual.signs, mix=self._residual.mix)
+        super()._head(embedding, readers)
+
+    def _layer(self, layer: int) -> None:
+        prefix = f"blocks.{layer}."
+        bias = self._take(prefix + "attention.qkv.bias") if self._config.qkv_bias else None
+        for kind, name in (
+            (LinearKind.QKV, "attention.qkv.weight"),
+            (LinearKind.OUT, "attention.out.weight"),
+            (LinearKind.GATE_UP, "mlp.gate_up.weight"),
+            (LinearKind.DOWN, "mlp.down.weight"),
+        ):
+            blocks_NB = np.ascontiguousarray(self._weights[prefix + name], np.uint8)
+            self._model.load_blocks(
+                kind, blocks_NB, layer=layer, bias_N=bias if kind is LinearKind.QKV else None
+            )
+        names = (prefix + "attention_norm.weight", prefix + "mlp_norm.weight")
+        self._model.load_norms(layer, *map(self._take, names))
+        self._head_norms(layer, prefix)
 
 
 def _orthogonal(size: int, draw: random.Random) -> list[list[float]]:

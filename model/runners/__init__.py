@@ -77,7 +77,7 @@ def overlapped(runner: Runner) -> OverlappedRunner | None:
 class RunnerOptions:
     """What a runner is built with."""
 
-    dtype: str = "auto"  # auto | float32 | bfloat16 (| int8 for the native runner)
+    dtype: str = "auto"  # auto | float32 | bfloat16 (| int8 | int4: native)
     kv_dtype: str = "auto"  # auto: the runner's own | int8 (native) | float8 (cuda) | bfloat16
     device: str = "auto"
     block_size: int = 16

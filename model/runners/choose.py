@@ -21,17 +21,26 @@ class SelectedRunner:
 
     name: str
     dtype: str | None  # torch's, that the weights are read in; None: as stored
+    four_bit: bool = False  # whether the layers are read in the file's own blocks of 4 bits
     fallback_reason: str = ""  # why a faster runner cannot serve; empty if there is none
 
 
 def choose_runner(
-    name: str, config: ModelConfig, options: RunnerOptions, *, num_ranks: int = 1
+    name: str,
+    config: ModelConfig,
+    options: RunnerOptions,
+    *,
+    num_ranks: int = 1,
+    four_bit_reason: str | None = "the checkpoint is not known",
 ) -> SelectedRunner:
     """The named runner, or for `auto` the fastest that can run the model.
 
-    Raises ValueError if the device is not available or the dtype is unknown. Imports torch only if
-    it, or a GPU, may be used.
+    `four_bit_reason`: why the layers cannot be read in 4 bits, or None if they can. Raises
+    ValueError if the device is not available or the dtype is unknown or impossible. Imports torch
+    only if it, or a GPU, may be used.
     """
+    if options.dtype == "int4":
+        return _choose_four_bit(name, config, four_bit_reason, num_ranks=num_ranks)
     dtypes = {"native": None, "cuda": "bfloat16"}
     if name in dtypes:
         return SelectedRunner(name=name, dtype=dtypes[name])
@@ -49,6 +58,20 @@ def choose_runner(
         return SelectedRunner(name=faster, dtype=dtypes[faster])
     dtype = torch_dtype(options)
     return SelectedRunner(name="torch", dtype=dtype, fallback_reason=f"{faster}: {reason}")
+
+
+def _choose_four_bit(
+    name: str, config: ModelConfig, reason: str | None, *, num_ranks: int
+) -> SelectedRunner:
+    """The native runner, or ValueError: no other one has 4 bits."""
+    if name not in ("auto", "native"):
+        raise ValueError(f"dtype int4 needs the native runner, not {name}")
+    if num_ranks > 1:
+        raise ValueError("dtype int4 does not support tensor parallelism")
+    reason = reason or _native_reason(config)
+    if reason is not None:
+        raise ValueError(f"dtype int4 is not possible: {reason}; use --dtype int8 or auto")
+    return SelectedRunner(name="native", dtype=None, four_bit=True)
 
 
 def device_type(name: str) -> str:

@@ -1,4 +1,6 @@
-"""NativeRunner: a step in one call of a C++ library, 8-bit weights and activations, on a CPU.
+"""NativeRunner: a step in one call of a C++ library, with 8-bit activations, on a CPU.
+
+Weights have 8 bits or, if they are given in blocks of 4 bits (`model.checkpoint.four_bit`), 4.
 
 The bits of an answer do not depend on the batch, the chunks, the blocks, the threads or the
 instruction set: see native/src/kernels.h. `unsupported` names the families that it does not serve,
@@ -54,15 +56,16 @@ class NativeRunner:
         self, config: ModelConfig, weights: Weights | Arrays, *, options: RunnerOptions,
         digest: str, variant: str = "", library: NativeLibrary | None = None,
     ) -> None:  # fmt: skip
-        reason = unsupported(config) or _unsupported_options(options)
+        four_bit = has_four_bits(weights)
+        reason = unsupported(config) or _unsupported_options(options, four_bit=four_bit)
         if reason:
             raise ValueError(reason)
         library = library or NativeLibrary()
-        shape = _shape(config, options, library)
+        shape = _shape(config, options, library, four_bit=four_bit)
         self.config = config
         self.block_size = options.block_size
         self.num_blocks = shape.num_blocks
-        kind = f"native-int8{_KV_NAMES[options.kv_dtype]}"
+        kind = f"native-{'int4' if four_bit else 'int8'}{_KV_NAMES[options.kv_dtype]}"
         self.numeric_class = f"{kind}-v{KERNEL_VERSION}-{digest[:12]}"
         self._model = NativeModel(library, shape, variant=variant)
         self._load(weights, options, digest)
@@ -157,9 +160,16 @@ def unsupported(config: ModelConfig) -> str | None:
     return f"the native runner does not support {found[0]}" if found else None
 
 
-def _unsupported_options(options: RunnerOptions) -> str | None:
-    if options.dtype not in ("auto", "int8"):
-        return "dtype must be auto or int8 for the native runner"
+def has_four_bits(weights: Weights | Arrays) -> bool:
+    """Whether the matrices of the layers are given in blocks of 4 bits."""
+    return str(weights["blocks.0.mlp.down.weight"].dtype).endswith("uint8")
+
+
+def _unsupported_options(options: RunnerOptions, *, four_bit: bool) -> str | None:
+    if options.dtype not in ("auto", "int8", "int4"):
+        return "dtype must be auto, int8 or int4 for the native runner"
+    if options.dtype == ("int8" if four_bit else "int4"):
+        return f"dtype {options.dtype} does not fit the weights, which were read for another"
     if options.kv_dtype not in _KV_NAMES:
         return f"kv_dtype must be one of {', '.join(_KV_NAMES)} for the native runner"
     if options.device not in ("auto", "cpu"):
@@ -169,7 +179,9 @@ def _unsupported_options(options: RunnerOptions) -> str | None:
     return None
 
 
-def _shape(config: ModelConfig, options: RunnerOptions, library: NativeLibrary) -> Shape:
+def _shape(
+    config: ModelConfig, options: RunnerOptions, library: NativeLibrary, *, four_bit: bool
+) -> Shape:
     """Sizes of the network, with as many blocks as the memory holds."""
     threads = options.num_threads or min(usable_cpus(), MAX_THREADS)
     layers = range(config.num_layers)
@@ -188,6 +200,7 @@ def _shape(config: ModelConfig, options: RunnerOptions, library: NativeLibrary) 
         qkv_bias=config.qkv_bias,
         qk_norm=config.qk_norm,
         wide_cache=options.kv_dtype != "int8",
+        four_bit=four_bit,
         threads=threads,
         compute_threads=min(threads, usable_cores()),
         compute_rows=COMPUTE_ROWS,

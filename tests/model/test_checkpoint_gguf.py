@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoint import CheckpointError, load_model, open_checkpoint
+from model.checkpoint import CheckpointError, four_bit, load_model, open_checkpoint, open_model
 from model.checkpoint.dequantize import dequantize
+from model.checkpoint.four_bit import dequantized
+from model.checkpoint.gguf import GgufCheckpoint
 from model.checkpoint.gguf_config import rope_scaling, translate
 from model.checkpoint.gguf_header import STORAGE, GgufHeader, Storage, TensorEntry, read_header
 
@@ -299,3 +301,59 @@ def test_reads_the_default_model(default_model: Path) -> None:
     expected = gguf.quants.dequantize(stored.data, stored.tensor_type)
     ours = model.weights["blocks.3.mlp.down.weight"]
     assert torch.equal(ours, torch.from_numpy(expected).bfloat16())
+
+
+@pytest.mark.parametrize("storage", ["Q4_0", "Q4_1", "Q4_K"])
+def test_blocks_of_four_bits_keep_their_codes(storage: str) -> None:
+    """Q4_K's scales are rounded to half precision; those of the others are exact."""
+    size = next(known.size for known in STORAGE.values() if known.name == storage)
+    rng = np.random.default_rng(size)
+    blocks = rng.integers(0, 256, (3000, size), np.uint8)
+    blocks[:, [1, 3]] &= 0x3B
+    found = dequantized(four_bit.CONVERSIONS[storage](blocks).reshape(len(blocks), -1))
+    expected = dequantize(blocks, storage)
+    if storage == "Q4_K":
+        half = np.finfo(np.float16)
+        error = np.abs(found - expected)
+        assert (error <= half.eps * (np.abs(expected) + 2 * 1.2 * 63) / 2).all()
+        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.999999
+    else:
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("storage", ["Q4_0", "Q4_1"])
+def test_layers_are_read_in_four_bits(tiny_model: Any, tmp_path: Path, storage: str) -> None:
+    """The same numbers as dequantised ones, rotary pairs and fused matrices included."""
+    path = tiny_model.write_gguf(tmp_path / "tiny.gguf", storage=storage)
+    floats, blocks = open_model(path).weights, open_model(path, four_bit=True).weights
+    matrices = 0
+    for name, values in floats.items():
+        found = blocks[name]
+        if name.startswith("blocks.") and values.ndim == 2:
+            assert found.dtype == np.uint8
+            found = dequantized(np.ascontiguousarray(found))
+            matrices += 1
+        np.testing.assert_array_equal(found, values)
+    assert matrices > 0
+
+
+def test_other_storage_is_not_read_in_four_bits(tiny_model: Any, tmp_path: Path) -> None:
+    path = tiny_model.write_gguf(tmp_path / "tiny.gguf", storage="Q5_0")
+    with pytest.raises(CheckpointError, match="is stored as Q5_0; all layers must be one of Q4_0"):
+        open_model(path, four_bit=True)
+    folder = tiny_model.write_folder(tmp_path / "folder")
+    with pytest.raises(CheckpointError, match="only GGUF files"):
+        open_model(folder, four_bit=True)
+
+
+def test_a_scale_that_is_not_finite_is_refused(tiny_model: Any, tmp_path: Path) -> None:
+    path = tiny_model.write_gguf(tmp_path / "tiny.gguf", storage="Q4_0")
+    checkpoint = open_checkpoint(path)
+    assert isinstance(checkpoint, GgufCheckpoint)
+    entry = checkpoint.header.tensors["blk.1.ffn_down.weight"]
+    data = bytearray(path.read_bytes())
+    data[entry.start : entry.start + 2] = np.float16(np.inf).tobytes()
+    path.write_bytes(data)
+    weights = open_model(path, four_bit=True).weights
+    with pytest.raises(CheckpointError, match="a scale is not finite"):
+        weights["blocks.1.mlp.down.weight"]

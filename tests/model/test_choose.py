@@ -96,3 +96,21 @@ def test_a_shared_network_is_not_for_the_native_runner() -> None:
     choice = choose_runner("auto", tiny_model_config(), options, num_ranks=2)
     assert choice.name == "torch"
     assert "tensor parallelism" in choice.fallback_reason
+
+
+def test_four_bits_need_the_native_runner_and_a_file_that_has_them() -> None:
+    options = RunnerOptions(dtype="int4", device="cpu")
+    config = tiny_model_config(head_dim=16)
+    for name in ("torch", "cuda"):
+        with pytest.raises(ValueError, match="dtype int4 needs the native runner"):
+            choose_runner(name, config, options, four_bit_reason=None)
+    with pytest.raises(ValueError, match="tensor parallelism"):
+        choose_runner("auto", config, options, num_ranks=2, four_bit_reason=None)
+    with pytest.raises(ValueError, match="not possible: they are too wide; use --dtype int8"):
+        choose_runner("auto", config, options, four_bit_reason="they are too wide")
+    with pytest.raises(ValueError, match="RMSNorm"):
+        choose_runner("auto", tiny_model_config(norm=Norm.LAYER), options, four_bit_reason=None)
+    if choose._native_reason(config) is None:
+        for name in ("auto", "native"):
+            choice = choose_runner(name, config, options, four_bit_reason=None)
+            assert (choice.name, choice.four_bit) == ("native", True)

@@ -19,8 +19,8 @@ from model.config import ModelConfig
 from model.runners.native import KERNEL_VERSION, NativeRunner
 from model.transformer import Transformer
 
-GOLDEN = {
-    1: {"bfloat16": "f737ef793ad35a71", "int8": "3f5f4736193b70f7"},
+GOLDEN = {  # by the KV cache; int4: the weights of the layers
+    1: {"bfloat16": "f737ef793ad35a71", "int8": "3f5f4736193b70f7", "int4": "1e759eedf75b6293"},
 }
 TOKENS = 300  # more than one split of the attention
 
@@ -39,15 +39,35 @@ def made_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def made_blocks(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Layers in 4 bits: codes from the bits of the weights, scales and minima of few bits."""
+    made = {}
+    for name, tensor in weights.items():
+        if name.startswith("blocks.") and tensor.ndim == 2:
+            codes = ((tensor.numpy() + 1) * 128).astype(np.uint8).reshape(-1, 32)
+            blocks = np.empty((len(codes), 20), np.uint8)
+            scales = (1 + codes[:, 0] % 16).astype(np.float16) / 512
+            blocks[:, :2] = scales[:, None].view(np.uint8)
+            blocks[:, 2:4] = (-8 * scales)[:, None].view(np.uint8)
+            blocks[:, 4:] = codes[:, :16]
+            made[name] = torch.from_numpy(blocks.reshape(len(tensor), -1))
+        else:
+            made[name] = tensor
+    return made
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
 def test_bits_change_only_with_the_kernel_version(
     native_config: Callable[..., ModelConfig],
     native: Callable[..., NativeRunner],
     native_variants: list[str],
-    kv_dtype: str,
+    kind: str,
 ) -> None:
     config = native_config(qk_norm=True)
     weights = made_weights(config)
+    if kind == "int4":
+        weights = made_blocks(weights)
+    kv_dtype = "int8" if kind == "int8" else "bfloat16"
     ids = (np.arange(TOKENS, dtype=np.int32) * 37 + 11) % config.vocab_size
     for variant in native_variants:
         runner = native(config, weights, variant=variant, kv_dtype=kv_dtype)
@@ -63,4 +83,4 @@ def test_bits_change_only_with_the_kernel_version(
         assert np.isfinite(logits_RV).all()
         assert len(np.unique(logits_RV.argmax(axis=1))) > 10, "the network says something"
         digest = hashlib.sha256(logits_RV.tobytes()).hexdigest()[:16]
-        assert digest == GOLDEN[KERNEL_VERSION][kv_dtype]
+        assert digest == GOLDEN[KERNEL_VERSION][kind]

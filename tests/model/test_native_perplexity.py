@@ -1,4 +1,4 @@
-"""What 8 bits cost the default model, on a fixed text, and its answers bit by bit."""
+"""What 8 and 4 bits cost the default model, on a fixed text, and its answers bit by bit."""
 
 from __future__ import annotations
 
@@ -38,18 +38,22 @@ def windows(default_model: Path) -> list[Ints]:
 @pytest.mark.usefixtures("native_library")
 @pytest.mark.parametrize(("count", "within"), [(2, 0.02), *at_length((None, 0.01))])
 def test_perplexity_stays_the_same(
-    model: LoadedModel, windows: list[Ints], count: int | None, within: float
+    model: LoadedModel,
+    windows: list[Ints],
+    default_model: Path,
+    count: int | None,
+    within: float,
 ) -> None:
     """Of the whole text within one percent, of its first two windows within two."""
     found = {}
-    for name, build in runners(model, WINDOW):
+    for name, build in runners(model, WINDOW, path=default_model):
         if name == "torch bfloat16":
             continue
         runner = build()
         found[name] = perplexity(runner, windows[:count])
         runner.close()
     exact = found.pop("torch float32")
-    assert len(found) == 2
+    assert len(found) == 3
     for name, value in found.items():
         assert abs(value / exact - 1) < within, (name, value, exact)
 

@@ -17,7 +17,7 @@ import pytest
 
 from model.batch import Batch
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver
+from service.engine.observer import Observer
 from service.engine.plan import EngineConfig
 from service.errors import Unavailable
 from service.messages import (
@@ -40,6 +40,7 @@ from service.queues.contract import (
     WriteStatus,
 )
 from service.queues.memory.queue import MemoryQueue
+from service.worker.observer import WorkerObserver
 from service.worker.worker import EngineFailure, Worker
 from tests.support.builders import slowly
 from tests.support.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
@@ -50,7 +51,7 @@ POISON = 90
 WAIT = PATIENCE  # seconds for what has to happen
 
 
-class Ledger:
+class Ledger(WorkerObserver):
     """A WorkerObserver that counts."""
 
     def __init__(self) -> None:
@@ -100,7 +101,7 @@ class Station:
             token_bytes=TOKEN_BYTES,
             eos_ids=EOS_IDS,
             deliver=self._deliver,
-            observer=NullObserver(),
+            observer=Observer(),
             on_failure=lambda _failure: self.worker.fail(),
             settle=self._settle,
         )

@@ -1,4 +1,4 @@
-"""Perplexity of a text by runner and data type: the cost of 8 bits.
+"""Perplexity of a text by runner and data type: the cost of 8 and 4 bits.
 
 The text is cut into windows of equal length; each token of a window but the first is predicted from
 those before it. One window is one step, so keys and values are read as they are stored.
@@ -10,16 +10,20 @@ import argparse
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from model.batch import Batch, Ints, SamplingBatch
-from model.checkpoint import LoadedModel, load_model
+from model.checkpoint import LoadedModel, load_model, open_checkpoint, open_model
+from model.checkpoint.four_bit import four_bit_reason
+from model.native.library import usable_cpus
 from model.runners import Runner, RunnerOptions
 from model.runners.native import NativeRunner
 from model.runners.torch import TorchRunner
 from model.text.tokenizer import Tokenizer
 
+_FEW = 100  # tokens whose probabilities are requested first
 TEXT = Path(__file__).parents[3] / "tests" / "data" / "perplexity.txt"
 
 
@@ -50,8 +54,10 @@ def perplexity(runner: Runner, windows: list[Ints]) -> float:
     return math.exp(total / count)
 
 
-def runners(model: LoadedModel, window: int) -> Iterator[tuple[str, Callable[[], Runner]]]:
-    """(name, function that builds the runner); the reference first."""
+def runners(
+    model: LoadedModel, window: int, *, path: Path
+) -> Iterator[tuple[str, Callable[[], Runner]]]:
+    """(name, function that builds the runner); the reference first. `path`: of the model."""
 
     def options(dtype: str, kv_dtype: str = "auto") -> RunnerOptions:
         return RunnerOptions(
@@ -66,26 +72,82 @@ def runners(model: LoadedModel, window: int) -> Iterator[tuple[str, Callable[[],
     yield "torch bfloat16", lambda: build(TorchRunner, options("bfloat16"))
     yield "native int8, KV bfloat16", lambda: build(NativeRunner, options("int8"))
     yield "native int8, KV int8", lambda: build(NativeRunner, options("int8", "int8"))
+    if four_bit_reason(open_checkpoint(path)) is None:
+        opened = open_model(path, four_bit=True)
+        yield (
+            "native int4, KV bfloat16",
+            lambda: NativeRunner(
+                opened.config, opened.weights, options=options("int4"), digest=opened.digest
+            ),
+        )
+
+
+def llama_cpp_perplexity(path: Path, windows: list[Ints], *, vocab: int) -> float | None:
+    """llama.cpp's, over the same tokens; None if `xllamacpp` is not installed.
+
+    Its server returns probabilities of the next token only, so each token is a call of its own.
+    """
+    try:
+        import xllamacpp
+    except ImportError:
+        return None
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_parallel, params.n_ctx = 1, len(windows[0]) + 8
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = usable_cpus()
+    complete = xllamacpp.Server(params).handle_completions
+    total, count = 0.0, 0
+    for tokens_T in windows:
+        for end in range(1, len(tokens_T)):
+            prompt, token = tokens_T[:end].tolist(), int(tokens_T[end])
+            few = _next_logprob(complete, prompt, token, num_top=_FEW)
+            found = (
+                few if few is not None else _next_logprob(complete, prompt, token, num_top=vocab)
+            )
+            if found is None:
+                raise RuntimeError(f"llama.cpp returned no probability of token {token}")
+            total, count = total - found, count + 1
+    return math.exp(total / count)
+
+
+def _next_logprob(
+    complete: Callable[[dict[str, object]], dict[str, Any]],
+    prompt: list[int],
+    token: int,
+    *,
+    num_top: int,
+) -> float | None:
+    """The log probability of a token after a prompt, if it is among the first `num_top`."""
+    wanted = {"prompt": prompt, "n_predict": 1, "n_probs": num_top, "cache_prompt": True}
+    reply = complete({**wanted, "temperature": -1.0, "samplers": []})
+    top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    return next((float(entry["logprob"]) for entry in top if entry["id"] == token), None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--windows", type=int, help="number of windows; default: the whole text")
+    parser.add_argument("--llama-cpp", action="store_true", help="also llama.cpp; slow")
 
 
 def run(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model)
     tokenizer = Tokenizer.from_checkpoint(arguments.model)
     ids = np.array(tokenizer.encode(arguments.text.read_text(encoding="utf-8")), np.int32)
-    count = len(ids) // arguments.window
+    count = min(len(ids) // arguments.window, arguments.windows or len(ids))
     windows = np.split(ids[: count * arguments.window], count)
     print(f"{count} windows of {arguments.window} tokens\n")
     print("| runner | perplexity | relative to float32 |\n|---|---|---|")
     first: float | None = None
-    for name, build in runners(model, arguments.window):
+    for name, build in runners(model, arguments.window, path=arguments.model):
         runner = build()
         value = perplexity(runner, windows)
         runner.close()
         first = first or value
         print(f"| {name} | {value:.4f} | {value / first - 1:+.2%} |", flush=True)
+    if arguments.llama_cpp:
+        vocab = model.config.vocab_size
+        value = llama_cpp_perplexity(arguments.model, windows, vocab=vocab) or math.nan
+        print(f"| llama.cpp | {value:.4f} | {value / (first or math.nan) - 1:+.2%} |")

@@ -90,6 +90,22 @@ void quire_load_linear(QuireModel* model, int32_t layer, int32_t which, const fl
   model->kernels.pack(w, bias, which == QUIRE_GATE_UP, &model->linear(layer, which));
 }
 
+void quire_load_blocks(QuireModel* model, int32_t layer, int32_t which, const uint8_t* w, const float* bias) {
+  model->kernels.pack_blocks(w, bias, which == QUIRE_GATE_UP, &model->linear(layer, which));
+}
+
+void quire_load_norms(QuireModel* model, int32_t layer, const float* attention, const float* mlp) {
+  quire::Layer& l = model->layers[static_cast<size_t>(layer)];
+  std::memcpy(l.attention_norm, attention, model->shape.hidden * sizeof(float));
+  std::memcpy(l.mlp_norm, mlp, model->shape.hidden * sizeof(float));
+}
+
+void quire_load_rotation(QuireModel* model, const float* signs, const float* mix) {
+  const Rotation& own = model->head_rotation;
+  std::memcpy(own.signs, signs, static_cast<size_t>(own.power) * own.odd * sizeof(float));
+  std::memcpy(own.mix, mix, static_cast<size_t>(own.odd) * own.odd * sizeof(float));
+}
+
 void quire_load_embedding(QuireModel* model, int32_t first, int32_t count, const float* w) {
   const size_t stride = model->scratch.residual_stride;
   for (int32_t row = 0; row < count; row++)
@@ -130,30 +146,67 @@ int32_t quire_step(QuireModel* model, const QuireStep* step, char* error, size_t
   }
 }
 
+namespace {
+
+// x [rows, inputs], padded, as activations of a product; y [rows, outputs] without the padding.
+struct Trial {
+  const Kernels& kernels;
+  Linear linear;
+  quire::Memory memory;
+
+  Trial(const Kernels& chosen, int32_t outputs, int32_t inputs, bool bias) : kernels(chosen), linear{} {
+    linear.outputs = outputs;
+    linear.inputs = inputs;
+    linear.inputs_padded = quire::round_up(inputs, K_STEP);
+    linear.panels = quire::round_up(outputs, PANEL) / PANEL;
+    if (bias) linear.bias = memory.take<float>(columns());
+  }
+
+  size_t columns() const { return static_cast<size_t>(linear.panels) * PANEL; }
+
+  void run(const float* x, int32_t rows, float* y) {
+    const bool blocks = linear.blocks != nullptr;
+    const size_t stride = blocks ? block_row_stride(linear.inputs) : code_stride(linear.inputs_padded, kernels.code_bytes);
+    const Codes codes = {memory.take<uint8_t>((rows + TILE_ROWS_MAX) * stride), stride, memory.take<float>(rows)};
+    float* padded = memory.take<float>(static_cast<size_t>(linear.inputs_padded));
+    float* wide = memory.take<float>(rows * columns());
+    for (int32_t row = 0; row < rows; row++) {
+      std::memcpy(padded, x + static_cast<size_t>(row) * linear.inputs, linear.inputs * sizeof(float));
+      if (blocks) kernels.to_blocks(padded, linear.inputs, codes.rows + row * stride);
+      else kernels.to_codes(padded, linear.inputs_padded, 1.0f, codes.rows + row * stride, codes.scales + row);
+    }
+    const Product product = {&linear, codes, rows, Epilogue::STORE, wide, columns()};
+    kernels.thread_begin();
+    if (blocks) kernels.multiply_blocks(&product, 0, linear.panels);
+    else kernels.multiply(&product, 0, linear.panels, nullptr);
+    kernels.thread_end();
+    for (int32_t row = 0; row < rows; row++)
+      std::memcpy(y + static_cast<size_t>(row) * linear.outputs, wide + row * columns(), linear.outputs * sizeof(float));
+  }
+};
+
+}  // namespace
+
 int32_t quire_product(const char* variant, const float* w, const float* bias, int32_t outputs, int32_t inputs,
                       const float* x, int32_t rows, float* y) {
   const Kernels* kernels = quire::find_variant(variant);
   if (!kernels) return 1;
-  const int padded = quire::round_up(inputs, K_STEP), columns = quire::round_up(outputs, PANEL);
-  quire::Memory memory;
-  Linear linear = {outputs, inputs, padded, columns / PANEL,
-                   memory.take<int8_t>(static_cast<size_t>(padded) * columns),
-                   memory.take<float>(columns), memory.take<int32_t>(columns),
-                   bias ? memory.take<float>(columns) : nullptr};
-  kernels->pack(w, bias, false, &linear);
-  const size_t stride = code_stride(padded, kernels->code_bytes);
-  const Codes codes = {memory.take<uint8_t>((rows + TILE_ROWS_MAX) * stride), stride, memory.take<float>(rows)};
-  float* padded_x = memory.take<float>(static_cast<size_t>(padded));
-  float* wide = memory.take<float>(static_cast<size_t>(rows) * columns);
-  for (int32_t row = 0; row < rows; row++) {
-    std::memcpy(padded_x, x + static_cast<size_t>(row) * inputs, inputs * sizeof(float));
-    kernels->to_codes(padded_x, padded, 1.0f, codes.rows + row * stride, codes.scales + row);
-  }
-  const Product product = {&linear, codes, rows, Epilogue::STORE, wide, static_cast<size_t>(columns)};
-  kernels->thread_begin();
-  kernels->multiply(&product, 0, linear.panels, nullptr);
-  kernels->thread_end();
-  for (int32_t row = 0; row < rows; row++)
-    std::memcpy(y + static_cast<size_t>(row) * outputs, wide + static_cast<size_t>(row) * columns, outputs * sizeof(float));
+  Trial trial(*kernels, outputs, inputs, bias != nullptr);
+  trial.linear.packed = trial.memory.take<int8_t>(trial.linear.inputs_padded * trial.columns());
+  trial.linear.scales = trial.memory.take<float>(trial.columns());
+  trial.linear.corrections = trial.memory.take<int32_t>(trial.columns());
+  kernels->pack(w, bias, false, &trial.linear);
+  trial.run(x, rows, y);
+  return 0;
+}
+
+int32_t quire_block_product(const char* variant, const uint8_t* w, const float* bias, int32_t outputs, int32_t inputs,
+                            const float* x, int32_t rows, float* y) {
+  const Kernels* kernels = quire::find_variant(variant);
+  if (!kernels) return 1;
+  Trial trial(*kernels, outputs, inputs, bias != nullptr);
+  trial.linear.blocks = trial.memory.take<uint8_t>(static_cast<size_t>(inputs) / BLOCK_INPUTS * BLOCK_BYTES * trial.linear.panels);
+  kernels->pack_blocks(w, bias, false, &trial.linear);
+  trial.run(x, rows, y);
   return 0;
 }

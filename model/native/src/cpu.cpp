@@ -33,8 +33,8 @@ Features detect() {
   Features f = {};
   uint32_t a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return f;
-  const bool has_xsave = c >> 27 & 1, fma = c >> 12 & 1;
-  if (!has_xsave || !fma || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
+  const bool has_xsave = c >> 27 & 1, fma = c >> 12 & 1, f16c = c >> 29 & 1;
+  if (!has_xsave || !fma || !f16c || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
   const uint64_t state = enabled_state();
   const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
   const bool f_dq_bw_vl = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);

@@ -60,6 +60,23 @@ static void keep_logits(const Linear& w, Lanes a, Lanes b, int column, float* lo
   memcpy(logits + column, all, (size_t)(w.outputs - column) * sizeof(float));
 }
 
+// Columns of one row, finished but for the epilogue, which is not HEAD.
+template <Epilogue EPILOGUE>
+QUIRE_INLINE void put_row(const Product& p, int panel, int row, Lanes a, Lanes b) {
+  const int column = panel * PANEL;
+  const int to = EPILOGUE == Epilogue::ADD && p.out_rows ? p.out_rows[row] : row;
+  float* out = p.out + (size_t)to * p.out_stride;
+  if constexpr (EPILOGUE == Epilogue::STORE) {
+    store(out + column, a);
+    store(out + column + LANES, b);
+  } else if constexpr (EPILOGUE == Epilogue::ADD) {
+    store(out + column, load(out + column) + a);
+    store(out + column + LANES, load(out + column + LANES) + b);
+  } else {
+    store(out + panel * LANES, silu(a) * b);
+  }
+}
+
 template <Epilogue EPILOGUE>
 static void finish_rows(const Product& p, int panel, int first, int count, const int32_t* acc, Argmax* argmax) {
   const Linear& w = *p.weight;
@@ -69,19 +86,11 @@ static void finish_rows(const Product& p, int panel, int first, int count, const
   for (int row = first; row < first + count; row++, acc += PANEL) {
     const Lanes a = left.finish(acc, p.codes.scales[row], biased);
     const Lanes b = right.finish(acc + LANES, p.codes.scales[row], biased);
-    const int to = EPILOGUE == Epilogue::ADD && p.out_rows ? p.out_rows[row] : row;
-    float* out = p.out + (size_t)to * p.out_stride;
-    if constexpr (EPILOGUE == Epilogue::STORE) {
-      store(out + column, a);
-      store(out + column + LANES, b);
-    } else if constexpr (EPILOGUE == Epilogue::ADD) {
-      store(out + column, load(out + column) + a);
-      store(out + column + LANES, load(out + column + LANES) + b);
-    } else if constexpr (EPILOGUE == Epilogue::GATED) {
-      store(out + panel * LANES, silu(a) * b);
-    } else {
+    if constexpr (EPILOGUE == Epilogue::HEAD) {
       if (p.logits[row]) keep_logits(w, a, b, column, p.logits[row]);
       update_argmax(w, a, b, column, argmax + row);
+    } else {
+      put_row<EPILOGUE>(p, panel, row, a, b);
     }
   }
 }

@@ -1,7 +1,7 @@
 // Kernels: the functions of one instruction-set variant, as a table.
 //
-// The same sources (rows.inl, gemm.inl, attention.inl, load.inl) are compiled once per variant; the
-// variants differ in the width of `Lanes` and in the one integer routine `multiply_tile`. Results are
+// The same sources (rows.inl, gemm.inl, blocks.inl, attention.inl, load.inl) are compiled once per variant; the
+// variants differ in the width of `Lanes` and in the integer sums of the tiles. Results are
 // equal bit by bit: integer sums are exact, and float arithmetic is that of lanes.h.
 //
 // Legend, as in model/batch.py:  T rows of a step, C hidden size, H query heads, K KV heads, D head
@@ -21,7 +21,12 @@ constexpr int SPLIT = 256;         // positions of one partial attention; at mul
 constexpr int SEGMENT = 32;        // lines of 4 inputs, during whose product as many cache lines
                                    // of keys or values are prefetched: see Prefetch
 
-// y[M, N] = x[M, K] W[N, K]^T with 8-bit W, one scale per output column.
+// 4-bit weights: blocks of inputs of a column share a scale and a minimum; activations, a scale.
+constexpr int BLOCK_INPUTS = 32;
+constexpr int BLOCK_LINES = 4;  // of 4 inputs in the low halves of bytes, and 4 in the high ones
+constexpr size_t BLOCK_BYTES = (size_t)BLOCK_LINES * PANEL * 4 + PANEL * 2 * sizeof(uint16_t);
+
+// y[M, N] = x[M, K] W[N, K]^T with 8-bit W, one scale per output column, or with 4-bit W in blocks.
 struct Linear {
   int outputs;           // N
   int inputs;            // K
@@ -31,6 +36,7 @@ struct Linear {
   float* scales;         // [panels * PANEL]
   int32_t* corrections;  // [panels * PANEL]: CODE_BIAS * the sum of a column's weights, see Codes
   float* bias;           // [panels * PANEL], or null
+  uint8_t* blocks;       // instead of packed, scales and corrections, or null: see blocks.inl
 };
 
 // Activations in 8 bits: round(x / scale), in -127..127, as the variant's instructions take them, which
@@ -47,6 +53,12 @@ struct Codes {
 // more than the codes.
 static inline size_t code_stride(int inputs_padded, int code_bytes) {
   return (((size_t)inputs_padded * code_bytes / 64 + 1) | 1) * 64;
+}
+
+// A row of activations for 4-bit weights: K codes of 8 bits, then for each block a scale, then for each
+// block scale * the sum of its codes.
+static inline size_t block_row_stride(int inputs) {
+  return ((((size_t)inputs + (size_t)inputs / BLOCK_INPUTS * 2 * sizeof(float)) / 64 + 1) | 1) * 64;
 }
 
 enum class Epilogue {
@@ -125,6 +137,13 @@ struct Rotary {
   bool spread;  // a Hadamard transform of queries and keys, before keys are rounded to 8 bits
 };
 
+// y = (mix (x) H) diag(signs) x; see rotate_bundle.
+struct Rotation {
+  int power, odd;
+  float* signs;  // [power * odd]
+  float* mix;    // [odd, odd]
+};
+
 // Some rows of one sequence, one KV head, some splits.
 struct AttentionItem {
   const HeadShape* shape;
@@ -146,6 +165,7 @@ struct AttentionItem {
 struct Kernels {
   const char* name;
   int tile_rows;   // preferred rows of multiply_tile
+  int block_rows;  // of multiply_blocks
   int code_bytes;  // per input of a row of Codes
 
   void (*thread_begin)(void);  // before and after a thread computes (AMX tiles)
@@ -156,10 +176,15 @@ struct Kernels {
   void (*norm_to_codes)(const float* x, int size, float eps, uint8_t* codes, float* scale);
   void (*to_codes)(const float* x, int size, float factor, uint8_t* codes, float* scale);
   void (*hadamard)(float* x, int size, int block);
+  void (*norm_to_blocks)(const float* x, const float* weight, int size, float eps, uint8_t* row);
+  void (*to_blocks)(const float* x, int size, uint8_t* row);
+  void (*rotate_row)(const Rotation* rotation, const float* x, float* spread, float* out);
   void (*rotate_and_store)(const Rotary* rotary, float* qkv, uint8_t* const* regions, int offset);
 
   // gemm.inl: panels first..end - 1, all rows; `argmax` [M] is for HEAD
   void (*multiply)(const Product* product, int first, int end, Argmax* argmax);
+
+  void (*multiply_blocks)(const Product* product, int first, int end);  // blocks.inl; not for HEAD
 
   // attention.inl
   void (*attend_rows)(const AttentionItem* item);
@@ -170,6 +195,7 @@ struct Kernels {
   void (*rotate)(float* w, int64_t rows, int64_t cols, int axis, int power, int odd,
                  const float* signs, const float* mix);
   void (*pack)(const float* w, const float* bias, bool gated, Linear* linear);
+  void (*pack_blocks)(const uint8_t* w, const float* bias, bool gated, Linear* linear);
 
   // For probe.cpp: the variant's best instructions for 8-bit products, on registers alone. Returns how
   // many products it computed.

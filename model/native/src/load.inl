@@ -80,14 +80,19 @@ static void pack_column(const float* row, Linear& w, int column) {
   w.corrections[column] = CODE_BIAS * total;
 }
 
-// w [outputs, inputs]; the destination starts as zeros. Gated: the rows are gates, then as many ups,
-// and column c of panel p becomes gate 16 p + c, or up 16 p + c - 16 for c >= 16. The number of gates
-// is a multiple of LANES, or the last panel is not full.
+// Where output n goes. Gated: the outputs are gates, then as many ups, and column c of panel p becomes
+// gate 16 p + c, or up 16 p + c - 16 for c >= 16. The number of gates is a multiple of LANES, or the
+// last panel is not full.
+static int packed_column(const Linear& linear, int n, bool gated) {
+  if (!gated) return n;
+  const int gates = linear.outputs / 2, unit = n < gates ? n : n - gates;
+  return unit / LANES * PANEL + unit % LANES + (n < gates ? 0 : LANES);
+}
+
+// w [outputs, inputs]; the destination starts as zeros.
 static void pack(const float* w, const float* bias, bool gated, Linear* linear) {
-  const int gates = linear->outputs / 2;
   for (int n = 0; n < linear->outputs; n++) {
-    const int unit = n < gates ? n : n - gates;
-    const int column = gated ? unit / LANES * PANEL + unit % LANES + (n < gates ? 0 : LANES) : n;
+    const int column = packed_column(*linear, n, gated);
     pack_column(w + (size_t)n * linear->inputs, *linear, column);
     if (bias) linear->bias[column] = bias[n];
   }

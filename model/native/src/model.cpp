@@ -20,38 +20,51 @@ size_t region_bytes(const QuireShape& shape) {
   return shape.wide_cache ? cells * 2 : cells + static_cast<size_t>(shape.block_size) * 2 * sizeof(float);
 }
 
-Linear Model::make_linear(int outputs, int inputs, bool bias) {
+Linear Model::make_linear(int outputs, int inputs, bool bias, bool four_bit) {
   Linear linear{};
   linear.outputs = outputs;
   linear.inputs = inputs;
   linear.inputs_padded = round_up(inputs, K_STEP);
   linear.panels = round_up(outputs, PANEL) / PANEL;
   const size_t columns = static_cast<size_t>(linear.panels) * PANEL;
+  linear.bias = bias ? weights.take<float>(columns) : nullptr;
+  if (four_bit) {
+    linear.blocks = weights.take<uint8_t>(static_cast<size_t>(linear.panels) * (inputs / BLOCK_INPUTS) * BLOCK_BYTES);
+    return linear;
+  }
   linear.packed = weights.take<int8_t>(columns * linear.inputs_padded);
   linear.scales = weights.take<float>(columns);
   linear.corrections = weights.take<int32_t>(columns);
-  linear.bias = bias ? weights.take<float>(columns) : nullptr;
   return linear;
 }
 
 Model::Model(const QuireShape& given, const Kernels& chosen) : shape(given), kernels(chosen) {
   const int width = shape.heads * shape.dim, kv_width = shape.kv_heads * shape.dim;
+  const bool four_bit = shape.four_bit != 0;
   heads = {shape.heads, shape.kv_heads, shape.dim, shape.block_size, shape.norm_eps, shape.wide_cache != 0};
   for (int i = 0; i < shape.layers; i++) {
     Layer layer{};
-    layer.qkv = make_linear(width + 2 * kv_width, shape.hidden, shape.qkv_bias != 0);
-    layer.out = make_linear(shape.hidden, width, false);
-    layer.gate_up = make_linear(2 * shape.width, shape.hidden, false);
-    layer.down = make_linear(shape.hidden, shape.width, false);
+    layer.qkv = make_linear(width + 2 * kv_width, shape.hidden, shape.qkv_bias != 0, four_bit);
+    layer.out = make_linear(shape.hidden, width, false, four_bit);
+    layer.gate_up = make_linear(2 * shape.width, shape.hidden, false, four_bit);
+    layer.down = make_linear(shape.hidden, shape.width, false, four_bit);
     if (shape.qk_norm) {
       layer.query_norm = weights.take<float>(shape.dim);
       layer.key_norm = weights.take<float>(shape.dim);
+    }
+    if (four_bit) {
+      layer.attention_norm = weights.take<float>(shape.hidden);
+      layer.mlp_norm = weights.take<float>(shape.hidden);
     }
     layer.window = shape.windows[i];
     layer.has_rotary = shape.has_rotary[i] != 0;
     layers.push_back(layer);
   }
-  head = make_linear(shape.vocab, shape.hidden, false);
+  head = make_linear(shape.vocab, shape.hidden, false, false);
+  if (four_bit) {
+    const int power = shape.hidden & -shape.hidden, odd = shape.hidden / power;
+    head_rotation = {power, odd, weights.take<float>(shape.hidden), weights.take<float>(static_cast<size_t>(odd) * odd)};
+  }
   embedding = weights.take<uint16_t>(static_cast<size_t>(shape.vocab) * round_up(shape.hidden, K_STEP));
   // All layers of a block lie together, so that the system zeroes fresh memory block by block as they
   // come into use, and not for all layers in the first step.
@@ -77,12 +90,14 @@ void Model::make_scratch() {
   const int gated = round_up(shape.width, K_STEP);
   const int qkv = round_up((shape.heads + 2 * shape.kv_heads) * shape.dim, PANEL);
   const size_t rows = static_cast<size_t>(shape.max_rows);
-  const size_t widest = code_stride(std::max({inputs, width, gated}), kernels.code_bytes);
+  const int most_inputs = std::max({inputs, width, gated});
+  const size_t widest = std::max(code_stride(most_inputs, kernels.code_bytes), block_row_stride(most_inputs));
   scratch.residual_stride = inputs;
   scratch.qkv_stride = qkv;
   scratch.attention_stride = width;
   scratch.gated_stride = gated;
   scratch.residual = memory.take<float>(rows * inputs);
+  scratch.rotated = shape.four_bit ? memory.take<float>(rows * 2 * inputs) : nullptr;
   scratch.qkv = memory.take<float>(rows * qkv);
   scratch.attention = memory.take<float>(rows * width);
   scratch.gated = memory.take<float>(rows * gated);

@@ -16,6 +16,8 @@ struct Layer {
   Linear qkv, out, gate_up, down;
   float* query_norm = nullptr;  // [D] or null
   float* key_norm = nullptr;
+  float* attention_norm = nullptr;  // [C] if weights have 4 bits; else part of the next product
+  float* mlp_norm = nullptr;
   Pool pool;
   int window;
   bool has_rotary;
@@ -27,6 +29,7 @@ struct Scratch {
   float* qkv;        // [T, qkv_stride]
   float* attention;  // [T, attention_stride]
   float* gated;      // [T, gated_stride]
+  float* rotated;    // [T, 2, residual_stride], or null: inputs of the head
   size_t residual_stride, qkv_stride, attention_stride, gated_stride;
   uint8_t* codes;  // [T + TILE_ROWS_MAX, the widest]
   float* scales;   // [T + TILE_ROWS_MAX]
@@ -75,6 +78,7 @@ struct Model {
   Memory memory;
   std::vector<Layer> layers;
   Linear head;
+  Rotation head_rotation{};  // of its inputs, if the residual stream is not rotated
   uint16_t* embedding;  // [V, residual_stride] bfloat16
   float* cosines;       // [max_positions, D / 2]
   float* sines;
@@ -88,7 +92,7 @@ struct Model {
   void run(const QuireStep& step);
 
  private:
-  Linear make_linear(int outputs, int inputs, bool bias);
+  Linear make_linear(int outputs, int inputs, bool bias, bool four_bit);
   void make_scratch();
 };
 

@@ -13,6 +13,7 @@ struct QuireShape {
   int32_t max_rows;  // the largest T
   int32_t hadamard;  // block of the transform before the last product of an MLP; 1: none
   int32_t qkv_bias, qk_norm, wide_cache;
+  int32_t four_bit;  // matrices of the layers in blocks of 4 bits, not rotated
   int32_t threads;          // of a small step, which is memory-bound
   int32_t compute_threads;  // of a step of `compute_rows` rows or more, which is compute-bound
   int32_t compute_rows;
@@ -57,6 +58,12 @@ QUIRE_API const char* quire_variant(const QuireModel* model);
 QUIRE_API void quire_rotate(const QuireModel* model, float* w, int64_t rows, int64_t cols, int32_t axis,
                             int32_t power, int32_t odd, const float* signs, const float* mix);
 QUIRE_API void quire_load_linear(QuireModel* model, int32_t layer, int32_t which, const float* w, const float* bias);
+// 4 bits: blocks [outputs, inputs / 32] of 20 bytes, which are GGUF's Q4_1: scale and minimum in half
+// precision, then 16 bytes with inputs i and i + 16. Not for the head, which always has 8 bits.
+QUIRE_API void quire_load_blocks(QuireModel* model, int32_t layer, int32_t which, const uint8_t* w, const float* bias);
+// 4 bits: the weights of a layer's norms, and the rotation of the head's inputs.
+QUIRE_API void quire_load_norms(QuireModel* model, int32_t layer, const float* attention, const float* mlp);
+QUIRE_API void quire_load_rotation(QuireModel* model, const float* signs, const float* mix);
 QUIRE_API void quire_load_embedding(QuireModel* model, int32_t first, int32_t count, const float* w);
 QUIRE_API void quire_load_head_norms(QuireModel* model, int32_t layer, const float* query, const float* key);
 
@@ -70,6 +77,8 @@ QUIRE_API int32_t quire_step(QuireModel* model, const QuireStep* step, char* err
 // Parts, for tests: y = codes x packed w, dequantised, with bias or null. 1: no such variant.
 QUIRE_API int32_t quire_product(const char* variant, const float* w, const float* bias, int32_t outputs,
                                 int32_t inputs, const float* x, int32_t rows, float* y);
+QUIRE_API int32_t quire_block_product(const char* variant, const uint8_t* w, const float* bias, int32_t outputs,
+                                      int32_t inputs, const float* x, int32_t rows, float* y);
 
 // Roof of this machine, measured without the code of the step: bytes read from memory per second, and
 // 8-bit products per second of the variant's best instructions on registers.

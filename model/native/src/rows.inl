@@ -48,17 +48,55 @@ static void to_codes(const float* x, int size, float factor, uint8_t* codes, flo
   write_codes(x, size, splat(127.0f / most), codes);
 }
 
-// RMSNorm without its weight (folded into the next product): x / sqrt(mean(x^2) + eps).
-// Codes do not depend on the norm, which scales the whole row; only the row's scale does.
-static void norm_to_codes(const float* x, int size, float eps, uint8_t* codes, float* scale) {
+// 1 / the root mean square.
+static float norm_factor(const float* x, int size, float eps) {
   Lanes squares = splat(0.0f);
   for (int i = 0; i < size; i += LANES) {
     const Lanes v = load(x + i);
     squares = fma(v, v, squares);
   }
+  return 1.0f / __builtin_sqrtf(sum(squares) / (float)size + eps);
+}
+
+// RMSNorm without its weight (folded into the next product): x / sqrt(mean(x^2) + eps).
+// Codes do not depend on the norm, which scales the whole row; only the row's scale does.
+static void norm_to_codes(const float* x, int size, float eps, uint8_t* codes, float* scale) {
   const int padded = (size + K_STEP - 1) / K_STEP * K_STEP;
-  const float mean = sum(squares) / (float)size;
-  to_codes(x, padded, 1.0f / __builtin_sqrtf(mean + eps), codes, scale);
+  to_codes(x, padded, norm_factor(x, size, eps), codes, scale);
+}
+
+// One block of a row for 4-bit weights; returns its sum of codes times its scale.
+QUIRE_INLINE float block_to_codes(Lanes a, Lanes b, int8_t* codes, float* scale) {
+  const Lanes zero = splat(0.0f);
+  const float most = largest(larger(magnitude(a), larger(magnitude(b), zero)));
+  const float bad = finite_or_nan(fma(a, zero, b * zero));
+  *scale = most * (1.0f / 127.0f) + bad;
+  const bool valid = bad == bad && most >= 1e-30f;
+  if (!valid) a = b = zero;
+  const Lanes factor = splat(valid ? 127.0f / most : 0.0f);
+  a = nearest(a * factor);
+  b = nearest(b * factor);
+  store_signed(codes, a);
+  store_signed(codes + LANES, b);
+  return *scale * sum(a + b);  // whole numbers: their sum is exact
+}
+
+// Codes, scales and totals of a row; `value(i)` gives 16 of its elements from i on.
+template <typename Value> QUIRE_INLINE void write_blocks(int size, uint8_t* row, Value value) {
+  float* scales = (float*)(row + size);
+  float* totals = scales + size / BLOCK_INPUTS;
+  for (int i = 0, b = 0; i < size; i += BLOCK_INPUTS, b++)
+    totals[b] = block_to_codes(value(i), value(i + LANES), (int8_t*)row + i, scales + b);
+}
+
+static void to_blocks(const float* x, int size, uint8_t* row) {
+  write_blocks(size, row, [&](int i) { return load(x + i); });
+}
+
+// RMSNorm: x / sqrt(mean(x^2) + eps) * weight.
+static void norm_to_blocks(const float* x, const float* weight, int size, float eps, uint8_t* row) {
+  const Lanes factor = splat(norm_factor(x, size, eps));
+  write_blocks(size, row, [&](int i) { return load(x + i) * factor * load(weight + i); });
 }
 
 // One butterfly stage inside the lanes: (a, b) -> (a + b, a - b) for lanes that differ in BIT.
@@ -116,13 +154,27 @@ static void hadamard(float* x, int size, int block) {
   }
 }
 
-static void norm_head(float* x, int dim, const float* weight, float eps) {
-  Lanes squares = splat(0.0f);
-  for (int d = 0; d < dim; d += LANES) {
-    const Lanes v = load(x + d);
-    squares = fma(v, v, squares);
+// y = (mix (x) H) diag(signs) x: what rotate_bundle does to a weight.
+static void rotate_row(const Rotation* rotation, const float* x, float* spread, float* out) {
+  const int power = rotation->power, odd = rotation->odd, size = power * odd;
+  const float norm = 1.0f / __builtin_sqrtf((float)power);
+  if (odd == 1) spread = out;
+  for (int i = 0; i < size; i++) spread[i] = x[i] * (norm * rotation->signs[i]);
+  hadamard(spread, size, power);
+  if (odd == 1) return;
+  for (int to = 0; to < odd; to++) {
+    float* y = out + to * power;
+    for (int p = 0; p < power; p++) y[p] = 0.0f;
+    for (int from = 0; from < odd; from++) {
+      const float weight = rotation->mix[to * odd + from];
+      const float* s = spread + from * power;
+      for (int p = 0; p < power; p++) y[p] = y[p] + weight * s[p];
+    }
   }
-  const Lanes factor = splat(1.0f / __builtin_sqrtf(sum(squares) / (float)dim + eps));
+}
+
+static void norm_head(float* x, int dim, const float* weight, float eps) {
+  const Lanes factor = splat(norm_factor(x, dim, eps));
   for (int d = 0; d < dim; d += LANES) store(x + d, load(x + d) * factor * load(weight + d));
 }
 

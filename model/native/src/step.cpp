@@ -104,7 +104,7 @@ class Program {
   // x += out(attend(qkv(norm(x)))) for some rows; keys and values of all.
   // From its last product on the regions of the next layer are prefetched.
   void attention(const Layer& layer, const Rows& rows, size_t next) {
-    norm_rows(layer.qkv, {step_.rows, nullptr});
+    norm_rows(layer.qkv, layer.attention_norm, {step_.rows, nullptr});
     multiply(layer.qkv, step_.rows, Epilogue::STORE, s_.qkv, s_.qkv_stride);
     each_row(step_.rows, [&](int row) { rotate_and_store(layer, row); });
     walker_.phase(static_cast<int>(task_.cut.units.size()), [&](int u) {
@@ -116,28 +116,29 @@ class Program {
     each_row(rows.count, [&](int i) {
       float* x = s_.attention + rows[i] * s_.attention_stride;
       if (task_.cut.split) merge(rows[i], x);
-      m_.kernels.to_codes(x, layer.out.inputs_padded, 1.0f, codes.rows + i * codes.stride, codes.scales + i);
+      to_codes(layer.out, x, 1.0f, codes, i);
     });
     add_product(layer.out, rows);
   }
 
-  // x += down(hadamard(silu(gate) * up)); the weights of down are rotated against the transform
+  // x += down(hadamard(silu(gate) * up)); the weights of down are rotated against the transform, unless
+  // they have 4 bits
   void mlp(const Layer& layer, const Rows& rows) {
-    norm_rows(layer.gate_up, rows);
+    norm_rows(layer.gate_up, layer.mlp_norm, rows);
     multiply(layer.gate_up, rows.count, Epilogue::GATED, s_.gated, s_.gated_stride);
     const Codes codes = codes_for(layer.down);
     const float normal = 1.0f / __builtin_sqrtf(static_cast<float>(m_.shape.hadamard));
     each_row(rows.count, [&](int i) {
       float* x = s_.gated + i * s_.gated_stride;
-      m_.kernels.hadamard(x, m_.shape.width, m_.shape.hadamard);
-      m_.kernels.to_codes(x, layer.down.inputs_padded, normal, codes.rows + i * codes.stride, codes.scales + i);
+      if (!layer.down.blocks) m_.kernels.hadamard(x, m_.shape.width, m_.shape.hadamard);
+      to_codes(layer.down, x, normal, codes, i);
     });
     add_product(layer.down, rows);
   }
 
   void head() {
     const Codes codes = codes_for(m_.head);
-    each_row(step_.outputs, [&](int i) { norm_row(step_.output_rows[i], codes, i); });
+    each_row(step_.outputs, [&](int i) { norm_row(head_input(step_.output_rows[i]), codes, i); });
     Product product = product_of(m_.head, step_.outputs, Epilogue::HEAD, nullptr, 0);
     product.logits = step_.logits;
     const Chunks chunks = chunks_of(m_.head, step_.outputs);
@@ -164,17 +165,36 @@ class Program {
   float* residual(int row) const { return s_.residual + static_cast<size_t>(row) * s_.residual_stride; }
 
   Codes codes_for(const Linear& linear) const {
+    if (linear.blocks) return {s_.codes, block_row_stride(linear.inputs), s_.scales};
     return {s_.codes, code_stride(linear.inputs_padded, m_.kernels.code_bytes), s_.scales};
   }
 
-  void norm_row(int row, const Codes& codes, int to) const {
-    m_.kernels.norm_to_codes(residual(row), m_.shape.hidden, m_.shape.norm_eps, codes.rows + to * codes.stride,
-                             codes.scales + to);
+  // A row of the residual stream as the head takes it: rotated.
+  const float* head_input(int row) const {
+    if (!s_.rotated) return residual(row);
+    float* out = s_.rotated + static_cast<size_t>(row) * 2 * s_.residual_stride;
+    m_.kernels.rotate_row(&m_.head_rotation, residual(row), out + s_.residual_stride, out);
+    return out;
   }
 
-  void norm_rows(const Linear& next, const Rows& rows) {
+  void norm_row(const float* x, const Codes& codes, int to) const {
+    m_.kernels.norm_to_codes(x, m_.shape.hidden, m_.shape.norm_eps, codes.rows + to * codes.stride, codes.scales + to);
+  }
+
+  // `weight`: of the norm, if it is not part of `next`.
+  void norm_rows(const Linear& next, const float* weight, const Rows& rows) {
     const Codes codes = codes_for(next);
-    each_row(rows.count, [&](int i) { norm_row(rows[i], codes, i); });
+    each_row(rows.count, [&](int i) {
+      if (!next.blocks) return norm_row(residual(rows[i]), codes, i);
+      m_.kernels.norm_to_blocks(residual(rows[i]), weight, m_.shape.hidden, m_.shape.norm_eps,
+                                codes.rows + i * codes.stride);
+    });
+  }
+
+  void to_codes(const Linear& next, const float* x, float factor, const Codes& codes, int to) const {
+    uint8_t* row = codes.rows + to * codes.stride;
+    if (next.blocks) m_.kernels.to_blocks(x, next.inputs, row);
+    else m_.kernels.to_codes(x, next.inputs_padded, factor, row, codes.scales + to);
   }
 
   Product product_of(const Linear& weight, int rows, Epilogue epilogue, float* out, size_t stride) const {
@@ -200,7 +220,8 @@ class Program {
     segment_ += weight.panels * ((rows + m_.kernels.tile_rows - 1) / m_.kernels.tile_rows) * segments_of(weight);
     const Chunks chunks = chunks_of(weight, rows);
     walker_.phase(chunks.count(), [&](int c) {
-      m_.kernels.multiply(&product, chunks.first(c), chunks.end(c), nullptr);
+      if (weight.blocks) m_.kernels.multiply_blocks(&product, chunks.first(c), chunks.end(c));
+      else m_.kernels.multiply(&product, chunks.first(c), chunks.end(c), nullptr);
     });
   }
 

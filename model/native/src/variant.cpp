@@ -14,6 +14,14 @@ namespace {
 
 #include QUIRE_TEXT(QUIRE_JOIN(tile_, QUIRE_VARIANT).inl)
 
+#if defined(__AVX512VNNI__)
+#define QUIRE_BLOCK_TILE "blocks_zmm.inl"
+#elif defined(__AVX2__)
+#define QUIRE_BLOCK_TILE "blocks_ymm.inl"
+#else
+#define QUIRE_BLOCK_TILE "blocks_portable.inl"
+#endif
+
 #if !defined(QUIRE_SPLIT_CODES)
 constexpr int CODE_BYTES = 1, CODE_BIAS = 128;
 #endif
@@ -31,13 +39,14 @@ static void tiles_end() {}
 #include "gemm.inl"
 #include "attention.inl"
 #include "load.inl"
+#include "blocks.inl"
 
 static const Kernels table = {
-    QUIRE_TEXT(QUIRE_VARIANT), TILE_ROWS, CODE_BYTES, tiles_begin, tiles_end,
-    embed, norm_to_codes, to_codes, hadamard, rotate_and_store,
-    multiply,
+    QUIRE_TEXT(QUIRE_VARIANT), TILE_ROWS, BLOCK_ROWS, CODE_BYTES, tiles_begin, tiles_end,
+    embed, norm_to_codes, to_codes, hadamard, norm_to_blocks, to_blocks, rotate_row, rotate_and_store,
+    multiply, multiply_blocks,
     attend_rows, attend_split, merge_splits,
-    rotate, pack,
+    rotate, pack, pack_blocks,
     peak,
 };
 

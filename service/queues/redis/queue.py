@@ -51,13 +51,7 @@ from service.queues.contract import (
     WriteReply,
     WriteStatus,
 )
-from service.queues.observer import (
-    STOPPED,
-    NullQueueObserver,
-    QueueEvent,
-    QueueObserver,
-    report_replies,
-)
+from service.queues.observer import STOPPED, QueueEvent, QueueObserver, report_replies
 from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
 from service.queues.redis.connection import Command, RedisClient, check_server, present
@@ -91,7 +85,7 @@ class RedisQueue:
         self, limits: QueueLimits, *, shard: Shard, observer: QueueObserver | None = None
     ) -> None:
         self.limits = limits
-        self._observer = NullQueueObserver() if observer is None else observer
+        self._observer = QueueObserver() if observer is None else observer
         self._shard = shard
         self._keys = shard.keys
         self._client = RedisClient(shard.server, scripts=load_scripts(), restored=self._restored)
