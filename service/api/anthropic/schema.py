@@ -17,6 +17,7 @@ from service.api.http.fields import (
     CacheControl,
     FieldError,
     Ignored,
+    NoEffect,
     OnDisconnect,
     Priority,
     RequiredModel,
@@ -226,9 +227,7 @@ class MessageBody(CountBody):
     )
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     metadata: MessageMetadata | None = Field(None, description="Data about the call.")
-    diagnostics: dict[str, Any] | None = Field(
-        None, description="Accepted for compatibility; has no effect."
-    )
+    diagnostics: NoEffect = None
     seed: Seed = None
     priority: Priority = None
     on_disconnect: OnDisconnect = None

@@ -350,13 +350,10 @@ Seed = Annotated[
     Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None,
     Field(description="The same seed gives the same answer. Default: a random one."),
 ]
-Ignored = Annotated[Label | None, Field(description="Accepted for compatibility; has no effect.")]
-IgnoredText = Annotated[
-    Text | None, Field(description="Accepted for compatibility; has no effect.")
-]
-NoEffect = Annotated[
-    dict[str, Any] | None, Field(description="Accepted for compatibility; has no effect.")
-]
+NO_EFFECT = "Accepted for compatibility; has no effect."
+Ignored = Annotated[Label | None, Field(description=NO_EFFECT)]
+IgnoredText = Annotated[Text | None, Field(description=NO_EFFECT)]
+NoEffect = Annotated[dict[str, Any] | None, Field(description=NO_EFFECT)]
 ServiceTier = Annotated[
     Literal["auto", "default", "flex", "scale", "priority", "fast"] | None,
     Field(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from service.api.generation.request import Effort
-from service.api.http.fields import Label, OptionalModel, Text, check_json
+from service.api.http.fields import NO_EFFECT, Label, OptionalModel, Text, check_json
 from service.api.http.models import (
     MAX_MESSAGES,
     UNSUPPORTED,
@@ -34,8 +34,6 @@ from service.api.tools.schema import MAX_TOOLS
 
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED = "reasoning.encrypted_content"
-
-NO_EFFECT = "Accepted for compatibility; has no effect."
 
 Include = Literal[
     "message.output_text.logprobs",
