@@ -29,6 +29,7 @@ from service.messages import (
     Submission,
     Tokens,
 )
+from service.prefixes import prompt_prefixes
 from service.queues.contract import (
     CLEARED_AFTER,
     Claim,
@@ -44,7 +45,7 @@ from service.worker.observer import WorkerObserver
 from service.worker.worker import EngineFailure, Worker
 from tests.support.builders import slowly
 from tests.support.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, until
 
 LEASE = 0.3
 POISON = 90
@@ -136,6 +137,31 @@ class Station:
         assert self.task is not None
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
+
+
+class SharedQueue(MemoryQueue):
+    """As one that other processes use, too."""
+
+    shared = True
+
+
+async def test_what_an_engine_holds_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it works and afterwards; so a second engine leaves a chat's next turn to it."""
+    monkeypatch.setattr("service.worker.worker.ANNOUNCE_EVERY", 0.01)
+    queue = SharedQueue(QueueLimits())
+    station = Station(queue, "e").start()
+    request = make_request("abcdefgh", max_tokens=20)
+    await submit(queue, request)
+    ids, _ = await answer(queue, request)
+    prompt = [*request.prompt_ids, *ids]
+    names = prompt_prefixes(prompt, tenant=request.tenant, numeric_class="oracle", block_size=4)
+
+    def is_held() -> bool:
+        held = queue._machine.affinity._held.get("e")
+        return held is not None and names[0] in held[1]
+
+    await until(is_held)
+    await station.drain()
 
 
 def make_queue(*, lease: float = LEASE) -> MemoryQueue:
@@ -428,6 +454,62 @@ async def test_a_lost_tail_is_sent_again(keep: int) -> None:
     ids = [token for record in records if isinstance(record, Tokens) for token in record.ids]
     assert queue.gaps >= 1
     assert ids == oracle_answer(request)
+
+
+class PartlyAwayQueue(MemoryQueue):
+    """A store one part of which, with the requests `x...`, is away or full."""
+
+    def __init__(self, status: WriteStatus | None) -> None:
+        super().__init__(QueueLimits(lease=5))
+        self.status = status
+        self.refused = 0
+
+    async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
+        """Takes the ends of what is full."""
+        there = [write for write in writes if not self._refuses(write)]
+        replies = iter(await super().write(there))
+        found = []
+        for write in writes:
+            if self.status is not None and self._refuses(write):
+                found.append(WriteReply(self.status, 0))
+            else:
+                found.append(next(replies))
+        self.refused += len(writes) - len(there)
+        return found
+
+    def _refuses(self, write: Write) -> bool:
+        if self.status is None or not write.lease.request_id.startswith("x"):
+            return False
+        return self.status is WriteStatus.AWAY or isinstance(write.record, Tokens)
+
+
+@pytest.mark.slow
+async def test_a_part_of_the_store_that_is_away_delays_no_other() -> None:
+    """What it holds is written in order when it is back."""
+    queue = PartlyAwayQueue(WriteStatus.AWAY)
+    away, there = make_request("x1", max_tokens=30), make_request("y1", max_tokens=30)
+    async with station(queue, on_run=taking(0.002)) as one:
+        await submit(queue, away, there)
+        assert (await answer(queue, there))[0] == oracle_answer(there)
+        await until(lambda: queue.refused > 30)
+        assert list(await queue.read(away.id)) == []
+        queue.status = None
+        assert (await answer(queue, away))[0] == oracle_answer(away)
+        await until(lambda: one.worker.running == 0)
+
+
+@pytest.mark.slow
+async def test_a_part_of_the_store_that_is_full_ends_its_requests_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.worker.journal.STORAGE_PATIENCE", 0.2)
+    queue = PartlyAwayQueue(WriteStatus.STORAGE)
+    full, there = make_request("x1", max_tokens=30), make_request("y1", max_tokens=30)
+    async with station(queue, on_run=taking(0.02)):
+        await submit(queue, full, there)
+        ids, end = await answer(queue, full)
+        assert (ids, end.reason, end.error) == ([], FinishReason.ERROR, "storage_full")
+        assert (await answer(queue, there))[0] == oracle_answer(there)
 
 
 class FullQueue(MemoryQueue):
