@@ -197,7 +197,6 @@ async def test_calls_about_a_dead_server_fail_and_others_do_not(
                 assert (await queue.submit(submission)).status is SubmitStatus.OK
         await queue.check()
         assert (await queue.depth()).queued_requests == 2
-        assert [info.id for info in await queue.engines()] == ["e"]
         await asyncio.to_thread(independent.servers[1].start)
         again = await available(lambda: queue.submit(make_submission(identifier=submissions[1].id)))
         assert again.status is SubmitStatus.EXISTS
