@@ -34,7 +34,8 @@ prefix, for `RESERVED_FOR` seconds, unless all of them run far more requests tha
 asks (`OVERLOADED`). Others pass it over; the order of priorities and turns stays the same.
 
 Implementations: `memory` (embedded, one process) and `redis`; `tests/queues/contract.py` runs
-against both.
+against both. If the store is several shards, the order of claims and evictions and the lane are
+those of each shard.
 """
 
 from __future__ import annotations
@@ -228,6 +229,7 @@ class EngineInfo:
     max_model_len: int = 0  # 0: unknown
     tokens_per_second: float = 0.0  # recently
     features: tuple[str, ...] = ()  # it claims only requests whose features are among them
+    model: str = ""  # `ModelCard.id`, for people: its features decide what it claims
     block_size: int = 0  # of its prefix cache, tokens; 0: unknown
 
     def serves(self, card: ModelCard) -> bool:
