@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -187,8 +187,10 @@ async def drive(
     clients: int,
     max_tokens: int,
     timeout: float = 600.0,  # noqa: ASYNC109 - of each request
+    pause: Callable[[Outcome], float] = lambda _: 0.0,
 ) -> tuple[list[Outcome], float]:
-    """Closed loop: each of `clients` sends its next prompt when its last one ended.
+    """Closed loop: each of `clients` sends its next prompt when its last one ended, or `pause`
+    seconds later.
 
     Returns the outcomes and the wall time.
     """
@@ -199,6 +201,7 @@ async def drive(
         for prompt in waiting:
             outcome = await complete(target, prompt, max_tokens=max_tokens, timeout=timeout)
             outcomes.append(outcome)
+            await asyncio.sleep(pause(outcome))
 
     started = time.monotonic()
     async with asyncio.TaskGroup() as group:

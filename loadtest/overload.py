@@ -146,10 +146,15 @@ async def tenants(flooding: Target, other: Target, *, seconds: float) -> Scene:
     alone = await _one_by_one(other, "alone", seconds=seconds)
     end = time.monotonic() + seconds
     prompts = _until(end, make_prompts("flood", count=100_000, num_tokens=TOKENS_IN))
-    flood = asyncio.create_task(_flood(flooding, prompts, clients=FLOOD, max_tokens=TOKENS_OUT))
+    flood = asyncio.create_task(
+        drive(
+            flooding, prompts, clients=FLOOD, max_tokens=TOKENS_OUT,
+            pause=lambda outcome: 0.05 if outcome.rejection else 0.0,
+        )
+    )  # fmt: skip
     await asyncio.sleep(seconds / 5)  # so that the flood has begun
     during = await _one_by_one(other, "during", seconds=seconds * 4 / 5)
-    flooded = await flood
+    flooded, _ = await flood
     calm, busy = ([each.time_to_first for each in complete_ones(each)] for each in (alone, during))
     ratio = percentile(busy, 99) / percentile(calm, 99)
     rejected = sum(each.rejection is not None for each in flooded)
@@ -169,28 +174,11 @@ async def tenants(flooding: Target, other: Target, *, seconds: float) -> Scene:
 
 async def _one_by_one(target: Target, seed: str, *, seconds: float) -> list[Outcome]:
     """One request after another, with pauses."""
-    end, outcomes = time.monotonic() + seconds, list[Outcome]()
-    for prompt in make_prompts(seed, count=10_000, num_tokens=TOKENS_IN):
-        if time.monotonic() >= end:
-            break
-        outcomes.append(await complete(target, prompt, max_tokens=8, timeout=60))
-        await asyncio.sleep(PROBE_EVERY / 2)
-    return outcomes
-
-
-async def _flood(
-    target: Target, prompts: Iterator[str], *, clients: int, max_tokens: int
-) -> list[Outcome]:
-    """Each client sends its next request as soon as one ended."""
-    outcomes: list[Outcome] = []
-
-    async def client() -> None:
-        for prompt in prompts:
-            outcomes.append(await complete(target, prompt, max_tokens=max_tokens))
-            if outcomes[-1].rejection is not None:
-                await asyncio.sleep(0.05)
-
-    await asyncio.gather(*(client() for _ in range(clients)))
+    prompts = make_prompts(seed, count=10_000, num_tokens=TOKENS_IN)
+    outcomes, _ = await drive(
+        target, _until(time.monotonic() + seconds, prompts), clients=1, max_tokens=8, timeout=60,
+        pause=lambda _: PROBE_EVERY / 2,
+    )  # fmt: skip
     return outcomes
 
 

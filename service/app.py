@@ -20,7 +20,7 @@ from service.api.http.call import Readers
 from service.api.http.context import ApiContext, ApiLimits, Probes, WorkPools
 from service.api.http.middleware import HostCheck, RequestContextMiddleware, allow_origins, any_host
 from service.api.http.models import ErrorBody, refused
-from service.api.http.observer import ApiObserver, NullObserver
+from service.api.http.observer import ApiObserver
 from service.api.structured.validator import GrammarValidator
 from service.api.system import openapi
 from service.api.system.attention import AttentionReader, AttentionService
@@ -121,7 +121,7 @@ def build_admin_app(
     app.add_middleware(
         RequestContextMiddleware,
         authenticate=open_to_all,
-        observer=NullObserver(),
+        observer=ApiObserver(),
         error_formats=dialect_of,
         check_host=check_host,
     )

@@ -1,25 +1,5 @@
 """Every error that a client can receive, with its HTTP status and OpenAI `type` and `code`.
 
-    QuireError                       500 server_error
-    ├── BadRequest                   400 invalid_request_error
-    │   ├── Unauthorized             401
-    │   ├── Forbidden                403
-    │   ├── NotFound                 404
-    │   ├── MethodNotAllowed         405
-    │   ├── RequestTimeout           408
-    │   ├── Conflict                 409
-    │   ├── Gone                     410
-    │   ├── TooLarge                 413
-    │   ├── UrlTooLong               414
-    │   ├── UnsupportedMedia         415
-    │   └── HeadersTooLarge          431
-    ├── RateLimited                  429 rate_limit_error
-    ├── Unavailable                  503 service_unavailable_error
-    │   └── ShuttingDown             503
-    ├── DeadlineExceeded             504 server_error
-    ├── GenerationFailed             500 server_error     (the engine failed the request)
-    └── StreamDivergence             409 server_error     (a refilled journal differs)
-
 A message states the limit that was exceeded and never repeats the input. The engine and the queues
 raise these too, but only `service/api` turns them into JSON. `StartupError` is for the operator,
 never for a client.

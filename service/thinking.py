@@ -183,7 +183,7 @@ class Splitter:
             self._held = held[at + len(closing) :]
             self._enter(Phase.BETWEEN)
             return held[:at].rstrip(BLANKS)
-        certain = held[: len(held) - len(_prefix_at_end(held, closing))].rstrip(BLANKS)
+        certain = held[: len(held) - len(prefix_at_end(held, closing))].rstrip(BLANKS)
         self._held = held[len(certain) :]
         self._blank &= not certain
         return certain
@@ -204,7 +204,7 @@ class Splitter:
             self._held = held[at + len(end) :]
             self._enter(Phase.BETWEEN)
             return held[:at]
-        size = 0 if end is None else len(_prefix_at_end(held, end))
+        size = 0 if end is None else len(prefix_at_end(held, end))
         certain = held[: len(held) - size]
         self._held = held[len(certain) :]
         self._blank &= not certain
@@ -216,7 +216,7 @@ class Splitter:
         self._blank = True
 
 
-def _prefix_at_end(text: str, tag: str) -> str:
+def prefix_at_end(text: str, tag: str) -> str:
     """The longest end of a text that is the beginning of a tag, but not all of it."""
     size = min(len(text), len(tag) - 1)
     while size and not text.endswith(tag[:size]):

@@ -245,9 +245,10 @@ async def _ignore(hints: AsyncIterator[str]) -> None:
 async def be_engines(port: int, first: int, count: int) -> None:
     """Runs until standard input is closed."""
     async with queues(port, count, limits=QueueLimits()) as made:
-        tasks = [
-            asyncio.create_task(be_engine(queue, first + index)) for index, queue in enumerate(made)
-        ]
+        tasks = []
+        for index, queue in enumerate(made):
+            await queue.claim(make_engine(first + index), limit=0, wait=0.0)  # connects
+            tasks.append(asyncio.create_task(be_engine(queue, first + index)))
         await asyncio.to_thread(sys.stdin.read)
         for task in tasks:
             if task.done():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +31,11 @@ class StepReport:
         return len(self.preempted)
 
 
-class Observer(Protocol):
-    """Called from the engine thread; must not block and must not raise."""
+class Observer:
+    """Called from the engine thread; must not block and must not raise.
+
+    It ignores all events; subclasses override the methods that they need.
+    """
 
     def stepped(self, report: StepReport) -> None:
         """A step was computed, or only changed what runs or waits."""
-
-
-class NullObserver:
-    """Ignores everything."""
-
-    def stepped(self, report: StepReport) -> None: ...

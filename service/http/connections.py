@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
 
 from service.errors import QuireError, RateLimited, Unavailable
 
@@ -44,24 +43,14 @@ class Outcome(StrEnum):
     REFUSED = "refused"
 
 
-class ConnectionObserver(Protocol):
-    """For metrics. Called in the event loop."""
+class ConnectionObserver:
+    """Called in the event loop. It ignores all events; subclasses override the methods."""
 
     def connections_open(self, port: str, count: int) -> None:
         """The number of open connections of a port changed to `count`."""
-        ...
 
     def connection_limited(self, port: str, outcome: Outcome) -> None:
         """A limit was reached."""
-        ...
-
-
-class NullConnectionObserver:
-    """Ignores all."""
-
-    def connections_open(self, port: str, count: int) -> None: ...
-
-    def connection_limited(self, port: str, outcome: Outcome) -> None: ...
 
 
 @dataclass(slots=True)
@@ -111,7 +100,7 @@ class Connections:
     ) -> None:
         self._limits = limits
         self._port = port
-        self._observer = observer or NullConnectionObserver()
+        self._observer = observer or ConnectionObserver()
         self._clock = clock
         self._groups: dict[str, _Group] = {}
         self._idle: OrderedDict[Slot, None] = OrderedDict()

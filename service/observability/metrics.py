@@ -1,7 +1,7 @@
 """Metrics: the observer that feeds every Prometheus series; `series` defines them.
 
-The engine, the worker, the queue, the cluster and the API each have a small observer protocol;
-`Metrics` implements all of them. It has its own registry: two servers in one process do not mix
+The engine, the worker, the queue, the cluster and the API each have a small observer; `Metrics` is
+all of them. It has its own registry: two servers in one process do not mix
 their figures. No label value comes from a client.
 
     accepted = finished over all reasons + waiting + running     summed over all processes
@@ -18,21 +18,21 @@ from collections.abc import Callable
 
 from prometheus_client import generate_latest
 
-from service.api.http.observer import CallReport, NullObserver
-from service.engine.observer import StepReport
-from service.http.connections import Outcome
+from service.api.http.observer import ApiObserver, CallReport
+from service.engine.observer import Observer, StepReport
+from service.http.connections import ConnectionObserver, Outcome
 from service.messages import End, ModelCard
 from service.observability.queue_gauges import QueueGauges
 from service.observability.series import Series
 from service.observability.vllm_names import VllmNames
 from service.queues.contract import Claim, QueueDepth
-from service.queues.observer import REASON_OF_END, QueueEvent
-from service.worker.observer import NullWorkerObserver
+from service.queues.observer import REASON_OF_END, QueueEvent, QueueObserver
+from service.worker.observer import WorkerObserver
 
 RATE_WINDOW = 10.0  # seconds
 
 
-class Metrics(Series, NullObserver, NullWorkerObserver):
+class Metrics(Series, ConnectionObserver, ApiObserver, QueueObserver, WorkerObserver, Observer):
     """All series of one process; `/metrics` returns `render`.
 
     `on_call` gets the report of each generating call; the request log is written there. `role` and

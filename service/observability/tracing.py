@@ -30,11 +30,11 @@ from opentelemetry.trace import (
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import Attributes
 
-from service.api.http.observer import HttpCall, NullObserver
-from service.engine.observer import StepReport
+from service.api.http.observer import ApiObserver, HttpCall
+from service.engine.observer import Observer, StepReport
 from service.messages import End, FinishReason
 from service.queues.contract import Claim
-from service.worker.observer import NullWorkerObserver
+from service.worker.observer import WorkerObserver
 
 TRACED_ROUTES = "/v1/"
 _W3C = TraceContextTextMapPropagator()
@@ -52,7 +52,7 @@ def traceparent_of(span: Span) -> str:
     return headers["traceparent"]
 
 
-class TracedCalls(NullObserver):
+class TracedCalls(ApiObserver):
     """An ApiObserver that records a span per call of the API."""
 
     def __init__(self, tracer: Tracer) -> None:
@@ -87,7 +87,7 @@ class TracedCalls(NullObserver):
         span.end()
 
 
-class TracedWork(NullWorkerObserver):
+class TracedWork(WorkerObserver, Observer):
     """Observes a worker and its engine; records a span per claim.
 
     `model` and `engine` are names for the attributes.

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from service.errors import StartupError
 from service.queues.contract import Queue, QueueLimits
-from service.queues.observer import NullQueueObserver, QueueObserver
+from service.queues.observer import QueueObserver
 
 QueueFactory = Callable[[str, QueueLimits, QueueObserver], Queue]
 
@@ -44,4 +44,4 @@ def open_queue(url: str, limits: QueueLimits, *, observer: QueueObserver | None 
         raise StartupError("queue: the URL is malformed") from None
     if scheme not in QUEUES:
         raise StartupError(f"queue: unknown scheme; known are {', '.join(sorted(QUEUES))}")
-    return QUEUES[scheme](url, limits, NullQueueObserver() if observer is None else observer)
+    return QUEUES[scheme](url, limits, QueueObserver() if observer is None else observer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Protocol
 
 from service.messages import FinishReason
 from service.queues.contract import WriteReply, WriteStatus
@@ -45,18 +44,14 @@ STOPPED: dict[FinishReason, QueueEvent] = {
 """The reasons for which a queue stops a request, and their events."""
 
 
-class QueueObserver(Protocol):
-    """Called from the event loop; must not block and must not raise."""
+class QueueObserver:
+    """Called from the event loop; must not block and must not raise.
+
+    It ignores all events; subclasses override the methods that they need.
+    """
 
     def happened(self, event: QueueEvent, count: int = 1) -> None:
         """`count` times."""
-
-
-class NullQueueObserver:
-    """Ignores all events."""
-
-    def happened(self, event: QueueEvent, count: int = 1) -> None:
-        pass
 
 
 def report_replies(replies: Iterable[WriteReply], observer: QueueObserver) -> None:

@@ -27,7 +27,7 @@ from model.text.tokenizer import Tokenizer
 from service.api.http.auth import Authenticator, open_to_all
 from service.api.http.context import ApiLimits, Probes
 from service.api.http.middleware import HostCheck, any_host
-from service.api.http.observer import CallReport, NullObserver
+from service.api.http.observer import ApiObserver, CallReport
 from service.api.structured.validator import GrammarValidator
 from service.app import build_app
 from service.http.listeners import Listener
@@ -182,7 +182,7 @@ class ScriptedEngine:
         return (None, *self._logprobs(request.prompt_ids[1:], request.prompt_logprobs))
 
 
-class RecordingObserver(NullObserver):
+class RecordingObserver(ApiObserver):
     """Keeps what it was told."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from tokenizers import pre_tokenizers
 
 from model.text.tokenizer import Tokenizer
 from service.api.http.context import ApiLimits
-from service.api.http.observer import NullObserver
+from service.api.http.observer import ApiObserver
 from service.app import build_app
 from service.http.listeners import Listener
 from service.http.ports import address, bind
@@ -109,7 +109,7 @@ async def _serve(bound: socket.socket, tokenizer: Tokenizer, ends: threading.Eve
         lambda: card,
         probes=ALL_WELL,
         limits=ApiLimits(),
-        observer=NullObserver(),
+        observer=ApiObserver(),
         version="0.0.1",
         extras=("docs", "page"),
     )

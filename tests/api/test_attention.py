@@ -16,7 +16,7 @@ from model.attention_maps import AttentionMaps
 from model.checkpoint import open_checkpoint
 from service.api.http.auth import Tenant
 from service.api.http.context import ApiLimits
-from service.api.http.observer import NullObserver
+from service.api.http.observer import ApiObserver
 from service.api.system.attention import AttentionReader, AttentionService
 from service.parts import open_attention
 from service.settings import Settings
@@ -37,7 +37,7 @@ def let_read(service: Any) -> Callable[[AttentionReader], None]:
     """Gives the replica an attention reader."""
 
     def let(reader: AttentionReader) -> None:
-        reading = AttentionService(reader, ApiLimits(), NullObserver())
+        reading = AttentionService(reader, ApiLimits(), ApiObserver())
         service.app.state.attention = reading
 
     return let
@@ -121,7 +121,7 @@ async def test_the_length_has_a_limit_of_its_own(
 ) -> None:
     async with start_service(limits=small_limits(max_attention_tokens=3)) as service:
         context = service.app.state.context
-        service.app.state.attention = AttentionService(maps, context.limits, NullObserver())
+        service.app.state.attention = AttentionService(maps, context.limits, ApiObserver())
         assert (await service.client.get("/status")).json()["max_attention_tokens"] == 3
         assert (await service.post(PATH, {"tokens": [1, 2, 3]})).status_code == 200
         refused = (await service.post(PATH, {"tokens": [1, 2, 3, 4]})).json()["error"]

@@ -125,16 +125,16 @@ def test_calls_are_the_same_in_any_cut(name: str, data: st.DataObject) -> None:
     assert cut.text == whole.text
 
     def told(collected: Accumulator) -> list[Any]:
-        return [(c.id, c.name, c.arguments, c.custom, c.complete) for c in collected.calls]
+        return [(c.id, c.name, c.text, c.custom, c.complete) for c in collected.calls]
 
     assert told(cut) == told(whole)
     assert all(call.custom == (call.name == "c") for call in cut.calls)
     for call, (_, arguments) in zip(whole.calls, calls, strict=False):
         expected = json.loads(arguments)
         if call.complete and call.custom and "\n</parameter>\n" not in expected["input"]:
-            assert call.arguments == expected["input"]
+            assert call.text == expected["input"]
         if call.complete and not call.custom and not tool_format.tags:
-            assert json.loads(call.arguments) == expected
+            assert json.loads(call.text) == expected
 
 
 def test_types_of_parameters() -> None:

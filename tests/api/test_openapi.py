@@ -16,7 +16,7 @@ import pytest
 
 from model.text.tokenizer import Tokenizer
 from service.api.http.context import ApiLimits
-from service.api.http.observer import NullObserver
+from service.api.http.observer import ApiObserver
 from service.api.system.openapi import ERRORS, RULES, DocumentCache, operations
 from service.app import build_app
 from service.errors import QuireError
@@ -42,7 +42,7 @@ def document(tokenizer: Tokenizer) -> Json:
         lambda: CARD,
         probes=ALL_WELL,
         limits=ApiLimits(),
-        observer=NullObserver(),
+        observer=ApiObserver(),
         version="0.0.1",
         extras=("docs", "page"),
     )

@@ -23,7 +23,7 @@ from service.api.tools.formats import TOOL_FORMATS
 from service.api.tools.grammar import tools_grammar
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver
+from service.engine.observer import Observer
 from service.engine.plan import EngineConfig
 from service.messages import Event, FinishReason, GenerationRequest, SamplingParams
 from tests.support.builders import slowly, tiny_model_config, tiny_weights
@@ -89,7 +89,7 @@ def answers(requests: Sequence[GenerationRequest]) -> dict[str, list[Event]]:
         token_bytes=BYTES,
         eos_ids=frozenset({EOS}),
         deliver=deliver,
-        observer=NullObserver(),
+        observer=Observer(),
         grammars=Grammars(BYTES, eos_ids=frozenset({EOS}), vocab_size=len(BYTES)),
     )
     for request in requests:
@@ -148,7 +148,7 @@ def test_every_call_fits_its_schema(name: str, forced: bool) -> None:
         assert answer.end is not None
         whole = answer.calls if answer.end.reason is FinishReason.STOP else answer.calls[:-1]
         for call in whole:
-            jsonschema_rs.validate(SCHEMAS[call.name], json.loads(call.arguments))
+            jsonschema_rs.validate(SCHEMAS[call.name], json.loads(call.text))
             seen.add(call.name)
         if id_.startswith("False"):
             assert len(answer.calls) <= 1

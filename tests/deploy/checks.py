@@ -232,6 +232,7 @@ def check_queue(objects: Sequence[Object]) -> None:
     assert len(urls) == 1, urls
     parts = urlsplit(urls.pop())
     service = get(objects, "Service", parts.hostname or "")
+    assert parts.scheme in {"redis", "redis+cluster"}
     assert parts.port in {port["port"] for port in service["spec"]["ports"]}
     assert parts.username in known, f"{parts.username} is none of {known}"
     redis = get(objects, "StatefulSet", "quire-redis")
@@ -285,7 +286,9 @@ def check_life_cycle(objects: Sequence[Object]) -> None:
         fewest = target["spec"].get("replicas") or scaler["spec"]["minReplicas"]
         assert 0 < budget["spec"]["maxUnavailable"] < fewest, label(budget)
     redis = get(objects, "StatefulSet", "quire-redis")
-    assert redis["spec"]["replicas"] == 1
+    (server,) = containers(redis, with_init=False)
+    # A second server without a cluster would be another journal.
+    assert redis["spec"]["replicas"] == (6 if "--cluster-enabled" in server["command"] else 1)
 
 
 def check_redis_memory(objects: Sequence[Object]) -> None:

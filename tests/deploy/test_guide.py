@@ -75,6 +75,21 @@ def test_the_pickers_series_are_exported() -> None:
         assert sample.labels.keys() == {"model_name", *re.findall(r"`(\w+)`", labels)}
 
 
+def test_the_charts_values_configure_redis_as_ours() -> None:
+    """All of redis.conf but what a chart sets itself: folder, port, protected mode, keep-alive."""
+    values = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[0])
+    lines = (DEPLOY / "redis" / "redis.conf").read_text().splitlines()
+    ours = {line for line in lines if line and not line.startswith("#")}
+    theirs = set(values["commonConfiguration"].splitlines())
+    assert theirs <= ours
+    assert {line.split()[0] for line in ours - theirs} == {
+        "dir", "port", "protected-mode", "tcp-keepalive",
+    }  # fmt: skip
+    redis = get(render("cpu"), "StatefulSet", "quire-redis")
+    (server,) = redis["spec"]["template"]["spec"]["containers"]
+    assert values["replica"]["resources"] == server["resources"]
+
+
 def test_every_file_it_names_exists() -> None:
     named = set(re.findall(r"\bdeploy/[\w./-]+\w", GUIDE))
     assert len(named) >= 8

@@ -12,7 +12,7 @@ from model.batch import Batch
 from service.engine.cost import CostModel, StepWork
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import StepReport
+from service.engine.observer import Observer, StepReport
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence as EngineSequence
 from service.engine.speculate import Speculator
@@ -212,7 +212,7 @@ class Reckless(Speculator):
         ]
 
 
-class Rig:
+class Rig(Observer):
     """An engine over the oracle, stepped by hand. Integrity and limits are checked at each step."""
 
     kind: type[OracleRunner] = OracleRunner

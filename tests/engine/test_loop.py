@@ -13,7 +13,7 @@ import pytest
 from model.batch import Batch
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver, StepReport
+from service.engine.observer import Observer, StepReport
 from service.messages import End, Event, GenerationRequest
 from tests.engine.harness import CONFIG, Transcript, expected, make_request, random_request
 from tests.support.fakes import (
@@ -81,7 +81,7 @@ def build(request: pytest.FixtureRequest) -> Iterator[Build]:
                 "visible_bytes": VISIBLE_BYTES,
                 "eos_ids": EOS_IDS,
                 "deliver": outbox.deliver,
-                "observer": NullObserver(),
+                "observer": Observer(),
                 **fields,
             },
         )
@@ -234,7 +234,7 @@ def test_a_token_is_delivered_before_the_next_step_is_computed() -> None:
         token_bytes=TOKEN_BYTES,
         eos_ids=EOS_IDS,
         deliver=deliver,
-        observer=NullObserver(),
+        observer=Observer(),
     )
     loop.start()
     loop.add(Work(request=make_request(max_tokens=10, ignore_eos=True)))

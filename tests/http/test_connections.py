@@ -10,12 +10,19 @@ from typing import Any
 import pytest
 
 from service.errors import StartupError
-from service.http.connections import ConnectionLimits, Connections, Outcome, Slot, address_group
+from service.http.connections import (
+    ConnectionLimits,
+    ConnectionObserver,
+    Connections,
+    Outcome,
+    Slot,
+    address_group,
+)
 from service.http.descriptors import RESERVE, plan_connections, raise_descriptor_limit
 from service.settings import Settings
 
 
-class Observed:
+class Observed(ConnectionObserver):
     """What an observer was given."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from model.runners.torch import TorchRunner
 from service.engine.cost import CostModel, StepWork
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver, StepReport
+from service.engine.observer import Observer, StepReport
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, FinishReason, GenerationRequest, SamplingParams, Tokens
 from tests.support.builders import slowly, tiny_model_config, tiny_weights
@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 
 
 @dataclass
-class Answers(NullObserver):
+class Answers(Observer):
     """Runs an engine to its end and collects what it delivered."""
 
     config: EngineConfig

@@ -13,7 +13,7 @@ from model.grammar import Grammars, Matcher, json_schema_grammar, lark_grammar, 
 from service.engine.guide import ANSWER_LIMIT, MASK_LIMIT, TOKEN_LIMIT, MaskTime
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver
+from service.engine.observer import Observer
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, FinishReason, GenerationRequest, SamplingParams
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner
@@ -87,7 +87,7 @@ class Engine:
             token_bytes=TOKEN_BYTES,
             eos_ids=EOS_IDS,
             deliver=self._take,
-            observer=NullObserver(),
+            observer=Observer(),
             clock=lambda: self.now,
             grammars=grammars,
         )

@@ -11,7 +11,7 @@ from model.runners import OverlappedRunner, RunnerOptions, StepHandle
 from model.runners.cuda.build import build_runner
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver
+from service.engine.observer import Observer
 from service.engine.plan import EngineConfig
 from service.messages import Event, GenerationRequest, SamplingParams, Tokens
 from tests.support.builders import tiny_model_config, tiny_weights
@@ -89,7 +89,7 @@ def answers(
 
     loop = EngineLoop(
         runner, config=CONFIG, token_bytes=BYTES, eos_ids=frozenset(), deliver=deliver,
-        observer=NullObserver(),
+        observer=Observer(),
     )  # fmt: skip
     for request in requests:
         loop.add(Work(request=request))

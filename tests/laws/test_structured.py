@@ -24,7 +24,7 @@ from model.runners.torch import TorchRunner
 from service.engine.cost import CostModel, StepWork
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver, StepReport
+from service.engine.observer import Observer, StepReport
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, FinishReason, GenerationRequest, SamplingParams
 from tests.laws.noise import ENDINGS, EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner
@@ -52,7 +52,7 @@ class OverlappedNoise(Overlapping, NoiseRunner):
 
 
 @dataclass
-class Engine(NullObserver):
+class Engine(Observer):
     """Runs requests to their ends, and keeps what came out."""
 
     grammars: Grammars

@@ -13,7 +13,7 @@ from model.runners.native import NativeRunner
 from service.engine.cost import CostModel, StepWork
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver, StepReport
+from service.engine.observer import Observer, StepReport
 from service.engine.plan import EngineConfig
 from service.messages import Event, GenerationRequest, SamplingParams, TokenLogprob, Tokens
 from tests.support.builders import slowly, tiny_weights
@@ -34,7 +34,7 @@ class FreeRows(CostModel):
 
 
 @dataclass
-class Run(NullObserver):
+class Run(Observer):
     """Answers requests and keeps all bits of what came out, and figures of the steps."""
 
     tokens: dict[str, list[int]] = field(default_factory=dict)

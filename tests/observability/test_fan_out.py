@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from service.api.http.observer import NullObserver
+from service.api.http.observer import ApiObserver
 from service.observability.fan_out import fan_out
 
 
-class Recorder(NullObserver):
+class Recorder(ApiObserver):
     def __init__(self, trace: str | None, log: list[str]) -> None:
         self.trace = trace
         self.log = log
@@ -28,5 +28,5 @@ def test_a_call_reaches_all_in_order_and_returns_what_one_of_them_did() -> None:
 
 
 def test_one_observer_needs_no_wrapper() -> None:
-    observer = NullObserver()
+    observer = ApiObserver()
     assert fan_out(observer) is observer

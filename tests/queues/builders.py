@@ -41,14 +41,14 @@ from service.queues.contract import (
     slot_of,
 )
 from service.queues.memory.queue import MemoryQueue
-from service.queues.observer import QueueEvent
+from service.queues.observer import QueueEvent, QueueObserver
 from service.queues.redis.keys import shard_of
 from service.queues.redis.queue import RedisQueue
 from service.queues.redis.sharded import ShardedQueue
 from tests.support.waiting import PATIENCE
 
 
-class Counts(Counter[QueueEvent]):
+class Counts(Counter[QueueEvent], QueueObserver):
     """An observer that remembers."""
 
     def happened(self, event: QueueEvent, count: int = 1) -> None:

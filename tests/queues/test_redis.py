@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -20,7 +22,7 @@ from service.messages import (
     Tokens,
 )
 from service.queues import open_queue
-from service.queues.contract import PAGE_TOKENS, QueueLimits, Write
+from service.queues.contract import HELD_FOR, PAGE_TOKENS, RESERVED_FOR, QueueLimits, Write
 from service.queues.observer import QueueEvent
 from service.queues.redis.codec import Malformed, decode_entry, encode_tokens
 from service.queues.redis.connection import check_server
@@ -93,6 +95,64 @@ async def test_a_token_takes_at_most_100_bytes(
         used = int(redis_server.ask("MEMORY", "USAGE", key, "SAMPLES", 0).lstrip(":"))
         assert 10 < used / length <= 100, length
         await append(queue, claim.lease, stop_at(length))
+
+
+async def test_what_a_woken_holder_does_not_take_is_taken_by_another(
+    redis_server: RedisServer,
+    redis_queues: Queues,
+    passes: Passes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only the holder was woken once: if it hung, others looked again after half a second or more.
+    Here they look again after minutes.
+    """
+    monkeypatch.setattr("service.queues.redis.claims.LOOK_AGAIN", 10 * PATIENCE)
+    limits = replace(LIMITS, lease=30 * PATIENCE)
+    hanging, other, api = (redis_queues(redis_server.url, limits) for _ in range(3))
+    holder, free = make_engine("holder"), make_engine("free")
+    assert await hanging.claim(holder, limit=1, wait=0.01) == [], "it waits from now on"
+    await hanging.hold(holder.id, ["a"])
+    claiming = asyncio.create_task(other.claim(free, limit=1, wait=PATIENCE))
+    waiting = f"quire:2:{{s0}}:waiting:{holder.numeric_class}\n{' '.join(holder.features)}"
+    with Redis(port=redis_server.port) as redis:
+        async with asyncio.timeout(PATIENCE):
+            while redis.zcard(waiting) != 2 or not redis.pubsub_numsub("quire:2:{s0}:m:free")[0][1]:
+                await asyncio.sleep(0.01)
+    submission = replace(make_submission(), prefixes=(("a",),))
+    await api.submit(submission)
+    await passes(RESERVED_FOR + 0.01)
+    async with asyncio.timeout(PATIENCE):
+        (claim,) = await claiming
+    assert claim.request.id == submission.requests[0].id
+
+
+async def test_only_changes_of_what_is_held_are_sent(
+    redis_server: RedisServer, redis_queues: Queues
+) -> None:
+    """And all of it from time to time, and if a call failed."""
+    queue = redis_queues(redis_server.url, LIMITS)
+    held, sent = queue._held, list[tuple[list[str], list[str]]]()
+    run = queue._client.run
+
+    async def record(commands: Sequence[tuple[Any, ...]], **options: Any) -> list[Any]:
+        arguments = json.loads(commands[0][4])
+        sent.append((arguments["added"], arguments["removed"]))
+        if len(sent) == 3:
+            raise Unavailable("away")
+        return await run(commands, **options)
+
+    queue._client.run = record  # type: ignore[method-assign]
+    for prefixes in (["a", "b"], ["b", "a"], ["b", "c"], [], ["d"]):
+        with suppress(Unavailable):
+            await queue.hold("e", prefixes)
+    assert sent == [(["a", "b"], []), (["c"], ["a"]), ([], ["b", "c"]), (["d"], ["b", "c"])]
+    held._refresh_at["e"] = 0.0
+    await queue.hold("e", ["d"])
+    assert sent[4:] == [(["d"], [])]
+    with Redis(port=redis_server.port) as redis:
+        keys = {key.decode() for key in redis.keys("*:h:*")}
+        assert keys == {"quire:2:{s0}:h:d"}
+        assert 0 < redis.pttl("quire:2:{s0}:h:d") <= 1000 * HELD_FOR
 
 
 async def test_a_key_s_limits_are_the_cluster_s(

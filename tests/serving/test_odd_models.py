@@ -9,7 +9,7 @@ import pytest
 
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver
+from service.engine.observer import Observer
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, FinishReason, GenerationRequest, SamplingParams, Tokens
 from service.settings import Settings
@@ -39,7 +39,7 @@ def answer(loaded: Loaded, request: GenerationRequest) -> tuple[list[int], str, 
         token_bytes=loaded.tokenizer.token_bytes,
         eos_ids=loaded.tokenizer.eos_ids,
         deliver=deliver,
-        observer=NullObserver(),
+        observer=Observer(),
     )
     loop.add(Work(request=request))
     while loop.step():

@@ -17,7 +17,7 @@ import pytest
 
 from model.batch import Batch
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver
+from service.engine.observer import Observer
 from service.engine.plan import EngineConfig
 from service.errors import Unavailable
 from service.messages import (
@@ -29,6 +29,7 @@ from service.messages import (
     Submission,
     Tokens,
 )
+from service.prefixes import prompt_prefixes
 from service.queues.contract import (
     CLEARED_AFTER,
     Claim,
@@ -40,17 +41,18 @@ from service.queues.contract import (
     WriteStatus,
 )
 from service.queues.memory.queue import MemoryQueue
+from service.worker.observer import WorkerObserver
 from service.worker.worker import EngineFailure, Worker
 from tests.support.builders import slowly
 from tests.support.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, until
 
 LEASE = 0.3
 POISON = 90
 WAIT = PATIENCE  # seconds for what has to happen
 
 
-class Ledger:
+class Ledger(WorkerObserver):
     """A WorkerObserver that counts."""
 
     def __init__(self) -> None:
@@ -100,7 +102,7 @@ class Station:
             token_bytes=TOKEN_BYTES,
             eos_ids=EOS_IDS,
             deliver=self._deliver,
-            observer=NullObserver(),
+            observer=Observer(),
             on_failure=lambda _failure: self.worker.fail(),
             settle=self._settle,
         )
@@ -135,6 +137,31 @@ class Station:
         assert self.task is not None
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
+
+
+class SharedQueue(MemoryQueue):
+    """As one that other processes use, too."""
+
+    shared = True
+
+
+async def test_what_an_engine_holds_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it works and afterwards; so a second engine leaves a chat's next turn to it."""
+    monkeypatch.setattr("service.worker.worker.ANNOUNCE_EVERY", 0.01)
+    queue = SharedQueue(QueueLimits())
+    station = Station(queue, "e").start()
+    request = make_request("abcdefgh", max_tokens=20)
+    await submit(queue, request)
+    ids, _ = await answer(queue, request)
+    prompt = [*request.prompt_ids, *ids]
+    names = prompt_prefixes(prompt, tenant=request.tenant, numeric_class="oracle", block_size=4)
+
+    def is_held() -> bool:
+        held = queue._machine.affinity._held.get("e")
+        return held is not None and names[0] in held[1]
+
+    await until(is_held)
+    await station.drain()
 
 
 def make_queue(*, lease: float = LEASE) -> MemoryQueue:

@@ -16,7 +16,7 @@ import pytest
 from model.batch import Batch, StepOutput
 from model.grammar import Grammars, choice_grammar, json_schema_grammar
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver
+from service.engine.observer import Observer
 from service.engine.plan import EngineConfig
 from service.messages import (
     End,
@@ -95,7 +95,7 @@ async def worker(
         token_bytes=TOKEN_BYTES,
         eos_ids=EOS_IDS,
         deliver=deliver,
-        observer=NullObserver(),
+        observer=Observer(),
         grammars=grammars,
     )
     info = EngineInfo(id=str(id(engine)), numeric_class="noise", version="0", features=("grammar",))

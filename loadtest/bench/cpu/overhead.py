@@ -28,7 +28,7 @@ from model.runners import Runner, RunnerOptions
 from model.runners.native import NativeRunner
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver
+from service.engine.observer import Observer
 from service.engine.plan import EngineConfig
 from service.messages import Event, GenerationRequest, SamplingParams
 
@@ -140,7 +140,7 @@ def measure(
         token_bytes=_TOKEN_BYTES,
         eos_ids=frozenset({0}),
         deliver=events.extend,
-        observer=NullObserver(),
+        observer=Observer(),
         clock=runner.clock,
     )
     for index in range(sequences):

@@ -29,7 +29,7 @@ from model.runners.native import NativeRunner
 from model.text.tokenizer import Tokenizer
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import NullObserver
+from service.engine.observer import Observer
 from service.engine.plan import EngineConfig
 from service.messages import Event, GenerationRequest, SamplingParams
 
@@ -103,7 +103,7 @@ class Engine:
             token_bytes=tokenizer.token_bytes,
             eos_ids=frozenset(),
             deliver=self._read,
-            observer=NullObserver(),
+            observer=Observer(),
             clock=time.thread_time,
         )
 

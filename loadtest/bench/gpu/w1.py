@@ -135,7 +135,7 @@ def _through_engine(runner: _Clocked, workload: Workload, budget: int) -> float:
     """Seconds of the workload."""
     from service.engine.inbox import Work
     from service.engine.loop import EngineLoop
-    from service.engine.observer import NullObserver
+    from service.engine.observer import Observer
     from service.engine.plan import EngineConfig
     from service.messages import GenerationRequest, SamplingParams
 
@@ -151,7 +151,7 @@ def _through_engine(runner: _Clocked, workload: Workload, budget: int) -> float:
         token_bytes=[b"a"] * vocab_size,
         eos_ids=frozenset(),
         deliver=lambda _: None,
-        observer=NullObserver(),
+        observer=Observer(),
     )
     for index, (prompt, output) in enumerate(workload.lengths):
         request = GenerationRequest(

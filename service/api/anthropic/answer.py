@@ -105,7 +105,7 @@ def _block(segment: Segment) -> dict[str, Any]:
     if not isinstance(segment, ToolCallSegment):
         return block | {"text": segment.text}
     try:
-        return block | {"input": json.loads(segment.arguments)}
+        return block | {"input": json.loads(segment.text)}
     except ValueError:
         return block
 
@@ -173,7 +173,6 @@ class MessageRenderer:
         self._resumed = False
 
     def skip(self, delta: StreamDelta) -> None:
-        """Takes note of a delta that the client has received."""
         self._resumed = True
         if not isinstance(delta, Start):
             self._changes(delta)
@@ -185,7 +184,6 @@ class MessageRenderer:
         return _event("message_start", message=message_object(self._reader, self._answer))
 
     def event(self, _choice: int, delta: StreamDelta) -> bytes:
-        """The events of one delta."""
         if isinstance(delta, Start):
             return b""
         events = self._changes(delta)

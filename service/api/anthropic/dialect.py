@@ -35,7 +35,7 @@ from service.api.generation.request import Chat, Generation, sampling_of
 from service.api.generation.submit import answer, check_model
 from service.api.http.body import JsonRoute
 from service.api.http.context import Caller, Context, JsonRequest
-from service.api.http.fields import FieldNames
+from service.api.http.errors import FieldNames
 from service.api.http.models import described, json_response, refused
 from service.api.structured.grammar import JsonOutput
 from service.api.tools.chat import ChatMessage, Mode, ToolCall, ToolChoice, ToolRef, tool_use

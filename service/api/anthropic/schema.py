@@ -17,29 +17,29 @@ from service.api.http.fields import (
     CacheControl,
     FieldError,
     Ignored,
-    ModelName,
+    NoEffect,
     OnDisconnect,
     Priority,
+    RequiredModel,
     Seed,
     StopStrings,
-    StrictModel,
     TopP,
     UnitTemperature,
 )
 from service.api.http.models import (
+    MAX_INT,
     MAX_MESSAGES,
-    MAX_TOP_K,
     AnswerModel,
     Assistant,
     CallId,
     Count,
     ModelId,
+    StrictModel,
     WireModel,
 )
 from service.api.tools.schema import MAX_TOOLS
 
 MAX_EDITS = 16
-MAX_TOKENS = 2**31 - 1
 
 _SHARED: Mapping[str, tuple[Any, ...]] = {
     "speed": ("standard",),
@@ -69,7 +69,7 @@ class BoundedThinking(_AnyThinking):
 
     type: Literal["enabled"] = Field(description="Reasoning with a limit.")
     budget_tokens: int = Field(
-        ge=1, le=MAX_TOKENS, description="The most tokens of reasoning; there it is ended."
+        ge=1, le=MAX_INT, description="The most tokens of reasoning; there it is ended."
     )
 
 
@@ -160,7 +160,7 @@ class CountBody(WireModel):
 
     unsupported = _SHARED
 
-    model: ModelName = Field(description="The id of the model, as /v1/models lists it.")
+    model: RequiredModel
     messages: list[Turn] = Field(
         min_length=1,
         max_length=MAX_MESSAGES,
@@ -211,19 +211,15 @@ class MessageBody(CountBody):
 
     max_tokens: int = Field(
         ge=1,
-        le=MAX_TOKENS,
+        le=MAX_INT,
         description="Maximum number of output tokens, cut to the rest of the context.",
     )
-    temperature: UnitTemperature = Field(
-        None, description="0 is greedy; 1 samples from the model's own distribution. Default 1."
-    )
-    top_p: TopP = Field(
-        None, description="Sample from the most likely tokens that have this total probability."
-    )
+    temperature: UnitTemperature = None
+    top_p: TopP = None
     top_k: int | None = Field(
         None,
         ge=0,
-        le=MAX_TOP_K,
+        le=MAX_INT,
         description="Sample from the k most likely tokens only; 0: from all.",
     )
     stop_sequences: StopStrings = Field(
@@ -231,12 +227,8 @@ class MessageBody(CountBody):
     )
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     metadata: MessageMetadata | None = Field(None, description="Data about the call.")
-    diagnostics: dict[str, Any] | None = Field(
-        None, description="Accepted for compatibility; has no effect."
-    )
-    seed: Seed = Field(
-        None, description="The same seed gives the same answer. Default: a random one."
-    )
+    diagnostics: NoEffect = None
+    seed: Seed = None
     priority: Priority = None
     on_disconnect: OnDisconnect = None
 

@@ -23,8 +23,8 @@ from pydantic import (
     field_validator,
 )
 
-from service.api.http.fields import CacheControl, FieldError, StrictModel, Text, check_json
-from service.api.http.models import WireModel
+from service.api.http.fields import CacheControl, FieldError, Text, check_json
+from service.api.http.models import StrictModel, WireModel
 from service.api.tools.chat import FunctionDefinition
 from service.api.tools.schema import FunctionName, Parameters
 

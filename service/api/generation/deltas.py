@@ -185,10 +185,8 @@ def divergence() -> StreamDivergence:
 
 
 @dataclass(slots=True)
-class TextSegment:
-    """Text between tool calls. An answer without tools has at most one."""
-
-    texts: list[str] = field(default_factory=list)
+class _Growing:
+    texts: list[str] = field(default_factory=list, kw_only=True)
 
     @property
     def text(self) -> str:
@@ -196,37 +194,27 @@ class TextSegment:
         return "".join(self.texts)
 
 
+class TextSegment(_Growing):
+    """Text between tool calls. An answer without tools has at most one."""
+
+
+class ReasoningSegment(_Growing):
+    """The reasoning. An answer has at most one, before all other segments."""
+
+
 @dataclass(slots=True)
-class ToolCallSegment:
-    """One tool call."""
+class ToolCallSegment(_Growing):
+    """One tool call; its text is the arguments, or the input of a custom tool."""
 
     id: str
     name: str
-    texts: list[str] = field(default_factory=list)
-    custom: bool = False  # a custom tool: the arguments are its input
-    complete: bool = False  # the arguments have ended
-
-    @property
-    def arguments(self) -> str:
-        """The text of the arguments so far."""
-        return "".join(self.texts)
+    custom: bool = False
+    complete: bool = False  # the text has ended
 
     def add(self, delta: CallDelta) -> None:
         """Adds the next delta of the call."""
         self.texts.append(delta.arguments)
         self.complete |= delta.complete
-
-
-@dataclass(slots=True)
-class ReasoningSegment:
-    """The reasoning. An answer has at most one, before all other segments."""
-
-    texts: list[str] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join(self.texts)
 
 
 Segment = TextSegment | ToolCallSegment | ReasoningSegment
@@ -248,16 +236,12 @@ class Accumulator:
     @property
     def text(self) -> str:
         """The text of the answer, after the echoed prompt if there is one."""
-        return "".join(
-            segment.text for segment in self.segments if isinstance(segment, TextSegment)
-        )
+        return self._text_of(TextSegment)
 
     @property
     def reasoning(self) -> str:
         """The text of the reasoning so far."""
-        return "".join(
-            segment.text for segment in self.segments if isinstance(segment, ReasoningSegment)
-        )
+        return self._text_of(ReasoningSegment)
 
     @property
     def calls(self) -> list[ToolCallSegment]:
@@ -272,40 +256,36 @@ class Accumulator:
     def add(self, delta: StreamDelta) -> None:
         """Adds the next delta of the choice."""
         if isinstance(delta, Finish):
-            self._add_reasoning(delta.reasoning)
-            self._add_text(delta.text)
+            self._grow(ReasoningSegment, delta.reasoning)
+            self._grow(TextSegment, delta.text)
             self.end, self.finish_reason = delta.end, delta.finish_reason
             return
         self.scored.extend(delta.scored)
         if isinstance(delta, Start):
             self.prompt_ids = delta.prompt_ids
             self.prompt_logprobs = delta.prompt_logprobs
-            self._add_text(delta.text)
+            self._grow(TextSegment, delta.text)
         else:
             self.ids.extend(delta.ids)
             self.score += sum(item.logprob.logprob for item in delta.scored if item.logprob)
             for call in delta.continued:
                 self.calls[call.index].add(call)
-            self._add_reasoning(delta.reasoning)
-            self._add_text(delta.text)
+            self._grow(ReasoningSegment, delta.reasoning)
+            self._grow(TextSegment, delta.text)
             for call in delta.opened:
                 new = ToolCallSegment(call.id or "", call.name or "", custom=call.custom)
                 new.add(call)
                 self.segments.append(new)
 
-    def _add_reasoning(self, text: str) -> None:
-        if not text:
-            return
-        if not self.segments or not isinstance(last := self.segments[-1], ReasoningSegment):
-            self.segments.append(last := ReasoningSegment())
-        last.texts.append(text)
+    def _text_of(self, kind: type[Segment]) -> str:
+        return "".join(segment.text for segment in self.segments if isinstance(segment, kind))
 
-    def _add_text(self, text: str) -> None:
+    def _grow(self, kind: type[TextSegment | ReasoningSegment], text: str) -> None:
         if not text:
             return
-        if not self.segments or not isinstance(last := self.segments[-1], TextSegment):
-            self.segments.append(last := TextSegment())
-        last.texts.append(text)
+        if not self.segments or not isinstance(self.segments[-1], kind):
+            self.segments.append(kind())
+        self.segments[-1].texts.append(text)
 
 
 @dataclass(frozen=True, slots=True)

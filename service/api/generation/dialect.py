@@ -15,7 +15,7 @@ from service.api.generation.deltas import Accumulator, StreamDelta
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader
 from service.api.generation.request import Generation
-from service.api.http.fields import FieldNames
+from service.api.http.errors import FieldNames
 from service.errors import QuireError
 
 # One newline: a blank line would end an event without data, which openai-python cannot parse.

@@ -105,7 +105,7 @@ def plan(
         allowance=call.tenant.allowance,
         keep=None if generation.stored_input is None else context.limits.keep_responses,
         input=generation.stored_input or "",
-        prefixes=_prefixes(requests, manifest.width, context.card),
+        prefixes=named_prefixes(requests, manifest.width, context.card),
         # The replica sees its own client leave; the queue sees that a replica is gone.
         grace=None if manifest.grace is None else manifest.grace or context.limits.replica_grace,
     )
@@ -244,7 +244,7 @@ def _choices(
     )
 
 
-def _prefixes(
+def named_prefixes(
     requests: Sequence[GenerationRequest], width: int, card: ModelCard
 ) -> tuple[tuple[str, ...], ...]:
     """Names by which an engine that holds the beginning of a prompt is found, per choice."""

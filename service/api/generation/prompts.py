@@ -20,7 +20,7 @@ from model.text.template_renderer import TemplateUnavailableError
 from service.api.generation.parts import thinking_options
 from service.api.generation.request import Chat, Generation, check_token_ids
 from service.api.http.context import ApiContext, ApiLimits
-from service.api.http.fields import FieldNames
+from service.api.http.errors import FieldNames
 from service.api.tools.chat import template_input
 from service.api.tools.formats import TOOL_FORMATS, tool_format_name
 from service.errors import BadRequest, Unavailable

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from service.api.http.auth import Tenant
 from service.api.http.context import ApiContext, ApiLimits, JsonRequest
-from service.api.http.fields import FieldNames
+from service.api.http.errors import FieldNames
 from service.api.structured.grammar import OutputFormat
 from service.api.tools.chat import ChatMessage, ToolUse
 from service.errors import BadRequest

@@ -40,6 +40,7 @@ from service.api.http.models import StreamCancelled, described, json_response
 from service.errors import BadRequest, Gone, NotFound, QuireError, StreamDivergence, Unavailable
 from service.messages import End, FinishReason, Record, Tokens, child_ids, rolling_digest
 from service.queues.contract import StoredSubmission
+from service.thinking import prefix_at_end
 
 HEADERS = {
     "cache-control": "no-store",
@@ -243,15 +244,10 @@ async def _received(reader: AnswerReader, record: Tokens, *, choice: int, count:
     token_bytes = tokenizer.token_bytes if skip else tokenizer.visible_bytes
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text = decoder.decode(b"".join(token_bytes[id_] for ids in [*before, known] for id_ in ids))
-    certain = len(text) - max((_held_back(text, stop) for stop in manifest.stop), default=0)
+    held_back = max((len(prefix_at_end(text, stop)) for stop in manifest.stop), default=0)
+    num_chars = len(text) - held_back - position.num_chars
     digest = rolling_digest(known, previous=position.digest)
-    return split(record, len(known), num_chars=certain - position.num_chars, digest=digest)[0]
-
-
-def _held_back(text: str, stop: str) -> int:
-    """Length of the longest end of a text that a stop string may begin with."""
-    lengths = range(min(len(stop) - 1, len(text)), 0, -1)
-    return next((length for length in lengths if text.endswith(stop[:length])), 0)
+    return split(record, len(known), num_chars=num_chars, digest=digest)[0]
 
 
 async def _growth(reader: AnswerReader, *, choice: int) -> None:

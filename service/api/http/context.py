@@ -193,14 +193,19 @@ def get_tenant(request: Request) -> Tenant:
     return tenant
 
 
-# FastAPI calls a dependency that is no coroutine in a thread of a pool that all calls share.
-async def _provide_context(request: Request) -> ApiContext:
-    return get_context(request)
+def from_app(name: str) -> Any:  # noqa: ANN401  # of any type
+    """A dependency: what `build_app` has stored in `app.state` under this name."""
+
+    # FastAPI calls a dependency that is no coroutine in a thread of a pool that all calls share.
+    async def provide(request: Request) -> Any:  # noqa: ANN401
+        return getattr(request.app.state, name)
+
+    return Depends(provide)
 
 
 async def _provide_tenant(request: Request) -> Tenant:
     return get_tenant(request)
 
 
-Context = Annotated[ApiContext, Depends(_provide_context)]
+Context = Annotated[ApiContext, from_app("context")]
 Caller = Annotated[Tenant, Depends(_provide_tenant)]

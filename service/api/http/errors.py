@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
@@ -44,6 +45,23 @@ _CODES = {
 }
 _BELOW = {"greater_than", "greater_than_equal"}
 _ABOVE = {"less_than", "less_than_equal"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FieldNames:
+    """A dialect's names of the fields that errors mention. The defaults are OpenAI's.
+
+    `function` and `parameters` are formatted with the index of a tool.
+    """
+
+    prompt: str = "prompt"
+    max_tokens: str = "max_tokens"
+    stop: str = "stop"
+    logprobs: str = "logprobs"
+    output: str = "response_format"
+    schema: str = "response_format.json_schema.schema"
+    function: str = "tools[{}].function"
+    parameters: str = "tools[{}].function.parameters"
 
 
 class ErrorFormat(Protocol):

@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     StringConstraints,
     WithJsonSchema,
-    model_validator,
 )
-
-from service.errors import BadRequest
 
 _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 MAX_LOGIT_BIAS = 1024
-MAX_KEYS = 256  # of one object
 MAX_ITEMS = 1024  # of a list that is validated item by item; token ids are not
 MAX_METADATA = 16
 MAX_DEPTH = 64  # of a JSON schema, or of the arguments of a call
@@ -44,23 +37,6 @@ class FieldError(ValueError):
         super().__init__(message)
         self.code = code
         self.message = message
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FieldNames:
-    """A dialect's names of the fields that errors mention. The defaults are OpenAI's.
-
-    `function` and `parameters` are formatted with the index of a tool.
-    """
-
-    prompt: str = "prompt"
-    max_tokens: str = "max_tokens"
-    stop: str = "stop"
-    logprobs: str = "logprobs"
-    output: str = "response_format"
-    schema: str = "response_format.json_schema.schema"
-    function: str = "tools[{}].function"
-    parameters: str = "tools[{}].function.parameters"
 
 
 def is_text(value: str) -> bool:
@@ -288,6 +264,12 @@ Label = Annotated[
     str, PlainValidator(_label), WithJsonSchema({"type": "string", "maxLength": MAX_LABEL})
 ]
 ModelName = Annotated[str, StringConstraints(min_length=1)]
+RequiredModel = Annotated[
+    ModelName, Field(description="The id of the model, as /v1/models lists it.")
+]
+OptionalModel = Annotated[
+    ModelName | None, Field(description="The id of the model. Default: the only one served.")
+]
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
     PlainValidator(_prompt),
@@ -344,24 +326,34 @@ AllowedIds = Annotated[
 TokenIds = Annotated[list[int], PlainValidator(_ids), WithJsonSchema(_IDS)]
 OutputLimit = Annotated[int, AfterValidator(_output_limit), Field(json_schema_extra={"minimum": 1})]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+_TEMPERATURE = Field(
+    description="0 is greedy; 1 samples from the model's own distribution. Default 1."
+)
 Temperature = Annotated[
-    Annotated[Finite, Field(ge=0, le=2)] | None, AfterValidator(_no_tiny_temperature)
+    Annotated[Finite, Field(ge=0, le=2)] | None,
+    AfterValidator(_no_tiny_temperature),
+    _TEMPERATURE,
 ]
 UnitTemperature = Annotated[
-    Annotated[Finite, Field(ge=0, le=1)] | None, AfterValidator(_no_tiny_temperature)
+    Annotated[Finite, Field(ge=0, le=1)] | None,
+    AfterValidator(_no_tiny_temperature),
+    _TEMPERATURE,
 ]
 Penalty = Annotated[Finite, Field(ge=-2, le=2)] | None
-TopP = Annotated[Finite, Field(gt=0, le=1)] | None
+TopP = Annotated[
+    Annotated[Finite, Field(gt=0, le=1)] | None,
+    Field(description="Sample from the most likely tokens that have this total probability."),
+]
 MinP = Annotated[Finite, Field(ge=0, le=1)] | None
 RepetitionPenalty = Annotated[Finite, Field(ge=0.01, le=100)] | None
-Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None
-Ignored = Annotated[Label | None, Field(description="Accepted for compatibility; has no effect.")]
-IgnoredText = Annotated[
-    Text | None, Field(description="Accepted for compatibility; has no effect.")
+Seed = Annotated[
+    Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None,
+    Field(description="The same seed gives the same answer. Default: a random one."),
 ]
-NoEffect = Annotated[
-    dict[str, Any] | None, Field(description="Accepted for compatibility; has no effect.")
-]
+NO_EFFECT = "Accepted for compatibility; has no effect."
+Ignored = Annotated[Label | None, Field(description=NO_EFFECT)]
+IgnoredText = Annotated[Text | None, Field(description=NO_EFFECT)]
+NoEffect = Annotated[dict[str, Any] | None, Field(description=NO_EFFECT)]
 ServiceTier = Annotated[
     Literal["auto", "default", "flex", "scale", "priority", "fast"] | None,
     Field(
@@ -384,17 +376,3 @@ OnDisconnect = Annotated[
         "at once, or after a grace period if X-Quire-Event-Ids makes the stream resumable."
     ),
 ]
-
-
-class StrictModel(BaseModel):
-    """Accepts no string as a number, and no unknown field."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _reject_many_keys(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
-        if isinstance(value, dict) and len(value) > MAX_KEYS:  # before each becomes an error
-            message = f"an object of the body may have at most {MAX_KEYS} fields"
-            raise BadRequest(message, code="object_above_max_length")
-        return value

@@ -21,67 +21,48 @@ from service.api.http.fields import (
     LogitBias,
     Metadata,
     MinP,
-    ModelName,
     OnDisconnect,
     Penalty,
     Priority,
     RepetitionPenalty,
+    RequiredModel,
     Seed,
     StopIds,
     StopStrings,
-    StrictModel,
     Temperature,
     TopP,
 )
 from service.errors import BadRequest
 
 MAX_MESSAGES = 1024
-MAX_TOP_K = 2**31 - 1
+MAX_INT = 2**31 - 1
+MAX_KEYS = 256  # of one object
 
+_NEVER = (
+    "parallel_tool_calls", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+    "guided_decoding_backend", "structural_tag", "grammar", "json_schema", "audio", "images",
+    "prediction", "reasoning_effort", "verbosity", "web_search_options", "moderation",
+    "chat_template", "documents", "mm_processor_kwargs", "cache_salt", "prompt_logprobs",
+    "prompt_embeds", "allowed_token_ids", "logits_processors", "truncate_prompt_tokens",
+    "kv_transfer_params", "vllm_xargs", "lora_request",
+)  # fmt: skip
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
+    **dict.fromkeys(_NEVER, ()),
     "suffix": ("",),
     "tools": ([],),
     "tool_choice": ("none",),
-    "parallel_tool_calls": (),
     "functions": ([],),
     "function_call": ("none",),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
-    "structural_tag": (),
-    "grammar": (),
-    "json_schema": (),
-    "audio": (),
-    "images": (),
     "modalities": (["text"],),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-    "moderation": (),
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "chat_template": (),
-    "documents": (),
-    "mm_processor_kwargs": (),
-    "cache_salt": (),
-    "prompt_logprobs": (),
-    "prompt_embeds": (),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
     "bad_words": ([],),
-    "allowed_token_ids": (),
-    "logits_processors": (),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
-    "kv_transfer_params": (),
-    "vllm_xargs": (),
-    "lora_request": (),
     "typical_p": (1, 1.0),
     "repeat_penalty": (1, 1.0),
     "mirostat": (0,),
@@ -99,6 +80,20 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "return_tokens_as_token_ids": (False,),
 })  # fmt: skip
 """Field -> the values that have no effect, which are accepted."""
+
+
+class StrictModel(BaseModel):
+    """Accepts no string as a number, and no unknown field."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_many_keys(cls, value: Any) -> Any:  # noqa: ANN401  # any JSON
+        if isinstance(value, dict) and len(value) > MAX_KEYS:  # before each becomes an error
+            message = f"an object of the body may have at most {MAX_KEYS} fields"
+            raise BadRequest(message, code="object_above_max_length")
+        return value
 
 
 class WireModel(StrictModel):
@@ -158,22 +153,18 @@ class TemplateOptions(WireModel):
 class SamplingBody(WireModel):
     """The fields that all generating endpoints share."""
 
-    model: ModelName = Field(description="The id of the model, as /v1/models lists it.")
+    model: RequiredModel
     min_tokens: int | None = Field(
         None, ge=0, description="Tokens before which no end or stop token is sampled. Default 0."
     )
-    temperature: Temperature = Field(
-        None, description="0 is greedy; 1 samples from the model's own distribution. Default 1."
-    )
+    temperature: Temperature = None
     top_k: int | None = Field(
         None,
         ge=-1,
-        le=MAX_TOP_K,
+        le=MAX_INT,
         description="Sample from the k most likely tokens only; 0 or -1: from all.",
     )
-    top_p: TopP = Field(
-        None, description="Sample from the most likely tokens that have this total probability."
-    )
+    top_p: TopP = None
     min_p: MinP = Field(
         None,
         description="Exclude tokens below this fraction of the highest probability. Default 0.",
@@ -191,9 +182,7 @@ class SamplingBody(WireModel):
     logit_bias: LogitBias = Field(
         None, description="Token id -> number from -100 to 100, added to its logit."
     )
-    seed: Seed = Field(
-        None, description="The same seed gives the same answer. Default: a random one."
-    )
+    seed: Seed = None
     stop: StopStrings = Field(
         None, description="Strings that end the answer; they are not part of it."
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 BUSY = "busy"
 """Why a call is refused if too many wait to be parsed, tokenized or shown attention."""
@@ -35,53 +34,35 @@ class HttpCall:
     status: int  # 0 if no response was sent
 
 
-class ApiObserver(Protocol):
-    """Called on the event loop; must not block and must not raise."""
+class ApiObserver:
+    """Called on the event loop; must not block and must not raise.
+
+    It ignores all events; subclasses override the methods that they need.
+    """
 
     def call_began(self, traceparent: str | None) -> str | None:
         """An HTTP call has arrived, with its caller's `traceparent` if it has one.
 
         Returns the call's own `traceparent`, which its requests carry; None: it is not traced.
         """
-        ...
 
     def call_over(self, call: HttpCall) -> None:
         """A traced HTTP call is over."""
-        ...
 
     def call_answered(self, status: int) -> None:
         """An HTTP response has begun."""
-        ...
 
     def call_accepted(self, requests: int) -> None:
         """A call's requests were admitted to the queue."""
-        ...
 
     def call_refused(self, reason: str) -> None:
         """A limit refused a call; the reason is a `SubmitStatus` of the queue, "rate" or BUSY."""
-        ...
 
     def call_unserved(self) -> None:
         """A call was refused because no engine is available."""
-        ...
 
     def call_lost(self, requests: int) -> None:
         """The journal of admitted requests vanished while it was read."""
-        ...
 
     def call_ended(self, report: CallReport) -> None:
         """A generating call is over."""
-        ...
-
-
-class NullObserver:
-    """Ignores everything."""
-
-    def call_began(self, traceparent: str | None) -> str | None: ...
-    def call_over(self, call: HttpCall) -> None: ...
-    def call_answered(self, status: int) -> None: ...
-    def call_accepted(self, requests: int) -> None: ...
-    def call_refused(self, reason: str) -> None: ...
-    def call_unserved(self) -> None: ...
-    def call_lost(self, requests: int) -> None: ...
-    def call_ended(self, report: CallReport) -> None: ...

@@ -1,8 +1,4 @@
-"""Completions and chat completions as one JSON body, and as the events of a stream.
-
-One event per token is the hot path: everything that does not change is rendered once, and an event
-is a few joined byte strings.
-"""
+"""Completions and chat completions as one JSON body, and as the events of a stream."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ import orjson
 
 from service.api.generation.deltas import (
     Accumulator,
-    Delta,
     Finish,
     ScoredToken,
     Start,
@@ -52,16 +47,6 @@ def usage_object(usage: Usage) -> Json:
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
-
-
-def may_lack_content(reader: AnswerReader) -> bool:
-    """Whether an answer can have something else than content, which is null then."""
-    return reader.manifest.notation is not None or reader.manifest.reasoning is not None
-
-
-def reasoning_fields(text: str) -> Json:
-    """Reasoning under the names that clients know: DeepSeek's and OpenRouter's."""
-    return {"reasoning_content": text, "reasoning": text} if text else {}
 
 
 def tier_field(reader: AnswerReader) -> Json:
@@ -112,16 +97,12 @@ def _best(choices: Sequence[Accumulator], keep: int) -> list[Accumulator]:
 
 
 def _choice(reader: AnswerReader, index: int, choice: Accumulator) -> Json:
-    manifest, tokenizer, chat = reader.manifest, reader.context.tokenizer, is_chat(reader)
-    logprobs = None
-    if manifest.logprobs is not None:
-        shape = chat_logprobs if chat else completion_logprobs
-        logprobs = shape(choice.scored, tokenizer, as_ids=manifest.tokens_as_ids)
+    manifest, chat = reader.manifest, is_chat(reader)
     content = {"message": _message(reader, choice)} if chat else {"text": choice.text}
     fields: Json = {
         "index": index,
         **content,
-        "logprobs": logprobs,
+        "logprobs": None if manifest.logprobs is None else _logprobs(reader, choice.scored),
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.end and choice.end.stopped_by,
     }
@@ -131,18 +112,35 @@ def _choice(reader: AnswerReader, index: int, choice: Accumulator) -> Json:
 
 
 def _message(reader: AnswerReader, choice: Accumulator) -> Json:
-    message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
-    if not choice.text and may_lack_content(reader):
-        message["content"] = None
-    message |= reasoning_fields(choice.reasoning)
+    message: Json = {
+        "role": "assistant", "content": _content(reader, choice.text), "refusal": None,
+        **_reasoning_fields(choice.reasoning),
+    }  # fmt: skip
     if choice.calls:
         message["tool_calls"] = [_call(call) for call in choice.calls]
     return message | {"annotations": []}
 
 
+def _content(reader: AnswerReader, text: str) -> str | None:
+    """Empty content is null if the answer can have something else: tool calls or reasoning."""
+    manifest = reader.manifest
+    nullable = manifest.notation is not None or manifest.reasoning is not None
+    return None if nullable and not text else text
+
+
+def _reasoning_fields(text: str) -> Json:
+    """Reasoning under the names that clients know: DeepSeek's and OpenRouter's."""
+    return {"reasoning_content": text, "reasoning": text} if text else {}
+
+
+def _logprobs(reader: AnswerReader, scored: Sequence[ScoredToken]) -> Json:
+    shape = chat_logprobs if is_chat(reader) else completion_logprobs
+    return shape(scored, reader.context.tokenizer, as_ids=reader.manifest.tokens_as_ids)
+
+
 def _call(call: ToolCallSegment) -> Json:
     kind, field = ("custom", "input") if call.custom else ("function", "arguments")
-    return {"id": call.id, "type": kind, kind: {"name": call.name, field: call.arguments}}
+    return {"id": call.id, "type": kind, kind: {"name": call.name, field: call.text}}
 
 
 def _prompt_fields(reader: AnswerReader, choice: Accumulator) -> Json:
@@ -159,23 +157,17 @@ class ChunkRenderer:
     keep_alive = COMMENT
 
     def __init__(self, reader: AnswerReader, *, event_ids: bool) -> None:
-        manifest = reader.manifest
         self._reader = reader
         self._event_ids = event_ids
         self._chat = is_chat(reader)
-        self._nullable = may_lack_content(reader)
-        self._noise = hashlib.sha512(reader.id.encode()).hexdigest().encode()
-        head = orjson.dumps({
+        self._noise = hashlib.sha512(reader.id.encode()).hexdigest()
+        self._head: Json = {
             "id": answer_id(reader),
             "object": "chat.completion.chunk" if self._chat else "text_completion",
-            "created": manifest.created,
-            "model": manifest.model,
+            "created": reader.manifest.created,
+            "model": reader.manifest.model,
             **tier_field(reader),
-        })  # fmt: skip
-        self._shared_head = b"data: " + head[:-1]
-        self._starts: dict[int, bytes] = {}  # by choice: see `_start_of`
-        self._before_text = b',"delta":{"content":' if self._chat else b',"text":'
-        self._after_text = b"}" if self._chat else b""
+        }
 
     def skip(self, delta: StreamDelta) -> None:
         """Nothing to note: an event depends on the reader's position alone."""
@@ -186,25 +178,25 @@ class ChunkRenderer:
 
     def event(self, choice: int, delta: StreamDelta) -> bytes:
         """One chunk, or none."""
-        if isinstance(delta, Delta):
-            event_id = b"id: %s\n" % self._reader.position.encode() if self._event_ids else b""
-            ids = b""
-            if self._reader.manifest.return_token_ids:
-                ids = b',"token_ids":' + orjson.dumps(delta.ids)
-            text = self._text(delta.text) + _reasoning(delta.reasoning)
-            if delta.calls:
-                text += b',"tool_calls":' + orjson.dumps([_call_chunk(c) for c in delta.calls])
-            text += self._after_text
-            return event_id + self._chunk(choice, text, delta.scored, rest=ids)
         if isinstance(delta, Start):
             return self._start(choice, delta)
-        return self._finish(choice, delta)
+        if isinstance(delta, Finish):
+            return self._finish(choice, delta)
+        event_id = b"id: %s\n" % self._reader.position.encode() if self._event_ids else b""
+        content = self._text(delta.text, delta.reasoning)
+        if delta.calls:
+            content["tool_calls"] = [_call_chunk(call) for call in delta.calls]
+        rest: Json = {"finish_reason": None}
+        if self._reader.manifest.return_token_ids:
+            rest["token_ids"] = delta.ids
+        return event_id + self._chunk(choice, content, rest, delta.scored)
 
     def finish(self) -> bytes:
         """The token counts, if they were requested, and the end of the stream."""
         if not self._reader.manifest.include_usage:
             return DONE
-        return self._head(0) + b'],"usage":' + self._usage() + b"}\n\n" + DONE
+        usage = usage_object(self._reader.usage)
+        return _data(self._with_choices(0, []) | {"usage": usage}) + DONE
 
     def fail(self, error: QuireError) -> bytes:
         """The error's body as an event."""
@@ -213,91 +205,63 @@ class ChunkRenderer:
     def _start(self, choice: int, start: Start) -> bytes:
         manifest = self._reader.manifest
         about = prompt_fields(self._reader, start.prompt_ids, start.prompt_logprobs)
-        fields = b"," + orjson.dumps(about)[1:-1] if about else b""
-        text = self._text(start.text)
+        content, rest = self._text(start.text), {"finish_reason": None}
         if not self._chat:
             if not (manifest.echo or manifest.gives_prompt):
                 return b""
-            return self._chunk(choice, text, start.scored, rest=fields)
-        text += b',"role":"assistant","refusal":null}'
+            return self._chunk(choice, content, rest | about, start.scored)
+        content |= {"role": "assistant", "refusal": None}
         # A chat has one prompt: its fields come once, next to the choices.
-        more = fields if choice == 0 else b""
-        return self._chunk(choice, text, start.scored, rest=b"", more=more)
+        return self._chunk(choice, content, rest, start.scored, more=None if choice else about)
 
     def _finish(self, choice: int, finish: Finish) -> bytes:
-        reason = orjson.dumps(finish.finish_reason)
-        rest = b',"stop_reason":' + orjson.dumps(finish.end.stopped_by)
+        content: Json = {} if self._chat else {"text": ""}
         if finish.text or finish.reasoning:  # in the last event: a resumed stream would repeat it
-            text = self._text(finish.text) + _reasoning(finish.reasoning)
-            start = self._start_of(choice) + text + b'},"logprobs":null'
-        elif self._chat:
-            start = self._head(choice) + b'{"index":%d,"delta":{},"logprobs":null' % choice
-        else:
-            start = self._start_of(choice) + b'"","logprobs":null'
-        chunk = start + b',"finish_reason":' + reason + rest + b"}]"
-        return chunk + self._padding(chunk) + self._end_of_chunk()
+            content = self._text(finish.text, finish.reasoning)
+        ended = {"finish_reason": finish.finish_reason, "stop_reason": finish.end.stopped_by}
+        return self._chunk(choice, content, ended)
 
-    def _head(self, choice: int) -> bytes:
-        """Up to the list of choices. The engines of two choices may be of different numeric
-        classes; each choice's is known since its first record.
+    def _text(self, text: str, reasoning: str = "") -> Json:
+        if not self._chat:
+            return {"text": text}
+        return {"content": _content(self._reader, text), **_reasoning_fields(reasoning)}
+
+    def _with_choices(self, choice: int, choices: list[Json]) -> Json:
+        """The engines of two choices may be of different numeric classes; each choice's is known
+        since its first record.
         """
-        fingerprint = orjson.dumps(self._reader.fingerprint(choice))
-        return self._shared_head + b',"system_fingerprint":' + fingerprint + b',"choices":['
-
-    def _start_of(self, choice: int) -> bytes:
-        """Up to the text of an event."""
-        start = self._starts.get(choice)
-        if start is None:
-            start = self._head(choice) + b'{"index":%d' % choice + self._before_text
-            self._starts[choice] = start
-        return start
-
-    def _text(self, text: str) -> bytes:
-        """Empty content may be null, as in the collected body."""
-        return b"null" if self._nullable and not text else orjson.dumps(text)
+        fingerprint = self._reader.fingerprint(choice)
+        return {**self._head, "system_fingerprint": fingerprint, "choices": choices}
 
     def _chunk(
         self,
         choice: int,
-        text: bytes,
-        scored: tuple[ScoredToken, ...],
+        content: Json,
+        rest: Json,
+        scored: Sequence[ScoredToken] = (),
         *,
-        rest: bytes,
-        more: bytes = b"",
+        more: Json | None = None,
     ) -> bytes:
-        """`rest` are more fields of the choice, `more` of the chunk."""
-        logprobs = b"null"
-        if scored:
-            shape = chat_logprobs if self._chat else completion_logprobs
-            tokenizer, as_ids = self._reader.context.tokenizer, self._reader.manifest.tokens_as_ids
-            logprobs = orjson.dumps(shape(scored, tokenizer, as_ids=as_ids))
-        chunk = b"".join((
-            self._start_of(choice), text, b',"logprobs":', logprobs, b',"finish_reason":null', rest,
-            b"}]", more,
-        ))  # fmt: skip
-        return chunk + self._padding(chunk) + self._end_of_chunk()
-
-    def _padding(self, chunk: bytes) -> bytes:
-        """Makes the size of a chunk a multiple of a block. A function of the answer's id and of the
-        chunk, so that a resumed stream has the same bytes.
-        """
-        if not self._reader.manifest.obfuscation:
-            return b""
-        return b',"obfuscation":"%s"' % self._noise[: -len(chunk) % OBFUSCATION_BLOCK]
-
-    def _end_of_chunk(self) -> bytes:
+        """`rest` are the last fields of the choice, `more` are fields of the chunk."""
         manifest = self._reader.manifest
+        shown = {"delta": content} if self._chat else content
+        logprobs = _logprobs(self._reader, scored) if scored else None
+        fields = {"index": choice, **shown, "logprobs": logprobs, **rest}
+        chunk = self._with_choices(choice, [fields]) | (more or {})
+        if manifest.obfuscation:
+            # Makes the size up to here a multiple of a block. A function of the answer's id and of
+            # the chunk, so that a resumed stream has the same bytes.
+            size = len(_data(chunk)) - len(b"}\n\n")
+            chunk["obfuscation"] = self._noise[: -size % OBFUSCATION_BLOCK]
         if manifest.continuous_usage:
-            return b',"usage":' + self._usage() + b"}\n\n"
-        return b',"usage":null}\n\n' if manifest.include_usage else b"}\n\n"
+            chunk["usage"] = usage_object(self._reader.usage)
+        elif manifest.include_usage:
+            chunk["usage"] = None
+        return _data(chunk)
 
-    def _usage(self) -> bytes:
-        return orjson.dumps(usage_object(self._reader.usage))
 
-
-def _reasoning(text: str) -> bytes:
-    """The fields of reasoning, after others."""
-    return b"," + orjson.dumps(reasoning_fields(text))[1:-1] if text else b""
+def _data(chunk: Json) -> bytes:
+    return b"data: %s\n\n" % orjson.dumps(chunk)
 
 
 def _call_chunk(delta: CallDelta) -> dict[str, Any]:

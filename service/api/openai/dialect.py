@@ -8,15 +8,12 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from service.api.generation.deltas import Accumulator
 from service.api.generation.manifest import Endpoint
-from service.api.generation.reader import AnswerReader
 from service.api.generation.request import Chat, Effort, Generation, Prompts, sampling_of
 from service.api.generation.submit import answer
 from service.api.http.body import JsonRoute
 from service.api.http.context import Caller, Context, JsonRequest
-from service.api.http.errors import error_body
-from service.api.http.fields import FieldNames
+from service.api.http.errors import FieldNames, error_body
 from service.api.http.models import described
 from service.api.openai.answer import ChunkRenderer, collect
 from service.api.openai.schema import (
@@ -28,7 +25,7 @@ from service.api.openai.schema import (
 )
 from service.api.structured.grammar import OutputFormat
 from service.api.tools.chat import ToolUse, tool_use
-from service.errors import BadRequest, QuireError
+from service.errors import BadRequest
 
 
 class OpenAIDialect:
@@ -36,14 +33,9 @@ class OpenAIDialect:
 
     id_headers: Sequence[bytes] = ()
 
-    def stream(self, reader: AnswerReader, *, event_ids: bool) -> ChunkRenderer:
-        return ChunkRenderer(reader, event_ids=event_ids)
-
-    def collect(self, reader: AnswerReader, choices: Sequence[Accumulator]) -> bytes:
-        return collect(reader, choices)
-
-    def error(self, error: QuireError) -> bytes:
-        return error_body(error)
+    stream = staticmethod(ChunkRenderer)
+    collect = staticmethod(collect)
+    error = staticmethod(error_body)
 
 
 class Completions(OpenAIDialect):

@@ -17,9 +17,9 @@ from service.api.http.fields import (
     Prompt,
     ServiceTier,
     StopStrings,
-    StrictModel,
 )
 from service.api.http.models import (
+    MAX_INT,
     MAX_MESSAGES,
     AnswerModel,
     Assistant,
@@ -29,13 +29,12 @@ from service.api.http.models import (
     ModelId,
     NumericClass,
     SamplingBody,
+    StrictModel,
     TemplateOptions,
     WireModel,
 )
 from service.api.structured.grammar import ResponseFormat, StructuredOutputs
 from service.api.tools.schema import ChatToolChoice, Message, Tools
-
-MAX_INT = 2**31 - 1
 
 
 class StreamOptions(WireModel):

@@ -12,14 +12,9 @@ from service.api.generation.deltas import Accumulator
 from service.api.generation.manifest import Endpoint
 from service.api.generation.reader import AnswerReader
 from service.api.generation.request import Chat, Generation, sampling_of
-from service.api.http.errors import error_body
-from service.api.http.fields import FieldNames
+from service.api.http.errors import FieldNames, error_body
 from service.api.responses.items import (
     AnyCall,
-    AnyResult,
-    InputCall,
-    InputCustomCall,
-    InputCustomResult,
     InputItem,
     InputMessage,
     InputReasoning,
@@ -34,7 +29,6 @@ from service.api.structured.grammar import json_output
 from service.api.tools.chat import (
     ChatMessage,
     Mode,
-    ToolCall,
     ToolUse,
     tool_use,
 )
@@ -75,6 +69,7 @@ class Responses:
         messages = chat_messages(items)
         if body.instructions is not None:
             messages.insert(0, ChatMessage(role="system", content=body.instructions))
+        dropped = ", ".join(body.dropped_tools)
         form, output = body.text_format, None
         if form is not None:
             output = json_output(form.type, schema=form.schema_, strict=form.strict, names=_NAMES)
@@ -101,6 +96,7 @@ class Responses:
             echoed=_echoed(body),
             sealed_reasoning=ENCRYPTED in (body.include or ()),
             stored_input=stored_input,
+            warnings=(f"tools that this server lacks were dropped: {dropped}",) if dropped else (),
         )
 
     def collect(self, reader: AnswerReader, choices: Sequence[Accumulator]) -> bytes:
@@ -146,7 +142,7 @@ def chat_messages(items: Sequence[InputItem]) -> list[ChatMessage]:
         if isinstance(item, InputReasoning):
             reasoning = item.text
             continue
-        if isinstance(item, InputCall | InputCustomCall):
+        if isinstance(item, AnyCall):
             _add_call(messages, item, reasoning)
         else:
             messages.append(_message(item, reasoning))
@@ -154,8 +150,8 @@ def chat_messages(items: Sequence[InputItem]) -> list[ChatMessage]:
     return messages
 
 
-def _message(item: InputMessage | AnyResult, reasoning: str | None) -> ChatMessage:
-    if isinstance(item, InputResult | InputCustomResult):
+def _message(item: InputMessage | InputResult, reasoning: str | None) -> ChatMessage:
+    if isinstance(item, InputResult):
         return ChatMessage(role="tool", content=item.output, tool_call_id=item.call_id)
     if item.role != "assistant":
         return ChatMessage(role=item.role, content=item.content)
@@ -168,15 +164,11 @@ def _add_call(messages: list[ChatMessage], item: AnyCall, reasoning: str | None)
     message = ChatMessage(role="assistant", content="")
     if messages and messages[-1].role == "assistant":
         message = messages.pop()
-    if isinstance(item, InputCustomCall):
-        call = ToolCall(id=item.call_id, name=item.name, arguments=item.input, custom=True)
-    else:
-        call = ToolCall(id=item.call_id, name=item.name, arguments=item.arguments)
     messages.append(
         replace(
             message,
             reasoning=message.reasoning or reasoning,
-            tool_calls=(*message.tool_calls, call),
+            tool_calls=(*message.tool_calls, item.call()),
         )
     )
 

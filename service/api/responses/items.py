@@ -23,19 +23,20 @@ from pydantic import (
     field_validator,
 )
 
-from service.api.http.fields import (
-    FieldError,
-    Ignored,
-    Label,
-    ResponseContent,
-    StrictModel,
-    Text,
+from service.api.http.fields import FieldError, Ignored, Label, ResponseContent, Text
+from service.api.http.models import MAX_MESSAGES, UNSUPPORTED, MessageModel, StrictModel, WireModel
+from service.api.tools.chat import (
+    FunctionDefinition,
+    InputFormat,
+    Mode,
+    ToolCall,
+    ToolChoice,
+    ToolRef,
 )
-from service.api.http.models import MAX_MESSAGES, UNSUPPORTED, MessageModel, WireModel
-from service.api.tools.chat import FunctionDefinition, InputFormat, Mode, ToolChoice, ToolRef
 from service.api.tools.schema import (
     Function,
     FunctionName,
+    NamedTool,
     choice_schema,
     parsed_by,
     read_tool_choice,
@@ -54,7 +55,7 @@ class _FunctionType(StrictModel):
     type: Literal["function"] = Field(description="The kind of tool.")
 
 
-class ResponseTool(Function, _FunctionType):  # in this order `type` is the first field
+class ResponseTool(Function, _FunctionType):  # in this order, `type` is the first field
     """A function that the model may call."""
 
     def echoed(self) -> dict[str, Any]:
@@ -82,14 +83,13 @@ class CustomFormat(StrictModel):
         return value
 
 
-class ResponseCustomTool(StrictModel):
+class _CustomType(StrictModel):
+    type: Literal["custom"] = Field(description="The kind of tool.")
+
+
+class ResponseCustomTool(NamedTool, _CustomType):
     """A tool that takes a text."""
 
-    type: Literal["custom"] = Field(description="The kind of tool.")
-    name: FunctionName = Field(description="The name that the model calls.")
-    description: Text | None = Field(
-        None, description="For the model: what it does, and when to call it."
-    )
     format: CustomFormat | None = Field(
         None, description="What the input must match. Default: any text."
     )
@@ -259,11 +259,16 @@ class InputCall(StrictModel):
     id: Ignored = None
     status: Ignored = None
 
+    def call(self) -> ToolCall:
+        return ToolCall(id=self.call_id, name=self.name, arguments=self.arguments)
+
 
 class InputResult(StrictModel):
     """The result of a tool call."""
 
-    type: Literal["function_call_output"] = Field(description="The kind of item.")
+    type: Literal["function_call_output", "custom_tool_call_output"] = Field(
+        description="The kind of item."
+    )
     call_id: Label = Field(description="The id of the call.")
     output: ResponseContent = Field(description="The text, or a list of text parts.")
     id: Ignored = None
@@ -280,15 +285,8 @@ class InputCustomCall(StrictModel):
     id: Ignored = None
     status: Ignored = None
 
-
-class InputCustomResult(StrictModel):
-    """The result of a custom tool's call."""
-
-    type: Literal["custom_tool_call_output"] = Field(description="The kind of item.")
-    call_id: Label = Field(description="The id of the call.")
-    output: ResponseContent = Field(description="The text, or a list of text parts.")
-    id: Ignored = None
-    status: Ignored = None
+    def call(self) -> ToolCall:
+        return ToolCall(id=self.call_id, name=self.name, arguments=self.input, custom=True)
 
 
 class InputReference(StrictModel):
@@ -298,10 +296,8 @@ class InputReference(StrictModel):
     id: Label = Field(description="The id of the item.")
 
 
-_KINDS = (
-    "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output",
-    "reasoning", "item_reference",
-)  # fmt: skip
+_RESULTS = ("function_call_output", "custom_tool_call_output")
+_KINDS = ("function_call", "custom_tool_call", "reasoning", "item_reference")
 
 
 def _kind_of_item(item: object) -> str:
@@ -309,28 +305,28 @@ def _kind_of_item(item: object) -> str:
     kind = item.get("type") if isinstance(item, dict) else None
     if kind is None and isinstance(item, dict) and set(item) - {"type"} == {"id"}:
         kind = "item_reference"  # its type is optional
+    if kind in _RESULTS:
+        return "(result)"
     return f"({kind})" if kind in _KINDS else "(message)"
 
 
 AnyCall = InputCall | InputCustomCall
-AnyResult = InputResult | InputCustomResult
-InputItem = InputMessage | InputReasoning | AnyCall | AnyResult
+InputItem = InputMessage | InputReasoning | AnyCall | InputResult
 """An item that is no reference."""
 AnyItem = Annotated[
     Annotated[InputMessage, Tag("(message)")]
     | Annotated[InputReasoning, Tag("(reasoning)")]
     | Annotated[InputCall, Tag("(function_call)")]
-    | Annotated[InputResult, Tag("(function_call_output)")]
+    | Annotated[InputResult, Tag("(result)")]
     | Annotated[InputCustomCall, Tag("(custom_tool_call)")]
-    | Annotated[InputCustomResult, Tag("(custom_tool_call_output)")]
     | Annotated[InputReference, Tag("(item_reference)")],
     Discriminator(_kind_of_item),
 ]
 
 
-_PREFIXES: dict[type[InputItem], str] = {
-    InputMessage: "msg", InputReasoning: "rs", InputCall: "fc", InputResult: "fco",
-    InputCustomCall: "ctc", InputCustomResult: "ctco",
+_PREFIXES = {
+    "message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco",
+    "custom_tool_call": "ctc", "custom_tool_call_output": "ctco",
 }  # fmt: skip
 
 
@@ -350,4 +346,4 @@ def stored_item(item: InputItem, id_: str) -> dict[str, Any]:
         fields |= {"type": "reasoning", "summary": [], "content": parts}
     else:
         fields |= item.model_dump(exclude={"id", "status"})
-    return {"id": f"{_PREFIXES[type(item)]}_{id_}", **fields}
+    return {"id": f"{_PREFIXES[fields['type']]}_{id_}", **fields}

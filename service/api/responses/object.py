@@ -147,7 +147,7 @@ def item_object(
     """An item with its content so far."""
     item, segment = opened_item(reader, answer, index) | {"status": status}, answer.segments[index]
     if isinstance(segment, ToolCallSegment):
-        return item | {call_names(segment)[1]: segment.arguments}
+        return item | {call_names(segment)[1]: segment.text}
     if isinstance(segment, ReasoningSegment):
         if has_summary(reader.manifest):
             item["summary"] = [summary_part(segment.text)]

@@ -107,8 +107,8 @@ class _History:
     def __init__(self, context: ApiContext, tenant: Tenant) -> None:
         self._context = context
         self._tenant = tenant
-        self._size = 0
         self._items: dict[str, list[dict[str, Any]]] = {}  # call id -> input and output
+        self._sizes: dict[str, int] = {}  # bytes of them as JSON
 
     @property
     def used(self) -> list[str]:
@@ -122,7 +122,7 @@ class _History:
         while following is not None:
             missing = _missing("previous_response", param="previous_response_id")
             call_id, following = await self._read(following, missing)
-            links.append(await self._parsed(self._items[call_id]))
+            links.append(await self._parsed(self._items[call_id], size=self._sizes[call_id]))
         return [item for link in reversed(links) for item in link]
 
     async def item(self, reference: InputReference, index: int) -> InputItem:
@@ -135,7 +135,7 @@ class _History:
             await self._read(PREFIX + match[1], missing)
         for item in self._items[match[1]]:
             if item["id"] == reference.id:
-                (found,) = await self._parsed([item])
+                (found,) = await self._parsed([item], size=len(orjson.dumps(item)))
                 return found
         raise missing
 
@@ -158,14 +158,12 @@ class _History:
             message = "a response that the input refers to has not ended"
             raise Conflict(message, code="response_in_progress", param=param)
         items += output_items(reader, answer, status)
-        self._items[call_id] = items
-        self._size += len(orjson.dumps(items))
-        if self._size > context.limits.max_body_bytes:
+        self._items[call_id], self._sizes[call_id] = items, len(orjson.dumps(items))
+        if sum(self._sizes.values()) > context.limits.max_body_bytes:
             raise _too_long(f"responses of {context.limits.max_body_bytes} bytes", param=param)
         return call_id, manifest.given_back.get("previous_response_id")
 
-    async def _parsed(self, items: Sequence[dict[str, Any]]) -> list[InputItem]:
-        size = len(orjson.dumps(items))
+    async def _parsed(self, items: Sequence[dict[str, Any]], *, size: int) -> list[InputItem]:
         if size <= self._context.limits.inline_body_bytes:
             return _ITEMS.validate_python(items)
         parse = partial(_ITEMS.validate_python, items)
@@ -185,8 +183,6 @@ def _too_long(most: str, *, param: str | None) -> BadRequest:
 router = APIRouter(route_class=JsonRoute)
 
 MAX_NUMBER = 10**9
-WARNING = "x-quire-warning"
-"""Header of an answer for which a part of the request was dropped."""
 
 ResponseId = Annotated[str, Path(description="The id of a response.")]
 
@@ -203,11 +199,7 @@ async def create_response(
     call_id = request.state.request_id
     stored = None if body.store is False else found.stored_input(call_id)
     generation = RESPONSES.generation(body, found.items, stored_input=stored)
-    response = await answer_generation(RESPONSES, generation, request, context, tenant)
-    if body.dropped_tools:
-        dropped = ", ".join(body.dropped_tools)
-        response.headers[WARNING] = f"tools that this server lacks were dropped: {dropped}"
-    return response
+    return await answer_generation(RESPONSES, generation, request, context, tenant)
 
 
 @router.post("/v1/responses/compact", include_in_schema=False)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from service.api.generation.request import Effort
-from service.api.http.fields import Label, ModelName, StrictModel, Text, check_json
+from service.api.http.fields import NO_EFFECT, Label, OptionalModel, Text, check_json
 from service.api.http.models import (
     MAX_MESSAGES,
     UNSUPPORTED,
@@ -20,6 +20,7 @@ from service.api.http.models import (
     CallId,
     ModelId,
     SamplingBody,
+    StrictModel,
 )
 from service.api.responses.items import (
     AnyItem,
@@ -33,8 +34,6 @@ from service.api.tools.schema import MAX_TOOLS
 
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED = "reasoning.encrypted_content"
-
-NO_EFFECT = "Accepted for compatibility; has no effect."
 
 Include = Literal[
     "message.output_text.logprobs",
@@ -124,9 +123,7 @@ class ResponseBody(SamplingBody):
         "prompt_cache_options": (), "n": (1,),
     })  # fmt: skip
 
-    model: ModelName | None = Field(  # type: ignore[assignment]  # required elsewhere
-        None, description="The id of the model. Default: the only one served."
-    )
+    model: OptionalModel = None  # type: ignore[assignment]  # required elsewhere
     input: Annotated[
         list[AnyItem], BeforeValidator(_items, json_schema_input_type=str | _Items)
     ] = Field(

@@ -105,10 +105,6 @@ class ResponseRenderer:
         self._answer = Accumulator()
         self._items = DeltaTracker()
         self._scored: list[ScoredToken] = []  # those of no event yet
-        place = {"item_id": f"msg_{reader.id}", "output_index": 0, "content_index": 0}
-        self._text_delta = b"event: response.output_text.delta\ndata: " + orjson.dumps(
-            {"type": "response.output_text.delta", **place}
-        ).removesuffix(b"}")
 
     def begin(self) -> bytes:
         """The first event, or what the client lacks of the last skipped record."""
@@ -122,7 +118,6 @@ class ResponseRenderer:
         self._missed += self.event(0, delta)
 
     def event(self, _choice: int, delta: StreamDelta) -> bytes:
-        """The events of one delta."""
         if isinstance(delta, Start):
             events = [self._state("in_progress", Status.IN_PROGRESS)]
             if self._is_plain:  # the only item is opened before it has text
@@ -215,7 +210,7 @@ class ResponseRenderer:
         done = ("response.output_item.done", {"output_index": index, "item": item})
         if isinstance(segment, ToolCallSegment):
             content = call_names(segment)[1]
-            fields = {**place, "name": segment.name, content: segment.arguments}
+            fields = {**place, "name": segment.name, content: segment.text}
             return [(f"response.{_call_content(segment)}.done", fields), done]
         (part,) = item["content"]
         part_done: Event = ("response.content_part.done", {**place, "part": part})
@@ -249,15 +244,15 @@ class ResponseRenderer:
         return {"item_id": id_, "output_index": index, "summary_index": 0}
 
     def _render_text(self, delta: Delta) -> bytes:
-        """The event of a delta without tools: one per token, so it is put together from bytes."""
-        number = self._number
+        """The event of a delta without tools: one per token, also if it has no text."""
+        number, kind = self._number, "response.output_text.delta"
         if number <= self._seen:
             return b""
-        scored = orjson.dumps(logprobs(self._reader, delta.scored)) if delta.scored else b"[]"
-        return b"".join((
-            self._event_id, self._text_delta, b',"sequence_number":%d,"delta":' % number,
-            orjson.dumps(delta.text), b',"logprobs":', scored, b"}\n\n",
-        ))  # fmt: skip
+        # Clients have always received the keys in another order than with tools.
+        fields = {"type": kind, **self._place(0), "sequence_number": number, "delta": delta.text}
+        return self._event_id + _data(
+            kind, fields | {"logprobs": logprobs(self._reader, delta.scored)}
+        )
 
     def _render(self, events: list[Event], *, first: int, event_id: bytes = b"") -> bytes:
         """The events that the client has not; the last one has the event id."""
@@ -276,5 +271,8 @@ def _call_content(segment: ToolCallSegment) -> str:
 
 def _event(event: Event, number: int) -> bytes:
     kind, fields = event
-    data = orjson.dumps({"type": kind, "sequence_number": number, **fields})
-    return b"event: %s\ndata: %s\n\n" % (kind.encode(), data)
+    return _data(kind, {"type": kind, "sequence_number": number, **fields})
+
+
+def _data(kind: str, fields: dict[str, Any]) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (kind.encode(), orjson.dumps(fields))

@@ -25,7 +25,9 @@ from model.grammar import (
     lark_grammar,
     regex_grammar,
 )
-from service.api.http.fields import FieldError, FieldNames, Label, StrictModel, Text
+from service.api.http.errors import FieldNames
+from service.api.http.fields import FieldError, Label, Text
+from service.api.http.models import StrictModel
 from service.api.structured.json_schema import (
     Schema,
     Validate,

@@ -10,14 +10,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Response
 from pydantic import Field
 
 from service.api.generation.prompts import encode, render_chat
 from service.api.generation.request import check_token_ids
 from service.api.generation.submit import check_model
 from service.api.http.body import JsonRoute
-from service.api.http.context import ApiContext, ApiLimits, Caller, Context
+from service.api.http.context import ApiContext, ApiLimits, Caller, Context, from_app
 from service.api.http.fields import TokenIds
 from service.api.http.models import AnswerModel, ModelId, TokenList, described, json_response
 from service.api.http.observer import BUSY, ApiObserver
@@ -80,13 +80,7 @@ class AttentionService:
         self._pool.close()
 
 
-async def _attention(request: Request) -> AttentionService | None:
-    service = request.app.state.attention
-    assert service is None or isinstance(service, AttentionService)  # noqa: S101  # see build_app
-    return service
-
-
-Attention = Annotated[AttentionService | None, Depends(_attention)]
+Attention = Annotated[AttentionService | None, from_app("attention")]
 """None if no network is in the process."""
 
 

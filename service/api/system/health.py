@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Response
 from pydantic import Field
 
-from service.api.http.context import Context, Probes
+from service.api.http.context import Context, Probes, from_app
 from service.api.http.models import (
     AnswerModel,
     ContextLength,
@@ -55,13 +55,7 @@ class LiveState:
         return self._latest
 
 
-async def _live_state(request: Request) -> LiveState:
-    state = request.app.state.live
-    assert isinstance(state, LiveState)  # noqa: S101  # build_app puts it there
-    return state
-
-
-Live = Annotated[LiveState, Depends(_live_state)]
+Live = Annotated[LiveState, from_app("live")]
 
 
 class ServerStatus(AnswerModel):
@@ -124,13 +118,7 @@ class HealthContext:
             raise Unavailable("the queue does not answer", code="backend_unavailable") from None
 
 
-async def _provide_health(request: Request) -> HealthContext:
-    context = request.app.state.health
-    assert isinstance(context, HealthContext)  # noqa: S101  # `service.app` sets it
-    return context
-
-
-Checked = Annotated[HealthContext, Depends(_provide_health)]
+Checked = Annotated[HealthContext, from_app("health")]
 
 router = APIRouter(responses=described(Health))
 

@@ -13,7 +13,8 @@ from service.api.generation.request import Chat, check_token_ids
 from service.api.generation.submit import check_model
 from service.api.http.body import JsonRoute
 from service.api.http.context import ApiContext, Caller, Context
-from service.api.http.fields import FieldNames, ModelName, Text, TokenIds
+from service.api.http.errors import FieldNames
+from service.api.http.fields import OptionalModel, Text, TokenIds
 from service.api.http.models import (
     MAX_MESSAGES,
     AnswerModel,
@@ -104,9 +105,7 @@ NAMES = FieldNames(prompt="messages")
 class TokenizeBody(TemplateOptions):
     """The body of POST /tokenize: a prompt or messages."""
 
-    model: ModelName | None = Field(
-        None, description="The id of the model. Default: the only one served."
-    )
+    model: OptionalModel = None
     prompt: Text | None = Field(None, description="The text to tokenize.")
     messages: list[Message] | None = Field(
         None, min_length=1, max_length=MAX_MESSAGES, description="A chat, instead of a prompt."
@@ -134,9 +133,7 @@ class TokenizeBody(TemplateOptions):
 class DetokenizeBody(WireModel):
     """The body of POST /detokenize."""
 
-    model: ModelName | None = Field(
-        None, description="The id of the model. Default: the only one served."
-    )
+    model: OptionalModel = None
     tokens: TokenIds = Field(description="The token ids.")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -18,8 +18,8 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 
 from service.api.http.auth import OPEN_PATHS, is_counted
-from service.api.http.context import ApiContext, ApiLimits, Context
-from service.api.http.models import EVENTS
+from service.api.http.context import ApiContext, ApiLimits, Context, from_app
+from service.api.http.models import EVENTS, MAX_INT
 from service.messages import ModelCard
 
 Json = dict[str, Any]
@@ -84,7 +84,6 @@ RULES: Mapping[str, Json] = MappingProxyType({
 DOCUMENT = "/openapi.json"
 router = APIRouter(include_in_schema=False)
 
-_MAX_INT = 2**31 - 1
 _MAX_NAME = 256  # characters of an id, a model's name or a file's name
 _INTEGER_LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
@@ -107,9 +106,9 @@ class DocumentCache:
 
 
 @router.get(DOCUMENT)
-async def show_document(request: Request, context: Context) -> Response:
-    cache = request.app.state.document
-    assert isinstance(cache, DocumentCache)  # noqa: S101  # `install` put it there
+async def show_document(
+    cache: Annotated[DocumentCache, from_app("document")], context: Context
+) -> Response:
     return Response(await cache.body(context.card), media_type="application/json")
 
 
@@ -226,7 +225,7 @@ def _bound_fields(schema: Json, *, limits: ApiLimits, card: ModelCard) -> None:
         for node in _nodes(field):
             kind = node.get("type")
             if kind == "integer" and not node.keys() & {"maximum", "exclusiveMaximum"}:
-                node["maximum"] = maxima.get(name, _MAX_INT)
+                node["maximum"] = maxima.get(name, MAX_INT)
             elif kind == "array":
                 node["maxItems"] = min(node.get("maxItems", items), items)
             elif kind == "string" and not node.keys() & {"enum", "const", "pattern", "maxLength"}:

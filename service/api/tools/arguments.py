@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from service.thinking import prefix_at_end
+
 PARAMETER, VALUE, PARAMETER_END = "<parameter=", ">\n", "\n</parameter>\n"
 _END = "</function>"  # the beginning of the tail of a call
 INPUT = "input"  # the parameter of a custom tool
@@ -167,7 +169,7 @@ class _Tagged:
             value = self._value(text[:at], ended=True)
             self._name = None
             return at + len(PARAMETER_END), value
-        size = len(text) - _num_held(text, PARAMETER_END)
+        size = len(text) - len(prefix_at_end(text, PARAMETER_END))
         return size, self._value(text[:size], ended=False)
 
     def _open(self, name: str) -> str:
@@ -258,14 +260,6 @@ def _reject(constant: str) -> None:
 def _json_type(value: object) -> frozenset[str]:
     """The types of JSON schema that a value has; none for a string."""
     return frozenset(JSON_TYPES.get(type(value), ()))
-
-
-def _num_held(text: str, end: str) -> int:
-    """The length of the longest end of a text that is a proper beginning of `end`."""
-    size = min(len(text), len(end) - 1)
-    while size and not text.endswith(end[:size]):
-        size -= 1
-    return size
 
 
 def with_tags(arguments: str) -> str:

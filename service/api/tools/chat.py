@@ -19,7 +19,8 @@ from itertools import groupby
 from typing import Any, Literal
 
 from model.text.template_calls import CallRendering
-from service.api.http.fields import FieldNames, check_json
+from service.api.http.errors import FieldNames
+from service.api.http.fields import check_json
 from service.api.tools.arguments import INPUT
 from service.api.tools.formats import ToolFormat
 from service.errors import BadRequest

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from model.grammar import GrammarError, lark_grammar, lark_regex
-from service.api.http.fields import FieldNames
+from service.api.http.errors import FieldNames
 from service.api.structured.grammar import (
     JsonOutput,
     check_grammar,

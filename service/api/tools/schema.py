@@ -28,11 +28,10 @@ from service.api.http.fields import (
     FieldError,
     Label,
     NoEffect,
-    StrictModel,
     Text,
     check_json,
 )
-from service.api.http.models import MessageModel
+from service.api.http.models import MessageModel, StrictModel
 from service.api.tools.chat import (
     ChatMessage,
     FunctionDefinition,
@@ -172,13 +171,16 @@ ChatToolChoice = Annotated[
 ]
 
 
-class Function(StrictModel):
-    """A function that the model may call."""
-
+class NamedTool(StrictModel):
     name: FunctionName = Field(description="The name that the model calls.")
     description: Text | None = Field(
         None, description="For the model: what it does, and when to call it."
     )
+
+
+class Function(NamedTool):
+    """A function that the model may call."""
+
     parameters: Parameters = Field(
         None, description="The JSON schema of its arguments (an object). Default: no arguments."
     )
@@ -232,13 +234,9 @@ class InputGrammar(StrictModel):
         return value
 
 
-class CustomFields(StrictModel):
+class CustomFields(NamedTool):
     """A tool that takes a text."""
 
-    name: FunctionName = Field(description="The name that the model calls.")
-    description: Text | None = Field(
-        None, description="For the model: what it does, and when to call it."
-    )
     format: InputGrammar | None = Field(
         None, description="What the input must match. Default: any text."
     )

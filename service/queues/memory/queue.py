@@ -32,7 +32,7 @@ from service.queues.contract import (
 )
 from service.queues.memory.state_machine import StateMachine
 from service.queues.memory.submissions import Entry, Group, checked_end
-from service.queues.observer import NullQueueObserver, QueueObserver, report_replies
+from service.queues.observer import QueueObserver, report_replies
 
 BURST = 256
 """Records after which a follower yields to the event loop."""
@@ -54,7 +54,7 @@ class MemoryQueue:
     ) -> None:
         self.limits = limits
         self._clock = clock
-        self._observer = NullQueueObserver() if observer is None else observer
+        self._observer = QueueObserver() if observer is None else observer
         self._machine = StateMachine(
             limits,
             clock=clock,

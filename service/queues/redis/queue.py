@@ -51,13 +51,7 @@ from service.queues.contract import (
     WriteReply,
     WriteStatus,
 )
-from service.queues.observer import (
-    STOPPED,
-    NullQueueObserver,
-    QueueEvent,
-    QueueObserver,
-    report_replies,
-)
+from service.queues.observer import STOPPED, QueueEvent, QueueObserver, report_replies
 from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
 from service.queues.redis.connection import Command, RedisClient, check_server, present
@@ -91,7 +85,7 @@ class RedisQueue:
         self, limits: QueueLimits, *, shard: Shard, observer: QueueObserver | None = None
     ) -> None:
         self.limits = limits
-        self._observer = NullQueueObserver() if observer is None else observer
+        self._observer = QueueObserver() if observer is None else observer
         self._shard = shard
         self._keys = shard.keys
         self._client = RedisClient(shard.server, scripts=load_scripts(), restored=self._restored)
@@ -314,16 +308,16 @@ class RedisQueue:
 
     def _write_command(self, script: str, writes: Sequence[Write]) -> Command:
         items: list[tuple[str | int, ...]] = []
-        values: list[bytes] = []
+        values: list[str | bytes] = []
         for write in writes:
             lease, record = write.lease, write.record
-            item = lease.request_id, lease.epoch, lease.owner
             if isinstance(record, End):
-                items.append((*item, record.count))
+                items.append((lease.request_id, lease.epoch, lease.owner, record.count))
                 values.append(encode_end(record))
             else:
-                items.append((*item, record.start, len(record.ids)))
-                values.append(encode_tokens(record))
+                start, end, value = str(record.start), str(record.end), encode_tokens(record)
+                items.append((lease.request_id, str(lease.epoch), lease.owner, start, end))
+                values += f"{lease.request_id} {end}-0 k {len(value)}\n", value
         return self._client.script(
             script, self._keys.admission, *values, items=items, window=self._rules["window"]
         )

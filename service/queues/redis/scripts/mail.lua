@@ -1,8 +1,9 @@
 -- Messages to engines and to the mailboxes of readers; see keys.py. The first letter is their kind:
 --   w: there may be something to claim      r: a request was released, or its lease is over
 --   s <request>: a running request of this engine was stopped
---   j, and per record "<request> <entry id> <field> <length>\n<record>": new entries of journals
-local outbox = {}
+--   j, and per record a head "<request> <entry id> <field> <length>\n" and the record: new entries of
+--   journals
+local outbox, readers_boxes = {}, {}
 local KINDS = PREFIX .. 'kinds'
 
 -- Returns how many processes got it: 0 or 1.
@@ -10,17 +11,26 @@ local function post(name, message) return redis.call('PUBLISH', PREFIX .. 'm:' .
 
 -- A new entry, for the mailboxes that read this journal (the field `rd` of a request). What is
 -- collected has to be sent before the script ends.
-local function collect(readers, rid, id, field, record)
-  local entry = rid .. ' ' .. id .. ' ' .. field .. ' ' .. #record .. '\n' .. record
-  for mailbox in string.gmatch(readers, '%S+') do
-    local entries = outbox[mailbox]
-    if entries then entries[#entries + 1] = entry else outbox[mailbox] = { 'j', entry } end
+local function collect(readers, head, record)
+  local boxes = readers_boxes[readers]
+  if not boxes then
+    boxes = {}
+    for mailbox in string.gmatch(readers, '%S+') do
+      outbox[mailbox] = outbox[mailbox] or { 'j' }
+      boxes[#boxes + 1] = outbox[mailbox]
+    end
+    readers_boxes[readers] = boxes
+  end
+  for i = 1, #boxes do
+    local box = boxes[i]
+    local size = #box
+    box[size + 1], box[size + 2] = head, record
   end
 end
 
 local function send_collected()
   for mailbox, entries in pairs(outbox) do post(mailbox, table.concat(entries)) end
-  outbox = {}
+  outbox, readers_boxes = {}, {}
 end
 
 -- Engines of one kind are equal to the scripts: "<numeric class>\n<features>".

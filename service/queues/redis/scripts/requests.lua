@@ -126,7 +126,7 @@ local function end_request(r, record)
   redis.call('HSET', request_key(r.rid), 'st', 'ended', 'fin', record)
   redis.call('HDEL', request_key(r.rid), 'body')
   redis.call('ZREM', DEADLINES, r.rid)
-  collect(r.rd, r.rid, r.n .. '-1', 'e', record)
+  collect(r.rd, string.format('%s %d-1 e %d\n', r.rid, r.n, #record), record)
   send_collected()
   if redis.call('HINCRBY', submission_key(r.sub), 'left', -1) <= 0 then keep_submission(r.sub) end
 end

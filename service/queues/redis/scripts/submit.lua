@@ -102,5 +102,8 @@ if idem then
     count_bytes(tenant, args.idempotency_bytes)
   end
 end
-for needed, holders in pairs(wakes) do wake(needed, '', 'w', holders) end
+for needed, holders in pairs(wakes) do
+  wake(needed, '', 'w', holders)
+  if #holders > 0 then wake(needed, '', 'w') end -- takes what no holder takes in time
+end
 return reply('ok')
