@@ -17,7 +17,9 @@ that its mask allows. Log probabilities are always those of the unmodified logit
 
 A row gives the same bits alone, in any batch and with any number of threads. Probabilities are
 therefore summed as integers: a token weighs floor(2**40 * exp((logit - largest) / temperature)),
-and integer sums do not depend on their order. Tokens below 1e-12 of the largest count as zero.
+and integer sums do not depend on their order. Tokens below 1e-12 of the largest count as zero. The
+exponential is the true one rounded to float32, and logarithms are spelled out, so that the bits do
+not depend on a library's approximations either; `model/native/src/sampler.cpp` computes the same.
 
 It does not decide when an answer ends, and it keeps nothing between steps.
 """
@@ -90,7 +92,7 @@ def score(logits_QV: torch.Tensor, ids_Q: torch.Tensor | Ints, *, num_top: int) 
     num_top = min(num_top, logits_QV.shape[-1])
     largest_Q1 = logits_QV.amax(-1, keepdim=True)
     mass_Q = _weights(logits_QV, largest_Q1).sum(-1)
-    log_sum_Q1 = (mass_Q.double() / _ONE).log().unsqueeze(-1)
+    log_sum_Q1 = _log(mass_Q.double() / _ONE).unsqueeze(-1)
     top_ids_QN = _largest(logits_QV, num_top)
     ids_QM = torch.cat((ids_Q.unsqueeze(-1), top_ids_QN), dim=-1)
     logprobs_QM = ((logits_QV.gather(-1, ids_QM) - largest_Q1).double() - log_sum_Q1).float()
@@ -244,9 +246,25 @@ def _weights(
     scaled_RV = logits_RV - largest_R1
     if temperatures_R1 is not None:
         scaled_RV /= temperatures_R1
-    # Below -28 a token weighs nothing. What `exp` makes of -inf and of numbers that its result is
-    # denormal for is that, too, but takes it ten times as long.
-    return scaled_RV.clamp_(min=-80.0).exp_().mul_(_ONE).long()
+    # Below -28 a token weighs nothing; the clamp keeps denormal numbers out, which are slow. Of all
+    # float32 in that range, none is rounded otherwise because its exponential is in float64.
+    return scaled_RV.clamp_(min=-80.0).double().exp_().float().mul_(_ONE).long()
+
+
+def _log(x: torch.Tensor) -> torch.Tensor:
+    """The natural logarithm of float64 above 0, by operations that round alike everywhere.
+
+    x = m 2**e with m from sqrt(1/2) to sqrt(2); log m = 2 artanh r, r = (m - 1) / (m + 1).
+    """
+    m, e = torch.frexp(x)
+    low = m < 0.7071067811865476
+    m, e = torch.where(low, m * 2.0, m), torch.where(low, e - 1, e)
+    r = (m - 1.0) / (m + 1.0)
+    s = r * r
+    p = torch.full_like(s, 1.0 / 23.0)
+    for odd in range(21, 1, -2):
+        p = p * s + 1.0 / odd
+    return (p * s * r + r) * 2.0 + e.double() * 0.6931471805599453
 
 
 def _draw(

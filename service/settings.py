@@ -159,8 +159,10 @@ class Settings(BaseModel):
     )
 
     queue: str = _queue(
-        "Store of requests and journals: memory:// or redis://host/0. Deployments that share a "
-        "Redis server each need a `?prefix=NAME`.",
+        "Store of requests and journals: memory:// or redis://host/0, redis://a,b,c/0 "
+        "(independent servers), redis+sentinel://a,b,c/name, redis+cluster://host. `?wait=1`: "
+        "replicas acknowledge what is accepted. Deployments that share a Redis server each need a "
+        "`?prefix=NAME`.",
         "memory://",
     )
     max_queued_requests: int = _queue(

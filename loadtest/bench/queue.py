@@ -7,7 +7,9 @@ machine adds to it, because other processes evict the server's caches.
 
 steps   Each engine writes one record for each of its streams per step, renews every 20 steps, and
         writes the next step when the readers of its streams have received this one: no reader saves
-        work by being late. "whole" also counts submissions, claims and ends of the answers.
+        work by being late. "whole" also counts submissions, claims and ends of the answers. Readers
+        do not look again by themselves meanwhile: clients and server share the machine here, and a
+        step of 64 engines takes longer than the pause after which they would.
 idle    Engines wait for work as a worker does, in several processes. First nothing is submitted;
         then one request at a time, which whoever claims it answers with one token.
 """
@@ -40,6 +42,7 @@ from service.messages import (
 )
 from service.queues import open_queue
 from service.queues.contract import Claim, EngineInfo, Queue, QueueLimits, Write, WriteStatus
+from service.queues.redis import journal
 from service.worker.worker import CLAIM_WAIT
 
 _PATIENCE = 600.0  # seconds for one row: the machine may be busy
@@ -199,6 +202,7 @@ class StepBench:
 
 
 def print_steps(options: argparse.Namespace) -> None:
+    journal.LOOK_AGAIN = _PATIENCE
     print(
         f"CPU time of Redis: {options.streams} streams per engine, {options.steps} steps, one"
         " reader per stream in two API replicas\n\n"

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.batch import Floats, Ints
+from model.batch import Floats, Ints, SamplingBatch
 from model.native import NativeUnavailable
 from model.native.build import find_or_build
+from model.native.sampling import NativeSampling
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -86,6 +87,7 @@ class _Step(ctypes.Structure):
         ("keeps_rows", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("tokens", "positions", "query_starts")),
         *((name, ctypes.c_void_p) for name in ("block_table", "output_rows", "logits", "argmax")),
+        ("sampling", ctypes.c_void_p),
     )
 
 
@@ -126,6 +128,34 @@ class NativeLibrary:
         if failed:
             raise NativeUnavailable(f"this machine cannot run the variant {variant}")
         return y_MN
+
+    def sample(
+        self,
+        logits_RV: Floats,
+        sampling: SamplingBatch,
+        *,
+        variant: str,
+        given_R: Ints | None = None,
+    ) -> NativeSampling:
+        """Samples from given logits as a step does; for tests. The logits are overwritten."""
+        rows, vocab_size = logits_RV.shape
+        found = NativeSampling.of(sampling, vocab_size=vocab_size, given_R=given_R)
+        failed = self.calls.quire_sample(
+            variant.encode(),
+            logits_RV.ctypes.data,
+            rows,
+            vocab_size,
+            ctypes.addressof(found.structure),
+        )
+        if failed:
+            raise ValueError("this sampling is invalid" if failed == 2 else "no such variant")
+        return found
+
+    def weigh(self, x: Floats, *, variant: str) -> npt.NDArray[np.int64]:
+        """floor(2**40 exp(x)) of numbers that are not positive; for tests."""
+        weights = np.empty(len(x), np.int64)
+        self.calls.quire_weigh(variant.encode(), x.ctypes.data, len(x), weights.ctypes.data)
+        return weights
 
     def block_product(
         self, blocks_NB: Bytes, x_MK: Floats, *, variant: str, bias_N: Floats | None = None
@@ -225,28 +255,33 @@ class NativeModel:
 
     def step(
         self, *, tokens_T: Ints, positions_T: Ints, query_starts_S1: Ints, block_table_SB: Ints,
-        output_rows_R: Ints, logits: Mapping[int, Floats], keeps_rows: bool = False,
+        output_rows_R: Ints, logits: Mapping[int, Floats] | None = None,
+        sampling: NativeSampling | None = None, keeps_rows: bool = False,
     ) -> Ints:  # fmt: skip
-        """Runs the layers over T rows, the head over R of them; returns the argmax of each.
+        """Runs the layers over T rows, the head over R of them; returns a token for each: the
+        argmax, or what `sampling` chooses.
 
-        `logits`: for rows of R, where their V logits go. T = 0 runs the head alone, over rows of
-        the step before: those that went through the head or, if it `keeps_rows`, any.
-        Raises ValueError for a step that does not fit the model.
+        `logits`: for rows of R, where their V logits go; only without `sampling`. T = 0 runs the
+        head alone, over rows of the step before: those that went through the head or, if it
+        `keeps_rows`, any. Raises ValueError for a step that does not fit the model.
         """
-        argmax_R = np.empty(len(output_rows_R), np.int32)
+        if logits and sampling:
+            raise ValueError("a step either samples or stores logits")
+        tokens_R = np.empty(len(output_rows_R), np.int32) if sampling is None else sampling.tokens_R
         arrays = (tokens_T, positions_T, query_starts_S1, block_table_SB, output_rows_R)
         places = np.zeros(len(output_rows_R), np.uintp)
-        for row, logits_V in logits.items():
+        for row, logits_V in (logits or {}).items():
             places[row] = logits_V.ctypes.data
         pointed: list[npt.NDArray[Any]] = [np.ascontiguousarray(a, np.int32) for a in arrays]
-        pointed += [places, argmax_R]
+        pointed += [places, tokens_R]
         step = _Step(
             len(tokens_T), len(query_starts_S1) - 1, block_table_SB.shape[1], len(output_rows_R),
             keeps_rows, *(array.ctypes.data for array in pointed),
+            None if sampling is None else ctypes.addressof(sampling.structure),
         )  # fmt: skip
         if self._calls.quire_step(self._handle, ctypes.byref(step), self._error, _ERROR_BYTES):
             raise ValueError(self._error.value.decode())
-        return argmax_R
+        return tokens_R
 
     def close(self) -> None:
         """Ends the threads and frees the memory. May be called again."""
@@ -308,6 +343,8 @@ def _declare(calls: ctypes.CDLL) -> None:
         "quire_weights": (i32, (pointer, i32, pointer, pointer)),
         "quire_step": (i32, (pointer, pointer, text, size)),
         "quire_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),
+        "quire_sample": (i32, (text, pointer, i32, i32, pointer)),
+        "quire_weigh": (i32, (text, pointer, i32, pointer)),
         "quire_block_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),
         "quire_probe_memory": (ctypes.c_double, (i32, i64, i32)),
         "quire_probe_products": (ctypes.c_double, (text, i32, i32)),

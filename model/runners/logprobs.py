@@ -1,6 +1,6 @@
 """Log probabilities of a step on the host, and the StepOutput that they are part of.
 
-Shared by all runners. Legend: `model.batch`.
+Shared by all runners, and without torch for those that do not use it. Legend: `model.batch`.
 """
 
 from __future__ import annotations

@@ -4,19 +4,18 @@ Weights have 8 bits or, with dtype int4, those of their blocks (`model.checkpoin
 
 The bits of an answer do not depend on the batch, the chunks, the blocks, the threads or the
 instruction set: see native/src/kernels.h. `unsupported` names the families that it does not serve,
-those with other norms or activations than Llama's. The library returns the argmax of each row;
-everything else is sampled by `model.sampler`.
+those with other norms or activations than Llama's. The library samples, too, with the bits of
+`model.sampler`: no logits leave it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from model.batch import Batch, Floats, Ints, SamplingBatch, StepOutput
+from model.batch import Batch, SamplingBatch, StepOutput
 from model.config import Activation, ModelConfig, Norm, Position
 from model.native.library import (
     NO_WINDOW,
@@ -28,14 +27,12 @@ from model.native.library import (
 )
 from model.native.packed import PackedWeights
 from model.native.quantize import hadamard_block, load, rotary_tables
+from model.native.sampling import NativeSampling, is_greedy
 from model.runners import RunnerOptions
-from model.runners.logprobs import NO_LOGPROBS, Logprobs, score_rows, scored_on_host, step_output
+from model.runners.logprobs import NO_LOGPROBS, SCORED_AT_ONCE, Logprobs, step_output
 from model.weights import Arrays, Weights
 
-if TYPE_CHECKING:
-    import torch
-
-KERNEL_VERSION = 1  # raised whenever the bits of a result change, which a test enforces
+KERNEL_VERSION = 2  # raised whenever the bits of a result change, which a test enforces
 MAX_THREADS = 16  # more of them wait for one another longer than they compute
 COMPUTE_ROWS = 32  # from this many rows on, a step is compute-bound; below, memory-bound
 _MAX_INPUTS = 65_536  # of a product: its sums must fit 32 bits
@@ -69,7 +66,6 @@ class NativeRunner:
         self.numeric_class = f"{kind}-v{KERNEL_VERSION}-{digest[:12]}"
         self._model = NativeModel(library, shape, variant=variant)
         self._load(weights, options, digest)
-        self._logits = np.empty((0, config.vocab_size), np.float32)
 
     @property
     def variant(self) -> str:
@@ -77,19 +73,18 @@ class NativeRunner:
         return self._model.variant
 
     def run(self, batch: Batch) -> StepOutput:
-        rows = _rows_with_logits(batch.sampling)
-        logits_LV = self._logits_buffer(len(rows))
+        sampling = None if is_greedy(batch.sampling) else self._sampling(batch.sampling)
         tokens_R = self._model.step(
             tokens_T=batch.tokens_T,
             positions_T=batch.positions_T,
             query_starts_S1=batch.query_starts_S1,
             block_table_SB=batch.block_table_SB,
             output_rows_R=batch.sample_rows_R,
-            logits=dict(zip(rows.tolist(), logits_LV, strict=True)),
+            sampling=sampling,
             keeps_rows=len(batch.score_rows_Q) > 0,
         )
-        sampled = _sample(tokens_R, rows, logits_LV, batch.sampling)
-        return step_output(tokens_R, sampled, scored_on_host(score_rows(batch, self._head)))
+        sampled = NO_LOGPROBS if sampling is None else sampling.logprobs
+        return step_output(tokens_R, sampled, Logprobs.join(self._scores(batch)))
 
     def warm_up(self) -> None:
         """Touches weights, threads and arena with a decoded token and the largest chunk."""
@@ -101,7 +96,6 @@ class NativeRunner:
                 query_starts_S1=np.array([0, length], np.int32),
                 block_table_SB=np.arange(self.num_blocks, dtype=np.int32)[None],
                 output_rows_R=np.array([length - 1], np.int32),
-                logits={},
             )
 
     def close(self) -> None:
@@ -119,25 +113,26 @@ class NativeRunner:
         if packed.pays:
             packed.write()
 
-    def _logits_buffer(self, rows: int) -> Floats:
-        """Memory for the logits of some rows, reused from step to step."""
-        if len(self._logits) < rows:
-            self._logits = np.empty((rows, self.config.vocab_size), np.float32)
-        return self._logits[:rows]
+    def _sampling(self, sampling: SamplingBatch) -> NativeSampling:
+        return NativeSampling.of(sampling, vocab_size=self.config.vocab_size)
 
-    def _head(self, rows_Q: Ints) -> torch.Tensor:
-        """Logits of some rows of the step that was just run."""
-        logits_QV = self._logits_buffer(len(rows_Q))
-        empty = np.zeros(0, np.int32)
-        self._model.step(
-            tokens_T=empty,
-            positions_T=empty,
-            query_starts_S1=np.zeros(1, np.int32),
-            block_table_SB=np.zeros((0, 0), np.int32),
-            output_rows_R=rows_Q,
-            logits=dict(enumerate(logits_QV)),
-        )
-        return _tensor(logits_QV)
+    def _scores(self, batch: Batch) -> Iterator[Logprobs]:
+        """Log probabilities of given tokens after rows of the step that was just run."""
+        empty, V = np.zeros(0, np.int32), self.config.vocab_size
+        for start in range(0, len(batch.score_rows_Q), SCORED_AT_ONCE):
+            part = slice(start, start + SCORED_AT_ONCE)
+            rows_Q = batch.score_rows_Q[part]
+            plain = SamplingBatch.plain(len(rows_Q), vocab_size=V, num_top=batch.score_num_top)
+            given = NativeSampling.of(plain, vocab_size=V, given_R=batch.score_ids_Q[part])
+            self._model.step(
+                tokens_T=empty,
+                positions_T=empty,
+                query_starts_S1=np.zeros(1, np.int32),
+                block_table_SB=np.zeros((0, 0), np.int32),
+                output_rows_R=rows_Q,
+                sampling=given,
+            )
+            yield given.logprobs
 
 
 def unsupported(config: ModelConfig) -> str | None:
@@ -212,54 +207,3 @@ def _shape(
     positions = min(config.max_model_len, num_blocks * options.block_size)
     cosines, sines = rotary_tables(config, positions)
     return replace(shape, num_blocks=num_blocks, cosines=cosines, sines=sines)
-
-
-def _sample(
-    tokens_R: Ints, rows: npt.NDArray[np.intp], logits_LV: Floats, sampling: SamplingBatch
-) -> Logprobs:
-    """Samples the tokens of `rows` and writes them into `tokens_R`; returns log probabilities."""
-    if not rows.size:
-        return NO_LOGPROBS
-    from model.sampler import sample
-
-    part = sample(_tensor(logits_LV), _some(sampling, rows))
-    tokens_R[rows] = part.tokens_R.numpy()
-    if not part.logprobs_R.numel():
-        return NO_LOGPROBS
-    found = Logprobs.from_tensors(part.logprobs_R, part.top_ids_RN, part.top_logprobs_RN)
-    return found.spread(rows, len(tokens_R))
-
-
-def _tensor(array: Floats) -> torch.Tensor:
-    """The array as torch sees it."""
-    import torch
-
-    # The few operations of the sampler are not worth threads that then contend with ours.
-    torch.set_num_threads(1)
-    return torch.from_numpy(array)
-
-
-def _rows_with_logits(sampling: SamplingBatch) -> npt.NDArray[np.intp]:
-    """Rows that need logits: those that are not greedy, or whose logits are changed or read."""
-    needs_R: npt.NDArray[np.bool_] = (sampling.temperatures_R != 0) | sampling.wants_logprobs_R
-    for rows in (sampling.penalty_rows_P, sampling.bias_rows_E, sampling.mask_rows_M):
-        if rows.size:
-            needs_R[rows] = True
-    return needs_R.nonzero()[0]
-
-
-def _some(sampling: SamplingBatch, rows: npt.NDArray[np.intp]) -> SamplingBatch:
-    """The sampling of some rows, which hold all penalties, biases and masks."""
-    places = np.zeros(len(sampling.seeds_R), np.int32)
-    places[rows] = np.arange(len(rows), dtype=np.int32)
-    columns = (
-        "seeds_R", "choices_R", "indices_R", "temperatures_R", "top_ks_R", "top_ps_R", "min_ps_R",
-        "presence_R", "frequency_R", "repetition_R", "wants_logprobs_R",
-    )  # fmt: skip
-    return replace(
-        sampling,
-        **{name: getattr(sampling, name)[rows] for name in columns},
-        penalty_rows_P=places[sampling.penalty_rows_P],
-        bias_rows_E=places[sampling.bias_rows_E],
-        mask_rows_M=places[sampling.mask_rows_M],
-    )

@@ -34,7 +34,8 @@ prefix, for `RESERVED_FOR` seconds, unless all of them run far more requests tha
 asks (`OVERLOADED`). Others pass it over; the order of priorities and turns stays the same.
 
 Implementations: `memory` (embedded, one process) and `redis`; `tests/queues/contract.py` runs
-against both.
+against both. If the store is several shards, the order of claims and evictions and the lane are
+those of each shard.
 """
 
 from __future__ import annotations

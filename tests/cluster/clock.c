@@ -1,9 +1,10 @@
-/* Preloaded into redis-server: its wall clock stands at the microseconds in the file FROZEN_CLOCK.
+/* Preloaded into a Redis or Valkey server: its wall clock stands at the microseconds in the file FROZEN_CLOCK.
    Scripts, expiry and idle times read the wall clock; its timers use the monotonic one. */
 #include <fcntl.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
@@ -24,6 +25,12 @@ static int64_t now(void) {
 int gettimeofday(struct timeval *restrict value, void *restrict zone) {
     (void)zone;
     *value = (struct timeval){.tv_sec = now() / 1000000, .tv_usec = now() % 1000000};
+    return 0;
+}
+
+int clock_gettime(clockid_t clock, struct timespec *value) {
+    if (clock != CLOCK_REALTIME) return (int)syscall(SYS_clock_gettime, clock, value);
+    *value = (struct timespec){.tv_sec = now() / 1000000, .tv_nsec = now() % 1000000 * 1000};
     return 0;
 }
 

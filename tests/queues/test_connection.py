@@ -262,7 +262,7 @@ async def test_a_subscription_is_made_anew_on_request(tmp_path: Path) -> None:
             wakeups.watch("news", woken.put_nowait)
             for message in (b"one", b"two"):
                 assert await woken.get() == b""  # subscribed
-                assert redis.ask("PUBLISH", "news", message.decode()) == ":1"
+                assert redis.ask("SPUBLISH", "news", message.decode()) == ":1"
                 assert await woken.get() == message
                 wakeups.reconnect()
                 assert await woken.get() == b""  # something may have been missed

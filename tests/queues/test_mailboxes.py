@@ -47,7 +47,7 @@ def num_waiting(server: RedisServer) -> int:
 
 def num_subscribed(server: RedisServer) -> int:
     with Redis(port=server.port) as admin:
-        return len(admin.pubsub_channels("quire:2:{s0}:m:*"))
+        return len(admin.pubsub_shardchannels("quire:2:{s0}:m:*"))
 
 
 class Engines:

@@ -116,7 +116,10 @@ async def test_what_a_woken_holder_does_not_take_is_taken_by_another(
     waiting = f"quire:2:{{s0}}:waiting:{holder.numeric_class}\n{' '.join(holder.features)}"
     with Redis(port=redis_server.port) as redis:
         async with asyncio.timeout(PATIENCE):
-            while redis.zcard(waiting) != 2 or not redis.pubsub_numsub("quire:2:{s0}:m:free")[0][1]:
+            while (
+                redis.zcard(waiting) != 2
+                or not redis.pubsub_shardnumsub("quire:2:{s0}:m:free")[0][1]
+            ):
                 await asyncio.sleep(0.01)
     submission = replace(make_submission(), prefixes=(("a",),))
     await api.submit(submission)

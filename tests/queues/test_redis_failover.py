@@ -92,7 +92,7 @@ def num_clients(server: RedisServer) -> int:
 
 def num_channels(server: RedisServer) -> int:
     with Redis(port=server.port) as admin:
-        return len(admin.pubsub_channels())
+        return len(admin.pubsub_shardchannels())
 
 
 def in_step(replica: RedisServer, primary: RedisServer) -> bool:

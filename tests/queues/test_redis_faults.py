@@ -124,7 +124,7 @@ async def test_a_follower_outlives_its_pubsub_connection(
     killed = 0
     for i in range(3):
         waiting = asyncio.ensure_future(anext(records))
-        await until(lambda: own_redis.ask("PUBSUB", "CHANNELS") != "*0")
+        await until(lambda: own_redis.ask("PUBSUB", "SHARDCHANNELS") != "*0")
         killed += int(own_redis.ask("CLIENT", "KILL", "TYPE", "pubsub").lstrip(":"))
         async with asyncio.timeout(PATIENCE):
             await append(queue, claim.lease, answer_of(rid, i, i + 1))

@@ -456,6 +456,62 @@ async def test_a_lost_tail_is_sent_again(keep: int) -> None:
     assert ids == oracle_answer(request)
 
 
+class PartlyAwayQueue(MemoryQueue):
+    """A store one part of which, with the requests `x...`, is away or full."""
+
+    def __init__(self, status: WriteStatus | None) -> None:
+        super().__init__(QueueLimits(lease=5))
+        self.status = status
+        self.refused = 0
+
+    async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
+        """Takes the ends of what is full."""
+        there = [write for write in writes if not self._refuses(write)]
+        replies = iter(await super().write(there))
+        found = []
+        for write in writes:
+            if self.status is not None and self._refuses(write):
+                found.append(WriteReply(self.status, 0))
+            else:
+                found.append(next(replies))
+        self.refused += len(writes) - len(there)
+        return found
+
+    def _refuses(self, write: Write) -> bool:
+        if self.status is None or not write.lease.request_id.startswith("x"):
+            return False
+        return self.status is WriteStatus.AWAY or isinstance(write.record, Tokens)
+
+
+@pytest.mark.slow
+async def test_a_part_of_the_store_that_is_away_delays_no_other() -> None:
+    """What it holds is written in order when it is back."""
+    queue = PartlyAwayQueue(WriteStatus.AWAY)
+    away, there = make_request("x1", max_tokens=30), make_request("y1", max_tokens=30)
+    async with station(queue, on_run=taking(0.002)) as one:
+        await submit(queue, away, there)
+        assert (await answer(queue, there))[0] == oracle_answer(there)
+        await until(lambda: queue.refused > 30)
+        assert list(await queue.read(away.id)) == []
+        queue.status = None
+        assert (await answer(queue, away))[0] == oracle_answer(away)
+        await until(lambda: one.worker.running == 0)
+
+
+@pytest.mark.slow
+async def test_a_part_of_the_store_that_is_full_ends_its_requests_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.worker.journal.STORAGE_PATIENCE", 0.2)
+    queue = PartlyAwayQueue(WriteStatus.STORAGE)
+    full, there = make_request("x1", max_tokens=30), make_request("y1", max_tokens=30)
+    async with station(queue, on_run=taking(0.02)):
+        await submit(queue, full, there)
+        ids, end = await answer(queue, full)
+        assert (ids, end.reason, end.error) == ([], FinishReason.ERROR, "storage_full")
+        assert (await answer(queue, there))[0] == oracle_answer(there)
+
+
 class FullQueue(MemoryQueue):
     """A store with no room for tokens; ends fit."""
 

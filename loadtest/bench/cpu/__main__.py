@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from loadtest.bench.commands import run_command
-from loadtest.bench.cpu import kernels, overhead, perplexity, promises, serving
+from loadtest.bench.cpu import kernels, overhead, perplexity, promises, sampling, serving
 
 COMMANDS = {
     "kernels": kernels,
     "overhead": overhead,
+    "sampling": sampling,
     "serving": serving,
     "promises": promises,
     "perplexity": perplexity,

@@ -6,6 +6,7 @@
 
 #include "cpu.h"
 #include "model.h"
+#include "sampler.h"
 
 namespace {
 
@@ -46,7 +47,7 @@ const char* step_error(const QuireModel& model, const QuireStep& step) {
   const int32_t computed = step.rows ? step.rows : model.computed_rows;
   for (int32_t i = 0; i < step.outputs; i++)
     if (step.output_rows[i] < 0 || step.output_rows[i] >= computed) return "output row outside the step";
-  return nullptr;
+  return step.sampling ? quire::sampling_error(*step.sampling, step.outputs, shape.vocab) : nullptr;
 }
 
 }  // namespace
@@ -208,5 +209,30 @@ int32_t quire_block_product(const char* variant, const uint8_t* w, const float* 
   trial.linear.blocks = trial.memory.take<uint8_t>(static_cast<size_t>(inputs) / BLOCK_INPUTS * BLOCK_BYTES * trial.linear.panels);
   kernels->pack_blocks(w, bias, false, &trial.linear);
   trial.run(x, rows, y);
+  return 0;
+}
+
+int32_t quire_sample(const char* variant, float* logits, int32_t rows, int32_t vocab, const QuireSampling* sampling) {
+  const Kernels* kernels = quire::find_variant(variant);
+  if (!kernels) return 1;
+  if (quire::sampling_error(*sampling, rows, vocab)) return 2;
+  for (const quire::SampledRow& row : quire::rows_of(*sampling, rows, vocab)) {
+    float* const x = logits + static_cast<size_t>(row.row) * vocab;
+    Argmax argmax = {-__builtin_inff(), 0};
+    for (int32_t i = 0; i < vocab; i++)
+      if (x[i] > argmax.value) argmax = {x[i], i};
+    const int32_t forced = quire::forced_token(*sampling, row);
+    if (forced >= 0) sampling->tokens[row.row] = forced;
+    else if (quire::is_plain(*sampling, row)) sampling->tokens[row.row] = argmax.id;
+    else quire::sample_row(*kernels, *sampling, row, argmax, x, vocab);
+  }
+  return 0;
+}
+
+int32_t quire_weigh(const char* variant, const float* x, int32_t count, int64_t* weights) {
+  const Kernels* kernels = quire::find_variant(variant);
+  if (!kernels) return 1;
+  const Tempering tempering = {0.0f, 1.0f, 0};
+  kernels->weigh(x, count, &tempering, weights);
   return 0;
 }

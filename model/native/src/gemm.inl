@@ -49,6 +49,10 @@ static void update_argmax(const Linear& w, Lanes a, Lanes b, int column, Argmax*
 }
 
 static void keep_logits(const Linear& w, Lanes a, Lanes b, int column, float* logits) {
+  // The weights have displaced these lines from the caches since the last step.
+  constexpr int panels_ahead = 16;
+  __builtin_prefetch(logits + column + panels_ahead * PANEL, 1);
+  __builtin_prefetch(logits + column + panels_ahead * PANEL + LANES, 1);
   if (w.outputs - column >= PANEL) {
     store(logits + column, a);
     store(logits + column + LANES, b);

@@ -162,6 +162,14 @@ struct AttentionItem {
 // A partial result of one query: largest score, sum of weights, weighted values. sum = 0: no keys.
 // In memory: [largest, sum, values[D]].
 
+// How logits become weights, see sampling.inl: lighter ones than `least` become 0.
+struct Tempering {
+  float largest, temperature;
+  int64_t least;
+};
+
+constexpr double NEAR = 0x1p-18;  // relative error of weigh_nearly
+
 struct Kernels {
   const char* name;
   int tile_rows;   // preferred rows of multiply_tile
@@ -190,6 +198,13 @@ struct Kernels {
   void (*attend_rows)(const AttentionItem* item);
   void (*attend_split)(const AttentionItem* item, int split, float* partials);
   void (*merge_splits)(const float* partials, int splits, size_t stride, int dim, float* out);
+
+  // sampling.inl
+  int64_t (*weigh)(const float* logits, int count, const Tempering* tempering, int64_t* weights);
+  float (*largest_of)(const float* x, int count);
+  double (*weigh_nearly)(const float* logits, int count, const Tempering* tempering);
+  int (*find_between)(const float* x, int count, float bound, float most, int32_t* places);
+  void (*mask_out)(const uint32_t* mask, int count, float* logits);
 
   // load.inl
   void (*rotate)(float* w, int64_t rows, int64_t cols, int axis, int power, int odd,

@@ -75,6 +75,12 @@ QUIRE_INLINE Lanes between(int from, int to, Lanes a, Lanes b) {
   const uint32_t mask = ((1u << to) - 1u) & ~((1u << from) - 1u);
   return {_mm512_mask_blend_ps((__mmask16)mask, b.v, a.v)};
 }
+// Bit i: whether lane i of a is above that of b.
+QUIRE_INLINE uint32_t above(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+// Lane i of a if bit i is set, of b otherwise.
+QUIRE_INLINE Lanes select(uint32_t bits, Lanes a, Lanes b) {
+  return {_mm512_mask_blend_ps((__mmask16)bits, b.v, a.v)};
+}
 // a * 2^k; the low bits of `shifter` hold k (see `exponential`).
 QUIRE_INLINE Lanes scale_by_power(Lanes a, Lanes shifter) {
   const __m512i k = _mm512_slli_epi32(_mm512_castps_si512(shifter.v), 23);
@@ -150,6 +156,19 @@ QUIRE_INLINE Lanes between(int from, int to, Lanes a, Lanes b) {
   return {_mm256_blendv_ps(b.lo, a.lo, _mm256_castsi256_ps(in_lo)),
           _mm256_blendv_ps(b.hi, a.hi, _mm256_castsi256_ps(in_hi))};
 }
+QUIRE_INLINE uint32_t above(Lanes a, Lanes b) {
+  const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ));
+  const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ));
+  return (uint32_t)lo | (uint32_t)hi << 8;
+}
+QUIRE_INLINE __m256 half_select(uint32_t bits, __m256 a, __m256 b) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)bits), bit);
+  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit)));
+}
+QUIRE_INLINE Lanes select(uint32_t bits, Lanes a, Lanes b) {
+  return {half_select(bits, a.lo, b.lo), half_select(bits >> 8, a.hi, b.hi)};
+}
 QUIRE_INLINE __m256 half_scale(__m256 a, __m256 shifter) {
   const __m256i k = _mm256_slli_epi32(_mm256_castps_si256(shifter), 23);
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), k));
@@ -196,6 +215,8 @@ QUIRE_INLINE Lanes from_int8(const int8_t* p) { Lanes r; QUIRE_EACH r.v[i] = (fl
 template <int DISTANCE> QUIRE_INLINE Lanes exchange(Lanes a) { Lanes r; QUIRE_EACH r.v[i] = a.v[i ^ DISTANCE]; return r; }
 template <int BIT> QUIRE_INLINE Lanes flip_signs(Lanes a) { QUIRE_EACH if (i & BIT) a.v[i] = -a.v[i]; return a; }
 QUIRE_INLINE Lanes between(int from, int to, Lanes a, Lanes b) { QUIRE_EACH if (i >= from && i < to) b.v[i] = a.v[i]; return b; }
+QUIRE_INLINE uint32_t above(Lanes a, Lanes b) { uint32_t bits = 0; QUIRE_EACH bits |= (uint32_t)(a.v[i] > b.v[i]) << i; return bits; }
+QUIRE_INLINE Lanes select(uint32_t bits, Lanes a, Lanes b) { QUIRE_EACH if (bits >> i & 1u) b.v[i] = a.v[i]; return b; }
 QUIRE_INLINE Lanes scale_by_power(Lanes a, Lanes shifter) {
   QUIRE_EACH {
     uint32_t value, k;

@@ -8,6 +8,7 @@
 namespace quire {
 namespace {
 
+constexpr size_t kLine = 16;  // of a cache line
 constexpr int kRowsOfTile = 16;
 constexpr int kQueriesOfTile = 64;  // ITEM_QUERIES of attention.inl
 constexpr int kRowsToPrefetch = 24;  // with fewer a step is memory-bound
@@ -104,6 +105,8 @@ void Model::make_scratch() {
   scratch.codes = memory.take<uint8_t>((rows + TILE_ROWS_MAX) * widest);
   scratch.scales = memory.take<float>(rows + TILE_ROWS_MAX);
   scratch.argmax = memory.take<Argmax>(rows * kHeadChunks);
+  scratch.logits_stride = (static_cast<size_t>(shape.vocab) / kLine | 1) * kLine + kLine * 2;
+  scratch.logits = memory.take<float>(rows * scratch.logits_stride);
 }
 
 Linear& Model::linear(int layer, int which) {
@@ -163,6 +166,31 @@ Cut cut_step(const QuireShape& shape, const QuireStep& step, int threads) {
   return cut;
 }
 
+// All rows but those whose token needs no logits: these are written here.
+Heads Model::heads_of(const QuireStep& step) const {
+  Heads found;
+  if (step.sampling) found.sampled = rows_of(*step.sampling, step.outputs, shape.vocab);
+  float* next = scratch.logits;
+  for (int32_t i = 0; i < step.outputs; i++) {
+    float* logits = step.logits ? step.logits[i] : nullptr;
+    if (step.sampling) {
+      const SampledRow& row = found.sampled[static_cast<size_t>(i)];
+      const int32_t forced = forced_token(*step.sampling, row);
+      if (forced >= 0) {
+        step.sampling->tokens[i] = forced;
+        continue;
+      }
+      if (!is_plain(*step.sampling, row)) {
+        logits = next;
+        next += scratch.logits_stride;
+      }
+    }
+    found.rows.push_back(i);
+    found.logits.push_back(logits);
+  }
+  return found;
+}
+
 void Model::run(const QuireStep& step) {
   const int rows = std::max(step.rows, step.outputs);
   const int threads = rows >= shape.compute_rows ? shape.compute_threads : shape.threads;
@@ -170,6 +198,7 @@ void Model::run(const QuireStep& step) {
   task.model = this;
   task.step = step;
   task.cut = cut_step(shape, step, threads);
+  task.heads = heads_of(step);
   if (task.cut.split) {
     const Tile& last = task.cut.tiles.back();
     const int shared = shape.heads / shape.kv_heads;

@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "quire.h"
+#include "sampler.h"
 #include "team.h"
 
 namespace quire {
@@ -34,6 +35,10 @@ struct Scratch {
   uint8_t* codes;  // [T + TILE_ROWS_MAX, the widest]
   float* scales;   // [T + TILE_ROWS_MAX]
   Argmax* argmax;      // [chunks of the head, T]
+  // [T, logits_stride] of rows that are sampled, touched as far as needed. An odd number of cache lines,
+  // so that rows do not share few sets of the caches.
+  float* logits;
+  size_t logits_stride;
 };
 
 // Rows of one sequence that attend together: an AttentionItem per head.
@@ -58,6 +63,13 @@ struct Cut {
   bool only_outputs = false;  // whether no other rows of the last layer are needed
 };
 
+// Rows of R that go through the head, how they are sampled (empty: argmax), and where their logits go.
+struct Heads {
+  std::vector<int32_t> rows;
+  std::vector<SampledRow> sampled;
+  std::vector<float*> logits;
+};
+
 struct Model;
 
 // The program of one step; see Team.
@@ -65,6 +77,7 @@ struct Task {
   const Model* model = nullptr;
   QuireStep step{};
   Cut cut;
+  Heads heads;
   float* partials = nullptr;
   void operator()(Walker& walker) const;
 };
@@ -93,6 +106,7 @@ struct Model {
 
  private:
   Linear make_linear(int outputs, int inputs, bool bias, bool four_bit);
+  Heads heads_of(const QuireStep& step) const;
   void make_scratch();
 };
 

@@ -25,6 +25,37 @@ struct QuireShape {
   int32_t max_positions;  // rows of the rotary tables
 };
 
+// How the rows of R choose their tokens: SamplingBatch of model/batch.py, column by column, and where the
+// results go. Rows of the lists never fall.
+struct QuireSampling {
+  int32_t penalties, biases, masks;  // P, E, M
+  int32_t num_top;                   // N
+  const uint64_t* seeds;             // [R], as are those that follow
+  const int32_t* choices;
+  const int32_t* indices;
+  const float* temperatures;
+  const int32_t* top_ks;
+  const float* top_ps;
+  const float* min_ps;
+  const float* presence;
+  const float* frequency;
+  const float* repetition;
+  const uint8_t* wants_logprobs;
+  const int32_t* penalty_rows;  // [P]
+  const int32_t* penalty_ids;
+  const int32_t* penalty_counts;
+  const int32_t* bias_rows;  // [E]
+  const int32_t* bias_ids;
+  const float* bias_values;
+  const int32_t* mask_rows;    // [M]
+  const uint32_t* mask_words;  // [M, V / 32 rounded up]
+  const int32_t* given;        // [R] tokens that are scored instead of chosen, or null
+  int32_t* tokens;             // [R] out
+  float* logprobs;             // [R] out, of rows that request them
+  int32_t* top_ids;            // [R, N] out
+  float* top_logprobs;         // [R, N] out
+};
+
 struct QuireStep {
   int32_t rows;         // T; 0: no layers, only the head over rows of the step before
   int32_t sequences;    // S
@@ -37,8 +68,9 @@ struct QuireStep {
   const int32_t* query_starts;  // [S + 1]
   const int32_t* block_table;   // [S, B]
   const int32_t* output_rows;   // [R] rows of T
-  float* const* logits;         // [R] where to write a row's V logits, or null
-  int32_t* argmax;                // [R] out
+  float* const* logits;         // [R] where to write a row's V logits, or null; null: of none
+  int32_t* argmax;              // [R] out, without `sampling`
+  const QuireSampling* sampling;  // null: each row takes the argmax. Not together with `logits`
 };
 
 enum QuireLinear { QUIRE_QKV = 0, QUIRE_OUT = 1, QUIRE_GATE_UP = 2, QUIRE_DOWN = 3, QUIRE_HEAD = 4 };
@@ -79,6 +111,13 @@ QUIRE_API int32_t quire_product(const char* variant, const float* w, const float
                                 int32_t inputs, const float* x, int32_t rows, float* y);
 QUIRE_API int32_t quire_block_product(const char* variant, const uint8_t* w, const float* bias, int32_t outputs,
                                       int32_t inputs, const float* x, int32_t rows, float* y);
+
+// y = the tokens and log probabilities that the rows of `logits` [R, vocab] yield, as in a step. The logits
+// are overwritten. 1: no such variant; 2: the sampling is invalid.
+QUIRE_API int32_t quire_sample(const char* variant, float* logits, int32_t rows, int32_t vocab,
+                               const QuireSampling* sampling);
+// Integer weights of numbers: floor(2^40 e^x) for x <= 0. 1: no such variant.
+QUIRE_API int32_t quire_weigh(const char* variant, const float* x, int32_t count, int64_t* weights);
 
 // Roof of this machine, measured without the code of the step: bytes read from memory per second, and
 // 8-bit products per second of the variant's best instructions on registers.

@@ -84,7 +84,7 @@ class Program {
         mlp(m_.layers[i], rows);
       }
     }
-    if (step_.outputs > 0) head();
+    if (!task_.heads.rows.empty()) head();
   }
 
  private:
@@ -137,29 +137,40 @@ class Program {
   }
 
   void head() {
+    const Heads& heads = task_.heads;
     const Codes codes = codes_for(m_.head);
-    each_row(step_.outputs, [&](int i) { norm_row(head_input(step_.output_rows[i]), codes, i); });
-    Product product = product_of(m_.head, step_.outputs, Epilogue::HEAD, nullptr, 0);
-    product.logits = step_.logits;
-    const Chunks chunks = chunks_of(m_.head, step_.outputs);
+    const int rows = static_cast<int>(heads.rows.size());
+    each_row(rows, [&](int i) { norm_row(head_input(step_.output_rows[heads.rows[i]]), codes, i); });
+    Product product = product_of(m_.head, rows, Epilogue::HEAD, nullptr, 0);
+    product.logits = heads.logits.data();
+    const Chunks chunks = chunks_of(m_.head, rows);
     walker_.phase(chunks.count(), [&](int c) {
       Argmax* argmax = s_.argmax + static_cast<size_t>(c) * m_.shape.max_rows;
-      for (int i = 0; i < step_.outputs; i++) argmax[i] = {-__builtin_inff(), 0};
+      for (int i = 0; i < rows; i++) argmax[i] = {-__builtin_inff(), 0};
       m_.kernels.multiply(&product, chunks.first(c), chunks.end(c), argmax);
     });
-    walker_.phase(1, [&](int) {
-      for (int i = 0; i < step_.outputs; i++) step_.argmax[i] = argmax_of(chunks.count(), i);
-    });
+    walker_.phase(rows, [&](int i) { choose(heads, i, argmax_of(chunks.count(), i)); });
+  }
+
+  void choose(const Heads& heads, int i, Argmax argmax) const {
+    const int row = heads.rows[i];
+    if (!step_.sampling) {
+      step_.argmax[row] = argmax.id;
+    } else if (!heads.logits[i]) {
+      step_.sampling->tokens[row] = argmax.id;
+    } else {
+      sample_row(m_.kernels, *step_.sampling, heads.sampled[row], argmax, heads.logits[i], m_.shape.vocab);
+    }
   }
 
   // Chunks in order of ids, so that the lowest of equal tokens wins.
-  int argmax_of(int chunks, int row) const {
+  Argmax argmax_of(int chunks, int row) const {
     Argmax argmax = s_.argmax[row];
     for (int c = 1; c < chunks; c++) {
       const Argmax& other = s_.argmax[static_cast<size_t>(c) * m_.shape.max_rows + row];
       if (other.value > argmax.value) argmax = other;
     }
-    return argmax.id;
+    return argmax;
   }
 
   float* residual(int row) const { return s_.residual + static_cast<size_t>(row) * s_.residual_stride; }

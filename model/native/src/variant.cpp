@@ -38,6 +38,7 @@ static void tiles_end() {}
 #include "rows.inl"
 #include "gemm.inl"
 #include "attention.inl"
+#include "sampling.inl"
 #include "load.inl"
 #include "blocks.inl"
 
@@ -46,6 +47,7 @@ static const Kernels table = {
     embed, norm_to_codes, to_codes, hadamard, norm_to_blocks, to_blocks, rotate_row, rotate_and_store,
     multiply, multiply_blocks,
     attend_rows, attend_split, merge_splits,
+    weigh, largest_of, weigh_nearly, find_between, mask_out,
     rotate, pack, pack_blocks,
     peak,
 };

@@ -74,6 +74,7 @@ class Claimer:
         self._turns: dict[str, _Turn] = {}  # by engine
         # Seconds until a request that the last claim left to other engines is free.
         self.free_in = float("inf")
+        self.waiting = 0  # engines of the kind, by the last look
         self._unanswered: dict[str, str] = {}  # engine -> owner
         self._released = False  # requests were, since the last look for orphans
         self._hold_until: float | None = None  # loop time; None before the first claim
@@ -115,6 +116,7 @@ class Claimer:
                 attempts=1,
             )
             if waiting > 0:
+                self.waiting = waiting
                 return [], self._pause(waiting)
             orphans = 0 if waiting < 0 else orphans
         turn.woken.clear()
@@ -122,6 +124,7 @@ class Claimer:
             engine, limit=limit, most=limit + under_served, orphans=orphans, waits=waits
         )
         found, reclaimed, dropped, overdue, crashed, free_in, waiting = reply
+        self.waiting = waiting
         self.free_in = float("inf") if free_in < 0 else (free_in + 1) / 1000
         for event, count in (
             (QueueEvent.RECLAIMED, reclaimed),

@@ -27,12 +27,12 @@ class FanOut:
     def __init__(self, probe: Callable[[int], Coroutine[Any, Any, None]]) -> None:
         self._probe = probe
         self._away: set[int] = set()
-        self._in_flight: dict[int, asyncio.Task[Any]] = {}  # calls whose callers have left
+        self._in_flight: dict[asyncio.Task[Any], int] = {}  # calls that nothing waits for: shard
         self.closed = False
 
     def is_there(self, shard: int) -> bool:
         """Whether its last call succeeded. Finds out in the background whether it is back."""
-        if shard in self._away and shard not in self._in_flight and not self.closed:
+        if shard in self._away and not (self._is_called(shard) or self.closed):
             self._leave(shard, asyncio.create_task(self._called(shard, lambda: self._probe(shard))))
         return shard not in self._away
 
@@ -47,15 +47,16 @@ class FanOut:
         replies: dict[int, T | Unavailable] = {}
         tasks: dict[asyncio.Task[T], int] = {}
         for shard, call in calls.items():
-            if shard in self._in_flight:
+            if self._is_called(shard):
                 replies[shard] = _unanswered()
             else:
                 tasks[asyncio.create_task(self._called(shard, call))] = shard
         try:
             await self._wait(tasks)
         except asyncio.CancelledError:
-            for task in tasks:
+            for task, shard in tasks.items():
                 task.cancel()
+                self._leave(shard, task)
             raise
         for task, shard in tasks.items():
             if not task.done():
@@ -95,23 +96,26 @@ class FanOut:
             if limit is None and any(task.exception() is None for task in done):
                 limit = loop.time() + LATE
 
-    def _leave(self, shard: int, task: asyncio.Task[Any]) -> None:
-        self._in_flight[shard] = task
-        task.add_done_callback(lambda done: self._left(shard, done))
+    def _is_called(self, shard: int) -> bool:
+        return shard in self._in_flight.values()
 
-    def _left(self, shard: int, task: asyncio.Task[Any]) -> None:
-        del self._in_flight[shard]
+    def _leave(self, shard: int, task: asyncio.Task[Any]) -> None:
+        self._in_flight[task] = shard
+        task.add_done_callback(self._left)
+
+    def _left(self, task: asyncio.Task[Any]) -> None:
+        del self._in_flight[task]
         if not task.cancelled():
             task.exception()  # retrieved
 
     async def close(self) -> None:
         """Cancels the calls whose callers have left."""
         self.closed = True
-        tasks = list(self._in_flight.values())
-        while not all(task.done() for task in tasks):
+        while tasks := list(self._in_flight):
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=1.0)
+            await asyncio.sleep(0)  # they are removed
 
 
 def _unanswered() -> Unavailable:

@@ -137,7 +137,7 @@ class JournalReader:
         records: list[Record] = []
         full = True
         while full:
-            batch, full = await self._batch(
+            batch, full, _ = await self._batch(
                 request_id, self._state_command(request_id), after=after
             )
             records += batch
@@ -179,6 +179,7 @@ class JournalReader:
         StreamDivergence if it has ended before what was already yielded.
         """
         inbox = self._mailbox.open(request_id)
+        entered = False  # whether the scripts send new records here
         try:
             while True:
                 if not inbox.outdated and not inbox.records:
@@ -187,7 +188,11 @@ class JournalReader:
                         inbox.miss()
                 if inbox.outdated:
                     inbox.outdated = False
-                    records, full = await self._retried_batch(request_id, after=after)
+                    state = self._state_command(request_id, enter=not entered)
+                    records, full, readers = await self._retried_batch(
+                        request_id, state, after=after
+                    )
+                    entered = self._mailbox.name.encode() in readers
                     if full:
                         inbox.miss()
                 else:
@@ -200,14 +205,9 @@ class JournalReader:
         finally:
             self._mailbox.close(request_id, inbox)
 
-    async def _retried_batch(self, request_id: str, *, after: int) -> tuple[Sequence[Record], bool]:
-        state = self._client.script(
-            "follow",
-            self._keys.admission,
-            request=request_id,
-            mailbox=self._mailbox.name,
-            max_readers=MAX_READERS,
-        )
+    async def _retried_batch(
+        self, request_id: str, state: Command, *, after: int
+    ) -> tuple[Sequence[Record], bool, bytes]:
         delays = backoff(longest=1.0)
         while True:
             try:
@@ -219,9 +219,9 @@ class JournalReader:
 
     async def _batch(
         self, request_id: str, state: Command, *, after: int
-    ) -> tuple[Sequence[Record], bool]:
-        """Records beyond `after` tokens, and whether there are more now. `state` is a command that
-        replies with the request's state.
+    ) -> tuple[Sequence[Record], bool, bytes]:
+        """Records beyond `after` tokens, whether there are more now, and the mailboxes that get new
+        ones. `state` is a command that replies with the request's state.
         """
         self._raise_if_closed()
         reply, entries = await self._client.read(
@@ -230,10 +230,19 @@ class JournalReader:
         records = self._decoded(entries)
         if not records:
             _check_length(_state_of(reply), after)
-        return records, len(entries) == BATCH and bool(records)
+        return records, len(entries) == BATCH and bool(records), reply[2] or b""
 
-    def _state_command(self, request_id: str) -> Command:
-        return ("HMGET", self._keys.request(request_id), "st", "n")
+    def _state_command(self, request_id: str, *, enter: bool = False) -> Command:
+        """Also enters this process's mailbox among those that get new records, if asked to."""
+        if not enter:
+            return ("HMGET", self._keys.request(request_id), "st", "n", "rd")
+        return self._client.script(
+            "follow",
+            self._keys.admission,
+            request=request_id,
+            mailbox=self._mailbox.name,
+            max_readers=MAX_READERS,
+        )
 
     def _raise_if_closed(self) -> None:
         if self._closed:
@@ -250,7 +259,7 @@ class JournalReader:
 
 
 def _state_of(reply: Any) -> JournalState:  # noqa: ANN401  # a reply of the client library
-    status, count = reply
+    status, count, _ = reply
     if status is None:
         raise NotFound("no such request, or its resume window is over")
     return JournalState(ended=status == b"ended", count=int(count or 0))

@@ -8,6 +8,8 @@
     quire:2:{s0}:lines        set      the <f> for which there may be such a line
     quire:2:{s0}:models       hash     q, tok and run of each model: "<field> <model>" -> number
     quire:2:{s0}:stored       hash     bytes of submissions: all, t:<tenant>
+    quire:2:{s0}:lent         hash     limit -> what other shards may use of this one's share
+    quire:2:{s0}:loan:<nonce>  string  amounts that a transfer moved, for a minute
     quire:2:{s0}:kept:<tenant>  zset   entry of `gone` by the end of its resume window, ms: what is
                                        kept longer than that and may be evicted
     quire:2:{s0}:keepers      zset     tenant by the bytes of what it has in kept:<tenant>
@@ -65,8 +67,13 @@ class ShardKeys:
         self.models = self.prefix + "models"
         self.stored = self.prefix + "stored"
         self.gone = self.prefix + "gone"
+        self.lent = self.prefix + "lent"
         self.engines = self.prefix + "engines"
         self.probe = self.prefix + "probe"
+
+    def tokens_of(self, key: str) -> str:
+        """The meter of an API key's tokens per minute."""
+        return f"{self.prefix}k:{key}:tokens"
 
     def request(self, request_id: str) -> str:
         return f"{self.prefix}r:{request_id}"

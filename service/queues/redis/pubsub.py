@@ -1,4 +1,6 @@
-"""Wakeups: the one pub/sub connection of a process. A message only means "look again".
+"""Wakeups: the one pub/sub connection of a process and shard. A message only means "look again".
+
+Channels are sharded ones: in a cluster only the node with the shard's slot hears of them.
 
 Watchers must also look again after some time by themselves: messages are lost when the connection
 breaks. While there are watchers, it is reconnected, and then all of them are woken. Watching and
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from redis.asyncio import Connection
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from service.queues.redis.connection import backoff
@@ -107,9 +110,9 @@ class Wakeups:
             new, old = wanted - self._subscribed, self._subscribed - wanted
             self._subscribed = wanted
             if new:
-                await connection.send_command("SUBSCRIBE", *new)
+                await connection.send_command("SSUBSCRIBE", *new)
             if old:
-                await connection.send_command("UNSUBSCRIBE", *old)
+                await connection.send_command("SUNSUBSCRIBE", *old)
             if new or old:
                 sent = time.monotonic()
             elif time.monotonic() - sent >= PING_EVERY:
@@ -121,8 +124,12 @@ class Wakeups:
             reply: Any = await connection.read_response(timeout=2 * PING_EVERY)
             if reply is None:
                 raise TimeoutError
-            if isinstance(reply, list) and reply[0] in {b"message", b"subscribe"}:
-                message = reply[2] if reply[0] == b"message" else b""
+            if not isinstance(reply, list):
+                continue
+            if reply[0] == b"sunsubscribe" and reply[1] in self._subscribed:
+                raise RedisConnectionError("the slot moved to another node")
+            if reply[0] in {b"smessage", b"ssubscribe"}:
+                message = reply[2] if reply[0] == b"smessage" else b""
                 for wake in tuple(self._watchers.get(reply[1], ())):
                     wake(message)
 

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncIterator, Collection, Sequence
-from itertools import chain, repeat
 from typing import Any
 
+from service.errors import Unavailable
 from service.messages import (
     Allowance,
     End,
     FinishReason,
-    GenerationRequest,
     Record,
     Submission,
     Tokens,
@@ -28,13 +26,6 @@ from service.messages import (
 from service.queues.admission import (
     Meter,
     RateUsage,
-    admission_cost,
-    answer_share,
-    base_bytes,
-    idempotency_bytes,
-    kept_bytes,
-    request_bytes,
-    token_bytes,
 )
 from service.queues.contract import (
     BLAME_KEPT,
@@ -54,15 +45,17 @@ from service.queues.contract import (
 from service.queues.observer import STOPPED, QueueEvent, QueueObserver, report_replies
 from service.queues.redis.claims import Claimer
 from service.queues.redis.codec import encode_end, encode_tokens
-from service.queues.redis.connection import Command, RedisClient, check_server, present
+from service.queues.redis.connection import Command, RedisClient, check_server
 from service.queues.redis.depth import decode_depth, depth_commands
 from service.queues.redis.held import HeldPrefixes
 from service.queues.redis.journal import JournalReader, position_of
-from service.queues.redis.keys import idempotency_name, milliseconds
+from service.queues.redis.keys import milliseconds
+from service.queues.redis.lending import Lender
 from service.queues.redis.mailbox import Mailbox
 from service.queues.redis.pubsub import Wake, Wakeups
 from service.queues.redis.scripts import load_scripts
 from service.queues.redis.servers import Shard
+from service.queues.redis.submissions import decode_submit, submit_command
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +65,8 @@ SWEEP_BATCH = 256
 """Requests that one run of the sweep script examines: it blocks the server meanwhile."""
 WRITE_BATCH = 128
 """Records that one run of a script journals: it blocks the server meanwhile."""
+REPLICA_TIMEOUT = 1.0
+"""Seconds that replicas have to acknowledge; a twentieth of that after they did not."""
 LINGER = 10.0
 """Seconds for which the current readers of a forgotten answer can continue."""
 
@@ -88,6 +83,7 @@ class RedisQueue:
         self._observer = QueueObserver() if observer is None else observer
         self._shard = shard
         self._keys = shard.keys
+        self._replicated = True  # the last time that it was asked
         self._client = RedisClient(shard.server, scripts=load_scripts(), restored=self._restored)
         self._wakeups = Wakeups(self._client.connection)
         self._rules = {
@@ -97,6 +93,7 @@ class RedisQueue:
             "window": milliseconds(limits.resume_window),
             "keep_blame": milliseconds(BLAME_KEPT),
         }
+        self.lender = Lender(self._client, self._keys, window=self._rules["window"])
         self._held = HeldPrefixes(self._client, self._keys.admission)
         self._mailbox = Mailbox(self._wakeups, self._keys, dropped=self._drop)
         self._reader = JournalReader(self._client, self._mailbox, self._keys, dropped=self._drop)
@@ -124,49 +121,33 @@ class RedisQueue:
         wait, used = (float(ms) / 1000 for ms in reply)
         return RateUsage(requests=Meter(limit=limit, used=used), wait=wait)
 
-    async def submit(self, submission: Submission) -> SubmitReply:
-        limits, allowance, key = self.limits, submission.allowance, submission.idempotency_key
-        tokens_per_minute = None if allowance is None else allowance.tokens_per_minute
-        status, followed, queued, tokens, *times = await self._run(
-            "submit",
-            submission.manifest,
-            submission.input,
-            *(request.to_json() for request in submission.requests),
-            id=submission.id,
-            tenant=submission.tenant,
-            # Identifies this call: the script recognises it if it is sent again.
-            nonce=secrets.token_hex(6),
-            fingerprint=submission.fingerprint,
-            idempotency=None if key is None else idempotency_name(submission.tenant, key),
-            idempotency_ttl=milliseconds(limits.idempotency_ttl),
-            live_ttl=milliseconds(limits.live_ttl),
-            grace=None if submission.grace is None else milliseconds(submission.grace),
-            max_requests=limits.max_requests,
-            max_tokens=limits.max_tokens,
-            max_per_tenant=limits.max_per_tenant,
-            max_bytes=limits.max_bytes,
-            max_tenant_bytes=limits.max_tenant_bytes,
-            kept_bytes=kept_bytes(submission),
-            base_bytes=base_bytes(submission),
-            token_bytes=token_bytes(submission),
-            keep=None if submission.keep is None else milliseconds(submission.keep),
-            idempotency_bytes=idempotency_bytes(submission),
-            key=None if allowance is None else allowance.key,
-            tokens_per_minute=tokens_per_minute,
-            max_in_flight=None if allowance is None else allowance.max_in_flight,
-            requests=[*map(_admitted, submission.requests, chain(submission.prefixes, repeat(())))],
+    async def submit(
+        self,
+        submission: Submission,
+        *,
+        evict: bool | None = None,
+        prepaid: float = 0.0,
+        debt: float = 0.0,
+    ) -> SubmitReply:
+        """See `submit_command`."""
+        command = submit_command(
+            self._client,
+            self._keys,
+            submission,
+            self.limits,
+            evict=evict,
+            prepaid=prepaid,
+            debt=debt,
         )
-        wait, used = (float(ms) / 1000 for ms in times)
-        usage = RateUsage()
-        if tokens_per_minute is not None:
-            usage = RateUsage(tokens=Meter(limit=tokens_per_minute, used=used), wait=wait)
-        return SubmitReply(
-            status=SubmitStatus(status.decode()),
-            submission_id=followed.decode(),
-            queued_requests=queued,
-            queued_tokens=tokens,
-            usage=usage,
-        )
+        (reply,), acknowledged = await self._run_acknowledged([command])
+        answer = decode_submit(reply, submission)
+        if not acknowledged and answer.status in {SubmitStatus.OK, SubmitStatus.EXISTS}:
+            raise Unavailable(
+                "no replica of the journal's store acknowledged the request; send it again",
+                code="backend_unavailable",
+                retry_after=2.0,
+            )
+        return answer
 
     async def lookup(self, submission_id: str) -> StoredSubmission | None:
         key = self._keys.submission(submission_id)
@@ -278,6 +259,11 @@ class RedisQueue:
         """Seconds until a request that the last claim left to other engines is free."""
         return self._claimer.free_in
 
+    @property
+    def waiting(self) -> int:
+        """Engines that wait for work, by the last claim."""
+        return self._claimer.waiting
+
     def watch_work(self, wake: Wake) -> None:
         """Calls `wake`, which must not block, whenever there may be something to claim."""
         self._claimer.watch(wake)
@@ -293,12 +279,14 @@ class RedisQueue:
                 (script, of_kind[begin : begin + WRITE_BATCH])
                 for begin in range(0, len(of_kind), WRITE_BATCH)
             ]
-        replies = await self._client.run(
-            [
-                self._write_command(script, [writes[place] for place in places])
-                for script, places in batches
-            ]
-        )
+        commands = [
+            self._write_command(script, [writes[place] for place in places])
+            for script, places in batches
+        ]
+        if any(script == "finish" for script, _ in batches):
+            replies, _ = await self._run_acknowledged(commands)
+        else:
+            replies = await self._client.run(commands)
         found = [WriteReply(WriteStatus.OK, position_of(write.record)) for write in writes]
         for (_, places), refused in zip(batches, replies, strict=True):
             for number, status, count in refused:
@@ -350,6 +338,20 @@ class RedisQueue:
         await self._client.close()
 
     # --- both sides -----------------------------------------------------------------------
+    async def _run_acknowledged(self, commands: Sequence[Command]) -> tuple[list[Any], bool]:
+        """The replies, and whether the replicas that the URL asks for have acknowledged them."""
+        wanted = self._shard.replicas
+        if not wanted:
+            return await self._client.run(commands), True
+        within = REPLICA_TIMEOUT if self._replicated else REPLICA_TIMEOUT / 20
+        wait: Command = ("WAIT", wanted, milliseconds(within))
+        *replies, count = await self._client.run([*commands, wait])
+        replicated = count >= wanted
+        if self._replicated and not replicated:
+            logger.warning("%d replicas acknowledged, %d are needed", count, wanted)
+        self._replicated = replicated
+        return replies, replicated
+
     async def _run_items(self, script: str, items: Sequence[object], **arguments: bool) -> Any:  # noqa: ANN401  # a reply of the client library
         """Runs a script on these items; None if there are none."""
         if not items:
@@ -381,17 +383,3 @@ class RedisQueue:
 def _leased(lease: Lease) -> dict[str, Any]:
     """A lease as the scripts expect it."""
     return {"request": lease.request_id, "epoch": lease.epoch, "owner": lease.owner}
-
-
-def _admitted(request: GenerationRequest, prefixes: Sequence[str]) -> dict[str, Any]:
-    """A request as `submit.lua` expects it."""
-    return present(
-        id=request.id,
-        cost=admission_cost(request),
-        timeout=request.timeout_ms or None,
-        priority=request.priority,
-        share=answer_share(request),
-        bytes=request_bytes(request),
-        features=" ".join(request.features),
-        prefixes=prefixes,
-    )

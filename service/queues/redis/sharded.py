@@ -4,9 +4,9 @@ An id names its shard (see `service.queues.contract.slot_of`), so each call goes
 shard that is away stops only what it holds: calls about that raise `Unavailable`, writes get AWAY.
 Priorities, the turns of tenants and isolation hold within a shard.
 
-An engine looks for work first in `OWN` shards of its own, by rendezvous hashing of its id, and in
-others if these have none. It looks only in shards that reported work, and while it is idle in one
-at a time, in turns: the number of shards does not change how often.
+An engine looks for work first in a few shards of its own, by rendezvous hashing of its id, and in
+others if these have none. There are so many of its own that a few engines wait in each shard. It
+looks in the shards that reported work, and while it is idle in one at a time, in turns.
 """
 
 from __future__ import annotations
@@ -41,11 +41,14 @@ from service.queues.redis.keys import shard_of
 from service.queues.redis.pubsub import woken_within
 from service.queues.redis.queue import RedisQueue
 from service.queues.redis.servers import Shard, shards_of
+from service.queues.redis.shares import Shares, share_limits
 
 T = TypeVar("T")
 
 OWN = 4
-"""Shards in which an engine looks for work first."""
+"""Shards in which each of many engines looks for work first."""
+FEW, MANY = 3, 8
+"""Engines that wait in a shard: each takes one more shard as its own, or one less."""
 GUEST_EVERY = 8
 """One in so many claims begins with the shards of others: a shard may have no engine of its own."""
 
@@ -67,8 +70,12 @@ class ShardedQueue:
         self, limits: QueueLimits, *, shards: Sequence[Shard], observer: QueueObserver | None = None
     ) -> None:
         self.limits = limits
-        self._shards = tuple(RedisQueue(limits, shard=each, observer=observer) for each in shards)
+        self._shards = tuple(
+            RedisQueue(share_limits(limits, k, len(shards)), shard=shard, observer=observer)
+            for k, shard in enumerate(shards)
+        )
         self._fan_out = FanOut(lambda shard: self._shards[shard].check())
+        self._shares = Shares(limits, self._shards, self._fan_out)
         self._renewed: dict[int, float] = {}  # shard -> loop time
         self._due: dict[str, float] = {}  # engine -> loop time of its next look, unless woken
         self._work = _Work(self._shards)
@@ -89,7 +96,7 @@ class ShardedQueue:
         return await self._shards[(there or order)[-1]].charge(allowance)
 
     async def submit(self, submission: Submission) -> SubmitReply:
-        return await self._of(submission.id).submit(submission)
+        return await self._shares.submit(submission)
 
     async def lookup(self, submission_id: str) -> StoredSubmission | None:
         return await self._of(submission_id).lookup(submission_id)
@@ -121,7 +128,9 @@ class ShardedQueue:
         await self._of(submission_id).forget(submission_id)
 
     async def sweep(self) -> int:
-        return sum(await self._of_all(lambda shard: shard.sweep))
+        ended = sum(await self._of_all(lambda shard: shard.sweep))
+        await self._shares.mend()
+        return ended
 
     async def depth(self) -> QueueDepth:
         """Of the shards that answer."""
@@ -147,13 +156,18 @@ class ShardedQueue:
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
         self._work.watch()
+        if limit <= 0 and under_served <= 0:
+            await self._of_all(lambda shard: partial(shard.claim, engine, limit=0, wait=0.0))
+            return []
+        if wait <= 0 < limit:
+            self._work.look_everywhere()
         while True:
             if wait <= 0 or self._work.news.is_set() or loop.time() >= self._due.get(engine.id, 0):
                 self._work.news.clear()
                 claims, pause = await self._claim_now(
                     engine, limit=limit, under_served=under_served, waits=wait > 0
                 )
-                self._due[engine.id] = loop.time() + pause / len(self._shards)
+                self._due[engine.id] = loop.time() + pause / self._work.num_own
                 if claims:
                     return claims
             now = loop.time()
@@ -193,6 +207,8 @@ class ShardedQueue:
                 continue
             asked = True
             pauses.append(pause)
+            if waits and room and not found:
+                self._work.waits_with(self._shards[shard].waiting)
             if room:
                 has_more = len(found) == room or self._shards[shard].free_in < float("inf")
                 self._work.looked(shard, exhausted=not has_more)
@@ -315,9 +331,10 @@ class _Work:
 
     def __init__(self, shards: Sequence[RedisQueue]) -> None:
         self._shards = shards
-        self._reported: set[int] = set()
+        self._reported = set(range(len(shards)))
         self._watching = False
         self._claims = 0
+        self.num_own = len(shards)
         self.news = asyncio.Event()
 
     def watch(self) -> None:
@@ -326,6 +343,9 @@ class _Work:
         self._watching = True
         for index, shard in enumerate(self._shards):
             shard.watch_work(partial(self._report, index))
+
+    def look_everywhere(self) -> None:
+        self._reported.update(range(len(self._shards)))
 
     def _report(self, shard: int, message: bytes) -> None:
         if message[:1] == b"s":  # a request was stopped
@@ -337,19 +357,30 @@ class _Work:
         """An engine has looked into a shard, and found all that is there if it is exhausted."""
         (self._reported.discard if exhausted else self._reported.add)(shard)
 
+    def waits_with(self, waiting: int) -> None:
+        """An engine waits in a shard, in which so many do. Few of them need more shards each."""
+        least = min(OWN, len(self._shards))
+        if waiting < FEW:
+            self.num_own = min(len(self._shards), self.num_own + 1)
+        elif waiting > MANY:
+            self.num_own = max(least, self.num_own - 1)
+
     def order(self, engine: str) -> list[tuple[int, bool]]:
         """The shards, and whether there may be work in each: own ones with work, those of others
         with work, and all others; in turns.
         """
         self._claims += 1
-        count = len(self._shards)
-        turns = [(self._claims + index) % count for index in range(count)]
-        own = set(_ranked(engine, count)[:OWN])
-        guest = self._claims % GUEST_EVERY == 0
-        first = [shard for shard in turns if shard in self._reported]
-        first.sort(key=lambda shard: (shard in own) == guest)
-        idle = [shard for shard in turns if shard not in self._reported]
-        return [(shard, True) for shard in first] + [(shard, False) for shard in idle]
+        ranked = _ranked(engine, len(self._shards))
+        own = _turned(ranked[: self.num_own], self._claims)
+        others = _turned(ranked[self.num_own :], self._claims // GUEST_EVERY)
+        turns = others + own if self._claims % GUEST_EVERY == 0 else own + others
+        first = [(shard, True) for shard in turns if shard in self._reported]
+        return first + [(shard, False) for shard in turns if shard not in self._reported]
+
+
+def _turned(shards: Sequence[int], by: int) -> list[int]:
+    at = by % len(shards) if shards else 0
+    return [*shards[at:], *shards[:at]]
 
 
 def _ranked(name: str, count: int) -> list[int]:

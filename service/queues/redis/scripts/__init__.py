@@ -28,8 +28,8 @@ from service.queues.redis.codec import encode_end
 from service.queues.redis.keys import milliseconds
 
 NAMES = (
-    "append", "charge", "claim", "finish", "follow", "forget", "heartbeat", "hold", "oldest",
-    "poll", "release", "renew", "stop", "submit", "sweep", "touch",
+    "append", "charge", "claim", "finish", "follow", "forget", "heartbeat", "hold", "lend",
+    "oldest", "poll", "release", "renew", "stop", "submit", "sweep", "touch",
 )  # fmt: skip
 PARTS = ("keys", "meters", "mail", "lane", "storage", "affinity", "requests", "blame")
 LEAN = {

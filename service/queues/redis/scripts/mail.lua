@@ -7,7 +7,7 @@ local outbox, readers_boxes = {}, {}
 local KINDS = PREFIX .. 'kinds'
 
 -- Returns how many processes got it: 0 or 1.
-local function post(name, message) return redis.call('PUBLISH', PREFIX .. 'm:' .. name, message) end
+local function post(name, message) return redis.call('SPUBLISH', PREFIX .. 'm:' .. name, message) end
 
 -- A new entry, for the mailboxes that read this journal (the field `rd` of a request). What is
 -- collected has to be sent before the script ends.

@@ -2,6 +2,9 @@
 -- Reads args.window.
 local ABANDONED, STORED, GONE = PREFIX .. 'left', PREFIX .. 'stored', PREFIX .. 'gone'
 local KEEPERS = PREFIX .. 'keepers'
+local LENT = PREFIX .. 'lent' -- limit -> what other shards may use of this one's share
+
+local function lent(name) return num(redis.call('HGET', LENT, name)) end
 
 local function kept_key(tenant) return PREFIX .. 'kept:' .. tenant end
 

@@ -4,7 +4,9 @@
 --   grace (absent: none), max_requests, max_tokens, max_per_tenant, max_bytes, max_tenant_bytes,
 --   kept_bytes, base_bytes, token_bytes, keep (absent: the resume window),
 --   idempotency_bytes, key (absent: none), tokens_per_minute, max_in_flight (absent: no
---   limit), and requests of {id, cost, timeout, priority, share, bytes, features,
+--   limit), of a sharded queue also shared (true), evict (boolean), prepaid (tokens that other shards
+--   have counted) and debt (tokens that these have counted beyond their shares): see shares.py; and
+--   requests of {id, cost, timeout, priority, share, bytes, features,
 --   prefixes}.
 -- ARGV[2]: the manifest, ARGV[3]: the input, ARGV[3 + i]: the body of request i.
 -- Returns {status, submission to follow, queued requests, queued tokens, and of the key's tokens: ms to
@@ -36,17 +38,27 @@ local function in_flight(counter) return num(redis.call('HGET', ADMISSION, count
 local function fits(field, most)
   local size = bytes + args.idempotency_bytes
   local function below() return num(redis.call('HGET', STORED, field)) + size <= most end
+  if args.evict == false then return below() end
   return size <= most and make_room(below, field ~= 'all' and tenant or nil)
 end
-if in_flight('t:' .. tenant) > args.max_per_tenant then return reply('tenant') end
-if args.max_in_flight and in_flight('k:' .. key) > args.max_in_flight then return reply('tenant') end
-local wait = wait_ms(tokens_meter, args.tokens_per_minute, cost)
+local function most(limit, name) return args.shared and limit and limit - lent(name) or limit end
+local most_in_flight = most(args.max_in_flight, 'k:' .. (key or ''))
+if in_flight('t:' .. tenant) > most(args.max_per_tenant, 't:' .. tenant) then return reply('tenant') end
+if most_in_flight and in_flight('k:' .. key) > most_in_flight then return reply('tenant') end
+local metered = cost - (args.prepaid or 0)
+local wait = 0
+if metered > 0 then
+  wait = wait_ms(tokens_meter, args.tokens_per_minute, metered + (args.debt or 0))
+end
 if wait > 0 then return reply('rate', nil, wait) end
-if not fits('t:' .. tenant, args.max_tenant_bytes) then return reply('tenant_storage') end
-if queued + num_requests > args.max_requests or tokens + cost > args.max_tokens then
+if not fits('t:' .. tenant, most(args.max_tenant_bytes, 'b:' .. tenant)) then
+  return reply('tenant_storage')
+end
+if queued + num_requests > most(args.max_requests, 'q') or tokens + cost > most(args.max_tokens, 'tok')
+then
   return reply('full')
 end
-if not fits('all', args.max_bytes) then return reply('storage') end
+if not fits('all', most(args.max_bytes, 'b')) then return reply('storage') end
 
 local now, time = now_ms(), redis.call('TIME')
 local wakes = {} -- features -> the engines that hold prefixes of requests that need them
@@ -90,7 +102,7 @@ if redis.call('HINCRBY', ADMISSION, 't:' .. tenant, num_requests) == num_request
 end
 if key then
   redis.call('HINCRBY', ADMISSION, 'k:' .. key, num_requests)
-  use(tokens_meter, args.tokens_per_minute, cost)
+  use(tokens_meter, args.tokens_per_minute, metered)
 end
 queued, tokens = queued + num_requests, tokens + cost
 if idem then
