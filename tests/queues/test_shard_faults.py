@@ -197,7 +197,6 @@ async def test_calls_about_a_dead_server_fail_and_others_do_not(
                 assert (await queue.submit(submission)).status is SubmitStatus.OK
         await queue.check()
         assert (await queue.depth()).queued_requests == 2
-        assert [info.id for info in await queue.engines()] == ["e"]
         await asyncio.to_thread(independent.servers[1].start)
         again = await available(lambda: queue.submit(make_submission(identifier=submissions[1].id)))
         assert again.status is SubmitStatus.EXISTS
@@ -227,12 +226,8 @@ async def test_a_cluster_whose_primary_dies_loses_nothing(program: str, tmp_path
 
 
 @pytest.mark.longer
-@pytest.mark.parametrize("program", ["redis", "valkey"])
-async def test_a_sentinel_set_whose_primary_dies_loses_nothing(
-    program: str, tmp_path: Path
-) -> None:
-    name = valkey() if program == "valkey" else "redis-server"
-    servers = SentinelSet(tmp_path, program=name)
+async def test_a_sentinel_set_whose_primary_dies_loses_nothing(tmp_path: Path) -> None:
+    servers = SentinelSet(tmp_path)
     try:
         await asyncio.to_thread(servers.start)
         async with answering(f"{servers.url}?wait=1") as (answers, readers):

@@ -1,14 +1,16 @@
-"""Calls to several shards at once, and the order in which an engine looks into them."""
+"""What URLs name, calls to several shards at once, and where an engine looks for work."""
 
 from __future__ import annotations
 
 import asyncio
 
 import pytest
+from redis.crc import key_slot
 
-from service.errors import Unavailable
+from service.errors import StartupError, Unavailable
 from service.queues.redis import fanout
 from service.queues.redis.fanout import FanOut
+from service.queues.redis.servers import shards_of
 from service.queues.redis.sharded import FEW, MANY, OWN, _Work
 from tests.support.waiting import PATIENCE, until
 
@@ -117,6 +119,41 @@ async def test_closing_ends_the_calls_in_flight(impatient: None, shards: list[Sh
     await fan_out.all({shard.number: shard.call for shard in shards})
     async with asyncio.timeout(PATIENCE):
         await fan_out.close()
+
+
+# --- what a URL names -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("redis://u:hunter2@a,,b/0", "host in the URL's list"),
+        ("redis://u:hunter2@a,b/0?shards=1", "from 2 to 1024"),
+        ("redis://u:hunter2@a/0?wait=x", "must be numbers"),
+        ("redis://u:hunter2@a/0?wait=17", "from 0 to 16"),
+        ("redis+sentinel://u:hunter2@a,b", "redis\\+sentinel://a,b,c/name"),
+        ("redis+sentinel://u:hunter2@a:x/name", "malformed"),
+        ("redis+sentinel://u:hunter2@a/name?sentinel_db=1", "sentinel_username"),
+        ("redis+cluster://u:hunter2@a/3", "only database 0"),
+    ],
+)
+def test_a_wrong_url_states_the_fix(url: str, message: str) -> None:
+    with pytest.raises(StartupError, match=message) as caught:
+        shards_of(url)
+    assert "hunter2" not in str(caught.value)
+
+
+async def test_a_url_names_shards_and_their_servers() -> None:
+    def tags(url: str) -> list[str]:
+        return [shard.keys.prefix.split(":")[2] for shard in shards_of(url)]
+
+    assert tags("redis://a/0") == tags("redis+sentinel://a,b/name") == ["{s0}"]
+    assert tags("redis://u:p@a,b:1,c/0?wait=1") == ["{s0}", "{s1}", "{s2}"]
+    assert len({id(shard.server) for shard in shards_of("redis://a,b/0?shards=4")}) == 2
+    assert tags("redis+sentinel://a,b/one,two/1") == ["{s0}", "{s1}"]
+    for count in (1, 2, 3, 6, 100):
+        shards = shards_of(f"redis+cluster://a,b?shards={count}")
+        slots = [key_slot(shard.keys.admission.encode()) for shard in shards]
+        assert [slot * count // 16384 for slot in slots] == list(range(count)), "one in each part"
+    assert len(tags("redis+cluster://a")) == 3
 
 
 # --- who looks where ------------------------------------------------------------------------
