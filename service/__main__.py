@@ -40,10 +40,17 @@ def with_settings(*groups: Group) -> Callable[[Callable[..., None]], Callable[..
         rows = [row for row in setting_rows() if row.group in {group.value for group in groups}]
 
         def run(*, config: Path | None = None, **given: Any) -> None:  # noqa: ANN401
-            flags = {name: value for name, value in given.items() if value is not None}
+            flags = {
+                name: ",".join(value) if isinstance(value, list) else value
+                for name, value in given.items()
+                if value is not None and value != []
+            }
             command(load_settings(flags, file=config))
 
-        parameters = [_flag(row.name, row.group, row.help, row.default) for row in rows]
+        parameters = [
+            _flag(row.name, row.group, row.help, row.default, list[str] if row.repeated else str)
+            for row in rows
+        ]
         parameters.append(_flag("config", "Settings", "TOML file of settings.", "", Path))
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
         run.__doc__, run.__name__ = command.__doc__, command.__name__
@@ -101,10 +108,11 @@ def engine_replica(settings: Settings) -> None:
 @app.command()
 @with_settings(Group.MODEL, Group.LOGS)
 def pull(settings: Settings) -> None:
-    """Download a model into the cache and print its path."""
+    """Download the models into the cache and print their paths."""
     from service.startup import fetch_model
 
-    print(fetch_model(settings, console=Console(stderr=True)))  # noqa: T201 - for scripts
+    for source in settings.sources:
+        print(fetch_model(settings, source, console=Console(stderr=True)))  # noqa: T201 - for scripts
 
 
 @app.command()

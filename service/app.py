@@ -17,31 +17,62 @@ from service.api import ROUTERS, dialect_of
 from service.api.http import errors
 from service.api.http.auth import Authenticator, open_to_all
 from service.api.http.call import Readers
-from service.api.http.context import ApiContext, ApiLimits, Probes, WorkPools
+from service.api.http.context import (
+    ApiContext,
+    ApiLimits,
+    AttentionReads,
+    GrammarErrors,
+    Models,
+    Probes,
+    ServedModel,
+    WorkPools,
+)
 from service.api.http.middleware import HostCheck, RequestContextMiddleware, allow_origins, any_host
 from service.api.http.models import ErrorBody, refused
 from service.api.http.observer import ApiObserver
 from service.api.structured.validator import GrammarValidator
 from service.api.system import openapi
-from service.api.system.attention import AttentionReader, AttentionService
 from service.api.system.health import HealthContext, LiveState
 from service.errors import Unavailable
 from service.messages import ModelCard
 from service.queues.contract import Queue
 
 
-def build_app(  # noqa: PLR0913  # the arguments are its parts
-    queue: Queue,
+def served_model(
     tokenizer: Tokenizer,
     read_card: Callable[[], ModelCard],
+    *,
+    served: Callable[[], bool] = lambda: True,
+    tokens_per_second: Callable[[], float] = lambda: 0.0,
+    attention: AttentionReads | None = None,
+    grammars: GrammarErrors | None = None,
+) -> ServedModel:
+    """A model that generates. Its grammars are validated over its own vocabulary."""
+
+    def vocabulary() -> Grammars:
+        return Grammars(
+            tokenizer.token_bytes, eos_ids=tokenizer.eos_ids, vocab_size=read_card().vocab_size
+        )
+
+    return ServedModel(
+        tokenizer=tokenizer,
+        grammars=grammars or GrammarValidator(vocabulary),
+        read_card=read_card,
+        served=served,
+        tokens_per_second=tokens_per_second,
+        attention=attention,
+    )
+
+
+def build_app(  # noqa: PLR0913  # the arguments are its parts
+    queue: Queue,
+    models: Models,
     *,
     probes: Probes,
     limits: ApiLimits,
     observer: ApiObserver,
     version: str,
     authenticate: Authenticator = open_to_all,
-    attention: AttentionReader | None = None,
-    grammars: GrammarValidator | None = None,
     extras: Collection[str] = ("page",),
     check_host: HostCheck = any_host,
     cors_origins: Sequence[str] = (),
@@ -49,25 +80,16 @@ def build_app(  # noqa: PLR0913  # the arguments are its parts
     """The API. `extras` are optional routes: `docs` (/docs, /openapi.json) and `page` (the web
     page). Its lifespan sweeps the queue and sends heartbeats of the answers that are read here.
     """
-
-    def vocabulary() -> Grammars:
-        return Grammars(
-            tokenizer.token_bytes, eos_ids=tokenizer.eos_ids, vocab_size=read_card().vocab_size
-        )
-
     context = ApiContext(
         queue=queue,
-        tokenizer=tokenizer,
-        read_card=read_card,
+        models=models,
         limits=limits,
         observer=observer,
         probes=probes,
         pools=WorkPools.of(limits, observer),
         readers=Readers(queue),
-        grammars=grammars or GrammarValidator(vocabulary),
         version=version,
     )
-    attention_service = AttentionService(attention, limits, observer) if attention else None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -78,19 +100,19 @@ def build_app(  # noqa: PLR0913  # the arguments are its parts
         try:
             yield
         finally:
-            await asyncio.to_thread(context.grammars.close)
+            for model in models.table.values():
+                await asyncio.to_thread(model.grammars.close)
+                if model.attention is not None:
+                    model.attention.close()
             for chore in chores:
                 chore.cancel()
             await asyncio.gather(*chores, return_exceptions=True)
             context.pools.close()
-            if attention_service is not None:
-                attention_service.close()
 
     app = _new_app("Quire", version=version, lifespan=lifespan)
     app.state.context = context
     app.state.live = LiveState(queue)
-    app.state.health = HealthContext(queue, probes)
-    app.state.attention = attention_service
+    app.state.health = HealthContext(queue, probes, models.states)
     app.add_middleware(
         RequestContextMiddleware,
         authenticate=authenticate,

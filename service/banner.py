@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -13,11 +13,19 @@ from service.startup import Loaded
 log = logging.getLogger("quire")
 
 
-def engine_rows(loaded: Loaded, path: Path) -> dict[str, str]:
-    """Rows about the model and the engine. Only the last part of the path is shown."""
+def engine_rows(models: Sequence[Loaded]) -> dict[str, str]:
+    """Rows about each model and its engine; those of further models are numbered."""
+    rows = _engine_rows(models[0])
+    for number, loaded in enumerate(models[1:], start=2):
+        rows |= {f"{name} {number}": text for name, text in _engine_rows(loaded).items()}
+    return rows
+
+
+def _engine_rows(loaded: Loaded) -> dict[str, str]:
+    """Only the last part of the path is shown."""
     runner, card, options = loaded.runner, loaded.card, loaded.options
     rows = {
-        "model": f"{card.id} ({path.name}), up to {card.max_model_len} tokens",
+        "model": f"{card.id} ({loaded.path.name}), up to {card.max_model_len} tokens",
         "numeric class": card.numeric_class + ("" if runner.exact else " (within rounding)"),
         "KV cache": f"{runner.num_blocks} blocks of {runner.block_size} tokens",
         "step": f"up to {options.max_batch_tokens} tokens, {options.max_sequences} sequences",

@@ -1,8 +1,8 @@
-"""Cluster: what this replica knows about the engines of its model.
+"""Cluster: what this replica knows about the engines of its models.
 
-An API replica has not loaded the model: it learns the context length, the numeric class and the
-speed from what the engines report. It reads that every second, and more often while there is no
-engine, so that it serves soon after the first one starts.
+An API replica has loaded no network: it learns the context length, the numeric class and the speed
+from what the engines report. It reads that every second, and more often while there is no engine of
+any of its models, so that it serves soon after the first one starts.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from service.errors import Unavailable
 from service.messages import ModelCard
-from service.queues.contract import Queue, QueueDepth
+from service.queues.contract import EngineInfo, Queue, QueueDepth
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ ENGINES_GONE_AFTER = 5.0  # seconds without an engine after which new requests a
 class ClusterObserver(Protocol):
     """For metrics. Called in the event loop."""
 
-    def queue_read(self, depth: QueueDepth, engines: int) -> None:
-        """The queue was read: its depth, and the number of engines of this model."""
+    def queue_read(self, depth: QueueDepth, engines: Mapping[str, int]) -> None:
+        """The queue was read: its depth, and the number of engines by model."""
         ...
 
     def queue_away(self) -> None:
@@ -37,31 +37,26 @@ class ClusterObserver(Protocol):
         ...
 
     def serves(self, card: ModelCard) -> None:
-        """The model that is served; called again if its card changed."""
+        """A model that is served; called again if its card changed."""
         ...
 
 
-class Cluster:
-    """Follows the queue's list of engines. `card` starts as the replica's own guess."""
+class ModelEngines:
+    """The engines of one model. `card` starts as the replica's own guess."""
 
-    def __init__(
-        self,
-        queue: Queue,
-        card: ModelCard,
-        *,
-        observer: ClusterObserver,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, card: ModelCard, *, clock: Callable[[], float]) -> None:
         self.card = card
-        self._queue = queue
-        self._observer = observer
+        self.tokens_per_second = 0.0  # sum over the engines; 0 if nothing was generated lately
         self._clock = clock
-        self._tokens_per_second = 0.0
         self._gone_since: float | None = None  # None: one was there at the last refresh
-        observer.serves(card)
 
     @property
-    def has_engines(self) -> bool:
+    def seen(self) -> bool:
+        """Whether the last refresh found one, or there was none yet."""
+        return self._gone_since is None
+
+    @property
+    def available(self) -> bool:
         """Whether there may be an engine: false once none was seen for `ENGINES_GONE_AFTER`, which
         the restart of an engine does not take.
 
@@ -71,9 +66,47 @@ class Cluster:
         gone = self._gone_since
         return gone is None or self._clock() - gone < ENGINES_GONE_AFTER
 
-    def tokens_per_second(self) -> float:
-        """Sum over the engines; 0 if nothing was generated lately."""
-        return self._tokens_per_second
+    def read(self, everyone: Sequence[EngineInfo]) -> int:
+        """Updates itself from the list of all engines; returns how many are of this model."""
+        engines = [info for info in everyone if info.serves(self.card)]
+        if engines:
+            self._gone_since = None
+            self.tokens_per_second = sum(engine.tokens_per_second for engine in engines)
+            lengths = [engine.max_model_len for engine in engines if engine.max_model_len]
+            self.card = replace(
+                self.card,
+                numeric_class=engines[-1].numeric_class,
+                max_model_len=min([self.card.max_model_len, *lengths]),
+                block_size=engines[-1].block_size if len(engines) > 1 else 0,
+            )
+        elif self._gone_since is None:
+            self._gone_since = self._clock()
+            if everyone:
+                log.warning(
+                    "none of the queue's %d engines serves %s: API and engine replicas need the "
+                    "same model under the same name",
+                    len(everyone),
+                    self.card.id,
+                )
+        return len(engines)
+
+
+class Cluster:
+    """Follows the queue's list of engines. `models` are the served models by their names."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        cards: Sequence[ModelCard],
+        *,
+        observer: ClusterObserver,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.models = {card.id: ModelEngines(card, clock=clock) for card in cards}
+        self._queue = queue
+        self._observer = observer
+        for card in cards:
+            observer.serves(card)
 
     async def refresh(self) -> None:
         """Reads the engines and the queue's depth. Raises Unavailable if the queue cannot be read
@@ -81,31 +114,13 @@ class Cluster:
         """
         await self._queue.check()
         everyone = await self._queue.engines()
-        engines = [info for info in everyone if info.serves(self.card)]
-        if engines:
-            self._gone_since = None
-            self._tokens_per_second = sum(engine.tokens_per_second for engine in engines)
-            newest = engines[-1]
-            lengths = [engine.max_model_len for engine in engines if engine.max_model_len]
-            known = replace(
-                self.card,
-                numeric_class=newest.numeric_class,
-                max_model_len=min([self.card.max_model_len, *lengths]),
-                block_size=newest.block_size if len(engines) > 1 else 0,
-            )
-            if known != self.card:
-                self.card = known
-                self._observer.serves(known)
-        elif self._gone_since is None:
-            self._gone_since = self._clock()
-            if everyone:
-                log.warning(
-                    "none of the queue's %d engines serves %s: API and engine replicas need the "
-                    "same model and model_name",
-                    len(everyone),
-                    self.card.id,
-                )
-        self._observer.queue_read(await self._queue.depth(), len(engines))
+        counts = {}
+        for name, model in self.models.items():
+            before = model.card
+            counts[name] = model.read(everyone)
+            if model.card != before:
+                self._observer.serves(model.card)
+        self._observer.queue_read(await self._queue.depth(), counts)
 
     async def watch(self) -> None:
         """Refreshes until cancelled; retries while the queue is away."""
@@ -114,5 +129,5 @@ class Cluster:
                 await self.refresh()
             except Unavailable:
                 self._observer.queue_away()
-            gone = self._gone_since is not None
-            await asyncio.sleep(REFRESH_INTERVAL_WITHOUT_ENGINES if gone else REFRESH_INTERVAL)
+            seen = any(model.seen for model in self.models.values())
+            await asyncio.sleep(REFRESH_INTERVAL if seen else REFRESH_INTERVAL_WITHOUT_ENGINES)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from fastapi import FastAPI
+
 from model.checkpoint import open_checkpoint
 from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
 from service.api.http.auth import only_with_key, open_to_all
-from service.api.http.context import ApiLimits, Probes
+from service.api.http.context import ApiLimits, Models, Probes, ServedModel
 from service.api.http.middleware import any_host
-from service.api.system.attention import AttentionReader
+from service.api.http.observer import ApiObserver
+from service.api.system.attention import AttentionService
 from service.api.system.health import HealthContext
-from service.app import build_admin_app, build_app
+from service.app import build_admin_app, build_app, served_model
 from service.cluster import Cluster
 from service.engine.loop import EngineLoop
 from service.engine.plan import EngineConfig
@@ -28,7 +32,7 @@ from service.keys import KeyRing
 from service.messages import FEATURES, Event, ModelCard, model_feature
 from service.observability.fan_out import fan_out
 from service.observability.logs import log_call
-from service.observability.metrics import Metrics
+from service.observability.metrics import Metrics, ModelMetrics
 from service.observability.tracing import TracedCalls, TracedWork
 from service.queues import open_queue
 from service.queues.contract import EngineInfo, Queue, QueueLimits
@@ -77,13 +81,15 @@ def open_keys(settings: Settings, metrics: Metrics) -> KeyRing | None:
     return KeyRing(settings.keys_file.expanduser(), on_reload=metrics.keys_reloaded)
 
 
-def open_attention(settings: Settings, path: Path) -> AttentionReader | None:
-    """Returns the reader of attention maps, if enabled. It loads weights when first used."""
+def open_attention(
+    settings: Settings, path: Path, observer: ApiObserver
+) -> AttentionService | None:
+    """Returns the attention maps of a model, if enabled. They load weights when first used."""
     if not settings.attention:
         return None
     from model.attention_maps import AttentionMaps
 
-    return AttentionMaps(open_checkpoint(path))
+    return AttentionService(AttentionMaps(open_checkpoint(path)), api_limits(settings), observer)
 
 
 async def connect_queue(settings: Settings, metrics: Metrics) -> Queue:
@@ -126,7 +132,7 @@ def journal_interval(settings: Settings, queue: Queue, *, on_gpu: bool) -> float
 
 
 class EngineSide:
-    """An engine, its worker, and an admin application for a process without an API."""
+    """The engine of one model, and its worker."""
 
     def __init__(
         self,
@@ -138,13 +144,15 @@ class EngineSide:
         traces: OtlpTraces | None = None,
     ) -> None:
         self.id = uuid4().hex
-        observers: list[Metrics | TracedWork] = [metrics]
+        self._metrics = metrics.of_model(loaded.card.id)
+        observers: list[ModelMetrics | TracedWork] = [self._metrics]
         if traces is not None:
             observers.append(TracedWork(traces.tracer, model=loaded.card.id, engine=self.id))
         observer = fan_out(*observers)
         self._loaded = loaded
-        self._metrics = metrics
-        metrics.has_cache(block_size=loaded.runner.block_size, num_blocks=loaded.runner.num_blocks)
+        self._metrics.has_cache(
+            block_size=loaded.runner.block_size, num_blocks=loaded.runner.num_blocks
+        )
         self.loop = EngineLoop(
             loaded.runner,
             config=EngineConfig(
@@ -173,12 +181,6 @@ class EngineSide:
             info=self._info,
             observer=observer,
             journal_interval=journal_interval(settings, queue, on_gpu=loaded.on_gpu),
-        )
-        self.admin_app = build_admin_app(
-            HealthContext(queue, Probes(live=self.is_live)),
-            version=VERSION,
-            render_metrics=metrics.render,
-            check_host=keyless_hosts(settings),
         )
         if loaded.followers is not None:
             loaded.followers.when_lost(self._lose_rank)
@@ -213,7 +215,58 @@ class EngineSide:
             block_size=self._loaded.runner.block_size,
             tokens_per_second=self._metrics.tokens_per_second(),
             features=(*FEATURES, model_feature(card.key)),
+            model=card.id,
         )
+
+
+def all_live(engines: Sequence[EngineSide]) -> bool:
+    """Whether each engine of this process makes progress or has nothing to do."""
+    return all(engine.is_live() for engine in engines)
+
+
+def engine_admin_app(
+    settings: Settings, engines: Sequence[EngineSide], queue: Queue, metrics: Metrics
+) -> FastAPI:
+    """Metrics and probes of a process without an API."""
+    return build_admin_app(
+        HealthContext(queue, Probes(live=partial(all_live, engines))),
+        version=VERSION,
+        render_metrics=metrics.render,
+        check_host=keyless_hosts(settings),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiModel:
+    """What a replica of the API needs of a model. `attention`: if its network is in the process."""
+
+    card: ModelCard
+    tokenizer: Tokenizer
+    attention: AttentionService | None = None
+
+
+def served_models(settings: Settings, models: Sequence[ApiModel], cluster: Cluster) -> Models:
+    """The models by their names, and their aliases. Raises StartupError for an alias that is taken
+    or has no model.
+    """
+
+    def served(model: ApiModel) -> ServedModel:
+        engines = cluster.models[model.card.id]
+        return served_model(
+            model.tokenizer,
+            lambda: engines.card,
+            served=lambda: settings.accept_without_engines or engines.available,
+            tokens_per_second=lambda: engines.tokens_per_second,
+            attention=model.attention,
+        )
+
+    names = [model.card.id for model in models]
+    for alias, name in settings.aliases.items():
+        if alias in names:
+            raise StartupError(f"model_alias {alias}: a model has this name")
+        if name not in names:
+            raise StartupError(f"model_alias {alias}: no model is named {name}")
+    return Models.of(*map(served, models), aliases=settings.aliases)
 
 
 class ApiSide:
@@ -222,34 +275,25 @@ class ApiSide:
     def __init__(
         self,
         settings: Settings,
-        card: ModelCard,
+        models: Sequence[ApiModel],
         queue: Queue,
         metrics: Metrics,
         *,
-        tokenizer: Tokenizer,
-        engine: EngineSide | None = None,
-        attention: AttentionReader | None = None,
+        engines: Sequence[EngineSide] = (),
         keys: KeyRing | None = None,
         traces: OtlpTraces | None = None,
     ) -> None:
         self.draining = False
         self.drain_timeout = settings.drain_timeout
         self.keys = keys
-        self.cluster = Cluster(queue, card, observer=metrics)
+        self.cluster = Cluster(queue, [model.card for model in models], observer=metrics)
         self.app = build_app(
             queue,
-            tokenizer,
-            lambda: self.cluster.card,
-            probes=Probes(
-                live=engine.is_live if engine else lambda: True,
-                draining=lambda: self.draining,
-                served=lambda: settings.accept_without_engines or self.cluster.has_engines,
-                tokens_per_second=self.cluster.tokens_per_second,
-            ),
+            served_models(settings, models, self.cluster),
+            probes=Probes(live=partial(all_live, engines), draining=lambda: self.draining),
             limits=api_limits(settings),
             observer=metrics if traces is None else fan_out(metrics, TracedCalls(traces.tracer)),
             version=VERSION,
-            attention=attention,
             authenticate=only_with_key(keys.find) if keys else open_to_all,
             extras=extras_of(settings),
             check_host=any_host if keys else keyless_hosts(settings),

@@ -1,11 +1,12 @@
 """Roles: what each command is composed of. With `__main__` and `app`, the composition root.
 
-    serve     API, queue and engine in one process; with a Redis queue, one of many
+    serve     API, queue and engines in one process; with a Redis queue, one of many
     api       an API replica: does not load torch
     engine    an engine replica: no public port
 
-Each is one event loop; an engine runs its network in a thread of its own. A role ends on SIGTERM or
-SIGINT, as `service.http.drain` describes, and at once, with exit code 1, if its engine fails.
+Each is one event loop; each model has its own engine, which runs its network in a thread. A role
+ends on SIGTERM or SIGINT, as `service.http.drain` describes, and at once, with exit code 1, if an
+engine fails.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ from service.http.ports import address, bind_admin, bind_public
 from service.observability.logs import set_up_logging
 from service.parts import (
     VERSION,
+    ApiModel,
     ApiSide,
     EngineSide,
     connect_queue,
+    engine_admin_app,
     make_metrics,
     open_attention,
     open_keys,
@@ -44,7 +47,7 @@ from service.parts import (
 )
 from service.queues.contract import Queue
 from service.settings import Settings
-from service.startup import fetch_model, load_card, load_engine, load_tokenizer
+from service.startup import close_runners, load_cards, load_engines
 from service.worker.worker import EngineFailure
 
 if TYPE_CHECKING:
@@ -80,24 +83,28 @@ def end_at_once_on_signals(console: Console) -> None:
 
 
 async def serve(settings: Settings, console: Console) -> None:
-    """API, queue and engine in one process."""
+    """API, queue and engines in one process."""
     refuse_exposure(settings)
     metrics, traces = make_metrics(settings, "serve"), open_traces(settings, "serve")
     keys = open_keys(settings, metrics)
     slots, admin_slots = make_connections(settings, observer=metrics)
     public, admin = bind_public(settings), bind_admin(settings)
-    path = await asyncio.to_thread(fetch_model, settings, console=console)
-    loaded = await asyncio.to_thread(load_engine, settings, path)
+    models = await asyncio.to_thread(load_engines, settings, console=console)
     queue = await connect_queue(settings, metrics)
-    engine = EngineSide(settings, loaded, queue, metrics, traces=traces)
+    engines = [EngineSide(settings, each, queue, metrics, traces=traces) for each in models]
     api = ApiSide(
         settings,
-        loaded.card,
+        [
+            ApiModel(
+                card=each.card,
+                tokenizer=each.tokenizer,
+                attention=open_attention(settings, each.path, metrics),
+            )
+            for each in models
+        ],
         queue,
         metrics,
-        tokenizer=loaded.tokenizer,
-        engine=engine,
-        attention=open_attention(settings, path),
+        engines=engines,
         keys=keys,
         traces=traces,
     )
@@ -105,10 +112,10 @@ async def serve(settings: Settings, console: Console) -> None:
         Listener(api.app, public, grace=None, connections=slots),  # `drain` limits the time
         Listener(api.admin_app, admin, connections=admin_slots),
     ]
-    rows = engine_rows(loaded, path) | api_rows(settings, address(public), address(admin))
+    rows = engine_rows(models) | api_rows(settings, address(public), address(admin))
     ready = partial(print_banner, console, settings, rows, version=VERSION)
-    await run_until_stopped(queue, listeners, api=api, engine=engine, traces=traces, ready=ready)
-    loaded.runner.close()
+    await run_until_stopped(queue, listeners, api=api, engines=engines, traces=traces, ready=ready)
+    close_runners(models)
 
 
 async def serve_api(settings: Settings, console: Console) -> None:
@@ -119,11 +126,10 @@ async def serve_api(settings: Settings, console: Console) -> None:
     refuse_private_queue(settings)
     slots, admin_slots = make_connections(settings, observer=metrics)
     public, admin = bind_public(settings), bind_admin(settings)
-    path = await asyncio.to_thread(fetch_model, settings, console=console)
-    tokenizer = await asyncio.to_thread(load_tokenizer, path)
+    cards = await asyncio.to_thread(load_cards, settings, console=console)
     queue = await connect_queue(settings, metrics)
-    card = load_card(settings, path, tokenizer)
-    api = ApiSide(settings, card, queue, metrics, tokenizer=tokenizer, keys=keys, traces=traces)
+    models = [ApiModel(card=card, tokenizer=tokenizer) for card, tokenizer in cards]
+    api = ApiSide(settings, models, queue, metrics, keys=keys, traces=traces)
     listeners = [
         Listener(api.app, public, grace=None, connections=slots),  # `drain` limits the time
         Listener(api.admin_app, admin, connections=admin_slots),
@@ -134,23 +140,23 @@ async def serve_api(settings: Settings, console: Console) -> None:
 
 
 async def serve_engine(settings: Settings, console: Console) -> None:
-    """An engine replica over a shared queue, with an admin port only."""
+    """An engine replica over a shared queue, with an admin port only; one engine per model."""
     refuse_private_queue(settings)
     metrics, traces = make_metrics(settings, "engine"), open_traces(settings, "engine")
     _, admin_slots = make_connections(settings, observer=metrics)
     admin = bind_admin(settings)
-    path = await asyncio.to_thread(fetch_model, settings, console=console)
-    loaded = await asyncio.to_thread(load_engine, settings, path)
+    models = await asyncio.to_thread(load_engines, settings, console=console)
     queue = await connect_queue(settings, metrics)
-    engine = EngineSide(settings, loaded, queue, metrics, traces=traces)
-    cluster = Cluster(queue, loaded.card, observer=metrics)
-    listeners = [Listener(engine.admin_app, admin, connections=admin_slots)]
-    rows = engine_rows(loaded, path) | admin_rows(settings, address(admin))
+    engines = [EngineSide(settings, each, queue, metrics, traces=traces) for each in models]
+    cluster = Cluster(queue, [each.card for each in models], observer=metrics)
+    admin_app = engine_admin_app(settings, engines, queue, metrics)
+    listeners = [Listener(admin_app, admin, connections=admin_slots)]
+    rows = engine_rows(models) | admin_rows(settings, address(admin))
     ready = partial(print_banner, console, settings, rows, version=VERSION)
     await run_until_stopped(
-        queue, listeners, engine=engine, cluster=cluster, traces=traces, ready=ready
+        queue, listeners, engines=engines, cluster=cluster, traces=traces, ready=ready
     )
-    loaded.runner.close()
+    close_runners(models)
 
 
 def refuse_private_queue(settings: Settings) -> None:
@@ -165,20 +171,20 @@ async def run_until_stopped(
     *,
     ready: Callable[[], None],
     api: ApiSide | None = None,
-    engine: EngineSide | None = None,
+    engines: Sequence[EngineSide] = (),
     cluster: Cluster | None = None,
     traces: OtlpTraces | None = None,
 ) -> None:
-    """Serves until a signal or an engine failure, then stops in order. `ready` is called when every
-    port answers. With `api`, the first listener is the public one.
+    """Serves until a signal or the failure of an engine, then stops in order. `ready` is called
+    when every port answers. With `api`, the first listener is the public one.
 
-    New calls are refused and open ones end while the admin port still answers; then the engine
-    releases its remaining work. Raises EngineFailure, and StartupError if a port was taken after it
-    was bound.
+    New calls are refused and open ones end while the admin port still answers; then the engines
+    release their remaining work. Raises EngineFailure, and StartupError if a port was taken after
+    it was bound.
     """
     signals = StopSignals()
     serving = [asyncio.create_task(listener.listen()) for listener in listeners]
-    working = [asyncio.create_task(engine.worker.run())] if engine else []
+    working = [asyncio.create_task(engine.worker.run()) for engine in engines]
     stopping = asyncio.create_task(signals.first.wait())
     hurrying = asyncio.create_task(signals.second.wait())
     background = [stopping, hurrying, asyncio.create_task(announce(listeners, ready))]
@@ -201,13 +207,12 @@ async def run_until_stopped(
             hurry=[hurrying, *working],
             close_answers=api.close_responses,
         )
-    elif engine:
-        engine.worker.drain()
+    else:
+        release_work(engines)
     for listener in listeners[1:] if api else listeners:
         listener.stop(at_once=failed)
     await asyncio.gather(*serving, return_exceptions=True)
-    if engine:
-        engine.worker.drain()
+    release_work(engines)
     for task in background:
         task.cancel()
     await asyncio.gather(*background, return_exceptions=True)
@@ -218,6 +223,12 @@ async def run_until_stopped(
             await queue.close()
         if traces is not None:
             await asyncio.to_thread(traces.close)
+
+
+def release_work(engines: Sequence[EngineSide]) -> None:
+    """Makes each engine finish its step and release its requests, for other engines."""
+    for engine in engines:
+        engine.worker.drain()
 
 
 async def announce(listeners: Sequence[Listener], ready: Callable[[], None]) -> None:

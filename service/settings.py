@@ -8,23 +8,22 @@ and bad values are errors. docs/settings.md is generated from this file.
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Self, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from service.errors import StartupError
+from service.setting_types import Aliases, Bytes, Hosts, Models, ModelSource, Origins, Parts
 
 PREFIX = "QUIRE_"
 CONFIG_VARIABLE = "QUIRE_CONFIG"  # not a setting: the file cannot contain its own path
-
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 
 
 class Group(StrEnum):
@@ -38,46 +37,16 @@ class Group(StrEnum):
     TELEMETRY = "Telemetry"
 
 
-def parse_bytes(value: object) -> object:
-    """Converts `512MiB`, `2g` or `1_000_000` to bytes; pydantic rejects any other string."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"([0-9][0-9_]*)\s*([kmg]i?|)b?", value.strip().lower())
-    return int(match[1]) * _UNITS[match[2]] if match else value
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-
-
-def split_list(value: object) -> object:
-    """Splits `a, b` into a tuple; returns a TOML list unchanged."""
-    if not isinstance(value, str):
-        return value
-    return tuple(part.strip() for part in value.split(",") if part.strip())
-
-
-def _check_host(value: str) -> str:
-    if not re.fullmatch(r"\*|[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", value):
-        raise ValueError("must be host names or addresses without scheme and port, or *")
-    return value.lower()
-
-
-def _check_origin(value: str) -> str:
-    if not re.fullmatch(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+", value):
-        raise ValueError("must be origins such as https://app.example, without a path, or *")
-    return value.lower()
-
-
-Hosts = Annotated[
-    tuple[Annotated[str, AfterValidator(_check_host)], ...], BeforeValidator(split_list)
-]
-Origins = Annotated[
-    tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(split_list)
-]
-
-
-def _setting(group: Group, help_text: str, default: Any, **limits: Any) -> Any:  # noqa: ANN401
-    return Field(default, description=help_text, json_schema_extra={"group": group.value}, **limits)
+def _setting(
+    group: Group,
+    help_text: str,
+    default: Any,  # noqa: ANN401
+    *,
+    repeated: bool = False,
+    **limits: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    extra: JsonDict = {"group": group.value, "repeated": repeated}
+    return Field(default, description=help_text, json_schema_extra=extra, **limits)
 
 
 _model = partial(_setting, Group.MODEL)
@@ -93,12 +62,21 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    model: str = _model(
-        "GGUF file, safetensors folder, Hugging Face id, or the name of the default model.",
-        "smollm2-135m-instruct",
+    model: Models = _model(
+        "GGUF file, safetensors folder, Hugging Face id, or the name of the default model; "
+        "NAME=PATH sets its name in the API. Several: repeat the flag, or separate them by commas. "
+        "Requests without a model go to the first.",
+        ("smollm2-135m-instruct",),
+        repeated=True,
     )
     model_name: str | None = _model(
-        "Model name in the API; default: the file's or the repository's.", None
+        "Name of the only model in the API; default: the file's or the repository's.", None
+    )
+    model_alias: Aliases = _model(
+        "Further names of models in the API: ALIAS=MODEL. Several: repeat the flag, or separate "
+        "them by commas.",
+        (),
+        repeated=True,
     )
     cache_dir: Path = _model(
         "Directory of downloaded models and packed weights.", Path("~/.cache/quire")
@@ -136,6 +114,9 @@ class Settings(BaseModel):
         0.9,
         gt=0,
         le=1,
+    )
+    model_memory: Parts = _engine(
+        "Parts of the KV cache memory, one per model: 3, 1; default: equal parts.", ()
     )
     block_size: int = _engine("Tokens per KV block.", 16, ge=1, le=1024)
     max_batch_tokens: int | None = _engine(
@@ -273,6 +254,35 @@ class Settings(BaseModel):
         pattern=r"^https?://\S+$",
     )
 
+    @model_validator(mode="after")
+    def _check_models(self) -> Self:
+        num = len(self.model)
+        if self.model_name is not None and num > 1:
+            raise ValueError("model_name is for one model: name several by --model NAME=PATH")
+        if self.model_memory and len(self.model_memory) != num:
+            raise ValueError(f"model_memory must have one part per model: {num}")
+        if self.tensor_parallel > 1 and num > 1:
+            raise ValueError("tensor_parallel serves one model per process")
+        return self
+
+    @property
+    def sources(self) -> tuple[ModelSource, ...]:
+        """The models to serve; the first one gets requests that name none."""
+        sources = [ModelSource.parse(text) for text in self.model]
+        return tuple(source._replace(name=source.name or self.model_name) for source in sources)
+
+    @property
+    def memory_parts(self) -> tuple[float, ...]:
+        """The part of each model in the KV cache memory; their sum is 1."""
+        parts = self.model_memory or (1.0,) * len(self.model)
+        return tuple(part / sum(parts) for part in parts)
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Alias -> name of a model."""
+        pairs = (text.partition("=") for text in self.model_alias)
+        return {alias: model for alias, _, model in pairs}
+
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
@@ -289,6 +299,7 @@ class SettingRow(NamedTuple):
     default: str
     help: str
     choices: tuple[str, ...]
+    repeated: bool = False  # its flag may be given more than once
 
 
 def load_settings(
@@ -313,7 +324,8 @@ def load_settings(
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise StartupError(f"setting {name}: {first['msg'].lower()}") from None
+        where = f"setting {name}" if name else "settings"
+        raise StartupError(f"{where}: {first['msg'].lower()}") from None
 
 
 def setting_rows() -> list[SettingRow]:
@@ -323,16 +335,24 @@ def setting_rows() -> list[SettingRow]:
 
 def _row(name: str, info: FieldInfo) -> SettingRow:
     extra = info.json_schema_extra
-    group = extra["group"] if isinstance(extra, dict) else ""
+    if not isinstance(extra, dict):
+        raise TypeError(f"{name} was not made by _setting")
     return SettingRow(
-        group=str(group),
+        group=str(extra["group"]),
         name=name,
         flag="--" + name.replace("_", "-"),
         variable=PREFIX + name.upper(),
-        default="" if info.default in (None, ()) else str(info.default),
+        default=_shown(info.default),
         help=info.description or "",
         choices=get_args(info.annotation) if get_origin(info.annotation) is Literal else (),
+        repeated=bool(extra["repeated"]),
     )
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, tuple):
+        return ", ".join(default)
+    return "" if default is None else str(default)
 
 
 def _read_file(path: Path) -> dict[str, Any]:

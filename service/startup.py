@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -39,6 +40,7 @@ from model.runners import RunnerOptions
 from model.text.tokenizer import Tokenizer
 from service.errors import StartupError
 from service.messages import ModelCard
+from service.setting_types import ModelSource
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -53,8 +55,9 @@ WHOLE_SUMS: Mapping[str, str] = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_W
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """What an engine process has loaded when it is ready."""
+    """What an engine has loaded when it is ready."""
 
+    path: Path
     runner: Runner
     tokenizer: Tokenizer
     card: ModelCard
@@ -74,8 +77,8 @@ def _model_errors() -> Iterator[None]:
         raise StartupError(f"model: {error}") from None
 
 
-def fetch_model(settings: Settings, *, console: Console) -> Path:
-    """Returns the model's file or folder; downloads it if necessary, with a progress bar."""
+def fetch_model(settings: Settings, model: ModelSource, *, console: Console) -> Path:
+    """Returns a model's file or folder; downloads it if necessary, with a progress bar."""
     bar = Progress(
         "[progress.description]{task.description}",
         BarColumn(),
@@ -86,7 +89,7 @@ def fetch_model(settings: Settings, *, console: Console) -> Path:
         transient=True,
     )
     cache = settings.cache_dir.expanduser() / "models"
-    task = bar.add_task(f"fetching {settings.model}", total=None)
+    task = bar.add_task(f"fetching {model.source}", total=None)
 
     def report(done: int, total: int | None) -> None:
         bar.start()  # not before: most starts download nothing
@@ -94,7 +97,7 @@ def fetch_model(settings: Settings, *, console: Console) -> Path:
 
     try:
         with _model_errors():
-            return resolve(settings.model, cache=cache, progress=report)
+            return resolve(model.source, cache=cache, progress=report)
     finally:
         if bar.live.is_started:
             bar.stop()
@@ -105,7 +108,66 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer.from_checkpoint(open_checkpoint(path).tokenizer)
 
 
-def load_engine(settings: Settings, path: Path) -> Loaded:
+def load_engines(settings: Settings, *, console: Console) -> list[Loaded]:
+    """Fetches and loads all models, one after another; several runners compute in turns. Raises
+    StartupError.
+    """
+    from model.runners.turns import Turns, take_turns
+
+    models, turns = [], Turns()
+    parts = MemoryPart.divide(settings.memory_parts)
+    for source, memory in zip(settings.sources, parts, strict=True):
+        path = fetch_model(settings, source, console=console)
+        models.append(load_engine(settings, source, path, memory=memory))
+    check_names([each.card for each in models])
+    if len(models) == 1:
+        return models
+    return [replace(each, runner=take_turns(each.runner, turns)) for each in models]
+
+
+def load_cards(settings: Settings, *, console: Console) -> list[tuple[ModelCard, Tokenizer]]:
+    """Fetches all models and reads what a replica without a runner needs of them. Raises
+    StartupError.
+    """
+    models = []
+    for source in settings.sources:
+        path = fetch_model(settings, source, console=console)
+        tokenizer = load_tokenizer(path)
+        models.append((load_card(settings, source, path, tokenizer), tokenizer))
+    check_names([card for card, _ in models])
+    return models
+
+
+def check_names(cards: Sequence[ModelCard]) -> None:
+    """Raises StartupError if two models have one name."""
+    names = Counter(card.id for card in cards)
+    name, number = names.most_common(1)[0]
+    if number > 1:
+        raise StartupError(f"{number} models have the name {name}: name them by --model NAME=PATH")
+
+
+def close_runners(models: Sequence[Loaded]) -> None:
+    """Frees memory and threads; the engines have ended."""
+    for each in models:
+        each.runner.close()
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPart:
+    """A model's part of the KV cache memory of its process."""
+
+    of_all: float = 1.0  # 0 .. 1, of memory that is a setting
+    of_rest: float = 1.0  # of what the models before it leave free on a GPU
+
+    @classmethod
+    def divide(cls, parts: Sequence[float]) -> list[Self]:
+        """One per model, in the order in which they are loaded."""
+        return [cls(part, part / sum(parts[index:])) for index, part in enumerate(parts)]
+
+
+def load_engine(
+    settings: Settings, model: ModelSource, path: Path, *, memory: MemoryPart = MemoryPart()
+) -> Loaded:
     """Loads weights and tokenizer and warms up. Takes seconds: not for the event loop.
 
     Starts the other ranks' processes if there are any. Raises StartupError.
@@ -116,7 +178,7 @@ def load_engine(settings: Settings, path: Path) -> Loaded:
 
     began = time.monotonic()
     try:
-        loaded = _load(settings, path)
+        loaded = _load(settings, model, path, memory)
         return_free_memory()
         loaded.runner.warm_up()
     except RankLost as lost:
@@ -124,7 +186,7 @@ def load_engine(settings: Settings, path: Path) -> Loaded:
     return replace(loaded, seconds=time.monotonic() - began)
 
 
-def _load(settings: Settings, path: Path) -> Loaded:
+def _load(settings: Settings, model: ModelSource, path: Path, memory: MemoryPart) -> Loaded:
     """Loads all, without the warm-up. Raises StartupError if the model cannot be served here."""
     from model.native import NativeUnavailable
     from model.runners.choose import choose_runner, choose_sizes
@@ -145,10 +207,11 @@ def _load(settings: Settings, path: Path) -> Loaded:
                 wanted,
                 runner=choice.name,
                 kv_memory=settings.kv_memory,
-                memory_share=settings.memory_share,
+                memory_share=settings.memory_share * memory.of_rest,
                 max_batch_tokens=settings.max_batch_tokens,
                 max_sequences=settings.max_sequences,
             )
+            options = replace(options, kv_memory=int(options.kv_memory * memory.of_all))
             if choice.name == "cuda":
                 options = replace(options, vendor_blas=set_whole_sums())
             if choice.name == "native":
@@ -161,6 +224,7 @@ def _load(settings: Settings, path: Path) -> Loaded:
     card = replace(
         card_of(
             settings,
+            model,
             path,
             runner.config,
             tokenizer=tokenizer,
@@ -169,6 +233,7 @@ def _load(settings: Settings, path: Path) -> Loaded:
         numeric_class=runner.numeric_class,
     )
     return Loaded(
+        path=path,
         runner=runner,
         tokenizer=tokenizer,
         card=card,
@@ -218,15 +283,18 @@ def _build(
     return load(config, model.weights, options, model.digest), None
 
 
-def load_card(settings: Settings, path: Path, tokenizer: Tokenizer) -> ModelCard:
+def load_card(
+    settings: Settings, model: ModelSource, path: Path, tokenizer: Tokenizer
+) -> ModelCard:
     """Returns the card of a replica without a runner; engines report what it leaves unknown."""
     with _model_errors():
         _, config = configure(open_checkpoint(path))
-    return card_of(settings, path, config, tokenizer=tokenizer)
+    return card_of(settings, model, path, config, tokenizer=tokenizer)
 
 
 def card_of(
     settings: Settings,
+    model: ModelSource,
     path: Path,
     config: ModelConfig,
     *,
@@ -236,7 +304,7 @@ def card_of(
     """Returns a model's card. `pool` is the KV cache's capacity in tokens."""
     lengths = (config.max_model_len, settings.max_model_len, pool)
     return ModelCard(
-        id=settings.model_name or name_of(settings.model, path),
+        id=model.name or name_of(model.source, path),
         max_model_len=min(length for length in lengths if length is not None),
         vocab_size=config.vocab_size,
         numeric_class="unknown",
@@ -245,11 +313,11 @@ def card_of(
     )
 
 
-def name_of(model: str, path: Path) -> str:
+def name_of(source: str, path: Path) -> str:
     """Returns a model's default name in the API: the repository id, or the file's name."""
-    if not model or Path(model).expanduser().exists():
+    if not source or Path(source).expanduser().exists():
         return name_without_part(path.stem) if path.is_file() else path.name
-    return model
+    return source
 
 
 def set_thread_waiting() -> None:

@@ -208,7 +208,7 @@ async def _serve(url: str, number: int, count: int) -> None:
     weights = {name: w.float() for name, w in RandomWeights(config, torch.device("cpu")).items()}
     sizes = RunnerOptions(dtype="float32", num_blocks=TOTAL_BLOCKS // count, block_size=BLOCK_SIZE)
     runner = Paced(RUNNERS["torch"](config, weights, sizes, "tiny"))
-    metrics, queue = Metrics(), open_queue(url, LIMITS)
+    metrics, queue = Metrics().of_model("tiny"), open_queue(url, LIMITS)
 
     def deliver(events: Sequence[Event]) -> None:
         worker.deliver(events)

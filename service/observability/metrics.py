@@ -1,8 +1,8 @@
-"""Metrics: the observer that feeds every Prometheus series; `series` defines them.
+"""Metrics: the observers that feed every Prometheus series; `series` defines them.
 
 The engine, the worker, the queue, the cluster and the API each have a small observer; `Metrics` is
-all of them. It has its own registry: two servers in one process do not mix
-their figures. No label value comes from a client.
+those of a process, `ModelMetrics` those of one model's engine. A process has its own registry: two
+servers in one do not mix their figures. No label value comes from a client.
 
     accepted = finished over all reasons + waiting + running     summed over all processes
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import generate_latest
 
@@ -25,14 +25,14 @@ from service.messages import End, ModelCard
 from service.observability.queue_gauges import QueueGauges
 from service.observability.series import Series
 from service.observability.vllm_names import VllmNames
-from service.queues.contract import Claim, QueueDepth
+from service.queues.contract import Claim, ModelDepth, QueueDepth
 from service.queues.observer import REASON_OF_END, QueueEvent, QueueObserver
 from service.worker.observer import WorkerObserver
 
 RATE_WINDOW = 10.0  # seconds
 
 
-class Metrics(Series, ConnectionObserver, ApiObserver, QueueObserver, WorkerObserver, Observer):
+class Metrics(Series, ConnectionObserver, ApiObserver, QueueObserver):
     """All series of one process; `/metrics` returns `render`.
 
     `on_call` gets the report of each generating call; the request log is written there. `role` and
@@ -50,12 +50,12 @@ class Metrics(Series, ConnectionObserver, ApiObserver, QueueObserver, WorkerObse
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
-        self.latest: StepReport | None = None
         self._role = role
         self._version = version
         self._on_call = on_call
         self._clock = clock
-        self._sampled: deque[tuple[float, int]] = deque(maxlen=2048)  # (time, tokens) per step
+        self._cards: dict[str, ModelCard] = {}
+        self._models: dict[str, ModelMetrics] = {}
         self._queue = QueueGauges(clock)
         self._vllm = VllmNames(self)
         self.registry.register(self._queue)
@@ -66,36 +66,35 @@ class Metrics(Series, ConnectionObserver, ApiObserver, QueueObserver, WorkerObse
         """The text exposition of all series."""
         # Not of a shared queue: each of its engines would count the same requests.
         depth = self._queue.depth if self._role == "serve" else None
-        self._vllm.queued = 0 if depth is None else depth.queued_requests
+        self._vllm.queued = {
+            card.id: 0
+            if depth is None
+            else depth.by_model.get(card.key, ModelDepth()).queued_requests
+            for card in self._cards.values()
+        }
         return generate_latest(self.registry)
 
-    def tokens_per_second(self) -> float:
-        """Tokens sampled per second, over the last `RATE_WINDOW`; 0 if there were none."""
-        now = self._clock()
-        # Iterates over a copy, which is atomic: the engine's thread appends meanwhile.
-        recent = [(at, count) for at, count in self._sampled.copy() if now - at <= RATE_WINDOW]
-        if len(recent) < 2:
-            return 0.0
-        return sum(count for _, count in recent) / max(now - recent[0][0], 0.001)
+    def of_model(self, model: str) -> ModelMetrics:
+        """The observer of a model's engine and worker, and what it has seen. One per model."""
+        if model not in self._models:
+            self.begin_model(model)
+            self._models[model] = ModelMetrics(self, model, vllm=self._vllm, clock=self._clock)
+        return self._models[model]
 
     # --- service.cluster.ClusterObserver --------------------------------------------------
-    def queue_read(self, depth: QueueDepth, engines: int) -> None:
+    def queue_read(self, depth: QueueDepth, engines: Mapping[str, int]) -> None:
         self._queue.read(depth, engines)
 
     def queue_away(self) -> None:
         self._queue.away()
 
     def serves(self, card: ModelCard) -> None:
+        self._cards[card.id] = card
+        self.of_model(card.id)
         self.info.clear()
-        self.info.labels(self._version, card.id, card.numeric_class, self._role).set(1)
-        self._vllm.model = card.id
+        for each in self._cards.values():
+            self.info.labels(self._version, each.id, each.numeric_class, self._role).set(1)
         self._queue.serves(card)
-
-    # --- service.parts.EngineSide ---------------------------------------------------------
-    def has_cache(self, *, block_size: int, num_blocks: int) -> None:
-        """The engine's KV cache, before its first step."""
-        self.blocks.labels("free").set(num_blocks)
-        self._vllm.cache = (block_size, num_blocks)
 
     # --- service.keys.KeyRing -------------------------------------------------------------
     def keys_reloaded(self, good: bool) -> None:  # noqa: FBT001 - what KeyRing calls
@@ -112,77 +111,119 @@ class Metrics(Series, ConnectionObserver, ApiObserver, QueueObserver, WorkerObse
     def call_answered(self, status: int) -> None:
         self.http_responses.labels(str(status)).inc()
 
-    def call_accepted(self, requests: int) -> None:
-        self.accepted.inc(requests)
+    def call_accepted(self, requests: int, model: str) -> None:
+        self.accepted.labels(model).inc(requests)
 
     def call_refused(self, reason: str) -> None:
         self.refused.labels(reason).inc()
 
-    def call_unserved(self) -> None:
-        self.unserved.inc()
+    def call_unserved(self, model: str) -> None:
+        self.unserved.labels(model).inc()
 
-    def call_lost(self, requests: int) -> None:
-        self.lost.inc(requests)
+    def call_lost(self, requests: int, model: str) -> None:
+        self.lost.labels(model).inc(requests)
 
     def call_ended(self, report: CallReport) -> None:
-        self.duration.observe(report.duration)
+        self.duration.labels(report.model).observe(report.duration)
         if report.to_first_token is not None:
-            self.first_token_time.observe(report.to_first_token)
+            self.first_token_time.labels(report.model).observe(report.to_first_token)
             if report.completion_tokens > 1:
                 rest = report.duration - report.to_first_token
-                self.per_token.observe(rest / (report.completion_tokens - 1))
+                self.per_token.labels(report.model).observe(rest / (report.completion_tokens - 1))
         if self._on_call is not None:
             self._on_call(report)
-
-    # --- service.engine.observer.Observer -------------------------------------------------
-    def stepped(self, report: StepReport) -> None:
-        self.latest = report
-        if report.num_tokens:
-            self.steps.inc()
-            self.step_time.observe(report.duration)
-            self.step_overhead.observe(max(0.0, report.duration - report.run_duration))
-            self.step_tokens.observe(report.num_tokens)
-            self._sampled.append((self._clock(), report.num_sampled))
-        self.running.set(report.running)
-        self.waiting.set(report.waiting)
-        self.blocks.labels("used").set(report.blocks_used)
-        self.blocks.labels("cached").set(report.blocks_cached)
-        self.blocks.labels("free").set(report.blocks_free)
-        self.prompt_tokens.inc(report.prompt_tokens)
-        self.generated_tokens.inc(report.num_sampled)
-        self.draft_tokens.inc(report.num_drafts)
-        self.accepted_drafts.inc(report.num_accepted)
-        self.prefix_hits.inc(report.prefix_hit_tokens)
-        self.preemptions.inc(report.preemptions)
-        self.wasted(report.recomputed_tokens, "preemption")
-
-    # --- service.worker.observer.WorkerObserver -------------------------------------------
-    def claimed(self, claim: Claim) -> None:
-        if claim.waited_ms is not None:
-            self.queue_wait.observe(claim.waited_ms / 1000)
-        if claim.tokens or claim.attempt > 1:
-            self.failovers.inc()
-            self.wasted(len(claim.request.prompt_ids) + len(claim.tokens), "take_over")
-
-    def ended(self, end: End, seconds: float) -> None:
-        self.finished.labels(end.reason.value).inc()
-        self.claimed_seconds.observe(seconds)
-
-    def fenced(self) -> None:
-        self.fenced_writes.inc()
-
-    def lease_lost(self, count: int) -> None:
-        self.lost_leases.inc(count)
-
-    def wasted(self, tokens: int, cause: str) -> None:
-        if tokens:
-            self.wasted_tokens.labels(cause).inc(tokens)
-
-    def wrote(self, seconds: float) -> None:
-        self.write_time.observe(seconds)
 
     # --- service.queues.observer.QueueObserver --------------------------------------------
     def happened(self, event: QueueEvent, count: int = 1) -> None:
         self.queue_events.labels(event.value).inc(count)
         if event in REASON_OF_END:
-            self.finished.labels(REASON_OF_END[event].value).inc(count)
+            model = next(iter(self._cards)) if len(self._cards) == 1 else ""
+            self.finished.labels(model, REASON_OF_END[event].value).inc(count)
+
+
+class ModelMetrics(WorkerObserver, Observer):
+    """Observes the engine and the worker of one model. `latest` is its newest step."""
+
+    def __init__(
+        self, series: Series, model: str, *, vllm: VllmNames, clock: Callable[[], float]
+    ) -> None:
+        self.latest: StepReport | None = None
+        self._series = series
+        self._model = model
+        self._vllm = vllm
+        self._clock = clock
+        self._sampled: deque[tuple[float, int]] = deque(maxlen=2048)  # (time, tokens) per step
+        self._steps = series.steps.labels(model)
+        self._step_time = series.step_time.labels(model)
+        self._step_overhead = series.step_overhead.labels(model)
+        self._step_tokens = series.step_tokens.labels(model)
+        self._running = series.running.labels(model)
+        self._waiting = series.waiting.labels(model)
+        self._prompt_tokens = series.prompt_tokens.labels(model)
+        self._generated_tokens = series.generated_tokens.labels(model)
+        self._draft_tokens = series.draft_tokens.labels(model)
+        self._accepted_drafts = series.accepted_drafts.labels(model)
+        self._prefix_hits = series.prefix_hits.labels(model)
+        self._preemptions = series.preemptions.labels(model)
+        self._queue_wait = series.queue_wait.labels(model)
+        self._failovers = series.failovers.labels(model)
+        self._claimed_seconds = series.claimed_seconds.labels(model)
+
+    def has_cache(self, *, block_size: int, num_blocks: int) -> None:
+        """The engine's KV cache, before its first step."""
+        self._series.blocks.labels(self._model, "free").set(num_blocks)
+        self._vllm.cache[self._model] = (block_size, num_blocks)
+
+    def tokens_per_second(self) -> float:
+        """Tokens sampled per second, over the last `RATE_WINDOW`; 0 if there were none."""
+        now = self._clock()
+        # Iterates over a copy, which is atomic: the engine's thread appends meanwhile.
+        recent = [(at, count) for at, count in self._sampled.copy() if now - at <= RATE_WINDOW]
+        if len(recent) < 2:
+            return 0.0
+        return sum(count for _, count in recent) / max(now - recent[0][0], 0.001)
+
+    def stepped(self, report: StepReport) -> None:
+        self.latest = report
+        if report.num_tokens:
+            self._steps.inc()
+            self._step_time.observe(report.duration)
+            self._step_overhead.observe(max(0.0, report.duration - report.run_duration))
+            self._step_tokens.observe(report.num_tokens)
+            self._sampled.append((self._clock(), report.num_sampled))
+        self._running.set(report.running)
+        self._waiting.set(report.waiting)
+        self._series.blocks.labels(self._model, "used").set(report.blocks_used)
+        self._series.blocks.labels(self._model, "cached").set(report.blocks_cached)
+        self._series.blocks.labels(self._model, "free").set(report.blocks_free)
+        self._prompt_tokens.inc(report.prompt_tokens)
+        self._generated_tokens.inc(report.num_sampled)
+        self._draft_tokens.inc(report.num_drafts)
+        self._accepted_drafts.inc(report.num_accepted)
+        self._prefix_hits.inc(report.prefix_hit_tokens)
+        self._preemptions.inc(report.preemptions)
+        self.wasted(report.recomputed_tokens, "preemption")
+
+    def claimed(self, claim: Claim) -> None:
+        if claim.waited_ms is not None:
+            self._queue_wait.observe(claim.waited_ms / 1000)
+        if claim.tokens or claim.attempt > 1:
+            self._failovers.inc()
+            self.wasted(len(claim.request.prompt_ids) + len(claim.tokens), "take_over")
+
+    def ended(self, end: End, seconds: float) -> None:
+        self._series.finished.labels(self._model, end.reason.value).inc()
+        self._claimed_seconds.observe(seconds)
+
+    def fenced(self) -> None:
+        self._series.fenced_writes.inc()
+
+    def lease_lost(self, count: int) -> None:
+        self._series.lost_leases.inc(count)
+
+    def wasted(self, tokens: int, cause: str) -> None:
+        if tokens:
+            self._series.wasted_tokens.labels(self._model, cause).inc(tokens)
+
+    def wrote(self, seconds: float) -> None:
+        self._series.write_time.observe(seconds)

@@ -6,7 +6,7 @@ handle an absent one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -58,7 +58,7 @@ class QueueGauges(Collector):
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._depth: QueueDepth | None = None
-        self._engines = 0
+        self._engines: Mapping[str, int] = {}  # by model id
         self._models: dict[str, str] = {}  # id -> key
         self._read_at: float | None = None  # None: never
 
@@ -69,7 +69,7 @@ class QueueGauges(Collector):
             return None
         return self._depth
 
-    def read(self, depth: QueueDepth, engines: int) -> None:
+    def read(self, depth: QueueDepth, engines: Mapping[str, int]) -> None:
         self._depth, self._engines, self._read_at = depth, engines, self._clock()
 
     def serves(self, card: ModelCard) -> None:
@@ -90,11 +90,14 @@ class QueueGauges(Collector):
                 if depth is not None:
                     family.add_metric([model], of_model(depth.by_model.get(key, ModelDepth())))
             yield family
-        yield GaugeMetricFamily(
+        engines = GaugeMetricFamily(
             "quire_engines",
-            "Engines that sent a heartbeat in the last 10 seconds.",
-            None if depth is None else self._engines,
+            "Engines that sent a heartbeat in the last 10 seconds, by model.",
+            labels=["model"],
         )
+        for model, number in self._engines.items() if depth is not None else ():
+            engines.add_metric([model], number)
+        yield engines
         yield GaugeMetricFamily(
             "quire_queue_reachable",
             "1 if the queue takes reads and writes, else 0.",

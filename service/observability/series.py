@@ -43,6 +43,7 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 REFUSALS = {*SubmitStatus, BUSY} - {SubmitStatus.OK, SubmitStatus.EXISTS}
 PORTS = ("api", "admin")
+BLOCKS = ("used", "cached", "free")
 WASTE = (
     "preemption", "take_over", "cancelled", "fenced", "lease_lost", "journal_lost", "storage_full",
 )  # fmt: skip
@@ -51,10 +52,13 @@ _Labelled = TypeVar("_Labelled", Counter, Gauge)
 
 
 class Series:
-    """The series of one process, in a registry of its own."""
+    """The series of one process, in a registry of its own. Those made by `_of_model` have the label
+    `model`; they begin with `begin_model`.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._by_model: list[tuple[Counter | Gauge | Histogram, dict[str, Iterable[str]]]] = []
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self._process_and_http()
@@ -70,6 +74,27 @@ class Series:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, buckets=buckets, registry=self.registry)
+
+    def _model_counter(self, name: str, text: str, **labels: Iterable[str]) -> Counter:
+        metric = Counter(name, text, ("model", *labels), registry=self.registry)
+        self._by_model.append((metric, labels))
+        return metric
+
+    def _model_gauge(self, name: str, text: str, **labels: Iterable[str]) -> Gauge:
+        metric = Gauge(name, text, ("model", *labels), registry=self.registry)
+        self._by_model.append((metric, labels))
+        return metric
+
+    def _model_histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        metric = Histogram(name, text, ("model",), buckets=buckets, registry=self.registry)
+        self._by_model.append((metric, {}))
+        return metric
+
+    def begin_model(self, model: str) -> None:
+        """Creates the series of a model, for all known values of their other labels."""
+        for metric, labels in self._by_model:
+            for values in product(*labels.values()):
+                metric.labels(model, *values)
 
     def _process_and_http(self) -> None:
         counter, gauge = self._counter, self._gauge
@@ -97,15 +122,15 @@ class Series:
         )
 
     def _requests(self) -> None:
-        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        counter, histogram = self._model_counter, self._model_histogram
         self.accepted = counter("quire_requests_accepted", "Requests admitted to the queue.")
-        self.refused = counter(
+        self.refused = self._counter(
             "quire_requests_refused", "Calls refused by a limit, by reason.", reason=REFUSALS
         )
         self.unserved = counter(
-            "quire_calls_unserved", "Calls refused because no engine was available."
+            "quire_calls_unserved", "Calls refused because no engine of the model was available."
         )
-        self.accepts_without_engines = gauge(
+        self.accepts_without_engines = self._gauge(
             "quire_accepts_without_engines", "1 if calls are accepted while no engine is available."
         )
         self.finished = counter(
@@ -133,10 +158,10 @@ class Series:
         )
 
     def _engine(self) -> None:
-        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        counter, gauge, histogram = self._model_counter, self._model_gauge, self._model_histogram
         self.running = gauge("quire_sequences_running", "Sequences in the batch.")
         self.waiting = gauge("quire_sequences_waiting", "Sequences waiting in the engine.")
-        self.blocks = gauge("quire_kv_blocks", "KV blocks by state.", state=())
+        self.blocks = gauge("quire_kv_blocks", "KV blocks by state.", state=BLOCKS)
         self.prompt_tokens = counter("quire_prompt_tokens", "Prompt tokens computed.")
         self.generated_tokens = counter("quire_generated_tokens", "Output tokens generated.")
         self.draft_tokens = counter("quire_draft_tokens", "Draft tokens computed.")
@@ -165,12 +190,12 @@ class Series:
 
     def _journal(self) -> None:
         counter, histogram = self._counter, self._histogram
-        self.queue_wait = histogram(
+        self.queue_wait = self._model_histogram(
             "quire_queue_wait_seconds",
             "Time from a request's submission to its first claim.",
             WAIT_BUCKETS,
         )
-        self.failovers = counter(
+        self.failovers = self._model_counter(
             "quire_take_overs", "Requests continued here after another engine died or left."
         )
         self.fenced_writes = counter(
@@ -187,7 +212,7 @@ class Series:
             "Duration of one write of a step's records.",
             STEP_BUCKETS,
         )
-        self.claimed_seconds = histogram(
+        self.claimed_seconds = self._model_histogram(
             "quire_engine_seconds", "Time from a request's claim to its end.", DURATION_BUCKETS
         )
 

@@ -4,12 +4,13 @@ They cannot be recording rules of a Prometheus server: the endpoint picker of th
 API inference extension scrapes /metrics of each pod, for `vllm:num_requests_waiting`,
 `vllm:num_requests_running`, `vllm:kv_cache_usage_perc` and `vllm:cache_config_info`.
 Every sample is derived from one of Quire's series at scrape time. What vLLM counts and Quire does
-not is left out, and so is vLLM's label `engine`: here a process is one engine.
+not is left out, and so is vLLM's label `engine`: here a process has one engine per model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics import MetricWrapperBase
@@ -29,12 +30,11 @@ FINISHED_REASONS = {
 
 
 class VllmNames(Collector):
-    """`model` is the label model_name; `queued` counts requests in this process's own queue."""
+    """`queued`: requests in this process's own queue, by model."""
 
     def __init__(self, series: Series) -> None:
-        self.model = ""
-        self.queued = 0
-        self.cache: tuple[int, int] | None = None  # block size and number of blocks
+        self.queued: Mapping[str, int] = {}
+        self.cache: dict[str, tuple[int, int]] = {}  # model -> block size and number of blocks
         self._series = series
 
     def collect(self) -> Iterator[Metric]:
@@ -60,45 +60,56 @@ class VllmNames(Collector):
         for sample in ours.samples:
             suffix = sample.name.removeprefix(ours.name)
             if suffix != "_created":
-                labels = {**sample.labels, "model_name": self.model}
+                labels = {**sample.labels, "model_name": sample.labels["model"]}
+                del labels["model"]
                 theirs.add_sample(theirs.name + suffix, labels, sample.value)
         return theirs
 
     def _derived(self) -> Iterator[Metric]:
         ours = self._series
-        blocks = _values(ours.blocks)
-        usage = blocks.get("used", 0.0) / max(1.0, sum(blocks.values()))
-        waiting = _values(ours.waiting)[""] + self.queued
-        prompt = _values(ours.prompt_tokens)[""] + _values(ours.prefix_hits)[""]
-        for kind, name, text, value in (
+        blocks, hits = _values(ours.blocks, "state"), _values(ours.prefix_hits)
+        used = {
+            model: each.get("used", 0.0) / max(1.0, sum(each.values()))
+            for model, each in blocks.items()
+        }
+        waiting = {
+            model: each[""] + self.queued.get(model, 0)
+            for model, each in _values(ours.waiting).items()
+        }
+        prompt = {
+            model: each[""] + hits[model][""] for model, each in _values(ours.prompt_tokens).items()
+        }
+        for kind, name, text, values in (
             (GaugeMetricFamily, "num_requests_waiting", "Requests waiting.", waiting),
-            (GaugeMetricFamily, "kv_cache_usage_perc", "Fraction of KV blocks in use.", usage),
+            (GaugeMetricFamily, "kv_cache_usage_perc", "Fraction of KV blocks in use.", used),
             (CounterMetricFamily, "prompt_tokens", "Prompt tokens, computed or cached.", prompt),
             (CounterMetricFamily, "prefix_cache_queries", "Prompt tokens looked up.", prompt),
         ):
             family = kind(f"vllm:{name}", text, labels=["model_name"])
-            family.add_metric([self.model], value)
+            for model, value in values.items():
+                family.add_metric([model], value)
             yield family
-        if self.cache is not None:
-            names = ["model_name", "block_size", "num_gpu_blocks"]
-            cache = GaugeMetricFamily("vllm:cache_config_info", "Size of the cache.", labels=names)
-            cache.add_metric([self.model, *map(str, self.cache)], 1)
-            yield cache
-        ended = dict.fromkeys(FINISHED_REASONS.values(), 0.0)
-        for reason, value in _values(ours.finished).items():
-            ended[FINISHED_REASONS[FinishReason(reason)]] += value
+        names = ["model_name", "block_size", "num_gpu_blocks"]
+        cache = GaugeMetricFamily("vllm:cache_config_info", "Size of the cache.", labels=names)
+        for model, sizes in self.cache.items():
+            cache.add_metric([model, *map(str, sizes)], 1)
+        yield cache
         labels = ["model_name", "finished_reason"]
         success = CounterMetricFamily("vllm:request_success", "Finished requests.", labels=labels)
-        for theirs, value in ended.items():
-            success.add_metric([self.model, theirs], value)
+        for model, reasons in _values(ours.finished, "reason").items():
+            ended = dict.fromkeys(FINISHED_REASONS.values(), 0.0)
+            for reason, value in reasons.items():
+                ended[FINISHED_REASONS[FinishReason(reason)]] += value
+            for theirs, value in ended.items():
+                success.add_metric([model, theirs], value)
         yield success
 
 
-def _values(metric: MetricWrapperBase) -> dict[str, float]:
-    """The values of a gauge or counter by its label; "" is the key if it has none."""
+def _values(metric: MetricWrapperBase, label: str = "") -> dict[str, dict[str, float]]:
+    """The values of a gauge or counter by model and another label; "" is the key if it has none."""
     (family,) = metric.collect()
-    return {
-        next(iter(sample.labels.values()), ""): sample.value
-        for sample in family.samples
-        if not sample.name.endswith("_created")
-    }
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for sample in family.samples:
+        if not sample.name.endswith("_created"):
+            found[sample.labels["model"]][sample.labels.get(label, "")] = sample.value
+    return found

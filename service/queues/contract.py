@@ -229,6 +229,7 @@ class EngineInfo:
     max_model_len: int = 0  # 0: unknown
     tokens_per_second: float = 0.0  # recently
     features: tuple[str, ...] = ()  # it claims only requests whose features are among them
+    model: str = ""  # `ModelCard.id`, for people: its features decide what it claims
     block_size: int = 0  # of its prefix cache, tokens; 0: unknown
 
     def serves(self, card: ModelCard) -> bool:

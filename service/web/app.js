@@ -4,7 +4,7 @@
 import { Answer, newRecord } from "./answer.js";
 import { LiveView } from "./live.js";
 import { SettingsForm } from "./settings.js";
-import { loadChat, saveChat, saveTheme } from "./store.js";
+import { loadChat, loadModel, saveChat, saveModel, saveTheme } from "./store.js";
 import { Speaker } from "./speaker.js";
 import { Transcript } from "./transcript.js";
 
@@ -19,6 +19,7 @@ class Page {
   #drawing = false;
   #saved = 0;
   #model = null;
+  #chosen = loadModel();
 
   constructor() {
     this.settings = new SettingsForm();
@@ -49,6 +50,7 @@ class Page {
     $("question").addEventListener("input", () => this.#size());
     $("stop").addEventListener("click", () => this.#stop());
     $("new-chat").addEventListener("click", () => this.#clear());
+    $("models").addEventListener("change", () => this.#choose($("models").value));
     document.addEventListener("keydown", (event) => {
       if (event.key === "Escape") this.#escape();
     });
@@ -170,11 +172,32 @@ class Page {
 
   #showStatus(status) {
     if (!status) return;
-    this.#model = status.model;
-    $("model").textContent = status.model;
-    $("version").textContent = `Quire ${status.version} · ${status.numeric_class}`;
-    this.settings.setContext(status.max_model_len);
-    document.body.dataset.attention = status.max_attention_tokens ?? "";
+    const models = status.models.filter(({ kind }) => kind === "generate");
+    const model = models.find(({ id }) => id === this.#chosen) ?? models[0];
+    this.#model = model.id;
+    $("model").textContent = model.id;
+    this.#offer(models);
+    $("version").textContent = `Quire ${status.version} · ${model.numeric_class}`;
+    this.settings.setContext(model.max_model_len);
+    document.body.dataset.attention = model.max_attention_tokens ?? "";
+  }
+
+  /** Shows a choice if there are several models. One without an engine cannot be chosen. */
+  #offer(models) {
+    const field = $("models");
+    const known = [...field.options].map(({ value }) => value);
+    if (known.join("\n") !== models.map(({ id }) => id).join("\n")) {
+      field.replaceChildren(...models.map(({ id }) => new Option(id, id)));
+    }
+    models.forEach(({ served }, at) => { field.options[at].disabled = !served; });
+    field.value = this.#model;
+    field.hidden = models.length < 2;
+    $("model").hidden = !field.hidden;
+  }
+
+  #choose(model) {
+    this.#chosen = this.#model = model;
+    saveModel(model);
   }
 }
 

@@ -3,6 +3,7 @@
 
 const CHAT = "quire.chat.1";
 const SETTINGS = "quire.settings.1";
+const MODEL = "quire.model";
 const THEME = "quire.theme";
 const KEY = "quire.key";
 
@@ -22,6 +23,8 @@ export function saveChat(messages) {
 
 export const loadSettings = () => parsed(load("local", SETTINGS)) ?? {};
 export const saveSettings = (settings) => save("local", SETTINGS, JSON.stringify(settings));
+export const loadModel = () => load("local", MODEL) ?? "";
+export const saveModel = (name) => save("local", MODEL, name);
 export const saveTheme = (name) => save("local", THEME, name);
 
 /** The key is stored until the tab closes. */

@@ -25,11 +25,11 @@ from tokenizers import Tokenizer as RawTokenizer
 from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
 from service.api.http.auth import Authenticator, open_to_all
-from service.api.http.context import ApiLimits, Probes
+from service.api.http.context import ApiLimits, Models, Probes
 from service.api.http.middleware import HostCheck, any_host
 from service.api.http.observer import ApiObserver, CallReport
 from service.api.structured.validator import GrammarValidator
-from service.app import build_app
+from service.app import build_app, served_model
 from service.http.listeners import Listener
 from service.http.ports import address, bind
 from service.messages import (
@@ -278,19 +278,23 @@ def start_service(tokenizer: Tokenizer, grammar_validator: GrammarValidator) -> 
         )
         app = build_app(
             queue,
-            tokenizer,
-            lambda: card,
+            Models.of(
+                served_model(
+                    tokenizer,
+                    lambda: card,
+                    served=lambda: state["served"],
+                    tokens_per_second=lambda: state["speed"],
+                    grammars=grammar_validator,
+                )
+            ),
             probes=Probes(
                 started=lambda: state["started"],
                 live=lambda: state["live"],
                 draining=lambda: state["draining"],
-                served=lambda: state["served"],
-                tokens_per_second=lambda: state["speed"],
             ),
             limits=limits or ApiLimits(),
             observer=observer,
             version="0.0.1",
-            grammars=grammar_validator,
             extras=("docs", "page") if docs else ("page",),
             authenticate=authenticate,
             check_host=check_host,

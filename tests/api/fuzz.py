@@ -24,9 +24,9 @@ import schemathesis
 from tokenizers import pre_tokenizers
 
 from model.text.tokenizer import Tokenizer
-from service.api.http.context import ApiLimits
+from service.api.http.context import ApiLimits, Models
 from service.api.http.observer import ApiObserver
-from service.app import build_app
+from service.app import build_app, served_model
 from service.http.listeners import Listener
 from service.http.ports import address, bind
 from service.messages import ModelCard
@@ -105,8 +105,7 @@ async def _serve(bound: socket.socket, tokenizer: Tokenizer, ends: threading.Eve
     )
     app = build_app(
         queue,
-        tokenizer,
-        lambda: card,
+        Models.of(served_model(tokenizer, lambda: card)),
         probes=ALL_WELL,
         limits=ApiLimits(),
         observer=ApiObserver(),

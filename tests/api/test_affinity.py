@@ -46,11 +46,11 @@ async def test_one_engine_alone_is_not_looked_for() -> None:
         MemoryQueue(QueueLimits()),
         ModelCard(id="m", max_model_len=64, vocab_size=9, numeric_class="c", created=0),
     )
-    cluster = Cluster(queue, card, observer=Metrics())
+    cluster = Cluster(queue, [card], observer=Metrics())
     sizes = []
     for name in ("a", "b"):
         await queue.claim(make_engine(name, block_size=4), limit=0, wait=0)
         await cluster.refresh()
-        sizes.append(cluster.card.block_size)
+        sizes.append(cluster.models["m"].card.block_size)
     assert sizes == [0, 4]
     assert named_prefixes(make_requests(1), 1, card) == ()

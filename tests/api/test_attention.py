@@ -15,7 +15,7 @@ from starlette.types import Scope
 from model.attention_maps import AttentionMaps
 from model.checkpoint import open_checkpoint
 from service.api.http.auth import Tenant
-from service.api.http.context import ApiLimits
+from service.api.http.context import Models
 from service.api.http.observer import ApiObserver
 from service.api.system.attention import AttentionReader, AttentionService
 from service.parts import open_attention
@@ -37,10 +37,16 @@ def let_read(service: Any) -> Callable[[AttentionReader], None]:
     """Gives the replica an attention reader."""
 
     def let(reader: AttentionReader) -> None:
-        reading = AttentionService(reader, ApiLimits(), ApiObserver())
-        service.app.state.attention = reading
+        limits = service.app.state.context.limits
+        give_attention(service, AttentionService(reader, limits, ApiObserver()))
 
     return let
+
+
+def give_attention(service: Any, attention: AttentionService) -> None:
+    context = service.app.state.context
+    models = Models.of(replace(context.models.first, attention=attention))
+    service.app.state.context = replace(context, models=models)
 
 
 @pytest.mark.slow
@@ -120,8 +126,8 @@ async def test_the_length_has_a_limit_of_its_own(
     start_service: Any, maps: Any, small_limits: Any
 ) -> None:
     async with start_service(limits=small_limits(max_attention_tokens=3)) as service:
-        context = service.app.state.context
-        service.app.state.attention = AttentionService(maps, context.limits, ApiObserver())
+        limits = service.app.state.context.limits
+        give_attention(service, AttentionService(maps, limits, ApiObserver()))
         assert (await service.client.get("/status")).json()["max_attention_tokens"] == 3
         assert (await service.post(PATH, {"tokens": [1, 2, 3]})).status_code == 200
         refused = (await service.post(PATH, {"tokens": [1, 2, 3, 4]})).json()["error"]
@@ -130,10 +136,10 @@ async def test_the_length_has_a_limit_of_its_own(
 
 def test_it_can_be_turned_off(tiny_model: Any, tmp_path: Path) -> None:
     path = tiny_model.write_folder(tmp_path)
-    reader = open_attention(Settings(), path)
+    reader = open_attention(Settings(), path, ApiObserver())
     assert reader is not None
     assert (reader.num_layers, reader.num_heads) == (2, 4)
-    assert open_attention(Settings(attention=False), path) is None
+    assert open_attention(Settings(attention=False), path, ApiObserver()) is None
 
 
 class HeldReader:
@@ -167,7 +173,7 @@ async def test_one_map_is_read_at_a_time_and_tenants_take_turns(start_service: A
         context = service.app.state.context
         limits = replace(context.limits, max_tenant_waiting_maps=4)
         reading = AttentionService(reader, limits, service.observer)
-        service.app.state.attention = reading
+        give_attention(service, reading)
 
         def show(tenant: str, token: int) -> asyncio.Task[Any]:
             return asyncio.create_task(service.post(PATH, {"tokens": [token]}, x_tenant=tenant))

@@ -13,6 +13,7 @@ from starlette.types import Scope
 
 from model.grammar import Grammars
 from service.api.http.auth import Tenant
+from service.api.http.context import Models
 from service.api.structured import validator as grammar_validator
 from service.api.structured.validator import MAX_TENANT_WAITING, GrammarValidator
 from service.errors import RateLimited
@@ -174,7 +175,8 @@ async def test_calls_over_the_rate_limit_reach_no_validation(
         authenticate=lambda _scope: Tenant(name="t", allowance=allowance)
     ) as service:
         context = service.app.state.context
-        service.app.state.context = replace(context, grammars=held)
+        models = Models.of(replace(context.models.first, grammars=held))
+        service.app.state.context = replace(context, models=models)
         replies = [
             await service.post("/v1/completions", TEXT | {"structured_outputs": {"regex": f"a{n}"}})
             for n in range(5)

@@ -39,6 +39,7 @@ from tests.api.raw_http_rows import (
     raw_rows,
     request,
 )
+from tests.cluster.processes import total
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
 from tests.support.waiting import PATIENCE
 
@@ -389,11 +390,11 @@ async def test_callers_that_leave_at_random(server: Server, seed: int) -> None:
     async with asyncio.timeout(PATIENCE):
         while (gauges := server.gauges())["quire_queue_running"] or gauges["quire_queue_requests"]:
             await asyncio.sleep(0.2)
-        while server.gauges()["quire_sequences_running"]:
+        while total(server.gauges(), "quire_sequences_running"):
             await asyncio.sleep(0.2)
     server.check_unharmed()
     async with asyncio.timeout(PATIENCE):  # the reference answer's own blocks are given back, too
-        while server.gauges()['quire_kv_blocks{state="used"}']:
+        while total(server.gauges(), "quire_kv_blocks", 'state="used"'):
             await asyncio.sleep(0.2)
 
 

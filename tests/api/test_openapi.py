@@ -15,10 +15,10 @@ import jsonschema_rs
 import pytest
 
 from model.text.tokenizer import Tokenizer
-from service.api.http.context import ApiLimits
+from service.api.http.context import ApiLimits, Models
 from service.api.http.observer import ApiObserver
 from service.api.system.openapi import ERRORS, RULES, DocumentCache, operations
-from service.app import build_app
+from service.app import build_app, served_model
 from service.errors import QuireError
 from service.http.exposure import extras_of
 from service.messages import ModelCard
@@ -38,8 +38,7 @@ def document(tokenizer: Tokenizer) -> Json:
     """Made once: it takes tenths of a second."""
     app = build_app(
         MemoryQueue(QueueLimits()),
-        tokenizer,
-        lambda: CARD,
+        Models.of(served_model(tokenizer, lambda: CARD)),
         probes=ALL_WELL,
         limits=ApiLimits(),
         observer=ApiObserver(),

@@ -19,6 +19,7 @@ from loadtest.sse import DONE
 from service.messages import End, Tokens
 from tests.cluster.client import Transcript
 from tests.cluster.cluster import Cluster
+from tests.cluster.processes import total
 
 SETTLE = 60.0  # seconds within which a cluster must become idle
 
@@ -132,12 +133,12 @@ def leftovers(cluster: Cluster) -> dict[str, Any]:
     for engine in cluster.engines:
         if engine.is_up:
             samples = engine.metrics()
-            for name in (
-                'quire_kv_blocks{state="used"}',
-                "quire_sequences_running",
-                "quire_sequences_waiting",
+            for name, label in (
+                ("quire_kv_blocks", 'state="used"'),
+                ("quire_sequences_running", ""),
+                ("quire_sequences_waiting", ""),
             ):
-                left[f"{engine.log.name} {name}"] = samples.get(name, 0.0)
+                left[f"{engine.log.name} {name}"] = total(samples, name, label)
     return {name: value for name, value in left.items() if value}
 
 

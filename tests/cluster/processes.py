@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -151,9 +151,17 @@ class Replica:
         return {name: float(value) for name, value in samples}
 
     def metric(self, name: str) -> float:
-        """One sample, or the sum over all labels; 0 if there is none."""
-        found = self.metrics()
-        return sum(v for k, v in found.items() if k == name or k.startswith(name + "{"))
+        """The sum of a series over all labels; 0 if there is none."""
+        return total(self.metrics(), name)
+
+
+def total(samples: Mapping[str, float], name: str, label: str = "") -> float:
+    """The sum of the samples of a series that have this label, such as `state="used"`."""
+    return sum(
+        value
+        for sample, value in samples.items()
+        if sample.partition("{")[0] == name and label in sample
+    )
 
 
 def run_command(command: str, log: Path, *arguments: str) -> Replica:
@@ -171,12 +179,12 @@ def run_command(command: str, log: Path, *arguments: str) -> Replica:
 
 
 class ForkServer:
-    """The program `ORACLE`: it forks engines and computes expected outputs."""
+    """A program that forks replicas, by default `ORACLE`, which also computes expected outputs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, program: str = ORACLE) -> None:
         self._errors = (folder / "fork_server.log").open("wb")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", ORACLE],
+            [sys.executable, "-m", program],
             cwd=ROOT,
             env=ENVIRONMENT,
             stdin=subprocess.PIPE,
@@ -200,7 +208,7 @@ class ForkServer:
         return tokens
 
     def engine(self, log: Path, arguments: dict[str, Any]) -> Replica:
-        """Starts an engine without waiting for readiness."""
+        """Starts a replica, by default an engine, without waiting for readiness."""
         pid: int = self._ask({"log": str(log), "arguments": arguments})
         ending = log.with_suffix(".exit")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster.cluster import Cluster
+from tests.cluster.processes import total
 
 MIB = 1024 * 1024
 
@@ -59,11 +60,11 @@ def snapshot_process(part: str, pid: int) -> ResourceSnapshot:
 
 def snapshot_engine(part: str, metrics: Mapping[str, float]) -> ResourceSnapshot:
     blocks = {
-        f"KV blocks {state}": metrics.get(f'quire_kv_blocks{{state="{state}"}}', 0.0)
+        f"KV blocks {state}": total(metrics, "quire_kv_blocks", f'state="{state}"')
         for state in ("used", "cached", "free")
     }
     names = ("quire_sequences_running", "quire_sequences_waiting")
-    held = sum(metrics.get(name, 0.0) for name in names)
+    held = sum(total(metrics, name) for name in names)
     return ResourceSnapshot(part=part, figures={**blocks, "sequences": held})
 
 

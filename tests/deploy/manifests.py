@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
-OVERLAYS = ("cpu", "gpu", "autoscale", "gateway", "redis-cluster")
+OVERLAYS = ("cpu", "gpu", "models", "autoscale", "gateway", "redis-cluster")
 WORKLOADS = ("Deployment", "StatefulSet")
 
 Object = dict[str, Any]

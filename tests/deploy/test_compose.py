@@ -90,7 +90,7 @@ def test_what_is_not_valid_is_seen(change: dict[str, Any]) -> None:
 def test_a_plain_up_is_everything_on_a_cpu() -> None:
     chosen = set(ENV_FILE["COMPOSE_PROFILES"].split(","))
     known = {profile for each in services().values() for profile in each.get("profiles", [])}
-    assert known == {"cpu", "gpu", "monitoring"}
+    assert known == {"cpu", "gpu", "second-model", "monitoring"}
     up = {
         name
         for name, each in services().items()
@@ -217,3 +217,16 @@ def test_grafana_finds_prometheus_and_the_dashboard() -> None:
     mounts = dict(volume.split(":")[:2][::-1] for volume in services()["grafana"]["volumes"])
     home = services()["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert (DEPLOY / mounts[path] / home.removeprefix(path + "/")).is_file()
+
+
+def test_each_model_has_an_engine_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """API replicas serve them all."""
+    assert settings_of("api").model == settings_of("engine").model
+    monkeypatch.setitem(ENV_FILE, "MODEL_2", "second")
+    _document.cache_clear()
+    try:
+        found = [settings_of(name).model for name in ("engine", "engine-second")]
+        assert found == [(settings_of("api").model[0],), ("second",)]
+        assert settings_of("api").model == (*found[0], *found[1])
+    finally:
+        _document.cache_clear()

@@ -66,7 +66,7 @@ def test_every_series_it_names_is_one() -> None:
 def test_the_pickers_series_are_exported() -> None:
     """With the labels that the table of the section "Gateway" gives."""
     metrics = Metrics(vllm_names=True)
-    metrics.has_cache(block_size=16, num_blocks=100)
+    metrics.of_model("tiny").has_cache(block_size=16, num_blocks=100)
     families = {family.name: family for family in metrics.registry.collect()}
     rows = re.findall(r"^\|[^|]*\| `(vllm:\w+)` \|(.*)\|$", GUIDE, re.MULTILINE)
     assert len(rows) == 4

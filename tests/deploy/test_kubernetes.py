@@ -336,7 +336,8 @@ def test_autoscaling_counts_what_engines_hold() -> None:
 def test_the_scaler_counts_the_model_that_its_engines_serve() -> None:
     objects = render("autoscale")
     served = checks.settings_of(objects, container(engine(objects)))
-    name = served.model_name or name_of(served.model, Path("model.gguf"))
+    (source,) = served.sources
+    name = source.name or name_of(source.source, Path("model.gguf"))
     for trigger in get(objects, "ScaledObject", "quire-engine")["spec"]["triggers"]:
         models = re.findall(r'model="([^"]*)"', trigger["metadata"]["query"])
         assert set(models) == {name}
@@ -354,3 +355,14 @@ def test_autoscaling_begins_at_none() -> None:
     assert get(objects, "ScaledObject", "quire-engine")["spec"]["minReplicaCount"] == 0
     assert settings(objects)["QUIRE_ACCEPT_WITHOUT_ENGINES"] == "true"
     assert "QUIRE_ACCEPT_WITHOUT_ENGINES" not in settings(render("cpu"))
+
+
+def test_each_model_has_engines_of_its_own() -> None:
+    """API replicas serve them all."""
+    objects = render("models")
+    models = list(checks.settings_of(objects, container(api(objects))).model)
+    assert len(models) == 2
+    engines = [engine(objects), get(objects, "Deployment", "quire-engine-second")]
+    for workload, model in zip(engines, models, strict=True):
+        for each in containers(workload):
+            assert checks.settings_of(objects, each).model == (model,)

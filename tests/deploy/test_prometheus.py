@@ -67,14 +67,17 @@ def fed_metrics() -> Metrics:
     metrics = Metrics()
     metrics.call_answered(200)
     metrics.call_refused("full")
-    metrics.ended(End(count=1, reason=FinishReason.STOP), 0.5)
-    metrics.wasted(3, "cancelled")
+    engine = metrics.of_model("tiny")
+    engine.ended(End(count=1, reason=FinishReason.STOP), 0.5)
+    engine.wasted(3, "cancelled")
     metrics.serves(
         ModelCard(id="tiny", max_model_len=8, vocab_size=8, numeric_class="class-1", created=0)
     )
-    metrics.queue_read(QueueDepth(queued_requests=1, queued_tokens=9, running_requests=2), 3)
+    metrics.queue_read(
+        QueueDepth(queued_requests=1, queued_tokens=9, running_requests=2), {"tiny": 3}
+    )
     fields: dict[str, Any] = dict.fromkeys(StepReport.__dataclass_fields__, 1)
-    metrics.stepped(StepReport(**fields | {"preempted": ("r.0",)}))
+    engine.stepped(StepReport(**fields | {"preempted": ("r.0",)}))
     return metrics
 
 

@@ -34,7 +34,7 @@ from service.http.listeners import Listener
 from service.http.ports import address, bind
 from service.messages import GenerationRequest, ModelCard, SamplingParams
 from service.observability.metrics import Metrics
-from service.parts import EngineSide, connect_queue
+from service.parts import EngineSide, connect_queue, engine_admin_app
 from service.roles import run_role, run_until_stopped
 from service.settings import Settings
 from service.startup import Loaded, load_tokenizer, name_of
@@ -102,10 +102,11 @@ async def serve_oracle(
         on_run=Hooks(hooks, pace=pace),
     )
     runner.numeric_class = name
-    path = Path(settings.model)
+    (source,) = settings.sources
+    path = Path(source.source)
     tokenizer = load_tokenizer(path)
     card = ModelCard(
-        id=settings.model_name or name_of(settings.model, path),  # as the API replicas call it
+        id=source.name or name_of(source.source, path),  # as the API replicas call it
         max_model_len=min(limit, settings.block_size * blocks),
         vocab_size=runner.config.vocab_size,
         numeric_class=name,
@@ -113,6 +114,7 @@ async def serve_oracle(
         vocabulary=tokenizer.digest,
     )
     loaded = Loaded(
+        path=path,
         runner=runner,
         tokenizer=tokenizer,
         card=card,
@@ -124,9 +126,9 @@ async def serve_oracle(
     queue = await connect_queue(settings, metrics)
     engine = EngineSide(settings, loaded, queue, metrics)
     rows = {"engine": engine.id, "metrics": f"{address(admin)}/metrics"}
-    listeners = [Listener(engine.admin_app, admin)]
+    listeners = [Listener(engine_admin_app(settings, [engine], queue, metrics), admin)]
     ready = partial(print_banner, console, settings, rows, version="oracle")
-    await run_until_stopped(queue, listeners, engine=engine, ready=ready)
+    await run_until_stopped(queue, listeners, engines=[engine], ready=ready)
 
 
 def be_engine(arguments: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -27,6 +28,7 @@ from service.queues.contract import (
     Claim,
     EngineInfo,
     Lease,
+    ModelDepth,
     Queue,
     QueueDepth,
     QueueLimits,
@@ -50,7 +52,8 @@ from tests.queues.builders import (
 from tests.support.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner
 from tests.support.waiting import PATIENCE
 
-CARD = ModelCard(id="tiny", max_model_len=64, vocab_size=97, numeric_class="guess", created=0)
+MODEL = "tiny"
+CARD = ModelCard(id=MODEL, max_model_len=64, vocab_size=97, numeric_class="guess", created=0)
 LIMITS = QueueLimits(max_requests=40, max_per_tenant=40, lease=2.0, max_attempts=2, live_ttl=50.0)
 NEVER_COMPUTED: dict[str, Any] = dict.fromkeys(StepReport.__dataclass_fields__, 0)
 
@@ -93,6 +96,7 @@ class Walk:
         self.draw = random.Random(seed)
         self.clock = Clock()
         self.metrics = Metrics(clock=self.clock)
+        self.metrics.serves(CARD)
         self.queue = MemoryQueue(LIMITS, clock=self.clock, observer=self.metrics)
         self.claims: list[Claim] = []
         self.known: list[str] = []
@@ -104,7 +108,7 @@ class Walk:
             timeout_ms=self.draw.choice([None, 700]),
         )
         if (await self.queue.submit(submission)).status is SubmitStatus.OK:
-            self.metrics.call_accepted(len(submission.requests))
+            self.metrics.call_accepted(len(submission.requests), MODEL)
             self.known.append(submission.id)
 
     async def claim(self) -> None:
@@ -118,7 +122,7 @@ class Walk:
             end = stop_at(0, self.draw.choice([FinishReason.STOP, FinishReason.ERROR]))
             (reply,) = await self.queue.write([Write(claim.lease, end)])
             if reply.status.value == "ok":
-                self.metrics.ended(end, 0.1)
+                self.metrics.of_model(MODEL).ended(end, 0.1)
 
     async def stop(self) -> None:
         if self.known:
@@ -142,12 +146,13 @@ async def test_what_was_accepted_has_ended_or_is_in_flight(seed: int) -> None:
     for _ in range(150):
         await walk.draw.choice(calls)()
         depth = await walk.queue.depth()
-        accepted = walk.metrics.accepted._value.get()
-        ended = sum(walk.metrics.finished.labels(r.value)._value.get() for r in FinishReason)
+        accepted = total(walk.metrics, name="quire_requests_accepted_total")
+        ended = total(walk.metrics, name="quire_requests_finished_total")
         assert accepted == ended + depth.queued_requests + depth.running_requests
     found = samples(walk.metrics)
     for reason in ("stop", "error", "cancelled", "deadline"):
-        assert found[f'quire_requests_finished_total{{reason="{reason}"}}'] > 0, reason
+        series = f'quire_requests_finished_total{{model="{MODEL}",reason="{reason}"}}'
+        assert found[series] > 0, reason
 
 
 @pytest.fixture
@@ -191,10 +196,10 @@ async def working(queue: Queue, metrics: Metrics, name: str) -> AsyncIterator[Wo
         token_bytes=TOKEN_BYTES,
         eos_ids=EOS_IDS,
         deliver=deliver,
-        observer=metrics,
+        observer=metrics.of_model(MODEL),
     )
     info = EngineInfo(id=name, numeric_class="oracle", version="0")
-    worker = Worker(queue, engine, info=lambda: info, observer=metrics)
+    worker = Worker(queue, engine, info=lambda: info, observer=metrics.of_model(MODEL))
     task = asyncio.create_task(worker.run())
     try:
         yield worker
@@ -229,7 +234,7 @@ async def test_so_it_is_over_several_processes_and_a_redis(
         )
         queue, metrics = draw.choice([(api, told), (other, other_told)])
         assert (await queue.submit(submission)).status is SubmitStatus.OK
-        metrics.call_accepted(2)
+        metrics.call_accepted(2, MODEL)
         submissions.append(submission)
     poisoned = await claim_one(api, make_engine("dies"))
     await api.stop([f"{submissions[7].id}.0", f"{submissions[7].id}.1"], FinishReason.CANCELLED)
@@ -343,7 +348,7 @@ async def test_redis_tells_the_same_waits(replicas: Any, server: RedisServer) ->
 # --- never stale ----------------------------------------------------------------------------------
 OF_THE_QUEUE = (
     "quire_queue_requests", "quire_queue_tokens", "quire_queue_running",
-    "quire_queue_oldest_seconds", "quire_engines",
+    "quire_queue_oldest_seconds", 'quire_engines{model="tiny"}',
 )  # fmt: skip
 
 
@@ -367,7 +372,7 @@ async def test_what_is_not_known_is_absent() -> None:
     clock = Clock()
     metrics = Metrics(clock=clock)
     queue = SilentQueue(LIMITS, clock=clock)
-    cluster = Cluster(queue, CARD, observer=metrics, clock=clock)
+    cluster = Cluster(queue, [CARD], observer=metrics, clock=clock)
     assert not {"quire_queue_reachable", *OF_THE_QUEUE} & set(samples(metrics))
     await queue.submit(make_submission(2))
     await queue.claim(make_engine("e", numeric_class="real"), limit=1, wait=0)
@@ -407,8 +412,7 @@ async def test_each_model_has_its_queue() -> None:
     """Zero, and not absent, for a model without requests: an autoscaler reads it."""
     metrics, queue = Metrics(), MemoryQueue(LIMITS)
     cards = [replace(CARD, id=name, vocabulary=name) for name in ("a", "b")]
-    for card in cards:
-        cluster = Cluster(queue, card, observer=metrics)
+    cluster = Cluster(queue, cards, observer=metrics)
     await queue.submit(make_submission(2, model=cards[0].key))
     await queue.claim(make_engine(features=(model_feature(cards[0].key),)), limit=1, wait=0)
     assert "quire_model_queue_tokens" not in str(samples(metrics)), "the queue was not read yet"
@@ -425,7 +429,7 @@ async def test_each_model_has_its_queue() -> None:
 async def test_a_process_says_what_it_is() -> None:
     metrics = Metrics(role="api", version="1.2.3")
     queue = MemoryQueue(LIMITS)
-    cluster = Cluster(queue, CARD, observer=metrics)
+    cluster = Cluster(queue, [CARD], observer=metrics)
     info = 'quire_info{{model="tiny",numeric_class="{}",role="api",version="1.2.3"}}'
     assert samples(metrics)[info.format("guess")] == 1
     await queue.claim(make_engine(numeric_class="real"), limit=0, wait=0)
@@ -441,15 +445,18 @@ async def test_a_process_says_what_it_is() -> None:
 # --- names that others chose ----------------------------------------------------------------------
 def bounds(metrics: Metrics, name: str) -> list[float]:
     return [
-        float(key.split('"')[1])
+        float(bound)
         for key in samples(metrics)
-        if key.startswith(name + "_bucket") and "+Inf" not in key
+        if key.startswith(name + "_bucket")
+        for bound in re.findall(r'le="([^"]*)"', key)
+        if bound != "+Inf"
     ]
 
 
 def test_histograms_have_the_conventions_boundaries() -> None:
     """OpenTelemetry, semantic conventions for generative AI model servers."""
     metrics = Metrics()
+    metrics.begin_model(MODEL)
     assert bounds(metrics, "gen_ai_server_request_duration_seconds") == [
         0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
     ]  # fmt: skip
@@ -464,20 +471,33 @@ def test_histograms_have_the_conventions_boundaries() -> None:
 def fed(*, vllm_names: bool, role: str = "serve") -> Metrics:
     metrics = Metrics(vllm_names=vllm_names, role=role)
     metrics.serves(CARD)
-    metrics.has_cache(block_size=16, num_blocks=100)
+    engine = metrics.of_model(CARD.id)
+    engine.has_cache(block_size=16, num_blocks=100)
     seen = {"prompt_tokens": 30, "num_sampled": 5, "num_tokens": 35, "prefix_hit_tokens": 10}
     seen |= {"running": 3, "waiting": 2, "blocks_used": 30, "blocks_cached": 50, "blocks_free": 20}
-    metrics.stepped(StepReport(**NEVER_COMPUTED | seen | {"preempted": ("a.0", "b.0")}))
+    engine.stepped(StepReport(**NEVER_COMPUTED | seen | {"preempted": ("a.0", "b.0")}))
     for reason in (FinishReason.STOP, FinishReason.CANCELLED, FinishReason.DEADLINE):
-        metrics.ended(End(count=4, reason=reason), 0.25)
-    report: dict[str, Any] = {"id": "a", "tenant": "t", "endpoint": "chat", "outcome": "stop"}
+        engine.ended(End(count=4, reason=reason), 0.25)
+    report: dict[str, Any] = {
+        "id": "a",
+        "tenant": "t",
+        "model": CARD.id,
+        "endpoint": "chat",
+        "outcome": "stop",
+    }
     metrics.call_ended(
         CallReport(
-            **report, streamed=True, prompt_tokens=4, completion_tokens=5, to_first_token=0.03,
-            duration=0.43,
+            **report, streamed=True, prompt_tokens=4, completion_tokens=5,
+            to_first_token=0.03, duration=0.43,
         )
     )  # fmt: skip
-    metrics.queue_read(QueueDepth(queued_requests=7, queued_tokens=0, running_requests=0), 1)
+    depth = QueueDepth(
+        queued_requests=7,
+        queued_tokens=0,
+        running_requests=0,
+        by_model={CARD.key: ModelDepth(queued_requests=7)},
+    )
+    metrics.queue_read(depth, {CARD.id: 1})
     return metrics
 
 
@@ -511,7 +531,7 @@ def test_vllms_dashboards_find_the_same_figures() -> None:
     assert ends == {"stop": 1, "abort": 2, "length": 0}
     for key, value in found.items():  # bucket by bucket
         if key.startswith("gen_ai_server_time_to_first_token_seconds_bucket"):
-            bound = key.split('"')[1]
+            (bound,) = re.findall(r'le="([^"]*)"', key)
             name = "vllm:time_to_first_token_seconds_bucket"
             assert theirs[f'{name}{{le="{bound}",model_name="tiny"}}'] == value
 

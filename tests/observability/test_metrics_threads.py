@@ -27,7 +27,7 @@ def test_the_rate_is_read_while_the_engine_steps() -> None:
     """A step that ended in this moment was an error, and the engine exited: "deque mutated during
     iteration". Without the copy it shows within a hundred readings.
     """
-    metrics, over = Metrics(), threading.Event()
+    metrics, over = Metrics().of_model("m"), threading.Event()
 
     def step() -> None:
         while not over.is_set():

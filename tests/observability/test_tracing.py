@@ -25,14 +25,14 @@ from opentelemetry.trace import get_current_span
 from model.batch import Batch
 from model.text.tokenizer import Tokenizer
 from service.api.http.auth import only_with_key
-from service.api.http.context import ApiLimits
-from service.app import build_app
+from service.api.http.context import ApiLimits, Models
+from service.app import build_app, served_model
 from service.engine.loop import EngineLoop
 from service.engine.plan import EngineConfig
 from service.errors import StartupError, Unavailable
 from service.messages import End, Event, GenerationRequest, ModelCard, SamplingParams, Submission
 from service.observability.fan_out import fan_out
-from service.observability.metrics import Metrics
+from service.observability.metrics import Metrics, ModelMetrics
 from service.observability.otlp import OtlpTraces
 from service.observability.tracing import TracedCalls, TracedWork, context_of, traceparent_of
 from service.parts import open_traces
@@ -89,7 +89,7 @@ class Engine:
         num_blocks: int = 64,
     ) -> None:
         work = TracedWork(traces.tracer, model="oracle", engine=name)
-        observers: list[Metrics | TracedWork] = [Metrics(), work]
+        observers: list[ModelMetrics | TracedWork] = [Metrics().of_model("oracle"), work]
         self.loop = EngineLoop(
             OracleRunner(num_blocks=num_blocks, on_run=on_run),
             config=EngineConfig(max_batch_tokens=32, max_sequences=4),
@@ -193,8 +193,7 @@ def client(traces: Traces, tiny_tokenizer: Tokenizer) -> tuple[httpx.AsyncClient
     card = ModelCard(id="m", max_model_len=64, vocab_size=97, numeric_class="oracle", created=0)
     app = build_app(
         queue,
-        tiny_tokenizer,
-        lambda: card,
+        Models.of(served_model(tiny_tokenizer, lambda: card)),
         probes=ALL_WELL,
         limits=ApiLimits(),
         observer=fan_out(Metrics(), TracedCalls(traces.tracer)),
@@ -298,11 +297,11 @@ async def test_a_call_without_a_valid_key_leaves_no_open_span(
     traces: Traces, tiny_tokenizer: Tokenizer
 ) -> None:
     """Else anyone could fill the memory with spans that nothing ends."""
+    card = ModelCard(id="m", max_model_len=64, vocab_size=97, numeric_class="o", created=0)
     calls = TracedCalls(traces.tracer)
     app = build_app(
         MemoryQueue(QueueLimits()),
-        tiny_tokenizer,
-        lambda: ModelCard(id="m", max_model_len=64, vocab_size=97, numeric_class="o", created=0),
+        Models.of(served_model(tiny_tokenizer, lambda: card)),
         probes=ALL_WELL,
         limits=ApiLimits(),
         observer=calls,

@@ -31,7 +31,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model.grammar": ("llguidance", "model.batch"),
     "model.grammar_validator": ("model.grammar",),
     "service": ("service.decoding", "service.errors", "service.messages"),
-    "service.settings": ("pydantic", "service.errors"),
+    "service.setting_types": ("pydantic",),
+    "service.settings": ("pydantic", "service.errors", "service.setting_types"),
     "service.keys": ("pydantic", "service.errors"),
     "service.chat": ("httpx", "rich", "service.errors"),
     "service.engine": (
@@ -68,7 +69,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fastapi", "starlette", "model.grammar", "model.text", "service.messages",
         "service.errors", "service.fair_pool", "service.queues", "service.api",
     ),
-    "service.startup": ("rich", "model", "service.messages", "service.errors", "service.settings"),
+    "service.startup": (
+        "rich", "model", "service.messages", "service.errors", "service.settings",
+        "service.setting_types",
+    ),
     "service.banner": ("rich", "service.settings", "service.startup"),
     "service.parts": ("",),
     "service.roles": ("",),

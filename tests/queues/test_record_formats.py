@@ -59,7 +59,8 @@ REQUEST = GenerationRequest(
     trace="00-0123456789abcdef0123456789abcdef-0123456789abcdef-01", model="0123456789abcdef",
 )  # fmt: skip
 MANIFEST = Manifest(
-    endpoint=Endpoint.CHAT, model="model", fingerprint="class-1", created=1_700_000_000,
+    endpoint=Endpoint.CHAT, model="model", model_key="k", fingerprint="class-1",
+    created=1_700_000_000,
     prompts=(PromptNote(num_tokens=3, text="né", ids=(1, 300, 70_000)),), width=3, keep=2,
     stream=True, logprobs=2, prompt_logprobs=1, echo=True, return_token_ids=True,
     include_usage=True, continuous_usage=True, stop=("é", "\n"), notation="hermes", grace=30.0,
@@ -75,7 +76,7 @@ MANIFEST = Manifest(
 ENGINE = EngineInfo(
     id="e1", numeric_class="class-1", version="1.2.3", running=1, waiting=2, blocks_used=3,
     blocks_cached=4, blocks_free=5, max_model_len=8192, tokens_per_second=12.5,
-    features=("grammar",), block_size=16,
+    features=("grammar",), model="tiny", block_size=16,
 )  # fmt: skip
 TOKENS = Tokens(start=2, ids=(1, 300, 70_000), text="né", digest=123_456_789)
 SCORED = Tokens(

@@ -21,6 +21,7 @@ def shown(tiny_tokenizer: Tokenizer, *, exact: bool = True, **fields: Any) -> st
     runner = OracleRunner(num_blocks=99)
     runner.exact = exact
     loaded = Loaded(
+        path=Path("/secret/place/tiny.gguf"),
         runner=runner,
         tokenizer=tiny_tokenizer,
         card=ModelCard(
@@ -35,7 +36,7 @@ def shown(tiny_tokenizer: Tokenizer, *, exact: bool = True, **fields: Any) -> st
     )
     out = io.StringIO()
     console = Console(file=out, width=80)
-    rows = engine_rows(loaded, Path("/secret/place/tiny.gguf"))
+    rows = engine_rows([loaded])
     print_banner(console, Settings(), rows, version="0.0.1")
     return out.getvalue()
 

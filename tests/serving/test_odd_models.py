@@ -12,6 +12,7 @@ from service.engine.loop import EngineLoop
 from service.engine.observer import Observer
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, FinishReason, GenerationRequest, SamplingParams, Tokens
+from service.setting_types import ModelSource
 from service.settings import Settings
 from service.startup import Loaded, load_engine
 from tests.conftest import TinyModel
@@ -49,10 +50,8 @@ def answer(loaded: Loaded, request: GenerationRequest) -> tuple[list[int], str, 
 
 
 def load(path: Path, runner: str) -> Loaded:
-    return load_engine(
-        Settings(model=str(path), runner=runner, device="cpu", threads=1, kv_memory=4 * 1024**2),
-        path,
-    )
+    settings = Settings(runner=runner, device="cpu", threads=1, kv_memory=4 * 1024**2)
+    return load_engine(settings, ModelSource(str(path)), path)
 
 
 @pytest.mark.parametrize("runner", ["torch", "native"])

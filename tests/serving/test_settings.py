@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service.errors import StartupError
+from service.messages import ModelCard
+from service.observability.metrics import Metrics
+from service.parts import ApiModel, ApiSide
+from service.queues.contract import QueueLimits
+from service.queues.memory.queue import MemoryQueue
 from service.settings import Settings, load_settings, setting_rows
+from service.startup import MemoryPart, check_names
 
 
 def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(tmp_path: Path) -> None:
@@ -94,3 +101,57 @@ def test_every_setting_has_a_row_with_help() -> None:
 )
 def test_loopback(host: str, loopback: bool) -> None:
     assert load_settings({"host": host}, environ={}).is_loopback is loopback
+
+
+@pytest.mark.parametrize(
+    ("text", "sources"),
+    [
+        ("a", [("a", None)]),
+        ("a, b/c", [("a", None), ("b/c", None)]),
+        ("chat=/models/a.gguf,~/x=y", [("/models/a.gguf", "chat"), ("~/x=y", None)]),
+        ("org/chat=./x=y, /m/x=y", [("./x=y", "org/chat"), ("/m/x=y", None)]),
+    ],
+)
+def test_models_have_paths_and_names(text: str, sources: list[tuple[str, str | None]]) -> None:
+    assert list(load_settings({"model": text}, environ={}).sources) == sources
+    assert list(load_settings({}, environ={"QUIRE_MODEL": text}).sources) == sources
+
+
+def test_the_parts_of_the_memory_are_equal_by_default() -> None:
+    assert load_settings({"model": "a,b"}, environ={}).memory_parts == (0.5, 0.5)
+    settings = load_settings({"model": "a,b", "model_memory": "3, 1"}, environ={})
+    assert settings.memory_parts == (0.75, 0.25)
+    # On a GPU each takes its part of what the models before it leave.
+    parts = MemoryPart.divide(settings.memory_parts)
+    assert [part.of_rest for part in parts] == [0.75, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"model": ""}, "model"), ({"model": "a="}, "model"), ({"model": "=a"}, "model"),
+        ({"model": "a,b", "model_name": "c"}, "model_name"),
+        ({"model": "a,b", "model_memory": "1"}, "model_memory"),
+        ({"model": "a", "model_memory": "0"}, "model_memory"),
+        ({"model": "a,b", "tensor_parallel": "2"}, "tensor_parallel"),
+        ({"model_alias": "a"}, "model_alias"), ({"model_alias": "=a"}, "model_alias"),
+    ],
+)  # fmt: skip
+def test_models_that_contradict_are_refused(flags: dict[str, str], message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        load_settings(flags, environ={})
+
+
+@pytest.mark.parametrize(("alias", "reason"), [("m=m", "has this name"), ("a=x", "no model")])
+def test_an_alias_is_a_new_name_of_a_model(alias: str, reason: str, tiny_tokenizer: Any) -> None:
+    card = ModelCard(id="m", max_model_len=8, vocab_size=8, numeric_class="c", created=0)
+    model = ApiModel(card=card, tokenizer=tiny_tokenizer)
+    queue, metrics = MemoryQueue(QueueLimits()), Metrics()
+    with pytest.raises(StartupError, match=reason):
+        ApiSide(Settings(model_alias=alias), [model], queue, metrics)
+
+
+def test_two_models_need_two_names() -> None:
+    card = ModelCard(id="m", max_model_len=8, vocab_size=8, numeric_class="c", created=0)
+    with pytest.raises(StartupError, match="2 models have the name m"):
+        check_names([card, card])

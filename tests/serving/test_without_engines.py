@@ -15,7 +15,7 @@ from model.text.tokenizer import Tokenizer
 from service.cluster import ENGINES_GONE_AFTER, Cluster
 from service.messages import ModelCard, model_feature
 from service.observability.metrics import Metrics
-from service.parts import ApiSide, make_metrics
+from service.parts import ApiModel, ApiSide, make_metrics
 from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from service.settings import Settings
@@ -35,7 +35,7 @@ class Replica:
 
     @property
     def unserved(self) -> float:
-        return float(self.metrics.unserved._value.get())
+        return float(self.metrics.unserved.labels("tiny")._value.get())
 
 
 Start = Callable[..., Any]
@@ -49,10 +49,11 @@ def replica(tiny_tokenizer: Tokenizer) -> Start:
     async def start(**settings: Any) -> AsyncIterator[Replica]:
         queue, configured = MemoryQueue(QueueLimits(max_requests=2)), Settings(**settings)
         metrics = make_metrics(configured, "api")
-        side = ApiSide(configured, CARD, queue, metrics, tokenizer=tiny_tokenizer)
+        side = ApiSide(configured, [ApiModel(card=CARD, tokenizer=tiny_tokenizer)], queue, metrics)
         await side.cluster.refresh()
-        assert side.cluster._gone_since is not None
-        side.cluster._gone_since -= ENGINES_GONE_AFTER
+        engines = side.cluster.models[CARD.id]
+        assert engines._gone_since is not None
+        engines._gone_since -= ENGINES_GONE_AFTER
         transport = httpx.ASGITransport(app=side.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield Replica(client, queue, metrics, side)
@@ -82,20 +83,20 @@ async def test_only_what_was_seen_counts_as_gone() -> None:
     """A replica that was held up for a minute has not seen that the engines were away."""
     now = 0.0
     queue = MemoryQueue(QueueLimits(), clock=lambda: now)
-    cluster = Cluster(queue, CARD, observer=Metrics(role="api"), clock=lambda: now)
+    cluster = Cluster(queue, [CARD], observer=Metrics(role="api"), clock=lambda: now)
     found = []
     for heard, passes in ((False, 60), (True, 60), (False, 0), (False, ENGINES_GONE_AFTER)):
         if heard:
             await queue.claim(make_engine(), limit=0, wait=0)
             await cluster.refresh()
         now += passes
-        found.append(cluster.has_engines)
+        found.append(cluster.models["tiny"].available)
         if not heard and now > 100:
             await cluster.refresh()
     assert found == [True, True, True, False], "not looked, not looked again, just seen, gone"
     await queue.claim(make_engine(), limit=0, wait=0)
     await cluster.refresh()
-    assert cluster.has_engines
+    assert cluster.models["tiny"].available
 
 
 async def test_engines_of_another_model_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
@@ -103,16 +104,17 @@ async def test_engines_of_another_model_do_not_count(caplog: pytest.LogCaptureFi
     now = 0.0
     queue = MemoryQueue(QueueLimits(), clock=lambda: now)
     card, other = (replace(CARD, id=name, vocabulary="v") for name in ("tiny", "large"))
-    cluster = Cluster(queue, card, observer=Metrics(role="api"), clock=lambda: now)
+    cluster = Cluster(queue, [card], observer=Metrics(role="api"), clock=lambda: now)
+    tiny = cluster.models["tiny"]
     await queue.claim(make_engine("other", features=(model_feature(other.key),)), limit=0, wait=0)
     await cluster.refresh()
     now += ENGINES_GONE_AFTER
-    seen = [(cluster.has_engines, cluster.card.numeric_class)]
+    seen = [(tiny.available, tiny.card.numeric_class)]
     assert "none of the queue's 1 engines serves tiny" in caplog.text
     own = make_engine("own", numeric_class="own", features=(model_feature(card.key),))
     await queue.claim(own, limit=0, wait=0)
     await cluster.refresh()
-    seen.append((cluster.has_engines, cluster.card.numeric_class))
+    seen.append((tiny.available, tiny.card.numeric_class))
     assert seen == [(False, "guess"), (True, "own")]
 
 

@@ -39,8 +39,6 @@ ALL_WELL = Probes(
     started=lambda: True,
     live=lambda: True,
     draining=lambda: False,
-    served=lambda: True,
-    tokens_per_second=lambda: 100.0,
 )
 """What a process that is well says of itself."""
 

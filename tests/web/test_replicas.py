@@ -4,6 +4,7 @@ page continues. The text is that of an undisturbed answer.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ class Replicas:
     def kill_the_engine_at_work(self) -> None:
         for port, process in self.engines.items():
             metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE).text
-            if "quire_sequences_running 1.0" in metrics:
+            if re.search(r"quire_sequences_running\{.*\} 1\.0", metrics):
                 process.kill()
                 process.wait()
                 del self.engines[port]

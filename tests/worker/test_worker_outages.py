@@ -106,7 +106,7 @@ async def run(queue: FailingQueue, *, drain: bool, pace: float = 0.002) -> None:
     chores = [
         asyncio.create_task(sweep_forever(queue, interval=0.02)),
         asyncio.create_task(readers.send_heartbeats(0.02)),
-        asyncio.create_task(Cluster(queue, card, observer=seen).watch()),
+        asyncio.create_task(Cluster(queue, [card], observer=seen).watch()),
     ]
     readers.add("o0")
     try:

@@ -32,7 +32,7 @@ from service.http.listeners import Listener
 from service.http.ports import address, bind
 from service.messages import ModelCard
 from service.observability.metrics import Metrics
-from service.parts import ApiSide, EngineSide, connect_queue
+from service.parts import ApiModel, ApiSide, EngineSide, connect_queue
 from service.roles import run_until_stopped
 from service.settings import Settings
 from service.startup import Loaded, load_tokenizer
@@ -73,8 +73,10 @@ class Server:
             numeric_class="instant",
             created=0,
         )
-        tokenizer = load_tokenizer(resolve("", cache=default_cache()))
+        path = resolve("", cache=default_cache())
+        tokenizer = load_tokenizer(path)
         loaded = Loaded(
+            path=path,
             runner=self._runner,
             tokenizer=tokenizer,
             card=card,
@@ -83,10 +85,16 @@ class Server:
             options=self._options,
         )
         engine = EngineSide(self.settings, loaded, queue, metrics)
-        api = ApiSide(self.settings, card, queue, metrics, tokenizer=tokenizer, engine=engine)
+        api = ApiSide(
+            self.settings,
+            [ApiModel(card=card, tokenizer=tokenizer)],
+            queue,
+            metrics,
+            engines=[engine],
+        )
         listeners = [Listener(api.app, self.public), Listener(api.admin_app, bind("127.0.0.1", 0))]
         serving = asyncio.create_task(
-            run_until_stopped(queue, listeners, api=api, engine=engine, ready=self.is_ready.set)
+            run_until_stopped(queue, listeners, api=api, engines=[engine], ready=self.is_ready.set)
         )
         await until.wait()
         os.kill(os.getpid(), 15)  # SIGTERM, as an operator stops it

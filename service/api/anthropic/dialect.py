@@ -32,7 +32,7 @@ from service.api.generation.manifest import Endpoint
 from service.api.generation.prompts import render_chat
 from service.api.generation.reader import AnswerReader
 from service.api.generation.request import Chat, Generation, sampling_of
-from service.api.generation.submit import answer, check_model
+from service.api.generation.submit import answer
 from service.api.http.body import JsonRoute
 from service.api.http.context import Caller, Context, JsonRequest
 from service.api.http.errors import FieldNames
@@ -232,7 +232,7 @@ async def create_message(
 @router.post("/v1/messages/count_tokens", responses=described(MessageCount))
 async def count_tokens(body: CountBody, context: Context, tenant: Caller) -> Response:
     """Returns the number of tokens of a message's prompt."""
-    check_model(body.model, context)
+    chosen = context.model(body.model)
     chat, names = parse_chat(body), MESSAGES.names
-    prompt = await render_chat(chat, context, tenant=tenant.name, names=names)
+    prompt = await render_chat(chat, chosen, tenant=tenant.name, names=names)
     return json_response({"input_tokens": len(prompt.ids)})

@@ -60,6 +60,7 @@ class Manifest:
 
     endpoint: Endpoint
     model: str
+    model_key: str = ""  # `ModelCard.key`; empty: unknown
     fingerprint: str  # the numeric class that the replica knew when it admitted the request
     created: int  # Unix seconds
     prompts: tuple[PromptNote, ...]

@@ -27,7 +27,7 @@ from service.api.generation.request import (
     num_choices,
     output_limit,
 )
-from service.api.http.context import ApiContext, ApiLimits
+from service.api.http.context import ApiLimits, ModelContext
 from service.api.structured.grammar import JsonOutput, output_grammar
 from service.api.tools.formats import TOOL_FORMATS, tool_format_name
 from service.api.tools.grammar import validated_tools_grammar
@@ -45,7 +45,7 @@ _TIERS = MappingProxyType({"auto": "default", "scale": "default", "fast": "prior
 def plan(
     generation: Generation,
     prompts: Sequence[PromptTokens],
-    context: ApiContext,
+    context: ModelContext,
     *,
     endpoint: Endpoint,
     call: Call,
@@ -114,7 +114,7 @@ def plan(
 def _manifest(
     generation: Generation,
     prompts: Sequence[PromptTokens],
-    context: ApiContext,
+    context: ModelContext,
     *,
     endpoint: Endpoint,
     call: Call,
@@ -126,6 +126,7 @@ def _manifest(
     manifest = Manifest(
         endpoint=endpoint,
         model=context.card.id,
+        model_key=context.card.key,
         fingerprint=context.card.numeric_class,
         created=int(time.time()),
         prompts=tuple(
@@ -160,7 +161,7 @@ def _manifest(
     return replace(manifest, grace=_grace(generation, manifest, call=call, limits=limits))
 
 
-def _called(generation: Generation, context: ApiContext) -> dict[str, Any]:
+def _called(generation: Generation, context: ModelContext) -> dict[str, Any]:
     """The fields about tools. The chat template's rendering of calls is known by now."""
     if generation.tools is None:
         return {}
@@ -191,7 +192,7 @@ def _returned(generation: Generation, num_tokens: int, limits: ApiLimits) -> boo
     return bool(given)
 
 
-def _text(prompt: PromptTokens, context: ApiContext, *, skip_special: bool) -> str:
+def _text(prompt: PromptTokens, context: ModelContext, *, skip_special: bool) -> str:
     if prompt.text is not None:
         return prompt.text
     return context.tokenizer.decode(prompt.ids, skip_special=skip_special)
@@ -265,7 +266,7 @@ def named_prefixes(
     )
 
 
-async def grammar_of(generation: Generation, context: ApiContext, *, tenant: str) -> str | None:
+async def grammar_of(generation: Generation, context: ModelContext, *, tenant: str) -> str | None:
     """In `model.grammar`'s notation, validated; None: any text. Raises BadRequest, RateLimited or
     Unavailable.
     """
@@ -273,7 +274,7 @@ async def grammar_of(generation: Generation, context: ApiContext, *, tenant: str
     if output is None and tools is None:
         return None
     _reject_conflicting_fields(generation)
-    validate = partial(context.grammars.error, tenant=tenant)
+    validate = partial(context.served.grammars.error, tenant=tenant)
     if tools is not None:
         rendering = await call_rendering(context, tenant=tenant, param=names.prompt)
         tool_format = TOOL_FORMATS[tool_format_name(rendering)]

@@ -19,7 +19,7 @@ from model.text.template_calls import CallRendering
 from model.text.template_renderer import TemplateUnavailableError
 from service.api.generation.parts import thinking_options
 from service.api.generation.request import Chat, Generation, check_token_ids
-from service.api.http.context import ApiContext, ApiLimits
+from service.api.http.context import ApiLimits, ModelContext
 from service.api.http.errors import FieldNames
 from service.api.tools.chat import template_input
 from service.api.tools.formats import TOOL_FORMATS, tool_format_name
@@ -43,7 +43,7 @@ class PromptTokens:
 
 
 async def prompt_tokens(
-    generation: Generation, context: ApiContext, *, tenant: str
+    generation: Generation, context: ModelContext, *, tenant: str
 ) -> list[PromptTokens]:
     """The prompts of a request as token ids. Raises BadRequest or Unavailable."""
     prompt, keep = generation.prompt, _kept_tokens(generation, context)
@@ -85,7 +85,7 @@ async def prompt_tokens(
     return found
 
 
-async def _prediction(text: str | None, context: ApiContext, *, tenant: str) -> tuple[int, ...]:
+async def _prediction(text: str | None, context: ModelContext, *, tenant: str) -> tuple[int, ...]:
     """The ids of a predicted text. Raises BadRequest if it cannot fit the model's context."""
     if text is None:
         return ()
@@ -93,7 +93,7 @@ async def _prediction(text: str | None, context: ApiContext, *, tenant: str) -> 
     return ids[: context.limits.max_prediction_tokens]
 
 
-def _kept_tokens(generation: Generation, context: ApiContext) -> int | None:
+def _kept_tokens(generation: Generation, context: ModelContext) -> int | None:
     """How many of a prompt's last tokens are kept; None: all."""
     keep = generation.truncate_prompt
     if keep != -1:
@@ -146,7 +146,7 @@ async def _render_newest(
 
 async def render_chat(
     chat: Chat,
-    context: ApiContext,
+    context: ModelContext,
     *,
     tenant: str,
     names: FieldNames,
@@ -198,7 +198,7 @@ async def render_chat(
     return PromptTokens(ids=tuple(ids))
 
 
-async def call_rendering(context: ApiContext, *, tenant: str, param: str) -> CallRendering:
+async def call_rendering(context: ModelContext, *, tenant: str, param: str) -> CallRendering:
     """What the chat template writes for tools and calls. Raises BadRequest or Unavailable."""
     tokenizer, limits = context.tokenizer, context.limits
     known = "call_rendering" in vars(tokenizer) or tokenizer.renders_in_process
@@ -226,7 +226,9 @@ def _template_errors(param: str) -> Iterator[None]:
         ) from None
 
 
-def _check_prompt(prompt: str | Sequence[int], context: ApiContext, *, parse_special: bool) -> None:
+def _check_prompt(
+    prompt: str | Sequence[int], context: ModelContext, *, parse_special: bool
+) -> None:
     if isinstance(prompt, str):
         check_size([prompt], context, param="prompt", parse_special=parse_special)
     elif len(prompt) < context.card.max_model_len:  # longer ones are rejected later
@@ -235,7 +237,7 @@ def _check_prompt(prompt: str | Sequence[int], context: ApiContext, *, parse_spe
 
 async def encode(
     text: str,
-    context: ApiContext,
+    context: ModelContext,
     *,
     tenant: str,
     add_bos: bool,
@@ -249,7 +251,7 @@ async def encode(
 
 
 async def _text_ids(
-    work: Callable[[], list[int]], context: ApiContext, *, tenant: str, total: int
+    work: Callable[[], list[int]], context: ModelContext, *, tenant: str, total: int
 ) -> tuple[int, ...]:
     """The ids of a text that `work` encodes. `total` is the length of all texts of the call, in
     characters.
@@ -260,7 +262,7 @@ async def _text_ids(
 
 
 def check_size(
-    texts: Iterable[str], context: ApiContext, *, param: str, parse_special: bool = False
+    texts: Iterable[str], context: ModelContext, *, param: str, parse_special: bool = False
 ) -> None:
     """Raises BadRequest for texts whose size alone exceeds the context length."""
     longest = context.card.max_model_len

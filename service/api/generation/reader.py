@@ -33,7 +33,7 @@ def failure_of(end: End) -> QuireError | None:
         message = FAILURES.get(code, "the engine could not finish this answer")
         return GenerationFailed(message, code=code, retryable=code not in FATAL)
     if end.reason is FinishReason.DEADLINE and end.count == 0:
-        return DeadlineExceeded("the deadline passed before the first token")
+        return DeadlineExceeded("no engine of this model began the answer before its deadline")
     return None
 
 
@@ -66,11 +66,12 @@ class AnswerReader:
         submission: Submission | None = None,
     ) -> None:
         """`submission`: for the client that has just submitted it. `resumed`: for any other client
-        than the one that submitted it.
+        than the one that submitted it. Raises Unavailable if the model of the answer is not served
+        here: its tokens have no text.
         """
         self.id = call_id
         self.manifest = manifest
-        self.context = context
+        self.context = context = context.of_answer(manifest.model, key=manifest.model_key)
         self.request_ids: Sequence[str] = child_ids(call_id, manifest.num_choices)
         self.choices = [
             ChoiceReader(manifest, choice, context.tokenizer, request_id=request_id)
@@ -253,12 +254,13 @@ class AnswerReader:
         if error is not None:
             outcome = error.code
             if error.code == "journal_lost":
-                self.context.observer.call_lost(len(self.choices))
+                self.context.observer.call_lost(len(self.choices), self.manifest.model)
         first = self._first_token
         self.context.observer.call_ended(
             CallReport(
                 id=self.id,
                 tenant=self._tenant,
+                model=self.manifest.model,
                 endpoint=self.manifest.endpoint.value,
                 outcome=outcome,
                 streamed=streamed,

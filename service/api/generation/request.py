@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from service.api.http.auth import Tenant
-from service.api.http.context import ApiContext, ApiLimits, JsonRequest
+from service.api.http.context import ApiLimits, JsonRequest, ModelContext
 from service.api.http.errors import FieldNames
 from service.api.structured.grammar import OutputFormat
 from service.api.tools.chat import ChatMessage, ToolUse
@@ -65,7 +65,7 @@ class Chat:
 class Generation:
     """One request for one answer of one or more choices."""
 
-    model: str | None  # None: the only one served
+    model: str | None  # None: the first one
     prompt: Prompts | Chat
     sampling: SamplingParams  # `choice` and `top_logprobs` are set when it is planned
     names: FieldNames  # for error messages
@@ -219,7 +219,7 @@ def check_stop_rules(generation: Generation, limits: ApiLimits) -> None:
         raise _too_many("stop_token_ids", limits.max_stop_token_ids)
 
 
-def banned_sequences(generation: Generation, context: ApiContext) -> tuple[tuple[int, ...], ...]:
+def banned_sequences(generation: Generation, context: ModelContext) -> tuple[tuple[int, ...], ...]:
     """The token sequences of the bad words. Raises BadRequest, also if no token would be left."""
     words, limits = generation.bad_words, context.limits
     if len(words) > limits.max_bad_words:
@@ -283,7 +283,7 @@ def num_choices(generation: Generation, num_prompts: int, limits: ApiLimits) -> 
     return width, keep
 
 
-def output_limit(generation: Generation, prompt_length: int, context: ApiContext) -> int:
+def output_limit(generation: Generation, prompt_length: int, context: ModelContext) -> int:
     """The maximum number of output tokens: prompt and output must fit the context length."""
     longest, names = context.card.max_model_len, generation.names
     room = longest - prompt_length
@@ -320,7 +320,7 @@ def _too_many(param: str, limit: int) -> BadRequest:
     )
 
 
-def check_token_ids(ids: Sequence[int], context: ApiContext, *, param: str) -> None:
+def check_token_ids(ids: Sequence[int], context: ModelContext, *, param: str) -> None:
     """Raises BadRequest for ids outside of the model's vocabulary."""
     if ids and not (min(ids) >= 0 and max(ids) < context.card.vocab_size):
         raise BadRequest(

@@ -16,12 +16,11 @@ from service.api.generation.request import Call, Generation, read_call
 from service.api.generation.streams import EventStream
 from service.api.http.auth import Tenant, over_rate, with_tokens
 from service.api.http.call import unless_gone
-from service.api.http.context import ApiContext, ApiLimits, JsonRequest
+from service.api.http.context import ApiContext, ApiLimits, JsonRequest, ModelContext
 from service.errors import (
     BadRequest,
     Conflict,
     Gone,
-    NotFound,
     QuireError,
     RateLimited,
     Unavailable,
@@ -34,25 +33,16 @@ WARNING_HEADER = "x-quire-warning"
 """Names the known parts of a request that have no effect on this server."""
 
 
-def check_model(name: str | None, context: ApiContext) -> None:
-    """Raises NotFound for a model that is not served here."""
-    if name not in {None, context.card.id}:
-        raise NotFound(
-            "unknown model; /v1/models lists the models of this server",
-            code="model_not_found",
-            param="model",
-        )
-
-
-def ensure_accepting(generation: Generation, context: ApiContext) -> None:
-    """Raises Unavailable, NotFound or BadRequest for reasons that are cheap to check."""
+def ensure_accepting(generation: Generation, context: ApiContext) -> ModelContext:
+    """The context of the request's model. Raises Unavailable, NotFound or BadRequest for reasons
+    that are cheap to check.
+    """
     if context.probes.draining():
         raise Unavailable("this replica is shutting down", code="shutting_down", retry_after=1)
-    check_model(generation.model, context)
-    if not context.probes.served():
-        context.observer.call_unserved()
-        raise Unavailable("no engine is available", code="backend_unavailable")
+    chosen = context.model(generation.model)
+    chosen.ensure_served()
     _check_echoed(generation, context.limits)
+    return chosen
 
 
 def _check_echoed(generation: Generation, limits: ApiLimits) -> None:
@@ -67,7 +57,7 @@ def _check_echoed(generation: Generation, limits: ApiLimits) -> None:
 
 
 async def submit(
-    submission: Submission, request: Request, context: ApiContext, call: Call
+    submission: Submission, request: Request, context: ModelContext, call: Call
 ) -> AnswerReader:
     """A reader of the answer. Raises Unavailable, RateLimited, Conflict or Gone."""
     reply = await context.queue.submit(submission)
@@ -85,13 +75,13 @@ async def submit(
 
 
 async def _admitted(
-    submission: Submission, reply: SubmitReply, context: ApiContext
+    submission: Submission, reply: SubmitReply, context: ModelContext
 ) -> tuple[str, Manifest]:
     """The id and the manifest of the submission to follow: this one, or the earlier one with the
     same idempotency key.
     """
     if reply.status is SubmitStatus.OK:
-        context.observer.call_accepted(len(submission.requests))
+        context.observer.call_accepted(len(submission.requests), context.card.id)
     elif reply.status is not SubmitStatus.EXISTS:
         context.observer.call_refused(reply.status.value)
         raise _rejection(submission, reply, context)
@@ -105,7 +95,7 @@ async def _admitted(
 
 
 def _rejection(
-    submission: Submission, reply: SubmitReply, context: ApiContext
+    submission: Submission, reply: SubmitReply, context: ModelContext
 ) -> Conflict | RateLimited | Unavailable:
     if reply.status is SubmitStatus.CONFLICT:
         return Conflict("this Idempotency-Key came before with another body", retryable=False)
@@ -113,7 +103,7 @@ def _rejection(
         return _over_rate(submission, reply)
     if reply.status in {SubmitStatus.STORAGE, SubmitStatus.TENANT_STORAGE}:
         return _over_storage(submission, reply.status, context.queue.limits)
-    speed = context.probes.tokens_per_second()
+    speed = context.served.tokens_per_second()
     wait = reply.queued_tokens / speed if speed > 0 else 1.0
     if reply.status is SubmitStatus.TENANT:
         return RateLimited("you have too many requests in flight", retry_after=wait)
@@ -167,14 +157,14 @@ async def answer_generation(
     tenant: Tenant,
 ) -> Response:
     """As `answer`, for a body that was parsed before."""
-    ensure_accepting(generation, context)
+    chosen = ensure_accepting(generation, context)
     call = read_call(request, tenant, context.limits)
-    prompts = await prompt_tokens(generation, context, tenant=tenant.name)
-    grammar = await grammar_of(generation, context, tenant=tenant.name)
+    prompts = await prompt_tokens(generation, chosen, tenant=tenant.name)
+    grammar = await grammar_of(generation, chosen, tenant=tenant.name)
     submission = plan(
-        generation, prompts, context, endpoint=dialect.name, call=call, grammar=grammar
+        generation, prompts, chosen, endpoint=dialect.name, call=call, grammar=grammar
     )
-    reader = await submit(submission, request, context, call)
+    reader = await submit(submission, request, chosen, call)
     response = await _response(dialect, reader, request, event_ids=call.event_ids)
     if generation.warnings:
         response.headers[WARNING_HEADER] = ", ".join(generation.warnings)

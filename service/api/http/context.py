@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any, Protocol, Self
 
@@ -15,6 +16,7 @@ from model.text.tokenizer import Tokenizer
 from service.api.http.auth import Tenant
 from service.api.http.call import Readers
 from service.api.http.observer import BUSY, ApiObserver
+from service.errors import NotFound, Unavailable
 from service.fair_pool import FairPool
 from service.messages import ModelCard
 from service.queues.contract import Queue, QueueLimits
@@ -93,8 +95,6 @@ class Probes:
     started: Callable[[], bool] = lambda: True  # the weights are loaded
     live: Callable[[], bool] = lambda: True  # the engine makes progress or has nothing to do
     draining: Callable[[], bool] = lambda: False  # shutting down: accepts no new calls
-    served: Callable[[], bool] = lambda: True  # an engine sent a heartbeat lately
-    tokens_per_second: Callable[[], float] = lambda: 0.0  # of all engines; 0: unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +132,25 @@ class WorkPools:
             pool.close()
 
 
+class AttentionReads(Protocol):
+    """Reads attention maps of one network, see `system.attention`."""
+
+    num_layers: int
+    num_heads: int
+
+    async def read(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        *,
+        tenant: str,
+        layer: int | None,
+        head: int | None,
+    ) -> list[list[float]]: ...
+
+    def close(self) -> None: ...
+
+
 class GrammarErrors(Protocol):
     """Finds grammars that do not compile, see `structured.validator`."""
 
@@ -142,27 +161,124 @@ class GrammarErrors(Protocol):
     def close(self) -> None: ...
 
 
+class ModelKind(StrEnum):
+    """What a model does."""
+
+    GENERATE = "generate"  # continues a text, token by token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """One model that this replica takes requests for; engines, here or elsewhere, compute it."""
+
+    kind: ModelKind = ModelKind.GENERATE
+    tokenizer: Tokenizer
+    grammars: GrammarErrors
+    read_card: Callable[[], ModelCard]  # an API replica learns from engines at run time
+    served: Callable[[], bool] = lambda: True  # an engine sent a heartbeat lately
+    tokens_per_second: Callable[[], float] = lambda: 0.0  # of its engines; 0: unknown
+    attention: AttentionReads | None = None  # None: its network is not in this process
+
+    @property
+    def card(self) -> ModelCard:
+        return self.read_card()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """The models by their names in the API. Requests that name none are for the first one."""
+
+    table: Mapping[str, ServedModel]  # never empty
+    aliases: Mapping[str, str] = field(default_factory=dict)  # further name -> name
+
+    @classmethod
+    def of(cls, *models: ServedModel, aliases: Mapping[str, str] | None = None) -> Self:
+        return cls(table={model.card.id: model for model in models}, aliases=aliases or {})
+
+    @property
+    def first(self) -> ServedModel:
+        return next(iter(self.table.values()))
+
+    def states(self) -> dict[str, str]:
+        """Of each model: `ready`, or `no engine` if none serves it now."""
+        return {
+            name: "ready" if model.served() else "no engine" for name, model in self.table.items()
+        }
+
+    def named(self) -> Iterator[tuple[str, ServedModel]]:
+        """Every name, aliases included, with its model."""
+        yield from self.table.items()
+        yield from ((alias, self.table[name]) for alias, name in self.aliases.items())
+
+    def find(self, name: str | None) -> ServedModel | None:
+        """The model of a name or an alias; None if it is unknown."""
+        return self.first if name is None else self.table.get(self.aliases.get(name, name))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiContext:
     """The parts that the endpoints work with."""
 
     queue: Queue
-    tokenizer: Tokenizer
-    read_card: Callable[[], ModelCard]  # an API replica gets its engines' model at run time
+    models: Models
     limits: ApiLimits
     observer: ApiObserver
     probes: Probes
     pools: WorkPools
     readers: Readers
-    grammars: GrammarErrors
     version: str
     replay_turns: asyncio.Lock = field(default_factory=asyncio.Lock)  # see `generation.follow`
     closing: asyncio.Event = field(default_factory=asyncio.Event)  # open connections end now
 
+    def model(self, name: str | None) -> ModelContext:
+        """The context of a request that names this model. Raises NotFound if it is unknown."""
+        model = self.models.find(name)
+        if model is None:
+            raise NotFound(
+                "unknown model; /v1/models lists the models of this server",
+                code="model_not_found",
+                param="model",
+            )
+        return self.with_model(model)
+
+    def of_answer(self, name: str, *, key: str) -> ModelContext:
+        """The context of an answer by the model of this name and key. Raises Unavailable if this
+        replica has not its tokenizer; another replica may.
+        """
+        model = self.models.table.get(name)
+        if model is None or key not in {"", model.card.key}:
+            raise Unavailable(
+                "the model of this answer is not served here; try again",
+                code="model_not_loaded",
+                retry_after=2.0,
+            )
+        return self.with_model(model)
+
+    def with_model(self, model: ServedModel) -> ModelContext:
+        shared = {each.name: getattr(self, each.name) for each in fields(ApiContext)}
+        return ModelContext(**shared, served=model)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelContext(ApiContext):
+    """The context of a request whose model is chosen."""
+
+    served: ServedModel
+
     @property
     def card(self) -> ModelCard:
-        """The model that is served now."""
-        return self.read_card()
+        """The card of the model, as it is known now."""
+        return self.served.card
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.served.tokenizer
+
+    def ensure_served(self) -> None:
+        """Raises Unavailable if no engine serves the model now."""
+        if not self.served.served():
+            self.observer.call_unserved(self.card.id)
+            raise Unavailable("no engine of this model is available", code="backend_unavailable")
 
 
 class JsonRequest(Request):

@@ -264,11 +264,9 @@ Label = Annotated[
     str, PlainValidator(_label), WithJsonSchema({"type": "string", "maxLength": MAX_LABEL})
 ]
 ModelName = Annotated[str, StringConstraints(min_length=1)]
-RequiredModel = Annotated[
-    ModelName, Field(description="The id of the model, as /v1/models lists it.")
-]
 OptionalModel = Annotated[
-    ModelName | None, Field(description="The id of the model. Default: the only one served.")
+    ModelName | None,
+    Field(description="A model or an alias that /v1/models lists. Default: its first one."),
 ]
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],

@@ -14,6 +14,7 @@ class CallReport:
 
     id: str
     tenant: str
+    model: str  # its name, as the server has it
     endpoint: str
     outcome: str  # finish reasons, sorted and joined by "+"; "left"; or an error's code
     streamed: bool
@@ -52,16 +53,16 @@ class ApiObserver:
     def call_answered(self, status: int) -> None:
         """An HTTP response has begun."""
 
-    def call_accepted(self, requests: int) -> None:
+    def call_accepted(self, requests: int, model: str) -> None:
         """A call's requests were admitted to the queue."""
 
     def call_refused(self, reason: str) -> None:
         """A limit refused a call; the reason is a `SubmitStatus` of the queue, "rate" or BUSY."""
 
-    def call_unserved(self) -> None:
-        """A call was refused because no engine is available."""
+    def call_unserved(self, model: str) -> None:
+        """A call was refused because no engine of the model is available."""
 
-    def call_lost(self, requests: int) -> None:
+    def call_lost(self, requests: int, model: str) -> None:
         """The journal of admitted requests vanished while it was read."""
 
     def call_ended(self, report: CallReport) -> None:

@@ -284,8 +284,9 @@ async def delete_response(
     response_id: ResponseId, request: Request, context: Context, tenant: Caller
 ) -> Response:
     """Ends a response if it has not ended, and deletes it."""
-    reader = await _find(response_id, request, context, tenant)
-    await context.queue.forget(reader.id)
+    call_id, _ = await find_response(response_id, context, tenant)
+    request.state.request_id = call_id
+    await context.queue.forget(call_id)
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 

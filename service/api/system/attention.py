@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from fastapi import APIRouter, Response
 from pydantic import Field
 
 from service.api.generation.prompts import encode, render_chat
 from service.api.generation.request import check_token_ids
-from service.api.generation.submit import check_model
 from service.api.http.body import JsonRoute
-from service.api.http.context import ApiContext, ApiLimits, Caller, Context, from_app
+from service.api.http.context import ApiLimits, Caller, Context, ModelContext
 from service.api.http.fields import TokenIds
 from service.api.http.models import AnswerModel, ModelId, TokenList, described, json_response
 from service.api.http.observer import BUSY, ApiObserver
@@ -47,7 +46,9 @@ class AttentionReader(Protocol):
 
 class AttentionService:
     def __init__(self, reader: AttentionReader, limits: ApiLimits, observer: ApiObserver) -> None:
-        self.reader = reader
+        self.num_layers = reader.num_layers
+        self.num_heads = reader.num_heads
+        self._reader = reader
         self._pool = FairPool(
             "attention",
             threads=1,
@@ -70,7 +71,7 @@ class AttentionService:
         """
 
         def rows() -> list[list[float]]:
-            weights = self.reader.read(tokens, layer=layer, head=head)
+            weights = self._reader.read(tokens, layer=layer, head=head)
             return [[round(weight, DIGITS) for weight in weights[at]] for at in positions]
 
         return await self._pool.run(tenant, rows)
@@ -78,10 +79,6 @@ class AttentionService:
     def close(self) -> None:
         """Cancels the calls that wait."""
         self._pool.close()
-
-
-Attention = Annotated[AttentionService | None, from_app("attention")]
-"""None if no network is in the process."""
 
 
 class AttentionBody(TokenizeBody):
@@ -107,34 +104,32 @@ class AttentionMap(AnswerModel):
 
 
 @router.post("/v1/attention", responses=described(AttentionMap))
-async def show_attention(
-    body: AttentionBody, context: Context, tenant: Caller, service: Attention
-) -> Response:
+async def show_attention(body: AttentionBody, context: Context, tenant: Caller) -> Response:
     """The attention weights of each token of a prompt, of messages (through the model's chat
     template) or of token ids, to itself and earlier tokens: the softmax of one layer's head, or the
     mean over layers and heads. Available if the network is in the process (`quire serve`).
     """
-    check_model(body.model, context)
+    chosen = context.model(body.model)
+    service = chosen.served.attention
     if service is None:
         raise NotFound(
             "attention is not available: this replica has no network, or the setting is off",
             code="attention_not_available",
             retryable=False,
         )
-    reader = service.reader
-    _check_index(body.layer, "layer", reader.num_layers)
-    _check_index(body.head, "head", reader.num_heads)
-    tokens = await _tokens(body, context, tenant=tenant.name)
+    _check_index(body.layer, "layer", service.num_layers)
+    _check_index(body.head, "head", service.num_heads)
+    tokens = await _tokens(body, chosen, tenant=tenant.name)
     positions = _positions(body, len(tokens))
     rows = await service.read(
         tokens, positions, tenant=tenant.name, layer=body.layer, head=body.head
     )
-    texts = [context.tokenizer.token_text(token) for token in tokens]
+    texts = [chosen.tokenizer.token_text(token) for token in tokens]
     return json_response({
         "object": "attention",
-        "model": context.card.id,
-        "num_layers": reader.num_layers,
-        "num_heads": reader.num_heads,
+        "model": chosen.card.id,
+        "num_layers": service.num_layers,
+        "num_heads": service.num_heads,
         "layer": body.layer,
         "head": body.head,
         "tokens": tokens,
@@ -151,7 +146,7 @@ def _check_index(index: int | None, name: str, count: int) -> None:
         raise BadRequest(f"{name} must be from 0 to {count - 1}", param=name)
 
 
-async def _tokens(body: AttentionBody, context: ApiContext, *, tenant: str) -> list[int]:
+async def _tokens(body: AttentionBody, context: ModelContext, *, tenant: str) -> list[int]:
     """Returns the tokens of the input. Raises BadRequest if there are none, or too many."""
     given = {"prompt": body.prompt, "messages": body.messages, "tokens": body.tokens}
     names = [name for name, value in given.items() if value is not None]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Response
 from pydantic import Field
 
-from service.api.http.context import Context, Probes, from_app
+from service.api.http.context import ApiContext, Context, Probes, ServedModel, from_app
 from service.api.http.models import (
     AnswerModel,
     ContextLength,
@@ -24,7 +24,6 @@ from service.api.http.models import (
     described,
     json_response,
 )
-from service.api.system.attention import Attention
 from service.errors import Unavailable
 from service.queues.contract import EngineInfo, Queue, QueueDepth
 
@@ -64,6 +63,9 @@ class ServerStatus(AnswerModel):
     model: ModelId
     max_model_len: ContextLength
     numeric_class: NumericClass
+    models: list[dict[str, Any]] = Field(
+        description="Each model: its card, whether an engine serves it, and its load."
+    )
     version: str = Field(description="The server's version.")
     draining: bool = Field(description="Whether the replica is shutting down.")
     queue: dict[str, Any] | None = Field(
@@ -73,17 +75,18 @@ class ServerStatus(AnswerModel):
 
 
 @status_router.get("/status", responses=described(ServerStatus))
-async def show_status(context: Context, live: Live, attention: Attention) -> Response:
-    """The model, the queue's depth (null if the queue is unreachable), and the latest heartbeat of
-    each engine.
+async def show_status(context: Context, live: Live) -> Response:
+    """The models, the queue's depth (null if the queue is unreachable), and the latest heartbeat of
+    each engine. The card at the top is that of the first model.
     """
-    card = context.card
+    card = context.models.first.card
     status = {
         "model": card.id,
         "max_model_len": card.max_model_len,
         "numeric_class": card.numeric_class,
+        "models": [_model_status(model, context) for model in context.models.table.values()],
         "version": context.version,
-        "max_attention_tokens": context.limits.max_attention_tokens if attention else None,
+        "max_attention_tokens": _attention_limit(context.models.first, context),
         "draining": context.probes.draining(),
         "queue": None,
         "engines": [],
@@ -93,6 +96,23 @@ async def show_status(context: Context, live: Live, attention: Attention) -> Res
         depth, engines = state
         status |= {"queue": asdict(depth), "engines": [asdict(engine) for engine in engines]}
     return json_response(status, headers={"cache-control": "no-store"})
+
+
+def _model_status(model: ServedModel, context: ApiContext) -> dict[str, Any]:
+    card = model.card
+    return {
+        "id": card.id,
+        "kind": model.kind.value,
+        "served": model.served(),
+        "max_model_len": card.max_model_len,
+        "numeric_class": card.numeric_class,
+        "max_attention_tokens": _attention_limit(model, context),
+        "tokens_per_second": model.tokens_per_second(),
+    }
+
+
+def _attention_limit(model: ServedModel, context: ApiContext) -> int | None:
+    return None if model.attention is None else context.limits.max_attention_tokens
 
 
 class Health(AnswerModel):
@@ -107,6 +127,7 @@ class HealthContext:
 
     queue: Queue
     probes: Probes
+    models: Callable[[], dict[str, str]] = dict  # the state of each model, by its name
     timeout: float = 1.0  # seconds that the queue has to answer a check
 
     async def check_queue(self) -> None:
@@ -142,19 +163,21 @@ async def live(context: Checked) -> Response:
 @router.get("/health/ready")
 async def ready(context: Checked) -> Response:
     """Returns 200 while the server is started, not draining, and the queue accepts writes. A full
-    queue is ready.
+    queue is ready, and so is a replica some of whose models have no engine now.
     """
     if not context.probes.started():
         raise Unavailable("the server is starting", code="starting")
     if context.probes.draining():
         raise Unavailable("this replica is shutting down", code="shutting_down")
     await context.check_queue()
-    return json_response({"status": "ok"})
+    return json_response({"status": "ok", "models": context.models()})
 
 
 @router.get("/health")
 async def health(context: Checked) -> Response:
-    """Returns 200 while live, with the state of the queue and the number of engines."""
+    """Returns 200 while live, with the state of the queue and of each model, and the number of
+    engines.
+    """
     if not context.probes.live():
         raise Unavailable("the engine makes no progress", code="stalled")
     try:
@@ -162,4 +185,5 @@ async def health(context: Checked) -> Response:
         engines = len(await context.queue.engines())
     except Unavailable:
         return json_response({"status": "ok", "queue": "unreachable"})
-    return json_response({"status": "ok", "queue": "ok", "engines": engines})
+    models = context.models()
+    return json_response({"status": "ok", "queue": "ok", "engines": engines, "models": models})

@@ -10,9 +10,8 @@ from pydantic import Field
 
 from service.api.generation.prompts import encode, render_chat, run_in_pool
 from service.api.generation.request import Chat, check_token_ids
-from service.api.generation.submit import check_model
 from service.api.http.body import JsonRoute
-from service.api.http.context import ApiContext, Caller, Context
+from service.api.http.context import Caller, Context, ServedModel
 from service.api.http.errors import FieldNames
 from service.api.http.fields import OptionalModel, Text, TokenIds
 from service.api.http.models import (
@@ -43,6 +42,8 @@ class Model(AnswerModel):
     object: Literal["model"] = Field(description="The type of this object.")
     created: Created
     owned_by: str = Field(description="The server.")
+    root: str = Field(description="The id of the model that an alias stands for, or its own.")
+    kind: Literal["generate"] = Field(description="What the model does.")
     max_model_len: ContextLength
     numeric_class: NumericClass
     system_fingerprint: NumericClass
@@ -61,13 +62,15 @@ class Version(AnswerModel):
     version: str = Field(description="The server's version.")
 
 
-def _card(context: ApiContext) -> dict[str, Any]:
-    card = context.card
+def _entry(name: str, model: ServedModel) -> dict[str, Any]:
+    card = model.card
     return {
-        "id": card.id,
+        "id": name,
         "object": "model",
         "created": card.created,
         "owned_by": "quire",
+        "root": card.id,
+        "kind": model.kind.value,
         "max_model_len": card.max_model_len,
         "system_fingerprint": card.numeric_class,
         "numeric_class": card.numeric_class,
@@ -76,19 +79,21 @@ def _card(context: ApiContext) -> dict[str, Any]:
 
 @router.get("/v1/models", responses=described(ModelList))
 async def list_models(context: Context) -> Response:
-    """The models served here, with their maximum context length and numeric class: within a class,
-    equal requests get bit-identical answers.
+    """The models that engines serve now, and their aliases, with their maximum context length and
+    numeric class: within a class, equal requests get bit-identical answers.
     """
-    return json_response({"object": "list", "data": [_card(context)]})
+    entries = [_entry(name, model) for name, model in context.models.named() if model.served()]
+    return json_response({"object": "list", "data": entries})
 
 
 @router.get("/v1/models/{model:path}", responses=described(Model))
 async def show_model(
     model: Annotated[str, Path(description="The id of the model.")], context: Context
 ) -> Response:
-    """One model of the list."""
-    check_model(model, context)
-    return json_response(_card(context))
+    """One model of the list, by its id or an alias."""
+    chosen = context.model(model)
+    chosen.ensure_served()
+    return json_response(_entry(model, chosen.served))
 
 
 @router.get("/version", responses=described(Version))
@@ -155,7 +160,7 @@ class TokenText(AnswerModel):
 @tokens_router.post("/tokenize", responses=described(Tokenized))
 async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Response:
     """The token ids of a prompt, or of messages through the model's chat template."""
-    check_model(body.model, context)
+    chosen = context.model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise BadRequest(
             "exactly one of prompt and messages must be given",
@@ -163,11 +168,11 @@ async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Resp
             param="prompt",
         )
     if body.prompt is None:
-        ids = (await render_chat(body.chat(), context, tenant=tenant.name, names=NAMES)).ids
+        ids = (await render_chat(body.chat(), chosen, tenant=tenant.name, names=NAMES)).ids
     else:
         ids = await encode(
             body.prompt,
-            context,
+            chosen,
             tenant=tenant.name,
             add_bos=body.add_special_tokens is not False,
             parse_special=body.parse_special is not False,
@@ -177,13 +182,13 @@ async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Resp
         texts = await run_in_pool(
             context.pools.tokens,
             tenant.name,
-            lambda: [context.tokenizer.token_text(token) for token in ids],
+            lambda: [chosen.tokenizer.token_text(token) for token in ids],
             len(ids),
             context.limits,
         )
     return json_response({
         "count": len(ids),
-        "max_model_len": context.card.max_model_len,
+        "max_model_len": chosen.card.max_model_len,
         "tokens": ids,
         "token_strs": texts,
     })  # fmt: skip
@@ -192,8 +197,8 @@ async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Resp
 @tokens_router.post("/detokenize", responses=described(TokenText))
 async def detokenize(body: DetokenizeBody, context: Context, tenant: Caller) -> Response:
     """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
-    check_model(body.model, context)
-    check_token_ids(body.tokens, context, param="tokens")
-    work, length = partial(context.tokenizer.decode, body.tokens), len(body.tokens)
+    chosen = context.model(body.model)
+    check_token_ids(body.tokens, chosen, param="tokens")
+    work, length = partial(chosen.tokenizer.decode, body.tokens), len(body.tokens)
     text = await run_in_pool(context.pools.tokens, tenant.name, work, length, context.limits)
     return json_response({"prompt": text})

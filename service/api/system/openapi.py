@@ -109,7 +109,7 @@ class DocumentCache:
 async def show_document(
     cache: Annotated[DocumentCache, from_app("document")], context: Context
 ) -> Response:
-    return Response(await cache.body(context.card), media_type="application/json")
+    return Response(await cache.body(context.models.first.card), media_type="application/json")
 
 
 @router.get("/docs")
@@ -123,7 +123,7 @@ def install(app: FastAPI, context: ApiContext) -> None:
 
     def document() -> Json:
         plain = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        return complete(plain, limits=context.limits, card=context.card)
+        return complete(plain, limits=context.limits, card=context.models.first.card)
 
     app.openapi = document  # type: ignore[method-assign]  # FastAPI documents this
     app.state.document = DocumentCache(document)

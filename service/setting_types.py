@@ -1,0 +1,86 @@
+"""Setting types: values of settings that are more than a number or a word."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, NamedTuple, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+
+
+def parse_bytes(value: object) -> object:
+    """Converts `512MiB`, `2g` or `1_000_000` to bytes; pydantic rejects any other string."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([0-9][0-9_]*)\s*([kmg]i?|)b?", value.strip().lower())
+    return int(match[1]) * _UNITS[match[2]] if match else value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+def split_list(value: object) -> object:
+    """Splits `a, b` into a tuple; returns a TOML list unchanged."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _check_host(value: str) -> str:
+    if not re.fullmatch(r"\*|[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", value):
+        raise ValueError("must be host names or addresses without scheme and port, or *")
+    return value.lower()
+
+
+def _check_origin(value: str) -> str:
+    if not re.fullmatch(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+", value):
+        raise ValueError("must be origins such as https://app.example, without a path, or *")
+    return value.lower()
+
+
+Hosts = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_host)], ...], BeforeValidator(split_list)
+]
+Origins = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(split_list)
+]
+
+
+class ModelSource(NamedTuple):
+    """A model to serve: where its files are, and its name in the API if that is set."""
+
+    source: str
+    name: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads `PATH` or `NAME=PATH`. A path with an equals sign begins with `/`, `.` or `~`."""
+        name, equals, source = text.partition("=")
+        return cls(source, name) if equals and name[:1] not in {"/", ".", "~"} else cls(text)
+
+
+def _check_model(value: str) -> str:
+    source, name = ModelSource.parse(value)
+    if not source or name == "":
+        raise ValueError("must be PATH or NAME=PATH")
+    return value
+
+
+def _check_alias(value: str) -> str:
+    alias, _, model = value.partition("=")
+    if not alias or not model:
+        raise ValueError("must be ALIAS=MODEL")
+    return value
+
+
+Models = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_model)], ...],
+    BeforeValidator(split_list),
+    Field(min_length=1),
+]
+Aliases = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_alias)], ...], BeforeValidator(split_list)
+]
+Parts = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(split_list)]
