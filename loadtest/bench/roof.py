@@ -24,10 +24,11 @@ class NoRoof(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Numbers of weights in the matrices of all layers and of the head; one byte each in 8 bits."""
+    """Numbers of weights in the matrices of all layers and of the head, which has 8 bits."""
 
     layers: int
     head: int
+    layer_bytes: float = 1.0  # per weight of the layers; a block of 4 bits: 20 for 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,7 @@ class Roof:
     def seconds(self, weights: Weights, *, rows: int, outputs: int, kv_bytes: int = 0) -> float:
         """Lower bound of a step that computes `rows` tokens and reads `kv_bytes` of the KV pool."""
         products = weights.layers * rows + weights.head * outputs
-        read = weights.layers + weights.head + kv_bytes
+        read = weights.layers * weights.layer_bytes + weights.head + kv_bytes
         return max(read / self.bytes_a_second, products / self.products_a_second)
 
 

@@ -78,6 +78,9 @@ def load(model: NativeModel, config: ModelConfig, weights: Weights | Arrays) -> 
 
     `weights` itself is not modified.
     """
+    has_blocks = str(weights["blocks.0.mlp.down.weight"].dtype).endswith("uint8")
+    if has_blocks != model.shape.four_bit:
+        raise ValueError("dtype int4, and no other one, needs weights in blocks of 4 bits")
     kind = _FourBitLoader if model.shape.four_bit else _Loader
     kind(model, config, weights).run()
 

@@ -1,6 +1,6 @@
 """NativeRunner: a step in one call of a C++ library, with 8-bit activations, on a CPU.
 
-Weights have 8 bits or, if they are given in blocks of 4 bits (`model.checkpoint.four_bit`), 4.
+Weights have 8 bits or, with dtype int4, those of their blocks (`model.checkpoint.four_bit`).
 
 The bits of an answer do not depend on the batch, the chunks, the blocks, the threads or the
 instruction set: see native/src/kernels.h. `unsupported` names the families that it does not serve,
@@ -53,8 +53,8 @@ class NativeRunner:
         self, config: ModelConfig, weights: Weights | Arrays, *, options: RunnerOptions,
         digest: str, variant: str = "", library: NativeLibrary | None = None,
     ) -> None:  # fmt: skip
-        four_bit = has_four_bits(weights)
-        reason = unsupported(config) or _unsupported_options(options, four_bit=four_bit)
+        four_bit = options.dtype == "int4"
+        reason = unsupported(config) or _unsupported_options(options)
         if reason:
             raise ValueError(reason)
         library = library or NativeLibrary()
@@ -155,16 +155,9 @@ def unsupported(config: ModelConfig) -> str | None:
     return f"the native runner does not support {found[0]}" if found else None
 
 
-def has_four_bits(weights: Weights | Arrays) -> bool:
-    """Whether the matrices of the layers are given in blocks of 4 bits."""
-    return str(weights["blocks.0.mlp.down.weight"].dtype).endswith("uint8")
-
-
-def _unsupported_options(options: RunnerOptions, *, four_bit: bool) -> str | None:
+def _unsupported_options(options: RunnerOptions) -> str | None:
     if options.dtype not in ("auto", "int8", "int4"):
         return "dtype must be auto, int8 or int4 for the native runner"
-    if options.dtype == ("int8" if four_bit else "int4"):
-        return f"dtype {options.dtype} does not fit the weights, which were read for another"
     if options.kv_dtype not in _KV_NAMES:
         return f"kv_dtype must be one of {', '.join(_KV_NAMES)} for the native runner"
     if options.device not in ("auto", "cpu"):

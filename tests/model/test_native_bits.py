@@ -71,7 +71,8 @@ def test_bits_change_only_with_the_kernel_version(
     kv_dtype = "int8" if kind == "int8" else "bfloat16"
     ids = (np.arange(TOKENS, dtype=np.int32) * 37 + 11) % config.vocab_size
     for variant in native_variants:
-        runner = native(config, weights, variant=variant, kv_dtype=kv_dtype)
+        dtype = "int4" if kind == "int4" else "int8"
+        runner = native(config, weights, variant=variant, kv_dtype=kv_dtype, dtype=dtype)
         logits_RV = np.empty((TOKENS, config.vocab_size), np.float32)
         runner._model.step(
             tokens_T=ids,

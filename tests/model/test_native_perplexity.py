@@ -9,7 +9,7 @@ import pytest
 
 from loadtest.bench.cpu.perplexity import TEXT, perplexity, runners, scoring_batch
 from model.batch import Ints
-from model.checkpoint import LoadedModel, load_model
+from model.checkpoint import LoadedModel, load_model, open_model
 from model.native.library import NativeLibrary
 from model.runners import RunnerOptions
 from model.runners.native import NativeRunner
@@ -58,17 +58,20 @@ def test_perplexity_stays_the_same(
         assert abs(value / exact - 1) < within, (name, value, exact)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_the_real_shapes_give_equal_bits(
-    model: LoadedModel, windows: list[Ints], native_library: NativeLibrary
+    default_model: Path, windows: list[Ints], native_library: NativeLibrary, dtype: str
 ) -> None:
     """Every variant but the slow portable one, with one thread and with two."""
+    model = open_model(default_model, four_bit=dtype == "int4")
     batch = scoring_batch(windows[0][:300], block_size=16)
     found = []
     for variant in native_library.variants[:-1]:
         for threads in (1, 2):
+            options = RunnerOptions(dtype=dtype, num_blocks=32, num_threads=threads)
             runner = NativeRunner(
                 model.config, model.weights, digest=model.digest, variant=variant,
-                options=RunnerOptions(num_blocks=32, num_threads=threads), library=native_library,
+                options=options, library=native_library,
             )  # fmt: skip
             found.append(runner.run(batch).score_logprobs_Q)
             runner.close()

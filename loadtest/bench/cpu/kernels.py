@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from loadtest.bench.roof import count_weights, probe
 from model.batch import Batch, SamplingBatch
-from model.checkpoint import load_model
+from model.checkpoint import open_model
+from model.checkpoint.four_bit import BLOCK_BYTES, BLOCK_INPUTS
 from model.native.library import usable_cpus
 from model.runners import RunnerOptions
 from model.runners.native import NativeRunner
@@ -83,13 +84,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=usable_cpus())
     parser.add_argument("--variant", default="")
     parser.add_argument("--kv", default="bfloat16")
+    parser.add_argument("--dtype", choices=("int8", "int4"), default="int8")
     parser.add_argument("--repeats", type=int, default=10)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    model = load_model(arguments.model)
+    four_bit = arguments.dtype == "int4"
+    model = open_model(arguments.model, four_bit=four_bit)
     weights = count_weights(arguments.model)
-    options = RunnerOptions(num_threads=arguments.threads, kv_dtype=arguments.kv, kv_memory=2**30)
+    if four_bit:
+        weights = replace(weights, layer_bytes=BLOCK_BYTES / BLOCK_INPUTS)
+    options = RunnerOptions(
+        num_threads=arguments.threads, dtype=arguments.dtype, kv_dtype=arguments.kv, kv_memory=2**30
+    )
     started = time.perf_counter()
     runner = NativeRunner(
         model.config, model.weights, options=options, digest=model.digest,
