@@ -81,7 +81,8 @@ def journal(
 
 def new_reader(manifest: Manifest) -> AnswerReader:
     card = SimpleNamespace(max_model_len=4096)
-    context: Any = SimpleNamespace(tokenizer=Words(), card=card)
+    model = SimpleNamespace(tokenizer=Words(), card=card)
+    context: Any = SimpleNamespace(of_answer=lambda name, key: model)
     return AnswerReader("s0-1", manifest, context, tenant="t", arrived=0.0)
 
 

@@ -211,7 +211,7 @@ async def test_a_bomb_is_a_400_and_blocks_no_other_request(service: Any, name: s
 
 @pytest.mark.slow
 async def test_a_killed_process_is_not_an_error_of_the_grammar(service: Any) -> None:
-    validator = service.app.state.context.grammars
+    validator = service.app.state.context.models.first.grammars
     for index in range(2):
         body = TEXT | {"structured_outputs": {"choice": [f"killed {index}"]}}
         assert (await service.post("/v1/completions", body)).status_code == 200

@@ -19,6 +19,7 @@ from starlette.types import Scope
 from model.text.tokenizer import Tokenizer
 from service.api import ROUTERS
 from service.api.http.auth import Tenant, only_with_key
+from service.api.http.context import Models
 from service.keys import KeyRing, new_entry
 from tests.support.waiting import PATIENCE
 
@@ -88,7 +89,9 @@ def by_header(scope: Scope) -> Tenant:
 def hold(service: Any) -> HeldTokenizer:
     """Puts a held tokenizer in the place of the service's."""
     held = HeldTokenizer(service.tokenizer)
-    service.app.state.context = replace(service.app.state.context, tokenizer=held)
+    context = service.app.state.context
+    models = Models.of(replace(context.models.first, tokenizer=held))
+    service.app.state.context = replace(context, models=models)
     return held
 
 

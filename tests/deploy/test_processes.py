@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -122,7 +123,7 @@ def test_probes_and_ports_answer(pods: dict[str, Container], role: str) -> None:
         assert pods[role].get(ask["port"], ask["path"])[0] == 200, probe
     status, text = pods[role].get("admin", "/metrics")
     assert status == 200
-    assert "quire_requests_lost_total 0.0" in text
+    assert re.search(r'^quire_requests_lost_total\{model="[^"]+"\} 0\.0$', text, re.MULTILINE)
     exposed = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
     families = {
         name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count")

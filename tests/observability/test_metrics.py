@@ -253,8 +253,11 @@ async def test_so_it_is_over_several_processes_and_a_redis(
         await remain(api, 0)
     ended = {
         reason.value: sum(
-            samples(each)[f'quire_requests_finished_total{{reason="{reason.value}"}}']
+            value
             for each in everything
+            for series, value in samples(each).items()
+            if series.startswith("quire_requests_finished_total{")
+            and f'reason="{reason.value}"' in series
         )
         for reason in FinishReason
     }

@@ -188,7 +188,7 @@ def test_a_server_that_is_still_loading_ends_at_once(
     server = marked()
     server.start(sys.executable, "-m", "service", "serve", "--model", str(model))
     ends = time.monotonic() + PATIENCE
-    while "torch" not in Path(f"/proc/{server.leader}/maps").read_text():
+    while "libquire" not in Path(f"/proc/{server.leader}/maps").read_text():
         assert time.monotonic() < ends
         time.sleep(0.01)
     os.killpg(server.leader, number)
