@@ -151,8 +151,11 @@ class Replica:
         return {name: float(value) for name, value in samples}
 
     def metric(self, name: str) -> float:
-        """The sum of a series over all labels; 0 if there is none."""
-        return total(self.metrics(), name)
+        """The sum of a series over its labels, or over all but the one in `series{label="..."}`; 0
+        if there is none.
+        """
+        series, _, label = name.partition("{")
+        return total(self.metrics(), series, label.removesuffix("}"))
 
 
 def total(samples: Mapping[str, float], name: str, label: str = "") -> float:
