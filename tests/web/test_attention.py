@@ -190,7 +190,10 @@ async def test_without_a_network_there_is_no_button(visit: Any, server_url: str)
 
     async def without(route: Route) -> None:
         reply = await route.fetch()
-        await route.fulfill(json={**await reply.json(), "max_attention_tokens": None})
+        status = await reply.json()
+        for model in status["models"]:
+            model["max_attention_tokens"] = None
+        await route.fulfill(json=status)
 
     await tab.page.route("**/status", without)
     await tab.page.reload()
