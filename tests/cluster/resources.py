@@ -70,13 +70,15 @@ def snapshot_engine(part: str, metrics: Mapping[str, float]) -> ResourceSnapshot
 
 def snapshot_redis(cluster: Cluster) -> ResourceSnapshot:
     """Excludes the memory of idempotency keys, which stay for a day, and the keys of engine deaths,
-    which stay for ten minutes (one key per death). Counts connections apart from other descriptors.
+    which stay for ten minutes (one key per death). Counts connections apart from other descriptors,
+    and apart from other keys those that name what engines hold, which are bounded per engine.
     """
     process = snapshot_process("redis", cluster.redis.pid).figures
     memory, clients = cluster.ask("INFO", "memory"), cluster.ask("INFO", "clients")
     keys = [str(key) for key in cluster.ask("KEYS", "*")]
     kept = [key for key in keys if key.startswith(cluster.key("idem:"))]
     deaths = [key for key in keys if key.startswith(cluster.key("blamed:"))]
+    held = [key for key in keys if key.startswith(cluster.key("h:"))]
     taken = len(kept) * (int(cluster.ask("MEMORY", "USAGE", kept[0]) or 0) if kept else 0)
     return ResourceSnapshot(
         part="redis",
@@ -84,9 +86,10 @@ def snapshot_redis(cluster: Cluster) -> ResourceSnapshot:
             **process,
             "descriptors": process["descriptors"] - float(clients["connected_clients"]),
             "memory, MiB": (float(memory["used_memory"]) - taken) / MIB,
-            "keys": float(len(keys) - len(kept) - len(deaths)),
+            "keys": float(len(keys) - len(kept) - len(deaths) - len(held)),
             "idempotency keys": float(len(kept)),
             "deaths of engines": float(len(deaths)),
+            "prefixes that engines hold": float(len(held)),
             "connections": float(clients["connected_clients"]),
         },
     )
