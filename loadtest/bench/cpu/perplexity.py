@@ -119,7 +119,9 @@ def _next_logprob(
 ) -> float | None:
     """The log probability of a token after a prompt, if it is among the first `num_top`."""
     wanted = {"prompt": prompt, "n_predict": 1, "n_probs": num_top, "cache_prompt": True}
-    reply = complete({**wanted, "temperature": -1.0, "samplers": []})
+    # Without `ignore_eos` there are no probabilities if the likeliest token ends the text. They are
+    # those of the unmodified logits in either case.
+    reply = complete({**wanted, "temperature": -1.0, "samplers": [], "ignore_eos": True})
     top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return next((float(entry["logprob"]) for entry in top if entry["id"] == token), None)
 
