@@ -119,9 +119,9 @@ def _next_logprob(
 ) -> float | None:
     """The log probability of a token after a prompt, if it is among the first `num_top`."""
     wanted = {"prompt": prompt, "n_predict": 1, "n_probs": num_top, "cache_prompt": True}
-    # Without `ignore_eos` there are no probabilities if the likeliest token ends the text. They are
-    # those of the unmodified logits in either case.
-    reply = complete({**wanted, "temperature": -1.0, "samplers": [], "ignore_eos": True})
+    # The probabilities are those of the logits. There are none if the end of the text is drawn,
+    # which is the likeliest token at some places: so any token is drawn.
+    reply = complete({**wanted, "temperature": 1e4, "samplers": ["temperature"], "seed": 1})
     top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return next((float(entry["logprob"]) for entry in top if entry["id"] == token), None)
 
