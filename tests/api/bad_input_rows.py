@@ -37,7 +37,7 @@ KINDS: Mapping[int, str] = {
     14: "another Content-Type", 15: "a compressed body", 16: "a body over the limit, declared",
     17: "a body over the limit, without end", 18: "a body framed in two ways",
     19: "a head over the limits", 20: "bytes that drip", 21: "an unknown field",
-    22: "no model's name", 23: "an unknown model", 24: "a model's name with a purpose",
+    22: "no model", 23: "an unknown model", 24: "a model's name with a purpose",
     25: "no prompt", 26: "an empty prompt", 27: "an empty prompt among others",
     29: "ids that are no tokens", 30: "too many prompts", 31: "a prompt over the context",
     32: "text that is hard to tokenise", 33: "a lone surrogate", 34: "control characters in text",
@@ -166,6 +166,8 @@ BODIES: list[Fault] = [
 ]  # fmt: skip
 
 PROMPTS: list[Fault] = [
+    (22, without(B, "model"), "model", "missing_required_parameter"),
+    (22, B | {"model": None}, "model", "invalid_type"),
     (22, B | {"model": 5}, "model", "invalid_type"),
     (22, B | {"model": ""}, "model", "empty_string"),
     (22, B | {"model": "\ud800"}, "model", "invalid_unicode"),

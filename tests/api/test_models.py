@@ -106,13 +106,13 @@ async def several(tokenizer: Tokenizer) -> AsyncIterator[Several]:
 
 @pytest.mark.parametrize(
     ("asked", "model"),
-    [("small", "small"), ("large", "large"), ("gpt-4o-mini", "large"), (None, "small")],
+    [("small", "small"), ("large", "large"), ("gpt-4o-mini", "large")],
 )
 async def test_the_model_that_a_request_names_answers(
-    several: Several, tokenizer: Tokenizer, asked: str | None, model: str
+    several: Several, tokenizer: Tokenizer, asked: str, model: str
 ) -> None:
     """An alias stands for a model, under whose own name the answer comes."""
-    named = {} if asked is None else {"model": asked}
+    named = {"model": asked}
     reply = (await several.post("/v1/completions", TEXT | named)).json()
     assert reply["model"] == model
     assert reply["choices"][0]["text"] == tokenizer.decode([token_of(model)] * 3)
@@ -121,6 +121,13 @@ async def test_the_model_that_a_request_names_answers(
         assert reply["model"] == model, path
     counted = (await several.post("/tokenize", {"prompt": "hello"} | named)).json()
     assert counted["max_model_len"] == several.cards[model].max_model_len
+
+
+async def test_the_first_model_answers_where_none_need_be_named(several: Several) -> None:
+    response = (await several.post("/v1/responses", CALLS["/v1/responses"])).json()
+    assert response["model"] == "small"
+    counted = (await several.post("/tokenize", ASKING["/tokenize"])).json()
+    assert counted["max_model_len"] == several.cards["small"].max_model_len
 
 
 @pytest.mark.parametrize("path", ASKING)
@@ -145,7 +152,7 @@ async def test_a_model_without_an_engine_is_503_and_the_others_answer(
         reply = await several.post(path, CALLS[path] | {"model": name})
         assert reply.status_code == 503
         assert int(reply.headers["retry-after"]) >= 1
-    assert (await several.post(path, CALLS[path])).status_code == 200
+    assert (await several.post(path, CALLS[path] | {"model": "small"})).status_code == 200
 
 
 async def test_the_list_has_what_engines_serve_now(several: Several) -> None:

@@ -19,8 +19,8 @@ from service.api.http.fields import (
     Ignored,
     NoEffect,
     OnDisconnect,
-    OptionalModel,
     Priority,
+    RequiredModel,
     Seed,
     StopStrings,
     TopP,
@@ -160,7 +160,7 @@ class CountBody(WireModel):
 
     unsupported = _SHARED
 
-    model: OptionalModel = None
+    model: RequiredModel
     messages: list[Turn] = Field(
         min_length=1,
         max_length=MAX_MESSAGES,

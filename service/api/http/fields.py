@@ -264,6 +264,9 @@ Label = Annotated[
     str, PlainValidator(_label), WithJsonSchema({"type": "string", "maxLength": MAX_LABEL})
 ]
 ModelName = Annotated[str, StringConstraints(min_length=1)]
+RequiredModel = Annotated[
+    ModelName, Field(description="A model or an alias that /v1/models lists.")
+]
 OptionalModel = Annotated[
     ModelName | None,
     Field(description="A model or an alias that /v1/models lists. Default: its first one."),

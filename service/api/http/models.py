@@ -22,10 +22,10 @@ from service.api.http.fields import (
     Metadata,
     MinP,
     OnDisconnect,
-    OptionalModel,
     Penalty,
     Priority,
     RepetitionPenalty,
+    RequiredModel,
     Seed,
     StopIds,
     StopStrings,
@@ -153,7 +153,7 @@ class TemplateOptions(WireModel):
 class SamplingBody(WireModel):
     """The fields that all generating endpoints share."""
 
-    model: OptionalModel = None
+    model: RequiredModel
     min_tokens: int | None = Field(
         None, ge=0, description="Tokens before which no end or stop token is sampled. Default 0."
     )

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from service.api.generation.request import Effort
-from service.api.http.fields import NO_EFFECT, Label, Text, check_json
+from service.api.http.fields import NO_EFFECT, Label, OptionalModel, Text, check_json
 from service.api.http.models import (
     MAX_MESSAGES,
     UNSUPPORTED,
@@ -123,6 +123,7 @@ class ResponseBody(SamplingBody):
         "prompt_cache_options": (), "n": (1,),
     })  # fmt: skip
 
+    model: OptionalModel = None  # type: ignore[assignment]  # required elsewhere
     input: Annotated[
         list[AnyItem], BeforeValidator(_items, json_schema_input_type=str | _Items)
     ] = Field(
