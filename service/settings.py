@@ -65,7 +65,7 @@ class Settings(BaseModel):
     model: Models = _model(
         "GGUF file, safetensors folder, Hugging Face id, or the name of the default model; "
         "NAME=PATH sets its name in the API. Several: repeat the flag, or separate them by commas. "
-        "Requests without a model go to the first.",
+        "Responses and token endpoints without a model go to the first.",
         ("smollm2-135m-instruct",),
         repeated=True,
     )
@@ -267,7 +267,7 @@ class Settings(BaseModel):
 
     @property
     def sources(self) -> tuple[ModelSource, ...]:
-        """The models to serve; the first one gets requests that name none."""
+        """The models to serve; the first one gets requests that need not name one."""
         sources = [ModelSource.parse(text) for text in self.model]
         return tuple(source._replace(name=source.name or self.model_name) for source in sources)
 

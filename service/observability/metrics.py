@@ -23,7 +23,7 @@ from service.engine.observer import Observer, StepReport
 from service.http.connections import ConnectionObserver, Outcome
 from service.messages import End, ModelCard
 from service.observability.queue_gauges import QueueGauges
-from service.observability.series import Series
+from service.observability.series import BLOCKS, Series
 from service.observability.vllm_names import VllmNames
 from service.queues.contract import Claim, ModelDepth, QueueDepth
 from service.queues.observer import REASON_OF_END, QueueEvent, QueueObserver
@@ -168,10 +168,11 @@ class ModelMetrics(WorkerObserver, Observer):
         self._queue_wait = series.queue_wait.labels(model)
         self._failovers = series.failovers.labels(model)
         self._claimed_seconds = series.claimed_seconds.labels(model)
+        self._blocks = {state: series.blocks.labels(model, state) for state in BLOCKS}
 
     def has_cache(self, *, block_size: int, num_blocks: int) -> None:
         """The engine's KV cache, before its first step."""
-        self._series.blocks.labels(self._model, "free").set(num_blocks)
+        self._blocks["free"].set(num_blocks)
         self._vllm.cache[self._model] = (block_size, num_blocks)
 
     def tokens_per_second(self) -> float:
@@ -193,9 +194,9 @@ class ModelMetrics(WorkerObserver, Observer):
             self._sampled.append((self._clock(), report.num_sampled))
         self._running.set(report.running)
         self._waiting.set(report.waiting)
-        self._series.blocks.labels(self._model, "used").set(report.blocks_used)
-        self._series.blocks.labels(self._model, "cached").set(report.blocks_cached)
-        self._series.blocks.labels(self._model, "free").set(report.blocks_free)
+        self._blocks["used"].set(report.blocks_used)
+        self._blocks["cached"].set(report.blocks_cached)
+        self._blocks["free"].set(report.blocks_free)
         self._prompt_tokens.inc(report.prompt_tokens)
         self._generated_tokens.inc(report.num_sampled)
         self._draft_tokens.inc(report.num_drafts)

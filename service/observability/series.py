@@ -52,8 +52,8 @@ _Labelled = TypeVar("_Labelled", Counter, Gauge)
 
 
 class Series:
-    """The series of one process, in a registry of its own. Those made by `_of_model` have the label
-    `model`; they begin with `begin_model`.
+    """The series of one process, in a registry of its own. Those made by `_model_counter`,
+    `_model_gauge` and `_model_histogram` have the label `model`; they begin with `begin_model`.
     """
 
     def __init__(self) -> None:

@@ -154,6 +154,8 @@ def test_the_scalers_series_are_exposed_by_the_api(pods: dict[str, Container]) -
     text = pods["api"].get("admin", "/metrics")[1]
     for name in ("quire_queue_requests", "quire_queue_running"):
         assert f"\n{name} " in text
+    for name in ("tokens", "requests", "running"):
+        assert f'\nquire_model_queue_{name}{{model="' in text
 
 
 WITHOUT_DATA = {"Refused", "Wasted tokens", "Queue events"}  # nothing of the kind happened

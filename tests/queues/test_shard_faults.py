@@ -35,15 +35,18 @@ LONG = replace(
     LIMITS, lease=30.0, resume_window=600.0, max_requests=100, max_tokens=10_000, max_per_tenant=100
 )
 LENGTH = 40
+HELD_AT = 10
+"""Tokens of each answer until the test lets it go on: what is killed then is at work."""
 REQUESTS = 12
 
 
 class Engine:
     """Answers requests, a token at a time; repeats what the store did not take."""
 
-    def __init__(self, queue: Queue, name: str) -> None:
+    def __init__(self, queue: Queue, name: str, *, go: asyncio.Event) -> None:
         self._queue = queue
         self._info = make_engine(name)
+        self._go = go
         self._leases: dict[str, Lease] = {}
 
     async def run(self) -> None:
@@ -72,6 +75,8 @@ class Engine:
                 stop_at(LENGTH) if count == LENGTH else answer_of(rid, count, count + 1)
             )
             await asyncio.sleep(0.01)
+            if count >= HELD_AT:
+                await self._go.wait()
             try:
                 reply = await append(self._queue, claim.lease, record)
             except Unavailable:
@@ -88,10 +93,11 @@ class Engine:
 
 
 class Answers:
-    """What readers got, by request."""
+    """What readers got, by request. Engines go on after `HELD_AT` tokens if `go` is set."""
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
+        self.go = asyncio.Event()
         self.records: dict[str, list[Record]] = {}
 
     async def ask(self, slot: int) -> None:
@@ -123,10 +129,11 @@ class Answers:
 async def answering(url: str) -> AsyncIterator[tuple[Answers, list[asyncio.Task[None]]]]:
     """Two engines, and readers of `REQUESTS` answers, each with a queue of its own."""
     queues = [open_redis(url, LONG) for _ in range(3)]
-    engines = [
-        asyncio.create_task(Engine(queue, f"e{i}").run()) for i, queue in enumerate(queues[1:])
-    ]
     answers = Answers(queues[0])
+    engines = [
+        asyncio.create_task(Engine(queue, f"e{i}", go=answers.go).run())
+        for i, queue in enumerate(queues[1:])
+    ]
     readers = [asyncio.create_task(answers.ask(slot)) for slot in range(REQUESTS)]
     try:
         yield answers, readers
@@ -160,6 +167,7 @@ async def test_what_a_dead_server_does_not_hold_goes_on(independent: Independent
     async with answering(independent.url) as (answers, readers):
         await until(lambda: answers.all_have(3, shards={0, 1, 2}))
         independent.servers[0].kill()
+        answers.go.set()
         await until(lambda: answers.all_have(LENGTH + 1, shards={1, 2}))
         await asyncio.to_thread(independent.servers[0].start)
         await finished(readers)
@@ -219,6 +227,7 @@ async def test_a_cluster_whose_primary_dies_loses_nothing(program: str, tmp_path
         async with answering(f"{cluster.url}?wait=1") as (answers, readers):
             await until(lambda: answers.all_have(3, shards={0, 1, 2}))
             cluster.servers[0].kill()
+            answers.go.set()
             await finished(readers)
             answers.check()
     finally:
@@ -238,6 +247,7 @@ async def test_a_sentinel_set_whose_primary_dies_loses_nothing(tmp_path: Path) -
                 )
             )
             servers.primary.kill()
+            answers.go.set()
             await finished(readers)
             answers.check()
     finally:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -163,18 +162,6 @@ def test_shares_add_up() -> None:
 
 
 # --- who looks where ------------------------------------------------------------------------
-@pytest.fixture
-def three(tmp_path: Path) -> Iterator[list[RedisServer]]:
-    servers = [RedisServer(tmp_path / f"{i}") for i in range(3)]
-    try:
-        for server in servers:
-            server.start()
-        yield servers
-    finally:
-        for server in servers:
-            server.close()
-
-
 async def test_each_of_many_shards_is_served_by_every_engine(redis_server: RedisServer) -> None:
     """More shards than an engine has of its own: those of others are not starved."""
     queue = open_redis(f"{redis_server.url}?shards=12", WIDE)

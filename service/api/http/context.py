@@ -186,7 +186,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
-    """The models by their names in the API. Requests that name none are for the first one."""
+    """The models by their names in the API. The first one gets requests that need not name one."""
 
     table: Mapping[str, ServedModel]  # never empty
     aliases: Mapping[str, str] = field(default_factory=dict)  # further name -> name
