@@ -31,6 +31,11 @@ def answer_share(request: GenerationRequest) -> int:
     return request.max_tokens // ANSWER_SHARE
 
 
+def submission_cost(submission: Submission) -> int:
+    """Tokens that all requests of a submission count for."""
+    return sum(map(admission_cost, submission.requests))
+
+
 def admission_cost(request: GenerationRequest) -> int:
     """Tokens that a queued request counts against `QueueLimits.max_tokens` and, until it has ended,
     against its key's tokens per minute.

@@ -40,6 +40,7 @@ class JournalWriter:
         self._unsent: dict[str, LeasedWork] = {}  # with tokens that are not sent yet
         self._events_came = asyncio.Event()
         self._postponed: list[Write] = []  # their part of the store was away or full
+        self._again: asyncio.TimerHandle | None = None  # repeats them; one at a time
         self._full_since: dict[Lease, float] = {}
         self._writing = asyncio.Lock()
         self._delivered = self._received = self._journalled = 0  # steps whose events got so far
@@ -171,7 +172,9 @@ class JournalWriter:
             if reply.status in POSTPONED:
                 self._postponed.append(write)
         if self._postponed:
-            asyncio.get_running_loop().call_later(AGAIN, self._events_came.set)
+            if self._again is not None:
+                self._again.cancel()
+            self._again = asyncio.get_running_loop().call_later(AGAIN, self._events_came.set)
         if patience_over:
             await self._give_up(patience_over)
             for write in patience_over:

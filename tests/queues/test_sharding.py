@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from redis.crc import key_slot
@@ -157,10 +159,9 @@ async def test_a_url_names_shards_and_their_servers() -> None:
 
 
 # --- who looks where ------------------------------------------------------------------------
-def fresh_work(count: int) -> _Work:
-    work = _Work([])
-    work._shards = [None] * count  # type: ignore[list-item]  # only their number matters
-    work.num_own = count
+def fresh_work(count: int, engine: str = "engine") -> _Work:
+    shard: Any = SimpleNamespace(watch_work=lambda wake: None)
+    work = _Work([shard] * count, engine)
     work._reported.clear()
     return work
 
@@ -172,7 +173,7 @@ def test_an_engine_looks_into_every_shard_in_turns(count: int) -> None:
     for _ in range(count):
         work.waits_with(MANY + 1)
     assert work.num_own == min(OWN, count)
-    firsts = [work.order("engine")[0][0] for _ in range(8 * count * OWN)]
+    firsts = [work.order()[0][0] for _ in range(8 * count * OWN)]
     assert set(firsts) == set(range(count))
     for _ in range(count):
         work.waits_with(FEW - 1)
@@ -182,24 +183,24 @@ def test_an_engine_looks_into_every_shard_in_turns(count: int) -> None:
 def test_shards_with_work_come_first_and_own_ones_before_others() -> None:
     work = fresh_work(16)
     work.num_own = 4
-    own = {work.order("engine")[index][0] for index in range(4)}
+    own = {work.order()[index][0] for index in range(4)}
     other = next(shard for shard in range(16) if shard not in own)
     for shard in (other, min(own)):
         work.looked(shard, exhausted=False)
-    order = work.order("engine")
+    order = work.order()
     assert order[:2] == [(min(own), True), (other, True)]
     assert sorted(shard for shard, _ in order) == list(range(16))
     assert not any(has_work for _, has_work in order[2:])
     work.looked(other, exhausted=True)
-    assert work.order("engine")[0] == (min(own), True)
+    assert work.order()[0] == (min(own), True)
 
 
 def test_each_shard_has_engines_of_its_own() -> None:
     """Rendezvous hashing: 40 engines with 4 of 12 shards each leave none out."""
     owners = [0] * 12
     for engine in range(40):
-        work = fresh_work(12)
+        work = fresh_work(12, f"engine {engine}")
         work.num_own = 4
-        for shard, _ in work.order(f"engine {engine}")[:4]:
+        for shard, _ in work.order()[:4]:
             owners[shard] += 1
     assert min(owners) >= 3

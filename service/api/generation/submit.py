@@ -26,7 +26,7 @@ from service.errors import (
     Unavailable,
 )
 from service.messages import Submission
-from service.queues.admission import admission_cost, stored_bytes
+from service.queues.admission import stored_bytes, submission_cost
 from service.queues.contract import QueueLimits, SubmitReply, SubmitStatus
 
 WARNING_HEADER = "x-quire-warning"
@@ -126,7 +126,7 @@ def _over_storage(
 
 
 def _over_rate(submission: Submission, reply: SubmitReply) -> RateLimited:
-    usage, cost = reply.usage, sum(map(admission_cost, submission.requests))
+    usage, cost = reply.usage, submission_cost(submission)
     if usage.tokens is not None and cost > usage.tokens.limit:
         return RateLimited(
             f"the request counts {cost} tokens, and this key has {usage.tokens.limit} per minute",

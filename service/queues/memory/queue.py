@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 from service.errors import NotFound, Unavailable
 from service.messages import Allowance, End, FinishReason, Record, Submission
-from service.queues.admission import RateUsage, admission_cost
+from service.queues.admission import RateUsage, submission_cost
 from service.queues.contract import (
     BLAME_KEPT,
     ENGINE_SILENCE,
@@ -87,7 +87,7 @@ class MemoryQueue:
             return self._reply(status, submission, follow=earlier[0])
         if submission.id in self._groups:
             return self._reply(SubmitStatus.EXISTS, submission)
-        cost = sum(map(admission_cost, submission.requests))
+        cost = submission_cost(submission)
         refusal = self._machine.refusal(submission, cost=cost)
         if refusal is not None:
             return self._reply(refusal, submission, cost=cost)

@@ -1,7 +1,8 @@
 """Claimer: claims work for an engine: when to look for it, and how to read what was handed out.
 
-Claiming is one script. It is not retried: if a reply is lost, the next call has the same owner, and
-the script hands out again what it gave to that owner.
+An engine that waits asks a cheap script first. Claiming is one script, too. It is not retried: if a
+reply is lost, the next call has the same owner, and the script hands out again what it gave to that
+owner.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from service.queues.redis.codec import decode_ids
 from service.queues.redis.connection import Command, RedisClient
 from service.queues.redis.keys import ShardKeys, milliseconds
 from service.queues.redis.mailbox import Mailbox
-from service.queues.redis.pubsub import Wake, woken_within
+from service.queues.redis.pubsub import woken_within
 
 LOOK_AGAIN = 0.5
 """Seconds after which a waiting engine looks for work without having been woken; at most lease / 3.
@@ -36,6 +37,16 @@ WAITS = 5.0
 """Seconds for which an engine that waits may be woken."""
 ORPHANS_EVERY = 0.25
 """Seconds between the looks of all engines of a kind for requests whose lease is over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What an engine found. If it waits, it should look again after `pause` seconds."""
+
+    claims: Sequence[Claim] = ()
+    pause: float
+    waiting: int  # engines of its kind that wait; 0: it does not
+    free_in: float = float("inf")  # seconds until a request that was left to others is free
 
 
 @dataclass(slots=True)
@@ -72,9 +83,6 @@ class Claimer:
         self._dropped = dropped
         self._write = write
         self._turns: dict[str, _Turn] = {}  # by engine
-        # Seconds until a request that the last claim left to other engines is free.
-        self.free_in = float("inf")
-        self.waiting = 0  # engines of the kind, by the last look
         self._unanswered: dict[str, str] = {}  # engine -> owner
         self._released = False  # requests were, since the last look for orphans
         self._hold_until: float | None = None  # loop time; None before the first claim
@@ -88,23 +96,19 @@ class Claimer:
         turn = self._turns.setdefault(engine.id, _Turn())
         while True:
             if wait <= 0 or turn.woken.is_set() or loop.time() >= turn.due:
-                claims, pause = await self.look(
+                look = await self.look(
                     engine, limit=limit, under_served=under_served, waits=wait > 0 and limit > 0
                 )
-                turn.due = loop.time() + pause
-                if claims:
-                    return claims
+                turn.due = loop.time() + look.pause
+                if look.claims:
+                    return look.claims
             now = loop.time()
             if now >= until:
                 return []
             await woken_within(min(until, turn.due) - now, turn.woken)
 
-    async def look(
-        self, engine: EngineInfo, *, limit: int, under_served: int, waits: bool
-    ) -> tuple[Sequence[Claim], float]:
-        """Claims what is there. If that is nothing and the engine `waits`, it can be woken, and
-        should look again after the returned seconds.
-        """
+    async def look(self, engine: EngineInfo, *, limit: int, under_served: int, waits: bool) -> Look:
+        """Claims what is there. If that is nothing and the engine `waits`, it can be woken."""
         turn = self._turns.setdefault(engine.id, _Turn())
         self._mailbox.watch(self._wake)
         self._mailbox.subscribe(engine.id)
@@ -116,16 +120,14 @@ class Claimer:
                 attempts=1,
             )
             if waiting > 0:
-                self.waiting = waiting
-                return [], self._pause(waiting)
+                return Look(pause=self._pause(waiting), waiting=waiting)
             orphans = 0 if waiting < 0 else orphans
         turn.woken.clear()
         owner, reply = await self._ask(
             engine, limit=limit, most=limit + under_served, orphans=orphans, waits=waits
         )
         found, reclaimed, dropped, overdue, crashed, free_in, waiting = reply
-        self.waiting = waiting
-        self.free_in = float("inf") if free_in < 0 else (free_in + 1) / 1000
+        free_in = float("inf") if free_in < 0 else (free_in + 1) / 1000
         for event, count in (
             (QueueEvent.RECLAIMED, reclaimed),
             (QueueEvent.EXPIRED, overdue),
@@ -136,8 +138,12 @@ class Claimer:
         if dropped:
             self._dropped("entry of a queue", dropped)
         claims = [await self._claim_of(fields, owner=owner) for fields in found]
-        pause = min(self._pause(waiting), self.free_in)
-        return [claim for claim in claims if claim is not None], pause
+        return Look(
+            claims=[claim for claim in claims if claim is not None],
+            pause=min(self._pause(waiting), free_in),
+            waiting=waiting,
+            free_in=free_in,
+        )
 
     def _pause(self, waiting: int) -> float:
         """Seconds to the next look of each of so many engines; 0 if none waits."""
@@ -145,10 +151,6 @@ class Claimer:
             return 0.0
         pause = max(LOOK_AGAIN, min(LONGEST_PAUSE, waiting / LOOKS_PER_SECOND))
         return min(pause, self._lease / 3) * random.uniform(0.8, 1.0)
-
-    def watch(self, wake: Wake) -> None:
-        """For good: calls `wake` whenever there may be something to claim."""
-        self._mailbox.watch(wake)
 
     def _wake(self, message: bytes) -> None:
         if message[:1] == b"s":

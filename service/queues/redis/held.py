@@ -21,14 +21,20 @@ class HeldPrefixes:
         self._sent: dict[str, frozenset[str]] = {}  # by engine
         self._refresh_at: dict[str, float] = {}  # loop time, by engine
 
+    def has_news(self, engine: str, prefixes: frozenset[str]) -> bool:
+        """Whether anything changed, or all is to be sent again."""
+        sent = self._sent.get(engine, frozenset())
+        return prefixes != sent or (bool(prefixes) and self._is_due(engine))
+
+    def _is_due(self, engine: str) -> bool:
+        now = asyncio.get_running_loop().time()
+        return now >= self._refresh_at.get(engine, now)
+
     async def announce(self, engine: str, prefixes: frozenset[str]) -> None:
-        """Sends nothing if nothing changed. Raises Unavailable."""
+        """Sends what changed. Raises Unavailable."""
         now = asyncio.get_running_loop().time()
         sent = self._sent.get(engine, frozenset())
-        is_due = now >= self._refresh_at.get(engine, now)
-        added = prefixes if is_due else prefixes - sent
-        if not (added or sent - prefixes):
-            return
+        added = prefixes if self._is_due(engine) else prefixes - sent
         self._refresh_at[engine] = now  # until it succeeds
         command = self._client.script(
             "hold",

@@ -1,4 +1,4 @@
-"""JournalReader: reads and follows answers in Redis. Writes nothing.
+"""JournalReader: reads and follows answers in Redis. Writes only which mailboxes follow them.
 
 Followers get new records from the process's mailbox. One that got none for `LOOK_AGAIN` reads the
 journal, and then also checks whether the request still exists.

@@ -53,7 +53,6 @@ class Lender:
             limits=limits,
             meters=meters,
             tenant=evict,
-            evict=evict is not None,
             window=self._window,
         )
         (reply,) = await self._client.run([command])

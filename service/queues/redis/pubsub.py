@@ -1,4 +1,4 @@
-"""Wakeups: the one pub/sub connection of a process and shard. A message only means "look again".
+"""Wakeups: the one pub/sub connection of a process and shard. Messages are hints, or hold records.
 
 Channels are sharded ones: in a cluster only the node with the shard's slot hears of them.
 

@@ -43,7 +43,7 @@ from service.queues.contract import (
     WriteStatus,
 )
 from service.queues.observer import STOPPED, QueueEvent, QueueObserver, report_replies
-from service.queues.redis.claims import Claimer
+from service.queues.redis.claims import Claimer, Look
 from service.queues.redis.codec import encode_end, encode_tokens
 from service.queues.redis.connection import Command, RedisClient, check_server
 from service.queues.redis.depth import decode_depth, depth_commands
@@ -241,32 +241,25 @@ class RedisQueue:
 
     # --- the engine's side ----------------------------------------------------------------
     async def hold(self, engine: str, prefixes: Collection[str]) -> None:
-        await self._held.announce(engine, frozenset(prefixes))
+        if self.has_news(engine, prefixes):
+            await self._held.announce(engine, frozenset(prefixes))
+
+    def has_news(self, engine: str, prefixes: Collection[str]) -> bool:
+        """Whether `hold` has anything to send."""
+        return self._held.has_news(engine, frozenset(prefixes))
 
     async def claim(
         self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
         return await self._claimer.claim(engine, limit=limit, wait=wait, under_served=under_served)
 
-    async def look(
-        self, engine: EngineInfo, *, limit: int, under_served: int, waits: bool
-    ) -> tuple[Sequence[Claim], float]:
+    async def look(self, engine: EngineInfo, *, limit: int, under_served: int, waits: bool) -> Look:
         """A part of `claim`, see `Claimer.look`."""
         return await self._claimer.look(engine, limit=limit, under_served=under_served, waits=waits)
 
-    @property
-    def free_in(self) -> float:
-        """Seconds until a request that the last claim left to other engines is free."""
-        return self._claimer.free_in
-
-    @property
-    def waiting(self) -> int:
-        """Engines that wait for work, by the last claim."""
-        return self._claimer.waiting
-
     def watch_work(self, wake: Wake) -> None:
         """Calls `wake`, which must not block, whenever there may be something to claim."""
-        self._claimer.watch(wake)
+        self._mailbox.watch(wake)
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         """Raises Unavailable with the code `storage_full` if the server had no memory for tokens:
@@ -306,8 +299,9 @@ class RedisQueue:
                 start, end, value = str(record.start), str(record.end), encode_tokens(record)
                 items.append((lease.request_id, str(lease.epoch), lease.owner, start, end))
                 values += f"{lease.request_id} {end}-0 k {len(value)}\n", value
+        window = self._rules["window"] if script == "finish" else None
         return self._client.script(
-            script, self._keys.admission, *values, items=items, window=self._rules["window"]
+            script, self._keys.admission, *values, items=items, window=window
         )
 
     async def renew(self, leases: Sequence[Lease]) -> Sequence[str]:

@@ -77,8 +77,7 @@ class ShardedQueue:
         self._fan_out = FanOut(lambda shard: self._shards[shard].check())
         self._shares = Shares(limits, self._shards, self._fan_out)
         self._renewed: dict[int, float] = {}  # shard -> loop time
-        self._due: dict[str, float] = {}  # engine -> loop time of its next look, unless woken
-        self._work = _Work(self._shards)
+        self._works: dict[str, _Work] = {}  # by engine
 
     async def open(self) -> None:
         await asyncio.gather(*(shard.open() for shard in self._shards))
@@ -90,7 +89,9 @@ class ShardedQueue:
         there = [shard for shard in order if self._fan_out.is_there(shard)]
         for shard in there[:-1]:
             try:
-                return await self._fan_out.one(shard, lambda: self._shards[shard].charge(allowance))  # noqa: B023
+                return await self._fan_out.one(
+                    shard, partial(self._shards[shard].charge, allowance)
+                )
             except Unavailable:
                 continue
         return await self._shards[(there or order)[-1]].charge(allowance)
@@ -148,35 +149,45 @@ class ShardedQueue:
 
     # --- the engine's side ----------------------------------------------------------------
     async def hold(self, engine: str, prefixes: Collection[str]) -> None:
-        await self._of_all(lambda shard: partial(shard.hold, engine, prefixes))
+        """Only to shards with news: a call that sends nothing does not show that one is back."""
+        replies = await self._fan_out.all(
+            {
+                index: partial(shard.hold, engine, prefixes)
+                for index, shard in enumerate(self._shards)
+                if shard.has_news(engine, prefixes)
+            }
+        )
+        _raise_if_none(replies.values())
 
     async def claim(
         self, engine: EngineInfo, *, limit: int, wait: float, under_served: int = 0
     ) -> Sequence[Claim]:
         loop = asyncio.get_running_loop()
         until = loop.time() + wait
-        self._work.watch()
+        work = self._works.get(engine.id)
+        if work is None:
+            work = self._works[engine.id] = _Work(self._shards, engine.id)
         if limit <= 0 and under_served <= 0:
             await self._of_all(lambda shard: partial(shard.claim, engine, limit=0, wait=0.0))
             return []
         if wait <= 0 < limit:
-            self._work.look_everywhere()
+            work.look_everywhere()
         while True:
-            if wait <= 0 or self._work.news.is_set() or loop.time() >= self._due.get(engine.id, 0):
-                self._work.news.clear()
+            if wait <= 0 or work.news.is_set() or loop.time() >= work.due:
+                work.news.clear()
                 claims, pause = await self._claim_now(
-                    engine, limit=limit, under_served=under_served, waits=wait > 0
+                    engine, work, limit=limit, under_served=under_served, waits=wait > 0
                 )
-                self._due[engine.id] = loop.time() + pause / self._work.num_own
+                work.due = loop.time() + pause / work.num_own
                 if claims:
                     return claims
             now = loop.time()
             if now >= until:
                 return []
-            await woken_within(min(until, self._due[engine.id]) - now, self._work.news)
+            await woken_within(min(until, work.due) - now, work.news)
 
     async def _claim_now(
-        self, engine: EngineInfo, *, limit: int, under_served: int, waits: bool
+        self, engine: EngineInfo, work: _Work, *, limit: int, under_served: int, waits: bool
     ) -> tuple[list[Claim], float]:
         """From the shards that have work until the limit is reached; at least one is asked. Also
         returns the seconds after which each of them should be asked again.
@@ -185,14 +196,14 @@ class ShardedQueue:
         pauses: list[float] = []
         failure: Unavailable | None = None
         asked = False
-        for shard, has_work in self._work.order(engine.id):
+        for shard, has_work in work.order():
             room = max(0, limit - len(claims))
             if asked and not (has_work and room):
                 break
             if not self._fan_out.is_there(shard):
                 continue
             try:
-                found, pause = await self._fan_out.one(
+                look = await self._fan_out.one(
                     shard,
                     partial(
                         self._shards[shard].look,
@@ -206,15 +217,15 @@ class ShardedQueue:
                 failure = error
                 continue
             asked = True
-            pauses.append(pause)
-            if waits and room and not found:
-                self._work.waits_with(self._shards[shard].waiting)
+            pauses.append(look.pause)
+            if waits and room and not look.claims:
+                work.waits_with(look.waiting)
             if room:
-                has_more = len(found) == room or self._shards[shard].free_in < float("inf")
-                self._work.looked(shard, exhausted=not has_more)
-            if found:
+                has_more = len(look.claims) == room or look.free_in < float("inf")
+                work.looked(shard, exhausted=not has_more)
+            if look.claims:
                 self._renewed[shard] = asyncio.get_running_loop().time()
-            claims += found
+            claims += look.claims
         if not asked:
             raise failure or Unavailable(
                 "no shard of the journal's store answers", code="backend_unavailable"
@@ -327,25 +338,20 @@ class ShardedQueue:
 
 
 class _Work:
-    """In which shards there may be work, and in which order an engine looks into them."""
+    """In which shards there may be work, and in which order one engine looks into them."""
 
-    def __init__(self, shards: Sequence[RedisQueue]) -> None:
-        self._shards = shards
+    def __init__(self, shards: Sequence[RedisQueue], engine: str) -> None:
+        self._ranked = _ranked(engine, len(shards))
         self._reported = set(range(len(shards)))
-        self._watching = False
         self._claims = 0
         self.num_own = len(shards)
         self.news = asyncio.Event()
-
-    def watch(self) -> None:
-        if self._watching:
-            return
-        self._watching = True
-        for index, shard in enumerate(self._shards):
+        self.due = 0.0  # loop time of the next look, unless woken
+        for index, shard in enumerate(shards):
             shard.watch_work(partial(self._report, index))
 
     def look_everywhere(self) -> None:
-        self._reported.update(range(len(self._shards)))
+        self._reported.update(self._ranked)
 
     def _report(self, shard: int, message: bytes) -> None:
         if message[:1] == b"s":  # a request was stopped
@@ -354,25 +360,25 @@ class _Work:
         self.news.set()
 
     def looked(self, shard: int, *, exhausted: bool) -> None:
-        """An engine has looked into a shard, and found all that is there if it is exhausted."""
+        """The engine has looked into a shard, and found all that is there if it is exhausted."""
         (self._reported.discard if exhausted else self._reported.add)(shard)
 
     def waits_with(self, waiting: int) -> None:
-        """An engine waits in a shard, in which so many do. Few of them need more shards each."""
-        least = min(OWN, len(self._shards))
+        """The engine waits in a shard, in which so many do. Few of them need more shards each."""
+        most = len(self._ranked)
+        least = min(OWN, most)
         if waiting < FEW:
-            self.num_own = min(len(self._shards), self.num_own + 1)
+            self.num_own = min(most, self.num_own + 1)
         elif waiting > MANY:
             self.num_own = max(least, self.num_own - 1)
 
-    def order(self, engine: str) -> list[tuple[int, bool]]:
+    def order(self) -> list[tuple[int, bool]]:
         """The shards, and whether there may be work in each: own ones with work, those of others
         with work, and all others; in turns.
         """
         self._claims += 1
-        ranked = _ranked(engine, len(self._shards))
-        own = _turned(ranked[: self.num_own], self._claims)
-        others = _turned(ranked[self.num_own :], self._claims // GUEST_EVERY)
+        own = _turned(self._ranked[: self.num_own], self._claims)
+        others = _turned(self._ranked[self.num_own :], self._claims // GUEST_EVERY)
         turns = others + own if self._claims % GUEST_EVERY == 0 else own + others
         first = [(shard, True) for shard in turns if shard in self._reported]
         return first + [(shard, False) for shard in turns if shard not in self._reported]

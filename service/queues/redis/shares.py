@@ -1,9 +1,10 @@
 """Shares: the limits of a sharded queue hold in total, although each shard admits on its own.
 
-Each shard has an equal share of every limit, and admits what fits into its own. Only if something
-does not fit, the others are asked: they lend what they do not use, one after the other for the same
-tenant. The sum of all shares never exceeds the limit: a part is first taken from a lender and then
-given to the borrower. If the process dies in between, that part is missing until `mend`.
+Each shard has an equal share of every limit, and admits what fits into its own. If something does
+not fit, or a key has a limit on tokens per minute, the others are asked: they lend what they do
+not use, one after the other for the same tenant. The sum of all shares never exceeds the limit: a
+part is first taken from a lender and then given to the borrower. If the process dies in between,
+that part is missing until `mend`.
 
 Tokens per minute are meters with an equal share of the rate. What does not fit into one is counted
 in others, and a refusal first evens out what they have counted, so that they drain together.
@@ -21,13 +22,7 @@ from typing import Any
 
 from service.errors import Unavailable
 from service.messages import Allowance, Submission
-from service.queues.admission import (
-    MINUTE,
-    Meter,
-    RateUsage,
-    admission_cost,
-    stored_bytes,
-)
+from service.queues.admission import MINUTE, Meter, RateUsage, stored_bytes, submission_cost
 from service.queues.contract import QueueLimits, SubmitReply, SubmitStatus
 from service.queues.redis.fanout import FanOut
 from service.queues.redis.keys import shard_of
@@ -138,15 +133,16 @@ class Shares:
         if reply.status is SubmitStatus.RATE:
             reply = await self._submit_prepaid(shard, submission, reply)
         if reply.status in STORAGE:
-            reply = await queue.submit(part, evict=True)
+            debt = await self._debt(shard, submission)
+            reply = await queue.submit(part, evict=True, debt=debt)
         if reply.status in STORAGE and await self._evict(shard, counters, submission.tenant):
-            reply = await queue.submit(part, evict=True)
+            reply = await queue.submit(part, evict=True, debt=debt)
         return reply
 
     def _counters(self, submission: Submission) -> list[Counter]:
         limits, allowance = self._limits, submission.allowance
         tenant, count = f"t:{submission.tenant}", len(submission.requests)
-        cost, size = sum(map(admission_cost, submission.requests)), stored_bytes(submission)
+        cost, size = submission_cost(submission), stored_bytes(submission)
         counters = [
             Counter(name=tenant, field=tenant, limit=limits.max_per_tenant, needed=count),
             Counter(name="q", field="q", limit=limits.max_requests, needed=count),
@@ -291,7 +287,7 @@ class Shares:
         self, shard: int, submission: Submission, reply: SubmitReply
     ) -> SubmitReply:
         """Counts what does not fit into the shard's meter in those of others, if they have room."""
-        allowance, cost = submission.allowance, sum(map(admission_cost, submission.requests))
+        allowance, cost = submission.allowance, submission_cost(submission)
         limit = None if allowance is None else allowance.tokens_per_minute
         if allowance is None or limit is None:
             return reply
@@ -385,6 +381,6 @@ class Shares:
         used = max(0.0, tokens) * MINUTE / limit
         wait = 0.0
         if status is SubmitStatus.RATE:
-            cost = sum(map(admission_cost, submission.requests))
+            cost = submission_cost(submission)
             wait = max(0.001, used + cost * MINUTE / limit - MINUTE)
         return RateUsage(tokens=Meter(limit=limit, used=used), wait=wait)

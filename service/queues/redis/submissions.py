@@ -66,7 +66,6 @@ def submit_command(
         key=None if allowance is None else allowance.key,
         tokens_per_minute=None if allowance is None else allowance.tokens_per_minute,
         max_in_flight=None if allowance is None else allowance.max_in_flight,
-        shared=True if evict is not None else None,
         evict=evict,
         prepaid=prepaid or None,
         debt=debt or None,

@@ -2,7 +2,7 @@
 
 Redis has no way to share code between scripts, so each is assembled: its flags (the first line),
 the constants that Python and Lua share, its parts, and its body. A part costs time at each call, so
-`append`, which runs once per request and engine step, gets only those that it needs.
+`append`, which runs once per engine step, gets only those that it needs.
 """
 
 from __future__ import annotations

@@ -19,5 +19,4 @@ for i, item in ipairs(args.items) do
   local status, n = finish(item, ARGV[1 + i])
   if status then refused[#refused + 1] = { i, status, n } end
 end
-send_collected()
 return refused

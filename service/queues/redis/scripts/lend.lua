@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Lends parts of this shard's limits to another shard, or takes back what others give: see shares.py.
--- args: nonce, window, and of the tenant's kept submissions: tenant, evict (boolean); limits of {name,
+-- args: nonce, window, tenant (whose kept submissions make room; absent: none do); limits of {name,
 --   stored (boolean: a field of STORED), field, most, amount}; meters of {key, limit, amount}. A
 --   positive amount is lent if it is free, a negative one is got back.
 -- Returns the amounts that were lent, as text.
@@ -15,7 +15,7 @@ for _, limit in ipairs(args.limits) do
   end
   local amount = limit.amount
   if amount > 0 then
-    if args.evict and limit.stored then
+    if args.tenant and limit.stored then
       make_room(function() return free() >= amount end, limit.field ~= 'all' and args.tenant or nil)
     end
     amount = math.max(0, math.min(amount, free()))

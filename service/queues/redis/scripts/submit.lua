@@ -4,10 +4,9 @@
 --   grace (absent: none), max_requests, max_tokens, max_per_tenant, max_bytes, max_tenant_bytes,
 --   kept_bytes, base_bytes, token_bytes, keep (absent: the resume window),
 --   idempotency_bytes, key (absent: none), tokens_per_minute, max_in_flight (absent: no
---   limit), of a sharded queue also shared (true), evict (boolean), prepaid (tokens that other shards
---   have counted) and debt (tokens that these have counted beyond their shares): see shares.py; and
---   requests of {id, cost, timeout, priority, share, bytes, features,
---   prefixes}.
+--   limit), of a sharded queue also evict (boolean), prepaid (tokens that other shards have counted) and
+--   debt (tokens that these have counted beyond their shares): see shares.py; and requests of {id, cost,
+--   timeout, priority, share, bytes, features, prefixes}.
 -- ARGV[2]: the manifest, ARGV[3]: the input, ARGV[3 + i]: the body of request i.
 -- Returns {status, submission to follow, queued requests, queued tokens, and of the key's tokens: ms to
 --   wait, ms used, as text}.
@@ -41,7 +40,7 @@ local function fits(field, most)
   if args.evict == false then return below() end
   return size <= most and make_room(below, field ~= 'all' and tenant or nil)
 end
-local function most(limit, name) return args.shared and limit and limit - lent(name) or limit end
+local function most(limit, name) return args.evict ~= nil and limit and limit - lent(name) or limit end
 local most_in_flight = most(args.max_in_flight, 'k:' .. (key or ''))
 if in_flight('t:' .. tenant) > most(args.max_per_tenant, 't:' .. tenant) then return reply('tenant') end
 if most_in_flight and in_flight('k:' .. key) > most_in_flight then return reply('tenant') end
