@@ -61,18 +61,18 @@ class PackedWeights:
 
     def read(self) -> bool:
         """Fills the model's memory; False, and the memory is zero, if there is no valid file."""
+        reason = "damaged"
         try:
             with self.path.open("rb") as file:
                 valid = self._read(file)
         except FileNotFoundError:
             return False
         except OSError as error:
-            log.warning("packed weights cannot be read (%s); computing them", error.strerror)
-            return False
+            valid, reason = False, f"unreadable ({error.strerror})"
         if not valid:
             for memory in self._model.weights():
                 memory.fill(0)
-            log.warning("packed weights in %s are damaged; computing them again", self.path.name)
+            log.warning("packed weights in %s are %s; computing them again", self.path.name, reason)
             return False
         with suppress(OSError):  # of another user
             os.utime(self.path)  # removal goes by this time
@@ -82,12 +82,15 @@ class PackedWeights:
         """Stores the model's memory, if the folder can be written and has room."""
         folder, ranges = self.path.parent, self._model.weights()
         num_bytes = sum(memory.nbytes for memory in ranges)
-        head = {"key": self._key, "ranges": [[r.nbytes, _sha256(r)] for r in ranges]}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(folder).free < 2 * num_bytes:
                 log.info("packed weights are not stored: too little room in %s", folder)
                 return
+            with ThreadPoolExecutor() as pool:
+                digests = pool.map(_sha256, ranges)
+                sizes = [memory.nbytes for memory in ranges]
+                head = {"key": self._key, "ranges": [*zip(sizes, digests, strict=True)]}
             with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
                 made = Path(scratch) / self.path.name
                 with made.open("wb") as file:
@@ -143,6 +146,12 @@ def _key(model: NativeModel, config: ModelConfig, digest: str) -> str:
         for field in fields(Shape)
         if field.name not in _OF_RUNS
     }
-    source = hashlib.sha256(Path(quantize.__file__).read_bytes()).hexdigest()
-    whole = (_FORMAT, model.library_name, model.variant, shape, config, digest, source)
+    folder = Path(__file__).parents[1]
+    sources = [
+        Path(quantize.__file__),
+        folder / "weights.py",
+        *(folder / "checkpoint").glob("*.py"),
+    ]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
+    whole = (_FORMAT, model.library_name, model.variant, shape, config, digest, code)
     return hashlib.sha256(repr(whole).encode()).hexdigest()[:32]

@@ -62,9 +62,9 @@ class NativeSampling:
         structure = _Sampling(
             len(sampling.penalty_rows_P), len(sampling.bias_rows_E), len(sampling.mask_rows_M),
             num_top,
-            *map(_address, pointed),
-            None if given is None else _address(given),
-            *map(_address, (tokens_R, *logprobs)),
+            *(array.ctypes.data for array in pointed),
+            None if given is None else given.ctypes.data,
+            *(array.ctypes.data for array in (tokens_R, *logprobs)),
         )  # fmt: skip
         return cls(
             structure=structure,
@@ -72,12 +72,6 @@ class NativeSampling:
             logprobs=logprobs,
             pointed=pointed if given is None else [*pointed, given],
         )
-
-
-def _address(array: npt.NDArray[Any]) -> int:
-    """What `array.ctypes.data` is, at a fraction of the time."""
-    address: int = array.__array_interface__["data"][0]
-    return address
 
 
 def is_greedy(sampling: SamplingBatch) -> bool:

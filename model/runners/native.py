@@ -53,16 +53,15 @@ class NativeRunner:
         self, config: ModelConfig, weights: Weights | Arrays, *, options: RunnerOptions,
         digest: str, variant: str = "", library: NativeLibrary | None = None,
     ) -> None:  # fmt: skip
-        four_bit = options.dtype == "int4"
         reason = unsupported(config) or _unsupported_options(options)
         if reason:
             raise ValueError(reason)
         library = library or NativeLibrary()
-        shape = _shape(config, options, library, four_bit=four_bit)
+        shape = _shape(config, options, library)
         self.config = config
         self.block_size = options.block_size
         self.num_blocks = shape.num_blocks
-        kind = f"native-{'int4' if four_bit else 'int8'}{_KV_NAMES[options.kv_dtype]}"
+        kind = f"native-{'int4' if shape.four_bit else 'int8'}{_KV_NAMES[options.kv_dtype]}"
         self.numeric_class = f"{kind}-v{KERNEL_VERSION}-{digest[:12]}"
         self._model = NativeModel(library, shape, variant=variant)
         self._load(weights, options, digest)
@@ -167,9 +166,7 @@ def _unsupported_options(options: RunnerOptions) -> str | None:
     return None
 
 
-def _shape(
-    config: ModelConfig, options: RunnerOptions, library: NativeLibrary, *, four_bit: bool
-) -> Shape:
+def _shape(config: ModelConfig, options: RunnerOptions, library: NativeLibrary) -> Shape:
     """Sizes of the network, with as many blocks as the memory holds."""
     threads = options.num_threads or min(usable_cpus(), MAX_THREADS)
     layers = range(config.num_layers)
@@ -188,7 +185,7 @@ def _shape(
         qkv_bias=config.qkv_bias,
         qk_norm=config.qk_norm,
         wide_cache=options.kv_dtype != "int8",
-        four_bit=four_bit,
+        four_bit=options.dtype == "int4",
         threads=threads,
         compute_threads=min(threads, usable_cores()),
         compute_rows=COMPUTE_ROWS,

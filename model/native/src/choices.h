@@ -14,7 +14,7 @@ constexpr int kBlock = 1024;              // logits that are weighed together
 constexpr float kInfinity = __builtin_inff();
 
 // Memory of a thread, kept from row to row.
-struct Scratch {
+struct RowScratch {
   std::vector<Ranked> ranked;
   std::vector<float> values, few;
   std::vector<int64_t> weights, sums;
@@ -22,8 +22,8 @@ struct Scratch {
   std::vector<int32_t> places, ids;
 };
 
-inline Scratch& scratch() {
-  thread_local Scratch memory;
+inline RowScratch& scratch() {
+  thread_local RowScratch memory;
   return memory;
 }
 
@@ -161,7 +161,7 @@ class Choices {
 
   // Weighs `ranked` from `first` on; returns the mass.
   int64_t weigh_ranked(size_t first, const Tempering& t) const {
-    Scratch& s = scratch();
+    RowScratch& s = scratch();
     const size_t size = s.ranked.size() - first;
     s.values.resize(size);
     s.weights.resize(size);
@@ -173,7 +173,7 @@ class Choices {
 
   // Leaves the logits that min-p may keep, and perhaps a few more.
   void narrow_to(const Tempering& t, float min_p) {
-    Scratch& s = scratch();
+    RowScratch& s = scratch();
     const double bound = t.largest + static_cast<double>(t.temperature) * (std::log(static_cast<double>(min_p)) - 0.01);
     const float below = std::nextafter(std::nextafter(static_cast<float>(bound), -kInfinity), -kInfinity);
     s.places.resize(static_cast<size_t>(count_));
@@ -195,7 +195,7 @@ class Choices {
 
  private:
   void narrow(const uint32_t* mask) {
-    Scratch& s = scratch();
+    RowScratch& s = scratch();
     s.ids.clear();
     s.few.clear();
     for (int word = 0; word * 32 < count_; word++)

@@ -1,6 +1,6 @@
 // Kernels: the functions of one instruction-set variant, as a table.
 //
-// The same sources (rows.inl, gemm.inl, blocks.inl, attention.inl, load.inl) are compiled once per variant; the
+// The same sources (rows.inl, gemm.inl, blocks.inl, attention.inl, sampling.inl, load.inl) are compiled once per variant; the
 // variants differ in the width of `Lanes` and in the integer sums of the tiles. Results are
 // equal bit by bit: integer sums are exact, and float arithmetic is that of lanes.h.
 //
@@ -172,8 +172,7 @@ constexpr double NEAR = 0x1p-18;  // relative error of weigh_nearly
 
 struct Kernels {
   const char* name;
-  int tile_rows;   // preferred rows of multiply_tile
-  int block_rows;  // of multiply_blocks
+  int tile_rows;  // preferred rows of multiply_tile
   int code_bytes;  // per input of a row of Codes
 
   void (*thread_begin)(void);  // before and after a thread computes (AMX tiles)

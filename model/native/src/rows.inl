@@ -141,7 +141,7 @@ static void hadamard_small(float* x, int block) {
       }
 }
 
-// Every block of a row; block is a power of two up to 512. Not normalised.
+// Every block of a row; block is a power of two, fast up to 512. Not normalised.
 static void hadamard(float* x, int size, int block) {
   for (int i = 0; i < size; i += block) {
     switch (block) {

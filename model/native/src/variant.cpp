@@ -43,7 +43,7 @@ static void tiles_end() {}
 #include "blocks.inl"
 
 static const Kernels table = {
-    QUIRE_TEXT(QUIRE_VARIANT), TILE_ROWS, BLOCK_ROWS, CODE_BYTES, tiles_begin, tiles_end,
+    QUIRE_TEXT(QUIRE_VARIANT), TILE_ROWS, CODE_BYTES, tiles_begin, tiles_end,
     embed, norm_to_codes, to_codes, hadamard, norm_to_blocks, to_blocks, rotate_row, rotate_and_store,
     multiply, multiply_blocks,
     attend_rows, attend_split, merge_splits,
