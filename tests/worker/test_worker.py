@@ -499,6 +499,26 @@ async def test_a_part_of_the_store_that_is_away_delays_no_other() -> None:
 
 
 @pytest.mark.slow
+async def test_what_a_part_of_the_store_did_not_take_has_one_retry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every step tries again, too, and does not start a timer of its own."""
+    far = 1e6
+    monkeypatch.setattr("service.worker.journal.AGAIN", far)
+    queue = PartlyAwayQueue(WriteStatus.AWAY)
+    request = make_request("x1", max_tokens=30)
+    async with station(queue, on_run=taking(0.002)):
+        await submit(queue, request)
+        await until(lambda: queue.refused > 30)
+        loop: Any = asyncio.get_running_loop()
+        timers = [timer for timer in loop._scheduled if timer.when() > loop.time() + far / 2]
+        (retry,) = [timer for timer in timers if not timer.cancelled()]
+        queue.status = None
+        retry._run()
+        assert (await answer(queue, request))[0] == oracle_answer(request)
+
+
+@pytest.mark.slow
 async def test_a_part_of_the_store_that_is_full_ends_its_requests_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
