@@ -1,0 +1,317 @@
+"""`quire tune pretrain | generate`: training from the command line, with progress.
+
+Ctrl-C saves the state of the run between two steps; `--resume` continues it. Under `torchrun`, the
+first process reports and writes. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Self
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from service.errors import StartupError
+from service.settings import load_settings
+from service.startup import fetch_model, set_thread_waiting
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from model.training.loop import Recipe, StepReport, Task
+    from model.training.ranks import Ranks
+    from model.transformer import Transformer
+
+INTERRUPTED = 130  # the exit code of a run that Ctrl-C stopped
+_LINE_INTERVAL = 10.0  # seconds between lines if the output is no terminal
+
+tune = typer.Typer(help="Train a model: a new one, or one that exists.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Option(help="Model to start from, as for `quire serve`.")]
+Out = Annotated[Path, typer.Option(help="Folder to write; new or empty.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run saved in --out.")]
+Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, or auto.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")]
+Bfloat16 = Annotated[
+    bool | None,
+    typer.Option(help="Compute products in bfloat16; default: on a GPU."),
+]
+Epochs = Annotated[float, typer.Option(min=0.001, help="Passes over the data.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts per pass and process.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Passes per update.")]
+Rate = Annotated[float, typer.Option(help="Highest learning rate.")]
+Warmup = Annotated[float, typer.Option(min=0, max=1, help="Share of the steps that warm up.")]
+Decay = Annotated[float, typer.Option(min=0, max=1, help="Weight decay of matrices.")]
+Holdout = Annotated[float, typer.Option(min=0, max=0.9, help="Share of rows to validate with.")]
+Context = Annotated[int, typer.Option(min=2, help="Maximum tokens per text.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of weights and order.")]
+
+
+@tune.command()
+def pretrain(
+    *,
+    data: Annotated[str, typer.Option(help="Text file, folder, or pattern of files.")],
+    out: Out,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of sizes and steps; default: a tiny decoder.")
+    ] = None,
+    resume: Resume = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    bfloat16: Bfloat16 = None,
+) -> None:
+    """Train a new decoder and its vocabulary from plain text."""
+    with _errors(), _ranks(device, threads) as ranks:
+        from model.training.folder import check_output
+        from model.training.network import initialised
+        from model.training.pretrain import (
+            Corpus,
+            model_config,
+            read_documents,
+            read_plan,
+            train_vocabulary,
+            write_pretrained,
+        )
+
+        plan = read_plan(config)
+        check_output(out, resume=resume)
+        documents = read_documents(data)
+        tokenizer = train_vocabulary(documents, plan.vocab_size)
+        plan = replace(plan, vocab_size=tokenizer.get_vocab_size())
+        corpus = Corpus(documents, tokenizer, plan)
+        network = initialised(model_config(plan), seed=plan.recipe.seed)
+        run = _Run(out, ranks, bfloat16=bfloat16, resume=resume)
+        run.train(network, corpus, plan.recipe)
+        if ranks.leads:
+            write_pretrained(out, network, tokenizer, plan)
+            run.finish(per_byte=corpus.tokens_per_byte)
+
+
+@tune.command()
+def generate(
+    *,
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="CSV, JSONL or Parquet rows with messages, or with prompt and completion."
+        ),
+    ],
+    out: Out,
+    model: Model = "smollm2-135m-instruct",
+    lora_rank: Annotated[
+        int, typer.Option(min=0, help="Rank of low-rank adapters; 0 trains all weights.")
+    ] = 0,
+    lora_alpha: Annotated[float, typer.Option(help="Scale of adapters, times their rank.")] = 16.0,
+    lora_targets: Annotated[
+        str | None,
+        typer.Option(help="Matrices to adapt, such as q_proj,v_proj; default: attention's."),
+    ] = None,
+    epochs: Epochs = 1.0,
+    batch: BatchSize = 8,
+    accumulate: Accumulate = 1,
+    learning_rate: Rate = 1e-4,
+    warmup: Warmup = 0.05,
+    weight_decay: Decay = 0.01,
+    holdout: Holdout = 0.05,
+    context: Context = 1024,
+    seed: Seed = 0,
+    resume: Resume = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    bfloat16: Bfloat16 = None,
+) -> None:
+    """Fine-tune a decoder on chats or completions; the loss is of the answers alone."""
+    with _errors(), _ranks(device, threads) as ranks:
+        from model.training.data import hold_out
+        from model.training.folder import check_output, open_base
+        from model.training.generate import Answers, read_examples, write_tuned
+        from model.training.loop import Recipe
+        from model.training.lowrank import TARGETS, LowRank, add_adapters
+        from model.training.network import build_network
+
+        check_output(out, resume=resume)
+        targets = TARGETS if lora_targets is None else tuple(lora_targets.split(","))
+        lowrank = None
+        if lora_rank:
+            lowrank = LowRank(rank=lora_rank, alpha=lora_alpha, targets=targets)
+        base = open_base(_find(model))
+        length = min(context, base.config.max_model_len)
+        examples = read_examples(data, base.tokenizer, context=length)
+        rest, held = hold_out([0] * len(examples), share=holdout, seed=seed)
+        recipe = Recipe(
+            steps=_steps(len(rest), epochs, batch * accumulate * ranks.size),
+            batch=batch,
+            accumulate=accumulate,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            seed=seed,
+        )
+        network = build_network(base.config, base.weights)
+        if lowrank is not None:
+            add_adapters(network, base, lowrank, seed=seed)
+        train, valid = ([examples[index] for index in part] for part in (rest, held))
+        task = Answers(train, valid, recipe, name=f"{base.digest[:12]}-{lowrank}")
+        run = _Run(out, ranks, bfloat16=bfloat16, resume=resume)
+        run.train(network, task, recipe)
+        if ranks.leads:
+            write_tuned(out, network, base, lowrank, name=model)
+            run.finish()
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Converts the errors of models, data and options to StartupError."""
+    from model.checkpoint import CheckpointError
+    from model.checkpoint.fetch import FetchError
+    from model.training import TrainingError
+
+    try:
+        yield
+    except (CheckpointError, FetchError, TrainingError) as error:
+        raise StartupError(f"tune: {error}") from None
+    except OSError as error:
+        raise StartupError(f"tune: {error.strerror or error}: {error.filename or ''}") from None
+
+
+@contextmanager
+def _ranks(device: str, threads: int | None) -> Iterator[Ranks]:
+    """The place of this process while it trains."""
+    set_thread_waiting()
+    import torch
+
+    from model.training.ranks import join_ranks
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        ranks = join_ranks(device)
+    except ValueError as error:
+        raise StartupError(f"tune: {error}") from None
+    try:
+        yield ranks
+    finally:
+        ranks.close()
+
+
+def _find(model: str) -> Path:
+    """The files of a model, fetched if they are not there."""
+    settings = load_settings({"model": model})
+    return fetch_model(settings, settings.sources[0], console=Console(stderr=True))
+
+
+def _steps(rows: int, epochs: float, per_step: int) -> int:
+    return max(1, math.ceil(rows * epochs / per_step))
+
+
+class _Run:
+    """One run: its state, its progress, and how it ends."""
+
+    def __init__(self, out: Path, ranks: Ranks, *, bfloat16: bool | None, resume: bool) -> None:
+        self._out, self._ranks, self._resume = out, ranks, resume
+        self._autocast = ranks.device.type == "cuda" if bfloat16 is None else bfloat16
+        self._console = Console(stderr=True, quiet=not ranks.leads)
+        self._measures: Mapping[str, float] = {}
+        self._began = time.monotonic()
+        self._stopped = False
+
+    def train(self, network: Transformer, task: Task, recipe: Recipe) -> None:
+        """Trains to the end. Raises typer.Exit if it is interrupted, after the state is saved."""
+        from model.training.loop import Training
+
+        training = Training(network, task, recipe, ranks=self._ranks, autocast=self._autocast)
+        if self._resume:
+            training.resume(self._out)
+        display = _Display(self._console, first=training.step, steps=recipe.steps)
+        with self._interruptible(), display:
+            finished = training.run(self._out, report=display.show, stop=lambda: self._stopped)
+        self._measures = display.measures
+        if not finished:
+            self._say(f"stopped after step {training.step}; continue with --resume")
+            raise typer.Exit(INTERRUPTED)
+
+    def finish(self, *, per_byte: float | None = None) -> None:
+        """Removes the saved state and reports what was reached. per_byte: tokens per byte."""
+        from model.training.loop import STATE
+
+        (self._out / STATE).unlink(missing_ok=True)
+        seconds, cpu = time.monotonic() - self._began, time.process_time()
+        measures = dict(self._measures)
+        if per_byte is not None and "loss" in measures:
+            measures["bits per byte"] = measures["loss"] * per_byte / math.log(2)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
+        self._say(f"validation: {shown}" if shown else "no rows were held out")
+        self._say(
+            f"{seconds:.0f} s, {cpu:.0f} s of CPU time; serve it: quire serve --model {self._out}"
+        )
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the step; a second one ends it at once."""
+
+        def stop(number: int, _frame: FrameType | None) -> None:
+            self._stopped = True
+            signal.signal(number, signal.SIG_DFL)
+
+        before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+class _Display:
+    """A progress bar; a line now and then if the output is no terminal."""
+
+    def __init__(self, console: Console, *, first: int, steps: int) -> None:
+        self.measures: Mapping[str, float] = {}
+        self._console, self._steps = console, steps
+        self._bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=first, shown="")
+        self._tokens = 0
+        self._began = time.monotonic()
+        self._last_line = -math.inf
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, report: StepReport) -> None:
+        """Shows a step."""
+        now = time.monotonic()
+        self._tokens += report.num_tokens
+        self.measures = report.measures or self.measures
+        speed = self._tokens / max(now - self._began, 1e-9)
+        parts = [f"loss {report.loss:.4f}", f"{speed:.0f} tokens/s"]
+        parts += [f"held-out {name} {value:.4f}" for name, value in self.measures.items()]
+        shown = ", ".join(parts)
+        self._bar.update(self._task, completed=report.step, shown=shown)
+        due = report.step == self._steps or now - self._last_line >= _LINE_INTERVAL
+        if not self._console.is_terminal and due:
+            self._last_line = now
+            self._console.print(
+                f"step {report.step}/{self._steps}: {shown}", highlight=False, soft_wrap=True
+            )
