@@ -1,4 +1,4 @@
-"""`quire tune pretrain | generate`: training from the command line, with progress.
+"""`quire tune pretrain | generate | classify`: training from the command line, with progress.
 
 Ctrl-C saves the state of the run between two steps; `--resume` continues it. Under `torchrun`, the
 first process reports and writes. Nothing heavy is imported before a command runs.
@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from service.errors import StartupError
 from service.settings import load_settings
@@ -30,7 +32,15 @@ if TYPE_CHECKING:
     from model.training.ranks import Ranks
     from model.transformer import Transformer
 
+PROBLEMS = {
+    "single": "single_label_classification",
+    "multi": "multi_label_classification",
+    "regression": "regression",
+}
+Problem = Literal["single", "multi", "regression"]
+
 INTERRUPTED = 130  # the exit code of a run that Ctrl-C stopped
+_MAX_SHOWN = 12  # labels of a confusion matrix
 _LINE_INTERVAL = 10.0  # seconds between lines if the output is no terminal
 
 tune = typer.Typer(help="Train a model: a new one, or one that exists.", no_args_is_help=True)
@@ -167,6 +177,79 @@ def generate(
             run.finish()
 
 
+@tune.command()
+def classify(
+    *,
+    data: Annotated[Path, typer.Option(help="CSV, JSONL or Parquet rows.")],
+    text: Annotated[str, typer.Option(help="Column of the texts.")],
+    label: Annotated[
+        str,
+        typer.Option(help="Column of the labels; several as a list, or as a|b in a CSV file."),
+    ],
+    out: Out,
+    model: Model = "smollm2-135m-instruct",
+    problem: Annotated[
+        Problem | None, typer.Option(help="What a label is; default: as the column looks.")
+    ] = None,
+    epochs: Epochs = 3.0,
+    batch: BatchSize = 16,
+    accumulate: Accumulate = 1,
+    learning_rate: Rate = 5e-5,
+    warmup: Warmup = 0.1,
+    weight_decay: Decay = 0.01,
+    holdout: Holdout = 0.1,
+    patience: Annotated[
+        int, typer.Option(min=0, help="Evaluations without a lower loss that end training.")
+    ] = 3,
+    context: Context = 256,
+    seed: Seed = 0,
+    resume: Resume = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    bfloat16: Bfloat16 = None,
+) -> None:
+    """Train a classifier of texts on an encoder or a decoder; the best evaluation counts."""
+    with _errors(), _ranks(device, threads) as ranks:
+        from model.config import Problem as Kind
+        from model.training import classify as task_of
+        from model.training.data import hold_out
+        from model.training.folder import check_output, open_base
+        from model.training.loop import Recipe
+
+        check_output(out, resume=resume)
+        kind = None if problem is None else Kind(PROBLEMS[problem])
+        labelled = task_of.read_labelled(data, text=text, label=label, problem=kind)
+        base = open_base(_find(model), headless=True)
+        length = min(context, base.config.max_model_len)
+        texts = task_of.read_tokens(base, labelled.texts, context=length)
+        rest, held = hold_out(labelled.groups(), share=holdout, seed=seed)
+        steps = _steps(len(rest), epochs, batch * accumulate * ranks.size)
+        recipe = Recipe(
+            steps=steps,
+            batch=batch,
+            accumulate=accumulate,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            seed=seed,
+            evaluate_every=max(1, math.ceil(steps / (2 * epochs))),
+            patience=patience if held else 0,
+        )
+        fields = task_of.classifier_fields(base, labelled)
+        network = task_of.with_head(base, fields, seed=seed)
+        task = task_of.Classification(
+            texts, labelled, train=rest, held=held, recipe=recipe, name=base.digest[:12]
+        )
+        run = _Run(out, ranks, bfloat16=bfloat16, resume=resume)
+        run.train(network, task, recipe)
+        if ranks.leads:
+            task_of.write_classifier(out, network, base, fields)
+            run.measures = task.evaluate(network)
+            run.finish()
+            if held and labelled.problem is Kind.SINGLE_LABEL:
+                run.show_confusion(task.confusion(network), labelled.labels)
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     """Converts the errors of models, data and options to StartupError."""
@@ -219,7 +302,7 @@ class _Run:
         self._out, self._ranks, self._resume = out, ranks, resume
         self._autocast = ranks.device.type == "cuda" if bfloat16 is None else bfloat16
         self._console = Console(stderr=True, quiet=not ranks.leads)
-        self._measures: Mapping[str, float] = {}
+        self.measures: Mapping[str, float] = {}
         self._began = time.monotonic()
         self._stopped = False
 
@@ -233,7 +316,7 @@ class _Run:
         display = _Display(self._console, first=training.step, steps=recipe.steps)
         with self._interruptible(), display:
             finished = training.run(self._out, report=display.show, stop=lambda: self._stopped)
-        self._measures = display.measures
+        self.measures = display.measures
         if not finished:
             self._say(f"stopped after step {training.step}; continue with --resume")
             raise typer.Exit(INTERRUPTED)
@@ -244,7 +327,7 @@ class _Run:
 
         (self._out / STATE).unlink(missing_ok=True)
         seconds, cpu = time.monotonic() - self._began, time.process_time()
-        measures = dict(self._measures)
+        measures = dict(self.measures)
         if per_byte is not None and "loss" in measures:
             measures["bits per byte"] = measures["loss"] * per_byte / math.log(2)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
@@ -252,6 +335,15 @@ class _Run:
         self._say(
             f"{seconds:.0f} s, {cpu:.0f} s of CPU time; serve it: quire serve --model {self._out}"
         )
+
+    def show_confusion(self, counts: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
+        """Shows how often each class (rows) was taken for each (columns), if it fits a screen."""
+        if len(labels) > _MAX_SHOWN:
+            return
+        table = Table("label \\ predicted", *map(escape, labels))
+        for name, row in zip(labels, counts, strict=True):
+            table.add_row(escape(name), *map(str, row))
+        self._console.print(table)
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)

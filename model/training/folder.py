@@ -33,12 +33,17 @@ _TEXT_FILES = (
     "vocab.txt",
 )
 _CLASSES = {
+    "bert": "Bert",
+    "distilbert": "DistilBert",
     "gpt2": "GPT2",
     "llama": "Llama",
     "mistral": "Mistral",
+    "modernbert": "ModernBert",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "roberta": "Roberta",
     "smollm3": "SmolLM3",
+    "xlm-roberta": "XLMRoberta",
 }
 """`model_type` -> the beginning of its classes' names in transformers."""
 
@@ -78,14 +83,14 @@ class Base:
     @property
     def class_prefix(self) -> str:
         """The beginning of the names of its classes in transformers."""
-        return _CLASSES[self.family.name]
+        return _CLASSES[str(self.fields["model_type"])]
 
 
-def open_base(path: Path) -> Base:
-    """Reads a model into float32. Raises CheckpointError."""
+def open_base(path: Path, *, headless: bool = False) -> Base:
+    """Reads a model into float32; `headless` as in `load_model`. Raises CheckpointError."""
     checkpoint = open_checkpoint(path)
     family, _ = configure(checkpoint)
-    loaded = load_model(path)
+    loaded = load_model(path, headless=headless)
     dtype = loaded.weights["embed.weight"].dtype
     return Base(
         fields=dict(checkpoint.config),

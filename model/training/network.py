@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch.nn import functional
 
 from model.config import ModelConfig
-from model.transformer import Transformer
+from model.transformer import Transformer, fused_attention
 from model.weights import Weights
 
 
@@ -39,41 +40,21 @@ def initialised(config: ModelConfig, *, seed: int) -> Transformer:
     return network
 
 
-def states(network: Transformer, tokens_NT: torch.Tensor) -> torch.Tensor:
-    """The residual stream after the last block, [N, T, C]; texts are padded on the right."""
-    positions_T = torch.arange(tokens_NT.shape[-1], device=tokens_NT.device)
-    return network.hidden(tokens_NT, positions_T, attend=fused_attention)
-
-
-def fused_attention(
-    q_THD: torch.Tensor,
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
-    *,
-    layer: int,  # noqa: ARG001 - without a cache, layers need no telling apart
-    scale: float,
-    window: int | None,
+def states(
+    network: Transformer, tokens_NT: torch.Tensor, lengths_N: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`causal_attention` of a batch in one call of torch, which keeps no weights for the gradient.
+    """The residual stream after the last block, [N, T, C]; texts are padded on the right.
 
-    Padding stands behind a text, where the text does not see it.
+    An encoder needs their lengths: its tokens would see the padding.
     """
-    T, H = q_THD.shape[-3:-1]
-    seen = None
-    if window is not None and window < T:
-        ago = torch.arange(T, device=q_THD.device)[:, None] - torch.arange(T, device=q_THD.device)
-        seen = (ago >= 0) & (ago < window)
-    q_HTD, k_KTD, v_KTD = (x.transpose(-3, -2) for x in (q_THD, k_TKD, v_TKD))
-    mixed_HTD = functional.scaled_dot_product_attention(
-        q_HTD,
-        k_KTD,
-        v_KTD,
-        attn_mask=seen,
-        is_causal=seen is None,
-        scale=scale,
-        enable_gqa=k_TKD.shape[-2] != H,
+    bidirectional = network.config.bidirectional
+    attend = partial(
+        fused_attention,
+        causal=not bidirectional,
+        lengths_N=lengths_N if bidirectional else None,
     )
-    return mixed_HTD.transpose(-3, -2)
+    positions_T = torch.arange(tokens_NT.shape[-1], device=tokens_NT.device)
+    return network.hidden(tokens_NT, positions_T, attend=attend)
 
 
 def token_losses(

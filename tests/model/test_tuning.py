@@ -118,6 +118,9 @@ def test_transformers_computes_what_is_served(
         if source == "folder"
         else tiny_model.write_gguf(tmp_path / "tiny.gguf")
     )
+    if source == "folder":  # as transformers reads them: names, not descriptions
+        names = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
+        (path / "tokenizer_config.json").write_text(json.dumps(names))
     out = tmp_path / "out"
     examples = tuned(path, out, lowrank, write_rows(tmp_path / "chats.jsonl", CHATS))
     ours = open_base(out)

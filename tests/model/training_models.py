@@ -36,11 +36,32 @@ FIELDS: dict[str, dict[str, Any]] = {
     "smollm3": SIZES,
     "gpt2": GPT2,
 }
+BERT = {
+    name: size for name, size in SIZES.items() if name not in ("head_dim", "num_key_value_heads")
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": BERT,
+    "roberta": {**BERT, "pad_token_id": 1, "type_vocab_size": 1},
+    "distilbert": {
+        "vocab_size": 97,
+        "dim": 32,
+        "hidden_dim": 48,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 64,
+    },
+    "modernbert": {
+        **BERT,
+        "local_attention": 6,
+        "global_attn_every_n_layers": 2,
+        "pad_token_id": 0,
+    },
+}
 
 
 def tiny_base(family: str, *, seed: int = 0) -> Base:
     """A random model of a family, as if it had been read from a folder."""
-    fields = {"model_type": family, **FIELDS[family]}
+    fields = {"model_type": family, **(FIELDS | ENCODERS)[family]}
     found = family_of(family)
     config = found.configure(fields)
     return Base(
