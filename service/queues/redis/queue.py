@@ -29,8 +29,8 @@ from service.queues.admission import (
 )
 from service.queues.contract import (
     BLAME_KEPT,
-    ENGINE_SILENCE,
     Claim,
+    EngineGroup,
     EngineInfo,
     Lease,
     QueueDepth,
@@ -53,6 +53,7 @@ from service.queues.redis.keys import milliseconds
 from service.queues.redis.lending import Lender
 from service.queues.redis.mailbox import Mailbox
 from service.queues.redis.pubsub import Wake, Wakeups
+from service.queues.redis.registry import Registry
 from service.queues.redis.scripts import load_scripts
 from service.queues.redis.servers import Shard
 from service.queues.redis.submissions import decode_submit, submit_command
@@ -97,6 +98,7 @@ class RedisQueue:
         self._held = HeldPrefixes(self._client, self._keys.admission)
         self._mailbox = Mailbox(self._wakeups, self._keys, dropped=self._drop)
         self._reader = JournalReader(self._client, self._mailbox, self._keys, dropped=self._drop)
+        self._registry = Registry(self._client, self._keys, dropped=self._drop)
         self._claimer = Claimer(
             self._client,
             self._mailbox,
@@ -217,17 +219,10 @@ class RedisQueue:
 
     async def reports(self) -> Sequence[tuple[float, EngineInfo]]:
         """Those engines, each with the seconds since its last heartbeat."""
-        now, table = await self._client.run([("TIME",), ("HGETALL", self._keys.engines)])
-        found: list[tuple[float, EngineInfo]] = []
-        for report in table.values():
-            seen, _, text = report.partition(b" ")
-            try:
-                silence = now[0] + now[1] / 1e6 - int(seen) / 1000
-                if silence <= ENGINE_SILENCE:
-                    found.append((silence, EngineInfo.from_json(text)))
-            except (ValueError, TypeError):
-                self._drop("report of an engine")
-        return found
+        return await self._registry.reports()
+
+    async def engine_groups(self) -> Sequence[EngineGroup]:
+        return await self._registry.groups()
 
     async def check(self) -> None:
         """Passes if the memory is full: work is refused then (`storage_full`), but answers end."""
