@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection, Sequence
+from functools import partial
 from typing import Any
 
 from service.errors import Unavailable
@@ -47,6 +48,7 @@ from service.queues.redis.claims import Claimer, Look
 from service.queues.redis.codec import encode_end, encode_tokens
 from service.queues.redis.connection import Command, RedisClient, check_server
 from service.queues.redis.depth import decode_depth, depth_commands
+from service.queues.redis.errors import ServerAway
 from service.queues.redis.held import HeldPrefixes
 from service.queues.redis.journal import JournalReader, position_of
 from service.queues.redis.keys import milliseconds
@@ -111,8 +113,14 @@ class RedisQueue:
         )
 
     async def open(self) -> None:
-        info, _ = await self._client.run_first([("INFO",), self._probe()])
-        check_server(info, allow_volatile=self._shard.allow_volatile)
+        """Raises ServerAway if the server is not there: then it is checked when it comes."""
+        check = partial(check_server, allow_volatile=self._shard.allow_volatile)
+        try:
+            info, _ = await self._client.run_first([("INFO",), self._probe()])
+        except ServerAway:
+            self._client.verify_first(check)
+            raise
+        check(info)
 
     # --- the API's side -------------------------------------------------------------------
     async def charge(self, allowance: Allowance) -> RateUsage:

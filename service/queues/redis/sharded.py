@@ -10,6 +10,7 @@ An engine is listed in every shard, and looks for work in some of them first, se
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -34,6 +35,7 @@ from service.queues.contract import (
 )
 from service.queues.observer import QueueObserver
 from service.queues.redis.depth import sum_depths
+from service.queues.redis.errors import ServerAway
 from service.queues.redis.fanout import FanOut
 from service.queues.redis.keys import shard_of
 from service.queues.redis.pubsub import woken_within
@@ -41,6 +43,8 @@ from service.queues.redis.queue import RedisQueue
 from service.queues.redis.servers import Shard, shards_of
 from service.queues.redis.shares import Shares, share_limits
 from service.queues.redis.work import Work, ranked
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -72,7 +76,16 @@ class ShardedQueue:
         self._works: dict[str, Work] = {}  # by engine
 
     async def open(self) -> None:
-        await asyncio.gather(*(shard.open() for shard in self._shards))
+        """Starts with the shards that are there; the others are served when they come. Raises
+        StartupError if none is there, or one can never be used.
+        """
+        failures = await asyncio.gather(*map(_open, self._shards))
+        away = {shard: error for shard, error in enumerate(failures) if error is not None}
+        if len(away) == len(self._shards):
+            raise away[0]
+        for shard, error in away.items():
+            self._fan_out.lost(shard)
+            logger.warning("shard %d of %d is away: %s", shard + 1, len(self._shards), error)
 
     # --- the API's side -------------------------------------------------------------------
     async def charge(self, allowance: Allowance) -> RateUsage:
@@ -349,6 +362,14 @@ class ShardedQueue:
         """The replies of the shards that answer. Raises Unavailable if none does."""
         calls = {index: method(shard) for index, shard in enumerate(self._shards)}
         return _heard((await self._fan_out.all(calls)).values())
+
+
+async def _open(shard: RedisQueue) -> ServerAway | None:
+    try:
+        await shard.open()
+    except ServerAway as error:
+        return error
+    return None
 
 
 def _heard(replies: Collection[T | Unavailable]) -> list[T]:
