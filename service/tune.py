@@ -1,36 +1,28 @@
 """`quire tune pretrain | generate | classify`: training from the command line, with progress.
 
-Ctrl-C saves the state of the run between two steps; `--resume` continues it. Under `torchrun`, the
-first process reports and writes. Nothing heavy is imported before a command runs.
+Under `torchrun`, the first process reports and writes. Nothing heavy is imported before a command
+runs.
 """
 
 from __future__ import annotations
 
 import math
-import signal
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from service.errors import StartupError
 from service.settings import load_settings
 from service.startup import fetch_model, set_thread_waiting
+from service.training_run import TrainingRun
 
 if TYPE_CHECKING:
-    from types import FrameType
-
-    from model.training.loop import Recipe, StepReport, Task
     from model.training.ranks import Ranks
-    from model.transformer import Transformer
 
 PROBLEMS = {
     "single": "single_label_classification",
@@ -39,9 +31,6 @@ PROBLEMS = {
 }
 Problem = Literal["single", "multi", "regression"]
 
-INTERRUPTED = 130  # the exit code of a run that Ctrl-C stopped
-_MAX_SHOWN = 12  # labels of a confusion matrix
-_LINE_INTERVAL = 10.0  # seconds between lines if the output is no terminal
 
 tune = typer.Typer(help="Train a model: a new one, or one that exists.", no_args_is_help=True)
 
@@ -98,7 +87,7 @@ def pretrain(
         plan = replace(plan, vocab_size=tokenizer.get_vocab_size())
         corpus = Corpus(documents, tokenizer, plan)
         network = initialised(model_config(plan), seed=plan.recipe.seed)
-        run = _Run(out, ranks, bfloat16=bfloat16, resume=resume)
+        run = TrainingRun(out, ranks, bfloat16=bfloat16, resume=resume)
         run.train(network, corpus, plan.recipe)
         if ranks.leads:
             write_pretrained(out, network, tokenizer, plan)
@@ -170,7 +159,7 @@ def generate(
             add_adapters(network, base, lowrank, seed=seed)
         train, valid = ([examples[index] for index in part] for part in (rest, held))
         task = Answers(train, valid, recipe, name=f"{base.digest[:12]}-{lowrank}")
-        run = _Run(out, ranks, bfloat16=bfloat16, resume=resume)
+        run = TrainingRun(out, ranks, bfloat16=bfloat16, resume=resume)
         run.train(network, task, recipe)
         if ranks.leads:
             write_tuned(out, network, base, lowrank, name=model)
@@ -240,14 +229,15 @@ def classify(
         task = task_of.Classification(
             texts, labelled, train=rest, held=held, recipe=recipe, name=base.digest[:12]
         )
-        run = _Run(out, ranks, bfloat16=bfloat16, resume=resume)
+        run = TrainingRun(out, ranks, bfloat16=bfloat16, resume=resume)
         run.train(network, task, recipe)
         if ranks.leads:
             task_of.write_classifier(out, network, base, fields)
-            run.measures = task.evaluate(network)
+            counts: list[list[int]] = []
+            if held:
+                run.measures, counts = task.judge(network)
             run.finish()
-            if held and labelled.problem is Kind.SINGLE_LABEL:
-                run.show_confusion(task.confusion(network), labelled.labels)
+            run.show_confusion(counts, labelled.labels)
 
 
 @contextmanager
@@ -293,117 +283,3 @@ def _find(model: str) -> Path:
 
 def _steps(rows: int, epochs: float, per_step: int) -> int:
     return max(1, math.ceil(rows * epochs / per_step))
-
-
-class _Run:
-    """One run: its state, its progress, and how it ends."""
-
-    def __init__(self, out: Path, ranks: Ranks, *, bfloat16: bool | None, resume: bool) -> None:
-        self._out, self._ranks, self._resume = out, ranks, resume
-        self._autocast = ranks.device.type == "cuda" if bfloat16 is None else bfloat16
-        self._console = Console(stderr=True, quiet=not ranks.leads)
-        self.measures: Mapping[str, float] = {}
-        self._began = time.monotonic()
-        self._stopped = False
-
-    def train(self, network: Transformer, task: Task, recipe: Recipe) -> None:
-        """Trains to the end. Raises typer.Exit if it is interrupted, after the state is saved."""
-        from model.training.loop import Training
-
-        training = Training(network, task, recipe, ranks=self._ranks, autocast=self._autocast)
-        if self._resume:
-            training.resume(self._out)
-        display = _Display(self._console, first=training.step, steps=recipe.steps)
-        with self._interruptible(), display:
-            finished = training.run(self._out, report=display.show, stop=lambda: self._stopped)
-        self.measures = display.measures
-        if not finished:
-            self._say(f"stopped after step {training.step}; continue with --resume")
-            raise typer.Exit(INTERRUPTED)
-
-    def finish(self, *, per_byte: float | None = None) -> None:
-        """Removes the saved state and reports what was reached. per_byte: tokens per byte."""
-        from model.training.loop import STATE
-
-        (self._out / STATE).unlink(missing_ok=True)
-        seconds, cpu = time.monotonic() - self._began, time.process_time()
-        measures = dict(self.measures)
-        if per_byte is not None and "loss" in measures:
-            measures["bits per byte"] = measures["loss"] * per_byte / math.log(2)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
-        self._say(f"validation: {shown}" if shown else "no rows were held out")
-        self._say(
-            f"{seconds:.0f} s, {cpu:.0f} s of CPU time; serve it: quire serve --model {self._out}"
-        )
-
-    def show_confusion(self, counts: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
-        """Shows how often each class (rows) was taken for each (columns), if it fits a screen."""
-        if len(labels) > _MAX_SHOWN:
-            return
-        table = Table("label \\ predicted", *map(escape, labels))
-        for name, row in zip(labels, counts, strict=True):
-            table.add_row(escape(name), *map(str, row))
-        self._console.print(table)
-
-    def _say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step; a second one ends it at once."""
-
-        def stop(number: int, _frame: FrameType | None) -> None:
-            self._stopped = True
-            signal.signal(number, signal.SIG_DFL)
-
-        before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-
-class _Display:
-    """A progress bar; a line now and then if the output is no terminal."""
-
-    def __init__(self, console: Console, *, first: int, steps: int) -> None:
-        self.measures: Mapping[str, float] = {}
-        self._console, self._steps = console, steps
-        self._bar = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=steps, completed=first, shown="")
-        self._tokens = 0
-        self._began = time.monotonic()
-        self._last_line = -math.inf
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, report: StepReport) -> None:
-        """Shows a step."""
-        now = time.monotonic()
-        self._tokens += report.num_tokens
-        self.measures = report.measures or self.measures
-        speed = self._tokens / max(now - self._began, 1e-9)
-        parts = [f"loss {report.loss:.4f}", f"{speed:.0f} tokens/s"]
-        parts += [f"held-out {name} {value:.4f}" for name, value in self.measures.items()]
-        shown = ", ".join(parts)
-        self._bar.update(self._task, completed=report.step, shown=shown)
-        due = report.step == self._steps or now - self._last_line >= _LINE_INTERVAL
-        if not self._console.is_terminal and due:
-            self._last_line = now
-            self._console.print(
-                f"step {report.step}/{self._steps}: {shown}", highlight=False, soft_wrap=True
-            )

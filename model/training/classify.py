@@ -190,14 +190,21 @@ class Classification:
 
     def evaluate(self, network: Transformer) -> Mapping[str, float]:
         """The loss and measures of the held-out texts."""
-        if not self._held:
-            return {}
-        logits, targets = self.predictions(network)
+        return self.judge(network)[0] if self._held else {}
+
+    def judge(self, network: Transformer) -> tuple[Mapping[str, float], list[list[int]]]:
+        """The same, and how often texts of each class (rows) were taken for each (columns)."""
+        logits, targets = self._predictions(network)
         loss = float(self._losses(logits, targets)) / len(logits)
-        return {"loss": loss, **measures(logits, targets, self._data.problem)}
+        found = {"loss": loss, **measures(logits, targets, self._data.problem)}
+        if self._data.problem is not Problem.SINGLE_LABEL:
+            return found, []
+        counts = Counter(zip(targets.tolist(), logits.argmax(dim=-1).tolist(), strict=True))
+        classes = range(len(self._data.labels))
+        return found, [[counts[true, given] for given in classes] for true in classes]
 
     @torch.no_grad()
-    def predictions(self, network: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
+    def _predictions(self, network: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [N, L] and targets of the held-out texts, in their order."""
         device = network.embed.weight.device
         by_length = sorted(self._held, key=lambda index: len(self._texts[index]))
@@ -207,13 +214,6 @@ class Classification:
             batch = self._batch(by_length[start : start + size]).to(device)
             found.append(text_logits(network, batch.tokens_NT, batch.lengths_N).cpu())
         return torch.cat(found), self._targets[torch.tensor(by_length)]
-
-    def confusion(self, network: Transformer) -> list[list[int]]:
-        """How often held-out texts of each class (rows) were taken for each (columns)."""
-        logits, targets = self.predictions(network)
-        counts = Counter(zip(targets.tolist(), logits.argmax(dim=-1).tolist(), strict=True))
-        classes = range(len(self._data.labels))
-        return [[counts[true, given] for given in classes] for true in classes]
 
     def _batch(self, indices: Sequence[int]) -> TokenBatch:
         tokens_NT, lengths_N = padded([self._texts[index] for index in indices])

@@ -124,7 +124,7 @@ def learned(family: str, data: Labelled, texts: list[list[int]], folder: Path) -
     training.run(folder, report=reports.append, stop=lambda: False)
     assert reports[-1].loss < reports[0].loss
     if data.problem is Problem.SINGLE_LABEL:
-        counts = task.confusion(network)
+        _, counts = task.judge(network)
         right = sum(counts[index][index] for index in range(len(counts)))
         assert right / len(texts) == pytest.approx(reports[-1].measures["accuracy"])
     return dict(reports[-1].measures)

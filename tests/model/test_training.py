@@ -401,7 +401,7 @@ def test_configurations_that_are_refused(text: str, message: str, tmp_path: Path
 
 def test_the_configuration_of_the_documentation_is_read() -> None:
     plan = read_plan(Path(__file__).parents[2] / "docs" / "tiny.toml")
-    assert (plan.num_layers, plan.recipe.batch) == (4, 16)
+    assert (plan.num_layers, plan.recipe.batch) == (3, 16)
 
 
 def test_documents_are_a_file_a_folder_or_a_pattern(tmp_path: Path) -> None:

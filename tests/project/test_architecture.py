@@ -76,7 +76,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "service.tune": (
         "rich", "typer", "torch", "model", "service.errors", "service.settings", "service.startup",
+        "service.training_run",
     ),
+    "service.training_run": ("rich", "typer", "model.training", "model.transformer"),
     "service.banner": ("rich", "service.settings", "service.startup"),
     "service.parts": ("",),
     "service.roles": ("",),
