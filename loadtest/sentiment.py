@@ -6,7 +6,7 @@ The sentences and their human scores come with the source package of vaderSentim
     tar xzf vaderSentiment-3.3.2.tar.gz
     python -m loadtest.sentiment vaderSentiment-3.3.2 --write reviews.csv
     quire tune classify --model all-minilm-l6-v2 --data reviews.csv --text text --label label \
-        --epochs 2 --batch 32 --learning-rate 1e-4 --context 64 --out my-sentiment
+        --learning-rate 1e-4 --context 64 --out my-sentiment
     python -m loadtest.sentiment vaderSentiment-3.3.2 --model my-sentiment
 """
 

@@ -130,8 +130,8 @@ def generate(
     """Fine-tune a decoder on chats or completions; the loss is of the answers alone."""
     with _errors(), _ranks(device, threads) as ranks:
         from model.training.data import hold_out
-        from model.training.folder import check_output, open_base
-        from model.training.generate import Answers, read_examples, write_tuned
+        from model.training.folder import check_output
+        from model.training.generate import Answers, open_decoder, read_examples, write_tuned
         from model.training.loop import Recipe
         from model.training.lowrank import TARGETS, LowRank, add_adapters
         from model.training.network import build_network
@@ -141,7 +141,7 @@ def generate(
         lowrank = None
         if lora_rank:
             lowrank = LowRank(rank=lora_rank, alpha=lora_alpha, targets=targets)
-        base = open_base(_find(model))
+        base = open_decoder(_find(model))
         length = min(context, base.config.max_model_len)
         examples = read_examples(data, base.tokenizer, context=length)
         rest, held = hold_out([0] * len(examples), share=holdout, seed=seed)

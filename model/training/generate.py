@@ -14,7 +14,7 @@ from model.text.chat_template import ChatTemplateError
 from model.text.tokenizer import Tokenizer
 from model.training import TrainingError
 from model.training.data import Row, TokenBatch, in_order, padded, read_rows
-from model.training.folder import Base, as_stored, write_model
+from model.training.folder import Base, as_stored, open_base, write_model
 from model.training.loop import Recipe
 from model.training.lowrank import LowRank, merged_weights, write_adapter
 from model.training.network import token_losses
@@ -27,6 +27,14 @@ class Example:
 
     tokens: list[int]
     answers: list[range]
+
+
+def open_decoder(path: Path) -> Base:
+    """Reads a model into float32. Raises CheckpointError, TrainingError for an encoder."""
+    base = open_base(path)
+    if base.config.bidirectional:
+        raise TrainingError("an encoder generates no text: choose a decoder, or tune classify")
+    return base
 
 
 def read_examples(path: Path, tokenizer: Tokenizer, *, context: int) -> list[Example]:

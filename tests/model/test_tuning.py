@@ -11,14 +11,21 @@ import torch
 
 from model.text.tokenizer import Tokenizer
 from model.training import TrainingError
-from model.training.folder import open_base
-from model.training.generate import Answers, Example, read_examples, write_tuned
+from model.training.folder import as_stored, open_base, write_model
+from model.training.generate import (
+    Answers,
+    Example,
+    open_decoder,
+    read_examples,
+    write_tuned,
+)
 from model.training.loop import Recipe, Training
 from model.training.lowrank import LowRank, add_adapters
 from model.training.network import build_network
 from model.training.ranks import Ranks
 from model.transformer import Transformer
 from tests.conftest import TinyModel
+from tests.model.training_models import tiny_base
 
 CHATS: list[dict[str, Any]] = [
     {
@@ -86,6 +93,14 @@ def test_rows_that_are_refused(
     file = write_rows(tmp_path / "a.jsonl", [CHATS[1], row])
     with pytest.raises(TrainingError, match=message):
         read_examples(file, tiny_tokenizer, context=64)
+
+
+def test_encoders_generate_nothing(tmp_path: Path) -> None:
+    base = tiny_base("bert")
+    tensors = as_stored(base.family, base.config, base.weights)
+    write_model(tmp_path, fields=base.fields, tensors=tensors, vocabulary=None)
+    with pytest.raises(TrainingError, match="tune classify"):
+        open_decoder(tmp_path)
 
 
 def tuned(path: Path, out: Path, lowrank: LowRank | None, chats: Path) -> list[Example]:
