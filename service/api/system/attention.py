@@ -1,4 +1,4 @@
-"""POST /v1/attention: the attention of each token of a text to earlier ones, by layer and head.
+"""POST /v1/attention: the attention of each token of a text to others, by layer and head.
 
 Available only if the network is in this process. It uses neither the queue nor the engine.
 """
@@ -13,14 +13,14 @@ from typing import Any, Literal, Protocol
 from fastapi import APIRouter, Response
 from pydantic import Field
 
-from service.api.generation.prompts import encode, render_chat
+from service.api.generation.prompts import render_chat
 from service.api.generation.request import check_token_ids
 from service.api.http.body import JsonRoute
 from service.api.http.context import ApiLimits, Caller, Context, ModelContext
 from service.api.http.fields import TokenIds
 from service.api.http.models import AnswerModel, ModelId, TokenList, described, json_response
 from service.api.http.observer import BUSY, ApiObserver
-from service.api.system.models import NAMES, TokenizeBody
+from service.api.system.models import NAMES, TokenizeBody, prompt_ids
 from service.errors import BadRequest, NotFound
 from service.fair_pool import FairPool
 
@@ -38,8 +38,8 @@ class AttentionReader(Protocol):
     def read(
         self, tokens: Sequence[int], *, layer: int | None, head: int | None
     ) -> Sequence[Sequence[float]]:
-        """Returns each token's weights over the tokens up to itself. None: the mean over all
-        layers, or all heads.
+        """Returns each token's weights over the tokens up to itself or, in an encoder, over all.
+        None: the mean over all layers, or all heads.
         """
         ...
 
@@ -106,8 +106,8 @@ class AttentionMap(AnswerModel):
 @router.post("/v1/attention", responses=described(AttentionMap))
 async def show_attention(body: AttentionBody, context: Context, tenant: Caller) -> Response:
     """The attention weights of each token of a prompt, of messages (through the model's chat
-    template) or of token ids, to itself and earlier tokens: the softmax of one layer's head, or the
-    mean over layers and heads. Available if the network is in the process (`quire serve`).
+    template) or of token ids, to itself and earlier tokens or, in an encoder, to all: the softmax
+    of one layer's head, or the mean over layers and heads. Available if the network is in the process (`quire serve`).
     """
     chosen = context.model(body.model)
     service = chosen.served.attention
@@ -124,7 +124,7 @@ async def show_attention(body: AttentionBody, context: Context, tenant: Caller) 
     rows = await service.read(
         tokens, positions, tenant=tenant.name, layer=body.layer, head=body.head
     )
-    texts = [chosen.tokenizer.token_text(token) for token in tokens]
+    texts = [chosen.vocabulary.token_text(token) for token in tokens]
     return json_response({
         "object": "attention",
         "model": chosen.card.id,
@@ -158,8 +158,7 @@ async def _tokens(body: AttentionBody, context: ModelContext, *, tenant: str) ->
         )
     tokens: Sequence[int]
     if body.prompt is not None:
-        add_bos = body.add_special_tokens is not False
-        tokens = await encode(body.prompt, context, tenant=tenant, add_bos=add_bos)
+        tokens = await prompt_ids(body, context, tenant=tenant, parse_special=False)
     elif body.tokens is not None:
         tokens = body.tokens
     else:
