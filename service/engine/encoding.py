@@ -201,11 +201,12 @@ class EncodingLoop(EngineThread):
         return step
 
     def _fits(self, work: StepWork) -> bool:
+        if work.tokens > self._config.max_batch_tokens:
+            return False
         seconds = self._cost.seconds(work)
         if seconds is None:
             return work.tokens <= UNMEASURED_CHUNK
-        in_time = seconds * self._cost.reserve <= self._config.target_gap
-        return in_time and work.tokens <= self._config.max_batch_tokens
+        return seconds * self._cost.reserve <= self._config.target_gap
 
     def _take(self, step: _Step, rows: Sequence[Rows]) -> None:
         """One record per request of the step, and the ends of those that are complete."""

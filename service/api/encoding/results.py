@@ -55,7 +55,7 @@ async def result_body(
         if reader.manifest.endpoint is not Endpoint.RERANK:
             head |= {"object": "list", "created": reader.manifest.created}
         name = "results" if reader.manifest.endpoint is Endpoint.RERANK else "data"
-        more, items = _RENDERERS[reader.manifest.endpoint](reader, rows)
+        more, items = RENDERERS[reader.manifest.endpoint](reader, rows)
         # Item by item: one long call of the serializer would block all other threads.
         parts = b",".join(orjson.dumps(item, option=orjson.OPT_SERIALIZE_NUMPY) for item in items)
         return orjson.dumps(head | more)[:-1] + f',"{name}":['.encode() + parts + b"]}"
@@ -147,7 +147,7 @@ def _info(reader: AnswerReader) -> EncoderFacts:
     return reader.context.encoder.info
 
 
-_RENDERERS: Mapping[
+RENDERERS: Mapping[
     Endpoint, Callable[[AnswerReader, Rows], tuple[Item, Iterator[Item]]]
 ] = MappingProxyType({
     Endpoint.EMBEDDINGS: _embeddings,

@@ -24,7 +24,6 @@ class Endpoint(StrEnum):
     CHAT = "chat"
     RESPONSES = "responses"
     MESSAGES = "messages"
-    DECISIONS = "decisions"
     EMBEDDINGS = "embeddings"
     RERANK = "rerank"
     SCORE = "score"

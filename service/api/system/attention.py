@@ -107,7 +107,8 @@ class AttentionMap(AnswerModel):
 async def show_attention(body: AttentionBody, context: Context, tenant: Caller) -> Response:
     """The attention weights of each token of a prompt, of messages (through the model's chat
     template) or of token ids, to itself and earlier tokens or, in an encoder, to all: the softmax
-    of one layer's head, or the mean over layers and heads. Available if the network is in the process (`quire serve`).
+    of one layer's head, or the mean over layers and heads. Available if the network is in the
+    process (`quire serve`).
     """
     chosen = context.model(body.model)
     service = chosen.served.attention

@@ -17,7 +17,6 @@ from service.api.http.context import (
     Caller,
     Context,
     ModelContext,
-    ModelKind,
     ServedModel,
 )
 from service.api.http.errors import FieldNames
@@ -51,7 +50,7 @@ class Model(AnswerModel):
     created: Created
     owned_by: str = Field(description="The server.")
     root: str = Field(description="The id of the model that an alias stands for, or its own.")
-    kind: ModelKind = Field(
+    kind: Literal["generate", "embed", "score", "classify"] = Field(
         description="What the model does: generate text, embed, score pairs, or classify."
     )
     endpoints: list[str] = Field(description="The endpoints that compute something with it.")
