@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import threading
@@ -312,8 +313,10 @@ async def test_a_call_in_the_background_is_read_by_its_id() -> None:
         async def state() -> Any:
             return (await service.client.get(path)).json()
 
-        while (found := await state())["status"] != "completed":
-            assert found["status"] in {"queued", "in_progress"}, found
+        async with asyncio.timeout(PATIENCE):
+            while (found := await state())["status"] != "completed":
+                assert found["status"] in {"queued", "in_progress"}, found
+                await asyncio.sleep(0.005)  # nothing else in the loop waits
         assert found["completed"] == 40
         assert floats(found["result"]).tobytes() == rows_of(*["a"] * 40).tobytes()
         stream = await service.client.get(f"/v1/streams/{begun['id']}")
