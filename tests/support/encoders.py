@@ -111,8 +111,8 @@ def tiny_encoder_tokenizer(*, max_tokens: int = 16) -> EncoderTokenizer:
     words = {f"{letter}{'x' * num}": 5 + i * 4 + num for i, letter in enumerate("abcdef")
              for num in range(4)}  # fmt: skip
     raw = RawTokenizer(models.WordLevel({"[UNK]": 1, "[CLS]": 2, "[SEP]": 3, **words}, "[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    raw.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],

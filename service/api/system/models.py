@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -179,6 +178,25 @@ class TokenText(AnswerModel):
     prompt: str = Field(description="The text.")
 
 
+async def input_ids(body: TokenizeBody, context: ModelContext, *, tenant: str) -> tuple[int, ...]:
+    """The token ids of the prompt or, without one, of the messages. Raises BadRequest if they
+    cannot fit the model's context.
+    """
+    if body.prompt is None:
+        return (await render_chat(body.chat(), context, tenant=tenant, names=NAMES)).ids
+    if context.served.encoder is not None:
+        work = partial(context.encoder.tokenizer.encode, body.prompt)
+        pool, length = context.pools.tokens, len(body.prompt)
+        return (await run_in_pool(pool, tenant, work, length, context.limits)).ids
+    return await encode(
+        body.prompt,
+        context,
+        tenant=tenant,
+        add_bos=body.add_special_tokens is not False,
+        parse_special=body.parse_special is not False,
+    )
+
+
 @tokens_router.post("/tokenize", responses=described(Tokenized))
 async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Response:
     """The token ids of a prompt, or of messages through the model's chat template."""
@@ -189,7 +207,7 @@ async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Resp
             code="missing_required_parameter",
             param="prompt",
         )
-    ids = await prompt_ids(body, chosen, tenant=tenant.name)
+    ids = await input_ids(body, chosen, tenant=tenant.name)
     texts = None
     if body.return_token_strs:
         texts = await run_in_pool(
@@ -205,30 +223,6 @@ async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Resp
         "tokens": ids,
         "token_strs": texts,
     })  # fmt: skip
-
-
-async def prompt_ids(
-    body: TokenizeBody, context: ModelContext, *, tenant: str, parse_special: bool | None = None
-) -> Sequence[int]:
-    """The tokens of a prompt or of messages; special tokens are parsed by default as given. Raises
-    BadRequest.
-    """
-    if body.prompt is None:
-        return (await render_chat(body.chat(), context, tenant=tenant, names=NAMES)).ids
-    encoder = context.served.encoder
-    if encoder is not None:
-        work = partial(encoder.tokenizer.encode, body.prompt)
-        pool, length = context.pools.tokens, len(body.prompt)
-        return (await run_in_pool(pool, tenant, work, length, context.limits)).ids
-    if parse_special is None:
-        parse_special = body.parse_special is not False
-    return await encode(
-        body.prompt,
-        context,
-        tenant=tenant,
-        add_bos=body.add_special_tokens is not False,
-        parse_special=parse_special,
-    )
 
 
 @tokens_router.post("/detokenize", responses=described(TokenText))
