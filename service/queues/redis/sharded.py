@@ -32,7 +32,6 @@ from service.queues.contract import (
     Write,
     WriteReply,
     WriteStatus,
-    slot_of,
 )
 from service.queues.observer import QueueObserver
 from service.queues.redis.depth import sum_depths
@@ -42,15 +41,10 @@ from service.queues.redis.pubsub import woken_within
 from service.queues.redis.queue import RedisQueue
 from service.queues.redis.servers import Shard, shards_of
 from service.queues.redis.shares import Shares, share_limits
+from service.queues.redis.work import Work, ranked
+from service.queues.usage import Usage, sum_usage
 
 T = TypeVar("T")
-
-OWN = 4
-"""Shards in which each of many engines looks for work first."""
-FEW, MANY = 3, 8
-"""Engines that wait in a shard: each takes one more shard as its own, or one less."""
-GUEST_EVERY = 8
-"""One in so many claims begins with the shards of others: a shard may have no engine of its own."""
 
 
 def open_redis(url: str, limits: QueueLimits, observer: QueueObserver | None = None) -> Queue:
@@ -77,7 +71,7 @@ class ShardedQueue:
         self._fan_out = FanOut(lambda shard: self._shards[shard].check())
         self._shares = Shares(limits, self._shards, self._fan_out)
         self._renewed: dict[int, float] = {}  # shard -> loop time
-        self._works: dict[str, _Work] = {}  # by engine
+        self._works: dict[str, Work] = {}  # by engine
 
     async def open(self) -> None:
         await asyncio.gather(*(shard.open() for shard in self._shards))
@@ -85,16 +79,16 @@ class ShardedQueue:
     # --- the API's side -------------------------------------------------------------------
     async def charge(self, allowance: Allowance) -> RateUsage:
         """One shard counts all calls of a key; if it is away, the next one does."""
-        order = _ranked(allowance.key, len(self._shards))
-        there = [shard for shard in order if self._fan_out.is_there(shard)]
-        for shard in there[:-1]:
-            try:
-                return await self._fan_out.one(
-                    shard, partial(self._shards[shard].charge, allowance)
-                )
-            except Unavailable:
-                continue
-        return await self._shards[(there or order)[-1]].charge(allowance)
+        return await self._by_name(allowance.key, lambda shard: partial(shard.charge, allowance))
+
+    async def take_lease(self, name: str, owner: str, *, seconds: float) -> bool:
+        """While its shard is away, the next one has the lease: there may be two owners."""
+        return await self._by_name(
+            name, lambda shard: partial(shard.take_lease, name, owner, seconds=seconds)
+        )
+
+    async def drop_lease(self, name: str, owner: str) -> None:
+        await self._by_name(name, lambda shard: partial(shard.drop_lease, name, owner))
 
     async def submit(self, submission: Submission) -> SubmitReply:
         return await self._shares.submit(submission)
@@ -133,6 +127,15 @@ class ShardedQueue:
         await self._shares.mend()
         return ended
 
+    async def usage(self, days: Sequence[int]) -> Sequence[Usage]:
+        """Raises Unavailable if a shard does not answer: the sums would be too small."""
+        calls = {k: partial(shard.usage, days) for k, shard in enumerate(self._shards)}
+        replies = list((await self._fan_out.all(calls)).values())
+        for reply in replies:
+            if isinstance(reply, Unavailable):
+                raise reply
+        return sum_usage(_heard(replies))
+
     async def depth(self) -> QueueDepth:
         """Of the shards that answer."""
         return sum_depths(await self._of_all(lambda shard: shard.depth))
@@ -166,7 +169,7 @@ class ShardedQueue:
         until = loop.time() + wait
         work = self._works.get(engine.id)
         if work is None:
-            work = self._works[engine.id] = _Work(self._shards, engine.id)
+            work = self._works[engine.id] = Work(self._shards, engine.id)
         if limit <= 0 and under_served <= 0:
             await self._of_all(lambda shard: partial(shard.claim, engine, limit=0, wait=0.0))
             return []
@@ -187,7 +190,7 @@ class ShardedQueue:
             await woken_within(min(until, work.due) - now, work.news)
 
     async def _claim_now(
-        self, engine: EngineInfo, work: _Work, *, limit: int, under_served: int, waits: bool
+        self, engine: EngineInfo, work: Work, *, limit: int, under_served: int, waits: bool
     ) -> tuple[list[Claim], float]:
         """From the shards that have work until the limit is reached; at least one is asked. Also
         returns the seconds after which each of them should be asked again.
@@ -329,69 +332,25 @@ class ShardedQueue:
             if isinstance(reply, Unavailable):
                 raise reply
 
+    async def _by_name(
+        self, name: str, method: Callable[[RedisQueue], Callable[[], Coroutine[Any, Any, T]]]
+    ) -> T:
+        """Calls the first shard in the order of a name that is there."""
+        order = ranked(name, len(self._shards))
+        there = [shard for shard in order if self._fan_out.is_there(shard)]
+        for shard in there[:-1]:
+            try:
+                return await self._fan_out.one(shard, method(self._shards[shard]))
+            except Unavailable:
+                continue
+        return await method(self._shards[(there or order)[-1]])()
+
     async def _of_all(
         self, method: Callable[[RedisQueue], Callable[[], Coroutine[Any, Any, T]]]
     ) -> list[T]:
         """The replies of the shards that answer. Raises Unavailable if none does."""
         calls = {index: method(shard) for index, shard in enumerate(self._shards)}
         return _heard((await self._fan_out.all(calls)).values())
-
-
-class _Work:
-    """In which shards there may be work, and in which order one engine looks into them."""
-
-    def __init__(self, shards: Sequence[RedisQueue], engine: str) -> None:
-        self._ranked = _ranked(engine, len(shards))
-        self._reported = set(range(len(shards)))
-        self._claims = 0
-        self.num_own = len(shards)
-        self.news = asyncio.Event()
-        self.due = 0.0  # loop time of the next look, unless woken
-        for index, shard in enumerate(shards):
-            shard.watch_work(partial(self._report, index))
-
-    def look_everywhere(self) -> None:
-        self._reported.update(self._ranked)
-
-    def _report(self, shard: int, message: bytes) -> None:
-        if message[:1] == b"s":  # a request was stopped
-            return
-        self._reported.add(shard)
-        self.news.set()
-
-    def looked(self, shard: int, *, exhausted: bool) -> None:
-        """The engine has looked into a shard, and found all that is there if it is exhausted."""
-        (self._reported.discard if exhausted else self._reported.add)(shard)
-
-    def waits_with(self, waiting: int) -> None:
-        """The engine waits in a shard, in which so many do. Few of them need more shards each."""
-        most = len(self._ranked)
-        least = min(OWN, most)
-        if waiting < FEW:
-            self.num_own = min(most, self.num_own + 1)
-        elif waiting > MANY:
-            self.num_own = max(least, self.num_own - 1)
-
-    def order(self) -> list[tuple[int, bool]]:
-        """The shards, and whether there may be work in each: own ones with work, those of others
-        with work, and all others; in turns.
-        """
-        self._claims += 1
-        own = _turned(self._ranked[: self.num_own], self._claims)
-        others = _turned(self._ranked[self.num_own :], self._claims // GUEST_EVERY)
-        turns = others + own if self._claims % GUEST_EVERY == 0 else own + others
-        first = [(shard, True) for shard in turns if shard in self._reported]
-        return first + [(shard, False) for shard in turns if shard not in self._reported]
-
-
-def _turned(shards: Sequence[int], by: int) -> list[int]:
-    at = by % len(shards) if shards else 0
-    return [*shards[at:], *shards[:at]]
-
-
-def _ranked(name: str, count: int) -> list[int]:
-    """The shards in an order of this name's own (rendezvous hashing)."""
-    return sorted(range(count), key=lambda shard: slot_of(f"{shard} {name}"))
 
 
 def _heard(replies: Collection[T | Unavailable]) -> list[T]:
