@@ -4,16 +4,15 @@ An id names its shard (see `service.queues.contract.slot_of`), so each call goes
 shard that is away stops only what it holds: calls about that raise `Unavailable`, writes get AWAY.
 Priorities, the turns of tenants and isolation hold within a shard.
 
-An engine looks for work first in a few shards of its own, by rendezvous hashing of its id, and in
-others if these have none. There are so many of its own that a few engines wait in each shard. It
-looks in the shards that reported work, and while it is idle in one at a time, in turns.
+An engine is listed in every shard, and looks for work in some of them first, see `work`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from service.messages import Allowance, FinishReason, Record, Submission
 from service.queues.admission import RateUsage
 from service.queues.contract import (
     Claim,
+    EngineGroup,
     EngineInfo,
     Lease,
     Queue,
@@ -35,6 +35,7 @@ from service.queues.contract import (
 )
 from service.queues.observer import QueueObserver
 from service.queues.redis.depth import sum_depths
+from service.queues.redis.errors import ServerAway
 from service.queues.redis.fanout import FanOut
 from service.queues.redis.keys import shard_of
 from service.queues.redis.pubsub import woken_within
@@ -43,6 +44,8 @@ from service.queues.redis.servers import Shard, shards_of
 from service.queues.redis.shares import Shares, share_limits
 from service.queues.redis.work import Work, ranked
 from service.queues.usage import Usage, sum_usage
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -74,7 +77,16 @@ class ShardedQueue:
         self._works: dict[str, Work] = {}  # by engine
 
     async def open(self) -> None:
-        await asyncio.gather(*(shard.open() for shard in self._shards))
+        """Starts with the shards that are there; the others are served when they come. Raises
+        StartupError if none is there, or one can never be used.
+        """
+        failures = await asyncio.gather(*map(_open, self._shards))
+        away = {shard: error for shard, error in enumerate(failures) if error is not None}
+        if len(away) == len(self._shards):
+            raise away[0]
+        for shard, error in away.items():
+            self._fan_out.lost(shard)
+            logger.warning("shard %d of %d is away: %s", shard + 1, len(self._shards), error)
 
     # --- the API's side -------------------------------------------------------------------
     async def charge(self, allowance: Allowance) -> RateUsage:
@@ -130,10 +142,8 @@ class ShardedQueue:
     async def usage(self, days: Sequence[int]) -> Sequence[Usage]:
         """Raises Unavailable if a shard does not answer: the sums would be too small."""
         calls = {k: partial(shard.usage, days) for k, shard in enumerate(self._shards)}
-        replies = list((await self._fan_out.all(calls)).values())
-        for reply in replies:
-            if isinstance(reply, Unavailable):
-                raise reply
+        replies = (await self._fan_out.all(calls)).values()
+        _raise_if_any(replies)
         return sum_usage(_heard(replies))
 
     async def depth(self) -> QueueDepth:
@@ -145,6 +155,11 @@ class ShardedQueue:
         reports = [each for found in await self._of_all(lambda s: s.reports) for each in found]
         reports.sort(key=lambda report: -report[0])
         return list({info.id: info for _, info in reports}.values())
+
+    async def engine_groups(self) -> Sequence[EngineGroup]:
+        """Of the shard that lists the most engines: each engine reports to all."""
+        lists = await self._of_all(lambda shard: shard.engine_groups)
+        return max(lists, key=lambda groups: sum(group.engines for group in groups))
 
     async def check(self) -> None:
         """Passes if one shard accepts writes: its answers go on."""
@@ -184,6 +199,7 @@ class ShardedQueue:
                 work.due = loop.time() + pause / work.num_own
                 if claims:
                     return claims
+                await self._report(engine, work)
             now = loop.time()
             if now >= until:
                 return []
@@ -220,6 +236,7 @@ class ShardedQueue:
                 failure = error
                 continue
             asked = True
+            work.listed(shard)
             pauses.append(look.pause)
             if waits and room and not look.claims:
                 work.waits_with(look.waiting)
@@ -234,6 +251,21 @@ class ShardedQueue:
                 "no shard of the journal's store answers", code="backend_unavailable"
             )
         return claims, min(pauses)
+
+    async def _report(self, engine: EngineInfo, work: Work) -> None:
+        """To the shards that have heard nothing of an engine for some time."""
+        shards = [shard for shard in work.unlisted() if self._fan_out.is_there(shard)]
+        if not shards:
+            return
+        replies = await self._fan_out.all(
+            {
+                shard: partial(self._shards[shard].claim, engine, limit=0, wait=0.0)
+                for shard in shards
+            }
+        )
+        for shard, reply in replies.items():
+            if not isinstance(reply, Unavailable):
+                work.listed(shard)
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         """Never raises Unavailable: what a shard did not write has the reply AWAY or STORAGE."""
@@ -328,9 +360,7 @@ class ShardedQueue:
                 for shard, places in groups.items()
             }
         )
-        for reply in replies.values():
-            if isinstance(reply, Unavailable):
-                raise reply
+        _raise_if_any(replies.values())
 
     async def _by_name(
         self, name: str, method: Callable[[RedisQueue], Callable[[], Coroutine[Any, Any, T]]]
@@ -339,10 +369,8 @@ class ShardedQueue:
         order = ranked(name, len(self._shards))
         there = [shard for shard in order if self._fan_out.is_there(shard)]
         for shard in there[:-1]:
-            try:
+            with suppress(Unavailable):
                 return await self._fan_out.one(shard, method(self._shards[shard]))
-            except Unavailable:
-                continue
         return await method(self._shards[(there or order)[-1]])()
 
     async def _of_all(
@@ -353,10 +381,23 @@ class ShardedQueue:
         return _heard((await self._fan_out.all(calls)).values())
 
 
+async def _open(shard: RedisQueue) -> ServerAway | None:
+    try:
+        await shard.open()
+    except ServerAway as error:
+        return error
+    return None
+
+
 def _heard(replies: Collection[T | Unavailable]) -> list[T]:
     """The replies that came. Raises Unavailable if none did."""
     _raise_if_none(replies)
     return [reply for reply in replies if not isinstance(reply, Unavailable)]
+
+
+def _raise_if_any(replies: Collection[object]) -> None:
+    for failure in (reply for reply in replies if isinstance(reply, Unavailable)):
+        raise failure
 
 
 def _raise_if_none(replies: Collection[object]) -> None:

@@ -1,4 +1,9 @@
-"""Work: in which shards an engine looks for something to claim, and in which order."""
+"""Work: where one engine looks for work in a queue of several shards.
+
+It looks first in a few shards of its own, by rendezvous hashing of its id, and in others if these
+have none. There are so many of its own that a few engines wait in each shard. It looks in the
+shards that reported work, and while it is idle in one at a time, in turns.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import asyncio
 from collections.abc import Sequence
 from functools import partial
 
-from service.queues.contract import slot_of
+from service.queues.contract import ENGINE_SILENCE, slot_of
 from service.queues.redis.queue import RedisQueue
 
 OWN = 4
@@ -15,6 +20,8 @@ FEW, MANY = 3, 8
 """Engines that wait in a shard: each takes one more shard as its own, or one less."""
 GUEST_EVERY = 8
 """One in so many claims begins with the shards of others: a shard may have no engine of its own."""
+REPORT_EVERY = ENGINE_SILENCE / 2
+"""Seconds after which an engine reports to a shard into which it has not looked."""
 
 
 class Work:
@@ -23,6 +30,7 @@ class Work:
     def __init__(self, shards: Sequence[RedisQueue], engine: str) -> None:
         self._ranked = ranked(engine, len(shards))
         self._reported = set(range(len(shards)))
+        self._listed_at = dict.fromkeys(self._reported, float("-inf"))  # loop time, by shard
         self._claims = 0
         self.num_own = len(shards)
         self.news = asyncio.Event()
@@ -42,6 +50,15 @@ class Work:
     def looked(self, shard: int, *, exhausted: bool) -> None:
         """The engine has looked into a shard, and found all that is there if it is exhausted."""
         (self._reported.discard if exhausted else self._reported.add)(shard)
+
+    def listed(self, shard: int) -> None:
+        """A shard has got the engine's report."""
+        self._listed_at[shard] = asyncio.get_running_loop().time()
+
+    def unlisted(self) -> list[int]:
+        """The shards that need another report, lest the engine be missing from their lists."""
+        earliest = asyncio.get_running_loop().time() - REPORT_EVERY
+        return [shard for shard, at in self._listed_at.items() if at <= earliest]
 
     def waits_with(self, waiting: int) -> None:
         """The engine waits in a shard, in which so many do. Few of them need more shards each."""

@@ -29,13 +29,14 @@ from service.queues.redis.keys import milliseconds
 from service.queues.usage import DAY, USAGE_KEPT
 
 NAMES = (
-    "append", "charge", "claim", "finish", "follow", "forget", "heartbeat", "hold", "lease",
-    "lend", "oldest", "poll", "release", "renew", "stop", "submit", "sweep", "touch",
+    "append", "charge", "claim", "finish", "follow", "forget", "groups", "heartbeat", "hold",
+    "lease", "lend", "oldest", "poll", "release", "renew", "stop", "submit", "sweep", "touch",
 )  # fmt: skip
 PARTS = ("keys", "meters", "mail", "lane", "storage", "affinity", "requests", "blame")
 LEAN = {
     "append": ("keys", "mail", "lane"), "charge": ("keys", "meters"), "follow": ("keys",),
-    "hold": ("keys", "affinity"), "lease": ("keys",), "poll": ("keys", "mail"),
+    "groups": ("keys",), "hold": ("keys", "affinity"), "lease": ("keys",),
+    "poll": ("keys", "mail"),
 }  # fmt: skip
 """Scripts that are called most, with the parts that they need; all others get all parts."""
 
