@@ -5,6 +5,7 @@ Work on it blocks, so it runs in threads in which tenants take turns.
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import secrets
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from service.errors import Unavailable
 from service.fair_pool import FairPool
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 THREADS = 4
 COPY_BYTES = 2**20
@@ -124,6 +127,7 @@ class Storage:
         try:
             return work(self._tree)
         except (OSError, ImportError, ValueError) as error:  # ImportError: of the URL's protocol
+            log.warning("the storage of files fails: %s: %s", type(error).__name__, error)
             raise Unavailable(
                 "the storage of files and batches is unavailable",
                 code="storage_unavailable",

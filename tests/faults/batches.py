@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 from tokenizers import pre_tokenizers
 
+from service.queues.usage import DAY
 from tests.cluster.cluster import Cluster, Timings
 from tests.cluster.processes import ForkServer, wait_all_ready
 from tests.conftest import build_tiny_model
@@ -40,6 +41,7 @@ class Tally:
     """Kills and their results."""
 
     lines: int = 0
+    tokens: int = 0  # of the answers, also of those online
     batches: int = 0
     seconds: float = 0.0
     kills: Counter[str] = field(default_factory=Counter)
@@ -89,6 +91,7 @@ async def run_batches(cluster: Cluster, rng: random.Random, *, lines: int, kills
             await _kill_until_ended(cluster, caller, rng, tally, batch_id, lines=lines, kills=kills)
             await _check(cluster, caller, tally, batch_id, bodies)
             tally.batches, tally.lines = tally.batches + 1, tally.lines + lines
+        await _check_usage(cluster, tally)
     finally:
         await caller.close()
     tally.seconds = time.monotonic() - began
@@ -186,14 +189,26 @@ async def _check(
         tally.failures.append(f"{batch_id}: the lines are not those of the input, in order")
         return
     for row, body in zip(rows, bodies, strict=True):
+        tally.tokens += body["max_tokens"]
         (choice,) = row["response"]["body"]["choices"]
         expected = list(cluster.expected(body))
         if (choice["token_ids"], choice["finish_reason"]) != (expected, "length"):
             tally.failures.append(f"{batch_id}: line {row['custom_id']} is {choice}")
     for row, body in list(zip(rows, bodies, strict=True))[:: max(1, len(rows) // ONLINE)]:
+        tally.tokens += body["max_tokens"]
         online = (await caller.call("POST", PATH, json=body)).json()
         if online["choices"] != row["response"]["body"]["choices"]:
             tally.failures.append(f"{batch_id}: line {row['custom_id']} differs online")
+
+
+async def _check_usage(cluster: Cluster, tally: Tally) -> None:
+    """Each token counts once, whatever was killed."""
+    today = int(time.time()) // DAY
+    async with cluster.queue() as queue:
+        rows = await queue.usage(range(today - 1, today + 2))
+    counted = sum(row.generated_tokens for row in rows)
+    if counted != tally.tokens:
+        tally.failures.append(f"{counted} tokens were counted, {tally.tokens} generated")
 
 
 def main(arguments: Sequence[str]) -> int:
