@@ -86,7 +86,6 @@ ENV PATH=/opt/quire/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     QUIRE_MODEL=${MODEL} \
     QUIRE_CACHE_DIR=/var/lib/quire \
-    QUIRE_FILES=/var/lib/quire/files \
     QUIRE_HOST=0.0.0.0 \
     QUIRE_LOG_FORMAT=json
 EXPOSE 8000 8001

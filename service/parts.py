@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -126,11 +127,25 @@ def api_limits(settings: Settings) -> ApiLimits:
     return replace(limits, sweep_interval=min(limits.sweep_interval, limits.sweep_pause / 2))
 
 
+def files_url(settings: Settings) -> str:
+    """The place of files and batches. By default only processes with one queue share it; a process
+    with a queue of its own and no port of its own keeps them in memory.
+    """
+    url = settings.files
+    if url is None:
+        name = str(settings.port)
+        if not settings.queue.startswith("memory:"):
+            name = hashlib.sha256(settings.queue.encode()).hexdigest()[:16]
+        elif not settings.port:
+            return JobLimits().url
+        url = str(settings.cache_dir / "files" / name)
+    return url if "://" in url else str(Path(url).expanduser().absolute())
+
+
 def job_limits(settings: Settings) -> JobLimits:
     """Returns the place and the limits of files and batches."""
-    url = settings.files
     return JobLimits(
-        url=url if "://" in url else str(Path(url).expanduser().absolute()),
+        url=files_url(settings),
         files=FileLimits(
             max_bytes=settings.max_file,
             max_files=settings.max_tenant_files,

@@ -228,10 +228,11 @@ class Settings(BaseModel):
     )
     attention: bool = _http("Serve POST /v1/attention (`quire serve` only).", default=True)
 
-    files: str = _batches(
+    files: str | None = _batches(
         "Folder or URL of uploaded files and batches, by fsspec: /srv/files, s3://bucket/path. "
-        "API replicas of one queue must share it.",
-        "~/.cache/quire/files",
+        "API replicas of one queue must share it, others must not. Default: a folder of the queue, "
+        "or of the port, below cache_dir.",
+        None,
     )
     max_file: Bytes = _batches("Maximum size of a file in bytes.", 200 * 1024**2, ge=1024)
     max_tenant_files: int = _batches("Maximum number of files per tenant.", 1000, ge=1)

@@ -10,10 +10,11 @@ import httpx
 import pytest
 
 from service.api.http.auth import Tenant
+from service.api.http.observer import CallReport
 from service.app import build_admin_app
 from service.messages import Allowance
 from service.observability.metrics import MAX_TENANTS, OTHER_TENANTS, Metrics
-from tests.api.conftest import MODEL, CallReport
+from tests.api.conftest import MODEL
 
 Json = dict[str, Any]
 
