@@ -1,4 +1,4 @@
-"""The machine of a measurement: processor, its vector instructions, packages."""
+"""The machine: processor, its vector instructions, memory, packages, its container's limit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 _PACKAGES = (
     "quire-llm", "torch", "transformers", "xllamacpp", "llama-cpp-python", "openvino-genai", "vllm",
 )  # fmt: skip
+_CGROUPS = Path("/sys/fs/cgroup")
 _FLAGS = ("amx_int8", "amx_bf16", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "asimddp", "i8mm")
 
 
@@ -28,6 +29,16 @@ class Machine:
     def __str__(self) -> str:
         flags = ", ".join(self.flags) or "no known vector instructions"
         return f"{self.processor}, {self.cpus} CPUs, {self.memory / 2**30:.0f} GiB ({flags})"
+
+
+def memory_limit() -> int | None:
+    """Bytes that the container of this process may use; None: all."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2 of cgroups, and 1
+        path = _CGROUPS / name
+        if path.is_file():
+            text = path.read_text(encoding="ascii").strip()
+            return int(text) if text.isdigit() and int(text) < 2**60 else None
+    return None
 
 
 def this_machine() -> Machine:
