@@ -66,5 +66,5 @@ async def _fsync(client: RedisClient) -> str:
         (reply,) = await client.run_first([("CONFIG", "GET", "appendfsync")])
     except StartupError:
         return ""
-    pair = next(iter(reply.items()), ()) if isinstance(reply, dict) else reply
-    return pair[1].decode() if len(pair) == 2 else ""
+    pair = next(iter(reply.items()), None) if isinstance(reply, dict) else reply
+    return pair[1].decode() if pair else ""
