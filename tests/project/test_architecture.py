@@ -89,6 +89,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.startup", "service.encoders",
     ),
     "service.banner": ("rich", "service.settings", "service.encoders", "service.models"),
+    "service.doctor": (
+        "rich", "torch", "model", "service.errors", "service.settings", "service.setting_types",
+        "service.queues", "service.startup", "service.doctor",
+    ),
     "service.parts": ("",),
     "service.roles": ("",),
     "service.__main__": ("",),
