@@ -146,6 +146,9 @@ def load(folder: Path, **options: Any) -> EncodingRunner:
     return load_encoder(folder, **{"dtype": "float32", "threads": 1, **options})[0]
 
 
+RUNNERS = ("native", "torch")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,22 +161,29 @@ def test_equals_transformers(kind: str, tmp_path: Path) -> None:
     if kind == "qwen3":
         write_modules(tmp_path, {"pooling_mode_mean_tokens": True})
     assert is_encoder(tmp_path)
-    runner = load(tmp_path)
     batch = inputs(types=kind.startswith("bert"))
-    for encoding, vector in zip(batch, runner.encode(batch), strict=True):
-        expected = expected_of(theirs, encoding)
-        assert np.abs(expected).max() > 0.05, "a reference that says nothing would equal anything"
-        np.testing.assert_allclose(vector, expected, atol=1e-5, rtol=1e-5)
+    expected = [expected_of(theirs, encoding) for encoding in batch]
+    assert np.abs(expected).max() > 0.05, "a reference that says nothing would equal anything"
+    for name in RUNNERS:
+        runner = load(tmp_path, runner=name)
+        for ours, reference_vector in zip(runner.encode(batch), expected, strict=True):
+            np.testing.assert_allclose(ours, reference_vector, atol=1e-5, rtol=1e-5)
+        runner.close()
 
 
-def test_bits_depend_on_no_batch_and_no_order(folder: Path) -> None:
-    """1,000 random batches of random inputs, with repetitions, against each input alone."""
-    runner = load(folder)
+@pytest.mark.parametrize("name", RUNNERS)
+def test_bits_depend_on_no_batch_and_no_order(folder: Path, name: str) -> None:
+    """1,000 random batches of random inputs, with repetitions, against each input alone.
+
+    By two threads: which of them computes what differs from call to call.
+    """
+    runner = load(folder, runner=name, threads=2 if name == "native" else 1)
     texts = inputs(1)
     alone = [runner.encode([text])[0].tobytes() for text in texts]
     rng = np.random.default_rng(2)
+    most = 30 if name == "native" else 3  # steps of the native runner end at 1,024 tokens
     for _ in range(1000):
-        picked = rng.integers(0, len(texts), rng.integers(1, 4)).tolist()
+        picked = rng.integers(0, len(texts), rng.integers(1, most + 1)).tolist()
         found = runner.encode([texts[index] for index in picked])
         assert [vector.tobytes() for vector in found] == [alone[index] for index in picked]
 
@@ -200,11 +210,13 @@ def test_pools_as_the_files_say(
         theirs = AutoModel.from_pretrained(folder)(torch.tensor([text.ids]))
     expected = pick(theirs.last_hidden_state[0].numpy())
     write_modules(tmp_path, config, kinds=kinds)
-    runner = load(tmp_path)
+    runner = load(tmp_path, runner="torch")
+    native = load(tmp_path, runner="native")
     if kinds:
         expected = expected / np.linalg.norm(expected)
     assert runner.info.normalised == bool(kinds)
     np.testing.assert_allclose(runner.encode([text])[0], expected, atol=1e-5)
+    np.testing.assert_allclose(native.encode([text])[0], expected, atol=1e-5)
 
 
 def test_what_the_files_say_of_prompts_and_lengths(folder: Path, tmp_path: Path) -> None:
