@@ -60,11 +60,11 @@ class EncoderShape:
     """Sizes of an encoder and of how it is run; mirrors QuireEncoderShape."""
 
     hidden: int
+    width: int
     layers: int
     heads: int
     kv_heads: int
     dim: int
-    width: int
     activation: int
     gated: bool
     causal: bool

@@ -44,7 +44,8 @@ void Encoder::load_matrix(int layer, int which, const float* weight, const float
                           {hidden, shape.width},                  {hidden, hidden},       {shape.labels, hidden}};
   Matrix& to = matrix(layer, which);
   const int outputs = sizes[which][0], inputs = sizes[which][1];
-  if (shape.eight_bit && which <= QUIRE_M_DOWN) return pack_coded(to, outputs, inputs, weight, bias);
+  const bool of_mlp = which == QUIRE_M_UP || which == QUIRE_M_DOWN;
+  if (shape.eight_bit && of_mlp) return pack_coded(to, outputs, inputs, weight, bias);
   to.dense = {outputs, inputs, (outputs + PANEL - 1) / PANEL, nullptr, nullptr};
   pack_dense(to.dense, weight, bias);
 }

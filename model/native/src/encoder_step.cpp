@@ -273,7 +273,7 @@ EncoderBuffers Encoder::make_room(const EncoderTask& task) {
   grow(scratch.keys, task.key_rows * PANEL);
   grow(scratch.values, task.value_rows * PANEL);
   if (shape.eight_bit) {
-    const int most = std::max({shape.hidden, query_size(), shape.width});
+    const int most = std::max(shape.hidden, shape.width);
     grow(scratch.codes, (rows + TILE_ROWS_MAX) * code_stride(static_cast<int>(stride_of(most)), kernels.code_bytes));
     grow(scratch.scales, rows + TILE_ROWS_MAX);
   }

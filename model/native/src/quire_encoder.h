@@ -3,7 +3,7 @@
 #include "quire.h"
 
 struct QuireEncoderShape {
-  int32_t hidden, layers, heads, kv_heads, dim, width;
+  int32_t hidden, width, layers, heads, kv_heads, dim;
   int32_t activation, gated;  // of the MLP; activations as in encoder_kernels.h
   int32_t causal, post_norm, rms, rotary, has_types;
   int32_t position_offset;
@@ -11,7 +11,7 @@ struct QuireEncoderShape {
   int32_t normalised;
   int32_t labels;     // of the classifier; 0: none
   int32_t head_dense, head_activation;
-  int32_t eight_bit;  // matrices of the layers; else float32
+  int32_t eight_bit;  // matrices of the MLPs; else float32
   int32_t threads;
   float norm_eps;
   const int32_t* windows;  // [layers], INT32_MAX: all
