@@ -45,8 +45,8 @@ def method(document: Document) -> list[str]:
     if document.variant:
         measured_on += (
             f" Restricted to {document.variant.upper()}: Quire by its variant, llama.cpp by its"
-            " build, OpenVINO and torch by ONEDNN_MAX_CPU_ISA. It stands in for machines without"
-            " more, whose caches and clocks differ."
+            " build, torch by ONEDNN_MAX_CPU_ISA. OpenVINO fails if oneDNN is limited, and is left"
+            " out. This stands in for machines without more, whose caches and clocks differ."
         )
     how = (
         f"Model {document.model}. {sizes.tokens_in} prompt tokens, {sizes.tokens_out} output"
