@@ -108,12 +108,14 @@ def views_of(document: Document) -> dict[str, View]:
 
 
 def overview(document: Document) -> Iterator[Table]:
-    """Speed, CPU time, the ratios of both, the fraction of the roof."""
-    for measure in (SPEED, CPU):
+    """Speed, CPU time, the ratios of both, the fraction of the roof; CPU time if it was busy."""
+    busy = is_busy(document)
+    measures = (CPU,) if busy else (SPEED, CPU)
+    for measure in measures:
         yield _figures(document, measure)
-    for measure in (SPEED, CPU):
+    for measure in measures:
         yield from _ratios(document, measure)
-    if document.roofs:
+    if document.roofs and not busy:
         yield _roofs(document)
 
 

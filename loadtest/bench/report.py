@@ -74,8 +74,8 @@ def _about_peers(document: Document) -> str:
     if is_busy(document):
         load = median([row.load_before for row in document.results])
         text += (
-            f" Other work kept the machine at a load of {load:.0f}: compare CPU seconds, not tokens"
-            " per second."
+            f" Other work kept the machine at a load of {load:.0f}, so only CPU time is compared;"
+            " it varies more than on a quiet machine."
         )
     return text
 

@@ -146,6 +146,8 @@ def test_the_short_table_has_cpu_times_if_the_machine_was_busy(
         results = [make_result(name, load=load) for name in ("quire-plain", "quire-redis", "vllm")]
         document = make_document(["quire-plain", "quire-redis", "vllm"], results)
         assert is_busy(document) == (load > 6)
+        titles = [each.title for each in overview(document)]
+        assert ("Tokens per second" in titles, "Fraction of the roof" in titles) == (load < 6,) * 2
         table = short_table(document)
         assert table.title == title
         assert [row[0] for row in table.rows] == [
