@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 
 from fastapi import APIRouter, FastAPI, Response
 
@@ -24,6 +25,7 @@ from service.api.http.context import (
     GrammarErrors,
     Models,
     Probes,
+    ServedEncoder,
     ServedModel,
     WorkPools,
 )
@@ -31,32 +33,41 @@ from service.api.http.middleware import HostCheck, RequestContextMiddleware, all
 from service.api.http.models import ErrorBody, refused
 from service.api.http.observer import ApiObserver
 from service.api.structured.validator import GrammarValidator
-from service.api.system import openapi
+from service.api.system import openapi, usage
+from service.api.system.batches import BatchDesk, answer_line
+from service.api.system.files import FileDesk
 from service.api.system.health import HealthContext, LiveState
+from service.batches.jobs import JobLimits, Jobs
 from service.errors import Unavailable
 from service.messages import ModelCard
 from service.queues.contract import Queue
 
 
 def served_model(
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     read_card: Callable[[], ModelCard],
     *,
     served: Callable[[], bool] = lambda: True,
     tokens_per_second: Callable[[], float] = lambda: 0.0,
     attention: AttentionReads | None = None,
     grammars: GrammarErrors | None = None,
+    encoder: ServedEncoder | None = None,
 ) -> ServedModel:
-    """A model that generates. Its grammars are validated over its own vocabulary."""
+    """A model that generates, whose grammars are validated over its own vocabulary, or an encoder,
+    without a tokenizer of its own.
+    """
+    if tokenizer is not None and grammars is None:
+        words = tokenizer
 
-    def vocabulary() -> Grammars:
-        return Grammars(
-            tokenizer.token_bytes, eos_ids=tokenizer.eos_ids, vocab_size=read_card().vocab_size
-        )
+        def vocabulary() -> Grammars:
+            size = read_card().vocab_size
+            return Grammars(words.token_bytes, eos_ids=words.eos_ids, vocab_size=size)
 
+        grammars = GrammarValidator(vocabulary)
     return ServedModel(
         tokenizer=tokenizer,
-        grammars=grammars or GrammarValidator(vocabulary),
+        grammars=grammars,
+        encoder=encoder,
         read_card=read_card,
         served=served,
         tokens_per_second=tokens_per_second,
@@ -76,9 +87,11 @@ def build_app(  # noqa: PLR0913  # the arguments are its parts
     extras: Collection[str] = ("page",),
     check_host: HostCheck = any_host,
     cors_origins: Sequence[str] = (),
+    jobs: JobLimits | None = None,
 ) -> FastAPI:
     """The API. `extras` are optional routes: `docs` (/docs, /openapi.json) and `page` (the web
-    page). Its lifespan sweeps the queue and sends heartbeats of the answers that are read here.
+    page). Its lifespan sweeps the queue, sends heartbeats of the answers that are read here, and
+    runs batches.
     """
     context = ApiContext(
         queue=queue,
@@ -94,6 +107,7 @@ def build_app(  # noqa: PLR0913  # the arguments are its parts
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         chores = [
+            asyncio.create_task(work.runner.run()),
             asyncio.create_task(sweep_forever(queue, interval=limits.sweep_interval)),
             asyncio.create_task(context.readers.send_heartbeats(limits.attend_interval)),
         ]
@@ -101,16 +115,21 @@ def build_app(  # noqa: PLR0913  # the arguments are its parts
             yield
         finally:
             for model in models.table.values():
-                await asyncio.to_thread(model.grammars.close)
+                if model.grammars is not None:
+                    await asyncio.to_thread(model.grammars.close)
                 if model.attention is not None:
                     model.attention.close()
             for chore in chores:
                 chore.cancel()
             await asyncio.gather(*chores, return_exceptions=True)
             context.pools.close()
+            work.close()
 
     app = _new_app("Quire", version=version, lifespan=lifespan)
     app.state.context = context
+    work = Jobs(jobs or JobLimits(), queue, partial(answer_line, app), draining=probes.draining)
+    app.state.files = FileDesk(work.files, work.batches)
+    app.state.batches = BatchDesk(work.batches, work.runner.wake)
     app.state.live = LiveState(queue)
     app.state.health = HealthContext(queue, probes, models.states)
     app.add_middleware(
@@ -159,6 +178,7 @@ def build_admin_app(
         return Response(render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     app.include_router(metrics, tags=["metrics"])
+    app.include_router(usage.admin_router, tags=["usage"])
     app.include_router(ROUTERS["health"], tags=["health"])
     return app
 

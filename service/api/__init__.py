@@ -21,13 +21,14 @@ from typing import Any
 from fastapi import APIRouter
 
 from service.api.anthropic import dialect as anthropic
+from service.api.encoding import routes as encoding
 from service.api.generation.dialect import Dialect
 from service.api.generation.manifest import Endpoint
 from service.api.generation.streams import stream_routes
 from service.api.openai import dialect as openai
 from service.api.responses import routes as responses
 from service.api.responses.dialect import RESPONSES
-from service.api.system import attention, health, models, openapi, page
+from service.api.system import attention, batches, files, health, models, openapi, page, usage
 
 DIALECTS: Mapping[Endpoint, Dialect[Any]] = MappingProxyType({
     Endpoint.COMPLETIONS: openai.COMPLETIONS,
@@ -50,7 +51,11 @@ ROUTERS: Mapping[str, APIRouter] = MappingProxyType({
     "chat": openai.chat,
     "responses": responses.router,
     "messages": anthropic.router,
+    "encoding": encoding.router,
     "streams": stream_routes(DIALECTS),
+    "files": files.router,
+    "batches": batches.router,
+    "usage": usage.router,
     "models": models.router,
     "tokens": models.tokens_router,
     "attention": attention.router,

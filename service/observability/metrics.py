@@ -30,6 +30,8 @@ from service.queues.observer import REASON_OF_END, QueueEvent, QueueObserver
 from service.worker.observer import WorkerObserver
 
 RATE_WINDOW = 10.0  # seconds
+MAX_TENANTS = 100  # with series of their own, per process
+OTHER_TENANTS = "(other)"  # no tenant has this name
 
 
 class Metrics(Series, ConnectionObserver, ApiObserver, QueueObserver):
@@ -55,6 +57,7 @@ class Metrics(Series, ConnectionObserver, ApiObserver, QueueObserver):
         self._on_call = on_call
         self._clock = clock
         self._cards: dict[str, ModelCard] = {}
+        self._tenants: set[str] = set()
         self._models: dict[str, ModelMetrics] = {}
         self._queue = QueueGauges(clock)
         self._vllm = VllmNames(self)
@@ -130,8 +133,23 @@ class Metrics(Series, ConnectionObserver, ApiObserver, QueueObserver):
             if report.completion_tokens > 1:
                 rest = report.duration - report.to_first_token
                 self.per_token.labels(report.model).observe(rest / (report.completion_tokens - 1))
+        if not report.repeats:
+            self._count_tenant(report)
         if self._on_call is not None:
             self._on_call(report)
+
+    def _count_tenant(self, report: CallReport) -> None:
+        if report.tenant in self._tenants or len(self._tenants) < MAX_TENANTS:
+            self._tenants.add(report.tenant)
+            tenant = report.tenant
+        else:
+            tenant = OTHER_TENANTS
+        for kind, tokens in (
+            ("prompt", report.prompt_tokens),
+            ("cached", report.cached_tokens),
+            ("generated", report.completion_tokens),
+        ):
+            self.tenant_tokens.labels(tenant, kind).inc(tokens)
 
     # --- service.queues.observer.QueueObserver --------------------------------------------
     def happened(self, event: QueueEvent, count: int = 1) -> None:
@@ -152,7 +170,7 @@ class ModelMetrics(WorkerObserver, Observer):
         self._model = model
         self._vllm = vllm
         self._clock = clock
-        self._sampled: deque[tuple[float, int]] = deque(maxlen=2048)  # (time, tokens) per step
+        self._served: deque[tuple[float, int]] = deque(maxlen=2048)  # (time, tokens) per step
         self._steps = series.steps.labels(model)
         self._step_time = series.step_time.labels(model)
         self._step_overhead = series.step_overhead.labels(model)
@@ -161,6 +179,7 @@ class ModelMetrics(WorkerObserver, Observer):
         self._waiting = series.waiting.labels(model)
         self._prompt_tokens = series.prompt_tokens.labels(model)
         self._generated_tokens = series.generated_tokens.labels(model)
+        self._encoded_inputs = series.encoded_inputs.labels(model)
         self._draft_tokens = series.draft_tokens.labels(model)
         self._accepted_drafts = series.accepted_drafts.labels(model)
         self._prefix_hits = series.prefix_hits.labels(model)
@@ -176,10 +195,10 @@ class ModelMetrics(WorkerObserver, Observer):
         self._vllm.cache[self._model] = (block_size, num_blocks)
 
     def tokens_per_second(self) -> float:
-        """Tokens sampled per second, over the last `RATE_WINDOW`; 0 if there were none."""
+        """Tokens sampled or encoded per second, in the last `RATE_WINDOW`; 0 if none were."""
         now = self._clock()
         # Iterates over a copy, which is atomic: the engine's thread appends meanwhile.
-        recent = [(at, count) for at, count in self._sampled.copy() if now - at <= RATE_WINDOW]
+        recent = [(at, count) for at, count in self._served.copy() if now - at <= RATE_WINDOW]
         if len(recent) < 2:
             return 0.0
         return sum(count for _, count in recent) / max(now - recent[0][0], 0.001)
@@ -191,7 +210,8 @@ class ModelMetrics(WorkerObserver, Observer):
             self._step_time.observe(report.duration)
             self._step_overhead.observe(max(0.0, report.duration - report.run_duration))
             self._step_tokens.observe(report.num_tokens)
-            self._sampled.append((self._clock(), report.num_sampled))
+            served = report.num_tokens if report.num_encoded else report.num_sampled
+            self._served.append((self._clock(), served))
         self._running.set(report.running)
         self._waiting.set(report.waiting)
         self._blocks["used"].set(report.blocks_used)
@@ -199,6 +219,7 @@ class ModelMetrics(WorkerObserver, Observer):
         self._blocks["free"].set(report.blocks_free)
         self._prompt_tokens.inc(report.prompt_tokens)
         self._generated_tokens.inc(report.num_sampled)
+        self._encoded_inputs.inc(report.num_encoded)
         self._draft_tokens.inc(report.num_drafts)
         self._accepted_drafts.inc(report.num_accepted)
         self._prefix_hits.inc(report.prefix_hit_tokens)

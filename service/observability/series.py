@@ -138,6 +138,12 @@ class Series:
             "Requests whose end is in the journal, by finish reason.",
             reason=FinishReason,
         )
+        self.tenant_tokens = self._counter(
+            "quire_tenant_tokens",
+            "Tokens of calls that ended, by tenant and kind; the first 100 tenants by name.",
+            tenant=(),
+            kind=("prompt", "cached", "generated"),
+        )
         self.lost = counter(
             "quire_requests_lost", "Admitted requests whose journal vanished. Must be 0."
         )
@@ -164,6 +170,7 @@ class Series:
         self.blocks = gauge("quire_kv_blocks", "KV blocks by state.", state=BLOCKS)
         self.prompt_tokens = counter("quire_prompt_tokens", "Prompt tokens computed.")
         self.generated_tokens = counter("quire_generated_tokens", "Output tokens generated.")
+        self.encoded_inputs = counter("quire_encoded_inputs", "Inputs encoded.")
         self.draft_tokens = counter("quire_draft_tokens", "Draft tokens computed.")
         self.accepted_drafts = counter("quire_accepted_draft_tokens", "Draft tokens accepted.")
         self.prefix_hits = counter(

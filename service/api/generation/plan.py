@@ -88,7 +88,7 @@ def plan(
                 budget=generation.thinking_budget,
             ),
             tenant=call.tenant.name,
-            priority=_priority(generation, call),
+            priority=priority_of(call, generation.priority, tier=generation.service_tier),
             timeout_ms=call.timeout_ms,
             trace=call.trace,
             model=context.card.key,
@@ -105,6 +105,7 @@ def plan(
         allowance=call.tenant.allowance,
         keep=None if generation.stored_input is None else context.limits.keep_responses,
         input=generation.stored_input or "",
+        model=context.card.id,
         prefixes=named_prefixes(requests, manifest.width, context.card),
         # The replica sees its own client leave; the queue sees that a replica is gone.
         grace=None if manifest.grace is None else manifest.grace or context.limits.replica_grace,
@@ -208,6 +209,8 @@ def _grace(
     generation: Generation, manifest: Manifest, *, call: Call, limits: ApiLimits
 ) -> float | None:
     """A client can come back if it has event ids, a retrievable answer or an idempotency key."""
+    if call.is_line:
+        return None
     if generation.on_disconnect is not None:
         return None if generation.on_disconnect == "continue" else 0.0
     retrievable = manifest.has_status and manifest.stored
@@ -215,17 +218,17 @@ def _grace(
     return limits.grace if resumable or call.idempotency_key is not None else 0.0
 
 
-def _priority(generation: Generation, call: Call) -> int:
+def priority_of(call: Call, requested: int | None, *, tier: str | None = None) -> int:
     """Raises Forbidden if the key does not allow the requested priority."""
+    if call.is_line:
+        return LOWEST_PRIORITY
     highest = call.tenant.highest_priority
-    if generation.priority is not None:
-        if generation.priority < highest:
+    if requested is not None:
+        if requested < highest:
             raise Forbidden(f"with this key the highest priority is {highest}", param="priority")
-        return generation.priority
+        return requested
     default = max(DEFAULT_PRIORITY, highest)
-    return {"flex": LOWEST_PRIORITY, "priority": highest}.get(
-        _tier_used(generation.service_tier) or "", default
-    )
+    return {"flex": LOWEST_PRIORITY, "priority": highest}.get(_tier_used(tier) or "", default)
 
 
 def _tier_used(tier: str | None) -> str | None:
@@ -274,7 +277,7 @@ async def grammar_of(generation: Generation, context: ModelContext, *, tenant: s
     if output is None and tools is None:
         return None
     _reject_conflicting_fields(generation)
-    validate = partial(context.served.grammars.error, tenant=tenant)
+    validate = partial(context.grammars.error, tenant=tenant)
     if tools is not None:
         rendering = await call_rendering(context, tenant=tenant, param=names.prompt)
         tool_format = TOOL_FORMATS[tool_format_name(rendering)]
