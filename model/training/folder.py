@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from model.checkpoint import CheckpointError, configure, find_gguf, load_model, open_checkpoint
+from model.checkpoint import CheckpointError, configure, find_gguf, open_checkpoint, open_model
 from model.checkpoint.assemble import fused_parts
 from model.checkpoint.gguf_parts import read_headers
 from model.checkpoint.gguf_vocabulary import from_gguf
@@ -20,6 +20,7 @@ from model.checkpoint.vocabulary import Vocabulary
 from model.config import ModelConfig
 from model.families import Family
 from model.text.tokenizer import Tokenizer
+from model.weights import to_tensor
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -87,19 +88,19 @@ class Base:
 
 
 def open_base(path: Path, *, headless: bool = False) -> Base:
-    """Reads a model into float32; `headless` as in `load_model`. Raises CheckpointError."""
+    """Reads a model into float32; `headless` as in `open_model`. Raises CheckpointError."""
     checkpoint = open_checkpoint(path)
     family, _ = configure(checkpoint)
-    loaded = load_model(path, headless=headless)
-    dtype = loaded.weights["embed.weight"].dtype
+    opened = open_model(path, headless=headless)
+    weights = {name: to_tensor(array) for name, array in opened.weights.items()}
     return Base(
         fields=dict(checkpoint.config),
         family=family,
-        config=loaded.config,
-        weights={name: tensor.float() for name, tensor in loaded.weights.items()},
-        dtype=dtype,
+        config=opened.config,
+        weights={name: tensor.float() for name, tensor in weights.items()},
+        dtype=weights["embed.weight"].dtype,
         files=checkpoint.tokenizer,
-        digest=loaded.digest,
+        digest=opened.digest,
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoint import load_model
+from model.checkpoint import open_model
 from model.checkpoint.sentence_transformers import read_settings
 from model.config import Problem
 from model.runners.encoding import describe
@@ -33,6 +33,7 @@ from model.training.folder import Base, as_stored, write_model
 from model.training.loop import Recipe, StepReport, Training
 from model.training.ranks import Ranks
 from model.transformer import Transformer
+from model.weights import to_tensor
 from tests.model.training_models import ENCODERS, FIELDS, tiny_base
 
 NAMES = ("bad", "good", "mixed")
@@ -65,14 +66,14 @@ def write(folder: Path, base: Base, fields: dict[str, Any], network: Transformer
 
 def served(folder: Path, texts: list[list[int]]) -> torch.Tensor:
     """The logits that the encoding runner computes from a folder."""
-    loaded = load_model(folder, headless=True)
-    info = describe(loaded.config, read_settings(folder))
+    opened = open_model(folder, headless=True)
+    info = describe(opened.config, read_settings(folder))
     assert info.labels == NAMES
     runner = TorchEncoder(
-        loaded.config,
-        loaded.weights,
+        opened.config,
+        {name: to_tensor(array) for name, array in opened.weights.items()},
         info=info,
-        digest=loaded.digest,
+        digest=opened.digest,
         dtype="float32",
         device="cpu",
     )
