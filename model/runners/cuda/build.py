@@ -112,7 +112,7 @@ def _verify_blas(
         blas = CublasLt()
     with torch.inference_mode():
         verified = VerifiedProducts(
-            network.layer_products, rows=options.max_batch_tokens, blas=blas
+            network.layer_products, rows=options.max_batch_tokens, blas=blas, reduce=network.reduce
         )
     if not verified.shapes:
         return None

@@ -100,7 +100,7 @@ class FusedNetwork:
         self.dtype = dtype
         self._product = product  # of the head
         self._multiply = product  # of the layers
-        self._reduce = reduce
+        self.reduce = reduce
         loaded = {
             name: weights[name].to(device=device, dtype=dtype).contiguous() for name in weights
         }
@@ -118,7 +118,7 @@ class FusedNetwork:
     @property
     def layer_products(self) -> list[Linear]:
         """The layers' products, except those that are summed over ranks."""
-        if self._reduce is not None:
+        if self.reduce is not None:
             return [linear for layer in self._layers for linear in (layer.qkv, layer.gate_up)]
         return [
             linear
@@ -220,10 +220,10 @@ class FusedNetwork:
 
     def _narrow(self, x: torch.Tensor, linear: Linear) -> Product:
         """A sublayer's last product, summed over ranks, each of which has a share of its inputs."""
-        if self._reduce is None:
+        if self.reduce is None:
             return self._multiply(x, *linear)
         y = torch.empty((len(x), len(linear.weight)), dtype=self.dtype, device=x.device)
-        return Product(self._reduce(self._multiply(x, *linear, out_MN=y).values))
+        return Product(self.reduce(self._multiply(x, *linear, out_MN=y).values))
 
 
 def _layer(config: ModelConfig, loaded: Mapping[str, torch.Tensor], index: int) -> _Layer:
