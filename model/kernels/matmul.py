@@ -82,6 +82,23 @@ def tiling_for(num_rows: int) -> Tiling:
     return next((tiling for most, tiling in _TILINGS if num_rows <= most), _MANY_ROWS)
 
 
+def layout_sizes(most: int) -> list[int]:
+    """Numbers of rows up to `most`: the first of each tiling and of each further tile of rows."""
+    starts = [1, *(rows + 1 for rows, _ in _TILINGS), *range(1, most + 1, _MANY_ROWS.rows)]
+    return sorted({start for start in starts if start <= most})
+
+
+def layout_for(num_rows: int, num_outputs: int, num_inputs: int) -> tuple[Tiling, bool]:
+    """The tiling of a product, and whether its parts go to memory, if there are several."""
+    tiling = tiling_for(num_rows)
+    return tiling, _is_apart(num_rows, num_outputs, num_inputs, tiling)
+
+
+def _is_apart(num_rows: int, num_outputs: int, num_inputs: int, tiling: Tiling) -> bool:
+    tiles = triton.cdiv(num_rows, tiling.rows) * triton.cdiv(num_outputs, tiling.outputs)
+    return part_size(num_outputs, num_inputs) < num_inputs and tiles * 2 <= _PROGRAMS
+
+
 @functools.cache
 def part_size(num_outputs: int, num_inputs: int) -> int:
     """Inputs of a part, a function of the weight's shape alone."""
@@ -105,7 +122,7 @@ def multiply(
     part = part_size(N, K)
     num_parts = triton.cdiv(K, part)
     tiles = triton.cdiv(M, tiling.rows) * triton.cdiv(N, tiling.outputs)
-    apart = out_MN is None and num_parts > 1 and tiles * 2 <= _PROGRAMS
+    apart = out_MN is None and _is_apart(M, N, K, tiling)
     if out_MN is not None:
         y = out_MN
     elif apart:

@@ -85,7 +85,10 @@ class WorkList:
         )
 
 
-@triton.jit(do_not_specialize=["S", "window"])
+@triton.jit(
+    do_not_specialize=["S", "window"],
+    do_not_specialize_on_alignment=["starts_ptr", "contexts_ptr", "batch_slots_ptr"],
+)
 def _list_items(
     starts_ptr,  # [S + 1]
     contexts_ptr,  # [S]

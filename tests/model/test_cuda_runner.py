@@ -435,11 +435,12 @@ def test_what_is_read_back_arrives_when_it_is_waited_for() -> None:
 
 
 def test_an_upload_has_its_limit() -> None:
-    upload = Upload(HostAccelerator(), capacity=5, num_buffers=2)
+    upload = Upload(HostAccelerator(), capacity=5, num_arrays=3, num_buffers=2)
     parts = upload.send(
         [np.array([1, 2], np.int32), np.zeros(0, np.int32), np.array([3], np.int32)]
     )
     assert [part.tolist() for part in parts] == [[1, 2], [], [3]]
+    assert all((part.data_ptr() - upload.target.data_ptr()) % 16 == 0 for part in parts)
     with pytest.raises(ValueError, match="at most 5"):
         upload.send([np.zeros(6, np.int32)])
 

@@ -2,6 +2,7 @@
 
     pinned memory     lets copies overlap with computation
     read back         device -> host, complete when the call that waits returns
+    compile ahead     in parallel, what some work launches
     capture           a sequence of launches, replayed by one: CUDA graphs
     memory            free bytes, and the peak use of some work
     time              that work takes on the device
@@ -17,6 +18,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+
+from model.runners.cuda.compile_ahead import compile_ahead
 
 UNREAD = -(2**31)  # what a host buffer holds until its copy has arrived
 
@@ -40,6 +43,10 @@ class Accelerator(Protocol):
 
     def fence(self) -> Callable[[], None]:
         """Marks this point of the launched work; calling the result waits until it is reached."""
+        ...
+
+    def compile_ahead(self, work: Callable[[], None]) -> None:
+        """Compiles the kernels that `work` launches. It may run without computing anything."""
         ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -78,6 +85,9 @@ class CudaAccelerator:
         event = torch.cuda.Event()
         event.record()
         return event.synchronize
+
+    def compile_ahead(self, work: Callable[[], None]) -> None:
+        compile_ahead(work)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         side = torch.cuda.Stream(self.device)
@@ -136,6 +146,9 @@ class HostAccelerator:
 
     def fence(self) -> Callable[[], None]:
         return lambda: None  # the host is never ahead of its own work
+
+    def compile_ahead(self, work: Callable[[], None]) -> None:
+        pass  # the interpreter compiles nothing
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         return work

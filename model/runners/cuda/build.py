@@ -7,7 +7,7 @@ a margin; the rest may be KV pool. No step that `RunnerOptions` allows needs mor
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
@@ -24,8 +24,9 @@ from model.runners.cuda.device_memory import blocks_that_fit, check_weights_fit
 from model.runners.cuda.network import FusedNetwork, Multiply, Reduce
 from model.runners.cuda.runner import CudaRunner
 from model.runners.cuda.slots import BatchSlots
-from model.runners.cuda.workspace import Workspace, dry_step
+from model.runners.cuda.workspace import Workspace
 from model.runners.exactness import ExactnessCheck, check_exactness, check_for
+from model.runners.logprobs import SCORED_AT_ONCE
 from model.runners.torch import choose_device
 from model.weights import Weights
 
@@ -70,23 +71,19 @@ def build_runner(
     workspace = Workspace(
         config, options, windows=network.windows, slots=slots, kv_dtype=kv_dtype, device=device
     )
+    runner = CudaRunner(
+        options, accelerator=accelerator, network=network, workspace=workspace, slots=slots
+    )
+    with torch.inference_mode():
+        accelerator.compile_ahead(runner.launch_variants)
     num_blocks = options.num_blocks or _measure_blocks(
-        network,
-        workspace,
+        runner,
         options,
         accelerator=accelerator,
         block_bytes=bytes_per_block(config, options.block_size, dtype=kv_dtype),
         mixes_products=verified is not None,
     )
-    workspace.allocate_pool(num_blocks)
-    runner = CudaRunner(
-        options,
-        accelerator=accelerator,
-        network=network,
-        workspace=workspace,
-        slots=slots,
-        num_blocks=num_blocks,
-    )
+    runner.allocate_pool(num_blocks)
     runner.vendor_blas_shapes = frozenset() if verified is None else verified.shapes
     if product is multiply and reduce is None and check is not None:
         if check == "by options":
@@ -121,23 +118,25 @@ def _verify_blas(
 
 
 def _measure_blocks(
-    network: FusedNetwork,
-    workspace: Workspace,
+    runner: CudaRunner,
     options: RunnerOptions,
     *,
     accelerator: Accelerator,
     block_bytes: int,
     mixes_products: bool,
 ) -> int:
-    """Blocks of the pool, from what the largest step leaves free."""
+    """Blocks of the pool, from what the largest step leaves free.
+
+    That is the largest of any step: each of its rows has masks, penalties and log probabilities.
+    """
     largest = options.max_batch_tokens
     # Vendor BLAS multiplies full steps only: with one row less all products are ours.
     sizes = (largest, largest - 1) if mixes_products else (largest,)
-    with torch.inference_mode():
-        dry_step(network, workspace, largest)  # compiles; libraries allocate what they keep
-        work = max(
-            accelerator.peak_of(partial(dry_step, network, workspace, size)) for size in sizes
-        )
+    most: dict[str, Any] = {
+        "adjusted": True, "logprobs": True, "scored": min(largest, SCORED_AT_ONCE),
+    }  # fmt: skip
+    runner.padding_step(largest, **most)  # compiles; libraries allocate what they keep
+    work = max(accelerator.peak_of(partial(runner.padding_step, size, **most)) for size in sizes)
     return blocks_that_fit(
         free=accelerator.free_memory(),
         work=work,

@@ -1,0 +1,119 @@
+"""Compiles the variants of the kernels that some work launches, in parallel, to Triton's cache.
+
+    recorded       runs the work; launches are suppressed, and what they would compile is noted
+    compile_ahead  the same, then compiles the variants in processes: the work finds them cached
+    main           such a process: `python -m model.runners.cuda.compile_ahead`, variants on stdin
+
+Compiling releases no lock for long enough to gain from threads. A process needs no GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+_MOST_PROCESSES = 16
+_FEW = 4  # variants that are compiled no faster by processes, which take seconds to start
+_ROOT = Path(__file__).resolve().parents[3]
+
+
+class TargetDriver:
+    """In place of Triton's driver: a GPU to compile for that need not be there."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+def recorded(work: Callable[[], object]) -> dict[str, str]:
+    """Runs `work`, whose kernels are not launched unless they are compiled already.
+
+    Returns the variants that it would compile: module and specialisation, by kernel and key.
+    """
+    found: dict[str, str] = {}
+
+    def note(*, key: Any, fn: Any, compile: Any, **_: Any) -> bool:  # noqa: A002, ANN401 - Triton's
+        data = compile["specialization_data"]
+        found[f"{fn.module}.{fn.name} {key}"] = json.dumps([fn.module, fn.name, data])
+        return True  # neither compiled nor launched
+
+    previous, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
+    try:
+        work()
+    finally:
+        knobs.runtime.jit_cache_hook = previous
+    return found
+
+
+def compile_ahead(work: Callable[[], object], *, processes: int | None = None) -> int:
+    """Returns the number of variants that it compiled: 0 if the same were compiled before.
+
+    A variant that does not compile is left to the work itself, which raises the error.
+    """
+    variants = sorted(recorded(work).values())
+    target = driver.active.get_current_target()
+    stamp = _stamp(variants, target)
+    if len(variants) < _FEW or stamp.exists():
+        return 0
+    count = min(processes or len(os.sched_getaffinity(0)), _MOST_PROCESSES, len(variants))
+    shares = [variants[index::count] for index in range(count)]
+    running = [_start() for _ in shares]
+    for process, share in zip(running, shares, strict=True):
+        order = {"target": [target.backend, target.arch, target.warp_size], "variants": share}
+        if process.stdin is not None:
+            process.stdin.write(json.dumps(order).encode())
+            process.stdin.close()
+    statuses = [process.wait() for process in running]
+    if not any(statuses):
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+    return len(variants)
+
+
+def _start() -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "model.runners.cuda.compile_ahead"]
+    return subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.PIPE)  # noqa: S603 - this program
+
+
+def _stamp(variants: list[str], target: GPUTarget) -> Path:
+    """A file in Triton's cache that exists if all these were compiled there."""
+    kernels = {name: _kernel(*json.loads(name)[:2]).cache_key for name in variants}
+    text = json.dumps([triton.__version__, str(target), kernels], sort_keys=True)
+    return Path(knobs.cache.dir) / f"quire-{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _kernel(module: str, name: str) -> JITFunction[Any]:
+    kernel: JITFunction[Any] = getattr(importlib.import_module(module), name)
+    return kernel
+
+
+def main() -> None:
+    order = json.load(sys.stdin)
+    driver.set_active(TargetDriver(GPUTarget(*order["target"])))
+    for module, name, data in map(json.loads, order["variants"]):
+        _kernel(module, name).preload(data)
+
+
+if __name__ == "__main__":
+    main()
