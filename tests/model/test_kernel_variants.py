@@ -1,7 +1,7 @@
 """What Triton compiles, and when: never during traffic, and at the start in parallel.
 
-In processes of their own, because in this one Triton interprets. Nothing is computed there: launches
-are noted by the specialisation that Triton would compile, for a GPU that need not be there.
+In processes of their own, because in this one Triton interprets. Nothing is computed there:
+launches are noted by the specialisation that Triton would compile, for a GPU that is not there.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def test_traffic_compiles_nothing() -> None:
     compiled, new = found_compiling(TRAFFIC)
     assert min(compiled) > 40
     assert not new
+
 
 PARALLEL = r"""
 import json, tempfile, warnings
