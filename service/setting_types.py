@@ -75,12 +75,21 @@ def _check_alias(value: str) -> str:
     return value
 
 
+def _check_aliases(values: tuple[str, ...]) -> tuple[str, ...]:
+    names = [value.partition("=")[0] for value in values]
+    if len(set(names)) < len(names):
+        raise ValueError("an alias may be given once: it stands for one model")
+    return values
+
+
 Models = Annotated[
     tuple[Annotated[str, AfterValidator(_check_model)], ...],
     BeforeValidator(split_list),
     Field(min_length=1),
 ]
 Aliases = Annotated[
-    tuple[Annotated[str, AfterValidator(_check_alias)], ...], BeforeValidator(split_list)
+    tuple[Annotated[str, AfterValidator(_check_alias)], ...],
+    BeforeValidator(split_list),
+    AfterValidator(_check_aliases),
 ]
 Parts = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(split_list)]

@@ -568,6 +568,35 @@ class QueueContract:
         assert not await queue.claim(engine, limit=0, wait=0)
         assert list(await queue.engines()) == [engine]
 
+    @pytest.mark.parametrize("seed", range(4))
+    async def test_groups_sum_up_the_engines(self, queue: Queue, passes: Passes, seed: int) -> None:
+        draw = random.Random(seed)
+        assert list(await queue.engine_groups()) == []
+        for number in range(draw.randint(0, 12)):
+            await queue.claim(
+                make_engine(
+                    f"e{number}",
+                    running=draw.randint(0, 9),
+                    tokens_per_second=draw.choice([0.0, 1e-7, 0.25, 1234.5]),
+                    numeric_class=draw.choice(["a", 'b"}']),
+                    features=draw.choice([(), ("x", "y")]),
+                ),
+                limit=0,
+                wait=0,
+            )
+            await passes(draw.choice([0.0, 0.0, ENGINE_SILENCE / 2]))
+        await passes(1.0)  # for which sums are shared
+        groups = await queue.engine_groups()
+        listed = await queue.engines()
+        assert {group.info for group in groups} == {info.without_load() for info in listed}
+        assert len(groups) == len({group.info for group in groups})
+        for group in groups:
+            members = [info for info in listed if info.without_load() == group.info]
+            assert group.engines == len(members)
+            assert group.tokens_per_second == pytest.approx(
+                sum(info.tokens_per_second for info in members)
+            )
+
     # --- writing --------------------------------------------------------------------------
     async def test_replies_to_writes(self, queue: Queue) -> None:
         await queue.submit(make_submission())

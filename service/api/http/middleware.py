@@ -61,13 +61,13 @@ class AllowedHosts:
 
     def __call__(self, scope: Scope) -> None:
         """Raises Forbidden. A request without a Host is not from a browser."""
-        host = _header(scope, b"host")
+        host = _header(scope, b"host").lower()
         if host and not self._accepts_host(host):
             raise Forbidden(
                 "the Host header must be a loopback name or address, or a name of --allowed-hosts",
                 code="host_not_allowed",
             )
-        origin = _header(scope, b"origin")
+        origin = _header(scope, b"origin").lower()
         if origin and not self._accepts_origin(origin, host):
             raise Forbidden(
                 "the Origin header must be this server's own, or an origin of --cors-origins",
@@ -92,9 +92,9 @@ class AllowedHosts:
 
 
 def _header(scope: Scope, name: bytes) -> str:
-    """A header in lower case; empty if it is absent or empty, joined if it came twice."""
+    """A header; empty if it is absent or empty, joined if it came twice."""
     values = [value for key, value in scope["headers"] if key == name]
-    return b",".join(values).strip().decode("latin-1").lower()
+    return b",".join(values).strip().decode("latin-1")
 
 
 def _name(host: str) -> str:

@@ -19,6 +19,7 @@ from service.queues.contract import (
     ENGINE_SILENCE,
     PAGE_TOKENS,
     Claim,
+    EngineGroup,
     EngineInfo,
     Lease,
     QueueDepth,
@@ -219,6 +220,19 @@ class MemoryQueue:
         for engine in [k for k, seen in engines.items() if seen[0] < oldest]:
             del engines[engine]
         return [info for _, info in engines.values()]
+
+    async def engine_groups(self) -> Sequence[EngineGroup]:
+        groups: dict[EngineInfo, list[EngineInfo]] = {}
+        for info in await self.engines():
+            groups.setdefault(info.without_load(), []).append(info)
+        return [
+            EngineGroup(
+                common,
+                engines=len(members),
+                tokens_per_second=sum(info.tokens_per_second for info in members),
+            )
+            for common, members in groups.items()
+        ]
 
     async def check(self) -> None:
         if self._closed:

@@ -28,6 +28,7 @@
     quire:2:{s0}:left         zset     submission by the time at which it counts as abandoned, ms
     quire:2:{s0}:swept        string   start of the present run of sweeps without a pause, ms
     quire:2:{s0}:engines      hash     engine -> "<last seen, ms> <JSON>"
+    quire:2:{s0}:groups       string   those reports summed up, as JSON, for a second
     quire:2:{s0}:h:<prefix>   hash     the engines that hold a prefix
     quire:2:{s0}:reserved     hash     queued request -> "<until, ms> <prefix>": left to its holders
     quire:2:{s0}:suspects     zset     suspect that waits for its isolation, by the time, ms

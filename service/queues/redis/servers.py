@@ -271,17 +271,20 @@ class SentinelServer:
         self._url = url
         self._name = name
         self._sentinel = sentinel
+        self._lock = asyncio.Lock()  # the library reorders its list of Sentinels while it asks
 
     def pool(self) -> BlockingConnectionPool:
         return _pool(self._url, find=self._find)
 
     async def _find(self) -> Address:
-        host, port = await self._sentinel.discover_master(self._name)
+        async with self._lock:
+            host, port = await self._sentinel.discover_master(self._name)
         return host, port
 
     async def close(self) -> None:
-        for client in self._sentinel.sentinels:
-            await client.aclose()
+        async with self._lock:
+            for client in tuple(self._sentinel.sentinels):
+                await client.aclose()
 
 
 class Cluster:
@@ -299,13 +302,14 @@ class Cluster:
     async def find(self, key: str) -> Address:
         """The primary that has the slot of a key. Raises RedisClusterException."""
         async with self._lock:
-            now = asyncio.get_running_loop().time()
+            time = asyncio.get_running_loop().time
             if self._client is None:
                 self._client = self._connect()
                 await self._client.initialize()
-            elif now > self._asked + FRESH:
+                self._asked = time()
+            elif time() > self._asked + FRESH:
                 await self._client.nodes_manager.initialize()
-            self._asked = asyncio.get_running_loop().time()
+                self._asked = time()
             node = self._client.get_node_from_key(key)
         if node is None:
             raise ReadOnlyError("no node serves the slot")

@@ -28,13 +28,13 @@ from service.queues.redis.codec import encode_end
 from service.queues.redis.keys import milliseconds
 
 NAMES = (
-    "append", "charge", "claim", "finish", "follow", "forget", "heartbeat", "hold", "lend",
-    "oldest", "poll", "release", "renew", "stop", "submit", "sweep", "touch",
+    "append", "charge", "claim", "finish", "follow", "forget", "groups", "heartbeat", "hold",
+    "lend", "oldest", "poll", "release", "renew", "stop", "submit", "sweep", "touch",
 )  # fmt: skip
 PARTS = ("keys", "meters", "mail", "lane", "storage", "affinity", "requests", "blame")
 LEAN = {
     "append": ("keys", "mail", "lane"), "charge": ("keys", "meters"), "follow": ("keys",),
-    "hold": ("keys", "affinity"), "poll": ("keys", "mail"),
+    "groups": ("keys",), "hold": ("keys", "affinity"), "poll": ("keys", "mail"),
 }  # fmt: skip
 """Scripts that are called most, with the parts that they need; all others get all parts."""
 
