@@ -180,6 +180,8 @@ def load_engine(
         loaded.runner.warm_up()
     except RankLost as lost:
         raise StartupError(f"tensor parallelism: {lost}") from None
+    except ValueError as error:
+        raise StartupError(f"runner {settings.runner}: {error}") from None
     return replace(loaded, seconds=time.monotonic() - began)
 
 

@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
+from model.kernels.shared_memory import HOPPER, MARGIN, shared_memory, stages_within
+
 _MIN_PART = 256  # inputs per part; below, the parts' own traffic outweighs the weights'
 _PROGRAMS = 264  # two per multiprocessor of the chips this was sized for; independent of M
 _MAX_PARTS = 16
-_SHARED = 200 * 1024  # bytes of shared memory per program
 INPUTS = 128  # K of one tile, the same in every tiling; a part is a whole number of tiles
 
 
@@ -61,11 +62,14 @@ class Tiling:
     warps: int
     stages: int
 
-    def stages_of(self, dtype: torch.dtype) -> int:
-        """Stages that fit into a multiprocessor's shared memory; fewer for float32."""
-        return max(
-            1, min(self.stages, _SHARED // ((self.rows + self.outputs) * INPUTS * dtype.itemsize))
+    def stages_of(self, x: torch.Tensor) -> int:
+        """Stages that fit into the shared memory of the operand's device; fewer for float32."""
+        return stages_within(
+            shared_memory(x.device), stage=self.stage_bytes(x.element_size()), most=self.stages
         )
+
+    def stage_bytes(self, itemsize: int) -> int:
+        return (self.rows + self.outputs) * INPUTS * itemsize
 
 
 _TILINGS = (  # for at most so many rows; outputs are a multiple of 64: one warp group's instruction
@@ -77,9 +81,13 @@ _TILINGS = (  # for at most so many rows; outputs are a multiple of 64: one warp
 _MANY_ROWS = Tiling(128, 128, 8, 3)
 
 
-def tiling_for(num_rows: int) -> Tiling:
-    """The tiling of a product of `num_rows` rows."""
-    return next((tiling for most, tiling in _TILINGS if num_rows <= most), _MANY_ROWS)
+def tiling_for(num_rows: int, *, limit: int = HOPPER) -> Tiling:
+    """The tiling of a product of `num_rows` rows. `limit`: bytes of shared memory per program."""
+    for most, tiling in _TILINGS:
+        if num_rows <= most:
+            return tiling
+    pipelined = 2 * _MANY_ROWS.stage_bytes(2) + MARGIN <= limit
+    return _MANY_ROWS if pipelined else _TILINGS[-1][1]
 
 
 def layout_sizes(most: int) -> list[int]:
@@ -88,9 +96,11 @@ def layout_sizes(most: int) -> list[int]:
     return sorted({start for start in starts if start <= most})
 
 
-def layout_for(num_rows: int, num_outputs: int, num_inputs: int) -> tuple[Tiling, bool]:
+def layout_for(
+    num_rows: int, num_outputs: int, num_inputs: int, *, limit: int = HOPPER
+) -> tuple[Tiling, bool]:
     """The tiling of a product, and whether its parts go to memory, if there are several."""
-    tiling = tiling_for(num_rows)
+    tiling = tiling_for(num_rows, limit=limit)
     return tiling, _is_apart(num_rows, num_outputs, num_inputs, tiling)
 
 
@@ -118,7 +128,7 @@ def multiply(
     """Computes x · wᵀ + bias: in parts if rows are few, else or with `out_MN` as [M, N]."""
     M, K = x_MK.shape
     N = weight_NK.shape[0]
-    tiling = tiling or tiling_for(M)
+    tiling = tiling or tiling_for(M, limit=shared_memory(x_MK.device))
     part = part_size(N, K)
     num_parts = triton.cdiv(K, part)
     tiles = triton.cdiv(M, tiling.rows) * triton.cdiv(N, tiling.outputs)
@@ -147,7 +157,7 @@ def multiply(
         OUTPUTS=tiling.outputs,
         INPUTS=INPUTS,
         num_warps=tiling.warps,
-        num_stages=tiling.stages_of(x_MK.dtype),
+        num_stages=tiling.stages_of(x_MK),
         enable_fp_fusion=False,
     )
     return Product(y, num_parts if apart else 1)

@@ -10,6 +10,7 @@ slots          the host's mirror of the batch slots
 workspace      device tensors of all steps
 buffers        pinned buffers between host and device
 cublas         vendor BLAS, for products of which it has our bits
+chip           which GPUs are supported
 device_memory  how many KV blocks fit
 compile_ahead  kernels compiled in parallel, before they are launched
 accelerator    what is needed of CUDA, and a stand-in for tests on a CPU

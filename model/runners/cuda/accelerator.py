@@ -33,6 +33,10 @@ class Accelerator(Protocol):
 
     device: torch.device
 
+    def activate(self) -> None:
+        """Makes it the device of this thread: CUDA's default is the first one in every thread."""
+        ...
+
     def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         """A host buffer for asynchronous copies."""
         ...
@@ -64,8 +68,12 @@ class Accelerator(Protocol):
 
 class CudaAccelerator:
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
         self._pool: Any = None  # graphs share their memory: one runs at a time
+
+    def activate(self) -> None:
+        torch.cuda.set_device(self.device)
 
     def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, pin_memory=True)
@@ -134,6 +142,9 @@ class HostAccelerator:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
+
+    def activate(self) -> None:
+        pass
 
     def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype)

@@ -19,6 +19,7 @@ from model.kernels.work_list import SPLIT
 from model.kvcache import bytes_per_block
 from model.runners import RunnerOptions
 from model.runners.cuda.accelerator import Accelerator, CudaAccelerator, HostAccelerator
+from model.runners.cuda.chip import resource_errors, unsupported_chip
 from model.runners.cuda.cublas import CublasLt, VendorBlas, VerifiedProducts
 from model.runners.cuda.device_memory import blocks_that_fit, check_weights_fit
 from model.runners.cuda.network import FusedNetwork, Multiply, Reduce
@@ -36,6 +37,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
+@resource_errors()
 def build_runner(
     config: ModelConfig,
     weights: Weights,
@@ -55,10 +57,13 @@ def build_runner(
     for the shapes that it is verified for, if the options allow it.
     """
     device = choose_device(options.device)
-    accelerator: Accelerator = (
-        CudaAccelerator(device) if device.type == "cuda" else HostAccelerator()
-    )
-    dtype = _choose_dtype(options.dtype)
+    on_gpu = device.type == "cuda"
+    if on_gpu and (reason := unsupported_chip(device)):
+        raise ValueError(f"{reason}: use the torch runner")
+    dtype = _choose_dtype(options.dtype, on_gpu=on_gpu)
+    accelerator: Accelerator = CudaAccelerator(device) if on_gpu else HostAccelerator()
+    accelerator.activate()
+    device = accelerator.device
     kv_dtype = _choose_kv_dtype(options.kv_dtype, dtype)
     weight_bytes = sum(weights[name].numel() for name in weights) * dtype.itemsize
     check_weights_fit(weight_bytes, accelerator.free_memory())
@@ -165,9 +170,14 @@ def _kernels_name(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtyp
     return f"{chip}-{kinds}-{KERNEL_VERSION}.{SPLIT}.{STEP}-triton{triton.__version__}"
 
 
-def _choose_dtype(name: str) -> torch.dtype:
+def _choose_dtype(name: str, *, on_gpu: bool) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16
+    if name == "float32" and on_gpu:
+        raise ValueError(
+            "the cuda runner does not support dtype float32 on a GPU, only in the interpreter: use "
+            "bfloat16, float16 or the torch runner"
+        )
     if name not in _DTYPES:
         raise ValueError(f"dtype must be auto or one of {', '.join(_DTYPES)} for the cuda runner")
     return _DTYPES[name]

@@ -25,6 +25,7 @@ from model.kernels.inputs import embed
 from model.kernels.matmul import Product, Tiling, layout_for, multiply
 from model.kernels.norm import add_rms_norm
 from model.kernels.rotary import Heads, rotary_table, rotate_and_store
+from model.kernels.shared_memory import shared_memory
 from model.kernels.work_list import WorkList
 
 Multiply = Callable[..., Product]
@@ -137,7 +138,8 @@ class FusedNetwork:
     def layouts(self, num_rows: int) -> tuple[tuple[Tiling, bool], ...]:
         """How products of so many rows are laid out: steps of one layout launch one variant."""
         shapes = {tuple(linear.weight.shape): None for linear in self._linears}
-        return tuple(layout_for(num_rows, *shape) for shape in shapes)
+        limit = shared_memory(self._embed.device)
+        return tuple(layout_for(num_rows, *shape, limit=limit) for shape in shapes)
 
     @property
     def windows(self) -> set[int | None]:

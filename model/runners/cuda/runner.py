@@ -29,6 +29,7 @@ from model.kernels.sampling import sample_tokens
 from model.runners import RunnerOptions, StepHandle
 from model.runners.cuda.accelerator import Accelerator, PendingCopy
 from model.runners.cuda.buffers import TokenRing, Upload
+from model.runners.cuda.chip import resource_errors
 from model.runners.cuda.cublas import ProductShape
 from model.runners.cuda.graphs import DecodeGraphs, bucket_for
 from model.runners.cuda.logits import (
@@ -101,6 +102,7 @@ class CudaRunner:
     def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
         """Starts a step; see `OverlappedRunner`."""
         self._check_launch(batch, unread_T)
+        self._accelerator.activate()
         sequences_R = np.searchsorted(batch.query_starts_S1, batch.sample_rows_R, side="right") - 1
         slots_R = batch.batch_slots_S[sequences_R]
         all_sample = len(slots_R) == batch.num_sequences
@@ -121,6 +123,7 @@ class CudaRunner:
         """Waits for the oldest step in flight."""
         if not self._in_flight or self._in_flight[0][0] != handle:
             raise ValueError("steps are collected in the order they were launched")
+        self._accelerator.activate()
         _, slots_R, results = self._in_flight.popleft()
         with torch.inference_mode():
             tokens_R = results.tokens().numpy().copy()
@@ -134,8 +137,12 @@ class CudaRunner:
         self.num_blocks = num_blocks
 
     def warm_up(self) -> None:
-        """Compiles every variant of the kernels and captures all graphs."""
-        with torch.inference_mode():
+        """Compiles every variant of the kernels and captures all graphs.
+
+        Raises ValueError if the device has too little memory.
+        """
+        self._accelerator.activate()
+        with torch.inference_mode(), resource_errors():
             self.launch_variants()
             for size in reversed(self._graphs.sizes):  # largest first: the others share its memory
                 self._graphs.capture(size, self._graphs.all())
