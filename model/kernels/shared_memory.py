@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ def shared_memory(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return HOPPER
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # its types lack this one
+    return int(properties.shared_memory_per_block_optin)
 
 
 def stages_within(limit: int, *, stage: int, fixed: int = 0, most: int) -> int:
