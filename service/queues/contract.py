@@ -57,6 +57,7 @@ from service.messages import (
     model_feature,
 )
 from service.queues.admission import RateUsage
+from service.queues.usage import Usage
 
 CLEARED_AFTER = 8
 """Tokens past the position of an engine's death after which a request is cleared of it."""
@@ -359,6 +360,19 @@ class Queue(Protocol):
         """Ends what is past its deadline, and what had no heartbeat for its grace period; called by
         every replica each second. Returns how many. After a time without sweeps, because the store
         or all replicas were down, each grace period starts again.
+        """
+
+    async def take_lease(self, name: str, owner: str, *, seconds: float) -> bool:
+        """Takes a lease that is free, or extends the owner's; returns whether the owner has it for
+        so many seconds from now. It is advice: a store that loses data may give it twice.
+        """
+
+    async def drop_lease(self, name: str, owner: str) -> None:
+        """Frees a lease if the owner has it."""
+
+    async def usage(self, days: Sequence[int]) -> Sequence[Usage]:
+        """What ended on these days (since 1970, UTC), by day, tenant, key and model; kept for
+        `USAGE_KEPT` days.
         """
 
     async def depth(self) -> QueueDepth: ...

@@ -35,6 +35,8 @@
     quire:2:{s0}:lane         hash     isolated request -> the engine that runs it
     quire:2:{s0}:isolates:<e>  string  when engine <e> last began to isolate requests, ms
     quire:2:{s0}:blamed:<e>   set      requests that the death of engine <e> counts against
+    quire:2:{s0}:usage:<day>  hash     "<kind> <tenant> <key> <model>" -> number, see usage.py
+    quire:2:{s0}:lease:<name>  string  the owner of a named lease
     quire:2:{s0}:probe        none     never set; deleting it tests whether the server takes writes
     quire:2:{s0}:m:<name>     channel  messages to an engine or to a reader's mailbox: see mail.lua
     quire:2:{s0}:kinds        set      the kinds <k> of engines that may wait: see mail.lua
@@ -84,6 +86,9 @@ class ShardKeys:
 
     def mailbox(self, name: str) -> str:
         return f"{self.prefix}m:{name}"
+
+    def usage(self, day: int) -> str:
+        return f"{self.prefix}usage:{day}"
 
     def submission(self, submission_id: str) -> str:
         return f"{self.prefix}s:{submission_id}"

@@ -59,6 +59,7 @@ from service.queues.redis.registry import Registry
 from service.queues.redis.scripts import load_scripts
 from service.queues.redis.servers import Shard
 from service.queues.redis.submissions import decode_submit, submit_command
+from service.queues.usage import Usage, decode_usage, sum_usage
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +219,18 @@ class RedisQueue:
             self._note(QueueEvent.CANCELLED, abandoned)
             total += overdue + abandoned
         return total
+
+    async def take_lease(self, name: str, owner: str, *, seconds: float) -> bool:
+        (taken,) = await self._run("lease", name=name, owner=owner, ms=milliseconds(seconds))
+        return bool(taken)
+
+    async def drop_lease(self, name: str, owner: str) -> None:
+        await self._run("lease", name=name, owner=owner, ms=0)
+
+    async def usage(self, days: Sequence[int]) -> Sequence[Usage]:
+        tables = await self._client.run([("HGETALL", self._keys.usage(day)) for day in days])
+        counts = [{k.decode(): int(v) for k, v in table.items()} for table in tables]
+        return sum_usage(map(decode_usage, days, counts))
 
     async def depth(self) -> QueueDepth:
         return decode_depth(await self._client.run(depth_commands(self._client, self._keys)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ from service.queues.redis.queue import RedisQueue
 from service.queues.redis.servers import Shard, shards_of
 from service.queues.redis.shares import Shares, share_limits
 from service.queues.redis.work import Work, ranked
+from service.queues.usage import Usage, sum_usage
 
 logger = logging.getLogger(__name__)
 
@@ -90,16 +91,16 @@ class ShardedQueue:
     # --- the API's side -------------------------------------------------------------------
     async def charge(self, allowance: Allowance) -> RateUsage:
         """One shard counts all calls of a key; if it is away, the next one does."""
-        order = ranked(allowance.key, len(self._shards))
-        there = [shard for shard in order if self._fan_out.is_there(shard)]
-        for shard in there[:-1]:
-            try:
-                return await self._fan_out.one(
-                    shard, partial(self._shards[shard].charge, allowance)
-                )
-            except Unavailable:
-                continue
-        return await self._shards[(there or order)[-1]].charge(allowance)
+        return await self._by_name(allowance.key, lambda shard: partial(shard.charge, allowance))
+
+    async def take_lease(self, name: str, owner: str, *, seconds: float) -> bool:
+        """While its shard is away, the next one has the lease: there may be two owners."""
+        return await self._by_name(
+            name, lambda shard: partial(shard.take_lease, name, owner, seconds=seconds)
+        )
+
+    async def drop_lease(self, name: str, owner: str) -> None:
+        await self._by_name(name, lambda shard: partial(shard.drop_lease, name, owner))
 
     async def submit(self, submission: Submission) -> SubmitReply:
         return await self._shares.submit(submission)
@@ -137,6 +138,13 @@ class ShardedQueue:
         ended = sum(await self._of_all(lambda shard: shard.sweep))
         await self._shares.mend()
         return ended
+
+    async def usage(self, days: Sequence[int]) -> Sequence[Usage]:
+        """Raises Unavailable if a shard does not answer: the sums would be too small."""
+        calls = {k: partial(shard.usage, days) for k, shard in enumerate(self._shards)}
+        replies = (await self._fan_out.all(calls)).values()
+        _raise_if_any(replies)
+        return sum_usage(_heard(replies))
 
     async def depth(self) -> QueueDepth:
         """Of the shards that answer."""
@@ -352,9 +360,18 @@ class ShardedQueue:
                 for shard, places in groups.items()
             }
         )
-        for reply in replies.values():
-            if isinstance(reply, Unavailable):
-                raise reply
+        _raise_if_any(replies.values())
+
+    async def _by_name(
+        self, name: str, method: Callable[[RedisQueue], Callable[[], Coroutine[Any, Any, T]]]
+    ) -> T:
+        """Calls the first shard in the order of a name that is there."""
+        order = ranked(name, len(self._shards))
+        there = [shard for shard in order if self._fan_out.is_there(shard)]
+        for shard in there[:-1]:
+            with suppress(Unavailable):
+                return await self._fan_out.one(shard, method(self._shards[shard]))
+        return await method(self._shards[(there or order)[-1]])()
 
     async def _of_all(
         self, method: Callable[[RedisQueue], Callable[[], Coroutine[Any, Any, T]]]
@@ -376,6 +393,11 @@ def _heard(replies: Collection[T | Unavailable]) -> list[T]:
     """The replies that came. Raises Unavailable if none did."""
     _raise_if_none(replies)
     return [reply for reply in replies if not isinstance(reply, Unavailable)]
+
+
+def _raise_if_any(replies: Collection[object]) -> None:
+    for failure in (reply for reply in replies if isinstance(reply, Unavailable)):
+        raise failure
 
 
 def _raise_if_none(replies: Collection[object]) -> None:
