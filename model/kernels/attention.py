@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from model.kernels.shared_memory import MARGIN, shared_memory, stages_within
+from model.kernels.shared_memory import shared_memory, stages_within
 from model.kernels.work_list import (
     APART,
     BATCH_SLOT,
@@ -117,7 +117,7 @@ def paged_attention(
         STEP=STEP,
         ROWS=ROWS,
         WINDOWED=window is not None,
-        num_warps=4,
+        num_warps=4 if shared["BLOCK_D"] <= 128 else 8,  # two programs fit; wider ones spill
         num_stages=_stages(q_THD, keys_XKD, shared["BLOCK_D"]),
         **shared,
     )
@@ -140,8 +140,8 @@ def _stages(q: torch.Tensor, keys: torch.Tensor, width: int) -> int:
     return stages_within(
         shared_memory(q.device),
         stage=2 * STEP * width * keys.element_size(),
-        fixed=ROWS * width * q.element_size() + MARGIN,
-        most=3 if q.element_size() < 4 else 2,
+        fixed=ROWS * width * q.element_size(),
+        most=3 if q.element_size() < 4 and width <= 128 else 2,
     )
 
 

@@ -79,15 +79,14 @@ _TILINGS = (  # for at most so many rows; outputs are a multiple of 64: one warp
     (128, Tiling(128, 64, 4, 3)),
 )
 _MANY_ROWS = Tiling(128, 128, 8, 3)
+_LESS_SHARED = Tiling(128, 64, 8, 3)  # from 65 rows on, if three stages of that do not fit
 
 
 def tiling_for(num_rows: int, *, limit: int = HOPPER) -> Tiling:
     """The tiling of a product of `num_rows` rows. `limit`: bytes of shared memory per program."""
-    for most, tiling in _TILINGS:
-        if num_rows <= most:
-            return tiling
-    pipelined = 2 * _MANY_ROWS.stage_bytes(2) + MARGIN <= limit
-    return _MANY_ROWS if pipelined else _TILINGS[-1][1]
+    if num_rows > 64 and _MANY_ROWS.stages * _MANY_ROWS.stage_bytes(2) + MARGIN > limit:
+        return _LESS_SHARED
+    return next((tiling for most, tiling in _TILINGS if num_rows <= most), _MANY_ROWS)
 
 
 def layout_sizes(most: int) -> list[int]:

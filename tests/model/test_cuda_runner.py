@@ -20,7 +20,7 @@ from model.runners import RUNNERS, RunnerOptions
 from model.runners.cuda.accelerator import UNREAD, CudaAccelerator, HostAccelerator
 from model.runners.cuda.buffers import TokenRing, Upload
 from model.runners.cuda.build import _choose_dtype, build_runner
-from model.runners.cuda.chip import resource_errors, unsupported_chip
+from model.runners.cuda.chip import check_kv_dtype, resource_errors, unsupported_chip
 from model.runners.cuda.device_memory import GIB, blocks_that_fit, check_weights_fit
 from model.runners.cuda.graphs import CapturedGraphs, bucket_for, bucket_sizes
 from model.runners.cuda.runner import CudaRunner
@@ -497,6 +497,15 @@ def test_which_gpus_are_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
     reason = unsupported_chip(torch.device("cuda"))
     assert reason == "Tesla T4 has compute capability 7.5 and no bfloat16; 8.0 or higher is needed"
+
+
+def test_float8_needs_a_gpu_that_converts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ampere, ada = torch.device("cuda:0"), torch.device("cuda:1")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda d: (8, 9 if d == ada else 6))
+    for device, dtype in ((ampere, torch.bfloat16), (ada, torch.float8_e4m3fn)):
+        check_kv_dtype(device, dtype)
+    with pytest.raises(ValueError, match=r"float8 needs compute capability 8\.9 or higher"):
+        check_kv_dtype(ampere, torch.float8_e4m3fn)
 
 
 def test_float32_is_the_interpreters() -> None:

@@ -19,7 +19,7 @@ from model.kernels.work_list import SPLIT
 from model.kvcache import bytes_per_block
 from model.runners import RunnerOptions
 from model.runners.cuda.accelerator import Accelerator, CudaAccelerator, HostAccelerator
-from model.runners.cuda.chip import resource_errors, unsupported_chip
+from model.runners.cuda.chip import check_kv_dtype, resource_errors, unsupported_chip
 from model.runners.cuda.cublas import CublasLt, VendorBlas, VerifiedProducts
 from model.runners.cuda.device_memory import blocks_that_fit, check_weights_fit
 from model.runners.cuda.network import FusedNetwork, Multiply, Reduce
@@ -31,7 +31,7 @@ from model.runners.logprobs import SCORED_AT_ONCE
 from model.runners.torch import choose_device
 from model.weights import Weights
 
-KERNEL_VERSION = 1  # raised whenever the kernels' bits change
+KERNEL_VERSION = 2  # raised whenever the kernels' bits change
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -65,6 +65,8 @@ def build_runner(
     accelerator.activate()
     device = accelerator.device
     kv_dtype = _choose_kv_dtype(options.kv_dtype, dtype)
+    if on_gpu:
+        check_kv_dtype(device, kv_dtype)
     weight_bytes = sum(weights[name].numel() for name in weights) * dtype.itemsize
     check_weights_fit(weight_bytes, accelerator.free_memory())
     network = FusedNetwork(

@@ -9,6 +9,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 _LEAST = (8, 0)  # compute capability with bfloat16 matrix instructions
+_FLOAT8 = (8, 9)  # with conversions from float8
 
 
 def unsupported_chip(device: torch.device) -> str | None:
@@ -21,6 +22,15 @@ def unsupported_chip(device: torch.device) -> str | None:
         f"{name} has compute capability {capability[0]}.{capability[1]} and no bfloat16; "
         f"{_LEAST[0]}.{_LEAST[1]} or higher is needed"
     )
+
+
+def check_kv_dtype(device: torch.device, kv_dtype: torch.dtype) -> None:
+    """Raises ValueError if a GPU cannot read such keys and values."""
+    if kv_dtype.itemsize == 1 and torch.cuda.get_device_capability(device) < _FLOAT8:
+        raise ValueError(
+            f"kv_dtype float8 needs compute capability {_FLOAT8[0]}.{_FLOAT8[1]} or higher: use "
+            "bfloat16"
+        )
 
 
 @contextmanager
