@@ -103,6 +103,12 @@ def _stamp(variants: list[str], target: GPUTarget) -> Path:
     return Path(knobs.cache.dir) / f"quire-{hashlib.sha256(text.encode()).hexdigest()}"
 
 
+def compiled(variant: str) -> Any:  # noqa: ANN401 - Triton's kernel
+    """Compiles one of what `recorded` returned, for the target of Triton's driver."""
+    module, name, data = json.loads(variant)
+    return _kernel(module, name).preload(data)
+
+
 def _kernel(module: str, name: str) -> JITFunction[Any]:
     kernel: JITFunction[Any] = getattr(importlib.import_module(module), name)
     return kernel
@@ -111,8 +117,8 @@ def _kernel(module: str, name: str) -> JITFunction[Any]:
 def main() -> None:
     order = json.load(sys.stdin)
     driver.set_active(TargetDriver(GPUTarget(*order["target"])))
-    for module, name, data in map(json.loads, order["variants"]):
-        _kernel(module, name).preload(data)
+    for variant in order["variants"]:
+        compiled(variant)
 
 
 if __name__ == "__main__":
