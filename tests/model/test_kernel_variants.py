@@ -120,9 +120,6 @@ knobs.cache.dir = tempfile.mkdtemp()
 import os
 os.environ["TRITON_CACHE_DIR"] = knobs.cache.dir  # that of the processes
 driver.set_active(TargetDriver(GPUTarget("cuda", 90, 32)))
-run = JITFunction.run
-JITFunction.run = lambda self, *args, warmup, **kwargs: run(self, *args, warmup=True, **kwargs)
-
 def work():
     ints = torch.zeros(64, dtype=torch.int32)
     state = torch.zeros(3, 32, dtype=torch.int32)
@@ -135,12 +132,19 @@ def work():
 hits = []
 done = compile_ahead(work, processes=2)
 knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+run = JITFunction.run
+JITFunction.run = lambda self, *args, warmup, **kwargs: run(self, *args, warmup=True, **kwargs)
 work()
+JITFunction.run = run  # from here on a launch would fail, even of what is compiled
 print(json.dumps([done, hits, compile_ahead(work)]))
 """
 
 
 @pytest.mark.kernels
 def test_variants_are_compiled_in_parallel_once() -> None:
-    """By two processes, for the very launches that follow: these find all of it in the cache."""
+    """By two processes, for the very launches that follow: these find all of it in the cache.
+
+    None is launched meanwhile, not even what was compiled before: it would read indices that no
+    other kernel has written.
+    """
     assert found_compiling(PARALLEL) == [5, [True] * 5, 0]

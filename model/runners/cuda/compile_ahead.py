@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,22 +48,30 @@ class TargetDriver:
 
 
 def recorded(work: Callable[[], object]) -> dict[str, str]:
-    """Runs `work`, whose kernels are not launched unless they are compiled already.
+    """Runs `work`; none of the kernels that it launches in this thread runs.
 
     Returns the variants that it would compile: module and specialisation, by kernel and key.
     """
     found: dict[str, str] = {}
+    thread = threading.get_ident()
+    run, hook = JITFunction.run, knobs.runtime.jit_cache_hook
 
     def note(*, key: Any, fn: Any, compile: Any, **_: Any) -> bool:  # noqa: A002, ANN401 - Triton's
+        if threading.get_ident() != thread:
+            return False
         data = compile["specialization_data"]
         found[f"{fn.module}.{fn.name} {key}"] = json.dumps([fn.module, fn.name, data])
-        return True  # neither compiled nor launched
+        return True  # not compiled
 
-    previous, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
+    def keep_back(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:  # noqa: ANN401
+        # A kernel that is compiled already would read indices that no other one has written.
+        return run(self, *args, warmup=warmup or threading.get_ident() == thread, **kwargs)
+
+    knobs.runtime.jit_cache_hook, JITFunction.run = note, keep_back
     try:
         work()
     finally:
-        knobs.runtime.jit_cache_hook = previous
+        knobs.runtime.jit_cache_hook, JITFunction.run = hook, run
     return found
 
 
