@@ -226,7 +226,7 @@ WITHOUT = r"""
 import sys
 from importlib import import_module
 
-ALLOWED = {"torch", "triton", "numpy", "tokenizers", "pytest", "loadtest", "model"}
+ALLOWED = {"torch", "triton", "numpy", "tokenizers", "pytest"}
 OURS = %r
 
 class Missing:
@@ -246,7 +246,7 @@ def dependencies() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     names = {re.split(r"[^A-Za-z0-9_-]", line)[0] for lines in groups for line in lines}
-    return {name.replace("-", "_").lower() for name in names} | {"pydantic_core", "service"}
+    return {name.replace("-", "_").lower() for name in names} | {"pydantic_core"}
 
 
 @pytest.mark.slow

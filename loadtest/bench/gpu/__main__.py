@@ -42,8 +42,8 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
-from loadtest.bench.machine import this_machine
 from model.runners import WHOLE_SUMS
+from service.doctor.machine import this_machine
 
 _MINUTES = 8.5
 _GRACE = 10.0  # seconds for a stage to start, and to end after SIGTERM
