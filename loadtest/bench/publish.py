@@ -6,6 +6,7 @@ Other text, other kinds' sections included, stays as it is.
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from loadtest.bench.document import Document
@@ -14,6 +15,7 @@ from loadtest.bench.report import method
 
 _ROOT = Path(__file__).parents[2]
 BENCHMARKS, README = _ROOT / "docs" / "benchmarks.md", _ROOT / "README.md"
+_WIDTH = 108  # of a paragraph
 _END = "<!-- end of comparisons -->"  # new kinds are added above it
 
 
@@ -21,7 +23,8 @@ def section(document: Document) -> str:
     """Of one kind of CPU."""
     tables = "\n".join(table.to_markdown() for table in overview(document))
     command = f"```\n{document.command}\n```"
-    return "\n\n".join([f"### {document.kind}", command, *method(document), tables])
+    text = (textwrap.fill(paragraph, _WIDTH) for paragraph in method(document))
+    return "\n\n".join([f"### {document.kind}", command, *text, tables])
 
 
 def short_section(document: Document) -> str:
