@@ -10,6 +10,7 @@ from loadtest.bench.commands import run_command
 
 COMMANDS = {
     "affinity": "loadtest.bench.affinity",
+    "embeddings": "loadtest.bench.embeddings",
     "gpu-model": "loadtest.bench.gpu.roof_model",
     "queue": "loadtest.bench.queue",
 }
