@@ -1,6 +1,6 @@
 # `make serve` and `make test` do everything on a fresh machine; the rest is for working here.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-clients-openai2 test-clients-openai3 unit longer faults fuzz loadtest soak compare check docs lint format install constraints system clean
+.PHONY: help serve test test-clients test-clients-openai2 test-clients-openai3 unit longer faults fuzz loadtest soak peers compare check docs lint format install constraints system clean
 
 VENV   ?= .venv
 PYTHON ?= python3
@@ -18,6 +18,9 @@ CONSTRAINTS ?= deploy/constraints.txt
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 NO_INSTALL = { echo "pip failed; if a version has no wheel here, try: make $(MAKECMDGOALS) CONSTRAINTS="; exit 1; }
+# llama.cpp without what the comparison does not need; it detects the instructions by itself.
+LLAMA_CPP := -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+  -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
 # Tests run in one process per core, at most eight: each starts servers and loads models of its own.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
@@ -63,6 +66,10 @@ soak: $(VENV)/.tested system  ## random faults for MINUTES under load: no loss, 
 
 fuzz: $(VENV)/.tested  ## Schemathesis on the API (ARGS="--max-examples 1000"): is its document true?
 	$(BIN)/python -m tests.api.fuzz $(ARGS)
+
+peers: $(VENV)/.tested  ## install the servers that `make compare` compares with; builds llama.cpp
+	CMAKE_ARGS="$(LLAMA_CPP)" LLAMA_CPP_BUILD_JOBS=$$(nproc) \
+	  $(INSTALL) --requirement loadtest/bench/peers/requirements.txt
 
 compare: $(VENV)/.tested system  ## Quire and its peers on this machine: tables and a chart in results/
 	$(BIN)/python -m loadtest.bench.compare $(ARGS)

@@ -1,7 +1,8 @@
-"""Streamed completions for load tests: sends prompts, times the tokens, checks each stream.
+"""Streamed answers for load tests: sends prompts and questions, times the tokens, checks streams.
 
 A stream that ends without a finish reason, with an error, or with another number of tokens than
-requested is a failure. The client neither retries nor starts servers.
+requested is a failure; the answer to a question may be shorter. The client neither retries nor
+starts servers.
 """
 
 from __future__ import annotations
@@ -24,14 +25,25 @@ Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is Non
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A server's completions endpoint and what its requests need."""
+    """A server's endpoints and what its requests need."""
 
     port: int
     host: str = "127.0.0.1"
     path: str = "/v1/completions"
-    fields: Mapping[str, object] = field(default_factory=dict)  # added to each request body
+    chat_path: str = "/v1/chat/completions"
+    fields: Mapping[str, object] = field(default_factory=dict)  # added to the body of a prompt
+    chat_fields: Mapping[str, object] = field(default_factory=dict)  # of a question
     key: str = ""  # an API key
     sends_done: bool = True  # whether complete streams end with `data: [DONE]`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A chat of one message; the answer is sampled and ends where the model ends it."""
+
+    text: str
+    seed: int
+    temperature: float = 0.7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,43 +132,55 @@ class Stream:
             return self.usage["completion_tokens"]
         return max_tokens if self.finish_reason == "length" else len(self.arrivals)
 
-    def fault(self, *, max_tokens: int, sends_done: bool) -> str | None:
-        """Why this stream is incomplete, or None."""
+    def fault(self, *, max_tokens: int, sends_done: bool, may_stop: bool = False) -> str | None:
+        """Why this stream is incomplete, or None. `may_stop`: before it has all tokens."""
         if self.finish_reason is None:
             return "the stream ended without a finish reason"
         if sends_done and not self.done:
             return "the stream ended without [DONE]"
         if not self.arrivals:
             return "no text"
-        if (tokens := self.completion_tokens(max_tokens=max_tokens)) != max_tokens:
+        tokens = self.completion_tokens(max_tokens=max_tokens)
+        if tokens > max_tokens or (tokens < max_tokens and not may_stop):
             return f"{tokens} tokens instead of {max_tokens}"
         return None
 
 
+def _request(target: Target, prompt: str | Question) -> tuple[str, dict[str, object]]:
+    """Path and body of a request."""
+    if isinstance(prompt, str):
+        return target.path, {"prompt": prompt, "temperature": 0, **target.fields}
+    sampling = {"temperature": prompt.temperature, "seed": prompt.seed}
+    messages = [{"role": "user", "content": prompt.text}]
+    return target.chat_path, {"messages": messages, **sampling, **target.chat_fields}
+
+
 async def complete(
     target: Target,
-    prompt: str,
+    prompt: str | Question,
     *,
     max_tokens: int,
     timeout: float = 600.0,  # noqa: ASYNC109
 ) -> Outcome:
-    """One streamed completion, from connecting to its last byte."""
-    body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "temperature": 0}
-    body |= target.fields
+    """One streamed answer, from connecting to its last byte."""
+    path, body = _request(target, prompt)
+    body |= {"max_tokens": max_tokens, "stream": True}
     headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
     stream, error, timed_out, rejection = Stream(), None, False, None
     sent = time.monotonic()
     try:
         async with (
             asyncio.timeout(timeout),
-            call(
-                (target.host, target.port), "POST", target.path, body=body, headers=headers
-            ) as reply,
+            call((target.host, target.port), "POST", path, body=body, headers=headers) as reply,
         ):
             if reply.status == 200:
                 async for event in reply.events():
                     stream.read(event)
-                error = stream.fault(max_tokens=max_tokens, sends_done=target.sends_done)
+                error = stream.fault(
+                    max_tokens=max_tokens,
+                    sends_done=target.sends_done,
+                    may_stop=isinstance(prompt, Question),
+                )
             else:
                 retry_after = reply.headers.get("retry-after")
                 rejection = Rejection(status=reply.status, retry_after=retry_after)
@@ -182,7 +206,7 @@ async def complete(
 
 async def drive(
     target: Target,
-    prompts: Iterable[str],
+    prompts: Iterable[str | Question],
     *,
     clients: int,
     max_tokens: int,

@@ -35,6 +35,26 @@ _WORDS = tuple(
     """.split()  # noqa: SIM905 - a list of 200 strings would be 200 lines
 )
 
+_TOPICS = (
+    "bees", "Rome", "glaciers", "the violin", "inflation", "bread", "chess", "volcanoes", "sleep",
+    "the moon", "bicycles", "tea", "Shakespeare", "batteries", "whales", "gardening", "jazz",
+    "elections", "vaccines", "deserts", "football", "cheese", "satellites", "poetry",
+)  # fmt: skip
+_QUESTIONS = (
+    "What should everyone know about {}?",
+    "Tell me a short story about {}.",
+    "Why do people care about {}?",
+    "Explain {} to a child.",
+    "Write three tips about {}.",
+    "What is a common mistake about {}?",
+    "How did {} change in the last century?",
+)
+
+
+def make_question(rng: random.Random) -> str:
+    """A question of a person, one of 168."""
+    return rng.choice(_QUESTIONS).format(rng.choice(_TOPICS))
+
 
 def make_prompt(seed: str, *, num_tokens: int) -> str:
     """A prompt of about `num_tokens` tokens; equal seeds give equal prompts."""
@@ -44,6 +64,11 @@ def make_prompt(seed: str, *, num_tokens: int) -> str:
 def make_prompts(seed: str, *, count: int, num_tokens: int) -> list[str]:
     """Prompts without a common prefix, so that no prefix cache helps."""
     return [make_prompt(f"{seed}/{index}", num_tokens=num_tokens) for index in range(count)]
+
+
+def make_questions(seed: str, *, count: int) -> list[str]:
+    """Questions of which two may be equal; equal seeds give equal questions."""
+    return [make_question(random.Random(f"{seed}/{index}")) for index in range(count)]
 
 
 def poisson_arrivals(seed: str, *, rate: float, window: float) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Attention maps: how much each token of a text attends to each earlier one, for people to see.
+"""Attention maps: how much each token of a text attends to the others, for people to see.
 
 The network of `model.transformer` runs over the whole text in float32 and a recorder in place of
 plain attention keeps the weights. Nothing of it stays in memory: a block's weights are read from
@@ -30,7 +30,8 @@ class AttentionMaps:
     def read(
         self, tokens: Sequence[int], *, layer: int | None = None, head: int | None = None
     ) -> list[list[float]]:
-        """For each token its weights over the tokens up to itself; they sum to 1.
+        """For each token its weights over the tokens up to itself or, in an encoder, over all; they
+        sum to 1.
 
         None is the mean over all layers or heads.
         """

@@ -13,7 +13,7 @@ from torch import nn
 from model.config import ModelConfig
 from model.layers import load_weights
 from model.memory import return_free_memory
-from model.transformer import Transformer, causal_weights, mixed
+from model.transformer import Transformer, attention_weights, mixed
 from model.weights import Arrays, to_tensor
 
 HOST = torch.device("cpu")
@@ -27,24 +27,27 @@ def read_map(
     layer: int | None,
     head: int | None,
 ) -> list[list[float]]:
-    """The rows of a map, each up to its own token."""
-    recorder = Recorder(layer=layer, head=head)
+    """The rows of a map, each up to its own token, or whole if attention is bidirectional."""
+    causal = not config.bidirectional
+    recorder = Recorder(layer=layer, head=head, causal=causal)
     with torch.inference_mode():
         tokens_T = torch.tensor(tokens)
         network = _network(weights, config)
         network.hidden(tokens_T, torch.arange(len(tokens_T)), attend=recorder)
         map_TT = recorder.mean()
     return_free_memory()
-    return [row[: position + 1] for position, row in enumerate(map_TT.tolist())]
+    rows: list[list[float]] = map_TT.tolist()
+    return [row[: position + 1] for position, row in enumerate(rows)] if causal else rows
 
 
 def _network(weights: Arrays, config: ModelConfig) -> Transformer:
     """A network without weights, each part of which has its own while it computes."""
     with torch.device("meta"):
         network = Transformer(config)
-    _lend(weights, network.embed, "embed.")
-    if network.position is not None:
-        _lend(weights, network.position, "position.")
+    for name in ("embed", "position", "types", "embed_norm"):
+        module = getattr(network, name)
+        if module is not None:
+            _lend(weights, module, f"{name}.")
     for layer, block in enumerate(network.blocks):
         _lend(weights, block, f"blocks.{layer}.")
     return network
@@ -71,7 +74,8 @@ def _lend(weights: Arrays, module: nn.Module, prefix: str) -> None:
 class Recorder:
     """Attention over a whole text that keeps the sum of the chosen layers' and heads' weights."""
 
-    def __init__(self, *, layer: int | None, head: int | None) -> None:
+    def __init__(self, *, layer: int | None, head: int | None, causal: bool = True) -> None:
+        self._causal = causal
         self._layer = layer
         self._head = head
         self._sum_TT = torch.zeros(())
@@ -87,7 +91,7 @@ class Recorder:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        weights = causal_weights(q_THD, k_TKD, scale=scale, window=window)
+        weights = attention_weights(q_THD, k_TKD, scale=scale, window=window, causal=self._causal)
         if self._layer in {None, layer}:
             heads_HTT = weights.flatten(0, 1)
             self._sum_TT = self._sum_TT + (

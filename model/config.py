@@ -1,4 +1,7 @@
-"""ModelConfig: every architecture flag, with its default. What the network is, not how it runs."""
+"""ModelConfig: every architecture flag, with its default. What the network is, not how it runs.
+
+An encoder is a network whose attention is bidirectional. A classifier scores a whole text.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,26 @@ class Activation(StrEnum):
     """The MLP's nonlinearity."""
 
     SILU = "silu"
+    GELU = "gelu"
     GELU_TANH = "gelu_tanh"
+    TANH = "tanh"  # of classifiers only, like the next one
+    RELU = "relu"
+
+
+class Pooling(StrEnum):
+    """How the states of a text's tokens become one vector."""
+
+    MEAN = "mean"
+    CLS = "cls"  # the first token's
+    LAST = "last"
+
+
+class Problem(StrEnum):
+    """What a classifier was trained for, which decides how its logits become scores."""
+
+    REGRESSION = "regression"
+    SINGLE_LABEL = "single_label_classification"
+    MULTI_LABEL = "multi_label_classification"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +88,23 @@ def _check_factor(factor: float) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Classifier:
+    """A head that scores a whole text: out(norm(activation(dense(pooled state))))."""
+
+    labels: tuple[str, ...]
+    problem: Problem
+    pooling: Pooling = Pooling.CLS
+    dense: bool = True  # with a bias, unless `bias` is False; False: no activation either
+    bias: bool = True
+    activation: Activation = Activation.TANH
+    norm: bool = False
+    out_bias: bool = True
+    sigmoid: bool = True  # how a cross-encoder's single logit becomes a score; False: as it is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Sizes and flags of one decoder. Raises ValueError for sizes that cannot be a network.
+    """Sizes and flags of one network. Raises ValueError for sizes that cannot be a network.
 
     The defaults are Llama's: RMSNorm, rotary positions, a gated SiLU MLP, no biases.
     """
@@ -96,6 +133,15 @@ class ModelConfig:
     tied_head: bool = False
     sliding_window: int | None = None  # tokens a query sees, itself included; None: all
     full_attention_layers: frozenset[int] = frozenset()  # layers the window does not apply to
+    # What encoders have.
+    bidirectional: bool = False  # a token attends to later ones, too; a window is on both sides
+    post_norm: bool = False  # norms after the residual sums, and none at the end (BERT)
+    embed_norm: bool = False  # a norm of the embeddings, in place of one before the first sublayer
+    norm_bias: bool = True  # of LayerNorms
+    position_offset: int = 0  # rows of the position table before position 0 (RoBERTa)
+    num_types: int = 0  # kinds of tokens that have a vector of their own; 0: no such vectors
+    window_rope_theta: float | None = None  # in layers with the window; None: rope_theta
+    classifier: Classifier | None = None
 
     def __post_init__(self) -> None:
         sizes = {
@@ -132,6 +178,15 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Width of all key heads (or value heads) side by side."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def final_norm(self) -> bool:
+        """Whether the residual stream is normalised after the last block."""
+        return not self.post_norm
+
+    def has_attention_norm(self, layer: int) -> bool:
+        """Whether a layer has a norm of its own before attention, or after it if `post_norm`."""
+        return self.post_norm or layer > 0 or not self.embed_norm
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer, or None if it attends to everything."""

@@ -5,7 +5,7 @@ What flows through them and in which order stands in `model.transformer`. Legend
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -34,26 +34,36 @@ def norm_layer(config: ModelConfig) -> nn.Module:
     """The norm before a sublayer, of the kind the model was trained with."""
     if config.norm is Norm.RMS:
         return RMSNorm(config.hidden_size, eps=config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
 
 def activate(x_TF: torch.Tensor, kind: Activation) -> torch.Tensor:
-    """The nonlinearity of an MLP."""
-    if kind is Activation.SILU:
-        return functional.silu(x_TF)
-    return functional.gelu(x_TF, approximate="tanh")
+    """The nonlinearity of an MLP or a classifier."""
+    if kind is Activation.GELU_TANH:
+        return functional.gelu(x_TF, approximate="tanh")
+    functions: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+        Activation.SILU: functional.silu,
+        Activation.GELU: functional.gelu,
+        Activation.TANH: torch.tanh,
+        Activation.RELU: torch.relu,
+    }
+    return functions[kind](x_TF)
 
 
-def inverse_frequencies(config: ModelConfig, device: torch.device) -> torch.Tensor:
+def inverse_frequencies(
+    config: ModelConfig, device: torch.device, *, theta: float | None = None
+) -> torch.Tensor:
     """Radians a position turns pair d by, [D / 2]: from 1, falling to about 1 / theta."""
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
+    frequencies = 1.0 / (theta or config.rope_theta) ** exponents
     return scaled(frequencies, config.rope_scaling) if config.rope_scaling else frequencies
 
 
-def rotation(positions_T: torch.Tensor, config: ModelConfig) -> Rotation:
-    """The tables of a step, computed once and used by every layer."""
-    frequencies = inverse_frequencies(config, positions_T.device)
+def rotation(
+    positions_T: torch.Tensor, config: ModelConfig, *, theta: float | None = None
+) -> Rotation:
+    """The tables of a step, computed once and used by every layer. theta: None: the model's."""
+    frequencies = inverse_frequencies(config, positions_T.device, theta=theta)
     angles = positions_T.float()[:, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]

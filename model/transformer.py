@@ -1,13 +1,16 @@
-"""The network, top to bottom: Transformer, Block, Attention, MLP, and self-attention itself.
+"""The network, top to bottom: Transformer, Block, Attention, MLP, Scores, and self-attention.
 
 A decoder turns each token into a vector of C numbers, the *residual stream*, and lets every block
 add to it twice: attention brings in what earlier tokens hold, the MLP works on each token alone.
 From the last state of a token the head reads how likely each word of the vocabulary comes next
 (Vaswani et al., arXiv 1706.03762; the norm stands before each sublayer, as in GPT-2 and Llama).
+An encoder lets each token attend to all others (BERT: Devlin et al., arXiv 1810.04805; its norms
+stand behind the sublayers). Its states are pooled to one vector, or scored by a classifier.
 
-There are two ways through the same modules, which differ only in how queries meet keys and values:
+There are three ways through the same modules, which differ in how queries meet keys and values:
 
-    forward(tokens)                     whole texts, plain causal attention, trainable
+    forward(tokens)                     whole texts, plain attention, trainable
+    states(tokens, types)               the normalised states of one whole text, to be pooled
     step(batch, cache, attention)       one step of serving: K and V go to the paged cache, and the
                                         queries attend to what lies there
 
@@ -17,6 +20,8 @@ Parameters carry the canonical names of `model.families`. Legend: `model.batch`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -24,7 +29,7 @@ from torch import nn
 
 from model.attention import Attention as PagedAttention
 from model.batch import Batch
-from model.config import ModelConfig, Position
+from model.config import Classifier, ModelConfig, Position
 from model.kvcache import KVCache
 from model.layers import RMSNorm, Rotation, activate, norm_layer, rotate, rotation
 
@@ -45,7 +50,7 @@ class Attend(Protocol):
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, last norm, head."""
+    """Embedding, blocks, last norm, and a head or a classifier."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -53,15 +58,26 @@ class Transformer(nn.Module):
         learned = config.position is Position.LEARNED
         self.config = config
         self.embed = nn.Embedding(V, C)
-        self.position = nn.Embedding(config.max_model_len, C) if learned else None
+        rows = config.max_model_len + config.position_offset
+        self.position = nn.Embedding(rows, C) if learned else None
+        self.types = nn.Embedding(config.num_types, C) if config.num_types else None
+        self.embed_norm = norm_layer(config) if config.embed_norm else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = norm_layer(config)
+        self.norm = norm_layer(config) if config.final_norm else nn.Identity()
         self.head: nn.Module | None = None if config.tied_head else nn.Linear(C, V, bias=False)
+        self.classifier = Scores(config, config.classifier) if config.classifier else None
 
     def forward(self, tokens_NT: torch.Tensor) -> torch.Tensor:
         """Logits [..., T, V] of texts [..., T] that each start at position 0; differentiable."""
         positions_T = torch.arange(tokens_NT.shape[-1], device=tokens_NT.device)
-        return self.logits(self.hidden(tokens_NT, positions_T, attend=causal_attention))
+        return self.logits(self.hidden(tokens_NT, positions_T, attend=self._whole(plain_attention)))
+
+    def states(self, tokens_T: torch.Tensor, types_T: torch.Tensor | None = None) -> torch.Tensor:
+        """The states of one text's tokens after the last norm, [T, C]. types: None: all 0."""
+        positions_T = torch.arange(len(tokens_T), device=tokens_T.device)
+        x_TC = self.hidden(tokens_T, positions_T, types_T, attend=self._whole(fused_attention))
+        states_TC: torch.Tensor = self.norm(x_TC)
+        return states_TC
 
     def step(self, batch: Batch, cache: KVCache, attention: PagedAttention) -> torch.Tensor:
         """One step of serving: stores the K and V of its tokens, returns their states [T, C]."""
@@ -86,18 +102,34 @@ class Transformer(nn.Module):
         return self.hidden(tokens_T, positions_T, attend=attend)
 
     def hidden(
-        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, *, attend: Attend
+        self,
+        tokens_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        types_T: torch.Tensor | None = None,
+        *,
+        attend: Attend,
     ) -> torch.Tensor:
         """The residual stream after the last block, [..., T, C]."""
+        config = self.config
         x_TC: torch.Tensor = self.embed(tokens_T)
-        tables = None
+        tables = local = None
         if self.position is None:  # position as an angle, inside attention
-            tables = rotation(positions_T, self.config)
+            tables = local = rotation(positions_T, config)
+            if config.window_rope_theta is not None:
+                local = rotation(positions_T, config, theta=config.window_rope_theta)
         else:  # position as a vector, added to the token's
-            x_TC = x_TC + self.position(positions_T)
-        for block in self.blocks:
-            x_TC = block(x_TC, tables, attend)
+            x_TC = x_TC + self.position(positions_T + config.position_offset)
+        if self.types is not None:
+            x_TC = x_TC + self.types(torch.zeros_like(tokens_T) if types_T is None else types_T)
+        if self.embed_norm is not None:
+            x_TC = self.embed_norm(x_TC)
+        for layer, block in enumerate(self.blocks):
+            x_TC = block(x_TC, tables if config.window(layer) is None else local, attend)
         return x_TC
+
+    def _whole(self, attend: Callable[..., torch.Tensor]) -> Attend:
+        """Attention over whole texts in this network's direction."""
+        return partial(attend, causal=not self.config.bidirectional)
 
     def logits(self, x_RC: torch.Tensor) -> torch.Tensor:
         """Unnormalised log probabilities of the next token, [..., R, V]."""
@@ -113,12 +145,18 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = norm_layer(config)
+        own_norm = config.has_attention_norm(layer)
+        self.post_norm = config.post_norm
+        self.attention_norm = norm_layer(config) if own_norm else nn.Identity()
         self.attention = Attention(config, layer)
         self.mlp_norm = norm_layer(config)
         self.mlp = GatedMLP(config) if config.gated_mlp else MLP(config)
 
     def forward(self, x_TC: torch.Tensor, tables: Rotation | None, attend: Attend) -> torch.Tensor:
+        if self.post_norm:
+            x_TC = self.attention_norm(x_TC + self.attention(x_TC, tables, attend))
+            z_TC: torch.Tensor = self.mlp_norm(x_TC + self.mlp(x_TC))
+            return z_TC
         x_TC = x_TC + self.attention(self.attention_norm(x_TC), tables, attend)
         y_TC: torch.Tensor = x_TC + self.mlp(self.mlp_norm(x_TC))
         return y_TC
@@ -197,7 +235,27 @@ class GatedMLP(nn.Module):
         return y_TC
 
 
-def causal_attention(
+class Scores(nn.Module):
+    """The classifier: a pooled state's logits, one per label."""
+
+    def __init__(self, config: ModelConfig, shape: Classifier) -> None:
+        super().__init__()
+        C = config.hidden_size
+        self.kind = shape.activation
+        self.dense = nn.Linear(C, C, bias=shape.bias) if shape.dense else None
+        self.norm = norm_layer(config) if shape.norm else None
+        self.out = nn.Linear(C, len(shape.labels), bias=shape.out_bias)
+
+    def forward(self, x_C: torch.Tensor) -> torch.Tensor:
+        if self.dense is not None:
+            x_C = activate(self.dense(x_C), self.kind)
+        if self.norm is not None:
+            x_C = self.norm(x_C)
+        logits: torch.Tensor = self.out(x_C)
+        return logits
+
+
+def plain_attention(
     q_THD: torch.Tensor,
     k_TKD: torch.Tensor,
     v_TKD: torch.Tensor,
@@ -205,13 +263,54 @@ def causal_attention(
     layer: int,  # noqa: ARG001 - without a cache, layers need no telling apart
     scale: float,
     window: int | None,
+    causal: bool = True,
 ) -> torch.Tensor:
     """softmax(q · kᵀ · scale + mask) · v over whole texts: self-attention as defined."""
-    return mixed(causal_weights(q_THD, k_TKD, scale=scale, window=window), v_TKD)
+    weights = attention_weights(q_THD, k_TKD, scale=scale, window=window, causal=causal)
+    return mixed(weights, v_TKD)
 
 
-def causal_weights(
-    q_THD: torch.Tensor, k_TKD: torch.Tensor, *, scale: float, window: int | None
+def fused_attention(
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    *,
+    layer: int,  # noqa: ARG001 - as above
+    scale: float,
+    window: int | None,
+    causal: bool = True,
+) -> torch.Tensor:
+    """The same of one text in one call of torch, which keeps no weights."""
+    T, H = q_THD.shape[:2]
+    shared = H // k_TKD.shape[1]
+    plain = window is None or window >= T
+    seen = None if plain else ~hidden_pairs(T, window, causal=causal, device=q_THD.device)
+    mixed_HTD = nn.functional.scaled_dot_product_attention(
+        q_THD.transpose(0, 1),
+        k_TKD.repeat_interleave(shared, dim=1).transpose(0, 1),
+        v_TKD.repeat_interleave(shared, dim=1).transpose(0, 1),
+        attn_mask=seen,
+        is_causal=causal and plain,
+        scale=scale,
+    )
+    return mixed_HTD.transpose(0, 1)
+
+
+def hidden_pairs(T: int, window: int | None, *, causal: bool, device: torch.device) -> torch.Tensor:
+    """Which tokens s a token t does not see, [T, T], as t, s."""
+    ago = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
+    # Causal mask: a token sees itself and what came before, within the window if there is one.
+    hidden = ago < 0 if causal else torch.zeros_like(ago, dtype=torch.bool)
+    return hidden if window is None else hidden | (ago.abs() >= window)
+
+
+def attention_weights(
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    causal: bool = True,
 ) -> torch.Tensor:
     """How much each token attends to each, [..., K, H / K, T, T] in float32; a row's sum is 1.
 
@@ -221,9 +320,7 @@ def causal_weights(
     grouped = q_THD.reshape(*q_THD.shape[:-2], K, -1, D)
     # Scaled dot product: how well does what s offers fit what t asks?
     scores = torch.einsum("...tkgd,...skd->...kgts", grouped, k_TKD) * scale
-    # Causal mask: a token sees itself and what came before, within the window if there is one.
-    ago = torch.arange(T, device=q_THD.device)[:, None] - torch.arange(T, device=q_THD.device)
-    hidden = ago < 0 if window is None else (ago < 0) | (ago >= window)
+    hidden = hidden_pairs(T, window, causal=causal, device=q_THD.device)
     return scores.float().masked_fill(hidden, -torch.inf).softmax(dim=-1)
 
 

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from service.errors import StartupError
-from service.settings import Group, Settings, load_settings, setting_rows
+from service.setting_types import Group
+from service.settings import Settings, load_settings, setting_rows
 
 app = typer.Typer(
     name="quire",
@@ -88,7 +89,7 @@ def serve_all(settings: Settings) -> None:
 
 
 @app.command(name="api")
-@with_settings(Group.MODEL, Group.QUEUE, Group.HTTP, Group.LOGS, Group.TELEMETRY)
+@with_settings(Group.MODEL, Group.QUEUE, Group.HTTP, Group.BATCHES, Group.LOGS, Group.TELEMETRY)
 def api_replica(settings: Settings) -> None:
     """Run an API replica, over a queue that it shares with engine replicas."""
     from service.roles import run_role, serve_api

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 
 from fastapi import APIRouter, FastAPI, Response
 
@@ -31,8 +32,11 @@ from service.api.http.middleware import HostCheck, RequestContextMiddleware, all
 from service.api.http.models import ErrorBody, refused
 from service.api.http.observer import ApiObserver
 from service.api.structured.validator import GrammarValidator
-from service.api.system import openapi
+from service.api.system import openapi, usage
+from service.api.system.batches import BatchDesk, answer_line
+from service.api.system.files import FileDesk
 from service.api.system.health import HealthContext, LiveState
+from service.batches.jobs import JobLimits, Jobs
 from service.errors import Unavailable
 from service.messages import ModelCard
 from service.queues.contract import Queue
@@ -76,9 +80,11 @@ def build_app(  # noqa: PLR0913  # the arguments are its parts
     extras: Collection[str] = ("page",),
     check_host: HostCheck = any_host,
     cors_origins: Sequence[str] = (),
+    jobs: JobLimits | None = None,
 ) -> FastAPI:
     """The API. `extras` are optional routes: `docs` (/docs, /openapi.json) and `page` (the web
-    page). Its lifespan sweeps the queue and sends heartbeats of the answers that are read here.
+    page). Its lifespan sweeps the queue, sends heartbeats of the answers that are read here, and
+    runs batches.
     """
     context = ApiContext(
         queue=queue,
@@ -94,6 +100,7 @@ def build_app(  # noqa: PLR0913  # the arguments are its parts
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         chores = [
+            asyncio.create_task(work.runner.run()),
             asyncio.create_task(sweep_forever(queue, interval=limits.sweep_interval)),
             asyncio.create_task(context.readers.send_heartbeats(limits.attend_interval)),
         ]
@@ -108,9 +115,13 @@ def build_app(  # noqa: PLR0913  # the arguments are its parts
                 chore.cancel()
             await asyncio.gather(*chores, return_exceptions=True)
             context.pools.close()
+            work.close()
 
     app = _new_app("Quire", version=version, lifespan=lifespan)
     app.state.context = context
+    work = Jobs(jobs or JobLimits(), queue, partial(answer_line, app), draining=probes.draining)
+    app.state.files = FileDesk(work.files, work.batches)
+    app.state.batches = BatchDesk(work.batches, work.runner.wake)
     app.state.live = LiveState(queue)
     app.state.health = HealthContext(queue, probes, models.states)
     app.add_middleware(
@@ -159,6 +170,7 @@ def build_admin_app(
         return Response(render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     app.include_router(metrics, tags=["metrics"])
+    app.include_router(usage.admin_router, tags=["usage"])
     app.include_router(ROUTERS["health"], tags=["health"])
     return app
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from service.errors import Unavailable
 from service.messages import ModelCard
-from service.queues.contract import EngineInfo, Queue, QueueDepth
+from service.queues.contract import EngineGroup, Queue, QueueDepth
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +66,20 @@ class ModelEngines:
         gone = self._gone_since
         return gone is None or self._clock() - gone < ENGINES_GONE_AFTER
 
-    def read(self, everyone: Sequence[EngineInfo]) -> int:
-        """Updates itself from the list of all engines; returns how many are of this model."""
-        engines = [info for info in everyone if info.serves(self.card)]
-        if engines:
+    def read(self, everyone: Sequence[EngineGroup]) -> int:
+        """Updates itself from the groups of all engines; returns how many are of this model."""
+        groups = [group for group in everyone if group.info.serves(self.card)]
+        count = sum(group.engines for group in groups)
+        if groups:
             self._gone_since = None
-            self.tokens_per_second = sum(engine.tokens_per_second for engine in engines)
-            lengths = [engine.max_model_len for engine in engines if engine.max_model_len]
+            self.tokens_per_second = sum(group.tokens_per_second for group in groups)
+            lengths = [group.info.max_model_len for group in groups if group.info.max_model_len]
+            most = max(groups, key=lambda group: (group.engines, group.info.numeric_class)).info
             self.card = replace(
                 self.card,
-                numeric_class=engines[-1].numeric_class,
+                numeric_class=most.numeric_class,
                 max_model_len=min([self.card.max_model_len, *lengths]),
-                block_size=engines[-1].block_size if len(engines) > 1 else 0,
+                block_size=most.block_size if count > 1 else 0,
             )
         elif self._gone_since is None:
             self._gone_since = self._clock()
@@ -85,14 +87,14 @@ class ModelEngines:
                 log.warning(
                     "none of the queue's %d engines serves %s: API and engine replicas need the "
                     "same model under the same name",
-                    len(everyone),
+                    sum(group.engines for group in everyone),
                     self.card.id,
                 )
-        return len(engines)
+        return count
 
 
 class Cluster:
-    """Follows the queue's list of engines. `models` are the served models by their names."""
+    """Follows the queue's registry of engines. `models` are the served models by their names."""
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class Cluster:
         or takes no writes.
         """
         await self._queue.check()
-        everyone = await self._queue.engines()
+        everyone = await self._queue.engine_groups()
         counts = {}
         for name, model in self.models.items():
             before = model.card

@@ -178,6 +178,7 @@ class Submission:
     # Per request, names of prefixes of its prompt, longest first: see `service.prefixes`. A hint.
     prefixes: tuple[tuple[str, ...], ...] = ()
     input: str = ""  # what later calls need of this one; the queue never reads it
+    model: str = ""  # its name in the API, for the usage
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,38 @@
-"""Setting types: values of settings that are more than a number or a word."""
+"""Setting types: values of settings that are more than a number or a word, and their fields."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, NamedTuple, Self
+from enum import StrEnum
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.config import JsonDict
+
+
+class Group(StrEnum):
+    """Headings of `--help` and of docs/settings.md."""
+
+    MODEL = "Model"
+    ENGINE = "Engine"
+    QUEUE = "Queue"
+    HTTP = "HTTP"
+    BATCHES = "Batches"
+    LOGS = "Logs"
+    TELEMETRY = "Telemetry"
+
+
+def setting(
+    group: Group,
+    help_text: str,
+    default: Any,  # noqa: ANN401
+    *,
+    repeated: bool = False,
+    **limits: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    extra: JsonDict = {"group": group.value, "repeated": repeated}
+    return Field(default, description=help_text, json_schema_extra=extra, **limits)
+
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 
@@ -75,12 +102,21 @@ def _check_alias(value: str) -> str:
     return value
 
 
+def _check_aliases(values: tuple[str, ...]) -> tuple[str, ...]:
+    names = [value.partition("=")[0] for value in values]
+    if len(set(names)) < len(names):
+        raise ValueError("an alias may be given once: it stands for one model")
+    return values
+
+
 Models = Annotated[
     tuple[Annotated[str, AfterValidator(_check_model)], ...],
     BeforeValidator(split_list),
     Field(min_length=1),
 ]
 Aliases = Annotated[
-    tuple[Annotated[str, AfterValidator(_check_alias)], ...], BeforeValidator(split_list)
+    tuple[Annotated[str, AfterValidator(_check_alias)], ...],
+    BeforeValidator(split_list),
+    AfterValidator(_check_aliases),
 ]
 Parts = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(split_list)]

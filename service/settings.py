@@ -10,51 +10,37 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.config import JsonDict
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from service.errors import StartupError
-from service.setting_types import Aliases, Bytes, Hosts, Models, ModelSource, Origins, Parts
+from service.setting_types import (
+    Aliases,
+    Bytes,
+    Group,
+    Hosts,
+    Models,
+    ModelSource,
+    Origins,
+    Parts,
+    setting,
+)
 
 PREFIX = "QUIRE_"
 CONFIG_VARIABLE = "QUIRE_CONFIG"  # not a setting: the file cannot contain its own path
 
 
-class Group(StrEnum):
-    """Headings of `--help` and of docs/settings.md."""
-
-    MODEL = "Model"
-    ENGINE = "Engine"
-    QUEUE = "Queue"
-    HTTP = "HTTP"
-    LOGS = "Logs"
-    TELEMETRY = "Telemetry"
-
-
-def _setting(
-    group: Group,
-    help_text: str,
-    default: Any,  # noqa: ANN401
-    *,
-    repeated: bool = False,
-    **limits: Any,  # noqa: ANN401
-) -> Any:  # noqa: ANN401
-    extra: JsonDict = {"group": group.value, "repeated": repeated}
-    return Field(default, description=help_text, json_schema_extra=extra, **limits)
-
-
-_model = partial(_setting, Group.MODEL)
-_engine = partial(_setting, Group.ENGINE)
-_queue = partial(_setting, Group.QUEUE)
-_http = partial(_setting, Group.HTTP)
-_logs = partial(_setting, Group.LOGS)
-_telemetry = partial(_setting, Group.TELEMETRY)
+_model = partial(setting, Group.MODEL)
+_engine = partial(setting, Group.ENGINE)
+_queue = partial(setting, Group.QUEUE)
+_http = partial(setting, Group.HTTP)
+_batches = partial(setting, Group.BATCHES)
+_logs = partial(setting, Group.LOGS)
+_telemetry = partial(setting, Group.TELEMETRY)
 
 
 class Settings(BaseModel):
@@ -242,6 +228,28 @@ class Settings(BaseModel):
     )
     attention: bool = _http("Serve POST /v1/attention (`quire serve` only).", default=True)
 
+    files: str | None = _batches(
+        "Folder or URL of uploaded files and batches, by fsspec: /srv/files, s3://bucket/path. "
+        "API replicas of one queue must share it, others must not. Default: a folder of the queue, "
+        "or of the port, below cache_dir.",
+        None,
+    )
+    max_file: Bytes = _batches("Maximum size of a file in bytes.", 200 * 1024**2, ge=1024)
+    max_tenant_files: int = _batches("Maximum number of files per tenant.", 1000, ge=1)
+    max_tenant_file_bytes: Bytes = _batches(
+        "Maximum bytes of all files of a tenant; more uploads are refused with 429.",
+        2 * 1024**3,
+        ge=1024,
+    )
+    max_open_batches: int = _batches(
+        "Maximum batches per tenant that have not ended; more are refused with 429.", 16, ge=1
+    )
+    batch_window: int = _batches(
+        "Maximum lines of batches in the queue per API replica, in equal shares of tenants.",
+        64,
+        ge=1,
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = _logs("Minimum log level.", "info")
     log_format: Literal["text", "json"] = _logs(
         "Log format; json writes one object per line.", "text"
@@ -336,7 +344,7 @@ def setting_rows() -> list[SettingRow]:
 def _row(name: str, info: FieldInfo) -> SettingRow:
     extra = info.json_schema_extra
     if not isinstance(extra, dict):
-        raise TypeError(f"{name} was not made by _setting")
+        raise TypeError(f"{name} was not made by setting")
     return SettingRow(
         group=str(extra["group"]),
         name=name,

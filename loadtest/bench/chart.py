@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loadtest.bench.document import Document
 from loadtest.bench.measure import Kind
-from loadtest.bench.report import decode_view, goodput, median, prefill_view
+from loadtest.bench.views import chat_view, decode_view, goodput, median, prefill_view
 
 _QUIRE, _PEER = "#0f766e", "#94a3b8"
 
@@ -24,17 +24,18 @@ class Panel:
 
 
 def panels_of(document: Document) -> list[Panel]:
-    """Decoding at each number of clients, prefill, time to first token, goodput."""
+    """Decoding and chats at each number of clients, prefill, time to first token, goodput."""
     sizes = document.sizes
     views = {
         f"{n} client{'s' * (n > 1)}, output tok/s": decode_view(document, n) for n in sizes.clients
     }
+    views |= {f"chat of {n}, output tok/s": chat_view(document, n) for n in sizes.chat_clients}
     views[f"prompt of {sizes.prefill_tokens} tokens, prompt tok/s"] = prefill_view(document)
     panels = [
         Panel(
             title=title,
             values={name: view.median(name, lambda row: row.speed) for name in view.servers},
-            roof=median(view.roofs),
+            roof=math.nan if view.kind is Kind.CHAT else median(view.roofs_of(document.base)),
         )
         for title, view in views.items()
     ]

@@ -3,15 +3,18 @@
 Each repeat probes the roof, then starts every server in turn (A B C, then C B A, ...), warms it up
 and measures it with the same client and the same seeded prompts. The speed of a machine changes, so
 the result is the median of the ratios within a repeat. A server that cannot run is a row with the
-reason. Writes compare.json (all measurements), compare.md (tables) and compare.svg.
+reason. Writes compare.json (all measurements), compare.md (tables) and compare.svg; `--publish`
+puts the tables of this kind of CPU into docs/benchmarks.md, `--readme` also the README's.
 
-On two cores it takes under 15 minutes: a repeat that would not end within `--minutes` is not
-started. Other work on the machine distorts the results; the load average is in the JSON.
+A repeat that would not end within `--minutes` is not started. Other work on the machine distorts
+tokens per second, CPU seconds per token much less; the load average is in the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import shlex
 import shutil
 import sys
 import time
@@ -26,18 +29,21 @@ from loadtest.bench.document import Document, read, write
 from loadtest.bench.machine import this_machine
 from loadtest.bench.measure import Kind, Notify, Session, Sizes, TooSlow, better_threads
 from loadtest.bench.peers import SERVERS
+from loadtest.bench.publish import publish
 from loadtest.bench.report import markdown, tables, warnings
 from loadtest.bench.roof import NoRoof, count_weights, probe
-from loadtest.bench.servers import Plan, Server, ServerFailed, convert
+from loadtest.bench.servers import Plan, Server, ServerFailed, convert, perplexity
 
 _CHART = Path(__file__).parents[1] / "chart.svg"  # the one that the README shows
 _QUICK = Sizes(
-    least=1, tokens_out=32, prefill_requests=1, rates=(2, 8), window=3.0, patience=20.0,
-    tokens_out_arrivals=16,
+    least=1, tokens_out=32, prefill_requests=1, chat_clients=(1, 8), chat_least=2, chat_tokens=64,
+    rates=(2, 8), window=3.0, patience=20.0, tokens_out_arrivals=16,
 )  # fmt: skip
 _NOT_QUICK = (
-    "llama.cpp-q4_1", "llama.cpp-q8_0", "llama-cpp-python", "openvino-q8_0", "transformers", "vllm",
+    "quire-redis", "llama.cpp-q8_0", "openvino-q4_1",
+    *(name for name, server in SERVERS.items() if server.once),
 )  # fmt: skip
+_VARIANTS = ("avx2",)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,17 +72,38 @@ class Comparison:
                 break
 
     def _prepare_all(self) -> list[str]:
-        """Converts weights and tunes threads. Returns the servers that can run."""
+        """Converts weights, tunes threads, measures quality. Returns the servers that can run."""
         for name in self.document.servers:
             self.notify(f"prepare · {name}")
             if name not in self.document.left_out and (reason := self._prepare(SERVERS[name])):
                 self.document.left_out[name] = reason
-        return [name for name in self.document.servers if name not in self.document.left_out]
+        able = [name for name in self.document.servers if name not in self.document.left_out]
+        self._measure_quality(able)
+        return able
+
+    def _measure_quality(self, names: Sequence[str]) -> None:
+        """Once per command: the same weights in the same engine have one perplexity."""
+        known: dict[tuple[str, ...], float] = {}
+        for name in names:
+            server = SERVERS[name]
+            self.document.weight_bytes[name] = server.weight_bytes
+            command = tuple(server.quality(self.plan)) if server.quality else ()
+            try:
+                if command not in known:
+                    self.notify(f"perplexity · {name}")
+                    known[command] = perplexity(server, self.plan)
+            except ServerFailed as failure:
+                self.document.left_out[f"perplexity of {name}"] = str(failure)
+                known[command] = math.nan
+            if not math.isnan(known[command]):
+                self.document.perplexity[name] = known[command]
 
     def _prepare(self, server: Server) -> str | None:
         """Why this server is left out, or None."""
         if server.missing:
             return server.missing
+        if self.plan.variant and self.plan.variant not in server.variants:
+            return f"cannot be restricted to {self.plan.variant}"
         try:
             convert(server, self.plan)
             if server.tries_threads and len(self.candidates) > 1:
@@ -117,7 +144,8 @@ class Comparison:
         """Adds a roof, or the reason for its absence."""
         document = self.document
         try:
-            document.roofs.append(probe(threads=sorted({1, document.machine.cpus})))
+            threads = sorted({1, document.machine.cpus})
+            document.roofs.append(probe(threads=threads, variant=self.plan.variant))
         except NoRoof as reason:
             document.left_out["roof"] = str(reason)
 
@@ -130,7 +158,8 @@ def _default_model() -> Path:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    """Comma-separated; none if empty."""
+    return tuple(int(part) for part in text.split(",") if part)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -140,21 +169,29 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, help="GGUF file (default: the default model)")
     add("--servers", type=lambda text: text.split(","), default=list(SERVERS))
-    add("--quick", action="store_true", help="one small repeat, under 4 minutes")
+    add("--quick", action="store_true", help="small loads, one repeat unless --repeats is given")
+    add(
+        "--variant",
+        choices=_VARIANTS,
+        default="",
+        help="restrict all servers to these instructions",
+    )
     add("--clients", type=_numbers)
+    add("--chat-clients", type=_numbers)
     add("--tokens-in", type=int)
     add("--tokens-out", type=int)
     add(
         "--rates",
         type=_numbers,
-        help="rising rates of the Poisson arrivals, in requests per second",
+        help="rising rates of the Poisson arrivals, in requests per second; empty: none",
     )
+    add("--patience", type=float, help="seconds; a load that would take longer is skipped")
     add("--seed")
     add("--repeats", type=int)
     add(
         "--minutes",
         type=float,
-        default=14.5,
+        default=90,
         help="time limit; no repeat starts that would exceed it",
     )
     add("--threads", type=_numbers, default=tuple(sorted({max(1, cpus // 2), cpus})),
@@ -162,8 +199,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--quire-flags", type=str.split, default=[], help="flags of `quire serve`, as one argument")
     add("--results", type=Path, default=Path("results"))
     add("--render", type=Path, metavar="JSON", help="tables and chart of an earlier compare.json")
-    add("--readme", action="store_true", help=f"also write {_CHART.name} and print the Markdown")
+    add("--publish", action="store_true", help="write this CPU's section of docs/benchmarks.md")
+    add(
+        "--readme", action="store_true", help=f"--publish, and the README's table and {_CHART.name}"
+    )
     options = parser.parse_args(arguments)
+    options.command = f"make compare ARGS={shlex.quote(shlex.join(arguments))}"
     if unknown := set(options.servers) - set(SERVERS):
         parser.error(f"no such server: {', '.join(sorted(unknown))} (known: {', '.join(SERVERS)})")
     return options
@@ -172,7 +213,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def sizes_of(options: argparse.Namespace) -> Sizes:
     """The preset with the overrides of the command line."""
     sizes = _QUICK if options.quick else Sizes()
-    names = ("clients", "tokens_in", "tokens_out", "rates", "seed")
+    names = ("clients", "chat_clients", "tokens_in", "tokens_out", "rates", "patience", "seed")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return replace(sizes, **given)
 
@@ -187,6 +228,8 @@ def measure(options: argparse.Namespace, *, console: Console) -> Document:
         weights=count_weights(model),
         sizes=sizes,
         servers=options.servers,
+        variant=options.variant,
+        command=options.command,
     )
     if options.quick:
         slow = [name for name in _NOT_QUICK if name in options.servers]
@@ -194,10 +237,11 @@ def measure(options: argparse.Namespace, *, console: Console) -> Document:
     plan = Plan(
         model=model,
         threads=max(options.threads),
-        clients=max(sizes.clients),
+        clients=max(*sizes.clients, *sizes.chat_clients),
         context=sizes.context,
         folder=options.results.resolve(),
         quire_flags=options.quire_flags,
+        variant=options.variant,
     )
     candidates = () if options.quick else options.threads
     repeats = options.repeats or (1 if options.quick else 3)
@@ -233,9 +277,10 @@ def main(arguments: Sequence[str]) -> int:
     report.write_text(markdown(document), encoding="utf-8")
     draw(document, chart)
     console.print(f"written: {report}, {chart}, compare.json")
+    if options.publish or options.readme:
+        publish(document, readme=options.readme)
     if options.readme:
         shutil.copyfile(chart, _CHART)
-        print(markdown(document))
     judged = (Kind.DECODE, Kind.PREFILL)
     first = [row for row in document.results if row.server == document.base and row.kind in judged]
     return 0 if first and not any(row.summary.failures for row in first) else 1

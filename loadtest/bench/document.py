@@ -26,11 +26,21 @@ class Document:
     threads: dict[str, int] = field(default_factory=dict)  # of servers whose threads were tuned
     roofs: list[Roof] = field(default_factory=list)  # one per repeat, or none
     results: list[Result] = field(default_factory=list)
+    perplexity: dict[str, float] = field(default_factory=dict)  # by server, where it is known
+    weight_bytes: dict[str, float] = field(default_factory=dict)  # of a weight of the layers
+    variant: str = ""  # instruction set that all servers are restricted to; empty: the best one
+    command: str = ""  # that measured this
     left_out: dict[str, str] = field(default_factory=dict)  # wholly or partly; the reason
 
     @property
     def base(self) -> str:
         return self.servers[0]
+
+    @property
+    def kind(self) -> str:
+        """Of the CPU. One that is restricted stands in for others, and is named as such."""
+        restricted = f" restricted to {self.variant.upper()}" if self.variant else ""
+        return self.machine.kind + restricted
 
 
 def write(document: Document, path: Path) -> None:

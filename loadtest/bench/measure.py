@@ -1,11 +1,13 @@
-"""Measures one server: prefill, decoding with 1 to N clients, Poisson arrivals.
+"""Measures one server: prefill, decoding and chats with 1 to N clients, Poisson arrivals.
 
     prefill    one client, long prompts, one output token: prompt tokens per second
     decode     N clients start at the same time, each with one request: a burst
+    chat       N clients ask questions; answers are sampled and end where the model ends them
     arrivals   requests arrive at random times, whether or not earlier ones have ended; good are
                those whose time to first token and time per token stay below a limit
 
-Each server gets the same prompts at the same times. No two prompts share a prefix.
+Each server gets the same prompts at the same times. No two prompts share a prefix, but chats share
+the system prompt of their template.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from loadtest.bench.servers import Plan, Running, Server, ServerFailed, running
-from loadtest.client import Outcome, Summary, arrive, complete, drive, summarise
-from loadtest.workloads import make_prompts, poisson_arrivals
+from loadtest.client import Outcome, Question, Summary, arrive, complete, drive, summarise
+from loadtest.workloads import make_prompts, make_questions, poisson_arrivals
 
 FIRST_TOKEN_WITHIN = 1.0  # seconds
 PER_TOKEN_WITHIN = 0.06  # seconds
 
 _WAIT = 120.0  # seconds; timeout of requests without another limit
+_QUESTION_TOKENS = 96  # more than a question and the template of a chat have
 _INTERVAL = 0.5  # seconds between two samples of the memory
 
 
@@ -35,6 +38,7 @@ class Kind(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+    CHAT = "chat"
     ARRIVALS = "arrivals"
 
 
@@ -48,6 +52,9 @@ class Sizes:
     tokens_out: int = 128
     prefill_tokens: int = 512
     prefill_requests: int = 3
+    chat_clients: tuple[int, ...] = (1, 8, 32)
+    chat_least: int = 4  # minimum number of questions of a load
+    chat_tokens: int = 256  # maximum of an answer
     rates: tuple[float, ...] = (1, 2, 4, 8, 16, 32)
     window: float = 6.0  # seconds of arrivals at each rate
     tokens_out_arrivals: int = 32
@@ -57,7 +64,8 @@ class Sizes:
     @property
     def context(self) -> int:
         """Tokens of the longest request, plus some that a server may add."""
-        return 16 + max(self.prefill_tokens + 1, self.tokens_in + self.tokens_out)
+        chat = _QUESTION_TOKENS + self.chat_tokens
+        return 16 + max(self.prefill_tokens + 1, self.tokens_in + self.tokens_out, chat)
 
     @property
     def good_within(self) -> float:
@@ -88,6 +96,15 @@ class Result:
             first = self.summary.time_to_first_p50
             return self.level / first if self.summary.failures < self.summary.requests else 0.0
         return self.summary.tokens_per_second
+
+    @property
+    def cpu(self) -> float:
+        """CPU seconds of the server per 1,000 tokens of `speed`; NaN if a request failed."""
+        whole = self.summary
+        tokens = (
+            self.level * whole.requests if self.kind is Kind.PREFILL else whole.completion_tokens
+        )
+        return math.nan if whole.failures or not tokens else 1e3 * self.server_cpu / tokens
 
 
 Notify = Callable[[str], None]
@@ -128,6 +145,9 @@ class Session:
                 self._check_patience(clients)
                 notify(f"{clients} client{'s' * (clients > 1)}")
                 self._measure(started, Kind.DECODE, clients, load=load)
+            for clients in self._sizes.chat_clients:
+                notify(f"chat of {clients}")
+                self._measure(started, Kind.CHAT, clients, load=load)
             for rate in self._sizes.rates if with_arrivals else ():
                 notify(f"{rate:g} requests per second")
                 result = self._measure(started, Kind.ARRIVALS, rate, load=load)
@@ -197,6 +217,15 @@ async def _load(started: Running, kind: Kind, level: float, *, sizes: Sizes, rep
             patience=sizes.good_within,
         )
         return [_timed_out(outcome) for outcome in outcomes], wall
+    if kind is Kind.CHAT:
+        texts = make_questions(seed, count=max(int(level), sizes.chat_least))
+        return await drive(
+            started.target,
+            [Question(text=text, seed=number) for number, text in enumerate(texts)],
+            clients=int(level),
+            max_tokens=sizes.chat_tokens,
+            timeout=_WAIT,
+        )
     if kind is Kind.PREFILL:
         count, tokens_in = sizes.prefill_requests, sizes.prefill_tokens
         clients, tokens_out = 1, 1
@@ -243,6 +272,7 @@ def better_threads(server: Server, plan: Plan, *, candidates: Sequence[int]) -> 
     """The number of threads with the best product of speeds with 1 and with 8 clients."""
     sizes = Sizes(
         clients=(1, min(8, plan.clients)),
+        chat_clients=(),
         tokens_out=32,
         least=1,
         prefill_tokens=128,

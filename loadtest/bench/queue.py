@@ -12,6 +12,8 @@ steps   Each engine writes one record for each of its streams per step, renews e
         step of 64 engines takes longer than the pause after which they would.
 idle    Engines wait for work as a worker does, in several processes. First nothing is submitted;
         then one request at a time, which whoever claims it answers with one token.
+registry
+        An API replica reads which engines there are: each report, or the sums.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ _RENEW_EVERY = 20  # steps: of 50 ms, with the default lease
 _LIMITS = QueueLimits(
     max_requests=100_000, max_per_tenant=100_000, max_tokens=10**9, lease=_PATIENCE
 )
+_READS = 100  # of the registry
 _WORKERS = 4  # processes that hold the idle engines
 
 
@@ -292,6 +295,42 @@ async def answer(queue: Queue, number: int) -> float:
     return first
 
 
+async def measure_registry(port: int, count: int) -> str:
+    """CPU milliseconds per read of the registry, of Redis / of the replica: each report; the sums
+    when they are computed; the sums when they are shared.
+    """
+    columns = []
+    async with queues(port, 2, limits=QueueLimits()) as (engine, api):
+        with Redis(port=port) as redis:
+            for method, forget in (
+                (api.engines, False),
+                (api.engine_groups, True),
+                (api.engine_groups, False),
+            ):
+                for number in range(count):
+                    await engine.claim(make_engine(number), limit=0, wait=0.0)
+                before, own = cpu_seconds(port), 0.0
+                for _ in range(_READS):
+                    if forget:
+                        redis.delete("quire:2:{s0}:groups")
+                    began = time.process_time()
+                    await method()
+                    own += time.process_time() - began
+                server = cpu_seconds(port) - before
+                columns.append(f"{server / _READS * 1e3:.2f} / {own / _READS * 1e3:.2f}")
+    return " | ".join(columns)
+
+
+def print_registry(options: argparse.Namespace) -> None:
+    print(
+        "\n| engines | each report: CPU ms of Redis / of the replica | sums, computed |"
+        " sums, shared |\n| ---: | ---: | ---: | ---: |"
+    )
+    for count in options.idle:
+        with redis_server() as port:
+            print(f"| {count:,} | {asyncio.run(measure_registry(port, count))} |", flush=True)
+
+
 async def measure_idle(
     port: int, count: int, *, seconds: float, repeats: int
 ) -> tuple[float, float, float]:
@@ -329,7 +368,7 @@ def print_idle(options: argparse.Namespace) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", choices=("steps", "idle"))
+    parser.add_argument("--only", choices=("steps", "idle", "registry"))
     parser.add_argument("--engines", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--streams", type=int, default=64, help="per engine")
     parser.add_argument("--steps", type=int, default=64)
@@ -339,10 +378,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.only != "idle":
-        print_steps(options)
-    if options.only != "steps":
-        print_idle(options)
+    for name, report in (
+        ("steps", print_steps),
+        ("idle", print_idle),
+        ("registry", print_registry),
+    ):
+        if options.only in {None, name}:
+            report(options)
 
 
 if __name__ == "__main__":

@@ -3,119 +3,26 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-
-from rich.table import Table as RichTable
+from collections.abc import Iterator, Sequence
 
 from loadtest.bench.document import Document
 from loadtest.bench.measure import FIRST_TOKEN_WITHIN, PER_TOKEN_WITHIN, Kind, Result
+from loadtest.bench.overview import is_busy, overview
+from loadtest.bench.table import Table, number
+from loadtest.bench.views import View, chat_view, decode_view, goodput, median, prefill_view
 
 _BUSY_CLIENT = 0.5  # of a core; above that the client may be the bottleneck
 _EMBEDDED, _REDIS = "quire", "quire-redis"
 _OTHER_PROMPT = 0.02  # tolerated difference of prompt token counts between servers
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """Cells as text. The first column is left-aligned, all others right."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def to_rich(self) -> RichTable:
-        table = RichTable(title=self.title, title_justify="left")
-        for number, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if number else "left", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def to_markdown(self) -> str:
-        rule = ["---", *["---:"] * (len(self.columns) - 1)]
-        lines = [f"| {' | '.join(row)} |" for row in (self.columns, rule, *self.rows)]
-        return f"**{self.title}**\n\n" + "\n".join(lines) + "\n"
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """Results of one kind of load at one level, by server."""
-
-    document: Document
-    kind: Kind
-    level: float
-
-    @property
-    def servers(self) -> list[str]:
-        return [name for name in self.document.servers if self.of(name)]
-
-    def of(self, server: str) -> list[Result]:
-        """Results of a server, one per repeat."""
-        return [
-            result
-            for result in self.document.results
-            if (result.server, result.kind, result.level) == (server, self.kind, self.level)
-        ]
-
-    def median(self, server: str, figure: Callable[[Result], float]) -> float:
-        """Over the repeats that have the figure; NaN if none has."""
-        return median([figure(result) for result in self.of(server)])
-
-    def ratio(self, base: str, server: str) -> float:
-        """Median of base speed / server speed over the repeats in which both succeeded."""
-        return median(ratios(self.of(base), self.of(server)))
-
-    def of_roof(self, server: str) -> float:
-        """Median of server speed / roof of the same repeat."""
-        roofs = self.roofs
-        results = [result for result in self.of(server) if 0 <= result.repeat < len(roofs)]
-        return median([result.speed / roofs[result.repeat] for result in results])
-
-    @property
-    def roofs(self) -> list[float]:
-        """Tokens per second, one per repeat."""
-        weights, level = self.document.weights, int(self.level)
-        if self.kind is Kind.PREFILL:
-            return [roof.prefill(weights, tokens=level) for roof in self.document.roofs]
-        return [roof.decode(weights, rows=level) for roof in self.document.roofs]
-
-
-def median(values: Sequence[float]) -> float:
-    """Ignores NaN; NaN if nothing is left."""
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.median(known) if known else math.nan
-
-
-def ratios(base: Sequence[Result], other: Sequence[Result]) -> list[float]:
-    """Speed of `base` / speed of `other` for each repeat in which both succeeded."""
-    speeds = {result.repeat: result.speed for result in other}
-    pairs = [(result.speed, speeds[result.repeat]) for result in base if result.repeat in speeds]
-    return [mine / theirs for mine, theirs in pairs if mine > 0 and theirs > 0]
-
-
-def goodput(document: Document, server: str) -> float:
-    """Maximum of good requests per second over all rates; NaN if not measured."""
-    good = [
-        row.level * row.good / row.summary.requests
-        for row in document.results
-        if row.server == server and row.kind is Kind.ARRIVALS
-    ]
-    return max(good, default=math.nan)
-
-
-def decode_view(document: Document, clients: int) -> View:
-    return View(document, Kind.DECODE, clients)
-
-
-def prefill_view(document: Document) -> View:
-    return View(document, Kind.PREFILL, document.sizes.prefill_tokens)
-
-
 def tables(document: Document) -> list[Table]:
+    sizes = document.sizes
+    chats = [chat_view(document, clients) for clients in sizes.chat_clients]
     return [
-        *(_decode_table(decode_view(document, clients)) for clients in document.sizes.clients),
+        *overview(document),
+        *(_decode_table(decode_view(document, clients)) for clients in sizes.clients),
+        *(_decode_table(view) for view in chats if view.servers),
         _prompt_table(document),
         *_goodput_tables(document),
         *_redis_tables(document),
@@ -126,28 +33,55 @@ def tables(document: Document) -> list[Table]:
 
 def markdown(document: Document) -> str:
     """The tables, with machine, versions and method."""
-    sizes, repeats = document.sizes, 1 + max(result.repeat for result in document.results)
+    parts = [*method(document), *(table.to_markdown() for table in tables(document))]
+    return "\n\n".join(parts)
+
+
+def method(document: Document) -> list[str]:
+    """Paragraphs: where, with which versions, how."""
+    sizes = document.sizes
     packages = ", ".join(f"{name} {number}" for name, number in document.machine.packages.items())
-    threads = ", ".join(f"{name} {number}" for name, number in document.threads.items())
     measured_on = f"{document.date}, {document.machine}; {document.machine.system}; {packages}."
+    if document.variant:
+        measured_on += (
+            f" Restricted to {document.variant.upper()}: Quire by its variant, llama.cpp by its"
+            " build, OpenVINO and torch by ONEDNN_MAX_CPU_ISA. It stands in for machines without"
+            " more, whose caches and clocks differ."
+        )
     how = (
         f"Model {document.model}. {sizes.tokens_in} prompt tokens, {sizes.tokens_out} output"
-        " tokens, greedy, streamed over HTTP, all clients start together, client and server on the"
-        f" same machine. Medians of interleaved repeats ({repeats}); `{document.base} is` is the"
-        " median of the ratios within a repeat. Times in ms. The roof is the limit by memory"
-        " bandwidth and 8-bit multipliers for the products alone."
+        f" tokens, greedy; chat: varied questions, temperature 0.7, natural ends, at most"
+        f" {sizes.chat_tokens} tokens. Streamed over HTTP, all clients start together, client and"
+        f" server on the same machine. Medians of interleaved repeats ({_all_repeats(document)});"
+        " ratios are medians of those within a repeat. CPU seconds are those of the server's"
+        " processes. Perplexity: second halves of windows of 512 tokens, the same text for all. The"
+        " roof is the limit by memory bandwidth and 8-bit multipliers for the products alone."
     )
-    peers = (
-        "llama.cpp and OpenVINO: types other than the file's own are requantised, to compare speed"
-        " only."
+    return [measured_on, how, _about_peers(document)]
+
+
+def _about_peers(document: Document) -> str:
+    repeats = _all_repeats(document)
+    text = (
+        "llama.cpp and OpenVINO: types other than the file's own are requantised from it. xllamacpp"
+        " is llama.cpp built for AVX2."
     )
     counts = {name: _repeats(document, name) for name in document.servers}
     if fewer := [f"{name} ({n})" for name, n in counts.items() if 0 < n < repeats]:
-        peers += f" Fewer repeats: {', '.join(fewer)}."
-    if threads:
-        peers += f" Best number of threads: {threads}."
-    lines = [measured_on, how, peers]
-    return "\n\n".join([*lines, *(table.to_markdown() for table in tables(document))])
+        text += f" Fewer repeats: {', '.join(fewer)}."
+    if threads := ", ".join(f"{name} {count}" for name, count in document.threads.items()):
+        text += f" Best number of threads: {threads}."
+    if is_busy(document):
+        load = median([row.load_before for row in document.results])
+        text += (
+            f" Other work kept the machine at a load of {load:.0f}: compare CPU seconds, not tokens"
+            " per second."
+        )
+    return text
+
+
+def _all_repeats(document: Document) -> int:
+    return 1 + max(result.repeat for result in document.results)
 
 
 def _repeats(document: Document, server: str) -> int:
@@ -177,8 +111,9 @@ def _decode_table(view: View) -> Table:
     base, clients = view.document.base, int(view.level)
     columns = ["server", "tok/s", f"{base} is", "of roof", "TTFT p50", "per token", "gap p50"]
     columns += ["gap p99", "failed", "server CPU s", "RSS MB", "client core"]
+    chat = "chat, " if view.kind is Kind.CHAT else ""
     return Table(
-        title=f"{clients} client{'s' * (clients > 1)}",
+        title=f"{chat}{clients} client{'s' * (clients > 1)}".capitalize(),
         columns=columns,
         rows=[_decode_row(view, name) for name in view.servers],
     )
@@ -188,17 +123,17 @@ def _decode_row(view: View, name: str) -> list[str]:
     rows = view.of(name)
     return [
         name,
-        _number(view.median(name, lambda row: row.speed), 1),
-        _number(view.ratio(view.document.base, name), 2, unit=" x"),
-        _number(view.of_roof(name), 2),
-        _number(1e3 * view.median(name, lambda row: row.summary.time_to_first_p50)),
-        _number(1e3 * view.median(name, lambda row: row.summary.time_per_token_p50), 1),
-        _number(1e3 * view.median(name, lambda row: row.summary.gap_p50), 1),
-        _number(1e3 * view.median(name, lambda row: row.summary.gap_p99), 1),
+        number(view.median(name, lambda row: row.speed), 1),
+        number(view.ratio(view.document.base, name), 2, unit=" x"),
+        number(view.of_roof(name), 2),
+        number(1e3 * view.median(name, lambda row: row.summary.time_to_first_p50)),
+        number(1e3 * view.median(name, lambda row: row.summary.time_per_token_p50), 1),
+        number(1e3 * view.median(name, lambda row: row.summary.gap_p50), 1),
+        number(1e3 * view.median(name, lambda row: row.summary.gap_p99), 1),
         _failed(rows),
-        _number(view.median(name, lambda row: row.server_cpu), 1),
-        _number(view.median(name, lambda row: row.rss_peak) / 1e6),
-        _number(view.median(name, lambda row: row.client_cpu / row.summary.wall), 2),
+        number(view.median(name, lambda row: row.server_cpu), 1),
+        number(view.median(name, lambda row: row.rss_peak) / 1e6),
+        number(view.median(name, lambda row: row.client_cpu / row.summary.wall), 2),
     ]
 
 
@@ -211,12 +146,12 @@ def _prompt_table(document: Document) -> Table:
         rows=[
             [
                 name,
-                _number(view.median(name, lambda row: row.speed)),
-                _number(view.ratio(document.base, name), 2, unit=" x"),
-                _number(view.of_roof(name), 2),
-                _number(1e3 * view.median(name, lambda row: row.summary.time_to_first_p50)),
+                number(view.median(name, lambda row: row.speed)),
+                number(view.ratio(document.base, name), 2, unit=" x"),
+                number(view.of_roof(name), 2),
+                number(1e3 * view.median(name, lambda row: row.summary.time_to_first_p50)),
                 _failed(view.of(name)),
-                _number(view.median(name, lambda row: row.start_seconds), 1),
+                number(view.median(name, lambda row: row.start_seconds), 1),
             ]
             for name in view.servers
         ],
@@ -237,7 +172,7 @@ def _goodput_tables(document: Document) -> Iterator[Table]:
         rows=[
             [
                 name,
-                _number(goodput(document, name), 1),
+                number(goodput(document, name), 1),
                 *(
                     " ".join(f"{row.good}/{row.summary.requests}" for row in view.of(name))
                     for view in views
@@ -261,9 +196,9 @@ def _redis_tables(document: Document) -> Iterator[Table]:
         rows=[
             [
                 f"{view.level:g}",
-                *(_number(view.median(name, lambda row: row.speed), 1) for name in
+                *(number(view.median(name, lambda row: row.speed), 1) for name in
                   (_EMBEDDED, _REDIS)),
-                _number(100 * (1 - view.ratio(_REDIS, _EMBEDDED)), unit=" %"),
+                number(100 * (1 - view.ratio(_REDIS, _EMBEDDED)), unit=" %"),
             ]
             for view in views
         ],
@@ -277,9 +212,9 @@ def _roof_tables(document: Document) -> Iterator[Table]:
     products = median([roof.products_a_second for roof in document.roofs])
     variants = ", ".join(dict.fromkeys(roof.variant for roof in document.roofs))
     views = [decode_view(document, clients) for clients in document.sizes.clients]
-    rows = [[f"M = {view.level:g}", _number(median(view.roofs))] for view in views]
+    rows = [[f"M = {view.level:g}", number(median(view.roofs_of(document.base)))] for view in views]
     prefill = prefill_view(document)
-    rows.append([f"prefill of {prefill.level:g}", _number(median(prefill.roofs))])
+    rows.append([f"prefill of {prefill.level:g}", number(median(prefill.roofs_of(document.base)))])
     rates = f"memory {memory / 1e9:.1f} GB/s, {products / 1e9:.0f} G products/s"
     yield Table(
         title=f"Roof ({variants}, {rates})",
@@ -301,7 +236,3 @@ def _failed(rows: Sequence[Result]) -> str:
     """Failed / all requests over all repeats."""
     failures = sum(row.summary.failures for row in rows)
     return f"{failures}/{sum(row.summary.requests for row in rows)}"
-
-
-def _number(value: float, digits: int = 0, *, unit: str = "") -> str:
-    return "" if math.isnan(value) else f"{value:.{digits}f}{unit}"

@@ -7,6 +7,7 @@ table of servers is in `peers`.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 import socket
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import URLError
@@ -35,6 +36,13 @@ class Plan:
     context: int  # maximum tokens of a request, prompt and output
     folder: Path  # logs and converted weights
     quire_flags: Sequence[str] = ()
+    variant: str = ""  # instruction set that all servers are restricted to; empty: the best one
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment that restricts oneDNN (OpenVINO, torch) and torch's own loops."""
+        name = self.variant.upper()
+        return {"ONEDNN_MAX_CPU_ISA": name, "ATEN_CPU_CAPABILITY": name.lower()} if name else {}
 
 
 Command = Callable[[Plan, int], list[str]]
@@ -47,10 +55,14 @@ class Server:
 
     name: str
     command: Command
+    quality: Callable[[Plan], list[str]] | None = None  # command that prints the perplexity
+    weight_bytes: float = 1.0  # of a weight of the layers, blocks' scales included
+    variants: Sequence[str] = ()  # that it can be restricted to
     modules: Sequence[str] = ()  # Python modules that it needs
     programs: Sequence[str] = ()  # executables that it needs
     health: str = "/health"
-    fields: Callable[[Plan], Mapping[str, object]] = lambda _: {}  # of each request body
+    fields: Callable[[Plan], Mapping[str, object]] = lambda _: {}  # of the body of a prompt
+    chat_fields: Callable[[Plan], Mapping[str, object]] = lambda _: {}  # of a question
     variables: Mapping[str, str] = field(default_factory=dict)  # environment
     sends_done: bool = True
     conversion: Callable[[Plan], list[str]] | None = None  # command to convert the weights
@@ -98,9 +110,14 @@ class Running:
         self.rss_peak = max(self.rss_peak, now)
 
     def cpu_seconds(self) -> float:
+        """Of all processes that it has or had, those that started after the warm-up included."""
         with _alive():
-            times = [part.cpu_times() for part in self._tree]
-        return sum(part.user + part.system for part in times)
+            total = _cpu_seconds(self.process)
+            children = self.process.children(recursive=True)
+        for child in children:
+            with suppress(psutil.NoSuchProcess):  # its parent has its time by now
+                total += _cpu_seconds(child)
+        return total
 
 
 @contextmanager
@@ -109,6 +126,27 @@ def _alive() -> Iterator[None]:
         yield
     except psutil.Error as error:
         raise ServerFailed(f"ended unexpectedly: {error}, see its log") from error
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    """Of a process and those of its children that have ended."""
+    times = process.cpu_times()
+    return float(times.user + times.system + times.children_user + times.children_system)
+
+
+def perplexity(server: Server, plan: Plan) -> float:
+    """Of the server's weights and arithmetic; NaN if it cannot be measured. Raises ServerFailed."""
+    if server.quality is None:
+        return math.nan
+    log = plan.folder / f"{server.name}.log"
+    command, environment = server.quality(plan), os.environ | plan.variables
+    with log.open("ab") as errors:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=errors, env=environment, check=False
+        )
+    if done.returncode:
+        raise ServerFailed(f"cannot measure its perplexity, see {log}")
+    return float(done.stdout.split()[-1])
 
 
 def convert(server: Server, plan: Plan) -> None:
@@ -135,12 +173,17 @@ def running(server: Server, plan: Plan) -> Iterator[Running]:
             server.command(plan, port),
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | dict(server.variables),
+            env=os.environ | plan.variables | dict(server.variables),
         )
     try:
         url = f"http://127.0.0.1:{port}{server.health}"
         wait_until_healthy(url, process, timeout=server.start_timeout, log=log)
-        target = Target(port=port, fields=server.fields(plan), sends_done=server.sends_done)
+        target = Target(
+            port=port,
+            fields=server.fields(plan),
+            chat_fields=server.chat_fields(plan),
+            sends_done=server.sends_done,
+        )
         yield Running(
             target=target,
             process=psutil.Process(process.pid),

@@ -7,7 +7,7 @@ before anything large is allocated. Importing this package does not import torch
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -160,18 +160,20 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     keep: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    headless: bool = False,
 ) -> LoadedModel:
     """Reads a model as torch tensors, or the part that `keep` selects. Raises CheckpointError.
 
     dtype: torch's or its name; None: as stored. `keep` gives what is kept of each tensor, as soon
-    as it is there: a share needs no memory for the whole.
+    as it is there: a share needs no memory for the whole. `headless` leaves out the head that
+    predicts tokens: encodings do not need it.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     from model.weights import to_tensor
 
     checkpoint = open_checkpoint(path)
-    config, arrays = _assemble(checkpoint)
+    config, arrays = _assemble(checkpoint, headless=headless)
     weights: dict[str, torch.Tensor] = {}
     with ThreadPoolExecutor(max_workers=1) as hasher:  # hashing lets go of the interpreter lock
         digest = hasher.submit(lambda: checkpoint.digest)
@@ -181,8 +183,10 @@ def load_model(
         return LoadedModel(config=config, weights=weights, digest=digest.result())
 
 
-def _assemble(checkpoint: Checkpoint) -> tuple[ModelConfig, Arrays]:
+def _assemble(checkpoint: Checkpoint, *, headless: bool = False) -> tuple[ModelConfig, Arrays]:
     from model.checkpoint.assemble import AssembledWeights
 
     family, config = configure(checkpoint)
+    if headless:
+        config = replace(config, tied_head=True)
     return config, AssembledWeights(family, config, checkpoint=checkpoint)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.checkpoint import Checkpoint, CheckpointError, Layout
-from model.config import ModelConfig, Norm, Position
+from model.config import Classifier, ModelConfig, Norm, Position
 from model.weights import Array
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class AssembledWeights(Mapping[str, Array]):
         self._fused = dict(_fused_parts(config))
         shapes = {part: shape for parts in self._fused.values() for part, shape in parts.items()}
         self._rows = {part: shape[0] for part, shape in shapes.items()}
-        self._sources = _sources(checkpoint, self._layout, tied=config.tied_head)
+        self._sources = _sources(checkpoint, self._layout, config)
         _check(checkpoint, self._layout, sources=self._sources, shapes=shapes)
         self._source_of = {part: name for name, parts in self._sources.items() for part in parts}
 
@@ -69,8 +69,12 @@ class AssembledWeights(Mapping[str, Array]):
         return dict(zip(parts, np.split(array, ends[:-1]), strict=True))
 
 
-def _sources(checkpoint: Checkpoint, layout: Layout, *, tied: bool) -> dict[str, tuple[str, ...]]:
+def _sources(
+    checkpoint: Checkpoint, layout: Layout, config: ModelConfig
+) -> dict[str, tuple[str, ...]]:
     """Stored name -> the canonical parts it holds."""
+    absent = {"head.": config.tied_head, "classifier.": config.classifier is None}
+    unused = tuple(prefix for prefix, is_absent in absent.items() if is_absent)
     sources: dict[str, tuple[str, ...]] = {}
     unexpected = []
     for name in checkpoint.names():
@@ -80,7 +84,7 @@ def _sources(checkpoint: Checkpoint, layout: Layout, *, tied: bool) -> dict[str,
             continue
         parts = layout.names[pattern]
         parts = (parts,) if isinstance(parts, str) else parts
-        if parts is None or (tied and parts == ("head.weight",)):
+        if parts is None or parts[0].startswith(unused):
             continue  # known and not needed; a tied head is stored twice by some
         sources[name] = tuple(part.replace("{i}", layer) for part in parts)
     if unexpected:
@@ -119,13 +123,22 @@ def _fused_parts(config: ModelConfig) -> Iterator[tuple[str, dict[str, Shape]]]:
     hidden, vocab = config.hidden_size, config.vocab_size
     yield _alone("embed.weight", (vocab, hidden))
     if config.position is Position.LEARNED:
-        yield _alone("position.weight", (config.max_model_len, hidden))
+        rows = config.max_model_len + config.position_offset
+        yield _alone("position.weight", (rows, hidden))
+    if config.num_types:
+        yield _alone("types.weight", (config.num_types, hidden))
+    if config.embed_norm:
+        yield from _norm(config, "embed_norm")
     if not config.tied_head:
         yield _alone("head.weight", (vocab, hidden))
-    yield from _norm(config, "norm")
+    if config.final_norm:
+        yield from _norm(config, "norm")
+    if config.classifier is not None:
+        yield from _classifier(config, config.classifier)
     for layer in range(config.num_layers):
         block = f"blocks.{layer}"
-        yield from _norm(config, f"{block}.attention_norm")
+        if config.has_attention_norm(layer):
+            yield from _norm(config, f"{block}.attention_norm")
         yield from _norm(config, f"{block}.mlp_norm")
         yield from _attention(config, f"{block}.attention")
         yield from _mlp(config, f"{block}.mlp")
@@ -165,9 +178,22 @@ def _mlp(config: ModelConfig, name: str) -> Iterator[tuple[str, dict[str, Shape]
             yield _alone(f"{name}.up.{kind}", shape)
 
 
+def _classifier(config: ModelConfig, head: Classifier) -> Iterator[tuple[str, dict[str, Shape]]]:
+    hidden, labels = config.hidden_size, len(head.labels)
+    if head.dense:
+        yield _alone("classifier.dense.weight", (hidden, hidden))
+        if head.bias:
+            yield _alone("classifier.dense.bias", (hidden,))
+    if head.norm:
+        yield from _norm(config, "classifier.norm")
+    yield _alone("classifier.out.weight", (labels, hidden))
+    if head.out_bias:
+        yield _alone("classifier.out.bias", (labels,))
+
+
 def _norm(config: ModelConfig, name: str) -> Iterator[tuple[str, dict[str, Shape]]]:
     yield _alone(f"{name}.weight", (config.hidden_size,))
-    if config.norm is Norm.LAYER:
+    if config.norm is Norm.LAYER and config.norm_bias:
         yield _alone(f"{name}.bias", (config.hidden_size,))
 
 

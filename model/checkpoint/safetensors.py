@@ -71,8 +71,11 @@ class SafetensorsCheckpoint:
         return whole.hexdigest()
 
     def layout(self, family: Family) -> Layout:
-        """The family's own names."""
-        return Layout(names=family.names, transposed=family.transposed)
+        """The family's own names, with its prefix and without."""
+        prefix = family.prefix
+        bare = {name.removeprefix(prefix): ours for name, ours in family.names.items()}
+        turned = {name.removeprefix(prefix) for name in family.transposed}
+        return Layout(names={**bare, **family.names}, transposed=family.transposed | turned)
 
     def names(self) -> Collection[str]:
         return self._tensors.keys()

@@ -11,6 +11,12 @@ Canonical tensor names, as checkpoints are renamed to (parts) and as the network
     blocks.{i}.mlp.up.weight [F, C] (.bias)           blocks.{i}.mlp.down.weight [C, F] (.bias)
     norm.weight [C] (.bias)                           head.weight [V, C]      (absent when tied)
 
+and those of encoders, whose blocks may have the norms behind their sublayers:
+
+    types.weight [types, C]                           embed_norm.weight [C] (.bias)
+    classifier.dense.weight [C, C] (.bias)            classifier.norm.weight [C] (.bias)
+    classifier.out.weight [labels, C] (.bias)
+
 Rows of a fused tensor stand in the order of the parts' names in braces. Matrices are [out, in].
 Rotary pairs are (d, d + D/2), as Hugging Face has them; a loader that finds them interleaved
 (GGUF files of Llama and Mistral) permutes the rows.
@@ -32,7 +38,8 @@ class Family:
     `names` maps a checkpoint's name to a canonical one (`{i}` stands for the layer), to a tuple of
     canonical parts if the checkpoint has them fused along the output dimension (sizes from the
     config), or to None if a tensor is known but not needed. `transposed` names those stored
-    [in, out].
+    [in, out]. Names that begin with a prefix may also stand without it: checkpoints of the network
+    alone, without a head, have none.
     """
 
     name: str
@@ -40,6 +47,19 @@ class Family:
     configure: Callable[[Mapping[str, Any]], ModelConfig]  # config.json -> ModelConfig
     names: Mapping[str, str | tuple[str, ...] | None]
     transposed: frozenset[str] = field(default_factory=frozenset)
+    prefix: str = ""
+
+
+def _bert() -> Family:
+    from model.families.bert import BERT
+
+    return BERT
+
+
+def _distilbert() -> Family:
+    from model.families.distilbert import FAMILY
+
+    return FAMILY
 
 
 def _gpt2() -> Family:
@@ -60,6 +80,12 @@ def _mistral() -> Family:
     return FAMILY
 
 
+def _modernbert() -> Family:
+    from model.families.modernbert import FAMILY
+
+    return FAMILY
+
+
 def _qwen2() -> Family:
     from model.families.qwen2 import FAMILY
 
@@ -72,6 +98,12 @@ def _qwen3() -> Family:
     return FAMILY
 
 
+def _roberta() -> Family:
+    from model.families.bert import ROBERTA
+
+    return ROBERTA
+
+
 def _smollm3() -> Family:
     from model.families.smollm3 import FAMILY
 
@@ -79,14 +111,22 @@ def _smollm3() -> Family:
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {
+    "bert": _bert,
+    "distilbert": _distilbert,
     "gpt2": _gpt2,
     "llama": _llama,
     "mistral": _mistral,
+    "modernbert": _modernbert,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "roberta": _roberta,
     "smollm3": _smollm3,
+    "xlm-roberta": _roberta,
 }
 """`model_type` -> family."""
+
+ENCODERS = frozenset({"bert", "distilbert", "modernbert", "roberta", "xlm-roberta"})
+"""Those of `FAMILIES` whose attention is bidirectional: they generate no text."""
 
 
 def family_of(model_type: str) -> Family:

@@ -29,7 +29,7 @@ _NAMES: dict[str, str | tuple[str, ...] | None] = {
     "ln_f.weight": "norm.weight",
     "ln_f.bias": "norm.bias",
 }
-_PREFIXES = ("", "transformer.")
+_PREFIX = "transformer."
 _MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
@@ -73,9 +73,8 @@ FAMILY = Family(
     configure=configure,
     names={
         "lm_head.weight": "head.weight",
-        **{prefix + name: ours for prefix in _PREFIXES for name, ours in _NAMES.items()},
+        **{_PREFIX + name: ours for name, ours in _NAMES.items()},
     },
-    transposed=frozenset(
-        f"{prefix}h.{{i}}.{matrix}.weight" for prefix in _PREFIXES for matrix in _MATRICES
-    ),
+    transposed=frozenset(f"{_PREFIX}h.{{i}}.{matrix}.weight" for matrix in _MATRICES),
+    prefix=_PREFIX,
 )

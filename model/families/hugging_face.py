@@ -12,9 +12,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from model.config import MAX_LAYERS, MAX_SIZE, LinearScaling, ModelConfig, RopeScaling
+from model.config import (
+    MAX_LAYERS,
+    MAX_SIZE,
+    Classifier,
+    LinearScaling,
+    ModelConfig,
+    Problem,
+    RopeScaling,
+)
 
 Config = Mapping[str, Any]
+MAX_LABELS = 100_000
 
 LLAMA_NAMES: Mapping[str, str | None] = {
     "model.embed_tokens.weight": "embed.weight",
@@ -174,6 +183,35 @@ def _rotary_scaling(settings: Config) -> RopeScaling | LinearScaling | None:
         high_freq_factor=real(settings, "high_freq_factor"),
         original_max_position=whole(settings, "original_max_position_embeddings"),
     )
+
+
+def classifier(config: Config, *architectures: str) -> Classifier | None:
+    """The head of a sequence classifier, with the family's defaults; None if it has none."""
+    named = config.get("architectures")
+    if not isinstance(named, list) or not set(named) & set(architectures):
+        return None
+    by_id = config.get("id2label")
+    if not isinstance(by_id, Mapping):
+        count = whole({"num_labels": 2, **config}, "num_labels", most=MAX_LABELS)
+        by_id = {str(index): f"LABEL_{index}" for index in range(count)}
+    if not 1 <= len(by_id) <= MAX_LABELS or set(by_id) != set(map(str, range(len(by_id)))):
+        raise ValueError(f"id2label must name the labels 0, 1, ...; at most {MAX_LABELS}")
+    labels = tuple(str(by_id[str(index)]) for index in range(len(by_id)))
+    stated = config.get("problem_type")
+    if stated is not None and stated not in set(Problem):
+        raise ValueError(f"problem_type must be one of {', '.join(Problem)}")
+    derived = Problem.REGRESSION if len(labels) == 1 else Problem.SINGLE_LABEL
+    return Classifier(
+        labels=labels, problem=Problem(stated or derived), sigmoid=_has_sigmoid(config)
+    )
+
+
+def _has_sigmoid(config: Config) -> bool:
+    """Whether sentence-transformers turns a cross-encoder's logit into a score by a sigmoid."""
+    settings = config.get("sentence_transformers")
+    stated = settings.get("activation_fn") if isinstance(settings, Mapping) else None
+    stated = stated or config.get("sbert_ce_default_activation_function")
+    return stated is None or str(stated).rpartition(".")[2] != "Identity"
 
 
 def full_attention_layers(config: Config, sliding: frozenset[int]) -> frozenset[int]:

@@ -33,4 +33,5 @@ FAMILY = Family(
     model_types=("llama",),
     configure=configure,
     names={**LLAMA_NAMES, **QKV_BIAS_NAMES, **OUT_BIAS_NAMES, **MLP_BIAS_NAMES},
+    prefix="model.",
 )

@@ -19,4 +19,10 @@ def configure(config: Config) -> ModelConfig:
     return replace(llama_like(config, family="mistral"), sliding_window=window)
 
 
-FAMILY = Family(name="mistral", model_types=("mistral",), configure=configure, names=LLAMA_NAMES)
+FAMILY = Family(
+    name="mistral",
+    model_types=("mistral",),
+    configure=configure,
+    names=LLAMA_NAMES,
+    prefix="model.",
+)

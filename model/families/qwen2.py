@@ -37,4 +37,5 @@ FAMILY = Family(
     model_types=("qwen2",),
     configure=configure,
     names={**LLAMA_NAMES, **QKV_BIAS_NAMES},
+    prefix="model.",
 )

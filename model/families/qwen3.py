@@ -43,4 +43,5 @@ FAMILY = Family(
         "model.layers.{i}.self_attn.q_norm.weight": "blocks.{i}.attention.q_norm.weight",
         "model.layers.{i}.self_attn.k_norm.weight": "blocks.{i}.attention.k_norm.weight",
     },
+    prefix="model.",
 )

@@ -51,4 +51,5 @@ FAMILY = Family(
     model_types=("smollm3",),
     configure=configure,
     names={**LLAMA_NAMES, **QKV_BIAS_NAMES, **OUT_BIAS_NAMES, **MLP_BIAS_NAMES},
+    prefix="model.",
 )

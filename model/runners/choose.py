@@ -39,6 +39,8 @@ def choose_runner(
     ValueError if the device is not available or the dtype is unknown or impossible. Imports torch
     only if it, or a GPU, may be used.
     """
+    if config.bidirectional:
+        raise ValueError(f"{config.family} is an encoder, which generates no text")
     if options.dtype == "int4":
         return _choose_four_bit(name, config, four_bit_reason, num_ranks=num_ranks)
     dtypes = {"native": None, "cuda": "bfloat16"}

@@ -56,7 +56,10 @@ class TorchRunner:
         self.numeric_class = f"{kind}-{torch.__version__}-{digest[:12]}"
         self.exact = False
         self._options = options
-        self._network = _network(config, weights, dtype=dtype, device=device)
+        self._network = build_network(config, weights, dtype=dtype, device=device)
+        if config.tied_head and packs_linears(device, dtype):
+            # The embedding itself stays plain, because it is read by rows.
+            self._network.head = PackedLinear(self._network.embed.weight, None)
         if reduce is not None:
             sum_sublayers(self._network, reduce)
         self._attention = ATTENTION["torch_paged"]()
@@ -127,18 +130,22 @@ def _cpu_multiplies_bfloat16() -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
-def _network(
+def build_network(
     config: ModelConfig, weights: Weights, *, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
+    """The network with its weights; in bfloat16 on a CPU its linear layers are packed."""
     with torch.device("meta"):  # shapes without memory
         network = Transformer(config)
     load_weights(network, weights, dtype=dtype, device=device)
     network.requires_grad_(requires_grad=False)
-    if device.type == "cpu" and dtype is torch.bfloat16 and PackedLinear.available():
+    if packs_linears(device, dtype):
         pack_linears(network)
-        if network.head is None:  # the embedding itself stays plain, because it is read by rows
-            network.head = PackedLinear(network.embed.weight, None)
     return network
+
+
+def packs_linears(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether linear layers are packed for oneDNN."""
+    return device.type == "cpu" and dtype is torch.bfloat16 and PackedLinear.available()
 
 
 def _prompt(length: int, vocab_size: int, *, block_size: int) -> Batch:

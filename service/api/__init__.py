@@ -27,7 +27,7 @@ from service.api.generation.streams import stream_routes
 from service.api.openai import dialect as openai
 from service.api.responses import routes as responses
 from service.api.responses.dialect import RESPONSES
-from service.api.system import attention, health, models, openapi, page
+from service.api.system import attention, batches, files, health, models, openapi, page, usage
 
 DIALECTS: Mapping[Endpoint, Dialect[Any]] = MappingProxyType({
     Endpoint.COMPLETIONS: openai.COMPLETIONS,
@@ -51,6 +51,9 @@ ROUTERS: Mapping[str, APIRouter] = MappingProxyType({
     "responses": responses.router,
     "messages": anthropic.router,
     "streams": stream_routes(DIALECTS),
+    "files": files.router,
+    "batches": batches.router,
+    "usage": usage.router,
     "models": models.router,
     "tokens": models.tokens_router,
     "attention": attention.router,

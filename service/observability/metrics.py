@@ -30,6 +30,8 @@ from service.queues.observer import REASON_OF_END, QueueEvent, QueueObserver
 from service.worker.observer import WorkerObserver
 
 RATE_WINDOW = 10.0  # seconds
+MAX_TENANTS = 100  # with series of their own, per process
+OTHER_TENANTS = "(other)"  # no tenant has this name
 
 
 class Metrics(Series, ConnectionObserver, ApiObserver, QueueObserver):
@@ -55,6 +57,7 @@ class Metrics(Series, ConnectionObserver, ApiObserver, QueueObserver):
         self._on_call = on_call
         self._clock = clock
         self._cards: dict[str, ModelCard] = {}
+        self._tenants: set[str] = set()
         self._models: dict[str, ModelMetrics] = {}
         self._queue = QueueGauges(clock)
         self._vllm = VllmNames(self)
@@ -130,8 +133,23 @@ class Metrics(Series, ConnectionObserver, ApiObserver, QueueObserver):
             if report.completion_tokens > 1:
                 rest = report.duration - report.to_first_token
                 self.per_token.labels(report.model).observe(rest / (report.completion_tokens - 1))
+        if not report.repeats:
+            self._count_tenant(report)
         if self._on_call is not None:
             self._on_call(report)
+
+    def _count_tenant(self, report: CallReport) -> None:
+        if report.tenant in self._tenants or len(self._tenants) < MAX_TENANTS:
+            self._tenants.add(report.tenant)
+            tenant = report.tenant
+        else:
+            tenant = OTHER_TENANTS
+        for kind, tokens in (
+            ("prompt", report.prompt_tokens),
+            ("cached", report.cached_tokens),
+            ("generated", report.completion_tokens),
+        ):
+            self.tenant_tokens.labels(tenant, kind).inc(tokens)
 
     # --- service.queues.observer.QueueObserver --------------------------------------------
     def happened(self, event: QueueEvent, count: int = 1) -> None:

@@ -138,6 +138,12 @@ class Series:
             "Requests whose end is in the journal, by finish reason.",
             reason=FinishReason,
         )
+        self.tenant_tokens = self._counter(
+            "quire_tenant_tokens",
+            "Tokens of calls that ended, by tenant and kind; the first 100 tenants by name.",
+            tenant=(),
+            kind=("prompt", "cached", "generated"),
+        )
         self.lost = counter(
             "quire_requests_lost", "Admitted requests whose journal vanished. Must be 0."
         )

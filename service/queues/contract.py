@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol, Self
 
@@ -57,6 +57,7 @@ from service.messages import (
     model_feature,
 )
 from service.queues.admission import RateUsage
+from service.queues.usage import Usage
 
 CLEARED_AFTER = 8
 """Tokens past the position of an engine's death after which a request is cleared of it."""
@@ -236,12 +237,34 @@ class EngineInfo:
         """Whether it answers requests for this model."""
         return not card.key or model_feature(card.key) in self.features
 
+    def without_load(self) -> EngineInfo:
+        """What engines of one group have in common: all but the name and the figures of now."""
+        return replace(
+            self,
+            id="",
+            running=0,
+            waiting=0,
+            blocks_used=0,
+            blocks_cached=0,
+            blocks_free=0,
+            tokens_per_second=0.0,
+        )
+
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """Also reads reports of other versions: see `service.decoding`. Raises ValueError or
         TypeError if it is malformed.
         """
         return decode(cls, text)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineGroup:
+    """Engines whose reports differ in their load alone. `info` is what they have in common."""
+
+    info: EngineInfo
+    engines: int
+    tokens_per_second: float  # their sum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,10 +362,26 @@ class Queue(Protocol):
         or all replicas were down, each grace period starts again.
         """
 
+    async def take_lease(self, name: str, owner: str, *, seconds: float) -> bool:
+        """Takes a lease that is free, or extends the owner's; returns whether the owner has it for
+        so many seconds from now. It is advice: a store that loses data may give it twice.
+        """
+
+    async def drop_lease(self, name: str, owner: str) -> None:
+        """Frees a lease if the owner has it."""
+
+    async def usage(self, days: Sequence[int]) -> Sequence[Usage]:
+        """What ended on these days (since 1970, UTC), by day, tenant, key and model; kept for
+        `USAGE_KEPT` days.
+        """
+
     async def depth(self) -> QueueDepth: ...
 
     async def engines(self) -> Sequence[EngineInfo]:
         """Engines that sent a heartbeat in the last `ENGINE_SILENCE` seconds."""
+
+    async def engine_groups(self) -> Sequence[EngineGroup]:
+        """Those engines, summed up; a shared queue may return what was true a second ago."""
 
     async def check(self) -> None:
         """Raises `Unavailable` if the queue does not accept writes; a full queue does."""

@@ -30,6 +30,7 @@ from service.api.http.middleware import HostCheck, any_host
 from service.api.http.observer import ApiObserver, CallReport
 from service.api.structured.validator import GrammarValidator
 from service.app import build_app, served_model
+from service.batches.jobs import JobLimits
 from service.http.listeners import Listener
 from service.http.ports import address, bind
 from service.messages import (
@@ -257,6 +258,7 @@ def start_service(tokenizer: Tokenizer, grammar_validator: GrammarValidator) -> 
         authenticate: Authenticator = open_to_all,
         check_host: HostCheck = any_host,
         cors_origins: Sequence[str] = (),
+        jobs: JobLimits | None = None,
     ) -> AsyncIterator[Service]:
         # The scripted engine renews no leases.
         queue = queue or MemoryQueue(queue_limits or QueueLimits(lease=10 * PATIENCE))
@@ -299,6 +301,7 @@ def start_service(tokenizer: Tokenizer, grammar_validator: GrammarValidator) -> 
             authenticate=authenticate,
             check_host=check_host,
             cors_origins=cors_origins,
+            jobs=jobs,
         )
         task = asyncio.create_task(engine.run()) if running else None
         transport = httpx.ASGITransport(app=app)

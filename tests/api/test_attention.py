@@ -122,6 +122,34 @@ async def test_errors_name_the_field(
     assert (reply.status_code, error["param"], error["code"]) == (status, param, code), error
 
 
+TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "a<|im_end|>b"},
+        {"prompt": "a<|im_end|>b", "parse_special": False},
+        {"prompt": "a", "add_special_tokens": False},
+        {"messages": MESSAGES},
+        {"messages": MESSAGES, "tools": [TOOL]},
+        {"messages": MESSAGES, "add_generation_prompt": False},
+    ],
+)
+async def test_its_tokens_are_those_of_tokenize(
+    service: Any, maps: Any, let_read: Any, body: Any
+) -> None:
+    """It ignored `parse_special` and `tools`."""
+    let_read(maps)
+    tokens = (await service.post("/tokenize", body)).json()["tokens"]
+    reply = (await service.post(PATH, body)).json()
+    if len(tokens) > 256:  # the model's limit, which only the tools exceed
+        assert "tools" in body
+        assert reply["error"]["code"] == "context_length_exceeded"
+    else:
+        assert reply["tokens"] == tokens
+
+
 async def test_the_length_has_a_limit_of_its_own(
     start_service: Any, maps: Any, small_limits: Any
 ) -> None:

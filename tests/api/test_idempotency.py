@@ -8,6 +8,7 @@ from typing import Any
 from starlette.types import Scope
 
 from service.api.http.auth import Tenant
+from service.queues.contract import slot_of
 
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 8}
 
@@ -32,6 +33,13 @@ async def test_streams_too(service: Any) -> None:
     reordered = dict(reversed(body.items()))
     second = await service.post("/v1/completions", reordered, idempotency_key="k1")
     assert first.content == second.content
+
+
+async def test_an_id_has_the_slot_of_its_key(service: Any) -> None:
+    """Of the key as it is: one in lower case may be another client's."""
+    for key in ("Key", "key"):
+        reply = await service.post("/v1/completions", B, idempotency_key=key)
+        assert int(reply.headers["x-request-id"][-4:], 16) == slot_of(key)
 
 
 async def test_another_body_or_endpoint_conflicts(service: Any) -> None:

@@ -53,6 +53,8 @@ def bodies(document: Json) -> Iterator[tuple[str, Json]]:
     for path, method, operation in operations(document):
         if "requestBody" in operation:
             content = operation["requestBody"]["content"]
+            if path == "/v1/files":  # a form
+                continue
             assert list(content) == ["application/json"], (path, method)
             name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
             yield name, document["components"]["schemas"][name]

@@ -95,7 +95,8 @@ def server(pytestconfig: pytest.Config, tmp_path_factory: Any) -> Iterator[Serve
 def serving(program: Path, log: Path, *flags: str | Path, model: str = MODEL) -> Iterator[Server]:
     """`quire serve` on free ports, with more flags."""
     port, admin_port = free_port(), free_port()
-    command = [program, "serve", "--port", str(port), "--admin-port", str(admin_port), *flags]
+    ports = ("--port", str(port), "--admin-port", str(admin_port))
+    command = [program, "serve", *ports, "--files", log.parent / "files", *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
     started = Server(

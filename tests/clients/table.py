@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ABILITIES = ("streams", "tools", "structured", "turns", "aborts", "errors")
+ABILITIES = ("streams", "tools", "structured", "turns", "aborts", "errors", "batches")
 NODE_MODULES = [Path(__file__).parent / name / "node_modules" for name in ("node", "agents")]
 
 # client -> (package, whether of npm)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import openai
 import pytest
 from questions import ASK_NAME, CITY, COLOURS, NAME, PARAMETERS, STORY, WEATHER, City, user
 
+PATIENCE = 300.0  # seconds: on a busy machine, all is slow
 CLIENT = f"openai {openai.__version__.partition('.')[0]} (Python)"
 FUNCTION: Any = {
     "name": "get_weather",
@@ -165,3 +167,38 @@ def test_errors_are_its_exceptions(client: Any, server: Any) -> None:
         client.with_options(timeout=0.001).chat.completions.create(
             model=server.model, messages=messages
         )
+
+
+@pytest.mark.proves(CLIENT, "batches")
+def test_a_batch_has_the_answers_of_its_lines(client: Any, server: Any) -> None:
+    bodies = [
+        {"model": server.model, "messages": [user(text)], "temperature": 0, "max_tokens": 5}
+        for text in (COLOURS, STORY, WEATHER)
+    ]
+    url = "/v1/chat/completions"
+    lines = [
+        json.dumps({"custom_id": f"{k}", "method": "POST", "url": url, "body": body})
+        for k, body in enumerate(bodies)
+    ]
+    file = client.files.create(file=("in.jsonl", "\n".join(lines).encode()), purpose="batch")
+    assert file.id in [each.id for each in client.files.list(purpose="batch")]
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint=url, completion_window="24h", metadata={"name": "three"}
+    )
+    ends = time.monotonic() + PATIENCE
+    while batch.status not in {"completed", "failed", "expired"}:
+        assert time.monotonic() < ends, batch
+        time.sleep(0.1)
+        batch = client.batches.retrieve(batch.id)
+    assert (batch.status, batch.request_counts.completed) == ("completed", 3)
+    assert batch.metadata == {"name": "three"}
+    assert batch.id in [each.id for each in client.batches.list(limit=1)]
+    rows = [json.loads(row) for row in client.files.content(batch.output_file_id).text.splitlines()]
+    for row, body in zip(rows, bodies, strict=True):
+        online = client.chat.completions.create(**body)
+        answer = row["response"]["body"]["choices"][0]["message"]["content"]
+        assert answer == online.choices[0].message.content
+    assert client.batches.cancel(batch.id).status == "completed"
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)

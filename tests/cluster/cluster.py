@@ -145,6 +145,7 @@ class Cluster:
             "drain-timeout": timings.drain,
             "resume-window": timings.window,
             "keep-responses": timings.window,
+            "files": self.folder / "files",
         }
         api = run_command("api", self._log("api"), *_flags(options))
         self.apis.append(api)

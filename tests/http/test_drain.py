@@ -19,6 +19,7 @@ import pytest
 from service.http.drain import INTERRUPTED_DRAIN
 from tests.cluster.redis_process import RedisServer
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.support.metrics import metric
 from tests.support.waiting import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -160,7 +161,7 @@ def test_when_the_time_is_over_every_open_call_gets_an_error(
         bodies = [pool.submit(post, server, path, stream=False) for path in DIALECTS]
         streams = [pool.submit(post, server, path, stream=True) for path in DIALECTS]
         ends = time.monotonic() + PATIENCE
-        while metric(server, "quire_sequences_running") < 2 * len(DIALECTS):
+        while metric(server.admin, "quire_sequences_running") < 2 * len(DIALECTS):
             assert time.monotonic() < ends, "they do not run"
             assert [call.result().text for call in [*bodies, *streams] if call.done()] == []
             time.sleep(0.05)
@@ -200,8 +201,3 @@ def error_of(lines: list[str]) -> dict[str, Any]:
     last = [line for line in lines if line.startswith("data: ")][-1]
     error: dict[str, Any] = json.loads(last.removeprefix("data: "))["error"]
     return error
-
-
-def metric(server: Server, name: str) -> float:
-    text = httpx.get(f"{server.admin}/metrics", timeout=PATIENCE).text
-    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))

@@ -7,7 +7,6 @@ and Redis fail with it.
 from __future__ import annotations
 
 import contextlib
-import re
 import resource
 import socket
 import subprocess
@@ -23,6 +22,7 @@ import pytest
 
 from tests.cluster.redis_process import RedisServer
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.support.metrics import metric
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -40,10 +40,7 @@ class Server:
     log: Path
 
     def metric(self, name: str) -> float:
-        text = httpx.get(f"http://127.0.0.1:{self.admin}/metrics", timeout=60).text
-        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-        assert found, name
-        return float(found[1])
+        return metric(f"http://127.0.0.1:{self.admin}", name)
 
     def logged(self, text: str) -> int:
         return self.log.read_text().count(text)

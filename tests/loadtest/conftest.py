@@ -35,6 +35,8 @@ def make_result() -> MakeResult:
         client_cpu: float = 0.1,
         prompt_tokens: int = 100,
         start: float = 1.0,
+        server_cpu: float = 1.0,
+        load: float = 0.0,
     ) -> Result:
         """Ten requests in ten seconds."""
         summary = Summary(
@@ -52,8 +54,8 @@ def make_result() -> MakeResult:
         )
         return Result(
             server=server, kind=kind, level=level, repeat=repeat, summary=summary, good=good,
-            server_cpu=1.0, client_cpu=client_cpu, rss_peak=10**8, start_seconds=start,
-            load_before=0.0,
+            server_cpu=server_cpu, client_cpu=client_cpu, rss_peak=10**8, start_seconds=start,
+            load_before=load,
         )  # fmt: skip
 
     return make
@@ -70,8 +72,9 @@ def make_document() -> MakeDocument:
         )  # fmt: skip
         everything: dict[str, object] = {
             "date": "2030-01-02", "machine": machine, "model": "small & quick.gguf",
-            "weights": Weights(layers=80, head=20), "sizes": Sizes(clients=(1, 8)),
-            "roofs": [roof] * 3, "servers": servers, "results": results,
+            "weights": Weights(layers=80, head=20),
+            "sizes": Sizes(clients=(1, 8), chat_clients=(8,)), "roofs": [roof] * 3,
+            "servers": servers, "results": results,
         }  # fmt: skip
         return Document(**everything | fields)  # type: ignore[arg-type]  # any field of it
 

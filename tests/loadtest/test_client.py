@@ -15,6 +15,7 @@ import pytest
 
 from loadtest.client import (
     Outcome,
+    Question,
     Target,
     arrive,
     complete,
@@ -126,6 +127,17 @@ async def test_an_incomplete_stream_is_a_failure(
         outcome = await complete(target, "p", max_tokens=5)
     assert outcome.error is not None
     assert reason in outcome.error
+
+
+async def test_the_answer_to_a_question_may_be_shorter_and_is_a_chat() -> None:
+    async with serving(complete_stream(4)) as (plain, bodies):
+        target = replace(plain, chat_fields={"model": "m"})
+        question = Question(text="why?", seed=3)
+        assert (await complete(target, question, max_tokens=5)).error is None
+        assert (await complete(target, question, max_tokens=3)).error == "4 tokens instead of 3"
+    messages = [{"role": "user", "content": "why?"}]
+    common = {"messages": messages, "temperature": 0.7, "seed": 3, "model": "m", "stream": True}
+    assert bodies == [common | {"max_tokens": 5}, common | {"max_tokens": 3}]
 
 
 async def test_servers_may_omit_done() -> None:

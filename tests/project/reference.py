@@ -69,7 +69,7 @@ def fields() -> str:
     taken: dict[tuple[str, str], list[str]] = {}
     for path, operations in document["paths"].items():
         body = operations.get("post", {}).get("requestBody")
-        if body is not None:
+        if body is not None and "application/json" in body["content"]:
             name = body["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[-1]
             for field, schema in document["components"]["schemas"][name]["properties"].items():
                 taken.setdefault((field, schema.get("description", "")), []).append(f"`{path}`")

@@ -45,6 +45,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.queues.redis": (
         "redis", "service.decoding", "service.messages", "service.errors", "service.queues",
     ),
+    "service.batches": (
+        "fsspec", "orjson", "service.decoding", "service.messages", "service.errors",
+        "service.fair_pool", "service.queues", "service.batches",
+    ),
     "service.cluster": ("service.messages", "service.errors", "service.queues"),
     "service.worker": (
         "service.engine", "service.fair_pool", "service.queues", "service.messages",
@@ -54,7 +58,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fastapi", "starlette", "pydantic", "pydantic_core", "orjson", "model.text",
         "model.grammar", "model.grammar_validator", "service.decoding", "service.messages",
         "service.errors", "service.fair_pool", "service.prefixes", "service.queues",
-        "service.api", "service.keys", "service.thinking",
+        "service.api", "service.batches", "service.keys", "service.thinking",
     ),
     "service.http": (
         "uvicorn", "httptools", "fastapi", "service.errors", "service.settings", "service.api",
@@ -68,6 +72,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.app": (
         "fastapi", "starlette", "model.grammar", "model.text", "service.messages",
         "service.errors", "service.fair_pool", "service.queues", "service.api",
+        "service.batches",
     ),
     "service.startup": (
         "rich", "model", "service.messages", "service.errors", "service.settings",
@@ -78,7 +83,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.roles": ("",),
     "service.__main__": ("",),
 }  # fmt: skip
-MAX_API = {"files": 60, "arrows": 26, "layers": 6}
+MAX_API = {"files": 64, "arrows": 26, "layers": 6}
 FORBIDDEN_EVERYWHERE = ("pickle", "pydantic_settings")
 
 TORCH_FREE = (

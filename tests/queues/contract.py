@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -56,6 +57,7 @@ from service.queues.contract import (
     WriteReply,
     WriteStatus,
 )
+from service.queues.usage import DAY
 from tests.queues.builders import (
     answer_of,
     append,
@@ -317,6 +319,57 @@ class QueueContract:
         await passes(wait + 0.01)
         assert (await queue.charge(allowance)).wait == 0
 
+    # --- usage ----------------------------------------------------------------------------
+    async def test_usage_counts_each_request_once(self, queue: Queue) -> None:
+        """Failovers, repeated ends and a request that never ran change nothing."""
+        never = make_submission(1)
+        await queue.submit(never)
+        await queue.stop([never.requests[0].id], FinishReason.CANCELLED)
+        keyed = make_submission(2, allowance=Allowance(key="k"))
+        await queue.submit(replace(keyed, model="a b"))
+        await queue.submit(replace(make_submission(1), model="a b"))
+        dropped = await claim_one(queue, make_engine("one"))
+        await append(queue, dropped.lease, answer_of(dropped.request.id, 0, 2))
+        await queue.release([dropped.lease])
+        claims: list[Claim] = []
+        while len(claims) < 3:
+            claims += await queue.claim(make_engine("two"), limit=3, wait=PATIENCE)
+        for claim in claims:
+            await finish(queue, claim, length=5)
+        for claim in (*claims, dropped):  # replies that were lost, a lease that was
+            await queue.write([Write(claim.lease, stop_at(5))])
+        today = int(time.time()) // DAY
+        rows = await queue.usage(range(today - 2, today + 3))
+        assert {(row.tenant, row.key, row.model) for row in rows} == {
+            ("public", "k", "a b"),
+            ("public", "-", "a b"),
+        }
+        for key, num_requests in (("k", 2), ("-", 1)):
+            own = [row for row in rows if row.key == key]  # two rows if a day ended meanwhile
+            assert sum(row.requests for row in own) == num_requests
+            assert sum(row.prompt_tokens for row in own) == 3  # of the first choice
+            assert sum(row.generated_tokens for row in own) == 5 * num_requests
+        assert await queue.usage([today + 3]) == []
+
+    # --- named leases ---------------------------------------------------------------------
+    async def test_a_lease_has_one_owner_until_it_ends(self, queue: Queue, passes: Passes) -> None:
+        assert await queue.take_lease("a", "one", seconds=LIMITS.lease)
+        assert not await queue.take_lease("a", "two", seconds=LIMITS.lease)
+        assert await queue.take_lease("b", "two", seconds=60.0)
+        assert await queue.take_lease("a", "one", seconds=LIMITS.lease)  # extended
+        await passes(OVER)
+        assert await queue.take_lease("a", "two", seconds=60.0)
+        assert not await queue.take_lease("a", "one", seconds=60.0)
+        assert not await queue.take_lease("b", "one", seconds=60.0)
+
+    async def test_a_lease_is_dropped_by_its_owner_only(self, queue: Queue) -> None:
+        assert await queue.take_lease("a", "one", seconds=60.0)
+        await queue.drop_lease("a", "two")
+        assert not await queue.take_lease("a", "two", seconds=60.0)
+        await queue.drop_lease("a", "one")
+        await queue.drop_lease("a", "one")
+        assert await queue.take_lease("a", "two", seconds=60.0)
+
     async def test_a_minute_comes_back_bit_by_bit(self, queue: Queue, passes: Passes) -> None:
         allowance = Allowance(key="a", tokens_per_minute=90)
         large = make_submission(allowance=allowance, prompt_ids=(1,) * 85)
@@ -567,6 +620,35 @@ class QueueContract:
         engine = make_engine("alive", max_model_len=3, running=2)
         assert not await queue.claim(engine, limit=0, wait=0)
         assert list(await queue.engines()) == [engine]
+
+    @pytest.mark.parametrize("seed", range(4))
+    async def test_groups_sum_up_the_engines(self, queue: Queue, passes: Passes, seed: int) -> None:
+        draw = random.Random(seed)
+        assert list(await queue.engine_groups()) == []
+        for number in range(draw.randint(0, 12)):
+            await queue.claim(
+                make_engine(
+                    f"e{number}",
+                    running=draw.randint(0, 9),
+                    tokens_per_second=draw.choice([0.0, 1e-7, 0.25, 1234.5]),
+                    numeric_class=draw.choice(["a", 'b"}']),
+                    features=draw.choice([(), ("x", "y")]),
+                ),
+                limit=0,
+                wait=0,
+            )
+            await passes(draw.choice([0.0, 0.0, ENGINE_SILENCE / 2]))
+        await passes(1.0)  # for which sums are shared
+        groups = await queue.engine_groups()
+        listed = await queue.engines()
+        assert {group.info for group in groups} == {info.without_load() for info in listed}
+        assert len(groups) == len({group.info for group in groups})
+        for group in groups:
+            members = [info for info in listed if info.without_load() == group.info]
+            assert group.engines == len(members)
+            assert group.tokens_per_second == pytest.approx(
+                sum(info.tokens_per_second for info in members)
+            )
 
     # --- writing --------------------------------------------------------------------------
     async def test_replies_to_writes(self, queue: Queue) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from service.queues.redis.codec import (
     encode_end,
     encode_tokens,
 )
+from service.queues.redis.registry import encode_report
 
 GOLDEN = Path(__file__).parent / "golden" / "records.json"
 
@@ -118,9 +119,7 @@ class Kind:
 KINDS = {
     "request": Kind(REQUEST, GenerationRequest.to_json, GenerationRequest.from_json),
     "manifest": Kind(MANIFEST, Manifest.to_json, Manifest.from_json),
-    "engine": Kind(
-        ENGINE, lambda info: json.dumps(asdict(info), separators=(",", ":")), EngineInfo.from_json
-    ),
+    "engine": Kind(ENGINE, encode_report, EngineInfo.from_json),
     "tokens": Kind(TOKENS, lambda record: encode_tokens(record).hex(), tokens_of),
     "scored_tokens": Kind(
         SCORED, lambda record: encode_tokens(record).hex(), lambda text: tokens_of(text, count=2)
@@ -312,8 +311,8 @@ def test_a_value_of_a_wrong_type_is_malformed(name: str) -> None:
     for path in objects(json.loads(text)):
         for field, value in at(json.loads(text), path).items():
             for wrong in wrong_values(value):
-                if field == "openings" and wrong == [[1, 2, 3]]:
-                    continue  # a list of lists
+                if field == "group" or (field == "openings" and wrong == [[1, 2, 3]]):
+                    continue  # read by a script alone; a list of lists
                 record = json.loads(text)
                 at(record, path)[field] = wrong
                 with pytest.raises((ValueError, TypeError, Unavailable)):

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ from service.queues.redis.codec import Malformed, decode_entry, encode_tokens
 from service.queues.redis.connection import check_server
 from service.queues.redis.journal import JournalState, Page, PageCache
 from service.queues.redis.queue import RedisQueue
+from service.queues.redis.registry import encode_report
 from tests.cluster.redis_process import RedisServer
 from tests.queues.builders import (
     Counts,
@@ -351,6 +352,25 @@ async def test_garbage_is_dropped_and_counted(
     assert counts[QueueEvent.DROPPED] == 6
     assert await queue.engines() == [make_engine()]
     assert counts[QueueEvent.DROPPED] == 7
+    (group,) = await queue.engine_groups()
+    assert (group.info, group.engines) == (make_engine().without_load(), 1)
+    assert counts[QueueEvent.DROPPED] == 8
+
+
+async def test_reports_of_other_versions_are_summed_up(
+    redis_server: RedisServer, redis_queues: Queues
+) -> None:
+    """They name no group, or are in another order, or have new fields."""
+    queue = redis_queues(redis_server.url, LIMITS)
+    await queue.claim(make_engine("new", tokens_per_second=2.0), limit=0, wait=0)
+    with Redis(port=redis_server.port) as redis:
+        now = int(redis.time()[0]) * 1000
+    report = json.dumps(asdict(make_engine("old", tokens_per_second=3.0)) | {"new": [1]})
+    redis_server.ask("HSET", "quire:2:{s0}:engines", "old", f"{now} {report}")
+    groups = await queue.engine_groups()
+    assert {group.info for group in groups} == {make_engine().without_load()}
+    assert sum(group.engines for group in groups) == 2
+    assert sum(group.tokens_per_second for group in groups) == 5.0
 
 
 async def test_what_is_stored_has_the_golden_formats(
@@ -373,8 +393,8 @@ async def test_what_is_stored_has_the_golden_formats(
         (claim,) = await queue.claim(replace(ENGINE, features=served), limit=1, wait=0)
         assert claim.request == request
         told = str(redis.hget(prefix + "engines", ENGINE.id), "utf-8")
-        listed = "".join(f',"{name}"' for name in further)
-        assert told.partition(" ")[2].replace(listed, "") == newest["engine"]
+        assert told.partition(" ")[2] == encode_report(replace(ENGINE, features=served))
+        assert encode_report(ENGINE) == newest["engine"]
         await append(queue, claim.lease, SCORED)
         await append(queue, claim.lease, TOKENS)
         await append(queue, claim.lease, replace(END, count=TOKENS.end))

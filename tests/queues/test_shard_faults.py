@@ -235,8 +235,12 @@ async def test_a_cluster_whose_primary_dies_loses_nothing(program: str, tmp_path
 
 
 @pytest.mark.longer
-async def test_a_sentinel_set_whose_primary_dies_loses_nothing(tmp_path: Path) -> None:
-    servers = SentinelSet(tmp_path)
+@pytest.mark.parametrize("program", ["redis", "valkey"])
+async def test_a_sentinel_set_whose_primary_dies_loses_nothing(
+    program: str, tmp_path: Path
+) -> None:
+    name = valkey() if program == "valkey" else "redis-server"
+    servers = SentinelSet(tmp_path, program=name)
     try:
         await asyncio.to_thread(servers.start)
         async with answering(f"{servers.url}?wait=1") as (answers, readers):

@@ -13,7 +13,7 @@ from service.errors import StartupError, Unavailable
 from service.queues.redis import fanout
 from service.queues.redis.fanout import FanOut
 from service.queues.redis.servers import shards_of
-from service.queues.redis.sharded import FEW, MANY, OWN, _Work
+from service.queues.redis.work import FEW, MANY, OWN, Work
 from tests.support.waiting import PATIENCE, until
 
 
@@ -159,9 +159,9 @@ async def test_a_url_names_shards_and_their_servers() -> None:
 
 
 # --- who looks where ------------------------------------------------------------------------
-def fresh_work(count: int, engine: str = "engine") -> _Work:
+def fresh_work(count: int, engine: str = "engine") -> Work:
     shard: Any = SimpleNamespace(watch_work=lambda wake: None)
-    work = _Work([shard] * count, engine)
+    work = Work([shard] * count, engine)
     work._reported.clear()
     return work
 

@@ -19,6 +19,7 @@ import pytest
 from openai.types.chat import ChatCompletionChunk
 
 from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.support.metrics import exposition, metric
 from tests.support.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.slow
@@ -46,18 +47,6 @@ def admin_url(server_url: str) -> str:
             if "--admin-port" in words and port in words:
                 return f"http://127.0.0.1:{words[words.index('--admin-port') + 1]}"
     raise AssertionError("no such process")
-
-
-def exposition(admin: str) -> str:
-    return httpx.get(f"{admin}/metrics", timeout=PATIENCE).text
-
-
-def metric(admin: str, name: str) -> float:
-    """The sum of a series over its labels."""
-    text = exposition(admin)
-    found = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
-    assert found, name
-    return sum(map(float, found))
 
 
 def ended_by_length(admin: str) -> float:

@@ -134,6 +134,7 @@ def test_the_parts_of_the_memory_are_equal_by_default() -> None:
         ({"model": "a,b", "model_memory": "1"}, "model_memory"),
         ({"model": "a", "model_memory": "0"}, "model_memory"),
         ({"model": "a,b", "tensor_parallel": "2"}, "tensor_parallel"),
+        ({"model_alias": ["a=x", "a=y"]}, "an alias may be given once"),
         ({"model_alias": "a"}, "model_alias"), ({"model_alias": "=a"}, "model_alias"),
     ],
 )  # fmt: skip

@@ -82,15 +82,23 @@ def runners(
         )
 
 
-def llama_cpp_perplexity(path: Path, windows: list[Ints], *, vocab: int) -> float | None:
-    """llama.cpp's, over the same tokens; None if `xllamacpp` is not installed.
+def read_windows(
+    model: Path, *, window: int, count: int | None = None, text: Path = TEXT
+) -> list[Ints]:
+    """Tokens of the text, in windows: the first `count`, or all."""
+    tokenizer = Tokenizer.from_checkpoint(model)
+    ids = np.array(tokenizer.encode(text.read_text(encoding="utf-8")), np.int32)
+    count = min(len(ids) // window, count or len(ids))
+    return np.split(ids[: count * window], count)
+
+
+def llama_cpp_perplexity(path: Path, windows: list[Ints], *, vocab: int) -> float:
+    """llama.cpp's, over the same tokens. Raises ImportError without `xllamacpp`.
 
     Its server returns probabilities of the next token only, so each token is a call of its own.
     """
-    try:
-        import xllamacpp
-    except ImportError:
-        return None
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_parallel, params.n_ctx = 1, len(windows[0]) + 8
@@ -136,11 +144,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model)
-    tokenizer = Tokenizer.from_checkpoint(arguments.model)
-    ids = np.array(tokenizer.encode(arguments.text.read_text(encoding="utf-8")), np.int32)
-    count = min(len(ids) // arguments.window, arguments.windows or len(ids))
-    windows = np.split(ids[: count * arguments.window], count)
-    print(f"{count} windows of {arguments.window} tokens\n")
+    windows = read_windows(
+        arguments.model, window=arguments.window, count=arguments.windows, text=arguments.text
+    )
+    print(f"{len(windows)} windows of {arguments.window} tokens\n")
     print("| runner | perplexity | relative to float32 |\n|---|---|---|")
     first: float | None = None
     for name, build in runners(model, arguments.window, path=arguments.model):
@@ -151,5 +158,5 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"| {name} | {value:.4f} | {value / first - 1:+.2%} |", flush=True)
     if arguments.llama_cpp:
         vocab = model.config.vocab_size
-        value = llama_cpp_perplexity(arguments.model, windows, vocab=vocab) or math.nan
+        value = llama_cpp_perplexity(arguments.model, windows, vocab=vocab)
         print(f"| llama.cpp | {value:.4f} | {value / (first or math.nan) - 1:+.2%} |")

@@ -23,7 +23,7 @@ from pathlib import Path
 from loadtest.bench.peers import SERVERS
 from loadtest.bench.servers import Plan, Running, running
 from loadtest.client import Outcome, Target, arrive, percentile
-from loadtest.workloads import make_prompt, make_prompts
+from loadtest.workloads import make_prompt, make_prompts, make_question
 from model.checkpoint import open_model
 from model.checkpoint.fetch import default_cache, resolve
 from model.runners import RunnerOptions
@@ -40,20 +40,6 @@ _LONG = 4000  # tokens of the prompt that arrives meanwhile
 _TARGET = EngineConfig().target_gap
 _TURN = 16  # tokens per client, engine and turn
 _CLIENTS = (1, 8, 32)
-_TOPICS = (
-    "bees", "Rome", "glaciers", "the violin", "inflation", "bread", "chess", "volcanoes", "sleep",
-    "the moon", "bicycles", "tea", "Shakespeare", "batteries", "whales", "gardening", "jazz",
-    "elections", "vaccines", "deserts", "football", "cheese", "satellites", "poetry",
-)  # fmt: skip
-_QUESTIONS = (
-    "What should everyone know about {}?",
-    "Tell me a short story about {}.",
-    "Why do people care about {}?",
-    "Explain {} to a child.",
-    "Write three tips about {}.",
-    "What is a common mistake about {}?",
-    "How did {} change in the last century?",
-)
 
 
 async def measure_gap(target: Target, *, seed: str) -> tuple[list[float], list[float], float]:
@@ -199,7 +185,7 @@ def make_chats(
             text = make_prompt(f"copy/{index}", num_tokens=100)
             question = f"Repeat this text exactly:\n\n{text}"
         else:
-            question = draw.choice(_QUESTIONS).format(draw.choice(_TOPICS))
+            question = make_question(draw)
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}])
         if kind == "copies":  # a small model does not copy unless it has begun to
             prompt += tokenizer.encode(text, add_bos=False)[:20]

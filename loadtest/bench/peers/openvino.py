@@ -1,7 +1,8 @@
 """OpenVINO GenAI's continuous batching behind a minimal HTTP server, until SIGTERM.
 
-The package has an engine but no server. This one streams greedy completions of a fixed length. It
-decodes each token by itself, so characters of several tokens are garbled: it only measures speed.
+The package has an engine but no server. This one streams greedy completions of a fixed length, and
+chats that are sampled and end by themselves. It decodes each token by itself, so characters of
+several tokens are garbled: it only measures speed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 import uvicorn
@@ -28,7 +29,7 @@ class _Request(NamedTuple):
     """A request for the engine thread, and the queue for its tokens."""
 
     prompt: str
-    max_tokens: int
+    body: dict[str, Any]
     out: asyncio.Queue[list[int] | None]
     disconnected: threading.Event
 
@@ -61,8 +62,14 @@ class _Engine(threading.Thread):
         while not self._running or not self.inbox.empty():
             request = self.inbox.get()
             config = openvino_genai.GenerationConfig()
-            config.max_new_tokens, config.ignore_eos = request.max_tokens, True
-            config.do_sample = False
+            config.max_new_tokens = request.body["max_tokens"]
+            config.apply_chat_template = False  # the prompt has it already
+            if request.body["temperature"]:
+                config.do_sample, config.temperature = True, request.body["temperature"]
+                config.rng_seed = request.body["seed"]
+                config.set_eos_token_id(self._pipeline.get_tokenizer().get_eos_token_id())
+            else:
+                config.do_sample, config.ignore_eos = False, True
             self._count += 1
             handle = self._pipeline.add_request(self._count, request.prompt, config)
             self._running.append((handle, request))
@@ -100,7 +107,16 @@ def build(pipeline: openvino_genai.ContinuousBatchingPipeline) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: Request) -> StreamingResponse:
         body = orjson.loads(await request.body())
-        queued = _Request(body["prompt"], body["max_tokens"], asyncio.Queue(), threading.Event())
+        return answer(body["prompt"], body)
+
+    @app.post("/v1/chat/completions")
+    async def chats(request: Request) -> StreamingResponse:
+        body = orjson.loads(await request.body())
+        prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)
+        return answer(prompt, body)
+
+    def answer(prompt: str, body: dict[str, Any]) -> StreamingResponse:
+        queued = _Request(prompt, body, asyncio.Queue(), threading.Event())
         engines[0].inbox.put(queued)
         return StreamingResponse(_stream(queued, tokenizer), media_type="text/event-stream")
 

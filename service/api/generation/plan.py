@@ -105,6 +105,7 @@ def plan(
         allowance=call.tenant.allowance,
         keep=None if generation.stored_input is None else context.limits.keep_responses,
         input=generation.stored_input or "",
+        model=context.card.id,
         prefixes=named_prefixes(requests, manifest.width, context.card),
         # The replica sees its own client leave; the queue sees that a replica is gone.
         grace=None if manifest.grace is None else manifest.grace or context.limits.replica_grace,
@@ -208,6 +209,8 @@ def _grace(
     generation: Generation, manifest: Manifest, *, call: Call, limits: ApiLimits
 ) -> float | None:
     """A client can come back if it has event ids, a retrievable answer or an idempotency key."""
+    if call.is_line:
+        return None
     if generation.on_disconnect is not None:
         return None if generation.on_disconnect == "continue" else 0.0
     retrievable = manifest.has_status and manifest.stored
@@ -217,6 +220,8 @@ def _grace(
 
 def _priority(generation: Generation, call: Call) -> int:
     """Raises Forbidden if the key does not allow the requested priority."""
+    if call.is_line:
+        return LOWEST_PRIORITY
     highest = call.tenant.highest_priority
     if generation.priority is not None:
         if generation.priority < highest:

@@ -255,7 +255,7 @@ class AnswerReader:
             outcome = error.code
             if error.code == "journal_lost":
                 self.context.observer.call_lost(len(self.choices), self.manifest.model)
-        first = self._first_token
+        first, manifest = self._first_token, self.manifest
         self.context.observer.call_ended(
             CallReport(
                 id=self.id,
@@ -266,6 +266,11 @@ class AnswerReader:
                 streamed=streamed,
                 prompt_tokens=self.manifest.prompt_tokens,
                 completion_tokens=self.completion_tokens,
+                cached_tokens=sum(
+                    0 if choice.end is None else choice.end.cached_tokens
+                    for choice in self.choices[:: manifest.width]
+                ),
+                repeats=self._submission is None,
                 to_first_token=None if first is None else first - self._arrived,
                 duration=monotonic() - self._arrived,
             )

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from service.api.http.auth import Tenant
+from service.api.http.call import LINE
 from service.api.http.context import ApiLimits, JsonRequest, ModelContext
 from service.api.http.errors import FieldNames
 from service.api.structured.grammar import OutputFormat
@@ -133,6 +134,7 @@ class Call:
     fingerprint: str = ""  # of path and body; empty without an idempotency key
     event_ids: bool = False  # events have ids, after which the stream can be resumed
     trace: str | None = None  # its own `traceparent`; None: not traced
+    is_line: bool = False  # of a batch: at the lowest priority, and with or without readers
 
 
 def read_call(request: JsonRequest, tenant: Tenant, limits: ApiLimits) -> Call:
@@ -147,6 +149,7 @@ def read_call(request: JsonRequest, tenant: Tenant, limits: ApiLimits) -> Call:
         fingerprint="" if key is None else _fingerprint(request, limits),
         event_ids=_flag(request.headers.get("x-quire-event-ids")),
         trace=request.state.trace,
+        is_line=getattr(request.state, LINE, False),
     )
 
 

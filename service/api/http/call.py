@@ -27,6 +27,11 @@ DROP = "drop_connection"
 HEAD_ONLY = "head_only"
 """Key in `scope["state"]`, true for a HEAD request: routes see a GET, and no body is sent."""
 
+LINE = "line"
+"""Key in `scope["state"]`, true for a line of a batch: a call that this process makes itself. Its
+tenant is in `state`, too. Clients cannot set either.
+"""
+
 _CALL_ID = re.compile(r"s[0-9]{1,4}-([0-9a-f]{12})7[0-9a-f]{3}[89ab][0-9a-f]{15}")
 
 

@@ -32,7 +32,7 @@ from service.api.http.auth import (
     over_rate,
     rate_headers,
 )
-from service.api.http.call import HEAD_ONLY, new_call_id
+from service.api.http.call import HEAD_ONLY, LINE, new_call_id
 from service.api.http.errors import ErrorFormats, error_response
 from service.api.http.observer import ApiObserver, HttpCall
 from service.errors import Forbidden, QuireError, ShuttingDown, Unauthorized, Unavailable
@@ -61,13 +61,13 @@ class AllowedHosts:
 
     def __call__(self, scope: Scope) -> None:
         """Raises Forbidden. A request without a Host is not from a browser."""
-        host = _header(scope, b"host")
+        host = _header(scope, b"host").lower()
         if host and not self._accepts_host(host):
             raise Forbidden(
                 "the Host header must be a loopback name or address, or a name of --allowed-hosts",
                 code="host_not_allowed",
             )
-        origin = _header(scope, b"origin")
+        origin = _header(scope, b"origin").lower()
         if origin and not self._accepts_origin(origin, host):
             raise Forbidden(
                 "the Origin header must be this server's own, or an origin of --cors-origins",
@@ -92,9 +92,9 @@ class AllowedHosts:
 
 
 def _header(scope: Scope, name: bytes) -> str:
-    """A header in lower case; empty if it is absent or empty, joined if it came twice."""
+    """A header; empty if it is absent or empty, joined if it came twice."""
     values = [value for key, value in scope["headers"] if key == name]
-    return b",".join(values).strip().decode("latin-1").lower()
+    return b",".join(values).strip().decode("latin-1")
 
 
 def _name(host: str) -> str:
@@ -186,8 +186,9 @@ class RequestContextMiddleware:
             await send(message)
 
         try:
-            self._check_host(scope)
-            state["tenant"] = self._authenticate(scope)
+            if LINE not in state:  # a client's call
+                self._check_host(scope)
+                state["tenant"] = self._authenticate(scope)
         except (Forbidden, Unauthorized) as error:
             await error_response(error, error_format)(scope, receive, send_with_id)
             return
@@ -207,7 +208,12 @@ class RequestContextMiddleware:
     async def _count(self, scope: Scope, tenant: Tenant) -> QuireError | None:
         """Counts a call, whatever its outcome. Returns the error if it is rejected."""
         allowance = tenant.allowance
-        if self._charge is None or allowance is None or allowance.requests_per_minute is None:
+        if (
+            LINE in scope["state"]
+            or self._charge is None
+            or allowance is None
+            or allowance.requests_per_minute is None
+        ):
             return None
         if not is_counted(scope["path"]):
             return None

@@ -20,6 +20,8 @@ class CallReport:
     streamed: bool
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompts, found in the prefix cache by their first choices
+    repeats: bool = False  # the answer of an earlier call, read again
     to_first_token: float | None  # from arrival; None if no token came
     duration: float  # from arrival to the last byte
 

@@ -196,12 +196,13 @@ async def output_grammar(output: OutputFormat, validate: Validate, *, names: Fie
     if isinstance(output, JsonOutput):
         return (await json_rule(output, validate, names=names)).grammar
     param = f"structured_outputs.{output.kind}"
-    grammar = _constraint_grammar(output)
     if output.kind != "json":
+        grammar = _constraint_grammar(output)
         await check_grammar(grammar, validate, param=param)
         return grammar
     schema = _parsed(output.value)
     within_limits(schema, strict=True, path=param)
+    grammar = json_schema_grammar(schema)
     error = await validate(grammar)
     if error is not None:
         raise await schema_error(schema, validate, error, param=param, path=param)
@@ -267,6 +268,7 @@ def property_error(path: str, inner: str, reason: str) -> BadRequest:
 
 
 def _constraint_grammar(constraint: Constraint) -> str:
+    """Of all kinds but JSON of a schema."""
     match constraint.kind, constraint.value:
         case "regex", str(pattern):
             return regex_grammar(without_anchors(pattern, param="structured_outputs.regex"))
@@ -274,8 +276,6 @@ def _constraint_grammar(constraint: Constraint) -> str:
             return gbnf_grammar(text) if "::=" in text else lark_grammar(text)
         case "choice", tuple(texts):
             return choice_grammar(texts)
-        case "json", schema:
-            return json_schema_grammar(_parsed(schema))
         case _:
             return json_object_grammar()
 

@@ -6,21 +6,19 @@ Available only if the network is in this process. It uses neither the queue nor 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
 from fastapi import APIRouter, Response
 from pydantic import Field
 
-from service.api.generation.prompts import encode, render_chat
 from service.api.generation.request import check_token_ids
 from service.api.http.body import JsonRoute
 from service.api.http.context import ApiLimits, Caller, Context, ModelContext
 from service.api.http.fields import TokenIds
 from service.api.http.models import AnswerModel, ModelId, TokenList, described, json_response
 from service.api.http.observer import BUSY, ApiObserver
-from service.api.system.models import NAMES, TokenizeBody
+from service.api.system.models import TokenizeBody, input_ids
 from service.errors import BadRequest, NotFound
 from service.fair_pool import FairPool
 
@@ -156,15 +154,9 @@ async def _tokens(body: AttentionBody, context: ModelContext, *, tenant: str) ->
             code="missing_required_parameter",
             param="prompt",
         )
-    tokens: Sequence[int]
-    if body.prompt is not None:
-        add_bos = body.add_special_tokens is not False
-        tokens = await encode(body.prompt, context, tenant=tenant, add_bos=add_bos)
-    elif body.tokens is not None:
-        tokens = body.tokens
-    else:
-        chat = replace(body.chat(), tools=None)
-        tokens = (await render_chat(chat, context, tenant=tenant, names=NAMES)).ids
+    tokens: Sequence[int] | None = body.tokens
+    if tokens is None:
+        tokens = await input_ids(body, context, tenant=tenant)
     limit = min(context.limits.max_attention_tokens, context.card.max_model_len)
     if not 1 <= len(tokens) <= limit:
         raise BadRequest(

@@ -182,7 +182,7 @@ async def health(context: Checked) -> Response:
         raise Unavailable("the engine makes no progress", code="stalled")
     try:
         await context.check_queue()
-        engines = len(await context.queue.engines())
+        engines = sum(group.engines for group in await context.queue.engine_groups())
     except Unavailable:
         return json_response({"status": "ok", "queue": "unreachable"})
     models = context.models()

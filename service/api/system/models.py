@@ -11,7 +11,7 @@ from pydantic import Field
 from service.api.generation.prompts import encode, render_chat, run_in_pool
 from service.api.generation.request import Chat, check_token_ids
 from service.api.http.body import JsonRoute
-from service.api.http.context import Caller, Context, ServedModel
+from service.api.http.context import Caller, Context, ModelContext, ServedModel
 from service.api.http.errors import FieldNames
 from service.api.http.fields import OptionalModel, Text, TokenIds
 from service.api.http.models import (
@@ -157,6 +157,21 @@ class TokenText(AnswerModel):
     prompt: str = Field(description="The text.")
 
 
+async def input_ids(body: TokenizeBody, context: ModelContext, *, tenant: str) -> tuple[int, ...]:
+    """The token ids of the prompt or, without one, of the messages. Raises BadRequest if they
+    cannot fit the model's context.
+    """
+    if body.prompt is None:
+        return (await render_chat(body.chat(), context, tenant=tenant, names=NAMES)).ids
+    return await encode(
+        body.prompt,
+        context,
+        tenant=tenant,
+        add_bos=body.add_special_tokens is not False,
+        parse_special=body.parse_special is not False,
+    )
+
+
 @tokens_router.post("/tokenize", responses=described(Tokenized))
 async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Response:
     """The token ids of a prompt, or of messages through the model's chat template."""
@@ -167,16 +182,7 @@ async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Resp
             code="missing_required_parameter",
             param="prompt",
         )
-    if body.prompt is None:
-        ids = (await render_chat(body.chat(), chosen, tenant=tenant.name, names=NAMES)).ids
-    else:
-        ids = await encode(
-            body.prompt,
-            chosen,
-            tenant=tenant.name,
-            add_bos=body.add_special_tokens is not False,
-            parse_special=body.parse_special is not False,
-        )
+    ids = await input_ids(body, chosen, tenant=tenant.name)
     texts = None
     if body.return_token_strs:
         texts = await run_in_pool(

@@ -197,6 +197,8 @@ def _statuses(path: str, *, is_open: bool, has_body: bool, generates: bool) -> s
         found |= {404}
     if path.startswith(("/v1/streams/", "/v1/responses/")):
         found |= {400, 409, 410}
+    if path.startswith(("/v1/files", "/v1/batches")):
+        found |= {400, 404, 409, 503}
     if path.startswith("/health"):
         found |= {503}
     return found
@@ -348,5 +350,8 @@ _EXAMPLES: Mapping[str, Json] = MappingProxyType({
     "CountBody": {"messages": _CHAT},
     "TokenizeBody": {"prompt": "Hello, world"},
     "DetokenizeBody": {"tokens": [1, 2, 3]},
+    "BatchBody": {
+        "input_file_id": "file-019a", "endpoint": "/v1/completions", "completion_window": "24h",
+    },
     "AttentionBody": {"prompt": "Hello, world", "layer": 0, "head": 0},
 })  # fmt: skip

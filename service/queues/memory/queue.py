@@ -19,6 +19,7 @@ from service.queues.contract import (
     ENGINE_SILENCE,
     PAGE_TOKENS,
     Claim,
+    EngineGroup,
     EngineInfo,
     Lease,
     QueueDepth,
@@ -33,6 +34,7 @@ from service.queues.contract import (
 from service.queues.memory.state_machine import StateMachine
 from service.queues.memory.submissions import Entry, Group, checked_end
 from service.queues.observer import QueueObserver, report_replies
+from service.queues.usage import Usage, decode_usage, sum_usage
 
 BURST = 256
 """Records after which a follower yields to the event loop."""
@@ -66,6 +68,7 @@ class MemoryQueue:
         self._entries, self._groups = self._submissions.entries, self._submissions.groups
         self._running = self._machine.running
         self._last_sweep = self._swept_since = clock()
+        self._leases: dict[str, tuple[str, float]] = {}  # name -> owner, end
         self._claimers: set[asyncio.Event] = set()
         self._stop_hints: set[asyncio.Queue[str]] = set()
         self._closed = False
@@ -204,6 +207,22 @@ class MemoryQueue:
             return False
         return self._clock() >= max(group.heartbeat, self._swept_since) + grace
 
+    async def take_lease(self, name: str, owner: str, *, seconds: float) -> bool:
+        now = self._clock()
+        self._leases = {each: lease for each, lease in self._leases.items() if lease[1] > now}
+        if self._leases.setdefault(name, (owner, now))[0] != owner:
+            return False
+        self._leases[name] = owner, now + seconds
+        return True
+
+    async def drop_lease(self, name: str, owner: str) -> None:
+        if self._leases.get(name, ("", 0.0))[0] == owner:
+            del self._leases[name]
+
+    async def usage(self, days: Sequence[int]) -> Sequence[Usage]:
+        counts = self._machine.usage
+        return sum_usage(decode_usage(day, counts.get(day, {})) for day in days)
+
     async def depth(self) -> QueueDepth:
         return QueueDepth(
             queued_requests=self._machine.num_waiting,
@@ -219,6 +238,19 @@ class MemoryQueue:
         for engine in [k for k, seen in engines.items() if seen[0] < oldest]:
             del engines[engine]
         return [info for _, info in engines.values()]
+
+    async def engine_groups(self) -> Sequence[EngineGroup]:
+        groups: dict[EngineInfo, list[EngineInfo]] = {}
+        for info in await self.engines():
+            groups.setdefault(info.without_load(), []).append(info)
+        return [
+            EngineGroup(
+                common,
+                engines=len(members),
+                tokens_per_second=sum(info.tokens_per_second for info in members),
+            )
+            for common, members in groups.items()
+        ]
 
     async def check(self) -> None:
         if self._closed:

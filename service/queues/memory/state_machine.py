@@ -7,6 +7,7 @@ It waits for nothing and calls back instead: `work_came` if an engine may claim 
 from __future__ import annotations
 
 import secrets
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -28,6 +29,7 @@ from service.queues.memory.blame import Blame
 from service.queues.memory.submissions import Entry, Submissions
 from service.queues.memory.tenants import Tenants
 from service.queues.observer import STOPPED, QueueEvent, QueueObserver
+from service.queues.usage import DAY, USAGE_KEPT, account_of, counted_prompt
 
 PRIORITIES = 3
 
@@ -57,6 +59,7 @@ class StateMachine:
         self.waiting: tuple[dict[str, Entry], ...] = tuple({} for _ in range(PRIORITIES))
         self.running: dict[str, Entry] = {}
         self.queued_tokens = 0
+        self.usage: dict[int, Counter[str]] = {}  # day -> see `decode_usage`
         self.free_in = float("inf")  # seconds until what the last claim left to others is free
 
     @property
@@ -257,8 +260,21 @@ class StateMachine:
         submission = self.submissions.groups[entry.submission_id].submission
         beyond = entry.count - answer_share(entry.request)
         self.tenants.leave(submission, tokens=beyond, ran=entry.started)
+        self._count_usage(entry, end, submission)
         self.submissions.ended(entry)
         entry.wake()
+
+    def _count_usage(self, entry: Entry, end: End, submission: Submission) -> None:
+        if not entry.started:
+            return
+        prompt, account = counted_prompt(entry.request), account_of(submission)
+        cached = end.cached_tokens if prompt else 0
+        today = int(time.time()) // DAY
+        if today not in self.usage:
+            self.usage = {d: c for d, c in self.usage.items() if d > today - USAGE_KEPT}
+            self.usage[today] = Counter()
+        used = {"n": 1, "p": prompt, "c": cached, "g": entry.count}
+        self.usage[today].update({f"{kind} {account}": n for kind, n in used.items()})
 
     def _leave_queue(self, entry: Entry) -> None:
         del self.waiting[entry.request.priority][entry.request.id]

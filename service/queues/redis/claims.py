@@ -8,12 +8,11 @@ owner.
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from service.errors import Unavailable
@@ -25,6 +24,7 @@ from service.queues.redis.connection import Command, RedisClient
 from service.queues.redis.keys import ShardKeys, milliseconds
 from service.queues.redis.mailbox import Mailbox
 from service.queues.redis.pubsub import woken_within
+from service.queues.redis.registry import encode_report
 
 LOOK_AGAIN = 0.5
 """Seconds after which a waiting engine looks for work without having been woken; at most lease / 3.
@@ -210,7 +210,7 @@ class Claimer:
             self._keys.admission,
             engine=engine.id,
             kind="\n".join((engine.numeric_class, " ".join(sorted(engine.features)))),
-            report=json.dumps(asdict(engine), separators=(",", ":")),
+            report=encode_report(engine),
             **arguments,
         )
 

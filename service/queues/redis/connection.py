@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 Command = tuple[str | bytes | int, ...]
 
+Verify = Callable[[Mapping[str, Any]], None]
+"""Called with the INFO of a server. Raises StartupError if it cannot be used."""
+
 _json = json.JSONEncoder(separators=(",", ":")).encode
 
 MIN_VERSION = 7
@@ -90,6 +93,8 @@ class RedisClient:
         self._refused = False  # away because it refused a write
         self.restored_at: float | None = None
         self._restored = restored
+        self._verify: Verify | None = None
+        self._fault = ""
         self._closed = False
 
     def connection(self) -> Connection:
@@ -113,6 +118,26 @@ class RedisClient:
                 _report_refused(error)
             raise unavailable(error) from None  # the cause may show the address
 
+    def verify_first(self, verify: Verify) -> None:
+        """Sends nothing else before `verify` has accepted the server."""
+        self._verify = verify
+
+    async def _verify_server(self) -> None:
+        """Raises Unavailable if it is not accepted, and the library's errors."""
+        if self._verify is None:
+            return
+        (info,) = _checked(await self._execute([("INFO",)]))
+        try:
+            self._verify(info)
+        except StartupError as error:
+            if self._fault != str(error):
+                self._fault = str(error)
+                logger.warning("a server cannot be used: %s", error)
+            raise Unavailable(
+                "the journal's store cannot be used", code="backend_unavailable", retry_after=2.0
+            ) from None
+        self._verify = None
+
     async def run_first(self, commands: Sequence[Command]) -> list[Any]:
         """As `run`, when a process starts: raises StartupError with the reason, logs nothing."""
         try:
@@ -132,6 +157,7 @@ class RedisClient:
         for attempt in range(1, attempts + 1):
             client = self._redis
             try:
+                await self._verify_server()
                 replies = await self._replies(commands)
             except (RedisError, OSError) as error:
                 self._lost(error, quiet=quiet)

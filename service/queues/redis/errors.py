@@ -22,6 +22,7 @@ from redis.exceptions import (
     RedisError,
     ResponseError,
 )
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.errors import StartupError, Unavailable
@@ -66,6 +67,12 @@ _MEANINGS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...]
 )
 """Class of an error of the library or the operating system -> meaning."""
 
+_MISTAKES = (
+    AuthenticationError, NoPermissionError, InvalidResponse, ssl.SSLError, FileNotFoundError,
+    PermissionError,
+)  # fmt: skip
+"""What a wrong URL causes, and the right server would not."""
+
 _CERTIFICATE: dict[int, str] = {
     **dict.fromkeys(
         (2, 18, 19, 20, 21),  # issuer not found, self-signed, chain not verifiable
@@ -77,6 +84,11 @@ _CERTIFICATE: dict[int, str] = {
     10: "its certificate has expired",
 }
 """OpenSSL's verify code -> meaning."""
+
+
+class ServerAway(StartupError):
+    """The server is not there now: it may come. Other reasons need the operator."""
+
 
 _CODES = re.compile(rf"\b({'|'.join(_NO_WRITES)})\b")
 
@@ -112,7 +124,19 @@ def unavailable(error: BaseException) -> Unavailable:
 
 def startup_error(error: BaseException) -> StartupError:
     """The operator's one line if Redis cannot be used at startup."""
-    return StartupError(f"queue: Redis cannot be used: {reason_of(error)}")
+    kind = ServerAway if _is_away(error) else StartupError
+    return kind(f"queue: Redis cannot be used: {reason_of(error)}")
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether the server is down, unreachable or takes no writes now; not if the URL is wrong."""
+    meaning = _no_writes(error)
+    if meaning is not None:
+        return meaning is not _MOVED
+    chain = [*_chain(error)]
+    return any(isinstance(each, OSError | RedisConnectionError) for each in chain) and not any(
+        isinstance(each, _MISTAKES) for each in chain
+    )
 
 
 def cause_of(error: BaseException) -> str:

@@ -30,6 +30,10 @@ class FanOut:
         self._in_flight: dict[asyncio.Task[Any], int] = {}  # calls that nothing waits for: shard
         self.closed = False
 
+    def lost(self, shard: int) -> None:
+        """It did not answer a call that was not made here."""
+        self._away.add(shard)
+
     def is_there(self, shard: int) -> bool:
         """Whether its last call succeeded. Finds out in the background whether it is back."""
         if shard in self._away and not (self._is_called(shard) or self.closed):

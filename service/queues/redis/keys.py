@@ -28,12 +28,15 @@
     quire:2:{s0}:left         zset     submission by the time at which it counts as abandoned, ms
     quire:2:{s0}:swept        string   start of the present run of sweeps without a pause, ms
     quire:2:{s0}:engines      hash     engine -> "<last seen, ms> <JSON>"
+    quire:2:{s0}:groups       string   those reports summed up, as JSON, for a second
     quire:2:{s0}:h:<prefix>   hash     the engines that hold a prefix
     quire:2:{s0}:reserved     hash     queued request -> "<until, ms> <prefix>": left to its holders
     quire:2:{s0}:suspects     zset     suspect that waits for its isolation, by the time, ms
     quire:2:{s0}:lane         hash     isolated request -> the engine that runs it
     quire:2:{s0}:isolates:<e>  string  when engine <e> last began to isolate requests, ms
     quire:2:{s0}:blamed:<e>   set      requests that the death of engine <e> counts against
+    quire:2:{s0}:usage:<day>  hash     "<kind> <tenant> <key> <model>" -> number, see usage.py
+    quire:2:{s0}:lease:<name>  string  the owner of a named lease
     quire:2:{s0}:probe        none     never set; deleting it tests whether the server takes writes
     quire:2:{s0}:m:<name>     channel  messages to an engine or to a reader's mailbox: see mail.lua
     quire:2:{s0}:kinds        set      the kinds <k> of engines that may wait: see mail.lua
@@ -83,6 +86,9 @@ class ShardKeys:
 
     def mailbox(self, name: str) -> str:
         return f"{self.prefix}m:{name}"
+
+    def usage(self, day: int) -> str:
+        return f"{self.prefix}usage:{day}"
 
     def submission(self, submission_id: str) -> str:
         return f"{self.prefix}s:{submission_id}"

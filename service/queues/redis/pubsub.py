@@ -3,8 +3,8 @@
 Channels are sharded ones: in a cluster only the node with the shard's slot hears of them.
 
 Watchers must also look again after some time by themselves: messages are lost when the connection
-breaks. While there are watchers, it is reconnected, and then all of them are woken. Watching and
-unwatching only change a set; one task updates the subscriptions accordingly.
+breaks. It is reconnected, and then all watchers are woken. Watching only changes a set; one task
+makes the subscriptions accordingly.
 """
 
 from __future__ import annotations
@@ -48,14 +48,6 @@ class Wakeups:
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._serve())
 
-    def unwatch(self, channel: str, wake: Wake) -> None:
-        watchers = self._watchers.get(channel.encode())
-        if watchers is not None:
-            watchers.discard(wake)
-            if not watchers:
-                del self._watchers[channel.encode()]
-                self._changed.set()
-
     def reconnect(self) -> None:
         """Reconnects: the server may no longer be the primary, or the network may have dropped the
         connection silently.
@@ -94,7 +86,7 @@ class Wakeups:
     async def _write(self, connection: Connection) -> None:
         """Subscribes the channels that have watchers, and pings if nothing else was sent.
 
-        Changes of the watchers may cancel out, so a ping is due by the time of the last command. If
+        A further watcher may add no channel, so a ping is due by the time of the last command. If
         this fails, the connection is broken or soon silent, and `_read` fails too.
         """
         self._subscribed = set()
@@ -106,14 +98,10 @@ class Wakeups:
             if self._outdated:
                 await connection.disconnect(nowait=True)  # and then `_read` fails
                 return
-            wanted = set(self._watchers)
-            new, old = wanted - self._subscribed, self._subscribed - wanted
-            self._subscribed = wanted
+            new = self._watchers.keys() - self._subscribed
+            self._subscribed |= new
             if new:
                 await connection.send_command("SSUBSCRIBE", *new)
-            if old:
-                await connection.send_command("SUNSUBSCRIBE", *old)
-            if new or old:
                 sent = time.monotonic()
             elif time.monotonic() - sent >= PING_EVERY:
                 await connection.send_command("PING")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection, Sequence
+from functools import partial
 from typing import Any
 
 from service.errors import Unavailable
@@ -29,8 +30,8 @@ from service.queues.admission import (
 )
 from service.queues.contract import (
     BLAME_KEPT,
-    ENGINE_SILENCE,
     Claim,
+    EngineGroup,
     EngineInfo,
     Lease,
     QueueDepth,
@@ -47,15 +48,18 @@ from service.queues.redis.claims import Claimer, Look
 from service.queues.redis.codec import encode_end, encode_tokens
 from service.queues.redis.connection import Command, RedisClient, check_server
 from service.queues.redis.depth import decode_depth, depth_commands
+from service.queues.redis.errors import ServerAway
 from service.queues.redis.held import HeldPrefixes
 from service.queues.redis.journal import JournalReader, position_of
 from service.queues.redis.keys import milliseconds
 from service.queues.redis.lending import Lender
 from service.queues.redis.mailbox import Mailbox
 from service.queues.redis.pubsub import Wake, Wakeups
+from service.queues.redis.registry import Registry
 from service.queues.redis.scripts import load_scripts
 from service.queues.redis.servers import Shard
 from service.queues.redis.submissions import decode_submit, submit_command
+from service.queues.usage import Usage, decode_usage, sum_usage
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +101,7 @@ class RedisQueue:
         self._held = HeldPrefixes(self._client, self._keys.admission)
         self._mailbox = Mailbox(self._wakeups, self._keys, dropped=self._drop)
         self._reader = JournalReader(self._client, self._mailbox, self._keys, dropped=self._drop)
+        self._registry = Registry(self._client, self._keys, dropped=self._drop)
         self._claimer = Claimer(
             self._client,
             self._mailbox,
@@ -109,8 +114,14 @@ class RedisQueue:
         )
 
     async def open(self) -> None:
-        info, _ = await self._client.run_first([("INFO",), self._probe()])
-        check_server(info, allow_volatile=self._shard.allow_volatile)
+        """Raises ServerAway if the server is not there: then it is checked when it comes."""
+        check = partial(check_server, allow_volatile=self._shard.allow_volatile)
+        try:
+            info, _ = await self._client.run_first([("INFO",), self._probe()])
+        except ServerAway:
+            self._client.verify_first(check)
+            raise
+        check(info)
 
     # --- the API's side -------------------------------------------------------------------
     async def charge(self, allowance: Allowance) -> RateUsage:
@@ -209,6 +220,18 @@ class RedisQueue:
             total += overdue + abandoned
         return total
 
+    async def take_lease(self, name: str, owner: str, *, seconds: float) -> bool:
+        (taken,) = await self._run("lease", name=name, owner=owner, ms=milliseconds(seconds))
+        return bool(taken)
+
+    async def drop_lease(self, name: str, owner: str) -> None:
+        await self._run("lease", name=name, owner=owner, ms=0)
+
+    async def usage(self, days: Sequence[int]) -> Sequence[Usage]:
+        tables = await self._client.run([("HGETALL", self._keys.usage(day)) for day in days])
+        counts = [{k.decode(): int(v) for k, v in table.items()} for table in tables]
+        return sum_usage(map(decode_usage, days, counts))
+
     async def depth(self) -> QueueDepth:
         return decode_depth(await self._client.run(depth_commands(self._client, self._keys)))
 
@@ -217,17 +240,10 @@ class RedisQueue:
 
     async def reports(self) -> Sequence[tuple[float, EngineInfo]]:
         """Those engines, each with the seconds since its last heartbeat."""
-        now, table = await self._client.run([("TIME",), ("HGETALL", self._keys.engines)])
-        found: list[tuple[float, EngineInfo]] = []
-        for report in table.values():
-            seen, _, text = report.partition(b" ")
-            try:
-                silence = now[0] + now[1] / 1e6 - int(seen) / 1000
-                if silence <= ENGINE_SILENCE:
-                    found.append((silence, EngineInfo.from_json(text)))
-            except (ValueError, TypeError):
-                self._drop("report of an engine")
-        return found
+        return await self._registry.reports()
+
+    async def engine_groups(self) -> Sequence[EngineGroup]:
+        return await self._registry.groups()
 
     async def check(self) -> None:
         """Passes if the memory is full: work is refused then (`storage_full`), but answers end."""

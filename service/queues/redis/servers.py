@@ -14,14 +14,14 @@ primary.
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
-from redis.asyncio import BlockingConnectionPool, Connection
-from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio import BlockingConnectionPool, Connection, Redis
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
@@ -271,64 +271,88 @@ class SentinelServer:
         self._url = url
         self._name = name
         self._sentinel = sentinel
+        self._lock = asyncio.Lock()  # the library reorders its list of Sentinels while it asks
 
     def pool(self) -> BlockingConnectionPool:
         return _pool(self._url, find=self._find)
 
     async def _find(self) -> Address:
-        host, port = await self._sentinel.discover_master(self._name)
+        async with self._lock:
+            host, port = await self._sentinel.discover_master(self._name)
         return host, port
 
     async def close(self) -> None:
-        for client in self._sentinel.sentinels:
-            await client.aclose()
+        async with self._lock:
+            for client in tuple(self._sentinel.sentinels):
+                await client.aclose()
 
 
 class Cluster:
-    """What the nodes of a Redis Cluster know about it, for all shards of a queue."""
+    """What the nodes of a Redis Cluster know about it, for all shards of a queue.
+
+    The library's own client of clusters is not used: it keeps connections of its own to each node,
+    and replaces nodes and their connections at each look-up.
+    """
 
     def __init__(self, plain: SplitResult, user: str, hosts: Sequence[str]) -> None:
         if plain.path not in {"", "/", "/0"}:
             raise StartupError("queue: a Redis Cluster has only database 0")
         self.url = urlunsplit(plain._replace(netloc=f"{user}node", path=""))
-        self._addresses = [_address(host, port=6379) for host in hosts or ["localhost"]]
-        self._client: RedisCluster | None = None
-        self._asked = 0.0  # loop time
+        self._seeds = [_address(host, port=6379) for host in hosts or ["localhost"]]
+        self._nodes: list[Address] = []  # that the cluster had when it was asked
+        self._parts: list[tuple[int, int, Address]] = []  # first slot, last slot, primary
+        self._asked = -FRESH  # loop time
         self._lock = asyncio.Lock()
 
     async def find(self, key: str) -> Address:
-        """The primary that has the slot of a key. Raises RedisClusterException."""
+        """The primary that has the slot of a key. Raises the library's errors."""
         async with self._lock:
-            now = asyncio.get_running_loop().time()
-            if self._client is None:
-                self._client = self._connect()
-                await self._client.initialize()
-            elif now > self._asked + FRESH:
-                await self._client.nodes_manager.initialize()
-            self._asked = asyncio.get_running_loop().time()
-            node = self._client.get_node_from_key(key)
-        if node is None:
-            raise ReadOnlyError("no node serves the slot")
-        return node.host, int(node.port)
+            time = asyncio.get_running_loop().time
+            if time() > self._asked + FRESH:
+                await self._ask()
+                self._asked = time()
+        slot = key_slot(key.encode())
+        for first, last, address in self._parts:
+            if first <= slot <= last:
+                return address
+        raise ReadOnlyError("no node serves the slot")
 
-    def _connect(self) -> RedisCluster:
-        options: dict[str, Any] = dict(parse_url(self.url))
-        for name in ("host", "port", "db", "connection_class"):
-            options.pop(name, None)
-        return RedisCluster(
-            startup_nodes=[ClusterNode(host, port) for host, port in self._addresses],
-            ssl=self.url.startswith("rediss"),
-            require_full_coverage=False,  # shards of other nodes go on
+    async def _ask(self) -> None:
+        """Asks nodes until one replies; raises the error of the last one. The order is random: what
+        a node does not know yet, the next look-up may learn from another.
+        """
+        nodes = [*random.sample(self._nodes, len(self._nodes)), *self._seeds]
+        failure: Exception = ReadOnlyError("the cluster has no nodes")
+        for node in dict.fromkeys(nodes):
+            try:
+                parts = await self._slots(node)
+            except (RedisError, OSError) as error:
+                failure = error
+                continue
+            self._parts = [(first, last, nodes[0]) for first, last, nodes in parts]
+            self._nodes = list(dict.fromkeys(each for *_, nodes in parts for each in nodes))
+            return
+        raise failure
+
+    async def _slots(self, node: Address) -> list[tuple[int, int, list[Address]]]:
+        """First and last slot of each part of them, its primary and its replicas."""
+        asked = Redis.from_url(
+            self.url,
             socket_connect_timeout=CONNECT_TIMEOUT,
             socket_timeout=REPLY_TIMEOUT,
+            retry=Retry(NoBackoff(), 0),
             protocol=2,
-            **options,
         )
-
-    async def close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        host, port = node
+        asked.connection_pool.connection_kwargs |= {"host": host, "port": port}
+        try:
+            reply: Any = await asked.execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]
+        finally:
+            await asked.aclose()
+        return [
+            (first, last, [(place.decode() if place else host, at) for place, at, *_ in nodes])
+            for first, last, *nodes in reply
+        ]
 
 
 class ClusterServer:
@@ -342,4 +366,4 @@ class ClusterServer:
         return _pool(self._cluster.url, find=lambda: self._cluster.find(self._key))
 
     async def close(self) -> None:
-        await self._cluster.close()
+        """Has nothing to close."""

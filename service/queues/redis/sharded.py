@@ -4,16 +4,15 @@ An id names its shard (see `service.queues.contract.slot_of`), so each call goes
 shard that is away stops only what it holds: calls about that raise `Unavailable`, writes get AWAY.
 Priorities, the turns of tenants and isolation hold within a shard.
 
-An engine looks for work first in a few shards of its own, by rendezvous hashing of its id, and in
-others if these have none. There are so many of its own that a few engines wait in each shard. It
-looks in the shards that reported work, and while it is idle in one at a time, in turns.
+An engine is listed in every shard, and looks for work in some of them first, see `work`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from service.messages import Allowance, FinishReason, Record, Submission
 from service.queues.admission import RateUsage
 from service.queues.contract import (
     Claim,
+    EngineGroup,
     EngineInfo,
     Lease,
     Queue,
@@ -32,25 +32,22 @@ from service.queues.contract import (
     Write,
     WriteReply,
     WriteStatus,
-    slot_of,
 )
 from service.queues.observer import QueueObserver
 from service.queues.redis.depth import sum_depths
+from service.queues.redis.errors import ServerAway
 from service.queues.redis.fanout import FanOut
 from service.queues.redis.keys import shard_of
 from service.queues.redis.pubsub import woken_within
 from service.queues.redis.queue import RedisQueue
 from service.queues.redis.servers import Shard, shards_of
 from service.queues.redis.shares import Shares, share_limits
+from service.queues.redis.work import Work, ranked
+from service.queues.usage import Usage, sum_usage
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-OWN = 4
-"""Shards in which each of many engines looks for work first."""
-FEW, MANY = 3, 8
-"""Engines that wait in a shard: each takes one more shard as its own, or one less."""
-GUEST_EVERY = 8
-"""One in so many claims begins with the shards of others: a shard may have no engine of its own."""
 
 
 def open_redis(url: str, limits: QueueLimits, observer: QueueObserver | None = None) -> Queue:
@@ -77,24 +74,33 @@ class ShardedQueue:
         self._fan_out = FanOut(lambda shard: self._shards[shard].check())
         self._shares = Shares(limits, self._shards, self._fan_out)
         self._renewed: dict[int, float] = {}  # shard -> loop time
-        self._works: dict[str, _Work] = {}  # by engine
+        self._works: dict[str, Work] = {}  # by engine
 
     async def open(self) -> None:
-        await asyncio.gather(*(shard.open() for shard in self._shards))
+        """Starts with the shards that are there; the others are served when they come. Raises
+        StartupError if none is there, or one can never be used.
+        """
+        failures = await asyncio.gather(*map(_open, self._shards))
+        away = {shard: error for shard, error in enumerate(failures) if error is not None}
+        if len(away) == len(self._shards):
+            raise away[0]
+        for shard, error in away.items():
+            self._fan_out.lost(shard)
+            logger.warning("shard %d of %d is away: %s", shard + 1, len(self._shards), error)
 
     # --- the API's side -------------------------------------------------------------------
     async def charge(self, allowance: Allowance) -> RateUsage:
         """One shard counts all calls of a key; if it is away, the next one does."""
-        order = _ranked(allowance.key, len(self._shards))
-        there = [shard for shard in order if self._fan_out.is_there(shard)]
-        for shard in there[:-1]:
-            try:
-                return await self._fan_out.one(
-                    shard, partial(self._shards[shard].charge, allowance)
-                )
-            except Unavailable:
-                continue
-        return await self._shards[(there or order)[-1]].charge(allowance)
+        return await self._by_name(allowance.key, lambda shard: partial(shard.charge, allowance))
+
+    async def take_lease(self, name: str, owner: str, *, seconds: float) -> bool:
+        """While its shard is away, the next one has the lease: there may be two owners."""
+        return await self._by_name(
+            name, lambda shard: partial(shard.take_lease, name, owner, seconds=seconds)
+        )
+
+    async def drop_lease(self, name: str, owner: str) -> None:
+        await self._by_name(name, lambda shard: partial(shard.drop_lease, name, owner))
 
     async def submit(self, submission: Submission) -> SubmitReply:
         return await self._shares.submit(submission)
@@ -133,6 +139,13 @@ class ShardedQueue:
         await self._shares.mend()
         return ended
 
+    async def usage(self, days: Sequence[int]) -> Sequence[Usage]:
+        """Raises Unavailable if a shard does not answer: the sums would be too small."""
+        calls = {k: partial(shard.usage, days) for k, shard in enumerate(self._shards)}
+        replies = (await self._fan_out.all(calls)).values()
+        _raise_if_any(replies)
+        return sum_usage(_heard(replies))
+
     async def depth(self) -> QueueDepth:
         """Of the shards that answer."""
         return sum_depths(await self._of_all(lambda shard: shard.depth))
@@ -142,6 +155,11 @@ class ShardedQueue:
         reports = [each for found in await self._of_all(lambda s: s.reports) for each in found]
         reports.sort(key=lambda report: -report[0])
         return list({info.id: info for _, info in reports}.values())
+
+    async def engine_groups(self) -> Sequence[EngineGroup]:
+        """Of the shard that lists the most engines: each engine reports to all."""
+        lists = await self._of_all(lambda shard: shard.engine_groups)
+        return max(lists, key=lambda groups: sum(group.engines for group in groups))
 
     async def check(self) -> None:
         """Passes if one shard accepts writes: its answers go on."""
@@ -166,7 +184,7 @@ class ShardedQueue:
         until = loop.time() + wait
         work = self._works.get(engine.id)
         if work is None:
-            work = self._works[engine.id] = _Work(self._shards, engine.id)
+            work = self._works[engine.id] = Work(self._shards, engine.id)
         if limit <= 0 and under_served <= 0:
             await self._of_all(lambda shard: partial(shard.claim, engine, limit=0, wait=0.0))
             return []
@@ -181,13 +199,14 @@ class ShardedQueue:
                 work.due = loop.time() + pause / work.num_own
                 if claims:
                     return claims
+                await self._report(engine, work)
             now = loop.time()
             if now >= until:
                 return []
             await woken_within(min(until, work.due) - now, work.news)
 
     async def _claim_now(
-        self, engine: EngineInfo, work: _Work, *, limit: int, under_served: int, waits: bool
+        self, engine: EngineInfo, work: Work, *, limit: int, under_served: int, waits: bool
     ) -> tuple[list[Claim], float]:
         """From the shards that have work until the limit is reached; at least one is asked. Also
         returns the seconds after which each of them should be asked again.
@@ -217,6 +236,7 @@ class ShardedQueue:
                 failure = error
                 continue
             asked = True
+            work.listed(shard)
             pauses.append(look.pause)
             if waits and room and not look.claims:
                 work.waits_with(look.waiting)
@@ -231,6 +251,21 @@ class ShardedQueue:
                 "no shard of the journal's store answers", code="backend_unavailable"
             )
         return claims, min(pauses)
+
+    async def _report(self, engine: EngineInfo, work: Work) -> None:
+        """To the shards that have heard nothing of an engine for some time."""
+        shards = [shard for shard in work.unlisted() if self._fan_out.is_there(shard)]
+        if not shards:
+            return
+        replies = await self._fan_out.all(
+            {
+                shard: partial(self._shards[shard].claim, engine, limit=0, wait=0.0)
+                for shard in shards
+            }
+        )
+        for shard, reply in replies.items():
+            if not isinstance(reply, Unavailable):
+                work.listed(shard)
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         """Never raises Unavailable: what a shard did not write has the reply AWAY or STORAGE."""
@@ -325,9 +360,18 @@ class ShardedQueue:
                 for shard, places in groups.items()
             }
         )
-        for reply in replies.values():
-            if isinstance(reply, Unavailable):
-                raise reply
+        _raise_if_any(replies.values())
+
+    async def _by_name(
+        self, name: str, method: Callable[[RedisQueue], Callable[[], Coroutine[Any, Any, T]]]
+    ) -> T:
+        """Calls the first shard in the order of a name that is there."""
+        order = ranked(name, len(self._shards))
+        there = [shard for shard in order if self._fan_out.is_there(shard)]
+        for shard in there[:-1]:
+            with suppress(Unavailable):
+                return await self._fan_out.one(shard, method(self._shards[shard]))
+        return await method(self._shards[(there or order)[-1]])()
 
     async def _of_all(
         self, method: Callable[[RedisQueue], Callable[[], Coroutine[Any, Any, T]]]
@@ -337,67 +381,23 @@ class ShardedQueue:
         return _heard((await self._fan_out.all(calls)).values())
 
 
-class _Work:
-    """In which shards there may be work, and in which order one engine looks into them."""
-
-    def __init__(self, shards: Sequence[RedisQueue], engine: str) -> None:
-        self._ranked = _ranked(engine, len(shards))
-        self._reported = set(range(len(shards)))
-        self._claims = 0
-        self.num_own = len(shards)
-        self.news = asyncio.Event()
-        self.due = 0.0  # loop time of the next look, unless woken
-        for index, shard in enumerate(shards):
-            shard.watch_work(partial(self._report, index))
-
-    def look_everywhere(self) -> None:
-        self._reported.update(self._ranked)
-
-    def _report(self, shard: int, message: bytes) -> None:
-        if message[:1] == b"s":  # a request was stopped
-            return
-        self._reported.add(shard)
-        self.news.set()
-
-    def looked(self, shard: int, *, exhausted: bool) -> None:
-        """The engine has looked into a shard, and found all that is there if it is exhausted."""
-        (self._reported.discard if exhausted else self._reported.add)(shard)
-
-    def waits_with(self, waiting: int) -> None:
-        """The engine waits in a shard, in which so many do. Few of them need more shards each."""
-        most = len(self._ranked)
-        least = min(OWN, most)
-        if waiting < FEW:
-            self.num_own = min(most, self.num_own + 1)
-        elif waiting > MANY:
-            self.num_own = max(least, self.num_own - 1)
-
-    def order(self) -> list[tuple[int, bool]]:
-        """The shards, and whether there may be work in each: own ones with work, those of others
-        with work, and all others; in turns.
-        """
-        self._claims += 1
-        own = _turned(self._ranked[: self.num_own], self._claims)
-        others = _turned(self._ranked[self.num_own :], self._claims // GUEST_EVERY)
-        turns = others + own if self._claims % GUEST_EVERY == 0 else own + others
-        first = [(shard, True) for shard in turns if shard in self._reported]
-        return first + [(shard, False) for shard in turns if shard not in self._reported]
-
-
-def _turned(shards: Sequence[int], by: int) -> list[int]:
-    at = by % len(shards) if shards else 0
-    return [*shards[at:], *shards[:at]]
-
-
-def _ranked(name: str, count: int) -> list[int]:
-    """The shards in an order of this name's own (rendezvous hashing)."""
-    return sorted(range(count), key=lambda shard: slot_of(f"{shard} {name}"))
+async def _open(shard: RedisQueue) -> ServerAway | None:
+    try:
+        await shard.open()
+    except ServerAway as error:
+        return error
+    return None
 
 
 def _heard(replies: Collection[T | Unavailable]) -> list[T]:
     """The replies that came. Raises Unavailable if none did."""
     _raise_if_none(replies)
     return [reply for reply in replies if not isinstance(reply, Unavailable)]
+
+
+def _raise_if_any(replies: Collection[object]) -> None:
+    for failure in (reply for reply in replies if isinstance(reply, Unavailable)):
+        raise failure
 
 
 def _raise_if_none(replies: Collection[object]) -> None:

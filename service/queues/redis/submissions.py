@@ -22,6 +22,7 @@ from service.queues.admission import (
 from service.queues.contract import QueueLimits, SubmitReply, SubmitStatus
 from service.queues.redis.connection import Command, RedisClient, present
 from service.queues.redis.keys import ShardKeys, idempotency_name, milliseconds
+from service.queues.usage import account_of, counted_prompt
 
 
 def submit_command(
@@ -66,6 +67,7 @@ def submit_command(
         key=None if allowance is None else allowance.key,
         tokens_per_minute=None if allowance is None else allowance.tokens_per_minute,
         max_in_flight=None if allowance is None else allowance.max_in_flight,
+        account=account_of(submission),
         evict=evict,
         prepaid=prepaid or None,
         debt=debt or None,
@@ -98,6 +100,7 @@ def _admitted(request: GenerationRequest, prefixes: Sequence[str]) -> dict[str, 
         timeout=request.timeout_ms or None,
         priority=request.priority,
         share=answer_share(request),
+        prompt=counted_prompt(request),
         bytes=request_bytes(request),
         features=" ".join(request.features),
         prefixes=prefixes,

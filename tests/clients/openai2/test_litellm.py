@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from pathlib import Path
 from typing import Any
 
 import litellm
 import pytest
 from questions import ASK_NAME, CITY, COLOURS, HELLO, NAME, PARAMETERS, STORY, WEATHER, City, user
 
+PATIENCE = 300.0  # seconds: on a busy machine, all is slow
 CLIENT = "litellm"
 TOOL: Any = {
     "type": "function",
@@ -122,3 +125,32 @@ def test_it_speaks_anthropics_shape_too(server: Any) -> None:
     chunks: list[Any] = list(litellm.completion(**options, stream=True))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == whole.choices[0].message.content
+
+
+@pytest.mark.proves(CLIENT, "batches")
+def test_a_batch_has_the_answers_of_its_lines(server: Any, tmp_path: Path) -> None:
+    body = {"model": server.model, "messages": [user(COLOURS)], "temperature": 0, "max_tokens": 5}
+    url = "/v1/chat/completions"
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"custom_id": "a", "method": "POST", "url": url, "body": body}))
+    place: dict[str, Any] = {
+        "custom_llm_provider": "openai",
+        "api_base": server.openai_url,
+        "api_key": "none",
+    }
+    with path.open("rb") as content:
+        file: Any = litellm.create_file(file=content, purpose="batch", **place)
+    batch: Any = litellm.create_batch(
+        completion_window="24h", endpoint=url, input_file_id=file.id, **place
+    )
+    ends = time.monotonic() + PATIENCE
+    while batch.status not in {"completed", "failed", "expired"}:
+        assert time.monotonic() < ends, batch
+        time.sleep(0.1)
+        batch = litellm.retrieve_batch(batch_id=batch.id, **place)
+    assert (batch.status, batch.request_counts.completed) == ("completed", 1)
+    found: Any = litellm.file_content(file_id=batch.output_file_id, **place)
+    row = json.loads(found.text)
+    online: Any = litellm.completion(**asked(server, COLOURS, max_tokens=5))
+    answer = row["response"]["body"]["choices"][0]["message"]["content"]
+    assert answer == online.choices[0].message.content

@@ -26,15 +26,17 @@ from service.queues.contract import (
 )
 from service.queues.redis.codec import encode_end
 from service.queues.redis.keys import milliseconds
+from service.queues.usage import DAY, USAGE_KEPT
 
 NAMES = (
-    "append", "charge", "claim", "finish", "follow", "forget", "heartbeat", "hold", "lend",
-    "oldest", "poll", "release", "renew", "stop", "submit", "sweep", "touch",
+    "append", "charge", "claim", "finish", "follow", "forget", "groups", "heartbeat", "hold",
+    "lease", "lend", "oldest", "poll", "release", "renew", "stop", "submit", "sweep", "touch",
 )  # fmt: skip
 PARTS = ("keys", "meters", "mail", "lane", "storage", "affinity", "requests", "blame")
 LEAN = {
     "append": ("keys", "mail", "lane"), "charge": ("keys", "meters"), "follow": ("keys",),
-    "hold": ("keys", "affinity"), "poll": ("keys", "mail"),
+    "groups": ("keys",), "hold": ("keys", "affinity"), "lease": ("keys",),
+    "poll": ("keys", "mail"),
 }  # fmt: skip
 """Scripts that are called most, with the parts that they need; all others get all parts."""
 
@@ -78,5 +80,6 @@ def _constants() -> str:
         f"local MAX_HOLDERS, OVERLOADED, RESERVED_FOR, ENGINE_SILENCE = "
         f"{MAX_HOLDERS}, {OVERLOADED}, {milliseconds(RESERVED_FOR)}, "
         f"{milliseconds(ENGINE_SILENCE)}\n"
+        f"local USAGE_KEPT = {USAGE_KEPT * DAY}\n"
         f"local CANCELLED, DEADLINE, CRASH_LOOP = {records}\n"
     )

@@ -101,6 +101,19 @@ local function settle(r)
   use(meter_key(v[1], 'tokens'), limit > 0 and limit or nil, r.n - num(v[3]))
 end
 
+-- Counts what an ended request has used: see usage.py. Requests of older versions have no account.
+local function count_usage(r, record)
+  local account = redis.call('HGET', submission_key(r.sub), 'acc')
+  if r.st == 'queued' or not account then return end
+  local day = PREFIX .. 'usage:' .. math.floor(now_ms() / 86400000)
+  local prompt = num(redis.call('HGET', request_key(r.rid), 'pt'))
+  local cached = prompt > 0 and num(cjson.decode(record).c) or 0
+  for kind, amount in pairs({ n = 1, p = prompt, c = cached, g = r.n }) do
+    if amount > 0 then redis.call('HINCRBY', day, kind .. ' ' .. account, amount) end
+  end
+  redis.call('EXPIRE', day, USAGE_KEPT)
+end
+
 -- Writes the one terminal record. `eid` is a queued request's member in its line, and a running one's
 -- entry in the stream.
 local function end_request(r, record)
@@ -121,6 +134,7 @@ local function end_request(r, record)
     leave_lane(r)
   end
   settle(r)
+  count_usage(r, record)
   count_bytes(r.ten, -num(redis.call('HGET', request_key(r.rid), 'sz')))
   redis.call('XADD', journal_key(r.rid), r.n .. '-1', 'e', record)
   redis.call('HSET', request_key(r.rid), 'st', 'ended', 'fin', record)

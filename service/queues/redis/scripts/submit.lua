@@ -4,9 +4,9 @@
 --   grace (absent: none), max_requests, max_tokens, max_per_tenant, max_bytes, max_tenant_bytes,
 --   kept_bytes, base_bytes, token_bytes, keep (absent: the resume window),
 --   idempotency_bytes, key (absent: none), tokens_per_minute, max_in_flight (absent: no
---   limit), of a sharded queue also evict (boolean), prepaid (tokens that other shards have counted) and
+--   limit), account (for the usage), of a sharded queue also evict (boolean), prepaid (tokens that other shards have counted) and
 --   debt (tokens that these have counted beyond their shares): see shares.py; and requests of {id, cost,
---   timeout, priority, share, bytes, features, prefixes}.
+--   timeout, priority, share, prompt, bytes, features, prefixes}.
 -- ARGV[2]: the manifest, ARGV[3]: the input, ARGV[3 + i]: the body of request i.
 -- Returns {status, submission to follow, queued requests, queued tokens, and of the key's tokens: ms to
 --   wait, ms used, as text}.
@@ -81,7 +81,7 @@ for i, request in ipairs(args.requests) do
   redis.call('HSET', request_key(rid), 'st', 'queued', 'ep', 0, 'own', '', 'n', 0, 'att', 0,
     'ten', tenant, 'cost', request.cost, 'dl', deadline, 'ct', now, 'eid', eid,
     'pr', request.priority, 'sub', sid, 'body', ARGV[3 + i], 'sz', request.bytes,
-    'ft', request.features)
+    'ft', request.features, 'pt', request.prompt)
   if key then
     redis.call('HSET', request_key(rid), 'key', key, 'tpm', args.tokens_per_minute or 0,
       'share', request.share)
@@ -89,7 +89,7 @@ for i, request in ipairs(args.requests) do
   redis.call('ZADD', DEADLINES, request.timeout and deadline or now + args.live_ttl, rid)
 end
 redis.call('HSET', submission_key(sid), 'ten', tenant, 'man', ARGV[2], 'num', num_requests,
-  'left', num_requests, 'by', args.nonce, 'gr', args.grace or '', 'sz', args.kept_bytes)
+  'left', num_requests, 'by', args.nonce, 'gr', args.grace or '', 'sz', args.kept_bytes, 'acc', args.account)
 if args.keep then
   redis.call('HSET', submission_key(sid), 'keep', args.keep, 'in', ARGV[3], 'base', args.base_bytes,
     'tb', args.token_bytes)

@@ -1,0 +1,170 @@
+"""Encoding runners: whole inputs in, one vector per input out, without a KV cache.
+
+`encode` computes all tokens of its inputs in one step and stores nothing. A row of its answer is a
+function of its own input alone: it has the same bits in any batch and order, and on any runner of
+the same numeric class. The vector is the pooled state of the input's tokens or, if the model has a
+classification head, the head's logits; how these become scores is in `EncoderInfo`.
+
+    if is_encoder(path):
+        runner, tokenizer = load_encoder(path, threads=2)
+        (vector,) = runner.encode([tokenizer.encode("a text")])
+
+Encoders (BERT and its kin) and decoders with the files of sentence-transformers embed. One call at
+a time: a runner is not thread-safe. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from model.batch import Floats
+from model.checkpoint import open_checkpoint
+from model.checkpoint.sentence_transformers import MODULES, SentenceSettings, read_settings
+from model.config import Classifier, ModelConfig, Pooling, Problem
+from model.families import ENCODERS
+from model.text.encoder_tokenizer import EncoderTokenizer, Encoding
+
+__all__ = [
+    "EncoderInfo", "EncoderTokenizer", "Encoding", "EncodingRunner", "is_encoder", "load_encoder",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderInfo:
+    """What a model computes from an input."""
+
+    width: int  # numbers per input: of the embedding, or labels
+    max_tokens: int  # of an input, special tokens included
+    vocab_size: int  # ids are below it
+    num_types: int  # token types are below it; a model without types has 1
+    pooling: Pooling
+    normalised: bool  # embeddings have length 1
+    similarity: str  # of two embeddings: cosine, dot, euclidean or manhattan
+    prompts: Mapping[str, str] = field(default_factory=dict)  # name -> text to put before an input
+    default_prompt: str | None = None  # the name of the one to use if a request names none
+    labels: tuple[str, ...] = ()  # of a classification head; empty: the model embeds
+    problem: Problem | None = None  # None: the model embeds
+    sigmoid: bool = False  # a single logit becomes a score by 1 / (1 + exp(-x)); False: as it is
+
+    @property
+    def has_head(self) -> bool:
+        """Whether `encode` returns logits of a classification head."""
+        return bool(self.labels)
+
+    @property
+    def scores_pairs(self) -> bool:
+        """Whether the model is a cross-encoder: one score for two texts."""
+        return len(self.labels) == 1
+
+
+class EncodingRunner(Protocol):
+    """Computes the vectors of whole inputs."""
+
+    info: EncoderInfo
+    numeric_class: str  # vectors of runners of one class are equal bit by bit
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what the vectors depend on; the numeric class."""
+        ...
+
+    def encode(self, batch: Sequence[Encoding]) -> list[Floats]:
+        """One vector per input, [width] each. Raises ValueError for an input that does not fit:
+        no tokens, more than `max_tokens`, an id or a type that the model does not have.
+        """
+        ...
+
+    def warm_up(self) -> None:
+        """Touches what the first call would otherwise wait for."""
+        ...
+
+    def close(self) -> None:
+        """Frees memory and threads; the runner must not be called again."""
+        ...
+
+
+def is_encoder(path: Path) -> bool:
+    """Whether a file or folder is a model that embeds or classifies. Reads its configuration alone.
+
+    Raises CheckpointError.
+    """
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    named = config.get("architectures")
+    classifies = isinstance(named, list) and any("ForSequenceClass" in str(each) for each in named)
+    folder = path if path.is_dir() else path.parent
+    return classifies or config.get("model_type") in ENCODERS or (folder / MODULES).exists()
+
+
+def load_encoder(
+    path: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+) -> tuple[EncodingRunner, EncoderTokenizer]:
+    """Loads an encoder and its tokenizer. dtype: auto, float32 or bfloat16.
+
+    threads: None: as many as the machine has. Raises CheckpointError, ValueError for options that
+    are not available.
+    """
+    from model.checkpoint import load_model
+    from model.runners.torch_encoding import TorchEncoder
+
+    folder = path if path.is_dir() else path.parent
+    settings = read_settings(folder)
+    loaded = load_model(path, headless=True)
+    info = describe(loaded.config, settings)
+    tokenizer = EncoderTokenizer.from_folder(folder, max_tokens=info.max_tokens)
+    runner = TorchEncoder(
+        loaded.config, loaded.weights, info=info, dtype=dtype, device=device, threads=threads,
+        digest=loaded.digest,
+    )  # fmt: skip
+    return runner, tokenizer
+
+
+def describe(config: ModelConfig, settings: SentenceSettings) -> EncoderInfo:
+    """What a network computes with these settings; the library's defaults if they are silent."""
+    head = config.classifier
+    longest = min(config.max_model_len, settings.max_tokens or config.max_model_len)
+    pooling = settings.pooling or (Pooling.MEAN if config.bidirectional else Pooling.LAST)
+    info = EncoderInfo(
+        width=config.hidden_size,
+        max_tokens=longest,
+        vocab_size=config.vocab_size,
+        num_types=max(1, config.num_types),
+        pooling=pooling,
+        normalised=bool(settings.normalised),
+        similarity=settings.similarity or "cosine",
+        prompts=settings.prompts,
+        default_prompt=settings.default_prompt,
+    )
+    return info if head is None else _with_head(info, head)
+
+
+def _with_head(info: EncoderInfo, head: Classifier) -> EncoderInfo:
+    return replace(
+        info,
+        width=len(head.labels),
+        pooling=head.pooling,
+        normalised=False,
+        labels=head.labels,
+        problem=head.problem,
+        sigmoid=len(head.labels) == 1 and head.sigmoid,
+    )
+
+
+def check_fits(encoding: Encoding, info: EncoderInfo) -> None:
+    """Raises ValueError for an input that the model cannot compute."""
+    if not 1 <= len(encoding.ids) <= info.max_tokens:
+        raise ValueError(f"an input must have from 1 to {info.max_tokens} tokens")
+    if not 0 <= min(encoding.ids) <= max(encoding.ids) < info.vocab_size:
+        raise ValueError(f"token ids must be from 0 to {info.vocab_size - 1}")
+    types = encoding.types
+    if types is not None and (
+        len(types) != len(encoding.ids) or not 0 <= min(types) <= max(types) < info.num_types
+    ):
+        raise ValueError(f"token types must be from 0 to {info.num_types - 1}, one per token")

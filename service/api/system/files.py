@@ -1,0 +1,233 @@
+"""The endpoints of files, as OpenAI has them: the input of batches, and what batches write."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import Field
+
+from service.api.http.context import Caller, from_app
+from service.api.http.models import AnswerModel, Count, Created, described, json_response
+from service.api.http.multipart import Form, boundary_of, read_form
+from service.batches.batches import Batches, new_id
+from service.batches.files import FileLimits, Files, StoredFile
+from service.errors import (
+    BadRequest,
+    Conflict,
+    RateLimited,
+    RequestTimeout,
+    TooLarge,
+    UnsupportedMedia,
+)
+
+MAX_NAME_CHARS = 255
+MAX_UPLOADS = 4  # at a time, per tenant and replica
+UPLOAD_TIMEOUT = 600.0  # seconds
+SENT_BYTES = 2**20  # of a content, at a time
+
+router = APIRouter()
+
+
+class FileDesk:
+    """The files, the batches that use them, and the uploads that this replica receives now."""
+
+    def __init__(self, files: Files, batches: Batches) -> None:
+        self.files = files
+        self.batches = batches
+        self.uploads: Counter[str] = Counter()
+
+
+Desk = Annotated[FileDesk, from_app("files")]
+FileId = Annotated[str, Path(description="The id of the file.")]
+
+
+class FileObject(AnswerModel):
+    """A file."""
+
+    id: str = Field(description="The id of the file.")
+    object: Literal["file"] = Field(description="The type of this object.")
+    bytes: Count = Field(description="The size of the content.")
+    created_at: Created
+    filename: str = Field(description="The name that the client gave it.")
+    purpose: str = Field(description="batch, or batch_output if a batch wrote it.")
+    status: Literal["processed"] = Field(description="Always processed.")
+
+
+class FileList(AnswerModel):
+    """A page of files."""
+
+    object: Literal["list"] = Field(description="The type of this object.")
+    data: list[FileObject] = Field(description="The files.")
+    first_id: str | None = Field(description="The id of the first one; null if there is none.")
+    last_id: str | None = Field(description="The id of the last one: `after` of the next page.")
+    has_more: bool = Field(description="Whether there is a next page.")
+
+
+class FileDeleted(AnswerModel):
+    """Confirms that a file was deleted."""
+
+    id: str = Field(description="The id of the file.")
+    object: Literal["file"] = Field(description="The type of this object.")
+    deleted: Literal[True] = Field(description="Always true.")
+
+
+_JSONL = {"application/jsonl": {"schema": {"type": "string"}}}
+_UPLOAD: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": ["batch"]},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("/v1/files", responses=described(FileObject), openapi_extra=_UPLOAD)
+async def upload_file(request: Request, desk: Desk, tenant: Caller) -> Response:
+    """Stores a JSONL file of requests, as the form fields `file` and `purpose`."""
+    limits = desk.files.limits
+    boundary = boundary_of(request.headers.get("content-type", ""))
+    if boundary is None:
+        raise UnsupportedMedia("the Content-Type must be multipart/form-data with a boundary")
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdecimal() or int(declared[:20]) > limits.max_bytes + 2**16:
+        raise _too_large(limits)
+    if desk.uploads[tenant.name] >= MAX_UPLOADS:
+        raise RateLimited(f"you may upload at most {MAX_UPLOADS} files at a time")
+    desk.uploads[tenant.name] += 1
+    try:
+        await desk.files.ensure_room(tenant.name, int(declared))
+        form = await _form(request, boundary, limits)
+        try:
+            return json_response(_object(await _store(form, desk, tenant.name)))
+        finally:
+            form.close()
+    finally:
+        desk.uploads[tenant.name] -= 1
+
+
+async def _form(request: Request, boundary: bytes, limits: FileLimits) -> Form:
+    try:
+        async with asyncio.timeout(UPLOAD_TIMEOUT):
+            return await read_form(request.stream(), boundary, max_bytes=limits.max_bytes)
+    except TimeoutError:
+        raise RequestTimeout(f"the file must arrive in {UPLOAD_TIMEOUT:g} seconds") from None
+
+
+async def _store(form: Form, desk: FileDesk, tenant: str) -> StoredFile:
+    if form.file is None:
+        raise BadRequest(
+            "the form must have a file", code="missing_required_parameter", param="file"
+        )
+    unknown = sorted(form.fields.keys() - {"purpose"})
+    if unknown:
+        message = "a file takes the fields file and purpose only"
+        raise BadRequest(message, code="unknown_parameter")
+    if form.fields.get("purpose") != "batch":
+        raise BadRequest("purpose must be batch", param="purpose")
+    if not 1 <= len(form.filename) <= MAX_NAME_CHARS:
+        raise BadRequest(
+            f"the name of a file must have 1 to {MAX_NAME_CHARS} characters", param="file"
+        )
+    return await desk.files.create(
+        tenant, f"file-{new_id()}", form.file, name=form.filename, purpose="batch"
+    )
+
+
+@router.get("/v1/files", responses=described(FileList))
+async def list_files(
+    desk: Desk,
+    tenant: Caller,
+    *,
+    after: Annotated[str | None, Query(description="List what comes after this id.")] = None,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="The length of the page.")] = 10_000,
+    order: Annotated[
+        Literal["asc", "desc"], Query(description="By the time of creation.")
+    ] = "desc",
+    purpose: Annotated[str | None, Query(description="Only files of this purpose.")] = None,
+) -> Response:
+    """The files of the tenant."""
+    files = [f for f in await desk.files.list(tenant.name) if purpose in {None, f.purpose}]
+    if order == "desc":
+        files.reverse()
+    if after is not None:
+        ids = [file.id for file in files]
+        files = files[ids.index(after) + 1 :] if after in ids else []
+    page = [_object(file) for file in files[:limit]]
+    return json_response(listed(page, has_more=len(files) > limit))
+
+
+@router.get("/v1/files/{file_id}", responses=described(FileObject))
+async def show_file(file_id: FileId, desk: Desk, tenant: Caller) -> Response:
+    """A file, without its content."""
+    return json_response(_object(await desk.files.get(tenant.name, file_id)))
+
+
+@router.get(
+    "/v1/files/{file_id}/content",
+    responses={200: {"description": "The content.", "content": _JSONL}},
+)
+async def read_file(file_id: FileId, desk: Desk, tenant: Caller) -> Response:
+    """The content of a file."""
+    file = await desk.files.get(tenant.name, file_id)
+
+    async def blocks() -> AsyncIterator[bytes]:
+        for start in range(0, file.num_bytes, SENT_BYTES):
+            end = min(file.num_bytes, start + SENT_BYTES)
+            yield await desk.files.content(tenant.name, file_id, start, end)
+
+    headers = {"content-length": str(file.num_bytes)}
+    return StreamingResponse(blocks(), media_type="application/jsonl", headers=headers)
+
+
+@router.delete("/v1/files/{file_id}", responses=described(FileDeleted))
+async def delete_file(file_id: FileId, desk: Desk, tenant: Caller) -> Response:
+    """Deletes a file, unless a batch reads it."""
+    if await desk.batches.uses(tenant.name, file_id):
+        raise Conflict(
+            "the file is the input of a batch that has not ended; cancel it first",
+            code="file_in_use",
+        )
+    await desk.files.delete(tenant.name, file_id)
+    return json_response({"id": file_id, "object": "file", "deleted": True})
+
+
+def listed(page: list[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    """A page of objects as OpenAI lists them."""
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": has_more,
+    }
+
+
+def _object(file: StoredFile) -> dict[str, Any]:
+    return {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.num_bytes,
+        "created_at": file.created,
+        "filename": file.name,
+        "purpose": file.purpose,
+        "status": "processed",
+    }
+
+
+def _too_large(limits: FileLimits) -> TooLarge:
+    return TooLarge(f"a file may have at most {limits.max_bytes} bytes")
