@@ -1,4 +1,4 @@
-"""The command line: `quire serve | api | engine | pull | chat | tune | bench | key | doctor`, `version`.
+"""The command line: `quire serve`, `api`, `engine`, `tune` and others; `quire --help` lists them.
 
 Each setting of `service.settings` is a flag, under its heading. `service/roles.py` has the roles;
 nothing heavy is imported before a role is chosen.
