@@ -29,7 +29,7 @@ def panels_of(document: Document) -> list[Panel]:
     measure = CPU if is_busy(document) else SPEED
     panels = [
         Panel(
-            title=f"{load}, {measure.title[0].lower()}{measure.title[1:]}",
+            title=f"{load}: {measure.title}",
             values={name: view.median(name, measure.figure) for name in view.servers},
             roof=_roof(view) if measure is SPEED else math.nan,
         )

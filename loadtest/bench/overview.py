@@ -128,7 +128,7 @@ def short_table(document: Document) -> Table:
     rows = [row for row in whole.rows if row[0] in wanted]
     for table in _ratios(document, measure):
         rows += [
-            [f"{row[0]}, times {row[1]}", "", *row[2:]]
+            [f"{row[0]}: times better than the best of {row[1]}", "", *row[2:]]
             for row in table.rows
             if row[0] == label(_QUIRE + _PLAIN)
         ]

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 from loadtest.bench.document import Document
-from loadtest.bench.overview import overview, short_table
+from loadtest.bench.overview import is_busy, overview, short_table
 from loadtest.bench.report import method
 
 _ROOT = Path(__file__).parents[2]
@@ -30,11 +30,10 @@ def section(document: Document) -> str:
 def short_section(document: Document) -> str:
     """For a README."""
     table = short_table(document)
-    text = (
-        f"{table.title}, {document.model} on {document.machine.cpus} cores of {document.kind},"
-        f" {document.date}:"
-    )
-    return f"{text}\n\n{table.rows_to_markdown()}"
+    where = f"{document.machine.cpus} cores of {document.kind}"
+    busy = " (less is better; other work loaded the machine)" if is_busy(document) else ""
+    text = f"{table.title}, {Path(document.model).stem} on {where}, {document.date}{busy}:"
+    return f"{textwrap.fill(text, _WIDTH)}\n\n{table.rows_to_markdown()}"
 
 
 def replace_between(text: str, name: str, body: str, *, end: str | None = None) -> str:

@@ -80,6 +80,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rich", "model", "service.messages", "service.errors", "service.settings",
         "service.setting_types",
     ),
+    "service.bench": ("orjson", "pydantic", "rich", "service.errors", "service.bench"),
     "service.encoders": (
         "model", "service.messages", "service.errors", "service.settings",
         "service.setting_types", "service.startup",
@@ -91,7 +92,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.banner": ("rich", "service.settings", "service.encoders", "service.models"),
     "service.doctor": (
         "rich", "torch", "model", "service.errors", "service.settings", "service.setting_types",
-        "service.queues", "service.startup", "service.doctor",
+        "service.queues", "service.startup", "service.encoders", "service.doctor",
     ),
     "service.parts": ("",),
     "service.roles": ("",),
@@ -105,8 +106,8 @@ TORCH_FREE = (
     "service.observability.tracing", "service.worker.worker", "service.engine.sequence",
     "service.engine.blocks", "service.engine.scheduler", "service.engine.detokenize",
     "service.queues.memory.queue", "service.queues.redis.queue", "service.api", "service.app",
-    "service.chat", "service.cluster", "service.parts", "service.roles", "service.startup",
-    "service.__main__",
+    "service.bench.run", "service.chat", "service.cluster", "service.parts", "service.roles",
+    "service.startup", "service.__main__",
     "model.checkpoint.fetch", "model.checkpoint.gguf", "model.checkpoint.safetensors",
     "model.checkpoint.assemble", "model.runners.native", "model.runners.choose", "model.parallel",
     "model.runners.encoding", "model.runners.native_encoding",
