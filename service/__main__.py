@@ -1,4 +1,4 @@
-"""The command line: `quire serve | api | engine | pull | chat | key | version`.
+"""The command line: `quire serve | api | engine | pull | chat | key | doctor | version`.
 
 Each setting of `service.settings` is a flag, under its heading. `service/roles.py` has the roles;
 nothing heavy is imported before a role is chosen.
@@ -174,6 +174,19 @@ def make_key(
     )
     print(entry, end="")  # noqa: T201 - for the file: `quire key alice >> keys.toml`
     print(f"key of {name}, shown only now: {secret}", file=sys.stderr)  # noqa: T201
+
+
+@app.command()
+@with_settings(*Group)
+def doctor(settings: Settings) -> None:
+    """Check this machine and a configuration, with the flags of `serve`; each line says what to do.
+
+    Ends with status 1 if something must be changed.
+    """
+    from service.doctor.report import examine
+
+    if not examine(settings, console=Console()):
+        sys.exit(1)
 
 
 @app.command()

@@ -192,7 +192,7 @@ def _load(settings: Settings, model: ModelSource, path: Path, memory: MemoryPart
     from model.native import NativeUnavailable
     from model.runners.choose import choose_runner, choose_sizes
 
-    num_ranks, wanted = settings.tensor_parallel, _runner_options(settings)
+    num_ranks, wanted = settings.tensor_parallel, runner_options(settings)
     try:
         with _model_errors():
             checkpoint = open_checkpoint(path)
@@ -250,7 +250,7 @@ def _load(settings: Settings, model: ModelSource, path: Path, memory: MemoryPart
     )
 
 
-def _runner_options(settings: Settings) -> RunnerOptions:
+def runner_options(settings: Settings) -> RunnerOptions:
     """Returns the options that are settings; sizes that are not set depend on the runner."""
     return RunnerOptions(
         dtype=settings.dtype,

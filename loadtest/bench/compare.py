@@ -26,13 +26,14 @@ from rich.console import Console
 
 from loadtest.bench.chart import draw
 from loadtest.bench.document import Document, read, write
-from loadtest.bench.machine import this_machine
 from loadtest.bench.measure import Kind, Notify, Session, Sizes, TooSlow, better_threads
 from loadtest.bench.peers import SERVERS
 from loadtest.bench.publish import publish
 from loadtest.bench.report import markdown, tables, warnings
-from loadtest.bench.roof import NoRoof, count_weights, probe
 from loadtest.bench.servers import Plan, Server, ServerFailed, convert, perplexity
+from model.checkpoint import configure, open_checkpoint
+from model.native.roof import NoRoof, count_weights, probe
+from service.doctor.machine import this_machine
 
 _CHART = Path(__file__).parents[1] / "chart.svg"  # the one that the README shows
 _QUICK = Sizes(
@@ -225,7 +226,7 @@ def measure(options: argparse.Namespace, *, console: Console) -> Document:
         date=time.strftime("%Y-%m-%d", time.gmtime()),
         machine=this_machine(),
         model=model.name,
-        weights=count_weights(model),
+        weights=count_weights(configure(open_checkpoint(model))[1]),
         sizes=sizes,
         servers=options.servers,
         variant=options.variant,

@@ -8,9 +8,9 @@ from pathlib import Path
 import orjson
 from pydantic import TypeAdapter
 
-from loadtest.bench.machine import Machine
 from loadtest.bench.measure import Result, Sizes
-from loadtest.bench.roof import Roof, Weights
+from model.native.roof import Roof, Weights
+from service.doctor.machine import Machine
 
 
 @dataclass(slots=True, kw_only=True)

@@ -188,6 +188,29 @@ def resolve(model: str, *, cache: Path, progress: Progress = lambda _done, _tota
     )
 
 
+def find(model: str, *, cache: Path) -> Path | None:
+    """The file or folder that `resolve` would return without fetching anything; None: none yet."""
+    packaged = PACKAGED.get(model.strip().lower() or DEFAULT_MODEL)
+    if packaged is not None:
+        target = packaged.target(cache)
+        return target if _is_whole(target, packaged) else None
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    repository = _REPOSITORY_FILE.fullmatch(model) or _REPOSITORY.fullmatch(model)
+    if repository is None or model.startswith("."):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    name, file = model, "config.json"
+    if one_file := _REPOSITORY_FILE.fullmatch(model):
+        name, file = one_file[1], one_file[2]
+    kept = try_to_load_from_cache(name, file, cache_dir=cache / "huggingface")
+    if not isinstance(kept, str):
+        return None
+    return Path(kept) if one_file else Path(kept).parent
+
+
 def pull(
     model: PackagedModel,
     *,

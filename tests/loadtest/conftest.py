@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from loadtest.bench.document import Document
-from loadtest.bench.machine import Machine
 from loadtest.bench.measure import Kind, Result, Sizes
-from loadtest.bench.roof import Roof, Weights
 from loadtest.client import Summary
+from model.native.roof import Roof, Weights
+from service.doctor.machine import Machine
 
 MakeResult = Callable[..., Result]
 MakeDocument = Callable[..., Document]

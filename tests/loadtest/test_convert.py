@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from loadtest.bench.peers.convert import main_type, path_of, requantise
-from loadtest.bench.roof import Weights, count_weights
 
 
 @pytest.mark.parametrize(("kind", "error"), [("Q4_0", 0.12), ("Q8_0", 0.01)])
@@ -38,8 +37,3 @@ def test_the_file_s_own_type_is_the_file_itself(small_gguf: Path, tmp_path: Path
     assert path_of(small_gguf, "Q4_1", folder=tmp_path) == small_gguf
     requantise(small_gguf, small_gguf, kind="Q4_1")
     assert small_gguf.read_bytes() == content
-
-
-def test_weights_are_counted_once(small_gguf: Path) -> None:
-    """The embedding is the head too if the file has no other."""
-    assert count_weights(small_gguf) == Weights(layers=2 * 32 * 64, head=3 * 64)

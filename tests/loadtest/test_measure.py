@@ -16,14 +16,14 @@ import pytest
 from loadtest.bench import compare, measure
 from loadtest.bench.compare import Comparison, parse, sizes_of
 from loadtest.bench.document import Document
-from loadtest.bench.machine import design_of, read_cpuinfo, this_machine
 from loadtest.bench.measure import Kind, Session, Sizes, TooSlow, better_threads, is_good
 from loadtest.bench.peers import SERVERS
-from loadtest.bench.roof import NoRoof, Roof
 from loadtest.bench.servers import Plan, Server, ServerFailed, convert, perplexity, running
 from loadtest.client import Outcome
 from loadtest.workloads import make_prompts, poisson_arrivals
+from model.native.roof import NoRoof, Roof
 from model.text.tokenizer import Tokenizer
+from service.doctor.machine import design_of, read_cpuinfo, this_machine
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow

@@ -78,6 +78,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rich", "model", "service.messages", "service.errors", "service.settings",
         "service.setting_types",
     ),
+    "service.doctor": (
+        "rich", "torch", "model", "service.errors", "service.settings", "service.setting_types",
+        "service.queues", "service.startup", "service.doctor",
+    ),
     "service.banner": ("rich", "service.settings", "service.startup"),
     "service.parts": ("",),
     "service.roles": ("",),

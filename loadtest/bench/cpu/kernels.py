@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from loadtest.bench.roof import count_weights, probe
 from model.batch import Batch, SamplingBatch
 from model.checkpoint import open_model
 from model.checkpoint.four_bit import BLOCK_BYTES, BLOCK_INPUTS
 from model.native.library import usable_cpus
+from model.native.roof import count_weights, probe
 from model.runners import RunnerOptions
 from model.runners.native import NativeRunner
 
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     four_bit = arguments.dtype == "int4"
     model = open_model(arguments.model, four_bit=four_bit)
-    weights = count_weights(arguments.model)
+    weights = count_weights(model.config)
     if four_bit:
         weights = replace(weights, layer_bytes=BLOCK_BYTES / BLOCK_INPUTS)
     options = RunnerOptions(

@@ -34,7 +34,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
-from loadtest.bench.machine import this_machine
+from service.doctor.machine import this_machine
 from service.startup import WHOLE_SUMS
 
 _MINUTES = 8.5

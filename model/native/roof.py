@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from model.config import ModelConfig
+from model.native import NativeUnavailable
+from model.native.library import NativeLibrary
 
 _PROBED_BYTES = 2**28  # far more than the caches hold
 _REPEATS = 5
@@ -54,18 +57,14 @@ class Roof:
         return max(read / self.bytes_a_second, products / self.products_a_second)
 
 
-def count_weights(model: Path) -> Weights:
-    """Of a GGUF file. An embedding is read by rows; it counts only if it is the head too."""
-    import gguf
-
-    sizes = {
-        str(tensor.name): int(tensor.n_elements)
-        for tensor in gguf.GGUFReader(model).tensors
-        if len(tensor.shape) > 1
-    }
-    embedding = sizes.pop("token_embd.weight")
-    head = sizes.pop("output.weight", embedding)
-    return Weights(layers=sum(sizes.values()), head=head)
+def count_weights(config: ModelConfig) -> Weights:
+    """Of a model. An embedding is read by rows; it counts only if it is the head too."""
+    attention = config.query_size * 2 + config.kv_size * 2
+    mlp = config.intermediate_size * (3 if config.gated_mlp else 2)
+    return Weights(
+        layers=config.num_layers * config.hidden_size * (attention + mlp),
+        head=config.vocab_size * config.hidden_size,
+    )
 
 
 def probe(*, threads: Sequence[int], variant: str = "") -> Roof:
@@ -73,11 +72,6 @@ def probe(*, threads: Sequence[int], variant: str = "") -> Roof:
 
     `variant`: of the native code; empty: the fastest one.
     """
-    try:
-        from model.native import NativeUnavailable
-        from model.native.library import NativeLibrary
-    except ImportError as missing:
-        raise NoRoof(str(missing)) from missing
     try:
         library = NativeLibrary()
     except NativeUnavailable as unavailable:
