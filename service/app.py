@@ -25,6 +25,7 @@ from service.api.http.context import (
     GrammarErrors,
     Models,
     Probes,
+    ServedEncoder,
     ServedModel,
     WorkPools,
 )
@@ -43,24 +44,30 @@ from service.queues.contract import Queue
 
 
 def served_model(
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     read_card: Callable[[], ModelCard],
     *,
     served: Callable[[], bool] = lambda: True,
     tokens_per_second: Callable[[], float] = lambda: 0.0,
     attention: AttentionReads | None = None,
     grammars: GrammarErrors | None = None,
+    encoder: ServedEncoder | None = None,
 ) -> ServedModel:
-    """A model that generates. Its grammars are validated over its own vocabulary."""
+    """A model that generates, whose grammars are validated over its own vocabulary, or an encoder,
+    without a tokenizer of its own.
+    """
+    if tokenizer is not None and grammars is None:
+        words = tokenizer
 
-    def vocabulary() -> Grammars:
-        return Grammars(
-            tokenizer.token_bytes, eos_ids=tokenizer.eos_ids, vocab_size=read_card().vocab_size
-        )
+        def vocabulary() -> Grammars:
+            size = read_card().vocab_size
+            return Grammars(words.token_bytes, eos_ids=words.eos_ids, vocab_size=size)
 
+        grammars = GrammarValidator(vocabulary)
     return ServedModel(
         tokenizer=tokenizer,
-        grammars=grammars or GrammarValidator(vocabulary),
+        grammars=grammars,
+        encoder=encoder,
         read_card=read_card,
         served=served,
         tokens_per_second=tokens_per_second,
@@ -108,7 +115,8 @@ def build_app(  # noqa: PLR0913  # the arguments are its parts
             yield
         finally:
             for model in models.table.values():
-                await asyncio.to_thread(model.grammars.close)
+                if model.grammars is not None:
+                    await asyncio.to_thread(model.grammars.close)
                 if model.attention is not None:
                     model.attention.close()
             for chore in chores:

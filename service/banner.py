@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from service.encoders import LoadedEncoder
+from service.models import AnyLoaded
 from service.settings import Settings
-from service.startup import Loaded
 
 log = logging.getLogger("quire")
 
 
-def engine_rows(models: Sequence[Loaded]) -> dict[str, str]:
+def engine_rows(models: Sequence[AnyLoaded]) -> dict[str, str]:
     """Rows about each model and its engine; those of further models are numbered."""
     rows = _engine_rows(models[0])
     for number, loaded in enumerate(models[1:], start=2):
@@ -21,9 +22,17 @@ def engine_rows(models: Sequence[Loaded]) -> dict[str, str]:
     return rows
 
 
-def _engine_rows(loaded: Loaded) -> dict[str, str]:
+def _engine_rows(loaded: AnyLoaded) -> dict[str, str]:
     """Only the last part of the path is shown."""
-    runner, card, options = loaded.runner, loaded.card, loaded.options
+    card, options = loaded.card, loaded.options
+    if isinstance(loaded, LoadedEncoder):
+        return {
+            "model": f"{card.id} ({loaded.path.name}), encodes up to {card.max_model_len} tokens",
+            "numeric class": card.numeric_class,
+            "step": f"up to {options.max_batch_tokens} tokens",
+            "loaded in": f"{loaded.seconds:.1f} s",
+        }
+    runner = loaded.runner
     rows = {
         "model": f"{card.id} ({loaded.path.name}), up to {card.max_model_len} tokens",
         "numeric class": card.numeric_class + ("" if runner.exact else " (within rounding)"),

@@ -4,7 +4,7 @@ Everything here is immutable, made of the standard library alone and goes to JSO
 (`to_json`, `from_json`), because one process may write a request and another one answer it.
 Nothing is validated here: `service/api` has done that before.
 
-    GenerationRequest   one choice of one prompt: the whole input of an answer
+    GenerationRequest   one choice of one prompt, or inputs to encode: all that an answer depends on
     Allowance           limits of a key
     Submission          the requests of one HTTP call, admitted or refused together
     Tokens, End         the journal's two kinds of record; `End` comes once, last
@@ -88,8 +88,23 @@ class Thinking:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingInputs:
+    """The inputs of an encoding request: consecutive parts of its `prompt_ids`.
+
+    Each input counts as one token of the answer, in order: its id is the CRC-32 of its result, and
+    its text the result itself (`service.vectors`).
+    """
+
+    lengths: tuple[int, ...]  # tokens of each input
+    firsts: tuple[int, ...] = ()  # tokens of type 0 at its beginning; empty: all are
+    width: int = 0  # float32 values of a result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One choice of one prompt. The answer is a pure function of this and the weights."""
+    """One choice of one prompt, or with `encoding` inputs to encode, of which `max_tokens` is the
+    number. The answer is a pure function of this and the weights.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -105,6 +120,7 @@ class GenerationRequest:
     grammar: str | None = None  # that the content must match; syntax: `model.grammar`
     thinking: Thinking | None = None  # if it is limited, or precedes content with a grammar
     prediction: tuple[int, ...] = ()  # that the output may contain: a hint, never a condition
+    encoding: EncodingInputs | None = None  # None: generate
     tenant: str = "public"
     priority: int = 1  # 0 before 1 before 2
     timeout_ms: int | None = None  # from submission, by the queue's clock
@@ -134,15 +150,20 @@ class GenerationRequest:
         return decode(cls, text)
 
 
+ENCODING = "encoding"
+"""The feature of engines that encode; they have no other, and those that generate lack it."""
 FEATURES: Mapping[str, Callable[[GenerationRequest], bool]] = {
     "grammar": lambda request: request.grammar is not None,
     "thinking": lambda request: request.thinking is not None,
     "bans": lambda request: bool(request.sampling.banned or request.sampling.allowed),
     "text": lambda request: request.include_stop or not request.skip_special_tokens,
+    ENCODING: lambda request: request.encoding is not None,
 }
 """Name -> whether a request depends on it. A new field that changes answers needs a new name here:
 engines of an older version, which ignore the field, then do not claim such requests.
 """
+GENERATING = tuple(name for name in FEATURES if name != ENCODING)
+"""The features of engines that generate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

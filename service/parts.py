@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version as distribution_version
@@ -18,7 +18,7 @@ from model.checkpoint import open_checkpoint
 from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
 from service.api.http.auth import only_with_key, open_to_all
-from service.api.http.context import ApiLimits, Models, Probes, ServedModel
+from service.api.http.context import ApiLimits, Models, Probes, ServedEncoder, ServedModel
 from service.api.http.middleware import any_host
 from service.api.http.observer import ApiObserver
 from service.api.system.attention import AttentionService
@@ -27,12 +27,17 @@ from service.app import build_admin_app, build_app, served_model
 from service.batches.files import FileLimits
 from service.batches.jobs import JobLimits
 from service.cluster import Cluster
+from service.encoders import LoadedEncoder
+from service.engine.encoding import EncodingLoop
 from service.engine.loop import EngineLoop
+from service.engine.observer import Observer
 from service.engine.plan import EngineConfig
+from service.engine.thread import EngineThread
 from service.errors import StartupError
 from service.http.exposure import extras_of, keyless_hosts
 from service.keys import KeyRing
-from service.messages import FEATURES, Event, ModelCard, model_feature
+from service.messages import ENCODING, GENERATING, Event, ModelCard, model_feature
+from service.models import AnyLoaded, ModelFiles
 from service.observability.fan_out import fan_out
 from service.observability.logs import log_call
 from service.observability.metrics import Metrics, ModelMetrics
@@ -164,13 +169,60 @@ def journal_interval(settings: Settings, queue: Queue, *, on_gpu: bool) -> float
     return JOURNAL_INTERVAL if on_gpu and queue.shared else 0.0
 
 
+def engine_of(
+    settings: Settings,
+    loaded: AnyLoaded,
+    observer: Observer,
+    *,
+    deliver: Callable[[Sequence[Event]], None],
+    fail: Callable[[], None],
+    settle: Callable[[], None],
+) -> EngineThread:
+    """The engine of one model. The steps of several models in a process take turns, so each may
+    take a part of the target gap.
+    """
+    encodes = isinstance(loaded, LoadedEncoder)
+    config = EngineConfig(
+        max_batch_tokens=loaded.options.max_batch_tokens,
+        max_sequences=loaded.options.max_sequences,
+        max_model_len=loaded.card.max_model_len,
+        target_gap=settings.target_gap / (len(settings.sources) if encodes else 1),
+        speculate=settings.speculate,
+    )
+    if isinstance(loaded, LoadedEncoder):
+        return EncodingLoop(
+            loaded.runner,
+            config=config,
+            deliver=deliver,
+            observer=observer,
+            on_failure=lambda _failure: fail(),
+            settle=settle,
+        )
+    return EngineLoop(
+        loaded.runner,
+        config=config,
+        token_bytes=loaded.tokenizer.token_bytes,
+        visible_bytes=loaded.tokenizer.visible_bytes,
+        eos_ids=loaded.tokenizer.eos_ids,
+        deliver=deliver,
+        observer=observer,
+        on_failure=lambda _failure: fail(),
+        grammars=Grammars(
+            loaded.tokenizer.token_bytes,
+            eos_ids=loaded.tokenizer.eos_ids,
+            vocab_size=loaded.card.vocab_size,
+        ),
+        settle=settle,
+    )
+
+
 class EngineSide:
     """The engine of one model, and its worker."""
 
     def __init__(
         self,
         settings: Settings,
-        loaded: Loaded,
+        loaded: AnyLoaded,
         queue: Queue,
         metrics: Metrics,
         *,
@@ -182,40 +234,30 @@ class EngineSide:
         if traces is not None:
             observers.append(TracedWork(traces.tracer, model=loaded.card.id, engine=self.id))
         observer = fan_out(*observers)
-        self._loaded = loaded
-        self._metrics.has_cache(
-            block_size=loaded.runner.block_size, num_blocks=loaded.runner.num_blocks
-        )
-        self.loop = EngineLoop(
-            loaded.runner,
-            config=EngineConfig(
-                max_batch_tokens=loaded.options.max_batch_tokens,
-                max_sequences=loaded.options.max_sequences,
-                max_model_len=loaded.card.max_model_len,
-                target_gap=settings.target_gap,
-                speculate=settings.speculate,
-            ),
-            token_bytes=loaded.tokenizer.token_bytes,
-            visible_bytes=loaded.tokenizer.visible_bytes,
-            eos_ids=loaded.tokenizer.eos_ids,
+        self._card = loaded.card
+        self._cache = None if isinstance(loaded, LoadedEncoder) else loaded.runner
+        self._features = (ENCODING,) if self._cache is None else GENERATING
+        if self._cache is not None:
+            self._metrics.has_cache(
+                block_size=self._cache.block_size, num_blocks=self._cache.num_blocks
+            )
+        self.loop = engine_of(
+            settings,
+            loaded,
+            observer,
             deliver=self._deliver,
-            observer=observer,
-            on_failure=lambda _failure: self.worker.fail(),
-            grammars=Grammars(
-                loaded.tokenizer.token_bytes,
-                eos_ids=loaded.tokenizer.eos_ids,
-                vocab_size=loaded.card.vocab_size,
-            ),
+            fail=self._fail,
             settle=self._settle,
         )
+        on_gpu = isinstance(loaded, Loaded) and loaded.on_gpu
         self.worker = Worker(
             queue,
             self.loop,
             info=self._info,
             observer=observer,
-            journal_interval=journal_interval(settings, queue, on_gpu=loaded.on_gpu),
+            journal_interval=journal_interval(settings, queue, on_gpu=on_gpu),
         )
-        if loaded.followers is not None:
+        if isinstance(loaded, Loaded) and loaded.followers is not None:
             loaded.followers.when_lost(self._lose_rank)
 
     def is_live(self) -> bool:
@@ -233,22 +275,30 @@ class EngineSide:
     def _settle(self) -> None:
         self.worker.settle()
 
+    def _fail(self) -> None:
+        self.worker.fail()
+
     def _info(self) -> EngineInfo:
-        latest, card = self._metrics.latest, self._loaded.card
-        return EngineInfo(
+        latest, card, cache = self._metrics.latest, self._card, self._cache
+        info = EngineInfo(
             id=self.id,
             numeric_class=card.numeric_class,
             version=VERSION,
             running=self.worker.running,
             waiting=latest.waiting if latest else 0,
+            max_model_len=card.max_model_len,
+            tokens_per_second=self._metrics.tokens_per_second(),
+            features=(*self._features, model_feature(card.key)),
+            model=card.id,
+        )
+        if cache is None:
+            return info
+        return replace(
+            info,
             blocks_used=latest.blocks_used if latest else 0,
             blocks_cached=latest.blocks_cached if latest else 0,
-            blocks_free=latest.blocks_free if latest else self._loaded.runner.num_blocks,
-            max_model_len=card.max_model_len,
-            block_size=self._loaded.runner.block_size,
-            tokens_per_second=self._metrics.tokens_per_second(),
-            features=(*FEATURES, model_feature(card.key)),
-            model=card.id,
+            blocks_free=latest.blocks_free if latest else cache.num_blocks,
+            block_size=cache.block_size,
         )
 
 
@@ -274,8 +324,27 @@ class ApiModel:
     """What a replica of the API needs of a model. `attention`: if its network is in the process."""
 
     card: ModelCard
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None = None
+    encoder: ServedEncoder | None = None
     attention: AttentionService | None = None
+
+
+def api_model(settings: Settings, loaded: AnyLoaded, observer: ApiObserver) -> ApiModel:
+    """Of a model that this process computes."""
+    attention = open_attention(settings, loaded.path, observer)
+    if isinstance(loaded, LoadedEncoder):
+        encoder = ServedEncoder(tokenizer=loaded.tokenizer, info=loaded.runner.info)
+        return ApiModel(card=loaded.card, encoder=encoder, attention=attention)
+    return ApiModel(card=loaded.card, tokenizer=loaded.tokenizer, attention=attention)
+
+
+def api_model_of_files(files: ModelFiles) -> ApiModel:
+    """Of a model that other processes compute."""
+    encoder = None
+    if files.encoder is not None:
+        tokenizer, info = files.encoder
+        encoder = ServedEncoder(tokenizer=tokenizer, info=info)
+    return ApiModel(card=files.card, tokenizer=files.tokenizer, encoder=encoder)
 
 
 def served_models(settings: Settings, models: Sequence[ApiModel], cluster: Cluster) -> Models:
@@ -291,6 +360,7 @@ def served_models(settings: Settings, models: Sequence[ApiModel], cluster: Clust
             served=lambda: settings.accept_without_engines or engines.available,
             tokens_per_second=lambda: engines.tokens_per_second,
             attention=model.attention,
+            encoder=model.encoder,
         )
 
     names = [model.card.id for model in models]

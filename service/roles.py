@@ -32,22 +32,22 @@ from service.http.drain import StopSignals, drain
 from service.http.exposure import refuse_exposure
 from service.http.listeners import Listener
 from service.http.ports import address, bind_admin, bind_public
+from service.models import close_runners, load_cards, load_engines
 from service.observability.logs import set_up_logging
 from service.parts import (
     VERSION,
-    ApiModel,
     ApiSide,
     EngineSide,
+    api_model,
+    api_model_of_files,
     connect_queue,
     engine_admin_app,
     make_metrics,
-    open_attention,
     open_keys,
     open_traces,
 )
 from service.queues.contract import Queue
 from service.settings import Settings
-from service.startup import close_runners, load_cards, load_engines
 from service.worker.worker import EngineFailure
 
 if TYPE_CHECKING:
@@ -94,14 +94,7 @@ async def serve(settings: Settings, console: Console) -> None:
     engines = [EngineSide(settings, each, queue, metrics, traces=traces) for each in models]
     api = ApiSide(
         settings,
-        [
-            ApiModel(
-                card=each.card,
-                tokenizer=each.tokenizer,
-                attention=open_attention(settings, each.path, metrics),
-            )
-            for each in models
-        ],
+        [api_model(settings, each, metrics) for each in models],
         queue,
         metrics,
         engines=engines,
@@ -128,7 +121,7 @@ async def serve_api(settings: Settings, console: Console) -> None:
     public, admin = bind_public(settings), bind_admin(settings)
     cards = await asyncio.to_thread(load_cards, settings, console=console)
     queue = await connect_queue(settings, metrics)
-    models = [ApiModel(card=card, tokenizer=tokenizer) for card, tokenizer in cards]
+    models = [api_model_of_files(each) for each in cards]
     api = ApiSide(settings, models, queue, metrics, keys=keys, traces=traces)
     listeners = [
         Listener(api.app, public, grace=None, connections=slots),  # `drain` limits the time

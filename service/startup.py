@@ -38,6 +38,7 @@ from model.checkpoint.gguf_parts import name_without_part
 from model.config import ModelConfig
 from model.memory import return_free_memory
 from model.runners import RunnerOptions
+from model.text.encoder_tokenizer import EncoderTokenizer
 from model.text.tokenizer import Tokenizer
 from service.errors import StartupError
 from service.messages import ModelCard
@@ -70,7 +71,7 @@ class Loaded:
 
 
 @contextmanager
-def _model_errors() -> Iterator[None]:
+def model_errors() -> Iterator[None]:
     """Converts the errors of an invalid model to StartupError."""
     try:
         yield
@@ -97,7 +98,7 @@ def fetch_model(settings: Settings, model: ModelSource, *, console: Console) -> 
         bar.update(task, completed=done, total=total)
 
     try:
-        with _model_errors():
+        with model_errors():
             return resolve(model.source, cache=cache, progress=report)
     finally:
         if bar.live.is_started:
@@ -105,38 +106,8 @@ def fetch_model(settings: Settings, model: ModelSource, *, console: Console) -> 
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    with _model_errors():
+    with model_errors():
         return Tokenizer.from_checkpoint(open_checkpoint(path).tokenizer)
-
-
-def load_engines(settings: Settings, *, console: Console) -> list[Loaded]:
-    """Fetches and loads all models, one after another; several runners compute in turns. Raises
-    StartupError.
-    """
-    from model.runners.turns import Turns, take_turns
-
-    models, turns = [], Turns()
-    parts = MemoryPart.divide(settings.memory_parts)
-    for source, memory in zip(settings.sources, parts, strict=True):
-        path = fetch_model(settings, source, console=console)
-        models.append(load_engine(settings, source, path, memory=memory))
-    check_names([each.card for each in models])
-    if len(models) == 1:
-        return models
-    return [replace(each, runner=take_turns(each.runner, turns)) for each in models]
-
-
-def load_cards(settings: Settings, *, console: Console) -> list[tuple[ModelCard, Tokenizer]]:
-    """Fetches all models and reads what a replica without a runner needs of them. Raises
-    StartupError.
-    """
-    models = []
-    for source in settings.sources:
-        path = fetch_model(settings, source, console=console)
-        tokenizer = load_tokenizer(path)
-        models.append((load_card(settings, source, path, tokenizer), tokenizer))
-    check_names([card for card, _ in models])
-    return models
 
 
 def check_names(cards: Sequence[ModelCard]) -> None:
@@ -145,12 +116,6 @@ def check_names(cards: Sequence[ModelCard]) -> None:
     name, number = names.most_common(1)[0]
     if number > 1:
         raise StartupError(f"{number} models have the name {name}: name them by --model NAME=PATH")
-
-
-def close_runners(models: Sequence[Loaded]) -> None:
-    """Frees memory and threads; the engines have ended."""
-    for each in models:
-        each.runner.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +159,7 @@ def _load(settings: Settings, model: ModelSource, path: Path, memory: MemoryPart
 
     num_ranks, wanted = settings.tensor_parallel, runner_options(settings)
     try:
-        with _model_errors():
+        with model_errors():
             checkpoint = open_checkpoint(path)
             _, config = configure(checkpoint)
             choice = choose_runner(
@@ -233,7 +198,7 @@ def _load(settings: Settings, model: ModelSource, path: Path, memory: MemoryPart
             path,
             runner.config,
             tokenizer=tokenizer,
-            pool=runner.num_blocks * runner.block_size,
+            most=runner.num_blocks * runner.block_size,
         ),
         numeric_class=runner.numeric_class,
     )
@@ -292,7 +257,7 @@ def load_card(
     settings: Settings, model: ModelSource, path: Path, tokenizer: Tokenizer
 ) -> ModelCard:
     """Returns the card of a replica without a runner; engines report what it leaves unknown."""
-    with _model_errors():
+    with model_errors():
         _, config = configure(open_checkpoint(path))
     return card_of(settings, model, path, config, tokenizer=tokenizer)
 
@@ -303,11 +268,11 @@ def card_of(
     path: Path,
     config: ModelConfig,
     *,
-    tokenizer: Tokenizer,
-    pool: int | None = None,
+    tokenizer: Tokenizer | EncoderTokenizer,
+    most: int | None = None,
 ) -> ModelCard:
-    """Returns a model's card. `pool` is the KV cache's capacity in tokens."""
-    lengths = (config.max_model_len, settings.max_model_len, pool)
+    """Returns a model's card. `most`: tokens that fit the KV cache, or of an encoder's input."""
+    lengths = (config.max_model_len, settings.max_model_len, most)
     return ModelCard(
         id=model.name or name_of(model.source, path),
         max_model_len=min(length for length in lengths if length is not None),

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from model.batch import Batch, Bools, StepOutput
+from model.batch import Batch, Bools, Floats, StepOutput
 from model.runners import OverlappedRunner, Runner, StepHandle, overlapped
+from model.runners.encoding import Encoding, EncodingRunner
 
 
 class Turns:
@@ -79,3 +81,25 @@ class _LaunchedInTurns(_InTurns):
 
     def run(self, batch: Batch) -> StepOutput:
         return self._runner.collect(self.launch(batch))
+
+
+def encode_in_turns(runner: EncodingRunner, turns: Turns) -> EncodingRunner:
+    """The same for a runner that encodes."""
+    return _EncodesInTurns(runner, turns)
+
+
+class _EncodesInTurns:
+    """An encoding runner in turns with others."""
+
+    def __init__(self, runner: EncodingRunner, turns: Turns) -> None:
+        self.info = runner.info
+        self.numeric_class = runner.numeric_class
+        self.fingerprint = runner.fingerprint
+        self._runner = runner
+        self._turns = turns
+        self.warm_up = runner.warm_up
+        self.close = runner.close
+
+    def encode(self, batch: Sequence[Encoding]) -> list[Floats]:
+        with self._turns:
+            return self._runner.encode(batch)

@@ -21,6 +21,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from service.api.anthropic import dialect as anthropic
+from service.api.encoding import routes as encoding
 from service.api.generation.dialect import Dialect
 from service.api.generation.manifest import Endpoint
 from service.api.generation.streams import stream_routes
@@ -50,6 +51,7 @@ ROUTERS: Mapping[str, APIRouter] = MappingProxyType({
     "chat": openai.chat,
     "responses": responses.router,
     "messages": anthropic.router,
+    "encoding": encoding.router,
     "streams": stream_routes(DIALECTS),
     "files": files.router,
     "batches": batches.router,

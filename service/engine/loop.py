@@ -1,9 +1,8 @@
-"""EngineLoop: the engine's thread. inbox -> schedule -> launch -> collect -> update -> deliver.
+"""EngineLoop: generates. inbox -> schedule -> launch -> collect -> update -> deliver.
 
-It owns the scheduler and the outputs and calls the runner, all from one thread. Other threads add
-and abort requests through the inbox; events go to `deliver`, once per step. Independent of queues,
-leases and journals. If the runner's steps overlap, a step is launched before the previous one is
-collected (see `pipeline`).
+It owns the scheduler and the outputs and calls the runner, all from one thread (see `thread`).
+Independent of queues, leases and journals. If the runner's steps overlap, a step is launched before
+the previous one is collected (see `pipeline`).
 
                  any thread              |  the engine's thread
     add, abort ------------> inbox ------+-> plan, pack --> runner --> outputs
@@ -17,7 +16,6 @@ consumers woken by `deliver` contend for the GIL, which the engine does not need
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -25,7 +23,7 @@ from typing import TYPE_CHECKING
 from model.runners import overlapped
 from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
-from service.engine.inbox import Inbox, Work
+from service.engine.inbox import Command, Work
 from service.engine.observer import Observer, StepReport
 from service.engine.outputs import Outputs
 from service.engine.pack import Packer
@@ -34,7 +32,7 @@ from service.engine.plan import EngineConfig, Plan
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence as EngineSequence
 from service.engine.speculate import Speculator, may_speculate
-from service.engine.timer import StepTimer
+from service.engine.thread import EngineThread
 from service.errors import BadRequest
 from service.messages import Event, FinishReason, GenerationRequest
 
@@ -43,16 +41,10 @@ if TYPE_CHECKING:
     from model.runners import Runner
 
 
-class EngineLoop:
-    """Generates the outputs of requests with one runner.
-
-    `deliver` is called from the engine's thread and must not block: `add` and `abort` of other
-    threads wait meanwhile, so that no event is delivered after `abort` has returned. `on_failure`
-    is called once, from the engine's thread, if the runner or `deliver` raised; the engine has
-    stopped then. `cost` is the initial model of the runner's speed. Without `grammars` requests
-    with a grammar are rejected. `visible_bytes` are `token_bytes` with names for special tokens,
-    for requests that show them. `settle` is called before each step computes, after earlier events
-    were delivered; the step waits for it.
+class EngineLoop(EngineThread):
+    """Generates the outputs of requests with one runner. `cost` is the initial model of its speed.
+    Without `grammars` requests with a grammar are rejected. `visible_bytes` are `token_bytes` with
+    names for special tokens, for requests that show them.
     """
 
     def __init__(  # noqa: PLR0913  # it makes little itself: most is given
@@ -71,11 +63,8 @@ class EngineLoop:
         grammars: Grammars | None = None,
         settle: Callable[[], None] | None = None,
     ) -> None:
-        self.failure: BaseException | None = None
-        self._deliver = deliver
+        super().__init__(config, deliver=deliver, clock=clock, on_failure=on_failure, settle=settle)
         self._observer = observer
-        self._on_failure = on_failure
-        self._settle = settle
         self._allocator = BlockAllocator(runner.num_blocks, block_size=runner.block_size)
         self._cost = CostModel() if cost is None else cost
         drafts = may_speculate(
@@ -106,71 +95,13 @@ class EngineLoop:
             grammars=grammars,
             numeric_class=runner.numeric_class,
         )
-        self._inbox = Inbox(config, clock=clock)
-        self._timer = StepTimer(clock)
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     # --- any thread -----------------------------------------------------------------------
-    @property
-    def steps(self) -> int:
-        """Steps computed so far."""
-        return self._timer.steps
-
-    @property
-    def room(self) -> int:
-        """Requests that it would start now, by batch slots and an estimate of their blocks."""
-        return self._inbox.room
-
-    @property
-    def under_served_room(self) -> int:
-        """Requests of under-served tenants that it takes beyond its room: the scheduler preempts
-        others for them, so they need not wait in the queue until an output ends.
-        """
-        return self._inbox.under_served_room
-
     def held_prefixes(self) -> frozenset[str]:
-        """Names of the prefixes in its cache by which requests find it: see `service.prefixes`."""
         return self._scheduler.held.names()
 
-    @property
-    def busy(self) -> bool:
-        """Whether there is anything to do."""
-        with self._inbox.changed:
-            return bool(self._inbox) or self._has_work
-
-    @property
-    def _has_work(self) -> bool:
-        return bool(self._scheduler.num_sequences or self._pipeline)
-
-    def is_stalled(self, *, at_least: float) -> bool:
-        """Whether the engine failed, or finishes no step for much longer than steps take, and for
-        `at_least` that many seconds. Takes no lock.
-        """
-        return self.failure is not None or self._timer.is_stalled(at_least=at_least)
-
-    def start(self) -> None:
-        """Starts the engine's thread, which runs until `stop` or a failure."""
-        self._thread.start()
-
-    def stop(self, timeout: float | None = None) -> None:
-        """Ends the thread after the steps in flight; unfinished sequences stay unfinished."""
-        self._inbox.stop()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
-
     def prepare(self, request: GenerationRequest) -> None:
-        """Compiles the request's grammar before it is added, so that no step waits for it. May take
-        seconds. Errors of a grammar are reported by the end of the output.
-        """
         self._outputs.guides.prepare(request)
-
-    def add(self, work: Work) -> None:
-        """Enqueues a request. It replaces one of the same id."""
-        self._inbox.put(work.request.id, work)
-
-    def abort(self, request_id: str) -> None:
-        """Drops a request: no event of it is delivered any more. Unknown ids are ignored."""
-        self._inbox.put(request_id, None)
 
     # --- the engine's thread --------------------------------------------------------------
     def step(self) -> bool:
@@ -178,9 +109,9 @@ class EngineLoop:
 
         For tests and offline use, without the thread.
         """
-        plan = self._advance()
+        computed = self._advance()
         outputs = self._outputs
-        progressed = bool(plan.tokens or outputs.undelivered or outputs.without_mask())
+        progressed = bool(computed or outputs.undelivered or outputs.without_mask())
         self._flush()
         return progressed
 
@@ -190,33 +121,14 @@ class EngineLoop:
         if self._scheduler.num_sequences != len(self._outputs.builders):
             raise RuntimeError("there must be one output per sequence")
 
-    def _work(self) -> None:
-        try:
-            while self._wait():
-                plan = self._advance()
-                if not (plan.tokens and self.busy):  # else the next step delivers it, and at once
-                    self._flush()
-            self._collect()
-            self._flush()
-        except BaseException as failure:  # noqa: BLE001
-            # Broad because this is the top of a thread: whatever a runner or a driver raises must
-            # end the process, or it would live on and hold leases without working on them.
-            self.failure = failure
-            if self._on_failure is not None:
-                self._on_failure(failure)
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._scheduler.num_sequences or self._pipeline)
 
-    def _wait(self) -> bool:
-        """Sleeps until there is something to do; False if it is to stop."""
-        inbox, timer = self._inbox, self._timer
-        with inbox.changed:
-            timer.busy = False
-            inbox.changed.wait_for(lambda: inbox.stopping or self.busy)
-            timer.progress()
-            timer.busy = not inbox.stopping
-            return timer.busy
+    def _finish(self) -> None:
+        self._collect()
 
-    def _advance(self) -> Plan:
-        """Does one step. Its events wait to be delivered."""
+    def _advance(self) -> bool:
         began = self._timer.begin()
         self._read_inbox()
         if self._pipeline.must_be_read:
@@ -237,16 +149,13 @@ class EngineLoop:
             self._timer.idle()
         self._update_room()
         self._timer.progress()
-        return plan
+        return bool(plan.tokens)
 
-    def _read_inbox(self) -> None:
-        with self._inbox.changed:
-            for command in self._inbox.take():
-                self._scheduler.abort(command.request_id)
-                self._outputs.drop(command.request_id)
-                if command.work is not None:
-                    self._accept(command.work, command.received)
-            self._update_room()
+    def _begin(self, command: Command) -> None:
+        self._scheduler.abort(command.request_id)
+        self._outputs.drop(command.request_id)
+        if command.work is not None:
+            self._accept(command.work, command.received)
 
     def _accept(self, work: Work, received: float) -> None:
         """Enqueues a request; ends it at once if there is nothing left to compute."""
@@ -308,19 +217,9 @@ class EngineLoop:
     def _end(self, sequence: EngineSequence, reason: FinishReason) -> None:
         self._outputs.end(sequence.id, reason, cached_tokens=sequence.num_cached)
 
-    def _flush(self) -> None:
-        """Delivers all events but those of requests that were aborted or replaced meanwhile."""
-        with self._inbox.changed:
-            events, self._outputs.undelivered = self._outputs.undelivered, []
-            stale = self._inbox.request_ids()
-            fresh = [event for event in events if event.request_id not in stale]
-            if fresh:
-                self._deliver(fresh)
-
-    def _deliver_before_step(self) -> None:
-        self._flush()
-        if self._settle is not None:
-            self._settle()
+    def _take_events(self) -> list[Event]:
+        events, self._outputs.undelivered = self._outputs.undelivered, []
+        return events
 
     def _update_room(self) -> None:
         scheduler = self._scheduler

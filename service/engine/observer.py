@@ -13,17 +13,18 @@ class StepReport:
     run_duration: float  # inside the runner
     num_tokens: int  # 0: nothing was computed, but gauges may have changed
     num_sequences: int
-    num_sampled: int  # output tokens added
-    num_drafts: int  # see `speculate`
-    num_accepted: int  # accepted drafts
+    num_encoded: int = 0  # inputs encoded
+    num_sampled: int = 0  # output tokens added
+    num_drafts: int = 0  # see `speculate`
+    num_accepted: int = 0  # accepted drafts
     running: int
-    waiting: int
-    blocks_used: int  # referenced by a sequence
-    blocks_cached: int  # free, with content for the prefix cache
-    blocks_free: int
-    preempted: tuple[str, ...]  # by this step: request ids; may repeat one
-    recomputed_tokens: int  # computed again in this step, after a preemption
-    prefix_hit_tokens: int  # prompt tokens of sequences admitted in this step
+    waiting: int = 0
+    blocks_used: int = 0  # referenced by a sequence
+    blocks_cached: int = 0  # free, with content for the prefix cache
+    blocks_free: int = 0
+    preempted: tuple[str, ...] = ()  # by this step: request ids; may repeat one
+    recomputed_tokens: int = 0  # computed again in this step, after a preemption
+    prefix_hit_tokens: int = 0  # prompt tokens of sequences admitted in this step
     prompt_tokens: int  # prompt tokens computed in this step
 
     @property

@@ -17,17 +17,36 @@ Counters below that minimum are deleted, which bounds their number.
 from __future__ import annotations
 
 from collections import Counter, deque
+from typing import Generic, Protocol, TypeVar
 
-from service.engine.sequence import Sequence
+from service.messages import GenerationRequest
 
 
-class WaitingOrder:
+class Waiting(Protocol):
+    """What the order depends on. Compared by identity."""
+
+    @property
+    def request(self) -> GenerationRequest: ...
+
+    @property
+    def tenant(self) -> str: ...
+
+    @property
+    def arrival(self) -> int:
+        """Rises with each that is added."""
+        ...
+
+
+S = TypeVar("S", bound=Waiting)
+
+
+class WaitingOrder(Generic[S]):
     """The waiting sequences, and the tokens that their tenants were served."""
 
     def __init__(self, *, patience: int) -> None:
         self._patience = patience
-        self._preempted: list[Sequence] = []
-        self._groups: dict[tuple[int, str], deque[Sequence]] = {}  # (priority, tenant), by arrival
+        self._preempted: list[S] = []
+        self._groups: dict[tuple[int, str], deque[S]] = {}  # (priority, tenant), by arrival
         self._served: dict[str, int] = {}
         self._active: Counter[str] = Counter()  # sequences of a tenant, waiting or running
         self._overtaken = 0  # admissions since the first to arrive was the next
@@ -40,7 +59,7 @@ class WaitingOrder:
         """Active tenants."""
         return len(self._active)
 
-    def enter(self, sequence: Sequence) -> None:
+    def enter(self, sequence: S) -> None:
         """Adds a new sequence."""
         tenant = sequence.tenant
         if not self._active[tenant]:
@@ -49,7 +68,7 @@ class WaitingOrder:
         self._active[tenant] += 1
         self._groups.setdefault((sequence.request.priority, tenant), deque()).append(sequence)
 
-    def leave(self, sequence: Sequence) -> None:
+    def leave(self, sequence: S) -> None:
         """Removes a finished sequence, whether it waited or ran."""
         self._withdraw(sequence)
         self._active[sequence.tenant] -= 1
@@ -63,12 +82,12 @@ class WaitingOrder:
             if tenant in self._active or (self._active and served > floor)
         }
 
-    def put_back(self, sequence: Sequence) -> None:
+    def put_back(self, sequence: S) -> None:
         """Adds a preempted sequence."""
         self._preempted.append(sequence)
         self._preempted.sort(key=_by_arrival)
 
-    def peek(self) -> Sequence | None:
+    def peek(self) -> S | None:
         """The sequence to admit next."""
         if self._preempted:
             return self._preempted[0]
@@ -81,19 +100,19 @@ class WaitingOrder:
             key=lambda item: (item[0][0], self._served[item[0][1]], item[1][0].arrival),
         )[1][0]
 
-    def heads(self) -> list[Sequence]:
+    def heads(self) -> list[S]:
         """The next sequence of each waiting tenant, least served tenant first. Empty if a sequence
         was overtaken `patience` times: then only `peek` admits.
         """
         if self._overtaken >= self._patience:
             return []
-        found: dict[str, Sequence] = {}
+        found: dict[str, S] = {}
         groups = sorted(self._groups.items())
         for sequence in (*self._preempted, *(group[0] for _, group in groups)):
             found.setdefault(sequence.tenant, sequence)
         return sorted(found.values(), key=lambda each: self._served[each.tenant])
 
-    def admitted(self, sequence: Sequence) -> None:
+    def admitted(self, sequence: S) -> None:
         """Removes a sequence that now runs."""
         if sequence is self._oldest():
             self._overtaken = 0
@@ -109,16 +128,16 @@ class WaitingOrder:
         """Tokens of the least served active tenant."""
         return min((self._served[t] for t, num in self._active.items() if num), default=0)
 
-    def _oldest(self) -> Sequence:
+    def _oldest(self) -> S:
         """The waiting sequence that arrived first; there is one."""
         heads = (group[0] for group in self._groups.values())
         return min((*self._preempted, *heads), key=_by_arrival)
 
-    def _first(self) -> Sequence:
+    def _first(self) -> S:
         """The first to arrive of the sequences that were never admitted; there is one."""
         return min((group[0] for group in self._groups.values()), key=_by_arrival)
 
-    def _withdraw(self, sequence: Sequence) -> None:
+    def _withdraw(self, sequence: S) -> None:
         if sequence in self._preempted:
             self._preempted.remove(sequence)
             return
@@ -130,5 +149,5 @@ class WaitingOrder:
                 del self._groups[key]
 
 
-def _by_arrival(sequence: Sequence) -> int:
+def _by_arrival(sequence: Waiting) -> int:
     return sequence.arrival

@@ -67,7 +67,7 @@ class Scheduler:
         self._speculator = speculator
         self._numeric_class = numeric_class
         self._sequences: dict[str, Sequence] = {}
-        self._order = WaitingOrder(patience=config.patience)
+        self._order = WaitingOrder[Sequence](patience=config.patience)
         self._free_slots = list(range(config.max_sequences - 1, -1, -1))  # a stack: 0 first
         self._arrivals = itertools.count()
         self._left_waiting = False  # the latest plan did not admit all sequences

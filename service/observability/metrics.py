@@ -170,7 +170,7 @@ class ModelMetrics(WorkerObserver, Observer):
         self._model = model
         self._vllm = vllm
         self._clock = clock
-        self._sampled: deque[tuple[float, int]] = deque(maxlen=2048)  # (time, tokens) per step
+        self._served: deque[tuple[float, int]] = deque(maxlen=2048)  # (time, tokens) per step
         self._steps = series.steps.labels(model)
         self._step_time = series.step_time.labels(model)
         self._step_overhead = series.step_overhead.labels(model)
@@ -179,6 +179,7 @@ class ModelMetrics(WorkerObserver, Observer):
         self._waiting = series.waiting.labels(model)
         self._prompt_tokens = series.prompt_tokens.labels(model)
         self._generated_tokens = series.generated_tokens.labels(model)
+        self._encoded_inputs = series.encoded_inputs.labels(model)
         self._draft_tokens = series.draft_tokens.labels(model)
         self._accepted_drafts = series.accepted_drafts.labels(model)
         self._prefix_hits = series.prefix_hits.labels(model)
@@ -194,10 +195,10 @@ class ModelMetrics(WorkerObserver, Observer):
         self._vllm.cache[self._model] = (block_size, num_blocks)
 
     def tokens_per_second(self) -> float:
-        """Tokens sampled per second, over the last `RATE_WINDOW`; 0 if there were none."""
+        """Tokens sampled or encoded per second, in the last `RATE_WINDOW`; 0 if none were."""
         now = self._clock()
         # Iterates over a copy, which is atomic: the engine's thread appends meanwhile.
-        recent = [(at, count) for at, count in self._sampled.copy() if now - at <= RATE_WINDOW]
+        recent = [(at, count) for at, count in self._served.copy() if now - at <= RATE_WINDOW]
         if len(recent) < 2:
             return 0.0
         return sum(count for _, count in recent) / max(now - recent[0][0], 0.001)
@@ -209,7 +210,8 @@ class ModelMetrics(WorkerObserver, Observer):
             self._step_time.observe(report.duration)
             self._step_overhead.observe(max(0.0, report.duration - report.run_duration))
             self._step_tokens.observe(report.num_tokens)
-            self._sampled.append((self._clock(), report.num_sampled))
+            served = report.num_tokens if report.num_encoded else report.num_sampled
+            self._served.append((self._clock(), served))
         self._running.set(report.running)
         self._waiting.set(report.waiting)
         self._blocks["used"].set(report.blocks_used)
@@ -217,6 +219,7 @@ class ModelMetrics(WorkerObserver, Observer):
         self._blocks["free"].set(report.blocks_free)
         self._prompt_tokens.inc(report.prompt_tokens)
         self._generated_tokens.inc(report.num_sampled)
+        self._encoded_inputs.inc(report.num_encoded)
         self._draft_tokens.inc(report.num_drafts)
         self._accepted_drafts.inc(report.num_accepted)
         self._prefix_hits.inc(report.prefix_hit_tokens)

@@ -170,6 +170,7 @@ class Series:
         self.blocks = gauge("quire_kv_blocks", "KV blocks by state.", state=BLOCKS)
         self.prompt_tokens = counter("quire_prompt_tokens", "Prompt tokens computed.")
         self.generated_tokens = counter("quire_generated_tokens", "Output tokens generated.")
+        self.encoded_inputs = counter("quire_encoded_inputs", "Inputs encoded.")
         self.draft_tokens = counter("quire_draft_tokens", "Draft tokens computed.")
         self.accepted_drafts = counter("quire_accepted_draft_tokens", "Draft tokens accepted.")
         self.prefix_hits = counter(

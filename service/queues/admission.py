@@ -24,11 +24,14 @@ TOKEN_BYTES = 256
 """Of a journalled token, as a record of its own."""
 LOGPROB_BYTES = 32
 """Of a log probability in it."""
+VALUE_BYTES = 6
+"""Of a value of an encoding, a float32 in base64."""
 
 
 def answer_share(request: GenerationRequest) -> int:
     """The part of the cost that is for the answer; corrected by its real length when it ends."""
-    return request.max_tokens // ANSWER_SHARE
+    known = request.encoding is not None  # one per input
+    return request.max_tokens // (1 if known else ANSWER_SHARE)
 
 
 def submission_cost(submission: Submission) -> int:
@@ -49,6 +52,8 @@ def request_bytes(request: GenerationRequest) -> int:
     """
     sampling = request.sampling
     num_ids = len(request.prompt_ids) + len(request.stop_token_ids) + len(sampling.allowed)
+    if request.encoding is not None:
+        num_ids += len(request.encoding.lengths) + len(request.encoding.firsts)
     num_ids += len(request.prediction) + sum(1 + len(sequence) for sequence in sampling.banned)
     bias = BIAS_BYTES * len(sampling.logit_bias)
     texts = json.dumps((request.stop, request.grammar)) if request.stop or request.grammar else ""
@@ -57,7 +62,17 @@ def request_bytes(request: GenerationRequest) -> int:
 
 def base_bytes(submission: Submission) -> int:
     """Bytes of a submission without its bodies and its input, which are stored until it is gone."""
-    return len(submission.manifest.encode()) + RECORD_BYTES * (1 + len(submission.requests))
+    results = sum(map(_result_bytes, submission.requests))
+    manifest = len(submission.manifest.encode())
+    return manifest + results + RECORD_BYTES * (1 + len(submission.requests))
+
+
+def _result_bytes(request: GenerationRequest) -> int:
+    """Bytes of the results of an encoding request. They are known before, and far larger than those
+    of as many tokens.
+    """
+    inputs = request.encoding
+    return 0 if inputs is None else VALUE_BYTES * inputs.width * len(inputs.lengths)
 
 
 def kept_bytes(submission: Submission) -> int:

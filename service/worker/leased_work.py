@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from service.engine.loop import EngineLoop
+from service.engine.thread import EngineThread
 from service.messages import End, Tokens, merge_tokens
 from service.queues.contract import Claim, Lease
 from service.worker.observer import WorkerObserver
@@ -52,7 +52,7 @@ class WorkTable:
     """
 
     def __init__(
-        self, engine: EngineLoop, observer: WorkerObserver, *, clock: Callable[[], float]
+        self, engine: EngineThread, observer: WorkerObserver, *, clock: Callable[[], float]
     ) -> None:
         self.items: dict[str, LeasedWork] = {}
         self.room_changed = asyncio.Event()

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from service.engine.inbox import Work
-from service.engine.loop import EngineLoop
+from service.engine.thread import EngineThread
 from service.errors import Unavailable
 from service.fair_pool import FairPool
 from service.messages import Event
@@ -59,7 +59,7 @@ class Worker:
     def __init__(
         self,
         queue: Queue,
-        engine: EngineLoop,
+        engine: EngineThread,
         *,
         info: Callable[[], EngineInfo],
         observer: WorkerObserver,

@@ -10,6 +10,7 @@ import pytest
 
 import service.api
 from service.api import DIALECTS, dialect_of
+from service.api.encoding.results import RENDERERS
 from service.api.generation.manifest import Endpoint
 from service.api.generation.request import PLANNED, sampling_of
 from service.api.http.models import SamplingBody
@@ -19,8 +20,9 @@ from service.messages import SamplingParams
 FOLDER = Path(service.api.__file__).parent
 
 
-def test_every_endpoint_has_its_dialect() -> None:
-    assert list(DIALECTS) == list(Endpoint)
+def test_every_endpoint_has_its_dialect_or_encodes() -> None:
+    assert {*DIALECTS, *RENDERERS} == set(Endpoint)
+    assert not DIALECTS.keys() & RENDERERS.keys()
     assert all(dialect.name is endpoint for endpoint, dialect in DIALECTS.items())
 
 

@@ -81,7 +81,8 @@ def journal(
 
 def new_reader(manifest: Manifest) -> AnswerReader:
     card = SimpleNamespace(max_model_len=4096)
-    model = SimpleNamespace(tokenizer=Words(), card=card)
+    served = SimpleNamespace(tokenizer=Words())
+    model = SimpleNamespace(tokenizer=served.tokenizer, served=served, card=card)
     context: Any = SimpleNamespace(of_answer=lambda name, key: model)
     return AnswerReader("s0-1", manifest, context, tenant="t", arrived=0.0)
 
@@ -240,7 +241,7 @@ def manifest_of(
     )
 
 
-@pytest.mark.parametrize("endpoint", list(Endpoint))
+@pytest.mark.parametrize("endpoint", list(DIALECTS))
 @settings(max_examples=60)
 @given(
     ids=answers,

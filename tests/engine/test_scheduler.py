@@ -196,7 +196,7 @@ def test_the_youngest_of_the_lowest_priority_is_preempted_and_comes_back_first()
 
 
 def test_of_those_preempted_the_first_to_arrive_comes_back_first() -> None:
-    order = WaitingOrder(patience=0)
+    order = WaitingOrder[Sequence](patience=0)
     sequences = [
         Sequence(request=make_request(f"r{index}", priority=2 - index), tokens=[], arrival=index)
         for index in range(3)

@@ -31,7 +31,7 @@ def test_the_rate_is_read_while_the_engine_steps() -> None:
 
     def step() -> None:
         while not over.is_set():
-            metrics._sampled.append((time.monotonic(), 1))
+            metrics._served.append((time.monotonic(), 1))
 
     stepping = threading.Thread(target=step)
     stepping.start()

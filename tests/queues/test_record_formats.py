@@ -15,9 +15,17 @@ from typing import Any
 
 import pytest
 
-from service.api.generation.manifest import Endpoint, Manifest, PromptNote, ReasoningNote, ToolNote
+from service.api.generation.manifest import (
+    EncodingNote,
+    Endpoint,
+    Manifest,
+    PromptNote,
+    ReasoningNote,
+    ToolNote,
+)
 from service.errors import Unavailable
 from service.messages import (
+    EncodingInputs,
     End,
     FinishReason,
     GenerationRequest,
@@ -58,6 +66,7 @@ REQUEST = GenerationRequest(
         symbols=(("[THINK]", 9),), budget=64,
     ), tenant="alice", priority=2, timeout_ms=5000,
     trace="00-0123456789abcdef0123456789abcdef-0123456789abcdef-01", model="0123456789abcdef",
+    encoding=EncodingInputs(lengths=(2, 1), firsts=(1, 1), width=384),
 )  # fmt: skip
 MANIFEST = Manifest(
     endpoint=Endpoint.CHAT, model="model", model_key="k", fingerprint="class-1",
@@ -72,6 +81,10 @@ MANIFEST = Manifest(
     tokens_as_ids=True, prompt_only=True, skip_special_tokens=False, obfuscation=True,
     service_tier="default",
     tools=(ToolNote(name="run", custom=True, types=(("a", ("string", "null")),)),),
+    encoding=EncodingNote(
+        num_inputs=3, base64=True, dimensions=64, num_queries=1, top_n=2, documents=("é", "b"),
+        activation=False, background=True,
+    ),
     given_back={"user": "u", "metadata": {"a": "b"}},
 )  # fmt: skip
 ENGINE = EngineInfo(

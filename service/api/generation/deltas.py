@@ -84,11 +84,13 @@ class ChoiceReader:
     """One choice up to the last record read. `count` and `digest` are of the tokens so far."""
 
     def __init__(
-        self, manifest: Manifest, choice: int, tokenizer: Tokenizer, *, request_id: str
+        self, manifest: Manifest, choice: int, tokenizer: Tokenizer | None, *, request_id: str
     ) -> None:
+        """`tokenizer`: None if the model encodes; its answers have no text."""
         self._manifest = manifest
         self._parts: AnswerParts | None = None
-        if manifest.notation is not None or manifest.reasoning is not None:
+        separate = manifest.notation is not None or manifest.reasoning is not None
+        if separate and tokenizer is not None:
             self._parts = AnswerParts(manifest, tokenizer, request_id=request_id)
         self._prompt = manifest.prompt(choice)
         self._tokenizer = tokenizer
@@ -147,7 +149,8 @@ class ChoiceReader:
 
     def _start(self, record: Record) -> Start:
         manifest = self._manifest
-        if manifest.logprobs is not None or manifest.width > manifest.keep:
+        scores = manifest.logprobs is not None or manifest.width > manifest.keep
+        if scores and self._tokenizer is not None:
             skip = manifest.skip_special_tokens
             self._offsets = TextOffsets(self._tokenizer, skip_special=skip)
         known = record.prompt_logprobs if isinstance(record, Tokens) else ()
@@ -237,6 +240,11 @@ class Accumulator:
     def text(self) -> str:
         """The text of the answer, after the echoed prompt if there is one."""
         return self._text_of(TextSegment)
+
+    @property
+    def num_chars(self) -> int:
+        """The length of all texts so far."""
+        return sum(len(text) for segment in self.segments for text in segment.texts)
 
     @property
     def reasoning(self) -> str:

@@ -24,6 +24,10 @@ class Endpoint(StrEnum):
     CHAT = "chat"
     RESPONSES = "responses"
     MESSAGES = "messages"
+    EMBEDDINGS = "embeddings"
+    RERANK = "rerank"
+    SCORE = "score"
+    CLASSIFY = "classify"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,20 @@ class ToolNote:
     name: str
     custom: bool = False  # takes a text
     types: tuple[tuple[str, tuple[str, ...]], ...] = ()  # parameter, and its JSON types
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingNote:
+    """What an answer says of the results of encoding; they are those of all requests, in order."""
+
+    num_inputs: int
+    base64: bool = False  # embeddings as text
+    dimensions: int | None = None  # of embeddings; None: all
+    num_queries: int = 0  # embeddings to compare those after them with; 0: pairs were encoded
+    top_n: int | None = None  # of the documents, the best; None: all
+    documents: tuple[str, ...] = ()  # that the answer repeats
+    activation: bool = True  # scores and probabilities; false: logits
+    background: bool = False  # the client gets the id at once, and the answer later by it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +102,7 @@ class Manifest:
     reasoning: ReasoningNote | None = None  # None: all text is content
     sealed_reasoning: bool = False  # the answer also has the reasoning as text to be sent back
     grace: float | None = 0.0  # seconds without readers until it is cancelled; None: never
+    encoding: EncodingNote | None = None  # None: the answer is generated
     given_back: dict[str, Any] = field(default_factory=dict)  # `Generation.echoed`
 
     @property

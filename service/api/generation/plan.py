@@ -88,7 +88,7 @@ def plan(
                 budget=generation.thinking_budget,
             ),
             tenant=call.tenant.name,
-            priority=_priority(generation, call),
+            priority=priority_of(call, generation.priority, tier=generation.service_tier),
             timeout_ms=call.timeout_ms,
             trace=call.trace,
             model=context.card.key,
@@ -218,19 +218,17 @@ def _grace(
     return limits.grace if resumable or call.idempotency_key is not None else 0.0
 
 
-def _priority(generation: Generation, call: Call) -> int:
+def priority_of(call: Call, requested: int | None, *, tier: str | None = None) -> int:
     """Raises Forbidden if the key does not allow the requested priority."""
     if call.is_line:
         return LOWEST_PRIORITY
     highest = call.tenant.highest_priority
-    if generation.priority is not None:
-        if generation.priority < highest:
+    if requested is not None:
+        if requested < highest:
             raise Forbidden(f"with this key the highest priority is {highest}", param="priority")
-        return generation.priority
+        return requested
     default = max(DEFAULT_PRIORITY, highest)
-    return {"flex": LOWEST_PRIORITY, "priority": highest}.get(
-        _tier_used(generation.service_tier) or "", default
-    )
+    return {"flex": LOWEST_PRIORITY, "priority": highest}.get(_tier_used(tier) or "", default)
 
 
 def _tier_used(tier: str | None) -> str | None:
@@ -279,7 +277,7 @@ async def grammar_of(generation: Generation, context: ModelContext, *, tenant: s
     if output is None and tools is None:
         return None
     _reject_conflicting_fields(generation)
-    validate = partial(context.served.grammars.error, tenant=tenant)
+    validate = partial(context.grammars.error, tenant=tenant)
     if tools is not None:
         rendering = await call_rendering(context, tenant=tenant, param=names.prompt)
         tool_format = TOOL_FORMATS[tool_format_name(rendering)]

@@ -74,7 +74,7 @@ class AnswerReader:
         self.context = context = context.of_answer(manifest.model, key=manifest.model_key)
         self.request_ids: Sequence[str] = child_ids(call_id, manifest.num_choices)
         self.choices = [
-            ChoiceReader(manifest, choice, context.tokenizer, request_id=request_id)
+            ChoiceReader(manifest, choice, context.served.tokenizer, request_id=request_id)
             for choice, request_id in enumerate(self.request_ids)
         ]
         self._tenant = tenant
@@ -161,13 +161,14 @@ class AnswerReader:
         return choices
 
     async def collect_now(self) -> list[Accumulator]:
-        """The one choice of an answer, up to the current end of its journal."""
-        choice = Accumulator()
-        async with aclosing(self.pages(0)) as found:
-            async for records in found:
-                for _, delta in self._read_all(0, records):
-                    choice.add(delta)
-        return [choice]
+        """All choices, up to the current ends of their journals."""
+        choices = [Accumulator() for _ in self.choices]
+        for index, choice in enumerate(choices):
+            async with aclosing(self.pages(index)) as found:
+                async for records in found:
+                    for _, delta in self._read_all(index, records):
+                        choice.add(delta)
+        return choices
 
     def pages(self, choice: int) -> AsyncGenerator[Sequence[Record], None]:
         """The unread records of a choice that exist now: see `follow.pages`."""
@@ -265,7 +266,7 @@ class AnswerReader:
                 outcome=outcome,
                 streamed=streamed,
                 prompt_tokens=self.manifest.prompt_tokens,
-                completion_tokens=self.completion_tokens,
+                completion_tokens=0 if self.manifest.encoding else self.completion_tokens,
                 cached_tokens=sum(
                     0 if choice.end is None else choice.end.cached_tokens
                     for choice in self.choices[:: manifest.width]

@@ -303,7 +303,7 @@ def stream_routes(dialects: Mapping[Endpoint, Dialect[Any]]) -> APIRouter:
     @router.delete("/v1/streams/{call_id}", responses=described(StreamCancelled))
     async def cancel_stream(call_id: CallId, context: Context, tenant: Caller) -> Response:
         """Ends the unfinished choices of a call, with the finish reason `cancelled`."""
-        stored = await _find(call_id, context, tenant)
+        stored = await find_call(call_id, context, tenant)
         await context.queue.stop(child_ids(stored.id, stored.num_requests), FinishReason.CANCELLED)
         return json_response({"id": stored.id, "object": "stream", "cancelled": True})
 
@@ -313,8 +313,12 @@ def stream_routes(dialects: Mapping[Endpoint, Dialect[Any]]) -> APIRouter:
 async def _reader(
     call_id: str, request: Request, context: ApiContext, tenant: Tenant
 ) -> AnswerReader:
-    stored = await _find(call_id, context, tenant)
+    stored = await find_call(call_id, context, tenant)
     manifest = Manifest.from_json(stored.manifest)
+    if manifest.encoding is not None:
+        raise BadRequest(
+            "this answer is no stream: GET /v1/encodings/{id} returns it", code="not_a_stream"
+        )
     if manifest.width > manifest.keep:
         raise BadRequest("best_of cannot be streamed", code="unsupported_parameter")
     if not manifest.stored:
@@ -323,7 +327,7 @@ async def _reader(
     return resumed_reader(stored.id, manifest, request, context, tenant)
 
 
-async def _find(call_id: str, context: ApiContext, tenant: Tenant) -> StoredSubmission:
+async def find_call(call_id: str, context: ApiContext, tenant: Tenant) -> StoredSubmission:
     """Raises NotFound, with one text for unknown, malformed and other tenants' ids, or Gone."""
     age = call_age(call_id)
     stored = None if age is None else await context.queue.lookup(call_id)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import orjson
 from fastapi import Request, Response
 
+from service.api.generation.deltas import Accumulator
 from service.api.generation.dialect import Dialect
 from service.api.generation.manifest import Manifest
 from service.api.generation.plan import grammar_of, plan
@@ -16,7 +18,7 @@ from service.api.generation.request import Call, Generation, read_call
 from service.api.generation.streams import EventStream
 from service.api.http.auth import Tenant, over_rate, with_tokens
 from service.api.http.call import unless_gone
-from service.api.http.context import ApiContext, ApiLimits, JsonRequest, ModelContext
+from service.api.http.context import ApiContext, ApiLimits, JsonRequest, ModelContext, ModelKind
 from service.errors import (
     BadRequest,
     Conflict,
@@ -29,19 +31,22 @@ from service.messages import Submission
 from service.queues.admission import stored_bytes, submission_cost
 from service.queues.contract import QueueLimits, SubmitReply, SubmitStatus
 
+CLIENT_LEFT = 499
 WARNING_HEADER = "x-quire-warning"
 """Names the known parts of a request that have no effect on this server."""
 
 
-def ensure_accepting(generation: Generation, context: ApiContext) -> ModelContext:
-    """The context of the request's model. Raises Unavailable, NotFound or BadRequest for reasons
-    that are cheap to check.
+def ensure_accepting(
+    name: str | None, context: ApiContext, *, kinds: Sequence[ModelKind]
+) -> ModelContext:
+    """The context of a request for the model of this name. Raises Unavailable, NotFound or, if the
+    model is of none of these kinds, BadRequest.
     """
     if context.probes.draining():
         raise Unavailable("this replica is shutting down", code="shutting_down", retry_after=1)
-    chosen = context.model(generation.model)
+    chosen = context.model(name)
+    chosen.ensure_kind(*kinds)
     chosen.ensure_served()
-    _check_echoed(generation, context.limits)
     return chosen
 
 
@@ -157,7 +162,8 @@ async def answer_generation(
     tenant: Tenant,
 ) -> Response:
     """As `answer`, for a body that was parsed before."""
-    chosen = ensure_accepting(generation, context)
+    chosen = ensure_accepting(generation.model, context, kinds=[ModelKind.GENERATE])
+    _check_echoed(generation, context.limits)
     call = read_call(request, tenant, context.limits)
     prompts = await prompt_tokens(generation, chosen, tenant=tenant.name)
     grammar = await grammar_of(generation, chosen, tenant=tenant.name)
@@ -178,10 +184,16 @@ async def _response(
         return EventStream(reader, dialect.stream(reader, event_ids=event_ids))
     if reader.manifest.background:
         return _json(dialect.collect(reader, await reader.collect_now()))
-    return await _collected(dialect, reader, request)
+    choices = await collected(reader, request)
+    return (
+        Response(status_code=CLIENT_LEFT)
+        if choices is None
+        else _json(dialect.collect(reader, choices))
+    )
 
 
-async def _collected(dialect: Dialect[Body], reader: AnswerReader, request: Request) -> Response:
+async def collected(reader: AnswerReader, request: Request) -> list[Accumulator] | None:
+    """All choices, complete; None if the client left. Raises as `AnswerReader.collect` does."""
     failure: QuireError | None = None
     try:
         with reader.connected():
@@ -194,9 +206,7 @@ async def _collected(dialect: Dialect[Body], reader: AnswerReader, request: Requ
         raise
     finally:
         reader.report(streamed=False, error=failure)
-    if choices is None:
-        return Response(status_code=499)  # the client has left
-    return _json(dialect.collect(reader, choices))
+    return choices
 
 
 def _json(body: bytes) -> Response:

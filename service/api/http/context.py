@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import partial
+from types import MappingProxyType
 from typing import Annotated, Any, Protocol, Self
 
 from fastapi import Depends, Request
 from pydantic import BaseModel
 
+from model.text.encoder_tokenizer import EncoderTokenizer
 from model.text.tokenizer import Tokenizer
 from service.api.http.auth import Tenant
 from service.api.http.call import Readers
 from service.api.http.observer import BUSY, ApiObserver
-from service.errors import NotFound, Unavailable
+from service.errors import BadRequest, NotFound, Unavailable
 from service.fair_pool import FairPool
 from service.messages import ModelCard
 from service.queues.contract import Queue, QueueLimits
@@ -165,15 +167,70 @@ class ModelKind(StrEnum):
     """What a model does."""
 
     GENERATE = "generate"  # continues a text, token by token
+    EMBED = "embed"  # a vector per text
+    SCORE = "score"  # a score per pair of texts: a cross-encoder
+    CLASSIFY = "classify"  # a probability per label
+
+
+ENDPOINTS: Mapping[ModelKind, tuple[str, ...]] = MappingProxyType({
+    ModelKind.GENERATE: (
+        "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages",
+    ),
+    ModelKind.EMBED: ("/v1/embeddings", "/v1/rerank", "/v2/rerank", "/v1/score"),
+    ModelKind.SCORE: ("/v1/rerank", "/v2/rerank", "/v1/score", "/v1/classify"),
+    ModelKind.CLASSIFY: ("/v1/classify",),
+})  # fmt: skip
+"""The endpoints that compute something with a model."""
+
+
+class EncoderFacts(Protocol):
+    """What a model computes from an input; `model.runners.encoding` has the units."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def prompts(self) -> Mapping[str, str]: ...
+    @property
+    def default_prompt(self) -> str | None: ...
+    @property
+    def labels(self) -> Sequence[str]: ...
+    @property
+    def problem(self) -> str | None: ...
+    @property
+    def sigmoid(self) -> bool: ...
+    @property
+    def has_head(self) -> bool: ...
+    @property
+    def scores_pairs(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedEncoder:
+    """The part of an encoder that a replica of the API has."""
+
+    tokenizer: EncoderTokenizer
+    info: EncoderFacts
+
+    @property
+    def kind(self) -> ModelKind:
+        if self.info.scores_pairs:
+            return ModelKind.SCORE
+        return ModelKind.CLASSIFY if self.info.has_head else ModelKind.EMBED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """One model that this replica takes requests for; engines, here or elsewhere, compute it."""
+    """One model that this replica takes requests for; engines, here or elsewhere, compute it. It
+    has a tokenizer and grammars if it generates, and else an encoder.
+    """
 
-    kind: ModelKind = ModelKind.GENERATE
-    tokenizer: Tokenizer
-    grammars: GrammarErrors
+    tokenizer: Tokenizer | None = None
+    grammars: GrammarErrors | None = None
+    encoder: ServedEncoder | None = None
     read_card: Callable[[], ModelCard]  # an API replica learns from engines at run time
     served: Callable[[], bool] = lambda: True  # an engine sent a heartbeat lately
     tokens_per_second: Callable[[], float] = lambda: 0.0  # of its engines; 0: unknown
@@ -182,6 +239,20 @@ class ServedModel:
     @property
     def card(self) -> ModelCard:
         return self.read_card()
+
+    @property
+    def kind(self) -> ModelKind:
+        return ModelKind.GENERATE if self.encoder is None else self.encoder.kind
+
+    @property
+    def does_not(self) -> BadRequest:
+        """The error of a request for what it does not do."""
+        paths = ", ".join(ENDPOINTS[self.kind])
+        return BadRequest(
+            f"this model does not do that; it is for {paths}",
+            code="unsupported_model",
+            param="model",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,7 +343,34 @@ class ModelContext(ApiContext):
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """Raises BadRequest if the model does not generate."""
+        if self.served.tokenizer is None:
+            raise self.served.does_not
         return self.served.tokenizer
+
+    @property
+    def vocabulary(self) -> Tokenizer | EncoderTokenizer:
+        """The tokenizer of the model, whatever it does."""
+        return self.served.tokenizer or self.encoder.tokenizer
+
+    @property
+    def grammars(self) -> GrammarErrors:
+        """Raises BadRequest if the model does not generate."""
+        if self.served.grammars is None:
+            raise self.served.does_not
+        return self.served.grammars
+
+    @property
+    def encoder(self) -> ServedEncoder:
+        """Raises BadRequest if the model generates."""
+        if self.served.encoder is None:
+            raise self.served.does_not
+        return self.served.encoder
+
+    def ensure_kind(self, *kinds: ModelKind) -> None:
+        """Raises BadRequest, with the endpoints to use, if the model is of none of these kinds."""
+        if self.served.kind not in kinds:
+            raise self.served.does_not
 
     def ensure_served(self) -> None:
         """Raises Unavailable if no engine serves the model now."""

@@ -71,7 +71,8 @@ def check_json(value: object) -> None:
     raise FieldError("invalid_json", f"may be nested at most {MAX_DEPTH} deep")
 
 
-def _text(value: object) -> str:
+def checked_text(value: object) -> str:
+    """A string that can be encoded as UTF-8. Raises FieldError."""
     if not isinstance(value, str):
         raise FieldError("invalid_type", "must be a string")
     if not is_text(value):
@@ -80,16 +81,16 @@ def _text(value: object) -> str:
 
 
 def _label(value: object) -> str:
-    text = _text(value)
+    text = checked_text(value)
     if len(text) > MAX_LABEL:
         raise FieldError("string_above_max_length", f"may have at most {MAX_LABEL} characters")
     return text
 
 
-def _short(value: list[Any]) -> list[Any]:
+def short_list(value: list[Any], *, most: int = MAX_ITEMS) -> list[Any]:
     """Checks the length before any item: an error must not cost more than an answer."""
-    if len(value) > MAX_ITEMS:
-        raise FieldError("array_above_max_length", f"may have at most {MAX_ITEMS} items")
+    if len(value) > most:
+        raise FieldError("array_above_max_length", f"may have at most {most} items")
     return value
 
 
@@ -100,14 +101,16 @@ def _ids(value: object) -> list[int]:
 def _allowed_ids(value: object) -> list[int] | None:
     if value is None:
         return None
-    ids = _token_ids(_short(value) if type(value) is list else value)
+    ids = _token_ids(short_list(value) if type(value) is list else value)
     if not ids:
         raise FieldError("empty_array", "must contain at least one token id")
     return sorted(set(ids))
 
 
 def _stop_ids(value: object) -> list[int] | None:
-    return None if value is None else _token_ids(_short(value) if type(value) is list else value)
+    return (
+        None if value is None else _token_ids(short_list(value) if type(value) is list else value)
+    )
 
 
 def _token_ids(value: object, *, too_long: str = "array_above_max_length") -> list[int]:
@@ -118,7 +121,9 @@ def _token_ids(value: object, *, too_long: str = "array_above_max_length") -> li
     return value
 
 
-def _prompt(value: object) -> str | list[str] | list[int] | list[list[int]]:
+def check_prompt(
+    value: object, *, most: int = MAX_ITEMS
+) -> str | list[str] | list[int] | list[list[int]]:
     """Distinguishes the four forms by the first item. Empty prompts are errors."""
     if isinstance(value, str):
         prompts: list[Any] = [value]
@@ -131,13 +136,13 @@ def _prompt(value: object) -> str | list[str] | list[int] | list[list[int]]:
     if type(prompts[0]) is int:
         return _token_ids(prompts, too_long="context_length_exceeded")
     kind = list if isinstance(prompts[0], list) else str
-    for prompt in _short(prompts):
+    for prompt in short_list(prompts, most=most):
         if not isinstance(prompt, kind):
             raise FieldError("invalid_type", "must contain strings only, or lists of ids only")
         if not prompt:
             raise FieldError("empty_prompt", "must not be empty")
         if isinstance(prompt, str):
-            _text(prompt)
+            checked_text(prompt)
         else:
             _token_ids(prompt, too_long="context_length_exceeded")
     return value
@@ -149,9 +154,9 @@ def _stop(value: object) -> list[str] | None:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list):
         raise FieldError("invalid_type", "must be a string or a list of strings")
-    if "" in _short(strings):
+    if "" in short_list(strings):
         raise FieldError("empty_string", "must not contain an empty string")
-    return [_text(string) for string in strings]
+    return [checked_text(string) for string in strings]
 
 
 def _logit_bias(value: object) -> tuple[tuple[int, float], ...] | None:
@@ -199,13 +204,13 @@ def _response_content(value: object) -> str:
 def _joined(value: object, *, kinds: frozenset[str], ignored: frozenset[str]) -> str:
     """A string, or text parts, which are joined. Their `ignored` keys have no effect."""
     if isinstance(value, str):
-        return _text(value)
+        return checked_text(value)
     if not isinstance(value, list):
         raise FieldError("invalid_type", "must be a string or a list of text parts")
     if not value:
         raise FieldError("empty_array", "must contain at least one part")
     texts = []
-    for part in _short(value):
+    for part in short_list(value):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise FieldError("invalid_type", 'each part must be an object with a string "type"')
         if part["type"] not in kinds:
@@ -220,7 +225,7 @@ def _joined(value: object, *, kinds: frozenset[str], ignored: frozenset[str]) ->
         for hint in _CACHE_HINTS & part.keys():
             if not isinstance(part[hint], dict | None):
                 raise FieldError("invalid_type", f"{hint} must be an object")
-        texts.append(_text(part[key]))
+        texts.append(checked_text(part[key]))
     return "".join(texts)
 
 
@@ -259,7 +264,7 @@ _BIASES = {
     "maxProperties": MAX_LOGIT_BIAS,
 }
 
-Text = Annotated[str, PlainValidator(_text), WithJsonSchema({"type": "string"})]
+Text = Annotated[str, PlainValidator(checked_text), WithJsonSchema({"type": "string"})]
 Label = Annotated[
     str, PlainValidator(_label), WithJsonSchema({"type": "string", "maxLength": MAX_LABEL})
 ]
@@ -273,7 +278,7 @@ OptionalModel = Annotated[
 ]
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
-    PlainValidator(_prompt),
+    PlainValidator(check_prompt),
     WithJsonSchema(
         {
             "anyOf": [

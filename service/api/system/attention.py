@@ -1,4 +1,4 @@
-"""POST /v1/attention: the attention of each token of a text to earlier ones, by layer and head.
+"""POST /v1/attention: the attention of each token of a text to others, by layer and head.
 
 Available only if the network is in this process. It uses neither the queue nor the engine.
 """
@@ -36,8 +36,8 @@ class AttentionReader(Protocol):
     def read(
         self, tokens: Sequence[int], *, layer: int | None, head: int | None
     ) -> Sequence[Sequence[float]]:
-        """Returns each token's weights over the tokens up to itself. None: the mean over all
-        layers, or all heads.
+        """Returns each token's weights over the tokens up to itself or, in an encoder, over all.
+        None: the mean over all layers, or all heads.
         """
         ...
 
@@ -104,8 +104,9 @@ class AttentionMap(AnswerModel):
 @router.post("/v1/attention", responses=described(AttentionMap))
 async def show_attention(body: AttentionBody, context: Context, tenant: Caller) -> Response:
     """The attention weights of each token of a prompt, of messages (through the model's chat
-    template) or of token ids, to itself and earlier tokens: the softmax of one layer's head, or the
-    mean over layers and heads. Available if the network is in the process (`quire serve`).
+    template) or of token ids, to itself and earlier tokens or, in an encoder, to all: the softmax
+    of one layer's head, or the mean over layers and heads. Available if the network is in the
+    process (`quire serve`).
     """
     chosen = context.model(body.model)
     service = chosen.served.attention
@@ -122,7 +123,7 @@ async def show_attention(body: AttentionBody, context: Context, tenant: Caller) 
     rows = await service.read(
         tokens, positions, tenant=tenant.name, layer=body.layer, head=body.head
     )
-    texts = [chosen.tokenizer.token_text(token) for token in tokens]
+    texts = [chosen.vocabulary.token_text(token) for token in tokens]
     return json_response({
         "object": "attention",
         "model": chosen.card.id,

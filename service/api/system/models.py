@@ -11,7 +11,13 @@ from pydantic import Field
 from service.api.generation.prompts import encode, render_chat, run_in_pool
 from service.api.generation.request import Chat, check_token_ids
 from service.api.http.body import JsonRoute
-from service.api.http.context import Caller, Context, ModelContext, ServedModel
+from service.api.http.context import (
+    ENDPOINTS,
+    Caller,
+    Context,
+    ModelContext,
+    ServedModel,
+)
 from service.api.http.errors import FieldNames
 from service.api.http.fields import OptionalModel, Text, TokenIds
 from service.api.http.models import (
@@ -43,7 +49,12 @@ class Model(AnswerModel):
     created: Created
     owned_by: str = Field(description="The server.")
     root: str = Field(description="The id of the model that an alias stands for, or its own.")
-    kind: Literal["generate"] = Field(description="What the model does.")
+    kind: Literal["generate", "embed", "score", "classify"] = Field(
+        description="What the model does: generate text, embed, score pairs, or classify."
+    )
+    endpoints: list[str] = Field(description="The endpoints that compute something with it.")
+    dimensions: int | None = Field(description="Values of an embedding; null if it does not embed.")
+    labels: list[str] | None = Field(description="Of a classifier; null if it does not classify.")
     max_model_len: ContextLength
     numeric_class: NumericClass
     system_fingerprint: NumericClass
@@ -71,9 +82,19 @@ def _entry(name: str, model: ServedModel) -> dict[str, Any]:
         "owned_by": "quire",
         "root": card.id,
         "kind": model.kind.value,
+        "endpoints": ENDPOINTS[model.kind],
+        **_encoder_fields(model),
         "max_model_len": card.max_model_len,
         "system_fingerprint": card.numeric_class,
         "numeric_class": card.numeric_class,
+    }
+
+
+def _encoder_fields(model: ServedModel) -> dict[str, Any]:
+    info = None if model.encoder is None else model.encoder.info
+    return {
+        "dimensions": info.width if info is not None and not info.has_head else None,
+        "labels": [*info.labels] if info is not None and info.has_head else None,
     }
 
 
@@ -163,6 +184,10 @@ async def input_ids(body: TokenizeBody, context: ModelContext, *, tenant: str) -
     """
     if body.prompt is None:
         return (await render_chat(body.chat(), context, tenant=tenant, names=NAMES)).ids
+    if context.served.encoder is not None:
+        work = partial(context.encoder.tokenizer.encode, body.prompt)
+        pool, length = context.pools.tokens, len(body.prompt)
+        return (await run_in_pool(pool, tenant, work, length, context.limits)).ids
     return await encode(
         body.prompt,
         context,
@@ -188,7 +213,7 @@ async def tokenize(body: TokenizeBody, context: Context, tenant: Caller) -> Resp
         texts = await run_in_pool(
             context.pools.tokens,
             tenant.name,
-            lambda: [chosen.tokenizer.token_text(token) for token in ids],
+            lambda: [chosen.vocabulary.token_text(token) for token in ids],
             len(ids),
             context.limits,
         )

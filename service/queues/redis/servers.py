@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
-from redis.asyncio import BlockingConnectionPool, Connection, Redis
+from redis.asyncio import BlockingConnectionPool, Connection, ConnectionPool
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
@@ -336,7 +336,7 @@ class Cluster:
 
     async def _slots(self, node: Address) -> list[tuple[int, int, list[Address]]]:
         """First and last slot of each part of them, its primary and its replicas."""
-        asked = Redis.from_url(
+        pool = ConnectionPool.from_url(
             self.url,
             socket_connect_timeout=CONNECT_TIMEOUT,
             socket_timeout=REPLY_TIMEOUT,
@@ -344,11 +344,14 @@ class Cluster:
             protocol=2,
         )
         host, port = node
-        asked.connection_pool.connection_kwargs |= {"host": host, "port": port}
+        pool.connection_kwargs |= {"host": host, "port": port}
+        connection: Any = pool.make_connection()  # type: ignore[no-untyped-call]
         try:
-            reply: Any = await asked.execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]
+            await connection.connect()
+            await connection.send_command("CLUSTER SLOTS")
+            reply = await connection.read_response()
         finally:
-            await asked.aclose()
+            await connection.disconnect(nowait=True)  # at once, though this may be cancelled again
         return [
             (first, last, [(place.decode() if place else host, at) for place, at, *_ in nodes])
             for first, last, *nodes in reply

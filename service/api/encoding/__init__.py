@@ -1,0 +1,1 @@
+"""What models of inputs compute: embeddings, scores of pairs, classes."""

@@ -1,0 +1,99 @@
+"""`quire serve` with the default model and MiniLM in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from model.checkpoint.fetch import default_cache, resolve
+from tests.conftest import ROOT, free_port, wait_until_ready
+from tests.support.waiting import PATIENCE
+
+pytestmark = pytest.mark.slow
+
+WRITER, ENCODER = "smollm2-135m-instruct", "all-minilm-l6-v2"
+TEXTS = ["A cat sleeps.", "The kitten naps on the sofa.", "Basalt is a dark volcanic rock.", "é 😀"]
+
+
+@pytest.fixture(scope="module")
+def server(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of its API."""
+    log, ports = tmp_path_factory.mktemp("encoders") / "log", (free_port(), free_port())
+    command = [
+        sys.executable, "-m", "service", "serve",
+        "--model", f"{WRITER}={default_model}",
+        "--model", f"{ENCODER}={resolve(ENCODER, cache=default_cache())}",
+        "--kv-memory", "48MiB", "--threads", "1",
+        "--port", str(ports[0]), "--admin-port", str(ports[1]),
+    ]  # fmt: skip
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+    url = f"http://127.0.0.1:{ports[0]}"
+    try:
+        wait_until_ready(url, process, log=log)
+        yield url
+    finally:
+        process.terminate()
+        assert process.wait(timeout=PATIENCE) == 0, log.read_text()
+
+
+async def test_openai_reads_the_same_bits_in_both_encodings_alone_and_together(server: str) -> None:
+    """While the other model of the process generates."""
+    async with openai.AsyncOpenAI(
+        base_url=f"{server}/v1", api_key="none", timeout=PATIENCE, max_retries=0
+    ) as client:
+
+        async def embed(given: Any, **options: Any) -> np.ndarray[Any, Any]:
+            reply = await client.embeddings.create(model=ENCODER, input=given, **options)
+            return np.array([item.embedding for item in reply.data], np.float32)
+
+        writing = asyncio.create_task(
+            client.completions.create(model=WRITER, prompt="Once", max_tokens=40, temperature=0)
+        )
+        together, *alone = await asyncio.gather(
+            embed(TEXTS), *(embed(text, encoding_format="float") for text in TEXTS)
+        )
+        assert together.tobytes() == np.concatenate(alone).tobytes()
+        backwards = await embed(TEXTS[::-1])
+        assert backwards[::-1].tobytes() == together.tobytes()
+        assert np.allclose((together.astype(float) ** 2).sum(axis=1), 1, atol=1e-2)
+        similar, other = (together[:2] @ together[[1, 2]].T)[0]
+        assert similar > 0.4 > other
+        assert (await writing).choices[0].text
+
+
+def test_the_example_of_the_documentation_answers(server: str) -> None:
+    page = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    variables = os.environ | {"QUIRE_URL": f"{server}/v1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, env=variables
+    )
+    assert run.returncode == 0, run.stderr
+    document, answer = run.stdout.split("\n", 1)
+    assert document.startswith("The Eiffel Tower")
+    assert answer.strip()
+
+
+async def test_the_models_say_what_they_are_for(server: str) -> None:
+    async with httpx.AsyncClient(base_url=server, timeout=PATIENCE) as client:
+        models = (await client.get("/v1/models")).json()["data"]
+        assert {each["id"]: each["kind"] for each in models} == {
+            WRITER: "generate",
+            ENCODER: "embed",
+        }
+        chat = {"model": ENCODER, "messages": [{"role": "user", "content": "hello"}]}
+        reply = await client.post("/v1/chat/completions", json=chat)
+        assert reply.status_code == 400
+        assert "/v1/embeddings" in reply.json()["error"]["message"]
