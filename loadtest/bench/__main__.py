@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from loadtest.bench import affinity, queue
+from loadtest.bench import affinity, embeddings, queue
 from loadtest.bench.commands import run_command
 
-COMMANDS = {"affinity": affinity, "queue": queue}
+COMMANDS = {"affinity": affinity, "embeddings": embeddings, "queue": queue}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

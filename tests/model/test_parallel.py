@@ -17,12 +17,13 @@ import torch
 from model.batch import Batch
 from model.config import ModelConfig, Norm, Position
 from model.parallel.runner import follow, lead
-from model.parallel.shares import connect, share_config, share_weights, sum_over, sum_sublayers
+from model.parallel.shares import connect, share_config, sum_over, sum_sublayers
 from model.parallel.wire import decode, encode
 from model.runners import RunnerOptions
 from model.transformer import Transformer
 from tests.support.builders import Piece, make_batch, tiny_model_config, tiny_weights
 from tests.support.waiting import PATIENCE
+from tests.support.weights import share_weights
 
 BIASES: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 KINDS: dict[str, dict[str, Any]] = {
