@@ -1,4 +1,4 @@
-"""The command line: `quire serve | api | engine | pull | chat | bench | key | doctor | version`.
+"""The command line: `quire serve`, `api`, `engine`, `tune` and others; `quire --help` lists them.
 
 Each setting of `service.settings` is a flag, under its heading. `service/roles.py` has the roles;
 nothing heavy is imported before a role is chosen.
@@ -20,6 +20,7 @@ from rich.markup import escape
 from service.errors import StartupError
 from service.setting_types import Group
 from service.settings import Settings, load_settings, setting_rows
+from service.tune import tune
 
 app = typer.Typer(
     name="quire",
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(tune, name="tune")
 
 
 def with_settings(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:

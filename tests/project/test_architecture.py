@@ -28,6 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "filelock",
     ),
     "model.text": ("model.checkpoint", "model.text", "tokenizers", "jinja2"),
+    "model.training": ("torch", "numpy", "model", "tokenizers", "safetensors", "pyarrow"),
     "model.grammar": ("llguidance", "model.batch"),
     "model.grammar_validator": ("model.grammar",),
     "service": ("service.decoding", "service.errors", "service.messages"),
@@ -51,6 +52,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fsspec", "orjson", "service.decoding", "service.messages", "service.errors",
         "service.fair_pool", "service.queues", "service.batches",
     ),
+    "service.jobs": ("service.batches", "service.settings"),
     "service.cluster": ("service.messages", "service.errors", "service.queues"),
     "service.worker": (
         "service.engine", "service.fair_pool", "service.queues", "service.messages",
@@ -80,6 +82,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rich", "model", "service.messages", "service.errors", "service.settings",
         "service.setting_types",
     ),
+    "service.tune": (
+        "rich", "typer", "torch", "model", "service.errors", "service.settings", "service.startup",
+        "service.training_run",
+    ),
+    "service.training_run": ("rich", "typer", "model.training", "model.transformer"),
     "service.bench": ("orjson", "pydantic", "rich", "service.errors", "service.bench"),
     "service.encoders": (
         "model", "service.messages", "service.errors", "service.settings",
@@ -106,7 +113,8 @@ TORCH_FREE = (
     "service.observability.tracing", "service.worker.worker", "service.engine.sequence",
     "service.engine.blocks", "service.engine.scheduler", "service.engine.detokenize",
     "service.queues.memory.queue", "service.queues.redis.queue", "service.api", "service.app",
-    "service.bench.run", "service.chat", "service.cluster", "service.parts", "service.roles",
+    "service.bench.run", "service.chat", "service.tune", "service.cluster", "service.parts",
+    "service.roles",
     "service.startup", "service.__main__",
     "model.checkpoint.fetch", "model.checkpoint.gguf", "model.checkpoint.safetensors",
     "model.checkpoint.assemble", "model.runners.native", "model.runners.choose", "model.parallel",
