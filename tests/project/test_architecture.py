@@ -52,6 +52,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fsspec", "orjson", "service.decoding", "service.messages", "service.errors",
         "service.fair_pool", "service.queues", "service.batches",
     ),
+    "service.jobs": ("service.batches", "service.settings"),
     "service.cluster": ("service.messages", "service.errors", "service.queues"),
     "service.worker": (
         "service.engine", "service.fair_pool", "service.queues", "service.messages",
