@@ -27,6 +27,7 @@ It does not decide when an answer ends, and it keeps nothing between steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +89,9 @@ def sample(logits_RV: torch.Tensor, sampling: SamplingBatch) -> SampledRows:
 def score(logits_QV: torch.Tensor, ids_Q: torch.Tensor | Ints, *, num_top: int) -> ScoredRows:
     """Log probabilities of `ids_Q`, one per row, and of the `num_top` most probable (at most V)."""
     logits_QV = logits_QV.float()
-    ids_Q = torch.as_tensor(ids_Q, device=logits_QV.device).long()
+    if isinstance(ids_Q, np.ndarray):
+        ids_Q = on_device(ids_Q, logits_QV.device)
+    ids_Q = ids_Q.long()
     num_top = min(num_top, logits_QV.shape[-1])
     largest_Q1 = logits_QV.amax(-1, keepdim=True)
     mass_Q = _weights(logits_QV, largest_Q1).sum(-1)
@@ -129,13 +132,13 @@ def apply_bias_and_penalties(logits_RV: torch.Tensor, sampling: SamplingBatch) -
     if sampling.bias_rows_E.size:
         # Accumulated, because a client's bias and a forbidden end may meet in one token.
         rows_E, ids_E = _index(sampling.bias_rows_E, device), _index(sampling.bias_ids_E, device)
-        values_E = torch.as_tensor(sampling.bias_values_E, device=device)
+        values_E = on_device(sampling.bias_values_E, device)
         logits_RV.index_put_((rows_E, ids_E), values_E, accumulate=True)
     if sampling.penalty_rows_P.size:
         rows, counts = sampling.penalty_rows_P, sampling.penalty_counts_P
         taken = sampling.frequency_R[rows] * counts + sampling.presence_R[rows] * (counts > 0)
-        taken_P = torch.as_tensor(taken.astype(np.float32), device=device)
-        repetition_P = torch.as_tensor(sampling.repetition_R[rows], device=device)
+        taken_P = on_device(taken.astype(np.float32), device)
+        repetition_P = on_device(sampling.repetition_R[rows], device)
         at = (_index(rows, device), _index(sampling.penalty_ids_P, device))
         old_P = logits_RV[at]
         new_P = torch.where(old_P > 0, old_P / repetition_P, old_P * repetition_P)
@@ -298,7 +301,17 @@ def _largest(logits_RV: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _index(values: Ints | _Rows, device: torch.device) -> torch.Tensor:
-    return torch.as_tensor(values, device=device).long()
+    return on_device(values, device).long()
+
+
+def on_device(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """An array on a device. Does not wait for a GPU's work: the copy is one of pinned memory, which
+    torch reuses only when the copy is done.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _take(tensor: torch.Tensor, rows: _Rows) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,7 +37,7 @@ from model.checkpoint.four_bit import four_bit_reason
 from model.checkpoint.gguf_parts import name_without_part
 from model.config import ModelConfig
 from model.memory import return_free_memory
-from model.runners import RunnerOptions
+from model.runners import WHOLE_SUMS, RunnerOptions
 from model.text.encoder_tokenizer import EncoderTokenizer
 from model.text.tokenizer import Tokenizer
 from service.errors import StartupError
@@ -49,10 +49,6 @@ if TYPE_CHECKING:
     from model.parallel.ranks import FollowerProcesses
     from model.runners import Runner
     from model.runners.choose import SelectedRunner
-
-
-WHOLE_SUMS: Mapping[str, str] = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
-"""Leaves the vendor BLAS no workspace for split-K, so that its sums may be exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +145,8 @@ def load_engine(
         loaded.runner.warm_up()
     except RankLost as lost:
         raise StartupError(f"tensor parallelism: {lost}") from None
+    except ValueError as error:
+        raise StartupError(f"runner {settings.runner}: {error}") from None
     return replace(loaded, seconds=time.monotonic() - began)
 
 

@@ -29,7 +29,10 @@ import model.text.tokenizer
 from model.checkpoint.fetch import default_cache, resolve
 from service.startup import load_tokenizer
 from tests.cluster.redis_process import RedisServer
+from tests.support.one_order import one_order
 from tests.support.waiting import PATIENCE
+
+__all__ = ["one_order"]  # a fixture
 
 ROOT = Path(__file__).parent.parent
 if not torch.cuda.is_available():
@@ -337,19 +340,3 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes], *, log: Path) -
                 return
         time.sleep(0.1)
     raise AssertionError(f"not ready in time:\n{log.read_text()}")
-
-
-@pytest.fixture
-def one_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrix products of the interpreter whose sums do not depend on where a row lies.
-
-    A GPU's matrix instruction adds each element's terms in one order; NumPy's does not. In float64,
-    rounded once, the difference is gone. Compiled kernels do not come here.
-    """
-    product = np.matmul
-
-    def exact(a: Any, b: Any, dtype: Any = None) -> Any:
-        wide = product(a.astype(np.float64), b.astype(np.float64))
-        return wide.astype(dtype or a.dtype)
-
-    monkeypatch.setattr(np, "matmul", exact)

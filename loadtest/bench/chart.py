@@ -9,7 +9,8 @@ from pathlib import Path
 
 from loadtest.bench.document import Document
 from loadtest.bench.measure import Kind
-from loadtest.bench.views import chat_view, decode_view, goodput, median, prefill_view
+from loadtest.bench.overview import CPU, SPEED, is_busy, label, views_of
+from loadtest.bench.views import View, decode_view, goodput, median
 
 _QUIRE, _PEER = "#0f766e", "#94a3b8"
 
@@ -24,21 +25,19 @@ class Panel:
 
 
 def panels_of(document: Document) -> list[Panel]:
-    """Decoding and chats at each number of clients, prefill, time to first token, goodput."""
-    sizes = document.sizes
-    views = {
-        f"{n} client{'s' * (n > 1)}, output tok/s": decode_view(document, n) for n in sizes.clients
-    }
-    views |= {f"chat of {n}, output tok/s": chat_view(document, n) for n in sizes.chat_clients}
-    views[f"prompt of {sizes.prefill_tokens} tokens, prompt tok/s"] = prefill_view(document)
+    """Each load, time to first token, goodput; CPU time instead if the machine was busy."""
+    measure = CPU if is_busy(document) else SPEED
     panels = [
         Panel(
-            title=title,
-            values={name: view.median(name, lambda row: row.speed) for name in view.servers},
-            roof=math.nan if view.kind is Kind.CHAT else median(view.roofs_of(document.base)),
+            title=f"{load}: {measure.title}",
+            values={name: view.median(name, measure.figure) for name in view.servers},
+            roof=_roof(view) if measure is SPEED else math.nan,
         )
-        for title, view in views.items()
+        for load, view in views_of(document).items()
     ]
+    if measure is CPU:
+        return panels
+    sizes = document.sizes
     clients = 8 if 8 in sizes.clients else max(sizes.clients)
     burst = decode_view(document, clients)
     first = {
@@ -53,6 +52,12 @@ def panels_of(document: Document) -> list[Panel]:
     return [panel for panel in panels if panel.values]
 
 
+def _roof(view: View) -> float:
+    """Of the first server; chats have none, because their number of rows varies."""
+    roofs = view.roofs_of(view.document.base)
+    return math.nan if view.kind is Kind.CHAT else median(roofs)
+
+
 def draw(document: Document, path: Path) -> None:
     """Writes the chart as SVG; the same document gives the same bytes."""
     import matplotlib as mpl
@@ -63,11 +68,12 @@ def draw(document: Document, path: Path) -> None:
     rows = math.ceil(len(panels) / 2)
     height = 0.24 * len(document.servers) + 0.7
     figure = Figure(figsize=(11, rows * height + 0.6), layout="constrained", facecolor="white")
-    figure.suptitle(f"Quire and its peers, {document.model}\n{document.date} · {document.machine}")
+    where = f"{document.date} · {document.kind}, {document.machine.cpus} CPUs"
+    figure.suptitle(f"Quire and its peers, {document.model}\n{where}")
     for axes, panel in zip(figure.subplots(rows, 2, squeeze=False).flat, panels, strict=False):
         lengths = [0 if math.isnan(value) else value for value in panel.values.values()]
         colours = [_QUIRE if name.startswith("quire") else _PEER for name in panel.values]
-        bars = axes.barh(list(panel.values), lengths, color=colours)
+        bars = axes.barh([label(name) for name in panel.values], lengths, color=colours)
         axes.bar_label(bars, [_label(value) for value in panel.values.values()], padding=3)
         axes.set_title(panel.title, loc="left", fontsize=10)
         axes.invert_yaxis()

@@ -205,10 +205,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--readme", action="store_true", help=f"--publish, and the README's table and {_CHART.name}"
     )
     options = parser.parse_args(arguments)
-    options.command = f"make compare ARGS={shlex.quote(shlex.join(arguments))}"
+    options.command = _command(arguments)
     if unknown := set(options.servers) - set(SERVERS):
         parser.error(f"no such server: {', '.join(sorted(unknown))} (known: {', '.join(SERVERS)})")
     return options
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """What to enter for the same measurements; where they are written is left out."""
+    words = list(arguments)
+    if "--results" in words:
+        place = words.index("--results")
+        del words[place : place + 2]
+    return f"make compare ARGS={shlex.quote(shlex.join(words))}"
 
 
 def sizes_of(options: argparse.Namespace) -> Sizes:

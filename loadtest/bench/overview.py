@@ -2,7 +2,8 @@
 
 Each ratio is stated twice: to the best peer of equal quality or better, whose perplexity is at most
 1 % above that of Quire's weights, and to the best of any quality. A peer whose perplexity is not
-known counts for the latter only. The best peer is chosen per load.
+known counts for the latter only. A peer with drafts does not count for Quire without them. The best
+peer is chosen per load.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from loadtest.bench.views import View, chat_view, decode_view, median, prefill_v
 
 EQUAL_WITHIN = 0.01  # of the perplexity
 BUSY = 3  # load per core above which other work distorts tokens per second
-_QUIRE = "quire"
+_QUIRE, _PLAIN, _DRAFTS = "quire", "-plain", "-drafts"  # the latter two end names
 _LABELS: Mapping[str, str] = {
     "quire": "Quire",
     "quire-plain": "Quire without drafts",
@@ -71,7 +72,9 @@ CPU = Measure(
 
 def label(name: str) -> str:
     engine, _, kind = name.partition("-")
+    kind, _, drafts = kind.partition("-")
     known = f"{_ENGINES[engine]}, {kind.upper()}" if engine in _ENGINES else name
+    known += ", drafts" if engine in _ENGINES and drafts else ""
     return _LABELS.get(name, known)
 
 
@@ -82,6 +85,8 @@ def is_peer(name: str) -> bool:
 def peers_of(document: Document, name: str, *, equal: bool) -> list[str]:
     """All peers, or those whose quality is equal to that of this Quire, or better."""
     peers = [other for other in document.servers if is_peer(other)]
+    if name.endswith(_PLAIN):
+        peers = [other for other in peers if not other.endswith(_DRAFTS)]
     if not equal:
         return peers
     limit = document.perplexity.get(name, math.nan) * (1 + EQUAL_WITHIN)
@@ -103,12 +108,14 @@ def views_of(document: Document) -> dict[str, View]:
 
 
 def overview(document: Document) -> Iterator[Table]:
-    """Speed, CPU time, the ratios of both, the fraction of the roof."""
-    for measure in (SPEED, CPU):
+    """Speed, CPU time, the ratios of both, the fraction of the roof; CPU time if it was busy."""
+    busy = is_busy(document)
+    measures = (CPU,) if busy else (SPEED, CPU)
+    for measure in measures:
         yield _figures(document, measure)
-    for measure in (SPEED, CPU):
+    for measure in measures:
         yield from _ratios(document, measure)
-    if document.roofs:
+    if document.roofs and not busy:
         yield _roofs(document)
 
 
@@ -117,13 +124,13 @@ def short_table(document: Document) -> Table:
     measure = CPU if is_busy(document) else SPEED
     whole = _figures(document, measure)
     wanted = {label(name) for name in document.servers if is_peer(name)}
-    wanted |= {label(_QUIRE), label(f"{_QUIRE}-plain")}
+    wanted |= {label(_QUIRE), label(_QUIRE + _PLAIN)}
     rows = [row for row in whole.rows if row[0] in wanted]
     for table in _ratios(document, measure):
         rows += [
-            [f"{row[0]}, times {row[1]}", "", *row[2:]]
+            [f"{row[0]}: times better than the best of {row[1]}", "", *row[2:]]
             for row in table.rows
-            if row[0] == label(f"{_QUIRE}-plain")
+            if row[0] == label(_QUIRE + _PLAIN)
         ]
     return Table(title=whole.title, columns=whole.columns, rows=rows)
 

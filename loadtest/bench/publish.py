@@ -6,14 +6,16 @@ Other text, other kinds' sections included, stays as it is.
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from loadtest.bench.document import Document
-from loadtest.bench.overview import overview, short_table
+from loadtest.bench.overview import is_busy, overview, short_table
 from loadtest.bench.report import method
 
 _ROOT = Path(__file__).parents[2]
 BENCHMARKS, README = _ROOT / "docs" / "benchmarks.md", _ROOT / "README.md"
+_WIDTH = 108  # of a paragraph
 _END = "<!-- end of comparisons -->"  # new kinds are added above it
 
 
@@ -21,17 +23,17 @@ def section(document: Document) -> str:
     """Of one kind of CPU."""
     tables = "\n".join(table.to_markdown() for table in overview(document))
     command = f"```\n{document.command}\n```"
-    return "\n\n".join([f"### {document.kind}", command, *method(document), tables])
+    text = (textwrap.fill(paragraph, _WIDTH) for paragraph in method(document))
+    return "\n\n".join([f"### {document.kind}", command, *text, tables])
 
 
 def short_section(document: Document) -> str:
     """For a README."""
     table = short_table(document)
-    text = (
-        f"{table.title}, {document.model} on {document.machine.cpus} cores of {document.kind},"
-        f" {document.date}:"
-    )
-    return f"{text}\n\n{table.rows_to_markdown()}"
+    where = f"{document.machine.cpus} cores of {document.kind}"
+    busy = " (less is better; other work loaded the machine)" if is_busy(document) else ""
+    text = f"{table.title}, {Path(document.model).stem} on {where}, {document.date}{busy}:"
+    return f"{textwrap.fill(text, _WIDTH)}\n\n{table.rows_to_markdown()}"
 
 
 def replace_between(text: str, name: str, body: str, *, end: str | None = None) -> str:

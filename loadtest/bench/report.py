@@ -45,8 +45,8 @@ def method(document: Document) -> list[str]:
     if document.variant:
         measured_on += (
             f" Restricted to {document.variant.upper()}: Quire by its variant, llama.cpp by its"
-            " build, OpenVINO and torch by ONEDNN_MAX_CPU_ISA. It stands in for machines without"
-            " more, whose caches and clocks differ."
+            " build, torch by ONEDNN_MAX_CPU_ISA. OpenVINO fails if oneDNN is limited, and is left"
+            " out. This stands in for machines without more, whose caches and clocks differ."
         )
     how = (
         f"Model {document.model}. {sizes.tokens_in} prompt tokens, {sizes.tokens_out} output"
@@ -74,8 +74,8 @@ def _about_peers(document: Document) -> str:
     if is_busy(document):
         load = median([row.load_before for row in document.results])
         text += (
-            f" Other work kept the machine at a load of {load:.0f}: compare CPU seconds, not tokens"
-            " per second."
+            f" Other work kept the machine at a load of {load:.0f}, so only CPU time is compared;"
+            " it varies more than on a quiet machine."
         )
     return text
 

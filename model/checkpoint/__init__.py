@@ -141,17 +141,18 @@ def configure(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
         ) from None
 
 
-def open_model(path: Path, *, four_bit: bool = False) -> OpenedModel:
+def open_model(path: Path, *, four_bit: bool = False, headless: bool = False) -> OpenedModel:
     """Opens and checks a model without reading its tensors. Raises CheckpointError.
 
     `four_bit`: matrices of layers are the file's own blocks; see `model.checkpoint.four_bit`.
+    `headless` leaves out the head that predicts tokens: encodings do not need it.
     """
     checkpoint = open_checkpoint(path)
     if four_bit:
         from model.checkpoint.four_bit import as_four_bit
 
         checkpoint = as_four_bit(checkpoint)
-    config, weights = _assemble(checkpoint)
+    config, weights = _assemble(checkpoint, headless=headless)
     return OpenedModel(config=config, weights=weights, digest=checkpoint.digest)
 
 
@@ -160,20 +161,18 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     keep: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
-    headless: bool = False,
 ) -> LoadedModel:
     """Reads a model as torch tensors, or the part that `keep` selects. Raises CheckpointError.
 
     dtype: torch's or its name; None: as stored. `keep` gives what is kept of each tensor, as soon
-    as it is there: a share needs no memory for the whole. `headless` leaves out the head that
-    predicts tokens: encodings do not need it.
+    as it is there: a share needs no memory for the whole.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     from model.weights import to_tensor
 
     checkpoint = open_checkpoint(path)
-    config, arrays = _assemble(checkpoint, headless=headless)
+    config, arrays = _assemble(checkpoint)
     weights: dict[str, torch.Tensor] = {}
     with ThreadPoolExecutor(max_workers=1) as hasher:  # hashing lets go of the interpreter lock
         digest = hasher.submit(lambda: checkpoint.digest)

@@ -8,7 +8,6 @@ are rounded to a half; those of the other two are exact.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -108,12 +107,3 @@ CONVERSIONS: dict[str, Callable[[Bytes], Bytes]] = {  # blocks as stored -> bloc
     "Q4_1": _from_q4_1,
     "Q4_K": _from_q4_k,
 }
-
-
-def dequantized(blocks_NB: Bytes) -> Floats:
-    """Float32 weights [out, in] of blocks [out, in / 32 * 20]."""
-    from model.checkpoint.dequantize import dequantize
-
-    rows = len(blocks_NB)
-    values = dequantize(blocks_NB.reshape(-1, BLOCK_BYTES), "Q4_1")
-    return values.reshape(rows, math.prod(values.shape) // rows)

@@ -169,12 +169,6 @@ def map_file(path: Path) -> mmap.mmap:
         raise CheckpointError(f"{path.name}: empty file") from None
 
 
-def read_header(path: Path) -> GgufHeader:
-    """Reads the head of a GGUF file. Raises CheckpointError."""
-    with map_file(path) as data:
-        return parse_header(data, file_name=path.name)
-
-
 def parse_header(data: mmap.mmap, *, file_name: str) -> GgufHeader:
     """Reads and checks the head of a mapped GGUF file. Raises CheckpointError."""
     try:

@@ -8,6 +8,8 @@ head and a run of splits:
     one query   item        item           item               parts meet in memory (`_merge`)
     a chunk     |------------- one item: parts meet in registers --------|
 
+A query whose splits no longer fit into `Partials` is one item, as a chunk is.
+
 Inside a split the softmax runs in steps of STEP positions, and finished splits are merged in order
 of position, by the same arithmetic in both cases. A row's bits therefore depend on its own position
 and context alone. Positions that a row may not see weigh exactly 0.
@@ -25,11 +27,14 @@ import torch
 import triton
 import triton.language as tl
 
+from model.kernels.shared_memory import shared_memory, stages_within
 from model.kernels.work_list import (
+    APART,
     BATCH_SLOT,
+    FIRST_ITEM,
     FIRST_ROW,
     FIRST_SPLIT,
-    ITEMS_OR_SPLITS,
+    ITEM_COLUMNS,
     POSITION,
     QUERIES,
     ROWS,
@@ -47,8 +52,8 @@ class Partials:
     def __init__(
         self, work: WorkList, *, num_heads: int, head_dim: int, device: torch.device
     ) -> None:
-        # A split is stored only for single queries, so an item's index is a place of its own for
-        # G rows.
+        # A part is stored only for single queries, so an item's index is a place of its own for G
+        # rows.
         self.acc = torch.empty(
             (work.max_items, num_heads, head_dim), dtype=torch.float32, device=device
         )
@@ -108,11 +113,12 @@ def paged_attention(
         0 if window is None else window,
         BLOCK_SIZE=block_size,
         SPLIT=work.split,
+        SPLIT_BLOCKS=triton.next_power_of_2((work.split - 1) // block_size + 2),
         STEP=STEP,
         ROWS=ROWS,
         WINDOWED=window is not None,
-        num_warps=4,
-        num_stages=3 if q_THD.dtype.itemsize < 4 else 2,  # by shared memory
+        num_warps=4 if shared["BLOCK_D"] <= 128 else 8,  # two programs fit; wider ones spill
+        num_stages=_stages(q_THD, keys_XKD, shared["BLOCK_D"]),
         **shared,
     )
     _merge[(merges, K)](
@@ -127,6 +133,16 @@ def paged_attention(
         **shared,
     )
     return out_THD
+
+
+def _stages(q: torch.Tensor, keys: torch.Tensor, width: int) -> int:
+    """Steps whose keys and values are in shared memory together, beside the queries."""
+    return stages_within(
+        shared_memory(q.device),
+        stage=2 * STEP * width * keys.element_size(),
+        fixed=ROWS * width * q.element_size(),
+        most=3 if q.element_size() < 4 and width <= 128 else 2,
+    )
 
 
 @triton.jit
@@ -150,14 +166,15 @@ def _attend(
     out_ptr,  # [T, H, D]
     acc_ptr,  # [items, H, D]
     ml_ptr,  # [items, H, 2]
-    tiles_ptr,  # [tiles, 6]
-    items_ptr,  # [items, 2]
+    tiles_ptr,  # [tiles, 7]
+    items_ptr,  # [items, 3]
     counts_ptr,  # [2]
     table_stride,
     scale,
     window,
     BLOCK_SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLIT_BLOCKS: tl.constexpr,  # at least those that a split touches
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -171,23 +188,23 @@ def _attend(
     dims = tl.arange(0, BLOCK_D)
     rows = tl.arange(0, ROWS)
     steps = tl.arange(0, STEP)
+    lanes = tl.arange(0, SPLIT_BLOCKS)
     dim_mask = dims < D
     dtype = q_ptr.dtype.element_ty
     num_items = tl.load(counts_ptr) * K
     for work in range(tl.program_id(0), num_items, tl.num_programs(0)):
         item = work // K
         kv_head = work % K
-        tile = tiles_ptr + tl.load(items_ptr + item * 2) * TILE_COLUMNS
-        index = tl.load(items_ptr + item * 2 + 1)
+        tile = tiles_ptr + tl.load(items_ptr + item * ITEM_COLUMNS) * TILE_COLUMNS
+        index = tl.load(items_ptr + item * ITEM_COLUMNS + 1)
+        run = tl.load(items_ptr + item * ITEM_COLUMNS + 2)
         first_row = tl.load(tile + FIRST_ROW)
         queries = tl.load(tile + QUERIES)
         position = tl.load(tile + POSITION)
         blocks = table_ptr + tl.load(tile + BATCH_SLOT).to(tl.int64) * table_stride
         low = tl.load(tile + FIRST_SPLIT)
         end = position + queries  # the last query sees positions below this
-        single = queries == 1
         num_splits = (end + SPLIT - 1) // SPLIT - low
-        run = tl.where(single, 1, num_splits)
 
         query = rows // GROUP
         row_mask = (query < queries) & (rows < ROWS // GROUP * GROUP)
@@ -205,12 +222,21 @@ def _attend(
             l_i = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
             begin = split * SPLIT
+            # The blocks of the split, before its loop: loads of keys that waited for a load of the
+            # table could not be in flight ahead of their step.
+            first_block = begin // BLOCK_SIZE
+            table = tl.load(
+                blocks + first_block + lanes,
+                mask=(first_block + lanes) * BLOCK_SIZE < tl.minimum(begin + SPLIT, end),
+                other=0,
+            )
             if WINDOWED:
                 begin = tl.maximum(begin, tl.maximum(position + 1 - window, 0) // STEP * STEP)
             for step in range(begin, tl.minimum(split * SPLIT + SPLIT, end), STEP):
                 kv_positions = step + steps
                 stored = kv_positions < end
-                block = tl.load(blocks + kv_positions // BLOCK_SIZE, mask=stored, other=0)
+                place = tl.where(stored, kv_positions // BLOCK_SIZE - first_block, 0)
+                block = tl.gather(table, place, axis=0)
                 kv_slots = block.to(tl.int64) * BLOCK_SIZE + kv_positions % BLOCK_SIZE
                 offsets = (kv_slots * K + kv_head)[:, None] * D + dims[None, :]
                 kv_mask = stored[:, None] & dim_mask[None, :]
@@ -246,7 +272,7 @@ def _merge(
     out_ptr,  # [T, H, D]
     acc_ptr,  # [items, H, D]
     ml_ptr,  # [items, H, 2]
-    tiles_ptr,  # [tiles, 6]
+    tiles_ptr,  # [tiles, 7]
     counts_ptr,  # [2]
     SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -259,12 +285,10 @@ def _merge(
     if tl.program_id(0) >= tl.load(counts_ptr + 1):
         return
     tile = tiles_ptr + tl.program_id(0) * TILE_COLUMNS
-    if tl.load(tile + QUERIES) > 1:
+    if tl.load(tile + APART) == 0:
         return
     num_splits = (tl.load(tile + POSITION) + SPLIT) // SPLIT - tl.load(tile + FIRST_SPLIT)
-    if num_splits == 1:
-        return
-    first_item = tl.load(tile + ITEMS_OR_SPLITS).to(tl.int64)
+    first_item = tl.load(tile + FIRST_ITEM).to(tl.int64)
     lanes = tl.arange(0, GROUP)
     dims = tl.arange(0, BLOCK_D)
     heads = tl.program_id(1) * (H // K) + lanes

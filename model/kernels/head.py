@@ -28,6 +28,7 @@ from model.kernels.matmul import (
     sum_tile,
     tiling_for,
 )
+from model.kernels.shared_memory import shared_memory
 
 _CHUNK = 4096
 
@@ -61,7 +62,7 @@ def head(
     """The argmax of x · wᵀ, by tiles. `logits_RV`, float32, receives the logits if given."""
     R, C = x_RC.shape
     V = weight_VC.shape[0]
-    tiling = tiling or tiling_for(R)
+    tiling = tiling or tiling_for(R, limit=shared_memory(x_RC.device))
     part = part_size(V, C)
     num_chunks = triton.cdiv(V, tiling.outputs)
     argmax = Argmax.empty(R, num_chunks, device=x_RC.device)
@@ -84,7 +85,7 @@ def head(
         OUTPUTS=tiling.outputs,
         INPUTS=INPUTS,
         num_warps=tiling.warps,
-        num_stages=tiling.stages_of(x_RC.dtype),
+        num_stages=tiling.stages_of(x_RC),
         enable_fp_fusion=False,
     )
     return argmax

@@ -85,6 +85,18 @@ def mixed_rows(
     return rows[0], rows[2]
 
 
+def embed(tokens_T: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
+    """The rows of the embedding, [T, C]."""
+    T, C = len(tokens_T), weight_VC.shape[1]
+    y = torch.empty((T, C), dtype=weight_VC.dtype, device=weight_VC.device)
+    if T:
+        block = min(1024, triton.next_power_of_2(C))
+        _embed[(T, triton.cdiv(C, block))](
+            tokens_T, weight_VC, y, C=C, BLOCK=block, enable_fp_fusion=False
+        )
+    return y
+
+
 def advance(
     state: torch.Tensor, batch_slots_R: torch.Tensor, tokens_R: torch.Tensor, *, stored: int
 ) -> None:
@@ -96,7 +108,9 @@ def advance(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(
+    do_not_specialize=["count"], do_not_specialize_on_alignment=["places_ptr", "values_ptr"]
+)
 def _change(
     state_ptr,  # [N, C], flat
     places_ptr,  # [count]
@@ -110,7 +124,10 @@ def _change(
     tl.store(state_ptr + places, tl.load(values_ptr + lanes, mask=mask, other=0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(
+    do_not_specialize=["count"],
+    do_not_specialize_on_alignment=["batch_slots_ptr", "tokens_ptr", "positions_ptr", "unread_ptr"],
+)
 def _rows(
     state_ptr,  # [N, C]
     batch_slots_ptr,  # [count]
@@ -142,7 +159,26 @@ def _rows(
     tl.store(out_ptr + 3 * count + lanes, position + 1, mask=mask)
 
 
-@triton.jit(do_not_specialize=["count", "pad_slot"])
+@triton.jit(do_not_specialize_on_alignment=["tokens_ptr"])
+def _embed(
+    tokens_ptr,  # [T]
+    weight_ptr,  # [V, C]
+    y_ptr,  # [T, C]
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < C
+    token = tl.load(tokens_ptr + row).to(tl.int64)
+    values = tl.load(weight_ptr + token * C + columns, mask=mask, other=0.0)
+    tl.store(y_ptr + row * C + columns, values, mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["count", "pad_slot"],
+    do_not_specialize_on_alignment=["batch_slots_ptr", "tokens_ptr"],
+)
 def _advance(
     state_ptr,  # [N, C]
     batch_slots_ptr,  # [count]

@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
+from model.kernels.shared_memory import HOPPER, MARGIN, shared_memory, stages_within
+
 _MIN_PART = 256  # inputs per part; below, the parts' own traffic outweighs the weights'
 _PROGRAMS = 264  # two per multiprocessor of the chips this was sized for; independent of M
 _MAX_PARTS = 16
-_SHARED = 200 * 1024  # bytes of shared memory per program
 INPUTS = 128  # K of one tile, the same in every tiling; a part is a whole number of tiles
 
 
@@ -61,11 +62,14 @@ class Tiling:
     warps: int
     stages: int
 
-    def stages_of(self, dtype: torch.dtype) -> int:
-        """Stages that fit into a multiprocessor's shared memory; fewer for float32."""
-        return max(
-            1, min(self.stages, _SHARED // ((self.rows + self.outputs) * INPUTS * dtype.itemsize))
+    def stages_of(self, x: torch.Tensor) -> int:
+        """Stages that fit into the shared memory of the operand's device; fewer for float32."""
+        return stages_within(
+            shared_memory(x.device), stage=self.stage_bytes(x.element_size()), most=self.stages
         )
+
+    def stage_bytes(self, itemsize: int) -> int:
+        return (self.rows + self.outputs) * INPUTS * itemsize
 
 
 _TILINGS = (  # for at most so many rows; outputs are a multiple of 64: one warp group's instruction
@@ -75,11 +79,33 @@ _TILINGS = (  # for at most so many rows; outputs are a multiple of 64: one warp
     (128, Tiling(128, 64, 4, 3)),
 )
 _MANY_ROWS = Tiling(128, 128, 8, 3)
+_LESS_SHARED = Tiling(128, 64, 8, 3)  # from 65 rows on, if three stages of that do not fit
 
 
-def tiling_for(num_rows: int) -> Tiling:
-    """The tiling of a product of `num_rows` rows."""
+def tiling_for(num_rows: int, *, limit: int = HOPPER) -> Tiling:
+    """The tiling of a product of `num_rows` rows. `limit`: bytes of shared memory per program."""
+    if num_rows > 64 and _MANY_ROWS.stages * _MANY_ROWS.stage_bytes(2) + MARGIN > limit:
+        return _LESS_SHARED
     return next((tiling for most, tiling in _TILINGS if num_rows <= most), _MANY_ROWS)
+
+
+def layout_sizes(most: int) -> list[int]:
+    """Numbers of rows up to `most`: the first of each tiling and of each further tile of rows."""
+    starts = [1, *(rows + 1 for rows, _ in _TILINGS), *range(1, most + 1, _MANY_ROWS.rows)]
+    return sorted({start for start in starts if start <= most})
+
+
+def layout_for(
+    num_rows: int, num_outputs: int, num_inputs: int, *, limit: int = HOPPER
+) -> tuple[Tiling, bool]:
+    """The tiling of a product, and whether its parts go to memory, if there are several."""
+    tiling = tiling_for(num_rows, limit=limit)
+    return tiling, _is_apart(num_rows, num_outputs, num_inputs, tiling)
+
+
+def _is_apart(num_rows: int, num_outputs: int, num_inputs: int, tiling: Tiling) -> bool:
+    tiles = triton.cdiv(num_rows, tiling.rows) * triton.cdiv(num_outputs, tiling.outputs)
+    return part_size(num_outputs, num_inputs) < num_inputs and tiles * 2 <= _PROGRAMS
 
 
 @functools.cache
@@ -101,11 +127,11 @@ def multiply(
     """Computes x · wᵀ + bias: in parts if rows are few, else or with `out_MN` as [M, N]."""
     M, K = x_MK.shape
     N = weight_NK.shape[0]
-    tiling = tiling or tiling_for(M)
+    tiling = tiling or tiling_for(M, limit=shared_memory(x_MK.device))
     part = part_size(N, K)
     num_parts = triton.cdiv(K, part)
     tiles = triton.cdiv(M, tiling.rows) * triton.cdiv(N, tiling.outputs)
-    apart = out_MN is None and num_parts > 1 and tiles * 2 <= _PROGRAMS
+    apart = out_MN is None and _is_apart(M, N, K, tiling)
     if out_MN is not None:
         y = out_MN
     elif apart:
@@ -130,7 +156,7 @@ def multiply(
         OUTPUTS=tiling.outputs,
         INPUTS=INPUTS,
         num_warps=tiling.warps,
-        num_stages=tiling.stages_of(x_MK.dtype),
+        num_stages=tiling.stages_of(x_MK),
         enable_fp_fusion=False,
     )
     return Product(y, num_parts if apart else 1)

@@ -50,7 +50,7 @@ def add_rms_norm(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def _add_rms_norm(
     residual_ptr,  # [T, C]
     delta_ptr,  # [T, C], or [PARTS, T, C]

@@ -83,7 +83,10 @@ def rotate_and_store(
     return q_THD
 
 
-@triton.jit(do_not_specialize=["num_positions"])
+@triton.jit(
+    do_not_specialize=["num_positions"],
+    do_not_specialize_on_alignment=["positions_ptr", "kv_slots_ptr"],
+)
 def _rotate_and_store(
     qkv_ptr,  # [T, (H + 2K) * D], or [PARTS, T, (H + 2K) * D]
     q_ptr,  # [T, H, D]

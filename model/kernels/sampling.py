@@ -126,7 +126,7 @@ def _point(mass, entry):
     return tl.minimum(drawn, mass - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["batch_slots_ptr"])
 def _sums(
     logits_ptr,  # [R, V]
     state_ptr,  # [batch slots, columns]
@@ -151,7 +151,7 @@ def _sums(
     tl.store(sums_ptr + row * N + chunk, tl.sum(weights, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["batch_slots_ptr"])
 def _sample_plain(
     logits_ptr,  # [R, V]
     state_ptr,  # [batch slots, columns]
@@ -254,7 +254,7 @@ def _mass_to(
     return above + (place + 1) * _weight_of(key, largest, temperature, least)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["batch_slots_ptr"])
 def _sample_cut(
     logits_ptr,  # [R, V]
     state_ptr,  # [batch slots, columns]

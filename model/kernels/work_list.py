@@ -15,18 +15,21 @@ import triton.language as tl
 SPLIT = 512  # positions; an answer's bits depend on it
 ROWS = 64  # rows of a tile: one instruction, even if a single query fills only a few
 
-# Columns of the tile list. ITEMS_OR_SPLITS: the number of splits; of a single query, whose number
-# of splits follows from its position, the index of its first item instead.
-FIRST_ROW, QUERIES, POSITION, BATCH_SLOT, FIRST_SPLIT, ITEMS_OR_SPLITS, TILE_COLUMNS = (
-    tl.constexpr(column) for column in range(7)
+# Columns of the tile list. APART: whether each split is an item, from FIRST_ITEM on, and the parts
+# meet in memory.
+FIRST_ROW, QUERIES, POSITION, BATCH_SLOT, FIRST_SPLIT, FIRST_ITEM, APART, TILE_COLUMNS = (
+    tl.constexpr(column) for column in range(8)
 )
+ITEM_COLUMNS = tl.constexpr(3)
+_MOST_PARTS = 4096  # of a step: more programs than any GPU has, and all splits of a pool unshared
 
 
 class WorkList:
     """Buffers for the items of a step; as large as the largest step needs.
 
-    tiles [.., 6]   first row of T, queries, position of the first, batch slot, first split, splits
-    items [.., 2]   tile, index of its first split (counted from the tile's first)
+    tiles [.., 7]   first row of T, queries, position of the first, batch slot, first split, first
+                    item, whether its splits are items
+    items [.., 3]   tile, index of its first split (counted from the tile's first), splits
     counts [2]      items, tiles
     """
 
@@ -39,16 +42,20 @@ class WorkList:
         group: int,
         device: torch.device,
         split: int = SPLIT,
+        most_parts: int = _MOST_PARTS,
     ) -> None:
+        """`most_parts`: splits that may be items of their own. It affects speed and no bit."""
         self.split = split
         self.queries = ROWS // group  # of one tile
-        self.max_splits = triton.cdiv(max_context, split)
         self.max_tiles = max_sequences + triton.cdiv(max_rows, self.queries)
-        self.max_items = max_sequences * self.max_splits + self.max_tiles
+        self.most_parts = min(most_parts, max_sequences * triton.cdiv(max_context, split))
+        self.max_items = self.most_parts + self.max_tiles
         self.tiles = torch.zeros(
             (self.max_tiles, TILE_COLUMNS.value), dtype=torch.int32, device=device
         )
-        self.items = torch.zeros((self.max_items, 2), dtype=torch.int32, device=device)
+        self.items = torch.zeros(
+            (self.max_items, ITEM_COLUMNS.value), dtype=torch.int32, device=device
+        )
         self.counts = torch.zeros(2, dtype=torch.int32, device=device)
 
     def num_tiles(self, lengths: Iterable[int]) -> int:
@@ -77,6 +84,7 @@ class WorkList:
             self.counts,
             S,
             0 if window is None else window,
+            self.most_parts,
             TILE_QUERIES=self.queries,
             SPLIT=self.split,
             WINDOWED=window is not None,
@@ -85,16 +93,20 @@ class WorkList:
         )
 
 
-@triton.jit(do_not_specialize=["S", "window"])
+@triton.jit(
+    do_not_specialize=["S", "window", "most_parts"],
+    do_not_specialize_on_alignment=["starts_ptr", "contexts_ptr", "batch_slots_ptr"],
+)
 def _list_items(
     starts_ptr,  # [S + 1]
     contexts_ptr,  # [S]
     batch_slots_ptr,  # [S]
-    tiles_ptr,  # [tiles, 6]
-    items_ptr,  # [items, 2]
+    tiles_ptr,  # [tiles, 7]
+    items_ptr,  # [items, 3]
     counts_ptr,  # [2]
     S,
     window,
+    most_parts,
     TILE_QUERIES: tl.constexpr,
     SPLIT: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -112,9 +124,10 @@ def _list_items(
     first_split = tl.zeros((BLOCK,), tl.int32)
     if WINDOWED:
         first_split = tl.maximum(context - window, 0) // SPLIT
-    single_items = (context + SPLIT - 1) // SPLIT - first_split
-    num_items = tl.where(single, single_items, num_tiles)
-    num_items = tl.where(mask, num_items, 0)
+    single_splits = (context + SPLIT - 1) // SPLIT - first_split
+    parts = tl.where(mask & single & (single_splits > 1), single_splits, 0)
+    apart = (parts > 0) & (tl.cumsum(parts, axis=0) <= most_parts)
+    num_items = tl.where(mask, tl.where(apart, single_splits, num_tiles), 0)
     tile_end = tl.cumsum(num_tiles, axis=0)
     item_end = tl.cumsum(num_items, axis=0)
     tile_base = tile_end - num_tiles
@@ -129,16 +142,22 @@ def _list_items(
         low = tl.zeros((BLOCK,), tl.int32)
         if WINDOWED:
             low = tl.maximum(position + 1 - window, 0) // SPLIT
-        splits = (position + queries + SPLIT - 1) // SPLIT - low
         tile = tiles_ptr + (tile_base + index) * TILE_COLUMNS
         tl.store(tile + FIRST_ROW, start + index * TILE_QUERIES, mask=here)
         tl.store(tile + QUERIES, queries, mask=here)
         tl.store(tile + POSITION, position, mask=here)
         tl.store(tile + BATCH_SLOT, batch_slot, mask=here)
         tl.store(tile + FIRST_SPLIT, low, mask=here)
-        tl.store(tile + ITEMS_OR_SPLITS, tl.where(single, item_base, splits), mask=here)
-    for index in range(tl.max(num_items, axis=0)):
-        here = mask & (index < num_items)
-        item = items_ptr + (item_base + index) * 2
-        tl.store(item, tile_base + tl.where(single, 0, index), mask=here)
-        tl.store(item + 1, tl.where(single, index, 0), mask=here)
+        tl.store(tile + FIRST_ITEM, item_base, mask=here)
+        tl.store(tile + APART, apart.to(tl.int32), mask=here)
+        item = items_ptr + (item_base + index) * ITEM_COLUMNS
+        whole = here & (apart == 0)
+        tl.store(item, tile_base + index, mask=whole)
+        tl.store(item + 1, 0, mask=whole)
+        tl.store(item + 2, (position + queries + SPLIT - 1) // SPLIT - low, mask=whole)
+    for index in range(tl.max(tl.where(apart, num_items, 0), axis=0)):
+        here = apart & (index < num_items)
+        item = items_ptr + (item_base + index) * ITEM_COLUMNS
+        tl.store(item, tile_base, mask=here)
+        tl.store(item + 1, index, mask=here)
+        tl.store(item + 2, 1, mask=here)

@@ -38,7 +38,7 @@ _FLAGS = (
 )  # fmt: skip
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
-_VARIANTS: dict[str, tuple[str, ...]] = {  # each a compilation of variant.cpp
+_VARIANTS: dict[str, tuple[str, ...]] = {  # each a compilation of the sources of variants
     "portable": (),
     "avx2": _AVX2,
     "avxvnni": (*_AVX2, "-mavxvnni"),
@@ -122,11 +122,13 @@ def _last_touched(path: Path) -> float:
 def _compile(compiler: str, build: Build, scratch: Path) -> Path:
     """Compiles the objects, as many at once as there are processors, and links them."""
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    sources = [path for path in sorted(_SOURCES.glob("*.cpp")) if path.stem != "variant"]
+    of_variants = sorted(_SOURCES.glob("*variant.cpp"))
+    sources = sorted(set(_SOURCES.glob("*.cpp")) - set(of_variants))
     units: list[tuple[str, Path, tuple[str, ...]]] = [(path.stem, path, ()) for path in sources]
     for name, flags in _VARIANTS.items():
         if is_x86 or name == "portable":
-            units.append((name, _SOURCES / "variant.cpp", (f"-DQUIRE_VARIANT={name}", *flags)))
+            defined = (f"-DQUIRE_VARIANT={name}", *flags)
+            units += [(f"{name}_{path.stem}", path, defined) for path in of_variants]
     common = (*_FLAGS, *build.extra_flags, *(f"-D{name}" for name in build.defines))
 
     def compile_one(unit: tuple[str, Path, tuple[str, ...]]) -> Path:

@@ -76,11 +76,8 @@ def hadamard_block(width: int) -> int:
 def load(model: NativeModel, config: ModelConfig, weights: Weights | Arrays) -> None:
     """Folds, rotates, quantises and packs all weights, in memory for a few tensors at a time.
 
-    `weights` itself is not modified.
+    `weights` itself is not modified. Raises ValueError for weights that do not fit the dtype.
     """
-    has_blocks = str(weights["blocks.0.mlp.down.weight"].dtype).endswith("uint8")
-    if has_blocks != model.shape.four_bit:
-        raise ValueError("dtype int4, and no other one, needs weights in blocks of 4 bits")
     kind = _FourBitLoader if model.shape.four_bit else _Loader
     kind(model, config, weights).run()
 
@@ -177,7 +174,9 @@ class _Loader:
         self._model.rotate(matrix, axis=axis, power=r.power, odd=r.odd, signs=r.signs, mix=mix)
 
     def _take(self, name: str) -> Floats:
-        return float_copy(self._weights[name])
+        array = self._weights[name]
+        _check_dtype(array.dtype, four_bit=False)
+        return float_copy(array)
 
 
 class _FourBitLoader(_Loader):
@@ -199,13 +198,21 @@ class _FourBitLoader(_Loader):
             (LinearKind.GATE_UP, "mlp.gate_up.weight"),
             (LinearKind.DOWN, "mlp.down.weight"),
         ):
-            blocks_NB = np.ascontiguousarray(self._weights[prefix + name], np.uint8)
+            array = self._weights[prefix + name]
+            _check_dtype(array.dtype, four_bit=True)
+            blocks_NB = np.ascontiguousarray(array, np.uint8)
             self._model.load_blocks(
                 kind, blocks_NB, layer=layer, bias_N=bias if kind is LinearKind.QKV else None
             )
         names = (prefix + "attention_norm.weight", prefix + "mlp_norm.weight")
         self._model.load_norms(layer, *map(self._take, names))
         self._head_norms(layer, prefix)
+
+
+def _check_dtype(dtype: object, *, four_bit: bool) -> None:
+    """Blocks of 4 bits are uint8, of NumPy or torch, and nothing else is."""
+    if str(dtype).endswith("uint8") != four_bit:
+        raise ValueError("dtype int4, and no other one, needs weights in blocks of 4 bits")
 
 
 def _orthogonal(size: int, draw: random.Random) -> list[list[float]]:

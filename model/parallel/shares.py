@@ -12,7 +12,7 @@ the order of the sums, so answers equal those of one process within rounding, no
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 
@@ -80,17 +80,6 @@ def share_config(config: ModelConfig, *, num_ranks: int) -> ModelConfig:
         num_kv_heads=config.num_kv_heads // num_ranks,
         intermediate_size=config.intermediate_size // num_ranks,
     )
-
-
-def share_weights(
-    config: ModelConfig, weights: Mapping[str, torch.Tensor], *, rank: int, num_ranks: int
-) -> dict[str, torch.Tensor]:
-    """A rank's share, under the same names. `config` is the whole network's."""
-    share_config(config, num_ranks=num_ranks)
-    return {
-        name: share_tensor(name, weights[name], config=config, rank=rank, num_ranks=num_ranks)
-        for name in weights
-    }
 
 
 def share_tensor(

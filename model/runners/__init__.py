@@ -91,6 +91,9 @@ class RunnerOptions:
     vendor_blas: bool = False  # cuda: use it if it has our bits; the process forbids split-K
 
 
+WHOLE_SUMS: Mapping[str, str] = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
+"""Environment that leaves vendor BLAS no workspace for split-K, so that its sums may be exact."""
+
 AnyWeights = Mapping[str, Any]
 """Canonical name -> tensor; for the native runner NumPy arrays too (see `model.weights`)."""
 

@@ -51,7 +51,7 @@ def choose_runner(
     device = device_type(options.device)
     faster = "native" if device == "cpu" else "cuda"
     if faster == "cuda":
-        reason = _cuda_reason(config, device)
+        reason = _cuda_reason(config, options.device, device)
     elif num_ranks == 1:
         reason = _native_reason(config)
     else:
@@ -138,15 +138,18 @@ def choose_sizes(
     )
 
 
-def _cuda_reason(config: ModelConfig, device: str) -> str | None:
+def _cuda_reason(config: ModelConfig, name: str, device: str) -> str | None:
     """Why the cuda runner cannot run a model on a device; None: it can."""
     if device != "cuda":
         return f"it needs an NVIDIA GPU, and the device is {device}"
     try:
+        from model.runners.cuda.chip import unsupported_chip
         from model.runners.cuda.network import unsupported
     except ImportError as error:
         return f"the package {error.name} is not installed"
-    return unsupported(config)
+    from model.runners.torch import choose_device
+
+    return unsupported(config) or unsupported_chip(choose_device(name))
 
 
 def _native_reason(config: ModelConfig) -> str | None:

@@ -15,13 +15,14 @@ a time: a runner is not thread-safe. Importing this module does not import torch
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from model.batch import Floats
-from model.checkpoint import open_checkpoint
+from model.checkpoint import open_checkpoint, open_model
 from model.checkpoint.sentence_transformers import MODULES, SentenceSettings, read_settings
 from model.config import Classifier, ModelConfig, Pooling, Problem
 from model.families import ENCODERS
@@ -102,28 +103,69 @@ def is_encoder(path: Path) -> bool:
 def load_encoder(
     path: Path,
     *,
+    runner: str = "auto",
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
 ) -> tuple[EncodingRunner, EncoderTokenizer]:
-    """Loads an encoder and its tokenizer. dtype: auto, float32 or bfloat16.
+    """Loads an encoder and its tokenizer.
 
-    threads: None: as many as the machine has. Raises CheckpointError, ValueError for options that
-    are not available.
+    runner: auto, native or torch. dtype: auto, float32, int8 (native) or bfloat16 (torch). The
+    native runner is chosen if the device is the CPU, the dtype one of its own, and the library can
+    be built. threads: None: as many as the machine has. Raises CheckpointError, and ValueError for
+    options that are not available.
     """
-    from model.checkpoint import load_model
-    from model.runners.torch_encoding import TorchEncoder
-
     folder = path if path.is_dir() else path.parent
     settings = read_settings(folder)
-    loaded = load_model(path, headless=True)
-    info = describe(loaded.config, settings)
+    opened = open_model(path, headless=True)
+    info = describe(opened.config, settings)
     tokenizer = EncoderTokenizer.from_folder(folder, max_tokens=info.max_tokens)
-    runner = TorchEncoder(
-        loaded.config, loaded.weights, info=info, dtype=dtype, device=device, threads=threads,
-        digest=loaded.digest,
+    digest = hashlib.sha256(
+        f"{opened.digest} {info.pooling} {info.normalised}".encode()
+    ).hexdigest()
+    if _is_native(runner, dtype, device, opened.config):
+        from model.runners.native_encoding import NativeEncoder
+
+        native = NativeEncoder(
+            opened.config, opened.weights, info=info, eight_bit=dtype == "int8", threads=threads,
+            digest=digest,
+        )  # fmt: skip
+        return native, tokenizer
+    from model.runners.torch_encoding import TorchEncoder
+    from model.weights import to_tensor
+
+    weights = {name: to_tensor(opened.weights[name]) for name in opened.weights}
+    plain = TorchEncoder(
+        opened.config, weights, info=info, dtype=dtype, device=device, threads=threads,
+        digest=digest,
     )  # fmt: skip
-    return runner, tokenizer
+    return plain, tokenizer
+
+
+def _is_native(runner: str, dtype: str, device: str, config: ModelConfig) -> bool:
+    """Whether the native runner serves; raises ValueError if it was named and cannot."""
+    if runner not in ("auto", "native", "torch"):
+        raise ValueError("runner must be auto, native or torch")
+    from model.native import NativeUnavailable
+    from model.native.library import NativeLibrary
+    from model.runners.choose import device_type
+    from model.runners.native_encoding import unsupported
+
+    reason: str | None = None
+    if device_type(device) != "cpu":
+        reason = "the native encoder computes on a CPU"
+    elif dtype not in ("auto", "float32", "int8"):
+        reason = "dtype must be auto, float32 or int8 for the native encoder"
+    else:
+        reason = unsupported(config, eight_bit=dtype == "int8")
+    if reason is None and runner != "torch":
+        try:
+            NativeLibrary()
+        except NativeUnavailable as unavailable:
+            reason = str(unavailable)
+    if reason is not None and (runner == "native" or dtype == "int8"):
+        raise ValueError(reason)
+    return reason is None and runner != "torch"
 
 
 def describe(config: ModelConfig, settings: SentenceSettings) -> EncoderInfo:

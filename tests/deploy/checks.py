@@ -199,6 +199,9 @@ def accepts(settings: Settings, host: str) -> bool:
     return True
 
 
+LIBRARIES = {"TRITON_CACHE_DIR"}  # variables that a library reads
+
+
 def check_environment(objects: Sequence[Object]) -> None:
     """The program accepts each environment, and Kubernetes adds nothing to it."""
     commands = {command.name or "" for command in command_line.registered_commands}
@@ -211,7 +214,7 @@ def check_environment(objects: Sequence[Object]) -> None:
         assert pod_of(workload)["enableServiceLinks"] is False, label(workload)
         values = environment(objects, container)
         used = {name for text in values.values() for name in re.findall(r"\$\((\w+)\)", text or "")}
-        others = {name for name in values if not name.startswith("QUIRE_")}
+        others = {name for name in values if not name.startswith("QUIRE_")} - LIBRARIES
         assert others == used, f"{label(workload)} has {others} and uses {used}"
         declared = [variable["name"] for variable in container.get("env", [])]
         for name in used:  # Kubernetes replaces only what stands before

@@ -307,6 +307,20 @@ def test_the_operators_rules_are_those_of_compose() -> None:
     assert theirs["spec"] == ours
 
 
+def test_compiled_kernels_are_kept_on_a_volume() -> None:
+    """Triton writes them at the start; the root is read-only, and /tmp ends with the container."""
+    (engine,) = (
+        each for each in render("gpu")
+        if each["kind"] == "Deployment" and each["metadata"]["name"] == "quire-engine"
+    )  # fmt: skip
+    (container,) = engine["spec"]["template"]["spec"]["containers"]
+    folder = {each["name"]: each.get("value") for each in container["env"]}["TRITON_CACHE_DIR"]
+    assert any(
+        folder.startswith(f"{mount['mountPath']}/") and mount["name"] == "models"
+        for mount in container["volumeMounts"]
+    )
+
+
 def test_the_gpu_overlay_asks_for_gpus_where_they_compute() -> None:
     objects = render("gpu")
     limits = {

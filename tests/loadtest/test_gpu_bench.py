@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ from loadtest.bench.gpu.__main__ import STAGES, Stage
 from loadtest.bench.gpu.background import BackgroundLoad
 from loadtest.bench.gpu.bench import Bench
 from loadtest.bench.gpu.exactness import NotExact, matrix, measure
+from loadtest.bench.gpu.first import KERNEL_TESTS, PYTEST, ROOT
 from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M, TINY, Shape
 from loadtest.bench.gpu.offline import w1
 from model.batch import Batch, StepOutput
+from model.runners import RunnerOptions
+from model.runners.choose import choose_sizes
 from model.runners.exactness import ExactnessCheck
 
 TRIAL = ExactnessCheck(prompt=9, answer=4, beside=(), chunks=(1, 4))
@@ -66,10 +71,12 @@ def test_it_runs_in_miniature(tmp_path: Path) -> None:
             for value in row.values():
                 assert value is None or isinstance(value, str) or value > 0, row
     by = [
-        row["by"] for name in ("w1", "http", "transformers") for row in stages[name]["tables"]["W1"]
+        row["by"]
+        for name in ("w1", "long", "engine", "http", "transformers")
+        for row in stages[name]["tables"]["W1"]
     ]
-    assert by[:3] == ["runner", "engine", "HTTP"]
-    assert by[3].startswith("transformers")
+    assert by[:4] == ["runner", "runner, 1k/1k", "engine", "HTTP"]
+    assert by[4].startswith("transformers")
     (ways,) = stages["exact"]["tables"].values()
     assert {"alone", "chunks of 4", "prefix hit", "recomputed"} <= {row["way"] for row in ways}
     assert all({"1", "3"} < row.keys() for row in ways)
@@ -213,3 +220,81 @@ def _one_row() -> Batch:
     from tests.support.builders import make_batch
 
     return make_batch([Sequence(tokens=[0, 0, 0, 7], blocks=[1], seat=0)])
+
+
+WITHOUT = r"""
+import sys
+from importlib import import_module
+
+ALLOWED = {"torch", "triton", "numpy", "tokenizers", "pytest"}
+OURS = %r
+
+class Missing:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in OURS - ALLOWED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing)
+"""
+
+
+def dependencies() -> set[str]:
+    """Import names of all packages that the project names."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    names = {re.split(r"[^A-Za-z0-9_-]", line)[0] for lines in groups for line in lines}
+    return {name.replace("-", "_").lower() for name in names} | {"pydantic_core"}
+
+
+@pytest.mark.slow
+def test_the_gpu_stages_need_no_package_of_the_service() -> None:
+    """A machine with a GPU has torch, Triton, NumPy and tokenizers; nothing can be installed there.
+
+    Every stage but those that start the service is imported there, and so are the kernels' tests.
+    """
+    stages = {stage.function.split(".")[0] for stage in STAGES.values()} | {"__main__"}
+    names = [f"loadtest.bench.gpu.{name}" for name in sorted(stages)]
+    names += ["tests.support.one_order", *(f"tests.model.test_{name}" for name in KERNEL_TESTS)]
+    program = WITHOUT % dependencies() + f"[import_module(name) for name in {names!r}]"
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    failing = subprocess.run(
+        [sys.executable, "-c", WITHOUT % dependencies() + "import loadtest.client"],
+        cwd=ROOT, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "No module named 'pydantic'" in failing.stderr
+
+
+@pytest.mark.slow
+def test_the_kernels_tests_run_without_the_suites_fixtures() -> None:
+    """As the stage starts them: a test with the fixture `one_order`, and no conftest."""
+    name = "test_the_size_of_a_split_shows_in_the_bits"
+    path = ROOT / "tests/model/test_kernels_attention.py"
+    run = subprocess.run(
+        [*PYTEST, str(path), "-k", name], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert "1 passed" in run.stdout, run.stdout + run.stderr
+
+
+def test_both_commands_name_stages_that_exist_and_each_is_in_one() -> None:
+    named = []
+    for script in ("gpu_first.sh", "gpu_second.sh"):
+        text = (ROOT / "loadtest/bench/gpu" / script).read_text()
+        for stages in re.findall(r"(?:stages=|--only )([a-z0-9]+(?:,[a-z0-9]+)+)", text):
+            named += stages.split(",")
+    assert set(named) == STAGES.keys() - {"products"}
+    assert len(named) == len(set(named))
+
+
+def test_the_measured_step_is_the_products_default(tmp_path: Path) -> None:
+    sizes = choose_sizes(
+        RunnerOptions(), runner="cuda", kv_memory=None, memory_share=0.9,
+        max_batch_tokens=None, max_sequences=None,
+    )  # fmt: skip
+    real = replace(bench(tmp_path), smoke=False)
+    assert (sizes.max_batch_tokens, sizes.max_sequences) == (real.budget, max(real.batches))

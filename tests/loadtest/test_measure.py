@@ -276,7 +276,8 @@ def test_no_repeat_is_begun_that_would_end_too_late(
 
 
 def test_the_command_line() -> None:
-    options = parse(["--servers", "quire,transformers", "--quick", "--clients", "2,4"])
+    words = ["--servers", "quire,transformers", "--results", "here", "--quick", "--clients", "2,4"]
+    options = parse(words)
     sizes = sizes_of(options)
     assert (sizes.clients, sizes.tokens_out) == ((2, 4), 32)
     assert sizes_of(parse([])) == Sizes()

@@ -44,7 +44,7 @@ def document(make_result: MakeResult, make_document: MakeDocument) -> Document:
         for name in SERVERS
         for kind, level in ((Kind.DECODE, 1), (Kind.CHAT, 8), (Kind.PREFILL, 512))
     ]  # fmt: skip
-    return make_document(SERVERS, results, perplexity=dict(PERPLEXITY))
+    return make_document(list(SERVERS), results, perplexity=dict(PERPLEXITY))
 
 
 def table_of(document: Document, title: str) -> Table:
@@ -57,6 +57,12 @@ def test_equal_quality_is_a_perplexity_that_is_lower_or_at_most_1_percent_higher
 ) -> None:
     assert peers_of(document, "quire", equal=True) == ["llama.cpp-q4_1", "openvino-q8_0"]
     assert peers_of(document, "quire", equal=False) == SERVERS[2:]
+    document.servers.append("llama.cpp-q8_0-drafts")
+    document.perplexity["llama.cpp-q8_0-drafts"] = 9.0
+    assert peers_of(document, "quire", equal=True)[-1] == "llama.cpp-q8_0-drafts"
+    assert "llama.cpp-q8_0-drafts" not in peers_of(document, "quire-plain", equal=True)
+    assert "llama.cpp-q8_0-drafts" not in peers_of(document, "quire-plain", equal=False)
+    document.servers.pop()
     document.perplexity["llama.cpp-q4_1"] = 10.11
     assert peers_of(document, "quire", equal=True) == ["openvino-q8_0"]
     del document.perplexity["quire"]
@@ -140,11 +146,14 @@ def test_the_short_table_has_cpu_times_if_the_machine_was_busy(
         results = [make_result(name, load=load) for name in ("quire-plain", "quire-redis", "vllm")]
         document = make_document(["quire-plain", "quire-redis", "vllm"], results)
         assert is_busy(document) == (load > 6)
+        titles = [each.title for each in overview(document)]
+        assert ("Tokens per second" in titles, "Fraction of the roof" in titles) == (load < 6,) * 2
         table = short_table(document)
         assert table.title == title
         assert [row[0] for row in table.rows] == [
             "Quire without drafts", "vLLM, bfloat16",
-            "Quire without drafts, times equal quality", "Quire without drafts, times any quality",
+            "Quire without drafts: times better than the best of equal quality",
+            "Quire without drafts: times better than the best of any quality",
         ]  # fmt: skip
         assert {len(row) for row in table.rows} == {len(table.columns)}
 
@@ -152,6 +161,7 @@ def test_the_short_table_has_cpu_times_if_the_machine_was_busy(
 def test_labels() -> None:
     assert label("quire-int4-plain") == "Quire, 4 bits, without drafts"
     assert label("xllamacpp-q4_0") == "llama.cpp (AVX2), Q4_0"
+    assert label("llama.cpp-q4_0-drafts") == "llama.cpp, Q4_0, drafts"
     assert label("new-server") == "new-server"
 
 
@@ -195,7 +205,10 @@ def test_a_comparison_is_published_by_kind(
     assert section(document) in text
     assert text.count(document.command) == 2
     assert "old" not in readme.read_text()
-    assert "| Quire without drafts, times equal quality |" in readme.read_text()
+    assert (
+        "| Quire without drafts: times better than the best of equal quality |"
+        in readme.read_text()
+    )
 
 
 def test_the_real_documents_have_the_comments() -> None:

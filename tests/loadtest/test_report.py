@@ -16,6 +16,7 @@ from loadtest.bench import compare
 from loadtest.bench.chart import draw, panels_of
 from loadtest.bench.document import Document, read, write
 from loadtest.bench.measure import Kind, Result
+from loadtest.bench.overview import label
 from loadtest.bench.report import markdown, tables, warnings
 from loadtest.bench.table import Table
 from loadtest.bench.views import decode_view, goodput, median, prefill_view, ratios
@@ -169,7 +170,7 @@ def test_the_chart_shows_every_panel_and_server(document: Document, tmp_path: Pa
     assert len(panels) == 5
     assert {panel.title for panel in panels} <= set(texts)
     for name in ("quire", "quire-redis", "c"):
-        assert texts.count(name) == sum(name in panel.values for panel in panels) >= 4
+        assert texts.count(label(name)) == sum(name in panel.values for panel in panels) >= 4
     assert "d" not in texts
     assert texts.count("roof") == sum(not math.isnan(panel.roof) for panel in panels) == 3
     assert "failed" in texts

@@ -18,10 +18,11 @@ import torch
 
 from model.checkpoint import CheckpointError, four_bit, load_model, open_checkpoint, open_model
 from model.checkpoint.dequantize import dequantize
-from model.checkpoint.four_bit import dequantized
 from model.checkpoint.gguf import GgufCheckpoint
 from model.checkpoint.gguf_config import rope_scaling, translate
-from model.checkpoint.gguf_header import STORAGE, GgufHeader, Storage, TensorEntry, read_header
+from model.checkpoint.gguf_header import STORAGE, GgufHeader, Storage, TensorEntry
+from model.checkpoint.gguf_parts import read_headers
+from tests.support.weights import dequantized
 
 QUANTISED = [storage for storage in STORAGE.values() if storage.values > 1]
 
@@ -250,7 +251,7 @@ def test_refuses_malformed_heads_at_once(content: bytes, tmp_path: Path) -> None
     tracemalloc.start()
     start = time.process_time()
     with pytest.raises(CheckpointError) as refused:
-        read_header(path)
+        read_headers(path)
     taken, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert taken < 1

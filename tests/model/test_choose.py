@@ -53,6 +53,12 @@ def test_one_size_gives_way_to_the_other(runner: str) -> None:
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU, as far as the choice is concerned."""
     monkeypatch.setattr(choose, "device_type", lambda _name: "cuda")
+    monkeypatch.setattr(
+        "model.runners.torch.choose_device",
+        lambda name: torch.device("cuda" if name == "auto" else name),
+    )
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: (9, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _device: "some GPU")
 
 
 @pytest.mark.usefixtures("a_gpu")
@@ -70,6 +76,16 @@ def test_a_model_that_the_gpu_runner_does_not_support_falls_back() -> None:
     assert choose_runner("cuda", gpt2, RunnerOptions()).name == "cuda"  # a name is obeyed
     with pytest.raises(ValueError, match="RMSNorm; for llama use the torch runner"):
         FusedNetwork(gpt2, {}, dtype=torch.bfloat16, device=torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_a_gpu_without_bfloat16_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: (7, 5))
+    choice = choose_runner("auto", tiny_model_config(), RunnerOptions(device="cuda:1"))
+    assert choice.name == "torch"
+    assert choice.fallback_reason == (
+        "cuda: some GPU has compute capability 7.5 and no bfloat16; 8.0 or higher is needed"
+    )
 
 
 @pytest.mark.usefixtures("a_gpu")

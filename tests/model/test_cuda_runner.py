@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from model.batch import Batch, StepOutput
 from model.config import ModelConfig, Norm
 from model.kernels.inputs import Column
 from model.kernels.matmul import multiply_by_vendor_blas
 from model.runners import RUNNERS, RunnerOptions
-from model.runners.cuda.accelerator import UNREAD, HostAccelerator
+from model.runners.cuda.accelerator import UNREAD, CudaAccelerator, HostAccelerator
 from model.runners.cuda.buffers import TokenRing, Upload
-from model.runners.cuda.build import build_runner
+from model.runners.cuda.build import _choose_dtype, build_runner
+from model.runners.cuda.chip import check_kv_dtype, resource_errors, unsupported_chip
 from model.runners.cuda.device_memory import GIB, blocks_that_fit, check_weights_fit
 from model.runners.cuda.graphs import CapturedGraphs, bucket_for, bucket_sizes
 from model.runners.cuda.runner import CudaRunner
@@ -25,7 +29,10 @@ from model.runners.exactness import ExactnessCheck, check_exactness, check_for
 from model.runners.torch import TorchRunner
 from tests.support.builders import DEVICE, Piece, make_batch, tiny_model_config, tiny_weights
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="it refuses float32 on a GPU"),
+]
 
 
 def small_config(**overrides: Any) -> ModelConfig:
@@ -435,13 +442,76 @@ def test_what_is_read_back_arrives_when_it_is_waited_for() -> None:
 
 
 def test_an_upload_has_its_limit() -> None:
-    upload = Upload(HostAccelerator(), capacity=5, num_buffers=2)
+    upload = Upload(HostAccelerator(), capacity=5, num_arrays=3, num_buffers=2)
     parts = upload.send(
         [np.array([1, 2], np.int32), np.zeros(0, np.int32), np.array([3], np.int32)]
     )
     assert [part.tolist() for part in parts] == [[1, 2], [], [3]]
+    assert all((part.data_ptr() - upload.target.data_ptr()) % 16 == 0 for part in parts)
     with pytest.raises(ValueError, match="at most 5"):
         upload.send([np.zeros(6, np.int32)])
+
+
+def test_every_call_uses_the_runners_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's current device belongs to a thread: of `cuda:1` the engine's thread knew nothing."""
+    threads: list[int] = []
+    monkeypatch.setattr(
+        HostAccelerator, "activate", lambda _: threads.append(threading.get_ident())
+    )
+    runner = build()
+    assert threads == [threading.get_ident()]
+    batch = make_batch([Piece(tokens=[5, 6], count=2, blocks=[0])])
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        (ident,) = pool.map(lambda _: threading.get_ident(), range(1))
+        pool.submit(runner.run, batch).result()
+    assert threads[1:] == [ident, ident]
+
+
+def test_an_index_is_given_to_a_gpu_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("torch.cuda.set_device", used.append)
+    for name in ("cuda", "cuda:1"):
+        CudaAccelerator(torch.device(name)).activate()
+    assert used == [torch.device("cuda:3"), torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nMore."), "too little memory"),
+        (OutOfResources(240_000, 101_376, "shared memory"), "use the torch runner"),
+    ],
+)
+def test_exhausted_resources_are_one_line(error: Exception, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as found, resource_errors():
+        raise error
+    assert "\n" not in str(found.value)
+
+
+def test_which_gpus_are_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Tesla T4")
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, c=capability: c)
+        assert unsupported_chip(torch.device("cuda")) is None
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
+    reason = unsupported_chip(torch.device("cuda"))
+    assert reason == "Tesla T4 has compute capability 7.5 and no bfloat16; 8.0 or higher is needed"
+
+
+def test_float8_needs_a_gpu_that_converts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ampere, ada = torch.device("cuda:0"), torch.device("cuda:1")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda d: (8, 9 if d == ada else 6))
+    for device, dtype in ((ampere, torch.bfloat16), (ada, torch.float8_e4m3fn)):
+        check_kv_dtype(device, dtype)
+    with pytest.raises(ValueError, match=r"float8 needs compute capability 8\.9 or higher"):
+        check_kv_dtype(ampere, torch.float8_e4m3fn)
+
+
+def test_float32_is_the_interpreters() -> None:
+    assert _choose_dtype("float32", on_gpu=False) is torch.float32
+    with pytest.raises(ValueError, match="use bfloat16"):
+        _choose_dtype("float32", on_gpu=True)
 
 
 def test_memory_is_planned_and_refused_with_figures() -> None:

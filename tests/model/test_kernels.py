@@ -19,11 +19,13 @@ from model.kernels.inputs import (
     advance,
     change,
     decode_rows,
+    embed,
     mixed_rows,
 )
 from model.kernels.matmul import (
     Product,
     Tiling,
+    layout_sizes,
     multiply,
     multiply_by_vendor_blas,
     part_size,
@@ -31,6 +33,7 @@ from model.kernels.matmul import (
 )
 from model.kernels.norm import add_rms_norm
 from model.kernels.rotary import Heads, rotary_table, rotate_and_store
+from model.kernels.shared_memory import MARGIN, stages_within
 from model.layers import rotate, rotation
 from tests.model.kernel_twins import (
     add_rms_norm_twin,
@@ -103,6 +106,17 @@ def test_parts_follow_from_the_weight_alone() -> None:
     for N, K in ((64, 64), (100, 5000), (4096, 14336)):
         assert part_size(N, K) % 128 == 0
         assert math.ceil(K / part_size(N, K)) <= 16
+
+
+@pytest.mark.parametrize("limit", [99 * 1024, 163 * 1024, 227 * 1024])
+def test_every_tiling_fits_the_shared_memory_of_its_gpu(limit: int) -> None:
+    """sm_86, 89 and 120; sm_80; sm_90 and 100: two stages at least, or loads wait for products."""
+    for rows in layout_sizes(2048):
+        tiling = tiling_for(rows, limit=limit)
+        stage = tiling.stage_bytes(2)
+        stages = stages_within(limit, stage=stage, most=tiling.stages)
+        assert 2 <= stages <= tiling.stages
+        assert stages * stage + MARGIN <= limit
 
 
 @pytest.mark.parametrize("parts", [0, 1, 3])
@@ -188,6 +202,13 @@ def test_the_rotary_twin_is_the_networks_own_rotation() -> None:
     expected = rotate(qkv[:, :3], rotation(positions, config))
     torch.testing.assert_close(given, expected[:, :2])
     torch.testing.assert_close(pool, expected[:, 2:])
+
+
+def test_the_embedding_is_read_by_rows() -> None:
+    weight = noise(9, 1100, dtype=HALF)
+    tokens = ints([8, 0, 3, 3])
+    assert torch.equal(embed(tokens, weight), weight[tokens.long()])
+    assert embed(tokens[:0], weight).shape == (0, 1100)
 
 
 def state_of(slots: int) -> torch.Tensor:

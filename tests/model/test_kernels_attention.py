@@ -108,12 +108,13 @@ class Fixed:
         self.queries = torch.randn(30, 4, 16).to(DEVICE)
         self.keys, self.values = (torch.randn(128, 2, 16).to(DEVICE) for _ in range(2))
 
-    def attend(self, pieces: list[tuple[int, int]]) -> torch.Tensor:
+    def attend(self, pieces: list[tuple[int, int]], *, most_parts: int = 99) -> torch.Tensor:
         """Rows [a, b) of the queries, each pair a sequence of its own in one step."""
         counts = [end - start for start, end in pieces]
         work = WorkList(
-            max_rows=64, max_sequences=32, max_context=128, group=2, device=DEVICE, split=self.split
-        )
+            max_rows=64, max_sequences=32, max_context=128, group=2, device=DEVICE,
+            split=self.split, most_parts=most_parts,
+        )  # fmt: skip
         partials = Partials(work, num_heads=4, head_dim=16, device=DEVICE)
         partials.acc.fill_(torch.nan)
         partials.ml.fill_(torch.nan)
@@ -143,7 +144,9 @@ def test_a_rows_bits_are_its_own(window: int | None) -> None:
     fixed = Fixed(split=64, window=window)
     whole = fixed.attend([(0, 30)])
     assert torch.equal(fixed.attend([(0, 7), (7, 30)]), whole)
-    assert torch.equal(fixed.attend([(n, n + 1) for n in range(24, 30)]), whole[24:])
+    singles = [(n, n + 1) for n in range(24, 30)]
+    for most_parts in (99, 5, 0):  # all splits are items, some, none
+        assert torch.equal(fixed.attend(singles, most_parts=most_parts), whole[24:])
 
 
 @pytest.mark.usefixtures("one_order")
@@ -169,4 +172,5 @@ def test_every_item_is_listed_once() -> None:
     assert sorted(rows) == list(range(75))
     assert max(queries for _, queries, *_ in tiles) == ROWS // 2
     items = sorted(map(tuple, work.items[:num_items].tolist()))
-    assert items == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0), (3, 0), (4, 0), (5, 0)]
+    parts = [(0, part, 1) for part in range(4)]
+    assert items == [*parts, (1, 0, 1), (2, 0, 2), (3, 0, 2), (4, 0, 1), (5, 0, 2)]

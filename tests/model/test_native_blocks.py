@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from model.batch import Floats
-from model.checkpoint.four_bit import dequantized
 from model.config import ModelConfig
 from model.native.library import Bytes, NativeLibrary
 from model.runners import RunnerOptions
@@ -19,6 +18,7 @@ from model.runners.exactness import ExactnessCheck, check_exactness
 from model.runners.native import NativeRunner
 from model.runners.torch import TorchRunner
 from tests.support.builders import Piece, make_batch, tiny_weights
+from tests.support.weights import dequantized
 
 BLOCK = 32
 SHAPES = [(1, 32, 32), (2, 5, 96), (3, 33, 64), (4, 70, 160), (7, 40, 576), (13, 64, 1536)]

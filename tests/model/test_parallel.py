@@ -16,13 +16,15 @@ import torch
 
 from model.batch import Batch
 from model.config import ModelConfig, Norm, Position
+from model.kernels.matmul import Product, multiply
 from model.parallel.runner import follow, lead
-from model.parallel.shares import connect, share_config, share_weights, sum_over, sum_sublayers
+from model.parallel.shares import connect, share_config, sum_over, sum_sublayers
 from model.parallel.wire import decode, encode
 from model.runners import RunnerOptions
 from model.transformer import Transformer
 from tests.support.builders import Piece, make_batch, tiny_model_config, tiny_weights
 from tests.support.waiting import PATIENCE
+from tests.support.weights import share_weights
 
 BIASES: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 KINDS: dict[str, dict[str, Any]] = {
@@ -165,6 +167,45 @@ def tokens_of_rank(
     return tokens
 
 
+class TimedBlas:
+    """Our own product; it says of itself that it is so many times as fast."""
+
+    alignment = 1
+
+    def __init__(self, speed: float) -> None:
+        self._times = [1.0, 1 / speed]
+
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        return multiply(x, weight, bias)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        self._times.reverse()
+        return self._times[1]
+
+
+def verified_by_rank(
+    rank: int, group: torch.distributed.ProcessGroup, _: Connection
+) -> tuple[list[int], int]:
+    """Shapes that vendor BLAS multiplies on a rank whose clock is its own, and a later sum."""
+    from model.runners.cuda.build import build_runner
+
+    config = tiny_model_config(max_model_len=64)
+    reduce = sum_over(group)
+    runner = build_runner(
+        share_config(config, num_ranks=2),
+        share_weights(config, tiny_weights(config), rank=rank, num_ranks=2),
+        options=RunnerOptions(
+            dtype="float32", device="cpu", block_size=8, max_sequences=2, max_batch_tokens=8,
+            kv_memory=2**16, vendor_blas=True,
+        ),
+        digest="0" * 64,
+        reduce=reduce,
+        blas=TimedBlas((2.0, 0.5)[rank]),
+    )  # fmt: skip
+    shapes = sorted(shape.outputs for shape in runner.vendor_blas_shapes)
+    return shapes, int(reduce(torch.tensor([10 + rank])))
+
+
 def two_ranks(work: Callable[..., Any]) -> dict[int, Any]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -197,3 +238,11 @@ def test_two_processes_choose_the_tokens_of_one() -> None:
     found = two_ranks(tokens_of_rank)
     assert found[0] == alone.run(batch_of(10)).tokens_R.tolist()
     assert found[1] == []
+
+
+@pytest.mark.kernels
+def test_ranks_decide_together_which_products_vendor_blas_computes() -> None:
+    """It is faster on one rank alone. Each decided for itself, then measured its largest steps:
+    more of them if vendor BLAS was used, so the ranks' sums no longer met.
+    """
+    assert two_ranks(verified_by_rank) == {0: ([], 21), 1: ([], 21)}

@@ -14,10 +14,11 @@ import torch
 from model.checkpoint import load_model
 from model.parallel import RankLost
 from model.parallel.ranks import FollowerProcesses, RankSpec, check_ranks, start_parallel
-from model.parallel.shares import share_tensor, share_weights
+from model.parallel.shares import share_tensor
 from model.runners import RunnerOptions, overlapped
 from tests.conftest import TinyModel
 from tests.support.builders import Piece, make_batch, tiny_model_config
+from tests.support.weights import share_weights
 
 OPTIONS = RunnerOptions(
     dtype="float32", device="cpu", block_size=8, num_blocks=8, max_sequences=4, max_batch_tokens=32

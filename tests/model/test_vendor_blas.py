@@ -24,9 +24,7 @@ from model.kernels.norm import add_rms_norm
 from model.runners import RunnerOptions
 from model.runners.cuda.build import build_runner
 from model.runners.cuda.cublas import ProductShape, VerifiedProducts, multiply_by_parts
-from model.runners.cuda.network import FusedNetwork
 from model.runners.cuda.runner import CudaRunner
-from model.runners.cuda.workspace import Workspace, dry_step
 from model.runners.exactness import ExactnessCheck, check_exactness, check_for
 from service.startup import set_whole_sums
 from tests.model.kernel_twins import multiply_twin
@@ -323,15 +321,20 @@ def test_a_full_step_fits_the_runner() -> None:
 
 
 def test_memory_is_planned_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a full step, and for one with a row less, where all products are ours."""
+    """For a full step, and for one with a row less, where all products are ours.
+
+    Both with everything that a row may ask for: its memory was once not planned.
+    """
     blas = StandIn()
     measured: list[int] = []
+    step_of = CudaRunner.padding_step
 
-    def watched(network: FusedNetwork, workspace: Workspace, num_tokens: int) -> None:
+    def watched(runner: CudaRunner, num_tokens: int, **asked: Any) -> None:
         measured.append(num_tokens)
-        dry_step(network, workspace, num_tokens)
+        assert asked == {"adjusted": True, "logprobs": True, "scored": ROWS}
+        step_of(runner, num_tokens, **asked)
 
-    monkeypatch.setattr("model.runners.cuda.build.dry_step", watched)
+    monkeypatch.setattr(CudaRunner, "padding_step", watched)
     for given, expected in ((blas, {ROWS, ROWS - 1}), (Refuses(), {ROWS})):
         measured.clear()
         build(given, overrides={"num_blocks": None, "kv_memory": 2**16})

@@ -109,6 +109,7 @@ TORCH_FREE = (
     "service.__main__",
     "model.checkpoint.fetch", "model.checkpoint.gguf", "model.checkpoint.safetensors",
     "model.checkpoint.assemble", "model.runners.native", "model.runners.choose", "model.parallel",
+    "model.runners.encoding", "model.runners.native_encoding",
     "model.families.llama", "model.config", "model.batch", "model.grammar",
     "model.grammar_validator", "model.text.tokenizer", "model.text.template_process",
 )  # fmt: skip

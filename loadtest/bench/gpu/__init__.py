@@ -2,5 +2,5 @@
 
 bench          context of a stage: models, timing, tables, remaining time
 models         shapes and random weights     offline, http    two ways to run a workload
-ceilings, kernels, products, exactness, steps, w1, transformers      the stages
+first, ceilings, kernels, products, exactness, steps, w1, transformers      the stages
 """

@@ -1,11 +1,16 @@
 """Measures the GPU engine against the roof of the chip: `python -m loadtest.bench.gpu`.
 
+    precompile    the kernels of all stages, compiled in parallel
     ceilings      bytes/s of a copy, operations/s of a matrix product: the reference for the rest
+    sanitize      one attention and one product under memcheck and racecheck
+    tests         the kernels' tests, compiled, in bfloat16
     exact         bits of an output by method and by batch size from 1 to 256
     kernels       attention over batch and context, products of few rows, in GB/s and share of copy
     steps         decode steps at several batch sizes: time, share of roof, host time, busy share
-    w1            nano-vllm's workload offline: on the runner, and through the service's engine
-    http          the same workload through `quire serve` and our client
+    w1            nano-vllm's workload on the runner, offline
+    long          the larger model with 256 prompts of 1,024 tokens and as many output tokens each
+    engine        W1 through the service's engine
+    http          W1 through `quire serve` and our client
     transformers  its continuous batching on the same models and workload, in the same run
     products      products of full steps by our kernel and by the vendor BLAS
     cost          decode steps by our products and by those of the vendor BLAS
@@ -13,7 +18,10 @@
 Each stage runs in a process of its own, so that its memory is released, its settings are its own,
 and a device fault ends nothing else; it has a share of the time. Stages that fail or run out of
 time are named at the end. The JSON file holds the last run of each stage, so stages may be run one
-by one. Exits with 0 if every stage was done. `--smoke` runs everything in miniature, on a CPU too.
+by one, and what they wrote to stderr is in a log beside it. Exits with 0 if every stage was done.
+All but the service's stages (engine, http) run without its packages; `gpu_first.sh` and
+`gpu_second.sh` beside this file are the commands for a machine that lacks them. `--smoke` runs
+everything in miniature, on a CPU too.
 """
 
 from __future__ import annotations
@@ -34,8 +42,8 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
+from model.runners import WHOLE_SUMS
 from service.doctor.machine import this_machine
-from service.startup import WHOLE_SUMS
 
 _MINUTES = 8.5
 _GRACE = 10.0  # seconds for a stage to start, and to end after SIGTERM
@@ -55,11 +63,16 @@ class Stage:
 # With `WHOLE_SUMS`, which a server sets itself, the vendor BLAS cannot split sums; it reads these
 # variables at its first call.
 STAGES: dict[str, Stage] = {
+    "precompile": Stage(function="first.precompile", least=20, most=150, variables=WHOLE_SUMS),
     "ceilings": Stage(function="ceilings.measure", least=10, most=40),
+    "sanitize": Stage(function="first.sanitize", least=20, most=60),
+    "tests": Stage(function="first.test_kernels", least=20, most=120),
     "exact": Stage(function="exactness.measure", least=30, most=210, variables=WHOLE_SUMS),
     "kernels": Stage(function="kernels.measure", least=15, most=90),
     "steps": Stage(function="steps.measure", least=20, most=90, variables=WHOLE_SUMS),
     "w1": Stage(function="w1.measure", least=20, most=90, variables=WHOLE_SUMS),
+    "long": Stage(function="w1.measure_long", least=20, most=60, variables=WHOLE_SUMS),
+    "engine": Stage(function="w1.measure_engine", least=20, most=90, variables=WHOLE_SUMS),
     "http": Stage(function="w1.measure_http", least=45, most=120),
     "transformers": Stage(function="transformers.measure", least=45, most=120),
     "products": Stage(function="products.measure", least=15, most=60, variables=WHOLE_SUMS),
@@ -103,7 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if left < STAGES[name].least:
             found[name] = Found(state=f"left out: {max(left, 0):.0f} s are left")
         else:
-            found[name] = _run(name, seconds=min(left, STAGES[name].most), smoke=options.smoke)
+            log = options.out.with_name(f"{options.out.stem}-{name}.log")
+            found[name] = _run(
+                name, seconds=min(left, STAGES[name].most), smoke=options.smoke, log=log
+            )
         _keep(options.out, name, found[name])
         print(f"({name}: {found[name].state}, {found[name].seconds:.0f} s)", flush=True)
     print("\nstages")
@@ -118,17 +134,18 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _run(name: str, *, seconds: float, smoke: bool) -> Found:
+def _run(name: str, *, seconds: float, smoke: bool, log: Path) -> Found:
     """Runs a stage in its own process, which is ended if it takes too long."""
     began = time.monotonic()
+    log.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
-        out, errors = Path(folder) / "tables.json", Path(folder) / "errors.log"
+        out = Path(folder) / "tables.json"
         command = [sys.executable, "-m", "loadtest.bench.gpu", "--only", name, "--out", str(out)]
         command += ["--stage-seconds", str(seconds), *(["--smoke"] if smoke else [])]
-        with errors.open("wb") as log:
+        with log.open("wb") as errors:
             process = subprocess.Popen(
                 command,
-                stderr=log,
+                stderr=errors,
                 env=os.environ | STAGES[name].variables,
                 start_new_session=True,  # its children are ended with it
             )
@@ -143,7 +160,7 @@ def _run(name: str, *, seconds: float, smoke: bool) -> Found:
         if status == _CUT_OFF:
             state = f"cut off after {seconds:.0f} s"
         elif status:
-            output = errors.read_text(encoding="utf-8", errors="replace").strip()
+            output = log.read_text(encoding="utf-8", errors="replace").strip()
             print(output[-4000:], file=sys.stderr, flush=True)
             state = f"failed: {output.splitlines()[-1] if output else f'exit status {status}'}"
     return Found(state=state, seconds=time.monotonic() - began, tables=tables)

@@ -13,8 +13,9 @@ import torch
 
 from loadtest.bench.gpu.bench import Bench
 from loadtest.bench.gpu.models import Shape
+from model.runners import RunnerOptions
 
-_BLOCK_SIZE = 64
+_BLOCK_SIZE = RunnerOptions().block_size
 _GRID = (
     (1, 4096), (1, 65536), (8, 1024), (8, 8192), (32, 2048), (32, 16384),
     (128, 1024), (128, 4096), (256, 512), (256, 1024), (256, 2048),

@@ -11,7 +11,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class Workload:
     name: str
     lengths: tuple[tuple[int, int], ...]
     temperature: float = 0.6
+    top_p: float = 1.0
 
     @property
     def tokens_in(self) -> int:
@@ -91,7 +92,7 @@ class Offline:
         began = time.perf_counter()
         while going := [s for s in waiting if s.computed < s.total]:
             plan = self._plan(going)
-            batch, unread = self._batch(plan, workload.temperature)
+            batch, unread = self._batch(plan, workload)
             launched = time.perf_counter()
 
             def launch(batch: Batch = batch, unread: np.ndarray = unread) -> StepHandle:
@@ -145,7 +146,7 @@ class Offline:
         return plan
 
     def _batch(
-        self, plan: Sequence[tuple[_Sequence, int]], temperature: float
+        self, plan: Sequence[tuple[_Sequence, int]], workload: Workload
     ) -> tuple[Batch, np.ndarray]:
         sequences = [sequence for sequence, _ in plan]
         counts = np.array([count for _, count in plan], np.int32)
@@ -170,17 +171,18 @@ class Offline:
             block_table_SB=table,
             batch_slots_S=np.array([s.slot for s in sequences], np.int32),
             sample_rows_R=starts[1:][samples] - 1,
-            sampling=self._columns([s for s, n in plan if s.computed + n >= s.prompt], temperature),
+            sampling=self._columns([s for s, n in plan if s.computed + n >= s.prompt], workload),
             score_rows_Q=np.zeros(0, np.int32),
             score_ids_Q=np.zeros(0, np.int32),
         )
         return batch, unread
 
-    def _columns(self, sequences: Sequence[_Sequence], temperature: float) -> SamplingBatch:
-        return SamplingBatch.plain(
+    def _columns(self, sequences: Sequence[_Sequence], workload: Workload) -> SamplingBatch:
+        plain = SamplingBatch.plain(
             len(sequences),
             vocab_size=self._runner.config.vocab_size,
-            temperature=temperature,
+            temperature=workload.temperature,
             seeds_R=np.array([s.slot for s in sequences], np.uint64),
             indices_R=np.array([s.sampled for s in sequences], np.int32),
         )
+        return replace(plain, top_ps_R=np.full_like(plain.top_ps_R, workload.top_p))

@@ -21,22 +21,24 @@ from model.runners import StepHandle
 
 _PAUSES = 3  # products that keep the device busy for milliseconds
 _SIDE = 8192
+_SAMPLING = (("greedy", 0.0, 1.0), ("sampled", 0.6, 1.0), ("top-p", 0.6, 0.9))
 
 
 def measure(bench: Bench) -> None:
-    """Both models at each batch size with a context of 512 tokens; sampled, and greedy."""
+    """Both models at the smallest and largest batch size, with a context of 512 tokens."""
     bandwidth, _ = bench.bandwidth()
     for shape in bench.models:
         bench.check_time()
         runner = bench.runner(shape)
         offline = Offline(runner, budget=bench.budget)
-        for batch in bench.batches:
-            for temperature in (0.6, 0.0):
+        for batch in sorted({bench.batches[0], bench.batches[-1]}):
+            for name, temperature, top_p in _SAMPLING:
                 bench.check_time()
                 workload = Workload(
-                    name="sampled" if temperature else "greedy",
+                    name=name,
                     lengths=((8, 3) if bench.smoke else (512, 60),) * batch,
                     temperature=temperature,
+                    top_p=top_p,
                 )
                 _row(bench, shape, offline, workload, bandwidth=bandwidth)
         bench.release(runner)

@@ -19,7 +19,6 @@ from typing import Any
 from loadtest.bench.gpu.bench import Bench
 from loadtest.bench.gpu.models import TINY, Shape
 from loadtest.bench.gpu.offline import Offline, Workload, w1
-from loadtest.bench.servers import ServerFailed
 from model.batch import Batch, Bools, StepOutput
 from model.runners import OverlappedRunner, StepHandle
 
@@ -58,7 +57,7 @@ def add_row(
 
 
 def measure(bench: Bench) -> None:
-    """Both models on the runner and through the engine."""
+    """Both models on the runner."""
     bandwidth, _ = bench.bandwidth()
     workload = workload_of(bench)
     for shape in bench.models:
@@ -77,13 +76,38 @@ def measure(bench: Bench) -> None:
             bench, shape, "runner",
             seconds=outcome.seconds, tokens=outcome.tokens, roof=roof, host_us=host * 1e6,
         )  # fmt: skip
+        bench.release(runner)
+
+
+def measure_long(bench: Bench) -> None:
+    """The larger model: 256 prompts of 1,024 tokens, 1,024 output tokens each."""
+    bandwidth, _ = bench.bandwidth()
+    lengths = ((4, 4),) * 2 if bench.smoke else ((1024, 1024),) * 256
+    shape, workload = bench.models[-1], Workload(name="long", lengths=lengths)
+    runner = bench.runner(shape)
+    runner.warm_up()
+    outcome = Offline(runner, budget=bench.budget).run(workload)
+    moved = outcome.steps * shape.weight_bytes + outcome.kv_tokens * shape.kv_bytes
+    add_row(
+        bench, shape, "runner, 1k/1k",
+        seconds=outcome.seconds, tokens=outcome.tokens, roof=moved / bandwidth,
+    )  # fmt: skip
+    bench.release(runner)
+
+
+def measure_engine(bench: Bench) -> None:
+    """Both models, with the service's bookkeeping."""
+    workload = workload_of(bench)
+    for shape in bench.models:
         bench.check_time()
+        runner = bench.runner(shape)
+        runner.warm_up()
         clocked = _Clocked(runner)
         seconds = _through_engine(clocked, workload, bench.budget)
         host = (seconds - clocked.waited) / clocked.steps
         add_row(
             bench, shape, "engine",
-            seconds=seconds, tokens=workload.tokens_out, roof=roof, host_us=host * 1e6,
+            seconds=seconds, tokens=workload.tokens_out, host_us=host * 1e6,
         )  # fmt: skip
         bench.release(runner)
 
@@ -91,17 +115,17 @@ def measure(bench: Bench) -> None:
 def measure_http(bench: Bench) -> None:
     """The smaller model, all requests at once."""
     from loadtest.bench.gpu.http import over_http
+    from loadtest.bench.servers import ServerFailed
 
     shape, workload = bench.models[0], workload_of(bench)
     if bench.smoke:
         shape = Shape("tiny", replace(TINY, vocab_size=300))
     flags = ["--runner", "torch" if bench.device.type == "cpu" else "cuda"]
     if not bench.smoke:
-        flags += ["--max-sequences", "256", "--max-batch-tokens", "8192", "--block-size", "64"]
         flags += ["--kv-memory", "40GiB"]
     with TemporaryDirectory() as name:
         folder = Path(name)
-        with _log_shown(folder / "quire.log"):
+        with _log_shown(folder / "quire.log", (ServerFailed, RuntimeError)):
             seconds = over_http(shape, workload, folder, flags=flags, start_timeout=bench.left - 15)
     add_row(bench, shape, "HTTP", seconds=seconds, tokens=workload.tokens_out)
 
@@ -169,11 +193,11 @@ def _through_engine(runner: _Clocked, workload: Workload, budget: int) -> float:
 
 
 @contextmanager
-def _log_shown(path: Path) -> Iterator[None]:
+def _log_shown(path: Path, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     """Prints the end of the server's log if it failed, before its folder is removed."""
     try:
         yield
-    except (ServerFailed, RuntimeError):
+    except errors:
         if path.is_file():
             print(path.read_text(encoding="utf-8", errors="replace")[-3000:], file=sys.stderr)
         raise

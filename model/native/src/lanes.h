@@ -86,7 +86,6 @@ QUIRE_INLINE Lanes scale_by_power(Lanes a, Lanes shifter) {
   const __m512i k = _mm512_slli_epi32(_mm512_castps_si512(shifter.v), 23);
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), k))};
 }
-QUIRE_INLINE Lanes from_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 // Whole values in -127..127 as bytes.
 QUIRE_INLINE void store_signed(int8_t* p, Lanes whole) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole.v)));
@@ -180,9 +179,6 @@ QUIRE_INLINE __m128i to_bytes(Lanes whole) {
   const __m256i lo = _mm256_cvtps_epi32(whole.lo), hi = _mm256_cvtps_epi32(whole.hi);
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xd8);
   return _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-}
-QUIRE_INLINE Lanes from_half(const uint16_t* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 QUIRE_INLINE void store_signed(int8_t* p, Lanes whole) { _mm_storeu_si128((__m128i*)p, to_bytes(whole)); }
 QUIRE_INLINE void store_biased(uint8_t* p, Lanes whole) {

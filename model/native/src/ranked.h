@@ -34,27 +34,27 @@ struct Last {
   int64_t mass() const { return before + entry.weight; }
 };
 
-// `keeps` accepts 0 and, if any sum, all smaller ones. Entries are put into buckets by their keys, and those
-// of one bucket again, until a few are left to sort: in linear time.
-template <typename Keeps> Last last_of(const std::vector<Ranked>& all, Keeps keeps) {
+// Of at least one entry, behind others with a mass of `before`. `keeps` accepts `before` and, if any sum, all
+// smaller ones. Entries are put into buckets by their keys, and those of one bucket again, until a few are left
+// to sort: in linear time.
+template <typename Keeps> Last last_of(const Ranked* first, const Ranked* end, int64_t before, Keeps keeps) {
   constexpr int kBuckets = 256;
   std::vector<Ranked> some;
-  const std::vector<Ranked>* from = &all;
-  int64_t before = 0;
-  while (from->size() > 64) {
+  while (end - first > 64) {
     uint64_t most = 0, least = ~uint64_t{0};
-    for (const Ranked& r : *from) {
-      most = std::max(most, r.key);
-      least = std::min(least, r.key);
+    for (const Ranked* r = first; r < end; r++) {
+      most = std::max(most, r->key);
+      least = std::min(least, r->key);
     }
     int shift = 0;
     while ((most - least) >> shift >= kBuckets) shift++;
     const auto bucket_of = [&](const Ranked& r) { return static_cast<int>((most - r.key) >> shift); };
     int64_t mass[kBuckets] = {};
     int32_t count[kBuckets] = {};
-    for (const Ranked& r : *from) {
-      mass[bucket_of(r)] += r.weight;
-      count[bucket_of(r)]++;
+    for (const Ranked* r = first; r < end; r++) {
+      const int b = bucket_of(*r);
+      mass[b] += r->weight;
+      count[b]++;
     }
     int bucket = 0;
     int64_t next = before;
@@ -65,12 +65,13 @@ template <typename Keeps> Last last_of(const std::vector<Ranked>& all, Keeps kee
       }
     std::vector<Ranked> found;
     found.reserve(static_cast<size_t>(count[bucket]));
-    for (const Ranked& r : *from)
-      if (bucket_of(r) == bucket) found.push_back(r);
+    for (const Ranked* r = first; r < end; r++)
+      if (bucket_of(*r) == bucket) found.push_back(*r);
     some.swap(found);
-    from = &some;
+    first = some.data();
+    end = first + some.size();
   }
-  std::vector<Ranked> sorted(*from);
+  std::vector<Ranked> sorted(first, end);
   std::sort(sorted.begin(), sorted.end(), ranks_before);
   size_t i = 0;
   for (; i + 1 < sorted.size() && keeps(before + sorted[i].weight); i++) before += sorted[i].weight;

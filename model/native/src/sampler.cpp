@@ -41,39 +41,83 @@ double uniform(uint64_t seed, int32_t choice, int32_t index) {
   return ((c0 >> 5) * 67108864.0 + (c1 >> 6)) * 0x1p-53;
 }
 
-// The place of the token that the drawn share of a mass falls on, most probable first.
-int draw_by_rank(int64_t mass, double draw) {
-  const int64_t point = point_of(mass, draw);
-  return last_of(scratch().ranked, [&](int64_t before) { return before <= point; }).entry.place();
+// The last of `ranked` whose running sum without itself is accepted.
+template <typename Keeps> Last last_ranked(int64_t before, Keeps keeps) {
+  const std::vector<Ranked>& ranked = scratch().ranked;
+  return last_of(ranked.data(), ranked.data() + ranked.size(), before, keeps);
 }
 
-// The last entry that top-p keeps; the first stays even if top_p is 0.
-Last nucleus_of(double wanted) {
-  return last_of(scratch().ranked, [&](int64_t before) { return before == 0 || static_cast<double>(before) < wanted; });
+// Accepts what is before the point of a mass that a draw falls on.
+auto up_to(int64_t mass, double draw) {
+  return [point = point_of(mass, draw)](int64_t before) { return before <= point; };
+}
+
+// Accepts what top-p keeps; the first entry stays even if top_p is 0.
+auto below(double wanted) {
+  return [wanted](int64_t before) { return before == 0 || static_cast<double>(before) < wanted; };
 }
 
 int draw_top_k(const Choices& choices, const Tempering& t, int top_k, float top_p, double draw) {
   choices.find_top(top_k);
-  const double mass = static_cast<double>(choices.weigh_ranked(0, t));
-  return draw_by_rank(nucleus_of(mass * top_p).mass(), draw);
+  const double mass = static_cast<double>(choices.weigh_ranked(t));
+  return last_ranked(0, up_to(last_ranked(0, below(mass * top_p)).mass(), draw)).entry.place();
 }
 
-// Ranks ever more of the choices, until they hold the wanted mass for sure.
-int draw_top_p(const Choices& choices, const Tempering& t, float top_p, double draw) {
-  const Interval wanted = choices.nearly(t, top_p);
-  scratch().ranked.clear();
-  int64_t mass = 0;
-  float most = kInfinity;
-  for (const float depth : {3.0f, 6.0f, 10.0f, 16.0f, kInfinity}) {
-    const float bound = t.largest - depth * t.temperature;
-    mass += choices.rank_between(bound, most, t);
-    if (static_cast<double>(mass) >= wanted.high * kOne) break;
-    most = bound;
+// The choices from the most probable on, tier by tier, of which only those are ranked that are looked into.
+class Tiers {
+ public:
+  Tiers(const Choices& choices, const Tempering& t) : choices_(choices), t_(t) {}
+
+  // Adds tiers until they hold a mass for sure. Few choices often hold it; if not, the depth is estimated, and the
+  // last tier is small.
+  void hold(double mass) {
+    constexpr float kShallow = 3.0f, kLast = 0.75f, kAgain = 2.0f;
+    add(kShallow);
+    if (static_cast<double>(mass_) >= mass) return;
+    float depth = choices_.depth_of(t_, mass);
+    if (depth - kLast > kShallow) add(depth - kLast);
+    for (; static_cast<double>(mass_) < mass && tiers_.back().bound > -kInfinity; depth += kAgain) add(depth);
   }
-  Last last = nucleus_of(wanted.high * kOne);
-  if (last.before && !(static_cast<double>(last.before) < wanted.low * kOne))
-    last = nucleus_of(static_cast<double>(choices.weigh_all(t)) * top_p);
-  return draw_by_rank(last.mass(), draw);
+
+  // The last whose running sum without itself is accepted.
+  template <typename Keeps> Last last(Keeps keeps) const {
+    const Tier* found = &tiers_.back();
+    int64_t before = 0, sum = 0;
+    for (const Tier& tier : tiers_) {
+      if (tier.mass && keeps(sum)) {
+        found = &tier;
+        before = sum;
+      }
+      sum += tier.mass;
+    }
+    choices_.rank(*found, t_);
+    return last_ranked(before, keeps);
+  }
+
+ private:
+  void add(float depth) {
+    const float most = tiers_.empty() ? kInfinity : tiers_.back().bound;
+    const float bound = depth < kDeepest ? t_.largest - depth * t_.temperature : -kInfinity;
+    tiers_.push_back(choices_.weigh_between(bound, most, t_));
+    mass_ += tiers_.back().mass;
+  }
+
+  const Choices& choices_;
+  const Tempering& t_;
+  std::vector<Tier> tiers_;
+  int64_t mass_ = 0;
+};
+
+int draw_top_p(const Choices& choices, const Tempering& t, float top_p, double draw) {
+  const auto exactly = [&] { return static_cast<double>(choices.weigh_all(t)) * top_p; };
+  Interval wanted = choices.nearly(t, top_p);
+  wanted = {wanted.low * kOne, wanted.high * kOne};
+  if (!(wanted.low <= wanted.high)) wanted.low = wanted.high = exactly();  // not a number
+  Tiers tiers(choices, t);
+  tiers.hold(wanted.high);
+  Last last = tiers.last(below(wanted.high));
+  if (last.before && !(static_cast<double>(last.before) < wanted.low)) last = tiers.last(below(exactly()));
+  return tiers.last(up_to(last.mass(), draw)).entry.place();
 }
 
 // Of an unmodified row, what its log probabilities need.

@@ -58,24 +58,25 @@ QUIRE_INLINE Singles exponentials(Singles x) {
   return __builtin_convertvector((Doubles)((Longs)y + ((Longs)shifter << 52)), Singles);
 }
 
-QUIRE_INLINE Longs weights_of(Singles logits, const Tempering& t) {
+// PLAIN: the temperature is 1, and there is no least weight.
+template <bool PLAIN> QUIRE_INLINE Longs weights_of(Singles logits, const Tempering& t) {
   const Singles least = Singles{} - 43.0f;
-  Singles x = (logits - t.largest) / t.temperature;
+  Singles x = logits - t.largest;
+  if (!PLAIN) x /= t.temperature;
   x = x > least ? x : least;  // a NaN weighs nothing
   const Longs weights = floors(exponentials(x));
-  return weights & (weights >= t.least);
+  return PLAIN ? weights : weights & (weights >= t.least);
 }
 
 // The sum of the weights, which are stored unless `weights` is null.
-static int64_t weigh(const float* logits, int count, const Tempering* given, int64_t* weights) {
-  const Tempering t = *given;
+template <bool PLAIN> static int64_t weigh_as(const float* logits, int count, Tempering t, int64_t* weights) {
   Longs sums = {};
   for (int i = 0; i < count; i += WIDE) {
     Singles x = Singles{} - __builtin_inff();
     const int left = count - i;
     if (left >= WIDE) memcpy(&x, logits + i, sizeof x);
     else memcpy(&x, logits + i, (size_t)left * sizeof(float));
-    const Longs w = weights_of(x, t);
+    const Longs w = weights_of<PLAIN>(x, t);
     if (weights) memcpy(weights + i, &w, (size_t)(left < WIDE ? left : WIDE) * sizeof(int64_t));
     sums += w;
   }
@@ -84,16 +85,23 @@ static int64_t weigh(const float* logits, int count, const Tempering* given, int
   return sum;
 }
 
+static int64_t weigh(const float* logits, int count, const Tempering* t, int64_t* weights) {
+  if (t->temperature == 1.0f && !t->least) return weigh_as<true>(logits, count, *t, weights);
+  return weigh_as<false>(logits, count, *t, weights);
+}
+
 // The sum of e^x, within NEAR of itself and 2^-40 per logit of what `weigh` gives, times 2^-40, without a
-// least weight. At most 1024 logits. `exponential` errs by 2^-22, a sum of 16 lanes of floats by 2^-19.
+// least weight. At most 1024 logits. `exponential` errs by 2^-22, a sum of 16 + 6 floats by 2^-19.5. A product
+// instead of a quotient changes x by 2^-23 |x|, whose mean, by weight, is at most the logarithm of the number of
+// logits in the row: by 2^-19.4.
 static double weigh_nearly(const float* logits, int count, const Tempering* given) {
 #if defined(__FMA__)
-  const Lanes largest = splat(given->largest), temperature = splat(given->temperature);
+  const Lanes largest = splat(given->largest), inverse = splat(1.0f / given->temperature);
   Lanes sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
   int i = 0;
   for (; i + LANES * 4 <= count; i += LANES * 4)
     for (int j = 0; j < 4; j++)
-      sums[j] = sums[j] + exponential((load(logits + i + j * LANES) - largest) / temperature);
+      sums[j] = sums[j] + exponential((load(logits + i + j * LANES) - largest) * inverse);
   const double rest = i < count ? (double)weigh(logits + i, count - i, given, nullptr) * 0x1p-40 : 0.0;
   return (double)sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
 #else
@@ -116,14 +124,29 @@ static float largest_of(const float* x, int count) {
   return found;
 }
 
-// Writes the places of numbers above one bound and not above another, in rising order; returns how many.
+// Writes the places of set bits, `first` on, in rising order; returns how many. May write LANES in any case.
+QUIRE_INLINE int put_places(uint32_t bits, int first, int32_t* places) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i all = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+  _mm512_storeu_si512(places, _mm512_maskz_compress_epi32((__mmask16)bits, all));
+  return __builtin_popcount(bits);
+#else
+  int found = 0;
+  for (; bits; bits &= bits - 1) places[found++] = first + __builtin_ctz(bits);
+  return found;
+#endif
+}
+
+// Writes the places of numbers above one bound and not above another, in rising order; returns how many. Behind
+// these it may write LANES - 1 more.
 static int find_between(const float* x, int count, float bound, float most, int32_t* places) {
   int found = 0, i = 0;
   const Lanes low = splat(bound), high = splat(most);
   for (; i + LANES <= count; i += LANES) {
     const Lanes some = load(x + i);
-    for (uint32_t bits = above(some, low) & ~above(some, high); bits; bits &= bits - 1)
-      places[found++] = i + __builtin_ctz(bits);
+    const uint32_t bits = above(some, low) & ~above(some, high);
+    if (bits) found += put_places(bits, i, places + found);
   }
   for (; i < count; i++)
     if (x[i] > bound && !(x[i] > most)) places[found++] = i;

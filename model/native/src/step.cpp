@@ -3,36 +3,10 @@
 #include <algorithm>
 
 #include "model.h"
-
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
+#include "thread_state.h"
 
 namespace quire {
 namespace {
-
-// A thread's floating-point state while it computes: round to nearest, keep subnormals, whatever the
-// process has set; and AMX tiles if the variant has them.
-class ThreadState {
- public:
-  explicit ThreadState(const Kernels& kernels) : kernels_(kernels) {
-#if defined(__x86_64__)
-    saved_ = _mm_getcsr();
-    _mm_setcsr(0x1f80);
-#endif
-    kernels_.thread_begin();
-  }
-  ~ThreadState() {
-    kernels_.thread_end();
-#if defined(__x86_64__)
-    _mm_setcsr(saved_);
-#endif
-  }
-
- private:
-  const Kernels& kernels_;
-  unsigned saved_ = 0;
-};
 
 // How the panels of a product are cut into chunks: first one per thread, nearly its share, then ever
 // smaller ones, so that the threads end together. A thread streams faster through one large chunk than

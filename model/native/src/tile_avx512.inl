@@ -2,6 +2,10 @@
 // which makes 24 sums in registers. With few rows it takes several lines at once instead, with sums of
 // their own, because dpbusd has a latency of 4 to 5 cycles and two start per cycle.
 
+// A prefetch to L1 would occupy a miss buffer until the memory answers, and panels come from L2 meanwhile.
+#define QUIRE_AHEAD_TO_L2
+constexpr int AHEAD_TILES = 2;  // at a cache line per line
+
 constexpr int TILE_ROWS = 12;
 
 // What to prefetch during a segment, or null: first the beginnings of all regions, which are their keys,
@@ -33,9 +37,9 @@ static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* pan
     for (; k < stop; k += 4 * LINES) {
       QUIRE_UNROLL
       for (int line = 0; line < LINES; line++, panel += PANEL * 4) {
-        _mm_prefetch((const char*)ahead.start, _MM_HINT_T0);
-        // With a share of the next panel a tile needs no more than one cache line per line.
-        _mm_prefetch(FETCHES ? (const char*)piece : (const char*)ahead.start + 64, _MM_HINT_T0);
+        _mm_prefetch((const char*)ahead.start, _MM_HINT_T1);
+        // Of a share of the next panel this is the next line's; what is asked for twice is late less often.
+        _mm_prefetch(FETCHES ? (const char*)piece : (const char*)ahead.start + 64, _MM_HINT_T1);
         ahead.start += ahead.step;
         piece += 64;
         const __m512i w_left = _mm512_loadu_si512(panel), w_right = _mm512_loadu_si512(panel + 64);

@@ -2,6 +2,7 @@
 
     pinned memory     lets copies overlap with computation
     read back         device -> host, complete when the call that waits returns
+    compile ahead     in parallel, what some work launches
     capture           a sequence of launches, replayed by one: CUDA graphs
     memory            free bytes, and the peak use of some work
     time              that work takes on the device
@@ -18,6 +19,8 @@ from typing import Any, Protocol
 
 import torch
 
+from model.runners.cuda.compile_ahead import compile_ahead
+
 UNREAD = -(2**31)  # what a host buffer holds until its copy has arrived
 
 
@@ -30,6 +33,10 @@ class Accelerator(Protocol):
 
     device: torch.device
 
+    def activate(self) -> None:
+        """Makes it the device of this thread: CUDA's default is the first one in every thread."""
+        ...
+
     def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         """A host buffer for asynchronous copies."""
         ...
@@ -40,6 +47,10 @@ class Accelerator(Protocol):
 
     def fence(self) -> Callable[[], None]:
         """Marks this point of the launched work; calling the result waits until it is reached."""
+        ...
+
+    def compile_ahead(self, work: Callable[[], None]) -> None:
+        """Compiles the kernels that `work` launches. It may run without computing anything."""
         ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -57,8 +68,12 @@ class Accelerator(Protocol):
 
 class CudaAccelerator:
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
         self._pool: Any = None  # graphs share their memory: one runs at a time
+
+    def activate(self) -> None:
+        torch.cuda.set_device(self.device)
 
     def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, pin_memory=True)
@@ -78,6 +93,9 @@ class CudaAccelerator:
         event = torch.cuda.Event()
         event.record()
         return event.synchronize
+
+    def compile_ahead(self, work: Callable[[], None]) -> None:
+        compile_ahead(work)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         side = torch.cuda.Stream(self.device)
@@ -125,6 +143,9 @@ class HostAccelerator:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 
+    def activate(self) -> None:
+        pass
+
     def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype)
 
@@ -136,6 +157,9 @@ class HostAccelerator:
 
     def fence(self) -> Callable[[], None]:
         return lambda: None  # the host is never ahead of its own work
+
+    def compile_ahead(self, work: Callable[[], None]) -> None:
+        pass  # the interpreter compiles nothing
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         return work

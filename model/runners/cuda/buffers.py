@@ -3,13 +3,14 @@
     Upload      host -> device: one copy per step to one place, whatever the step needs
     TokenRing   device -> host: the sampled tokens of a step, read when they have arrived
 
-A buffer is reused only when the copy that used it last is done.
+A buffer is reused only when the copy that used it last is done. Uploaded arrays are aligned:
+Triton compiles a kernel once more for an address of another alignment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import cycle, pairwise
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -17,11 +18,18 @@ import torch
 from model.batch import Ints
 from model.runners.cuda.accelerator import Accelerator, PendingCopy
 
+_ALIGNMENT = 4  # of int32: 16 bytes
+
 
 class Upload:
-    """Sends arrays of ints, end to end, to the front of `target`, which graphs may read."""
+    """Sends arrays of ints, one after another, to the front of `target`, which graphs may read."""
 
-    def __init__(self, accelerator: Accelerator, *, capacity: int, num_buffers: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, *, capacity: int, num_arrays: int, num_buffers: int
+    ) -> None:
+        """`capacity`: ints of one `send`, in at most `num_arrays` arrays."""
+        self._limit = capacity
+        capacity += num_arrays * (_ALIGNMENT - 1)
         self.target = torch.zeros(capacity, dtype=torch.int32, device=accelerator.device)
         self._accelerator = accelerator
         self._buffers = [accelerator.pinned(capacity, torch.int32) for _ in range(num_buffers)]
@@ -30,18 +38,24 @@ class Upload:
 
     def send(self, arrays: Sequence[Ints]) -> list[torch.Tensor]:
         """Returns the arrays on the device, in order; valid until the next `send`."""
-        ends = np.cumsum([0, *(len(array) for array in arrays)]).tolist()
-        if ends[-1] > len(self.target):
-            raise ValueError(f"a step may upload at most {len(self.target)} numbers")
+        if sum(map(len, arrays)) > self._limit:
+            raise ValueError(f"a step may upload at most {self._limit} numbers")
+        padded = [-(-len(array) // _ALIGNMENT) * _ALIGNMENT for array in arrays]
+        starts = np.cumsum([0, *padded]).tolist()
         index = next(self._next)
         fence = self._fences[index]
         if fence is not None:
             fence()
         buffer = self._buffers[index]
-        np.concatenate(arrays, out=buffer[: ends[-1]].numpy())
-        self.target[: ends[-1]].copy_(buffer[: ends[-1]], non_blocking=True)
+        values = buffer.numpy()
+        for start, array in zip(starts, arrays, strict=False):
+            values[start : start + len(array)] = array
+        self.target[: starts[-1]].copy_(buffer[: starts[-1]], non_blocking=True)
         self._fences[index] = self._accelerator.fence()
-        return [self.target[start:end] for start, end in pairwise(ends)]
+        return [
+            self.target[start : start + len(array)]
+            for start, array in zip(starts, arrays, strict=False)
+        ]
 
 
 class TokenRing:

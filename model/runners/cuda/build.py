@@ -7,7 +7,7 @@ a margin; the rest may be KV pool. No step that `RunnerOptions` allows needs mor
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
@@ -19,22 +19,25 @@ from model.kernels.work_list import SPLIT
 from model.kvcache import bytes_per_block
 from model.runners import RunnerOptions
 from model.runners.cuda.accelerator import Accelerator, CudaAccelerator, HostAccelerator
+from model.runners.cuda.chip import check_kv_dtype, resource_errors, unsupported_chip
 from model.runners.cuda.cublas import CublasLt, VendorBlas, VerifiedProducts
 from model.runners.cuda.device_memory import blocks_that_fit, check_weights_fit
 from model.runners.cuda.network import FusedNetwork, Multiply, Reduce
 from model.runners.cuda.runner import CudaRunner
 from model.runners.cuda.slots import BatchSlots
-from model.runners.cuda.workspace import Workspace, dry_step
+from model.runners.cuda.workspace import Workspace
 from model.runners.exactness import ExactnessCheck, check_exactness, check_for
+from model.runners.logprobs import SCORED_AT_ONCE
 from model.runners.torch import choose_device
 from model.weights import Weights
 
-KERNEL_VERSION = 1  # raised whenever the kernels' bits change
+KERNEL_VERSION = 2  # raised whenever the kernels' bits change
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
+@resource_errors()
 def build_runner(
     config: ModelConfig,
     weights: Weights,
@@ -54,11 +57,16 @@ def build_runner(
     for the shapes that it is verified for, if the options allow it.
     """
     device = choose_device(options.device)
-    accelerator: Accelerator = (
-        CudaAccelerator(device) if device.type == "cuda" else HostAccelerator()
-    )
-    dtype = _choose_dtype(options.dtype)
+    on_gpu = device.type == "cuda"
+    if on_gpu and (reason := unsupported_chip(device)):
+        raise ValueError(f"{reason}: use the torch runner")
+    dtype = _choose_dtype(options.dtype, on_gpu=on_gpu)
+    accelerator: Accelerator = CudaAccelerator(device) if on_gpu else HostAccelerator()
+    accelerator.activate()
+    device = accelerator.device
     kv_dtype = _choose_kv_dtype(options.kv_dtype, dtype)
+    if on_gpu:
+        check_kv_dtype(device, kv_dtype)
     weight_bytes = sum(weights[name].numel() for name in weights) * dtype.itemsize
     check_weights_fit(weight_bytes, accelerator.free_memory())
     network = FusedNetwork(
@@ -70,23 +78,19 @@ def build_runner(
     workspace = Workspace(
         config, options, windows=network.windows, slots=slots, kv_dtype=kv_dtype, device=device
     )
+    runner = CudaRunner(
+        options, accelerator=accelerator, network=network, workspace=workspace, slots=slots
+    )
+    with torch.inference_mode():
+        accelerator.compile_ahead(runner.launch_variants)
     num_blocks = options.num_blocks or _measure_blocks(
-        network,
-        workspace,
+        runner,
         options,
         accelerator=accelerator,
         block_bytes=bytes_per_block(config, options.block_size, dtype=kv_dtype),
         mixes_products=verified is not None,
     )
-    workspace.allocate_pool(num_blocks)
-    runner = CudaRunner(
-        options,
-        accelerator=accelerator,
-        network=network,
-        workspace=workspace,
-        slots=slots,
-        num_blocks=num_blocks,
-    )
+    runner.allocate_pool(num_blocks)
     runner.vendor_blas_shapes = frozenset() if verified is None else verified.shapes
     if product is multiply and reduce is None and check is not None:
         if check == "by options":
@@ -112,7 +116,7 @@ def _verify_blas(
         blas = CublasLt()
     with torch.inference_mode():
         verified = VerifiedProducts(
-            network.layer_products, rows=options.max_batch_tokens, blas=blas
+            network.layer_products, rows=options.max_batch_tokens, blas=blas, reduce=network.reduce
         )
     if not verified.shapes:
         return None
@@ -121,23 +125,25 @@ def _verify_blas(
 
 
 def _measure_blocks(
-    network: FusedNetwork,
-    workspace: Workspace,
+    runner: CudaRunner,
     options: RunnerOptions,
     *,
     accelerator: Accelerator,
     block_bytes: int,
     mixes_products: bool,
 ) -> int:
-    """Blocks of the pool, from what the largest step leaves free."""
+    """Blocks of the pool, from what the largest step leaves free.
+
+    That is the largest of any step: each of its rows has masks, penalties and log probabilities.
+    """
     largest = options.max_batch_tokens
     # Vendor BLAS multiplies full steps only: with one row less all products are ours.
     sizes = (largest, largest - 1) if mixes_products else (largest,)
-    with torch.inference_mode():
-        dry_step(network, workspace, largest)  # compiles; libraries allocate what they keep
-        work = max(
-            accelerator.peak_of(partial(dry_step, network, workspace, size)) for size in sizes
-        )
+    most: dict[str, Any] = {
+        "adjusted": True, "logprobs": True, "scored": min(largest, SCORED_AT_ONCE),
+    }  # fmt: skip
+    runner.padding_step(largest, **most)  # compiles; libraries allocate what they keep
+    work = max(accelerator.peak_of(partial(runner.padding_step, size, **most)) for size in sizes)
     return blocks_that_fit(
         free=accelerator.free_memory(),
         work=work,
@@ -166,9 +172,14 @@ def _kernels_name(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtyp
     return f"{chip}-{kinds}-{KERNEL_VERSION}.{SPLIT}.{STEP}-triton{triton.__version__}"
 
 
-def _choose_dtype(name: str) -> torch.dtype:
+def _choose_dtype(name: str, *, on_gpu: bool) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16
+    if name == "float32" and on_gpu:
+        raise ValueError(
+            "the cuda runner does not support dtype float32 on a GPU, only in the interpreter: use "
+            "bfloat16, float16 or the torch runner"
+        )
     if name not in _DTYPES:
         raise ValueError(f"dtype must be auto or one of {', '.join(_DTYPES)} for the cuda runner")
     return _DTYPES[name]

@@ -17,7 +17,7 @@ before, in float32, as our kernel does. Legend: `model.kernels.matmul`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -103,11 +103,15 @@ class VerifiedProducts:
         *,
         rows: int,
         blas: VendorBlas,
+        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
+        """`reduce` sums over ranks, all of which use vendor BLAS for the same shapes."""
         self._rows = rows
         self._blas = blas
         examples = {_shape(weight, bias): (weight, bias) for weight, bias in products}
-        self.shapes = frozenset(shape for shape, pair in examples.items() if self._passes(*pair))
+        passed = {shape: self._passes(*pair) for shape, pair in examples.items()}
+        device = next(iter(examples.values()))[0].device
+        self.shapes = _of_all_ranks(passed, reduce, device)
 
     def __call__(
         self,
@@ -157,6 +161,22 @@ class VerifiedProducts:
             or (operand.is_contiguous() and operand.data_ptr() % self._blas.alignment == 0)
             for operand in operands
         )
+
+
+def _of_all_ranks(
+    passed: Mapping[ProductShape, bool],
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None,
+    device: torch.device,
+) -> frozenset[ProductShape]:
+    """The shapes that passed on every rank.
+
+    Each rank has timings of its own. Without one decision they would launch different steps from
+    here on, and wait for one another forever.
+    """
+    votes = torch.tensor([*passed.values(), True], dtype=torch.float32, device=device)
+    *counts, num_ranks = (votes if reduce is None else reduce(votes)).tolist()
+    found = zip(passed, counts, strict=True)
+    return frozenset(shape for shape, count in found if count == num_ranks)
 
 
 def _shape(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> ProductShape:

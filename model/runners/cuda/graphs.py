@@ -58,6 +58,10 @@ class CapturedGraphs:
         """Captures a bucket. The work runs meanwhile, so its rows must be padding rows."""
         self._replay[size] = self._accelerator.capture(lambda: self._work(size))
 
+    def run(self, size: int) -> None:
+        """Launches the work as it is, without a graph."""
+        self._work(size)
+
     def replay(self, size: int) -> None:
         self._replay[size]()
 

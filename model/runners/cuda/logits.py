@@ -11,7 +11,6 @@ A step that does none of this and is greedy needs no logits (`is_plain_greedy`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ from model.kernels.matmul import Product
 from model.runners.cuda.accelerator import Accelerator, PendingCopy
 from model.runners.cuda.network import FusedNetwork
 from model.runners.logprobs import NO_LOGPROBS, Logprobs, score_rows
-from model.sampler import ScoredRows, apply_bias_and_penalties, score
+from model.sampler import ScoredRows, apply_bias_and_penalties, on_device, score
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +77,10 @@ def _mask_out(logits_RV: torch.Tensor, sampling: SamplingBatch) -> None:
     """Minus infinity for what masks forbid, in place. The bits are unpacked on the device."""
     device, vocab_size = logits_RV.device, logits_RV.shape[-1]
     little = np.ascontiguousarray(sampling.masks_MW, dtype="<u4").view(np.uint8)
-    bytes_MB1 = torch.tensor(little, device=device).unsqueeze(-1)
+    bytes_MB1 = on_device(little, device).unsqueeze(-1)
     shifts = torch.arange(8, dtype=torch.uint8, device=device)
     bits_MV = ((bytes_MB1 >> shifts) & 1).flatten(1)[:, :vocab_size].bool()
-    rows_M = _long(sampling.mask_rows_M, device)
+    rows_M = on_device(sampling.mask_rows_M, device).long()
     logits_RV[rows_M] = logits_RV[rows_M].masked_fill(~bits_MV, -torch.inf)
 
 
@@ -92,7 +91,7 @@ def read_logprobs(
     rows = np.flatnonzero(sampling.wants_logprobs_R)
     if not rows.size:
         return NOTHING_TO_READ
-    picked = _long(rows, raw_RV.device)
+    picked = on_device(rows, raw_RV.device)
     scored = score(raw_RV[picked], tokens_R[picked].long(), num_top=sampling.num_top)
     return PendingLogprobs((_read(scored, accelerator),), rows, len(tokens_R))
 
@@ -106,7 +105,7 @@ def read_scores(
     """Log probabilities of the batch's given tokens."""
 
     def logits_of(rows: Ints) -> torch.Tensor:
-        rows_Q = torch.tensor(rows, device=accelerator.device)
+        rows_Q = on_device(rows, accelerator.device)
         logits_QV = torch.empty((len(rows), network.config.vocab_size), device=accelerator.device)
         network.logits(hidden, rows_Q, out_RV=logits_QV)
         return logits_QV
@@ -121,7 +120,3 @@ def _read(scored: ScoredRows, accelerator: Accelerator) -> tuple[PendingCopy, ..
         return accelerator.read_back(tensor, accelerator.pinned(tensor.numel(), tensor.dtype))
 
     return read(scored.logprobs_Q), read(scored.top_ids_QN.int()), read(scored.top_logprobs_QN)
-
-
-def _long(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, device=device).long()

@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional
 
 from model.config import Activation, ModelConfig, Norm, Position
 from model.kernels.activation import silu_mul
 from model.kernels.attention import Partials, paged_attention
 from model.kernels.head import Argmax, find_argmax, head, merge_argmax
-from model.kernels.matmul import Product, multiply
+from model.kernels.inputs import embed
+from model.kernels.matmul import Product, Tiling, layout_for, multiply
 from model.kernels.norm import add_rms_norm
 from model.kernels.rotary import Heads, rotary_table, rotate_and_store
+from model.kernels.shared_memory import shared_memory
 from model.kernels.work_list import WorkList
 
 Multiply = Callable[..., Product]
@@ -100,7 +101,7 @@ class FusedNetwork:
         self.dtype = dtype
         self._product = product  # of the head
         self._multiply = product  # of the layers
-        self._reduce = reduce
+        self.reduce = reduce
         loaded = {
             name: weights[name].to(device=device, dtype=dtype).contiguous() for name in weights
         }
@@ -118,8 +119,12 @@ class FusedNetwork:
     @property
     def layer_products(self) -> list[Linear]:
         """The layers' products, except those that are summed over ranks."""
-        if self._reduce is not None:
+        if self.reduce is not None:
             return [linear for layer in self._layers for linear in (layer.qkv, layer.gate_up)]
+        return self._linears
+
+    @property
+    def _linears(self) -> list[Linear]:
         return [
             linear
             for layer in self._layers
@@ -130,6 +135,12 @@ class FusedNetwork:
         """Replaces the product of the layers by another of the same bits; the head's stays."""
         self._multiply = product
 
+    def layouts(self, num_rows: int) -> tuple[tuple[Tiling, bool], ...]:
+        """How products of so many rows are laid out: steps of one layout launch one variant."""
+        shapes = {tuple(linear.weight.shape): None for linear in self._linears}
+        limit = shared_memory(self._embed.device)
+        return tuple(layout_for(num_rows, *shape, limit=limit) for shape in shapes)
+
     @property
     def windows(self) -> set[int | None]:
         return {layer.window for layer in self._layers}
@@ -139,7 +150,7 @@ class FusedNetwork:
 
         Stores the step's K and V in the pool.
         """
-        residual_TC = functional.embedding(inputs.tokens_T, self._embed)
+        residual_TC = embed(inputs.tokens_T, self._embed)
         delta: Product | None = None
         for layer, (keys_XKD, values_XKD) in zip(self._layers, inputs.pool, strict=True):
             x_TC = self._add_norm(residual_TC, delta, layer.attention_norm)
@@ -220,10 +231,10 @@ class FusedNetwork:
 
     def _narrow(self, x: torch.Tensor, linear: Linear) -> Product:
         """A sublayer's last product, summed over ranks, each of which has a share of its inputs."""
-        if self._reduce is None:
+        if self.reduce is None:
             return self._multiply(x, *linear)
         y = torch.empty((len(x), len(linear.weight)), dtype=self.dtype, device=x.device)
-        return Product(self._reduce(self._multiply(x, *linear, out_MN=y).values))
+        return Product(self.reduce(self._multiply(x, *linear, out_MN=y).values))
 
 
 def _layer(config: ModelConfig, loaded: Mapping[str, torch.Tensor], index: int) -> _Layer:

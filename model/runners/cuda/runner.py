@@ -24,10 +24,12 @@ import torch
 from model.batch import Batch, Bools, Ints, SamplingBatch, StepOutput
 from model.kernels.head import find_argmax, merge_argmax
 from model.kernels.inputs import advance, change
+from model.kernels.matmul import layout_sizes
 from model.kernels.sampling import sample_tokens
 from model.runners import RunnerOptions, StepHandle
 from model.runners.cuda.accelerator import Accelerator, PendingCopy
 from model.runners.cuda.buffers import TokenRing, Upload
+from model.runners.cuda.chip import resource_errors
 from model.runners.cuda.cublas import ProductShape
 from model.runners.cuda.graphs import DecodeGraphs, bucket_for
 from model.runners.cuda.logits import (
@@ -39,9 +41,10 @@ from model.runners.cuda.logits import (
     read_scores,
 )
 from model.runners.cuda.network import FusedNetwork
+from model.runners.cuda.padding import padding_batch
 from model.runners.cuda.slots import BatchSlots
-from model.runners.cuda.workspace import MixedColumns, Workspace, dry_step
-from model.runners.logprobs import step_output
+from model.runners.cuda.workspace import MixedColumns, Workspace
+from model.runners.logprobs import SCORED_AT_ONCE, step_output
 
 IN_FLIGHT = 2
 
@@ -68,11 +71,10 @@ class CudaRunner:
         network: FusedNetwork,
         workspace: Workspace,
         slots: BatchSlots,
-        num_blocks: int,
     ) -> None:
         self.config = network.config
         self.block_size = options.block_size
-        self.num_blocks = num_blocks
+        self.num_blocks = 0
         self.vendor_blas_shapes: frozenset[ProductShape] = frozenset()  # that it multiplies
         self._options = options
         self._accelerator = accelerator
@@ -84,6 +86,7 @@ class CudaRunner:
         self._upload = Upload(
             accelerator,
             capacity=4 * options.max_batch_tokens + 5 * sequences + 1 + 2 * most_changes,
+            num_arrays=2 + len(MixedColumns._fields) + 2,
             num_buffers=2 * IN_FLIGHT,
         )
         self._ring = TokenRing(accelerator, width=sequences, num_buffers=2 * IN_FLIGHT)
@@ -99,6 +102,7 @@ class CudaRunner:
     def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
         """Starts a step; see `OverlappedRunner`."""
         self._check_launch(batch, unread_T)
+        self._accelerator.activate()
         sequences_R = np.searchsorted(batch.query_starts_S1, batch.sample_rows_R, side="right") - 1
         slots_R = batch.batch_slots_S[sequences_R]
         all_sample = len(slots_R) == batch.num_sequences
@@ -119,6 +123,7 @@ class CudaRunner:
         """Waits for the oldest step in flight."""
         if not self._in_flight or self._in_flight[0][0] != handle:
             raise ValueError("steps are collected in the order they were launched")
+        self._accelerator.activate()
         _, slots_R, results = self._in_flight.popleft()
         with torch.inference_mode():
             tokens_R = results.tokens().numpy().copy()
@@ -126,14 +131,60 @@ class CudaRunner:
         self._slots.read(slots_R, tokens_R, step=handle.number)
         return step_output(tokens_R, logprobs, scores)
 
+    def allocate_pool(self, num_blocks: int) -> None:
+        """Allocates the KV pool, before any step but those of padding rows."""
+        self._workspace.allocate_pool(num_blocks)
+        self.num_blocks = num_blocks
+
     def warm_up(self) -> None:
-        """Compiles the kernels for every size and captures all graphs."""
-        with torch.inference_mode():
-            most = self._options.max_batch_tokens
-            for num_tokens in (1, 17, 33, 65, 129, max(1, most - 1), most):
-                dry_step(self._network, self._workspace, min(num_tokens, most))
+        """Compiles every variant of the kernels and captures all graphs.
+
+        Raises ValueError if the device has too little memory.
+        """
+        self._accelerator.activate()
+        with torch.inference_mode(), resource_errors():
+            self.launch_variants()
             for size in reversed(self._graphs.sizes):  # largest first: the others share its memory
                 self._graphs.capture(size, self._graphs.all())
+
+    def padding_step(
+        self, num_tokens: int, *, adjusted: bool = False, logprobs: bool = False, scored: int = 0
+    ) -> None:
+        """Launches a mixed step of padding rows, in as many sequences as possible.
+
+        For the rest see `padding_batch`.
+        """
+        count = min(self._options.max_sequences, num_tokens)
+        lengths = np.full(count, num_tokens // count)
+        lengths[: num_tokens % count] += 1
+        batch = padding_batch(
+            np.minimum(lengths, self.config.max_model_len),
+            pad_slot=self._slots.pad_slot,
+            vocab_size=self.config.vocab_size,
+            adjusted=adjusted,
+            logprobs=logprobs,
+            scored=scored,
+        )
+        with torch.inference_mode():
+            self._mixed(batch, self._slots.padding_change(), batch.batch_slots_S, None)
+
+    def launch_variants(self) -> None:
+        """Launches all that a step may launch in every variant that is compiled on its own.
+
+        Of the rows of a step, variants depend on the layout of products; of the rows that sample,
+        on that of the head; of the sequences, on a power of two. Graphs are among them.
+        """
+        most, sequences = self._options.max_batch_tokens, self._options.max_sequences
+        layouts = {self._network.layouts(size): size for size in reversed(layout_sizes(most))}
+        # Vendor BLAS multiplies full steps only.
+        for size in sorted({*layouts.values(), *layout_sizes(sequences), max(1, most - 1), most}):
+            self.padding_step(size)
+        for scored in layout_sizes(min(most, SCORED_AT_ONCE)):
+            self.padding_step(scored, adjusted=True, scored=scored)
+        for size in self._graphs.sizes:
+            self._upload.send([self._graphs.padding(size)])
+            for graph in self._graphs.all():
+                graph.run(size)
 
     def close(self) -> None:
         self._in_flight.clear()
@@ -158,8 +209,8 @@ class CudaRunner:
         first, *rest = self._graphs.of_step(greedy=greedy)
         size = bucket_for(count, self._graphs.sizes)
         self._graphs.capture(size, [first, *rest])
-        padding = self._graphs.padding(size - count)
-        _, _, places, values = self._upload.send([batch.batch_slots_S, padding, *changes])
+        slots = np.concatenate([batch.batch_slots_S, self._graphs.padding(size - count)])
+        _, places, values = self._upload.send([slots, *changes])
         change(self._workspace.state, places, values)
         first.replay(size)
         if greedy:

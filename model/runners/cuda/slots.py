@@ -33,6 +33,11 @@ class BatchSlots:
         """Makes padding rows write to a block that no sequence has."""
         self.mirror[self.pad_slot, Column.TABLE :] = block
 
+    def padding_change(self) -> tuple[Ints, Ints]:
+        """What `changes` returns for a step of padding rows alone: one value, as it is already."""
+        slots = np.array([self.pad_slot])
+        return self._places(slots, Column.LAST), self.mirror[slots, Column.LAST]
+
     def changes(
         self, batch: Batch, batch_slots_R: Ints, *, unread_T: Bools | None, decode: bool
     ) -> tuple[Ints, Ints]:

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from model.config import ModelConfig
 from model.kernels.attention import Partials, attention_programs
 from model.kernels.head import Argmax
 from model.kernels.inputs import Column, decode_rows, mixed_rows
-from model.kernels.sampling import sample_tokens
 from model.kernels.work_list import WorkList
 from model.kvcache import KVCache
 from model.runners import RunnerOptions
-from model.runners.cuda.network import FusedNetwork, StepInputs
+from model.runners.cuda.network import StepInputs
 from model.runners.cuda.slots import BatchSlots
 
 
@@ -109,23 +107,6 @@ class Workspace:
         merges = self._any_work.num_tiles(lengths_S)
         return self._inputs(tokens_T, columns.positions_T, kv_slots_T, merges=merges)
 
-    def padding_columns(self, lengths_S: list[int]) -> MixedColumns:
-        """Padding rows in sequences of such lengths."""
-        device, num_tokens = self.state.device, sum(lengths_S)
-        starts = np.cumsum([0, *lengths_S]).astype(np.int32)
-        starts_S1 = torch.from_numpy(starts).to(device)
-        zeros_T = torch.zeros(num_tokens, dtype=torch.int32, device=device)
-        slots_T = torch.full_like(zeros_T, self._slots.pad_slot)
-        return MixedColumns(
-            batch_slots_T=slots_T,
-            tokens_T=zeros_T,
-            positions_T=zeros_T,
-            unread_T=zeros_T,
-            starts_S1=starts_S1,
-            contexts_S=starts_S1[1:] - starts_S1[:-1],
-            batch_slots_S=slots_T[: len(lengths_S)],
-        )
-
     def _fill(
         self, starts_S1: torch.Tensor, contexts_S: torch.Tensor, batch_slots_S: torch.Tensor
     ) -> None:
@@ -152,19 +133,3 @@ class Workspace:
             programs=self._programs,
             merges=merges,
         )
-
-
-def dry_step(network: FusedNetwork, workspace: Workspace, num_tokens: int) -> None:
-    """Runs a mixed step of padding rows: to compile, to warm up, to measure memory."""
-    count = min(workspace.max_sequences, num_tokens)
-    lengths = np.full(count, num_tokens // count)
-    lengths[: num_tokens % count] += 1
-    lengths_S = np.minimum(lengths, network.config.max_model_len).tolist()
-    columns = workspace.padding_columns(lengths_S)
-    hidden = network.hidden(workspace.mixed_inputs(columns, lengths_S))
-    rows_R = columns.starts_S1[1:] - 1
-    argmax, logits_RV = workspace.argmax.first(count), workspace.logits_RV[:count]
-    network.argmax(hidden, rows_R, out=argmax, logits_RV=logits_RV)
-    sample_tokens(logits_RV, workspace.state, columns.batch_slots_S, argmax=argmax)
-    if network.fuses_head:
-        network.argmax(hidden, rows_R, out=argmax, logits_RV=None)

@@ -1,0 +1,119 @@
+"""The time of a decode step on paper: what the first measured run is held against.
+
+    roof      weights, keys and values at the bandwidth of the data sheet
+    products  weights at the rate of a copy, of which kernels that stream reach a share
+    attention keys and values likewise; the longest item at the rate of one program, if that is more
+    launches  kernels of a step, each with a gap before it, in a CUDA graph
+    sampling  reads of the logits
+
+A program's rate is what it keeps in flight over the latency of memory (Little's law). None of these
+figures was measured with this program; each is one line above the table, to be replaced by one that
+was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M, Shape
+from model.kernels.attention import STEP
+from model.kernels.work_list import SPLIT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chip:
+    """An NVIDIA H200 (SXM)."""
+
+    bandwidth: float = 4.8e12  # bytes/s, data sheet
+    copy: float = 0.90  # of it, read and written by a large copy
+    stream: float = 0.90  # of a copy, by kernels whose loads are in flight
+    latency: float = 0.8e-6  # seconds from a load to its data, under load
+    multiprocessors: int = 132
+    gap: float = 0.85e-6  # seconds per launch in a CUDA graph
+
+    @property
+    def rate(self) -> float:
+        """Bytes/s of our kernels."""
+        return self.bandwidth * self.copy * self.stream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A decode step of `batch` sequences of `context` tokens. `goal`: share of the roof."""
+
+    shape: Shape
+    batch: int
+    context: int
+    goal: float
+    greedy: bool = True
+
+
+_QWEN, _LLAMA = Shape("Qwen3-0.6B", QWEN3_600M), Shape("Llama-3.1-8B", LLAMA31_8B)
+CASES = (
+    Case(shape=_QWEN, batch=1, context=512, goal=0.50),
+    Case(shape=_QWEN, batch=256, context=820, goal=0.65, greedy=False),  # W1, while all run
+    Case(shape=_LLAMA, batch=1, context=512, goal=0.76),
+    Case(shape=_LLAMA, batch=256, context=1536, goal=0.74, greedy=False),
+)
+_PER_LAYER = 10  # norm, QKV, rotary and store, attention, merge, out, norm, gate-up, SiLU, down
+_PER_STEP = 7  # rows, items, embedding; norm, head, argmax, write-back
+_SAMPLED = 4  # more: three of sampling, a copy
+_READS = 4  # of a row of logits, without top-k and top-p
+
+
+def launches(layers: int, *, greedy: bool) -> int:
+    """Kernels of a decode step."""
+    return _PER_LAYER * layers + _PER_STEP + (0 if greedy else _SAMPLED)
+
+
+def predict(case: Case, chip: Chip, *, in_flight: int = 2) -> dict[str, float]:
+    """Microseconds of each part, their sum, the roof, and its share.
+
+    `in_flight`: steps of attention whose loads are in flight.
+    """
+    config = case.shape.config
+    weights, kv = case.shape.weight_bytes, case.batch * case.context * case.shape.kv_bytes
+    layer_kv = kv / config.num_layers
+    item = min(case.context, SPLIT) * 2 * 2 * config.head_dim  # bytes of one program's work
+    of_program = in_flight * STEP * 2 * 2 * config.head_dim / chip.latency
+    items = case.batch * config.num_kv_heads * -(-case.context // SPLIT)
+    rounds = -(-items // (2 * chip.multiprocessors))
+    attention = config.num_layers * max(layer_kv / chip.rate, rounds * item / of_program)
+    logits = 0 if case.greedy else _READS * 4 * case.batch * config.vocab_size
+    seconds = {
+        "products": weights / chip.rate,
+        "attention": attention,
+        "launches": launches(config.num_layers, greedy=case.greedy) * chip.gap,
+        "sampling": logits / chip.rate,
+    }
+    total, roof = sum(seconds.values()), (weights + kv) / chip.bandwidth
+    parts = {name: 1e6 * value for name, value in seconds.items()}
+    return parts | {"step": 1e6 * total, "roof": 1e6 * roof, "of roof": roof / total}
+
+
+def lines(chip: Chip) -> Iterator[str]:
+    """The table, in Markdown: microseconds."""
+    names = ("products", "attention", "launches", "sampling", "step", "roof")
+    yield f"| model | batch x context | {' | '.join(names)} | of roof | goal |"
+    yield "|---|---|" + "---|" * (len(names) + 2)
+    for case in CASES:
+        found = predict(case, chip)
+        cells = " | ".join(f"{found[name]:.0f}" for name in names)
+        yield (
+            f"| {case.shape.name} | {case.batch} x {case.context} | {cells} "
+            f"| {found['of roof']:.2f} | {case.goal:.2f} |"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for name, value in (("bandwidth", 4.8e12), ("copy", 0.90), ("stream", 0.90), ("gap", 0.85e-6)):
+        parser.add_argument(f"--{name}", type=float, default=value, help="see `Chip`")
+
+
+def run(options: argparse.Namespace) -> None:
+    chip = Chip(
+        bandwidth=options.bandwidth, copy=options.copy, stream=options.stream, gap=options.gap
+    )
+    print(*lines(chip), sep="\n")
