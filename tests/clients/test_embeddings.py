@@ -8,10 +8,11 @@ from typing import Any
 import openai
 import pytest
 
+CLIENT = f"openai {openai.__version__.partition('.')[0]} (Python)"
 TEXTS = ["A cat sleeps.", "The kitten naps on the sofa.", "Basalt is a dark volcanic rock."]
 
 
-@pytest.mark.proves("openai")
+@pytest.mark.proves(CLIENT)
 def test_both_encodings_have_the_same_bits(encoder: Any) -> None:
     with openai.OpenAI(base_url=encoder.openai_url, api_key="none", max_retries=0) as client:
         packed = client.embeddings.create(model=encoder.model, input=TEXTS)  # base64
