@@ -24,7 +24,7 @@ from urllib.request import Request, urlopen
 
 from loadtest.bench.servers import Plan, Server, running
 from loadtest.shapes import Shape
-from loadtest.workloads import Workload
+from service.bench.workloads import Workload
 
 ROOT = Path(__file__).parent.parent
 LOCUSTFILE = ROOT / "loadtest" / "locustfile.py"

@@ -25,10 +25,10 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.stats import CSV_STATS_INTERVAL_SEC
 
-from loadtest.client import Stream, StreamError
 from loadtest.shapes import Shape, users_at
-from loadtest.sse import SseDecoder, SseEvent
-from loadtest.workloads import BURST, CALLS, Call, Workload, next_turn
+from service.bench.client import Stream, StreamError
+from service.bench.sse import SseDecoder, SseEvent
+from service.bench.workloads import BURST, CALLS, Call, Workload, next_turn
 
 AFTER_A_FAILURE = 0.5  # seconds that a user waits, so that a dead server causes no busy loop
 

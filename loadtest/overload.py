@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from loadtest.client import Outcome, Target, arrive, complete, drive, percentile
 from loadtest.load import first_model, served
-from loadtest.workloads import make_prompts, poisson_arrivals
+from service.bench.client import Outcome, Target, arrive, complete, drive, percentile
+from service.bench.workloads import make_prompts, poisson_arrivals
 
 TOKENS_IN, TOKENS_OUT = 32, 64
 MAX_SEQUENCES, MAX_QUEUED = 16, 16  # small, so that requests wait briefly

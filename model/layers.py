@@ -27,7 +27,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(x_TC, self.weight.shape, self.weight, self.eps)
+        weight = self.weight.to(x_TC.dtype)  # differs under autocast only, while training
+        return functional.rms_norm(x_TC, weight.shape, weight, self.eps)
 
 
 def norm_layer(config: ModelConfig) -> nn.Module:

@@ -279,21 +279,29 @@ def fused_attention(
     scale: float,
     window: int | None,
     causal: bool = True,
+    lengths_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same of one text in one call of torch, which keeps no weights."""
-    T, H = q_THD.shape[:2]
-    shared = H // k_TKD.shape[1]
-    plain = window is None or window >= T
+    """The same in one call of torch, which keeps no weights, of a text or a batch [N, T, H, D].
+
+    lengths: of texts that are padded on the right, if their attention is bidirectional: a later
+    token is seen there, padding is not.
+    """
+    T, H = q_THD.shape[-3:-1]
+    shared = H // k_TKD.shape[-2]
+    plain = lengths_N is None and (window is None or window >= T)
     seen = None if plain else ~hidden_pairs(T, window, causal=causal, device=q_THD.device)
+    if lengths_N is not None:
+        real_NT = torch.arange(T, device=q_THD.device) < lengths_N[:, None]
+        seen = real_NT[:, None, None] if seen is None else seen & real_NT[:, None, None]
     mixed_HTD = nn.functional.scaled_dot_product_attention(
-        q_THD.transpose(0, 1),
-        k_TKD.repeat_interleave(shared, dim=1).transpose(0, 1),
-        v_TKD.repeat_interleave(shared, dim=1).transpose(0, 1),
+        q_THD.transpose(-3, -2),
+        k_TKD.repeat_interleave(shared, dim=-2).transpose(-3, -2),
+        v_TKD.repeat_interleave(shared, dim=-2).transpose(-3, -2),
         attn_mask=seen,
         is_causal=causal and plain,
         scale=scale,
     )
-    return mixed_HTD.transpose(0, 1)
+    return mixed_HTD.transpose(-3, -2)
 
 
 def hidden_pairs(T: int, window: int | None, *, causal: bool, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The command line: `quire serve | api | engine | pull | chat | key | doctor | version`.
+"""The command line: `quire serve`, `api`, `engine`, `tune` and others; `quire --help` lists them.
 
 Each setting of `service.settings` is a flag, under its heading. `service/roles.py` has the roles;
 nothing heavy is imported before a role is chosen.
@@ -20,6 +20,7 @@ from rich.markup import escape
 from service.errors import StartupError
 from service.setting_types import Group
 from service.settings import Settings, load_settings, setting_rows
+from service.tune import tune
 
 app = typer.Typer(
     name="quire",
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(tune, name="tune")
 
 
 def with_settings(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -139,6 +141,57 @@ def chat(
         temperature=temperature,
         console=Console(),
     )
+
+
+@app.command()
+def bench(  # noqa: PLR0913, PLR0917 - its flags
+    url: Annotated[str, typer.Option(help="URL of any OpenAI-compatible server.")] = (
+        "http://127.0.0.1:8000"
+    ),
+    model: Annotated[
+        str | None, typer.Option(help="Model name; default: the first one of the server.")
+    ] = None,
+    api_key: Annotated[str, typer.Option(help="API key.")] = "",
+    rates: Annotated[
+        str, typer.Option(help="Rates of arrivals, requests per second, separated by commas.")
+    ] = "1,2,4",
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of arrivals per rate.")] = 30.0,
+    dataset: Annotated[
+        Path | None, typer.Option(help="JSONL of prompts, messages or ShareGPT's conversations.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a synthetic prompt, about.")
+    ] = 256,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
+    slo_first: Annotated[
+        float, typer.Option(min=0.001, help="Goodput: most seconds to the first token.")
+    ] = 1.0,
+    slo_token: Annotated[
+        float, typer.Option(min=0.001, help="Goodput: most seconds per further token.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of prompts and arrival times.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="File for the results as JSON.")] = None,
+) -> None:
+    """Measure a server: latencies, throughput and goodput at each rate of requests.
+
+    Ends with status 1 if no answer was complete.
+    """
+    from service.bench import run
+
+    options = run.Options(
+        url=url,
+        model=model,
+        api_key=api_key,
+        rates=run.parse_rates(rates),
+        seconds=seconds,
+        dataset=dataset,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        objectives=run.Objectives(first_token=slo_first, per_token=slo_token),
+        seed=seed,
+    )
+    if not run.report(options, json, console=Console()):
+        sys.exit(1)
 
 
 @app.command(name="key")

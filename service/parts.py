@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +23,6 @@ from service.api.http.observer import ApiObserver
 from service.api.system.attention import AttentionService
 from service.api.system.health import HealthContext
 from service.app import build_admin_app, build_app, served_model
-from service.batches.files import FileLimits
-from service.batches.jobs import JobLimits
 from service.cluster import Cluster
 from service.encoders import LoadedEncoder
 from service.engine.encoding import EncodingLoop
@@ -35,6 +32,7 @@ from service.engine.plan import EngineConfig
 from service.engine.thread import EngineThread
 from service.errors import StartupError
 from service.http.exposure import extras_of, keyless_hosts
+from service.jobs import job_limits
 from service.keys import KeyRing
 from service.messages import ENCODING, GENERATING, Event, ModelCard, model_feature
 from service.models import AnyLoaded, ModelFiles
@@ -130,36 +128,6 @@ def api_limits(settings: Settings) -> ApiLimits:
         keep_responses=settings.keep_responses,
     )
     return replace(limits, sweep_interval=min(limits.sweep_interval, limits.sweep_pause / 2))
-
-
-def files_url(settings: Settings) -> str:
-    """The place of files and batches. By default only processes with one queue share it; a process
-    with a queue of its own and no port of its own keeps them in memory.
-    """
-    url = settings.files
-    if url is None:
-        name = str(settings.port)
-        if not settings.queue.startswith("memory:"):
-            name = hashlib.sha256(settings.queue.encode()).hexdigest()[:16]
-        elif not settings.port:
-            return JobLimits().url
-        url = str(settings.cache_dir / "files" / name)
-    return url if "://" in url else str(Path(url).expanduser().absolute())
-
-
-def job_limits(settings: Settings) -> JobLimits:
-    """Returns the place and the limits of files and batches."""
-    return JobLimits(
-        url=files_url(settings),
-        files=FileLimits(
-            max_bytes=settings.max_file,
-            max_files=settings.max_tenant_files,
-            max_total_bytes=settings.max_tenant_file_bytes,
-        ),
-        max_open=settings.max_open_batches,
-        window=settings.batch_window,
-        max_line_bytes=settings.max_body,
-    )
 
 
 def journal_interval(settings: Settings, queue: Queue, *, on_gpu: bool) -> float:

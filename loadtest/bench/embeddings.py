@@ -165,6 +165,7 @@ def exported(path: Path, scratch: Path) -> str:
     torch = importlib.import_module("torch")
     transformers = importlib.import_module("transformers")
     model = transformers.AutoModel.from_pretrained(path, attn_implementation="eager").eval()
+    model.requires_grad_(requires_grad=False)
 
     class States(torch.nn.Module):  # type: ignore[misc,name-defined]
         def forward(self, ids: Any, mask: Any) -> Any:  # noqa: ANN401

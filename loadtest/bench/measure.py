@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from loadtest.bench.servers import Plan, Running, Server, ServerFailed, running
-from loadtest.client import Outcome, Question, Summary, arrive, complete, drive, summarise
-from loadtest.workloads import make_prompts, make_questions, poisson_arrivals
+from service.bench.client import Outcome, Question, Summary, arrive, complete, drive, summarise
+from service.bench.workloads import make_prompts, make_questions, poisson_arrivals
 
 FIRST_TOKEN_WITHIN = 1.0  # seconds
 PER_TOKEN_WITHIN = 0.06  # seconds

@@ -23,7 +23,7 @@ from urllib.request import urlopen
 
 import psutil
 
-from loadtest.client import Target
+from service.bench.client import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

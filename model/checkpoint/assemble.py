@@ -38,7 +38,7 @@ class AssembledWeights(Mapping[str, Array]):
             raise CheckpointError("more layers than tensors")
         self._checkpoint = checkpoint
         self._layout = checkpoint.layout(family)
-        self._fused = dict(_fused_parts(config))
+        self._fused = dict(fused_parts(config))
         shapes = {part: shape for parts in self._fused.values() for part, shape in parts.items()}
         self._rows = {part: shape[0] for part, shape in shapes.items()}
         self._sources = _sources(checkpoint, self._layout, config)
@@ -118,7 +118,7 @@ def _check(
         raise CheckpointError(f"tensors of the wrong shape: {_some(wrong)}")
 
 
-def _fused_parts(config: ModelConfig) -> Iterator[tuple[str, dict[str, Shape]]]:
+def fused_parts(config: ModelConfig) -> Iterator[tuple[str, dict[str, Shape]]]:
     """The network's tensors, each with the parts it is made of, in order, and their shapes."""
     hidden, vocab = config.hidden_size, config.vocab_size
     yield _alone("embed.weight", (vocab, hidden))

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from model.config import Activation, ModelConfig, Norm, Position
 from model.families import Family
-from model.families.hugging_face import Config, flag, real, refuse, whole
+from model.families.hugging_face import (
+    Config,
+    flag,
+    last_token_classifier,
+    real,
+    refuse,
+    whole,
+)
 
 _NAMES: dict[str, str | tuple[str, ...] | None] = {
     "wte.weight": "embed.weight",
@@ -64,6 +71,7 @@ def configure(config: Config) -> ModelConfig:
         out_bias=True,
         mlp_bias=True,
         tied_head=flag(config, "tie_word_embeddings", default=True),
+        classifier=last_token_classifier(config),
     )
 
 
@@ -73,6 +81,7 @@ FAMILY = Family(
     configure=configure,
     names={
         "lm_head.weight": "head.weight",
+        "score.weight": "classifier.out.weight",
         **{_PREFIX + name: ours for name, ours in _NAMES.items()},
     },
     transposed=frozenset(f"{_PREFIX}h.{{i}}.{matrix}.weight" for matrix in _MATRICES),

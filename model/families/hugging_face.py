@@ -18,6 +18,7 @@ from model.config import (
     Classifier,
     LinearScaling,
     ModelConfig,
+    Pooling,
     Problem,
     RopeScaling,
 )
@@ -39,6 +40,7 @@ LLAMA_NAMES: Mapping[str, str | None] = {
     "model.layers.{i}.mlp.down_proj.weight": "blocks.{i}.mlp.down.weight",
     "model.norm.weight": "norm.weight",
     "lm_head.weight": "head.weight",
+    "score.weight": "classifier.out.weight",
 }
 
 QKV_BIAS_NAMES: Mapping[str, str] = {
@@ -87,6 +89,7 @@ def llama_like(
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         tied_head=flag(config, "tie_word_embeddings", default=tied),
+        classifier=last_token_classifier(config),
     )
 
 
@@ -204,6 +207,15 @@ def classifier(config: Config, *architectures: str) -> Classifier | None:
     return Classifier(
         labels=labels, problem=Problem(stated or derived), sigmoid=_has_sigmoid(config)
     )
+
+
+def last_token_classifier(config: Config) -> Classifier | None:
+    """The head of a decoder's sequence classifier: a matrix on the state of the last token."""
+    named = config.get("architectures")
+    found = named if isinstance(named, list) else []
+    heads = [str(each) for each in found if str(each).endswith("ForSequenceClassification")]
+    head = classifier(config, *heads)
+    return head and replace(head, pooling=Pooling.LAST, dense=False, out_bias=False)
 
 
 def _has_sigmoid(config: Config) -> bool:

@@ -10,7 +10,9 @@ from model.checkpoint.fetch import find
 from model.checkpoint.four_bit import four_bit_reason
 from model.config import ModelConfig
 from model.runners.choose import SelectedRunner, choose_runner
+from model.runners.encoding import is_encoder
 from service.doctor import Finding, Level
+from service.encoders import load_encoder_card
 from service.errors import StartupError
 from service.settings import Settings
 from service.startup import load_tokenizer, runner_options
@@ -24,14 +26,20 @@ def check_models(settings: Settings) -> Iterator[tuple[Finding, ModelConfig | No
             text = "not on this machine yet: fetched at the first start"
             yield Finding("model", text, Level.NOTE, "to fetch it now: quire pull"), None
             continue
+        size = sum(file.stat().st_size for file in _files(path)) / 2**20
         try:
+            if is_encoder(path):
+                card, _, _ = load_encoder_card(settings, source, path)
+                length = f"up to {card.max_model_len} tokens"
+                text = f"{path.name}: an encoder, {size:,.0f} MiB, {length}, runner torch"
+                yield Finding("model", text), None
+                continue
             config, choice = _choose(path, settings)
             load_tokenizer(path)
         except (CheckpointError, StartupError, ValueError, ImportError) as error:
             advice = f"{error}; the formats that can be served are in README.md"
             yield Finding("model", f"{path.name} cannot be served", Level.BAD, advice), None
             continue
-        size = sum(file.stat().st_size for file in _files(path)) / 2**20
         text = (
             f"{path.name}: {config.family}, {size:,.0f} MiB, up to {config.max_model_len} tokens,"
             f" runner {choice.name}"

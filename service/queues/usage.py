@@ -47,6 +47,11 @@ def counted_prompt(request: GenerationRequest) -> int:
     return 0 if request.sampling.choice else len(request.prompt_ids)
 
 
+def counts_output(request: GenerationRequest) -> bool:
+    """Whether its records are tokens: those of an encoding are vectors and scores."""
+    return request.encoding is None
+
+
 def decode_usage(day: int, counts: Mapping[str, int]) -> list[Usage]:
     """The rows of a day. `counts`: `<kind> <account>` -> number; the kinds are n (requests), p
     (prompt), c (cached) and g (generated tokens).

@@ -371,3 +371,31 @@ async def test_results_count_as_stored_bytes() -> None:
         assert reply.status_code == 429
         assert "bytes to store" in json.loads(reply.text)["error"]["message"]
         assert service.runner.steps == []
+
+
+async def test_a_batch_embeds_its_lines_and_usage_counts_their_tokens() -> None:
+    texts = ["a ax", "b", "ax"]
+    url = "/v1/embeddings"
+    named = {"method": "POST", "url": url}
+    lines = "\n".join(
+        json.dumps({"custom_id": each, **named, "body": {"model": MODEL, "input": each}})
+        for each in texts
+    )
+    async with encoders() as service:
+        app: Any = service.client._transport.app  # type: ignore[attr-defined]
+        async with app.router.lifespan_context(app):
+            form: Any = {"files": {"file": ("in", lines)}, "data": {"purpose": "batch"}}
+            file = (await service.client.post("/v1/files", **form)).json()
+            body = {"input_file_id": file["id"], "endpoint": url, "completion_window": "1h"}
+            batch = (await service.client.post("/v1/batches", json=body)).json()
+            async with asyncio.timeout(PATIENCE):
+                while batch["status"] != "completed":
+                    await asyncio.sleep(0.01)
+                    batch = (await service.client.get(f"/v1/batches/{batch['id']}")).json()
+            path = f"/v1/files/{batch['output_file_id']}/content"
+            rows = [json.loads(row) for row in (await service.client.get(path)).text.splitlines()]
+            found = [floats(row["response"]["body"]) for row in rows]
+            assert np.concatenate(found).tobytes() == rows_of(*texts).tobytes()
+        (used,) = (await service.client.get("/v1/usage")).json()["data"]
+        counted = (used["requests"], used["prompt_tokens"], used["generated_tokens"])
+        assert counted == (3, sum(map(len, ids_of(*texts))), 0)

@@ -134,7 +134,7 @@ async def test_every_example_is_answered(start_service: Any) -> None:
     async with start_service(docs=True) as service:
         document = (await service.client.get("/openapi.json")).json()
         for path, method, operation in operations(document):
-            if "requestBody" not in operation:
+            if "requestBody" not in operation or path == "/v1/files":  # that takes a form
                 continue
             schema = operation["requestBody"]["content"]["application/json"]["schema"]
             name = schema["$ref"].rpartition("/")[2]
@@ -143,8 +143,10 @@ async def test_every_example_is_answered(start_service: Any) -> None:
             for example in examples:
                 jsonschema_rs.validate({**schema, "components": document["components"]}, example)
                 reply = await service.post(path, example)
-                absent = "attention_not_available"  # this endpoint needs a network
-                assert reply.status_code == 200 or absent in reply.text, (method, path, reply.text)
+                # Attention needs a network, a batch its input file.
+                absent = ("attention_not_available", "file_not_found")
+                known = any(code in reply.text for code in absent)
+                assert reply.status_code == 200 or known, (method, path, reply.text)
 
 
 def test_every_rule_is_in_the_document(document: Json) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 
-from loadtest.sse import Address
+from service.bench.sse import Address
 from tests.cluster.relay import Connection, Relay
 
 PATIENCE = 5.0  # seconds that a connection waits for a replica

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from loadtest.sse import DONE
+from service.bench.sse import DONE
 from service.messages import End, Tokens
 from tests.cluster.client import Transcript
 from tests.cluster.cluster import Cluster

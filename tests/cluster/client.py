@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loadtest.sse import DONE, Address, Broken, SseEvent, call
+from service.bench.sse import DONE, Address, Broken, SseEvent, call
 
 PATIENCE = 100.0  # seconds after which a client gives up, whatever happens
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from redis import Redis
 
-from loadtest.sse import Address
+from service.bench.sse import Address
 from service.queues.contract import QueueLimits
 from service.queues.redis.keys import ShardKeys
 from service.queues.redis.queue import RedisQueue

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from loadtest.sse import DONE, Broken, call
+from service.bench.sse import DONE, Broken, call
 from tests.cluster.client import Client, Transcript
 
 Body = dict[str, Any]

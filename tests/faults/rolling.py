@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from loadtest.sse import DONE, Address, Broken, call
+from service.bench.sse import DONE, Address, Broken, call
 from tests.cluster.processes import ForkServer, Replica, wait_all_ready
 from tests.cluster.redis_process import RedisServer
 from tests.conftest import TinyModel, build_tiny_model

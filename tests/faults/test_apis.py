@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.sse import Address, call
+from service.bench.sse import Address, call
 from service.messages import FinishReason
 from tests.cluster.checker import check_all, check_rest, read_journal
 from tests.cluster.client import Transcript

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.sse import DONE, Address, call
+from service.bench.sse import DONE, Address, call
 from tests.cluster.checker import check_rest
 from tests.cluster.cluster import Cluster
 from tests.cluster.streams import until

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from loadtest.sse import Broken, call
+from service.bench.sse import Broken, call
 from service.engine.timer import STALL_MAX
 from tests.cluster.checker import check_all
 from tests.cluster.cluster import Cluster

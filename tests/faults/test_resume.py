@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.sse import call
+from service.bench.sse import call
 from tests.cluster.client import Transcript
 from tests.cluster.cluster import Cluster
 from tests.cluster.streams import until

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from loadtest.load import ROOT, Load, Row, locust_command, read_failures, read_rows
-from loadtest.workloads import Workload
+from service.bench.workloads import Workload
 from tests.cluster.balancer import Balancer
 from tests.cluster.checker import check_rest
 from tests.cluster.cluster import Cluster, Timings

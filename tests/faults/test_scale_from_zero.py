@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.sse import call
+from service.bench.sse import call
 from tests.cluster.processes import ForkServer, Replica, run_command
 from tests.cluster.redis_process import RedisServer
 from tests.support.waiting import PATIENCE

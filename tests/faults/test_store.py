@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.sse import call
+from service.bench.sse import call
 from tests.cluster.checker import check_all, check_rest
 from tests.cluster.client import Transcript
 from tests.cluster.cluster import AOF, Cluster

@@ -12,8 +12,8 @@ import pytest
 
 from loadtest.bench.document import Document
 from loadtest.bench.measure import Kind, Result, Sizes
-from loadtest.client import Summary
 from model.native.roof import Roof, Weights
+from service.bench.client import Summary
 from service.doctor.machine import Machine
 
 MakeResult = Callable[..., Result]

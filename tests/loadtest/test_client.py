@@ -13,7 +13,7 @@ from dataclasses import replace
 import orjson
 import pytest
 
-from loadtest.client import (
+from service.bench.client import (
     Outcome,
     Question,
     Target,
@@ -23,8 +23,8 @@ from loadtest.client import (
     percentile,
     summarise,
 )
-from loadtest.sse import SseDecoder
-from loadtest.workloads import make_prompts
+from service.bench.sse import SseDecoder
+from service.bench.workloads import make_prompts
 from tests.support.waiting import PATIENCE
 
 

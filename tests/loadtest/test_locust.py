@@ -25,7 +25,7 @@ from loadtest.load import (
     table,
 )
 from loadtest.shapes import Shape, users_at
-from loadtest.workloads import CALLS, SHARES, Workload, next_turn
+from service.bench.workloads import CALLS, SHARES, Workload, next_turn
 
 TOKENS = 12
 TOY = Path(__file__).parent / "toy_server.py"

@@ -19,10 +19,10 @@ from loadtest.bench.document import Document
 from loadtest.bench.measure import Kind, Session, Sizes, TooSlow, better_threads, is_good
 from loadtest.bench.peers import SERVERS
 from loadtest.bench.servers import Plan, Server, ServerFailed, convert, perplexity, running
-from loadtest.client import Outcome
-from loadtest.workloads import make_prompts, poisson_arrivals
 from model.native.roof import NoRoof, Roof
 from model.text.tokenizer import Tokenizer
+from service.bench.client import Outcome
+from service.bench.workloads import make_prompts, poisson_arrivals
 from service.doctor.machine import design_of, read_cpuinfo, this_machine
 from tests.support.waiting import PATIENCE
 

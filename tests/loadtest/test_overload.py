@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from loadtest.client import Outcome, Rejection, Target, complete
 from loadtest.overload import goodput, recovery
+from service.bench.client import Outcome, Rejection, Target, complete
 
 
 def outcome(sent: float, *, first: float = 0.1, ended: float = 1.0, good: bool = True) -> Outcome:

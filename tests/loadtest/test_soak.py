@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.sse import SseEvent
+from service.bench.sse import SseEvent
 from tests.cluster import soak_clients
 from tests.cluster.audit_log import IN_FLIGHT, AuditLog
 from tests.cluster.client import Client, Transcript

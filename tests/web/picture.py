@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 from playwright.async_api import ViewportSize, async_playwright, expect
 
-from loadtest.client import Target, drive
-from loadtest.workloads import make_prompts
 from model.checkpoint.fetch import default_cache, resolve
+from service.bench.client import Target, drive
+from service.bench.workloads import make_prompts
 from tests.conftest import ROOT, serving
 from tests.support.waiting import PATIENCE
 from tests.web.conftest import ARGUMENTS

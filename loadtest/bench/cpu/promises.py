@@ -22,13 +22,13 @@ from pathlib import Path
 
 from loadtest.bench.peers import SERVERS
 from loadtest.bench.servers import Plan, Running, running
-from loadtest.client import Outcome, Target, arrive, percentile
-from loadtest.workloads import make_prompt, make_prompts, make_question
 from model.checkpoint import open_model
 from model.checkpoint.fetch import default_cache, resolve
 from model.runners import RunnerOptions
 from model.runners.native import NativeRunner
 from model.text.tokenizer import Tokenizer
+from service.bench.client import Outcome, Target, arrive, percentile
+from service.bench.workloads import make_prompt, make_prompts, make_question
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
 from service.engine.observer import Observer, StepReport

@@ -115,8 +115,8 @@ def thread_seconds() -> dict[str, float]:
 
 _CLIENTS = """
 import asyncio, sys
-from loadtest.client import Target, drive
-from loadtest.workloads import make_prompts
+from service.bench.client import Target, drive
+from service.bench.workloads import make_prompts
 port, streams, tokens = map(int, sys.argv[1:])
 target = Target(port=port, fields={"model": "instant", "ignore_eos": True})
 prompts = make_prompts("serving", count=streams, num_tokens=3)

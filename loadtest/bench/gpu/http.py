@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from loadtest.bench.gpu.models import Shape, hugging_face_config
 from loadtest.bench.gpu.offline import Workload
 from loadtest.bench.servers import Plan, Server, running
-from loadtest.client import Outcome, Target, complete
+from service.bench.client import Outcome, Target, complete
 
 _NAME = "measured"
 

@@ -111,7 +111,8 @@ def plan(
     """Raises BadRequest or Forbidden."""
     limits, note = context.limits, wanted.note
     groups = _groups(encodings, most=_num_requests(encodings, call))
-    grace = None if note.background else limits.grace if call.idempotency_key else 0.0
+    alone = note.background or call.is_line
+    grace = None if alone else limits.grace if call.idempotency_key else 0.0
     manifest = Manifest(
         endpoint=wanted.endpoint,
         model=context.card.id,
@@ -144,6 +145,7 @@ def plan(
         tenant=call.tenant.name,
         requests=requests,
         manifest=manifest.to_json(),
+        model=context.card.id,
         idempotency_key=call.idempotency_key,
         fingerprint=call.fingerprint,
         allowance=call.tenant.allowance,

@@ -20,12 +20,12 @@ from service.api.http.context import Caller, from_app
 from service.api.http.errors import error_body, error_headers
 from service.api.http.fields import Metadata
 from service.api.http.models import AnswerModel, Created, StrictModel, described, json_response
-from service.api.system.files import listed
+from service.api.system.files import MAX_ID_CHARS, After, listed
 from service.batches.batches import Batch, Batches, BatchState, new_id
 from service.batches.calls import LineCall, LineReply
 from service.errors import BadRequest, QuireError
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 """Of which the lines of a batch may be."""
 MIN_WINDOW, MAX_WINDOW = 60, 30 * 86_400
 _WINDOW = re.compile(r"([1-9][0-9]{0,5})([smhd])")
@@ -50,7 +50,7 @@ class BatchBody(StrictModel):
     """The body of POST /v1/batches."""
 
     input_file_id: str = Field(
-        max_length=64, description="The uploaded file, with one request per line."
+        max_length=MAX_ID_CHARS, description="The uploaded file, with one request per line."
     )
     endpoint: Literal[ENDPOINTS] = Field(  # type: ignore[valid-type]
         description="The endpoint of all lines."
@@ -139,7 +139,7 @@ async def list_batches(
     desk: Desk,
     tenant: Caller,
     *,
-    after: Annotated[str | None, Query(description="List what comes after this id.")] = None,
+    after: After = None,
     limit: Annotated[int, Query(ge=1, le=100, description="The length of the page.")] = 20,
 ) -> Response:
     """The batches of the tenant, newest first."""

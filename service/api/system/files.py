@@ -26,6 +26,7 @@ from service.errors import (
 )
 
 MAX_NAME_CHARS = 255
+MAX_ID_CHARS = 64
 MAX_UPLOADS = 4  # at a time, per tenant and replica
 UPLOAD_TIMEOUT = 600.0  # seconds
 SENT_BYTES = 2**20  # of a content, at a time
@@ -43,6 +44,12 @@ class FileDesk:
 
 
 Desk = Annotated[FileDesk, from_app("files")]
+After = Annotated[
+    str | None, Query(max_length=MAX_ID_CHARS, description="List what comes after this id.")
+]
+Purpose = Annotated[
+    str | None, Query(max_length=MAX_ID_CHARS, description="Only files of this purpose.")
+]
 FileId = Annotated[str, Path(description="The id of the file.")]
 
 
@@ -85,6 +92,7 @@ _UPLOAD: dict[str, Any] = {
                 "schema": {
                     "type": "object",
                     "required": ["file", "purpose"],
+                    "additionalProperties": False,
                     "properties": {
                         "file": {"type": "string", "format": "binary"},
                         "purpose": {"type": "string", "enum": ["batch"]},
@@ -153,12 +161,12 @@ async def list_files(
     desk: Desk,
     tenant: Caller,
     *,
-    after: Annotated[str | None, Query(description="List what comes after this id.")] = None,
+    after: After = None,
     limit: Annotated[int, Query(ge=1, le=10_000, description="The length of the page.")] = 10_000,
     order: Annotated[
         Literal["asc", "desc"], Query(description="By the time of creation.")
     ] = "desc",
-    purpose: Annotated[str | None, Query(description="Only files of this purpose.")] = None,
+    purpose: Purpose = None,
 ) -> Response:
     """The files of the tenant."""
     files = [f for f in await desk.files.list(tenant.name) if purpose in {None, f.purpose}]

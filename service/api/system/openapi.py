@@ -169,7 +169,7 @@ def _complete_operation(operation: Json, path: str, *, limits: ApiLimits) -> Non
     for parameter in parameters:
         for schema in parameter["schema"].get("anyOf", [parameter["schema"]]):
             if schema.get("type") == "string" and parameter["in"] in max_chars:
-                schema["maxLength"] = max_chars[parameter["in"]]
+                schema.setdefault("maxLength", max_chars[parameter["in"]])
     if generates:
         operation["parameters"] = [*parameters, *_call_headers(limits)]
     refused = answers.pop("4XX")
@@ -197,6 +197,8 @@ def _statuses(path: str, *, is_open: bool, has_body: bool, generates: bool) -> s
         found |= {404}
     if path.startswith(("/v1/streams/", "/v1/responses/")):
         found |= {400, 409, 410}
+    if path == "/v1/usage":
+        found |= {400}
     if path.startswith(("/v1/files", "/v1/batches")):
         found |= {400, 404, 409, 503}
     if path.startswith("/health"):

@@ -29,7 +29,7 @@ from service.queues.memory.blame import Blame
 from service.queues.memory.submissions import Entry, Submissions
 from service.queues.memory.tenants import Tenants
 from service.queues.observer import STOPPED, QueueEvent, QueueObserver
-from service.queues.usage import DAY, USAGE_KEPT, account_of, counted_prompt
+from service.queues.usage import DAY, USAGE_KEPT, account_of, counted_prompt, counts_output
 
 PRIORITIES = 3
 
@@ -269,11 +269,12 @@ class StateMachine:
             return
         prompt, account = counted_prompt(entry.request), account_of(submission)
         cached = end.cached_tokens if prompt else 0
+        generated = entry.count if counts_output(entry.request) else 0
         today = int(time.time()) // DAY
         if today not in self.usage:
             self.usage = {d: c for d, c in self.usage.items() if d > today - USAGE_KEPT}
             self.usage[today] = Counter()
-        used = {"n": 1, "p": prompt, "c": cached, "g": entry.count}
+        used = {"n": 1, "p": prompt, "c": cached, "g": generated}
         self.usage[today].update({f"{kind} {account}": n for kind, n in used.items()})
 
     def _leave_queue(self, entry: Entry) -> None:

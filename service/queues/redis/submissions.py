@@ -22,7 +22,7 @@ from service.queues.admission import (
 from service.queues.contract import QueueLimits, SubmitReply, SubmitStatus
 from service.queues.redis.connection import Command, RedisClient, present
 from service.queues.redis.keys import ShardKeys, idempotency_name, milliseconds
-from service.queues.usage import account_of, counted_prompt
+from service.queues.usage import account_of, counted_prompt, counts_output
 
 
 def submit_command(
@@ -101,6 +101,7 @@ def _admitted(request: GenerationRequest, prefixes: Sequence[str]) -> dict[str, 
         priority=request.priority,
         share=answer_share(request),
         prompt=counted_prompt(request),
+        encodes=None if counts_output(request) else 1,
         bytes=request_bytes(request),
         features=" ".join(request.features),
         prefixes=prefixes,

@@ -106,9 +106,10 @@ local function count_usage(r, record)
   local account = redis.call('HGET', submission_key(r.sub), 'acc')
   if r.st == 'queued' or not account then return end
   local day = PREFIX .. 'usage:' .. math.floor(now_ms() / 86400000)
-  local prompt = num(redis.call('HGET', request_key(r.rid), 'pt'))
+  local v = redis.call('HMGET', request_key(r.rid), 'pt', 'enc')
+  local prompt, generated = num(v[1]), v[2] == '1' and 0 or r.n
   local cached = prompt > 0 and num(cjson.decode(record).c) or 0
-  for kind, amount in pairs({ n = 1, p = prompt, c = cached, g = r.n }) do
+  for kind, amount in pairs({ n = 1, p = prompt, c = cached, g = generated }) do
     if amount > 0 then redis.call('HINCRBY', day, kind .. ' ' .. account, amount) end
   end
   redis.call('EXPIRE', day, USAGE_KEPT)

@@ -6,7 +6,7 @@
 --   idempotency_bytes, key (absent: none), tokens_per_minute, max_in_flight (absent: no
 --   limit), account (for the usage), of a sharded queue also evict (boolean), prepaid (tokens that other shards have counted) and
 --   debt (tokens that these have counted beyond their shares): see shares.py; and requests of {id, cost,
---   timeout, priority, share, prompt, bytes, features, prefixes}.
+--   timeout, priority, share, prompt, encodes, bytes, features, prefixes}.
 -- ARGV[2]: the manifest, ARGV[3]: the input, ARGV[3 + i]: the body of request i.
 -- Returns {status, submission to follow, queued requests, queued tokens, and of the key's tokens: ms to
 --   wait, ms used, as text}.
@@ -81,7 +81,7 @@ for i, request in ipairs(args.requests) do
   redis.call('HSET', request_key(rid), 'st', 'queued', 'ep', 0, 'own', '', 'n', 0, 'att', 0,
     'ten', tenant, 'cost', request.cost, 'dl', deadline, 'ct', now, 'eid', eid,
     'pr', request.priority, 'sub', sid, 'body', ARGV[3 + i], 'sz', request.bytes,
-    'ft', request.features, 'pt', request.prompt)
+    'ft', request.features, 'pt', request.prompt, 'enc', request.encodes or 0)
   if key then
     redis.call('HSET', request_key(rid), 'key', key, 'tpm', args.tokens_per_minute or 0,
       'share', request.share)

@@ -17,7 +17,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from loadtest.sse import DONE, Broken, SseEvent, call
+from service.bench.sse import DONE, Broken, SseEvent, call
 
 Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A number that may be NaN, which JSON has as null."""
@@ -29,6 +29,7 @@ class Target:
 
     port: int
     host: str = "127.0.0.1"
+    tls: bool = False
     path: str = "/v1/completions"
     chat_path: str = "/v1/chat/completions"
     fields: Mapping[str, object] = field(default_factory=dict)  # added to the body of a prompt
@@ -122,7 +123,8 @@ class Stream:
             raise StreamError(f"error event: {str(payload['error'])[:200]}")
         self.usage = payload.get("usage") or self.usage
         for choice in payload.get("choices", ()):
-            if choice.get("text") or choice.get("delta", {}).get("content"):
+            delta = choice.get("delta", {})
+            if choice.get("text") or delta.get("content") or delta.get("reasoning_content"):
                 self.arrivals.append(event.at)
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
@@ -171,7 +173,14 @@ async def complete(
     try:
         async with (
             asyncio.timeout(timeout),
-            call((target.host, target.port), "POST", path, body=body, headers=headers) as reply,
+            call(
+                (target.host, target.port),
+                "POST",
+                path,
+                body=body,
+                headers=headers,
+                tls=target.tls,
+            ) as reply,
         ):
             if reply.status == 200:
                 async for event in reply.events():
@@ -236,27 +245,32 @@ async def drive(
 
 async def arrive(
     target: Target,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Question],
     *,
     times: Sequence[float],
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
     patience: float,
+    done: Callable[[Outcome], object] = lambda _: None,
 ) -> tuple[list[Outcome], float]:
-    """Open loop: sends each prompt at its time (seconds from now), whatever the others do.
+    """Open loop: sends each prompt at its time (seconds from now), whatever the others do, and
+    calls `done` as each one ends. `max_tokens`: of all, or of each.
 
     Requests that still run `patience` after the last time time out together.
     """
     started = time.monotonic()
     end = times[-1] + patience
+    lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
 
-    async def client(prompt: str, at: float) -> Outcome:
+    async def client(prompt: str | Question, at: float, length: int) -> Outcome:
         await asyncio.sleep(at - (time.monotonic() - started))
         left = end - (time.monotonic() - started)
-        return await complete(target, prompt, max_tokens=max_tokens, timeout=left)
+        outcome = await complete(target, prompt, max_tokens=length, timeout=left)
+        done(outcome)
+        return outcome
 
     async with asyncio.TaskGroup() as group:
-        clients = zip(prompts, times, strict=True)
-        tasks = [group.create_task(client(prompt, at)) for prompt, at in clients]
+        clients = zip(prompts, times, lengths, strict=True)
+        tasks = [group.create_task(client(*each)) for each in clients]
     return [task.result() for task in tasks], time.monotonic() - started
 
 

@@ -3,7 +3,7 @@
 It has no HTTP library below it because it shares two cores with the server that it measures: per
 streamed token it takes 32 us of CPU, `httpx` takes 95 us (16 streams, one chunk per token). The
 fault tests also need what libraries hide: the raw bytes of each event, and a close by RST. Each
-request has a connection of its own; there are no redirects, no TLS and no retries.
+request has a connection of its own; there are no redirects and no retries.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ async def call(
     *,
     body: Mapping[str, Any] | None = None,
     headers: Mapping[str, str] | None = None,
+    tls: bool = False,
 ) -> AsyncIterator[Reply]:
     """Sends one request on a connection of its own. Raises Broken if no response arrives."""
     data = b"" if body is None else orjson.dumps(dict(body))
@@ -162,7 +163,7 @@ async def call(
         lines += ["Content-Type: application/json", f"Content-Length: {len(data)}"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
     try:
-        reader, writer = await asyncio.open_connection(*address)
+        reader, writer = await asyncio.open_connection(*address, ssl=tls or None)
     except OSError as error:
         raise _broken(error) from error
     try:

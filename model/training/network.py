@@ -1,0 +1,70 @@
+"""The Transformer that serves, ready to be trained: built, initialised, run over batches."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+from model.config import ModelConfig
+from model.transformer import Transformer, fused_attention
+from model.weights import Weights
+
+
+def build_network(config: ModelConfig, weights: Weights) -> Transformer:
+    """A network with these weights, all of them trainable."""
+    with torch.device("meta"):
+        network = Transformer(config)
+    network.load_state_dict(dict(weights), strict=True, assign=True)
+    return network.requires_grad_(requires_grad=True)
+
+
+def initialised(config: ModelConfig, *, seed: int) -> Transformer:
+    """A network with random weights, small enough that its first guess is near uniform.
+
+    As in GPT-2: normal with a standard deviation of 0.02, and what is added to the residual stream
+    scaled down by the root of the number of additions.
+    """
+    network = Transformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith((".out.weight", ".down.weight")):
+                parameter.normal_(std=0.02 / math.sqrt(2 * config.num_layers), generator=generator)
+            elif parameter.dim() > 1:
+                parameter.normal_(std=0.02, generator=generator)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+    return network
+
+
+def states(
+    network: Transformer, tokens_NT: torch.Tensor, lengths_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The residual stream after the last block, [N, T, C]; texts are padded on the right.
+
+    An encoder needs their lengths: its tokens would see the padding.
+    """
+    bidirectional = network.config.bidirectional
+    attend = partial(
+        fused_attention,
+        causal=not bidirectional,
+        lengths_N=lengths_N if bidirectional else None,
+    )
+    positions_T = torch.arange(tokens_NT.shape[-1], device=tokens_NT.device)
+    return network.hidden(tokens_NT, positions_T, attend=attend)
+
+
+def token_losses(
+    network: Transformer, tokens_NT: torch.Tensor, scored_NT: torch.Tensor
+) -> torch.Tensor:
+    """The sum of -log p of the tokens marked in `scored_NT`, each given those before it.
+
+    The head computes the rows of these alone.
+    """
+    chosen = scored_NT[:, 1:]
+    states_RC = states(network, tokens_NT[:, :-1])[chosen]
+    logits_RV = network.logits(states_RC)
+    return functional.cross_entropy(logits_RV.float(), tokens_NT[:, 1:][chosen], reduction="sum")
