@@ -39,7 +39,7 @@ test-clients: $(CLIENT_RUNS)  ## other people's clients, by their own packages
 $(CLIENT_RUNS): test-clients-%: $(VENV)/.installed $(CLIENTS)/%/.installed $(CLIENTS)/.npm
 	OMP_NUM_THREADS=1 $(CLIENTS)/$*/bin/python -m pytest -c tests/clients/pytest.ini \
 	  --rootdir tests/clients --confcutdir tests/clients \
-	  tests/clients/test_openai.py tests/clients/$* --quire $(BIN)/quire $(ARGS)
+	  tests/clients/test_openai.py tests/clients/test_embeddings.py tests/clients/$* --quire $(BIN)/quire $(ARGS)
 
 unit: $(VENV)/.tested  ## the fast tests alone
 	$(PYTEST) $(PARALLEL) -m "not slow and not longer and not kernels and not faults" $(ARGS)

@@ -4,6 +4,7 @@
 import { Answer, newRecord } from "./answer.js";
 import { LiveView } from "./live.js";
 import { SettingsForm } from "./settings.js";
+import { SimilarityForm } from "./similarity.js";
 import { loadChat, loadModel, saveChat, saveModel, saveTheme } from "./store.js";
 import { Speaker } from "./speaker.js";
 import { Transcript } from "./transcript.js";
@@ -28,6 +29,7 @@ class Page {
       again: () => this.#again(), reconnect: () => this.#follow(this.#messages.at(-1)),
       keepSeed: (seed) => this.settings.setSeed(seed), headers: () => this.settings.headers(),
     });
+    this.similarity = new SimilarityForm({ headers: () => this.settings.headers() });
     this.live = new LiveView({
       headers: () => this.settings.headers(), onStatus: (status) => this.#showStatus(status),
     });
@@ -172,7 +174,9 @@ class Page {
 
   #showStatus(status) {
     if (!status) return;
+    this.similarity.offer(status.models);
     const models = status.models.filter(({ kind }) => kind === "generate");
+    if (!models.length) return;
     const model = models.find(({ id }) => id === this.#chosen) ?? models[0];
     this.#model = model.id;
     $("model").textContent = model.id;

@@ -25,6 +25,7 @@ from table import Table
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = "smollm2-135m-instruct"
+ENCODER = "all-minilm-l6-v2"
 PATIENCE = 300.0  # seconds: on a busy machine, all is slow
 _TABLE = pytest.StashKey[Table]()
 
@@ -88,6 +89,15 @@ def server(pytestconfig: pytest.Config, tmp_path_factory: Any) -> Iterator[Serve
         return
     program = Path(str(pytestconfig.getoption("--quire")))
     with serving(program, tmp_path_factory.mktemp("server") / "log") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def encoder(pytestconfig: pytest.Config, tmp_path_factory: Any) -> Iterator[Server]:
+    """`quire serve` with a model that embeds."""
+    program = Path(str(pytestconfig.getoption("--quire")))
+    log = tmp_path_factory.mktemp("encoder") / "log"
+    with serving(program, log, "--model", ENCODER, model=ENCODER) as started:
         yield started
 
 
