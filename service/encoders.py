@@ -19,7 +19,7 @@ from service.startup import card_of, model_errors
 
 STEP_TOKENS = 2048
 """Of a step by default, if it is short enough: see `service.engine.encoding`."""
-DTYPES = frozenset({"auto", "float32", "bfloat16"})
+DTYPES = frozenset({"auto", "float32", "bfloat16", "int8"})
 """A process may also have models that generate: their other dtypes do not concern this one."""
 
 
