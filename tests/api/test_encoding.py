@@ -318,6 +318,8 @@ async def test_a_call_in_the_background_is_read_by_its_id() -> None:
                 assert found["status"] in {"queued", "in_progress"}, found
                 await asyncio.sleep(0.005)  # nothing else in the loop waits
         assert found["completed"] == 40
+        head = await service.client.head(path)
+        assert (head.status_code, head.content) == (200, b"")
         assert floats(found["result"]).tobytes() == rows_of(*["a"] * 40).tobytes()
         stream = await service.client.get(f"/v1/streams/{begun['id']}")
         assert stream.json()["error"]["code"] == "not_a_stream"

@@ -264,7 +264,7 @@ def test_the_gpu_stages_need_no_package_of_the_service() -> None:
     )
     assert run.returncode == 0, run.stderr[-2000:]
     failing = subprocess.run(
-        [sys.executable, "-c", WITHOUT % dependencies() + "import loadtest.client"],
+        [sys.executable, "-c", WITHOUT % dependencies() + "import service.bench.client"],
         cwd=ROOT, check=False, capture_output=True, text=True,
     )  # fmt: skip
     assert "No module named 'pydantic'" in failing.stderr

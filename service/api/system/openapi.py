@@ -356,4 +356,8 @@ _EXAMPLES: Mapping[str, Json] = MappingProxyType({
         "input_file_id": "file-019a", "endpoint": "/v1/completions", "completion_window": "24h",
     },
     "AttentionBody": {"prompt": "Hello, world", "layer": 0, "head": 0},
+    "EmbeddingsBody": {"input": ["Hello", "world"]},
+    "RerankBody": {"query": "What purrs?", "documents": ["A cat.", "A car."]},
+    "ScoreBody": {"text_1": "What purrs?", "text_2": ["A cat.", "A car."]},
+    "ClassifyBody": {"input": "I like it."},
 })  # fmt: skip
