@@ -1,5 +1,6 @@
 /* Preloaded into a Redis or Valkey server: its wall clock stands at the microseconds in the file FROZEN_CLOCK.
-   Scripts, expiry and idle times read the wall clock; its timers use the monotonic one. */
+   Scripts, expiry and idle times read the wall clock; its timers use the monotonic one. Valkey adds what
+   passed on the monotonic one since it read the wall clock: with FROZEN_TIMERS that stands still, too. */
 #include <fcntl.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -29,7 +30,8 @@ int gettimeofday(struct timeval *restrict value, void *restrict zone) {
 }
 
 int clock_gettime(clockid_t clock, struct timespec *value) {
-    if (clock != CLOCK_REALTIME) return (int)syscall(SYS_clock_gettime, clock, value);
+    int stands = clock == CLOCK_REALTIME || (clock == CLOCK_MONOTONIC && getenv("FROZEN_TIMERS"));
+    if (!stands) return (int)syscall(SYS_clock_gettime, clock, value);
     *value = (struct timespec){.tv_sec = now() / 1000000, .tv_nsec = now() % 1000000 * 1000};
     return 0;
 }

@@ -97,7 +97,8 @@ class RedisServer:
             build = ("cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(CLOCK))
             subprocess.run(build, check=True)
             clock.write_bytes(struct.pack("q", time.time_ns() // 1000))
-        return {"LD_PRELOAD": str(library), "FROZEN_CLOCK": str(clock)}
+        timers = {} if self.program == "redis-server" else {"FROZEN_TIMERS": "1"}
+        return {"LD_PRELOAD": str(library), "FROZEN_CLOCK": str(clock)} | timers
 
     def advance(self, seconds: float) -> None:
         """Moves its frozen clock on: leases, deadlines and keys are older by so many seconds."""

@@ -9,6 +9,7 @@ import pytest
 
 from service.queues.contract import Queue
 from service.queues.redis.sharded import open_redis
+from tests.cluster.redis_process import valkey
 from tests.cluster.redis_sets import Cluster, Independent, RedisSet, SentinelSet
 from tests.queues.builders import Counts
 from tests.queues.contract import LIMITS, Passes, QueueContract
@@ -83,6 +84,15 @@ class TestCluster(QueueContract):
     @staticmethod
     def make(folder: Path) -> RedisSet:
         return Cluster(folder, frozen_clock=True)
+
+
+@pytest.mark.longer
+class TestValkeyCluster(QueueContract):
+    """All of the contract over a Valkey cluster of three nodes."""
+
+    @staticmethod
+    def make(folder: Path) -> RedisSet:
+        return Cluster(folder, frozen_clock=True, program=valkey())
 
 
 @pytest.mark.longer
