@@ -49,6 +49,7 @@ from service.batches.lines import BLOCK_BYTES, Line, LineError, body_of, check
 from service.batches.storage import Storage, Tree
 from service.errors import NotFound, Unavailable
 from service.queues.contract import Queue
+from service.queues.waiting import woken_within
 
 log = logging.getLogger(__name__)
 
@@ -150,13 +151,11 @@ class Runner:
         """Until it is cancelled. Then running lines go on in the queue, for another replica."""
         try:
             while True:
+                self._news.clear()  # before the look: a batch that comes meanwhile is news
                 if not self._draining():
                     with suppress(Unavailable):
                         await self._look()
-                self._news.clear()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._interval):
-                        await self._news.wait()
+                await woken_within(self._interval, self._news)
         finally:
             tasks = [task for _, task in self._running.values()]
             for task in tasks:

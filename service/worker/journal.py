@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from service.errors import Unavailable
 from service.messages import End, Event, FinishReason, Tokens
 from service.queues.contract import Lease, Queue, Write, WriteReply, WriteStatus
+from service.queues.waiting import woken_within
 from service.worker.leased_work import LeasedWork, WorkTable
 from service.worker.leases import Backoff, LeaseKeeper
 
@@ -70,9 +71,7 @@ class JournalWriter:
     async def run(self) -> None:
         """Writes events as they come, until cancelled."""
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._seconds_to_send()):
-                    await self._events_came.wait()
+            await woken_within(self._seconds_to_send(), self._events_came)
             self._events_came.clear()
             await self.flush(held=False)
 

@@ -35,6 +35,7 @@ from service.queues.memory.state_machine import StateMachine
 from service.queues.memory.submissions import Entry, Group, checked_end
 from service.queues.observer import QueueObserver, report_replies
 from service.queues.usage import Usage, decode_usage, sum_usage
+from service.queues.waiting import woken_within
 
 BURST = 256
 """Records after which a follower yields to the event loop."""
@@ -277,12 +278,7 @@ class MemoryQueue:
                 if claims or left <= 0:
                     return claims
                 news.clear()
-                try:
-                    again = min(left, self._next_lease_end(), free_in)
-                    async with asyncio.timeout(again):
-                        await news.wait()
-                except TimeoutError:
-                    continue
+                await woken_within(min(left, self._next_lease_end(), free_in), news)
         finally:
             self._claimers.discard(news)
 

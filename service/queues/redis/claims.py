@@ -23,8 +23,8 @@ from service.queues.redis.codec import decode_ids
 from service.queues.redis.connection import Command, RedisClient
 from service.queues.redis.keys import ShardKeys, milliseconds
 from service.queues.redis.mailbox import Mailbox
-from service.queues.redis.pubsub import woken_within
 from service.queues.redis.registry import encode_report
+from service.queues.waiting import woken_within
 
 LOOK_AGAIN = 0.5
 """Seconds after which a waiting engine looks for work without having been woken; at most lease / 3.

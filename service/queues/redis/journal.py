@@ -24,7 +24,7 @@ from service.queues.redis.codec import Malformed, decode_entry
 from service.queues.redis.connection import Command, RedisClient, backoff
 from service.queues.redis.keys import ShardKeys
 from service.queues.redis.mailbox import MAX_READERS, Mailbox
-from service.queues.redis.pubsub import woken_within
+from service.queues.waiting import woken_within
 
 LOOK_AGAIN = 0.7
 """Seconds without a message after which a follower reads the journal."""

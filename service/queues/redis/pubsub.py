@@ -20,6 +20,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from service.queues.redis.connection import backoff
+from service.queues.waiting import woken_within
 
 logger = logging.getLogger(__name__)
 
@@ -125,16 +126,6 @@ class Wakeups:
         for watchers in tuple(self._watchers.values()):
             for wake in tuple(watchers):
                 wake(b"")
-
-
-async def woken_within(seconds: float, event: asyncio.Event) -> bool:
-    """Returns whether the event is set in that time."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True
 
 
 async def _end(task: asyncio.Task[None], *, patience: float) -> None:

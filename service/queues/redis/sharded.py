@@ -38,12 +38,12 @@ from service.queues.redis.depth import sum_depths
 from service.queues.redis.errors import ServerAway
 from service.queues.redis.fanout import FanOut
 from service.queues.redis.keys import shard_of
-from service.queues.redis.pubsub import woken_within
 from service.queues.redis.queue import RedisQueue
 from service.queues.redis.servers import Shard, shards_of
 from service.queues.redis.shares import Shares, share_limits
 from service.queues.redis.work import Work, ranked
 from service.queues.usage import Usage, sum_usage
+from service.queues.waiting import woken_within
 
 logger = logging.getLogger(__name__)
 
