@@ -15,9 +15,7 @@ import numpy as np
 
 from model.batch import Floats, Ints
 from model.native import NativeUnavailable
-from model.native.library import NativeLibrary
-
-_ERROR_BYTES = 256
+from model.native.library import ERROR_BYTES, NativeLibrary, Signatures, declare
 
 
 class Matrix(IntEnum):
@@ -114,10 +112,10 @@ class NativeEncoderModel:
         windows = np.array(shape.windows, np.int32)
         values = {field.name: getattr(shape, field.name) for field in fields(shape)}
         mirrored = _Shape(**{**values, "windows": windows.ctypes.data})
-        error = ctypes.create_string_buffer(_ERROR_BYTES)
+        error = ctypes.create_string_buffer(ERROR_BYTES)
         self._tables: dict[Table, Floats] = {}  # borrowed by the library
         self._handle: int | None = self._calls.quire_encoder_create(
-            ctypes.byref(mirrored), variant.encode(), error, _ERROR_BYTES
+            ctypes.byref(mirrored), variant.encode(), error, ERROR_BYTES
         )
         if not self._handle:
             raise NativeUnavailable(f"{variant or 'native'}: {error.value.decode()}")
@@ -171,9 +169,8 @@ def _pointer(array: Floats | None) -> int | None:
 
 
 def _declare(calls: ctypes.CDLL) -> None:
-    """Declares types of arguments and results, as `library` does for the step's."""
     pointer, text, i32 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32
-    signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    signatures: Signatures = {
         "quire_encoder_create": (pointer, (pointer, text, text, ctypes.c_size_t)),
         "quire_encoder_destroy": (None, (pointer,)),
         "quire_encoder_variant": (text, (pointer,)),
@@ -182,6 +179,4 @@ def _declare(calls: ctypes.CDLL) -> None:
         "quire_encoder_table": (None, (pointer, i32, pointer)),
         "quire_encode": (i32, (pointer, pointer)),
     }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(calls, name)
-        function.restype, function.argtypes = result, arguments
+    declare(calls, signatures)

@@ -24,7 +24,10 @@ from model.native.sampling import NativeSampling
 
 Bytes = npt.NDArray[np.uint8]
 
-_ERROR_BYTES = 256
+Signatures = Mapping[str, tuple[Any, tuple[Any, ...]]]
+"""Function -> type of its result, and of its arguments."""
+
+ERROR_BYTES = 256
 NO_WINDOW = 2**31 - 1
 
 
@@ -106,8 +109,8 @@ class NativeLibrary:
     @property
     def variants(self) -> list[str]:
         """Instruction sets that this machine can run, best first."""
-        text = ctypes.create_string_buffer(_ERROR_BYTES)
-        self.calls.quire_variants(text, _ERROR_BYTES)
+        text = ctypes.create_string_buffer(ERROR_BYTES)
+        self.calls.quire_variants(text, ERROR_BYTES)
         return text.value.decode().split()
 
     def block_bytes(self, shape: Shape) -> int:
@@ -180,9 +183,9 @@ class NativeModel:
         self.library_name = library.name
         self._calls = library.calls
         mirrored, _kept = _mirror(shape)
-        self._error = ctypes.create_string_buffer(_ERROR_BYTES)
+        self._error = ctypes.create_string_buffer(ERROR_BYTES)
         self._handle: int | None = self._calls.quire_create(
-            ctypes.byref(mirrored), variant.encode(), self._error, _ERROR_BYTES
+            ctypes.byref(mirrored), variant.encode(), self._error, ERROR_BYTES
         )
         if not self._handle:
             raise NativeUnavailable(f"{variant or 'native'}: {self._error.value.decode()}")
@@ -279,7 +282,7 @@ class NativeModel:
             keeps_rows, *(array.ctypes.data for array in pointed),
             None if sampling is None else ctypes.addressof(sampling.structure),
         )  # fmt: skip
-        if self._calls.quire_step(self._handle, ctypes.byref(step), self._error, _ERROR_BYTES):
+        if self._calls.quire_step(self._handle, ctypes.byref(step), self._error, ERROR_BYTES):
             raise ValueError(self._error.value.decode())
         return tokens_R
 
@@ -323,11 +326,17 @@ def _mirror(shape: Shape) -> tuple[_Shape, list[npt.NDArray[Any]]]:
     return _Shape(**values, max_positions=len(shape.cosines)), list(arrays.values())
 
 
+def declare(calls: ctypes.CDLL, signatures: Signatures) -> None:
+    """Declares types of results and arguments; ctypes would truncate pointers to ints."""
+    for name, (result, arguments) in signatures.items():
+        function = getattr(calls, name)
+        function.restype, function.argtypes = result, arguments
+
+
 def _declare(calls: ctypes.CDLL) -> None:
-    """Declares types of arguments and results; ctypes would truncate pointers to ints."""
     pointer, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
     i32, i64 = ctypes.c_int32, ctypes.c_int64
-    signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    signatures: Signatures = {
         "quire_variants": (None, (text, size)),
         "quire_block_bytes": (size, (pointer,)),
         "quire_create": (pointer, (pointer, text, text, size)),
@@ -349,6 +358,4 @@ def _declare(calls: ctypes.CDLL) -> None:
         "quire_probe_memory": (ctypes.c_double, (i32, i64, i32)),
         "quire_probe_products": (ctypes.c_double, (text, i32, i32)),
     }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(calls, name)
-        function.restype, function.argtypes = result, arguments
+    declare(calls, signatures)
