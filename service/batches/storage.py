@@ -14,8 +14,6 @@ from functools import cached_property, partial
 from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
-from fsspec.core import url_to_fs
-
 from service.errors import Unavailable
 from service.fair_pool import FairPool
 
@@ -36,6 +34,8 @@ class Tree:
     """The objects below one URL, by relative paths. Every method may raise OSError."""
 
     def __init__(self, url: str) -> None:
+        from fsspec.core import url_to_fs  # in a thread of the storage, not when a process starts
+
         # Another replica may have changed a folder since it was listed.
         options = {} if "://" not in url else {"use_listings_cache": False}
         self._fs, root = url_to_fs(url, **options)
