@@ -302,16 +302,21 @@ def build_tiny_model(
 @pytest.fixture(scope="session")
 def server_url(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server with the default model, as `make serve` starts it, on free ports."""
-    with serving(["service"], default_model, log=tmp_path_factory.mktemp("server") / "log") as url:
+    with serving(*default(default_model), log=tmp_path_factory.mktemp("server") / "log") as url:
         yield url
 
 
+def default(model: Path) -> tuple[str, ...]:
+    """The options of a server with the default model."""
+    return "--model-name", "smollm2-135m-instruct", "--model", str(model)
+
+
 @contextlib.contextmanager
-def serving(program: list[str], model: Path, *, log: Path) -> Iterator[str]:
-    """The URL of a server that `python -m PROGRAM serve` runs meanwhile."""
+def serving(*options: str, log: Path, program: Sequence[str] = ("service",)) -> Iterator[str]:
+    """The URL of a server that `python -m PROGRAM serve OPTIONS` runs meanwhile."""
     ports = [free_port(), free_port()]
-    command = [sys.executable, "-m", *program, "serve", "--model-name", "smollm2-135m-instruct"]
-    command += ["--port", str(ports[0]), "--admin-port", str(ports[1]), "--model", str(model)]
+    command = [sys.executable, "-m", *program, "serve", *options]
+    command += ["--port", str(ports[0]), "--admin-port", str(ports[1])]
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
     url = f"http://127.0.0.1:{ports[0]}"

@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from model.checkpoint.fetch import default_cache, resolve
-from tests.conftest import ROOT, free_port, wait_until_ready
+from tests.conftest import ROOT, serving
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -29,23 +29,13 @@ TEXTS = ["A cat sleeps.", "The kitten naps on the sofa.", "Basalt is a dark volc
 @pytest.fixture(scope="module")
 def server(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of its API."""
-    log, ports = tmp_path_factory.mktemp("encoders") / "log", (free_port(), free_port())
-    command = [
-        sys.executable, "-m", "service", "serve",
+    options = (
         "--model", f"{WRITER}={default_model}",
         "--model", f"{ENCODER}={resolve(ENCODER, cache=default_cache())}",
         "--kv-memory", "48MiB", "--threads", "1",
-        "--port", str(ports[0]), "--admin-port", str(ports[1]),
-    ]  # fmt: skip
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
-    url = f"http://127.0.0.1:{ports[0]}"
-    try:
-        wait_until_ready(url, process, log=log)
+    )  # fmt: skip
+    with serving(*options, log=tmp_path_factory.mktemp("encoders") / "log") as url:
         yield url
-    finally:
-        process.terminate()
-        assert process.wait(timeout=PATIENCE) == 0, log.read_text()
 
 
 async def test_openai_reads_the_same_bits_in_both_encodings_alone_and_together(server: str) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from service.__main__ import app
 from service.errors import StartupError
-from tests.conftest import CORPUS, ROOT, TinyModel, serving
+from tests.conftest import CORPUS, ROOT, TinyModel, default, serving
 from tests.support.waiting import PATIENCE
 
 PLAN = """
@@ -82,7 +82,7 @@ def test_a_model_from_scratch_is_served(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "held-out loss" in run.stderr
     assert "bits per byte" in run.stderr
-    with serving(["service"], tmp_path / "out", log=tmp_path / "log") as url:
+    with serving(*default(tmp_path / "out"), log=tmp_path / "log") as url:
         body = {
             "model": "smollm2-135m-instruct",
             "prompt": "the quick",

@@ -15,7 +15,7 @@ import pytest_asyncio
 from axe_playwright_python.base import AXE_FILE_PATH
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
-from tests.conftest import serving
+from tests.conftest import default, serving
 from tests.support.waiting import PATIENCE
 
 ARGUMENTS = (
@@ -54,7 +54,8 @@ def slow_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server_url(default_model: Path, slow_file: Path) -> Iterator[str]:
     """A real server with the default model whose steps can be slow."""
     program = ["tests.support.slow_service", "0.1", str(slow_file)]
-    with serving(program, default_model, log=slow_file.with_name("log")) as url:
+    log = slow_file.with_name("log")
+    with serving(*default(default_model), log=log, program=program) as url:
         yield url
 
 

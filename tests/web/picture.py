@@ -16,7 +16,7 @@ from playwright.async_api import ViewportSize, async_playwright, expect
 from model.checkpoint.fetch import default_cache, resolve
 from service.bench.client import Target, drive
 from service.bench.workloads import make_prompts
-from tests.conftest import ROOT, serving
+from tests.conftest import ROOT, default, serving
 from tests.support.waiting import PATIENCE
 from tests.web.conftest import ARGUMENTS
 
@@ -58,7 +58,7 @@ def main() -> None:
     """Starts a server of its own."""
     with tempfile.TemporaryDirectory() as folder:
         model = resolve("", cache=default_cache())
-        with serving(["service"], model, log=Path(folder) / "log") as url:
+        with serving(*default(model), log=Path(folder) / "log") as url:
             asyncio.run(draw(url))
 
 
