@@ -8,8 +8,9 @@ its projections in 8 bits, too, some vectors of MiniLM have a cosine below 0.999
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -149,18 +150,13 @@ def _shape(
 
 
 def _load(model: NativeEncoderModel, config: ModelConfig, weights: Arrays) -> None:
-    def vector(kind: Vector, name: str, layer: int = 0) -> None:
+    def load(put: Callable[..., None], kind: Vector | Matrix, name: str, layer: int = 0) -> None:
         if f"{name}.weight" in weights:
             bias = weights.get(f"{name}.bias")
             weight = float_copy(weights[f"{name}.weight"])
-            model.load_vector(kind, weight, None if bias is None else float_copy(bias), layer=layer)
+            put(kind, weight, None if bias is None else float_copy(bias), layer=layer)
 
-    def matrix(kind: Matrix, name: str, layer: int = 0) -> None:
-        if f"{name}.weight" in weights:
-            bias = weights.get(f"{name}.bias")
-            weight = float_copy(weights[f"{name}.weight"])
-            model.load_matrix(kind, weight, None if bias is None else float_copy(bias), layer=layer)
-
+    vector, matrix = partial(load, model.load_vector), partial(load, model.load_matrix)
     for table, name in (
         (Table.EMBED, "embed"),
         (Table.POSITION, "position"),
@@ -189,13 +185,13 @@ def _load(model: NativeEncoderModel, config: ModelConfig, weights: Arrays) -> No
 
 
 def _load_rotary(model: NativeEncoderModel, config: ModelConfig) -> None:
-    local = replace(config, rope_theta=config.window_rope_theta or config.rope_theta)
-    for tables, of in (
-        ((Table.COS, Table.SIN), config),
-        ((Table.LOCAL_COS, Table.LOCAL_SIN), local),
-    ):
-        for table, rows in zip(tables, rotary_tables(of, config.max_model_len), strict=True):
-            model.load_table(table, rows)
+    tables = local = rotary_tables(config, config.max_model_len)
+    if config.window_rope_theta is not None:
+        turned = replace(config, rope_theta=config.window_rope_theta)
+        local = rotary_tables(turned, config.max_model_len)
+    kinds = (Table.COS, Table.SIN, Table.LOCAL_COS, Table.LOCAL_SIN)
+    for kind, rows in zip(kinds, (*tables, *local), strict=True):
+        model.load_table(kind, rows)
 
 
 def _as_floats(array: Array) -> Floats:
