@@ -1,6 +1,6 @@
 # `make serve` and `make test` do everything on a fresh machine; the rest is for working here.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-clients-openai2 test-clients-openai3 unit longer faults fuzz loadtest soak peers compare check docs lint format install constraints system clean
+.PHONY: help serve test test-clients test-clients-openai2 test-clients-openai3 test-triton unit longer faults fuzz loadtest soak peers compare check docs lint format install constraints system clean
 
 VENV   ?= .venv
 PYTHON ?= python3
@@ -9,6 +9,7 @@ N      ?= 100
 MINUTES ?= 10
 BIN    := $(VENV)/bin
 CLIENTS ?= .venv-clients
+TRITONS ?= 3.6.0
 # Two environments: some clients need version 2 of openai, some version 3.
 CLIENT_RUNS := test-clients-openai2 test-clients-openai3
 # Without a compiler the server still serves, more slowly, and says so when it starts.
@@ -40,6 +41,14 @@ $(CLIENT_RUNS): test-clients-%: $(VENV)/.installed $(CLIENTS)/%/.installed $(CLI
 	OMP_NUM_THREADS=1 $(CLIENTS)/$*/bin/python -m pytest -c tests/clients/pytest.ini \
 	  --rootdir tests/clients --confcutdir tests/clients \
 	  tests/clients/test_openai.py tests/clients/test_embeddings.py tests/clients/$* --quire $(BIN)/quire $(ARGS)
+
+# The constraints have the newest release that torch requires; these are tested beside it.
+test-triton: $(VENV)/.tested  ## what the GPU kernels compile to with other releases (TRITONS="3.6.0 3.9.0")
+	for version in $(TRITONS); do \
+	  $(PIP) install --no-deps --upgrade --target build/triton-$$version triton==$$version \
+	  && PYTHONPATH=build/triton-$$version $(PYTEST) $(PARALLEL) -m kernels \
+	    tests/model/test_kernels_compile.py tests/model/test_kernels_hopper.py $(ARGS) || exit 1; \
+	done
 
 unit: $(VENV)/.tested  ## the fast tests alone
 	$(PYTEST) $(PARALLEL) -m "not slow and not longer and not kernels and not faults" $(ARGS)

@@ -12,6 +12,7 @@ COMMANDS = {
     "affinity": "loadtest.bench.affinity",
     "embeddings": "loadtest.bench.embeddings",
     "gpu-model": "loadtest.bench.gpu.roof_model",
+    "gpu-variants": "loadtest.bench.gpu.variants",
     "queue": "loadtest.bench.queue",
 }
 

@@ -11,7 +11,7 @@ import torch
 
 from model.batch import Batch
 from model.kernels.attention import Partials, attention_programs, paged_attention
-from model.kernels.work_list import WorkList
+from model.kernels.work_list import WorkList, shares_for
 
 
 class TritonPagedAttention:
@@ -73,6 +73,7 @@ class TritonPagedAttention:
             max_context=int(batch.context_lens_S.max()),
             group=group,
             device=device,
+            shares=shares_for(self._programs, heads[0] // group),
         )
         work.fill(self._starts_S1, self._contexts_S, self._batch_slots_S, window=window)
         num_heads, head_dim = heads

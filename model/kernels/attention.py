@@ -8,7 +8,8 @@ head and a run of splits:
     one query   item        item           item               parts meet in memory (`_merge`)
     a chunk     |------------- one item: parts meet in registers --------|
 
-A query whose splits no longer fit into `Partials` is one item, as a chunk is.
+A query is one item, as a chunk is, if its splits no longer fit into `Partials`, and in a step that
+fills the GPU with longer items.
 
 Inside a split the softmax runs in steps of STEP positions, and finished splits are merged in order
 of position, by the same arithmetic in both cases. A row's bits therefore depend on its own position
@@ -27,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from model.kernels.shared_memory import shared_memory, stages_within
+from model.kernels.shared_memory import HOPPER, shared_memory, stages_within
 from model.kernels.work_list import (
     APART,
     BATCH_SLOT,
@@ -90,11 +91,18 @@ def paged_attention(
     H, D = q_THD.shape[1:]
     K = keys_XKD.shape[1]
     out_THD = torch.empty_like(q_THD)
+    width = max(16, triton.next_power_of_2(D))  # matrix instructions take 16 inputs
+    warps, stages = attention_layout(
+        width,
+        itemsize=q_THD.element_size(),
+        kv_itemsize=keys_XKD.element_size(),
+        limit=shared_memory(q_THD.device),
+    )
     shared = {
         "H": H,
         "K": K,
         "D": D,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),  # matrix instructions take 16 inputs
+        "BLOCK_D": width,
         "enable_fp_fusion": False,  # both kernels merge; rounding must not depend on context
     }
     _attend[(programs,)](
@@ -117,8 +125,8 @@ def paged_attention(
         STEP=STEP,
         ROWS=ROWS,
         WINDOWED=window is not None,
-        num_warps=4 if shared["BLOCK_D"] <= 128 else 8,  # two programs fit; wider ones spill
-        num_stages=_stages(q_THD, keys_XKD, shared["BLOCK_D"]),
+        num_warps=warps,
+        num_stages=stages,
         **shared,
     )
     _merge[(merges, K)](
@@ -135,14 +143,21 @@ def paged_attention(
     return out_THD
 
 
-def _stages(q: torch.Tensor, keys: torch.Tensor, width: int) -> int:
-    """Steps whose keys and values are in shared memory together, beside the queries."""
-    return stages_within(
-        shared_memory(q.device),
-        stage=2 * STEP * width * keys.element_size(),
-        fixed=ROWS * width * q.element_size(),
-        most=3 if q.element_size() < 4 and width <= 128 else 2,
+def attention_layout(
+    width: int, *, itemsize: int, kv_itemsize: int, limit: int = HOPPER
+) -> tuple[int, int]:
+    """Warps of a program and steps whose keys and values are in shared memory together.
+
+    `limit`: bytes of shared memory per program. Four warps hold heads of 128 in their registers on
+    GPUs of which two such programs fit into a multiprocessor; elsewhere eight do.
+    """
+    stages = stages_within(
+        limit,
+        stage=2 * STEP * width * kv_itemsize,
+        fixed=ROWS * width * itemsize,  # the queries
+        most=3 if itemsize < 4 and width <= 128 else 2,
     )
+    return 4 if width <= (128 if limit >= HOPPER else 64) else 8, stages
 
 
 @triton.jit
@@ -192,7 +207,8 @@ def _attend(
     dim_mask = dims < D
     dtype = q_ptr.dtype.element_ty
     num_items = tl.load(counts_ptr) * K
-    for work in range(tl.program_id(0), num_items, tl.num_programs(0)):
+    # Nothing is hoisted out of the loops: inside them registers are short.
+    for work in tl.range(tl.program_id(0), num_items, tl.num_programs(0), disable_licm=True):
         item = work // K
         kv_head = work % K
         tile = tiles_ptr + tl.load(items_ptr + item * ITEM_COLUMNS) * TILE_COLUMNS
@@ -204,7 +220,6 @@ def _attend(
         blocks = table_ptr + tl.load(tile + BATCH_SLOT).to(tl.int64) * table_stride
         low = tl.load(tile + FIRST_SPLIT)
         end = position + queries  # the last query sees positions below this
-        num_splits = (end + SPLIT - 1) // SPLIT - low
 
         query = rows // GROUP
         row_mask = (query < queries) & (rows < ROWS // GROUP * GROUP)
@@ -217,7 +232,7 @@ def _attend(
         m_all = tl.full((ROWS,), float("-inf"), tl.float32)
         l_all = tl.zeros((ROWS,), tl.float32)
         acc_all = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        for split in range(low + index, low + index + run):
+        for split in tl.range(low + index, low + index + run, disable_licm=True):
             m_i = tl.full((ROWS,), float("-inf"), tl.float32)
             l_i = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -232,15 +247,16 @@ def _attend(
             )
             if WINDOWED:
                 begin = tl.maximum(begin, tl.maximum(position + 1 - window, 0) // STEP * STEP)
-            for step in range(begin, tl.minimum(split * SPLIT + SPLIT, end), STEP):
+            stop = tl.minimum(split * SPLIT + SPLIT, end)
+            for step in tl.range(begin, stop, STEP, disable_licm=True):
                 kv_positions = step + steps
                 stored = kv_positions < end
                 place = tl.where(stored, kv_positions // BLOCK_SIZE - first_block, 0)
                 block = tl.gather(table, place, axis=0)
                 kv_slots = block.to(tl.int64) * BLOCK_SIZE + kv_positions % BLOCK_SIZE
                 offsets = (kv_slots * K + kv_head)[:, None] * D + dims[None, :]
-                kv_mask = stored[:, None] & dim_mask[None, :]
-                k = tl.load(keys_ptr + offsets, mask=kv_mask, other=0.0).to(dtype)
+                # Keys of positions that are not stored are loaded, too: no query sees them.
+                k = tl.load(keys_ptr + offsets, mask=dim_mask[None, :], other=0.0).to(dtype)
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
                 seen = kv_positions[None, :] <= q_positions[:, None]
                 if WINDOWED:
@@ -251,11 +267,22 @@ def _attend(
                 p = tl.exp2(scores - safe[:, None])
                 fade = tl.exp2(m_i - safe)
                 l_i = l_i * fade + tl.sum(p, axis=1)
-                v = tl.load(values_ptr + offsets, mask=kv_mask, other=0.0).to(dtype)
+                v_mask = stored[:, None] & dim_mask[None, :]  # they weigh 0, but 0 times NaN is NaN
+                v = tl.load(values_ptr + offsets, mask=v_mask, other=0.0).to(dtype)
                 acc = acc * fade[:, None]
                 acc = tl.dot(p.to(dtype), v, acc, input_precision="ieee")
                 m_i = m_new
             m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, l_i, acc)
+        # Read again: what is kept over the loops is missing from their registers.
+        tile = tiles_ptr + tl.load(items_ptr + item * ITEM_COLUMNS, volatile=True) * TILE_COLUMNS
+        run = tl.load(items_ptr + item * ITEM_COLUMNS + 2, volatile=True)
+        first_row = tl.load(tile + FIRST_ROW, volatile=True)
+        queries = tl.load(tile + QUERIES, volatile=True)
+        end = tl.load(tile + POSITION, volatile=True) + queries
+        num_splits = (end + SPLIT - 1) // SPLIT - tl.load(tile + FIRST_SPLIT, volatile=True)
+        row_mask = (query < queries) & (rows < ROWS // GROUP * GROUP)
+        q_rows = (first_row + query).to(tl.int64) * H + head
+        q_mask = row_mask[:, None] & dim_mask[None, :]
         if run == num_splits:
             share = acc_all / tl.where(row_mask, l_all, 1.0)[:, None]
             tl.store(out_ptr + q_rows[:, None] * D + dims[None, :], share.to(dtype), mask=q_mask)
@@ -297,7 +324,7 @@ def _merge(
     m_i = tl.full((GROUP,), float("-inf"), tl.float32)
     l_i = tl.zeros((GROUP,), tl.float32)
     acc = tl.zeros((GROUP, BLOCK_D), tl.float32)
-    for index in range(num_splits):
+    for index in tl.range(num_splits, loop_unroll_factor=4):  # loads of four in flight
         rows = (first_item + index) * H + heads
         m_new = tl.load(ml_ptr + rows * 2, mask=row_mask, other=0.0)
         l_new = tl.load(ml_ptr + rows * 2 + 1, mask=row_mask, other=1.0)

@@ -7,7 +7,7 @@ index), selects a share of the sum. Rows take one of three paths, each row by it
     greedy          the argmax, the lowest id among equals: `Argmax` has it already
     plain           inverse CDF in order of ids: sums of chunks, then inside one chunk
     top-k, top-p    inverse CDF by falling logit, without a sort: the logit at which a running sum
-                    reaches a target is found bit by bit (`_descend`), one pass per bit
+                    reaches a target is found by three histograms (`_descend`), one per digit
 
 Columns are read from the state of the batch slots (`model.kernels.inputs`). Penalties, biases and
 log probabilities are applied before and after, by the runner.
@@ -35,6 +35,7 @@ from model.kernels.inputs import (
 
 _CHUNK = 4096
 _CUT_BLOCK = 8192
+_BINS = 2048  # of a histogram: a digit of 11 bits
 _ONE = tl.constexpr(2.0**40)  # weight of the largest logit, as in `model.sampler`
 
 
@@ -71,10 +72,12 @@ def sample_tokens(
         N=num_chunks, CHUNK=chunk, LANES=triton.next_power_of_2(num_chunks),
         enable_fp_fusion=False,
     )  # fmt: skip
-    block = min(_CUT_BLOCK, triton.next_power_of_2(V))
+    histograms = torch.empty((R, _BINS), dtype=torch.int64, device=device)
     _sample_cut[(R,)](
-        logits_RV, state, batch_slots_R, largest_R1, tokens_R, V, stride,
-        BLOCK=block, num_warps=8, enable_fp_fusion=False,
+        logits_RV, state, batch_slots_R, largest_R1, sums, histograms, tokens_R, V, stride,
+        N=num_chunks, LANES=triton.next_power_of_2(num_chunks),
+        BLOCK=min(_CUT_BLOCK, triton.next_power_of_2(V)), BINS=_BINS, num_warps=16,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return tokens_R
 
@@ -195,45 +198,66 @@ def _keys(logits):
 
 
 @triton.jit
-def _measure(
-    row_ptr, V, key, largest, temperature, least, COUNT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """How many tokens have at least this key, or what they weigh together."""
+def _weight_above(row_ptr, V, key, largest, temperature, least, BLOCK: tl.constexpr):
+    """What the tokens above this key weigh together."""
     total = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, V, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         logits = tl.load(row_ptr + ids, mask=ids < V, other=float("-inf"))
-        inside = (_keys(logits) >= key) & (ids < V)
-        if COUNT:
-            total += inside.to(tl.int64)
-        else:
-            total += tl.where(inside, _weigh(logits, largest, temperature, least), 0)
+        weights = _weigh(logits, largest, temperature, least)
+        total += tl.where(_keys(logits) > key, weights, 0)
     return tl.sum(total, axis=0)
 
 
 @triton.jit
 def _descend(
-    row_ptr, V, target, largest, temperature, least, COUNT: tl.constexpr, BLOCK: tl.constexpr
+    row_ptr,
+    bins_ptr,  # [BINS], zeros, and left so
+    V,
+    target,
+    floor,
+    largest,
+    temperature,
+    least,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
 ):
     """The shortest run of tokens, largest logit first, that measures at least `target` (>= 1).
 
-    Returns the key of its last token, what the tokens above that key measure, and which of the
-    tokens with that key is the last (from 0).
+    A run measures the number of its tokens, or their weight; only those that weigh more than
+    `floor` count; if all of these measure less, the run is all. Returns the key of the last token,
+    what the tokens above that key measure, and which of the tokens with that key is the last (from
+    0).
     """
-    key = tl.full((), 0, tl.int64)
-    bit = tl.full((), 2147483648, tl.int64)
-    for _ in range(32):
-        raised = key + bit
-        reached = _measure(row_ptr, V, raised, largest, temperature, least, COUNT, BLOCK)
-        key = tl.where(reached >= target, raised, key)
-        bit = bit >> 1
-    above = _measure(row_ptr, V, key + 1, largest, temperature, least, COUNT, BLOCK)
+    bins = tl.arange(0, BINS)
+    prefix = tl.full((), 0, tl.int64)
+    above = tl.full((), 0, tl.int64)
+    for digit in range(3):  # of 10, 11 and 11 bits
+        shift = 22 - 11 * digit
+        for start in range(0, V, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            logits = tl.load(row_ptr + ids, mask=ids < V, other=float("-inf"))
+            keys = _keys(logits)
+            weights = _weigh(logits, largest, temperature, least)
+            inside = (ids < V) & (weights > floor) & (keys >> (shift + 11) == prefix)
+            amounts = tl.where(inside, 1, 0).to(tl.int64) if COUNT else weights
+            places = bins_ptr + ((keys >> shift) & (BINS - 1))
+            tl.atomic_add(places, amounts, mask=inside, sem="relaxed")
+        tl.debug_barrier()
+        sums = tl.atomic_xchg(bins_ptr + bins, tl.zeros((BINS,), tl.int64), sem="relaxed")
+        tl.debug_barrier()
+        if digit == 0:
+            target = tl.minimum(target, tl.sum(sums, axis=0))
+        to_end = above + tl.sum(sums, axis=0) - tl.cumsum(sums, axis=0) + sums
+        last = tl.max(tl.where(to_end >= target, bins, 0), axis=0)
+        above += tl.sum(tl.where(bins > last, sums, 0), axis=0)
+        prefix = (prefix << 11) + last
     if COUNT:
         each = tl.full((), 1, tl.int64)
     else:
-        each = tl.maximum(_weight_of(key, largest, temperature, least), 1)
-    place = (target - above + each - 1) // each - 1
-    return key, above, place
+        each = tl.maximum(_weight_of(prefix, largest, temperature, least), 1)
+    return prefix, above, (target - above + each - 1) // each - 1
 
 
 @triton.jit
@@ -244,14 +268,9 @@ def _weight_of(key, largest, temperature, least):
 
 
 @triton.jit
-def _mass_to(
-    row_ptr, V, target, largest, temperature, least, COUNT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The weight of the run that `_descend` finds."""
-    key, above, place = _descend(row_ptr, V, target, largest, temperature, least, COUNT, BLOCK)
-    if COUNT:
-        above = _measure(row_ptr, V, key + 1, largest, temperature, least, False, BLOCK)
-    return above + (place + 1) * _weight_of(key, largest, temperature, least)
+def _floor(total, target, V):
+    """A weight: all tokens of at most it weigh no more than what a run of `target` leaves."""
+    return tl.maximum(total - target, 0) // V
 
 
 @triton.jit(do_not_specialize_on_alignment=["batch_slots_ptr"])
@@ -260,10 +279,15 @@ def _sample_cut(
     state_ptr,  # [batch slots, columns]
     batch_slots_ptr,  # [R]
     largest_ptr,  # [R]
+    sums_ptr,  # [R, N]
+    histograms_ptr,  # [R, BINS]
     tokens_ptr,  # [R]
     V,
     stride,
+    N: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
 ):
     """Samples rows with top-k or top-p: both cuts give a mass, in which a point is drawn."""
     row = tl.program_id(0).to(tl.int64)
@@ -278,19 +302,34 @@ def _sample_cut(
     row_ptr = logits_ptr + row * V
     largest = tl.load(largest_ptr + row)
     least = _least(entry)
-    mass = tl.full((), 0, tl.int64)
+    lanes = tl.arange(0, LANES)
+    total = tl.sum(tl.load(sums_ptr + row * N + lanes, mask=lanes < N, other=0), axis=0)
+    bins_ptr = histograms_ptr + row * BINS
+    tl.store(bins_ptr + tl.arange(0, BINS), tl.zeros((BINS,), tl.int64))
+    tl.debug_barrier()
+    mass = total
     if top_k < V:
-        mass = _mass_to(row_ptr, V, top_k.to(tl.int64), largest, temperature, least, True, BLOCK)
-    else:
-        lowest = tl.full((), 0, tl.int64)
-        mass = _measure(row_ptr, V, lowest, largest, temperature, least, False, BLOCK)
+        # Tokens without weight add nothing to the mass, so that they need not be counted.
+        key, above, place = _descend(
+            row_ptr, bins_ptr, V, top_k.to(tl.int64), 0, largest, temperature, least,
+            True, BLOCK, BINS,
+        )  # fmt: skip
+        mass = _weight_above(row_ptr, V, key, largest, temperature, least, BLOCK)
+        mass = tl.minimum(mass + (place + 1) * _weight_of(key, largest, temperature, least), total)
     if top_p < 1.0:
         wanted = tl.math.ceil(mass.to(tl.float64) * top_p.to(tl.float64)).to(tl.int64)
         wanted = tl.maximum(wanted, 1)
-        nucleus = _mass_to(row_ptr, V, wanted, largest, temperature, least, False, BLOCK)
+        key, above, place = _descend(
+            row_ptr, bins_ptr, V, wanted, _floor(total, wanted, V), largest, temperature, least,
+            False, BLOCK, BINS,
+        )  # fmt: skip
+        nucleus = above + (place + 1) * _weight_of(key, largest, temperature, least)
         mass = tl.minimum(nucleus, mass)
     target = _point(mass, entry) + 1
-    key, _above, place = _descend(row_ptr, V, target, largest, temperature, least, False, BLOCK)
+    key, _above, place = _descend(
+        row_ptr, bins_ptr, V, target, _floor(total, target, V), largest, temperature, least,
+        False, BLOCK, BINS,
+    )  # fmt: skip
     seen = tl.full((), 0, tl.int64)
     token = tl.full((), 0, tl.int32)
     for start in range(0, V, BLOCK):

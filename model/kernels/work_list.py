@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-SPLIT = 512  # positions; an answer's bits depend on it
+SPLIT = 256  # positions; an answer's bits depend on it
 ROWS = 64  # rows of a tile: one instruction, even if a single query fills only a few
 
 # Columns of the tile list. APART: whether each split is an item, from FIRST_ITEM on, and the parts
@@ -21,6 +21,7 @@ FIRST_ROW, QUERIES, POSITION, BATCH_SLOT, FIRST_SPLIT, FIRST_ITEM, APART, TILE_C
     tl.constexpr(column) for column in range(8)
 )
 ITEM_COLUMNS = tl.constexpr(3)
+_ALL = 1 << 20
 _MOST_PARTS = 4096  # of a step: more programs than any GPU has, and all splits of a pool unshared
 
 
@@ -42,10 +43,15 @@ class WorkList:
         group: int,
         device: torch.device,
         split: int = SPLIT,
+        shares: int = _ALL,
         most_parts: int = _MOST_PARTS,
     ) -> None:
-        """`most_parts`: splits that may be items of their own. It affects speed and no bit."""
+        """The splits of a single query are items if it has more than 1 of `shares` of the step's.
+
+        `most_parts`: splits that may be items of their own. Both affect speed and no bit.
+        """
         self.split = split
+        self.shares = shares
         self.queries = ROWS // group  # of one tile
         self.max_tiles = max_sequences + triton.cdiv(max_rows, self.queries)
         self.most_parts = min(most_parts, max_sequences * triton.cdiv(max_context, split))
@@ -84,6 +90,7 @@ class WorkList:
             self.counts,
             S,
             0 if window is None else window,
+            self.shares,
             self.most_parts,
             TILE_QUERIES=self.queries,
             SPLIT=self.split,
@@ -93,8 +100,13 @@ class WorkList:
         )
 
 
+def shares_for(programs: int, num_kv_heads: int) -> int:
+    """Shares of which a quarter of a program's work is one: items as long as that end together."""
+    return triton.cdiv(4 * programs, num_kv_heads)
+
+
 @triton.jit(
-    do_not_specialize=["S", "window", "most_parts"],
+    do_not_specialize=["S", "window", "shares", "most_parts"],
     do_not_specialize_on_alignment=["starts_ptr", "contexts_ptr", "batch_slots_ptr"],
 )
 def _list_items(
@@ -106,6 +118,7 @@ def _list_items(
     counts_ptr,  # [2]
     S,
     window,
+    shares,
     most_parts,
     TILE_QUERIES: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -125,7 +138,9 @@ def _list_items(
     if WINDOWED:
         first_split = tl.maximum(context - window, 0) // SPLIT
     single_splits = (context + SPLIT - 1) // SPLIT - first_split
-    parts = tl.where(mask & single & (single_splits > 1), single_splits, 0)
+    all_splits = tl.sum(tl.where(mask, num_tiles * single_splits, 0), axis=0)
+    long = (single_splits > 1) & (single_splits * shares > all_splits)
+    parts = tl.where(mask & single & long, single_splits, 0)
     apart = (parts > 0) & (tl.cumsum(parts, axis=0) <= most_parts)
     num_items = tl.where(mask, tl.where(apart, single_splits, num_tiles), 0)
     tile_end = tl.cumsum(num_tiles, axis=0)

@@ -26,7 +26,7 @@ from model.runners import Runner, RunnerOptions
 
 _NUM_TOP = 8
 _ALONE = "alone"
-_ABOVE_SPLIT = 530  # positions: the last rows attend over more than one split of 512
+_ABOVE_SPLIT = 530  # positions: the last rows attend over more than two splits of 256
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from model.attention import ATTENTION
 from model.batch import Batch
 from model.kernels.attention import Partials, paged_attention
-from model.kernels.work_list import ROWS, WorkList
+from model.kernels.work_list import APART, ROWS, WorkList
 from tests.support.builders import DEVICE, HALF, Piece, make_batch
 
 pytestmark = pytest.mark.slow
@@ -108,12 +108,14 @@ class Fixed:
         self.queries = torch.randn(30, 4, 16).to(DEVICE)
         self.keys, self.values = (torch.randn(128, 2, 16).to(DEVICE) for _ in range(2))
 
-    def attend(self, pieces: list[tuple[int, int]], *, most_parts: int = 99) -> torch.Tensor:
+    def attend(
+        self, pieces: list[tuple[int, int]], *, most_parts: int = 99, shares: int = 99
+    ) -> torch.Tensor:
         """Rows [a, b) of the queries, each pair a sequence of its own in one step."""
         counts = [end - start for start, end in pieces]
         work = WorkList(
             max_rows=64, max_sequences=32, max_context=128, group=2, device=DEVICE,
-            split=self.split, most_parts=most_parts,
+            split=self.split, most_parts=most_parts, shares=shares,
         )  # fmt: skip
         partials = Partials(work, num_heads=4, head_dim=16, device=DEVICE)
         partials.acc.fill_(torch.nan)
@@ -145,8 +147,13 @@ def test_a_rows_bits_are_its_own(window: int | None) -> None:
     whole = fixed.attend([(0, 30)])
     assert torch.equal(fixed.attend([(0, 7), (7, 30)]), whole)
     singles = [(n, n + 1) for n in range(24, 30)]
-    for most_parts in (99, 5, 0):  # all splits are items, some, none
-        assert torch.equal(fixed.attend(singles, most_parts=most_parts), whole[24:])
+    for limits in (
+        {},
+        {"most_parts": 5},
+        {"most_parts": 0},
+        {"shares": 3},
+    ):  # all are items to none
+        assert torch.equal(fixed.attend(singles, **limits), whole[24:])
 
 
 @pytest.mark.usefixtures("one_order")
@@ -156,6 +163,26 @@ def test_the_size_of_a_split_shows_in_the_bits() -> None:
         Fixed(split=64, window=None).attend([(0, 30)]),
         Fixed(split=128, window=None).attend([(0, 30)]),
     )
+
+
+@pytest.mark.parametrize(("shares", "apart"), [(1, [0, 0, 0]), (3, [0, 1, 0]), (9, [1, 1, 0])])
+def test_queries_that_are_long_for_their_step_are_cut(shares: int, apart: list[int]) -> None:
+    """Of 3, 5 and 1 splits, 9 in all: a query of more than one of the shares is cut."""
+    work = WorkList(
+        max_rows=9,
+        max_sequences=3,
+        max_context=640,
+        group=2,
+        device=DEVICE,
+        split=64,
+        shares=shares,
+    )
+    lengths = torch.tensor([192, 320, 64], dtype=torch.int32, device=DEVICE)
+    steps = torch.arange(4, dtype=torch.int32, device=DEVICE)
+    work.fill(steps, lengths, steps[:3], window=None)
+    assert work.tiles[:3, APART.value].tolist() == apart
+    cut = sum(splits for splits, is_cut in zip((3, 5, 1), apart, strict=True) if is_cut)
+    assert work.counts.tolist() == [cut + apart.count(0), 3]
 
 
 def test_every_item_is_listed_once() -> None:

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from model.kernels import attention, head, matmul, sampling, work_list
+from model.kernels import attention, head, matmul, rotary, sampling, work_list
 from model.kernels.shared_memory import stages_within
 
 LIMITS = {80: 163, 90: 227, 100: 227}  # KiB of shared memory per program
@@ -48,6 +48,9 @@ def compiled(name, arch, kernel, types, constants, **options):
         "waits": waits_in_loops(done.asm["ttgir"]),
         "shared": done.metadata.shared / 1024 / LIMITS[arch],
         "spilled": spilled(assembly, arch),
+        "pool_offsets": sorted(set(re.findall(
+            r"tt.addptr .*ptr<f8E4M3FN>>?, (?:tensor<[\dx]*)?(i\d+)", done.asm["ttir"]
+        ))),
     }
 
 def waits_in_loops(text):
@@ -100,22 +103,21 @@ def head_of(rows, stored, vocab, arch):
         dict(N=vocab, K=1024, PART=1024, PARTS=1, STORED=stored, **tile), **options,
     )
 
-def attention_of(dim, arch, stored="*bf16", block_size=16):
+def attention_of(dim, arch, stored="*bf16", block_size=16, windowed=False):
     types = {name: "*i32" for name in ("table_ptr", "tiles_ptr", "items_ptr", "counts_ptr")}
     types |= {"q_ptr": "*bf16", "out_ptr": "*bf16", "acc_ptr": "*fp32", "ml_ptr": "*fp32"}
     types |= {"table_stride": "i32", "scale": "fp32", "window": "i32"}
     width, split = triton.next_power_of_2(dim), work_list.SPLIT
-    stages = stages_within(
-        LIMITS[arch] * 1024, stage=2 * attention.STEP * width * (2 if stored == "*bf16" else 1),
-        fixed=work_list.ROWS * width * 2, most=3 if width <= 128 else 2,
+    warps, stages = attention.attention_layout(
+        width, itemsize=2, kv_itemsize=2 if stored == "*bf16" else 1, limit=LIMITS[arch] * 1024
     )
     compiled(
-        f"attention {dim} {stored} {block_size}", arch, attention._attend,
+        f"attention {dim} {stored} {block_size} {windowed}", arch, attention._attend,
         {**types, "keys_ptr": stored, "values_ptr": stored},
         dict(BLOCK_SIZE=block_size, SPLIT=split, STEP=attention.STEP, ROWS=work_list.ROWS,
              SPLIT_BLOCKS=triton.next_power_of_2((split - 1) // block_size + 2),
-             WINDOWED=True, H=16, K=8, D=dim, BLOCK_D=width),
-        num_warps=4 if width <= 128 else 8, num_stages=stages,
+             WINDOWED=windowed, H=16, K=8, D=dim, BLOCK_D=width),
+        num_warps=warps, num_stages=stages,
     )
 
 for rows in (1, 32, 64, 128, 256):
@@ -126,6 +128,7 @@ for rows in (1, 32, 64, 128, 256):
 head_of(1, True, 32000, 90)
 for dim in (64, 80, 96, 128, 256):
     attention_of(dim, 90)
+    attention_of(dim, 90, windowed=True)
 attention_of(128, 90, "*fp8e4nv")
 attention_of(128, 90, block_size=64)
 for arch in (80, 100):
@@ -138,15 +141,25 @@ for arch in (80, 100):
 types = {name: "*fp32" for name in ("logits_ptr", "values_ptr", "value_ptr", "largest_ptr")}
 integers = ("state_ptr", "batch_slots_ptr", "ids_ptr", "id_ptr", "tokens_ptr")
 types |= {name: "*i32" for name in integers}
-types |= {"sums_ptr": "*i64", "V": "i32", "stride": "i32"}
+types |= {"sums_ptr": "*i64", "histograms_ptr": "*i64", "V": "i32", "stride": "i32"}
 for name, kernel, constants in (
     ("argmax", head._argmax, dict(N=38, CHUNK=4096)),
     ("merge", head._merge, dict(N=2374, LANES=4096)),
     ("sums", sampling._sums, dict(N=38, CHUNK=4096)),
     ("plain", sampling._sample_plain, dict(N=38, CHUNK=4096, LANES=64)),
-    ("cut", sampling._sample_cut, dict(BLOCK=8192)),
+    ("cut", sampling._sample_cut, dict(N=38, LANES=64, BLOCK=8192, BINS=2048)),
 ):
-    compiled(f"sampling: {name}", 90, kernel, types, constants, num_warps=8)
+    warps = 16 if name == "cut" else 8
+    compiled(f"sampling: {name}", 90, kernel, types, constants, num_warps=warps)
+
+types = {"qkv_ptr": "*fp32", "table_ptr": "*fp32", "part_stride": "i32", "num_positions": "i32"}
+types |= {name: "*bf16" for name in ("q_ptr", "q_norm_ptr", "k_norm_ptr")} | {"eps": "fp32"}
+types |= {name: "*fp8e4nv" for name in ("keys_ptr", "values_ptr")}
+types |= {name: "*i32" for name in ("positions_ptr", "kv_slots_ptr")}
+compiled(
+    "storing *fp8e4nv", 90, rotary._rotate_and_store, types,
+    dict(H=16, K=8, HALF=64, BLOCK=64, HEADS=8, PARTS=2, NORMED=True, ROTARY=True), num_warps=4,
+)
 print(json.dumps(found))
 """
 
@@ -156,18 +169,19 @@ print(json.dumps(found))
 def test_what_kernels_compile_to() -> None:
     for name, facts in found_compiling(PROGRAM).items():
         check_resources(name, facts)
-        if not name.startswith("sampling"):
+        if "*fp8" in name:  # its pool's pointers have a type of their own
+            assert facts["pool_offsets"] == ["i64"], (
+                f"{name}: a pool may have more than 2**31 elements"
+            )
+        if not name.startswith(("sampling", "storing")):
             check_instructions(name, facts)
             check_loops(name, facts)
 
 
 def check_resources(name: str, facts: dict[str, Any]) -> None:
-    """All fits into shared memory, and products and sampling keep everything in registers."""
+    """All fits into shared memory, and everything stays in registers."""
     assert facts["shared"] <= 1, name
-    few = 0
-    if name.startswith("attention"):  # of wide heads, outside the loop over keys
-        few = 448 if facts["arch"] == 80 or name.startswith("attention 256") else 192
-    assert facts["spilled"] <= few, name
+    assert not facts["spilled"], name
 
 
 def check_instructions(name: str, facts: dict[str, Any]) -> None:

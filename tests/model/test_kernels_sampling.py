@@ -79,6 +79,26 @@ def test_chooses_the_same_from_the_tops_of_the_head(seed: int) -> None:
             assert likeliest[row] == expected[row]
 
 
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
+def test_chooses_from_a_real_vocabulary(temperature: float) -> None:
+    """Of many blocks: top-k, top-p and both, and a run that ends among equal logits."""
+    torch.manual_seed(0)
+    rows, vocab_size = 4, 151_936
+    state = torch.zeros((rows + 1, Column.TABLE + 1), dtype=torch.int32)
+    floats = state.view(torch.float32)
+    floats[:, Column.TEMPERATURE] = temperature
+    floats[:, Column.TOP_P] = torch.tensor([1.0, 0.95, 0.8, 0.999, 1.0])
+    state[:, Column.TOP_K] = torch.tensor([50, vocab_size, 5000, 100_000, vocab_size])
+    state[:, Column.INDEX] = torch.arange(rows + 1)
+    logits = torch.randn(rows, vocab_size) * 4
+    logits[2:] = (logits[2:] * 8).round() / 8
+    logits[3, 1000:60_000] = -torch.inf
+    state, logits = state.to(DEVICE), logits.to(DEVICE)
+    slots = torch.arange(rows, dtype=torch.int32, device=DEVICE)
+    given = sample_tokens(logits, state, slots)
+    assert given.tolist() == sample_tokens_twin(logits, state, slots).tolist()
+
+
 def test_random_numbers_follow_from_seed_choice_and_index() -> None:
     """Over a flat distribution the token is the number itself: each column of its key counts."""
     state = torch.zeros((6, Column.TABLE + 1), dtype=torch.int32)

@@ -113,7 +113,7 @@ def _attention_row(bench: Bench, shape: Shape, batch: int, context: int, *, copy
 def _attention_time(bench: Bench, shape: Shape, batch: int, context: int) -> tuple[float, int]:
     """Seconds of one layer's attention, and the bytes of K and V that it reads."""
     from model.kernels.attention import Partials, attention_programs, paged_attention
-    from model.kernels.work_list import WorkList
+    from model.kernels.work_list import WorkList, shares_for
 
     config, device, dtype = shape.config, bench.device, bench.dtype
     blocks = -(-context // _BLOCK_SIZE)
@@ -130,6 +130,7 @@ def _attention_time(bench: Bench, shape: Shape, batch: int, context: int) -> tup
         max_context=context,
         group=config.num_heads // config.num_kv_heads,
         device=device,
+        shares=shares_for(attention_programs(device), config.num_kv_heads),
     )
     work.fill(rows, contexts, rows[:-1], window=None)
     partials = Partials(work, num_heads=config.num_heads, head_dim=config.head_dim, device=device)

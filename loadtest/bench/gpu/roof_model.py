@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M, Shape
 from model.kernels.attention import STEP
-from model.kernels.work_list import SPLIT
+from model.kernels.work_list import SPLIT, shares_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,10 +76,13 @@ def predict(case: Case, chip: Chip, *, in_flight: int = 2) -> dict[str, float]:
     config = case.shape.config
     weights, kv = case.shape.weight_bytes, case.batch * case.context * case.shape.kv_bytes
     layer_kv = kv / config.num_layers
-    item = min(case.context, SPLIT) * 2 * 2 * config.head_dim  # bytes of one program's work
+    splits, programs = -(-case.context // SPLIT), 2 * chip.multiprocessors
+    is_cut = splits > 1 and shares_for(programs, config.num_kv_heads) > case.batch
+    longest = min(case.context, SPLIT) if is_cut else case.context
+    item = longest * 2 * 2 * config.head_dim  # bytes of one program's work
     of_program = in_flight * STEP * 2 * 2 * config.head_dim / chip.latency
-    items = case.batch * config.num_kv_heads * -(-case.context // SPLIT)
-    rounds = -(-items // (2 * chip.multiprocessors))
+    items = case.batch * config.num_kv_heads * (splits if is_cut else 1)
+    rounds = -(-items // programs)
     attention = config.num_layers * max(layer_kv / chip.rate, rounds * item / of_program)
     logits = 0 if case.greedy else _READS * 4 * case.batch * config.vocab_size
     seconds = {

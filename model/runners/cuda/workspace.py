@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.kernels.attention import Partials, attention_programs
 from model.kernels.head import Argmax
 from model.kernels.inputs import Column, decode_rows, mixed_rows
-from model.kernels.work_list import WorkList
+from model.kernels.work_list import WorkList, shares_for
 from model.kvcache import KVCache
 from model.runners import RunnerOptions
 from model.runners.cuda.network import StepInputs
@@ -52,6 +52,7 @@ class Workspace:
         self.state = torch.from_numpy(slots.mirror.copy()).to(device)
         self._config, self._slots = config, slots
         self._block_size, self._kv_dtype = options.block_size, kv_dtype
+        self._programs = attention_programs(device)
         self._work = {
             window: WorkList(
                 max_rows=options.max_batch_tokens,
@@ -59,6 +60,7 @@ class Workspace:
                 max_context=config.max_model_len,
                 group=config.num_heads // config.num_kv_heads,
                 device=device,
+                shares=shares_for(self._programs, config.num_kv_heads),
             )
             for window in windows
         }
@@ -69,7 +71,6 @@ class Workspace:
             head_dim=config.head_dim,
             device=device,
         )
-        self._programs = attention_programs(device)
         self._starts_S1 = torch.arange(num_sequences + 1, dtype=torch.int32, device=device)
         self.logits_RV = torch.empty(
             (num_sequences, config.vocab_size), dtype=torch.float32, device=device
