@@ -172,8 +172,8 @@ def _complete_operation(operation: Json, path: str, *, limits: ApiLimits) -> Non
             if schema.get("type") == "string" and parameter["in"] in max_chars:
                 schema.setdefault("maxLength", max_chars[parameter["in"]])
     if computes:
-        headers = _call_headers(limits, streams=EVENTS in content)
-        operation["parameters"] = [*parameters, *headers]
+        call_headers = _call_headers(limits, streams=EVENTS in content)
+        operation["parameters"] = [*parameters, *call_headers]
     refused = answers.pop("4XX")
     statuses = _statuses(path, is_open=is_open, has_body=has_body, computes=computes)
     for status in sorted(statuses):
@@ -365,4 +365,14 @@ _EXAMPLES: Mapping[str, Json] = MappingProxyType({
     "RerankBody": {"query": "What purrs?", "documents": ["A cat.", "A car."]},
     "ScoreBody": {"text_1": "What purrs?", "text_2": ["A cat.", "A car."]},
     "ClassifyBody": {"input": "I like it."},
+    "DecisionBody": {
+        "input": "I was charged twice.",
+        "questions": [
+            {"type": "predicate", "instructions": "The customer wants a refund."},
+            {"type": "choice", "instructions": "The topic?", "choices": [
+                {"value": "billing"}, {"value": "delivery"}]},
+            {"type": "score", "instructions": "The mood?", "levels": [
+                {"label": "calm"}, {"label": "angry"}]},
+        ],
+    },
 })  # fmt: skip
