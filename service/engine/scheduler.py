@@ -31,6 +31,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable
 
+from service.engine.adapters import Adapters
 from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
 from service.engine.guide import Guide
@@ -56,7 +57,7 @@ class Scheduler:
         max_model_len: int,
         cost: CostModel,
         speculator: Speculator | None = None,
-        numeric_class: str = "",
+        adapters: Adapters | None = None,
     ) -> None:
         self.max_model_len = min(max_model_len, config.max_model_len or max_model_len)
         self.running: list[Sequence] = []  # in order of admission
@@ -65,7 +66,7 @@ class Scheduler:
         self._allocator = allocator
         self._cost = cost
         self._speculator = speculator
-        self._numeric_class = numeric_class
+        self._adapters = adapters or Adapters()
         self._sequences: dict[str, Sequence] = {}
         self._order = WaitingOrder[Sequence](patience=config.patience)
         self._free_slots = list(range(config.max_sequences - 1, -1, -1))  # a stack: 0 first
@@ -343,9 +344,12 @@ class Scheduler:
             return []
         size, digests = self._allocator.block_size, sequence.digests
         for index in range(len(digests), num_blocks):
-            parent = digests[-1] if digests else chain_root(sequence.tenant, self._numeric_class)
+            parent = digests[-1] if digests else self._root(sequence)
             digests.append(chain_digest(parent, sequence.tokens[index * size : (index + 1) * size]))
         return digests[:num_blocks]
+
+    def _root(self, sequence: Sequence) -> bytes:
+        return chain_root(sequence.tenant, self._adapters.class_of(sequence.request))
 
     def _publish(self, sequence: Sequence, num_full: int) -> None:
         digests = self._digests(sequence, num_full)
