@@ -15,6 +15,7 @@ from uuid import uuid4
 from fastapi import FastAPI
 
 from model.checkpoint import open_checkpoint
+from model.compression import parse_compression
 from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
 from service.api.http.auth import only_with_key, open_to_all
@@ -157,6 +158,7 @@ def engine_of(
         max_model_len=loaded.card.max_model_len,
         target_gap=settings.target_gap / (len(settings.sources) if encodes else 1),
         speculate=settings.speculate,
+        kv_compression=parse_compression(loaded.options.kv_compression),
     )
     if isinstance(loaded, LoadedEncoder):
         return EncodingLoop(
@@ -333,12 +335,7 @@ def served_models(settings: Settings, models: Sequence[ApiModel], cluster: Clust
 
     def served(model: ApiModel) -> Iterator[ServedModel]:
         """The model, then its adapters, which have all but the weights in common with it."""
-        common = served_model(
-            model.tokenizer,
-            lambda: model.card,
-            attention=model.attention,
-            encoder=model.encoder,
-        )
+        common = served_model(model.tokenizer, lambda: model.card, encoder=model.encoder)
         for card in cards_of([model]):
             engines = cluster.models[card.id]
             yield replace(

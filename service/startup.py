@@ -37,6 +37,7 @@ from model.checkpoint import (
 from model.checkpoint.fetch import FetchError, resolve
 from model.checkpoint.four_bit import four_bit_reason
 from model.checkpoint.gguf_parts import name_without_part
+from model.compression import compressed_config, parse_compression
 from model.config import ModelConfig
 from model.memory import return_free_memory
 from model.runners import WHOLE_SUMS, RunnerOptions
@@ -212,7 +213,7 @@ def _load(
             path,
             runner.config,
             tokenizer=tokenizer,
-            most=runner.num_blocks * runner.block_size,
+            most=longest_text(options, num_blocks=runner.num_blocks),
         ),
         numeric_class=runner.numeric_class,
     )
@@ -236,6 +237,7 @@ def runner_options(settings: Settings) -> RunnerOptions:
     return RunnerOptions(
         dtype=settings.dtype,
         kv_dtype=settings.kv_dtype,
+        kv_compression=settings.kv_compression,
         device=settings.device,
         block_size=settings.block_size,
         num_threads=settings.threads,
@@ -275,6 +277,7 @@ def load_card(
     """Returns the card of a replica without a runner; engines report what it leaves unknown."""
     with model_errors():
         _, config = configure(open_checkpoint(path))
+    config = compressed_config(config, parse_compression(settings.kv_compression))
     return card_of(settings, model, path, config, tokenizer=tokenizer)
 
 
@@ -311,6 +314,16 @@ def adapter_card(base: ModelCard, source: AdapterSource, digest: str) -> ModelCa
     """Returns the card of an adapter of a model."""
     card = replace(base, id=source.name, parent=base.id, adapter=digest)
     return card.of_class(base.numeric_class)
+
+
+def longest_text(options: RunnerOptions, *, num_blocks: int) -> int | None:
+    """Tokens of a text that the KV cache holds; None: of any text."""
+    slots = num_blocks * options.block_size
+    window = parse_compression(options.kv_compression)
+    if window is None:
+        return slots
+    most = window.most_slots(block_size=options.block_size, chunk=options.max_batch_tokens)
+    return slots if most > slots else None
 
 
 def name_of(source: str, path: Path) -> str:
