@@ -14,6 +14,7 @@ from uuid import uuid4
 from fastapi import FastAPI
 
 from model.checkpoint import open_checkpoint
+from model.compression import parse_compression
 from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
 from service.api.http.auth import only_with_key, open_to_all
@@ -156,6 +157,7 @@ def engine_of(
         max_model_len=loaded.card.max_model_len,
         target_gap=settings.target_gap / (len(settings.sources) if encodes else 1),
         speculate=settings.speculate,
+        kv_compression=parse_compression(loaded.options.kv_compression),
     )
     if isinstance(loaded, LoadedEncoder):
         return EncodingLoop(

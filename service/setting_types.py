@@ -9,6 +9,8 @@ from typing import Annotated, Any, NamedTuple, Self
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.config import JsonDict
 
+from model.compression import parse_compression
+
 
 class Group(StrEnum):
     """Headings of `--help` and of docs/settings.md."""
@@ -53,6 +55,14 @@ def split_list(value: object) -> object:
     if not isinstance(value, str):
         return value
     return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _check_compression(value: str) -> str:
+    parse_compression(value)
+    return value
+
+
+Compression = Annotated[str, AfterValidator(_check_compression)]
 
 
 def _check_host(value: str) -> str:

@@ -21,6 +21,7 @@ from service.errors import StartupError
 from service.setting_types import (
     Aliases,
     Bytes,
+    Compression,
     Group,
     Hosts,
     Models,
@@ -81,6 +82,12 @@ class Settings(BaseModel):
     )
     kv_dtype: Literal["auto", "bfloat16", "int8", "float8"] = _engine(
         "KV cache dtype, if the runner supports several.", "auto"
+    )
+    kv_compression: Compression = _engine(
+        "Compression of the KV cache (torch runner). window:1024: each token attends to the first "
+        "4 tokens and the last 1024, and a chat may be longer than the model's context "
+        "(`quire api` needs the flag, too).",
+        "none",
     )
     device: str = _engine("Torch device: cpu, cuda, cuda:1, or auto.", "auto")
     threads: int | None = _engine(

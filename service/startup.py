@@ -35,6 +35,7 @@ from model.checkpoint import (
 from model.checkpoint.fetch import FetchError, resolve
 from model.checkpoint.four_bit import four_bit_reason
 from model.checkpoint.gguf_parts import name_without_part
+from model.compression import compressed_config, parse_compression
 from model.config import ModelConfig
 from model.memory import return_free_memory
 from model.runners import WHOLE_SUMS, RunnerOptions
@@ -196,7 +197,7 @@ def _load(settings: Settings, model: ModelSource, path: Path, memory: MemoryPart
             path,
             runner.config,
             tokenizer=tokenizer,
-            most=runner.num_blocks * runner.block_size,
+            most=longest_text(options, num_blocks=runner.num_blocks),
         ),
         numeric_class=runner.numeric_class,
     )
@@ -218,6 +219,7 @@ def runner_options(settings: Settings) -> RunnerOptions:
     return RunnerOptions(
         dtype=settings.dtype,
         kv_dtype=settings.kv_dtype,
+        kv_compression=settings.kv_compression,
         device=settings.device,
         block_size=settings.block_size,
         num_threads=settings.threads,
@@ -257,6 +259,7 @@ def load_card(
     """Returns the card of a replica without a runner; engines report what it leaves unknown."""
     with model_errors():
         _, config = configure(open_checkpoint(path))
+    config = compressed_config(config, parse_compression(settings.kv_compression))
     return card_of(settings, model, path, config, tokenizer=tokenizer)
 
 
@@ -279,6 +282,16 @@ def card_of(
         created=int(path.stat().st_mtime),
         vocabulary=tokenizer.digest,
     )
+
+
+def longest_text(options: RunnerOptions, *, num_blocks: int) -> int | None:
+    """Tokens of a text that the KV cache holds; None: of any text."""
+    slots = num_blocks * options.block_size
+    window = parse_compression(options.kv_compression)
+    if window is None:
+        return slots
+    most = window.most_slots(block_size=options.block_size, chunk=options.max_batch_tokens)
+    return slots if most > slots else None
 
 
 def name_of(source: str, path: Path) -> str:

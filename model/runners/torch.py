@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.attention import ATTENTION
+from model.attention import ATTENTION, Attention
+from model.attention.compressed import CompressedAttention
 from model.batch import Batch, Ints, SamplingBatch, StepOutput
+from model.compression import compressed_config, parse_compression
 from model.config import ModelConfig
 from model.kvcache import KVCache, blocks_within
 from model.layers import PackedLinear, load_weights, pack_linears
@@ -45,6 +47,8 @@ class TorchRunner:
     ) -> None:
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
+        compression = parse_compression(options.kv_compression)
+        config = compressed_config(config, compression)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         self.config = config
@@ -53,6 +57,8 @@ class TorchRunner:
             options.kv_memory, config, block_size=options.block_size, dtype=dtype
         )
         kind = f"torch-{device.type}-{_SHORT[dtype]}"
+        if compression is not None:
+            kind += f"-{compression.name}"
         self.numeric_class = f"{kind}-{torch.__version__}-{digest[:12]}"
         self.exact = False
         self._options = options
@@ -62,7 +68,11 @@ class TorchRunner:
             self._network.head = PackedLinear(self._network.embed.weight, None)
         if reduce is not None:
             sum_sublayers(self._network, reduce)
-        self._attention = ATTENTION["torch_paged"]()
+        self._attention: Attention = (
+            ATTENTION["torch_paged"]()
+            if compression is None
+            else CompressedAttention(compression, config)
+        )
         self._cache = KVCache(
             config,
             block_size=self.block_size,
