@@ -255,8 +255,8 @@ def _attend(
                 block = tl.gather(table, place, axis=0)
                 kv_slots = block.to(tl.int64) * BLOCK_SIZE + kv_positions % BLOCK_SIZE
                 offsets = (kv_slots * K + kv_head)[:, None] * D + dims[None, :]
-                # Keys of positions that are not stored are loaded, too: no query sees them.
-                k = tl.load(keys_ptr + offsets, mask=dim_mask[None, :], other=0.0).to(dtype)
+                kv_mask = stored[:, None] & dim_mask[None, :]
+                k = tl.load(keys_ptr + offsets, mask=kv_mask, other=0.0).to(dtype)
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
                 seen = kv_positions[None, :] <= q_positions[:, None]
                 if WINDOWED:
@@ -267,8 +267,7 @@ def _attend(
                 p = tl.exp2(scores - safe[:, None])
                 fade = tl.exp2(m_i - safe)
                 l_i = l_i * fade + tl.sum(p, axis=1)
-                v_mask = stored[:, None] & dim_mask[None, :]  # they weigh 0, but 0 times NaN is NaN
-                v = tl.load(values_ptr + offsets, mask=v_mask, other=0.0).to(dtype)
+                v = tl.load(values_ptr + offsets, mask=kv_mask, other=0.0).to(dtype)
                 acc = acc * fade[:, None]
                 acc = tl.dot(p.to(dtype), v, acc, input_precision="ieee")
                 m_i = m_new
