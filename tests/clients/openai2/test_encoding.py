@@ -33,7 +33,7 @@ def test_litellm_embeds(encoder: Any) -> None:
     assert reply.usage.prompt_tokens > 15
     alone = asyncio.run(litellm.aembedding(input=[TEXTS[1]], **asked))
     assert alone.data[0]["embedding"] == vectors[1]
-    with pytest.raises(litellm.exceptions.BadRequestError, match="at least|empty"):
+    with pytest.raises(litellm.exceptions.BadRequestError, match=r"empty"):
         litellm.embedding(input=[""], **asked)
 
 
@@ -54,8 +54,8 @@ def test_litellm_reranks(encoder: Any) -> None:
             api_key="none",
         )
         results = reply.results or []
-        assert [each["index"] for each in results][0] == 2, provider
         assert len(results) == 2
+        assert results[0]["index"] == 2, provider
         assert results[0]["relevance_score"] > results[1]["relevance_score"]
 
 
