@@ -10,7 +10,6 @@ process that runs one keeps it, because a mapped file survives its removal.
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -147,21 +146,18 @@ def _compile(compiler: Sequence[str], build: Build, scratch: Path) -> Path:
     def compile_one(unit: tuple[str, Path, tuple[str, ...]]) -> Path:
         name, source, flags = unit
         target = scratch / f"{name}.o"
-        _call([*compiler, *common, *flags, "-c", str(source), "-o", str(target)], scratch)
+        _call([*compiler, *common, *flags, "-c", str(source), "-o", str(target)])
         return target
 
     with ThreadPoolExecutor() as pool:
         objects = list(pool.map(compile_one, units))
     library = scratch / "libquire.so"
-    _call([*compiler, *common, "-shared", *map(str, objects), "-o", str(library)], scratch)
+    _call([*compiler, *common, "-shared", *map(str, objects), "-o", str(library)])
     return library
 
 
-def _call(command: Sequence[str], scratch: Path) -> None:
-    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(scratch / "zig")}
-    done = subprocess.run(  # noqa: S603  (no shell)
-        command, capture_output=True, text=True, check=False, env=environment
-    )
+def _call(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (no shell)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line]
         first = lines[0] if lines else f"exit status {done.returncode}"

@@ -9,7 +9,7 @@ import logging
 import posixpath
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
 from typing import IO, Any, TypeVar
 from urllib.parse import quote
@@ -117,16 +117,19 @@ class Tree:
 @contextmanager
 def _upload(file: Any) -> Iterator[IO[bytes]]:  # noqa: ANN401 - fsspec has no types
     """An object of a bucket, which exists when the upload is complete. Aborts it after an error."""
+    with ExitStack() as stack:
+        stack.callback(_abort, file)
+        yield file
+        stack.pop_all()
+    file.close()
+
+
+def _abort(file: Any) -> None:  # noqa: ANN401 - fsspec has no types
     from fsspec.spec import AbstractBufferedFile
 
-    try:
-        yield file
-    except BaseException:
-        if isinstance(file, AbstractBufferedFile):
-            file.discard()
-            file.closed = True  # closing it would complete the upload
-        raise
-    file.close()
+    if isinstance(file, AbstractBufferedFile):
+        file.discard()
+        file.closed = True  # closing it would complete the upload
 
 
 class Storage:

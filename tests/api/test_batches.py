@@ -260,7 +260,7 @@ async def test_an_answer_that_was_cut_is_made_again(start_service: Any, tmp_path
         assert reasons == ["length"] * 4
 
 
-class Bucket(AbstractFileSystem):
+class Bucket(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
     """Objects that exist when their upload is complete."""
 
     protocol = "bucket"
@@ -280,7 +280,7 @@ class Bucket(AbstractFileSystem):
         return Upload(self, path, mode, block_size=8)
 
 
-class Upload(AbstractBufferedFile):
+class Upload(AbstractBufferedFile):  # type: ignore[misc]
     def _initiate_upload(self) -> None:
         self.parts: list[bytes] = []
 
