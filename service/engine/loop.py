@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+from model.compression import Anchors
 from model.runners import overlapped
+from model.segments import anchor_ids
 from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
 from service.engine.inbox import Command, Work
@@ -30,6 +33,7 @@ from service.engine.pack import Packer
 from service.engine.pipeline import Computed, Pipeline
 from service.engine.plan import EngineConfig, Plan
 from service.engine.scheduler import Scheduler
+from service.engine.segments import SegmentPacker
 from service.engine.sequence import Sequence as EngineSequence
 from service.engine.speculate import Speculator, may_speculate
 from service.engine.thread import EngineThread
@@ -67,6 +71,11 @@ class EngineLoop(EngineThread):
         self._observer = observer
         self._allocator = BlockAllocator(runner.num_blocks, block_size=runner.block_size)
         self._cost = CostModel() if cost is None else cost
+        anchors: frozenset[int] = frozenset()
+        pack: Callable[..., Packer] = Packer
+        if isinstance(config.kv_compression, Anchors):
+            anchors = anchor_ids(token_bytes, eos_ids)
+            pack = partial(SegmentPacker, anchor_ids=anchors)
         drafts = may_speculate(
             config, exact=runner.exact, overlapped=overlapped(runner) is not None
         )
@@ -77,9 +86,10 @@ class EngineLoop(EngineThread):
             cost=self._cost,
             speculator=Speculator(config, self._cost) if drafts else None,
             numeric_class=runner.numeric_class,
+            anchor_ids=anchors,
         )
         vocab_size = runner.config.vocab_size
-        packer = Packer(
+        packer = pack(
             config,
             block_size=runner.block_size,
             max_model_len=self._scheduler.max_model_len,
