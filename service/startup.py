@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -25,6 +26,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from model.adapters import Adapter, read_adapter
 from model.checkpoint import (
     CheckpointError,
     configure,
@@ -43,7 +45,7 @@ from model.text.encoder_tokenizer import EncoderTokenizer
 from model.text.tokenizer import Tokenizer
 from service.errors import StartupError
 from service.messages import ModelCard
-from service.setting_types import ModelSource
+from service.setting_types import AdapterSource, ModelSource
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class Loaded:
     seconds: float
     fallback_reason: str  # why a faster runner is not used; empty if the fastest one is
     options: RunnerOptions = field(default_factory=RunnerOptions)  # with the chosen sizes
+    adapters: tuple[ModelCard, ...] = ()  # in the runner's order
     followers: FollowerProcesses | None = None  # the other ranks of tensor parallelism, if any
     on_gpu: bool = False
 
@@ -129,9 +132,14 @@ class MemoryPart:
 
 
 def load_engine(
-    settings: Settings, model: ModelSource, path: Path, *, memory: MemoryPart = MemoryPart()
+    settings: Settings,
+    model: ModelSource,
+    path: Path,
+    *,
+    memory: MemoryPart = MemoryPart(),
+    adapters: Sequence[AdapterSource] = (),
 ) -> Loaded:
-    """Loads weights and tokenizer and warms up. Takes seconds: not for the event loop.
+    """Loads weights, adapters and tokenizer and warms up. Takes seconds: not for the event loop.
 
     Starts the other ranks' processes if there are any. Raises StartupError.
     """
@@ -141,7 +149,7 @@ def load_engine(
 
     began = time.monotonic()
     try:
-        loaded = _load(settings, model, path, memory)
+        loaded = _load(settings, model, path, memory, adapters)
         return_free_memory()
         loaded.runner.warm_up()
     except RankLost as lost:
@@ -151,12 +159,20 @@ def load_engine(
     return replace(loaded, seconds=time.monotonic() - began)
 
 
-def _load(settings: Settings, model: ModelSource, path: Path, memory: MemoryPart) -> Loaded:
+def _load(
+    settings: Settings,
+    model: ModelSource,
+    path: Path,
+    memory: MemoryPart,
+    adapters: Sequence[AdapterSource],
+) -> Loaded:
     """Loads all, without the warm-up. Raises StartupError if the model cannot be served here."""
     from model.native import NativeUnavailable
     from model.runners.choose import choose_runner, choose_sizes
 
-    num_ranks, wanted = settings.tensor_parallel, runner_options(settings)
+    num_ranks = settings.tensor_parallel
+    read = tuple(load_adapter(each, path) for each in adapters)
+    wanted = replace(runner_options(settings), adapters=read)
     try:
         with model_errors():
             checkpoint = open_checkpoint(path)
@@ -201,11 +217,13 @@ def _load(settings: Settings, model: ModelSource, path: Path, memory: MemoryPart
         ),
         numeric_class=runner.numeric_class,
     )
+    digests = [each.digest for each in read]
     return Loaded(
         path=path,
         runner=runner,
         tokenizer=tokenizer,
         card=card,
+        adapters=tuple(map(partial(adapter_card, card), adapters, digests)),
         seconds=0.0,
         fallback_reason=choice.fallback_reason,
         options=options,
@@ -282,6 +300,20 @@ def card_of(
         created=int(path.stat().st_mtime),
         vocabulary=tokenizer.digest,
     )
+
+
+def load_adapter(source: AdapterSource, base: Path) -> Adapter:
+    """Reads an adapter of the model with these files. Raises StartupError."""
+    try:
+        return read_adapter(Path(source.folder).expanduser(), base)
+    except CheckpointError as error:
+        raise StartupError(f"adapter {source.name}: {error}") from None
+
+
+def adapter_card(base: ModelCard, source: AdapterSource, digest: str) -> ModelCard:
+    """Returns the card of an adapter of a model."""
+    card = replace(base, id=source.name, parent=base.id, adapter=digest)
+    return card.of_class(base.numeric_class)
 
 
 def longest_text(options: RunnerOptions, *, num_blocks: int) -> int | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from model.adapters import Adapter
 from model.batch import Batch, Bools, StepOutput
 from model.compression import check_compression
 from model.config import ModelConfig
@@ -90,6 +91,7 @@ class RunnerOptions:
     max_batch_tokens: int = 512  # the largest T of any step
     max_sequences: int = 64  # the largest S; batch slots are below it
     weights_cache: Path | None = None  # native: folder of packed weights; None: not stored
+    adapters: tuple[Adapter, ...] = ()  # batches name them by their numbers, from 1
     vendor_blas: bool = False  # cuda: use it if it has our bits; the process forbids split-K
 
 

@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.runners import RunnerOptions
 
 _NVIDIA_DRIVER = "libcuda.so.1"
+_WITHOUT_ADAPTERS = frozenset({"cuda", "native"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,8 @@ def choose_runner(
     """
     if config.bidirectional:
         raise ValueError(f"{config.family} is an encoder, which generates no text")
+    if options.adapters and (name in _WITHOUT_ADAPTERS or options.dtype == "int4"):
+        raise ValueError(f"the {name} runner does not apply adapters: use --runner torch")
     check_compression(options.kv_compression, runner=name, num_ranks=num_ranks)
     compression = parse_compression(options.kv_compression)
     compressed_config(config, compression)
@@ -56,7 +59,10 @@ def choose_runner(
         return SelectedRunner(name="torch", dtype=torch_dtype(options))
     device = device_type(options.device)
     faster = "native" if device == "cpu" else "cuda"
-    if faster == "cuda":
+    reason: str | None = None
+    if options.adapters and faster in _WITHOUT_ADAPTERS:
+        reason = "it does not apply adapters"
+    elif faster == "cuda":
         reason = _cuda_reason(config, options.device, device)
     elif num_ranks == 1:
         reason = _native_reason(config)

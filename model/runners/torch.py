@@ -21,6 +21,7 @@ from model.kvcache import KVCache, blocks_within
 from model.layers import PackedLinear, load_weights, pack_linears
 from model.parallel.shares import sum_sublayers
 from model.runners import RunnerOptions
+from model.runners.adapted import add_adapters
 from model.runners.logprobs import Logprobs, score_rows, scored_on_host, step_output
 from model.sampler import sample
 from model.transformer import Transformer
@@ -66,6 +67,7 @@ class TorchRunner:
         if config.tied_head and packs_linears(device, dtype):
             # The embedding itself stays plain, because it is read by rows.
             self._network.head = PackedLinear(self._network.embed.weight, None)
+        self._adapters = add_adapters(self._network, options.adapters, dtype=dtype, device=device)
         if reduce is not None:
             sum_sublayers(self._network, reduce)
         self._attention: Attention = (
@@ -83,6 +85,7 @@ class TorchRunner:
 
     def run(self, batch: Batch) -> StepOutput:
         with torch.inference_mode():
+            self._adapters.begin(batch, self._network.embed.weight.device)
             hidden_TC = self._network.step(batch, self._cache, self._attention)
             sampled = sample(self._logits(hidden_TC, batch.sample_rows_R), batch.sampling)
             scored = scored_on_host(score_rows(batch, lambda rows: self._logits(hidden_TC, rows)))

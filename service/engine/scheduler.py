@@ -32,6 +32,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable
 
+from service.engine.adapters import Adapters
 from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
 from service.engine.guide import Guide
@@ -57,8 +58,8 @@ class Scheduler:
         max_model_len: int,
         cost: CostModel,
         speculator: Speculator | None = None,
-        numeric_class: str = "",
         anchor_ids: frozenset[int] = frozenset(),
+        adapters: Adapters | None = None,
     ) -> None:
         self.max_model_len = min(max_model_len, config.max_model_len or max_model_len)
         self.running: list[Sequence] = []  # in order of admission
@@ -71,7 +72,7 @@ class Scheduler:
         self._tables = BlockTables(
             allocator,
             retention=retention,
-            numeric_class=numeric_class,
+            adapters=adapters or Adapters(),
             prefix_cache=config.prefix_cache,
         )
         self._config = config

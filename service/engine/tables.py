@@ -17,6 +17,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from model.compression import SINKS, Anchors, Compression, Window
+from service.engine.adapters import Adapters
 from service.engine.blocks import BlockAllocator
 from service.engine.held import HeldPrefixes
 from service.engine.sequence import Sequence
@@ -72,13 +73,13 @@ class BlockTables:
         allocator: BlockAllocator,
         *,
         retention: Retention,
-        numeric_class: str,
+        adapters: Adapters,
         prefix_cache: bool,
     ) -> None:
         self.held = HeldPrefixes(allocator)
         self._allocator = allocator
         self._retention = retention
-        self._numeric_class = numeric_class
+        self._adapters = adapters
         self._prefix_cache = prefix_cache and not isinstance(retention.compression, Anchors)
 
     @property
@@ -214,6 +215,9 @@ class BlockTables:
             return []
         size, digests = self._allocator.block_size, sequence.digests
         for index in range(len(digests), num_blocks):
-            parent = digests[-1] if digests else chain_root(sequence.tenant, self._numeric_class)
+            parent = digests[-1] if digests else self._root(sequence)
             digests.append(chain_digest(parent, sequence.tokens[index * size : (index + 1) * size]))
         return digests[:num_blocks]
+
+    def _root(self, sequence: Sequence) -> bytes:
+        return chain_root(sequence.tenant, self._adapters.class_of(sequence.request))

@@ -34,6 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service": ("service.decoding", "service.errors", "service.messages"),
     "service.setting_types": ("pydantic", "model.compression"),
     "service.settings": ("pydantic", "service.errors", "service.setting_types"),
+    "service.setting_rows": ("pydantic", "service.settings"),
     "service.keys": ("pydantic", "service.errors"),
     "service.chat": ("httpx", "rich", "service.errors"),
     "service.engine": (
@@ -93,8 +94,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.setting_types", "service.startup",
     ),
     "service.models": (
-        "rich", "model", "service.messages", "service.settings", "service.setting_types",
-        "service.startup", "service.encoders",
+        "rich", "model", "service.messages", "service.errors", "service.settings",
+        "service.setting_types", "service.startup", "service.encoders",
     ),
     "service.banner": ("rich", "service.settings", "service.encoders", "service.models"),
     "service.doctor": (
