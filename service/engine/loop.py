@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from model.compression import Anchors
@@ -74,10 +73,9 @@ class EngineLoop(EngineThread):
         self._allocator = BlockAllocator(runner.num_blocks, block_size=runner.block_size)
         self._cost = CostModel() if cost is None else cost
         anchors: frozenset[int] = frozenset()
-        pack: Callable[..., Packer] = Packer
-        if isinstance(config.kv_compression, Anchors):
+        segmented = isinstance(config.kv_compression, Anchors)
+        if segmented:
             anchors = anchor_ids(token_bytes, eos_ids)
-            pack = partial(SegmentPacker, anchor_ids=anchors)
         drafts = may_speculate(
             config, exact=runner.exact, overlapped=overlapped(runner) is not None
         )
@@ -92,7 +90,7 @@ class EngineLoop(EngineThread):
             adapters=numbered,
         )
         vocab_size = runner.config.vocab_size
-        packer = pack(
+        packer = Packer(
             config,
             block_size=runner.block_size,
             max_model_len=self._scheduler.max_model_len,
@@ -100,7 +98,9 @@ class EngineLoop(EngineThread):
             eos_ids=eos_ids,
             adapters=numbered,
         )
-        self._pipeline = Pipeline(runner, packer, clock=clock)
+        self._pipeline = Pipeline(
+            runner, SegmentPacker(packer, anchors) if segmented else packer, clock=clock
+        )
         self._outputs = Outputs(
             token_bytes=token_bytes,
             visible_bytes=visible_bytes or token_bytes,

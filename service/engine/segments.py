@@ -1,4 +1,4 @@
-"""SegmentPacker: the packer of an engine whose cache is compressed to anchors."""
+"""SegmentPacker: packs the batches of an engine whose cache is compressed to anchors."""
 
 from __future__ import annotations
 
@@ -7,29 +7,14 @@ from dataclasses import replace
 from model.batch import Batch
 from model.segments import segments_batch
 from service.engine.pack import Packer
-from service.engine.plan import EngineConfig, Plan
+from service.engine.plan import Plan
 
 
-class SegmentPacker(Packer):
-    """Adds to each batch the segments of its tokens. The tokens of a plan must have been read."""
+class SegmentPacker:
+    """Adds to each batch the segments of its tokens, all of which must have been read."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        *,
-        block_size: int,
-        max_model_len: int,
-        vocab_size: int,
-        eos_ids: frozenset[int],
-        anchor_ids: frozenset[int],
-    ) -> None:
-        super().__init__(
-            config,
-            block_size=block_size,
-            max_model_len=max_model_len,
-            vocab_size=vocab_size,
-            eos_ids=eos_ids,
-        )
+    def __init__(self, packer: Packer, anchor_ids: frozenset[int]) -> None:
+        self._packer = packer
         self._anchor_ids = anchor_ids
 
     def pack(self, plan: Plan) -> Batch:
@@ -41,4 +26,4 @@ class SegmentPacker(Packer):
             )
             for sequence, num in plan.tokens.items()
         ]
-        return replace(super().pack(plan), segments=segments_batch(texts))
+        return replace(self._packer.pack(plan), segments=segments_batch(texts))
