@@ -41,7 +41,7 @@ def streaming_cache(end: int, window: int) -> list[int]:
     return [p for p in range(end) if p < SINKS or p >= end - window]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_the_window_is_streaming_llm(seed: int) -> None:
     """Against the paper's own rule: at each token the keys of the cache are turned to their places
     in it, and the query to the last one. Slots that no query may read hold NaN.
