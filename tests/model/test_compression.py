@@ -123,6 +123,7 @@ def test_chunks_are_the_whole_text(tiny_runner: Build, dtype: str) -> None:
 
 def test_the_numeric_class_and_the_context_name_the_policy(tiny_runner: Build) -> None:
     plain, runner = tiny_runner(), tiny_runner(kv_compression="window:8")
+    runner.warm_up()
     other = tiny_runner(kv_compression="window:9")
     assert "-window8-" in runner.numeric_class
     assert len({plain.numeric_class, runner.numeric_class, other.numeric_class}) == 3
@@ -243,6 +244,7 @@ def test_the_mask_of_training_is_that_of_serving(tiny_runner: Build, position: P
             for ids in (IDS, frozenset[int]())
         )
     runner = tiny_runner(config, kv_compression="anchors")
+    runner.warm_up()
     for chunks in ([150], [7] * 22, [60, *[1] * 43, 40, 7]):
         given = served_scores(runner, tokens, chunks)
         np.testing.assert_allclose(given, trained, atol=1e-4, err_msg=str(chunks))
