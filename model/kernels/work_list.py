@@ -102,7 +102,7 @@ class WorkList:
 
 def shares_for(programs: int, num_kv_heads: int) -> int:
     """Shares of which a quarter of a program's work is one: items as long as that end together."""
-    return triton.cdiv(4 * programs, num_kv_heads)
+    return int(triton.cdiv(4 * programs, num_kv_heads))
 
 
 @triton.jit(

@@ -92,8 +92,8 @@ def launched(
 
     allocate, allocate_like = torch.empty, torch.empty_like
     # Nothing is computed, and token 0 is a token.
-    torch.empty = lambda *args, **kwargs: allocate(*args, **kwargs).zero_()  # type: ignore[assignment]
-    torch.empty_like = lambda *args, **kwargs: allocate_like(*args, **kwargs).zero_()  # type: ignore[assignment]
+    torch.empty = lambda *args, **kwargs: allocate(*args, **kwargs).zero_()
+    torch.empty_like = lambda *args, **kwargs: allocate_like(*args, **kwargs).zero_()
     try:
         return recorded(start)
     finally:
