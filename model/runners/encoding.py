@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from model.batch import Floats
-from model.checkpoint import open_checkpoint, open_model
+from model.checkpoint import find_gguf, open_checkpoint, open_model
 from model.checkpoint.sentence_transformers import MODULES, SentenceSettings, read_settings
 from model.config import Classifier, ModelConfig, Pooling, Problem
 from model.families import ENCODERS
@@ -97,7 +97,8 @@ def is_encoder(path: Path) -> bool:
     named = config.get("architectures")
     classifies = isinstance(named, list) and any("ForSequenceClass" in str(each) for each in named)
     folder = path if path.is_dir() else path.parent
-    return classifies or config.get("model_type") in ENCODERS or (folder / MODULES).exists()
+    embeds = find_gguf(path) is None and (folder / MODULES).exists()
+    return classifies or config.get("model_type") in ENCODERS or embeds
 
 
 def load_encoder(
@@ -115,11 +116,9 @@ def load_encoder(
     be built. threads: None: as many as the machine has. Raises CheckpointError, and ValueError for
     options that are not available.
     """
-    folder = path if path.is_dir() else path.parent
-    settings = read_settings(folder)
     opened = open_model(path, headless=True)
-    info = describe(opened.config, settings)
-    tokenizer = EncoderTokenizer.from_folder(folder, max_tokens=info.max_tokens)
+    info = describe(opened.config, read_settings(path))
+    tokenizer = EncoderTokenizer.from_path(path, max_tokens=info.max_tokens)
     digest = hashlib.sha256(
         f"{opened.digest} {info.pooling} {info.normalised}".encode()
     ).hexdigest()
