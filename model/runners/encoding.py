@@ -16,7 +16,7 @@ a time: a runner is not thread-safe. Importing this module does not import torch
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -209,3 +209,15 @@ def check_fits(encoding: Encoding, info: EncoderInfo) -> None:
         len(types) != len(encoding.ids) or not 0 <= min(types) <= max(types) < info.num_types
     ):
         raise ValueError(f"token types must be from 0 to {info.num_types - 1}, one per token")
+
+
+def step_parts(batch: Sequence[Encoding], *, most: int) -> Iterator[Sequence[Encoding]]:
+    """The batch in steps of at most so many tokens, or one input each."""
+    start = tokens = 0
+    for index, encoding in enumerate(batch):
+        if tokens and tokens + len(encoding.ids) > most:
+            yield batch[start:index]
+            start, tokens = index, 0
+        tokens += len(encoding.ids)
+    if batch:
+        yield batch[start:]
