@@ -268,15 +268,28 @@ class ModelCard:
     created: int  # Unix seconds
     block_size: int = 0  # of the engines' prefix caches, tokens; 0: not worth choosing an engine
     vocabulary: str = ""  # digest of the tokenizer's vocabulary; empty: unknown
+    parent: str = ""  # of an adapter: the id of the model that it changes
+    adapter: str = ""  # its digest
 
     @property
     def key(self) -> str:
-        """Names the model in requests and engines: equal ids with equal vocabularies are one model.
-        Empty if the vocabulary is unknown; without spaces, whatever the id.
+        """Names the model in requests and engines: equal ids with equal vocabularies are one model,
+        if they are adapters with equal digests of the same model. Empty if the vocabulary is
+        unknown; without spaces, whatever the id.
         """
         if not self.vocabulary:
             return ""
-        return hashlib.sha256(f"{self.id}\n{self.vocabulary}".encode()).hexdigest()[:16]
+        parts = [self.id, self.vocabulary, *([self.parent, self.adapter] if self.adapter else [])]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def of_class(self, numeric_class: str) -> Self:
+        """The card with the class of its answers by engines of this class."""
+        return replace(self, numeric_class=adapted_class(numeric_class, self.adapter))
+
+
+def adapted_class(numeric_class: str, adapter: str) -> str:
+    """The class of answers with an adapter of this digest; empty: without one."""
+    return f"{numeric_class}+{adapter[:16]}" if adapter else numeric_class
 
 
 def model_feature(key: str) -> str:

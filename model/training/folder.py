@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from model.checkpoint import CheckpointError, configure, find_gguf, open_checkpoint, open_model
-from model.checkpoint.assemble import fused_parts
 from model.checkpoint.gguf_parts import read_headers
 from model.checkpoint.gguf_vocabulary import from_gguf
+from model.checkpoint.stored import stored_tensors
 from model.checkpoint.vocabulary import Vocabulary
 from model.config import ModelConfig
 from model.families import Family
@@ -47,21 +47,6 @@ _CLASSES = {
     "xlm-roberta": "XLMRoberta",
 }
 """`model_type` -> the beginning of its classes' names in transformers."""
-
-
-class Stored(NamedTuple):
-    """A tensor as Hugging Face stores it: some rows of one of the network's."""
-
-    name: str
-    fused: str  # the network's name
-    start: int  # row
-    stop: int
-    transposed: bool  # stored [in, out]
-
-    @property
-    def module(self) -> str:
-        """The name without `.weight` or `.bias`."""
-        return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,29 +87,6 @@ def open_base(path: Path, *, headless: bool = False) -> Base:
         files=checkpoint.tokenizer,
         digest=opened.digest,
     )
-
-
-def stored_tensors(family: Family, config: ModelConfig) -> Iterator[Stored]:
-    """How a family's checkpoints hold the network's tensors: the inverse of loading.
-
-    If a family has several names for a tensor, the last one counts.
-    """
-    by_first = {}
-    for name, covered in family.names.items():
-        if covered is not None:
-            parts = (covered,) if isinstance(covered, str) else covered
-            by_first[parts[0]] = (name, len(parts))
-    for fused, shapes in fused_parts(config):
-        layer = fused.split(".")[1] if fused.startswith("blocks.") else ""
-        rows = [shape[0] for shape in shapes.values()]
-        names = [part.replace(f"blocks.{layer}.", "blocks.{i}.", 1) for part in shapes]
-        index = start = 0
-        while index < len(names):
-            pattern, count = by_first[names[index]]
-            stop = start + sum(rows[index : index + count])
-            transposed = pattern in family.transposed
-            yield Stored(pattern.replace("{i}", layer), fused, start, stop, transposed)
-            index, start = index + count, stop
 
 
 def as_stored(family: Family, config: ModelConfig, weights: Tensors) -> dict[str, torch.Tensor]:

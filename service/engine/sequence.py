@@ -55,6 +55,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     batch_slot: int | None = None  # while it runs
     blocks: list[int] = field(default_factory=list)  # its block table
+    dropped: range = range(0)  # columns of the table whose blocks were released (see `tables`)
     digests: list[bytes] = field(default_factory=list)  # one per full block hashed so far
     num_unread: int = 0  # tokens after `tokens` that steps in flight will yield
     num_computed: int = 0  # tokens whose KV is stored, or will be by steps in flight
@@ -72,6 +73,14 @@ class Sequence:
         self.id, self.tenant = self.request.id, self.request.tenant
         self.num_prompt = len(self.request.prompt_ids)
         self.max_total_tokens = self.request.max_total_tokens
+
+    @property
+    def held_blocks(self) -> list[int]:
+        """The blocks of its table that it holds."""
+        dropped = self.dropped
+        if not dropped:
+            return self.blocks
+        return self.blocks[: dropped.start] + self.blocks[dropped.stop :]
 
     @property
     def is_alive(self) -> bool:
