@@ -13,6 +13,7 @@ import numpy as np
 
 from model.batch import Batch, Bools, SamplingBatch
 
+_LOCAL = {"segments"}  # None: a compressed cache is on one rank
 _DTYPES = (np.int32, np.uint64, np.float32, np.bool_, np.int64, np.uint32)
 
 
@@ -35,6 +36,8 @@ def decode(body: bytes) -> tuple[Batch, Bools | None]:
 def _arrays(record: Batch | SamplingBatch) -> Iterator[np.ndarray[Any, Any]]:
     for field in fields(record):
         value = getattr(record, field.name)
+        if field.name in _LOCAL:
+            continue
         if isinstance(value, SamplingBatch):
             yield from _arrays(value)
         elif isinstance(value, np.ndarray):
@@ -48,6 +51,8 @@ def _fill(
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in fields(kind):
+        if field.name in _LOCAL:
+            continue
         if field.name == "sampling":
             values[field.name] = SamplingBatch(**_fill(SamplingBatch, arrays))
         else:

@@ -58,14 +58,16 @@ class Scheduler:
         max_model_len: int,
         cost: CostModel,
         speculator: Speculator | None = None,
+        anchor_ids: frozenset[int] = frozenset(),
         adapters: Adapters | None = None,
     ) -> None:
         self.max_model_len = min(max_model_len, config.max_model_len or max_model_len)
         self.running: list[Sequence] = []  # in order of admission
         retention = Retention(
-            window=config.kv_compression,
+            compression=config.kv_compression,
             block_size=allocator.block_size,
             chunk=config.prompt_chunk,
+            anchor_ids=anchor_ids,
         )
         self._tables = BlockTables(
             allocator,
@@ -126,6 +128,7 @@ class Scheduler:
         """
         if request.id in self._sequences:
             raise ValueError("a request of this id is already in the engine")
+        self._check_fits(request)
         sequence = Sequence(
             request=request,
             tokens=[*request.prompt_ids, *tokens],
@@ -133,7 +136,6 @@ class Scheduler:
             deadline=deadline,
             guide=guide,
         )
-        self._check_fits(sequence)
         self._sequences[request.id] = sequence
         self._order.enter(sequence)
         return sequence
@@ -221,19 +223,15 @@ class Scheduler:
             if self._allocator.blocks_for(sequence.num_computed) > len(sequence.blocks):
                 raise RuntimeError("a computed token has no block")
 
-    def _check_fits(self, sequence: Sequence) -> None:
-        request = sequence.request
+    def _check_fits(self, request: GenerationRequest) -> None:
         if not request.prompt_ids:
             raise BadRequest("the prompt must have at least 1 token", code="empty_prompt")
         if request.max_tokens < 1:
             raise BadRequest("max_tokens must be at least 1", code="integer_below_min_value")
-        slots = self._allocator.num_blocks * self._allocator.block_size
-        too_large = self._tables.most_slots(sequence) > slots
-        if request.max_total_tokens > self.max_model_len or too_large:
-            longest = min(self.max_model_len, slots + 1) if too_large else self.max_model_len
+        longest = min(self.max_model_len, self._tables.longest)
+        if request.max_total_tokens > longest:
             raise BadRequest(
-                f"prompt and max_tokens exceed {longest} tokens",
-                code="context_length_exceeded",
+                f"prompt and max_tokens exceed {longest} tokens", code="context_length_exceeded"
             )
 
     def _expire(self, now: float) -> list[Sequence]:
@@ -251,7 +249,7 @@ class Scheduler:
         tables = self._tables
         for sequence in sorted(tables.short(self.running), key=rank):
             while sequence.status is SequenceStatus.RUNNING:
-                if tables.extend(sequence, tables.missing(sequence)):
+                if tables.extend(sequence):
                     break
                 self._preempt(plan, self._shares().victim() or max(self.running, key=rank))
 
