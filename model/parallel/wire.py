@@ -37,6 +37,8 @@ def _arrays(record: Batch | SamplingBatch) -> Iterator[np.ndarray[Any, Any]]:
         value = getattr(record, field.name)
         if isinstance(value, SamplingBatch):
             yield from _arrays(value)
+        elif value is None:
+            continue  # no sources: ranks share decoders
         elif isinstance(value, np.ndarray):
             yield np.ascontiguousarray(value)
         else:
@@ -48,6 +50,8 @@ def _fill(
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in fields(kind):
+        if field.name == "sources":
+            continue
         if field.name == "sampling":
             values[field.name] = SamplingBatch(**_fill(SamplingBatch, arrays))
         else:

@@ -41,6 +41,8 @@ def choose_runner(
     """
     if config.bidirectional:
         raise ValueError(f"{config.family} is an encoder, which generates no text")
+    if config.encoder is not None:
+        return _choose_for_sources(name, config, options, num_ranks=num_ranks)
     if options.dtype == "int4":
         return _choose_four_bit(name, config, four_bit_reason, num_ranks=num_ranks)
     dtypes = {"native": None, "cuda": "bfloat16"}
@@ -60,6 +62,18 @@ def choose_runner(
         return SelectedRunner(name=faster, dtype=dtypes[faster])
     dtype = torch_dtype(options)
     return SelectedRunner(name="torch", dtype=dtype, fallback_reason=f"{faster}: {reason}")
+
+
+def _choose_for_sources(
+    name: str, config: ModelConfig, options: RunnerOptions, *, num_ranks: int
+) -> SelectedRunner:
+    """The torch runner, or ValueError: no other one serves encoder-decoders."""
+    if name not in ("auto", "torch") or num_ranks > 1:
+        raise ValueError(
+            f"{config.family} is an encoder-decoder, which only the torch runner serves,"
+            " without tensor parallelism"
+        )
+    return SelectedRunner(name="torch", dtype=torch_dtype(options))
 
 
 def _choose_four_bit(

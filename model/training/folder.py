@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,16 +35,19 @@ _TEXT_FILES = (
     "vocab.txt",
 )
 _CLASSES = {
+    "bart": "Bart",
     "bert": "Bert",
     "distilbert": "DistilBert",
     "gpt2": "GPT2",
     "llama": "Llama",
+    "marian": "Marian",
     "mistral": "Mistral",
     "modernbert": "ModernBert",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
     "roberta": "Roberta",
     "smollm3": "SmolLM3",
+    "t5": "T5",
     "xlm-roberta": "XLMRoberta",
 }
 """`model_type` -> the beginning of its classes' names in transformers."""
@@ -115,7 +119,8 @@ def stored_tensors(family: Family, config: ModelConfig) -> Iterator[Stored]:
             parts = (covered,) if isinstance(covered, str) else covered
             by_first[parts[0]] = (name, len(parts))
     for fused, shapes in fused_parts(config):
-        layer = fused.split(".")[1] if fused.startswith("blocks.") else ""
+        numbered = re.search(r"\bblocks\.(\d+)\.", fused)
+        layer = numbered[1] if numbered else "0"
         rows = [shape[0] for shape in shapes.values()]
         names = [part.replace(f"blocks.{layer}.", "blocks.{i}.", 1) for part in shapes]
         index = start = 0
