@@ -55,13 +55,23 @@ def is_announced(num_blocks: int) -> bool:
     return num_blocks <= MAX_BLOCKS and num_blocks & (num_blocks - 1) == 0
 
 
+def source_blocks(root: bytes, count: int) -> list[bytes]:
+    """Digests of the blocks of a source, all of which `root` covers."""
+    parent = chain_digest(root, ())  # no block of a text is empty: its digests are others
+    return [chain_digest(parent, (index,)) for index in range(count)]
+
+
 def prompt_prefixes(
-    tokens: Sequence[int], *, tenant: str, numeric_class: str, block_size: int
+    tokens: Sequence[int], *, tenant: str, numeric_class: str, block_size: int, source: int = 0
 ) -> tuple[str, ...]:
     """Names of the prefixes of a prompt that are worth finding an engine for, longest first.
 
     At most `LAST_BLOCKS` and two more. Without the last token, whose logits are always computed.
+    With a source, its first tokens, this is what is found: whole or not at all.
     """
+    if source:
+        root = chain_digest(chain_root(tenant, numeric_class), tokens[:source])
+        return (name_of(source_blocks(root, 1)[0]),)
     num_blocks = min((len(tokens) - 1) // block_size, MAX_BLOCKS)
     digest, names = chain_root(tenant, numeric_class), list[str]()
     for end in range(1, num_blocks + 1):

@@ -21,6 +21,7 @@ from service.engine.output import stop_ids
 from service.engine.penalties import PenaltyCounts
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence
+from service.engine.sources import source_columns
 from service.messages import SamplingParams
 
 _NO_INTS: Ints = np.empty(0, np.int32)
@@ -134,10 +135,8 @@ class Packer:
                 sample_rows.extend(range(end - samples, end))
                 sample_slots.extend([batch_slot] * samples)
                 outputs.extend(range(sequence.num_output, sequence.num_output + samples))
-        batch_slots_S, width = (
-            np.array(batch_slots, np.int32),
-            -(-max(contexts) // self._block_size),
-        )
+        batch_slots_S = np.array(batch_slots, np.int32)
+        width = -(-max(contexts) // self._block_size)
         score_rows_Q, score_ids_Q, score_num_top = _scores(plan, starts)
         return Batch(
             tokens_T=_tokens(plan),
@@ -155,6 +154,7 @@ class Packer:
             score_rows_Q=score_rows_Q,
             score_ids_Q=score_ids_Q,
             score_num_top=score_num_top,
+            sources=source_columns(sequences),
         )
 
     def _pack_decodes(self, plan: Plan, sequences: list[Sequence]) -> Batch:
@@ -184,6 +184,7 @@ class Packer:
             score_rows_Q=score_rows_Q,
             score_ids_Q=score_ids_Q,
             score_num_top=score_num_top,
+            sources=source_columns(sequences),
         )
 
     def _update_slot(self, sequence: Sequence) -> None:
@@ -205,7 +206,7 @@ class Packer:
         params = request.sampling
         state = _SlotState(owner=owner, banned=BannedSequences(params.banned))
         if params.repetition_penalty != 1.0:
-            state.penalties = PenaltyCounts(request.prompt_ids)
+            state.penalties = PenaltyCounts(request.prompt_ids[request.source :])
         elif params.presence_penalty or params.frequency_penalty:
             state.penalties = PenaltyCounts(())
         bias = dict(params.logit_bias) | dict.fromkeys(singles(params.banned), -np.inf)

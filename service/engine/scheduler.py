@@ -39,8 +39,8 @@ from service.engine.order import WaitingOrder
 from service.engine.plan import EngineConfig, Plan, StepBudget
 from service.engine.sequence import Sequence, SequenceStatus
 from service.engine.shares import Shares, rank, split_evenly
+from service.engine.sources import check_fits, publish, slots_of_text, source_of, take_blocks
 from service.engine.speculate import Speculator
-from service.errors import BadRequest
 from service.messages import GenerationRequest
 from service.prefixes import chain_digest, chain_root, is_announced
 
@@ -91,7 +91,7 @@ class Scheduler:
         batch_slots = self._config.max_sequences - len(self._sequences)
         if not self.running:
             return batch_slots
-        total = sum(sequence.max_total_tokens for sequence in self.running)
+        total = sum(sequence.request.max_total_tokens for sequence in self.running)
         blocks_each = self._allocator.blocks_for(-(-total // len(self.running)))
         return min(batch_slots, self._allocator.num_free // blocks_each - self.num_waiting)
 
@@ -110,10 +110,11 @@ class Scheduler:
         """
         if request.id in self._sequences:
             raise ValueError("a request of this id is already in the engine")
-        self._check_fits(request)
+        check_fits(request, self._allocator, max_model_len=self.max_model_len)
         sequence = Sequence(
             request=request,
-            tokens=[*request.prompt_ids, *tokens],
+            tokens=[*request.prompt_ids[request.source :], *tokens],
+            source=source_of(request, self._numeric_class, self._allocator),
             arrival=next(self._arrivals),
             deadline=deadline,
             guide=guide,
@@ -145,7 +146,7 @@ class Scheduler:
         self._reserve(plan)
         self._admit_under_served(plan)
         decodes = [s for s in self.running if s.num_pending == 1 and s.num_remaining]
-        plan.add_decodes([sequence for sequence in decodes if sequence.may_sample])
+        plan.add_decodes([s for s in decodes if s.may_sample and not s.lacks_source])
         budget = StepBudget(plan, config=self._config, cost=self._cost)
         self._plan_prompts(plan, budget)
         self._admit(plan, budget)
@@ -157,6 +158,8 @@ class Scheduler:
     def launched(self, plan: Plan) -> None:
         """Records that the plan is in flight. Its drafts are neither accepted nor rejected yet."""
         drafts = plan.drafts
+        for source in plan.sources.values():
+            source.encoded = True
         for sequence, num in plan.tokens.items():
             _advance(sequence, num - len(drafts[sequence]) if sequence in drafts else num)
         for sequence in plan.sampling:
@@ -180,6 +183,10 @@ class Scheduler:
                     self._speculator.learn(sequence, num=num, hits=len(new) - 1)
             self._order.charge(sequence.tenant, len(new))
         size = self._allocator.block_size
+        for sequence, source in plan.sources.items():
+            if sequence.status is SequenceStatus.RUNNING and self._config.prefix_cache:
+                publish(self._allocator, source)
+                self.held.note(source.digests[0])
         for sequence in plan.tokens:
             num_full = sequence.num_computed // size
             if num_full != sequence.num_published and sequence.status is SequenceStatus.RUNNING:
@@ -193,7 +200,9 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if the bookkeeping is inconsistent. For tests and idle moments."""
-        self._allocator.check_integrity(sequence.blocks for sequence in self._sequences.values())
+        self._allocator.check_integrity(
+            [*s.blocks, *s.source_blocks] for s in self._sequences.values()
+        )
         taken = [s.batch_slot for s in self.running if s.batch_slot is not None]
         if sorted([*self._free_slots, *taken]) != list(range(self._config.max_sequences)):
             raise RuntimeError("a batch slot is lost or taken twice")
@@ -202,18 +211,6 @@ class Scheduler:
         for sequence in self._sequences.values():
             if self._allocator.blocks_for(sequence.num_computed) > len(sequence.blocks):
                 raise RuntimeError("a computed token has no block")
-
-    def _check_fits(self, request: GenerationRequest) -> None:
-        if not request.prompt_ids:
-            raise BadRequest("the prompt must have at least 1 token", code="empty_prompt")
-        if request.max_tokens < 1:
-            raise BadRequest("max_tokens must be at least 1", code="integer_below_min_value")
-        slots = self._allocator.num_blocks * self._allocator.block_size
-        if request.max_total_tokens > self.max_model_len or _slots(request) > slots:
-            raise BadRequest(
-                f"prompt and max_tokens exceed {min(self.max_model_len, slots + 1)} tokens",
-                code="context_length_exceeded",
-            )
 
     def _expire(self, now: float) -> list[Sequence]:
         expired = [
@@ -255,6 +252,7 @@ class Scheduler:
             shares, progress = self._shares(), False
             for sequence in self._order.heads():
                 num_blocks = self._allocator.blocks_for(self._slots_to_begin(sequence))
+                num_blocks += self._allocator.blocks_for(sequence.request.source)
                 if not sequence.num_unread and shares.covers(sequence, num_blocks=num_blocks):
                     progress |= self._admit_by_preempting(plan, sequence)
                     shares = self._shares()
@@ -269,7 +267,7 @@ class Scheduler:
         return True
 
     def _plan_prompts(self, plan: Plan, budget: StepBudget) -> None:
-        prompts = [sequence for sequence in self.running if sequence.num_pending > 1]
+        prompts = [s for s in self.running if s.num_pending > 1 or s.lacks_source]
         for sequence, most in split_evenly(prompts, num_tokens=budget.shared_by(prompts)):
             if num := budget.chunk(sequence, most=most):
                 plan.add(sequence, num)
@@ -311,14 +309,18 @@ class Scheduler:
         sequence.batch_slot = self._free_slots.pop()
         self.running.append(sequence)
         hit = min(sequence.num_computed, sequence.num_prompt)
+        if not sequence.lacks_source:
+            hit += sequence.request.source
         plan.prefix_hit_tokens += hit
         if not sequence.preemptions:
             sequence.num_cached = hit
-            self._order.charge(sequence.tenant, sequence.num_pending)
+            source = sequence.request.source if sequence.lacks_source else 0
+            self._order.charge(sequence.tenant, sequence.num_pending + source)
 
     def _slots_to_begin(self, sequence: Sequence) -> int:
         """KV slots of its tokens and of a first block of output, if it can need them."""
-        return min(sequence.num_tokens + self._allocator.block_size, _slots(sequence.request))
+        most = slots_of_text(sequence.request)
+        return min(sequence.num_tokens + self._allocator.block_size, most)
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         """Takes the block table of a sequence to admit, as far as possible from the prefix cache.
@@ -327,14 +329,17 @@ class Scheduler:
         """
         size = self._allocator.block_size
         num_findable = 0 if sequence.scores_prompt else (sequence.num_tokens - 1) // size
-        shared = self._allocator.find(self._digests(sequence, num_findable))
-        num_new = self._allocator.blocks_for(self._slots_to_begin(sequence)) - len(shared)
-        table = self._allocator.take(num_new, shared=shared)
-        if table is None:
+        num_found = take_blocks(
+            self._allocator,
+            sequence,
+            self._digests(sequence, num_findable),
+            num_slots=self._slots_to_begin(sequence),
+            cached=self._config.prefix_cache,
+        )
+        if num_found is None:
             return False
-        sequence.blocks = table
-        sequence.num_published = len(shared)
-        sequence.num_computed = len(shared) * size
+        sequence.num_published = num_found
+        sequence.num_computed = num_found * size
         return True
 
     def _digests(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
@@ -343,9 +348,14 @@ class Scheduler:
             return []
         size, digests = self._allocator.block_size, sequence.digests
         for index in range(len(digests), num_blocks):
-            parent = digests[-1] if digests else chain_root(sequence.tenant, self._numeric_class)
+            parent = digests[-1] if digests else self._root(sequence)
             digests.append(chain_digest(parent, sequence.tokens[index * size : (index + 1) * size]))
         return digests[:num_blocks]
+
+    def _root(self, sequence: Sequence) -> bytes:
+        if sequence.source is not None:
+            return sequence.source.root
+        return chain_root(sequence.tenant, self._numeric_class)
 
     def _publish(self, sequence: Sequence, num_full: int) -> None:
         digests = self._digests(sequence, num_full)
@@ -374,13 +384,11 @@ class Scheduler:
         sequence.batch_slot = None
         self._allocator.release(sequence.blocks)
         sequence.blocks = []
+        if sequence.source is not None:
+            self._allocator.release(sequence.source.blocks)
+            sequence.source.drop()
 
 
 def _advance(sequence: Sequence, num: int) -> None:
     computed = sequence.num_computed = sequence.num_computed + num
     sequence.high_water = max(sequence.high_water, computed)
-
-
-def _slots(request: GenerationRequest) -> int:
-    """KV slots that a request can come to need: the last token's KV is never stored."""
-    return request.max_total_tokens - 1

@@ -86,9 +86,18 @@ def reference(kind: str) -> Any:
             if parameter.dim() == 1:
                 parameter.add_(noise * 0.2)
             elif "embed_positions" not in name or family != "marian":
-                parameter.copy_(noise * (0.25 if "embed" in name or "shared" in name else 0.2))
+                parameter.copy_(
+                    noise
+                    * (
+                        0.25
+                        if "embed" in name or "shared" in name
+                        else 0.1
+                        if family == "t5"
+                        else 0.2
+                    )
+                )
         if fields.get("tie_word_embeddings") is False:
-            model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+            model.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn_like(model.shared.weight))
         if family != "t5":
             model.final_logits_bias.copy_(torch.randn_like(model.final_logits_bias))
     model.generation_config.forced_bos_token_id = fields.get("forced_bos_token_id")
@@ -107,8 +116,9 @@ def _state(folder: Path, fields: dict[str, Any]) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_transformers(kind: str, tmp_path: Path) -> None:
-    """The same logits within 1e-5 of their spread, of whole texts and paged, and the same tokens
-    if a source is encoded once and the answer is decoded after it.
+    """The same logits of whole texts, and the same greedy tokens if sources are encoded once and
+    their answers decoded together, paged. Logits in float64: of these random networks float32
+    keeps 5 digits.
     """
     theirs = reference(kind)
     theirs.save_pretrained(tmp_path)
@@ -116,6 +126,8 @@ def test_equals_transformers(kind: str, tmp_path: Path) -> None:
     loaded = load_model(tmp_path)
     ours = EncoderDecoder(loaded.config)
     ours.load_state_dict(loaded.weights)
+    theirs.double()
+    ours.double()
     for source in SOURCES:
         with torch.no_grad():
             expected = theirs(
@@ -123,8 +135,9 @@ def test_equals_transformers(kind: str, tmp_path: Path) -> None:
             ).logits[0]
             given = ours.logits(ours.translate(torch.tensor(TEXT), torch.tensor(source)))
         assert expected.std() > 0.1, "a reference that says nothing would equal anything"
-        assert (given - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+        assert (given - expected).abs().max() < 1e-5
 
+    theirs.float()
     theirs.generation_config.eos_token_id = theirs.generation_config.forced_eos_token_id = None
     with torch.no_grad():
         answers = [

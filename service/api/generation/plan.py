@@ -71,7 +71,8 @@ def plan(
             id=call.id,
             prompt_ids=prompt.ids,
             sampling=sampling,
-            max_tokens=max(1, output_limit(generation, len(prompt.ids), context)),
+            source=prompt.source,
+            max_tokens=max(1, output_limit(generation, len(prompt.ids) - prompt.source, context)),
             min_tokens=generation.min_tokens,
             stop=generation.stop,
             prediction=prompt.prediction,
@@ -263,6 +264,7 @@ def named_prefixes(
                 tenant=request.tenant,
                 numeric_class=card.numeric_class,
                 block_size=card.block_size,
+                source=request.source,
             ),
             width,
         )
