@@ -133,6 +133,8 @@ class Batch:
     score_ids_Q: Ints
     score_num_top: int = 0
     sources: SourceBatch | None = None  # None: the model is a decoder
+    # The number of the sequence's adapter, from 1; 0: none. Empty: no sequence has one.
+    adapters_S: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def num_tokens(self) -> int:
@@ -159,6 +161,8 @@ class Batch:
             raise ValueError("one query start, one context length and one batch slot per sequence")
         if len(np.unique(self.batch_slots_S)) != self.num_sequences:
             raise ValueError("two sequences in one batch slot")
+        if len(self.adapters_S) not in {0, self.num_sequences}:
+            raise ValueError("one adapter, or 0, per sequence")
         last = self.positions_T[starts[1:] - 1]
         if not np.array_equal(last + 1, contexts):
             raise ValueError("a context ends with the last token of its sequence")

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from service.errors import StartupError
+from service.setting_rows import setting_rows
 from service.setting_types import Group
-from service.settings import Settings, load_settings, setting_rows
+from service.settings import Settings, load_settings
 from service.tune import tune
 
 app = typer.Typer(

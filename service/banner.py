@@ -40,6 +40,8 @@ def _engine_rows(loaded: AnyLoaded) -> dict[str, str]:
         "step": f"up to {options.max_batch_tokens} tokens, {options.max_sequences} sequences",
         "loaded in": f"{loaded.seconds:.1f} s",
     }
+    if loaded.adapters:
+        rows["adapters"] = ", ".join(card.id for card in loaded.adapters)
     return rows | ({"fallback reason": loaded.fallback_reason} if loaded.fallback_reason else {})
 
 

@@ -76,8 +76,7 @@ class ModelEngines:
             lengths = [group.info.max_model_len for group in groups if group.info.max_model_len]
             most = max(groups, key=lambda group: (group.engines, group.info.numeric_class)).info
             self.card = replace(
-                self.card,
-                numeric_class=most.numeric_class,
+                self.card.of_class(most.numeric_class),
                 max_model_len=min([self.card.max_model_len, *lengths]),
                 block_size=most.block_size if count > 1 else 0,
             )

@@ -31,6 +31,7 @@ class LoadedEncoder:
     runner: EncodingRunner
     tokenizer: EncoderTokenizer
     card: ModelCard
+    adapters: tuple[ModelCard, ...] = ()  # none: these are for models that generate
     seconds: float
     options: RunnerOptions = field(default_factory=RunnerOptions)
 

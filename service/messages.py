@@ -272,15 +272,28 @@ class ModelCard:
     vocabulary: str = ""  # digest of the tokenizer's vocabulary; empty: unknown
     start_ids: tuple[int, ...] = ()  # of an encoder-decoder: the decoder's text begins with them
     source_end: int = 0  # of an encoder-decoder: the token that ends a source
+    parent: str = ""  # of an adapter: the id of the model that it changes
+    adapter: str = ""  # its digest
 
     @property
     def key(self) -> str:
-        """Names the model in requests and engines: equal ids with equal vocabularies are one model.
-        Empty if the vocabulary is unknown; without spaces, whatever the id.
+        """Names the model in requests and engines: equal ids with equal vocabularies are one model,
+        if they are adapters with equal digests of the same model. Empty if the vocabulary is
+        unknown; without spaces, whatever the id.
         """
         if not self.vocabulary:
             return ""
-        return hashlib.sha256(f"{self.id}\n{self.vocabulary}".encode()).hexdigest()[:16]
+        parts = [self.id, self.vocabulary, *([self.parent, self.adapter] if self.adapter else [])]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def of_class(self, numeric_class: str) -> Self:
+        """The card with the class of its answers by engines of this class."""
+        return replace(self, numeric_class=adapted_class(numeric_class, self.adapter))
+
+
+def adapted_class(numeric_class: str, adapter: str) -> str:
+    """The class of answers with an adapter of this digest; empty: without one."""
+    return f"{numeric_class}+{adapter[:16]}" if adapter else numeric_class
 
 
 def model_feature(key: str) -> str:

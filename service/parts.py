@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version as distribution_version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -14,6 +15,7 @@ from uuid import uuid4
 from fastapi import FastAPI
 
 from model.checkpoint import open_checkpoint
+from model.compression import parse_compression
 from model.grammar import Grammars
 from model.text.tokenizer import Tokenizer
 from service.api.http.auth import only_with_key, open_to_all
@@ -23,7 +25,7 @@ from service.api.http.observer import ApiObserver
 from service.api.system.attention import AttentionService
 from service.api.system.health import HealthContext
 from service.app import build_admin_app, build_app, served_model
-from service.cluster import Cluster
+from service.cluster import Cluster, ModelEngines
 from service.encoders import LoadedEncoder
 from service.engine.encoding import EncodingLoop
 from service.engine.loop import EngineLoop
@@ -35,7 +37,7 @@ from service.http.exposure import extras_of, keyless_hosts
 from service.jobs import job_limits
 from service.keys import KeyRing
 from service.messages import ENCODING, GENERATING, Event, ModelCard, model_feature
-from service.models import AnyLoaded, ModelFiles
+from service.models import AnyLoaded, ModelFiles, cards_of
 from service.observability.fan_out import fan_out
 from service.observability.logs import log_call
 from service.observability.metrics import Metrics, ModelMetrics
@@ -156,6 +158,7 @@ def engine_of(
         max_model_len=loaded.card.max_model_len,
         target_gap=settings.target_gap / (len(settings.sources) if encodes else 1),
         speculate=settings.speculate,
+        kv_compression=parse_compression(loaded.options.kv_compression),
     )
     if isinstance(loaded, LoadedEncoder):
         return EncodingLoop(
@@ -181,6 +184,7 @@ def engine_of(
             vocab_size=loaded.card.vocab_size,
         ),
         settle=settle,
+        adapters=loaded.adapters,
     )
 
 
@@ -204,7 +208,8 @@ class EngineSide:
         observer = fan_out(*observers)
         self._card = loaded.card
         self._cache = None if isinstance(loaded, LoadedEncoder) else loaded.runner
-        self._features = (ENCODING,) if self._cache is None else GENERATING
+        kinds = (ENCODING,) if self._cache is None else GENERATING
+        self._features = (*kinds, *(model_feature(card.key) for card in cards_of([loaded])))
         if self._cache is not None:
             self._metrics.has_cache(
                 block_size=self._cache.block_size, num_blocks=self._cache.num_blocks
@@ -256,7 +261,7 @@ class EngineSide:
             waiting=latest.waiting if latest else 0,
             max_model_len=card.max_model_len,
             tokens_per_second=self._metrics.tokens_per_second(),
-            features=(*self._features, model_feature(card.key)),
+            features=self._features,
             model=card.id,
         )
         if cache is None:
@@ -292,6 +297,7 @@ class ApiModel:
     """What a replica of the API needs of a model. `attention`: if its network is in the process."""
 
     card: ModelCard
+    adapters: tuple[ModelCard, ...] = ()
     tokenizer: Tokenizer | None = None
     encoder: ServedEncoder | None = None
     attention: AttentionService | None = None
@@ -303,7 +309,12 @@ def api_model(settings: Settings, loaded: AnyLoaded, observer: ApiObserver) -> A
     if isinstance(loaded, LoadedEncoder):
         encoder = ServedEncoder(tokenizer=loaded.tokenizer, info=loaded.runner.info)
         return ApiModel(card=loaded.card, encoder=encoder, attention=attention)
-    return ApiModel(card=loaded.card, tokenizer=loaded.tokenizer, attention=attention)
+    return ApiModel(
+        card=loaded.card,
+        adapters=loaded.adapters,
+        tokenizer=loaded.tokenizer,
+        attention=attention,
+    )
 
 
 def api_model_of_files(files: ModelFiles) -> ApiModel:
@@ -312,7 +323,9 @@ def api_model_of_files(files: ModelFiles) -> ApiModel:
     if files.encoder is not None:
         tokenizer, info = files.encoder
         encoder = ServedEncoder(tokenizer=tokenizer, info=info)
-    return ApiModel(card=files.card, tokenizer=files.tokenizer, encoder=encoder)
+    return ApiModel(
+        card=files.card, adapters=files.adapters, tokenizer=files.tokenizer, encoder=encoder
+    )
 
 
 def served_models(settings: Settings, models: Sequence[ApiModel], cluster: Cluster) -> Models:
@@ -320,24 +333,30 @@ def served_models(settings: Settings, models: Sequence[ApiModel], cluster: Clust
     or has no model.
     """
 
-    def served(model: ApiModel) -> ServedModel:
-        engines = cluster.models[model.card.id]
-        return served_model(
-            model.tokenizer,
-            lambda: engines.card,
-            served=lambda: settings.accept_without_engines or engines.available,
-            tokens_per_second=lambda: engines.tokens_per_second,
-            attention=model.attention,
-            encoder=model.encoder,
-        )
+    def served(model: ApiModel) -> Iterator[ServedModel]:
+        """The model, then its adapters, which have all but the weights in common with it."""
+        common = served_model(model.tokenizer, lambda: model.card, encoder=model.encoder)
+        for card in cards_of([model]):
+            engines = cluster.models[card.id]
+            yield replace(
+                common,
+                read_card=partial(getattr, engines, "card"),
+                served=partial(_is_served, settings, engines),
+                tokens_per_second=partial(getattr, engines, "tokens_per_second"),
+                attention=None if card.adapter else model.attention,
+            )
 
-    names = [model.card.id for model in models]
+    names = [card.id for card in cards_of(models)]
     for alias, name in settings.aliases.items():
         if alias in names:
             raise StartupError(f"model_alias {alias}: a model has this name")
         if name not in names:
             raise StartupError(f"model_alias {alias}: no model is named {name}")
-    return Models.of(*map(served, models), aliases=settings.aliases)
+    return Models.of(*chain.from_iterable(map(served, models)), aliases=settings.aliases)
+
+
+def _is_served(settings: Settings, engines: ModelEngines) -> bool:
+    return settings.accept_without_engines or engines.available
 
 
 class ApiSide:
@@ -357,7 +376,7 @@ class ApiSide:
         self.draining = False
         self.drain_timeout = settings.drain_timeout
         self.keys = keys
-        self.cluster = Cluster(queue, [model.card for model in models], observer=metrics)
+        self.cluster = Cluster(queue, cards_of(models), observer=metrics)
         self.app = build_app(
             queue,
             served_models(settings, models, self.cluster),

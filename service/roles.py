@@ -32,7 +32,7 @@ from service.http.drain import StopSignals, drain
 from service.http.exposure import refuse_exposure
 from service.http.listeners import Listener
 from service.http.ports import address, bind_admin, bind_public
-from service.models import close_runners, load_cards, load_engines
+from service.models import cards_of, close_runners, load_cards, load_engines
 from service.observability.logs import set_up_logging
 from service.parts import (
     VERSION,
@@ -141,7 +141,7 @@ async def serve_engine(settings: Settings, console: Console) -> None:
     models = await asyncio.to_thread(load_engines, settings, console=console)
     queue = await connect_queue(settings, metrics)
     engines = [EngineSide(settings, each, queue, metrics, traces=traces) for each in models]
-    cluster = Cluster(queue, [each.card for each in models], observer=metrics)
+    cluster = Cluster(queue, cards_of(models), observer=metrics)
     admin_app = engine_admin_app(settings, engines, queue, metrics)
     listeners = [Listener(admin_app, admin, connections=admin_slots)]
     rows = engine_rows(models) | admin_rows(settings, address(admin))

@@ -9,6 +9,8 @@ from typing import Annotated, Any, NamedTuple, Self
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.config import JsonDict
 
+from model.compression import parse_compression
+
 
 class Group(StrEnum):
     """Headings of `--help` and of docs/settings.md."""
@@ -55,6 +57,14 @@ def split_list(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+def _check_compression(value: str) -> str:
+    parse_compression(value)
+    return value
+
+
+Compression = Annotated[str, AfterValidator(_check_compression)]
+
+
 def _check_host(value: str) -> str:
     if not re.fullmatch(r"\*|[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", value):
         raise ValueError("must be host names or addresses without scheme and port, or *")
@@ -88,6 +98,29 @@ class ModelSource(NamedTuple):
         return cls(source, name) if equals and name[:1] not in {"/", ".", "~"} else cls(text)
 
 
+class AdapterSource(NamedTuple):
+    """An adapter to serve: its name in the API, its folder, and the name of the model that it
+    changes; None: the first one.
+    """
+
+    name: str
+    folder: str
+    base: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads `NAME=PATH` or `NAME@MODEL=PATH`."""
+        names, _, folder = text.partition("=")
+        name, at, base = names.partition("@")
+        return cls(name, folder, base if at else None)
+
+
+def _check_adapter(value: str) -> str:
+    if not all((source := AdapterSource.parse(value))[:2]) or source.base == "":
+        raise ValueError("must be NAME=PATH or NAME@MODEL=PATH")
+    return value
+
+
 def _check_model(value: str) -> str:
     source, name = ModelSource.parse(value)
     if not source or name == "":
@@ -113,6 +146,9 @@ Models = Annotated[
     tuple[Annotated[str, AfterValidator(_check_model)], ...],
     BeforeValidator(split_list),
     Field(min_length=1),
+]
+Adapters = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_adapter)], ...], BeforeValidator(split_list)
 ]
 Aliases = Annotated[
     tuple[Annotated[str, AfterValidator(_check_alias)], ...],

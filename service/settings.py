@@ -12,15 +12,17 @@ import tomllib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args, get_origin
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
 from service.errors import StartupError
 from service.setting_types import (
+    Adapters,
+    AdapterSource,
     Aliases,
     Bytes,
+    Compression,
     Group,
     Hosts,
     Models,
@@ -64,6 +66,13 @@ class Settings(BaseModel):
         (),
         repeated=True,
     )
+    adapter: Adapters = _model(
+        "Low-rank adapters (LoRA): NAME=PATH, a folder as PEFT and `quire tune generate` write it; "
+        "requests choose one by its name as their model. It changes the first model, or with "
+        "NAME@MODEL=PATH that one. Several: repeat the flag, or separate them by commas.",
+        (),
+        repeated=True,
+    )
     cache_dir: Path = _model(
         "Directory of downloaded models and packed weights.", Path("~/.cache/quire")
     )
@@ -81,6 +90,12 @@ class Settings(BaseModel):
     )
     kv_dtype: Literal["auto", "bfloat16", "int8", "float8"] = _engine(
         "KV cache dtype, if the runner supports several.", "auto"
+    )
+    kv_compression: Compression = _engine(
+        "Compression of the KV cache (torch runner). window:1024: each token attends to the first "
+        "4 tokens and the last 1024, and a chat may be longer than the model's context "
+        "(`quire api` needs the flag, too).",
+        "none",
     )
     device: str = _engine("Torch device: cpu, cuda, cuda:1, or auto.", "auto")
     threads: int | None = _engine(
@@ -280,6 +295,11 @@ class Settings(BaseModel):
         return tuple(source._replace(name=source.name or self.model_name) for source in sources)
 
     @property
+    def adapters(self) -> tuple[AdapterSource, ...]:
+        """The adapters to serve."""
+        return tuple(map(AdapterSource.parse, self.adapter))
+
+    @property
     def memory_parts(self) -> tuple[float, ...]:
         """The part of each model in the KV cache memory; their sum is 1."""
         parts = self.model_memory or (1.0,) * len(self.model)
@@ -295,19 +315,6 @@ class Settings(BaseModel):
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         return self.host in {"localhost", "::1"} or self.host.startswith("127.")
-
-
-class SettingRow(NamedTuple):
-    """One setting, for `--help` and docs/settings.md."""
-
-    group: str
-    name: str
-    flag: str
-    variable: str
-    default: str
-    help: str
-    choices: tuple[str, ...]
-    repeated: bool = False  # its flag may be given more than once
 
 
 def load_settings(
@@ -334,33 +341,6 @@ def load_settings(
         name = ".".join(str(part) for part in first["loc"])
         where = f"setting {name}" if name else "settings"
         raise StartupError(f"{where}: {first['msg'].lower()}") from None
-
-
-def setting_rows() -> list[SettingRow]:
-    """Returns all settings, in the order of this file."""
-    return [_row(name, info) for name, info in Settings.model_fields.items()]
-
-
-def _row(name: str, info: FieldInfo) -> SettingRow:
-    extra = info.json_schema_extra
-    if not isinstance(extra, dict):
-        raise TypeError(f"{name} was not made by setting")
-    return SettingRow(
-        group=str(extra["group"]),
-        name=name,
-        flag="--" + name.replace("_", "-"),
-        variable=PREFIX + name.upper(),
-        default=_shown(info.default),
-        help=info.description or "",
-        choices=get_args(info.annotation) if get_origin(info.annotation) is Literal else (),
-        repeated=bool(extra["repeated"]),
-    )
-
-
-def _shown(default: object) -> str:
-    if isinstance(default, tuple):
-        return ", ".join(default)
-    return "" if default is None else str(default)
 
 
 def _read_file(path: Path) -> dict[str, Any]:

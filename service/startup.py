@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -25,6 +26,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from model.adapters import Adapter, read_adapter
 from model.checkpoint import (
     CheckpointError,
     configure,
@@ -35,6 +37,7 @@ from model.checkpoint import (
 from model.checkpoint.fetch import FetchError, resolve
 from model.checkpoint.four_bit import four_bit_reason
 from model.checkpoint.gguf_parts import name_without_part
+from model.compression import compressed_config, parse_compression
 from model.config import ModelConfig
 from model.memory import return_free_memory
 from model.runners import WHOLE_SUMS, RunnerOptions
@@ -42,7 +45,7 @@ from model.text.encoder_tokenizer import EncoderTokenizer
 from model.text.tokenizer import Tokenizer
 from service.errors import StartupError
 from service.messages import ModelCard
-from service.setting_types import ModelSource
+from service.setting_types import AdapterSource, ModelSource
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -62,6 +65,7 @@ class Loaded:
     seconds: float
     fallback_reason: str  # why a faster runner is not used; empty if the fastest one is
     options: RunnerOptions = field(default_factory=RunnerOptions)  # with the chosen sizes
+    adapters: tuple[ModelCard, ...] = ()  # in the runner's order
     followers: FollowerProcesses | None = None  # the other ranks of tensor parallelism, if any
     on_gpu: bool = False
 
@@ -128,9 +132,14 @@ class MemoryPart:
 
 
 def load_engine(
-    settings: Settings, model: ModelSource, path: Path, *, memory: MemoryPart = MemoryPart()
+    settings: Settings,
+    model: ModelSource,
+    path: Path,
+    *,
+    memory: MemoryPart = MemoryPart(),
+    adapters: Sequence[AdapterSource] = (),
 ) -> Loaded:
-    """Loads weights and tokenizer and warms up. Takes seconds: not for the event loop.
+    """Loads weights, adapters and tokenizer and warms up. Takes seconds: not for the event loop.
 
     Starts the other ranks' processes if there are any. Raises StartupError.
     """
@@ -140,7 +149,7 @@ def load_engine(
 
     began = time.monotonic()
     try:
-        loaded = _load(settings, model, path, memory)
+        loaded = _load(settings, model, path, memory, adapters)
         return_free_memory()
         loaded.runner.warm_up()
     except RankLost as lost:
@@ -150,12 +159,20 @@ def load_engine(
     return replace(loaded, seconds=time.monotonic() - began)
 
 
-def _load(settings: Settings, model: ModelSource, path: Path, memory: MemoryPart) -> Loaded:
+def _load(
+    settings: Settings,
+    model: ModelSource,
+    path: Path,
+    memory: MemoryPart,
+    adapters: Sequence[AdapterSource],
+) -> Loaded:
     """Loads all, without the warm-up. Raises StartupError if the model cannot be served here."""
     from model.native import NativeUnavailable
     from model.runners.choose import choose_runner, choose_sizes
 
-    num_ranks, wanted = settings.tensor_parallel, runner_options(settings)
+    num_ranks = settings.tensor_parallel
+    read = tuple(load_adapter(each, path) for each in adapters)
+    wanted = replace(runner_options(settings), adapters=read)
     try:
         with model_errors():
             checkpoint = open_checkpoint(path)
@@ -196,15 +213,17 @@ def _load(settings: Settings, model: ModelSource, path: Path, memory: MemoryPart
             path,
             runner.config,
             tokenizer=tokenizer,
-            most=runner.num_blocks * runner.block_size,
+            most=longest_text(options, num_blocks=runner.num_blocks),
         ),
         numeric_class=runner.numeric_class,
     )
+    digests = [each.digest for each in read]
     return Loaded(
         path=path,
         runner=runner,
         tokenizer=tokenizer,
         card=card,
+        adapters=tuple(map(partial(adapter_card, card), adapters, digests)),
         seconds=0.0,
         fallback_reason=choice.fallback_reason,
         options=options,
@@ -218,6 +237,7 @@ def runner_options(settings: Settings) -> RunnerOptions:
     return RunnerOptions(
         dtype=settings.dtype,
         kv_dtype=settings.kv_dtype,
+        kv_compression=settings.kv_compression,
         device=settings.device,
         block_size=settings.block_size,
         num_threads=settings.threads,
@@ -257,6 +277,7 @@ def load_card(
     """Returns the card of a replica without a runner; engines report what it leaves unknown."""
     with model_errors():
         _, config = configure(open_checkpoint(path))
+    config = compressed_config(config, parse_compression(settings.kv_compression))
     return card_of(settings, model, path, config, tokenizer=tokenizer)
 
 
@@ -281,6 +302,30 @@ def card_of(
         start_ids=config.start_ids,
         source_end=config.end_id,
     )
+
+
+def load_adapter(source: AdapterSource, base: Path) -> Adapter:
+    """Reads an adapter of the model with these files. Raises StartupError."""
+    try:
+        return read_adapter(Path(source.folder).expanduser(), base)
+    except CheckpointError as error:
+        raise StartupError(f"adapter {source.name}: {error}") from None
+
+
+def adapter_card(base: ModelCard, source: AdapterSource, digest: str) -> ModelCard:
+    """Returns the card of an adapter of a model."""
+    card = replace(base, id=source.name, parent=base.id, adapter=digest)
+    return card.of_class(base.numeric_class)
+
+
+def longest_text(options: RunnerOptions, *, num_blocks: int) -> int | None:
+    """Tokens of a text that the KV cache holds; None: of any text."""
+    slots = num_blocks * options.block_size
+    window = parse_compression(options.kv_compression)
+    if window is None:
+        return slots
+    most = window.most_slots(block_size=options.block_size, chunk=options.max_batch_tokens)
+    return slots if most > slots else None
 
 
 def name_of(source: str, path: Path) -> str:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -335,13 +336,26 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def is_ready(url: str) -> bool:
+    """The answer of the readiness probe; False without one. Each socket is closed on return: one
+    that the garbage collector closes is an error of whatever test runs then.
+    """
+    try:
+        with urllib.request.urlopen(f"{url}/health/ready", timeout=PATIENCE) as reply:
+            return bool(reply.status == 200)
+    except urllib.error.HTTPError as refusal:
+        refusal.close()
+    except OSError:
+        pass
+    return False
+
+
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], *, log: Path) -> None:
     """Waits for the readiness probe; fails at once where the process ended."""
     ends = time.monotonic() + 4 * PATIENCE
     while time.monotonic() < ends:
         assert process.poll() is None, log.read_text()
-        with contextlib.suppress(OSError):
-            if urllib.request.urlopen(f"{url}/health/ready", timeout=PATIENCE).status == 200:
-                return
+        if is_ready(url):
+            return
         time.sleep(0.1)
     raise AssertionError(f"not ready in time:\n{log.read_text()}")

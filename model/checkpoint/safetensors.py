@@ -30,11 +30,20 @@ INDEX = "model.safetensors.index.json"
 _DTYPES: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2", "BF16": BFLOAT16}
 
 
-class _Tensor(NamedTuple):
+class StoredTensor(NamedTuple):
     data: mmap.mmap
     start: int  # bytes
     storage: str
     shape: tuple[int, ...]
+
+    def read(self, name: str) -> Array:
+        """A view of it in its file."""
+        dtype = _DTYPES.get(self.storage)
+        if dtype is None:
+            raise CheckpointError(f"{name}: weights are float32, float16 or bfloat16")
+        count = math.prod(self.shape)
+        array: Array = np.frombuffer(self.data, dtype, count=count, offset=self.start)
+        return array.reshape(self.shape)
 
 
 class SafetensorsCheckpoint:
@@ -46,9 +55,9 @@ class SafetensorsCheckpoint:
         self.config: dict[str, Any] = read_json(folder / "config.json")
         self._files = _weight_files(path)
         self._config_file = folder / "config.json"
-        self._tensors: dict[str, _Tensor] = {}
+        self._tensors: dict[str, StoredTensor] = {}
         for file in self._files:
-            tensors = _open(file)
+            tensors = open_tensors(file)
             if tensors.keys() & self._tensors.keys():
                 raise CheckpointError(f"{file.name}: a tensor is in another file as well")
             self._tensors |= tensors
@@ -85,13 +94,7 @@ class SafetensorsCheckpoint:
 
     def load(self, name: str) -> Array:
         """A view of one tensor in its file."""
-        tensor = self._tensors[name]
-        dtype = _DTYPES.get(tensor.storage)
-        if dtype is None:
-            raise CheckpointError(f"{name}: weights are float32, float16 or bfloat16")
-        count = math.prod(tensor.shape)
-        array: Array = np.frombuffer(tensor.data, dtype, count=count, offset=tensor.start)
-        return array.reshape(tensor.shape)
+        return self._tensors[name].read(name)
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
@@ -112,7 +115,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     return tuple(path / name for name in sorted(set(names.values())))
 
 
-def _open(path: Path) -> dict[str, _Tensor]:
+def open_tensors(path: Path) -> dict[str, StoredTensor]:
     """Maps a file and reads its head, which the library has validated."""
     try:
         safe_open(path, framework="np")
@@ -121,7 +124,7 @@ def _open(path: Path) -> dict[str, _Tensor]:
         start = 8 + int.from_bytes(data[:8], "little")
         head: dict[str, dict[str, Any]] = json.loads(data[8:start])
         return {
-            name: _Tensor(
+            name: StoredTensor(
                 data, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"])
             )
             for name, entry in head.items()

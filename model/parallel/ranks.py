@@ -60,7 +60,8 @@ class RankSpec:
     @staticmethod
     def from_json(text: bytes) -> RankSpec:
         values = json.loads(text)
-        return RankSpec(**values | {"options": RunnerOptions(**values["options"])})
+        options = RunnerOptions(**values["options"] | {"adapters": ()})  # see check_ranks
+        return RankSpec(**values | {"options": options})
 
 
 def check_ranks(
@@ -71,6 +72,8 @@ def check_ranks(
         raise ValueError(
             f"the {runner} runner does not support tensor parallelism; torch and cuda do"
         )
+    if options.adapters:
+        raise ValueError("tensor parallelism does not apply adapters: serve the merged model")
     share_config(config, num_ranks=num_ranks)
     device = choose_device(options.device)
     if ":" in options.device:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from model.adapters import Adapter
 from model.batch import Batch, Bools, StepOutput
+from model.compression import check_compression
 from model.config import ModelConfig
 
 
@@ -79,6 +81,7 @@ class RunnerOptions:
 
     dtype: str = "auto"  # auto | float32 | bfloat16 (| int8 | int4: native)
     kv_dtype: str = "auto"  # auto: the runner's own | int8 (native) | float8 (cuda) | bfloat16
+    kv_compression: str = "none"  # of `model.compression`; torch only
     device: str = "auto"
     block_size: int = 16
     num_blocks: int | None = None  # None: as many as kv_memory holds
@@ -88,6 +91,7 @@ class RunnerOptions:
     max_batch_tokens: int = 512  # the largest T of any step
     max_sequences: int = 64  # the largest S; batch slots are below it
     weights_cache: Path | None = None  # native: folder of packed weights; None: not stored
+    adapters: tuple[Adapter, ...] = ()  # batches name them by their numbers, from 1
     vendor_blas: bool = False  # cuda: use it if it has our bits; the process forbids split-K
 
 
@@ -112,12 +116,14 @@ def _native(
 ) -> Runner:
     from model.runners.native import NativeRunner
 
+    check_compression(options.kv_compression, runner="native")
     return NativeRunner(config, weights, options=options, digest=digest)
 
 
 def _cuda(config: ModelConfig, weights: AnyWeights, options: RunnerOptions, digest: str) -> Runner:
     from model.runners.torch import choose_device
 
+    check_compression(options.kv_compression, runner="cuda")
     if choose_device(options.device).type != "cuda":
         raise ValueError("the cuda runner needs an NVIDIA GPU; none was found")
     from model.runners.cuda.build import build_runner

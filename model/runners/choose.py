@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass, replace
 
+from model.compression import check_compression, compressed_config, parse_compression
 from model.config import ModelConfig
 from model.runners import RunnerOptions
 
 _NVIDIA_DRIVER = "libcuda.so.1"
+_WITHOUT_ADAPTERS = frozenset({"cuda", "native"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,16 +45,26 @@ def choose_runner(
         raise ValueError(f"{config.family} is an encoder, which generates no text")
     if config.encoder is not None:
         return _choose_for_sources(name, config, options, num_ranks=num_ranks)
+    if options.adapters and (name in _WITHOUT_ADAPTERS or options.dtype == "int4"):
+        raise ValueError(f"the {name} runner does not apply adapters: use --runner torch")
+    check_compression(options.kv_compression, runner=name, num_ranks=num_ranks)
+    compression = parse_compression(options.kv_compression)
+    compressed_config(config, compression)
     if options.dtype == "int4":
+        if compression is not None:
+            raise ValueError("kv_compression needs the torch runner, which has no dtype int4")
         return _choose_four_bit(name, config, four_bit_reason, num_ranks=num_ranks)
     dtypes = {"native": None, "cuda": "bfloat16"}
     if name in dtypes:
         return SelectedRunner(name=name, dtype=dtypes[name])
-    if name == "torch" or options.dtype in {"float32", "bfloat16"}:
+    if name == "torch" or compression or options.dtype in {"float32", "bfloat16"}:
         return SelectedRunner(name="torch", dtype=torch_dtype(options))
     device = device_type(options.device)
     faster = "native" if device == "cpu" else "cuda"
-    if faster == "cuda":
+    reason: str | None = None
+    if options.adapters and faster in _WITHOUT_ADAPTERS:
+        reason = "it does not apply adapters"
+    elif faster == "cuda":
         reason = _cuda_reason(config, options.device, device)
     elif num_ranks == 1:
         reason = _native_reason(config)
@@ -68,10 +80,11 @@ def _choose_for_sources(
     name: str, config: ModelConfig, options: RunnerOptions, *, num_ranks: int
 ) -> SelectedRunner:
     """The torch runner, or ValueError: no other one serves encoder-decoders."""
-    if name not in ("auto", "torch") or num_ranks > 1:
+    others = num_ranks > 1 or options.adapters or options.kv_compression != "none"
+    if name not in ("auto", "torch") or others:
         raise ValueError(
-            f"{config.family} is an encoder-decoder, which only the torch runner serves,"
-            " without tensor parallelism"
+            f"{config.family} is an encoder-decoder, which only the torch runner serves, without"
+            " tensor parallelism, adapters and kv_compression"
         )
     return SelectedRunner(name="torch", dtype=torch_dtype(options))
 

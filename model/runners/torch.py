@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.attention import ATTENTION
+from model.attention import ATTENTION, Attention
+from model.attention.compressed import CompressedAttention
 from model.batch import Batch, Ints, SamplingBatch, SourceBatch, StepOutput
+from model.compression import compressed_config, parse_compression
 from model.config import ModelConfig
 from model.encoder_decoder import network_of
 from model.kvcache import KVCache, blocks_within
 from model.layers import PackedLinear, load_weights, pack_linears
 from model.parallel.shares import sum_sublayers
 from model.runners import RunnerOptions
+from model.runners.adapted import add_adapters
 from model.runners.logprobs import Logprobs, score_rows, scored_on_host, step_output
 from model.sampler import sample
 from model.transformer import Transformer
@@ -46,6 +49,8 @@ class TorchRunner:
     ) -> None:
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
+        compression = parse_compression(options.kv_compression)
+        config = compressed_config(config, compression)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         self.config = config
@@ -54,6 +59,8 @@ class TorchRunner:
             options.kv_memory, config, block_size=options.block_size, dtype=dtype
         )
         kind = f"torch-{device.type}-{_SHORT[dtype]}"
+        if compression is not None:
+            kind += f"-{compression.name}"
         self.numeric_class = f"{kind}-{torch.__version__}-{digest[:12]}"
         self.exact = False
         self._options = options
@@ -61,9 +68,14 @@ class TorchRunner:
         if config.tied_head and packs_linears(device, dtype):
             # The embedding itself stays plain, because it is read by rows.
             self._network.head = PackedLinear(self._network.embed.weight, None)
+        self._adapters = add_adapters(self._network, options.adapters, dtype=dtype, device=device)
         if reduce is not None:
             sum_sublayers(self._network, reduce)
-        self._attention = ATTENTION["torch_paged"]()
+        self._attention: Attention = (
+            ATTENTION["torch_paged"]()
+            if compression is None
+            else CompressedAttention(compression, config)
+        )
         self._cache = KVCache(
             config,
             block_size=self.block_size,
@@ -74,6 +86,7 @@ class TorchRunner:
 
     def run(self, batch: Batch) -> StepOutput:
         with torch.inference_mode():
+            self._adapters.begin(batch, self._network.embed.weight.device)
             hidden_TC = self._network.step(batch, self._cache, self._attention)
             sampled = sample(self._logits(hidden_TC, batch.sample_rows_R), batch.sampling)
             scored = scored_on_host(score_rows(batch, lambda rows: self._logits(hidden_TC, rows)))
@@ -151,7 +164,7 @@ def packs_linears(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _prompt(length: int, config: ModelConfig, *, block_size: int) -> Batch:
     """One sequence that starts at block 0, sampled greedily at its end. A source lies in the same
-    blocks: nobody reads what is computed.
+    blocks: what is computed is not read.
     """
     empty, zero = np.zeros(0, np.int32), np.zeros(1, np.int32)
     table = np.arange(-(-length // block_size), dtype=np.int32)[None]

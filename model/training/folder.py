@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from model.checkpoint import CheckpointError, configure, find_gguf, open_checkpoint, open_model
-from model.checkpoint.assemble import fused_parts
 from model.checkpoint.gguf_parts import read_headers
 from model.checkpoint.gguf_vocabulary import from_gguf
+from model.checkpoint.stored import stored_tensors
 from model.checkpoint.vocabulary import Vocabulary
 from model.config import ModelConfig
 from model.families import Family
 from model.text.tokenizer import Tokenizer
+from model.training import TrainingError
 from model.weights import to_tensor
 
 Tensors = Mapping[str, torch.Tensor]
@@ -35,37 +35,19 @@ _TEXT_FILES = (
     "vocab.txt",
 )
 _CLASSES = {
-    "bart": "Bart",
     "bert": "Bert",
     "distilbert": "DistilBert",
     "gpt2": "GPT2",
     "llama": "Llama",
-    "marian": "Marian",
     "mistral": "Mistral",
     "modernbert": "ModernBert",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
     "roberta": "Roberta",
     "smollm3": "SmolLM3",
-    "t5": "T5",
     "xlm-roberta": "XLMRoberta",
 }
 """`model_type` -> the beginning of its classes' names in transformers."""
-
-
-class Stored(NamedTuple):
-    """A tensor as Hugging Face stores it: some rows of one of the network's."""
-
-    name: str
-    fused: str  # the network's name
-    start: int  # row
-    stop: int
-    transposed: bool  # stored [in, out]
-
-    @property
-    def module(self) -> str:
-        """The name without `.weight` or `.bias`."""
-        return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +78,8 @@ def open_base(path: Path, *, headless: bool = False) -> Base:
     checkpoint = open_checkpoint(path)
     family, _ = configure(checkpoint)
     opened = open_model(path, headless=headless)
+    if opened.config.encoder is not None:
+        raise TrainingError("an encoder-decoder cannot be tuned further: tune seq2seq trains one")
     weights = {name: to_tensor(array) for name, array in opened.weights.items()}
     return Base(
         fields=dict(checkpoint.config),
@@ -106,30 +90,6 @@ def open_base(path: Path, *, headless: bool = False) -> Base:
         files=checkpoint.tokenizer,
         digest=opened.digest,
     )
-
-
-def stored_tensors(family: Family, config: ModelConfig) -> Iterator[Stored]:
-    """How a family's checkpoints hold the network's tensors: the inverse of loading.
-
-    If a family has several names for a tensor, the last one counts.
-    """
-    by_first = {}
-    for name, covered in family.names.items():
-        if covered is not None:
-            parts = (covered,) if isinstance(covered, str) else covered
-            by_first[parts[0]] = (name, len(parts))
-    for fused, shapes in fused_parts(config):
-        numbered = re.search(r"\bblocks\.(\d+)\.", fused)
-        layer = numbered[1] if numbered else "0"
-        rows = [shape[0] for shape in shapes.values()]
-        names = [part.replace(f"blocks.{layer}.", "blocks.{i}.", 1) for part in shapes]
-        index = start = 0
-        while index < len(names):
-            pattern, count = by_first[names[index]]
-            stop = start + sum(rows[index : index + count])
-            transposed = pattern in family.transposed
-            yield Stored(pattern.replace("{i}", layer), fused, start, stop, transposed)
-            index, start = index + count, stop
 
 
 def as_stored(family: Family, config: ModelConfig, weights: Tensors) -> dict[str, torch.Tensor]:

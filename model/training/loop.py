@@ -97,18 +97,6 @@ class StepReport:
     measures: Mapping[str, float]  # empty if the step was not followed by an evaluation
 
 
-class _Objective(nn.Module):
-    """A task's loss as the forward pass of a module, which data parallelism wraps."""
-
-    def __init__(self, network: Transformer, task: Task) -> None:
-        super().__init__()
-        self.network = network
-        self._task = task
-
-    def forward(self, batch: TokenBatch) -> torch.Tensor:
-        return self._task.loss(self.network, batch)
-
-
 class Training:
     """A network in training. Its trainable parameters are those that require gradients."""
 
@@ -126,7 +114,7 @@ class Training:
         self._network = network.to(ranks.device)
         self._task, self._recipe, self._ranks, self._autocast = task, recipe, ranks, autocast
         self._trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
-        self._objective = ranks.wrap(_Objective(network, task))
+        ranks.copy(network.state_dict().values())
         self._optimizer = torch.optim.AdamW(_groups(self._trained, recipe), betas=_BETAS)
         self._best: dict[str, torch.Tensor] = {}
         self._best_loss = math.inf
@@ -172,13 +160,12 @@ class Training:
         own = batches[ranks.index :: ranks.size]
         terms = max(1, sum(batch.count for batch in batches))
         total = torch.zeros((), device=ranks.device)
-        for number, batch in enumerate(own):
-            with ranks.unsynchronised(self._objective, skip=number + 1 < len(own)):
-                with self._precision():
-                    loss = self._objective(batch.to(ranks.device))
-                # Data parallelism averages gradients over the processes; the sum is meant.
-                torch.autograd.backward(loss * (ranks.size / terms))
+        for batch in own:
+            with self._precision():
+                loss = self._task.loss(self._network, batch.to(ranks.device))
+            torch.autograd.backward(loss / terms)
             total += loss.detach()
+        self._sum_gradients()
         rate = recipe.rate(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -191,6 +178,15 @@ class Training:
                 f"the loss of step {self.step + 1} is not finite: lower --learning-rate"
             )
         return mean, rate
+
+    def _sum_gradients(self) -> None:
+        """Over the processes. One that a process did not compute counts as zero."""
+        if self._ranks.size == 1:
+            return
+        for parameter in self._trained.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._ranks.sum_all(p.grad for p in self._trained.values() if p.grad is not None)
 
     def _evaluate(self) -> Mapping[str, float]:
         with torch.no_grad(), self._precision():

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
+from model.checkpoint.stored import Stored, stored_tensors
 from model.training import TrainingError
-from model.training.folder import Base, Stored, stored_tensors, write_json
+from model.training.folder import Base, write_json
 from model.transformer import Transformer
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "c_attn")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 
 import torch
-from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import distributed
 
 from model.runners.torch import choose_device
 
@@ -24,18 +23,22 @@ class Ranks:
         """Whether this process reports and writes."""
         return self.index == 0
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with its gradients averaged over the processes."""
-        module.to(self.device)
-        if self.size == 1:
-            return module
-        return DistributedDataParallel(module)
+    def copy(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Gives every process the values of the first one; in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor.detach(), src=0)
 
-    def unsynchronised(self, module: nn.Module, *, skip: bool) -> AbstractContextManager[object]:
-        """While open, gradients are only accumulated, if `skip`."""
-        if skip and isinstance(module, DistributedDataParallel):
-            return module.no_sync()
-        return nullcontext()
+    def sum_all(self, tensors: Iterable[torch.Tensor]) -> None:
+        """The sums over all processes, which pass as many tensors, in the same order; in place.
+
+        Not by DistributedDataParallel: it keeps the group and its threads alive, and a process that
+        ends while one of them drops a Python object aborts.
+        """
+        if self.size > 1:
+            works = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+            for work in works:
+                work.wait()
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all processes; in place."""
@@ -48,8 +51,8 @@ class Ranks:
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
     def close(self) -> None:
-        """Leaves the group."""
-        if self.size > 1:
+        """Leaves the group and ends its threads."""
+        if distributed.is_initialized():
             distributed.destroy_process_group()
 
 

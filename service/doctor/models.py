@@ -8,6 +8,7 @@ from pathlib import Path
 from model.checkpoint import CheckpointError, configure, open_checkpoint
 from model.checkpoint.fetch import find
 from model.checkpoint.four_bit import four_bit_reason
+from model.compression import compressed_config, parse_compression
 from model.config import ModelConfig
 from model.runners.choose import SelectedRunner, choose_runner
 from model.runners.encoding import is_encoder
@@ -61,7 +62,8 @@ def _choose(path: Path, settings: Settings) -> tuple[ModelConfig, SelectedRunner
         num_ranks=settings.tensor_parallel,
         four_bit_reason=four_bit_reason(checkpoint),
     )
-    return config, choice
+    compression = parse_compression(settings.kv_compression)
+    return compressed_config(config, compression), choice
 
 
 def _files(path: Path) -> list[Path]:

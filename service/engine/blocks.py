@@ -74,6 +74,10 @@ class BlockAllocator:
             blocks.append(block)
         return blocks
 
+    def look_up(self, digests: Iterable[bytes]) -> list[int | None]:
+        """The block of each digest, or None. They are not taken yet."""
+        return [self._found.get(digest) for digest in digests]
+
     def take(self, num_new: int, *, shared: Sequence[int] = ()) -> list[int] | None:
         """Takes the `shared` blocks (from `find`) and `num_new` blank ones; returns their table.
 

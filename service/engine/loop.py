@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from model.runners import overlapped
+from service.engine.adapters import Adapters
 from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
 from service.engine.inbox import Command, Work
@@ -34,7 +35,7 @@ from service.engine.sequence import Sequence as EngineSequence
 from service.engine.speculate import Speculator, may_speculate
 from service.engine.thread import EngineThread
 from service.errors import BadRequest
-from service.messages import Event, FinishReason, GenerationRequest
+from service.messages import Event, FinishReason, GenerationRequest, ModelCard
 
 if TYPE_CHECKING:
     from model.grammar import Grammars
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 class EngineLoop(EngineThread):
     """Generates the outputs of requests with one runner. `cost` is the initial model of its speed.
     Without `grammars` requests with a grammar are rejected. `visible_bytes` are `token_bytes` with
-    names for special tokens, for requests that show them.
+    names for special tokens, for requests that show them. `adapters`: the runner's, in its order.
     """
 
     def __init__(  # noqa: PLR0913  # it makes little itself: most is given
@@ -62,6 +63,7 @@ class EngineLoop(EngineThread):
         on_failure: Callable[[BaseException], None] | None = None,
         grammars: Grammars | None = None,
         settle: Callable[[], None] | None = None,
+        adapters: Sequence[ModelCard] = (),
     ) -> None:
         super().__init__(config, deliver=deliver, clock=clock, on_failure=on_failure, settle=settle)
         self._observer = observer
@@ -70,13 +72,14 @@ class EngineLoop(EngineThread):
         drafts = may_speculate(
             config, exact=runner.exact, overlapped=overlapped(runner) is not None
         )
+        numbered = Adapters(runner.numeric_class, adapters)
         self._scheduler = Scheduler(
             config,
             self._allocator,
             max_model_len=runner.config.max_model_len,
             cost=self._cost,
             speculator=Speculator(config, self._cost) if drafts else None,
-            numeric_class=runner.numeric_class,
+            adapters=numbered,
         )
         vocab_size = runner.config.vocab_size
         packer = Packer(
@@ -85,6 +88,7 @@ class EngineLoop(EngineThread):
             max_model_len=self._scheduler.max_model_len,
             vocab_size=vocab_size,
             eos_ids=eos_ids,
+            adapters=numbered,
         )
         self._pipeline = Pipeline(runner, packer, clock=clock)
         self._outputs = Outputs(
@@ -93,7 +97,7 @@ class EngineLoop(EngineThread):
             eos_ids=eos_ids,
             vocab_size=vocab_size,
             grammars=grammars,
-            numeric_class=runner.numeric_class,
+            adapters=numbered,
         )
 
     # --- any thread -----------------------------------------------------------------------

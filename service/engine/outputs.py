@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from service.engine.adapters import Adapters
 from service.engine.guide import Guides
 from service.engine.inbox import Work
 from service.engine.output import OutputBuilder
@@ -26,7 +27,7 @@ class Outputs:
         eos_ids: frozenset[int],
         vocab_size: int,
         grammars: Grammars | None,
-        numeric_class: str,
+        adapters: Adapters,
     ) -> None:
         """`visible_bytes`: the same with names for special tokens."""
         self.builders: dict[str, OutputBuilder] = {}
@@ -38,7 +39,7 @@ class Outputs:
         self._visible_bytes = visible_bytes
         self._eos_ids = eos_ids
         self._vocab_size = vocab_size
-        self._numeric_class = numeric_class
+        self._adapters = adapters
 
     def begin(self, work: Work) -> OutputBuilder | None:
         """A builder for a request that is to be scheduled. None if its output is complete already:
@@ -54,7 +55,7 @@ class Outputs:
             eos_ids=self._eos_ids,
             tokens=work.tokens,
             guide=guide,
-            numeric_class=self._numeric_class,
+            numeric_class=self._adapters.class_of(request),
         )
         # An engine died between the last token and the end. If the token limit is reached, the
         # guide has yet to find out whether the grammar ends there, too.

@@ -1,63 +1,30 @@
 """Packer: Plan -> Batch. `unpack` is the inverse.
 
-Only these two and `penalties` use both sequences and tensors. They decide nothing. What is constant
-while a sequence holds its batch slot is in columns indexed by batch slot and written once; a step
-gathers the rows it needs, so that a decode step costs little Python per sequence. Shapes:
-`model.batch`.
+Only these two, `slot_state` and `penalties` use both sequences and tensors. They decide nothing.
+What is constant while a sequence holds its batch slot is in columns indexed by batch slot and
+written once; a step gathers the rows it needs, so that a decode step costs little Python per
+sequence. Shapes: `model.batch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, Seeds, Words, mask_of
-from service.engine.bans import BannedSequences, singles
-from service.engine.output import stop_ids
-from service.engine.penalties import PenaltyCounts
+from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, Seeds, Words
+from service.engine.adapters import Adapters
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence
+from service.engine.slot_state import NO_FLOATS, NO_INTS, SlotState
 from service.engine.sources import source_columns
 from service.messages import SamplingParams
 
-_NO_INTS: Ints = np.empty(0, np.int32)
-_NO_FLOATS: Floats = np.empty(0, np.float32)
 _NO_WORDS: Words = np.empty((0, 0), np.uint32)
 _Values = TypeVar("_Values", Ints, Floats)
-_Biases = tuple[Ints, Floats]  # token ids, values
 _UNREAD = 0  # placeholder for a token that only the runner has
-
-
-@dataclass(slots=True, kw_only=True)
-class _SlotState:
-    """What was written for the sequence in a batch slot."""
-
-    owner: tuple[int, int]  # arrival, preemptions: a resumed sequence is a new owner
-    banned: BannedSequences
-    num_blocks: int = 0
-    min_tokens: int = 0
-    penalties: PenaltyCounts | None = None
-    biases: _Biases = (_NO_INTS, _NO_FLOATS)
-    early_biases: _Biases = (_NO_INTS, _NO_FLOATS)  # of the first min_tokens
-    mask: Words | None = None  # of the allowed tokens; None: all
-    adjusts: bool = False  # whether any logit of its rows is adjusted
-
-    def bias(self, sequence: Sequence, drafts: list[int]) -> _Biases:
-        """Biases of the output token after these drafts."""
-        early = sequence.num_output + len(drafts) < self.min_tokens
-        ids, values = self.early_biases if early else self.biases
-        if not self.banned:
-            return ids, values
-        first = max(sequence.num_prompt, len(sequence.tokens) - self.banned.context)
-        known = [*sequence.tokens[first:], *drafts]
-        banned = np.array(sorted(self.banned.after(known)), np.int32)
-        kept = ~np.isin(ids, banned)
-        forbidden = np.full(len(banned), -np.inf, np.float32)
-        return np.concatenate([ids[kept], banned]), np.concatenate([values[kept], forbidden])
 
 
 class _Adjusted(NamedTuple):
@@ -65,7 +32,7 @@ class _Adjusted(NamedTuple):
 
     first_row: int
     sequence: Sequence
-    state: _SlotState
+    state: SlotState
     drafts: list[int]
 
 
@@ -92,12 +59,15 @@ class Packer:
         max_model_len: int,
         vocab_size: int,
         eos_ids: frozenset[int],
+        adapters: Adapters | None = None,
     ) -> None:
         num = config.max_sequences
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
-        self._states: list[_SlotState | None] = [None] * num
+        self._adapters = adapters or Adapters()
+        self._numbers = np.zeros(num, np.int32)  # of the adapters
+        self._states: list[SlotState | None] = [None] * num
         self._table = np.zeros((num, -(-max_model_len // block_size)), np.int32)
         self._seeds = np.zeros(num, np.uint64)
         self._choices = np.zeros(num, np.int32)
@@ -135,8 +105,10 @@ class Packer:
                 sample_rows.extend(range(end - samples, end))
                 sample_slots.extend([batch_slot] * samples)
                 outputs.extend(range(sequence.num_output, sequence.num_output + samples))
-        batch_slots_S = np.array(batch_slots, np.int32)
-        width = -(-max(contexts) // self._block_size)
+        batch_slots_S, width = (
+            np.array(batch_slots, np.int32),
+            -(-max(contexts) // self._block_size),
+        )
         score_rows_Q, score_ids_Q, score_num_top = _scores(plan, starts)
         return Batch(
             tokens_T=_tokens(plan),
@@ -145,6 +117,7 @@ class Packer:
             context_lens_S=np.array(contexts, np.int32),
             block_table_SB=self._table[batch_slots_S, :width],
             batch_slots_S=batch_slots_S,
+            adapters_S=self._numbered(batch_slots_S),
             sample_rows_R=np.array(sample_rows, np.int32),
             sampling=self._sampling(
                 plan,
@@ -179,6 +152,7 @@ class Packer:
             context_lens_S=contexts_S,
             block_table_SB=self._table[columns.batch_slots_R, :width],
             batch_slots_S=columns.batch_slots_R,
+            adapters_S=self._numbered(columns.batch_slots_R),
             sample_rows_R=self._counting[:count],
             sampling=self._sampling(plan, columns, outputs_R),
             score_rows_Q=score_rows_Q,
@@ -193,32 +167,16 @@ class Packer:
         owner = (sequence.arrival, sequence.preemptions)
         state = self._states[index]
         if state is None or state.owner != owner:
-            state = self._states[index] = self._new_state(sequence, owner)
+            state = self._states[index] = SlotState.of(
+                sequence, owner, vocab_size=self._vocab_size, eos_ids=self._eos_ids
+            )
             self._table[index] = 0
+            self._numbers[index] = self._adapters.number(sequence.request)
             self._write_columns(index, sequence.request.sampling)
         if state.num_blocks != len(sequence.blocks):
             fresh = sequence.blocks[state.num_blocks :]
             self._table[index, state.num_blocks : len(sequence.blocks)] = fresh
             state.num_blocks = len(sequence.blocks)
-
-    def _new_state(self, sequence: Sequence, owner: tuple[int, int]) -> _SlotState:
-        request = sequence.request
-        params = request.sampling
-        state = _SlotState(owner=owner, banned=BannedSequences(params.banned))
-        if params.repetition_penalty != 1.0:
-            state.penalties = PenaltyCounts(request.prompt_ids[request.source :])
-        elif params.presence_penalty or params.frequency_penalty:
-            state.penalties = PenaltyCounts(())
-        bias = dict(params.logit_bias) | dict.fromkeys(singles(params.banned), -np.inf)
-        state.biases = _bias_columns(bias)
-        state.min_tokens = request.min_tokens
-        if request.min_tokens:
-            forbidden = dict.fromkeys(stop_ids(request, self._eos_ids), -np.inf)
-            state.early_biases = _bias_columns(bias | forbidden)
-        if params.allowed:
-            state.mask = mask_of(params.allowed, vocab_size=self._vocab_size)
-        state.adjusts = bool(state.penalties or state.banned or bias or len(state.early_biases[0]))
-        return state
 
     def _write_columns(self, index: int, params: SamplingParams) -> None:
         self._seeds[index] = params.seed
@@ -235,6 +193,11 @@ class Packer:
         self._num_tops[index] = params.top_logprobs or 0
         self._wants_logprobs[index] = params.top_logprobs is not None
         self._gathered = None
+
+    def _numbered(self, batch_slots_S: Ints) -> Ints:
+        """The numbers of the sequences' adapters; empty if no sequence has one."""
+        numbers_S = self._numbers[batch_slots_S]
+        return numbers_S if numbers_S.any() else NO_INTS
 
     def _gather(self, batch_slots_R: Ints) -> _Columns:
         return _Columns(
@@ -293,7 +256,7 @@ class Packer:
                 masks.append(np.tile(state.mask, (num, 1)))
             row += num
         if not rows:
-            return _NO_INTS, _NO_WORDS
+            return NO_INTS, _NO_WORDS
         return np.array(rows, np.int32), np.concatenate(masks)
 
     def _adjusted(self, plan: Plan) -> Iterator[_Adjusted]:
@@ -341,7 +304,7 @@ def _tokens(plan: Plan) -> Ints:
 def _scores(plan: Plan, starts: Iterable[int]) -> tuple[Ints, Ints, int]:
     """Rows whose next token is scored, those tokens, and the number of alternatives."""
     if not plan.scored:
-        return _NO_INTS, _NO_INTS, 0
+        return NO_INTS, NO_INTS, 0
     rows: list[int] = []
     ids: list[int] = []
     num_top = 0
@@ -361,7 +324,7 @@ def _penalties(adjusted: list[_Adjusted]) -> tuple[Ints, Ints, Ints]:
         if state.penalties is not None
         for row, (ids, counts) in enumerate(state.penalties.rows(sequence, drafts))
     ]
-    return _flatten(rows, _NO_INTS)
+    return _flatten(rows, NO_INTS)
 
 
 def _biases(adjusted: list[_Adjusted]) -> tuple[Ints, Ints, Floats]:
@@ -370,7 +333,7 @@ def _biases(adjusted: list[_Adjusted]) -> tuple[Ints, Ints, Floats]:
         for first, sequence, state, drafts in adjusted
         for row in range(1 + len(drafts))
     ]
-    return _flatten(rows, _NO_FLOATS)
+    return _flatten(rows, NO_FLOATS)
 
 
 def _flatten(
@@ -379,7 +342,7 @@ def _flatten(
     """(row, ids, values) of each row -> three columns with one entry per id."""
     rows = [row for row in rows if len(row[1])]
     if not rows:
-        return _NO_INTS, _NO_INTS, no_values
+        return NO_INTS, NO_INTS, no_values
     numbers, ids, values = zip(*rows, strict=True)
     lengths = [len(row_ids) for row_ids in ids]
     return (
@@ -387,9 +350,3 @@ def _flatten(
         np.concatenate(ids),
         np.concatenate(values),
     )
-
-
-def _bias_columns(bias: dict[int, float]) -> _Biases:
-    ids = np.fromiter(bias, np.int32, len(bias))
-    values = np.fromiter(bias.values(), np.float32, len(bias))
-    return ids, values

@@ -11,7 +11,8 @@ It works on ints: no tensors (see `pack`), no text, and no stop condition but th
 A runner computes steps in the order they are launched. So a block may be found, freed or taken by
 another sequence while a step that writes it is in flight: its next use is in a later step.
 
-Memory. At admission a sequence takes the blocks of all its tokens and of a first block of output.
+Memory. At admission a sequence takes the blocks of all its tokens and of a first block of output
+(fewer if the cache is compressed: see `tables`).
 If a running one needs a block and none is free, the youngest of the lowest priority is preempted
 (if some tenant is over its share, among the sequences of such tenants; see `shares`): it releases
 its blocks, keeps its tokens and recomputes them later. A preempted sequence counts as of the
@@ -31,18 +32,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable
 
+from service.engine.adapters import Adapters
 from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
 from service.engine.guide import Guide
 from service.engine.held import HeldPrefixes
 from service.engine.order import WaitingOrder
 from service.engine.plan import EngineConfig, Plan, StepBudget
-from service.engine.sequence import Sequence, SequenceStatus
+from service.engine.sequence import Sequence, SequenceStatus, Source
 from service.engine.shares import Shares, rank, split_evenly
-from service.engine.sources import check_fits, publish, slots_of_text, source_of, take_blocks
 from service.engine.speculate import Speculator
+from service.engine.tables import BlockTables, Retention
+from service.errors import BadRequest
 from service.messages import GenerationRequest
-from service.prefixes import chain_digest, chain_root, is_announced
 
 
 class Scheduler:
@@ -56,21 +58,35 @@ class Scheduler:
         max_model_len: int,
         cost: CostModel,
         speculator: Speculator | None = None,
-        numeric_class: str = "",
+        adapters: Adapters | None = None,
     ) -> None:
         self.max_model_len = min(max_model_len, config.max_model_len or max_model_len)
         self.running: list[Sequence] = []  # in order of admission
-        self.held = HeldPrefixes(allocator)
+        retention = Retention(
+            window=config.kv_compression,
+            block_size=allocator.block_size,
+            chunk=config.prompt_chunk,
+        )
+        self._tables = BlockTables(
+            allocator,
+            retention=retention,
+            adapters=adapters or Adapters(),
+            prefix_cache=config.prefix_cache,
+        )
         self._config = config
         self._allocator = allocator
         self._cost = cost
         self._speculator = speculator
-        self._numeric_class = numeric_class
         self._sequences: dict[str, Sequence] = {}
         self._order = WaitingOrder[Sequence](patience=config.patience)
         self._free_slots = list(range(config.max_sequences - 1, -1, -1))  # a stack: 0 first
         self._arrivals = itertools.count()
         self._left_waiting = False  # the latest plan did not admit all sequences
+
+    @property
+    def held(self) -> HeldPrefixes:
+        """The prefixes to announce."""
+        return self._tables.held
 
     @property
     def num_waiting(self) -> int:
@@ -91,7 +107,7 @@ class Scheduler:
         batch_slots = self._config.max_sequences - len(self._sequences)
         if not self.running:
             return batch_slots
-        total = sum(sequence.request.max_total_tokens for sequence in self.running)
+        total = sum(self._tables.most_slots(sequence) + 1 for sequence in self.running)
         blocks_each = self._allocator.blocks_for(-(-total // len(self.running)))
         return min(batch_slots, self._allocator.num_free // blocks_each - self.num_waiting)
 
@@ -110,15 +126,15 @@ class Scheduler:
         """
         if request.id in self._sequences:
             raise ValueError("a request of this id is already in the engine")
-        check_fits(request, self._allocator, max_model_len=self.max_model_len)
         sequence = Sequence(
             request=request,
             tokens=[*request.prompt_ids[request.source :], *tokens],
-            source=source_of(request, self._numeric_class, self._allocator),
+            source=Source(tokens=request.prompt_ids[: request.source]) if request.source else None,
             arrival=next(self._arrivals),
             deadline=deadline,
             guide=guide,
         )
+        self._check_fits(sequence)
         self._sequences[request.id] = sequence
         self._order.enter(sequence)
         return sequence
@@ -184,13 +200,11 @@ class Scheduler:
             self._order.charge(sequence.tenant, len(new))
         size = self._allocator.block_size
         for sequence, source in plan.sources.items():
-            if sequence.status is SequenceStatus.RUNNING and self._config.prefix_cache:
-                publish(self._allocator, source)
-                self.held.note(source.digests[0])
+            self._tables.publish_source(sequence, source)
         for sequence in plan.tokens:
-            num_full = sequence.num_computed // size
-            if num_full != sequence.num_published and sequence.status is SequenceStatus.RUNNING:
-                self._publish(sequence, num_full)
+            full = sequence.num_computed // size
+            if full != sequence.num_published and sequence.status is SequenceStatus.RUNNING:
+                self._tables.publish(sequence)
 
     def computed(self, plan: Plan, seconds: float) -> None:
         """Learns from the duration of a step. Called after `update`."""
@@ -201,7 +215,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises RuntimeError if the bookkeeping is inconsistent. For tests and idle moments."""
         self._allocator.check_integrity(
-            [*s.blocks, *s.source_blocks] for s in self._sequences.values()
+            sequence.held_blocks for sequence in self._sequences.values()
         )
         taken = [s.batch_slot for s in self.running if s.batch_slot is not None]
         if sorted([*self._free_slots, *taken]) != list(range(self._config.max_sequences)):
@@ -211,6 +225,22 @@ class Scheduler:
         for sequence in self._sequences.values():
             if self._allocator.blocks_for(sequence.num_computed) > len(sequence.blocks):
                 raise RuntimeError("a computed token has no block")
+
+    def _check_fits(self, sequence: Sequence) -> None:
+        request = sequence.request
+        if len(request.prompt_ids) <= request.source:
+            raise BadRequest("the prompt must have at least 1 token", code="empty_prompt")
+        if request.max_tokens < 1:
+            raise BadRequest("max_tokens must be at least 1", code="integer_below_min_value")
+        num_source = self._allocator.blocks_for(request.source)
+        slots = max(0, self._allocator.num_blocks - num_source) * self._allocator.block_size
+        too_large = self._tables.most_slots(sequence) > slots
+        if max(sequence.max_total_tokens, request.source) > self.max_model_len or too_large:
+            longest = min(self.max_model_len, slots + 1) if too_large else self.max_model_len
+            raise BadRequest(
+                f"prompt and max_tokens exceed {longest} tokens",
+                code="context_length_exceeded",
+            )
 
     def _expire(self, now: float) -> list[Sequence]:
         expired = [
@@ -224,14 +254,10 @@ class Scheduler:
 
     def _reserve(self, plan: Plan) -> None:
         """Gives each running sequence the blocks of its tokens, preempting if none is free."""
-        blocks_for, size = self._allocator.blocks_for, self._allocator.block_size
-        short = [s for s in self.running if s.num_tokens > size * len(s.blocks) and s.num_remaining]
-        for sequence in sorted(short, key=rank):
+        tables = self._tables
+        for sequence in sorted(tables.short(self.running), key=rank):
             while sequence.status is SequenceStatus.RUNNING:
-                num_new = blocks_for(sequence.num_tokens) - len(sequence.blocks)
-                fresh = self._allocator.take(num_new)
-                if fresh is not None:
-                    sequence.blocks += fresh
+                if tables.extend(sequence, tables.missing(sequence)):
                     break
                 self._preempt(plan, self._shares().victim() or max(self.running, key=rank))
 
@@ -251,14 +277,13 @@ class Scheduler:
         while progress:
             shares, progress = self._shares(), False
             for sequence in self._order.heads():
-                num_blocks = self._allocator.blocks_for(self._slots_to_begin(sequence))
-                num_blocks += self._allocator.blocks_for(sequence.request.source)
+                num_blocks = self._tables.blocks_to_begin(sequence)
                 if not sequence.num_unread and shares.covers(sequence, num_blocks=num_blocks):
                     progress |= self._admit_by_preempting(plan, sequence)
                     shares = self._shares()
 
     def _admit_by_preempting(self, plan: Plan, sequence: Sequence) -> bool:
-        while not (self._free_slots and self._take_blocks(sequence)):
+        while not (self._free_slots and self._tables.open(sequence)):
             victim = self._shares().victim(priority=sequence.request.priority)
             if victim is None:
                 return False
@@ -279,7 +304,7 @@ class Scheduler:
         """
         while self._free_slots and budget.num_tokens > 0:
             sequence = self._order.peek()
-            if sequence is None or sequence.num_unread or not self._take_blocks(sequence):
+            if sequence is None or sequence.num_unread or not self._tables.open(sequence):
                 return
             self._start(plan, sequence)
             if num := budget.chunk(sequence):
@@ -317,55 +342,6 @@ class Scheduler:
             source = sequence.request.source if sequence.lacks_source else 0
             self._order.charge(sequence.tenant, sequence.num_pending + source)
 
-    def _slots_to_begin(self, sequence: Sequence) -> int:
-        """KV slots of its tokens and of a first block of output, if it can need them."""
-        most = slots_of_text(sequence.request)
-        return min(sequence.num_tokens + self._allocator.block_size, most)
-
-    def _take_blocks(self, sequence: Sequence) -> bool:
-        """Takes the block table of a sequence to admit, as far as possible from the prefix cache.
-
-        A hit never covers the last token: its logits are needed, and the cache has none.
-        """
-        size = self._allocator.block_size
-        num_findable = 0 if sequence.scores_prompt else (sequence.num_tokens - 1) // size
-        num_found = take_blocks(
-            self._allocator,
-            sequence,
-            self._digests(sequence, num_findable),
-            num_slots=self._slots_to_begin(sequence),
-            cached=self._config.prefix_cache,
-        )
-        if num_found is None:
-            return False
-        sequence.num_published = num_found
-        sequence.num_computed = num_found * size
-        return True
-
-    def _digests(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
-        """Digests of its first full blocks, hashed once and kept."""
-        if not self._config.prefix_cache:
-            return []
-        size, digests = self._allocator.block_size, sequence.digests
-        for index in range(len(digests), num_blocks):
-            parent = digests[-1] if digests else self._root(sequence)
-            digests.append(chain_digest(parent, sequence.tokens[index * size : (index + 1) * size]))
-        return digests[:num_blocks]
-
-    def _root(self, sequence: Sequence) -> bytes:
-        if sequence.source is not None:
-            return sequence.source.root
-        return chain_root(sequence.tenant, self._numeric_class)
-
-    def _publish(self, sequence: Sequence, num_full: int) -> None:
-        digests = self._digests(sequence, num_full)
-        prompt_end = (sequence.num_prompt - 1) // self._allocator.block_size
-        for index in range(sequence.num_published, len(digests)):
-            self._allocator.publish(sequence.blocks[index], digests[index])
-            if is_announced(index + 1) or index + 1 == prompt_end:
-                self.held.note(digests[index])
-        sequence.num_published = num_full
-
     def _preempt(self, plan: Plan, sequence: Sequence) -> None:
         plan.preempted.append(sequence)
         self._stop(sequence)
@@ -377,16 +353,10 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         """Takes a running sequence out of the batch and releases its blocks."""
         self.running.remove(sequence)
-        if sequence.digests and sequence.num_published:
-            self.held.note(sequence.digests[sequence.num_published - 1])
+        self._tables.close(sequence)
         if sequence.batch_slot is not None:
             self._free_slots.append(sequence.batch_slot)
         sequence.batch_slot = None
-        self._allocator.release(sequence.blocks)
-        sequence.blocks = []
-        if sequence.source is not None:
-            self._allocator.release(sequence.source.blocks)
-            sequence.source.drop()
 
 
 def _advance(sequence: Sequence, num: int) -> None:

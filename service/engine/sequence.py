@@ -46,14 +46,8 @@ class Source:
     """
 
     tokens: tuple[int, ...]
-    root: bytes  # where the digests of the sequence's own blocks begin
-    digests: list[bytes]  # of its blocks, one each
     blocks: list[int] = field(default_factory=list)
     encoded: bool = False  # by a step that was launched, or found in the prefix cache
-
-    def drop(self) -> None:
-        """Records that its blocks were released."""
-        self.blocks, self.encoded = [], False
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -73,6 +67,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     batch_slot: int | None = None  # while it runs
     blocks: list[int] = field(default_factory=list)  # its block table
+    dropped: range = range(0)  # columns of the table whose blocks were released (see `tables`)
     digests: list[bytes] = field(default_factory=list)  # one per full block hashed so far
     num_unread: int = 0  # tokens after `tokens` that steps in flight will yield
     num_computed: int = 0  # tokens whose KV is stored, or will be by steps in flight
@@ -100,6 +95,14 @@ class Sequence:
     def source_blocks(self) -> list[int]:
         """The blocks of its source, if it has one."""
         return [] if self.source is None else self.source.blocks
+
+    @property
+    def held_blocks(self) -> list[int]:
+        """The blocks that it holds: those of its table, and those of its source."""
+        dropped = self.dropped
+        if not dropped:
+            return self.blocks + self.source_blocks if self.source else self.blocks
+        return self.blocks[: dropped.start] + self.blocks[dropped.stop :]
 
     @property
     def is_alive(self) -> bool:

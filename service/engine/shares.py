@@ -34,7 +34,8 @@ class Shares:
         self._batch_slots = Counter(sequence.tenant for sequence in running)
         self._blocks: Counter[str] = Counter()
         for sequence in running:
-            self._blocks[sequence.tenant] += len(sequence.blocks) + len(sequence.source_blocks)
+            held = len(sequence.blocks) - len(sequence.dropped) + len(sequence.source_blocks)
+            self._blocks[sequence.tenant] += held
 
     def covers(self, sequence: Sequence, *, num_blocks: int) -> bool:
         """Whether its tenant stays within its share with this sequence added."""

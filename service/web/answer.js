@@ -18,10 +18,11 @@ const STOP_TIMEOUT = 3_000;  // ms from a stop to the server's end of the stream
 const LOST = new Set(["backend_unavailable", "shutting_down"]);
 const RETRIED = new Set([429, 502, 503, 504]);
 
-export function newRecord(body) {
+/** `request` outlives `body`: the settings of the answer, which an export repeats. */
+export function newRecord(body, request) {
   return {
-    role: "assistant", state: "running", key: randomKey(), body, seed: body.seed, call: null,
-    position: null, prompt: null, text: "", thinking: "", tokens: [], reason: null, error: null,
+    role: "assistant", state: "running", key: randomKey(), body, request, seed: body.seed, call: null,
+    position: null, prompt: null, text: "", thinking: "", calls: [], tokens: [], reason: null, error: null,
     usage: null, sent: Date.now(), first: null, last: null, resumed: 0,
   };
 }
@@ -177,14 +178,16 @@ export class Answer {
     if (choice) {
       const text = choice.delta.content ?? "";
       const thinking = choice.delta.reasoning_content ?? "";
+      const calls = choice.delta.tool_calls ?? [];
       const scored = choice.logprobs?.content ?? [];
-      if (scored.length || text || thinking) {
+      if (scored.length || text || thinking || calls.length) {
         record.first ??= Date.now();
         record.last = Date.now();
       }
       record.tokens.push(...place(record.text.length, text, scored, choice.token_ids));
       record.text += text;
       record.thinking = (record.thinking ?? "") + thinking;
+      addCalls((record.calls ??= []), calls);
       record.position = id ?? record.position;
       record.reason = choice.finish_reason ?? record.reason;
     }
@@ -225,6 +228,14 @@ export class Answer {
     }
     this.link = state;
     this.#changed(this);
+  }
+}
+
+/** Adds deltas to the tool calls, each {id, type, name, input}. */
+function addCalls(calls, deltas) {
+  for (const { index, id, type, function: called, custom } of deltas) {
+    calls[index] ??= { id, type, name: (called ?? custom).name, input: "" };
+    calls[index].input += called?.arguments ?? custom?.input ?? "";
   }
 }
 

@@ -2,9 +2,11 @@
 // view.js draws it.
 
 import { Answer, newRecord } from "./answer.js";
+import { lastRequest } from "./conversation.js";
+import { ExportDialog } from "./export.js";
 import { LiveView } from "./live.js";
 import { SettingsForm } from "./settings.js";
-import { SimilarityForm } from "./similarity.js";
+import { offerModels, SimilarityForm } from "./similarity.js";
 import { loadChat, loadModel, saveChat, saveModel, saveTheme } from "./store.js";
 import { Speaker } from "./speaker.js";
 import { Transcript } from "./transcript.js";
@@ -20,7 +22,7 @@ class Page {
   #drawing = false;
   #saved = 0;
   #model = null;
-  #chosen = loadModel();
+  #chosen = loadModel("chat");
 
   constructor() {
     this.settings = new SettingsForm();
@@ -28,8 +30,13 @@ class Page {
     this.transcript = new Transcript({
       again: () => this.#again(), reconnect: () => this.#follow(this.#messages.at(-1)),
       keepSeed: (seed) => this.settings.setSeed(seed), headers: () => this.settings.headers(),
+      sendResults: (results) => this.#send(...results),
     });
     this.similarity = new SimilarityForm({ headers: () => this.settings.headers() });
+    new ExportDialog({
+      request: () => lastRequest(this.#messages, this.#model, this.settings.request()),
+      keyed: () => "Authorization" in this.settings.headers(),
+    });
     this.live = new LiveView({
       headers: () => this.settings.headers(), onStatus: (status) => this.#showStatus(status),
     });
@@ -71,24 +78,31 @@ class Page {
   }
 
   #ask(text) {
-    if (!text.trim() || this.#busy) return;
+    if (!text.trim() || !this.#send({ role: "user", text })) return;
     $("question").value = "";
     this.#size();
-    this.#messages.push({ role: "user", text });
+  }
+
+  /** Adds messages and requests the answer. Returns whether it could. */
+  #send(...messages) {
+    if (this.#busy || !this.settings.check()) return false;
+    this.#messages.push(...messages);
     this.#begin();
+    return true;
   }
 
   /** Requests another answer to the last question, with another seed. */
   #again() {
-    if (this.#busy) return;
+    if (this.#busy || !this.settings.check()) return;
     if (this.#messages.at(-1)?.role === "assistant") this.#messages.pop();
     this.#begin();
   }
 
   #begin() {
-    const body = this.settings.body(this.#messages);
+    const request = this.settings.request();
+    const body = this.settings.body(this.#messages, request);
     if (this.#model) body.model = this.#model;
-    const record = newRecord(body);
+    const record = newRecord(body, request);
     this.#messages.push(record);
     this.#drawAll();
     this.#follow(record);
@@ -152,6 +166,7 @@ class Page {
 
   #drawAll() {
     $("welcome").hidden = this.#messages.length > 0;
+    $("export-open").hidden = !this.#messages.length;
     this.transcript.drawAll(this.#messages);
     this.#drawState();
   }
@@ -180,28 +195,18 @@ class Page {
     const model = models.find(({ id }) => id === this.#chosen) ?? models[0];
     this.#model = model.id;
     $("model").textContent = model.id;
-    this.#offer(models);
+    offerModels($("models"), models);
+    $("models").value = model.id;
+    $("models").hidden = models.length < 2;
+    $("model").hidden = !$("models").hidden;
     $("version").textContent = `Quire ${status.version} · ${model.numeric_class}`;
     this.settings.setContext(model.max_model_len);
     document.body.dataset.attention = model.max_attention_tokens ?? "";
   }
 
-  /** Shows a choice if there are several models. One without an engine cannot be chosen. */
-  #offer(models) {
-    const field = $("models");
-    const known = [...field.options].map(({ value }) => value);
-    if (known.join("\n") !== models.map(({ id }) => id).join("\n")) {
-      field.replaceChildren(...models.map(({ id }) => new Option(id, id)));
-    }
-    models.forEach(({ served }, at) => { field.options[at].disabled = !served; });
-    field.value = this.#model;
-    field.hidden = models.length < 2;
-    $("model").hidden = !field.hidden;
-  }
-
   #choose(model) {
     this.#chosen = this.#model = model;
-    saveModel(model);
+    saveModel("chat", model);
   }
 }
 

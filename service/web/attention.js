@@ -1,8 +1,8 @@
-// Attention: shows the conversation up to an answer's end as tokens. Pointer, touch or arrow keys
-// choose one; earlier tokens are coloured by its weights, and the largest weights are listed, which a
-// screen reader announces, too.
+// Attention: shows a text as tokens. Pointer, touch or arrow keys choose one; the tokens that it
+// attends to (earlier ones or, in an encoder, all) are coloured by its weights, and the largest weights
+// are listed, which a screen reader announces, too.
 //
-//   chosen layer and head --POST /v1/attention--> rows[token][earlier token]     null: mean of all
+//   chosen layer and head --POST /v1/attention--> rows[token][attended token]     null: mean of all
 
 import { share, visible } from "./tokens.js";
 import { bar, element } from "./view.js";
@@ -14,20 +14,23 @@ const STEPS = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -
 let made = 0;
 
 export class AttentionView {
-  #record;
+  #input;
+  #limit;
   #headers;
   #texts = [];
   #tokens = [];  // their elements
   #rows = null;
-  #chosen = 0;
+  #chosen;
   #stale = false;
   #reading = false;
   #closed = false;
 
-  constructor(record, { headers }) {
-    this.#record = record;
+  /** `input`: {model} and {tokens}, ids, or {prompt}, a text. `chosen`: the first token to show. */
+  constructor(input, { headers, chosen, limit = Infinity, label = "Attention" }) {
+    this.#input = input;
+    this.#limit = limit;
     this.#headers = headers;
-    this.#chosen = record.prompt.length + Math.max(0, record.tokens.findLastIndex(({ start, end }) => end > start));
+    this.#chosen = chosen;
     made += 1;
     this.id = `attention-${made}`;
     this.layer = choice(`${this.id}-layer`, "Layer");
@@ -36,10 +39,10 @@ export class AttentionView {
     this.list = element("div", { class: "attended", "aria-live": "polite", "aria-atomic": "true" });
     this.heat = element("div", {
       class: "heat", role: "listbox", tabindex: "0", hidden: "", "aria-orientation": "horizontal",
-      "aria-label": "Tokens of the conversation; choose one to see what it attends to",
+      "aria-label": "Tokens; choose one to see what it attends to",
     });
     const menus = element("div", { class: "heat-bar" }, ...this.layer.parts, ...this.head.parts);
-    this.element = element("section", { class: "attention", id: this.id, "aria-label": "Attention" },
+    this.element = element("div", { class: "attention", id: this.id, role: "group", "aria-label": label },
       menus, this.note, this.list, this.heat);
     for (const { select } of [this.layer, this.head]) select.addEventListener("change", () => this.#read());
     this.heat.addEventListener("click", (event) => {
@@ -60,11 +63,9 @@ export class AttentionView {
   async #read() {
     this.#stale = true;
     if (this.#reading) return;
-    const { prompt, tokens, model } = this.#record;
-    const all = [...prompt, ...tokens.map(({ id }) => id)];
-    const limit = Number(document.body.dataset.attention);
-    if (all.length > limit) {
-      this.note.textContent = `Attention is shown for up to ${limit} tokens; here are ${all.length}.`;
+    const count = this.#input.tokens?.length ?? 0;
+    if (count > this.#limit) {
+      this.note.textContent = `Attention is shown for up to ${this.#limit} tokens; here are ${count}.`;
       return;
     }
     this.#reading = true;
@@ -73,7 +74,7 @@ export class AttentionView {
     let reply = {};
     while (this.#stale && !this.#closed) {
       this.#stale = false;
-      const body = { model, tokens: all, layer: this.layer.index, head: this.head.index, return_token_strs: true };
+      const body = { ...this.#input, layer: this.layer.index, head: this.head.index, return_token_strs: true };
       reply = await ask(body, this.#headers(), () => this.#closed);
     }
     this.#reading = false;
@@ -111,13 +112,15 @@ export class AttentionView {
   #choose(index) {
     this.#chosen = index;
     const weights = this.#rows[index];
-    // Heads without a target attend to the first token (attention sink): it would outshine the rest.
-    const top = Math.max(...weights.slice(1), 0.001);
+    // Heads without a target attend to the first token or, in an encoder, to the last (attention
+    // sinks): they would outshine the rest.
+    const both = this.#rows[0].length > 1;
+    const top = Math.max(...weights.slice(1, both ? -1 : undefined), 0.001);
     this.#tokens.forEach((token, at) => {
       const weight = weights[at] ?? 0;
       token.style.setProperty("--heat", Math.min(1, Math.sqrt(weight / top)).toFixed(3));
       token.setAttribute("aria-selected", String(at === index));
-      token.title = at > index ? "" : share(weight);
+      token.title = at in weights ? share(weight) : "";
     });
     this.heat.setAttribute("aria-activedescendant", this.#tokens[index].id);
     const largest = weights.map((weight, at) => ({ weight, at })).sort((a, b) => b.weight - a.weight);
@@ -128,8 +131,8 @@ export class AttentionView {
   }
 
   #entry(weight, at, chosen) {
-    const ago = at === chosen ? "itself" : at === 0 ? "the first" : `${chosen - at} before`;
-    return element("li", {}, bar(weight), element("code", {}, visible(this.#texts[at])), element("small", {}, ago),
+    const place = at === chosen ? "itself" : at === 0 ? "the first" : at < chosen ? `${chosen - at} before` : `${at - chosen} after`;
+    return element("li", {}, bar(weight), element("code", {}, visible(this.#texts[at])), element("small", {}, place),
       element("span", {}, share(weight)));
   }
 }

@@ -1,10 +1,12 @@
 // The settings form. Settings are stored in this browser; the API key only in this tab.
 
-import { loadKey, loadSettings, saveKey, saveSettings } from "./store.js";
+import { toApi } from "./conversation.js";
+import { loadKey, loadSettings, parsed, saveKey, saveSettings } from "./store.js";
 
 const ALTERNATIVES = 5;
 const SEEDS = 2 ** 31;
-const DEFAULTS = { system: "", temperature: 0.7, top_p: 0.95, max_tokens: "", seed: "" };
+const OWN = new Set(["model", "messages", "n", "stream", "stream_options", "logprobs", "top_logprobs"]);
+const DEFAULTS = { system: "", temperature: 0.7, top_p: 0.95, max_tokens: "", seed: "", extra: "" };
 
 export class SettingsForm {
   #form = document.getElementById("settings");
@@ -29,21 +31,35 @@ export class SettingsForm {
     return key ? { Authorization: `Bearer ${key}` } : {};
   }
 
-  /** The request body for an answer to the messages. The seed is drawn here, to show it. */
-  body(messages) {
+  /** {system, fields}: what an answer depends on besides the messages. Draws the seed, to show it. */
+  request() {
     const { system, temperature, top_p: topP, seed } = this.#form;
-    const chosen = seed.value === "" ? Math.floor(Math.random() * SEEDS) : Number(seed.value);
-    const turns = messages.filter(({ text }) => text);  // an answer that failed may be empty
-    const opening = system.value.trim() ? [{ role: "system", content: system.value }] : [];
-    const body = {
-      messages: [...opening, ...turns.map(({ role, text }) => ({ role, content: text }))],
-      temperature: Number(temperature.value), top_p: Number(topP.value), seed: chosen,
+    const fields = {
+      ...this.#extra(), temperature: Number(temperature.value), top_p: Number(topP.value),
+      seed: seed.value === "" ? Math.floor(Math.random() * SEEDS) : Number(seed.value),
+    };
+    const limit = this.#limit();
+    if (limit) fields.max_tokens = limit;
+    return { system: system.value.trim() ? system.value : "", fields };
+  }
+
+  /** The request body for a streamed answer to the messages. */
+  body(messages, { system, fields }) {
+    return {
+      ...fields, n: 1, messages: toApi(messages, system),
       stream: true, stream_options: { include_usage: true },
       logprobs: true, top_logprobs: ALTERNATIVES, return_token_ids: true,
     };
-    const limit = this.#limit();
-    if (limit) body.max_tokens = limit;
-    return body;
+  }
+
+  /** Returns whether the settings can be sent; if not, shows why. */
+  check() {
+    const { extra } = this.#form;
+    if (this.#extra()) return true;
+    document.getElementById("extra-error").value = "This must be one JSON object.";
+    if (!extra.checkVisibility()) document.getElementById("panel-switch").click();
+    extra.focus();
+    return false;
   }
 
   setSeed(seed) {
@@ -61,6 +77,14 @@ export class SettingsForm {
   askForKey() {
     this.#form.key.closest("p").hidden = false;
     this.#form.key.focus();
+  }
+
+  /** The further fields of a request; null if they are not a JSON object. */
+  #extra() {
+    const text = this.#form.extra.value;
+    const fields = text.trim() ? parsed(text) : {};
+    if (!fields || typeof fields !== "object" || Array.isArray(fields)) return null;
+    return Object.fromEntries(Object.entries(fields).filter(([name]) => !OWN.has(name)));
   }
 
   #limit(value = this.#form.max_tokens.value) {
@@ -81,7 +105,10 @@ export class SettingsForm {
   }
 
   #show() {
-    for (const output of this.#form.querySelectorAll("output")) {
+    const bad = this.#extra() === null;
+    this.#form.extra.setAttribute("aria-invalid", String(bad));
+    if (!bad) document.getElementById("extra-error").value = "";
+    for (const output of this.#form.querySelectorAll("output:not(.bad)")) {
       output.value = Number(this.#form[output.htmlFor.value].value).toFixed(2);
     }
   }

@@ -3,7 +3,7 @@
 
 const CHAT = "quire.chat.1";
 const SETTINGS = "quire.settings.1";
-const MODEL = "quire.model";
+const MODEL = { chat: "quire.model", similarity: "quire.model.similarity" };
 const THEME = "quire.theme";
 const KEY = "quire.key";
 
@@ -23,19 +23,20 @@ export function saveChat(messages) {
 
 export const loadSettings = () => parsed(load("local", SETTINGS)) ?? {};
 export const saveSettings = (settings) => save("local", SETTINGS, JSON.stringify(settings));
-export const loadModel = () => load("local", MODEL) ?? "";
-export const saveModel = (name) => save("local", MODEL, name);
+export const loadModel = (use) => load("local", MODEL[use]) ?? "";
+export const saveModel = (use, name) => save("local", MODEL[use], name);
 export const saveTheme = (name) => save("local", THEME, name);
 
 /** The key is stored until the tab closes. */
 export const loadKey = () => load("session", KEY) ?? "";
 export const saveKey = (key) => save("session", KEY, key);
 
-function parsed(text) {
+/** The value of a JSON text; null if it is none. */
+export function parsed(text) {
   try {
     return JSON.parse(text);
   } catch {
-    return null;  // not ours, or another version
+    return null;
   }
 }
 

@@ -1,8 +1,9 @@
 // The list of messages: questions, and answers with their buttons and figures.
 
 import { AttentionView } from "./attention.js";
+import { CallList } from "./calls.js";
 import { TokenTip } from "./tip.js";
-import { element, Prose, TokenStrip } from "./view.js";
+import { copyText, element, Json, Prose, TokenStrip } from "./view.js";
 
 const NEAR = 80;  // px from the bottom within which the view follows new text
 const ENDS = {
@@ -15,7 +16,7 @@ export class Transcript {
   #rows = [];
   #actions;
 
-  /** `actions`: again(), reconnect(), keepSeed(seed), headers(). */
+  /** `actions`: again(), reconnect(), keepSeed(seed), sendResults(results), headers(). */
   constructor(actions) {
     this.#actions = actions;
     this.tip = new TokenTip(this.#scroll, (target) => {
@@ -55,21 +56,22 @@ export class Transcript {
   }
 
   #row(record) {
-    const who = element("h3", { class: "hidden" }, record.role === "user" ? "You" : "Answer");
-    const item = element("li", { class: record.role }, who);
-    if (record.role === "user") {
+    const author = { user: "You", tool: `Result of ${record.name}`, assistant: "Answer" }[record.role];
+    const item = element("li", { class: record.role }, element("h2", { class: "hidden" }, author));
+    if (record.role !== "assistant") {
       item.append(element("p", { class: "question" }, record.text));
       return { record, item };
     }
     const hint = "The answer; left and right arrow keys step through its tokens";
     const answer = element("div", { class: "answer", tabindex: "0", role: "group", "aria-label": hint });
     const row = { record, item, answer, view: null, tokens: false, attention: null };
-    row.thought = element("div", { tabindex: "0", role: "region", "aria-label": "Thinking" });
+    row.thought = element("div", { tabindex: "0", role: "group", "aria-label": "Thinking" });
     row.thinking = element("details", { class: "thinking" }, element("summary", {}, "Thinking"), row.thought);
+    row.calls = new CallList((results) => this.#actions.sendResults(results));
     row.note = element("p", { class: "error", role: "alert", hidden: "" });
     row.figures = element("span", { class: "figures" });
     row.buttons = this.#buttons(row);
-    item.append(row.thinking, answer, row.note, element("div", { class: "foot" }, row.figures, ...row.buttons.all));
+    item.append(row.thinking, answer, row.calls.element, row.note, element("div", { class: "foot" }, row.figures, ...row.buttons.all));
     row.prose = true;
     return row;
   }
@@ -107,7 +109,7 @@ export class Transcript {
     const open = !row.attention;
     row.buttons.attention.setAttribute("aria-expanded", String(open));
     if (open) {
-      row.attention = new AttentionView(row.record, { headers: this.#actions.headers });
+      row.attention = attentionOf(row.record, this.#actions.headers);
       row.item.append(row.attention.element);
       row.attention.element.scrollIntoView({ block: "nearest" });
     } else {
@@ -122,12 +124,13 @@ function drawRow(row, { last }) {
   const running = record.state === "running";
   if (!row.view) {
     answer.replaceChildren();
-    row.view = row.tokens ? new TokenStrip(answer) : new Prose(answer);
+    const View = row.tokens ? TokenStrip : asksJson(record.request?.fields) ? Json : Prose;
+    row.view = new View(answer);
     answer.classList.toggle("strip", row.tokens);
   }
   row.view.draw(record.text, record.tokens);
-  row.thinking.hidden = !record.thinking;
-  row.thought.textContent = record.thinking ?? "";
+  drawThinking(row, running && !record.text && !record.calls?.length);
+  row.calls.draw(record.calls ?? [], { open: last && !running });
   row.item.classList.toggle("running", running);
   row.item.setAttribute("aria-busy", String(running));
   row.note.hidden = !record.error && record.state !== "cut";
@@ -138,6 +141,28 @@ function drawRow(row, { last }) {
   buttons.attention.hidden = !record.tokens.length || !record.prompt;
   buttons.again.hidden = !last || running;
   buttons.reconnect.hidden = !last || record.state !== "cut";
+}
+
+/** The thinking is open while it streams and folded afterwards; in between, people decide. */
+function drawThinking(row, streams) {
+  const { thinking, thought, record } = row;
+  thinking.hidden = !record.thinking;
+  if (thought.textContent !== record.thinking) thought.textContent = record.thinking ?? "";
+  if (row.streams !== streams && document.activeElement !== thought) thinking.open = streams;
+  row.streams = streams;
+  if (streams && document.activeElement !== thought) thought.scrollTop = thought.scrollHeight;
+}
+
+function asksJson({ response_format: format, structured_outputs: outputs } = {}) {
+  return format?.type?.startsWith("json") || outputs?.json || outputs?.json_object;
+}
+
+function attentionOf({ prompt, tokens, model }, headers) {
+  const all = [...prompt, ...tokens.map(({ id }) => id)];
+  const last = Math.max(0, tokens.findLastIndex(({ start, end }) => end > start));
+  return new AttentionView({ model, tokens: all }, {
+    headers, chosen: prompt.length + last, limit: Number(document.body.dataset.attention),
+  });
 }
 
 /** "48.1 tokens/s · first after 0.12 s · 96 tokens · resumed" */
@@ -154,12 +179,4 @@ function figures({ state, tokens, first, last, sent, reason, resumed, usage }) {
 
 function copy(button) {
   copyText(button.closest(".code").querySelector("code").textContent, button);
-}
-
-/** The clipboard needs a secure origin. */
-async function copyText(text, button) {
-  const label = button.textContent;
-  const done = await navigator.clipboard?.writeText(text).then(() => true, () => false);
-  button.textContent = done ? "Copied" : "Not allowed";
-  setTimeout(() => (button.textContent = label), 1500);
 }

@@ -1,6 +1,8 @@
 // Elements of a message. Model text goes into text nodes only; it never becomes markup.
 
+import { indented } from "./json.js";
 import { blocks, inline } from "./markdown.js";
+import { parsed } from "./store.js";
 import { firstAfter, surprise, visible } from "./tokens.js";
 
 /** element("p", {class: "note"}, "text", child) */
@@ -35,6 +37,20 @@ export class Prose {
     const source = { text, tokens };
     for (const block of wanted.slice(same)) this.container.append(drawBlock(source, block));
     this.#drawn = keys;
+  }
+}
+
+/** An answer in JSON, indented if it is complete. */
+export class Json {
+  #code = element("code");
+
+  constructor(container) {
+    container.append(codeBlock("json", this.#code));
+  }
+
+  draw(text) {
+    const shown = parsed(text) === null ? text : indented(text);
+    if (this.#code.textContent !== shown) this.#code.textContent = shown;
   }
 }
 
@@ -73,8 +89,8 @@ function drawBlock(source, block) {
   if (block.kind === "code") return drawCode(source, block);
   if (block.kind === "list") return drawList(source, block.items);
   if (block.kind === "heading") {
-    // The page's own headings end at level 2.
-    return fill(element(`h${Math.min(6, block.level + 2)}`), source, block.lines);
+    // The page's own end at level 2. No level is skipped, whichever the text uses.
+    return fill(element("h3", { class: block.level > 1 ? "minor" : "major" }), source, block.lines);
   }
   if (block.kind === "quote") {
     return element("blockquote", {}, fill(element("p"), source, block.lines));
@@ -100,10 +116,23 @@ function drawCode(source, block) {
     const last = index === block.lines.length - 1;
     leaf(code, source, start, last ? end : end + 1);
   });
+  return codeBlock(block.language || "text", code);
+}
+
+/** Code that scrolls, under its title and a button that copies it. */
+export function codeBlock(title, code, label = "Code") {
   const copy = element("button", { type: "button", class: "quiet copy" }, "Copy");
-  const label = element("span", { class: "language" }, block.language || "text");
-  const pre = element("pre", { tabindex: "0", role: "region", "aria-label": "Code" }, code);
-  return element("div", { class: "code" }, element("div", { class: "code-head" }, label, copy), pre);
+  const head = element("div", { class: "code-head" }, element("span", { class: "language" }, title), copy);
+  const pre = element("pre", { tabindex: "0", role: "group", "aria-label": label }, code);
+  return element("div", { class: "code" }, head, pre);
+}
+
+/** Copies text, and says so on the button. The clipboard needs a secure origin. */
+export async function copyText(text, button) {
+  const label = button.textContent;
+  const done = await navigator.clipboard?.writeText(text).then(() => true, () => false);
+  button.textContent = done ? "Copied" : "Not allowed";
+  setTimeout(() => (button.textContent = label), 1500);
 }
 
 function fill(parent, source, lines) {

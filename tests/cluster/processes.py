@@ -139,7 +139,8 @@ class Replica:
         try:
             with urllib.request.urlopen(f"http://{host}:{port}/health/live", timeout=60) as reply:
                 return bool(reply.status == 200)
-        except urllib.error.HTTPError:
+        except urllib.error.HTTPError as refusal:
+            refusal.close()
             return False
 
     def metrics(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from model.kvcache import bytes_per_block
 from model.runners import RunnerOptions
 from model.runners.choose import choose_sizes
 from service.observability.metrics import Metrics
-from service.settings import setting_rows
+from service.setting_rows import setting_rows
 from tests.deploy.manifests import DEPLOY, ROOT, get, render
 from tests.deploy.promql import known_series
 

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from model.checkpoint import load_model
+from model.checkpoint.stored import stored_tensors
 from model.training import TrainingError
-from model.training.folder import Base, as_stored, stored_tensors, write_model
+from model.training.folder import Base, as_stored, write_model
 from model.training.lowrank import (
     LowRank,
     adapters_of,

@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from service.api import ROUTERS
 from service.api.http.models import UNSUPPORTED
 from service.observability.metrics import Metrics
-from service.settings import SettingRow, setting_rows
+from service.setting_rows import SettingRow, setting_rows
 
 DOCS = Path(__file__).parents[2] / "docs"
 _TABLE = re.compile(r"(<!-- generated: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)

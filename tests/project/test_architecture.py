@@ -32,14 +32,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model.grammar": ("llguidance", "model.batch"),
     "model.grammar_validator": ("model.grammar",),
     "service": ("service.decoding", "service.errors", "service.messages"),
-    "service.setting_types": ("pydantic",),
+    "service.setting_types": ("pydantic", "model.compression"),
     "service.settings": ("pydantic", "service.errors", "service.setting_types"),
+    "service.setting_rows": ("pydantic", "service.settings"),
     "service.keys": ("pydantic", "service.errors"),
     "service.chat": ("httpx", "rich", "service.errors"),
     "service.engine": (
-        "numpy", "model.batch", "model.grammar", "model.runners", "service.messages",
-        "service.errors", "service.prefixes", "service.thinking", "service.vectors",
-        "service.engine",
+        "numpy", "model.batch", "model.compression", "model.grammar", "model.runners",
+        "service.messages", "service.errors", "service.prefixes", "service.thinking",
+        "service.vectors", "service.engine",
     ),
     "service.queues": (
         "service.decoding", "service.messages", "service.errors", "service.queues",
@@ -93,8 +94,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.setting_types", "service.startup",
     ),
     "service.models": (
-        "rich", "model", "service.messages", "service.settings", "service.setting_types",
-        "service.startup", "service.encoders",
+        "rich", "model", "service.messages", "service.errors", "service.settings",
+        "service.setting_types", "service.startup", "service.encoders",
     ),
     "service.banner": ("rich", "service.settings", "service.encoders", "service.models"),
     "service.doctor": (
@@ -119,7 +120,7 @@ TORCH_FREE = (
     "model.checkpoint.fetch", "model.checkpoint.gguf", "model.checkpoint.safetensors",
     "model.checkpoint.assemble", "model.runners.native", "model.runners.choose", "model.parallel",
     "model.runners.encoding", "model.runners.native_encoding",
-    "model.families.llama", "model.config", "model.batch", "model.grammar",
+    "model.families.llama", "model.compression", "model.config", "model.batch", "model.grammar",
     "model.grammar_validator", "model.text.tokenizer", "model.text.template_process",
 )  # fmt: skip
 

@@ -13,7 +13,8 @@ from service.observability.metrics import Metrics
 from service.parts import ApiModel, ApiSide
 from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
-from service.settings import Settings, load_settings, setting_rows
+from service.setting_rows import setting_rows
+from service.settings import Settings, load_settings
 from service.startup import MemoryPart, check_names
 
 

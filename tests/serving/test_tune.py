@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -32,6 +33,8 @@ holdout = 0.2
 steps = {steps}
 batch = 2
 """
+
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def command(folder: Path, *flags: str, steps: int) -> list[str]:
@@ -102,8 +105,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, tiny_model: TinyMod
     rows = [{"prompt": "the quick", "completion": " fox" * length} for length in (1, 2, 9, 20)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     losses = []
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for processes, start in ((1, []), (2, launcher)):
+    for processes, start in ((1, ()), (2, LAUNCHER)):
         out = tmp_path / f"by-{processes}"
         words = [sys.executable, *start, *("-m", "service", "tune", "generate", "--model", model)]
         words += ["--data", str(tmp_path / "rows.jsonl"), "--out", str(out), "--device", "cpu"]
@@ -116,6 +118,31 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, tiny_model: TinyMod
         assert (out / "model.safetensors").exists()
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
     assert losses[0][1] < losses[0][0] / 1.5
+
+
+LEAVING = """
+import os, torch
+from pathlib import Path
+from model.training.ranks import join_ranks
+ranks = join_ranks("cpu")
+tensors = [torch.full((3,), float(ranks.index + 1)) for _ in range(4)]
+ranks.sum_all(tensors)
+ranks.copy(tensors)
+assert all(bool((tensor == 3).all()) for tensor in tensors)
+ranks.close()
+threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in threads if "gloo" in name], threads
+"""
+
+
+@pytest.mark.longer
+def test_a_process_leaves_its_group_without_threads(tmp_path: Path) -> None:
+    """A thread that outlives the group can abort the process when it ends."""
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    words = [sys.executable, *LAUNCHER, str(tmp_path / "leaving.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_errors_are_one_line(tmp_path: Path, tiny_model: TinyModel) -> None:

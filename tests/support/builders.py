@@ -116,6 +116,7 @@ class Piece:
     sample: bool = True
     scores: dict[int, int] = field(default_factory=dict)  # offset in the piece -> its next token
     seat: int | None = None
+    adapter: int = 0
     sampling: dict[str, Any] = field(default_factory=dict)  # columns that are not the default
 
 
@@ -148,6 +149,7 @@ def make_batch(
         batch_slots_S=_ints(
             [i if piece.seat is None else piece.seat for i, piece in enumerate(pieces)]
         ),
+        adapters_S=_ints([p.adapter for p in pieces] if any(p.adapter for p in pieces) else []),
         sample_rows_R=_ints([int(starts[i + 1]) - 1 for i, p in enumerate(pieces) if p.sample]),
         sampling=make_sampling([p.sampling for p in sampled], vocab_size=vocab_size, top=num_top),
         score_rows_Q=_ints([row for row, _ in scored]),

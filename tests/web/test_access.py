@@ -55,11 +55,24 @@ async def test_everything_can_be_done_from_the_keyboard(visit: Any, slow_steps: 
     assert (await tab.record())["reason"] == "cancelled"
     reached, unseen = await walk(tab.page)
     assert reached >= {
-        "new-chat", "theme", "scroll", "answer", "seed 1", "Tokens", "Attention", "Copy",
-        "Again", "question", "send", "system", "temperature", "top_p", "max_tokens", "seed",
-        "Defaults",
+        "new-chat", "export-open", "theme", "scroll", "answer", "seed 1", "Tokens", "Attention",
+        "Copy", "Again", "question", "send", "system", "temperature", "top_p", "max_tokens", "seed",
+        "extra", "Defaults",
     }  # fmt: skip
     assert unseen == [], "where the focus is can be seen"
+    export = tab.page.locator("#export-open")
+    await export.focus()
+    await press("Enter")
+    await expect(tab.page.locator("#export-language")).to_be_focused()
+    await expect(tab.page.locator("#export-code")).to_contain_text("curl ")
+    await tab.page.keyboard.type("P")
+    await expect(tab.page.locator("#export-code")).to_contain_text("from openai import OpenAI")
+    for name in ("#export-copy", "#export-close", "#export pre"):
+        await press("Tab")
+        await expect(tab.page.locator(name)).to_be_focused()
+    await press("Escape")
+    await expect(tab.page.locator("#export")).to_be_hidden()
+    await expect(export).to_be_focused()
     await tab.page.focus("#new-chat")
     await press("Enter")
     await expect(tab.page.locator("#messages > li")).to_have_count(0)
@@ -116,9 +129,7 @@ async def test_nothing_is_wider_than_a_phone(visit: Any, overflow: Any) -> None:
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
-async def test_axe_finds_nothing_serious(
-    visit: Any, findings: Any, colours: str, viewport: Any
-) -> None:
+async def test_axe_finds_nothing(visit: Any, findings: Any, colours: str, viewport: Any) -> None:
     tab = await visit(viewport=viewport, color_scheme=colours, reduced_motion="reduce")
     assert await findings(tab.page) == []
     if viewport is PHONE:
@@ -132,4 +143,12 @@ async def test_axe_finds_nothing_serious(
     await tab.page.locator(".answer [data-token]").nth(2).click()
     assert await findings(tab.page) == []
     await tab.page.get_by_role("button", name="Tokens", exact=True).click()
+    assert await findings(tab.page) == []
+    await tab.ask(CODE)
+    await tab.ended()  # two answers: names of their parts may not clash
+    await tab.page.get_by_role("button", name="Attention").first.click()
+    await tab.page.get_by_role("button", name="Attention").last.click()
+    await expect(tab.page.locator(".heat:visible")).to_have_count(2)
+    assert await findings(tab.page) == []
+    await tab.page.click("#export-open")
     assert await findings(tab.page) == []

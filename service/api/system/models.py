@@ -49,6 +49,9 @@ class Model(AnswerModel):
     created: Created
     owned_by: str = Field(description="The server.")
     root: str = Field(description="The id of the model that an alias stands for, or its own.")
+    parent: str | None = Field(
+        description="Of an adapter, the id of the model that it changes; null of others."
+    )
     kind: Literal["generate", "embed", "score", "classify"] = Field(
         description="What the model does: generate text, embed, score pairs, or classify."
     )
@@ -81,6 +84,7 @@ def _entry(name: str, model: ServedModel) -> dict[str, Any]:
         "created": card.created,
         "owned_by": "quire",
         "root": card.id,
+        "parent": card.parent or None,
         "kind": model.kind.value,
         "endpoints": ENDPOINTS[model.kind],
         **_encoder_fields(model),

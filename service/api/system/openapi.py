@@ -1,4 +1,4 @@
-"""GET /openapi.json and /docs: the OpenAPI document, and Swagger UI to show it.
+"""GET /openapi.json and /docs: the OpenAPI document, and a page that lists its endpoints.
 
 FastAPI derives routes, fields and answers from the pydantic models. Added here are the limits that
 the settings or the model determine, headers, the errors of each endpoint, and an example of each
@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
+from html import escape
 from types import MappingProxyType
 from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi import APIRouter, FastAPI, Response
 from fastapi.openapi.utils import get_openapi
 
 from service.api.http.auth import OPEN_PATHS, is_counted
 from service.api.http.context import ApiContext, ApiLimits, Context, from_app
 from service.api.http.models import EVENTS, MAX_INT
+from service.api.system.page import HEADERS
 from service.messages import ModelCard
 
 Json = dict[str, Any]
@@ -105,17 +106,37 @@ class DocumentCache:
         return await asyncio.shield(self._rendering)  # a client that leaves does not cancel it
 
 
+Cache = Annotated[DocumentCache, from_app("document")]
+
+
 @router.get(DOCUMENT)
-async def show_document(
-    cache: Annotated[DocumentCache, from_app("document")], context: Context
-) -> Response:
+async def show_document(cache: Cache, context: Context) -> Response:
     return Response(await cache.body(context.models.first.card), media_type="application/json")
 
 
 @router.get("/docs")
-async def show_docs(request: Request) -> Response:
-    """Swagger UI. Its scripts come from a public CDN, not from this server."""
-    return get_swagger_ui_html(openapi_url=DOCUMENT, title=request.app.title)
+async def show_docs(cache: Cache, context: Context) -> Response:
+    """The endpoints, and a link to the document for tools that show more. The page loads nothing
+    else: neither scripts nor files of other servers.
+    """
+    document = orjson.loads(await cache.body(context.models.first.card))
+    return Response(_listing(document), media_type="text/html; charset=utf-8", headers=HEADERS)
+
+
+def _listing(document: Json) -> str:
+    title = escape(f"{document['info']['title']} {document['info']['version']}")
+    rows = "".join(
+        f"<tr><td>{method.upper()}<td><code>{escape(path)}</code><td>{escape(about['description'])}"
+        for path, methods in document["paths"].items()
+        for method, about in methods.items()
+    )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="color-scheme" '
+        'content="light dark"><meta name="viewport" content="width=device-width">'
+        f"<title>{title}: endpoints</title><main><h1>{title}</h1>"
+        f'<p>The whole API with all fields is in <a href="{DOCUMENT}">{DOCUMENT}</a> (OpenAPI).</p>'
+        f"<table><thead><tr><th>Method<th>Path<th>Description<tbody>{rows}</table></main></html>"
+    )
 
 
 def install(app: FastAPI, context: ApiContext) -> None:
