@@ -26,6 +26,7 @@ from service.api.generation.dialect import Dialect
 from service.api.generation.manifest import Endpoint
 from service.api.generation.streams import stream_routes
 from service.api.openai import dialect as openai
+from service.api.responses import decisions
 from service.api.responses import routes as responses
 from service.api.responses.dialect import RESPONSES
 from service.api.system import attention, batches, files, health, models, openapi, page, usage
@@ -51,6 +52,7 @@ ROUTERS: Mapping[str, APIRouter] = MappingProxyType({
     "chat": openai.chat,
     "responses": responses.router,
     "messages": anthropic.router,
+    "decisions": decisions.router,
     "encoding": encoding.router,
     "streams": stream_routes(DIALECTS),
     "files": files.router,

@@ -56,6 +56,7 @@ REASONS = re.compile(
     r"|must be the number of an event|must be the id of an input item|token ids must be from"
     r"|must be from 1m to 30d|in 2000 or later|0 to \d+ days after start_date"
     r"|must be given with|contradicts|do not exclude|this model does not do that"
+    r"|the same option twice"
 )
 """Errors about fields that depend on each other or on the model: no schema can state these."""
 

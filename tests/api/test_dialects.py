@@ -20,8 +20,8 @@ from service.messages import SamplingParams
 FOLDER = Path(service.api.__file__).parent
 
 
-def test_every_endpoint_has_its_dialect_or_encodes() -> None:
-    assert {*DIALECTS, *RENDERERS} == set(Endpoint)
+def test_every_endpoint_has_its_dialect_or_has_a_result() -> None:
+    assert {*DIALECTS, *RENDERERS, Endpoint.DECISIONS} == set(Endpoint)
     assert not DIALECTS.keys() & RENDERERS.keys()
     assert all(dialect.name is endpoint for endpoint, dialect in DIALECTS.items())
 

@@ -27,6 +27,12 @@ BODIES: dict[str, dict[str, Any]] = {
                     "text": {"format": {"type": "text"}}},
     MESSAGES: {"model": C["model"], "max_tokens": 4, "system": "s", "messages": [
         {"role": "user", "content": [{"type": "text", "text": "hi"}]}], "tools": []},
+    "/v1/decisions": {"model": C["model"], "input": [{"role": "user", "content": [
+        {"type": "input_text", "text": "hi"}, {"type": "input_json", "data": {"a": [1]}}]}],
+        "questions": [
+            {"type": "predicate", "name": "p", "instructions": "a"},
+            {"type": "choice", "instructions": "b", "choices": [{"value": "c"}, {"value": True}]},
+            {"type": "score", "instructions": "d", "levels": [{"label": "e"}, {"label": "f"}]}]},
     "/tokenize": {"prompt": "hi", "messages": None, "return_token_strs": True},
     "/detokenize": {"tokens": [1, 2]},
     "/v1/attention": {"tokens": [1, 2], "layer": 0, "positions": [0]},

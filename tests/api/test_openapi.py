@@ -15,7 +15,7 @@ import jsonschema_rs
 import pytest
 
 from model.text.tokenizer import Tokenizer
-from service.api.http.context import ApiLimits, Models
+from service.api.http.context import ENDPOINTS, ApiLimits, Models
 from service.api.http.observer import ApiObserver
 from service.api.system.openapi import ERRORS, RULES, DocumentCache, operations
 from service.app import build_app, served_model
@@ -173,6 +173,16 @@ def test_every_status_and_header_is_described(document: Json) -> None:
                 assert header["schema"]
         for parameter in operation.get("parameters", []):
             assert parameter["description"], (where, parameter["name"])
+
+
+def test_every_endpoint_that_computes_takes_the_headers_of_a_call(document: Json) -> None:
+    for path in {path for paths in ENDPOINTS.values() for path in paths}:
+        operation = document["paths"][path]["post"]
+        streams = "text/event-stream" in operation["responses"]["200"]["content"]
+        expected = {"idempotency-key", "x-request-timeout-ms"}
+        expected |= {"x-quire-event-ids"} if streams else set()
+        assert {each["name"] for each in operation["parameters"]} >= expected, path
+        assert {"409", "410", "504"} <= operation["responses"].keys(), path
 
 
 def test_every_answer_has_its_shape(document: Json) -> None:

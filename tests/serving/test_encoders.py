@@ -1,8 +1,9 @@
-"""`quire serve` with the default model and MiniLM in one process."""
+"""`quire serve` with the default model and MiniLM in one process: the example in docs/api.md."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 import subprocess
@@ -61,6 +62,65 @@ async def test_openai_reads_the_same_bits_in_both_encodings_alone_and_together(s
         similar, other = (together[:2] @ together[[1, 2]].T)[0]
         assert similar > 0.4 > other
         assert (await writing).choices[0].text
+
+
+INPUT = "I was charged twice for one order. Give me my money back!"
+QUESTIONS: list[Any] = [
+    {"type": "predicate", "instructions": "The customer wants a refund."},
+    {"type": "choice", "instructions": "What is it about?", "choices": [
+        {"value": "billing"}, {"value": "delivery", "description": "Parcels"},
+        {"value": "billing and delivery"}]},
+    {"type": "score", "name": "mood", "instructions": "How angry is the customer?", "levels": [
+        {"label": "calm"}, {"label": "annoyed"}, {"label": "furious"}]},
+]  # fmt: skip
+
+
+async def test_a_decision_has_the_same_bits_alone_under_load_and_in_any_order(server: str) -> None:
+    async with openai.AsyncOpenAI(
+        base_url=f"{server}/v1", api_key="none", timeout=PATIENCE, max_retries=0
+    ) as client:
+
+        async def decide(*order: int) -> dict[int, Any]:
+            asked = [QUESTIONS[number] for number in order]
+            reply = await client.decisions.create(model=WRITER, input=INPUT, questions=asked)
+            return dict(zip(order, reply.answers, strict=True))
+
+        alone = {number: (await decide(number))[number] for number in range(3)}
+        load = [
+            client.completions.create(model=WRITER, prompt=f"{n} times", max_tokens=40, seed=n)
+            for n in range(4)
+        ]
+        writing = [asyncio.create_task(each) for each in load]
+        orders = [(0, 1, 2), (2, 0, 1), (1, 2), (2, 1, 0), (1,)]
+        for found in await asyncio.gather(*(decide(*order) for order in orders)):
+            for number, answer in found.items():
+                assert answer.model_dump_json() == alone[number].model_dump_json()
+        assert len(await asyncio.gather(*writing)) == 4
+        await _check_by_prompt_logprobs(client, server, alone[0].probability)
+
+
+async def _check_by_prompt_logprobs(
+    client: openai.AsyncOpenAI, server: str, probability: float
+) -> None:
+    """The same from the log probabilities of prompts that have the answers."""
+    asked = f"{INPUT}\n\n{QUESTIONS[0]['instructions']}\n\nIs this true? Answer yes or no."
+    async with httpx.AsyncClient(base_url=server, timeout=PATIENCE) as plain:
+
+        async def tokens(**body: Any) -> list[int]:
+            reply = await plain.post("/tokenize", json={"model": WRITER, **body})
+            return list(reply.json()["tokens"])
+
+        prompt = await tokens(messages=[{"role": "user", "content": asked}])
+        likely = []
+        for option in ("yes", "no"):
+            ids = await tokens(prompt=option, add_special_tokens=False)
+            reply = await client.completions.create(
+                model=WRITER, prompt=prompt + ids, max_tokens=0, echo=True, logprobs=0
+            )
+            assert reply.choices[0].logprobs is not None
+            values = reply.choices[0].logprobs.token_logprobs or []
+            likely.append(math.exp(sum(values[len(prompt) :])))
+    assert probability == pytest.approx(likely[0] / sum(likely), rel=1e-4)
 
 
 def test_the_example_of_the_documentation_answers(server: str) -> None:

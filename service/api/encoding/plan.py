@@ -6,16 +6,16 @@ a key with a small limit of requests in flight can make one.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from model.text.encoder_tokenizer import Encoding
-from service.api.generation.manifest import EncodingNote, Endpoint, Manifest, PromptNote
+from service.api.generation.manifest import EncodingNote, Endpoint, PromptNote
 from service.api.generation.plan import priority_of
 from service.api.generation.prompts import run_in_pool
 from service.api.generation.request import Call
+from service.api.generation.results import result_submission
 from service.api.http.context import ModelContext
 from service.errors import BadRequest
 from service.messages import (
@@ -25,7 +25,6 @@ from service.messages import (
     Submission,
     child_ids,
 )
-from service.queues.admission import submission_cost
 
 REQUEST_TOKENS = 8192
 """Of one request, about: a step has fewer, and the bytes of a body stay small."""
@@ -109,22 +108,7 @@ def plan(
     wanted: Wanted, encodings: Sequence[Encoding], context: ModelContext, call: Call
 ) -> Submission:
     """Raises BadRequest or Forbidden."""
-    limits, note = context.limits, wanted.note
     groups = _groups(encodings, most=_num_requests(encodings, call))
-    alone = note.background or call.is_line
-    grace = None if alone else limits.grace if call.idempotency_key else 0.0
-    manifest = Manifest(
-        endpoint=wanted.endpoint,
-        model=context.card.id,
-        model_key=context.card.key,
-        fingerprint=context.card.numeric_class,
-        created=int(time.time()),
-        prompts=tuple(
-            PromptNote(num_tokens=sum(len(each.ids) for each in group)) for group in groups
-        ),
-        encoding=note,
-        grace=grace,
-    )
     requests = tuple(
         GenerationRequest(
             id=request_id,
@@ -140,26 +124,15 @@ def plan(
         )
         for request_id, group in zip(child_ids(call.id, len(groups)), groups, strict=True)
     )
-    submission = Submission(
-        id=call.id,
-        tenant=call.tenant.name,
-        requests=requests,
-        manifest=manifest.to_json(),
-        model=context.card.id,
-        idempotency_key=call.idempotency_key,
-        fingerprint=call.fingerprint,
-        allowance=call.tenant.allowance,
-        keep=limits.keep_responses if note.background else None,
-        grace=None if grace is None else grace or limits.replica_grace,
+    return result_submission(
+        requests,
+        [PromptNote(num_tokens=sum(len(each.ids) for each in group)) for group in groups],
+        wanted.note,
+        context,
+        call,
+        endpoint=wanted.endpoint,
+        param=wanted.name(0),
     )
-    most = context.queue.limits.max_tokens
-    if submission_cost(submission) > most:
-        raise BadRequest(
-            f"the inputs of one call may have at most {most} tokens together",
-            code="context_length_exceeded",
-            param=wanted.name(0),
-        )
-    return submission
 
 
 def _num_requests(encodings: Sequence[Encoding], call: Call) -> int:

@@ -12,9 +12,8 @@ from service.api.generation.deltas import Accumulator
 from service.api.generation.manifest import Endpoint
 from service.api.generation.prompts import run_in_pool
 from service.api.generation.reader import AnswerReader
+from service.api.generation.results import ensure_complete
 from service.api.http.context import EncoderFacts
-from service.errors import Conflict, DeadlineExceeded
-from service.messages import FinishReason
 from service.vectors import (
     Rows,
     cosines,
@@ -31,16 +30,9 @@ MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"
 Item = dict[str, Any]
 
 
-async def result_body(
-    reader: AnswerReader, choices: Sequence[Accumulator], *, tenant: str
-) -> bytes:
+async def result_body(reader: AnswerReader, choices: Sequence[Accumulator], tenant: str) -> bytes:
     """The answer of the endpoint. Raises DeadlineExceeded or Conflict if it is not complete."""
-    for choice in choices:
-        reason = None if choice.end is None else choice.end.reason
-        if reason is FinishReason.DEADLINE:
-            raise DeadlineExceeded("the inputs were not encoded before the deadline")
-        if reason is not FinishReason.STOP:
-            raise Conflict("the call was cancelled", retryable=False)
+    ensure_complete(choices)
     length = sum(choice.num_chars for choice in choices)
     context = reader.context
 

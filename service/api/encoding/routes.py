@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Path, Request, Response
 
 from service.api.encoding.plan import Input, Wanted, plan, tokenised
@@ -25,11 +24,10 @@ from service.api.encoding.schema import (
     Scores,
     StoredEncoding,
 )
-from service.api.generation.manifest import EncodingNote, Endpoint, Manifest
-from service.api.generation.reader import AnswerReader
+from service.api.generation.manifest import EncodingNote, Endpoint
 from service.api.generation.request import read_call
-from service.api.generation.streams import find_call, resumed_reader
-from service.api.generation.submit import CLIENT_LEFT, collected, ensure_accepting, submit
+from service.api.generation.results import answer_result, find_result, show_result
+from service.api.generation.submit import ensure_accepting
 from service.api.http.auth import Tenant
 from service.api.http.body import JsonRoute
 from service.api.http.context import (
@@ -40,23 +38,15 @@ from service.api.http.context import (
     ModelContext,
     ModelKind,
 )
-from service.api.http.errors import error_body
 from service.api.http.models import described
-from service.errors import (
-    BadRequest,
-    Conflict,
-    DeadlineExceeded,
-    GenerationFailed,
-    NotFound,
-    QuireError,
-)
+from service.errors import BadRequest
 
 router = APIRouter(route_class=JsonRoute)
 
 _PAIRS = (ModelKind.EMBED, ModelKind.SCORE)
 
 
-@router.post("/v1/embeddings", responses=described(Embeddings))
+@router.post("/v1/embeddings", responses=described(Embeddings, stored=StoredEncoding))
 async def create_embeddings(
     body: EmbeddingsBody, request: JsonRequest, context: Context, tenant: Caller
 ) -> Response:
@@ -87,8 +77,8 @@ async def create_embeddings(
     return await _answer(wanted, request, chosen, tenant)
 
 
-@router.post("/v1/rerank", responses=described(Reranked))
-@router.post("/v2/rerank", responses=described(Reranked))
+@router.post("/v1/rerank", responses=described(Reranked, stored=StoredEncoding))
+@router.post("/v2/rerank", responses=described(Reranked, stored=StoredEncoding))
 async def rerank_documents(
     body: RerankBody, request: JsonRequest, context: Context, tenant: Caller
 ) -> Response:
@@ -115,7 +105,7 @@ async def rerank_documents(
     return await _answer(wanted, request, chosen, tenant)
 
 
-@router.post("/v1/score", responses=described(Scores))
+@router.post("/v1/score", responses=described(Scores, stored=StoredEncoding))
 async def score_pairs(
     body: ScoreBody, request: JsonRequest, context: Context, tenant: Caller
 ) -> Response:
@@ -140,7 +130,7 @@ async def score_pairs(
     return await _answer(wanted, request, chosen, tenant)
 
 
-@router.post("/v1/classify", responses=described(Classes))
+@router.post("/v1/classify", responses=described(Classes, stored=StoredEncoding))
 async def classify_inputs(
     body: ClassifyBody, request: JsonRequest, context: Context, tenant: Caller
 ) -> Response:
@@ -173,13 +163,8 @@ async def show_encoding(
     """The state of a call that encodes and, once it is completed, its result: of calls with
     `background` for --keep-responses, and of all others for a while after their end.
     """
-    stored = await find_call(call_id, context, tenant)
-    manifest = Manifest.from_json(stored.manifest)
-    if manifest.encoding is None:
-        raise NotFound("there is no such call", code="encoding_not_found")
-    await context.queue.heartbeat([stored.id])
-    reader = resumed_reader(stored.id, manifest, request, context, tenant)
-    return await _state(reader, tenant=tenant.name)
+    reader = await find_result(call_id, request, context, tenant, kind=EncodingNote)
+    return await show_result(reader, result_body, tenant=tenant.name)
 
 
 async def _answer(
@@ -187,50 +172,8 @@ async def _answer(
 ) -> Response:
     call = read_call(request, tenant, context.limits)
     encodings = await tokenised(wanted, context, tenant=tenant.name)
-    reader = await submit(plan(wanted, encodings, context, call), request, context, call)
-    if wanted.note.background:
-        return await _state(reader, tenant=tenant.name)
-    choices = await collected(reader, request)
-    if choices is None:
-        return Response(status_code=CLIENT_LEFT)
-    return _json(await result_body(reader, choices, tenant=tenant.name))
-
-
-async def _state(reader: AnswerReader, *, tenant: str) -> Response:
-    """The object of a call, up to the current end of its journal."""
-    failure: QuireError | None = None
-    result = b"null"
-    try:
-        choices = await reader.collect_now()
-        if reader.ended:
-            result = await result_body(reader, choices, tenant=tenant)
-    except (GenerationFailed, DeadlineExceeded, Conflict) as error:
-        failure = error
-    manifest = reader.manifest
-    fields = {
-        "id": reader.id,
-        "object": "encoding",
-        "endpoint": manifest.endpoint.value,
-        "created": manifest.created,
-        "model": reader.context.card.id,
-        "status": _status(reader, failure),
-        "inputs": manifest.encoding.num_inputs if manifest.encoding else 0,
-        "completed": reader.completion_tokens,
-        "error": None if failure is None else orjson.loads(error_body(failure))["error"],
-    }
-    return _json(orjson.dumps(fields)[:-1] + b',"result":' + result + b"}")
-
-
-def _status(reader: AnswerReader, failure: QuireError | None) -> str:
-    if failure is not None:
-        return "cancelled" if isinstance(failure, Conflict) else "failed"
-    if reader.ended:
-        return "completed"
-    return "in_progress" if reader.completion_tokens else "queued"
-
-
-def _json(body: bytes) -> Response:
-    return Response(body, media_type="application/json")
+    submission = plan(wanted, encodings, context, call)
+    return await answer_result(submission, request, context, call, result_body)
 
 
 def _inputs(given: Any) -> Sequence[Input]:  # noqa: ANN401  # as the field validated it

@@ -28,6 +28,7 @@ class Endpoint(StrEnum):
     RERANK = "rerank"
     SCORE = "score"
     CLASSIFY = "classify"
+    DECISIONS = "decisions"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,28 @@ class EncodingNote:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuestionNote:
+    """One question of a decision. Per option, the requests that score its tokens, and those that
+    score the tokens of which any one ends it; empty: no option needs an end.
+    """
+
+    type: str  # predicate, choice, score
+    name: str | None
+    options: tuple[str | bool, ...]  # of a predicate: that it is true, and that it is not
+    paths: tuple[tuple[int, ...], ...]
+    ends: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionNote:
+    """What an answer says of a decision. Each request scores one token of options."""
+
+    questions: tuple[QuestionNote, ...]
+    num_inputs: int  # requests
+    background: bool = False  # the client gets the id at once, and the answer later by it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """How an answer is rendered. Request i is choice `i % width` of prompt `i // width`."""
 
@@ -103,12 +126,18 @@ class Manifest:
     sealed_reasoning: bool = False  # the answer also has the reasoning as text to be sent back
     grace: float | None = 0.0  # seconds without readers until it is cancelled; None: never
     encoding: EncodingNote | None = None  # None: the answer is generated
+    decision: DecisionNote | None = None
     given_back: dict[str, Any] = field(default_factory=dict)  # `Generation.echoed`
 
     @property
     def has_status(self) -> bool:
         """Whether the answer is an object with a status: then a failure is a status, too."""
         return bool(self.given_back)
+
+    @property
+    def result_note(self) -> EncodingNote | DecisionNote | None:
+        """Of an answer that is one result and never a stream."""
+        return self.encoding or self.decision
 
     @property
     def background(self) -> bool:

@@ -103,14 +103,18 @@ class AnswerReader:
         """
         cached, width = 0, self.manifest.width
         for first in range(0, len(self.choices), width):
-            ends = [choice.end for choice in self.choices[first : first + width]]
-            cached += min(end.cached_tokens if end is not None else 0 for end in ends)
+            cached += min(map(self._cached, range(first, first + width)))
         return Usage(
             prompt_tokens=self.manifest.prompt_tokens,
             completion_tokens=0 if self.manifest.prompt_only else self.completion_tokens,
             cached_tokens=cached,
             reasoning_tokens=sum(choice.reasoning_tokens for choice in self.choices),
         )
+
+    def _cached(self, choice: int) -> int:
+        """Of the prompt's tokens that count: a decision counts a prompt once."""
+        end = self.choices[choice].end
+        return 0 if end is None else min(end.cached_tokens, self.manifest.prompt(choice).num_tokens)
 
     def fingerprint(self, choice: int = 0) -> str:
         """The numeric class that generates a choice; before its first token, the one that this
@@ -267,10 +271,7 @@ class AnswerReader:
                 streamed=streamed,
                 prompt_tokens=self.manifest.prompt_tokens,
                 completion_tokens=0 if self.manifest.encoding else self.completion_tokens,
-                cached_tokens=sum(
-                    0 if choice.end is None else choice.end.cached_tokens
-                    for choice in self.choices[:: manifest.width]
-                ),
+                cached_tokens=sum(map(self._cached, range(0, len(self.choices), manifest.width))),
                 repeats=self._submission is None,
                 to_first_token=None if first is None else first - self._arrived,
                 duration=monotonic() - self._arrived,

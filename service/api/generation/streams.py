@@ -315,9 +315,10 @@ async def _reader(
 ) -> AnswerReader:
     stored = await find_call(call_id, context, tenant)
     manifest = Manifest.from_json(stored.manifest)
-    if manifest.encoding is not None:
+    if manifest.result_note is not None:
+        kind = "encodings" if manifest.encoding else "decisions"
         raise BadRequest(
-            "this answer is no stream: GET /v1/encodings/{id} returns it", code="not_a_stream"
+            f"this answer is no stream: GET /v1/{kind}/{{id}} returns it", code="not_a_stream"
         )
     if manifest.width > manifest.keep:
         raise BadRequest("best_of cannot be streamed", code="unsupported_parameter")

@@ -175,6 +175,7 @@ class ModelKind(StrEnum):
 ENDPOINTS: Mapping[ModelKind, tuple[str, ...]] = MappingProxyType({
     ModelKind.GENERATE: (
         "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages",
+        "/v1/decisions",
     ),
     ModelKind.EMBED: ("/v1/embeddings", "/v1/rerank", "/v2/rerank", "/v1/score"),
     ModelKind.SCORE: ("/v1/rerank", "/v2/rerank", "/v1/score", "/v1/classify"),

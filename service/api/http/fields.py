@@ -80,7 +80,7 @@ def checked_text(value: object) -> str:
     return value
 
 
-def _label(value: object) -> str:
+def checked_label(value: object) -> str:
     text = checked_text(value)
     if len(text) > MAX_LABEL:
         raise FieldError("string_above_max_length", f"may have at most {MAX_LABEL} characters")
@@ -266,7 +266,7 @@ _BIASES = {
 
 Text = Annotated[str, PlainValidator(checked_text), WithJsonSchema({"type": "string"})]
 Label = Annotated[
-    str, PlainValidator(_label), WithJsonSchema({"type": "string", "maxLength": MAX_LABEL})
+    str, PlainValidator(checked_label), WithJsonSchema({"type": "string", "maxLength": MAX_LABEL})
 ]
 ModelName = Annotated[str, StringConstraints(min_length=1)]
 RequiredModel = Annotated[

@@ -271,11 +271,18 @@ def json_response(value: Mapping[str, Any], headers: Mapping[str, str] | None = 
     return Response(orjson.dumps(value), media_type="application/json", headers=headers)
 
 
-def described(model: type[BaseModel] | None, *, stream: bool = False) -> dict[int | str, Any]:
-    """The `responses=` of a route that answers with this JSON, or with a stream of events."""
+def described(
+    model: type[BaseModel] | None,
+    *,
+    stream: bool = False,
+    stored: type[BaseModel] | None = None,
+) -> dict[int | str, Any]:
+    """The `responses=` of a route that answers with this JSON, with a stream of events, or in the
+    background with the object that is stored.
+    """
     answer: dict[str, Any] = {"description": "The answer."}
     if model is not None:
-        answer["model"] = model
+        answer["model"] = model if stored is None else model | stored
     if stream:
         answer["description"] = (
             "The answer: one JSON object, or with `stream` its chunks as events."

@@ -296,7 +296,7 @@ class InputReference(StrictModel):
     id: Label = Field(description="The id of the item.")
 
 
-_RESULTS = ("function_call_output", "custom_tool_call_output")
+RESULTS = ("function_call_output", "custom_tool_call_output")
 _KINDS = ("function_call", "custom_tool_call", "reasoning", "item_reference")
 
 
@@ -305,7 +305,7 @@ def _kind_of_item(item: object) -> str:
     kind = item.get("type") if isinstance(item, dict) else None
     if kind is None and isinstance(item, dict) and set(item) - {"type"} == {"id"}:
         kind = "item_reference"  # its type is optional
-    if kind in _RESULTS:
+    if kind in RESULTS:
         return "(result)"
     return f"({kind})" if kind in _KINDS else "(message)"
 

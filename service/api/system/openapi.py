@@ -18,7 +18,7 @@ from fastapi import APIRouter, FastAPI, Response
 from fastapi.openapi.utils import get_openapi
 
 from service.api.http.auth import OPEN_PATHS, is_counted
-from service.api.http.context import ApiContext, ApiLimits, Context, from_app
+from service.api.http.context import ENDPOINTS, ApiContext, ApiLimits, Context, from_app
 from service.api.http.models import EVENTS, MAX_INT
 from service.api.system.page import HEADERS
 from service.messages import ModelCard
@@ -85,6 +85,7 @@ RULES: Mapping[str, Json] = MappingProxyType({
 DOCUMENT = "/openapi.json"
 router = APIRouter(include_in_schema=False)
 
+_COMPUTING = frozenset(path for paths in ENDPOINTS.values() for path in paths)
 _MAX_NAME = 256  # characters of an id, a model's name or a file's name
 _INTEGER_LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
@@ -183,7 +184,7 @@ def _complete_operation(operation: Json, path: str, *, limits: ApiLimits) -> Non
     if content.get("application/json") == {"schema": {}}:  # FastAPI's default without a model
         del content["application/json"]
     has_body = "requestBody" in operation
-    generates = has_body and EVENTS in content
+    computes = path in _COMPUTING
     if not is_open:
         operation["security"] = [{name: []} for name in _SCHEMES] + [{}]
     max_chars = {"path": _MAX_NAME, "query": limits.max_event_id_chars}
@@ -191,33 +192,36 @@ def _complete_operation(operation: Json, path: str, *, limits: ApiLimits) -> Non
         for schema in parameter["schema"].get("anyOf", [parameter["schema"]]):
             if schema.get("type") == "string" and parameter["in"] in max_chars:
                 schema.setdefault("maxLength", max_chars[parameter["in"]])
-    if generates:
-        operation["parameters"] = [*parameters, *_call_headers(limits)]
+    if computes:
+        call_headers = _call_headers(limits, streams=EVENTS in content)
+        operation["parameters"] = [*parameters, *call_headers]
     refused = answers.pop("4XX")
-    statuses = _statuses(path, is_open=is_open, has_body=has_body, generates=generates)
+    statuses = _statuses(path, is_open=is_open, has_body=has_body, computes=computes)
     for status in sorted(statuses):
         meaning, *headers = ERRORS[status]
         described = {name: _HEADERS[name] for name in headers}
         answers[str(status)] = refused | {"description": meaning, "headers": described}
     for status, answer in answers.items():
         answer.setdefault("headers", {})["x-request-id"] = _REQUEST_ID
-        if generates and status in {"200", "429"}:
+        if computes and status in {"200", "429"}:
             answer["headers"] |= _RATE_LIMITS
 
 
-def _statuses(path: str, *, is_open: bool, has_body: bool, generates: bool) -> set[int]:
+def _statuses(path: str, *, is_open: bool, has_body: bool, computes: bool) -> set[int]:
     """The errors that an endpoint may answer with."""
     found = {403, 414, 431, 500} if is_open else {401, 403, 414, 431, 500}
     if not is_open and is_counted(path):
         found |= {429, 503}
     if has_body:
         found |= {400, 404, 408, 413, 415}
-    if generates:
+    if computes:
         found |= {409, 410, 504}
     if "{" in path:
         found |= {404}
     if path.startswith(("/v1/streams/", "/v1/responses/")):
         found |= {400, 409, 410}
+    if path.startswith(("/v1/encodings/", "/v1/decisions/")):
+        found |= {410}
     if path == "/v1/usage":
         found |= {400}
     if path.startswith(("/v1/files", "/v1/batches")):
@@ -298,8 +302,8 @@ def _header(description: str, **schema: Any) -> Json:  # noqa: ANN401  # words o
     return {"description": description, "schema": {"type": "string", **schema}}
 
 
-def _call_headers(limits: ApiLimits) -> list[Json]:
-    """The request headers of a generating call."""
+def _call_headers(limits: ApiLimits, *, streams: bool) -> list[Json]:
+    """The request headers of a call that computes something with a model."""
     timeout = {"type": "integer", "minimum": 1, "maximum": limits.max_timeout_ms}
     key = {"pattern": "^[!-~]+$", "minLength": 1, "maxLength": limits.max_key_chars}
     headers = {
@@ -311,10 +315,11 @@ def _call_headers(limits: ApiLimits) -> list[Json]:
         "idempotency-key": _header(
             "Calls with equal keys and bodies get the same answer.", **key, examples=["order-4711"]
         ),
-        "x-quire-event-ids": _header(
-            "1: events have ids, and the stream can be resumed after any of them.", enum=["0", "1"]
-        ),
     }
+    if streams:
+        headers["x-quire-event-ids"] = _header(
+            "1: events have ids, and the stream can be resumed after any of them.", enum=["0", "1"]
+        )
     return [{"name": name, "in": "header", **header} for name, header in headers.items()]
 
 
@@ -381,4 +386,14 @@ _EXAMPLES: Mapping[str, Json] = MappingProxyType({
     "RerankBody": {"query": "What purrs?", "documents": ["A cat.", "A car."]},
     "ScoreBody": {"text_1": "What purrs?", "text_2": ["A cat.", "A car."]},
     "ClassifyBody": {"input": "I like it."},
+    "DecisionBody": {
+        "input": "I was charged twice.",
+        "questions": [
+            {"type": "predicate", "instructions": "The customer wants a refund."},
+            {"type": "choice", "instructions": "The topic?", "choices": [
+                {"value": "billing"}, {"value": "delivery"}]},
+            {"type": "score", "instructions": "The mood?", "levels": [
+                {"label": "calm"}, {"label": "angry"}]},
+        ],
+    },
 })  # fmt: skip
