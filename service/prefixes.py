@@ -61,17 +61,19 @@ def source_blocks(root: bytes, count: int) -> list[bytes]:
     return [chain_digest(parent, (index,)) for index in range(count)]
 
 
+def source_prefix(source: Sequence[int], *, tenant: str, numeric_class: str) -> tuple[str, ...]:
+    """The name of a source, which is found whole or not at all."""
+    root = chain_digest(chain_root(tenant, numeric_class), source)
+    return (name_of(source_blocks(root, 1)[0]),)
+
+
 def prompt_prefixes(
-    tokens: Sequence[int], *, tenant: str, numeric_class: str, block_size: int, source: int = 0
+    tokens: Sequence[int], *, tenant: str, numeric_class: str, block_size: int
 ) -> tuple[str, ...]:
     """Names of the prefixes of a prompt that are worth finding an engine for, longest first.
 
     At most `LAST_BLOCKS` and two more. Without the last token, whose logits are always computed.
-    With a source, its first tokens, this is what is found: whole or not at all.
     """
-    if source:
-        root = chain_digest(chain_root(tenant, numeric_class), tokens[:source])
-        return (name_of(source_blocks(root, 1)[0]),)
     num_blocks = min((len(tokens) - 1) // block_size, MAX_BLOCKS)
     digest, names = chain_root(tenant, numeric_class), list[str]()
     for end in range(1, num_blocks + 1):

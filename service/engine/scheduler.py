@@ -59,6 +59,7 @@ class Scheduler:
         cost: CostModel,
         speculator: Speculator | None = None,
         adapters: Adapters | None = None,
+        has_encoder: bool = False,
     ) -> None:
         self.max_model_len = min(max_model_len, config.max_model_len or max_model_len)
         self.running: list[Sequence] = []  # in order of admission
@@ -74,6 +75,7 @@ class Scheduler:
             prefix_cache=config.prefix_cache,
         )
         self._config = config
+        self._has_encoder = has_encoder
         self._allocator = allocator
         self._cost = cost
         self._speculator = speculator
@@ -230,6 +232,8 @@ class Scheduler:
         request = sequence.request
         if len(request.prompt_ids) <= request.source:
             raise BadRequest("the prompt must have at least 1 token", code="empty_prompt")
+        if (request.source > 0) is not self._has_encoder:
+            raise BadRequest("a prompt has a source if the model has an encoder, and else none")
         if request.max_tokens < 1:
             raise BadRequest("max_tokens must be at least 1", code="integer_below_min_value")
         num_source = self._allocator.blocks_for(request.source)

@@ -125,7 +125,14 @@ def test_the_source_decides_the_answer() -> None:
     assert len(scores) == len(requests)
 
 
-def test_a_source_that_can_never_fit_is_refused() -> None:
-    request = replace(make_requests(0)[0], prompt_ids=(*([5] * 90), 0), source=90, max_tokens=5)
-    given = Answers(config=ROOMY, blocks=20, model=MODEL).run([[Work(request=request)]])
-    assert given.ends[request.id].reason is FinishReason.ERROR
+def test_what_can_never_be_answered_is_refused() -> None:
+    """A source that does not fit, none for an encoder, one for a decoder: the engine goes on."""
+    good = make_requests(0)[0]
+    too_long = replace(good, id="long", prompt_ids=(*([5] * 90), 0), source=90, max_tokens=5)
+    without = replace(good, id="without", source=0)
+    given = Answers(config=ROOMY, blocks=20, model=MODEL)
+    given.run([[Work(request=each) for each in (too_long, without, good)]])
+    assert {given.ends[each.id].reason for each in (too_long, without)} == {FinishReason.ERROR}
+    assert given.ends[good.id].reason is not FinishReason.ERROR
+    decoder = Answers(config=ROOMY).run([[Work(request=good)]])
+    assert decoder.ends[good.id].reason is FinishReason.ERROR
