@@ -91,6 +91,7 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("tokens", "positions", "query_starts")),
         *((name, ctypes.c_void_p) for name in ("block_table", "output_rows", "logits", "argmax")),
         ("sampling", ctypes.c_void_p),
+        ("adapters", ctypes.c_void_p),
     )
 
 
@@ -242,6 +243,20 @@ class NativeModel:
             self._handle, layer, query_D.ctypes.data, key_D.ctypes.data
         )
 
+    def load_adapter(
+        self, number: int, kind: LinearKind, a_KR: Floats, b_NK: Floats, *, layer: int
+    ) -> None:
+        """Stores what an adapter, from 1, adds to a matrix [out, in]: b [out, rank] a [rank, in].
+
+        Raises ValueError if the rank is too large.
+        """
+        a, b = (np.ascontiguousarray(array, np.float32) for array in (a_KR, b_NK))
+        if self._calls.quire_load_adapter(
+            self._handle, number - 1, layer, kind, len(a), a.ctypes.data, b.ctypes.data,
+            self._error, ERROR_BYTES,
+        ):  # fmt: skip
+            raise ValueError(self._error.value.decode())
+
     def weights(self) -> list[Bytes]:
         """The memory of all loaded weights, to be stored or written back. Not valid after `close`.
 
@@ -260,6 +275,7 @@ class NativeModel:
         self, *, tokens_T: Ints, positions_T: Ints, query_starts_S1: Ints, block_table_SB: Ints,
         output_rows_R: Ints, logits: Mapping[int, Floats] | None = None,
         sampling: NativeSampling | None = None, keeps_rows: bool = False,
+        adapters_S: Ints | None = None,
     ) -> Ints:  # fmt: skip
         """Runs the layers over T rows, the head over R of them; returns a token for each: the
         argmax, or what `sampling` chooses.
@@ -277,10 +293,12 @@ class NativeModel:
             places[row] = logits_V.ctypes.data
         pointed: list[npt.NDArray[Any]] = [np.ascontiguousarray(a, np.int32) for a in arrays]
         pointed += [places, tokens_R]
+        adapters = None if adapters_S is None else np.ascontiguousarray(adapters_S, np.int32)
         step = _Step(
             len(tokens_T), len(query_starts_S1) - 1, block_table_SB.shape[1], len(output_rows_R),
             keeps_rows, *(array.ctypes.data for array in pointed),
             None if sampling is None else ctypes.addressof(sampling.structure),
+            None if adapters is None else adapters.ctypes.data,
         )  # fmt: skip
         if self._calls.quire_step(self._handle, ctypes.byref(step), self._error, ERROR_BYTES):
             raise ValueError(self._error.value.decode())
@@ -349,6 +367,10 @@ def _declare(calls: ctypes.CDLL) -> None:
         "quire_load_rotation": (None, (pointer, pointer, pointer)),
         "quire_load_embedding": (None, (pointer, i32, i32, pointer)),
         "quire_load_head_norms": (None, (pointer, i32, pointer, pointer)),
+        "quire_load_adapter": (
+            i32,
+            (pointer, i32, i32, i32, i32, pointer, pointer, text, size),
+        ),
         "quire_weights": (i32, (pointer, i32, pointer, pointer)),
         "quire_step": (i32, (pointer, pointer, text, size)),
         "quire_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),

@@ -27,11 +27,13 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
 
+from model.adapters import Adapter, Factors
 from model.batch import Floats
 from model.config import ModelConfig
 from model.native.library import LinearKind, NativeModel
@@ -40,6 +42,13 @@ from model.weights import Arrays, Weights, float_copy
 
 _SEED = 20240400456
 _LARGEST_BLOCK = 512  # of the transform at run time
+_PRODUCTS = {
+    "attention.qkv": (LinearKind.QKV, "attention_norm"),
+    "attention.out": (LinearKind.OUT, None),
+    "mlp.gate_up": (LinearKind.GATE_UP, "mlp_norm"),
+    "mlp.down": (LinearKind.DOWN, None),
+}
+"""Name of a matrix in its layer -> its kind, and the norm of its input, which is folded into it."""
 _EMBEDDING_ROWS = 4096  # rotated at once
 
 
@@ -80,6 +89,23 @@ def load(model: NativeModel, config: ModelConfig, weights: Weights | Arrays) -> 
     """
     kind = _FourBitLoader if model.shape.four_bit else _Loader
     kind(model, config, weights).run()
+
+
+def load_adapters(
+    model: NativeModel,
+    config: ModelConfig,
+    weights: Weights | Arrays,
+    adapters: Sequence[Adapter],
+) -> None:
+    """Folds and rotates the products of adapters as the weights beside which they stand.
+
+    Raises ValueError for a rank that is too large.
+    """
+    kind = _FourBitLoader if model.shape.four_bit else _Loader
+    loader = kind(model, config, weights)
+    for number, adapter in enumerate(adapters, start=1):
+        for name, factors in adapter.factors.items():
+            loader.adapt(number, name, factors)
 
 
 def rotary_tables(config: ModelConfig, positions: int) -> tuple[Floats, Floats]:
@@ -163,6 +189,30 @@ class _Loader:
             self._model.rotate(matrix, axis=1, power=self._config.head_dim)
         self._model.load_linear(LinearKind.OUT, matrix, layer=layer)
 
+    def adapt(self, number: int, name: str, factors: Factors) -> None:
+        """Loads what an adapter, from 1, adds to a matrix of the network."""
+        _, layer, suffix = name.removesuffix(".weight").split(".", 2)
+        kind, norm = _PRODUCTS[suffix]
+        a, b = factors.a.copy(), factors.b.copy()
+        if norm is not None:
+            a *= self._take(f"blocks.{layer}.{norm}.weight")
+        self._rotate_factors(kind, a, b)
+        self._model.load_adapter(number, kind, a, b, layer=int(layer))
+
+    def _rotate_factors(self, kind: LinearKind, a: Floats, b: Floats) -> None:
+        """As the matrices of this kind: a its inputs, b its outputs."""
+        config, rotate = self._config, self._model.rotate
+        if kind in (LinearKind.QKV, LinearKind.GATE_UP):
+            self._rotate(a, axis=1)
+        else:
+            self._rotate(b, axis=0)
+        if kind is LinearKind.QKV and self._rotates_values:
+            rotate(b[config.query_size + config.kv_size :], axis=0, power=config.head_dim)
+        elif kind is LinearKind.OUT and self._rotates_values:
+            rotate(a, axis=1, power=config.head_dim)
+        elif kind is LinearKind.DOWN:
+            rotate(a, axis=1, power=hadamard_block(config.intermediate_size))
+
     @property
     def _rotates_values(self) -> bool:
         return power_of_two_in(self._config.head_dim) == self._config.head_dim
@@ -181,6 +231,9 @@ class _Loader:
 
 class _FourBitLoader(_Loader):
     """Layers in blocks of 4 bits, and nothing rotated but the head."""
+
+    def _rotate_factors(self, kind: LinearKind, a: Floats, b: Floats) -> None:
+        pass
 
     def _embedding(self, embedding: Floats, start: int) -> None:
         self._model.load_embedding(start, embedding[start : start + _EMBEDDING_ROWS])

@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.runners import RunnerOptions
 
 _NVIDIA_DRIVER = "libcuda.so.1"
-_WITHOUT_ADAPTERS = frozenset({"cuda", "native"})
+_WITHOUT_ADAPTERS = frozenset({"cuda"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ def choose_runner(
         raise ValueError(f"{config.family} is an encoder, which generates no text")
     if config.encoder is not None:
         return _choose_for_sources(name, config, options, num_ranks=num_ranks)
-    if options.adapters and (name in _WITHOUT_ADAPTERS or options.dtype == "int4"):
+    if options.adapters and name in _WITHOUT_ADAPTERS:
         raise ValueError(f"the {name} runner does not apply adapters: use --runner torch")
     check_compression(options.kv_compression, runner=name, num_ranks=num_ranks)
     compression = parse_compression(options.kv_compression)

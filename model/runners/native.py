@@ -5,7 +5,7 @@ Weights have 8 bits or, with dtype int4, those of their blocks (`model.checkpoin
 The bits of an answer do not depend on the batch, the chunks, the blocks, the threads or the
 instruction set: see native/src/kernels.h. `unsupported` names the families that it does not serve,
 those with other norms or activations than Llama's. The library samples, too, with the bits of
-`model.sampler`: no logits leave it.
+`model.sampler`: no logits leave it. Adapters are applied in float32, beside the products in 8 bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from model.native.library import (
     usable_cpus,
 )
 from model.native.packed import PackedWeights
-from model.native.quantize import hadamard_block, load, rotary_tables
+from model.native.quantize import hadamard_block, load, load_adapters, rotary_tables
 from model.native.sampling import NativeSampling, is_greedy
 from model.runners import RunnerOptions
 from model.runners.logprobs import NO_LOGPROBS, SCORED_AT_ONCE, Logprobs, step_output
@@ -65,6 +65,7 @@ class NativeRunner:
         self.numeric_class = f"{kind}-v{KERNEL_VERSION}-{digest[:12]}"
         self._model = NativeModel(library, shape, variant=variant)
         self._load(weights, options, digest)
+        load_adapters(self._model, config, weights, options.adapters)
 
     @property
     def variant(self) -> str:
@@ -81,6 +82,7 @@ class NativeRunner:
             output_rows_R=batch.sample_rows_R,
             sampling=sampling,
             keeps_rows=len(batch.score_rows_Q) > 0,
+            adapters_S=batch.adapters_S if batch.adapters_S.size else None,
         )
         sampled = NO_LOGPROBS if sampling is None else sampling.logprobs
         return step_output(tokens_R, sampled, Logprobs.join(self._scores(batch)))

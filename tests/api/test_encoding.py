@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import random
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -23,10 +24,13 @@ from service.api.http.context import ApiLimits, Models, ServedEncoder
 from service.app import build_app, served_model
 from service.keys import Key
 from service.messages import ModelCard
-from service.queues.contract import QueueLimits
+from service.queues.contract import Queue, QueueLimits
 from service.queues.memory.queue import MemoryQueue
+from service.queues.redis.queue import RedisQueue
+from service.queues.redis.servers import shards_of
 from service.vectors import cosines, probabilities, shortened, sigmoid
 from tests.api.conftest import RecordingObserver
+from tests.cluster.redis_process import RedisServer
 from tests.support.encoders import (
     NUMERIC_CLASS,
     VOCAB_SIZE,
@@ -49,7 +53,7 @@ CROSS_ENCODER = info_of(width=1, labels=("LABEL_0",), problem=Problem.REGRESSION
 @dataclass
 class Encoders:
     client: httpx.AsyncClient
-    queue: MemoryQueue
+    queue: Queue
     runner: HashEncoder
     observer: RecordingObserver
     gate: threading.Event  # steps wait for it
@@ -75,11 +79,14 @@ async def encoders(
     *,
     tokenizer: Tokenizer | None = None,
     limits: QueueLimits | None = None,
+    queues: Sequence[Queue] = (),
     **options: Any,
 ) -> AsyncIterator[Encoders]:
-    """A replica with an encoder; with a `tokenizer` also a model that generates, without engine."""
+    """A replica with an encoder; with a `tokenizer` also a model that generates, without engine.
+    `queues`: the replica's and the engine's.
+    """
     info = info or info_of()
-    queue = MemoryQueue(limits or QueueLimits(lease=10 * PATIENCE))
+    queue, engine_queue = queues or [MemoryQueue(limits or QueueLimits(lease=10 * PATIENCE))] * 2
     words = tiny_encoder_tokenizer(max_tokens=info.max_tokens)
     gate, observer = threading.Event(), RecordingObserver()
     gate.set()
@@ -113,7 +120,7 @@ async def encoders(
     )
     transport = httpx.ASGITransport(app=app)
     async with (
-        EncodingStation(queue, runner=runner, model=card.key),
+        EncodingStation(engine_queue, runner=runner, model=card.key),
         httpx.AsyncClient(transport=transport, base_url="http://test", timeout=PATIENCE) as client,
     ):
         try:
@@ -300,6 +307,32 @@ async def test_each_model_names_its_endpoints_if_it_is_asked_for_another(
         kinds = {each["id"]: each["kind"] for each in (
             await service.client.get("/v1/models")).json()["data"]}  # fmt: skip
         assert kinds == {MODEL: "embed", "writer": "generate"}
+
+
+@pytest.mark.slow
+async def test_results_come_from_an_engine_over_redis_and_are_read_by_any_replica(
+    own_redis: RedisServer,
+) -> None:
+    """With vectors that are wider than a journal record of tokens is long."""
+    (shard,), limits = shards_of(own_redis.url), QueueLimits(lease=10 * PATIENCE)
+    queues = [RedisQueue(limits, shard=shard) for _ in range(3)]
+    draw = random.Random(7)
+    ids = [[draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 16))] for _ in range(1500)]
+    info = info_of(width=384)
+    try:
+        for queue in queues:
+            await queue.open()
+        async with encoders(info, queues=queues[:2]) as service:
+            body = await service.ok("/v1/embeddings", input=ids, encoding_format="base64")
+            expected = [result_of(each, width=384).tobytes() for each in ids]
+            assert [base64.b64decode(each["embedding"]) for each in body["data"]] == expected
+        async with encoders(info, queues=[queues[2], queues[1]]) as other:
+            found = (await other.client.get(f"/v1/encodings/{body['id']}")).json()
+            assert found["result"] == body
+            assert other.runner.steps == []
+    finally:
+        for queue in queues:
+            await queue.close()
 
 
 async def test_a_call_in_the_background_is_read_by_its_id() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from model.training.lowrank import (
     write_adapter,
 )
 from model.training.network import build_network
+from tests.model.test_native_blocks import as_floats, in_blocks
 from tests.model.training_models import tiny_base
 from tests.support.builders import Piece, make_batch, tiny_model_config
 
@@ -41,9 +43,9 @@ Written = tuple[Path, Path, dict[str, torch.Tensor]]
 """A base's folder, an adapter's, and the merged weights."""
 
 
-def written(folder: Path, family: str, shape: LowRank, *, seed: int = 1) -> Written:
+def written(folder: Path, family: str, shape: LowRank, *, seed: int = 1, **sizes: int) -> Written:
     """A base, and an adapter of it with random factors. The base is the same for all seeds."""
-    base = tiny_base(family)
+    base = tiny_base(family, **sizes)
     tensors = as_stored(base.family, base.config, base.weights)
     write_model(folder / family, fields=base.fields, tensors=tensors, vocabulary=None)
     network = build_network(base.config, {n: w.clone() for n, w in base.weights.items()})
@@ -81,7 +83,7 @@ def answers(
 ) -> list[Answer]:
     """Greedy answers to prompts with these adapters, all in one batch."""
     texts, logprobs = [list(prompt) for prompt in prompts], [list[float]() for _ in prompts]
-    computed, size = [0] * len(prompts), 32 // runner.block_size
+    computed, size = [0] * len(prompts), max(1, 32 // runner.block_size)
     while any(len(each) < count for each in logprobs):
         pieces = []
         for index, text in enumerate(texts):
@@ -240,3 +242,93 @@ def test_runners_without_adapters_refuse_them_in_one_line(tmp_path: Path) -> Non
         choose_runner("cuda", config, options)
     with pytest.raises(ValueError, match="tensor parallelism does not apply adapters"):
         check_ranks(2, runner="torch", config=config, options=options)
+
+
+NATIVE = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
+SHAPES = (
+    LowRank(rank=2, targets=("q_proj", "v_proj")),
+    LowRank(rank=5, targets=("all-linear",)),
+    LowRank(rank=3, targets=("k_proj", "o_proj", "up_proj", "down_proj")),
+)
+
+
+@dataclass(frozen=True)
+class Native:
+    """A model for the native runner, its adapters, and what builds runners with them."""
+
+    model: Path
+    adapters: list[Adapter]
+    build: Callable[..., Runner]
+
+    def runner(self, *numbers: int, **options: Any) -> Runner:
+        """With these adapters."""
+        loaded = load_model(self.model)
+        adapters = tuple(self.adapters[number - 1] for number in numbers)
+        return self.build(loaded.config, loaded.weights, adapters=adapters, **options)
+
+
+@pytest.fixture
+def native_adapters(native: Callable[..., Runner], tmp_path: Path) -> Native:
+    made = [
+        written(tmp_path, "qwen2", shape, seed=seed, **NATIVE)
+        for seed, shape in enumerate(SHAPES, start=1)
+    ]
+    model = made[0][0]
+    adapters = [read_adapter(folder, model) for _, folder, _ in made]
+    return Native(model, adapters, native)
+
+
+def scored(runner: Runner, *, adapter: int = 0) -> np.ndarray[Any, Any]:
+    """Log probabilities of the tokens of some texts."""
+    found = []
+    for text in prompts_of(*[24] * 6):
+        scores = dict(enumerate(text[1:]))
+        piece = Piece(tokens=text, count=24, blocks=range(24), scores=scores, adapter=adapter)
+        found.append(runner.run(make_batch([piece])).score_logprobs_Q)
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int4"])
+@pytest.mark.parametrize("target", ["q", "k", "v", "o", "gate", "up", "down"])
+def test_the_native_runner_applies_what_torch_applies(
+    target: str, dtype: str, native: Callable[..., Runner], tmp_path: Path
+) -> None:
+    """Through its rotations, matrix by matrix: an adapter changes its scores as it changes those of
+    the reference, up to what 8 or 4 bits cost the model anyway.
+    """
+    shape = LowRank(rank=3, alpha=40.0, targets=(f"{target}_proj",))
+    model, folder, _ = written(tmp_path, "qwen2", shape, **NATIVE)
+    loaded, adapter = load_model(model), read_adapter(folder, model)
+    weights = in_blocks(loaded.weights) if dtype == "int4" else loaded.weights
+    held = as_floats(weights) if dtype == "int4" else weights
+    options = RunnerOptions(
+        dtype="float32", device="cpu", block_size=4, num_blocks=64, adapters=(adapter,)
+    )
+    reference = TorchRunner(loaded.config, held, options=options, digest="0" * 64)
+    runner = native(loaded.config, weights, adapters=(adapter,), dtype=dtype)
+    changed = scored(reference, adapter=1) - scored(reference)
+    error = scored(runner, adapter=1) - scored(runner) - changed
+    assert np.sqrt(np.mean(error**2)) < 0.3 * np.sqrt(np.mean(changed**2))
+
+
+@pytest.mark.parametrize(
+    ("threads", "chunk", "variant"), [(2, 100, ""), (1, 3, ""), (3, 7, "portable")]
+)
+def test_in_a_batch_of_several_every_bit_is_as_alone(
+    threads: int, chunk: int, variant: str, native_adapters: Native
+) -> None:
+    """Also of rows without an adapter: as in a runner that has none."""
+    prompts, numbers = prompts_of(9, 2, 14, 5, 7, 3, 1), [1, 0, 3, 2, 1, 0, 2]
+    options: dict[str, Any] = {"num_threads": threads, "variant": variant}
+    runner = native_adapters.runner(1, 2, 3, **options)
+    together = answers(runner, prompts, numbers, chunk=chunk)
+    for prompt, number, found in zip(prompts, numbers, together, strict=True):
+        alone = native_adapters.runner(*[number] if number else [])
+        assert answers(alone, [prompt], [min(number, 1)]) == [found]
+
+
+def test_the_native_runner_knows_its_adapters(native_adapters: Native) -> None:
+    runner = native_adapters.runner(1)
+    batch = make_batch([Piece(tokens=[1], blocks=[0], adapter=2)])
+    with pytest.raises(ValueError, match="an adapter that is not loaded"):
+        runner.run(batch)

@@ -59,9 +59,9 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_base(family: str, *, seed: int = 0) -> Base:
-    """A random model of a family, as if it had been read from a folder."""
-    fields = {"model_type": family, **(FIELDS | ENCODERS)[family]}
+def tiny_base(family: str, *, seed: int = 0, **sizes: int) -> Base:
+    """A random model of a family, as if it had been read from a folder; `sizes` replace fields."""
+    fields = {"model_type": family, **(FIELDS | ENCODERS)[family], **sizes}
     found = family_of(family)
     config = found.configure(fields)
     return Base(

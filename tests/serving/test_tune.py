@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from service.__main__ import app
@@ -94,6 +97,40 @@ def test_a_model_from_scratch_is_served(tmp_path: Path) -> None:
         }
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE).json()
     assert answer["usage"]["completion_tokens"] == 4, answer
+
+
+@pytest.mark.slow
+def test_a_classifier_is_served_as_transformers_reads_it(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    """Of a decoder, with labels by the first word: probabilities of one text and of several."""
+    from transformers import AutoModelForSequenceClassification
+
+    model, out = tiny_model.write_folder(tmp_path / "tiny"), tmp_path / "out"
+    rows = [f"{word} {rest},{word}" for word in ("quick", "lazy") for rest in CORPUS[1].split()]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows, *rows]))
+    words = ["tune", "classify", "--model", str(model), "--data", str(tmp_path / "rows.csv")]
+    words += ["--text", "text", "--label", "label", "--out", str(out), "--epochs", "2"]
+    words += ["--learning-rate", "0.01", "--batch", "4", "--device", "cpu", "--threads", "1"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.exception
+    texts = ["quick 3.14159", "lazy 123", "the dog"]
+    network = AutoModelForSequenceClassification.from_pretrained(str(out))
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    with torch.no_grad():
+        ids = [torch.tensor([tokenizer.encode(text).ids]) for text in texts]
+        logits = [network(each).logits[0] for each in ids]
+    expected = [each.log_softmax(-1) for each in logits]
+    options = ("--model", f"judge={out}", "--dtype", "float32")
+    with serving(*options, log=tmp_path / "log") as url:
+        body = {"model": "judge", "input": texts}
+        served = httpx.post(f"{url}/v1/classify", json=body, timeout=PATIENCE).json()["data"]
+        (listed,) = httpx.get(f"{url}/v1/models", timeout=PATIENCE).json()["data"]
+    assert listed["endpoints"] == ["/v1/classify"]
+    assert sorted(listed["labels"]) == ["lazy", "quick"]
+    for found, logprobs in zip(served, expected, strict=True):
+        assert found["label"] == network.config.id2label[int(logprobs.argmax())]
+        assert np.log(found["probs"]) == pytest.approx(logprobs.tolist(), abs=1e-3)
 
 
 @pytest.mark.longer

@@ -36,7 +36,9 @@ HELD = """() => {
         const event = { choices: [{ delta }] };
         const data = delta ? JSON.stringify(event) : "[DONE]";
         stream.enqueue(new TextEncoder().encode(`data: ${data}\\n\\n`));
-        if (!delta) stream.close();
+        if (delta) return;
+        stream.close();
+        window.feed = null;
       };
     } });
     return Promise.resolve(new Response(body, { headers: { "x-request-id": "held" } }));
@@ -45,6 +47,7 @@ HELD = """() => {
 
 
 async def feed(tab: Any, **delta: Any) -> None:
+    await tab.page.wait_for_function("() => window.feed")  # the request was made
     await tab.page.evaluate("(delta) => feed(delta)", delta or None)
 
 
@@ -100,10 +103,10 @@ async def test_calls_grow_while_they_stream_and_are_text(visit: Any) -> None:
     await expect(tab.page.locator(".calls .language").first).to_have_text("<b>x</b>")
     assert await tab.page.locator(".calls").locator("b, img, i").count() == 0
     await tab.ask("Go on.")
+    await feed(tab)
     sent = (await tab.page.evaluate("bodies"))[-1]["messages"]
     called = [each["function"]["name"] for each in sent[1]["tool_calls"]]
     assert called == ["<b>x</b>"], "a call that was cut off cannot be sent back"
-    await feed(tab)
     await tab.ended()
 
 

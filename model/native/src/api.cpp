@@ -44,6 +44,10 @@ const char* step_error(const QuireModel& model, const QuireStep& step) {
   }
   for (int32_t s = 0; s < step.sequences; s++)
     if (const char* problem = sequence_error(shape, step, s)) return problem;
+  if (step.adapters)
+    for (int32_t s = 0; s < step.sequences; s++)
+      if (step.adapters[s] < 0 || static_cast<size_t>(step.adapters[s]) > model.adapters.size())
+        return "a sequence has an adapter that is not loaded";
   const int32_t computed = step.rows ? step.rows : model.computed_rows;
   for (int32_t i = 0; i < step.outputs; i++)
     if (step.output_rows[i] < 0 || step.output_rows[i] >= computed) return "output row outside the step";
@@ -122,6 +126,21 @@ void quire_load_head_norms(QuireModel* model, int32_t layer, const float* query,
   quire::Layer& l = model->layers[static_cast<size_t>(layer)];
   std::memcpy(l.query_norm, query, model->shape.dim * sizeof(float));
   std::memcpy(l.key_norm, key, model->shape.dim * sizeof(float));
+}
+
+int32_t quire_load_adapter(QuireModel* model, int32_t adapter, int32_t layer, int32_t which, int32_t rank,
+                           const float* a, const float* b, char* error, size_t size) {
+  if (rank < 1 || rank > LOW_RANK_MAX) {
+    write_error(error, size, "the ranks of an adapter's fused products must add up to at most 1024");
+    return 1;
+  }
+  try {
+    model->load_adapter(adapter, layer, which, rank, a, b);
+    return 0;
+  } catch (const std::exception& problem) {
+    write_error(error, size, problem.what());
+    return 1;
+  }
 }
 
 int32_t quire_weights(const QuireModel* model, int32_t index, uint8_t** start, size_t* bytes) {

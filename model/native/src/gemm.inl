@@ -68,6 +68,10 @@ static void keep_logits(const Linear& w, Lanes a, Lanes b, int column, float* lo
 template <Epilogue EPILOGUE>
 QUIRE_INLINE void put_row(const Product& p, int panel, int row, Lanes a, Lanes b) {
   const int column = panel * PANEL;
+  if (const float* addend = p.addends ? p.addends[row] : nullptr) {
+    a = a + load(addend + column);
+    b = b + load(addend + column + LANES);
+  }
   const int to = EPILOGUE == Epilogue::ADD && p.out_rows ? p.out_rows[row] : row;
   float* out = p.out + (size_t)to * p.out_stride;
   if constexpr (EPILOGUE == Epilogue::STORE) {

@@ -1,6 +1,6 @@
 // Kernels: the functions of one instruction-set variant, as a table.
 //
-// The same sources (rows.inl, gemm.inl, blocks.inl, attention.inl, sampling.inl, load.inl) are compiled once per variant; the
+// The same sources (rows.inl, gemm.inl, blocks.inl, lowrank.inl, attention.inl, sampling.inl, load.inl) are compiled once per variant; the
 // variants differ in the width of `Lanes` and in the integer sums of the tiles. Results are
 // equal bit by bit: integer sums are exact, and float arithmetic is that of lanes.h.
 //
@@ -84,7 +84,19 @@ struct Product {
   float* const* logits;      // HEAD: [M], null for a row without
   const Prefetch* prefetch;  // or null
   int first_segment;         // its index among the segments of all products that share `prefetch`
+  const float* const* addends;  // [M] what is added to a row's columns before the epilogue, or null for
+                                // none; null: of no row. Not for HEAD
 };
+
+// What an adapter adds to a Linear: B (A x), in float32. See lowrank.inl.
+struct LowRank {
+  int rank;
+  int inputs;       // padded as the Linear's; the padding is 0
+  int columns;      // panels * PANEL
+  const float* a;   // [rank][inputs]
+  const float* b;   // [rank][columns], in the order of the packed weights
+};
+constexpr int LOW_RANK_MAX = 1024;  // of the products that are fused into one
 
 // The argmax of a row over some panels: the lowest id among equals; 0 if all are NaN.
 struct Argmax {
@@ -193,6 +205,10 @@ struct Kernels {
 
   void (*multiply_blocks)(const Product* product, int first, int end);  // blocks.inl; not for HEAD
 
+  // lowrank.inl
+  float (*norm_factor)(const float* x, int size, float eps);
+  void (*low_rank)(const LowRank* pair, const float* x, float factor, float* out);
+
   // attention.inl
   void (*attend_rows)(const AttentionItem* item);
   void (*attend_split)(const AttentionItem* item, int split, float* partials);
@@ -210,6 +226,7 @@ struct Kernels {
                  const float* signs, const float* mix);
   void (*pack)(const float* w, const float* bias, bool gated, Linear* linear);
   void (*pack_blocks)(const uint8_t* w, const float* bias, bool gated, Linear* linear);
+  void (*pack_low_rank)(const float* b, const Linear* linear, bool gated, int rank, float* packed);
 
   // For probe.cpp: the variant's best instructions for 8-bit products, on registers alone. Returns how
   // many products it computed.

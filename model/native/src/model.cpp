@@ -120,6 +120,27 @@ Linear& Model::linear(int layer, int which) {
   }
 }
 
+void Model::load_adapter(int adapter, int layer, int which, int rank, const float* a, const float* b) {
+  if (!scratch.deltas) {
+    int panels = 0;
+    for (const Linear& each : {layers[0].qkv, layers[0].out, layers[0].gate_up, layers[0].down})
+      panels = std::max(panels, each.panels);
+    scratch.deltas_stride = static_cast<size_t>(panels) * PANEL;
+    scratch.deltas = memory.take<float>(static_cast<size_t>(shape.max_rows) * scratch.deltas_stride);
+    scratch.addends = memory.take<const float*>(static_cast<size_t>(shape.max_rows));
+  }
+  const size_t count = static_cast<size_t>(adapter) + 1;
+  if (adapters.size() < count) adapters.resize(count, Adapter(layers.size()));
+  const Linear& own = linear(layer, which);
+  const size_t inputs = static_cast<size_t>(own.inputs_padded), columns = static_cast<size_t>(own.panels) * PANEL;
+  float* down = memory.take<float>(rank * inputs);
+  float* up = memory.take<float>(rank * columns);
+  for (int r = 0; r < rank; r++) std::memcpy(down + r * inputs, a + static_cast<size_t>(r) * own.inputs, own.inputs * sizeof(float));
+  kernels.pack_low_rank(b, &own, which == QUIRE_GATE_UP, rank, up);
+  adapters[static_cast<size_t>(adapter)][static_cast<size_t>(layer)][static_cast<size_t>(which)] = {
+      rank, own.inputs_padded, static_cast<int>(columns), down, up};
+}
+
 // Every region that attention reads, by offsets from a layer's pool. A block that sequences share is
 // listed more than once, which costs little: it is in a cache by then.
 static std::vector<size_t> find_regions(const QuireShape& shape, const QuireStep& step) {

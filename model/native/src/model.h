@@ -1,5 +1,6 @@
 // Model: packed weights, the KV pool and the scratch arena of one network.
 #pragma once
+#include <array>
 #include <memory>
 #include <vector>
 
@@ -39,7 +40,14 @@ struct Scratch {
   // so that rows do not share few sets of the caches.
   float* logits;
   size_t logits_stride;
+  // What adapters add to the rows of the present product; null without adapters.
+  float* deltas = nullptr;          // [T, deltas_stride]
+  const float** addends = nullptr;  // [T] rows of `deltas`, or null
+  size_t deltas_stride;
 };
+
+// An adapter's products by layer and QuireLinear; rank 0: none.
+using Adapter = std::vector<std::array<LowRank, QUIRE_HEAD>>;
 
 // Rows of one sequence that attend together: an AttentionItem per head.
 struct Tile {
@@ -97,11 +105,13 @@ struct Model {
   float* sines;
   HeadShape heads;
   Scratch scratch;
+  std::vector<Adapter> adapters;
   std::vector<float> partials;
   int32_t computed_rows = 0;  // T of the newest step with layers: rows that the head may read
   std::unique_ptr<Team<Task>> team;  // last: threads use all of the above
 
   Linear& linear(int layer, int which);
+  void load_adapter(int adapter, int layer, int which, int rank, const float* a, const float* b);
   void run(const QuireStep& step);
 
  private:

@@ -71,6 +71,7 @@ struct QuireStep {
   float* const* logits;         // [R] where to write a row's V logits, or null; null: of none
   int32_t* argmax;              // [R] out, without `sampling`
   const QuireSampling* sampling;  // null: each row takes the argmax. Not together with `logits`
+  const int32_t* adapters;      // [S] number of the sequence's adapter, from 1; 0: none; null: all 0
 };
 
 enum QuireLinear { QUIRE_QKV = 0, QUIRE_OUT = 1, QUIRE_GATE_UP = 2, QUIRE_DOWN = 3, QUIRE_HEAD = 4 };
@@ -98,6 +99,11 @@ QUIRE_API void quire_load_norms(QuireModel* model, int32_t layer, const float* a
 QUIRE_API void quire_load_rotation(QuireModel* model, const float* signs, const float* mix);
 QUIRE_API void quire_load_embedding(QuireModel* model, int32_t first, int32_t count, const float* w);
 QUIRE_API void quire_load_head_norms(QuireModel* model, int32_t layer, const float* query, const float* key);
+
+// What an adapter, counted from 0, adds to a matrix of a layer: b [outputs, rank] a [rank, inputs], which are
+// copied. After loading, before the first step. Returns 0, or 1 with a message.
+QUIRE_API int32_t quire_load_adapter(QuireModel* model, int32_t adapter, int32_t layer, int32_t which, int32_t rank,
+                                     const float* a, const float* b, char* error, size_t size);
 
 // The memory of all loaded weights, in ranges of equal sizes for equal shapes: its content can be stored,
 // and written back in place of loading. Returns 0 if there is no range of this index.

@@ -54,6 +54,7 @@ class Program {
       embed();
       for (size_t i = 0; i < m_.layers.size(); i++) {
         const Rows rows = i + 1 < m_.layers.size() ? Rows{step_.rows, nullptr} : last_rows();
+        layer_ = i;
         attention(m_.layers[i], rows, i + 1);
         mlp(m_.layers[i], rows);
       }
@@ -78,7 +79,7 @@ class Program {
   // x += out(attend(qkv(norm(x)))) for some rows; keys and values of all.
   // From its last product on the regions of the next layer are prefetched.
   void attention(const Layer& layer, const Rows& rows, size_t next) {
-    norm_rows(layer.qkv, layer.attention_norm, {step_.rows, nullptr});
+    norm_rows(layer.qkv, QUIRE_QKV, layer.attention_norm, {step_.rows, nullptr});
     multiply(layer.qkv, step_.rows, Epilogue::STORE, s_.qkv, s_.qkv_stride);
     each_row(step_.rows, [&](int row) { rotate_and_store(layer, row); });
     walker_.phase(static_cast<int>(task_.cut.units.size()), [&](int u) {
@@ -91,6 +92,7 @@ class Program {
       float* x = s_.attention + rows[i] * s_.attention_stride;
       if (task_.cut.split) merge(rows[i], x);
       to_codes(layer.out, x, 1.0f, codes, i);
+      adapt(QUIRE_OUT, rows[i], x, 1.0f, i);
     });
     add_product(layer.out, rows);
   }
@@ -98,7 +100,7 @@ class Program {
   // x += down(hadamard(silu(gate) * up)); the weights of down are rotated against the transform, unless
   // they have 4 bits
   void mlp(const Layer& layer, const Rows& rows) {
-    norm_rows(layer.gate_up, layer.mlp_norm, rows);
+    norm_rows(layer.gate_up, QUIRE_GATE_UP, layer.mlp_norm, rows);
     multiply(layer.gate_up, rows.count, Epilogue::GATED, s_.gated, s_.gated_stride);
     const Codes codes = codes_for(layer.down);
     const float normal = 1.0f / __builtin_sqrtf(static_cast<float>(m_.shape.hadamard));
@@ -106,6 +108,7 @@ class Program {
       float* x = s_.gated + i * s_.gated_stride;
       if (!layer.down.blocks) m_.kernels.hadamard(x, m_.shape.width, m_.shape.hadamard);
       to_codes(layer.down, x, normal, codes, i);
+      adapt(QUIRE_DOWN, rows[i], x, layer.down.blocks ? 1.0f : normal, i);
     });
     add_product(layer.down, rows);
   }
@@ -167,13 +170,35 @@ class Program {
   }
 
   // `weight`: of the norm, if it is not part of `next`.
-  void norm_rows(const Linear& next, const float* weight, const Rows& rows) {
+  void norm_rows(const Linear& next, QuireLinear which, const float* weight, const Rows& rows) {
     const Codes codes = codes_for(next);
     each_row(rows.count, [&](int i) {
-      if (!next.blocks) return norm_row(residual(rows[i]), codes, i);
-      m_.kernels.norm_to_blocks(residual(rows[i]), weight, m_.shape.hidden, m_.shape.norm_eps,
-                                codes.rows + i * codes.stride);
+      const float* x = residual(rows[i]);
+      if (next.blocks)
+        m_.kernels.norm_to_blocks(x, weight, m_.shape.hidden, m_.shape.norm_eps, codes.rows + i * codes.stride);
+      else norm_row(x, codes, i);
+      if (adapter_of(which, rows[i]))
+        adapt(which, rows[i], x, m_.kernels.norm_factor(x, m_.shape.hidden, m_.shape.norm_eps), i);
+      else if (step_.adapters) s_.addends[i] = nullptr;
     });
+  }
+
+  // What the adapter of a row, if it has one, adds to a product; null: nothing.
+  const LowRank* adapter_of(QuireLinear which, int row) const {
+    if (!step_.adapters) return nullptr;
+    const int number = step_.adapters[task_.cut.tiles[task_.cut.tile_of_row[row]].sequence];
+    if (!number) return nullptr;
+    const LowRank& pair = m_.adapters[static_cast<size_t>(number) - 1][layer_][which];
+    return pair.rank ? &pair : nullptr;
+  }
+
+  // Computes it, for row `to` of the next product, whose input is factor * x.
+  void adapt(QuireLinear which, int row, const float* x, float factor, int to) const {
+    if (!step_.adapters) return;
+    const LowRank* pair = adapter_of(which, row);
+    float* delta = s_.deltas + static_cast<size_t>(to) * s_.deltas_stride;
+    if (pair) m_.kernels.low_rank(pair, x, factor, delta);
+    s_.addends[to] = pair ? delta : nullptr;
   }
 
   void to_codes(const Linear& next, const float* x, float factor, const Codes& codes, int to) const {
@@ -184,7 +209,8 @@ class Program {
 
   Product product_of(const Linear& weight, int rows, Epilogue epilogue, float* out, size_t stride) const {
     return {&weight, codes_for(weight), rows, epilogue, out, stride, nullptr, nullptr,
-            prefetch_.count ? &prefetch_ : nullptr, segment_};
+            prefetch_.count ? &prefetch_ : nullptr, segment_,
+            epilogue != Epilogue::HEAD && step_.adapters ? s_.addends : nullptr};
   }
 
   void multiply(const Linear& weight, int rows, Epilogue epilogue, float* out, size_t stride) {
@@ -298,6 +324,7 @@ class Program {
   const Scratch& s_;
   Walker& walker_;
   Prefetch prefetch_ = {};  // of the next layer
+  size_t layer_ = 0;
   int segment_ = 0;   // of the products since they are being fetched
 };
 

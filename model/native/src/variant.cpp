@@ -41,14 +41,16 @@ static void tiles_end() {}
 #include "sampling.inl"
 #include "load.inl"
 #include "blocks.inl"
+#include "lowrank.inl"
 
 static const Kernels table = {
     QUIRE_TEXT(QUIRE_VARIANT), TILE_ROWS, CODE_BYTES, tiles_begin, tiles_end,
     embed, norm_to_codes, to_codes, hadamard, norm_to_blocks, to_blocks, rotate_row, rotate_and_store,
     multiply, multiply_blocks,
+    norm_factor, low_rank,
     attend_rows, attend_split, merge_splits,
     weigh, largest_of, weigh_nearly, find_between, mask_out,
-    rotate, pack, pack_blocks,
+    rotate, pack, pack_blocks, pack_low_rank,
     peak,
 };
 
