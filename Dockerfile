@@ -9,31 +9,42 @@
 # model        the weights that are baked in
 # runtime      user, environment, probe; cpu and cuda add the packages and the model
 #
-# What is replaced from outside is a build argument; a stage sees those that it names again.
+# What is replaced from outside is a build argument; a stage sees those that it names again. Versions
+# are those of deploy/constraints.txt, and Debian's current ones. With these options no time of a build
+# is in the image (BuildKit 0.13 and newer):
+#
+#   docker build --build-arg SOURCE_DATE_EPOCH=$(git log -1 --format=%ct) \
+#     --output type=image,name=quire:cpu,rewrite-timestamp=true .
 
 ARG BASE_IMAGE=docker.io/library/python:3.12.14-slim-bookworm@sha256:782412e85d0f0984994c290652577d4018aff08145c85b262bb63dc0c7522254
 ARG TORCH_VERSION=2.13.0
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 ARG MODEL=smollm2-135m-instruct
+# Seconds since 1970: the time of every file of the wheel. Byte code is then checked by hash.
+ARG SOURCE_DATE_EPOCH=0
 
 # --- builder ------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS builder
+ARG SOURCE_DATE_EPOCH
 # Versions are the base image's distribution's: pinning them here would pin that too.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY model ./model
 COPY service ./service
 # One library for all x86-64 machines: it looks at the processor when it is loaded.
 RUN python3 -m model.native.build \
  && python3 -m venv /opt/build \
- && /opt/build/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+ && SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH}" \
+    /opt/build/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 # --- packages -----------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS packages
+ARG SOURCE_DATE_EPOCH
+ENV SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH}
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv /opt/quire
 COPY --from=builder /wheels /wheels
@@ -69,7 +80,7 @@ RUN mkdir -p /var/lib/quire \
 # --- runtime ------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS runtime
 ARG MODEL
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="Quire" \
       org.opencontainers.image.description="An LLM server whose answers survive anything" \

@@ -11,8 +11,9 @@ BIN    := $(VENV)/bin
 CLIENTS ?= .venv-clients
 # Two environments: some clients need version 2 of openai, some version 3.
 CLIENT_RUNS := test-clients-openai2 test-clients-openai3
-# Without a compiler the server still serves, more slowly, and says so when it starts.
-BUILD_NATIVE := $(BIN)/python -m model.native.build || echo "the torch runner will serve instead"
+# pip has built it, if need be with the package ziglang (setup.py); this prints why if it could not.
+BUILD_NATIVE := $(BIN)/python -m model.native.build \
+  || echo "the torch runner will serve instead, at a quarter of the speed or less (docs/benchmarks.md)"
 # The versions that are tested together; `CONSTRAINTS=` takes the newest that pyproject.toml allows.
 CONSTRAINTS ?= deploy/constraints.txt
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet

@@ -116,6 +116,21 @@ class SourceBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Segments:
+    """Of a cache compressed to anchors (see `model.compression`). A: rows of T that are anchors.
+
+    Anchor number i of a sequence has its K and V at  table_SB[s, i // block_size], i % block_size
+    and, until its block there is freed, at its position, too.
+    """
+
+    table_SB: Ints  # blocks of anchors, padded with 0
+    starts_T: Ints  # position at which the segment of each token begins
+    seen_T: Ints  # anchors that it sees: those before its segment, or 0 for an anchor
+    rows_A: Ints
+    numbers_A: Ints  # of each anchor among all of its sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """What one step computes."""
 
@@ -133,6 +148,7 @@ class Batch:
     score_ids_Q: Ints
     score_num_top: int = 0
     sources: SourceBatch | None = None  # None: the model is a decoder
+    segments: Segments | None = None  # None unless the cache is compressed to anchors
     # The number of the sequence's adapter, from 1; 0: none. Empty: no sequence has one.
     adapters_S: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
 

@@ -94,7 +94,8 @@ class Settings(BaseModel):
     kv_compression: Compression = _engine(
         "Compression of the KV cache (torch runner). window:1024: each token attends to the first "
         "4 tokens and the last 1024, and a chat may be longer than the model's context "
-        "(`quire api` needs the flag, too).",
+        "(`quire api` needs the flag, too). anchors: of each finished sentence only its last "
+        "token's keys and values are kept; for models tuned with --anchors.",
         "none",
     )
     device: str = _engine("Torch device: cpu, cuda, cuda:1, or auto.", "auto")

@@ -321,11 +321,15 @@ def adapter_card(base: ModelCard, source: AdapterSource, digest: str) -> ModelCa
 def longest_text(options: RunnerOptions, *, num_blocks: int) -> int | None:
     """Tokens of a text that the KV cache holds; None: of any text."""
     slots = num_blocks * options.block_size
-    window = parse_compression(options.kv_compression)
-    if window is None:
+    compression = parse_compression(options.kv_compression)
+    if compression is None:
         return slots
-    most = window.most_slots(block_size=options.block_size, chunk=options.max_batch_tokens)
-    return slots if most > slots else None
+    most = compression.longest_text(
+        slots, block_size=options.block_size, chunk=options.max_batch_tokens
+    )
+    if most is not None and most < options.block_size:
+        raise StartupError("kv_memory is too small for a step of max_batch_tokens")
+    return most
 
 
 def name_of(source: str, path: Path) -> str:

@@ -113,6 +113,10 @@ def generate(
         str | None,
         typer.Option(help="Matrices to adapt, such as q_proj,v_proj; default: attention's."),
     ] = None,
+    anchors: Annotated[
+        bool,
+        typer.Option("--anchors", help="Train for `--kv-compression anchors`, under its mask."),
+    ] = False,
     epochs: Epochs = 1.0,
     batch: BatchSize = 8,
     accumulate: Accumulate = 1,
@@ -131,7 +135,13 @@ def generate(
     with _errors(), _ranks(device, threads) as ranks:
         from model.training.data import hold_out
         from model.training.folder import check_output
-        from model.training.generate import Answers, open_decoder, read_examples, write_tuned
+        from model.training.generate import (
+            Answers,
+            anchor_rule,
+            open_decoder,
+            read_examples,
+            write_tuned,
+        )
         from model.training.loop import Recipe
         from model.training.lowrank import TARGETS, LowRank, add_adapters
         from model.training.network import build_network
@@ -158,7 +168,13 @@ def generate(
         if lowrank is not None:
             add_adapters(network, base, lowrank, seed=seed)
         train, valid = ([examples[index] for index in part] for part in (rest, held))
-        task = Answers(train, valid, recipe, name=f"{base.digest[:12]}-{lowrank}")
+        task = Answers(
+            train,
+            valid,
+            recipe,
+            name=f"{base.digest[:12]}-{lowrank}",
+            anchor_ids=anchor_rule(base) if anchors else frozenset(),
+        )
         run = TrainingRun(out, ranks, bfloat16=bfloat16, resume=resume)
         run.train(network, task, recipe)
         if ranks.leads:

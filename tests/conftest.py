@@ -359,3 +359,12 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes], *, log: Path) -
             return
         time.sleep(0.1)
     raise AssertionError(f"not ready in time:\n{log.read_text()}")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads of torch wait for one another, and on a busy machine each wait is long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,12 +1,14 @@
 """Paged attention over a compressed cache: few far keys, and a run of near ones.
 
-    far     the sinks                        the query is turned to its position in the compressed
-                                             cache, so that distances stay as in training
-    near    the window of the query          at absolute positions
+    policy    far                      near
+    window    the sinks                the window: the last tokens
+    anchors   anchors, by number       the segment of the query so far
 
-Both are gathered from the pool by columns of the block table; what lies in between was freed, and
-is not read. Sequences with equally many queries attend together if they are few, chunks of prompts
-alone. Legend: `model.batch`; N: queries of a sequence, L: gathered slots, far ones first.
+Under a window, queries are turned for the sinks to their position in the compressed cache, so that
+distances stay as in training. Anchors are copied to blocks of their own. All is gathered from the
+pool by columns of block tables; other columns were freed, and are not read. Sequences with equally
+many queries attend together if they are few, chunks of prompts alone. Legend: `model.batch`; N:
+queries of a sequence, L: gathered slots, far ones first.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import numpy.typing as npt
 import torch
 
 from model.attention.torch_paged import FEW_QUERIES
-from model.batch import Batch
-from model.compression import SINKS, Window
+from model.batch import Batch, Segments
+from model.compression import SINKS, Compression, Window
 from model.config import ModelConfig
 from model.layers import Rotation, rotate, rotation
 
@@ -87,20 +89,24 @@ class _Group:
 class CompressedAttention:
     """The backend of the torch runner under `kv_compression`; for models without windows."""
 
-    def __init__(self, compression: Window, config: ModelConfig) -> None:
+    def __init__(self, compression: Compression, config: ModelConfig) -> None:
         self._compression = compression
         self._config = config
         self._block_size = 0
         self._groups: list[_Group] = []
         self._turn: Rotation | None = None  # of queries, for the far keys; None: as they are
+        self._copies: tuple[torch.Tensor, torch.Tensor] | None = None  # slots: of, to
 
     def prepare(self, batch: Batch, *, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
         self._groups = [
             _group(batch, members, reads, device=device) for members, reads in self._together(batch)
         ]
+        self._turn = self._copies = None
+        if not isinstance(self._compression, Window):
+            self._copies = _copies(batch, block_size=block_size, device=device)
+            return
         past = batch.positions_T - (self._compression.span - 1)
-        self._turn = None
         if (past > 0).any():
             turned = torch.from_numpy(-np.maximum(past, 0)).to(device)
             self._turn = rotation(turned, self._config)
@@ -116,6 +122,10 @@ class CompressedAttention:
     ) -> torch.Tensor:
         if window is not None:
             raise ValueError("a compressed cache serves models without a sliding window")
+        if self._copies is not None:
+            of, to = self._copies
+            for pool in (keys_XKD, values_XKD):
+                pool.index_copy_(0, to, pool.index_select(0, of))
         far_THD = queries_THD if self._turn is None else rotate(queries_THD, self._turn)
         mixed_THD = torch.empty_like(queries_THD)
         for group in self._groups:
@@ -139,21 +149,56 @@ class CompressedAttention:
                 )
 
     def _reads(self, batch: Batch, sequence: int, length: int) -> _Reads:
-        size, window = self._block_size, self._compression
+        size = self._block_size
         end = int(batch.context_lens_S[sequence])
         queries = np.arange(end - length, end)[:, None]
         table = batch.block_table_SB[sequence].astype(np.int64)
-        first = window.first(end - length) // size
+        if isinstance(self._compression, Window):
+            window = self._compression.size
+            oldest = queries - window + 1
+            far_table, most = table, min(SINKS, end) if end > window else 0
+            sees = np.minimum(SINKS, oldest)  # leading far slots, per query
+        else:
+            segments = _segments(batch)
+            rows = slice(*batch.query_starts_S1[sequence : sequence + 2].tolist())
+            oldest, sees = (
+                column[rows, None].astype(np.int64)
+                for column in (segments.starts_T, segments.seen_T)
+            )
+            far_table, most = segments.table_SB[sequence].astype(np.int64), int(sees.max())
+        num_far, first = -(-most // size), max(0, int(oldest[0, 0])) // size
         near = np.arange(first * size, -(-end // size) * size)
-        sinks = min(-(-SINKS // size), -(-end // size)) if end > window.size else 0
-        far = np.arange(sinks * size)
-        oldest = queries - window.size + 1
         return _Reads(
-            far=table[:sinks],
+            far=far_table[:num_far],
             near=table[first : -(-end // size)],
-            seen_far=(far < SINKS) & (far < oldest),
+            seen_far=np.arange(num_far * size) < sees,
             seen_near=(near >= oldest) & (near <= queries),
         )
+
+
+def _segments(batch: Batch) -> Segments:
+    if batch.segments is None:
+        raise ValueError("a cache compressed to anchors needs the segments of a batch")
+    return batch.segments
+
+
+def _copies(
+    batch: Batch, *, block_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Slots of the step's anchors at their positions, and among the anchors; None: no anchor."""
+    segments = _segments(batch)
+    if not len(segments.rows_A):
+        return None
+    owners = np.searchsorted(batch.query_starts_S1, segments.rows_A, side="right") - 1
+    slots = [
+        table[owners, numbers // block_size].astype(np.int64) * block_size + numbers % block_size
+        for table, numbers in (
+            (batch.block_table_SB, batch.positions_T[segments.rows_A]),
+            (segments.table_SB, segments.numbers_A),
+        )
+    ]
+    of, to = (torch.from_numpy(each).to(device) for each in slots)
+    return of, to
 
 
 def _group(

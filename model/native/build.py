@@ -4,7 +4,7 @@ A library's file name holds a hash of its sources and flags, so a stale one is n
 compiled in a scratch folder and renamed, so an unfinished one is never seen; two processes may
 build at once and make the same file. Each build removes the least recently used libraries; a
 process that runs one keeps it, because a mapped file survives its removal.
-`python -m model.native.build` builds into the package.
+`python -m model.native.build` builds into the package, as pip does (setup.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from model.native import NativeUnavailable
@@ -27,6 +28,7 @@ from model.native import NativeUnavailable
 _SOURCES = Path(__file__).parent / "src"
 _BESIDE = Path(__file__).parent / "lib"
 _COMPILERS = ("g++", "clang++", "c++")
+_ZIG = ("-m", "ziglang", "c++", "-mcpu=baseline")  # by default it compiles for this processor only
 _KEPT = 8  # libraries in a folder: one or two versions of the sources, with the builds of the tests
 _ABANDONED = 3600.0  # seconds after which a scratch folder is left over from a broken build
 
@@ -87,9 +89,11 @@ def compile_into(folder: Path, build: Build) -> Path:
     """Compiles the library into a folder. Raises NativeUnavailable."""
     if sys.platform != "linux":
         raise NativeUnavailable(f"the native step needs Linux, and this is {sys.platform}")
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    compiler = find_compiler()
     if compiler is None:
-        raise NativeUnavailable("no C++ compiler found; install g++ or clang++")
+        raise NativeUnavailable(
+            "no C++ compiler found; install g++ or clang++, or: pip install ziglang"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
@@ -99,6 +103,14 @@ def compile_into(folder: Path, build: Build) -> Path:
         raise NativeUnavailable(f"cannot build in {folder}: {error.strerror}") from error
     remove_stale(folder, "libquire-*.so", kept=_KEPT)
     return made
+
+
+def find_compiler() -> list[str] | None:
+    """The command of a compiler in PATH, or of the package `ziglang` (clang with its libraries)."""
+    found = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if found is not None:
+        return [found]
+    return None if find_spec("ziglang") is None else [sys.executable, *_ZIG]
 
 
 def remove_stale(folder: Path, pattern: str, *, kept: int) -> None:
@@ -119,7 +131,7 @@ def _last_touched(path: Path) -> float:
     return path.stat().st_mtime
 
 
-def _compile(compiler: str, build: Build, scratch: Path) -> Path:
+def _compile(compiler: Sequence[str], build: Build, scratch: Path) -> Path:
     """Compiles the objects, as many at once as there are processors, and links them."""
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     of_variants = sorted(_SOURCES.glob("*variant.cpp"))
@@ -134,13 +146,13 @@ def _compile(compiler: str, build: Build, scratch: Path) -> Path:
     def compile_one(unit: tuple[str, Path, tuple[str, ...]]) -> Path:
         name, source, flags = unit
         target = scratch / f"{name}.o"
-        _call([compiler, *common, *flags, "-c", str(source), "-o", str(target)])
+        _call([*compiler, *common, *flags, "-c", str(source), "-o", str(target)])
         return target
 
     with ThreadPoolExecutor() as pool:
         objects = list(pool.map(compile_one, units))
     library = scratch / "libquire.so"
-    _call([compiler, *common, "-shared", *map(str, objects), "-o", str(library)])
+    _call([*compiler, *common, "-shared", *map(str, objects), "-o", str(library)])
     return library
 
 
@@ -149,14 +161,22 @@ def _call(command: Sequence[str]) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line]
         first = lines[0] if lines else f"exit status {done.returncode}"
-        raise NativeUnavailable(f"{Path(command[0]).name} failed: {first}")
+        name = "ziglang" if "ziglang" in command else Path(command[0]).name
+        raise NativeUnavailable(f"{name} failed: {first}")
+
+
+def build_into_package() -> Path:
+    """The library's path in the package, where it is compiled unless it is there. Raises
+    NativeUnavailable.
+    """
+    made = _BESIDE / Build().file_name
+    return made if made.is_file() else compile_into(_BESIDE, Build())
 
 
 def main() -> None:
     """Builds into the package if necessary; prints the path, or exits with the reason."""
-    made = _BESIDE / Build().file_name
     try:
-        sys.stdout.write(f"{made if made.is_file() else compile_into(_BESIDE, Build())}\n")
+        sys.stdout.write(f"{build_into_package()}\n")
     except NativeUnavailable as reason:
         sys.exit(f"native library: {reason}")
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from model.batch import Batch, Bools, SamplingBatch
 
+_LOCAL = {"segments", "sources"}  # None: such caches are on one rank
 _DTYPES = (np.int32, np.uint64, np.float32, np.bool_, np.int64, np.uint32)
 
 
@@ -35,10 +36,10 @@ def decode(body: bytes) -> tuple[Batch, Bools | None]:
 def _arrays(record: Batch | SamplingBatch) -> Iterator[np.ndarray[Any, Any]]:
     for field in fields(record):
         value = getattr(record, field.name)
+        if field.name in _LOCAL:
+            continue
         if isinstance(value, SamplingBatch):
             yield from _arrays(value)
-        elif value is None:
-            continue  # no sources: ranks share decoders
         elif isinstance(value, np.ndarray):
             yield np.ascontiguousarray(value)
         else:
@@ -50,7 +51,7 @@ def _fill(
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in fields(kind):
-        if field.name == "sources":
+        if field.name in _LOCAL:
             continue
         if field.name == "sampling":
             values[field.name] = SamplingBatch(**_fill(SamplingBatch, arrays))

@@ -7,6 +7,7 @@ their sums by the shape of the step, so answers are equal within rounding, not b
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from model.attention import ATTENTION, Attention
 from model.attention.compressed import CompressedAttention
 from model.batch import Batch, Ints, SamplingBatch, SourceBatch, StepOutput
-from model.compression import compressed_config, parse_compression
+from model.compression import Anchors, compressed_config, parse_compression
 from model.config import ModelConfig
 from model.encoder_decoder import network_of
 from model.kvcache import KVCache, blocks_within
@@ -25,6 +26,7 @@ from model.runners import RunnerOptions
 from model.runners.adapted import add_adapters
 from model.runners.logprobs import Logprobs, score_rows, scored_on_host, step_output
 from model.sampler import sample
+from model.segments import segments_batch
 from model.transformer import Transformer
 from model.weights import Weights
 
@@ -51,6 +53,7 @@ class TorchRunner:
         dtype = choose_dtype(options.dtype, device)
         compression = parse_compression(options.kv_compression)
         config = compressed_config(config, compression)
+        self._compression = compression
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         self.config = config
@@ -99,7 +102,10 @@ class TorchRunner:
         """Runs one decoded token and the largest chunk, over blocks that are still free."""
         room = min(self.num_blocks * self.block_size, self.config.max_model_len)
         for length in {1, min(room, self._options.max_batch_tokens)}:
-            self.run(_prompt(length, self.config, block_size=self.block_size))
+            batch = _prompt(length, self.config, block_size=self.block_size)
+            if isinstance(self._compression, Anchors):
+                batch = replace(batch, segments=segments_batch([((), range(length), ())]))
+            self.run(batch)
 
     def close(self) -> None:
         del self._network, self._cache

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from model.compression import Anchors, compressed_config
+from model.segments import anchor_ids
 from model.text.chat_template import ChatTemplateError
 from model.text.tokenizer import Tokenizer
 from model.training import TrainingError
@@ -35,6 +37,15 @@ def open_decoder(path: Path) -> Base:
     if base.config.bidirectional:
         raise TrainingError("an encoder generates no text: choose a decoder, or tune classify")
     return base
+
+
+def anchor_rule(base: Base) -> frozenset[int]:
+    """Tokens that end a segment. Raises TrainingError for a model that cannot be compressed."""
+    try:
+        compressed_config(base.config, Anchors())
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+    return anchor_ids(base.tokenizer.token_bytes, base.tokenizer.eos_ids)
 
 
 def read_examples(path: Path, tokenizer: Tokenizer, *, context: int) -> list[Example]:
@@ -98,11 +109,18 @@ class Answers:
     """Examples in an order that the seed decides. A task of `loop`."""
 
     def __init__(
-        self, train: Sequence[Example], held: Sequence[Example], recipe: Recipe, *, name: str
+        self,
+        train: Sequence[Example],
+        held: Sequence[Example],
+        recipe: Recipe,
+        *,
+        name: str,
+        anchor_ids: frozenset[int] = frozenset(),
     ) -> None:
+        self._anchor_ids = anchor_ids  # see `model.segments`
         self._train, self._held, self._recipe = train, held, recipe
         self._lengths = tuple(len(example.tokens) for example in train)
-        digest = hashlib.sha256(repr([train, held]).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(repr([train, held, sorted(anchor_ids)]).encode()).hexdigest()[:12]
         self.name = f"{name}-{digest}"
 
     def batches(self, first: int) -> Iterator[TokenBatch]:
@@ -111,7 +129,7 @@ class Answers:
         return (_batch([self._train[index] for index in indices]) for indices in order)
 
     def loss(self, network: Transformer, batch: TokenBatch) -> torch.Tensor:
-        return token_losses(network, batch.tokens_NT, batch.targets)
+        return token_losses(network, batch.tokens_NT, batch.targets, anchor_ids=self._anchor_ids)
 
     def evaluate(self, network: Transformer) -> Mapping[str, float]:
         """Loss in nats per token of the held-out answers."""

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
+from model.attention.anchored import anchored_attention, seen_pairs
 from model.config import ModelConfig
 from model.encoder_decoder import network_of
 from model.transformer import Transformer, fused_attention
@@ -42,30 +43,41 @@ def initialised(config: ModelConfig, *, seed: int) -> Transformer:
 
 
 def states(
-    network: Transformer, tokens_NT: torch.Tensor, lengths_N: torch.Tensor | None = None
+    network: Transformer,
+    tokens_NT: torch.Tensor,
+    lengths_N: torch.Tensor | None = None,
+    *,
+    anchor_ids: frozenset[int] = frozenset(),
 ) -> torch.Tensor:
     """The residual stream after the last block, [N, T, C]; texts are padded on the right.
 
-    An encoder needs their lengths: its tokens would see the padding.
+    An encoder needs their lengths: its tokens would see the padding. anchor_ids: tokens that end a
+    segment, of which later ones see no other token; none: without segments.
     """
-    bidirectional = network.config.bidirectional
-    attend = partial(
-        fused_attention,
-        causal=not bidirectional,
-        lengths_N=lengths_N if bidirectional else None,
-    )
     positions_T = torch.arange(tokens_NT.shape[-1], device=tokens_NT.device)
+    if anchor_ids:
+        ids = torch.tensor(sorted(anchor_ids), device=tokens_NT.device)
+        seen_NTT = seen_pairs(torch.isin(tokens_NT, ids))
+        attend = partial(anchored_attention, seen_TT=seen_NTT)
+        return network.hidden(tokens_NT, positions_T, attend=attend)
+    bidirectional = network.config.bidirectional
+    lengths_N = lengths_N if bidirectional else None
+    attend = partial(fused_attention, causal=not bidirectional, lengths_N=lengths_N)
     return network.hidden(tokens_NT, positions_T, attend=attend)
 
 
 def token_losses(
-    network: Transformer, tokens_NT: torch.Tensor, scored_NT: torch.Tensor
+    network: Transformer,
+    tokens_NT: torch.Tensor,
+    scored_NT: torch.Tensor,
+    *,
+    anchor_ids: frozenset[int] = frozenset(),
 ) -> torch.Tensor:
     """The sum of -log p of the tokens marked in `scored_NT`, each given those before it.
 
     The head computes the rows of these alone.
     """
     chosen = scored_NT[:, 1:]
-    states_RC = states(network, tokens_NT[:, :-1])[chosen]
+    states_RC = states(network, tokens_NT[:, :-1], anchor_ids=anchor_ids)[chosen]
     logits_RV = network.logits(states_RC)
     return functional.cross_entropy(logits_RV.float(), tokens_NT[:, 1:][chosen], reduction="sum")

@@ -9,7 +9,7 @@ import logging
 import posixpath
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
 from typing import IO, Any, TypeVar
 from urllib.parse import quote
@@ -73,16 +73,18 @@ class Tree:
 
     def write(self, path: str, data: bytes) -> None:
         """Creates or replaces an object."""
-        with self.writing(path) as file:
-            file.write(data)
+        if self._is_local:
+            with self.writing(path) as file:
+                file.write(data)
+        else:
+            self._fs.pipe_file(self._target(path), data)  # in one call of the bucket
 
     @contextmanager
     def writing(self, path: str) -> Iterator[IO[bytes]]:
         """A file that becomes the object when the block ends without an error."""
-        target = self._path(path)
-        self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
-        if not self._is_local:  # an object of a bucket exists when its upload is complete
-            with self._fs.open(target, "wb") as file:
+        target = self._target(path)
+        if not self._is_local:
+            with _upload(self._fs.open(target, "wb")) as file:
                 yield file
             return
         temporary = f"{target}.{secrets.token_hex(6)}.tmp"
@@ -102,8 +104,32 @@ class Tree:
             return False
         return True
 
+    def _target(self, path: str) -> str:
+        """The path of an object that is to be written; its folder exists, if there are folders."""
+        target = self._path(path)
+        self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
+        return target
+
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}"
+
+
+@contextmanager
+def _upload(file: Any) -> Iterator[IO[bytes]]:  # noqa: ANN401 - fsspec has no types
+    """An object of a bucket, which exists when the upload is complete. Aborts it after an error."""
+    with ExitStack() as stack:
+        stack.callback(_abort, file)
+        yield file
+        stack.pop_all()
+    file.close()
+
+
+def _abort(file: Any) -> None:  # noqa: ANN401 - fsspec has no types
+    from fsspec.spec import AbstractBufferedFile
+
+    if isinstance(file, AbstractBufferedFile):
+        file.discard()
+        file.closed = True  # closing it would complete the upload
 
 
 class Storage:

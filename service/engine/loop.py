@@ -20,7 +20,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from model.compression import Anchors
 from model.runners import overlapped
+from model.segments import anchor_ids
 from service.engine.adapters import Adapters
 from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
@@ -31,6 +33,7 @@ from service.engine.pack import Packer
 from service.engine.pipeline import Computed, Pipeline
 from service.engine.plan import EngineConfig, Plan
 from service.engine.scheduler import Scheduler
+from service.engine.segments import SegmentPacker
 from service.engine.sequence import Sequence as EngineSequence
 from service.engine.speculate import Speculator, may_speculate
 from service.engine.thread import EngineThread
@@ -69,6 +72,10 @@ class EngineLoop(EngineThread):
         self._observer = observer
         self._allocator = BlockAllocator(runner.num_blocks, block_size=runner.block_size)
         self._cost = CostModel() if cost is None else cost
+        anchors: frozenset[int] = frozenset()
+        segmented = isinstance(config.kv_compression, Anchors)
+        if segmented:
+            anchors = anchor_ids(token_bytes, eos_ids)
         drafts = may_speculate(
             config, exact=runner.exact, overlapped=overlapped(runner) is not None
         )
@@ -80,6 +87,7 @@ class EngineLoop(EngineThread):
             cost=self._cost,
             has_encoder=runner.config.encoder is not None,
             speculator=Speculator(config, self._cost) if drafts else None,
+            anchor_ids=anchors,
             adapters=numbered,
         )
         vocab_size = runner.config.vocab_size
@@ -91,7 +99,9 @@ class EngineLoop(EngineThread):
             eos_ids=eos_ids,
             adapters=numbered,
         )
-        self._pipeline = Pipeline(runner, packer, clock=clock)
+        self._pipeline = Pipeline(
+            runner, SegmentPacker(packer, anchors) if segmented else packer, clock=clock
+        )
         self._outputs = Outputs(
             token_bytes=token_bytes,
             visible_bytes=visible_bytes or token_bytes,

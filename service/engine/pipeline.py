@@ -19,6 +19,7 @@ from model.batch import Batch, Bools, StepOutput
 from model.runners import Runner, overlapped
 from service.engine.pack import Packer, unread_rows
 from service.engine.plan import Plan
+from service.engine.segments import SegmentPacker
 from service.engine.unpack import StepResult, unpack
 
 
@@ -41,7 +42,9 @@ class _Flight:
 class Pipeline:
     """Steps of one engine that were launched and not read."""
 
-    def __init__(self, runner: Runner, packer: Packer, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, runner: Runner, packer: Packer | SegmentPacker, *, clock: Callable[[], float]
+    ) -> None:
         self._runner = runner
         self._overlapped = overlapped(runner)
         self._packer = packer

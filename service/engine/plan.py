@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from model.compression import Window
+from model.compression import Compression
 from service.engine.cost import CostModel, StepWork
 from service.engine.sequence import Sequence, Source
 
@@ -26,7 +26,7 @@ class EngineConfig:
     prefix_cache: bool = True
     speculate: bool = True  # if the runner allows it: see `speculate.may_speculate`
     max_drafts: int = 15  # of one sequence in a step
-    kv_compression: Window | None = None  # the runner's
+    kv_compression: Compression | None = None  # the runner's
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_sequences <= self.max_batch_tokens:

@@ -58,15 +58,17 @@ class Scheduler:
         max_model_len: int,
         cost: CostModel,
         speculator: Speculator | None = None,
+        anchor_ids: frozenset[int] = frozenset(),
         adapters: Adapters | None = None,
         has_encoder: bool = False,
     ) -> None:
         self.max_model_len = min(max_model_len, config.max_model_len or max_model_len)
         self.running: list[Sequence] = []  # in order of admission
         retention = Retention(
-            window=config.kv_compression,
+            compression=config.kv_compression,
             block_size=allocator.block_size,
             chunk=config.prompt_chunk,
+            anchor_ids=anchor_ids,
         )
         self._tables = BlockTables(
             allocator,
@@ -128,6 +130,7 @@ class Scheduler:
         """
         if request.id in self._sequences:
             raise ValueError("a request of this id is already in the engine")
+        self._check_fits(request)
         sequence = Sequence(
             request=request,
             tokens=[*request.prompt_ids[request.source :], *tokens],
@@ -136,7 +139,6 @@ class Scheduler:
             deadline=deadline,
             guide=guide,
         )
-        self._check_fits(sequence)
         self._sequences[request.id] = sequence
         self._order.enter(sequence)
         return sequence
@@ -228,22 +230,18 @@ class Scheduler:
             if self._allocator.blocks_for(sequence.num_computed) > len(sequence.blocks):
                 raise RuntimeError("a computed token has no block")
 
-    def _check_fits(self, sequence: Sequence) -> None:
-        request = sequence.request
+    def _check_fits(self, request: GenerationRequest) -> None:
         if len(request.prompt_ids) <= request.source:
             raise BadRequest("the prompt must have at least 1 token", code="empty_prompt")
         if (request.source > 0) is not self._has_encoder:
             raise BadRequest("a prompt has a source if the model has an encoder, and else none")
         if request.max_tokens < 1:
             raise BadRequest("max_tokens must be at least 1", code="integer_below_min_value")
-        num_source = self._allocator.blocks_for(request.source)
-        slots = max(0, self._allocator.num_blocks - num_source) * self._allocator.block_size
-        too_large = self._tables.most_slots(sequence) > slots
-        if max(sequence.max_total_tokens, request.source) > self.max_model_len or too_large:
-            longest = min(self.max_model_len, slots + 1) if too_large else self.max_model_len
+        longest = min(self.max_model_len, self._tables.longest(request.source))
+        own = request.max_total_tokens - request.source
+        if own > longest or request.source > self.max_model_len:
             raise BadRequest(
-                f"prompt and max_tokens exceed {longest} tokens",
-                code="context_length_exceeded",
+                f"prompt and max_tokens exceed {longest} tokens", code="context_length_exceeded"
             )
 
     def _expire(self, now: float) -> list[Sequence]:
@@ -261,7 +259,7 @@ class Scheduler:
         tables = self._tables
         for sequence in sorted(tables.short(self.running), key=rank):
             while sequence.status is SequenceStatus.RUNNING:
-                if tables.extend(sequence, tables.missing(sequence)):
+                if tables.extend(sequence):
                     break
                 self._preempt(plan, self._shares().victim() or max(self.running, key=rank))
 

@@ -68,6 +68,9 @@ class Sequence:
     batch_slot: int | None = None  # while it runs
     blocks: list[int] = field(default_factory=list)  # its block table
     dropped: range = range(0)  # columns of the table whose blocks were released (see `tables`)
+    anchors: list[int] = field(default_factory=list)  # positions, if the cache keeps them alone
+    num_scanned: int = 0  # tokens searched for anchors
+    anchor_blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # one per full block hashed so far
     num_unread: int = 0  # tokens after `tokens` that steps in flight will yield
     num_computed: int = 0  # tokens whose KV is stored, or will be by steps in flight
@@ -98,11 +101,18 @@ class Sequence:
 
     @property
     def held_blocks(self) -> list[int]:
-        """The blocks that it holds: those of its table, and those of its source."""
+        """The blocks that it holds: of its table, of its anchors and of its source."""
         dropped = self.dropped
-        if not dropped:
-            return self.blocks + self.source_blocks if self.source else self.blocks
-        return self.blocks[: dropped.start] + self.blocks[dropped.stop :]
+        others = self.anchor_blocks + self.source_blocks
+        if not (dropped or others):
+            return self.blocks
+        return self.blocks[: dropped.start] + self.blocks[dropped.stop :] + others
+
+    @property
+    def num_held(self) -> int:
+        """How many they are."""
+        own = len(self.blocks) - len(self.dropped)
+        return own + len(self.anchor_blocks) + len(self.source_blocks)
 
     @property
     def is_alive(self) -> bool:
@@ -151,6 +161,17 @@ class Sequence:
         computed and none taken from the prefix cache, which keeps KV but no logits.
         """
         return self.request.prompt_logprobs is not None and self.num_output == 0
+
+    def scan(self, anchor_ids: frozenset[int]) -> list[int]:
+        """The positions of all anchors among its tokens; looks at new tokens only."""
+        fresh = self.tokens[self.num_scanned :]
+        self.anchors += [
+            position
+            for position, token in enumerate(fresh, start=self.num_scanned)
+            if token in anchor_ids
+        ]
+        self.num_scanned = len(self.tokens)
+        return self.anchors
 
     def samples(self, num: int) -> int:
         """Rows that sample a token in a step of `num` tokens: its last pending one and drafts."""

@@ -34,8 +34,7 @@ class Shares:
         self._batch_slots = Counter(sequence.tenant for sequence in running)
         self._blocks: Counter[str] = Counter()
         for sequence in running:
-            held = len(sequence.blocks) - len(sequence.dropped) + len(sequence.source_blocks)
-            self._blocks[sequence.tenant] += held
+            self._blocks[sequence.tenant] += sequence.num_held
 
     def covers(self, sequence: Sequence, *, num_blocks: int) -> bool:
         """Whether its tenant stays within its share with this sequence added."""

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from fsspec import register_implementation
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from service.api.http.auth import Tenant
 from service.batches import runner
 from service.batches.batches import PART_LINES
 from service.batches.files import FileLimits
 from service.batches.jobs import JobLimits
+from service.batches.storage import Tree
 from service.messages import FinishReason
 from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
@@ -254,6 +258,62 @@ async def test_an_answer_that_was_cut_is_made_again(start_service: Any, tmp_path
         rows = await content(service, found["output_file_id"])
         reasons = [row["response"]["body"]["choices"][0]["finish_reason"] for row in rows]
         assert reasons == ["length"] * 4
+
+
+class Bucket(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """Objects that exist when their upload is complete."""
+
+    protocol = "bucket"
+    cachable = False
+    objects: ClassVar[dict[str, bytes]] = {}
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """It has no folders."""
+
+    def info(self, path: str, **_: Any) -> Json:
+        path = self._strip_protocol(path)
+        if path not in self.objects:
+            raise FileNotFoundError(path)
+        return {"name": path, "size": len(self.objects[path]), "type": "file"}
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        return Upload(self, path, mode, block_size=8)
+
+
+class Upload(AbstractBufferedFile):  # type: ignore[misc]
+    def _initiate_upload(self) -> None:
+        self.parts: list[bytes] = []
+
+    def _upload_chunk(self, final: bool = False) -> bool:
+        self.parts.append(self.buffer.getvalue())
+        if final:
+            Bucket.objects[self.path] = b"".join(self.parts)
+        return True
+
+
+@pytest.mark.parametrize("size", [0, 3, 30])
+def test_an_object_of_a_bucket_appears_whole_or_not_at_all(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing an upload completes it, so one that failed must not be closed."""
+    monkeypatch.setattr(Bucket, "objects", {})
+    register_implementation("bucket", Bucket, clobber=True)
+    tree = Tree("bucket://files")
+    tree.write("a", b"record")
+    with tree.writing("b") as file:
+        file.write(b"x" * size)
+    assert (tree.size("a"), tree.size("b")) == (6, size)
+
+    def fail(path: str) -> None:
+        with tree.writing(path) as file:
+            file.write(b"y" * (size + 1))
+            raise ZeroDivisionError
+
+    for path in ("b", "c"):
+        with pytest.raises(ZeroDivisionError):
+            fail(path)
+    gc.collect()
+    assert (tree.size("b"), tree.size("c")) == (size, None)
 
 
 async def test_lists_are_paged_and_belong_to_tenants(start_service: Any, tmp_path: Path) -> None:

@@ -234,6 +234,7 @@ async def test_a_decision_in_the_background_is_read_by_its_id(start_service: Sta
             while (found := (await service.client.get(path)).json())["status"] != "completed":
                 await asyncio.sleep(0.005)  # nothing else in the loop waits
         running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
         assert found["completed"] == found["inputs"] == len(service.engine.seen)
         (answer,) = found["result"]["answers"]
         assert answer["probability"] == pytest.approx(expected(service, ["yes", "no"])[0])

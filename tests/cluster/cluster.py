@@ -47,7 +47,10 @@ class Timings:
 
 
 class Cluster:
-    """`engines` and `apis` hold started replicas that were not replaced yet, dead ones included."""
+    """`engines` and `apis` hold started replicas that were not replaced yet, dead ones included.
+    `api_forks` (of `tests.faults.role_process`) forks API replicas; without it they are commands,
+    whose imports take seconds.
+    """
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class Cluster:
         *,
         fork_server: ForkServer | None,
         timings: Timings,
+        api_forks: ForkServer | None = None,
         num_engines: int = 2,
         num_apis: int = 2,
         max_sequences: int = 16,
@@ -71,6 +75,7 @@ class Cluster:
         self.excluded: set[int] = set()  # pids of API replicas that were removed from the balancer
         self.client = Client(self.addresses)
         self._forge = fork_server
+        self._api_forks = api_forks
         self._max_sequences = max_sequences  # of each engine
         self._engine_flags = engine_flags  # of real engines
         self._started: list[Replica] = []
@@ -135,7 +140,7 @@ class Cluster:
         timings = self.timings
         options = {
             "queue": queue or self.redis.url,
-            "model": self.model,
+            "model": str(self.model),
             "model-name": self.model.name,
             "port": 0,
             "admin-port": 0,
@@ -145,9 +150,13 @@ class Cluster:
             "drain-timeout": timings.drain,
             "resume-window": timings.window,
             "keep-responses": timings.window,
-            "files": self.folder / "files",
+            "files": str(self.folder / "files"),
         }
-        api = run_command("api", self._log("api"), *_flags(options))
+        if self._api_forks is None:
+            api = run_command("api", self._log("api"), *_flags(options))
+        else:
+            settings = {name.replace("-", "_"): value for name, value in options.items()}
+            api = self._api_forks.engine(self._log("api"), {"role": "api", "settings": settings})
         self.apis.append(api)
         self._started.append(api)
         return api

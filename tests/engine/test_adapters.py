@@ -53,6 +53,7 @@ class Watched(Observer):
             eos_ids=EOS_IDS,
             deliver=self.take,
             observer=self,
+            clock=lambda: 0.0,
             adapters=CARDS[1:],
         )
 

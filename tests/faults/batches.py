@@ -3,7 +3,7 @@
     python -m tests.faults.batches --lines 20000 --kills 50
 
 Each line must be answered once, in the order of the input, with the oracle's tokens; some are also
-compared with the same request online. Prints the failures and what was killed.
+compared with the same request online. Prints its progress, then the failures and what was killed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tests.conftest import build_tiny_model
 from tests.faults.oracle_model import write_model_of_oracle
 
 PATH = "/v1/completions"
+ROLES = "tests.faults.role_process"
 ONLINE = 20  # lines of a batch that are also sent online
 STALLED = 180.0  # seconds without progress, after which a run fails
 ENDED = {"completed", "failed", "expired", "cancelled"}
@@ -81,14 +83,28 @@ class Caller:
         await self._client.aclose()
 
 
-async def run_batches(cluster: Cluster, rng: random.Random, *, lines: int, kills: int) -> Tally:
-    """Batches of so many lines until there were so many kills, spread over the progress."""
+async def run_batches(
+    cluster: Cluster,
+    rng: random.Random,
+    *,
+    lines: int,
+    kills: int,
+    report: Callable[[str], object] = lambda _: None,
+) -> Tally:
+    """Batches of so many lines until there were so many kills, spread over the progress. `report`
+    gets the progress after each kill.
+    """
     tally, caller, began = Tally(), Caller(cluster), time.monotonic()
     try:
         while tally.kills.total() < kills:
             bodies = [_body(cluster, rng) for _ in range(lines)]
             batch_id = await _create(caller, bodies)
-            await _kill_until_ended(cluster, caller, rng, tally, batch_id, lines=lines, kills=kills)
+            wanted = kills - tally.kills.total()
+            async for answered in _kill_until_ended(
+                cluster, caller, rng, tally, batch_id, lines=lines, kills=wanted
+            ):
+                seconds = time.monotonic() - began
+                report(f"{seconds:.0f} s: {answered} of {lines} lines, {tally.kills.total()} kills")
             await _check(cluster, caller, tally, batch_id, bodies)
             tally.batches, tally.lines = tally.batches + 1, tally.lines + lines
         await _check_usage(cluster, tally)
@@ -132,9 +148,10 @@ async def _kill_until_ended(
     *,
     lines: int,
     kills: int,
-) -> None:
-    """Kill k comes when k parts of kills + 1 are answered. Fails if nothing moves for long."""
-    left = kills - tally.kills.total()
+) -> AsyncIterator[int]:
+    """Kill k comes when k parts of kills + 1 are answered; yields the answered lines after each.
+    Fails if nothing moves for long.
+    """
     done, moved = 0, 0
     since = time.monotonic()
     while True:
@@ -146,9 +163,10 @@ async def _kill_until_ended(
         if answered != moved:
             moved, since = answered, time.monotonic()
         assert time.monotonic() < since + STALLED, f"no progress since {counts}"
-        if done < left and answered >= (done * lines) // (left + 1):
+        if done < kills and answered >= (done * lines) // (kills + 1):
             done += 1
             await kill_one(cluster, rng, tally)
+            yield answered
             since = time.monotonic()
         await asyncio.sleep(rng.random() * 0.1)
 
@@ -219,23 +237,30 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="quire-batches-") as name:
         folder = Path(name)
+        (folder / "apis").mkdir()
         tiny = build_tiny_model(pre_tokenizers.Digits(individual_digits=True))
-        fork_server = ForkServer(folder)
+        fork_server, api_forks = ForkServer(folder), ForkServer(folder / "apis", program=ROLES)
         cluster = Cluster(
             folder,
             write_model_of_oracle(tiny, folder / "model"),
             fork_server=fork_server,
+            api_forks=api_forks,
             timings=Timings(),
         )
         try:
             cluster.start()
             work = run_batches(
-                cluster, random.Random(options.seed), lines=options.lines, kills=options.kills
+                cluster,
+                random.Random(options.seed),
+                lines=options.lines,
+                kills=options.kills,
+                report=partial(print, flush=True),
             )
             tally = asyncio.run(work)
         finally:
             cluster.close()
             fork_server.close()
+            api_forks.close()
     sys.stdout.write("\n".join([*tally.failures, tally.line(), ""]))
     return 1 if tally.failures else 0
 

@@ -24,7 +24,8 @@ SLOW_IMPORTS = ("model.checkpoint", "model.native", "model.parallel.runner", "mo
 
 def be_replica(arguments: dict[str, Any]) -> None:
     """Runs one replica until it ends."""
-    settings = Settings(log_format="json", admin_port=0, port=0, **arguments["settings"])
+    ports = {"admin_port": 0, "port": 0}
+    settings = Settings(log_format="json", **ports | arguments["settings"])
     run_role(ROLES[arguments["role"]], settings, console=Console(stderr=True))
 
 

@@ -47,7 +47,7 @@ def test_a_name_follows_from_what_is_built(tmp_path: Path, monkeypatch: pytest.M
 def test_without_a_compiler_the_reason_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(building, "find_compiler", lambda: None)
     monkeypatch.setattr(building, "_BESIDE", tmp_path)
     with pytest.raises(NativeUnavailable, match="no C\\+\\+ compiler"):
         find_or_build(cache=tmp_path / "cache")
@@ -56,12 +56,26 @@ def test_without_a_compiler_the_reason_is_said(
 def test_without_a_compiler_the_torch_runner_serves_and_the_reason_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(building, "find_compiler", lambda: None)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(building, "_BESIDE", tmp_path)
     choice = choose_runner("auto", tiny_model_config(head_dim=16), RunnerOptions(device="cpu"))
     assert choice.name == "torch"
     assert choice.fallback_reason.startswith("native: no C++ compiler")
+
+
+def test_the_package_ziglang_is_the_compiler_if_there_is_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets a processor that every machine has: by default it takes the one it runs on."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(building, "find_spec", {"ziglang": None}.get)
+    assert building.find_compiler() is None
+    monkeypatch.setattr(building, "find_spec", {"ziglang": object()}.get)
+    command = [sys.executable, "-m", "ziglang", "c++", "-mcpu=baseline"]
+    assert building.find_compiler() == command
+    (tmp_path / "clang++").touch(0o755)
+    assert building.find_compiler() == [str(tmp_path / "clang++")]
 
 
 def test_what_the_compiler_says_is_passed_on(tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.chat": ("httpx", "rich", "service.errors"),
     "service.engine": (
         "numpy", "model.batch", "model.compression", "model.grammar", "model.runners",
-        "service.messages", "service.errors", "service.prefixes", "service.thinking",
-        "service.vectors", "service.engine",
+        "model.segments", "service.messages", "service.errors", "service.prefixes",
+        "service.thinking", "service.vectors", "service.engine",
     ),
     "service.queues": (
         "service.decoding", "service.messages", "service.errors", "service.queues",
@@ -121,6 +121,7 @@ TORCH_FREE = (
     "model.checkpoint.assemble", "model.runners.native", "model.runners.choose", "model.parallel",
     "model.runners.encoding", "model.runners.native_encoding",
     "model.families.llama", "model.compression", "model.config", "model.batch", "model.grammar",
+    "model.segments",
     "model.grammar_validator", "model.text.tokenizer", "model.text.template_process",
 )  # fmt: skip
 

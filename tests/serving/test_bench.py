@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -143,6 +145,53 @@ def test_a_server_that_refuses_ends_the_command(server_url: str) -> None:
     failed = run("--url", server_url, "--model", "nothing")
     assert failed.exit_code != 0
     assert "the first request failed: HTTP 404" in str(failed.exception)
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Answers its first question, the one that is not counted, and refuses all others."""
+
+    refuses = False
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        status, kind, body = 429, "application/json", b'{"error": {"message": "no"}}'
+        if not type(self).refuses:
+            type(self).refuses = True
+            choice = {"delta": {"content": "a"}, "finish_reason": "stop"}
+            usage = {"prompt_tokens": 1, "completion_tokens": 1}
+            event = json.dumps({"choices": [choice], "usage": usage}).encode()
+            status, kind = 200, "text/event-stream"
+            body = b"data: " + event + b"\n\ndata: [DONE]\n\n"
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Not to standard error."""
+
+
+def test_without_a_complete_answer_the_status_is_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Refusing, "refuses", False)
+    results = tmp_path / "results.json"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        serving = Thread(target=server.serve_forever)
+        serving.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            flags = ("--url", url, "--model", "m", "--rates", "20", "--seconds", "0.2")
+            done = run(*flags, "--json", str(results))
+        finally:
+            server.shutdown()
+            serving.join()
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit), done.output
+    assert "failed: HTTP 429" in done.output
+    (point,) = json.loads(results.read_text())["points"]
+    assert point["summary"]["failures"] == point["summary"]["requests"] > 0
+    assert (point["good"], point["time_to_first_p99"]) == (0, None)
 
 
 def test_without_a_server_it_says_so() -> None:

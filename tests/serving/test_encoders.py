@@ -88,14 +88,14 @@ async def test_a_decision_has_the_same_bits_alone_under_load_and_in_any_order(se
         alone = {number: (await decide(number))[number] for number in range(3)}
         load = [
             client.completions.create(model=WRITER, prompt=f"{n} times", max_tokens=40, seed=n)
-            for n in range(4)
+            for n in range(2)
         ]
         writing = [asyncio.create_task(each) for each in load]
-        orders = [(0, 1, 2), (2, 0, 1), (1, 2), (2, 1, 0), (1,)]
+        orders = [(2, 0, 1), (1, 2), (0,)]
         for found in await asyncio.gather(*(decide(*order) for order in orders)):
             for number, answer in found.items():
                 assert answer.model_dump_json() == alone[number].model_dump_json()
-        assert len(await asyncio.gather(*writing)) == 4
+        assert len(await asyncio.gather(*writing)) == 2
         await _check_by_prompt_logprobs(client, server, alone[0].probability)
 
 

@@ -9,18 +9,24 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from model.batch import Batch, Ints, SamplingBatch
 from model.checkpoint import LoadedModel, load_model, open_checkpoint, open_model
 from model.checkpoint.four_bit import four_bit_reason
+from model.compression import NO_COMPRESSION, Anchors, Compression, Window, parse_compression
+from model.kvcache import bytes_per_block
 from model.native.library import usable_cpus
 from model.runners import Runner, RunnerOptions
 from model.runners.native import NativeRunner
 from model.runners.torch import TorchRunner
+from model.segments import anchor_ids as anchor_ids_of
+from model.segments import segments_batch
 from model.text.tokenizer import Tokenizer
 
 _FEW = 100  # tokens whose probabilities are requested first
@@ -44,14 +50,63 @@ def scoring_batch(tokens_T: Ints, *, block_size: int) -> Batch:
     )
 
 
-def perplexity(runner: Runner, windows: list[Ints]) -> float:
-    """Exp of the mean negative log probability of all predicted tokens."""
+def perplexity(
+    runner: Runner, windows: list[Ints], *, anchor_ids: frozenset[int] | None = None
+) -> float:
+    """Exp of the mean negative log probability of all predicted tokens.
+
+    `anchor_ids`: of a runner whose cache is compressed to anchors.
+    """
     total, count = 0.0, 0
     for tokens_T in windows:
         batch = scoring_batch(tokens_T, block_size=runner.block_size)
+        if anchor_ids is not None:
+            places, tail = _anchors(tokens_T, anchor_ids), batch.block_table_SB.shape[1]
+            blocks = range(tail, tail + -(-len(places) // runner.block_size))
+            text = (places, range(len(tokens_T)), blocks)
+            batch = replace(batch, segments=segments_batch([text]))
         logprobs_Q = runner.run(batch).score_logprobs_Q.astype(np.float64)
         total, count = total - float(logprobs_Q.sum()), count + len(logprobs_Q)
     return math.exp(total / count)
+
+
+def _anchors(tokens_T: Ints, anchor_ids: frozenset[int]) -> list[int]:
+    return [place for place, token in enumerate(tokens_T.tolist()) if token in anchor_ids]
+
+
+def kept_tokens(
+    windows: list[Ints], policy: Compression | None, anchor_ids: frozenset[int]
+) -> float:
+    """Tokens whose K and V are kept at the end of a window, on average."""
+    if policy is None:
+        return float(len(windows[0]))
+    if isinstance(policy, Window):
+        return float(min(len(windows[0]), policy.span))
+    kept = 0
+    for tokens_T in windows:
+        places = _anchors(tokens_T, anchor_ids)
+        kept += len(places) + len(tokens_T) - (places[-1] + 1 if places else 0)
+    return kept / len(windows)
+
+
+def compare_compression(model: LoadedModel, path: Path, windows: list[Ints], names: str) -> None:
+    """Prints a table: perplexity and the size of the cache under each policy."""
+    length, tokenizer = len(windows[0]), Tokenizer.from_checkpoint(path)
+    ids = anchor_ids_of(tokenizer.token_bytes, tokenizer.eos_ids)
+    print("| KV cache | perplexity | KiB at the end of a window |\n|---|---|---|")
+    for name in (NO_COMPRESSION, *names.split(",")):
+        policy = parse_compression(name)
+        options = RunnerOptions(
+            dtype="float32", device="cpu", kv_compression=name, max_batch_tokens=length,
+            num_blocks=2 * -(-length // 16),
+        )  # fmt: skip
+        runner = TorchRunner(model.config, model.weights, options=options, digest=model.digest)
+        of_anchors = ids if isinstance(policy, Anchors) else None
+        value = perplexity(runner, windows, anchor_ids=of_anchors)
+        runner.close()
+        size = bytes_per_block(model.config, 1, dtype=torch.float32) / 1024
+        kept = size * kept_tokens(windows, policy, ids)
+        print(f"| {name} | {value:.2f} | {kept:,.0f} |", flush=True)
 
 
 def runners(
@@ -139,6 +194,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, help="number of windows; default: the whole text")
+    parser.add_argument(
+        "--kv-compression",
+        metavar="POLICY,...",
+        help="compare these, in float32: window:64,anchors",
+    )
     parser.add_argument("--llama-cpp", action="store_true", help="also llama.cpp; slow")
 
 
@@ -148,6 +208,9 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.model, window=arguments.window, count=arguments.windows, text=arguments.text
     )
     print(f"{len(windows)} windows of {arguments.window} tokens\n")
+    if arguments.kv_compression:
+        compare_compression(model, arguments.model, windows, arguments.kv_compression)
+        return
     print("| runner | perplexity | relative to float32 |\n|---|---|---|")
     first: float | None = None
     for name, build in runners(model, arguments.window, path=arguments.model):

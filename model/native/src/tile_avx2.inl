@@ -31,7 +31,7 @@ QUIRE_INLINE void store_negative(uint8_t* codes, int size, __m128i negative) {
   memcpy(codes + (size_t)size * CODE_BYTES, &total, sizeof total);
 }
 
-template <int ROWS, _mm_hint HINT>
+template <int ROWS, Hint HINT>
 static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded, Ahead ahead,
                           int32_t* acc) {
   const __m256i ones = _mm256_set1_epi16(1);

@@ -3,7 +3,7 @@
 
 #include "tile_ymm.inl"
 
-template <int ROWS, _mm_hint HINT>
+template <int ROWS, Hint HINT>
 static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded, Ahead ahead,
                           int32_t* acc) {
   __m256i sums[ROWS][VECTORS];

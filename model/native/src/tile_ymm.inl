@@ -3,6 +3,7 @@
 
 constexpr int TILE_ROWS = 3;
 constexpr int VECTORS = PANEL / 8;
+using Hint = decltype(_MM_HINT_T0);  // GCC's is an enum, clang's an int
 
 QUIRE_INLINE __m256i four_bytes(const uint8_t* p) {
   int32_t four;
@@ -11,7 +12,7 @@ QUIRE_INLINE __m256i four_bytes(const uint8_t* p) {
 }
 
 // Two cache lines for each line of a panel.
-template <_mm_hint HINT> QUIRE_INLINE void prefetch_line(Ahead& ahead) {
+template <Hint HINT> QUIRE_INLINE void prefetch_line(Ahead& ahead) {
   _mm_prefetch((const char*)ahead.start, HINT);
   _mm_prefetch((const char*)ahead.start + 64, HINT);
   ahead.start += ahead.step;
@@ -25,14 +26,14 @@ template <int ROWS> QUIRE_INLINE void store_sums(const __m256i (&sums)[ROWS][VEC
 }
 
 // The variant's own.
-template <int ROWS, _mm_hint HINT>
+template <int ROWS, Hint HINT>
 static void multiply_rows(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded, Ahead ahead,
                           int32_t* acc);
 
 #if defined(QUIRE_AHEAD_TO_L2)
-constexpr _mm_hint HINT = _MM_HINT_T1;
+constexpr Hint HINT = _MM_HINT_T1;
 #else
-constexpr _mm_hint HINT = _MM_HINT_T0;
+constexpr Hint HINT = _MM_HINT_T0;
 #endif
 
 static void multiply_tile(const uint8_t* codes, size_t stride, int rows, const int8_t* panel, int inputs_padded,
