@@ -73,9 +73,8 @@ def load_encoder_card(
     """
     with model_errors():
         _, config = configure(open_checkpoint(path))
-        folder = path if path.is_dir() else path.parent
-        info = describe(config, read_settings(folder))
-        tokenizer = EncoderTokenizer.from_folder(folder, max_tokens=info.max_tokens)
+        info = describe(config, read_settings(path))
+        tokenizer = EncoderTokenizer.from_path(path, max_tokens=info.max_tokens)
     return _card(settings, model, path, info, tokenizer), tokenizer, info
 
 

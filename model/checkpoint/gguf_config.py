@@ -17,10 +17,13 @@ from model.config import ROPE_THETA
 # Rotary pairs stand side by side in the rows of Q and K, and have to be taken apart.
 INTERLEAVED = frozenset({"llama", "smollm3"})
 
+_ENCODERS = frozenset({"bert", "nomic-bert"})
 _QKV = ("q", "k", "v")
 _BLOCK = {
     "attn_norm": "attention_norm",
+    "attn_output_norm": "attention_norm",  # of encoders, whose norms stand behind the sublayers
     "ffn_norm": "mlp_norm",
+    "layer_output_norm": "mlp_norm",
     "attn_q": "attention.q",
     "attn_k": "attention.k",
     "attn_v": "attention.v",
@@ -34,6 +37,9 @@ _BLOCK = {
 NAMES: Mapping[str, str | tuple[str, ...] | None] = {
     "token_embd.weight": "embed.weight",
     "position_embd.weight": "position.weight",
+    "token_types.weight": "types.weight",
+    "token_embd_norm.weight": "embed_norm.weight",
+    "token_embd_norm.bias": "embed_norm.bias",
     "output_norm.weight": "norm.weight",
     "output_norm.bias": "norm.bias",
     "output.weight": "head.weight",
@@ -101,7 +107,33 @@ def translate(header: GgufHeader) -> dict[str, Any]:
         return config | _present(
             layer_norm_epsilon=header.number("gpt2.attention.layer_norm_epsilon")
         )
+    if architecture in _ENCODERS:
+        return config | _encoder(header, architecture)
     return config | _llama_like(header, architecture)
+
+
+def _encoder(header: GgufHeader, architecture: str) -> dict[str, Any]:
+    """What BERT's kin have besides sizes. The tables have the numbers of positions and types."""
+    if header.flag(f"{architecture}.attention.causal"):
+        raise CheckpointError(f"{header.file_name}: attention.causal is not supported for encoders")
+    hidden, heads, turned = (
+        header.integer(f"{architecture}.{name}")
+        for name in ("embedding_length", "attention.head_count", "rope.dimension_count")
+    )
+    if turned is not None and turned * (heads or 1) != hidden:
+        raise CheckpointError(f"{header.file_name}: partial rotary positions are not supported")
+    rows = {
+        name: entry.shape[0]
+        for name in ("position_embd.weight", "token_types.weight")
+        if (entry := header.tensors.get(name)) is not None
+    }
+    return _present(
+        max_position_embeddings=rows.get("position_embd.weight")
+        or header.integer(f"{architecture}.context_length"),
+        type_vocab_size=rows.get("token_types.weight", 0),
+        layer_norm_eps=header.number(f"{architecture}.attention.layer_norm_epsilon"),
+        rope_theta=header.number(f"{architecture}.rope.freq_base"),
+    ) | {"rope_scaling": _linear_scaling(header, architecture)}
 
 
 def _llama_like(header: GgufHeader, architecture: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class _Kind(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Tokens:
+class Tokens:
     """The tokens of a file by type: text -> id, the file's own."""
 
     texts: list[str]
@@ -82,7 +82,7 @@ class _Tokens:
 def from_gguf(header: GgufHeader) -> Vocabulary:
     """Reads the vocabulary of a GGUF file. Raises CheckpointError."""
     kind = header.text("tokenizer.ggml.model")
-    tokens = _tokens(header)
+    tokens = read_tokens(header)
     if kind == "llama":
         return _sentencepiece_vocabulary(header, tokens)
     if kind == "gpt2":
@@ -93,7 +93,7 @@ def from_gguf(header: GgufHeader) -> Vocabulary:
     )
 
 
-def _byte_level_vocabulary(header: GgufHeader, tokens: _Tokens) -> Vocabulary:
+def _byte_level_vocabulary(header: GgufHeader, tokens: Tokens) -> Vocabulary:
     pre = header.text("tokenizer.ggml.pre") or ""
     if pre not in PRE_TOKENIZERS:
         raise CheckpointError(
@@ -106,7 +106,7 @@ def _byte_level_vocabulary(header: GgufHeader, tokens: _Tokens) -> Vocabulary:
     return _vocabulary(header, tokens, splitter, bytes_, add_bos=pre in _WHOLE_WORDS)
 
 
-def _sentencepiece_vocabulary(header: GgufHeader, tokens: _Tokens) -> Vocabulary:
+def _sentencepiece_vocabulary(header: GgufHeader, tokens: Tokens) -> Vocabulary:
     size = _size(header, tokens)
     splitter = _sentencepiece_splitter(header, tokens, size=size)
     bytes_ = _token_bytes(tokens, size=size, decode=sentencepiece)
@@ -115,7 +115,7 @@ def _sentencepiece_vocabulary(header: GgufHeader, tokens: _Tokens) -> Vocabulary
 
 def _vocabulary(
     header: GgufHeader,
-    tokens: _Tokens,
+    tokens: Tokens,
     splitter: Tokenizer,
     bytes_: tuple[bytes, ...],
     *,
@@ -125,10 +125,10 @@ def _vocabulary(
 ) -> Vocabulary:
     """What both kinds share. The defaults hold for files that do not name these tokens."""
     named = {
-        "bos_token": _id(header, "bos", tokens, default=bos_id),
-        "eos_token": _id(header, "eos", tokens, default=eos_id),
+        "bos_token": token_id(header, "bos", tokens, default=bos_id),
+        "eos_token": token_id(header, "eos", tokens, default=eos_id),
     }
-    ends = {named["eos_token"], *(_id(header, name, tokens) for name in ("eot", "eom"))}
+    ends = {named["eos_token"], *(token_id(header, name, tokens) for name in ("eot", "eom"))}
     ends |= {tokens.special[text] for text in END_OF_TURN & tokens.special.keys()}
     rows = _embedding_rows(header) or len(bytes_)
     stated = header.flag("tokenizer.ggml.add_bos_token")
@@ -146,7 +146,8 @@ def _vocabulary(
     )
 
 
-def _tokens(header: GgufHeader) -> _Tokens:
+def read_tokens(header: GgufHeader) -> Tokens:
+    """The tokens of a vocabulary of any kind. Raises CheckpointError."""
     texts = header.strings("tokenizer.ggml.tokens")
     if not texts:
         raise CheckpointError(f"{header.file_name}: it has no vocabulary")
@@ -155,7 +156,7 @@ def _tokens(header: GgufHeader) -> _Tokens:
         raise CheckpointError(f"{header.file_name}: as many token types as tokens are needed")
     if not all(0 <= kind <= max(_Kind) for kind in set(kinds)):
         raise CheckpointError(f"{header.file_name}: token types must be from 0 to {max(_Kind)}")
-    tokens = _Tokens(texts=texts, plain={}, literal={}, byte={}, special={})
+    tokens = Tokens(texts=texts, plain={}, literal={}, byte={}, special={})
     of_kind = {
         _Kind.NORMAL: tokens.plain,
         _Kind.USER_DEFINED: tokens.literal,
@@ -175,7 +176,7 @@ def _tokens(header: GgufHeader) -> _Tokens:
     return tokens
 
 
-def _token_bytes(tokens: _Tokens, *, size: int, decode: Decode) -> tuple[bytes, ...]:
+def _token_bytes(tokens: Tokens, *, size: int, decode: Decode) -> tuple[bytes, ...]:
     table = list(byte_table(tokens.plain, tokens.literal, size=size, decode=decode))
     for text, id_ in tokens.byte.items():
         table[id_] = sentencepiece(text)
@@ -188,7 +189,7 @@ def _embedding_rows(header: GgufHeader) -> int:
     return embedding.shape[0] if embedding else 0
 
 
-def _size(header: GgufHeader, tokens: _Tokens) -> int:
+def _size(header: GgufHeader, tokens: Tokens) -> int:
     """Ids in all: the network may have more than the vocabulary."""
     size = max(len(tokens.texts), _embedding_rows(header))
     if size > MAX_VOCABULARY:
@@ -198,7 +199,10 @@ def _size(header: GgufHeader, tokens: _Tokens) -> int:
     return size
 
 
-def _id(header: GgufHeader, name: str, tokens: _Tokens, default: int | None = None) -> int | None:
+def token_id(
+    header: GgufHeader, name: str, tokens: Tokens, default: int | None = None
+) -> int | None:
+    """The id of a named token, for example bos; None if the file has none."""
     value = header.integer(f"tokenizer.ggml.{name}_token_id")
     if value is None:
         return default if default is not None and default < len(tokens.texts) else None
@@ -210,7 +214,7 @@ def _id(header: GgufHeader, name: str, tokens: _Tokens, default: int | None = No
 # --- byte-level BPE
 
 
-def _byte_level_splitter(header: GgufHeader, pre: str, tokens: _Tokens, *, size: int) -> Tokenizer:
+def _byte_level_splitter(header: GgufHeader, pre: str, tokens: Tokens, *, size: int) -> Tokenizer:
     """Byte-level BPE over the ordinary tokens alone, so that no text can spell a special one."""
     mergeable = tokens.plain.keys() | tokens.literal.keys()
     merges = []
@@ -240,7 +244,7 @@ def _byte_level_splitter(header: GgufHeader, pre: str, tokens: _Tokens, *, size:
     return _with_literals(tokenizer, tokens)
 
 
-def _with_literals(tokenizer: Tokenizer, tokens: _Tokens) -> Tokenizer:
+def _with_literals(tokenizer: Tokenizer, tokens: Tokens) -> Tokenizer:
     """Finds user-defined tokens in the text first. They are in the model, and so keep their ids."""
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in tokens.literal])
     return tokenizer
@@ -249,14 +253,14 @@ def _with_literals(tokenizer: Tokenizer, tokens: _Tokens) -> Tokenizer:
 # --- SentencePiece
 
 
-def _sentencepiece_splitter(header: GgufHeader, tokens: _Tokens, *, size: int) -> Tokenizer:
+def _sentencepiece_splitter(header: GgufHeader, tokens: Tokens, *, size: int) -> Tokenizer:
     """SentencePiece as BPE with byte fallback: the best score is merged first, then the leftmost.
 
     Without byte tokens, an unknown character becomes the unknown token, or nothing.
     """
     merges = _merges(_scores(header, tokens), file_name=header.file_name)
     by_byte = {f"<0x{byte_of(text) or 0:02X}>": id_ for text, id_ in tokens.byte.items()}
-    unknown = _id(header, "unknown", tokens, default=0)
+    unknown = token_id(header, "unknown", tokens, default=0)
     absent = " absent character"  # contains a blank, as no text does after the normalizer
     model = models.BPE(
         vocab={
@@ -279,7 +283,7 @@ def _sentencepiece_splitter(header: GgufHeader, tokens: _Tokens, *, size: int) -
     return _with_literals(tokenizer, tokens)
 
 
-def _scores(header: GgufHeader, tokens: _Tokens) -> dict[str, float]:
+def _scores(header: GgufHeader, tokens: Tokens) -> dict[str, float]:
     """The score of each ordinary token. Raises CheckpointError for what cannot be ordered."""
     scores = header.numbers("tokenizer.ggml.scores")
     if len(scores) != len(tokens.texts):

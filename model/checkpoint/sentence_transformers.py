@@ -2,7 +2,8 @@
 
 modules.json lists the parts (a transformer, a pooling, a normalisation), 1_Pooling/config.json has
 the pooling, sentence_bert_config.json the longest input, config_sentence_transformers.json the
-prompts. Without them a folder has the library's own defaults. Torch-free.
+prompts. Without them a folder has the library's own defaults. A GGUF file states its pooling
+itself, and the files beside it do not count. Torch-free.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from model.checkpoint import CheckpointError
+from model.checkpoint import CheckpointError, find_gguf
+from model.checkpoint.gguf_parts import read_headers
 from model.checkpoint.json_file import read_json
 from model.config import Pooling
 
@@ -43,8 +45,14 @@ class SentenceSettings:
     default_prompt: str | None = None  # a name
 
 
-def read_settings(folder: Path) -> SentenceSettings:
-    """Raises CheckpointError for what is malformed or not supported."""
+def read_settings(path: Path) -> SentenceSettings:
+    """Of a file or folder. Raises CheckpointError for what is malformed or not supported."""
+    gguf = find_gguf(path)
+    if gguf is not None:
+        from model.checkpoint.gguf_encoder import settings_of
+
+        return settings_of(read_headers(gguf))
+    folder = path if path.is_dir() else path.parent
     parts = _modules(folder)
     kinds = [kind for kind, _ in parts]
     poolings = [path for kind, path in parts if kind == "Pooling"]

@@ -105,6 +105,12 @@ def _modernbert() -> Family:
     return FAMILY
 
 
+def _nomic_bert() -> Family:
+    from model.families.nomic_bert import FAMILY
+
+    return FAMILY
+
+
 def _qwen2() -> Family:
     from model.families.qwen2 import FAMILY
 
@@ -145,6 +151,8 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "mistral": _mistral,
     "mt5": _t5,
     "modernbert": _modernbert,
+    "nomic-bert": _nomic_bert,
+    "nomic_bert": _nomic_bert,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "roberta": _roberta,
@@ -154,7 +162,9 @@ FAMILIES: dict[str, Callable[[], Family]] = {
 }
 """`model_type` -> family."""
 
-ENCODERS = frozenset({"bert", "distilbert", "modernbert", "roberta", "xlm-roberta"})
+ENCODERS = frozenset(
+    {"bert", "distilbert", "modernbert", "nomic-bert", "nomic_bert", "roberta", "xlm-roberta"}
+)
 """Those of `FAMILIES` whose attention is bidirectional: they generate no text."""
 
 

@@ -94,8 +94,13 @@ def encoder(config: Config, *, family: str, offset: int = 0) -> ModelConfig:
         post_norm=True,
         embed_norm=True,
         position_offset=offset,
-        num_types=whole({"type_vocab_size": 2, **config}, "type_vocab_size"),
+        num_types=_num_types(config),
     )
+
+
+def _num_types(config: Config) -> int:
+    types = config.get("type_vocab_size", 2)
+    return 0 if types == 0 else whole({"type_vocab_size": types}, "type_vocab_size")
 
 
 def configure_bert(config: Config) -> ModelConfig:

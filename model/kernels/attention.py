@@ -31,6 +31,7 @@ from model.kernels.shared_memory import shared_memory, stages_within
 from model.kernels.work_list import (
     APART,
     BATCH_SLOT,
+    END,
     FIRST_ITEM,
     FIRST_ROW,
     FIRST_SPLIT,
@@ -80,12 +81,14 @@ def paged_attention(
     window: int | None,
     programs: int,
     merges: int,
+    causal: bool = True,
 ) -> torch.Tensor:
     """Attends each query to its sequence's positions up to its own; returns [T, H, D].
 
-    `work` was filled for the same step and window; `table_SB` is indexed by its batch slots.
-    `merges` is at least the number of the step's tiles, which the host knows
-    (`WorkList.num_tiles`).
+    Not `causal`: to all of them, or within the window on either side. `work` was filled for the
+    same step, window and direction; `table_SB` is indexed by its batch slots. `merges` is at least
+    the number of the step's tiles, which the host knows (`WorkList.num_tiles`), or 1 if no query
+    has a sequence and several splits to itself.
     """
     H, D = q_THD.shape[1:]
     K = keys_XKD.shape[1]
@@ -117,6 +120,7 @@ def paged_attention(
         STEP=STEP,
         ROWS=ROWS,
         WINDOWED=window is not None,
+        CAUSAL=causal,
         num_warps=4 if shared["BLOCK_D"] <= 128 else 8,  # two programs fit; wider ones spill
         num_stages=_stages(q_THD, keys_XKD, shared["BLOCK_D"]),
         **shared,
@@ -166,7 +170,7 @@ def _attend(
     out_ptr,  # [T, H, D]
     acc_ptr,  # [items, H, D]
     ml_ptr,  # [items, H, 2]
-    tiles_ptr,  # [tiles, 7]
+    tiles_ptr,  # [tiles, 8]
     items_ptr,  # [items, 3]
     counts_ptr,  # [2]
     table_stride,
@@ -178,6 +182,7 @@ def _attend(
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -203,7 +208,7 @@ def _attend(
         position = tl.load(tile + POSITION)
         blocks = table_ptr + tl.load(tile + BATCH_SLOT).to(tl.int64) * table_stride
         low = tl.load(tile + FIRST_SPLIT)
-        end = position + queries  # the last query sees positions below this
+        end = tl.load(tile + END)
         num_splits = (end + SPLIT - 1) // SPLIT - low
 
         query = rows // GROUP
@@ -242,7 +247,11 @@ def _attend(
                 kv_mask = stored[:, None] & dim_mask[None, :]
                 k = tl.load(keys_ptr + offsets, mask=kv_mask, other=0.0).to(dtype)
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-                seen = kv_positions[None, :] <= q_positions[:, None]
+                seen = stored[None, :] & row_mask[:, None]
+                if CAUSAL:
+                    seen = kv_positions[None, :] <= q_positions[:, None]
+                elif WINDOWED:
+                    seen = seen & (kv_positions[None, :] < q_positions[:, None] + window)
                 if WINDOWED:
                     seen = seen & (kv_positions[None, :] > q_positions[:, None] - window)
                 scores = tl.where(seen, scores, float("-inf"))
@@ -272,7 +281,7 @@ def _merge(
     out_ptr,  # [T, H, D]
     acc_ptr,  # [items, H, D]
     ml_ptr,  # [items, H, 2]
-    tiles_ptr,  # [tiles, 7]
+    tiles_ptr,  # [tiles, 8]
     counts_ptr,  # [2]
     SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -287,7 +296,7 @@ def _merge(
     tile = tiles_ptr + tl.program_id(0) * TILE_COLUMNS
     if tl.load(tile + APART) == 0:
         return
-    num_splits = (tl.load(tile + POSITION) + SPLIT) // SPLIT - tl.load(tile + FIRST_SPLIT)
+    num_splits = (tl.load(tile + END) + SPLIT - 1) // SPLIT - tl.load(tile + FIRST_SPLIT)
     first_item = tl.load(tile + FIRST_ITEM).to(tl.int64)
     lanes = tl.arange(0, GROUP)
     dims = tl.arange(0, BLOCK_D)

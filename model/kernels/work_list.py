@@ -16,9 +16,9 @@ SPLIT = 512  # positions; an answer's bits depend on it
 ROWS = 64  # rows of a tile: one instruction, even if a single query fills only a few
 
 # Columns of the tile list. APART: whether each split is an item, from FIRST_ITEM on, and the parts
-# meet in memory.
-FIRST_ROW, QUERIES, POSITION, BATCH_SLOT, FIRST_SPLIT, FIRST_ITEM, APART, TILE_COLUMNS = (
-    tl.constexpr(column) for column in range(8)
+# meet in memory. END: the positions that its queries see are below it.
+FIRST_ROW, QUERIES, POSITION, BATCH_SLOT, FIRST_SPLIT, FIRST_ITEM, APART, END, TILE_COLUMNS = (
+    tl.constexpr(column) for column in range(9)
 )
 ITEM_COLUMNS = tl.constexpr(3)
 _MOST_PARTS = 4096  # of a step: more programs than any GPU has, and all splits of a pool unshared
@@ -27,8 +27,8 @@ _MOST_PARTS = 4096  # of a step: more programs than any GPU has, and all splits 
 class WorkList:
     """Buffers for the items of a step; as large as the largest step needs.
 
-    tiles [.., 7]   first row of T, queries, position of the first, batch slot, first split, first
-                    item, whether its splits are items
+    tiles [.., 8]   first row of T, queries, position of the first, batch slot, first split, first
+                    item, whether its splits are items, end of the positions
     items [.., 3]   tile, index of its first split (counted from the tile's first), splits
     counts [2]      items, tiles
     """
@@ -69,10 +69,12 @@ class WorkList:
         batch_slots_S: torch.Tensor,
         *,
         window: int | None,
+        causal: bool = True,
     ) -> None:
         """Lists the items of a step. `contexts_S`: tokens stored when the step is done.
 
-        Every sequence has at least one query. `window`: positions a query sees, itself included.
+        Every sequence has at least one query. `window`: positions a query sees, itself included; if
+        attention is not `causal`, on either side.
         """
         S = len(batch_slots_S)
         _list_items[(1,)](
@@ -88,6 +90,7 @@ class WorkList:
             TILE_QUERIES=self.queries,
             SPLIT=self.split,
             WINDOWED=window is not None,
+            CAUSAL=causal,
             BLOCK=max(16, triton.next_power_of_2(S)),
             enable_fp_fusion=False,
         )
@@ -101,7 +104,7 @@ def _list_items(
     starts_ptr,  # [S + 1]
     contexts_ptr,  # [S]
     batch_slots_ptr,  # [S]
-    tiles_ptr,  # [tiles, 7]
+    tiles_ptr,  # [tiles, 8]
     items_ptr,  # [items, 3]
     counts_ptr,  # [2]
     S,
@@ -110,6 +113,7 @@ def _list_items(
     TILE_QUERIES: tl.constexpr,
     SPLIT: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: a lane per sequence, an iteration per tile or split of the longest one."""
@@ -142,6 +146,11 @@ def _list_items(
         low = tl.zeros((BLOCK,), tl.int32)
         if WINDOWED:
             low = tl.maximum(position + 1 - window, 0) // SPLIT
+        end = position + queries
+        if not CAUSAL:
+            end = context
+            if WINDOWED:
+                end = tl.minimum(context, position + queries - 1 + window)
         tile = tiles_ptr + (tile_base + index) * TILE_COLUMNS
         tl.store(tile + FIRST_ROW, start + index * TILE_QUERIES, mask=here)
         tl.store(tile + QUERIES, queries, mask=here)
@@ -150,11 +159,12 @@ def _list_items(
         tl.store(tile + FIRST_SPLIT, low, mask=here)
         tl.store(tile + FIRST_ITEM, item_base, mask=here)
         tl.store(tile + APART, apart.to(tl.int32), mask=here)
+        tl.store(tile + END, end, mask=here)
         item = items_ptr + (item_base + index) * ITEM_COLUMNS
         whole = here & (apart == 0)
         tl.store(item, tile_base + index, mask=whole)
         tl.store(item + 1, 0, mask=whole)
-        tl.store(item + 2, (position + queries + SPLIT - 1) // SPLIT - low, mask=whole)
+        tl.store(item + 2, (end + SPLIT - 1) // SPLIT - low, mask=whole)
     for index in range(tl.max(tl.where(apart, num_items, 0), axis=0)):
         here = apart & (index < num_items)
         item = items_ptr + (item_base + index) * ITEM_COLUMNS

@@ -16,13 +16,13 @@ a time: a runner is not thread-safe. Importing this module does not import torch
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from model.batch import Floats
-from model.checkpoint import open_checkpoint, open_model
+from model.checkpoint import find_gguf, open_checkpoint, open_model
 from model.checkpoint.sentence_transformers import MODULES, SentenceSettings, read_settings
 from model.config import Classifier, ModelConfig, Pooling, Problem
 from model.families import ENCODERS
@@ -97,7 +97,8 @@ def is_encoder(path: Path) -> bool:
     named = config.get("architectures")
     classifies = isinstance(named, list) and any("ForSequenceClass" in str(each) for each in named)
     folder = path if path.is_dir() else path.parent
-    return classifies or config.get("model_type") in ENCODERS or (folder / MODULES).exists()
+    embeds = find_gguf(path) is None and (folder / MODULES).exists()
+    return classifies or config.get("model_type") in ENCODERS or embeds
 
 
 def load_encoder(
@@ -115,11 +116,9 @@ def load_encoder(
     be built. threads: None: as many as the machine has. Raises CheckpointError, and ValueError for
     options that are not available.
     """
-    folder = path if path.is_dir() else path.parent
-    settings = read_settings(folder)
     opened = open_model(path, headless=True)
-    info = describe(opened.config, settings)
-    tokenizer = EncoderTokenizer.from_folder(folder, max_tokens=info.max_tokens)
+    info = describe(opened.config, read_settings(path))
+    tokenizer = EncoderTokenizer.from_path(path, max_tokens=info.max_tokens)
     digest = hashlib.sha256(
         f"{opened.digest} {info.pooling} {info.normalised}".encode()
     ).hexdigest()
@@ -210,3 +209,15 @@ def check_fits(encoding: Encoding, info: EncoderInfo) -> None:
         len(types) != len(encoding.ids) or not 0 <= min(types) <= max(types) < info.num_types
     ):
         raise ValueError(f"token types must be from 0 to {info.num_types - 1}, one per token")
+
+
+def step_parts(batch: Sequence[Encoding], *, most: int) -> Iterator[Sequence[Encoding]]:
+    """The batch in steps of at most so many tokens, or one input each."""
+    start = tokens = 0
+    for index, encoding in enumerate(batch):
+        if tokens and tokens + len(encoding.ids) > most:
+            yield batch[start:index]
+            start, tokens = index, 0
+        tokens += len(encoding.ids)
+    if batch:
+        yield batch[start:]

@@ -8,7 +8,7 @@ its projections in 8 bits, too, some vectors of MiniLM have a cosine below 0.999
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,7 +20,7 @@ from model.config import Activation, ModelConfig, Norm, Pooling, Position
 from model.native.encoder import EncoderShape, Matrix, NativeEncoderModel, Table, Vector
 from model.native.library import NO_WINDOW, NativeLibrary, usable_cores
 from model.native.quantize import rotary_tables
-from model.runners.encoding import EncoderInfo, Encoding, check_fits
+from model.runners.encoding import EncoderInfo, Encoding, check_fits, step_parts
 from model.weights import Array, Arrays, float_copy
 
 KERNEL_VERSION = 1  # raised whenever the bits of a result change, which a test enforces
@@ -70,7 +70,9 @@ class NativeEncoder:
     def encode(self, batch: Sequence[Encoding]) -> list[Floats]:
         for encoding in batch:
             check_fits(encoding, self.info)
-        return [vector for part in _parts(batch) for vector in self._step(part)]
+        return [
+            vector for part in step_parts(batch, most=STEP_TOKENS) for vector in self._step(part)
+        ]
 
     def warm_up(self) -> None:
         self.encode([Encoding((0,) * min(128, self.info.max_tokens))])
@@ -100,18 +102,6 @@ def unsupported(config: ModelConfig, *, eight_bit: bool = False) -> str | None:
     if config.classifier is not None and config.classifier.activation not in _ACTIVATIONS:
         return f"the native encoder does not support {config.classifier.activation}"
     return None
-
-
-def _parts(batch: Sequence[Encoding]) -> Iterator[Sequence[Encoding]]:
-    """The batch in steps of few enough tokens, at least one input each."""
-    start = tokens = 0
-    for index, encoding in enumerate(batch):
-        if tokens and tokens + len(encoding.ids) > STEP_TOKENS:
-            yield batch[start:index]
-            start, tokens = index, 0
-        tokens += len(encoding.ids)
-    if batch:
-        yield batch[start:]
 
 
 def _joined(rows: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:

@@ -1,8 +1,8 @@
 """Text -> what an encoder reads: token ids with the special tokens around them, and their types.
 
 WordPiece, byte-level BPE and Unigram by the `tokenizers` library; which special tokens stand where
-is the post-processor's in tokenizer.json. A text that spells a special token stays text.
-Torch-free.
+is the post-processor's in tokenizer.json. Of GGUF files, WordPiece is read. A text that spells a
+special token stays text. Torch-free.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from pathlib import Path
 
 import tokenizers
 
+from model.checkpoint import find_gguf
 from model.checkpoint.folder_vocabulary import build
+from model.checkpoint.gguf_encoder import tokenizer_of
+from model.checkpoint.gguf_parts import read_headers
 from model.checkpoint.json_file import read_json
 
 
@@ -42,8 +45,12 @@ class EncoderTokenizer:
         self.num_special_of_pair = tokenizer.num_special_tokens_to_add(is_pair=True)
 
     @classmethod
-    def from_folder(cls, folder: Path, *, max_tokens: int) -> EncoderTokenizer:
-        """Reads tokenizer.json. Raises CheckpointError."""
+    def from_path(cls, path: Path, *, max_tokens: int) -> EncoderTokenizer:
+        """Reads a GGUF file, or tokenizer.json in a model's folder. Raises CheckpointError."""
+        gguf = find_gguf(path)
+        if gguf is not None:
+            return cls(tokenizer_of(read_headers(gguf)), max_tokens=max_tokens)
+        folder = path if path.is_dir() else path.parent
         return cls(build(read_json(folder / "tokenizer.json")), max_tokens=max_tokens)
 
     @cached_property

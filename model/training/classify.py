@@ -138,7 +138,7 @@ def read_tokens(base: Base, texts: Sequence[str], *, context: int) -> list[tuple
     """
     with tempfile.TemporaryDirectory() as folder:
         write_vocabulary(Path(folder), base.files)
-        tokenizer = EncoderTokenizer.from_folder(Path(folder), max_tokens=context)
+        tokenizer = EncoderTokenizer.from_path(Path(folder), max_tokens=context)
         try:
             found = tokenizer.encode_batch(texts, truncate_to=context)
         except (ValueError, UnicodeEncodeError) as error:

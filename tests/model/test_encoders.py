@@ -61,17 +61,18 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "classifier_pooling": "mean",
         },
     ),
+    "nomic": ("nomic_bert", "AutoModel", {}),
     "qwen3": ("qwen3", "AutoModel", QWEN3),
 }
 LENGTHS = (1, 2, 7, 16, 17, 33, 60)
 
 
-def reference(kind: str) -> Any:
+def reference(kind: str, **sizes: int) -> Any:
     """A random model of transformers, with biases and norms that are not all 0 and 1."""
     import transformers
 
     family, head, fields = KINDS[kind]
-    sizes = DISTILBERT if family == "distilbert" else SIZES
+    sizes = {**(DISTILBERT if family == "distilbert" else SIZES), **sizes}
     defaults = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0, "dtype": "float32"}
     config = transformers.AutoConfig.for_model(family, **{**defaults, **sizes, **fields})
     torch.manual_seed(0)
@@ -87,11 +88,16 @@ def reference(kind: str) -> Any:
 
 def write_tokenizer(folder: Path) -> None:
     """A WordPiece tokenizer of a few letters, as BERT's are."""
-    ids = {token: index for index, token in enumerate(VOCABULARY)}
+    write_wordpiece(folder, VOCABULARY)
+
+
+def write_wordpiece(folder: Path, vocabulary: list[str], *, lowercase: bool = True) -> None:
+    """A tokenizer of BERT whose vocabulary begins with [PAD], [UNK], [CLS] and [SEP]."""
+    ids = {token: index for index, token in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.add_special_tokens(VOCABULARY[:4])
+    tokenizer.add_special_tokens(vocabulary[:4])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -161,7 +167,7 @@ def test_equals_transformers(kind: str, tmp_path: Path) -> None:
     if kind == "qwen3":
         write_modules(tmp_path, {"pooling_mode_mean_tokens": True})
     assert is_encoder(tmp_path)
-    batch = inputs(types=kind.startswith("bert"))
+    batch = inputs(types=kind.startswith(("bert", "nomic")))
     expected = [expected_of(theirs, encoding) for encoding in batch]
     assert np.abs(expected).max() > 0.05, "a reference that says nothing would equal anything"
     for name in RUNNERS:

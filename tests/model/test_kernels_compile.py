@@ -100,7 +100,7 @@ def head_of(rows, stored, vocab, arch):
         dict(N=vocab, K=1024, PART=1024, PARTS=1, STORED=stored, **tile), **options,
     )
 
-def attention_of(dim, arch, stored="*bf16", block_size=16):
+def attention_of(dim, arch, stored="*bf16", block_size=16, causal=True):
     types = {name: "*i32" for name in ("table_ptr", "tiles_ptr", "items_ptr", "counts_ptr")}
     types |= {"q_ptr": "*bf16", "out_ptr": "*bf16", "acc_ptr": "*fp32", "ml_ptr": "*fp32"}
     types |= {"table_stride": "i32", "scale": "fp32", "window": "i32"}
@@ -110,11 +110,11 @@ def attention_of(dim, arch, stored="*bf16", block_size=16):
         fixed=work_list.ROWS * width * 2, most=3 if width <= 128 else 2,
     )
     compiled(
-        f"attention {dim} {stored} {block_size}", arch, attention._attend,
+        f"attention {dim} {stored} {block_size} {causal}", arch, attention._attend,
         {**types, "keys_ptr": stored, "values_ptr": stored},
         dict(BLOCK_SIZE=block_size, SPLIT=split, STEP=attention.STEP, ROWS=work_list.ROWS,
              SPLIT_BLOCKS=triton.next_power_of_2((split - 1) // block_size + 2),
-             WINDOWED=True, H=16, K=8, D=dim, BLOCK_D=width),
+             WINDOWED=True, CAUSAL=causal, H=16, K=8, D=dim, BLOCK_D=width),
         num_warps=4 if width <= 128 else 8, num_stages=stages,
     )
 
@@ -128,6 +128,8 @@ for dim in (64, 80, 96, 128, 256):
     attention_of(dim, 90)
 attention_of(128, 90, "*fp8e4nv")
 attention_of(128, 90, block_size=64)
+for dim in (32, 64):
+    attention_of(dim, 90, block_size=1, causal=False)
 for arch in (80, 100):
     for rows in (1, 128, 256):
         product(rows, rows == 1, arch)
