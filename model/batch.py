@@ -102,6 +102,20 @@ class SamplingBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SourceBatch:
+    """What the sequences of an encoder-decoder have besides: sources, and which are new.
+
+    The cross-attention of sequence s reads K and V of its source's token u at
+    table_SB[s, u // block_size], u % block_size.
+    """
+
+    lens_S: Ints  # tokens
+    table_SB: Ints  # padded with 0, like `block_table_SB`
+    is_new_S: Bools  # this step encodes it, before the decoder's tokens are computed
+    tokens_U: Ints  # of the new ones, end to end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Segments:
     """Of a cache compressed to anchors (see `model.compression`). A: rows of T that are anchors.
 
@@ -133,6 +147,7 @@ class Batch:
     score_rows_Q: Ints  # rows of T whose logits score a token that is already given
     score_ids_Q: Ints
     score_num_top: int = 0
+    sources: SourceBatch | None = None  # None: the model is a decoder
     segments: Segments | None = None  # None unless the cache is compressed to anchors
     # The number of the sequence's adapter, from 1; 0: none. Empty: no sequence has one.
     adapters_S: Ints = field(default_factory=lambda: np.zeros(0, np.int32))

@@ -23,10 +23,16 @@ class Norm(StrEnum):
 
 
 class Position(StrEnum):
-    """ROTARY: Su et al., arXiv 2104.09864. LEARNED: one vector a position, as in GPT-2."""
+    """ROTARY: Su et al., arXiv 2104.09864. LEARNED: one vector a position, as in GPT-2.
+
+    SINUSOIDAL: the vectors of arXiv 1706.03762. RELATIVE: a number per head and distance, added to
+    the scores (T5: Raffel et al., arXiv 1910.10683).
+    """
 
     ROTARY = "rotary"
     LEARNED = "learned"
+    SINUSOIDAL = "sinusoidal"
+    RELATIVE = "relative"
 
 
 class Activation(StrEnum):
@@ -142,6 +148,16 @@ class ModelConfig:
     num_types: int = 0  # kinds of tokens that have a vector of their own; 0: no such vectors
     window_rope_theta: float | None = None  # in layers with the window; None: rope_theta
     classifier: Classifier | None = None
+    # What encoder-decoders have.
+    encoder: ModelConfig | None = None  # the encoder; the other fields are the decoder's
+    start_ids: tuple[int, ...] = ()  # tokens that the decoder's text begins with
+    end_id: int = 0  # the token that a source ends with
+    scaled_scores: bool = True  # queries times keys are divided by √D
+    embed_scale: float = 1.0  # factor of the token's vectors
+    head_scale: float = 1.0  # factor of the states that a tied head reads
+    head_bias: bool = False  # the logits have a bias
+    num_buckets: int = 0  # of distances, if positions are relative
+    max_distance: int = 0  # tokens, from which on distances share the last bucket
 
     def __post_init__(self) -> None:
         sizes = {

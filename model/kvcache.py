@@ -10,9 +10,10 @@ Storage only: which block belongs to whom, and which is free, is the service's b
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from model.batch import Batch
+from model.batch import Batch, Ints
 from model.config import ModelConfig
 
 
@@ -27,6 +28,14 @@ def blocks_within(memory: int, config: ModelConfig, *, block_size: int, dtype: t
     if memory < size:
         raise ValueError(f"kv_memory must be at least {size} bytes, which is one block")
     return memory // size
+
+
+def slots_of(
+    table_B: Ints, positions: npt.NDArray[np.int64], *, block_size: int
+) -> npt.NDArray[np.int64]:
+    """The slots of positions of one sequence."""
+    blocks = table_B[positions // block_size].astype(np.int64)
+    return blocks * block_size + positions % block_size
 
 
 class KVCache:
@@ -58,6 +67,10 @@ class KVCache:
         blocks = batch.block_table_SB[rows, batch.positions_T // self.block_size]
         slots = blocks.astype(np.int64) * self.block_size + batch.positions_T % self.block_size
         return torch.from_numpy(slots).to(self.pool.device)
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, [X, K, D]."""
+        return self._layers[layer]
 
     def store(
         self, layer: int, slots_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor

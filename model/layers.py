@@ -5,6 +5,7 @@ What flows through them and in which order stands in `model.transformer`. Legend
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -68,6 +69,30 @@ def rotation(
     angles = positions_T.float()[:, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
+
+
+def sinusoids(positions_T: torch.Tensor, size: int) -> torch.Tensor:
+    """Position vectors [T, C]: the sines of C / 2 frequencies, then their cosines."""
+    exponents = torch.arange(0, size, 2, device=positions_T.device).float() / size
+    angles = positions_T.float()[:, None] / 10_000.0**exponents
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def buckets(ago: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """The bucket of each distance: exact for near tokens, logarithmic for far ones (T5).
+
+    `ago`: position of the query minus that of the key.
+    """
+    num, offset = config.num_buckets, torch.zeros_like(ago)
+    if config.bidirectional:
+        num //= 2
+        offset = num * (ago < 0).long()
+        ago = ago.abs()
+    ago = ago.clamp(min=0)
+    exact = num // 2
+    growth = math.log(config.max_distance / exact)
+    far = exact + (torch.log(ago.clamp(min=1).float() / exact) / growth * (num - exact)).long()
+    return offset + torch.where(ago < exact, ago, far.clamp(max=num - 1))
 
 
 def rotate(x_THD: torch.Tensor, tables: Rotation) -> torch.Tensor:

@@ -31,7 +31,16 @@ from model.attention import Attention as PagedAttention
 from model.batch import Batch
 from model.config import Classifier, ModelConfig, Position
 from model.kvcache import KVCache
-from model.layers import RMSNorm, Rotation, activate, norm_layer, rotate, rotation
+from model.layers import (
+    RMSNorm,
+    Rotation,
+    activate,
+    buckets,
+    norm_layer,
+    rotate,
+    rotation,
+    sinusoids,
+)
 
 
 class Attend(Protocol):
@@ -49,8 +58,17 @@ class Attend(Protocol):
     ) -> torch.Tensor: ...
 
 
+class Recall(Protocol):
+    """How one layer's queries meet the keys and values of a source; returns [..., T, H, D]."""
+
+    def __call__(self, q_THD: torch.Tensor, *, layer: int, scale: float) -> torch.Tensor: ...
+
+
 class Transformer(nn.Module):
-    """Embedding, blocks, last norm, and a head or a classifier."""
+    """Embedding, blocks, last norm, and a head or a classifier.
+
+    With cross-attention in its blocks it is the decoder of `model.encoder_decoder`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -60,11 +78,14 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(V, C)
         rows = config.max_model_len + config.position_offset
         self.position = nn.Embedding(rows, C) if learned else None
+        relative = config.position is Position.RELATIVE
+        self.distances = nn.Embedding(config.num_buckets, config.num_heads) if relative else None
         self.types = nn.Embedding(config.num_types, C) if config.num_types else None
         self.embed_norm = norm_layer(config) if config.embed_norm else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = norm_layer(config) if config.final_norm else nn.Identity()
         self.head: nn.Module | None = None if config.tied_head else nn.Linear(C, V, bias=False)
+        self.head_bias = nn.Parameter(torch.zeros(1, V)) if config.head_bias else None
         self.classifier = Scores(config, config.classifier) if config.classifier else None
 
     def forward(self, tokens_NT: torch.Tensor) -> torch.Tensor:
@@ -108,24 +129,38 @@ class Transformer(nn.Module):
         types_T: torch.Tensor | None = None,
         *,
         attend: Attend,
+        recall: Recall | None = None,
     ) -> torch.Tensor:
         """The residual stream after the last block, [..., T, C]."""
         config = self.config
         x_TC: torch.Tensor = self.embed(tokens_T)
+        if config.embed_scale != 1:
+            x_TC = x_TC * config.embed_scale
         tables = local = None
-        if self.position is None:  # position as an angle, inside attention
+        if config.position is Position.ROTARY:  # position as an angle, inside attention
             tables = local = rotation(positions_T, config)
             if config.window_rope_theta is not None:
                 local = rotation(positions_T, config, theta=config.window_rope_theta)
-        else:  # position as a vector, added to the token's
+        elif self.position is not None:  # position as a vector, added to the token's
             x_TC = x_TC + self.position(positions_T + config.position_offset)
+        elif config.position is Position.SINUSOIDAL:
+            x_TC = x_TC + sinusoids(positions_T, config.hidden_size).to(x_TC.dtype)
         if self.types is not None:
             x_TC = x_TC + self.types(torch.zeros_like(tokens_T) if types_T is None else types_T)
         if self.embed_norm is not None:
             x_TC = self.embed_norm(x_TC)
         for layer, block in enumerate(self.blocks):
-            x_TC = block(x_TC, tables if config.window(layer) is None else local, attend)
+            turned = tables if config.window(layer) is None else local
+            x_TC = block(x_TC, turned, attend, recall)
         return x_TC
+
+    def score_bias(self, queries_T: torch.Tensor, keys_S: torch.Tensor) -> torch.Tensor | None:
+        """What relative positions [..., T] and [..., S] add to the scores, [..., H, T, S]."""
+        if self.distances is None:
+            return None
+        ago = queries_T[..., :, None] - keys_S[..., None, :]
+        bias: torch.Tensor = self.distances(buckets(ago, self.config))
+        return bias.movedim(-1, -3)
 
     def _whole(self, attend: Callable[..., torch.Tensor]) -> Attend:
         """Attention over whole texts in this network's direction."""
@@ -134,14 +169,19 @@ class Transformer(nn.Module):
     def logits(self, x_RC: torch.Tensor) -> torch.Tensor:
         """Unnormalised log probabilities of the next token, [..., R, V]."""
         x_RC = self.norm(x_RC)
+        if self.config.head_scale != 1:
+            x_RC = x_RC * self.config.head_scale
         if self.head is None:  # tied: the score of a token is the product with its embedding
-            return nn.functional.linear(x_RC, self.embed.weight)
-        logits_RV: torch.Tensor = self.head(x_RC)
-        return logits_RV
+            logits_RV = nn.functional.linear(x_RC, self.embed.weight)
+        else:
+            logits_RV = self.head(x_RC)
+        return logits_RV if self.head_bias is None else logits_RV + self.head_bias
 
 
 class Block(nn.Module):
-    """Two residual sublayers: attention across tokens, then the MLP on each token."""
+    """Residual sublayers: attention across tokens, the MLP on each token, and between them, in the
+    decoder of an encoder-decoder, attention to the source.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -149,15 +189,27 @@ class Block(nn.Module):
         self.post_norm = config.post_norm
         self.attention_norm = norm_layer(config) if own_norm else nn.Identity()
         self.attention = Attention(config, layer)
+        self.cross_norm = norm_layer(config) if config.encoder else None
+        self.cross = CrossAttention(config, layer) if config.encoder else None
         self.mlp_norm = norm_layer(config)
         self.mlp = GatedMLP(config) if config.gated_mlp else MLP(config)
 
-    def forward(self, x_TC: torch.Tensor, tables: Rotation | None, attend: Attend) -> torch.Tensor:
+    def forward(
+        self,
+        x_TC: torch.Tensor,
+        tables: Rotation | None,
+        attend: Attend,
+        recall: Recall | None = None,
+    ) -> torch.Tensor:
         if self.post_norm:
             x_TC = self.attention_norm(x_TC + self.attention(x_TC, tables, attend))
+            if self.cross is not None and self.cross_norm is not None and recall is not None:
+                x_TC = self.cross_norm(x_TC + self.cross(x_TC, recall))
             z_TC: torch.Tensor = self.mlp_norm(x_TC + self.mlp(x_TC))
             return z_TC
         x_TC = x_TC + self.attention(self.attention_norm(x_TC), tables, attend)
+        if self.cross is not None and self.cross_norm is not None and recall is not None:
+            x_TC = x_TC + self.cross(self.cross_norm(x_TC), recall)
         y_TC: torch.Tensor = x_TC + self.mlp(self.mlp_norm(x_TC))
         return y_TC
 
@@ -176,7 +228,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads = (config.num_heads, config.num_kv_heads)
         self.head_dim = D
-        self.scale = 1 / math.sqrt(D)  # keeps the products' variance at 1 whatever D is
+        # Keeps the products' variance at 1 whatever D is; T5's weights do that.
+        self.scale = 1 / math.sqrt(D) if config.scaled_scores else 1.0
         self.window = config.window(layer)
         self.rotary = layer not in config.rope_free_layers
         self.qkv = nn.Linear(C, fused, bias=config.qkv_bias)
@@ -201,6 +254,30 @@ class Attention(nn.Module):
         )
         # What the heads heard, brought together and back into the residual stream.
         y_TC: torch.Tensor = self.out(mixed_THD.flatten(-2))
+        return y_TC
+
+
+class CrossAttention(nn.Module):
+    """Attention of the decoder's tokens to the states of the source's tokens."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        self.layer = layer
+        self.head_dim = D
+        self.scale = 1 / math.sqrt(D) if config.scaled_scores else 1.0
+        self.q = nn.Linear(C, config.query_size, bias=config.qkv_bias)
+        self.kv = nn.Linear(C, 2 * config.kv_size, bias=config.qkv_bias)
+        self.out = nn.Linear(config.query_size, C, bias=config.out_bias)
+
+    def keys_values(self, states_SC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a source, each [..., S, K, D]: computed once, used by all tokens."""
+        kv = self.kv(states_SC).unflatten(-1, (2, -1, self.head_dim))
+        return kv[..., 0, :, :], kv[..., 1, :, :]
+
+    def forward(self, x_TC: torch.Tensor, recall: Recall) -> torch.Tensor:
+        q_THD = self.q(x_TC).unflatten(-1, (-1, self.head_dim))
+        y_TC: torch.Tensor = self.out(recall(q_THD, layer=self.layer, scale=self.scale).flatten(-2))
         return y_TC
 
 

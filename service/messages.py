@@ -121,6 +121,7 @@ class GenerationRequest:
     thinking: Thinking | None = None  # if it is limited, or precedes content with a grammar
     prediction: tuple[int, ...] = ()  # that the output may contain: a hint, never a condition
     encoding: EncodingInputs | None = None  # None: generate
+    source: int = 0  # of an encoder-decoder: the prompt's first tokens, which the encoder reads
     tenant: str = "public"
     priority: int = 1  # 0 before 1 before 2
     timeout_ms: int | None = None  # from submission, by the queue's clock
@@ -135,7 +136,7 @@ class GenerationRequest:
 
     @property
     def max_total_tokens(self) -> int:
-        """Maximum number of tokens of this request in the KV cache."""
+        """Maximum number of tokens of this request in the KV cache, a source among them."""
         return len(self.prompt_ids) + self.max_tokens
 
     def to_json(self) -> str:
@@ -156,6 +157,7 @@ FEATURES: Mapping[str, Callable[[GenerationRequest], bool]] = {
     "grammar": lambda request: request.grammar is not None,
     "thinking": lambda request: request.thinking is not None,
     "bans": lambda request: bool(request.sampling.banned or request.sampling.allowed),
+    "source": lambda request: request.source > 0,
     "text": lambda request: request.include_stop or not request.skip_special_tokens,
     ENCODING: lambda request: request.encoding is not None,
 }
@@ -268,6 +270,8 @@ class ModelCard:
     created: int  # Unix seconds
     block_size: int = 0  # of the engines' prefix caches, tokens; 0: not worth choosing an engine
     vocabulary: str = ""  # digest of the tokenizer's vocabulary; empty: unknown
+    start_ids: tuple[int, ...] = ()  # of an encoder-decoder: the decoder's text begins with them
+    source_end: int = 0  # of an encoder-decoder: the token that ends a source
     parent: str = ""  # of an adapter: the id of the model that it changes
     adapter: str = ""  # its digest
 

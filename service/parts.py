@@ -97,7 +97,10 @@ def open_attention(
         return None
     from model.attention_maps import AttentionMaps
 
-    return AttentionService(AttentionMaps(open_checkpoint(path)), api_limits(settings), observer)
+    maps = AttentionMaps(open_checkpoint(path))
+    if maps.config.encoder is not None:
+        return None  # a map is of one text
+    return AttentionService(maps, api_limits(settings), observer)
 
 
 async def connect_queue(settings: Settings, metrics: Metrics) -> Queue:

@@ -55,6 +55,18 @@ def is_announced(num_blocks: int) -> bool:
     return num_blocks <= MAX_BLOCKS and num_blocks & (num_blocks - 1) == 0
 
 
+def source_blocks(root: bytes, count: int) -> list[bytes]:
+    """Digests of the blocks of a source, all of which `root` covers."""
+    parent = chain_digest(root, ())  # no block of a text is empty: its digests are others
+    return [chain_digest(parent, (index,)) for index in range(count)]
+
+
+def source_prefix(source: Sequence[int], *, tenant: str, numeric_class: str) -> tuple[str, ...]:
+    """The name of a source, which is found whole or not at all."""
+    root = chain_digest(chain_root(tenant, numeric_class), source)
+    return (name_of(source_blocks(root, 1)[0]),)
+
+
 def prompt_prefixes(
     tokens: Sequence[int], *, tenant: str, numeric_class: str, block_size: int
 ) -> tuple[str, ...]:

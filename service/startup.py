@@ -299,6 +299,8 @@ def card_of(
         numeric_class="unknown",
         created=int(path.stat().st_mtime),
         vocabulary=tokenizer.digest,
+        start_ids=config.start_ids,
+        source_end=config.end_id,
     )
 
 

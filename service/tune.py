@@ -1,4 +1,4 @@
-"""`quire tune pretrain | generate | classify`: training from the command line, with progress.
+"""`quire tune pretrain | generate | classify | seq2seq`: training with progress.
 
 Under `torchrun`, the first process reports and writes. Nothing heavy is imported before a command
 runs.
@@ -254,6 +254,75 @@ def classify(
                 run.measures, counts = task.judge(network)
             run.finish()
             run.show_confusion(counts, labelled.labels)
+
+
+@tune.command()
+def seq2seq(
+    *,
+    data: Annotated[Path, typer.Option(help="CSV, JSONL or Parquet rows of pairs.")],
+    out: Out,
+    source: Annotated[str, typer.Option(help="Column of the sources.")] = "source",
+    target: Annotated[str, typer.Option(help="Column of the targets.")] = "target",
+    vocab_size: Annotated[int, typer.Option(min=257, max=65536, help="Tokens.")] = 300,
+    hidden_size: Annotated[int, typer.Option(min=32, help="Numbers per token.")] = 128,
+    layers: Annotated[int, typer.Option(min=1, help="Blocks of each, encoder and decoder.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 2000,
+    batch: BatchSize = 64,
+    accumulate: Accumulate = 1,
+    learning_rate: Rate = 2e-3,
+    warmup: Warmup = 0.05,
+    weight_decay: Decay = 0.01,
+    holdout: Holdout = 0.05,
+    context: Context = 128,
+    seed: Seed = 0,
+    resume: Resume = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    bfloat16: Bfloat16 = None,
+) -> None:
+    """Train a new encoder-decoder and its vocabulary from pairs, such as translations."""
+    with _errors(), _ranks(device, threads) as ranks:
+        from model.training import seq2seq as task_of
+        from model.training.data import hold_out
+        from model.training.folder import check_output
+        from model.training.loop import Recipe
+        from model.training.network import initialised
+
+        check_output(out, resume=resume)
+        pairs = task_of.read_pairs(data, source=source, target=target)
+        tokenizer = task_of.new_vocabulary(pairs, vocab_size)
+        fields = task_of.config_json(
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=hidden_size,
+            layers=layers,
+            context=context,
+        )
+        config = task_of.model_config(fields)
+        examples = task_of.tokenised(pairs, tokenizer, context=context)
+        # A source that occurs twice is held out, or trained with, in all its rows.
+        sources = sorted({one for one, _ in pairs})
+        _, held = hold_out([0] * len(sources), share=holdout, seed=seed)
+        unseen = {sources[index] for index in held}
+        recipe = Recipe(
+            steps=steps,
+            batch=batch,
+            accumulate=accumulate,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            seed=seed,
+            evaluate_every=max(1, steps // 10),
+        )
+        parts: dict[bool, list[task_of.Pair]] = {False: [], True: []}
+        for (one, _), example in zip(pairs, examples, strict=True):
+            parts[one in unseen].append(example)
+        task = task_of.Translation(parts[False], parts[True], recipe)
+        network = initialised(config, seed=seed)
+        run = TrainingRun(out, ranks, bfloat16=bfloat16, resume=resume)
+        run.train(network, task, recipe)
+        if ranks.leads:
+            task_of.write_translator(out, network, tokenizer, fields)
+            run.finish()
 
 
 @contextmanager

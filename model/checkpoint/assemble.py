@@ -120,19 +120,7 @@ def _check(
 
 def fused_parts(config: ModelConfig) -> Iterator[tuple[str, dict[str, Shape]]]:
     """The network's tensors, each with the parts it is made of, in order, and their shapes."""
-    hidden, vocab = config.hidden_size, config.vocab_size
-    yield _alone("embed.weight", (vocab, hidden))
-    if config.position is Position.LEARNED:
-        rows = config.max_model_len + config.position_offset
-        yield _alone("position.weight", (rows, hidden))
-    if config.num_types:
-        yield _alone("types.weight", (config.num_types, hidden))
-    if config.embed_norm:
-        yield from _norm(config, "embed_norm")
-    if not config.tied_head:
-        yield _alone("head.weight", (vocab, hidden))
-    if config.final_norm:
-        yield from _norm(config, "norm")
+    yield from _ends(config)
     if config.classifier is not None:
         yield from _classifier(config, config.classifier)
     for layer in range(config.num_layers):
@@ -141,18 +129,50 @@ def fused_parts(config: ModelConfig) -> Iterator[tuple[str, dict[str, Shape]]]:
             yield from _norm(config, f"{block}.attention_norm")
         yield from _norm(config, f"{block}.mlp_norm")
         yield from _attention(config, f"{block}.attention")
+        if config.encoder is not None:
+            yield from _norm(config, f"{block}.cross_norm")
+            yield from _attention(config, f"{block}.cross", projections=("q", "kv"))
         yield from _mlp(config, f"{block}.mlp")
+    for fused, shapes in fused_parts(config.encoder) if config.encoder else ():
+        # Encoder and decoder have one embedding.
+        prefix = "" if fused == "embed.weight" else "encoder."
+        yield f"encoder.{fused}", {f"{prefix}{part}": shape for part, shape in shapes.items()}
 
 
-def _attention(config: ModelConfig, name: str) -> Iterator[tuple[str, dict[str, Shape]]]:
+def _ends(config: ModelConfig) -> Iterator[tuple[str, dict[str, Shape]]]:
+    """What stands before the blocks and behind them."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    yield _alone("embed.weight", (vocab, hidden))
+    if config.position is Position.LEARNED:
+        rows = config.max_model_len + config.position_offset
+        yield _alone("position.weight", (rows, hidden))
+    if config.position is Position.RELATIVE:
+        yield _alone("distances.weight", (config.num_buckets, config.num_heads))
+    if config.num_types:
+        yield _alone("types.weight", (config.num_types, hidden))
+    if config.embed_norm:
+        yield from _norm(config, "embed_norm")
+    if not config.tied_head:
+        yield _alone("head.weight", (vocab, hidden))
+    if config.head_bias:
+        yield _alone("head_bias", (1, vocab))
+    if config.final_norm:
+        yield from _norm(config, "norm")
+
+
+def _attention(
+    config: ModelConfig, name: str, *, projections: tuple[str, ...] = ("qkv",)
+) -> Iterator[tuple[str, dict[str, Shape]]]:
+    """`projections`: matrices, each by the letters of its parts."""
     hidden = config.hidden_size
     rows = {"q": config.query_size, "k": config.kv_size, "v": config.kv_size}
-    weights: dict[str, Shape] = {
-        f"{name}.{part}.weight": (size, hidden) for part, size in rows.items()
-    }
-    yield f"{name}.qkv.weight", weights
-    if config.qkv_bias:
-        yield f"{name}.qkv.bias", {f"{name}.{part}.bias": (size,) for part, size in rows.items()}
+    for letters in projections:
+        kinds: dict[str, tuple[int, ...]] = {"weight": (hidden,)}
+        if config.qkv_bias:
+            kinds["bias"] = ()
+        for kind, rest in kinds.items():
+            parts: dict[str, Shape] = {f"{name}.{x}.{kind}": (rows[x], *rest) for x in letters}
+            yield f"{name}.{letters}.{kind}", parts
     if config.qk_norm:
         yield _alone(f"{name}.q_norm.weight", (config.head_dim,))
         yield _alone(f"{name}.k_norm.weight", (config.head_dim,))

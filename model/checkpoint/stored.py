@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -36,7 +37,8 @@ def stored_tensors(family: Family, config: ModelConfig) -> Iterator[Stored]:
             parts = (covered,) if isinstance(covered, str) else covered
             by_first[parts[0]] = (name, len(parts))
     for fused, shapes in fused_parts(config):
-        layer = fused.split(".")[1] if fused.startswith("blocks.") else ""
+        numbered = re.search(r"\bblocks\.(\d+)\.", fused)
+        layer = numbered[1] if numbered else "0"
         rows = [shape[0] for shape in shapes.values()]
         names = [part.replace(f"blocks.{layer}.", "blocks.{i}.", 1) for part in shapes]
         index = start = 0

@@ -17,6 +17,13 @@ and those of encoders, whose blocks may have the norms behind their sublayers:
     classifier.dense.weight [C, C] (.bias)            classifier.norm.weight [C] (.bias)
     classifier.out.weight [labels, C] (.bias)
 
+and those of encoder-decoders, whose encoder has all of the above with the prefix `encoder.`:
+
+    blocks.{i}.cross_norm.weight [C] (.bias)          blocks.{i}.cross.q.weight [HD, C] (.bias)
+    blocks.{i}.cross.{k,v}.weight (.bias)         ->  blocks.{i}.cross.kv.weight [2KD, C] (.bias)
+    blocks.{i}.cross.out.weight [C, HD] (.bias)       distances.weight [buckets, H]
+    head_bias [1, V]                                  encoder.embed.weight    (embed.weight)
+
 Rows of a fused tensor stand in the order of the parts' names in braces. Matrices are [out, in].
 Rotary pairs are (d, d + D/2), as Hugging Face has them; a loader that finds them interleaved
 (GGUF files of Llama and Mistral) permutes the rows.
@@ -50,6 +57,12 @@ class Family:
     prefix: str = ""
 
 
+def _bart() -> Family:
+    from model.families.bart import BART
+
+    return BART
+
+
 def _bert() -> Family:
     from model.families.bert import BERT
 
@@ -72,6 +85,12 @@ def _llama() -> Family:
     from model.families.llama import FAMILY
 
     return FAMILY
+
+
+def _marian() -> Family:
+    from model.families.bart import MARIAN
+
+    return MARIAN
 
 
 def _mistral() -> Family:
@@ -116,12 +135,21 @@ def _smollm3() -> Family:
     return FAMILY
 
 
+def _t5() -> Family:
+    from model.families.t5 import FAMILY
+
+    return FAMILY
+
+
 FAMILIES: dict[str, Callable[[], Family]] = {
+    "bart": _bart,
     "bert": _bert,
     "distilbert": _distilbert,
     "gpt2": _gpt2,
     "llama": _llama,
+    "marian": _marian,
     "mistral": _mistral,
+    "mt5": _t5,
     "modernbert": _modernbert,
     "nomic-bert": _nomic_bert,
     "nomic_bert": _nomic_bert,
@@ -129,6 +157,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "qwen3": _qwen3,
     "roberta": _roberta,
     "smollm3": _smollm3,
+    "t5": _t5,
     "xlm-roberta": _roberta,
 }
 """`model_type` -> family."""

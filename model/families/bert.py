@@ -19,6 +19,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": Activation.GELU_TANH,
     "relu": Activation.RELU,
     "silu": Activation.SILU,
+    "swish": Activation.SILU,
 }
 
 

@@ -112,6 +112,14 @@ def real(config: Config, field: str, *, default: float | None = None) -> float:
     return float(value)
 
 
+def id_of(config: Config, *fields: str, default: int | None = None) -> int:
+    """The token that the first of the fields which is set names, or else `default`."""
+    value = next((config[name] for name in fields if config.get(name) is not None), default)
+    if type(value) is not int or not 0 <= value <= MAX_SIZE:
+        raise ValueError(f"{fields[0]} must be a token's id")
+    return value
+
+
 def flag(config: Config, field: str, *, default: bool = False) -> bool:
     """True or false, `default` if the file is silent."""
     value = config.get(field)

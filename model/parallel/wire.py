@@ -13,7 +13,7 @@ import numpy as np
 
 from model.batch import Batch, Bools, SamplingBatch
 
-_LOCAL = {"segments"}  # None: a compressed cache is on one rank
+_LOCAL = {"segments", "sources"}  # None: such caches are on one rank
 _DTYPES = (np.int32, np.uint64, np.float32, np.bool_, np.int64, np.uint32)
 
 

@@ -43,6 +43,8 @@ def choose_runner(
     """
     if config.bidirectional:
         raise ValueError(f"{config.family} is an encoder, which generates no text")
+    if config.encoder is not None:
+        return _choose_for_sources(name, config, options, num_ranks=num_ranks)
     if options.adapters and name in _WITHOUT_ADAPTERS:
         raise ValueError(f"the {name} runner does not apply adapters: use --runner torch")
     check_compression(options.kv_compression, runner=name, num_ranks=num_ranks)
@@ -72,6 +74,19 @@ def choose_runner(
         return SelectedRunner(name=faster, dtype=dtypes[faster])
     dtype = torch_dtype(options)
     return SelectedRunner(name="torch", dtype=dtype, fallback_reason=f"{faster}: {reason}")
+
+
+def _choose_for_sources(
+    name: str, config: ModelConfig, options: RunnerOptions, *, num_ranks: int
+) -> SelectedRunner:
+    """The torch runner, or ValueError: no other one serves encoder-decoders."""
+    others = num_ranks > 1 or options.adapters or options.kv_compression != "none"
+    if name not in ("auto", "torch") or others:
+        raise ValueError(
+            f"{config.family} is an encoder-decoder, which only the torch runner serves, without"
+            " tensor parallelism, adapters and kv_compression"
+        )
+    return SelectedRunner(name="torch", dtype=torch_dtype(options))
 
 
 def _choose_four_bit(

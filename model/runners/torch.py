@@ -15,9 +15,10 @@ import torch
 
 from model.attention import ATTENTION, Attention
 from model.attention.compressed import CompressedAttention
-from model.batch import Batch, Ints, SamplingBatch, StepOutput
+from model.batch import Batch, Ints, SamplingBatch, SourceBatch, StepOutput
 from model.compression import Anchors, compressed_config, parse_compression
 from model.config import ModelConfig
+from model.encoder_decoder import network_of
 from model.kvcache import KVCache, blocks_within
 from model.layers import PackedLinear, load_weights, pack_linears
 from model.parallel.shares import sum_sublayers
@@ -101,7 +102,7 @@ class TorchRunner:
         """Runs one decoded token and the largest chunk, over blocks that are still free."""
         room = min(self.num_blocks * self.block_size, self.config.max_model_len)
         for length in {1, min(room, self._options.max_batch_tokens)}:
-            batch = _prompt(length, self.config.vocab_size, block_size=self.block_size)
+            batch = _prompt(length, self.config, block_size=self.block_size)
             if isinstance(self._compression, Anchors):
                 batch = replace(batch, segments=segments_batch([((), range(length), ())]))
             self.run(batch)
@@ -154,7 +155,7 @@ def build_network(
 ) -> Transformer:
     """The network with its weights; in bfloat16 on a CPU its linear layers are packed."""
     with torch.device("meta"):  # shapes without memory
-        network = Transformer(config)
+        network = network_of(config)
     load_weights(network, weights, dtype=dtype, device=device)
     network.requires_grad_(requires_grad=False)
     if packs_linears(device, dtype):
@@ -167,19 +168,25 @@ def packs_linears(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype is torch.bfloat16 and PackedLinear.available()
 
 
-def _prompt(length: int, vocab_size: int, *, block_size: int) -> Batch:
-    """One sequence that starts at block 0, sampled greedily at its end."""
+def _prompt(length: int, config: ModelConfig, *, block_size: int) -> Batch:
+    """One sequence that starts at block 0, sampled greedily at its end. A source lies in the same
+    blocks: what is computed is not read.
+    """
     empty, zero = np.zeros(0, np.int32), np.zeros(1, np.int32)
-    blocks = -(-length // block_size)
+    table = np.arange(-(-length // block_size), dtype=np.int32)[None]
+    tokens, lens = np.zeros(length, np.int32), np.array([length], np.int32)
+    new = np.ones(1, np.bool_)
+    source = SourceBatch(lens_S=lens, table_SB=table, is_new_S=new, tokens_U=tokens)
     return Batch(
-        tokens_T=np.zeros(length, np.int32),
+        tokens_T=tokens,
         positions_T=np.arange(length, dtype=np.int32),
         query_starts_S1=np.array([0, length], np.int32),
-        context_lens_S=np.array([length], np.int32),
-        block_table_SB=np.arange(blocks, dtype=np.int32)[None],
+        context_lens_S=lens,
+        block_table_SB=table,
         batch_slots_S=zero,
         sample_rows_R=np.array([length - 1], np.int32),
-        sampling=SamplingBatch.plain(1, vocab_size=vocab_size),
+        sampling=SamplingBatch.plain(1, vocab_size=config.vocab_size),
         score_rows_Q=empty,
         score_ids_Q=empty,
+        sources=source if config.encoder else None,
     )

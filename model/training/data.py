@@ -88,6 +88,8 @@ class TokenBatch:
     # Of a language model: the tokens to predict, bool [N, T]. Of a classifier: classes [N], or
     # scores [N, L].
     targets: torch.Tensor
+    sources_NU: torch.Tensor | None = None  # of an encoder-decoder, padded in the same way
+    source_lengths_N: torch.Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -105,6 +107,10 @@ class TokenBatch:
             tokens_NT=self.tokens_NT.to(device),
             lengths_N=self.lengths_N.to(device),
             targets=self.targets.to(device),
+            sources_NU=None if self.sources_NU is None else self.sources_NU.to(device),
+            source_lengths_N=None
+            if self.source_lengths_N is None
+            else self.source_lengths_N.to(device),
         )
 
 

@@ -20,6 +20,7 @@ from model.checkpoint.vocabulary import Vocabulary
 from model.config import ModelConfig
 from model.families import Family
 from model.text.tokenizer import Tokenizer
+from model.training import TrainingError
 from model.weights import to_tensor
 
 Tensors = Mapping[str, torch.Tensor]
@@ -77,6 +78,8 @@ def open_base(path: Path, *, headless: bool = False) -> Base:
     checkpoint = open_checkpoint(path)
     family, _ = configure(checkpoint)
     opened = open_model(path, headless=headless)
+    if opened.config.encoder is not None:
+        raise TrainingError("an encoder-decoder cannot be tuned further: tune seq2seq trains one")
     weights = {name: to_tensor(array) for name, array in opened.weights.items()}
     return Base(
         fields=dict(checkpoint.config),

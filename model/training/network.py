@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from model.attention.anchored import anchored_attention, seen_pairs
 from model.config import ModelConfig
+from model.encoder_decoder import network_of
 from model.transformer import Transformer, fused_attention
 from model.weights import Weights
 
@@ -17,7 +18,7 @@ from model.weights import Weights
 def build_network(config: ModelConfig, weights: Weights) -> Transformer:
     """A network with these weights, all of them trainable."""
     with torch.device("meta"):
-        network = Transformer(config)
+        network = network_of(config)
     network.load_state_dict(dict(weights), strict=True, assign=True)
     return network.requires_grad_(requires_grad=True)
 
@@ -28,7 +29,7 @@ def initialised(config: ModelConfig, *, seed: int) -> Transformer:
     As in GPT-2: normal with a standard deviation of 0.02, and what is added to the residual stream
     scaled down by the root of the number of additions.
     """
-    network = Transformer(config)
+    network = network_of(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():

@@ -145,6 +145,14 @@ def train_vocabulary(documents: Sequence[str], size: int) -> Tokenizer:
     return tokenizer
 
 
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, context: int) -> None:
+    """Writes the vocabulary of a new model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+    write_json(folder / "tokenizer_config.json", {**settings, "model_max_length": context})
+
+
 def _alphabet() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -209,16 +217,7 @@ class Corpus:
 
 def write_pretrained(folder: Path, network: Transformer, tokenizer: Tokenizer, plan: Plan) -> None:
     """Writes a folder that `quire serve` and `transformers` load."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": END,
-            "model_max_length": plan.context,
-        },
-    )
+    write_tokenizer(folder, tokenizer, context=plan.context)
     family = family_of("llama")
     tensors = as_stored(family, network.config, network.state_dict())
     write_model(folder, fields=plan.config_json, tensors=tensors, vocabulary=None)

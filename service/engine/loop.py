@@ -85,6 +85,7 @@ class EngineLoop(EngineThread):
             self._allocator,
             max_model_len=runner.config.max_model_len,
             cost=self._cost,
+            has_encoder=runner.config.encoder is not None,
             speculator=Speculator(config, self._cost) if drafts else None,
             anchor_ids=anchors,
             adapters=numbered,

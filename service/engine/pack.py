@@ -19,6 +19,7 @@ from service.engine.adapters import Adapters
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence
 from service.engine.slot_state import NO_FLOATS, NO_INTS, SlotState
+from service.engine.sources import source_columns
 from service.messages import SamplingParams
 
 _NO_WORDS: Words = np.empty((0, 0), np.uint32)
@@ -126,6 +127,7 @@ class Packer:
             score_rows_Q=score_rows_Q,
             score_ids_Q=score_ids_Q,
             score_num_top=score_num_top,
+            sources=source_columns(sequences),
         )
 
     def _pack_decodes(self, plan: Plan, sequences: list[Sequence]) -> Batch:
@@ -156,6 +158,7 @@ class Packer:
             score_rows_Q=score_rows_Q,
             score_ids_Q=score_ids_Q,
             score_num_top=score_num_top,
+            sources=source_columns(sequences),
         )
 
     def _update_slot(self, sequence: Sequence) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from model.compression import Compression
 from service.engine.cost import CostModel, StepWork
-from service.engine.sequence import Sequence
+from service.engine.sequence import Sequence, Source
 
 UNMEASURED_CHUNK = 128  # prompt tokens in a step with decodes, before durations are known
 LEAST_CHUNK = 16  # a prompt makes progress even if the decodes alone exceed the target gap
@@ -64,12 +64,19 @@ class Plan:
     prompt_tokens: int = 0  # prompt tokens in this step
     recomputed_tokens: int = 0  # computed before, then lost by a preemption
     work: StepWork = field(default_factory=StepWork)
+    sources: dict[Sequence, Source] = field(default_factory=dict)  # those that it encodes
+    source_tokens: int = 0  # of these; part of `work`, not of `num_tokens`
     expired: list[Sequence] = field(default_factory=list)  # past their deadline, already removed
     preempted: list[Sequence] = field(default_factory=list)  # by this step; may repeat a sequence
     prefix_hit_tokens: int = 0  # prompt tokens of admitted sequences found in the cache
 
     def add(self, sequence: Sequence, num: int) -> None:
         """Adds `num` tokens of a sequence to the step."""
+        if sequence.source is not None and not sequence.source.encoded:
+            size = len(sequence.source.tokens)
+            self.sources[sequence] = sequence.source
+            self.source_tokens += size
+            self.work = self.work.plus(size, computed=0, sampled=0)
         computed, sampled = sequence.num_computed, sequence.samples(num)
         self.tokens[sequence] = num
         self.work = self.work.plus(num, computed=computed, sampled=sampled)
@@ -102,7 +109,8 @@ class Plan:
 
     @property
     def num_tokens(self) -> int:
-        return self.work.tokens
+        """Tokens of texts: sources, which the encoder reads, have a budget of their own."""
+        return self.work.tokens - self.source_tokens
 
     @property
     def num_drafts(self) -> int:
@@ -131,12 +139,30 @@ class StepBudget:
         return self.num_tokens
 
     def chunk(self, sequence: Sequence, *, most: int | None = None) -> int:
-        """Pending tokens of a prompt to compute in this step, at most `most`."""
+        """Pending tokens of a prompt to compute in this step, at most `most`; 0 if its source is
+        to be encoded first, and that does not fit.
+        """
+        if not self._has_room_for_source(sequence):
+            return 0
         # Without a mask the next token cannot be sampled, so the last pending one stays pending.
         pending = sequence.num_pending - (0 if sequence.may_sample else 1)
         num = min(pending, self._config.prompt_chunk, self.num_tokens)
         num = num if most is None else min(num, most)
         return self._in_time(sequence, num) if self._num_decodes else num
+
+    def _has_room_for_source(self, sequence: Sequence) -> bool:
+        """A source is encoded whole. A step has room for one, and for more up to the limit of its
+        tokens and, if others decode, of its time.
+        """
+        if sequence.source is None or sequence.source.encoded or not self._plan.sources:
+            return True
+        size = len(sequence.source.tokens)
+        if self._plan.source_tokens + size > self._config.max_batch_tokens:
+            return False
+        if not self._num_decodes:
+            return True
+        fitting = self._cost.chunk(self._plan.work, computed=0, most=size, limit=self._seconds)
+        return fitting is not None and fitting >= size
 
     def _time_limit(self) -> float:
         """Predicted seconds that the step may take: the target gap or twice the time of its

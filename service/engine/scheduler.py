@@ -39,7 +39,7 @@ from service.engine.guide import Guide
 from service.engine.held import HeldPrefixes
 from service.engine.order import WaitingOrder
 from service.engine.plan import EngineConfig, Plan, StepBudget
-from service.engine.sequence import Sequence, SequenceStatus
+from service.engine.sequence import Sequence, SequenceStatus, Source
 from service.engine.shares import Shares, rank, split_evenly
 from service.engine.speculate import Speculator
 from service.engine.tables import BlockTables, Retention
@@ -60,6 +60,7 @@ class Scheduler:
         speculator: Speculator | None = None,
         anchor_ids: frozenset[int] = frozenset(),
         adapters: Adapters | None = None,
+        has_encoder: bool = False,
     ) -> None:
         self.max_model_len = min(max_model_len, config.max_model_len or max_model_len)
         self.running: list[Sequence] = []  # in order of admission
@@ -76,6 +77,7 @@ class Scheduler:
             prefix_cache=config.prefix_cache,
         )
         self._config = config
+        self._has_encoder = has_encoder
         self._allocator = allocator
         self._cost = cost
         self._speculator = speculator
@@ -131,7 +133,8 @@ class Scheduler:
         self._check_fits(request)
         sequence = Sequence(
             request=request,
-            tokens=[*request.prompt_ids, *tokens],
+            tokens=[*request.prompt_ids[request.source :], *tokens],
+            source=Source(tokens=request.prompt_ids[: request.source]) if request.source else None,
             arrival=next(self._arrivals),
             deadline=deadline,
             guide=guide,
@@ -163,7 +166,7 @@ class Scheduler:
         self._reserve(plan)
         self._admit_under_served(plan)
         decodes = [s for s in self.running if s.num_pending == 1 and s.num_remaining]
-        plan.add_decodes([sequence for sequence in decodes if sequence.may_sample])
+        plan.add_decodes([s for s in decodes if s.may_sample and not s.lacks_source])
         budget = StepBudget(plan, config=self._config, cost=self._cost)
         self._plan_prompts(plan, budget)
         self._admit(plan, budget)
@@ -175,6 +178,8 @@ class Scheduler:
     def launched(self, plan: Plan) -> None:
         """Records that the plan is in flight. Its drafts are neither accepted nor rejected yet."""
         drafts = plan.drafts
+        for source in plan.sources.values():
+            source.encoded = True
         for sequence, num in plan.tokens.items():
             _advance(sequence, num - len(drafts[sequence]) if sequence in drafts else num)
         for sequence in plan.sampling:
@@ -198,6 +203,8 @@ class Scheduler:
                     self._speculator.learn(sequence, num=num, hits=len(new) - 1)
             self._order.charge(sequence.tenant, len(new))
         size = self._allocator.block_size
+        for sequence, source in plan.sources.items():
+            self._tables.publish_source(sequence, source)
         for sequence in plan.tokens:
             full = sequence.num_computed // size
             if full != sequence.num_published and sequence.status is SequenceStatus.RUNNING:
@@ -224,12 +231,15 @@ class Scheduler:
                 raise RuntimeError("a computed token has no block")
 
     def _check_fits(self, request: GenerationRequest) -> None:
-        if not request.prompt_ids:
+        if len(request.prompt_ids) <= request.source:
             raise BadRequest("the prompt must have at least 1 token", code="empty_prompt")
+        if (request.source > 0) is not self._has_encoder:
+            raise BadRequest("a prompt has a source if the model has an encoder, and else none")
         if request.max_tokens < 1:
             raise BadRequest("max_tokens must be at least 1", code="integer_below_min_value")
-        longest = min(self.max_model_len, self._tables.longest)
-        if request.max_total_tokens > longest:
+        longest = min(self.max_model_len, self._tables.longest(request.source))
+        own = request.max_total_tokens - request.source
+        if own > longest or request.source > self.max_model_len:
             raise BadRequest(
                 f"prompt and max_tokens exceed {longest} tokens", code="context_length_exceeded"
             )
@@ -284,7 +294,7 @@ class Scheduler:
         return True
 
     def _plan_prompts(self, plan: Plan, budget: StepBudget) -> None:
-        prompts = [sequence for sequence in self.running if sequence.num_pending > 1]
+        prompts = [s for s in self.running if s.num_pending > 1 or s.lacks_source]
         for sequence, most in split_evenly(prompts, num_tokens=budget.shared_by(prompts)):
             if num := budget.chunk(sequence, most=most):
                 plan.add(sequence, num)
@@ -326,10 +336,13 @@ class Scheduler:
         sequence.batch_slot = self._free_slots.pop()
         self.running.append(sequence)
         hit = min(sequence.num_computed, sequence.num_prompt)
+        if not sequence.lacks_source:
+            hit += sequence.request.source
         plan.prefix_hit_tokens += hit
         if not sequence.preemptions:
             sequence.num_cached = hit
-            self._order.charge(sequence.tenant, sequence.num_pending)
+            source = sequence.request.source if sequence.lacks_source else 0
+            self._order.charge(sequence.tenant, sequence.num_pending + source)
 
     def _preempt(self, plan: Plan, sequence: Sequence) -> None:
         plan.preempted.append(sequence)

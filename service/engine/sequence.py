@@ -39,6 +39,17 @@ class SequenceStatus(StrEnum):
     FINISHED = "finished"
 
 
+@dataclass(slots=True, kw_only=True)
+class Source:
+    """What the encoder reads. The keys and values that the decoder makes of it lie in blocks that
+    the sequence holds beside its own.
+    """
+
+    tokens: tuple[int, ...]
+    blocks: list[int] = field(default_factory=list)
+    encoded: bool = False  # by a step that was launched, or found in the prefix cache
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """One request. Only the scheduler modifies it.
@@ -52,6 +63,7 @@ class Sequence:
     arrival: int  # rises with each sequence added
     deadline: float | None = None  # on the engine's monotonic clock, seconds
     guide: Guide | None = None  # of its grammar; `OutputBuilder` advances it
+    source: Source | None = None  # of an encoder-decoder
     status: SequenceStatus = SequenceStatus.WAITING
     batch_slot: int | None = None  # while it runs
     blocks: list[int] = field(default_factory=list)  # its block table
@@ -69,26 +81,38 @@ class Sequence:
     # Copies of the request's: each step reads some of them for every sequence.
     id: str = field(init=False)
     tenant: str = field(init=False)
-    num_prompt: int = field(init=False)  # tokens
-    max_total_tokens: int = field(init=False)  # prompt and output
+    num_prompt: int = field(init=False)  # tokens, without a source's
+    max_total_tokens: int = field(init=False)  # prompt and output, without a source
 
     def __post_init__(self) -> None:
         self.id, self.tenant = self.request.id, self.request.tenant
-        self.num_prompt = len(self.request.prompt_ids)
-        self.max_total_tokens = self.request.max_total_tokens
+        self.num_prompt = len(self.request.prompt_ids) - self.request.source
+        self.max_total_tokens = self.request.max_total_tokens - self.request.source
+
+    @property
+    def lacks_source(self) -> bool:
+        """Whether its source is still to be encoded, before any of its tokens is computed."""
+        return self.source is not None and not self.source.encoded
+
+    @property
+    def source_blocks(self) -> list[int]:
+        """The blocks of its source, if it has one."""
+        return [] if self.source is None else self.source.blocks
 
     @property
     def held_blocks(self) -> list[int]:
-        """The blocks that it holds: of its table, and of its anchors."""
+        """The blocks that it holds: of its table, of its anchors and of its source."""
         dropped = self.dropped
-        if not (dropped or self.anchor_blocks):
+        others = self.anchor_blocks + self.source_blocks
+        if not (dropped or others):
             return self.blocks
-        return self.blocks[: dropped.start] + self.blocks[dropped.stop :] + self.anchor_blocks
+        return self.blocks[: dropped.start] + self.blocks[dropped.stop :] + others
 
     @property
     def num_held(self) -> int:
         """How many they are."""
-        return len(self.blocks) - len(self.dropped) + len(self.anchor_blocks)
+        own = len(self.blocks) - len(self.dropped)
+        return own + len(self.anchor_blocks) + len(self.source_blocks)
 
     @property
     def is_alive(self) -> bool:

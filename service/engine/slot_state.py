@@ -59,7 +59,7 @@ class SlotState:
         params = request.sampling
         state = cls(owner=owner, banned=BannedSequences(params.banned))
         if params.repetition_penalty != 1.0:
-            state.penalties = PenaltyCounts(request.prompt_ids)
+            state.penalties = PenaltyCounts(request.prompt_ids[request.source :])
         elif params.presence_penalty or params.frequency_penalty:
             state.penalties = PenaltyCounts(())
         bias = dict(params.logit_bias) | dict.fromkeys(singles(params.banned), -np.inf)

@@ -20,8 +20,8 @@ from model.compression import SINKS, Anchors, Compression, Window
 from service.engine.adapters import Adapters
 from service.engine.blocks import BlockAllocator
 from service.engine.held import HeldPrefixes
-from service.engine.sequence import Sequence
-from service.prefixes import chain_digest, chain_root, is_announced
+from service.engine.sequence import Sequence, Source
+from service.prefixes import chain_digest, chain_root, is_announced, source_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +82,13 @@ class BlockTables:
         self._adapters = adapters
         self._prefix_cache = prefix_cache and not isinstance(retention.compression, Anchors)
 
-    @property
-    def longest(self) -> int:
-        """Tokens of prompt and output that the pool has room for: the last one's KV is not kept."""
+    def longest(self, source: int) -> int:
+        """Tokens of prompt and output that the pool has room for beside a source of so many tokens:
+        the last one's KV is not kept.
+        """
         retention, allocator = self._retention, self._allocator
-        slots = allocator.num_blocks * allocator.block_size
+        free = max(0, allocator.num_blocks - allocator.blocks_for(source))
+        slots = free * allocator.block_size
         if retention.compression is None:
             return slots + 1
         most = retention.compression.longest_text(
@@ -100,7 +102,8 @@ class BlockTables:
 
     def blocks_to_begin(self, sequence: Sequence) -> int:
         """Blocks that a sequence takes at admission if it finds no prefix."""
-        return self._allocator.blocks_for(self._reach_to_begin(sequence, computed=0))
+        own = self._allocator.blocks_for(self._reach_to_begin(sequence, computed=0))
+        return own + self._allocator.blocks_for(sequence.request.source)
 
     def open(self, sequence: Sequence) -> bool:
         """Takes the block table of a sequence to admit, as far as possible from the prefix cache.
@@ -109,19 +112,27 @@ class BlockTables:
         False and changes nothing if blocks are short.
         """
         size = self._allocator.block_size
+        source, read = sequence.source, self._found_source(sequence)
         num_findable = 0 if sequence.scores_prompt else (sequence.num_tokens - 1) // size
+        if source is not None and not read:
+            num_findable = 0  # what is computed from the source is found only together with it
         found = self._found(self._digests(sequence, num_findable))
         dropped = self._retention.outside(len(found) * size)
         shared = [*found[: dropped.start], *found[dropped.stop :]] if dropped else found
         reach = self._reach_to_begin(sequence, computed=len(found) * size)
         num_new = self._allocator.blocks_for(reach) - len(found)
+        num_source = 0 if read else self._allocator.blocks_for(sequence.request.source)
         num_anchors = self._retention.anchor_blocks(sequence, reach=reach)
-        table = self._allocator.take(num_new + num_anchors, shared=shared)
+        num_fresh = num_source + num_new + num_anchors
+        table = self._allocator.take(num_fresh, shared=[*read, *shared])
         if table is None:
             return False
-        num = len(shared) + num_new
-        sequence.blocks = [*found, *table[len(shared) : num]]
-        sequence.anchor_blocks = table[num:]
+        fresh = table[len(read) + len(shared) :]
+        if source is not None:
+            source.blocks, source.encoded = read or fresh[:num_source], bool(read)
+        own = fresh[num_source:]
+        sequence.blocks = [*found, *own[:num_new]]
+        sequence.anchor_blocks = own[num_new:]
         sequence.dropped = dropped
         sequence.num_published = len(found)
         sequence.num_computed = len(found) * size
@@ -175,6 +186,15 @@ class BlockTables:
                 self.held.note(digests[index])
         sequence.num_published = num_full
 
+    def publish_source(self, sequence: Sequence, source: Source) -> None:
+        """Lets others find the blocks of an encoded source, the last of which need not be full."""
+        if not self._prefix_cache or not source.encoded:
+            return
+        digests = self._source_digests(sequence)
+        for block, digest in zip(source.blocks, digests, strict=True):
+            self._allocator.publish(block, digest)
+        self.held.note(digests[0])
+
     def close(self, sequence: Sequence) -> None:
         """Releases a table."""
         if sequence.digests and sequence.num_published:
@@ -183,6 +203,8 @@ class BlockTables:
         sequence.blocks = []
         sequence.anchor_blocks = []
         sequence.dropped = range(0)
+        if sequence.source is not None:
+            sequence.source.blocks, sequence.source.encoded = [], False
 
     def _reach_to_begin(self, sequence: Sequence, *, computed: int) -> int:
         """Tokens and a first block of output, if it can need them."""
@@ -209,6 +231,19 @@ class BlockTables:
                 best = length
         return [0 if block is None else block for block in blocks[:best]]
 
+    def _found_source(self, sequence: Sequence) -> list[int]:
+        """The blocks of its source, which is found whole or not at all. Not taken yet."""
+        if sequence.source is None or not self._prefix_cache:
+            return []
+        digests = self._source_digests(sequence)
+        found = self._allocator.find(digests)
+        return found if len(found) == len(digests) else []
+
+    def _source_digests(self, sequence: Sequence) -> list[bytes]:
+        """An encoder reads in both directions: each block depends on the whole source."""
+        count = self._allocator.blocks_for(sequence.request.source)
+        return source_blocks(self._root(sequence), count)
+
     def _digests(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
         """Digests of its first full blocks, hashed once and kept."""
         if not self._prefix_cache:
@@ -220,4 +255,6 @@ class BlockTables:
         return digests[:num_blocks]
 
     def _root(self, sequence: Sequence) -> bytes:
-        return chain_root(sequence.tenant, self._adapters.class_of(sequence.request))
+        root = chain_root(sequence.tenant, self._adapters.class_of(sequence.request))
+        source = sequence.source
+        return root if source is None else chain_digest(root, source.tokens)

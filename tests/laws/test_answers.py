@@ -34,6 +34,9 @@ class Answers(Observer):
 
     config: EngineConfig
     blocks: int = 256
+    model: ModelConfig = field(
+        default_factory=lambda: tiny_model_config(vocab_size=97, max_model_len=96)
+    )
     exact: bool = False  # what the runner is made to claim; only then are drafts allowed
     records: dict[str, list[Tokens]] = field(default_factory=dict)
     ends: dict[str, End] = field(default_factory=dict)
@@ -59,10 +62,9 @@ class Answers(Observer):
 
     def run(self, rounds: Sequence[Sequence[Work]]) -> Answers:
         """Hands each round in when the one before has begun to run."""
-        config = model_config()
         runner = TorchRunner(
-            config,
-            tiny_weights(config, seed=1),
+            self.model,
+            tiny_weights(self.model, seed=1),
             options=RunnerOptions(dtype="float32", block_size=4, num_blocks=self.blocks),
             digest="tiny",
         )

@@ -60,6 +60,7 @@ def test_models_that_are_promised_are_those_that_load() -> None:
     assert splits.split(", ") == sorted(PRE_TOKENIZERS)
     aliases = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt-2"}
     encoders = {"bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "nomic-bert"}
+    encoders |= {"t5", "mt5", "bart", "marian"}
     found = {name.replace("_", "-") for name in FAMILIES}
     assert {name.replace("-", "") for name in aliases} | encoders == found
     aliases |= encoders

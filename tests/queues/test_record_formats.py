@@ -66,7 +66,7 @@ REQUEST = GenerationRequest(
         symbols=(("[THINK]", 9),), budget=64,
     ), tenant="alice", priority=2, timeout_ms=5000,
     trace="00-0123456789abcdef0123456789abcdef-0123456789abcdef-01", model="0123456789abcdef",
-    encoding=EncodingInputs(lengths=(2, 1), firsts=(1, 1), width=384),
+    encoding=EncodingInputs(lengths=(2, 1), firsts=(1, 1), width=384), source=1,
 )  # fmt: skip
 MANIFEST = Manifest(
     endpoint=Endpoint.CHAT, model="model", model_key="k", fingerprint="class-1",

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from model.batch import Batch, SamplingBatch
-from model.config import ModelConfig
-from model.transformer import Transformer
+from model.config import ModelConfig, Position
+from model.encoder_decoder import network_of
 
 # Where kernels run in tests, and in which narrow type: interpreted, products in bf16 are wrong.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,13 +58,30 @@ def tiny_model_config(**overrides: Any) -> ModelConfig:
     return ModelConfig(**fields)
 
 
+def tiny_seq2seq_config(**overrides: Any) -> ModelConfig:
+    """A small T5: an encoder of one block, a decoder of two."""
+    fields: dict[str, Any] = {
+        "family": "t5",
+        "num_kv_heads": 4,
+        "position": Position.RELATIVE,
+        "num_buckets": 8,
+        "max_distance": 20,
+        "scaled_scores": False,
+        **overrides,
+    }
+    encoder = tiny_model_config(
+        **{**fields, "num_layers": 1, "bidirectional": True, "tied_head": True}
+    )
+    return tiny_model_config(**fields, encoder=encoder, start_ids=(0,), end_id=1)
+
+
 def tiny_weights(config: ModelConfig, *, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random float32 weights under canonical names, fused; equal for equal seeds.
 
     Large enough that the next token depends on the whole context.
     """
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in network_of(config).state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name in sorted(shapes):

@@ -34,7 +34,7 @@ from service.api.tools.grammar import validated_tools_grammar
 from service.api.tools.tagged import parameter_types
 from service.errors import BadRequest, Forbidden
 from service.messages import GenerationRequest, ModelCard, Submission, child_ids
-from service.prefixes import prompt_prefixes
+from service.prefixes import prompt_prefixes, source_prefix
 
 DEFAULT_PRIORITY = 1
 LOWEST_PRIORITY = 2
@@ -71,7 +71,8 @@ def plan(
             id=call.id,
             prompt_ids=prompt.ids,
             sampling=sampling,
-            max_tokens=max(1, output_limit(generation, len(prompt.ids), context)),
+            source=prompt.source,
+            max_tokens=max(1, output_limit(generation, len(prompt.ids) - prompt.source, context)),
             min_tokens=generation.min_tokens,
             stop=generation.stop,
             prediction=prompt.prediction,
@@ -254,18 +255,18 @@ def named_prefixes(
     """Names by which an engine that holds the beginning of a prompt is found, per choice."""
     if not card.block_size or len(requests) > MAX_FOUND_PROMPTS:
         return ()
-    return tuple(
-        names
-        for request in requests
-        for names in repeat(
-            prompt_prefixes(
-                request.prompt_ids,
-                tenant=request.tenant,
-                numeric_class=card.numeric_class,
-                block_size=card.block_size,
-            ),
-            width,
-        )
+    return tuple(names for request in requests for names in repeat(_prefixes(request, card), width))
+
+
+def _prefixes(request: GenerationRequest, card: ModelCard) -> tuple[str, ...]:
+    source, numeric_class = request.prompt_ids[: request.source], card.numeric_class
+    if source:
+        return source_prefix(source, tenant=request.tenant, numeric_class=numeric_class)
+    return prompt_prefixes(
+        request.prompt_ids,
+        tenant=request.tenant,
+        numeric_class=numeric_class,
+        block_size=card.block_size,
     )
 
 

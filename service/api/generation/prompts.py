@@ -35,9 +35,13 @@ TEXT_COST = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTokens:
-    """A prompt for the model; `text` if it was given as text. `prediction`: of the output."""
+    """A prompt for the model; `text` if it was given as text. `prediction`: of the output.
+
+    Of an encoder-decoder, the first `source` tokens are for the encoder.
+    """
 
     ids: tuple[int, ...]
+    source: int = 0
     text: str | None = None
     prediction: tuple[int, ...] = ()
 
@@ -48,6 +52,12 @@ async def prompt_tokens(
     """The prompts of a request as token ids. Raises BadRequest or Unavailable."""
     prompt, keep = generation.prompt, _kept_tokens(generation, context)
     if isinstance(prompt, Chat):
+        if context.card.start_ids:
+            raise BadRequest(
+                "an encoder-decoder has no chats; use /v1/completions",
+                code="chat_not_supported",
+                param=generation.names.prompt,
+            )
         render = partial(render_chat, context=context, tenant=tenant, names=generation.names)
         if prompt.truncate:
             room = context.card.max_model_len - (generation.max_tokens or 1)
@@ -63,6 +73,7 @@ async def prompt_tokens(
             code="array_above_max_length",
             param=generation.names.prompt,
         )
+    begun = await _decoder_prompt(generation, prompt.decoder_prompt, context, tenant=tenant)
     texts = [text for text in prompt.prompts if isinstance(text, str)]
     for each in prompt.prompts if keep is None else ():  # before any of them is tokenised
         _check_prompt(each, context, parse_special=prompt.parse_special)
@@ -77,12 +88,58 @@ async def prompt_tokens(
                 parse_special=prompt.parse_special,
             )
             ids = await _text_ids(encode, context, tenant=tenant, total=total)
+            if begun:
+                ids = (*ids, context.card.source_end)
             found.append(_cut(PromptTokens(ids=ids, text=each), keep))
         else:
             if keep is not None:
                 check_token_ids(each, context, param="prompt")
             found.append(_cut(PromptTokens(ids=each), keep))
-    return found
+    return [_with_source(each, begun, context) for each in found] if begun else found
+
+
+async def _decoder_prompt(
+    generation: Generation,
+    given: str | None,
+    context: ModelContext,
+    *,
+    tenant: str,
+) -> tuple[int, ...]:
+    """The tokens with which the decoder begins; empty if the model is no encoder-decoder."""
+    start = context.card.start_ids
+    if not start:
+        if given is not None:
+            raise BadRequest(
+                "decoder_prompt needs an encoder-decoder; this model continues the prompt",
+                code="unsupported_parameter",
+                param="decoder_prompt",
+            )
+        return ()
+    if generation.prompt_logprobs is not None or (generation.echo and generation.logprobs):
+        raise BadRequest(
+            "an encoder-decoder does not score its prompt: leave out prompt_logprobs, and logprobs"
+            " beside echo",
+            code="unsupported_parameter",
+            param="prompt_logprobs",
+        )
+    if given is None:
+        return start
+    ids = await encode(given, context, tenant=tenant, add_bos=False, param="decoder_prompt")
+    return (*start, *ids)
+
+
+def _with_source(
+    prompt: PromptTokens, begun: tuple[int, ...], context: ModelContext
+) -> PromptTokens:
+    """A source and what the decoder begins with. Raises BadRequest for an empty or long one."""
+    longest = context.card.max_model_len
+    if not 1 <= len(prompt.ids) <= longest:
+        raise BadRequest(
+            f"the prompt of an encoder-decoder must have 1 to {longest} tokens",
+            code="context_length_exceeded",
+            param="prompt",
+        )
+    return replace(prompt, ids=(*prompt.ids, *begun), source=len(prompt.ids))
 
 
 async def _prediction(text: str | None, context: ModelContext, *, tenant: str) -> tuple[int, ...]:

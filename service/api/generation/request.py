@@ -37,6 +37,7 @@ class Prompts:
     """One prompt or several, each a text or token ids."""
 
     prompts: tuple[str | tuple[int, ...], ...]
+    decoder_prompt: str | None = None  # of an encoder-decoder
     add_bos: bool = True  # to texts
     parse_special: bool = True  # texts of special tokens are special tokens
 

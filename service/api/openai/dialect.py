@@ -122,6 +122,7 @@ def _prompts(body: CompletionBody) -> Prompts:
     prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     return Prompts(
         prompts=tuple(each if isinstance(each, str) else tuple(each) for each in prompts),
+        decoder_prompt=body.decoder_prompt,
         add_bos=body.add_special_tokens is not False,
         parse_special=body.parse_special is not False,
     )

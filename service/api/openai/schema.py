@@ -17,6 +17,7 @@ from service.api.http.fields import (
     Prompt,
     ServiceTier,
     StopStrings,
+    Text,
 )
 from service.api.http.models import (
     MAX_INT,
@@ -121,6 +122,10 @@ class CompletionBody(GenerationBody):
 
     prompt: Prompt = Field(
         description="Text, token ids, or a list of texts or of lists of token ids."
+    )
+    decoder_prompt: Text | None = Field(
+        None,
+        description="Text that the answer of an encoder-decoder continues; `prompt` is its source.",
     )
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(
         None,

@@ -1,0 +1,85 @@
+"""`quire tune seq2seq` writes a folder that `quire serve` answers from as the network does."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from loadtest.dates import pair
+from model.checkpoint import load_model
+from model.encoder_decoder import EncoderDecoder
+from model.text.tokenizer import Tokenizer
+from tests.conftest import ROOT, default, serving
+from tests.support.waiting import PATIENCE
+
+
+def train(folder: Path) -> Path:
+    """A translator of three updates, from pairs of dates and numbers."""
+    draw = random.Random(0)
+    with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("source", "target"), *(pair(draw) for _ in range(60))])
+    words = [sys.executable, "-m", "service", "tune", "seq2seq", "--out", str(folder / "out")]
+    words += ["--data", str(folder / "pairs.csv"), "--steps", "3", "--batch", "8"]
+    words += ["--hidden-size", "32", "--layers", "1", "--threads", "1", "--device", "cpu"]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "exact" in run.stderr
+    return folder / "out"
+
+
+def greedy(folder: Path, source: str, begun: str, num: int) -> str:
+    """The answer by the network alone, without a cache."""
+    loaded, tokenizer = load_model(folder), Tokenizer.from_checkpoint(folder)
+    network = EncoderDecoder(loaded.config)
+    network.load_state_dict(loaded.weights)
+    sources = torch.tensor([*tokenizer.encode(source), loaded.config.end_id])
+    tokens = [*loaded.config.start_ids, *tokenizer.encode(begun)]
+    first = len(tokens)
+    with torch.no_grad():
+        for _ in range(num):
+            logits = network.logits(network.translate(torch.tensor(tokens), sources)[-1:])
+            tokens.append(int(logits.argmax()))
+    return tokenizer.decode(tokens[first:])
+
+
+@pytest.mark.slow
+def test_a_translator_is_served(tmp_path: Path) -> None:
+    """The answers to two sources at once, one of them streamed, are those of the network; what an
+    encoder-decoder has no answer to is refused in one line.
+    """
+    folder = train(tmp_path)
+    options = (*default(folder), "--runner", "torch", "--dtype", "float32")
+    body = {"model": options[1], "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    sources = ["5 May 1990", "twelve"]
+    with serving(*options, log=tmp_path / "log") as url:
+
+        def post(path: str = "completions", **fields: object) -> httpx.Response:
+            return httpx.post(f"{url}/v1/{path}", json=body | fields, timeout=PATIENCE)
+
+        whole = post(prompt=sources).json()
+        begun = post(prompt=sources[0], decoder_prompt="19").json()
+        streamed = post(prompt=sources[1], stream=True).text
+        again = post(prompt=sources[0], stream_options=None).json()
+        chat = post("chat/completions", messages=[{"role": "user", "content": "5 May"}])
+        scored = post(prompt=sources[0], prompt_logprobs=1)
+        empty = post(prompt=[[]])
+    expected = [greedy(folder, source, "", 12) for source in sources]
+    assert [choice["text"] for choice in whole["choices"]] == expected
+    assert begun["choices"][0]["text"] == greedy(folder, sources[0], "19", 12)
+    lines = [line.removeprefix("data: ") for line in streamed.splitlines() if line[:5] == "data:"]
+    texts = [json.loads(line)["choices"] for line in lines if line != "[DONE]"]
+    assert "".join(each[0]["text"] for each in texts if each) == expected[1]
+    cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached == again["usage"]["prompt_tokens"] - 1, "all but the token that begins the answer"
+    for refused, named in ((chat, "encoder-decoder"), (scored, "prompt_logprobs")):
+        assert refused.status_code == 400
+        assert named in refused.json()["error"]["message"]
+    assert empty.status_code == 400
