@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from service.api.generation.manifest import (
+    DecisionNote,
     EncodingNote,
     Endpoint,
     Manifest,
     PromptNote,
+    QuestionNote,
     ReasoningNote,
     ToolNote,
 )
@@ -84,6 +86,14 @@ MANIFEST = Manifest(
     encoding=EncodingNote(
         num_inputs=3, base64=True, dimensions=64, num_queries=1, top_n=2, documents=("é", "b"),
         activation=False, background=True,
+    ),
+    decision=DecisionNote(
+        questions=(
+            QuestionNote(
+                type="choice", name="é", options=("a", True), paths=((0, 1),), ends=((2,),)
+            ),
+        ),
+        num_inputs=3, background=True,
     ),
     given_back={"user": "u", "metadata": {"a": "b"}},
 )  # fmt: skip
@@ -316,6 +326,12 @@ def wrong_values(value: object) -> tuple[object, ...]:
     return ("x", True, [], {})
 
 
+ALSO_RIGHT = {
+    **{name: [[1, 2, 3]] for name in ("openings", "paths", "ends")},  # lists of lists
+    "options": [True],
+}
+
+
 @pytest.mark.parametrize("name", OBJECTS)
 def test_a_value_of_a_wrong_type_is_malformed(name: str) -> None:
     """It went on to the engine, which does not expect it."""
@@ -324,8 +340,8 @@ def test_a_value_of_a_wrong_type_is_malformed(name: str) -> None:
     for path in objects(json.loads(text)):
         for field, value in at(json.loads(text), path).items():
             for wrong in wrong_values(value):
-                if field == "group" or (field == "openings" and wrong == [[1, 2, 3]]):
-                    continue  # read by a script alone; a list of lists
+                if field == "group" or wrong == ALSO_RIGHT.get(field):
+                    continue  # a group is read by a script alone
                 record = json.loads(text)
                 at(record, path)[field] = wrong
                 with pytest.raises((ValueError, TypeError, Unavailable)):
