@@ -26,7 +26,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from model.adapters import Adapter, read_adapter
+from model.adapters import Adapter
 from model.checkpoint import (
     CheckpointError,
     configure,
@@ -34,6 +34,7 @@ from model.checkpoint import (
     open_checkpoint,
     open_model,
 )
+from model.checkpoint.adapters import read_adapter
 from model.checkpoint.fetch import FetchError, resolve
 from model.checkpoint.four_bit import four_bit_reason
 from model.checkpoint.gguf_parts import name_without_part

@@ -18,8 +18,8 @@ BODIES = (
     AttentionBody,
 )  # fmt: skip
 OF_THE_PROMPT = {
-    "prompt", "content", "text", "input", "instructions", "system", "description", "arguments",
-    "output", "reasoning_content", "reasoning", "thinking", "refusal",
+    "prompt", "decoder_prompt", "content", "text", "input", "instructions", "system",
+    "description", "arguments", "output", "reasoning_content", "reasoning", "thinking", "refusal",
 }  # fmt: skip
 OF_THE_GRAMMAR = {"regex", "choice", "grammar", "json", "definition"}
 OTHERS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import httpx
@@ -16,6 +15,11 @@ from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 
+DECISION = {
+    "model": MODEL,
+    "input": "hello",
+    "questions": [{"type": "predicate", "instructions": "It is plain."}],
+}
 CHANGING = {"date", "x-request-id", "content-length"}
 """Headers that differ between two calls, by their time or by figures in the body."""
 UNBOUNDED = {"transfer-encoding"}
@@ -45,6 +49,7 @@ async def test_every_get_route_answers_head(start_service: Any, listen: Any) -> 
     ):
         call = await client.post("/v1/completions", json=B | {"stream": True})
         response = await client.post("/v1/responses", json=R)
+        decision = await client.post("/v1/decisions", json=DECISION)
         file = await client.post(
             "/v1/files", data={"purpose": "batch"}, files={"file": ("in.jsonl", b"{}\n")}
         )
@@ -68,7 +73,10 @@ async def test_every_get_route_answers_head(start_service: Any, listen: Any) -> 
         paths = [path for path in get_paths() if path != "/v1/encodings/{call_id}"]
         assert len(paths) >= 13
         for path in paths:
-            address = re.sub(r"\{(\w+)(?::path)?\}", lambda found: names[found[1]], path)
+            fields = names
+            if path == "/v1/decisions/{call_id}":
+                fields = names | {"call_id": decision.json()["id"]}
+            address = path.replace(":path", "").format_map(fields)
             compare(await client.head(address), await client.get(address))
 
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.adapters import CONFIG, MAX_RANK, WEIGHTS, Adapter, read_adapter, rows_of_adapters
+from model.adapters import Adapter, rows_of_adapters
 from model.checkpoint import CheckpointError, load_model
+from model.checkpoint.adapters import CONFIG, MAX_RANK, WEIGHTS, read_adapter
 from model.parallel.ranks import check_ranks
 from model.runners import Runner, RunnerOptions
 from model.runners.choose import choose_runner
