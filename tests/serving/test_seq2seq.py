@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import random
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 
-from loadtest.dates import pair
 from model.checkpoint import load_model
 from model.encoder_decoder import EncoderDecoder
 from model.text.tokenizer import Tokenizer
-from tests.conftest import ROOT, default, serving
+from tests.conftest import default, serving
+from tests.support.translators import train_translator
 from tests.support.waiting import PATIENCE
-
-
-def train(folder: Path) -> Path:
-    """A translator of three updates, from pairs of dates and numbers."""
-    draw = random.Random(0)
-    with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("source", "target"), *(pair(draw) for _ in range(60))])
-    words = [sys.executable, "-m", "service", "tune", "seq2seq", "--out", str(folder / "out")]
-    words += ["--data", str(folder / "pairs.csv"), "--steps", "3", "--batch", "8"]
-    words += ["--hidden-size", "32", "--layers", "1", "--threads", "1", "--device", "cpu"]
-    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert "exact" in run.stderr
-    return folder / "out"
 
 
 def greedy(folder: Path, source: str, begun: str, num: int) -> str:
@@ -55,7 +37,7 @@ def test_a_translator_is_served(tmp_path: Path) -> None:
     """The answers to two sources at once, one of them streamed, are those of the network; what an
     encoder-decoder has no answer to is refused in one line.
     """
-    folder = train(tmp_path)
+    folder = train_translator(tmp_path)
     options = (*default(folder), "--runner", "torch", "--dtype", "float32")
     body = {"model": options[1], "temperature": 0, "max_tokens": 12, "ignore_eos": True}
     sources = ["5 May 1990", "twelve"]
