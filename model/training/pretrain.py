@@ -131,9 +131,16 @@ def read_documents(pattern: str) -> list[str]:
 
 
 def train_vocabulary(documents: Sequence[str], size: int) -> Tokenizer:
-    """A byte-level BPE: any text can be encoded, and decoding gives it back."""
+    """A byte-level BPE: any text can be encoded, and decoding gives it back. Each digit is a token
+    of its own, so that a model need not learn how numbers are cut.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,

@@ -130,12 +130,18 @@ def encoder(kind: str, folder: Path, **options: Any) -> TorchEncoder:
 def test_encoders_on_the_kernels(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The vectors are those of plain torch within rounding, alone and in a batch the same bits."""
-    monkeypatch.setattr(torch_encoding, "CHECKED", (5, 1, 20))
+    """The vectors are those of plain torch within rounding, alone and in a batch the same bits.
+
+    On a CPU torch's GELU has other bits for a view, which the gate of ModernBERT is unless it has a
+    single row.
+    """
+    shortest = 2 if kind == "modernbert" else 1
+    monkeypatch.setattr(torch_encoding, "CHECKED", (5, shortest, 20))
     packed = encoder(kind, tmp_path, packed=True)
     plain = encoder(kind, tmp_path)
     assert "triton" in packed.numeric_class
-    batch = inputs(types=kind.startswith(("bert", "nomic")))[:5]
+    texts = inputs(types=kind.startswith(("bert", "nomic")))
+    batch = [each for each in texts if len(each.ids) >= shortest][:5]
     found = packed.encode(batch)
     for ours, theirs in zip(found, plain.encode(batch), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
