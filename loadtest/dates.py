@@ -1,6 +1,8 @@
 """Pairs to train a translator with: English dates and numbers, and their ISO forms.
 
-python -m loadtest.dates --count 30000 --write pairs.csv
+    python -m loadtest.dates --write pairs.csv
+
+Short numbers are drawn as often as long ones, so they repeat.
 """
 
 from __future__ import annotations
@@ -76,16 +78,15 @@ def pair(draw: random.Random) -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=30_000)
+    parser.add_argument("--count", type=int, default=200_000)
     parser.add_argument("--write", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
-    pairs = dict(pair(draw) for _ in range(options.count))
     with options.write.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("source", "target"))
-        writer.writerows(pairs.items())
+        writer.writerows(pair(draw) for _ in range(options.count))
 
 
 if __name__ == "__main__":
