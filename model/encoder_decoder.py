@@ -16,13 +16,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
 from model.attention import Attention as PagedAttention
 from model.attention.gathered import Gathered
 from model.batch import Batch, SourceBatch
 from model.config import ModelConfig
 from model.kvcache import KVCache, slots_of
+from model.layers import fused
 from model.transformer import Attend, CrossAttention, Transformer, hidden_pairs
 
 Memory = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -151,25 +151,6 @@ def masked(mask: torch.Tensor | None) -> Attend:
         return fused(q_THD, k_TKD, v_TKD, mask=mask, scale=scale)
 
     return attend
-
-
-def fused(
-    q_THD: torch.Tensor,
-    k_UKD: torch.Tensor,
-    v_UKD: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    """Attention of T queries to U keys, of as many heads, in one call of torch: [..., T, H, D]."""
-    mixed_HTD = nn.functional.scaled_dot_product_attention(
-        q_THD.transpose(-3, -2),
-        k_UKD.transpose(-3, -2),
-        v_UKD.transpose(-3, -2),
-        attn_mask=mask,
-        scale=scale,
-    )
-    return mixed_HTD.transpose(-3, -2)
 
 
 def _mask(bias: torch.Tensor | None, seen: torch.Tensor | None) -> torch.Tensor | None:

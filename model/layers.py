@@ -71,6 +71,30 @@ def rotation(
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 
+def fused(
+    q_THD: torch.Tensor,
+    k_UHD: torch.Tensor,
+    v_UHD: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of T queries to U keys, of as many heads, in one call of torch: [..., T, H, D].
+
+    mask: truth values of what is seen, or what is added to the scores. causal: instead of a mask.
+    """
+    mixed_HTD = nn.functional.scaled_dot_product_attention(
+        q_THD.transpose(-3, -2),
+        k_UHD.transpose(-3, -2),
+        v_UHD.transpose(-3, -2),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+    )
+    return mixed_HTD.transpose(-3, -2)
+
+
 def sinusoids(positions_T: torch.Tensor, size: int) -> torch.Tensor:
     """Position vectors [T, C]: the sines of C / 2 frequencies, then their cosines."""
     exponents = torch.arange(0, size, 2, device=positions_T.device).float() / size

@@ -36,6 +36,7 @@ from model.layers import (
     Rotation,
     activate,
     buckets,
+    fused,
     norm_layer,
     rotate,
     rotation,
@@ -370,15 +371,14 @@ def fused_attention(
     if lengths_N is not None:
         real_NT = torch.arange(T, device=q_THD.device) < lengths_N[:, None]
         seen = real_NT[:, None, None] if seen is None else seen & real_NT[:, None, None]
-    mixed_HTD = nn.functional.scaled_dot_product_attention(
-        q_THD.transpose(-3, -2),
-        k_TKD.repeat_interleave(shared, dim=-2).transpose(-3, -2),
-        v_TKD.repeat_interleave(shared, dim=-2).transpose(-3, -2),
-        attn_mask=seen,
-        is_causal=causal and plain,
+    return fused(
+        q_THD,
+        k_TKD.repeat_interleave(shared, dim=-2),
+        v_TKD.repeat_interleave(shared, dim=-2),
+        mask=seen,
+        causal=causal and plain,
         scale=scale,
     )
-    return mixed_HTD.transpose(-3, -2)
 
 
 def hidden_pairs(T: int, window: int | None, *, causal: bool, device: torch.device) -> torch.Tensor:

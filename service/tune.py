@@ -283,7 +283,6 @@ def seq2seq(
     """Train a new encoder-decoder and its vocabulary from pairs, such as translations."""
     with _errors(), _ranks(device, threads) as ranks:
         from model.training import seq2seq as task_of
-        from model.training.data import hold_out
         from model.training.folder import check_output
         from model.training.loop import Recipe
         from model.training.network import initialised
@@ -299,10 +298,7 @@ def seq2seq(
         )
         config = task_of.model_config(fields)
         examples = task_of.tokenised(pairs, tokenizer, context=context)
-        # A source that occurs twice is held out, or trained with, in all its rows.
-        sources = sorted({one for one, _ in pairs})
-        _, held = hold_out([0] * len(sources), share=holdout, seed=seed)
-        unseen = {sources[index] for index in held}
+        rest, held = task_of.hold_out_sources(pairs, share=holdout, seed=seed)
         recipe = Recipe(
             steps=steps,
             batch=batch,
@@ -313,10 +309,8 @@ def seq2seq(
             seed=seed,
             evaluate_every=max(1, steps // 10),
         )
-        parts: dict[bool, list[task_of.Pair]] = {False: [], True: []}
-        for (one, _), example in zip(pairs, examples, strict=True):
-            parts[one in unseen].append(example)
-        task = task_of.Translation(parts[False], parts[True], recipe)
+        train, valid = ([examples[index] for index in part] for part in (rest, held))
+        task = task_of.Translation(train, valid, recipe)
         network = initialised(config, seed=seed)
         run = TrainingRun(out, ranks, bfloat16=bfloat16, resume=resume)
         run.train(network, task, recipe)

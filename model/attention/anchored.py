@@ -10,7 +10,8 @@ The mask of serving is `model.attention.compressed`'s, over a cache that holds t
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
+
+from model.layers import fused
 
 
 def seen_pairs(anchors_NT: torch.Tensor) -> torch.Tensor:
@@ -37,11 +38,10 @@ def anchored_attention(
     if window is not None:
         raise ValueError("anchors are for models without a sliding window")
     shared = q_THD.shape[-2] // k_TKD.shape[-2]
-    mixed_HTD = functional.scaled_dot_product_attention(
-        q_THD.transpose(-3, -2),
-        k_TKD.repeat_interleave(shared, dim=-2).transpose(-3, -2),
-        v_TKD.repeat_interleave(shared, dim=-2).transpose(-3, -2),
-        attn_mask=seen_TT[..., None, :, :],
+    return fused(
+        q_THD,
+        k_TKD.repeat_interleave(shared, dim=-2),
+        v_TKD.repeat_interleave(shared, dim=-2),
+        mask=seen_TT[..., None, :, :],
         scale=scale,
     )
-    return mixed_HTD.transpose(-3, -2)

@@ -20,13 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.attention.torch_paged import FEW_QUERIES
+from model.attention.torch_paged import Longs, alike
 from model.batch import Batch, Segments
 from model.compression import SINKS, Compression, Window
 from model.config import ModelConfig
 from model.layers import Rotation, rotate, rotation
 
-Longs = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 
@@ -135,18 +134,12 @@ class CompressedAttention:
             )  # fmt: skip
         return mixed_THD
 
-    def _together(self, batch: Batch) -> Iterator[tuple[list[int], list[_Reads]]]:
+    def _together(self, batch: Batch) -> Iterator[tuple[Longs, list[_Reads]]]:
         """Groups of sequences, and what each of them reads."""
-        lengths_S = np.diff(batch.query_starts_S1)
-        for length in np.unique(lengths_S).tolist():
-            members: list[int] = np.flatnonzero(lengths_S == length).tolist()
-            reads = [self._reads(batch, sequence, length) for sequence in members]
-            if length <= FEW_QUERIES:
-                yield members, reads
-            else:
-                yield from (
-                    (([member]), [read]) for member, read in zip(members, reads, strict=True)
-                )
+        lengths_S = np.diff(batch.query_starts_S1).astype(np.int64)
+        for members in alike(lengths_S):
+            length = int(lengths_S[members[0]])
+            yield members, [self._reads(batch, each, length) for each in members.tolist()]
 
     def _reads(self, batch: Batch, sequence: int, length: int) -> _Reads:
         size = self._block_size
@@ -201,9 +194,7 @@ def _copies(
     return of, to
 
 
-def _group(
-    batch: Batch, members: list[int], reads: list[_Reads], *, device: torch.device
-) -> _Group:
+def _group(batch: Batch, members: Longs, reads: list[_Reads], *, device: torch.device) -> _Group:
     """Pads what the sequences read to equal length, with slots that none of them sees."""
     S, N = len(members), len(reads[0].seen_far)
     width_far = max(read.seen_far.shape[1] for read in reads)

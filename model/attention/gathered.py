@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from model.attention.torch_paged import FEW_QUERIES, Longs
+from model.attention.torch_paged import Longs, alike
 from model.batch import Batch, Ints
 from model.kvcache import slots_of
 
@@ -52,14 +52,11 @@ class Gathered:
         self._size, self._device = block_size, device
         self._bias, self._causal = bias, causal
         starts_S = batch.query_starts_S1[:-1].astype(np.int64)
-        lengths_S = np.diff(batch.query_starts_S1)
+        lengths_S = np.diff(batch.query_starts_S1).astype(np.int64)
         self._groups: list[_Group] = []
-        for length in np.unique(lengths_S).tolist():
-            members = np.flatnonzero(lengths_S == length)
-            parts = [members] if length <= FEW_QUERIES else np.split(members, len(members))
-            for part in parts:
-                rows = starts_S[part][:, None] + np.arange(length)
-                self._groups.append(self._group(part, rows))
+        for members in alike(lengths_S):
+            rows = starts_S[members][:, None] + np.arange(lengths_S[members[0]])
+            self._groups.append(self._group(members, rows))
 
     def attend(
         self,

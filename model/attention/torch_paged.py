@@ -132,6 +132,15 @@ class TorchPagedAttention:
         return mixed_THD
 
 
+def alike(lengths_S: Longs) -> Iterator[Longs]:
+    """Sequences that attend together, by their numbers of queries: equally many if these are few;
+    of many queries each alone.
+    """
+    for length in np.unique(lengths_S).tolist():
+        members = np.flatnonzero(lengths_S == length)
+        yield from [members] if length <= FEW_QUERIES else np.split(members, len(members))
+
+
 class _Step:
     """Index arithmetic of a batch: which sequences attend together, over which blocks."""
 
@@ -152,12 +161,11 @@ class _Step:
             oldest_S = self._contexts_S - self._lengths_S - window + 1
             firsts_S = np.maximum(oldest_S, 0) // self.block_size
         counts_S = -(-self._contexts_S // self.block_size) - firsts_S
-        for length in np.unique(self._lengths_S).tolist():
-            members = np.flatnonzero(self._lengths_S == length)
+        for members in alike(self._lengths_S):
+            sequence, length = int(members[0]), int(self._lengths_S[members[0]])
             if length > FEW_QUERIES:
-                for sequence in members.tolist():
-                    first, count = int(firsts_S[sequence]), int(counts_S[sequence])
-                    yield self._chunk(sequence, first, count, window=window, dtype=dtype)
+                first, count = int(firsts_S[sequence]), int(counts_S[sequence])
+                yield self._chunk(sequence, first, count, window=window, dtype=dtype)
             else:
                 for group in _groups(members, counts_S):
                     mask_rows = sharing if length > 1 else 1  # of one query all rows are equal

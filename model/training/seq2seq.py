@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from model.encoder_decoder import EncoderDecoder
 from model.families import family_of
 from model.training import TrainingError
-from model.training.data import TokenBatch, column, in_order, padded, read_rows
+from model.training.data import TokenBatch, column, hold_out, in_order, padded, read_rows
 from model.training.folder import as_stored, write_model
 from model.training.loop import Recipe
 from model.training.pretrain import train_vocabulary, write_tokenizer
@@ -63,6 +63,19 @@ def tokenised(
                 f" {context - 2}: raise --context"
             )
     return found
+
+
+def hold_out_sources(
+    pairs: Sequence[tuple[str, str]], *, share: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """As `hold_out`; a source that occurs twice is held out, or trained with, in all its rows."""
+    sources = sorted({source for source, _ in pairs})
+    _, held = hold_out([0] * len(sources), share=share, seed=seed)
+    unseen = {sources[index] for index in held}
+    parts: tuple[list[int], list[int]] = ([], [])
+    for index, (source, _) in enumerate(pairs):
+        parts[source in unseen].append(index)
+    return parts
 
 
 def config_json(*, vocab_size: int, hidden_size: int, layers: int, context: int) -> dict[str, Any]:

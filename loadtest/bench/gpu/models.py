@@ -29,6 +29,19 @@ QWEN3_600M = ModelConfig(
     qk_norm=True,
     tied_head=True,
 )
+SMOLLM2_135M = ModelConfig(
+    family="llama",
+    vocab_size=49152,
+    hidden_size=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+    max_model_len=4096,
+    rope_theta=1e5,
+    tied_head=True,
+)
 LLAMA31_8B = ModelConfig(
     family="llama",
     vocab_size=128256,

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 
-from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M
+from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M, SMOLLM2_135M
 from model.config import ModelConfig
 from model.kernels import shared_memory
 from model.runners import RunnerOptions
@@ -35,19 +35,6 @@ from model.transformer import Transformer
 
 CHIPS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 KIB = {80: 163, 90: 227, 100: 227}  # of shared memory per program
-SMOLLM2_135M = ModelConfig(
-    family="llama",
-    vocab_size=49152,
-    hidden_size=576,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    intermediate_size=1536,
-    max_model_len=4096,
-    rope_theta=1e5,
-    tied_head=True,
-)
 MODELS = {
     "Qwen3-0.6B": QWEN3_600M,
     "SmolLM2-135M": SMOLLM2_135M,

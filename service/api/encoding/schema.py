@@ -24,6 +24,7 @@ from service.api.http.models import (
     Created,
     ModelId,
     NumericClass,
+    StoredResult,
     WireModel,
 )
 
@@ -217,18 +218,7 @@ class Classes(Listed):
     )
 
 
-class StoredEncoding(AnswerModel):
+class StoredEncoding(StoredResult):
     """A call by its id."""
 
-    id: CallId
     object: Literal["encoding"] = Field(description="The type of this object.")
-    endpoint: str = Field(description="The endpoint that was called.")
-    created: Created
-    model: ModelId
-    status: Literal["queued", "in_progress", "completed", "failed", "cancelled"] = Field(
-        description="queued until the first result is there."
-    )
-    inputs: Count = Field(description="The number of inputs.")
-    completed: Count = Field(description="Inputs whose result is there.")
-    result: dict[str, Any] | None = Field(description="The answer of the endpoint, if completed.")
-    error: dict[str, Any] | None = Field(description="Why it failed.")

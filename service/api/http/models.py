@@ -294,3 +294,19 @@ def described(
 def refused(model: type[BaseModel]) -> dict[int | str, Any]:
     """The `responses=` of a router or an application whose errors have this shape."""
     return {"4XX": {"model": model, "description": "The request was rejected."}}
+
+
+class StoredResult(AnswerModel):
+    """The state of a call whose answer is one result, and the result once it is there."""
+
+    id: CallId
+    endpoint: str = Field(description="The endpoint that was called.")
+    created: Created
+    model: ModelId
+    status: Literal["queued", "in_progress", "completed", "failed", "cancelled"] = Field(
+        description="queued until the first input is done."
+    )
+    inputs: Count = Field(description="The number of inputs.")
+    completed: Count = Field(description="Inputs that are done.")
+    result: dict[str, Any] | None = Field(description="The answer of the endpoint, if completed.")
+    error: dict[str, Any] | None = Field(description="Why it failed.")

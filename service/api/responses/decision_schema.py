@@ -38,9 +38,9 @@ from service.api.http.models import (
     AnswerModel,
     CallId,
     Count,
-    Created,
     ModelId,
     NumericClass,
+    StoredResult,
     StrictModel,
     WireModel,
 )
@@ -273,17 +273,7 @@ class Decision(AnswerModel):
     system_fingerprint: NumericClass
 
 
-class StoredDecision(AnswerModel):
-    """A call by its id."""
+class StoredDecision(StoredResult):
+    """A decision by the id of its call. Its inputs are the tokens to score."""
 
-    id: CallId
     object: Literal["decision"] = Field(description="The type of this object.")
-    created: Created
-    model: ModelId
-    status: Literal["queued", "in_progress", "completed", "failed", "cancelled"] = Field(
-        description="queued until the first token was scored."
-    )
-    inputs: Count = Field(description="The number of tokens to score.")
-    completed: Count = Field(description="Those that were scored.")
-    result: dict[str, Any] | None = Field(description="The decision, if completed.")
-    error: dict[str, Any] | None = Field(description="Why it failed.")
