@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed.nn.functional  # before there is a group: its defaults would keep it alive
 from torch import distributed
 
 from model.runners.torch import choose_device
@@ -30,11 +31,7 @@ class Ranks:
                 distributed.broadcast(tensor.detach(), src=0)
 
     def sum_all(self, tensors: Iterable[torch.Tensor]) -> None:
-        """The sums over all processes, which pass as many tensors, in the same order; in place.
-
-        Not by DistributedDataParallel: it keeps the group and its threads alive, and a process that
-        ends while one of them drops a Python object aborts.
-        """
+        """The sums over all processes, which give as many tensors, in one order; in place."""
         if self.size > 1:
             works = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
             for work in works:
@@ -51,7 +48,9 @@ class Ranks:
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
     def close(self) -> None:
-        """Leaves the group and ends its threads."""
+        """Leaves the group and ends its threads: a process that ends while one of them drops a
+        Python object aborts.
+        """
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
