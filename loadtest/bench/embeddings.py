@@ -1,8 +1,8 @@
 """Embeddings beside sentence-transformers and ONNX Runtime, in one process, from the same weights.
 
 Clients send one text each, wait for the vector and send the next: a system embeds all texts that
-wait as one batch, tokenising included. Systems take turns batch by batch, so that all meet the same
-load of the machine; CPU time per text is hardly affected by it. The peers are optional:
+wait as one batch, tokenising included. Systems take turns and rest in between: a peer's threads
+spin for a while after a batch and would slow down the next system. The peers are optional:
 `pip install onnxruntime onnx sentence-transformers`. ONNX Runtime gets the model exported by torch,
 and pads a batch to its longest text, as sentence-transformers does.
 """
@@ -27,6 +27,7 @@ from model.runners.encoding import EncoderTokenizer, load_encoder
 
 Embed = Callable[[Sequence[str]], Any]
 MIXED = (8, 254)  # words of a text of the mixture
+REST = 0.5  # seconds until the threads of the system before have stopped spinning
 SPECIAL = 2  # tokens around a text
 # Each is one token of BERT's vocabulary.
 WORDS = (
@@ -49,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 128, 256], help="per text")
-    parser.add_argument("--batches", type=int, default=20)
+    parser.add_argument("--batches", type=int, default=6, help="per turn")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each system")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -75,10 +77,11 @@ def compare(systems: dict[str, Embed], options: argparse.Namespace) -> None:
     draw = random.Random(options.seed)
     for clients in options.clients:
         for tokens in (*options.tokens, None):
-            batches = [
-                [text(draw, tokens) for _ in range(clients)] for _ in range(options.batches + 1)
+            turns = [
+                [[text(draw, tokens) for _ in range(clients)] for _ in range(options.batches + 1)]
+                for _ in range(options.repeats)
             ]
-            for name, (measured, cosine) in measure(systems, batches).items():
+            for name, (measured, cosine) in measure(systems, turns).items():
                 p50, p99 = (1000 * float(np.quantile(measured.wall, q)) for q in (0.5, 0.99))
                 print(
                     f"| {clients} | {tokens or 'mixed'} | {name} "
@@ -90,24 +93,34 @@ def compare(systems: dict[str, Embed], options: argparse.Namespace) -> None:
 
 
 def measure(
-    systems: dict[str, Embed], batches: Sequence[Sequence[str]]
+    systems: dict[str, Embed], turns: Sequence[Sequence[Sequence[str]]]
 ) -> dict[str, tuple[Measured, float]]:
-    """Each system over all batches, the first of which warms up; and its least cosine to ours."""
+    """Each system over its turns, whose first batches warm up; and its least cosine to ours."""
     found = {name: Measured() for name in systems}
     least = dict.fromkeys(systems, 1.0)
-    for number, batch in enumerate(batches):
-        expected: Any = None
+    for batches in turns:
+        expected: list[Any] = []
         for name, embed in systems.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            vectors = np.asarray(embed(batch))
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            expected = vectors if expected is None else expected
-            least[name] = min(least[name], float((vectors * expected).sum(axis=1).min()))
-            if number:
-                found[name].wall.append(wall)
-                found[name].cpu += cpu
-                found[name].texts += len(batch)
+            time.sleep(REST)
+            for number, batch in enumerate(batches):
+                vectors, wall, cpu = timed(embed, batch)
+                if len(expected) == number:
+                    expected.append(vectors)
+                least[name] = min(
+                    least[name], float((vectors * expected[number]).sum(axis=1).min())
+                )
+                if number:
+                    found[name].wall.append(wall)
+                    found[name].cpu += cpu
+                    found[name].texts += len(batch)
     return {name: (found[name], least[name]) for name in systems}
+
+
+def timed(embed: Embed, batch: Sequence[str]) -> tuple[Any, float, float]:
+    """The vectors, and the seconds of the clock and of the CPU."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    vectors = np.asarray(embed(batch))
+    return vectors, time.perf_counter() - wall, time.process_time() - cpu
 
 
 def text(draw: random.Random, tokens: int | None) -> str:
