@@ -408,29 +408,54 @@ async def test_results_count_as_stored_bytes() -> None:
         assert service.runner.steps == []
 
 
+async def answered_in_a_batch(service: Encoders, url: str, *bodies: Any) -> list[Any]:
+    """The answers to lines of these bodies, in order."""
+    lines = "\n".join(
+        json.dumps({"custom_id": str(number), "method": "POST", "url": url, "body": body})
+        for number, body in enumerate(bodies)
+    )
+    app: Any = service.client._transport.app  # type: ignore[attr-defined]
+    async with app.router.lifespan_context(app):
+        form: Any = {"files": {"file": ("in", lines)}, "data": {"purpose": "batch"}}
+        file = (await service.client.post("/v1/files", **form)).json()
+        body = {"input_file_id": file["id"], "endpoint": url, "completion_window": "1h"}
+        batch = (await service.client.post("/v1/batches", json=body)).json()
+        async with asyncio.timeout(PATIENCE):
+            while batch["status"] != "completed":
+                await asyncio.sleep(0.01)
+                batch = (await service.client.get(f"/v1/batches/{batch['id']}")).json()
+        path = f"/v1/files/{batch['output_file_id']}/content"
+        rows = [json.loads(row) for row in (await service.client.get(path)).text.splitlines()]
+    return [row["response"]["body"] for row in rows]
+
+
 async def test_a_batch_embeds_its_lines_and_usage_counts_their_tokens() -> None:
     texts = ["a ax", "b", "ax"]
-    url = "/v1/embeddings"
-    named = {"method": "POST", "url": url}
-    lines = "\n".join(
-        json.dumps({"custom_id": each, **named, "body": {"model": MODEL, "input": each}})
-        for each in texts
-    )
     async with encoders() as service:
-        app: Any = service.client._transport.app  # type: ignore[attr-defined]
-        async with app.router.lifespan_context(app):
-            form: Any = {"files": {"file": ("in", lines)}, "data": {"purpose": "batch"}}
-            file = (await service.client.post("/v1/files", **form)).json()
-            body = {"input_file_id": file["id"], "endpoint": url, "completion_window": "1h"}
-            batch = (await service.client.post("/v1/batches", json=body)).json()
-            async with asyncio.timeout(PATIENCE):
-                while batch["status"] != "completed":
-                    await asyncio.sleep(0.01)
-                    batch = (await service.client.get(f"/v1/batches/{batch['id']}")).json()
-            path = f"/v1/files/{batch['output_file_id']}/content"
-            rows = [json.loads(row) for row in (await service.client.get(path)).text.splitlines()]
-            found = [floats(row["response"]["body"]) for row in rows]
-            assert np.concatenate(found).tobytes() == rows_of(*texts).tobytes()
+        bodies = [{"model": MODEL, "input": each} for each in texts]
+        found = await answered_in_a_batch(service, "/v1/embeddings", *bodies)
+        assert np.concatenate([*map(floats, found)]).tobytes() == rows_of(*texts).tobytes()
         (used,) = (await service.client.get("/v1/usage")).json()["data"]
         counted = (used["requests"], used["prompt_tokens"], used["generated_tokens"])
         assert counted == (3, sum(map(len, ids_of(*texts))), 0)
+
+
+@pytest.mark.parametrize(
+    ("url", "info", "body"),
+    [
+        ("/v1/rerank", info_of(), {"query": "a", "documents": ["b", "ax a"], "top_n": 1}),
+        ("/v2/rerank", CROSS_ENCODER, {"query": "a", "documents": ["b", "ax a"]}),
+        ("/v1/score", info_of(), {"text_1": "a", "text_2": ["b", "ax"]}),
+        ("/v1/classify", CLASSIFIER, {"input": ["a", "b ax"]}),
+    ],
+)
+async def test_a_line_of_a_batch_has_the_answer_that_it_has_online(
+    url: str, info: EncoderInfo, body: Any
+) -> None:
+    async with encoders(info) as service:
+        (found,) = await answered_in_a_batch(service, url, {"model": MODEL, **body})
+        online = await service.ok(url, **body)
+        varying = {"id", "created"}
+        assert {k: v for k, v in found.items() if k not in varying} == {
+            k: v for k, v in online.items() if k not in varying
+        }
