@@ -137,6 +137,8 @@ def _encoder(header: GgufHeader, architecture: str) -> dict[str, Any]:
 
 
 def _llama_like(header: GgufHeader, architecture: str) -> dict[str, Any]:
+    if header.flag(f"{architecture}.attention.causal") is False:
+        raise CheckpointError(f"{header.file_name}: {architecture} is supported as a decoder only")
     config = _present(
         rms_norm_eps=header.number(f"{architecture}.attention.layer_norm_rms_epsilon"),
         rope_theta=header.number(f"{architecture}.rope.freq_base"),

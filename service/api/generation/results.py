@@ -95,6 +95,14 @@ def result_submission(
     return submission
 
 
+def max_requests(context: ModelContext, call: Call) -> int:
+    """Requests that a call may have: one with more would be refused each time."""
+    limits, allowance = context.queue.limits, call.tenant.allowance
+    most = min(limits.max_requests, limits.max_per_tenant)
+    own = None if allowance is None else allowance.max_in_flight
+    return most if own is None else min(most, own)
+
+
 async def answer_result(
     submission: Submission, request: Request, context: ModelContext, call: Call, render: Render
 ) -> Response:

@@ -27,6 +27,7 @@ import orjson
 from fastapi import APIRouter, Path, Request, Response
 
 from service.api.generation.deltas import Accumulator
+from service.api.generation.logprobs import LOWEST
 from service.api.generation.manifest import DecisionNote, Endpoint, PromptNote, QuestionNote
 from service.api.generation.parts import reasoning_note, thinking
 from service.api.generation.plan import named_prefixes, priority_of
@@ -37,6 +38,7 @@ from service.api.generation.results import (
     answer_result,
     ensure_complete,
     find_result,
+    max_requests,
     result_submission,
     show_result,
 )
@@ -63,8 +65,6 @@ from service.messages import GenerationRequest, SamplingParams, Submission, chil
 
 MAX_SCORED = 2**14
 """Tokens of all options of a call."""
-LOWEST = -9999.0
-"""Stands for the log probability of what is impossible."""
 _NAMES = FieldNames(prompt="input")
 
 router = APIRouter(route_class=JsonRoute)
@@ -286,7 +286,7 @@ def _check(
             code="array_above_max_length",
             param="questions",
         )
-    most = _max_requests(context, call)
+    most = max_requests(context, call)
     if len(asked) > most:
         raise BadRequest(
             f"each question is a request, and only {most} may be in flight here: ask at most "
@@ -305,14 +305,6 @@ def _check(
             code="context_length_exceeded",
             param="input",
         )
-
-
-def _max_requests(context: ModelContext, call: Call) -> int:
-    """Of one call: more would be refused each time."""
-    limits, allowance = context.queue.limits, call.tenant.allowance
-    most = min(limits.max_requests, limits.max_per_tenant)
-    in_flight = None if allowance is None else allowance.max_in_flight
-    return most if in_flight is None else min(most, in_flight)
 
 
 async def _result(reader: AnswerReader, choices: Sequence[Accumulator], _tenant: str) -> bytes:
