@@ -13,6 +13,7 @@ from enum import IntEnum
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from model.checkpoint import CheckpointError
+from model.checkpoint.gguf_config import ENCODERS
 from model.checkpoint.gguf_header import GgufHeader
 from model.checkpoint.gguf_vocabulary import Tokens, from_gguf, read_tokens, token_id
 from model.checkpoint.sentence_transformers import SentenceSettings
@@ -82,8 +83,9 @@ def tokenizer_of(header: GgufHeader) -> tuple[Tokenizer, Mapping[int, str]]:
 
     Raises CheckpointError.
     """
-    is_bert = header.text("tokenizer.ggml.model") == "bert"
-    return (_wordpiece(header), {}) if is_bert else _decoders_own(header)
+    if header.text("general.architecture") in ENCODERS:
+        return _wordpiece(header), {}
+    return _decoders_own(header)
 
 
 def _decoders_own(header: GgufHeader) -> tuple[Tokenizer, Mapping[int, str]]:
@@ -107,7 +109,13 @@ def _decoders_own(header: GgufHeader) -> tuple[Tokenizer, Mapping[int, str]]:
 
 
 def _wordpiece(header: GgufHeader) -> Tokenizer:
-    """BERT's."""
+    """BERT's. Raises CheckpointError for another kind of vocabulary."""
+    kind = header.text("tokenizer.ggml.model")
+    if kind != "bert":
+        raise CheckpointError(
+            f"{header.file_name}: the vocabulary type {kind!r:.80} is not supported for encoders;"
+            " bert (WordPiece) is"
+        )
     tokens = read_tokens(header)
     if not any(text.startswith(BLANK) for text in tokens.plain):
         raise CheckpointError(f"{header.file_name}: no token of the vocabulary begins a word")

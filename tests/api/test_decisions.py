@@ -272,6 +272,8 @@ async def test_a_decision_in_the_background_is_read_by_its_id(start_service: Sta
         assert PATH in stream.json()["error"]["message"]
         elsewhere = await service.client.get(f"/v1/encodings/{begun['id']}")
         assert elsewhere.status_code == 404
+        unknown = await service.client.get("/v1/encodings/nothing")
+        assert unknown.json()["error"]["code"] == "call_not_found"
 
 
 async def test_a_cancelled_decision_says_so(start_service: StartService) -> None:

@@ -240,6 +240,7 @@ def _plan(
         call,
         endpoint=Endpoint.DECISIONS,
         param="input",
+        counted="all questions, each with the input and the beginnings of its options,",
         prefixes=named_prefixes(requests, 1, context.card),
     )
 
