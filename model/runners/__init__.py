@@ -52,7 +52,9 @@ class OverlappedRunner(Runner, Protocol):
         launch(N)   launch(N + 1)   collect(N)   launch(N + 2)   collect(N + 1) ...
 
     At most two steps are in flight; they are collected in the order they were launched. `run` is
-    `collect(launch(batch))`, with nothing else in flight.
+    `collect(launch(batch))`, with nothing else in flight. A step samples at most as many rows as
+    there are batch slots. One that samples several rows of a sequence, to verify drafts, must be
+    collected before the sequence's next step.
     """
 
     def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:

@@ -6,6 +6,7 @@
     chunks of N      the prompt in chunks of N tokens
     prefix hit       the prompt's full blocks are found in the cache
     recomputed       preempted in the middle: prompt and output so far computed again as a prompt
+    drafts           a token of the answer and a wrong one as drafts in one step
     greedy           greedy and with no log probabilities: a runner may then store no logits
     greedy, N        the same with N others
 
@@ -39,6 +40,7 @@ class ExactnessCheck:
     chunks: tuple[int, ...] = (1, 7)
     temperature: float = 0.7
     full: int | None = None  # rows of a full step; None: without that path
+    drafts: int = 2  # in one step, the last of them wrong; 0: without that path
     num_top: int | None = _NUM_TOP  # None: no log probabilities
 
 
@@ -57,6 +59,7 @@ def check_for(options: RunnerOptions, *, num_blocks: int, max_model_len: int) ->
         beside=tuple(count for count in (1, 2, 7, 15) if count <= room),
         chunks=tuple(size for size in (1, 17, 64, 130) if size < prompt),
         full=full if -(-full // prompt) <= most_texts else None,
+        drafts=min(2, options.max_sequences - 1),  # each of their rows samples
     )
 
 
@@ -67,6 +70,7 @@ class _Text:
     batch_slot: int
     computed: int = 0
     answered: int = 0
+    drafts: int = 0  # the last of the tokens
     bits: list[bytes] = field(default_factory=list)
 
     @property
@@ -92,6 +96,8 @@ def check_exactness(runner: Runner, check: ExactnessCheck) -> Mapping[str, bool]
         found[f"chunks of {size}"] = _generate(runner, texts, check, chunk=size) == expected
     found["prefix hit"] = _prefix_hit(runner, prompt, check) == expected
     found["recomputed"] = _recomputed(runner, prompt, check) == expected
+    if check.drafts and check.answer > 1:
+        found["drafts"] = _drafted(runner, prompt, check, expected) == expected
     greedy = replace(check, temperature=0.0)
     tokens = _tokens(runner, prompt, greedy, count=0)
     greedy = replace(greedy, num_top=None)
@@ -119,6 +125,25 @@ def _recomputed(runner: Runner, prompt: list[int], check: ExactnessCheck) -> lis
     text.computed = 0
     text.batch_slot, text.blocks = elsewhere.batch_slot, elsewhere.blocks
     return _generate(runner, [text], check, chunk=check.prompt + check.answer)
+
+
+def _drafted(
+    runner: Runner, prompt: list[int], check: ExactnessCheck, expected: list[bytes]
+) -> list[bytes]:
+    """Drafts after the first token: the right ones are taken from `expected`."""
+    (text,) = texts = _place(runner, [prompt], check)
+    _generate(runner, texts, check, chunk=check.prompt, count=1)
+    right = [int(np.frombuffer(bits[:4], np.int32)[0]) for bits in expected]
+    drafts = right[1 : min(check.drafts, check.answer - 1)]
+    num_tokens = len(text.tokens) + len(drafts)
+    text.tokens += [*drafts, (right[-1] + 1) % runner.config.vocab_size]
+    text.drafts = len(drafts) + 1
+    output = runner.run(_batch(texts, [text.pending], check, vocab_size=runner.config.vocab_size))
+    text.bits += [_bits(output, row) for row in range(len(drafts) + 1)]
+    del text.tokens[num_tokens:]  # the wrong one; its K and V are written over
+    text.tokens.append(int(output.tokens_R[len(drafts)]))
+    text.computed, text.answered, text.drafts = num_tokens, len(text.bits), 0
+    return _generate(runner, texts, check, chunk=check.prompt)
 
 
 def _tokens(runner: Runner, prompt: list[int], check: ExactnessCheck, *, count: int) -> list[int]:
@@ -192,7 +217,12 @@ def _batch(
 ) -> Batch:
     starts = np.cumsum([0, *lengths])
     ends = [text.computed + length for text, length in zip(texts, lengths, strict=True)]
-    sampling = [index for index, text in enumerate(texts) if ends[index] == len(text.tokens)]
+    sampling = [
+        (text, int(starts[index + 1]) - 1, after)
+        for index, text in enumerate(texts)
+        if ends[index] == len(text.tokens)
+        for after in range(text.drafts + 1)
+    ]
     return Batch(
         tokens_T=_ints(
             [
@@ -208,20 +238,23 @@ def _batch(
         context_lens_S=_ints(ends),
         block_table_SB=_ints([list(text.blocks) for text in texts]),
         batch_slots_S=_ints([text.batch_slot for text in texts]),
-        sample_rows_R=_ints([starts[index + 1] - 1 for index in sampling]),
-        sampling=_columns([texts[index] for index in sampling], check, vocab_size),
+        sample_rows_R=_ints([last - text.drafts + after for text, last, after in sampling]),
+        sampling=_columns([(text, after) for text, _, after in sampling], check, vocab_size),
         score_rows_Q=_ints([]),
         score_ids_Q=_ints([]),
     )
 
 
-def _columns(texts: list[_Text], check: ExactnessCheck, vocab_size: int) -> SamplingBatch:
+def _columns(
+    rows: list[tuple[_Text, int]], check: ExactnessCheck, vocab_size: int
+) -> SamplingBatch:
+    """Parameters of rows, each of a text and after so many of its drafts."""
     return SamplingBatch.plain(
-        len(texts),
+        len(rows),
         vocab_size=vocab_size,
         temperature=check.temperature,
-        seeds_R=np.array([text.tokens[0] for text in texts], np.uint64),
-        indices_R=_ints([text.answered for text in texts]),
+        seeds_R=np.array([text.tokens[0] for text, _ in rows], np.uint64),
+        indices_R=_ints([text.answered + after for text, after in rows]),
         num_top=check.num_top,
     )
 

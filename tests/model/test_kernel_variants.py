@@ -34,7 +34,8 @@ from model.runners.cuda.build import build_runner
 from tests.support.builders import Piece, make_batch, tiny_model_config, tiny_weights
 
 def workload(rng, runner):
-    # Chunks and decoded rows in any mixture, with anything that a client may ask for.
+    # Chunks, drafts and decoded rows in any mixture, with anything that a client may ask for.
+    verified = 40  # rows that may sample
     most = int(rng.integers(1, 300 if rng.integers(2) else 24))
     decode, pieces = bool(rng.integers(2)), []
     for slot in rng.permutation(40)[: rng.integers(1, 41)].tolist():
@@ -49,10 +50,15 @@ def workload(rng, runner):
         }
         if rng.integers(2):
             sampling |= {"top_k": 3, "top_p": 0.9}
+        sample = decode or bool(rng.integers(2))
+        drafts = min(int(rng.integers(0, 4)), count - 1) if sample else 0
+        verified -= 1 + drafts
+        if verified < 0:
+            break
         scores = {0: 1} if rng.integers(8) == 0 and not decode else {}
         pieces.append(Piece(
             tokens=[1] * context, count=count, blocks=rng.integers(0, 16, 40).tolist(), seat=slot,
-            sample=decode or bool(rng.integers(2)), scores=scores, sampling=sampling,
+            sample=sample, drafts=drafts, scores=scores, sampling=sampling,
         ))
     batch = make_batch(pieces or [Piece(tokens=[1], blocks=[0])], num_top=2, score_num_top=2)
     rows = len(batch.sampling.seeds_R)
@@ -79,7 +85,10 @@ for window in (None, 40):
     runner = None
     def start():
         global runner
-        runner = build_runner(config, weights, options=options, digest="none", check=None)
+        runner = build_runner(
+            config, weights, options=options, digest="none", check=None,
+            mixed_graphs=window is None,
+        )
         runner.warm_up()
     known = recorded(start)
     rng = np.random.default_rng(0)
@@ -94,7 +103,8 @@ print(json.dumps([compiled, new]))
 
 
 def test_traffic_compiles_nothing() -> None:
-    """A hundred random steps of two models each, after the start: every variant is known.
+    """A hundred random steps of two models each, after the start: every variant is known. One of
+    them launches mixed steps kernel by kernel.
 
     Triton compiles a kernel anew if a pointer is aligned otherwise, a size is 1 or a multiple of
     16, or a constant differs; each of them stopped all sequences for seconds.

@@ -114,6 +114,7 @@ class Piece:
     blocks: Sequence[int]
     count: int = 1
     sample: bool = True
+    drafts: int = 0  # its last tokens; the row before them and theirs sample
     scores: dict[int, int] = field(default_factory=dict)  # offset in the piece -> its next token
     seat: int | None = None
     adapter: int = 0
@@ -126,7 +127,12 @@ def make_batch(
     """The batch of a step, greedy where a piece's `sampling` says nothing else."""
     width = max(len(piece.blocks) for piece in pieces)
     starts = np.cumsum([0] + [piece.count for piece in pieces])
-    sampled = [piece for piece in pieces if piece.sample]
+    sampled = [
+        (piece, int(starts[index + 1]) - 1 - piece.drafts + row, row)
+        for index, piece in enumerate(pieces)
+        if piece.sample
+        for row in range(1 + piece.drafts)
+    ]
     scored = [
         (int(starts[index]) + offset, token)
         for index, piece in enumerate(pieces)
@@ -150,8 +156,12 @@ def make_batch(
             [i if piece.seat is None else piece.seat for i, piece in enumerate(pieces)]
         ),
         adapters_S=_ints([p.adapter for p in pieces] if any(p.adapter for p in pieces) else []),
-        sample_rows_R=_ints([int(starts[i + 1]) - 1 for i, p in enumerate(pieces) if p.sample]),
-        sampling=make_sampling([p.sampling for p in sampled], vocab_size=vocab_size, top=num_top),
+        sample_rows_R=_ints([row for _, row, _ in sampled]),
+        sampling=make_sampling(
+            [p.sampling | {"index": p.sampling.get("index", 0) + after} for p, _, after in sampled],
+            vocab_size=vocab_size,
+            top=num_top,
+        ),
         score_rows_Q=_ints([row for row, _ in scored]),
         score_ids_Q=_ints([token for _, token in scored]),
         score_num_top=score_num_top,

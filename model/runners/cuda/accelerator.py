@@ -54,7 +54,10 @@ class Accelerator(Protocol):
         ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Captures `work`; returns its replay. It runs once or more during the capture."""
+        """Captures `work`; returns its replay. It runs once or more during the capture.
+
+        Raises RuntimeError if that fails; the stream of launches is then the same as before.
+        """
         ...
 
     def free_memory(self) -> int | None:
@@ -98,14 +101,18 @@ class CudaAccelerator:
         compile_ahead(work)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        stream = torch.cuda.current_stream(self.device)
         side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
+        side.wait_stream(stream)
         with torch.cuda.stream(side):  # compiles and loads kernels, which a capture must not
             work()
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        stream.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            work()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                work()
+        finally:
+            torch.cuda.set_stream(stream)  # which `graph` leaves out if the capture failed
         self._pool = graph.pool()
         return graph.replay
 

@@ -10,9 +10,8 @@ Triton compiles a kernel once more for an address of another alignment.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import cycle
+from itertools import accumulate, cycle
 
-import numpy as np
 import torch
 
 from model.batch import Ints
@@ -38,10 +37,10 @@ class Upload:
 
     def send(self, arrays: Sequence[Ints]) -> list[torch.Tensor]:
         """Returns the arrays on the device, in order; valid until the next `send`."""
-        if sum(map(len, arrays)) > self._limit:
+        lengths = [len(array) for array in arrays]
+        if sum(lengths) > self._limit:
             raise ValueError(f"a step may upload at most {self._limit} numbers")
-        padded = [-(-len(array) // _ALIGNMENT) * _ALIGNMENT for array in arrays]
-        starts = np.cumsum([0, *padded]).tolist()
+        starts = _starts(lengths)
         index = next(self._next)
         fence = self._fences[index]
         if fence is not None:
@@ -52,10 +51,20 @@ class Upload:
             values[start : start + len(array)] = array
         self.target[: starts[-1]].copy_(buffer[: starts[-1]], non_blocking=True)
         self._fences[index] = self._accelerator.fence()
+        return self.views(lengths)
+
+    def views(self, lengths: Sequence[int]) -> list[torch.Tensor]:
+        """Where the first arrays of a `send` are on the device, if they have these lengths."""
         return [
-            self.target[start : start + len(array)]
-            for start, array in zip(starts, arrays, strict=False)
+            self.target[start : start + length]
+            for start, length in zip(_starts(lengths), lengths, strict=False)
         ]
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    """The places of arrays of these lengths one after another, and the end."""
+    padded = [-(-length // _ALIGNMENT) * _ALIGNMENT for length in lengths]
+    return [0, *accumulate(padded)]
 
 
 class TokenRing:

@@ -22,6 +22,7 @@ from model.runners.cuda.accelerator import Accelerator, CudaAccelerator, HostAcc
 from model.runners.cuda.chip import check_kv_dtype, resource_errors, unsupported_chip
 from model.runners.cuda.cublas import CublasLt, VendorBlas, VerifiedProducts
 from model.runners.cuda.device_memory import blocks_that_fit, check_weights_fit
+from model.runners.cuda.mixed import MixedShapes, token_buckets
 from model.runners.cuda.network import FusedNetwork, Multiply, Reduce
 from model.runners.cuda.runner import CudaRunner
 from model.runners.cuda.slots import BatchSlots
@@ -48,13 +49,15 @@ def build_runner(
     reduce: Reduce | None = None,
     check: ExactnessCheck | Literal["by options"] | None = "by options",
     blas: VendorBlas | None = None,
+    mixed_graphs: bool = True,
 ) -> CudaRunner:
     """Builds a runner. Raises ValueError for unsupported networks or options, or too little memory.
 
     With device `cpu` the kernels run in Triton's interpreter: for tests. `product` multiplies by
     weight matrices; any but the default is not exact. `reduce` sums over ranks. The runner is
     called exact only after `check` has passed (None: no check). `blas` (None: the GPU's) is used
-    for the shapes that it is verified for, if the options allow it.
+    for the shapes that it is verified for, if the options allow it. Without `mixed_graphs`, steps
+    with prompts or drafts are launched kernel by kernel, without padding.
     """
     device = choose_device(options.device)
     on_gpu = device.type == "cuda"
@@ -75,11 +78,25 @@ def build_runner(
     verified = _verify_blas(network, options, blas, device) if product is multiply else None
     table_width = -(-config.max_model_len // options.block_size)
     slots = BatchSlots(options.max_sequences, table_width=table_width)
+    # Sums over ranks stay out of these graphs until they have run on several GPUs.
+    captured = mixed_graphs and product is multiply and reduce is None
+    shapes = _mixed_shapes(config, options, slots, captured=captured)
     workspace = Workspace(
-        config, options, windows=network.windows, slots=slots, kv_dtype=kv_dtype, device=device
+        config,
+        options,
+        windows=network.windows,
+        slots=slots,
+        kv_dtype=kv_dtype,
+        device=device,
+        num_padding=shapes.num_padding,
     )
     runner = CudaRunner(
-        options, accelerator=accelerator, network=network, workspace=workspace, slots=slots
+        options,
+        accelerator=accelerator,
+        network=network,
+        workspace=workspace,
+        slots=slots,
+        shapes=shapes,
     )
     with torch.inference_mode():
         accelerator.compile_ahead(runner.launch_variants)
@@ -95,10 +112,25 @@ def build_runner(
     if product is multiply and reduce is None and check is not None:
         if check == "by options":
             check = check_for(options, num_blocks=num_blocks, max_model_len=config.max_model_len)
+        runner.capture_graphs()  # so that they are checked, too
         runner.exact = _is_exact(runner, network, check)
     kind = "triton" if runner.exact else "triton-inexact"
     runner.numeric_class = f"{kind}-{_kernels_name(device, dtype, kv_dtype)}-{digest[:12]}"
     return runner
+
+
+def _mixed_shapes(
+    config: ModelConfig, options: RunnerOptions, slots: BatchSlots, *, captured: bool
+) -> MixedShapes:
+    most = min(options.max_batch_tokens, options.max_sequences * config.max_model_len)
+    if options.vendor_blas:  # it multiplies full steps, one launch at a time
+        most = min(most, options.max_batch_tokens - 1)
+    return MixedShapes(
+        buckets=token_buckets(most) if captured and most else (),
+        max_sequences=options.max_sequences,
+        max_context=config.max_model_len,
+        pad_slot=slots.pad_slot,
+    )
 
 
 def _verify_blas(
@@ -132,7 +164,7 @@ def _measure_blocks(
     block_bytes: int,
     mixes_products: bool,
 ) -> int:
-    """Blocks of the pool, from what the largest step leaves free.
+    """Blocks of the pool, from what the largest step and the graphs leave free.
 
     That is the largest of any step: each of its rows has masks, penalties and log probabilities.
     """
@@ -144,6 +176,8 @@ def _measure_blocks(
     }  # fmt: skip
     runner.padding_step(largest, **most)  # compiles; libraries allocate what they keep
     work = max(accelerator.peak_of(partial(runner.padding_step, size, **most)) for size in sizes)
+    runner.launch_largest()
+    work += accelerator.peak_of(runner.launch_largest)  # graphs keep memory of their own
     return blocks_that_fit(
         free=accelerator.free_memory(),
         work=work,
@@ -154,14 +188,24 @@ def _measure_blocks(
 
 
 def _is_exact(runner: CudaRunner, network: FusedNetwork, check: ExactnessCheck) -> bool:
-    """Whether answers have the same bits by every path; gives vendor BLAS up if they do not."""
-    if all(check_exactness(runner, check).values()):
+    """Whether answers have the same bits by every path. If they do not, first graphs of mixed steps
+    are given up, and then vendor BLAS: whether they were to blame, the next check shows.
+    """
+
+    def passes() -> bool:
+        return all(check_exactness(runner, check).values())
+
+    if passes():
         return True
+    if runner.has_mixed_graphs:
+        runner.drop_mixed_graphs("answers were not exact")
+        if passes():
+            return True
     if not runner.vendor_blas_shapes:
         return False
-    runner.vendor_blas_shapes = frozenset()  # whether it was to blame, the next check shows
+    runner.vendor_blas_shapes = frozenset()
     network.multiply_layers_by(multiply)
-    return all(check_exactness(runner, check).values())
+    return passes()
 
 
 def _kernels_name(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype) -> str:

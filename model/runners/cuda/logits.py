@@ -98,7 +98,7 @@ def read_logprobs(
 
 def read_scores(
     network: FusedNetwork,
-    hidden: tuple[torch.Tensor, Product],
+    hidden: tuple[torch.Tensor, Product | None],
     batch: Batch,
     accelerator: Accelerator,
 ) -> PendingLogprobs:

@@ -186,9 +186,15 @@ class FusedNetwork:
             raise ValueError("a network has at least one layer")
         return residual_TC, delta
 
+    def stream(self, inputs: StepInputs, *, out_TC: torch.Tensor) -> None:
+        """Fills `out_TC` with the end of the residual stream: both parts of `hidden`, added."""
+        residual_TC, delta = self.hidden(inputs)
+        self._add_norm(residual_TC, delta, self._norm)
+        out_TC.copy_(residual_TC)
+
     def logits(
         self,
-        hidden: tuple[torch.Tensor, Product],
+        hidden: tuple[torch.Tensor, Product | None],
         rows_R: torch.Tensor | None,
         *,
         out_RV: torch.Tensor,
@@ -198,7 +204,7 @@ class FusedNetwork:
 
     def argmax(
         self,
-        hidden: tuple[torch.Tensor, Product],
+        hidden: tuple[torch.Tensor, Product | None],
         rows_R: torch.Tensor | None,
         *,
         out: Argmax,
@@ -218,7 +224,7 @@ class FusedNetwork:
         merge_argmax(found, vocab_size=self.config.vocab_size, out=out)
 
     def _last(
-        self, hidden: tuple[torch.Tensor, Product], rows_R: torch.Tensor | None
+        self, hidden: tuple[torch.Tensor, Product | None], rows_R: torch.Tensor | None
     ) -> torch.Tensor:
         """The input of the head: the end of the residual stream, normalised, [R, C]."""
         residual_TC, delta = hidden

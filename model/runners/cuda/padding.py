@@ -11,9 +11,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from model.batch import Batch, SamplingBatch
+from model.batch import Batch, Ints, SamplingBatch
 
 _NUM_TOP = 20  # log probability alternatives: as many as the API permits
+
+
+def padding_lengths(num_tokens: int, *, max_sequences: int, max_context: int) -> Ints:
+    """Lengths of as many sequences as possible that together have so many tokens."""
+    count = min(max_sequences, num_tokens)
+    lengths = np.full(count, num_tokens // count, np.int32)
+    lengths[: num_tokens % count] += 1
+    return np.minimum(lengths, max_context)
 
 
 def padding_batch(

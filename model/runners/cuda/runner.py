@@ -5,12 +5,13 @@ changes. A step takes one of three paths, with the same kernels and the same bit
 
     greedy    one token per sequence, none scored   one graph: inputs, network, argmax, write-back
     decode    one token per sequence, none scored   two graphs: inputs, network | sampling
-    mixed     chunks of prompts among them          launched kernel by kernel
+    mixed     chunks of prompts or drafts, too      one graph: inputs, network; then launches
 
 Before sampling the logits may be adjusted (masks, penalties, biases) or read (log probabilities),
 also in a decode step. If no row requests either and all rows are greedy, the head's argmax gives
 the tokens and no logits are stored. Tokens come back through a ring of pinned buffers, so the next
-step can be launched before they are read: `launch` and `collect`.
+step can be launched before they are read: `launch` and `collect`. A step with drafts samples after
+each of them, and must be read first: the host decides which drafts are accepted.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ from model.runners.cuda.logits import (
     read_logprobs,
     read_scores,
 )
+from model.runners.cuda.mixed import MixedGraphs, MixedShapes
 from model.runners.cuda.network import FusedNetwork
-from model.runners.cuda.padding import padding_batch
+from model.runners.cuda.padding import padding_batch, padding_lengths
 from model.runners.cuda.slots import BatchSlots
 from model.runners.cuda.workspace import MixedColumns, Workspace
 from model.runners.logprobs import SCORED_AT_ONCE, step_output
@@ -71,6 +73,7 @@ class CudaRunner:
         network: FusedNetwork,
         workspace: Workspace,
         slots: BatchSlots,
+        shapes: MixedShapes,
     ) -> None:
         self.config = network.config
         self.block_size = options.block_size
@@ -82,16 +85,24 @@ class CudaRunner:
         self._workspace = workspace
         self._slots = slots
         sequences = options.max_sequences
-        most_changes = sequences * slots.mirror.shape[1]
+        columns = 4 * options.max_batch_tokens + 3 * shapes.num_sequences + 1
         self._upload = Upload(
             accelerator,
-            capacity=4 * options.max_batch_tokens + 5 * sequences + 1 + 2 * most_changes,
+            capacity=columns + 2 * sequences + 2 * slots.most_changes,
             num_arrays=2 + len(MixedColumns._fields) + 2,
             num_buffers=2 * IN_FLIGHT,
         )
         self._ring = TokenRing(accelerator, width=sequences, num_buffers=2 * IN_FLIGHT)
         self._graphs = DecodeGraphs(
             accelerator, network, workspace, upload=self._upload, pad_slot=slots.pad_slot
+        )
+        self._mixed_graphs = MixedGraphs(
+            accelerator,
+            network,
+            workspace,
+            upload=self._upload,
+            shapes=shapes,
+            padding=self._padding_batch,
         )
         self._in_flight: deque[tuple[StepHandle, Ints, _Results]] = deque()
         self._num_steps = 0
@@ -103,8 +114,7 @@ class CudaRunner:
         """Starts a step; see `OverlappedRunner`."""
         self._check_launch(batch, unread_T)
         self._accelerator.activate()
-        sequences_R = np.searchsorted(batch.query_starts_S1, batch.sample_rows_R, side="right") - 1
-        slots_R = batch.batch_slots_S[sequences_R]
+        slots_R = self._slots.sampling_slots(batch)
         all_sample = len(slots_R) == batch.num_sequences
         decode = batch.is_decode and all_sample and not batch.score_ids_Q.size
         handle = StepHandle(self._num_steps)
@@ -113,6 +123,7 @@ class CudaRunner:
             if decode:
                 results = self._decode(batch, changes)
             else:
+                self._mixed_graphs.capture(batch.num_tokens)
                 results = self._mixed(batch, changes, slots_R, unread_T)
         self._slots.sampled(slots_R, step=handle.number, decode=decode)
         self._in_flight.append((handle, slots_R, results))
@@ -144,8 +155,23 @@ class CudaRunner:
         self._accelerator.activate()
         with torch.inference_mode(), resource_errors():
             self.launch_variants()
+        self.capture_graphs()
+
+    def capture_graphs(self) -> None:
+        """Captures all graphs that are missing. Raises ValueError as `warm_up` does."""
+        with torch.inference_mode(), resource_errors():
             for size in reversed(self._graphs.sizes):  # largest first: the others share its memory
                 self._graphs.capture(size, self._graphs.all())
+            self._mixed_graphs.capture_all()
+
+    @property
+    def has_mixed_graphs(self) -> bool:
+        """Whether steps with prompts or drafts are captured as graphs."""
+        return self._mixed_graphs.enabled
+
+    def drop_mixed_graphs(self, reason: str) -> None:
+        """Launches those steps kernel by kernel from here on."""
+        self._mixed_graphs.drop(reason)
 
     def padding_step(
         self, num_tokens: int, *, adjusted: bool = False, logprobs: bool = False, scored: int = 0
@@ -154,19 +180,18 @@ class CudaRunner:
 
         For the rest see `padding_batch`.
         """
-        count = min(self._options.max_sequences, num_tokens)
-        lengths = np.full(count, num_tokens // count)
-        lengths[: num_tokens % count] += 1
-        batch = padding_batch(
-            np.minimum(lengths, self.config.max_model_len),
-            pad_slot=self._slots.pad_slot,
-            vocab_size=self.config.vocab_size,
-            adjusted=adjusted,
-            logprobs=logprobs,
-            scored=scored,
-        )
+        batch = self._padding_batch(num_tokens, adjusted=adjusted, logprobs=logprobs, scored=scored)
         with torch.inference_mode():
             self._mixed(batch, self._slots.padding_change(), batch.batch_slots_S, None)
+
+    def launch_largest(self) -> None:
+        """Launches what the largest graphs have: their memory is apart from that of other steps."""
+        with torch.inference_mode():
+            self._mixed_graphs.run_largest()
+            size = self._graphs.sizes[-1]
+            self._upload.send([self._graphs.padding(size)])
+            for graph in self._graphs.all():
+                graph.run(size)
 
     def launch_variants(self) -> None:
         """Launches all that a step may launch in every variant that is compiled on its own.
@@ -188,7 +213,7 @@ class CudaRunner:
 
     def close(self) -> None:
         self._in_flight.clear()
-        del self._network, self._workspace, self._graphs
+        del self._network, self._workspace, self._graphs, self._mixed_graphs
 
     def _check_launch(self, batch: Batch, unread_T: Bools | None) -> None:
         if len(self._in_flight) == IN_FLIGHT:
@@ -197,6 +222,8 @@ class CudaRunner:
             raise ValueError(f"a step has at most {self._options.max_batch_tokens} tokens")
         if batch.num_sequences > self._options.max_sequences:
             raise ValueError(f"a step has at most {self._options.max_sequences} sequences")
+        if len(batch.sample_rows_R) > self._options.max_sequences:
+            raise ValueError(f"a step samples at most {self._options.max_sequences} rows")
         if unread_T is not None and unread_T.any():
             sampling = batch.sampling
             rows = np.concatenate([sampling.penalty_rows_P, sampling.mask_rows_M])
@@ -224,26 +251,12 @@ class CudaRunner:
     def _mixed(
         self, batch: Batch, changes: tuple[Ints, Ints], slots_R: Ints, unread_T: Bools | None
     ) -> _Results:
-        network, workspace = self._network, self._workspace
-        lengths_S = np.diff(batch.query_starts_S1)
-        unread = np.zeros(batch.num_tokens, np.bool_) if unread_T is None else unread_T
-        places, values, *columns, rows_R, batch_slots_R = self._upload.send(
-            [
-                *changes,
-                np.repeat(batch.batch_slots_S, lengths_S),
-                batch.tokens_T,
-                batch.positions_T,
-                unread.astype(np.int32),
-                batch.query_starts_S1,
-                batch.context_lens_S,
-                batch.batch_slots_S,
-                batch.sample_rows_R,
-                slots_R,
-            ]
+        network, workspace, graphs = self._network, self._workspace, self._mixed_graphs
+        *columns, rows_R, batch_slots_R, places, values = self._upload.send(
+            [*graphs.shapes.columns(batch, unread_T), batch.sample_rows_R, slots_R, *changes]
         )
         change(workspace.state, places, values)
-        inputs = workspace.mixed_inputs(MixedColumns(*columns), lengths_S.tolist())
-        hidden = network.hidden(inputs)
+        hidden = graphs.hidden(columns, batch.num_tokens)
         argmax = workspace.argmax.first(len(slots_R))
         if self._samples_by_argmax(batch.sampling):
             network.argmax(hidden, rows_R, out=argmax, logits_RV=None)
@@ -257,6 +270,22 @@ class CudaRunner:
         advance(workspace.state, batch_slots_R, tokens_R, stored=0)
         tokens = self._ring.read(tokens_R)
         return _Results(tokens, logprobs, read_scores(network, hidden, batch, self._accelerator))
+
+    def _padding_batch(
+        self, num_tokens: int, *, adjusted: bool = False, logprobs: bool = False, scored: int = 0
+    ) -> Batch:
+        return padding_batch(
+            padding_lengths(
+                num_tokens,
+                max_sequences=self._options.max_sequences,
+                max_context=self.config.max_model_len,
+            ),
+            pad_slot=self._slots.pad_slot,
+            vocab_size=self.config.vocab_size,
+            adjusted=adjusted,
+            logprobs=logprobs,
+            scored=scored,
+        )
 
     def _samples_by_argmax(self, sampling: SamplingBatch) -> bool:
         """Whether the head's argmax is the sampled token, and no logits are stored."""

@@ -5,6 +5,13 @@ columns and block tables are compared with the mirror, and what differs is uploa
 advances its counters by itself, and so does the mirror: after a decode step nothing differs but a
 new block now and then. The newest token of a slot is unknown here until the step that sampled it
 has been read.
+
+    0 ............ N | N ............. 2N | 2N
+    batch slots        rows that verify     padding rows
+
+A sequence that samples several rows in a step, to verify drafts, takes its parameters not from its
+batch slot but from a row of the state for each: they sample different tokens of its answer. Its
+own slot stays as it was, because the host decides how many of those tokens are accepted.
 """
 
 from __future__ import annotations
@@ -21,13 +28,30 @@ _HALF = np.uint64(32)
 
 
 class BatchSlots:
-    """The mirror of `num_slots` batch slots, and behind them `pad_slot`, that of padding rows."""
+    """The mirror of `num_slots` batch slots, as many rows that verify, and `pad_slot`."""
 
     def __init__(self, num_slots: int, *, table_width: int) -> None:
-        self.pad_slot = num_slots
-        self.mirror = np.zeros((num_slots + 1, Column.TABLE + table_width), np.int32)
-        self._known = np.zeros(num_slots + 1, np.bool_)  # whether LAST is the device's
-        self._sampled_by = np.full(num_slots + 1, -1, np.int64)  # newest step that wrote LAST
+        self._num_slots = num_slots
+        self.pad_slot = 2 * num_slots
+        rows = self.pad_slot + 1
+        self.mirror = np.zeros((rows, Column.TABLE + table_width), np.int32)
+        self._known = np.zeros(rows, np.bool_)  # whether LAST is the device's
+        self._sampled_by = np.full(rows, -1, np.int64)  # newest step that wrote LAST
+
+    @property
+    def most_changes(self) -> int:
+        """Places that `changes` returns at most: all of the batch slots, and all that verify."""
+        return self._num_slots * (self.mirror.shape[1] + _NUM_SAMPLING)
+
+    def sampling_slots(self, batch: Batch) -> Ints:
+        """Rows of the state, one per sampled row, that hold its sampling parameters: [R]."""
+        sequences_R = np.searchsorted(batch.query_starts_S1, batch.sample_rows_R, side="right") - 1
+        slots_R = batch.batch_slots_S[sequences_R]
+        if len(slots_R) <= 1:
+            return slots_R
+        verifies_R = np.bincount(sequences_R)[sequences_R] > 1
+        own = np.arange(self._num_slots, self._num_slots + len(slots_R), dtype=np.int32)
+        return np.where(verifies_R, own, slots_R)
 
     def set_pad_block(self, block: int) -> None:
         """Makes padding rows write to a block that no sequence has."""

@@ -23,7 +23,10 @@ from model.runners.cuda.slots import BatchSlots
 
 
 class MixedColumns(NamedTuple):
-    """The rows of a step that the host describes, in the order they are uploaded in."""
+    """The rows of a step that the host describes, in the order they are uploaded in.
+
+    A sequence may be empty. Its batch slot is then that of padding rows.
+    """
 
     batch_slots_T: torch.Tensor
     tokens_T: torch.Tensor
@@ -46,7 +49,9 @@ class Workspace:
         slots: BatchSlots,
         kv_dtype: torch.dtype,
         device: torch.device,
+        num_padding: int = 0,
     ) -> None:
+        """`num_padding`: sequences of padding rows, beside those of a mixed step."""
         num_sequences = options.max_sequences
         self.max_sequences = num_sequences
         self.state = torch.from_numpy(slots.mirror.copy()).to(device)
@@ -56,7 +61,7 @@ class Workspace:
         self._work = {
             window: WorkList(
                 max_rows=options.max_batch_tokens,
-                max_sequences=num_sequences,
+                max_sequences=num_sequences + num_padding,
                 max_context=config.max_model_len,
                 group=config.num_heads // config.num_kv_heads,
                 device=device,
@@ -101,11 +106,13 @@ class Workspace:
         self._fill(self._starts_S1[: size + 1], contexts_S, batch_slots_S)
         return self._inputs(tokens_T, positions_T, kv_slots_T, merges=size)
 
-    def mixed_inputs(self, columns: MixedColumns, lengths_S: list[int]) -> StepInputs:
-        """Rows described by the host, `lengths_S` of each sequence."""
+    def mixed_inputs(self, columns: MixedColumns) -> StepInputs:
+        """Rows described by the host."""
         self._fill(columns.starts_S1, columns.contexts_S, columns.batch_slots_S)
         tokens_T, kv_slots_T = mixed_rows(self.state, *columns[:4], block_size=self._block_size)
-        merges = self._any_work.num_tiles(lengths_S)
+        # At least the step's tiles, and a function of the shapes alone: each sequence may have one
+        # that is not full.
+        merges = len(columns.contexts_S) + len(tokens_T) // self._any_work.queries
         return self._inputs(tokens_T, columns.positions_T, kv_slots_T, merges=merges)
 
     def _fill(
