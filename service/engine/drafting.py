@@ -138,10 +138,13 @@ class Track:
     def has_gained(self) -> bool:
         return self._account > 0
 
+    def funds(self, grade: Grade, *, num_output: int) -> float:
+        """Tokens that the account can pay."""
+        return max(0.0, self._account + INTEREST * num_output + _OVERDRAFT[grade])
+
     def most_drafts(self, grade: Grade, *, num_output: int, price: float) -> int:
         """Drafts that the account can pay for, if each costs `price` tokens."""
-        funds = self._account + INTEREST * num_output + _OVERDRAFT[grade]
-        return int(max(0.0, funds) / price)
+        return int(self.funds(grade, num_output=num_output) / price)
 
     def share(self, tokens: list[int]) -> None:
         """Adds new tokens to the tenant's texts."""

@@ -77,9 +77,11 @@ class EngineLoop(EngineThread):
         segmented = isinstance(config.kv_compression, Anchors)
         if segmented:
             anchors = anchor_ids(token_bytes, eos_ids)
-        drafts = may_speculate(
-            config, exact=runner.exact, overlapped=overlapped(runner) is not None
-        )
+        speculator = None
+        if may_speculate(config, exact=runner.exact):
+            overlaps = overlapped(runner) is not None
+            most_sampled = config.max_sequences if overlaps else config.max_batch_tokens
+            speculator = Speculator(config, self._cost, most_sampled=most_sampled)
         numbered = Adapters(runner.numeric_class, adapters)
         self._scheduler = Scheduler(
             config,
@@ -87,7 +89,7 @@ class EngineLoop(EngineThread):
             max_model_len=runner.config.max_model_len,
             cost=self._cost,
             has_encoder=runner.config.encoder is not None,
-            speculator=Speculator(config, self._cost) if drafts else None,
+            speculator=speculator,
             anchor_ids=anchors,
             adapters=numbered,
         )
@@ -148,7 +150,7 @@ class EngineLoop(EngineThread):
     def _advance(self) -> bool:
         began = self._timer.begin()
         self._read_inbox()
-        if self._pipeline.must_be_read:
+        if self._pipeline.must_be_read or (self._pipeline and self._scheduler.expects_drafts()):
             self._collect()
         self._enqueue_scored()
         self._compute_masks()
@@ -165,6 +167,7 @@ class EngineLoop(EngineThread):
             self._report(plan)
         if not (plan.tokens and self._has_work):
             self._timer.idle()
+            self._pipeline.idle()
         self._update_room()
         self._timer.progress()
         return bool(plan.tokens)
@@ -217,7 +220,7 @@ class EngineLoop(EngineThread):
             step = self._pipeline.collect()
             runs = self._take(step)
             duration = self._timer.count_step()
-            self._scheduler.computed(step.plan, duration)
+            self._scheduler.computed(step.plan, duration, pause=step.pause)
             self._report(step.plan, duration=duration, run_duration=step.run_duration, runs=runs)
 
     def _take(self, step: Computed) -> list[tuple[int, ...]]:

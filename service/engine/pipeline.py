@@ -6,6 +6,9 @@
 With overlapped steps a device computes step N + 1 while the host reads step N, delivers its tokens
 and plans step N + 2. The price: if step N turns out to be a sequence's last, what step N + 1
 computed of it is discarded.
+
+If step N must be read before step N + 1 is planned, because of penalties, grammars or drafts, the
+device pauses meanwhile.
 """
 
 from __future__ import annotations
@@ -25,11 +28,14 @@ from service.engine.unpack import StepResult, unpack
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
-    """A step that was read. `run_duration`: seconds in the runner, launching and waiting."""
+    """A step that was read. `run_duration`: seconds in the runner, launching and waiting. `pause`:
+    seconds before it in which a runner that overlaps steps had none.
+    """
 
     plan: Plan
     result: StepResult
     run_duration: float
+    pause: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +43,7 @@ class _Flight:
     plan: Plan
     read: Callable[[], StepOutput]  # waits for it
     launch_duration: float
+    pause: float
 
 
 class Pipeline:
@@ -50,6 +57,7 @@ class Pipeline:
         self._packer = packer
         self._clock = clock
         self._flights: deque[_Flight] = deque()
+        self._emptied: float | None = None  # since when no step is in flight; None while idle
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -61,12 +69,15 @@ class Pipeline:
 
     @property
     def must_be_read(self) -> bool:
-        """Whether the next step needs a token that is in flight."""
+        """Whether the next step needs a token that is in flight, or the number of them."""
         return any(
-            sequence.chooses_by_tokens
+            flight.plan.drafts or any(each.chooses_by_tokens for each in flight.plan.sampling)
             for flight in self._flights
-            for sequence in flight.plan.sampling
         )
+
+    def idle(self) -> None:
+        """The next step does not follow the previous one."""
+        self._emptied = None
 
     def launch(self, plan: Plan, *, meanwhile: Callable[[], None]) -> None:
         """Packs and launches a step. Called before the scheduler's `launched`.
@@ -79,10 +90,14 @@ class Pipeline:
             meanwhile()
         began = self._clock()
         read = self._launch(batch, unread_T)
-        duration = self._clock() - began
+        launched = self._clock()
         if self._overlapped is not None:
             meanwhile()
-        self._flights.append(_Flight(plan=plan, read=read, launch_duration=duration))
+        pause = 0.0 if self._emptied is None else launched - self._emptied
+        self._emptied = None
+        self._flights.append(
+            _Flight(plan=plan, read=read, launch_duration=launched - began, pause=pause)
+        )
 
     def _launch(self, batch: Batch, unread_T: Bools | None) -> Callable[[], StepOutput]:
         """Returns a function that waits for the step."""
@@ -96,8 +111,12 @@ class Pipeline:
         flight = self._flights.popleft()
         began = self._clock()
         output = flight.read()
+        now = self._clock()
+        if self._overlapped is not None and not self._flights:
+            self._emptied = now
         return Computed(
             plan=flight.plan,
             result=unpack(flight.plan, output),
-            run_duration=flight.launch_duration + self._clock() - began,
+            run_duration=flight.launch_duration + now - began,
+            pause=flight.pause,
         )

@@ -59,6 +59,7 @@ class Plan:
 
     tokens: dict[Sequence, int] = field(default_factory=dict)
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
+    read_for: list[Sequence] = field(default_factory=list)  # why the step before was read first
     sampling: list[Sequence] = field(default_factory=list)  # those that get tokens, in order
     scored: dict[Sequence, range] = field(default_factory=dict)  # prompt positions to score
     prompt_tokens: int = 0  # prompt tokens in this step

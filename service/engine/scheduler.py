@@ -86,6 +86,8 @@ class Scheduler:
         self._free_slots = list(range(config.max_sequences - 1, -1, -1))  # a stack: 0 first
         self._arrivals = itertools.count()
         self._left_waiting = False  # the latest plan did not admit all sequences
+        self._only_decoded = False  # nor did it compute prompts
+        self._read_for: list[Sequence] = []  # for whose drafts a step is read before the next plan
 
     @property
     def held(self) -> HeldPrefixes:
@@ -162,7 +164,8 @@ class Scheduler:
 
     def schedule(self, now: float) -> Plan:
         """Plans a step. It is empty only if each sequence has a token unread or lacks a mask."""
-        plan = Plan(expired=self._expire(now))
+        plan = Plan(expired=self._expire(now), read_for=self._read_for)
+        self._read_for = []
         self._reserve(plan)
         self._admit_under_served(plan)
         decodes = [s for s in self.running if s.num_pending == 1 and s.num_remaining]
@@ -170,14 +173,25 @@ class Scheduler:
         budget = StepBudget(plan, config=self._config, cost=self._cost)
         self._plan_prompts(plan, budget)
         self._admit(plan, budget)
-        if self._speculator is not None and 0 < plan.work.sampled == plan.num_tokens:
+        self._only_decoded = 0 < plan.work.sampled == plan.num_tokens
+        if self._speculator is not None and self._only_decoded:
             self._add_drafts(plan, self._speculator)
         self._left_waiting = self.num_waiting > 0
         return plan
 
+    def expects_drafts(self) -> bool:
+        """Whether the step in flight is to be read before the next plan, so that it has drafts."""
+        if self._speculator is None or not self._only_decoded:
+            return False
+        decodes = [s for s in self.running if s.num_unread and s.num_remaining and s.guide is None]
+        self._read_for = self._speculator.expects(decodes)
+        return bool(self._read_for)
+
     def launched(self, plan: Plan) -> None:
         """Records that the plan is in flight. Its drafts are neither accepted nor rejected yet."""
         drafts = plan.drafts
+        if drafts and not any(sequence.chooses_by_tokens for sequence in plan.tokens):
+            self._read_for = list(drafts)
         for source in plan.sources.values():
             source.encoded = True
         for sequence, num in plan.tokens.items():
@@ -210,10 +224,13 @@ class Scheduler:
             if full != sequence.num_published and sequence.status is SequenceStatus.RUNNING:
                 self._tables.publish(sequence)
 
-    def computed(self, plan: Plan, seconds: float) -> None:
-        """Learns from the duration of a step. Called after `update`."""
+    def computed(self, plan: Plan, seconds: float, *, pause: float = 0.0) -> None:
+        """Learns from the duration of a step. Called after `update`. `pause`: the part of it in
+        which the runner waited for the plan.
+        """
+        seconds = max(0.0, seconds - pause)
         if self._speculator is not None:
-            self._speculator.settle(plan, seconds)
+            self._speculator.settle(plan, seconds, pause=pause)
         self._cost.observe(plan.work, seconds)
 
     def check_integrity(self) -> None:

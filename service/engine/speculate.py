@@ -20,13 +20,22 @@ Rows are nearly free while a step is bound by memory, and cost their full price 
 compute. `Speculator` weighs the expected number of accepted drafts, by the acceptance rate of such
 drafts so far, against the durations predicted by the cost model. What drafts really gained and cost
 is counted afterwards: a sequence for which they do not pay gets none for a while (see `drafting`).
+
+Drafts continue tokens that have been read. If the runner overlaps steps, a step with drafts is
+planned when the one before has been read, and so is the step after it: meanwhile the device waits
+for the host. These *pauses* are measured, weighed and charged like drafts. Whether drafts are worth
+one is judged beforehand (`expects`), by the tokens that have been read: the first draft is then a
+guess of the token in flight.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from math import log
+from statistics import median
 
 from service.engine.cost import CostModel, StepWork
 from service.engine.drafting import Grade, Tenants, Track
@@ -42,15 +51,16 @@ _DEAR = 0.25  # a price from which on looking for drafts does not pay in every s
 _RARELY = 4  # steps of which one looks for drafts then, if earlier ones did not pay
 _LEAST_PRICE = 0.01  # tokens that a draft costs
 _COST_RANGE = (0.5, 2.0)  # of the predicted cost of drafts: what is measured beyond is a stall
+_PAUSES = 9  # whose median is the expected one; one that is longer than twice that is a stall
 
 
-def may_speculate(config: EngineConfig, *, exact: bool, overlapped: bool) -> bool:
+def may_speculate(config: EngineConfig, *, exact: bool) -> bool:
     """Whether a runner supports drafts without any effect on its outputs.
 
     Drafts change the shape of steps, so a runner whose rounding depends on the shape does not
-    qualify. A runner with overlapped steps samples once per sequence, from state by batch slot.
+    qualify.
     """
-    return config.speculate and exact and not overlapped
+    return config.speculate and exact
 
 
 def accepted(drafts: Tokens[int], sampled: Tokens[int]) -> int:
@@ -80,49 +90,91 @@ class _Candidate:
         return self.gain(len(self.drafts))
 
     def gain(self, num: int) -> float:
-        """Expected number of accepted drafts: chance + chance ** 2 + ..."""
-        return self.chance * (1 - self.chance**num) / (1 - self.chance)
+        """Expected number of accepted drafts: chance + chance ** 2 + ...
+
+        Of a sequence with a token unread, the first of them is that token, which is no gain.
+        """
+        hits = self.chance * (1 - self.chance**num) / (1 - self.chance)
+        return hits - self.chance * min(num, self.sequence.num_unread)
 
 
 class Speculator:
     """Proposes drafts for the steps of one engine."""
 
-    def __init__(self, config: EngineConfig, cost: CostModel) -> None:
+    def __init__(self, config: EngineConfig, cost: CostModel, *, most_sampled: int) -> None:
+        """`most_sampled`: rows of a step that may sample."""
         self._config = config
         self._cost = cost
+        self._most_sampled = most_sampled
         self._tracks: dict[Sequence, Track] = {}
         self._tenants = Tenants()
         self._plain = StepWork()  # the work of the latest plan without its drafts
+        self._pauses: deque[float] = deque(maxlen=_PAUSES)
+        self._pause = 0.0  # seconds, expected: see `settle`
 
     def propose(self, plan: Plan) -> dict[Sequence, list[int]]:
         """Drafts for sequences of a plan that computes one token per sequence."""
         self._plain = plan.work
-        base = self._cost.seconds(plan.work)
-        price = None if base is None else self._price(plan.work, base)
-        if base is None or price is None:
+        if any(sequence.num_unread for sequence in plan.tokens):
             return {}
+        anyway = any(sequence.chooses_by_tokens for sequence in plan.tokens)
+        drafts: dict[Sequence, list[int]] = {}
+        for candidate, num in self._choose(plan.work, plan.tokens, pauses_anyway=anyway):
+            candidate.track.grade = candidate.grade
+            drafts[candidate.sequence] = candidate.drafts[:num]
+        return drafts
+
+    def expects(self, sequences: Collection[Sequence]) -> list[Sequence]:
+        """Those whose drafts will probably pay if the step in flight is read before the next plan.
+
+        `sequences` decode; the latest plan did nothing else. None of them if drafts cannot pay.
+        """
+        work = self._plain
+        base = self._cost.seconds(work)
+        if not base:
+            return []
+        chosen = [candidate for candidate, _ in self._choose(work, sequences)]
+        lost = self._pause / base * work.sampled  # tokens
+        funds = sum(c.track.funds(c.grade, num_output=c.sequence.num_output) for c in chosen)
+        return [candidate.sequence for candidate in chosen] if funds > lost else []
+
+    def _choose(
+        self, work: StepWork, sequences: Iterable[Sequence], *, pauses_anyway: bool = False
+    ) -> list[tuple[_Candidate, int]]:
+        """The sequences whose drafts are expected to pay, and how many drafts."""
+        base = self._cost.seconds(work)
+        if base is None or work.sampled >= self._most_sampled:
+            return []
+        rate = work.sampled / (base + self._pause if pauses_anyway else base)
+        price = self._price(work, base, rate)
+        if price is None:
+            return []
         candidates = [
             candidate
-            for sequence in plan.tokens
+            for sequence in sequences
             if (candidate := self._candidate(sequence, price=price))
         ]
-        nums = self._weigh(plan.work, candidates, base)
-        drafts: dict[Sequence, list[int]] = {}
-        for candidate, num in zip(candidates, nums, strict=True):
+        chosen = []
+        for candidate, num in zip(candidates, self._weigh(work, candidates, rate), strict=True):
             if num:
-                sequence = candidate.sequence
-                candidate.track.grade = candidate.grade
-                drafts[sequence] = candidate.drafts[:num]
+                chosen.append((candidate, num))
             else:
                 candidate.track.skip(candidate.grade)
-        return drafts
+        return chosen
 
     def learn(self, sequence: Sequence, *, num: int, hits: int) -> None:
         """Records that of `num` drafts the first `hits` were accepted."""
         self._tracks[sequence].learn(num, hits)
 
-    def settle(self, plan: Plan, seconds: float) -> None:
-        """Charges the sequences of a step what its drafts cost, by the step's measured duration."""
+    def settle(self, plan: Plan, seconds: float, *, pause: float = 0.0) -> None:
+        """Charges the sequences of a step what its drafts cost, by the step's measured duration.
+
+        `pause`: seconds before it, in which the device waited because a step was read first.
+        """
+        if pause:
+            self._pauses.append(pause)
+            self._pause = median(self._pauses)
+            self._charge_pause(plan, min(pause, 2 * self._pause))
         if not plan.drafts:
             return
         plain, drafted = self._cost.seconds(self._plain), self._cost.seconds(plan.work)
@@ -135,6 +187,14 @@ class Speculator:
         for sequence, drafts in plan.drafts.items():
             if track := self._tracks.get(sequence):
                 track.pay(tokens_per_draft * len(drafts))
+
+    def _charge_pause(self, plan: Plan, pause: float) -> None:
+        """Charges those for whose drafts the step before was read first."""
+        tracks = [track for sequence in plan.read_for if (track := self._tracks.get(sequence))]
+        work = self._plain if plan.drafts else plan.work
+        plain = self._cost.seconds(work)
+        for track in tracks if plain else []:
+            track.pay(pause / plain * work.sampled / len(tracks))
 
     def forget(self, sequence: Sequence) -> None:
         """Drops the state of a finished sequence; its text may be that of others to come."""
@@ -151,9 +211,9 @@ class Speculator:
             self._tracks[sequence] = track
         return track
 
-    def _price(self, work: StepWork, seconds: float) -> float | None:
+    def _price(self, work: StepWork, seconds: float, rate: float) -> float | None:
         """What a draft costs, in tokens of ordinary decoding; None if drafts could not pay even if
-        all of them were accepted.
+        all of them were accepted. `seconds` and `rate`, in tokens per second, without drafts.
         """
         pays, price = False, _LEAST_PRICE
         for num in _PROBES:
@@ -165,7 +225,7 @@ class Speculator:
             )
             duration = self._cost.seconds(more)
             if duration is not None:
-                pays |= (1 + num) * seconds > self._margin(more) * duration
+                pays |= more.sampled > rate * self._margin(more) * (duration + self._pause)
                 price = max(price, (duration / seconds - 1) / num)
         return price if pays else None
 
@@ -177,7 +237,8 @@ class Speculator:
         if most < 1:
             return None
         track, guide = self._track(sequence), sequence.guide
-        if price > _DEAR and not track.has_gained and sequence.num_output % _RARELY:
+        rarely = price > _DEAR or sequence.num_unread > 0  # a device's steps may be short, too
+        if rarely and not track.has_gained and sequence.num_output % _RARELY:
             return None
         if guide is not None and (spelled := guide.forced(min(most, _MOST_SPELLED))):
             sources = [(Grade.SPELLED, spelled)]
@@ -199,12 +260,11 @@ class Speculator:
                 best = candidate
         return best
 
-    def _weigh(self, work: StepWork, candidates: list[_Candidate], seconds: float) -> list[int]:
+    def _weigh(self, work: StepWork, candidates: list[_Candidate], rate: float) -> list[int]:
         """Number of drafts per candidate with the best expected rate of tokens per second; all 0 if
-        no drafts are the best.
+        that is `rate`, without drafts.
         """
-        best = [0] * len(candidates)
-        plain_rate = best_rate = work.sampled / seconds
+        best, best_rate = [0] * len(candidates), rate
         for floor in _FLOORS if candidates else ():
             nums = [candidate.num_drafts(floor) for candidate in candidates]
             gain, more = float(work.sampled), work
@@ -212,11 +272,12 @@ class Speculator:
                 if num:
                     gain += candidate.gain(num)
                     more = more.drafted(num, context=candidate.sequence.num_tokens)
-            if more.tokens > self._config.max_batch_tokens:
+            if more.tokens > self._config.max_batch_tokens or more.sampled > self._most_sampled:
                 continue
             duration = self._cost.seconds(more)
-            if duration is None or gain <= plain_rate * duration * self._margin(more):
+            if duration is None:
                 continue
-            if gain > best_rate * duration:
+            duration += self._pause
+            if gain > max(best_rate, rate * self._margin(more)) * duration:
                 best, best_rate = nums, gain / duration
         return best

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from tests.support.fakes import (
     VISIBLE_BYTES,
     VOCAB_SIZE,
     OracleRunner,
+    Overlapping,
     oracle_answer,
 )
 
@@ -174,7 +175,10 @@ def costs(seconds: Callable[[int], float]) -> CostModel:
 
 
 class Reckless(Speculator):
-    """Drafts without regard to time or chances: any number, some right where `truth` is known."""
+    """Drafts without regard to time or chances: any number, some right where `truth` is known.
+
+    If steps overlap, a step is read for them at random.
+    """
 
     def __init__(
         self,
@@ -183,7 +187,7 @@ class Reckless(Speculator):
         max_rows: int,
         truth: Callable[[GenerationRequest], Sequence[int]] | None = None,
     ) -> None:
-        super().__init__(EngineConfig(), CostModel())
+        super().__init__(EngineConfig(), CostModel(), most_sampled=max_rows)
         self.draw = draw
         self.max_rows = max_rows
         self.truth = truth
@@ -191,7 +195,9 @@ class Reckless(Speculator):
 
     def propose(self, plan: Plan) -> dict[EngineSequence, list[int]]:
         """Up to the budget, and never beyond max_tokens."""
-        drafts = {}
+        drafts: dict[EngineSequence, list[int]] = {}
+        if any(sequence.num_unread for sequence in plan.tokens):
+            return drafts
         left = self.max_rows - plan.num_tokens
         for sequence in plan.tokens:
             num = self.draw.randint(0, max(0, min(7, left, sequence.num_remaining - 1)))
@@ -199,6 +205,10 @@ class Reckless(Speculator):
                 left -= num
                 drafts[sequence] = self._drafts(sequence, num)
         return drafts
+
+    def expects(self, sequences: Collection[EngineSequence]) -> list[EngineSequence]:
+        assert all(sequence.num_unread for sequence in sequences)
+        return list(sequences) if self.draw.random() < 0.5 else []
 
     def learn(self, sequence: EngineSequence, *, num: int, hits: int) -> None:
         assert 0 <= hits <= num
@@ -250,10 +260,16 @@ class Rig(Observer):
         if reckless is not None:
             self.reckless = Reckless(
                 reckless,
-                max_rows=config.max_batch_tokens,
+                max_rows=self.max_sampled,
                 truth=oracle_answer,
             )
             self.loop._scheduler._speculator = self.reckless
+
+    @property
+    def max_sampled(self) -> int:
+        """Rows of a step that may sample."""
+        overlaps = isinstance(self.runner, Overlapping)
+        return self.config.max_sequences if overlaps else self.config.max_batch_tokens
 
     def stepped(self, report: StepReport) -> None:
         self.reports.append(report)
@@ -310,6 +326,7 @@ class Rig(Observer):
         assert batch.num_tokens <= self.config.max_batch_tokens
         assert batch.num_sequences <= self.config.max_sequences
         assert batch.batch_slots_S.max() < self.config.max_sequences
+        assert len(batch.sample_rows_R) <= self.max_sampled
 
     def _delivered(self, events: Sequence[Event]) -> None:
         for event in events:

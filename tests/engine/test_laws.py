@@ -45,20 +45,19 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> typ
     return kind
 
 
-def test_whatever_happens_around_it_a_request_gets_its_answer(kind: type[OracleRunner]) -> None:
+def test_whatever_happens_around_it_a_request_gets_its_answer() -> None:
     """Random requests, limits, pools, arrivals, aborts, take-overs and, in half of the runs, drafts
     right and wrong; the sums at the end show that preemption, recomputation, cache hits, chunks and
     drafts of both kinds were really among them.
     """
     preemptions = recomputed = hits = chunks = accepted = rejected = 0
-    drafting = kind is OracleRunner  # no drafts where steps overlap
     for seed in range(50):
         draw = random.Random(seed)
         rig = Rig(
             random_config(draw),
             num_blocks=draw.randint(11, 16),
             block_size=4,
-            reckless=random.Random(seed) if drafting and seed % 2 else None,
+            reckless=random.Random(seed) if seed % 2 else None,
         )
         requests = [random_request(draw, f"r{index}") for index in range(draw.randint(1, 10))]
         waiting, aborted = list(requests), set()
@@ -84,7 +83,7 @@ def test_whatever_happens_around_it_a_request_gets_its_answer(kind: type[OracleR
         accepted += rig.total("num_accepted")
         rejected += rig.total("num_drafts") - rig.total("num_accepted")
     assert min(preemptions, recomputed, hits, chunks) >= 10
-    assert not drafting or min(accepted, rejected) >= 150
+    assert min(accepted, rejected) >= 50
 
 
 def oracle_known(request: GenerationRequest, draw: random.Random) -> tuple[int, ...]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 
-from model.batch import Batch, StepOutput
+from model.batch import Batch, Bools, StepOutput
+from model.runners import StepHandle
 from service.engine.cost import CostModel, StepWork
 from service.engine.lookup import Lookup
 from service.engine.plan import EngineConfig
@@ -24,10 +28,11 @@ from tests.engine.harness import (
     random_request,
     renamed,
 )
-from tests.support.fakes import OracleRunner, OverlappedOracle
+from tests.support.fakes import OracleRunner, Overlapping
 
 CONFIG = EngineConfig(max_batch_tokens=64, max_sequences=6, target_gap=10.0)
 PLAIN = replace(CONFIG, speculate=False)
+ROOMY = replace(CONFIG, max_sequences=32)  # if steps overlap, it is the limit of their drafts
 
 
 class CopyingOracle(OracleRunner):
@@ -108,9 +113,23 @@ def test_look_up_finds_what_comparing_every_place_finds() -> None:
 
 
 # --- the answer -------------------------------------------------------------------------------
-def run(requests: list[GenerationRequest], config: EngineConfig, *, num_blocks: int = 64) -> Rig:
+class OverlappedCopies(Overlapping, CopyingOracle):
+    """The same, one step ahead."""
+
+
+class OverlappedParrot(Overlapping, Parrot):
+    """Likewise."""
+
+
+def run(
+    requests: list[GenerationRequest],
+    config: EngineConfig,
+    *,
+    num_blocks: int = 64,
+    kind: type[OracleRunner] = CopyingOracle,
+) -> Rig:
     cost = costs(lambda rows: 0.01 + rows * 1e-6)
-    engine = Rig(config, kind=CopyingOracle, cost=cost, num_blocks=num_blocks)
+    engine = Rig(config, kind=kind, cost=cost, num_blocks=num_blocks)
     engine.run(*requests)
     return engine
 
@@ -122,7 +141,8 @@ def doubled(request: GenerationRequest, *, max_tokens: int) -> GenerationRequest
 
 
 @pytest.mark.slow
-def test_with_equals_without() -> None:
+@pytest.mark.parametrize("kind", [CopyingOracle, OverlappedCopies], ids=["", "overlapped"])
+def test_with_equals_without(kind: type[OracleRunner]) -> None:
     """All parameters, shared prefixes and a pool so small that some are preempted. Each request
     alone and without speculation gives the expected output.
     """
@@ -133,7 +153,7 @@ def test_with_equals_without() -> None:
             doubled(random_request(draw, f"r{index}"), max_tokens=draw.randint(8, 38))
             for index in range(6)
         ]
-        found = run(requests, CONFIG, num_blocks=22)
+        found = run(requests, ROOMY, num_blocks=22, kind=kind)
         for request in requests:
             alone = run([request], PLAIN).transcripts[request.id]
             assert found.transcripts[request.id].result == alone.result
@@ -248,12 +268,9 @@ def test_a_step_of_nothing_is_not_weighed() -> None:
 
 # --- which runners qualify -----------------------------------------------------------------
 def test_only_where_rows_do_not_depend_on_their_number() -> None:
-    assert may_speculate(CONFIG, exact=True, overlapped=False)
-    assert not may_speculate(CONFIG, exact=False, overlapped=False)
-    assert not may_speculate(PLAIN, exact=True, overlapped=False)
-    assert not may_speculate(CONFIG, exact=True, overlapped=True)
-    for kind, some in ((OracleRunner, True), (OverlappedOracle, False)):
-        assert (Rig(CONFIG, kind=kind).loop._scheduler._speculator is not None) is some
+    assert may_speculate(CONFIG, exact=True)
+    assert not may_speculate(CONFIG, exact=False)
+    assert not may_speculate(PLAIN, exact=True)
 
 
 def test_a_runner_that_rounds_by_shape_gets_no_drafts() -> None:
@@ -282,21 +299,82 @@ def jump(rows: int) -> float:
     return (0.007 if rows <= 2 else 0.014) + 0.0001 * rows
 
 
+@dataclass
+class Clock:
+    """Of a host."""
+
+    now: float = 0.0
+
+
+class Device(Overlapping, OracleRunner):
+    """Computes beside the host, whose clock stands still except for `host` seconds per launch."""
+
+    def __init__(
+        self, *, clock: Clock, takes: Callable[[int], float], host: float, **fields: Any
+    ) -> None:
+        super().__init__(**fields)
+        self._clock, self._takes, self._host = clock, takes, host
+        self._ends = deque([0.0])  # of the steps in flight, after that of the latest one read
+
+    def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
+        self._clock.now += self._host
+        begin = max(self._ends[-1], self._clock.now)
+        self._ends.append(begin + self._takes(batch.num_tokens))
+        return super().launch(batch, unread_T=unread_T)
+
+    def collect(self, handle: StepHandle) -> StepOutput:
+        self._ends.popleft()
+        self._clock.now = max(self._clock.now, self._ends[0])
+        return super().collect(handle)
+
+
+class BabblingDevice(Device, Babbler):
+    """A device in place of the blocking runner."""
+
+
+class ParrotDevice(Device, Parrot):
+    """Likewise."""
+
+
+def on_device(
+    kind: type[Device],
+    takes: Callable[[int], float],
+    *,
+    clients: int,
+    speculate: bool,
+    host: float = 0.001,
+) -> float:
+    """As `duration`, of a runner whose steps overlap."""
+    config = EngineConfig(max_batch_tokens=256, max_sequences=64, speculate=speculate)
+    clock = Clock()
+    rig = Rig(
+        config,
+        kind=partial(kind, clock=clock, takes=takes, host=host),  # type: ignore[arg-type]
+        clock=lambda: clock.now,
+        num_blocks=4000 // 4,
+        max_model_len=512,
+    )
+    rig.run(*copies(clients))
+    return clock.now
+
+
+def copies(clients: int) -> list[GenerationRequest]:
+    draw = random.Random(3)
+    prompt = [draw.randrange(90) for _ in range(24)] * 2
+    base = make_request(prompt=prompt, max_tokens=200 if clients == 1 else 60, ignore_eos=True)
+    return [
+        replace(renamed(base, f"r{index}"), prompt_ids=tuple(t + index % 6 for t in prompt))
+        for index in range(clients)
+    ]
+
+
 def duration(
     kind: type[OracleRunner], takes: Callable[[int], float], *, clients: int, speculate: bool
 ) -> float:
     """Seconds of the engine's clock from knowing nothing to the end."""
     config = EngineConfig(max_batch_tokens=256, max_sequences=32, speculate=speculate)
     rig = Rig(config, kind=kind, takes=takes, num_blocks=4000 // 4, max_model_len=512)
-    draw = random.Random(3)
-    prompt = [draw.randrange(90) for _ in range(24)] * 2
-    base = make_request(prompt=prompt, max_tokens=200 if clients == 1 else 60, ignore_eos=True)
-    rig.run(
-        *(
-            replace(renamed(base, f"r{index}"), prompt_ids=tuple(t + index % 6 for t in prompt))
-            for index in range(clients)
-        )
-    )
+    rig.run(*copies(clients))
     return rig.now
 
 
@@ -316,3 +394,38 @@ def test_nothing_is_slowed_down(
 def test_copies_come_faster(clients: int, least: float) -> None:
     plain = duration(Parrot, flat, clients=clients, speculate=False)
     assert plain / duration(Parrot, flat, clients=clients, speculate=True) > least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("takes", [flat, steep, jump])
+@pytest.mark.parametrize("host", [0.0005, 0.006])
+@pytest.mark.parametrize(
+    ("kind", "clients"), [(Device, 1), (BabblingDevice, 1), (BabblingDevice, 8), (ParrotDevice, 1)]
+)
+def test_nothing_is_slowed_down_by_reading_first(
+    takes: Callable[[int], float], host: float, kind: type[Device], clients: int
+) -> None:
+    """A step that is read before the next plan makes the device wait for the host, nearly as long
+    as a step takes.
+    """
+    plain = on_device(kind, takes, clients=clients, speculate=False, host=host)
+    assert plain / on_device(kind, takes, clients=clients, speculate=True, host=host) > 0.97
+
+
+@pytest.mark.parametrize(("clients", "least"), [(1, 1.8), (4, 1.3)])
+def test_copies_come_faster_from_a_device(clients: int, least: float) -> None:
+    plain = on_device(ParrotDevice, flat, clients=clients, speculate=False)
+    assert plain / on_device(ParrotDevice, flat, clients=clients, speculate=True) > least
+
+
+def test_drafts_are_read_before_the_step_after_them_is_planned() -> None:
+    """And steps without drafts overlap all the same."""
+    request = make_request(prompt=[*range(24)] * 2, max_tokens=100, ignore_eos=True)
+    cost = costs(lambda rows: 0.01 + rows * 1e-6)
+    rig = Rig(ROOMY, kind=OverlappedParrot, cost=cost, num_blocks=64, max_model_len=512)
+    plain = Rig(PLAIN, kind=Parrot, num_blocks=64, max_model_len=512)
+    assert len(rig.run(request)["r"].ids) == 100
+    assert rig.transcripts["r"].ids == plain.run(request)["r"].ids
+    assert rig.total("num_accepted") > 20
+    assert isinstance(rig.runner, OverlappedParrot)
+    assert rig.runner.most_ahead == 2
