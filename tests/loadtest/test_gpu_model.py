@@ -10,17 +10,26 @@ import pytest
 import torch
 from triton.runtime.interpreter import GridExecutor
 
-from loadtest.bench.gpu.roof_model import CASES, Chip, launches, lines, predict
+from loadtest.bench.gpu.roof_model import (
+    CASES,
+    Chip,
+    host_lines,
+    host_seconds,
+    launches,
+    lines,
+    predict,
+)
 from model.runners import RunnerOptions
 from model.runners.cuda.build import build_runner
-from tests.support.builders import tiny_model_config, tiny_weights
+from tests.support.builders import Piece, make_batch, tiny_model_config, tiny_weights
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_docs_have_the_models_table() -> None:
     text = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
-    assert "\n".join(lines(Chip())) in text, "python -m loadtest.bench gpu-model"
+    for table in (lines(Chip()), host_lines(Chip())):
+        assert "\n".join(table) in text, "python -m loadtest.bench gpu-model"
 
 
 def test_no_step_is_above_the_roof_and_an_ideal_chip_is_at_it() -> None:
@@ -61,3 +70,8 @@ def test_a_step_launches_as_many_kernels_as_the_model_says(
         runner._graphs.forward.run(1)
         runner._graphs.sample.run(1)
         assert len(counted) == launches(layers, greedy=False) - 1, counted
+    counted.clear()
+    monkeypatch.setattr(runner._mixed_graphs.graphs, "replay", lambda _: None)
+    runner.run(make_batch([Piece(tokens=[1, 2, 3], count=3, blocks=[0])]))
+    alone = Chip(launch=1.0, replay=0.0)
+    assert len(counted) == host_seconds(layers, alone, captured=True), counted

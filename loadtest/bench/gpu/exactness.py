@@ -5,7 +5,9 @@
     chunks of 7      =   =   =        =      prompt in chunks
     prefix hit       =   =   =        =      full blocks of the prompt from the prefix cache
     recomputed       =   =   =        =      preempted; prompt and output computed as a prompt
+    drafts           =   =   =        =      tokens of the output as drafts, and a wrong one
 
+Chunks end inside of and at token buckets, so that graphs of every size compute some of them.
 `=` means: tokens and log probabilities have the same bits as if the text were alone in its batch.
 Differences are named, and the stage fails.
 """
@@ -25,7 +27,7 @@ from model.runners.exactness import ExactnessCheck, check_exactness
 _SIZES = (1, 2, 7, 8, 9, 16, 17, 33, 64, 128, 129, 255, 256)
 _SHORT = ExactnessCheck(prompt=40, beside=(), chunks=(1, 7, 17, 33))
 _LONG = ExactnessCheck(
-    prompt=1100, answer=8, beside=(), chunks=(64, 130, 512, 777)
+    prompt=1100, answer=8, beside=(), chunks=(17, 64, 128, 130, 512, 777)
 )  # over several splits
 
 
@@ -45,7 +47,7 @@ def measure(bench: Bench) -> None:
         name = shape.name if kv_dtype == "auto" else f"{shape.name} {kv_dtype}"
         sizes = (1, 3) if bench.smoke else _SIZES
         runner = bench.runner(
-            shape, proven=not bench.smoke, kv_dtype=kv_dtype, max_sequences=max(sizes) + 1
+            shape, proven=not bench.smoke, kv_dtype=kv_dtype, max_sequences=max(sizes) + 2
         )
         if bench.smoke:
             broken += matrix(
@@ -54,7 +56,12 @@ def measure(bench: Bench) -> None:
         else:
             bench.add(
                 "exactness: the runner's own result",
-                {"model": name, "exact": runner.exact, "numeric class": runner.numeric_class},
+                {
+                    "model": name,
+                    "exact": runner.exact,
+                    "mixed graphs": runner.has_mixed_graphs,
+                    "numeric class": runner.numeric_class,
+                },
             )
             broken += _every_size(bench, runner, name)
             broken += matrix(bench, runner, name, _SHORT, sizes)

@@ -59,6 +59,7 @@ class Outcome:
     steps: int = 0
     kv_tokens: int = 0  # context lengths, summed over steps
     host_seconds: list[float] = field(default_factory=list)  # of each decode step's launch
+    prompt_host_seconds: list[float] = field(default_factory=list)  # of each other step's
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,8 +100,8 @@ class Offline:
                 return self._runner.launch(batch, unread_T=unread)
 
             flying.append(launch() if around is None else around(launch))
-            if batch.is_decode:
-                outcome.host_seconds.append(time.perf_counter() - launched)
+            times = outcome.host_seconds if batch.is_decode else outcome.prompt_host_seconds
+            times.append(time.perf_counter() - launched)
             for sequence, count in plan:
                 sequence.computed += count
                 sequence.sampled += sequence.computed >= sequence.prompt

@@ -1,10 +1,13 @@
-"""The time of a decode step on paper: what the first measured run is held against.
+"""The time of a step on paper: what the first measured run is held against.
 
     roof      weights, keys and values at the bandwidth of the data sheet
     products  weights at the rate of a copy, of which kernels that stream reach a share
     attention keys and values likewise; the longest item at the rate of one program, if that is more
     launches  kernels of a step, each with a gap before it, in a CUDA graph
     sampling  reads of the logits
+
+Of a step with prompts or drafts there is the host's time to launch it, kernel by kernel and with
+the network as a graph: a step is as fast as the GPU if that takes longer.
 
 A program's rate is what it keeps in flight over the latency of memory (Little's law). None of these
 figures was measured with this program; each is one line above the table, to be replaced by one that
@@ -32,6 +35,8 @@ class Chip:
     latency: float = 0.8e-6  # seconds from a load to its data, under load
     multiprocessors: int = 132
     gap: float = 0.85e-6  # seconds per launch in a CUDA graph
+    launch: float = 22e-6  # seconds of the host per kernel that Triton launches on its own
+    replay: float = 30e-6  # seconds of the host per CUDA graph
 
     @property
     def rate(self) -> float:
@@ -60,12 +65,22 @@ CASES = (
 _PER_LAYER = 10  # norm, QKV, rotary and store, attention, merge, out, norm, gate-up, SiLU, down
 _PER_STEP = 7  # rows, items, embedding; norm, head, argmax, write-back
 _SAMPLED = 4  # more: three of sampling, a copy
+_CHANGED = 1  # before a step, and in no graph: what the host changes of the state
+_HEAD = 4  # of those per step, in no graph of a mixed step: norm, head, argmax, write-back
 _READS = 4  # of a row of logits, without top-k and top-p
+_OPTIONS = ("bandwidth", "copy", "stream", "gap", "launch", "replay")
 
 
 def launches(layers: int, *, greedy: bool) -> int:
     """Kernels of a decode step."""
     return _PER_LAYER * layers + _PER_STEP + (0 if greedy else _SAMPLED)
+
+
+def host_seconds(layers: int, chip: Chip, *, captured: bool) -> float:
+    """To launch a greedy step with prompts or drafts."""
+    if captured:
+        return (_CHANGED + _HEAD) * chip.launch + chip.replay
+    return (_CHANGED + launches(layers, greedy=True)) * chip.launch
 
 
 def predict(case: Case, chip: Chip, *, in_flight: int = 2) -> dict[str, float]:
@@ -110,13 +125,23 @@ def lines(chip: Chip) -> Iterator[str]:
         )
 
 
+def host_lines(chip: Chip) -> Iterator[str]:
+    """The host's time for a step with prompts, in Markdown: microseconds."""
+    yield "| model | kernel by kernel | network as a graph |"
+    yield "|---|---|---|"
+    for shape in (_QWEN, _LLAMA):
+        layers = shape.config.num_layers
+        times = (host_seconds(layers, chip, captured=captured) for captured in (False, True))
+        yield f"| {shape.name} | {' | '.join(f'{1e6 * seconds:.0f}' for seconds in times)} |"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, value in (("bandwidth", 4.8e12), ("copy", 0.90), ("stream", 0.90), ("gap", 0.85e-6)):
-        parser.add_argument(f"--{name}", type=float, default=value, help="see `Chip`")
+    for name in _OPTIONS:
+        parser.add_argument(
+            f"--{name}", type=float, default=getattr(Chip(), name), help="see `Chip`"
+        )
 
 
 def run(options: argparse.Namespace) -> None:
-    chip = Chip(
-        bandwidth=options.bandwidth, copy=options.copy, stream=options.stream, gap=options.gap
-    )
-    print(*lines(chip), sep="\n")
+    chip = Chip(**{name: getattr(options, name) for name in _OPTIONS})
+    print(*lines(chip), "", *host_lines(chip), sep="\n")

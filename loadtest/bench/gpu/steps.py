@@ -4,6 +4,8 @@ of roof      time to read weights, keys and values at the chip's bandwidth / tim
 device us    device time of a step that is queued entirely before it begins
 host us      time of the host to launch a step
 busy         device us / time of a step
+
+Of a step with a prompt there is the host's time to launch it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from model.runners import StepHandle
 
 _PAUSES = 3  # products that keep the device busy for milliseconds
 _SIDE = 8192
+_PROMPT = 500  # tokens
 _SAMPLING = (("greedy", 0.0, 1.0), ("sampled", 0.6, 1.0), ("top-p", 0.6, 0.9))
 
 
@@ -41,7 +44,27 @@ def measure(bench: Bench) -> None:
                     top_p=top_p,
                 )
                 _row(bench, shape, offline, workload, bandwidth=bandwidth)
+        _prompt_row(bench, shape, offline, captured=runner.has_mixed_graphs)
         bench.release(runner)
+
+
+def _prompt_row(bench: Bench, shape: Shape, offline: Offline, *, captured: bool) -> None:
+    """A prompt beside another sequence, several times: the first one captures its graph."""
+    bench.check_time()
+    length = 5 if bench.smoke else _PROMPT
+    times = []
+    for _ in range(1 if bench.smoke else 5):
+        workload = Workload(name="prompt", lengths=((1, 8), (length, 2)))
+        times += offline.run(workload).prompt_host_seconds[-1:]
+    bench.add(
+        "steps with prompts",
+        {
+            "model": shape.name,
+            "rows": length + 1,
+            "graph": captured,
+            "host us": statistics.median(times) * 1e6,
+        },
+    )
 
 
 def _row(
