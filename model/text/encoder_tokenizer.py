@@ -16,7 +16,7 @@ from pathlib import Path
 import tokenizers
 
 from model.checkpoint import find_gguf
-from model.checkpoint.folder_vocabulary import build
+from model.checkpoint.folder_vocabulary import build, readable
 from model.checkpoint.gguf_encoder import tokenizer_of
 from model.checkpoint.gguf_parts import read_headers
 from model.checkpoint.json_file import read_json
@@ -37,8 +37,16 @@ class EncoderTokenizer:
     unless a call asks for that.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, max_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        max_tokens: int,
+        splitter: tokenizers.Tokenizer | None = None,
+    ) -> None:
+        """splitter: splits texts, in which it finds no special tokens; None: `tokenizer` does."""
         self._tokenizer = tokenizer
+        self._splitter = splitter or tokenizer
         self.max_tokens = max_tokens
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.num_special = tokenizer.num_special_tokens_to_add(is_pair=False)
@@ -51,7 +59,12 @@ class EncoderTokenizer:
         if gguf is not None:
             return cls(tokenizer_of(read_headers(gguf)), max_tokens=max_tokens)
         folder = path if path.is_dir() else path.parent
-        return cls(build(read_json(folder / "tokenizer.json")), max_tokens=max_tokens)
+        body = read_json(folder / "tokenizer.json")
+        tokenizer = build(body)
+        added = body.get("added_tokens") or ()
+        read = readable(body, {token["content"] for token in added if token["special"]})
+        splitter = tokenizer if read is body else build(read)
+        return cls(tokenizer, max_tokens=max_tokens, splitter=splitter)
 
     @cached_property
     def digest(self) -> str:
@@ -97,7 +110,7 @@ class EncoderTokenizer:
     def _split(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         for text in texts:
             text.encode()  # raises for lone surrogates; the library's own error is about types
-        return self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return self._splitter.encode_batch_fast(list(texts), add_special_tokens=False)
 
 
 def _room(truncate_to: int | None, specials: int) -> int | None:
