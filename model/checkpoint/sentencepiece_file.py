@@ -140,9 +140,10 @@ def _body(tokens: Sequence[tuple[str, float]], model: _Model, *, unknown: int) -
     if model.characters:
         steps.append(normalizers.Precompiled(model.characters))
     if model.squeezes:
+        # Runs first: a pattern for the blanks at the end tries each blank of every run.
         steps += [
-            normalizers.Replace(Regex(r"\A +| +\z"), ""),
             normalizers.Replace(Regex(" {2,}"), " "),
+            normalizers.Replace(Regex(r"\A | \z"), ""),
         ]
     if model.prefix:
         steps.append(normalizers.Prepend(BLANK))

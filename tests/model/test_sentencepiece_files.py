@@ -106,6 +106,12 @@ def test_equals_sentencepiece(options: dict[str, Any], byte_fallback: bool, tmp_
     assert ours.vocab_size == 600
 
 
+def test_a_run_of_blanks_takes_linear_time(tmp_path: Path) -> None:
+    """A pattern that looked for the text's end from each blank would take hours."""
+    ours = Tokenizer.from_checkpoint(folder_of(tmp_path, trained()))
+    assert ours.encode("a" + " " * 1_000_000 + "b ") == ours.encode("a b")
+
+
 @pytest.mark.parametrize("kind", ["t5", "mt5"])
 def test_sentinels_have_the_ids_behind_the_pieces(kind: str, tmp_path: Path) -> None:
     """T5's file does not list them; ids that the network does not have are left out."""
