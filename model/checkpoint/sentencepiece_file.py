@@ -58,7 +58,7 @@ class _Model:
     names: dict[str, str]
     unknown: int
     byte_fallback: bool
-    characters: bytes  # the normalizer's table
+    characters: normalizers.Precompiled | None  # which characters become which
     prefix: bool  # a blank before the text
     squeezes: bool  # runs of blanks, and blanks at the ends
 
@@ -137,8 +137,8 @@ def _body(tokens: Sequence[tuple[str, float]], model: _Model, *, unknown: int) -
     """tokenizer.json of a Unigram model, without added tokens."""
     tokenizer = Tokenizer(models.Unigram(list(tokens), unknown, model.byte_fallback))
     steps: list[normalizers.Normalizer] = []
-    if model.characters:
-        steps.append(normalizers.Precompiled(model.characters))
+    if model.characters is not None:
+        steps.append(model.characters)
     if model.squeezes:
         # Runs first: a pattern for the blanks at the end tries each blank of every run.
         steps += [
@@ -211,7 +211,7 @@ def _parse(data: bytes) -> _Model:
         names={name: texts[id_] for name, id_ in stated.items() if 0 <= id_ < len(texts)},
         unknown=unknown[0],
         byte_fallback=bool(trainer.get(35, 0)),
-        characters=normalizer.get(2, b""),
+        characters=_characters(normalizer.get(2, b"")),
         prefix=bool(normalizer.get(3, 1)),
         squeezes=bool(normalizer.get(4, 1)),
     )
@@ -234,9 +234,13 @@ def _check(
         raise CheckpointError("each piece must have a text of its own")
     if not all(map(math.isfinite, scores)):
         raise CheckpointError("the scores of pieces must be finite")
-    table = normalizer.get(2, b"")
-    if table and (len(table) < 4 or struct.unpack("<I", table[:4])[0] > len(table) - 4):
-        raise CheckpointError("the normalizer's table is cut off")
+
+
+def _characters(table: bytes) -> normalizers.Precompiled | None:
+    try:
+        return normalizers.Precompiled(table) if table else None
+    except Exception:  # noqa: BLE001  (the library raises plain Exception for bad input)
+        raise CheckpointError("the normalizer's table cannot be read") from None
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
