@@ -136,8 +136,9 @@ def readable(body: dict[str, Any], hidden: Collection[str]) -> dict[str, Any]:
     model = body["model"]
     merges, vocab = model.get("merges") or (), model.get("vocab")
     if isinstance(vocab, list):
-        pieces = [[f" {text}" if text in hidden else text, score] for text, score in vocab]
         literal = [token for token in body.get("added_tokens") or () if not token["special"]]
+        unread = set(hidden) - {token["content"] for token in literal}
+        pieces = [[f" {text}" if text in unread else text, score] for text, score in vocab]
         return {**body, "model": {**model, "vocab": pieces}, "added_tokens": literal}
     if not merges or not isinstance(vocab, dict) or vocab.keys().isdisjoint(hidden):
         return body

@@ -177,7 +177,8 @@ def test_the_output_layer_is_the_checkpoints(
     )
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2)
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+        model.shared.weight.copy_(torch.randn_like(model.shared.weight))
     if own_head:
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight))
     model.save_pretrained(tmp_path)

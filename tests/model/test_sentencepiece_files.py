@@ -162,7 +162,8 @@ def t5_folder(folder: Path, kind: str, rows: int) -> Path:
     model = AutoModelForSeq2SeqLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2)
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+        model.shared.weight.copy_(torch.randn_like(model.shared.weight))
     model.save_pretrained(folder)
     (folder / "spiece.model").write_bytes(trained())
     return folder
