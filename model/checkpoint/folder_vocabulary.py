@@ -44,7 +44,9 @@ def from_folder(folder: Path) -> Vocabulary:
     read = readable(body, specials.keys() | found.text.unread)
     first = whole if read is body else build(read)
     rest = _without_leading_blank(read)
-    target = found.target and readable(found.target.body, specials.keys() | found.target.unread)
+    target = None
+    if found.target is not None:
+        target = build(readable(found.target.body, specials.keys() | found.target.unread))
     names = {**found.names, **_names(settings)}
     bos_id = known.get(names.get("bos_token", ""))
     ends = {known[names["eos_token"]]} if names.get("eos_token") in known else set()
@@ -64,7 +66,7 @@ def from_folder(folder: Path) -> Vocabulary:
         eos_ids=frozenset(id_ for id_ in ends if id_ < (rows or size)),
         chat_template=_template(folder, settings),
         names=names,
-        target=None if target is None else build(target),
+        target=target,
     )
 
 
