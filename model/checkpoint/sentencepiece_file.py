@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,7 @@ class _Model:
     names: dict[str, str]
     unknown: int
     byte_fallback: bool
-    characters: normalizers.Precompiled | None  # which characters become which
+    characters: dict[str, str] | None  # which become which: a step of the normalizer
     prefix: bool  # a blank before the text
     squeezes: bool  # runs of blanks, and blanks at the ends
 
@@ -137,8 +138,6 @@ def _body(tokens: Sequence[tuple[str, float]], model: _Model, *, unknown: int) -
     """tokenizer.json of a Unigram model, without added tokens."""
     tokenizer = Tokenizer(models.Unigram(list(tokens), unknown, model.byte_fallback))
     steps: list[normalizers.Normalizer] = []
-    if model.characters is not None:
-        steps.append(model.characters)
     if model.squeezes:
         # Runs first: a pattern for the blanks at the end tries each blank of every run.
         steps += [
@@ -153,6 +152,8 @@ def _body(tokens: Sequence[tuple[str, float]], model: _Model, *, unknown: int) -
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=by_words)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never", split=by_words)
     body: dict[str, Any] = json.loads(tokenizer.to_str())
+    if model.characters is not None:
+        body["normalizer"]["normalizers"].insert(0, model.characters)
     return body
 
 
@@ -236,11 +237,16 @@ def _check(
         raise CheckpointError("the scores of pieces must be finite")
 
 
-def _characters(table: bytes) -> normalizers.Precompiled | None:
-    try:
-        return normalizers.Precompiled(table) if table else None
-    except Exception:  # noqa: BLE001  (the library raises plain Exception for bad input)
-        raise CheckpointError("the normalizer's table cannot be read") from None
+def _characters(table: bytes) -> dict[str, str] | None:
+    """A step of tokenizer.json's normalizer. Raises CheckpointError for what ends the library's
+    process: the size of a trie, the trie, and UTF-8.
+    """
+    if not table:
+        return None
+    if len(table) < 4 or (size := struct.unpack("<I", table[:4])[0]) > len(table) - 4 or size % 4:
+        raise CheckpointError("the normalizer's table is cut off")
+    table[4 + size :].decode()
+    return {"type": "Precompiled", "precompiled_charsmap": b64encode(table).decode()}
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

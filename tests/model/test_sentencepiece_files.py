@@ -44,10 +44,11 @@ SPELLED = [
 def trained(**options: Any) -> bytes:
     """A SentencePiece model of a few hundred pieces."""
     stored = io.BytesIO()
-    defaults = {"model_type": "unigram", "vocab_size": 400, "hard_vocab_limit": False, **ENDS}
+    defaults: dict[str, Any] = {"model_type": "unigram", "vocab_size": 400, **ENDS}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(LINES),
         model_writer=stored,
+        hard_vocab_limit=False,
         num_threads=1,
         minloglevel=2,
         **(defaults | options),
