@@ -25,6 +25,11 @@ from model.checkpoint.vocabulary import MAX_VOCABULARY, Kind
 
 SINGLE = "spiece.model"
 SOURCE, TARGET, SHARED = "source.spm", "target.spm", "vocab.json"
+MISSING = (
+    "tokenizer.json is missing; T5 and Marian are also read from spiece.model or source.spm, and for"
+    " other vocabularies transformers writes it:"
+    " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+)
 _MAX_BYTES = 64 * 1024**2  # mT5's has 4 megabytes
 _UNIGRAM = 1  # TrainerSpec.ModelType
 _EXTRA_IDS = 100  # T5's sentinels, which its files do not list
@@ -76,11 +81,7 @@ def describe(folder: Path) -> Described:
         return _describe_single(folder)
     if (folder / SOURCE).exists():
         return _describe_marian(folder)
-    raise CheckpointError(
-        "tokenizer.json is missing, as are spiece.model (T5) and source.spm (Marian); for other"
-        " kinds of vocabularies transformers writes it:"
-        " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-    )
+    raise CheckpointError(MISSING)
 
 
 def _describe_single(folder: Path) -> Described:

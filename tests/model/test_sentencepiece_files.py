@@ -244,6 +244,8 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     (folder / "spiece.model").rename(folder / "sentencepiece.bpe.model")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing.*\.save_pretrained"):
         Tokenizer.from_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing.*\.save_pretrained"):
+        EncoderTokenizer.from_path(folder, max_tokens=9)
     (folder / "source.spm").write_bytes(trained())
     (folder / "target.spm").write_bytes(trained())
     for ids in ({}, {"<unk>": 0, "a": 2}, {"<unk>": "0"}, {"a": 0}):
