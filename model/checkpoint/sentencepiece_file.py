@@ -26,8 +26,8 @@ from model.checkpoint.vocabulary import MAX_VOCABULARY, Kind
 SINGLE = "spiece.model"
 SOURCE, TARGET, SHARED = "source.spm", "target.spm", "vocab.json"
 MISSING = (
-    "tokenizer.json is missing; T5 and Marian are also read from spiece.model or source.spm, and for"
-    " other vocabularies transformers writes it:"
+    "tokenizer.json is missing; T5 and Marian are also read from spiece.model or source.spm, and"
+    " for other vocabularies transformers writes it:"
     " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 )
 _MAX_BYTES = 64 * 1024**2  # mT5's has 4 megabytes
