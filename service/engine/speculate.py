@@ -192,8 +192,9 @@ class Speculator:
         """Charges those for whose drafts the step before was read first."""
         tracks = [track for sequence in plan.read_for if (track := self._tracks.get(sequence))]
         work = self._plain if plan.drafts else plan.work
-        plain = self._cost.seconds(work)
-        for track in tracks if plain else []:
+        if not (plain := self._cost.seconds(work)):
+            return
+        for track in tracks:
             track.pay(pause / plain * work.sampled / len(tracks))
 
     def forget(self, sequence: Sequence) -> None:

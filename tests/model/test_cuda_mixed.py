@@ -25,7 +25,6 @@ from model.runners.cuda.graphs import CapturedGraphs
 from model.runners.cuda.mixed import MixedShapes, token_buckets
 from model.runners.cuda.runner import CudaRunner
 from model.runners.cuda.slots import BatchSlots
-from model.runners.cuda.workspace import MixedColumns
 from model.runners.exactness import ExactnessCheck
 from tests.support.builders import (
     DEVICE,
@@ -128,7 +127,7 @@ def test_a_padded_step_is_the_step_and_padding_rows_of_their_own() -> None:
         batch = make_batch(pieces)
         unread_T = np.array([draw.random() < 0.5 for _ in range(batch.num_tokens)])
         columns = shapes.columns(batch, unread_T)
-        plain = MixedColumns(*replace(shapes, buckets=()).columns(batch, unread_T))  # type: ignore[arg-type]
+        plain = replace(shapes, buckets=()).columns(batch, unread_T)
         bucket = shapes.bucket(batch.num_tokens)
         if bucket is None:
             assert batch.num_tokens > shapes.buckets[-1]

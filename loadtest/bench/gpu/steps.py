@@ -52,7 +52,7 @@ def _prompt_row(bench: Bench, shape: Shape, offline: Offline, *, captured: bool)
     """A prompt beside another sequence, several times: the first one captures its graph."""
     bench.check_time()
     length = 5 if bench.smoke else _PROMPT
-    times = []
+    times: list[float] = []
     for _ in range(1 if bench.smoke else 5):
         workload = Workload(name="prompt", lengths=((1, 8), (length, 2)))
         times += offline.run(workload).prompt_host_seconds[-1:]

@@ -81,7 +81,7 @@ class MixedShapes:
     def columns(self, batch: Batch, unread_T: Bools | None) -> list[Ints]:
         """The columns of a step, padded to its bucket if it has one, as in `MixedColumns`."""
         lengths_S = np.diff(batch.query_starts_S1)
-        unread = np.zeros(batch.num_tokens, np.int32) if unread_T is None else unread_T
+        unread = np.zeros(batch.num_tokens, np.bool_) if unread_T is None else unread_T
         rows = [
             np.repeat(batch.batch_slots_S, lengths_S),
             batch.tokens_T,
