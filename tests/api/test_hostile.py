@@ -40,7 +40,8 @@ from tests.api.raw_http_rows import (
     request,
 )
 from tests.cluster.processes import total
-from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.conftest import ROOT, free_port, wait_until_ready
+from tests.support.tiny_model import TinyModel
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow

@@ -22,8 +22,9 @@ from model.checkpoint.gguf_header import STORAGE
 from model.checkpoint.gguf_vocabulary import PRE_TOKENIZERS
 from model.families import FAMILIES
 from service.__main__ import app
-from tests.conftest import TinyModel, free_port, wait_until_ready
+from tests.conftest import free_port, wait_until_ready
 from tests.project.reference import TABLES, regenerated
+from tests.support.tiny_model import TinyModel
 from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]

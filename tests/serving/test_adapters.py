@@ -17,7 +17,8 @@ from service.__main__ import app
 from service.errors import StartupError
 from service.models import load_cards
 from service.settings import load_settings
-from tests.conftest import TinyModel, serving
+from tests.conftest import serving
+from tests.support.tiny_model import TinyModel
 from tests.support.waiting import PATIENCE
 
 ROWS = [

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from service.__main__ import app
 from service.errors import StartupError
-from tests.conftest import CORPUS, ROOT, TinyModel, default, serving
+from tests.conftest import ROOT, default, serving
+from tests.support.tiny_model import CORPUS, TinyModel
 from tests.support.waiting import PATIENCE
 
 PLAN = """
