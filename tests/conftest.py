@@ -5,7 +5,9 @@ Imports nothing large: the process that only hands out tests to others reads thi
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -15,7 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,10 +40,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Settings of the libraries, in each process that runs tests."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """In each process that runs tests: settings of libraries, and no garbage collection of what
+    stays until the end. Modules and tests are a million objects: each collection takes long.
+    """
     if is_xdist_controller(session):
-        return
+        return (yield)
+    gc.disable()
+    _configure_libraries()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)  # extension modules report what is left at the end
+    return result
+
+
+def _configure_libraries() -> None:
     import hypothesis
     import torch
 
