@@ -14,12 +14,11 @@ from pathlib import Path
 from time import process_time
 from typing import Any
 
-import httpx
 import pytest
 
 from model.text.chat_template import ChatTemplate
 from tests.api import bad_input_rows as table
-from tests.api.bad_input_rows import CANARY, Row
+from tests.api.bad_input_rows import CANARY, Row, check_error
 
 ROOT = Path(__file__).parents[2]
 JSON = {"content-type": "application/json"}
@@ -31,27 +30,6 @@ MUCH = 20_000  # bytes
 @cache
 def rows() -> list[Row]:
     return list(table.rows(vocab_size=V))
-
-
-def check_error(reply: httpx.Response, row: Row, *, kind: str | None = None) -> None:
-    """The reply is an error of this kind, and repeats nothing of the request."""
-    assert reply.status_code == row.status, reply.text[:300]
-    assert reply.headers["content-type"] == "application/json"
-    assert reply.headers["x-request-id"].startswith("s0-")
-    ((name, error),) = reply.json().items()
-    assert name == "error"
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == (kind or "invalid_request_error")
-    assert error["param"] == row.param
-    if row.code is not None:
-        assert error["code"] == row.code
-    assert error["message"]
-    assert len(reply.content) < 500
-    assert CANARY not in reply.text
-    assert CANARY not in str(reply.headers)
-    assert not {name for name in reply.headers if name.startswith("access-control")}
-    if row.status == 405:
-        assert reply.headers["allow"]
 
 
 def test_every_kind_has_its_rows_or_its_test() -> None:
