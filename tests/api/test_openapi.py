@@ -98,6 +98,7 @@ def is_bounded(node: Json) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_every_field_is_described_and_bounded(document: Json) -> None:
     assert len(dict(bodies(document))) >= 6
     undescribed, unbounded = set(), set()

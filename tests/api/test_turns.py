@@ -163,6 +163,7 @@ def test_no_call_needs_a_shared_thread() -> None:
         dependants += dependant.dependencies
 
 
+@pytest.mark.slow
 async def test_a_deleted_key_stops_working_while_the_pools_are_full(
     start_service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +238,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "body", "param"), REFUSED.values(), ids=REFUSED)
 async def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(
     service: Any, path: str, body: Any, param: str

@@ -50,6 +50,7 @@ async def test_a_half_closed_client_gets_the_whole_response() -> None:
         await writer.wait_closed()
 
 
+@pytest.mark.slow
 async def test_a_cut_breaks_both_ends_and_the_next_connection_passes() -> None:
     async with answering(3) as port, FaultProxy(port) as proxy:
         for broken in (True, False):

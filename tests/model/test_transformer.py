@@ -130,6 +130,7 @@ def test_rotated_products_depend_on_the_distance_alone() -> None:
     assert not math.isclose(product(9, 4), product(9, 5), abs_tol=1e-2)
 
 
+@pytest.mark.slow
 def test_learns_a_small_batch_by_heart() -> None:
     """An ordinary module: gradients reach every parameter and the loss falls to nothing."""
     torch.manual_seed(0)

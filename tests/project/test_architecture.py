@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LAYERS = ("model", "service")
 
@@ -223,7 +225,6 @@ def num_layers(folders: set[str], arrows: set[tuple[str, str]]) -> int:
     return layers
 
 
-@pytest.mark.slow
 def test_is_torch_free() -> None:
     """One process imports them one after another and names the first that brings torch along."""
     code = (

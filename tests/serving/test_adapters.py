@@ -126,6 +126,7 @@ def refused(**flags: Any) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_served_is_refused_in_one_line(folders: tuple[Path, Path, Path]) -> None:
     base, first, _ = folders
     model, adapter = f"tiny={base}", f"{first / 'adapter'}"

@@ -203,6 +203,7 @@ def test_a_process_leaves_its_group_without_threads(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_errors_are_one_line(tmp_path: Path, tiny_model: TinyModel) -> None:
     model = str(tiny_model.write_folder(tmp_path / "tiny"))
     (tmp_path / "rows.csv").write_text("text,label\na,x\nb,y\n")
