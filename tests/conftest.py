@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from xdist import is_xdist_controller
+from xdist import is_xdist_controller, is_xdist_worker
 
 from tests.support.one_order import one_order
 from tests.support.waiting import PATIENCE
@@ -47,12 +47,15 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
     """
     if is_xdist_controller(session):
         return (yield)
+    if is_xdist_worker(session):
+        atexit.register(os._exit, 0)  # after all else: a second to take modules apart is saved
+    else:
+        atexit.register(gc.unfreeze)  # extension modules report what is left
     gc.disable()
     _configure_libraries()
     result = yield
     gc.freeze()
     gc.enable()
-    atexit.register(gc.unfreeze)  # extension modules report what is left at the end
     return result
 
 
