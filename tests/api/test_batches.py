@@ -198,6 +198,18 @@ async def test_a_bad_input_file_fails_the_batch(
         assert service.engine.seen == []
 
 
+async def test_files_of_other_systems_are_read(start_service: Any, tmp_path: Path) -> None:
+    """Of Windows: lines end with CR LF, and the file begins with a byte order mark."""
+    text = "\ufeff" + "\r\n".join(json.dumps(line(number)) for number in range(3)) + "\r\n\r\n"
+    async with running(start_service, tmp_path) as service:
+        found = await ended(
+            service, (await create(service, await upload(service, text.encode())))["id"]
+        )
+        assert found["request_counts"] == {"total": 3, "completed": 3, "failed": 0}, found
+        rows = await content(service, found["output_file_id"])
+        assert [row["custom_id"] for row in rows] == ["id-0", "id-1", "id-2"]
+
+
 async def test_a_replica_takes_over_what_another_one_left(
     start_service: Any, tmp_path: Path
 ) -> None:

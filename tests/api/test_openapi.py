@@ -150,6 +150,7 @@ async def test_every_example_is_answered(start_service: Any) -> None:
                 assert reply.status_code == 200 or known, (method, path, reply.text)
 
 
+@pytest.mark.slow
 def test_every_rule_is_in_the_document(document: Json) -> None:
     """Rules name schemas: a renamed body would lose its own silently."""
     for name, rule in RULES.items():

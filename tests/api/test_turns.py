@@ -106,6 +106,7 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "body"), CALLS.values(), ids=CALLS)
 async def test_a_flood_of_one_tenant_delays_another_by_one_turn(
     start_service: Any, small_limits: Any, path: str, body: Any

@@ -48,6 +48,7 @@ def test_objects_fit_the_schemas(version: str) -> None:
         kubernetes_validate.validate(each, version, strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_objects_of_operators_fit_their_schemas(overlay: str) -> None:
     objects = [each for each in render(overlay) if each["kind"] in OF_OPERATORS]

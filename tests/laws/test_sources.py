@@ -104,6 +104,7 @@ def test_another_engine_continues_an_answer(seed: int) -> None:
         assert (*cut[name], *resumed.ids(name)) == ids
 
 
+@pytest.mark.slow
 def test_the_source_decides_the_answer() -> None:
     """Of 12 sources that end alike no two have the same answer: none is found in another's place,
     though their last blocks and the decoder's texts are equal.

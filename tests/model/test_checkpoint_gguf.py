@@ -269,6 +269,7 @@ def refusal(path: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_mutations_load_or_are_refused(tiny_model: Any, tmp_path: Path, seed: int) -> None:
     """Flipped and missing bytes: nothing but a model or a CheckpointError, and little memory."""

@@ -228,6 +228,7 @@ def served_scores(
     return np.concatenate(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", list(Position))
 def test_the_mask_of_training_is_that_of_serving(tiny_runner: Build, position: Position) -> None:
     """A text as training sees it, and in chunks over a cache of anchors: the same probabilities,

@@ -6,6 +6,7 @@ import json
 import math
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from threading import Thread
 from typing import Any
 
@@ -192,6 +193,35 @@ def test_without_a_complete_answer_the_status_is_1(
     (point,) = json.loads(results.read_text())["points"]
     assert point["summary"]["failures"] == point["summary"]["requests"] > 0
     assert (point["good"], point["time_to_first_p99"]) == (0, None)
+
+
+def test_what_is_no_http_server_is_reported() -> None:
+    """Its first line has no status; a line without an end is no reason to wait or to crash."""
+    for answer in (b"+OK\r\n\r\n", b"SSH-2.0-x y\r\n\r\n", b"a" * 2**17):
+
+        class Other(StreamRequestHandler):
+            said = answer
+
+            def handle(self) -> None:
+                self.rfile.readline()
+                self.wfile.write(self.said)
+
+        with ThreadingTCPServer(("127.0.0.1", 0), Other) as server:
+            serving = Thread(target=server.serve_forever)
+            serving.start()
+            try:
+                for flags in ((), ("--model", "m")):
+                    failed = run("--url", f"http://127.0.0.1:{server.server_address[1]}", *flags)
+                    assert isinstance(failed.exception, StartupError), failed.exception
+            finally:
+                server.shutdown()
+                serving.join()
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_measuring(tmp_path: Path) -> None:
+    failed = run("--url", "http://127.0.0.1:9", "--json", str(tmp_path / "none" / "results.json"))
+    assert isinstance(failed.exception, StartupError)
+    assert str(failed.exception) == "json: results.json: No such file or directory"
 
 
 def test_without_a_server_it_says_so() -> None:
