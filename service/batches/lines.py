@@ -76,7 +76,7 @@ def check(
             seen.add(custom_id)
             found.append(Line(custom_id, start, end))
         if len(found) > MAX_LINES:
-            message = f"the file may have at most {MAX_LINES} lines"
+            message = f"the file may have at most {MAX_LINES} lines; divide it into several"
             errors.append(LineError("too_many_lines", message))
         if len(errors) >= MAX_ERRORS or len(found) > MAX_LINES:
             break

@@ -209,6 +209,10 @@ async def _first_model(target: Target) -> str:
             asyncio.timeout(PATIENCE),
             call(address, "GET", path, headers=headers, tls=target.tls) as reply,
         ):
+            if reply.status in {401, 403}:
+                raise StartupError(
+                    f"the server refuses the key: HTTP {reply.status}; see --api-key"
+                )
             if reply.status != 200:
                 raise StartupError(f"the server lists no models: HTTP {reply.status}")
             return str((await reply.json())["data"][0]["id"])

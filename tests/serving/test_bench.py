@@ -153,6 +153,11 @@ class Refusing(BaseHTTPRequestHandler):
 
     refuses = False
 
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         status, kind, body = 429, "application/json", b'{"error": {"message": "no"}}'
@@ -185,11 +190,13 @@ def test_without_a_complete_answer_the_status_is_1(
             url = f"http://127.0.0.1:{server.server_port}"
             flags = ("--url", url, "--model", "m", "--rates", "20", "--seconds", "0.2")
             done = run(*flags, "--json", str(results))
+            without_model = run("--url", url)
         finally:
             server.shutdown()
             serving.join()
     assert (done.exit_code, type(done.exception)) == (1, SystemExit), done.output
     assert "failed: HTTP 429" in done.output
+    assert "refuses the key: HTTP 401; see --api-key" in str(without_model.exception)
     (point,) = json.loads(results.read_text())["points"]
     assert point["summary"]["failures"] == point["summary"]["requests"] > 0
     assert (point["good"], point["time_to_first_p99"]) == (0, None)
