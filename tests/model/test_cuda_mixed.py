@@ -9,7 +9,6 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from model.batch import Batch, StepOutput, mask_of
+from model.kernels.tiling import layout_for
 from model.runners import RunnerOptions
 from model.runners.cuda.accelerator import HostAccelerator
 from model.runners.cuda.build import build_runner
@@ -92,12 +92,23 @@ def adjusted(batch: Batch, contexts: list[list[int]]) -> Batch:
 
 
 # --- the plan of a step ----------------------------------------------------------------------
-def test_buckets_end_with_tiles() -> None:
+def test_buckets_end_with_the_ranges_of_one_layout() -> None:
+    """So padding changes no layout, and each bucket's kernels are among those of the warm-up."""
     assert token_buckets(3) == (3,)
     assert token_buckets(16) == (16,)
-    assert token_buckets(300) == (16, 32, 64, 128, 256, 300)
-    assert token_buckets(8192) == (16, 32, 64, *range(128, 2049, 128))
-    assert max(after - before for before, after in pairwise(token_buckets(8192))) == 128
+    buckets = token_buckets(8192)
+    assert buckets[:3] == (16, 32, 64)
+    assert buckets[-1] == 2048
+    assert len(buckets) <= 24
+    for most in (300, 2048):
+        shapes = MixedShapes(
+            buckets=token_buckets(most), max_sequences=9, max_context=99, pad_slot=18
+        )
+        for rows in range(1, most + 1, 7):
+            bucket = shapes.bucket(rows)
+            assert bucket is not None
+            for shape in ((4096, 1024), (1024, 3072), (28672, 4096)):
+                assert layout_for(rows, *shape) == layout_for(bucket, *shape)
 
 
 def shapes_of(draw: random.Random) -> MixedShapes:

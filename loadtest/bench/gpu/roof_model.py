@@ -20,8 +20,10 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from loadtest.bench.gpu.kernels import products_of
 from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M, Shape
 from model.kernels.attention import STEP
+from model.kernels.tiling import estimated_time, layout_for
 from model.kernels.work_list import SPLIT, shares_for
 
 
@@ -37,6 +39,7 @@ class Chip:
     gap: float = 0.85e-6  # seconds per launch in a CUDA graph
     launch: float = 22e-6  # seconds of the host per kernel that Triton launches on its own
     replay: float = 30e-6  # seconds of the host per CUDA graph
+    operations: float = 0.99e15  # per second, dense, in bfloat16, data sheet
 
     @property
     def rate(self) -> float:
@@ -51,8 +54,17 @@ class Case:
     shape: Shape
     batch: int
     context: int
-    goal: float
+    goal: float | None = None
     greedy: bool = True
+    float8: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape.name}{', float8' if self.float8 else ''}"
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.shape.float8_weight_bytes if self.float8 else self.shape.weight_bytes
 
 
 _QWEN, _LLAMA = Shape("Qwen3-0.6B", QWEN3_600M), Shape("Llama-3.1-8B", LLAMA31_8B)
@@ -61,7 +73,10 @@ CASES = (
     Case(shape=_QWEN, batch=256, context=820, goal=0.65, greedy=False),  # W1, while all run
     Case(shape=_LLAMA, batch=1, context=512, goal=0.76),
     Case(shape=_LLAMA, batch=256, context=1536, goal=0.74, greedy=False),
+    Case(shape=_QWEN, batch=1, context=512, float8=True),
+    Case(shape=_LLAMA, batch=1, context=512, float8=True),
 )
+_ROWS = (128, 256, 512, 2048)  # of a step, for the products of a layer
 _PER_LAYER = 10  # norm, QKV, rotary and store, attention, merge, out, norm, gate-up, SiLU, down
 _PER_STEP = 7  # rows, items, embedding; norm, head, argmax, write-back
 _SAMPLED = 4  # more: three of sampling, a copy
@@ -89,7 +104,7 @@ def predict(case: Case, chip: Chip, *, in_flight: int = 2) -> dict[str, float]:
     `in_flight`: steps of attention whose loads are in flight.
     """
     config = case.shape.config
-    weights, kv = case.shape.weight_bytes, case.batch * case.context * case.shape.kv_bytes
+    weights, kv = case.weight_bytes, case.batch * case.context * case.shape.kv_bytes
     layer_kv = kv / config.num_layers
     splits, programs = -(-case.context // SPLIT), 2 * chip.multiprocessors
     is_cut = splits > 1 and shares_for(programs, config.num_kv_heads) > case.batch
@@ -119,9 +134,10 @@ def lines(chip: Chip) -> Iterator[str]:
     for case in CASES:
         found = predict(case, chip)
         cells = " | ".join(f"{found[name]:.0f}" for name in names)
+        goal = "-" if case.goal is None else f"{case.goal:.2f}"
         yield (
-            f"| {case.shape.name} | {case.batch} x {case.context} | {cells} "
-            f"| {found['of roof']:.2f} | {case.goal:.2f} |"
+            f"| {case.name} | {case.batch} x {case.context} | {cells} "
+            f"| {found['of roof']:.2f} | {goal} |"
         )
 
 
@@ -135,6 +151,32 @@ def host_lines(chip: Chip) -> Iterator[str]:
         yield f"| {shape.name} | {' | '.join(f'{1e6 * seconds:.0f}' for seconds in times)} |"
 
 
+def product_lines(chip: Chip) -> Iterator[str]:
+    """Products of one layer by rows of a step, in Markdown: how they are laid out, microseconds.
+
+    The roof of many rows is that of the instructions.
+    """
+    weights = ("qkv", "out", "gate-up", "down")
+    yield f"| model | rows | {' | '.join(weights)} | µs | roof |\n|---|---|" + "---|" * 6
+    for shape in (_QWEN, _LLAMA):
+        sizes = [size[1:] for size in products_of(shape) if size[0] in weights]
+        for rows in _ROWS:
+            found = [
+                layout_for(rows, *size, multiprocessors=chip.multiprocessors) for size in sizes
+            ]
+            seconds = sum(
+                1e-9 * estimated_time(layout, rows, *size, chip.multiprocessors)
+                for layout, size in zip(found, sizes, strict=True)
+            )
+            count = sum(outputs * inputs for outputs, inputs in sizes)
+            roof = max(2 * count / chip.bandwidth, 2 * rows * count / chip.operations)
+            cells = " | ".join(
+                f"{layout.tiling.rows}x{layout.tiling.outputs}{' parts' if layout.is_apart else ''}"
+                for layout in found
+            )
+            yield f"| {shape.name} | {rows} | {cells} | {1e6 * seconds:.0f} | {1e6 * roof:.0f} |"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in _OPTIONS:
         parser.add_argument(
@@ -144,4 +186,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     chip = Chip(**{name: getattr(options, name) for name in _OPTIONS})
-    print(*lines(chip), "", *host_lines(chip), sep="\n")
+    print(*lines(chip), "", *host_lines(chip), "", *product_lines(chip), sep="\n")

@@ -10,10 +10,10 @@ launches, follow one by one. A step is padded to the smallest bucket that holds 
              +-- rows that sample, changes of the state                       head, sampling
 
 Nothing in a graph depends on numbers that only the host knows: loops take theirs from the columns,
-and grids that would are as large as the bucket needs. Up to 64 rows a bucket ends with a tile of
-the products and from 128 on with every tile, so padding adds no tile to a product. Padding rows
-write to the block that no sequence has. `MixedShapes` needs no GPU and decides all of this; a step
-that fits no bucket, or whose graph could not be captured, launches the same kernels one by one.
+and grids that would are as large as the bucket needs. A bucket ends with the range of rows for
+which products have one layout, so padding adds no tile to a product. Padding rows write to the
+block that no sequence has. `MixedShapes` needs no GPU and decides all of this; a step that fits no
+bucket, or whose graph could not be captured, launches the same kernels one by one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 
 from model.batch import Batch, Bools, Ints
 from model.kernels.matmul import Product
+from model.kernels.tiling import layout_sizes
 from model.runners.cuda.accelerator import Accelerator
 from model.runners.cuda.buffers import Upload
 from model.runners.cuda.graphs import CapturedGraphs
@@ -36,16 +37,15 @@ from model.runners.cuda.network import FusedNetwork
 from model.runners.cuda.workspace import MixedColumns, Workspace
 
 _LOG = logging.getLogger(__name__)
-_SMALL = (16, 32, 64)
-_STEP = 128  # rows of a tile of many rows
 _MOST_ROWS = 2048  # of a graph: larger steps take the GPU longer than the host
 
 
 def token_buckets(most: int) -> tuple[int, ...]:
-    """The numbers of rows that graphs are captured for, up to `most` or `_MOST_ROWS`."""
+    """The numbers of rows that graphs are captured for, up to `most` or `_MOST_ROWS`: the last of
+    each range of rows whose products have one layout.
+    """
     largest = min(most, _MOST_ROWS)
-    sizes = [size for size in (*_SMALL, *range(_STEP, largest, _STEP)) if size < largest]
-    return (*sizes, largest)
+    return (*(start - 1 for start in layout_sizes(largest)[1:]), largest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
