@@ -131,7 +131,7 @@ class MixedGraphs:
         self._workspace = workspace
         self._upload = upload
         self._padding = padding
-        self._stream_TC = torch.empty(  # one for all graphs, so that they share their memory
+        self._stream_TC = torch.zeros(  # one for all graphs, so that they share their memory
             (max(shapes.buckets, default=0), network.config.hidden_size),
             dtype=network.dtype,
             device=accelerator.device,
