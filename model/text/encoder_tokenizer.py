@@ -1,17 +1,18 @@
 """Text -> what an encoder reads: token ids with the special tokens around them, and their types.
 
 WordPiece, byte-level BPE and Unigram by the `tokenizers` library; which special tokens stand where
-is the post-processor's in tokenizer.json. Of GGUF files, WordPiece is read. A text that spells a
-special token stays text. Torch-free.
+is the post-processor's in tokenizer.json. Of GGUF files, WordPiece is read, and what decoders have.
+A text that spells a special token stays text. Torch-free.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import tokenizers
 
@@ -37,8 +38,16 @@ class EncoderTokenizer:
     unless a call asks for that.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, max_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        max_tokens: int,
+        specials: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        """`specials`: the texts of special tokens that `tokenizer` does not know."""
         self._tokenizer = tokenizer
+        self._specials = specials
         self.max_tokens = max_tokens
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.num_special = tokenizer.num_special_tokens_to_add(is_pair=False)
@@ -49,7 +58,8 @@ class EncoderTokenizer:
         """Reads a GGUF file, or tokenizer.json in a model's folder. Raises CheckpointError."""
         gguf = find_gguf(path)
         if gguf is not None:
-            return cls(tokenizer_of(read_headers(gguf)), max_tokens=max_tokens)
+            tokenizer, specials = tokenizer_of(read_headers(gguf))
+            return cls(tokenizer, max_tokens=max_tokens, specials=specials)
         folder = path if path.is_dir() else path.parent
         return cls(build(read_json(folder / "tokenizer.json")), max_tokens=max_tokens)
 
@@ -92,7 +102,7 @@ class EncoderTokenizer:
 
     def token_text(self, token_id: int) -> str:
         """What to show for one token: as the vocabulary spells it."""
-        return self._tokenizer.id_to_token(token_id) or ""
+        return self._tokenizer.id_to_token(token_id) or self._specials.get(token_id, "")
 
     def _split(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         for text in texts:

@@ -124,18 +124,27 @@ async def test_each_line_has_the_answer_that_it_has_online(
     [
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
         ("/v1/responses", {"input": "hi", "max_output_tokens": 3, "temperature": 0}),
+        (
+            "/v1/decisions",
+            {"input": "hi", "questions": [{"type": "predicate", "instructions": "It is."}]},
+        ),
     ],
 )
 async def test_lines_of_other_endpoints(
     start_service: Any, tmp_path: Path, url: str, body: Json
 ) -> None:
     async with running(start_service, tmp_path) as service:
+        generated = service.engine.script
+        service.engine.script = lambda request: (
+            [each[-1] for each in request.scored] or generated(request)
+        )
         each = {"custom_id": "x", "method": "POST", "url": url, "body": {"model": MODEL} | body}
         file_id = await upload(service, jsonl([each]))
         found = await ended(service, (await create(service, file_id, endpoint=url))["id"])
         (row,) = await content(service, found["output_file_id"])
         assert row["response"]["status_code"] == 200
-        assert row["response"]["body"]["object"] in {"chat.completion", "response"}
+        found = row["response"]["body"]
+        assert "answers" in found or found["object"] in {"chat.completion", "response"}
 
 
 async def test_lines_that_fail_are_in_the_error_file(start_service: Any, tmp_path: Path) -> None:
