@@ -176,7 +176,7 @@ def test_top_p_draws_from_a_few_far_above_the_others(native_library: NativeLibra
     """An estimate of how deep top-p reaches missed them, and one of them was counted twice."""
     rng = np.random.default_rng(0)
     size = 49_152
-    logits = (rng.normal(size=(6, size)) - 9).astype(np.float32)
+    logits = (rng.normal(size=(6, size)) - 18).astype(np.float32)
     logits[:, 39:42] = (-3.01, -0.95, 0.0)  # the estimate reads the first 16 of each 256
     rows = [Row(seed=i, temperature=1.0, top_p=0.99, min_p=1e-11 * (i % 2)) for i in range(6)]
     for seed in range(10):
