@@ -16,11 +16,12 @@ from types import MappingProxyType
 
 import tokenizers
 
-from model.checkpoint import find_gguf
-from model.checkpoint.folder_vocabulary import build
+from model.checkpoint import CheckpointError, find_gguf
+from model.checkpoint.folder_vocabulary import build, readable
 from model.checkpoint.gguf_encoder import tokenizer_of
 from model.checkpoint.gguf_parts import read_headers
 from model.checkpoint.json_file import read_json
+from model.checkpoint.sentencepiece_file import MISSING
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,14 @@ class EncoderTokenizer:
         tokenizer: tokenizers.Tokenizer,
         *,
         max_tokens: int,
+        splitter: tokenizers.Tokenizer | None = None,
         specials: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
-        """`specials`: the texts of special tokens that `tokenizer` does not know."""
+        """`splitter` splits texts, in which it finds no special tokens; None: `tokenizer` does.
+        `specials`: the texts of special tokens that `tokenizer` does not know.
+        """
         self._tokenizer = tokenizer
+        self._splitter = splitter or tokenizer
         self._specials = specials
         self.max_tokens = max_tokens
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -61,7 +66,15 @@ class EncoderTokenizer:
             tokenizer, specials = tokenizer_of(read_headers(gguf))
             return cls(tokenizer, max_tokens=max_tokens, specials=specials)
         folder = path if path.is_dir() else path.parent
-        return cls(build(read_json(folder / "tokenizer.json")), max_tokens=max_tokens)
+        file = folder / "tokenizer.json"
+        if not file.exists():
+            raise CheckpointError(MISSING)
+        body = read_json(file)
+        tokenizer = build(body)
+        added = body.get("added_tokens") or ()
+        read = readable(body, {token["content"] for token in added if token["special"]})
+        splitter = tokenizer if read is body else build(read)
+        return cls(tokenizer, max_tokens=max_tokens, splitter=splitter)
 
     @cached_property
     def digest(self) -> str:
@@ -107,7 +120,7 @@ class EncoderTokenizer:
     def _split(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         for text in texts:
             text.encode()  # raises for lone surrogates; the library's own error is about types
-        return self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return self._splitter.encode_batch_fast(list(texts), add_special_tokens=False)
 
 
 def _room(truncate_to: int | None, specials: int) -> int | None:

@@ -197,6 +197,18 @@ async def test_a_bad_input_file_fails_the_batch(
         assert service.engine.seen == []
 
 
+async def test_files_of_other_systems_are_read(start_service: Any, tmp_path: Path) -> None:
+    """Of Windows: lines end with CR LF, and the file begins with a byte order mark."""
+    text = "\ufeff" + "\r\n".join(json.dumps(line(number)) for number in range(3)) + "\r\n\r\n"
+    async with running(start_service, tmp_path) as service:
+        found = await ended(
+            service, (await create(service, await upload(service, text.encode())))["id"]
+        )
+        assert found["request_counts"] == {"total": 3, "completed": 3, "failed": 0}, found
+        rows = await content(service, found["output_file_id"])
+        assert [row["custom_id"] for row in rows] == ["id-0", "id-1", "id-2"]
+
+
 async def test_a_replica_takes_over_what_another_one_left(
     start_service: Any, tmp_path: Path
 ) -> None:
@@ -397,4 +409,7 @@ async def test_bad_bodies_are_refused(service: Any, change: Json) -> None:
     body = {"input_file_id": "file-1", "endpoint": "/v1/completions", "completion_window": "1h"}
     reply = await service.post("/v1/batches", body | change)
     assert reply.status_code == 400, reply.text
-    assert reply.json()["error"]["param"].partition(".")[0] in change
+    error = reply.json()["error"]
+    assert error["param"].partition(".")[0] in change
+    if "completion_window" in change:
+        assert error["message"].endswith("must be from 1m to 30d, such as 24h")

@@ -59,7 +59,7 @@ class BatchBody(StrictModel):
         description="The endpoint of all lines."
     )
     completion_window: str = Field(
-        pattern=f"^{_WINDOW.pattern}$",
+        json_schema_extra={"pattern": f"^{_WINDOW.pattern}$"},  # _seconds checks it
         description="The time after which lines without an answer fail: 24h, 30m, 7d.",
     )
     metadata: Metadata = Field(None, description="Up to 16 short texts by name.")
