@@ -57,9 +57,9 @@ CASES = (
     Case(shape=_LLAMA, batch=1, context=512, goal=0.76),
     Case(shape=_LLAMA, batch=256, context=1536, goal=0.74, greedy=False),
 )
-_PER_LAYER = 10  # norm, QKV, rotary and store, attention, merge, out, norm, gate-up, SiLU, down
+_PER_LAYER = 9  # norm, QKV, rotary and store, attention, out, norm, gate-up, SiLU, down
 _PER_STEP = 7  # rows, items, embedding; norm, head, argmax, write-back
-_SAMPLED = 4  # more: three of sampling, a copy
+_SAMPLED = 11  # more: ten of sampling, a copy
 _READS = 4  # of a row of logits, without top-k and top-p
 
 

@@ -242,7 +242,7 @@ class CudaRunner:
             ]
         )
         change(workspace.state, places, values)
-        inputs = workspace.mixed_inputs(MixedColumns(*columns), lengths_S.tolist())
+        inputs = workspace.mixed_inputs(MixedColumns(*columns))
         hidden = network.hidden(inputs)
         argmax = workspace.argmax.first(len(slots_R))
         if self._samples_by_argmax(batch.sampling):
