@@ -190,14 +190,15 @@ def _evaluate(
         prefix = (prefix << 11) + digit
         if number <= 2:
             mass += tl.sum(tl.where(bins > digit, weights, 0), axis=0)
-        weight = _weight_of(prefix, largest, temperature, least)
-        if number == 2:
-            mass = tl.minimum(mass + (target - above) * weight, total)
-        weight = tl.maximum(weight, 1)
-        run = (target - above + weight - 1) // weight  # tokens with the last key
-        if number == 4:
-            mass = tl.minimum(above + run * weight, mass)
-        tl.store(search + PLACE, run - 1)
+        if number % 2 == 0:  # the key of the last token is whole
+            weight = _weight_of(prefix, largest, temperature, least)
+            if number == 2:
+                mass = tl.minimum(mass + (target - above) * weight, total)
+            weight = tl.maximum(weight, 1)
+            run = (target - above + weight - 1) // weight  # tokens with the last key
+            if number == 4:
+                mass = tl.minimum(above + run * weight, mass)
+            tl.store(search + PLACE, run - 1)
     if stage == 3:
         top_p = tl.load(entry + TOP_P).to(tl.float32, bitcast=True)
         target = _wanted(mass, top_p)
