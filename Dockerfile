@@ -32,14 +32,16 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY pyproject.toml setup.py README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE deploy/constraints.txt ./
 COPY model ./model
 COPY service ./service
 # One library for all x86-64 machines: it looks at the processor when it is loaded.
+# Without isolation, because pip's environments for builds know no constraints.
 RUN python3 -m model.native.build \
  && python3 -m venv /opt/build \
+ && /opt/build/bin/pip install --no-cache-dir --constraint constraints.txt setuptools \
  && SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH}" \
-    /opt/build/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+    /opt/build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
 
 # --- packages -----------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS packages
@@ -79,6 +81,7 @@ RUN mkdir -p /var/lib/quire \
 
 # --- runtime ------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS runtime
+ARG SOURCE_DATE_EPOCH
 ARG MODEL
 ARG VERSION=0.2.0
 ARG REVISION=unknown
@@ -113,7 +116,7 @@ FROM runtime AS cuda
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc libc6-dev \
- && rm -rf /var/lib/apt/lists/*
+ && rm -rf /var/lib/apt/lists/* /var/log/* /var/cache/ldconfig/aux-cache
 # What the container runtime of NVIDIA asks for, to bring the driver's libraries in.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -19,6 +19,8 @@ BUILD_NATIVE := $(BIN)/python -m model.native.build \
 CONSTRAINTS ?= deploy/constraints.txt
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+# If there is no compiler, and pip does not find the package ziglang, either.
+WITHOUT_ZIGLANG := ! { command -v g++ || command -v clang++ || command -v c++; } >/dev/null && WITHOUT_ZIGLANG=1
 NO_INSTALL = { echo "pip failed; if a version has no wheel here, try: make $(MAKECMDGOALS) CONSTRAINTS="; exit 1; }
 # llama.cpp without what the comparison does not need; it detects the instructions by itself.
 LLAMA_CPP := -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
@@ -97,7 +99,7 @@ constraints:  ## deploy/constraints.txt anew: the newest versions that pyproject
 	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
 	build/constraints/bin/python -m pip install --quiet '.[test,loadtest,otel,gpu]'
 	{ grep '^#' deploy/constraints.txt; \
-	  build/constraints/bin/python -m pip freeze --exclude quire-llm | sed 's/+cpu$$//'; } > build/constraints.txt
+	  build/constraints/bin/python -m pip freeze --all --exclude pip --exclude quire-llm | sed 's/+cpu$$//'; } > build/constraints.txt
 	mv build/constraints.txt deploy/constraints.txt
 
 system:   ## what the tests need from the system: Redis, Chromium, promtool
@@ -122,12 +124,13 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
-	$(INSTALL) --editable . || $(NO_INSTALL)
+	$(INSTALL) --editable . || { $(WITHOUT_ZIGLANG) $(INSTALL) --editable .; } || $(NO_INSTALL)
 	@$(BUILD_NATIVE)
 	touch $@
 
 $(VENV)/.tested: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
-	$(INSTALL) --editable '.[test,loadtest,otel]' || $(NO_INSTALL)
+	$(INSTALL) --editable '.[test,loadtest,otel]' \
+	  || { $(WITHOUT_ZIGLANG) $(INSTALL) --editable '.[test,loadtest,otel]'; } || $(NO_INSTALL)
 	@$(BUILD_NATIVE)
 	touch $@ $(VENV)/.installed
 

@@ -1,11 +1,13 @@
 """Compiles the native library when Quire is installed or packed into a wheel.
 
-Without a compiler, pip fetches clang for the build alone, as the package `ziglang`. If that fails,
-too, the package has no library, and `python -m model.native.build` prints the reason.
+Without a compiler, pip fetches clang for the build alone, as the package `ziglang`. If an index has
+no such package, the installation fails: WITHOUT_ZIGLANG=1 in the environment installs without the
+library, and `python -m model.native.build` prints the reason.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -59,5 +61,5 @@ class TagWheel(bdist_wheel):
 setup(
     distclass=WithLibrary,
     cmdclass={"build_py": BuildLibrary, "bdist_wheel": TagWheel},
-    setup_requires=[] if find_compiler() else [ZIG],
+    setup_requires=[] if find_compiler() or os.environ.get("WITHOUT_ZIGLANG") else [ZIG],
 )

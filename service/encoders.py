@@ -48,7 +48,9 @@ def load_encoding_engine(settings: Settings, model: ModelSource, path: Path) -> 
                 threads=settings.threads,
             )
             runner.warm_up()
-            card = _card(settings, model, path, runner.info, tokenizer)
+            _, config = configure(open_checkpoint(path))
+            most = runner.info.max_tokens
+            card = card_of(settings, model, path, config, tokenizer=tokenizer, most=most)
     except (ValueError, ImportError) as error:
         raise StartupError(f"model {model.source}: {error}") from None
     options = RunnerOptions(
@@ -75,16 +77,5 @@ def load_encoder_card(
         _, config = configure(open_checkpoint(path))
         info = describe(config, read_settings(path))
         tokenizer = EncoderTokenizer.from_path(path, max_tokens=info.max_tokens)
-    return _card(settings, model, path, info, tokenizer), tokenizer, info
-
-
-def _card(
-    settings: Settings,
-    model: ModelSource,
-    path: Path,
-    info: EncoderInfo,
-    tokenizer: EncoderTokenizer,
-) -> ModelCard:
-    with model_errors():
-        _, config = configure(open_checkpoint(path))
-    return card_of(settings, model, path, config, tokenizer=tokenizer, most=info.max_tokens)
+        card = card_of(settings, model, path, config, tokenizer=tokenizer, most=info.max_tokens)
+    return card, tokenizer, info

@@ -122,6 +122,9 @@ class GenerationRequest:
     prediction: tuple[int, ...] = ()  # that the output may contain: a hint, never a condition
     encoding: EncodingInputs | None = None  # None: generate
     source: int = 0  # of an encoder-decoder: the prompt's first tokens, which the encoder reads
+    # Continuations of the prompt, `max_tokens` of them: the last tokens are the output, and
+    # `sampling` asks for their log probabilities. Such an output has no text.
+    scored: tuple[tuple[int, ...], ...] = ()
     tenant: str = "public"
     priority: int = 1  # 0 before 1 before 2
     timeout_ms: int | None = None  # from submission, by the queue's clock
@@ -158,6 +161,7 @@ FEATURES: Mapping[str, Callable[[GenerationRequest], bool]] = {
     "thinking": lambda request: request.thinking is not None,
     "bans": lambda request: bool(request.sampling.banned or request.sampling.allowed),
     "source": lambda request: request.source > 0,
+    "scored": lambda request: bool(request.scored),
     "text": lambda request: request.include_stop or not request.skip_special_tokens,
     ENCODING: lambda request: request.encoding is not None,
 }

@@ -6,6 +6,7 @@ Ctrl-C saves the state between two steps; a second one ends the process at once.
 from __future__ import annotations
 
 import math
+import resource
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,8 +69,10 @@ class TrainingRun:
             measures["bits per byte"] = measures["loss"] * per_byte / math.log(2)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
         self._say(f"validation: {shown}" if shown else "no rows were held out")
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # MiB, on Linux
         self._say(
-            f"{seconds:.0f} s, {cpu:.0f} s of CPU time; serve it: quire serve --model {self._out}"
+            f"{seconds:.0f} s, {cpu:.0f} s of CPU time, {memory} MiB at most;"
+            f" serve it: quire serve --model {self._out}"
         )
 
     def show_confusion(self, counts: Sequence[Sequence[int]], labels: Sequence[str]) -> None:

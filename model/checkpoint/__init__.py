@@ -132,13 +132,16 @@ def configure(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
     except KeyError as error:
         raise CheckpointError(str(error.args[0])) from None
     try:
-        return family, family.configure(checkpoint.config)
+        config = family.configure(checkpoint.config)
     except KeyError as error:
         raise CheckpointError(f"the configuration lacks {error}") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(
             f"the configuration is not valid for {family.name}: {error}"
         ) from None
+    if family.own_head:
+        config = replace(config, tied_head=family.own_head not in checkpoint.names())
+    return family, config
 
 
 def open_model(path: Path, *, four_bit: bool = False, headless: bool = False) -> OpenedModel:

@@ -1,12 +1,13 @@
 """The vocabulary of a folder: tokenizer.json, tokenizer_config.json and the end-of-text ids.
 
-Byte-level and SentencePiece-like models of the `tokenizers` library. Torch-free.
+Byte-level and SentencePiece-like models of the `tokenizers` library; without tokenizer.json, files
+of SentencePiece. Torch-free.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 
 from model.checkpoint import CheckpointError
 from model.checkpoint.json_file import read_json
+from model.checkpoint.sentencepiece_file import Described, Splitting, describe
 from model.checkpoint.token_bytes import Decode, byte_level, byte_table, sentencepiece
 from model.checkpoint.vocabulary import END_OF_TURN, MAX_VOCABULARY, Special, Vocabulary
 
@@ -22,25 +24,30 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_
 
 def from_folder(folder: Path) -> Vocabulary:
     """Reads the vocabulary of a folder. Raises CheckpointError."""
-    body = read_json(folder / "tokenizer.json")
+    found = _described(folder)
     settings = _optional_json(folder / "tokenizer_config.json")
     generation = _optional_json(folder / "generation_config.json")
     model = _optional_json(folder / "config.json")
-    body = _without_special_merges(_with_stated_ids(_with_special_ends(body)))
-    first = build(body)
-    rest = _without_leading_blank(body)
-    known = first.get_vocab(with_added_tokens=True)
+    body = _with_stated_ids(_with_special_ends(found.text.body))
+    whole = build(body)
+    known = whole.get_vocab(with_added_tokens=True)
     rows = _id_or_zero(model.get("vocab_size"))
     size = max(rows, max(known.values(), default=-1) + 1)
     if not 0 < size <= MAX_VOCABULARY:
         raise CheckpointError(f"a vocabulary has between 1 and {MAX_VOCABULARY} tokens")
-    added = first.get_added_tokens_decoder()
+    added = whole.get_added_tokens_decoder()
     specials = {
         token.content: Special(id=id_, lstrip=token.lstrip, rstrip=token.rstrip)
         for id_, token in added.items()
         if token.special and token.content
     }
-    names = _names(settings)
+    read = readable(body, specials.keys() | found.text.unread)
+    first = whole if read is body else build(read)
+    rest = _without_leading_blank(read)
+    target = None
+    if found.target is not None:
+        target = build(readable(found.target.body, specials.keys() | found.target.unread))
+    names = {**found.names, **_names(settings)}
     bos_id = known.get(names.get("bos_token", ""))
     ends = {known[names["eos_token"]]} if names.get("eos_token") in known else set()
     ends |= {specials[text].id for text in END_OF_TURN & specials.keys()}
@@ -50,16 +57,22 @@ def from_folder(folder: Path) -> Vocabulary:
     literal = {token.content: id_ for id_, token in added.items() if not token.special}
     return Vocabulary(
         first=first,
-        rest=first if rest == body else build(rest),
+        rest=first if rest == read else build(rest),
         size=size,
         token_bytes=byte_table(plain, literal, size=size, decode=_decoding(body)),
         specials=specials,
-        add_bos=_adds_bos(first, settings, bos_id),
+        add_bos=_adds_bos(whole, settings, bos_id),
         bos_id=bos_id,
         eos_ids=frozenset(id_ for id_ in ends if id_ < (rows or size)),
         chat_template=_template(folder, settings),
         names=names,
+        target=target,
     )
+
+
+def _described(folder: Path) -> Described:
+    path = folder / "tokenizer.json"
+    return Described(text=Splitting(read_json(path))) if path.exists() else describe(folder)
 
 
 def _with_special_ends(body: dict[str, Any]) -> dict[str, Any]:
@@ -94,20 +107,6 @@ def _with_stated_ids(body: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-def _without_special_merges(body: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer without merges into special tokens, which would let a text spell them."""
-    model = body["model"]
-    merges, vocab = model.get("merges") or (), model.get("vocab")
-    special = {token["content"] for token in body.get("added_tokens") or () if token["special"]}
-    if not merges or not isinstance(vocab, dict) or special.isdisjoint(vocab):
-        return body
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-    kept = [
-        merge for merge, pair in zip(merges, pairs, strict=True) if "".join(pair) not in special
-    ]
-    return {**body, "model": {**model, "merges": kept}}
-
-
 def _misplaced(body: Mapping[str, Any]) -> list[str]:
     """Added tokens that the library would give another id than the file does."""
     tokenizer = build(body)
@@ -128,6 +127,26 @@ def build(body: Mapping[str, Any]) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def readable(body: dict[str, Any], hidden: Collection[str]) -> dict[str, Any]:
+    """The same tokenizer for text, which never becomes one of the `hidden` tokens.
+
+    A BPE model loses the merges into these. In a Unigram model a blank is put before them: no text
+    has one behind the normalizer.
+    """
+    model = body["model"]
+    merges, vocab = model.get("merges") or (), model.get("vocab")
+    if isinstance(vocab, list):
+        literal = [token for token in body.get("added_tokens") or () if not token["special"]]
+        unread = set(hidden) - {token["content"] for token in literal}
+        pieces = [[f" {text}" if text in unread else text, score] for text, score in vocab]
+        return {**body, "model": {**model, "vocab": pieces}, "added_tokens": literal}
+    if not merges or not isinstance(vocab, dict) or vocab.keys().isdisjoint(hidden):
+        return body
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    kept = [merge for merge, pair in zip(merges, pairs, strict=True) if "".join(pair) not in hidden]
+    return {**body, "model": {**model, "merges": kept}}
 
 
 def _without_leading_blank(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from model.config import ROPE_THETA
 # Rotary pairs stand side by side in the rows of Q and K, and have to be taken apart.
 INTERLEAVED = frozenset({"llama", "smollm3"})
 
-_ENCODERS = frozenset({"bert", "nomic-bert"})
+ENCODERS = frozenset({"bert", "nomic-bert"})
 _QKV = ("q", "k", "v")
 _BLOCK = {
     "attn_norm": "attention_norm",
@@ -107,7 +107,7 @@ def translate(header: GgufHeader) -> dict[str, Any]:
         return config | _present(
             layer_norm_epsilon=header.number("gpt2.attention.layer_norm_epsilon")
         )
-    if architecture in _ENCODERS:
+    if architecture in ENCODERS:
         return config | _encoder(header, architecture)
     return config | _llama_like(header, architecture)
 
@@ -137,6 +137,8 @@ def _encoder(header: GgufHeader, architecture: str) -> dict[str, Any]:
 
 
 def _llama_like(header: GgufHeader, architecture: str) -> dict[str, Any]:
+    if header.flag(f"{architecture}.attention.causal") is False:
+        raise CheckpointError(f"{header.file_name}: {architecture} is supported as a decoder only")
     config = _present(
         rms_norm_eps=header.number(f"{architecture}.attention.layer_norm_rms_epsilon"),
         rope_theta=header.number(f"{architecture}.rope.freq_base"),

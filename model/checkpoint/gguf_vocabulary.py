@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -23,7 +22,7 @@ from model.checkpoint.token_bytes import (
     byte_table,
     sentencepiece,
 )
-from model.checkpoint.vocabulary import END_OF_TURN, MAX_VOCABULARY, Special, Vocabulary
+from model.checkpoint.vocabulary import END_OF_TURN, MAX_VOCABULARY, Kind, Special, Vocabulary
 
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _LLAMA3 = (
@@ -54,18 +53,6 @@ _WHOLE_WORDS = frozenset(
     {"llama-bpe", "llama3", "llama-v3", "tekken"}
 )  # known words need no merges
 _MAX_PIECE = 256  # characters of a SentencePiece token; its trainer's default limit is 16
-
-
-class _Kind(IntEnum):
-    """Types of tokens, as llama.cpp numbers them."""
-
-    UNDEFINED = 0
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4  # found in text before all else, and text itself
-    UNUSED = 5  # padding: an id without a token
-    BYTE = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,28 +138,28 @@ def read_tokens(header: GgufHeader) -> Tokens:
     texts = header.strings("tokenizer.ggml.tokens")
     if not texts:
         raise CheckpointError(f"{header.file_name}: it has no vocabulary")
-    kinds = header.integers("tokenizer.ggml.token_type") or [int(_Kind.NORMAL)] * len(texts)
+    kinds = header.integers("tokenizer.ggml.token_type") or [int(Kind.NORMAL)] * len(texts)
     if len(kinds) != len(texts):
         raise CheckpointError(f"{header.file_name}: as many token types as tokens are needed")
-    if not all(0 <= kind <= max(_Kind) for kind in set(kinds)):
-        raise CheckpointError(f"{header.file_name}: token types must be from 0 to {max(_Kind)}")
+    if not all(0 <= kind <= max(Kind) for kind in set(kinds)):
+        raise CheckpointError(f"{header.file_name}: token types must be from 0 to {max(Kind)}")
     tokens = Tokens(texts=texts, plain={}, literal={}, byte={}, special={})
     of_kind = {
-        _Kind.NORMAL: tokens.plain,
-        _Kind.USER_DEFINED: tokens.literal,
-        _Kind.BYTE: tokens.byte,
+        Kind.NORMAL: tokens.plain,
+        Kind.USER_DEFINED: tokens.literal,
+        Kind.BYTE: tokens.byte,
     }
     seen: set[str] = set()
     for id_, (text, kind) in enumerate(zip(texts, kinds, strict=True)):
-        if not text or kind == _Kind.UNUSED:
+        if not text or kind == Kind.UNUSED:
             continue
-        if kind == _Kind.BYTE and byte_of(text) is None:
+        if kind == Kind.BYTE and byte_of(text) is None:
             raise CheckpointError(f"{header.file_name}: byte tokens must be <0x00> to <0xFF>")
         if text in seen:
             raise CheckpointError(f"{header.file_name}: two tokens have the text {text!r:.80}")
         seen.add(text)
-        ends_turn = kind == _Kind.USER_DEFINED and text in END_OF_TURN
-        of_kind.get(_Kind.CONTROL if ends_turn else _Kind(kind), tokens.special)[text] = id_
+        ends_turn = kind == Kind.USER_DEFINED and text in END_OF_TURN
+        of_kind.get(Kind.CONTROL if ends_turn else Kind(kind), tokens.special)[text] = id_
     return tokens
 
 

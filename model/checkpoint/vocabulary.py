@@ -1,13 +1,15 @@
 """Vocabularies: a model's tokens in one form, whatever file they come from.
 
-`folder_vocabulary` reads tokenizer.json, `gguf_vocabulary` GGUF files. Torch-free: a process that
-only handles text reads nothing but these. How text becomes tokens is `model.text.tokenizer`'s.
+`folder_vocabulary` reads tokenizer.json, `sentencepiece_file` SentencePiece's files, and
+`gguf_vocabulary` GGUF files. Torch-free: a process that only handles text reads nothing but these.
+How text becomes tokens is `model.text.tokenizer`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from tokenizers import Tokenizer
 
@@ -21,6 +23,18 @@ END_OF_TURN = frozenset(
         *("<end_of_turn>", "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
     }
 )
+
+
+class Kind(IntEnum):
+    """Types of tokens, as SentencePiece and llama.cpp number them."""
+
+    UNDEFINED = 0
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4  # found in text before all else, and text itself
+    UNUSED = 5  # padding: an id without a token
+    BYTE = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,3 +64,4 @@ class Vocabulary:
     eos_ids: frozenset[int]  # of those that the network can produce
     chat_template: str | None
     names: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...: text
+    target: Tokenizer | None = None  # of the decoder's texts, if it splits them in another way

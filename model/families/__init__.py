@@ -46,7 +46,8 @@ class Family:
     canonical parts if the checkpoint has them fused along the output dimension (sizes from the
     config), or to None if a tensor is known but not needed. `transposed` names those stored
     [in, out]. Names that begin with a prefix may also stand without it: checkpoints of the network
-    alone, without a head, have none.
+    alone, without a head, have none. `own_head` names an output layer that is the embedding if, and
+    only if, the checkpoint lacks it; "": as the config states.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Family:
     names: Mapping[str, str | tuple[str, ...] | None]
     transposed: frozenset[str] = field(default_factory=frozenset)
     prefix: str = ""
+    own_head: str = ""
 
 
 def _bart() -> Family:

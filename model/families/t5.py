@@ -35,8 +35,9 @@ def configure(config: Config) -> ModelConfig:
     activation, gated = _MLPS[kind]
     hidden, heads = whole(fields, "d_model"), whole(fields, "num_heads")
     layers = whole(fields, "num_layers")
-    # Version 1.1 has a head of its own, which reads the states as they are.
+    # Version 1.1 and mT5 have a head of their own, which reads the states as they are.
     tied = flag(fields, "tie_word_embeddings", default=True)
+    scaled = tied and fields.get("model_type") != "mt5"
     decoder = ModelConfig(
         family="t5",
         vocab_size=whole(fields, "vocab_size"),
@@ -53,7 +54,7 @@ def configure(config: Config) -> ModelConfig:
         gated_mlp=gated,
         tied_head=tied,
         scaled_scores=False,
-        head_scale=hidden**-0.5 if flag(fields, "scale_decoder_outputs", default=tied) else 1.0,
+        head_scale=hidden**-0.5 if flag(fields, "scale_decoder_outputs", default=scaled) else 1.0,
         num_buckets=whole(fields, "relative_attention_num_buckets"),
         max_distance=whole(fields, "relative_attention_max_distance"),
         start_ids=(id_of(fields, "decoder_start_token_id", "pad_token_id", default=0),),
@@ -90,6 +91,8 @@ FAMILY = Family(
     name="t5",
     model_types=("t5", "mt5"),
     configure=configure,
+    # transformers writes tie_word_embeddings = true for models of both kinds.
+    own_head="lm_head.weight",
     names={
         "shared.weight": "embed.weight",
         "lm_head.weight": "head.weight",

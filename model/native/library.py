@@ -7,7 +7,6 @@ index in a step, but not the lengths of arrays.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
@@ -309,26 +308,6 @@ class NativeModel:
         if self._handle:
             self._calls.quire_destroy(self._handle)
         self._handle = None
-
-
-def usable_cpus() -> int:
-    """Processors that this process may use, by its affinity and its container's quota."""
-    cpus = len(os.sched_getaffinity(0))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        allowed, period = quota.read_text(encoding="ascii").split()
-        if allowed != "max":
-            cpus = min(cpus, max(1, -(-int(allowed) // int(period))))
-    return cpus
-
-
-def usable_cores() -> int:
-    """Physical cores among the usable processors: threads of one core share its multipliers."""
-    siblings = set()
-    for cpu in os.sched_getaffinity(0):
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(path.read_text(encoding="ascii") if path.is_file() else str(cpu))
-    return min(len(siblings), usable_cpus())
 
 
 def _mirror(shape: Shape) -> tuple[_Shape, list[npt.NDArray[Any]]]:

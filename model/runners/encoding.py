@@ -9,8 +9,9 @@ classification head, the head's logits; how these become scores is in `EncoderIn
         runner, tokenizer = load_encoder(path, threads=2)
         (vector,) = runner.encode([tokenizer.encode("a text")])
 
-Encoders (BERT and its kin) and decoders with the files of sentence-transformers embed. One call at
-a time: a runner is not thread-safe. Importing this module does not import torch.
+Encoders (BERT and its kin) embed, and decoders with the files of sentence-transformers or, in GGUF,
+with a pooling. One call at a time: a runner is not thread-safe. Importing this module does not
+import torch.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Protocol
 
 from model.batch import Floats
 from model.checkpoint import find_gguf, open_checkpoint, open_model
+from model.checkpoint.gguf_encoder import embeds
+from model.checkpoint.gguf_parts import read_headers
 from model.checkpoint.sentence_transformers import MODULES, SentenceSettings, read_settings
 from model.config import Classifier, ModelConfig, Pooling, Problem
 from model.families import ENCODERS
@@ -96,9 +99,12 @@ def is_encoder(path: Path) -> bool:
     config = checkpoint.config
     named = config.get("architectures")
     classifies = isinstance(named, list) and any("ForSequenceClass" in str(each) for each in named)
-    folder = path if path.is_dir() else path.parent
-    embeds = find_gguf(path) is None and (folder / MODULES).exists()
-    return classifies or config.get("model_type") in ENCODERS or embeds
+    if classifies or config.get("model_type") in ENCODERS:
+        return True
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return embeds(read_headers(gguf))
+    return ((path if path.is_dir() else path.parent) / MODULES).exists()
 
 
 def load_encoder(

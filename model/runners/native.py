@@ -17,13 +17,12 @@ import numpy as np
 
 from model.batch import Batch, SamplingBatch, StepOutput
 from model.config import Activation, ModelConfig, Norm, Position
+from model.limits import usable_cores, usable_cpus
 from model.native.library import (
     NO_WINDOW,
     NativeLibrary,
     NativeModel,
     Shape,
-    usable_cores,
-    usable_cpus,
 )
 from model.native.packed import PackedWeights
 from model.native.quantize import hadamard_block, load, load_adapters, rotary_tables

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from model.batch import Floats
 from model.config import Activation, ModelConfig, Norm, Pooling, Position
+from model.limits import usable_cores
 from model.native.encoder import EncoderShape, Matrix, NativeEncoderModel, Table, Vector
-from model.native.library import NO_WINDOW, NativeLibrary, usable_cores
+from model.native.library import NO_WINDOW, NativeLibrary
 from model.native.quantize import rotary_tables
 from model.runners.encoding import EncoderInfo, Encoding, check_fits, step_parts
 from model.weights import Array, Arrays, float_copy

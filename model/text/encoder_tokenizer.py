@@ -1,25 +1,27 @@
 """Text -> what an encoder reads: token ids with the special tokens around them, and their types.
 
 WordPiece, byte-level BPE and Unigram by the `tokenizers` library; which special tokens stand where
-is the post-processor's in tokenizer.json. Of GGUF files, WordPiece is read. A text that spells a
-special token stays text. Torch-free.
+is the post-processor's in tokenizer.json. Of GGUF files, WordPiece is read, and what decoders have.
+A text that spells a special token stays text. Torch-free.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import tokenizers
 
-from model.checkpoint import find_gguf
-from model.checkpoint.folder_vocabulary import build
+from model.checkpoint import CheckpointError, find_gguf
+from model.checkpoint.folder_vocabulary import build, readable
 from model.checkpoint.gguf_encoder import tokenizer_of
 from model.checkpoint.gguf_parts import read_headers
 from model.checkpoint.json_file import read_json
+from model.checkpoint.sentencepiece_file import MISSING
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,20 @@ class EncoderTokenizer:
     unless a call asks for that.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, max_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        max_tokens: int,
+        splitter: tokenizers.Tokenizer | None = None,
+        specials: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        """`splitter` splits texts, in which it finds no special tokens; None: `tokenizer` does.
+        `specials`: the texts of special tokens that `tokenizer` does not know.
+        """
         self._tokenizer = tokenizer
+        self._splitter = splitter or tokenizer
+        self._specials = specials
         self.max_tokens = max_tokens
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.num_special = tokenizer.num_special_tokens_to_add(is_pair=False)
@@ -49,9 +63,18 @@ class EncoderTokenizer:
         """Reads a GGUF file, or tokenizer.json in a model's folder. Raises CheckpointError."""
         gguf = find_gguf(path)
         if gguf is not None:
-            return cls(tokenizer_of(read_headers(gguf)), max_tokens=max_tokens)
+            tokenizer, specials = tokenizer_of(read_headers(gguf))
+            return cls(tokenizer, max_tokens=max_tokens, specials=specials)
         folder = path if path.is_dir() else path.parent
-        return cls(build(read_json(folder / "tokenizer.json")), max_tokens=max_tokens)
+        file = folder / "tokenizer.json"
+        if not file.exists():
+            raise CheckpointError(MISSING)
+        body = read_json(file)
+        tokenizer = build(body)
+        added = body.get("added_tokens") or ()
+        read = readable(body, {token["content"] for token in added if token["special"]})
+        splitter = tokenizer if read is body else build(read)
+        return cls(tokenizer, max_tokens=max_tokens, splitter=splitter)
 
     @cached_property
     def digest(self) -> str:
@@ -92,12 +115,12 @@ class EncoderTokenizer:
 
     def token_text(self, token_id: int) -> str:
         """What to show for one token: as the vocabulary spells it."""
-        return self._tokenizer.id_to_token(token_id) or ""
+        return self._tokenizer.id_to_token(token_id) or self._specials.get(token_id, "")
 
     def _split(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         for text in texts:
             text.encode()  # raises for lone surrogates; the library's own error is about types
-        return self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return self._splitter.encode_batch_fast(list(texts), add_special_tokens=False)
 
 
 def _room(truncate_to: int | None, specials: int) -> int | None:

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from model.checkpoint import find_gguf
 from model.checkpoint.folder_vocabulary import from_folder
 from model.checkpoint.gguf_parts import read_headers
@@ -61,13 +63,17 @@ class Tokenizer:
         digest.update(repr(sorted(self._special_ids.items())).encode())
         return digest.hexdigest()
 
-    def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_bos: bool = True, parse_special: bool = False, target: bool = False
+    ) -> list[int]:
         """The ids of a text, in time linear in its length and without the interpreter lock.
 
-        `add_bos` puts the beginning-of-text token first if the model was trained with it, and
-        `parse_special` makes special tokens of their texts. Raises UnicodeEncodeError for lone
-        surrogates.
+        `add_bos` puts the beginning-of-text token first if the model was trained with it,
+        `parse_special` makes special tokens of their texts, and `target` splits the text as one of
+        a translator's decoder. Raises UnicodeEncodeError for lone surrogates.
         """
+        if target and self._vocabulary.target is not None:
+            return self._split(self._vocabulary.target, text)
         if parse_special:
             ids = self._ids_with_specials(text)
         else:
@@ -168,10 +174,13 @@ class Tokenizer:
         return self._template.render({**self._vocabulary.names, **fields, **variables})
 
     def _text_ids(self, text: str, *, is_first: bool) -> list[int]:
+        splitter = self._vocabulary.first if is_first else self._vocabulary.rest
+        return self._split(splitter, text)
+
+    def _split(self, splitter: tokenizers.Tokenizer, text: str) -> list[int]:
         if not text:
             return []
         text.encode()  # raises for lone surrogates; the library's own error would be about types
-        splitter = self._vocabulary.first if is_first else self._vocabulary.rest
         # The batch call is the one that lets go of the interpreter lock.
         (encoding,) = splitter.encode_batch_fast([text], add_special_tokens=False)
         ids: list[int] = encoding.ids

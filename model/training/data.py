@@ -72,10 +72,13 @@ def _jsonl(path: Path) -> list[Row]:
 
 def _parquet(path: Path) -> list[Row]:
     try:
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise TrainingError(f"{path.name}: Parquet needs pyarrow: pip install pyarrow") from None
-    rows: list[Row] = parquet.read_table(path).to_pylist()
+    try:
+        rows: list[Row] = parquet.read_table(path).to_pylist()
+    except ArrowException:
+        raise TrainingError(f"{path.name}: not a Parquet file") from None
     return rows
 
 

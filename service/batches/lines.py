@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,11 +59,13 @@ def split(blocks: Iterator[bytes], *, max_bytes: int) -> Iterator[tuple[int, byt
 def check(
     blocks: Iterator[bytes], *, endpoint: str, max_bytes: int
 ) -> tuple[list[Line], list[LineError]]:
-    """The lines of a file, and the first errors. Empty lines are ignored."""
+    """The lines of a file, and the first errors. Empty lines and a byte order mark are ignored."""
     found: list[Line] = []
     errors: list[LineError] = []
     seen: set[str] = set()
-    for number, (start, data) in enumerate(split(blocks, max_bytes=max_bytes), start=1):
+    for number, (at, text) in enumerate(split(blocks, max_bytes=max_bytes), start=1):
+        data = text if at else text.removeprefix(BOM_UTF8)
+        start = at + len(text) - len(data)
         if not data.strip():
             continue
         end = start + len(data)
@@ -73,7 +76,7 @@ def check(
             seen.add(custom_id)
             found.append(Line(custom_id, start, end))
         if len(found) > MAX_LINES:
-            message = f"the file may have at most {MAX_LINES} lines"
+            message = f"the file may have at most {MAX_LINES} lines; divide it into several"
             errors.append(LineError("too_many_lines", message))
         if len(errors) >= MAX_ERRORS or len(found) > MAX_LINES:
             break
@@ -90,7 +93,7 @@ def _checked(
         return LineError("line_too_long", message, number)
     line = _parsed(data)
     if line is None:
-        return LineError("invalid_json_line", "the line must be a JSON object", number)
+        return LineError("invalid_json_line", "the line must be a JSON object in UTF-8", number)
     custom_id = line.get("custom_id")
     is_id = isinstance(custom_id, str) and 1 <= len(custom_id) <= MAX_ID_CHARS
     rules = (

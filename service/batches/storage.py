@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 THREADS = 4
 COPY_BYTES = 2**20
+FAILURES = (OSError, ImportError, ValueError)
+"""What work on a storage may raise; ImportError: fsspec needs a package for the URL's protocol."""
 
 
 def folder_of(tenant: str) -> str:
@@ -152,7 +154,7 @@ class Storage:
     def _run(self, work: Callable[[Tree], T]) -> T:
         try:
             return work(self._tree)
-        except (OSError, ImportError, ValueError) as error:  # ImportError: of the URL's protocol
+        except FAILURES as error:
             log.warning("the storage of files fails: %s: %s", type(error).__name__, error)
             raise Unavailable(
                 "the storage of files and batches is unavailable",

@@ -209,11 +209,17 @@ async def _first_model(target: Target) -> str:
             asyncio.timeout(PATIENCE),
             call(address, "GET", path, headers=headers, tls=target.tls) as reply,
         ):
+            if reply.status in {401, 403}:
+                raise StartupError(
+                    f"the server refuses the key: HTTP {reply.status}; see --api-key"
+                )
             if reply.status != 200:
                 raise StartupError(f"the server lists no models: HTTP {reply.status}")
             return str((await reply.json())["data"][0]["id"])
-    except (Broken, TimeoutError) as error:
-        raise StartupError(f"the server does not answer: {type(error).__name__} {error}") from None
+    except TimeoutError:
+        raise StartupError(f"the server does not answer within {PATIENCE:g} s") from None
+    except Broken as error:
+        raise StartupError(f"the server does not answer: {error}") from None
     except (ValueError, LookupError, TypeError):
         raise StartupError("the server lists no models: name one by --model") from None
 
@@ -239,6 +245,8 @@ def parse_rates(text: str) -> list[float]:
 
 def report(options: Options, file: Path | None, *, console: Console) -> bool:
     """Measures, prints the table, writes JSON. Returns whether any answer was complete."""
+    if file is not None:
+        _ensure_writable(file)
     model, points = bench(options, console=Console(stderr=True))
     console.print(f"{model} at {options.url}", markup=False, highlight=False)
     console.print(table_of(points, options.objectives))
@@ -248,6 +256,15 @@ def report(options: Options, file: Path | None, *, console: Console) -> bool:
     if file is not None:
         write_json(file, options, model, points)
     return any(point.summary.completion_tokens for point in points)
+
+
+def _ensure_writable(file: Path) -> None:
+    """Raises StartupError now, rather than after minutes of measuring."""
+    try:
+        with file.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise StartupError(f"json: {file.name}: {error.strerror or 'cannot be written'}") from None
 
 
 def table_of(points: Sequence[Point], objectives: Objectives) -> Table:

@@ -9,6 +9,7 @@ request has a connection of its own; there are no redirects and no retries.
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import struct
 import time
@@ -21,6 +22,7 @@ import orjson
 
 Address = tuple[str, int]
 DONE = b"[DONE]"
+_STATUS = re.compile(r"HTTP/1\.[01] ([1-5][0-9]{2})\b")
 
 
 class Broken(Exception):
@@ -122,7 +124,7 @@ class Reply:
             else:
                 while piece := await self.reader.read(65536):
                     yield piece
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
             raise _broken(error) from error
 
     async def events(self) -> AsyncGenerator[SseEvent, None]:
@@ -170,11 +172,14 @@ async def call(
         try:
             writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, asyncio.LimitOverrunError) as error:
             raise _broken(error) from error
+        first = _STATUS.match(head[0])
+        if first is None:
+            raise Broken("what answers there does not speak HTTP/1.1")
         fields = (line.partition(":") for line in head[1:] if line)
         named = {name.lower(): value.strip() for name, _, value in fields}
-        yield Reply(int(head[0].split(" ")[1]), named, reader, writer)
+        yield Reply(int(first[1]), named, reader, writer)
     finally:
         writer.transport.abort()
 

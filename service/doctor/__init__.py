@@ -1,9 +1,9 @@
 """Doctor: checks a machine and a configuration before they serve, and states what to do.
 
-    machine.py    what the machine is, and what its container allows
+    machine.py    what the machine is
     hardware.py   processor, kernels, threads, memory, GPU, and the speed that they allow
     models.py     the files of the models
-    store.py      the queue's store
+    store.py      the queue's store, and that of files
     report.py     all of these, printed
 
 Loads no weights and downloads nothing. No finding contains a password or a path.

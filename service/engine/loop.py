@@ -33,6 +33,7 @@ from service.engine.pack import Packer
 from service.engine.pipeline import Computed, Pipeline
 from service.engine.plan import EngineConfig, Plan
 from service.engine.scheduler import Scheduler
+from service.engine.scoring import Scoring
 from service.engine.segments import SegmentPacker
 from service.engine.sequence import Sequence as EngineSequence
 from service.engine.speculate import Speculator, may_speculate
@@ -110,6 +111,7 @@ class EngineLoop(EngineThread):
             grammars=grammars,
             adapters=numbered,
         )
+        self._scoring = Scoring()
 
     # --- any thread -----------------------------------------------------------------------
     def held_prefixes(self) -> frozenset[str]:
@@ -138,7 +140,7 @@ class EngineLoop(EngineThread):
 
     @property
     def _has_work(self) -> bool:
-        return bool(self._scheduler.num_sequences or self._pipeline)
+        return bool(self._scheduler.num_sequences or self._pipeline or self._scoring)
 
     def _finish(self) -> None:
         self._collect()
@@ -148,6 +150,7 @@ class EngineLoop(EngineThread):
         self._read_inbox()
         if self._pipeline.must_be_read:
             self._collect()
+        self._enqueue_scored()
         self._compute_masks()
         plan = self._scheduler.schedule(began)
         for sequence in plan.expired:
@@ -167,14 +170,24 @@ class EngineLoop(EngineThread):
         return bool(plan.tokens)
 
     def _begin(self, command: Command) -> None:
-        self._scheduler.abort(command.request_id)
-        self._outputs.drop(command.request_id)
+        for name in (command.request_id, *self._scoring.drop(command.request_id)):
+            self._scheduler.abort(name)
+            self._outputs.drop(name)
         if command.work is not None:
             self._accept(command.work, command.received)
+
+    def _enqueue_scored(self) -> None:
+        if self._scoring:
+            self._outputs.undelivered = self._scoring.absorb(self._outputs.undelivered)
+            for work, received in self._scoring.due(self._scheduler.room):
+                self._accept(work, received)
 
     def _accept(self, work: Work, received: float) -> None:
         """Enqueues a request; ends it at once if there is nothing left to compute."""
         try:
+            if work.request.scored:
+                self._scoring.begin(work, received)
+                return
             builder = self._outputs.begin(work)
             if builder is None:
                 return
@@ -234,7 +247,7 @@ class EngineLoop(EngineThread):
 
     def _take_events(self) -> list[Event]:
         events, self._outputs.undelivered = self._outputs.undelivered, []
-        return events
+        return self._scoring.absorb(events)
 
     def _update_room(self) -> None:
         scheduler = self._scheduler

@@ -30,7 +30,7 @@ VALUE_BYTES = 6
 
 def answer_share(request: GenerationRequest) -> int:
     """The part of the cost that is for the answer; corrected by its real length when it ends."""
-    known = request.encoding is not None  # one per input
+    known = request.encoding is not None or request.scored  # one per input or continuation
     return request.max_tokens // (1 if known else ANSWER_SHARE)
 
 
@@ -43,7 +43,8 @@ def admission_cost(request: GenerationRequest) -> int:
     """Tokens that a queued request counts against `QueueLimits.max_tokens` and, until it has ended,
     against its key's tokens per minute.
     """
-    return len(request.prompt_ids) + answer_share(request)
+    continued = sum(len(each) - 1 for each in request.scored)
+    return len(request.prompt_ids) + continued + answer_share(request)
 
 
 def request_bytes(request: GenerationRequest) -> int:
@@ -54,7 +55,8 @@ def request_bytes(request: GenerationRequest) -> int:
     num_ids = len(request.prompt_ids) + len(request.stop_token_ids) + len(sampling.allowed)
     if request.encoding is not None:
         num_ids += len(request.encoding.lengths) + len(request.encoding.firsts)
-    num_ids += len(request.prediction) + sum(1 + len(sequence) for sequence in sampling.banned)
+    lists = (*sampling.banned, *request.scored)
+    num_ids += len(request.prediction) + sum(1 + len(each) for each in lists)
     bias = BIAS_BYTES * len(sampling.logit_bias)
     texts = json.dumps((request.stop, request.grammar)) if request.stop or request.grammar else ""
     return BODY_BYTES + ID_BYTES * num_ids + bias + len(texts)

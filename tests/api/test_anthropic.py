@@ -385,7 +385,7 @@ ONLY = (
         ({"max_tokens": None}, 400, "invalid_request_error", "max_tokens: "),
         ({"temperature": 1.5}, 400, "invalid_request_error", "temperature: "),
         ({"model": "nope"}, 404, "not_found_error", "model: "),
-        ({"messages": []}, 400, "invalid_request_error", "messages: "),
+        ({"messages": []}, 400, "invalid_request_error", "messages must have 1 or more"),
         ({"stop_sequences": [""]}, 400, "invalid_request_error", "stop_sequences must"),
         ({"stop_sequences": ["a"] * 17}, 400, "invalid_request_error", "stop_sequences may"),
         ({"stop": ["a"]}, 400, "invalid_request_error", "stop: "),

@@ -124,18 +124,27 @@ async def test_each_line_has_the_answer_that_it_has_online(
     [
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
         ("/v1/responses", {"input": "hi", "max_output_tokens": 3, "temperature": 0}),
+        (
+            "/v1/decisions",
+            {"input": "hi", "questions": [{"type": "predicate", "instructions": "It is."}]},
+        ),
     ],
 )
 async def test_lines_of_other_endpoints(
     start_service: Any, tmp_path: Path, url: str, body: Json
 ) -> None:
     async with running(start_service, tmp_path) as service:
+        generated = service.engine.script
+        service.engine.script = lambda request: (
+            [each[-1] for each in request.scored] or generated(request)
+        )
         each = {"custom_id": "x", "method": "POST", "url": url, "body": {"model": MODEL} | body}
         file_id = await upload(service, jsonl([each]))
         found = await ended(service, (await create(service, file_id, endpoint=url))["id"])
         (row,) = await content(service, found["output_file_id"])
         assert row["response"]["status_code"] == 200
-        assert row["response"]["body"]["object"] in {"chat.completion", "response"}
+        found = row["response"]["body"]
+        assert "answers" in found or found["object"] in {"chat.completion", "response"}
 
 
 async def test_lines_that_fail_are_in_the_error_file(start_service: Any, tmp_path: Path) -> None:
@@ -186,6 +195,18 @@ async def test_a_bad_input_file_fails_the_batch(
         assert found["status"] == "failed"
         assert {each["code"] for each in found["errors"]["data"]} == {code}
         assert service.engine.seen == []
+
+
+async def test_files_of_other_systems_are_read(start_service: Any, tmp_path: Path) -> None:
+    """Of Windows: lines end with CR LF, and the file begins with a byte order mark."""
+    text = "\ufeff" + "\r\n".join(json.dumps(line(number)) for number in range(3)) + "\r\n\r\n"
+    async with running(start_service, tmp_path) as service:
+        found = await ended(
+            service, (await create(service, await upload(service, text.encode())))["id"]
+        )
+        assert found["request_counts"] == {"total": 3, "completed": 3, "failed": 0}, found
+        rows = await content(service, found["output_file_id"])
+        assert [row["custom_id"] for row in rows] == ["id-0", "id-1", "id-2"]
 
 
 async def test_a_replica_takes_over_what_another_one_left(
@@ -388,4 +409,7 @@ async def test_bad_bodies_are_refused(service: Any, change: Json) -> None:
     body = {"input_file_id": "file-1", "endpoint": "/v1/completions", "completion_window": "1h"}
     reply = await service.post("/v1/batches", body | change)
     assert reply.status_code == 400, reply.text
-    assert reply.json()["error"]["param"].partition(".")[0] in change
+    error = reply.json()["error"]
+    assert error["param"].partition(".")[0] in change
+    if "completion_window" in change:
+        assert error["message"].endswith("must be from 1m to 30d, such as 24h")

@@ -1,5 +1,5 @@
-"""POST /v1/decisions over a real queue: the engine answers with the token that a request allows,
-whose log probability is a function of the token.
+"""POST /v1/decisions over a real queue: the engine answers with the tokens that a request scores,
+whose log probabilities are functions of the tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from service.api.http.auth import only_with_key
-from service.api.responses.decisions import MAX_SCORED
 from service.keys import Key
 from service.messages import GenerationRequest
+from service.queues.contract import QueueLimits
 from tests.api.conftest import MODEL, Service, StartService
 from tests.support.waiting import PATIENCE
 
@@ -26,14 +26,14 @@ WORDS = ("hello", "world", "the answer", "the answer is", "the", "plain", "é", 
 PREDICATE = {"type": "predicate", "instructions": "It is plain."}
 
 
-def allowed_token(request: GenerationRequest) -> Sequence[int]:
-    return request.sampling.allowed
+def scored_tokens(request: GenerationRequest) -> Sequence[int]:
+    return [each[-1] for each in request.scored]
 
 
 @pytest.fixture
 async def decider(start_service: StartService) -> AsyncIterator[Service]:
     async with start_service() as service:
-        service.engine.script = allowed_token
+        service.engine.script = scored_tokens
         yield service
 
 
@@ -128,20 +128,21 @@ async def test_a_question_is_answered_alone_as_among_others_in_any_order(
 async def test_requests_share_prompts_and_tokens_that_options_have_in_common(
     decider: Service,
 ) -> None:
-    """One request per token; a question's prompt counts once, in the answer and in the usage."""
+    """One request per question, which scores each token once; its prompt counts once, in the answer
+    and in the usage.
+    """
     reply = await decider.post(PATH, body_of(choice("the answer", "the answer is"), PREDICATE))
-    seen = {each.id: each for each in decider.engine.seen}
-    asked = [seen[name] for name in sorted(seen, key=lambda name: int(name.rpartition(".")[2]))]
-    assert {(each.max_tokens, len(each.sampling.allowed)) for each in asked} == {(1, 1)}
-    assert len({(each.prompt_ids, each.sampling.allowed) for each in asked}) == len(asked)
-    firsts = [each for each in asked if each.sampling.choice == 0]
-    assert len(firsts) == 2
+    asked = decider.engine.seen
+    assert len(asked) == 2
+    for each in asked:
+        assert len(set(each.scored)) == len(each.scored) == each.max_tokens
+    num = sum(len(each.scored) for each in asked)
     usage = reply.json()["usage"]
-    prompts = sum(len(each.prompt_ids) for each in firsts)
-    assert (usage["input_tokens"], usage["output_tokens"]) == (prompts, len(asked))
+    prompts = sum(len(each.prompt_ids) for each in asked)
+    assert (usage["input_tokens"], usage["output_tokens"]) == (prompts, num)
     assert usage["input_tokens_details"]["cached_tokens"] == 2 * 2  # the engine's constant
     (used,) = (await decider.client.get("/v1/usage")).json()["data"]
-    assert (used["prompt_tokens"], used["generated_tokens"]) == (prompts, len(asked))
+    assert (used["prompt_tokens"], used["generated_tokens"]) == (prompts, num)
     (report,) = decider.observer.reports
     assert (report.prompt_tokens, report.cached_tokens) == (prompts, 4)
 
@@ -166,13 +167,21 @@ async def test_an_input_is_a_text_or_items_whose_json_is_text(decider: Service) 
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"questions": []}, "questions", "at least 1"),
-        ({"questions": [{"type": [], "instructions": ""}]}, "questions[0].type", "predicate"),
+        ({"questions": []}, "questions", "must have 1 or more items"),
+        ({"questions": [{"type": [], "instructions": ""}]}, "questions[0].type",
+         "must be predicate, choice or score"),
+        ({"questions": [{"type": "choice", "instructions": "", "choices": ["a", "b"]}]},
+         "questions[0].choices[0]", "must be an object"),
+        ({"questions": [choice("a") | {"choices": [{"value": 1}] * 2}]},
+         "questions[0].choices[0].value", "string or a boolean"),
+        ({"questions": {}}, "questions", "must be a list"),
+        ({"input": None}, "input", "must be a string or a list of items"),
         ({"questions": [choice("a", "a")]}, "questions[0].choices", "same option twice"),
         ({"questions": [choice("a", "")]}, "questions[0].choices[1].value", "must not be empty"),
-        ({"questions": [choice("a")]}, "questions[0].choices", "at least 2"),
-        ({"questions": [PREDICATE] * 129}, "questions", "at most 256 tokens"),
-        ({"questions": [choice("h" * 200, "e" * 200)]}, "questions", "at most 256 tokens"),
+        ({"questions": [choice("a")]}, "questions[0].choices", "must have 2 or more items"),
+        ({"questions": [choice("h" * 400, "e")]}, "input", "context length"),
+        ({"questions": [choice("h" * 60 + str(n), "e" * 60 + str(n)) for n in range(200)]},
+         "questions", "at most 16384 tokens"),
         ({"questions": [choice("a", "b")] * 401}, "questions", "at most 400"),
         ({"input": "word " * 300}, "input", "context length"),
         ({"input": [{"type": "function_call_output", "call_id": "c", "output": ""}]},
@@ -194,19 +203,39 @@ async def test_what_cannot_be_decided_is_refused(
     assert decider.engine.seen == []
 
 
-async def test_a_key_with_few_requests_in_flight_is_told_so(start_service: StartService) -> None:
-    key = Key(name="small", sha256="0" * 64, max_in_flight=1)
-    async with start_service(authenticate=only_with_key(lambda _secret: key)) as service:
-        error = await refused(service, body_of(PREDICATE), authorization="Bearer x")
-        assert "1 in flight" in error["message"]
+@pytest.mark.parametrize("limits", [{"max_requests": 2}, {"max_per_tenant": 2}, {}])
+async def test_more_questions_than_requests_in_flight_are_refused_for_good(
+    start_service: StartService, limits: dict[str, int]
+) -> None:
+    """A 429 would have clients try again, for ever."""
+    key = Key(name="small", sha256="0" * 64, max_in_flight=None if limits else 2)
+    async with start_service(
+        authenticate=only_with_key(lambda _secret: key),
+        queue_limits=QueueLimits(lease=10 * PATIENCE, **limits),
+    ) as service:
+        service.engine.script = scored_tokens
+        error = await refused(service, body_of(*[PREDICATE] * 3), authorization="Bearer x")
+        assert "at most 2 questions" in error["message"]
+        reply = await service.post(PATH, body_of(*[PREDICATE] * 2), authorization="Bearer x")
+        assert reply.status_code == 200
+
+
+async def test_as_many_questions_as_openai_takes(decider: Service) -> None:
+    asked = [choice(*WORDS, name=str(number)) for number in range(400)]
+    found = await answers(decider, *asked)
+    (alone,) = await answers(decider, choice(*WORDS))
+    assert [each.pop("name") for each in found] == [str(number) for number in range(400)]
+    assert all(each | {"name": None} == alone for each in found)
+    assert len(decider.engine.seen) == 401
 
 
 async def test_many_options_share_their_first_tokens(start_service: StartService) -> None:
     values = [chr(0x100 + number) for number in range(200)]  # of two bytes, each a token
     async with start_service(max_model_len=4096) as decider:
-        decider.engine.script = allowed_token
+        decider.engine.script = scored_tokens
         (found,) = await answers(decider, choice(*values))
-        assert 200 < len(decider.engine.seen) < MAX_SCORED
+        (asked,) = decider.engine.seen
+        assert 200 < len(asked.scored) < 400
         probs = [each["probability"] for each in found["probabilities"]]
         assert probs == pytest.approx(expected(decider, values), rel=1e-9)
 
@@ -225,7 +254,7 @@ async def test_a_repeated_key_gets_the_same_decision(decider: Service) -> None:
 
 async def test_a_decision_in_the_background_is_read_by_its_id(start_service: StartService) -> None:
     async with start_service(running=False) as service:
-        service.engine.script = allowed_token
+        service.engine.script = scored_tokens
         begun = (await service.post(PATH, body_of(PREDICATE, background=True))).json()
         assert (begun["status"], begun["completed"], begun["result"]) == ("queued", 0, None)
         path = f"{PATH}/{begun['id']}"
@@ -235,7 +264,8 @@ async def test_a_decision_in_the_background_is_read_by_its_id(start_service: Sta
                 await asyncio.sleep(0.005)  # nothing else in the loop waits
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-        assert found["completed"] == found["inputs"] == len(service.engine.seen)
+        (asked,) = service.engine.seen
+        assert found["completed"] == found["inputs"] == len(asked.scored)
         (answer,) = found["result"]["answers"]
         assert answer["probability"] == pytest.approx(expected(service, ["yes", "no"])[0])
         stream = await service.client.get(f"/v1/streams/{begun['id']}")
@@ -243,6 +273,8 @@ async def test_a_decision_in_the_background_is_read_by_its_id(start_service: Sta
         assert PATH in stream.json()["error"]["message"]
         elsewhere = await service.client.get(f"/v1/encodings/{begun['id']}")
         assert elsewhere.status_code == 404
+        unknown = await service.client.get("/v1/encodings/nothing")
+        assert unknown.json()["error"]["code"] == "call_not_found"
 
 
 async def test_a_cancelled_decision_says_so(start_service: StartService) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from model.config import Problem
 from model.runners.encoding import EncoderInfo, Encoding
+from model.text.encoder_tokenizer import EncoderTokenizer
 from model.text.tokenizer import Tokenizer
 from service.api.http.auth import only_with_key
 from service.api.http.context import ApiLimits, Models, ServedEncoder
@@ -189,21 +190,63 @@ async def test_2048_inputs_are_one_call_and_more_are_refused() -> None:
         ({"input": ["a", 1]}, "input", "empty_prompt"),
         ({"input": [VOCAB_SIZE]}, "input", "invalid_token_id"),
         ({"input": [[1], [VOCAB_SIZE]]}, "input[1]", "invalid_token_id"),
+        ({"input": [[1], [-1]]}, "input[1]", "invalid_token_id"),
+        ({"input": [-1]}, "input", "invalid_token_id"),
         ({"input": ["a", "a " * 30]}, "input[1]", "context_length_exceeded"),
         ({"input": [1] * 17}, "input", "context_length_exceeded"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format", "invalid_value"),
         ({"input": "a", "truncate_prompt_tokens": 2}, "truncate_prompt_tokens", "invalid_value"),
+        ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens",
+         "integer_below_min_value"),
+        ({"input": [1], "truncate_prompt_tokens": 0}, "truncate_prompt_tokens",
+         "integer_below_min_value"),
         ({"input": "a", "prompt_name": "query"}, "prompt_name", "invalid_value"),
         ({"input": "a", "stream": True}, "stream", "unknown_parameter"),
         ({}, "input", "missing_required_parameter"),
     ],
-)
+)  # fmt: skip
 async def test_a_bad_body_is_refused(fields: dict[str, Any], param: str, code: str) -> None:
     async with encoders() as service:
         error = await service.refused("/v1/embeddings", **fields)
         assert error["param"] == param
         if code != "empty_prompt" or error["code"] != "invalid_type":
             assert error["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"documents": []}, "documents", "a list of at least one text"),
+        ({"documents": [{"txt": "a"}]}, "documents", 'objects with "text" and no other key'),
+        ({"documents": [{"text": "a", "id": 1}]}, "documents", "must be texts, or objects"),
+        ({"documents": [{"text": 1}]}, "documents", "must be texts, or objects"),
+        ({"documents": ["a " * 30]}, "documents[0]", "set truncate_prompt_tokens"),
+        ({"max_tokens_per_doc": 2}, "max_tokens_per_doc", "must be above 2"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1, or -1"),
+        ({"truncate_prompt_tokens": 0, "max_tokens_per_doc": 9}, "truncate_prompt_tokens",
+         "at least 1, or -1"),
+    ],
+)  # fmt: skip
+async def test_bad_documents_are_refused(fields: Any, param: str, message: str) -> None:
+    """truncate_prompt_tokens 0 was ignored, and max_tokens_per_doc had another field's error."""
+    async with encoders() as service:
+        body = {"query": "a", "documents": ["b"]} | fields
+        error = await service.refused("/v1/rerank", **body)
+        assert error["param"] == param
+        assert message in error["message"]
+
+
+async def test_a_text_without_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoders may put no special token around a text; an engine failed on the empty input."""
+
+    def plain(self: EncoderTokenizer, texts: Sequence[str], **_options: Any) -> list[Encoding]:
+        return [Encoding(tuple(5 for _ in text)) for text in texts]
+
+    monkeypatch.setattr(EncoderTokenizer, "encode_batch", plain)
+    async with encoders() as service:
+        error = await service.refused("/v1/rerank", query="a", documents=["b", ""])
+        assert (error["code"], error["param"]) == ("empty_prompt", "documents[1]")
+        assert (await service.ok("/v1/score", text_1="a", text_2="b"))["data"]
 
 
 async def test_an_input_is_cut_if_the_client_says_so() -> None:
@@ -399,6 +442,14 @@ async def test_a_key_with_few_requests_in_flight_can_embed_many_inputs() -> None
         assert len(body["data"]) == 1500
 
 
+async def test_a_long_call_has_no_more_requests_than_the_queue_takes() -> None:
+    """It was refused with 429, again and again."""
+    limits = QueueLimits(lease=10 * PATIENCE, max_requests=1)
+    async with encoders(info_of(max_tokens=16), limits=limits) as service:
+        body = await service.ok("/v1/embeddings", input=[[5] * 16] * 1500)
+        assert len(body["data"]) == 1500
+
+
 async def test_results_count_as_stored_bytes() -> None:
     """They are known before: what does not fit is refused, and nothing is computed."""
     async with encoders(limits=QueueLimits(max_tenant_bytes=20_000)) as service:
@@ -408,29 +459,54 @@ async def test_results_count_as_stored_bytes() -> None:
         assert service.runner.steps == []
 
 
+async def answered_in_a_batch(service: Encoders, url: str, *bodies: Any) -> list[Any]:
+    """The answers to lines of these bodies, in order."""
+    lines = "\n".join(
+        json.dumps({"custom_id": str(number), "method": "POST", "url": url, "body": body})
+        for number, body in enumerate(bodies)
+    )
+    app: Any = service.client._transport.app  # type: ignore[attr-defined]
+    async with app.router.lifespan_context(app):
+        form: Any = {"files": {"file": ("in", lines)}, "data": {"purpose": "batch"}}
+        file = (await service.client.post("/v1/files", **form)).json()
+        body = {"input_file_id": file["id"], "endpoint": url, "completion_window": "1h"}
+        batch = (await service.client.post("/v1/batches", json=body)).json()
+        async with asyncio.timeout(PATIENCE):
+            while batch["status"] != "completed":
+                await asyncio.sleep(0.01)
+                batch = (await service.client.get(f"/v1/batches/{batch['id']}")).json()
+        path = f"/v1/files/{batch['output_file_id']}/content"
+        rows = [json.loads(row) for row in (await service.client.get(path)).text.splitlines()]
+    return [row["response"]["body"] for row in rows]
+
+
 async def test_a_batch_embeds_its_lines_and_usage_counts_their_tokens() -> None:
     texts = ["a ax", "b", "ax"]
-    url = "/v1/embeddings"
-    named = {"method": "POST", "url": url}
-    lines = "\n".join(
-        json.dumps({"custom_id": each, **named, "body": {"model": MODEL, "input": each}})
-        for each in texts
-    )
     async with encoders() as service:
-        app: Any = service.client._transport.app  # type: ignore[attr-defined]
-        async with app.router.lifespan_context(app):
-            form: Any = {"files": {"file": ("in", lines)}, "data": {"purpose": "batch"}}
-            file = (await service.client.post("/v1/files", **form)).json()
-            body = {"input_file_id": file["id"], "endpoint": url, "completion_window": "1h"}
-            batch = (await service.client.post("/v1/batches", json=body)).json()
-            async with asyncio.timeout(PATIENCE):
-                while batch["status"] != "completed":
-                    await asyncio.sleep(0.01)
-                    batch = (await service.client.get(f"/v1/batches/{batch['id']}")).json()
-            path = f"/v1/files/{batch['output_file_id']}/content"
-            rows = [json.loads(row) for row in (await service.client.get(path)).text.splitlines()]
-            found = [floats(row["response"]["body"]) for row in rows]
-            assert np.concatenate(found).tobytes() == rows_of(*texts).tobytes()
+        bodies = [{"model": MODEL, "input": each} for each in texts]
+        found = await answered_in_a_batch(service, "/v1/embeddings", *bodies)
+        assert np.concatenate([*map(floats, found)]).tobytes() == rows_of(*texts).tobytes()
         (used,) = (await service.client.get("/v1/usage")).json()["data"]
         counted = (used["requests"], used["prompt_tokens"], used["generated_tokens"])
         assert counted == (3, sum(map(len, ids_of(*texts))), 0)
+
+
+@pytest.mark.parametrize(
+    ("url", "info", "body"),
+    [
+        ("/v1/rerank", info_of(), {"query": "a", "documents": ["b", "ax a"], "top_n": 1}),
+        ("/v2/rerank", CROSS_ENCODER, {"query": "a", "documents": ["b", "ax a"]}),
+        ("/v1/score", info_of(), {"text_1": "a", "text_2": ["b", "ax"]}),
+        ("/v1/classify", CLASSIFIER, {"input": ["a", "b ax"]}),
+    ],
+)
+async def test_a_line_of_a_batch_has_the_answer_that_it_has_online(
+    url: str, info: EncoderInfo, body: Any
+) -> None:
+    async with encoders(info) as service:
+        (found,) = await answered_in_a_batch(service, url, {"model": MODEL, **body})
+        online = await service.ok(url, **body)
+        varying = {"id", "created"}
+        assert {k: v for k, v in found.items() if k not in varying} == {
+            k: v for k, v in online.items() if k not in varying
+        }

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires
 
 import pytest
 import yaml
@@ -41,6 +44,27 @@ def test_lines_are_plain_versions_named_once() -> None:
     """Local versions such as `+cpu` would decide which build of torch is installed."""
     assert len(PINS) == len(LINES)
     assert [line for line in LINES if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+
+
+def test_what_pinned_packages_need_is_pinned() -> None:
+    """An image would have what is newest on the day of its build, otherwise. Torch names CUDA's
+    libraries with their versions.
+    """
+    missing = {
+        f"{name} needs {needed}"
+        for name in PINS
+        for needed in needed_by(name)
+        if canonicalize_name(needed.name) not in PINS and "==" not in str(needed.specifier)
+    }
+    assert missing == set()
+
+
+def needed_by(name: str) -> Iterator[Requirement]:
+    """Nothing if it is not installed here."""
+    with suppress(PackageNotFoundError):
+        for needed in map(Requirement, requires(name) or ()):
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                yield needed
 
 
 def test_docker_make_and_ci_use_them() -> None:

@@ -157,6 +157,50 @@ def test_equals_transformers(kind: str, tmp_path: Path) -> None:
     assert decode(runner, start, DECODED + 1 - len(start)) == answers
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("stated", [None, True, False], ids=["saved", "tied", "untied"])
+@pytest.mark.parametrize("own_head", [True, False])
+@pytest.mark.parametrize("family", ["t5", "mt5"])
+def test_the_output_layer_is_the_checkpoints(
+    family: str, own_head: bool, stated: bool | None, tmp_path: Path
+) -> None:
+    """Whatever config.json states of the head: transformers 5 calls all of them tied, older
+    versions wrote the truth. Compared with what transformers makes of the same folder.
+    """
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    torch.manual_seed(1)
+    fields = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": not own_head}
+    model = AutoModelForSeq2SeqLM.from_config(
+        AutoConfig.for_model(family, **fields, dtype="float32")
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+        model.shared.weight.copy_(torch.randn_like(model.shared.weight))
+    if own_head:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight))
+    model.save_pretrained(tmp_path)
+    if stated is not None:
+        path = tmp_path / "config.json"
+        config = json.loads(path.read_text())
+        config.pop("scale_decoder_outputs", None)
+        path.write_text(json.dumps({**config, "tie_word_embeddings": stated}))
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    loaded = load_model(tmp_path)
+    assert ("head.weight" in loaded.weights) == own_head
+    ours = EncoderDecoder(loaded.config)
+    ours.load_state_dict(loaded.weights)
+    with torch.no_grad():
+        expected = theirs(
+            input_ids=torch.tensor([SOURCES[0]]), decoder_input_ids=torch.tensor([TEXT])
+        ).logits[0]
+        given = ours.logits(ours.translate(torch.tensor(TEXT), torch.tensor(SOURCES[0])))
+    assert expected.std() > 0.1
+    assert (given.log_softmax(-1) - expected.log_softmax(-1)).abs().max() < 1e-3
+
+
 def decode(runner: TorchRunner, start: list[int], num: int) -> list[list[int]]:
     """Greedy answers to all sources, decoded together; the first step encodes the sources."""
     texts = [list(start) for _ in SOURCES]

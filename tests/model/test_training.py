@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -326,6 +328,32 @@ def test_rows_of_each_kind_of_file(tmp_path: Path) -> None:
             {"text": "one, two", "label": "x"},
             {"text": "three\nfour", "label": "y"},
         ]
+
+
+def test_rows_of_a_parquet_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By pyarrow, imported for such files alone; without it the error names it."""
+    read: list[Path] = []
+
+    class Table:
+        def to_pylist(self) -> list[dict[str, Any]]:
+            return [{"text": "one", "label": 2}]
+
+    def read_table(path: Path) -> Table:
+        read.append(path)
+        if path.name == "b.parquet":
+            raise LookupError("the magic bytes are missing")
+        return Table()
+
+    path = tmp_path / "a.parquet"
+    parts = {"parquet": SimpleNamespace(read_table=read_table), "ArrowException": LookupError}
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(**parts))
+    assert read_rows(path) == [{"text": "one", "label": 2}]
+    assert read == [path]
+    with pytest.raises(TrainingError, match=r"b\.parquet: not a Parquet file"):
+        read_rows(tmp_path / "b.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(TrainingError, match="pip install pyarrow"):
+        read_rows(path)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ REQUEST = GenerationRequest(
     ), tenant="alice", priority=2, timeout_ms=5000,
     trace="00-0123456789abcdef0123456789abcdef-0123456789abcdef-01", model="0123456789abcdef",
     encoding=EncodingInputs(lengths=(2, 1), firsts=(1, 1), width=384), source=1,
+    scored=((5, 9), (7,)),
 )  # fmt: skip
 MANIFEST = Manifest(
     endpoint=Endpoint.CHAT, model="model", model_key="k", fingerprint="class-1",

@@ -6,6 +6,7 @@ import json
 import math
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from threading import Thread
 from typing import Any
 
@@ -152,6 +153,11 @@ class Refusing(BaseHTTPRequestHandler):
 
     refuses = False
 
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         status, kind, body = 429, "application/json", b'{"error": {"message": "no"}}'
@@ -184,14 +190,45 @@ def test_without_a_complete_answer_the_status_is_1(
             url = f"http://127.0.0.1:{server.server_port}"
             flags = ("--url", url, "--model", "m", "--rates", "20", "--seconds", "0.2")
             done = run(*flags, "--json", str(results))
+            without_model = run("--url", url)
         finally:
             server.shutdown()
             serving.join()
     assert (done.exit_code, type(done.exception)) == (1, SystemExit), done.output
     assert "failed: HTTP 429" in done.output
+    assert "refuses the key: HTTP 401; see --api-key" in str(without_model.exception)
     (point,) = json.loads(results.read_text())["points"]
     assert point["summary"]["failures"] == point["summary"]["requests"] > 0
     assert (point["good"], point["time_to_first_p99"]) == (0, None)
+
+
+def test_what_is_no_http_server_is_reported() -> None:
+    """Its first line has no status; a line without an end is no reason to wait or to crash."""
+    for answer in (b"+OK\r\n\r\n", b"SSH-2.0-x y\r\n\r\n", b"a" * 2**17):
+
+        class Other(StreamRequestHandler):
+            said = answer
+
+            def handle(self) -> None:
+                self.rfile.readline()
+                self.wfile.write(self.said)
+
+        with ThreadingTCPServer(("127.0.0.1", 0), Other) as server:
+            serving = Thread(target=server.serve_forever)
+            serving.start()
+            try:
+                for flags in ((), ("--model", "m")):
+                    failed = run("--url", f"http://127.0.0.1:{server.server_address[1]}", *flags)
+                    assert isinstance(failed.exception, StartupError), failed.exception
+            finally:
+                server.shutdown()
+                serving.join()
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_measuring(tmp_path: Path) -> None:
+    failed = run("--url", "http://127.0.0.1:9", "--json", str(tmp_path / "none" / "results.json"))
+    assert isinstance(failed.exception, StartupError)
+    assert str(failed.exception) == "json: results.json: No such file or directory"
 
 
 def test_without_a_server_it_says_so() -> None:

@@ -12,15 +12,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from model.limits import usable_cpus
 from model.native import NativeUnavailable
-from model.native.library import usable_cpus
 from model.native.roof import NoRoof, Roof, Weights, count_weights
 from service.__main__ import app
-from service.doctor import Finding, Level, hardware, machine
+from service.doctor import Finding, Level, hardware
 from service.doctor.hardware import check_kernels, check_memory, check_threads, expected
-from service.doctor.machine import memory_limit, this_machine
+from service.doctor.machine import this_machine
 from service.doctor.models import check_models
-from service.doctor.store import check_queue
+from service.doctor.store import check_files, check_queue
 from service.settings import Settings
 from tests.cluster.redis_process import AOF, RedisServer, free_port
 from tests.support.builders import tiny_model_config, tiny_weights
@@ -58,25 +58,6 @@ def test_memory_counts_weights_and_cache_against_the_container() -> None:
     assert tight.level is Level.BAD
     assert "2.0 GiB (the container's limit)" in tight.text
     assert "lower --kv-memory (now 1,024 MiB)" in tight.advice
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "limit"),
-    [
-        ("memory.max", "max\n", None),
-        ("memory.max", "4096\n", 4096),
-        ("memory/memory.limit_in_bytes", "9223372036854771712\n", None),
-        ("memory/memory.limit_in_bytes", "8192\n", 8192),
-        ("other", "1", None),
-    ],
-)
-def test_the_container_s_memory_is_that_of_its_cgroup(
-    name: str, text: str, limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text(text)
-    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
-    assert memory_limit() == limit
 
 
 def test_without_the_native_library_it_names_the_way_to_it(
@@ -203,6 +184,23 @@ def test_each_shard_has_a_line_and_no_password(tmp_path: Path) -> None:
     assert "hunter2" not in f"{down} {wrong}"
 
 
+# --- files ----------------------------------------------------------------------------------------
+def test_files_are_written_and_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    found = only([check_files(Settings(files=str(folder)))])
+    assert (found.level, found.text) == (Level.OK, "a folder: can be written")
+    assert [*folder.iterdir()] == []
+
+
+def test_files_that_cannot_be_written_are_reported(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = only([check_files(Settings(files=str(tmp_path / "file" / "folder")))])
+    assert (found.level, found.text) == (Level.NOTE, "a folder: Not a directory")
+    unknown = only([check_files(Settings(files="nowhere://x"))])
+    assert unknown.level is Level.NOTE
+    assert "--files" in unknown.advice
+
+
 # --- the command ----------------------------------------------------------------------------------
 def test_the_command_ends_with_1_if_something_must_change(
     tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -222,6 +220,7 @@ def test_the_command_ends_with_1_if_something_must_change(
         "GPU",
         "model",
         "queue",
+        "files",
         "expected",
     ]:
         assert f" {subject} " in good.output

@@ -32,6 +32,24 @@ def greedy(folder: Path, source: str, begun: str, num: int) -> str:
     return tokenizer.decode(tokens[first:])
 
 
+def their_logprobs(folder: Path, source: str, num: int) -> list[float]:
+    """Of the tokens of the greedy answer, as transformers computes them from the same folder."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    network = AutoModelForSeq2SeqLM.from_pretrained(str(folder))
+    ids = Tokenizer.from_checkpoint(folder).encode(source)
+    sources = torch.tensor([[*ids, network.config.eos_token_id]])
+    tokens, found = [network.config.decoder_start_token_id], []
+    with torch.no_grad():
+        for _ in range(num):
+            begun = torch.tensor([tokens])
+            logits = network(input_ids=sources, decoder_input_ids=begun).logits[0, -1]
+            best = logits.log_softmax(-1).max(-1)
+            tokens.append(int(best.indices))
+            found.append(float(best.values))
+    return found
+
+
 @pytest.mark.slow
 def test_a_translator_is_served(tmp_path: Path) -> None:
     """The answers to two sources at once, one of them streamed, are those of the network; what an
@@ -50,12 +68,15 @@ def test_a_translator_is_served(tmp_path: Path) -> None:
         begun = post(prompt=sources[0], decoder_prompt="19").json()
         streamed = post(prompt=sources[1], stream=True).text
         again = post(prompt=sources[0], stream_options=None).json()
+        scored_answer = post(prompt=sources[0], logprobs=0).json()["choices"][0]["logprobs"]
         chat = post("chat/completions", messages=[{"role": "user", "content": "5 May"}])
         scored = post(prompt=sources[0], prompt_logprobs=1)
         empty = post(prompt=[[]])
     expected = [greedy(folder, source, "", 12) for source in sources]
     assert [choice["text"] for choice in whole["choices"]] == expected
     assert begun["choices"][0]["text"] == greedy(folder, sources[0], "19", 12)
+    expected_logprobs = their_logprobs(folder, sources[0], 12)
+    assert scored_answer["token_logprobs"] == pytest.approx(expected_logprobs, abs=1e-3)
     lines = [line.removeprefix("data: ") for line in streamed.splitlines() if line[:5] == "data:"]
     texts = [json.loads(line)["choices"] for line in lines if line != "[DONE]"]
     assert "".join(each[0]["text"] for each in texts if each) == expected[1]

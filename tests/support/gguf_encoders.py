@@ -1,4 +1,4 @@
-"""Writes encoders as GGUF files, as llama.cpp's converter does: by the table of `gguf`'s names."""
+"""Writes models that embed as GGUF files, as llama.cpp's converter does: by `gguf`'s names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from safetensors.numpy import load_file
 
 NORMAL, CONTROL = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
 BLANK = "\u2581"
-ARCHITECTURES = {"bert": gguf.MODEL_ARCH.BERT, "nomic_bert": gguf.MODEL_ARCH.NOMIC_BERT}
+ARCHITECTURES = {
+    "bert": gguf.MODEL_ARCH.BERT,
+    "nomic_bert": gguf.MODEL_ARCH.NOMIC_BERT,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
 UNNEEDED = ("pooler.", "cls.", "embeddings.position_ids")  # the converter drops them
 
 
@@ -39,14 +43,25 @@ def write_encoder(
         f"{name}.embedding_length": config["hidden_size"],
         f"{name}.feed_forward_length": config["intermediate_size"],
         f"{name}.attention.head_count": config["num_attention_heads"],
-        f"{name}.attention.layer_norm_epsilon": config["layer_norm_eps"],
-        f"{name}.attention.causal": False,
         f"{name}.pooling_type": pooling,
-        "tokenizer.ggml.token_type_count": config["type_vocab_size"],
     }
-    if architecture is gguf.MODEL_ARCH.NOMIC_BERT:
+    if architecture is gguf.MODEL_ARCH.QWEN3:
+        entries |= {
+            f"{name}.attention.head_count_kv": config["num_key_value_heads"],
+            f"{name}.attention.key_length": config["head_dim"],
+            f"{name}.attention.value_length": config["head_dim"],
+            f"{name}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        }
+        _add_byte_level(folder, entries)
+    else:
+        entries |= {
+            f"{name}.attention.layer_norm_epsilon": config["layer_norm_eps"],
+            f"{name}.attention.causal": False,
+            "tokenizer.ggml.token_type_count": config["type_vocab_size"],
+        }
+        _add_wordpiece(folder, entries)
+    if architecture is not gguf.MODEL_ARCH.BERT:
         entries[f"{name}.rope.freq_base"] = config["rope_parameters"]["rope_theta"]
-    _add_tokenizer(writer, folder, entries)
     _add_entries(writer, entries | dict(extra or {}))
     _add_tensors(writer, folder, architecture, config["num_hidden_layers"], storage)
     writer.write_header_to_file()
@@ -65,7 +80,27 @@ def _add_entries(writer: gguf.GGUFWriter, entries: dict[str, Any]) -> None:
             add.get(type(value), writer.add_string)(key, value)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, entries: dict[str, Any]) -> None:
+def _add_byte_level(folder: Path, entries: dict[str, Any]) -> None:
+    """With Qwen's splitting; the post-processor ends each text with its one special token."""
+    body = json.loads((folder / "tokenizer.json").read_text())
+    special = {each["id"] for each in body["added_tokens"] if each["special"]}
+    vocabulary = sorted(body["model"]["vocab"].items(), key=lambda item: item[1])
+    ((_, end),) = body["post_processor"]["special_tokens"].items()
+    entries |= {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": [text for text, _ in vocabulary],
+        "tokenizer.ggml.token_type": [
+            int(CONTROL if id_ in special else NORMAL) for _, id_ in vocabulary
+        ],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in body["model"]["merges"]],
+        "tokenizer.ggml.eos_token_id": end["ids"][0],
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": True,
+    }
+
+
+def _add_wordpiece(folder: Path, entries: dict[str, Any]) -> None:
     body = json.loads((folder / "tokenizer.json").read_text())
     special = {each["id"] for each in body["added_tokens"] if each["special"]}
     texts: list[str] = []
@@ -98,6 +133,8 @@ def _add_tensors(
     kind = gguf.GGMLQuantizationType[storage]
     for theirs, array in load_file(folder / "model.safetensors").items():
         name = theirs.removeprefix("bert.").removeprefix("nomic_bert.")
+        if architecture is gguf.MODEL_ARCH.QWEN3:
+            name = f"model.{name}"
         if name.startswith(UNNEEDED):
             continue
         ours = names.get_name(name, try_suffixes=(".weight", ".bias"))

@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from service.engine.observer import Observer
 from service.engine.plan import EngineConfig
 from service.errors import Unavailable
 from service.messages import (
+    GENERATING,
     End,
     Event,
     FinishReason,
@@ -44,7 +46,13 @@ from service.queues.memory.queue import MemoryQueue
 from service.worker.observer import WorkerObserver
 from service.worker.worker import EngineFailure, Worker
 from tests.support.builders import slowly
-from tests.support.fakes import EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
+from tests.support.fakes import (
+    EOS_IDS,
+    TOKEN_BYTES,
+    OracleRunner,
+    oracle_answer,
+    oracle_logprob,
+)
 from tests.support.waiting import PATIENCE, until
 
 LEASE = 0.3
@@ -109,7 +117,9 @@ class Station:
         self.worker = Worker(
             queue,
             self.engine,
-            info=lambda: EngineInfo(id=name, numeric_class="oracle", version="0"),
+            info=lambda: EngineInfo(
+                id=name, numeric_class="oracle", version="0", features=GENERATING
+            ),
             observer=self.ledger,
             journal_interval=journal_interval,
         )
@@ -275,6 +285,43 @@ async def test_killed_engines_change_no_token(seed: int) -> None:
             ids, _ = await answer(queue, request)
             assert ids == oracle_answer(request)
         assert last.ledger.counts["take_over"] + last.ledger.counts["claim"] >= 1
+
+
+async def test_a_killed_engine_loses_no_score() -> None:
+    """It stands still after 20 steps, of 8 scores each at most, and is killed there."""
+    queue = make_queue()
+    requests = [
+        replace(
+            make_request(f"s{index}", max_tokens=num),
+            scored=tuple((number % 50, number % 7) for number in range(num)),
+            sampling=SamplingParams(seed=0, temperature=0.0, top_logprobs=0),
+        )
+        for index, num in enumerate((400, 3, 30))
+    ]
+    moves, steps = threading.Event(), itertools.count()
+
+    def stand_still(_batch: Batch) -> None:
+        if next(steps) == 20:
+            assert moves.wait(WAIT)
+
+    first = Station(queue, "first", on_run=stand_still).start()
+    await submit(queue, *requests)
+    async with asyncio.timeout(WAIT):
+        while not await queue.read(requests[0].id):
+            await asyncio.sleep(0.005)
+    moves.set()
+    await first.kill()
+    async with station(queue, "last") as last:
+        for request in requests:
+            ids, end = await answer(queue, request)
+            assert (ids, end.reason) == ([each[-1] for each in request.scored], FinishReason.LENGTH)
+            found = [one for r in await queue.read(request.id) if isinstance(r, Tokens)
+                     for one in r.logprobs]  # fmt: skip
+            assert found == [
+                oracle_logprob((*request.prompt_ids, *each[:-1]), each[-1], num_top=0)
+                for each in request.scored
+            ]
+        assert last.ledger.counts["take_over"] >= 1
 
 
 class WatchedQueue(MemoryQueue):

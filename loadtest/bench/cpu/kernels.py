@@ -20,7 +20,7 @@ import numpy as np
 from model.batch import Batch, SamplingBatch
 from model.checkpoint import open_model
 from model.checkpoint.four_bit import BLOCK_BYTES, BLOCK_INPUTS
-from model.native.library import usable_cpus
+from model.limits import usable_cpus
 from model.native.roof import count_weights, probe
 from model.runners import RunnerOptions
 from model.runners.native import NativeRunner

@@ -21,7 +21,7 @@ from model.checkpoint import LoadedModel, load_model, open_checkpoint, open_mode
 from model.checkpoint.four_bit import four_bit_reason
 from model.compression import NO_COMPRESSION, Anchors, Compression, Window, parse_compression
 from model.kvcache import bytes_per_block
-from model.native.library import usable_cpus
+from model.limits import usable_cpus
 from model.runners import Runner, RunnerOptions
 from model.runners.native import NativeRunner
 from model.runners.torch import TorchRunner

@@ -14,8 +14,8 @@ from model.text.encoder_tokenizer import Encoding
 from service.api.generation.manifest import EncodingNote, Endpoint, PromptNote
 from service.api.generation.plan import priority_of
 from service.api.generation.prompts import run_in_pool
-from service.api.generation.request import Call
-from service.api.generation.results import result_submission
+from service.api.generation.request import Call, check_token_ids
+from service.api.generation.results import max_requests, result_submission
 from service.api.http.context import ModelContext
 from service.errors import BadRequest
 from service.messages import (
@@ -45,24 +45,31 @@ class Wanted:
     name: Callable[[int], str]  # of the field that input i is from
     note: EncodingNote
     truncate: int | None = None
+    truncate_name: str = "truncate_prompt_tokens"  # of the field that it is from
     priority: int | None = None
 
 
 async def tokenised(wanted: Wanted, context: ModelContext, *, tenant: str) -> list[Encoding]:
-    """The inputs as the model reads them. Raises BadRequest for one that is too long."""
+    """The inputs as the model reads them. Raises BadRequest for one that is empty or too long."""
     encoder, limits = context.encoder, context.limits
     longest = min(encoder.info.max_tokens, context.card.max_model_len)
     cut = wanted.truncate
+    if cut == 0:
+        message = f"{wanted.truncate_name} must be at least 1, or -1: what the model reads"
+        raise BadRequest(message, code="integer_below_min_value", param=wanted.truncate_name)
     if cut is not None:
         cut = longest if cut == -1 else min(cut, longest)
     total = sum(map(_num_chars, wanted.inputs))
     work = partial(_encode, wanted, context, cut=cut)
     found = await run_in_pool(context.pools.tokens, tenant, work, total, limits)
     for index, encoding in enumerate(found):
+        if not encoding.ids:  # a model without special tokens reads nothing of an empty text
+            name = wanted.name(index)
+            raise BadRequest(f"{name} must not be empty", code="empty_prompt", param=name)
         if len(encoding.ids) > longest:
             raise BadRequest(
                 f"{wanted.name(index)} has {len(encoding.ids)} tokens, and this model reads at "
-                f"most {longest}: shorten it, or set truncate_prompt_tokens",
+                f"most {longest}: shorten it, or set {wanted.truncate_name}",
                 code="context_length_exceeded",
                 param=wanted.name(index),
             )
@@ -78,7 +85,7 @@ def _num_chars(given: Input) -> int:
 
 def _encode(wanted: Wanted, context: ModelContext, *, cut: int | None) -> list[Encoding]:
     """In a thread, if the texts are long."""
-    tokenizer, vocab_size = context.encoder.tokenizer, context.encoder.info.vocab_size
+    tokenizer = context.encoder.tokenizer
     texts = [each for each in wanted.inputs if isinstance(each, str)]
     try:
         of_texts = iter(tokenizer.encode_batch(texts, truncate_to=cut) if texts else ())
@@ -89,18 +96,12 @@ def _encode(wanted: Wanted, context: ModelContext, *, cut: int | None) -> list[E
             elif isinstance(given[0], str):
                 found.append(tokenizer.encode_pair(*map(str, given), truncate_to=cut))
             else:
-                ids = tuple(int(id_) for id_ in given)[:cut]
-                if max(ids) >= vocab_size:
-                    raise BadRequest(
-                        f"token ids must be from 0 to {vocab_size - 1}",
-                        code="invalid_token_id",
-                        param=wanted.name(index),
-                    )
-                found.append(Encoding(ids))
+                ids = tuple(int(id_) for id_ in given)
+                check_token_ids(ids, context, param=wanted.name(index))
+                found.append(Encoding(ids[:cut]))
     except ValueError as error:  # leaves no room for a text between the special tokens
-        raise BadRequest(
-            f"truncate_prompt_tokens {error}", param="truncate_prompt_tokens"
-        ) from None
+        name = wanted.truncate_name
+        raise BadRequest(f"{name} {error}", param=name) from None
     return found
 
 
@@ -108,7 +109,8 @@ def plan(
     wanted: Wanted, encodings: Sequence[Encoding], context: ModelContext, call: Call
 ) -> Submission:
     """Raises BadRequest or Forbidden."""
-    groups = _groups(encodings, most=_num_requests(encodings, call))
+    most = min(MAX_REQUESTS, max(1, max_requests(context, call)))
+    groups = _groups(encodings, most=_num_requests(encodings, most=most))
     requests = tuple(
         GenerationRequest(
             id=request_id,
@@ -135,11 +137,8 @@ def plan(
     )
 
 
-def _num_requests(encodings: Sequence[Encoding], call: Call) -> int:
+def _num_requests(encodings: Sequence[Encoding], *, most: int) -> int:
     total = sum(len(each.ids) for each in encodings)
-    allowance = call.tenant.allowance
-    in_flight = None if allowance is None else allowance.max_in_flight
-    most = MAX_REQUESTS if in_flight is None else max(1, min(MAX_REQUESTS, in_flight))
     return min(most, len(encodings), -(-total // REQUEST_TOKENS))
 
 

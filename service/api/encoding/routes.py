@@ -87,6 +87,7 @@ async def rerank_documents(
     """
     chosen = ensure_accepting(body.model, context, kinds=_PAIRS)
     inputs = _pairs(chosen, [body.query], body.documents)
+    by_document = body.truncate_prompt_tokens is None and body.max_tokens_per_doc is not None
     note = EncodingNote(
         num_inputs=len(inputs),
         num_queries=_num_queries(chosen, 1),
@@ -99,7 +100,8 @@ async def rerank_documents(
         inputs=inputs,
         name=_name_of_pair("query", "documents", note.num_queries),
         note=note,
-        truncate=body.truncate_prompt_tokens or body.max_tokens_per_doc,
+        truncate=body.max_tokens_per_doc if by_document else body.truncate_prompt_tokens,
+        truncate_name="max_tokens_per_doc" if by_document else "truncate_prompt_tokens",
         priority=body.priority,
     )
     return await _answer(wanted, request, chosen, tenant)
@@ -221,6 +223,7 @@ def _prompt(info: EncoderFacts, name: str | None) -> str:
     if name is None:
         return ""
     if name not in info.prompts:
-        known = ", ".join(sorted(info.prompts)) or "no prompts"
-        raise BadRequest(f"this model has {known}", param="prompt_name")
+        known = ", ".join(sorted(info.prompts))
+        message = f"prompt_name must be one of {known}" if known else "this model has no prompts"
+        raise BadRequest(message, param="prompt_name")
     return info.prompts[name]

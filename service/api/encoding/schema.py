@@ -58,15 +58,18 @@ def _documents(value: object) -> list[str]:
 
 
 def _document(value: object) -> str:
-    if not isinstance(value, dict):
-        return checked_text(value)
-    if set(value) != {"text"}:
-        raise FieldError("unknown_parameter", 'an object has the key "text" and no other')
-    return checked_text(value["text"])
+    text = value["text"] if isinstance(value, dict) and set(value) == {"text"} else value
+    if not isinstance(text, str):
+        raise FieldError("invalid_type", 'must be texts, or objects with "text" and no other key')
+    return checked_text(text)
 
 
 def _texts(value: object) -> list[str]:
-    return _documents([value] if isinstance(value, str) else value)
+    if isinstance(value, str):
+        return _documents([value])
+    if not isinstance(value, list) or not value:
+        raise FieldError("invalid_type", "must be a text, or a list of at least one")
+    return _documents(value)
 
 
 Inputs = Annotated[

@@ -75,8 +75,8 @@ class EncodingNote:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuestionNote:
-    """One question of a decision. Per option, the requests that score its tokens, and those that
-    score the tokens of which any one ends it; empty: no option needs an end.
+    """One question of a decision. Per option, the numbers of the scored tokens that it has, and of
+    those of which any one ends it; empty: no option needs an end.
     """
 
     type: str  # predicate, choice, score
@@ -88,10 +88,10 @@ class QuestionNote:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionNote:
-    """What an answer says of a decision. Each request scores one token of options."""
+    """What an answer says of a decision. Each request scores the tokens of a question's options."""
 
     questions: tuple[QuestionNote, ...]
-    num_inputs: int  # requests
+    num_inputs: int  # scored tokens
     background: bool = False  # the client gets the id at once, and the answer later by it
 
 

@@ -124,7 +124,9 @@ async def _decoder_prompt(
         )
     if given is None:
         return start
-    ids = await encode(given, context, tenant=tenant, add_bos=False, param="decoder_prompt")
+    ids = await encode(
+        given, context, tenant=tenant, add_bos=False, param="decoder_prompt", target=True
+    )
     return (*start, *ids)
 
 
@@ -300,10 +302,19 @@ async def encode(
     add_bos: bool,
     parse_special: bool = False,
     param: str = "prompt",
+    target: bool = False,
 ) -> tuple[int, ...]:
-    """Token ids of a text. Raises BadRequest if it cannot fit the model's context."""
+    """Token ids of a text; `target`: one of a decoder that splits its own texts in another way.
+    Raises BadRequest if it cannot fit the model's context.
+    """
     check_size([text], context, param=param, parse_special=parse_special)
-    work = partial(context.tokenizer.encode, text, add_bos=add_bos, parse_special=parse_special)
+    work = partial(
+        context.tokenizer.encode,
+        text,
+        add_bos=add_bos,
+        parse_special=parse_special,
+        target=target,
+    )
     return await _text_ids(work, context, tenant=tenant, total=len(text))
 
 

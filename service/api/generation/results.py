@@ -52,10 +52,11 @@ def result_submission(
     *,
     endpoint: Endpoint,
     param: str,
+    counted: str = "the inputs of one call",
     prefixes: tuple[tuple[str, ...], ...] = (),
 ) -> Submission:
-    """`prompts`: one per request. Raises BadRequest with this `param` if they have more tokens than
-    the queue takes.
+    """`prompts`: one per request. Raises BadRequest with this `param` if `counted` have more tokens
+    than the queue takes.
     """
     limits = context.limits
     alone = note.background or call.is_line
@@ -88,11 +89,19 @@ def result_submission(
     most = context.queue.limits.max_tokens
     if submission_cost(submission) > most:
         raise BadRequest(
-            f"the inputs of one call may have at most {most} tokens together",
+            f"{counted} may have at most {most} tokens together",
             code="context_length_exceeded",
             param=param,
         )
     return submission
+
+
+def max_requests(context: ModelContext, call: Call) -> int:
+    """Requests that a call may have: one with more would be refused each time."""
+    limits, allowance = context.queue.limits, call.tenant.allowance
+    most = min(limits.max_requests, limits.max_per_tenant)
+    own = None if allowance is None else allowance.max_in_flight
+    return most if own is None else min(most, own)
 
 
 async def answer_result(
@@ -113,10 +122,14 @@ async def find_result(
     call_id: str, request: Request, context: ApiContext, tenant: Tenant, *, kind: type[Any]
 ) -> AnswerReader:
     """A reader of an earlier call whose note is of this kind. Raises NotFound or Gone."""
-    stored = await find_call(call_id, context, tenant)
+    unknown = NotFound("there is no such call", code="call_not_found")
+    try:
+        stored = await find_call(call_id, context, tenant)
+    except NotFound:  # it says that no stream has this id
+        raise unknown from None
     manifest = Manifest.from_json(stored.manifest)
     if not isinstance(manifest.result_note, kind):
-        raise NotFound("there is no such call", code="call_not_found")
+        raise unknown
     await context.queue.heartbeat([stored.id])
     return resumed_reader(stored.id, manifest, request, context, tenant)
 

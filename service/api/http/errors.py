@@ -43,6 +43,14 @@ _CODES = {
     "literal_error": "invalid_value",
     "int_parsing_size": "integer_above_max_value",
 }
+# In place of pydantic's own words, which are about Python's types.
+_PLAIN = {
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "list_type": "must be a list",
+    "too_short": "must have {min_length} or more items",
+    "too_long": "may have at most {max_length} items",
+}
 _BELOW = {"greater_than", "greater_than_equal"}
 _ABOVE = {"less_than", "less_than_equal"}
 
@@ -132,7 +140,8 @@ def from_validation(errors: Sequence[Any]) -> BadRequest:
         return BadRequest(message, code=cause.code, param=param)
     message = error["msg"][:1].lower() + error["msg"][1:]
     if param:  # some clients show the message alone
-        message = f"{param}: {message}"
+        plain = _PLAIN.get(error["type"])
+        message = f"{param} {plain.format(**context)}" if plain else f"{param}: {message}"
     return BadRequest(message, code=_code(error["type"], context), param=param)
 
 

@@ -138,7 +138,9 @@ def check_prompt(
     kind = list if isinstance(prompts[0], list) else str
     for prompt in short_list(prompts, most=most):
         if not isinstance(prompt, kind):
-            raise FieldError("invalid_type", "must contain strings only, or lists of ids only")
+            raise FieldError(
+                "invalid_type", "must contain strings only, ids only, or lists of ids only"
+            )
         if not prompt:
             raise FieldError("empty_prompt", "must not be empty")
         if isinstance(prompt, str):

@@ -86,7 +86,7 @@ def _items(value: object) -> object:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     if not isinstance(value, list):
-        return value
+        raise FieldError("invalid_type", "must be a string or a list of items")
     return [
         {key: _parts_as_text(part) for key, part in item.items()}
         if isinstance(item, dict)
@@ -108,7 +108,16 @@ def _kind_of_question(question: object) -> str:
 
 
 def _value(value: object) -> str | bool:
+    if not isinstance(value, str | bool):
+        raise FieldError("invalid_type", "must be a string or a boolean")
     return value if isinstance(value, bool) else _option(value)
+
+
+def _predicate(value: object) -> object:
+    """The type of a question that is of no other type."""
+    if value != "predicate":
+        raise FieldError("invalid_value", "must be predicate, choice or score")
+    return value
 
 
 def _option(value: object) -> str:
@@ -146,7 +155,9 @@ class _Question(StrictModel):
 class Predicate(_Question):
     """How likely a statement about the input is true."""
 
-    type: Literal["predicate"] = Field(description="The kind of question.")
+    type: Annotated[Literal["predicate"], BeforeValidator(_predicate)] = Field(
+        description="The kind of question."
+    )
 
 
 class _Described(StrictModel):

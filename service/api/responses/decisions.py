@@ -1,12 +1,12 @@
 """POST /v1/decisions: the probabilities of fixed answers to questions about one input.
 
-An option of a question is a text that the model could answer. A request scores one token of it: it
-may answer with no other, and the journal has the token's log probability in the model's own
-distribution. Requests of a question have its prompt in common, and all questions the input: both
-are computed once, by the prefix cache. Options that begin alike share the requests of these tokens.
+An option of a question is a text that the model could answer. Each question is a request, which
+scores the tokens of its options: the journal has their log probabilities in the model's own
+distribution. All questions have the input in common, which is computed once, by the prefix cache.
+Options that begin alike share the scores of these tokens.
 
     question    The answer is: a b / a c / d
-    requests    prompt -> a, prompt -> d, prompt a -> b, prompt a -> c
+    scored      prompt -> a, prompt -> d, prompt a -> b, prompt a -> c
     log p       (a b) = log p(a | prompt) + log p(b | prompt a)
 
 The log probability of an option is the sum over its tokens; those of a question are scaled so that
@@ -27,6 +27,7 @@ import orjson
 from fastapi import APIRouter, Path, Request, Response
 
 from service.api.generation.deltas import Accumulator
+from service.api.generation.logprobs import LOWEST
 from service.api.generation.manifest import DecisionNote, Endpoint, PromptNote, QuestionNote
 from service.api.generation.parts import reasoning_note, thinking
 from service.api.generation.plan import named_prefixes, priority_of
@@ -37,6 +38,7 @@ from service.api.generation.results import (
     answer_result,
     ensure_complete,
     find_result,
+    max_requests,
     result_submission,
     show_result,
 )
@@ -61,10 +63,8 @@ from service.api.tools.chat import ChatMessage
 from service.errors import BadRequest
 from service.messages import GenerationRequest, SamplingParams, Submission, child_ids
 
-MAX_SCORED = 256
+MAX_SCORED = 2**14
 """Tokens of all options of a call."""
-LOWEST = -9999.0
-"""Stands for the log probability of what is impossible."""
 _NAMES = FieldNames(prompt="input")
 
 router = APIRouter(route_class=JsonRoute)
@@ -76,8 +76,6 @@ async def create_decision(
 ) -> Response:
     """Answers questions about an input by the probabilities that a model gives to fixed answers."""
     chosen = ensure_accepting(body.model, context, kinds=[ModelKind.GENERATE])
-    if 2 * len(body.questions) > MAX_SCORED:
-        raise _too_many(2 * len(body.questions))
     _check_calls(body)
     call = read_call(request, tenant, context.limits)
     asked = await _asked(body, chosen, tenant=tenant.name)
@@ -207,26 +205,20 @@ def _plan(
     body: DecisionBody, asked: Sequence[_Asked], context: ModelContext, call: Call
 ) -> Submission:
     """Raises BadRequest or Forbidden."""
-    scored: list[tuple[tuple[int, ...], int]] = []  # prompt and the token to score
-    notes, prompts, choices, owners = [], [], [], []
-    for index, question in enumerate(asked):
-        steps = _steps(question)
-        at = {step: len(scored) + number for number, step in enumerate(steps)}
-        notes.append(_note(body.questions[index], question, at))
-        for number, step in enumerate(steps):
-            scored.append((question.prompt + step[:-1], step[-1]))
-            prompts.append(PromptNote(num_tokens=0 if number else len(question.prompt)))
-            choices.append(number)
-            owners.append(index)
-    _check(scored, context, call)
+    scored = [_steps(question) for question in asked]
+    _check(asked, scored, context, call)
+    num_scored, notes = 0, []
+    for question, given, steps in zip(body.questions, asked, scored, strict=True):
+        at = {step: num_scored + number for number, step in enumerate(steps)}
+        notes.append(_note(question, given, at))
+        num_scored += len(steps)
     requests = [
         GenerationRequest(
             id=request_id,
-            prompt_ids=ids,
-            sampling=SamplingParams(
-                seed=0, choice=choice, temperature=0.0, allowed=(token,), top_logprobs=0
-            ),
-            max_tokens=1,
+            prompt_ids=question.prompt,
+            sampling=SamplingParams(seed=0, temperature=0.0, top_logprobs=0),
+            max_tokens=len(steps),
+            scored=tuple(steps),
             ignore_eos=True,
             tenant=call.tenant.name,
             priority=priority_of(call, body.priority),
@@ -234,23 +226,22 @@ def _plan(
             trace=call.trace,
             model=context.card.key,
         )
-        for request_id, (ids, token), choice in zip(
-            child_ids(call.id, len(scored)), scored, choices, strict=True
+        for request_id, question, steps in zip(
+            child_ids(call.id, len(asked)), asked, scored, strict=True
         )
     ]
-    firsts = [each for each in requests if each.sampling.choice == 0]
-    names = named_prefixes(firsts, 1, context.card)
     return result_submission(
         requests,
-        prompts,
+        [PromptNote(num_tokens=len(question.prompt)) for question in asked],
         DecisionNote(
-            questions=tuple(notes), num_inputs=len(scored), background=body.background or False
+            questions=tuple(notes), num_inputs=num_scored, background=body.background or False
         ),
         context,
         call,
         endpoint=Endpoint.DECISIONS,
         param="input",
-        prefixes=tuple(names[owner] for owner in owners) if names else (),
+        counted="all questions, each with the input and the beginnings of its options,",
+        prefixes=named_prefixes(requests, 1, context.card),
     )
 
 
@@ -262,7 +253,7 @@ def _steps(question: _Asked) -> list[tuple[int, ...]]:
 
 
 def _note(question: AnyQuestion, asked: _Asked, at: dict[tuple[int, ...], int]) -> QuestionNote:
-    """`at`: of each step, the number of its request."""
+    """`at`: of each step, its number among those of all questions."""
     values: list[str | bool] = [True, False]
     if not isinstance(question, Predicate):
         values = (
@@ -282,36 +273,39 @@ def _note(question: AnyQuestion, asked: _Asked, at: dict[tuple[int, ...], int]) 
 
 
 def _check(
-    scored: Sequence[tuple[tuple[int, ...], int]], context: ModelContext, call: Call
+    asked: Sequence[_Asked],
+    scored: Sequence[Sequence[tuple[int, ...]]],
+    context: ModelContext,
+    call: Call,
 ) -> None:
     """Raises BadRequest."""
-    allowance = call.tenant.allowance
-    in_flight = None if allowance is None else allowance.max_in_flight
-    if len(scored) > MAX_SCORED:
-        raise _too_many(len(scored))
-    if in_flight is not None and len(scored) > in_flight:
+    num = sum(map(len, scored))
+    if num > MAX_SCORED:
         raise BadRequest(
-            f"the options have {len(scored)} tokens to score, each a request, and this key may "
-            f"have {in_flight} in flight: ask fewer questions, or give shorter options",
+            f"the options of all questions together may be at most {MAX_SCORED} tokens, and these "
+            f"are {num}: ask fewer questions, or give shorter options",
+            code="array_above_max_length",
+            param="questions",
+        )
+    most = max_requests(context, call)
+    if len(asked) > most:
+        raise BadRequest(
+            f"each question is a request, and only {most} may be in flight here: ask at most "
+            f"{most} questions in a call",
+            code="array_above_max_length",
             param="questions",
         )
     longest = context.card.max_model_len
-    if max(len(ids) for ids, _ in scored) >= longest:
+    if any(
+        len(each.prompt) + len(steps[-1]) > longest  # the longest one is the last
+        for each, steps in zip(asked, scored, strict=True)
+    ):
         raise BadRequest(
             "input, a question and its answer together may be at most "
             f"{longest} tokens, the context length",
             code="context_length_exceeded",
             param="input",
         )
-
-
-def _too_many(num: int) -> BadRequest:
-    return BadRequest(
-        f"the options of all questions together may be at most {MAX_SCORED} tokens, and these are "
-        f"{num} or more: ask fewer questions, or give shorter options",
-        code="array_above_max_length",
-        param="questions",
-    )
 
 
 async def _result(reader: AnswerReader, choices: Sequence[Accumulator], _tenant: str) -> bytes:

@@ -25,7 +25,10 @@ from service.batches.batches import Batch, Batches, BatchState, new_id
 from service.batches.calls import LineCall, LineReply
 from service.errors import BadRequest, QuireError
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
+ENDPOINTS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/decisions", "/v1/embeddings",
+    "/v1/rerank", "/v2/rerank", "/v1/score", "/v1/classify",
+)  # fmt: skip
 """Of which the lines of a batch may be."""
 MIN_WINDOW, MAX_WINDOW = 60, 30 * 86_400
 _WINDOW = re.compile(r"([1-9][0-9]{0,5})([smhd])")
@@ -56,7 +59,7 @@ class BatchBody(StrictModel):
         description="The endpoint of all lines."
     )
     completion_window: str = Field(
-        pattern=f"^{_WINDOW.pattern}$",
+        json_schema_extra={"pattern": f"^{_WINDOW.pattern}$"},  # _seconds checks it
         description="The time after which lines without an answer fail: 24h, 30m, 7d.",
     )
     metadata: Metadata = Field(None, description="Up to 16 short texts by name.")

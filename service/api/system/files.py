@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import Field
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from service.api.http.context import Caller, from_app
 from service.api.http.models import AnswerModel, Count, Created, described, json_response
-from service.api.http.multipart import Form, boundary_of, read_form
 from service.batches.batches import Batches, new_id
 from service.batches.files import FileLimits, Files, StoredFile
 from service.errors import (
@@ -30,6 +33,9 @@ MAX_ID_CHARS = 64
 MAX_UPLOADS = 4  # at a time, per tenant and replica
 UPLOAD_TIMEOUT = 600.0  # seconds
 SENT_BYTES = 2**20  # of a content, at a time
+MAX_FIELDS = 16  # of a form, besides its file
+MAX_FIELD_BYTES = 1024
+MAX_FRAME_BYTES = 2**16  # of a form, besides the content of its file
 
 router = APIRouter()
 
@@ -108,51 +114,97 @@ _UPLOAD: dict[str, Any] = {
 async def upload_file(request: Request, desk: Desk, tenant: Caller) -> Response:
     """Stores a JSONL file of requests, as the form fields `file` and `purpose`."""
     limits = desk.files.limits
-    boundary = boundary_of(request.headers.get("content-type", ""))
-    if boundary is None:
-        raise UnsupportedMedia("the Content-Type must be multipart/form-data with a boundary")
+    _ensure_form(request.headers.get("content-type"))
     declared = request.headers.get("content-length", "0")
-    if not declared.isdecimal() or int(declared[:20]) > limits.max_bytes + 2**16:
+    if not declared.isdecimal() or int(declared[:20]) > limits.max_bytes + MAX_FRAME_BYTES:
         raise _too_large(limits)
     if desk.uploads[tenant.name] >= MAX_UPLOADS:
         raise RateLimited(f"you may upload at most {MAX_UPLOADS} files at a time")
     desk.uploads[tenant.name] += 1
     try:
         await desk.files.ensure_room(tenant.name, int(declared))
-        form = await _form(request, boundary, limits)
+        form = await read_form(request, limits)
         try:
             return json_response(_object(await _store(form, desk, tenant.name)))
         finally:
-            form.close()
+            await form.close()
     finally:
         desk.uploads[tenant.name] -= 1
 
 
-async def _form(request: Request, boundary: bytes, limits: FileLimits) -> Form:
+def _ensure_form(content_type: str | None) -> None:
+    kind, options = parse_options_header(content_type)
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        raise UnsupportedMedia("the Content-Type must be multipart/form-data with a boundary")
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # any codec of Python, else
+        raise UnsupportedMedia("the charset of a form must be utf-8")
+
+
+class FormReader(MultiPartParser):
+    """Starlette's parser; also refuses a form that is cut off or too large."""
+
+    def __init__(self, request: Request, limits: FileLimits) -> None:
+        super().__init__(
+            request.headers,
+            self._blocks(request, limits),
+            max_files=1,
+            max_fields=MAX_FIELDS,
+            max_part_size=MAX_FIELD_BYTES,
+        )
+        self._ended = False
+
+    def on_end(self) -> None:
+        """Is called for the boundary that ends the form."""
+        self._ended = True
+
+    async def _blocks(self, request: Request, limits: FileLimits) -> AsyncGenerator[bytes, None]:
+        size = 0
+        async with aclosing(request.stream()) as blocks:
+            async for block in blocks:
+                size += len(block)
+                if size > limits.max_bytes + MAX_FRAME_BYTES:
+                    raise _too_large(limits)
+                yield block
+        if not self._ended:
+            raise _malformed("it must end with its boundary and two hyphens")
+
+
+async def read_form(request: Request, limits: FileLimits) -> FormData:
+    reader = FormReader(request, limits)
     try:
-        async with asyncio.timeout(UPLOAD_TIMEOUT):
-            return await read_form(request.stream(), boundary, max_bytes=limits.max_bytes)
+        async with asyncio.timeout(UPLOAD_TIMEOUT), aclosing(reader.stream):
+            return await reader.parse()
     except TimeoutError:
         raise RequestTimeout(f"the file must arrive in {UPLOAD_TIMEOUT:g} seconds") from None
+    except MultiPartException as error:
+        raise _malformed(error.message) from error
 
 
-async def _store(form: Form, desk: FileDesk, tenant: str) -> StoredFile:
-    if form.file is None:
-        raise BadRequest(
-            "the form must have a file", code="missing_required_parameter", param="file"
-        )
-    unknown = sorted(form.fields.keys() - {"purpose"})
-    if unknown:
+async def _store(form: FormData, desk: FileDesk, tenant: str) -> StoredFile:
+    names = [name for name, _ in form.multi_items()]
+    if len(set(names)) < len(names):
+        raise _malformed("each field may come once")
+    if set(names) - {"file", "purpose"}:
         message = "a file takes the fields file and purpose only"
         raise BadRequest(message, code="unknown_parameter")
-    if form.fields.get("purpose") != "batch":
+    file = form.get("file")
+    if not isinstance(file, UploadFile):
+        raise BadRequest(
+            "the form must have a file, with a file name",
+            code="missing_required_parameter",
+            param="file",
+        )
+    if form.get("purpose") != "batch":
         raise BadRequest("purpose must be batch", param="purpose")
-    if not 1 <= len(form.filename) <= MAX_NAME_CHARS:
+    name = file.filename or ""
+    if not 1 <= len(name) <= MAX_NAME_CHARS:
         raise BadRequest(
             f"the name of a file must have 1 to {MAX_NAME_CHARS} characters", param="file"
         )
+    if (file.size or 0) > desk.files.limits.max_bytes:
+        raise _too_large(desk.files.limits)
     return await desk.files.create(
-        tenant, f"file-{new_id()}", form.file, name=form.filename, purpose="batch"
+        tenant, f"file-{new_id()}", file.file, name=name, purpose="batch"
     )
 
 
@@ -237,5 +289,10 @@ def _object(file: StoredFile) -> dict[str, Any]:
     }
 
 
+def _malformed(reason: str) -> BadRequest:
+    message = f"the form must have the fields file and purpose as multipart/form-data: {reason}"
+    return BadRequest(message, code="invalid_form")
+
+
 def _too_large(limits: FileLimits) -> TooLarge:
-    return TooLarge(f"a file may have at most {limits.max_bytes} bytes")
+    return TooLarge(f"a file may have at most {limits.max_bytes} bytes; divide it into several")

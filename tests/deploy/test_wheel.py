@@ -1,0 +1,110 @@
+"""The wheel: what `pip wheel .` makes serves from the native library, where the project is not.
+
+pip makes an environment for the build, for which it needs an index of packages. Dependencies of the
+program are those of this environment.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import httpx
+import pytest
+
+from model.native.build import Build
+from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.support.waiting import PATIENCE
+
+pytestmark = [pytest.mark.longer, pytest.mark.timeout(20 * PATIENCE)]
+
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+PARTS = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "model", "service")
+DATA = {
+    "model/native/src/step.cpp",
+    "model/py.typed",
+    "service/queues/redis/scripts/append.lua",
+    "service/web/index.html",
+}
+
+
+def called(*command: str | Path, **variables: str) -> str:
+    done = subprocess.run(
+        command, env=os.environ | variables, capture_output=True, text=True, check=False, cwd="/"
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def _index(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("index")
+    command = [*PIP, "download", "--no-deps", "--dest", str(folder), "setuptools>=77"]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs an index of packages")
+
+
+@pytest.mark.usefixtures("_index")
+@pytest.mark.parametrize("compiler", ["of the system", "of the package ziglang"])
+def test_a_wheel_serves(compiler: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    without_one = tmp_path / "path"
+    without_one.mkdir()
+    here = compiler == "of the system"
+    if here and shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    for name in PARTS:
+        if (ROOT / name).is_file():
+            source.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, source)
+        else:
+            ignored = shutil.ignore_patterns("__pycache__", "lib")  # compiled here
+            shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    called(
+        *PIP, "wheel", "--no-deps", "--wheel-dir", wheels, source,
+        PATH=os.environ["PATH"] if here else str(without_one),
+    )  # fmt: skip
+    (wheel,) = wheels.iterdir()
+    assert wheel.name.endswith(f"-py3-none-linux_{os.uname().machine}.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    library = f"model/native/lib/{Build().file_name}"
+    assert [name for name in names if name.endswith(".so")] == [library]
+    assert set(names) >= DATA
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {
+        "model",
+        "service",
+    }
+
+    environment = tmp_path / "environment"
+    called(sys.executable, "-m", "venv", "--without-pip", environment)
+    (packages,) = environment.glob("lib/python3*/site-packages")
+    outside = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "dependencies.pth").write_text("\n".join(outside) + "\n")
+    python = environment / "bin" / "python"
+    called(*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel)
+
+    model, log, port = tiny_model.write_gguf(tmp_path / "m.gguf"), tmp_path / "log", free_port()
+    command: list[str | Path] = [environment / "bin" / "quire", "serve", "--model", model]
+    command += ["--device", "cpu", "--port", str(port), "--admin-port", str(free_port())]
+    variables = {"PATH": str(without_one), "HOME": str(tmp_path / "home")}  # no compiler, no cache
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=os.environ | variables, cwd="/", stdout=output, stderr=output
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(url, process, log=log)
+        body = {"model": "m", "prompt": "a", "max_tokens": 4, "temperature": 0}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE)
+        assert answer.status_code == 200, answer.text
+        mapped = Path(f"/proc/{process.pid}/maps").read_text()
+        assert str(packages / library) in mapped
+        assert str(ROOT) not in {line.partition("/model/")[0] for line in mapped.splitlines()}
+    finally:
+        process.kill()
+        process.wait()
