@@ -120,7 +120,8 @@ def compiled(variant: str) -> Any:  # noqa: ANN401 - Triton's kernel
 
 def source_hash(variant: str) -> str:
     """Of the kernel's source and all that it calls."""
-    return _kernel(*json.loads(variant)[:2]).cache_key
+    key: str = _kernel(*json.loads(variant)[:2]).cache_key
+    return key
 
 
 def _kernel(module: str, name: str) -> JITFunction[Any]:
