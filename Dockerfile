@@ -15,6 +15,9 @@
 #
 #   docker build --build-arg SOURCE_DATE_EPOCH=$(git log -1 --format=%ct) \
 #     --output type=image,name=quire:cpu,rewrite-timestamp=true .
+#
+# With buildah, or podman: --timestamp SECONDS in place of --output, and --format docker, which keeps
+# the health check.
 
 ARG BASE_IMAGE=docker.io/library/python:3.12.14-slim-bookworm@sha256:782412e85d0f0984994c290652577d4018aff08145c85b262bb63dc0c7522254
 ARG TORCH_VERSION=2.13.0

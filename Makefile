@@ -25,6 +25,8 @@ NO_INSTALL = { echo "pip failed; if a version has no wheel here, try: make $(MAK
 # llama.cpp without what the comparison does not need; it detects the instructions by itself.
 LLAMA_CPP := -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
   -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+# Each process that tests start, and pytest itself, would compile every module again.
+export PYTHONDONTWRITEBYTECODE :=
 # Tests run in one process per core, at most eight: each starts servers and loads models of its own.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal

@@ -32,6 +32,14 @@ class RMSNorm(nn.Module):
         return functional.rms_norm(x_TC, weight.shape, weight, self.eps)
 
 
+def embedding(rows: int, columns: int) -> nn.Embedding:
+    """One row per id. On the meta device nothing is drawn: torch would import its compiler for it,
+    which takes over a second.
+    """
+    weight = torch.empty(rows, columns)
+    return nn.Embedding(rows, columns, _weight=weight if weight.is_meta else None)
+
+
 def norm_layer(config: ModelConfig) -> nn.Module:
     """The norm before a sublayer, of the kind the model was trained with."""
     if config.norm is Norm.RMS:

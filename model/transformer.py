@@ -36,6 +36,7 @@ from model.layers import (
     Rotation,
     activate,
     buckets,
+    embedding,
     fused,
     norm_layer,
     rotate,
@@ -73,15 +74,14 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        C, V = config.hidden_size, config.vocab_size
+        self.config, C, V = config, config.hidden_size, config.vocab_size
         learned = config.position is Position.LEARNED
-        self.config = config
-        self.embed = nn.Embedding(V, C)
+        self.embed = embedding(V, C)
         rows = config.max_model_len + config.position_offset
-        self.position = nn.Embedding(rows, C) if learned else None
+        self.position = embedding(rows, C) if learned else None
         relative = config.position is Position.RELATIVE
-        self.distances = nn.Embedding(config.num_buckets, config.num_heads) if relative else None
-        self.types = nn.Embedding(config.num_types, C) if config.num_types else None
+        self.distances = embedding(config.num_buckets, config.num_heads) if relative else None
+        self.types = embedding(config.num_types, C) if config.num_types else None
         self.embed_norm = norm_layer(config) if config.embed_norm else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = norm_layer(config) if config.final_norm else nn.Identity()

@@ -36,7 +36,10 @@ def float_copy(values: Array | torch.Tensor) -> Floats:
 
 
 def to_tensor(array: Array, dtype: torch.dtype | str | None = None) -> torch.Tensor:
-    """A tensor in memory of its own. dtype: torch's or its name; None: the array's."""
+    """A tensor in memory of its own. dtype: torch's or its name; None: the array's.
+
+    Bytes stay bytes: they are blocks of quantised weights.
+    """
     import torch
 
     array = array if array.flags.writeable else array.copy()
@@ -45,4 +48,4 @@ def to_tensor(array: Array, dtype: torch.dtype | str | None = None) -> torch.Ten
     else:
         tensor = torch.from_numpy(array)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return tensor.to(wanted or tensor.dtype)
+    return tensor if wanted is None or tensor.dtype is torch.uint8 else tensor.to(wanted)

@@ -189,6 +189,7 @@ async def run_until_stopped(
     # Objects that exist now live until the end: the garbage collector need not visit them.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(700)  # Python's default, which `main` raises for the start
     await asyncio.wait([stopping, *working, *serving], return_when=asyncio.FIRST_COMPLETED)
     failed = any(task.done() for task in working)
     if api:

@@ -83,9 +83,10 @@ class Settings(BaseModel):
     runner: Literal["auto", "native", "torch", "cuda"] = _engine(
         "Execution backend; auto picks the fastest available.", "auto"
     )
-    dtype: Literal["auto", "int4", "int8", "bfloat16", "float32"] = _engine(
+    dtype: Literal["auto", "int4", "int8", "float8", "bfloat16", "float32"] = _engine(
         "Compute dtype of the network; auto: the runner's default. int4: the layers of a GGUF file "
-        "in its own 4-bit blocks (native runner).",
+        "in its own 4-bit blocks (native runner). int8: 8-bit weights; on a GPU, a Q8_0 file's. "
+        "float8: e4m3 weights (cuda runner).",
         "auto",
     )
     kv_dtype: Literal["auto", "bfloat16", "int8", "float8"] = _engine(

@@ -35,6 +35,7 @@ from model.checkpoint import (
     open_model,
 )
 from model.checkpoint.adapters import read_adapter
+from model.checkpoint.eight_bit import eight_bit_reason
 from model.checkpoint.fetch import FetchError, resolve
 from model.checkpoint.four_bit import four_bit_reason
 from model.checkpoint.gguf_parts import name_without_part
@@ -184,6 +185,7 @@ def _load(
                 wanted,
                 num_ranks=num_ranks,
                 four_bit_reason=four_bit_reason(checkpoint),
+                eight_bit_reason=eight_bit_reason(checkpoint),
             )
             options = choose_sizes(
                 wanted,
@@ -265,10 +267,10 @@ def _build(
         )
     load = RUNNERS[choice.name]
     if choice.name == "native":  # reads tensors one by one and, if it finds them packed, none
-        opened = open_model(path, four_bit=choice.four_bit)
+        opened = open_model(path, four_bit=choice.keeps_blocks)
         return load(config, opened.weights, options, opened.digest), None
     # Read in the runner's dtype at once: a second copy would double the memory.
-    model = load_model(path, dtype=choice.dtype)
+    model = load_model(path, dtype=choice.dtype, eight_bit=choice.keeps_blocks)
     return load(config, model.weights, options, model.digest), None
 
 

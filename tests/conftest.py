@@ -1,9 +1,13 @@
-"""Fixtures of the whole suite: the default model, and a tiny model in both file formats."""
+"""Fixtures of the whole suite: the default model, and a tiny model in both file formats.
+
+Imports nothing large: the process that only hands out tests to others reads this file, too.
+"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import json
+import gc
 import os
 import re
 import signal
@@ -13,57 +17,61 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import gguf
-import hypothesis
-import numpy as np
 import pytest
-import torch
-from safetensors.numpy import save_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from xdist import is_xdist_controller, is_xdist_worker
 
-import model.text.tokenizer
-from model.checkpoint.fetch import default_cache, resolve
-from service.startup import load_tokenizer
-from tests.cluster.redis_process import RedisServer
 from tests.support.one_order import one_order
 from tests.support.waiting import PATIENCE
+
+if TYPE_CHECKING:
+    from model.text.tokenizer import Tokenizer
+    from tests.cluster.redis_process import RedisServer
+    from tests.support.tiny_model import TinyModel
 
 __all__ = ["one_order"]  # a fixture
 
 ROOT = Path(__file__).parent.parent
-if not torch.cuda.is_available():
-    # Kernels then run in Triton's interpreter, which it decides when it is first imported, by
-    # whatever test comes first. Child processes inherit it and, without a GPU, use no kernel.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A run in a shell's background ignores Ctrl-C, and so would the processes that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A slow machine is no fault: by default an example has 0.2 s.
-hypothesis.settings.register_profile(
-    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("patient")
 
-SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n'"
-    " + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-CORPUS = [
-    "the quick brown fox jumps over the lazy dog, don't you think we'll see IT'S THE END?",
-    "1 12 123 1234 12345 2024-11-22 3.14159 100000000",
-    "def f(x):\n    return x + 1\n\n\nclass A:\n\tpass\r\n\r\n",
-    "你好世界 привет мир مرحبا 😀 👩‍👩‍👧 é e\u0301 naïve",
-    "      spaces   and\t\ttabs  \n  \n",
-] * 20
-SIZES = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "width": 96}
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """In each process that runs tests: settings of libraries, and no garbage collection of what
+    stays until the end. Modules and tests are a million objects: each collection takes long.
+    """
+    if is_xdist_controller(session):
+        return (yield)
+    if is_xdist_worker(session):
+        atexit.register(os._exit, 0)  # after all else: a second to take modules apart is saved
+    else:
+        atexit.register(gc.unfreeze)  # extension modules report what is left
+    gc.disable()
+    _configure_libraries()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
+
+
+def _configure_libraries() -> None:
+    import hypothesis
+    import torch
+
+    # A slow machine is no fault: by default an example has 0.2 s.
+    hypothesis.settings.register_profile(
+        "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("patient")
+    if not torch.cuda.is_available():
+        # Kernels then run in Triton's interpreter, which it decides when it is first imported, by
+        # whatever test comes first. Child processes inherit it and, without a GPU, use no kernel.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -88,153 +96,16 @@ def _marks(path: Path) -> set[str]:
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     """The default model's file, pulled on first use."""
+    from model.checkpoint.fetch import default_cache, resolve
+
     return resolve("", cache=default_cache())
-
-
-@dataclass(frozen=True, kw_only=True)
-class TinyModel:
-    """A Llama of two layers with random weights, under the names that config.json folders use."""
-
-    tokenizer: Tokenizer
-    weights: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = field(repr=False)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.get_vocab_size()
-
-    @property
-    def rows(self) -> int:
-        """Rows of the embedding, which may be more than the vocabulary has tokens."""
-        return len(self.weights["model.embed_tokens.weight"])
-
-    def with_rows(self, rows: int) -> TinyModel:
-        """The same model with an embedding of another size."""
-        embedding = np.random.default_rng(1).standard_normal((rows, SIZES["hidden"]), np.float32)
-        return replace(self, weights={**self.weights, "model.embed_tokens.weight": embedding})
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "model_type": "llama",
-            "vocab_size": self.rows,
-            "hidden_size": SIZES["hidden"],
-            "num_hidden_layers": SIZES["layers"],
-            "num_attention_heads": SIZES["heads"],
-            "num_key_value_heads": SIZES["kv_heads"],
-            "head_dim": SIZES["head_dim"],
-            "intermediate_size": SIZES["width"],
-            "max_position_embeddings": 128,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": True,
-            "hidden_act": "silu",
-            "eos_token_id": 2,
-        }
-
-    def write_folder(self, folder: Path) -> Path:
-        """config.json, model.safetensors and the tokenizer's files."""
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config()))
-        save_file(self.weights, folder / "model.safetensors")
-        self.tokenizer.save(str(folder / "tokenizer.json"))
-        settings = {"eos_token": "<|im_end|>", "bos_token": {"content": "<|im_start|>"}}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        (folder / "chat_template.jinja").write_text(TEMPLATE)
-        return folder
-
-    def write_gguf(
-        self,
-        path: Path,
-        *,
-        pre: str = "smollm",
-        storage: str = "F32",
-        extra: Mapping[str, np.ndarray[Any, Any]] | None = None,
-        vocabulary: Callable[[gguf.GGUFWriter], None] | None = None,
-        split: int = 0,
-        metadata: Mapping[str, gguf.GGUFValue] | None = None,
-    ) -> Path:
-        """The same model as llama.cpp's converter writes it: rotary rows interleaved.
-
-        `vocabulary` writes the tokenizer's metadata; by default, those of the model's own. With
-        `split`, files of so many tensors each are written beside `path`, and none there.
-        `metadata` replaces or adds entries.
-        """
-        writer = gguf.GGUFWriter(str(path), "llama", split_max_tensors=split)
-        writer.add_block_count(SIZES["layers"])
-        writer.add_context_length(128)
-        writer.add_embedding_length(SIZES["hidden"])
-        writer.add_feed_forward_length(SIZES["width"])
-        writer.add_head_count(SIZES["heads"])
-        writer.add_head_count_kv(SIZES["kv_heads"])
-        writer.add_rope_dimension_count(SIZES["head_dim"])
-        writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_rope_freq_base(10000.0)
-        if vocabulary is None:
-            self._add_vocabulary(writer, pre)
-        else:
-            vocabulary(writer)
-        writer.kv_data[0].update(metadata or {})
-        kind = gguf.GGMLQuantizationType[storage]
-        for name, values in self.weights.items():
-            stored = _interleaved(name, values)
-            if stored.ndim == 2:
-                writer.add_tensor(
-                    _gguf_name(name), gguf.quants.quantize(stored, kind), raw_dtype=kind
-                )
-            else:
-                writer.add_tensor(_gguf_name(name), stored)
-        for name, values in (extra or {}).items():
-            writer.add_tensor(name, values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
-
-    def _add_vocabulary(self, writer: gguf.GGUFWriter, pre: str) -> None:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre)
-        body = json.loads(self.tokenizer.to_str())
-        tokens = sorted(body["model"]["vocab"], key=body["model"]["vocab"].__getitem__)
-        writer.add_token_list(tokens)
-        writer.add_token_types([3 if token in SPECIALS else 1 for token in tokens])
-        writer.add_token_merges([" ".join(merge) for merge in body["model"]["merges"]])
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_add_bos_token(value=False)
-        writer.add_chat_template(TEMPLATE)
-
-
-def _interleaved(name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    heads = SIZES["heads"] if "q_proj" in name else SIZES["kv_heads"] if "k_proj" in name else 0
-    if not heads:
-        return values
-    halves = values.reshape(heads, 2, -1, values.shape[-1])
-    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
-
-
-def _gguf_name(name: str) -> str:
-    replaced = {
-        "model.layers.": "blk.",
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    for theirs, ours in replaced.items():
-        name = name.replace(theirs, ours)
-    return name
 
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     """A Redis that the test may harm."""
+    from tests.cluster.redis_process import RedisServer
+
     server = RedisServer(tmp_path / "redis")
     server.start()
     yield server
@@ -244,60 +115,29 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 @pytest.fixture(scope="session")
 def tiny_model() -> TinyModel:
     """One tiny model a session; nothing changes it."""
+    from tokenizers import pre_tokenizers
+
+    from tests.support.tiny_model import build_tiny_model
+
     return build_tiny_model(pre_tokenizers.Digits(individual_digits=True))
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer(
-    tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
-) -> model.text.tokenizer.Tokenizer:
+def tiny_tokenizer(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Its tokenizer, read from its files as any model's is."""
+    from service.startup import load_tokenizer
+
     return load_tokenizer(tiny_model.write_folder(tmp_path_factory.mktemp("model") / "tiny"))
 
 
 @pytest.fixture(scope="session")
 def tiny_model_split_by() -> Callable[[str], TinyModel]:
     """Tiny models whose tokenizer.json splits text by a regular expression."""
+    from tokenizers import Regex, pre_tokenizers
+
+    from tests.support.tiny_model import build_tiny_model
+
     return lambda pattern: build_tiny_model(pre_tokenizers.Split(Regex(pattern), "isolated"))
-
-
-def build_tiny_model(
-    splitter: pre_tokenizers.PreTokenizer, *, specials: Sequence[str] = SPECIALS
-) -> TinyModel:
-    use_regex = isinstance(splitter, pre_tokenizers.Digits)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [splitter, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=list(specials),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    rng = np.random.default_rng(0)
-    hidden, width = SIZES["hidden"], SIZES["width"]
-    query, key = SIZES["heads"] * SIZES["head_dim"], SIZES["kv_heads"] * SIZES["head_dim"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (tokenizer.get_vocab_size(), hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for layer in range(SIZES["layers"]):
-        block = f"model.layers.{layer}"
-        shapes |= {
-            f"{block}.input_layernorm.weight": (hidden,),
-            f"{block}.post_attention_layernorm.weight": (hidden,),
-            f"{block}.self_attn.q_proj.weight": (query, hidden),
-            f"{block}.self_attn.k_proj.weight": (key, hidden),
-            f"{block}.self_attn.v_proj.weight": (key, hidden),
-            f"{block}.self_attn.o_proj.weight": (hidden, query),
-            f"{block}.mlp.gate_proj.weight": (width, hidden),
-            f"{block}.mlp.up_proj.weight": (width, hidden),
-            f"{block}.mlp.down_proj.weight": (hidden, width),
-        }
-    weights = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-    return TinyModel(tokenizer=tokenizer, weights=weights)
 
 
 @pytest.fixture(scope="session")
@@ -364,6 +204,8 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes], *, log: Path) -
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Threads of torch wait for one another, and on a busy machine each wait is long."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -164,9 +164,11 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     keep: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    eight_bit: bool = False,
 ) -> LoadedModel:
     """Reads a model as torch tensors, or the part that `keep` selects. Raises CheckpointError.
 
+    `eight_bit`: matrices of layers are the file's own blocks, see `model.checkpoint.eight_bit`.
     dtype: torch's or its name; None: as stored. `keep` gives what is kept of each tensor, as soon
     as it is there: a share needs no memory for the whole.
     """
@@ -175,6 +177,10 @@ def load_model(
     from model.weights import to_tensor
 
     checkpoint = open_checkpoint(path)
+    if eight_bit:
+        from model.checkpoint.eight_bit import as_eight_bit
+
+        checkpoint = as_eight_bit(checkpoint)
     config, arrays = _assemble(checkpoint)
     weights: dict[str, torch.Tensor] = {}
     with ThreadPoolExecutor(max_workers=1) as hasher:  # hashing lets go of the interpreter lock

@@ -28,7 +28,7 @@ class FourBitCheckpoint(GgufCheckpoint):
     def load(self, name: str) -> Array:
         """Reads one tensor: blocks, or what is not in 4 bits in the usual way."""
         entry = self.header.tensors[name]
-        if not _is_matrix_of_layer(name, entry):
+        if not is_matrix_of_layer(name, entry):
             return super().load(name)
         blocks = CONVERSIONS[entry.storage.name](self.stored(name))
         if not np.isfinite(_halves(blocks[:, :4])).all():
@@ -49,13 +49,14 @@ def four_bit_reason(checkpoint: Checkpoint) -> str | None:
     if not isinstance(checkpoint, GgufCheckpoint):
         return "only GGUF files store weights in 4 bits"
     for name, entry in checkpoint.header.tensors.items():
-        if _is_matrix_of_layer(name, entry) and entry.storage.name not in CONVERSIONS:
+        if is_matrix_of_layer(name, entry) and entry.storage.name not in CONVERSIONS:
             known = ", ".join(CONVERSIONS)
             return f"{name} is stored as {entry.storage.name}; all layers must be one of {known}"
     return None
 
 
-def _is_matrix_of_layer(name: str, entry: TensorEntry) -> bool:
+def is_matrix_of_layer(name: str, entry: TensorEntry) -> bool:
+    """Whether a stored tensor is one that blocks are kept of."""
     return name.startswith("blk.") and len(entry.shape) == 2
 
 

@@ -20,15 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from model.kernels.matmul import (
-    INPUTS,
-    Tiling,
-    part_size,
-    place_tile,
-    sum_tile,
-    tiling_for,
-)
+from model.kernels.matmul import place_tile, sum_tile
 from model.kernels.shared_memory import shared_memory
+from model.kernels.tiling import INPUTS, Tiling, part_size, tiling_for
 
 _CHUNK = 4096
 
@@ -142,8 +136,8 @@ def _head(
     row_mask = rows < M
     output_mask = outputs < N
     total = sum_tile(
-        x_ptr, w_ptr, w_ptr, rows, outputs, 0, M, x_stride,
-        N, K, PART, PARTS, False, ROWS, OUTPUTS, INPUTS,
+        x_ptr, w_ptr, w_ptr, w_ptr, rows, outputs, 0, M, x_stride,
+        N, K, PART, PARTS, False, "plain", ROWS, OUTPUTS, INPUTS,
     )  # fmt: skip
     if STORED:
         logits_rows = logits_ptr + rows.to(tl.int64)[:, None] * N

@@ -7,15 +7,21 @@
 
 Few rows: one program per part, so that every multiprocessor streams weights; the parts go to
 memory in float32, and the reader of the product adds them up (`load_sum`). Many rows: one program
-adds all parts. Both give the same bits. The weight is the instruction's first operand and the rows
-of x its second: a small M then takes a narrow instruction of the same kind, not another kind.
+adds all parts, in one loop over the tiles of all of them, so that loads of the next part are in
+flight while a part ends. Both give the same bits. The weight is the instruction's first operand
+and the rows of x its second: a small M then takes a narrow instruction of the same kind, not
+another kind.
+
+Weights of 8 bits (`model.packed_weights`) are read as such and become numbers of x's dtype in
+registers, before the same instruction. Blocks are multiplied by their scales there; float8 is not,
+but each sum of a part by the scale of its output, a power of two. The bits are those of a product
+with weights that were unpacked before.
 
 Legend: M rows, N outputs, K inputs, P parts.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +29,18 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from model.kernels.shared_memory import HOPPER, MARGIN, shared_memory, stages_within
+from model.kernels.shared_memory import multiprocessors_of, shared_memory
+from model.kernels.tiling import (
+    INPUTS,
+    Layout,
+    Tiling,
+    is_apart,
+    layout_for,
+    part_size,
+    tile_for_whole,
+)
 
-_MIN_PART = 256  # inputs per part; below, the parts' own traffic outweighs the weights'
-_PROGRAMS = 264  # two per multiprocessor of the chips this was sized for; independent of M
-_MAX_PARTS = 16
-INPUTS = 128  # K of one tile, the same in every tiling; a part is a whole number of tiles
+_STORED = {torch.float8_e4m3fn: "float8", torch.int8: "blocks"}  # how a weight is stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,85 +65,23 @@ class Product:
         return total.to(dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """How a product is laid out on the chip. It affects speed and no bit."""
-
-    rows: int
-    outputs: int
-    warps: int
-    stages: int
-
-    def stages_of(self, x: torch.Tensor) -> int:
-        """Stages that fit into the shared memory of the operand's device; fewer for float32."""
-        return stages_within(
-            shared_memory(x.device), stage=self.stage_bytes(x.element_size()), most=self.stages
-        )
-
-    def stage_bytes(self, itemsize: int) -> int:
-        return (self.rows + self.outputs) * INPUTS * itemsize
-
-
-_TILINGS = (  # for at most so many rows; outputs are a multiple of 64: one warp group's instruction
-    (16, Tiling(16, 64, 4, 5)),
-    (32, Tiling(32, 64, 4, 4)),
-    (64, Tiling(64, 64, 4, 4)),
-    (128, Tiling(128, 64, 4, 3)),
-)
-_MANY_ROWS = Tiling(128, 128, 8, 3)
-_LESS_SHARED = Tiling(128, 64, 8, 3)  # from 65 rows on, if three stages of that do not fit
-
-
-def tiling_for(num_rows: int, *, limit: int = HOPPER) -> Tiling:
-    """The tiling of a product of `num_rows` rows. `limit`: bytes of shared memory per program."""
-    if num_rows > 64 and _MANY_ROWS.stages * _MANY_ROWS.stage_bytes(2) + MARGIN > limit:
-        return _LESS_SHARED
-    return next((tiling for most, tiling in _TILINGS if num_rows <= most), _MANY_ROWS)
-
-
-def layout_sizes(most: int) -> list[int]:
-    """Numbers of rows up to `most`: the first of each tiling and of each further tile of rows."""
-    starts = [1, *(rows + 1 for rows, _ in _TILINGS), *range(1, most + 1, _MANY_ROWS.rows)]
-    return sorted({start for start in starts if start <= most})
-
-
-def layout_for(
-    num_rows: int, num_outputs: int, num_inputs: int, *, limit: int = HOPPER
-) -> tuple[Tiling, bool]:
-    """The tiling of a product, and whether its parts go to memory, if there are several."""
-    tiling = tiling_for(num_rows, limit=limit)
-    return tiling, _is_apart(num_rows, num_outputs, num_inputs, tiling)
-
-
-def _is_apart(num_rows: int, num_outputs: int, num_inputs: int, tiling: Tiling) -> bool:
-    tiles = triton.cdiv(num_rows, tiling.rows) * triton.cdiv(num_outputs, tiling.outputs)
-    return part_size(num_outputs, num_inputs) < num_inputs and tiles * 2 <= _PROGRAMS
-
-
-@functools.cache
-def part_size(num_outputs: int, num_inputs: int) -> int:
-    """Inputs of a part, a function of the weight's shape alone."""
-    wanted = triton.cdiv(_PROGRAMS, triton.cdiv(num_outputs, 64))
-    parts = max(1, min(wanted, num_inputs // _MIN_PART, _MAX_PARTS))
-    return int(triton.cdiv(triton.cdiv(num_inputs, parts), INPUTS) * INPUTS)
-
-
 def multiply(
     x_MK: torch.Tensor,
     weight_NK: torch.Tensor,
     bias_N: torch.Tensor | None = None,
     *,
+    scales: torch.Tensor | None = None,
     out_MN: torch.Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> Product:
-    """Computes x · wᵀ + bias: in parts if rows are few, else or with `out_MN` as [M, N]."""
+    """Computes x · wᵀ + bias: in parts if rows are few, else or with `out_MN` as [M, N].
+
+    A weight of 8 bits, in float8 or int8, has `scales` (`model.packed_weights`).
+    """
     M, K = x_MK.shape
     N = weight_NK.shape[0]
-    tiling = tiling or tiling_for(M, limit=shared_memory(x_MK.device))
-    part = part_size(N, K)
-    num_parts = triton.cdiv(K, part)
-    tiles = triton.cdiv(M, tiling.rows) * triton.cdiv(N, tiling.outputs)
-    apart = out_MN is None and _is_apart(M, N, K, tiling)
+    tiling, apart = _layout(x_MK, weight_NK, tiling, whole=out_MN is not None)
+    num_parts = triton.cdiv(K, part_size(N, K))
     if out_MN is not None:
         y = out_MN
     elif apart:
@@ -140,18 +90,20 @@ def multiply(
         y = torch.empty((M, N), dtype=x_MK.dtype, device=x_MK.device)
     if M == 0:
         return Product(y, num_parts if apart else 1)
-    _product[(tiles, num_parts if apart else 1)](
+    _product[(tiling.tiles(M, N), num_parts if apart else 1)](
         x_MK,
-        weight_NK,
-        bias_N if bias_N is not None else weight_NK,
+        weight_NK if scales is None else weight_NK.view(torch.int8),
+        bias_N if bias_N is not None else x_MK,
+        scales if scales is not None else x_MK,
         y,
         M,
         x_MK.stride(0),
         N=N,
         K=K,
-        PART=part,
+        PART=part_size(N, K),
         PARTS_HERE=1 if apart else num_parts,
         HAS_BIAS=bias_N is not None,
+        STORED=_STORED.get(weight_NK.dtype, "plain"),
         ROWS=tiling.rows,
         OUTPUTS=tiling.outputs,
         INPUTS=INPUTS,
@@ -160,6 +112,20 @@ def multiply(
         enable_fp_fusion=False,
     )
     return Product(y, num_parts if apart else 1)
+
+
+def _layout(
+    x_MK: torch.Tensor, weight_NK: torch.Tensor, tiling: Tiling | None, *, whole: bool
+) -> Layout:
+    """The layout of a product on the device of x; `whole`: no part goes to memory."""
+    (M, K), N = x_MK.shape, len(weight_NK)
+    count, limit = multiprocessors_of(x_MK.device), shared_memory(x_MK.device)
+    if tiling is not None:
+        return Layout(tiling, not whole and is_apart(M, N, K, tiling, count))
+    if whole:
+        found = tile_for_whole(M, N, K, limit=limit, multiprocessors=count)
+        return Layout(found, is_apart=False)
+    return layout_for(M, N, K, limit=limit, multiprocessors=count)
 
 
 def multiply_by_vendor_blas(
@@ -201,10 +167,26 @@ def place_tile(M, N: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr):
 
 
 @triton.jit
+def from_float8(bits, dtype: tl.constexpr):
+    """Values of e4m3 bits, int8, but for NaN. In integers: not every GPU has an instruction."""
+    # Sign, 4 bits of exponent and 3 of mantissa where float32 has its own, which has 120 more.
+    wide = (bits.to(tl.int32) << 20) & -0x78100000
+    return (wide.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(dtype)
+
+
+@triton.jit
+def from_int8(values):
+    """int8 -> float32 by its bits, since an instruction that converts is slow: 2**23 + v + 128."""
+    bits = ((values.to(tl.int32) & 0xFF) ^ 0x80) | 0x4B000000
+    return bits.to(tl.float32, bitcast=True) - 8388736.0
+
+
+@triton.jit
 def sum_tile(
     x_ptr,  # [M, K]
     w_ptr,  # [N, K]
     bias_ptr,  # [N], if HAS_BIAS
+    scale_ptr,  # float8: [N]; blocks: [N, K / 32]
     rows,
     outputs,
     first_part,
@@ -215,11 +197,15 @@ def sum_tile(
     PART: tl.constexpr,
     PARTS_HERE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    STORED: tl.constexpr,  # plain, float8 or blocks
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """A tile of yᵀ, [OUTPUTS, ROWS] in float32. The only place that determines an order of sums."""
+    """A tile of yᵀ, [OUTPUTS, ROWS] in float32. The only place that determines an order of sums.
+
+    Tiles of K in order form a chain from zero per part; chains are added to bias in order.
+    """
     row_mask = rows < M
     output_mask = outputs < N
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
@@ -228,21 +214,41 @@ def sum_tile(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + outputs, mask=output_mask, other=0.0).to(tl.float32)
         total += tl.where(first_part == 0, bias, 0.0)[:, None]
-    for part in range(PARTS_HERE):
-        start = (first_part + part) * PART
-        chain = tl.zeros((OUTPUTS, ROWS), tl.float32)
-        for offset in range(0, PART, INPUTS):
-            inputs = start + offset + tl.arange(0, INPUTS)[None, :]
-            if K % INPUTS == 0 and PART * ((K + PART - 1) // PART) == K:
-                w = tl.load(w_rows + inputs, mask=output_mask[:, None], other=0.0)
-                x = tl.load(x_rows + inputs, mask=row_mask[:, None], other=0.0)
-            else:
-                inside = inputs < K
-                w = tl.load(w_rows + inputs, mask=output_mask[:, None] & inside, other=0.0)
-                x = tl.load(x_rows + inputs, mask=row_mask[:, None] & inside, other=0.0)
-            chain = tl.dot(w, tl.trans(x), chain, input_precision="ieee")
-        total += chain
+    chain = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    TILES: tl.constexpr = PART // INPUTS
+    for tile in range(PARTS_HERE * TILES):
+        inputs = first_part * PART + tile * INPUTS + tl.arange(0, INPUTS)[None, :]
+        if K % INPUTS == 0 and PART * ((K + PART - 1) // PART) == K:
+            w = tl.load(w_rows + inputs, mask=output_mask[:, None], other=0)
+            x = tl.load(x_rows + inputs, mask=row_mask[:, None], other=0.0)
+        else:
+            inside = inputs < K
+            w = tl.load(w_rows + inputs, mask=output_mask[:, None] & inside, other=0)
+            x = tl.load(x_rows + inputs, mask=row_mask[:, None] & inside, other=0.0)
+        if STORED == "float8":
+            w = from_float8(w, x.dtype)
+        if STORED == "blocks":
+            first_block = (first_part * PART + tile * INPUTS) // 32
+            blocks = first_block + tl.arange(0, INPUTS // 32)[None, :]
+            mask = output_mask[:, None] & (blocks < K // 32)
+            scale_rows = scale_ptr + outputs[:, None] * (K // 32)
+            scales = tl.load(scale_rows + blocks, mask=mask, other=0.0).to(tl.float32)
+            values = tl.reshape(from_int8(w), (OUTPUTS, INPUTS // 32, 32)) * scales[:, :, None]
+            w = tl.reshape(values, (OUTPUTS, INPUTS)).to(x.dtype)
+        chain = tl.dot(w, tl.trans(x), chain, input_precision="ieee")
+        if PARTS_HERE > 1 and tile % TILES == TILES - 1:
+            total += _scaled(chain, scale_ptr, outputs, output_mask, STORED)
+            chain = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    if PARTS_HERE == 1:
+        total += _scaled(chain, scale_ptr, outputs, output_mask, STORED)
     return total
+
+
+@triton.jit
+def _scaled(chain, scale_ptr, outputs, output_mask, STORED: tl.constexpr):
+    if STORED == "float8":
+        chain = chain * tl.load(scale_ptr + outputs, mask=output_mask, other=0.0)[:, None]
+    return chain
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -250,6 +256,7 @@ def _product(
     x_ptr,  # [M, K]
     w_ptr,  # [N, K]
     bias_ptr,  # [N], if HAS_BIAS
+    scale_ptr,  # float8: [N]; blocks: [N, K / 32]
     y_ptr,  # [M, N], or [P, M, N]
     M,
     x_stride,
@@ -258,6 +265,7 @@ def _product(
     PART: tl.constexpr,
     PARTS_HERE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    STORED: tl.constexpr,  # plain, float8 or blocks
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -268,8 +276,8 @@ def _product(
     outputs = output_tile * OUTPUTS + tl.arange(0, OUTPUTS)
     first_part = tl.program_id(1)
     total = sum_tile(
-        x_ptr, w_ptr, bias_ptr, rows, outputs, first_part, M, x_stride,
-        N, K, PART, PARTS_HERE, HAS_BIAS, ROWS, OUTPUTS, INPUTS,
+        x_ptr, w_ptr, bias_ptr, scale_ptr, rows, outputs, first_part, M, x_stride,
+        N, K, PART, PARTS_HERE, HAS_BIAS, STORED, ROWS, OUTPUTS, INPUTS,
     )  # fmt: skip
     y_rows = y_ptr + first_part.to(tl.int64) * M * N + rows.to(tl.int64)[:, None] * N
     mask = (rows < M)[:, None] & (outputs < N)[None, :]

@@ -1,4 +1,4 @@
-"""Shared memory: how much a program may use on a device. It limits stages and tiles, never bits."""
+"""What a chip has: shared memory and multiprocessors. They decide on stages and tiles, no bits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 HOPPER = 227 * 1024
+MULTIPROCESSORS = 132  # of an H100 or H200
 MARGIN = 2048  # bytes that the compiler needs besides the buffers of stages
 
 
@@ -21,6 +22,14 @@ def shared_memory(device: torch.device) -> int:
         return HOPPER
     properties: Any = torch.cuda.get_device_properties(device)  # its types lack this one
     return int(properties.shared_memory_per_block_optin)
+
+
+@functools.cache
+def multiprocessors_of(device: torch.device) -> int:
+    """Programs that run at a time, if each has a multiprocessor to itself."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def stages_within(limit: int, *, stage: int, fixed: int = 0, most: int) -> int:

@@ -160,6 +160,17 @@ class NativeLibrary:
         self.calls.quire_weigh(variant.encode(), x.ctypes.data, len(x), weights.ctypes.data)
         return weights
 
+    def partition(
+        self, x: Floats, *, temperature: float, bound: float, variant: str
+    ) -> tuple[Ints, int, int]:
+        """Places of numbers above a bound; what others weigh at least and at most; for tests."""
+        places, bounds = np.empty(len(x) + 16, np.int32), np.empty(2, np.int64)
+        found = self.calls.quire_partition(
+            variant.encode(), x.ctypes.data, len(x), temperature, bound,
+            places.ctypes.data, bounds.ctypes.data,
+        )  # fmt: skip
+        return places[:found], int(bounds[0]), int(bounds[1])
+
     def block_product(
         self, blocks_NB: Bytes, x_MK: Floats, *, variant: str, bias_N: Floats | None = None
     ) -> Floats:
@@ -332,7 +343,7 @@ def declare(calls: ctypes.CDLL, signatures: Signatures) -> None:
 
 def _declare(calls: ctypes.CDLL) -> None:
     pointer, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
-    i32, i64 = ctypes.c_int32, ctypes.c_int64
+    i32, i64, f32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float
     signatures: Signatures = {
         "quire_variants": (None, (text, size)),
         "quire_block_bytes": (size, (pointer,)),
@@ -355,6 +366,7 @@ def _declare(calls: ctypes.CDLL) -> None:
         "quire_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),
         "quire_sample": (i32, (text, pointer, i32, i32, pointer)),
         "quire_weigh": (i32, (text, pointer, i32, pointer)),
+        "quire_partition": (i32, (text, pointer, i32, f32, f32, pointer, pointer)),
         "quire_block_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),
         "quire_probe_memory": (ctypes.c_double, (i32, i64, i32)),
         "quire_probe_products": (ctypes.c_double, (text, i32, i32)),

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.batch import Ints, SamplingBatch
-from model.runners.logprobs import Logprobs
+from model.runners.logprobs import NO_LOGPROBS, Logprobs
 
 _COLUMNS = (
     ("seeds_R", np.uint64), ("choices_R", np.int32), ("indices_R", np.int32),
@@ -50,21 +50,21 @@ class NativeSampling:
     ) -> NativeSampling:
         """`given_R`: tokens that are scored instead of chosen."""
         rows, num_top = len(sampling.seeds_R), min(sampling.num_top, vocab_size)
-        scored = rows if sampling.wants_logprobs_R.any() else 0
-        tokens_R = np.empty(rows, np.int32)
-        logprobs = Logprobs(
-            np.zeros(scored, np.float32),
-            np.zeros((scored, num_top), np.int32),
-            np.zeros((scored, num_top), np.float32),
-        )
+        tokens_R, logprobs = np.empty(rows, np.int32), NO_LOGPROBS
+        if sampling.wants_logprobs_R.any():
+            logprobs = Logprobs(
+                np.zeros(rows, np.float32),
+                np.zeros((rows, num_top), np.int32),
+                np.zeros((rows, num_top), np.float32),
+            )
         pointed = [np.ascontiguousarray(getattr(sampling, name), t) for name, t in _COLUMNS]
         given = None if given_R is None else np.ascontiguousarray(given_R, np.int32)
         structure = _Sampling(
             len(sampling.penalty_rows_P), len(sampling.bias_rows_E), len(sampling.mask_rows_M),
             num_top,
-            *(array.ctypes.data for array in pointed),
-            None if given is None else given.ctypes.data,
-            *(array.ctypes.data for array in (tokens_R, *logprobs)),
+            *map(_address, pointed),
+            None if given is None else _address(given),
+            *map(_address, (tokens_R, *logprobs)),
         )  # fmt: skip
         return cls(
             structure=structure,
@@ -72,6 +72,11 @@ class NativeSampling:
             logprobs=logprobs,
             pointed=pointed if given is None else [*pointed, given],
         )
+
+
+def _address(array: npt.NDArray[Any]) -> int | None:
+    """Which takes NumPy a microsecond; of an empty array none is needed."""
+    return array.ctypes.data if array.size else None
 
 
 def is_greedy(sampling: SamplingBatch) -> bool:

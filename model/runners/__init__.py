@@ -79,7 +79,7 @@ def overlapped(runner: Runner) -> OverlappedRunner | None:
 class RunnerOptions:
     """What a runner is built with."""
 
-    dtype: str = "auto"  # auto | float32 | bfloat16 (| int8 | int4: native)
+    dtype: str = "auto"  # auto | float32 | bfloat16 | int8 | int4 (native) | float8 (cuda)
     kv_dtype: str = "auto"  # auto: the runner's own | int8 (native) | float8 (cuda) | bfloat16
     kv_compression: str = "none"  # of `model.compression`; torch only
     device: str = "auto"

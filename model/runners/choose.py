@@ -9,11 +9,17 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass, replace
 
-from model.compression import check_compression, compressed_config, parse_compression
+from model.compression import (
+    NO_COMPRESSION,
+    check_compression,
+    compressed_config,
+    parse_compression,
+)
 from model.config import ModelConfig
 from model.runners import RunnerOptions
 
 _NVIDIA_DRIVER = "libcuda.so.1"
+_UNKNOWN = "the checkpoint is not known"
 _WITHOUT_ADAPTERS = frozenset({"cuda"})
 
 
@@ -23,7 +29,7 @@ class SelectedRunner:
 
     name: str
     dtype: str | None  # torch's, that the weights are read in; None: as stored
-    four_bit: bool = False  # whether the layers are read in the file's own blocks of 4 bits
+    keeps_blocks: bool = False  # whether the layers are read in the file's own blocks
     fallback_reason: str = ""  # why a faster runner cannot serve; empty if there is none
 
 
@@ -33,11 +39,13 @@ def choose_runner(
     options: RunnerOptions,
     *,
     num_ranks: int = 1,
-    four_bit_reason: str | None = "the checkpoint is not known",
+    four_bit_reason: str | None = _UNKNOWN,
+    eight_bit_reason: str | None = _UNKNOWN,
 ) -> SelectedRunner:
     """The named runner, or for `auto` the fastest that can run the model.
 
-    `four_bit_reason`: why the layers cannot be read in 4 bits, or None if they can. Raises
+    `four_bit_reason`: why the layers cannot be read in 4 bits, or None if they can, and likewise
+    `eight_bit_reason` (cuda runner; the native one makes its own 8 bits of any file). Raises
     ValueError if the device is not available or the dtype is unknown or impossible. Imports torch
     only if it, or a GPU, may be used.
     """
@@ -50,10 +58,11 @@ def choose_runner(
     check_compression(options.kv_compression, runner=name, num_ranks=num_ranks)
     compression = parse_compression(options.kv_compression)
     compressed_config(config, compression)
-    if options.dtype == "int4":
-        if compression is not None:
-            raise ValueError("kv_compression needs the torch runner, which has no dtype int4")
-        return _choose_four_bit(name, config, four_bit_reason, num_ranks=num_ranks)
+    is_four_bit = options.dtype == "int4"
+    if is_four_bit or _packs_on_gpu(name, options):
+        choose = _choose_four_bit if is_four_bit else _choose_packed
+        unreadable = four_bit_reason if is_four_bit else eight_bit_reason
+        return choose(name, config, options, unreadable, num_ranks=num_ranks)
     dtypes = {"native": None, "cuda": "bfloat16"}
     if name in dtypes:
         return SelectedRunner(name=name, dtype=dtypes[name])
@@ -89,10 +98,43 @@ def _choose_for_sources(
     return SelectedRunner(name="torch", dtype=torch_dtype(options))
 
 
+def _packs_on_gpu(name: str, options: RunnerOptions) -> bool:
+    """Whether the dtype is one of weights of 8 bits, and int8 is that of a GPU."""
+    if options.dtype == "int8":
+        on_gpu = name == "auto" and device_type(options.device) == "cuda"
+        return on_gpu or name == "cuda"
+    return options.dtype == "float8"
+
+
+def _choose_packed(
+    name: str,
+    config: ModelConfig,
+    options: RunnerOptions,
+    eight_bit_reason: str | None,
+    *,
+    num_ranks: int,
+) -> SelectedRunner:
+    """The cuda runner, or ValueError: no other one has such weights."""
+    dtype = options.dtype
+    _refuse_compression(options)
+    if name not in ("auto", "cuda"):
+        raise ValueError(f"dtype {dtype} needs the cuda runner, not {name}")
+    if dtype == "int8" and num_ranks > 1:
+        raise ValueError("dtype int8 does not support tensor parallelism on GPUs: use float8")
+    reason = eight_bit_reason if dtype == "int8" else None
+    if options.adapters:
+        reason = "the cuda runner does not apply adapters"
+    reason = reason or _cuda_reason(config, options.device, device_type(options.device))
+    if reason is not None:
+        raise ValueError(f"dtype {dtype} is not possible: {reason}; use --dtype auto")
+    return SelectedRunner(name="cuda", dtype="bfloat16", keeps_blocks=dtype == "int8")
+
+
 def _choose_four_bit(
-    name: str, config: ModelConfig, reason: str | None, *, num_ranks: int
+    name: str, config: ModelConfig, options: RunnerOptions, reason: str | None, *, num_ranks: int
 ) -> SelectedRunner:
     """The native runner, or ValueError: no other one has 4 bits."""
+    _refuse_compression(options)
     if name not in ("auto", "native"):
         raise ValueError(f"dtype int4 needs the native runner, not {name}")
     if num_ranks > 1:
@@ -100,7 +142,14 @@ def _choose_four_bit(
     reason = reason or _native_reason(config)
     if reason is not None:
         raise ValueError(f"dtype int4 is not possible: {reason}; use --dtype int8 or auto")
-    return SelectedRunner(name="native", dtype=None, four_bit=True)
+    return SelectedRunner(name="native", dtype=None, keeps_blocks=True)
+
+
+def _refuse_compression(options: RunnerOptions) -> None:
+    if options.kv_compression != NO_COMPRESSION:
+        raise ValueError(
+            f"kv_compression needs the torch runner, which has no dtype {options.dtype}"
+        )
 
 
 def device_type(name: str) -> str:

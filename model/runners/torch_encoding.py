@@ -78,7 +78,7 @@ class TorchEncoder:
             for length in {1, min(128, self.info.max_tokens)}:
                 self.encode([Encoding((0,) * length)])
             return
-        from model.kernels.matmul import layout_sizes
+        from model.kernels.tiling import layout_sizes
 
         for tokens in layout_sizes(WARM_TOKENS):
             full, rest = divmod(tokens, self.info.max_tokens)

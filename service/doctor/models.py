@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from model.checkpoint import CheckpointError, configure, open_checkpoint
+from model.checkpoint.eight_bit import eight_bit_reason
 from model.checkpoint.fetch import find
 from model.checkpoint.four_bit import four_bit_reason
 from model.compression import compressed_config, parse_compression
@@ -61,6 +62,7 @@ def _choose(path: Path, settings: Settings) -> tuple[ModelConfig, SelectedRunner
         runner_options(settings),
         num_ranks=settings.tensor_parallel,
         four_bit_reason=four_bit_reason(checkpoint),
+        eight_bit_reason=eight_bit_reason(checkpoint),
     )
     compression = parse_compression(settings.kv_compression)
     return compressed_config(config, compression), choice

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
+
 MODEL = "tiny-model"
 CANARY = "CaNaRy"
 B = {"model": MODEL, "prompt": "hi", "max_tokens": 4, "seed": 7}
@@ -120,6 +122,27 @@ class Row:
     def __str__(self) -> str:
         shown = (self.content or b"")[:60]
         return f"{self.number} {self.method} {self.path} {shown!r} {str(self.headers)[:60]}"
+
+
+def check_error(reply: httpx.Response, row: Row, *, kind: str = "invalid_request_error") -> None:
+    """The reply is an error of this kind, and repeats nothing of the request."""
+    assert reply.status_code == row.status, reply.text[:300]
+    assert reply.headers["content-type"] == "application/json"
+    assert reply.headers["x-request-id"].startswith("s0-")
+    ((name, error),) = reply.json().items()
+    assert name == "error"
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == kind
+    assert error["param"] == row.param
+    if row.code is not None:
+        assert error["code"] == row.code
+    assert error["message"]
+    assert len(reply.content) < 500
+    assert CANARY not in reply.text
+    assert CANARY not in str(reply.headers)
+    assert not {name for name in reply.headers if name.startswith("access-control")}
+    if row.status == 405:
+        assert reply.headers["allow"]
 
 
 def without(body: dict[str, Any], name: str) -> dict[str, Any]:

@@ -33,8 +33,8 @@ from service.messages import ModelCard
 from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
 from tests.api.conftest import ScriptedEngine, random_answer
-from tests.conftest import build_tiny_model
 from tests.support.fakes import ALL_WELL
+from tests.support.tiny_model import build_tiny_model
 
 MODEL = "tiny-model"
 ROOT = Path(__file__).parents[2]

@@ -336,6 +336,7 @@ async def test_tool_choices_have_the_effect_of_those_of_a_chat(
     assert message.grammar == chatted.grammar
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 async def test_a_stream_assembles_to_the_body_and_resumes_after_any_event(
     service: Any, seed: int

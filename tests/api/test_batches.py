@@ -95,6 +95,7 @@ async def content(service: Any, file_id: str | None) -> list[Json]:
     return [json.loads(each) for each in reply.text.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_lines", [1, PART_LINES, 2 * PART_LINES + 3])
 async def test_each_line_has_the_answer_that_it_has_online(
     start_service: Any, tmp_path: Path, num_lines: int

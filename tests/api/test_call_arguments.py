@@ -61,6 +61,7 @@ def test_elements_become_the_object_that_they_were(arguments: dict[str, Any], cu
     assert result == json.dumps(arguments, ensure_ascii=False)
 
 
+@pytest.mark.slow
 @given(OBJECTS, CUTS, st.sampled_from([["string", "null"], [], ["integer", "string"], ["array"]]))
 def test_a_value_of_several_types_is_the_same_in_any_cut(
     arguments: dict[str, Any], cuts: Any, types: list[str]
@@ -89,6 +90,7 @@ def test_half_characters_are_replaced(escape: str) -> None:
     assert read(InputText(), list(written)) == read(InputText(), [written])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TOOL_FORMATS))
 @given(st.data())
 def test_calls_are_the_same_in_any_cut(name: str, data: st.DataObject) -> None:

@@ -39,6 +39,7 @@ async def begun(service: Any) -> Any:
     return service.engine.seen[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", DIALECTS)
 @pytest.mark.parametrize("shared", [False, True])
 async def test_each_open_call_gets_an_error(

@@ -26,7 +26,7 @@ import psutil
 import pytest
 
 from tests.api import bad_input_rows as table
-from tests.api.bad_input_rows import CANARY, COMPLETIONS, B, C, Row
+from tests.api.bad_input_rows import CANARY, COMPLETIONS, B, C, Row, check_error
 from tests.api.raw_http_rows import (
     GOOD,
     LAST,
@@ -40,7 +40,8 @@ from tests.api.raw_http_rows import (
     request,
 )
 from tests.cluster.processes import total
-from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.conftest import ROOT, free_port, wait_until_ready
+from tests.support.tiny_model import TinyModel
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -169,18 +170,6 @@ async def _dripped(place: tuple[str, int], first: bytes, then: bytes) -> bytes:
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
-
-
-def check_error(reply: httpx.Response, row: Row, *, kind: str = "invalid_request_error") -> None:
-    """The reply is an error of this kind, and repeats nothing of the request."""
-    assert reply.status_code == row.status, reply.text[:300]
-    assert reply.headers["x-request-id"].startswith("s0-")
-    error = reply.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert (error["type"], error["param"]) == (kind, row.param)
-    assert row.code in {None, error["code"]}
-    assert len(reply.content) < 500
-    assert CANARY not in reply.text + str(reply.headers)
 
 
 def test_every_row(server: Server) -> None:

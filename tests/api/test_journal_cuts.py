@@ -241,6 +241,7 @@ def manifest_of(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("endpoint", list(DIALECTS))
 @settings(max_examples=60)
 @given(

@@ -98,6 +98,7 @@ def is_bounded(node: Json) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_every_field_is_described_and_bounded(document: Json) -> None:
     assert len(dict(bodies(document))) >= 6
     undescribed, unbounded = set(), set()
@@ -149,6 +150,7 @@ async def test_every_example_is_answered(start_service: Any) -> None:
                 assert reply.status_code == 200 or known, (method, path, reply.text)
 
 
+@pytest.mark.slow
 def test_every_rule_is_in_the_document(document: Json) -> None:
     """Rules name schemas: a renamed body would lose its own silently."""
     for name, rule in RULES.items():

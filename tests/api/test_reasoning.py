@@ -253,6 +253,7 @@ async def test_two_efforts_must_agree(served: Any) -> None:
     assert reply.json()["error"]["param"] == "reasoning"
 
 
+@pytest.mark.slow
 async def test_reasoning_of_earlier_turns_is_given_to_the_template(served: Any, llm: Model) -> None:
     prompts = []
     for name in ("reasoning_content", "reasoning"):
@@ -287,6 +288,7 @@ async def test_a_continued_message_may_be_within_it(
         assert message["content"] == "so. Hello."
 
 
+@pytest.mark.slow
 async def test_the_engine_learns_of_a_budget(served: Any, llm: Model) -> None:
     body = {"model": "tiny-model", "messages": ASK, "thinking_token_budget": 5}
     await served.post(CHAT, body)

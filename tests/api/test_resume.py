@@ -24,6 +24,7 @@ from service.messages import (
 from service.queues.contract import QueueLimits, Write
 from service.queues.memory.queue import MemoryQueue
 from tests.queues.builders import make_engine
+from tests.support.builders import slowly
 
 B = {"model": "tiny-model", "prompt": "hello", "max_tokens": 40, "seed": 3, "stream": True}
 IDS = {"x_quire_event_ids": "1"}
@@ -77,7 +78,7 @@ def replace_journal(queue: MemoryQueue, request_id: str, records: Sequence[Recor
     entry.end = next((record for record in records if isinstance(record, End)), None)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [0, *slowly(*range(1, 10))])
 async def test_a_journal_in_other_pieces_goes_on_from_every_token(
     service: Any, tokenizer: Tokenizer, seed: int
 ) -> None:
@@ -253,6 +254,7 @@ async def test_a_wait_lasts_as_long_as_the_journal_grows(
         await call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clients", [40])
 async def test_replays_leave_the_event_loop_to_others(
     start_service: Starts, tokenizer: Tokenizer, clients: int

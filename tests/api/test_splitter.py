@@ -106,6 +106,7 @@ def test_tokens_and_text_agree(ids: list[int], opened: bool) -> None:
     assert scan.num_thinking == count
 
 
+@pytest.mark.slow
 @given(ids=st.lists(st.integers(0, 3), max_size=10))
 def test_a_special_token_cannot_be_spelled(ids: list[int]) -> None:
     """[THINK] as a text is a text: tags that are special tokens are those tokens alone."""

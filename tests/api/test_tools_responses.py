@@ -69,6 +69,7 @@ def assemble(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, *slowly(*range(2, 30))])
 async def test_body_stream_and_resumed_stream_agree(
     service: Any, read_events: Any, seed: int

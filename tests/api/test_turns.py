@@ -106,6 +106,7 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "body"), CALLS.values(), ids=CALLS)
 async def test_a_flood_of_one_tenant_delays_another_by_one_turn(
     start_service: Any, small_limits: Any, path: str, body: Any
@@ -163,6 +164,7 @@ def test_no_call_needs_a_shared_thread() -> None:
         dependants += dependant.dependencies
 
 
+@pytest.mark.slow
 async def test_a_deleted_key_stops_working_while_the_pools_are_full(
     start_service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +239,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "body", "param"), REFUSED.values(), ids=REFUSED)
 async def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(
     service: Any, path: str, body: Any, param: str

@@ -37,6 +37,7 @@ def body(draw: random.Random) -> tuple[str, Json]:
     return "/v1/completions", common | {"prompt": prompts, "max_tokens": size} | best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 async def test_sums_are_those_of_the_log(start_service: Any, seed: int) -> None:
     draw = random.Random(seed)

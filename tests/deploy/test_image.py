@@ -157,6 +157,7 @@ def test_torch_is_of_the_range_that_was_tried() -> None:
     assert key(low) <= key(version) < key(high)
 
 
+@pytest.mark.slow
 def test_the_health_check_asks_an_endpoint(tmp_path: Path) -> None:
     """Its own program, run against a server that answers, one that refuses, and none."""
     (check,) = of("cpu", "HEALTHCHECK")

@@ -34,7 +34,8 @@ from tests.deploy.schemas import OF_OPERATORS
 Check = Callable[[Sequence[Object]], None]
 
 
-@pytest.mark.parametrize("version", ["1.32", pytest.param("1.37", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["1.32", "1.37"])
 def test_objects_fit_the_schemas(version: str) -> None:
     objects = {
         yaml.safe_dump(each): each
@@ -47,6 +48,7 @@ def test_objects_fit_the_schemas(version: str) -> None:
         kubernetes_validate.validate(each, version, strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_objects_of_operators_fit_their_schemas(overlay: str) -> None:
     objects = [each for each in render(overlay) if each["kind"] in OF_OPERATORS]

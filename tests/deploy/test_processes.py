@@ -26,10 +26,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import ROOT, TinyModel, free_port
+from tests.conftest import ROOT, free_port
 from tests.deploy.conftest import PASSWORD, DeployedRedis
 from tests.deploy.manifests import DEPLOY, containers, environment, get, pod_of, render
 from tests.deploy.promql import known_series
+from tests.support.tiny_model import TinyModel
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow

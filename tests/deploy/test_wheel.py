@@ -17,7 +17,8 @@ import httpx
 import pytest
 
 from model.native.build import Build
-from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.conftest import ROOT, free_port, wait_until_ready
+from tests.support.tiny_model import TinyModel
 from tests.support.waiting import PATIENCE
 
 pytestmark = [pytest.mark.longer, pytest.mark.timeout(20 * PATIENCE)]

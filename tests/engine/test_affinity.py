@@ -166,6 +166,7 @@ async def hits(seed: int, *, engines: int, named: bool = True) -> tuple[int, Clu
     return cluster.hits, cluster
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.longer) for n in (1, 2))])
 async def test_four_engines_find_almost_what_one_finds(seed: int) -> None:
     """Without names they find much less, and each answer is the same in all cases."""

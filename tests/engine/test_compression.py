@@ -127,6 +127,7 @@ def make_long(
     return make_request(name, prompt=prompt, max_tokens=max_tokens, tenant=tenant, ignore_eos=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "policy"),
     [(WindowedOracle, SMALL), (OverlappedWindows, SMALL), (AnchoredOracle, Anchors())],
@@ -182,6 +183,7 @@ def test_whatever_happens_around_it_a_compressed_request_gets_its_answer(
     assert (hits >= 10) is (policy == SMALL)
 
 
+@pytest.mark.slow
 def test_blocks_outside_of_the_window_are_free() -> None:
     """One chat of 150 tokens holds what sinks, window and step need; the pool has room for others,
     and no more of them run at once without the window.
@@ -301,6 +303,7 @@ class Bits(Observer):
                 self.ends[event.request_id] = event.record.reason
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("policy", "num_blocks"), [(Window(20), 20), (Anchors(), 40)])
 def test_compressed_chats_are_their_singles(policy: Window | Anchors, num_blocks: int) -> None:

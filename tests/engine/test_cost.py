@@ -143,6 +143,7 @@ def test_a_chunk_is_the_largest_that_keeps_within_the_limit() -> None:
     assert cost.chunk(decodes, computed=100, most=500, limit=0.001) == 0
 
 
+@pytest.mark.slow
 def test_the_reserve_is_what_hardly_any_step_exceeds() -> None:
     """Whatever the noise looks like; and it goes when the noise goes."""
     noises: list[Callable[[random.Random], float]] = [
@@ -238,6 +239,7 @@ def slow_truth(work: StepWork) -> float:
     return 0.005 + 4.5e-4 * work.tokens + 3.5e-7 * work.products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *slowly(1, 2, 3)])
 def test_in_noise_one_gap_in_a_hundred_exceeds_the_target_and_the_prompt_hardly_waits(
     seed: int,

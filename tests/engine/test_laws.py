@@ -45,6 +45,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> typ
     return kind
 
 
+@pytest.mark.slow
 def test_whatever_happens_around_it_a_request_gets_its_answer(kind: type[OracleRunner]) -> None:
     """Random requests, limits, pools, arrivals, aborts, take-overs and, in half of the runs, drafts
     right and wrong; the sums at the end show that preemption, recomputation, cache hits, chunks and
@@ -116,6 +117,7 @@ def check_answer(rig: Rig, request: GenerationRequest) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_batch_is_singles_and_order_and_priority_change_nothing() -> None:
     draw = random.Random(5)
     requests = [random_request(draw, f"r{index}") for index in range(17)]

@@ -185,6 +185,7 @@ def test_stop_finishes_the_step_and_leaves_the_rest_unfinished(build: Build) -> 
     assert loop.failure is None
 
 
+@pytest.mark.slow
 def test_nothing_comes_out_after_abort_returned(build: Build) -> None:
     """Aborted from another thread at any moment; an event after that would be seen."""
     delivered: list[str] = []

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from model.batch import Batch, SamplingBatch, unpack_masks
 from service.engine.blocks import BlockAllocator
@@ -173,6 +174,7 @@ def check_sampling(sequences: list[Sequence], sampling: SamplingBatch) -> None:
     }
 
 
+@pytest.mark.slow
 def test_every_field_is_what_the_plan_says() -> None:
     decodes = preemptions = drafts = 0
     for seed in range(16):

@@ -42,6 +42,7 @@ def test_steps_overlap_and_the_last_token_is_known_beforehand() -> None:
     assert rig.total("num_sampled") == plain.total("num_sampled") == 4 * 12
 
 
+@pytest.mark.slow
 def test_an_end_that_nobody_could_know_wastes_one_row() -> None:
     ends = {True: 0, False: 0}
     for seed in range(150):

@@ -156,6 +156,7 @@ def test_a_take_over_in_the_middle_of_a_copy() -> None:
         assert engine.transcripts["r"].ids == whole
 
 
+@pytest.mark.slow
 def test_an_end_inside_an_accepted_run_ends_there() -> None:
     """Every draft is right, so that each kind of end comes in the middle of some run."""
     inside = 0

@@ -28,8 +28,8 @@ from tokenizers import pre_tokenizers
 from service.queues.usage import DAY
 from tests.cluster.cluster import Cluster, Timings
 from tests.cluster.processes import ForkServer, wait_all_ready
-from tests.conftest import build_tiny_model
 from tests.faults.oracle_model import write_model_of_oracle
+from tests.support.tiny_model import build_tiny_model
 
 PATH = "/v1/completions"
 ROLES = "tests.faults.role_process"

@@ -10,8 +10,8 @@ import pytest
 
 from tests.cluster.cluster import Cluster, Timings
 from tests.cluster.processes import ForkServer
-from tests.conftest import TinyModel
 from tests.faults.oracle_model import write_model_of_oracle
+from tests.support.tiny_model import TinyModel
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -27,8 +27,8 @@ from tests.cluster.client import Transcript
 from tests.cluster.cluster import Cluster, Timings
 from tests.cluster.processes import ForkServer, Replica, wait_all_ready
 from tests.cluster.streams import Streams
-from tests.conftest import build_tiny_model
 from tests.faults.oracle_model import write_model_of_oracle
+from tests.support.tiny_model import build_tiny_model
 
 ENGINES = 4
 STREAMS = 8  # in flight at a time

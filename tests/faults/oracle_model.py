@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.conftest import TinyModel
+from tests.support.tiny_model import TinyModel
 
 
 def write_model_of_oracle(tiny: TinyModel, folder: Path) -> Path:

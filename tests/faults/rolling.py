@@ -32,7 +32,7 @@ from tokenizers import pre_tokenizers
 from service.bench.sse import DONE, Address, Broken, call
 from tests.cluster.processes import ForkServer, Replica, wait_all_ready
 from tests.cluster.redis_process import RedisServer
-from tests.conftest import TinyModel, build_tiny_model
+from tests.support.tiny_model import TinyModel, build_tiny_model
 
 PROGRAM = "tests.faults.role_process"
 NAMES = ("ebony", "ivory")

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from service.http.ports import UNACKNOWLEDGED_TIMEOUT
-from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.conftest import ROOT, free_port, wait_until_ready
+from tests.support.tiny_model import TinyModel
 
 pytestmark = pytest.mark.faults
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.cluster.cluster import Cluster, Timings
-from tests.conftest import TinyModel
+from tests.support.tiny_model import TinyModel
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.faults

@@ -15,7 +15,7 @@ import pytest
 from tests.cluster.checker import check_all
 from tests.cluster.cluster import Cluster, Timings
 from tests.cluster.streams import Streams
-from tests.conftest import TinyModel
+from tests.support.tiny_model import TinyModel
 
 pytestmark = pytest.mark.faults
 

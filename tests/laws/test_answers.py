@@ -171,6 +171,7 @@ def assert_same(found: Answers, expected: Answers, requests: Sequence[Generation
         assert ours.reason in {FinishReason.STOP, FinishReason.LENGTH}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *slowly(1, 2)])
 def test_a_batch_equals_singles(seed: int) -> None:
     requests = make_requests(seed)
@@ -207,6 +208,7 @@ def test_a_prefix_hit_never_crosses_tenants() -> None:
     assert answers.ids("other") == answers.ids(request.id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [30, *slowly(31)])
 def test_a_preempted_answer_equals_an_undisturbed_one(seed: int) -> None:
     requests = [replace(r, max_tokens=24, ignore_eos=True, stop=()) for r in make_requests(seed)]
@@ -215,6 +217,7 @@ def test_a_preempted_answer_equals_an_undisturbed_one(seed: int) -> None:
     assert_same(tight, alone(requests), requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [40, *slowly(41)])
 def test_order_and_priority_change_no_answer(seed: int) -> None:
     requests = make_requests(seed)
@@ -226,6 +229,7 @@ def test_order_and_priority_change_no_answer(seed: int) -> None:
     assert_same(answers, alone(requests), requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taken", [4, *slowly(1, 9)])
 def test_a_take_over_continues_the_undisturbed_answer(taken: int) -> None:
     requests = [replace(r, max_tokens=16, ignore_eos=True, stop=()) for r in make_requests(50)]
@@ -263,6 +267,7 @@ def self_repeating(requests: Sequence[GenerationRequest]) -> list[GenerationRequ
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [60, *slowly(61)])
 def test_predictions_change_no_answer(seed: int) -> None:
     """Right ones, wrong ones, and those with a part missing or added; right ones save steps."""
@@ -283,6 +288,7 @@ def test_predictions_change_no_answer(seed: int) -> None:
     assert_same(drafted, truth, requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [60, *slowly(61)])
 def test_drafts_change_no_answer(seed: int) -> None:
     requests = self_repeating(make_requests(seed))

@@ -162,6 +162,7 @@ GOOD = json_schema_grammar({"type": "array", "items": {"type": "string", "maxLen
 SLOW = regex_grammar("a*")
 
 
+@pytest.mark.slow
 def test_no_sequence_waits_for_the_masks_of_others() -> None:
     """Ten answers whose masks take 30 ms each, beside two others: the others get a token in every
     step, and a step's masks take the time of a step and of one mask at most.
@@ -190,6 +191,7 @@ def test_no_sequence_waits_for_the_masks_of_others() -> None:
     assert {engine.texts[one.id] for one in slow} == {"aaaa"}
 
 
+@pytest.mark.slow
 def test_the_answer_ends_in_the_step_after_a_mask_that_took_too_long() -> None:
     grammars = CostlyGrammars()
     engine = Engine(grammars)

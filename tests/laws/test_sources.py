@@ -70,6 +70,7 @@ def check_equal(given: Answers, expected: Answers, requests: Sequence[Generation
         assert all(abs(one - other) < TOLERANCE for one, other in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *slowly(1, 2, 3)])
 def test_a_batch_is_its_singles_whatever_is_cached_or_preempted(seed: int) -> None:
     """A small pool preempts; two waves of the same requests find sources in the cache."""
@@ -89,6 +90,7 @@ def test_a_batch_is_its_singles_whatever_is_cached_or_preempted(seed: int) -> No
         assert roomy.ids(f"again-{request.id}") == expected.ids(request.id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [4, *slowly(5)])
 def test_another_engine_continues_an_answer(seed: int) -> None:
     requests = make_requests(seed)
@@ -102,6 +104,7 @@ def test_another_engine_continues_an_answer(seed: int) -> None:
         assert (*cut[name], *resumed.ids(name)) == ids
 
 
+@pytest.mark.slow
 def test_the_source_decides_the_answer() -> None:
     """Of 12 sources that end alike no two have the same answer: none is found in another's place,
     though their last blocks and the decoder's texts are equal.

@@ -199,6 +199,7 @@ def test_neither_company_nor_drafts_nor_chunks_change_an_answer(
     }
 
 
+@pytest.mark.slow
 def test_steps_launched_ahead_change_no_answer(grammars: Grammars) -> None:
     """A mask is a function of the token before: it is read first, and others wait with it."""
     requests = [
@@ -311,6 +312,7 @@ def check_json(text: str, schema: dict[str, object]) -> None:
     validator.validate(json.loads(text))
 
 
+@pytest.mark.slow
 def test_finished_answers_match_random_schemas(grammars: Grammars) -> None:
     check_schemas(grammars, range(1000, 1005), NoiseRunner())
 

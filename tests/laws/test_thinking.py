@@ -161,6 +161,7 @@ def check(one: GenerationRequest, engine: Engine, grammars: Grammars) -> str:
     return kind
 
 
+@pytest.mark.slow
 def test_budgets_and_grammars_hold(grammars: Grammars) -> None:
     """Over requests of all kinds; all ways to end come up."""
     requests = [one for seed in range(7) for one in some_requests(seed)]
@@ -170,6 +171,7 @@ def test_budgets_and_grammars_hold(grammars: Grammars) -> None:
     assert all(kinds.count(kind) > 3 for kind in ("none", "free", "cut", "forced"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *at_length(1, 2)])
 def test_neither_company_nor_drafts_nor_chunks_change_an_answer(
     grammars: Grammars, seed: int
@@ -206,6 +208,7 @@ def test_a_budget_alone_does_not_slow_others(grammars: Grammars) -> None:
     assert len(engine.ids["r"]) == 60
 
 
+@pytest.mark.slow
 def test_a_failover_goes_on_exactly_after_every_token(grammars: Grammars) -> None:
     requests = some_requests(7, num=4)
     expected = alone(partial(engine_of, grammars), requests)
@@ -221,6 +224,7 @@ def test_a_failover_goes_on_exactly_after_every_token(grammars: Grammars) -> Non
         assert engine.ends[work.request.id].reason == expected.ends[name].reason
 
 
+@pytest.mark.slow
 def test_a_budget_changes_nothing_before_it_is_spent(grammars: Grammars) -> None:
     requests = [replace(one, grammar=None) for one in some_requests(9)]
     for one in requests:

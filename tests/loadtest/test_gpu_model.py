@@ -10,7 +10,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import GridExecutor
 
-from loadtest.bench.gpu.roof_model import CASES, Chip, launches, lines, predict
+from loadtest.bench.gpu.roof_model import CASES, Chip, launches, lines, predict, product_lines
 from model.runners import RunnerOptions
 from model.runners.cuda.build import build_runner
 from tests.support.builders import tiny_model_config, tiny_weights
@@ -20,7 +20,17 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_docs_have_the_models_table() -> None:
     text = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
-    assert "\n".join(lines(Chip())) in text, "python -m loadtest.bench gpu-model"
+    for table in (lines(Chip()), product_lines(Chip())):
+        assert "\n".join(table) in text, "python -m loadtest.bench gpu-model"
+
+
+def test_float8_halves_what_a_step_reads() -> None:
+    """But for embedding and head, which a small model has most of."""
+    for case in CASES:
+        if case.float8:
+            plain = replace(case, float8=False)
+            saved = predict(plain, Chip())["products"] / predict(case, Chip())["products"]
+            assert 1.5 < saved < 2
 
 
 def test_no_step_is_above_the_roof_and_an_ideal_chip_is_at_it() -> None:

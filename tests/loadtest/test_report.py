@@ -162,6 +162,7 @@ def test_distortions_are_reported(make_result: MakeResult, make_document: MakeDo
     assert "b, decode 1: counts 140 prompt tokens, not 100" in lines
 
 
+@pytest.mark.slow
 def test_the_chart_shows_every_panel_and_server(document: Document, tmp_path: Path) -> None:
     draw(document, tmp_path / "chart.svg")
     root = ET.parse(tmp_path / "chart.svg").getroot()
@@ -187,6 +188,7 @@ def test_a_document_is_read_as_it_was_written(document: Document, tmp_path: Path
     assert repr(panels_of(again)) == repr(panels_of(document))
 
 
+@pytest.mark.slow
 def test_a_written_comparison_is_rendered_again_for_the_readme(
     document: Document,
     tmp_path: Path,

@@ -312,6 +312,7 @@ def test_the_native_runner_applies_what_torch_applies(
     assert np.sqrt(np.mean(error**2)) < 0.3 * np.sqrt(np.mean(changed**2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("threads", "chunk", "variant"), [(2, 100, ""), (1, 3, ""), (3, 7, "portable")]
 )

@@ -18,10 +18,13 @@ import torch
 
 from model.checkpoint import CheckpointError, four_bit, load_model, open_checkpoint, open_model
 from model.checkpoint.dequantize import dequantize
+from model.checkpoint.eight_bit import as_eight_bit
+from model.checkpoint.four_bit import as_four_bit
 from model.checkpoint.gguf import GgufCheckpoint
 from model.checkpoint.gguf_config import rope_scaling, translate
 from model.checkpoint.gguf_header import STORAGE, GgufHeader, Storage, TensorEntry
 from model.checkpoint.gguf_parts import read_headers
+from model.packed_weights import from_blocks, is_matrix
 from tests.support.weights import dequantized
 
 QUANTISED = [storage for storage in STORAGE.values() if storage.values > 1]
@@ -269,6 +272,7 @@ def refusal(path: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_mutations_load_or_are_refused(tiny_model: Any, tmp_path: Path, seed: int) -> None:
     """Flipped and missing bytes: nothing but a model or a CheckpointError, and little memory."""
@@ -338,6 +342,28 @@ def test_layers_are_read_in_four_bits(tiny_model: Any, tmp_path: Path, storage: 
     assert matrices > 0
 
 
+def test_layers_are_read_in_eight_bits(tiny_model: Any, tmp_path: Path) -> None:
+    """The same numbers as dequantised ones, also rounded; what is no matrix has the dtype."""
+    path = tiny_model.write_gguf(tmp_path / "tiny.gguf", storage="Q8_0")
+    for dtype in ("float32", "bfloat16"):
+        plain = load_model(path, dtype=dtype).weights
+        found = load_model(path, dtype=dtype, eight_bit=True).weights
+        packed = {name for name, weight in found.items() if weight.dtype == torch.uint8}
+        assert packed == {name for name in plain if is_matrix(name)} != set()
+        for name, values in plain.items():
+            weight = from_blocks(found[name]).to(values.dtype) if name in packed else found[name]
+            assert torch.equal(weight, values), name
+
+
+def test_other_storage_is_not_read_in_eight_bits(tiny_model: Any, tmp_path: Path) -> None:
+    path = tiny_model.write_gguf(tmp_path / "tiny.gguf", storage="Q4_0")
+    with pytest.raises(CheckpointError, match="is stored as Q4_0; all layers must be Q8_0"):
+        load_model(path, eight_bit=True)
+    folder = tiny_model.write_folder(tmp_path / "folder")
+    with pytest.raises(CheckpointError, match="only GGUF files of type Q8_0"):
+        load_model(folder, eight_bit=True)
+
+
 def test_other_storage_is_not_read_in_four_bits(tiny_model: Any, tmp_path: Path) -> None:
     path = tiny_model.write_gguf(tmp_path / "tiny.gguf", storage="Q5_0")
     with pytest.raises(CheckpointError, match="is stored as Q5_0; all layers must be one of Q4_0"):
@@ -347,14 +373,17 @@ def test_other_storage_is_not_read_in_four_bits(tiny_model: Any, tmp_path: Path)
         open_model(folder, four_bit=True)
 
 
-def test_a_scale_that_is_not_finite_is_refused(tiny_model: Any, tmp_path: Path) -> None:
-    path = tiny_model.write_gguf(tmp_path / "tiny.gguf", storage="Q4_0")
+@pytest.mark.parametrize("storage", ["Q4_0", "Q8_0"])
+def test_a_scale_that_is_not_finite_is_refused(
+    tiny_model: Any, tmp_path: Path, storage: str
+) -> None:
+    path = tiny_model.write_gguf(tmp_path / "tiny.gguf", storage=storage)
     checkpoint = open_checkpoint(path)
     assert isinstance(checkpoint, GgufCheckpoint)
     entry = checkpoint.header.tensors["blk.1.ffn_down.weight"]
     data = bytearray(path.read_bytes())
     data[entry.start : entry.start + 2] = np.float16(np.inf).tobytes()
     path.write_bytes(data)
-    weights = open_model(path, four_bit=True).weights
+    blocks = (as_four_bit if storage == "Q4_0" else as_eight_bit)(open_checkpoint(path))
     with pytest.raises(CheckpointError, match="a scale is not finite"):
-        weights["blocks.1.mlp.down.weight"]
+        blocks.load("blk.1.ffn_down.weight")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import model.runners
+from model.adapters import Adapter
 from model.config import Activation, Norm, Position
 from model.runners import RunnerOptions, choose
 from model.runners.choose import choose_runner, choose_sizes
@@ -114,6 +116,36 @@ def test_a_shared_network_is_not_for_the_native_runner() -> None:
     assert "tensor parallelism" in choice.fallback_reason
 
 
+@pytest.mark.usefixtures("a_gpu")
+def test_weights_of_8_bits_on_a_gpu_need_the_cuda_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, options = tiny_model_config(), RunnerOptions(dtype="float8")
+    for name in ("auto", "cuda"):
+        choice = choose_runner(name, config, options, num_ranks=2)
+        assert (choice.name, choice.dtype) == ("cuda", "bfloat16")
+    eight = replace(options, dtype="int8")
+    for name in ("auto", "cuda"):
+        with pytest.raises(ValueError, match="int8 is not possible: the checkpoint is not known"):
+            choose_runner(name, config, eight)
+        choice = choose_runner(name, config, eight, eight_bit_reason=None)
+        assert (choice.name, choice.keeps_blocks) == ("cuda", True)
+        with pytest.raises(ValueError, match="does not support tensor parallelism on GPUs"):
+            choose_runner(name, config, eight, num_ranks=2, eight_bit_reason=None)
+    for name in ("torch", "native"):
+        with pytest.raises(ValueError, match="dtype float8 needs the cuda runner, not"):
+            choose_runner(name, config, options)
+    with pytest.raises(ValueError, match=r"not possible: .*RMSNorm; use --dtype auto"):
+        choose_runner("auto", tiny_model_config(norm=Norm.LAYER), options)
+    adapted = replace(options, adapters=(Adapter(digest="", factors={}),))
+    with pytest.raises(ValueError, match="not possible: the cuda runner does not apply adapters"):
+        choose_runner("auto", config, adapted)
+    compressed = replace(options, kv_compression="window:64")
+    with pytest.raises(ValueError, match="which has no dtype float8"):
+        choose_runner("auto", config, compressed)
+    monkeypatch.setattr(choose, "device_type", lambda _name: "cpu")
+    with pytest.raises(ValueError, match="it needs an NVIDIA GPU, and the device is cpu"):
+        choose_runner("auto", config, options)
+
+
 def test_four_bits_need_the_native_runner_and_a_file_that_has_them() -> None:
     options = RunnerOptions(dtype="int4", device="cpu")
     config = tiny_model_config(head_dim=16)
@@ -129,4 +161,4 @@ def test_four_bits_need_the_native_runner_and_a_file_that_has_them() -> None:
     if choose._native_reason(config) is None:
         for name in ("auto", "native"):
             choice = choose_runner(name, config, options, four_bit_reason=None)
-            assert (choice.name, choice.four_bit) == ("native", True)
+            assert (choice.name, choice.keeps_blocks) == ("native", True)

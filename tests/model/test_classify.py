@@ -131,6 +131,7 @@ def learned(family: str, data: Labelled, texts: list[list[int]], folder: Path) -
     return dict(reports[-1].measures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("problem", list(Problem))
 def test_learns_each_kind_of_label(family: str, problem: Problem, tmp_path: Path) -> None:

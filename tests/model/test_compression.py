@@ -106,6 +106,7 @@ def test_a_window_as_long_as_the_text_changes_nothing(tiny_runner: Build) -> Non
     assert np.abs(narrow - plain).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_chunks_are_the_whole_text(tiny_runner: Build, dtype: str) -> None:
     """However a text is cut, token by token included: what fell out of the window is overwritten
@@ -227,6 +228,7 @@ def served_scores(
     return np.concatenate(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", list(Position))
 def test_the_mask_of_training_is_that_of_serving(tiny_runner: Build, position: Position) -> None:
     """A text as training sees it, and in chunks over a cache of anchors: the same probabilities,

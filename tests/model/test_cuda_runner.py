@@ -377,7 +377,7 @@ def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(ValueError, match="use the torch runner"):
         build(small_config(norm=Norm.LAYER))
     with pytest.raises(ValueError, match="dtype must be"):
-        build(dtype="int8")
+        build(dtype="int4")
     with pytest.raises(ValueError, match="kv_dtype must be"):
         build(kv_dtype="int4")
     with pytest.raises(ValueError, match="at most 2 tokens"):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import pytest
 
 from model.text.disguise import Disguise, SpecialTexts, any_of, strings_of
+from tests.support.builders import slowly
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 MANY = [f"<|reserved_special_token_{index}|>" for index in range(250)] + [
@@ -32,7 +33,7 @@ def naive(text: str, specials: Sequence[str], stand_ins: dict[str, str]) -> str:
     return "".join(characters)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(8), *slowly(*range(8, 40))])
 def test_equals_a_search_at_every_position(seed: int) -> None:
     draw = random.Random(seed)
     if seed % 4:  # short ones over few characters: prefixes, overlaps and repetitions of each other
@@ -63,6 +64,7 @@ def test_any_of_finds_the_longest(seed: int) -> None:
         assert pattern.findall(text) == flat.findall(text)
 
 
+@pytest.mark.slow
 def test_texts_that_begin_alike_hundreds_of_times_compile() -> None:
     """One group for each of them would be nested deeper than the compiler recurses."""
     texts = SpecialTexts(["a" * length + "b" for length in range(1, 500)])

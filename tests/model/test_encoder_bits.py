@@ -54,6 +54,7 @@ GOLDEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_bits_belong_to_the_version(native_library: NativeLibrary, kind: str, dtype: str) -> None:

@@ -57,6 +57,7 @@ def vectors(path: Path, batch: list[Encoding], runner: str = "native") -> list[F
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 @pytest.mark.parametrize("runner", ["native", "torch"])
 def test_bits_are_those_of_the_folder(
     folders: dict[str, Path], tmp_path: Path, kind: str, runner: str
@@ -98,6 +99,7 @@ def test_the_file_states_its_pooling(
     assert runner.info.max_tokens == 96
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_the_folder(folders: dict[str, Path], tmp_path: Path) -> None:
     path = write_encoder(folders["bert"], tmp_path / "model.gguf")
     ours = EncoderTokenizer.from_path(path, max_tokens=96)

@@ -16,6 +16,7 @@ from model.checkpoint import CheckpointError, open_checkpoint
 from model.runners import RunnerOptions
 from model.runners.choose import choose_runner
 from model.runners.encoding import Encoding, EncodingRunner, is_encoder, load_encoder
+from tests.support.builders import slowly
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh", *(f"##{c}" for c in "abcdefgh")]
 ROWS = 131
@@ -177,6 +178,7 @@ def test_equals_transformers(kind: str, tmp_path: Path) -> None:
         runner.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNNERS)
 def test_bits_depend_on_no_batch_and_no_order(folder: Path, name: str) -> None:
     """1,000 random batches of random inputs, with repetitions, against each input alone.
@@ -304,7 +306,7 @@ def test_tokens_and_types_of_texts_and_pairs(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(8, 2), (2, 8), (8, 8), (7, 8), (1, 9), (0, 9), (9, 0), (1, 1)])
-@pytest.mark.parametrize("limit", [4, 5, 8, 9, 30])
+@pytest.mark.parametrize("limit", [5, 9, *slowly(4, 8, 30)])
 def test_the_longer_text_of_a_pair_is_cut_first(
     folder: Path, sizes: tuple[int, int], limit: int
 ) -> None:

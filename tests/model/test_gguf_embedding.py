@@ -16,9 +16,9 @@ from model.checkpoint import CheckpointError
 from model.checkpoint.gguf_vocabulary import PRE_TOKENIZERS
 from model.config import Pooling
 from model.runners.encoding import is_encoder, load_encoder
-from tests.conftest import TinyModel, build_tiny_model
 from tests.model.test_encoders import reference, write_modules
 from tests.support.gguf_encoders import write_encoder
+from tests.support.tiny_model import TinyModel, build_tiny_model
 
 END, TURN = "<|endoftext|>", "<|im_end|>"
 TEXTS = [

@@ -11,7 +11,7 @@ import torch
 from model.checkpoint import CheckpointError, find_gguf, load_model, open_checkpoint
 from model.checkpoint.gguf_parts import first_part, name_without_part
 from model.text.tokenizer import Tokenizer
-from tests.conftest import TinyModel
+from tests.support.tiny_model import TinyModel
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 
 from model.text.tokenizer import Tokenizer
-from tests.conftest import CORPUS, ROOT, TinyModel
+from tests.conftest import ROOT
 from tests.model.tokenizer_oracles import LlamaCpp, odd_texts, spelled
 from tests.model.vocabulary_files import (
     BYTE,
@@ -25,6 +25,7 @@ from tests.model.vocabulary_files import (
     add_vocabulary,
     vocabulary_file,
 )
+from tests.support.tiny_model import CORPUS, TinyModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from model.checkpoint import CheckpointError
 from model.text.tokenizer import Tokenizer
-from tests.conftest import TinyModel, build_tiny_model
 from tests.model.tokenizer_oracles import LlamaCpp, odd_texts, spelled
 from tests.model.vocabulary_files import (
     BYTE,
@@ -25,6 +24,7 @@ from tests.model.vocabulary_files import (
     USER_DEFINED,
     vocabulary_file,
 )
+from tests.support.tiny_model import TinyModel, build_tiny_model
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"

@@ -1,4 +1,4 @@
-"""Every kernel gives what its twin gives; a product's bits do not depend on how it is laid out.
+"""Every kernel gives what its twin gives. (Products in detail: `test_kernels_products`.)
 
 Without a GPU the kernels run in Triton's interpreter (`tests/conftest.py`), with one they run
 compiled.
@@ -22,18 +22,9 @@ from model.kernels.inputs import (
     embed,
     mixed_rows,
 )
-from model.kernels.matmul import (
-    Product,
-    Tiling,
-    layout_sizes,
-    multiply,
-    multiply_by_vendor_blas,
-    part_size,
-    tiling_for,
-)
+from model.kernels.matmul import Product, multiply, multiply_by_vendor_blas
 from model.kernels.norm import add_rms_norm
 from model.kernels.rotary import Heads, rotary_table, rotate_and_store
-from model.kernels.shared_memory import MARGIN, stages_within
 from model.layers import rotate, rotation
 from tests.model.kernel_twins import (
     add_rms_norm_twin,
@@ -70,53 +61,6 @@ def test_multiply_is_its_twin(dtype: torch.dtype, seed: int) -> None:
     tolerance = 1e-5 if dtype is torch.float32 else 0.02
     for given in (multiply(x, weight, bias), multiply_by_vendor_blas(x, weight, bias)):
         torch.testing.assert_close(given.sum_parts(dtype), expected, atol=tolerance, rtol=tolerance)
-
-
-@pytest.mark.parametrize("rows", [1, 5])
-def test_parts_add_up_to_the_bits_of_the_whole(rows: int) -> None:
-    torch.manual_seed(rows)
-    x, weight, bias = noise(rows, 700), noise(70, 700), noise(70)
-    apart = multiply(x, weight, bias)
-    whole = torch.full((rows, 70), torch.nan, device=DEVICE)
-    multiply(x, weight, bias, out_MN=whole)
-    assert apart.num_parts == 2
-    assert torch.equal(apart.sum_parts(torch.float32), whole)
-
-
-@pytest.mark.usefixtures("one_order")
-def test_no_bit_depends_on_the_rows_or_the_tiling() -> None:
-    torch.manual_seed(0)
-    x, weight = noise(40, 600), noise(70, 600)
-    expected = multiply(x, weight).sum_parts(torch.float32)
-    for row in (0, 17, 39):
-        alone = multiply(x[row : row + 1], weight).sum_parts(torch.float32)
-        assert torch.equal(alone, expected[row : row + 1])
-    for tiling in (tiling_for(1), tiling_for(64), Tiling(16, 128, 4, 2)):
-        assert torch.equal(multiply(x, weight, tiling=tiling).sum_parts(torch.float32), expected)
-
-
-def test_parts_follow_from_the_weight_alone() -> None:
-    """Both models of the benchmarks fill the chip when a single row is computed."""
-    assert part_size(4096, 1024) == 256  # Qwen3-0.6B: QKV, out, gate-up, down
-    assert part_size(1024, 2048) == 256
-    assert part_size(6144, 1024) == 384
-    assert part_size(1024, 3072) == 256
-    assert part_size(151936, 1024) == 1024
-    assert part_size(28672, 4096) == 4096
-    for N, K in ((64, 64), (100, 5000), (4096, 14336)):
-        assert part_size(N, K) % 128 == 0
-        assert math.ceil(K / part_size(N, K)) <= 16
-
-
-@pytest.mark.parametrize("limit", [99 * 1024, 163 * 1024, 227 * 1024])
-def test_every_tiling_fits_the_shared_memory_of_its_gpu(limit: int) -> None:
-    """sm_86, 89 and 120; sm_80; sm_90 and 100: two stages at least, or loads wait for products."""
-    for rows in layout_sizes(2048):
-        tiling = tiling_for(rows, limit=limit)
-        stage = tiling.stage_bytes(2)
-        stages = stages_within(limit, stage=stage, most=tiling.stages)
-        assert 2 <= stages <= tiling.stages
-        assert stages * stage + MARGIN <= limit
 
 
 @pytest.mark.parametrize("parts", [0, 1, 3])

@@ -22,7 +22,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from model.kernels import attention, cuts, head, matmul, rotary, sampling, work_list
+from model.kernels import attention, cuts, head, matmul, rotary, sampling, tiling, work_list
 from model.kernels.shared_memory import stages_within
 
 LIMITS = {80: 163, 90: 227, 100: 227}  # KiB of shared memory per program
@@ -50,6 +50,8 @@ def compiled(name, arch, kernel, types, constants, **options):
         "tcgen05": len(re.findall(r"tcgen05.mma", assembly)),
         "copies": sorted(set(re.findall(r"cp.async.c[ag].* \[.*?\], (0x\w+)", assembly))),
         "waits": waits_in_loops(done.asm["ttgir"]),
+        "loops": len(re.findall(r"scf.for", done.asm["ttgir"])),
+        "flushed": len(re.findall(r"mul.ftz", assembly)),
         "shared": done.metadata.shared / 1024 / LIMITS[arch],
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue()))),
         "pool_offsets": sorted(set(re.findall(
@@ -68,21 +70,24 @@ def waits_in_loops(text):
     return [number for indent, number in waits if indent == deepest]
 
 def tiling_of(rows, arch):
-    tiling = matmul.tiling_for(rows, limit=LIMITS[arch] * 1024)
-    stages = stages_within(LIMITS[arch] * 1024, stage=tiling.stage_bytes(2), most=tiling.stages)
+    tile = tiling.tiling_for(rows, limit=LIMITS[arch] * 1024)
+    stages = stages_within(LIMITS[arch] * 1024, stage=tile.stage_bytes(2), most=tile.stages)
     return (
-        dict(ROWS=tiling.rows, OUTPUTS=tiling.outputs, INPUTS=matmul.INPUTS),
-        dict(num_warps=tiling.warps, num_stages=stages),
+        dict(ROWS=tile.rows, OUTPUTS=tile.outputs, INPUTS=tiling.INPUTS),
+        dict(num_warps=tile.warps, num_stages=stages),
     )
 
-pointers = {name: "*bf16" for name in ("x_ptr", "w_ptr", "bias_ptr")}
+pointers = {name: "*bf16" for name in ("x_ptr", "w_ptr", "bias_ptr", "scale_ptr")}
 
-def product(rows, apart, arch):
+def product(rows, apart, arch, stored="plain"):
     tile, options = tiling_of(rows, arch)
+    types = {**pointers, "y_ptr": "*fp32" if apart else "*bf16", "M": "i32", "x_stride": "i32"}
+    if stored != "plain":
+        types |= {"w_ptr": "*i8", "scale_ptr": "*fp32" if stored == "float8" else "*fp16"}
     compiled(
-        f"product of {rows} apart {apart}", arch, matmul._product,
-        {**pointers, "y_ptr": "*fp32" if apart else "*bf16", "M": "i32", "x_stride": "i32"},
-        dict(N=4096, K=1024, PART=256, PARTS_HERE=1 if apart else 4, HAS_BIAS=False, **tile),
+        f"product of {rows} apart {apart} stored {stored}", arch, matmul._product, types,
+        dict(N=4096, K=1024, PART=256, PARTS_HERE=1 if apart else 4, HAS_BIAS=False,
+             STORED=stored, **tile),
         **options,
     )
 
@@ -115,7 +120,8 @@ def attention_of(dim, arch, stored="*bf16", block_size=16, windowed=False, causa
 
 for rows in (1, 32, 64, 128, 256):
     for apart in (False, True):
-        product(rows, apart, 90)
+        for stored in ("plain", "float8", "blocks"):
+            product(rows, apart, 90, stored)
     for stored in (False, True):
         head_of(rows, stored, 151936, 90)
 head_of(1, True, 32000, 90)
@@ -128,7 +134,8 @@ for dim in (32, 64):
     attention_of(dim, 90, block_size=1, causal=False)
 for arch in (80, 100):
     for rows in (1, 128, 256):
-        product(rows, rows == 1, arch)
+        for stored in ("plain", "float8", "blocks"):
+            product(rows, rows == 1, arch, stored)
     head_of(1, False, 49152, arch)
     for dim in (64, 128, 256):
         attention_of(dim, arch)
@@ -176,6 +183,7 @@ def check_resources(name: str, facts: dict[str, Any]) -> None:
     """All fits into shared memory, and all stays in registers, but for heads of 256."""
     assert facts["shared"] <= 1, name
     few = 96 if name.startswith("attention 256") else 0  # outside the loop over keys
+    few = 8 if "stored blocks" in name else few  # with 128 rows, of 255 registers
     assert facts["spilled"] <= few, name
 
 
@@ -196,11 +204,22 @@ def check_instructions(name: str, facts: dict[str, Any]) -> None:
 
 
 def check_loops(name: str, facts: dict[str, Any]) -> None:
-    """Two copies per step: a loop of n stages waits for its own and leaves n - 2 steps in flight.
+    """A loop of n stages waits for the copies of its own step and leaves n - 2 steps in flight.
 
-    Attention once waited for everything: the block table was read in its loop. Copies move 16
-    bytes, or the same loop needs eight times as many instructions.
+    Attention once waited for everything: the block table was read in its loop. Products did at each
+    of their parts, which were loops within a loop. Copies move 16 bytes, or the same loop needs
+    eight times as many instructions.
     """
     assert facts["stages"] >= 2, name
-    assert set(facts["waits"]) == {2 * (facts["stages"] - 2)}, name
-    assert facts["copies"] == ["0x10"], name
+    steps = facts["stages"] - 2
+    # Scales of blocks are copied too, if a thread has 4 bytes of them at least.
+    expected = [{3 * steps}, {2 * steps}] if "stored blocks" in name else [{2 * steps}]
+    assert set(facts["waits"]) in expected, name
+    if "stored float8" in name or "stored blocks" in name:
+        # Weights become bfloat16 in registers, which halves their copies; scales have few bytes.
+        assert set(facts["copies"]) <= {"0x10", "0x8", "0x4"}, name
+        assert not facts["flushed"], name  # the least in float8 are below what float32 flushes
+    else:
+        assert facts["copies"] == ["0x10"], name
+    if name.startswith(("product", "head")):
+        assert facts["loops"] <= 1, name

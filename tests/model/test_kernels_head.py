@@ -14,8 +14,9 @@ from model.kernels.head import (
     merge_argmax,
 )
 from model.kernels.inputs import Column
-from model.kernels.matmul import Tiling, multiply, tiling_for
+from model.kernels.matmul import multiply
 from model.kernels.sampling import sample_tokens
+from model.kernels.tiling import Tiling, tiling_for
 from tests.model.kernel_twins import (
     find_argmax_twin,
     head_twin,

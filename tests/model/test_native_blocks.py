@@ -194,6 +194,7 @@ def test_four_bits_are_near_the_reference(
     assert np.sqrt(np.mean((found - exact) ** 2)) / exact.std() < 0.05
 
 
+@pytest.mark.slow
 def test_every_way_through_every_variant_gives_the_same_bits_in_four_bits(
     native_config: Callable[..., ModelConfig],
     native: Callable[..., NativeRunner],

@@ -98,6 +98,7 @@ def test_a_library_that_is_there_is_not_built_again(
         NativeLibrary(there)
 
 
+@pytest.mark.slow
 def test_what_was_not_asked_for_longest_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

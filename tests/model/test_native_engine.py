@@ -94,6 +94,7 @@ def make_requests(seed: int) -> list[GenerationRequest]:
     return requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", *slowly("int8")])
 @pytest.mark.parametrize("seed", [0, *slowly(1, 2)])
 def test_nothing_on_the_way_of_a_request_changes_a_bit(

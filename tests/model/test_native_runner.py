@@ -165,6 +165,7 @@ def test_chunks_blocks_and_threads_change_no_bit(
     assert np.array_equal(scores(wide, text, blocks(LONG, size=64, pool=40), 64), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [2, *slowly(1)])
 def test_every_way_through_every_variant_gives_the_same_bits(
     threads: int,
@@ -506,6 +507,7 @@ def test_memory_decides_the_number_of_blocks(
         native(config, tiny_weights(config), num_blocks=None, kv_memory=size - 1)
 
 
+@pytest.mark.slow
 def test_many_small_steps_from_many_runners(
     native_config: Callable[..., ModelConfig], native: Build
 ) -> None:

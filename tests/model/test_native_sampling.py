@@ -57,15 +57,21 @@ def random_mask(rng: np.random.Generator, size: int) -> Words:
 
 
 def random_logits(rng: np.random.Generator, rows: int, size: int) -> Floats:
-    """Normal ones, flat or steep; rounded, so that many are equal; all equal; with minus zeros."""
+    """Normal ones, flat or steep; rounded, so that many are equal; all equal; with minus zeros; or
+    a few far above the others.
+    """
     logits = rng.normal(size=(rows, size)) * rng.choice([0.1, 1, 3, 10])
-    kind = rng.integers(4)
+    kind = rng.integers(5)
     if kind == 1:
         logits = np.round(logits)
     if kind == 2:
         logits = np.zeros_like(logits)
     if kind == 3:
         logits[logits < 0] = -0.0
+    if kind == 4:
+        places = rng.integers(0, size, size=(rows, 6))
+        high = logits.max() + rng.uniform(0, 15, size=(rows, 6))
+        np.put_along_axis(logits, places, high, axis=1)
     single: Floats = logits.astype(np.float32)
     return single
 
@@ -143,6 +149,42 @@ def test_weights_are_exponentials_rounded_to_float(
         expected = (np.exp(x.astype(np.float64)).astype(np.float32) * 2.0**40).astype(np.int64)
         for variant in native_library.variants:
             assert np.array_equal(native_library.weigh(x, variant=variant), expected), variant
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 2.7])
+def test_what_is_left_out_weighs_between_its_bounds(
+    temperature: float, native_library: NativeLibrary
+) -> None:
+    """Which are so close that log probabilities are known from them, as a rule."""
+    rng = np.random.default_rng(0)
+    for size in (1, 16, 127, 128, 1000, 49_157):
+        for scale in (1, 3, 6):
+            x = -np.abs(rng.normal(size=size) * scale * temperature).astype(np.float32)
+            x[rng.integers(size)] = 0.0
+            bound = np.float32(-8.5 * temperature)
+            rest = x[x <= bound] / np.float32(temperature)
+            for variant in native_library.variants:
+                places, low, high = native_library.partition(
+                    x, temperature=temperature, bound=float(bound), variant=variant
+                )
+                assert np.array_equal(places, np.flatnonzero(x > bound))
+                exact = int(native_library.weigh(rest, variant=variant).sum())
+                assert low <= exact <= high <= exact * (1 + 2**-15) + 1, (size, scale, variant)
+
+
+def test_top_p_draws_from_a_few_far_above_the_others(native_library: NativeLibrary) -> None:
+    """An estimate of how deep top-p reaches missed them, and one of them was counted twice."""
+    rng = np.random.default_rng(0)
+    size = 49_152
+    logits = (rng.normal(size=(6, size)) - 18).astype(np.float32)
+    logits[:, 39:42] = (-3.01, -0.95, 0.0)  # the estimate reads the first 16 of each 256
+    rows = [Row(seed=i, temperature=1.0, top_p=0.99, min_p=1e-11 * (i % 2)) for i in range(6)]
+    for seed in range(10):
+        sampling = make_sampling([replace(row, index=seed) for row in rows], vocab_size=size)
+        expected = sample(torch.from_numpy(logits), sampling).tokens_R.numpy()
+        for variant in native_library.variants:
+            found = native_library.sample(logits.copy(), sampling, variant=variant)
+            assert np.array_equal(found.tokens_R, expected), (seed, variant)
 
 
 def test_invalid_columns_are_refused(native_library: NativeLibrary) -> None:

@@ -18,7 +18,7 @@ from gguf import GGUFValue, GGUFValueType
 from model.checkpoint import CheckpointError, load_model
 from model.text.tokenizer import Tokenizer
 from model.transformer import Transformer
-from tests.conftest import TinyModel
+from tests.support.tiny_model import TinyModel
 
 VALUES = {
     "minus one": GGUFValue(-1, GGUFValueType.INT32),

@@ -16,8 +16,8 @@ from model.parallel import RankLost
 from model.parallel.ranks import FollowerProcesses, RankSpec, check_ranks, start_parallel
 from model.parallel.shares import share_tensor
 from model.runners import RunnerOptions, overlapped
-from tests.conftest import TinyModel
 from tests.support.builders import Piece, make_batch, tiny_model_config
+from tests.support.tiny_model import TinyModel
 from tests.support.weights import share_weights
 
 OPTIONS = RunnerOptions(

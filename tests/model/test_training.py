@@ -146,6 +146,7 @@ RUNS: dict[str, tuple[Recipe, LowRank | None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(4,), (0, 1, 5), (3, 0, 1)], ids=str)
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_resumed_run_equals_one_that_was_not_interrupted(
@@ -183,6 +184,7 @@ def test_a_run_is_resumed_as_it_was_started(tmp_path: Path) -> None:
         a_run(recipe)[1].resume(tmp_path)
 
 
+@pytest.mark.slow
 def test_learns_one_small_batch_to_nothing(tmp_path: Path) -> None:
     reports: list[StepReport] = []
     recipe = Recipe(steps=80, batch=9, learning_rate=1e-2, evaluate_every=80)

@@ -14,7 +14,13 @@ from model.config import Activation, ModelConfig, Norm, Position, RopeScaling
 from model.kvcache import KVCache, blocks_within, bytes_per_block
 from model.layers import rotate, rotation
 from model.transformer import Transformer
-from tests.support.builders import Piece, make_batch, tiny_model_config, tiny_weights
+from tests.support.builders import (
+    Piece,
+    found_compiling,
+    make_batch,
+    tiny_model_config,
+    tiny_weights,
+)
 
 GPT2: dict[str, Any] = {
     "norm": Norm.LAYER,
@@ -130,6 +136,7 @@ def test_rotated_products_depend_on_the_distance_alone() -> None:
     assert not math.isclose(product(9, 4), product(9, 5), abs_tol=1e-2)
 
 
+@pytest.mark.slow
 def test_learns_a_small_batch_by_heart() -> None:
     """An ordinary module: gradients reach every parameter and the loss falls to nothing."""
     torch.manual_seed(0)
@@ -189,3 +196,17 @@ def test_blocks_are_counted_in_bytes() -> None:
     assert blocks_within(5 * size + 1, config, block_size=4, dtype=torch.float32) == 5
     with pytest.raises(ValueError, match=str(size)):
         blocks_within(size - 1, config, block_size=4, dtype=torch.float32)
+
+
+@pytest.mark.slow
+def test_shapes_alone_do_not_load_the_compiler() -> None:
+    """Drawing an embedding on the meta device imported torch._dynamo: a second of each start."""
+    program = (
+        "import json, sys, torch\n"
+        "from model.transformer import Transformer\n"
+        "from tests.support.builders import tiny_model_config\n"
+        "with torch.device('meta'):\n"
+        "    Transformer(tiny_model_config())\n"
+        "print(json.dumps('torch._dynamo' in sys.modules))\n"
+    )
+    assert found_compiling(program) is False

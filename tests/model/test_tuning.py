@@ -24,8 +24,8 @@ from model.training.lowrank import LowRank, add_adapters
 from model.training.network import build_network
 from model.training.ranks import Ranks
 from model.transformer import Transformer
-from tests.conftest import TinyModel
 from tests.model.training_models import tiny_base
+from tests.support.tiny_model import TinyModel
 
 CHATS: list[dict[str, Any]] = [
     {

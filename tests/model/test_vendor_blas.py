@@ -14,13 +14,9 @@ import torch
 
 from model.batch import Batch, StepOutput
 from model.kernels.activation import silu_mul
-from model.kernels.matmul import (
-    Product,
-    multiply,
-    multiply_by_vendor_blas,
-    part_size,
-)
+from model.kernels.matmul import Product, multiply, multiply_by_vendor_blas
 from model.kernels.norm import add_rms_norm
+from model.kernels.tiling import part_size
 from model.runners import RunnerOptions
 from model.runners.cuda.build import build_runner
 from model.runners.cuda.cublas import ProductShape, VerifiedProducts, multiply_by_parts

@@ -71,10 +71,11 @@ def samples(metrics: Metrics) -> dict[str, float]:
 def total(*processes: Metrics, name: str) -> float:
     """The sum over all processes and labels."""
     return sum(
-        value
+        sample.value
         for metrics in processes
-        for key, value in samples(metrics).items()
-        if key.split("{")[0] == name
+        for family in metrics.registry.restricted_registry([name]).collect()
+        for sample in family.samples
+        if sample.name == name
     )
 
 

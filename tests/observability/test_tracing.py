@@ -41,8 +41,9 @@ from service.queues.memory.queue import MemoryQueue
 from service.settings import Settings
 from service.worker.worker import Worker
 from tests.cluster.processes import run_command
-from tests.conftest import ROOT, TinyModel
+from tests.conftest import ROOT
 from tests.support.fakes import ALL_WELL, EOS_IDS, TOKEN_BYTES, OracleRunner, oracle_answer
+from tests.support.tiny_model import TinyModel
 from tests.support.waiting import PATIENCE, until
 
 CALLER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"

@@ -22,8 +22,9 @@ from model.checkpoint.gguf_header import STORAGE
 from model.checkpoint.gguf_vocabulary import PRE_TOKENIZERS
 from model.families import FAMILIES
 from service.__main__ import app
-from tests.conftest import TinyModel, free_port, wait_until_ready
+from tests.conftest import free_port, wait_until_ready
 from tests.project.reference import TABLES, regenerated
+from tests.support.tiny_model import TinyModel
 from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,7 @@ PAGES = [
 DOCUMENTATION = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_generated_tables_are_current(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -108,6 +110,7 @@ def test_every_module_that_is_named_exists() -> None:
     assert missing == []
 
 
+@pytest.mark.slow
 def test_command_line_examples_are_accepted() -> None:
     """Each `quire ...` line of the documentation names commands and flags that exist."""
     commands = re.findall(r"^quire (.*)$", DOCUMENTATION, re.MULTILINE)

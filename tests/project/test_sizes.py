@@ -43,6 +43,7 @@ def test_no_file_has_outgrown_its_page() -> None:
     assert {name: size for name, size in sizes.items() if size > LARGEST_FILE} == {}
 
 
+@pytest.mark.slow
 def test_no_six_lines_stand_in_two_files() -> None:
     """Imports and the ends of brackets aside: they repeat by nature."""
     places: dict[tuple[str, ...], set[str]] = defaultdict(set)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from service.messages import Allowance, GenerationRequest, SamplingParams
 from service.queues.admission import BODY_BYTES, request_bytes, stored_bytes
 from tests.queues.builders import make_submission
@@ -11,6 +13,7 @@ from tests.queues.builders import make_submission
 TEXTS = ("", "a", "\n", "é", "😀", "\x00", '"', "x" * 300)
 
 
+@pytest.mark.slow
 def test_a_body_is_never_larger_than_it_is_counted() -> None:
     """And not much smaller: lists and texts are counted by their length."""
     draw = random.Random(5)

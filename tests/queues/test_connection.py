@@ -37,6 +37,7 @@ class ForgetfulPipeline:
         return [b"a reply"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [None, TimeoutError("just then")])
 async def test_a_cancellation_is_never_forgotten(
     monkeypatch: pytest.MonkeyPatch, fault: Exception | None

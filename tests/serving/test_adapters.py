@@ -17,7 +17,8 @@ from service.__main__ import app
 from service.errors import StartupError
 from service.models import load_cards
 from service.settings import load_settings
-from tests.conftest import TinyModel, serving
+from tests.conftest import serving
+from tests.support.tiny_model import TinyModel
 from tests.support.waiting import PATIENCE
 
 ROWS = [
@@ -125,6 +126,7 @@ def refused(**flags: Any) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_served_is_refused_in_one_line(folders: tuple[Path, Path, Path]) -> None:
     base, first, _ = folders
     model, adapter = f"tiny={base}", f"{first / 'adapter'}"

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from service.__main__ import app
 from service.errors import StartupError
 from service.settings import load_settings
-from tests.conftest import TinyModel, serving
+from tests.conftest import serving
+from tests.support.tiny_model import TinyModel
 from tests.support.waiting import PATIENCE
 
 SERVED = ("--runner", "torch", "--dtype", "float32", "--kv-memory", "12MiB", "--threads", "1")

@@ -15,7 +15,7 @@ from service.messages import End, Event, FinishReason, GenerationRequest, Sampli
 from service.setting_types import ModelSource
 from service.settings import Settings
 from service.startup import Loaded, load_engine
-from tests.conftest import TinyModel
+from tests.support.tiny_model import TinyModel
 
 pytestmark = pytest.mark.slow
 

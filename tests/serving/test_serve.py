@@ -19,8 +19,9 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
-from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.conftest import ROOT, free_port, wait_until_ready
 from tests.support.metrics import exposition, metric
+from tests.support.tiny_model import TinyModel
 from tests.support.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.slow

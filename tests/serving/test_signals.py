@@ -21,7 +21,8 @@ import httpx
 import pytest
 
 from tests.cluster.redis_process import RedisServer
-from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.conftest import ROOT, free_port, wait_until_ready
+from tests.support.tiny_model import TinyModel
 from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow

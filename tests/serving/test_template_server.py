@@ -15,7 +15,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.conftest import ROOT, free_port, wait_until_ready
+from tests.support.tiny_model import TinyModel
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from service.__main__ import app
 from service.errors import StartupError
-from tests.conftest import CORPUS, ROOT, TinyModel, default, serving
+from tests.conftest import ROOT, default, serving
+from tests.support.tiny_model import CORPUS, TinyModel
 from tests.support.waiting import PATIENCE
 
 PLAN = """
@@ -202,6 +203,7 @@ def test_a_process_leaves_its_group_without_threads(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_errors_are_one_line(tmp_path: Path, tiny_model: TinyModel) -> None:
     model = str(tiny_model.write_folder(tmp_path / "tiny"))
     (tmp_path / "rows.csv").write_text("text,label\na,x\nb,y\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 
@@ -15,6 +14,8 @@ def one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     A GPU's matrix instruction adds each element's terms in one order; NumPy's does not. In float64,
     rounded once, the difference is gone. Compiled kernels do not come here.
     """
+    import numpy as np
+
     product = np.matmul
 
     def exact(a: Any, b: Any, dtype: Any = None) -> Any:

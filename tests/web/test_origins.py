@@ -13,7 +13,8 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, async_playwright
 
-from tests.conftest import ROOT, TinyModel, free_port, wait_until_ready
+from tests.conftest import ROOT, free_port, wait_until_ready
+from tests.support.tiny_model import TinyModel
 from tests.web.conftest import ARGUMENTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]

@@ -144,14 +144,21 @@ async def calls_of_a_run() -> int:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("fault", ["before", "after"])
 async def test_any_one_call_may_fail(fault: str) -> None:
-    """Call 1, call 2, ... to the last: one run each."""
+    """Call 1, call 2, ... to the last: one run each. They mostly wait, so several run at once."""
     failed: set[str] = set()
-    for number in range(1, min(60, await calls_of_a_run()) + 1):
+    places = asyncio.Semaphore(6)
+
+    async def run_with_fault_at(number: int) -> None:
         queue = FailingQueue(QueueLimits(lease=0.3))
-        queue.fault = lambda count, number=number: fault if count == number else ""  # type: ignore[misc]
-        await run(queue, drain=bool(number % 2))
+        queue.fault = lambda count: fault if count == number else ""
+        async with places:
+            await run(queue, drain=bool(number % 2))
         assert len(queue.failed) == 1
         failed.update(queue.failed)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(1, min(60, await calls_of_a_run()) + 1):
+            group.create_task(run_with_fault_at(number))
     assert {"claim", "write", "submit"} <= failed
 
 

@@ -22,6 +22,7 @@ from model.checkpoint.four_bit import four_bit_reason
 from model.compression import NO_COMPRESSION, Anchors, Compression, Window, parse_compression
 from model.kvcache import bytes_per_block
 from model.limits import usable_cpus
+from model.packed_weights import RoundedWeights
 from model.runners import Runner, RunnerOptions
 from model.runners.native import NativeRunner
 from model.runners.torch import TorchRunner
@@ -125,6 +126,15 @@ def runners(
 
     yield "torch float32", lambda: build(TorchRunner, options("float32"))
     yield "torch bfloat16", lambda: build(TorchRunner, options("bfloat16"))
+    yield (
+        "torch bfloat16, weights float8",
+        lambda: TorchRunner(
+            model.config,
+            RoundedWeights(model.weights),
+            options=options("bfloat16"),
+            digest=model.digest,
+        ),
+    )
     yield "native int8, KV bfloat16", lambda: build(NativeRunner, options("int8"))
     yield "native int8, KV int8", lambda: build(NativeRunner, options("int8", "int8"))
     if four_bit_reason(open_checkpoint(path)) is None:

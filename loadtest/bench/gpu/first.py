@@ -21,7 +21,10 @@ import torch
 from loadtest.bench.gpu.bench import Bench
 
 ROOT = Path(__file__).parents[3]
-KERNEL_TESTS = ("kernels", "kernels_attention", "kernels_head", "kernels_sampling", "kernels_fp64")
+KERNEL_TESTS = (
+    "kernels", "kernels_products", "kernels_attention", "kernels_head", "kernels_sampling",
+    "kernels_fp64",
+)  # fmt: skip
 PYTEST = [
     *(sys.executable, "-m", "pytest", "-c", "/dev/null", "--rootdir", str(ROOT), "--noconftest"),
     *(
@@ -93,6 +96,7 @@ def main() -> None:
     from model.kernels.attention import Partials, attention_programs, paged_attention
     from model.kernels.matmul import multiply
     from model.kernels.work_list import WorkList
+    from model.packed_weights import to_float8
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,6 +106,10 @@ def main() -> None:
         x = torch.randn(rows, 512, device=device).to(dtype)
         given = multiply(x, weight).sum_parts(dtype).float()
         torch.testing.assert_close(given, x.float() @ weight.float().T, atol=0.5, rtol=0.05)
+        packed = to_float8(weight)
+        given = multiply(x, packed.values_NK, scales=packed.scales).sum_parts(dtype)
+        if not torch.equal(given, multiply(x, packed.to(dtype)).sum_parts(dtype)):
+            raise Unsound("weights in float8 have other bits than the same in bfloat16")
     context = 600
     work = WorkList(max_rows=41, max_sequences=2, max_context=context, group=2, device=device)
     q, keys, values = (

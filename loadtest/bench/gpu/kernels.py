@@ -13,6 +13,7 @@ import torch
 
 from loadtest.bench.gpu.bench import Bench
 from loadtest.bench.gpu.models import Shape
+from model.packed_weights import PackedWeight, to_float8
 from model.runners import RunnerOptions
 
 _BLOCK_SIZE = RunnerOptions().block_size
@@ -60,13 +61,13 @@ def random_weights(bench: Bench, outputs: int, inputs: int) -> list[torch.Tensor
 
 
 def product_seconds(
-    bench: Bench, product: Callable[..., object], x: torch.Tensor, weights: Sequence[torch.Tensor]
+    bench: Bench, product: Callable[..., object], x: torch.Tensor, weights: Sequence[object]
 ) -> float:
     """Seconds per product, over all weights."""
     return bench.replayed(partial(_each, product, x, weights)) / len(weights)
 
 
-def _each(product: Callable[..., object], x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+def _each(product: Callable[..., object], x: torch.Tensor, weights: Sequence[object]) -> None:
     for weight in weights:
         product(x, weight)
 
@@ -76,6 +77,7 @@ def _product_rows(bench: Bench, shape: Shape, weight: tuple[str, int, int], *, c
 
     name, outputs, inputs = weight
     weights = random_weights(bench, outputs, inputs)
+    packed = [to_float8(each) for each in weights]
     for rows in bench.batches:
         x = torch.randn(rows, inputs, device=bench.device, dtype=bench.dtype)
         ours = product_seconds(bench, multiply, x, weights)
@@ -88,10 +90,17 @@ def _product_rows(bench: Bench, shape: Shape, weight: tuple[str, int, int], *, c
                 "rows": rows,
                 "us": ours * 1e6,
                 "library us": product_seconds(bench, multiply_by_vendor_blas, x, weights) * 1e6,
+                "float8 us": product_seconds(bench, _multiply_packed, x, packed) * 1e6,
                 "GB/s": rate / 1e9,
                 "of copy": rate / copy,
             },
         )
+
+
+def _multiply_packed(x: torch.Tensor, weight: PackedWeight) -> object:
+    from model.kernels.matmul import multiply
+
+    return multiply(x, weight.values_NK, scales=weight.scales)
 
 
 def _attention_row(bench: Bench, shape: Shape, batch: int, context: int, *, copy: float) -> None:

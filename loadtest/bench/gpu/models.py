@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
+from model.packed_weights import is_matrix
 from model.transformer import Transformer
 
 QWEN3_600M = ModelConfig(
@@ -82,6 +83,12 @@ class Shape:
         count = sum(tensor.numel() for tensor in _shapes(self.config).values())
         embedding = self.config.vocab_size * self.config.hidden_size
         return 2 * (count if self.config.tied_head else count - embedding)
+
+    @property
+    def float8_weight_bytes(self) -> int:
+        """The same with the layers' matrices in float8."""
+        shapes = _shapes(self.config)
+        return self.weight_bytes - sum(shapes[name].numel() for name in shapes if is_matrix(name))
 
     @property
     def kv_bytes(self) -> int:

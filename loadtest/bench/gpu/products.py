@@ -15,7 +15,8 @@ from loadtest.bench.gpu.kernels import product_seconds, products_of, random_weig
 
 
 def measure(bench: Bench) -> None:
-    from model.kernels.matmul import multiply, part_size
+    from model.kernels.matmul import multiply
+    from model.kernels.tiling import part_size
 
     for shape in bench.models:
         for name, outputs, inputs in products_of(shape):

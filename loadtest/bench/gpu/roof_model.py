@@ -17,8 +17,10 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from loadtest.bench.gpu.kernels import products_of
 from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M, Shape
 from model.kernels.attention import STEP
+from model.kernels.tiling import estimated_time, layout_for
 from model.kernels.work_list import SPLIT, shares_for
 
 
@@ -32,6 +34,7 @@ class Chip:
     latency: float = 0.8e-6  # seconds from a load to its data, under load
     multiprocessors: int = 132
     gap: float = 0.85e-6  # seconds per launch in a CUDA graph
+    operations: float = 0.99e15  # per second, dense, in bfloat16, data sheet
 
     @property
     def rate(self) -> float:
@@ -46,8 +49,17 @@ class Case:
     shape: Shape
     batch: int
     context: int
-    goal: float
+    goal: float | None = None
     greedy: bool = True
+    float8: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape.name}{', float8' if self.float8 else ''}"
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.shape.float8_weight_bytes if self.float8 else self.shape.weight_bytes
 
 
 _QWEN, _LLAMA = Shape("Qwen3-0.6B", QWEN3_600M), Shape("Llama-3.1-8B", LLAMA31_8B)
@@ -56,7 +68,10 @@ CASES = (
     Case(shape=_QWEN, batch=256, context=820, goal=0.65, greedy=False),  # W1, while all run
     Case(shape=_LLAMA, batch=1, context=512, goal=0.76),
     Case(shape=_LLAMA, batch=256, context=1536, goal=0.74, greedy=False),
+    Case(shape=_QWEN, batch=1, context=512, float8=True),
+    Case(shape=_LLAMA, batch=1, context=512, float8=True),
 )
+_ROWS = (128, 256, 512, 2048)  # of a step, for the products of a layer
 _PER_LAYER = 9  # norm, QKV, rotary and store, attention, out, norm, gate-up, SiLU, down
 _PER_STEP = 7  # rows, items, embedding; norm, head, argmax, write-back
 _SAMPLED = 11  # more: ten of sampling, a copy
@@ -74,7 +89,7 @@ def predict(case: Case, chip: Chip, *, in_flight: int = 2) -> dict[str, float]:
     `in_flight`: steps of attention whose loads are in flight.
     """
     config = case.shape.config
-    weights, kv = case.shape.weight_bytes, case.batch * case.context * case.shape.kv_bytes
+    weights, kv = case.weight_bytes, case.batch * case.context * case.shape.kv_bytes
     layer_kv = kv / config.num_layers
     splits, programs = -(-case.context // SPLIT), 2 * chip.multiprocessors
     is_cut = splits > 1 and shares_for(programs, config.num_kv_heads) > case.batch
@@ -104,10 +119,37 @@ def lines(chip: Chip) -> Iterator[str]:
     for case in CASES:
         found = predict(case, chip)
         cells = " | ".join(f"{found[name]:.0f}" for name in names)
+        goal = "-" if case.goal is None else f"{case.goal:.2f}"
         yield (
-            f"| {case.shape.name} | {case.batch} x {case.context} | {cells} "
-            f"| {found['of roof']:.2f} | {case.goal:.2f} |"
+            f"| {case.name} | {case.batch} x {case.context} | {cells} "
+            f"| {found['of roof']:.2f} | {goal} |"
         )
+
+
+def product_lines(chip: Chip) -> Iterator[str]:
+    """Products of one layer by rows of a step, in Markdown: how they are laid out, microseconds.
+
+    The roof of many rows is that of the instructions.
+    """
+    weights = ("qkv", "out", "gate-up", "down")
+    yield f"| model | rows | {' | '.join(weights)} | µs | roof |\n|---|---|" + "---|" * 6
+    for shape in (_QWEN, _LLAMA):
+        sizes = [size[1:] for size in products_of(shape) if size[0] in weights]
+        for rows in _ROWS:
+            found = [
+                layout_for(rows, *size, multiprocessors=chip.multiprocessors) for size in sizes
+            ]
+            seconds = sum(
+                1e-9 * estimated_time(layout, rows, *size, chip.multiprocessors)
+                for layout, size in zip(found, sizes, strict=True)
+            )
+            count = sum(outputs * inputs for outputs, inputs in sizes)
+            roof = max(2 * count / chip.bandwidth, 2 * rows * count / chip.operations)
+            cells = " | ".join(
+                f"{layout.tiling.rows}x{layout.tiling.outputs}{' parts' if layout.is_apart else ''}"
+                for layout in found
+            )
+            yield f"| {shape.name} | {rows} | {cells} | {1e6 * seconds:.0f} | {1e6 * roof:.0f} |"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,4 +161,4 @@ def run(options: argparse.Namespace) -> None:
     chip = Chip(
         bandwidth=options.bandwidth, copy=options.copy, stream=options.stream, gap=options.gap
     )
-    print(*lines(chip), sep="\n")
+    print(*lines(chip), "", *product_lines(chip), sep="\n")

@@ -248,6 +248,18 @@ int32_t quire_sample(const char* variant, float* logits, int32_t rows, int32_t v
   return 0;
 }
 
+int32_t quire_partition(const char* variant, const float* x, int32_t count, float temperature, float bound,
+                        int32_t* places, int64_t* bounds) {
+  const Kernels* kernels = quire::find_variant(variant);
+  if (!kernels) return -1;
+  const Tempering tempering = {0.0f, temperature, 0};
+  Bounds rest;
+  const int32_t found = kernels->partition(x, count, &tempering, bound, places, &rest);
+  bounds[0] = rest.low;
+  bounds[1] = rest.high;
+  return found;
+}
+
 int32_t quire_weigh(const char* variant, const float* x, int32_t count, int64_t* weights) {
   const Kernels* kernels = quire::find_variant(variant);
   if (!kernels) return 1;

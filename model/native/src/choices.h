@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <vector>
 
 #include "ranked.h"
@@ -14,12 +15,13 @@ constexpr int kBlock = 1024;              // logits that are weighed together
 constexpr int kMore = 16;  // places that find_between may write behind those that it found
 constexpr float kInfinity = __builtin_inff();
 
+constexpr float kDepth = 10.0f;    // below the largest logit by that many temperatures few choices matter
 constexpr float kDeepest = 28.0f;  // below the largest logit by that many temperatures a token weighs nothing
 
 // Memory of a thread, kept from row to row.
 struct RowScratch {
   std::vector<Ranked> ranked;
-  std::vector<float> values, few;
+  std::vector<float> values, few, maxima;
   std::vector<int64_t> weights, sums;
   std::vector<double> nearly;
   std::vector<int32_t> places, ids;
@@ -191,8 +193,8 @@ class Choices {
     std::vector<Ranked>& ranked = scratch().ranked;
     const size_t keep = static_cast<size_t>(most);
     ranked.clear();
-    bool full = false;
-    float bound = 0.0f;
+    float bound = bound_of_top(most);
+    bool full = bound > -kInfinity;
     for (int start = 0; start < count_; start += kBlock) {
       if (full) append_between(start, bound, kInfinity);
       else append_all(start);
@@ -204,6 +206,25 @@ class Choices {
       bound = logits_[ranked.back().place()];
     }
   }
+
+  // Leaves the logits within a depth, in temperatures, of the largest, if the others can be weighed nearly: then
+  // in `rest`.
+  bool narrow_to_depth(const Tempering& t, float depth, Bounds* rest) {
+    const float bound = t.largest - depth * t.temperature;
+    const bool is_deep = (t.largest - bound) / t.temperature > depth - 0.25f && t.largest < kInfinity;
+    if (t.least || ids_ || count_ <= 2 * kBlock || !is_deep) return false;
+    RowScratch& s = scratch();
+    s.places.resize(static_cast<size_t>(count_ + kMore));
+    const int found = k_.partition(logits_, count_, &t, bound, s.places.data(), rest);
+    s.few.resize(std::max(s.few.size(), static_cast<size_t>(found)));
+    for (int i = 0; i < found; i++) s.few[static_cast<size_t>(i)] = logits_[s.places[static_cast<size_t>(i)]];
+    ids_ = s.places.data();
+    logits_ = s.few.data();
+    count_ = found;
+    return true;
+  }
+
+  int64_t weight_of(float logit, const Tempering& t) const { return k_.weigh(&logit, 1, &t, nullptr); }
 
   // Weighs `ranked`; returns its mass.
   int64_t weigh_ranked(const Tempering& t) const {
@@ -254,6 +275,19 @@ class Choices {
     ids_ = s.ids.data();
     logits_ = s.few.data();
     count_ = static_cast<int>(s.ids.size());
+  }
+
+  // A logit that is below at least `most` others, near the lowest of these; minus infinity if none was found.
+  float bound_of_top(int most) const {
+    std::vector<float>& maxima = scratch().maxima;
+    maxima.clear();
+    for (int start = 0; start < count_; start += kBlock) {
+      maxima.resize(maxima.size() + MAXIMA);
+      k_.maxima_of(logits_ + start, std::min(kBlock, count_ - start), maxima.data() + maxima.size() - MAXIMA);
+    }
+    if (static_cast<size_t>(most) > maxima.size() / 2) return -kInfinity;
+    std::nth_element(maxima.begin(), maxima.begin() + most - 1, maxima.end(), std::greater<float>());
+    return std::nextafter(maxima[static_cast<size_t>(most - 1)], -kInfinity);
   }
 
   void append_all(int start) const {

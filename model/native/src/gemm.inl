@@ -31,7 +31,9 @@ QUIRE_INLINE Lanes silu(Lanes x) { return x / (splat(1.0f) + exponential(splat(0
 static void update_argmax(const Linear& w, Lanes a, Lanes b, int column, Argmax* argmax) {
   const Lanes least = splat(-__builtin_inff());
   const int left = w.outputs - column;  // beyond it there is padding
-  if (left < PANEL) {
+  if (left >= PANEL) {
+    if (!above(larger(a, b), splat(argmax->value))) return;  // as a rule
+  } else {
     a = between(0, left < LANES ? left : LANES, a, least);
     b = between(0, left < LANES ? 0 : left - LANES, b, least);
   }

@@ -182,6 +182,13 @@ struct Tempering {
 
 constexpr double NEAR = 0x1p-18;  // relative error of weigh_nearly
 
+constexpr int MAXIMA = 16;  // groups of maxima_of
+
+// What the true sum of some weights is at least, and at most.
+struct Bounds {
+  int64_t low, high;
+};
+
 struct Kernels {
   const char* name;
   int tile_rows;  // preferred rows of multiply_tile
@@ -219,6 +226,8 @@ struct Kernels {
   float (*largest_of)(const float* x, int count);
   double (*weigh_nearly)(const float* logits, int count, const Tempering* tempering);
   int (*find_between)(const float* x, int count, float bound, float most, int32_t* places);
+  int (*partition)(const float* x, int count, const Tempering* tempering, float bound, int32_t* places, Bounds* rest);
+  void (*maxima_of)(const float* x, int count, float* maxima);
   void (*mask_out)(const uint32_t* mask, int count, float* logits);
 
   // load.inl

@@ -268,10 +268,9 @@ QUIRE_INLINE float largest(Lanes a) {
   return all[0];
 }
 
-// e^x within 2 units in the last place; x is clamped to [-87, 88], where e^x is a normal number.
+// e^x within 2 units in the last place, for x in [-87, 88], where e^x is a normal number.
 // x = k ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts (Cody and Waite); e^r by a polynomial.
-QUIRE_INLINE Lanes exponential(Lanes x) {
-  x = smaller(splat(88.0f), larger(splat(-87.0f), x));  // a NaN stays, as the second operand
+QUIRE_INLINE Lanes exponential_of(Lanes x) {
   const Lanes magic = splat(12582912.0f);
   const Lanes shifter = fma(x, splat(1.44269504f), magic);  // k is in the low bits
   const Lanes k = shifter - magic;
@@ -285,6 +284,11 @@ QUIRE_INLINE Lanes exponential(Lanes x) {
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r);
   return scale_by_power(p + splat(1.0f), shifter);
+}
+
+// The same; other x are clamped.
+QUIRE_INLINE Lanes exponential(Lanes x) {
+  return exponential_of(smaller(splat(88.0f), larger(splat(-87.0f), x)));  // a NaN stays, as the second operand
 }
 
 // To nearest, ties to even. A NaN stays one.

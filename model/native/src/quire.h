@@ -125,6 +125,12 @@ QUIRE_API int32_t quire_sample(const char* variant, float* logits, int32_t rows,
 // Integer weights of numbers: floor(2^40 e^x) for x <= 0. 1: no such variant.
 QUIRE_API int32_t quire_weigh(const char* variant, const float* x, int32_t count, int64_t* weights);
 
+// Writes the places of numbers above a bound, which is at least 8 temperatures below the largest, 0; returns how
+// many. `places` has room for count + 16. `bounds`: what the others weigh at least and at most, together.
+// -1: no such variant.
+QUIRE_API int32_t quire_partition(const char* variant, const float* x, int32_t count, float temperature, float bound,
+                                  int32_t* places, int64_t* bounds);
+
 // Roof of this machine, measured without the code of the step: bytes read from memory per second, and
 // 8-bit products per second of the variant's best instructions on registers.
 QUIRE_API double quire_probe_memory(int32_t threads, int64_t bytes, int32_t repeats);

@@ -68,13 +68,32 @@ class Tiers {
  public:
   Tiers(const Choices& choices, const Tempering& t) : choices_(choices), t_(t) {}
 
-  // Adds tiers until they hold a mass for sure. Few choices often hold it; if not, the depth is estimated, and the
-  // last tier is small.
+  // Adds tiers down to a depth; returns their mass.
+  int64_t hold_until(float depth) {
+    for (float next = 1.0f; next < depth; next += next < 4.0f ? 1.0f : 2.0f) add(next);
+    add(depth);
+    return mass_;
+  }
+
+  // What the choice weighs at most with which the running sum comes to a mass.
+  int64_t heaviest_at(double mass) const {
+    float most = t_.largest;
+    int64_t sum = 0;
+    for (const Tier& tier : tiers_) {
+      sum += tier.mass;
+      if (static_cast<double>(sum) >= mass) break;
+      most = tier.bound;
+    }
+    return choices_.weight_of(most, t_);
+  }
+
+  // Adds tiers until they hold a mass for sure. Few choices often hold it; if not, the depth is estimated, perhaps
+  // too low, and the last tier is small.
   void hold(double mass) {
     constexpr float kShallow = 3.0f, kLast = 0.75f, kAgain = 2.0f;
     add(kShallow);
     if (static_cast<double>(mass_) >= mass) return;
-    float depth = choices_.depth_of(t_, mass);
+    float depth = std::max(choices_.depth_of(t_, mass), kShallow + kLast);
     if (depth - kLast > kShallow) add(depth - kLast);
     for (; static_cast<double>(mass_) < mass && tiers_.back().bound > -kInfinity; depth += kAgain) add(depth);
   }
@@ -108,6 +127,30 @@ class Tiers {
   int64_t mass_ = 0;
 };
 
+// The token that top-p draws, if the choices near the largest show for sure which one it is; else -1.
+int32_t draw_top_p_of_few(Choices choices, const Tempering& t, float top_p, double draw) {
+  Bounds rest;
+  if (!choices.narrow_to_depth(t, kDepth, &rest)) return -1;
+  Tiers tiers(choices, t);
+  const int64_t mass = tiers.hold_until(kDepth);
+  const double low = static_cast<double>(mass + rest.low) * top_p, high = static_cast<double>(mass + rest.high) * top_p;
+  // What is kept weighs at least what is wanted, and without its last choice less.
+  Bounds kept = {static_cast<int64_t>(low), static_cast<int64_t>(high) + 1 + tiers.heaviest_at(low)};
+  for (const bool exactly : {false, true}) {
+    if (exactly) {
+      if (static_cast<double>(mass) < high) return -1;
+      const Last last = tiers.last(below(high));
+      if (last.before && !(static_cast<double>(last.before) < low)) return -1;
+      kept = {last.mass(), last.mass()};
+    }
+    const int64_t end = point_of(kept.high, draw);
+    if (end >= mass) continue;
+    const Last last = tiers.last(up_to(kept.low, draw));
+    if (end < last.mass()) return choices.id(last.entry.place());
+  }
+  return -1;
+}
+
 int draw_top_p(const Choices& choices, const Tempering& t, float top_p, double draw) {
   const auto exactly = [&] { return static_cast<double>(choices.weigh_all(t)) * top_p; };
   Interval wanted = choices.nearly(t, top_p);
@@ -120,29 +163,56 @@ int draw_top_p(const Choices& choices, const Tempering& t, float top_p, double d
   return tiers.last(up_to(last.mass(), draw)).entry.place();
 }
 
-// Of an unmodified row, what its log probabilities need.
+// Of an unmodified row, what its log probabilities need: the logarithm of its mass, first nearly. This nearly
+// always shows to which float a log probability is rounded.
 class Scores {
  public:
-  Scores(const Choices& all, float largest) : largest_(largest) {
-    log_sum_ = logarithm(static_cast<double>(all.weigh_all({largest, 1.0f, 0})) / kOne);
+  Scores(const Choices& all, float largest) : all_(all), t_{largest, 1.0f, 0} {}
+
+  // The alternatives. `settle`: the logits are about to be overwritten.
+  void begin(int num, bool settle, int32_t* ids, float* logprobs) {
+    Choices few = all_;
+    Bounds rest;
+    if (settle || !few.narrow_to_depth(t_, kDepth, &rest)) {
+      make_exact();
+      return write_top(all_, num, ids, logprobs);
+    }
+    const int64_t mass = few.weigh_all(t_);
+    // The logarithm errs by less than 2^-45.
+    low_ = logarithm_of(mass + rest.low) - 0x1p-45;
+    high_ = logarithm_of(mass + rest.high) + 0x1p-45;
+    write_top(num <= few.count() ? few : all_, num, ids, logprobs);
   }
 
-  float of(float logit) const { return static_cast<float>(static_cast<double>(logit - largest_) - log_sum_); }
-
-  void write_top(const Choices& all, int num, int32_t* ids, float* logprobs) const {
-    if (!num) return;
-    std::vector<Ranked>& ranked = scratch().ranked;
-    all.find_top(num);
-    std::sort(ranked.begin(), ranked.end(), ranks_before);
-    for (int i = 0; i < num; i++) {
-      ids[i] = ranked[static_cast<size_t>(i)].place();
-      logprobs[i] = of(all[ids[i]]);
-    }
+  // Of a token whose unmodified logit this is. `all` is unmodified.
+  float of(float logit) {
+    const double depth = static_cast<double>(logit - t_.largest);
+    const float value = static_cast<float>(depth - low_);
+    if (value == static_cast<float>(depth - high_)) return value;
+    make_exact();
+    return static_cast<float>(depth - low_);
   }
 
  private:
-  float largest_;
-  double log_sum_;
+  static double logarithm_of(int64_t mass) { return logarithm(static_cast<double>(mass) / kOne); }
+
+  void make_exact() { low_ = high_ = logarithm_of(all_.weigh_all(t_)); }
+
+  void write_top(const Choices& choices, int num, int32_t* ids, float* logprobs) {
+    if (!num) return;
+    std::vector<Ranked>& ranked = scratch().ranked;
+    choices.find_top(num);
+    std::sort(ranked.begin(), ranked.end(), ranks_before);
+    for (int i = 0; i < num; i++) {
+      const int place = ranked[static_cast<size_t>(i)].place();
+      ids[i] = choices.id(place);
+      logprobs[i] = of(choices[place]);
+    }
+  }
+
+  const Choices& all_;
+  Tempering t_;
+  double low_ = 0.0, high_ = 0.0;  // the logarithm lies between them
 };
 
 // Biases and penalties of a row, undone by `undo`.
@@ -190,7 +260,10 @@ int32_t choose(Choices choices, const QuireSampling& s, int row, int vocab, floa
   const Tempering t = {largest, temperature, static_cast<int64_t>(std::ceil(static_cast<double>(min_p) * kOne))};
   if (s.top_ks[row] < vocab) return choices.id(draw_top_k(choices, t, s.top_ks[row], top_p, draw));
   if (min_p > 0.0f) choices.narrow_to(t, min_p);
-  if (top_p < 1.0f) return choices.id(draw_top_p(choices, t, top_p, draw));
+  if (top_p < 1.0f) {
+    const int32_t id = draw_top_p_of_few(choices, t, top_p, draw);
+    return id < 0 ? choices.id(draw_top_p(choices, t, top_p, draw)) : id;
+  }
   return choices.id(choices.draw_by_id(t, draw));
 }
 
@@ -201,6 +274,8 @@ int32_t choose_token(const Kernels& kernels, const QuireSampling& s, const Sampl
     if (!(raw.value > -kInfinity)) return raw.id;  // all are NaN
     return choose(Choices(kernels, logits, vocab), s, row.row, vocab, raw.value, raw.id);
   }
+  const bool may_be_argmax = !row.adjusts() && s.temperatures[row.row] == 0.0f && raw.value > -kInfinity;
+  if (may_be_argmax && row.allows(raw.id)) return raw.id;
   edits.make(s, row);
   for (const bool edited : {true, false}) {
     if (!edited) edits.undo();  // they forbid every token
@@ -285,11 +360,13 @@ void sample_row(const Kernels& kernels, const QuireSampling& s, const SampledRow
     return;
   }
   const size_t top = static_cast<size_t>(row.row) * s.num_top;
-  const Scores scores(all, raw.value);
-  scores.write_top(all, s.num_top, s.top_ids + top, s.top_logprobs + top);
+  Scores scores(all, raw.value);
+  scores.begin(s.num_top, row.mask && row.allowed > kFew, s.top_ids + top, s.top_logprobs + top);
   const int32_t token = choose_token(kernels, s, row, raw, edits, logits, vocab);
   s.tokens[row.row] = token;
-  s.logprobs[row.row] = scores.of(edits.before(token));
+  const float logit = edits.before(token);
+  edits.undo();
+  s.logprobs[row.row] = scores.of(logit);
 }
 
 }  // namespace quire

@@ -17,6 +17,7 @@ struct SampledRow {
   const uint32_t* mask = nullptr;  // or null
   int allowed = 0;                 // tokens that the mask allows, as far as they were counted: see kFew
 
+  bool allows(int32_t id) const { return mask[id / 32] >> (id % 32) & 1u; }
   bool adjusts() const { return end_penalty > first_penalty || end_bias > first_bias; }
 };
 

@@ -49,7 +49,7 @@ static const Kernels table = {
     multiply, multiply_blocks,
     norm_factor, low_rank,
     attend_rows, attend_split, merge_splits,
-    weigh, largest_of, weigh_nearly, find_between, mask_out,
+    weigh, largest_of, weigh_nearly, find_between, partition, maxima_of, mask_out,
     rotate, pack, pack_blocks, pack_low_rank,
     peak,
 };

@@ -17,6 +17,7 @@ from model.kernels.attention import STEP
 from model.kernels.matmul import multiply
 from model.kernels.work_list import SPLIT
 from model.kvcache import bytes_per_block
+from model.packed_weights import is_matrix
 from model.runners import RunnerOptions
 from model.runners.cuda.accelerator import Accelerator, CudaAccelerator, HostAccelerator
 from model.runners.cuda.chip import check_kv_dtype, resource_errors, unsupported_chip
@@ -34,6 +35,7 @@ from model.weights import Weights
 KERNEL_VERSION = 2  # raised whenever the kernels' bits change
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_PACKED = {"float8": "-fp8", "int8": "-q8"}  # weights of 8 bits -> part of the numeric class
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -67,12 +69,16 @@ def build_runner(
     kv_dtype = _choose_kv_dtype(options.kv_dtype, dtype)
     if on_gpu:
         check_kv_dtype(device, kv_dtype)
-    weight_bytes = sum(weights[name].numel() for name in weights) * dtype.itemsize
-    check_weights_fit(weight_bytes, accelerator.free_memory())
+    packed = options.dtype in _PACKED
+    if packed and product is not multiply:
+        raise ValueError(f"dtype {options.dtype} has no product by vendor BLAS: use bfloat16")
+    check_weights_fit(_weight_bytes(weights, dtype, options.dtype), accelerator.free_memory())
     network = FusedNetwork(
-        config, weights, dtype=dtype, device=device, product=product, reduce=reduce
-    )
-    verified = _verify_blas(network, options, blas, device) if product is multiply else None
+        config, weights, dtype=dtype, device=device, product=product, reduce=reduce,
+        float8=options.dtype == "float8",
+    )  # fmt: skip
+    verifies = product is multiply and not packed  # vendor BLAS reads no weights of 8 bits
+    verified = _verify_blas(network, options, blas, device) if verifies else None
     table_width = -(-config.max_model_len // options.block_size)
     slots = BatchSlots(options.max_sequences, table_width=table_width)
     workspace = Workspace(
@@ -97,7 +103,8 @@ def build_runner(
             check = check_for(options, num_blocks=num_blocks, max_model_len=config.max_model_len)
         runner.exact = _is_exact(runner, network, check)
     kind = "triton" if runner.exact else "triton-inexact"
-    runner.numeric_class = f"{kind}-{_kernels_name(device, dtype, kv_dtype)}-{digest[:12]}"
+    kernels = _kernels_name(device, dtype, kv_dtype, packed=_PACKED.get(options.dtype, ""))
+    runner.numeric_class = f"{kind}-{kernels}-{digest[:12]}"
     return runner
 
 
@@ -164,16 +171,35 @@ def _is_exact(runner: CudaRunner, network: FusedNetwork, check: ExactnessCheck) 
     return all(check_exactness(runner, check).values())
 
 
-def _kernels_name(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype) -> str:
+def _weight_bytes(weights: Weights, dtype: torch.dtype, name: str) -> int:
+    """Bytes on the device, without scales. `name`: the dtype asked for; int8 needs blocks."""
+    total, has_blocks = 0, False
+    for key, weight in weights.items():
+        is_block = weight.dtype is torch.uint8
+        has_blocks |= is_block
+        is_packed = is_block or (name == "float8" and is_matrix(key))
+        total += weight.numel() * (1 if is_packed else dtype.itemsize)
+    if has_blocks != (name == "int8"):
+        raise ValueError(
+            "dtype int8 is for weights in the 8-bit blocks of a GGUF file, and these for no other"
+        )
+    return total
+
+
+def _kernels_name(
+    device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, *, packed: str
+) -> str:
     chip = "interpreter"
     if device.type == "cuda":
         chip = "sm{}{}".format(*torch.cuda.get_device_capability(device))
-    kinds = f"{_SHORT[dtype]}-kv{8 * kv_dtype.itemsize}"
+    kinds = f"{_SHORT[dtype]}{packed}-kv{8 * kv_dtype.itemsize}"
     return f"{chip}-{kinds}-{KERNEL_VERSION}.{SPLIT}.{STEP}-triton{triton.__version__}"
 
 
 def _choose_dtype(name: str, *, on_gpu: bool) -> torch.dtype:
-    if name == "auto":
+    if name in _PACKED and not on_gpu:
+        return torch.float32  # interpreted, products in bfloat16 are wrong
+    if name == "auto" or name in _PACKED:
         return torch.bfloat16
     if name == "float32" and on_gpu:
         raise ValueError(
@@ -181,7 +207,9 @@ def _choose_dtype(name: str, *, on_gpu: bool) -> torch.dtype:
             "bfloat16, float16 or the torch runner"
         )
     if name not in _DTYPES:
-        raise ValueError(f"dtype must be auto or one of {', '.join(_DTYPES)} for the cuda runner")
+        raise ValueError(
+            f"dtype must be auto, int8, float8 or one of {', '.join(_DTYPES)} for the cuda runner"
+        )
     return _DTYPES[name]
 
 

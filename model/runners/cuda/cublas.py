@@ -23,7 +23,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.nn import functional
 
-from model.kernels.matmul import Product, multiply, part_size
+from model.kernels.matmul import Product, multiply
+from model.kernels.tiling import part_size
 from model.runners.cuda.accelerator import median_seconds
 
 _SEEDS = 3

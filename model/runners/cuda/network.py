@@ -22,11 +22,13 @@ from model.kernels.activation import silu_mul
 from model.kernels.attention import Partials, paged_attention
 from model.kernels.head import Argmax, find_argmax, head, merge_argmax
 from model.kernels.inputs import embed
-from model.kernels.matmul import Product, Tiling, layout_for, multiply
+from model.kernels.matmul import Product, multiply
 from model.kernels.norm import add_rms_norm
 from model.kernels.rotary import Heads, rotary_table, rotate_and_store
-from model.kernels.shared_memory import shared_memory
+from model.kernels.shared_memory import multiprocessors_of, shared_memory
+from model.kernels.tiling import Layout, layout_for, tile_for_whole
 from model.kernels.work_list import WorkList
+from model.packed_weights import from_blocks, is_matrix, to_float8
 
 Multiply = Callable[..., Product]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -49,10 +51,11 @@ class StepInputs:
 
 
 class Linear(NamedTuple):
-    """Weight [outputs, inputs] and bias of a product."""
+    """Weight [outputs, inputs] and bias of a product; scales of one of 8 bits."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    scales: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +95,11 @@ class FusedNetwork:
         device: torch.device,
         product: Multiply = multiply,
         reduce: Reduce | None = None,
+        float8: bool = False,
     ) -> None:
+        """`float8`: the layers' matrices become float8. With these, or with blocks of 8 bits
+        (uint8), the product is `multiply`.
+        """
         reason = unsupported(config)
         if reason:
             raise ValueError(f"{reason}; for {config.family} use the torch runner")
@@ -101,9 +108,7 @@ class FusedNetwork:
         self._product = product  # of the head
         self._multiply = product  # of the layers
         self.reduce = reduce
-        loaded = {
-            name: weights[name].to(device=device, dtype=dtype).contiguous() for name in weights
-        }
+        loaded = _load(weights, dtype=dtype, device=device, float8=float8)
         self._embed = loaded["embed.weight"]
         self._norm = loaded["norm.weight"]
         self._head = self._embed if config.tied_head else loaded["head.weight"]
@@ -116,11 +121,12 @@ class FusedNetwork:
         return self._product is multiply
 
     @property
-    def layer_products(self) -> list[Linear]:
-        """The layers' products, except those that are summed over ranks."""
+    def layer_products(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Weights and biases of the layers' products, except those that are summed over ranks."""
+        linears = self._linears
         if self.reduce is not None:
-            return [linear for layer in self._layers for linear in (layer.qkv, layer.gate_up)]
-        return self._linears
+            linears = [each for layer in self._layers for each in (layer.qkv, layer.gate_up)]
+        return [(linear.weight, linear.bias) for linear in linears]
 
     @property
     def _linears(self) -> list[Linear]:
@@ -134,11 +140,17 @@ class FusedNetwork:
         """Replaces the product of the layers by another of the same bits; the head's stays."""
         self._multiply = product
 
-    def layouts(self, num_rows: int) -> tuple[tuple[Tiling, bool], ...]:
+    def layouts(self, num_rows: int) -> tuple[Layout, ...]:
         """How products of so many rows are laid out: steps of one layout launch one variant."""
         shapes = {tuple(linear.weight.shape): None for linear in self._linears}
-        limit = shared_memory(self._embed.device)
-        return tuple(layout_for(num_rows, *shape, limit=limit) for shape in shapes)
+        device = self._embed.device
+        chip = {"limit": shared_memory(device), "multiprocessors": multiprocessors_of(device)}
+        found = tuple(layout_for(num_rows, *shape, **chip) for shape in shapes)
+        if self.reduce is None:
+            return found
+        # A product that is summed over ranks is whole.
+        whole = (tile_for_whole(num_rows, *shape, **chip) for shape in shapes)
+        return found + tuple(Layout(tiling, is_apart=False) for tiling in whole)
 
     @property
     def windows(self) -> set[int | None]:
@@ -154,7 +166,7 @@ class FusedNetwork:
         for layer, (keys_XKD, values_XKD) in zip(self._layers, inputs.pool, strict=True):
             x_TC = self._add_norm(residual_TC, delta, layer.attention_norm)
             q_THD = rotate_and_store(
-                self._multiply(x_TC, *layer.qkv),
+                self._apply(x_TC, layer.qkv),
                 layer.heads,
                 table=self._table,
                 positions_T=inputs.positions_T,
@@ -177,7 +189,7 @@ class FusedNetwork:
             )
             delta = self._narrow(mixed_THD.flatten(1), layer.out)
             x_TC = self._add_norm(residual_TC, delta, layer.mlp_norm)
-            gate_up = self._multiply(x_TC, *layer.gate_up)
+            gate_up = self._apply(x_TC, layer.gate_up)
             x_TF = silu_mul(gate_up, dtype=self.dtype)
             delta = self._narrow(x_TF, layer.down)
         if delta is None:
@@ -230,16 +242,42 @@ class FusedNetwork:
     def _narrow(self, x: torch.Tensor, linear: Linear) -> Product:
         """A sublayer's last product, summed over ranks, each of which has a share of its inputs."""
         if self.reduce is None:
-            return self._multiply(x, *linear)
+            return self._apply(x, linear)
         y = torch.empty((len(x), len(linear.weight)), dtype=self.dtype, device=x.device)
-        return Product(self.reduce(self._multiply(x, *linear, out_MN=y).values))
+        return Product(self.reduce(self._apply(x, linear, out_MN=y).values))
+
+    def _apply(self, x: torch.Tensor, linear: Linear, **out: torch.Tensor) -> Product:
+        if linear.scales is not None:
+            out["scales"] = linear.scales
+        return self._multiply(x, linear.weight, linear.bias, **out)
+
+
+def _load(
+    weights: Mapping[str, torch.Tensor], *, dtype: torch.dtype, device: torch.device, float8: bool
+) -> dict[str, torch.Tensor]:
+    """Weights on the device. The scales of one of 8 bits are beside it, as `.scales`."""
+    loaded: dict[str, torch.Tensor] = {}
+    for name in weights:
+        weight = weights[name].to(device=device)
+        if weight.dtype is torch.uint8:
+            loaded[name], loaded[_scales_of(name)] = from_blocks(weight)
+        elif float8 and is_matrix(name):
+            loaded[name], loaded[_scales_of(name)] = to_float8(weight.to(dtype))
+        else:
+            loaded[name] = weight.to(dtype).contiguous()
+    return loaded
+
+
+def _scales_of(name: str) -> str:
+    return name.removesuffix("weight") + "scales"
 
 
 def _layer(config: ModelConfig, loaded: Mapping[str, torch.Tensor], index: int) -> _Layer:
     prefix = f"blocks.{index}."
 
     def linear(name: str) -> Linear:
-        return Linear(loaded[f"{prefix}{name}.weight"], loaded.get(f"{prefix}{name}.bias"))
+        weight, bias = f"{prefix}{name}.weight", f"{prefix}{name}.bias"
+        return Linear(loaded[weight], loaded.get(bias), loaded.get(_scales_of(weight)))
 
     return _Layer(
         heads=Heads(

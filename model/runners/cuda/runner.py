@@ -24,8 +24,8 @@ import torch
 from model.batch import Batch, Bools, Ints, SamplingBatch, StepOutput
 from model.kernels.head import find_argmax, merge_argmax
 from model.kernels.inputs import advance, change
-from model.kernels.matmul import layout_sizes
 from model.kernels.sampling import sample_tokens
+from model.kernels.tiling import layout_sizes
 from model.runners import RunnerOptions, StepHandle
 from model.runners.cuda.accelerator import Accelerator, PendingCopy
 from model.runners.cuda.buffers import TokenRing, Upload
