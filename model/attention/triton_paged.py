@@ -6,7 +6,6 @@ calls the kernels directly, because it keeps tables and lengths on the device.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from model.batch import Batch
@@ -60,7 +59,6 @@ class TritonPagedAttention:
             scale=scale,
             window=window,
             programs=self._programs,
-            merges=work.num_tiles(np.diff(self._batch.query_starts_S1).tolist()),
         )
 
     def _list(

@@ -15,7 +15,16 @@ Inside a split the softmax runs in steps of STEP positions, and finished splits 
 of position, by the same arithmetic in both cases. A row's bits therefore depend on its own position
 and context alone. Positions that a row may not see weigh exactly 0.
 
-A fixed number of programs works through the items of a step (`model.kernels.work_list`).
+A fixed number of programs works through the items of a step (`model.kernels.work_list`). The items
+are dealt like cards, longest first and back and forth, so that programs end together:
+
+    program      0   1   2   3
+    items        0   1   2   3
+                 7   6   5   4
+                 8   9  ...
+
+The program that stores the last part of a query merges all of them. Which program computes or
+merges what affects no bit: parts have fixed places.
 
 Legend: T rows, H query heads, K key heads, G = H / K, D head dimension, X KV slots, B
 blocks of a block table. Of a softmax, as in FlashAttention: m largest score, l sum of weights p,
@@ -30,7 +39,6 @@ import triton.language as tl
 
 from model.kernels.shared_memory import HOPPER, shared_memory, stages_within
 from model.kernels.work_list import (
-    APART,
     BATCH_SLOT,
     END,
     FIRST_ITEM,
@@ -49,7 +57,10 @@ _PROGRAMS_ON_CPU = 2  # the interpreter runs one after another
 
 
 class Partials:
-    """Unmerged results of single queries, reused by every layer of a step."""
+    """Unmerged results of single queries, reused by every layer of a step.
+
+    arrivals [tiles, H]: parts stored, by tile and the first head of a key head; 0 between launches.
+    """
 
     def __init__(
         self, work: WorkList, *, num_heads: int, head_dim: int, device: torch.device
@@ -60,6 +71,7 @@ class Partials:
             (work.max_items, num_heads, head_dim), dtype=torch.float32, device=device
         )
         self.ml = torch.empty((work.max_items, num_heads, 2), dtype=torch.float32, device=device)
+        self.arrivals = torch.zeros((work.max_tiles, num_heads), dtype=torch.int32, device=device)
 
 
 def attention_programs(device: torch.device) -> int:
@@ -81,15 +93,13 @@ def paged_attention(
     scale: float,
     window: int | None,
     programs: int,
-    merges: int,
     causal: bool = True,
 ) -> torch.Tensor:
     """Attends each query to its sequence's positions up to its own; returns [T, H, D].
 
     Not `causal`: to all of them, or within the window on either side. `work` was filled for the
-    same step, window and direction; `table_SB` is indexed by its batch slots. `merges` is at least
-    the number of the step's tiles, which the host knows (`WorkList.num_tiles`), or 1 if no query
-    has a sequence and several splits to itself.
+    same step, window and direction; `table_SB` is indexed by its batch slots. Launches that share
+    `work` or `partials` must follow each other on one stream.
     """
     H, D = q_THD.shape[1:]
     K = keys_XKD.shape[1]
@@ -101,13 +111,6 @@ def paged_attention(
         kv_itemsize=keys_XKD.element_size(),
         limit=shared_memory(q_THD.device),
     )
-    shared = {
-        "H": H,
-        "K": K,
-        "D": D,
-        "BLOCK_D": width,
-        "enable_fp_fusion": False,  # both kernels merge; rounding must not depend on context
-    }
     _attend[(programs,)](
         q_THD,
         keys_XKD,
@@ -116,6 +119,7 @@ def paged_attention(
         out_THD,
         partials.acc,
         partials.ml,
+        partials.arrivals,
         work.tiles,
         work.items,
         work.counts,
@@ -129,20 +133,14 @@ def paged_attention(
         ROWS=ROWS,
         WINDOWED=window is not None,
         CAUSAL=causal,
+        H=H,
+        K=K,
+        D=D,
+        BLOCK_D=width,
+        PARTS_GROUP=triton.next_power_of_2(H // K),
         num_warps=warps,
         num_stages=stages,
-        **shared,
-    )
-    _merge[(merges, K)](
-        out_THD,
-        partials.acc,
-        partials.ml,
-        work.tiles,
-        work.counts,
-        SPLIT=work.split,
-        GROUP=triton.next_power_of_2(H // K),
-        num_warps=1 if H // K <= 4 else 4,
-        **shared,
+        enable_fp_fusion=False,  # splits are merged in two places; both must round alike
     )
     return out_THD
 
@@ -185,6 +183,7 @@ def _attend(
     out_ptr,  # [T, H, D]
     acc_ptr,  # [items, H, D]
     ml_ptr,  # [items, H, 2]
+    arrivals_ptr,  # [tiles, H]
     tiles_ptr,  # [tiles, 8]
     items_ptr,  # [items, 3]
     counts_ptr,  # [2]
@@ -202,6 +201,7 @@ def _attend(
     K: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PARTS_GROUP: tl.constexpr,  # G, or the next power of 2
 ):
     """Works through the items; a tile's row r is query r // G, head r % G of its group."""
     GROUP: tl.constexpr = H // K
@@ -211,9 +211,9 @@ def _attend(
     lanes = tl.arange(0, SPLIT_BLOCKS)
     dim_mask = dims < D
     dtype = q_ptr.dtype.element_ty
-    num_items = tl.load(counts_ptr) * K
     # Nothing is hoisted out of the loops: inside them registers are short.
-    for work in tl.range(tl.program_id(0), num_items, tl.num_programs(0), disable_licm=True):
+    for turn in tl.range(_turns(tl.load(counts_ptr) * K), disable_licm=True):
+        work = turn * tl.num_programs(0) + _lane(turn)
         item = work // K
         kv_head = work % K
         tile = tiles_ptr + tl.load(items_ptr + item * ITEM_COLUMNS) * TILE_COLUMNS
@@ -282,7 +282,8 @@ def _attend(
                 m_i = m_new
             m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, l_i, acc)
         # Read again: what is kept over the loops is missing from their registers.
-        tile = tiles_ptr + tl.load(items_ptr + item * ITEM_COLUMNS, volatile=True) * TILE_COLUMNS
+        tile_index = tl.load(items_ptr + item * ITEM_COLUMNS, volatile=True)
+        tile = tiles_ptr + tile_index * TILE_COLUMNS
         run = tl.load(items_ptr + item * ITEM_COLUMNS + 2, volatile=True)
         first_row = tl.load(tile + FIRST_ROW, volatile=True)
         queries = tl.load(tile + QUERIES, volatile=True)
@@ -295,11 +296,34 @@ def _attend(
             share = acc_all / tl.where(row_mask, l_all, 1.0)[:, None]
             tl.store(out_ptr + q_rows[:, None] * D + dims[None, :], share.to(dtype), mask=q_mask)
         else:
-            part_rows = item.to(tl.int64) * H + head
+            first_item = tl.load(tile + FIRST_ITEM, volatile=True).to(tl.int64)
+            index = tl.load(items_ptr + item * ITEM_COLUMNS + 1, volatile=True)
+            part_rows = (first_item + index) * H + head
             tl.store(ml_ptr + part_rows * 2, m_all, mask=row_mask)
             tl.store(ml_ptr + part_rows * 2 + 1, l_all, mask=row_mask)
             parts = acc_ptr + part_rows[:, None] * D + dims[None, :]
             tl.store(parts, acc_all, mask=q_mask)
+            tl.debug_barrier()  # all threads have stored before one of them counts the part
+            arrivals = arrivals_ptr + tile_index * H + kv_head * GROUP
+            if tl.atomic_add(arrivals, 1, sem="acq_rel") == num_splits - 1:
+                tl.store(arrivals, 0)
+                _merge(
+                    out_ptr, acc_ptr, ml_ptr, first_row.to(tl.int64), first_item, num_splits,
+                    kv_head, PARTS_GROUP, H, K, D, BLOCK_D,
+                )  # fmt: skip
+
+
+@triton.jit
+def _lane(turn):
+    """Which of the items of a turn is this program's: in odd turns they are dealt backwards."""
+    return tl.where(turn % 2 == 0, tl.program_id(0), tl.num_programs(0) - 1 - tl.program_id(0))
+
+
+@triton.jit
+def _turns(num_items):
+    """The turns in which this program has an item."""
+    full = num_items // tl.num_programs(0)
+    return full + (_lane(full) < num_items % tl.num_programs(0)).to(tl.int32)
 
 
 @triton.jit
@@ -307,9 +331,10 @@ def _merge(
     out_ptr,  # [T, H, D]
     acc_ptr,  # [items, H, D]
     ml_ptr,  # [items, H, 2]
-    tiles_ptr,  # [tiles, 8]
-    counts_ptr,  # [2]
-    SPLIT: tl.constexpr,
+    row,
+    first_item,
+    num_splits,
+    kv_head,
     GROUP: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -317,16 +342,9 @@ def _merge(
     BLOCK_D: tl.constexpr,
 ):
     """Merges the splits of a single query, in order of position."""
-    if tl.program_id(0) >= tl.load(counts_ptr + 1):
-        return
-    tile = tiles_ptr + tl.program_id(0) * TILE_COLUMNS
-    if tl.load(tile + APART) == 0:
-        return
-    num_splits = (tl.load(tile + END) + SPLIT - 1) // SPLIT - tl.load(tile + FIRST_SPLIT)
-    first_item = tl.load(tile + FIRST_ITEM).to(tl.int64)
     lanes = tl.arange(0, GROUP)
     dims = tl.arange(0, BLOCK_D)
-    heads = tl.program_id(1) * (H // K) + lanes
+    heads = kv_head * (H // K) + lanes
     row_mask = lanes < H // K
     mask = row_mask[:, None] & (dims < D)[None, :]
     m_i = tl.full((GROUP,), float("-inf"), tl.float32)
@@ -340,6 +358,5 @@ def _merge(
         acc_new = tl.load(parts, mask=mask, other=0.0)
         m_i, l_i, acc = _join(m_i, l_i, acc, m_new, l_new, acc_new)
     share = acc / l_i[:, None]
-    first_row = tl.load(tile + FIRST_ROW).to(tl.int64)
-    out = out_ptr + (first_row * H + heads)[:, None] * D + dims[None, :]
+    out = out_ptr + (row * H + heads)[:, None] * D + dims[None, :]
     tl.store(out, share.to(out_ptr.dtype.element_ty), mask=mask)

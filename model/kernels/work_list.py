@@ -6,8 +6,6 @@ the device knows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +24,7 @@ _MOST_PARTS = 4096  # of a step: more programs than any GPU has, and all splits 
 
 
 class WorkList:
-    """Buffers for the items of a step; as large as the largest step needs.
+    """Buffers for the items of a step; as large as the largest step needs. The longest come first.
 
     tiles [.., 8]   first row of T, queries, position of the first, batch slot, first split, first
                     item, whether its splits are items, end of the positions
@@ -63,10 +61,6 @@ class WorkList:
             (self.max_items, ITEM_COLUMNS.value), dtype=torch.int32, device=device
         )
         self.counts = torch.zeros(2, dtype=torch.int32, device=device)
-
-    def num_tiles(self, lengths: Iterable[int]) -> int:
-        """Tiles of a step whose sequences have `lengths` queries."""
-        return sum(-(-length // self.queries) for length in lengths)
 
     def fill(
         self,
@@ -136,17 +130,27 @@ def _list_items(
     count = tl.load(starts_ptr + lanes + 1, mask=mask, other=0) - start
     context = tl.load(contexts_ptr + lanes, mask=mask, other=0)
     batch_slot = tl.load(batch_slots_ptr + lanes, mask=mask, other=0)
-    num_tiles = (count + TILE_QUERIES - 1) // TILE_QUERIES
-    single = count == 1
     first_split = tl.zeros((BLOCK,), tl.int32)
     if WINDOWED:
         first_split = tl.maximum(context - window, 0) // SPLIT
-    single_splits = (context + SPLIT - 1) // SPLIT - first_split
-    all_splits = tl.sum(tl.where(mask, num_tiles * single_splits, 0), axis=0)
-    long = (single_splits > 1) & (single_splits * shares > all_splits)
-    parts = tl.where(mask & single & long, single_splits, 0)
+    splits = (context + SPLIT - 1) // SPLIT - first_split
+    num_tiles = (count + TILE_QUERIES - 1) // TILE_QUERIES
+    all_splits = tl.sum(tl.where(mask, num_tiles * splits, 0), axis=0)
+    long = mask & (count == 1) & (splits > 1) & (splits * shares > all_splits)
+    parts = tl.where(long, splits, 0)
+
+    # By the longest item of a sequence, in splits; among equals in the order of the step.
+    length = tl.where(mask, tl.where(long, 1, splits), 0)
+    order = BLOCK - 1 - tl.sort(length * BLOCK + (BLOCK - 1 - lanes), descending=True) % BLOCK
+    mask = order < S
+    start = tl.gather(start, order, axis=0)
+    count = tl.gather(count, order, axis=0)
+    context = tl.gather(context, order, axis=0)
+    batch_slot = tl.gather(batch_slot, order, axis=0)
+    num_tiles = tl.gather(num_tiles, order, axis=0)
+    parts = tl.gather(parts, order, axis=0)
     apart = (parts > 0) & (tl.cumsum(parts, axis=0) <= most_parts)
-    num_items = tl.where(mask, tl.where(apart, single_splits, num_tiles), 0)
+    num_items = tl.where(mask, tl.where(apart, parts, num_tiles), 0)
     tile_end = tl.cumsum(num_tiles, axis=0)
     item_end = tl.cumsum(num_items, axis=0)
     tile_base = tile_end - num_tiles
@@ -175,7 +179,8 @@ def _list_items(
         tl.store(tile + FIRST_ITEM, item_base, mask=here)
         tl.store(tile + APART, apart.to(tl.int32), mask=here)
         tl.store(tile + END, end, mask=here)
-        item = items_ptr + (item_base + index) * ITEM_COLUMNS
+        # The last tile of a prompt sees the most positions.
+        item = items_ptr + (item_base + num_tiles - 1 - index) * ITEM_COLUMNS
         whole = here & (apart == 0)
         tl.store(item, tile_base + index, mask=whole)
         tl.store(item + 1, 0, mask=whole)

@@ -91,7 +91,6 @@ class _PackedAttention:
             scale=scale,
             window=window,
             programs=self._programs,
-            merges=1,  # no input is one query over several splits
             causal=False,
         )
 

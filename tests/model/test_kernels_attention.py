@@ -9,7 +9,7 @@ import torch
 from model.attention import ATTENTION
 from model.batch import Batch
 from model.kernels.attention import Partials, paged_attention
-from model.kernels.work_list import APART, ROWS, WorkList
+from model.kernels.work_list import APART, BATCH_SLOT, ROWS, WorkList
 from tests.support.builders import DEVICE, HALF, Piece, make_batch
 
 pytestmark = pytest.mark.slow
@@ -109,9 +109,18 @@ class Fixed:
         self.keys, self.values = (torch.randn(128, 2, 16).to(DEVICE) for _ in range(2))
 
     def attend(
-        self, pieces: list[tuple[int, int]], *, most_parts: int = 99, shares: int = 99
+        self,
+        pieces: list[tuple[int, int]],
+        *,
+        most_parts: int = 99,
+        shares: int = 99,
+        programs: int = 2,
+        order: int | None = None,
     ) -> torch.Tensor:
-        """Rows [a, b) of the queries, each pair a sequence of its own in one step."""
+        """Rows [a, b) of the queries, each pair a sequence of its own in one step.
+
+        `order`: a seed that shuffles the items. Two layers attend, alike.
+        """
         counts = [end - start for start, end in pieces]
         work = WorkList(
             max_rows=64, max_sequences=32, max_context=128, group=2, device=DEVICE,
@@ -124,19 +133,27 @@ class Fixed:
         contexts = torch.tensor([98 + end - 30 for _, end in pieces], dtype=torch.int32)
         slots = torch.zeros(len(pieces), dtype=torch.int32, device=DEVICE)
         work.fill(starts, contexts.to(DEVICE), slots, window=self.window)
-        return paged_attention(
-            torch.cat([self.queries[start:end] for start, end in pieces]),
-            self.keys,
-            self.values,
-            torch.arange(32, dtype=torch.int32, device=DEVICE)[None],
-            work=work,
-            partials=partials,
-            block_size=4,
-            scale=0.3,
-            window=self.window,
-            programs=2,
-            merges=work.num_tiles(counts),
+        if order is not None:
+            listed = work.items[: int(work.counts[0])]
+            generator = torch.Generator().manual_seed(order)
+            listed.copy_(listed[torch.randperm(len(listed), generator=generator).to(DEVICE)])
+        first, second = (
+            paged_attention(
+                torch.cat([self.queries[start:end] for start, end in pieces]),
+                self.keys,
+                self.values,
+                torch.arange(32, dtype=torch.int32, device=DEVICE)[None],
+                work=work,
+                partials=partials,
+                block_size=4,
+                scale=0.3,
+                window=self.window,
+                programs=programs,
+            )
+            for _ in range(2)
         )
+        assert torch.equal(first, second)  # counters of parts are as before the first
+        return first
 
 
 @pytest.mark.usefixtures("one_order")
@@ -154,6 +171,24 @@ def test_a_rows_bits_are_its_own(window: int | None) -> None:
         {"shares": 3},
     ):  # all are items to none
         assert torch.equal(fixed.attend(singles, **limits), whole[24:])
+
+
+@pytest.mark.usefixtures("one_order")
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.kernels) for seed in range(2, 12))]
+)
+def test_no_bit_depends_on_the_program_of_an_item(seed: int) -> None:
+    """Items in any order, by one program to more than there are items: parts have fixed places.
+
+    Whichever program stores the last part of a query merges all of them.
+    """
+    fixed = Fixed(split=32, window=None)
+    pieces = [(0, 3), (3, 4), (4, 24), *((n, n + 1) for n in range(24, 30))]
+    shares = (3, 99)[seed % 2]  # only some queries are cut, or all
+    expected = fixed.attend(pieces, shares=shares, programs=1)
+    for programs in (2, 3, 7, 200):
+        found = fixed.attend(pieces, shares=shares, programs=programs, order=seed)
+        assert torch.equal(found, expected), programs
 
 
 @pytest.mark.usefixtures("one_order")
@@ -180,7 +215,8 @@ def test_queries_that_are_long_for_their_step_are_cut(shares: int, apart: list[i
     lengths = torch.tensor([192, 320, 64], dtype=torch.int32, device=DEVICE)
     steps = torch.arange(4, dtype=torch.int32, device=DEVICE)
     work.fill(steps, lengths, steps[:3], window=None)
-    assert work.tiles[:3, APART.value].tolist() == apart
+    tiles = work.tiles[:3].tolist()
+    assert [tile[APART.value] for tile in sorted(tiles)] == apart  # by their first rows
     cut = sum(splits for splits, is_cut in zip((3, 5, 1), apart, strict=True) if is_cut)
     assert work.counts.tolist() == [cut + apart.count(0), 3]
 
@@ -194,10 +230,40 @@ def test_every_item_is_listed_once() -> None:
     work.fill(starts, lengths, torch.arange(4, dtype=torch.int32, device=DEVICE), window=None)
     num_items, num_tiles = work.counts.tolist()
     tiles = work.tiles[:num_tiles].tolist()
-    assert num_tiles == work.num_tiles(counts) == 1 + 3 + 1 + 1
+    assert num_tiles == 1 + 3 + 1 + 1
     rows = [row for first, queries, *_ in tiles for row in range(first, first + queries)]
     assert sorted(rows) == list(range(75))
     assert max(queries for _, queries, *_ in tiles) == ROWS // 2
-    items = sorted(map(tuple, work.items[:num_items].tolist()))
-    parts = [(0, part, 1) for part in range(4)]
-    assert items == [*parts, (1, 0, 1), (2, 0, 2), (3, 0, 2), (4, 0, 1), (5, 0, 2)]
+    listed = work.items[:num_items].tolist()
+    items = sorted((tiles[tile][0], index, run) for tile, index, run in listed)
+    assert items == [
+        *((0, part, 1) for part in range(4)),
+        *((1, 0, 1), (33, 0, 2), (65, 0, 2)),
+        *((71, 0, 1), (72, 0, 2)),
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_longest_items_come_first(seed: int) -> None:
+    """By sequences: at the end of a step only short items are left to wait for."""
+    rng = np.random.default_rng(seed)
+    contexts = rng.integers(1, 2000, 20)
+    counts = np.minimum(contexts, rng.choice([1, 1, 40], 20))
+    work = WorkList(
+        max_rows=int(counts.sum()), max_sequences=20, max_context=2000, group=2, device=DEVICE,
+        split=64, shares=15,
+    )  # fmt: skip
+    starts, lengths, slots = (
+        torch.tensor(values.astype(np.int32), device=DEVICE)
+        for values in (np.cumsum([0, *counts]), contexts, np.arange(20))
+    )
+    work.fill(starts, lengths, slots, window=None)
+    num_items, num_tiles = work.counts.tolist()
+    tiles = work.tiles[:num_tiles].tolist()
+    of_slot: dict[int, list[int]] = {}
+    for tile, _, run in work.items[:num_items].tolist():
+        of_slot.setdefault(tiles[tile][BATCH_SLOT.value], []).append(run)
+    assert sorted(of_slot) == list(range(20))
+    assert all(runs == sorted(runs, reverse=True) for runs in of_slot.values())
+    longest = [runs[0] for runs in of_slot.values()]
+    assert longest == sorted(longest, reverse=True)

@@ -14,18 +14,21 @@ import pytest
 from tests.support.builders import found_compiling
 
 PROGRAM = r"""
-import json, os, re, subprocess, tempfile, warnings
+import json, re, warnings
 warnings.simplefilter("ignore")
+from contextlib import redirect_stdout
+from io import StringIO
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from model.kernels import attention, head, matmul, rotary, sampling, tiling, work_list
+from model.kernels import attention, cuts, head, matmul, rotary, sampling, tiling, work_list
 from model.kernels.shared_memory import stages_within
 
 LIMITS = {80: 163, 90: 227, 100: 227}  # KiB of shared memory per program
-CHIPS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 found = {}
+# What the assembler reports, with the options that Triton gives it.
+knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
 
 def compiled(name, arch, kernel, types, constants, **options):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -36,7 +39,8 @@ def compiled(name, arch, kernel, types, constants, **options):
     }
     source = ASTSource(kernel, signature, constants, aligned)
     options["enable_fp_fusion"] = False
-    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with redirect_stdout(StringIO()) as log:
+        done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     assembly = done.asm["ptx"]
     found[f"{name}, sm_{arch}"] = {
         "arch": arch,
@@ -49,7 +53,7 @@ def compiled(name, arch, kernel, types, constants, **options):
         "loops": len(re.findall(r"scf.for", done.asm["ttgir"])),
         "flushed": len(re.findall(r"mul.ftz", assembly)),
         "shared": done.metadata.shared / 1024 / LIMITS[arch],
-        "spilled": spilled(assembly, arch),
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue()))),
         "pool_offsets": sorted(set(re.findall(
             r"tt.addptr .*ptr<f8E4M3FN>>?, (?:tensor<[\dx]*)?(i\d+)", done.asm["ttir"]
         ))),
@@ -64,18 +68,6 @@ def waits_in_loops(text):
             waits.append((len(line) - len(line.lstrip()), number))
     deepest = max((indent for indent, _ in waits), default=0)
     return [number for indent, number in waits if indent == deepest]
-
-def spilled(assembly, arch):
-    # Bytes that the assembler moves out of registers.
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
-        source.write(assembly)
-        source.flush()
-        chip = f"--gpu-name={CHIPS[arch]}"
-        said = subprocess.run(
-            [get_ptxas(arch).path, "-v", chip, source.name, "-o", os.devnull], check=True,
-            capture_output=True, text=True,
-        ).stderr
-    return sum(map(int, re.findall(r"(\d+) bytes spill", said)))
 
 def tiling_of(rows, arch):
     tile = tiling.tiling_for(rows, limit=LIMITS[arch] * 1024)
@@ -111,7 +103,7 @@ def head_of(rows, stored, vocab, arch):
 def attention_of(dim, arch, stored="*bf16", block_size=16, windowed=False, causal=True):
     types = {name: "*i32" for name in ("table_ptr", "tiles_ptr", "items_ptr", "counts_ptr")}
     types |= {"q_ptr": "*bf16", "out_ptr": "*bf16", "acc_ptr": "*fp32", "ml_ptr": "*fp32"}
-    types |= {"table_stride": "i32", "scale": "fp32", "window": "i32"}
+    types |= {"arrivals_ptr": "*i32", "table_stride": "i32", "scale": "fp32", "window": "i32"}
     width, split = triton.next_power_of_2(dim), work_list.SPLIT
     warps, stages = attention.attention_layout(
         width, itemsize=2, kv_itemsize=2 if stored == "*bf16" else 1, limit=LIMITS[arch] * 1024
@@ -121,7 +113,8 @@ def attention_of(dim, arch, stored="*bf16", block_size=16, windowed=False, causa
         {**types, "keys_ptr": stored, "values_ptr": stored},
         dict(BLOCK_SIZE=block_size, SPLIT=split, STEP=attention.STEP, ROWS=work_list.ROWS,
              SPLIT_BLOCKS=triton.next_power_of_2((split - 1) // block_size + 2),
-             WINDOWED=windowed, CAUSAL=causal, H=16, K=8, D=dim, BLOCK_D=width),
+             WINDOWED=windowed, CAUSAL=causal, H=16, K=8, D=dim, BLOCK_D=width,
+             PARTS_GROUP=2),
         num_warps=warps, num_stages=stages,
     )
 
@@ -150,16 +143,17 @@ for arch in (80, 100):
 types = {name: "*fp32" for name in ("logits_ptr", "values_ptr", "value_ptr", "largest_ptr")}
 integers = ("state_ptr", "batch_slots_ptr", "ids_ptr", "id_ptr", "tokens_ptr")
 types |= {name: "*i32" for name in integers}
-types |= {"sums_ptr": "*i64", "histograms_ptr": "*i64", "V": "i32", "stride": "i32"}
+types |= {name: "*i64" for name in ("sums_ptr", "search_ptr", "bins_ptr")}
+types |= {"counts_ptr": "*i32", "V": "i32", "stride": "i32", "number": "i32"}
 for name, kernel, constants in (
     ("argmax", head._argmax, dict(N=38, CHUNK=4096)),
     ("merge", head._merge, dict(N=2374, LANES=4096)),
     ("sums", sampling._sums, dict(N=38, CHUNK=4096)),
     ("plain", sampling._sample_plain, dict(N=38, CHUNK=4096, LANES=64)),
-    ("cut", sampling._sample_cut, dict(N=38, LANES=64, BLOCK=8192, BINS=2048)),
+    ("count", cuts._count, dict(CHUNK=4096)),
+    ("find", cuts._find, dict(N=38, CHUNK=4096, LANES=64)),
 ):
-    warps = 16 if name == "cut" else 8
-    compiled(f"sampling: {name}", 90, kernel, types, constants, num_warps=warps)
+    compiled(f"sampling: {name}", 90, kernel, types, constants, num_warps=8)
 
 types = {"qkv_ptr": "*fp32", "table_ptr": "*fp32", "part_stride": "i32", "num_positions": "i32"}
 types |= {name: "*bf16" for name in ("q_ptr", "q_norm_ptr", "k_norm_ptr")} | {"eps": "fp32"}
@@ -174,7 +168,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.kernels
-@pytest.mark.timeout(3000)  # some fifty compilations, if they are not in Triton's cache
+@pytest.mark.timeout(3000)  # some fifty compilations
 def test_what_kernels_compile_to() -> None:
     for name, facts in found_compiling(PROGRAM).items():
         check_resources(name, facts)
@@ -186,9 +180,9 @@ def test_what_kernels_compile_to() -> None:
 
 
 def check_resources(name: str, facts: dict[str, Any]) -> None:
-    """All fits into shared memory, and all but a few bytes stays in registers."""
+    """All fits into shared memory, and all stays in registers, but for heads of 256."""
     assert facts["shared"] <= 1, name
-    few = 64 if name.startswith("attention") else 0  # outside the loop over keys
+    few = 96 if name.startswith("attention 256") else 0  # outside the loop over keys
     few = 8 if "stored blocks" in name else few  # with 128 rows, of 255 registers
     assert facts["spilled"] <= few, name
 

@@ -47,8 +47,10 @@ def test_chooses_what_the_sampler_chooses(seed: int) -> None:
     logits[0, : vocab_size // 2] = -torch.inf
     slots = torch.tensor(rng.permutation(rows), dtype=torch.int32, device=DEVICE)
     logits = logits.to(DEVICE)
-    given = sample_tokens(logits, state, slots, chunk=64)
-    assert given.tolist() == sample_tokens_twin(logits, state, slots).tolist()
+    expected = sample_tokens_twin(logits, state, slots).tolist()
+    for programs in (1, 12, 999):  # one to each chunk of a row
+        given = sample_tokens(logits, state, slots, chunk=64, programs=programs)
+        assert given.tolist() == expected
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ class Texts:
             self.table.to(DEVICE), work=work,
             partials=Partials(work, num_heads=H, head_dim=D, device=DEVICE),
             block_size=self.block_size, scale=0.2, window=window,
-            programs=attention_programs(DEVICE), merges=1, causal=False,
+            programs=attention_programs(DEVICE), causal=False,
         )  # fmt: skip
         return [*found.split(lengths)]
 

@@ -56,7 +56,7 @@ def test_lists_are_separated_by_commas_or_are_lists_of_the_file(tmp_path: Path) 
     "flags",
     [
         {"port": "x"}, {"port": "65536"}, {"port": "-1"}, {"kv_memory": "2 zb"}, {"kv_memory": "0"},
-        {"lease": "0"}, {"runner": "nope"}, {"dtype": "float8"}, {"max_sequences": "0"},
+        {"lease": "0"}, {"runner": "nope"}, {"dtype": "float9"}, {"max_sequences": "0"},
         {"log_format": "xml"}, {"threads": "1.5"}, {"unknown": "1"},
         {"allowed_hosts": "http://a.example"}, {"allowed_hosts": "a.example:8000"},
         {"cors_origins": "app.example"}, {"cors_origins": "https://app.example/"},

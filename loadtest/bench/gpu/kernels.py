@@ -157,7 +157,6 @@ def _attention_time(bench: Bench, shape: Shape, batch: int, context: int) -> tup
             scale=config.head_dim**-0.5,
             window=None,
             programs=attention_programs(device),
-            merges=batch,
         )
 
     moved = 2 * batch * context * config.kv_size * dtype.itemsize

@@ -4,25 +4,31 @@
     python -m loadtest.bench gpu-variants --arch 90 --model Qwen3-0.6B
 
 A runner of the model's shape notes what its warm-up launches; each variant is compiled, and the
-assembler must keep it in registers. Layers are alike: one stands for all.
+assembler must keep it in registers. Layers are alike: one stands for all. What several models or
+runs have in common is compiled once: results are kept in Triton's cache, by the source of the
+kernel and what it is compiled for, so that a run that was stopped goes on where it was. Of variants
+that differ in the alignment of pointers alone, the one with most aligned pointers is compiled.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from io import StringIO
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 
 from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M, SMOLLM2_135M
@@ -30,11 +36,10 @@ from model.config import ModelConfig
 from model.kernels import shared_memory
 from model.runners import RunnerOptions
 from model.runners.cuda.build import build_runner
-from model.runners.cuda.compile_ahead import TargetDriver, compiled, recorded
+from model.runners.cuda.compile_ahead import TargetDriver, compiled, recorded, source_hash
 from model.transformer import Transformer
 
-CHIPS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
-KIB = {80: 163, 90: 227, 100: 227}  # of shared memory per program
+KIB = {80: 163, 90: 227, 100: 227}  # of shared memory per program, by GPU
 MODELS = {
     "Qwen3-0.6B": QWEN3_600M,
     "SmolLM2-135M": SMOLLM2_135M,
@@ -44,11 +49,12 @@ MODELS = {
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """One variant: bytes of shared memory, and bytes spilled by a thread (stores and loads)."""
+    """One variant: bytes of shared memory, and of a thread registers and bytes spilled."""
 
     kernel: str
     shared: int
-    spilled: int
+    registers: int
+    spilled: int  # stores and loads
 
 
 def launched(
@@ -87,9 +93,29 @@ def launched(
         torch.empty, torch.empty_like = allocate, allocate_like
 
 
-def compile_all(variants: dict[str, str], arch: int, *, processes: int) -> Iterator[Compiled]:
-    """Compiles variants in processes, or in this one if `processes` is 1."""
-    work = [(name, variant, arch) for name, variant in sorted(variants.items())]
+def distinct(variants: Iterable[str]) -> list[str]:
+    """One of each group of variants that differ in the alignment of pointers alone."""
+    groups: dict[str, str] = {}
+    for variant in sorted(variants, key=lambda text: text.count("tt.divisibility")):
+        module, name, data = json.loads(variant)
+        found = json.loads(data)
+        pointers = [
+            index for index, kind in enumerate(found["signature"].values()) if kind[0] == "*"
+        ]
+        kept = [
+            (key, value)
+            for key, value in zip(found["attrs_keys"], found["attrs_vals"], strict=True)
+            if key[0] not in pointers
+        ]
+        about = {key: value for key, value in found.items() if not key.startswith("attrs")}
+        about.pop("key", None)
+        groups[json.dumps([module, name, about, kept], sort_keys=True)] = variant
+    return sorted(groups.values())
+
+
+def compile_all(variants: Iterable[str], arch: int, *, processes: int) -> Iterator[Compiled]:
+    """Compiles what was not compiled before, in processes, or in this one if that is 1."""
+    work = [(variant, arch) for variant in variants]
     if processes == 1:
         yield from map(_compile, work)
         return
@@ -97,12 +123,35 @@ def compile_all(variants: dict[str, str], arch: int, *, processes: int) -> Itera
         yield from pool.map(_compile, work)
 
 
-def _compile(work: tuple[str, str, int]) -> Compiled:
-    name, variant, arch = work
+def _compile(work: tuple[str, int]) -> Compiled:
+    variant, arch = work
     _aim_at(arch)
-    done = compiled(variant)
-    kernel = name.split(" ")[0].split(".")[-1]
-    return Compiled(kernel, done.metadata.shared, spilled(done.asm["ptx"], arch))
+    kept = _kept(variant)
+    if kept.exists():
+        return Compiled(**json.loads(kept.read_text(encoding="utf-8")))
+    knobs.compilation.always_compile = knobs.compilation.store_binary_only = True
+    knobs.nvidia.dump_ptxas_log = True  # to stdout
+    with redirect_stdout(StringIO()) as log:
+        done = compiled(variant)
+    found = Compiled(
+        kernel=json.loads(variant)[1],
+        shared=done.metadata.shared,
+        registers=int(re.findall(r"Used (\d+) registers", log.getvalue())[-1]),
+        spilled=sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue()))),
+    )
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    written = kept.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps(asdict(found)), encoding="utf-8")
+    written.replace(kept)
+    return found
+
+
+def _kept(variant: str) -> Path:
+    """The file with the result, named by all that it depends on."""
+    target = driver.active.get_current_target()
+    about = [triton.__version__, str(target), source_hash(variant), variant]
+    name = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    return Path(knobs.cache.dir) / "quire-variants" / f"{name}.json"
 
 
 def _aim_at(arch: int) -> None:
@@ -111,19 +160,8 @@ def _aim_at(arch: int) -> None:
     driver.set_active(TargetDriver(GPUTarget("cuda", arch, 32)))
 
 
-def spilled(assembly: str, arch: int) -> int:
-    """Bytes that the assembler moves out of registers."""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
-        source.write(assembly)
-        source.flush()
-        chip = f"--gpu-name={CHIPS[arch]}"
-        command = [get_ptxas(arch).path, "-v", chip, source.name, "-o", os.devnull]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    return sum(map(int, re.findall(r"(\d+) bytes spill", report)))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", type=int, nargs="+", choices=CHIPS, default=[*CHIPS])
+    parser.add_argument("--arch", type=int, nargs="+", choices=KIB, default=[*KIB])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=[*MODELS])
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
 
@@ -131,13 +169,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Prints a table; exits with 1 if a variant spills."""
     bad = 0
-    print(f"Triton {triton.__version__}\n\n| model | GPU | variants | spilled |\n|---|---|---|---|")
+    names = "| model | GPU | variants | distinct | most registers | spilled |"
+    print(f"Triton {triton.__version__}\n\n{names}\n|---|---|---|---|---|---|", flush=True)
     for model in options.model:
         for arch in options.arch:
             variants = launched(MODELS[model], arch)
-            found = list(compile_all(variants, arch, processes=options.processes))
-            spills = {each.kernel: each.spilled for each in found if each.spilled}
+            chosen = distinct(variants.values())
+            found = list(compile_all(chosen, arch, processes=options.processes))
+            spills: dict[str, int] = {}
+            for each in found:
+                if each.spilled:
+                    spills[each.kernel] = max(spills.get(each.kernel, 0), each.spilled)
             bad += len(spills)
-            print(f"| {model} | sm_{arch} | {len(found)} | {spills or 'nothing'} |", flush=True)
+            cells = (len(variants), len(found), max(each.registers for each in found))
+            shown = ", ".join(f"{name}: {size} bytes" for name, size in spills.items()) or "nothing"
+            print(f"| {model} | sm_{arch} | {' | '.join(map(str, cells))} | {shown} |", flush=True)
     if bad:
         raise SystemExit(1)

@@ -107,7 +107,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 def _stamp(variants: list[str], target: GPUTarget) -> Path:
     """A file in Triton's cache that exists if all these were compiled there."""
-    kernels = {name: _kernel(*json.loads(name)[:2]).cache_key for name in variants}
+    kernels = {name: source_hash(name) for name in variants}
     text = json.dumps([triton.__version__, str(target), kernels], sort_keys=True)
     return Path(knobs.cache.dir) / f"quire-{hashlib.sha256(text.encode()).hexdigest()}"
 
@@ -116,6 +116,12 @@ def compiled(variant: str) -> Any:  # noqa: ANN401 - Triton's kernel
     """Compiles one of what `recorded` returned, for the target of Triton's driver."""
     module, name, data = json.loads(variant)
     return _kernel(module, name).preload(data)
+
+
+def source_hash(variant: str) -> str:
+    """Of the kernel's source and all that it calls."""
+    key: str = _kernel(*json.loads(variant)[:2]).cache_key
+    return key
 
 
 def _kernel(module: str, name: str) -> JITFunction[Any]:

@@ -48,7 +48,6 @@ class StepInputs:
     work: Mapping[int | None, WorkList]  # filled, one for each window that layers have
     partials: Partials
     programs: int
-    merges: int
 
 
 class Linear(NamedTuple):
@@ -187,7 +186,6 @@ class FusedNetwork:
                 scale=self.config.head_dim**-0.5,
                 window=layer.window,
                 programs=inputs.programs,
-                merges=inputs.merges,
             )
             delta = self._narrow(mixed_THD.flatten(1), layer.out)
             x_TC = self._add_norm(residual_TC, delta, layer.mlp_norm)

@@ -104,16 +104,13 @@ class Workspace:
             self.state, batch_slots_S, block_size=self._block_size
         )
         self._fill(self._starts_S1[: size + 1], contexts_S, batch_slots_S)
-        return self._inputs(tokens_T, positions_T, kv_slots_T, merges=size)
+        return self._inputs(tokens_T, positions_T, kv_slots_T)
 
     def mixed_inputs(self, columns: MixedColumns) -> StepInputs:
         """Rows described by the host."""
         self._fill(columns.starts_S1, columns.contexts_S, columns.batch_slots_S)
         tokens_T, kv_slots_T = mixed_rows(self.state, *columns[:4], block_size=self._block_size)
-        # At least the step's tiles, and a function of the shapes alone: each sequence may have one
-        # that is not full.
-        merges = len(columns.contexts_S) + len(tokens_T) // self._any_work.queries
-        return self._inputs(tokens_T, columns.positions_T, kv_slots_T, merges=merges)
+        return self._inputs(tokens_T, columns.positions_T, kv_slots_T)
 
     def _fill(
         self, starts_S1: torch.Tensor, contexts_S: torch.Tensor, batch_slots_S: torch.Tensor
@@ -126,8 +123,6 @@ class Workspace:
         tokens_T: torch.Tensor,
         positions_T: torch.Tensor,
         kv_slots_T: torch.Tensor,
-        *,
-        merges: int,
     ) -> StepInputs:
         return StepInputs(
             tokens_T=tokens_T,
@@ -139,5 +134,4 @@ class Workspace:
             work=self._work,
             partials=self._partials,
             programs=self._programs,
-            merges=merges,
         )
