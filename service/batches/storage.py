@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
-from service.errors import Unavailable
+from service.errors import QuireError, Unavailable
 from service.fair_pool import FairPool
 
 T = TypeVar("T")
@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 
 THREADS = 4
 COPY_BYTES = 2**20
-FAILURES = (OSError, ImportError, ValueError)
-"""What work on a storage may raise; ImportError: fsspec needs a package for the URL's protocol."""
 
 
 def folder_of(tenant: str) -> str:
@@ -33,7 +31,9 @@ def folder_of(tenant: str) -> str:
 
 
 class Tree:
-    """The objects below one URL, by relative paths. Every method may raise OSError."""
+    """The objects below one URL, by relative paths. Every method may raise OSError, or what the
+    client of the bucket has for errors: s3fs raises some of botocore's as they are.
+    """
 
     def __init__(self, url: str) -> None:
         from fsspec.core import url_to_fs  # in a thread of the storage, not when a process starts
@@ -154,7 +154,9 @@ class Storage:
     def _run(self, work: Callable[[Tree], T]) -> T:
         try:
             return work(self._tree)
-        except FAILURES as error:
+        except QuireError:
+            raise
+        except Exception as error:
             log.warning("the storage of files fails: %s: %s", type(error).__name__, error)
             raise Unavailable(
                 "the storage of files and batches is unavailable",

@@ -19,7 +19,8 @@ from service.batches import runner
 from service.batches.batches import PART_LINES
 from service.batches.files import FileLimits
 from service.batches.jobs import JobLimits
-from service.batches.storage import Tree
+from service.batches.storage import Storage, Tree
+from service.errors import BadRequest, Unavailable
 from service.messages import FinishReason
 from service.queues.contract import QueueLimits
 from service.queues.memory.queue import MemoryQueue
@@ -336,6 +337,28 @@ def test_an_object_of_a_bucket_appears_whole_or_not_at_all(
             fail(path)
     gc.collect()
     assert (tree.size("b"), tree.size("c")) == (size, None)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (ConnectionError("refused"), Unavailable),
+        (type("BotoCoreError", (Exception,), {})("no endpoint"), Unavailable),
+        (BadRequest("a line is invalid"), BadRequest),
+    ],
+)
+async def test_errors_of_a_bucket_are_an_outage(
+    raised: Exception, expected: type[Exception], tmp_path: Path
+) -> None:
+    """The client of a bucket has errors of its own; those of a request stay what they are."""
+
+    def work(_: Tree) -> None:
+        raise raised
+
+    storage = Storage(str(tmp_path))
+    with pytest.raises(expected):
+        await storage.run("a", work)
+    storage.close()
 
 
 async def test_lists_are_paged_and_belong_to_tenants(start_service: Any, tmp_path: Path) -> None:
