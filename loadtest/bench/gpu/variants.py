@@ -173,7 +173,9 @@ def run(options: argparse.Namespace) -> None:
     print(f"Triton {triton.__version__}\n\n{names}\n|---|---|---|---|---|---|", flush=True)
     for model in options.model:
         for arch in options.arch:
-            variants = launched(MODELS[model], arch)
+            # Kernels keep the first GPU that a process aims at.
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+                variants = alone.submit(launched, MODELS[model], arch).result()
             chosen = distinct(variants.values())
             found = list(compile_all(chosen, arch, processes=options.processes))
             spills: dict[str, int] = {}
