@@ -50,7 +50,7 @@ def test_questions_are_answered_by_probabilities(client: Any, server: Any) -> No
 @pytest.mark.proves(CLIENT, "errors")
 def test_an_error_names_the_question(client: Any, server: Any) -> None:
     once: Any = {"type": "choice", "instructions": "?", "choices": [{"value": "a"}]}
-    with pytest.raises(openai.BadRequestError, match="at least 2") as raised:
+    with pytest.raises(openai.BadRequestError, match="2 or more") as raised:
         client.decisions.create(model=server.model, input=TEXT, questions=[once])
     assert raised.value.param == "questions[0].choices"
 
