@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import posixpath
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
 from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
-from service.errors import QuireError, Unavailable
+from service.errors import Unavailable
 from service.fair_pool import FairPool
 
 T = TypeVar("T")
@@ -23,6 +24,25 @@ log = logging.getLogger(__name__)
 
 THREADS = 4
 COPY_BYTES = 2**20
+# Errors of the clients of buckets that fsspec's filesystems raise as they are.
+_CLIENTS = {
+    "aiohttp": ("ClientError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "google.auth.exceptions": ("GoogleAuthError",),
+}
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What work on a storage may raise; ImportError: fsspec needs a package for the URL's protocol.
+    Of clients, those that are imported by now.
+    """
+    clients = (
+        getattr(sys.modules[module], name)
+        for module, names in _CLIENTS.items()
+        if module in sys.modules
+        for name in names
+    )
+    return OSError, ImportError, ValueError, *clients
 
 
 def folder_of(tenant: str) -> str:
@@ -31,9 +51,7 @@ def folder_of(tenant: str) -> str:
 
 
 class Tree:
-    """The objects below one URL, by relative paths. Every method may raise OSError, or what the
-    client of the bucket has for errors: s3fs raises some of botocore's as they are.
-    """
+    """The objects below one URL, by relative paths. Every method may raise `failures()`."""
 
     def __init__(self, url: str) -> None:
         from fsspec.core import url_to_fs  # in a thread of the storage, not when a process starts
@@ -154,9 +172,7 @@ class Storage:
     def _run(self, work: Callable[[Tree], T]) -> T:
         try:
             return work(self._tree)
-        except QuireError:
-            raise
-        except Exception as error:
+        except failures() as error:
             log.warning("the storage of files fails: %s: %s", type(error).__name__, error)
             raise Unavailable(
                 "the storage of files and batches is unavailable",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from service.batches.storage import Tree
+from service.batches.storage import Tree, failures
 from service.doctor import Finding, Level
 from service.errors import StartupError
 from service.jobs import files_url
@@ -63,7 +63,7 @@ def check_files(settings: Settings) -> Finding:
         tree = Tree(url)
         tree.write(name, b"")
         kept = tree.remove(name)
-    except Exception as error:  # noqa: BLE001 - buckets have errors of their own
+    except failures() as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         if isinstance(error, ImportError):
             reason = "a package for this kind of URL is missing, such as s3fs for s3"

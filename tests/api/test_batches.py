@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -339,18 +341,27 @@ def test_an_object_of_a_bucket_appears_whole_or_not_at_all(
     assert (tree.size("b"), tree.size("c")) == (size, None)
 
 
+class BotoCoreError(Exception):
+    """As botocore's: no OSError."""
+
+
 @pytest.mark.parametrize(
     ("raised", "expected"),
     [
         (ConnectionError("refused"), Unavailable),
-        (type("BotoCoreError", (Exception,), {})("no endpoint"), Unavailable),
+        (BotoCoreError("no endpoint"), Unavailable),
         (BadRequest("a line is invalid"), BadRequest),
     ],
 )
 async def test_errors_of_a_bucket_are_an_outage(
-    raised: Exception, expected: type[Exception], tmp_path: Path
+    raised: Exception,
+    expected: type[Exception],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The client of a bucket has errors of its own; those of a request stay what they are."""
+    client = SimpleNamespace(BotoCoreError=BotoCoreError, ClientError=BotoCoreError)
+    monkeypatch.setitem(sys.modules, "botocore.exceptions", client)
 
     def work(_: Tree) -> None:
         raise raised
