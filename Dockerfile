@@ -59,20 +59,23 @@ FROM packages AS packages-cpu
 ARG TORCH_VERSION
 ARG TORCH_CPU_INDEX
 # PyPI's torch for Linux brings CUDA's libraries, gigabytes that a CPU machine has no use for. What
-# is removed serves those who compile against torch or test it.
-RUN /opt/quire/bin/pip install --index-url "${TORCH_CPU_INDEX}" "torch==${TORCH_VERSION}" \
- && /opt/quire/bin/pip install --constraint /wheels/constraints.txt "$(echo /wheels/*.whl)[otel]" \
+# is removed serves those who compile against torch or test it. Byte code comes last and in one go: pip's
+# own differs between builds. What is for a newer Python does not compile.
+RUN /opt/quire/bin/pip install --no-compile --index-url "${TORCH_CPU_INDEX}" "torch==${TORCH_VERSION}" \
+ && /opt/quire/bin/pip install --no-compile --constraint /wheels/constraints.txt "$(echo /wheels/*.whl)[otel]" \
  && find /opt/quire/lib/python3*/site-packages/torch -maxdepth 1 \
       \( -name include -o -name test \) -exec rm -rf {} + \
  && find /opt/quire/lib/python3*/site-packages/torch/bin -type f \
-      ! -name torch_shm_manager -delete
+      ! -name torch_shm_manager -delete \
+ && { /opt/quire/bin/python3 -m compileall -qq -f /opt/quire/lib || true; }
 
 FROM packages AS packages-cuda
 ARG TORCH_VERSION
-RUN /opt/quire/bin/pip install --constraint /wheels/constraints.txt "torch==${TORCH_VERSION}" \
- && /opt/quire/bin/pip install --constraint /wheels/constraints.txt "$(echo /wheels/*.whl)[otel]" \
+RUN /opt/quire/bin/pip install --no-compile --constraint /wheels/constraints.txt "torch==${TORCH_VERSION}" \
+ && /opt/quire/bin/pip install --no-compile --constraint /wheels/constraints.txt "$(echo /wheels/*.whl)[otel]" \
  && find /opt/quire/lib/python3*/site-packages/torch -maxdepth 1 \
-      \( -name include -o -name test \) -exec rm -rf {} +
+      \( -name include -o -name test \) -exec rm -rf {} + \
+ && { /opt/quire/bin/python3 -m compileall -qq -f /opt/quire/lib || true; }
 
 # --- model --------------------------------------------------------------------------------------
 FROM packages-cpu AS model
