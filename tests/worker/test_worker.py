@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -220,8 +221,6 @@ async def station(queue: MemoryQueue, name: str = "a", **options: object) -> Asy
 
 def taking(seconds: float) -> Callable[[Batch], None]:
     """Steps that take a while, so that something can happen between two."""
-    import time
-
     return lambda _batch: time.sleep(seconds)
 
 
@@ -474,7 +473,15 @@ class ForgetfulQueue(MemoryQueue):
         super().__init__(QueueLimits(lease=5))
         self.keep = keep
         self.gaps = 0
+        self._runs = self._written = 0
         self._lost = False
+
+    def keep_up(self, _batch: Batch) -> None:
+        """The engine waits for its journal, so that no write has most of an answer."""
+        self._runs += 1
+        deadline = time.monotonic() + PATIENCE
+        while not self._lost and self._written < self._runs - 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     async def write(self, writes: Sequence[Write]) -> Sequence[WriteReply]:
         """Drops all but `keep` tokens when there are some more."""
@@ -484,6 +491,7 @@ class ForgetfulQueue(MemoryQueue):
             while entry.count > self.keep:
                 entry.journal.pop()
         replies = await super().write(writes)
+        self._written = entry.count
         self.gaps += sum(reply.status is WriteStatus.GAP for reply in replies)
         return replies
 
@@ -493,7 +501,7 @@ class ForgetfulQueue(MemoryQueue):
 async def test_a_lost_tail_is_sent_again(keep: int) -> None:
     queue = ForgetfulQueue(keep)
     request = make_request("tail", max_tokens=30)
-    async with station(queue, on_run=taking(0.001)):
+    async with station(queue, on_run=queue.keep_up):
         await submit(queue, request)
         while await unfinished(queue):
             await asyncio.sleep(0.01)
