@@ -13,11 +13,11 @@ import sys
 import zipfile
 from pathlib import Path
 
-import httpx
 import pytest
 
 from model.native.build import Build
-from tests.conftest import ROOT, free_port, wait_until_ready
+from tests.conftest import ROOT
+from tests.support.mapped import mapped_by_server
 from tests.support.tiny_model import TinyModel
 from tests.support.waiting import PATIENCE
 
@@ -84,23 +84,8 @@ def test_a_wheel_serves(tiny_model: TinyModel, tmp_path: Path) -> None:
     python = environment / "bin" / "python"
     called(*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel)
 
-    model, log, port = tiny_model.write_gguf(tmp_path / "m.gguf"), tmp_path / "log", free_port()
-    command: list[str | Path] = [environment / "bin" / "quire", "serve", "--model", model]
-    command += ["--device", "cpu", "--port", str(port), "--admin-port", str(free_port())]
     variables = {"PATH": str(without_one), "HOME": str(tmp_path / "home")}  # no compiler, no cache
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env=os.environ | variables, cwd="/", stdout=output, stderr=output
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_ready(url, process, log=log)
-        body = {"model": "m", "prompt": "a", "max_tokens": 4, "temperature": 0}
-        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE)
-        assert answer.status_code == 200, answer.text
-        mapped = Path(f"/proc/{process.pid}/maps").read_text()
-        assert str(packages / library) in mapped
-        assert str(ROOT) not in {line.partition("/model/")[0] for line in mapped.splitlines()}
-    finally:
-        process.kill()
-        process.wait()
+    serve: list[str | Path] = [environment / "bin" / "quire", "serve"]
+    mapped = mapped_by_server(serve, tiny_model, tmp_path, cwd=Path("/"), variables=variables)
+    assert str(packages / library) in mapped
+    assert str(ROOT) not in {line.partition("/model/")[0] for line in mapped.splitlines()}
