@@ -37,6 +37,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.kernels.launch import await_inputs, launch_options
 from model.kernels.shared_memory import HOPPER, shared_memory, stages_within
 from model.kernels.work_list import (
     BATCH_SLOT,
@@ -140,7 +141,7 @@ def paged_attention(
         PARTS_GROUP=triton.next_power_of_2(H // K),
         num_warps=warps,
         num_stages=stages,
-        enable_fp_fusion=False,  # splits are merged in two places; both must round alike
+        **launch_options(q_THD.device),  # no fusion: both places that merge splits round alike
     )
     return out_THD
 
@@ -204,6 +205,7 @@ def _attend(
     PARTS_GROUP: tl.constexpr,  # G, or the next power of 2
 ):
     """Works through the items; a tile's row r is query r // G, head r % G of its group."""
+    await_inputs()
     GROUP: tl.constexpr = H // K
     dims = tl.arange(0, BLOCK_D)
     rows = tl.arange(0, ROWS)

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.kernels.launch import await_inputs, launch_options
 from model.kernels.matmul import place_tile, sum_tile
 from model.kernels.shared_memory import shared_memory
 from model.kernels.tiling import INPUTS, Tiling, part_size, tiling_for
@@ -80,7 +81,7 @@ def head(
         INPUTS=INPUTS,
         num_warps=tiling.warps,
         num_stages=tiling.stages_of(x_RC),
-        enable_fp_fusion=False,
+        **launch_options(x_RC.device),
     )
     return argmax
 
@@ -135,6 +136,7 @@ def _head(
     outputs = output_tile * OUTPUTS + tl.arange(0, OUTPUTS)
     row_mask = rows < M
     output_mask = outputs < N
+    await_inputs()
     total = sum_tile(
         x_ptr, w_ptr, w_ptr, w_ptr, rows, outputs, 0, M, x_stride,
         N, K, PART, PARTS, False, "plain", ROWS, OUTPUTS, INPUTS,

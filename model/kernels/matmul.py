@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
+from model.kernels.launch import await_inputs, launch_options, overlaps, prefetch
 from model.kernels.shared_memory import multiprocessors_of, shared_memory
 from model.kernels.tiling import (
     INPUTS,
@@ -110,13 +111,14 @@ def multiply(
         PARTS_HERE=1 if apart else num_parts,
         HAS_BIAS=bias_N is not None,
         GATED=gated,
+        PREFETCH=overlaps(x_MK.device),
         STORED=_STORED.get(weight_NK.dtype, "plain"),
         ROWS=tiling.rows,
         OUTPUTS=tiling.outputs,
         INPUTS=INPUTS,
         num_warps=tiling.warps,
         num_stages=tiling.stages_of(x_MK),
-        enable_fp_fusion=False,
+        **launch_options(x_MK.device),
     )
     return Product(y, num_parts if apart else 1, gated)
 
@@ -282,6 +284,7 @@ def _product(
     PARTS_HERE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
+    PREFETCH: tl.constexpr,
     STORED: tl.constexpr,  # plain, float8 or blocks
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -298,6 +301,9 @@ def _product(
     else:
         outputs = output_tile * OUTPUTS + lanes
     first_part = tl.program_id(1)
+    if PREFETCH:
+        prefetch(w_ptr, outputs, first_part * PART, PARTS_HERE * PART, N, K)
+    await_inputs()
     total = sum_tile(
         x_ptr, w_ptr, bias_ptr, scale_ptr, rows, outputs, first_part, M, x_stride,
         N, K, PART, PARTS_HERE, HAS_BIAS, STORED, ROWS, OUTPUTS, INPUTS,

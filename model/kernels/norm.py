@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.kernels.launch import await_inputs, launch_options
 from model.kernels.matmul import Product, load_sum
 
 
@@ -45,7 +46,7 @@ def add_rms_norm(
         PARTS=0 if delta is None else delta.num_parts,
         SELECTED=rows_R is not None,
         num_warps=4 if C <= 2048 else 8,
-        enable_fp_fusion=False,
+        **launch_options(residual_TC.device),
     )
     return y
 
@@ -64,6 +65,7 @@ def _add_rms_norm(
     PARTS: tl.constexpr,
     SELECTED: tl.constexpr,
 ):
+    await_inputs()
     out = tl.program_id(0).to(tl.int64)
     row = out
     if SELECTED:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from model.config import ModelConfig
+from model.kernels.launch import await_inputs, launch_options
 from model.kernels.matmul import Product, load_sum
 from model.layers import inverse_frequencies
 
@@ -78,7 +79,7 @@ def rotate_and_store(
         NORMED=normed,
         ROTARY=heads.rotary,
         num_warps=4,
-        enable_fp_fusion=False,
+        **launch_options(q_THD.device),
     )
     return q_THD
 
@@ -110,6 +111,7 @@ def _rotate_and_store(
     ROTARY: tl.constexpr,
 ):
     """Some heads of one row, as two halves: pair d of a rotation is (d, d + D / 2)."""
+    await_inputs()
     D: tl.constexpr = 2 * HALF
     row = tl.program_id(0).to(tl.int64)
     heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]

@@ -22,8 +22,12 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from model.kernels import attention, cuts, head, matmul, rotary, sampling, tiling, work_list
+from triton.runtime.driver import driver
+from model.kernels import (
+    attention, cuts, head, matmul, norm, rotary, sampling, tiling, work_list,
+)
 from model.kernels.shared_memory import stages_within
+from model.runners.cuda.compile_ahead import TargetDriver
 
 LIMITS = {80: 163, 90: 227, 100: 227}  # KiB of shared memory per program
 found = {}
@@ -39,8 +43,10 @@ def compiled(name, arch, kernel, types, constants, **options):
     }
     source = ASTSource(kernel, signature, constants, aligned)
     options["enable_fp_fusion"] = False
+    target = GPUTarget("cuda", arch, 32)
+    driver.set_active(TargetDriver(target))
     with redirect_stdout(StringIO()) as log:
-        done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        done = triton.compile(source, target=target, options=options)
     assembly = done.asm["ptx"]
     found[f"{name}, sm_{arch}"] = {
         "arch": arch,
@@ -51,6 +57,8 @@ def compiled(name, arch, kernel, types, constants, **options):
         "copies": sorted(set(re.findall(r"cp.async.c[ag].* \[.*?\], (0x\w+)", assembly))),
         "waits": waits_in_loops(done.asm["ttgir"]),
         "loops": len(re.findall(r"scf.for", done.asm["ttgir"])),
+        "before": before_the_wait(assembly, "griddepcontrol.wait", IN_PTX),
+        "machine": MACHINE.search(name) and before_the_wait(done.asm["sass"], "ACQBULK", IN_SASS),
         "flushed": len(re.findall(r"mul.ftz", assembly)),
         "shared": done.metadata.shared / 1024 / LIMITS[arch],
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue()))),
@@ -58,6 +66,18 @@ def compiled(name, arch, kernel, types, constants, **options):
             r"tt.addptr .*ptr<f8E4M3FN>>?, (?:tensor<[\dx]*)?(i\d+)", done.asm["ttir"]
         ))),
     }
+
+# What touches memory, or prefetches, or starts the next kernel; and of which kernels the machine
+# code is read as well, which takes seconds.
+IN_PTX = r"\b(?:ld\.(?!param|shared)|st\.(?!shared)|cp\.async|atom|red\.|prefetch|griddep)[\w.:]*"
+IN_SASS = r"\b(?:LDG|STG|LD|ST|LDGSTS|ATOM|ATOMG|RED|REDG|UBLKCP|UTMA|CCTL|PREEXIT)[\w.]*"
+MACHINE = re.compile("^(product of 1 apart True stored plain|head of 1 stored True over 3|norm|"
+                     "storing|attention 128 .bf16 16 False)")
+
+def before_the_wait(text, wait, pattern):
+    # None if it does not wait for the kernels before.
+    found = [part for part in re.findall(pattern + "|" + re.escape(wait), text)]
+    return found[: found.index(wait)] if wait in found else None
 
 def waits_in_loops(text):
     # How many copies may still be in flight where a loop that computes waits for its own.
@@ -88,7 +108,7 @@ def product(rows, apart, arch, stored="plain", gated=False):
         f"product of {rows} apart {apart} stored {stored} gated {gated}", arch, matmul._product,
         types,
         dict(N=4096, K=1024, PART=256, PARTS_HERE=1 if apart else 4, HAS_BIAS=False,
-             GATED=gated, STORED=stored, **tile),
+             GATED=gated, PREFETCH=apart, STORED=stored, **tile),
         **options,
     )
 
@@ -167,6 +187,12 @@ compiled(
     "storing *fp8e4nv", 90, rotary._rotate_and_store, types,
     dict(H=16, K=8, HALF=64, BLOCK=64, HEADS=8, PARTS=2, NORMED=True, ROTARY=True), num_warps=4,
 )
+compiled(
+    "norm", 90, norm._add_rms_norm,
+    {"residual_ptr": "*bf16", "delta_ptr": "*fp32", "weight_ptr": "*bf16", "rows_ptr": "*i32",
+     "y_ptr": "*bf16", "part_stride": "i32", "eps": "fp32"},
+    dict(C=1024, BLOCK=1024, PARTS=12, SELECTED=False), num_warps=4,
+)
 print(json.dumps(found))
 """
 
@@ -176,9 +202,10 @@ print(json.dumps(found))
 def test_what_kernels_compile_to() -> None:
     for name, facts in found_compiling(PROGRAM).items():
         check_resources(name, facts)
+        check_overlap(name, facts)
         if "*fp8" in name:  # its pool's pointers have a type of their own
             check_offsets(name, facts["pool_offsets"])
-        if not name.startswith(("sampling", "storing")):
+        if not name.startswith(("sampling", "storing", "norm")):
             check_instructions(name, facts)
             check_loops(name, facts)
 
@@ -189,6 +216,21 @@ def check_resources(name: str, facts: dict[str, Any]) -> None:
     few = 96 if name.startswith("attention 256") else 0  # outside the loop over keys
     few = 8 if "stored blocks" in name else few  # with 128 rows, of 255 registers
     assert facts["spilled"] <= few, name
+
+
+def check_overlap(name: str, facts: dict[str, Any]) -> None:
+    """On GPUs that overlap launches, kernels of layers wait before they touch memory: before the
+    wait are prefetches of weights and the signal that the next kernel may start. Others are
+    launched after all before have ended.
+    """
+    if facts["arch"] < 90 or name.startswith("sampling"):
+        assert facts["before"] is None, name
+        return
+    prefetches = "apart True" in name
+    expected = {"griddepcontrol.launch_dependents", *["prefetch.global.L2"] * prefetches}
+    assert set(facts["before"]) == expected, name
+    if facts["machine"] is not None:
+        assert set(facts["machine"]) == {"PREEXIT", *["CCTL.E.PF2"] * prefetches}, name
 
 
 def check_offsets(name: str, widths: list[str]) -> None:

@@ -13,6 +13,7 @@
     http          W1 through `quire serve` and our client
     transformers  its continuous batching on the same models and workload, in the same run
     products      products of full steps by our kernel and by the vendor BLAS
+    overlap       decode steps whose launches follow one another, and overlap
     cost          decode steps by our products and by those of the vendor BLAS
 
 Each stage runs in a process of its own, so that its memory is released, its settings are its own,
@@ -76,6 +77,9 @@ STAGES: dict[str, Stage] = {
     "http": Stage(function="w1.measure_http", least=45, most=120),
     "transformers": Stage(function="transformers.measure", least=45, most=120),
     "products": Stage(function="products.measure", least=15, most=60, variables=WHOLE_SUMS),
+    "overlap": Stage(
+        function="exactness.measure_overlap", least=30, most=120, variables=WHOLE_SUMS
+    ),
     "cost": Stage(function="exactness.measure_cost", least=30, most=90),
 }
 

@@ -21,6 +21,7 @@ from loadtest.bench.gpu.background import BackgroundLoad
 from loadtest.bench.gpu.bench import Bench
 from loadtest.bench.gpu.models import Shape
 from loadtest.bench.gpu.offline import Offline, Workload
+from model.kernels import launch
 from model.runners import Runner
 from model.runners.exactness import ExactnessCheck, check_exactness
 
@@ -130,10 +131,34 @@ def measure_cost(bench: Bench) -> None:
             )
 
 
-def _decode_rates(bench: Bench, shape: Shape, *, library: bool) -> dict[int, float]:
+def measure_overlap(bench: Bench) -> None:
+    """Decode steps whose launches follow one another, and overlap. Raises NotExact."""
+    for shape in bench.models:
+        rates = _decode_rates(bench, shape)
+        launch.OVERLAPPED = True
+        overlapped = _decode_rates(bench, shape, proven=not bench.smoke)
+        launch.OVERLAPPED = False
+        for batch, rate in rates.items():
+            bench.add(
+                "launches that overlap",
+                {
+                    "model": shape.name,
+                    "batch": batch,
+                    "tokens/s": rate,
+                    "overlapped tokens/s": overlapped[batch],
+                    "gain": overlapped[batch] / rate - 1,
+                },
+            )
+
+
+def _decode_rates(
+    bench: Bench, shape: Shape, *, library: bool = False, proven: bool = False
+) -> dict[int, float]:
     """Tokens/s of decode steps by batch size; a first run fills the pool and captures graphs."""
     bench.check_time()
-    runner = bench.runner(shape, library=library)
+    runner = bench.runner(shape, library=library, proven=proven)
+    if proven and not runner.exact:
+        raise NotExact(f"{shape.name} is not exact if launches overlap")
     context, count = (8, 3) if bench.smoke else (512, 40)
     run = Offline(runner, budget=bench.budget).run
     rates = {}

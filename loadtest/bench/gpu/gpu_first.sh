@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../../.."
 folder=${1:-results}
 mkdir -p "$folder"
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/quire-triton}
-stages=precompile,ceilings,sanitize,tests,exact,steps,kernels,w1,long,cost
+stages=precompile,ceilings,sanitize,tests,exact,steps,kernels,w1,long,cost,overlap
 timeout 470 python3 -m loadtest.bench.gpu --minutes "${MINUTES:-7.5}" --only "$stages" \
   --out "$folder/gpu_first.json" 2>&1 | tee "$folder/gpu_first.txt"
 status=$?
