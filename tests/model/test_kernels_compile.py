@@ -70,7 +70,7 @@ def compiled(name, arch, kernel, types, constants, **options):
 # What touches memory, or prefetches, or starts the next kernel; and of which kernels the machine
 # code is read as well, which takes seconds.
 IN_PTX = r"\b(?:ld\.(?!param|shared)|st\.(?!shared)|cp\.async|atom|red\.|prefetch|griddep)[\w.:]*"
-IN_SASS = r"\b(?:LDG|STG|LD|ST|LDGSTS|ATOM|ATOMG|RED|REDG|UBLKCP|UTMA|CCTL|PREEXIT)[\w.]*"
+IN_SASS = r"\b(?:LDG?|STG?|LDGSTS|ATOMG?|REDG?|UBLKCP|UTMA\w*|CCTL|PREEXIT)\b[\w.]*"
 MACHINE = re.compile("^(product of 1 apart True stored plain|head of 1 stored True over 3|norm|"
                      "storing|attention 128 .bf16 16 False)")
 
