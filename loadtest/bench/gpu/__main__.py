@@ -65,7 +65,7 @@ class Stage:
 STAGES: dict[str, Stage] = {
     "precompile": Stage(function="first.precompile", least=20, most=150, variables=WHOLE_SUMS),
     "ceilings": Stage(function="ceilings.measure", least=10, most=40),
-    "sanitize": Stage(function="first.sanitize", least=20, most=60),
+    "sanitize": Stage(function="first.sanitize", least=20, most=90),
     "tests": Stage(function="first.test_kernels", least=20, most=120),
     "exact": Stage(function="exactness.measure", least=30, most=210, variables=WHOLE_SUMS),
     "kernels": Stage(function="kernels.measure", least=15, most=90),
