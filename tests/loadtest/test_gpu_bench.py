@@ -135,7 +135,7 @@ def test_a_long_stage_leaves_others_their_least_time(
     }
     monkeypatch.setattr(gpu_bench, "STAGES", stages)
     monkeypatch.setattr(gpu_bench, "_run", run)
-    monkeypatch.setattr(gpu_bench.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
     out = str(tmp_path / "found.json")
     assert gpu_bench.main(["--smoke", "--only", "a,b,c", "--minutes", "2", "--out", out]) == 0
     assert given == {"a": 50, "b": 25, "c": 100}  # 100 s, and no stage took any of it
