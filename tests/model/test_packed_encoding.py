@@ -42,8 +42,8 @@ def test_every_call_uses_the_device_of_the_weights(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("torch.cuda.device_of", device_of)
     weight = torch.zeros(2, 2)
-    network = SimpleNamespace(embed=SimpleNamespace(weight=weight), blocks=nn.Module())
-    packed = PackedStates(network)  # type: ignore[arg-type] - all that it reads here
+    network: Any = SimpleNamespace(embed=SimpleNamespace(weight=weight), blocks=nn.Module())
+    packed = PackedStates(network)
     monkeypatch.setattr(packed, "_states", lambda batch: [weight] * len(entered))
     assert len(packed.states([])) == 1
     assert entered == [weight.device, torch.device("meta")]
