@@ -47,7 +47,7 @@ _KV_NAMES = {"auto": "", "bfloat16": "", "int8": "-kv8"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Flight:
-    """A step that was launched; the library writes its results into the arrays of `output`."""
+    """A step for the library, which writes its results into the arrays of `output`."""
 
     handle: StepHandle
     steps: Sequence[NativeStep]  # the first one runs the layers
@@ -55,9 +55,9 @@ class _Flight:
     scored: Sequence[Logprobs]
     kept: Ints | None  # an array that the library reads
 
-    @property
-    def output(self) -> StepOutput:
-        return step_output(self.steps[0].tokens_R, self.sampled, Logprobs.join(self.scored))
+    def output(self, seconds: float | None = None) -> StepOutput:
+        scored = Logprobs.join(self.scored)
+        return step_output(self.steps[0].tokens_R, self.sampled, scored, seconds=seconds)
 
 
 class NativeRunner:
@@ -101,7 +101,7 @@ class NativeRunner:
         flight = self._flight(batch, 0)
         for step in flight.steps:
             self._model.step(step)
-        return flight.output
+        return flight.output()
 
     def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
         unread_rows_T = None if unread_T is None else self._unread(batch, unread_T)
@@ -118,8 +118,7 @@ class NativeRunner:
         if not self._flights or self._flights[0].handle != handle:
             raise ValueError("steps are collected in the order they were launched")
         flight = self._flights.popleft()
-        seconds = sum(self._model.collect() for _ in flight.steps)
-        return replace(flight.output, seconds=seconds)
+        return flight.output(sum(self._model.collect() for _ in flight.steps))
 
     def warm_up(self) -> None:
         """Touches weights and threads with a decoded token and a chunk."""
