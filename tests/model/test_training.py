@@ -261,7 +261,7 @@ def test_attention_on_a_cpu_stays_in_float32(
     anchor_ids: frozenset[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In which its gradient is fast; the products around it are in bfloat16."""
-    found = set()
+    found: set[torch.dtype] = set()
 
     def recorded(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def call(*heads: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -274,8 +274,9 @@ def test_attention_on_a_cpu_stays_in_float32(
         monkeypatch.setattr(network_module, name, recorded(getattr(network_module, name)))
     config = tiny_model_config()
     network = build_network(config, tiny_weights(config))
-    products = set()
-    network.blocks[0].attention.qkv.register_forward_hook(lambda *args: products.add(args[2].dtype))
+    products: set[torch.dtype] = set()
+    product = network.get_submodule("blocks.0.attention.qkv")
+    product.register_forward_hook(lambda *args: products.add(args[2].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         states(network, torch.arange(1, 9)[None], anchor_ids=anchor_ids)
     assert (found, products) == ({torch.float32}, {torch.bfloat16})

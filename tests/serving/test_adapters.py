@@ -26,7 +26,8 @@ ROWS = [
     {"prompt": "the quick", "completion": " lazy lazy dog"},
     {"prompt": "the lazy", "completion": " quick quick fox"},
 ]
-TEXT = {"prompt": "the quick brown fox jumps over the lazy dog the quick", "max_tokens": 8}
+PROMPT, NUM = "the quick brown fox jumps over the lazy dog the quick", 8
+TEXT = {"prompt": PROMPT, "max_tokens": NUM}
 ASKED = TEXT | {"temperature": 0, "logprobs": 1, "ignore_eos": True}
 
 
@@ -90,7 +91,7 @@ async def test_each_adapter_answers_as_its_merged_model(
         together = await asyncio.gather(*(answer(client, model) for model in asked))
         for number in (1, 2):
             text, logprobs = await answer(client, f"merged-{number}")
-            theirs = greedy_logprobs(folders[number], ASKED["prompt"], ASKED["max_tokens"])
+            theirs = greedy_logprobs(folders[number], PROMPT, NUM)
             assert logprobs == pytest.approx(theirs, abs=1e-3)
             found = [
                 got for name, got in zip(asked, together, strict=True) if name == f"lora-{number}"
