@@ -228,6 +228,7 @@ async def test_a_reader_ahead_of_the_journal_waits_for_it(service: Any) -> None:
     await call
 
 
+@pytest.mark.slow
 async def test_a_wait_lasts_as_long_as_the_journal_grows(
     start_service: Starts, tokenizer: Tokenizer
 ) -> None:

@@ -299,6 +299,7 @@ def best_duration(length: int, target: float) -> float:
     return steps * target
 
 
+@pytest.mark.slow
 def test_a_prompt_goes_on_where_the_decodes_alone_take_too_long() -> None:
     rig = make_rig(replace(CONFIG, target_gap=0.001))
     rig.add(make_request("decoding", prompt=[1] * 40, max_tokens=300, ignore_eos=True))

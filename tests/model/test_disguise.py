@@ -33,6 +33,7 @@ def naive(text: str, specials: Sequence[str], stand_ins: dict[str, str]) -> str:
     return "".join(characters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [*range(8), *slowly(*range(8, 40))])
 def test_equals_a_search_at_every_position(seed: int) -> None:
     draw = random.Random(seed)

@@ -286,6 +286,7 @@ async def test_killed_engines_change_no_token(seed: int) -> None:
         assert last.ledger.counts["take_over"] + last.ledger.counts["claim"] >= 1
 
 
+@pytest.mark.slow
 async def test_a_killed_engine_loses_no_score() -> None:
     """It stands still after 20 steps, of 8 scores each at most, and is killed there."""
     queue = make_queue()
@@ -738,6 +739,7 @@ def is_stalled(engine: Station) -> bool:
     return engine.worker.is_stalled
 
 
+@pytest.mark.slow
 async def test_a_stalled_engine_gives_its_requests_up_and_may_come_back() -> None:
     """Its event loop lives on. When the step ends after all, the blame is revoked."""
     queue = WatchedQueue(QueueLimits(lease=0.3))
