@@ -245,3 +245,4 @@ class StepOutput:
     score_logprobs_Q: Floats
     score_top_ids_QN: Ints
     score_top_logprobs_QN: Floats
+    seconds: float | None = None  # that it took to compute, if the runner measures that
