@@ -135,6 +135,7 @@ def test_applied_equals_merged(family: str, tmp_path: Path) -> None:
         assert np.abs(np.array(found) - without).max() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_several_adapters_in_a_batch_are_each_alone(chunk: int, tmp_path: Path) -> None:
     """Within the rounding of the torch runner, and rows without an adapter as if there were none;

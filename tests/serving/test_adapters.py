@@ -151,6 +151,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(folders: tuple[Path, Path,
         assert message in refused(model=model, adapter=text), text
 
 
+@pytest.mark.slow
 def test_a_replica_without_a_runner_knows_the_adapters(folders: tuple[Path, Path, Path]) -> None:
     base, first, second = folders
     flags = {"model": f"tiny={base}"}
