@@ -290,12 +290,10 @@ class NativeModel:
         """Runs the layers over T rows, the head over R of them; returns a token for each: the
         argmax, or what `sampling` chooses.
 
-        `logits`: for rows of R, where their V logits go; only without `sampling`. T = 0 runs the
-        head alone, over rows of the step before: those that went through the head or, if it
+        `logits`: for rows of R that take the argmax, where their V logits go. T = 0 runs the head
+        alone, over rows of the step before: those that went through the head or, if it
         `keeps_rows`, any. Raises ValueError for a step that does not fit the model.
         """
-        if logits and sampling:
-            raise ValueError("a step either samples or stores logits")
         tokens_R = np.empty(len(output_rows_R), np.int32) if sampling is None else sampling.tokens_R
         arrays = (tokens_T, positions_T, query_starts_S1, block_table_SB, output_rows_R)
         places = np.zeros(len(output_rows_R), np.uintp)

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from model.batch import Batch, SamplingBatch, StepOutput
+from model.batch import Batch, Floats, SamplingBatch, StepOutput
 from model.config import Activation, ModelConfig, Norm, Position
 from model.limits import usable_cores, usable_cpus
 from model.native.library import (
@@ -34,6 +34,7 @@ from model.weights import Arrays, Weights
 KERNEL_VERSION = 3  # raised whenever the bits of a result change, which a test enforces
 MAX_THREADS = 16  # more of them wait for one another longer than they compute
 COMPUTE_ROWS = 32  # from this many rows on, a step is compute-bound; below, memory-bound
+_LINE = 16  # floats of a cache line
 _MAX_INPUTS = 65_536  # of a product: its sums must fit 32 bits
 
 _KV_NAMES = {"auto": "", "bfloat16": "", "int8": "-kv8"}
@@ -47,6 +48,7 @@ class NativeRunner:
     """
 
     exact = True
+    keeps_logits = True
 
     def __init__(
         self, config: ModelConfig, weights: Weights | Arrays, *, options: RunnerOptions,
@@ -63,6 +65,7 @@ class NativeRunner:
         kind = f"native-{'int4' if shape.four_bit else 'int8'}{_KV_NAMES[options.kv_dtype]}"
         self.numeric_class = f"{kind}-v{KERNEL_VERSION}-{digest[:12]}"
         self._model = NativeModel(library, shape, variant=variant)
+        self._open_LV = np.empty((0, config.vocab_size), np.float32)
         self._load(weights, options, digest)
         load_adapters(self._model, config, weights, options.adapters)
 
@@ -73,18 +76,22 @@ class NativeRunner:
 
     def run(self, batch: Batch) -> StepOutput:
         sampling = None if is_greedy(batch.sampling) else self._sampling(batch.sampling)
+        open_rows_L = batch.sampling.open_rows_L
+        open_LV = self._room(len(open_rows_L))
         tokens_R = self._model.step(
             tokens_T=batch.tokens_T,
             positions_T=batch.positions_T,
             query_starts_S1=batch.query_starts_S1,
             block_table_SB=batch.block_table_SB,
             output_rows_R=batch.sample_rows_R,
+            logits=dict(zip(open_rows_L.tolist(), open_LV, strict=True)),
             sampling=sampling,
             keeps_rows=len(batch.score_rows_Q) > 0,
             adapters_S=batch.adapters_S if batch.adapters_S.size else None,
         )
         sampled = NO_LOGPROBS if sampling is None else sampling.logprobs
-        return step_output(tokens_R, sampled, Logprobs.join(self._scores(batch)))
+        output = step_output(tokens_R, sampled, Logprobs.join(self._scores(batch)))
+        return replace(output, open_logits_LV=open_LV) if len(open_LV) else output
 
     def warm_up(self) -> None:
         """Touches weights and threads with a decoded token and a chunk."""
@@ -100,6 +107,19 @@ class NativeRunner:
 
     def close(self) -> None:
         self._model.close()
+
+    def _room(self, rows: int) -> Floats:
+        """Memory for the logits of open rows. Their distance is an odd number of cache lines, so
+        that they do not share few sets of the caches.
+        """
+        if len(self._open_LV) < rows:
+            vocab_size = self.config.vocab_size
+            stride = (vocab_size // _LINE | 1) * _LINE + 2 * _LINE
+            memory = np.empty(rows * stride + _LINE, np.float32)
+            first = -(memory.ctypes.data // memory.itemsize) % _LINE
+            rows_LV = memory[first : first + rows * stride].reshape(rows, stride)
+            self._open_LV = rows_LV[:, :vocab_size]
+        return self._open_LV[:rows]
 
     def _load(self, weights: Weights | Arrays, options: RunnerOptions, digest: str) -> None:
         """Packs the weights, or reads what an earlier process packed."""
