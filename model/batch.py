@@ -251,5 +251,6 @@ class StepOutput:
     score_logprobs_Q: Floats
     score_top_ids_QN: Ints
     score_top_logprobs_QN: Floats
-    # Valid until the runner's next step.
+    seconds: float | None = None  # that it took to compute, if the runner measures that
+    # Valid until the launch of another step with open rows.
     open_logits_LV: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))

@@ -149,7 +149,7 @@ def engine_of(
     *,
     deliver: Callable[[Sequence[Event]], None],
     fail: Callable[[], None],
-    settle: Callable[[], None],
+    settle: Callable[[], bool],
 ) -> EngineThread:
     """The engine of one model. The steps of several models in a process take turns, so each may
     take a part of the target gap.
@@ -248,8 +248,8 @@ class EngineSide:
     def _deliver(self, events: Sequence[Event]) -> None:
         self.worker.deliver(events)
 
-    def _settle(self) -> None:
-        self.worker.settle()
+    def _settle(self) -> bool:
+        return self.worker.settle()
 
     def _fail(self) -> None:
         self.worker.fail()

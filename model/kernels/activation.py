@@ -6,13 +6,17 @@ import torch
 import triton
 import triton.language as tl
 
-from model.kernels.matmul import Product, load_sum
+from model.kernels.matmul import Product, activate, load_sum
 
 _BLOCK = 1024
 
 
 def silu_mul(gate_up: Product, *, dtype: torch.dtype) -> torch.Tensor:
-    """[T, 2F] -> [T, F] in `dtype`, to which both halves are rounded first."""
+    """[T, 2F] -> [T, F] in `dtype`, to which both halves are rounded first. Launches nothing if the
+    product is activated.
+    """
+    if gate_up.is_activated:
+        return gate_up.values
     T, double_width = gate_up.values.shape[-2:]
     width = double_width // 2
     y = torch.empty((T, width), dtype=dtype, device=gate_up.values.device)
@@ -41,9 +45,7 @@ def _silu_mul(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < F
-    dtype = y_ptr.dtype.element_ty
     offsets = row * 2 * F + columns
-    gate = load_sum(x_ptr, offsets, mask, part_stride, PARTS).to(dtype).to(tl.float32)
-    up = load_sum(x_ptr, offsets + F, mask, part_stride, PARTS).to(dtype).to(tl.float32)
-    active = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(y_ptr + row * F + columns, (active * up).to(dtype), mask=mask)
+    gate = load_sum(x_ptr, offsets, mask, part_stride, PARTS)
+    up = load_sum(x_ptr, offsets + F, mask, part_stride, PARTS)
+    tl.store(y_ptr + row * F + columns, activate(gate, up, y_ptr.dtype.element_ty), mask=mask)

@@ -12,6 +12,9 @@ flight while a part ends. Both give the same bits. The weight is the instruction
 and the rows of x its second: a small M then takes a narrow instruction of the same kind, not
 another kind.
 
+The product of gate and up may end with SiLU(gate) · up: a tile then has outputs of both halves, and
+its program adds all parts. Few programs stream as fast, if each has loads enough in flight.
+
 Weights of 8 bits (`model.packed_weights`) are read as such and become numbers of x's dtype in
 registers, before the same instruction. Blocks are multiplied by their scales there; float8 is not,
 but each sum of a part by the scale of its output, a power of two. The bits are those of a product
@@ -49,6 +52,7 @@ class Product:
 
     values: torch.Tensor
     num_parts: int = 1
+    is_activated: bool = False  # [M, N / 2]: SiLU of the first half times the second
 
     @property
     def part_stride(self) -> int:
@@ -72,24 +76,26 @@ def multiply(
     *,
     scales: torch.Tensor | None = None,
     out_MN: torch.Tensor | None = None,
+    gated: bool = False,
     tiling: Tiling | None = None,
 ) -> Product:
     """Computes x · wᵀ + bias: in parts if rows are few, else or with `out_MN` as [M, N].
 
-    A weight of 8 bits, in float8 or int8, has `scales` (`model.packed_weights`).
+    A weight of 8 bits, in float8 or int8, has `scales` (`model.packed_weights`). `gated`: outputs
+    are those of gate, then those of up; the result is activated (see `activation.silu_mul`).
     """
     M, K = x_MK.shape
     N = weight_NK.shape[0]
-    tiling, apart = _layout(x_MK, weight_NK, tiling, whole=out_MN is not None)
+    tiling, apart = _layout(x_MK, weight_NK, tiling, whole=gated or out_MN is not None)
     num_parts = triton.cdiv(K, part_size(N, K))
     if out_MN is not None:
         y = out_MN
     elif apart:
         y = torch.empty((num_parts, M, N), dtype=torch.float32, device=x_MK.device)
     else:
-        y = torch.empty((M, N), dtype=x_MK.dtype, device=x_MK.device)
+        y = torch.empty((M, N // 2 if gated else N), dtype=x_MK.dtype, device=x_MK.device)
     if M == 0:
-        return Product(y, num_parts if apart else 1)
+        return Product(y, num_parts if apart else 1, gated)
     _product[(tiling.tiles(M, N), num_parts if apart else 1)](
         x_MK,
         weight_NK if scales is None else weight_NK.view(torch.int8),
@@ -103,6 +109,7 @@ def multiply(
         PART=part_size(N, K),
         PARTS_HERE=1 if apart else num_parts,
         HAS_BIAS=bias_N is not None,
+        GATED=gated,
         STORED=_STORED.get(weight_NK.dtype, "plain"),
         ROWS=tiling.rows,
         OUTPUTS=tiling.outputs,
@@ -111,7 +118,7 @@ def multiply(
         num_stages=tiling.stages_of(x_MK),
         enable_fp_fusion=False,
     )
-    return Product(y, num_parts if apart else 1)
+    return Product(y, num_parts if apart else 1, gated)
 
 
 def _layout(
@@ -134,6 +141,7 @@ def multiply_by_vendor_blas(
     bias_N: torch.Tensor | None = None,
     *,
     out_MN: torch.Tensor | None = None,
+    gated: bool = False,  # noqa: ARG001 - the reader activates it
 ) -> Product:
     """By torch's product (cuBLAS), whose order of sums depends on M: not exact.
 
@@ -150,6 +158,14 @@ def load_sum(ptr, offsets, mask, part_stride, PARTS: tl.constexpr):
     for part in tl.static_range(1, PARTS):
         total += tl.load(ptr + part * part_stride + offsets, mask=mask, other=0.0)
     return total
+
+
+@triton.jit
+def activate(gate, up, dtype: tl.constexpr):
+    """SiLU(gate) · up in `dtype`, to which both sums are rounded first."""
+    gate = gate.to(dtype).to(tl.float32)
+    active = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return (active * up.to(dtype).to(tl.float32)).to(dtype)
 
 
 @triton.jit
@@ -257,7 +273,7 @@ def _product(
     w_ptr,  # [N, K]
     bias_ptr,  # [N], if HAS_BIAS
     scale_ptr,  # float8: [N]; blocks: [N, K / 32]
-    y_ptr,  # [M, N], or [P, M, N]
+    y_ptr,  # [M, N], or [P, M, N]; if GATED, [M, N / 2]
     M,
     x_stride,
     N: tl.constexpr,
@@ -265,6 +281,7 @@ def _product(
     PART: tl.constexpr,
     PARTS_HERE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
     STORED: tl.constexpr,  # plain, float8 or blocks
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -273,12 +290,24 @@ def _product(
     """One tile of y, over one part of K or over all."""
     row_tile, output_tile = place_tile(M, N, ROWS, OUTPUTS)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
-    outputs = output_tile * OUTPUTS + tl.arange(0, OUTPUTS)
+    lanes = tl.arange(0, OUTPUTS)
+    if GATED:
+        # Eight of gate, then eight of up: what an instruction leaves to one thread is a pair.
+        half = lanes // 16 * 8 + lanes % 8 + output_tile * (OUTPUTS // 2)
+        outputs = half + lanes // 8 % 2 * (N // 2)
+    else:
+        outputs = output_tile * OUTPUTS + lanes
     first_part = tl.program_id(1)
     total = sum_tile(
         x_ptr, w_ptr, bias_ptr, scale_ptr, rows, outputs, first_part, M, x_stride,
         N, K, PART, PARTS_HERE, HAS_BIAS, STORED, ROWS, OUTPUTS, INPUTS,
     )  # fmt: skip
-    y_rows = y_ptr + first_part.to(tl.int64) * M * N + rows.to(tl.int64)[:, None] * N
-    mask = (rows < M)[:, None] & (outputs < N)[None, :]
+    WIDTH: tl.constexpr = N // 2 if GATED else N
+    if GATED:
+        pairs = tl.reshape(total, (OUTPUTS // 16, 2, 8, ROWS)).permute(0, 2, 3, 1)
+        gate, up = tl.split(pairs)
+        total = tl.reshape(activate(gate, up, y_ptr.dtype.element_ty), (OUTPUTS // 2, ROWS))
+        outputs = output_tile * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
+    y_rows = y_ptr + first_part.to(tl.int64) * M * WIDTH + rows.to(tl.int64)[:, None] * WIDTH
+    mask = (rows < M)[:, None] & (outputs < WIDTH)[None, :]
     tl.store(y_rows + outputs[None, :], tl.trans(total).to(y_ptr.dtype.element_ty), mask=mask)

@@ -7,7 +7,7 @@ index in a step, but not the lengths of arrays.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from pathlib import Path
@@ -186,6 +186,40 @@ class NativeLibrary:
         return y_MN
 
 
+class NativeStep:
+    """The structure of one step, and the arrays that it points to.
+
+    Runs the layers over T rows, the head over R of them, which yield `tokens_R`: the argmax, or
+    what `sampling` chooses. `logits`: for rows of R that take the argmax, where their V logits go.
+    T = 0 runs the head alone, over rows of the step before: those that went through the head or, if
+    it `keeps_rows`, any.
+    """
+
+    def __init__(
+        self, *, tokens_T: Ints, positions_T: Ints, query_starts_S1: Ints, block_table_SB: Ints,
+        output_rows_R: Ints, logits: Mapping[int, Floats] | None = None,
+        sampling: NativeSampling | None = None, keeps_rows: bool = False,
+        adapters_S: Ints | None = None,
+    ) -> None:  # fmt: skip
+        tokens_R = np.empty(len(output_rows_R), np.int32) if sampling is None else sampling.tokens_R
+        arrays = (tokens_T, positions_T, query_starts_S1, block_table_SB, output_rows_R)
+        places = np.zeros(len(output_rows_R), np.uintp)
+        for row, logits_V in (logits or {}).items():
+            places[row] = logits_V.ctypes.data
+        pointed: list[npt.NDArray[Any]] = [np.ascontiguousarray(a, np.int32) for a in arrays]
+        pointed += [places, tokens_R]
+        adapters = None if adapters_S is None else np.ascontiguousarray(adapters_S, np.int32)
+        self.tokens_R = tokens_R
+        self._structure = _Step(
+            len(tokens_T), len(query_starts_S1) - 1, block_table_SB.shape[1], len(output_rows_R),
+            keeps_rows, *(array.ctypes.data for array in pointed),
+            None if sampling is None else ctypes.addressof(sampling.structure),
+            None if adapters is None else adapters.ctypes.data,
+        )  # fmt: skip
+        self.pointer = ctypes.byref(self._structure)
+        self._pointed = pointed, sampling, adapters
+
+
 class NativeModel:
     """One network inside the library: weights, KV pool, threads."""
 
@@ -195,6 +229,7 @@ class NativeModel:
         self._calls = library.calls
         mirrored, _kept = _mirror(shape)
         self._error = ctypes.create_string_buffer(ERROR_BYTES)
+        self._seconds = ctypes.c_double()
         self._handle: int | None = self._calls.quire_create(
             ctypes.byref(mirrored), variant.encode(), self._error, ERROR_BYTES
         )
@@ -281,36 +316,33 @@ class NativeModel:
             found.append(np.ctypeslib.as_array(memory))
         return found
 
-    def step(
-        self, *, tokens_T: Ints, positions_T: Ints, query_starts_S1: Ints, block_table_SB: Ints,
-        output_rows_R: Ints, logits: Mapping[int, Floats] | None = None,
-        sampling: NativeSampling | None = None, keeps_rows: bool = False,
-        adapters_S: Ints | None = None,
-    ) -> Ints:  # fmt: skip
-        """Runs the layers over T rows, the head over R of them; returns a token for each: the
-        argmax, or what `sampling` chooses.
-
-        `logits`: for rows of R that take the argmax, where their V logits go. T = 0 runs the head
-        alone, over rows of the step before: those that went through the head or, if it
-        `keeps_rows`, any. Raises ValueError for a step that does not fit the model.
+    def step(self, step: NativeStep) -> Ints:
+        """Computes a step; returns its `tokens_R`. Raises ValueError for one that does not fit the
+        model, or while launched steps are not collected.
         """
-        tokens_R = np.empty(len(output_rows_R), np.int32) if sampling is None else sampling.tokens_R
-        arrays = (tokens_T, positions_T, query_starts_S1, block_table_SB, output_rows_R)
-        places = np.zeros(len(output_rows_R), np.uintp)
-        for row, logits_V in (logits or {}).items():
-            places[row] = logits_V.ctypes.data
-        pointed: list[npt.NDArray[Any]] = [np.ascontiguousarray(a, np.int32) for a in arrays]
-        pointed += [places, tokens_R]
-        adapters = None if adapters_S is None else np.ascontiguousarray(adapters_S, np.int32)
-        step = _Step(
-            len(tokens_T), len(query_starts_S1) - 1, block_table_SB.shape[1], len(output_rows_R),
-            keeps_rows, *(array.ctypes.data for array in pointed),
-            None if sampling is None else ctypes.addressof(sampling.structure),
-            None if adapters is None else adapters.ctypes.data,
-        )  # fmt: skip
-        if self._calls.quire_step(self._handle, ctypes.byref(step), self._error, ERROR_BYTES):
+        self._check(self._calls.quire_step, step.pointer)
+        return step.tokens_R
+
+    def launch(self, step: NativeStep, *, unread_T: Ints | None = None) -> None:
+        """Starts a step, which is computed after those launched before, and returns at once.
+
+        `unread_T`: where a token is not known yet, its place in the `tokens_R` of the last step
+        with rows launched before; elsewhere -1. The caller keeps the step and `unread_T` until
+        `collect` returns its tokens. Raises ValueError for one that does not fit the model.
+        """
+        unread = None if unread_T is None else unread_T.ctypes.data
+        self._check(self._calls.quire_launch, step.pointer, unread)
+
+    def collect(self) -> float:
+        """Waits for the oldest step that was launched; returns the seconds that it took. Raises
+        ValueError if it failed.
+        """
+        self._check(self._calls.quire_collect, ctypes.byref(self._seconds))
+        return self._seconds.value
+
+    def _check(self, function: Callable[..., int], *arguments: object) -> None:
+        if function(self._handle, *arguments, self._error, ERROR_BYTES):
             raise ValueError(self._error.value.decode())
-        return tokens_R
 
     def close(self) -> None:
         """Ends the threads and frees the memory. May be called again."""
@@ -361,6 +393,8 @@ def _declare(calls: ctypes.CDLL) -> None:
         ),
         "quire_weights": (i32, (pointer, i32, pointer, pointer)),
         "quire_step": (i32, (pointer, pointer, text, size)),
+        "quire_launch": (i32, (pointer, pointer, pointer, text, size)),
+        "quire_collect": (i32, (pointer, pointer, text, size)),
         "quire_product": (i32, (text, pointer, pointer, i32, i32, pointer, i32, pointer)),
         "quire_sample": (i32, (text, pointer, i32, i32, pointer)),
         "quire_weigh": (i32, (text, pointer, i32, pointer)),

@@ -104,6 +104,8 @@ class ParallelRunner:
 class OverlappedParallelRunner(ParallelRunner):
     """The leader of ranks whose steps can be launched ahead."""
 
+    beside_host = True
+
     def __init__(
         self,
         local: OverlappedRunner,
@@ -113,6 +115,7 @@ class OverlappedParallelRunner(ParallelRunner):
         followers: Followers,
     ) -> None:
         super().__init__(local, group, config=config, followers=followers)
+        self.most_sampled = local.most_sampled
         self._ahead = local
 
     def run(self, batch: Batch) -> StepOutput:

@@ -52,16 +52,18 @@ class OverlappedRunner(Runner, Protocol):
         launch(N)   launch(N + 1)   collect(N)   launch(N + 2)   collect(N + 1) ...
 
     At most two steps are in flight; they are collected in the order they were launched. `run` is
-    `collect(launch(batch))`, with nothing else in flight. A step samples at most as many rows as
-    there are batch slots. One that samples several rows of a sequence, to verify drafts, must be
-    collected before the sequence's next step.
+    `collect(launch(batch))`, with nothing else in flight. A step that samples several rows of a
+    sequence, to verify drafts, must be collected before the sequence's next step.
     """
+
+    most_sampled: int  # rows of a step that may sample
+    beside_host: bool  # whether a device computes, in order, what several runners launch
 
     def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
         """Starts a step and returns at once.
 
         `unread_T` marks rows whose token the host has not read yet: the newest token sampled in
-        the sequence's batch slot, by a step already launched. `tokens_T` is ignored there.
+        the sequence's batch slot, by the step launched before. `tokens_T` is ignored there.
         Raises ValueError if such a row has penalties, a mask or a score: those depend on the
         unread token.
         """
@@ -74,7 +76,7 @@ class OverlappedRunner(Runner, Protocol):
 
 def overlapped(runner: Runner) -> OverlappedRunner | None:
     """The runner, if it can launch steps ahead."""
-    return cast("OverlappedRunner", runner) if hasattr(runner, "launch") else None
+    return cast("OverlappedRunner", runner) if getattr(runner, "launch", None) else None
 
 
 def keeps_logits(runner: Runner) -> bool:

@@ -6,28 +6,34 @@ The bits of an answer do not depend on the batch, the chunks, the blocks, the th
 instruction set: see native/src/kernels.h. `unsupported` names the families that it does not serve,
 those with other norms or activations than Llama's. The library samples, too, with the bits of
 `model.sampler`: no logits leave it. Adapters are applied in float32, beside the products in 8 bits.
+
+Steps that were launched are computed by the library's own threads, while the host reads earlier
+ones and plans the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from model.batch import Batch, Floats, SamplingBatch, StepOutput
+from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, StepOutput
 from model.config import Activation, ModelConfig, Norm, Position
 from model.limits import usable_cores, usable_cpus
 from model.native.library import (
     NO_WINDOW,
     NativeLibrary,
     NativeModel,
+    NativeStep,
     Shape,
 )
 from model.native.packed import PackedWeights
 from model.native.quantize import hadamard_block, load, load_adapters, rotary_tables
 from model.native.sampling import NativeSampling, is_greedy
-from model.runners import RunnerOptions
+from model.runners import RunnerOptions, StepHandle
 from model.runners.logprobs import NO_LOGPROBS, SCORED_AT_ONCE, Logprobs, step_output
 from model.weights import Arrays, Weights
 
@@ -40,6 +46,24 @@ _MAX_INPUTS = 65_536  # of a product: its sums must fit 32 bits
 _KV_NAMES = {"auto": "", "bfloat16": "", "int8": "-kv8"}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Flight:
+    """A step that was launched; the library writes its results into the arrays of `output`."""
+
+    handle: StepHandle
+    steps: Sequence[NativeStep]  # the first one runs the layers
+    sampled: Logprobs
+    scored: Sequence[Logprobs]
+    open_LV: Floats
+    kept: Ints | None  # an array that the library reads
+
+    @property
+    def output(self) -> StepOutput:
+        scored = Logprobs.join(self.scored)
+        output = step_output(self.steps[0].tokens_R, self.sampled, scored)
+        return replace(output, open_logits_LV=self.open_LV) if len(self.open_LV) else output
+
+
 class NativeRunner:
     """Owns the packed weights, the KV pool and the threads of the native step.
 
@@ -48,7 +72,7 @@ class NativeRunner:
     """
 
     exact = True
-    keeps_logits = True
+    beside_host = False
 
     def __init__(
         self, config: ModelConfig, weights: Weights | Arrays, *, options: RunnerOptions,
@@ -64,6 +88,10 @@ class NativeRunner:
         self.num_blocks = shape.num_blocks
         kind = f"native-{'int4' if shape.four_bit else 'int8'}{_KV_NAMES[options.kv_dtype]}"
         self.numeric_class = f"{kind}-v{KERNEL_VERSION}-{digest[:12]}"
+        self.most_sampled = options.max_batch_tokens
+        self._flights: deque[_Flight] = deque()
+        self._newest: Batch | None = None  # the batch that was launched last
+        self._launched = 0  # steps
         self._model = NativeModel(library, shape, variant=variant)
         self._open_LV = np.empty((0, config.vocab_size), np.float32)
         self._load(weights, options, digest)
@@ -75,35 +103,41 @@ class NativeRunner:
         return self._model.variant
 
     def run(self, batch: Batch) -> StepOutput:
-        sampling = None if is_greedy(batch.sampling) else self._sampling(batch.sampling)
-        open_rows_L = batch.sampling.open_rows_L
-        open_LV = self._room(len(open_rows_L))
-        tokens_R = self._model.step(
-            tokens_T=batch.tokens_T,
-            positions_T=batch.positions_T,
-            query_starts_S1=batch.query_starts_S1,
-            block_table_SB=batch.block_table_SB,
-            output_rows_R=batch.sample_rows_R,
-            logits=dict(zip(open_rows_L.tolist(), open_LV, strict=True)),
-            sampling=sampling,
-            keeps_rows=len(batch.score_rows_Q) > 0,
-            adapters_S=batch.adapters_S if batch.adapters_S.size else None,
-        )
-        sampled = NO_LOGPROBS if sampling is None else sampling.logprobs
-        output = step_output(tokens_R, sampled, Logprobs.join(self._scores(batch)))
-        return replace(output, open_logits_LV=open_LV) if len(open_LV) else output
+        flight = self._flight(batch, 0)
+        for step in flight.steps:
+            self._model.step(step)
+        return flight.output
+
+    def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
+        unread_rows_T = None if unread_T is None else self._unread(batch, unread_T)
+        flight = self._flight(batch, self._launched, unread_rows_T)
+        for step in flight.steps:
+            self._model.launch(step, unread_T=unread_rows_T)
+            unread_rows_T = None
+        self._flights.append(flight)
+        self._newest = batch
+        self._launched += 1
+        return flight.handle
+
+    def collect(self, handle: StepHandle) -> StepOutput:
+        if not self._flights or self._flights[0].handle != handle:
+            raise ValueError("steps are collected in the order they were launched")
+        flight = self._flights.popleft()
+        seconds = sum(self._model.collect() for _ in flight.steps)
+        return replace(flight.output, seconds=seconds)
 
     def warm_up(self) -> None:
         """Touches weights and threads with a decoded token and a chunk."""
         room = min(self.num_blocks * self.block_size, self._model.shape.max_rows, COMPUTE_ROWS)
         for length in {1, min(room, len(self._model.shape.cosines))}:
-            self._model.step(
+            step = NativeStep(
                 tokens_T=np.zeros(length, np.int32),
                 positions_T=np.arange(length, dtype=np.int32),
                 query_starts_S1=np.array([0, length], np.int32),
                 block_table_SB=np.arange(self.num_blocks, dtype=np.int32)[None],
                 output_rows_R=np.array([length - 1], np.int32),
             )
+            self._model.step(step)
 
     def close(self) -> None:
         self._model.close()
@@ -133,18 +167,62 @@ class NativeRunner:
         if packed.pays:
             packed.write()
 
-    def _sampling(self, sampling: SamplingBatch) -> NativeSampling:
-        return NativeSampling.of(sampling, vocab_size=self.config.vocab_size)
+    def _flight(self, batch: Batch, number: int, unread_rows_T: Ints | None = None) -> _Flight:
+        """What the library computes for a batch: the layers, then scores of given tokens."""
+        sampling = None
+        if not is_greedy(batch.sampling):
+            sampling = NativeSampling.of(batch.sampling, vocab_size=self.config.vocab_size)
+        open_rows_L = batch.sampling.open_rows_L
+        open_LV = self._room(len(open_rows_L))
+        layers = NativeStep(
+            tokens_T=batch.tokens_T if unread_rows_T is None else batch.tokens_T.copy(),
+            positions_T=batch.positions_T,
+            query_starts_S1=batch.query_starts_S1,
+            block_table_SB=batch.block_table_SB,
+            output_rows_R=batch.sample_rows_R,
+            logits=dict(zip(open_rows_L.tolist(), open_LV, strict=True)),
+            sampling=sampling,
+            keeps_rows=len(batch.score_rows_Q) > 0,
+            adapters_S=batch.adapters_S if batch.adapters_S.size else None,
+        )
+        scores = list(self._scores(batch))
+        return _Flight(
+            handle=StepHandle(number),
+            steps=[layers, *(step for step, _ in scores)],
+            sampled=NO_LOGPROBS if sampling is None else sampling.logprobs,
+            scored=[logprobs for _, logprobs in scores],
+            open_LV=open_LV,
+            kept=unread_rows_T,
+        )
 
-    def _scores(self, batch: Batch) -> Iterator[Logprobs]:
-        """Log probabilities of given tokens after rows of the step that was just run."""
+    def _unread(self, batch: Batch, unread_T: Bools) -> Ints:
+        """For each row the output of the newest step that is its token, or -1."""
+        newest = self._newest
+        if newest is None or not self._flights:
+            raise ValueError("only a step in flight has unread tokens")
+        if batch.batch_slots_S is newest.batch_slots_S and all(
+            len(each.sample_rows_R) == each.num_sequences == each.num_tokens
+            for each in (batch, newest)
+        ):
+            outputs_T = np.arange(len(unread_T), dtype=np.int32)
+        else:
+            found = dict(zip(_slots(newest, newest.sample_rows_R), itertools.count(), strict=False))
+            slots_T = _slots(batch, np.arange(batch.num_tokens, dtype=np.int32))
+            for row in np.flatnonzero(unread_T):
+                if slots_T[row] not in found:
+                    raise ValueError(f"slot {slots_T[row]} has no token in flight")
+            outputs_T = np.array([found.get(slot, -1) for slot in slots_T], np.int32)
+        return np.where(unread_T, outputs_T, np.int32(-1))
+
+    def _scores(self, batch: Batch) -> Iterator[tuple[NativeStep, Logprobs]]:
+        """Steps that score given tokens after rows of the layers' step, and where scores appear."""
         empty, V = np.zeros(0, np.int32), self.config.vocab_size
         for start in range(0, len(batch.score_rows_Q), SCORED_AT_ONCE):
             part = slice(start, start + SCORED_AT_ONCE)
             rows_Q = batch.score_rows_Q[part]
             plain = SamplingBatch.plain(len(rows_Q), vocab_size=V, num_top=batch.score_num_top)
             given = NativeSampling.of(plain, vocab_size=V, given_R=batch.score_ids_Q[part])
-            self._model.step(
+            step = NativeStep(
                 tokens_T=empty,
                 positions_T=empty,
                 query_starts_S1=np.zeros(1, np.int32),
@@ -152,7 +230,14 @@ class NativeRunner:
                 output_rows_R=rows_Q,
                 sampling=given,
             )
-            yield given.logprobs
+            yield step, given.logprobs
+
+
+def _slots(batch: Batch, rows: Ints) -> list[int]:
+    """The batch slots of the sequences of some rows of T."""
+    sequences = np.searchsorted(batch.query_starts_S1, rows, side="right") - 1
+    slots: list[int] = batch.batch_slots_S[sequences].tolist()
+    return slots
 
 
 def unsupported(config: ModelConfig) -> str | None:

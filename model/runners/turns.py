@@ -50,13 +50,20 @@ class Turns:
 
 
 def take_turns(runner: Runner, turns: Turns) -> Runner:
-    """The runner, whose steps wait for their turn. Of overlapped steps, only launches do."""
+    """The runner, whose steps wait for their turn. Of steps on a device, only launches do."""
     ahead = overlapped(runner)
-    return _InTurns(runner, turns) if ahead is None else _LaunchedInTurns(ahead, turns)
+    if ahead is not None and ahead.beside_host:
+        return _LaunchedInTurns(ahead, turns)
+    return _InTurns(runner, turns)
 
 
 class _InTurns:
-    """A runner in turns with others; everything but its steps is the runner's own."""
+    """A runner in turns with others; everything but its steps is the runner's own.
+
+    None of its steps is launched ahead: its turn would end before it was computed.
+    """
+
+    launch: Any = None
 
     def __init__(self, runner: Runner, turns: Turns) -> None:
         self._runner = runner

@@ -15,6 +15,7 @@ time: sequences for which they do not pay get one now and then.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -109,6 +110,7 @@ class Track:
 
     def __init__(self, tenant: TenantDrafts, predicted: PredictedText | None) -> None:
         self.grade = Grade.OWN_2  # of the drafts in flight
+        self.gained_at: float = -math.inf  # length of the output after the last accepted draft
         self._tenant = tenant
         self._predicted = predicted
         self._lookup = Lookup()
@@ -151,10 +153,12 @@ class Track:
         self._tenant.texts.read(tokens, self._num_shared)
         self._num_shared = len(tokens)
 
-    def learn(self, num: int, hits: int) -> None:
-        """Of `num` drafts the first `hits` were accepted. Later drafts than the
-        first rejected one do not count.
+    def learn(self, num: int, hits: int, *, at: int) -> None:
+        """Of `num` drafts the first `hits` were accepted, at this length of the output. Later
+        drafts than the first rejected one do not count.
         """
+        if hits:
+            self.gained_at = at
         trials = min(num, hits + 1)
         self._record.add(self.grade, trials=trials, hits=hits, decay=_DECAY)
         self._tenant.record.add(self.grade, trials=trials, hits=hits, decay=_TENANT_DECAY)

@@ -80,7 +80,7 @@ class EncodingLoop(EngineThread):
         observer: Observer,
         clock: Callable[[], float] = time.monotonic,
         on_failure: Callable[[BaseException], None] | None = None,
-        settle: Callable[[], None] | None = None,
+        settle: Callable[[], bool] | None = None,
     ) -> None:
         super().__init__(config, deliver=deliver, clock=clock, on_failure=on_failure, settle=settle)
         self._runner = runner

@@ -165,13 +165,13 @@ class Guide:
         """The argmax of an open row among the tokens that are allowed, the lowest id among equals;
         None if the output fails. `token` is that among all.
         """
-        with suppress(GrammarError), self._timed():
+        with self._timed():
             if logits_V[token] > -np.inf:  # else there is no number
-                if self._matcher.allows(token):
+                if _may_follow(self._matcher, token):
                     return token
                 if self._has_choice(self._matcher):
                     for other in _nearest(logits_V, token):
-                        if self._matcher.allows(other):
+                        if _may_follow(self._matcher, other):
                             return other
         if not self.failed:
             self._fill(self._matcher, fails=True)
@@ -231,7 +231,7 @@ class Guide:
         A guess: the model may spell it with shorter tokens.
         """
         if self.is_open and self._may_draft:
-            with suppress(GrammarError), self._timed():
+            with self._timed():
                 if self._has_choice(self._matcher.copy()):
                     return []
             self._fill(self._matcher.copy())
@@ -256,7 +256,7 @@ class Guide:
 
     def _has_choice(self, matcher: Matcher | ThinkingMatcher) -> bool:
         """Whether two of the probes are allowed: no text is forced, and a mask may be costly."""
-        return sum(map(matcher.allows, self._probes)) > 1
+        return sum(_may_follow(matcher, probe) for probe in self._probes) > 1
 
     def _follow(self, matcher: Matcher | ThinkingMatcher, draft: int, mask_W: Words) -> bool:
         """Computes the mask after a draft; False if the draft completes the output."""
@@ -381,6 +381,10 @@ def _takes_argmax(request: GenerationRequest) -> bool:
     adjusted = params.penalises or params.logit_bias or params.banned or request.min_tokens
     scored = params.top_logprobs is not None or request.thinking is not None
     return params.temperature == 0 and not (adjusted or scored)
+
+
+def _may_follow(matcher: Matcher | ThinkingMatcher, token: int) -> bool:
+    return matcher.num_allowed((token,)) == 1
 
 
 def _tokens_of(mask_W: Words) -> npt.NDArray[np.intp]:

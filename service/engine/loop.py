@@ -66,7 +66,7 @@ class EngineLoop(EngineThread):
         cost: CostModel | None = None,
         on_failure: Callable[[BaseException], None] | None = None,
         grammars: Grammars | None = None,
-        settle: Callable[[], None] | None = None,
+        settle: Callable[[], bool] | None = None,
         adapters: Sequence[ModelCard] = (),
     ) -> None:
         super().__init__(config, deliver=deliver, clock=clock, on_failure=on_failure, settle=settle)
@@ -79,9 +79,14 @@ class EngineLoop(EngineThread):
             anchors = anchor_ids(token_bytes, eos_ids)
         speculator = None
         if may_speculate(config, exact=runner.exact):
-            overlaps = overlapped(runner) is not None
-            most_sampled = config.max_sequences if overlaps else config.max_batch_tokens
-            speculator = Speculator(config, self._cost, most_sampled=most_sampled)
+            ahead = overlapped(runner)
+            most_sampled = config.max_batch_tokens if ahead is None else ahead.most_sampled
+            speculator = Speculator(
+                config,
+                self._cost,
+                most_sampled=most_sampled,
+                pauses=ahead is not None and ahead.beside_host,
+            )
         numbered = Adapters(runner.numeric_class, adapters)
         self._scheduler = Scheduler(
             config,
@@ -151,7 +156,10 @@ class EngineLoop(EngineThread):
     def _advance(self) -> bool:
         began = self._timer.begin()
         self._read_inbox()
-        if self._pipeline.must_be_read or (self._pipeline and self._scheduler.expects_drafts()):
+        if self._is_isolated:  # each token is journalled before the next is computed
+            self._collect()
+            self._deliver_before_step()
+        elif self._pipeline.must_be_read or (self._pipeline and self._scheduler.expects_drafts()):
             self._collect()
         self._enqueue_scored()
         self._compute_masks()
@@ -221,7 +229,9 @@ class EngineLoop(EngineThread):
             step = self._pipeline.collect()
             runs = self._take(step)
             duration = self._timer.count_step()
-            self._scheduler.computed(step.plan, duration, pause=step.pause)
+            # Steps that overlap end when the host comes to read them: then only the runner knows.
+            seconds = max(0.0, duration - step.pause) if step.seconds is None else step.seconds
+            self._scheduler.computed(step.plan, seconds, pause=step.pause)
             self._report(step.plan, duration=duration, run_duration=step.run_duration, runs=runs)
 
     def _take(self, step: Computed) -> list[tuple[int, ...]]:

@@ -29,13 +29,15 @@ from service.engine.unpack import StepResult, unpack
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
     """A step that was read. `run_duration`: seconds in the runner, launching and waiting. `pause`:
-    seconds before it in which a runner that overlaps steps had none.
+    seconds before it in which a runner that overlaps steps had none. `seconds`: as the runner
+    measured it, or None.
     """
 
     plan: Plan
     result: StepResult
     run_duration: float
     pause: float
+    seconds: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,4 +121,5 @@ class Pipeline:
             result=unpack(flight.plan, output),
             run_duration=flight.launch_duration + now - began,
             pause=flight.pause,
+            seconds=output.seconds,
         )

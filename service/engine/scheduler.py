@@ -225,10 +225,9 @@ class Scheduler:
                 self._tables.publish(sequence)
 
     def computed(self, plan: Plan, seconds: float, *, pause: float = 0.0) -> None:
-        """Learns from the duration of a step. Called after `update`. `pause`: the part of it in
+        """Learns from the duration of a step. Called after `update`. `pause`: seconds before it, in
         which the runner waited for the plan.
         """
-        seconds = max(0.0, seconds - pause)
         if self._speculator is not None:
             self._speculator.settle(plan, seconds, pause=pause)
         self._cost.observe(plan.work, seconds)

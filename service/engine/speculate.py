@@ -49,6 +49,7 @@ _MARGIN = 1.08  # least expected speed-up, if such steps were seen; else they ar
 _PROBES = (1, 7)  # drafts per sequence: if not even these could pay, none are looked for
 _DEAR = 0.25  # a price from which on looking for drafts does not pay in every step
 _RARELY = 4  # steps of which one looks for drafts then, if earlier ones did not pay
+_COPIES = 8  # tokens after an accepted draft, in which more drafts are likely
 _LEAST_PRICE = 0.01  # tokens that a draft costs
 _COST_RANGE = (0.5, 2.0)  # of the predicted cost of drafts: what is measured beyond is a stall
 _PAUSES = 9  # whose median is the expected one; one that is longer than twice that is a stall
@@ -80,6 +81,7 @@ class _Candidate:
     drafts: list[int]
     grade: Grade
     chance: float
+    num_guessed: int  # leading drafts that stand for tokens in flight
 
     def num_drafts(self, floor: float) -> int:
         """Number of leading drafts that are all accepted with a chance of at least `floor`."""
@@ -92,23 +94,28 @@ class _Candidate:
     def gain(self, num: int) -> float:
         """Expected number of accepted drafts: chance + chance ** 2 + ...
 
-        Of a sequence with a token unread, the first of them is that token, which is no gain.
+        That of a token in flight is no gain.
         """
         hits = self.chance * (1 - self.chance**num) / (1 - self.chance)
-        return hits - self.chance * min(num, self.sequence.num_unread)
+        return hits - self.chance * min(num, self.num_guessed)
 
 
 class Speculator:
     """Proposes drafts for the steps of one engine."""
 
-    def __init__(self, config: EngineConfig, cost: CostModel, *, most_sampled: int) -> None:
-        """`most_sampled`: rows of a step that may sample."""
+    def __init__(
+        self, config: EngineConfig, cost: CostModel, *, most_sampled: int, pauses: bool = True
+    ) -> None:
+        """`most_sampled`: rows of a step that may sample. `pauses`: whether a pause of the runner
+        costs more than the host's work, which a CPU has to do at some time.
+        """
         self._config = config
         self._cost = cost
         self._most_sampled = most_sampled
         self._tracks: dict[Sequence, Track] = {}
         self._tenants = Tenants()
         self._plain = StepWork()  # the work of the latest plan without its drafts
+        self._counts_pauses = pauses
         self._pauses: deque[float] = deque(maxlen=_PAUSES)
         self._pause = 0.0  # seconds, expected: see `settle`
 
@@ -133,10 +140,17 @@ class Speculator:
         base = self._cost.seconds(work)
         if not base:
             return []
+        if not self._counts_pauses and (copying := [s for s in sequences if self._copies(s)]):
+            return copying
         chosen = [candidate for candidate, _ in self._choose(work, sequences)]
         lost = self._pause / base * work.sampled  # tokens
         funds = sum(c.track.funds(c.grade, num_output=c.sequence.num_output) for c in chosen)
         return [candidate.sequence for candidate in chosen] if funds > lost else []
+
+    def _copies(self, sequence: Sequence) -> bool:
+        """Whether one of its last tokens was a draft."""
+        track = self._tracks.get(sequence)
+        return track is not None and sequence.num_output - track.gained_at < _COPIES
 
     def _choose(
         self, work: StepWork, sequences: Iterable[Sequence], *, pauses_anyway: bool = False
@@ -164,14 +178,14 @@ class Speculator:
 
     def learn(self, sequence: Sequence, *, num: int, hits: int) -> None:
         """Records that of `num` drafts the first `hits` were accepted."""
-        self._tracks[sequence].learn(num, hits)
+        self._tracks[sequence].learn(num, hits, at=sequence.num_output)
 
     def settle(self, plan: Plan, seconds: float, *, pause: float = 0.0) -> None:
         """Charges the sequences of a step what its drafts cost, by the step's measured duration.
 
         `pause`: seconds before it, in which the device waited because a step was read first.
         """
-        if pause:
+        if pause and self._counts_pauses:
             self._pauses.append(pause)
             self._pause = median(self._pauses)
             self._charge_pause(plan, min(pause, 2 * self._pause))
@@ -238,25 +252,28 @@ class Speculator:
         if most < 1:
             return None
         track, guide = self._track(sequence), sequence.guide
-        rarely = price > _DEAR or sequence.num_unread > 0  # a device's steps may be short, too
+        waits = sequence.num_unread > 0 and self._counts_pauses
+        rarely = price > _DEAR or waits  # a device's steps may be short, too
         if rarely and not track.has_gained and sequence.num_output % _RARELY:
             return None
         if guide is not None and (spelled := guide.forced(min(most, _MOST_SPELLED))):
             sources = [(Grade.SPELLED, spelled)]
         else:
             sources = list(track.sources(sequence.tokens, sequence.num_prompt, most))
-        best = None
+        best, guessed, right = None, sequence.num_unread, 0
+        if not self._counts_pauses:  # to read the token costs nothing: what if the guess is right?
+            guessed, right = 0, guessed
         for grade, found in sources:
-            if not found:
+            if len(found) <= right:
                 continue
             limit = track.most_drafts(grade, num_output=sequence.num_output, price=price)
-            drafts = found[:limit]
+            drafts = found[right : right + limit]
             if guide is not None and grade is not Grade.SPELLED and drafts:
                 drafts = drafts[: guide.num_allowed(drafts)]
             if not drafts:
                 track.skip(grade)
                 continue
-            candidate = _Candidate(sequence, track, drafts, grade, track.chance(grade))
+            candidate = _Candidate(sequence, track, drafts, grade, track.chance(grade), guessed)
             if best is None or candidate.most_gain > best.most_gain:
                 best = candidate
         return best

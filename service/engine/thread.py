@@ -21,7 +21,8 @@ class EngineThread(ABC):
     threads wait meanwhile, so that no event is delivered after `abort` has returned. `on_failure`
     is called once, from the engine's thread, if the runner or `deliver` raised; the engine has
     stopped then. `settle` is called before each step computes, after earlier events were delivered;
-    the step waits for it.
+    the step waits for it. It returns whether requests are isolated: their tokens are delivered
+    before the next step is launched.
     """
 
     def __init__(
@@ -31,12 +32,13 @@ class EngineThread(ABC):
         deliver: Callable[[Sequence[Event]], None],
         clock: Callable[[], float],
         on_failure: Callable[[BaseException], None] | None,
-        settle: Callable[[], None] | None,
+        settle: Callable[[], bool] | None,
     ) -> None:
         self.failure: BaseException | None = None
         self._deliver = deliver
         self._on_failure = on_failure
         self._settle = settle
+        self._is_isolated = False  # a request of the step before was
         self._inbox = Inbox(config, clock=clock)
         self._timer = StepTimer(clock)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -168,4 +170,4 @@ class EngineThread(ABC):
     def _deliver_before_step(self) -> None:
         self._flush()
         if self._settle is not None:
-            self._settle()
+            self._is_isolated = self._settle()

@@ -54,14 +54,18 @@ class JournalWriter:
             self._delivered += 1
             self._loop.call_soon_threadsafe(self._receive, events, self._delivered)
 
-    def settle(self) -> None:
-        """Waits, if requests are isolated, until delivered events are in the journal."""
-        if self._table.has_isolated:
-            with self._progress:
-                self._progress.wait_for(
-                    lambda: self._journalled >= self._delivered or not self._table.has_isolated,
-                    SETTLE_WITHIN,
-                )
+    def settle(self) -> bool:
+        """Waits, if requests are isolated, until delivered events are in the journal; returns
+        whether any is.
+        """
+        if not self._table.has_isolated:
+            return False
+        with self._progress:
+            self._progress.wait_for(
+                lambda: self._journalled >= self._delivered or not self._table.has_isolated,
+                SETTLE_WITHIN,
+            )
+        return True
 
     # --- the event loop -------------------------------------------------------------------
     def open(self) -> None:

@@ -84,11 +84,11 @@ class Worker:
         """Takes the events of one step. The engine's thread."""
         self._journal.deliver(events)
 
-    def settle(self) -> None:
-        """Waits, if requests are isolated, until delivered events are in the journal. The engine's
-        thread, before it computes a step.
+    def settle(self) -> bool:
+        """Waits, if requests are isolated, until delivered events are in the journal; returns
+        whether any is. The engine's thread, before it computes a step.
         """
-        self._journal.settle()
+        return self._journal.settle()
 
     def fail(self) -> None:
         """Reports that the runner failed. Any thread."""

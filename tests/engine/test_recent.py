@@ -111,7 +111,7 @@ def test_chances_of_one_tenant_are_not_those_of_another() -> None:
     track.grade = Grade.OWN_2
     before = Track(tenants.get("b"), None).chance(Grade.OWN_2)
     for _ in range(20):
-        track.learn(4, 0)
+        track.learn(4, 0, at=0)
     assert Track(tenants.get("a"), None).chance(Grade.OWN_2) < before / 2
     assert Track(tenants.get("b"), None).chance(Grade.OWN_2) == before
 
@@ -130,7 +130,7 @@ def test_what_drafts_lose_is_bounded(seed: int) -> None:
             num = draw.randint(1, num)
             hits = draw.choice([0] * 19 + [min(num, 2)])
             track.grade = grade
-            track.learn(num, hits)
+            track.learn(num, hits, at=0)
             track.pay(num * price)
             net, tries = net + hits - num * price, tries + 1
         assert net >= -(0.7 + drafting.INTEREST * num_output) - 1e-9
@@ -143,12 +143,12 @@ def test_a_sequence_whose_drafts_fail_is_left_alone_and_tried_again() -> None:
     for num_output in range(2000):
         if track.most_drafts(Grade.OWN_2, num_output=num_output, price=0.15):
             tries.append(num_output)
-            track.learn(1, 0)
+            track.learn(1, 0, at=0)
             track.pay(0.15)
     assert 20 < len(tries) < 0.04 * 2000
     assert tries[-1] > 1900
     for num_output in range(2000, 2100):
         if num := track.most_drafts(Grade.OWN_2, num_output=num_output, price=0.15):
-            track.learn(num, num)
+            track.learn(num, num, at=0)
             track.pay(0.15 * num)
     assert track.most_drafts(Grade.OWN_2, num_output=2100, price=0.15) > 15

@@ -27,7 +27,7 @@ from service.engine.plan import EngineConfig
 from service.messages import FinishReason, GenerationRequest
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner
 from tests.laws.random_schemas import random_schema
-from tests.laws.test_structured import OBJECT, Engine, alone, request
+from tests.laws.test_structured import OBJECT, Engine, OverlappedNoise, alone, request
 
 DEAD_END = lark_grammar('start: "a" "b" x | "c"\nx: x "d"')
 
@@ -92,15 +92,13 @@ def some_requests(seed: int) -> list[GenerationRequest]:
 
 
 def engine_of(
-    grammars: Grammars, *, keeps: bool, config: EngineConfig | None = None, **fields: int
+    grammars: Grammars, *, keeps: bool, config: EngineConfig | None = None, num_blocks: int = 1024
 ) -> Engine:
-    engine = Engine(grammars, runner=NoiseRunner(keeps_logits=keeps, **fields))
+    engine = Engine(grammars, runner=NoiseRunner(keeps_logits=keeps, num_blocks=num_blocks))
     return engine if config is None else replace(engine, config=config)
 
 
-def check(
-    engine: Engine, requests: Sequence[GenerationRequest], expected: Engine, grammars: Grammars
-) -> None:
+def check(engine: Engine, requests: Sequence[GenerationRequest], expected: Engine) -> None:
     engine.run(*requests)
     for one in requests:
         assert engine.result(one.id) == expected.result(one.id)
@@ -109,22 +107,25 @@ def check(
 
 @pytest.mark.parametrize("seed", range(2))
 def test_without_masks_answers_are_the_same(grammars: CountingGrammars, seed: int) -> None:
-    """Alone with masks; then open: together, in small chunks, with drafts, preempted."""
+    """Alone with masks; then open: together, in small chunks, with drafts, preempted, ahead."""
     requests = some_requests(seed)
     expected = alone(lambda: engine_of(grammars, keeps=False), requests)
     reasons = [end.reason for end in expected.ends.values()]
     assert FinishReason.ERROR in reasons or expected.texts["r4"] == "c"
     masks, grammars.counts[0] = grammars.counts[0], 0
-    check(engine_of(grammars, keeps=True), requests, expected, grammars)
+    check(engine_of(grammars, keeps=True), requests, expected)
     assert 0 < grammars.counts[0] < masks
     narrow = EngineConfig(max_batch_tokens=16, max_sequences=3, max_prompt_chunk=5)
-    check(engine_of(grammars, keeps=True, config=narrow), requests, expected, grammars)
+    check(engine_of(grammars, keeps=True, config=narrow), requests, expected)
     drafting = replace(engine_of(grammars, keeps=True), drafting=True)
-    check(drafting, requests, expected, grammars)
+    check(drafting, requests, expected)
     assert drafting.accepted > 5
     tight = replace(engine_of(grammars, keeps=True, num_blocks=40), drafting=seed == 1)
-    check(tight, requests, expected, grammars)
+    check(tight, requests, expected)
     assert tight.preempted > 0
+    ahead = OverlappedNoise(keeps_logits=True)
+    check(Engine(grammars, runner=ahead), requests, expected)
+    assert ahead.most_ahead == 2
 
 
 def test_a_take_over_goes_on_exactly_after_every_token(grammars: CountingGrammars) -> None:

@@ -39,6 +39,8 @@ class Blocking:
         self.num_blocks = runner.num_blocks
         self.numeric_class = runner.numeric_class
         self.exact = False  # no drafts
+        self.most_sampled = runner.most_sampled
+        self.beside_host = runner.beside_host
         self._runner = runner
 
     def run(self, batch: Batch) -> StepOutput:

@@ -79,15 +79,16 @@ def tiling_of(rows, arch):
 
 pointers = {name: "*bf16" for name in ("x_ptr", "w_ptr", "bias_ptr", "scale_ptr")}
 
-def product(rows, apart, arch, stored="plain"):
+def product(rows, apart, arch, stored="plain", gated=False):
     tile, options = tiling_of(rows, arch)
     types = {**pointers, "y_ptr": "*fp32" if apart else "*bf16", "M": "i32", "x_stride": "i32"}
     if stored != "plain":
         types |= {"w_ptr": "*i8", "scale_ptr": "*fp32" if stored == "float8" else "*fp16"}
     compiled(
-        f"product of {rows} apart {apart} stored {stored}", arch, matmul._product, types,
+        f"product of {rows} apart {apart} stored {stored} gated {gated}", arch, matmul._product,
+        types,
         dict(N=4096, K=1024, PART=256, PARTS_HERE=1 if apart else 4, HAS_BIAS=False,
-             STORED=stored, **tile),
+             GATED=gated, STORED=stored, **tile),
         **options,
     )
 
@@ -122,6 +123,8 @@ for rows in (1, 32, 64, 128, 256):
     for apart in (False, True):
         for stored in ("plain", "float8", "blocks"):
             product(rows, apart, 90, stored)
+    for stored in ("plain", "float8", "blocks"):
+        product(rows, False, 90, stored, gated=True)
     for stored in (False, True):
         head_of(rows, stored, 151936, 90)
 head_of(1, True, 32000, 90)
@@ -136,6 +139,7 @@ for arch in (80, 100):
     for rows in (1, 128, 256):
         for stored in ("plain", "float8", "blocks"):
             product(rows, rows == 1, arch, stored)
+        product(rows, False, arch, gated=True)
     head_of(1, False, 49152, arch)
     for dim in (64, 128, 256):
         attention_of(dim, arch)

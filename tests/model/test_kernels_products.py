@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from model.kernels.activation import silu_mul
 from model.kernels.matmul import multiply
 from model.kernels.shared_memory import MARGIN, stages_within
 from model.kernels.tiling import (
@@ -91,6 +92,30 @@ def test_every_layout_has_the_bits_of_every_other(rows: int) -> None:
     alone = torch.full((1, 65), torch.nan, device=DEVICE)
     multiply(x[-1:], weight, bias, out_MN=alone)
     assert torch.equal(alone, expected[-1:])
+
+
+@pytest.mark.usefixtures("one_order")
+@pytest.mark.parametrize("rows", [3, *at_length(130)])
+@pytest.mark.parametrize("width", [8, 75])
+def test_a_gated_product_has_the_bits_of_two_kernels(rows: int, width: int) -> None:
+    """In every tile of any chip: the product in parts or whole, then its activation. The width of
+    the MLP fills no tile, so that some have rows of up in the lanes of gate.
+    """
+    torch.manual_seed(rows)
+    N = 2 * width
+    x, weight, bias = (noise(*shape, dtype=HALF) for shape in ((rows, 520), (N, 520), (N,)))
+    weight /= math.sqrt(520)
+    for bias_N in (bias, None):
+        expected = silu_mul(multiply(x, weight, bias_N), dtype=HALF)
+        assert expected.abs().max() > 1
+        for tiling in {layout.tiling for layout in all_layouts(N, 520)}:
+            given = multiply(x, weight, bias_N, gated=True, tiling=tiling)
+            assert given.is_activated
+            assert torch.equal(silu_mul(given, dtype=HALF), expected)
+    packed = to_float8(weight)
+    given = multiply(x, packed.values_NK, scales=packed.scales, gated=True)
+    expected = silu_mul(multiply(x, packed.to(HALF)), dtype=HALF)
+    assert torch.equal(given.values, expected)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="an instruction has an order of its own")

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
+from model.native.library import NativeStep
 from model.runners.native import KERNEL_VERSION, NativeRunner
 from model.transformer import Transformer
 
@@ -75,7 +76,7 @@ def test_bits_change_only_with_the_kernel_version(
         dtype = "int4" if kind == "int4" else "int8"
         runner = native(config, weights, variant=variant, kv_dtype=kv_dtype, dtype=dtype)
         logits_RV = np.empty((TOKENS, config.vocab_size), np.float32)
-        runner._model.step(
+        step = NativeStep(
             tokens_T=ids,
             positions_T=np.arange(TOKENS, dtype=np.int32),
             query_starts_S1=np.array([0, TOKENS], np.int32),
@@ -83,6 +84,7 @@ def test_bits_change_only_with_the_kernel_version(
             output_rows_R=np.arange(TOKENS, dtype=np.int32),
             logits=dict(enumerate(logits_RV)),
         )
+        runner._model.step(step)
         assert np.isfinite(logits_RV).all()
         assert len(np.unique(logits_RV.argmax(axis=1))) > 10, "the network says something"
         digest = hashlib.sha256(logits_RV.tobytes()).hexdigest()[:16]

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from model.config import ModelConfig
+from model.runners import Runner, overlapped
 from model.runners.native import NativeRunner
+from model.runners.turns import Turns, take_turns
 from service.engine.cost import CostModel, StepWork
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
@@ -43,7 +45,7 @@ class Run(Observer):
     hits: int = 0
     drafts: int = 0
 
-    def go(self, runner: NativeRunner, config: EngineConfig, works: Sequence[Work]) -> Run:
+    def go(self, runner: Runner, config: EngineConfig, works: Sequence[Work]) -> Run:
         loop = EngineLoop(
             runner,
             config=config,
@@ -94,6 +96,11 @@ def make_requests(seed: int) -> list[GenerationRequest]:
     return requests
 
 
+def hint(tokens: Sequence[int]) -> tuple[int, ...]:
+    """What a client predicts: the answer, but for every ninth token."""
+    return tuple(0 if place % 9 == 8 else token for place, token in enumerate(tokens))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", *slowly("int8")])
 @pytest.mark.parametrize("seed", [0, *slowly(1, 2)])
@@ -103,21 +110,26 @@ def test_nothing_on_the_way_of_a_request_changes_a_bit(
     native_config: Callable[..., ModelConfig],
     native: Callable[..., NativeRunner],
 ) -> None:
-    """Alone with one thread; then together with two, in small chunks, with drafts, from the prefix
-    cache, preempted because blocks are short, and taken over from an engine that had begun.
+    """Alone with one thread, a step at a time; then together with two, steps launched ahead, in
+    small chunks, with drafts, from the prefix cache, preempted because blocks are short, and taken
+    over from an engine that had begun.
     """
     config = native_config(vocab_size=97, max_model_len=256)
     weights = tiny_weights(config)
     requests = make_requests(seed)
     plain = EngineConfig(max_sequences=8, prefix_cache=False, speculate=False)
     alone = Run()
-    single = native(config, weights, num_threads=1, kv_dtype=kv_dtype)
+    single = take_turns(native(config, weights, num_threads=1, kv_dtype=kv_dtype), Turns())
+    assert overlapped(single) is None
     for request in requests:
         alone.go(single, plain, [Work(request=request)])
 
     chunked = replace(plain, max_batch_tokens=8, max_prompt_chunk=7)
     crowded = EngineConfig(max_sequences=8, max_batch_tokens=48)
-    works = [Work(request=request) for request in requests]
+    works = [
+        Work(request=replace(request, prediction=hint(alone.tokens[request.id])))
+        for request in requests
+    ]
     for engine in (chunked, crowded):
         runner = native(config, weights, num_threads=2, num_blocks=20, kv_dtype=kv_dtype)
         together = Run().go(runner, engine, works)

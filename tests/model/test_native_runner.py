@@ -13,6 +13,7 @@ import torch
 from model.batch import Batch, Floats
 from model.config import ModelConfig, Norm, RopeScaling
 from model.families import family_of
+from model.native.library import NativeStep
 from model.runners import RunnerOptions
 from model.runners.choose import choose_runner
 from model.runners.exactness import ExactnessCheck, check_exactness
@@ -464,7 +465,7 @@ def test_every_index_of_a_step_is_checked(
 
     def step(fields: dict[str, list[Any]]) -> Any:
         arrays: dict[str, Any] = {name: np.array(value, np.int32) for name, value in fields.items()}
-        return runner._model.step(**arrays, logits={})
+        return runner._model.step(NativeStep(**arrays))
 
     nothing: dict[str, list[Any]] = {
         "tokens_T": [],

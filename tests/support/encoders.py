@@ -156,8 +156,8 @@ class EncodingStation:
     def _deliver(self, events: Sequence[Event]) -> None:
         self.worker.deliver(events)
 
-    def _settle(self) -> None:
-        self.worker.settle()
+    def _settle(self) -> bool:
+        return self.worker.settle()
 
     async def __aenter__(self) -> Self:
         self.task = asyncio.create_task(self.worker.run())

@@ -176,6 +176,9 @@ class Overlapping:
     It insists on the rules. `most_ahead` is how many steps were ever under way at once.
     """
 
+    most_sampled = 64
+    beside_host = True
+
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
         self.most_ahead = 0
@@ -196,6 +199,7 @@ class Overlapping:
         if unread_T is not None:
             sampling = batch.sampling
             told = {*sampling.penalty_rows_P.tolist(), *sampling.mask_rows_M.tolist()}
+            told.update(sampling.open_rows_L.tolist())
             assert not unread_T[batch.sample_rows_R[sorted(told)]].any()
             assert not unread_T[batch.score_rows_Q].any()
             assert self._under_way, "somebody has read every token"
@@ -251,9 +255,7 @@ def _entries(
     return list(zip(ids[mine].tolist(), values[mine].astype(float).tolist(), strict=True))
 
 
-def _tops(
-    contexts: list[tuple[int, ...]], num: int, *, ids: str, values: str
-) -> dict[str, np.ndarray]:
+def _tops(contexts: list[tuple[int, ...]], num: int, *, ids: str, values: str) -> dict[str, Any]:
     tops = [_top(context, num) for context in contexts] if num else []
     shape = (len(contexts), num)
     return {

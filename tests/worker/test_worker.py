@@ -129,8 +129,8 @@ class Station:
     def _deliver(self, events: Sequence[Event]) -> None:
         self.worker.deliver(events)
 
-    def _settle(self) -> None:
-        self.worker.settle()
+    def _settle(self) -> bool:
+        return self.worker.settle()
 
     def start(self) -> Station:
         self.task = asyncio.create_task(self.worker.run())

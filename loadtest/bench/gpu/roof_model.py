@@ -77,7 +77,7 @@ CASES = (
     Case(shape=_LLAMA, batch=1, context=512, float8=True),
 )
 _ROWS = (128, 256, 512, 2048)  # of a step, for the products of a layer
-_PER_LAYER = 9  # norm, QKV, rotary and store, attention, out, norm, gate-up, SiLU, down
+_PER_LAYER = 8  # norm, QKV, rotary and store, attention, out, norm, gate-up with SiLU, down
 _PER_STEP = 7  # rows, items, embedding; norm, head, argmax, write-back
 _SAMPLED = 11  # more: ten of sampling, a copy
 _CHANGED = 1  # before a step, and in no graph: what the host changes of the state

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "driver.h"
 #include "model.h"
 #include "sampler.h"
 
@@ -82,6 +83,9 @@ QuireModel* quire_create(const QuireShape* shape, const char* variant, char* err
   }
 }
 
+QuireModel::QuireModel(const QuireShape& given, const Kernels& chosen) : quire::Model(given, chosen) {}
+QuireModel::~QuireModel() = default;
+
 void quire_destroy(QuireModel* model) { delete model; }
 
 const char* quire_variant(const QuireModel* model) { return model->kernels.name; }
@@ -152,7 +156,9 @@ int32_t quire_weights(const QuireModel* model, int32_t index, uint8_t** start, s
 }
 
 int32_t quire_step(QuireModel* model, const QuireStep* step, char* error, size_t size) {
-  if (const char* problem = step_error(*model, *step)) {
+  const char* problem = step_error(*model, *step);
+  if (!problem && model->driver && !model->driver->idle()) problem = "launched steps must be collected first";
+  if (problem) {
     write_error(error, size, problem);
     return 1;
   }
@@ -160,10 +166,38 @@ int32_t quire_step(QuireModel* model, const QuireStep* step, char* error, size_t
     if (step->rows) model->computed_rows = step->rows;
     model->run(*step);
     return 0;
-  } catch (const std::exception& problem) {
-    write_error(error, size, problem.what());
+  } catch (const std::exception& thrown) {
+    write_error(error, size, thrown.what());
     return 1;
   }
+}
+
+int32_t quire_launch(QuireModel* model, const QuireStep* step, const int32_t* unread, char* error, size_t size) {
+  const char* problem = step_error(*model, *step);
+  for (int32_t t = 0; unread && !problem && t < step->rows; t++)
+    if (unread[t] >= model->launched_outputs) problem = "an unread token is none of the step before";
+  if (problem) {
+    write_error(error, size, problem);
+    return 1;
+  }
+  if (step->rows) {
+    model->computed_rows = step->rows;
+    model->launched_outputs = step->outputs;
+  }
+  if (!model->driver) model->driver = std::make_unique<quire::Driver>(*model);
+  model->driver->launch(*step, unread);
+  return 0;
+}
+
+int32_t quire_collect(QuireModel* model, double* seconds, char* error, size_t size) {
+  if (!model->driver || model->driver->idle()) {
+    write_error(error, size, "no step was launched");
+    return 1;
+  }
+  const quire::Driver::Flight flight = model->driver->collect();
+  *seconds = flight.seconds;
+  write_error(error, size, flight.error.c_str());
+  return flight.error.empty() ? 0 : 1;
 }
 
 namespace {

@@ -126,6 +126,14 @@ constexpr int kHeadChunks = 64;  // of the head, at most
 
 }  // namespace quire
 
+namespace quire {
+class Driver;
+}
+
 struct QuireModel : quire::Model {
-  using quire::Model::Model;
+  QuireModel(const QuireShape& given, const Kernels& chosen);
+  ~QuireModel();
+
+  int32_t launched_outputs = 0;           // of the newest launched step, whose tokens the next may name
+  std::unique_ptr<quire::Driver> driver;  // from the first launch on; last: its thread uses the model
 };

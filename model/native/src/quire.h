@@ -63,7 +63,7 @@ struct QuireStep {
   int32_t outputs;      // R: rows that go through the head
   int32_t keeps_rows;   // 1: a step of the head alone follows, over other rows than these; 0: of the
                         // others the last layer computes only keys and values
-  const int32_t* tokens;        // [T]
+  int32_t* tokens;              // [T]; unread ones are written by the library
   const int32_t* positions;     // [T]
   const int32_t* query_starts;  // [S + 1]
   const int32_t* block_table;   // [S, B]
@@ -112,6 +112,14 @@ QUIRE_API int32_t quire_weights(const QuireModel* model, int32_t index, uint8_t*
 
 // Runs one step. Returns 0, or 1 with a message if the step does not fit the model.
 QUIRE_API int32_t quire_step(QuireModel* model, const QuireStep* step, char* error, size_t size);
+
+// The same in two parts: launch returns at once, and the step is computed when those launched before it are;
+// collect waits for the oldest one and writes the seconds that it took. `step` is copied, but what it and `unread` point to must stay until it is
+// collected. `unread`: [T] number of the output of the last step with rows before this one that is the row's
+// token, or -1; null: all tokens are known. Return 0, or 1 with a message. Between launches and collects, no step runs alone.
+QUIRE_API int32_t quire_launch(QuireModel* model, const QuireStep* step, const int32_t* unread, char* error,
+                               size_t size);
+QUIRE_API int32_t quire_collect(QuireModel* model, double* seconds, char* error, size_t size);
 
 // Parts, for tests: y = codes x packed w, dequantised, with bias or null. 1: no such variant.
 QUIRE_API int32_t quire_product(const char* variant, const float* w, const float* bias, int32_t outputs,

@@ -121,8 +121,9 @@ class VerifiedProducts:
         bias_N: torch.Tensor | None = None,
         *,
         out_MN: torch.Tensor | None = None,
+        gated: bool = False,
     ) -> Product:
-        """See `multiply`: the same bits by either."""
+        """See `multiply`: the same bits by either. What vendor BLAS multiplied is not activated."""
         if (
             len(x_MK) == self._rows
             and out_MN is None
@@ -130,7 +131,7 @@ class VerifiedProducts:
             and self._has_verified_layout(x_MK, weight_NK, bias_N)
         ):
             return self._blas.multiply(x_MK, weight_NK, bias_N)
-        return multiply(x_MK, weight_NK, bias_N, out_MN=out_MN)
+        return multiply(x_MK, weight_NK, bias_N, out_MN=out_MN, gated=gated)
 
     def _passes(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> bool:
         try:

@@ -1,7 +1,7 @@
 """The network on the Triton kernels: the same sums as `model.transformer`, fused, over paged KV.
 
     residual ── norm ── QKV ── rotary, KV store ── attention ── out ─┐ delta
-       └─ + ──────── norm ── gate-up ── SiLU · mul ── down ──────┤ delta
+       └─ + ──────── norm ── gate-up, SiLU · mul ─── down ──────┤ delta
        └─ + ──────── (next layer)
 
 A sublayer returns its product unfinished (`Product`, maybe in parts); the next norm adds it to the
@@ -146,9 +146,7 @@ class FusedNetwork:
         device = self._embed.device
         chip = {"limit": shared_memory(device), "multiprocessors": multiprocessors_of(device)}
         found = tuple(layout_for(num_rows, *shape, **chip) for shape in shapes)
-        if self.reduce is None:
-            return found
-        # A product that is summed over ranks is whole.
+        # A product that is gated or summed over ranks is whole.
         whole = (tile_for_whole(num_rows, *shape, **chip) for shape in shapes)
         return found + tuple(Layout(tiling, is_apart=False) for tiling in whole)
 
@@ -189,7 +187,7 @@ class FusedNetwork:
             )
             delta = self._narrow(mixed_THD.flatten(1), layer.out)
             x_TC = self._add_norm(residual_TC, delta, layer.mlp_norm)
-            gate_up = self._apply(x_TC, layer.gate_up)
+            gate_up = self._apply(x_TC, layer.gate_up, gated=True)
             x_TF = silu_mul(gate_up, dtype=self.dtype)
             delta = self._narrow(x_TF, layer.down)
         if delta is None:
@@ -252,10 +250,10 @@ class FusedNetwork:
         y = torch.empty((len(x), len(linear.weight)), dtype=self.dtype, device=x.device)
         return Product(self.reduce(self._apply(x, linear, out_MN=y).values))
 
-    def _apply(self, x: torch.Tensor, linear: Linear, **out: torch.Tensor) -> Product:
+    def _apply(self, x: torch.Tensor, linear: Linear, **options: torch.Tensor | bool) -> Product:
         if linear.scales is not None:
-            out["scales"] = linear.scales
-        return self._multiply(x, linear.weight, linear.bias, **out)
+            options["scales"] = linear.scales
+        return self._multiply(x, linear.weight, linear.bias, **options)
 
 
 def _load(

@@ -63,6 +63,7 @@ class CudaRunner:
     """Runs steps over a network, a KV pool and batch slots that `build.build_runner` made."""
 
     exact = False  # until it is verified
+    beside_host = True
     numeric_class = ""
 
     def __init__(
@@ -79,6 +80,7 @@ class CudaRunner:
         self.block_size = options.block_size
         self.num_blocks = 0
         self.vendor_blas_shapes: frozenset[ProductShape] = frozenset()  # that it multiplies
+        self.most_sampled = options.max_sequences
         self._options = options
         self._accelerator = accelerator
         self._network = network

@@ -1,0 +1,98 @@
+"""Steps of the native runner that are launched before earlier ones are read: the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.batch import Batch, StepOutput
+from model.config import ModelConfig
+from model.runners.native import NativeRunner
+from tests.support.builders import Piece, make_batch, tiny_weights
+
+UNKNOWN = 0  # where the runner has the token
+WAYS: list[dict[str, Any]] = [{}, {"temperature": 0.9, "seed": 5}, {"temperature": 1.3, "seed": 6}]
+PROMPTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11, 12, 13]]
+Build = Callable[..., NativeRunner]
+
+
+def step(texts: list[list[int]], counts: list[int], order: list[int], *, index: int) -> Batch:
+    """The next tokens of some sequences, each in the slot and the block of its number."""
+    pieces = [
+        Piece(
+            tokens=texts[number],
+            blocks=[10 + number],
+            count=counts[number],
+            seat=number,
+            sampling=WAYS[number] | {"index": index, "top_logprobs": 2},
+            scores={0: 3} if index == 0 and counts[number] > 1 else {},
+        )
+        for number in order
+    ]
+    return make_batch(pieces, num_top=2)
+
+
+@pytest.fixture
+def build(native_config: Callable[..., ModelConfig], native: Build) -> Callable[[], NativeRunner]:
+    config = native_config()
+    weights = tiny_weights(config)
+    return lambda: native(config, weights, num_threads=2)
+
+
+def same(left: StepOutput, right: StepOutput) -> bool:
+    """All arrays, bit by bit."""
+    arrays = [name for name in StepOutput.__dataclass_fields__ if name != "seconds"]
+    return all(np.array_equal(getattr(left, n), getattr(right, n)) for n in arrays)
+
+
+def test_unread_tokens_are_those_of_the_step_before(build: Callable[[], NativeRunner]) -> None:
+    """Sequences come in another order in each step, and one of them pauses."""
+    orders = [[0, 1, 2], [2, 0, 1], [2, 0, 1], [1, 2], [2, 1]]
+    alone, ahead = build(), build()
+    texts = [list(prompt) for prompt in PROMPTS]
+    expected = []
+    for index, order in enumerate(orders):
+        counts = [len(text) if index == 0 else 1 for text in texts]
+        output = alone.run(step(texts, counts, order, index=index))
+        expected.append(output)
+        for number, token in zip(order, output.tokens_R.tolist(), strict=True):
+            texts[number].append(token)
+    texts = [list(prompt) for prompt in PROMPTS]
+    flights, outputs = [], []
+    for index, order in enumerate(orders):
+        counts = [len(text) if index == 0 else 1 for text in texts]
+        batch = step(texts, counts, order, index=index)
+        unread_T = None if index == 0 else np.ones(batch.num_tokens, np.bool_)
+        flights.append(ahead.launch(batch, unread_T=unread_T))
+        for number in order:
+            texts[number].append(UNKNOWN)
+        if len(flights) == 2:
+            outputs.append(ahead.collect(flights.pop(0)))
+    outputs.append(ahead.collect(flights.pop()))
+    assert all(map(same, outputs, expected))
+    assert expected[0].score_logprobs_Q.size == 3
+    assert all(output.seconds is not None and output.seconds > 0 for output in outputs)
+
+
+def test_a_step_reads_only_what_was_launched(build: Callable[[], NativeRunner]) -> None:
+    runner = build()
+    texts = [list(prompt) for prompt in PROMPTS]
+    first = step(texts, [4, 2, 7], [0, 1], index=0)
+    unread_T = np.ones(2, np.bool_)
+    later = step([[*text, UNKNOWN] for text in texts], [1, 1, 1], [0, 2], index=1)
+    with pytest.raises(ValueError, match="only a step in flight has unread tokens"):
+        runner.launch(later, unread_T=unread_T)
+    handle = runner.launch(first)
+    with pytest.raises(ValueError, match="slot 2 has no token in flight"):
+        runner.launch(later, unread_T=unread_T)
+    with pytest.raises(ValueError, match="launched steps must be collected first"):
+        runner.run(first)
+    with pytest.raises(ValueError, match="in the order they were launched"):
+        runner.collect(replace(handle, number=handle.number + 1))
+    assert same(runner.collect(handle), runner.run(first))
+    with pytest.raises(ValueError, match="in the order they were launched"):
+        runner.collect(handle)
