@@ -21,6 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import uvloop
+
 from loadtest.bench.servers import Plan, Running, Server, ServerFailed, running
 from service.bench.client import Outcome, Question, Summary, arrive, complete, drive, summarise
 from service.bench.workloads import make_prompts, make_questions, poisson_arrivals
@@ -160,7 +162,7 @@ class Session:
         deadline = time.monotonic() + _WAIT
         while True:
             request = complete(started.target, prompt, max_tokens=8, timeout=_WAIT)
-            outcome = asyncio.run(request)
+            outcome = uvloop.run(request)
             if outcome.error is None:
                 return
             if time.monotonic() > deadline:
@@ -181,7 +183,7 @@ class Session:
             raise TooSlow(f"{clients} clients would take over {sizes.patience:g} s")
 
     def _measure(self, started: Running, kind: Kind, level: float, *, load: float) -> Result:
-        (outcomes, wall), cpu, own = asyncio.run(
+        (outcomes, wall), cpu, own = uvloop.run(
             _watched(started, _load(started, kind, level, sizes=self._sizes, repeat=self.repeat))
         )
         result = Result(

@@ -73,7 +73,9 @@ def scored_on_host(parts: Iterable[ScoredRows]) -> Logprobs:
     )
 
 
-def step_output(tokens_R: Ints, sampled: Logprobs, scored: Logprobs) -> StepOutput:
+def step_output(
+    tokens_R: Ints, sampled: Logprobs, scored: Logprobs, *, seconds: float | None = None
+) -> StepOutput:
     """The result of a step: sampled tokens, their log probabilities, those of given tokens."""
     return StepOutput(
         tokens_R=tokens_R,
@@ -83,6 +85,7 @@ def step_output(tokens_R: Ints, sampled: Logprobs, scored: Logprobs) -> StepOutp
         score_logprobs_Q=scored.logprobs,
         score_top_ids_QN=scored.top_ids,
         score_top_logprobs_QN=scored.top_logprobs,
+        seconds=seconds,
     )
 
 

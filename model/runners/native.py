@@ -48,7 +48,7 @@ _KV_NAMES = {"auto": "", "bfloat16": "", "int8": "-kv8"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Flight:
-    """A step that was launched; the library writes its results into the arrays of `output`."""
+    """A step for the library, which writes its results into the arrays of `output`."""
 
     handle: StepHandle
     steps: Sequence[NativeStep]  # the first one runs the layers
@@ -57,10 +57,9 @@ class _Flight:
     open_LV: Floats
     kept: Ints | None  # an array that the library reads
 
-    @property
-    def output(self) -> StepOutput:
+    def output(self, seconds: float | None = None) -> StepOutput:
         scored = Logprobs.join(self.scored)
-        output = step_output(self.steps[0].tokens_R, self.sampled, scored)
+        output = step_output(self.steps[0].tokens_R, self.sampled, scored, seconds=seconds)
         return replace(output, open_logits_LV=self.open_LV) if len(self.open_LV) else output
 
 
@@ -106,7 +105,7 @@ class NativeRunner:
         flight = self._flight(batch, 0)
         for step in flight.steps:
             self._model.step(step)
-        return flight.output
+        return flight.output()
 
     def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
         unread_rows_T = None if unread_T is None else self._unread(batch, unread_T)
@@ -123,8 +122,7 @@ class NativeRunner:
         if not self._flights or self._flights[0].handle != handle:
             raise ValueError("steps are collected in the order they were launched")
         flight = self._flights.popleft()
-        seconds = sum(self._model.collect() for _ in flight.steps)
-        return replace(flight.output, seconds=seconds)
+        return flight.output(sum(self._model.collect() for _ in flight.steps))
 
     def warm_up(self) -> None:
         """Touches weights and threads with a decoded token and a chunk."""

@@ -40,6 +40,7 @@ class _Columns(NamedTuple):
     """Sampling parameters of rows, gathered from their batch slots."""
 
     batch_slots_R: Ints
+    adapters_R: Ints  # empty if no row has one
     seeds_R: Seeds
     choices_R: Ints
     top_ks_R: Ints
@@ -152,7 +153,7 @@ class Packer:
             context_lens_S=contexts_S,
             block_table_SB=self._table[columns.batch_slots_R, :width],
             batch_slots_S=columns.batch_slots_R,
-            adapters_S=self._numbered(columns.batch_slots_R),
+            adapters_S=columns.adapters_R,
             sample_rows_R=self._counting[:count],
             sampling=self._sampling(plan, columns, outputs_R),
             score_rows_Q=score_rows_Q,
@@ -202,6 +203,7 @@ class Packer:
     def _gather(self, batch_slots_R: Ints) -> _Columns:
         return _Columns(
             batch_slots_R,
+            self._numbered(batch_slots_R),
             self._seeds[batch_slots_R],
             self._choices[batch_slots_R],
             self._top_ks[batch_slots_R],
@@ -283,6 +285,8 @@ def unread_rows(plan: Plan) -> Bools | None:
     if not any(unread):
         return None
     unread_S = np.array(unread, np.bool_)
+    if plan.num_tokens == len(unread):
+        return unread_S
     ends_S = np.cumsum(np.fromiter(plan.tokens.values(), np.int64, len(plan.tokens)))
     unread_T = np.zeros(plan.num_tokens, np.bool_)
     unread_T[ends_S[unread_S] - 1] = True

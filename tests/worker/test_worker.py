@@ -51,6 +51,7 @@ from tests.support.fakes import (
     EOS_IDS,
     TOKEN_BYTES,
     OracleRunner,
+    OverlappedOracle,
     oracle_answer,
     oracle_logprob,
 )
@@ -103,10 +104,11 @@ class Station:
         on_run: Callable[[Batch], None] | None = None,
         max_sequences: int = 8,
         journal_interval: float = 0.0,
+        runner: type[OracleRunner] = OracleRunner,
     ) -> None:
         self.ledger = Ledger()
         self.engine = EngineLoop(
-            OracleRunner(num_blocks=128, on_run=on_run),
+            runner(num_blocks=128, on_run=on_run),
             config=EngineConfig(max_batch_tokens=32, max_sequences=max_sequences),
             token_bytes=TOKEN_BYTES,
             eos_ids=EOS_IDS,
@@ -698,7 +700,10 @@ class SlowQueue(MemoryQueue):
         return await super().write(writes)
 
 
-async def test_an_isolated_request_s_tokens_are_journalled_before_the_next_step() -> None:
+@pytest.mark.parametrize("runner", [OracleRunner, OverlappedOracle], ids=["", "overlapped"])
+async def test_an_isolated_request_s_tokens_are_journalled_before_the_next_step(
+    runner: type[OracleRunner],
+) -> None:
     """Else the position at which an engine dies would be known only roughly."""
     queue = SlowQueue(QueueLimits(lease=5))
     request = make_request("isolated", max_tokens=20)
@@ -709,7 +714,7 @@ async def test_an_isolated_request_s_tokens_are_journalled_before_the_next_step(
         (index,) = batch.sampling.indices_R.tolist()
         lags.append((index, index - queue._entries[request.id].count))
 
-    async with station(queue, on_run=note):
+    async with station(queue, on_run=note, runner=runner):
         assert (await answer(queue, request))[0] == oracle_answer(request)
     assert [lag for index, lag in lags if index <= CLEARED_AFTER] == [0] * (CLEARED_AFTER + 1)
     assert max(lag for _, lag in lags) > 0, "later steps do not wait"
