@@ -72,6 +72,7 @@ class NativeRunner:
 
     exact = True
     beside_host = False
+    keeps_logits = True
 
     def __init__(
         self, config: ModelConfig, weights: Weights | Arrays, *, options: RunnerOptions,

@@ -84,7 +84,7 @@ def some_requests(seed: int) -> list[GenerationRequest]:
         greedy("penalised", notations[1], frequency_penalty=0.4),
         greedy("biased", notations[0], logit_bias=((97, 3.0),)),
         replace(greedy("early", regex_grammar("a+")), min_tokens=9),
-        greedy("plain", None),
+        replace(greedy("plain", None, max_tokens=90), ignore_eos=True),
     ]
     requests = [greedy(f"r{index}", each) for index, each in enumerate(notations)] + others
     draw.shuffle(requests)

@@ -14,7 +14,7 @@ from model.batch import Batch, Floats
 from model.config import ModelConfig, Norm, RopeScaling
 from model.families import family_of
 from model.native.library import NativeStep
-from model.runners import RunnerOptions
+from model.runners import RunnerOptions, keeps_logits
 from model.runners.choose import choose_runner
 from model.runners.exactness import ExactnessCheck, check_exactness
 from model.runners.native import COMPUTE_ROWS, NativeRunner, unsupported
@@ -289,6 +289,7 @@ def test_open_rows_return_the_logits_whose_argmax_they_take(
     """The same bits alone and among rows that are sampled and scored; no other row changes."""
     config = native_config()
     runner = native(config, tiny_weights(config), num_threads=threads)
+    assert keeps_logits(runner)
     kinds: list[dict[str, Any]] = [{}, {}, {"temperature": 1.0}, {"logprobs": True}, {}]
     pieces = [
         Piece(tokens=tokens(9, seed=seed), blocks=[seed], count=9, sampling=kind)
