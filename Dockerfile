@@ -122,7 +122,11 @@ FROM runtime AS cuda
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc libc6-dev \
- && rm -rf /var/lib/apt/lists/* /var/log/* /var/cache/ldconfig/aux-cache
+ && rm -rf /var/lib/apt/lists/* /var/log/* /var/cache/ldconfig/aux-cache \
+ && install -d -o 10001 -g 10001 /var/lib/triton
+# Compiled kernels: a volume, because the root may be read-only; a restarted container compiles none again.
+ENV TRITON_CACHE_DIR=/var/lib/triton
+VOLUME /var/lib/triton
 # What the container runtime of NVIDIA asks for, to bring the driver's libraries in.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -1,6 +1,6 @@
 # `make serve` and `make test` do everything on a fresh machine; the rest is for working here.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-clients-openai2 test-clients-openai3 test-triton unit longer faults fuzz loadtest soak peers compare check docs lint format install constraints system clean
+.PHONY: help serve test test-clients test-clients-openai2 test-clients-openai3 test-triton $(TRITON_RUNS) unit longer faults fuzz loadtest soak peers compare check docs lint format install constraints system clean
 
 VENV   ?= .venv
 PYTHON ?= python3
@@ -12,6 +12,7 @@ CLIENTS ?= .venv-clients
 TRITONS ?= 3.6.0
 # Two environments: some clients need version 2 of openai, some version 3.
 CLIENT_RUNS := test-clients-openai2 test-clients-openai3
+TRITON_RUNS := $(TRITONS:%=test-triton-%)
 # pip has built it, if need be with the package ziglang (setup.py); this prints why if it could not.
 BUILD_NATIVE := $(BIN)/python -m model.native.build \
   || echo "the torch runner will serve instead, at a quarter of the speed or less (docs/benchmarks.md)"
@@ -48,12 +49,17 @@ $(CLIENT_RUNS): test-clients-%: $(VENV)/.installed $(CLIENTS)/%/.installed $(CLI
 	  tests/clients/test_openai.py tests/clients/test_embeddings.py tests/clients/$* --quire $(BIN)/quire $(ARGS)
 
 # The constraints have the newest release that torch requires; these are tested beside it.
-test-triton: $(VENV)/.tested  ## what the GPU kernels compile to with other releases (TRITONS="3.6.0 3.9.0")
-	for version in $(TRITONS); do \
-	  $(PIP) install --no-deps --upgrade --target build/triton-$$version triton==$$version \
-	  && PYTHONPATH=build/triton-$$version $(PYTEST) $(PARALLEL) -m kernels \
-	    tests/model/test_kernels_compile.py tests/model/test_kernels_hopper.py $(ARGS) || exit 1; \
-	done
+test-triton: $(TRITON_RUNS)  ## the GPU kernels with other releases of Triton (TRITONS="3.6.0 3.7.1")
+
+$(TRITON_RUNS): test-triton-%: $(VENV)/.tested build/triton-%/.installed
+	PYTHONPATH=$(CURDIR)/build/triton-$* $(PYTEST) $(PARALLEL) -m "not kernels and not longer" \
+	  $(wildcard tests/model/test_kernels*.py) $(ARGS)
+	PYTHONPATH=$(CURDIR)/build/triton-$* $(PYTEST) $(PARALLEL) -m kernels \
+	  tests/model/test_kernels_compile.py tests/model/test_kernels_hopper.py $(ARGS)
+
+build/triton-%/.installed: | $(VENV)/.tested
+	$(PIP) install --no-deps --target $(@D) triton==$*
+	touch $@
 
 unit: $(VENV)/.tested  ## the fast tests alone
 	$(PYTEST) $(PARALLEL) -m "not slow and not longer and not kernels and not faults" $(ARGS)

@@ -38,6 +38,11 @@ class PackedStates:
 
     def states(self, batch: Sequence[Encoding]) -> list[torch.Tensor]:
         """The normalised states of each input, [T, C]."""
+        # CUDA's current device, on which Triton launches, is the first one in every thread.
+        with torch.cuda.device_of(self._network.embed.weight):
+            return self._states(batch)
+
+    def _states(self, batch: Sequence[Encoding]) -> list[torch.Tensor]:
         network = self._network
         device = network.embed.weight.device
         lengths = [len(encoding.ids) for encoding in batch]

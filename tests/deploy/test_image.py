@@ -128,6 +128,14 @@ def test_variables_are_settings(target: str) -> None:
     assert not settings.is_loopback
 
 
+def test_compiled_kernels_are_kept_on_a_volume_of_the_image() -> None:
+    """Which its user may write, as the folder has it before the volume is declared."""
+    folder = environment("cuda")["TRITON_CACHE_DIR"]
+    assert of("cuda", "VOLUME") == [folder]
+    assert f"install -d -o 10001 -g 10001 {folder}" in of("cuda", "RUN")[-1]
+    assert not of("cpu", "VOLUME")
+
+
 def test_the_last_stage_has_no_compiler() -> None:
     assert next(reversed(stages())) == "cpu", "what a build without --target makes"
     words = {word for rest in of("cpu", "RUN") for word in shlex.split(rest)}

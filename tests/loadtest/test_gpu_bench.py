@@ -8,13 +8,17 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from loadtest.bench.gpu import __main__ as gpu_bench
 from loadtest.bench.gpu.__main__ import STAGES, Stage
@@ -28,6 +32,7 @@ from model.batch import Batch, StepOutput
 from model.runners import RunnerOptions
 from model.runners.choose import choose_sizes
 from model.runners.exactness import ExactnessCheck
+from service.settings import Settings
 
 TRIAL = ExactnessCheck(prompt=9, answer=4, beside=(), chunks=(1, 4))
 
@@ -112,6 +117,30 @@ def test_a_stage_that_hangs_or_fails_does_not_stop_others(
     stages = json.loads(out.read_text())["stages"]
     assert stages["ceilings"]["state"].startswith("cut off")
     assert stages["nothing"]["state"].startswith("failed: KeyError")
+
+
+def test_a_long_stage_leaves_others_their_least_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first commands once might have ended with the exactness matrix, and no step measured."""
+    given: dict[str, float] = {}
+
+    def run(name: str, *, seconds: float, **_: Any) -> gpu_bench.Found:
+        given[name] = seconds
+        return gpu_bench.Found(state="done")
+
+    stages = {
+        name: Stage(function="", least=least, most=most)
+        for name, least, most in (("a", 10, 300), ("b", 20, 25), ("c", 30, 999))
+    }
+    monkeypatch.setattr(gpu_bench, "STAGES", stages)
+    monkeypatch.setattr(gpu_bench, "_run", run)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    out = str(tmp_path / "found.json")
+    assert gpu_bench.main(["--smoke", "--only", "a,b,c", "--minutes", "2", "--out", out]) == 0
+    assert given == {"a": 50, "b": 25, "c": 100}  # 100 s, and no stage took any of it
+    assert gpu_bench.main(["--smoke", "--only", "a,b,c", "--minutes", "1", "--out", out]) == 0
+    assert given == {"a": 10, "b": 20, "c": 40}
 
 
 def test_an_unknown_stage_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,8 +270,6 @@ sys.meta_path.insert(0, Missing)
 
 def dependencies() -> set[str]:
     """Import names of all packages that the project names."""
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     names = {re.split(r"[^A-Za-z0-9_-]", line)[0] for lines in groups for line in lines}
@@ -268,6 +295,53 @@ def test_the_gpu_stages_need_no_package_of_the_service() -> None:
         cwd=ROOT, check=False, capture_output=True, text=True,
     )  # fmt: skip
     assert "No module named 'pydantic'" in failing.stderr
+
+
+def packages_of(names: Sequence[str]) -> set[str]:
+    """Normalised names of installed packages and of all that they require."""
+    found: set[str] = set()
+    open_names = list(names)
+    while open_names:
+        requirement = open_names.pop()
+        name = normalised(re.split(r"[^A-Za-z0-9._-]", requirement)[0])
+        if name in found or "extra ==" in requirement:
+            continue
+        try:
+            open_names += requires(name) or []
+        except PackageNotFoundError:  # for another system
+            continue
+        found.add(name)
+    return found
+
+
+def normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.slow
+def test_the_service_needs_no_package_but_the_listed_wheels() -> None:
+    """Beside those that the head of the list names. All others are missing in the process."""
+    text = (ROOT / "loadtest/bench/gpu/wheels.txt").read_text()
+    given = ("torch", "triton", "numpy", "transformers", "rich", "typer", "httpx", "uvloop")
+    head = " ".join(line for line in text.splitlines() if line.startswith("#"))
+    assert all(name in head for name in given if name != "numpy")
+    wheels = {line for line in text.splitlines() if not line.startswith("#")}
+    present = packages_of([*given, "prometheus-client"]) | wheels
+    owners = packages_distributions()
+    missing = {top for top, names in owners.items() if not present & {*map(normalised, names)}}
+    missing -= {"model", "service", "loadtest", "tests"}
+    assert {"pytest", "playwright", "locust"} <= missing
+    names = ["service.__main__", "service.roles", "service.app", "service.worker"]
+    names += ["service.engine.loop", "service.bench.client", "loadtest.bench.gpu.http"]
+    program = WITHOUT % missing + f"[import_module(name) for name in {names!r}]"
+    run = subprocess.run(
+        [sys.executable, "-c", program.replace("OURS - ALLOWED", "OURS")],
+        cwd=ROOT, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    required = {normalised(re.split(r"[^A-Za-z0-9._-]", line)[0]) for line in dependencies}
+    assert required <= present
 
 
 @pytest.mark.slow
@@ -298,3 +372,14 @@ def test_the_measured_step_is_the_products_default(tmp_path: Path) -> None:
     )  # fmt: skip
     real = replace(bench(tmp_path), smoke=False)
     assert (sizes.max_batch_tokens, sizes.max_sequences) == (real.budget, max(real.batches))
+    assert Settings.model_fields["block_size"].default == RunnerOptions().block_size
+
+
+def test_manifests_leave_the_measured_sizes_as_they_are() -> None:
+    """Steps of other sizes have been measured by nothing, and those above 2048 have no graphs."""
+    compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
+    variables = compose["services"]["engine-gpu"]["environment"]
+    assert variables["QUIRE_MAX_BATCH_TOKENS"] == "${MAX_BATCH_TOKENS:-}"
+    assert variables["QUIRE_MAX_SEQUENCES"] == "${MAX_SEQUENCES:-}"
+    overlay = (ROOT / "deploy/kubernetes/overlays/gpu/settings.env").read_text()
+    assert not re.findall("BLOCK_SIZE|MAX_BATCH_TOKENS|MAX_SEQUENCES", overlay)

@@ -7,6 +7,7 @@ but for the number of columns: what exactness over batch sizes rests on.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ def compiled(name, arch, kernel, types, constants, **options):
     assembly = done.asm["ptx"]
     found[f"{name}, sm_{arch}"] = {
         "arch": arch,
+        "triton": triton.__version__,
         "stages": options.get("num_stages", 0),
         "instructions": sorted(set(re.findall(r"wgmma.mma_async\S*?(m\d+n\d+k\d+)", assembly))),
         "mma": len(re.findall(r"[^_]mma.sync", assembly)),
@@ -53,6 +55,7 @@ def compiled(name, arch, kernel, types, constants, **options):
         "loops": len(re.findall(r"scf.for", done.asm["ttgir"])),
         "flushed": len(re.findall(r"mul.ftz", assembly)),
         "shared": done.metadata.shared / 1024 / LIMITS[arch],
+        "serialized": "C7515" in log.getvalue(),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue()))),
         "pool_offsets": sorted(set(re.findall(
             r"tt.addptr .*ptr<f8E4M3FN>>?, (?:tensor<[\dx]*)?(i\d+)", done.asm["ttir"]
@@ -119,23 +122,54 @@ def attention_of(dim, arch, stored="*bf16", block_size=16, windowed=False, causa
         num_warps=warps, num_stages=stages,
     )
 
-for rows in (1, 32, 64, 128, 256):
-    for apart in (False, True):
+def sampling_of(arch):
+    types = {name: "*fp32" for name in ("logits_ptr", "values_ptr", "value_ptr", "largest_ptr")}
+    integers = ("state_ptr", "batch_slots_ptr", "ids_ptr", "id_ptr", "tokens_ptr", "counts_ptr")
+    types |= {name: "*i32" for name in integers}
+    types |= {name: "*i64" for name in ("sums_ptr", "search_ptr", "bins_ptr")}
+    types |= {"V": "i32", "stride": "i32", "number": "i32"}
+    for name, kernel, constants in (
+        ("argmax", head._argmax, dict(N=38, CHUNK=4096)),
+        ("merge", head._merge, dict(N=2374, LANES=4096)),
+        ("sums", sampling._sums, dict(N=38, CHUNK=4096)),
+        ("plain", sampling._sample_plain, dict(N=38, CHUNK=4096, LANES=64)),
+        ("count", cuts._count, dict(CHUNK=4096)),
+        ("find", cuts._find, dict(N=38, CHUNK=4096, LANES=64)),
+    ):
+        compiled(f"sampling: {name}", arch, kernel, types, constants, num_warps=8)
+
+def storing(arch):
+    types = {"qkv_ptr": "*fp32", "table_ptr": "*fp32", "part_stride": "i32", "num_positions": "i32"}
+    types |= {name: "*bf16" for name in ("q_ptr", "q_norm_ptr", "k_norm_ptr")} | {"eps": "fp32"}
+    types |= {name: "*fp8e4nv" for name in ("keys_ptr", "values_ptr")}
+    types |= {name: "*i32" for name in ("positions_ptr", "kv_slots_ptr")}
+    compiled(
+        "storing *fp8e4nv", arch, rotary._rotate_and_store, types,
+        dict(H=16, K=8, HALF=64, BLOCK=64, HEADS=8, PARTS=2, NORMED=True, ROTARY=True),
+        num_warps=4,
+    )
+
+def hopper():
+    for rows in (1, 32, 64, 128, 256):
+        for apart in (False, True):
+            for stored in ("plain", "float8", "blocks"):
+                product(rows, apart, 90, stored)
         for stored in ("plain", "float8", "blocks"):
-            product(rows, apart, 90, stored)
-    for stored in ("plain", "float8", "blocks"):
-        product(rows, False, 90, stored, gated=True)
-    for stored in (False, True):
-        head_of(rows, stored, 151936, 90)
-head_of(1, True, 32000, 90)
-for dim in (64, 80, 96, 128, 256):
-    attention_of(dim, 90)
-    attention_of(dim, 90, windowed=True)
-attention_of(128, 90, "*fp8e4nv")
-attention_of(128, 90, block_size=64)
-for dim in (32, 64):
-    attention_of(dim, 90, block_size=1, causal=False)
-for arch in (80, 100):
+            product(rows, False, 90, stored, gated=True)
+        for stored in (False, True):
+            head_of(rows, stored, 151936, 90)
+    head_of(1, True, 32000, 90)
+    for dim in (64, 80, 96, 128, 256):
+        attention_of(dim, 90)
+        attention_of(dim, 90, windowed=True)
+    attention_of(128, 90, "*fp8e4nv")
+    attention_of(128, 90, block_size=64)
+    for dim in (32, 64):
+        attention_of(dim, 90, block_size=1, causal=False)
+    sampling_of(90)
+    storing(90)
+
+def other(arch):
     for rows in (1, 128, 256):
         for stored in ("plain", "float8", "blocks"):
             product(rows, rows == 1, arch, stored)
@@ -144,37 +178,16 @@ for arch in (80, 100):
     for dim in (64, 128, 256):
         attention_of(dim, arch)
 
-types = {name: "*fp32" for name in ("logits_ptr", "values_ptr", "value_ptr", "largest_ptr")}
-integers = ("state_ptr", "batch_slots_ptr", "ids_ptr", "id_ptr", "tokens_ptr")
-types |= {name: "*i32" for name in integers}
-types |= {name: "*i64" for name in ("sums_ptr", "search_ptr", "bins_ptr")}
-types |= {"counts_ptr": "*i32", "V": "i32", "stride": "i32", "number": "i32"}
-for name, kernel, constants in (
-    ("argmax", head._argmax, dict(N=38, CHUNK=4096)),
-    ("merge", head._merge, dict(N=2374, LANES=4096)),
-    ("sums", sampling._sums, dict(N=38, CHUNK=4096)),
-    ("plain", sampling._sample_plain, dict(N=38, CHUNK=4096, LANES=64)),
-    ("count", cuts._count, dict(CHUNK=4096)),
-    ("find", cuts._find, dict(N=38, CHUNK=4096, LANES=64)),
-):
-    compiled(f"sampling: {name}", 90, kernel, types, constants, num_warps=8)
-
-types = {"qkv_ptr": "*fp32", "table_ptr": "*fp32", "part_stride": "i32", "num_positions": "i32"}
-types |= {name: "*bf16" for name in ("q_ptr", "q_norm_ptr", "k_norm_ptr")} | {"eps": "fp32"}
-types |= {name: "*fp8e4nv" for name in ("keys_ptr", "values_ptr")}
-types |= {name: "*i32" for name in ("positions_ptr", "kv_slots_ptr")}
-compiled(
-    "storing *fp8e4nv", 90, rotary._rotate_and_store, types,
-    dict(H=16, K=8, HALF=64, BLOCK=64, HEADS=8, PARTS=2, NORMED=True, ROTARY=True), num_warps=4,
-)
-print(json.dumps(found))
 """
 
 
 @pytest.mark.kernels
-@pytest.mark.timeout(3000)  # some fifty compilations
-def test_what_kernels_compile_to() -> None:
-    for name, facts in found_compiling(PROGRAM).items():
+@pytest.mark.timeout(3000)  # some sixty compilations for Hopper
+@pytest.mark.parametrize("work", ["hopper()", "other(80)", "other(100)"])
+def test_what_kernels_compile_to(work: str) -> None:
+    found = found_compiling(f"{PROGRAM}{work}\nprint(json.dumps(found))")
+    assert len(found) > 10
+    for name, facts in found.items():
         check_resources(name, facts)
         if "*fp8" in name:  # its pool's pointers have a type of their own
             check_offsets(name, facts["pool_offsets"])
@@ -188,6 +201,8 @@ def check_resources(name: str, facts: dict[str, Any]) -> None:
     assert facts["shared"] <= 1, name
     few = 96 if name.startswith("attention 256") else 0  # outside the loop over keys
     few = 8 if "stored blocks" in name else few  # with 128 rows, of 255 registers
+    if facts["triton"].startswith("3.6.") and re.match("attention (80|96) .* True True", name):
+        few = 8  # windows over heads that are padded to 128
     assert facts["spilled"] <= few, name
 
 
@@ -203,6 +218,10 @@ def check_instructions(name: str, facts: dict[str, Any]) -> None:
         assert all(shape.startswith("m64n") for shape in facts["instructions"]), name
         assert all(shape.endswith("k16") for shape in facts["instructions"]), name
         assert not facts["mma"], name
+        # Triton 3.6 does not wait for a sum that a branch reads, here at the end of a part, if the
+        # weights are in registers. The assembler then waits after each instruction.
+        early = facts["triton"].startswith("3.6.") and "apart False" in name
+        assert facts["serialized"] == (early and "stored plain" not in name), name
     else:
         assert facts["mma" if facts["arch"] == 80 else "tcgen05"], name
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from model.checkpoint import load_model
 from model.checkpoint.sentence_transformers import SentenceSettings
@@ -16,7 +20,7 @@ from model.kernels.attention import Partials, attention_programs, paged_attentio
 from model.kernels.work_list import WorkList
 from model.runners import torch_encoding
 from model.runners.encoding import Encoding, describe
-from model.runners.packed_encoding import is_supported
+from model.runners.packed_encoding import PackedStates, is_supported
 from model.runners.torch_encoding import TorchEncoder
 from model.transformer import plain_attention
 from tests.model.test_encoders import inputs, reference
@@ -24,6 +28,25 @@ from tests.support.builders import DEVICE
 
 pytestmark = pytest.mark.slow
 MORE = ("bert-labels", "modernbert", "nomic")
+
+
+def test_every_call_uses_the_device_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--device cuda:1`, kernels were launched on the first GPU."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        entered.append(tensor.device)
+        yield
+        entered.append(torch.device("meta"))
+
+    monkeypatch.setattr("torch.cuda.device_of", device_of)
+    weight = torch.zeros(2, 2)
+    network: Any = SimpleNamespace(embed=SimpleNamespace(weight=weight), blocks=nn.Module())
+    packed = PackedStates(network)
+    monkeypatch.setattr(packed, "_states", lambda batch: [weight] * len(entered))
+    assert len(packed.states([])) == 1
+    assert entered == [weight.device, torch.device("meta")]
 
 
 class Texts:

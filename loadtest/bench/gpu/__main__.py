@@ -16,12 +16,12 @@
     cost          decode steps by our products and by those of the vendor BLAS
 
 Each stage runs in a process of its own, so that its memory is released, its settings are its own,
-and a device fault ends nothing else; it has a share of the time. Stages that fail or run out of
-time are named at the end. The JSON file holds the last run of each stage, so stages may be run one
-by one, and what they wrote to stderr is in a log beside it. Exits with 0 if every stage was done.
-All but the service's stages (engine, http) run without its packages; `gpu_first.sh` and
-`gpu_second.sh` beside this file are the commands for a machine that lacks them. `--smoke` runs
-everything in miniature, on a CPU too.
+and a device fault ends nothing else. Its time limit leaves what later stages need at least. Stages
+that fail or run out of time are named at the end. The JSON file holds the last run of each stage,
+so stages may be run one by one, and what they wrote to stderr is in a log beside it. Exits with 0
+if every stage was done. All but the service's stages (engine, http) run without its packages;
+`gpu_first.sh` and `gpu_second.sh` beside this file are the commands for a machine that lacks them.
+`--smoke` runs everything in miniature, on a CPU too.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Stage:
 STAGES: dict[str, Stage] = {
     "precompile": Stage(function="first.precompile", least=20, most=150, variables=WHOLE_SUMS),
     "ceilings": Stage(function="ceilings.measure", least=10, most=40),
-    "sanitize": Stage(function="first.sanitize", least=20, most=60),
+    "sanitize": Stage(function="first.sanitize", least=20, most=90),
     "tests": Stage(function="first.test_kernels", least=20, most=120),
     "exact": Stage(function="exactness.measure", least=30, most=210, variables=WHOLE_SUMS),
     "kernels": Stage(function="kernels.measure", least=15, most=90),
@@ -111,14 +111,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     deadline = time.monotonic() + 60 * options.minutes
     found = {}
-    for name in names:
+    for index, name in enumerate(names):
         left = deadline - time.monotonic() - 2 * _GRACE
-        if left < STAGES[name].least:
+        least = STAGES[name].least
+        spare = left - sum(STAGES[later].least for later in names[index:])
+        if left < least:
             found[name] = Found(state=f"left out: {max(left, 0):.0f} s are left")
         else:
             log = options.out.with_name(f"{options.out.stem}-{name}.log")
             found[name] = _run(
-                name, seconds=min(left, STAGES[name].most), smoke=options.smoke, log=log
+                name,
+                seconds=min(least + max(spare, 0), STAGES[name].most),
+                smoke=options.smoke,
+                log=log,
             )
         _keep(options.out, name, found[name])
         print(f"({name}: {found[name].state}, {found[name].seconds:.0f} s)", flush=True)

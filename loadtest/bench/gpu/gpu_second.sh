@@ -8,7 +8,7 @@
 #
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 \
 #     --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
-#     --requirement loadtest/bench/gpu/wheels.txt --dest .wheels
+#     --constraint deploy/constraints.txt --requirement loadtest/bench/gpu/wheels.txt --dest .wheels
 set -uo pipefail
 cd "$(dirname "$0")/../../.."
 folder=${1:-results} wheels=${2:-.wheels}

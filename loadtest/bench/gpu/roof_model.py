@@ -127,17 +127,18 @@ def predict(case: Case, chip: Chip, *, in_flight: int = 2) -> dict[str, float]:
 
 
 def lines(chip: Chip) -> Iterator[str]:
-    """The table, in Markdown: microseconds."""
+    """The table, in Markdown: microseconds. Waiting: the share without loads ahead of a step."""
     names = ("products", "attention", "launches", "sampling", "step", "roof")
-    yield f"| model | batch x context | {' | '.join(names)} | of roof | goal |"
-    yield "|---|---|" + "---|" * (len(names) + 2)
+    yield f"| model | batch x context | {' | '.join(names)} | waiting | of roof | goal |"
+    yield "|---|---|" + "---|" * (len(names) + 3)
     for case in CASES:
         found = predict(case, chip)
         cells = " | ".join(f"{found[name]:.0f}" for name in names)
         goal = "-" if case.goal is None else f"{case.goal:.2f}"
+        waiting = predict(case, chip, in_flight=1)
         yield (
             f"| {case.name} | {case.batch} x {case.context} | {cells} "
-            f"| {found['of roof']:.2f} | {goal} |"
+            f"| {waiting['of roof']:.2f} | {found['of roof']:.2f} | {goal} |"
         )
 
 
