@@ -271,7 +271,7 @@ class Guide:
         """The longest of the allowed tokens, if all others are prefixes of it."""
         if np.count_nonzero(mask_W) > _FEW:
             return None
-        tokens = _tokens_of(mask_W).tolist()
+        tokens: list[int] = _tokens_of(mask_W).tolist()
         if len(tokens) == 1:
             return tokens[0]
         texts = [self._token_bytes[token] for token in tokens]
