@@ -28,6 +28,11 @@ class Adapter:
     digest: str
     factors: Mapping[str, Factors]  # by the network's name of the matrix
 
+    @property
+    def num_values(self) -> int:
+        """Numbers in all its factors."""
+        return sum(each.a.size + each.b.size for each in self.factors.values())
+
 
 def rows_of_adapters(batch: Batch) -> dict[int, Ints]:
     """Number of an adapter, from 1 -> rows of T that it applies to, rising."""

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import gc
 import os
+import random
 import re
 import signal
 import socket
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 __all__ = ["one_order"]  # a fixture
 
 ROOT = Path(__file__).parent.parent
+MARKERS = frozenset({"slow", "longer", "kernels", "faults"})
+UNIT_CASES = 4
+"""Fast cases of one function that `make unit` runs; `make test` runs all."""
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A run in a shell's background ignores Ctrl-C, and so would the processes that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -55,6 +59,7 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
     _configure_libraries()
     result = yield
     gc.freeze()
+    gc.set_threshold(10_000)  # collections at the default of 700 take a tenth of a test's time
     gc.enable()
     return result
 
@@ -83,8 +88,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test begins first: at the end it would keep one core busy and the others idle."""
+    """The longest test begins first: at the end it would keep one core busy and the others idle.
+
+    `make unit` runs UNIT_CASES fast cases of each function; the others become `slow`.
+    """
     items.sort(key=lambda item: item.name != "test_mypy_finds_nothing")
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if MARKERS.isdisjoint(mark.name for mark in item.iter_markers()):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for fast in cases.values():
+        # In random order, or one of several parameters might keep its first value.
+        for item in random.Random(len(fast)).sample(fast, len(fast))[UNIT_CASES:]:
+            item.add_marker("slow")
 
 
 def _marks(path: Path) -> set[str]:
@@ -153,13 +169,15 @@ def default(model: Path) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def serving(*options: str, log: Path, program: Sequence[str] = ("service",)) -> Iterator[str]:
+def serving(
+    *options: str, log: Path, program: Sequence[str] = ("service",), cwd: Path = ROOT
+) -> Iterator[str]:
     """The URL of a server that `python -m PROGRAM serve OPTIONS` runs meanwhile."""
     ports = [free_port(), free_port()]
     command = [sys.executable, "-m", *program, "serve", *options]
     command += ["--port", str(ports[0]), "--admin-port", str(ports[1])]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=cwd, stdout=output, stderr=output)
     url = f"http://127.0.0.1:{ports[0]}"
     try:
         wait_until_ready(url, process, log=log)

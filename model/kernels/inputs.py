@@ -6,6 +6,7 @@ The state is one int32 tensor with a row per batch slot (floats by their bits):
              LENGTH  tokens whose KV is stored: the position of the next one
              INDEX   which token of the answer is sampled next
              SEED_LOW, SEED_HIGH, CHOICE, TEMPERATURE, TOP_K, TOP_P, MIN_P
+             ADAPTER its number, from 1; 0: none
              TABLE.. the block table, to the end of the row
 
 The last row is the pad slot, that of padding rows. Its block table names a block of its own and its
@@ -36,13 +37,15 @@ class Column(IntEnum):
     TOP_K = 7
     TOP_P = 8
     MIN_P = 9
+    ADAPTER = 10
     TABLE = 16
 
 
 # The same for kernels, which read no globals but constants of Triton.
-LAST, LENGTH, INDEX, SEED_LOW, SEED_HIGH, CHOICE, TEMPERATURE, TOP_K, TOP_P, MIN_P, TABLE = (
-    tl.constexpr(column.value) for column in Column
-)
+(
+    LAST, LENGTH, INDEX, SEED_LOW, SEED_HIGH, CHOICE, TEMPERATURE, TOP_K, TOP_P, MIN_P, ADAPTER,
+    TABLE,
+) = (tl.constexpr(column.value) for column in Column)  # fmt: skip
 
 
 def change(state: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
@@ -55,15 +58,14 @@ def change(state: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> N
 
 def decode_rows(
     state: torch.Tensor, batch_slots_S: torch.Tensor, *, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One row per batch slot: (tokens, positions, KV slots, contexts), all [S]."""
-    rows = torch.empty((4, len(batch_slots_S)), dtype=torch.int32, device=state.device)
+) -> tuple[torch.Tensor, ...]:
+    """One row per batch slot: (tokens, positions, KV slots, contexts, adapters), all [S]."""
+    rows = torch.empty((5, len(batch_slots_S)), dtype=torch.int32, device=state.device)
     _rows[(triton.cdiv(len(batch_slots_S), 128),)](
         state, batch_slots_S, rows, rows, rows, rows, len(batch_slots_S), state.stride(0),
         BLOCK_SIZE=block_size, GIVEN=False, BLOCK=128, enable_fp_fusion=False,
     )  # fmt: skip
-    tokens, positions, kv_slots, contexts = rows
-    return tokens, positions, kv_slots, contexts
+    return tuple(rows)
 
 
 def mixed_rows(
@@ -74,15 +76,17 @@ def mixed_rows(
     unread_T: torch.Tensor,
     *,
     block_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, KV slots) of rows given by the host; an unread row's token is its slot's newest."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(tokens, KV slots, adapters) of rows given by the host; an unread row's token is its slot's
+    newest.
+    """
     T = len(batch_slots_T)
-    rows = torch.empty((4, T), dtype=torch.int32, device=state.device)
+    rows = torch.empty((5, T), dtype=torch.int32, device=state.device)
     _rows[(triton.cdiv(T, 128),)](
         state, batch_slots_T, tokens_T, positions_T, unread_T, rows, T, state.stride(0),
         BLOCK_SIZE=block_size, GIVEN=True, BLOCK=128, enable_fp_fusion=False,
     )  # fmt: skip
-    return rows[0], rows[2]
+    return rows[0], rows[2], rows[4]
 
 
 def embed(tokens_T: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
@@ -134,7 +138,7 @@ def _rows(
     tokens_ptr,  # [count]; this and the next two if GIVEN
     positions_ptr,  # [count]
     unread_ptr,  # [count]
-    out_ptr,  # [4, count]: token, position, KV slot, context
+    out_ptr,  # [5, count]: token, position, KV slot, context, adapter
     count,
     stride,
     BLOCK_SIZE: tl.constexpr,
@@ -157,6 +161,8 @@ def _rows(
     tl.store(out_ptr + count + lanes, position, mask=mask)
     tl.store(out_ptr + 2 * count + lanes, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=mask)
     tl.store(out_ptr + 3 * count + lanes, position + 1, mask=mask)
+    adapter = tl.load(entry + ADAPTER, mask=mask, other=0)
+    tl.store(out_ptr + 4 * count + lanes, adapter, mask=mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["tokens_ptr"])

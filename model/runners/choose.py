@@ -20,7 +20,6 @@ from model.runners import RunnerOptions
 
 _NVIDIA_DRIVER = "libcuda.so.1"
 _UNKNOWN = "the checkpoint is not known"
-_WITHOUT_ADAPTERS = frozenset({"cuda"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +52,6 @@ def choose_runner(
         raise ValueError(f"{config.family} is an encoder, which generates no text")
     if config.encoder is not None:
         return _choose_for_sources(name, config, options, num_ranks=num_ranks)
-    if options.adapters and name in _WITHOUT_ADAPTERS:
-        raise ValueError(f"the {name} runner does not apply adapters: use --runner torch")
     check_compression(options.kv_compression, runner=name, num_ranks=num_ranks)
     compression = parse_compression(options.kv_compression)
     compressed_config(config, compression)
@@ -71,9 +68,7 @@ def choose_runner(
     device = device_type(options.device)
     faster = "native" if device == "cpu" else "cuda"
     reason: str | None = None
-    if options.adapters and faster in _WITHOUT_ADAPTERS:
-        reason = "it does not apply adapters"
-    elif faster == "cuda":
+    if faster == "cuda":
         reason = _cuda_reason(config, options.device, device)
     elif num_ranks == 1:
         reason = _native_reason(config)
@@ -122,8 +117,6 @@ def _choose_packed(
     if dtype == "int8" and num_ranks > 1:
         raise ValueError("dtype int8 does not support tensor parallelism on GPUs: use float8")
     reason = eight_bit_reason if dtype == "int8" else None
-    if options.adapters:
-        reason = "the cuda runner does not apply adapters"
     reason = reason or _cuda_reason(config, options.device, device_type(options.device))
     if reason is not None:
         raise ValueError(f"dtype {dtype} is not possible: {reason}; use --dtype auto")

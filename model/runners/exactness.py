@@ -17,7 +17,7 @@ runner's blocks from number 0 on, so no sequence may hold any.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -42,6 +42,7 @@ class ExactnessCheck:
     full: int | None = None  # rows of a full step; None: without that path
     drafts: int = 2  # in one step, the last of them wrong; 0: without that path
     num_top: int | None = _NUM_TOP  # None: no log probabilities
+    adapters: int = 0  # of the runner; the text that is compared has the last one, others have any
 
 
 def check_for(options: RunnerOptions, *, num_blocks: int, max_model_len: int) -> ExactnessCheck:
@@ -60,6 +61,7 @@ def check_for(options: RunnerOptions, *, num_blocks: int, max_model_len: int) ->
         chunks=tuple(size for size in (1, 17, 64, 130) if size < prompt),
         full=full if -(-full // prompt) <= most_texts else None,
         drafts=min(2, options.max_sequences - 1),  # each of their rows samples
+        adapters=len(options.adapters),
     )
 
 
@@ -71,6 +73,7 @@ class _Text:
     computed: int = 0
     answered: int = 0
     drafts: int = 0  # the last of the tokens
+    adapter: int = 0
     bits: list[bytes] = field(default_factory=list)
 
     @property
@@ -120,7 +123,7 @@ def _prefix_hit(runner: Runner, prompt: list[int], check: ExactnessCheck) -> lis
 
 
 def _recomputed(runner: Runner, prompt: list[int], check: ExactnessCheck) -> list[bytes]:
-    text, elsewhere = _place(runner, [prompt, prompt], check)
+    elsewhere, text = _place(runner, [prompt, prompt], check)
     _generate(runner, [text], check, chunk=check.prompt, count=check.answer // 2)
     text.computed = 0
     text.batch_slot, text.blocks = elsewhere.batch_slot, elsewhere.blocks
@@ -203,11 +206,18 @@ def _fillers(runner: Runner, check: ExactnessCheck, rows: int) -> list[list[int]
     return [_prompt(runner, (room + n) // count, seed=n + 1) for n in range(count)]
 
 
-def _place(runner: Runner, prompts: Iterable[list[int]], check: ExactnessCheck) -> list[_Text]:
-    """Texts side by side in batch slots and blocks, with room for their answers."""
+def _place(runner: Runner, prompts: Sequence[list[int]], check: ExactnessCheck) -> list[_Text]:
+    """Texts side by side in batch slots and blocks, with room for their answers. The last has the
+    last adapter, those before it the others and none in turn.
+    """
     each = -(-(check.prompt + check.answer) // runner.block_size)
     return [
-        _Text(tokens=list(prompt), batch_slot=slot, blocks=range(slot * each, (slot + 1) * each))
+        _Text(
+            tokens=list(prompt),
+            batch_slot=slot,
+            blocks=range(slot * each, (slot + 1) * each),
+            adapter=(slot - len(prompts)) % (check.adapters + 1),
+        )
         for slot, prompt in enumerate(prompts)
     ]
 
@@ -242,6 +252,7 @@ def _batch(
         sampling=_columns([(text, after) for text, _, after in sampling], check, vocab_size),
         score_rows_Q=_ints([]),
         score_ids_Q=_ints([]),
+        adapters_S=_ints([text.adapter for text in texts] if check.adapters else []),
     )
 
 

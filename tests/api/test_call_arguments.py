@@ -49,6 +49,7 @@ def types_of(given: dict[str, Any]) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.slow
 @given(OBJECTS, CUTS)
 def test_elements_become_the_object_that_they_were(arguments: dict[str, Any], cuts: Any) -> None:
     if any("\n</parameter>\n" in value for value in arguments.values() if type(value) is str):

@@ -161,6 +161,7 @@ async def test_a_cancelled_call_without_an_answer_gets_json(service: Any) -> Non
     assert b"shutting_down" in sent[1]["body"]
 
 
+@pytest.mark.slow
 async def test_what_is_left_in_the_end_is_cut_off(
     start_service: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

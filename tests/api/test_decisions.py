@@ -220,6 +220,7 @@ async def test_more_questions_than_requests_in_flight_are_refused_for_good(
         assert reply.status_code == 200
 
 
+@pytest.mark.slow
 async def test_as_many_questions_as_openai_takes(decider: Service) -> None:
     asked = [choice(*WORDS, name=str(number)) for number in range(400)]
     found = await answers(decider, *asked)

@@ -121,13 +121,14 @@ async def encoders(
     )
     transport = httpx.ASGITransport(app=app)
     async with (
-        EncodingStation(engine_queue, runner=runner, model=card.key),
+        EncodingStation(engine_queue, runner=runner, model=card.key) as station,
         httpx.AsyncClient(transport=transport, base_url="http://test", timeout=PATIENCE) as client,
     ):
         try:
             yield Encoders(client, queue, runner, observer, gate)
         finally:
             gate.set()
+            await station.kill()  # a drain would wait for the claim in flight
 
 
 def ids_of(*texts: str) -> list[list[int]]:
@@ -172,6 +173,7 @@ async def test_base64_has_the_same_bits_and_dimensions_have_length_1() -> None:
         assert (error["param"], error["code"]) == ("dimensions", "integer_above_max_value")
 
 
+@pytest.mark.slow
 async def test_2048_inputs_are_one_call_and_more_are_refused() -> None:
     async with encoders() as service:
         texts = ["abcdef"[i % 6] + "x" * (i % 3) for i in range(2048)]
@@ -431,6 +433,7 @@ async def test_a_deadline_is_an_error() -> None:
         assert begun.status_code == 504, begun.text
 
 
+@pytest.mark.slow
 async def test_a_key_with_few_requests_in_flight_can_embed_many_inputs() -> None:
     """However many tokens the inputs have, they are no more requests than the key may have."""
     key = Key(name="small", sha256="0" * 64, max_in_flight=1)
@@ -442,6 +445,7 @@ async def test_a_key_with_few_requests_in_flight_can_embed_many_inputs() -> None
         assert len(body["data"]) == 1500
 
 
+@pytest.mark.slow
 async def test_a_long_call_has_no_more_requests_than_the_queue_takes() -> None:
     """It was refused with 429, again and again."""
     limits = QueueLimits(lease=10 * PATIENCE, max_requests=1)

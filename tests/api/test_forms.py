@@ -63,6 +63,7 @@ PURPOSE = part(b'name="purpose"', b"batch")
 END = b"--xyz--\r\n"
 
 
+@pytest.mark.slow
 @given(pieces=PIECES, cuts=st.lists(st.integers(0, 300), max_size=8))
 def test_content_arrives_unchanged(pieces: list[bytes], cuts: list[int]) -> None:
     content = b"".join(pieces).replace(b"\r\n--xyz", b"")
@@ -81,6 +82,7 @@ def test_what_httpx_writes_is_read(content: bytes) -> None:
     assert form == {"file": content, "purpose": "batch", "e": ""}
 
 
+@pytest.mark.slow
 @given(data=st.binary(max_size=100), cuts=st.lists(st.integers(0, 100), max_size=3))
 def test_other_bytes_are_refused(data: bytes, cuts: list[int]) -> None:
     with pytest.raises(BadRequest):

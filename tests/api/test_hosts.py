@@ -189,6 +189,7 @@ def test_every_rate_header_is_exposed() -> None:
     assert names <= set(EXPOSED)
 
 
+@pytest.mark.slow
 async def test_a_stream_passes_the_middleware_event_by_event(
     start_service: Any, listen: Any, read_events: Any
 ) -> None:

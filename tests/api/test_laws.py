@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.builders import slowly
+from tests.support.builders import at_length
 
-SEEDS = [*range(5), *slowly(*range(5, 25))]
+SEEDS = [*range(5), *at_length(*range(5, 25))]
 
 
 def random_request(draw: random.Random) -> tuple[str, dict[str, Any]]:

@@ -143,6 +143,7 @@ async def test_a_stream_resumes_after_any_number(service: Any, seed: int) -> Non
         assert rest.content == b"".join(e + b"\n\n" for e in events[index + 1 :]), number
 
 
+@pytest.mark.slow
 async def test_readers_join_during_the_generation(start_service: Any, read_events: Any) -> None:
     """On two replicas of one queue, from the start and from the middle."""
     async with (

@@ -54,6 +54,7 @@ def expected(text: str, *, opened: bool, verbatim: bool) -> tuple[str, str]:
     return thinking.strip(BLANKS), content if verbatim else content.lstrip(BLANKS)
 
 
+@pytest.mark.slow
 @given(text=texts, places=cuts, opened=st.booleans(), verbatim=st.booleans())
 @example(text="<think>\n\n</think>\n\nhi", places=[7, 9], opened=False, verbatim=False)
 @example(text=" <think>a </think> b", places=[1, 3], opened=False, verbatim=True)
@@ -66,6 +67,7 @@ def test_any_cut_gives_what_the_whole_text_has(
     assert (thinking, content) == expected(text, opened=opened, verbatim=verbatim)
 
 
+@pytest.mark.slow
 @given(text=harmony_texts, places=cuts, opened=st.booleans(), verbatim=st.booleans())
 def test_channels_may_be_cut_anywhere(
     text: str, places: list[int], opened: bool, verbatim: bool

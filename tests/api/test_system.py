@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import pytest
 
 from service.app import build_admin_app
 
@@ -96,6 +97,7 @@ async def test_the_observer_sees_how_calls_ended(service: Any) -> None:
     assert service.observer.statuses == [200, 200]
 
 
+@pytest.mark.slow
 async def test_everything_is_described(start_service: Any) -> None:
     async with start_service(docs=True) as service:
         document = (await service.client.get("/openapi.json")).json()

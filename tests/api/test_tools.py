@@ -13,7 +13,7 @@ import pytest
 from service.api.generation.manifest import Manifest
 from service.api.tools.formats import TOOL_FORMATS
 from service.messages import FinishReason
-from tests.support.builders import slowly
+from tests.support.builders import at_length, slowly
 
 CHAT = "/v1/chat/completions"
 PLAIN = TOOL_FORMATS["plain"]
@@ -115,7 +115,7 @@ def plain(choice: dict[str, Any]) -> dict[str, Any]:
     return message | {"finish_reason": choice["finish_reason"]}
 
 
-@pytest.mark.parametrize("seed", [0, 1, *slowly(*range(2, 25))])
+@pytest.mark.parametrize("seed", [0, 1, *slowly(*range(2, 8)), *at_length(*range(8, 25))])
 async def test_a_stream_of_calls_sums_up_to_its_body(
     service: Any, read_events: Any, seed: int
 ) -> None:
@@ -136,7 +136,7 @@ async def test_a_stream_of_calls_sums_up_to_its_body(
         assert message == expected
 
 
-@pytest.mark.parametrize("seed", [2, *slowly(*range(25))])
+@pytest.mark.parametrize("seed", [2, *slowly(0, 1, *range(3, 8)), *at_length(*range(8, 25))])
 async def test_a_stream_of_calls_resumes_anywhere(service: Any, seed: int) -> None:
     draw = random.Random(100 + seed)
     saying(service, random_answer(draw))

@@ -82,6 +82,7 @@ def test_a_schema_refuses_what_does_not_fit() -> None:
         kubernetes_validate.validate(deployment, "1.32", strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_names_are_used_once_and_all_live_in_one_namespace(overlay: str) -> None:
     objects = render(overlay)

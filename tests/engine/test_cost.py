@@ -14,7 +14,7 @@ from service.engine.cost import CostModel, StepWork
 from service.engine.plan import EngineConfig
 from service.messages import GenerationRequest
 from tests.engine.harness import Rig, costs, expected, make_request
-from tests.support.builders import slowly
+from tests.support.builders import at_length
 
 CONFIG = EngineConfig(max_batch_tokens=512, max_sequences=32, prefix_cache=False)
 
@@ -240,7 +240,7 @@ def slow_truth(work: StepWork) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, *slowly(1, 2, 3)])
+@pytest.mark.parametrize("seed", [0, *at_length(1, 2, 3)])
 def test_in_noise_one_gap_in_a_hundred_exceeds_the_target_and_the_prompt_hardly_waits(
     seed: int,
 ) -> None:
@@ -299,6 +299,7 @@ def best_duration(length: int, target: float) -> float:
     return steps * target
 
 
+@pytest.mark.slow
 def test_a_prompt_goes_on_where_the_decodes_alone_take_too_long() -> None:
     rig = make_rig(replace(CONFIG, target_gap=0.001))
     rig.add(make_request("decoding", prompt=[1] * 40, max_tokens=300, ignore_eos=True))

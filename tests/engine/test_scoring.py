@@ -10,7 +10,7 @@ import pytest
 from service.messages import FinishReason, GenerationRequest
 from tests.engine.harness import Rig, expected, make_request, random_request
 from tests.engine.test_laws import random_config
-from tests.support.builders import slowly
+from tests.support.builders import at_length, slowly
 from tests.support.fakes import VOCAB_SIZE, OracleRunner, OverlappedOracle, oracle_logprob
 
 
@@ -54,7 +54,7 @@ def check(rig: Rig, request: GenerationRequest, *, known: int = 0) -> None:
     assert (found.text, found.end and found.end.reason) == ("", FinishReason.LENGTH)
 
 
-@pytest.mark.parametrize("seed", [*range(8), *slowly(*range(8, 40))])
+@pytest.mark.parametrize("seed", [*range(8), *slowly(*range(8, 12)), *at_length(*range(12, 40))])
 def test_scores_are_those_of_each_continuation_alone(seed: int) -> None:
     """Whatever runs beside them, wherever an earlier engine stopped, and if others are aborted."""
     draw = random.Random(seed)

@@ -217,6 +217,7 @@ def test_drafts_displace_nobody() -> None:
     assert all(rig.transcripts[r.id].result == expected(r) for r in requests)
 
 
+@pytest.mark.slow
 def test_wrong_drafts_take_no_block_that_another_will_need() -> None:
     """Two that just fit until the shorter ends; a block lent to a draft would displace it."""
     drafts = 0
@@ -391,6 +392,7 @@ def test_nothing_is_slowed_down(
     assert plain / duration(kind, takes, clients=clients, speculate=True) > 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("clients", "least"), [(1, 2.0), (8, 1.5)])
 def test_copies_come_faster(clients: int, least: float) -> None:
     plain = duration(Parrot, flat, clients=clients, speculate=False)
@@ -413,6 +415,7 @@ def test_nothing_is_slowed_down_by_reading_first(
     assert plain / on_device(kind, takes, clients=clients, speculate=True, host=host) > 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("clients", "least"), [(1, 1.8), (4, 1.3)])
 def test_copies_come_faster_from_a_device(clients: int, least: float) -> None:
     plain = on_device(ParrotDevice, flat, clients=clients, speculate=False)

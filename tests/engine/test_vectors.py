@@ -38,6 +38,7 @@ def test_a_text_of_another_number_of_results_is_refused() -> None:
         from_text(text[:-1], count=2)
 
 
+@pytest.mark.slow
 @given(hnp.arrays(np.float32, (3, 6), elements=FLOATS), st.integers(1, 7))
 def test_what_is_shortened_has_length_1(rows: np.ndarray, dimensions: int) -> None:
     kept = shortened(rows, dimensions)
@@ -52,6 +53,7 @@ def test_what_is_shortened_has_length_1(rows: np.ndarray, dimensions: int) -> No
             assert math.isclose(float(np.linalg.norm(row.astype(float))), 1, rel_tol=1e-6)
 
 
+@pytest.mark.slow
 @given(hnp.arrays(np.float32, (2, 5), elements=FLOATS), st.floats(0.5, 10))
 def test_a_cosine_depends_on_directions_alone(rows: np.ndarray, factor: float) -> None:
     a, b = rows[:1], rows[1:]

@@ -22,7 +22,7 @@ from service.engine.loop import EngineLoop
 from service.engine.observer import Observer, StepReport
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, FinishReason, GenerationRequest, SamplingParams, Tokens
-from tests.support.builders import slowly, tiny_model_config, tiny_weights
+from tests.support.builders import at_length, slowly, tiny_model_config, tiny_weights
 
 BYTES = tuple(bytes([byte]) for byte in range(97))
 TOLERANCE = 1e-4
@@ -172,7 +172,7 @@ def assert_same(found: Answers, expected: Answers, requests: Sequence[Generation
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, *slowly(1, 2)])
+@pytest.mark.parametrize("seed", [0, *at_length(1, 2)])
 def test_a_batch_equals_singles(seed: int) -> None:
     requests = make_requests(seed)
     batch = Answers(ROOMY).run([[Work(request=request) for request in requests]])
@@ -209,7 +209,7 @@ def test_a_prefix_hit_never_crosses_tenants() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [30, *slowly(31)])
+@pytest.mark.parametrize("seed", [30, *at_length(31)])
 def test_a_preempted_answer_equals_an_undisturbed_one(seed: int) -> None:
     requests = [replace(r, max_tokens=24, ignore_eos=True, stop=()) for r in make_requests(seed)]
     tight = Answers(ROOMY, blocks=26).run([[Work(request=request) for request in requests]])
@@ -218,7 +218,7 @@ def test_a_preempted_answer_equals_an_undisturbed_one(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [40, *slowly(41)])
+@pytest.mark.parametrize("seed", [40, *at_length(41)])
 def test_order_and_priority_change_no_answer(seed: int) -> None:
     requests = make_requests(seed)
     draw = random.Random(seed)
@@ -230,7 +230,7 @@ def test_order_and_priority_change_no_answer(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("taken", [4, *slowly(1, 9)])
+@pytest.mark.parametrize("taken", [4, *at_length(1, 9)])
 def test_a_take_over_continues_the_undisturbed_answer(taken: int) -> None:
     requests = [replace(r, max_tokens=16, ignore_eos=True, stop=()) for r in make_requests(50)]
     expected = alone(requests)
@@ -268,7 +268,7 @@ def self_repeating(requests: Sequence[GenerationRequest]) -> list[GenerationRequ
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [60, *slowly(61)])
+@pytest.mark.parametrize("seed", [60, *at_length(61)])
 def test_predictions_change_no_answer(seed: int) -> None:
     """Right ones, wrong ones, and those with a part missing or added; right ones save steps."""
     draw = random.Random(seed)
@@ -289,7 +289,7 @@ def test_predictions_change_no_answer(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [60, *slowly(61)])
+@pytest.mark.parametrize("seed", [60, *at_length(61)])
 def test_drafts_change_no_answer(seed: int) -> None:
     requests = self_repeating(make_requests(seed))
     drafted = Answers(ROOMY, blocks=80, exact=True).run(

@@ -16,7 +16,7 @@ from service.engine.inbox import Work
 from service.engine.plan import EngineConfig
 from service.messages import FinishReason, GenerationRequest, SamplingParams
 from tests.laws.test_answers import TOLERANCE, Answers
-from tests.support.builders import slowly, tiny_seq2seq_config
+from tests.support.builders import at_length, tiny_seq2seq_config
 
 MODEL = tiny_seq2seq_config(max_model_len=96)
 ROOMY = EngineConfig(max_batch_tokens=256, max_sequences=16, target_gap=1e6)
@@ -71,7 +71,7 @@ def check_equal(given: Answers, expected: Answers, requests: Sequence[Generation
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, *slowly(1, 2, 3)])
+@pytest.mark.parametrize("seed", [0, *at_length(1, 2, 3)])
 def test_a_batch_is_its_singles_whatever_is_cached_or_preempted(seed: int) -> None:
     """A small pool preempts; two waves of the same requests find sources in the cache."""
     requests = make_requests(seed)
@@ -91,7 +91,7 @@ def test_a_batch_is_its_singles_whatever_is_cached_or_preempted(seed: int) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [4, *slowly(5)])
+@pytest.mark.parametrize("seed", [4, *at_length(5)])
 def test_another_engine_continues_an_answer(seed: int) -> None:
     requests = make_requests(seed)
     whole = alone(requests)

@@ -27,6 +27,7 @@ from tests.support.builders import Piece, make_batch, tiny_model_config, tiny_we
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_docs_have_the_models_table() -> None:
     text = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
     for table in (lines(Chip()), host_lines(Chip()), product_lines(Chip())):
@@ -42,6 +43,7 @@ def test_float8_halves_what_a_step_reads() -> None:
             assert 1.5 < saved < 2
 
 
+@pytest.mark.slow
 def test_no_step_is_above_the_roof_and_an_ideal_chip_is_at_it() -> None:
     ideal = Chip(copy=1.0, stream=1.0, gap=0.0, latency=1e-12)
     for case in CASES:

@@ -90,12 +90,13 @@ def change_twin(state: torch.Tensor, places: torch.Tensor, values: torch.Tensor)
 
 def decode_rows_twin(
     state: torch.Tensor, batch_slots_S: torch.Tensor, *, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     entries = state[batch_slots_S.long()]
     positions = entries[:, Column.LENGTH]
     blocks = entries.gather(1, (Column.TABLE + positions // block_size).long()[:, None])[:, 0]
     kv_slots = blocks * block_size + positions % block_size
-    return entries[:, Column.LAST], positions, kv_slots, positions + 1
+    adapters = entries[:, Column.ADAPTER]
+    return entries[:, Column.LAST], positions, kv_slots, positions + 1, adapters
 
 
 def mixed_rows_twin(
@@ -106,11 +107,12 @@ def mixed_rows_twin(
     unread_T: torch.Tensor,
     *,
     block_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     entries = state[batch_slots_T.long()]
     blocks = entries.gather(1, (Column.TABLE + positions_T // block_size).long()[:, None])[:, 0]
     tokens = torch.where(unread_T > 0, entries[:, Column.LAST], tokens_T)
-    return tokens, blocks * block_size + positions_T % block_size
+    kv_slots = blocks * block_size + positions_T % block_size
+    return tokens, kv_slots, entries[:, Column.ADAPTER]
 
 
 def advance_twin(

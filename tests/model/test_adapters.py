@@ -19,7 +19,6 @@ from model.checkpoint import CheckpointError, load_model
 from model.checkpoint.adapters import CONFIG, MAX_RANK, WEIGHTS, read_adapter
 from model.parallel.ranks import check_ranks
 from model.runners import Runner, RunnerOptions
-from model.runners.choose import choose_runner
 from model.runners.torch import TorchRunner
 from model.training.folder import as_stored, write_model
 from model.training.lowrank import (
@@ -135,6 +134,7 @@ def test_applied_equals_merged(family: str, tmp_path: Path) -> None:
         assert np.abs(np.array(found) - without).max() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_several_adapters_in_a_batch_are_each_alone(chunk: int, tmp_path: Path) -> None:
     """Within the rounding of the torch runner, and rows without an adapter as if there were none;
@@ -235,12 +235,10 @@ def test_adapters_of_another_model_or_none_are_refused(tmp_path: Path) -> None:
         read_adapter(model, model)
 
 
-def test_runners_without_adapters_refuse_them_in_one_line(tmp_path: Path) -> None:
+def test_tensor_parallelism_refuses_adapters_in_one_line(tmp_path: Path) -> None:
     model, folder, _ = written(tmp_path, "llama", LowRank(rank=2))
     options = RunnerOptions(device="cpu", adapters=(read_adapter(folder, model),))
     config = tiny_model_config(head_dim=16)
-    with pytest.raises(ValueError, match="the cuda runner does not apply adapters"):
-        choose_runner("cuda", config, options)
     with pytest.raises(ValueError, match="tensor parallelism does not apply adapters"):
         check_ranks(2, runner="torch", config=config, options=options)
 

@@ -46,6 +46,7 @@ def test_storage_table_is_ggufs(storage: Storage) -> None:
     assert gguf.GGML_QUANT_SIZES[kind] == (storage.values, storage.size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", QUANTISED, ids=lambda storage: storage.name)
 def test_dequantisation_equals_ggufs(storage: Storage) -> None:
     rng = np.random.default_rng(storage.size)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 
 from model.text.disguise import Disguise, SpecialTexts, any_of, strings_of
-from tests.support.builders import slowly
+from tests.support.builders import at_length
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 MANY = [f"<|reserved_special_token_{index}|>" for index in range(250)] + [
@@ -33,7 +33,8 @@ def naive(text: str, specials: Sequence[str], stand_ins: dict[str, str]) -> str:
     return "".join(characters)
 
 
-@pytest.mark.parametrize("seed", [*range(8), *slowly(*range(8, 40))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [*range(8), *at_length(*range(8, 40))])
 def test_equals_a_search_at_every_position(seed: int) -> None:
     draw = random.Random(seed)
     if seed % 4:  # short ones over few characters: prefixes, overlaps and repetitions of each other

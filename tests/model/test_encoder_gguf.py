@@ -26,6 +26,8 @@ from tests.model.test_encoders import (
 )
 from tests.support.gguf_encoders import write_encoder
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("bert", "nomic")
 LANGUAGES = Path(__file__).parents[1] / "data" / "languages.json"
 ODD = (
@@ -57,7 +59,6 @@ def vectors(path: Path, batch: list[Encoding], runner: str = "native") -> list[F
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.slow
 @pytest.mark.parametrize("runner", ["native", "torch"])
 def test_bits_are_those_of_the_folder(
     folders: dict[str, Path], tmp_path: Path, kind: str, runner: str
@@ -99,7 +100,6 @@ def test_the_file_states_its_pooling(
     assert runner.info.max_tokens == 96
 
 
-@pytest.mark.slow
 def test_tokens_are_those_of_the_folder(folders: dict[str, Path], tmp_path: Path) -> None:
     path = write_encoder(folders["bert"], tmp_path / "model.gguf")
     ours = EncoderTokenizer.from_path(path, max_tokens=96)
@@ -176,7 +176,6 @@ def test_special_tokens_are_found_by_their_text(folders: dict[str, Path], tmp_pa
         EncoderTokenizer.from_path(path, max_tokens=9)
 
 
-@pytest.mark.slow
 def test_minilm_in_a_gguf_file(tmp_path: Path) -> None:
     """The real weights and vocabulary: the same tokens in 20 languages, the same bits."""
     folder = resolve(ALL_MINILM_L6_V2.alias, cache=default_cache())

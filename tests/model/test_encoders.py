@@ -18,6 +18,8 @@ from model.runners.choose import choose_runner
 from model.runners.encoding import Encoding, EncodingRunner, is_encoder, load_encoder
 from tests.support.builders import slowly
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh", *(f"##{c}" for c in "abcdefgh")]
 ROWS = 131
 SIZES: dict[str, Any] = {
@@ -156,7 +158,6 @@ def load(folder: Path, **options: Any) -> EncodingRunner:
 RUNNERS = ("native", "torch")
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_transformers(kind: str, tmp_path: Path) -> None:
@@ -178,7 +179,6 @@ def test_equals_transformers(kind: str, tmp_path: Path) -> None:
         runner.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNNERS)
 def test_bits_depend_on_no_batch_and_no_order(folder: Path, name: str) -> None:
     """1,000 random batches of random inputs, with repetitions, against each input alone.
@@ -323,7 +323,6 @@ def test_the_longer_text_of_a_pair_is_cut_first(
         tokenizer.encode("a", truncate_to=2)
 
 
-@pytest.mark.slow
 def test_labels_problem_and_scores_of_a_classifier(tmp_path: Path) -> None:
     reference("bert-labels").save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
@@ -339,7 +338,6 @@ def test_labels_problem_and_scores_of_a_classifier(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Identity", "Sigmoid", None])
 def test_a_cross_encoders_score(tmp_path: Path, name: str | None) -> None:
     reference("bert-score").save_pretrained(tmp_path)

@@ -20,6 +20,8 @@ from tests.model.test_encoders import reference, write_modules
 from tests.support.gguf_encoders import write_encoder
 from tests.support.tiny_model import TinyModel, build_tiny_model
 
+pytestmark = pytest.mark.slow
+
 END, TURN = "<|endoftext|>", "<|im_end|>"
 TEXTS = [
     "a", "the quick brown fox", "12 and 345", "caf\u00e9 \u4f60\u597d \U0001f600", " two\n\nlines ",

@@ -31,6 +31,7 @@ torch.empty, torch.empty_like = zeros_of(torch.empty), zeros_of(torch.empty_like
 
 from model.runners import RunnerOptions
 from model.runners.cuda.build import build_runner
+from model.adapters import Adapter, Factors
 from tests.support.builders import Piece, make_batch, tiny_model_config, tiny_weights
 
 def workload(rng, runner):
@@ -59,6 +60,7 @@ def workload(rng, runner):
         pieces.append(Piece(
             tokens=[1] * context, count=count, blocks=rng.integers(0, 16, 40).tolist(), seat=slot,
             sample=sample, drafts=drafts, scores=scores, sampling=sampling,
+            adapter=int(rng.integers(len(runner._options.adapters) + 1)),
         ))
     batch = make_batch(pieces or [Piece(tokens=[1], blocks=[0])], num_top=2, score_num_top=2)
     rows = len(batch.sampling.seeds_R)
@@ -78,9 +80,15 @@ for window in (None, 40):
         sliding_window=window, qk_norm=window is None, vocab_size=5003,
     )
     weights = {name: weight.bfloat16() for name, weight in tiny_weights(config).items()}
+    adapters = tuple(
+        Adapter(digest="", factors={
+            name: Factors(np.zeros((rank, w.shape[1]), "f"), np.zeros((len(w), rank), "f"))
+            for name, w in weights.items() if "blocks." in name and w.ndim == 2
+        }) for rank in (3, 20)
+    )
     options = RunnerOptions(
         dtype="bfloat16", device="cpu", block_size=4, num_blocks=40, max_sequences=40,
-        max_batch_tokens=300,
+        max_batch_tokens=300, adapters=adapters if window is None else (),
     )
     runner = None
     def start():

@@ -23,7 +23,9 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from model.kernels import attention, cuts, head, matmul, rotary, sampling, tiling, work_list
+from model.kernels import (
+    adapters, attention, cuts, head, matmul, rotary, sampling, tiling, work_list,
+)
 from model.kernels.shared_memory import stages_within
 
 LIMITS = {80: 163, 90: 227, 100: 227}  # KiB of shared memory per program
@@ -122,6 +124,22 @@ def attention_of(dim, arch, stored="*bf16", block_size=16, windowed=False, causa
         num_warps=warps, num_stages=stages,
     )
 
+def adapters_of(arch):
+    types = {name: "*bf16" for name in ("x_ptr", "a_ptr", "b_ptr")} | {"low_ptr": "*fp32"}
+    types |= {name: "*i32" for name in ("places_ptr", "adapters_ptr")} | {"M": "i32", "L": "i32"}
+    for rows, outputs, warps, parts in ((16, 64, 4, 16), (64, 128, 8, 1)):
+        tile = dict(R=48, ROWS=rows, RANKS=adapters.RANKS)
+        compiled(
+            f"shrink of {rows}", arch, adapters._shrink, types,
+            dict(K=14336, PART=1792, INPUTS=tiling.INPUTS, **tile), num_warps=4, num_stages=3,
+        )
+        compiled(
+            f"expand of {rows}", arch, adapters._expand,
+            {**types, "y_ptr": "*bf16" if parts == 1 else "*fp32"},
+            dict(N=4096, LOW_PARTS=8, PARTS=parts, OUTPUTS=outputs, **tile),
+            num_warps=warps, num_stages=2,
+        )
+
 def sampling_of(arch):
     types = {name: "*fp32" for name in ("logits_ptr", "values_ptr", "value_ptr", "largest_ptr")}
     integers = ("state_ptr", "batch_slots_ptr", "ids_ptr", "id_ptr", "tokens_ptr", "counts_ptr")
@@ -168,6 +186,7 @@ def hopper():
         attention_of(dim, 90, block_size=1, causal=False)
     sampling_of(90)
     storing(90)
+    adapters_of(90)
 
 def other(arch):
     for rows in (1, 128, 256):
@@ -177,6 +196,7 @@ def other(arch):
     head_of(1, False, 49152, arch)
     for dim in (64, 128, 256):
         attention_of(dim, arch)
+    adapters_of(arch)
 
 """
 
@@ -191,7 +211,9 @@ def test_what_kernels_compile_to(work: str) -> None:
         check_resources(name, facts)
         if "*fp8" in name:  # its pool's pointers have a type of their own
             check_offsets(name, facts["pool_offsets"])
-        if not name.startswith(("sampling", "storing")):
+        if name.startswith(("shrink", "expand")):
+            check_adapters(name, facts)
+        elif not name.startswith(("sampling", "storing")):
             check_instructions(name, facts)
             check_loops(name, facts)
 
@@ -224,6 +246,15 @@ def check_instructions(name: str, facts: dict[str, Any]) -> None:
         assert facts["serialized"] == (early and "stored plain" not in name), name
     else:
         assert facts["mma" if facts["arch"] == 80 else "tcgen05"], name
+
+
+def check_adapters(name: str, facts: dict[str, Any]) -> None:
+    """One instruction for any number of rows: 16 ranks are too few for those of warp groups."""
+    warp_groups = name.startswith("expand") and facts["arch"] > 80
+    assert all(shape.startswith("m64n") for shape in facts["instructions"]), name
+    assert bool(facts["instructions"]) == (warp_groups and facts["arch"] == 90), name
+    assert bool(facts["tcgen05"]) == (warp_groups and facts["arch"] == 100), name
+    assert bool(facts["mma"]) != warp_groups, name
 
 
 def check_loops(name: str, facts: dict[str, Any]) -> None:

@@ -47,6 +47,8 @@ def test_every_launch_of_a_runner_compiles() -> None:
         "_attend",
         "_list_items",
         "_product",
+        "_shrink",
+        "_expand",
         "_head",
         "_rotate_and_store",
         "_sample_plain",

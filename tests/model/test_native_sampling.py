@@ -172,6 +172,7 @@ def test_what_is_left_out_weighs_between_its_bounds(
                 assert low <= exact <= high <= exact * (1 + 2**-15) + 1, (size, scale, variant)
 
 
+@pytest.mark.slow
 def test_top_p_draws_from_a_few_far_above_the_others(native_library: NativeLibrary) -> None:
     """An estimate of how deep top-p reaches missed them, and one of them was counted twice."""
     rng = np.random.default_rng(0)

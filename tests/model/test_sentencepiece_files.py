@@ -24,6 +24,8 @@ from model.text.tokenizer import Tokenizer
 from tests.conftest import ROOT
 from tests.model.tokenizer_oracles import odd_texts
 
+pytestmark = pytest.mark.slow
+
 LINES = (ROOT / "tests/data/perplexity.txt").read_text().splitlines()[:300]
 PLAIN = [line for line in LINES if line.strip()][:60]
 ENDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}  # as T5 has them
@@ -170,7 +172,6 @@ def t5_folder(folder: Path, kind: str, rows: int) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("kind", ["t5", "mt5"])
 def test_equals_transformers(kind: str, tmp_path: Path) -> None:
@@ -200,7 +201,6 @@ def test_equals_transformers(kind: str, tmp_path: Path) -> None:
         assert (given.log_softmax(-1) - expected.log_softmax(-1)).abs().max() < 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_marian_equals_transformers(tmp_path: Path) -> None:
     """Sources and texts of the decoder are split by two files, and share the ids of a third."""

@@ -178,6 +178,7 @@ class Refusing(BaseHTTPRequestHandler):
         """Not to standard error."""
 
 
+@pytest.mark.slow
 def test_without_a_complete_answer_the_status_is_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +203,7 @@ def test_without_a_complete_answer_the_status_is_1(
     assert (point["good"], point["time_to_first_p99"]) == (0, None)
 
 
+@pytest.mark.slow
 def test_what_is_no_http_server_is_reported() -> None:
     """Its first line has no status; a line without an end is no reason to wait or to crash."""
     for answer in (b"+OK\r\n\r\n", b"SSH-2.0-x y\r\n\r\n", b"a" * 2**17):

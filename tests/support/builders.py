@@ -96,7 +96,7 @@ def tiny_weights(config: ModelConfig, *, seed: int = 0) -> dict[str, torch.Tenso
 
 
 def slowly(*values: object) -> list[Any]:
-    """Further values of a parameter, for the whole suite alone."""
+    """A few further values of a parameter, for `make test`; many are `at_length`."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 

@@ -164,16 +164,20 @@ class EncodingStation:
         return self
 
     async def __aexit__(self, *_error: object) -> None:
-        if self.task is not None and not self.task.done():
+        if self.task is None or self.task.done():
+            return
+        if self.task.cancelling():
+            await asyncio.gather(self.task, return_exceptions=True)
+        else:
             self.worker.drain()
             await self.task
 
     async def kill(self) -> None:
         """What SIGKILL leaves behind: leases that are neither renewed nor released. The step in
-        flight may still compute; nothing of it is written.
+        flight may still compute, and the worker waits for it until the end of this context; nothing
+        of it is written.
         """
         assert self.task is not None
         self.worker._table.items.clear()
         self.task.cancel()
         self.engine._inbox.stop()
-        await asyncio.gather(self.task, return_exceptions=True)

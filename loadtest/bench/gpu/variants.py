@@ -3,7 +3,8 @@
     python -m loadtest.bench gpu-variants                  # of the three models, for three GPUs
     python -m loadtest.bench gpu-variants --arch 90 --model Qwen3-0.6B
 
-A runner of the model's shape notes what its warm-up launches; each variant is compiled, and the
+A runner of the model's shape, with an adapter of all its matrices, notes what its warm-up launches;
+each variant is compiled, and the
 assembler must keep it in registers. Layers are alike: one stands for all. What several models or
 runs have in common is compiled once: results are kept in Triton's cache, by the source of the
 kernel and what it is compiled for, so that a run that was stopped goes on where it was. Of variants
@@ -17,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 import triton
 from triton import knobs
@@ -32,8 +34,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from loadtest.bench.gpu.models import LLAMA31_8B, QWEN3_600M, SMOLLM2_135M
+from model.adapters import Adapter, Factors
 from model.config import ModelConfig
 from model.kernels import shared_memory
+from model.packed_weights import is_matrix
 from model.runners import RunnerOptions
 from model.runners.cuda.build import build_runner
 from model.runners.cuda.compile_ahead import TargetDriver, compiled, recorded, source_hash
@@ -78,6 +82,7 @@ def launched(
         num_blocks=64,
         max_sequences=max_sequences,
         max_batch_tokens=max_batch_tokens,
+        adapters=(_adapter_of(weights),),
     )
 
     def start() -> None:
@@ -91,6 +96,16 @@ def launched(
         return recorded(start)
     finally:
         torch.empty, torch.empty_like = allocate, allocate_like
+
+
+def _adapter_of(weights: Mapping[str, torch.Tensor]) -> Adapter:
+    """An adapter of all matrices of the layers, of the usual rank."""
+    factors = {
+        name: Factors(np.zeros((16, weight.shape[1]), "f"), np.zeros((len(weight), 16), "f"))
+        for name, weight in weights.items()
+        if is_matrix(name)
+    }
+    return Adapter(digest="none", factors=factors)
 
 
 def distinct(variants: Iterable[str]) -> list[str]:

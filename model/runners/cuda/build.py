@@ -75,15 +75,19 @@ def build_runner(
     packed = options.dtype in _PACKED
     if packed and product is not multiply:
         raise ValueError(f"dtype {options.dtype} has no product by vendor BLAS: use bfloat16")
-    check_weights_fit(_weight_bytes(weights, dtype, options.dtype), accelerator.free_memory())
+    needed = _weight_bytes(weights, dtype, options.dtype)
+    needed += sum(each.num_values for each in options.adapters) * dtype.itemsize
+    check_weights_fit(needed, accelerator.free_memory())
     network = FusedNetwork(
         config, weights, dtype=dtype, device=device, product=product, reduce=reduce,
-        float8=options.dtype == "float8",
+        float8=options.dtype == "float8", adapters=options.adapters,
     )  # fmt: skip
     verifies = product is multiply and not packed  # vendor BLAS reads no weights of 8 bits
     verified = _verify_blas(network, options, blas, device) if verifies else None
     table_width = -(-config.max_model_len // options.block_size)
-    slots = BatchSlots(options.max_sequences, table_width=table_width)
+    slots = BatchSlots(
+        options.max_sequences, table_width=table_width, adapted=bool(options.adapters)
+    )
     # Sums over ranks stay out of these graphs until they have run on several GPUs.
     captured = mixed_graphs and product is multiply and reduce is None
     shapes = _mixed_shapes(config, options, slots, captured=captured)

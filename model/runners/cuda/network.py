@@ -11,14 +11,16 @@ residual stream. The network holds weights and tables and nothing that changes. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from model.adapters import Adapter
 from model.config import Activation, ModelConfig, Norm, Position
 from model.kernels.activation import silu_mul
+from model.kernels.adapters import AdapterStack, add_adapters, stack_adapters
 from model.kernels.attention import Partials, paged_attention
 from model.kernels.head import Argmax, find_argmax, head, merge_argmax
 from model.kernels.inputs import embed
@@ -42,6 +44,7 @@ class StepInputs:
     tokens_T: torch.Tensor
     positions_T: torch.Tensor
     kv_slots_T: torch.Tensor
+    adapters_T: torch.Tensor
     table_SB: torch.Tensor  # block tables, by batch slot
     pool: torch.Tensor  # [layers, 2, X, K, D]
     block_size: int
@@ -51,11 +54,12 @@ class StepInputs:
 
 
 class Linear(NamedTuple):
-    """Weight [outputs, inputs] and bias of a product; scales of one of 8 bits."""
+    """Weight [outputs, inputs] and bias of a product; scales of one of 8 bits; its adapters."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     scales: torch.Tensor | None = None
+    adapters: AdapterStack | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +100,7 @@ class FusedNetwork:
         product: Multiply = multiply,
         reduce: Reduce | None = None,
         float8: bool = False,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         """`float8`: the layers' matrices become float8. With these, or with blocks of 8 bits
         (uint8), the product is `multiply`.
@@ -113,7 +118,8 @@ class FusedNetwork:
         self._norm = loaded["norm.weight"]
         self._head = self._embed if config.tied_head else loaded["head.weight"]
         self._table = rotary_table(config, device)
-        self._layers = [_layer(config, loaded, index) for index in range(config.num_layers)]
+        stacks = stack_adapters(adapters, dtype=dtype, device=device)
+        self._layers = [_layer(config, loaded, stacks, index) for index in range(config.num_layers)]
 
     @property
     def fuses_head(self) -> bool:
@@ -164,7 +170,7 @@ class FusedNetwork:
         for layer, (keys_XKD, values_XKD) in zip(self._layers, inputs.pool, strict=True):
             x_TC = self._add_norm(residual_TC, delta, layer.attention_norm)
             q_THD = rotate_and_store(
-                self._apply(x_TC, layer.qkv),
+                self._apply(x_TC, layer.qkv, inputs),
                 layer.heads,
                 table=self._table,
                 positions_T=inputs.positions_T,
@@ -185,11 +191,11 @@ class FusedNetwork:
                 window=layer.window,
                 programs=inputs.programs,
             )
-            delta = self._narrow(mixed_THD.flatten(1), layer.out)
+            delta = self._narrow(mixed_THD.flatten(1), layer.out, inputs)
             x_TC = self._add_norm(residual_TC, delta, layer.mlp_norm)
-            gate_up = self._apply(x_TC, layer.gate_up, gated=True)
+            gate_up = self._apply(x_TC, layer.gate_up, inputs, gated=True)
             x_TF = silu_mul(gate_up, dtype=self.dtype)
-            delta = self._narrow(x_TF, layer.down)
+            delta = self._narrow(x_TF, layer.down, inputs)
         if delta is None:
             raise ValueError("a network has at least one layer")
         return residual_TC, delta
@@ -243,17 +249,24 @@ class FusedNetwork:
     ) -> torch.Tensor:
         return add_rms_norm(residual_TC, delta, weight_C, eps=self.config.norm_eps)
 
-    def _narrow(self, x: torch.Tensor, linear: Linear) -> Product:
+    def _narrow(self, x: torch.Tensor, linear: Linear, inputs: StepInputs) -> Product:
         """A sublayer's last product, summed over ranks, each of which has a share of its inputs."""
         if self.reduce is None:
-            return self._apply(x, linear)
+            return self._apply(x, linear, inputs)
         y = torch.empty((len(x), len(linear.weight)), dtype=self.dtype, device=x.device)
-        return Product(self.reduce(self._apply(x, linear, out_MN=y).values))
+        return Product(self.reduce(self._apply(x, linear, inputs, out_MN=y).values))
 
-    def _apply(self, x: torch.Tensor, linear: Linear, **options: torch.Tensor | bool) -> Product:
+    def _apply(
+        self, x: torch.Tensor, linear: Linear, inputs: StepInputs, **options: torch.Tensor | bool
+    ) -> Product:
         if linear.scales is not None:
             options["scales"] = linear.scales
-        return self._multiply(x, linear.weight, linear.bias, **options)
+        if linear.adapters is None:
+            return self._multiply(x, linear.weight, linear.bias, **options)
+        options.pop("gated", None)  # activated when the adapters' products are added
+        y = self._multiply(x, linear.weight, linear.bias, **options)
+        add_adapters(y, x, linear.adapters, inputs.adapters_T)
+        return y
 
 
 def _load(
@@ -276,12 +289,18 @@ def _scales_of(name: str) -> str:
     return name.removesuffix("weight") + "scales"
 
 
-def _layer(config: ModelConfig, loaded: Mapping[str, torch.Tensor], index: int) -> _Layer:
+def _layer(
+    config: ModelConfig,
+    loaded: Mapping[str, torch.Tensor],
+    stacks: Mapping[str, AdapterStack],
+    index: int,
+) -> _Layer:
     prefix = f"blocks.{index}."
 
     def linear(name: str) -> Linear:
         weight, bias = f"{prefix}{name}.weight", f"{prefix}{name}.bias"
-        return Linear(loaded[weight], loaded.get(bias), loaded.get(_scales_of(weight)))
+        scales = loaded.get(_scales_of(weight))
+        return Linear(loaded[weight], loaded.get(bias), scales, stacks.get(weight))
 
     return _Layer(
         heads=Heads(

@@ -226,6 +226,8 @@ class CudaRunner:
             raise ValueError(f"a step has at most {self._options.max_sequences} sequences")
         if len(batch.sample_rows_R) > self._options.max_sequences:
             raise ValueError(f"a step samples at most {self._options.max_sequences} rows")
+        if batch.adapters_S.size and batch.adapters_S.max() > len(self._options.adapters):
+            raise ValueError("a sequence has an adapter that is not loaded")
         if unread_T is not None and unread_T.any():
             sampling = batch.sampling
             rows = np.concatenate([sampling.penalty_rows_P, sampling.mask_rows_M])

@@ -30,8 +30,10 @@ _HALF = np.uint64(32)
 class BatchSlots:
     """The mirror of `num_slots` batch slots, as many rows that verify, and `pad_slot`."""
 
-    def __init__(self, num_slots: int, *, table_width: int) -> None:
+    def __init__(self, num_slots: int, *, table_width: int, adapted: bool = False) -> None:
+        """`adapted`: whether sequences may have adapters."""
         self._num_slots = num_slots
+        self._adapted = adapted
         self.pad_slot = 2 * num_slots
         rows = self.pad_slot + 1
         self.mirror = np.zeros((rows, Column.TABLE + table_width), np.int32)
@@ -74,6 +76,9 @@ class BatchSlots:
             self._compare(slots_S, Column.TABLE, batch.block_table_SB),
             self._compare(batch_slots_R, Column.INDEX, _sampling_columns(batch)),
         ]
+        if self._adapted:
+            numbers = batch.adapters_S if batch.adapters_S.size else np.zeros_like(slots_S)
+            parts.append(self._compare(slots_S, Column.ADAPTER, numbers[:, None]))
         if decode:
             parts.append(self._compare(slots_S, Column.LENGTH, (batch.context_lens_S - 1)[:, None]))
             parts.append(self._tokens(batch, unread_T))

@@ -100,17 +100,19 @@ class Workspace:
     def decode_inputs(self, batch_slots_S: torch.Tensor) -> StepInputs:
         """One row per batch slot, read from the state."""
         size = len(batch_slots_S)
-        tokens_T, positions_T, kv_slots_T, contexts_S = decode_rows(
+        tokens_T, positions_T, kv_slots_T, contexts_S, adapters_T = decode_rows(
             self.state, batch_slots_S, block_size=self._block_size
         )
         self._fill(self._starts_S1[: size + 1], contexts_S, batch_slots_S)
-        return self._inputs(tokens_T, positions_T, kv_slots_T)
+        return self._inputs(tokens_T, positions_T, kv_slots_T, adapters_T)
 
     def mixed_inputs(self, columns: MixedColumns) -> StepInputs:
         """Rows described by the host."""
         self._fill(columns.starts_S1, columns.contexts_S, columns.batch_slots_S)
-        tokens_T, kv_slots_T = mixed_rows(self.state, *columns[:4], block_size=self._block_size)
-        return self._inputs(tokens_T, columns.positions_T, kv_slots_T)
+        tokens_T, kv_slots_T, adapters_T = mixed_rows(
+            self.state, *columns[:4], block_size=self._block_size
+        )
+        return self._inputs(tokens_T, columns.positions_T, kv_slots_T, adapters_T)
 
     def _fill(
         self, starts_S1: torch.Tensor, contexts_S: torch.Tensor, batch_slots_S: torch.Tensor
@@ -123,11 +125,13 @@ class Workspace:
         tokens_T: torch.Tensor,
         positions_T: torch.Tensor,
         kv_slots_T: torch.Tensor,
+        adapters_T: torch.Tensor,
     ) -> StepInputs:
         return StepInputs(
             tokens_T=tokens_T,
             positions_T=positions_T,
             kv_slots_T=kv_slots_T,
+            adapters_T=adapters_T,
             table_SB=self.state[:, Column.TABLE :],
             pool=self.pool,
             block_size=self._block_size,
