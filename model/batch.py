@@ -7,7 +7,7 @@ Shape legend, used as suffixes of names everywhere in `model`:
     R  rows that sample a token                                      C  hidden size
     Q  rows whose given next token is scored (prompt log probs)      H  query heads, K  KV heads
     P  penalty entries, E  bias entries (ragged, as COO lists)       D  head dimension
-    M  rows limited by a mask, W  words of 32 bits a mask
+    M  rows limited by a mask, W  words of 32 bits a mask            L  open rows
     N  log probability alternatives                                  F  MLP width
 
 All fields are NumPy arrays on the host: a C++ runner takes their pointers, the torch runner views
@@ -64,6 +64,9 @@ class SamplingBatch:
     # i // 32 is set. Applied before bias and penalties; each mask allows at least one token.
     mask_rows_M: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
     masks_MW: Words = field(default_factory=lambda: np.zeros((0, 0), np.uint32))
+    # Open rows, rising: the step returns their logits as well, because the argmax, which they take,
+    # may turn out to be forbidden. For runners that keep logits (`model.runners.keeps_logits`).
+    open_rows_L: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @classmethod
     def plain(
@@ -202,8 +205,11 @@ class Batch:
 
 
 def _check_masks(sampling: SamplingBatch, vocab_size: int) -> None:
-    """Raises ValueError if a mask belongs to no row or allows no token."""
+    """Raises ValueError if a mask belongs to no row or allows no token, or an open row has one."""
     rows_M, masks_MW = sampling.mask_rows_M, sampling.masks_MW
+    open_L = sampling.open_rows_L
+    if np.isin(open_L, rows_M).any() or sampling.temperatures_R[open_L].any():
+        raise ValueError("an open row has no mask and takes the argmax")
     if len(masks_MW) != len(rows_M) or (np.diff(rows_M) < 1).any():
         raise ValueError("a mask belongs to one row, and their rows rise")
     if not len(rows_M):
@@ -246,3 +252,5 @@ class StepOutput:
     score_top_ids_QN: Ints
     score_top_logprobs_QN: Floats
     seconds: float | None = None  # that it took to compute, if the runner measures that
+    # Valid until the launch of another step with open rows.
+    open_logits_LV: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))

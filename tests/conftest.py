@@ -169,13 +169,15 @@ def default(model: Path) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def serving(*options: str, log: Path, program: Sequence[str] = ("service",)) -> Iterator[str]:
+def serving(
+    *options: str, log: Path, program: Sequence[str] = ("service",), cwd: Path = ROOT
+) -> Iterator[str]:
     """The URL of a server that `python -m PROGRAM serve OPTIONS` runs meanwhile."""
     ports = [free_port(), free_port()]
     command = [sys.executable, "-m", *program, "serve", *options]
     command += ["--port", str(ports[0]), "--admin-port", str(ports[1])]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=cwd, stdout=output, stderr=output)
     url = f"http://127.0.0.1:{ports[0]}"
     try:
         wait_until_ready(url, process, log=log)

@@ -18,6 +18,7 @@ from model.config import ROPE_THETA
 INTERLEAVED = frozenset({"llama", "smollm3"})
 
 ENCODERS = frozenset({"bert", "nomic-bert"})
+_MODEL_TYPES = {"nomic-bert": "nomic_bert"}  # that differ from the architecture
 _QKV = ("q", "k", "v")
 _BLOCK = {
     "attn_norm": "attention_norm",
@@ -93,7 +94,7 @@ def translate(header: GgufHeader) -> dict[str, Any]:
         if header.number(f"{architecture}.{refused}") not in (None, 0, neutral):
             raise CheckpointError(f"{header.file_name}: {refused} is not supported")
     keys = _GPT2_KEYS if architecture == "gpt2" else _LLAMA_KEYS
-    config: dict[str, Any] = {"model_type": architecture}
+    config: dict[str, Any] = {"model_type": _MODEL_TYPES.get(architecture, architecture)}
     for theirs, ours in keys.items():
         value = header.integer(f"{architecture}.{theirs}")
         if value is not None:

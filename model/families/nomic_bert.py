@@ -11,7 +11,7 @@ from dataclasses import replace
 from model.config import ModelConfig, Position
 from model.families import Family
 from model.families.bert import both, encoder
-from model.families.hugging_face import Config, refuse, rotary, whole
+from model.families.hugging_face import Config, classifier, refuse, rotary, whole
 
 _RENAMED = {
     "n_embd": "hidden_size",
@@ -58,6 +58,7 @@ def configure(config: Config) -> ModelConfig:
         qkv_bias=False,
         out_bias=False,
         mlp_bias=False,
+        classifier=classifier(config, "NomicBertForSequenceClassification"),
     )
 
 
@@ -78,6 +79,8 @@ FAMILY = Family(
         f"nomic_bert.{_LAYER}.mlp.fc11.weight": "blocks.{i}.mlp.up.weight",
         f"nomic_bert.{_LAYER}.mlp.fc2.weight": "blocks.{i}.mlp.down.weight",
         **both(f"nomic_bert.{_LAYER}.norm2", "blocks.{i}.mlp_norm"),
+        **both("nomic_bert.pooler.dense", "classifier.dense"),
+        **both("classifier", "classifier.out"),
     },
     prefix="nomic_bert.",
 )

@@ -190,9 +190,9 @@ class NativeStep:
     """The structure of one step, and the arrays that it points to.
 
     Runs the layers over T rows, the head over R of them, which yield `tokens_R`: the argmax, or
-    what `sampling` chooses. `logits`: for rows of R, where their V logits go; only without
-    `sampling`. T = 0 runs the head alone, over rows of the step before: those that went through the
-    head or, if it `keeps_rows`, any.
+    what `sampling` chooses. `logits`: for rows of R that take the argmax, where their V logits go.
+    T = 0 runs the head alone, over rows of the step before: those that went through the head or, if
+    it `keeps_rows`, any.
     """
 
     def __init__(
@@ -201,8 +201,6 @@ class NativeStep:
         sampling: NativeSampling | None = None, keeps_rows: bool = False,
         adapters_S: Ints | None = None,
     ) -> None:  # fmt: skip
-        if logits and sampling:
-            raise ValueError("a step either samples or stores logits")
         tokens_R = np.empty(len(output_rows_R), np.int32) if sampling is None else sampling.tokens_R
         arrays = (tokens_T, positions_T, query_starts_S1, block_table_SB, output_rows_R)
         places = np.zeros(len(output_rows_R), np.uintp)

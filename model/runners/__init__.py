@@ -79,6 +79,11 @@ def overlapped(runner: Runner) -> OverlappedRunner | None:
     return cast("OverlappedRunner", runner) if getattr(runner, "launch", None) else None
 
 
+def keeps_logits(runner: Runner) -> bool:
+    """Whether its steps return the logits of open rows."""
+    return getattr(runner, "keeps_logits", False)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerOptions:
     """What a runner is built with."""

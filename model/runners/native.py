@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from model.batch import Batch, Bools, Ints, SamplingBatch, StepOutput
+from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, StepOutput
 from model.config import Activation, ModelConfig, Norm, Position
 from model.limits import usable_cores, usable_cpus
 from model.native.library import (
@@ -40,6 +40,7 @@ from model.weights import Arrays, Weights
 KERNEL_VERSION = 3  # raised whenever the bits of a result change, which a test enforces
 MAX_THREADS = 16  # more of them wait for one another longer than they compute
 COMPUTE_ROWS = 32  # from this many rows on, a step is compute-bound; below, memory-bound
+_LINE = 16  # floats of a cache line
 _MAX_INPUTS = 65_536  # of a product: its sums must fit 32 bits
 
 _KV_NAMES = {"auto": "", "bfloat16": "", "int8": "-kv8"}
@@ -53,11 +54,13 @@ class _Flight:
     steps: Sequence[NativeStep]  # the first one runs the layers
     sampled: Logprobs
     scored: Sequence[Logprobs]
+    open_LV: Floats
     kept: Ints | None  # an array that the library reads
 
     def output(self, seconds: float | None = None) -> StepOutput:
         scored = Logprobs.join(self.scored)
-        return step_output(self.steps[0].tokens_R, self.sampled, scored, seconds=seconds)
+        output = step_output(self.steps[0].tokens_R, self.sampled, scored, seconds=seconds)
+        return replace(output, open_logits_LV=self.open_LV) if len(self.open_LV) else output
 
 
 class NativeRunner:
@@ -69,6 +72,7 @@ class NativeRunner:
 
     exact = True
     beside_host = False
+    keeps_logits = True
 
     def __init__(
         self, config: ModelConfig, weights: Weights | Arrays, *, options: RunnerOptions,
@@ -89,6 +93,7 @@ class NativeRunner:
         self._newest: Batch | None = None  # the batch that was launched last
         self._launched = 0  # steps
         self._model = NativeModel(library, shape, variant=variant)
+        self._open_LV = np.empty((0, config.vocab_size), np.float32)
         self._load(weights, options, digest)
         load_adapters(self._model, config, weights, options.adapters)
 
@@ -136,6 +141,19 @@ class NativeRunner:
     def close(self) -> None:
         self._model.close()
 
+    def _room(self, rows: int) -> Floats:
+        """Memory for the logits of open rows. Their distance is an odd number of cache lines, so
+        that they do not share few sets of the caches.
+        """
+        if len(self._open_LV) < rows:
+            vocab_size = self.config.vocab_size
+            stride = (vocab_size // _LINE | 1) * _LINE + 2 * _LINE
+            memory = np.empty(rows * stride + _LINE, np.float32)
+            first = -(memory.ctypes.data // memory.itemsize) % _LINE
+            rows_LV = memory[first : first + rows * stride].reshape(rows, stride)
+            self._open_LV = rows_LV[:, :vocab_size]
+        return self._open_LV[:rows]
+
     def _load(self, weights: Weights | Arrays, options: RunnerOptions, digest: str) -> None:
         """Packs the weights, or reads what an earlier process packed."""
         if options.weights_cache is None:
@@ -153,12 +171,15 @@ class NativeRunner:
         sampling = None
         if not is_greedy(batch.sampling):
             sampling = NativeSampling.of(batch.sampling, vocab_size=self.config.vocab_size)
+        open_rows_L = batch.sampling.open_rows_L
+        open_LV = self._room(len(open_rows_L))
         layers = NativeStep(
             tokens_T=batch.tokens_T if unread_rows_T is None else batch.tokens_T.copy(),
             positions_T=batch.positions_T,
             query_starts_S1=batch.query_starts_S1,
             block_table_SB=batch.block_table_SB,
             output_rows_R=batch.sample_rows_R,
+            logits=dict(zip(open_rows_L.tolist(), open_LV, strict=True)),
             sampling=sampling,
             keeps_rows=len(batch.score_rows_Q) > 0,
             adapters_S=batch.adapters_S if batch.adapters_S.size else None,
@@ -169,6 +190,7 @@ class NativeRunner:
             steps=[layers, *(step for step, _ in scores)],
             sampled=NO_LOGPROBS if sampling is None else sampling.logprobs,
             scored=[logprobs for _, logprobs in scores],
+            open_LV=open_LV,
             kept=unread_rows_T,
         )
 

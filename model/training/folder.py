@@ -41,6 +41,7 @@ _CLASSES = {
     "llama": "Llama",
     "mistral": "Mistral",
     "modernbert": "ModernBert",
+    "nomic_bert": "NomicBert",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
     "roberta": "Roberta",

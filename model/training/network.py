@@ -11,7 +11,7 @@ from torch.nn import functional
 from model.attention.anchored import anchored_attention, seen_pairs
 from model.config import ModelConfig
 from model.encoder_decoder import network_of
-from model.transformer import Transformer, fused_attention
+from model.transformer import Attend, Transformer, fused_attention
 from model.weights import Weights
 
 
@@ -58,12 +58,29 @@ def states(
     if anchor_ids:
         ids = torch.tensor(sorted(anchor_ids), device=tokens_NT.device)
         seen_NTT = seen_pairs(torch.isin(tokens_NT, ids))
-        attend = partial(anchored_attention, seen_TT=seen_NTT)
-        return network.hidden(tokens_NT, positions_T, attend=attend)
-    bidirectional = network.config.bidirectional
-    lengths_N = lengths_N if bidirectional else None
-    attend = partial(fused_attention, causal=not bidirectional, lengths_N=lengths_N)
+        attend: Attend = partial(anchored_attention, seen_TT=seen_NTT)
+    else:
+        bidirectional = network.config.bidirectional
+        lengths_N = lengths_N if bidirectional else None
+        attend = partial(fused_attention, causal=not bidirectional, lengths_N=lengths_N)
+    if tokens_NT.device.type == "cpu":
+        attend = partial(_in_float32, attend)
     return network.hidden(tokens_NT, positions_T, attend=attend)
+
+
+def _in_float32(
+    attend: Attend,
+    *heads: torch.Tensor,
+    layer: int,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Attention that `--bfloat16` leaves in float32: on CPUs torch's gradient of it in bfloat16
+    takes up to four times as long.
+    """
+    with torch.autocast("cpu", enabled=False):
+        q_THD, k_TKD, v_TKD = (each.float() for each in heads)
+        return attend(q_THD, k_TKD, v_TKD, layer=layer, scale=scale, window=window)
 
 
 def token_losses(

@@ -9,6 +9,12 @@ engine computes missing masks before each step, in the order and within the time
 sequence whose mask has to wait skips the step, and no other sequence waits for it. Masks after
 drafts are computed on copies of the matcher when a step accepts the drafts.
 
+A mask costs many times what it costs to check one token. So an output that takes the argmax of its
+logits goes without, if the runner returns them: its row is *open*. The argmax among the allowed
+tokens is that among all if this one is allowed; else the next ones are tried, and at last the mask.
+Which of its masks are computed depends on time and drafts, so none of them but this last one may
+fail an open output.
+
 The masks of an output are a function of the request and of its tokens, so another engine that reads
 the tokens again gets the same ones. The size of a mask's computation is limited by
 `model.grammar`; the time limits here are far above what those limits allow on any usable machine.
@@ -23,8 +29,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import numpy as np
+import numpy.typing as npt
 
-from model.batch import Words
+from model.batch import Floats, Words
 from model.grammar import GrammarError, Grammars, Matcher
 from service.engine.thinking import FreeMasks, ThinkingMatcher
 from service.errors import BadRequest
@@ -37,6 +44,10 @@ TOKEN_LIMIT = 0.01
 STEP_TIME = 0.02  # of a step, for the masks of all sequences; the last one may exceed it
 _QUICK = 0.002  # an output whose last mask took longer gets no drafts
 
+_TRIES = 24  # tokens of an open row that are checked before its mask is computed
+_NEAR = 6.0  # below the largest logit: others are not worth a try
+_AHEAD = 32  # tokens after a slow mask whose masks are computed ahead
+_PROBES = (b"a", b"e", b"1")  # texts of which a grammar often allows two
 _FEW = 32  # words of a mask: if more are set, no token is considered to be forced
 _WORD = 32
 
@@ -82,13 +93,20 @@ class Guide:
         mask_time: MaskTime,
         tenant: str = "",
         tokens: Iterable[int] = (),
+        takes_argmax: bool = False,
+        probes: Sequence[int] = (),
     ) -> None:
-        self.ready = False  # whether the mask of the next token is computed
+        """`takes_argmax`: its rows may be open. `probes`: tokens of which none begins another."""
+        self.ready = False  # whether the next token can be sampled
         self.failed = False
         self.tenant = tenant
         self.cost: float | None = None  # CPU seconds of the latest mask
         self.num_waits = 0  # steps since the mask was first needed
         self._matcher = matcher
+        self._takes_argmax = takes_argmax
+        self._probes = probes
+        self._has_mask = False  # of the next token
+        self._num_ahead = 0  # tokens whose masks are computed ahead
         self._token_bytes = token_bytes
         self._time = mask_time
         self._unread = deque(tokens)
@@ -105,19 +123,28 @@ class Guide:
         return not isinstance(self._matcher, ThinkingMatcher) or self._matcher.may_bind(num)
 
     @property
+    def is_open(self) -> bool:
+        """Whether the next token is sampled without a mask, and then passed to `choose`."""
+        return self._takes_argmax and not self._has_mask
+
+    @property
     def is_behind(self) -> bool:
         """Whether tokens of the output are still to be read."""
         return bool(self._unread) and not self.failed
 
     def read(self, token: int) -> None:
         """Appends a token that has text."""
-        self.ready = False
+        self.ready = self._has_mask = False
         if not self.failed:
             self._unread.append(token)
             self._read_next()
+            self._num_ahead = max(0, self._num_ahead - 1)
+            if self._takes_argmax and not self._num_ahead:
+                self.ready = not (self.failed or self._matcher.ended)
 
     def compute_mask(self) -> None:
-        """Computes the mask of the next token, unless the output has ended or failed.
+        """Computes the mask of the next token, unless the output has ended or failed, or its row
+        is open. After a slow mask the next ones are computed ahead, and no other sequence waits.
 
         Reading many tokens is continued in the next step if this step's time is used up.
         """
@@ -127,15 +154,45 @@ class Guide:
             self._read_next()
         if self.failed or self._matcher.ended:
             return
+        if not self._takes_argmax:
+            self._fill(self._matcher, fails=True)
+        elif self._num_ahead:
+            self._fill(self._matcher.copy())
+        self.ready = not self.failed
+        self.num_waits = 0
+
+    def choose(self, token: int, logits_V: Floats) -> int | None:
+        """The argmax of an open row among the tokens that are allowed, the lowest id among equals;
+        None if the output fails. `token` is that among all.
+        """
+        with self._timed():
+            if logits_V[token] > -np.inf:  # else there is no number
+                if _may_follow(self._matcher, token):
+                    return token
+                if self._has_choice(self._matcher):
+                    for other in _nearest(logits_V, token):
+                        if _may_follow(self._matcher, other):
+                            return other
+        if not self.failed:
+            self._fill(self._matcher, fails=True)
+        if self.failed:
+            self.ready = False
+            return None
+        ids = _tokens_of(self._masks_MW[0])
+        values = np.where(logits_V[ids] > -np.inf, logits_V[ids], -np.inf)  # without any NaN
+        best = values.argmax()
+        return int(ids[best]) if values[best] > -np.inf else 0  # as samplers do
+
+    def _fill(self, matcher: Matcher | ThinkingMatcher, *, fails: bool = False) -> None:
+        """Computes the mask of the next token. If that `fails`, so does the output."""
         before = self._time.left
         try:
             with self._timed():
-                self._matcher.fill(self._masks_MW[0])
+                matcher.fill(self._masks_MW[0])
+            self._has_mask = True
         except GrammarError:
-            self.failed = True
+            self.failed |= fails
         self.cost = self._time.costs[self.tenant] = before - self._time.left
-        self.ready = not self.failed
-        self.num_waits = 0
 
     def masks(self, num: int) -> Words:
         """Masks of the next token and of the tokens after the drafts that were admitted last."""
@@ -153,6 +210,10 @@ class Guide:
 
         Computes their masks: `masks(1 + len(drafts))`. Stops if the step's time is used up.
         """
+        if self.is_open:
+            self._fill(self._matcher.copy())
+        if not self._has_mask:
+            return []
         self._make_room(1 + len(drafts))
         matcher, num = self._matcher.copy(), 0
         with suppress(GrammarError):  # the drafts may be rejected
@@ -169,6 +230,13 @@ class Guide:
 
         A guess: the model may spell it with shorter tokens.
         """
+        if self.is_open and self._may_draft:
+            with self._timed():
+                if self._has_choice(self._matcher.copy()):
+                    return []
+            self._fill(self._matcher.copy())
+        if not self._has_mask:
+            return []
         matcher, mask_W = self._matcher.copy(), self._masks_MW[0].copy()
         found: list[int] = []
         with suppress(GrammarError):
@@ -183,8 +251,12 @@ class Guide:
 
     @property
     def _may_draft(self) -> bool:
-        quick = self.cost is not None and self.cost <= _QUICK
+        quick = self._takes_argmax if self.cost is None else self.cost <= _QUICK
         return quick and self._time.left > 0 and not self.failed
+
+    def _has_choice(self, matcher: Matcher | ThinkingMatcher) -> bool:
+        """Whether two of the probes are allowed: no text is forced, and a mask may be costly."""
+        return sum(_may_follow(matcher, probe) for probe in self._probes) > 1
 
     def _follow(self, matcher: Matcher | ThinkingMatcher, draft: int, mask_W: Words) -> bool:
         """Computes the mask after a draft; False if the draft completes the output."""
@@ -197,11 +269,9 @@ class Guide:
 
     def _longest(self, mask_W: Words) -> int | None:
         """The longest of the allowed tokens, if all others are prefixes of it."""
-        words = np.flatnonzero(mask_W)
-        if len(words) > _FEW:
+        if np.count_nonzero(mask_W) > _FEW:
             return None
-        bits = np.unpackbits(mask_W[words].view(np.uint8), bitorder="little").reshape(-1, _WORD)
-        tokens = [int(words[row]) * _WORD + int(bit) for row, bit in np.argwhere(bits)]
+        tokens: list[int] = _tokens_of(mask_W).tolist()
         if len(tokens) == 1:
             return tokens[0]
         texts = [self._token_bytes[token] for token in tokens]
@@ -229,6 +299,8 @@ class Guide:
             self._time.left -= seconds
             self._limit -= seconds
             self.failed |= seconds > MASK_LIMIT or self._limit < 0
+            if seconds > _QUICK:
+                self._num_ahead = _AHEAD
 
     def _make_room(self, num: int) -> None:
         if num > len(self._masks_MW):
@@ -247,8 +319,12 @@ class Guides:
         token_bytes: Sequence[bytes],
         vocab_size: int,
         eos_ids: frozenset[int],
+        may_be_open: bool = False,
     ) -> None:
+        """`may_be_open`: the runner returns the logits of open rows."""
         self.mask_time = MaskTime()
+        self._may_be_open = may_be_open
+        self._probes = [id_ for id_, text in enumerate(token_bytes) if text in _PROBES]
         self._grammars = grammars
         self._token_bytes = token_bytes
         self._vocab_size = vocab_size
@@ -277,6 +353,8 @@ class Guides:
             mask_time=self.mask_time,
             tenant=request.tenant,
             tokens=tokens,
+            takes_argmax=self._may_be_open and _takes_argmax(request),
+            probes=self._probes,
         )
 
     def _thinking(self, thinking: Thinking, grammar: Matcher | None) -> ThinkingMatcher:
@@ -295,6 +373,36 @@ class Guides:
             return self._grammars.matcher(grammar)
         except ValueError:  # the API lets no such grammar through
             raise BadRequest("the grammar cannot be compiled", code="grammar_failed") from None
+
+
+def _takes_argmax(request: GenerationRequest) -> bool:
+    """Whether an output takes the argmax of its unmodified logits, and those are not reported."""
+    params = request.sampling
+    adjusted = params.penalises or params.logit_bias or params.banned or request.min_tokens
+    scored = params.top_logprobs is not None or request.thinking is not None
+    return params.temperature == 0 and not (adjusted or scored)
+
+
+def _may_follow(matcher: Matcher | ThinkingMatcher, token: int) -> bool:
+    return matcher.num_allowed((token,)) == 1
+
+
+def _tokens_of(mask_W: Words) -> npt.NDArray[np.intp]:
+    """The tokens that a mask allows, rising."""
+    words = np.flatnonzero(mask_W)
+    bits = np.unpackbits(mask_W[words].view(np.uint8), bitorder="little")
+    places = np.flatnonzero(bits.view(np.bool_))
+    return words[places // _WORD] * _WORD + places % _WORD
+
+
+def _nearest(logits_V: Floats, token: int) -> list[int]:
+    """The tokens after the argmax by falling logits, the lower id first among equals: some of those
+    near it.
+    """
+    near = np.flatnonzero(logits_V > logits_V[token] - _NEAR)
+    order = np.argsort(-logits_V[near], kind="stable")
+    ranked: list[int] = near[order[1 : 1 + _TRIES]].tolist()
+    return ranked
 
 
 def _allows(mask_W: Words, token: int) -> bool:

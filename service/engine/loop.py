@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from model.compression import Anchors
-from model.runners import overlapped
+from model.runners import keeps_logits, overlapped
 from model.segments import anchor_ids
 from service.engine.adapters import Adapters
 from service.engine.blocks import BlockAllocator
@@ -117,6 +117,7 @@ class EngineLoop(EngineThread):
             vocab_size=vocab_size,
             grammars=grammars,
             adapters=numbered,
+            may_be_open=keeps_logits(runner),
         )
         self._scoring = Scoring()
 
@@ -235,14 +236,14 @@ class EngineLoop(EngineThread):
 
     def _take(self, step: Computed) -> list[tuple[int, ...]]:
         """Updates sequences and outputs. Returns the new tokens per sampling sequence; empty if the
-        sequence was removed.
+        sequence was removed, or its grammar failed in an open row: the next step ends it.
         """
         plan, result = step.plan, step.result
         for sequence, scores in result.prompt_logprobs.items():
             if sequence.is_alive:
                 self._outputs.score_prompt(sequence.id, scores)
         runs = [
-            self._outputs.extend(sequence.id, run, logprobs) if sequence.is_alive else ()
+            self._outputs.extend(sequence.id, run, logprobs) if run and sequence.is_alive else ()
             for sequence, run, logprobs in zip(
                 plan.sampling, result.runs, result.logprobs, strict=True
             )

@@ -28,11 +28,16 @@ class Outputs:
         vocab_size: int,
         grammars: Grammars | None,
         adapters: Adapters,
+        may_be_open: bool = False,
     ) -> None:
-        """`visible_bytes`: the same with names for special tokens."""
+        """`visible_bytes`: the same with names for special tokens. `may_be_open`: see `Guides`."""
         self.builders: dict[str, OutputBuilder] = {}
         self.guides = Guides(
-            grammars, token_bytes=token_bytes, vocab_size=vocab_size, eos_ids=eos_ids
+            grammars,
+            token_bytes=token_bytes,
+            vocab_size=vocab_size,
+            eos_ids=eos_ids,
+            may_be_open=may_be_open,
         )
         self.undelivered: list[Event] = []
         self._token_bytes = token_bytes

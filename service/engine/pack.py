@@ -217,7 +217,7 @@ class Packer:
         adjusted = list(self._adjusted(plan))
         penalty_rows, penalty_ids, penalty_counts = _penalties(adjusted)
         bias_rows, bias_ids, bias_values = _biases(adjusted)
-        mask_rows, masks = self._masks(plan)
+        mask_rows, masks, open_rows = self._masks(plan)
         temperatures_R, top_ps_R, min_ps_R, presence_R, frequency_R, repetition_R = columns.floats_R
         return SamplingBatch(
             seeds_R=columns.seeds_R,
@@ -240,26 +240,31 @@ class Packer:
             num_top=columns.num_top,
             mask_rows_M=mask_rows,
             masks_MW=masks,
+            open_rows_L=open_rows,
         )
 
-    def _masks(self, plan: Plan) -> tuple[Ints, Words]:
-        """Rows with a grammar or a set of allowed tokens, and their masks."""
+    def _masks(self, plan: Plan) -> tuple[Ints, Words, Ints]:
+        """Rows with a grammar or a set of allowed tokens, and their masks; open rows."""
         rows: list[int] = []
+        open_rows: list[int] = []
         masks: list[Words] = []
         row = 0
         for sequence in plan.sampling:
             num = 1 + len(plan.drafts.get(sequence, ()))
             state = self._states[_slot_of(sequence)]
-            if sequence.guide is not None and sequence.guide.binds(num):
+            if sequence.guide is not None and sequence.guide.is_open:
+                open_rows.append(row)
+            elif sequence.guide is not None and sequence.guide.binds(num):
                 rows.extend(range(row, row + num))
                 masks.append(sequence.guide.masks(num))
             elif state is not None and state.mask is not None:
                 rows.extend(range(row, row + num))
                 masks.append(np.tile(state.mask, (num, 1)))
             row += num
+        open_rows_L = np.array(open_rows, np.int32)
         if not rows:
-            return NO_INTS, _NO_WORDS
-        return np.array(rows, np.int32), np.concatenate(masks)
+            return NO_INTS, _NO_WORDS, open_rows_L
+        return np.array(rows, np.int32), np.concatenate(masks), open_rows_L
 
     def _adjusted(self, plan: Plan) -> Iterator[_Adjusted]:
         row = 0

@@ -97,8 +97,17 @@ class BlockTables:
         return sys.maxsize if most is None else most + 1
 
     def most_slots(self, sequence: Sequence) -> int:
-        """KV slots that a sequence can come to hold: the last token's KV is never stored."""
-        return self._retention.most_slots(sequence.max_total_tokens - 1)
+        """KV slots that a sequence can come to hold: the last token's KV is never stored.
+
+        Under `anchors` no bound is known before the text is: they are those that it holds now for
+        each token that is computed, times its tokens. If it then holds more, others wait, or are
+        preempted.
+        """
+        most = self._retention.most_slots(sequence.max_total_tokens - 1)
+        if not (isinstance(self._retention.compression, Anchors) and sequence.num_computed):
+            return most
+        held = sequence.num_held * self._allocator.block_size
+        return min(most, held * sequence.max_total_tokens // sequence.num_computed)
 
     def blocks_to_begin(self, sequence: Sequence) -> int:
         """Blocks that a sequence takes at admission if it finds no prefix."""

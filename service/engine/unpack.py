@@ -18,7 +18,8 @@ from service.messages import TokenLogprob
 class StepResult:
     """Results of a step, in the order of the plan."""
 
-    runs: list[list[int]]  # the tokens of each of `plan.sampling`: accepted drafts, and one
+    # The tokens of each of `plan.sampling`: accepted drafts, and one; none if its grammar failed.
+    runs: list[list[int]]
     logprobs: list[abc.Sequence[TokenLogprob]]  # of each run; empty if not requested
     prompt_logprobs: dict[Sequence, list[tuple[int, TokenLogprob]]]  # -> (position, score)
 
@@ -27,10 +28,21 @@ def unpack(plan: Plan, output: StepOutput) -> StepResult:
     """Splits the rows of a step's output by sequence."""
     sampled: list[int] = output.tokens_R.tolist()
     runs = [[token] for token in sampled] if not plan.drafts else _unpack_runs(plan, sampled)
+    if output.open_logits_LV.size:
+        _choose_open(plan, runs, output)
     logprobs: list[abc.Sequence[TokenLogprob]] = [()] * len(runs)
     if output.logprobs_R.size:
         logprobs = _unpack_logprobs(plan, runs, output)
     return StepResult(runs=runs, logprobs=logprobs, prompt_logprobs=_unpack_scores(plan, output))
+
+
+def _choose_open(plan: Plan, runs: list[list[int]], output: StepOutput) -> None:
+    """Replaces the argmax of open rows by that among the tokens that their grammars allow."""
+    guided = ((run, each.guide) for run, each in zip(runs, plan.sampling, strict=True))
+    opened = [(run, guide) for run, guide in guided if guide is not None and guide.is_open]
+    for (run, guide), logits_V in zip(opened, output.open_logits_LV, strict=True):
+        token = guide.choose(run[0], logits_V)
+        run[:] = [] if token is None else [token]
 
 
 def _unpack_runs(plan: Plan, sampled: list[int]) -> list[list[int]]:

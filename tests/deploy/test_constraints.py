@@ -94,3 +94,15 @@ def test_actions_of_ci_are_pinned_by_commit() -> None:
     used = [step["uses"] for job in jobs.values() for step in job["steps"] if "uses" in step]
     assert used
     assert [action for action in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action)] == []
+
+
+def test_ci_tests_kernels_with_the_oldest_triton_and_the_pinned_one() -> None:
+    """The oldest is what `make test-triton` takes by default."""
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yaml").read_text())["jobs"]["triton"]
+    (oldest,) = re.findall(r"^TRITONS \?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    pinned = str(PINS[canonicalize_name("triton")])
+    assert {*job["strategy"]["matrix"]["triton"]} == {oldest, pinned}
+    for requirement in REQUIREMENTS:
+        if requirement.name == "triton":
+            assert f">={oldest.rpartition('.')[0]}" in str(requirement.specifier)
+    assert "make test-triton\n" in (ROOT / ".ci/run").read_text()

@@ -256,6 +256,24 @@ def test_blocks_of_finished_segments_are_free() -> None:
         rig.loop._scheduler.add(make_long("long", prompt=prompt, max_tokens=101))
 
 
+@pytest.mark.parametrize(("ends", "room"), [(True, 7), (False, 1)], ids=["sentences", "none"])
+def test_room_counts_on_what_running_texts_hold(ends: bool, room: int) -> None:
+    """A running text of short sentences leaves room for as many as the batch has slots; one without
+    an end holds all, and so may the others: as at first, before the end of a sentence.
+    """
+    config = EngineConfig(
+        max_sequences=8, max_batch_tokens=16, max_prompt_chunk=4, kv_compression=Anchors()
+    )
+    rig = Rig(config, kind=AnchoredOracle, num_blocks=100, block_size=4, max_model_len=200)
+    prompt = [*range(1, 10), EOS_ID if ends else 10] * 15
+    rig.add(make_long("r", prompt=prompt, max_tokens=30))
+    rooms = []
+    while not rig.transcripts["r"].ids:
+        rig.step()
+        rooms.append(rig.loop._scheduler.room)
+    assert (rooms[0], rooms[-1]) == (2, room)
+
+
 class Bits(Observer):
     """Answers of an engine over the torch runner, with their log probabilities."""
 

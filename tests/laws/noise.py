@@ -35,6 +35,7 @@ class NoiseRunner:
         num_blocks: int = 1024,
         max_model_len: int = 2048,
         token_bytes: Sequence[bytes] = TOKEN_BYTES,
+        keeps_logits: bool = False,
     ) -> None:
         size = len(token_bytes)
         self.config = tiny_model_config(vocab_size=size, max_model_len=max_model_len)
@@ -42,6 +43,7 @@ class NoiseRunner:
         self.num_blocks = num_blocks
         self.numeric_class = "noise"
         self.exact = True
+        self.keeps_logits = keeps_logits
         generator = torch.Generator().manual_seed(3)
         self._by_token = torch.randn((size, size), generator=generator)
         self._by_place = torch.randn((64, size), generator=generator)
@@ -66,6 +68,7 @@ class NoiseRunner:
             score_logprobs_Q=none,
             score_top_ids_QN=np.zeros((0, 0), np.int32),
             score_top_logprobs_QN=np.zeros((0, 0), np.float32),
+            open_logits_LV=logits_RV.numpy()[batch.sampling.open_rows_L],
         )
 
     def warm_up(self) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from model.batch import Floats
+from model.batch import Batch, Floats
 from model.config import ModelConfig, Norm, RopeScaling
 from model.families import family_of
 from model.native.library import NativeStep
-from model.runners import RunnerOptions
+from model.runners import RunnerOptions, keeps_logits
 from model.runners.choose import choose_runner
 from model.runners.exactness import ExactnessCheck, check_exactness
 from model.runners.native import COMPUTE_ROWS, NativeRunner, unsupported
@@ -280,6 +280,38 @@ def test_greedy_rows_get_what_the_sampler_would_choose(
         chosen = runner.run(make_batch([wants], num_top=3))
         assert greedy.tokens_R == chosen.tokens_R == chosen.top_ids_RN[0, 0]
         assert chosen.logprobs_R[0] == chosen.top_logprobs_RN[0, 0]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_open_rows_return_the_logits_whose_argmax_they_take(
+    native_config: Callable[..., ModelConfig], native: Build, threads: int
+) -> None:
+    """The same bits alone and among rows that are sampled and scored; no other row changes."""
+    config = native_config()
+    runner = native(config, tiny_weights(config), num_threads=threads)
+    assert keeps_logits(runner)
+    kinds: list[dict[str, Any]] = [{}, {}, {"temperature": 1.0}, {"logprobs": True}, {}]
+    pieces = [
+        Piece(tokens=tokens(9, seed=seed), blocks=[seed], count=9, sampling=kind)
+        for seed, kind in enumerate(kinds)
+    ]
+    alone = []
+    for piece in (pieces[0], pieces[1], pieces[4]):
+        output = runner.run(opened(make_batch([piece]), [0]))
+        alone.append(output.open_logits_LV[0].copy())
+    for num, rows in enumerate(([0], [0, 1], [0, 1, 4]), start=1):
+        plain = runner.run(make_batch(pieces, num_top=3))
+        output = runner.run(opened(make_batch(pieces, num_top=3), rows))
+        assert np.array_equal(output.open_logits_LV, alone[:num])
+        assert output.tokens_R[rows].tolist() == output.open_logits_LV.argmax(-1).tolist()
+        assert np.array_equal(output.tokens_R, plain.tokens_R)
+        assert np.array_equal(output.top_logprobs_RN[3], plain.top_logprobs_RN[3])
+    assert runner.run(make_batch(pieces)).open_logits_LV.size == 0
+
+
+def opened(batch: Batch, rows: list[int]) -> Batch:
+    open_rows_L = np.array(rows, np.int32)
+    return replace(batch, sampling=replace(batch.sampling, open_rows_L=open_rows_L))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

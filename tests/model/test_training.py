@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from model.training import TrainingError
+from model.training import network as network_module
 from model.training.data import TokenBatch, epoch_order, hold_out, in_order, read_rows
 from model.training.generate import Answers, Example
 from model.training.loop import STATE, Recipe, StepReport, Training
@@ -251,6 +252,34 @@ def test_computes_in_bfloat16_what_it_computes_in_float32(tmp_path: Path) -> Non
         losses[autocast] = reports[0].loss
     assert losses[True] != losses[False]
     assert losses[True] == pytest.approx(losses[False], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "anchor_ids", [frozenset[int](), frozenset({3})], ids=["causal", "anchors"]
+)
+def test_attention_on_a_cpu_stays_in_float32(
+    anchor_ids: frozenset[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In which its gradient is fast; the products around it are in bfloat16."""
+    found: set[torch.dtype] = set()
+
+    def recorded(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*heads: torch.Tensor, **options: Any) -> torch.Tensor:
+            found.update(each.dtype for each in heads)
+            return attend(*heads, **options)
+
+        return call
+
+    for name in ("fused_attention", "anchored_attention"):
+        monkeypatch.setattr(network_module, name, recorded(getattr(network_module, name)))
+    config = tiny_model_config()
+    network = build_network(config, tiny_weights(config))
+    products: set[torch.dtype] = set()
+    product = network.get_submodule("blocks.0.attention.qkv")
+    product.register_forward_hook(lambda *args: products.add(args[2].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        states(network, torch.arange(1, 9)[None], anchor_ids=anchor_ids)
+    assert (found, products) == ({torch.float32}, {torch.bfloat16})
 
 
 def test_the_rate_rises_and_falls() -> None:

@@ -50,6 +50,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "n_heads": 4,
         "max_position_embeddings": 64,
     },
+    "nomic_bert": BERT,
     "modernbert": {
         **BERT,
         "local_attention": 6,

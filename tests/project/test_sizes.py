@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = frozenset({".py", ".cpp", ".h", ".inl", ".lua", ".js", ".css", ".html"})
-CEILINGS = {"model": 22_500, "service": 34_000, "loadtest": 6_500}  # non-blank lines
+CEILINGS = {"model": 22_500, "service": 34_100, "loadtest": 6_500}  # non-blank lines
 LARGEST_FILE = 350
 REPEATED = 6  # identical lines in a row
 

@@ -19,13 +19,15 @@ from service.models import load_cards
 from service.settings import load_settings
 from tests.conftest import serving
 from tests.support.tiny_model import TinyModel
+from tests.support.transformers_answers import greedy_logprobs
 from tests.support.waiting import PATIENCE
 
 ROWS = [
     {"prompt": "the quick", "completion": " lazy lazy dog"},
     {"prompt": "the lazy", "completion": " quick quick fox"},
 ]
-TEXT = {"prompt": "the quick brown fox jumps over the lazy dog the quick", "max_tokens": 8}
+PROMPT, NUM = "the quick brown fox jumps over the lazy dog the quick", 8
+TEXT = {"prompt": PROMPT, "max_tokens": NUM}
 ASKED = TEXT | {"temperature": 0, "logprobs": 1, "ignore_eos": True}
 
 
@@ -75,8 +77,12 @@ async def answer(client: httpx.AsyncClient, model: str) -> tuple[str, list[float
 
 
 @pytest.mark.slow
-async def test_each_adapter_answers_as_its_merged_model(url: str) -> None:
-    """Alone and in a batch with the others, and again from the prefix cache, which is warm."""
+async def test_each_adapter_answers_as_its_merged_model(
+    url: str, folders: tuple[Path, Path, Path]
+) -> None:
+    """And as transformers does with the merged weights: alone and in a batch with the others, and
+    again from the prefix cache, which is warm.
+    """
     async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
         models = ["tiny", "lora-1", "lora-2"]
         alone = {model: await answer(client, model) for model in models}
@@ -85,6 +91,8 @@ async def test_each_adapter_answers_as_its_merged_model(url: str) -> None:
         together = await asyncio.gather(*(answer(client, model) for model in asked))
         for number in (1, 2):
             text, logprobs = await answer(client, f"merged-{number}")
+            theirs = greedy_logprobs(folders[number], PROMPT, NUM)
+            assert logprobs == pytest.approx(theirs, abs=1e-3)
             found = [
                 got for name, got in zip(asked, together, strict=True) if name == f"lora-{number}"
             ]

@@ -21,6 +21,7 @@ from service.__main__ import app
 from service.errors import StartupError
 from tests.conftest import ROOT, default, serving
 from tests.support.tiny_model import CORPUS, TinyModel
+from tests.support.transformers_answers import greedy_logprobs
 from tests.support.waiting import PATIENCE
 
 PLAN = """
@@ -96,22 +97,27 @@ def test_an_interrupted_run_is_saved_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_from_scratch_is_served(tmp_path: Path) -> None:
+def test_a_model_from_scratch_is_served_as_transformers_reads_it(tmp_path: Path) -> None:
     run = subprocess.run(
-        command(tmp_path, steps=3), cwd=ROOT, capture_output=True, text=True, check=False
+        command(tmp_path, steps=100), cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
     assert "held-out loss" in run.stderr
     assert "bits per byte" in run.stderr
-    with serving(*default(tmp_path / "out"), log=tmp_path / "log") as url:
+    options = (*default(tmp_path / "out"), "--runner", "torch", "--dtype", "float32")
+    with serving(*options, log=tmp_path / "log") as url:
         body = {
             "model": "smollm2-135m-instruct",
             "prompt": "the quick",
             "max_tokens": 4,
             "ignore_eos": True,
+            "temperature": 0,
+            "logprobs": 0,
         }
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE).json()
-    assert answer["usage"]["completion_tokens"] == 4, answer
+    theirs = greedy_logprobs(tmp_path / "out", "the quick", 4)
+    assert max(theirs) > -3, "a uniform guess has -5.7"
+    assert answer["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(theirs, abs=1e-3)
 
 
 @pytest.mark.slow

@@ -199,6 +199,7 @@ class Overlapping:
         if unread_T is not None:
             sampling = batch.sampling
             told = {*sampling.penalty_rows_P.tolist(), *sampling.mask_rows_M.tolist()}
+            told.update(sampling.open_rows_L.tolist())
             assert not unread_T[batch.sample_rows_R[sorted(told)]].any()
             assert not unread_T[batch.score_rows_Q].any()
             assert self._under_way, "somebody has read every token"

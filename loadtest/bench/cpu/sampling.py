@@ -87,6 +87,7 @@ class Share:
 
     def __init__(self, runner: NativeRunner, *, index: int, num_blocks: int) -> None:
         self.config, self.exact = runner.config, runner.exact
+        self.keeps_logits = runner.keeps_logits
         self.block_size, self.num_blocks = runner.block_size, num_blocks
         self.numeric_class = runner.numeric_class
         self._runner, self._first = runner, index * num_blocks

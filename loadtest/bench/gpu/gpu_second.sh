@@ -7,7 +7,7 @@
 # there is one, for CPython 3.12:
 #
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 \
-#     --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+#     --platform manylinux_2_31_x86_64 --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
 #     --constraint deploy/constraints.txt --requirement loadtest/bench/gpu/wheels.txt --dest .wheels
 set -uo pipefail
 cd "$(dirname "$0")/../../.."
