@@ -78,7 +78,8 @@ def add_adapters(
         return
     part = triton.cdiv(triton.cdiv(K, min(_MAX_PARTS, triton.cdiv(K, _PART))), INPUTS) * INPUTS
     parts = triton.cdiv(K, part)
-    rows, outputs, warps = (16, 64, 4) if M <= _FEW else (64, 128, 8)
+    wide = 128 if y.num_parts == 1 else 64  # parts are added up in registers
+    rows, outputs, warps = (16, 64, 4) if M <= _FEW else (64, wide, 8)
     tiles, lanes = triton.cdiv(M, rows), min(L, _LANES) if M <= _MIXED else 1
     low_PMR = torch.empty((parts, M, R), dtype=torch.float32, device=x_MK.device)
     _shrink[(tiles, parts * R // RANKS, lanes)](

@@ -145,14 +145,14 @@ def attention_of(dim, arch, stored="*bf16", block_size=16, windowed=False, causa
 def adapters_of(arch):
     types = {name: "*bf16" for name in ("x_ptr", "a_ptr", "b_ptr")} | {"low_ptr": "*fp32"}
     types |= {name: "*i32" for name in ("places_ptr", "adapters_ptr")} | {"M": "i32", "L": "i32"}
-    for rows, outputs, warps, parts in ((16, 64, 4, 16), (64, 128, 8, 1)):
+    for rows, outputs, warps, parts in ((16, 64, 4, 16), (64, 128, 8, 1), (64, 64, 8, 16)):
         tile = dict(R=48, ROWS=rows, RANKS=adapters.RANKS)
         compiled(
             f"shrink of {rows}", arch, adapters._shrink, types,
             dict(K=14336, PART=1792, INPUTS=tiling.INPUTS, **tile), num_warps=4, num_stages=3,
         )
         compiled(
-            f"expand of {rows}", arch, adapters._expand,
+            f"expand of {rows} in {parts} parts", arch, adapters._expand,
             {**types, "y_ptr": "*bf16" if parts == 1 else "*fp32"},
             dict(N=4096, LOW_PARTS=8, PARTS=parts, OUTPUTS=outputs, **tile),
             num_warps=warps, num_stages=2,
