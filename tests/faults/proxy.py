@@ -1,7 +1,8 @@
 """FaultProxy: a TCP proxy that injects network faults.
 
-`delay` delays each chunk of a reply, `swallow_replies` drops replies but not requests, `black_hole`
-drops everything while connections stay open, `cut` aborts all connections.
+`delay` delays each chunk of a reply, `swallow_replies` drops replies but not requests (from the
+first request on that contains `swallow_from`, if it is set), `black_hole` drops everything while
+connections stay open, `cut` aborts all connections.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class FaultProxy(Relay):
         super().__init__()
         self.delay = 0.0
         self.swallow_replies = False
+        self.swallow_from = b""
         self.black_hole = False
         self.swallowed = 0
         self._target_port = target_port
@@ -38,6 +40,8 @@ class FaultProxy(Relay):
         return await asyncio.open_connection("127.0.0.1", self._target_port)
 
     async def passes(self, chunk: bytes, *, reply: bool) -> bool:
+        if not reply and self.swallow_from and self.swallow_from in chunk:
+            self.swallow_replies = True
         if self.black_hole or (reply and self.swallow_replies):
             self.swallowed += len(chunk)
             return False

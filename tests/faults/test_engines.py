@@ -14,6 +14,7 @@ from itertools import pairwise
 import httpx
 import pytest
 
+from service.queues.redis.scripts import load_scripts
 from tests.cluster.checker import check_all
 from tests.cluster.client import Transcript
 from tests.cluster.cluster import Cluster
@@ -84,10 +85,10 @@ async def test_row_3_killed_between_claim_and_work(
         engine = cluster.start_engine(queue=proxy.redis_url)
         await asyncio.to_thread(engine.wait_until_ready)
         await asyncio.to_thread(cluster.wait_until_registered, 1)
-        engine.pause()  # so that its next claim is the one whose reply is lost
+        engine.pause()  # so that its next claim finds the request
         streams = Streams(cluster.client, [cluster.body(rng)])
         await until(lambda: cluster.ask("HGET", cluster.key("adm"), "q") == "1", "it is queued")
-        proxy.swallow_replies = True
+        proxy.swallow_from = load_scripts()["claim"].sha.encode()
         engine.resume()
         await until(lambda: cluster.ask("HGET", cluster.key("adm"), "run") == "1", "a claim")
         assert proxy.swallowed
