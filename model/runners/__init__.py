@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import numpy as np
+
 from model.adapters import Adapter
 from model.batch import Batch, Bools, StepOutput
 from model.compression import check_compression
@@ -77,6 +79,16 @@ class OverlappedRunner(Runner, Protocol):
 def overlapped(runner: Runner) -> OverlappedRunner | None:
     """The runner, if it can launch steps ahead."""
     return cast("OverlappedRunner", runner) if getattr(runner, "launch", None) else None
+
+
+def check_unread(batch: Batch, unread_T: Bools) -> None:
+    """Raises ValueError if what a row with an unread token yields depends on that token, besides
+    its logits.
+    """
+    sampling = batch.sampling
+    rows = np.concatenate([sampling.penalty_rows_P, sampling.mask_rows_M])
+    if unread_T[batch.sample_rows_R[rows]].any() or unread_T[batch.score_rows_Q].any():
+        raise ValueError("a row whose token is unread has no penalties, masks or scores")
 
 
 def keeps_logits(runner: Runner) -> bool:

@@ -5,7 +5,8 @@ Weights have 8 bits or, with dtype int4, those of their blocks (`model.checkpoin
 The bits of an answer do not depend on the batch, the chunks, the blocks, the threads or the
 instruction set: see native/src/kernels.h. `unsupported` names the families that it does not serve,
 those with other norms or activations than Llama's. The library samples, too, with the bits of
-`model.sampler`: no logits leave it. Adapters are applied in float32, beside the products in 8 bits.
+`model.sampler`: only logits of open rows leave it. Adapters are applied in float32, next to the
+products in 8 bits.
 
 Steps that were launched are computed by the library's own threads, while the host reads earlier
 ones and plans the next.
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, StepOutput
 from model.config import Activation, ModelConfig, Norm, Position
@@ -33,7 +35,7 @@ from model.native.library import (
 from model.native.packed import PackedWeights
 from model.native.quantize import hadamard_block, load, load_adapters, rotary_tables
 from model.native.sampling import NativeSampling, is_greedy
-from model.runners import RunnerOptions, StepHandle
+from model.runners import RunnerOptions, StepHandle, check_unread
 from model.runners.logprobs import NO_LOGPROBS, SCORED_AT_ONCE, Logprobs, step_output
 from model.weights import Arrays, Weights
 
@@ -196,6 +198,7 @@ class NativeRunner:
 
     def _unread(self, batch: Batch, unread_T: Bools) -> Ints:
         """For each row the output of the newest step that is its token, or -1."""
+        check_unread(batch, unread_T)
         newest = self._newest
         if newest is None or not self._flights:
             raise ValueError("only a step in flight has unread tokens")
@@ -206,11 +209,12 @@ class NativeRunner:
             outputs_T = np.arange(len(unread_T), dtype=np.int32)
         else:
             found = dict(zip(_slots(newest, newest.sample_rows_R), itertools.count(), strict=False))
-            slots_T = _slots(batch, np.arange(batch.num_tokens, dtype=np.int32))
-            for row in np.flatnonzero(unread_T):
-                if slots_T[row] not in found:
-                    raise ValueError(f"slot {slots_T[row]} has no token in flight")
-            outputs_T = np.array([found.get(slot, -1) for slot in slots_T], np.int32)
+            outputs_T = np.full(len(unread_T), -1, np.int32)
+            rows = np.flatnonzero(unread_T)
+            for row, slot in zip(rows, _slots(batch, rows), strict=True):
+                if slot not in found:
+                    raise ValueError(f"slot {slot} has no token in flight")
+                outputs_T[row] = found[slot]
         return np.where(unread_T, outputs_T, np.int32(-1))
 
     def _scores(self, batch: Batch) -> Iterator[tuple[NativeStep, Logprobs]]:
@@ -232,7 +236,7 @@ class NativeRunner:
             yield step, given.logprobs
 
 
-def _slots(batch: Batch, rows: Ints) -> list[int]:
+def _slots(batch: Batch, rows: npt.NDArray[np.integer]) -> list[int]:
     """The batch slots of the sequences of some rows of T."""
     sequences = np.searchsorted(batch.query_starts_S1, rows, side="right") - 1
     slots: list[int] = batch.batch_slots_S[sequences].tolist()

@@ -260,9 +260,10 @@ class Speculator:
             sources = [(Grade.SPELLED, spelled)]
         else:
             sources = list(track.sources(sequence.tokens, sequence.num_prompt, most))
-        best, guessed, right = None, sequence.num_unread, 0
-        if not self._counts_pauses:  # to read the token costs nothing: what if the guess is right?
-            guessed, right = 0, guessed
+        # If it costs nothing to read the token in flight: what if the guess of it is right?
+        right = 0 if self._counts_pauses else sequence.num_unread
+        guessed = sequence.num_unread - right
+        best = None
         for grade, found in sources:
             if len(found) <= right:
                 continue

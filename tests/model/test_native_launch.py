@@ -89,6 +89,9 @@ def test_a_step_reads_only_what_was_launched(build: Callable[[], NativeRunner]) 
     handle = runner.launch(first)
     with pytest.raises(ValueError, match="slot 2 has no token in flight"):
         runner.launch(later, unread_T=unread_T)
+    masked = replace(later.sampling, mask_rows_M=np.array([1], np.int32))
+    with pytest.raises(ValueError, match="has no penalties, masks or scores"):
+        runner.launch(replace(later, sampling=masked), unread_T=unread_T)
     with pytest.raises(ValueError, match="launched steps must be collected first"):
         runner.run(first)
     with pytest.raises(ValueError, match="in the order they were launched"):

@@ -27,7 +27,7 @@ from model.kernels.head import find_argmax, merge_argmax
 from model.kernels.inputs import advance, change
 from model.kernels.sampling import sample_tokens
 from model.kernels.tiling import layout_sizes
-from model.runners import RunnerOptions, StepHandle
+from model.runners import RunnerOptions, StepHandle, check_unread
 from model.runners.cuda.accelerator import Accelerator, PendingCopy
 from model.runners.cuda.buffers import TokenRing, Upload
 from model.runners.cuda.chip import resource_errors
@@ -228,11 +228,8 @@ class CudaRunner:
             raise ValueError(f"a step samples at most {self._options.max_sequences} rows")
         if batch.adapters_S.size and batch.adapters_S.max() > len(self._options.adapters):
             raise ValueError("a sequence has an adapter that is not loaded")
-        if unread_T is not None and unread_T.any():
-            sampling = batch.sampling
-            rows = np.concatenate([sampling.penalty_rows_P, sampling.mask_rows_M])
-            if unread_T[batch.sample_rows_R[rows]].any() or unread_T[batch.score_rows_Q].any():
-                raise ValueError("a row whose token is unread has no penalties, masks or scores")
+        if unread_T is not None:
+            check_unread(batch, unread_T)
 
     def _decode(self, batch: Batch, changes: tuple[Ints, Ints]) -> _Results:
         count = batch.num_sequences
