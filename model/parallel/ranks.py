@@ -172,6 +172,7 @@ class FollowerProcesses:
         self._closing = False
         self._changed = threading.Condition()
         self._when_lost: list[Callable[[str], None]] = []
+        self._watcher: threading.Thread | None = None
         self._ranks: dict[Connection, tuple[int, subprocess.Popen[bytes]]] = {}
         for spec in specs:
             mine, theirs = Pipe()
@@ -197,7 +198,10 @@ class FollowerProcesses:
 
     def watch(self, group: dist.ProcessGroup) -> None:
         """From now on, if one ends, the sums of `group` that wait for it are aborted."""
-        threading.Thread(target=self._watch, args=(group,), name="ranks", daemon=True).start()
+        self._watcher = threading.Thread(
+            target=self._watch, args=(group,), name="ranks", daemon=True
+        )
+        self._watcher.start()
 
     def when_lost(self, callback: Callable[[str], None]) -> None:
         """Calls back, once and from any thread, with one line about the first that ended."""
@@ -242,6 +246,8 @@ class FollowerProcesses:
                 process.wait(timeout)
             process.kill()
             process.wait()
+        if self._watcher is not None:  # it has the group, which must not outlive the interpreter
+            self._watcher.join(EXIT_TIMEOUT)
 
     def _watch(self, group: dist.ProcessGroup) -> None:
         ready = set(wait(self._ranks))

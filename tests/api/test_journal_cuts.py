@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.api import DIALECTS
@@ -252,6 +252,15 @@ def manifest_of(
     tools=st.booleans(),
     stop=st.sampled_from([(), ("stop",), ("hi",)]),
     reason=st.sampled_from([FinishReason.STOP, FinishReason.LENGTH]),
+)
+@example(  # text after a call
+    ids=[CALL, NAME, DONE, HI, BLANK, CALL, NAME, DONE, HI],
+    ends=[],
+    have=0,
+    opened=False,
+    tools=True,
+    stop=(),
+    reason=FinishReason.STOP,
 )
 def test_stream_body_and_replay_agree(
     endpoint: Endpoint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -122,6 +123,7 @@ def test_processes_do_the_steps_of_one_runner(
     finally:
         leader.close()
     assert lost == []
+    assert "ranks" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.slow

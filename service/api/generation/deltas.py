@@ -57,7 +57,7 @@ class Delta:
 
     @property
     def opened(self) -> list[CallDelta]:
-        """Calls that begin with this record, after the text."""
+        """Calls that begin with this record, each at its place in the text."""
         return [call for call in self.calls if call.id is not None]
 
 
@@ -279,11 +279,14 @@ class Accumulator:
             for call in delta.continued:
                 self.calls[call.index].add(call)
             self._grow(ReasoningSegment, delta.reasoning)
-            self._grow(TextSegment, delta.text)
+            end = 0
             for call in delta.opened:
+                start, end = end, call.at
+                self._grow(TextSegment, delta.text[start:end])
                 new = ToolCallSegment(call.id or "", call.name or "", custom=call.custom)
                 new.add(call)
                 self.segments.append(new)
+            self._grow(TextSegment, delta.text[end:])
 
     def _text_of(self, kind: type[Segment]) -> str:
         return "".join(segment.text for segment in self.segments if isinstance(segment, kind))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -254,10 +254,7 @@ class AnswerParts:
         parts = self._parsed(reasoning, text)
         if self._parser is None:
             return parts
-        rest = self._parser.finish()
-        return Parts(
-            reasoning=parts.reasoning, text=parts.text + rest.text, calls=parts.calls + rest.calls
-        )
+        return replace(parts, text=parts.text + self._parser.finish().text)
 
     def _parsed(self, reasoning: str, text: str) -> Parts:
         if self._note is None or not self._note.included:

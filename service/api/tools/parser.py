@@ -42,6 +42,7 @@ class CallDelta:
     name: str | None = None
     custom: bool = False
     complete: bool = False  # the arguments end here
+    at: int = 0  # where it opens: characters of the same chunk's text before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,8 @@ class ToolCallParser:
         id_ = self._next_id(index)
         self._ids.add(id_)
         custom = self._name in self._tools.custom
-        self._calls[index] = CallDelta(index, "", id_, self._name, custom)
+        at = sum(map(len, self._text))
+        self._calls[index] = CallDelta(index, "", id_, self._name, custom, at=at)
         self._num_calls += 1
         self._pending = ""
         self._arguments = self._reader(custom=custom)
