@@ -90,7 +90,9 @@ class Settings(BaseModel):
         "auto",
     )
     kv_dtype: Literal["auto", "bfloat16", "int8", "float8"] = _engine(
-        "KV cache dtype, if the runner supports several.", "auto"
+        "KV cache dtype, if the runner supports several; auto: of the native runner int8, if the "
+        "model's keys can be rounded to it, else bfloat16.",
+        "auto",
     )
     kv_compression: Compression = _engine(
         "Compression of the KV cache (torch runner). window:1024: each token attends to the first "

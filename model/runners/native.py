@@ -1,6 +1,7 @@
 """NativeRunner: a step in one call of a C++ library, with 8-bit activations, on a CPU.
 
-Weights have 8 bits or, with dtype int4, those of their blocks (`model.checkpoint.four_bit`).
+Weights have 8 bits or, with dtype int4, those of their blocks (`model.checkpoint.four_bit`). Keys
+and values have 8 bits, too, or 16 (`_wide_cache`).
 
 The bits of an answer do not depend on the batch, the chunks, the blocks, the threads or the
 instruction set: see native/src/kernels.h. `unsupported` names the families that it does not serve,
@@ -39,13 +40,13 @@ from model.runners import RunnerOptions, StepHandle, check_unread
 from model.runners.logprobs import NO_LOGPROBS, SCORED_AT_ONCE, Logprobs, step_output
 from model.weights import Arrays, Weights
 
-KERNEL_VERSION = 3  # raised whenever the bits of a result change, which a test enforces
+KERNEL_VERSION = 4  # raised whenever the bits of a result change, which a test enforces
 MAX_THREADS = 16  # more of them wait for one another longer than they compute
 COMPUTE_ROWS = 32  # from this many rows on, a step is compute-bound; below, memory-bound
 _LINE = 16  # floats of a cache line
 _MAX_INPUTS = 65_536  # of a product: its sums must fit 32 bits
 
-_KV_NAMES = {"auto": "", "bfloat16": "", "int8": "-kv8"}
+_KV_DTYPES = ("auto", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,7 @@ class NativeRunner:
         self.config = config
         self.block_size = options.block_size
         self.num_blocks = shape.num_blocks
-        kind = f"native-{'int4' if shape.four_bit else 'int8'}{_KV_NAMES[options.kv_dtype]}"
+        kind = f"native-{'int4' if shape.four_bit else 'int8'}{'' if shape.wide_cache else '-kv8'}"
         self.numeric_class = f"{kind}-v{KERNEL_VERSION}-{digest[:12]}"
         self.most_sampled = options.max_batch_tokens
         self._flights: deque[_Flight] = deque()
@@ -266,13 +267,22 @@ def unsupported(config: ModelConfig) -> str | None:
 def _unsupported_options(options: RunnerOptions) -> str | None:
     if options.dtype not in ("auto", "int8", "int4"):
         return "dtype must be auto, int8 or int4 for the native runner"
-    if options.kv_dtype not in _KV_NAMES:
-        return f"kv_dtype must be one of {', '.join(_KV_NAMES)} for the native runner"
+    if options.kv_dtype not in _KV_DTYPES:
+        return f"kv_dtype must be one of {', '.join(_KV_DTYPES)} for the native runner"
     if options.device not in ("auto", "cpu"):
         return "device must be auto or cpu for the native runner"
     if options.block_size % 16:
         return "block_size must be a multiple of 16 for the native runner"
     return None
+
+
+def _wide_cache(config: ModelConfig, options: RunnerOptions) -> bool:
+    """Whether K and V have 16 bits. By default 8, if a Hadamard transform can spread keys before
+    they are rounded, and they have no bias, which would be most of what 8 bits hold.
+    """
+    if options.kv_dtype == "auto":
+        return config.qkv_bias or config.head_dim & (config.head_dim - 1) != 0
+    return options.kv_dtype == "bfloat16"
 
 
 def _shape(config: ModelConfig, options: RunnerOptions, library: NativeLibrary) -> Shape:
@@ -293,7 +303,7 @@ def _shape(config: ModelConfig, options: RunnerOptions, library: NativeLibrary) 
         hadamard=hadamard_block(config.intermediate_size),
         qkv_bias=config.qkv_bias,
         qk_norm=config.qk_norm,
-        wide_cache=options.kv_dtype != "int8",
+        wide_cache=_wide_cache(config, options),
         four_bit=options.dtype == "int4",
         threads=threads,
         compute_threads=min(threads, usable_cores()),

@@ -24,6 +24,7 @@ GOLDEN = {  # by the KV cache; int4: the weights of the layers
     1: {"bfloat16": "f737ef793ad35a71", "int8": "3f5f4736193b70f7", "int4": "1e759eedf75b6293"},
     2: {"bfloat16": "f737ef793ad35a71", "int8": "3f5f4736193b70f7", "int4": "1e759eedf75b6293"},
     3: {"bfloat16": "f737ef793ad35a71", "int8": "3f5f4736193b70f7", "int4": "1e759eedf75b6293"},
+    4: {"bfloat16": "f737ef793ad35a71", "int8": "789dee65c7069fec", "int4": "1e759eedf75b6293"},
 }
 TOKENS = 300  # more than one split of the attention
 

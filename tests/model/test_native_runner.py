@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ def test_near_the_reference(
     reference = TorchRunner(config, weights, options=options, digest="0" * 64)
     text, own = tokens(LONG), blocks(LONG)
     exact = scores(reference, text, own, LONG)
-    for kv_dtype in ("auto", "int8"):
+    for kv_dtype in ("bfloat16", "int8"):
         found = scores(native(config, weights, kv_dtype=kv_dtype), text, own, LONG)
         error = float(np.sqrt(np.mean((found - exact) ** 2)) / exact.std())
         assert error < 0.12, kv_dtype
@@ -250,20 +251,32 @@ def test_a_prefix_is_shared(native_config: Callable[..., ModelConfig], native: B
     assert np.array_equal(found, scores(runner, other, range(60, 67), 100)[64:])
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", ["llama", "wide heads"])
 def test_what_stands_in_foreign_slots_does_not_matter(
-    name: str, native_config: Callable[..., ModelConfig], native: Build
+    name: str, kv_dtype: str, native_config: Callable[..., ModelConfig], native: Build
 ) -> None:
     """Blocks that held NaN before: an embedding that is not finite fills them with it."""
     config = native_config(**VARIATIONS[name])
     weights = tiny_weights(config)
     weights["embed.weight"][7] = float("nan")
-    runner = native(config, weights)
+    runner = native(config, weights, kv_dtype=kv_dtype)
     text = [t if t != 7 else 8 for t in tokens(100)]
     clean = scores(runner, text, range(7), 33)
     assert np.isfinite(clean).all()
     assert np.isnan(scores(runner, [7] * 112, range(7), 112)).all()
     assert np.array_equal(scores(runner, text, range(7), 33), clean)
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_one_element_of_a_value_that_is_not_finite_gives_no_number(
+    kv_dtype: str, native_config: Callable[..., ModelConfig], native: Build
+) -> None:
+    config = native_config(qkv_bias=True)
+    weights = tiny_weights(config)
+    weights["blocks.0.attention.qkv.bias"][-1] = float("nan")
+    runner = native(config, weights, kv_dtype=kv_dtype)
+    assert np.isnan(scores(runner, tokens(20), range(2), 20)).all()
 
 
 def test_greedy_rows_get_what_the_sampler_would_choose(
@@ -517,6 +530,19 @@ def test_what_is_not_served_is_said(
             native(config, tiny_weights(config), **options)
 
 
+def test_keys_have_8_bits_only_where_they_can_be_spread(
+    native_config: Callable[..., ModelConfig], native: Build
+) -> None:
+    for config, kv_dtype in (
+        (native_config(head_dim=64), "int8"),
+        (native_config(head_dim=80), "bfloat16"),
+        (native_config(qkv_bias=True), "bfloat16"),
+    ):
+        weights = tiny_weights(config)
+        found, named = (native(config, weights, kv_dtype=kind) for kind in ("auto", kv_dtype))
+        assert found.numeric_class == named.numeric_class
+
+
 def test_classes_name_what_answers_depend_on(
     native_config: Callable[..., ModelConfig], native: Build, native_variants: list[str]
 ) -> None:
@@ -524,20 +550,27 @@ def test_classes_name_what_answers_depend_on(
     weights = tiny_weights(config)
     classes = {native(config, weights, variant=v).numeric_class for v in native_variants}
     assert len(classes) == 1
-    assert native(config, weights, kv_dtype="int8").numeric_class not in classes
+    assert native(config, weights, kv_dtype="int8").numeric_class in classes
+    assert native(config, weights, kv_dtype="bfloat16").numeric_class not in classes
     assert native(config, weights, num_threads=2).exact
 
 
 def test_memory_decides_the_number_of_blocks(
     native_config: Callable[..., ModelConfig], native: Build
 ) -> None:
+    """In 8 bits a key and a value have a scale each."""
     config = native_config()
-    size = 2 * 2 * config.num_layers * 16 * config.kv_size
-    runner = native(config, tiny_weights(config), num_blocks=None, kv_memory=5 * size + size // 2)
-    assert runner.num_blocks == 5
-    runner.warm_up()
-    with pytest.raises(ValueError, match=f"at least {size} bytes"):
-        native(config, tiny_weights(config), num_blocks=None, kv_memory=size - 1)
+    weights, slots = tiny_weights(config), 2 * config.num_layers * 16
+    for kv_dtype, size in (
+        ("bfloat16", slots * config.kv_size * 2),
+        ("int8", slots * (config.kv_size + config.num_kv_heads * 4)),
+    ):
+        build = partial(native, config, weights, num_blocks=None, kv_dtype=kv_dtype)
+        runner = build(kv_memory=5 * size + size // 2)
+        assert runner.num_blocks == 5
+        runner.warm_up()
+        with pytest.raises(ValueError, match=f"at least {size} bytes"):
+            build(kv_memory=size - 1)
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, default=usable_cpus())
     parser.add_argument("--variant", default="")
-    parser.add_argument("--kv", default="bfloat16")
+    parser.add_argument("--kv", default="auto")
     parser.add_argument("--dtype", choices=("int8", "int4"), default="int8")
     parser.add_argument("--repeats", type=int, default=10)
 

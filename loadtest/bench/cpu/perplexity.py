@@ -10,6 +10,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +136,15 @@ def runners(
             digest=model.digest,
         ),
     )
-    yield "native int8, KV bfloat16", lambda: build(NativeRunner, options("int8"))
-    yield "native int8, KV int8", lambda: build(NativeRunner, options("int8", "int8"))
+    for kv_dtype in ("bfloat16", "int8"):
+        chosen = options("int8", kv_dtype)
+        yield f"native int8, KV {kv_dtype}", partial(build, NativeRunner, chosen)
     if four_bit_reason(open_checkpoint(path)) is None:
         opened = open_model(path, four_bit=True)
         yield (
-            "native int4, KV bfloat16",
+            "native int4, KV int8",
             lambda: NativeRunner(
-                opened.config, opened.weights, options=options("int4"), digest=opened.digest
+                opened.config, opened.weights, options=options("int4", "int8"), digest=opened.digest
             ),
         )
 

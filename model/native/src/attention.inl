@@ -4,18 +4,25 @@
 // queries of a tile nor the distribution of splits over threads can change a bit. Cost is linear in the
 // context.
 
-QUIRE_INLINE Lanes widen(const uint16_t* p) { return from_bf16(p); }
-QUIRE_INLINE Lanes widen(const int8_t* p) { return from_int8(p); }
-
 // Queries of one walk over the keys; and how many groups of keys, and LANES of values, these take at once:
 // enough sums to hide the latency of `fma`, and no more than there are registers.
 #if defined(__AVX512F__)
 constexpr int QUERIES = 4, GROUPS_TOGETHER = 4;
 constexpr int values_together(int) { return 4; }
+constexpr int NARROW_QUERIES = 4, NARROW_SUMS = 20;
 #else
 constexpr int QUERIES = 6, GROUPS_TOGETHER = 1;  // sums of two registers each
 constexpr int values_together(int queries) { return queries <= 2 ? 4 : 1; }
+constexpr int NARROW_QUERIES = 3, NARROW_SUMS = 12;
 #endif
+
+// The weights of a split's values in 14 bits, as the variant's instructions take them.
+union WeightCodes {
+  uint8_t bytes[2 * SPLIT];  // of all values the upper 7 bits, then of all the lower ones
+  int16_t words[SPLIT];
+};
+
+#include QUIRE_WHOLE
 
 // The state of one walk over the keys of a split, by up to QUERIES queries.
 struct Walk {
@@ -24,7 +31,14 @@ struct Walk {
   int low[QUERIES], high[QUERIES];  // positions that each query sees: low <= p < high
   int begin, end;                   // of the walk; begin is a multiple of GROUP
   bool is_first;                    // of the walks over these keys: the later ones find them in a cache
+  bool is_cold;                     // these keys and values were not prefetched
+  const AttentionItem* next;        // the keys and values to prefetch, or null
+  int next_begin, next_end;         // positions; next_begin is a multiple of GROUP
   float weights[QUERIES][SPLIT];    // scores, then weights; index: position - begin
+  // Of an 8-bit cache: see narrow.inl.
+  int8_t codes[QUERIES][DIM_MAX];
+  float scales[QUERIES], biases[QUERIES], value_scales[QUERIES];
+  WeightCodes weight_codes[QUERIES];
 };
 
 static uint8_t* region_at(const AttentionItem& item, int position) {
@@ -33,18 +47,14 @@ static uint8_t* region_at(const AttentionItem& item, int position) {
   return item.pool.base + block * item.pool.block_bytes + (size_t)item.head * item.pool.region_bytes;
 }
 
-template <typename Cell> QUIRE_INLINE const Cell* keys_at(const AttentionItem& item, int position) {
-  const int offset = position % item.shape->block_size;
-  return (const Cell*)region_at(item, position) + (size_t)offset * item.shape->dim;
-}
-
-template <typename Cell> QUIRE_INLINE const Cell* values_at(const AttentionItem& item, int position) {
+// which: 0 keys, of a group; 1 values, of a position, in 8 bits of a multiple of 4.
+template <typename Cell> QUIRE_INLINE const Cell* cells_at(const AttentionItem& item, int position, int which) {
   const HeadShape& shape = *item.shape;
-  const int offset = position % shape.block_size;
-  return (const Cell*)region_at(item, position) + (size_t)(shape.block_size + offset) * shape.dim;
+  const int offset = position % shape.block_size + which * shape.block_size;
+  return (const Cell*)region_at(item, position) + (size_t)offset * shape.dim;
 }
 
-// Scales lie behind the cells of an 8-bit region; which: 0 keys, 1 values.
+// Scales lie behind the cells of an 8-bit region.
 static const float* scales_at(const AttentionItem& item, int position, int which) {
   const HeadShape& shape = *item.shape;
   const size_t cells = (size_t)shape.block_size * shape.dim;
@@ -52,34 +62,44 @@ static const float* scales_at(const AttentionItem& item, int position, int which
   return scales + which * shape.block_size + position % shape.block_size;
 }
 
-template <typename Cell, int COUNT, int WIDTH> static void score_groups(Walk& walk, int position) {
+// What is prefetched while keys (which = 0) or values (1) of WIDTH groups are computed with: those of the next
+// walk, which is a microsecond away. Blocks lie far apart, so the hardware does not do it.
+template <typename Cell, int WIDTH> struct Fetch {
+  const char* ahead[3 * WIDTH];
+  int count = 0;
+
+  QUIRE_INLINE Fetch(const Walk& walk, int position, int which) {
+    if (!walk.is_first) return;
+    for (int g = 0; g < WIDTH; g++) {
+      const int now = position + g * GROUP, next = walk.next_begin + now - walk.begin;
+      if (next < walk.next_end) ahead[count++] = (const char*)cells_at<Cell>(*walk.next, next, which);
+      if (!walk.is_cold || which == 1) continue;
+      ahead[count++] = (const char*)cells_at<Cell>(*walk.item, now, 1);
+      if (now + WIDTH * GROUP < walk.end) ahead[count++] = (const char*)cells_at<Cell>(*walk.item, now + WIDTH * GROUP, 0);
+    }
+  }
+  QUIRE_INLINE void line(int i) const {
+    for (int a = 0; a < count; a++) __builtin_prefetch(ahead[a] + (size_t)i * 64, 0, 2);
+  }
+};
+
+template <int COUNT, int WIDTH> static void score_wide_groups(Walk& walk, int position) {
   const AttentionItem& item = *walk.item;
   const int dim = item.shape->dim;
-  const Cell* keys[WIDTH];
+  const uint16_t* keys[WIDTH];
   Lanes sums[COUNT][WIDTH];
   QUIRE_UNROLL
-  for (int g = 0; g < WIDTH; g++) keys[g] = keys_at<Cell>(item, position + g * GROUP);
+  for (int g = 0; g < WIDTH; g++) keys[g] = cells_at<uint16_t>(item, position + g * GROUP, 0);
   QUIRE_UNROLL
   for (int q = 0; q < COUNT; q++)
     QUIRE_UNROLL
     for (int g = 0; g < WIDTH; g++) sums[q][g] = splat(0.0f);
-  // Blocks lie far apart, so the hardware does not prefetch them. Values are prefetched while their keys
-  // are scored, and so are the keys of the next groups.
-  const char* ahead[2 * WIDTH];
-  int fetched = 0;
-  if (walk.is_first)
-    for (int g = 0; g < WIDTH; g++) {
-      const int now = position + g * GROUP, next = now + WIDTH * GROUP;
-      ahead[fetched++] = (const char*)values_at<Cell>(item, now);
-      if (next < walk.end) ahead[fetched++] = (const char*)keys_at<Cell>(item, next);
-    }
+  const Fetch<uint16_t, WIDTH> fetch(walk, position, 0);
   for (int d = 0; d < dim; d++) {
-    constexpr int lines_apart = 64 / (GROUP * (int)sizeof(Cell));  // steps of d per cache line
-    if (d % lines_apart == 0)
-      for (int i = 0; i < fetched; i++) __builtin_prefetch(ahead[i] + (size_t)d * GROUP * sizeof(Cell));
+    if (d % 2 == 0) fetch.line(d / 2);
     Lanes k[WIDTH];
     QUIRE_UNROLL
-    for (int g = 0; g < WIDTH; g++) k[g] = widen(keys[g] + d * GROUP);
+    for (int g = 0; g < WIDTH; g++) k[g] = from_bf16(keys[g] + d * GROUP);
     QUIRE_UNROLL
     for (int q = 0; q < COUNT; q++) {
       const Lanes x = splat(walk.queries[q][d]);
@@ -88,28 +108,9 @@ template <typename Cell, int COUNT, int WIDTH> static void score_groups(Walk& wa
     }
   }
   QUIRE_UNROLL
-  for (int g = 0; g < WIDTH; g++) {
-    const int at = position + g * GROUP;
-    Lanes scale = splat(1.0f);
-    if constexpr (sizeof(Cell) == 1) scale = load(scales_at(item, at, 0));
+  for (int g = 0; g < WIDTH; g++)
     QUIRE_UNROLL
-    for (int q = 0; q < COUNT; q++) {
-      const Lanes s = sizeof(Cell) == 1 ? sums[q][g] * scale : sums[q][g];
-      store(walk.weights[q] + (at - walk.begin), s);
-    }
-  }
-}
-
-template <typename Cell, int COUNT> static void score(Walk& walk) {
-  int position = walk.begin;
-  for (; position + (GROUPS_TOGETHER - 1) * GROUP < walk.end; position += GROUPS_TOGETHER * GROUP)
-    score_groups<Cell, COUNT, GROUPS_TOGETHER>(walk, position);
-  if constexpr (GROUPS_TOGETHER == 4) switch ((walk.end - position + GROUP - 1) / GROUP) {
-    case 3: return score_groups<Cell, COUNT, 3>(walk, position);
-    case 2: return score_groups<Cell, COUNT, 2>(walk, position);
-    default: break;
-  }
-  for (; position < walk.end; position += GROUP) score_groups<Cell, COUNT, 1>(walk, position);
+    for (int q = 0; q < COUNT; q++) store(walk.weights[q] + (position + g * GROUP - walk.begin), sums[q][g]);
 }
 
 // Keeps the lanes of a group that a query sees.
@@ -120,28 +121,32 @@ QUIRE_INLINE Lanes seen(const Walk& walk, int q, int position, Lanes s, Lanes ot
   return between(from < 0 ? 0 : from, to > GROUP ? GROUP : to, s, otherwise);
 }
 
-// Scores -> weights e^(score - largest), 0 for keys that the query does not see; and largest and sum.
-static void softmax(Walk& walk, int q, float* partial) {
+// Scores -> weights e^(score - largest), 0 for keys that the query does not see; and largest and sum. In 8 bits
+// weights have the scales of their values in them; returns the largest of these.
+template <bool WIDE> static float softmax(Walk& walk, int q, float* partial) {
   float* weights = walk.weights[q];
   const Lanes least = splat(-__builtin_inff()), none = splat(0.0f);
-  Lanes top = least, total = none;
+  Lanes top = least, total = none, most = none;
   for (int p = walk.begin; p < walk.end; p += GROUP)
     top = larger(seen(walk, q, p, load(weights + (p - walk.begin)), least), top);
   partial[0] = largest(top);
   const Lanes shift = splat(partial[0]);
   for (int p = walk.begin; p < walk.end; p += GROUP) {
-    const Lanes w = exponential(load(weights + (p - walk.begin)) - shift);
-    const Lanes kept = seen(walk, q, p, w, none);
-    total = total + kept;
-    store(weights + (p - walk.begin), kept);
+    Lanes w = exponential_of(larger(splat(-87.0f), load(weights + (p - walk.begin)) - shift));
+    total = total + seen(walk, q, p, w, none);
+    if constexpr (!WIDE) w = w * load(scales_at(*walk.item, p, 1));
+    w = seen(walk, q, p, w, none);
+    most = larger(w, most);
+    store(weights + (p - walk.begin), w);
   }
   partial[1] = sum(total);
+  return WIDE ? 1.0f : largest(most);
 }
 
 // Weighted values, WIDTH lanes of D at a time. Positions that no query of the walk sees are not read:
 // a slot beyond a sequence may hold anything, and 0 * NaN is NaN.
-template <typename Cell, int COUNT, int WIDTH>
-static void gather_values(const Walk& walk, int first, int last, int d, float* partials, size_t stride) {
+template <int COUNT, int WIDTH>
+static void gather_wide(const Walk& walk, int first, int last, int d, float* partials, size_t stride) {
   const AttentionItem& item = *walk.item;
   const int dim = item.shape->dim;
   Lanes sums[COUNT][WIDTH];
@@ -151,21 +156,20 @@ static void gather_values(const Walk& walk, int first, int last, int d, float* p
     for (int i = 0; i < WIDTH; i++) sums[q][i] = splat(0.0f);
   for (int p = first; p < last;) {
     const int stop = (p / GROUP + 1) * GROUP < last ? (p / GROUP + 1) * GROUP : last;
-    const Cell* values = values_at<Cell>(item, p) + d;
-    const float* scales = sizeof(Cell) == 1 ? scales_at(item, p, 1) : nullptr;
+    const uint16_t* values = cells_at<uint16_t>(item, p, 1) + d;
+    const Fetch<uint16_t, 1> fetch(walk, p / GROUP * GROUP, 1);
     for (; p < stop; p++, values += dim) {
+      if (!d)
+        for (int line = 0; line < dim / 32; line++) fetch.line(p % GROUP * dim / 32 + line);
       Lanes v[WIDTH];
       QUIRE_UNROLL
-      for (int i = 0; i < WIDTH; i++) v[i] = widen(values + i * LANES);
+      for (int i = 0; i < WIDTH; i++) v[i] = from_bf16(values + i * LANES);
       QUIRE_UNROLL
       for (int q = 0; q < COUNT; q++) {
-        float weight = walk.weights[q][p - walk.begin];
-        if (scales) weight *= *scales;
-        const Lanes w = splat(weight);
+        const Lanes w = splat(walk.weights[q][p - walk.begin]);
         QUIRE_UNROLL
         for (int i = 0; i < WIDTH; i++) sums[q][i] = fma(w, v[i], sums[q][i]);
       }
-      if (scales) scales++;
     }
   }
   QUIRE_UNROLL
@@ -174,7 +178,26 @@ static void gather_values(const Walk& walk, int first, int last, int d, float* p
     for (int i = 0; i < WIDTH; i++) store(partials + q * stride + 2 + d + i * LANES, sums[q][i]);
 }
 
-template <typename Cell, int COUNT> static void attend_walk(Walk& walk, float* partials, size_t stride) {
+#include "narrow.inl"
+
+template <bool WIDE, int COUNT, int WIDTH> QUIRE_INLINE void score_groups(Walk& walk, int position) {
+  if constexpr (WIDE) score_wide_groups<COUNT, WIDTH>(walk, position);
+  else score_narrow_groups<COUNT, WIDTH>(walk, position);
+}
+
+template <bool WIDE, int COUNT> static void score(Walk& walk) {
+  int position = walk.begin;
+  for (; position + (GROUPS_TOGETHER - 1) * GROUP < walk.end; position += GROUPS_TOGETHER * GROUP)
+    score_groups<WIDE, COUNT, GROUPS_TOGETHER>(walk, position);
+  if constexpr (GROUPS_TOGETHER == 4) switch ((walk.end - position + GROUP - 1) / GROUP) {
+    case 3: return score_groups<WIDE, COUNT, 3>(walk, position);
+    case 2: return score_groups<WIDE, COUNT, 2>(walk, position);
+    default: break;
+  }
+  for (; position < walk.end; position += GROUP) score_groups<WIDE, COUNT, 1>(walk, position);
+}
+
+template <bool WIDE, int COUNT> static void attend_walk(Walk& walk, float* partials, size_t stride) {
   int first = walk.low[0], last = walk.high[0];
   for (int q = 1; q < COUNT; q++) {
     first = walk.low[q] < first ? walk.low[q] : first;
@@ -182,29 +205,60 @@ template <typename Cell, int COUNT> static void attend_walk(Walk& walk, float* p
   }
   walk.begin = first / GROUP * GROUP;
   walk.end = last;
-  score<Cell, COUNT>(walk);
-  for (int q = 0; q < COUNT; q++) softmax(walk, q, partials + q * stride);
+  if constexpr (!WIDE)
+    for (int q = 0; q < COUNT; q++) encode_query(walk, q);
+  score<WIDE, COUNT>(walk);
+  for (int q = 0; q < COUNT; q++) {
+    float* partial = partials + q * stride;
+    const float most = softmax<WIDE>(walk, q, partial);
+    if constexpr (!WIDE) encode_weights(walk, q, most, partial[1] == partial[1]);
+  }
   const int dim = walk.item->shape->dim;
+  if constexpr (!WIDE) return gather_all_narrow<COUNT, 0>(walk, first, last, partials, stride);
   int d = 0;
   constexpr int WIDTH = values_together(COUNT);
-  for (; d + WIDTH * LANES <= dim; d += WIDTH * LANES) gather_values<Cell, COUNT, WIDTH>(walk, first, last, d, partials, stride);
-  for (; d < dim; d += LANES) gather_values<Cell, COUNT, 1>(walk, first, last, d, partials, stride);
+  for (; d + WIDTH * LANES <= dim; d += WIDTH * LANES) gather_wide<COUNT, WIDTH>(walk, first, last, d, partials, stride);
+  for (; d < dim; d += LANES) gather_wide<COUNT, 1>(walk, first, last, d, partials, stride);
 }
 
 // With the number of queries as a constant.
-template <typename Cell, int COUNT> static void attend_some(Walk& walk, int count, float* partials, size_t stride) {
-  if (count == COUNT) return attend_walk<Cell, COUNT>(walk, partials, stride);
-  if constexpr (COUNT > 1) attend_some<Cell, COUNT - 1>(walk, count, partials, stride);
+template <bool WIDE, int COUNT> static void attend_some(Walk& walk, int count, float* partials, size_t stride) {
+  if (count == COUNT) return attend_walk<WIDE, COUNT>(walk, partials, stride);
+  if constexpr (COUNT > 1) attend_some<WIDE, COUNT - 1>(walk, count, partials, stride);
+}
+
+// The positions of a split that an item reads, and that are prefetched while another one is computed.
+struct Coming {
+  const AttentionItem* item;
+  int begin, end;
+  bool is_cold;  // nothing was prefetched for the computed one
+};
+
+static int oldest_of(const AttentionItem& item) {
+  return item.window > item.first_position ? 0 : item.first_position - item.window + 1;
+}
+
+static Coming coming_of(const AttentionItem* item, int split, bool is_cold) {
+  if (!item) return {nullptr, 0, 0, is_cold};
+  const int oldest = oldest_of(*item), last = item->first_position + item->rows - 1;
+  if (split < 0) split = oldest / SPLIT;
+  const int begin = oldest > split * SPLIT ? oldest / GROUP * GROUP : split * SPLIT;
+  return {item, begin, last < (split + 1) * SPLIT ? last + 1 : (split + 1) * SPLIT, is_cold};
 }
 
 // Runs the queries first..first + count - 1 of an item over one split. Query i is row i / G, head i % G.
 // partials: [count] results of `stride` floats. Returns whether any of them sees a key of the split.
-static bool attend_queries(const AttentionItem& item, int split, int first, int count, float* partials, size_t stride) {
+static bool attend_queries(const AttentionItem& item, int split, const Coming& coming, int first, int count,
+                           float* partials, size_t stride) {
   const HeadShape& shape = *item.shape;
   const int shared = shape.heads / shape.kv_heads;
   Walk walk;
   walk.item = &item;
   walk.is_first = first == 0;
+  walk.is_cold = coming.is_cold;
+  walk.next = coming.item;
+  walk.next_begin = coming.begin;
+  walk.next_end = coming.end;
   int used = 0, places[QUERIES];
   for (int i = 0; i < count; i++) {
     const int row = (first + i) / shared, head = item.head * shared + (first + i) % shared;
@@ -222,8 +276,8 @@ static bool attend_queries(const AttentionItem& item, int split, int first, int 
   }
   if (!used) return false;
   // Queries that see keys are packed to the front of the walk, and their results moved back below.
-  shape.wide_cache ? attend_some<uint16_t, QUERIES>(walk, used, partials, stride)
-                   : attend_some<int8_t, QUERIES>(walk, used, partials, stride);
+  shape.wide_cache ? attend_some<true, QUERIES>(walk, used, partials, stride)
+                   : attend_some<false, QUERIES>(walk, used, partials, stride);
   for (int u = used - 1; u >= 0; u--) {
     if (places[u] == u) continue;
     memcpy(partials + places[u] * stride, partials + u * stride, (2 + shape.dim) * sizeof(float));
@@ -264,14 +318,16 @@ static void attend_rows(const AttentionItem* item) {
   const size_t stride = 2 + shape.dim;
   float totals[ITEM_QUERIES * (2 + DIM_MAX)], partials[QUERIES * (2 + DIM_MAX)];
   for (int i = 0; i < count; i++) totals[i * stride + 1] = 0.0f;
-  const int oldest = item->window > item->first_position ? 0 : item->first_position - item->window + 1;
-  const int last = item->first_position + item->rows - 1;
-  for (int split = oldest / SPLIT; split <= last / SPLIT; split++)
+  const int oldest = oldest_of(*item) / SPLIT, last = (item->first_position + item->rows - 1) / SPLIT;
+  for (int split = oldest; split <= last; split++) {
+    const bool is_cold = item->is_cold && split == oldest;
+    const Coming coming = split < last ? coming_of(item, split + 1, is_cold) : coming_of(item->next, item->next_split, is_cold);
     for (int first = 0; first < count; first += QUERIES) {
       const int some = count - first < QUERIES ? count - first : QUERIES;
-      if (!attend_queries(*item, split, first, some, partials, stride)) continue;
+      if (!attend_queries(*item, split, coming, first, some, partials, stride)) continue;
       for (int i = 0; i < some; i++) merge(totals + (first + i) * stride, partials + i * stride, shape.dim);
     }
+  }
   for (int i = 0; i < count; i++) {
     const size_t row = (size_t)(item->first_row + i / shared);
     const int head = item->head * shared + i % shared;
@@ -283,9 +339,10 @@ static void attend_rows(const AttentionItem* item) {
 static void attend_split(const AttentionItem* item, int split, float* partials) {
   const size_t stride = 2 + item->shape->dim;
   const int count = item->rows * (item->shape->heads / item->shape->kv_heads);
+  const Coming coming = coming_of(item->next, item->next_split, item->is_cold);
   for (int first = 0; first < count; first += QUERIES) {
     const int some = count - first < QUERIES ? count - first : QUERIES;
-    attend_queries(*item, split, first, some, partials + first * stride, stride);
+    attend_queries(*item, split, coming, first, some, partials + first * stride, stride);
   }
 }
 

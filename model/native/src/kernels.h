@@ -1,8 +1,9 @@
 // Kernels: the functions of one instruction-set variant, as a table.
 //
-// The same sources (rows.inl, gemm.inl, blocks.inl, lowrank.inl, attention.inl, sampling.inl, load.inl) are compiled once per variant; the
-// variants differ in the width of `Lanes` and in the integer sums of the tiles. Results are
-// equal bit by bit: integer sums are exact, and float arithmetic is that of lanes.h.
+// The same sources (rows.inl, gemm.inl, blocks.inl, lowrank.inl, attention.inl, narrow.inl, sampling.inl,
+// load.inl) are compiled once per variant; the variants differ in the width of `Lanes` and in the integer
+// sums of tiles (tile_*.inl, blocks_*.inl) and of attention (whole_*.inl). Results are equal bit by bit:
+// integer sums are exact, and float arithmetic is that of lanes.h.
 //
 // Legend, as in model/batch.py:  T rows of a step, C hidden size, H query heads, K KV heads, D head
 // dimension, F width of the MLP, V vocabulary. Padded rows have a stride.
@@ -124,7 +125,10 @@ struct HeadShape {
 // region_bytes. A region holds one block of one KV head:
 //   keys    [block_size / GROUP][D][GROUP]     transposed, so that 16 scores are 16 lanes
 //   values  [block_size][D]
-//   8 bits: scales of keys [block_size], scales of values [block_size], as floats
+// In 8 bits instructions add products of four:
+//   keys    [block_size / GROUP][D / 4][GROUP][4], 128 + code
+//   values  [block_size / 4][D][4]
+//   scales of keys [block_size], scales of values [block_size], as floats
 struct Pool {
   uint8_t* base;
   size_t region_bytes, block_bytes;
@@ -169,6 +173,9 @@ struct AttentionItem {
   size_t query_stride;
   float* out;             // [T, stride]
   size_t out_stride;
+  const AttentionItem* next;  // what the same thread probably attends to next, or null: prefetched meanwhile
+  int next_split;             // of `next`; < 0: all of them, the first one first
+  bool is_cold;               // nothing was attended to before, so nothing is prefetched
 };
 
 // A partial result of one query: largest score, sum of weights, weighted values. sum = 0: no keys.

@@ -54,9 +54,6 @@ QUIRE_INLINE Lanes from_bf16(const uint16_t* p) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
-QUIRE_INLINE Lanes from_int8(const int8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
-}
 // Lane i of the result is lane i ^ distance; distance is 1, 2, 4 or 8.
 template <int DISTANCE> QUIRE_INLINE Lanes exchange(Lanes a) {
   if constexpr (DISTANCE == 8) return {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)};
@@ -128,10 +125,6 @@ QUIRE_INLINE __m256 half_from_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 QUIRE_INLINE Lanes from_bf16(const uint16_t* p) { return {half_from_bf16(p), half_from_bf16(p + 8)}; }
-QUIRE_INLINE __m256 half_from_int8(const int8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-}
-QUIRE_INLINE Lanes from_int8(const int8_t* p) { return {half_from_int8(p), half_from_int8(p + 8)}; }
 template <int DISTANCE> QUIRE_INLINE Lanes exchange(Lanes a) {
   if constexpr (DISTANCE == 8) return {a.hi, a.lo};
   if constexpr (DISTANCE == 4) return {_mm256_permute2f128_ps(a.lo, a.lo, 1), _mm256_permute2f128_ps(a.hi, a.hi, 1)};
@@ -207,7 +200,6 @@ QUIRE_INLINE Lanes from_bf16(const uint16_t* p) {
   QUIRE_EACH { const uint32_t bits = (uint32_t)p[i] << 16; memcpy(&r.v[i], &bits, 4); }
   return r;
 }
-QUIRE_INLINE Lanes from_int8(const int8_t* p) { Lanes r; QUIRE_EACH r.v[i] = (float)p[i]; return r; }
 template <int DISTANCE> QUIRE_INLINE Lanes exchange(Lanes a) { Lanes r; QUIRE_EACH r.v[i] = a.v[i ^ DISTANCE]; return r; }
 template <int BIT> QUIRE_INLINE Lanes flip_signs(Lanes a) { QUIRE_EACH if (i & BIT) a.v[i] = -a.v[i]; return a; }
 QUIRE_INLINE Lanes between(int from, int to, Lanes a, Lanes b) { QUIRE_EACH if (i >= from && i < to) b.v[i] = a.v[i]; return b; }

@@ -65,6 +65,12 @@ static void rotate(float* w, int64_t rows, int64_t cols, int axis, int power, in
   free(scratch);
 }
 
+static float largest_magnitude(const float* x, int count) {
+  float most = 0.0f;
+  for (int i = 0; i < count; i++) most = __builtin_fabsf(x[i]) > most ? __builtin_fabsf(x[i]) : most;
+  return most;
+}
+
 // One output column: 8 bits with one scale, symmetric.
 static void pack_column(const float* row, Linear& w, int column) {
   const float most = largest_magnitude(row, w.inputs);

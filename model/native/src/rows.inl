@@ -198,12 +198,6 @@ static void scale_head(float* x, int dim, float scale) {
   for (int d = 0; d < dim; d++) x[d] *= scale;
 }
 
-static float largest_magnitude(const float* x, int dim) {
-  float most = 0.0f;
-  for (int d = 0; d < dim; d++) most = __builtin_fabsf(x[d]) > most ? __builtin_fabsf(x[d]) : most;
-  return most;
-}
-
 static void store_wide(const HeadShape& shape, uint8_t* region, int offset, const float* k, const float* v) {
   uint16_t* keys = (uint16_t*)region + (size_t)(offset / GROUP) * shape.dim * GROUP + offset % GROUP;
   uint16_t* values = (uint16_t*)region + (size_t)shape.block_size * shape.dim + (size_t)offset * shape.dim;
@@ -213,18 +207,34 @@ static void store_wide(const HeadShape& shape, uint8_t* region, int offset, cons
   for (int d = 0; d < shape.dim; d++) values[d] = to_bf16(v[d]);
 }
 
+// Codes of a key or a value; returns their scale, NaN if any of it is not finite.
+static float narrow_codes(const float* x, int dim, int8_t* codes) {
+  const Lanes none = splat(0.0f);
+  Lanes top = none, poison = none;
+  for (int d = 0; d < dim; d += LANES) {
+    const Lanes v = load(x + d);
+    top = larger(magnitude(v), top);
+    poison = fma(v, none, poison);
+  }
+  const float most = largest(top), bad = finite_or_nan(poison);
+  const bool valid = bad == bad && most >= 1e-30f;
+  const Lanes factor = splat(valid ? 127.0f / most : 0.0f);
+  for (int d = 0; d < dim; d += LANES) store_signed(codes + d, valid ? nearest(load(x + d) * factor) : none);
+  return most * (1.0f / 127.0f) + bad;
+}
+
 static void store_narrow(const HeadShape& shape, uint8_t* region, int offset, const float* k, const float* v) {
   const size_t cells = (size_t)shape.block_size * shape.dim;
-  int8_t* keys = (int8_t*)region + (size_t)(offset / GROUP) * shape.dim * GROUP + offset % GROUP;
-  int8_t* values = (int8_t*)region + cells + (size_t)offset * shape.dim;
+  uint8_t* keys = region + (size_t)(offset / GROUP) * shape.dim * GROUP + offset % GROUP * 4;
+  int8_t* values = (int8_t*)region + cells + (size_t)(offset / 4) * shape.dim * 4 + offset % 4;
   float* scales = (float*)(region + 2 * cells);
-  const float key_most = largest_magnitude(k, shape.dim), value_most = largest_magnitude(v, shape.dim);
-  const float key_factor = key_most > 1e-30f ? 127.0f / key_most : 0.0f;
-  const float value_factor = value_most > 1e-30f ? 127.0f / value_most : 0.0f;
-  for (int d = 0; d < shape.dim; d++) keys[d * GROUP] = (int8_t)__builtin_rintf(k[d] * key_factor);
-  for (int d = 0; d < shape.dim; d++) values[d] = (int8_t)__builtin_rintf(v[d] * value_factor);
-  scales[offset] = key_most / 127.0f;
-  scales[shape.block_size + offset] = value_most / 127.0f;
+  int8_t codes[DIM_MAX];
+  const float key_scale = narrow_codes(k, shape.dim, codes);
+  for (int d = 0; d < shape.dim; d++) keys[d / 4 * GROUP * 4 + d % 4] = (uint8_t)(codes[d] + 128);
+  const float value_scale = narrow_codes(v, shape.dim, codes);
+  for (int d = 0; d < shape.dim; d++) values[4 * d] = codes[d];
+  scales[offset] = key_scale + value_scale * 0.0f;  // an invalid value shows in the scores
+  scales[shape.block_size + offset] = value_scale;
 }
 
 // One row of [H queries | K keys | K values]: rotates queries in place, stores keys and values.

@@ -84,7 +84,7 @@ class Program {
     each_row(step_.rows, [&](int row) { rotate_and_store(layer, row); });
     walker_.phase(static_cast<int>(task_.cut.units.size()), [&](int u) {
       const Tile& tile = task_.cut.tiles[task_.cut.units[u].tile];
-      if (rows.have(tile.first_row, tile.first_row + tile.rows)) attend(layer, task_.cut.units[u]);
+      if (rows.have(tile.first_row, tile.first_row + tile.rows)) attend(layer, u);
     });
     start_prefetch(next);
     const Codes codes = codes_for(layer.out);
@@ -284,11 +284,25 @@ class Program {
     return 1.0f / __builtin_sqrtf(dim) / (spreads() ? dim : 1.0f);
   }
 
-  void attend(const Layer& layer, const Unit& unit) const {
+  AttentionItem item_of(const Layer& layer, const Unit& unit) const {
     const Tile& tile = task_.cut.tiles[unit.tile];
-    const AttentionItem item = {&m_.heads,           layer.pool,   blocks_of(tile), unit.head,    tile.first_row,
-                                tile.rows,           tile.first_position,           layer.window, s_.qkv,
-                                s_.qkv_stride,       s_.attention, s_.attention_stride};
+    return {&m_.heads,     layer.pool,   blocks_of(tile),     unit.head, tile.first_row, tile.rows, tile.first_position,
+            layer.window,  s_.qkv,       s_.qkv_stride,       s_.attention, s_.attention_stride, nullptr, 0, false};
+  }
+
+  // Units are claimed in order: the next one of this thread is probably as far away as there are threads.
+  void attend(const Layer& layer, int u) const {
+    const std::vector<Unit>& units = task_.cut.units;
+    const Unit& unit = units[u];
+    const Tile& tile = task_.cut.tiles[unit.tile];
+    AttentionItem item = item_of(layer, unit), next;
+    const size_t following = static_cast<size_t>(u + walker_.threads());
+    if (following < units.size()) {
+      next = item_of(layer, units[following]);
+      item.next = &next;
+      item.next_split = units[following].split;
+    }
+    item.is_cold = u < walker_.threads();
     if (unit.split < 0) m_.kernels.attend_rows(&item);
     else m_.kernels.attend_split(&item, unit.split, partials_of(tile, unit.head) + unit.split * split_stride(tile));
   }

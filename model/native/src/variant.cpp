@@ -16,10 +16,13 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 #define QUIRE_BLOCK_TILE "blocks_zmm.inl"
+#define QUIRE_WHOLE "whole_zmm.inl"
 #elif defined(__AVX2__)
 #define QUIRE_BLOCK_TILE "blocks_ymm.inl"
+#define QUIRE_WHOLE "whole_ymm.inl"
 #else
 #define QUIRE_BLOCK_TILE "blocks_portable.inl"
+#define QUIRE_WHOLE "whole_portable.inl"
 #endif
 
 #if !defined(QUIRE_SPLIT_CODES)
