@@ -9,11 +9,11 @@
 #if defined(__AVX512F__)
 constexpr int QUERIES = 4, GROUPS_TOGETHER = 4;
 constexpr int values_together(int) { return 4; }
-constexpr int NARROW_QUERIES = 4, NARROW_SUMS = 20;
+constexpr int NARROW_QUERIES = 4, NARROW_SUMS = 20;  // of values in 8 bits; registers of sums
 #else
 constexpr int QUERIES = 6, GROUPS_TOGETHER = 1;  // sums of two registers each
 constexpr int values_together(int queries) { return queries <= 2 ? 4 : 1; }
-constexpr int NARROW_QUERIES = 3, NARROW_SUMS = 12;
+constexpr int NARROW_QUERIES = 3, NARROW_SUMS = 12;  // of values in 8 bits; registers of sums
 #endif
 
 // The weights of a split's values in 14 bits, as the variant's instructions take them.
