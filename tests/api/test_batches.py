@@ -256,6 +256,7 @@ async def test_a_cancelled_batch_keeps_its_answers(start_service: Any, tmp_path:
         assert again.json()["status"] == "cancelled"
 
 
+@pytest.mark.slow
 async def test_an_expired_batch_fails_its_lines(
     start_service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

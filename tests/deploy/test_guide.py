@@ -75,6 +75,7 @@ def test_the_pickers_series_are_exported() -> None:
         assert sample.labels.keys() == {"model_name", *re.findall(r"`(\w+)`", labels)}
 
 
+@pytest.mark.slow
 def test_the_charts_values_configure_redis_as_ours() -> None:
     """All of redis.conf but what a chart sets itself: folder, port, protected mode, keep-alive."""
     values = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[0])

@@ -63,6 +63,7 @@ def hadolint(path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, str(path)], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_hadolint_has_nothing_to_say() -> None:
     done = hadolint(DOCKERFILE)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -105,6 +105,7 @@ def check(engine: Engine, requests: Sequence[GenerationRequest], expected: Engin
         assert engine.ends[one.id].error == expected.ends[one.id].error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_without_masks_answers_are_the_same(grammars: CountingGrammars, seed: int) -> None:
     """Alone with masks; then open: together, in small chunks, with drafts, preempted, ahead."""

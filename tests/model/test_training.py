@@ -173,6 +173,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_as_it_was_started(tmp_path: Path) -> None:
     recipe = Recipe(steps=5, batch=2)
     _, training = a_run(recipe)
