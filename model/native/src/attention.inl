@@ -24,6 +24,13 @@ union WeightCodes {
 
 #include QUIRE_WHOLE
 
+// The positions of a split that an item reads, and that are prefetched while another one is computed.
+struct Coming {
+  const AttentionItem* item;  // or null
+  int begin, end;             // begin is a multiple of GROUP
+  bool is_cold;               // nothing was prefetched for the computed one
+};
+
 // The state of one walk over the keys of a split, by up to QUERIES queries.
 struct Walk {
   const AttentionItem* item;
@@ -31,9 +38,7 @@ struct Walk {
   int low[QUERIES], high[QUERIES];  // positions that each query sees: low <= p < high
   int begin, end;                   // of the walk; begin is a multiple of GROUP
   bool is_first;                    // of the walks over these keys: the later ones find them in a cache
-  bool is_cold;                     // these keys and values were not prefetched
-  const AttentionItem* next;        // the keys and values to prefetch, or null
-  int next_begin, next_end;         // positions; next_begin is a multiple of GROUP
+  Coming coming;                    // the keys and values to prefetch
   float weights[QUERIES][SPLIT];    // scores, then weights; index: position - begin
   // Of an 8-bit cache: see narrow.inl.
   int8_t codes[QUERIES][DIM_MAX];
@@ -71,9 +76,9 @@ template <typename Cell, int WIDTH> struct Fetch {
   QUIRE_INLINE Fetch(const Walk& walk, int position, int which) {
     if (!walk.is_first) return;
     for (int g = 0; g < WIDTH; g++) {
-      const int now = position + g * GROUP, next = walk.next_begin + now - walk.begin;
-      if (next < walk.next_end) ahead[count++] = (const char*)cells_at<Cell>(*walk.next, next, which);
-      if (!walk.is_cold || which == 1) continue;
+      const int now = position + g * GROUP, next = walk.coming.begin + now - walk.begin;
+      if (next < walk.coming.end) ahead[count++] = (const char*)cells_at<Cell>(*walk.coming.item, next, which);
+      if (!walk.coming.is_cold || which == 1) continue;
       ahead[count++] = (const char*)cells_at<Cell>(*walk.item, now, 1);
       if (now + WIDTH * GROUP < walk.end) ahead[count++] = (const char*)cells_at<Cell>(*walk.item, now + WIDTH * GROUP, 0);
     }
@@ -227,13 +232,6 @@ template <bool WIDE, int COUNT> static void attend_some(Walk& walk, int count, f
   if constexpr (COUNT > 1) attend_some<WIDE, COUNT - 1>(walk, count, partials, stride);
 }
 
-// The positions of a split that an item reads, and that are prefetched while another one is computed.
-struct Coming {
-  const AttentionItem* item;
-  int begin, end;
-  bool is_cold;  // nothing was prefetched for the computed one
-};
-
 static int oldest_of(const AttentionItem& item) {
   return item.window > item.first_position ? 0 : item.first_position - item.window + 1;
 }
@@ -255,10 +253,7 @@ static bool attend_queries(const AttentionItem& item, int split, const Coming& c
   Walk walk;
   walk.item = &item;
   walk.is_first = first == 0;
-  walk.is_cold = coming.is_cold;
-  walk.next = coming.item;
-  walk.next_begin = coming.begin;
-  walk.next_end = coming.end;
+  walk.coming = coming;
   int used = 0, places[QUERIES];
   for (int i = 0; i < count; i++) {
     const int row = (first + i) / shared, head = item.head * shared + (first + i) % shared;

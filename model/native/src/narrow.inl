@@ -39,6 +39,7 @@ template <int COUNT, int WIDTH> static void score_narrow_groups(Walk& walk, int 
   }
 }
 
+// codes * scale is the query; bias is what the variant's products of codes and keys have too much.
 static void encode_query(Walk& walk, int q) {
   const int dim = walk.item->shape->dim;
   walk.scales[q] = narrow_codes(walk.queries[q], dim, walk.codes[q]);
